@@ -1,0 +1,63 @@
+"""dpo-cache: preference fine-tuning without a reference model in memory.
+
+    data          rows of any preference data set -> token ids
+    lm            a causal LM as a function: completions -> log-probs
+    store         log-probs <-> shared, immutable Parquet shards
+    precomputing  data -> lm -> store: run the frozen reference once
+    training      store -> lm -> optimizer: train the policy alone
+
+In a few lines:
+
+    import dpo_cache
+
+    dpo_cache.precompute("path/to/model", "pairs.jsonl", "cache")
+    pairs = dpo_cache.open_cache("cache").pairs("pairs")
+    dpo_cache.train("cache", "run", pairs="pairs", beta=0.1)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpo_cache.precomputing import PrecomputeReport, precompute
+    from dpo_cache.store import open_cache
+    from dpo_cache.training.loop import TrainReport, train
+    from dpo_cache.training.losses import preference_loss
+    from dpo_cache.types import Completion, Pair, Score, ScoredPair
+
+__version__ = "0.1.0"
+
+# Loaded when first used: torch takes seconds, `dpo-cache --help` should not.
+_HOMES = {
+    "precompute": "dpo_cache.precomputing",
+    "PrecomputeReport": "dpo_cache.precomputing",
+    "open_cache": "dpo_cache.store",
+    "train": "dpo_cache.training.loop",
+    "TrainReport": "dpo_cache.training.loop",
+    "preference_loss": "dpo_cache.training.losses",
+    "Completion": "dpo_cache.types",
+    "Pair": "dpo_cache.types",
+    "Score": "dpo_cache.types",
+    "ScoredPair": "dpo_cache.types",
+}
+
+__all__ = [
+    "Completion",
+    "Pair",
+    "PrecomputeReport",
+    "Score",
+    "ScoredPair",
+    "TrainReport",
+    "open_cache",
+    "precompute",
+    "preference_loss",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dpo_cache' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

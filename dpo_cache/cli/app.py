@@ -1,0 +1,83 @@
+"""`dpo-cache`: collects the commands and turns errors into one message and an exit code.
+
+Exit codes: 0 success, 1 `DpoCacheError`, 2 usage, 130 interrupted (143 by SIGTERM), with everything flushed kept.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import click
+import typer
+
+from dpo_cache.cli.precompute import precompute_command
+from dpo_cache.cli.train import train_command
+from dpo_cache.errors import DpoCacheError, OptionError
+
+app = typer.Typer(
+    name="dpo-cache",
+    help="Score a frozen reference model once; train preference-tuned policies from the stored log-probs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("precompute")(precompute_command)
+app.command("train")(train_command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from dpo_cache import __version__
+
+        print(f"dpo-cache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and leave."),  # noqa: ARG001
+) -> None:
+    pass
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: unwinds like Ctrl-C, so that what is waiting is flushed."""
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # nothing animates off a terminal
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        return app(standalone_mode=False) or 0
+    except OptionError as error:
+        return _fail(str(error), 2)
+    except DpoCacheError as error:
+        return _fail(str(error), 1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except Terminated:
+        return _fail("terminated; everything published so far is kept.", 143)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted; everything published so far is kept.", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _terminate(_: int, __: FrameType | None) -> None:
+    raise Terminated

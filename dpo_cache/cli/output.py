@@ -1,0 +1,98 @@
+"""How results and progress look: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+QUIET_SECONDS = 10.0  # between progress lines off a terminal
+
+
+def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Two columns, the same on a terminal and in a file."""
+    rows = list(rows)
+    width = max(len(label) for label, _ in rows)
+    print(title)
+    for label, value in rows:
+        print(f"  {label:<{width}}  {value}")
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def remark(text: str) -> None:
+    """One remark, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class ProgressLine:
+    """A bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, description: str):
+        self._description = description
+        self._started = self._printed = time.monotonic()
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}")
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(description, detail="")
+
+    def update(self, done: float, total: float, detail: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, detail=detail)
+        elif time.monotonic() - self._printed >= QUIET_SECONDS:
+            self._printed = time.monotonic()
+            remark(f"{self._description} {done / total:4.0%}  {detail}")
+
+    def remark(self, text: str) -> None:
+        """A remark that does not tear the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            remark(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def time_left(started: float, share: float) -> str:
+    """Remaining time if the rest goes as what is done."""
+    if share <= 0:
+        return "?"
+    return format_seconds((time.monotonic() - started) * (1 - share) / share)
+
+
+def format_bytes(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} GB"
+
+
+def format_seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def count(number: int) -> str:
+    return f"{number:,}"
+
+

@@ -1,0 +1,48 @@
+"""A command's parameters, made from its option class, so that each option is written down once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from typing import Any, get_type_hints
+
+import typer
+
+from dpo_cache.options import Options
+
+
+def command(options_class: type[Options], *, json_help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make `run(options, as_json)` a typer command with the fields of the class as its options, and `--json`."""
+    hints = get_type_hints(options_class)
+
+    def decorate(run: Callable[..., None]) -> Callable[..., None]:
+        def invoke(**values: Any) -> None:
+            as_json = values.pop("as_json")
+            run(options_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}), as_json)
+
+        parameters = [_parameter(entry, hints[entry.name]) for entry in fields(options_class)]  # type: ignore[arg-type]
+        json_option = typer.Option(False, "--json", help=json_help)
+        parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=json_option, annotation=bool))
+        invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        invoke.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        invoke.__doc__ = run.__doc__
+        return invoke
+
+    return decorate
+
+
+def _parameter(entry: Field[Any], hint: Any) -> inspect.Parameter:
+    default = entry.default if entry.default is not MISSING else list(entry.default_factory())  # type: ignore[misc]
+    is_list = isinstance(default, list)
+    annotation = list[str] if is_list else hint
+    flag = entry.metadata["flag"] or "--" + entry.name.replace("_", "-")
+    choices = entry.metadata["choices"]
+    declared = typer.Option(
+        ... if entry.metadata["required"] else default,
+        flag,
+        help=entry.metadata["help"],
+        metavar="|".join(choices) if choices else None,
+        show_default=not is_list and default is not None,
+    )
+    return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation)

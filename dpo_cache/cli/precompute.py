@@ -1,0 +1,70 @@
+"""`dpo-cache precompute`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from dpo_cache.cli.output import ProgressLine, count, format_bytes, format_seconds, print_json, print_table, time_left
+from dpo_cache.cli.parameters import command
+from dpo_cache.options import PrecomputeOptions
+
+if TYPE_CHECKING:
+    from dpo_cache.precomputing import PrecomputeReport, ScoringProgress
+
+
+@command(PrecomputeOptions, json_help="Print the report as JSON.")
+def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
+    """Run the frozen reference once over preference data and store its log-probs.
+
+    Completions that the cache holds already are not scored again; a run that was cut off goes on where it was.
+    """
+    from dpo_cache.precomputing import precompute
+
+    with ProgressLine("scoring") as line:
+
+        def show(progress: ScoringProgress) -> None:
+            share = progress.num_tokens / progress.total_tokens
+            rate = progress.num_tokens / progress.elapsed_s
+            detail = f"{rate:,.0f} tokens/s  {progress.num_completions:,} completions  {time_left(started, share)} left"
+            line.update(progress.num_tokens, progress.total_tokens, detail)
+
+        started = time.monotonic()
+        report = precompute(**asdict(options), on_progress=show, say=line.remark)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        _print_report(report)
+
+
+def _print_report(report: PrecomputeReport) -> None:
+    names = ", ".join(report.pair_sets)
+    rows = [("rows read", count(report.rows_read)), ("pairs kept", count(report.pairs_kept))]
+    rows += [("rows dropped", count(sum(report.dropped.values())))]
+    rows += [(f"  {reason}", count(number)) for reason, number in report.dropped.most_common()]
+    rows += [("rows truncated", count(report.rows_truncated))]
+    if report.rows_moved_boundary:
+        rows += [("rows whose answer starts earlier", f"{count(report.rows_moved_boundary)} (the prompt's last token merges with the answer's first)")]
+    rows += [
+        ("completions", count(report.completions)),
+        ("  distinct", count(report.distinct_completions)),
+        ("  already cached", count(report.already_cached)),
+        ("  scored now", count(report.scored_now)),
+        ("tokens in the data", count(report.data_tokens)),
+        ("tokens run", f"{count(report.model_tokens)}{_share(report)}"),
+        ("time", f"{format_seconds(report.elapsed_s)} ({report.pairs_per_s:.1f} pairs/s)"),
+        ("peak memory", format_bytes(report.peak_bytes)),
+        ("written", format_bytes(report.bytes_written)),
+    ]
+    what = "everything was cached, no model was loaded" if report.attention is None else f"attention: {report.attention}"
+    print_table(f"{names}: reference {report.reference[:12]}, {what}", rows)
+    print(f"The pairs are in {report.cache}. Next:")
+    for name in report.pair_sets:
+        print(f"  dpo-cache train --cache {report.cache} --pairs {name} --output RUN")
+
+
+def _share(report: PrecomputeReport) -> str:
+    if not report.model_tokens or report.already_cached:
+        return ""
+    return f" ({report.data_tokens / report.model_tokens:.1f} times fewer, by sharing prefixes)" if report.model_tokens < report.data_tokens else ""

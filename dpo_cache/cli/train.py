@@ -1,0 +1,88 @@
+"""`dpo-cache train`."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import asdict
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from dpo_cache.cli.output import ProgressLine, count, format_bytes, format_seconds, print_json, print_table, time_left
+from dpo_cache.cli.parameters import command
+from dpo_cache.options import TrainOptions
+
+if TYPE_CHECKING:
+    from dpo_cache.training.loop import TrainReport
+
+
+@command(TrainOptions, json_help="Print the report as JSON.")
+def train_command(options: TrainOptions, as_json: bool) -> None:
+    """Train a policy on cached pairs. The reference model is not loaded, and the data set not read.
+
+    Ctrl-C finishes the step and saves it; go on with --resume.
+    """
+    from dpo_cache.training.loop import train
+
+    with ProgressLine("training") as line, _StopRequest(line) as request:
+
+        def show(metrics: dict[str, Any]) -> None:
+            step, total = metrics["step"], metrics["total_steps"]
+            if "eval/loss" in metrics:
+                line.remark(f"eval at step {step}: {_describe(metrics, 'eval/')}")
+            else:
+                detail = f"step {step}/{total}  {_describe(metrics)}  {metrics['pairs_per_s']:.2f} pairs/s"
+                line.update(step, total, f"{detail}  {time_left(started, step / total)} left")
+
+        started = time.monotonic()
+        report = train(**asdict(options), on_metrics=show, say=line.remark, should_stop=lambda: request.asked)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        _print_report(report)
+    if request.asked and not report.finished:
+        raise KeyboardInterrupt
+
+
+class _StopRequest:
+    """While open, the first Ctrl-C or SIGTERM asks the run to stop after its step; the second stops at once."""
+
+    def __init__(self, line: ProgressLine):
+        self.asked = False
+        self._line = line
+
+    def __enter__(self) -> _StopRequest:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, _: int, __: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._line.remark("stopping after this step, then saving (again: stop at once, losing what is not saved)")
+
+
+def _describe(metrics: dict[str, Any], prefix: str = "") -> str:
+    loss, accuracy, margin = (metrics[prefix + name] for name in ("loss", "rewards/accuracies", "rewards/margins"))
+    return f"loss {loss:.4f}  accuracy {accuracy:.1%}  margin {margin:+.4f}"
+
+
+def _print_report(report: TrainReport) -> None:
+    rows = [("steps", count(report.num_steps)), ("pairs", count(report.num_pairs))]
+    if report.first and report.last:
+        rows.append(("loss, first and last step", f"{report.first['loss']:.4f}  {report.last['loss']:.4f}"))
+    if report.eval_before:
+        rows.append(("held out, before", _describe(report.eval_before, "eval/")))
+    if report.eval_after:
+        rows.append(("held out, after", _describe(report.eval_after, "eval/")))
+    rows += [("time", format_seconds(report.elapsed_s)), ("peak memory", format_bytes(report.peak_bytes))]
+    print_table(f"{report.output}: {'trained' if report.finished else 'stopped early'}", rows)
+    if report.finished:
+        print(f"The model lies in {report.model}, one line a step in {report.output}/metrics.jsonl.")
+        print(f'Next: AutoModelForCausalLM.from_pretrained("{report.model}")')
+    else:
+        print(f"Saved after step {report.num_steps}. Next: the same command with --resume.")

@@ -1,0 +1,88 @@
+"""Token ids of a row -> a pair within `max_length`, or the reason why it is dropped.
+
+    keep-start    each sequence keeps its first max_length tokens
+    keep-end      each sequence keeps its last max_length tokens, so the two prompts may differ
+    prompt-left   the prompt keeps its last max_prompt_length tokens where a sequence is too long, then the
+                  answers keep what is left (the original DPO repository's rule)
+    drop          a row with a sequence that is too long is dropped
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpo_cache.errors import OptionError
+from dpo_cache.types import Completion, Pair, TokenIds
+
+TRUNCATIONS = ("keep-start", "keep-end", "prompt-left", "drop")
+
+EQUAL = "chosen equals rejected"
+EQUAL_AFTER_CUT = "chosen equals rejected after truncation"
+PROMPT_FILLS = "prompt leaves no room for an answer within --max-length"
+TOO_LONG = "longer than --max-length"
+NO_ANSWER = "no answer tokens"
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How long sequences are cut; lengths in tokens."""
+
+    max_length: int = 1024
+    mode: str = "keep-start"
+    max_prompt_length: int | None = None  # prompt-left only; half of max_length by default
+
+    def __post_init__(self) -> None:
+        if self.mode not in TRUNCATIONS:
+            raise OptionError(f"--truncation {self.mode}: expected one of {', '.join(TRUNCATIONS)}.")
+        if self.max_length < 2:
+            raise OptionError(f"--max-length {self.max_length}: a prompt token and an answer token need at least 2.")
+        if self.max_prompt_length is None:
+            return
+        if self.mode != "prompt-left":
+            raise OptionError("--max-prompt-length is used by --truncation prompt-left alone.")
+        if not 0 < self.max_prompt_length < self.max_length:
+            raise OptionError(f"--max-prompt-length {self.max_prompt_length}: expected 1 to {self.max_length - 1} (below --max-length).")
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that makes no pair, and why."""
+
+    reason: str
+
+
+def make_pair(row: int, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds, truncation: Truncation) -> tuple[Pair | Dropped, bool]:
+    """The pair, or why there is none; and whether anything was cut off."""
+    if np.array_equal(chosen, rejected):
+        return Dropped(EQUAL), False
+    if not len(chosen) or not len(rejected):
+        return Dropped(NO_ANSWER), False
+    is_long = len(prompt) + max(len(chosen), len(rejected)) > truncation.max_length
+    if is_long and truncation.mode == "drop":
+        return Dropped(TOO_LONG), False
+    if is_long and truncation.mode == "keep-start" and len(prompt) >= truncation.max_length:
+        return Dropped(PROMPT_FILLS), False
+    if is_long and truncation.mode == "prompt-left":
+        prompt = prompt[-(truncation.max_prompt_length or truncation.max_length // 2) :]
+    sides = [_cut(prompt, answer, truncation) for answer in (chosen, rejected)]
+    if any(side is None for side in sides):
+        return Dropped(NO_ANSWER), is_long
+    pair = Pair(row, chosen=sides[0], rejected=sides[1])  # type: ignore[arg-type]
+    if is_long and np.array_equal(pair.chosen.sequence_ids, pair.rejected.sequence_ids):
+        return Dropped(EQUAL_AFTER_CUT), is_long
+    return pair, is_long
+
+
+def _cut(prompt: TokenIds, answer: TokenIds, truncation: Truncation) -> Completion | None:
+    """The completion within max_length; None where no token of the answer is left to score."""
+    sequence = np.concatenate([prompt, answer])
+    boundary = len(prompt)
+    if truncation.mode == "keep-end":
+        cut = max(0, len(sequence) - truncation.max_length)
+        sequence, boundary = sequence[cut:], max(0, boundary - cut)
+    else:
+        sequence = sequence[: truncation.max_length]
+    boundary = max(boundary, 1)  # nothing predicts the first token of a sequence: it serves as the prompt
+    return Completion(sequence[:boundary], sequence[boundary:]) if boundary < len(sequence) else None

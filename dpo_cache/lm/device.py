@@ -1,0 +1,61 @@
+"""Which device and dtype to compute on, and how much memory that took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from dpo_cache.errors import OptionError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device; `auto` takes CUDA, then MPS, then the CPU. Raises `OptionError` where it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available.get(name, False):
+        usable = ", ".join(device for device, there in available.items() if there)
+        raise OptionError(f"--device {name}: not available here.\nAvailable: {usable}.")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device, checkpoint_dtype: torch.dtype | None) -> torch.dtype:
+    """Dtype of the forward pass; `auto` is the checkpoint's on a GPU and float32 on a CPU.
+
+    A CPU without bf16 instructions runs bf16 matrix products hundreds of times slower than fp32, and the
+    ones that claim to have them differ widely, so a CPU gets bf16 only when it is asked for by name.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu" or checkpoint_dtype is None:
+        return torch.float32
+    if checkpoint_dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return torch.float32
+    return checkpoint_dtype
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Dtype in which log-probs are summed: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held so far: by the CUDA allocator, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Most memory that was resident in this process so far."""
+    try:
+        with open("/proc/self/status") as status:  # ru_maxrss may be inherited from the parent process on Linux
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,175 @@
+"""Which attention a model is run with, proved on the model itself before anything is stored.
+
+Of the families that transformers ships, most are exact under forest attention, some refuse it, and a few
+take it and are silently wrong. So a small forest and the same sequences as plain rows are scored first,
+and the forest is used only where they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from dpo_cache.errors import ModelError
+from dpo_cache.lm.attention import FOREST_ATTENTION, plan_tree, use_forest_attention
+from dpo_cache.lm.forest import build_forest
+from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
+from dpo_cache.lm.scoring import Progress, row_logps, score_forest, score_rows
+from dpo_cache.types import Completion
+
+ATTENTIONS = ("auto", "forest", "rows")
+
+# Largest and mean gap in nats per token that rounding explains, by dtype of the forward pass.
+TOLERANCES = {torch.float32: (1e-3, 1e-4), torch.float16: (0.1, 0.01), torch.bfloat16: (0.5, 0.05)}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The way a model is run: `forest` or `rows`, why, and how many rows fit in a batch (None: any number)."""
+
+    name: str
+    reason: str
+    gap: float = 0.0  # largest difference to plain rows in the self-check, nats per token
+    max_rows: int | None = None
+
+
+@torch.no_grad()
+def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_length: int) -> Attention:
+    """Switch the model to the forest if it is exact there for sequences up to `max_length`; else to plain rows.
+
+    Raises `ModelError` for a model that is not causal, and where `requested` is `forest` but it is not exact.
+    """
+    own = model.config._attn_implementation
+    assert own != FOREST_ATTENTION, "a model's attention is chosen once"
+    completions = _check_completions(model, max_length)
+    expected = [row_logps(model, [completion])[0].cpu() for completion in completions]
+    _check_causality(expected, model)
+    problem = "asked for" if requested == "rows" else _length_dependent(model, max_length)
+    if problem is None:
+        problem, gap = _forest_problem(model, completions, expected)
+        if problem is None:
+            return Attention("forest", f"agrees with plain rows within {gap:.1e} nats per token", gap)
+        if model._can_set_attn_implementation():
+            model.set_attn_implementation(own)
+    if requested == "forest":
+        raise ModelError(f"{type(model).__name__} cannot use forest attention: {problem}.\nUse --attention auto or rows.")
+    return _rows_attention(model, completions, expected, problem)
+
+
+def score_completions(
+    model: PreTrainedModel, completions: Sequence[Completion], attention: Attention, budget_tokens: int
+) -> Iterator[Progress]:
+    """Scores as they come, about `budget_tokens` tokens at a time."""
+    if attention.name == "forest":
+        return score_forest(model, completions, budget_tokens)
+    return score_rows(model, completions, budget_tokens, attention.max_rows)
+
+
+def _rows_attention(model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], reason: str) -> Attention:
+    padded = row_logps(model, completions)
+    if _gap_problem(padded, expected, model.dtype) is None:
+        return Attention("rows", reason)
+    return Attention("rows", f"{reason}; padding changes its results, so one row at a time", max_rows=1)
+
+
+def _forest_problem(model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor]) -> tuple[str | None, float]:
+    """Why the forest cannot be used (None if it can), and the largest gap seen."""
+    if not use_forest_attention(model):
+        return "its code does not take another attention function", 0.0
+    num_tokens = sum(len(completion.sequence_ids) for completion in completions)
+    largest = 0.0
+    try:
+        for budget in (7, num_tokens) if num_tokens < 400 else (97, num_tokens):
+            found = dict(entry for progress in score_forest(model, completions, budget) for entry in progress.scores)
+            streamed = [torch.from_numpy(found[index].token_logps) for index in range(len(completions))]
+            problem, gap = _compare(streamed, expected, model.dtype)
+            largest = max(largest, gap)
+            if problem:
+                return problem, gap
+        problem, gap = _compare(_tree_logps(model, completions), expected, model.dtype)
+        return problem, max(largest, gap)
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        # whatever a model's code makes of an attention it does not know, plain rows still serve it
+        return f"its code does not take forest attention ({type(error).__name__})", largest
+
+
+def _tree_logps(model: PreTrainedModel, completions: list[Completion]) -> list[torch.Tensor]:
+    forest = build_forest(completions)
+    hidden = decoder_of(model)(
+        input_ids=torch.from_numpy(forest.tokens_L)[None].to(model.device),
+        position_ids=torch.from_numpy(forest.depths_L)[None].to(model.device),
+        use_cache=False,
+        forest_plan=plan_tree(forest),
+    )[0][0]
+    head, vocab_size = head_of(model), model.config.get_text_config().vocab_size
+    return [
+        token_logps(hidden[forest.parents_L[target]], head, torch.from_numpy(forest.tokens_L[target]).to(model.device), vocab_size)
+        for target in forest.targets
+    ]
+
+
+def _compare(found: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> tuple[str | None, float]:
+    gaps = torch.cat([(one.cpu() - other.cpu()).abs() for one, other in zip(found, expected, strict=True)])
+    largest_allowed, mean_allowed = TOLERANCES[dtype]
+    largest, mean = float(gaps.max()), float(gaps.mean())
+    if largest <= largest_allowed and mean <= mean_allowed:  # false for NaN
+        return None, largest
+    return f"it differs from plain rows by up to {largest:.2g} nats per token", largest
+
+
+def _gap_problem(found: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> str | None:
+    return _compare(found, expected, dtype)[0]
+
+
+def _check_causality(expected: list[torch.Tensor], model: PreTrainedModel) -> None:
+    """The first two check completions begin alike: what follows must not change the log-probs of what is shared."""
+    if _gap_problem([expected[0][:4]], [expected[1][:4]], model.dtype):
+        raise ModelError(
+            f"{type(model).__name__} is not causal: the log-prob of a token changes with the tokens after it.\n"
+            "Give a decoder-only model (for BERT-like checkpoints, one with is_decoder=true)."
+        )
+
+
+def _length_dependent(model: PreTrainedModel, max_length: int) -> str | None:
+    """Rotary embeddings that change with the length of the row: a forest's row is not a sequence's row."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    if not any(entry.get("rope_type") in ("dynamic", "longrope") for entry in by_layer_type):
+        return None
+    trained = [entry.get("original_max_position_embeddings") for entry in by_layer_type] + [config.max_position_embeddings]
+    if max_length <= min(length for length in trained if length):
+        return None
+    return "its rotary embedding depends on the length of the row"
+
+
+def _check_completions(model: PreTrainedModel, max_length: int) -> list[Completion]:
+    """A few made-up completions: shared prompts, a shared start of the answer, a lone tree, one past the window."""
+    config = model.config.get_text_config()
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, config.vocab_size, 4096 * 4).astype(np.uint32)
+    prompt, answer, other, rest = ids[:20], ids[20:32], ids[40:49], ids[100:]
+    longest = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+    completions = [
+        Completion(prompt, answer),
+        Completion(prompt, np.concatenate([answer[:4], other])),
+        Completion(prompt[:9], rest[:15]),
+        Completion(prompt[:15], np.concatenate([prompt[15:], answer[:2]])),
+        Completion(rest[:3], rest[50:51]),
+    ]
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    for window in (window for window in windows if isinstance(window, int) and window < longest):
+        length = min(longest, window + 24)
+        sequence = np.resize(rest, length)
+        completions.append(Completion(sequence[: length - 20], sequence[length - 20 :]))
+    return [_shortened(completion, longest) for completion in completions]
+
+
+def _shortened(completion: Completion, longest: int) -> Completion:
+    """The completion within `longest` tokens, its prompt cut on the left."""
+    room = max(1, longest - completion.num_tokens)
+    return Completion(completion.prompt_ids[-room:], completion.completion_ids[: max(1, longest - 1)])

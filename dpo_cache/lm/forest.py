@@ -1,0 +1,92 @@
+"""The token forest: completions that share prefixes, laid out so that each distinct prefix stands once.
+
+Sorted, the sequences are a trie read depth-first. Each adds one segment, the tokens that are not on the
+open path already; the segments in a row are the forest:
+
+    completions             "A B | C D", "A B | C E", "A F | G"       (| ends the prompt)
+    tokens                   A  B  C  D  E  F  G
+    depths                   0  1  2  3  3  1  2      position ids
+    parents                 -1  0  1  2  2  0  5      the token that predicts this one
+    starts                   0           4  5         first tokens of the segments
+    targets                  [2, 3], [2, 4], [6]      where the tokens of each completion stand
+
+Pure numpy; suffixes name dimensions: L tokens in the forest, T tokens of one completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpo_cache.types import Completion
+
+
+@dataclass(frozen=True, eq=False)
+class Forest:
+    """One flat row of tokens; see the module's docstring for an example."""
+
+    tokens_L: np.ndarray
+    depths_L: np.ndarray
+    parents_L: np.ndarray
+    starts: np.ndarray
+    targets: list[np.ndarray]  # in the order of the completions given, each [T]
+
+    def __len__(self) -> int:
+        return len(self.tokens_L)
+
+    @property
+    def max_depth(self) -> int:
+        """Length of the longest path, in tokens."""
+        return int(self.depths_L.max()) + 1 if len(self) else 0
+
+    def is_target_L(self) -> np.ndarray:
+        """Which tokens are part of a completion, and so need a log-prob: bool [L]."""
+        flags = np.zeros(len(self), bool)
+        for target in self.targets:
+            flags[target] = True
+        return flags
+
+
+def build_forest(completions: Sequence[Completion]) -> Forest:
+    """Lay out the completions, each distinct prefix once."""
+    sequences = [completion.sequence_ids for completion in completions]
+    order = sorted(range(len(sequences)), key=lambda index: sequences[index].astype(">u4").tobytes())
+    open_path = np.empty(max(map(len, sequences), default=0), np.int64)  # where each depth of the open path stands
+    pieces, depths, parents, starts = [], [], [], []
+    targets: list[np.ndarray] = [np.empty(0, np.int64)] * len(sequences)
+    length, previous = 0, np.empty(0, np.uint32)
+    for index in order:
+        sequence = sequences[index]
+        shared = shared_prefix(previous, sequence)
+        num_new = len(sequence) - shared
+        if num_new:
+            starts.append(length)
+            pieces.append(sequence[shared:])
+            depths.append(np.arange(shared, len(sequence)))
+            parents.append(np.arange(length - 1, length + num_new - 1))
+            parents[-1][0] = open_path[shared - 1] if shared else -1
+            open_path[shared : len(sequence)] = np.arange(length, length + num_new)
+            length += num_new
+        targets[index] = open_path[len(completions[index].prompt_ids) : len(sequence)].copy()
+        previous = sequence
+    return Forest(_flat(pieces), _flat(depths), _flat(parents), np.array(starts, np.int64), targets)
+
+
+def count_forest_tokens(completions: Sequence[Completion]) -> int:
+    """Tokens of `build_forest(completions)`, without building it."""
+    sequences = sorted((completion.sequence_ids for completion in completions), key=lambda ids: ids.astype(">u4").tobytes())
+    before = [np.empty(0, np.uint32), *sequences]
+    return sum(len(ids) - shared_prefix(previous, ids) for previous, ids in zip(before, sequences, strict=False))
+
+
+def shared_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    """How many leading tokens two sequences have in common."""
+    shortest = min(len(one), len(other))
+    differs = one[:shortest] != other[:shortest]
+    return int(differs.argmax()) if differs.any() else shortest
+
+
+def _flat(pieces: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, np.int64)

@@ -1,0 +1,152 @@
+"""What a reference is: the canonical description whose sha256 names it.
+
+    {"scoring": 1, "weights": <hex>, "config": {...}, "dtype": "float32"}
+
+`weights` is the sha256 over the lines `name dtype shape sha256-of-bytes` of all tensors, sorted by name: it
+does not depend on how a checkpoint is split into files. `config` holds the fields that differ from the
+defaults of the model's class, less those that cannot change a log-prob. A model's name, revision, library
+versions, device and attention kernel are provenance: recorded beside the identity, not hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import PreTrainedConfig
+
+from dpo_cache.errors import ModelError
+
+SCORING_VERSION = 1  # raised when the same model and ids would get another stored value
+
+# Fields of a config that cannot change the log-probs of a forward pass without dropout.
+INERT_FIELDS = frozenset(
+    "_name_or_path _model_name_or_path transformers_version architectures dtype torch_dtype use_cache return_dict output_hidden_states "
+    "output_attentions initializer_range bos_token_id eos_token_id pad_token_id id2label label2id num_labels "
+    "problem_type task_specific_params finetuning_task attention_dropout attn_pdrop embd_pdrop resid_pdrop "
+    "hidden_dropout attention_dropout_prob hidden_dropout_prob dropout layerdrop chunk_size_feed_forward "
+    "tokenizer_class prefix is_encoder_decoder router_aux_loss_coef output_router_logits pretraining_tp "
+    "_attn_implementation _attn_implementation_autoset gradient_checkpointing".split()
+)
+
+
+def reference_identity(location: str, config: PreTrainedConfig, dtype: torch.dtype, *, revision: str | None = None) -> dict[str, Any]:
+    """The identity of the model at a local folder or Hub id, from its files alone. Raises `ModelError`."""
+    identity: dict[str, Any] = {
+        "scoring": SCORING_VERSION,
+        "weights": weights_digest(checkpoint_files(location, revision=revision)),
+        "config": computing_fields(config),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        identity["quantization"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return identity
+
+
+def provenance(location: str, *, revision: str | None, device: torch.device, attention: str, tokenizer: str) -> dict[str, Any]:
+    """Where the reference came from and what computed it: recorded, not hashed."""
+    is_local = os.path.isdir(location)
+    return {
+        "model": os.path.abspath(location) if is_local else location,
+        "revision": revision,
+        "tokenizer": os.path.abspath(tokenizer) if os.path.isdir(tokenizer) else tokenizer,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "attention": attention,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def computing_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The config's fields that decide the computation, JSON-ready."""
+    fields = config.to_diff_dict()
+    fields.pop("quantization_config", None)
+    kept = {name: value for name, value in fields.items() if name not in INERT_FIELDS}
+    return json.loads(json.dumps(kept, default=str, sort_keys=True))
+
+
+def checkpoint_files(location: str, *, revision: str | None = None) -> list[Path]:
+    """The safetensors files of a local folder or Hub id. Raises `ModelError` where there are none."""
+    folder = Path(location)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(location, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+        except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise ModelError(f"{location}: no such folder, and the Hub does not have it or cannot be reached.") from error
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = [path.name for path in sorted(folder.glob("*.safetensors"))]
+        names = ["model.safetensors"] if "model.safetensors" in names else names
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not names or missing:
+        raise ModelError(
+            f"{location}: {'no safetensors weights' if not names else f'{missing[0]} is missing'}.\n"
+            "Pickled checkpoints (.bin) can run code and are not read: load and `save_pretrained` the model once to convert it."
+        )
+    return [folder / name for name in names]
+
+
+def weights_digest(files: list[Path]) -> str:
+    """Hex sha256 over all tensors by name, dtype, shape and bytes."""
+    lines: dict[str, str] = {}
+    for path in files:
+        lines.update(_tensor_lines(path))
+    return hashlib.sha256("\n".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
+
+
+def _tensor_lines(path: Path) -> dict[str, str]:
+    """One line a tensor, memoized by path, size and mtime as git's index does."""
+    path = path.resolve()
+    status = path.stat()
+    memo = _memo_folder() / (hashlib.sha256(str(path).encode()).hexdigest()[:32] + ".json")
+    stamp = [str(path), status.st_size, status.st_mtime_ns]
+    try:
+        remembered = json.loads(memo.read_text())
+        if remembered["stamp"] == stamp:
+            return remembered["lines"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no memo, or one of another make: hash again
+    lines = _hash_tensors(path)
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        scratch = memo.with_suffix(f".{os.getpid()}.tmp")
+        scratch.write_text(json.dumps({"stamp": stamp, "lines": lines}))
+        os.replace(scratch, memo)
+    except OSError:
+        pass  # a home that cannot be written costs the next run a second hashing, nothing else
+    return lines
+
+
+def _hash_tensors(path: Path) -> dict[str, str]:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        try:
+            (header_bytes,) = struct.unpack_from("<Q", content)
+            header = json.loads(content[8 : 8 + header_bytes])
+        except (struct.error, ValueError) as error:
+            raise ModelError(f"{path}: not a safetensors file ({error}).\nDownload or save the model again.") from error
+        header.pop("__metadata__", None)
+        lines = {}
+        with memoryview(content) as view:
+            for name, entry in header.items():
+                start, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
+                if end > len(view):
+                    raise ModelError(f"{path}: cut short at {len(view)} bytes; {name} ends at {end}.\nDownload or save the model again.")
+                with view[start:end] as tensor_bytes:
+                    digest = hashlib.sha256(tensor_bytes).hexdigest()
+                lines[name] = f"{name} {entry['dtype']} {entry['shape']} {digest}"
+        return lines
+
+
+def _memo_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-cache" / "digests"

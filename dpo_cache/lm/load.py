@@ -1,0 +1,69 @@
+"""A checkpoint -> a causal LM that is known to be whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from dpo_cache.errors import ModelError
+
+
+def load_config(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config, without its weights. Raises `ModelError`."""
+    try:
+        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{location}: no model can be loaded from it ({_first_line(error)}).\nGive a local folder with config.json, or a Hub id.") from error
+
+
+def check_causal(config: PreTrainedConfig, location: str) -> None:
+    """Raise `ModelError` unless the config, and the checkpoint it came with, are of a causal LM."""
+    names = config.architectures or []
+    if names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        raise ModelError(
+            f"{location}: its architecture is {', '.join(names)}, which has no causal LM head.\n"
+            "Give a model whose architecture ends in ForCausalLM or LMHeadModel."
+        )
+
+
+def load_model(
+    location: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The causal LM in eval mode on the device. Raises `ModelError`, also where a weight is missing.
+
+    Only safetensors are read: a pickled checkpoint can run code. Eval mode is kept while training too:
+    the reference is scored without dropout, so the policy is trained without it.
+    """
+    config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
+    check_causal(config, location)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    bars_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            location, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{location}: no causal LM can be loaded from it ({_first_line(error)}).") from error
+    finally:
+        if bars_shown:
+            transformers_logging.enable_progress_bar()
+    lacking = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report["mismatched_keys"])
+    if lacking:
+        raise ModelError(
+            f"{location}: {len(lacking)} weights are not in the checkpoint or have another shape, first {lacking[0]}.\n"
+            "They would be random. Give a complete checkpoint of a causal LM."
+        )
+    return model.to(device).eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

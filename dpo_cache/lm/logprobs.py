@@ -1,0 +1,76 @@
+"""Hidden states -> log-probs of given tokens, without ever holding [tokens, vocab].
+
+T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [T, D] -> logits [T, V]
+
+LOGITS_PER_CHUNK = 2**24  # 64 MiB of fp32 logits at a time
+
+
+def token_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Log-probability, in nats, of each target token: float32 [T].
+
+    Equals `log_softmax(head(hidden_TD).float(), -1)` gathered at `targets_T`, but holds the logits of a
+    few hundred tokens at most: about LOGITS_PER_CHUNK of them, once forward and again in the backward
+    pass, where each chunk is recomputed.
+    """
+    chunk = max(16, LOGITS_PER_CHUNK // vocab_size)
+    parts = []
+    for hidden, targets in zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True):
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            parts.append(checkpoint(_chunk_logps, hidden, head, targets, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_chunk_logps(hidden, head, targets))
+    return torch.cat(parts) if parts else hidden_TD.new_zeros(0, dtype=torch.float32)
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The part of a causal LM that ends in hidden states."""
+    return getattr(model, model.base_model_prefix)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The rest of a causal LM: what its own `forward` does to hidden states, scaling, caps and biases included.
+
+    A view of the model that shares its modules but whose decoder hands over the given hidden states.
+    """
+    decoder = _GivenHidden()
+    view = copy.copy(model)
+    view._modules = {**model._modules, model.base_model_prefix: decoder}
+
+    def head(hidden_TD: torch.Tensor) -> torch.Tensor:
+        decoder.hidden = hidden_TD[None]
+        try:
+            return view(inputs_embeds=decoder.hidden, use_cache=False).logits[0]
+        finally:
+            decoder.hidden = None
+
+    return head
+
+
+class _GivenHidden(torch.nn.Module):
+    hidden: torch.Tensor | None = None
+
+    @property
+    def decoder(self) -> _GivenHidden:  # some families call `self.model.decoder`
+        return self
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+def _chunk_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor) -> torch.Tensor:
+    logits_TV = head(hidden_TD).float()
+    return -torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="none")

@@ -1,0 +1,69 @@
+"""Log-probs of completions with gradients: what the training loop asks of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo_cache.lm.attention import plan_tree
+from dpo_cache.lm.device import sum_dtype
+from dpo_cache.lm.engine import Attention
+from dpo_cache.lm.forest import build_forest
+from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
+from dpo_cache.lm.scoring import row_logps
+from dpo_cache.types import Completion
+
+
+def completion_logps(model: PreTrainedModel, completions: Sequence[Completion], attention: Attention) -> torch.Tensor:
+    """Summed log-prob of each completion in nats, [len(completions)], float64 (float32 on MPS).
+
+    Equals the sum over each completion's tokens of `log_softmax(logits.float(), -1)`, but prefixes that
+    completions share are run once, in one flat row without padding.
+    """
+    if attention.name == "rows":
+        return torch.stack([logps.to(sum_dtype(logps.device)).sum() for logps in row_logps(model, completions)])
+    forest = build_forest(completions)
+    device = model.device
+    hidden_LD = decoder_of(model)(
+        input_ids=torch.from_numpy(forest.tokens_L).to(device)[None],
+        position_ids=torch.from_numpy(forest.depths_L).to(device)[None],
+        use_cache=False,
+        forest_plan=plan_tree(forest),
+    )[0][0]
+    targets = np.flatnonzero(forest.is_target_L())
+    parents = torch.from_numpy(forest.parents_L[targets]).to(device)
+    logps_T = token_logps(
+        hidden_LD.index_select(0, parents),
+        head_of(model),
+        torch.from_numpy(forest.tokens_L[targets]).to(device),
+        model.config.get_text_config().vocab_size,
+    )
+    owners = np.repeat(np.arange(len(completions)), [len(target) for target in forest.targets])
+    places = np.searchsorted(targets, np.concatenate(forest.targets))
+    shares = logps_T[torch.from_numpy(places).to(device)].to(sum_dtype(device))
+    return shares.new_zeros(len(completions)).index_add(0, torch.from_numpy(owners).to(device), shares)
+
+
+def checkpoint_layers(model: PreTrainedModel) -> int:
+    """Recompute each decoder layer in the backward pass instead of keeping its activations; the number of layers.
+
+    transformers' own switch works in train mode alone; the policy stays in eval mode, where no dropout is.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.forward = _checkpointed(layer.forward)  # type: ignore[method-assign]
+    return len(layers)
+
+
+def _checkpointed(forward):  # type: ignore[no-untyped-def]
+    def run(*args, **kwargs):  # type: ignore[no-untyped-def]
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run

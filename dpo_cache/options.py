@@ -1,0 +1,144 @@
+"""Every option of every command: name, type, default, unit, help and check, in one place.
+
+The command line is made from these classes, the Python functions take the same names as keyword
+arguments, and a run writes them as JSON beside its output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dpo_cache.errors import OptionError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTIONS = ("auto", "forest", "rows")
+TRUNCATIONS = ("keep-start", "keep-end", "prompt-left", "drop")
+LOSSES = ("sigmoid", "ipo")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw",)
+PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16")
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", required: bool = False) -> Any:
+    """A dataclass field with its help text, accepted values and, where it differs from the name, its flag."""
+    metadata = {"help": help, "choices": choices, "flag": flag, "required": required}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Options:
+    """Base of the option classes: checks choices, then what `check` adds."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # type: ignore[arg-type]
+            value, choices = getattr(self, entry.name), entry.metadata["choices"]
+            if choices and value not in choices:
+                raise OptionError(f"{flag_of(entry)} {value}: expected one of {', '.join(choices)}.")
+            if entry.metadata["required"] and value in (None, ""):
+                raise OptionError(f"{flag_of(entry)} is needed.")
+        self.check()
+
+    def check(self) -> None:
+        """Raise `OptionError` for values that make no sense, alone or together."""
+
+    def _require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise OptionError(message)
+
+
+def flag_of(entry: Any) -> str:
+    """The option's flag on the command line."""
+    return entry.metadata["flag"].split("/")[0] or "--" + entry.name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeOptions(Options):
+    """Options of `dpo-cache precompute`; see `dpo_cache.precompute`."""
+
+    model: str = option(None, "Reference model: a local folder or a Hub id.", required=True)
+    dataset: str = option(None, "Preference data: a .jsonl, .json, .csv or .parquet file, a folder, or a Hub id.", required=True)
+    cache: str = option(None, "Cache to read and write: a folder, or an fsspec URL such as s3://bucket/cache.", required=True)
+    name: str | None = option(None, "Name of the pair set. Default: the data's name.")
+    split: tuple[str, ...] = option((), "Split of the data; may be repeated. Default: train, or the only one.")
+    limit: int | None = option(None, "Read the first N rows of each split alone.")
+    revision: str | None = option(None, "Branch, tag or commit of a model from the Hub.")
+    tokenizer: str | None = option(None, "Tokenizer, where it is not the model's own: a folder or a Hub id.")
+    chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model.", flag="--trust-remote-code")
+    dtype: str = option("auto", "Dtype of the forward pass. auto: the checkpoint's on a GPU, float32 on a CPU.", choices=DTYPES)
+    device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
+    max_length: int = option(1024, "Longest prompt + answer, in tokens.")
+    truncation: str = option("keep-start", "What happens to longer rows.", choices=TRUNCATIONS)
+    max_prompt_length: int | None = option(None, "Tokens a prompt keeps under prompt-left. Default: half of --max-length.")
+    budget_tokens: str = option("auto", "Tokens run through the model at once: auto or a number.")
+    attention: str = option("auto", "forest shares prefixes, rows pads; auto takes the forest where it proves exact.", choices=ATTENTIONS)
+
+    def check(self) -> None:
+        self._require(self.limit is None or self.limit > 0, f"--limit {self.limit}: expected a positive number of rows.")
+        self._require(self.max_length >= 2, f"--max-length {self.max_length}: a prompt token and an answer token need at least 2.")
+        number_or_auto("--budget-tokens", self.budget_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Options):
+    """Options of `dpo-cache train`; see `dpo_cache.train`."""
+
+    cache: str = option(None, "Cache with the pair set: a folder or an fsspec URL.", required=True)
+    output: str = option(None, "Folder of the run: config.json, metrics.jsonl, checkpoints/, model/.", required=True)
+    model: str | None = option(None, "Policy to start from: a folder or a Hub id. Default: the reference's own checkpoint.")
+    pairs: str | None = option(None, "Pair set to train on, NAME or NAME/SPLIT. Default: the only one in the cache.")
+    eval_pairs: str | None = option(None, "Pair set to evaluate on, NAME or NAME/SPLIT.")
+    eval_fraction: float | None = option(None, "Share of the prompts to hold out for evaluation instead, above 0 and below 1.")
+    reference: str | None = option(None, "Id (or its first characters) of the reference that the pairs must have been scored by.")
+    loss: str = option("sigmoid", "sigmoid: DPO, and cDPO with label smoothing; ipo: IPO.", choices=LOSSES)
+    beta: float = option(0.1, "Strength of the pull to the reference; tau for IPO.")
+    label_smoothing: float = option(0.0, "Assumed share of flipped labels, 0 to 0.5 (cDPO).")
+    reference_free: bool = option(False, "Take a uniform reference in the loss.", flag="--reference-free")
+    epochs: float = option(1.0, "Passes over the pairs.")
+    max_steps: int | None = option(None, "Stop after N steps, whatever --epochs says.")
+    batch_size: int = option(32, "Pairs a step.")
+    micro_tokens: str = option("auto", "Tokens run at once within a step: auto or a number. Changes memory and speed, not the result.")
+    shuffle: bool = option(True, "Shuffle the pairs each epoch.", flag="--shuffle/--no-shuffle")
+    seed: int = option(0, "Seed of the training order.")
+    lr: float = option(1e-6, "Peak learning rate.")
+    lr_schedule: str = option("linear", "Decay of the learning rate after the warm-up.", choices=LR_SCHEDULES)
+    warmup_ratio: float = option(0.1, "Share of the steps over which the learning rate rises from 0.")
+    optimizer: str = option("adamw", "Optimizer.", choices=OPTIMIZERS)
+    weight_decay: float = option(0.0, "Weight decay.")
+    max_grad_norm: float = option(1.0, "Clip the gradient to this norm; 0: never.")
+    precision: str = option("auto", "auto: bf16-mixed on CUDA GPUs that have it, else fp32.", choices=PRECISIONS)
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: less memory, slower.", flag="--gradient-checkpointing/--no-gradient-checkpointing"
+    )
+    device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
+    eval_every: int | None = option(None, "Evaluate every N steps, besides before and after training.")
+    save_every: int | None = option(None, "Save a checkpoint to resume from every N steps.")
+    resume: bool = option(False, "Go on from the last saved step in the output folder.", flag="--resume")
+
+    def check(self) -> None:
+        self._require(self.beta > 0, f"--beta {self.beta}: expected a number above 0.")
+        self._require(0 <= self.label_smoothing <= 0.5, f"--label-smoothing {self.label_smoothing}: expected 0 to 0.5.")
+        self._require(self.loss == "sigmoid" or not self.label_smoothing, "--label-smoothing has no meaning under --loss ipo: leave one out.")
+        self._require(self.eval_pairs is None or self.eval_fraction is None, "--eval-pairs and --eval-fraction: give one of them.")
+        self._require(self.eval_fraction is None or 0 < self.eval_fraction < 1, f"--eval-fraction {self.eval_fraction}: expected above 0 and below 1.")
+        self._require(self.epochs > 0, f"--epochs {self.epochs}: expected a number above 0.")
+        for name in ("max_steps", "batch_size", "eval_every", "save_every"):
+            value = getattr(self, name)
+            self._require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: expected a number above 0.")
+        self._require(self.lr > 0, f"--lr {self.lr}: expected a number above 0.")
+        self._require(0 <= self.warmup_ratio <= 1, f"--warmup-ratio {self.warmup_ratio}: expected 0 to 1.")
+        self._require(self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: expected 0 or more.")
+        self._require(self.max_grad_norm >= 0, f"--max-grad-norm {self.max_grad_norm}: expected 0 (never clip) or more.")
+        number_or_auto("--micro-tokens", self.micro_tokens)
+
+
+def number_or_auto(flag: str, value: str) -> int | None:
+    """The number, or None for `auto`. Raises `OptionError`."""
+    if value == "auto":
+        return None
+    if not str(value).isdecimal() or int(value) < 1:
+        raise OptionError(f"{flag} {value}: expected auto or a positive number.")
+    return int(value)

@@ -1,0 +1,149 @@
+"""The cache folder as a whole.
+
+    CACHE/
+      format.json                          {"format": "dpo-cache", "version": 1}
+      references/<id>/reference.json       sealed: identity and provenance; <id> is the identity's digest
+      references/<id>/scores/              see `shards.py`
+      pairs/<name>/<split>/                see `pairs.py`
+
+Opening checks format.json; nothing here loads torch, takes a lock or unpickles.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from dpo_cache.errors import CorruptShardError, FormatError, NotInCacheError, OptionError
+from dpo_cache.store.documents import Document, digest_json, open_sealed, parse_document, render_document, seal_document
+from dpo_cache.store.files import open_folder
+from dpo_cache.store.index import ScoreIndex
+from dpo_cache.store.pairs import PairSet, PairSetWriter, read_manifest
+
+FORMAT = {"format": "dpo-cache", "version": 1}
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+
+def open_cache(location: str | os.PathLike[str], *, create: bool = False) -> Cache:
+    """The cache at a path or fsspec URL. With `create`, an empty or missing folder becomes one when it is first written.
+
+    Raises `FormatError` for a folder that is no cache or was made by a newer dpo-cache.
+    """
+    return Cache(location, create=create)
+
+
+class Cache:
+    """An open cache: references with their scores, and pair sets."""
+
+    def __init__(self, location: str | os.PathLike[str], *, create: bool = False):
+        self.folder = open_folder(location)
+        self._is_new = not self.folder.exists("format.json")
+        if self._is_new:
+            self._check_may_create(create)
+        else:
+            self._check_format(parse_document(self.folder.read("format.json"), f"{self.folder}/format.json"))
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    # -- references ------------------------------------------------------------------------------------
+
+    def references(self) -> list[str]:
+        """Ids of the references that have an entry here."""
+        return [name for name in self.folder.names("references") if self.folder.exists(f"references/{name}/reference.json")]
+
+    def find_reference(self, prefix: str) -> str:
+        """The one full id that starts with these characters."""
+        matches = [reference_id for reference_id in self.references() if reference_id.startswith(prefix)]
+        if len(matches) == 1:
+            return matches[0]
+        problem = "no reference" if not matches else f"{len(matches)} references"
+        known = ", ".join(reference_id[:12] for reference_id in self.references()) or "none"
+        raise NotInCacheError(f"{self}: {problem} whose id starts with {prefix!r}.\nKnown references: {known}.")
+
+    def read_reference(self, reference_id: str) -> Document:
+        """`{"identity": ..., "provenance": ...}`, checked against its seal and its id."""
+        name = f"references/{reference_id}/reference.json"
+        if not self.folder.exists(name):
+            raise NotInCacheError(f"{self}: no reference {reference_id}.\nRun `dpo-cache precompute` to score it.")
+        document = open_sealed(self.folder.read(name), f"{self}/{name}")
+        if digest_json(document["identity"]) != reference_id:
+            raise CorruptShardError(f"{self}/{name}: its identity does not hash to {reference_id}.")
+        return document
+
+    def publish_reference(self, identity: Document, provenance: Document) -> str:
+        """Enter a reference, unless it is here already. Returns its id."""
+        reference_id = digest_json(identity)
+        name = f"references/{reference_id}/reference.json"
+        if not self.folder.exists(name):
+            self._publish_format()
+            self.folder.publish(name, seal_document({"identity": identity, "provenance": provenance}))
+        return reference_id
+
+    def scores(self, reference_id: str) -> ScoreIndex:
+        """The scores of a reference; empty for one that is not here."""
+        return ScoreIndex(self.folder, f"references/{reference_id}/scores")
+
+    # -- pair sets -------------------------------------------------------------------------------------
+
+    def pair_sets(self) -> list[str]:
+        """`NAME/SPLIT` of every pair set."""
+        return [
+            f"{name}/{split}"
+            for name in self.folder.names("pairs")
+            for split in self.folder.names(f"pairs/{name}")
+            if self.folder.exists(f"pairs/{name}/{split}/manifest.json")
+        ]
+
+    def pairs(self, name: str) -> PairSet:
+        """The pair set `NAME/SPLIT`; `NAME` alone where it has one split, or one called train."""
+        known = self.pair_sets()
+        matches = [pair_set for pair_set in known if pair_set == name or pair_set.startswith(f"{name}/")]
+        if f"{name}/train" in matches:
+            matches = [f"{name}/train"]
+        if len(matches) != 1:
+            problem = f"no pair set {name!r}" if not matches else f"{name!r} has several splits"
+            raise NotInCacheError(f"{self}: {problem}.\nIt holds: {', '.join(known) or 'no pair sets'}.")
+        place = f"pairs/{matches[0]}"
+        return PairSet(self.folder, place, read_manifest(self.folder, place))
+
+    def write_pairs(self, name: str, split: str) -> PairSetWriter:
+        """A writer for the pair set `name/split`; it replaces one of that name when it finishes."""
+        check_name(name)
+        check_name(split)
+        self._publish_format()
+        return PairSetWriter(self.folder, f"pairs/{name}/{split}")
+
+    # -- the folder itself -----------------------------------------------------------------------------
+
+    def _publish_format(self) -> None:
+        if self._is_new:
+            self.folder.publish("format.json", render_document(FORMAT))
+            self._is_new = False
+
+    def _check_may_create(self, create: bool) -> None:
+        if not create:
+            raise FormatError(f"{self}: no dpo-cache here (no format.json).\nRun `dpo-cache precompute --cache {self} …` to make one.")
+        present = self.folder.names("")
+        if present and not set(present) <= {"references", "pairs"}:
+            shown = ", ".join(present[:5])
+            raise FormatError(f"{self}: the folder holds other things ({shown}) and no format.json.\nChoose an empty or new folder for --cache.")
+
+    def _check_format(self, found: Document) -> None:
+        if found == FORMAT:
+            return
+        if found.get("format") == FORMAT["format"] and isinstance(found.get("version"), int) and found["version"] > FORMAT["version"]:
+            raise FormatError(
+                f"{self}: made by a newer dpo-cache (cache format {found['version']}, this one reads {FORMAT['version']}).\n"
+                "Run `pip install --upgrade dpo-cache`, or choose another --cache."
+            )
+        raise FormatError(f"{self}/format.json: expected {FORMAT}, found {found}.")
+
+
+def check_name(name: str) -> str:
+    """The name, if it can stand in a path of the cache; else `OptionError`."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise OptionError(
+            f"{name!r} cannot name a pair set: use letters, digits, '.', '_' and '-', at most 128, not starting with '.' or '-'."
+        )
+    return name

@@ -1,0 +1,24 @@
+"""Names by content: the key of a completion."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+from dpo_cache.types import Completion
+
+KEY_BYTES = 16
+
+
+def completion_key(completion: Completion) -> bytes:
+    """16 bytes that name a completion under its prompt, whatever data set, row or side it stands in.
+
+    Equals `blake2b(n + prompt + completion, digest_size=16, person=b"dpo-cache/1")`, where `n` is the
+    number of prompt tokens and every number is an unsigned 32-bit little-endian integer. The ids are
+    those that are scored, after truncation.
+    """
+    digest = hashlib.blake2b(digest_size=KEY_BYTES, person=b"dpo-cache/1")
+    digest.update(struct.pack("<I", len(completion.prompt_ids)))
+    digest.update(completion.prompt_ids.astype("<u4", copy=False).tobytes())
+    digest.update(completion.completion_ids.astype("<u4", copy=False).tobytes())
+    return digest.digest()

@@ -1,0 +1,98 @@
+"""A training run's state on disk: `RUN/checkpoints/step-000010/`.
+
+    model files            as `save_pretrained` writes them (safetensors)
+    optimizer.safetensors  `<parameter>/<state>` per optimizer state, e.g. `model.norm.weight/exp_avg`
+    state.json             {"step": ..., "epoch": ..., "pairs_seen": ...}
+
+A checkpoint is written under a dot-name and renamed, so it is whole or absent. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from dpo_cache.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps done, the epoch it is in (from 0), pairs of that epoch already used."""
+
+    step: int = 0
+    epoch: int = 0
+    pairs_seen: int = 0
+
+
+def save_checkpoint(run: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+    """Publish the state after a step, then drop older ones. Raises `TrainingError` where the disk refuses."""
+    target = run / "checkpoints" / f"step-{progress.step:06d}"
+    scratch = target.with_name(f".{target.name}.tmp")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        model.save_pretrained(scratch)
+        save_file(_optimizer_tensors(model, optimizer), scratch / "optimizer.safetensors")
+        (scratch / "state.json").write_text(json.dumps(asdict(progress)) + "\n")
+        for path in scratch.iterdir():
+            _sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(scratch, target)
+        _sync(target.parent)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise TrainingError(
+            f"cannot save {target}: {error.strerror or error}.\nFree some space, then go on from the last checkpoint with --resume."
+        ) from error
+    for older in find_checkpoints(run)[:-1]:
+        shutil.rmtree(older)
+    return target
+
+
+def find_checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Where the run stood when the checkpoint was saved."""
+    return Progress(**json.loads((checkpoint / "state.json").read_text()))
+
+
+def restore_optimizer(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put the saved optimizer state back, bit for bit."""
+    saved = load_file(checkpoint / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        prefix = f"{name}/"
+        state = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+        if state:
+            on_cpu = ("step",)  # AdamW counts steps on the CPU unless it is fused or captured
+            fused = bool(optimizer.defaults.get("fused"))
+            optimizer.state[parameter] = {
+                key: value if key in on_cpu and not fused else value.to(parameter.device) for key, value in state.items()
+            }
+
+
+def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,65 @@
+"""What a step or an evaluation reports, and `RUN/metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+Metrics = dict[str, float | int]
+
+
+class PairMetrics:
+    """Means over pairs, gathered from groups of any size."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._num_pairs = 0
+
+    def add(
+        self, losses: torch.Tensor, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, chosen_logps: torch.Tensor, rejected_logps: torch.Tensor
+    ) -> None:
+        """Add a group of pairs; all arguments have shape (group_size,)."""
+        values = {
+            "loss": losses,
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).to(losses.dtype),
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "logps/chosen": chosen_logps,
+            "logps/rejected": rejected_logps,
+        }
+        sums = torch.stack([value.detach().sum() for value in values.values()]).tolist()  # waits for the GPU once
+        for name, value in zip(values, sums, strict=True):
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._num_pairs += len(losses)
+
+    def means(self) -> Metrics:
+        """Mean of each over all pairs added, and their number."""
+        return {**{name: value / self._num_pairs for name, value in self._sums.items()}, "num_pairs": self._num_pairs}
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line a step or evaluation, on disk as soon as it is written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def keep_until(self, step: int) -> None:
+        """Drop the lines after a step, and any torn one: what a run that was cut off wrote past its checkpoint."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if entry["step"] <= step:
+                kept.append(line)
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def append(self, metrics: Metrics) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")

@@ -1,0 +1,18 @@
+"""Learning rate of each step, the same as `transformers.get_scheduler` gives."""
+
+from __future__ import annotations
+
+import math
+
+
+def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, warmup_ratio: float) -> float:
+    """Rate of the step numbered from 0: a linear rise from 0, then constant, linear or cosine decay to 0."""
+    warmup_steps = math.ceil(total_steps * warmup_ratio)
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return peak * max(0.0, 1 - progress)
+    return peak * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))

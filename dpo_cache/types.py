@@ -1,0 +1,64 @@
+"""The plain values that the rooms hand to each other: token ids and log-probs in numpy arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+TokenIds = np.ndarray  # uint32 [num_tokens]
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """One response under one prompt: the unit that is scored and stored.
+
+    Both arrays are uint32 and not empty: the first completion token needs a token that predicts it.
+    """
+
+    prompt_ids: TokenIds
+    completion_ids: TokenIds
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens, the prompt not counted."""
+        return len(self.completion_ids)
+
+    @property
+    def sequence_ids(self) -> TokenIds:
+        """Prompt and completion as the model reads them."""
+        return np.concatenate([self.prompt_ids, self.completion_ids])
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A chosen and a rejected completion, and the row of the data set they came from.
+
+    Their prompts are the same, except where `keep-end` truncation left each a different part.
+    """
+
+    row: int
+    chosen: Completion
+    rejected: Completion
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """Log-probs of one completion: natural log, float32 `[num_tokens]`."""
+
+    token_logps: np.ndarray
+
+    @cached_property
+    def logps(self) -> float:
+        """Sum over the completion's tokens, in nats, accumulated in float64."""
+        return float(self.token_logps.sum(dtype=np.float64))
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredPair:
+    """A pair joined with the reference's log-probs, ready to train on."""
+
+    pair: Pair
+    ref_chosen: Score
+    ref_rejected: Score
