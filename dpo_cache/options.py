@@ -79,6 +79,12 @@ class PrecomputeOptions(Options):
     def check(self) -> None:
         self._require(self.limit is None or self.limit > 0, f"--limit {self.limit}: expected a positive number of rows.")
         self._require(self.max_length >= 2, f"--max-length {self.max_length}: a prompt token and an answer token need at least 2.")
+        if self.max_prompt_length is not None:
+            self._require(self.truncation == "prompt-left", "--max-prompt-length is used by --truncation prompt-left alone.")
+            self._require(
+                0 < self.max_prompt_length < self.max_length,
+                f"--max-prompt-length {self.max_prompt_length}: expected 1 to {self.max_length - 1}, below --max-length.",
+            )
         number_or_auto("--budget-tokens", self.budget_tokens)
 
 
@@ -123,7 +129,9 @@ class TrainOptions(Options):
         self._require(0 <= self.label_smoothing <= 0.5, f"--label-smoothing {self.label_smoothing}: expected 0 to 0.5.")
         self._require(self.loss == "sigmoid" or not self.label_smoothing, "--label-smoothing has no meaning under --loss ipo: leave one out.")
         self._require(self.eval_pairs is None or self.eval_fraction is None, "--eval-pairs and --eval-fraction: give one of them.")
-        self._require(self.eval_fraction is None or 0 < self.eval_fraction < 1, f"--eval-fraction {self.eval_fraction}: expected above 0 and below 1.")
+        self._require(
+            self.eval_fraction is None or 0 < self.eval_fraction < 1, f"--eval-fraction {self.eval_fraction}: expected above 0 and below 1."
+        )
         self._require(self.epochs > 0, f"--epochs {self.epochs}: expected a number above 0.")
         for name in ("max_steps", "batch_size", "eval_every", "save_every"):
             value = getattr(self, name)

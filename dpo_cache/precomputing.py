@@ -1,6 +1,6 @@
 """data -> lm -> store: score the reference's log-probs of a data set, once.
 
-    read rows -> tokenize -> key -> skip what is stored -> score the rest -> publish scores -> publish pairs
+read rows -> tokenize -> key -> skip what is stored -> score the rest -> publish scores -> publish pairs
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -86,7 +85,9 @@ class _Split:
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-def precompute(model: str, dataset: str, cache: str, *, on_progress: OnProgress | None = None, say: Say | None = None, **options: Any) -> PrecomputeReport:
+def precompute(
+    model: str, dataset: str, cache: str, *, on_progress: OnProgress | None = None, say: Say | None = None, **options: Any
+) -> PrecomputeReport:
     """Score what the cache lacks of the data set's completions and publish its pair sets.
 
     Keyword arguments are the fields of `PrecomputeOptions`. Only completions that no earlier run scored
@@ -98,7 +99,7 @@ def precompute(model: str, dataset: str, cache: str, *, on_progress: OnProgress 
     Raises `DpoCacheError`; nothing that was published before is lost.
     """
     chosen = PrecomputeOptions(model=model, dataset=dataset, cache=cache, **options)
-    return _Precompute(chosen, on_progress or (lambda progress: None), say or logging.getLogger("dpo_cache").warning).run()
+    return _Precompute(chosen, on_progress or (lambda _: None), say or logging.getLogger("dpo_cache").warning).run()
 
 
 class _Precompute:
@@ -156,8 +157,8 @@ class _Precompute:
         rows = split.rows.with_format("numpy")[window.start : window.stop]
         columns = zip(*(rows[name] for name in ("row", "prompt_ids", "chosen_ids", "rejected_ids", "moved_boundary")), strict=True)
         for row, prompt, chosen, rejected, moved in columns:
-            ids = (np.asarray(values, np.uint32) for values in (prompt, chosen, rejected))
-            pair, was_cut = data.make_pair(int(row), *ids, self.truncation)
+            prompt_ids, chosen_ids, rejected_ids = (np.asarray(values, np.uint32) for values in (prompt, chosen, rejected))
+            pair, was_cut = data.make_pair(int(row), prompt_ids, chosen_ids, rejected_ids, self.truncation)
             yield pair, was_cut, bool(moved)
 
     def _windows(self, split: _Split) -> Iterator[range]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from types import FrameType
 
 import click
 import typer
 
 from dpo_cache.cli.precompute import precompute_command
+from dpo_cache.cli.signals import StoppedEarly, Terminated, terminate
 from dpo_cache.cli.train import train_command
 from dpo_cache.errors import DpoCacheError, OptionError
 
@@ -38,20 +38,16 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and leave."),  # noqa: ARG001
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and leave."),
 ) -> None:
     pass
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: unwinds like Ctrl-C, so that what is waiting is flushed."""
 
 
 def main() -> None:
     """Run the command line and exit."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # nothing animates off a terminal
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(_run())
 
 
@@ -68,6 +64,8 @@ def _run() -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except StoppedEarly as stop:
+        return stop.exit_code
     except Terminated:
         return _fail("terminated; everything published so far is kept.", 143)
     except (KeyboardInterrupt, click.Abort):
@@ -77,7 +75,3 @@ def _run() -> int:
 def _fail(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
-
-
-def _terminate(_: int, __: FrameType | None) -> None:
-    raise Terminated

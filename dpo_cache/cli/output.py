@@ -94,5 +94,3 @@ def format_seconds(seconds: float) -> str:
 
 def count(number: int) -> str:
     return f"{number:,}"
-
-

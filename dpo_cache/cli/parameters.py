@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from typing import Any, get_type_hints
 
 import typer
@@ -33,7 +33,7 @@ def command(options_class: type[Options], *, json_help: str) -> Callable[[Callab
 
 
 def _parameter(entry: Field[Any], hint: Any) -> inspect.Parameter:
-    default = entry.default if entry.default is not MISSING else list(entry.default_factory())  # type: ignore[misc]
+    default = list(entry.default_factory()) if callable(entry.default_factory) else entry.default
     is_list = isinstance(default, list)
     annotation = list[str] if is_list else hint
     flag = entry.metadata["flag"] or "--" + entry.name.replace("_", "-")

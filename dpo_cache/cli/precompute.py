@@ -45,7 +45,9 @@ def _print_report(report: PrecomputeReport) -> None:
     rows += [(f"  {reason}", count(number)) for reason, number in report.dropped.most_common()]
     rows += [("rows truncated", count(report.rows_truncated))]
     if report.rows_moved_boundary:
-        rows += [("rows whose answer starts earlier", f"{count(report.rows_moved_boundary)} (the prompt's last token merges with the answer's first)")]
+        rows += [
+            ("rows whose answer starts earlier", f"{count(report.rows_moved_boundary)} (the prompt's last token merges with the answer's first)")
+        ]
     rows += [
         ("completions", count(report.completions)),
         ("  distinct", count(report.distinct_completions)),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from dataclasses import asdict
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dpo_cache.cli.output import ProgressLine, count, format_bytes, format_seconds, print_json, print_table, time_left
 from dpo_cache.cli.parameters import command
+from dpo_cache.cli.signals import StoppedEarly, StopRequest
 from dpo_cache.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
     """
     from dpo_cache.training.loop import train
 
-    with ProgressLine("training") as line, _StopRequest(line) as request:
+    with ProgressLine("training") as line, StopRequest(line.remark) as request:
 
         def show(metrics: dict[str, Any]) -> None:
             step, total = metrics["step"], metrics["total_steps"]
@@ -35,35 +34,13 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
                 line.update(step, total, f"{detail}  {time_left(started, step / total)} left")
 
         started = time.monotonic()
-        report = train(**asdict(options), on_metrics=show, say=line.remark, should_stop=lambda: request.asked)
+        report = train(**asdict(options), on_metrics=show, say=line.remark, should_stop=lambda: request.is_asked)
     if as_json:
         print_json(asdict(report))
     else:
         _print_report(report)
-    if request.asked and not report.finished:
-        raise KeyboardInterrupt
-
-
-class _StopRequest:
-    """While open, the first Ctrl-C or SIGTERM asks the run to stop after its step; the second stops at once."""
-
-    def __init__(self, line: ProgressLine):
-        self.asked = False
-        self._line = line
-
-    def __enter__(self) -> _StopRequest:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, _: int, __: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        self._line.remark("stopping after this step, then saving (again: stop at once, losing what is not saved)")
+    if request.exit_code is not None and not report.finished:
+        raise StoppedEarly(request.exit_code)
 
 
 def _describe(metrics: dict[str, Any], prefix: str = "") -> str:

@@ -3,10 +3,9 @@
 from dpo_cache.data.formats import check_rows, detect_format
 from dpo_cache.data.read import dataset_name, read_dataset
 from dpo_cache.data.tokenize import load_tokenizer, tokenize_rows, tokenizer_digest
-from dpo_cache.data.truncate import TRUNCATIONS, Dropped, Truncation, make_pair
+from dpo_cache.data.truncate import Dropped, Truncation, make_pair
 
 __all__ = [
-    "TRUNCATIONS",
     "Dropped",
     "Truncation",
     "check_rows",

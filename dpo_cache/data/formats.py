@@ -60,7 +60,9 @@ def detect_format(columns: Sequence[str], first_row: dict[str, Any]) -> str:
             return "implicit"
         answers = (first_row["prompt"], first_row["chosen"], first_row["rejected"])
         return "text" if all(isinstance(value, str) for value in answers) else "conversation"
-    raise DataError(f"not preference data: found the columns {', '.join(columns) or '(none)'}; accepted are\n{ACCEPTED}\nRename the columns and run again.")
+    raise DataError(
+        f"not preference data: found the columns {', '.join(columns) or '(none)'}; accepted are\n{ACCEPTED}\nRename the columns and run again."
+    )
 
 
 def parse_row(row: dict[str, Any], data_format: str) -> Example | RowProblem:

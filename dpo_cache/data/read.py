@@ -54,9 +54,13 @@ def _load(location: str) -> DatasetDict:
         return load_dataset(str(path) if path.is_dir() else location)
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        raise DataError(f"{location}: not readable ({_first_line(cause)}).\nOne JSON object a line, or a list of objects, is expected in JSON.") from error
+        raise DataError(
+            f"{location}: not readable ({_first_line(cause)}).\nOne JSON object a line, or a list of objects, is expected in JSON."
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{location}: cannot be opened ({_first_line(error)}).\nGive a local file or folder, or the id of a data set on the Hub.") from error
+        raise DataError(
+            f"{location}: cannot be opened ({_first_line(error)}).\nGive a local file or folder, or the id of a data set on the Hub."
+        ) from error
 
 
 def _default_split(location: str, found: list[str]) -> list[str]:

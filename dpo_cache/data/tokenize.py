@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpo_cache.data.formats import Content, Example, parse_row
+from dpo_cache.data.formats import Example, parse_row
 from dpo_cache.errors import DataError, ModelError
 
 IDS_VERSION = 1  # raised when the same text would get other ids from us
@@ -80,10 +80,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, data_format: str, first
 
 
 def _tokenize_examples(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
-    if isinstance(examples[0].prompt, str):
-        texts = _plain_texts(examples, tokenizer.eos_token)
-    else:
-        texts = _rendered_texts(examples, tokenizer)
+    texts = _plain_texts(examples, tokenizer.eos_token) if isinstance(examples[0].prompt, str) else _rendered_texts(examples, tokenizer)
     ids = tokenizer(texts, add_special_tokens=isinstance(examples[0].prompt, str), return_attention_mask=False)["input_ids"]
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS[1:]}
     for prompt, with_chosen, with_rejected in zip(ids[0::3], ids[1::3], ids[2::3], strict=True):
@@ -108,7 +105,7 @@ def _plain_texts(examples: list[Example], eos: str) -> list[str]:
 def _rendered_texts(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Three texts an example, through the chat template."""
 
-    def render(conversations: list[Content], **options: Any) -> list[str]:
+    def render(conversations: Any, **options: Any) -> Any:
         return tokenizer.apply_chat_template(conversations, tokenize=False, **options)
 
     try:

@@ -1,10 +1,10 @@
 """Token ids of a row -> a pair within `max_length`, or the reason why it is dropped.
 
-    keep-start    each sequence keeps its first max_length tokens
-    keep-end      each sequence keeps its last max_length tokens, so the two prompts may differ
-    prompt-left   the prompt keeps its last max_prompt_length tokens where a sequence is too long, then the
-                  answers keep what is left (the original DPO repository's rule)
-    drop          a row with a sequence that is too long is dropped
+keep-start    each sequence keeps its first max_length tokens
+keep-end      each sequence keeps its last max_length tokens, so the two prompts may differ
+prompt-left   the prompt keeps its last max_prompt_length tokens where a sequence is too long, then the
+              answers keep what is left (the original DPO repository's rule)
+drop          a row with a sequence that is too long is dropped
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_cache.errors import OptionError
 from dpo_cache.types import Completion, Pair, TokenIds
-
-TRUNCATIONS = ("keep-start", "keep-end", "prompt-left", "drop")
 
 EQUAL = "chosen equals rejected"
 EQUAL_AFTER_CUT = "chosen equals rejected after truncation"
@@ -27,23 +24,11 @@ NO_ANSWER = "no answer tokens"
 
 @dataclass(frozen=True)
 class Truncation:
-    """How long sequences are cut; lengths in tokens."""
+    """How long sequences are cut; lengths in tokens, the modes as in the module's docstring."""
 
     max_length: int = 1024
     mode: str = "keep-start"
     max_prompt_length: int | None = None  # prompt-left only; half of max_length by default
-
-    def __post_init__(self) -> None:
-        if self.mode not in TRUNCATIONS:
-            raise OptionError(f"--truncation {self.mode}: expected one of {', '.join(TRUNCATIONS)}.")
-        if self.max_length < 2:
-            raise OptionError(f"--max-length {self.max_length}: a prompt token and an answer token need at least 2.")
-        if self.max_prompt_length is None:
-            return
-        if self.mode != "prompt-left":
-            raise OptionError("--max-prompt-length is used by --truncation prompt-left alone.")
-        if not 0 < self.max_prompt_length < self.max_length:
-            raise OptionError(f"--max-prompt-length {self.max_prompt_length}: expected 1 to {self.max_length - 1} (below --max-length).")
 
 
 @dataclass(frozen=True)

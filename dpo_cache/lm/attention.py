@@ -83,7 +83,7 @@ class TreePlan:
     path_atoms: list[list[int]]  # per segment: the atoms of its path, then its own
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
-    def attend(self, layer: int, query_BHLE: torch.Tensor, key_BKLE: torch.Tensor, value_BKLE: torch.Tensor, rules: Rules) -> torch.Tensor:
+    def attend(self, _: int, query_BHLE: torch.Tensor, key_BKLE: torch.Tensor, value_BKLE: torch.Tensor, rules: Rules) -> torch.Tensor:
         """Attention output [B, L, H, E]. One split of q, k and v each: its gradient is one concatenation."""
         queries = query_BHLE.split([segment.end - segment.start for segment in self.segments], dim=2)
         keys, values = key_BKLE.split(self.atom_lengths, dim=2), value_BKLE.split(self.atom_lengths, dim=2)
@@ -144,7 +144,7 @@ def forest_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001  (always None: no mask is built)
     scaling: float | None = None,
     dropout: float = 0.0,
     *,

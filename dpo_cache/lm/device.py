@@ -9,9 +9,6 @@ import torch
 
 from dpo_cache.errors import OptionError
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device; `auto` takes CUDA, then MPS, then the CPU. Raises `OptionError` where it is not there."""
@@ -32,7 +29,7 @@ def choose_dtype(name: str, device: torch.device, checkpoint_dtype: torch.dtype 
     """
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cpu" or checkpoint_dtype is None:
+    if device.type == "cpu" or checkpoint_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return torch.float32
     if checkpoint_dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return torch.float32

@@ -21,8 +21,6 @@ from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
 from dpo_cache.lm.scoring import Progress, row_logps, score_forest, score_rows
 from dpo_cache.types import Completion
 
-ATTENTIONS = ("auto", "forest", "rows")
-
 # Largest and mean gap in nats per token that rounding explains, by dtype of the forward pass.
 TOLERANCES = {torch.float32: (1e-3, 1e-4), torch.float16: (0.1, 0.01), torch.bfloat16: (0.5, 0.05)}
 
@@ -60,9 +58,7 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
     return _rows_attention(model, completions, expected, problem)
 
 
-def score_completions(
-    model: PreTrainedModel, completions: Sequence[Completion], attention: Attention, budget_tokens: int
-) -> Iterator[Progress]:
+def score_completions(model: PreTrainedModel, completions: Sequence[Completion], attention: Attention, budget_tokens: int) -> Iterator[Progress]:
     """Scores as they come, about `budget_tokens` tokens at a time."""
     if attention.name == "forest":
         return score_forest(model, completions, budget_tokens)

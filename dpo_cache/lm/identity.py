@@ -29,14 +29,19 @@ from dpo_cache.errors import ModelError
 SCORING_VERSION = 1  # raised when the same model and ids would get another stored value
 
 # Fields of a config that cannot change the log-probs of a forward pass without dropout.
+# fmt: off
 INERT_FIELDS = frozenset(
-    "_name_or_path _model_name_or_path transformers_version architectures dtype torch_dtype use_cache return_dict output_hidden_states "
-    "output_attentions initializer_range bos_token_id eos_token_id pad_token_id id2label label2id num_labels "
-    "problem_type task_specific_params finetuning_task attention_dropout attn_pdrop embd_pdrop resid_pdrop "
-    "hidden_dropout attention_dropout_prob hidden_dropout_prob dropout layerdrop chunk_size_feed_forward "
-    "tokenizer_class prefix is_encoder_decoder router_aux_loss_coef output_router_logits pretraining_tp "
-    "_attn_implementation _attn_implementation_autoset gradient_checkpointing".split()
+    {
+        "_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype",
+        "use_cache", "return_dict", "output_hidden_states", "output_attentions", "initializer_range", "bos_token_id",
+        "eos_token_id", "pad_token_id", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
+        "finetuning_task", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout",
+        "attention_dropout_prob", "hidden_dropout_prob", "dropout", "layerdrop", "chunk_size_feed_forward",
+        "tokenizer_class", "prefix", "is_encoder_decoder", "router_aux_loss_coef", "output_router_logits",
+        "pretraining_tp", "_attn_implementation", "_attn_implementation_autoset", "gradient_checkpointing",
+    }
 )
+# fmt: on
 
 
 def reference_identity(location: str, config: PreTrainedConfig, dtype: torch.dtype, *, revision: str | None = None) -> dict[str, Any]:

@@ -16,7 +16,9 @@ def load_config(location: str, *, revision: str | None = None, trust_remote_code
     try:
         return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{location}: no model can be loaded from it ({_first_line(error)}).\nGive a local folder with config.json, or a Hub id.") from error
+        raise ModelError(
+            f"{location}: no model can be loaded from it ({_first_line(error)}).\nGive a local folder with config.json, or a Hub id."
+        ) from error
 
 
 def check_causal(config: PreTrainedConfig, location: str) -> None:
@@ -48,7 +50,7 @@ def load_model(
     bars_shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             location, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -56,6 +58,7 @@ def load_model(
     finally:
         if bars_shown:
             transformers_logging.enable_progress_bar()
+    model, report = loaded
     lacking = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report["mismatched_keys"])
     if lacking:
         raise ModelError(

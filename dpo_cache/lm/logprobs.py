@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from dpo_cache.errors import ModelError
+
 Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [T, D] -> logits [T, V]
 
 LOGITS_PER_CHUNK = 2**24  # 64 MiB of fp32 logits at a time
@@ -38,7 +40,7 @@ def token_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vo
 
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
     """The part of a causal LM that ends in hidden states."""
-    return getattr(model, model.base_model_prefix)
+    return model._modules[_decoder_name(model)]  # type: ignore[return-value]
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -48,7 +50,7 @@ def head_of(model: PreTrainedModel) -> Head:
     """
     decoder = _GivenHidden()
     view = copy.copy(model)
-    view._modules = {**model._modules, model.base_model_prefix: decoder}
+    view._modules = {**model._modules, _decoder_name(model): decoder}
 
     def head(hidden_TD: torch.Tensor) -> torch.Tensor:
         decoder.hidden = hidden_TD[None]
@@ -60,6 +62,15 @@ def head_of(model: PreTrainedModel) -> Head:
     return head
 
 
+def _decoder_name(model: PreTrainedModel) -> str:
+    if model.base_model_prefix in model._modules:
+        return model.base_model_prefix
+    names = [name for name, module in model.named_children() if isinstance(module, PreTrainedModel)]
+    if len(names) != 1:
+        raise ModelError(f"{type(model).__name__} is not built as one decoder and a head; it cannot be used.\nGive a text-only causal LM.")
+    return names[0]
+
+
 class _GivenHidden(torch.nn.Module):
     hidden: torch.Tensor | None = None
 
@@ -68,7 +79,15 @@ class _GivenHidden(torch.nn.Module):
         return self
 
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+        return _HiddenOnly(last_hidden_state=self.hidden)
+
+
+class _HiddenOnly(BaseModelOutputWithPast):
+    """A decoder's output of which nothing but the hidden states is there; each family looks for other fields."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def _chunk_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,11 @@ def completion_logps(model: PreTrainedModel, completions: Sequence[Completion], 
     return shares.new_zeros(len(completions)).index_add(0, torch.from_numpy(owners).to(device), shares)
 
 
+def default_micro_tokens(device: torch.device) -> int:
+    """Tokens run at once with gradients: matrix products at full speed, activations of a few GB for a 1B model."""
+    return 1024 if device.type == "cpu" else 4096
+
+
 def checkpoint_layers(model: PreTrainedModel) -> int:
     """Recompute each decoder layer in the backward pass instead of keeping its activations; the number of layers.
 

@@ -143,7 +143,5 @@ class Cache:
 def check_name(name: str) -> str:
     """The name, if it can stand in a path of the cache; else `OptionError`."""
     if not NAME_PATTERN.fullmatch(name):
-        raise OptionError(
-            f"{name!r} cannot name a pair set: use letters, digits, '.', '_' and '-', at most 128, not starting with '.' or '-'."
-        )
+        raise OptionError(f"{name!r} cannot name a pair set: use letters, digits, '.', '_' and '-', at most 128, not starting with '.' or '-'.")
     return name

@@ -69,8 +69,8 @@ PAIR_SCHEMA = pa.schema(
 class PairSet:
     """An open pair set. Iterating streams it from disk in the order of the data set.
 
-        for pair in pair_set:
-            pair.pair.chosen.completion_ids, pair.ref_chosen.logps
+    for pair in pair_set:
+        pair.pair.chosen.completion_ids, pair.ref_chosen.logps
     """
 
     def __init__(self, folder: Folder, place: str, manifest: Document):
@@ -235,5 +235,3 @@ def _decode_pairs(table: pa.Table) -> list[ScoredPair]:
         chosen, rejected = lists["ref_chosen_token_logps"][index], lists["ref_rejected_token_logps"][index]
         pairs.append(ScoredPair(pair, Score(chosen), Score(rejected)))
     return pairs
-
-

@@ -11,6 +11,7 @@ Plain Parquet with page checksums; the file's name is the sha256 of its bytes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,5 +132,5 @@ def split_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
     rows: list[np.ndarray] = []
     for chunk in column.chunks:
         offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)
-        rows.extend(values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True))
+        rows.extend(values[start:end] for start, end in itertools.pairwise(offsets))
     return rows

@@ -44,7 +44,7 @@ def save_checkpoint(run: Path, model: PreTrainedModel, optimizer: torch.optim.Op
         for path in scratch.iterdir():
             _sync(path)
         shutil.rmtree(target, ignore_errors=True)
-        os.rename(scratch, target)
+        scratch.rename(target)
         _sync(target.parent)
     except OSError as error:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -75,9 +75,7 @@ def restore_optimizer(checkpoint: Path, model: PreTrainedModel, optimizer: torch
         if state:
             on_cpu = ("step",)  # AdamW counts steps on the CPU unless it is fused or captured
             fused = bool(optimizer.defaults.get("fused"))
-            optimizer.state[parameter] = {
-                key: value if key in on_cpu and not fused else value.to(parameter.device) for key, value in state.items()
-            }
+            optimizer.state[parameter] = {key: value if key in on_cpu and not fused else value.to(parameter.device) for key, value in state.items()}
 
 
 def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

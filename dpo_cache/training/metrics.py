@@ -18,7 +18,12 @@ class PairMetrics:
         self._num_pairs = 0
 
     def add(
-        self, losses: torch.Tensor, chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, chosen_logps: torch.Tensor, rejected_logps: torch.Tensor
+        self,
+        losses: torch.Tensor,
+        chosen_rewards: torch.Tensor,
+        rejected_rewards: torch.Tensor,
+        chosen_logps: torch.Tensor,
+        rejected_logps: torch.Tensor,
     ) -> None:
         """Add a group of pairs; all arguments have shape (group_size,)."""
         values = {

@@ -24,7 +24,8 @@ class StepZero:
 
     def check(self, policy_logps: torch.Tensor, reference_logps: torch.Tensor) -> None:
         """Note the gaps; raise `StepZeroError` where one is too large though policy and reference are one model."""
-        gaps = (policy_logps.detach() - reference_logps).abs()
+        policy_logps = policy_logps.detach()
+        gaps = (policy_logps - reference_logps).abs()
         self.num_completions += len(gaps)
         self.largest_gap = max(self.largest_gap, float(gaps.max()))
         allowed = self.absolute + self.relative * reference_logps.abs()

@@ -1,0 +1,86 @@
+"""What TRL 1.16 makes of preference rows. `parity.py` runs this with an interpreter that has TRL, not dpo-cache.
+
+    trl_side.py logps MODEL ROWS.jsonl OUT.json    {"rows", "chosen", "rejected"}: precomputed reference log-probs, in nats
+    trl_side.py train MODEL ROWS.jsonl OUT.json    {"losses", "grad_norms"}: one epoch against a live reference, an entry a step
+
+ROWS.jsonl has prompt, chosen and rejected. `rows` are the numbers (from 0) of the lines that TRL keeps, in its
+order; no number is rounded. Everything is computed in float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=("logps", "train"))
+    parser.add_argument("model", help="a local folder or a Hub id")
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--max-length", type=int, default=1024, help="longest prompt + answer, in tokens")
+    arguments = parser.parse_args()
+    run = reference_logps if arguments.mode == "logps" else train
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.out.write_text(json.dumps(run(arguments.model, read_rows(arguments.rows), arguments.max_length, folder)))
+
+
+def read_rows(path: Path) -> Dataset:
+    """The lines of a JSONL file with their numbers, in memory: TRL would reuse the log-probs of an earlier run beside a file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return Dataset.from_list([{"index": index, **json.loads(line)} for index, line in enumerate(lines)])
+
+
+def reference_logps(model: str, rows: Dataset, max_length: int, folder: str) -> dict[str, list[Any]]:
+    """Summed log-probs of every row that TRL keeps."""
+    scored = make_trainer(model, rows, max_length, folder, precompute_ref_log_probs=True).train_dataset
+    return {"rows": scored["index"][:], "chosen": scored["ref_chosen_logps"][:], "rejected": scored["ref_rejected_logps"][:]}
+
+
+def train(model: str, rows: Dataset, max_length: int, folder: str) -> dict[str, list[Any]]:
+    """Loss and gradient norm (before clipping) of each step."""
+    trainer = make_trainer(model, rows, max_length, folder)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": [step["loss"] for step in steps], "grad_norms": [step["grad_norm"] for step in steps]}
+
+
+def make_trainer(model: str, rows: Dataset, max_length: int, folder: str, **options: Any) -> DPOTrainer:
+    """A trainer that takes the rows in their order, 8 a step, without dropout, warm-up or decay."""
+    config = DPOConfig(
+        output_dir=folder,
+        model_init_kwargs={"dtype": "float32"},
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=max_length,
+        loss_type="sigmoid",
+        beta=0.1,
+        per_device_train_batch_size=8,
+        train_sampling_strategy="sequential",
+        num_train_epochs=1,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        save_strategy="no",
+        **options,
+    )
+    return DPOTrainer(model, args=config, train_dataset=rows)
+
+
+if __name__ == "__main__":
+    main()

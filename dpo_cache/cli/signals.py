@@ -1,0 +1,51 @@
+"""How a command is stopped from outside."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class Terminated(BaseException):
+    """SIGTERM: unwinds like Ctrl-C, so that what is waiting is flushed."""
+
+
+class StoppedEarly(BaseException):
+    """A run that was asked to stop has saved its state."""
+
+    def __init__(self, exit_code: int):
+        self.exit_code = exit_code
+
+
+class StopRequest:
+    """While open, the first Ctrl-C or SIGTERM is noted for the run to stop by itself; the second stops it at once."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self.exit_code: int | None = None
+
+    @property
+    def is_asked(self) -> bool:
+        return self.exit_code is not None
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._ask) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        if self.is_asked:
+            raise KeyboardInterrupt
+        self.exit_code = EXIT_CODES[signal.Signals(number)]
+        self._say("stopping after this step, then saving (again: stop at once, losing what is not saved)")
+
+
+def terminate(_: int, __: FrameType | None) -> None:
+    """The handler of SIGTERM for commands that can be cut off at any moment."""
+    raise Terminated

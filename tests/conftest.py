@@ -1,0 +1,123 @@
+"""Tiny random models and tokenizers, made in-process: nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+_SCRATCH = tempfile.mkdtemp(prefix="dpo-cache-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = str(Path(_SCRATCH, "hf"))  # before datasets is imported: it reads this once
+os.environ["XDG_CACHE_HOME"] = str(Path(_SCRATCH, "cache"))
+os.environ["TQDM_DISABLE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dpo_cache.types import Completion
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte a token, and a few special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    """A random model whose log-probs are far from uniform, so that a wrong mask shows."""
+    fields = {
+        "vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3, "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).eval()
+
+
+def make_completions(seed: int = 0, num_prompts: int = 6, vocab_size: int = 264) -> list[Completion]:
+    """Completions that share prompts, prefixes of every length, and nothing; one-token and equal ones among them."""
+    generator = np.random.default_rng(seed)
+
+    def ids(length: int) -> np.ndarray:
+        return generator.integers(0, vocab_size, length).astype(np.uint32)
+
+    system = ids(7)
+    completions = []
+    for index in range(num_prompts):
+        prompt = np.concatenate([system, ids(int(generator.integers(1, 20)))]) if index % 3 else ids(5)
+        answer = ids(int(generator.integers(1, 25)))
+        completions.append(Completion(prompt, answer))
+        completions.append(Completion(prompt, np.concatenate([answer[: index % len(answer)], ids(int(generator.integers(1, 12)))])))
+        completions.append(Completion(np.concatenate([prompt, answer]), ids(3)))  # a dialogue is the prompt of its own next turn
+    completions.append(completions[0])
+    completions.append(Completion(ids(1), ids(1)))
+    return completions
+
+
+def naive_token_logps(model: torch.nn.Module, completion: Completion, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """The definition: full log_softmax of the model's own forward, one sequence at a time; float64 by default."""
+    ids = torch.from_numpy(completion.sequence_ids.astype(np.int64))[None].to(next(model.parameters()).device)
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0].to(dtype)
+    logps = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    return logps[len(completion.prompt_ids) - 1 :]
+
+
+def chat_rows(num_rows: int = 12, seed: int = 0) -> list[dict]:
+    """Conversations in the usual columns; every third prompt occurs twice, and its answers with it."""
+    generator = np.random.default_rng(seed)
+    words = ["red", "green", "blue", "small", "large", "seven", "north", "under", "often", "never"]
+
+    def sentence(length: int) -> str:
+        return " ".join(generator.choice(words, length))
+
+    rows: list[dict] = []
+    for number in range(num_rows):
+        if number % 3 == 2:
+            before = rows[-1]
+            rows.append({**before, "rejected": [{"role": "assistant", "content": sentence(4)}]})
+            continue
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": f"{number}: {sentence(3)}?"}],
+                "chosen": [{"role": "assistant", "content": sentence(3)}],
+                "rejected": [{"role": "assistant", "content": sentence(6)}],
+            }
+        )
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved tiny model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    make_llama().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> str:
+    return write_rows(tmp_path / "pairs.jsonl", chat_rows())

@@ -1,0 +1,277 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dpo_cache
+from dpo_cache import precomputing
+from dpo_cache.errors import DataError, ModelError, OptionError, StorageError
+from dpo_cache.store import Cache, completion_key
+from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    return str(tmp_path / "cache")
+
+
+def scored(cache: str, pair_set: str = "pairs") -> list[tuple]:
+    """Everything a pair set holds, comparable."""
+    return [
+        (entry.pair.row, entry.pair.chosen.sequence_ids.tolist(), entry.pair.rejected.sequence_ids.tolist())
+        + (entry.ref_chosen.token_logps.tolist(), entry.ref_rejected.token_logps.tolist())
+        for entry in dpo_cache.open_cache(cache).pairs(pair_set)
+    ]
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(precomputing, "load_model", refuse)
+    yield
+
+
+def test_every_stored_value_is_the_models_own_log_prob(model_folder: str, data_file: str, cache: str) -> None:
+    report = dpo_cache.precompute(model_folder, data_file, cache)
+    model = make_llama()
+    pairs = list(dpo_cache.open_cache(cache).pairs("pairs"))
+    assert len(pairs) == report.pairs_kept == report.rows_read == 12
+    for entry in pairs:
+        for completion, score in ((entry.pair.chosen, entry.ref_chosen), (entry.pair.rejected, entry.ref_rejected)):
+            expected = naive_token_logps(model, completion)
+            assert np.abs(score.token_logps - expected.numpy()).max() < 3e-5
+            assert abs(score.logps - float(expected.sum())) < 1e-6 * abs(float(expected.sum())) + 1e-4
+
+
+def test_rows_and_forest_store_the_same(model_folder: str, data_file: str, tmp_path: Path) -> None:
+    for attention in ("forest", "rows"):
+        assert dpo_cache.precompute(model_folder, data_file, str(tmp_path / attention), attention=attention).attention == attention
+    for one, other in zip(scored(str(tmp_path / "forest")), scored(str(tmp_path / "rows")), strict=True):
+        assert one[:3] == other[:3]
+        assert np.allclose(one[3], other[3], atol=3e-5) and np.allclose(one[4], other[4], atol=3e-5)
+
+
+def test_a_second_run_loads_no_model_and_writes_nothing(model_folder: str, data_file: str, cache: str, no_model: None, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(precomputing, "load_model", __import__("dpo_cache.lm.load", fromlist=["load_model"]).load_model)
+        first = dpo_cache.precompute(model_folder, data_file, cache)
+    files = {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*")}
+    second = dpo_cache.precompute(model_folder, data_file, cache)
+    assert (second.scored_now, second.already_cached, second.attention, second.bytes_written) == (0, first.distinct_completions, None, 0)
+    assert {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*")} == files
+
+
+def test_other_order_pairing_split_and_name_score_nothing_again(model_folder: str, tmp_path: Path, cache: str) -> None:
+    rows = chat_rows()
+    dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", rows), cache)
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in reversed(rows)][3:]
+    report = dpo_cache.precompute(model_folder, write_rows(tmp_path / "other.jsonl", swapped), cache, name="again")
+    assert report.scored_now == 0 and report.attention is None and report.pairs_kept == len(swapped)
+    new = [*rows, {**rows[0], "chosen": [{"role": "assistant", "content": "new"}]}]
+    assert dpo_cache.precompute(model_folder, write_rows(tmp_path / "more.jsonl", new), cache).scored_now == 1
+
+
+def test_completions_that_occur_twice_are_scored_once(model_folder: str, data_file: str, cache: str) -> None:
+    report = dpo_cache.precompute(model_folder, data_file, cache)
+    assert report.completions == 24
+    assert report.scored_now == report.distinct_completions == 20
+    assert report.model_tokens < report.data_tokens
+
+
+def test_another_dtype_or_other_weights_are_another_reference(model_folder: str, data_file: str, cache: str, tmp_path: Path) -> None:
+    other = tmp_path / "other-model"
+    make_llama(seed=1).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    reports = [
+        dpo_cache.precompute(model_folder, data_file, cache, name="one"),
+        dpo_cache.precompute(str(other), data_file, cache, name="two"),
+        dpo_cache.precompute(model_folder, data_file, cache, name="three", dtype="bfloat16", limit=2),
+    ]
+    assert len({report.reference for report in reports}) == 3
+    assert all(report.scored_now > 0 for report in reports)
+
+
+def test_the_same_weights_under_another_name_and_sharding_are_one_reference(model_folder: str, data_file: str, cache: str, tmp_path: Path, no_model: None, monkeypatch) -> None:  # noqa: E501
+    with monkeypatch.context() as patch:
+        patch.setattr(precomputing, "load_model", __import__("dpo_cache.lm.load", fromlist=["load_model"]).load_model)
+        dpo_cache.precompute(model_folder, data_file, cache)
+    renamed = tmp_path / "renamed"
+    make_llama().save_pretrained(renamed, max_shard_size="20KB")
+    make_tokenizer().save_pretrained(renamed)
+    assert len(list(renamed.glob("*.safetensors"))) > 1
+    assert dpo_cache.precompute(str(renamed), data_file, cache, name="renamed").scored_now == 0
+
+
+def test_a_pair_set_of_another_make_is_replaced_and_that_is_said(model_folder: str, data_file: str, cache: str) -> None:
+    remarks: list[str] = []
+    dpo_cache.precompute(model_folder, data_file, cache)
+    dpo_cache.precompute(model_folder, data_file, cache, limit=5, say=remarks.append)
+    assert len(dpo_cache.open_cache(cache).pairs("pairs")) == 5
+    assert any("pair set pairs/train is replaced: it held 12 pairs" in remark for remark in remarks)
+
+
+def test_dropped_rows_are_counted_by_reason(model_folder: str, tmp_path: Path, cache: str) -> None:
+    rows = chat_rows(6)
+    rows[1]["rejected"] = rows[1]["chosen"]
+    rows[3]["prompt"][0]["content"] = "long " * 40
+    report = dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", rows), cache, max_length=128)
+    assert dict(report.dropped) == {"chosen equals rejected": 1, "prompt leaves no room for an answer within --max-length": 1}
+    assert report.pairs_kept == 4
+    assert dpo_cache.open_cache(cache).pairs("pairs").manifest["source"]["rows_dropped"] == dict(report.dropped)
+
+
+def test_the_global_random_state_is_left_alone(model_folder: str, data_file: str, cache: str) -> None:
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    dpo_cache.precompute(model_folder, data_file, cache)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+def test_windows_change_nothing(model_folder: str, data_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = dpo_cache.precompute(model_folder, data_file, str(tmp_path / "whole"))
+    monkeypatch.setattr(precomputing, "WINDOW_ROWS", 5)
+    windowed = dpo_cache.precompute(model_folder, data_file, str(tmp_path / "windowed"))
+    assert (windowed.scored_now, windowed.distinct_completions) == (whole.scored_now, whole.distinct_completions)
+    for one, other in zip(scored(str(tmp_path / "whole")), scored(str(tmp_path / "windowed")), strict=True):
+        assert one[:3] == other[:3] and np.allclose(one[3], other[3], atol=3e-5)
+
+
+def test_ctrl_c_keeps_what_is_scored(model_folder: str, data_file: str, cache: str) -> None:
+    def interrupt(progress: precomputing.ScoringProgress) -> None:
+        if progress.num_completions >= 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dpo_cache.precompute(model_folder, data_file, cache, budget_tokens="16", on_progress=interrupt)
+    opened = Cache(cache)
+    kept = len(opened.scores(opened.references()[0]))
+    assert kept >= 5 and opened.pair_sets() == []
+    assert dpo_cache.precompute(model_folder, data_file, cache).already_cached == kept
+
+
+KILLED = """
+import os, signal, sys, threading
+import dpo_cache.precomputing as precomputing
+from dpo_cache.store import files
+precomputing.FLUSH_S = 0.0
+moment = int(sys.argv[4])
+steps = 0
+def step(*_):
+    global steps
+    steps += 1
+    if steps == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+for name in ("replace", "fsync"):
+    def watched(*arguments, original=getattr(os, name)):
+        step()
+        result = original(*arguments)
+        step()
+        return result
+    setattr(os, name, watched)
+precomputing.precompute(*sys.argv[1:4], budget_tokens="24", on_progress=step)
+"""
+
+
+def test_killed_at_ten_moments_and_run_again_it_ends_with_the_same_rows(model_folder: str, data_file: str, tmp_path: Path) -> None:
+    """Each run is killed a little later than the one before, at a step of the scoring or of the file system."""
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    dpo_cache.precompute(model_folder, data_file, whole, budget_tokens="24")
+    lost = 0
+    for moment in (1, 2, 4, 6, 8, 11, 15, 20, 27, 36):
+        arguments = [sys.executable, "-c", KILLED, model_folder, data_file, cut, str(moment)]
+        lost += subprocess.run(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True).returncode == -signal.SIGKILL
+    assert lost == 10
+    report = dpo_cache.precompute(model_folder, data_file, cut, budget_tokens="24")
+    assert report.already_cached > 0
+    for one, other in zip(scored(whole), scored(cut), strict=True):
+        assert one[:3] == other[:3]
+        assert np.allclose(one[3], other[3], atol=3e-5) and np.allclose(one[4], other[4], atol=3e-5)
+
+
+def test_sigterm_flushes_and_exits_143(model_folder: str, tmp_path: Path, cache: str) -> None:
+    data = write_rows(tmp_path / "pairs.jsonl", chat_rows(3000))
+    command = [sys.executable, "-m", "dpo_cache", "precompute", "--model", model_folder, "--dataset", data, "--cache", cache, "--budget-tokens", "8"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(Path(cache).rglob("reference.json")):
+        time.sleep(0.05)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "terminated; everything published so far is kept." in errors
+    opened = Cache(cache)
+    assert len(opened.scores(opened.references()[0])) > 0
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(data_file: str, tmp_path: Path, cache: str) -> None:
+    folder = tmp_path / "small-vocabulary"
+    make_llama(vocab_size=100).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    with pytest.raises(ModelError, match="has 100 embeddings"):
+        dpo_cache.precompute(str(folder), data_file, cache)
+    assert not list(Path(cache).rglob("*.parquet"))
+
+
+def test_sequences_beyond_the_models_positions_are_refused(model_folder: str, tmp_path: Path, cache: str) -> None:
+    rows = chat_rows(2)
+    rows[0]["chosen"][0]["content"] = "very " * 80
+    with pytest.raises(ModelError, match="made for 256 at most.\nRun with --max-length 256"):
+        dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", rows), cache)
+
+
+def test_a_checkpoint_without_its_head_is_refused(model_folder: str, data_file: str, tmp_path: Path, cache: str) -> None:
+    folder = tmp_path / "headless"
+    model = make_llama()
+    state = {name: value for name, value in model.state_dict().items() if "lm_head" not in name}
+    model.save_pretrained(folder, state_dict=state)
+    make_tokenizer().save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"1 weights are not in the checkpoint or have another shape, first lm_head.weight"):
+        dpo_cache.precompute(str(folder), data_file, cache)
+
+
+def test_a_full_disk_is_found_before_scoring(model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_cache.store.files.LocalFolder.free_bytes", lambda self: 100)
+    with pytest.raises(StorageError, match="are needed, 0.0 GB are free"):
+        dpo_cache.precompute(model_folder, data_file, cache)
+    assert not Path(cache).exists()
+
+
+def test_wrong_rows_leave_nothing_behind(model_folder: str, tmp_path: Path, cache: str) -> None:
+    rows = chat_rows(4)
+    rows[0]["chosen"][0]["content"] = " "
+    with pytest.raises(DataError, match="1 row cannot be used"):
+        dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", rows), cache)
+    assert not Path(cache).exists()
+
+
+def test_a_data_set_of_which_nothing_is_left_is_an_error(model_folder: str, data_file: str, cache: str) -> None:
+    with pytest.raises(DataError, match=r"no row of split train makes a pair: longer than --max-length \(12\)"):
+        dpo_cache.precompute(model_folder, data_file, cache, max_length=4, truncation="drop")
+
+
+@pytest.mark.parametrize("options", [{"limit": 0}, {"max_length": 1}, {"budget_tokens": "many"}, {"truncation": "middle"}, {"dtype": "int8"}])
+def test_options_without_sense_are_refused(options: dict, model_folder: str, data_file: str, cache: str) -> None:
+    with pytest.raises(OptionError):
+        dpo_cache.precompute(model_folder, data_file, cache, **options)
+
+
+def test_keys_in_the_pair_set_are_those_of_its_completions(model_folder: str, data_file: str, cache: str) -> None:
+    import pyarrow.parquet as pq
+
+    dpo_cache.precompute(model_folder, data_file, cache)
+    (part,) = Path(cache, "pairs/pairs/train").glob("*.parquet")
+    table = pq.read_table(part)
+    for entry, key in zip(dpo_cache.open_cache(cache).pairs("pairs"), table.column("chosen_key").to_pylist(), strict=True):
+        assert key == completion_key(entry.pair.chosen)
+    assert json.loads(Path(cache, "format.json").read_text()) == {"format": "dpo-cache", "version": 1}

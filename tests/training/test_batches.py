@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_cache.lm.forest import count_forest_tokens
+from dpo_cache.store import PairSet, open_cache
+from dpo_cache.store import pairs as pairs_module
+from dpo_cache.training import batches
+from dpo_cache.training.batches import completions_of, held_out, split_step, stream_pairs
+from dpo_cache.training.schedule import learning_rate
+from dpo_cache.types import Completion, Pair, Score, ScoredPair
+
+
+def make_pairs(num_pairs: int, seed: int = 0) -> list[ScoredPair]:
+    generator = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> np.ndarray:
+        return generator.integers(0, 50, int(generator.integers(low, high))).astype(np.uint32)
+
+    prompts = [ids(2, 9) for _ in range(max(1, num_pairs // 3))]
+    pairs = []
+    for row in range(num_pairs):
+        prompt = prompts[row % len(prompts)]
+        sides = Completion(prompt, ids(1, 9)), Completion(prompt, ids(1, 9))
+        pairs.append(ScoredPair(Pair(row, *sides), *(Score(np.zeros(side.num_tokens, np.float32)) for side in sides)))
+    return pairs
+
+
+@pytest.fixture
+def pair_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PairSet:
+    monkeypatch.setattr(pairs_module, "ROW_GROUP_PAIRS", 5)
+    monkeypatch.setattr(pairs_module, "PART_PAIRS", 15)
+    monkeypatch.setattr(batches, "SHUFFLE_BLOCKS", 3)
+    cache = open_cache(tmp_path, create=True)
+    writer = cache.write_pairs("p", "train")
+    writer.add(make_pairs(47))
+    writer.finish({"name": "p", "split": "train", "reference": "0" * 64})
+    return cache.pairs("p")
+
+
+def rows(pair_set: PairSet, selected: np.ndarray | None = None, **options: object) -> list[int]:
+    chosen = np.ones(47, bool) if selected is None else selected
+    return [scored.pair.row for scored in stream_pairs(pair_set, chosen, **{"shuffle": True, "seed": 0, "epoch": 0, **options})]
+
+
+def test_an_epoch_has_every_pair_once(pair_set: PairSet) -> None:
+    assert sorted(rows(pair_set)) == list(range(47))
+    assert rows(pair_set, shuffle=False) == list(range(47))
+
+
+def test_order_depends_on_seed_and_epoch_alone(pair_set: PairSet) -> None:
+    np.random.seed(5)
+    first = rows(pair_set)
+    np.random.seed(6)
+    assert rows(pair_set) == first
+    assert rows(pair_set, seed=1) != first
+    assert rows(pair_set, epoch=1) != first
+    assert first != sorted(first)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 14, 15, 16, 31, 46, 47])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_skipping_is_the_same_as_reading_and_throwing_away(pair_set: PairSet, skip: int, shuffle: bool) -> None:
+    assert rows(pair_set, shuffle=shuffle, skip=skip) == rows(pair_set, shuffle=shuffle)[skip:]
+
+
+def test_only_selected_pairs_are_read(pair_set: PairSet) -> None:
+    selected = np.arange(47) % 4 == 1
+    assert sorted(rows(pair_set, selected)) == np.flatnonzero(selected).tolist()
+
+
+def test_pairs_of_one_prompt_are_held_out_together(pair_set: PairSet) -> None:
+    held = held_out(pair_set, 0.4, seed=3)
+    by_prompt: dict[bytes, set[bool]] = {}
+    for scored, is_held in zip(pair_set, held, strict=True):
+        by_prompt.setdefault(scored.pair.chosen.prompt_ids.tobytes(), set()).add(bool(is_held))
+    assert all(len(sides) == 1 for sides in by_prompt.values())
+    assert 0 < held.sum() < 47
+    assert (held_out(pair_set, 0.4, seed=4) != held).any()
+
+
+@pytest.mark.parametrize("budget", [1, 30, 60, 10_000])
+def test_a_step_is_split_within_its_budget_and_whole(budget: int) -> None:
+    pairs = make_pairs(20)
+    groups = split_step(pairs, budget)
+    assert sorted(scored.pair.row for group in groups for scored in group) == list(range(20))
+    assert all(len(group) == 1 or count_forest_tokens(completions_of(group)) <= budget for group in groups)
+    assert len(groups) == {1: 20, 10_000: 1}.get(budget, len(groups))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 1.0])
+def test_rates_are_those_of_transformers(schedule: str, warmup_ratio: float) -> None:
+    import math
+
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=math.ceil(17 * warmup_ratio), num_training_steps=17)
+    for step in range(17):
+        found = learning_rate(step, 17, peak=2e-5, schedule=schedule, warmup_ratio=warmup_ratio)
+        assert found == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
