@@ -1,4 +1,3 @@
-# ruff: noqa: T201
 """Whether dpo-cache computes what TRL 1.16 computes: reference log-probs and, with --train, losses and gradient norms.
 
 Both sides read one JSONL file, made from the first rows of a data set, in float32 on the CPU:

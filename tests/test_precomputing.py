@@ -27,8 +27,13 @@ def cache(tmp_path: Path) -> str:
 def scored(cache: str, pair_set: str = "pairs") -> list[tuple]:
     """Everything a pair set holds, comparable."""
     return [
-        (entry.pair.row, entry.pair.chosen.sequence_ids.tolist(), entry.pair.rejected.sequence_ids.tolist())
-        + (entry.ref_chosen.token_logps.tolist(), entry.ref_rejected.token_logps.tolist())
+        (
+            entry.pair.row,
+            entry.pair.chosen.sequence_ids.tolist(),
+            entry.pair.rejected.sequence_ids.tolist(),
+            entry.ref_chosen.token_logps.tolist(),
+            entry.ref_rejected.token_logps.tolist(),
+        )
         for entry in dpo_cache.open_cache(cache).pairs(pair_set)
     ]
 
@@ -102,7 +107,9 @@ def test_another_dtype_or_other_weights_are_another_reference(model_folder: str,
     assert all(report.scored_now > 0 for report in reports)
 
 
-def test_the_same_weights_under_another_name_and_sharding_are_one_reference(model_folder: str, data_file: str, cache: str, tmp_path: Path, no_model: None, monkeypatch) -> None:  # noqa: E501
+def test_the_same_weights_under_another_name_and_sharding_are_one_reference(
+    model_folder: str, data_file: str, cache: str, tmp_path: Path, no_model: None, monkeypatch
+) -> None:  # noqa: E501
     with monkeypatch.context() as patch:
         patch.setattr(precomputing, "load_model", __import__("dpo_cache.lm.load", fromlist=["load_model"]).load_model)
         dpo_cache.precompute(model_folder, data_file, cache)

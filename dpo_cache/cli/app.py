@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import NoReturn
 
-import click
 import typer
 
 from dpo_cache.cli.precompute import precompute_command
-from dpo_cache.cli.signals import StoppedEarly, Terminated, terminate
+from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, terminate
 from dpo_cache.cli.train import train_command
 from dpo_cache.errors import DpoCacheError, OptionError
 
@@ -48,30 +48,20 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # nothing animates off a terminal
     signal.signal(signal.SIGTERM, terminate)
-    sys.exit(_run())
-
-
-def _run() -> int:
     try:
-        return app(standalone_mode=False) or 0
+        app()
     except OptionError as error:
-        return _fail(str(error), 2)
+        _fail(str(error), 2)
     except DpoCacheError as error:
-        return _fail(str(error), 1)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return 2
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except StoppedEarly as stop:
-        return stop.exit_code
+        _fail(str(error), 1)
     except Terminated:
-        return _fail("terminated; everything published so far is kept.", 143)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; everything published so far is kept.", 130)
+        _fail("terminated; everything published so far is kept.", 143)
+    except Interrupted:
+        _fail("interrupted; everything published so far is kept.", 130)
+    except StoppedEarly as stop:
+        sys.exit(stop.exit_code)
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    return code
+    sys.exit(code)

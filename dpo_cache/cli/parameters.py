@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 import typer
 
+from dpo_cache.cli.signals import Interrupted
 from dpo_cache.options import Options
 
 
@@ -19,7 +20,11 @@ def command(options_class: type[Options], *, json_help: str) -> Callable[[Callab
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         def invoke(**values: Any) -> None:
             as_json = values.pop("as_json")
-            run(options_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}), as_json)
+            options = options_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+            try:
+                run(options, as_json)
+            except KeyboardInterrupt as interrupt:
+                raise Interrupted from interrupt
 
         parameters = [_parameter(entry, hints[entry.name]) for entry in fields(options_class)]  # type: ignore[arg-type]
         json_option = typer.Option(False, "--json", help=json_help)

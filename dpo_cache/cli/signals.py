@@ -9,6 +9,10 @@ from types import FrameType
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
+class Interrupted(BaseException):
+    """Ctrl-C, out of reach of the command-line library, which would exit with 1."""
+
+
 class Terminated(BaseException):
     """SIGTERM: unwinds like Ctrl-C, so that what is waiting is flushed."""
 

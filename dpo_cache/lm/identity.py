@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from dpo_cache.errors import ModelError
@@ -34,7 +33,7 @@ INERT_FIELDS = frozenset(
     {
         "_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype",
         "use_cache", "return_dict", "output_hidden_states", "output_attentions", "initializer_range", "bos_token_id",
-        "eos_token_id", "pad_token_id", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
+        "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
         "finetuning_task", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout",
         "attention_dropout_prob", "hidden_dropout_prob", "dropout", "layerdrop", "chunk_size_feed_forward",
         "tokenizer_class", "prefix", "is_encoder_decoder", "router_aux_loss_coef", "output_router_logits",
@@ -72,11 +71,22 @@ def provenance(location: str, *, revision: str | None, device: torch.device, att
 
 
 def computing_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The config's fields that decide the computation, JSON-ready."""
-    fields = config.to_diff_dict()
-    fields.pop("quantization_config", None)
-    kept = {name: value for name, value in fields.items() if name not in INERT_FIELDS}
-    return json.loads(json.dumps(kept, default=str, sort_keys=True))
+    """The config's fields that decide the computation and differ from the defaults of its class, JSON-ready.
+
+    Defaults are left out so that a field which a later transformers adds does not rename every reference.
+    """
+    fields = _plain(config.to_dict())
+    try:
+        defaults = _plain(type(config)().to_dict())
+    except (TypeError, ValueError, AttributeError):  # a class that cannot be made without arguments
+        defaults = {}
+    skipped = INERT_FIELDS | {"quantization_config"}
+    kept = {name: value for name, value in fields.items() if name not in skipped and (name not in defaults or value != defaults[name])}
+    return {**kept, "model_type": config.model_type}
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(fields, default=str, sort_keys=True))
 
 
 def checkpoint_files(location: str, *, revision: str | None = None) -> list[Path]:
@@ -134,23 +144,16 @@ def _tensor_lines(path: Path) -> dict[str, str]:
 
 
 def _hash_tensors(path: Path) -> dict[str, str]:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        try:
-            (header_bytes,) = struct.unpack_from("<Q", content)
-            header = json.loads(content[8 : 8 + header_bytes])
-        except (struct.error, ValueError) as error:
-            raise ModelError(f"{path}: not a safetensors file ({error}).\nDownload or save the model again.") from error
-        header.pop("__metadata__", None)
-        lines = {}
-        with memoryview(content) as view:
-            for name, entry in header.items():
-                start, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
-                if end > len(view):
-                    raise ModelError(f"{path}: cut short at {len(view)} bytes; {name} ends at {end}.\nDownload or save the model again.")
-                with view[start:end] as tensor_bytes:
-                    digest = hashlib.sha256(tensor_bytes).hexdigest()
-                lines[name] = f"{name} {entry['dtype']} {entry['shape']} {digest}"
-        return lines
+    lines = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                tensor, entry = file.get_tensor(name), file.get_slice(name)
+                digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+                lines[name] = f"{name} {entry.get_dtype()} {entry.get_shape()} {digest}"
+    except SafetensorError as error:
+        raise ModelError(f"{path}: not a whole safetensors file ({error}).\nDownload or save the model again.") from error
+    return lines
 
 
 def _memo_folder() -> Path:

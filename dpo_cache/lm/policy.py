@@ -50,7 +50,7 @@ def completion_logps(model: PreTrainedModel, completions: Sequence[Completion], 
 
 
 def default_micro_tokens(device: torch.device) -> int:
-    """Tokens run at once with gradients: matrix products at full speed, activations of a few GB for a 1B model."""
+    """Tokens run at once with gradients: enough for matrix products at full speed; their activations are what memory holds."""
     return 1024 if device.type == "cpu" else 4096
 
 

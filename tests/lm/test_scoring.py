@@ -29,15 +29,21 @@ FORESTS = {
         hf.GPT2Config(vocab_size=264, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3)
     ),
     "gpt_oss-sinks": lambda: hf.GptOssForCausalLM(
-        hf.GptOssConfig(**TINY, head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["sliding_attention", "full_attention"])
+        hf.GptOssConfig(
+            **TINY, head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["sliding_attention", "full_attention"]
+        )
     ),
     "cohere2-scaled-logits": lambda: hf.Cohere2ForCausalLM(hf.Cohere2Config(**TINY, sliding_window=8, logit_scale=0.3)),
 }
 
 ROWS = {
-    "gptj": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=264, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=256, initializer_range=0.3)),
+    "gptj": lambda: hf.GPTJForCausalLM(
+        hf.GPTJConfig(vocab_size=264, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=256, initializer_range=0.3)
+    ),
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=264, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)),
-    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)),
+    "falcon": lambda: hf.FalconForCausalLM(
+        hf.FalconConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
+    ),
 }
 
 

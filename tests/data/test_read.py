@@ -1,0 +1,180 @@
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_cache.data import check_rows, dataset_name, read_dataset
+from dpo_cache.errors import DataError
+from dpo_cache.store.cache import check_name
+from tests.data.conftest import assistant, user, write_lines
+
+ROWS = [{"prompt": f"Question {number}?", "chosen": " Yes,\nsure.", "rejected": ' "No"'} for number in range(4)]
+
+
+def write_csv(path: Path) -> None:
+    lines = ["prompt,chosen,rejected", *(f'{row["prompt"]},"{row["chosen"]}"," ""No"""' for row in ROWS)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+WRITERS = {
+    ".jsonl": lambda path: write_lines(path, ROWS),
+    ".json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    ".csv": write_csv,
+    ".parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path),
+}
+
+
+def error_of(location: object, *splits: str) -> str:
+    with pytest.raises(DataError) as caught:
+        read_dataset(str(location), splits)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_each_kind_of_file_gives_its_rows_in_order(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"pairs{suffix}"
+    WRITERS[suffix](path)
+    found = read_dataset(str(path))
+    assert list(found) == ["train"]
+    assert found["train"].to_list() == ROWS
+
+
+def test_messages_are_read_as_messages(tmp_path: Path) -> None:
+    row = {"prompt": [user("Well?"), assistant("Hm."), user("So?")], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}
+    (read,) = read_dataset(write_lines(tmp_path / "pairs.jsonl", [row]))["train"]
+    assert read == row
+
+
+def test_a_folder_gives_train_unless_another_split_is_asked_for(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data/train.jsonl", ROWS)
+    write_lines(tmp_path / "data/test.jsonl", ROWS[:1])
+    assert {name: len(rows) for name, rows in read_dataset(str(tmp_path / "data")).items()} == {"train": 4}
+    assert {name: len(rows) for name, rows in read_dataset(str(tmp_path / "data"), ["test"]).items()} == {"test": 1}
+    assert list(read_dataset(str(tmp_path / "data"), ["test", "train"])) == ["test", "train"]
+
+
+def test_a_folder_with_one_split_gives_that(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data/test.jsonl", ROWS)
+    assert list(read_dataset(str(tmp_path / "data"))) == ["test"]
+
+
+def test_several_splits_without_train_must_be_chosen_from(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data/validation.jsonl", ROWS)
+    write_lines(tmp_path / "data/test.jsonl", ROWS)
+    assert error_of(tmp_path / "data") == f"{tmp_path}/data: has the splits validation, test.\nSay which with --split (it may be repeated)."
+
+
+def test_an_unknown_split_shows_those_there_are(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data/train.jsonl", ROWS)
+    write_lines(tmp_path / "data/test.jsonl", ROWS)
+    assert error_of(tmp_path / "data", "train", "dev", "eval") == f"{tmp_path}/data: no split dev, eval.\nIt has: train, test."
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1, 1), (3, 3), (4, 4), (100, 4), (None, 4)])
+def test_a_limit_keeps_the_first_rows(tmp_path: Path, limit: int | None, expected: int) -> None:
+    rows = read_dataset(write_lines(tmp_path / "pairs.jsonl", ROWS), limit=limit)["train"]
+    assert rows.to_list() == ROWS[:expected]
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    assert len(read_dataset(write_lines(path, ROWS))["train"]) == 4
+    assert read_dataset(write_lines(path, ROWS[2:]))["train"].to_list() == ROWS[2:]
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs", "a/b/pairs"])
+def test_a_missing_file_is_told(tmp_path: Path, name: str) -> None:
+    assert error_of(tmp_path / name) == f"{tmp_path}/{name}: no such file or folder."
+
+
+@pytest.mark.parametrize("location", ["pairs.jsonl", "./pairs", "a/b/pairs", "~/no-such-folder/pairs"])
+def test_a_relative_path_that_is_missing_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert error_of(location) == f"{location}: no such file or folder."
+
+
+def test_a_hub_id_that_cannot_be_reached_is_told() -> None:
+    message = error_of("nobody/nothing-here")
+    assert message.startswith("nobody/nothing-here: cannot be opened (")
+    assert message.endswith("\nGive a local file or folder, or the id of a data set on the Hub.")
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_an_empty_file_is_told(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"pairs{suffix}"
+    path.touch()
+    assert error_of(path) == f"{path}: the file is empty."
+
+
+def test_an_empty_folder_is_told(tmp_path: Path) -> None:
+    assert error_of(tmp_path).startswith(f"{tmp_path}: cannot be opened (")
+
+
+@pytest.mark.xfail(strict=True, reason="the message is the inner one of datasets, and the advice to give a file is given for a file")
+@pytest.mark.parametrize(("name", "content"), [("pairs.csv", "prompt,chosen,rejected\n"), ("pairs.jsonl", "\n"), ("pairs.json", "[]")])
+def test_a_file_without_rows_is_told(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert error_of(tmp_path / name) == f"{tmp_path}/{name}: split train has no rows."
+
+
+@pytest.mark.parametrize("content", ['{"prompt": "a", "chosen": \n', '[{"prompt": "a"', "prompt: a"], ids=["line", "list", "yaml"])
+def test_broken_json_is_told(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(content)
+    message = error_of(path)
+    assert message.startswith(f"{path}: not readable (")
+    assert message.endswith(").\nOne JSON object a line, or a list of objects, is expected in JSON.")
+
+
+def test_a_broken_line_after_good_ones_is_told(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", ROWS)
+    Path(path).write_text(Path(path).read_text() + '{"prompt": \n')
+    assert error_of(path).startswith(f"{path}: not readable (")
+
+
+def test_a_parquet_file_that_is_none_is_told(tmp_path: Path) -> None:
+    (tmp_path / "pairs.parquet").write_text("not Parquet")
+    assert error_of(tmp_path / "pairs.parquet").startswith(f"{tmp_path}/pairs.parquet: ")
+
+
+@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="JSON that is not UTF-8 is read without complaint, and its rows raise UnicodeDecodeError")
+def test_text_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes('{"prompt": "é", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"))
+    with pytest.raises(DataError):
+        check_rows(read_dataset(str(path))["train"], "text")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("pairs.txt", ".txt"), ("pairs", "(none)"), ("pairs.jsonl.gz", ".gz")])
+def test_a_file_of_another_kind_is_told_which_are_read(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).write_text("text")
+    assert error_of(tmp_path / name) == f"{tmp_path}/{name}: files of kind {kind} are not read.\nAccepted: .jsonl, .json, .csv, .parquet."
+
+
+@pytest.mark.parametrize(
+    ("location", "name"),
+    [
+        ("org/ultra-feedback", "ultra-feedback"),
+        ("data/pairs.jsonl", "pairs"),
+        ("data/pairs.v1.2.parquet", "pairs.v1.2"),
+        ("org/pairs.v1.2", "pairs.v1.2"),
+        ("./data/", "data"),
+        ("my pairs (new).csv", "my-pairs--new-"),
+        (".hidden.json", "hidden"),
+        ("déjà.jsonl", "d-j-"),
+        ("..", "data"),
+        ("/", "data"),
+        ("x" * 200, "x" * 128),
+    ],
+)
+def test_a_data_set_is_named_after_its_last_part(location: str, name: str) -> None:
+    assert dataset_name(location) == name
+
+
+@given(st.text(max_size=20) | st.text("./-_aé ", max_size=140))
+def test_every_name_can_name_a_pair_set(location: str) -> None:
+    assert check_name(dataset_name(location))
