@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +37,11 @@ def scored(cache: str, pair_set: str = "pairs") -> list[tuple]:
     ]
 
 
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(precomputing, "load_model", refuse)
-    yield
 
 
 def test_every_stored_value_is_the_models_own_log_prob(model_folder: str, data_file: str, cache: str) -> None:
@@ -67,10 +64,9 @@ def test_rows_and_forest_store_the_same(model_folder: str, data_file: str, tmp_p
         assert np.allclose(one[3], other[3], atol=3e-5) and np.allclose(one[4], other[4], atol=3e-5)
 
 
-def test_a_second_run_loads_no_model_and_writes_nothing(model_folder: str, data_file: str, cache: str, no_model: None, monkeypatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(precomputing, "load_model", __import__("dpo_cache.lm.load", fromlist=["load_model"]).load_model)
-        first = dpo_cache.precompute(model_folder, data_file, cache)
+def test_a_second_run_loads_no_model_and_writes_nothing(model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = dpo_cache.precompute(model_folder, data_file, cache)
+    refuse_models(monkeypatch)
     files = {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*")}
     second = dpo_cache.precompute(model_folder, data_file, cache)
     assert (second.scored_now, second.already_cached, second.attention, second.bytes_written) == (0, first.distinct_completions, None, 0)
@@ -108,11 +104,10 @@ def test_another_dtype_or_other_weights_are_another_reference(model_folder: str,
 
 
 def test_the_same_weights_under_another_name_and_sharding_are_one_reference(
-    model_folder: str, data_file: str, cache: str, tmp_path: Path, no_model: None, monkeypatch
-) -> None:  # noqa: E501
-    with monkeypatch.context() as patch:
-        patch.setattr(precomputing, "load_model", __import__("dpo_cache.lm.load", fromlist=["load_model"]).load_model)
-        dpo_cache.precompute(model_folder, data_file, cache)
+    model_folder: str, data_file: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dpo_cache.precompute(model_folder, data_file, cache)
+    refuse_models(monkeypatch)
     renamed = tmp_path / "renamed"
     make_llama().save_pretrained(renamed, max_shard_size="20KB")
     make_tokenizer().save_pretrained(renamed)

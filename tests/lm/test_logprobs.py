@@ -18,6 +18,30 @@ def test_chunks_equal_one_log_softmax(num_tokens: int, monkeypatch: pytest.Monke
     assert torch.allclose(found, expected, rtol=0, atol=2e-6)
 
 
+def test_log_probs_of_a_large_vocabulary_err_no_more_than_log_softmax() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 49_152, generator=generator) * 4
+    targets = torch.randint(0, 49_152, (40,), generator=generator)
+    hidden[torch.arange(0, 40, 2), targets[::2]] += 30  # every other token is all but certain
+    exact = hidden.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    naive = hidden.log_softmax(-1).gather(1, targets[:, None])[:, 0].double()
+    error = (token_logps(hidden, lambda logits: logits, targets, 49_152).double() - exact).abs()
+    assert (error <= (naive - exact).abs() + 2e-6).all()
+    assert (error[::2] <= 1e-6 * exact[::2].abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_log_softmax(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, weights = torch.randn(9, 264, generator=generator) * 5, torch.randn(9, generator=generator)
+    targets = torch.randint(0, 264, (9,), generator=generator)
+    fast, plain = (logits.to(dtype).requires_grad_() for _ in range(2))
+    (token_logps(fast, lambda hidden: hidden, targets, 264) * weights).sum().backward()
+    (plain.float().log_softmax(-1).gather(1, targets[:, None])[:, 0] * weights).sum().backward()
+    assert fast.grad.dtype == dtype
+    assert torch.allclose(fast.grad, plain.grad, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-7)
+
+
 def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 16 * 264)
     model, rows = make_llama(), []

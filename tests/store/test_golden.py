@@ -13,7 +13,6 @@ The third completion has a prompt of its own, as `keep-end` leaves one. All valu
 the keys, the reference's id and the digest of the pairs were worked out with hashlib alone.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +106,7 @@ def test_the_manifest_of_format_1_is_read(cache: Cache) -> None:
     manifest = dict(cache.pairs("golden").manifest)
     (part,) = manifest.pop("parts")
     file = GOLDEN / "format-1/pairs/golden/train" / part["file"]
-    assert part == {"file": file.name, "rows": 2, "bytes": os.path.getsize(file)}
+    assert part == {"file": file.name, "rows": 2, "bytes": file.stat().st_size}
     assert manifest == {
         "format": "dpo-cache pairs",
         "name": "golden",

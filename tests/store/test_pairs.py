@@ -1,5 +1,6 @@
 import hashlib
 import random
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def test_flipped_bytes_of_a_part_are_found_and_the_file_is_named(cache: Cache, s
     content = part.read_bytes()
     for position in [*range(64), *range(64, len(content) - 64, 61), *range(len(content) - 64, len(content))]:
         part.write_bytes(flip(content, position))
-        with pytest.raises(CorruptShardError, match=f"^{part}: its bytes hash to .* not to its name"):
+        with pytest.raises(CorruptShardError, match=f"^{re.escape(str(part))}: its bytes hash to .* not to its name"):
             list(cache.pairs("dialogues"))
 
 
@@ -191,7 +192,7 @@ def test_damage_after_the_first_block_is_found_by_the_page_checksums(cache: Cach
     (part,) = place_of(cache).glob("*.parquet")
     column = pq.read_metadata(part).row_group(1).column(PAIR_SCHEMA.names.index("chosen_key"))
     flip_file(part, column.data_page_offset + column.total_compressed_size - 1)
-    with pytest.raises(CorruptShardError, match=rf"^{part}: row group 1 is not readable \("):
+    with pytest.raises(CorruptShardError, match=rf"^{re.escape(str(part))}: row group 1 is not readable \("):
         pair_set.read_block(1)
 
 
@@ -201,7 +202,7 @@ def test_every_flipped_byte_of_the_manifest_is_found(cache: Cache) -> None:
     content = manifest.read_bytes()
     for position in range(len(content)):
         manifest.write_bytes(flip(content, position))
-        with pytest.raises(CorruptShardError, match=f"^{manifest}: "):
+        with pytest.raises(CorruptShardError, match=f"^{re.escape(str(manifest))}: "):
             cache.pairs("dialogues")
 
 
@@ -218,11 +219,11 @@ def test_a_manifest_with_wrong_rows_in_its_parts_is_refused(cache: Cache, small_
     manifest = write(cache, make_pairs(10))
     parts = [{**part, "rows": count} for part, count in zip(manifest["parts"], rows, strict=True)]
     reseal(cache, {"parts": parts})
-    with pytest.raises(CorruptShardError, match=f"^{place_of(cache)}/[0-9a-f]*.parquet: "):
+    with pytest.raises(CorruptShardError, match=f"^{re.escape(str(place_of(cache)))}/[0-9a-f]*.parquet: "):
         list(cache.pairs("dialogues"))
 
 
-@pytest.mark.xfail(strict=True, reason="a part's row groups beyond the rows that the manifest gives it are passed over")
+@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="a part's row groups beyond the rows that the manifest gives it are passed over")
 def test_a_manifest_that_leaves_whole_row_groups_out_is_refused(cache: Cache, small_parts: None) -> None:
     manifest = write(cache, make_pairs(7))
     reseal(cache, {"num_pairs": 3, "parts": [{**manifest["parts"][0], "rows": 3}]})
@@ -236,7 +237,7 @@ def test_a_part_that_is_gone_is_a_storage_error_and_shows(cache: Cache, small_pa
     part = place_of(cache) / pair_set.manifest["parts"][1]["file"]
     part.unlink()
     assert not pair_set.is_complete()
-    with pytest.raises(StorageError, match=f"^cannot read {part}: "):
+    with pytest.raises(StorageError, match=f"^cannot read {re.escape(str(part))}: "):
         list(pair_set)
 
 
