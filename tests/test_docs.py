@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_table_of_options_is_that_of_the_code(options: type) -> None:
     for entry in fields(options):
         flag, default = flag_of(entry), entry.default
-        row = re.search(rf"^\| `{re.escape(flag)}\b[^|]*\|([^|]*)\|([^|]*)\|$", README, re.M)
+        row = re.search(rf"^\| `{re.escape(flag)}\b(?:[^|]|\\\|)*\| ([^|]*)\|([^|]*)\|$", README, re.M)
         assert row, f"{flag} is not in the README"
         if isinstance(default, (str, int, float)) and not isinstance(default, bool) and default != "":
             assert f"`{default}`" in row.group(1), f"{flag}: the README's default is not {default}"

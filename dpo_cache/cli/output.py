@@ -70,13 +70,6 @@ class ProgressLine:
         self.close()
 
 
-def time_left(started: float, share: float) -> str:
-    """Remaining time if the rest goes as what is done."""
-    if share <= 0:
-        return "?"
-    return format_seconds((time.monotonic() - started) * (1 - share) / share)
-
-
 def format_bytes(num_bytes: float) -> str:
     for unit in ("B", "kB", "MB"):
         if num_bytes < 1000:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cli.output import ProgressLine, count, format_bytes, format_seconds, print_json, print_table, time_left
+from dpo_cache.cli.output import ProgressLine, count, format_bytes, format_seconds, print_json, print_table
 from dpo_cache.cli.parameters import command
 from dpo_cache.options import PrecomputeOptions
 
@@ -25,12 +24,11 @@ def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
     with ProgressLine("scoring") as line:
 
         def show(progress: ScoringProgress) -> None:
-            share = progress.num_tokens / progress.total_tokens
             rate = progress.num_tokens / progress.elapsed_s
-            detail = f"{rate:,.0f} tokens/s  {progress.num_completions:,} completions  {time_left(started, share)} left"
+            seconds_left = (progress.total_tokens - progress.num_tokens) / rate
+            detail = f"{rate:,.0f} tokens/s  {progress.num_completions:,} completions  {format_seconds(seconds_left)} left"
             line.update(progress.num_tokens, progress.total_tokens, detail)
 
-        started = time.monotonic()
         report = precompute(**asdict(options), on_progress=show, say=line.remark)
     if as_json:
         print_json(asdict(report))

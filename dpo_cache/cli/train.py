@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dpo_cache.cli.output import ProgressLine, count, format_bytes, format_seconds, print_json, print_table, time_left
+from dpo_cache.cli.output import ProgressLine, count, format_bytes, format_seconds, print_json, print_table
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
 from dpo_cache.options import TrainOptions
@@ -31,9 +30,11 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
                 line.remark(f"eval at step {step}: {_describe(metrics, 'eval/')}")
             else:
                 detail = f"step {step}/{total}  {_describe(metrics)}  {metrics['pairs_per_s']:.2f} pairs/s"
-                line.update(step, total, f"{detail}  {time_left(started, step / total)} left")
+                step_seconds.append(metrics["num_pairs"] / metrics["pairs_per_s"])
+                left = (total - step) * sum(step_seconds) / len(step_seconds)
+                line.update(step, total, f"{detail}  {format_seconds(left)} left")
 
-        started = time.monotonic()
+        step_seconds: list[float] = []
         report = train(**asdict(options), on_metrics=show, say=line.remark, should_stop=lambda: request.is_asked)
     if as_json:
         print_json(asdict(report))
