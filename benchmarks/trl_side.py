@@ -34,8 +34,8 @@ def main() -> None:
 
 def read_rows(path: Path) -> Dataset:
     """The lines of a JSONL file with their numbers, in memory: TRL would reuse the log-probs of an earlier run beside a file."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return Dataset.from_list([{"index": index, **json.loads(line)} for index, line in enumerate(lines)])
+    with path.open(encoding="utf-8") as lines:
+        return Dataset.from_list([{"index": index, **json.loads(line)} for index, line in enumerate(lines)])
 
 
 def reference_logps(model: str, rows: Dataset, max_length: int, folder: str) -> dict[str, list[Any]]:

@@ -242,7 +242,7 @@ def test_all_unusable_rows_are_told_at_once() -> None:
     rows = [TEXT] * 12
     for number in (1, 2, 4, 5, 7, 11):
         rows[number] = {**TEXT, "rejected": " "}
-    for number in (3, 9):
+    for number in (0, 9):
         rows[number] = {**TEXT, "prompt": None}
     rows[8] = {**TEXT, "chosen": 7, "rejected": ""}
     with pytest.raises(DataError) as caught:
@@ -250,7 +250,7 @@ def test_all_unusable_rows_are_told_at_once() -> None:
     assert str(caught.value) == (
         "9 rows cannot be used (rows are counted from 0, format text):\n"
         "  `rejected` is empty: 6 rows, number 1, 2, 4, 5, 7, …\n"
-        "  `prompt` is missing, expected text: 2 rows, number 3, 9\n"
+        "  `prompt` is missing, expected text: 2 rows, number 0, 9\n"
         "  `chosen` is a int, expected text: 1 row, number 8\n"
         "Mend or remove them and run again; nothing was written."
     )

@@ -127,6 +127,15 @@ def test_tokens_that_merge_across_the_boundary_move_it_and_stay_in_the_answer() 
     assert tokenizer.convert_ids_to_tokens(kept["prompt_ids"]) == ["a", "b"]
 
 
+@pytest.mark.parametrize("merging", ["chosen", "rejected"])
+def test_either_answer_can_move_the_boundary_of_both(merging: str) -> None:
+    tokenizer = make_byte_tokenizer([("b", "c")])
+    (found,) = tokenize([{"prompt": "ab", "chosen": "x", "rejected": "x", merging: "cd"}], tokenizer)
+    assert found["moved_boundary"]
+    assert tokenizer.convert_ids_to_tokens(found["prompt_ids"]) == ["a"]
+    assert {tokenizer.decode(found["chosen_ids"]), tokenizer.decode(found["rejected_ids"])} == {f"bcd{EOS}", f"bx{EOS}"}
+
+
 def test_a_boundary_moves_in_conversations_too() -> None:
     tokenizer = make_byte_tokenizer([("b", "c")])
     tokenizer.chat_template = MERGED_TEMPLATE

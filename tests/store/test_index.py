@@ -108,6 +108,16 @@ def test_refresh_sees_the_shards_of_another_writer(folder: LocalFolder) -> None:
     assert values_of(reader.fetch([key(2)])) == expected([2])
 
 
+def test_refresh_reads_the_new_shards_alone(folder: LocalFolder) -> None:
+    index = ScoreIndex(folder, "scores")
+    index.publish(make_scores([1]))
+    (known,) = folder.names("scores")
+    ScoreIndex(folder, "scores").publish(make_scores([2]))
+    (folder.root / "scores" / known).write_bytes(b"no longer Parquet")
+    index.refresh()
+    assert values_of(index.fetch([key(2)])) == expected([2])
+
+
 def test_files_that_are_no_shards_are_passed_over(folder: LocalFolder) -> None:
     ScoreIndex(folder, "scores").publish(make_scores([1]))
     folder.publish("scores/.half.parquet", b"half")
