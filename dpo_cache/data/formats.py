@@ -14,7 +14,7 @@ Messages are `{"role": ..., "content": ...}`. Everything but `text` and implicit
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ def check_rows(rows: Iterable[dict[str, Any]], data_format: str) -> None:
     """Raise one `DataError` for all unusable rows: each reason with its count and first rows."""
     numbers: dict[str, list[int]] = {}
     counts: Counter[str] = Counter()
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_decoded(rows)):
         problem = parse_row(row, data_format)
         if isinstance(problem, RowProblem):
             counts[problem.reason] += 1
@@ -98,6 +98,13 @@ def check_rows(rows: Iterable[dict[str, Any]], data_format: str) -> None:
         + "\n".join(lines)
         + "\nMend or remove them and run again; nothing was written."
     )
+
+
+def _decoded(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise DataError(f"the data is not UTF-8 text ({error.reason}).\nConvert it to UTF-8 and run again; nothing was written.") from error
 
 
 class _BadRow(Exception):
@@ -117,15 +124,14 @@ def _parse_conversation(row: dict[str, Any]) -> Example:
 def _parse_implicit(row: dict[str, Any]) -> Example:
     if isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
         chosen_text, rejected_text = _text(row, "chosen"), _text(row, "rejected")
-        # equal dialogues leave no answer to find: any cut will do, the pair is dropped later, counted
-        cut = _shared_text(chosen_text, rejected_text) if chosen_text != rejected_text else len(chosen_text) - 1
+        cut = _shared_text(chosen_text, rejected_text)
         return Example(chosen_text[:cut], chosen_text[cut:], rejected_text[cut:])
     chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
-    if shared and shared == len(chosen) == len(rejected):
-        shared -= 1  # equal dialogues: the last turn is the answer, and the pair is dropped later, counted
+    if shared and shared == min(len(chosen), len(rejected)):
+        shared -= 1  # one dialogue ends where the other goes on, or they are equal: the last turn is the answer
     return Example(chosen[:shared], chosen[shared:], rejected[shared:])
 
 
@@ -139,7 +145,8 @@ def _parse_sharegpt(row: dict[str, Any]) -> Example:
 
 def _parse_alpaca(row: dict[str, Any]) -> Example:
     question = _text(row, "instruction")
-    if row.get("input"):
+    extra = row.get("input")
+    if extra and not (isinstance(extra, str) and not extra.strip()):
         question += "\n\n" + _text(row, "input")
     return Example(
         [{"role": "user", "content": question}],
@@ -202,10 +209,12 @@ def _answer(row: dict[str, Any], name: str, prompt: list[Message]) -> list[Messa
 
 
 def _shared_text(chosen: str, rejected: str) -> int:
-    """Length of the shared text, ending behind the last whole word (the answers keep their leading space)."""
+    """Length of the shared text, without a space at its end: the answers keep it."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
+    if shared and shared == min(len(chosen), len(rejected)):
+        return shared - 1  # one text ends where the other goes on: its last letter is the answer
     if shared and chosen[shared - 1] == " ":
         shared -= 1
     return shared

@@ -48,7 +48,7 @@ def _load(location: str) -> DatasetDict:
                 raise DataError(f"{location}: files of kind {path.suffix or '(none)'} are not read.\nAccepted: {', '.join(BUILDERS)}.")
             if not path.stat().st_size:
                 raise DataError(f"{location}: the file is empty.")
-            return load_dataset(builder, data_files=str(path))
+            return _load_file(builder, path, location)
         if not path.exists() and (path.suffix in BUILDERS or location.startswith((".", "/", "~")) or location.count("/") > 1):
             raise DataError(f"{location}: no such file or folder.")
         return load_dataset(str(path) if path.is_dir() else location)
@@ -61,6 +61,15 @@ def _load(location: str) -> DatasetDict:
         raise DataError(
             f"{location}: cannot be opened ({_first_line(error)}).\nGive a local file or folder, or the id of a data set on the Hub."
         ) from error
+
+
+def _load_file(builder: str, path: Path, location: str) -> DatasetDict:
+    try:
+        return load_dataset(builder, data_files=str(path))
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):  # the library has no type of its own for this
+            raise
+        raise DataError(f"{location}: split train has no rows.") from error
 
 
 def _default_split(location: str, found: list[str]) -> list[str]:

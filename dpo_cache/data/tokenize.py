@@ -37,8 +37,11 @@ def load_tokenizer(
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex sha256 of what decides the ids: vocabulary, rules, special tokens and template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    parts = [type(tokenizer).__name__, rules, str(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
+    rules = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(rules, dict):  # what the last call happened to set, not what the tokenizer is
+        rules.pop("padding", None), rules.pop("truncation", None)
+    splits = str(getattr(tokenizer, "split_special_tokens", False))
+    parts = [type(tokenizer).__name__, json.dumps(rules), str(tokenizer.special_tokens_map), splits, str(tokenizer.chat_template)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

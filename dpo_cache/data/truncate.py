@@ -20,6 +20,7 @@ EQUAL_AFTER_CUT = "chosen equals rejected after truncation"
 PROMPT_FILLS = "prompt leaves no room for an answer within --max-length"
 TOO_LONG = "longer than --max-length"
 NO_ANSWER = "no answer tokens"
+NO_PROMPT = "no prompt tokens to predict the answers from"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def make_pair(row: int, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds, 
     """The pair, or why there is none; and whether anything was cut off."""
     if np.array_equal(chosen, rejected):
         return Dropped(EQUAL), False
+    if not len(prompt):
+        return Dropped(NO_PROMPT), False
     if not len(chosen) or not len(rejected):
         return Dropped(NO_ANSWER), False
     is_long = len(prompt) + max(len(chosen), len(rejected)) > truncation.max_length

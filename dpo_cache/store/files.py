@@ -69,7 +69,10 @@ class LocalFolder:
             raise _storage_error("read", self.root / name, error) from error
 
     def exists(self, name: str) -> bool:
-        return (self.root / name).exists()
+        try:
+            return (self.root / name).exists()
+        except OSError as error:
+            raise _storage_error("look for", self.root / name, error) from error
 
     def names(self, folder: str) -> list[str]:
         """Names of the published files and folders directly inside, sorted; empty where there is no folder."""
@@ -116,7 +119,10 @@ class RemoteFolder:
             raise _storage_error("read", f"{self.url}/{name}", error) from error
 
     def exists(self, name: str) -> bool:
-        return self.filesystem.exists(f"{self.root}/{name}")
+        try:
+            return self.filesystem.exists(f"{self.root}/{name}")
+        except OSError as error:
+            raise _storage_error("look for", f"{self.url}/{name}", error) from error
 
     def names(self, folder: str) -> list[str]:
         """Names of the files and folders directly inside, sorted; empty where there is no folder."""

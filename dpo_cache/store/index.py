@@ -99,9 +99,12 @@ class ScoreIndex:
         place = f"{self._folder}/{self._place}/{name}"
         file = open_parquet(self._folder.open_parquet(f"{self._place}/{name}"), SHARD_SCHEMA, place)
         try:
-            return keys_of(file.read(columns=["key"]).column("key")).copy()
+            keys = keys_of(file.read(columns=["key"]).column("key")).copy()
         except (pa.ArrowException, OSError) as error:
             raise CorruptShardError(f"{place}: its keys are not readable ({error}). {REMEDY}") from error
+        if len(keys) != file.metadata.num_rows or not len(keys):
+            raise CorruptShardError(f"{place}: {file.metadata.num_rows} rows promised, {len(keys)} keys read. {REMEDY}")
+        return keys
 
     def _read_scores(self, name: str) -> list[Score]:
         place = f"{self._folder}/{self._place}/{name}"

@@ -124,7 +124,11 @@ class PairSet:
     def _open_part(self, name: str, place: str) -> Any:
         if name not in self._checked:
             check_content(self._folder.read(f"{self._place}/{name}"), name, place)
-            self._checked[name] = open_parquet(self._folder.open_parquet(f"{self._place}/{name}"), PAIR_SCHEMA, place)
+            file = open_parquet(self._folder.open_parquet(f"{self._place}/{name}"), PAIR_SCHEMA, place)
+            promised = next(part["rows"] for part in self.manifest["parts"] if part["file"] == name)
+            if file.metadata.num_rows != promised:
+                raise CorruptShardError(f"{place}: the manifest promises {promised} pairs, found {file.metadata.num_rows}. {REMEDY}")
+            self._checked[name] = file
         return self._checked[name]
 
 

@@ -62,8 +62,9 @@ def decode_shard(content: bytes, place: str) -> tuple[np.ndarray, list[Score]]:
     num_tokens = table.column("num_tokens").to_numpy()
     scores = [Score(values) for values in token_logps]
     sums = np.array([score.logps for score in scores], np.float64)
-    if (num_tokens != [len(values) for values in token_logps]).any() or not np.allclose(sums, logps, rtol=1e-9, atol=1e-9):
-        raise CorruptShardError(f"{place}: num_tokens or logps disagree with token_logps. {REMEDY}")
+    agrees = not (num_tokens != [len(values) for values in token_logps]).any() and np.allclose(sums, logps, rtol=1e-9, atol=1e-9)
+    if not agrees or not np.isfinite(logps).all() or not num_tokens.all():
+        raise CorruptShardError(f"{place}: num_tokens or logps disagree with token_logps, or are no numbers. {REMEDY}")
     return keys_of(table.column("key")), scores
 
 

@@ -146,11 +146,6 @@ def test_dialogues_as_text_are_cut_without_losing_a_letter(chosen: str, rejected
     assert not example.prompt.endswith("  ")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a dialogue that goes on where the other ends leaves an empty answer, and the whole data set is refused",
-)
 @pytest.mark.parametrize(
     ("shorter", "longer"),
     [
@@ -166,7 +161,6 @@ def test_a_dialogue_may_go_on_where_the_other_ends(shorter: Any, longer: Any) ->
     assert example.prompt + example.rejected == shorter
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="an input of spaces makes the row unusable, where an empty or missing one does not")
 def test_an_alpaca_input_of_spaces_is_as_good_as_none() -> None:
     assert parse_row({"instruction": "Well?", "input": " ", "chosen": "Yes.", "rejected": "No."}, "alpaca") == YES_OR_NO
 

@@ -114,9 +114,6 @@ def test_an_empty_folder_is_told(tmp_path: Path) -> None:
     assert error_of(tmp_path).startswith(f"{tmp_path}: cannot be opened (")
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the message is the inner one of datasets, and the advice to give a file is given for a file"
-)
 @pytest.mark.parametrize(("name", "content"), [("pairs.csv", "prompt,chosen,rejected\n"), ("pairs.jsonl", "\n"), ("pairs.json", "[]")])
 def test_a_file_without_rows_is_told(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
@@ -143,9 +140,6 @@ def test_a_parquet_file_that_is_none_is_told(tmp_path: Path) -> None:
     assert error_of(tmp_path / "pairs.parquet").startswith(f"{tmp_path}/pairs.parquet: ")
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UnicodeDecodeError, reason="JSON that is not UTF-8 is read without complaint, and its rows raise UnicodeDecodeError"
-)
 def test_text_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes('{"prompt": "é", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"))

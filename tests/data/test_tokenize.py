@@ -248,11 +248,6 @@ def test_a_limit_gives_the_first_ids(tmp_path: Path) -> None:
         assert found == [naive_row(number, row, tokenizer) for number, row in enumerate(TEXT_ROWS[:limit])]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the tokenizer's digest leaves split_special_tokens out, so stale ids are taken from the cache of datasets",
-)
 def test_special_tokens_that_are_split_give_other_ids(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", TEXT_ROWS)
     for split in (False, True):
@@ -286,11 +281,6 @@ def test_the_digest_tells_apart_whatever_decides_the_ids() -> None:
     assert len(set(digests.values())) == 5
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the digest holds the padding and truncation set last, which a tokenizer.json may come with and a call changes",
-)
 def test_the_digest_does_not_follow_padding_and_truncation() -> None:
     tokenizer = make_byte_tokenizer()
     digest = tokenizer_digest(tokenizer)

@@ -75,7 +75,6 @@ def test_a_file_is_no_cache(tmp_path: Path) -> None:
         open_cache(tmp_path / "file", create=True)
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="a path with too long a name is refused by the file system with a bare OSError")
 @pytest.mark.parametrize("create", [False, True])
 def test_a_path_with_too_long_a_name_is_an_error_of_ours(tmp_path: Path, create: bool) -> None:
     with pytest.raises(DpoCacheError):

@@ -85,14 +85,12 @@ def test_what_is_no_json_object_is_refused(content: bytes) -> None:
         parse_document(content, "there")
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="open_sealed digests what json.loads accepts beyond JSON: NaN, 1e999 and lone surrogates")
 @pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '"\\ud800"', '{"\\udfff": 1}'])
 def test_values_that_have_no_canonical_spelling_are_refused(value: str) -> None:
     with pytest.raises(CorruptShardError):
         open_sealed(f'{{"rate": {value}, "sha256": "0"}}'.encode(), "there")
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="open_sealed digests a number that a flipped bit made infinite")
 def test_a_flipped_bit_that_makes_a_number_infinite_is_refused() -> None:
     sealed = seal_document({"rate": 1e300})
     with pytest.raises(CorruptShardError):

@@ -210,7 +210,6 @@ def test_a_refusal_of_the_object_store_names_the_url(monkeypatch: pytest.MonkeyP
     )
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="LocalFolder.exists lets the OSErrors through that Path.exists does not swallow")
 def test_a_path_that_the_file_system_cannot_have_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         open_folder(tmp_path / ("x" * 300)).exists("format.json")
