@@ -63,3 +63,8 @@ class TrainingError(DpoCacheError):
 
 class StepZeroError(TrainingError):
     """The policy should start as the reference, but its log-probs differ from the cached ones."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -98,6 +98,7 @@ class TrainOptions(Options):
     pairs: str | None = option(None, "Pair set to train on, NAME or NAME/SPLIT. Default: the only one in the cache.")
     eval_pairs: str | None = option(None, "Pair set to evaluate on, NAME or NAME/SPLIT.")
     eval_fraction: float | None = option(None, "Share of the prompts to hold out for evaluation instead, above 0 and below 1.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model.", flag="--trust-remote-code")
     reference: str | None = option(None, "Id (or its first characters) of the reference that the pairs must have been scored by.")
     loss: str = option("sigmoid", "sigmoid: DPO, and cDPO with label smoothing; ipo: IPO.", choices=LOSSES)
     beta: float = option(0.1, "Strength of the pull to the reference; tau for IPO.")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
-from dpo_cache.errors import DataError
+from dpo_cache.errors import DataError, first_line
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -55,21 +55,20 @@ def _load(location: str) -> DatasetDict:
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise DataError(
-            f"{location}: not readable ({_first_line(cause)}).\nOne JSON object a line, or a list of objects, is expected in JSON."
+            f"{location}: not readable ({first_line(cause)}).\nOne JSON object a line, or a list of objects, is expected in JSON."
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"{location}: cannot be opened ({_first_line(error)}).\nGive a local file or folder, or the id of a data set on the Hub."
+            f"{location}: cannot be opened ({first_line(error)}).\nGive a local file or folder, or the id of a data set on the Hub."
         ) from error
 
 
 def _load_file(builder: str, path: Path, location: str) -> DatasetDict:
-    try:
-        return load_dataset(builder, data_files=str(path))
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):  # the library has no type of its own for this
-            raise
-        raise DataError(f"{location}: split train has no rows.") from error
+    prepared = load_dataset_builder(builder, data_files=str(path))
+    prepared.download_and_prepare()
+    if not prepared.info.splits["train"].num_examples:
+        raise DataError(f"{location}: split train has no rows.")
+    return DatasetDict(prepared.as_dataset())
 
 
 def _default_split(location: str, found: list[str]) -> list[str]:
@@ -78,7 +77,3 @@ def _default_split(location: str, found: list[str]) -> list[str]:
     if len(found) == 1:
         return found
     raise DataError(f"{location}: has the splits {', '.join(found)}.\nSay which with --split (it may be repeated).")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_cache.data.formats import Example, parse_row
-from dpo_cache.errors import DataError, ModelError
+from dpo_cache.errors import DataError, ModelError, first_line
 
 IDS_VERSION = 1  # raised when the same text would get other ids from us
 COLUMNS = ("row", "prompt_ids", "chosen_ids", "rejected_ids", "moved_boundary")
@@ -24,8 +24,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{location}: no tokenizer can be loaded from it ({reason}).\nSay where it is with --tokenizer.") from error
+        raise ModelError(f"{location}: no tokenizer can be loaded from it ({first_line(error)}).\nSay where it is with --tokenizer.") from error
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")

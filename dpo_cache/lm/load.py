@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dpo_cache.errors import ModelError
+from dpo_cache.errors import ModelError, first_line
 
 
 def load_config(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -17,7 +17,7 @@ def load_config(location: str, *, revision: str | None = None, trust_remote_code
         return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{location}: no model can be loaded from it ({_first_line(error)}).\nGive a local folder with config.json, or a Hub id."
+            f"{location}: no model can be loaded from it ({first_line(error)}).\nGive a local folder with config.json, or a Hub id."
         ) from error
 
 
@@ -54,7 +54,7 @@ def load_model(
             location, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{location}: no causal LM can be loaded from it ({_first_line(error)}).") from error
+        raise ModelError(f"{location}: no causal LM can be loaded from it ({first_line(error)}).") from error
     finally:
         if bars_shown:
             transformers_logging.enable_progress_bar()
@@ -66,7 +66,3 @@ def load_model(
             "They would be random. Give a complete checkpoint of a causal LM."
         )
     return model.to(device).eval()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

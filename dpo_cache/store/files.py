@@ -57,7 +57,7 @@ class LocalFolder:
                 os.replace(scratch, target)
             finally:
                 scratch.unlink(missing_ok=True)
-            _sync_folder(target.parent)
+            sync(target.parent)
         except OSError as error:
             raise _storage_error("write", target, error) from error
 
@@ -89,10 +89,7 @@ class LocalFolder:
 
     def free_bytes(self) -> int | None:
         """Bytes left on the disk that holds (or will hold) the folder; None where unknown."""
-        folder = self.root.absolute()
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
+        return free_bytes(self.root)
 
 
 class RemoteFolder:
@@ -148,10 +145,19 @@ class RemoteFolder:
 Folder = LocalFolder | RemoteFolder
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # a folder cannot be opened there, and its renames are journaled
+def free_bytes(folder: Path) -> int:
+    """Bytes left on the disk that holds (or will hold) the folder."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    if os.name == "nt" and path.is_dir():  # a folder cannot be opened there, and its renames are journaled
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -10,7 +10,6 @@ A checkpoint is written under a dot-name and renamed, so it is whole or absent. 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError
+from dpo_cache.store.files import sync
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,7 @@ def save_checkpoint(run: Path, model: PreTrainedModel, optimizer: torch.optim.Op
         model.save_pretrained(scratch)
         save_file(_optimizer_tensors(model, optimizer), scratch / "optimizer.safetensors")
         (scratch / "state.json").write_text(json.dumps(asdict(progress)) + "\n")
-        for path in scratch.iterdir():
-            _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-        _sync(target.parent)
+        publish_folder(scratch, target)
     except OSError as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise TrainingError(
@@ -54,6 +50,15 @@ def save_checkpoint(run: Path, model: PreTrainedModel, optimizer: torch.optim.Op
     for older in find_checkpoints(run)[:-1]:
         shutil.rmtree(older)
     return target
+
+
+def publish_folder(scratch: Path, target: Path) -> None:
+    """Give a folder that was written out its name; it is whole and on the disk when this returns."""
+    for path in scratch.iterdir():
+        sync(path)
+    shutil.rmtree(target, ignore_errors=True)
+    scratch.rename(target)
+    sync(target.parent)
 
 
 def find_checkpoints(run: Path) -> list[Path]:
@@ -84,13 +89,3 @@ def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer)
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,10 +17,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.training.checkpoint import find_checkpoints
+from dpo_cache.store.files import free_bytes
+from dpo_cache.training.checkpoint import find_checkpoints, publish_folder
 
 # What may differ between a run and its resumption: it changes speed, memory or what is reported, not the result.
-FREE_TO_CHANGE = {"resume", "cache", "output", "device", "micro_tokens", "gradient_checkpointing", "eval_every", "save_every"}
+FREE_TO_CHANGE = {"resume", "trust_remote_code", "cache", "output", "device", "micro_tokens", "gradient_checkpointing", "eval_every", "save_every"}
 FIXED_RESOLVED = ("reference", "pairs_digest", "num_pairs", "total_steps", "precision")
 
 
@@ -69,10 +70,7 @@ def check_disk(folder: Path, model: PreTrainedModel, *, saves_checkpoints: bool)
     """Raise `TrainingError` before a training whose result could not be written."""
     model_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     needed = model_bytes * (7 if saves_checkpoints else 1)  # weights and two moments, of two checkpoints for a moment
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if needed > free:
         raise TrainingError(
             f"{folder}: {needed / 1e9:.1f} GB are needed for the model and its checkpoints, {free / 1e9:.1f} GB are free.\n"
@@ -87,7 +85,7 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         shutil.rmtree(scratch, ignore_errors=True)
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        scratch.rename(target)
+        publish_folder(scratch, target)
     except OSError as error:
         raise TrainingError(f"cannot save {target}: {error.strerror or error}.\nFree some space, then go on with --resume.") from error
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

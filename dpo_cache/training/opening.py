@@ -81,8 +81,9 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
     revision = None if options.model else source.get("revision")
     if options.model is None and os.path.isabs(location) and not os.path.isdir(location):
         raise ModelError(f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with --model.")
-    tokenizer = _load_tokenizer([made_with["tokenizer"], location], made_with["chat_template"])
-    identity, config = data.reference["identity"], load_config(location, revision=revision)
+    trust = options.trust_remote_code
+    tokenizer = _load_tokenizer([made_with["tokenizer"], location], made_with["chat_template"], trust)
+    identity, config = data.reference["identity"], load_config(location, revision=revision, trust_remote_code=trust)
     same_config = computing_fields(config) == identity["config"]
     is_reference = same_config and weights_digest(checkpoint_files(location, revision=revision)) == identity["weights"]
     precision = _choose_precision(options.precision, device)
@@ -91,6 +92,7 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         device=device,
         revision=None if checkpoint else revision,
+        trust_remote_code=trust,
     )
     attention = choose_attention(model, "auto", max_length=made_with["max_length"])
     return Policy(model, location, tokenizer, attention, precision, is_reference)
@@ -106,11 +108,11 @@ def _only_pair_set(cache: Cache, eval_pairs: str | None) -> PairSet:
     raise NotInCacheError(f"{cache}: several pair sets to train on.\nSay which with --pairs: {', '.join(known)}.")
 
 
-def _load_tokenizer(locations: list[str], chat_template: str | None) -> PreTrainedTokenizerBase:
+def _load_tokenizer(locations: list[str], chat_template: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer that made the ids, with its template, to be saved beside the model."""
     for location in locations:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(location)
+            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
         except (OSError, ValueError):
             continue
         tokenizer.chat_template = chat_template
