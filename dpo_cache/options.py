@@ -6,6 +6,8 @@ arguments, and a run writes them as JSON beside its output.
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,6 +17,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "forest", "rows")
 TRUNCATIONS = ("keep-start", "keep-end", "prompt-left", "drop")
+FORMATS = ("auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "ranked")
+RANKED_PAIRS = ("all", "best")
 LOSSES = ("sigmoid", "ipo")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw",)
@@ -35,6 +39,13 @@ class Options:
     def __post_init__(self) -> None:
         for entry in fields(self):  # type: ignore[arg-type]
             value, choices = getattr(self, entry.name), entry.metadata["choices"]
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                object.__setattr__(self, entry.name, value)
+            if entry.name in ("split", "map") and isinstance(value, str):
+                object.__setattr__(self, entry.name, (value,))
+            if entry.type in ("int", "int | None") and value is not None and type(value) is not int:
+                raise OptionError(f"{flag_of(entry)} {value!r}: expected a whole number.")
             if choices and value not in choices:
                 raise OptionError(f"{flag_of(entry)} {value}: expected one of {', '.join(choices)}.")
             if entry.metadata["required"] and value in (None, ""):
@@ -64,6 +75,11 @@ class PrecomputeOptions(Options):
     name: str | None = option(None, "Name of the pair set. Default: the data's name.")
     split: tuple[str, ...] = option((), "Split of the data; may be repeated. Default: train, or the only one.")
     limit: int | None = option(None, "Read the first N rows of each split alone.")
+    streaming: bool = option(False, "Read the data as a stream, a window at a time, instead of whole.", flag="--streaming")
+    window: int = option(16384, "Pairs that are sorted, scored and joined at once: bounds the memory of everything but the model.")
+    format: str = option("auto", "Format of the data. auto: recognised from the columns.", choices=FORMATS)
+    map: tuple[str, ...] = option((), "Give a column the name a format expects, as in prompt=question; may be repeated.")
+    ranked_pairs: str = option("all", "Pairs made of ranked answers: all, or the best against each.", choices=RANKED_PAIRS)
     revision: str | None = option(None, "Branch, tag or commit of a model from the Hub.")
     tokenizer: str | None = option(None, "Tokenizer, where it is not the model's own: a folder or a Hub id.")
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
@@ -85,6 +101,8 @@ class PrecomputeOptions(Options):
                 0 < self.max_prompt_length < self.max_length,
                 f"--max-prompt-length {self.max_prompt_length}: expected 1 to {self.max_length - 1}, below --max-length.",
             )
+        self._require(self.window > 0, f"--window {self.window}: expected a positive number of pairs.")
+        renamed_columns(self.map)
         number_or_auto("--budget-tokens", self.budget_tokens)
 
 
@@ -126,6 +144,10 @@ class TrainOptions(Options):
     resume: bool = option(False, "Go on from the last saved step in the output folder.", flag="--resume")
 
     def check(self) -> None:
+        for name in ("beta", "epochs", "lr", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            self._require(math.isfinite(value), f"--{name.replace('_', '-')} {value}: expected a finite number.")
+        self._require(self.seed >= 0, f"--seed {self.seed}: expected 0 or more.")
         self._require(self.beta > 0, f"--beta {self.beta}: expected a number above 0.")
         self._require(0 <= self.label_smoothing <= 0.5, f"--label-smoothing {self.label_smoothing}: expected 0 to 0.5.")
         self._require(self.loss == "sigmoid" or not self.label_smoothing, "--label-smoothing has no meaning under --loss ipo: leave one out.")
@@ -151,3 +173,12 @@ def number_or_auto(flag: str, value: str) -> int | None:
     if not str(value).isdecimal() or int(value) < 1:
         raise OptionError(f"{flag} {value}: expected auto or a positive number.")
     return int(value)
+
+
+def renamed_columns(entries: tuple[str, ...]) -> dict[str, str]:
+    """`("prompt=question",)` as `{"prompt": "question"}`: the name expected -> the column's own. Raises `OptionError`."""
+    parts = [entry.partition("=") for entry in entries]
+    for entry, (expected, _, column) in zip(entries, parts, strict=True):
+        if not expected or not column:
+            raise OptionError(f"--map {entry}: expected NAME=COLUMN, for example prompt=question.")
+    return {expected: column for expected, _, column in parts}

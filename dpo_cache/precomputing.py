@@ -1,66 +1,81 @@
 """data -> lm -> store: score the reference's log-probs of a data set, once.
 
-read rows -> tokenize -> key -> skip what is stored -> score the rest -> publish scores -> publish pairs
+read rows -> tokenize -> key and plan -> score what is missing -> publish scores -> publish pairs
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dpo_cache import data
-from dpo_cache.errors import DataError, ModelError, StorageError
 from dpo_cache.lm.device import choose_device, choose_dtype, peak_bytes
 from dpo_cache.lm.engine import Attention, choose_attention, score_completions
 from dpo_cache.lm.identity import provenance, reference_identity
 from dpo_cache.lm.load import check_causal, load_config, load_model
 from dpo_cache.lm.scoring import default_budget
-from dpo_cache.options import PrecomputeOptions, number_or_auto
-from dpo_cache.store import Cache, ScoreIndex, completion_key, open_cache
+from dpo_cache.options import PrecomputeOptions, number_or_auto, renamed_columns
+from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_completions, pairs_of
+from dpo_cache.store import Cache, ScoreIndex, open_cache
 from dpo_cache.store.cache import check_name
-from dpo_cache.store.pairs import PairsDigest
-from dpo_cache.types import Completion, Pair, Score, ScoredPair
+from dpo_cache.store.documents import digest_json
+from dpo_cache.types import Score, ScoredPair
 
-WINDOW_ROWS = 16_384  # rows that are sorted, scored and joined at once: bounds the memory of host-side work
 FLUSH_S = 20.0  # seconds of scoring that a crash can cost
 
 Say = Callable[[str], None]
+OnSurvey = Callable[[data.Survey], None]
 OnProgress = Callable[["ScoringProgress"], None]
 
 
 @dataclass(frozen=True)
 class ScoringProgress:
-    """How far the scoring of one window is; tokens are those run through the model."""
+    """How far the scoring is. Tokens are those run through the model, pairs those that lacked a score."""
 
     pair_set: str
     num_tokens: int
-    total_tokens: int
+    total_tokens: int  # of the whole run, known beforehand; of a stream, of the windows read so far
+    total_pairs: int
     num_completions: int
-    elapsed_s: float
+    elapsed_s: float  # of scoring
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.elapsed_s
+
+    @property
+    def pairs_per_s(self) -> float:
+        """Pairs are counted by their share of the tokens: a pair's two answers may be scored far apart."""
+        return self.total_pairs * self.num_tokens / self.total_tokens / self.elapsed_s
+
+    @property
+    def seconds_left(self) -> float:
+        return (self.total_tokens - self.num_tokens) / self.tokens_per_s
 
 
 @dataclass
 class PrecomputeReport:
-    """What `precompute` did; counts are sums over the splits."""
+    """What `precompute` did; counts are sums over the splits, `surveys` tells them apart."""
 
     pair_sets: list[str] = field(default_factory=list)
     cache: str = ""
     reference: str = ""
     attention: str | None = None  # None: no model was loaded
+    budget_tokens: int | None = None  # run through the model at once
     rows_read: int = 0
     pairs_kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)  # rows by reason
     rows_truncated: int = 0
     rows_moved_boundary: int = 0
     completions: int = 0
@@ -70,23 +85,36 @@ class PrecomputeReport:
     data_tokens: int = 0  # prompt + answer of every completion kept, as an unpadded batch would run them
     model_tokens: int = 0  # actually run
     elapsed_s: float = 0.0
+    scoring_s: float = 0.0  # the part of it spent in the model
     pairs_per_s: float = 0.0
     peak_bytes: int = 0
+    loaded_bytes: int = 0  # peak when the model had just been loaded
     bytes_written: int = 0
+    surveys: list[dict[str, Any]] = field(default_factory=list)
+    start_from: str | None = None  # to be given as --model in training: the checkpoint that the reference records is gone
 
-
-@dataclass
-class _Split:
-    """One tokenized split on its way into a pair set."""
-
-    name: str
-    data_format: str
-    rows: Dataset
-    dropped: Counter[str] = field(default_factory=Counter)
+    def add(self, survey: data.Survey) -> None:
+        """Take in what one split holds."""
+        self.rows_read += survey.rows_read
+        self.pairs_kept += survey.pairs_kept
+        for reason, finding in survey.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + finding.count
+        self.rows_truncated += survey.truncated.count
+        self.rows_moved_boundary += survey.moved_boundary.count
+        self.completions += 2 * survey.pairs_kept
+        self.data_tokens += survey.data_tokens
+        self.surveys.append(survey.as_dict())
 
 
 def precompute(
-    model: str, dataset: str, cache: str, *, on_progress: OnProgress | None = None, say: Say | None = None, **options: Any
+    model: str | os.PathLike[str],
+    dataset: str | os.PathLike[str],
+    cache: str | os.PathLike[str],
+    *,
+    on_survey: OnSurvey | None = None,
+    on_progress: OnProgress | None = None,
+    say: Say | None = None,
+    **options: Any,
 ) -> PrecomputeReport:
     """Score what the cache lacks of the data set's completions and publish its pair sets.
 
@@ -95,18 +123,21 @@ def precompute(
     Scores are published as they come, at the latest every 20 seconds: a run that is killed is taken up
     where it was by running it again. The global random state is left alone.
 
-    `on_progress` is called after every chunk; `say` gets each remark (default: the package's logger).
+    `on_survey` gets what each split holds before the model is loaded (of a stream: when it has ended),
+    `on_progress` is called after every chunk, `say` gets each remark (default: the package's logger).
     Raises `DpoCacheError`; nothing that was published before is lost.
     """
-    chosen = PrecomputeOptions(model=model, dataset=dataset, cache=cache, **options)
-    return _Precompute(chosen, on_progress or (lambda _: None), say or logging.getLogger("dpo_cache").warning).run()
+    chosen = PrecomputeOptions(model=os.fspath(model), dataset=os.fspath(dataset), cache=os.fspath(cache), **options)
+    with tempfile.TemporaryDirectory(prefix="dpo-cache-") as spool:  # written to by streams alone
+        run = _Precompute(chosen, Path(spool), say or logging.getLogger("dpo_cache").warning)
+        return run.run(on_survey or (lambda _: None), on_progress or (lambda _: None))
 
 
 class _Precompute:
     """One run: its options, its reference, and the model once it is needed."""
 
-    def __init__(self, options: PrecomputeOptions, on_progress: OnProgress, say: Say):
-        self.options, self.on_progress, self.say = options, on_progress, say
+    def __init__(self, options: PrecomputeOptions, spool: Path, say: Say):
+        self.options, self.spool, self.say = options, spool, say
         self.started = time.perf_counter()
         self.name = check_name(options.name or data.dataset_name(options.dataset))
         self.truncation = data.Truncation(options.max_length, options.truncation, options.max_prompt_length)
@@ -115,116 +146,105 @@ class _Precompute:
         self.report = PrecomputeReport(cache=str(self.cache))
         self.loaded: tuple[PreTrainedModel, Attention] | None = None
 
-    def run(self) -> PrecomputeReport:
-        self.config = load_config(self.options.model, revision=self.options.revision, trust_remote_code=self.options.trust_remote_code)
-        check_causal(self.config, self.options.model)
-        splits = self._read_splits()
-        self._check_disk(splits)
-        self.dtype = choose_dtype(self.options.dtype, self.device, getattr(self.config, "dtype", None))
-        self.identity = reference_identity(self.options.model, self.config, self.dtype, revision=self.options.revision)
-        self.report.reference = self.cache.publish_reference(self.identity, self._provenance())
-        self.scores: ScoreIndex = self.cache.scores(self.report.reference)
-        for split in splits:
-            digest = self._score_split(split)
-            self._publish_pairs(split, digest)
-        self.report.elapsed_s = time.perf_counter() - self.started
-        self.report.pairs_per_s = self.report.pairs_kept / self.report.elapsed_s
-        self.report.peak_bytes = peak_bytes(self.device)
-        return self.report
-
-    # -- rows -> token ids -----------------------------------------------------------------------------
-
-    def _read_splits(self) -> list[_Split]:
-        """Every split read, checked and tokenized, before anything is scored or written."""
+    def run(self, on_survey: OnSurvey, on_progress: OnProgress) -> PrecomputeReport:
         options = self.options
-        tables = data.read_dataset(options.dataset, options.split, options.limit)
-        formats = {name: data.detect_format(table.column_names, table[0]) for name, table in tables.items()}
-        for name, table in tables.items():
+        self.config = load_config(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        check_causal(self.config, options.model)
+        splits = self._read_splits()
+        self._identify_reference()
+        if not options.streaming:  # all is tokenized, checked and planned before the first score
+            for split in splits:
+                list(self._plan(split, on_survey))
+            check_disk(self.cache, self.report.data_tokens)
+        for split in splits:
+            for window in self._plan(split, on_survey) if options.streaming else split.windows:
+                self._score(split, window, on_progress)
+            self._publish_pairs(split)
+        return self._finish_report()
+
+    # -- rows -> token ids -> what is missing ----------------------------------------------------------
+
+    def _read_splits(self) -> list[SplitPlan]:
+        """Every split opened and its format known; nothing is tokenized yet."""
+        options = self.options
+        rename = renamed_columns(options.map)
+        tables = data.read_dataset(options.dataset, options.split, options.limit, streaming=options.streaming, rename=rename)
+        splits = []
+        for name, rows in tables.items():
             check_name(name)
-            data.check_rows(table, formats[name])
+            place = f"{options.dataset}: split {name}"
+            first = data.first_row(rows, place)
+            columns = list(rows.column_names or first)
+            is_named = options.format != "auto"
+            data_format = data.check_format(options.format, columns, place) if is_named else data.detect_format(columns, first, place)
+            splits.append(SplitPlan(name, rows, data.Survey(f"{self.name}/{name}", data_format)))
         self.tokenizer = data.load_tokenizer(
             options.tokenizer or options.model,
             revision=None if options.tokenizer else options.revision,
             chat_template=options.chat_template,
             trust_remote_code=options.trust_remote_code,
         )
-        splits = [_Split(name, formats[name], data.tokenize_rows(table, formats[name], self.tokenizer)) for name, table in tables.items()]
-        self.report.rows_read = sum(len(split.rows) for split in splits)
         return splits
 
-    def _pairs(self, split: _Split, window: range) -> Iterator[tuple[Pair | data.Dropped, bool, bool]]:
-        """Per row of the window: the pair or why there is none, whether it was cut, whether its boundary moved."""
-        rows = split.rows.with_format("numpy")[window.start : window.stop]
-        columns = zip(*(rows[name] for name in ("row", "prompt_ids", "chosen_ids", "rejected_ids", "moved_boundary")), strict=True)
-        for row, prompt, chosen, rejected, moved in columns:
-            prompt_ids, chosen_ids, rejected_ids = (np.asarray(values, np.uint32) for values in (prompt, chosen, rejected))
-            pair, was_cut = data.make_pair(int(row), prompt_ids, chosen_ids, rejected_ids, self.truncation)
-            yield pair, was_cut, bool(moved)
+    def _identify_reference(self) -> None:
+        """The reference's identity, from its files alone, and what the cache has of it."""
+        options = self.options
+        self.dtype = choose_dtype(options.dtype, self.device, getattr(self.config, "dtype", None))
+        self.identity = reference_identity(options.model, self.config, self.dtype, revision=options.revision)
+        self.report.reference = digest_json(self.identity)
+        self.scores: ScoreIndex = self.cache.scores(self.report.reference)
+        self.planner = Planner(self.scores, self.truncation, self.config, options.model)
 
-    def _windows(self, split: _Split) -> Iterator[range]:
-        for start in range(0, len(split.rows), WINDOW_ROWS):
-            yield range(start, min(start + WINDOW_ROWS, len(split.rows)))
+    def _plan(self, split: SplitPlan, on_survey: OnSurvey) -> Iterator[Window]:
+        """The split's windows; when they have ended, its survey is told."""
+        options = self.options
+        tokenized: Iterator[Dataset] = data.tokenized_windows(
+            split.rows,
+            split.survey.data_format,
+            self.tokenizer,
+            ranked_pairs=options.ranked_pairs,
+            window_rows=options.window,
+            spool=self.spool / split.name,
+            place=f"{options.dataset}: split {split.name}",
+        )
+        yield from self.planner.plan(split, tokenized)
+        self.report.add(split.survey)
+        on_survey(split.survey)
 
-    # -- token ids -> scores ---------------------------------------------------------------------------
+    # -- what is missing -> scores ---------------------------------------------------------------------
 
-    def _score_split(self, split: _Split) -> str:
-        """Score what is missing, window by window. Returns the digest of the pairs."""
-        digest, report, kept = PairsDigest(), self.report, 0
-        seen: set[bytes] = set()
-        for window in self._windows(split):
-            completions: dict[bytes, Completion] = {}
-            for pair, was_cut, moved in self._pairs(split, window):
-                report.rows_truncated += was_cut
-                report.rows_moved_boundary += moved
-                if isinstance(pair, data.Dropped):
-                    split.dropped[pair.reason] += 1
-                    continue
-                keys = completion_key(pair.chosen), completion_key(pair.rejected)
-                completions.update(zip(keys, (pair.chosen, pair.rejected), strict=True))
-                digest.add(pair.row, *keys)
-                kept += 1
-                report.data_tokens += len(pair.chosen.sequence_ids) + len(pair.rejected.sequence_ids)
-            self._check_ids(completions)
-            new = {key: completion for key, completion in completions.items() if key not in seen}
-            seen.update(new)
-            self._score_missing(split, new)
-        if not kept:
-            reasons = ", ".join(f"{reason} ({count})" for reason, count in split.dropped.items())
-            raise DataError(f"{self.options.dataset}: no row of split {split.name} makes a pair: {reasons}.")
-        report.pairs_kept += kept
-        report.completions += 2 * kept
-        report.dropped.update(split.dropped)
-        return digest.hexdigest()
-
-    def _score_missing(self, split: _Split, completions: dict[bytes, Completion]) -> None:
-        keys = list(completions)
-        present = self.scores.contains(keys)
-        self.report.distinct_completions += len(keys)
-        self.report.already_cached += int(present.sum())
-        missing = [key for key, there in zip(keys, present, strict=True) if not there]
-        if not missing:
+    def _score(self, split: SplitPlan, window: Window, on_progress: OnProgress) -> None:
+        """Run the window's missing completions through the model and publish their scores as they come."""
+        if not len(window.missing_keys):
             return
         model, attention = self._load_model()
-        budget = number_or_auto("--budget-tokens", self.options.budget_tokens) or default_budget(self.device)
-        waiting: list[tuple[bytes, Score]] = []
+        completions = missing_completions(window, self.truncation)
+        keys, waiting = list(completions), []
         started = flushed = time.perf_counter()
-        num_tokens = num_scored = 0
+        scored_before = self.report.scoring_s
         try:
-            for progress in score_completions(model, [completions[key] for key in missing], attention, budget):
-                waiting.extend((missing[index], score) for index, score in progress.scores)
-                num_tokens += progress.num_tokens
-                num_scored += len(progress.scores)
+            for progress in score_completions(model, list(completions.values()), attention, self.budget):
+                waiting += [(keys[index], score) for index, score in progress.scores]
+                self.report.model_tokens += progress.num_tokens
+                self.report.scoring_s = scored_before + time.perf_counter() - started
                 if time.perf_counter() - flushed >= FLUSH_S:
                     self._flush(waiting)
                     flushed = time.perf_counter()
-                elapsed_s = time.perf_counter() - started
-                self.on_progress(ScoringProgress(f"{self.name}/{split.name}", num_tokens, progress.total_tokens, num_scored, elapsed_s))
+                on_progress(self._progress(split, window, progress.total_tokens, len(waiting)))
         finally:  # also on Ctrl-C: what is scored is kept
             self._flush(waiting)
-            self.report.model_tokens += num_tokens
+
+    def _progress(self, split: SplitPlan, window: Window, window_tokens: int, num_waiting: int) -> ScoringProgress:
+        """Rows run more tokens than were planned, for padding and no sharing: later windows are taken to run as many more."""
+        totals = self.planner.totals
+        padding = window_tokens / window.missing_tokens
+        total_tokens = round(totals.missing_tokens * padding)
+        num_scored = self.report.scored_now + num_waiting
+        return ScoringProgress(split.survey.pair_set, self.report.model_tokens, total_tokens, totals.missing_pairs, num_scored, self.report.scoring_s)
 
     def _flush(self, waiting: list[tuple[bytes, Score]]) -> None:
         if waiting:
+            self.cache.publish_reference(self.identity, self._provenance())
             self.report.bytes_written += self.scores.publish(waiting)
             self.report.scored_now += len(waiting)
             waiting.clear()
@@ -237,6 +257,8 @@ class _Precompute:
             )
             attention = choose_attention(model, options.attention, max_length=options.max_length)
             self.report.attention = attention.name
+            self.report.loaded_bytes = peak_bytes(self.device)
+            self.budget = self.report.budget_tokens = number_or_auto("--budget-tokens", options.budget_tokens) or default_budget(self.device)
             if attention.name == "rows" and options.attention == "auto":
                 self.say(f"{type(model).__name__} is run as plain padded rows, which is slower: {attention.reason}.")
             self.loaded = model, attention
@@ -244,25 +266,26 @@ class _Precompute:
 
     # -- scores -> pair set ----------------------------------------------------------------------------
 
-    def _publish_pairs(self, split: _Split, digest: str) -> None:
+    def _publish_pairs(self, split: SplitPlan) -> None:
         """Join the pairs with their scores and publish them, unless the very same pair set is there."""
-        pair_set = f"{self.name}/{split.name}"
+        pair_set, digest = split.survey.pair_set, split.digest.hexdigest()
         self.report.pair_sets.append(pair_set)
         if pair_set in self.cache.pair_sets():
             old = self.cache.pairs(pair_set)
             if (old.reference_id, old.manifest["pairs_digest"]) == (self.report.reference, digest) and old.is_complete():
                 return
             self.say(f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}.")
+        self.cache.publish_reference(self.identity, self._provenance())
         writer = self.cache.write_pairs(self.name, split.name)
-        for window in self._windows(split):
-            pairs = [pair for pair, _, _ in self._pairs(split, window) if isinstance(pair, Pair)]
-            keys = [completion_key(completion) for pair in pairs for completion in (pair.chosen, pair.rejected)]
-            scores = self.scores.fetch(keys)
-            writer.add([ScoredPair(pair, *both) for pair, both in zip(pairs, zip(scores[::2], scores[1::2], strict=True), strict=True)])
+        for window in split.windows:
+            pairs = pairs_of(window, self.truncation)
+            scores = self.scores.fetch(np.concatenate([window.chosen_keys, window.rejected_keys]))
+            both = zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)
+            writer.add([ScoredPair(pair, chosen, rejected) for pair, (chosen, rejected) in zip(pairs, both, strict=True)])
         writer.finish(self._manifest_details(split, digest))
         self.report.bytes_written += writer.bytes_written
 
-    def _manifest_details(self, split: _Split, digest: str) -> dict[str, Any]:
+    def _manifest_details(self, split: SplitPlan, digest: str) -> dict[str, Any]:
         options = self.options
         is_local = os.path.exists(options.dataset)
         return {
@@ -272,9 +295,9 @@ class _Precompute:
             "pairs_digest": digest,
             "source": {
                 "dataset": os.path.abspath(options.dataset) if is_local else options.dataset,
-                "format": split.data_format,
-                "rows_read": len(split.rows),
-                "rows_dropped": dict(split.dropped),
+                "format": split.survey.data_format,
+                "rows_read": split.survey.rows_read,
+                "rows_dropped": {reason: finding.count for reason, finding in split.survey.dropped.items()},
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             },
             "tokenization": {
@@ -287,46 +310,22 @@ class _Precompute:
             },
         }
 
-    # -- checks ----------------------------------------------------------------------------------------
-
     def _provenance(self) -> dict[str, Any]:
         options = self.options
         return provenance(
             options.model, revision=options.revision, device=self.device, attention=options.attention, tokenizer=options.tokenizer or options.model
         )
 
-    def _check_ids(self, completions: dict[bytes, Completion]) -> None:
-        """Raise `ModelError` for ids or lengths that the model has no embedding for."""
-        config: PreTrainedConfig = self.config.get_text_config()
-        sequences = [completion.sequence_ids for completion in completions.values()]
-        largest_id, longest = max((int(ids.max()) for ids in sequences), default=0), max(map(len, sequences), default=0)
-        if largest_id >= config.vocab_size:
-            raise ModelError(
-                f"the tokenizer makes token id {largest_id}, but {self.options.model} has {config.vocab_size} embeddings.\n"
-                "Give the model's own tokenizer with --tokenizer."
-            )
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions and longest > positions:
-            raise ModelError(
-                f"a sequence has {longest} tokens, but {self.options.model} was made for {positions} at most.\nRun with --max-length {positions}."
-            )
-
-    def _check_disk(self, splits: list[_Split]) -> None:
-        """Raise `StorageError` before hours of scoring that could not be written."""
-        free = self.cache.folder.free_bytes()
-        if free is None:
-            return
-        num_tokens = sum(
-            min(pc.sum(pc.list_value_length(split.rows.data.column(name))).as_py(), len(split.rows) * self.truncation.max_length)
-            for split in splits
-            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-        )
-        needed = 13 * num_tokens  # 4 bytes an id, 4 a log-prob twice (scores and pairs), and some slack
-        if needed > free:
-            raise StorageError(
-                f"{self.cache}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.\n"
-                "Free some space, choose another --cache, or score less at once with --limit."
-            )
+    def _finish_report(self) -> PrecomputeReport:
+        totals, report = self.planner.totals, self.report
+        report.distinct_completions, report.already_cached = totals.distinct_completions, totals.already_cached
+        report.elapsed_s = time.perf_counter() - self.started
+        report.pairs_per_s = report.pairs_kept / report.elapsed_s
+        report.peak_bytes = peak_bytes(self.device)
+        recorded = self.cache.read_reference(report.reference)["provenance"]["model"]
+        if os.path.isabs(recorded) and not os.path.isdir(recorded):
+            report.start_from = _absolute(self.options.model)
+        return report
 
 
 def _absolute(location: str) -> str:

@@ -140,10 +140,10 @@ def test_the_global_random_state_is_left_alone(model_folder: str, data_file: str
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
-def test_windows_change_nothing(model_folder: str, data_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_windows_change_nothing(model_folder: str, data_file: str, tmp_path: Path, streaming: bool) -> None:
     whole = dpo_cache.precompute(model_folder, data_file, str(tmp_path / "whole"))
-    monkeypatch.setattr(precomputing, "WINDOW_ROWS", 5)
-    windowed = dpo_cache.precompute(model_folder, data_file, str(tmp_path / "windowed"))
+    windowed = dpo_cache.precompute(model_folder, data_file, str(tmp_path / "windowed"), window=5, streaming=streaming)
     assert (windowed.scored_now, windowed.distinct_completions) == (whole.scored_now, whole.distinct_completions)
     for one, other in zip(scored(str(tmp_path / "whole")), scored(str(tmp_path / "windowed")), strict=True):
         assert one[:3] == other[:3] and np.allclose(one[3], other[3], atol=3e-5)
@@ -204,10 +204,11 @@ def test_killed_at_ten_moments_and_run_again_it_ends_with_the_same_rows(model_fo
 def test_sigterm_flushes_and_exits_143(model_folder: str, tmp_path: Path, cache: str) -> None:
     data = write_rows(tmp_path / "pairs.jsonl", chat_rows(3000))
     command = [sys.executable, "-m", "dpo_cache", "precompute", "--model", model_folder, "--dataset", data, "--cache", cache, "--budget-tokens", "8"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(Path(cache).rglob("reference.json")):
-        time.sleep(0.05)
-    time.sleep(2)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "tokens in all" not in process.stdout.readline():  # the survey is printed, the model not loaded yet
+        assert process.poll() is None
+    time.sleep(3)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
@@ -258,7 +259,7 @@ def test_wrong_rows_leave_nothing_behind(model_folder: str, tmp_path: Path, cach
 
 
 def test_a_data_set_of_which_nothing_is_left_is_an_error(model_folder: str, data_file: str, cache: str) -> None:
-    with pytest.raises(DataError, match=r"no row of split train makes a pair: longer than --max-length \(12\)"):
+    with pytest.raises(DataError, match=r"no row of pairs/train makes a pair: longer than --max-length \(12\)"):
         dpo_cache.precompute(model_folder, data_file, cache, max_length=4, truncation="drop")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
@@ -58,6 +58,15 @@ class ProgressLine:
             self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             remark(text)
+
+    def pause(self, show: Callable[[], None]) -> None:
+        """Print a result meanwhile, without the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+        show()
+        sys.stdout.flush()
+        if self._bar is not None:
+            self._bar.start()
 
     def close(self) -> None:
         if self._bar is not None:

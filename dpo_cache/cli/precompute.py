@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from dpo_cache.cli.parameters import command
 from dpo_cache.options import PrecomputeOptions
 
 if TYPE_CHECKING:
+    from dpo_cache.data.survey import Finding, Survey
     from dpo_cache.precomputing import PrecomputeReport, ScoringProgress
 
 
@@ -24,23 +26,48 @@ def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
     with ProgressLine("scoring") as line:
 
         def show(progress: ScoringProgress) -> None:
-            rate = progress.num_tokens / progress.elapsed_s
-            seconds_left = (progress.total_tokens - progress.num_tokens) / rate
-            detail = f"{rate:,.0f} tokens/s  {progress.num_completions:,} completions  {format_seconds(seconds_left)} left"
+            rates = f"{progress.tokens_per_s:,.0f} tokens/s  {progress.pairs_per_s:.2f} pairs/s"
+            detail = f"{rates}  {format_seconds(progress.seconds_left)} left"
             line.update(progress.num_tokens, progress.total_tokens, detail)
 
-        report = precompute(**asdict(options), on_progress=show, say=line.remark)
+        def show_survey(survey: Survey) -> None:
+            if not as_json:
+                line.pause(lambda: _print_survey(survey))
+
+        report = precompute(**asdict(options), on_survey=show_survey, on_progress=show, say=line.remark)
     if as_json:
         print_json(asdict(report))
     else:
         _print_report(report)
 
 
+def _print_survey(survey: Survey) -> None:
+    def found(finding: Finding) -> str:
+        return f"{count(finding.count)} (row {', '.join(map(str, finding.rows))}{', …' if finding.count > len(finding.rows) else ''})"
+
+    rows = [("rows", count(survey.rows_read)), ("pairs", count(survey.pairs_kept))]
+    rows += [(f"dropped: {reason}", found(finding)) for reason, finding in sorted(survey.dropped.items(), key=lambda entry: -entry[1].count)]
+    noted = {
+        "truncated": survey.truncated,
+        "duplicate rows": survey.duplicates,
+        "contradictory rows": survey.contradictory,
+        "answer starts early": survey.moved_boundary,
+    }
+    rows += [(name, found(finding)) for name, finding in noted.items() if finding.count]
+    rows += [(f"tokens of {name}", "  ".join(f"{length:>6,}" for length in lengths)) for name, lengths in survey.lengths().items()]
+    shared = 1 - survey.forest_tokens / survey.data_tokens
+    rows += [("tokens in all", f"{count(survey.data_tokens)}, {shared:.0%} of them shared")]
+    percentiles = "  ".join(f"{name:>6}" for name in ("least", "median", "90 %", "99 %", "most"))
+    width = max(len(label) for label, _ in rows)
+    place = next(place for place, (label, _) in enumerate(rows) if label.startswith("tokens of"))
+    print_table(f"{survey.pair_set}: {survey.data_format} format", [*rows[:place], (" " * width, percentiles), *rows[place:]])
+
+
 def _print_report(report: PrecomputeReport) -> None:
     names = ", ".join(report.pair_sets)
     rows = [("rows read", count(report.rows_read)), ("pairs kept", count(report.pairs_kept))]
     rows += [("rows dropped", count(sum(report.dropped.values())))]
-    rows += [(f"  {reason}", count(number)) for reason, number in report.dropped.most_common()]
+    rows += [(f"  {reason}", count(number)) for reason, number in sorted(report.dropped.items(), key=lambda entry: -entry[1])]
     rows += [("rows truncated", count(report.rows_truncated))]
     if report.rows_moved_boundary:
         rows += [
@@ -61,7 +88,11 @@ def _print_report(report: PrecomputeReport) -> None:
     print_table(f"{names}: reference {report.reference[:12]}, {what}", rows)
     print(f"The pairs are in {report.cache}. Next:")
     for name in report.pair_sets:
-        print(f"  dpo-cache train --cache {report.cache} --pairs {name} --output RUN")
+        print(f"  dpo-cache train --cache {shlex.quote(report.cache)} --pairs {name} --output RUN{_model_flag(report)}")
+
+
+def _model_flag(report: PrecomputeReport) -> str:
+    return f" --model {shlex.quote(report.start_from)}" if report.start_from else ""
 
 
 def _share(report: PrecomputeReport) -> str:

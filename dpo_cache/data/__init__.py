@@ -1,19 +1,25 @@
 """Rows of any preference data set -> token ids."""
 
-from dpo_cache.data.formats import check_rows, detect_format
-from dpo_cache.data.read import dataset_name, read_dataset
-from dpo_cache.data.tokenize import load_tokenizer, tokenize_rows, tokenizer_digest
-from dpo_cache.data.truncate import Dropped, Truncation, make_pair
+from dpo_cache.data.formats import check_format, detect_format
+from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset
+from dpo_cache.data.survey import Survey
+from dpo_cache.data.tokenize import load_tokenizer, tokenize_rows, tokenized_windows, tokenizer_digest
+from dpo_cache.data.truncate import Dropped, Truncation, make_pair, make_pairs
 
 __all__ = [
     "Dropped",
+    "Rows",
+    "Survey",
     "Truncation",
-    "check_rows",
+    "check_format",
     "dataset_name",
     "detect_format",
+    "first_row",
     "load_tokenizer",
     "make_pair",
+    "make_pairs",
     "read_dataset",
     "tokenize_rows",
+    "tokenized_windows",
     "tokenizer_digest",
 ]

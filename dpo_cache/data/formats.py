@@ -1,44 +1,66 @@
-"""Preference data as people store it -> one shape: a prompt, a chosen and a rejected answer.
+"""Preference data as people store it -> one shape: a prompt, its answers, and which is preferred to which.
 
 A format is recognised from the columns and the type of their first value:
 
     text             prompt, chosen, rejected: strings
     conversation     prompt: string or messages; chosen, rejected: messages, with or without the prompt repeated
     implicit         chosen, rejected: whole dialogues, as messages or text; the prompt is what they share
-    sharegpt         conversations (from, value); chosen, rejected: one turn each
-    alpaca           instruction, input (may be missing or empty); chosen, rejected: strings
+    sharegpt         conversations (from, value); chosen, rejected: one turn each; system: optional
+    alpaca           instruction, input (may be missing or empty); chosen, rejected: strings; system, history: optional
+    question         question; chosen, rejected: strings; system: optional
+    ranked           prompt; responses: a list of strings or of message lists; scores (higher is better) or ranks (1 is best)
 
-Messages are `{"role": ..., "content": ...}`. Everything but `text` and implicit text goes through the chat template.
+Messages are `{"role": ..., "content": ...}`. Everything but text goes through the chat template, to which a column
+`tools` (a list, or JSON) and a column `chat_template_kwargs` (an object) are handed.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cache.errors import DataError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Content = str | list[Message]
+
+# Columns that a format needs, in the order in which formats are tried; text and conversation differ by their values.
+NEEDED = {
+    "sharegpt": ("conversations", "chosen", "rejected"),
+    "text": ("prompt", "chosen", "rejected"),
+    "conversation": ("prompt", "chosen", "rejected"),
+    "alpaca": ("instruction", "chosen", "rejected"),
+    "question": ("question", "chosen", "rejected"),
+    "implicit": ("chosen", "rejected"),
+    "ranked": ("prompt", "responses"),
+}
 
 ACCEPTED = """\
   prompt, chosen, rejected                    (text, or messages with role and content)
   chosen, rejected                            (whole dialogues that share the prompt)
   conversations, chosen, rejected             (ShareGPT: from and value)
-  instruction, input, chosen, rejected        (Alpaca)"""
+  instruction, input, chosen, rejected        (Alpaca)
+  system, question, chosen, rejected
+  prompt, responses, scores or ranks          (ranked answers)"""
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: prompt and answers, either all text or all messages."""
+    """One row: a prompt and its answers, all text or all messages, and the pairs among the answers."""
 
     prompt: Content
-    chosen: Content
-    rejected: Content
+    answers: tuple[Content, ...]
+    pairs: tuple[tuple[int, int], ...] = ((0, 1),)  # (chosen, rejected), as places among the answers; none if all rank alike
+    template_options: dict[str, Any] = field(default_factory=dict)  # what the row hands to the chat template
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is tokenized as it stands; else through the chat template."""
+        return isinstance(self.prompt, str)
 
 
 @dataclass(frozen=True)
@@ -48,111 +70,107 @@ class RowProblem:
     reason: str
 
 
-def detect_format(columns: Sequence[str], first_row: dict[str, Any]) -> str:
+def detect_format(columns: Sequence[str], first_row: dict[str, Any], place: str = "the data") -> str:
     """The format's name. Raises `DataError` naming the columns found and those accepted."""
-    present = set(columns)
-    if {"chosen", "rejected"} <= present:
-        if "conversations" in present:
-            return "sharegpt"
-        if "instruction" in present and "prompt" not in present:
-            return "alpaca"
-        if "prompt" not in present:
-            return "implicit"
-        answers = (first_row["prompt"], first_row["chosen"], first_row["rejected"])
-        return "text" if all(isinstance(value, str) for value in answers) else "conversation"
+    for name, needed in NEEDED.items():
+        if set(needed) <= set(columns):
+            if name != "text":
+                return name
+            return "conversation" if any(isinstance(first_row[column], list) for column in needed) else "text"
     raise DataError(
-        f"not preference data: found the columns {', '.join(columns) or '(none)'}; accepted are\n{ACCEPTED}\nRename the columns and run again."
+        f"{place} is not preference data: found the columns {', '.join(columns) or '(none)'}; accepted are\n{ACCEPTED}\n"
+        "Name the columns that correspond with --map, for example --map prompt=question, or rename them."
     )
 
 
-def parse_row(row: dict[str, Any], data_format: str) -> Example | RowProblem:
-    """The row's example, or what is wrong with it."""
+def check_format(name: str, columns: Sequence[str], place: str = "the data") -> str:
+    """The format that the user named, if the columns it needs are there; else `DataError`."""
+    missing = [column for column in NEEDED[name] if column not in columns]
+    if missing:
+        raise DataError(
+            f"--format {name} needs the columns {', '.join(NEEDED[name])}; {place} has no {', '.join(missing)}, but {', '.join(columns)}.\n"
+            "Name the columns that correspond with --map, for example --map prompt=question."
+        )
+    return name
+
+
+def parse_row(row: dict[str, Any], data_format: str, ranked_pairs: str = "all") -> Example | RowProblem:
+    """The row's example, or what is wrong with it. `ranked_pairs`: all pairs of ranked answers, or the best against each."""
     try:
-        example = PARSERS[data_format](row)
+        prompt, answers, pairs = _parse_ranked(row, ranked_pairs) if data_format == "ranked" else (*PARSERS[data_format](row), ((0, 1),))
+        options = {} if isinstance(prompt, str) else _template_options(row)
     except _BadRow as problem:
         return RowProblem(str(problem))
-    for name, content in (("prompt", example.prompt), ("chosen", example.chosen), ("rejected", example.rejected)):
+    names = ("chosen", "rejected") if data_format != "ranked" else ("responses",) * len(answers)
+    for name, content in (("prompt", prompt), *zip(names, answers, strict=True)):
         if not content:
             return RowProblem(f"`{name}` is empty")
-    return example
-
-
-def check_rows(rows: Iterable[dict[str, Any]], data_format: str) -> None:
-    """Raise one `DataError` for all unusable rows: each reason with its count and first rows."""
-    numbers: dict[str, list[int]] = {}
-    counts: Counter[str] = Counter()
-    for number, row in enumerate(_decoded(rows)):
-        problem = parse_row(row, data_format)
-        if isinstance(problem, RowProblem):
-            counts[problem.reason] += 1
-            numbers.setdefault(problem.reason, []).append(number)
-    if not counts:
-        return
-    lines = [
-        f"  {reason}: {count} row{'s' if count > 1 else ''}, number {', '.join(map(str, numbers[reason][:5]))}{', …' if count > 5 else ''}"
-        for reason, count in counts.most_common()
-    ]
-    total = sum(counts.values())
-    raise DataError(
-        f"{total} row{'s' if total > 1 else ''} cannot be used (rows are counted from 0, format {data_format}):\n"
-        + "\n".join(lines)
-        + "\nMend or remove them and run again; nothing was written."
-    )
-
-
-def _decoded(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    try:
-        yield from rows
-    except UnicodeDecodeError as error:
-        raise DataError(f"the data is not UTF-8 text ({error.reason}).\nConvert it to UTF-8 and run again; nothing was written.") from error
+    return Example(prompt, answers, pairs, options)
 
 
 class _BadRow(Exception):
     pass
 
 
-def _parse_text(row: dict[str, Any]) -> Example:
-    return Example(_text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected"))
+Parsed = tuple[Content, tuple[Content, ...]]
 
 
-def _parse_conversation(row: dict[str, Any]) -> Example:
-    prompt = row["prompt"]
-    messages = [{"role": "user", "content": _text(row, "prompt")}] if isinstance(prompt, str) else _messages(row, "prompt")
-    return Example(messages, _answer(row, "chosen", messages), _answer(row, "rejected", messages))
+def _parse_text(row: dict[str, Any]) -> Parsed:
+    return _text(row, "prompt"), (_text(row, "chosen"), _text(row, "rejected"))
 
 
-def _parse_implicit(row: dict[str, Any]) -> Example:
+def _parse_conversation(row: dict[str, Any]) -> Parsed:
+    prompt = _prompt_messages(row)
+    return prompt, (_answer(row, "chosen", prompt), _answer(row, "rejected", prompt))
+
+
+def _parse_implicit(row: dict[str, Any]) -> Parsed:
     if isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
         chosen_text, rejected_text = _text(row, "chosen"), _text(row, "rejected")
         cut = _shared_text(chosen_text, rejected_text)
-        return Example(chosen_text[:cut], chosen_text[cut:], rejected_text[cut:])
+        return chosen_text[:cut], (chosen_text[cut:], rejected_text[cut:])
     chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if shared and shared == min(len(chosen), len(rejected)):
         shared -= 1  # one dialogue ends where the other goes on, or they are equal: the last turn is the answer
-    return Example(chosen[:shared], chosen[shared:], rejected[shared:])
+    return chosen[:shared], (chosen[shared:], rejected[shared:])
 
 
-def _parse_sharegpt(row: dict[str, Any]) -> Example:
+def _parse_sharegpt(row: dict[str, Any]) -> Parsed:
     turns = row["conversations"]
     if not isinstance(turns, list):
         raise _BadRow("`conversations` is not a list of turns")
-    prompt = [_sharegpt_turn(turn, "conversations") for turn in turns]
-    return Example(prompt, [_sharegpt_turn(row["chosen"], "chosen")], [_sharegpt_turn(row["rejected"], "rejected")])
+    prompt = [*_system(row), *(_sharegpt_turn(turn, "conversations") for turn in turns)]
+    return prompt, ([_sharegpt_turn(row["chosen"], "chosen")], [_sharegpt_turn(row["rejected"], "rejected")])
 
 
-def _parse_alpaca(row: dict[str, Any]) -> Example:
+def _parse_alpaca(row: dict[str, Any]) -> Parsed:
     question = _text(row, "instruction")
     extra = row.get("input")
     if extra and not (isinstance(extra, str) and not extra.strip()):
         question += "\n\n" + _text(row, "input")
-    return Example(
-        [{"role": "user", "content": question}],
-        [{"role": "assistant", "content": _text(row, "chosen")}],
-        [{"role": "assistant", "content": _text(row, "rejected")}],
-    )
+    return [*_system(row), *_history(row), _user(question)], (_assistant(row, "chosen"), _assistant(row, "rejected"))
+
+
+def _parse_question(row: dict[str, Any]) -> Parsed:
+    return [*_system(row), _user(_text(row, "question"))], (_assistant(row, "chosen"), _assistant(row, "rejected"))
+
+
+def _parse_ranked(row: dict[str, Any], ranked_pairs: str) -> tuple[Content, tuple[Content, ...], tuple[tuple[int, int], ...]]:
+    responses = row["responses"]
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise _BadRow("`responses` is not a list of two answers or more")
+    merits = _merits(row, len(responses))
+    order = sorted(range(len(responses)), key=lambda place: -merits[place])
+    better = order if ranked_pairs == "all" else [place for place in order if merits[place] == merits[order[0]]]
+    pairs = tuple((one, other) for one in better for other in order if merits[one] > merits[other])
+    rows = [{"responses": response} for response in responses]
+    if isinstance(row["prompt"], str) and all(isinstance(response, str) for response in responses):
+        return _text(row, "prompt"), tuple(_text(entry, "responses") for entry in rows), pairs
+    prompt = _prompt_messages(row)
+    return prompt, tuple(_answer(entry, "responses", prompt) for entry in rows), pairs
 
 
 PARSERS = {
@@ -161,7 +179,36 @@ PARSERS = {
     "implicit": _parse_implicit,
     "sharegpt": _parse_sharegpt,
     "alpaca": _parse_alpaca,
+    "question": _parse_question,
 }
+
+
+def _merits(row: dict[str, Any], num_responses: int) -> list[float]:
+    """One number an answer, the higher the better."""
+    name, sign = ("scores", 1.0) if row.get("scores") is not None else ("ranks", -1.0)
+    values = row.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, (int, float)) and value == value for value in values):
+        raise _BadRow("neither `scores` nor `ranks` is a list of numbers")
+    if len(values) != num_responses:
+        raise _BadRow(f"`{name}` has {len(values)} numbers for {num_responses} responses")
+    return [sign * value for value in values]
+
+
+def _template_options(row: dict[str, Any]) -> dict[str, Any]:
+    """What the columns `tools` and `chat_template_kwargs` hand to the chat template."""
+    options: dict[str, Any] = {}
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise _BadRow("`tools` is not JSON") from error
+    if tools:
+        options["tools"] = tools
+    extra = row.get("chat_template_kwargs") or {}
+    if not isinstance(extra, dict):
+        raise _BadRow(f"`chat_template_kwargs` is {_kind(extra)}, expected an object")
+    return {**options, **extra}
 
 
 def _text(row: dict[str, Any], name: str) -> str:
@@ -171,6 +218,31 @@ def _text(row: dict[str, Any], name: str) -> str:
     if not value.strip():
         raise _BadRow(f"`{name}` is empty")
     return value
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(row: dict[str, Any], name: str) -> list[Message]:
+    return [{"role": "assistant", "content": _text(row, name)}]
+
+
+def _system(row: dict[str, Any]) -> list[Message]:
+    """The system message, where the row has one."""
+    return [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+
+
+def _history(row: dict[str, Any]) -> list[Message]:
+    """Earlier turns: a list of [question, answer]."""
+    turns = row.get("history") or []
+    if not all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns):
+        raise _BadRow("`history` is not a list of [question, answer]")
+    return [message for question, answer in turns for message in (_user(question), {"role": "assistant", "content": answer})]
+
+
+def _prompt_messages(row: dict[str, Any]) -> list[Message]:
+    return [_user(_text(row, "prompt"))] if isinstance(row["prompt"], str) else _messages(row, "prompt")
 
 
 def _messages(row: dict[str, Any], name: str) -> list[Message]:
@@ -184,11 +256,13 @@ def _message(message: Any, name: str, role_field: str, content_field: str) -> Me
     if not isinstance(message, dict) or not isinstance(message.get(role_field), str):
         raise _BadRow(f"`{name}` has a message without `{role_field}`")
     role, content = message[role_field], message.get(content_field)
-    if not isinstance(content, str):
-        raise _BadRow(f"`{name}` has a message whose `{content_field}` is {_kind(content)}, expected text")
-    if not content.strip() and role != "system":
-        raise _BadRow(f"`{name}` has a message whose `{content_field}` is empty")
     extras = {key: value for key, value in message.items() if key not in (role_field, content_field) and value is not None}
+    if content is None and extras.get("tool_calls"):
+        content = ""
+    elif not isinstance(content, str):
+        raise _BadRow(f"`{name}` has a message whose `{content_field}` is {_kind(content)}, expected text")
+    elif not content.strip() and role != "system" and not extras.get("tool_calls"):
+        raise _BadRow(f"`{name}` has a message whose `{content_field}` is empty")
     return {**extras, "role": role, "content": content}
 
 
@@ -203,7 +277,7 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
 def _answer(row: dict[str, Any], name: str, prompt: list[Message]) -> list[Message]:
     """The answer's messages, without the prompt where they repeat it."""
     if isinstance(row[name], str):
-        return [{"role": "assistant", "content": _text(row, name)}]
+        return _assistant(row, name)
     messages = _messages(row, name)
     return messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
 

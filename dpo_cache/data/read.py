@@ -1,34 +1,60 @@
-"""A data set's name or path -> its splits as `datasets.Dataset`."""
+"""A data set's name or path -> its splits, whole or as a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import glob
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from dpo_cache.errors import DataError, first_line
 
+JSON = (".jsonl", ".json")
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "metadata.json", "config.json")
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
+Rows: TypeAlias = Dataset | IterableDataset
 
-def read_dataset(location: str, splits: Sequence[str] = (), limit: int | None = None) -> dict[str, Dataset]:
+
+def read_dataset(
+    location: str,
+    splits: Sequence[str] = (),
+    limit: int | None = None,
+    *,
+    streaming: bool = False,
+    rename: Mapping[str, str] | None = None,
+) -> dict[str, Rows]:
     """The asked-for splits, cut to their first `limit` rows.
 
     `location` is a file (.jsonl, .json, .csv, .parquet), a folder of such files, or a Hub id. Without
-    `splits`: train, or the only one there is. Raises `DataError`.
+    `splits`: train, or the only one there is. `streaming` reads rows as they are needed, never all of them.
+    `rename` gives columns (its values) the names that a format expects (its keys). Raises `DataError`.
     """
-    found = _load(location)
+    found = _load(location, streaming)
     names = list(splits) or _default_split(location, list(found))
     unknown = [name for name in names if name not in found]
     if unknown:
         raise DataError(f"{location}: no split {', '.join(unknown)}.\nIt has: {', '.join(found)}.")
-    chosen = {name: found[name] for name in names}
-    for name, dataset in chosen.items():
-        if not len(dataset):
-            raise DataError(f"{location}: split {name} has no rows.")
-    return {name: dataset.select(range(min(limit or len(dataset), len(dataset)))) for name, dataset in chosen.items()}
+    return {name: _renamed(_cut(found[name], limit), rename or {}, f"{location}: split {name}") for name in names}
+
+
+def first_row(rows: Rows, place: str) -> dict[str, Any]:
+    """The first row. Raises `DataError` where there is none."""
+    try:
+        found = next(iter(rows), None)
+    except UnicodeDecodeError as error:
+        raise not_utf8(place, error) from error
+    if found is None:
+        raise DataError(f"{place} has no rows.")
+    return found
+
+
+def not_utf8(place: str, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"{place} is not UTF-8 text ({error.reason}).\nConvert it to UTF-8 and run again.")
 
 
 def dataset_name(location: str) -> str:
@@ -39,36 +65,53 @@ def dataset_name(location: str) -> str:
     return cleaned.lstrip(".-")[:128] or "data"
 
 
-def _load(location: str) -> DatasetDict:
+def _load(location: str, streaming: bool) -> Mapping[str, Rows]:
     path = Path(location).expanduser()
     try:
         if path.is_file():
-            builder = BUILDERS.get(path.suffix)
+            builder = BUILDERS.get(path.suffix.lower())
             if builder is None:
                 raise DataError(f"{location}: files of kind {path.suffix or '(none)'} are not read.\nAccepted: {', '.join(BUILDERS)}.")
             if not path.stat().st_size:
                 raise DataError(f"{location}: the file is empty.")
-            return _load_file(builder, path, location)
+            return _load_file(builder, path, location, streaming)
         if not path.exists() and (path.suffix in BUILDERS or location.startswith((".", "/", "~")) or location.count("/") > 1):
             raise DataError(f"{location}: no such file or folder.")
-        return load_dataset(str(path) if path.is_dir() else location)
+        return _load_folder(path, streaming) if path.is_dir() else load_dataset(location, streaming=streaming)
     except DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise DataError(
-            f"{location}: not readable ({first_line(cause)}).\nOne JSON object a line, or a list of objects, is expected in JSON."
-        ) from error
+        hint = "One JSON object a line, or a list of objects, is expected in JSON." if path.suffix.lower() in JSON else "Mend the file and run again."
+        raise DataError(f"{location}: not readable ({first_line(error.__cause__ or error)}).\n{hint}") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{location}: cannot be opened ({first_line(error)}).\nGive a local file or folder, or the id of a data set on the Hub."
         ) from error
 
 
-def _load_file(builder: str, path: Path, location: str) -> DatasetDict:
-    prepared = load_dataset_builder(builder, data_files=str(path))
+def _load_file(builder: str, path: Path, location: str, streaming: bool) -> Mapping[str, Rows]:
+    if builder == "parquet" and not pq.read_metadata(path).num_rows:
+        raise DataError(f"{location}: split train has no rows.")
+    options: dict[str, Any] = {"data_files": glob.escape(str(path))}
+    if builder == "csv":
+        options["keep_default_na"] = False  # an answer may be the word None
+    if streaming:
+        return load_dataset(builder, streaming=True, **options)
+    prepared = load_dataset_builder(builder, **options)
     prepared.download_and_prepare()
     if not prepared.info.splits["train"].num_examples:
         raise DataError(f"{location}: split train has no rows.")
     return DatasetDict(prepared.as_dataset())
+
+
+def _load_folder(path: Path, streaming: bool) -> Mapping[str, Rows]:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # written by `save_to_disk`
+        saved = load_from_disk(str(path))
+        return saved if isinstance(saved, DatasetDict) else {"train": saved}
+    kinds = {file.suffix.lower() for file in path.rglob("*") if file.suffix.lower() in BUILDERS and file.name not in DESCRIPTIONS}
+    if len({BUILDERS[kind] for kind in kinds}) > 1:
+        raise DataError(
+            f"{path}: holds files of several kinds ({', '.join(sorted(kinds))}), of which only one would be read.\nGive one file, or part them."
+        )
+    return load_dataset(str(path), streaming=streaming)
 
 
 def _default_split(location: str, found: list[str]) -> list[str]:
@@ -77,3 +120,20 @@ def _default_split(location: str, found: list[str]) -> list[str]:
     if len(found) == 1:
         return found
     raise DataError(f"{location}: has the splits {', '.join(found)}.\nSay which with --split (it may be repeated).")
+
+
+def _cut(rows: Rows, limit: int | None) -> Rows:
+    if isinstance(rows, IterableDataset):
+        return rows.take(limit) if limit else rows
+    return rows.select(range(min(limit or len(rows), len(rows))))
+
+
+def _renamed(rows: Rows, rename: Mapping[str, str], place: str) -> Rows:
+    if not rename:
+        return rows
+    columns = rows.column_names or list(first_row(rows, place))
+    absent = [name for name in rename.values() if name not in columns]
+    if absent:
+        raise DataError(f"--map: {place} has no column {', '.join(absent)}.\nIt has: {', '.join(columns)}.")
+    rows = rows.remove_columns([name for name in rename if name in columns and name not in rename.values()])
+    return rows.rename_columns({old: new for new, old in rename.items() if old != new})

@@ -1,20 +1,41 @@
-"""Examples -> token ids, the same that TRL 1.16 makes with the same tokenizer and template."""
+"""Rows -> token ids, the same that TRL 1.16 makes with the same tokenizer and template.
+
+A tokenized row is one pair, in the columns
+
+    row                                   int64          number of the row in the data set; ranked rows make several pairs
+    prompt_ids, chosen_ids, rejected_ids  list<uint32>   untruncated; a sequence is prompt_ids + chosen_ids
+    moved_boundary                        bool           tokens merge across the end of the prompt; see `tokenize_rows`
+    dropped                               string         why the row makes no pair; null where it does
+    problem                               string         why the row cannot be used, which stops the run; null where it can
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, IterableDataset, Value, config, load_from_disk
+from datasets import Sequence as ListOf
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpo_cache.data.formats import Example, parse_row
+from dpo_cache.data.formats import Example, RowProblem, parse_row
+from dpo_cache.data.read import Rows, not_utf8
 from dpo_cache.errors import DataError, ModelError, first_line
 
-IDS_VERSION = 1  # raised when the same text would get other ids from us
-COLUMNS = ("row", "prompt_ids", "chosen_ids", "rejected_ids", "moved_boundary")
+IDS_VERSION = 2  # raised when the same text would get other ids or columns from us
+IDS = ListOf(Value("uint32"))
+FEATURES = Features(
+    {
+        "row": Value("int64"), "prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS,
+        "moved_boundary": Value("bool"), "dropped": Value("string"), "problem": Value("string"),
+    }
+)  # fmt: skip
+RANKED_ALIKE = "answers all ranked alike"
 
 
 def load_tokenizer(
@@ -44,79 +65,192 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def tokenize_rows(dataset: Dataset, data_format: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Token ids of every row, untruncated: columns row, prompt_ids, chosen_ids, rejected_ids, moved_boundary.
+def tokenized_windows(
+    rows: Rows,
+    data_format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ranked_pairs: str = "all",
+    window_rows: int,
+    spool: Path,
+    place: str,
+) -> Iterator[Dataset]:
+    """The rows tokenized, at most `window_rows` at a time.
+
+    Of a stream, each window is tokenized when it is asked for and kept in the folder `spool`, so that it can be
+    read again; the rest is tokenized at once and kept in the cache of `datasets`. Raises as `tokenize_rows`.
+    """
+    if isinstance(rows, Dataset):
+        tokenized = tokenize_rows(rows, data_format, tokenizer, ranked_pairs=ranked_pairs, place=place)
+        for start in range(0, len(tokenized), window_rows):
+            yield tokenized.select(range(start, min(start + window_rows, len(tokenized))))
+        return
+    for number, window in enumerate(_batches(rows, window_rows)):
+        table = Dataset.from_list(window, features=rows.features)
+        tokenized = tokenize_rows(table, data_format, tokenizer, ranked_pairs=ranked_pairs, first_row=number * window_rows, place=place)
+        tokenized.save_to_disk(spool / str(number))
+        yield load_from_disk(str(spool / str(number)))
+
+
+def tokenize_rows(
+    dataset: Dataset, data_format: str, tokenizer: PreTrainedTokenizerBase, *, ranked_pairs: str = "all", first_row: int = 0, place: str = "the data"
+) -> Dataset:
+    """Token ids of every pair, in the columns that the module's docstring lists.
 
     Text is tokenized as prompt and prompt + answer, the answer ending in the EOS token; conversations go
-    through the chat template, the prompt alone with its generation prompt. The answer starts where the
+    through the chat template, the prompt alone with its generation prompt. The answers start where the
     ids of prompt and prompt + answer part, so no answer token is lost where tokens merge across the
     boundary; `moved_boundary` marks those rows. Kept in the cache of `datasets`, keyed by data and tokenizer.
 
-    Raises `ModelError` for conversations without a chat template, or text without an EOS token.
+    Raises `DataError` for rows that cannot be used, all of them at once, and `ModelError` for conversations
+    without a chat template, or text without an EOS token.
     """
-    _check_tokenizer(tokenizer, data_format, dataset[0])
-    recipe = [dataset._fingerprint, data_format, tokenizer_digest(tokenizer), str(IDS_VERSION)]
+    recipe = [dataset._fingerprint, data_format, ranked_pairs, str(first_row), tokenizer_digest(tokenizer), str(IDS_VERSION)]
 
     def tokenize_batch(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        examples = [parse_row(row, data_format) for row in rows]
-        assert all(isinstance(example, Example) for example in examples), "rows are checked before they are tokenized"
-        return {"row": numbers, **_tokenize_examples(examples, tokenizer)}  # type: ignore[arg-type]
+        examples = [parse_row(row, data_format, ranked_pairs) for row in rows]
+        return _tokenize_examples(examples, [first_row + number for number in numbers], tokenizer)
 
-    return dataset.map(
-        tokenize_batch, batched=True, with_indices=True, remove_columns=dataset.column_names,
-        new_fingerprint=hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:32],
-    )  # fmt: skip
+    try:
+        tokenized = dataset.map(
+            tokenize_batch, batched=True, with_indices=True, remove_columns=dataset.column_names, features=FEATURES,
+            new_fingerprint=hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:32],
+        )  # fmt: skip
+    except UnicodeDecodeError as error:
+        raise not_utf8(place, error) from error
+    except OSError as error:
+        raise DataError(
+            f"{place}: the tokenized rows cannot be kept in {config.HF_DATASETS_CACHE} ({first_line(error)}).\n"
+            "Free some space there, or set HF_HOME to another folder."
+        ) from error
+    _check_problems(tokenized, data_format, place)
+    return tokenized
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, data_format: str, first_row: dict[str, Any]) -> None:
-    example = parse_row(first_row, data_format)
-    assert isinstance(example, Example)
-    if isinstance(example.prompt, list) and not tokenizer.chat_template:
+def _batches(rows: IterableDataset, num_rows: int) -> Iterator[list[dict[str, Any]]]:
+    stream = iter(rows)
+    while batch := list(islice(stream, num_rows)):
+        yield batch
+
+
+def _check_problems(tokenized: Dataset, data_format: str, place: str) -> None:
+    """Raise one `DataError` for all unusable rows: each reason with its count and first rows."""
+    problems = tokenized.data.column("problem")
+    if problems.null_count == len(problems):
+        return
+    found = [(row, reason) for row, reason in zip(tokenized.data.column("row").to_pylist(), problems.to_pylist(), strict=True) if reason]
+    counts = Counter(reason for _, reason in found)
+    lines = []
+    for reason, count in counts.most_common():
+        numbers = ", ".join([str(row) for row, other in found if other == reason][:5])
+        lines.append(f"  {reason}: {count} row{'s' if count > 1 else ''}, number {numbers}{', …' if count > 5 else ''}")
+    raise DataError(
+        f"{place}: {len(found)} row{'s' if len(found) > 1 else ''} cannot be used (rows are counted from 0, format {data_format}):\n"
+        + "\n".join(lines)
+        + "\nMend or remove them and run again."
+    )
+
+
+def _tokenize_examples(examples: Sequence[Example | RowProblem], numbers: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    _check_tokenizer(tokenizer, [example for example in examples if isinstance(example, Example)])
+    texts = _texts_of(examples, tokenizer)
+    ids = _encode(examples, texts, tokenizer)
+    columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+
+    def add(*values: Any) -> None:
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+
+    for number, example, rendered, sequences in zip(numbers, examples, texts, ids, strict=True):
+        if isinstance(rendered, RowProblem):
+            add(number, [], [], [], False, None, rendered.reason)
+            continue
+        assert isinstance(example, Example)
+        if not example.pairs:
+            add(number, [], [], [], False, RANKED_ALIKE, None)
+            continue
+        prompt, *answers = sequences
+        cut = min(_shared_prefix(prompt, answer) for answer in answers)
+        for chosen, rejected in example.pairs:
+            add(number, prompt[:cut], answers[chosen][cut:], answers[rejected][cut:], cut < len(prompt), None, None)
+    return columns
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> None:
+    if not tokenizer.chat_template and not all(example.is_text for example in examples):
         raise ModelError(
             f"the data holds conversations, but the tokenizer {tokenizer.name_or_path} has no chat template.\n"
             "Give one with --chat-template FILE (Jinja), or a tokenizer that has one with --tokenizer."
         )
-    if isinstance(example.prompt, str) and tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and any(example.is_text for example in examples):
         raise ModelError(f"the tokenizer {tokenizer.name_or_path} has no EOS token to end an answer with.\nGive another with --tokenizer.")
 
 
-def _tokenize_examples(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
-    texts = _plain_texts(examples, tokenizer.eos_token) if isinstance(examples[0].prompt, str) else _rendered_texts(examples, tokenizer)
-    ids = tokenizer(texts, add_special_tokens=isinstance(examples[0].prompt, str), return_attention_mask=False)["input_ids"]
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS[1:]}
-    for prompt, with_chosen, with_rejected in zip(ids[0::3], ids[1::3], ids[2::3], strict=True):
-        cut = min(_shared_prefix(prompt, with_chosen), _shared_prefix(prompt, with_rejected))
-        columns["prompt_ids"].append(prompt[:cut])
-        columns["chosen_ids"].append(with_chosen[cut:])
-        columns["rejected_ids"].append(with_rejected[cut:])
-        columns["moved_boundary"].append(cut < len(prompt))
-    return columns
+def _texts_of(examples: Sequence[Example | RowProblem], tokenizer: PreTrainedTokenizerBase) -> list[list[str] | RowProblem]:
+    """Per example: the prompt, then prompt + answer for each answer, as the tokenizer reads them."""
+    chats = [example for example in examples if isinstance(example, Example) and not example.is_text]
+    rendered = iter(_render(chats, tokenizer))
+    return [
+        example if isinstance(example, RowProblem) else _ended(example, tokenizer.eos_token) if example.is_text else next(rendered)
+        for example in examples
+    ]
 
 
-def _plain_texts(examples: list[Example], eos: str) -> list[str]:
-    """Three texts an example: prompt, prompt + chosen, prompt + rejected."""
-    texts = []
+def _ended(example: Example, eos: str) -> list[str]:
+    """Texts of a text example; each answer ends in the EOS token."""
+    answers = [answer if answer.endswith(eos) else answer + eos for answer in example.answers]  # type: ignore[union-attr, operator]
+    return [example.prompt, *(example.prompt + answer for answer in answers)]  # type: ignore[list-item, operator]
+
+
+def _render(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[str] | RowProblem]:
+    """Texts of conversations, through the chat template; one by one where a row hands something to it, or it fails."""
+    if not any(example.template_options for example in examples):
+        try:
+            return _render_alike(examples, tokenizer) if examples else []
+        except Exception:  # a template is a program: it raises what it likes; below it is told of which row
+            pass
+    texts: list[list[str] | RowProblem] = []
     for example in examples:
-        answers = (example.chosen, example.rejected)
-        ended = [answer if answer.endswith(eos) else answer + eos for answer in answers]  # type: ignore[union-attr, operator]
-        texts += [example.prompt, example.prompt + ended[0], example.prompt + ended[1]]  # type: ignore[operator]
-    return texts  # type: ignore[return-value]
+        try:
+            texts += _render_alike([example], tokenizer)
+        except Exception as error:
+            texts.append(RowProblem(f"the chat template refuses it ({first_line(error)})"))
+    return texts
 
 
-def _rendered_texts(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Three texts an example, through the chat template."""
+def _render_alike(examples: Sequence[Example], tokenizer: Any) -> list[list[str] | RowProblem]:
+    """Texts of examples that share their template options."""
+    options = examples[0].template_options
+    prompts: Any = tokenizer.apply_chat_template(
+        [example.prompt for example in examples],
+        tokenize=False,
+        add_generation_prompt=True,
+        **options,
+    )
+    dialogues = [example.prompt + answer for example in examples for answer in example.answers]  # type: ignore[operator]
+    rendered = iter(tokenizer.apply_chat_template(dialogues, tokenize=False, **options))
+    return [[prompt, *islice(rendered, len(example.answers))] for prompt, example in zip(prompts, examples, strict=True)]  # type: ignore[list-item]
 
-    def render(conversations: Any, **options: Any) -> Any:
-        return tokenizer.apply_chat_template(conversations, tokenize=False, **options)
 
-    try:
-        prompts = render([example.prompt for example in examples], add_generation_prompt=True)
-        chosen = render([example.prompt + example.chosen for example in examples])  # type: ignore[operator]
-        rejected = render([example.prompt + example.rejected for example in examples])  # type: ignore[operator]
-    except Exception as error:  # a template is a program: it raises what it likes
-        raise DataError(f"the chat template refuses a conversation ({error}).\nMend the rows, or give another with --chat-template.") from error
-    return [text for three in zip(prompts, chosen, rejected, strict=True) for text in three]
+def _encode(
+    examples: Sequence[Example | RowProblem], texts: Sequence[list[str] | RowProblem], tokenizer: PreTrainedTokenizerBase
+) -> list[list[list[int]]]:
+    """Ids of each example's texts; none for a problem."""
+    ids: list[list[list[int]]] = [[] for _ in texts]
+    for is_text in (True, False):  # a rendered template has its special tokens already
+        places = [
+            place
+            for place, (example, rendered) in enumerate(zip(examples, texts, strict=True))
+            if isinstance(example, Example) and isinstance(rendered, list) and example.is_text == is_text
+        ]
+        if not places:
+            continue
+        flat = [text for place in places for text in texts[place]]  # type: ignore[union-attr]
+        encoded = iter(tokenizer(flat, add_special_tokens=is_text, return_attention_mask=False)["input_ids"])
+        for place in places:
+            ids[place] = list(islice(encoded, len(texts[place])))  # type: ignore[arg-type]
+    return ids
 
 
 def _shared_prefix(ids: list[int], other: list[int]) -> int:

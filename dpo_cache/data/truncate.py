@@ -2,16 +2,21 @@
 
 keep-start    each sequence keeps its first max_length tokens
 keep-end      each sequence keeps its last max_length tokens, so the two prompts may differ
-prompt-left   the prompt keeps its last max_prompt_length tokens where a sequence is too long, then the
-              answers keep what is left (the original DPO repository's rule)
+prompt-left   where a sequence is too long, the prompt keeps its last max_prompt_length tokens; where one still is,
+              both answers keep their first max_length - max_prompt_length tokens (the original DPO repository's rule)
 drop          a row with a sequence that is too long is dropped
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+from datasets import Dataset
 
 from dpo_cache.types import Completion, Pair, TokenIds
 
@@ -39,6 +44,27 @@ class Dropped:
     reason: str
 
 
+class Outcome(NamedTuple):
+    """What became of one tokenized row."""
+
+    row: int
+    pair: Pair | Dropped
+    was_cut: bool
+    moved_boundary: bool
+
+
+def make_pairs(window: Dataset, truncation: Truncation) -> Iterator[Outcome]:
+    """One outcome for each row that `tokenize_rows` made, in order."""
+    table: pa.Table = window.with_format("arrow")[:]
+    rows, moved, dropped = (table.column(name).to_pylist() for name in ("row", "moved_boundary", "dropped"))
+    ids = (_split_lists(table.column(name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    for row, has_moved, reason, prompt, chosen, rejected in zip(rows, moved, dropped, *ids, strict=True):
+        if reason is not None:
+            yield Outcome(row, Dropped(reason), False, False)
+        else:
+            yield Outcome(row, *make_pair(row, prompt, chosen, rejected, truncation), has_moved)
+
+
 def make_pair(row: int, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds, truncation: Truncation) -> tuple[Pair | Dropped, bool]:
     """The pair, or why there is none; and whether anything was cut off."""
     if np.array_equal(chosen, rejected):
@@ -53,7 +79,10 @@ def make_pair(row: int, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds, 
     if is_long and truncation.mode == "keep-start" and len(prompt) >= truncation.max_length:
         return Dropped(PROMPT_FILLS), False
     if is_long and truncation.mode == "prompt-left":
-        prompt = prompt[-(truncation.max_prompt_length or truncation.max_length // 2) :]
+        room = truncation.max_prompt_length or truncation.max_length // 2
+        prompt = prompt[-room:]
+        if len(prompt) + max(len(chosen), len(rejected)) > truncation.max_length:
+            chosen, rejected = chosen[: truncation.max_length - room], rejected[: truncation.max_length - room]
     sides = [_cut(prompt, answer, truncation) for answer in (chosen, rejected)]
     if any(side is None for side in sides):
         return Dropped(NO_ANSWER), is_long
@@ -74,3 +103,12 @@ def _cut(prompt: TokenIds, answer: TokenIds, truncation: Truncation) -> Completi
         sequence = sequence[: truncation.max_length]
     boundary = max(boundary, 1)  # nothing predicts the first token of a sequence: it serves as the prompt
     return Completion(sequence[:boundary], sequence[boundary:]) if boundary < len(sequence) else None
+
+
+def _split_lists(column: pa.ChunkedArray) -> list[TokenIds]:
+    """One array a row, each a view of the column's buffer."""
+    rows: list[TokenIds] = []
+    for chunk in column.chunks:
+        offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)
+        rows.extend(values[start:end] for start, end in pairwise(offsets))
+    return rows

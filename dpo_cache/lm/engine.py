@@ -45,6 +45,11 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
     assert own != FOREST_ATTENTION, "a model's attention is chosen once"
     completions = _check_completions(model, max_length)
     expected = [row_logps(model, [completion])[0].cpu() for completion in completions]
+    if not all(bool(logps.isfinite().all()) for logps in expected):
+        raise ModelError(
+            f"{type(model).__name__} gives log-probs that are NaN or infinite.\n"
+            "Its weights may be damaged, or the dtype too small for it: try --dtype float32."
+        )
     _check_causality(expected, model)
     problem = "asked for" if requested == "rows" else _length_dependent(model, max_length)
     if problem is None:

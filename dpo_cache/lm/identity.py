@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from dpo_cache.errors import ModelError
+from dpo_cache.errors import ModelError, first_line
 
 SCORING_VERSION = 1  # raised when the same model and ids would get another stored value
 
@@ -97,12 +97,18 @@ def checkpoint_files(location: str, *, revision: str | None = None) -> list[Path
             folder = Path(snapshot_download(location, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
         except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
             raise ModelError(f"{location}: no such folder, and the Hub does not have it or cannot be reached.") from error
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{location}: holds an adapter, which would be loaded over the weights without being part of the reference's identity.\n"
+            "Merge it into its base (peft: `merge_and_unload`) and save the result as a model of its own."
+        )
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = [path.name for path in sorted(folder.glob("*.safetensors"))]
-        names = ["model.safetensors"] if "model.safetensors" in names else names
+    names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []  # transformers takes it before the index
+    if not names and index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: not an index of safetensors files ({first_line(error)}).\nDownload or save the model again.") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if not names or missing:
         raise ModelError(
@@ -121,11 +127,11 @@ def weights_digest(files: list[Path]) -> str:
 
 
 def _tensor_lines(path: Path) -> dict[str, str]:
-    """One line a tensor, memoized by path, size and mtime as git's index does."""
+    """One line a tensor, memoized by path, size, times and inode as git's index does."""
     path = path.resolve()
     status = path.stat()
     memo = _memo_folder() / (hashlib.sha256(str(path).encode()).hexdigest()[:32] + ".json")
-    stamp = [str(path), status.st_size, status.st_mtime_ns]
+    stamp = [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     try:
         remembered = json.loads(memo.read_text())
         if remembered["stamp"] == stamp:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -15,7 +17,7 @@ def load_config(location: str, *, revision: str | None = None, trust_remote_code
     """The model's config, without its weights. Raises `ModelError`."""
     try:
         return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(
             f"{location}: no model can be loaded from it ({first_line(error)}).\nGive a local folder with config.json, or a Hub id."
         ) from error
@@ -48,14 +50,17 @@ def load_model(
     check_causal(config, location)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     bars_shown = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what its report says in many lines, the check below says in one
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{location}: no causal LM can be loaded from it ({first_line(error)}).") from error
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if bars_shown:
             transformers_logging.enable_progress_bar()
     model, report = loaded

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_cache.lm.attention import plan_tree
 from dpo_cache.lm.device import sum_dtype
 from dpo_cache.lm.engine import Attention
-from dpo_cache.lm.forest import build_forest
+from dpo_cache.lm.forest import build_forest, count_forest_tokens
 from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
 from dpo_cache.lm.scoring import row_logps
 from dpo_cache.types import Completion
@@ -26,7 +26,10 @@ def completion_logps(model: PreTrainedModel, completions: Sequence[Completion], 
     completions share are run once, in one flat row without padding.
     """
     if attention.name == "rows":
-        return torch.stack([logps.to(sum_dtype(logps.device)).sum() for logps in row_logps(model, completions)])
+        size = attention.max_rows or len(completions)
+        batches = [completions[start : start + size] for start in range(0, len(completions), size)]
+        logps = [row for batch in batches for row in row_logps(model, batch)]
+        return torch.stack([row.to(sum_dtype(row.device)).sum() for row in logps])
     forest = build_forest(completions)
     device = model.device
     hidden_LD = decoder_of(model)(
@@ -47,6 +50,14 @@ def completion_logps(model: PreTrainedModel, completions: Sequence[Completion], 
     places = np.searchsorted(targets, np.concatenate(forest.targets))
     shares = logps_T[torch.from_numpy(places).to(device)].to(sum_dtype(device))
     return shares.new_zeros(len(completions)).index_add(0, torch.from_numpy(owners).to(device), shares)
+
+
+def count_tokens(completions: Sequence[Completion], attention: Attention) -> int:
+    """Tokens that `completion_logps` runs through the model: of the forest, or of the rows with their padding."""
+    if attention.name == "forest":
+        return count_forest_tokens(completions)
+    lengths = [len(completion.sequence_ids) for completion in completions]
+    return sum(lengths) if attention.max_rows == 1 else max(lengths) * len(lengths)
 
 
 def default_micro_tokens(device: torch.device) -> int:

@@ -78,6 +78,8 @@ class Cache:
         if not self.folder.exists(name):
             self._publish_format()
             self.folder.publish(name, seal_document({"identity": identity, "provenance": provenance}))
+        else:
+            self.read_reference(reference_id)  # raises where it is damaged
         return reference_id
 
     def scores(self, reference_id: str) -> ScoreIndex:

@@ -49,21 +49,21 @@ class ScoreIndex:
         names = [name for name in self._folder.names(self._place) if name.endswith(".parquet") and name not in known]
         self._add({name: self._read_keys(name) for name in names})
 
-    def contains(self, keys: Sequence[bytes]) -> np.ndarray:
+    def contains(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
         """Which of the keys are scored: bool `[len(keys)]`."""
         wanted = np.array(keys, KEY_DTYPE)
         if not len(self._keys):
             return np.zeros(len(wanted), bool)
         return self._keys[self._positions(wanted)] == wanted
 
-    def fetch(self, keys: Sequence[bytes]) -> list[Score]:
+    def fetch(self, keys: Sequence[bytes] | np.ndarray) -> list[Score]:
         """The scores, in the order of the keys. Each shard that holds one of them is read once."""
         present = self.contains(keys)
         if not present.all():
-            missing = keys[int(np.argmin(present))]
+            missing = bytes(keys[int(np.argmin(present))])
             raise NotInCacheError(
                 f"{self._folder}/{self._place}: {int((~present).sum())} of {len(keys)} completions are not scored, "
-                f"the first is {missing.hex()}.\nRun the `dpo-cache precompute` that made this cache again."
+                f"the first is {missing.ljust(KEY_BYTES, bytes(1)).hex()}.\nRun the `dpo-cache precompute` that made this cache again."
             )
         where = self._where[self._positions(np.array(keys, KEY_DTYPE))]
         found: list[Score | None] = [None] * len(keys)

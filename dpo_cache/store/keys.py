@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
+
+import numpy as np
 
 from dpo_cache.types import Completion
 
@@ -22,3 +25,14 @@ def completion_key(completion: Completion) -> bytes:
     digest.update(completion.prompt_ids.astype("<u4", copy=False).tobytes())
     digest.update(completion.completion_ids.astype("<u4", copy=False).tobytes())
     return digest.digest()
+
+
+def key_array(keys: Sequence[bytes]) -> np.ndarray:
+    """Keys as a numpy array of dtype S16, which sorts and compares them as bytes."""
+    return np.frombuffer(b"".join(keys), f"S{KEY_BYTES}")
+
+
+def key_bytes(keys: np.ndarray) -> list[bytes]:
+    """Keys of such an array as bytes; its own items lose the zeros at their end."""
+    content = keys.tobytes()
+    return [content[start : start + KEY_BYTES] for start in range(0, len(content), KEY_BYTES)]

@@ -44,7 +44,7 @@ def encode_shard(scores: Sequence[tuple[bytes, Score]]) -> bytes:
             raise ValueError(f"completion {key.hex()}: token log-probs are empty or not finite")
     table = pa.table(
         [
-            key_array([key for key, _ in scores]),
+            key_column([key for key, _ in scores]),
             pa.array([len(score.token_logps) for _, score in scores], pa.uint32()),
             pa.array([score.logps for _, score in scores], pa.float64()),
             list_array([score.token_logps for _, score in scores], FLOAT_LIST),
@@ -110,7 +110,7 @@ def open_parquet(source: Any, schema: pa.Schema, place: str) -> pq.ParquetFile:
     return file
 
 
-def key_array(keys: Sequence[bytes]) -> pa.Array:
+def key_column(keys: Sequence[bytes]) -> pa.Array:
     return pa.array(keys, KEY)
 
 

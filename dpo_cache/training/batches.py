@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from dpo_cache.lm.forest import count_forest_tokens
 from dpo_cache.store import PairSet
 from dpo_cache.types import Completion, ScoredPair
+
+CountTokens = Callable[[Sequence[Completion]], int]
 
 SHUFFLE_BLOCKS = 32  # blocks of 256 pairs that are shuffled among each other: 8,192 pairs in memory
 
@@ -51,18 +54,29 @@ def held_out(pair_set: PairSet, fraction: float, seed: int) -> np.ndarray:
     return np.array([_lot(scored.pair.chosen.prompt_ids, seed) < fraction for scored in pair_set], bool)
 
 
-def split_step(pairs: Sequence[ScoredPair], budget_tokens: int) -> list[list[ScoredPair]]:
-    """The pairs of a step in groups whose forests have at most `budget_tokens` tokens, a pair never split.
+@dataclass
+class Group:
+    """Pairs of a step that are run at once, and the tokens that takes."""
+
+    pairs: list[ScoredPair]
+    num_tokens: int
+
+
+def split_step(pairs: Sequence[ScoredPair], budget_tokens: int, count_tokens: CountTokens = count_forest_tokens) -> list[Group]:
+    """The pairs of a step in groups of at most `budget_tokens` tokens, as `count_tokens` counts them; a pair is never split.
 
     Pairs with similar prompts stand together, so that what they share is run once. A pair that is longer
     than the budget makes a group of its own.
     """
-    groups: list[list[ScoredPair]] = []
+    groups: list[Group] = []
     for pair in sorted(pairs, key=lambda scored: scored.pair.chosen.sequence_ids.astype(">u4").tobytes()):
-        if groups and count_forest_tokens(completions_of([*groups[-1], pair])) <= budget_tokens:
-            groups[-1].append(pair)
-        else:
-            groups.append([pair])
+        if groups:
+            together = [*groups[-1].pairs, pair]
+            num_tokens = count_tokens(completions_of(together))
+            if num_tokens <= budget_tokens:
+                groups[-1] = Group(together, num_tokens)
+                continue
+        groups.append(Group([pair], count_tokens(completions_of([pair]))))
     return groups
 
 

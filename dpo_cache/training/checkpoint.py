@@ -2,6 +2,7 @@
 
     model files            as `save_pretrained` writes them (safetensors)
     optimizer.safetensors  `<parameter>/<state>` per optimizer state, e.g. `model.norm.weight/exp_avg`
+    tokenizer files        so that a resumed run needs nothing but the cache
     state.json             {"step": ..., "epoch": ..., "pairs_seen": ...}
 
 A checkpoint is written under a dot-name and renamed, so it is whole or absent. Nothing is pickled.
@@ -15,10 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cache.errors import TrainingError
+from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.store.files import sync
 
 
@@ -31,7 +33,9 @@ class Progress:
     pairs_seen: int = 0
 
 
-def save_checkpoint(run: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+def save_checkpoint(
+    run: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: torch.optim.Optimizer, progress: Progress
+) -> Path:
     """Publish the state after a step, then drop older ones. Raises `TrainingError` where the disk refuses."""
     target = run / "checkpoints" / f"step-{progress.step:06d}"
     scratch = target.with_name(f".{target.name}.tmp")
@@ -39,13 +43,14 @@ def save_checkpoint(run: Path, model: PreTrainedModel, optimizer: torch.optim.Op
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
         save_file(_optimizer_tensors(model, optimizer), scratch / "optimizer.safetensors")
         (scratch / "state.json").write_text(json.dumps(asdict(progress)) + "\n")
         publish_folder(scratch, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise TrainingError(
-            f"cannot save {target}: {error.strerror or error}.\nFree some space, then go on from the last checkpoint with --resume."
+            f"cannot save {target}: {first_line(error)}.\nFree some space, then go on from the last checkpoint with --resume."
         ) from error
     for older in find_checkpoints(run)[:-1]:
         shutil.rmtree(older)
@@ -68,12 +73,18 @@ def find_checkpoints(run: Path) -> list[Path]:
 
 def read_progress(checkpoint: Path) -> Progress:
     """Where the run stood when the checkpoint was saved."""
-    return Progress(**json.loads((checkpoint / "state.json").read_text()))
+    try:
+        return Progress(**json.loads((checkpoint / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise damaged(checkpoint / "state.json", error) from error
 
 
 def restore_optimizer(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Put the saved optimizer state back, bit for bit."""
-    saved = load_file(checkpoint / "optimizer.safetensors")
+    try:
+        saved = load_file(checkpoint / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise damaged(checkpoint / "optimizer.safetensors", error) from error
     for name, parameter in model.named_parameters():
         prefix = f"{name}/"
         state = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
@@ -81,6 +92,11 @@ def restore_optimizer(checkpoint: Path, model: PreTrainedModel, optimizer: torch
             on_cpu = ("step",)  # AdamW counts steps on the CPU unless it is fused or captured
             fused = bool(optimizer.defaults.get("fused"))
             optimizer.state[parameter] = {key: value if key in on_cpu and not fused else value.to(parameter.device) for key, value in state.items()}
+
+
+def damaged(path: Path, error: BaseException) -> TrainingError:
+    """What is raised for a file of a run that cannot be read."""
+    return TrainingError(f"{path}: not readable ({first_line(error)}).\nThe run cannot be resumed: choose another --output and start it again.")
 
 
 def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -11,32 +11,47 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cache.errors import TrainingError
+from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.store.files import free_bytes
-from dpo_cache.training.checkpoint import find_checkpoints, publish_folder
+from dpo_cache.training.checkpoint import damaged, find_checkpoints, publish_folder
 
 # What may differ between a run and its resumption: it changes speed, memory or what is reported, not the result.
 FREE_TO_CHANGE = {"resume", "trust_remote_code", "cache", "output", "device", "micro_tokens", "gradient_checkpointing", "eval_every", "save_every"}
+RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "model", ".model.tmp"}
 FIXED_RESOLVED = ("reference", "pairs_digest", "num_pairs", "total_steps", "precision")
 
 
-def find_start(folder: Path, *, resume: bool) -> Path | None:
-    """The checkpoint to go on from; None for a new run. Raises `TrainingError` where the folder does not fit."""
-    if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise TrainingError(f"{folder}: not an empty folder.\nGo on with --resume, or choose another --output.")
+def find_start(folder: Path, say: Callable[[str], None], *, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None for a run that starts at the beginning.
+
+    Raises `TrainingError` where the folder does not fit.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"{folder}: not a folder.\nChoose another --output.")
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not present:
+        if resume:
+            raise TrainingError(f"{folder}: there is no run to resume.\nRun without --resume to start one.")
         return None
-    checkpoints = find_checkpoints(folder)
-    if checkpoints:
-        return checkpoints[-1]
-    if (folder / "model").exists():
+    if not resume:
+        raise TrainingError(f"{folder}: not an empty folder.\nGo on with --resume, or choose another --output.")
+    if not present <= RUN_FILES:
+        raise TrainingError(f"{folder}: not the folder of a run; it holds {', '.join(sorted(present - RUN_FILES)[:5])}.\nChoose another --output.")
+    if "model" in present:
         raise TrainingError(f"{folder}: this run is finished; its model lies in {folder / 'model'}.\nChoose another --output to train again.")
-    raise TrainingError(f"{folder}: no checkpoint to resume from.\nRun without --resume, and with --save-every N to have some.")
+    checkpoints = find_checkpoints(folder)
+    if not checkpoints:
+        say(f"{folder}: cut off before its first checkpoint (--save-every N makes some); it starts again.")
+        discard(folder)
+        return None
+    return checkpoints[-1]
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -49,18 +64,24 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Take a run's folder away again that failed before its first update, so that it can be started anew."""
+    """Empty the folder of a run that did not come to its first update or checkpoint, so that it can be started anew."""
     for name in ("config.json", "metrics.jsonl"):
         (folder / name).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
+    for name in ("checkpoints", ".model.tmp"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Raise `TrainingError` naming what a resumed run changes, if that would change its result."""
-    before = json.loads((folder / "config.json").read_text())
+    try:
+        before = json.loads((folder / "config.json").read_text())
+        resolved = before["resolved"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise damaged(folder / "config.json", error) from error
     both = [(name, before.get(name), config[name]) for name in config if name not in FREE_TO_CHANGE and name != "resolved"]
-    both += [(name, before["resolved"].get(name), config["resolved"][name]) for name in FIXED_RESOLVED]
+    both += [(name, resolved.get(name), config["resolved"][name]) for name in FIXED_RESOLVED]
     changed = [f"  {name}: {old} before, {new} now" for name, old, new in both if old != new]
     if changed:
         raise TrainingError("this run was started otherwise:\n" + "\n".join(changed) + "\nGive the same options, or choose another --output.")
@@ -86,6 +107,12 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         publish_folder(scratch, target)
-    except OSError as error:
-        raise TrainingError(f"cannot save {target}: {error.strerror or error}.\nFree some space, then go on with --resume.") from error
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise TrainingError(f"cannot save {target}: {first_line(error)}.\nFree some space, then go on with --resume.") from error
+    drop_checkpoints(folder)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove what only a resumption needs."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,13 +16,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.errors import DpoCacheError, TrainingError
+from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import choose_device, peak_bytes, sum_dtype
-from dpo_cache.lm.forest import count_forest_tokens
-from dpo_cache.lm.policy import checkpoint_layers, completion_logps, default_micro_tokens
+from dpo_cache.lm.policy import checkpoint_layers, completion_logps, count_tokens, default_micro_tokens
 from dpo_cache.options import TrainOptions, number_or_auto
 from dpo_cache.store import open_cache
-from dpo_cache.training.batches import completions_of, split_step, stream_pairs
+from dpo_cache.training.batches import Group, completions_of, split_step, stream_pairs
 from dpo_cache.training.checkpoint import Progress, read_progress, restore_optimizer, save_checkpoint
 from dpo_cache.training.folder import check_config, check_disk, discard, find_start, save_model, write_config
 from dpo_cache.training.losses import preference_loss
@@ -54,8 +54,8 @@ class TrainReport:
 
 
 def train(
-    cache: str,
-    output: str,
+    cache: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     *,
     on_metrics: OnMetrics | None = None,
     say: Say | None = None,
@@ -70,7 +70,7 @@ def train(
 
     Raises `DpoCacheError`. The model lies in `output/model`, the metrics in `output/metrics.jsonl`.
     """
-    chosen = TrainOptions(cache=cache, output=output, **options)
+    chosen = TrainOptions(cache=os.fspath(cache), output=os.fspath(output), **options)
     run = _Run(chosen, on_metrics or (lambda _: None), say or logging.getLogger("dpo_cache").warning)
     return run.train(should_stop or (lambda: False))
 
@@ -82,13 +82,13 @@ class _Run:
         self.options, self.on_metrics, self.say = options, on_metrics, say
         self.started = time.perf_counter()
         self.output = Path(options.output)
-        self.checkpoint = find_start(self.output, resume=options.resume)
+        self.checkpoint = find_start(self.output, say, resume=options.resume)
         self.progress = read_progress(self.checkpoint) if self.checkpoint else Progress()
         self.device = choose_device(options.device)
         self.data = open_pairs(options, open_cache(options.cache))
         self.policy = open_policy(options, self.data, self.device, self.checkpoint)
         self.model = self.policy.model
-        self.total_steps = options.max_steps or math.ceil(options.epochs * self.data.num_pairs / options.batch_size)
+        self.total_steps = options.max_steps or math.ceil(options.epochs * math.ceil(self.data.num_pairs / options.batch_size))
         self.micro_tokens = number_or_auto("--micro-tokens", options.micro_tokens) or default_micro_tokens(self.device)
         self.optimizer = _make_optimizer(self.model, options, self.device)
         if self.checkpoint:
@@ -108,14 +108,16 @@ class _Run:
         self._settle_folder()
         try:
             return self._run_steps(should_stop)
-        except DpoCacheError:
+        except BaseException:  # Ctrl-C too: what has not begun leaves nothing behind
             if self.checkpoint is None and not self.has_updated:
                 discard(self.output)
             raise
 
     def _run_steps(self, should_stop: Callable[[], bool]) -> TrainReport:
-        first = last = None
-        eval_before = self._evaluate() if self.checkpoint is None else None
+        first, eval_before = self.metrics_file.first("loss"), self.metrics_file.first("eval/loss")  # of the part before a resumption
+        last = None
+        if self.checkpoint is None:
+            eval_before = self._evaluate()
         eval_after = eval_before
         for pairs in self._steps():
             last = self._step(pairs)
@@ -125,9 +127,11 @@ class _Run:
                 eval_after = self._evaluate() or eval_after
             stops = not is_last and should_stop()
             if stops or (self.options.save_every and step % self.options.save_every == 0 and not is_last):
-                save_checkpoint(self.output, self.model, self.optimizer, self.progress)
+                save_checkpoint(self.output, self.model, self.policy.tokenizer, self.optimizer, self.progress)
             if stops:
                 return self._report(first, last, eval_before, None, finished=False)
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise TrainingError(f"step {self.total_steps}: the update left weights that are not finite; no model was saved.\nLower --lr.")
         save_model(self.output, self.model, self.policy.tokenizer)
         return self._report(first, last, eval_before, eval_after, finished=True)
 
@@ -141,8 +145,10 @@ class _Run:
             write_config(self.output, self._config())
         if self.policy.attention.name == "rows":
             self.say(f"{type(self.model).__name__} is trained on plain padded rows, which is slower: {self.policy.attention.reason}.")
-        if self.options.gradient_checkpointing:
-            checkpoint_layers(self.model)
+        if self.options.gradient_checkpointing and not checkpoint_layers(self.model):
+            self.say(f"--gradient-checkpointing has no effect: {type(self.model).__name__} has no layers that take it.")
+        if self.checkpoint is None and not any(self._lr(step) for step in range(min(self.total_steps, 1000))):
+            self.say(f"nothing will be learned: the warm-up (--warmup-ratio {self.options.warmup_ratio}) takes all {self.total_steps} steps.")
 
     def _steps(self) -> Iterator[list[ScoredPair]]:
         """The pairs of each step that is left, epoch after epoch; the last step of an epoch may be smaller."""
@@ -165,17 +171,16 @@ class _Run:
     def _step(self, pairs: list[ScoredPair]) -> Metrics:
         """One update. The loss is the mean over the step's pairs, however they are split into forests."""
         started = time.perf_counter()
-        options, metrics, num_tokens = self.options, PairMetrics(), 0
-        for group in split_step(pairs, self.micro_tokens):
-            losses = self._group_losses(group, metrics)
+        metrics, groups = PairMetrics(), self._split(pairs)
+        for group in groups:
+            losses = self._group_losses(group.pairs, metrics)
             (losses.sum() / len(pairs)).backward()
-            num_tokens += count_forest_tokens(completions_of(group))
         if self.progress.step == 1:
             self.say(self.step_zero.describe())
-        lr = learning_rate(self.progress.step - 1, self.total_steps, peak=options.lr, schedule=options.lr_schedule, warmup_ratio=options.warmup_ratio)
-        for group_of_parameters in self.optimizer.param_groups:
-            group_of_parameters["lr"] = lr
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf)
+        lr = self._lr(self.progress.step - 1)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = lr
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or math.inf)
         means = metrics.means()
         if not math.isfinite(means["loss"]) or not math.isfinite(float(grad_norm)):
             rows = ", ".join(str(scored.pair.row) for scored in pairs[:8])
@@ -194,7 +199,7 @@ class _Run:
                 **means,
                 "grad_norm": float(grad_norm),
                 "lr": lr,
-                "num_tokens": num_tokens,
+                "num_tokens": sum(group.num_tokens for group in groups),
                 "pairs_per_s": len(pairs) / elapsed_s,
                 "peak_bytes": peak_bytes(self.device),
             }
@@ -205,7 +210,7 @@ class _Run:
         with self._autocast():
             logps = completion_logps(self.model, completions_of(group), self.policy.attention)
         reference = self._reference_logps(group)
-        if self.checkpoint is None and self.progress.step <= 1:
+        if self.checkpoint is None and not self.has_updated:
             self.step_zero.check(logps, reference)
         chosen, rejected = logps.chunk(2)
         reference_chosen, reference_rejected = reference.chunk(2)
@@ -235,9 +240,19 @@ class _Run:
         metrics = PairMetrics()
         stream = stream_pairs(self.data.eval_pairs, self.data.eval_selected, shuffle=False, seed=0, epoch=0)
         while pairs := list(islice(stream, 64)):
-            for group in split_step(pairs, self.micro_tokens):
-                self._group_losses(group, metrics)
-        return self._record({"step": self.progress.step, **{f"eval/{name}": value for name, value in metrics.means().items()}})
+            for group in self._split(pairs):
+                self._group_losses(group.pairs, metrics)
+        means = metrics.means()
+        if not math.isfinite(means["loss"]):
+            raise TrainingError(f"the evaluation after step {self.progress.step} gives the loss {means['loss']}; no model was saved.\nLower --lr.")
+        return self._record({"step": self.progress.step, **{f"eval/{name}": value for name, value in means.items()}})
+
+    def _split(self, pairs: list[ScoredPair]) -> list[Group]:
+        return split_step(pairs, self.micro_tokens, lambda completions: count_tokens(completions, self.policy.attention))
+
+    def _lr(self, step: int) -> float:
+        options = self.options
+        return learning_rate(step, self.total_steps, peak=options.lr, schedule=options.lr_schedule, warmup_ratio=options.warmup_ratio)
 
     # -- reporting -------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -71,7 +73,14 @@ def preference_loss(
         >>> losses
         tensor([0., 0.])
     """
-    _check_shapes(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    _check_shapes(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        reference_chosen_logps=reference_chosen_logps,
+        reference_rejected_logps=reference_rejected_logps,
+        beta=beta,
+        label_smoothing=label_smoothing,
+    )
     policy_logratios = policy_chosen_logps - policy_rejected_logps
     reference_logratios = 0 if reference_free else reference_chosen_logps - reference_rejected_logps
     margins = policy_logratios - reference_logratios
@@ -85,9 +94,9 @@ def preference_loss(
     return losses, chosen_rewards, rejected_rewards
 
 
-def _check_shapes(*logps: torch.Tensor) -> None:
-    names = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
-    shapes = {name: tuple(value.shape) for name, value in zip(names, logps, strict=True) if isinstance(value, torch.Tensor)}
+def _check_shapes(**values: Any) -> None:
+    """Plain numbers and tensors without dimensions mean the same for every pair; all else must have one shape."""
+    shapes = {name: tuple(value.shape) for name, value in values.items() if getattr(value, "shape", ())}
     if len(set(shapes.values())) > 1:
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ShapeError(f"preference_loss needs four tensors of one shape (batch_size,), found {found}.")
+        raise ShapeError(f"preference_loss needs one shape (batch_size,), found {found}.")

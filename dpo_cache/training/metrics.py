@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from dpo_cache.errors import TrainingError
+
 Metrics = dict[str, float | int]
 
 
@@ -53,18 +55,33 @@ class MetricsFile:
 
     def keep_until(self, step: int) -> None:
         """Drop the lines after a step, and any torn one: what a run that was cut off wrote past its checkpoint."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
+        kept = [entry for entry in self._entries() if entry["step"] <= step]
+        self._write("w", kept)
+
+    def append(self, metrics: Metrics) -> None:
+        """Add a line."""
+        self._write("a", [metrics])
+
+    def first(self, name: str) -> Metrics | None:
+        """The first line that has this entry."""
+        return next((entry for entry in self._entries() if name in entry), None)
+
+    def _entries(self) -> list[Metrics]:
+        """The lines up to the first that is torn."""
+        entries: list[Metrics] = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
                 entry = json.loads(line)
             except ValueError:
                 break
-            if entry["step"] <= step:
-                kept.append(line)
-        self.path.write_text("".join(line + "\n" for line in kept))
+            if not isinstance(entry, dict) or "step" not in entry:
+                break
+            entries.append(entry)
+        return entries
 
-    def append(self, metrics: Metrics) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+    def _write(self, mode: str, entries: list[Metrics]) -> None:
+        try:
+            with open(self.path, mode) as file:
+                file.write("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries))
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.path}: {error.strerror or error}.\nFree some space, then go on with --resume.") from error

@@ -77,15 +77,17 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
 def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device, checkpoint: Path | None) -> Policy:
     """The policy with its weights at the start, or at the checkpoint. Raises `ModelError`."""
     source, made_with = data.reference["provenance"], data.pairs.manifest["tokenization"]
-    location = options.model or source["model"]
+    location, trust = options.model or source["model"], options.trust_remote_code
     revision = None if options.model else source.get("revision")
-    if options.model is None and os.path.isabs(location) and not os.path.isdir(location):
-        raise ModelError(f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with --model.")
-    trust = options.trust_remote_code
-    tokenizer = _load_tokenizer([made_with["tokenizer"], location], made_with["chat_template"], trust)
-    identity, config = data.reference["identity"], load_config(location, revision=revision, trust_remote_code=trust)
-    same_config = computing_fields(config) == identity["config"]
-    is_reference = same_config and weights_digest(checkpoint_files(location, revision=revision)) == identity["weights"]
+    if checkpoint:  # it holds all that is needed: where the policy started from may be gone
+        is_reference, tokenizer = False, _load_tokenizer([str(checkpoint)], made_with["chat_template"], trust)
+    else:
+        if options.model is None and os.path.isabs(location) and not os.path.isdir(location):
+            raise ModelError(f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with --model.")
+        tokenizer = _load_tokenizer([made_with["tokenizer"], location], made_with["chat_template"], trust)
+        identity, config = data.reference["identity"], load_config(location, revision=revision, trust_remote_code=trust)
+        same_config = computing_fields(config) == identity["config"]
+        is_reference = same_config and weights_digest(checkpoint_files(location, revision=revision)) == identity["weights"]
     precision = _choose_precision(options.precision, device)
     model = load_model(
         str(checkpoint or location),
@@ -103,6 +105,8 @@ def _only_pair_set(cache: Cache, eval_pairs: str | None) -> PairSet:
     known = [name for name in cache.pair_sets() if name != held]
     if len(known) == 1:
         return cache.pairs(known[0])
+    if held and not known:
+        raise NotInCacheError(f"{cache}: no pair set to train on besides {held}, which is to be evaluated on.\nName one with --pairs.")
     if not known:
         raise NotInCacheError(f"{cache}: no pair set to train on.\nRun `dpo-cache precompute --cache {cache} …` first.")
     raise NotInCacheError(f"{cache}: several pair sets to train on.\nSay which with --pairs: {', '.join(known)}.")

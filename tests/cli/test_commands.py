@@ -72,18 +72,20 @@ WRONG_DATA = {
     "empty": ("", "error: {path}: the file is empty.\n"),
     "columns": (
         '{"question": "a", "answer": "b"}\n',
-        "error: not preference data: found the columns question, answer; accepted are\n"
+        "error: {path}: split train is not preference data: found the columns question, answer; accepted are\n"
         "  prompt, chosen, rejected                    (text, or messages with role and content)\n"
         "  chosen, rejected                            (whole dialogues that share the prompt)\n"
         "  conversations, chosen, rejected             (ShareGPT: from and value)\n"
         "  instruction, input, chosen, rejected        (Alpaca)\n"
-        "Rename the columns and run again.\n",
+        "  system, question, chosen, rejected\n"
+        "  prompt, responses, scores or ranks          (ranked answers)\n"
+        "Name the columns that correspond with --map, for example --map prompt=question, or rename them.\n",
     ),
     "empty field": (
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "", "rejected": "c"}\n',
-        "error: 1 row cannot be used (rows are counted from 0, format text):\n"
+        "error: {path}: split train: 1 row cannot be used (rows are counted from 0, format text):\n"
         "  `chosen` is empty: 1 row, number 1\n"
-        "Mend or remove them and run again; nothing was written.\n",
+        "Mend or remove them and run again.\n",
     ),
 }
 

@@ -11,6 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dpo_cache.data.formats import Example
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -28,6 +30,10 @@ def user(content: str) -> dict[str, str]:
 
 def assistant(content: str) -> dict[str, str]:
     return message("assistant", content)
+
+
+def pair(prompt: Any, chosen: Any, rejected: Any) -> Example:
+    return Example(prompt, (chosen, rejected))
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> str:

@@ -1,18 +1,19 @@
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
-from dpo_cache.data import check_rows, detect_format
+from dpo_cache.data import check_format, detect_format, tokenize_rows
 from dpo_cache.data.formats import Example, RowProblem, parse_row
 from dpo_cache.errors import DataError
-from tests.data.conftest import assistant, message, user
+from tests.data.conftest import assistant, make_byte_tokenizer, message, pair, user
 
 TEXT = {"prompt": "Name a colour.", "chosen": " Red.", "rejected": " Seven."}
-YES_OR_NO = Example([user("Well?")], [assistant("Yes.")], [assistant("No.")])
+YES_OR_NO = pair([user("Well?")], [assistant("Yes.")], [assistant("No.")])
 
 FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
-    "text": ("text", TEXT, Example("Name a colour.", " Red.", " Seven.")),
-    "text with other columns": ("text", {**TEXT, "score": 3, "id": None}, Example("Name a colour.", " Red.", " Seven.")),
+    "text": ("text", TEXT, pair("Name a colour.", " Red.", " Seven.")),
+    "text with other columns": ("text", {**TEXT, "score": 3, "id": None}, pair("Name a colour.", " Red.", " Seven.")),
     "prompt and answers as messages": (
         "conversation",
         {"prompt": [user("Well?")], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]},
@@ -33,17 +34,17 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
     "system message without content": (
         "conversation",
         {"prompt": [message("system", ""), user("Well?")], "chosen": "Yes.", "rejected": "No."},
-        Example([message("system", ""), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
+        pair([message("system", ""), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
     ),
     "answers of several turns": (
         "conversation",
         {"prompt": "Well?", "chosen": [assistant("Yes."), user("Sure?"), assistant("Yes!")], "rejected": "No."},
-        Example([user("Well?")], [assistant("Yes."), user("Sure?"), assistant("Yes!")], [assistant("No.")]),
+        pair([user("Well?")], [assistant("Yes."), user("Sure?"), assistant("Yes!")], [assistant("No.")]),
     ),
     "fields that are null in this row": (
         "conversation",
         {"prompt": [{**user("Well?"), "name": None}], "chosen": [{**assistant("Yes."), "tool": "x"}], "rejected": "No."},
-        Example([user("Well?")], [{**assistant("Yes."), "tool": "x"}], [assistant("No.")]),
+        pair([user("Well?")], [{**assistant("Yes."), "tool": "x"}], [assistant("No.")]),
     ),
     "dialogues as messages": (
         "implicit",
@@ -51,12 +52,12 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
             "chosen": [user("Hi."), assistant("Hi."), user("Well?"), assistant("Yes.")],
             "rejected": [user("Hi."), assistant("Hi."), user("Well?"), assistant("No.")],
         },
-        Example([user("Hi."), assistant("Hi."), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
+        pair([user("Hi."), assistant("Hi."), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
     ),
     "dialogues as text": (
         "implicit",
         {"chosen": "\n\nHuman: Well?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Well?\n\nAssistant: No."},
-        Example("\n\nHuman: Well?\n\nAssistant:", " Yes.", " No."),
+        pair("\n\nHuman: Well?\n\nAssistant:", " Yes.", " No."),
     ),
     "dialogues as text of several turns": (
         "implicit",
@@ -64,7 +65,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
             "chosen": "\n\nHuman: Hi.\n\nAssistant: Hi.\n\nHuman: Well?\n\nAssistant: I think so.",
             "rejected": "\n\nHuman: Hi.\n\nAssistant: Hi.\n\nHuman: Well?\n\nAssistant: I doubt it.",
         },
-        Example("\n\nHuman: Hi.\n\nAssistant: Hi.\n\nHuman: Well?\n\nAssistant: I", " think so.", " doubt it."),
+        pair("\n\nHuman: Hi.\n\nAssistant: Hi.\n\nHuman: Well?\n\nAssistant: I", " think so.", " doubt it."),
     ),
     "sharegpt": (
         "sharegpt",
@@ -73,7 +74,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
             "chosen": {"from": "gpt", "value": "Yes."},
             "rejected": {"from": "gpt", "value": "No."},
         },
-        Example([message("system", "Be brief."), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
+        pair([message("system", "Be brief."), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
     ),
     "sharegpt with plain roles": (
         "sharegpt",
@@ -82,12 +83,64 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
             "chosen": {"from": "assistant", "value": "Yes."},
             "rejected": {"from": "assistant", "value": "No."},
         },
-        Example([user("Hi."), assistant("Hi."), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
+        pair([user("Hi."), assistant("Hi."), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
     ),
     "alpaca": (
         "alpaca",
         {"instruction": "Translate.", "input": "Ja.", "chosen": "Yes.", "rejected": "No."},
-        Example([user("Translate.\n\nJa.")], [assistant("Yes.")], [assistant("No.")]),
+        pair([user("Translate.\n\nJa.")], [assistant("Yes.")], [assistant("No.")]),
+    ),
+    "sharegpt with a system column": (
+        "sharegpt",
+        {
+            "system": "Be brief.",
+            "conversations": [{"from": "human", "value": "Well?"}],
+            "chosen": {"from": "gpt", "value": "Yes."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+        pair([message("system", "Be brief."), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
+    ),
+    "question with a system message": (
+        "question",
+        {"system": "Be brief.", "question": "Well?", "chosen": "Yes.", "rejected": "No."},
+        pair([message("system", "Be brief."), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
+    ),
+    "question with an empty system message": ("question", {"system": "", "question": "Well?", "chosen": "Yes.", "rejected": "No."}, YES_OR_NO),
+    "tools as JSON, and what the template is told": (
+        "conversation",
+        {
+            "prompt": [user("Well?")],
+            "chosen": [assistant("Yes.")],
+            "rejected": [assistant("No.")],
+            "tools": '[{"name": "look"}]',
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
+        Example(
+            [user("Well?")],
+            ([assistant("Yes.")], [assistant("No.")]),
+            template_options={"tools": [{"name": "look"}], "enable_thinking": False},
+        ),
+    ),
+    "ranked text": (
+        "ranked",
+        {"prompt": "Well?", "responses": [" No.", " Yes.", " Maybe.", " Eh."], "scores": [1, 9.5, 4, 4]},
+        Example("Well?", (" No.", " Yes.", " Maybe.", " Eh."), ((1, 2), (1, 3), (1, 0), (2, 0), (3, 0))),
+    ),
+    "ranked messages": (
+        "ranked",
+        {"prompt": [user("Well?")], "responses": [[assistant("No.")], [assistant("Yes.")]], "ranks": [2, 1]},
+        Example([user("Well?")], ([assistant("No.")], [assistant("Yes.")]), ((1, 0),)),
+    ),
+    "ranked alike": ("ranked", {"prompt": "Well?", "responses": ["a", "b"], "ranks": [1, 1]}, Example("Well?", ("a", "b"), ())),
+    "alpaca with history and system": (
+        "alpaca",
+        {"system": "Be brief.", "history": [["Hi.", "Hi!"]], "instruction": "Well?", "chosen": "Yes.", "rejected": "No."},
+        pair([message("system", "Be brief."), user("Hi."), assistant("Hi!"), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
+    ),
+    "an answer that calls a tool and says nothing": (
+        "conversation",
+        {"prompt": [user("Well?")], "chosen": [{"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}], "rejected": "No."},
+        pair([user("Well?")], [{"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}], [assistant("No.")]),
     ),
     "alpaca without input": ("alpaca", {"instruction": "Well?", "chosen": "Yes.", "rejected": "No."}, YES_OR_NO),
     "alpaca with empty input": ("alpaca", {"instruction": "Well?", "input": "", "chosen": "Yes.", "rejected": "No."}, YES_OR_NO),
@@ -102,8 +155,13 @@ def test_each_format_is_recognised_and_parsed(data_format: str, row: dict[str, A
 
 
 @pytest.mark.parametrize(("data_format", "row", "example"), FORMATS.values(), ids=FORMATS)
-def test_good_rows_pass_the_check(data_format: str, row: dict[str, Any], example: Example) -> None:
-    check_rows([row] * 3, data_format)
+def test_a_format_may_be_named(data_format: str, row: dict[str, Any], example: Example) -> None:
+    assert check_format(data_format, list(row)) == data_format
+
+
+def test_the_best_of_ranked_answers_against_each() -> None:
+    row = {"prompt": "Well?", "responses": ["a", "b", "c", "d"], "scores": [3, 1, 3, 2]}
+    assert parse_row(row, "ranked", "best") == Example("Well?", ("a", "b", "c", "d"), ((0, 3), (0, 1), (2, 3), (2, 1)))
 
 
 def test_a_prompt_column_beside_an_instruction_is_the_prompt() -> None:
@@ -117,21 +175,23 @@ def test_what_is_no_preference_data_is_told_what_is_accepted(columns: list[str],
     with pytest.raises(DataError) as caught:
         detect_format(columns, {})
     assert str(caught.value) == (
-        f"not preference data: found the columns {shown}; accepted are\n"
+        f"the data is not preference data: found the columns {shown}; accepted are\n"
         "  prompt, chosen, rejected                    (text, or messages with role and content)\n"
         "  chosen, rejected                            (whole dialogues that share the prompt)\n"
         "  conversations, chosen, rejected             (ShareGPT: from and value)\n"
         "  instruction, input, chosen, rejected        (Alpaca)\n"
-        "Rename the columns and run again."
+        "  system, question, chosen, rejected\n"
+        "  prompt, responses, scores or ranks          (ranked answers)\n"
+        "Name the columns that correspond with --map, for example --map prompt=question, or rename them."
     )
 
 
 def test_equal_dialogues_keep_an_answer_so_that_the_pair_is_dropped_later() -> None:
     dialogue = [user("Well?"), assistant("Yes.")]
-    assert parse_row({"chosen": dialogue, "rejected": dialogue}, "implicit") == Example([user("Well?")], [assistant("Yes.")], [assistant("Yes.")])
+    assert parse_row({"chosen": dialogue, "rejected": dialogue}, "implicit") == pair([user("Well?")], [assistant("Yes.")], [assistant("Yes.")])
     text = parse_row({"chosen": "\n\nHuman: Well?", "rejected": "\n\nHuman: Well?"}, "implicit")
     assert isinstance(text, Example)
-    assert text.chosen == text.rejected != ""
+    assert text.answers[0] == text.answers[1] != ""
 
 
 @pytest.mark.parametrize(
@@ -141,8 +201,8 @@ def test_equal_dialogues_keep_an_answer_so_that_the_pair_is_dropped_later() -> N
 def test_dialogues_as_text_are_cut_without_losing_a_letter(chosen: str, rejected: str) -> None:
     example = parse_row({"chosen": "Q: " + chosen, "rejected": "Q: " + rejected}, "implicit")
     assert isinstance(example, Example)
-    assert example.prompt + example.chosen == "Q: " + chosen
-    assert example.prompt + example.rejected == "Q: " + rejected
+    assert example.prompt + example.answers[0] == "Q: " + chosen
+    assert example.prompt + example.answers[1] == "Q: " + rejected
     assert not example.prompt.endswith("  ")
 
 
@@ -157,8 +217,8 @@ def test_dialogues_as_text_are_cut_without_losing_a_letter(chosen: str, rejected
 def test_a_dialogue_may_go_on_where_the_other_ends(shorter: Any, longer: Any) -> None:
     example = parse_row({"chosen": longer, "rejected": shorter}, "implicit")
     assert isinstance(example, Example)
-    assert example.prompt + example.chosen == longer
-    assert example.prompt + example.rejected == shorter
+    assert example.prompt + example.answers[0] == longer
+    assert example.prompt + example.answers[1] == shorter
 
 
 def test_an_alpaca_input_of_spaces_is_as_good_as_none() -> None:
@@ -218,6 +278,21 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"conversations": [{"from": "human"}], "chosen": {}, "rejected": {}},
         "`conversations` has a message whose `value` is missing, expected text",
     ),
+    "one response": ("ranked", {"prompt": "a", "responses": ["b"], "scores": [1]}, "`responses` is not a list of two answers or more"),
+    "too few scores": ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1]}, "`scores` has 1 numbers for 2 responses"),
+    "no scores": ("ranked", {"prompt": "a", "responses": ["b", "c"]}, "neither `scores` nor `ranks` is a list of numbers"),
+    "a score that is no number": (
+        "ranked",
+        {"prompt": "a", "responses": ["b", "c"], "scores": [1, None]},
+        "neither `scores` nor `ranks` is a list of numbers",
+    ),
+    "an empty response": ("ranked", {"prompt": "a", "responses": ["b", " "], "scores": [1, 2]}, "`responses` is empty"),
+    "tools that are not JSON": ("conversation", {"prompt": "a", "chosen": "b", "rejected": "c", "tools": "look"}, "`tools` is not JSON"),
+    "template options that are text": (
+        "conversation",
+        {"prompt": "a", "chosen": "b", "rejected": "c", "chat_template_kwargs": "x"},
+        "`chat_template_kwargs` is a str, expected an object",
+    ),
     "no instruction": ("alpaca", {"instruction": None, "chosen": "Yes.", "rejected": "No."}, "`instruction` is missing, expected text"),
     "input that is a number": (
         "alpaca",
@@ -238,18 +313,29 @@ def test_all_unusable_rows_are_told_at_once() -> None:
         rows[number] = {**TEXT, "rejected": " "}
     for number in (0, 9):
         rows[number] = {**TEXT, "prompt": None}
-    rows[8] = {**TEXT, "chosen": 7, "rejected": ""}
+    rows[8] = {**TEXT, "chosen": None, "rejected": ""}
     with pytest.raises(DataError) as caught:
-        check_rows(rows, "text")
+        tokenize_rows(Dataset.from_list(rows), "text", make_byte_tokenizer())
     assert str(caught.value) == (
-        "9 rows cannot be used (rows are counted from 0, format text):\n"
+        "the data: 9 rows cannot be used (rows are counted from 0, format text):\n"
         "  `rejected` is empty: 6 rows, number 1, 2, 4, 5, 7, …\n"
         "  `prompt` is missing, expected text: 2 rows, number 0, 9\n"
-        "  `chosen` is a int, expected text: 1 row, number 8\n"
-        "Mend or remove them and run again; nothing was written."
+        "  `chosen` is missing, expected text: 1 row, number 8\n"
+        "Mend or remove them and run again."
     )
 
 
 def test_a_single_unusable_row_is_told_in_the_singular() -> None:
-    with pytest.raises(DataError, match=r"^1 row cannot be used \(rows are counted from 0, format text\):\n  `chosen` is empty: 1 row, number 0\n"):
-        check_rows([{**TEXT, "chosen": ""}], "text")
+    with pytest.raises(
+        DataError, match=r"^the data: 1 row cannot be used \(rows are counted from 0, format text\):\n  `chosen` is empty: 1 row, number 0\n"
+    ):
+        tokenize_rows(Dataset.from_list([{**TEXT, "chosen": ""}]), "text", make_byte_tokenizer())
+
+
+def test_a_named_format_needs_its_columns() -> None:
+    with pytest.raises(DataError) as caught:
+        check_format("question", ["prompt", "chosen", "rejected"])
+    assert str(caught.value) == (
+        "--format question needs the columns question, chosen, rejected; the data has no question, but prompt, chosen, rejected.\n"
+        "Name the columns that correspond with --map, for example --map prompt=question."
+    )

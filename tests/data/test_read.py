@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_cache.data import check_rows, dataset_name, read_dataset
+from dpo_cache.data import dataset_name, first_row, read_dataset
 from dpo_cache.errors import DataError
 from dpo_cache.store.cache import check_name
 from tests.data.conftest import assistant, user, write_lines
@@ -144,7 +144,7 @@ def test_text_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes('{"prompt": "é", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"))
     with pytest.raises(DataError):
-        check_rows(read_dataset(str(path))["train"], "text")
+        first_row(read_dataset(str(path))["train"], "pairs.jsonl")
 
 
 @pytest.mark.parametrize(("name", "kind"), [("pairs.txt", ".txt"), ("pairs", "(none)"), ("pairs.jsonl.gz", ".gz")])

@@ -84,8 +84,9 @@ def test_pairs_of_one_prompt_are_held_out_together(pair_set: PairSet) -> None:
 def test_a_step_is_split_within_its_budget_and_whole(budget: int) -> None:
     pairs = make_pairs(20)
     groups = split_step(pairs, budget)
-    assert sorted(scored.pair.row for group in groups for scored in group) == list(range(20))
-    assert all(len(group) == 1 or count_forest_tokens(completions_of(group)) <= budget for group in groups)
+    assert sorted(scored.pair.row for group in groups for scored in group.pairs) == list(range(20))
+    assert all(len(group.pairs) == 1 or group.num_tokens <= budget for group in groups)
+    assert all(group.num_tokens == count_forest_tokens(completions_of(group.pairs)) for group in groups)
     assert len(groups) == {1: 20, 10_000: 1}.get(budget, len(groups))
 
 

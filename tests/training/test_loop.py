@@ -3,11 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import dpo_cache
 from dpo_cache.errors import ModelError, NotInCacheError, OptionError, StepZeroError, TrainingError
+from dpo_cache.lm.forest import count_forest_tokens
 from dpo_cache.store import open_cache
+from dpo_cache.training import checkpoint, loop
 from dpo_cache.training import folder as folder_module
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
 
@@ -68,10 +72,28 @@ def test_at_step_zero_every_reward_is_zero_and_every_loss_ln_2(cache: str, tmp_p
         assert abs(line[f"{prefix}rewards/chosen"]) < 1e-5 and abs(line[f"{prefix}rewards/rejected"]) < 1e-5
 
 
-def test_metrics_are_what_a_naive_loop_computes(cache: str, tmp_path: Path) -> None:
-    train(cache, tmp_path / "run", shuffle=False, lr_schedule="constant", warmup_ratio=0.0, max_steps=2, batch_size=5, max_grad_norm=0.5)
+NAIVE = {
+    "as it comes": {},
+    "another beta": {"beta": 0.5},
+    "cDPO": {"label_smoothing": 0.2},
+    "IPO": {"loss": "ipo", "beta": 0.2},
+    "no reference": {"reference_free": True},
+    "weight decay": {"weight_decay": 0.3},
+    "never clipped": {"max_grad_norm": 0.0},
+    "another rate": {"lr": 3e-3},
+}
+
+
+@pytest.mark.parametrize("changes", NAIVE.values(), ids=NAIVE)
+def test_metrics_and_weights_are_those_of_a_naive_loop(cache: str, tmp_path: Path, changes: dict) -> None:
+    options = {"beta": 0.1, "label_smoothing": 0.0, "loss": "sigmoid", "reference_free": False, "weight_decay": 0.0, "max_grad_norm": 0.5, **changes}
+    rate = {"lr_schedule": "constant", "warmup_ratio": 0.0, "lr": 1e-3, **changes}
+    report = train(cache, tmp_path / "run", shuffle=False, max_steps=2, batch_size=5, **{**options, **rate})
     model = make_llama()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": options["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate["lr"])
     pairs = list(open_cache(cache).pairs("pairs"))
     for line, batch in zip(metrics(tmp_path / "run"), (pairs[:5], pairs[5:10]), strict=True):
         sums = []
@@ -82,15 +104,113 @@ def test_metrics_are_what_a_naive_loop_computes(cache: str, tmp_path: Path) -> N
         reference = [entry.ref_chosen.logps for entry in batch] + [entry.ref_rejected.logps for entry in batch]
         chosen, rejected = torch.stack(sums).chunk(2)
         ref_chosen, ref_rejected = torch.tensor(reference, dtype=torch.float64).chunk(2)
-        losses, chosen_rewards, rejected_rewards = dpo_cache.preference_loss(chosen, rejected, ref_chosen, ref_rejected, 0.1)
+        margins = chosen - rejected - (0 if options["reference_free"] else ref_chosen - ref_rejected)
+        if options["loss"] == "ipo":
+            losses = (margins - 1 / (2 * options["beta"])) ** 2
+        else:
+            smoothing, scaled = options["label_smoothing"], options["beta"] * margins
+            losses = -(1 - smoothing) * scaled.sigmoid().log() - smoothing * (-scaled).sigmoid().log()
         losses.mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options["max_grad_norm"] or torch.inf)
         optimizer.step()
         optimizer.zero_grad()
         assert line["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
-        assert line["rewards/margins"] == pytest.approx((chosen_rewards - rejected_rewards).mean().item(), abs=1e-4)
+        gaps = options["beta"] * ((chosen - ref_chosen) - (rejected - ref_rejected))
+        assert line["rewards/margins"] == pytest.approx(gaps.mean().item(), abs=1e-4)
         assert line["logps/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-5)
+    trained = weights(report.model)
+    moved = max(float((value - make_llama().state_dict()[name]).abs().max()) for name, value in trained.items())
+    gap = max(float((value - trained[name]).abs().max()) for name, value in model.state_dict().items())
+    assert gap < 0.05 * moved
+
+
+def test_clipping_scales_the_gradient_that_the_optimizer_sees(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def note(self: torch.optim.AdamW) -> None:
+        norms.append(float(torch.nn.utils.get_total_norm([parameter.grad for group in self.param_groups for parameter in group["params"]])))
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    train(cache, tmp_path / "clipped", max_steps=1, max_grad_norm=0.25)
+    train(cache, tmp_path / "free", max_steps=1, max_grad_norm=0.0)
+    assert norms[0] == pytest.approx(0.25, rel=1e-3) and norms[1] > 1
+
+
+def test_a_step_is_run_in_as_many_forests_as_its_budget_needs(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = loop.completion_logps
+
+    def note(model, completions, attention):  # type: ignore[no-untyped-def]
+        sizes.append(count_forest_tokens(completions))
+        return real(model, completions, attention)
+
+    monkeypatch.setattr(loop, "completion_logps", note)
+    report = train(cache, tmp_path / "run", max_steps=1, batch_size=8, micro_tokens="100")
+    assert len(sizes) > 1 and max(sizes) <= 100
+    assert report.last is not None and report.last["num_tokens"] == sum(sizes)
+
+
+def test_checkpointing_recomputes_the_layers(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    forward = LlamaDecoderLayer.forward
+
+    def note(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", note)
+    counts = []
+    for name, checkpointed in (("kept", False), ("recomputed", True)):
+        calls.clear()
+        train(cache, tmp_path / name, max_steps=1, gradient_checkpointing=checkpointed)
+        counts.append(len(calls))
+    assert counts[1] == counts[0] + 2  # both layers of the one forest once more
+
+
+@pytest.mark.parametrize(("precision", "weights_dtype", "inner_dtype"), [
+    ("fp32", torch.float32, torch.float32), ("bf16-mixed", torch.float32, torch.bfloat16), ("bf16", torch.bfloat16, torch.bfloat16),
+])  # fmt: skip
+def test_each_precision_computes_in_its_dtype(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, weights_dtype: torch.dtype, inner_dtype: torch.dtype
+) -> None:
+    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+    real = loop.completion_logps
+
+    def note(model, completions, attention):  # type: ignore[no-untyped-def]
+        layer = model.model.layers[0].mlp.up_proj
+        hook = layer.register_forward_hook(lambda module, inputs, output: seen.add((module.weight.dtype, output.dtype)))
+        logps = real(model, completions, attention)
+        hook.remove()
+        return logps
+
+    monkeypatch.setattr(loop, "completion_logps", note)
+    train(cache, tmp_path / "run", precision=precision, max_steps=1, batch_size=2)
+    assert seen == {(weights_dtype, inner_dtype)}
+
+
+def test_evaluations_come_when_they_are_asked_for_and_after_updates(cache: str, tmp_path: Path) -> None:
+    train(cache, tmp_path / "run", eval_pairs="heldout", eval_every=2, batch_size=4, lr=1e-2, warmup_ratio=0.0)
+    lines = metrics(tmp_path / "run")
+    evaluations = [line for line in lines if "eval/loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 2, 4]
+    assert len({line["eval/loss"] for line in evaluations}) == 3
+    assert [line["epoch"] for line in lines if "loss" in line] == [pytest.approx(done / 15, abs=1e-4) for done in (4, 8, 12, 15)]
+
+
+@pytest.mark.parametrize(("epochs", "batch_size", "num_steps"), [(3.0, 32, 3), (2.0, 4, 8), (0.5, 4, 2), (1.0, 15, 1)])
+def test_epochs_are_whole_passes(cache: str, tmp_path: Path, epochs: float, batch_size: int, num_steps: int) -> None:
+    report = train(cache, tmp_path / "run", epochs=epochs, batch_size=batch_size)
+    assert report.num_steps == num_steps
+    assert report.last is not None and report.last["epoch"] == pytest.approx(max(epochs, 8 / 15), abs=1e-4)
+
+
+def test_a_warm_up_that_takes_every_step_is_said(cache: str, tmp_path: Path) -> None:
+    remarks: list[str] = []
+    train(cache, tmp_path / "run", batch_size=32, say=remarks.append)
+    assert any("nothing will be learned: the warm-up (--warmup-ratio 0.1) takes all 1 steps" in remark for remark in remarks)
 
 
 @pytest.mark.parametrize("options", [{"micro_tokens": "1"}, {"micro_tokens": "60"}, {"gradient_checkpointing": True}])
@@ -133,6 +253,82 @@ def test_lines_written_past_the_checkpoint_are_dropped_on_resume(cache: str, tmp
         file.write('{"step": 4, "lo')
     train(cache, tmp_path / "cut", save_every=2, resume=True)
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+
+
+def cut_off(cache: str, output: Path, at_step: int, **options: object) -> None:
+    """A run that dies as by SIGKILL right after a step."""
+
+    def crash(line: dict) -> None:
+        if line["step"] == at_step and "loss" in line:
+            raise Killed
+
+    with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "discard", lambda folder: None)
+        train(cache, output, on_metrics=crash, **options)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_starts_again(cache: str, tmp_path: Path) -> None:
+    remarks: list[str] = []
+    train(cache, tmp_path / "whole")
+    cut_off(cache, tmp_path / "cut", 2)
+    with pytest.raises(TrainingError, match="Go on with --resume"):
+        train(cache, tmp_path / "cut")
+    assert train(cache, tmp_path / "cut", resume=True, say=remarks.append).finished
+    assert "cut off before its first checkpoint" in remarks[0]
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+
+
+def test_a_run_killed_after_its_model_was_saved_is_finished(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "drop_checkpoints", lambda folder: None)
+        train(cache, tmp_path / "run", save_every=1)
+    assert (tmp_path / "run" / "checkpoints").exists()
+    with pytest.raises(TrainingError, match="this run is finished"):
+        train(cache, tmp_path / "run", save_every=1, resume=True)
+
+
+def test_a_resumed_run_needs_nothing_but_the_cache(model_folder: str, tmp_path: Path) -> None:
+    folder = tmp_path / "reference"
+    make_llama().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    dpo_cache.precompute(folder, write_rows(tmp_path / "pairs.jsonl", chat_rows(12)), tmp_path / "cache")
+    stopped = train(str(tmp_path / "cache"), tmp_path / "run", should_stop=lambda: True, eval_fraction=0.4)
+    folder.rename(tmp_path / "gone")
+    report = train(str(tmp_path / "cache"), tmp_path / "run", resume=True, eval_fraction=0.4)
+    assert report.finished and report.first == stopped.first and report.eval_before == stopped.eval_before
+    assert AutoTokenizer.from_pretrained(report.model).chat_template == make_tokenizer().chat_template
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoints/step-000002/state.json", "checkpoints/step-000002/optimizer.safetensors",
+                                  "checkpoints/step-000002/model.safetensors"])  # fmt: skip
+@pytest.mark.parametrize("damage", ["gone", "torn", "empty"])
+def test_a_damaged_run_is_told(cache: str, tmp_path: Path, name: str, damage: str) -> None:
+    cut_off(cache, tmp_path / "run", 3, save_every=2)
+    path = tmp_path / "run" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[: len(content) // 2] if damage == "torn" else b"")
+    with pytest.raises((TrainingError, ModelError), match=path.name if "model" not in name else "no causal LM can be loaded"):
+        train(cache, tmp_path / "run", save_every=2, resume=True)
+
+
+def test_a_full_disk_while_saving_is_told_and_leaves_nothing_half_written(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(TrainingError, match=r"cannot save .*step-000001: I/O error: File too large"):
+        train(cache, tmp_path / "run", save_every=1)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == []
+
+
+def test_paths_may_be_paths(cache: str, tmp_path: Path) -> None:
+    assert dpo_cache.train(Path(cache), tmp_path / "run", pairs="pairs", max_steps=1, **FAST).finished
 
 
 def test_only_the_last_checkpoint_is_kept(cache: str, tmp_path: Path) -> None:
@@ -218,7 +414,7 @@ def test_folders_that_do_not_fit_are_refused(cache: str, tmp_path: Path) -> None
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(TrainingError, match="not an empty folder.\nGo on with --resume, or choose another --output"):
         train(cache, tmp_path / "full")
-    with pytest.raises(TrainingError, match="no checkpoint to resume from"):
+    with pytest.raises(TrainingError, match="there is no run to resume"):
         train(cache, tmp_path / "absent", resume=True)
     train(cache, tmp_path / "done", max_steps=1)
     with pytest.raises(TrainingError, match="this run is finished"):
@@ -245,7 +441,9 @@ def test_pair_sets_and_references_that_do_not_fit_are_refused(cache: str, model_
     [
         {"beta": 0.0}, {"beta": -1.0}, {"label_smoothing": 0.6}, {"label_smoothing": -0.1}, {"label_smoothing": 0.1, "loss": "ipo"},
         {"loss": "hinge"}, {"batch_size": 0}, {"epochs": 0.0}, {"lr": 0.0}, {"warmup_ratio": 2.0}, {"micro_tokens": "0"},
-        {"eval_fraction": 1.0}, {"eval_fraction": 0.5, "eval_pairs": "heldout"}, {"max_grad_norm": -1.0},
+        {"eval_fraction": 1.0},
+        {"seed": -1}, {"epochs": float("inf")}, {"lr": float("inf")}, {"beta": float("nan")}, {"batch_size": 2.5},
+        {"eval_fraction": 0.5, "eval_pairs": "heldout"}, {"max_grad_norm": -1.0},
     ],
 )  # fmt: skip
 def test_options_without_sense_are_refused(cache: str, tmp_path: Path, options: dict) -> None:

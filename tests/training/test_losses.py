@@ -98,12 +98,25 @@ def test_one_temperature_a_pair_is_allowed() -> None:
 
 
 @pytest.mark.parametrize("position", range(4))
-@pytest.mark.parametrize("shape", [(1,), (4, 1), (), (5,)])
+@pytest.mark.parametrize("shape", [(1,), (4, 1), (5,)])
 def test_shapes_that_broadcasting_would_get_wrong_are_refused(position: int, shape: tuple[int, ...]) -> None:
     values = [torch.zeros(4) for _ in range(4)]
     values[position] = torch.zeros(shape)
-    with pytest.raises(ShapeError, match="four tensors of one shape"):
+    with pytest.raises(ShapeError, match="needs one shape"):
         preference_loss(*values, 0.1)
+
+
+@pytest.mark.parametrize("argument", ["beta", "label_smoothing"])
+def test_a_temperature_or_smoothing_of_another_shape_is_refused(argument: str) -> None:
+    options = {"beta": 0.1, argument: torch.full((4, 1), 0.1)}
+    with pytest.raises(ShapeError, match="needs one shape"):
+        preference_loss(*(torch.zeros(4) for _ in range(4)), **options)
+
+
+def test_a_tensor_without_dimensions_is_a_number() -> None:
+    chosen, rejected, zero = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.5]), torch.tensor(0.0)
+    for one, other in zip(preference_loss(chosen, rejected, zero, zero, 0.1), preference_loss(chosen, rejected, 0.0, 0.0, 0.1), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_extreme_margins_stay_finite() -> None:

@@ -1,0 +1,93 @@
+"""What a split of the data holds, found before any model is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dpo_cache.data.truncate import Dropped, Outcome
+
+PERCENTILES = (0, 50, 90, 99, 100)
+ROWS_SHOWN = 3
+
+
+@dataclass
+class Finding:
+    """How many rows something was found in, and the first of them."""
+
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+
+    def add(self, row: int) -> None:
+        self.count += 1
+        if len(self.rows) < ROWS_SHOWN and row not in self.rows:
+            self.rows.append(row)
+
+
+@dataclass
+class Survey:
+    """Counts over the tokenized rows of a split, gathered row by row; lengths in tokens."""
+
+    pair_set: str
+    data_format: str
+    rows_read: int = 0
+    pairs_kept: int = 0
+    dropped: dict[str, Finding] = field(default_factory=dict)  # by reason
+    truncated: Finding = field(default_factory=Finding)
+    moved_boundary: Finding = field(default_factory=Finding)
+    duplicates: Finding = field(default_factory=Finding)  # the same pair as an earlier row
+    contradictory: Finding = field(default_factory=Finding)  # an earlier row prefers the other answer
+    data_tokens: int = 0  # prompt + answer of every completion kept, as an unpadded batch would run them
+    forest_tokens: int = 0  # the same with every prefix that completions of a window share counted once
+
+    def __post_init__(self) -> None:
+        self._last_row = -1
+        self._lengths: dict[str, Counter[int]] = {name: Counter() for name in ("prompt", "answer", "prompt + answer")}
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one tokenized row."""
+        row, pair, was_cut, has_moved = outcome
+        self.rows_read += row != self._last_row  # a ranked row makes several pairs
+        self._last_row = row
+        if isinstance(pair, Dropped):
+            self.dropped.setdefault(pair.reason, Finding()).add(row)
+            return
+        if was_cut:
+            self.truncated.add(row)
+        if has_moved:
+            self.moved_boundary.add(row)
+        self.pairs_kept += 1
+        for side in (pair.chosen, pair.rejected):
+            prompt, answer = len(side.prompt_ids), len(side.completion_ids)
+            self._lengths["prompt"][prompt] += 1
+            self._lengths["answer"][answer] += 1
+            self._lengths["prompt + answer"][prompt + answer] += 1
+            self.data_tokens += prompt + answer
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence kept."""
+        return max(self._lengths["prompt + answer"], default=0)
+
+    def lengths(self) -> dict[str, list[int]]:
+        """For prompts, answers and both together: the lengths at `PERCENTILES`."""
+        return {name: _percentiles(counts) for name, counts in self._lengths.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        findings = {name: vars(getattr(self, name)) for name in ("truncated", "moved_boundary", "duplicates", "contradictory")}
+        plain = {name: getattr(self, name) for name in ("pair_set", "data_format", "rows_read", "pairs_kept", "data_tokens", "forest_tokens")}
+        dropped = {reason: vars(finding) for reason, finding in self.dropped.items()}
+        return {**plain, **findings, "dropped": dropped, "lengths": {"percentiles": list(PERCENTILES), **self.lengths()}}
+
+
+def _percentiles(counts: Counter[int]) -> list[int]:
+    """The smallest length that at least this share of the values does not exceed."""
+    if not counts:
+        return []
+    lengths = np.array(sorted(counts))
+    reached = np.cumsum([counts[length] for length in lengths])
+    return [int(lengths[np.searchsorted(reached, np.ceil(reached[-1] * share / 100))]) for share in PERCENTILES]

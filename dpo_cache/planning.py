@@ -1,0 +1,164 @@
+"""What a run will do, before it does it: which completions are missing, and how many tokens they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedConfig
+
+from dpo_cache import data
+from dpo_cache.errors import DataError, ModelError, StorageError
+from dpo_cache.lm.forest import count_forest_tokens
+from dpo_cache.store import Cache, ScoreIndex, completion_key
+from dpo_cache.store.keys import KEY_BYTES, key_array, key_bytes
+from dpo_cache.store.keyset import KeySet, join_keys, occurs_before
+from dpo_cache.store.pairs import PairsDigest
+from dpo_cache.types import Completion, Pair
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some tokenized rows of a split, and the keys (dtype S16) of the pairs they make, in order."""
+
+    rows: Dataset
+    chosen_keys: np.ndarray
+    rejected_keys: np.ndarray
+    missing_keys: np.ndarray  # distinct; neither in the cache nor in an earlier window
+    missing_tokens: int  # of the forest that they make
+    missing_pairs: int  # pairs that lack a score
+
+
+@dataclass
+class Totals:
+    """What the windows planned so far add up to."""
+
+    distinct_completions: int = 0
+    already_cached: int = 0
+    missing_tokens: int = 0
+    missing_pairs: int = 0
+
+
+@dataclass
+class SplitPlan:
+    """A split on its way into a pair set: what it holds, and the windows planned so far."""
+
+    name: str
+    rows: data.Rows
+    survey: data.Survey
+    windows: list[Window] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.digest = PairsDigest()
+        self.pairs_seen = KeySet(2 * KEY_BYTES)
+
+
+class Planner:
+    """Plans window after window; remembers which completions it has met."""
+
+    def __init__(self, scores: ScoreIndex, truncation: data.Truncation, config: PreTrainedConfig, model: str):
+        self.totals = Totals()
+        self._scores, self._truncation, self._model = scores, truncation, model
+        text_config = config.get_text_config()
+        self._vocab_size, self._positions = text_config.vocab_size, getattr(text_config, "max_position_embeddings", None)
+        self._completions_seen = KeySet(KEY_BYTES)
+
+    def plan(self, split: SplitPlan, windows: Iterator[Dataset]) -> Iterator[Window]:
+        """A plan for each window of tokenized rows, noted in the split.
+
+        Raises `DataError` where no row of the split makes a pair, `ModelError` for ids or lengths that the model
+        has no embedding for.
+        """
+        for rows in windows:
+            window = self._plan_window(split, rows)
+            split.windows.append(window)
+            self._check_lengths(split.survey.longest)
+            yield window
+        if not split.survey.pairs_kept:
+            reasons = ", ".join(f"{reason} ({finding.count})" for reason, finding in split.survey.dropped.items())
+            raise DataError(f"no row of {split.survey.pair_set} makes a pair: {reasons}.")
+
+    def _plan_window(self, split: SplitPlan, rows: Dataset) -> Window:
+        kept: list[Pair] = []
+        for outcome in data.make_pairs(rows, self._truncation):
+            split.survey.add(outcome)
+            if isinstance(outcome.pair, Pair):
+                kept.append(outcome.pair)
+        self._check_ids(kept)
+        completions = [pair.chosen for pair in kept] + [pair.rejected for pair in kept]
+        keys = key_array([completion_key(completion) for completion in completions])
+        chosen_keys, rejected_keys = keys[: len(kept)], keys[len(kept) :]
+        _note_repeats(split, [pair.row for pair in kept], chosen_keys, rejected_keys)
+        is_new = self._completions_seen.add(keys)
+        lacks_score = ~self._scores.contains(keys)
+        missing = np.flatnonzero(is_new & lacks_score)
+        distinct = np.unique(keys, return_index=True)[1]
+        forest_tokens = count_forest_tokens([completions[place] for place in distinct])
+        all_missing = len(missing) == len(distinct)
+        missing_tokens = forest_tokens if all_missing else count_forest_tokens([completions[place] for place in missing])
+        missing_pairs = int((lacks_score[: len(kept)] | lacks_score[len(kept) :]).sum())
+        split.survey.forest_tokens += forest_tokens
+        self.totals.distinct_completions += int(is_new.sum())
+        self.totals.already_cached += int((is_new & ~lacks_score).sum())
+        self.totals.missing_tokens += missing_tokens
+        self.totals.missing_pairs += missing_pairs
+        return Window(rows, chosen_keys, rejected_keys, keys[missing], missing_tokens, missing_pairs)
+
+    def _check_ids(self, pairs: Sequence[Pair]) -> None:
+        largest = max((int(ids.max()) for pair in pairs for ids in (pair.chosen.sequence_ids, pair.rejected.completion_ids)), default=0)
+        if largest >= self._vocab_size:
+            raise ModelError(
+                f"the tokenizer makes token id {largest}, but {self._model} has {self._vocab_size} embeddings.\n"
+                "Give the model's own tokenizer with --tokenizer."
+            )
+
+    def _check_lengths(self, longest: int) -> None:
+        if self._positions and longest > self._positions:
+            raise ModelError(
+                f"a sequence has {longest} tokens, but {self._model} was made for {self._positions} at most.\n"
+                f"Run with --max-length {self._positions}."
+            )
+
+
+def missing_completions(window: Window, truncation: data.Truncation) -> dict[bytes, Completion]:
+    """The completions of the window that are to be scored, by key."""
+    wanted = set(key_bytes(window.missing_keys))
+    found: dict[bytes, Completion] = {}
+    keys = zip(key_bytes(window.chosen_keys), key_bytes(window.rejected_keys), strict=True)
+    for pair, (chosen_key, rejected_key) in zip(pairs_of(window, truncation), keys, strict=True):
+        if chosen_key in wanted:
+            found[chosen_key] = pair.chosen
+        if rejected_key in wanted:
+            found[rejected_key] = pair.rejected
+    return found
+
+
+def pairs_of(window: Window, truncation: data.Truncation) -> list[Pair]:
+    """The pairs that the window's rows make, in order."""
+    return [outcome.pair for outcome in data.make_pairs(window.rows, truncation) if isinstance(outcome.pair, Pair)]
+
+
+def check_disk(cache: Cache, data_tokens: int) -> None:
+    """Raise `StorageError` before hours of scoring that could not be written."""
+    free = cache.folder.free_bytes()
+    needed = 13 * data_tokens  # 4 bytes an id, 4 a log-prob twice (scores and pairs), and some slack
+    if free is not None and needed > free:
+        raise StorageError(
+            f"{cache}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.\n"
+            "Free some space, choose another --cache, or score less at once with --limit."
+        )
+
+
+def _note_repeats(split: SplitPlan, rows: Sequence[int], chosen_keys: np.ndarray, rejected_keys: np.ndarray) -> None:
+    """Count the pairs that an earlier row has already, the same way round or the other."""
+    pairs, opposites = join_keys(chosen_keys, rejected_keys), join_keys(rejected_keys, chosen_keys)
+    contradicts = split.pairs_seen.contains(opposites) | occurs_before(pairs, opposites)
+    is_new = split.pairs_seen.add(pairs)
+    for place in np.flatnonzero(~is_new):
+        split.survey.duplicates.add(rows[int(place)])
+    for place in np.flatnonzero(contradicts):
+        split.survey.contradictory.add(rows[int(place)])
+    for row, chosen_key, rejected_key in zip(rows, key_bytes(chosen_keys), key_bytes(rejected_keys), strict=True):
+        split.digest.add(row, chosen_key, rejected_key)
