@@ -18,12 +18,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import dpo_cache
-from dpo_cache.data import check_rows, detect_format, read_dataset
+from dpo_cache.data import detect_format, read_dataset
 from dpo_cache.data.formats import Example, parse_row
 
 SUM_LIMIT = 5e-6  # relative, of a completion's summed log-prob
@@ -61,12 +60,12 @@ class _Check:
 
     def write_rows(self, data: str, num_rows: int) -> list[int]:
         """Write the JSONL file; the row of the data set behind each of its lines. Rows with equal answers make no line."""
-        table = next(iter(read_dataset(data, limit=num_rows).values()))
-        data_format = detect_format(table.column_names, table[0])
-        check_rows(table, data_format)
-        examples = {number: parse_row(row, data_format) for number, row in enumerate(table)}
-        kept = {number: example for number, example in examples.items() if isinstance(example, Example) and example.chosen != example.rejected}
-        self.rows.write_text("".join(json.dumps(asdict(example)) + "\n" for example in kept.values()), encoding="utf-8")
+        rows = list(next(iter(read_dataset(data, limit=num_rows).values())))
+        data_format = detect_format(list(rows[0]), rows[0])
+        examples = {number: parse_row(row, data_format) for number, row in enumerate(rows)}
+        kept = {number: _columns(example) for number, example in examples.items() if isinstance(example, Example)}
+        kept = {number: columns for number, columns in kept.items() if columns["chosen"] != columns["rejected"]}
+        self.rows.write_text("".join(json.dumps(columns) + "\n" for columns in kept.values()), encoding="utf-8")
         print(f"rows: {len(examples)} of {Path(data).name} ({data_format}), {len(examples) - len(kept)} skipped: chosen equals rejected")
         return list(kept)
 
@@ -121,6 +120,10 @@ class _Check:
         command = [self.trl_python, str(script), mode, self.model, str(self.rows), str(out), "--max-length", str(self.max_length)]
         subprocess.run(command, stdout=sys.stderr, check=True)
         return json.loads(out.read_text())
+
+
+def _columns(example: Example) -> dict[str, Any]:
+    return {"prompt": example.prompt, "chosen": example.answers[0], "rejected": example.answers[1]}
 
 
 def relative_differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

@@ -106,6 +106,8 @@ def _load_folder(path: Path, streaming: bool) -> Mapping[str, Rows]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # written by `save_to_disk`
         saved = load_from_disk(str(path))
         return saved if isinstance(saved, DatasetDict) else {"train": saved}
+    if glob.has_magic(str(path)):
+        raise DataError(f"{path}: a folder's name with *, ? or [ would be taken for a pattern.\nRename it, or give one file.")
     kinds = {file.suffix.lower() for file in path.rglob("*") if file.suffix.lower() in BUILDERS and file.name not in DESCRIPTIONS}
     if len({BUILDERS[kind] for kind in kinds}) > 1:
         raise DataError(

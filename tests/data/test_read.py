@@ -4,6 +4,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,6 +109,48 @@ def test_an_empty_file_is_told(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"pairs{suffix}"
     path.touch()
     assert error_of(path) == f"{path}: the file is empty."
+
+
+def test_a_name_that_looks_like_a_pattern_is_taken_as_it_stands(tmp_path: Path) -> None:
+    write_lines(tmp_path / "pairs5.jsonl", ROWS[:1])
+    path = write_lines(tmp_path / "pairs[0-9].jsonl", ROWS)
+    assert read_dataset(path)["train"].to_list() == ROWS
+    folder = tmp_path / "new [1]"
+    write_lines(folder / "pairs.jsonl", ROWS)
+    assert error_of(folder).startswith(f"{folder}: a folder's name with *, ? or [ would be taken for a pattern.")
+
+
+def test_a_folder_of_several_kinds_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "pairs.jsonl", ROWS)
+    (tmp_path / "more.csv").write_text("prompt,chosen,rejected\na,b,c\n")
+    assert error_of(tmp_path).startswith(f"{tmp_path}: holds files of several kinds (.csv, .jsonl)")
+
+
+def test_a_saved_data_set_is_read(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}).save_to_disk(tmp_path / "two")
+    assert read_dataset(str(tmp_path / "one"))["train"].to_list() == ROWS
+    assert read_dataset(str(tmp_path / "two"), ["test"])["test"].to_list() == ROWS[:1]
+
+
+def test_words_that_pandas_takes_for_nothing_are_answers(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\na,None,NA\n")
+    assert read_dataset(str(tmp_path / "pairs.csv"))["train"].to_list() == [{"prompt": "a", "chosen": "None", "rejected": "NA"}]
+
+
+def test_columns_are_given_other_names(tmp_path: Path) -> None:
+    rows = [{"q": "a", "prompt": "old", "chosen": "b", "rejected": "c"}]
+    path = write_lines(tmp_path / "pairs.jsonl", rows)
+    for streaming in (False, True):
+        found = read_dataset(path, rename={"prompt": "q"}, streaming=streaming)["train"]
+        assert list(found) == [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+        with pytest.raises(DataError, match=r"--map: .* has no column absent.\nIt has: q, prompt, chosen, rejected"):
+            read_dataset(path, rename={"prompt": "absent"}, streaming=streaming)
+
+
+def test_a_stream_may_be_cut(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", ROWS)
+    assert list(read_dataset(path, limit=1, streaming=True)["train"]) == ROWS[:1]
 
 
 def test_an_empty_folder_is_told(tmp_path: Path) -> None:
