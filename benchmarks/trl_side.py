@@ -1,6 +1,6 @@
 """What TRL 1.16 makes of preference rows. `parity.py` runs this with an interpreter that has TRL, not dpo-cache.
 
-    trl_side.py logps MODEL ROWS.jsonl OUT.json    {"rows", "chosen", "rejected"}: precomputed reference log-probs, in nats
+    trl_side.py logps MODEL ROWS.jsonl OUT.json    precomputed reference log-probs in nats, their seconds and memory
     trl_side.py train MODEL ROWS.jsonl OUT.json    {"losses", "grad_norms"}: one epoch against a live reference, an entry a step
 
 ROWS.jsonl has prompt, chosen and rejected. `rows` are the numbers (from 0) of the lines that TRL keeps, in its
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,28 @@ def read_rows(path: Path) -> Dataset:
         return Dataset.from_list([{"index": index, **json.loads(line)} for index, line in enumerate(lines)])
 
 
-def reference_logps(model: str, rows: Dataset, max_length: int, folder: str) -> dict[str, list[Any]]:
-    """Summed log-probs of every row that TRL keeps."""
+def reference_logps(model: str, rows: Dataset, max_length: int, folder: str) -> dict[str, Any]:
+    """Summed log-probs of every row that TRL keeps, the seconds that took, and the most memory before and during it."""
+    measured: dict[str, Any] = {}
+    score = DPOTrainer._precompute_ref_logps
+
+    def timed(self: DPOTrainer, *arguments: Any) -> Dataset:
+        measured["loaded_bytes"] = peak_bytes()
+        started = time.perf_counter()
+        scored = score(self, *arguments)
+        measured["scoring_s"] = time.perf_counter() - started
+        measured["peak_bytes"] = peak_bytes()
+        return scored
+
+    DPOTrainer._precompute_ref_logps = timed
     scored = make_trainer(model, rows, max_length, folder, precompute_ref_log_probs=True).train_dataset
-    return {"rows": scored["index"][:], "chosen": scored["ref_chosen_logps"][:], "rejected": scored["ref_rejected_logps"][:]}
+    columns = {"rows": scored["index"][:], "chosen": scored["ref_chosen_logps"][:], "rejected": scored["ref_rejected_logps"][:]}
+    return {**columns, **measured}
+
+
+def peak_bytes() -> int:
+    """Most memory that was resident in this process so far (Linux)."""
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
 
 
 def train(model: str, rows: Dataset, max_length: int, folder: str) -> dict[str, list[Any]]:

@@ -20,6 +20,10 @@ class Completion:
     prompt_ids: TokenIds
     completion_ids: TokenIds
 
+    def __len__(self) -> int:
+        """Tokens of prompt and completion together."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
     @property
     def num_tokens(self) -> int:
         """Completion tokens, the prompt not counted."""

@@ -4,7 +4,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -201,18 +200,29 @@ def test_killed_at_ten_moments_and_run_again_it_ends_with_the_same_rows(model_fo
         assert np.allclose(one[3], other[3], atol=3e-5) and np.allclose(one[4], other[4], atol=3e-5)
 
 
-def test_sigterm_flushes_and_exits_143(model_folder: str, tmp_path: Path, cache: str) -> None:
-    data = write_rows(tmp_path / "pairs.jsonl", chat_rows(3000))
-    command = [sys.executable, "-m", "dpo_cache", "precompute", "--model", model_folder, "--dataset", data, "--cache", cache, "--budget-tokens", "8"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while "tokens in all" not in process.stdout.readline():  # the survey is printed, the model not loaded yet
-        assert process.poll() is None
-    time.sleep(3)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "terminated; everything published so far is kept." in errors
+TERMINATED = """
+import os, signal, sys
+from dpo_cache import precomputing
+real = precomputing.score_completions
+
+def scored(*arguments):
+    for number, progress in enumerate(real(*arguments)):
+        yield progress
+        if number == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+precomputing.score_completions = scored
+sys.argv = ["dpo-cache", "precompute", *sys.argv[1:], "--budget-tokens", "8"]
+from dpo_cache.cli.app import main
+main()
+"""
+
+
+def test_sigterm_flushes_and_exits_143(model_folder: str, data_file: str, cache: str) -> None:
+    command = [sys.executable, "-c", TERMINATED, "--model", model_folder, "--dataset", data_file, "--cache", cache]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    assert "terminated; everything published so far is kept." in done.stderr
     opened = Cache(cache)
     assert len(opened.scores(opened.references()[0])) > 0
 

@@ -7,13 +7,14 @@ open path in a buffer per layer, so the path of a segment is the front of that b
 into the next chunk. `TreePlan` (training) finds every path within one row, by gradient-friendly slices.
 The plan travels as the keyword argument `forest_plan` of the model call; no [L, L] mask exists anywhere.
 
-B = 1 rows, H query heads, K key heads, L row length, N segment length, P path plus segment, E head size.
+B = 1 rows, H query heads, K key heads, L row length, N tokens of a block, P path plus block, E head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from dpo_cache.lm.forest import Forest
 
 FOREST_ATTENTION = "dpo_cache_forest"
+
+QUERY_TOKENS = 128  # of a segment that are attended at once: half of what a block computes within itself is hidden
+
+# What one more call of the attention kernel costs, in pairs of a query and a key that could be computed meanwhile.
+CALL_COST = 4000
 
 
 @dataclass(frozen=True)
@@ -41,15 +47,91 @@ class Rules:
 
     scaling: float
     window: int | None = None  # a query sees keys less than this many tokens back
+    chunk: int | None = None  # depths are parted in chunks of this length, and a query sees its own chunk alone
     softcap: float | None = None
     sinks_H: torch.Tensor | None = None
+
+    def first_visible(self, depths: Any) -> Any:
+        """Depth of the first key that queries at these depths see; an int or a numpy array of them."""
+        if self.window is not None:
+            return np.maximum(depths - self.window + 1, 0)
+        return depths // self.chunk * self.chunk if self.chunk is not None else depths * 0
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """What tells the masks of two layers apart."""
+        return self.window, self.chunk
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Neighbouring segments that are attended at once: their keys are the path of the first one, then their own."""
+
+    segments: Sequence[Segment]
+
+    @property
+    def path(self) -> int:
+        """Tokens of the open path among the keys; what later segments see beside it, the block has brought itself."""
+        return self.segments[0].depth
+
+    @property
+    def start(self) -> int:
+        return self.segments[0].start
+
+    @property
+    def end(self) -> int:
+        return self.segments[-1].end
+
+    def last_places(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the block leaves on the open path: depths, and the place in the block of the token that stands there."""
+        place_at: dict[int, int] = {}
+        for segment in self.segments:
+            place_at.update(zip(range(segment.depth, segment.depth + segment.end - segment.start), range(segment.start, segment.end), strict=True))
+        final = self.segments[-1]
+        open_depths = [depth for depth in place_at if depth < final.depth + final.end - final.start]
+        return np.array(open_depths), np.array([place_at[depth] for depth in open_depths]) - self.start
+
+    def visible_NP(self) -> np.ndarray:
+        """Which keys each token of the block sees: bool [N, path + N]."""
+        visible = np.zeros((self.end - self.start, self.path + self.end - self.start), bool)
+        key_at = np.arange(max(segment.depth + segment.end - segment.start for segment in self.segments))  # by depth, along the open path
+        for segment in self.segments:
+            length, first = segment.end - segment.start, segment.start - self.start
+            rows = slice(first, first + length)
+            visible[rows, key_at[: segment.depth]] = True
+            visible[rows, self.path + first : self.path + first + length] = np.tri(length, dtype=bool)
+            key_at[segment.depth : segment.depth + length] = self.path + np.arange(first, first + length)
+        return visible
+
+    def key_depths_P(self) -> np.ndarray:
+        """Depth of every key."""
+        own = [np.arange(segment.depth, segment.depth + segment.end - segment.start) for segment in self.segments]
+        return np.concatenate([np.arange(self.path), *own])
+
+
+def group_segments(segments: Sequence[Segment], call_cost: int = CALL_COST) -> list[Block]:
+    """Neighbouring segments in blocks, where the pairs of query and key that a mask hides cost less than a call of their own."""
+    blocks: list[Block] = []
+    for segment in (part for segment in segments for part in split_segment(segment)):
+        alone = Block([segment])
+        together = Block([*blocks[-1].segments, segment]) if blocks else alone
+        if blocks and _num_pairs(together) <= _num_pairs(blocks[-1]) + _num_pairs(alone) + call_cost:
+            blocks[-1] = together
+        else:
+            blocks.append(alone)
+    return blocks
+
+
+def _num_pairs(block: Block) -> int:
+    length = block.end - block.start
+    return length * (block.path + length)
 
 
 @dataclass
 class PathPlan:
     """Plan of one chunk of a stream; `paths` is shared by all chunks of the stream."""
 
-    segments: Sequence[Segment]
+    blocks: Sequence[Block]
     max_depth: int
     paths: dict[int, tuple[torch.Tensor, torch.Tensor]]
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
@@ -58,11 +140,21 @@ class PathPlan:
         """Attention output [B, L, H, E]."""
         keys, values = self._path_buffers(layer, key_BKLE, value_BKLE)
         output = query_BHLE.new_empty(1, query_BHLE.shape[2], query_BHLE.shape[1], value_BKLE.shape[3])
-        for segment in self.segments:
-            here, end = slice(segment.start, segment.end), segment.depth + segment.end - segment.start
-            keys[:, :, segment.depth : end] = key_BKLE[:, :, here]
-            values[:, :, segment.depth : end] = value_BKLE[:, :, here]
-            part = attend_segment(query_BHLE[:, :, here], keys[:, :, :end], values[:, :, :end], rules, self.masks)
+        for block in self.blocks:
+            here = slice(block.start, block.end)
+            query, key, value = query_BHLE[:, :, here], key_BKLE[:, :, here], value_BKLE[:, :, here]
+            if len(block.segments) == 1:
+                end = block.path + block.end - block.start
+                keys[:, :, block.path : end] = key
+                values[:, :, block.path : end] = value
+                part = attend_segment(query, keys[:, :, :end], values[:, :, :end], rules, self.masks)
+            else:
+                seen_keys = torch.cat([keys[:, :, : block.path], key], dim=2)
+                seen_values = torch.cat([values[:, :, : block.path], value], dim=2)
+                part = attend_masked(query, seen_keys, seen_values, rules, self._block_mask(block, query, rules))
+                depths, places = self._last_places(block, query.device)
+                keys[:, :, depths] = key[:, :, places]
+                values[:, :, depths] = value[:, :, places]
             output[:, here] = part.transpose(1, 2)
         return output
 
@@ -72,6 +164,21 @@ class PathPlan:
                 tensor.new_empty(1, tensor.shape[1], self.max_depth, tensor.shape[3]) for tensor in (key, value)
             )
         return self.paths[layer]
+
+    def _block_mask(self, block: Block, like: torch.Tensor, rules: Rules) -> torch.Tensor:
+        """Additive mask [N, P] of a block of several segments."""
+        name = (id(block), rules.reach)
+        if name not in self.masks:
+            depths = block.key_depths_P()
+            visible = block.visible_NP() & (depths >= rules.first_visible(depths[block.path :, None]))
+            self.masks[name] = _additive(visible, like)
+        return self.masks[name]
+
+    def _last_places(self, block: Block, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        name = (id(block), "last places")
+        if name not in self.masks:
+            self.masks[name] = tuple(torch.from_numpy(places).to(device) for places in block.last_places())  # type: ignore[assignment]
+        return self.masks[name]  # type: ignore[return-value]
 
 
 @dataclass
@@ -118,24 +225,38 @@ def attend_segment(
 
     `masks` keeps the [N, P] masks of a plan, so that its layers share them.
     """
-    num_queries = query_BHNE.shape[2]
-    if rules.window is not None and key_BKPE.shape[2] > rules.window + num_queries - 1:
-        visible = rules.window + num_queries - 1
-        key_BKPE, value_BKPE = key_BKPE[:, :, -visible:], value_BKPE[:, :, -visible:]
-    length = key_BKPE.shape[2]
-    window = rules.window if rules.window is not None and length > rules.window else None
+    num_queries, length = query_BHNE.shape[2], key_BKPE.shape[2]
+    first, is_limited = int(rules.first_visible(length - num_queries)), int(rules.first_visible(length - 1)) > 0
+    key_BKPE, value_BKPE = key_BKPE[:, :, first:], value_BKPE[:, :, first:]
+    is_plain = rules.softcap is None and rules.sinks_H is None
+    is_causal = num_queries == length and not is_limited
+    if is_plain and (is_causal or num_queries == 1):
+        return _attend_fused(query_BHNE, key_BKPE, value_BKPE, rules, None, is_causal)
+    name = (num_queries, length, rules.reach)
+    if name not in masks:
+        query_depths, key_depths = np.arange(length - num_queries, length)[:, None], np.arange(first, length)
+        masks[name] = _additive((key_depths <= query_depths) & (key_depths >= rules.first_visible(query_depths)), query_BHNE)
+    return attend_masked(query_BHNE, key_BKPE, value_BKPE, rules, masks[name])
+
+
+def split_segment(segment: Segment, num_queries: int = QUERY_TOKENS) -> list[Segment]:
+    """The segment in parts, each of which continues the one before it: what a part's mask hides is not computed."""
+    cuts = [*range(segment.start, segment.end, num_queries), segment.end]
+    return [Segment(start, end, segment.depth + start - segment.start) for start, end in pairwise(cuts)]
+
+
+def attend_masked(query_BHNE: torch.Tensor, key_BKPE: torch.Tensor, value_BKPE: torch.Tensor, rules: Rules, mask_NP: torch.Tensor) -> torch.Tensor:
+    """Attention [B, H, N, E] of N queries to P keys under an additive mask."""
     if rules.softcap is not None or rules.sinks_H is not None:
-        return _attend_plainly(query_BHNE, key_BKPE, value_BKPE, rules, _mask(num_queries, length, window, query_BHNE, masks))
-    is_causal = num_queries == length and window is None
-    needs_mask = not is_causal and (num_queries > 1 or window is not None)
+        return _attend_plainly(query_BHNE, key_BKPE, value_BKPE, rules, mask_NP)
+    return _attend_fused(query_BHNE, key_BKPE, value_BKPE, rules, mask_NP, is_causal=False)
+
+
+def _attend_fused(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules, mask: torch.Tensor | None, is_causal: bool
+) -> torch.Tensor:
     return F.scaled_dot_product_attention(
-        query_BHNE,
-        key_BKPE,
-        value_BKPE,
-        attn_mask=_mask(num_queries, length, window, query_BHNE, masks) if needs_mask else None,
-        is_causal=is_causal,
-        scale=rules.scaling,
-        enable_gqa=query_BHNE.shape[1] != key_BKPE.shape[1],
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=rules.scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
 
 
@@ -144,7 +265,7 @@ def forest_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001  (always None: no mask is built)
+    attention_mask: int | None,  # what `_chunk_of_mask` returns: no mask is built
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
@@ -157,7 +278,7 @@ def forest_attention(
     """What a transformers model calls in place of its own attention; output [B, L, H, E]."""
     assert forest_plan is not None, "a model set to forest attention is called with a plan"
     assert dropout == 0.0, "the forest shares prefixes, which dropout forbids"
-    rules = Rules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    rules = Rules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, attention_mask, softcap, s_aux)
     return forest_plan.attend(id(module), query, key, value, rules), None
 
 
@@ -169,15 +290,9 @@ def use_forest_attention(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation == FOREST_ATTENTION
 
 
-def _mask(num_queries: int, length: int, window: int | None, like: torch.Tensor, masks: dict[Any, torch.Tensor]) -> torch.Tensor:
-    """Additive mask [N, P]: 0 where a query may look, -inf elsewhere."""
-    shape = (num_queries, length, window)
-    if shape not in masks:
-        positions = torch.arange(length, device=like.device)
-        back = positions[-num_queries:, None] - positions
-        hidden = back < 0 if window is None else (back < 0) | (back >= window)
-        masks[shape] = torch.zeros(num_queries, length, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
-    return masks[shape]
+def _additive(visible: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """0 where a query may look, -inf elsewhere."""
+    return torch.from_numpy(np.where(visible, np.float32(0), np.float32("-inf"))).to(dtype=like.dtype, device=like.device)
 
 
 def _attend_plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules, mask: torch.Tensor) -> torch.Tensor:
@@ -195,9 +310,10 @@ def _attend_plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     return weights[..., : key.shape[2]] @ value
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+def _chunk_of_mask(*_: Any, config: Any = None, local_size: int | None = None, **__: Any) -> int | None:
+    """What stands in for a mask: the length of a layer's attention chunks, if it has them; a window is told to the layer itself."""
+    return local_size if local_size is not None and local_size == getattr(config, "attention_chunk_size", None) else None
 
 
 AttentionInterface.register(FOREST_ATTENTION, forest_attention)
-AttentionMaskInterface.register(FOREST_ATTENTION, _no_mask)
+AttentionMaskInterface.register(FOREST_ATTENTION, _chunk_of_mask)

@@ -51,15 +51,13 @@ class Forest:
 
 def build_forest(completions: Sequence[Completion]) -> Forest:
     """Lay out the completions, each distinct prefix once."""
-    sequences = [completion.sequence_ids for completion in completions]
-    order = sorted(range(len(sequences)), key=lambda index: sequences[index].astype(">u4").tobytes())
-    open_path = np.empty(max(map(len, sequences), default=0), np.int64)  # where each depth of the open path stands
+    order, shared_lengths = sort_completions(completions)
+    open_path = np.empty(max((len(completion) for completion in completions), default=0), np.int64)  # where each depth of the open path stands
     pieces, depths, parents, starts = [], [], [], []
-    targets: list[np.ndarray] = [np.empty(0, np.int64)] * len(sequences)
-    length, previous = 0, np.empty(0, np.uint32)
-    for index in order:
-        sequence = sequences[index]
-        shared = shared_prefix(previous, sequence)
+    targets: list[np.ndarray] = [np.empty(0, np.int64)] * len(completions)
+    length = 0
+    for index, shared in zip(order, shared_lengths.tolist(), strict=True):
+        sequence = completions[index].sequence_ids
         num_new = len(sequence) - shared
         if num_new:
             starts.append(length)
@@ -70,15 +68,24 @@ def build_forest(completions: Sequence[Completion]) -> Forest:
             open_path[shared : len(sequence)] = np.arange(length, length + num_new)
             length += num_new
         targets[index] = open_path[len(completions[index].prompt_ids) : len(sequence)].copy()
-        previous = sequence
     return Forest(_flat(pieces), _flat(depths), _flat(parents), np.array(starts, np.int64), targets)
 
 
 def count_forest_tokens(completions: Sequence[Completion]) -> int:
     """Tokens of `build_forest(completions)`, without building it."""
-    sequences = sorted((completion.sequence_ids for completion in completions), key=lambda ids: ids.astype(">u4").tobytes())
-    before = [np.empty(0, np.uint32), *sequences]
-    return sum(len(ids) - shared_prefix(previous, ids) for previous, ids in zip(before, sequences, strict=False))
+    _, shared = sort_completions(completions)
+    return sum(map(len, completions)) - int(shared.sum())
+
+
+def sort_completions(completions: Sequence[Completion]) -> tuple[list[int], np.ndarray]:
+    """The order that makes neighbours share their longest prefixes, and how many tokens each shares with the one before it."""
+    keys = [completion.prompt_ids.astype(">u4").tobytes() + completion.completion_ids.astype(">u4").tobytes() for completion in completions]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    shared = np.zeros(len(keys), np.int64)
+    for place in range(1, len(order)):
+        one, other = (np.frombuffer(keys[order[index]], np.uint32) for index in (place - 1, place))
+        shared[place] = shared_prefix(one, other)
+    return order, shared
 
 
 def shared_prefix(one: np.ndarray, other: np.ndarray) -> int:

@@ -18,23 +18,24 @@ from dpo_cache.errors import ModelError
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [T, D] -> logits [T, V]
 
-LOGITS_PER_CHUNK = 2**24  # 64 MiB of fp32 logits at a time
+# Logits at a time: on a CPU few enough that the allocator hands the same memory out again, on a GPU enough to fill it.
+LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**25, "mps": 2**25}
 
 
 def token_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Log-probability, in nats, of each target token: float32 [T].
 
     Equals `log_softmax(head(hidden_TD).float(), -1)` gathered at `targets_T`, but holds the logits of a
-    few hundred tokens at most: about LOGITS_PER_CHUNK of them, once forward and again in the backward
-    pass, where each chunk is recomputed.
+    few hundred tokens at most (LOGITS_PER_CHUNK), once forward and again in the backward pass, where each
+    chunk is recomputed.
     """
-    chunk = max(16, LOGITS_PER_CHUNK // vocab_size)
+    chunk = max(16, LOGITS_PER_CHUNK.get(hidden_TD.device.type, 2**23) // vocab_size)
     parts = []
     for hidden, targets in zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True):
         if torch.is_grad_enabled() and hidden.requires_grad:
             parts.append(checkpoint(_chunk_logps, hidden, head, targets, use_reentrant=False, preserve_rng_state=False))
         else:
-            parts.append(_chunk_logps(hidden, head, targets))
+            parts.append(_logps_in_place(head(hidden), targets))
     return torch.cat(parts) if parts else hidden_TD.new_zeros(0, dtype=torch.float32)
 
 
@@ -92,6 +93,14 @@ class _HiddenOnly(BaseModelOutputWithPast):
 
 def _chunk_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor) -> torch.Tensor:
     return _TargetLogps.apply(head(hidden_TD), targets_T)
+
+
+def _logps_in_place(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """What `_TargetLogps` computes, in the memory of the logits, which are used up."""
+    shifted_TV = logits_TV.float()
+    shifted_TV.sub_(shifted_TV.amax(-1, keepdim=True))
+    picked_T = shifted_TV.gather(1, targets_T[:, None])[:, 0]
+    return picked_T - shifted_TV.exp_().sum(-1).log()
 
 
 class _TargetLogps(torch.autograd.Function):

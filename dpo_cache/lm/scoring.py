@@ -6,7 +6,7 @@ computed once, and memory depends on the chunk and the longest path, on nothing 
 
 `rows` is the plain way, for models that cannot take a forest: padded rows with the model's own attention.
 
-L tokens of the stream, C tokens of a chunk, D hidden size.
+C tokens of a chunk, T of them targets, D hidden size.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.attention import PathPlan, Segment
-from dpo_cache.lm.forest import Forest, build_forest
+from dpo_cache.lm.attention import PathPlan, Segment, group_segments
 from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
+from dpo_cache.lm.stream import Chunk, Stream
 from dpo_cache.types import Completion, Score
 
 
@@ -42,19 +42,11 @@ def default_budget(device: torch.device) -> int:
 @torch.no_grad()
 def score_forest(model: PreTrainedModel, completions: Sequence[Completion], budget_tokens: int) -> Iterator[Progress]:
     """Score through forest attention, `budget_tokens` at a time; the model must be set to it."""
-    forest = build_forest(completions)
-    stream = _Stream(model, forest)
-    logps_L = np.full(len(forest), np.nan, np.float32)
-    last_L = np.array([target[-1] for target in forest.targets])
-    by_end = np.argsort(last_L, kind="stable")
-    done = 0
-    for start in range(0, len(forest), budget_tokens):
-        end = min(start + budget_tokens, len(forest))
-        stream.run_chunk(start, end, logps_L)
-        finished = int(np.searchsorted(last_L[by_end], end))
-        scores = [(int(index), Score(logps_L[forest.targets[index]])) for index in by_end[done:finished]]
-        done = finished
-        yield Progress(end - start, len(forest), _checked(scores))
+    stream = Stream(completions)
+    runner, collector = _Runner(model, stream), _Collector(stream)
+    for chunk in stream.chunks(budget_tokens):
+        logps_T = runner.run(chunk).cpu().numpy() if len(chunk) else np.empty(0, np.float32)
+        yield Progress(len(chunk), len(stream), _checked(collector.collect(chunk, logps_T)))
 
 
 @torch.no_grad()
@@ -89,63 +81,77 @@ def row_logps(model: PreTrainedModel, completions: Sequence[Completion]) -> list
     return list(logps.split([end - start for _, start, end in spans]))
 
 
-class _Stream:
-    """The state that is carried from chunk to chunk: keys, values and last hidden states of the open path."""
+class _Runner:
+    """Runs chunks; carries keys, values and last hidden states of the open path from one to the next."""
 
-    def __init__(self, model: PreTrainedModel, forest: Forest):
-        self.model, self.forest = model, forest
+    def __init__(self, model: PreTrainedModel, stream: Stream):
+        self.model, self.stream = model, stream
         self.decoder, self.head = decoder_of(model), head_of(model)
         self.vocab_size = model.config.get_text_config().vocab_size
-        self.is_target_L = forest.is_target_L()
         self.paths: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.path_hidden: torch.Tensor | None = None  # [max_depth, D], by depth
-        self.path_at = np.zeros(forest.max_depth, np.int64)  # which token of the stream stands at each depth
 
-    def run_chunk(self, start: int, end: int, logps_L: np.ndarray) -> None:
-        """Run tokens [start, end) and fill in the log-probs of those that are targets."""
-        device, depths_C = self.model.device, self.forest.depths_L[start:end]
-        plan = PathPlan(self._segments(start, end), self.forest.max_depth, self.paths)
+    def run(self, chunk: Chunk) -> torch.Tensor:
+        """Log-probs [T] of the chunk's targets, on the device."""
+        device = self.model.device
+        plan = PathPlan(group_segments(_segments(chunk)), self.stream.max_depth, self.paths)
         hidden_CD = self.decoder(
-            input_ids=_to(self.forest.tokens_L[start:end], device)[None],
-            position_ids=_to(depths_C, device)[None],
+            input_ids=_to(chunk.tokens_C, device)[None],
+            position_ids=_to(chunk.depths_C, device)[None],
             use_cache=False,
             forest_plan=plan,
         )[0][0]
-        targets = start + np.flatnonzero(self.is_target_L[start:end])
-        if len(targets):
-            predictors = self._predictors(hidden_CD, start, targets)
-            logps = token_logps(predictors, self.head, _to(self.forest.tokens_L[targets], device), self.vocab_size)
-            logps_L[targets] = logps.cpu().numpy()
-        self._carry(hidden_CD, start, end)
-
-    def _segments(self, start: int, end: int) -> list[Segment]:
-        """The segments of the chunk, the first being what is left of one that began before it."""
-        inner = self.forest.starts[np.searchsorted(self.forest.starts, start, side="right") : np.searchsorted(self.forest.starts, end)]
-        cuts = [start, *inner.tolist(), end]
-        depths = self.forest.depths_L[cuts[:-1]].tolist()
-        return [Segment(first - start, last - start, depth) for first, last, depth in zip(cuts, cuts[1:], depths, strict=False)]
-
-    def _predictors(self, hidden_CD: torch.Tensor, start: int, targets: np.ndarray) -> torch.Tensor:
-        """Hidden states [T, D] of the tokens that predict the targets, from this chunk or the carried path."""
-        parents = self.forest.parents_L[targets]
-        inside = parents >= start
-        if inside.all():
-            return hidden_CD[_to(parents - start, hidden_CD.device)]
-        assert self.path_hidden is not None
-        predictors = hidden_CD.new_empty(len(targets), hidden_CD.shape[1])
-        predictors[_to(inside, hidden_CD.device)] = hidden_CD[_to(parents[inside] - start, hidden_CD.device)]
-        carried_depths = self.forest.depths_L[targets[~inside]] - 1
-        predictors[_to(~inside, hidden_CD.device)] = self.path_hidden[_to(carried_depths, hidden_CD.device)]
-        return predictors
-
-    def _carry(self, hidden_CD: torch.Tensor, start: int, end: int) -> None:
-        """Keep the last hidden states by depth; of several tokens at one depth the last is on the open path."""
         if self.path_hidden is None:
-            self.path_hidden = hidden_CD.new_empty(self.forest.max_depth, hidden_CD.shape[1])
-        depths_C = self.forest.depths_L[start:end]
-        self.path_at[depths_C] = np.arange(start, end)  # numpy keeps the last of repeated places
-        depths = np.unique(depths_C)
-        self.path_hidden[_to(depths, hidden_CD.device)] = hidden_CD[_to(self.path_at[depths] - start, hidden_CD.device)]
+            self.path_hidden = hidden_CD.new_empty(self.stream.max_depth, hidden_CD.shape[1])
+        predictors = self._predictors(hidden_CD, chunk.predictors_T)
+        self._carry(hidden_CD, chunk)
+        return token_logps(predictors, self.head, _to(chunk.tokens_C[chunk.targets_T], device), self.vocab_size)
+
+    def _predictors(self, hidden_CD: torch.Tensor, predictors_T: np.ndarray) -> torch.Tensor:
+        """Hidden states [T, D] that predict the targets, from this chunk or the carried path."""
+        carried = np.flatnonzero(predictors_T < 0)
+        found = hidden_CD[_to(np.maximum(predictors_T, 0), hidden_CD.device)]
+        if len(carried):
+            assert self.path_hidden is not None
+            found[_to(carried, hidden_CD.device)] = self.path_hidden[_to(-1 - predictors_T[carried], hidden_CD.device)]
+        return found
+
+    def _carry(self, hidden_CD: torch.Tensor, chunk: Chunk) -> None:
+        """Keep the last hidden states by depth; of several tokens at one depth the last is on the open path."""
+        assert self.path_hidden is not None
+        depths, from_the_end = np.unique(chunk.depths_C[::-1], return_index=True)
+        self.path_hidden[_to(depths, hidden_CD.device)] = hidden_CD[_to(len(chunk) - 1 - from_the_end, hidden_CD.device)]
+
+
+class _Collector:
+    """Puts the log-probs of chunks together to those of completions."""
+
+    def __init__(self, stream: Stream):
+        self._completions = stream.completions
+        self._path_logps = np.full(stream.max_depth, np.nan, np.float32)  # along the open path; NaN for prompt tokens
+
+    def collect(self, chunk: Chunk, logps_T: np.ndarray) -> list[tuple[int, Score]]:
+        """The completions that end in this chunk."""
+        logps_C = np.full(len(chunk), np.nan, np.float32)
+        logps_C[chunk.targets_T] = logps_T
+        scores = []
+        for piece in chunk.pieces:
+            self._path_logps[piece.depth : piece.depth + piece.end - piece.start] = logps_C[piece.start : piece.end]
+            if piece.ends is not None:
+                completion = self._completions[piece.ends]
+                scores.append((piece.ends, Score(self._path_logps[len(completion.prompt_ids) : len(completion)].copy())))
+        return scores
+
+
+def _segments(chunk: Chunk) -> list[Segment]:
+    """The chunk's pieces, those that continue the one before them joined to it."""
+    segments: list[Segment] = []
+    for piece in chunk.pieces:
+        if segments and piece.depth == segments[-1].depth + segments[-1].end - segments[-1].start:
+            segments[-1] = Segment(segments[-1].start, piece.end, segments[-1].depth)
+        elif piece.end > piece.start:
+            segments.append(Segment(piece.start, piece.end, piece.depth))
+    return segments
 
 
 def _checked(scores: list[tuple[int, Score]]) -> list[tuple[int, Score]]:
