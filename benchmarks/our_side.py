@@ -46,7 +46,7 @@ def main() -> None:
 def work(stream: Stream) -> dict[str, Any]:
     """What must be multiplied, whatever the method."""
     ancestor_pairs = num_targets = 0
-    for chunk in stream.chunks(8192):
+    for chunk in stream.chunks(lambda: 8192):
         ancestor_pairs += int((chunk.depths_C + 1).sum())
         num_targets += len(chunk.targets_T)
     return {"tokens": len(stream), "ancestor_pairs": ancestor_pairs, "targets": num_targets, "longest": int(np.max(stream.lengths))}

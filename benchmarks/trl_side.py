@@ -1,6 +1,7 @@
 """What TRL 1.16 makes of preference rows. `parity.py` runs this with an interpreter that has TRL, not dpo-cache.
 
     trl_side.py logps MODEL ROWS.jsonl OUT.json    precomputed reference log-probs in nats, their seconds and memory
+    trl_side.py ids    -     FOLDER     OUT.json    token ids of every case in FOLDER/cases.json, and the seconds of tokenizing
     trl_side.py train MODEL ROWS.jsonl OUT.json    {"losses", "grad_norms"}: one epoch against a live reference, an entry a step
 
 ROWS.jsonl has prompt, chosen and rejected. `rows` are the numbers (from 0) of the lines that TRL keeps, in its
@@ -22,12 +23,15 @@ from trl import DPOConfig, DPOTrainer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("logps", "train"))
+    parser.add_argument("mode", choices=("logps", "train", "ids"))
     parser.add_argument("model", help="a local folder or a Hub id")
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--max-length", type=int, default=1024, help="longest prompt + answer, in tokens")
     arguments = parser.parse_args()
+    if arguments.mode == "ids":
+        arguments.out.write_text(json.dumps(token_ids(arguments.rows)))
+        return
     run = reference_logps if arguments.mode == "logps" else train
     with tempfile.TemporaryDirectory() as folder:
         arguments.out.write_text(json.dumps(run(arguments.model, read_rows(arguments.rows), arguments.max_length, folder)))
@@ -61,6 +65,39 @@ def reference_logps(model: str, rows: Dataset, max_length: int, folder: str) -> 
 def peak_bytes() -> int:
     """Most memory that was resident in this process so far (Linux)."""
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+
+
+def token_ids(folder: Path) -> dict[str, Any]:
+    """For each case in the folder's cases.json: ids as TRL's collator cuts them, where the answers start, and the seconds of preparing."""
+    found = {}
+    for case in json.loads((folder / "cases.json").read_text()):
+        measured: dict[str, float] = {}
+        prepare = DPOTrainer._prepare_dataset
+
+        def timed(self: DPOTrainer, *arguments: Any, prepare: Any = prepare, measured: dict[str, float] = measured) -> Dataset:
+            started = time.perf_counter()
+            prepared = prepare(self, *arguments)
+            measured["elapsed_s"] = time.perf_counter() - started
+            return prepared
+
+        DPOTrainer._prepare_dataset = timed
+        with tempfile.TemporaryDirectory() as output:
+            trainer = make_trainer(
+                str(folder / case["model"]), read_rows(folder / case["rows"]), case["max_length"], output, truncation_mode=case["truncation"]
+            )
+        DPOTrainer._prepare_dataset = prepare
+        rows = [collated(trainer, row) for row in trainer.train_dataset]
+        found[case["name"]] = {**measured, "rows": rows}
+    return found
+
+
+def collated(trainer: DPOTrainer, row: dict[str, Any]) -> dict[str, Any]:
+    """Ids and first answer token (by its place) of both sides."""
+    batch = trainer.data_collator([row])
+    sides = []
+    for ids, mask, answer in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True):
+        sides.append((ids[mask.bool()].tolist(), int((mask.bool() & ~answer.bool()).sum())))
+    return {"index": row["index"], "chosen": sides[0], "rejected": sides[1]}
 
 
 def train(model: str, rows: Dataset, max_length: int, folder: str) -> dict[str, list[Any]]:

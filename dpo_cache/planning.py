@@ -140,6 +140,12 @@ def pairs_of(window: Window, truncation: data.Truncation) -> list[Pair]:
     return [outcome.pair for outcome in data.make_pairs(window.rows, truncation) if isinstance(outcome.pair, Pair)]
 
 
+def rows_of(window: Window, key: bytes, truncation: data.Truncation) -> list[int]:
+    """The first rows of the window that hold the completion of this key."""
+    keys = zip(key_bytes(window.chosen_keys), key_bytes(window.rejected_keys), strict=True)
+    return [pair.row for pair, both in zip(pairs_of(window, truncation), keys, strict=True) if key in both][:3]
+
+
 def check_disk(cache: Cache, data_tokens: int) -> None:
     """Raise `StorageError` before hours of scoring that could not be written."""
     free = cache.folder.free_bytes()

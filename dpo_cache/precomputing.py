@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
 from dpo_cache import data
+from dpo_cache.errors import ModelError
+from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.device import choose_device, choose_dtype, peak_bytes
 from dpo_cache.lm.engine import Attention, choose_attention, score_completions
 from dpo_cache.lm.identity import provenance, reference_identity
 from dpo_cache.lm.load import check_causal, load_config, load_model
-from dpo_cache.lm.scoring import default_budget
 from dpo_cache.options import PrecomputeOptions, number_or_auto, renamed_columns
-from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_completions, pairs_of
+from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_completions, pairs_of, rows_of
 from dpo_cache.store import Cache, ScoreIndex, open_cache
 from dpo_cache.store.cache import check_name
 from dpo_cache.store.documents import digest_json
@@ -224,6 +226,7 @@ class _Precompute:
         scored_before = self.report.scoring_s
         try:
             for progress in score_completions(model, list(completions.values()), attention, self.budget):
+                self._check_finite(window, keys, progress.scores)
                 waiting += [(keys[index], score) for index, score in progress.scores]
                 self.report.model_tokens += progress.num_tokens
                 self.report.scoring_s = scored_before + time.perf_counter() - started
@@ -242,6 +245,17 @@ class _Precompute:
         num_scored = self.report.scored_now + num_waiting
         return ScoringProgress(split.survey.pair_set, self.report.model_tokens, total_tokens, totals.missing_pairs, num_scored, self.report.scoring_s)
 
+    def _check_finite(self, window: Window, keys: list[bytes], scores: list[tuple[int, Score]]) -> None:
+        """Raise `ModelError` naming the row of a score that is no number; nothing of its batch is stored."""
+        for index, score in scores:
+            if not np.isfinite(score.token_logps).all():
+                rows = ", ".join(map(str, rows_of(window, keys[index], self.truncation)))
+                cause = "float16 overflows beyond 65,504" if self.dtype == torch.float16 else "the weights may be damaged"
+                raise ModelError(
+                    f"row {rows}: a log-prob came out as NaN or infinite; nothing of this batch is stored.\n"
+                    f"Likely cause: {cause}. Try --dtype {'bfloat16 or ' if self.dtype == torch.float16 else ''}float32."
+                )
+
     def _flush(self, waiting: list[tuple[bytes, Score]]) -> None:
         if waiting:
             self.cache.publish_reference(self.identity, self._provenance())
@@ -258,7 +272,7 @@ class _Precompute:
             attention = choose_attention(model, options.attention, max_length=options.max_length)
             self.report.attention = attention.name
             self.report.loaded_bytes = peak_bytes(self.device)
-            self.budget = self.report.budget_tokens = number_or_auto("--budget-tokens", options.budget_tokens) or default_budget(self.device)
+            self.budget = Budget(number_or_auto("--budget-tokens", options.budget_tokens), self.device, self.say)
             if attention.name == "rows" and options.attention == "auto":
                 self.say(f"{type(model).__name__} is run as plain padded rows, which is slower: {attention.reason}.")
             self.loaded = model, attention
@@ -322,6 +336,7 @@ class _Precompute:
         report.elapsed_s = time.perf_counter() - self.started
         report.pairs_per_s = report.pairs_kept / report.elapsed_s
         report.peak_bytes = peak_bytes(self.device)
+        report.budget_tokens = self.budget.tokens if self.loaded else None
         recorded = self.cache.read_reference(report.reference)["provenance"]["model"]
         if os.path.isabs(recorded) and not os.path.isdir(recorded):
             report.start_from = _absolute(self.options.model)

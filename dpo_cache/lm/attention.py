@@ -112,9 +112,9 @@ class Block:
 def group_segments(segments: Sequence[Segment], call_cost: int = CALL_COST) -> list[Block]:
     """Neighbouring segments in blocks, where the pairs of query and key that a mask hides cost less than a call of their own."""
     blocks: list[Block] = []
-    for segment in (part for segment in segments for part in split_segment(segment)):
-        alone = Block([segment])
-        together = Block([*blocks[-1].segments, segment]) if blocks else alone
+    for part in (part for segment in segments for part in split_segment(segment)):
+        alone = Block([part])
+        together = Block([*blocks[-1].segments, part]) if blocks else alone
         if blocks and _num_pairs(together) <= _num_pairs(blocks[-1]) + _num_pairs(alone) + call_cost:
             blocks[-1] = together
         else:
@@ -269,7 +269,7 @@ def forest_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    forest_plan: PathPlan | TreePlan | None = None,
+    forest_plan: Any = None,  # a PathPlan, TreePlan or FlexPlan
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,

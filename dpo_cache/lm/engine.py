@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError
 from dpo_cache.lm.attention import FOREST_ATTENTION, plan_tree, use_forest_attention
+from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.forest import build_forest
 from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
 from dpo_cache.lm.scoring import Progress, row_logps, score_forest, score_rows
@@ -33,6 +34,7 @@ class Attention:
     reason: str
     gap: float = 0.0  # largest difference to plain rows in the self-check, nats per token
     max_rows: int | None = None
+    kernel: str = "segments"  # how the forest's attention is computed: segment by segment, or by FlexAttention
 
 
 @torch.no_grad()
@@ -51,23 +53,24 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
             "Its weights may be damaged, or the dtype too small for it: try --dtype float32."
         )
     _check_causality(expected, model)
-    problem = "asked for" if requested == "rows" else _length_dependent(model, max_length)
+    problem: str | None = "asked for" if requested == "rows" else _length_dependent(model, max_length)
     if problem is None:
-        problem, gap = _forest_problem(model, completions, expected)
-        if problem is None:
-            return Attention("forest", f"agrees with plain rows within {gap:.1e} nats per token", gap)
+        for kernel in ("flex", "segments") if model.device.type == "cuda" else ("segments",):
+            problem, gap = _forest_problem(model, completions, expected, kernel)
+            if problem is None:
+                return Attention("forest", f"agrees with plain rows within {gap:.1e} nats per token", gap, kernel=kernel)
         if model._can_set_attn_implementation():
             model.set_attn_implementation(own)
     if requested == "forest":
         raise ModelError(f"{type(model).__name__} cannot use forest attention: {problem}.\nUse --attention auto or rows.")
-    return _rows_attention(model, completions, expected, problem)
+    return _rows_attention(model, completions, expected, problem or "")
 
 
-def score_completions(model: PreTrainedModel, completions: Sequence[Completion], attention: Attention, budget_tokens: int) -> Iterator[Progress]:
-    """Scores as they come, about `budget_tokens` tokens at a time."""
+def score_completions(model: PreTrainedModel, completions: Sequence[Completion], attention: Attention, budget: Budget) -> Iterator[Progress]:
+    """Scores as they come, about as many tokens at a time as the budget says."""
     if attention.name == "forest":
-        return score_forest(model, completions, budget_tokens)
-    return score_rows(model, completions, budget_tokens, attention.max_rows)
+        return score_forest(model, completions, budget, attention.kernel)
+    return score_rows(model, completions, budget, attention.max_rows)
 
 
 def _rows_attention(model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], reason: str) -> Attention:
@@ -77,15 +80,16 @@ def _rows_attention(model: PreTrainedModel, completions: list[Completion], expec
     return Attention("rows", f"{reason}; padding changes its results, so one row at a time", max_rows=1)
 
 
-def _forest_problem(model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor]) -> tuple[str | None, float]:
+def _forest_problem(model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], kernel: str) -> tuple[str | None, float]:
     """Why the forest cannot be used (None if it can), and the largest gap seen."""
     if not use_forest_attention(model):
         return "its code does not take another attention function", 0.0
     num_tokens = sum(len(completion.sequence_ids) for completion in completions)
     largest = 0.0
     try:
-        for budget in (7, num_tokens) if num_tokens < 400 else (97, num_tokens):
-            found = dict(entry for progress in score_forest(model, completions, budget) for entry in progress.scores)
+        for size in (7, num_tokens) if num_tokens < 400 else (97, num_tokens):
+            budget = Budget(size, model.device, lambda _: None)
+            found = dict(entry for progress in score_forest(model, completions, budget, kernel) for entry in progress.scores)
             streamed = [torch.from_numpy(found[index].token_logps) for index in range(len(completions))]
             problem, gap = _compare(streamed, expected, model.dtype)
             largest = max(largest, gap)

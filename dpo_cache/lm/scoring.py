@@ -11,15 +11,17 @@ C tokens of a chunk, T of them targets, D hidden size.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.errors import ModelError
 from dpo_cache.lm.attention import PathPlan, Segment, group_segments
+from dpo_cache.lm.budget import Budget, is_out_of_memory, timer
 from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
 from dpo_cache.lm.stream import Chunk, Stream
 from dpo_cache.types import Completion, Score
@@ -27,43 +29,62 @@ from dpo_cache.types import Completion, Score
 
 @dataclass(frozen=True)
 class Progress:
-    """What one chunk or batch brought: tokens run through the model, of how many in all, and the completions it finished."""
+    """What one chunk or batch brought: tokens run through the model, of how many in all, and the completions it finished.
+
+    Log-probs may be NaN or infinite where the model's are.
+    """
 
     num_tokens: int
     total_tokens: int
     scores: list[tuple[int, Score]]  # position among the completions given, score
 
 
-def default_budget(device: torch.device) -> int:
-    """Tokens run at once: enough for matrix products at full speed, few enough to stay in a processor's caches."""
-    return 512 if device.type == "cpu" else 8192
+@torch.no_grad()
+def score_forest(model: PreTrainedModel, completions: Sequence[Completion], budget: Budget, kernel: str = "segments") -> Iterator[Progress]:
+    """Score through forest attention, to which the model must be set, chunk by chunk as the budget says.
+
+    Where memory runs out, what is not scored yet is laid out again and goes on in smaller chunks.
+    """
+    waiting, run_before = list(range(len(completions))), 0
+    while waiting:
+        stream = Stream([completions[index] for index in waiting])
+        done: set[int] = set()
+        total_tokens = run_before + len(stream)
+        try:
+            for num_tokens, scores in _run_stream(_Runner(model, stream, kernel), budget):
+                run_before += num_tokens
+                done.update(place for place, _ in scores)
+                yield Progress(num_tokens, total_tokens, [(waiting[place], score) for place, score in scores])
+        except RuntimeError as error:
+            if not is_out_of_memory(error, model.device):
+                raise
+            budget.halve(error)
+        waiting = [index for place, index in enumerate(waiting) if place not in done]
 
 
 @torch.no_grad()
-def score_forest(model: PreTrainedModel, completions: Sequence[Completion], budget_tokens: int) -> Iterator[Progress]:
-    """Score through forest attention, `budget_tokens` at a time; the model must be set to it."""
-    stream = Stream(completions)
-    runner, collector = _Runner(model, stream), _Collector(stream)
-    for chunk in stream.chunks(budget_tokens):
-        logps_T = runner.run(chunk).cpu().numpy() if len(chunk) else np.empty(0, np.float32)
-        yield Progress(len(chunk), len(stream), _checked(collector.collect(chunk, logps_T)))
-
-
-@torch.no_grad()
-def score_rows(model: PreTrainedModel, completions: Sequence[Completion], budget_tokens: int, max_rows: int | None = None) -> Iterator[Progress]:
-    """Score as padded rows with the model's own attention, longest first, at most `budget_tokens` with padding at once."""
-    sequences = [completion.sequence_ids for completion in completions]
-    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
-    batches = []
-    while order:
-        num_rows = min(max(1, budget_tokens // len(sequences[order[0]])), max_rows or len(order))
-        batches.append(order[:num_rows])
-        order = order[num_rows:]
-    padded_tokens = [len(sequences[batch[0]]) * len(batch) for batch in batches]
-    for batch, num_tokens in zip(batches, padded_tokens, strict=True):
-        logps = row_logps(model, [completions[index] for index in batch])
+def score_rows(model: PreTrainedModel, completions: Sequence[Completion], budget: Budget, max_rows: int | None = None) -> Iterator[Progress]:
+    """Score as padded rows with the model's own attention, longest first, at most the budget with padding at once."""
+    waiting = sorted(range(len(completions)), key=lambda index: -len(completions[index]))
+    tokens_left, num_run = sum(map(len, completions)), 0
+    while waiting:
+        length = len(completions[waiting[0]])
+        batch = waiting[: min(max(1, budget.tokens // length), max_rows or len(waiting))]
+        clock = timer(model.device, waits=not budget.is_settled)
+        started = clock()
+        try:
+            logps = row_logps(model, [completions[index] for index in batch])
+        except RuntimeError as error:
+            if not is_out_of_memory(error, model.device):
+                raise
+            budget.halve(error)
+            continue
+        budget.note(length * len(batch), clock() - started)
+        waiting = waiting[len(batch) :]
+        tokens_left -= sum(len(completions[index]) for index in batch)
+        num_run += length * len(batch)
         scores = [(index, Score(values.cpu().numpy())) for index, values in zip(batch, logps, strict=True)]
-        yield Progress(num_tokens, sum(padded_tokens), _checked(scores))
+        yield Progress(length * len(batch), num_run + tokens_left, scores)
 
 
 def row_logps(model: PreTrainedModel, completions: Sequence[Completion]) -> list[torch.Tensor]:
@@ -81,11 +102,47 @@ def row_logps(model: PreTrainedModel, completions: Sequence[Completion]) -> list
     return list(logps.split([end - start for _, start, end in spans]))
 
 
+def _run_stream(runner: _Runner, budget: Budget) -> Iterator[tuple[int, list[tuple[int, Score]]]]:
+    """Per chunk: its tokens, and the completions that end in it. A GPU is given the next chunk before the last one is read."""
+    collector, device = _Collector(runner.stream), runner.model.device
+    ahead = 1 if device.type == "cuda" else 0
+    running: deque[tuple[Chunk, _Fetched]] = deque()
+    for chunk in runner.stream.chunks(lambda: budget.tokens):
+        clock = timer(device, waits=not budget.is_settled)
+        started = clock()
+        running.append((chunk, _Fetched(runner.run(chunk) if len(chunk) else torch.empty(0))))
+        budget.note(len(chunk), clock() - started)
+        if len(running) > ahead:
+            first, fetched = running.popleft()
+            yield len(first), collector.collect(first, fetched.wait())
+    for chunk, fetched in running:
+        yield len(chunk), collector.collect(chunk, fetched.wait())
+
+
+class _Fetched:
+    """A tensor on its way to the host; on CUDA the copy is waited for when it is needed."""
+
+    def __init__(self, values: torch.Tensor):
+        self._event = None
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values.cpu()
+
+    def wait(self) -> np.ndarray:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.numpy()
+
+
 class _Runner:
     """Runs chunks; carries keys, values and last hidden states of the open path from one to the next."""
 
-    def __init__(self, model: PreTrainedModel, stream: Stream):
-        self.model, self.stream = model, stream
+    def __init__(self, model: PreTrainedModel, stream: Stream, kernel: str):
+        self.model, self.stream, self.kernel = model, stream, kernel
         self.decoder, self.head = decoder_of(model), head_of(model)
         self.vocab_size = model.config.get_text_config().vocab_size
         self.paths: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -94,7 +151,7 @@ class _Runner:
     def run(self, chunk: Chunk) -> torch.Tensor:
         """Log-probs [T] of the chunk's targets, on the device."""
         device = self.model.device
-        plan = PathPlan(group_segments(_segments(chunk)), self.stream.max_depth, self.paths)
+        plan = self._plan(_segments(chunk))
         hidden_CD = self.decoder(
             input_ids=_to(chunk.tokens_C, device)[None],
             position_ids=_to(chunk.depths_C, device)[None],
@@ -106,6 +163,13 @@ class _Runner:
         predictors = self._predictors(hidden_CD, chunk.predictors_T)
         self._carry(hidden_CD, chunk)
         return token_logps(predictors, self.head, _to(chunk.tokens_C[chunk.targets_T], device), self.vocab_size)
+
+    def _plan(self, segments: list[Segment]) -> Any:
+        if self.kernel == "flex":
+            from dpo_cache.lm.flex import FlexPlan  # loads the compiler, which a CPU has no use for
+
+            return FlexPlan(segments, self.stream.max_depth, self.paths, self.model.device)
+        return PathPlan(group_segments(segments), self.stream.max_depth, self.paths)
 
     def _predictors(self, hidden_CD: torch.Tensor, predictors_T: np.ndarray) -> torch.Tensor:
         """Hidden states [T, D] that predict the targets, from this chunk or the carried path."""
@@ -152,16 +216,6 @@ def _segments(chunk: Chunk) -> list[Segment]:
         elif piece.end > piece.start:
             segments.append(Segment(piece.start, piece.end, piece.depth))
     return segments
-
-
-def _checked(scores: list[tuple[int, Score]]) -> list[tuple[int, Score]]:
-    for _, score in scores:
-        if not np.isfinite(score.token_logps).all():
-            raise ModelError(
-                "a log-prob came out as NaN or infinite; nothing of this batch is stored.\n"
-                "The weights may be damaged, or the dtype too small for this model: try --dtype float32."
-            )
-    return scores
 
 
 def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -8,7 +8,7 @@ Pure numpy; suffixes name dimensions: C tokens of a chunk, T of them that need a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,9 +63,10 @@ class Stream:
         """Length of the longest path, in tokens."""
         return int(self.lengths.max(initial=0))
 
-    def chunks(self, budget_tokens: int) -> Iterator[Chunk]:
-        """The stream in chunks of `budget_tokens`, the last one smaller."""
+    def chunks(self, next_size: Callable[[], int]) -> Iterator[Chunk]:
+        """The stream in chunks of the size that `next_size` says before each, the last one smaller."""
         builder = _ChunkBuilder(self.max_depth)
+        size = next_size()
         offsets = np.cumsum(self.lengths - self.shared)
         for place, index in enumerate(self.order):
             completion, depth = self.completions[index], int(self.shared[place])
@@ -73,13 +74,14 @@ class Stream:
             flags = self._is_target[int(offsets[place]) - (len(ids) - depth) : int(offsets[place])]
             taken = 0
             while True:
-                room = budget_tokens - builder.num_tokens
+                room = size - builder.num_tokens
                 part = slice(taken, min(taken + room, len(flags)))
                 is_last = part.stop == len(flags)
                 builder.add(ids[depth + part.start : depth + part.stop], flags[part], depth + part.start, index if is_last else None)
                 taken = part.stop
-                if builder.num_tokens == budget_tokens:
+                if builder.num_tokens == size:
                     yield builder.finish()
+                    size = next_size()
                 if is_last:
                     break
         if builder.pieces:

@@ -102,7 +102,7 @@ def make_model(family: str) -> hf.PreTrainedModel:
 
 def table_row(family: str, attention: Attention) -> str:
     """The family's line in the docs."""
-    reason = "" if attention.name == "forest" else attention.reason
+    reason = "" if attention.name == "forest" else attention.reason.split(" by up to ")[0]  # the figure is the machine's
     return f"| {family} | {attention.name} | {reason} |"
 
 

@@ -4,104 +4,18 @@ import torch
 import transformers as hf
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.engine import Attention, choose_attention, score_completions
+from dpo_cache.lm.budget import Budget
+from dpo_cache.lm.engine import choose_attention, score_completions
+from dpo_cache.lm.logprobs import decoder_of
 from dpo_cache.lm.policy import checkpoint_layers, completion_logps
-from dpo_cache.types import Completion
 from tests.conftest import make_completions, make_llama, naive_token_logps
-
-TINY = {
-    "vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3,
-}  # fmt: skip
-
-FORESTS = {
-    "llama": lambda: make_llama(),
-    "llama-scaled-rope": lambda: make_llama(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
-    "mistral-window": lambda: hf.MistralForCausalLM(hf.MistralConfig(**TINY, sliding_window=9)),
-    "qwen2-mixed": lambda: hf.Qwen2ForCausalLM(
-        hf.Qwen2Config(**TINY, use_sliding_window=True, sliding_window=8, layer_types=["full_attention", "sliding_attention"])
-    ),
-    "gemma2-softcap": lambda: hf.Gemma2ForCausalLM(
-        hf.Gemma2Config(**TINY, head_dim=8, sliding_window=10, attn_logit_softcapping=5.0, final_logit_softcapping=4.0, query_pre_attn_scalar=8)
-    ),
-    "phi-head-bias": lambda: hf.PhiForCausalLM(hf.PhiConfig(**TINY)),
-    "gpt2-learned-positions": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=264, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3)
-    ),
-    "gpt_oss-sinks": lambda: hf.GptOssForCausalLM(
-        hf.GptOssConfig(
-            **TINY, head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2, layer_types=["sliding_attention", "full_attention"]
-        )
-    ),
-    "cohere2-scaled-logits": lambda: hf.Cohere2ForCausalLM(hf.Cohere2Config(**TINY, sliding_window=8, logit_scale=0.3)),
-}
-
-ROWS = {
-    "gptj": lambda: hf.GPTJForCausalLM(
-        hf.GPTJConfig(vocab_size=264, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=256, initializer_range=0.3)
-    ),
-    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=264, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)),
-    "falcon": lambda: hf.FalconForCausalLM(
-        hf.FalconConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
-    ),
-}
-
-
-def build(make) -> hf.PreTrainedModel:
-    torch.manual_seed(0)
-    return make().eval()
-
-
-def scores(model, completions: list[Completion], attention: Attention, budget: int) -> list[np.ndarray]:
-    found = dict(entry for progress in score_completions(model, completions, attention, budget) for entry in progress.scores)
-    return [found[index].token_logps for index in range(len(completions))]
-
-
-def assert_as_exact_as_plain(model, completions: list[Completion], found: list[np.ndarray], own_attention: str) -> None:
-    """Errs only as much as the model's own forward in float32 does against float64, plus rounding."""
-    model.set_attn_implementation(own_attention)
-    plain = [naive_token_logps(model, completion, torch.float32).double() for completion in completions]
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")  # the grouped kernel has no float64
-    exact_model = model.double()
-    for completion, values, naive in zip(completions, found, plain, strict=True):
-        exact = naive_token_logps(exact_model, completion)
-        error = (torch.from_numpy(values).double() - exact).abs()
-        assert (error <= (naive - exact).abs() + 3e-5).all(), float(error.max())
-
-
-@pytest.mark.parametrize("family", FORESTS)
-@pytest.mark.parametrize("budget", [1, 13, 4096])
-def test_the_forest_equals_the_models_own_forward(family: str, budget: int) -> None:
-    model, completions = build(FORESTS[family]), make_completions()
-    own = model.config._attn_implementation
-    attention = choose_attention(model, max_length=64)
-    assert attention.name == "forest", attention.reason
-    found = scores(model, completions, attention, budget)
-    assert_as_exact_as_plain(model, completions, found, own)
-
-
-@pytest.mark.parametrize("family", ROWS)
-def test_a_model_that_takes_no_forest_is_run_as_rows(family: str) -> None:
-    model, completions = build(ROWS[family]), make_completions()
-    attention = choose_attention(model, max_length=64)
-    assert attention.name == "rows" and attention.reason
-    for budget in (1, 100):
-        found = scores(model, completions, attention, budget)
-        for completion, values in zip(completions, found, strict=True):
-            assert np.abs(values - naive_token_logps(model, completion).numpy()).max() < 3e-5
+from tests.lm.families import make_model
+from tests.lm.test_families import fixed, scores
 
 
 def test_a_forest_that_is_asked_for_but_inexact_is_refused() -> None:
     with pytest.raises(ModelError, match="BloomForCausalLM cannot use forest attention"):
-        choose_attention(build(ROWS["bloom"]), "forest", max_length=64)
-
-
-def test_a_window_is_proved_only_where_sequences_reach_it() -> None:
-    """Chunked attention is not passed on to the forest; within one chunk it does not matter."""
-    fields = {**TINY, "intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": 2, "pad_token_id": 0, "attention_chunk_size": 32}
-    config = hf.Llama4TextConfig(**fields, layer_types=["chunked_attention", "full_attention"])
-    assert choose_attention(build(lambda: hf.Llama4ForCausalLM(config)), max_length=100).name == "rows"
+        choose_attention(make_model("bloom"), "forest", max_length=64)
 
 
 def test_rotary_embeddings_that_depend_on_the_row_are_run_as_rows() -> None:
@@ -113,32 +27,93 @@ def test_rotary_embeddings_that_depend_on_the_row_are_run_as_rows() -> None:
 def test_a_bidirectional_model_is_refused() -> None:
     config = hf.BertConfig(vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
     with pytest.raises(ModelError, match="is not causal"):
-        choose_attention(build(lambda: hf.BertLMHeadModel(config)), max_length=64)
+        choose_attention(hf.BertLMHeadModel(config).eval(), max_length=64)
 
 
-def test_weights_that_are_not_finite_stop_the_scoring() -> None:
+def test_weights_that_are_not_finite_are_refused_before_anything_is_scored() -> None:
     model = make_llama()
-    attention = choose_attention(model, max_length=64)
     model.lm_head.weight.data[3] = float("nan")
-    with pytest.raises(ModelError, match="NaN or infinite"):
-        scores(model, make_completions(), attention, 64)
+    with pytest.raises(ModelError, match="gives log-probs that are NaN or infinite"):
+        choose_attention(model, max_length=64)
+
+
+@pytest.mark.parametrize("name", ["forest", "rows"])
+def test_memory_that_runs_out_halves_the_chunk_and_loses_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, completions, remarks = make_llama(), make_completions(), []
+    attention = choose_attention(model, "auto" if name == "forest" else "rows", max_length=64)
+    whole = scores(model, completions, attention, 4096)
+    decoder, real = decoder_of(model), decoder_of(model).forward
+
+    def limited(*arguments, **options):
+        if options["input_ids"].numel() > 90:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(decoder, "forward", limited)
+    budget = Budget(300, torch.device("cpu"), remarks.append)
+    found = dict(entry for progress in score_completions(model, completions, attention, budget) for entry in progress.scores)
+    assert remarks == [
+        "out of memory with 300 tokens at once; going on with 150. Nothing is lost.",
+        "out of memory with 150 tokens at once; going on with 75. Nothing is lost.",
+    ]
+    assert sorted(found) == list(range(len(completions)))
+    assert all(np.abs(found[index].token_logps - values).max() < 1e-5 for index, values in enumerate(whole))
+
+
+def test_memory_that_runs_out_in_the_middle_scores_only_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, completions, sizes = make_llama(), make_completions(num_prompts=20), []
+    attention = choose_attention(model, max_length=64)
+    whole = scores(model, completions, attention, 4096)
+    decoder, real = decoder_of(model), decoder_of(model).forward
+
+    def limited(*arguments, **options):
+        sizes.append(options["input_ids"].numel())
+        if len(sizes) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(decoder, "forward", limited)
+    budget = Budget(64, torch.device("cpu"), lambda _: None)
+    steps = list(score_completions(model, completions, attention, budget))
+    found = dict(entry for step in steps for entry in step.scores)
+    assert sum(len(step.scores) for step in steps) == len(found) == len(completions)
+    assert all(np.abs(found[index].token_logps - values).max() < 1e-5 for index, values in enumerate(whole))
+    assert sizes[:4] == [64] * 4 and set(sizes[4:-1]) == {32}
+    assert sum(step.num_tokens for step in steps) == steps[-1].total_tokens
+
+
+def test_memory_that_never_suffices_is_told() -> None:
+    budget = Budget(100, torch.device("cpu"), lambda _: None)
+    budget.halve(MemoryError())
+    with pytest.raises(ModelError, match="out of memory even with 50 tokens at once"):
+        budget.halve(MemoryError())
+
+
+def test_the_search_for_a_chunk_takes_the_first_that_a_larger_one_does_not_beat() -> None:
+    speeds = {512: 100.0, 1024: 130.0, 2048: 131.0}  # tokens/s
+    budget = Budget(None, torch.device("cpu"), lambda _: None)
+    tried = []
+    while not budget.is_settled:
+        tried.append(budget.tokens)
+        budget.note(budget.tokens, budget.tokens / speeds[budget.tokens])
+    assert tried == [512, 512, 1024, 1024, 2048, 2048] and budget.tokens == 1024
 
 
 def test_progress_counts_every_token_of_the_stream_once() -> None:
     model, completions = make_llama(), make_completions()
     attention = choose_attention(model, max_length=64)
-    steps = list(score_completions(model, completions, attention, 10))
+    steps = list(score_completions(model, completions, attention, fixed(10)))
     assert sum(step.num_tokens for step in steps) == steps[0].total_tokens == len({
         tuple(completion.sequence_ids[: end + 1]) for completion in completions for end in range(len(completion.sequence_ids))
     })  # fmt: skip
     assert sorted(index for step in steps for index, _ in step.scores) == list(range(len(completions)))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2-softcap", "gpt_oss-sinks"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "llama4", "deepseek_v3"])
 def test_training_logps_and_gradients_equal_the_plain_computation(family: str) -> None:
     completions = make_completions(num_prompts=3)
     weights = torch.linspace(-1, 1, len(completions), dtype=torch.float64)
-    plain, model = build(FORESTS[family]), build(FORESTS[family])
+    plain, model = make_model(family), make_model(family)
     expected = []
     for completion in completions:
         ids = torch.from_numpy(completion.sequence_ids.astype(np.int64))[None]
@@ -168,7 +143,7 @@ def test_checkpointed_layers_give_the_same_gradient() -> None:
 
 
 def test_rows_have_gradients_too() -> None:
-    model = build(ROWS["gptj"])
+    model = make_model("gptj")
     completions = make_completions(num_prompts=2)
     logps = completion_logps(model, completions, choose_attention(model, max_length=64))
     logps.sum().backward()

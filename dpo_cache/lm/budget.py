@@ -1,0 +1,75 @@
+"""How many tokens are run at once: found by trying, and halved where memory runs out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from dpo_cache.errors import ModelError
+
+# Sizes that are tried, in this order: the first is safe anywhere, the last fills the device.
+SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384, 32768), "mps": (1024, 2048, 4096)}
+WORTH = 1.03  # how much faster a larger chunk must be to be worth its memory
+TRIES = 2  # chunks of each size; the first of all also warms up
+LEAST = 32
+
+
+class Budget:
+    """Tokens of the next chunk. Say how long each took with `note`, and that one did not fit with `halve`."""
+
+    def __init__(self, tokens: int | None, device: torch.device, say: Callable[[str], None]):
+        """A fixed number of tokens, or None to find a good one in the first chunks."""
+        sizes = SIZES.get(device.type, SIZES["cpu"])
+        self.tokens = tokens or sizes[0]
+        self._say = say
+        self.is_settled = tokens is not None
+        self._untried = list(sizes[1:])
+        self._speeds: list[float] = []  # of the size that is tried
+        self._best = (0.0, self.tokens)
+
+    def note(self, num_tokens: int, elapsed_s: float) -> None:
+        """A chunk was run; while searching, the times must have waited for the device."""
+        if self.is_settled or num_tokens < self.tokens:
+            return
+        self._speeds.append(num_tokens / elapsed_s)
+        if len(self._speeds) < TRIES:
+            return
+        speed, self._speeds = max(self._speeds), []
+        if speed < self._best[0] * WORTH:
+            self.tokens, self.is_settled = self._best[1], True
+        elif not self._untried:
+            self.is_settled = True
+        else:
+            self._best = speed, self.tokens
+            self.tokens = self._untried.pop(0)
+
+    def halve(self, error: BaseException) -> None:
+        """Memory ran out: go on with half. Raises `ModelError` where there is no half."""
+        if self.tokens // 2 < LEAST:
+            raise ModelError(
+                f"out of memory even with {self.tokens} tokens at once.\n"
+                "Use --dtype bfloat16, a shorter --max-length, or a device with more memory; what is scored is kept."
+            ) from error
+        self._say(f"out of memory with {self.tokens} tokens at once; going on with {self.tokens // 2}. Nothing is lost.")
+        self.tokens //= 2
+        self.is_settled = True
+
+
+def is_out_of_memory(error: BaseException, device: torch.device) -> bool:
+    """Whether a smaller chunk may help. MPS has no error of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or (device.type == "mps" and type(error) is RuntimeError)
+
+
+def timer(device: torch.device, *, waits: bool) -> Callable[[], float]:
+    """A clock; with `waits`, one that first waits for what the device has been given."""
+
+    def now() -> float:
+        if waits and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif waits and device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    return now
