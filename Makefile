@@ -11,13 +11,22 @@ DEMO ?= demo
 
 BIN := $(VENV)/bin
 
-.PHONY: help install model demo test test-slow check clean
+# Benchmarks run TRL in an environment of its own, TRL_VENV. Both sides read ROWS rows of DATA; TURNS runs of each in turn.
+TRL_VENV ?= .venv-trl
+TRL_PYTHON ?= $(TRL_VENV)/bin/python
+ROWS ?=
+TURNS ?= 3
+
+.PHONY: help install model demo test test-slow check bench-precompute bench-memory bench-token-ids clean
 
 help:
 	@echo "make demo       install, fetch a small real model, score it and train on it"
 	@echo "make test       install and run the tests"
 	@echo "make test-slow  the tests, those on the real model included"
 	@echo "make check      format, lint and types"
+	@echo "make bench-precompute DATA=FILE [MODEL=FOLDER] [ROWS=N]   scoring beside TRL 1.16 and beside the machine's limit"
+	@echo "make bench-memory DATA=FILE [MODEL=FOLDER]                memory and time as the rows grow, and a very long row"
+	@echo "make bench-token-ids DATA='FILE...' [MODEL=FOLDER]        token ids beside TRL 1.16"
 	@echo "make clean      remove what the above made"
 
 install: $(VENV)/installed
@@ -50,5 +59,20 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+$(TRL_VENV)/bin/python:
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/pip install --quiet $(if $(findstring --,$(TORCH)),$(TORCH),'$(TORCH)')
+	$(TRL_VENV)/bin/pip install --quiet trl==1.16.0
+
+bench-precompute: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/precompute.py --model $(MODEL) --data $(DATA) $(if $(ROWS),--rows $(ROWS)) \
+		--trl-python $(TRL_PYTHON) --repeats $(TURNS)
+
+bench-memory: $(VENV)/installed $(MODEL)/config.json
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py --model $(MODEL) --data $(DATA)
+
+bench-token-ids: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/token_ids.py --tokenizer $(MODEL) --data $(DATA) --trl-python $(TRL_PYTHON)
+
 clean:
-	rm -rf $(VENV) models demo build *.egg-info
+	rm -rf $(VENV) $(TRL_VENV) models demo build *.egg-info

@@ -10,6 +10,7 @@ short maximum length from either end. Exit 1 where an id differs.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -72,6 +73,7 @@ def compare(folder: Path, case: dict[str, Any], theirs: dict[str, Any]) -> bool:
     rows = data.read_dataset(str(folder / case["rows"]))["train"]
     tokenizer = data.load_tokenizer(str(folder / case["model"]))
     rows = rows.add_column("case", [case["name"]] * len(rows))  # another case's ids are not this one's
+    gc.freeze()  # what TRL's side wrote lies in this process, and is not to be searched meanwhile
     started = time.perf_counter()
     tokenized = data.tokenize_rows(rows, data.detect_format(rows.column_names, rows[0]), tokenizer)
     elapsed_s = time.perf_counter() - started

@@ -12,7 +12,6 @@ A tokenized row is one pair, in the columns
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -21,8 +20,10 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value, config, load_from_disk
 from datasets import Sequence as ListOf
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dpo_cache.data.encode import encode_dialogues, encode_texts, without_padding
 from dpo_cache.data.formats import Example, RowProblem, parse_row
 from dpo_cache.data.read import Rows, not_utf8
 from dpo_cache.errors import DataError, ModelError, first_line
@@ -57,12 +58,16 @@ def load_tokenizer(
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex sha256 of what decides the ids: vocabulary, rules, special tokens and template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
-    if isinstance(rules, dict):  # what the last call happened to set, not what the tokenizer is
-        rules.pop("padding", None), rules.pop("truncation", None)
+    rules = str(sorted(tokenizer.get_vocab().items())) if backend is None else _rules_of(backend)
     splits = str(getattr(tokenizer, "split_special_tokens", False))
-    parts = [type(tokenizer).__name__, json.dumps(rules), str(tokenizer.special_tokens_map), splits, str(tokenizer.chat_template)]
+    parts = [type(tokenizer).__name__, rules, str(tokenizer.special_tokens_map), splits, str(tokenizer.chat_template)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _rules_of(backend: Tokenizer) -> str:
+    """The fast tokenizer as JSON, without padding and truncation."""
+    with without_padding(backend):
+        return backend.to_str()
 
 
 def tokenized_windows(
@@ -238,18 +243,14 @@ def _encode(
 ) -> list[list[list[int]]]:
     """Ids of each example's texts; none for a problem."""
     ids: list[list[list[int]]] = [[] for _ in texts]
-    for is_text in (True, False):  # a rendered template has its special tokens already
-        places = [
-            place
-            for place, (example, rendered) in enumerate(zip(examples, texts, strict=True))
-            if isinstance(example, Example) and isinstance(rendered, list) and example.is_text == is_text
-        ]
-        if not places:
-            continue
-        flat = [text for place in places for text in texts[place]]  # type: ignore[union-attr]
-        encoded = iter(tokenizer(flat, add_special_tokens=is_text, return_attention_mask=False)["input_ids"])
-        for place in places:
-            ids[place] = list(islice(encoded, len(texts[place])))  # type: ignore[arg-type]
+    usable = [(place, example) for place, example in enumerate(examples) if isinstance(example, Example) and isinstance(texts[place], list)]
+    plain, chats = ([place for place, example in usable if example.is_text == is_text] for is_text in (True, False))
+    flat = iter(encode_texts(tokenizer, [text for place in plain for text in texts[place]], add_special_tokens=True))  # type: ignore[union-attr]
+    for place in plain:
+        ids[place] = list(islice(flat, len(texts[place])))  # type: ignore[arg-type]
+    dialogues = encode_dialogues(tokenizer, [texts[place] for place in chats])  # type: ignore[misc]  # rendered with their special tokens
+    for place, sequences in zip(chats, dialogues, strict=True):
+        ids[place] = sequences
     return ids
 
 

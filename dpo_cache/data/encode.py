@@ -1,0 +1,87 @@
+"""Texts -> ids, as the tokenizer's own call makes them, but faster.
+
+A rendered conversation stands in every text of its row: alone, and before each answer. A tokenizer cuts its
+text at the special tokens first and treats the parts by themselves, so what comes before the last special token
+of the prompt is encoded once, and each text only from that token on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    """Equals `tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]`."""
+    if not texts:
+        return []
+    if not _is_plainly_fast(tokenizer):
+        return tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
+    backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    with without_padding(backend):
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+
+
+def encode_dialogues(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """Ids of groups of texts that begin alike: `encode_texts` without special tokens added, of each group."""
+    heads = [_shared_head(group, _cutting_tokens(tokenizer)) for group in groups]
+    parts: list[str] = []
+    for group, head in zip(groups, heads, strict=True):
+        end, special = head or (0, "")
+        parts += [group[0][:end], *(special + text[end:] for text in group)] if head else group
+    ids = iter(encode_texts(tokenizer, parts, add_special_tokens=False))
+    found: list[list[list[int]]] = []
+    for group, head in zip(groups, heads, strict=True):
+        if head is None:
+            found.append(list(islice(ids, len(group))))
+            continue
+        start, tails = next(ids), list(islice(ids, len(group)))
+        if all(tail[0] == start[-1] for tail in tails):  # the special token was taken as one on both sides
+            found.append([start + tail[1:] for tail in tails])
+        else:
+            found.append(encode_texts(tokenizer, group, add_special_tokens=False))
+    return found
+
+
+@contextmanager
+def without_padding(backend: Tokenizer) -> Iterator[None]:
+    """Padding and truncation are what the last call happened to set: they are put aside."""
+    padding, truncation = backend.padding, backend.truncation
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        yield
+    finally:
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+
+
+def _is_plainly_fast(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its call does no more than its Rust backend."""
+    return isinstance(tokenizer, TokenizersBackend) and type(tokenizer)._encode_plus is TokenizersBackend._encode_plus
+
+
+def _cutting_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Special tokens that part a text in two that are encoded as if alone: they take no spaces, and are no part of another."""
+    if not _is_plainly_fast(tokenizer) or tokenizer.split_special_tokens:
+        return []
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()  # type: ignore[attr-defined]
+    plain = [token for token in added if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word)]
+    contents = [token.content for token in added]
+    return [token.content for token in plain if not any(token.content in other and token.content != other for other in contents)]
+
+
+def _shared_head(group: Sequence[str], cutting: Sequence[str]) -> tuple[int, str] | None:
+    """Where the last special token of the first text ends, if all texts agree up to there, and that token."""
+    last = max(((group[0].rfind(special), special) for special in cutting), default=(-1, ""))
+    if last[0] <= 0:
+        return None
+    end = last[0] + len(last[1])
+    return (end, last[1]) if all(text.startswith(group[0][:end]) for text in group) else None
