@@ -26,6 +26,7 @@ from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.device import choose_device, choose_dtype, peak_bytes
 from dpo_cache.lm.engine import Attention, choose_attention, score_completions
 from dpo_cache.lm.identity import provenance, reference_identity
+from dpo_cache.lm.linear import use_fast_linear
 from dpo_cache.lm.load import check_causal, load_config, load_model
 from dpo_cache.options import PrecomputeOptions, number_or_auto, renamed_columns
 from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_completions, pairs_of, rows_of
@@ -269,6 +270,7 @@ class _Precompute:
             model = load_model(
                 options.model, dtype=self.dtype, device=self.device, revision=options.revision, trust_remote_code=options.trust_remote_code
             )
+            use_fast_linear(model)
             attention = choose_attention(model, options.attention, max_length=options.max_length)
             self.report.attention = attention.name
             self.report.loaded_bytes = peak_bytes(self.device)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dpo_cache
-from dpo_cache import precomputing
+from dpo_cache import data, precomputing
 from dpo_cache.errors import DataError, ModelError, OptionError, StorageError
 from dpo_cache.store import Cache, completion_key
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
@@ -202,7 +202,7 @@ def test_killed_at_ten_moments_and_run_again_it_ends_with_the_same_rows(model_fo
 
 TERMINATED = """
 import os, signal, sys
-from dpo_cache import precomputing
+from dpo_cache import data, precomputing
 real = precomputing.score_completions
 
 def scored(*arguments):
@@ -225,6 +225,98 @@ def test_sigterm_flushes_and_exits_143(model_folder: str, data_file: str, cache:
     assert "terminated; everything published so far is kept." in done.stderr
     opened = Cache(cache)
     assert len(opened.scores(opened.references()[0])) > 0
+
+
+def test_the_survey_tells_what_repeats_and_what_is_shared(model_folder: str, tmp_path: Path, cache: str) -> None:
+    rows = chat_rows(4)
+    swapped = {**rows[1], "chosen": rows[1]["rejected"], "rejected": rows[1]["chosen"]}
+    equal = {**rows[0], "rejected": rows[0]["chosen"]}
+    path = write_rows(tmp_path / "pairs.jsonl", [*rows, rows[0], swapped, equal])
+    surveys: list[dict] = []
+    report = dpo_cache.precompute(model_folder, path, cache, window=3, on_survey=lambda survey: surveys.append(survey.as_dict()))
+    (survey,) = surveys
+    assert report.surveys == surveys
+    assert (survey["rows_read"], survey["pairs_kept"], survey["data_format"]) == (7, 6, "conversation")
+    assert survey["duplicates"] == {"count": 1, "rows": [4]}
+    assert survey["contradictory"] == {"count": 1, "rows": [5]}
+    assert survey["dropped"] == {"chosen equals rejected": {"count": 1, "rows": [6]}}
+    assert survey["forest_tokens"] < survey["data_tokens"]
+    assert json.loads(json.dumps(survey)) == survey
+
+
+def test_the_survey_comes_before_any_model_is_loaded(model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_models(monkeypatch)
+    surveys: list[data.Survey] = []
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        dpo_cache.precompute(model_folder, data_file, cache, on_survey=surveys.append)
+    assert surveys[0].pairs_kept == 12
+
+
+def test_ranked_answers_are_scored_once_each(model_folder: str, tmp_path: Path, cache: str) -> None:
+    rows = [{"prompt": "which?", "responses": [" a", " bb", " ccc", " dddd"], "scores": [1, 4, 3, 3]}]
+    path = write_rows(tmp_path / "ranked.jsonl", rows)
+    report = dpo_cache.precompute(model_folder, path, cache)
+    assert (report.rows_read, report.pairs_kept, report.scored_now) == (1, 5, 4)
+    best = dpo_cache.precompute(model_folder, path, cache, ranked_pairs="best", name="best")
+    assert (best.pairs_kept, best.scored_now) == (3, 0)
+
+
+def test_answers_all_ranked_alike_are_dropped_and_counted(model_folder: str, tmp_path: Path, cache: str) -> None:
+    rows = [{"prompt": "which?", "responses": [" a", " b"], "ranks": ranks} for ranks in ([1, 1], [2, 1])]
+    report = dpo_cache.precompute(model_folder, write_rows(tmp_path / "ranked.jsonl", rows), cache)
+    assert (report.pairs_kept, report.dropped) == (1, {"answers all ranked alike": 1})
+
+
+def test_columns_may_be_renamed_and_the_format_named(model_folder: str, tmp_path: Path, cache: str) -> None:
+    rows = [{"q": "which?", "good": " a", "bad": " b"}]
+    path = write_rows(tmp_path / "named.jsonl", rows)
+    mapped = ("question=q", "chosen=good", "rejected=bad")
+    report = dpo_cache.precompute(model_folder, path, cache, map=mapped, format="question")
+    assert report.surveys[0]["data_format"] == "question" and report.pairs_kept == 1
+    with pytest.raises(OptionError, match="expected NAME=COLUMN"):
+        dpo_cache.precompute(model_folder, path, cache, map=("question",))
+
+
+def test_tools_and_template_options_reach_the_ids(model_folder: str, tmp_path: Path, cache: str) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ tools[0].name if tools else '' }}{% if quiet %}<|system|>{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}")
+    plain = {"prompt": [{"role": "user", "content": "u"}], "chosen": "a", "rejected": "b"}
+    prompts = []
+    for number, extra in enumerate(({}, {"tools": '[{"name": "look"}]'}, {"chat_template_kwargs": {"quiet": True}})):
+        path = write_rows(tmp_path / f"rows{number}.jsonl", [{**plain, **extra}])
+        dpo_cache.precompute(model_folder, path, cache, chat_template=str(template))
+        (scored_pair,) = dpo_cache.open_cache(cache).pairs(f"rows{number}")
+        prompts.append(make_tokenizer().decode(scored_pair.pair.chosen.prompt_ids))
+    assert prompts == ["u", "looku", "<|system|>u"]
+
+
+def test_a_log_prob_that_is_no_number_names_its_row_and_stores_nothing_of_its_batch(
+    model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, spoiled = precomputing.score_completions, []
+
+    def spoil(model, completions, attention, budget):  # type: ignore[no-untyped-def]
+        for number, progress in enumerate(real(model, completions, attention, budget)):
+            if number == 3:
+                index, score = progress.scores[0]
+                score.token_logps[-1] = np.nan
+                spoiled.append((completions[index], len(progress.scores)))
+            yield progress
+
+    monkeypatch.setattr(precomputing, "score_completions", spoil)
+    with pytest.raises(ModelError, match="a log-prob came out as NaN or infinite; nothing of this batch is stored") as caught:
+        dpo_cache.precompute(model_folder, data_file, cache, budget_tokens="40")
+    monkeypatch.setattr(precomputing, "score_completions", real)
+    report = dpo_cache.precompute(model_folder, data_file, cache)
+    completion, num_lost = spoiled[0]
+    rows = [
+        entry.pair.row
+        for entry in dpo_cache.open_cache(cache).pairs("pairs")
+        for side in (entry.pair.chosen, entry.pair.rejected)
+        if np.array_equal(side.sequence_ids, completion.sequence_ids)
+    ]
+    assert str(caught.value).startswith(f"row {', '.join(map(str, rows[:3]))}: ")
+    assert report.already_cached > 0 and report.scored_now >= num_lost
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(data_file: str, tmp_path: Path, cache: str) -> None:

@@ -1,0 +1,49 @@
+"""What is told of the data before a model is loaded."""
+
+import numpy as np
+import pytest
+
+from dpo_cache.data.survey import PERCENTILES, Survey
+from dpo_cache.data.truncate import Dropped, Outcome
+from dpo_cache.types import Completion, Pair
+
+
+def outcome(row: int, prompt: int, chosen: int, rejected: int, *, was_cut: bool = False, moved: bool = False) -> Outcome:
+    def side(length: int) -> Completion:
+        return Completion(np.zeros(prompt, np.uint32), np.full(length, 1, np.uint32))
+
+    return Outcome(row, Pair(row, side(chosen), side(rejected)), was_cut, moved)
+
+
+def test_counts_rows_and_names_the_first_three() -> None:
+    survey = Survey("pairs/train", "text")
+    for row in range(10):
+        survey.add(outcome(row, 4, 2, 3, was_cut=row % 2 == 1, moved=row == 7))
+    for row in range(10, 15):
+        survey.add(Outcome(row, Dropped("longer than --max-length"), True, True))
+    assert (survey.rows_read, survey.pairs_kept) == (15, 10)
+    assert vars(survey.truncated) == {"count": 5, "rows": [1, 3, 5]}
+    assert vars(survey.moved_boundary) == {"count": 1, "rows": [7]}
+    assert {reason: vars(finding) for reason, finding in survey.dropped.items()} == {"longer than --max-length": {"count": 5, "rows": [10, 11, 12]}}
+    assert survey.data_tokens == 10 * (4 + 2 + 4 + 3)
+
+
+def test_a_ranked_row_is_one_row_of_several_pairs() -> None:
+    survey = Survey("pairs/train", "ranked")
+    for row in (0, 0, 0, 1):
+        survey.add(outcome(row, 4, 2, 3))
+    assert (survey.rows_read, survey.pairs_kept) == (2, 4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 99, 100, 101, 1000])
+def test_lengths_are_percentiles_that_occur(count: int) -> None:
+    survey = Survey("pairs/train", "text")
+    generator = np.random.default_rng(count)
+    prompts = generator.integers(1, 500, count)
+    for row, prompt in enumerate(prompts.tolist()):
+        survey.add(outcome(row, prompt, 1, 1))
+    both = np.repeat(prompts, 2)  # each prompt stands before two answers
+    expected = [int(np.percentile(both, share, method="inverted_cdf")) for share in PERCENTILES]
+    assert survey.lengths()["prompt"] == expected
+    assert survey.lengths()["answer"] == [1] * len(PERCENTILES)
+    assert survey.longest == int(prompts.max()) + 1
