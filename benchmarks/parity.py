@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import dpo_cache
+from dpo_cache import precomputing
 from dpo_cache.data import detect_format, read_dataset
 from dpo_cache.data.formats import Example, parse_row
 
@@ -39,8 +40,11 @@ def main() -> int:
     parser.add_argument("--rows", type=int, required=True, help="how many rows, from the first")
     parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL 1.16")
     parser.add_argument("--max-length", type=int, default=1024, help="longest prompt + answer, in tokens")
+    parser.add_argument("--same-library", action="store_true", help="run our linear layers by the library that torch takes, as TRL does")
     parser.add_argument("--train", action="store_true", help="compare the steps of a training run too")
     arguments = parser.parse_args()
+    if arguments.same_library:
+        precomputing.use_fast_linear = lambda model: False
     with tempfile.TemporaryDirectory() as folder:
         check = _Check(arguments.model, arguments.trl_python, arguments.max_length, Path(folder))
         numbers = check.write_rows(arguments.data, arguments.rows)

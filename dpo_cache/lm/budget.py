@@ -10,7 +10,7 @@ import torch
 from dpo_cache.errors import ModelError
 
 # Sizes that are tried, in this order: the first is safe anywhere, the last fills the device.
-SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384, 32768), "mps": (1024, 2048, 4096)}
+SIZES = {"cpu": (512, 1024), "cuda": (4096, 8192, 16384, 32768), "mps": (1024, 2048, 4096)}
 WORTH = 1.03  # how much faster a larger chunk must be to be worth its memory
 TRIES = 2  # chunks of each size; the first of all also warms up
 LEAST = 32
