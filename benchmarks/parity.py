@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--train", action="store_true", help="compare the steps of a training run too")
     arguments = parser.parse_args()
     if arguments.same_library:
-        precomputing.use_fast_linear = lambda model: False
+        precomputing.use_fast_linear = lambda _: False
     with tempfile.TemporaryDirectory() as folder:
         check = _Check(arguments.model, arguments.trl_python, arguments.max_length, Path(folder))
         numbers = check.write_rows(arguments.data, arguments.rows)

@@ -5,12 +5,24 @@ import transformers as hf
 
 from dpo_cache.errors import ModelError
 from dpo_cache.lm.budget import Budget
-from dpo_cache.lm.engine import choose_attention, score_completions
+from dpo_cache.lm.engine import TOLERANCES, Attention, choose_attention, score_completions
 from dpo_cache.lm.logprobs import decoder_of
 from dpo_cache.lm.policy import checkpoint_layers, completion_logps
 from tests.conftest import make_completions, make_llama, naive_token_logps
 from tests.lm.families import make_model
 from tests.lm.test_families import fixed, scores
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_the_forest_and_stays_near_float32(dtype: torch.dtype) -> None:
+    completions = make_completions(num_prompts=3)
+    exact = scores(make_llama(), completions, Attention("rows", ""), 4096)
+    model = make_llama().to(dtype)
+    attention = choose_attention(model, max_length=64)
+    assert attention.name == "forest" and attention.gap <= TOLERANCES[dtype][0]
+    gaps = np.concatenate([np.abs(one - other) for one, other in zip(scores(model, completions, attention, 64), exact, strict=True)])
+    assert 0 < gaps.max() < {torch.bfloat16: 0.6, torch.float16: 0.07}[dtype]  # twice what docs/measurements.md states
+    assert all(score.dtype == np.float32 for score in scores(model, completions[:1], attention, 64))
 
 
 def test_a_forest_that_is_asked_for_but_inexact_is_refused() -> None:
