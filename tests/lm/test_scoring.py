@@ -4,6 +4,7 @@ import torch
 import transformers as hf
 
 from dpo_cache.errors import ModelError
+from dpo_cache.lm import budget as budget_module
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.engine import TOLERANCES, Attention, choose_attention, score_completions
 from dpo_cache.lm.logprobs import decoder_of
@@ -101,8 +102,9 @@ def test_memory_that_never_suffices_is_told() -> None:
         budget.halve(MemoryError())
 
 
-def test_the_search_for_a_chunk_takes_the_first_that_a_larger_one_does_not_beat() -> None:
-    speeds = {512: 100.0, 1024: 130.0, 2048: 131.0}  # tokens/s
+def test_the_search_for_a_chunk_takes_the_first_that_a_larger_one_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget_module, "SIZES", {"cpu": (512, 1024, 2048, 4096)})
+    speeds = {512: 100.0, 1024: 130.0, 2048: 131.0, 4096: 500.0}  # tokens/s
     budget = Budget(None, torch.device("cpu"), lambda _: None)
     tried = []
     while not budget.is_settled:
