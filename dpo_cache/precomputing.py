@@ -33,7 +33,7 @@ from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_c
 from dpo_cache.store import Cache, ScoreIndex, open_cache
 from dpo_cache.store.cache import check_name
 from dpo_cache.store.documents import digest_json
-from dpo_cache.types import Score, ScoredPair
+from dpo_cache.types import Completion, Score, ScoredPair
 
 FLUSH_S = 20.0  # seconds of scoring that a crash can cost
 
@@ -148,6 +148,7 @@ class _Precompute:
         self.device = choose_device(options.device)
         self.report = PrecomputeReport(cache=str(self.cache))
         self.loaded: tuple[PreTrainedModel, Attention] | None = None
+        self.finished = (0, 0)  # tokens of the windows that are scored: run, and planned
 
     def run(self, on_survey: OnSurvey, on_progress: OnProgress) -> PrecomputeReport:
         options = self.options
@@ -180,6 +181,10 @@ class _Precompute:
             columns = list(rows.column_names or first)
             is_named = options.format != "auto"
             data_format = data.check_format(options.format, columns, place) if is_named else data.detect_format(columns, first, place)
+            if unused := data.unused_columns(data_format, columns):
+                self.say(f"{place}: the columns {', '.join(unused)} are not used by the format {data_format}.")
+            if options.ranked_pairs != "all" and data_format != "ranked":
+                self.say(f"{place}: --ranked-pairs {options.ranked_pairs} has no effect on the format {data_format}.")
             splits.append(SplitPlan(name, rows, data.Survey(f"{self.name}/{name}", data_format)))
         self.tokenizer = data.load_tokenizer(
             options.tokenizer or options.model,
@@ -227,7 +232,7 @@ class _Precompute:
         scored_before = self.report.scoring_s
         try:
             for progress in score_completions(model, list(completions.values()), attention, self.budget):
-                self._check_finite(window, keys, progress.scores)
+                self._check_finite(window, keys, list(completions.values()), progress.scores)
                 waiting += [(keys[index], score) for index, score in progress.scores]
                 self.report.model_tokens += progress.num_tokens
                 self.report.scoring_s = scored_before + time.perf_counter() - started
@@ -237,25 +242,36 @@ class _Precompute:
                 on_progress(self._progress(split, window, progress.total_tokens, len(waiting)))
         finally:  # also on Ctrl-C: what is scored is kept
             self._flush(waiting)
+        self.finished = (self.report.model_tokens, self.finished[1] + window.missing_tokens)
 
     def _progress(self, split: SplitPlan, window: Window, window_tokens: int, num_waiting: int) -> ScoringProgress:
         """Rows run more tokens than were planned, for padding and no sharing: later windows are taken to run as many more."""
         totals = self.planner.totals
-        padding = window_tokens / window.missing_tokens
-        total_tokens = round(totals.missing_tokens * padding)
+        known, planned = self.finished[0] + window_tokens, self.finished[1] + window.missing_tokens
+        total_tokens = known + round((totals.missing_tokens - planned) * known / planned)
         num_scored = self.report.scored_now + num_waiting
         return ScoringProgress(split.survey.pair_set, self.report.model_tokens, total_tokens, totals.missing_pairs, num_scored, self.report.scoring_s)
 
-    def _check_finite(self, window: Window, keys: list[bytes], scores: list[tuple[int, Score]]) -> None:
+    def _check_finite(self, window: Window, keys: list[bytes], completions: list[Completion], scores: list[tuple[int, Score]]) -> None:
         """Raise `ModelError` naming the row of a score that is no number; nothing of its batch is stored."""
-        for index, score in scores:
-            if not np.isfinite(score.token_logps).all():
-                rows = ", ".join(map(str, rows_of(window, keys[index], self.truncation)))
-                cause = "float16 overflows beyond 65,504" if self.dtype == torch.float16 else "the weights may be damaged"
-                raise ModelError(
-                    f"row {rows}: a log-prob came out as NaN or infinite; nothing of this batch is stored.\n"
-                    f"Likely cause: {cause}. Try --dtype {'bfloat16 or ' if self.dtype == torch.float16 else ''}float32."
-                )
+        spoiled = [index for index, score in scores if not np.isfinite(score.token_logps).all()]
+        if not spoiled:
+            return
+        culprits = [index for index in spoiled if self._is_spoiled_alone(completions[index])]  # what is run beside it is spoiled with it
+        rows = ", ".join(map(str, rows_of(window, keys[(culprits or spoiled)[0]], self.truncation)))
+        is_half = self.dtype == torch.float16
+        cause = "float16 overflows beyond 65,504" if is_half else "the weights may be damaged"
+        raise ModelError(
+            f"row {rows}{'' if culprits else ' or one that is scored beside it'}: a log-prob came out as NaN or infinite; "
+            "nothing of this batch is stored.\n"
+            f"Likely cause: {cause}. Try --dtype {'bfloat16 or ' if is_half else ''}float32."
+        )
+
+    def _is_spoiled_alone(self, completion: Completion) -> bool:
+        model, attention = self._load_model()
+        budget = Budget(self.budget.tokens, self.device, self.say)
+        progress = score_completions(model, [completion], attention, budget)
+        return any(not np.isfinite(score.token_logps).all() for step in progress for _, score in step.scores)
 
     def _flush(self, waiting: list[tuple[bytes, Score]]) -> None:
         if waiting:

@@ -290,6 +290,44 @@ def test_tools_and_template_options_reach_the_ids(model_folder: str, tmp_path: P
     assert prompts == ["u", "looku", "<|system|>u"]
 
 
+@pytest.mark.parametrize("budget", ["16", "auto"])
+def test_a_poisoned_weight_names_the_row_that_meets_it(tmp_path: Path, cache: str, budget: str) -> None:
+    model, rows = make_llama(), chat_rows(10)
+    rows[5]["chosen"] = [{"role": "assistant", "content": "~ it is"}]
+    (token,) = make_tokenizer()("~", add_special_tokens=False)["input_ids"]
+    model.model.embed_tokens.weight.data[token] = float("nan")
+    model.save_pretrained(tmp_path / "poisoned")
+    make_tokenizer().save_pretrained(tmp_path / "poisoned")
+    with pytest.raises(ModelError, match=r"^row (5|4 or one that is scored beside it): a log-prob came out as NaN"):
+        dpo_cache.precompute(tmp_path / "poisoned", write_rows(tmp_path / "pairs.jsonl", rows), cache, budget_tokens=budget)
+
+
+@pytest.mark.parametrize("attention", ["forest", "rows"])
+def test_progress_ends_at_the_whole_over_several_windows(model_folder: str, data_file: str, cache: str, attention: str) -> None:
+    seen: list[precomputing.ScoringProgress] = []
+    dpo_cache.precompute(model_folder, data_file, cache, window=4, attention=attention, budget_tokens="64", on_progress=seen.append)
+    assert all(0 <= progress.num_tokens <= progress.total_tokens and progress.seconds_left >= 0 for progress in seen)
+    assert seen[-1].num_tokens == seen[-1].total_tokens
+
+
+@pytest.mark.parametrize("bad", ['{"prompt": \n', '{"prompt": "é'], ids=["broken", "torn"])
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_stream_that_breaks_is_told(model_folder: str, tmp_path: Path, cache: str, bad: str, place: int) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", chat_rows(6))
+    lines = Path(path).read_text().splitlines(keepends=True)
+    Path(path).write_text("".join(lines[:place]) + bad + "\n" + "".join(lines[place:]))
+    with pytest.raises(DataError, match=r"pairs.jsonl.* (is not readable|cannot be opened) \("):
+        dpo_cache.precompute(model_folder, path, cache, streaming=True, window=2)
+
+
+def test_columns_and_options_without_use_are_said(model_folder: str, tmp_path: Path, cache: str) -> None:
+    remarks: list[str] = []
+    path = write_rows(tmp_path / "pairs.jsonl", [{"system": "Be brief.", "prompt": "a", "chosen": "b", "rejected": "c"}])
+    dpo_cache.precompute(model_folder, path, cache, ranked_pairs="best", say=remarks.append)
+    assert any("the columns system are not used by the format text" in remark for remark in remarks)
+    assert any("--ranked-pairs best has no effect on the format text" in remark for remark in remarks)
+
+
 def test_a_log_prob_that_is_no_number_names_its_row_and_stores_nothing_of_its_batch(
     model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """Rows of any preference data set -> token ids."""
 
-from dpo_cache.data.formats import check_format, detect_format
+from dpo_cache.data.formats import check_format, detect_format, unused_columns
 from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset
 from dpo_cache.data.survey import Survey
 from dpo_cache.data.tokenize import load_tokenizer, tokenize_rows, tokenized_windows, tokenizer_digest
@@ -22,4 +22,5 @@ __all__ = [
     "tokenize_rows",
     "tokenized_windows",
     "tokenizer_digest",
+    "unused_columns",
 ]

@@ -29,7 +29,8 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, ad
 
 def encode_dialogues(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
     """Ids of groups of texts that begin alike: `encode_texts` without special tokens added, of each group."""
-    heads = [_shared_head(group, _cutting_tokens(tokenizer)) for group in groups]
+    cutting = _cutting_tokens(tokenizer) if groups else []
+    heads = [_shared_head(group, cutting) for group in groups]
     parts: list[str] = []
     for group, head in zip(groups, heads, strict=True):
         end, special = head or (0, "")
@@ -69,11 +70,19 @@ def _is_plainly_fast(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _cutting_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens that part a text in two that are encoded as if alone: they take no spaces, and are no part of another."""
+    """Special tokens that part a text in two that are encoded as if alone: they take no spaces, and are no part of another.
+
+    Only those that the chat template writes: some tokenizers keep a thousand in reserve.
+    """
     if not _is_plainly_fast(tokenizer) or tokenizer.split_special_tokens:
         return []
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()  # type: ignore[attr-defined]
-    plain = [token for token in added if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word)]
+    written = f"{tokenizer.chat_template} {tokenizer.eos_token}"
+    plain = [
+        token
+        for token in added
+        if token.special and token.content in written and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+    ]
     contents = [token.content for token in added]
     return [token.content for token in plain if not any(token.content in other and token.content != other for other in contents)]
 

@@ -230,7 +230,8 @@ def _assistant(row: dict[str, Any], name: str) -> list[Message]:
 
 def _system(row: dict[str, Any]) -> list[Message]:
     """The system message, where the row has one."""
-    return [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+    system = row.get("system")
+    return [] if system is None or (isinstance(system, str) and not system.strip()) else [{"role": "system", "content": _text(row, "system")}]
 
 
 def _history(row: dict[str, Any]) -> list[Message]:
@@ -242,7 +243,8 @@ def _history(row: dict[str, Any]) -> list[Message]:
 
 
 def _prompt_messages(row: dict[str, Any]) -> list[Message]:
-    return [_user(_text(row, "prompt"))] if isinstance(row["prompt"], str) else _messages(row, "prompt")
+    messages = [_user(_text(row, "prompt"))] if isinstance(row["prompt"], str) else _messages(row, "prompt")
+    return messages if messages and messages[0]["role"] == "system" else [*_system(row), *messages] if messages else []
 
 
 def _messages(row: dict[str, Any], name: str) -> list[Message]:
@@ -279,7 +281,16 @@ def _answer(row: dict[str, Any], name: str, prompt: list[Message]) -> list[Messa
     if isinstance(row[name], str):
         return _assistant(row, name)
     messages = _messages(row, name)
-    return messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
+    if [_bare(message) for message in messages[: len(prompt)]] == [_bare(message) for message in prompt]:
+        messages = messages[len(prompt) :]
+    if messages and messages[0]["role"] in ("user", "system"):
+        raise _BadRow(f"`{name}` starts with a message from {messages[0]['role']}, expected the answer, or the whole prompt before it")
+    return messages
+
+
+def _bare(message: Message) -> Message:
+    """The message without spaces around it, to be compared."""
+    return {**message, "content": message["content"].strip()}
 
 
 def _shared_text(chosen: str, rejected: str) -> int:
@@ -292,6 +303,12 @@ def _shared_text(chosen: str, rejected: str) -> int:
     if shared and chosen[shared - 1] == " ":
         shared -= 1
     return shared
+
+
+def unused_columns(data_format: str, columns: Sequence[str]) -> list[str]:
+    """Columns that mean something in other formats and nothing in this one."""
+    used = {"alpaca": {"system", "history", "tools"}, "text": set(), "implicit": {"tools"}}.get(data_format, {"system", "tools"})
+    return [name for name in ("system", "history", "tools") if name in columns and name not in used]
 
 
 def _kind(value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -16,6 +17,8 @@ from dpo_cache.errors import DataError, first_line
 JSON = (".jsonl", ".json")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "metadata.json", "config.json")
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+STREAM_ERRORS = (pa.ArrowException, DatasetGenerationError, OSError, ValueError)  # what reading a damaged stream raises
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -48,6 +51,8 @@ def first_row(rows: Rows, place: str) -> dict[str, Any]:
         found = next(iter(rows), None)
     except UnicodeDecodeError as error:
         raise not_utf8(place, error) from error
+    except STREAM_ERRORS as error:
+        raise not_readable(place, error) from error
     if found is None:
         raise DataError(f"{place} has no rows.")
     return found
@@ -55,6 +60,10 @@ def first_row(rows: Rows, place: str) -> dict[str, Any]:
 
 def not_utf8(place: str, error: UnicodeDecodeError) -> DataError:
     return DataError(f"{place} is not UTF-8 text ({error.reason}).\nConvert it to UTF-8 and run again.")
+
+
+def not_readable(place: str, error: Exception) -> DataError:
+    return DataError(f"{place} is not readable ({first_line(error)}).\nMend the data and run again; what is scored so far is kept.")
 
 
 def dataset_name(location: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,16 @@ class Finding:
     count: int = 0
     rows: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._last = -1
+
     def add(self, row: int) -> None:
+        """Count a row once, however many pairs it makes."""
+        if row == self._last:
+            return
+        self._last = row
         self.count += 1
-        if len(self.rows) < ROWS_SHOWN and row not in self.rows:
+        if len(self.rows) < ROWS_SHOWN:
             self.rows.append(row)
 
 
@@ -78,9 +85,9 @@ class Survey:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        findings = {name: vars(getattr(self, name)) for name in ("truncated", "moved_boundary", "duplicates", "contradictory")}
+        findings = {name: asdict(getattr(self, name)) for name in ("truncated", "moved_boundary", "duplicates", "contradictory")}
         plain = {name: getattr(self, name) for name in ("pair_set", "data_format", "rows_read", "pairs_kept", "data_tokens", "forest_tokens")}
-        dropped = {reason: vars(finding) for reason, finding in self.dropped.items()}
+        dropped = {reason: asdict(finding) for reason, finding in self.dropped.items()}
         return {**plain, **findings, "dropped": dropped, "lengths": {"percentiles": list(PERCENTILES), **self.lengths()}}
 
 

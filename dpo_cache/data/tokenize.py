@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_cache.data.encode import encode_dialogues, encode_texts, without_padding
 from dpo_cache.data.formats import Example, RowProblem, parse_row
-from dpo_cache.data.read import Rows, not_utf8
+from dpo_cache.data.read import STREAM_ERRORS, Rows, not_readable, not_utf8
 from dpo_cache.errors import DataError, ModelError, first_line
 
 IDS_VERSION = 2  # raised when the same text would get other ids or columns from us
@@ -90,7 +90,7 @@ def tokenized_windows(
         for start in range(0, len(tokenized), window_rows):
             yield tokenized.select(range(start, min(start + window_rows, len(tokenized))))
         return
-    for number, window in enumerate(_batches(rows, window_rows)):
+    for number, window in enumerate(_batches(rows, window_rows, place)):
         table = Dataset.from_list(window, features=rows.features)
         tokenized = tokenize_rows(table, data_format, tokenizer, ranked_pairs=ranked_pairs, first_row=number * window_rows, place=place)
         tokenized.save_to_disk(spool / str(number))
@@ -133,9 +133,17 @@ def tokenize_rows(
     return tokenized
 
 
-def _batches(rows: IterableDataset, num_rows: int) -> Iterator[list[dict[str, Any]]]:
+def _batches(rows: IterableDataset, num_rows: int, place: str) -> Iterator[list[dict[str, Any]]]:
     stream = iter(rows)
-    while batch := list(islice(stream, num_rows)):
+    while True:
+        try:
+            batch = list(islice(stream, num_rows))
+        except UnicodeDecodeError as error:
+            raise not_utf8(place, error) from error
+        except STREAM_ERRORS as error:
+            raise not_readable(place, error) from error
+        if not batch:
+            return
         yield batch
 
 

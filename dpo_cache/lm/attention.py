@@ -232,11 +232,22 @@ def attend_segment(
     is_causal = num_queries == length and not is_limited
     if is_plain and (is_causal or num_queries == 1):
         return _attend_fused(query_BHNE, key_BKPE, value_BKPE, rules, None, is_causal)
+    if not is_limited:
+        return attend_masked(query_BHNE, key_BKPE, value_BKPE, rules, _tail_mask(num_queries, length, query_BHNE, masks))
     name = (num_queries, length, rules.reach)
     if name not in masks:
         query_depths, key_depths = np.arange(length - num_queries, length)[:, None], np.arange(first, length)
         masks[name] = _additive((key_depths <= query_depths) & (key_depths >= rules.first_visible(query_depths)), query_BHNE)
     return attend_masked(query_BHNE, key_BKPE, value_BKPE, rules, masks[name])
+
+
+def _tail_mask(num_queries: int, length: int, like: torch.Tensor, masks: dict[Any, torch.Tensor]) -> torch.Tensor:
+    """Causal mask [N, P] of the last N of P positions: the end of a wider one, so that paths of all lengths share one."""
+    name = (num_queries, "tail")
+    if name not in masks or masks[name].shape[1] < length:
+        width = -(-length // 1024) * 1024
+        masks[name] = _additive(np.arange(width) <= np.arange(width - num_queries, width)[:, None], like)
+    return masks[name][:, masks[name].shape[1] - length :]
 
 
 def split_segment(segment: Segment, num_queries: int = QUERY_TOKENS) -> list[Segment]:

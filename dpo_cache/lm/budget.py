@@ -29,6 +29,10 @@ class Budget:
         self._speeds: list[float] = []  # of the size that is tried
         self._best = (0.0, self.tokens)
 
+    def settle(self) -> None:
+        """End the search where chunks have no size of their own: rows are batched by their lengths."""
+        self.is_settled = True
+
     def note(self, num_tokens: int, elapsed_s: float) -> None:
         """A chunk was run; while searching, the times must have waited for the device."""
         if self.is_settled or num_tokens < self.tokens:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.errors import ModelError
+from dpo_cache.errors import ModelError, first_line
 from dpo_cache.lm.attention import FOREST_ATTENTION, plan_tree, use_forest_attention
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.forest import build_forest
@@ -47,14 +47,21 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
     own = model.config._attn_implementation
     assert own != FOREST_ATTENTION, "a model's attention is chosen once"
     completions = _check_completions(model, max_length)
-    expected = [row_logps(model, [completion])[0].cpu() for completion in completions]
+    try:
+        expected = [row_logps(model, [completion])[0].cpu() for completion in completions]
+    except (KeyError, AttributeError, TypeError, NotImplementedError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be run as a decoder and a head ({first_line(error)}).\nGive a text-only causal LM of another family."
+        ) from error
     if not all(bool(logps.isfinite().all()) for logps in expected):
         raise ModelError(
             f"{type(model).__name__} gives log-probs that are NaN or infinite.\n"
             "Its weights may be damaged, or the dtype too small for it: try --dtype float32."
         )
-    _check_causality(expected, model)
-    problem: str | None = "asked for" if requested == "rows" else _length_dependent(model, max_length)
+    length_problem = _length_dependent(model, max_length)
+    if not length_problem:
+        _check_causality(expected, model)
+    problem: str | None = "asked for" if requested == "rows" else length_problem
     if problem is None:
         for kernel in ("flex", "segments") if model.device.type == "cuda" else ("segments",):
             problem, gap = _forest_problem(model, completions, expected, kernel)
@@ -64,6 +71,8 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
             model.set_attn_implementation(own)
     if requested == "forest":
         raise ModelError(f"{type(model).__name__} cannot use forest attention: {problem}.\nUse --attention auto or rows.")
+    if length_problem:
+        return Attention("rows", f"{length_problem}, so one row at a time", max_rows=1)
     return _rows_attention(model, completions, expected, problem or "")
 
 
@@ -172,10 +181,8 @@ def _check_completions(model: PreTrainedModel, max_length: int) -> list[Completi
         length = min(longest, window + 24)
         sequence = np.resize(rest, length)
         completions.append(Completion(sequence[: length - 20], sequence[length - 20 :]))
-    return [_shortened(completion, longest) for completion in completions]
-
-
-def _shortened(completion: Completion, longest: int) -> Completion:
-    """The completion within `longest` tokens, its prompt cut on the left."""
-    room = max(1, longest - completion.num_tokens)
-    return Completion(completion.prompt_ids[-room:], completion.completion_ids[: max(1, longest - 1)])
+    room = max(1, longest - max(completion.num_tokens for completion in completions))  # alike for all, so that they share what they shared
+    return [
+        Completion(completion.prompt_ids[-room:], completion.completion_ids[: longest - min(room, len(completion.prompt_ids))])
+        for completion in completions
+    ]

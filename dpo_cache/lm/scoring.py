@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from dpo_cache.errors import ModelError
 from dpo_cache.lm.attention import PathPlan, Segment, group_segments
 from dpo_cache.lm.budget import Budget, is_out_of_memory, timer
 from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
@@ -67,19 +68,19 @@ def score_rows(model: PreTrainedModel, completions: Sequence[Completion], budget
     """Score as padded rows with the model's own attention, longest first, at most the budget with padding at once."""
     waiting = sorted(range(len(completions)), key=lambda index: -len(completions[index]))
     tokens_left, num_run = sum(map(len, completions)), 0
+    budget.settle()
     while waiting:
         length = len(completions[waiting[0]])
         batch = waiting[: min(max(1, budget.tokens // length), max_rows or len(waiting))]
-        clock = timer(model.device, waits=not budget.is_settled)
-        started = clock()
         try:
             logps = row_logps(model, [completions[index] for index in batch])
         except RuntimeError as error:
             if not is_out_of_memory(error, model.device):
                 raise
+            if len(batch) == 1:
+                raise ModelError(f"out of memory on a row of {length} tokens.\nRun with a shorter --max-length, or on a larger device.") from error
             budget.halve(error)
             continue
-        budget.note(length * len(batch), clock() - started)
         waiting = waiting[len(batch) :]
         tokens_left -= sum(len(completions[index]) for index in batch)
         num_run += length * len(batch)
@@ -193,6 +194,9 @@ class _Collector:
     def __init__(self, stream: Stream):
         self._completions = stream.completions
         self._path_logps = np.full(stream.max_depth, np.nan, np.float32)  # along the open path; NaN for prompt tokens
+        # One array for all scores: small ones between the large tensors of each chunk would scatter the heap, which then grows.
+        self._room = np.empty(sum(completion.num_tokens for completion in stream.completions), np.float32)
+        self._used = 0
 
     def collect(self, chunk: Chunk, logps_T: np.ndarray) -> list[tuple[int, Score]]:
         """The completions that end in this chunk."""
@@ -203,7 +207,10 @@ class _Collector:
             self._path_logps[piece.depth : piece.depth + piece.end - piece.start] = logps_C[piece.start : piece.end]
             if piece.ends is not None:
                 completion = self._completions[piece.ends]
-                scores.append((piece.ends, Score(self._path_logps[len(completion.prompt_ids) : len(completion)].copy())))
+                values = self._room[self._used : self._used + completion.num_tokens]
+                values[:] = self._path_logps[len(completion.prompt_ids) : len(completion)]
+                self._used += completion.num_tokens
+                scores.append((piece.ends, Score(values)))
         return scores
 
 

@@ -44,18 +44,27 @@ def test_texts_are_encoded_as_by_the_tokenizers_own_call(kind: str, add_special_
 
 def test_the_heads_are_really_shared() -> None:
     tokenizer = make_byte_tokenizer()
-    assert set(_cutting_tokens(tokenizer)) == {"<|im_start|>", "<|im_end|>", "<|pad|>"}
+    assert set(_cutting_tokens(tokenizer)) == {"<|im_start|>", "<|im_end|>"}
 
 
 @pytest.mark.parametrize("flaw", ["lstrip", "rstrip", "single_word", "longer"])
 def test_special_tokens_that_reach_beyond_themselves_cut_nothing(flaw: str) -> None:
     tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template += "<|x|>"
     if flaw == "longer":
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|x|>", "<|x|>y"]})
     else:
         tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|x|>", normalized=False, **{flaw: True})]})
     assert "<|x|>" not in _cutting_tokens(tokenizer)
     group = ["a <|x|>", "a <|x|>yb", "a <|x|> b"]
+    assert encode_dialogues(tokenizer, [group]) == [own_call(tokenizer, group)]
+
+
+def test_tokens_in_reserve_are_not_looked_for() -> None:
+    tokenizer = make_byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|reserved_{number}|>" for number in range(500)]})
+    assert len(_cutting_tokens(tokenizer)) <= 3
+    group = ["a<|reserved_7|>b<|im_end|>", "a<|reserved_7|>b<|im_end|>c<|reserved_8|>"]
     assert encode_dialogues(tokenizer, [group]) == [own_call(tokenizer, group)]
 
 

@@ -132,6 +132,16 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
         Example([user("Well?")], ([assistant("No.")], [assistant("Yes.")]), ((1, 0),)),
     ),
     "ranked alike": ("ranked", {"prompt": "Well?", "responses": ["a", "b"], "ranks": [1, 1]}, Example("Well?", ("a", "b"), ())),
+    "prompt that the answers repeat with other spaces": (
+        "conversation",
+        {"prompt": "Well? ", "chosen": [user("Well?"), assistant("Yes.")], "rejected": [assistant("No.")]},
+        pair([user("Well? ")], [assistant("Yes.")], [assistant("No.")]),
+    ),
+    "conversation with a system column": (
+        "conversation",
+        {"system": "Be brief.", "prompt": "Well?", "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]},
+        pair([message("system", "Be brief."), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
+    ),
     "alpaca with history and system": (
         "alpaca",
         {"system": "Be brief.", "history": [["Hi.", "Hi!"]], "instruction": "Well?", "chosen": "Yes.", "rejected": "No."},
@@ -277,6 +287,11 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
         "sharegpt",
         {"conversations": [{"from": "human"}], "chosen": {}, "rejected": {}},
         "`conversations` has a message whose `value` is missing, expected text",
+    ),
+    "answers that ask": (
+        "conversation",
+        {"prompt": "a", "chosen": [user("b"), assistant("c")], "rejected": "d"},
+        "`chosen` starts with a message from user, expected the answer, or the whole prompt before it",
     ),
     "one response": ("ranked", {"prompt": "a", "responses": ["b"], "scores": [1]}, "`responses` is not a list of two answers or more"),
     "too few scores": ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1]}, "`scores` has 1 numbers for 2 responses"),

@@ -1,5 +1,7 @@
 """What is told of the data before a model is loaded."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
@@ -22,17 +24,17 @@ def test_counts_rows_and_names_the_first_three() -> None:
     for row in range(10, 15):
         survey.add(Outcome(row, Dropped("longer than --max-length"), True, True))
     assert (survey.rows_read, survey.pairs_kept) == (15, 10)
-    assert vars(survey.truncated) == {"count": 5, "rows": [1, 3, 5]}
-    assert vars(survey.moved_boundary) == {"count": 1, "rows": [7]}
-    assert {reason: vars(finding) for reason, finding in survey.dropped.items()} == {"longer than --max-length": {"count": 5, "rows": [10, 11, 12]}}
+    assert asdict(survey.truncated) == {"count": 5, "rows": [1, 3, 5]}
+    assert asdict(survey.moved_boundary) == {"count": 1, "rows": [7]}
+    assert {reason: asdict(finding) for reason, finding in survey.dropped.items()} == {"longer than --max-length": {"count": 5, "rows": [10, 11, 12]}}
     assert survey.data_tokens == 10 * (4 + 2 + 4 + 3)
 
 
 def test_a_ranked_row_is_one_row_of_several_pairs() -> None:
     survey = Survey("pairs/train", "ranked")
     for row in (0, 0, 0, 1):
-        survey.add(outcome(row, 4, 2, 3))
-    assert (survey.rows_read, survey.pairs_kept) == (2, 4)
+        survey.add(outcome(row, 4, 2, 3, was_cut=True))
+    assert (survey.rows_read, survey.pairs_kept, survey.truncated.count) == (2, 4, 2)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 99, 100, 101, 1000])

@@ -9,8 +9,9 @@ from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.engine import TOLERANCES, Attention, choose_attention, score_completions
 from dpo_cache.lm.logprobs import decoder_of
 from dpo_cache.lm.policy import checkpoint_layers, completion_logps
+from dpo_cache.types import Completion
 from tests.conftest import make_completions, make_llama, naive_token_logps
-from tests.lm.families import make_model
+from tests.lm.families import TINY, make_model
 from tests.lm.test_families import fixed, scores
 
 
@@ -31,10 +32,25 @@ def test_a_forest_that_is_asked_for_but_inexact_is_refused() -> None:
         choose_attention(make_model("bloom"), "forest", max_length=64)
 
 
-def test_rotary_embeddings_that_depend_on_the_row_are_run_as_rows() -> None:
-    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
-    model = make_llama(rope_parameters=scaling)
-    assert choose_attention(model, max_length=100).name == "rows"
+def test_rotary_embeddings_that_depend_on_the_row_are_run_one_row_at_a_time() -> None:
+    scaling = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+    }  # fmt: skip
+    config = hf.Phi3Config(**TINY, original_max_position_embeddings=32, rope_parameters=scaling)
+    torch.manual_seed(0)
+    model = hf.Phi3ForCausalLM(config).eval()
+    attention = choose_attention(model, max_length=100)
+    assert (attention.name, attention.max_rows) == ("rows", 1)
+    lengths = (10, 31, 40, 90)
+    completions = [Completion(np.arange(length, dtype=np.uint32), np.arange(5, 9, dtype=np.uint32)) for length in lengths]
+    for completion, found in zip(completions, scores(model, completions, attention, 4096), strict=True):
+        assert np.abs(found - naive_token_logps(model, completion).numpy()).max() < 3e-5
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 14, 20, 32, 33, 256])
+def test_every_maximum_length_can_be_checked(max_length: int) -> None:
+    assert choose_attention(make_llama(), max_length=max_length).name == "forest"
 
 
 def test_a_bidirectional_model_is_refused() -> None:
