@@ -10,11 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dpo_cache.errors import ModelError
+
+ROWS_STEP = 64  # rows are filled up to a multiple of it: logits of ever new sizes would scatter the heap, which then grows
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [T, D] -> logits [T, V]
 
@@ -30,12 +33,16 @@ def token_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vo
     chunk is recomputed.
     """
     chunk = max(16, LOGITS_PER_CHUNK.get(hidden_TD.device.type, 2**23) // vocab_size)
+    chunk -= chunk % ROWS_STEP if chunk > ROWS_STEP else 0
     parts = []
     for hidden, targets in zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True):
         if torch.is_grad_enabled() and hidden.requires_grad:
             parts.append(checkpoint(_chunk_logps, hidden, head, targets, use_reentrant=False, preserve_rng_state=False))
         else:
-            parts.append(_logps_in_place(head(hidden), targets))
+            num_rows = len(targets)
+            padding = -num_rows % ROWS_STEP if chunk >= ROWS_STEP else 0
+            padded, targets = F.pad(hidden, (0, 0, 0, padding)), F.pad(targets, (0, padding))
+            parts.append(_logps_in_place(head(padded), targets)[:num_rows])
     return torch.cat(parts) if parts else hidden_TD.new_zeros(0, dtype=torch.float32)
 
 
