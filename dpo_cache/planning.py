@@ -28,7 +28,6 @@ class Window:
     rejected_keys: np.ndarray
     missing_keys: np.ndarray  # distinct; neither in the cache nor in an earlier window
     missing_tokens: int  # of the forest that they make
-    missing_pairs: int  # pairs that lack a score
 
 
 @dataclass
@@ -98,13 +97,12 @@ class Planner:
         forest_tokens = count_forest_tokens([completions[place] for place in distinct])
         all_missing = len(missing) == len(distinct)
         missing_tokens = forest_tokens if all_missing else count_forest_tokens([completions[place] for place in missing])
-        missing_pairs = int((lacks_score[: len(kept)] | lacks_score[len(kept) :]).sum())
         split.survey.forest_tokens += forest_tokens
         self.totals.distinct_completions += int(is_new.sum())
         self.totals.already_cached += int((is_new & ~lacks_score).sum())
         self.totals.missing_tokens += missing_tokens
-        self.totals.missing_pairs += missing_pairs
-        return Window(rows, chosen_keys, rejected_keys, keys[missing], missing_tokens, missing_pairs)
+        self.totals.missing_pairs += int((lacks_score[: len(kept)] | lacks_score[len(kept) :]).sum())
+        return Window(rows, chosen_keys, rejected_keys, keys[missing], missing_tokens)
 
     def _check_ids(self, pairs: Sequence[Pair]) -> None:
         largest = max((int(ids.max()) for pair in pairs for ids in (pair.chosen.sequence_ids, pair.rejected.completion_ids)), default=0)

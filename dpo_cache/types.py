@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TokenIds = np.ndarray  # uint32 [num_tokens]
 
@@ -66,3 +71,12 @@ class ScoredPair:
     pair: Pair
     ref_chosen: Score
     ref_rejected: Score
+
+
+def split_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """One numpy array a row of an Arrow list column, views of its buffer."""
+    rows: list[np.ndarray] = []
+    for chunk in column.chunks:
+        offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)
+        rows.extend(values[start:end] for start, end in pairwise(offsets))
+    return rows

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from dpo_cache.types import Completion, Pair, TokenIds
+from dpo_cache.types import Completion, Pair, TokenIds, split_lists
 
 EQUAL = "chosen equals rejected"
 EQUAL_AFTER_CUT = "chosen equals rejected after truncation"
@@ -57,7 +56,7 @@ def make_pairs(window: Dataset, truncation: Truncation) -> Iterator[Outcome]:
     """One outcome for each row that `tokenize_rows` made, in order."""
     table: pa.Table = window.with_format("arrow")[:]
     rows, moved, dropped = (table.column(name).to_pylist() for name in ("row", "moved_boundary", "dropped"))
-    ids = (_split_lists(table.column(name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    ids = (split_lists(table.column(name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     for row, has_moved, reason, prompt, chosen, rejected in zip(rows, moved, dropped, *ids, strict=True):
         if reason is not None:
             yield Outcome(row, Dropped(reason), False, False)
@@ -103,12 +102,3 @@ def _cut(prompt: TokenIds, answer: TokenIds, truncation: Truncation) -> Completi
         sequence = sequence[: truncation.max_length]
     boundary = max(boundary, 1)  # nothing predicts the first token of a sequence: it serves as the prompt
     return Completion(sequence[:boundary], sequence[boundary:]) if boundary < len(sequence) else None
-
-
-def _split_lists(column: pa.ChunkedArray) -> list[TokenIds]:
-    """One array a row, each a view of the column's buffer."""
-    rows: list[TokenIds] = []
-    for chunk in column.chunks:
-        offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)
-        rows.extend(values[start:end] for start, end in pairwise(offsets))
-    return rows

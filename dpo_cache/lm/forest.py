@@ -36,11 +36,6 @@ class Forest:
     def __len__(self) -> int:
         return len(self.tokens_L)
 
-    @property
-    def max_depth(self) -> int:
-        """Length of the longest path, in tokens."""
-        return int(self.depths_L.max()) + 1 if len(self) else 0
-
     def is_target_L(self) -> np.ndarray:
         """Which tokens are part of a completion, and so need a log-prob: bool [L]."""
         flags = np.zeros(len(self), bool)

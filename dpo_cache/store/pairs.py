@@ -39,10 +39,9 @@ from dpo_cache.store.shards import (
     list_array,
     name_by_content,
     open_parquet,
-    split_lists,
     write_parquet,
 )
-from dpo_cache.types import Completion, Pair, Score, ScoredPair
+from dpo_cache.types import Completion, Pair, Score, ScoredPair, split_lists
 
 ROW_GROUP_PAIRS = 256  # the unit that is read, and shuffled, at once
 PART_PAIRS = 8192

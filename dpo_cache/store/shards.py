@@ -11,7 +11,6 @@ Plain Parquet with page checksums; the file's name is the sha256 of its bytes.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 
 from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.keys import KEY_BYTES
-from dpo_cache.types import Score
+from dpo_cache.types import Score, split_lists
 
 FLOAT_LIST = pa.list_(pa.field("element", pa.float32(), nullable=False))
 TOKEN_LIST = pa.list_(pa.field("element", pa.uint32(), nullable=False))
@@ -126,12 +125,3 @@ def list_array(values: Sequence[np.ndarray], kind: pa.ListType) -> pa.Array:
     np.cumsum([len(value) for value in values], out=offsets[1:])
     flat = np.concatenate(values) if len(values) else np.empty(0, kind.value_type.to_pandas_dtype())
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind.value_type), type=kind)
-
-
-def split_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """One numpy array a row, views of the column's buffer."""
-    rows: list[np.ndarray] = []
-    for chunk in column.chunks:
-        offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)
-        rows.extend(values[start:end] for start, end in itertools.pairwise(offsets))
-    return rows
