@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import TrainingError, first_line
-from dpo_cache.store.files import sync
+from dpo_cache.store.local import sync
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,23 @@ def test_names_are_sorted_and_only_those_directly_inside(any_folder: Folder) -> 
     assert any_folder.names("c") == ["deep"]
 
 
+def test_every_file_below_a_folder_is_listed_with_its_size(any_folder: Folder) -> None:
+    for name in ("b", "a/inner", "a/deep/inner", "a/.scratch", "B"):
+        any_folder.publish(name, name.encode())
+    assert any_folder.files() == {"B": 1, "a/deep/inner": 12, "a/inner": 7, "b": 1}
+    assert any_folder.files("a") == {"a/deep/inner": 12, "a/inner": 7}
+    assert any_folder.files("nowhere") == {}
+    assert any_folder.size("a/inner") == 7
+
+
+def test_a_removed_file_is_gone_and_removing_it_again_is_harmless(any_folder: Folder) -> None:
+    any_folder.publish("a/deep/inner", b"x")
+    any_folder.publish("a/kept", b"x")
+    for _ in range(2):
+        any_folder.remove("a/deep/inner")
+    assert any_folder.files() == {"a/kept": 1}
+
+
 def test_dot_files_are_never_listed(any_folder: Folder) -> None:
     any_folder.publish("scores/.a.parquet.0123abcd.tmp", b"half")
     any_folder.publish("scores/b.parquet", b"whole")
