@@ -22,7 +22,7 @@ TURNS ?= 3
 help:
 	@echo "make demo       install, fetch a small real model, score it and train on it"
 	@echo "make test       install and run the tests"
-	@echo "make test-slow  the tests, those on the real model included"
+	@echo "make test-slow  the tests, whole loops and those on the real model included"
 	@echo "make check      format, lint and types"
 	@echo "make bench-precompute DATA=FILE [MODEL=FOLDER] [ROWS=N]   scoring beside TRL 1.16 and beside the machine's limit"
 	@echo "make bench-memory DATA=FILE [MODEL=FOLDER]                memory and time as the rows grow, and a very long row"
@@ -49,7 +49,7 @@ demo: $(VENV)/installed $(MODEL)/config.json
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh $(MODEL) $(DEMO)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not real_model"
+	$(BIN)/python -m pytest -m "not real_model and not slow"
 
 test-slow: $(VENV)/installed $(MODEL)/config.json
 	DPO_CACHE_REAL_MODEL=$(abspath $(MODEL)) $(BIN)/python -m pytest

@@ -13,11 +13,13 @@ PACKAGE = Path(dpo_cache.__file__).parent
 
 LEAVES = {"errors", "types", "options"}
 ALLOWED = {
-    "cli": {"precomputing", "training", "planning", "reporting", "integrations"} | LEAVES,
+    "cli": {"precomputing", "training", "planning", "reporting", "integrations", "rescoring", "exchange", "store"} | LEAVES,
     "precomputing": {"data", "lm", "store", "planning"} | LEAVES,
     "training": {"lm", "store"} | LEAVES,
     "planning": {"data", "lm", "store"} | LEAVES,
     "reporting": {"lm", "store"} | LEAVES,
+    "rescoring": {"lm", "store"} | LEAVES,
+    "exchange": {"data", "lm", "store"} | LEAVES,
     "integrations": {"precomputing", "training", "data", "lm", "store"} | LEAVES,
     "data": {"errors", "types"},
     "lm": {"errors", "types"},
