@@ -2,7 +2,7 @@
 
     memory.py --model MODEL --data FILE [--only rows|second|long]
 
-rows    300 against 3,000 short rows (FILE's, made distinct): most memory above the loaded model
+rows    300 against 3,000 short rows (FILE's, made distinct), and 3,000 in windows of 300: most memory above the loaded model
 second  1,000 against 100,000 rows, on a tiny random model: time of a run that finds everything in the cache
 long    one pair of 32,768 tokens on MODEL, its positions extended: memory beside what its path of keys and values takes
 """
@@ -36,11 +36,14 @@ def main() -> None:
 
 
 def grow_rows(model: str, data: str, folder: Path) -> None:
-    for num_rows in (300, 3000):
-        found = score(model, write(folder, distinct_rows(data, num_rows)), folder)
+    for num_rows, *window in ((300,), (3000,), (3000, "--window", "300")):
+        found = score(model, write(folder, distinct_rows(data, num_rows)), folder, *window)
         first = found["first"]
         above = first["peak_bytes"] - first["loaded_bytes"]
-        print(f"{num_rows:>7,} rows: {above / 1e6:.0f} MB above the loaded model ({first['peak_bytes'] / 1e9:.2f} GB in all)", flush=True)
+        print(
+            f"{num_rows:>7,} rows {' '.join(window)}: {above / 1e6:.0f} MB above the loaded model ({first['peak_bytes'] / 1e9:.2f} GB in all)",
+            flush=True,
+        )
 
 
 def grow_second_run(model: str, _: str, folder: Path) -> None:

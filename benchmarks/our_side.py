@@ -28,12 +28,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--budget-tokens", default="auto")
+    parser.add_argument("--window", type=int, default=16384)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         first, second = (
             dpo_cache.precompute(
                 arguments.model, arguments.rows, cache, name="rows", dtype="float32", device="cpu",
-                max_length=arguments.max_length, budget_tokens=arguments.budget_tokens,
+                max_length=arguments.max_length, budget_tokens=arguments.budget_tokens, window=arguments.window,
             )
             for _ in range(2)
         )  # fmt: skip

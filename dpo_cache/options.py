@@ -90,6 +90,7 @@ class PrecomputeOptions(Options):
     truncation: str = option("keep-start", "What happens to longer rows.", choices=TRUNCATIONS)
     max_prompt_length: int | None = option(None, "Tokens a prompt keeps under prompt-left. Default: half of --max-length.")
     budget_tokens: str = option("auto", "Tokens run through the model at once: auto or a number.")
+    dry_run: bool = option(False, "Survey the data and say what would be scored; load no model, write nothing.", flag="--dry-run")
     attention: str = option("auto", "forest shares prefixes, rows pads; auto takes the forest where it proves exact.", choices=ATTENTIONS)
 
     def check(self) -> None:

@@ -85,6 +85,7 @@ class PrecomputeReport:
     distinct_completions: int = 0
     already_cached: int = 0
     scored_now: int = 0
+    missing_tokens: int = 0  # of the forest of what the cache lacked
     data_tokens: int = 0  # prompt + answer of every completion kept, as an unpadded batch would run them
     model_tokens: int = 0  # actually run
     elapsed_s: float = 0.0
@@ -126,6 +127,8 @@ def precompute(
     Scores are published as they come, at the latest every 20 seconds: a run that is killed is taken up
     where it was by running it again. The global random state is left alone.
 
+    With `dry_run` the data is surveyed and nothing else happens: no model is loaded, nothing is written.
+
     `on_survey` gets what each split holds before the model is loaded (of a stream: when it has ended),
     `on_progress` is called after every chunk, `say` gets each remark (default: the package's logger).
     Raises `DpoCacheError`; nothing that was published before is lost.
@@ -156,10 +159,13 @@ class _Precompute:
         check_causal(self.config, options.model)
         splits = self._read_splits()
         self._identify_reference()
-        if not options.streaming:  # all is tokenized, checked and planned before the first score
+        if options.dry_run or not options.streaming:  # all is tokenized, checked and planned before the first score
             for split in splits:
                 list(self._plan(split, on_survey))
             check_disk(self.cache, self.report.data_tokens)
+        if options.dry_run:
+            self.report.pair_sets = [split.survey.pair_set for split in splits]
+            return self._finish_report()
         for split in splits:
             for window in self._plan(split, on_survey) if options.streaming else split.windows:
                 self._score(split, window, on_progress)
@@ -351,10 +357,13 @@ class _Precompute:
     def _finish_report(self) -> PrecomputeReport:
         totals, report = self.planner.totals, self.report
         report.distinct_completions, report.already_cached = totals.distinct_completions, totals.already_cached
+        report.missing_tokens = totals.missing_tokens
         report.elapsed_s = time.perf_counter() - self.started
         report.pairs_per_s = report.pairs_kept / report.elapsed_s
         report.peak_bytes = peak_bytes(self.device)
         report.budget_tokens = self.budget.tokens if self.loaded else None
+        if self.options.dry_run:
+            return report
         recorded = self.cache.read_reference(report.reference)["provenance"]["model"]
         if os.path.isabs(recorded) and not os.path.isdir(recorded):
             report.start_from = _absolute(self.options.model)

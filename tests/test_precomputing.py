@@ -12,6 +12,7 @@ import torch
 
 import dpo_cache
 from dpo_cache import data, precomputing
+from dpo_cache.data import Survey
 from dpo_cache.errors import DataError, ModelError, OptionError, StorageError
 from dpo_cache.store import Cache, completion_key
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
@@ -70,6 +71,20 @@ def test_a_second_run_loads_no_model_and_writes_nothing(model_folder: str, data_
     second = dpo_cache.precompute(model_folder, data_file, cache)
     assert (second.scored_now, second.already_cached, second.attention, second.bytes_written) == (0, first.distinct_completions, None, 0)
     assert {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*")} == files
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dry_run_surveys_and_leaves_no_trace(
+    model_folder: str, data_file: str, cache: str, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = dpo_cache.precompute(model_folder, data_file, cache + "-real")
+    refuse_models(monkeypatch)
+    surveys: list[Survey] = []
+    report = dpo_cache.precompute(model_folder, data_file, cache, dry_run=True, streaming=streaming, on_survey=surveys.append)
+    assert not Path(cache).exists()
+    assert [survey.pairs_kept for survey in surveys] == [real.pairs_kept]
+    assert (report.pair_sets, report.reference, report.distinct_completions) == (real.pair_sets, real.reference, real.distinct_completions)
+    assert (report.already_cached, report.scored_now, report.missing_tokens) == (0, 0, real.model_tokens)
 
 
 def test_other_order_pairing_split_and_name_score_nothing_again(model_folder: str, tmp_path: Path, cache: str) -> None:

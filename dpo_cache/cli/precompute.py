@@ -37,8 +37,23 @@ def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
         report = precompute(**asdict(options), on_survey=show_survey, on_progress=show, say=line.remark)
     if as_json:
         print_json(asdict(report))
+    elif options.dry_run:
+        _print_plan(report)
     else:
         _print_report(report)
+
+
+def _print_plan(report: PrecomputeReport) -> None:
+    missing = report.distinct_completions - report.already_cached
+    rows = [
+        ("pairs", count(report.pairs_kept)),
+        ("distinct completions", count(report.distinct_completions)),
+        ("  already cached", count(report.already_cached)),
+        ("  to be scored", count(missing)),
+        ("tokens to be run", f"{count(report.missing_tokens)} of {count(report.data_tokens)} in the data"),
+    ]
+    print_table(f"{', '.join(report.pair_sets)}: reference {report.reference[:12]}, a dry run", rows)
+    print("Nothing was scored or written. Next: the same command without --dry-run.")
 
 
 def _print_survey(survey: Survey) -> None:

@@ -28,6 +28,7 @@ from dpo_cache.data.formats import Example, RowProblem, parse_row
 from dpo_cache.data.read import STREAM_ERRORS, Rows, not_readable, not_utf8
 from dpo_cache.errors import DataError, ModelError, first_line
 
+BATCH_ROWS = 256  # rows tokenized at once: a thousand long dialogues would take 250 MB
 IDS_VERSION = 2  # raised when the same text would get other ids or columns from us
 IDS = ListOf(Value("uint32"))
 FEATURES = Features(
@@ -120,7 +121,7 @@ def tokenize_rows(
     try:
         tokenized = dataset.map(
             tokenize_batch, batched=True, with_indices=True, remove_columns=dataset.column_names, features=FEATURES,
-            new_fingerprint=hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:32],
+            batch_size=BATCH_ROWS, new_fingerprint=hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:32],
         )  # fmt: skip
     except UnicodeDecodeError as error:
         raise not_utf8(place, error) from error

@@ -32,6 +32,10 @@ QUERY_TOKENS = 128  # of a segment that are attended at once: half of what a blo
 CALL_COST = 4000
 
 
+class PlanLostError(Exception):
+    """The model's code drops the keyword argument that carries the plan."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """Tokens [start, end) of the row; the first has `depth` tokens before it on its path."""
@@ -287,7 +291,8 @@ def forest_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """What a transformers model calls in place of its own attention; output [B, L, H, E]."""
-    assert forest_plan is not None, "a model set to forest attention is called with a plan"
+    if forest_plan is None:
+        raise PlanLostError
     assert dropout == 0.0, "the forest shares prefixes, which dropout forbids"
     rules = Rules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, attention_mask, softcap, s_aux)
     return forest_plan.attend(id(module), query, key, value, rules), None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from dpo_cache.errors import ModelError
+from dpo_cache.errors import ModelError, first_line
 
 # Sizes that are tried, in this order: the first is safe anywhere, the last fills the device.
 SIZES = {"cpu": (512, 1024), "cuda": (4096, 8192, 16384, 32768), "mps": (1024, 2048, 4096)}
@@ -51,18 +51,19 @@ class Budget:
 
     def halve(self, error: BaseException) -> None:
         """Memory ran out: go on with half. Raises `ModelError` where there is no half."""
+        problem = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
         if self.tokens // 2 < LEAST:
             raise ModelError(
-                f"out of memory even with {self.tokens} tokens at once.\n"
+                f"{problem} even with {self.tokens} tokens at once.\n"
                 "Use --dtype bfloat16, a shorter --max-length, or a device with more memory; what is scored is kept."
             ) from error
-        self._say(f"out of memory with {self.tokens} tokens at once; going on with {self.tokens // 2}. Nothing is lost.")
+        self._say(f"{problem} with {self.tokens} tokens at once; going on with {self.tokens // 2}. Nothing is lost.")
         self.tokens //= 2
         self.is_settled = True
 
 
 def is_out_of_memory(error: BaseException, device: torch.device) -> bool:
-    """Whether a smaller chunk may help. MPS has no error of its own for it."""
+    """Whether a smaller chunk may help. MPS has no error of its own for it, so what it says is passed on by `halve`."""
     return isinstance(error, torch.OutOfMemoryError) or (device.type == "mps" and type(error) is RuntimeError)
 
 

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError, first_line
-from dpo_cache.lm.attention import FOREST_ATTENTION, plan_tree, use_forest_attention
-from dpo_cache.lm.budget import Budget
+from dpo_cache.lm.attention import FOREST_ATTENTION, PlanLostError, plan_tree, use_forest_attention
+from dpo_cache.lm.budget import Budget, is_out_of_memory
 from dpo_cache.lm.forest import build_forest
 from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
 from dpo_cache.lm.scoring import Progress, row_logps, score_forest, score_rows
@@ -107,7 +107,13 @@ def _forest_problem(model: PreTrainedModel, completions: list[Completion], expec
                 return problem, gap
         problem, gap = _compare(_tree_logps(model, completions), expected, model.dtype)
         return problem, max(largest, gap)
+    except PlanLostError:
+        return "its code does not hand the plan of the forest on to its attention", largest
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error, model.device):
+            raise ModelError(
+                "out of memory on a few short sequences, before anything was scored.\nUse --dtype bfloat16, or a device with more memory."
+            ) from error
         # whatever a model's code makes of an attention it does not know, plain rows still serve it
         return f"its code does not take forest attention ({type(error).__name__})", largest
 

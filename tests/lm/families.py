@@ -95,9 +95,14 @@ FAMILIES: dict[str, Callable[[], hf.PreTrainedModel]] = {
 
 
 def make_model(family: str) -> hf.PreTrainedModel:
-    """The family's tiny model, its weights random but the same each time."""
+    """The family's tiny model, its weights random but the same each time; biases and norms, too, which start as zeros and ones."""
     torch.manual_seed(0)
-    return FAMILIES[family]().eval()
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model
 
 
 def table_row(family: str, attention: Attention) -> str:

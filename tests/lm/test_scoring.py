@@ -113,9 +113,32 @@ def test_memory_that_runs_out_in_the_middle_scores_only_what_is_left(monkeypatch
 
 def test_memory_that_never_suffices_is_told() -> None:
     budget = Budget(100, torch.device("cpu"), lambda _: None)
-    budget.halve(MemoryError())
+    budget.halve(torch.OutOfMemoryError())
     with pytest.raises(ModelError, match="out of memory even with 50 tokens at once"):
-        budget.halve(MemoryError())
+        budget.halve(torch.OutOfMemoryError())
+
+
+def test_what_a_device_without_an_error_of_its_own_says_is_passed_on() -> None:
+    said: list[str] = []
+    Budget(100, torch.device("cpu"), said.append).halve(RuntimeError("MPS backend ran out of memory\nmore"))
+    assert said == ["MPS backend ran out of memory with 100 tokens at once; going on with 50. Nothing is lost."]
+
+
+def test_memory_that_ends_in_the_self_check_is_no_reason_for_plain_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("dpo_cache.lm.engine.score_forest", run_out)
+    with pytest.raises(ModelError, match="out of memory on a few short sequences"):
+        choose_attention(make_llama(), max_length=64)
+
+
+def test_a_model_that_drops_the_plan_is_run_as_rows_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama()
+    plain = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *arguments, forest_plan=None, **others: plain(*arguments, **others))
+    attention = choose_attention(model, max_length=64)
+    assert (attention.name, attention.reason) == ("rows", "its code does not hand the plan of the forest on to its attention")
 
 
 def test_the_search_for_a_chunk_takes_the_first_that_a_larger_one_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> None:
