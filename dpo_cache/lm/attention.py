@@ -207,8 +207,9 @@ class TreePlan:
 
 
 def plan_tree(forest: Forest) -> TreePlan:
-    """The plan that runs a whole forest at once."""
-    starts = forest.starts
+    """The plan that runs a whole forest at once. Segments with a path are cut into parts: what a part's mask hides is not computed."""
+    firsts = zip(forest.starts, np.append(forest.starts[1:], len(forest)), strict=True)
+    starts = np.concatenate([np.arange(start, end, QUERY_TOKENS if forest.depths_L[start] else len(forest)) for start, end in firsts])
     ends = np.append(starts[1:], len(forest))
     branches = forest.parents_L[starts] + 1  # behind the token that each segment continues
     cuts = np.unique(np.concatenate([starts, branches[branches > 0], [len(forest)]]))

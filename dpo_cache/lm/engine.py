@@ -18,7 +18,7 @@ from dpo_cache.errors import ModelError, first_line
 from dpo_cache.lm.attention import FOREST_ATTENTION, PlanLostError, plan_tree, use_forest_attention
 from dpo_cache.lm.budget import Budget, is_out_of_memory
 from dpo_cache.lm.forest import build_forest
-from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
+from dpo_cache.lm.logprobs import decoder_of, has_plain_head, head_of, token_logps
 from dpo_cache.lm.scoring import Progress, row_logps, score_forest, score_rows
 from dpo_cache.types import Completion
 
@@ -35,6 +35,7 @@ class Attention:
     reason: str
     gap: float = 0.0  # largest difference to plain rows in the self-check, nats per token
     max_rows: int | None = None
+    has_plain_head: bool = False  # the LM head is one matrix product, whose gradients are computed slice by slice
     kernel: str = "segments"  # how the forest's attention is computed: segment by segment, or by FlexAttention
 
 
@@ -66,7 +67,9 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
         for kernel in ("flex", "segments") if model.device.type == "cuda" else ("segments",):
             problem, gap = _forest_problem(model, completions, expected, kernel)
             if problem is None:
-                return Attention("forest", f"agrees with plain rows within {gap:.1e} nats per token", gap, kernel=kernel)
+                return Attention(
+                    "forest", f"agrees with plain rows within {gap:.1e} nats per token", gap, has_plain_head=has_plain_head(model), kernel=kernel
+                )
         if model._can_set_attn_implementation():
             model.set_attn_implementation(own)
     if requested == "forest":

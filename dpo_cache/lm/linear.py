@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +21,7 @@ WORTH = 0.95  # of MKL's time that oneDNN may take to be worth the change
 
 
 def use_fast_linear(model: PreTrainedModel) -> bool:
-    """Let the model's linear layers run through oneDNN where that is faster; whether it is. Without gradients only."""
+    """Let the model's linear layers run through oneDNN where that is faster, forward and backward; whether it is."""
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
     if model.device.type != "cpu" or model.dtype != torch.float32 or not layers or not torch.backends.mkldnn.is_available():
         return False
@@ -31,13 +33,62 @@ def use_fast_linear(model: PreTrainedModel) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Products:
+    """The three matrix products of a linear layer, of matrices x [N, in], weight [out, in] and grad [N, out]."""
+
+    output: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x, weight -> [N, out]
+    for_inputs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # grad, weight -> [N, in]
+    for_weight: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # grad, x, weight -> [out, in]
+
+
+def products_of(layer: torch.nn.Module) -> Products:
+    """The products by the library that the layer runs through."""
+    return ONEDNN if isinstance(layer.forward, partial) and layer.forward.func is _forward else TORCH
+
+
 def onednn_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear` by oneDNN, float32 on a CPU, without gradients."""
+    """`torch.nn.functional.linear` by oneDNN, float32 on a CPU."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (inputs, weight, bias)):
+        return _OneDnnLinear.apply(inputs, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        for_inputs, for_weight, for_bias = ctx.needs_input_grad
+        grad = grads[0].reshape(-1, weight.shape[0])
+        grad_inputs = _onednn_for_inputs(grad, weight).view(inputs.shape) if for_inputs else None
+        grad_weight = _onednn_for_weight(grad, inputs.reshape(-1, weight.shape[1]), weight) if for_weight else None
+        return grad_inputs, grad_weight, grad.sum(0) if for_bias else None
+
+
+def _onednn_output(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
+
+
+def _onednn_for_inputs(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.mkldnn_linear_backward_input([len(grad), weight.shape[1]], grad.contiguous().to_mkldnn(), weight).to_dense()
+
+
+def _onednn_for_weight(grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    opaque = grad.contiguous().to_mkldnn(), inputs.contiguous().to_mkldnn()
+    return torch.ops.aten.mkldnn_linear_backward_weights(*opaque, weight, False)[0].to_dense()
+
+
+TORCH = Products(torch.nn.functional.linear, torch.mm, lambda grad, inputs, _: grad.t() @ inputs)
+ONEDNN = Products(_onednn_output, _onednn_for_inputs, _onednn_for_weight)
+
+
 def _forward(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    if torch.is_grad_enabled() or inputs.dtype != torch.float32:
+    if inputs.dtype != torch.float32 or not inputs.numel():
         return torch.nn.functional.linear(inputs, layer.weight, layer.bias)
     return onednn_linear(inputs, layer.weight, layer.bias)
 
@@ -47,13 +98,21 @@ def _is_faster(layer: torch.nn.Linear) -> bool:
     inputs = torch.linspace(-1, 1, PROBE_TOKENS * layer.in_features).view(PROBE_TOKENS, layer.in_features)
     weight = layer.weight.detach()
     try:
-        found = onednn_linear(inputs, weight)
+        found = _results(onednn_linear, inputs, weight)
     except (RuntimeError, AttributeError, NotImplementedError, TypeError):  # an operator of torch's own, which may come and go
         return False
-    expected = torch.nn.functional.linear(inputs, weight)
-    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+    expected = _results(torch.nn.functional.linear, inputs, weight)
+    if not all(torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max())) for one, other in zip(found, expected, strict=True)):
         return False
     return _best_time(partial(onednn_linear, inputs, weight)) < WORTH * _best_time(partial(torch.nn.functional.linear, inputs, weight))
+
+
+def _results(linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], inputs: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+    """What it gives, and its two gradients."""
+    with torch.enable_grad():
+        leaves = [inputs.clone().requires_grad_(), weight.clone().requires_grad_()]
+        output = linear(*leaves)
+        return [output.detach(), *torch.autograd.grad(output, leaves, output.detach().cos())]
 
 
 def _best_time(run: Callable[[], torch.Tensor], repeats: int = 5) -> float:

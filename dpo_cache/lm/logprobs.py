@@ -6,7 +6,7 @@ T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dpo_cache.errors import ModelError
+from dpo_cache.lm.linear import Products, products_of
 
 ROWS_STEP = 64  # rows are filled up to a multiple of it: logits of ever new sizes would scatter the heap, which then grows
 
@@ -44,6 +45,26 @@ def token_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vo
             padded, targets = F.pad(hidden, (0, 0, 0, padding)), F.pad(targets, (0, padding))
             parts.append(_logps_in_place(head(padded), targets)[:num_rows])
     return torch.cat(parts) if parts else hidden_TD.new_zeros(0, dtype=torch.float32)
+
+
+def head_token_logps(hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T: torch.Tensor) -> torch.Tensor:
+    """Log-probability, in nats, of each target token under a head that is this layer and nothing else: float32 [T].
+
+    Equals `log_softmax(layer(hidden_TD).float(), -1)` gathered at `targets_T`. The vocabulary is taken in slices of
+    LOGITS_PER_CHUNK / T entries, once forward and once more backward, so that each slice of the weight's gradient is
+    one product, written once.
+    """
+    return _HeadLogps.apply(hidden_TD, layer.weight, targets_T, products_of(layer))
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether what the model does to hidden states is one linear layer without a bias, and nothing else."""
+    layer = model.get_output_embeddings()
+    if type(layer) is not torch.nn.Linear or layer.bias is not None:
+        return False
+    probe_TD = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device).view(2, -1).to(layer.weight.dtype)
+    with torch.no_grad():
+        return torch.equal(head_of(model)(probe_TD), layer(probe_TD[None])[0])
 
 
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
@@ -133,3 +154,52 @@ class _TargetLogps(torch.autograd.Function):
         grad_TV = exponentials_TV.mul_((-grads[0] / totals_T)[:, None])  # minus softmax; the buffer is used up
         grad_TV.scatter_add_(1, targets_T[:, None], grads[0][:, None])
         return grad_TV.to(ctx.dtype), None
+
+
+class _HeadLogps(torch.autograd.Function):
+    """See `head_token_logps`. S entries of a slice of the vocabulary."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor, products: Products) -> torch.Tensor:
+        peaks, totals, picked_T = [], [], torch.zeros(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device)
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
+                logits_TS = products.output(hidden_TD, weight_SD.to(hidden_TD.dtype)).float()
+                inside_T = (targets_T >= start) & (targets_T < start + len(weight_SD))
+                places_T = (targets_T - start).clamp(0, len(weight_SD) - 1)
+                picked_T = torch.where(inside_T, logits_TS.gather(1, places_T[:, None])[:, 0], picked_T)
+                peaks.append(logits_TS.amax(-1))
+                totals.append(logits_TS.sub_(peaks[-1][:, None]).exp_().sum(-1))
+        peaks_NT, totals_NT = torch.stack(peaks), torch.stack(totals)
+        peak_T = peaks_NT.amax(0)
+        total_T = (totals_NT * (peaks_NT - peak_T).exp()).sum(0)
+        ctx.save_for_backward(hidden_TD, weight_VD, targets_T, peak_T, total_T)
+        ctx.products = products
+        return picked_T - peak_T - total_T.log()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        hidden_TD, weight_VD, targets_T, peak_T, total_T = ctx.saved_tensors
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        grad_hidden_TD = torch.zeros_like(hidden_TD) if for_hidden else None
+        grad_weight_VD = torch.empty_like(weight_VD) if for_weight else None
+        scale_T1 = (-grads[0] / total_T)[:, None]
+        for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
+            stop, weight_SD = start + len(weight_SD), weight_SD.to(hidden_TD.dtype)
+            grad_TS = ctx.products.output(hidden_TD, weight_SD).float().sub_(peak_T[:, None]).exp_().mul_(scale_T1)  # minus softmax
+            rows = ((targets_T >= start) & (targets_T < stop)).nonzero()[:, 0]
+            grad_TS[rows, targets_T[rows] - start] += grads[0][rows]
+            grad_TS = grad_TS.to(hidden_TD.dtype)
+            if grad_hidden_TD is not None:
+                grad_hidden_TD += ctx.products.for_inputs(grad_TS, weight_SD)
+            if grad_weight_VD is not None:
+                grad_weight_VD[start:stop] = ctx.products.for_weight(grad_TS, hidden_TD, weight_SD)
+        return grad_hidden_TD, grad_weight_VD, None, None
+
+
+def _slices(weight_VD: torch.Tensor, num_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Slices of the vocabulary and where they start: on a CPU so small that a slice's logits stay in the cache."""
+    entries = 2**21 if weight_VD.device.type == "cpu" else LOGITS_PER_CHUNK[weight_VD.device.type]
+    size = max(1024, entries // max(1, num_tokens) // 512 * 512)
+    for start in range(0, len(weight_VD), size):
+        yield start, weight_VD[start : start + size]

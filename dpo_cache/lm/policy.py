@@ -14,7 +14,7 @@ from dpo_cache.lm.attention import plan_tree
 from dpo_cache.lm.device import sum_dtype
 from dpo_cache.lm.engine import Attention
 from dpo_cache.lm.forest import build_forest, count_forest_tokens
-from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
+from dpo_cache.lm.logprobs import decoder_of, head_of, head_token_logps, token_logps
 from dpo_cache.lm.scoring import row_logps
 from dpo_cache.types import Completion
 
@@ -40,16 +40,17 @@ def completion_logps(model: PreTrainedModel, completions: Sequence[Completion], 
     )[0][0]
     targets = np.flatnonzero(forest.is_target_L())
     parents = torch.from_numpy(forest.parents_L[targets]).to(device)
-    logps_T = token_logps(
-        hidden_LD.index_select(0, parents),
-        head_of(model),
-        torch.from_numpy(forest.tokens_L[targets]).to(device),
-        model.config.get_text_config().vocab_size,
-    )
+    logps_T = _target_logps(model, hidden_LD.index_select(0, parents), torch.from_numpy(forest.tokens_L[targets]).to(device), attention)
     owners = np.repeat(np.arange(len(completions)), [len(target) for target in forest.targets])
     places = np.searchsorted(targets, np.concatenate(forest.targets))
     shares = logps_T[torch.from_numpy(places).to(device)].to(sum_dtype(device))
     return shares.new_zeros(len(completions)).index_add(0, torch.from_numpy(owners).to(device), shares)
+
+
+def _target_logps(model: PreTrainedModel, hidden_TD: torch.Tensor, targets_T: torch.Tensor, attention: Attention) -> torch.Tensor:
+    if attention.has_plain_head and torch.is_grad_enabled():
+        return head_token_logps(hidden_TD, model.get_output_embeddings(), targets_T)
+    return token_logps(hidden_TD, head_of(model), targets_T, model.config.get_text_config().vocab_size)
 
 
 def count_tokens(completions: Sequence[Completion], attention: Attention) -> int:
