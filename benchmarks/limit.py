@@ -7,7 +7,10 @@ each at the speed that this machine reaches for it here and now, by the faster o
 chunk of tokens, the attention products on blocks of 128 queries against the mean path, the head on 256 tokens.
 Everything else (norms, activations, softmax, copies, planning) is left out, so 100 % cannot be reached.
 
-    limit.py MODEL SHAPES.json OUT.json
+    limit.py MODEL SHAPES.json OUT.json [--train]
+
+With --train, of training: the same products and those of their two gradients, each at the speed of its own kind; of
+attention, whose gradients are five products more, two and a half times as much again.
 
 SHAPES.json is what `our_side.py` wrote of the data. Written for Llama-like models; MODEL is read for its weights' shapes.
 """
@@ -26,22 +29,21 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from dpo_cache.lm.linear import onednn_linear
+from dpo_cache.lm.linear import ONEDNN, TORCH, Products
 
-Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-LIBRARIES: tuple[Linear, ...] = (torch.nn.functional.linear, onednn_linear)
+LIBRARIES: tuple[Products, ...] = (TORCH, ONEDNN)
 CHUNK_TOKENS = 1024
 QUERY_BLOCK = 128
 HEAD_TOKENS = 256
 
 
-def main(model: str, shapes: dict[str, Any]) -> dict[str, float]:
+def main(model: str, shapes: dict[str, Any], *, train: bool = False) -> dict[str, float]:
     """Seconds of each part and in all, and the speeds they follow from."""
     config = AutoConfig.from_pretrained(model).get_text_config()
-    linear = linear_seconds_per_token(config)
+    linear = linear_seconds_per_token(config, train)
     attention = attention_seconds_per_pair(config, max(1, round(shapes["ancestor_pairs"] / shapes["tokens"])))
-    head = head_seconds_per_token(config)
+    attention *= 3.5 if train else 1
+    head = head_seconds_per_token(config, train)
     parts = {
         "linear_s": linear * shapes["tokens"],
         "attention_s": attention * shapes["ancestor_pairs"],
@@ -50,23 +52,33 @@ def main(model: str, shapes: dict[str, Any]) -> dict[str, float]:
     return {"limit_s": sum(parts.values()), **parts, "linear_tokens_per_s": 1 / linear, "head_tokens_per_s": 1 / head}
 
 
-def linear_seconds_per_token(config: Any) -> float:
+def linear_seconds_per_token(config: Any, train: bool) -> float:
     """All linear layers of the decoder, on `CHUNK_TOKENS` tokens at once."""
     hidden, inner = config.hidden_size, config.intermediate_size
     head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head_size, config.num_key_value_heads * head_size
     sizes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
-    layers = [
-        [torch.randn(out, into) for into, out in sizes] for _ in range(config.num_hidden_layers)
-    ]  # as many weights as the model: caches as cold
-    inputs = {into: torch.randn(CHUNK_TOKENS, into) for into, _ in sizes}
+    # as many weights as the model: caches as cold
+    weights = [torch.randn(out, into) for _ in range(config.num_hidden_layers) for into, out in sizes]
+    return seconds_of_products(weights, CHUNK_TOKENS, train) / CHUNK_TOKENS
 
-    def run(linear: Linear) -> None:
-        for layer in layers:
-            for weight in layer:
-                linear(inputs[weight.shape[1]], weight)
 
-    return min(median_seconds(partial(run, linear)) for linear in LIBRARIES) / CHUNK_TOKENS
+def seconds_of_products(weights: list[torch.Tensor], num_tokens: int, train: bool) -> float:
+    """One product of each weight with that many tokens, or, to train, three, by whichever library is faster for each kind."""
+    inputs = {size: torch.randn(num_tokens, size) for weight in weights for size in weight.shape}
+
+    def run(name: str, products: Products) -> None:
+        for weight in weights:
+            out, into = weight.shape
+            if name == "output":
+                products.output(inputs[into], weight)
+            elif name == "for_inputs":
+                products.for_inputs(inputs[out], weight)
+            else:
+                products.for_weight(inputs[out], inputs[into], weight)
+
+    kinds = ("output", "for_inputs", "for_weight") if train else ("output",)
+    return sum(min(median_seconds(partial(run, kind, library)) for library in LIBRARIES) for kind in kinds)
 
 
 def attention_seconds_per_pair(config: Any, path: int) -> float:
@@ -82,10 +94,9 @@ def attention_seconds_per_pair(config: Any, path: int) -> float:
     return median_seconds(run, repeats=50) * config.num_hidden_layers / (QUERY_BLOCK * path)
 
 
-def head_seconds_per_token(config: Any) -> float:
+def head_seconds_per_token(config: Any, train: bool) -> float:
     """The LM head on `HEAD_TOKENS` tokens."""
-    hidden, weight = torch.randn(HEAD_TOKENS, config.hidden_size), torch.randn(config.vocab_size, config.hidden_size)
-    return min(median_seconds(partial(linear, hidden, weight), repeats=10) for linear in LIBRARIES) / HEAD_TOKENS
+    return seconds_of_products([torch.randn(config.vocab_size, config.hidden_size)], HEAD_TOKENS, train) / HEAD_TOKENS
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 7) -> float:
@@ -100,4 +111,5 @@ def median_seconds(run: Callable[[], Any], repeats: int = 7) -> float:
 
 if __name__ == "__main__":
     with torch.no_grad():
-        Path(sys.argv[3]).write_text(json.dumps(main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))))
+        found = main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), train="--train" in sys.argv)
+    Path(sys.argv[3]).write_text(json.dumps(found))

@@ -2,7 +2,8 @@
 
     trl_side.py logps MODEL ROWS.jsonl OUT.json    precomputed reference log-probs in nats, their seconds and memory
     trl_side.py ids    -     FOLDER     OUT.json    token ids of every case in FOLDER/cases.json, and the seconds of tokenizing
-    trl_side.py train MODEL ROWS.jsonl OUT.json    {"losses", "grad_norms"}: one epoch against a live reference, an entry a step
+    trl_side.py train MODEL ROWS.jsonl OUT.json    {"losses", "grad_norms"} of each step of one epoch, its seconds and memory, against a live
+                                                   reference or, with --precompute, TRL's own precomputed log-probs
 
 ROWS.jsonl has prompt, chosen and rejected. `rows` are the numbers (from 0) of the lines that TRL keeps, in its
 order; no number is rounded. Everything is computed in float32 on the CPU.
@@ -28,13 +29,26 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--max-length", type=int, default=1024, help="longest prompt + answer, in tokens")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--precompute", action="store_true")
     arguments = parser.parse_args()
     if arguments.mode == "ids":
         arguments.out.write_text(json.dumps(token_ids(arguments.rows)))
         return
-    run = reference_logps if arguments.mode == "logps" else train
+    rows = read_rows(arguments.rows)
     with tempfile.TemporaryDirectory() as folder:
-        arguments.out.write_text(json.dumps(run(arguments.model, read_rows(arguments.rows), arguments.max_length, folder)))
+        if arguments.mode == "logps":
+            found = reference_logps(arguments.model, rows, arguments.max_length, folder)
+        else:
+            found = train(
+                arguments.model,
+                rows,
+                arguments.max_length,
+                folder,
+                per_device_train_batch_size=arguments.batch_size,
+                precompute_ref_log_probs=arguments.precompute,
+            )
+        arguments.out.write_text(json.dumps(found))
 
 
 def read_rows(path: Path) -> Dataset:
@@ -100,12 +114,20 @@ def collated(trainer: DPOTrainer, row: dict[str, Any]) -> dict[str, Any]:
     return {"index": row["index"], "chosen": sides[0], "rejected": sides[1]}
 
 
-def train(model: str, rows: Dataset, max_length: int, folder: str) -> dict[str, list[Any]]:
-    """Loss and gradient norm (before clipping) of each step."""
-    trainer = make_trainer(model, rows, max_length, folder)
+def train(model: str, rows: Dataset, max_length: int, folder: str, **options: Any) -> dict[str, Any]:
+    """Loss and gradient norm (before clipping) of each step; the seconds of the steps, without loading and precomputing, and the most memory."""
+    trainer = make_trainer(model, rows, max_length, folder, **options)
+    started = time.perf_counter()
     trainer.train()
+    elapsed_s = time.perf_counter() - started
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": [step["loss"] for step in steps], "grad_norms": [step["grad_norm"] for step in steps]}
+    return {
+        "losses": [step["loss"] for step in steps],
+        "grad_norms": [step["grad_norm"] for step in steps],
+        "train_s": elapsed_s,
+        "num_pairs": len(trainer.train_dataset),
+        "peak_bytes": peak_bytes(),
+    }
 
 
 def make_trainer(model: str, rows: Dataset, max_length: int, folder: str, **options: Any) -> DPOTrainer:
@@ -119,7 +141,6 @@ def make_trainer(model: str, rows: Dataset, max_length: int, folder: str, **opti
         max_length=max_length,
         loss_type="sigmoid",
         beta=0.1,
-        per_device_train_batch_size=8,
         train_sampling_strategy="sequential",
         num_train_epochs=1,
         learning_rate=1e-5,
@@ -133,7 +154,7 @@ def make_trainer(model: str, rows: Dataset, max_length: int, folder: str, **opti
         logging_nan_inf_filter=False,
         report_to="none",
         save_strategy="no",
-        **options,
+        **{"per_device_train_batch_size": 8, **options},
     )
     return DPOTrainer(model, args=config, train_dataset=rows)
 

@@ -18,15 +18,20 @@ from transformers import PreTrainedModel
 
 PROBE_TOKENS = 256
 WORTH = 0.95  # of MKL's time that oneDNN may take to be worth the change
+CLEARLY_WORTH = 0.8  # the same where two runs are to decide alike, whatever else the machine does
 
 
-def use_fast_linear(model: PreTrainedModel) -> bool:
-    """Let the model's linear layers run through oneDNN where that is faster, forward and backward; whether it is."""
+def use_fast_linear(model: PreTrainedModel, *, worth: float = WORTH, decided: bool | None = None) -> bool:
+    """Let the model's linear layers run through oneDNN, forward and backward, where that takes at most `worth` of MKL's time; whether it does.
+
+    Rounding differs between the two: a run that goes on where another stopped says by `decided` which one that took.
+    """
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
     if model.device.type != "cpu" or model.dtype != torch.float32 or not layers or not torch.backends.mkldnn.is_available():
         return False
     inner = [layer for layer in layers if layer.out_features < 16 * layer.in_features]  # not the LM head
-    if not _is_faster(max(inner or layers, key=lambda layer: layer.weight.numel())):
+    probe = _Probe(max(inner or layers, key=lambda layer: layer.weight.numel()))
+    if decided is False or not probe.agrees() or (decided is None and not probe.is_faster(worth)):
         return False
     for layer in layers:
         layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
@@ -88,31 +93,36 @@ ONEDNN = Products(_onednn_output, _onednn_for_inputs, _onednn_for_weight)
 
 
 def _forward(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    if inputs.dtype != torch.float32 or not inputs.numel():
+    if inputs.dtype != torch.float32 or not inputs.numel() or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(inputs, layer.weight, layer.bias)
     return onednn_linear(inputs, layer.weight, layer.bias)
 
 
-def _is_faster(layer: torch.nn.Linear) -> bool:
-    """Whether oneDNN is there, gives the same numbers up to rounding, and takes less time."""
-    inputs = torch.linspace(-1, 1, PROBE_TOKENS * layer.in_features).view(PROBE_TOKENS, layer.in_features)
-    weight = layer.weight.detach()
-    try:
-        found = _results(onednn_linear, inputs, weight)
-    except (RuntimeError, AttributeError, NotImplementedError, TypeError):  # an operator of torch's own, which may come and go
-        return False
-    expected = _results(torch.nn.functional.linear, inputs, weight)
-    if not all(torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max())) for one, other in zip(found, expected, strict=True)):
-        return False
-    return _best_time(partial(onednn_linear, inputs, weight)) < WORTH * _best_time(partial(torch.nn.functional.linear, inputs, weight))
+class _Probe:
+    """Both libraries on one layer's weight."""
 
+    def __init__(self, layer: torch.nn.Linear):
+        self.inputs = torch.linspace(-1, 1, PROBE_TOKENS * layer.in_features).view(PROBE_TOKENS, layer.in_features)
+        self.weight = layer.weight.detach()
 
-def _results(linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], inputs: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-    """What it gives, and its two gradients."""
-    with torch.enable_grad():
-        leaves = [inputs.clone().requires_grad_(), weight.clone().requires_grad_()]
-        output = linear(*leaves)
-        return [output.detach(), *torch.autograd.grad(output, leaves, output.detach().cos())]
+    def agrees(self) -> bool:
+        """Whether oneDNN is there and gives the same numbers and gradients up to rounding."""
+        try:
+            found = self._results(onednn_linear)
+        except (RuntimeError, AttributeError, NotImplementedError, TypeError):  # operators of torch's own, which may come and go
+            return False
+        expected = self._results(torch.nn.functional.linear)
+        return all(torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max())) for one, other in zip(found, expected, strict=True))
+
+    def is_faster(self, worth: float) -> bool:
+        times = [_best_time(partial(linear, self.inputs, self.weight)) for linear in (onednn_linear, torch.nn.functional.linear)]
+        return times[0] < worth * times[1]
+
+    def _results(self, linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        with torch.enable_grad():
+            leaves = [self.inputs.clone().requires_grad_(), self.weight.clone().requires_grad_()]
+            output = linear(*leaves)
+            return [output.detach(), *torch.autograd.grad(output, leaves, output.detach().cos())]
 
 
 def _best_time(run: Callable[[], torch.Tensor], repeats: int = 5) -> float:

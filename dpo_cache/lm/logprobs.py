@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.linear import Products, products_of
+from dpo_cache.lm.linear import TORCH, Products, products_of
 
 ROWS_STEP = 64  # rows are filled up to a multiple of it: logits of ever new sizes would scatter the heap, which then grows
 
@@ -54,7 +54,8 @@ def head_token_logps(hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T:
     LOGITS_PER_CHUNK / T entries, once forward and once more backward, so that each slice of the weight's gradient is
     one product, written once.
     """
-    return _HeadLogps.apply(hidden_TD, layer.weight, targets_T, products_of(layer))
+    products = products_of(layer) if hidden_TD.dtype == torch.float32 else TORCH
+    return _HeadLogps.apply(hidden_TD, layer.weight, targets_T, products)
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:

@@ -75,16 +75,27 @@ def discard(folder: Path) -> None:
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Raise `TrainingError` naming what a resumed run changes, if that would change its result."""
-    try:
-        before = json.loads((folder / "config.json").read_text())
-        resolved = before["resolved"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise damaged(folder / "config.json", error) from error
+    before = _read_config(folder)
+    resolved = before["resolved"]
     both = [(name, before.get(name), config[name]) for name in config if name not in FREE_TO_CHANGE and name != "resolved"]
     both += [(name, resolved.get(name), config["resolved"][name]) for name in FIXED_RESOLVED]
     changed = [f"  {name}: {old} before, {new} now" for name, old, new in both if old != new]
     if changed:
         raise TrainingError("this run was started otherwise:\n" + "\n".join(changed) + "\nGive the same options, or choose another --output.")
+
+
+def read_resolved(folder: Path) -> dict[str, Any]:
+    """What became of the defaults of a run that was begun."""
+    return _read_config(folder)["resolved"]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        dict(config["resolved"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise damaged(folder / "config.json", error) from error
+    return config
 
 
 def check_disk(folder: Path, model: PreTrainedModel, *, saves_checkpoints: bool) -> None:

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import choose_device, peak_bytes, sum_dtype
+from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
 from dpo_cache.lm.policy import checkpoint_layers, completion_logps, count_tokens, default_micro_tokens
 from dpo_cache.options import TrainOptions, number_or_auto
 from dpo_cache.store import open_cache
 from dpo_cache.training.batches import Group, completions_of, split_step, stream_pairs
 from dpo_cache.training.checkpoint import Progress, read_progress, restore_optimizer, save_checkpoint
-from dpo_cache.training.folder import check_config, check_disk, discard, find_start, save_model, write_config
+from dpo_cache.training.folder import check_config, check_disk, discard, find_start, read_resolved, save_model, write_config
 from dpo_cache.training.losses import preference_loss
 from dpo_cache.training.metrics import Metrics, MetricsFile, PairMetrics
 from dpo_cache.training.opening import open_pairs, open_policy
@@ -88,6 +89,8 @@ class _Run:
         self.data = open_pairs(options, open_cache(options.cache))
         self.policy = open_policy(options, self.data, self.device, self.checkpoint)
         self.model = self.policy.model
+        before = read_resolved(self.output).get("linear", "torch") == "onednn" if self.checkpoint else None
+        self.linear = "onednn" if use_fast_linear(self.model, worth=CLEARLY_WORTH, decided=before) else "torch"
         self.total_steps = options.max_steps or math.ceil(options.epochs * math.ceil(self.data.num_pairs / options.batch_size))
         self.micro_tokens = number_or_auto("--micro-tokens", options.micro_tokens) or default_micro_tokens(self.device)
         self.optimizer = _make_optimizer(self.model, options, self.device)
@@ -277,6 +280,7 @@ class _Run:
                 "precision": self.policy.precision,
                 "device": str(self.device),
                 "micro_tokens": self.micro_tokens,
+                "linear": self.linear,
             },
         }
 

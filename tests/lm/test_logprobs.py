@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from dpo_cache.lm import logprobs
-from dpo_cache.lm.logprobs import head_of, token_logps
+from dpo_cache.lm.linear import ONEDNN, TORCH
+from dpo_cache.lm.logprobs import has_plain_head, head_of, head_token_logps, token_logps
 from tests.conftest import make_llama
+from tests.lm.families import FAMILIES, make_model
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 17, 50])
@@ -62,3 +64,40 @@ def test_the_head_is_a_view_and_leaves_the_model_as_it_is() -> None:
     assert torch.equal(model(input_ids=ids).logits, before)
     model.lm_head.weight.data.zero_()
     assert not head(torch.randn(3, 32)).any()
+
+
+@pytest.mark.parametrize("products", [TORCH, ONEDNN], ids=["torch", "oneDNN"])
+@pytest.mark.parametrize(("num_tokens", "vocab_size"), [(1, 7), (40, 1024), (33, 5000)])
+def test_the_head_by_slices_is_as_exact_as_log_softmax(num_tokens: int, vocab_size: int, products, monkeypatch: pytest.MonkeyPatch) -> None:
+    if products is ONEDNN and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(logprobs, "products_of", lambda _: products)
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(24, vocab_size, bias=False)
+    layer.weight.data = torch.randn(vocab_size, 24, generator=generator)
+    hidden, outward = torch.randn(num_tokens, 24, generator=generator) * 3, torch.randn(num_tokens, generator=generator)
+    targets = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
+
+    def plain(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [hidden.to(dtype).clone().requires_grad_(), layer.weight.detach().to(dtype).clone().requires_grad_()]
+        logps = (leaves[0] @ leaves[1].t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return [logps.detach().double(), *(grad.double() for grad in torch.autograd.grad(logps, leaves, outward.to(dtype)))]
+
+    leaf = hidden.clone().requires_grad_()
+    logps = head_token_logps(leaf, layer, targets)
+    found = [logps.detach(), *torch.autograd.grad(logps, [leaf, layer.weight], outward)]
+    for one, naive, exact in zip(found, plain(torch.float32), plain(torch.float64), strict=True):
+        assert one.dtype == torch.float32
+        assert ((one.double() - exact).abs() <= (naive - exact).abs() + 1e-5).all()
+
+
+def test_a_frozen_head_passes_its_gradient_on_alone() -> None:
+    layer, hidden = torch.nn.Linear(8, 50, bias=False).requires_grad_(False), torch.randn(3, 8, requires_grad=True)
+    head_token_logps(hidden, layer, torch.tensor([1, 2, 3])).sum().backward()
+    assert hidden.grad is not None and layer.weight.grad is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "phi", "qwen2"])
+def test_a_head_is_plain_where_it_is_one_product_alone(family: str) -> None:
+    assert family in FAMILIES
+    assert has_plain_head(make_model(family)) == (family in ("llama", "qwen2"))

@@ -114,7 +114,8 @@ def test_metrics_and_weights_are_those_of_a_naive_loop(cache: str, tmp_path: Pat
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options["max_grad_norm"] or torch.inf)
         optimizer.step()
         optimizer.zero_grad()
-        assert line["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+        # sums of log-probs are known to some 1e-5 nats in float32, and so is a loss near 0
+        assert line["loss"] == pytest.approx(losses.mean().item(), rel=1e-5, abs=1e-6)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
         gaps = options["beta"] * ((chosen - ref_chosen) - (rejected - ref_rejected))
         assert line["rewards/margins"] == pytest.approx(gaps.mean().item(), abs=1e-4)

@@ -1,0 +1,93 @@
+"""How fast and in how much memory dpo-cache trains, beside TRL 1.16 and beside the machine's limit.
+
+    train.py --model MODEL --data FILE [--rows N] --trl-python PYTHON [--repeats 3] [--batch-size 4] [option=value ...]
+
+Three ways to take one epoch through the same rows in the same order, full fine-tuning with AdamW in float32 on the
+CPU, each time as a fresh process, in turn: ours from a cache, TRL with a live reference, and TRL with
+`precompute_ref_log_probs=True`. pairs/s are those of the steps alone: loading, tokenizing and scoring the reference
+are left out on all sides. `option=value` are options of `dpo_cache.train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rows import run, write_rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--rows", type=int, default=12)
+    parser.add_argument("--trl-python", required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("options", nargs="*")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        num_rows = write_rows(arguments.data, arguments.rows, folder / "rows.jsonl")
+        print(f"{Path(arguments.data).name}: {num_rows} rows, batches of {arguments.batch_size}, {arguments.repeats} runs of each side in turn")
+        precompute(arguments.model, folder, arguments.max_length)
+        batch = ["--batch-size", str(arguments.batch_size)]
+        theirs = [arguments.model, str(folder / "rows.jsonl")]
+        runs: dict[str, list[dict[str, Any]]] = {"dpo-cache": [], "TRL, live reference": [], "TRL, own precompute": []}
+        limits = []
+        for _ in range(arguments.repeats):
+            ours = run(sys.executable, "our_training.py", [str(folder / "cache")], folder / "ours.json", [*batch, *arguments.options])
+            runs["dpo-cache"].append(ours)
+            (folder / "shapes.json").write_text(json.dumps(ours["shapes"]))
+            limits.append(
+                run(sys.executable, "limit.py", [arguments.model, str(folder / "shapes.json")], folder / "limit.json", ["--train"])["limit_s"]
+            )
+            length = [*batch, "--max-length", str(arguments.max_length)]
+            for name, more in (("TRL, live reference", []), ("TRL, own precompute", ["--precompute"])):
+                runs[name].append(run(arguments.trl_python, "trl_side.py", ["train", *theirs], folder / "trl.json", [*length, *more]))
+            print("  " + "  ".join(f"{name} {found[-1]['num_pairs'] / found[-1]['train_s']:.3f} pairs/s" for name, found in runs.items()), flush=True)
+    report(runs, limits)
+
+
+def precompute(model: str, folder: Path, max_length: int) -> None:
+    where = f"{model!r}, {str(folder / 'rows.jsonl')!r}, {str(folder / 'cache')!r}"
+    command = f"import dpo_cache; dpo_cache.precompute({where}, name='rows', dtype='float32', device='cpu', max_length={max_length})"
+    subprocess.run([sys.executable, "-c", command], check=True, capture_output=True)
+
+
+def report(runs: dict[str, list[dict[str, Any]]], limits: list[float]) -> None:
+    speeds = {name: [one["num_pairs"] / one["train_s"] for one in found] for name, found in runs.items()}
+    ours = runs["dpo-cache"]
+    for name in runs:
+        show(f"pairs/s, {name}", speeds[name], "{:.3f}")
+    for name in list(runs)[1:]:
+        show(f"times as fast as {name}", [one / other for one, other in zip(speeds["dpo-cache"], speeds[name], strict=True)], "{:.2f}")
+    show("share of the limit", [limit / one["train_s"] for one, limit in zip(ours, limits, strict=True)], "{:.1%}")
+    for name, found in runs.items():
+        show(f"peak memory, {name}, GB", [one["peak_bytes"] / 1e9 for one in found], "{:.2f}")
+    for name in list(runs)[1:]:
+        show(
+            f"share of the memory of {name}", [one["peak_bytes"] / other["peak_bytes"] for one, other in zip(ours, runs[name], strict=True)], "{:.3f}"
+        )
+    live = runs["TRL, live reference"][0]
+    for entry in ("losses", "grad_norms"):
+        pairs = list(zip(ours[0][entry], live[entry], strict=True))
+        gap = max(abs(one - other) / abs(other) for one, other in pairs)
+        print(f"  {entry}, largest relative difference to TRL with a live reference over {len(pairs)} steps: {gap:.2e}")
+        print(f"    dpo-cache {', '.join(f'{one:.6f}' for one, _ in pairs[:4])}; TRL {', '.join(f'{other:.6f}' for _, other in pairs[:4])}")
+
+
+def show(label: str, values: list[float], form: str) -> None:
+    written = form.format
+    print(f"  {label:48} {written(statistics.median(values))}   ({written(min(values))} to {written(max(values))})")
+
+
+if __name__ == "__main__":
+    main()
