@@ -17,7 +17,7 @@ TRL_PYTHON ?= $(TRL_VENV)/bin/python
 ROWS ?=
 TURNS ?= 3
 
-.PHONY: help install model demo test test-slow check bench-precompute bench-memory bench-token-ids clean
+.PHONY: help install model demo test test-slow check bench-precompute bench-train bench-memory bench-token-ids clean
 
 help:
 	@echo "make demo       install, fetch a small real model, score it and train on it"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-slow  the tests, whole loops and those on the real model included"
 	@echo "make check      format, lint and types"
 	@echo "make bench-precompute DATA=FILE [MODEL=FOLDER] [ROWS=N]   scoring beside TRL 1.16 and beside the machine's limit"
+	@echo "make bench-train DATA=FILE [MODEL=FOLDER] [ROWS=N]        training beside TRL 1.16 and beside the machine's limit"
 	@echo "make bench-memory DATA=FILE [MODEL=FOLDER]                memory and time as the rows grow, and a very long row"
 	@echo "make bench-token-ids DATA='FILE...' [MODEL=FOLDER]        token ids beside TRL 1.16"
 	@echo "make clean      remove what the above made"
@@ -66,6 +67,10 @@ $(TRL_VENV)/bin/python:
 
 bench-precompute: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/precompute.py --model $(MODEL) --data $(DATA) $(if $(ROWS),--rows $(ROWS)) \
+		--trl-python $(TRL_PYTHON) --repeats $(TURNS)
+
+bench-train: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/train.py --model $(MODEL) --data $(DATA) --rows $(or $(ROWS),12) \
 		--trl-python $(TRL_PYTHON) --repeats $(TURNS)
 
 bench-memory: $(VENV)/installed $(MODEL)/config.json

@@ -22,6 +22,7 @@ RANKED_PAIRS = ("all", "best")
 LOSSES = ("sigmoid", "ipo")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw",)
+RECOMPUTATIONS = ("auto", "none", "selective", "full")
 PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16")
 
 
@@ -136,8 +137,8 @@ class TrainOptions(Options):
     weight_decay: float = option(0.0, "Weight decay.")
     max_grad_norm: float = option(1.0, "Clip the gradient to this norm; 0: never.")
     precision: str = option("auto", "auto: bf16-mixed on CUDA GPUs that have it, else fp32.", choices=PRECISIONS)
-    gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass: less memory, slower.", flag="--gradient-checkpointing/--no-gradient-checkpointing"
+    gradient_checkpointing: str = option(
+        "auto", "Activations computed again in the backward pass: none, all but matrix products (selective), or full.", choices=RECOMPUTATIONS
     )
     device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
     eval_every: int | None = option(None, "Evaluate every N steps, besides before and after training.")

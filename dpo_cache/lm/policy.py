@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_cache.lm.attention import plan_tree
 from dpo_cache.lm.device import sum_dtype
@@ -64,23 +62,3 @@ def count_tokens(completions: Sequence[Completion], attention: Attention) -> int
 def default_micro_tokens(device: torch.device) -> int:
     """Tokens run at once with gradients: enough for matrix products at full speed; their activations are what memory holds."""
     return 1024 if device.type == "cpu" else 4096
-
-
-def checkpoint_layers(model: PreTrainedModel) -> int:
-    """Recompute each decoder layer in the backward pass instead of keeping its activations; the number of layers.
-
-    transformers' own switch works in train mode alone; the policy stays in eval mode, where no dropout is.
-    """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.forward = _checkpointed(layer.forward)  # type: ignore[method-assign]
-    return len(layers)
-
-
-def _checkpointed(forward):  # type: ignore[no-untyped-def]
-    def run(*args, **kwargs):  # type: ignore[no-untyped-def]
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return run

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import choose_device, peak_bytes, sum_dtype
 from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
-from dpo_cache.lm.policy import checkpoint_layers, completion_logps, count_tokens, default_micro_tokens
+from dpo_cache.lm.policy import completion_logps, count_tokens, default_micro_tokens
 from dpo_cache.options import TrainOptions, number_or_auto
 from dpo_cache.store import open_cache
 from dpo_cache.training.batches import Group, completions_of, split_step, stream_pairs
@@ -30,6 +30,7 @@ from dpo_cache.training.metrics import Metrics, MetricsFile, PairMetrics
 from dpo_cache.training.opening import open_pairs, open_policy
 from dpo_cache.training.schedule import learning_rate
 from dpo_cache.training.step_zero import StepZero
+from dpo_cache.training.thrift import Thrift
 from dpo_cache.types import ScoredPair
 
 OnMetrics = Callable[[Metrics], None]
@@ -92,7 +93,8 @@ class _Run:
         before = read_resolved(self.output).get("linear", "torch") == "onednn" if self.checkpoint else None
         self.linear = "onednn" if use_fast_linear(self.model, worth=CLEARLY_WORTH, decided=before) else "torch"
         self.total_steps = options.max_steps or math.ceil(options.epochs * math.ceil(self.data.num_pairs / options.batch_size))
-        self.micro_tokens = number_or_auto("--micro-tokens", options.micro_tokens) or default_micro_tokens(self.device)
+        micro_tokens = number_or_auto("--micro-tokens", options.micro_tokens) or default_micro_tokens(self.device)
+        self.thrift = Thrift(self.model, micro_tokens, options.gradient_checkpointing, say)
         self.optimizer = _make_optimizer(self.model, options, self.device)
         if self.checkpoint:
             restore_optimizer(self.checkpoint, self.model, self.optimizer)
@@ -148,8 +150,6 @@ class _Run:
             write_config(self.output, self._config())
         if self.policy.attention.name == "rows":
             self.say(f"{type(self.model).__name__} is trained on plain padded rows, which is slower: {self.policy.attention.reason}.")
-        if self.options.gradient_checkpointing and not checkpoint_layers(self.model):
-            self.say(f"--gradient-checkpointing has no effect: {type(self.model).__name__} has no layers that take it.")
         if self.checkpoint is None and not any(self._lr(step) for step in range(min(self.total_steps, 1000))):
             self.say(f"nothing will be learned: the warm-up (--warmup-ratio {self.options.warmup_ratio}) takes all {self.total_steps} steps.")
 
@@ -174,10 +174,7 @@ class _Run:
     def _step(self, pairs: list[ScoredPair]) -> Metrics:
         """One update. The loss is the mean over the step's pairs, however they are split into forests."""
         started = time.perf_counter()
-        metrics, groups = PairMetrics(), self._split(pairs)
-        for group in groups:
-            losses = self._group_losses(group.pairs, metrics)
-            (losses.sum() / len(pairs)).backward()
+        metrics, num_tokens = self._accumulate(pairs)
         if self.progress.step == 1:
             self.say(self.step_zero.describe())
         lr = self._lr(self.progress.step - 1)
@@ -202,11 +199,23 @@ class _Run:
                 **means,
                 "grad_norm": float(grad_norm),
                 "lr": lr,
-                "num_tokens": sum(group.num_tokens for group in groups),
+                "num_tokens": num_tokens,
                 "pairs_per_s": len(pairs) / elapsed_s,
                 "peak_bytes": peak_bytes(self.device),
             }
         )
+
+    def _accumulate(self, pairs: list[ScoredPair]) -> tuple[PairMetrics, int]:
+        """The gradient of the step's mean loss, forest by forest, and the tokens run; begun anew where memory runs out."""
+        while True:
+            metrics, groups = PairMetrics(), self._split(pairs)
+            try:
+                for group in groups:
+                    (self._group_losses(group.pairs, metrics).sum() / len(pairs)).backward()
+                return metrics, sum(group.num_tokens for group in groups)
+            except RuntimeError as error:
+                self.thrift.save_more(error)
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _group_losses(self, group: Sequence[ScoredPair], metrics: PairMetrics) -> torch.Tensor:
         """Losses of the pairs of one forest, noted in the metrics; checked against the cache before the first update."""
@@ -251,7 +260,7 @@ class _Run:
         return self._record({"step": self.progress.step, **{f"eval/{name}": value for name, value in means.items()}})
 
     def _split(self, pairs: list[ScoredPair]) -> list[Group]:
-        return split_step(pairs, self.micro_tokens, lambda completions: count_tokens(completions, self.policy.attention))
+        return split_step(pairs, self.thrift.micro_tokens, lambda completions: count_tokens(completions, self.policy.attention))
 
     def _lr(self, step: int) -> float:
         options = self.options
@@ -279,7 +288,8 @@ class _Run:
                 "attention": self.policy.attention.name,
                 "precision": self.policy.precision,
                 "device": str(self.device),
-                "micro_tokens": self.micro_tokens,
+                "micro_tokens": self.thrift.micro_tokens,
+                "gradient_checkpointing": self.thrift.mode,
                 "linear": self.linear,
             },
         }

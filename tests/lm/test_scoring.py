@@ -8,7 +8,8 @@ from dpo_cache.lm import budget as budget_module
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.engine import TOLERANCES, Attention, choose_attention, score_completions
 from dpo_cache.lm.logprobs import decoder_of
-from dpo_cache.lm.policy import checkpoint_layers, completion_logps
+from dpo_cache.lm.policy import completion_logps
+from dpo_cache.lm.recomputation import MODES, Recomputation
 from dpo_cache.types import Completion
 from tests.conftest import make_completions, make_llama, naive_token_logps
 from tests.lm.families import TINY, make_model
@@ -185,14 +186,15 @@ def test_training_logps_and_gradients_equal_the_plain_computation(family: str) -
 
 def test_checkpointed_layers_give_the_same_gradient() -> None:
     completions, grads = make_completions(num_prompts=2), []
-    for checkpointed in (False, True):
+    for mode in MODES:
         model = make_llama()
         attention = choose_attention(model, max_length=64)
-        if checkpointed:
-            assert checkpoint_layers(model) == 2
+        recomputation = Recomputation(model)
+        assert recomputation.num_layers == 2
+        recomputation.mode = mode
         completion_logps(model, completions, attention).sum().backward()
         grads.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+    assert all(torch.equal(one, other) for recomputed in grads[1:] for one, other in zip(grads[0], recomputed, strict=True))
 
 
 def test_rows_have_gradients_too() -> None:

@@ -10,8 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import dpo_cache
 from dpo_cache.errors import ModelError, NotInCacheError, OptionError, StepZeroError, TrainingError
 from dpo_cache.lm.forest import count_forest_tokens
+from dpo_cache.lm.recomputation import activation_bytes
 from dpo_cache.store import open_cache
-from dpo_cache.training import checkpoint, loop
+from dpo_cache.training import checkpoint, loop, thrift
 from dpo_cache.training import folder as folder_module
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
 
@@ -164,11 +165,71 @@ def test_checkpointing_recomputes_the_layers(cache: str, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", note)
     counts = []
-    for name, checkpointed in (("kept", False), ("recomputed", True)):
+    for mode in ("none", "selective", "full"):
         calls.clear()
-        train(cache, tmp_path / name, max_steps=1, gradient_checkpointing=checkpointed)
+        train(cache, tmp_path / mode, max_steps=1, gradient_checkpointing=mode)
         counts.append(len(calls))
-    assert counts[1] == counts[0] + 2  # both layers of the one forest once more
+    assert counts[1] == counts[2] == counts[0] + 2  # both layers of the one forest once more
+
+
+def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"batch_size": 8, "max_steps": 2, "lr": 1e-4, "micro_tokens": "1000"}
+    train(cache, tmp_path / "whole", **options)
+    modes: list[str] = []
+    forward = loop.completion_logps
+
+    def run_out(model, completions, attention):
+        mode = run_out.run.thrift.mode
+        if torch.is_grad_enabled():
+            modes.append(mode)
+            if mode != "full" or len(completions) > 8:
+                raise torch.OutOfMemoryError
+        return forward(model, completions, attention)
+
+    init = loop._Run.__init__
+
+    def note(self, *arguments):
+        run_out.run = self
+        init(self, *arguments)
+
+    monkeypatch.setattr(loop._Run, "__init__", note)
+    monkeypatch.setattr(loop, "completion_logps", run_out)
+    remarks: list[str] = []
+    train(cache, tmp_path / "tight", say=remarks.append, **options)
+    said = [remark.removeprefix("out of memory; the step is taken again, and the run goes on, with ") for remark in remarks if "memory" in remark]
+    assert said[:3] == [f"--gradient-checkpointing {mode}. Nothing is lost." for mode in ("selective", "full")] + [
+        "--micro-tokens 500. Nothing is lost."
+    ]
+    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "tight"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_memory_that_never_suffices_is_told(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(loop, "completion_logps", run_out)
+    with pytest.raises(TrainingError, match="out of memory even with one pair at once"):
+        train(cache, tmp_path / "run", max_steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(loop, "completion_logps", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        train(cache, tmp_path / "run", max_steps=1)
+
+
+def test_a_host_with_little_memory_recomputes_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama()
+    for share, expected in ((0.5, "none"), (1e-9, "full")):
+        monkeypatch.setattr(thrift, "SHARE_OF_FREE", share)
+        assert thrift.Thrift(make_llama(), 1000, "auto", print).mode == expected
+    assert activation_bytes(model, 1000, "none") > activation_bytes(model, 1000, "selective") > activation_bytes(model, 1000, "full") > 0
 
 
 @pytest.mark.parametrize(("precision", "weights_dtype", "inner_dtype"), [
@@ -214,7 +275,9 @@ def test_a_warm_up_that_takes_every_step_is_said(cache: str, tmp_path: Path) -> 
     assert any("nothing will be learned: the warm-up (--warmup-ratio 0.1) takes all 1 steps" in remark for remark in remarks)
 
 
-@pytest.mark.parametrize("options", [{"micro_tokens": "1"}, {"micro_tokens": "60"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "options", [{"micro_tokens": "1"}, {"micro_tokens": "60"}, {"gradient_checkpointing": "selective"}, {"gradient_checkpointing": "full"}]
+)
 def test_how_a_step_is_run_changes_nothing_beyond_rounding(cache: str, tmp_path: Path, options: dict) -> None:
     train(cache, tmp_path / "whole", batch_size=8, micro_tokens="100000", max_steps=2, lr=1e-4)
     train(cache, tmp_path / "split", batch_size=8, max_steps=2, lr=1e-4, **options)
