@@ -246,8 +246,10 @@ class _Precompute:
                     self._flush(waiting)
                     flushed = time.perf_counter()
                 on_progress(self._progress(split, window, progress.total_tokens, len(waiting)))
-        finally:  # also on Ctrl-C: what is scored is kept
-            self._flush_to_the_end(waiting)
+            self._flush(waiting)
+        except BaseException:  # Ctrl-C and SIGTERM too, be it in the midst of a flush: what is scored is kept
+            self._flush(waiting)
+            raise
         self.finished = (self.report.model_tokens, self.finished[1] + window.missing_tokens)
 
     def _progress(self, split: SplitPlan, window: Window, window_tokens: int, num_waiting: int) -> ScoringProgress:
@@ -278,16 +280,6 @@ class _Precompute:
         budget = Budget(self.budget.tokens, self.device, self.say)
         progress = score_completions(model, [completion], attention, budget)
         return any(not np.isfinite(score.token_logps).all() for step in progress for _, score in step.scores)
-
-    def _flush_to_the_end(self, waiting: list[tuple[bytes, Score]]) -> None:
-        """Flush; once more where Ctrl-C or SIGTERM cut the writing off, before it goes on its way."""
-        try:
-            self._flush(waiting)
-        except Exception:
-            raise
-        except BaseException:
-            self._flush(waiting)
-            raise
 
     def _flush(self, waiting: list[tuple[bytes, Score]]) -> None:
         if waiting:

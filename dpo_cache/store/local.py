@@ -155,6 +155,7 @@ class LocalFolder:
             raise
         self.disk.sync_folder(target.parent)
         self._had_marker |= target == self.root / MARKER
+        self._check_marker(target)  # again: it may have been written to what lies under the mount
 
     def _write(self, scratch: Path, content: bytes) -> None:
         descriptor = self.disk.create(scratch)
@@ -193,7 +194,7 @@ class LocalFolder:
         self._settled.add(folder)
 
     def _check_marker(self, target: Path) -> None:
-        """Raise `StorageError` where the cache has vanished: what was its folder may now be on another disk."""
+        """Raise `StorageError` where the cache has vanished: what has its path may now be a folder of another disk."""
         is_there = self._status(self.root / MARKER) is not None
         if self._had_marker and not is_there:
             raise StorageError(

