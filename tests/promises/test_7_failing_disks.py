@@ -130,7 +130,7 @@ def test_7_a_cache_whose_mount_vanishes_is_not_begun_anew_on_the_disk_below(tmp_
             assert len(LocalFolder(root).files()) <= 1 and not (root / "format.json").exists()  # the file of that very moment
             assert faults(elsewhere) == [] and folder.lost(elsewhere) == []
         shutil.rmtree(root)
-        shutil.rmtree(elsewhere)
+        shutil.rmtree(elsewhere, ignore_errors=True)  # the last steps may not be reached
     assert num_met > num_steps // 2
 
 
