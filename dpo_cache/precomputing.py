@@ -246,8 +246,10 @@ class _Precompute:
                     self._flush(waiting)
                     flushed = time.perf_counter()
                 on_progress(self._progress(split, window, progress.total_tokens, len(waiting)))
-        finally:  # also on Ctrl-C: what is scored is kept
             self._flush(waiting)
+        except BaseException:  # Ctrl-C and SIGTERM too, be it in the midst of a flush: what is scored is kept
+            self._flush(waiting)
+            raise
         self.finished = (self.report.model_tokens, self.finished[1] + window.missing_tokens)
 
     def _progress(self, split: SplitPlan, window: Window, window_tokens: int, num_waiting: int) -> ScoringProgress:

@@ -1,9 +1,5 @@
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -174,72 +170,6 @@ def test_ctrl_c_keeps_what_is_scored(model_folder: str, data_file: str, cache: s
     kept = len(opened.scores(opened.references()[0]))
     assert kept >= 5 and opened.pair_sets() == []
     assert dpo_cache.precompute(model_folder, data_file, cache).already_cached == kept
-
-
-KILLED = """
-import os, signal, sys, threading
-import dpo_cache.precomputing as precomputing
-from dpo_cache.store import files
-precomputing.FLUSH_S = 0.0
-moment = int(sys.argv[4])
-steps = 0
-def step(*_):
-    global steps
-    steps += 1
-    if steps == moment:
-        os.kill(os.getpid(), signal.SIGKILL)
-for name in ("replace", "fsync"):
-    def watched(*arguments, original=getattr(os, name)):
-        step()
-        result = original(*arguments)
-        step()
-        return result
-    setattr(os, name, watched)
-precomputing.precompute(*sys.argv[1:4], budget_tokens="24", on_progress=step)
-"""
-
-
-def test_killed_at_ten_moments_and_run_again_it_ends_with_the_same_rows(model_folder: str, data_file: str, tmp_path: Path) -> None:
-    """Each run is killed a little later than the one before, at a step of the scoring or of the file system."""
-    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
-    dpo_cache.precompute(model_folder, data_file, whole, budget_tokens="24")
-    lost = 0
-    for moment in (1, 2, 4, 6, 8, 11, 15, 20, 27, 36):
-        arguments = [sys.executable, "-c", KILLED, model_folder, data_file, cut, str(moment)]
-        lost += subprocess.run(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True).returncode == -signal.SIGKILL
-    assert lost == 10
-    report = dpo_cache.precompute(model_folder, data_file, cut, budget_tokens="24")
-    assert report.already_cached > 0
-    for one, other in zip(scored(whole), scored(cut), strict=True):
-        assert one[:3] == other[:3]
-        assert np.allclose(one[3], other[3], atol=3e-5) and np.allclose(one[4], other[4], atol=3e-5)
-
-
-TERMINATED = """
-import os, signal, sys
-from dpo_cache import data, precomputing
-real = precomputing.score_completions
-
-def scored(*arguments):
-    for number, progress in enumerate(real(*arguments)):
-        yield progress
-        if number == 20:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-precomputing.score_completions = scored
-sys.argv = ["dpo-cache", "precompute", *sys.argv[1:], "--budget-tokens", "8"]
-from dpo_cache.cli.app import main
-main()
-"""
-
-
-def test_sigterm_flushes_and_exits_143(model_folder: str, data_file: str, cache: str) -> None:
-    command = [sys.executable, "-c", TERMINATED, "--model", model_folder, "--dataset", data_file, "--cache", cache]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 143, done.stderr
-    assert "terminated; everything published so far is kept." in done.stderr
-    opened = Cache(cache)
-    assert len(opened.scores(opened.references()[0])) > 0
 
 
 def test_the_survey_tells_what_repeats_and_what_is_shared(model_folder: str, tmp_path: Path, cache: str) -> None:

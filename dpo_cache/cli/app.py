@@ -6,14 +6,14 @@ Exit codes: 0 success, 1 `DpoCacheError`, 2 usage, 130 interrupted (143 by SIGTE
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from typing import NoReturn
 
 import typer
 
+from dpo_cache.cli.output import remark
 from dpo_cache.cli.precompute import precompute_command
-from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, terminate
+from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, Unwinding
 from dpo_cache.cli.train import train_command
 from dpo_cache.errors import DpoCacheError, OptionError
 
@@ -47,9 +47,9 @@ def main() -> None:
     """Run the command line and exit."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # nothing animates off a terminal
-    signal.signal(signal.SIGTERM, terminate)
     try:
-        app()
+        with Unwinding(remark):
+            app()
     except OptionError as error:
         _fail(str(error), 2)
     except DpoCacheError as error:

@@ -50,6 +50,25 @@ class StopRequest:
         self._say("stopping after this step, then saving (again: stop at once, losing what is not saved)")
 
 
-def terminate(_: int, __: FrameType | None) -> None:
-    """The handler of SIGTERM for commands that can be cut off at any moment."""
-    raise Terminated
+class Unwinding:
+    """While open, the first Ctrl-C or SIGTERM unwinds the command, so that what is waiting is flushed; the second is only told, to
+    leave time for that; the third unwinds again, whatever is lost by it."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self._num_asked = 0
+
+    def __enter__(self) -> Unwinding:
+        self._before = {number: signal.signal(number, self._ask) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self._num_asked += 1
+        if self._num_asked == 2:
+            self._say("stopping; what is waiting is saved first (again: stop at once, losing it)")
+            return
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated

@@ -7,16 +7,38 @@ from typing import Any
 
 from dpo_cache.errors import StorageError
 
+_AGAIN = "run the same command again; what was published is kept."
+_CHOOSE = "choose another --cache or change its permissions."
+_MOUNT = f"Its disk went away: mount it again and {_AGAIN}"
+
+ADVICE = {
+    errno.ENOSPC: f"The disk is full: free some space and {_AGAIN}",
+    errno.EDQUOT: f"The quota is used up: free some space and {_AGAIN}",
+    errno.EFBIG: f"A file may not be this large here: raise the limit (`ulimit -f`) and {_AGAIN}",
+    errno.EROFS: "The file system is read-only: choose another --cache.",
+    errno.EACCES: f"Permission denied: {_CHOOSE}",
+    errno.EPERM: f"Permission denied: {_CHOOSE}",
+    errno.ENOTDIR: "Something in this path is a file: choose another --cache.",
+    errno.EEXIST: "Something in this path is a file: choose another --cache.",
+    errno.ENAMETOOLONG: "The file system has no room for a path this long: choose a shorter --cache or --name.",
+    errno.ENOENT: f"It is gone, or its disk was unmounted: check the path and {_AGAIN}",
+    errno.ESTALE: _MOUNT,
+    errno.ENOTCONN: _MOUNT,
+    errno.ENODEV: _MOUNT,
+    errno.ETIMEDOUT: _MOUNT,
+    errno.EIO: f"The disk failed, not the cache: look at the system's log, then {_AGAIN}",
+    errno.EMFILE: f"Too many files are open: raise the limit (`ulimit -n`) and {_AGAIN}",
+    errno.ENFILE: f"Too many files are open on this machine: close some and {_AGAIN}",
+}
+
 
 def storage_error(verb: str, place: Any, error: OSError) -> StorageError:
-    advice = {
-        errno.ENOSPC: "The disk is full: free some space and run the same command again; what was published is kept.",
-        errno.EDQUOT: "The quota is used up: free some space and run the same command again; what was published is kept.",
-        errno.EROFS: "The file system is read-only: choose another --cache.",
-        errno.EACCES: "Permission denied: choose another --cache or change its permissions.",
-        errno.EPERM: "Permission denied: choose another --cache or change its permissions.",
-        errno.ENOTDIR: "Something in this path is a file: choose another --cache.",
-        errno.EEXIST: "Something in this path is a file: choose another --cache.",
-    }
-    hint = advice.get(error.errno or 0, "Check the path and run the same command again; what was published is kept.")
-    return StorageError(f"cannot {verb} {place}: {error.strerror or error}.\n{hint}")
+    """The error to raise in place of what the file system said, with what to do about it."""
+    advice = ADVICE.get(error.errno or 0, f"Check the path and {_AGAIN}")
+    return StorageError(f"cannot {verb} {place}: {error.strerror or error}.\n{advice}")
+
+
+def raise_refusal(place: Any, error: Exception) -> None:
+    """Raise `StorageError` where the file system refused to read on. Does nothing where the content is at fault: that has no errno."""
+    if isinstance(error, OSError) and error.errno:
+        raise storage_error("read", place, error) from error

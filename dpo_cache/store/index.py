@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_cache.errors import CorruptShardError, NotInCacheError
+from dpo_cache.store.failures import raise_refusal
 from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import KEY_BYTES
 from dpo_cache.store.shards import (
@@ -101,6 +102,7 @@ class ScoreIndex:
         try:
             keys = keys_of(file.read(columns=["key"]).column("key")).copy()
         except (pa.ArrowException, OSError) as error:
+            raise_refusal(place, error)
             raise CorruptShardError(f"{place}: its keys are not readable ({error}). {REMEDY}") from error
         if len(keys) != file.metadata.num_rows or not len(keys):
             raise CorruptShardError(f"{place}: {file.metadata.num_rows} rows promised, {len(keys)} keys read. {REMEDY}")

@@ -2,7 +2,11 @@
 
 A file is published as a dot-file that is written, synced and renamed, and its folder is synced: after
 `publish` returns it survives a power cut on any file system that honours fsync, and a crash before that
-leaves only a dot-file, which no reader looks at.
+leaves only a dot-file, which no reader looks at. A folder is a name in the folder above it, so those are
+synced as well, up to the top of the file system, before the first file is published.
+
+What a file refers to is published before it, and the folder is synced before the file gets its name: no
+power cut leaves a manifest without its parts, be they written here or by another process a moment ago.
 """
 
 from __future__ import annotations
@@ -10,56 +14,70 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dpo_cache.errors import StorageError
+from dpo_cache.store.disk import Disk
 from dpo_cache.store.failures import storage_error
+
+MARKER = "format.json"  # what makes a folder a cache
+ATTEMPTS = 5  # at a file whose folder somebody else removes, found empty, in the moment before
+STALE_S = 86_400.0  # no writer takes a day over one file
 
 
 class LocalFolder:
     """A cache folder on a disk."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, disk: Disk | None = None):
+        self.root, self.disk = root, disk or Disk()
+        self._had_marker = False
+        self._settled: set[Path] = set()  # folders whose own names are on the disk
 
     def __str__(self) -> str:
         return str(self.root)
 
     def publish(self, name: str, content: bytes) -> None:
-        """Write the whole file, so that it is either absent or complete and durable."""
+        """Write the whole file, so that it is either absent or complete and durable.
+
+        Raises `StorageError`; nothing is left behind then where the disk still lets files be removed.
+        """
         target = self.root / name
-        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(scratch, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(scratch, target)
-            finally:
-                scratch.unlink(missing_ok=True)
-            sync(target.parent)
+            for attempt in range(ATTEMPTS):
+                self._check_marker(target)
+                try:
+                    return self._publish(target, content)
+                except FileNotFoundError:
+                    if attempt == ATTEMPTS - 1:
+                        raise
         except OSError as error:
             raise storage_error("write", target, error) from error
 
     def read(self, name: str) -> bytes:
         """The file's bytes."""
         try:
-            return (self.root / name).read_bytes()
+            return self.disk.read(self.root / name)
         except OSError as error:
             raise storage_error("read", self.root / name, error) from error
 
     def exists(self, name: str) -> bool:
+        """Whether there is a file or folder of this name. A disk that does not answer is a `StorageError`, not a no."""
         try:
-            return (self.root / name).exists()
+            found = self._status(self.root / name) is not None
         except OSError as error:
             raise storage_error("look for", self.root / name, error) from error
+        self._had_marker |= found and name == MARKER
+        return found
 
     def names(self, folder: str) -> list[str]:
         """Names of the published files and folders directly inside, sorted; empty where there is no folder."""
         try:
-            return sorted(name for name in os.listdir(self.root / folder) if not name.startswith("."))
+            return sorted(name for name in self.disk.names(self.root / folder) if not name.startswith("."))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -67,14 +85,8 @@ class LocalFolder:
 
     def files(self, folder: str = "") -> dict[str, int]:
         """Every published file below the folder, by its name from the root, with its size in bytes; sorted by name."""
-        found: dict[str, int] = {}
         try:
-            for parent, folders, files in os.walk(self.root / folder, onerror=_raise_unless_missing):
-                folders[:] = [name for name in folders if not name.startswith(".")]
-                for name in files:
-                    if not name.startswith("."):
-                        path = Path(parent, name)
-                        found[path.relative_to(self.root).as_posix()] = path.lstat().st_size
+            found = {self._name(path): status.st_size for path, status in self._walk(self.root / folder) if not path.name.startswith(".")}
         except OSError as error:
             raise storage_error("list", self.root / folder, error) from error
         return dict(sorted(found.items()))
@@ -82,7 +94,7 @@ class LocalFolder:
     def size(self, name: str) -> int:
         """The file's size in bytes."""
         try:
-            return (self.root / name).stat().st_size
+            return self.disk.status(self.root / name).st_size
         except OSError as error:
             raise storage_error("read", self.root / name, error) from error
 
@@ -90,26 +102,132 @@ class LocalFolder:
         """Remove the file, durably; nothing happens where it is gone already. Folders left empty are removed with it."""
         target = self.root / name
         try:
-            target.unlink(missing_ok=True)
-            if target.parent.exists():
-                sync(target.parent)
+            with suppress(FileNotFoundError):
+                self.disk.unlink(target)
+            with suppress(FileNotFoundError):
+                self.disk.sync_folder(target.parent)
         except OSError as error:
             raise storage_error("remove", target, error) from error
         for parent in target.parents:
             if parent == self.root:
                 break
             try:
-                parent.rmdir()
+                self.disk.remove_folder(parent)  # not synced: that an empty folder comes back does no harm
             except OSError:  # not empty, or gone
                 break
 
+    def stale_scratch(self, older_than_s: float = STALE_S) -> list[str]:
+        """Names of the dot-files that killed writers left, by default a day ago or longer; sorted.
+
+        A writer that is killed cannot clean up, and nobody else can tell its dot-file from one in use but by its
+        age. They do no harm beyond their size; whoever tidies the cache gives these names to `remove`.
+        """
+        before = time.time() - older_than_s
+        try:
+            left = [path for path, status in self._walk(self.root) if _is_scratch(path.name) and status.st_mtime < before]
+        except OSError as error:
+            raise storage_error("list", self.root, error) from error
+        return sorted(map(self._name, left))
+
     def open_parquet(self, name: str) -> Any:
-        """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from."""
-        return str(self.root / name)
+        """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from: an open file, which outlives its name."""
+        try:
+            return self.disk.open(self.root / name)
+        except OSError as error:
+            raise storage_error("read", self.root / name, error) from error
 
     def free_bytes(self) -> int | None:
         """Bytes left on the disk that holds (or will hold) the folder; None where unknown."""
         return free_bytes(self.root)
+
+    # -- publishing ------------------------------------------------------------------------------------
+
+    def _publish(self, target: Path, content: bytes) -> None:
+        scratch = target.with_name(f".{secrets.token_hex(8)}.tmp")  # no longer than any name that is published
+        self._make_folder(target.parent)
+        try:
+            self._write(scratch, content)
+            self._settle(target.parent)
+            self.disk.rename(scratch, target)
+        except BaseException:
+            with suppress(OSError):  # the first refusal is the one to tell
+                self.disk.unlink(scratch)
+            raise
+        self.disk.sync_folder(target.parent)
+        self._had_marker |= target == self.root / MARKER
+        self._check_marker(target)  # again: it may have been written to what lies under the mount
+
+    def _write(self, scratch: Path, content: bytes) -> None:
+        descriptor = self.disk.create(scratch)
+        try:
+            self.disk.write(descriptor, content)
+            self.disk.sync_file(descriptor)
+        finally:
+            self.disk.close(descriptor)
+
+    def _make_folder(self, folder: Path) -> None:
+        status = self._status(folder)
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            return
+        if status is None and folder.parent != folder:
+            self._make_folder(folder.parent)
+        try:
+            self.disk.make_folder(folder)
+            self._settled.clear()
+        except FileExistsError:
+            if not folder.is_dir():  # else another writer was faster
+                raise
+
+    def _settle(self, folder: Path) -> None:
+        """Sync the folder and, once, those above it: any of them may be a moment old, whoever made it."""
+        self.disk.sync_folder(folder)
+        if folder in self._settled:
+            return
+        root, place = Path(os.path.realpath(self.root)), Path(os.path.realpath(folder))
+        while not os.path.ismount(place) and place != place.parent:
+            place = place.parent
+            try:
+                self.disk.sync_folder(place)
+            except PermissionError:
+                if place.is_relative_to(root):
+                    raise  # above the cache it is a folder of others, which may be used but not read
+        self._settled.add(folder)
+
+    def _check_marker(self, target: Path) -> None:
+        """Raise `StorageError` where the cache has vanished: what has its path may now be a folder of another disk."""
+        is_there = self._status(self.root / MARKER) is not None
+        if self._had_marker and not is_there:
+            raise StorageError(
+                f"cannot write {target}: {self.root} was a cache a moment ago and has no {MARKER} now.\n"
+                "If its disk was unmounted, mount it again and run the same command again; what was published is kept there."
+            )
+        self._had_marker = is_there
+
+    # -- looking ---------------------------------------------------------------------------------------
+
+    def _status(self, path: Path) -> os.stat_result | None:
+        """None where there is nothing. Other refusals are raised: a disk that does not answer has not said no."""
+        try:
+            return self.disk.status(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _walk(self, folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+        """Every file below the folder, without those in dot-folders and behind links; what vanishes meanwhile is left out."""
+        try:
+            entries = sorted(self.disk.entries(folder), key=lambda entry: entry.name)
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if not entry.name.startswith("."):
+                    yield from self._walk(folder / entry.name)
+            elif not entry.is_dir():
+                with suppress(FileNotFoundError):
+                    yield folder / entry.name, entry.stat(follow_symlinks=False)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
 
 
 def free_bytes(folder: Path) -> int:
@@ -120,17 +238,5 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk."""
-    if os.name == "nt" and path.is_dir():  # a folder cannot be opened there, and its renames are journaled
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
+def _is_scratch(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")

@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.documents import Document, open_sealed, seal_document
+from dpo_cache.store.failures import raise_refusal, storage_error
 from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import completion_key
 from dpo_cache.store.shards import (
@@ -75,6 +76,7 @@ class PairSet:
     def __init__(self, folder: Folder, place: str, manifest: Document):
         self._folder, self._place, self.manifest = folder, place, manifest
         self._checked: dict[str, Any] = {}
+        self._held: dict[str, Any] = {}
         self._blocks = [
             (part["file"], group, min(ROW_GROUP_PAIRS, part["rows"] - group * ROW_GROUP_PAIRS))
             for part in manifest["parts"]
@@ -107,6 +109,14 @@ class PairSet:
         """Whether every part that the manifest names is there."""
         return all(self._folder.exists(f"{self._place}/{part['file']}") for part in self.manifest["parts"])
 
+    def hold(self) -> None:
+        """Keep the set readable to the end, whatever is published, removed or collected meanwhile.
+
+        Opens every part now: an open file outlives its name. On NFS that holds for removals by the same machine.
+        Raises `StorageError` where a part is gone already, or where the system lets no more files be opened.
+        """
+        self._held = {part["file"]: self._open_source(part["file"]) for part in self.manifest["parts"]}
+
     def read_block(self, block: int) -> list[ScoredPair]:
         """The pairs of one block. A part's digest is checked when it is first read."""
         name, group, num_pairs = self._blocks[block]
@@ -115,6 +125,7 @@ class PairSet:
         try:
             table = file.read_row_group(group)
         except (pa.ArrowException, OSError, IndexError) as error:
+            raise_refusal(place, error)
             raise CorruptShardError(f"{place}: row group {group} is not readable ({error}). {REMEDY}") from error
         if table.num_rows != num_pairs:
             raise CorruptShardError(f"{place}: expected {num_pairs} pairs in row group {group}, found {table.num_rows}. {REMEDY}")
@@ -122,13 +133,20 @@ class PairSet:
 
     def _open_part(self, name: str, place: str) -> Any:
         if name not in self._checked:
-            check_content(self._folder.read(f"{self._place}/{name}"), name, place)
-            file = open_parquet(self._folder.open_parquet(f"{self._place}/{name}"), PAIR_SCHEMA, place)
+            source = self._held.get(name) or self._open_source(name)
+            try:
+                check_content(source.read(), name, place)
+            except OSError as error:
+                raise storage_error("read", place, error) from error
+            file = open_parquet(source, PAIR_SCHEMA, place)
             promised = next(part["rows"] for part in self.manifest["parts"] if part["file"] == name)
             if file.metadata.num_rows != promised:
                 raise CorruptShardError(f"{place}: the manifest promises {promised} pairs, found {file.metadata.num_rows}. {REMEDY}")
             self._checked[name] = file
         return self._checked[name]
+
+    def _open_source(self, name: str) -> Any:
+        return self._folder.open_parquet(f"{self._place}/{name}")
 
 
 class PairSetWriter:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_cache.errors import CorruptShardError
+from dpo_cache.store.failures import raise_refusal
 from dpo_cache.store.keys import KEY_BYTES
 from dpo_cache.types import Score, split_lists
 
@@ -103,6 +104,7 @@ def open_parquet(source: Any, schema: pa.Schema, place: str) -> pq.ParquetFile:
         file = pq.ParquetFile(source, page_checksum_verification=True, arrow_extensions_enabled=False)
         found = file.schema_arrow
     except (pa.ArrowException, OSError, ValueError) as error:
+        raise_refusal(place, error)
         raise CorruptShardError(f"{place}: not readable as Parquet ({error}). {REMEDY}") from error
     if not found.equals(schema):
         raise CorruptShardError(f"{place}: expected the columns\n{schema}\nfound\n{found}")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import TrainingError, first_line
-from dpo_cache.store.local import sync
+from dpo_cache.store.disk import sync
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def save_checkpoint(
 
 def publish_folder(scratch: Path, target: Path) -> None:
     """Give a folder that was written out its name; it is whole and on the disk when this returns."""
-    for path in scratch.iterdir():
+    for path in (*scratch.iterdir(), scratch):
         sync(path)
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)

@@ -48,8 +48,12 @@ class Policy:
 
 
 def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
-    """The pair sets that the options name, all scored by one reference. Raises `CacheError` or `TrainingError`."""
+    """The pair sets that the options name, all scored by one reference, and held: what becomes of them in the cache changes nothing here.
+
+    Raises `CacheError` or `TrainingError`.
+    """
     pairs = cache.pairs(options.pairs) if options.pairs else _only_pair_set(cache, options.eval_pairs)
+    pairs.hold()
     reference_id = pairs.reference_id
     if options.reference and cache.find_reference(options.reference) != reference_id:
         raise TrainingError(
@@ -60,6 +64,7 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
     eval_pairs, eval_selected = None, np.zeros(0, bool)
     if options.eval_pairs:
         eval_pairs = cache.pairs(options.eval_pairs)
+        eval_pairs.hold()
         eval_selected = np.ones(len(eval_pairs), bool)
         if eval_pairs.reference_id != reference_id:
             raise TrainingError(

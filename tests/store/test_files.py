@@ -164,7 +164,7 @@ def test_a_writer_killed_before_the_rename_leaves_nothing_that_is_seen(folder: L
     assert killed.returncode == 9
     left = os.listdir(folder.root / "scores")
     assert len(left) == 1
-    assert left[0].startswith(".a.")
+    assert left[0].startswith(".") and left[0].endswith(".tmp")
     assert folder.names("scores") == []
     assert not folder.exists("scores/a")
     folder.publish("scores/a", b"whole")
@@ -198,7 +198,7 @@ def test_a_full_disk_is_told_with_what_to_do(folder: LocalFolder, monkeypatch: p
         ("os.mkdir", errno.EROFS, "Read-only file system.\nThe file system is read-only: choose another --cache."),
         ("os.mkdir", errno.EACCES, "Permission denied.\nPermission denied: choose another --cache or change its permissions."),
         ("os.replace", errno.EPERM, "Operation not permitted.\nPermission denied: choose another --cache"),
-        ("os.fsync", errno.EIO, "Input/output error.\nCheck the path and run the same command again; what was published is kept."),
+        ("os.fsync", errno.EIO, "Input/output error.\nThe disk failed, not the cache: look at the system's log, then run"),
     ],
 )
 def test_each_refusal_of_the_file_system_has_its_advice(

@@ -1,0 +1,113 @@
+"""Every step that the store takes on a file system, one method a step.
+
+A step can be refused, and the power can fail after it. The tests put a disk in this one's place that refuses a
+step or forgets what was not synced, so nothing else in the store changes a file system.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limit
+    resource = None  # type: ignore[assignment]
+
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
+
+
+class Disk:
+    """The file system itself. Files and folders get the permissions that the umask leaves, so that a group can share a cache."""
+
+    def make_folder(self, path: Path) -> None:
+        path.mkdir()
+
+    def create(self, path: Path) -> int:
+        """Descriptor of a new, empty file."""
+        return os.open(path, NEW_FILE, 0o666)
+
+    def write(self, descriptor: int, content: bytes) -> None:
+        """Append all of the content: a file system that is nearly full takes a part first and refuses the rest."""
+        left = memoryview(content)
+        while left:
+            left = left[os.write(descriptor, left) :]
+
+    def sync_file(self, descriptor: int) -> None:
+        """Wait until the file's bytes are on the disk; its name is in the folder's care."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)  # NFS reports a full disk here
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give the file its name in one step, in place of what has it."""
+        os.replace(old, new)
+
+    def sync_folder(self, path: Path) -> None:
+        """Wait until the names in the folder are on the disk."""
+        sync(path)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove the folder, if it is empty."""
+        path.rmdir()
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def status(self, path: Path) -> os.stat_result:
+        return path.stat()
+
+    def names(self, path: Path) -> list[str]:
+        return os.listdir(path)
+
+    def entries(self, path: Path) -> Iterator[os.DirEntry[str]]:
+        """The folder's entries; those with a dot, too."""
+        with os.scandir(path) as found:
+            yield from found
+
+    def read(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def open(self, path: Path) -> Any:
+        """An open file, to be read at any place. It stays whole when its name is removed or given to another file."""
+        try:
+            return pa.OSFile(str(path))
+        except OSError as error:
+            if error.errno == errno.EMFILE and _raise_file_limit():
+                return self.open(path)
+            raise OSError(error.errno, os.strerror(error.errno or 0)) from error  # without pyarrow's own words
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    is_folder = path.is_dir()
+    if os.name == "nt" and is_folder:  # a folder cannot be opened there, and its renames are journaled
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in NO_FOLDER_SYNC:  # some network file systems sync files alone
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _raise_file_limit() -> bool:
+    """Let the process open as many files as it may ask for. False where it does already."""
+    if resource is None:
+        return False
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return True

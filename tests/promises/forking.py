@@ -1,0 +1,155 @@
+"""A process that has imported everything once and forks a run for each line it is given, so that runs that are killed cost little.
+
+    {"jobs": [{"arguments": [...], ...}, ...]}   ->  {"pids": [...]}
+    {"jobs": []}                                 ->  {"statuses": [...]} of those, when all have ended
+
+Until it is asked, a process that has ended keeps its number, so none but a job can be killed by it.
+A job runs the command line in a process of its own. Its log says, a line each, as it happens: `scored KEY...` when a
+chunk's scores are in memory, `kept` when all scores in memory are published, `loading`, `writing`, and at last `steps N`.
+A job may set `flush_s`, `chunk_s` (seconds a chunk takes longer), `loading_s`, `writing_s` (seconds for the loading of the
+model and for each score shard) and `die_at` (the step on the disk at which it kills itself).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Runs:
+    """The forking process, seen from a test."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.promises.forking"]
+        root = Path(__file__).parents[2]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=root, text=True)
+
+    def start(self, *jobs: dict[str, Any]) -> list[int]:
+        """Process ids; the jobs start at once."""
+        return self._ask({"jobs": jobs})["pids"]
+
+    def wait(self) -> list[int]:
+        """Exit codes of the jobs that were started last, when all have ended; minus the signal's number for those killed."""
+        return self._ask({"jobs": []})["statuses"]
+
+    def run(self, *jobs: dict[str, Any]) -> list[int]:
+        self.start(*jobs)
+        return self.wait()
+
+    def close(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+def read_log(path: Path) -> list[list[str]]:
+    """The words of each line so far."""
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(path: Path, word: str, times: int = 1, limit_s: float = 60.0) -> None:
+    """Until the log has that many lines that begin with the word."""
+    deadline = time.monotonic() + limit_s
+    while sum(line[0] == word for line in read_log(path)) < times:
+        assert time.monotonic() < deadline, f"{path}: {read_log(path)}"
+        time.sleep(0.005)
+
+
+# -- inside the forking process ----------------------------------------------------------------------------
+
+
+def main() -> None:
+    import tests.conftest  # noqa: F401  one thread, no network
+    from dpo_cache import precomputing  # noqa: F401  what takes long
+
+    pids: list[int] = []
+    for line in sys.stdin:
+        if jobs := json.loads(line)["jobs"]:
+            pids = [_fork(job) for job in jobs]
+            print(json.dumps({"pids": pids}), flush=True)
+        else:
+            statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+            print(json.dumps({"statuses": statuses}), flush=True)
+
+
+def _fork(job: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    with open(job["output"], "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    code = 70
+    try:
+        _run(job)
+        code = 0
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _run(job: dict[str, Any]) -> None:
+    from dpo_cache import precomputing
+    from dpo_cache.cli import app
+    from dpo_cache.store import ScoreIndex, completion_key, local
+    from tests.promises.refusals import TroubledDisk
+
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def note(*words: object) -> None:
+        os.write(log, (" ".join(map(str, words)) + "\n").encode())
+
+    def disturb(number: int, step: str, arguments: tuple) -> None:
+        if number == job.get("die_at"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == "write" and len(arguments[1]) > 1000 and job.get("writing_s"):
+            note("writing")
+            time.sleep(job["writing_s"])
+
+    def scored(model: Any, completions: Any, *arguments: Any, real: Any = precomputing.score_completions) -> Iterator[Any]:
+        for progress in real(model, completions, *arguments):
+            time.sleep(job.get("chunk_s", 0.0))
+            yield progress
+            note("scored", *(completion_key(completions[index]).hex() for index, _ in progress.scores))
+
+    def published(self: Any, scores: Any, real: Any = ScoreIndex.publish) -> int:
+        size = real(self, scores)
+        note("kept", *(key.hex() for key, _ in scores))
+        return size
+
+    def loaded(*arguments: Any, real: Any = precomputing.load_model, **options: Any) -> Any:
+        note("loading")
+        time.sleep(job.get("loading_s", 0.0))
+        return real(*arguments, **options)
+
+    disk = TroubledDisk(disturb)
+    local.Disk = lambda: disk  # type: ignore[assignment,misc]
+    precomputing.score_completions, precomputing.load_model = scored, loaded  # type: ignore[assignment]
+    precomputing.FLUSH_S = job.get("flush_s", precomputing.FLUSH_S)
+    ScoreIndex.publish = published  # type: ignore[method-assign]
+    sys.argv = ["dpo-cache", "precompute", *job["arguments"]]
+    try:
+        app.main()
+    finally:
+        note("steps", disk.num_steps)
+
+
+if __name__ == "__main__":
+    main()
