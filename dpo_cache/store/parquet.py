@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.failures import storage_error
 from dpo_cache.store.files import Folder
-from dpo_cache.store.pages import FILE_BYTES, FOOTER_BYTES, LIST_ITEMS, PageError, check_footer, check_group, check_tail
+from dpo_cache.store.pages import FILE_BYTES, FOOTER_BYTES, LIST_ITEMS, Footer, check_group, parse_footer, read_footer
 
 REMEDY = "The file was changed or damaged.\nDelete it and run the `dpo-cache precompute` that made it again: it scores only what is missing."
 
@@ -72,15 +72,18 @@ class ParquetReader:
     (`pages.py`), and its pages against their checksums. Raises `CorruptShardError` where anything is not as it should be.
     """
 
-    def __init__(self, source: pa.NativeFile, schema: pa.Schema, place: str, footer: pq.FileMetaData | None = None):
+    def __init__(self, source: pa.NativeFile, schema: pa.Schema, place: str):
         self._source, self._schema, self.place = source, schema, place
-        self._file = open_parquet(source, schema, place, footer)
-        self.footer = self._file.metadata
-        self.group_rows = [self.footer.row_group(group).num_rows for group in range(self.footer.num_row_groups)]
+        self.footer, self._file = open_parquet(source, schema, place)
 
     @property
     def num_rows(self) -> int:
-        return self.footer.num_rows
+        return sum(self.footer.group_rows)
+
+    @property
+    def group_rows(self) -> list[int]:
+        """Rows of each row group."""
+        return self.footer.group_rows
 
     def read_group(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One row group, or some of its columns."""
@@ -106,25 +109,27 @@ class ParquetReaders:
     def __init__(self, folder: Folder, place: str, schema: pa.Schema):
         self._folder, self._place, self._schema = folder, place, schema
         self._open: OrderedDict[str, ParquetReader] = OrderedDict()
-        self._footers: dict[str, pq.FileMetaData] = {}  # of the bytes that were hashed: a file is opened again by them
+        self._hashed: dict[str, bytes] = {}  # digest of the footer of each file that was hashed
 
     def open(self, name: str) -> ParquetReader:
         """The file, open; its bytes hash to its name."""
         if name not in self._open:
-            self._open[name] = self._open_again(name) if name in self._footers else self._open_first(name)
+            self._open[name] = self._open_file(name)
             if len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(name)
         return self._open[name]
 
-    def _open_first(self, name: str) -> ParquetReader:
-        reader = open_verified(self._folder, f"{self._place}/{name}", self._schema)
-        self._footers[name] = reader.footer
-        return reader
-
-    def _open_again(self, name: str) -> ParquetReader:
+    def _open_file(self, name: str) -> ParquetReader:
         place = f"{self._place}/{name}"
-        return ParquetReader(open_source(self._folder, place), self._schema, f"{self._folder}/{place}", self._footers[name])
+        if name in self._hashed:  # as before, if its footer is: the pages that this leads to have checksums of their own
+            reader = ParquetReader(open_source(self._folder, place), self._schema, f"{self._folder}/{place}")
+            if reader.footer.digest == self._hashed[name]:
+                return reader
+            reader.close()
+        reader = open_verified(self._folder, place, self._schema)
+        self._hashed[name] = reader.footer.digest
+        return reader
 
 
 def open_verified(folder: Folder, name: str, schema: pa.Schema) -> ParquetReader:
@@ -190,12 +195,12 @@ def read_parquet(content: bytes, schema: pa.Schema, place: str) -> pa.Table:
     return pa.concat_tables(groups) if groups else schema.empty_table()
 
 
-def open_parquet(source: pa.NativeFile, schema: pa.Schema, place: str, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+def open_parquet(source: pa.NativeFile, schema: pa.Schema, place: str) -> tuple[Footer, pq.ParquetFile]:
     """An open Parquet file, its footer and schema checked, its pages checked as they are read."""
     try:
-        check_tail(source)
+        content = read_footer(source)
         file = pq.ParquetFile(
-            source, metadata=footer, page_checksum_verification=True, arrow_extensions_enabled=False,
+            source, page_checksum_verification=True, arrow_extensions_enabled=False,
             thrift_string_size_limit=FOOTER_BYTES, thrift_container_size_limit=LIST_ITEMS,
         )  # fmt: skip
         found = file.schema_arrow
@@ -204,7 +209,6 @@ def open_parquet(source: pa.NativeFile, schema: pa.Schema, place: str, footer: p
     if not found.equals(schema):
         raise CorruptShardError(f"{place}: expected the columns\n{schema}\nfound\n{found}")
     try:
-        check_footer(file.metadata, schema)
-    except PageError as error:
-        raise CorruptShardError(f"{place}: {error}. {REMEDY}") from error
-    return file
+        return parse_footer(content, schema, source.size()), file
+    except DAMAGE as error:
+        raise CorruptShardError(f"{place}: its footer is damaged ({error}). {REMEDY}") from error
