@@ -86,6 +86,7 @@ def make_scores(root: Path, count: int, length: int) -> dict[str, float]:
 
 def publish(root: Path, count: int, length: int) -> dict[str, float]:
     """Scores published from Python objects, 1,000 a shard, each shard synced to the disk."""
+    del count
     generator = np.random.default_rng(1)
     index = ScoreIndex(LocalFolder(root), "scores")
     batches = [
