@@ -42,7 +42,7 @@ class ScoreIndex:
         """See the shards that were published, by anyone, since the index was opened."""
         known = set(self._shards)
         names = [name for name in self._folder.names(self._place) if name.endswith(".parquet") and name not in known]
-        self._add({name: self._read_keys(name) for name in names})
+        self._add(names, [self._read_keys(name) for name in names])
 
     def contains(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
         """Which of the keys are scored: bool `[len(keys)]`."""
@@ -73,7 +73,7 @@ class ScoreIndex:
         name = name_by_content(content)
         self._folder.publish(f"{self._place}/{name}", content)
         if name not in self._shards:
-            self._add({name: np.array([key for key, _ in scores], KEY_DTYPE)})
+            self._add([name], [np.array([key for key, _ in scores], KEY_DTYPE)])
         return len(content)
 
     def _fetch_shard(self, shard: int, wanted: np.ndarray, rows: np.ndarray, places: np.ndarray, found: list[Score]) -> None:
@@ -90,13 +90,16 @@ class ScoreIndex:
                 for place, token_logps in zip(inside.tolist(), values, strict=True):
                     found[place] = Score(token_logps)
 
-    def _add(self, keys_by_shard: dict[str, np.ndarray]) -> None:
-        lengths = [len(keys) for keys in keys_by_shard.values()]
+    def _add(self, names: list[str], keys: list[np.ndarray]) -> None:
+        """Enter shards with their keys; the list is emptied, so that no key is held twice."""
+        if not names:
+            return
         first = int(self._starts[-1])
-        self._shards.extend(keys_by_shard)
-        self._starts = np.concatenate([self._starts, first + np.cumsum(lengths, dtype=np.int64)])
-        if lengths:
-            self._table.add(np.concatenate(list(keys_by_shard.values())), first)
+        self._shards.extend(names)
+        self._starts = np.concatenate([self._starts, first + np.cumsum([len(shard_keys) for shard_keys in keys], dtype=np.int64)])
+        together = np.concatenate(keys)
+        keys.clear()
+        self._table.add(together, first)
 
     def _read_keys(self, name: str) -> np.ndarray:
         if not FILE_NAME.fullmatch(name):

@@ -36,10 +36,12 @@ class KeyTable:
 
     def add(self, keys: np.ndarray, first_row: int) -> None:
         """Enter the keys (dtype S16) with their rows, which count up from `first_row`."""
-        new = np.flatnonzero(self.find(keys) < 0) if self._segments else None
-        high, low = key_halves(keys if new is None else keys[new])
-        rows = np.arange(first_row, first_row + len(keys)) if new is None else first_row + new
-        segment = _sorted_segment(high, low, rows)
+        if self._segments:
+            new = np.flatnonzero(self.find(keys) < 0)
+            segment = _sorted_segment(*key_halves(keys[new]), first_row + new)
+        else:
+            segment = _sorted_segment(*key_halves(keys), None)
+            segment.rows[:] += first_row
         while self._segments and len(self._segments[-1].high) < 4 * len(segment.high):
             before = self._segments.pop()
             segment = _sorted_segment(*map(np.concatenate, zip(before, segment, strict=True)))
@@ -82,14 +84,17 @@ class _Segment:
         return np.where((start < stop) & (self.low[at] == low), at, -1)
 
 
-def _sorted_segment(high: np.ndarray, low: np.ndarray, rows: np.ndarray) -> _Segment:
-    """These entries by key; of equal keys the one with the smallest row."""
-    if (high[1:] <= high[:-1]).any():
-        order = np.argsort(high)
-        in_order = high[order]
-        if (in_order[1:] == in_order[:-1]).any():
-            order = np.lexsort((rows, low, high))
-        high, low, rows = high[order], low[order], rows[order]
+def _sorted_segment(high: np.ndarray, low: np.ndarray, rows: np.ndarray | None) -> _Segment:
+    """These entries by key; of equal keys the one with the smallest row. Without rows they are numbered from 0.
+
+    Careful with memory: what is sorted takes 24 bytes a key, and nothing else as large is held beside it for long.
+    """
+    order = np.arange(len(high)) if (high[1:] > high[:-1]).all() else np.argsort(high)
+    if (high[order[1:]] == high[order[:-1]]).any():
+        order = np.lexsort((low, high) if rows is None else (rows, low, high))
+    high = high[order]
+    low = low[order]
+    rows = order if rows is None else rows[order]
     repeated = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
     if repeated.any():
         kept = np.concatenate([[True], ~repeated])

@@ -25,7 +25,7 @@ from dpo_cache.store.parquet import ParquetBuilder, name_by_content
 from dpo_cache.store.shards import SHARD_SCHEMA, cut, keys_of, open_shard, read_keys, read_shard, table_bytes
 
 SHARD_BYTES = 128 * 2**20  # a merged shard; it is held in memory while it is written
-RUN_BYTES = 256 * 2**20  # what is sorted in memory at once
+RUN_BYTES = 128 * 2**20  # what is sorted in memory at once
 
 
 def write_sorted_shards(folder: Folder, place: str, tables: Iterable[pa.Table], *, shard_bytes: int = SHARD_BYTES) -> Iterator[str]:

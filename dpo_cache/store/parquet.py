@@ -36,6 +36,7 @@ class ParquetBuilder:
         self._writer = pq.ParquetWriter(
             self._sink, schema, compression="zstd", use_dictionary=False, write_page_checksum=True, store_schema=False,
             column_encoding=float_encodings(schema),
+            write_statistics=schema.names[:1],  # key or row; those of lists make the footer twice as long and help nobody
         )  # fmt: skip
         self.num_rows = 0
 
