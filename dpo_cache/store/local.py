@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dpo_cache.errors import StorageError
+from dpo_cache.errors import CorruptShardError, StorageError
 from dpo_cache.store.disk import Disk
 from dpo_cache.store.failures import storage_error
 
@@ -61,7 +61,7 @@ class LocalFolder:
     def read(self, name: str) -> bytes:
         """The file's bytes."""
         try:
-            return self.disk.read(self.root / name)
+            return self.disk.read(self.locate(name))
         except OSError as error:
             raise storage_error("read", self.root / name, error) from error
 
@@ -94,7 +94,7 @@ class LocalFolder:
     def size(self, name: str) -> int:
         """The file's size in bytes."""
         try:
-            return self.disk.status(self.root / name).st_size
+            return self.disk.status(self.locate(name)).st_size
         except OSError as error:
             raise storage_error("read", self.root / name, error) from error
 
@@ -132,9 +132,21 @@ class LocalFolder:
     def open_parquet(self, name: str) -> Any:
         """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from: an open file, which outlives its name."""
         try:
-            return self.disk.open(self.root / name)
+            return self.disk.open(self.locate(name))
         except OSError as error:
             raise storage_error("read", self.root / name, error) from error
+
+    def locate(self, name: str) -> Path:
+        """The path of a file to read. Raises `CorruptShardError` for what is no plain file, or lies elsewhere by a link."""
+        path = self.root / name
+        mode = self.disk.status(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise CorruptShardError(f"{path}: expected a file, found a pipe, a socket or a device.\nDelete it.")
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise CorruptShardError(
+                f"{path}: a link that leads out of the cache, to {path.resolve()}.\nCopy the file here in its place, or delete the link."
+            )
+        return path
 
     def free_bytes(self) -> int | None:
         """Bytes left on the disk that holds (or will hold) the folder; None where unknown."""

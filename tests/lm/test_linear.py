@@ -74,5 +74,11 @@ def test_a_model_is_left_alone_where_that_is_slower_or_absent(monkeypatch: pytes
 
 def test_numbers_that_differ_are_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "onednn_linear", lambda inputs, weight: torch.nn.functional.linear(inputs, weight) * 1.1)
-    monkeypatch.setattr(linear, "_best_time", lambda run, repeats=5: 0.0)
+    monkeypatch.setattr(linear._Probe, "is_faster", lambda self, worth: True)
+    assert not use_fast_linear(make_llama())
+
+
+@needs_onednn
+def test_small_layers_are_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_time", lambda run: pytest.fail("timed"))
     assert not use_fast_linear(make_llama())

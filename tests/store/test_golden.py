@@ -1,4 +1,4 @@
-"""A small cache of every released format, readable forever: `tests/golden/format-<version>/`.
+"""A small cache of every released format, readable forever: `tests/golden/format-<version>[-<letter>]/`.
 
 format-1 was made once, by version 0.1.0 with pyarrow 26, and is never written again:
 
@@ -8,6 +8,8 @@ format-1 was made once, by version 0.1.0 with pyarrow 26, and is never written a
     writer = cache.write_pairs("golden", "train")
     writer.add([ScoredPair(Pair(0, one, two), ...), ScoredPair(Pair(2, one, three), ...)])
     writer.finish({"name": "golden", "split": "train", "reference": reference, "pairs_digest": ..., **DETAILS})
+
+format-1-b holds the same, written the same way when log-probs came to be stored byte by byte (`BYTE_STREAM_SPLIT`), with pyarrow 26.
 
 The third completion has a prompt of its own, as `keep-end` leaves one. All values here are written out by hand;
 the keys, the reference's id and the digest of the pairs were worked out with hashlib alone.
@@ -70,9 +72,9 @@ DETAILS = {
 }
 
 
-@pytest.fixture
-def cache() -> Cache:
-    return open_cache(GOLDEN / "format-1")
+@pytest.fixture(params=["format-1", "format-1-b"])
+def cache(request: pytest.FixtureRequest) -> Cache:
+    return open_cache(GOLDEN / request.param)
 
 
 def test_the_reference_of_format_1_is_read(cache: Cache) -> None:
@@ -105,7 +107,7 @@ def test_the_pairs_of_format_1_are_read(cache: Cache) -> None:
 def test_the_manifest_of_format_1_is_read(cache: Cache) -> None:
     manifest = dict(cache.pairs("golden").manifest)
     (part,) = manifest.pop("parts")
-    file = GOLDEN / "format-1/pairs/golden/train" / part["file"]
+    file = Path(str(cache)) / "pairs/golden/train" / part["file"]
     assert part == {"file": file.name, "rows": 2, "bytes": file.stat().st_size}
     assert manifest == {
         "format": "dpo-cache pairs",
