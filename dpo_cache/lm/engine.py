@@ -20,11 +20,7 @@ from dpo_cache.lm.budget import Budget, is_out_of_memory
 from dpo_cache.lm.forest import build_forest
 from dpo_cache.lm.logprobs import decoder_of, has_plain_head, head_of, token_logps
 from dpo_cache.lm.scoring import Progress, row_logps, score_forest, score_rows
-from dpo_cache.types import Completion
-
-# Largest and mean gap in nats per token, between forest and rows, that rounding explains, by dtype of the forward pass:
-# about ten times what ten tiny models show (docs/measurements.md), for a real model is deeper. A wrong mask gives whole nats.
-TOLERANCES = {torch.float32: (1e-3, 1e-4), torch.float16: (0.1, 0.01), torch.bfloat16: (0.5, 0.05)}
+from dpo_cache.types import TOLERANCES, Completion
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,7 @@ def _tree_logps(model: PreTrainedModel, completions: list[Completion]) -> list[t
 
 def _compare(found: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> tuple[str | None, float]:
     gaps = torch.cat([(one.cpu() - other.cpu()).abs() for one, other in zip(found, expected, strict=True)])
-    largest_allowed, mean_allowed = TOLERANCES[dtype]
+    largest_allowed, mean_allowed = TOLERANCES[str(dtype).removeprefix("torch.")]
     largest, mean = float(gaps.max()), float(gaps.mean())
     if largest <= largest_allowed and mean <= mean_allowed:  # false for NaN
         return None, largest

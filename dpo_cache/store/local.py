@@ -103,6 +103,37 @@ class LocalFolder:
             except OSError:  # not empty, or gone
                 break
 
+    def hidden(self) -> dict[str, int]:
+        """What `files` leaves out: scratch of writers at work or killed, and what was set aside; sizes in bytes by name."""
+        found: dict[str, int] = {}
+        try:
+            for parent, _, files in os.walk(self.root, onerror=_raise_unless_missing):
+                for path in (Path(parent, name) for name in files):
+                    name = path.relative_to(self.root).as_posix()
+                    if any(part.startswith(".") for part in name.split("/")):
+                        found[name] = path.lstat().st_size
+        except OSError as error:
+            raise storage_error("list", self.root, error) from error
+        return dict(sorted(found.items()))
+
+    def links(self) -> list[str]:
+        """Symbolic links below the folder: nothing that was published is one."""
+        return sorted(
+            path.relative_to(self.root).as_posix()
+            for parent, folders, files in os.walk(self.root)
+            for path in (Path(parent, name) for name in folders + files)
+            if path.is_symlink()
+        )
+
+    def modified(self, name: str) -> float | None:
+        """When the file was written, in seconds since 1970; None where it is gone."""
+        try:
+            return (self.root / name).lstat().st_mtime
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise storage_error("read", self.root / name, error) from error
+
     def open_parquet(self, name: str) -> Any:
         """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from."""
         return str(self.root / name)
