@@ -32,6 +32,28 @@ def key_array(keys: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(keys), f"S{KEY_BYTES}")
 
 
+def key_halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of such an array as two uint64 arrays, high and low: numbers that order as the bytes do, and sort far faster."""
+    halves = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)
+    return halves[:, 0].astype(np.uint64), halves[:, 1].astype(np.uint64)
+
+
+def key_order(keys: np.ndarray) -> np.ndarray:
+    """Positions that sort such an array, equal keys in the order they stand: int64 `[len(keys)]`."""
+    high, low = key_halves(keys)
+    order = np.argsort(high)
+    in_order = high[order]
+    if (in_order[1:] == in_order[:-1]).any():
+        return np.lexsort((low, high))
+    return order
+
+
+def is_sorted(keys: np.ndarray) -> bool:
+    """Whether such an array ascends, each key at most once."""
+    high, low = key_halves(keys)
+    return bool(((high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] > low[:-1]))).all())
+
+
 def key_bytes(keys: np.ndarray) -> list[bytes]:
     """Keys of such an array as bytes; its own items lose the zeros at their end."""
     content = keys.tobytes()

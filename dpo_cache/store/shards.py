@@ -5,22 +5,36 @@
     logps        float64                 sum of token_logps, in nats
     token_logps  list<float32>           natural-log probability of each completion token, all finite
 
-Plain Parquet with page checksums; the file's name is the sha256 of its bytes.
+Plain Parquet with page checksums; the file's name is the sha256 of its bytes (see `parquet.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dpo_cache.errors import CorruptShardError
+from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import KEY_BYTES
+from dpo_cache.store.parquet import (
+    REMEDY,
+    ParquetReader,
+    check_content,
+    name_by_content,
+    open_parquet,
+    open_source,
+    open_verified,
+    read_parquet,
+    write_parquet,
+)
 from dpo_cache.types import Score, split_lists
+
+__all__ = [
+    "FLOAT_LIST", "KEY", "REMEDY", "SHARD_SCHEMA", "TOKEN_LIST", "check_content", "decode_shard", "encode_shard", "key_column", "keys_of",
+    "list_array", "name_by_content", "open_parquet", "read_parquet", "read_shard", "scores_of", "write_parquet",
+]  # fmt: skip
 
 FLOAT_LIST = pa.list_(pa.field("element", pa.float32(), nullable=False))
 TOKEN_LIST = pa.list_(pa.field("element", pa.uint32(), nullable=False))
@@ -56,57 +70,59 @@ def encode_shard(scores: Sequence[tuple[bytes, Score]]) -> bytes:
 def decode_shard(content: bytes, place: str) -> tuple[np.ndarray, list[Score]]:
     """Keys `[N]` (dtype S16) and scores of a shard; `CorruptShardError` where the content is not as specified."""
     table = read_parquet(content, SHARD_SCHEMA, place)
-    token_logps = split_lists(table.column("token_logps"))
-    logps = table.column("logps").to_numpy()
-    num_tokens = table.column("num_tokens").to_numpy()
-    scores = [Score(values) for values in token_logps]
-    sums = np.array([score.logps for score in scores], np.float64)
-    agrees = not (num_tokens != [len(values) for values in token_logps]).any() and np.allclose(sums, logps, rtol=1e-9, atol=1e-9)
-    if not agrees or not np.isfinite(logps).all() or not num_tokens.all():
-        raise CorruptShardError(f"{place}: num_tokens or logps disagree with token_logps, or are no numbers. {REMEDY}")
-    return keys_of(table.column("key")), scores
+    check_scores(table, place)
+    return keys_of(table.column("key")), scores_of(table)
 
 
-def name_by_content(content: bytes) -> str:
-    """The file's name: hex sha256 of its bytes."""
-    return hashlib.sha256(content).hexdigest() + ".parquet"
-
-
-def check_content(content: bytes, name: str, place: str) -> None:
-    """Raise `CorruptShardError` unless the file's bytes hash to its name."""
-    found = name_by_content(content)
-    if found != name:
-        raise CorruptShardError(f"{place}: its bytes hash to {found[:12]}…, not to its name. {REMEDY}")
-
-
-REMEDY = "The file was changed or damaged.\nDelete it and run the `dpo-cache precompute` that made it again: it scores only what is missing."
-
-
-def write_parquet(table: pa.Table, row_group_size: int) -> bytes:
-    """Parquet bytes as every file of the cache has them: zstd, page checksums, no hidden Arrow schema."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, row_group_size=max(1, row_group_size), compression="zstd", use_dictionary=False,
-        write_page_checksum=True, store_schema=False,
-    )  # fmt: skip
-    return sink.getvalue().to_pybytes()
-
-
-def read_parquet(content: bytes, schema: pa.Schema, place: str) -> pa.Table:
-    """The table, if it has exactly this schema; else `CorruptShardError`."""
-    return open_parquet(pa.BufferReader(content), schema, place).read()
-
-
-def open_parquet(source: Any, schema: pa.Schema, place: str) -> pq.ParquetFile:
-    """An open Parquet file, its schema checked, its pages checked as they are read."""
+def read_shard(folder: Folder, place: str, name: str) -> Iterator[pa.Table]:
+    """The shard's rows, one row group at a time, all checked; its bytes are hashed before the first is handed out."""
+    reader = open_verified(folder, f"{place}/{name}", SHARD_SCHEMA)
     try:
-        file = pq.ParquetFile(source, page_checksum_verification=True, arrow_extensions_enabled=False)
-        found = file.schema_arrow
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorruptShardError(f"{place}: not readable as Parquet ({error}). {REMEDY}") from error
-    if not found.equals(schema):
-        raise CorruptShardError(f"{place}: expected the columns\n{schema}\nfound\n{found}")
-    return file
+        for group in range(len(reader.group_rows)):
+            table = reader.read_group(group)
+            check_scores(table, reader.place)
+            yield table
+    finally:
+        reader.close()
+
+
+def open_shard(folder: Folder, place: str, name: str) -> ParquetReader:
+    """The shard, open for its keys; its bytes are not hashed, so its values must not be used."""
+    return ParquetReader(open_source(folder, f"{place}/{name}"), SHARD_SCHEMA, f"{folder}/{place}/{name}")
+
+
+def read_keys(reader: ParquetReader) -> Iterator[np.ndarray]:
+    """The shard's keys, S16, one array a row group."""
+    for group in range(len(reader.group_rows)):
+        yield keys_of(reader.read_group(group, ["key"]).column("key"))
+
+
+def scores_of(table: pa.Table) -> list[Score]:
+    """One score a row, views of the table's memory."""
+    return [Score(values) for values in split_lists(table.column("token_logps"))]
+
+
+def check_scores(table: pa.Table, place: str) -> None:
+    """Raise `CorruptShardError` unless the columns of a shard agree with each other, and all values are finite."""
+    for chunk in table.to_batches():
+        lists = chunk.column("token_logps")
+        if not lists_agree(lists, chunk.column("num_tokens"), chunk.column("logps")):
+            raise CorruptShardError(f"{place}: num_tokens or logps disagree with token_logps, or are no numbers. {REMEDY}")
+
+
+def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
+    """Whether each list is finite, not empty, as long as promised, and adds up to its `logps` within 1e-9 relative."""
+    offsets, sums = token_logps.offsets.to_numpy(), logps.to_numpy()
+    lengths = np.diff(offsets)
+    if not len(lengths):
+        return True
+    if (lengths != num_tokens.to_numpy()).any() or not lengths.all():
+        return False
+    values = token_logps.values.to_numpy()[offsets[0] : offsets[-1]]
+    if not np.isfinite(values).all():
+        return False
+    added = np.add.reduceat(values, offsets[:-1] - offsets[0], dtype=np.float64)
+    return bool(np.isfinite(sums).all() and np.allclose(added, sums, rtol=1e-9, atol=1e-9))
 
 
 def key_column(keys: Sequence[bytes]) -> pa.Array:
@@ -115,7 +131,7 @@ def key_column(keys: Sequence[bytes]) -> pa.Array:
 
 def keys_of(column: pa.ChunkedArray) -> np.ndarray:
     """Keys as a numpy array of dtype S16, which sorts and compares them as bytes."""
-    chunks = [np.frombuffer(chunk.buffers()[1], f"S{KEY_BYTES}", len(chunk), chunk.offset * KEY_BYTES) for chunk in column.chunks]
+    chunks = [np.frombuffer(chunk.buffers()[1], f"S{KEY_BYTES}", len(chunk), chunk.offset * KEY_BYTES) for chunk in column.chunks if len(chunk)]
     return np.concatenate(chunks) if chunks else np.empty(0, f"S{KEY_BYTES}")
 
 
