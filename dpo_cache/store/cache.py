@@ -70,7 +70,7 @@ class Cache:
         reference_id = digest_json(identity)
         name = f"references/{reference_id}/reference.json"
         if not self.folder.exists(name):
-            self._publish_format()
+            self.publish_format()
             self.folder.publish(name, seal_document({"identity": identity, "provenance": provenance}))
         else:
             self.read_reference(reference_id)  # raises where it is damaged
@@ -107,12 +107,13 @@ class Cache:
         """A writer for the pair set `name/split`; it replaces one of that name when it finishes."""
         check_name(name)
         check_name(split)
-        self._publish_format()
+        self.publish_format()
         return PairSetWriter(self.folder, f"pairs/{name}/{split}")
 
     # -- the folder itself -----------------------------------------------------------------------------
 
-    def _publish_format(self) -> None:
+    def publish_format(self) -> None:
+        """Make the folder a cache, unless it is one."""
         if self._is_new:
             self.folder.publish("format.json", render_document(FORMAT))
             self._is_new = False

@@ -5,8 +5,8 @@ Each check raises `CorruptShardError` whose first line says what was expected an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,8 @@ from dpo_cache.store.comparing import Values, values_of
 from dpo_cache.store.documents import Document
 from dpo_cache.store.keys import completion_key, key_bytes
 from dpo_cache.store.pairs import PAIR_SCHEMA, PairsDigest
-from dpo_cache.store.shards import SHARD_SCHEMA, check_content, open_parquet
+from dpo_cache.store.parquet import ParquetReader, check_content
+from dpo_cache.store.shards import SHARD_SCHEMA
 from dpo_cache.types import Completion, split_lists
 
 
@@ -68,15 +69,12 @@ def check_manifest(manifest: Document, name: str) -> Document:
     return manifest
 
 
-def _groups(file: str, content: bytes, schema: pa.Schema) -> Any:
+def _groups(file: str, content: bytes, schema: pa.Schema) -> Iterator[pa.Table]:
     """The row groups of a Parquet file whose bytes hash to its name."""
     check_content(content, file.rpartition("/")[2], file)
-    reader = open_parquet(pa.BufferReader(content), schema, file)
-    for group in range(reader.num_row_groups):
-        try:
-            yield reader.read_row_group(group)
-        except (pa.ArrowException, OSError) as error:
-            raise CorruptShardError(f"{file}: row group {group} is not readable ({error}).") from error
+    reader = ParquetReader(pa.BufferReader(content), schema, file)
+    for group in range(len(reader.group_rows)):
+        yield reader.read_group(group)
 
 
 def _check_side(file: str, table: pa.Table, side: str) -> list[bytes]:
@@ -99,6 +97,6 @@ def _check_sums(file: str, values: Values, num_tokens: pa.ChunkedArray, logps: p
         raise CorruptShardError(f"{file}: num_tokens and the lengths of token_logps differ, or are 0.")
     if not np.isfinite(values.flat).all():
         raise CorruptShardError(f"{file}: a log-prob is NaN or infinite.")
-    sums = np.add.reduceat(values.flat.astype(np.float64), values.starts) if len(values) else np.empty(0)
+    sums = np.add.reduceat(values.flat, values.starts, dtype=np.float64)
     if not np.allclose(sums, logps.to_numpy(), rtol=1e-9, atol=1e-9):
         raise CorruptShardError(f"{file}: logps are not the sums of token_logps.")

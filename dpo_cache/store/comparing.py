@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from dpo_cache.store.files import Folder
 from dpo_cache.store.pairs import PAIR_SCHEMA
-from dpo_cache.store.shards import SHARD_SCHEMA, keys_of, open_parquet
+from dpo_cache.store.parquet import ParquetReader, open_source
+from dpo_cache.store.shards import SHARD_SCHEMA, keys_of
 from dpo_cache.types import TOLERANCES
 
 RANGE_BYTES = 128 * 2**20  # of token log-probs that are held at once
@@ -69,17 +70,24 @@ def key_ranges(num_bytes: int) -> list[KeyRange]:
 
 def shard_values(folder: Folder, name: str, keys: KeyRange = KeyRange()) -> Values:
     """What a score shard holds in the range. Its digest is not checked."""
-    file = open_parquet(folder.open_parquet(name), SHARD_SCHEMA, f"{folder}/{name}")
-    groups = (file.read_row_group(group, columns=["key", "token_logps"]) for group in range(file.num_row_groups))
-    return join([_select(values_of(table, "key", "token_logps"), keys) for table in groups])
+    columns = ["key", "token_logps"]
+    return join(_select(values_of(table, *columns), keys) for table in _read_groups(folder, name, SHARD_SCHEMA, columns))
 
 
 def part_values(folder: Folder, name: str, keys: KeyRange = KeyRange()) -> Values:
     """What a part of a pair set holds in the range, both sides of each pair. Its digest is not checked."""
-    file = open_parquet(folder.open_parquet(name), PAIR_SCHEMA, f"{folder}/{name}")
     sides = [(f"{side}_key", f"ref_{side}_token_logps") for side in ("chosen", "rejected")]
-    groups = (file.read_row_group(group, columns=[column for side in sides for column in side]) for group in range(file.num_row_groups))
-    return join([_select(values_of(table, *side), keys) for table in groups for side in sides])
+    tables = _read_groups(folder, name, PAIR_SCHEMA, [column for side in sides for column in side])
+    return join(_select(values_of(table, *side), keys) for table in tables for side in sides)
+
+
+def _read_groups(folder: Folder, name: str, schema: pa.Schema, columns: list[str]) -> Iterator[pa.Table]:
+    reader = ParquetReader(open_source(folder, name), schema, f"{folder}/{name}")
+    try:
+        for group in range(len(reader.group_rows)):
+            yield reader.read_group(group, columns)
+    finally:
+        reader.close()
 
 
 def values_of(table: pa.Table, key: str, token_logps: str) -> Values:
@@ -98,6 +106,11 @@ def join(parts: Iterable[Values]) -> Values:
         np.concatenate([part.lengths for part in parts] or [np.empty(0, np.int64)]),
         np.concatenate([part.flat for part in parts] or [np.empty(0, np.float32)]),
     )
+
+
+def distinct(values: Values) -> Values:
+    """Each completion once, its keys ascending."""
+    return values.take(np.unique(values.keys, return_index=True)[1])
 
 
 def largest_gaps(one: Values, other: Values) -> np.ndarray:

@@ -10,14 +10,16 @@ import os
 import re
 import shlex
 from dataclasses import dataclass, field
-from typing import Any
 
-from dpo_cache.errors import CacheError, CorruptShardError, NewerFormatError, NotInCacheError, first_line
+import pyarrow as pa
+
+from dpo_cache.errors import CacheError, NewerFormatError, NotInCacheError, first_line
 from dpo_cache.store.cache import Cache, open_cache, read_reference
 from dpo_cache.store.documents import Document
 from dpo_cache.store.files import Folder, open_folder
 from dpo_cache.store.pairs import PAIR_SCHEMA, read_manifest
-from dpo_cache.store.shards import SHARD_SCHEMA, open_parquet
+from dpo_cache.store.parquet import open_parquet, open_source
+from dpo_cache.store.shards import SHARD_SCHEMA
 
 _DIGEST = r"[0-9a-f]{64}"
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
@@ -131,10 +133,10 @@ def find_pair_sets(cache: Cache, name: str) -> list[str]:
 
 def count_rows(folder: Folder, name: str) -> tuple[int, int]:
     """Completions and completion tokens of a score shard, from its footer. Raises `CacheError` where that is damaged."""
-    return count_footer(folder.open_parquet(name), f"{folder}/{name}")
+    return count_footer(open_source(folder, name), f"{folder}/{name}")
 
 
-def count_footer(source: Any, place: str) -> tuple[int, int]:
+def count_footer(source: pa.NativeFile, place: str) -> tuple[int, int]:
     """The same of an open file, whose place is for the error."""
     metadata = open_parquet(source, SHARD_SCHEMA, place).metadata
     values = SHARD_SCHEMA.get_field_index("token_logps")
@@ -219,7 +221,7 @@ def _part_problem(folder: Folder, name: str, num_rows: int, files: dict[str, int
     if name not in files:
         return f"{folder}/{name}: missing, though the manifest names it"
     try:
-        found = open_parquet(folder.open_parquet(name), PAIR_SCHEMA, f"{folder}/{name}").metadata.num_rows
-    except CorruptShardError as error:
+        found = open_parquet(open_source(folder, name), PAIR_SCHEMA, f"{folder}/{name}").metadata.num_rows
+    except CacheError as error:
         return first_line(error)
     return None if found == num_rows else f"{folder}/{name}: the manifest promises {num_rows} pairs, found {found}"
