@@ -82,5 +82,5 @@ def split_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
     rows: list[np.ndarray] = []
     for chunk in column.chunks:
         offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)
-        rows.extend(values[start:end] for start, end in pairwise(offsets))
+        rows.extend(values[start:end] for start, end in pairwise(offsets.tolist()))
     return rows

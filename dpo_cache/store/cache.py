@@ -15,7 +15,7 @@ import os
 import re
 
 from dpo_cache.errors import CorruptShardError, FormatError, NewerFormatError, NotInCacheError, OptionError
-from dpo_cache.store.documents import Document, digest_json, open_sealed, parse_document, render_document, seal_document
+from dpo_cache.store.documents import Document, digest_json, parse_document, read_bounded, read_sealed, render_document, seal_document
 from dpo_cache.store.files import Folder, open_folder
 from dpo_cache.store.index import ScoreIndex
 from dpo_cache.store.pairs import PairSet, PairSetWriter, read_manifest
@@ -41,7 +41,7 @@ class Cache:
         if self._is_new:
             self._check_may_create(create)
         else:
-            self._check_format(parse_document(self.folder.read("format.json"), f"{self.folder}/format.json"))
+            self._check_format(read_bounded(self.folder, "format.json"))
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -126,9 +126,10 @@ class Cache:
             shown = ", ".join(present[:5])
             raise FormatError(f"{self}: the folder holds other things ({shown}) and no format.json.\nChoose an empty or new folder for --cache.")
 
-    def _check_format(self, found: Document) -> None:
-        if found == FORMAT:
+    def _check_format(self, content: bytes) -> None:
+        if content == render_document(FORMAT):
             return
+        found = parse_document(content, f"{self}/format.json")
         if found.get("format") == FORMAT["format"] and isinstance(found.get("version"), int) and found["version"] > FORMAT["version"]:
             raise NewerFormatError(
                 f"{self}: made by a newer dpo-cache (cache format {found['version']}, this one reads {FORMAT['version']}).\n"
@@ -142,8 +143,8 @@ def read_reference(folder: Folder, reference_id: str) -> Document:
     name = f"references/{reference_id}/reference.json"
     if not folder.exists(name):
         raise NotInCacheError(f"{folder}: no reference {reference_id}.\nRun `dpo-cache precompute` to score it.")
-    document = open_sealed(folder.read(name), f"{folder}/{name}")
-    if digest_json(document.get("identity")) != reference_id:
+    document = read_sealed(folder, name)
+    if document.keys() != {"identity", "provenance"} or digest_json(document["identity"]) != reference_id:
         raise CorruptShardError(f"{folder}/{name}: its identity does not hash to {reference_id}.")
     return document
 

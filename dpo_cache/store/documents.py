@@ -12,8 +12,12 @@ import json
 from typing import Any
 
 from dpo_cache.errors import CorruptShardError
+from dpo_cache.store.files import Folder
 
 Document = dict[str, Any]
+
+DOCUMENT_BYTES = 16 * 2**20  # at most: the manifest of some nine hundred million pairs
+REMEDY = "The file was changed or damaged. Delete it and run the `dpo-cache precompute` that made it again."
 
 
 def canonical_json(value: Any) -> bytes:
@@ -36,19 +40,29 @@ def seal_document(document: Document) -> bytes:
     return render_document({**document, "sha256": digest_json(document)})
 
 
+def read_sealed(folder: Folder, name: str) -> Document:
+    """A sealed file of the cache; see `open_sealed`."""
+    return open_sealed(read_bounded(folder, name), f"{folder}/{name}")
+
+
+def read_bounded(folder: Folder, name: str) -> bytes:
+    """The bytes of a JSON file; `CorruptShardError` for one larger than any of the cache."""
+    num_bytes = folder.size(name)
+    if num_bytes > DOCUMENT_BYTES:
+        raise CorruptShardError(f"{folder}/{name}: {num_bytes} bytes long, expected at most {DOCUMENT_BYTES}.\n{REMEDY}")
+    return folder.read(name)
+
+
 def open_sealed(content: bytes, place: str) -> Document:
     """The document inside; raises `CorruptShardError` when any byte differs from what `seal_document` wrote."""
     document = parse_document(content, place)
     seal = document.pop("sha256", None)
     try:
         is_whole = seal == digest_json(document) and seal_document(document) == content
-    except ValueError:  # NaN, infinity or a lone surrogate: json reads what JSON does not have
+    except (ValueError, RecursionError):  # NaN, infinity or a lone surrogate: json reads what JSON does not have
         is_whole = False
     if not is_whole:
-        raise CorruptShardError(
-            f"{place}: its content does not match its own digest.\n"
-            "The file was changed or damaged. Delete it and run the `dpo-cache precompute` that made it again."
-        )
+        raise CorruptShardError(f"{place}: its content does not match its own digest.\n{REMEDY}")
     return document
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -10,16 +11,9 @@ import pyarrow as pa
 from dpo_cache.errors import CorruptShardError, NotInCacheError
 from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import KEY_BYTES
-from dpo_cache.store.shards import (
-    REMEDY,
-    SHARD_SCHEMA,
-    check_content,
-    decode_shard,
-    encode_shard,
-    keys_of,
-    name_by_content,
-    open_parquet,
-)
+from dpo_cache.store.keytable import KeyTable
+from dpo_cache.store.parquet import FILE_NAME, REMEDY, ParquetReader, ParquetReaders, name_by_content
+from dpo_cache.store.shards import SHARD_SCHEMA, check_scores, encode_shard, keys_of, open_shard, read_keys
 from dpo_cache.types import Score
 
 KEY_DTYPE = f"S{KEY_BYTES}"
@@ -28,20 +22,21 @@ KEY_DTYPE = f"S{KEY_BYTES}"
 class ScoreIndex:
     """The scores of one reference: a set of shards that only grows.
 
-    Opening reads the keys alone (16 bytes a completion in memory, plus 12 for where it lies); values are
+    Opening reads the keys alone (16 bytes a completion in memory, plus 8 for where it lies); values are
     read, and their file's digest checked, when they are fetched.
     """
 
     def __init__(self, folder: Folder, place: str):
         self._folder, self._place = folder, place
+        self._readers = ParquetReaders(folder, place, SHARD_SCHEMA)
         self._shards: list[str] = []
-        self._keys = np.empty(0, KEY_DTYPE)
-        self._where = np.empty((0, 2), np.int32)  # shard, row: parallel to _keys, which is sorted
+        self._starts = np.zeros(1, np.int64)  # rows in the shards before each, and in all
+        self._table = KeyTable()
         self.refresh()
 
     def __len__(self) -> int:
         """Distinct completions."""
-        return len(self._keys)
+        return len(self._table)
 
     def refresh(self) -> None:
         """See the shards that were published, by anyone, since the index was opened."""
@@ -51,28 +46,26 @@ class ScoreIndex:
 
     def contains(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
         """Which of the keys are scored: bool `[len(keys)]`."""
-        wanted = np.array(keys, KEY_DTYPE)
-        if not len(self._keys):
-            return np.zeros(len(wanted), bool)
-        return self._keys[self._positions(wanted)] == wanted
+        return self._table.find(np.array(keys, KEY_DTYPE)) >= 0
 
     def fetch(self, keys: Sequence[bytes] | np.ndarray) -> list[Score]:
-        """The scores, in the order of the keys. Each shard that holds one of them is read once."""
-        present = self.contains(keys)
-        if not present.all():
-            missing = bytes(keys[int(np.argmin(present))])
+        """The scores, in the order of the keys. Each row group that holds one of them is read once."""
+        wanted = np.array(keys, KEY_DTYPE)
+        rows = self._table.find(wanted)
+        if (rows < 0).any():
+            missing = bytes(keys[int(np.argmin(rows))])
             raise NotInCacheError(
-                f"{self._folder}/{self._place}: {int((~present).sum())} of {len(keys)} completions are not scored, "
+                f"{self._folder}/{self._place}: {int((rows < 0).sum())} of {len(keys)} completions are not scored, "
                 f"the first is {missing.ljust(KEY_BYTES, bytes(1)).hex()}.\nRun the `dpo-cache precompute` that made this cache again."
             )
-        where = self._where[self._positions(np.array(keys, KEY_DTYPE))]
-        found: list[Score | None] = [None] * len(keys)
-        for shard in np.unique(where[:, 0]):
-            scores = self._read_scores(self._shards[shard])
-            for position in np.flatnonzero(where[:, 0] == shard):
-                values = scores[where[position, 1]].token_logps
-                found[position] = Score(values.copy())  # a view would keep the whole shard in memory
-        return found  # type: ignore[return-value]
+        found: list[Score] = [Score(np.empty(0, np.float32))] * len(keys)
+        order = np.argsort(rows, kind="stable")
+        bounds = np.searchsorted(rows[order], self._starts)
+        for shard, (start, end) in enumerate(pairwise(bounds.tolist())):
+            if start < end:
+                places = order[start:end]
+                self._fetch_shard(shard, wanted, rows - self._starts[shard], places, found)
+        return found
 
     def publish(self, scores: Sequence[tuple[bytes, Score]]) -> int:
         """Store the scores as one new shard, durably, and index it. Returns the bytes written."""
@@ -83,31 +76,47 @@ class ScoreIndex:
             self._add({name: np.array([key for key, _ in scores], KEY_DTYPE)})
         return len(content)
 
-    def _positions(self, wanted: np.ndarray) -> np.ndarray:
-        return np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+    def _fetch_shard(self, shard: int, wanted: np.ndarray, rows: np.ndarray, places: np.ndarray, found: list[Score]) -> None:
+        """Fill in the scores at these places, which lie in this shard at these rows, ascending."""
+        reader = self._readers.open(self._shards[shard])
+        starts = np.concatenate([[0], np.cumsum(reader.group_rows)])
+        bounds = np.searchsorted(rows[places], starts)
+        if bounds[-1] < len(places):
+            raise CorruptShardError(f"{reader.place}: has fewer rows than when it was opened. {REMEDY}")
+        for group, (start, end) in enumerate(pairwise(bounds.tolist())):
+            if start < end:
+                inside = places[start:end]
+                values = _read_scores(reader, group, rows[inside] - starts[group], wanted[inside])
+                for place, token_logps in zip(inside.tolist(), values, strict=True):
+                    found[place] = Score(token_logps)
 
     def _add(self, keys_by_shard: dict[str, np.ndarray]) -> None:
-        keys, where = [self._keys], [self._where]
-        for shard, shard_keys in enumerate(keys_by_shard.values(), start=len(self._shards)):
-            keys.append(shard_keys)
-            where.append(np.stack([np.full(len(shard_keys), shard), np.arange(len(shard_keys))], axis=1).astype(np.int32))
+        lengths = [len(keys) for keys in keys_by_shard.values()]
+        first = int(self._starts[-1])
         self._shards.extend(keys_by_shard)
-        self._keys, first = np.unique(np.concatenate(keys), return_index=True)
-        self._where = np.concatenate(where)[first]
+        self._starts = np.concatenate([self._starts, first + np.cumsum(lengths, dtype=np.int64)])
+        if lengths:
+            self._table.add(np.concatenate(list(keys_by_shard.values())), first)
 
     def _read_keys(self, name: str) -> np.ndarray:
-        place = f"{self._folder}/{self._place}/{name}"
-        file = open_parquet(self._folder.open_parquet(f"{self._place}/{name}"), SHARD_SCHEMA, place)
+        if not FILE_NAME.fullmatch(name):
+            raise CorruptShardError(f"{self._folder}/{self._place}/{name}: its name is no sha256. {REMEDY}")
+        reader = open_shard(self._folder, self._place, name)
         try:
-            keys = keys_of(file.read(columns=["key"]).column("key")).copy()
-        except (pa.ArrowException, OSError) as error:
-            raise CorruptShardError(f"{place}: its keys are not readable ({error}). {REMEDY}") from error
-        if len(keys) != file.metadata.num_rows or not len(keys):
-            raise CorruptShardError(f"{place}: {file.metadata.num_rows} rows promised, {len(keys)} keys read. {REMEDY}")
-        return keys
+            keys = list(read_keys(reader))
+        finally:
+            reader.close()
+        if not keys:
+            raise CorruptShardError(f"{reader.place}: has no rows. {REMEDY}")
+        return np.concatenate(keys)
 
-    def _read_scores(self, name: str) -> list[Score]:
-        place = f"{self._folder}/{self._place}/{name}"
-        content = self._folder.read(f"{self._place}/{name}")
-        check_content(content, name, place)
-        return decode_shard(content, place)[1]
+
+def _read_scores(reader: ParquetReader, group: int, rows: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
+    """Token log-probs of these rows of a row group, which must have these keys."""
+    table = reader.read_group(group)
+    check_scores(table, reader.place)
+    if (keys_of(table.column("key"))[rows] != wanted).any():
+        raise CorruptShardError(f"{reader.place}: has other keys than when it was opened. {REMEDY}")
+    asked = table.column("token_logps").take(pa.array(rows)).combine_chunks()  # a view of the row group would keep all of it in memory
+    flat = asked.values.to_numpy().copy()
+    return [flat[start:end] for start, end in pairwise(asked.offsets.to_numpy().tolist())]

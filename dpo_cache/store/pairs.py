@@ -18,6 +18,7 @@ set is wholly there or absent, and a reader keeps the parts it started with what
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,25 +27,18 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_cache.errors import CorruptShardError
-from dpo_cache.store.documents import Document, open_sealed, seal_document
+from dpo_cache.store.documents import Document, read_sealed, seal_document
 from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import completion_key
-from dpo_cache.store.shards import (
-    FLOAT_LIST,
-    KEY,
-    REMEDY,
-    TOKEN_LIST,
-    check_content,
-    key_column,
-    list_array,
-    name_by_content,
-    open_parquet,
-    write_parquet,
-)
+from dpo_cache.store.parquet import FILE_NAME, REMEDY, ParquetReader, ParquetReaders, name_by_content, write_parquet
+from dpo_cache.store.shards import FLOAT_LIST, KEY, TOKEN_LIST, key_column, list_array, list_lengths, lists_agree
 from dpo_cache.types import Completion, Pair, Score, ScoredPair, split_lists
 
 ROW_GROUP_PAIRS = 256  # the unit that is read, and shuffled, at once
 PART_PAIRS = 8192
+BLOCK_TOKENS = 8 * 2**20  # a part ends where the tokens of its last block reach this: some 64 MB in memory
+MOST_PART_PAIRS = 8192
+MANIFEST_FORMAT = "dpo-cache pairs"
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -74,9 +68,9 @@ class PairSet:
 
     def __init__(self, folder: Folder, place: str, manifest: Document):
         self._folder, self._place, self.manifest = folder, place, manifest
-        self._checked: dict[str, Any] = {}
+        self._readers = ParquetReaders(folder, place, PAIR_SCHEMA)
         self._blocks = [
-            (part["file"], group, min(ROW_GROUP_PAIRS, part["rows"] - group * ROW_GROUP_PAIRS))
+            (part, group, min(ROW_GROUP_PAIRS, part["rows"] - group * ROW_GROUP_PAIRS))
             for part in manifest["parts"]
             for group in range(-(-part["rows"] // ROW_GROUP_PAIRS))
         ]
@@ -109,26 +103,19 @@ class PairSet:
 
     def read_block(self, block: int) -> list[ScoredPair]:
         """The pairs of one block. A part's digest is checked when it is first read."""
-        name, group, num_pairs = self._blocks[block]
-        place = f"{self._folder}/{self._place}/{name}"
-        file = self._open_part(name, place)
-        try:
-            table = file.read_row_group(group)
-        except (pa.ArrowException, OSError, IndexError) as error:
-            raise CorruptShardError(f"{place}: row group {group} is not readable ({error}). {REMEDY}") from error
+        part, group, num_pairs = self._blocks[block]
+        reader = self._open_part(part)
+        table = reader.read_group(group)
         if table.num_rows != num_pairs:
-            raise CorruptShardError(f"{place}: expected {num_pairs} pairs in row group {group}, found {table.num_rows}. {REMEDY}")
+            raise CorruptShardError(f"{reader.place}: expected {num_pairs} pairs in row group {group}, found {table.num_rows}. {REMEDY}")
+        check_pairs(table, reader.place)
         return _decode_pairs(table)
 
-    def _open_part(self, name: str, place: str) -> Any:
-        if name not in self._checked:
-            check_content(self._folder.read(f"{self._place}/{name}"), name, place)
-            file = open_parquet(self._folder.open_parquet(f"{self._place}/{name}"), PAIR_SCHEMA, place)
-            promised = next(part["rows"] for part in self.manifest["parts"] if part["file"] == name)
-            if file.metadata.num_rows != promised:
-                raise CorruptShardError(f"{place}: the manifest promises {promised} pairs, found {file.metadata.num_rows}. {REMEDY}")
-            self._checked[name] = file
-        return self._checked[name]
+    def _open_part(self, part: Document) -> ParquetReader:
+        reader = self._readers.open(part["file"])
+        if reader.num_rows != part["rows"]:
+            raise CorruptShardError(f"{reader.place}: the manifest promises {part['rows']} pairs, found {reader.num_rows}. {REMEDY}")
+        return reader
 
 
 class PairSetWriter:
@@ -137,24 +124,27 @@ class PairSetWriter:
     def __init__(self, folder: Folder, place: str):
         self._folder, self._place = folder, place
         self._waiting: list[ScoredPair] = []
+        self._block_tokens = 0  # of the waiting pairs that will stand in the last row group
         self._parts: list[Document] = []
         self.bytes_written = 0
 
     def add(self, pairs: Sequence[ScoredPair]) -> None:
-        """Append pairs; full parts are written out."""
-        self._waiting.extend(pairs)
-        while len(self._waiting) >= PART_PAIRS:
-            self._write_part(self._waiting[:PART_PAIRS])
-            del self._waiting[:PART_PAIRS]
+        """Append pairs; full parts are written out, and a part ends early where its pairs are very long."""
+        for scored in pairs:
+            if len(self._waiting) % ROW_GROUP_PAIRS == 0:
+                self._block_tokens = 0
+            self._waiting.append(scored)
+            self._block_tokens += len(scored.pair.chosen) + len(scored.pair.rejected)
+            if len(self._waiting) >= PART_PAIRS or self._block_tokens >= BLOCK_TOKENS:
+                self._write_part()
 
     def finish(self, details: Document) -> Document:
         """Publish the last part, then the manifest with these details. Returns the manifest."""
         if self._waiting:
-            self._write_part(self._waiting)
-            self._waiting = []
+            self._write_part()
         manifest = {
             **details,
-            "format": "dpo-cache pairs",
+            "format": MANIFEST_FORMAT,
             "num_pairs": sum(part["rows"] for part in self._parts),
             "parts": self._parts,
         }
@@ -163,13 +153,18 @@ class PairSetWriter:
         self.bytes_written += len(content)
         return manifest
 
-    def _write_part(self, pairs: Sequence[ScoredPair]) -> None:
-        content = _encode_pairs(pairs)
+    def add_part(self, table: pa.Table) -> None:
+        """Publish rows of `PAIR_SCHEMA`, at most `PART_PAIRS` of them, as one part."""
+        content = write_parquet(table, row_group_size=ROW_GROUP_PAIRS)
         name = name_by_content(content)
         if not self._folder.exists(f"{self._place}/{name}"):
             self._folder.publish(f"{self._place}/{name}", content)
             self.bytes_written += len(content)
-        self._parts.append({"file": name, "rows": len(pairs), "bytes": len(content)})
+        self._parts.append({"file": name, "rows": len(table), "bytes": len(content)})
+
+    def _write_part(self) -> None:
+        self.add_part(_pair_table(self._waiting))
+        self._waiting = []
 
 
 class PairsDigest:
@@ -186,16 +181,59 @@ class PairsDigest:
 
 
 def read_manifest(folder: Folder, place: str) -> Document:
-    """The manifest of a pair set, checked."""
+    """The manifest of a pair set, checked: what it names are files of its own folder, of sizes that a pair set may have."""
     name = f"{place}/manifest.json"
-    manifest = open_sealed(folder.read(name), f"{folder}/{name}")
-    parts_rows = sum(part["rows"] for part in manifest["parts"])
-    if parts_rows != manifest["num_pairs"]:
-        raise CorruptShardError(f"{folder}/{name}: {manifest['num_pairs']} pairs promised, {parts_rows} in its parts.")
+    manifest = read_sealed(folder, name)
+    problem = _manifest_problem(manifest, place)
+    if problem:
+        raise CorruptShardError(f"{folder}/{name}: {problem}")
     return manifest
 
 
-def _encode_pairs(pairs: Sequence[ScoredPair]) -> bytes:
+def check_pairs(table: pa.Table, place: str) -> None:
+    """Raise `CorruptShardError` unless the columns of a pair set agree with each other, and all values are as specified."""
+    for batch in table.to_batches():
+        if not _columns_agree(batch):
+            raise CorruptShardError(f"{place}: its columns disagree with each other, or are no numbers. {REMEDY}")
+
+
+def _manifest_problem(manifest: Document, place: str) -> str | None:
+    """What is wrong with a manifest, if anything."""
+    parts = manifest.get("parts")
+    if manifest.get("format") != MANIFEST_FORMAT or not isinstance(parts, list) or not all(map(_is_part, parts)):
+        return f"expected the manifest of a {MANIFEST_FORMAT!r} with parts of at most {MOST_PART_PAIRS} pairs."
+    if f"pairs/{manifest.get('name')}/{manifest.get('split')}" != place:
+        return f"it belongs to {str(manifest.get('name'))[:128]!r}, {str(manifest.get('split'))[:128]!r}."
+    if not isinstance(manifest.get("reference"), str) or not re.fullmatch("[0-9a-f]{64}", manifest["reference"]):
+        return "its reference is no sha256."
+    parts_rows = sum(part["rows"] for part in parts)
+    if manifest.get("num_pairs") != parts_rows:
+        return f"{manifest.get('num_pairs')!r:.20} pairs promised, {parts_rows} in its parts."
+    return None
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict) or part.keys() != {"file", "rows", "bytes"}:
+        return False
+    numbers = (part["rows"], part["bytes"])
+    is_named = isinstance(part["file"], str) and FILE_NAME.fullmatch(part["file"]) is not None
+    return is_named and all(type(number) is int and number > 0 for number in numbers) and part["rows"] <= MOST_PART_PAIRS
+
+
+def _columns_agree(batch: pa.RecordBatch) -> bool:
+    for side in ("chosen", "rejected"):
+        num_tokens = batch.column(f"{side}_num_tokens")
+        if not lists_agree(batch.column(f"ref_{side}_token_logps"), num_tokens, batch.column(f"ref_{side}_logps")):
+            return False
+        if (list_lengths(batch.column(f"{side}_ids")) != num_tokens.to_numpy()).any():
+            return False
+    own = batch.column("rejected_prompt_ids")
+    has_own = own.is_valid().to_numpy(zero_copy_only=False)
+    no_prompt = (list_lengths(batch.column("prompt_ids")) == 0) | (has_own & (list_lengths(own) == 0))
+    return not no_prompt.any() and bool((batch.column("row").to_numpy() >= 0).all())
+
+
+def _pair_table(pairs: Sequence[ScoredPair]) -> pa.Table:
     sides = [(scored.pair.chosen, scored.pair.rejected) for scored in pairs]
     columns = {
         "row": pa.array([scored.pair.row for scored in pairs], pa.int64()),
@@ -212,8 +250,7 @@ def _encode_pairs(pairs: Sequence[ScoredPair]) -> bytes:
         "ref_chosen_token_logps": list_array([scored.ref_chosen.token_logps for scored in pairs], FLOAT_LIST),
         "ref_rejected_token_logps": list_array([scored.ref_rejected.token_logps for scored in pairs], FLOAT_LIST),
     }
-    table = pa.table([columns[name] for name in PAIR_SCHEMA.names], schema=PAIR_SCHEMA)
-    return write_parquet(table, row_group_size=ROW_GROUP_PAIRS)
+    return pa.table([columns[name] for name in PAIR_SCHEMA.names], schema=PAIR_SCHEMA)
 
 
 def _own_prompt(chosen: Completion, rejected: Completion) -> np.ndarray | None:
@@ -221,20 +258,20 @@ def _own_prompt(chosen: Completion, rejected: Completion) -> np.ndarray | None:
 
 
 def _decode_pairs(table: pa.Table) -> list[ScoredPair]:
-    lists = {
-        name: split_lists(table.column(name))
-        for name in ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_token_logps", "ref_rejected_token_logps")
-    }
-    own_prompts = table.column("rejected_prompt_ids").to_pylist()
-    pairs = []
-    for index, row in enumerate(table.column("row").to_pylist()):
-        prompt, own = lists["prompt_ids"][index], own_prompts[index]
-        rejected_prompt = prompt if own is None else np.array(own, np.uint32)
-        pair = Pair(
-            row,
-            chosen=Completion(prompt, lists["chosen_ids"][index]),
-            rejected=Completion(rejected_prompt, lists["rejected_ids"][index]),
+    """One object a row; their arrays are views of the table's memory."""
+    rows = table.column("row").to_pylist()
+    prompts, chosen_ids, rejected_ids, chosen_logps, rejected_logps = (
+        split_lists(table.column(name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_token_logps", "ref_rejected_token_logps")
+    )
+    own = table.column("rejected_prompt_ids")
+    if own.null_count == len(own):
+        rejected_prompts = prompts
+    else:
+        has_own = own.is_valid().to_pylist()
+        rejected_prompts = [mine if has else shared for mine, has, shared in zip(split_lists(own), has_own, prompts, strict=True)]
+    return [
+        ScoredPair(Pair(row, Completion(prompt, chosen), Completion(rejected_prompt, rejected)), Score(ref_chosen), Score(ref_rejected))
+        for row, prompt, rejected_prompt, chosen, rejected, ref_chosen, ref_rejected in zip(
+            rows, prompts, rejected_prompts, chosen_ids, rejected_ids, chosen_logps, rejected_logps, strict=True
         )
-        chosen, rejected = lists["ref_chosen_token_logps"][index], lists["ref_rejected_token_logps"][index]
-        pairs.append(ScoredPair(pair, Score(chosen), Score(rejected)))
-    return pairs
+    ]

@@ -125,6 +125,11 @@ def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array
     return bool(np.isfinite(sums).all() and np.allclose(added, sums, rtol=1e-9, atol=1e-9))
 
 
+def list_lengths(column: pa.ListArray) -> np.ndarray:
+    """Items of each list, 0 for one that is null: `[len(column)]`."""
+    return np.diff(column.offsets.to_numpy())
+
+
 def key_column(keys: Sequence[bytes]) -> pa.Array:
     return pa.array(keys, KEY)
 

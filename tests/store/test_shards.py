@@ -117,7 +117,7 @@ WRONG_COLUMNS: dict[str, Callable[[pa.Table], pa.Table]] = {
 def rewrite(change: Callable[[pa.Table], pa.Table]) -> bytes:
     table = change(read_parquet(encode_shard(make_scores(range(5))), SHARD_SCHEMA, "there"))
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, use_dictionary=False, compression="none", write_page_checksum=True, row_group_size=2)
     return sink.getvalue().to_pybytes()
 
 
