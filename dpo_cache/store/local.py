@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
+from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.failures import storage_error
 
 
@@ -46,7 +48,7 @@ class LocalFolder:
     def read(self, name: str) -> bytes:
         """The file's bytes."""
         try:
-            return (self.root / name).read_bytes()
+            return self.locate(name).read_bytes()
         except OSError as error:
             raise storage_error("read", self.root / name, error) from error
 
@@ -82,7 +84,7 @@ class LocalFolder:
     def size(self, name: str) -> int:
         """The file's size in bytes."""
         try:
-            return (self.root / name).stat().st_size
+            return self.locate(name).stat().st_size
         except OSError as error:
             raise storage_error("read", self.root / name, error) from error
 
@@ -136,7 +138,21 @@ class LocalFolder:
 
     def open_parquet(self, name: str) -> Any:
         """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from."""
-        return str(self.root / name)
+        try:
+            return str(self.locate(name))
+        except OSError as error:
+            raise storage_error("read", self.root / name, error) from error
+
+    def locate(self, name: str) -> Path:
+        """The path of a file to read. Raises `CorruptShardError` for what is no plain file, or lies elsewhere by a link."""
+        path = self.root / name
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise CorruptShardError(f"{path}: expected a file, found a pipe, a socket or a device.\nDelete it.")
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise CorruptShardError(
+                f"{path}: a link that leads out of the cache, to {path.resolve()}.\nCopy the file here in its place, or delete the link."
+            )
+        return path
 
     def free_bytes(self) -> int | None:
         """Bytes left on the disk that holds (or will hold) the folder; None where unknown."""

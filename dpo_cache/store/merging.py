@@ -17,16 +17,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from dpo_cache.store import shards
 from dpo_cache.store.failures import storage_error
 from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import is_sorted, key_order
 from dpo_cache.store.parquet import ParquetBuilder, name_by_content
-from dpo_cache.store.shards import SHARD_SCHEMA, keys_of, open_shard, read_keys, read_shard
+from dpo_cache.store.shards import SHARD_SCHEMA, cut, keys_of, open_shard, read_keys, read_shard, table_bytes
 
-GROUP_BYTES = 4 * 2**20  # a row group, what one look-up has to read
 SHARD_BYTES = 128 * 2**20  # a merged shard; it is held in memory while it is written
 RUN_BYTES = 256 * 2**20  # what is sorted in memory at once
-ROW_BYTES = 32  # of a completion without its token log-probs, roughly
 
 
 def write_sorted_shards(folder: Folder, place: str, tables: Iterable[pa.Table], *, shard_bytes: int = SHARD_BYTES) -> Iterator[str]:
@@ -36,7 +35,7 @@ def write_sorted_shards(folder: Folder, place: str, tables: Iterable[pa.Table], 
     into tables: to compact what is compact writes nothing new. Holds one shard in memory.
     """
     builder, num_bytes = ParquetBuilder(SHARD_SCHEMA), 0
-    for group in regroup(tables, GROUP_BYTES):
+    for group in regroup(tables, shards.ROW_GROUP_BYTES):
         builder.add(group)
         num_bytes += table_bytes(group)
         if num_bytes >= shard_bytes:
@@ -52,7 +51,7 @@ def merge_shards(folder: Folder, place: str, names: Sequence[str], *, scratch: P
     Shards in any order of keys are sorted `RUN_BYTES` at a time and kept in a temporary folder inside `scratch` (the
     system's, unless given) until they are merged; sorted shards of more than one row group are read as they are.
     A key in several shards is taken from one of them. Every byte is checked before a value of its shard is used:
-    raises `CorruptShardError`. Memory: `RUN_BYTES`, and `GROUP_BYTES` for each run or sorted shard.
+    raises `CorruptShardError`. Memory: `RUN_BYTES`, and `ROW_GROUP_BYTES` for each run or sorted shard.
     """
     with tempfile.TemporaryDirectory(prefix="dpo-cache-merge-", dir=scratch) as spill:
         yield from merge_sorted(list(_sorted_runs(folder, place, names, Path(spill))))
@@ -87,30 +86,10 @@ def regroup(tables: Iterable[pa.Table], most_bytes: int) -> Iterator[pa.Table]:
     for table in tables:
         waiting = pa.concat_tables([waiting, table])
         if table_bytes(waiting) > most_bytes:
-            *full, waiting = _cut(waiting, most_bytes)
+            *full, waiting = cut(waiting, most_bytes)
             yield from full
     if len(waiting):
-        yield from _cut(waiting, most_bytes)
-
-
-def table_bytes(table: pa.Table) -> int:
-    """Bytes that the rows take in memory, nearly."""
-    return int(row_bytes(table).sum())
-
-
-def row_bytes(table: pa.Table) -> np.ndarray:
-    """Bytes that each row takes in memory, nearly: int64 `[len(table)]`."""
-    return table.column("num_tokens").to_numpy().astype(np.int64) * 4 + ROW_BYTES
-
-
-def _cut(table: pa.Table, most_bytes: int) -> Iterator[pa.Table]:
-    ends = np.cumsum(row_bytes(table))
-    start = 0
-    while start < len(table):
-        spent = int(ends[start - 1]) if start else 0
-        end = max(int(np.searchsorted(ends, spent + most_bytes, side="right")), start + 1)
-        yield table.slice(start, end - start)
-        start = end
+        yield from cut(waiting, most_bytes)
 
 
 class _Head:
@@ -174,7 +153,7 @@ def _spill_run(tables: list[pa.Table], spill: Path) -> Iterator[pa.Table]:
     run = sort_table(pa.concat_tables(tables))
     try:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SHARD_SCHEMA) as writer:
-            for table in _cut(run, GROUP_BYTES):
+            for table in cut(run, shards.ROW_GROUP_BYTES):
                 writer.write_table(table.combine_chunks())
     except OSError as error:
         raise storage_error("write", path, error) from error

@@ -20,6 +20,7 @@ from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import KEY_BYTES
 from dpo_cache.store.parquet import (
     REMEDY,
+    ParquetBuilder,
     ParquetReader,
     check_content,
     name_by_content,
@@ -39,6 +40,9 @@ __all__ = [
 FLOAT_LIST = pa.list_(pa.field("element", pa.float32(), nullable=False))
 TOKEN_LIST = pa.list_(pa.field("element", pa.uint32(), nullable=False))
 KEY = pa.binary(KEY_BYTES)
+
+ROW_GROUP_BYTES = 4 * 2**20  # in memory, what one look-up has to read
+ROW_BYTES = 32  # of a completion without its token log-probs, roughly
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -64,7 +68,10 @@ def encode_shard(scores: Sequence[tuple[bytes, Score]]) -> bytes:
         ],
         schema=SHARD_SCHEMA,
     )
-    return write_parquet(table, row_group_size=len(scores))
+    builder = ParquetBuilder(SHARD_SCHEMA)
+    for group in cut(table, ROW_GROUP_BYTES):
+        builder.add(group)
+    return builder.finish()
 
 
 def decode_shard(content: bytes, place: str) -> tuple[np.ndarray, list[Score]]:
@@ -123,6 +130,27 @@ def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array
         return False
     added = np.add.reduceat(values, offsets[:-1] - offsets[0], dtype=np.float64)
     return bool(np.isfinite(sums).all() and np.allclose(added, sums, rtol=1e-9, atol=1e-9))
+
+
+def table_bytes(table: pa.Table) -> int:
+    """Bytes that the rows take in memory, nearly."""
+    return int(row_bytes(table).sum())
+
+
+def row_bytes(table: pa.Table) -> np.ndarray:
+    """Bytes that each row takes in memory, nearly: int64 `[len(table)]`."""
+    return table.column("num_tokens").to_numpy().astype(np.int64) * 4 + ROW_BYTES
+
+
+def cut(table: pa.Table, most_bytes: int) -> Iterator[pa.Table]:
+    """The table in pieces of at most `most_bytes` (one row at least), each as long as it can be."""
+    ends = np.cumsum(row_bytes(table))
+    start = 0
+    while start < len(table):
+        spent = int(ends[start - 1]) if start else 0
+        end = max(int(np.searchsorted(ends, spent + most_bytes, side="right")), start + 1)
+        yield table.slice(start, end - start)
+        start = end
 
 
 def list_lengths(column: pa.ListArray) -> np.ndarray:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_cache.errors import CorruptShardError
-from dpo_cache.store import ScoreIndex, merging
+from dpo_cache.store import ScoreIndex, merging, shards
 from dpo_cache.store.files import LocalFolder
 from dpo_cache.store.keys import key_array
 from dpo_cache.store.merging import merge_shards, merge_sorted, sort_table, write_sorted_shards
@@ -33,7 +33,7 @@ def keys_in(folder: LocalFolder, names: Sequence[str], place: str = "merged") ->
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row groups of a few rows, runs of some twenty."""
-    monkeypatch.setattr(merging, "GROUP_BYTES", 150)
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 150)
     monkeypatch.setattr(merging, "RUN_BYTES", 1000)
 
 
@@ -59,13 +59,13 @@ def test_what_is_compact_compacts_to_itself(folder: LocalFolder, small: None) ->
 
 @given(st.lists(st.lists(st.integers(0, 60), unique=True, min_size=1), min_size=1, max_size=6), st.integers(60, 900))
 @settings(max_examples=40, deadline=None)
-def test_how_completions_lie_in_shards_does_not_matter(tmp_path_factory: pytest.TempPathFactory, shards: list[list[int]], shard_bytes: int) -> None:
+def test_how_completions_lie_in_shards_does_not_matter(tmp_path_factory: pytest.TempPathFactory, numbers: list[list[int]], shard_bytes: int) -> None:
     one, other = (LocalFolder(tmp_path_factory.mktemp("cache")) for _ in range(2))
-    everything = sorted(set().union(*shards))
+    everything = sorted(set().union(*numbers))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging, "GROUP_BYTES", 100)
+        patch.setattr(shards, "ROW_GROUP_BYTES", 100)
         patch.setattr(merging, "RUN_BYTES", 300)
-        merged = compact(one, publish(one, *shards), shard_bytes=shard_bytes)
+        merged = compact(one, publish(one, *numbers), shard_bytes=shard_bytes)
         assert merged == compact(other, publish(other, everything[::-1]), shard_bytes=shard_bytes)
     assert keys_in(one, merged) == [key(number) for number in everything]
 
