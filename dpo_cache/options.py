@@ -89,6 +89,7 @@ class PrecomputeOptions(Options):
     map: tuple[str, ...] = option((), "Give a column the name a format expects, as in prompt=question; may be repeated.")
     ranked_pairs: str = option("all", "Pairs made of ranked answers: all, or the best against each.", choices=RANKED_PAIRS)
     revision: str | None = option(None, "Branch, tag or commit of a model from the Hub.")
+    expect_reference: str | None = option(None, "Id (or its first characters) of a reference in the cache that the model must be.")
     tokenizer: str | None = option(None, "Tokenizer, where it is not the model's own: a folder or a Hub id.")
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", flag="--trust-remote-code")

@@ -134,8 +134,8 @@ def matches(known: Values, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def allowed_gap(identity: dict) -> float:
-    """Largest gap in nats per token between two scores of one completion that the reference's dtype explains."""
-    return TOLERANCES.get(str(identity.get("dtype")), TOLERANCES["float32"])[0]
+    """Largest gap in nats per token between two scores of one completion that the reference's dtype explains; the widest where it is unknown."""
+    return TOLERANCES.get(str(identity.get("dtype")), TOLERANCES["bfloat16"])[0]
 
 
 @dataclass(frozen=True)

@@ -153,11 +153,16 @@ def describe_quantization(identity: Document) -> str | None:
 
 
 def precompute_line(cache: str, manifest: Document, reference: Document | None) -> str:
-    """The command that scores a pair set again, as far as its manifest and its reference tell."""
+    """The command that makes a pair set again, as far as its manifest and its reference tell."""
     made, source = manifest.get("tokenization", {}), manifest.get("source", {})
+    identity = (reference or {}).get("identity", {})
+    if "imported" in identity:
+        return shlex.join(
+            ["dpo-cache", "import", cache, source.get("dataset", "DATA"), "--reference", identity["imported"], "--name", manifest["name"]]
+        )
     model = (reference or {}).get("provenance", {}).get("model", "MODEL")
     words = ["dpo-cache", "precompute", "--model", model, "--dataset", source.get("dataset", "DATA"), "--cache", cache]
-    words += ["--name", manifest["name"], "--split", manifest["split"], "--dtype", (reference or {}).get("identity", {}).get("dtype", "auto")]
+    words += ["--name", manifest["name"], "--split", manifest["split"], "--dtype", identity.get("dtype", "auto")]
     for flag, key in (("--max-length", "max_length"), ("--truncation", "truncation"), ("--max-prompt-length", "max_prompt_length")):
         if made.get(key) is not None:
             words += [flag, made[key]]
@@ -182,7 +187,7 @@ def _read_reference(folder: Folder, reference_id: str, shards: list[str], files:
     identity = document.get("identity", {})
     return ReferenceEntry(
         id=reference_id,
-        model=document.get("provenance", {}).get("model"),
+        model=document.get("provenance", {}).get("model") or identity.get("imported"),
         dtype=identity.get("dtype"),
         quantization=describe_quantization(identity),
         shards=len(shards),

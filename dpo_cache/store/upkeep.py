@@ -21,11 +21,11 @@ from dpo_cache.store.contents import classify, count_rows, find_pair_sets
 from dpo_cache.store.documents import Document
 from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import is_sorted
-from dpo_cache.store.merging import ROW_BYTES, SHARD_BYTES, merge_shards, write_sorted_shards
+from dpo_cache.store.merging import SHARD_BYTES, merge_shards, write_sorted_shards
 from dpo_cache.store.pairs import PAIR_SCHEMA, read_manifest
 from dpo_cache.store.parquet import ParquetReader, name_by_content, open_source, write_parquet
 from dpo_cache.store.repair import QUARANTINE
-from dpo_cache.store.shards import SHARD_SCHEMA, keys_of, open_shard, read_keys, read_shard
+from dpo_cache.store.shards import ROW_BYTES, SHARD_SCHEMA, keys_of, open_shard, read_keys, read_shard
 
 GRACE_S = 3600.0
 
