@@ -61,8 +61,10 @@ class ScoreIndex:
         except StorageError:
             if all(self._folder.exists(f"{self._place}/{name}") for name in self._shards):
                 raise
-        self._begin()
-        self.refresh()
+            self._begin()
+            self.refresh()
+            if not self.contains(keys).all():
+                raise
         return self._fetch(keys)
 
     def _fetch(self, keys: Sequence[bytes] | np.ndarray) -> list[Score]:
