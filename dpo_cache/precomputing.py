@@ -323,6 +323,7 @@ class _Precompute:
         """Join the pairs with their scores and publish them, unless the very same pair set is there."""
         pair_set, digest = split.survey.pair_set, split.digest.hexdigest()
         self.report.pair_sets.append(pair_set)
+        self.cache.publish_reference(self.identity, self._provenance())  # unless it is there; `verify --repair` may have moved it aside
         if pair_set in self.cache.pair_sets():
             old = self.cache.pairs(pair_set)
             if (old.reference_id, old.manifest["pairs_digest"]) == (self.report.reference, digest) and old.is_complete():
@@ -330,7 +331,6 @@ class _Precompute:
             self.say(
                 f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}{self._what_changed(split, old)}."
             )
-        self.cache.publish_reference(self.identity, self._provenance())
         writer = self.cache.write_pairs(self.name, split.name)
         for window in split.windows:
             pairs = pairs_of(window, self.truncation)
