@@ -14,6 +14,8 @@ from dpo_cache.options import LsOptions
 if TYPE_CHECKING:
     from dpo_cache.store.contents import Contents, PairSetEntry, ReferenceEntry
 
+LONG = 100  # characters of a value that are shown; --json has all of it
+
 
 @command(LsOptions, json_help="Print it as JSON.")
 def ls_command(options: LsOptions, as_json: bool) -> None:
@@ -114,4 +116,5 @@ def _flatten(document: dict, prefix: str = "") -> list[tuple[str, object]]:
 def _plain(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return count(value)
-    return value if isinstance(value, str) and "\n" not in value else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) and "\n" not in value else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONG else f"{text[: LONG - 1]}…"
