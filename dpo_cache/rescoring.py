@@ -19,7 +19,7 @@ from dpo_cache.lm.linear import use_fast_linear
 from dpo_cache.lm.load import load_config, load_model
 from dpo_cache.store import Cache, PairSet, completion_key, open_cache
 from dpo_cache.store.identities import differing_fields
-from dpo_cache.types import TOLERANCES, Completion, Score, ScoredPair
+from dpo_cache.types import TOKEN_TOLERANCES, Completion, Score, ScoredPair
 
 Say = Callable[[str], None]
 
@@ -92,7 +92,7 @@ def _matching(cache: Cache, reference_ids: list[str], location: str, config: Pre
         document = cache.read_reference(reference_id)
         stored, name = document["identity"], document["provenance"].get("model", "unnamed")
         dtype = stored.get("dtype")
-        live = reference_identity(location, config, getattr(torch, dtype if dtype in TOLERANCES else "float32"), revision=revision)
+        live = reference_identity(location, config, getattr(torch, dtype if dtype in TOKEN_TOLERANCES else "float32"), revision=revision)
         if differing := differing_fields(stored, live):
             lines.append(f"  reference {reference_id[:12]} ({name}) and the model differ in\n" + "".join(f"    {line}\n" for line in differing))
         else:
@@ -130,7 +130,7 @@ def _report(reference_id: str, dtype: str, completions: list[Completion], stored
     gaps = [np.abs(one.token_logps.astype(np.float64) - other.token_logps) for one, other in zip(stored, found, strict=True)]
     worst = int(np.argmax([gap.max() for gap in gaps]))
     together = np.concatenate(gaps)
-    largest_allowed, mean_allowed = TOLERANCES[dtype]
+    largest_allowed, mean_allowed = TOKEN_TOLERANCES[dtype]
     return RescoreReport(
         reference=reference_id,
         completions=len(completions),

@@ -20,7 +20,9 @@ from dpo_cache.lm.budget import Budget, is_out_of_memory
 from dpo_cache.lm.forest import build_forest
 from dpo_cache.lm.logprobs import decoder_of, has_plain_head, head_of, token_logps
 from dpo_cache.lm.scoring import Progress, row_logps, score_forest, score_rows
-from dpo_cache.types import TOLERANCES, Completion
+from dpo_cache.types import TOKEN_TOLERANCES, Completion
+
+TOLERANCES = {getattr(torch, name): gaps for name, gaps in TOKEN_TOLERANCES.items()}  # between forest and rows
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def _tree_logps(model: PreTrainedModel, completions: list[Completion]) -> list[t
 
 def _compare(found: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> tuple[str | None, float]:
     gaps = torch.cat([(one.cpu() - other.cpu()).abs() for one, other in zip(found, expected, strict=True)])
-    largest_allowed, mean_allowed = TOLERANCES[str(dtype).removeprefix("torch.")]
+    largest_allowed, mean_allowed = TOLERANCES[dtype]
     largest, mean = float(gaps.max()), float(gaps.mean())
     if largest <= largest_allowed and mean <= mean_allowed:  # false for NaN
         return None, largest

@@ -17,7 +17,7 @@ from dpo_cache.store.files import Folder
 from dpo_cache.store.pairs import PAIR_SCHEMA
 from dpo_cache.store.parquet import ParquetReader, open_source
 from dpo_cache.store.shards import SHARD_SCHEMA, keys_of
-from dpo_cache.types import TOLERANCES
+from dpo_cache.types import TOKEN_TOLERANCES
 
 RANGE_BYTES = 128 * 2**20  # of token log-probs that are held at once
 KEY_SPACE = 2**64  # values of a key's first 8 bytes
@@ -135,7 +135,7 @@ def matches(known: Values, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def allowed_gap(identity: dict) -> float:
     """Largest gap in nats per token between two scores of one completion that the reference's dtype explains; the widest where it is unknown."""
-    return TOLERANCES.get(str(identity.get("dtype")), TOLERANCES["bfloat16"])[0]
+    return TOKEN_TOLERANCES.get(str(identity.get("dtype")), TOKEN_TOLERANCES["bfloat16"])[0]
 
 
 @dataclass(frozen=True)
