@@ -5,8 +5,8 @@
 
 `repair.py` moves what is bad aside.
 
-Every file is read twice, one file in memory at a time: once for its own digest, schema and values, then, where one
-completion stands in several files, for their agreement.
+Every file is read for its own digest, schema and values, one in memory at a time; then shards and pair sets are read
+again for their agreement, once for each range of keys (see `comparing.py`).
 """
 
 from __future__ import annotations
