@@ -6,7 +6,8 @@
     ├── DataError              the data set cannot be read as preferences
     ├── ModelError             the model or its tokenizer cannot be used
     ├── CacheError             the cache cannot be used
-    │   ├── FormatError        made by a newer dpo-cache, or not a cache at all
+    │   ├── FormatError        not a cache at all
+    │   │   └── NewerFormatError   made by a newer dpo-cache
     │   ├── CorruptShardError  bytes on disk are not the bytes that were written
     │   ├── NotInCacheError    the reference, pair set or score asked for is not there
     │   └── StorageError       the file system refused: full, read-only, gone
@@ -42,7 +43,11 @@ class CacheError(DpoCacheError):
 
 
 class FormatError(CacheError):
-    """The folder is no dpo-cache, or one written in a newer format."""
+    """The folder is no dpo-cache, or one written in another format."""
+
+
+class NewerFormatError(FormatError):
+    """The cache was written in a newer format than this dpo-cache reads."""
 
 
 class CorruptShardError(CacheError):

@@ -28,7 +28,15 @@ PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16")
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", required: bool = False) -> Any:
     """A dataclass field with its help text, accepted values and, where it differs from the name, its flag."""
-    metadata = {"help": help, "choices": choices, "flag": flag, "required": required}
+    metadata = {"help": help, "choices": choices, "flag": flag, "required": required, "positional": ""}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def argument(default: Any, help: str, *, name: str, choices: tuple[str, ...] = (), required: bool = False) -> Any:
+    """A dataclass field that is given by its place on the command line, under this name in the help; a tuple takes all that is left."""
+    metadata = {"help": help, "choices": choices, "flag": name, "required": required, "positional": name}
     if isinstance(default, tuple):
         return field(default_factory=lambda: default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -43,13 +51,13 @@ class Options:
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
                 object.__setattr__(self, entry.name, value)
-            if entry.name in ("split", "map") and isinstance(value, str):
+            if entry.type == "tuple[str, ...]" and isinstance(value, str):
                 object.__setattr__(self, entry.name, (value,))
             if entry.type in ("int", "int | None") and value is not None and type(value) is not int:
                 raise OptionError(f"{flag_of(entry)} {value!r}: expected a whole number.")
-            if choices and value not in choices:
+            if choices and value not in choices and (value is not None or entry.metadata["required"]):
                 raise OptionError(f"{flag_of(entry)} {value}: expected one of {', '.join(choices)}.")
-            if entry.metadata["required"] and value in (None, ""):
+            if entry.metadata["required"] and value in (None, "", ()):
                 raise OptionError(f"{flag_of(entry)} is needed.")
         self.check()
 
@@ -62,7 +70,7 @@ class Options:
 
 
 def flag_of(entry: Any) -> str:
-    """The option's flag on the command line."""
+    """The option's flag on the command line, or the name of a positional argument."""
     return entry.metadata["flag"].split("/")[0] or "--" + entry.name.replace("_", "-")
 
 
@@ -82,6 +90,7 @@ class PrecomputeOptions(Options):
     map: tuple[str, ...] = option((), "Give a column the name a format expects, as in prompt=question; may be repeated.")
     ranked_pairs: str = option("all", "Pairs made of ranked answers: all, or the best against each.", choices=RANKED_PAIRS)
     revision: str | None = option(None, "Branch, tag or commit of a model from the Hub.")
+    expect_reference: str | None = option(None, "Id (or its first characters) of a reference in the cache that the model must be.")
     tokenizer: str | None = option(None, "Tokenizer, where it is not the model's own: a folder or a Hub id.")
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", flag="--trust-remote-code")
@@ -166,6 +175,85 @@ class TrainOptions(Options):
         self._require(self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: expected 0 or more.")
         self._require(self.max_grad_norm >= 0, f"--max-grad-norm {self.max_grad_norm}: expected 0 (never clip) or more.")
         number_or_auto("--micro-tokens", self.micro_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LsOptions(Options):
+    """Options of `dpo-cache ls`."""
+
+    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    name: str | None = argument(None, "Show one in full: a pair set NAME/SPLIT, or the first characters of a reference's id.", name="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(Options):
+    """Options of `dpo-cache verify`."""
+
+    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    repair: bool = option(False, "Move bad files to CACHE/.quarantine, and say what to run to score again what was lost.", flag="--repair")
+    rescore: int | None = option(None, "Score N random completions of the pair sets again, with --model, and compare.")
+    model: str | None = option(None, "Model for --rescore: a local folder or a Hub id. It must be the reference.")
+    revision: str | None = option(None, "Branch, tag or commit of a model from the Hub.")
+    device: str = option("auto", "Where --rescore computes. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model.", flag="--trust-remote-code")
+
+    def check(self) -> None:
+        self._require((self.rescore is None) == (self.model is None), "--rescore N and --model MODEL go together.")
+        self._require(self.rescore is None or self.rescore > 0, f"--rescore {self.rescore}: expected a positive number of completions.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactOptions(Options):
+    """Options of `dpo-cache compact`."""
+
+    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    reference: str | None = option(None, "Id (or its first characters) of the only reference to compact. Default: all.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcOptions(Options):
+    """Options of `dpo-cache gc`."""
+
+    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    keep: tuple[str, ...] = option((), "Reference to keep though no pair set was scored by it: its id, or a pair set; may be repeated.")
+    scores: bool = option(False, "Drop the scores of completions, too, that no pair set holds.", flag="--scores")
+    grace: float = option(3600.0, "Leave what was written in the last so many seconds: a run may be about to need it.")
+    yes: bool = option(False, "Do it. Without, only what would go is shown.", flag="--yes")
+
+    def check(self) -> None:
+        self._require(self.grace >= 0, f"--grace {self.grace}: expected 0 or more seconds.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(Options):
+    """Options of `dpo-cache merge`."""
+
+    sources: tuple[str, ...] = argument((), "Caches to take from: folders or fsspec URLs.", name="SRC...", required=True)
+    destination: str = argument(None, "Cache that gets what it lacks; made where there is none.", name="DEST", required=True)
+    prefer: str | None = option(None, "Of pair sets of one name with other pairs, keep DEST's or take the last SRC's.", choices=("src", "dest"))
+    rename: bool = option(False, "Keep all of them, each under its name and the first characters of its digest.", flag="--rename")
+
+    def check(self) -> None:
+        self._require(not (self.prefer and self.rename), "--prefer and --rename: give one of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffOptions(Options):
+    """Options of `dpo-cache diff`."""
+
+    a: str = argument(None, "Cache: a folder or an fsspec URL.", name="A", required=True)
+    b: str = argument(None, "The other cache.", name="B", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmOptions(Options):
+    """Options of `dpo-cache rm`."""
+
+    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    kind: str = argument(None, "What to remove.", name="KIND", choices=("reference", "pairs"), required=True)
+    name: str = argument(None, "First characters of the reference's id; or NAME (all its splits) or NAME/SPLIT.", name="NAME", required=True)
+    with_pairs: bool = option(False, "Remove the reference's pair sets with it.", flag="--with-pairs")
+    yes: bool = option(False, "Do it. Without, only what would go is shown.", flag="--yes")
 
 
 def number_or_auto(flag: str, value: str) -> int | None:

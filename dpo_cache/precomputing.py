@@ -30,9 +30,10 @@ from dpo_cache.lm.linear import use_fast_linear
 from dpo_cache.lm.load import check_causal, load_config, load_model
 from dpo_cache.options import PrecomputeOptions, number_or_auto, renamed_columns
 from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_completions, pairs_of, rows_of
-from dpo_cache.store import Cache, ScoreIndex, open_cache
+from dpo_cache.store import Cache, PairSet, ScoreIndex, open_cache
 from dpo_cache.store.cache import check_name
 from dpo_cache.store.documents import digest_json
+from dpo_cache.store.identities import differing_fields
 from dpo_cache.types import Completion, Score, ScoredPair
 
 FLUSH_S = 20.0  # seconds of scoring that a crash can cost
@@ -206,8 +207,22 @@ class _Precompute:
         self.dtype = choose_dtype(options.dtype, self.device, getattr(self.config, "dtype", None))
         self.identity = reference_identity(options.model, self.config, self.dtype, revision=options.revision)
         self.report.reference = digest_json(self.identity)
+        if options.expect_reference:
+            self._check_expected(options.expect_reference)
         self.scores: ScoreIndex = self.cache.scores(self.report.reference)
         self.planner = Planner(self.scores, self.truncation, self.config, options.model)
+
+    def _check_expected(self, prefix: str) -> None:
+        """Raise `ModelError` where the model is another reference than the one that starts with these characters."""
+        if self.report.reference.startswith(prefix):
+            return
+        expected = self.cache.find_reference(prefix)
+        differing = differing_fields(self.cache.read_reference(expected)["identity"], self.identity)
+        raise ModelError(
+            f"{self.options.model} is not reference {expected[:12]} of {self.cache}: they differ in\n"
+            + "".join(f"  {line}\n" for line in differing)
+            + "Give the model, dtype and quantization that it was scored with, or leave --expect-reference out to score another reference."
+        )
 
     def _plan(self, split: SplitPlan, on_survey: OnSurvey) -> Iterator[Window]:
         """The split's windows; when they have ended, its survey is told."""
@@ -310,12 +325,14 @@ class _Precompute:
         """Join the pairs with their scores and publish them, unless the very same pair set is there."""
         pair_set, digest = split.survey.pair_set, split.digest.hexdigest()
         self.report.pair_sets.append(pair_set)
+        self.cache.publish_reference(self.identity, self._provenance())  # unless it is there; `verify --repair` may have moved it aside
         if pair_set in self.cache.pair_sets():
             old = self.cache.pairs(pair_set)
             if (old.reference_id, old.manifest["pairs_digest"]) == (self.report.reference, digest) and old.is_complete():
                 return
-            self.say(f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}.")
-        self.cache.publish_reference(self.identity, self._provenance())
+            self.say(
+                f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}{self._what_changed(split, old)}."
+            )
         writer = self.cache.write_pairs(self.name, split.name)
         for window in split.windows:
             pairs = pairs_of(window, self.truncation)
@@ -324,6 +341,15 @@ class _Precompute:
             writer.add([ScoredPair(pair, chosen, rejected) for pair, (chosen, rejected) in zip(pairs, both, strict=True)])
         writer.finish(self._manifest_details(split, digest))
         self.report.bytes_written += writer.bytes_written
+
+    def _what_changed(self, split: SplitPlan, old: PairSet) -> str:
+        """The fields of the identities that differ; under one reference, those of the tokenization."""
+        if old.reference_id != self.report.reference:
+            before, now = self.cache.read_reference(old.reference_id)["identity"], self.identity
+        else:
+            before, now = old.manifest["tokenization"], self._manifest_details(split, "")["tokenization"]
+        differing = differing_fields(before, now)
+        return f"; before and now differ in {'; '.join(differing)}" if differing else ""
 
     def _manifest_details(self, split: SplitPlan, digest: str) -> dict[str, Any]:
         options = self.options

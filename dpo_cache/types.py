@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 TokenIds = np.ndarray  # uint32 [num_tokens]
 
+# Largest and mean gap in nats per token that rounding explains between two ways to compute one log-prob, by dtype of the forward
+# pass: about ten times what ten tiny models show (docs/measurements.md), for a real model is deeper. A wrong mask gives whole nats.
+TOKEN_TOLERANCES = {"float32": (1e-3, 1e-4), "float16": (0.1, 0.01), "bfloat16": (0.5, 0.05)}
+
 
 @dataclass(frozen=True, eq=False)
 class Completion:

@@ -11,10 +11,17 @@ from typing import NoReturn
 
 import typer
 
+from dpo_cache.cli.compact import compact_command
+from dpo_cache.cli.diff import diff_command
+from dpo_cache.cli.gc import gc_command
+from dpo_cache.cli.ls import ls_command
+from dpo_cache.cli.merge import merge_command
 from dpo_cache.cli.output import remark
 from dpo_cache.cli.precompute import precompute_command
+from dpo_cache.cli.rm import rm_command
 from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, Unwinding
 from dpo_cache.cli.train import train_command
+from dpo_cache.cli.verify import verify_command
 from dpo_cache.errors import DpoCacheError, OptionError
 
 app = typer.Typer(
@@ -26,6 +33,18 @@ app = typer.Typer(
 )
 app.command("precompute")(precompute_command)
 app.command("train")(train_command)
+app.command("ls")(ls_command)
+app.command("verify")(verify_command)
+app.command("compact")(compact_command)
+app.command("gc")(gc_command)
+app.command("merge")(merge_command)
+app.command("diff")(diff_command)
+app.command("rm")(rm_command)
+
+
+def command_names() -> list[str]:
+    """Every command, in the order of the help."""
+    return [str(command.name) for command in app.registered_commands]
 
 
 def _version(value: bool) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+NUMBER = re.compile(r"[\d,]{1,11}|[\d.]+ [kMG]?B")
 QUIET_SECONDS = 10.0  # between progress lines off a terminal
 
 
@@ -21,6 +23,15 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     print(title)
     for label, value in rows:
         print(f"  {label:<{width}}  {value}")
+
+
+def print_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table, one line a row; columns of numbers and sizes stand to the right."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    numeric = [all(NUMBER.fullmatch(entry) for entry in column) for column in zip(*rows, strict=True)]
+    for row in (titles, *rows):
+        cells = [entry.rjust(width) if right else entry.ljust(width) for entry, width, right in zip(row, widths, numeric, strict=True)]
+        print("  ".join(cells).rstrip())
 
 
 def print_json(value: Any) -> None:

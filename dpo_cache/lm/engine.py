@@ -20,11 +20,9 @@ from dpo_cache.lm.budget import Budget, is_out_of_memory
 from dpo_cache.lm.forest import build_forest
 from dpo_cache.lm.logprobs import decoder_of, has_plain_head, head_of, token_logps
 from dpo_cache.lm.scoring import Progress, row_logps, score_forest, score_rows
-from dpo_cache.types import Completion
+from dpo_cache.types import TOKEN_TOLERANCES, Completion
 
-# Largest and mean gap in nats per token, between forest and rows, that rounding explains, by dtype of the forward pass:
-# about ten times what ten tiny models show (docs/measurements.md), for a real model is deeper. A wrong mask gives whole nats.
-TOLERANCES = {torch.float32: (1e-3, 1e-4), torch.float16: (0.1, 0.01), torch.bfloat16: (0.5, 0.05)}
+TOLERANCES = {getattr(torch, name): gaps for name, gaps in TOKEN_TOLERANCES.items()}  # between forest and rows
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import os
 import re
 
-from dpo_cache.errors import CorruptShardError, FormatError, NotInCacheError, OptionError
+from dpo_cache.errors import CorruptShardError, FormatError, NewerFormatError, NotInCacheError, OptionError
 from dpo_cache.store.documents import Document, digest_json, parse_document, read_bounded, read_sealed, render_document, seal_document
-from dpo_cache.store.files import open_folder
+from dpo_cache.store.files import Folder, open_folder
 from dpo_cache.store.index import ScoreIndex
 from dpo_cache.store.pairs import PairSet, PairSetWriter, read_manifest
 
@@ -63,20 +63,14 @@ class Cache:
 
     def read_reference(self, reference_id: str) -> Document:
         """`{"identity": ..., "provenance": ...}`, checked against its seal and its id."""
-        name = f"references/{reference_id}/reference.json"
-        if not self.folder.exists(name):
-            raise NotInCacheError(f"{self}: no reference {reference_id}.\nRun `dpo-cache precompute` to score it.")
-        document = read_sealed(self.folder, name)
-        if document.keys() != {"identity", "provenance"} or digest_json(document["identity"]) != reference_id:
-            raise CorruptShardError(f"{self}/{name}: its identity does not hash to {reference_id}.")
-        return document
+        return read_reference(self.folder, reference_id)
 
     def publish_reference(self, identity: Document, provenance: Document) -> str:
         """Enter a reference, unless it is here already. Returns its id."""
         reference_id = digest_json(identity)
         name = f"references/{reference_id}/reference.json"
         if not self.folder.exists(name):
-            self._publish_format()
+            self.publish_format()
             self.folder.publish(name, seal_document({"identity": identity, "provenance": provenance}))
         else:
             self.read_reference(reference_id)  # raises where it is damaged
@@ -113,12 +107,13 @@ class Cache:
         """A writer for the pair set `name/split`; it replaces one of that name when it finishes."""
         check_name(name)
         check_name(split)
-        self._publish_format()
+        self.publish_format()
         return PairSetWriter(self.folder, f"pairs/{name}/{split}")
 
     # -- the folder itself -----------------------------------------------------------------------------
 
-    def _publish_format(self) -> None:
+    def publish_format(self) -> None:
+        """Make the folder a cache, unless it is one."""
         if self._is_new:
             self.folder.publish("format.json", render_document(FORMAT))
             self._is_new = False
@@ -136,11 +131,22 @@ class Cache:
             return
         found = parse_document(content, f"{self}/format.json")
         if found.get("format") == FORMAT["format"] and isinstance(found.get("version"), int) and found["version"] > FORMAT["version"]:
-            raise FormatError(
+            raise NewerFormatError(
                 f"{self}: made by a newer dpo-cache (cache format {found['version']}, this one reads {FORMAT['version']}).\n"
                 "Run `pip install --upgrade dpo-cache`, or choose another --cache."
             )
         raise FormatError(f"{self}/format.json: expected {FORMAT}, found {found}.")
+
+
+def read_reference(folder: Folder, reference_id: str) -> Document:
+    """The reference's entry in a cache folder, checked against its seal and its id."""
+    name = f"references/{reference_id}/reference.json"
+    if not folder.exists(name):
+        raise NotInCacheError(f"{folder}: no reference {reference_id}.\nRun `dpo-cache precompute` to score it.")
+    document = read_sealed(folder, name)
+    if document.keys() != {"identity", "provenance"} or digest_json(document["identity"]) != reference_id:
+        raise CorruptShardError(f"{folder}/{name}: its identity does not hash to {reference_id}.")
+    return document
 
 
 def check_name(name: str) -> str:

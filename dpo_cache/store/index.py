@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from dpo_cache.errors import CorruptShardError, NotInCacheError
+from dpo_cache.errors import CorruptShardError, NotInCacheError, StorageError
 from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import KEY_BYTES
 from dpo_cache.store.keytable import KeyTable
@@ -28,11 +28,14 @@ class ScoreIndex:
 
     def __init__(self, folder: Folder, place: str):
         self._folder, self._place = folder, place
-        self._readers = ParquetReaders(folder, place, SHARD_SCHEMA)
+        self._begin()
+        self.refresh()
+
+    def _begin(self) -> None:
+        self._readers = ParquetReaders(self._folder, self._place, SHARD_SCHEMA)
         self._shards: list[str] = []
         self._starts = np.zeros(1, np.int64)  # rows in the shards before each, and in all
         self._table = KeyTable()
-        self.refresh()
 
     def __len__(self) -> int:
         """Distinct completions."""
@@ -49,7 +52,22 @@ class ScoreIndex:
         return self._table.find(np.array(keys, KEY_DTYPE)) >= 0
 
     def fetch(self, keys: Sequence[bytes] | np.ndarray) -> list[Score]:
-        """The scores, in the order of the keys. Each row group that holds one of them is read once."""
+        """The scores, in the order of the keys. Each row group that holds one of them is read once.
+
+        A shard that was compacted away since the index was opened is looked for again in what is there now.
+        """
+        try:
+            return self._fetch(keys)
+        except StorageError:
+            if all(self._folder.exists(f"{self._place}/{name}") for name in self._shards):
+                raise
+            self._begin()
+            self.refresh()
+            if not self.contains(keys).all():
+                raise
+        return self._fetch(keys)
+
+    def _fetch(self, keys: Sequence[bytes] | np.ndarray) -> list[Score]:
         wanted = np.array(keys, KEY_DTYPE)
         rows = self._table.find(wanted)
         if (rows < 0).any():

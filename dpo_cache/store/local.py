@@ -15,7 +15,6 @@ import os
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +26,6 @@ from dpo_cache.store.failures import storage_error
 
 MARKER = "format.json"  # what makes a folder a cache
 ATTEMPTS = 5  # at a file whose folder somebody else removes, found empty, in the moment before
-STALE_S = 86_400.0  # no writer takes a day over one file
 
 
 class LocalFolder:
@@ -106,6 +104,7 @@ class LocalFolder:
                 self.disk.unlink(target)
             with suppress(FileNotFoundError):
                 self.disk.sync_folder(target.parent)
+            self._had_marker &= target != self.root / MARKER
         except OSError as error:
             raise storage_error("remove", target, error) from error
         for parent in target.parents:
@@ -116,18 +115,36 @@ class LocalFolder:
             except OSError:  # not empty, or gone
                 break
 
-    def stale_scratch(self, older_than_s: float = STALE_S) -> list[str]:
-        """Names of the dot-files that killed writers left, by default a day ago or longer; sorted.
-
-        A writer that is killed cannot clean up, and nobody else can tell its dot-file from one in use but by its
-        age. They do no harm beyond their size; whoever tidies the cache gives these names to `remove`.
-        """
-        before = time.time() - older_than_s
+    def hidden(self) -> dict[str, int]:
+        """What `files` leaves out: scratch of writers at work or killed, and what was set aside; sizes in bytes by name."""
+        found: dict[str, int] = {}
         try:
-            left = [path for path, status in self._walk(self.root) if _is_scratch(path.name) and status.st_mtime < before]
+            for parent, _, files in os.walk(self.root, onerror=_raise_unless_missing):
+                for path in (Path(parent, name) for name in files):
+                    name = path.relative_to(self.root).as_posix()
+                    if any(part.startswith(".") for part in name.split("/")):
+                        found[name] = path.lstat().st_size
         except OSError as error:
             raise storage_error("list", self.root, error) from error
-        return sorted(map(self._name, left))
+        return dict(sorted(found.items()))
+
+    def links(self) -> list[str]:
+        """Symbolic links below the folder: nothing that was published is one."""
+        return sorted(
+            path.relative_to(self.root).as_posix()
+            for parent, folders, files in os.walk(self.root)
+            for path in (Path(parent, name) for name in folders + files)
+            if path.is_symlink()
+        )
+
+    def modified(self, name: str) -> float | None:
+        """When the file was written, in seconds since 1970; None where it is gone."""
+        try:
+            return (self.root / name).lstat().st_mtime
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise storage_error("read", self.root / name, error) from error
 
     def open_parquet(self, name: str) -> Any:
         """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from: an open file, which outlives its name."""
@@ -250,5 +267,6 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _is_scratch(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

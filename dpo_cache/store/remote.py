@@ -88,6 +88,31 @@ class RemoteFolder:
         except OSError as error:
             raise storage_error("remove", f"{self.url}/{name}", error) from error
 
+    def hidden(self) -> dict[str, int]:
+        """What `files` leaves out: here, what was set aside; sizes in bytes by name."""
+        self.filesystem.invalidate_cache()
+        try:
+            found = self.filesystem.find(self.root, detail=True)
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise storage_error("list", self.url, error) from error
+        sizes = {path[len(self.root) + 1 :]: int(details["size"]) for path, details in found.items()}
+        return {name: sizes[name] for name in sorted(sizes) if any(part.startswith(".") for part in name.split("/"))}
+
+    def links(self) -> list[str]:
+        """None: an object store has no links."""
+        return []
+
+    def modified(self, name: str) -> float | None:
+        """When the file was written, in seconds since 1970; None where it is gone or the store does not say."""
+        try:
+            return self.filesystem.modified(f"{self.root}/{name}").timestamp()
+        except (FileNotFoundError, NotImplementedError, KeyError, AttributeError):
+            return None
+        except OSError as error:
+            raise storage_error("read", f"{self.url}/{name}", error) from error
+
     def open_parquet(self, name: str) -> Any:
         """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from."""
         return self.filesystem.open(f"{self.root}/{name}", "rb")

@@ -89,6 +89,8 @@ class _Run:
         self.device = choose_device(options.device)
         self.data = open_pairs(options, open_cache(options.cache))
         self.policy = open_policy(options, self.data, self.device, self.checkpoint)
+        if self.policy.differing:
+            self.say("the policy starts as another model than the reference; they differ in " + "; ".join(self.policy.differing) + ".")
         self.model = self.policy.model
         before = read_resolved(self.output).get("linear", "torch") == "onednn" if self.checkpoint else None
         self.linear = "onednn" if use_fast_linear(self.model, worth=CLEARLY_WORTH, decided=before) else "torch"

@@ -12,11 +12,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import ModelError, NotInCacheError, TrainingError
 from dpo_cache.lm.engine import Attention, choose_attention
-from dpo_cache.lm.identity import checkpoint_files, computing_fields, weights_digest
+from dpo_cache.lm.identity import reference_identity
 from dpo_cache.lm.load import load_config, load_model
 from dpo_cache.options import TrainOptions
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.documents import Document
+from dpo_cache.store.identities import differing_fields
 from dpo_cache.training.batches import held_out
 
 
@@ -45,6 +46,7 @@ class Policy:
     attention: Attention
     precision: str
     is_reference: bool  # it starts as the very model that scored the pairs
+    differing: tuple[str, ...] = ()  # fields of their identities, where it starts as another model
 
 
 def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
@@ -55,10 +57,12 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
     pairs = cache.pairs(options.pairs) if options.pairs else _only_pair_set(cache, options.eval_pairs)
     pairs.hold()
     reference_id = pairs.reference_id
-    if options.reference and cache.find_reference(options.reference) != reference_id:
+    if options.reference and (expected := cache.find_reference(options.reference)) != reference_id:
+        identities = [cache.read_reference(entry)["identity"] for entry in (reference_id, expected)]
         raise TrainingError(
-            f"pair set {pairs.name} was scored by reference {reference_id[:12]}, not by {options.reference}.\n"
-            "Leave --reference out, or run `dpo-cache precompute` with that model and another --name."
+            f"pair set {pairs.name} was scored by reference {reference_id[:12]}, not by {options.reference}; they differ in\n"
+            + "".join(f"  {line}\n" for line in differing_fields(*identities))
+            + "Leave --reference out, or run `dpo-cache precompute` with that model and another --name."
         )
     selected = np.ones(len(pairs), bool)
     eval_pairs, eval_selected = None, np.zeros(0, bool)
@@ -84,6 +88,7 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
     source, made_with = data.reference["provenance"], data.pairs.manifest["tokenization"]
     location, trust = options.model or source["model"], options.trust_remote_code
     revision = None if options.model else source.get("revision")
+    differing: tuple[str, ...] = ()
     if checkpoint:  # it holds all that is needed: where the policy started from may be gone
         is_reference, tokenizer = False, _load_tokenizer([str(checkpoint)], made_with["chat_template"], trust)
     else:
@@ -91,8 +96,9 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
             raise ModelError(f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with --model.")
         tokenizer = _load_tokenizer([made_with["tokenizer"], location], made_with["chat_template"], trust)
         identity, config = data.reference["identity"], load_config(location, revision=revision, trust_remote_code=trust)
-        same_config = computing_fields(config) == identity["config"]
-        is_reference = same_config and weights_digest(checkpoint_files(location, revision=revision)) == identity["weights"]
+        live = reference_identity(location, config, torch.float32, revision=revision)
+        differing = tuple(differing_fields(identity, {**live, "dtype": identity["dtype"]}))  # the policy's own dtype is no reason
+        is_reference = not differing
     precision = _choose_precision(options.precision, device)
     model = load_model(
         str(checkpoint or location),
@@ -102,7 +108,7 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
         trust_remote_code=trust,
     )
     attention = choose_attention(model, "auto", max_length=made_with["max_length"])
-    return Policy(model, location, tokenizer, attention, precision, is_reference)
+    return Policy(model, location, tokenizer, attention, precision, is_reference, differing)
 
 
 def _only_pair_set(cache: Cache, eval_pairs: str | None) -> PairSet:

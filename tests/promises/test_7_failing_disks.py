@@ -7,7 +7,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -282,21 +281,6 @@ def test_7_files_and_folders_have_what_the_umask_leaves(tmp_path: Path, umask: i
         os.umask(before)
     for path in (tmp_path / "cache", *(tmp_path / "cache").rglob("*")):
         assert stat.S_IMODE(path.stat().st_mode) == (folder_mode if path.is_dir() else file_mode)
-
-
-def test_7_old_scratch_is_found_and_fresh_scratch_left_alone(tmp_path: Path) -> None:
-    folder = LocalFolder(tmp_path / "cache")
-    live(folder)
-    left = folder.root / "references" / ".00112233.tmp"
-    fresh = folder.root / "references" / ".44556677.tmp"
-    left.write_bytes(b"half")
-    fresh.write_bytes(b"half")
-    two_days_ago = time.time() - 2 * 86_400
-    os.utime(left, (two_days_ago, two_days_ago))
-    assert folder.stale_scratch() == ["references/.00112233.tmp"]
-    for name in folder.stale_scratch():
-        folder.remove(name)
-    assert scratch(folder.root) == ["references/.44556677.tmp"] and faults(folder.root) == []
 
 
 def test_7_a_path_that_is_too_long_is_told_with_what_to_do(tmp_path: Path) -> None:

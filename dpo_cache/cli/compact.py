@@ -1,0 +1,41 @@
+"""`dpo-cache compact`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from dpo_cache.cli.output import count, format_bytes, print_columns, print_json
+from dpo_cache.cli.parameters import command
+from dpo_cache.options import CompactOptions
+
+
+@command(CompactOptions, json_help="Print the report as JSON.")
+def compact_command(options: CompactOptions, as_json: bool) -> None:
+    """Merge many score shards into few large ones, sorted by key.
+
+    Others may write and read meanwhile. A crash loses nothing; a cache that is compact already is left alone.
+    """
+    from dpo_cache.store import open_cache
+    from dpo_cache.store.upkeep import compact_reference
+
+    cache = open_cache(options.cache)
+    references = [cache.find_reference(options.reference)] if options.reference else cache.references()
+    done = [compact_reference(cache, reference_id) for reference_id in references]
+    if as_json:
+        print_json({"cache": str(cache), "references": [asdict(entry) for entry in done]})
+        return
+    rows = [
+        (
+            entry.reference[:12],
+            f"{count(entry.shards_before)} -> {count(entry.shards_after)}",
+            f"{format_bytes(entry.bytes_before)} -> {format_bytes(entry.bytes_after)}",
+            count(entry.completions),
+            count(entry.duplicates),
+        )
+        for entry in done
+    ]
+    if rows:
+        print_columns(("reference", "shards", "size", "completions", "duplicates dropped"), rows)
+    changed = sum(entry.shards_before != entry.shards_after or entry.bytes_before != entry.bytes_after for entry in done)
+    what = f"{count(changed)} of {count(len(done))} references compacted" if changed else "nothing to do, all is compact"
+    print(f"{cache}: {what}. Next: dpo-cache ls {cache}")

@@ -1,0 +1,68 @@
+"""`dpo-cache diff`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+from dpo_cache.cli.output import count, print_json
+from dpo_cache.cli.parameters import command
+from dpo_cache.options import DiffOptions
+
+if TYPE_CHECKING:
+    from dpo_cache.store.differences import DiffReport, ScoreDifference
+
+
+@command(DiffOptions, json_help="Print the differences as JSON.")
+def diff_command(options: DiffOptions, as_json: bool) -> None:
+    """Say in what two caches differ: references, completions, pair sets, values beyond rounding.
+
+    Exits with 0 where they are equal, with 1 where they differ (and on an error, which is said on stderr).
+    """
+    from dpo_cache.store.differences import diff_caches
+
+    report = diff_caches(options.a, options.b)
+    if as_json:
+        scores = {name: {**asdict(entry), "largest_gap": _finite(entry.largest_gap)} for name, entry in report.scores.items()}
+        print_json({**asdict(report), "scores": scores, "equal": report.is_equal})
+    else:
+        _print_report(report)
+    if not report.is_equal:
+        raise typer.Exit(1)
+
+
+def _print_report(report: DiffReport) -> None:
+    for name, cache, references, pair_sets in (
+        ("A", report.a, report.references_only_a, report.pair_sets_only_a),
+        ("B", report.b, report.references_only_b, report.pair_sets_only_b),
+    ):
+        for reference_id in references:
+            print(f"only in {name} ({cache}): reference {reference_id[:12]}")
+        for pair_set in pair_sets:
+            print(f"only in {name} ({cache}): pair set {pair_set}")
+    for reference_id, scores in report.scores.items():
+        print(f"reference {reference_id[:12]}: {_describe(scores)}")
+    for pair_set, lines in report.pair_sets.items():
+        print(f"pair set {pair_set} differs (A and B):")
+        for line in lines:
+            print(f"  {line}")
+    if report.is_equal:
+        print(f"{report.a} and {report.b} hold the same.")
+    else:
+        print(f"{report.a} and {report.b} differ. Next, for all of both: dpo-cache merge {report.a} {report.b} DEST")
+
+
+def _describe(scores: ScoreDifference) -> str:
+    text = f"{count(scores.only_a)} completions only in A, {count(scores.only_b)} only in B, {count(scores.both)} in both"
+    if not scores.differing:
+        return text
+    gap = f"by up to {scores.largest_gap:.2g} nats a token" if math.isfinite(scores.largest_gap) else "in their number of tokens"
+    return f"{text}, {count(scores.differing)} of them differ {gap}"
+
+
+def _finite(gap: float) -> float | None:
+    """JSON has no infinity: None where completions of one key differ in their number of tokens."""
+    return gap if math.isfinite(gap) else None

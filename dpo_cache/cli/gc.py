@@ -1,0 +1,38 @@
+"""`dpo-cache gc`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from dpo_cache.cli.output import count, format_bytes, print_columns, print_json
+from dpo_cache.cli.parameters import command
+from dpo_cache.options import GcOptions
+
+
+@command(GcOptions, json_help="Print what goes as JSON.")
+def gc_command(options: GcOptions, as_json: bool) -> None:
+    """Drop what nothing needs: shows what that is, and with --yes does it.
+
+    Parts that no manifest names, references that no pair set was scored by, scratch of killed writers, and what
+    `verify --repair` set aside. Pair sets stay: `rm` removes those.
+    """
+    from dpo_cache.store import open_cache
+    from dpo_cache.store.upkeep import collect_garbage, find_garbage
+
+    cache = open_cache(options.cache)
+    act = collect_garbage if options.yes else find_garbage
+    garbage = act(cache, keep=options.keep, scores=options.scores, grace_s=options.grace)
+    freed = sum(entry.bytes for entry in garbage)
+    if as_json:
+        entries = [asdict(entry) for entry in garbage]
+        print_json({"cache": str(cache), "removed": options.yes, "files": len(garbage), "bytes": freed, "garbage": entries})
+        return
+    if garbage:
+        print_columns(("file", "size", "why"), [(entry.file, format_bytes(entry.bytes), entry.why) for entry in garbage])
+    what = f"{count(len(garbage))} file{'' if len(garbage) == 1 else 's'}, {format_bytes(freed)}"
+    if options.yes:
+        print(f"{cache}: {what} removed. Next: dpo-cache ls {cache}")
+    elif garbage:
+        print(f"{cache}: {what} could go. Nothing was removed. Next: the same command with --yes")
+    else:
+        print(f"{cache}: nothing to drop that is older than {options.grace:g} s. Next: dpo-cache ls {cache}")

@@ -1,0 +1,120 @@
+"""`dpo-cache ls`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from dpo_cache.cli.output import count, format_bytes, print_columns, print_json, print_table, remark
+from dpo_cache.cli.parameters import command
+from dpo_cache.errors import NotInCacheError
+from dpo_cache.options import LsOptions
+
+if TYPE_CHECKING:
+    from dpo_cache.store.contents import Contents, PairSetEntry, ReferenceEntry
+
+LONG = 100  # characters of a value that are shown; --json has all of it
+
+
+@command(LsOptions, json_help="Print it as JSON.")
+def ls_command(options: LsOptions, as_json: bool) -> None:
+    """List what a cache holds: references with their scores, and pair sets.
+
+    Reads footers, not values, so it is fast and proves nothing; `verify` does.
+    """
+    from dpo_cache.store.contents import read_contents
+
+    contents = read_contents(options.cache)
+    if options.name:
+        _show_one(contents, options.name, as_json)
+    elif as_json:
+        print_json(asdict(contents))
+    else:
+        _print_contents(contents)
+    for problem in _damage(contents):
+        remark(f"damaged: {problem}")
+
+
+def _print_contents(contents: Contents) -> None:
+    references = [
+        (
+            entry.id[:12],
+            entry.model or "?",
+            ", ".join(word for word in (entry.dtype, entry.quantization) if word) or "?",
+            count(entry.completions),
+            count(entry.tokens),
+            format_bytes(entry.bytes),
+            count(entry.shards) + (" damaged" if entry.damage else ""),
+        )
+        for entry in contents.references
+    ]
+    if references:
+        print_columns(("reference", "model", "dtype", "completions", "tokens", "size", "shards"), references)
+        print()
+    pair_sets = [
+        (
+            entry.name,
+            count(entry.rows),
+            (entry.reference or "?")[:12],
+            entry.source or "?",
+            entry.created or "?",
+            format_bytes(entry.bytes) + (" damaged" if entry.damage else ""),
+        )
+        for entry in contents.pair_sets
+    ]
+    if pair_sets:
+        print_columns(("pair set", "pairs", "reference", "source", "made", "size"), pair_sets)
+        print()
+    other = f", {count(len(contents.other))} other files of {format_bytes(sum(contents.other.values()))}" if contents.other else ""
+    held = f"{_number(contents.references, 'reference')}, {_number(contents.pair_sets, 'pair set')}"
+    print(f"{contents.cache} holds {held}{other}: {format_bytes(contents.bytes)}. Next: {_next(contents)}")
+
+
+def _next(contents: Contents) -> str:
+    if _damage(contents):
+        return f"dpo-cache verify {contents.cache}"
+    if contents.pair_sets:
+        return f"dpo-cache train --cache {contents.cache} --pairs {contents.pair_sets[0].name} --output RUN"
+    return f"dpo-cache precompute --cache {contents.cache} --model MODEL --dataset DATA"
+
+
+def _number(entries: list, noun: str) -> str:
+    return f"{count(len(entries))} {noun}{'' if len(entries) == 1 else 's'}"
+
+
+def _damage(contents: Contents) -> list[str]:
+    entries: list[ReferenceEntry | PairSetEntry] = [*contents.references, *contents.pair_sets]
+    return contents.damage + [problem for entry in entries for problem in entry.damage]
+
+
+def _show_one(contents: Contents, name: str, as_json: bool) -> None:
+    """A pair set or a reference with all that its JSON file says."""
+    found: list[ReferenceEntry | PairSetEntry] = [entry for entry in contents.pair_sets if entry.name == name or entry.name.startswith(f"{name}/")]
+    found = found or [entry for entry in contents.references if entry.id.startswith(name)]
+    if not found:
+        known = [entry.name for entry in contents.pair_sets] + [entry.id[:12] for entry in contents.references]
+        raise NotInCacheError(f"{contents.cache}: neither a pair set nor a reference {name!r}.\nIt holds: {', '.join(known) or 'nothing'}.")
+    if as_json:
+        print_json([asdict(entry) for entry in found])
+        return
+    for entry in found:
+        values = {key: value for key, value in asdict(entry).items() if key not in ("document", "manifest", "damage", "id", "name")}
+        document = asdict(entry).get("document") or asdict(entry).get("manifest") or {}
+        rows = [(key, _plain(value)) for key, value in values.items()]
+        rows += [(key, _plain(value)) for key, value in _flatten(document) if key.split(".")[0] not in values]
+        print_table(getattr(entry, "name", None) or entry.id, rows)  # type: ignore[union-attr]
+
+
+def _flatten(document: dict, prefix: str = "") -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    for key, value in document.items():
+        rows += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
+    return rows
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return count(value)
+    text = value if isinstance(value, str) and "\n" not in value else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONG else f"{text[: LONG - 1]}…"

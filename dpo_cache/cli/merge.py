@@ -1,0 +1,39 @@
+"""`dpo-cache merge`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from dpo_cache.cli.output import ProgressLine, count, format_bytes, print_json, print_table
+from dpo_cache.cli.parameters import command
+from dpo_cache.options import MergeOptions
+
+
+@command(MergeOptions, json_help="Print the report as JSON.")
+def merge_command(options: MergeOptions, as_json: bool) -> None:
+    """Copy to a cache what it lacks of others: the union of all.
+
+    The order of the sources does not matter, and a second merge copies nothing. Every file's digest is checked on the way.
+    """
+    from dpo_cache.store.union import merge_caches
+
+    with ProgressLine("merging") as line:
+        report = merge_caches(
+            options.sources,
+            options.destination,
+            prefer=options.prefer,
+            rename=options.rename,
+            on_progress=lambda done, total: line.update(done, max(total, 1), f"{format_bytes(done)} of {format_bytes(total)}"),
+        )
+    if as_json:
+        print_json(asdict(report))
+        return
+    rows = [
+        ("files copied", f"{count(report.copied_files)} ({format_bytes(report.copied_bytes)})"),
+        ("new references", ", ".join(entry[:12] for entry in report.references) or "none"),
+        ("new pair sets", ", ".join(report.pair_sets) or "none"),
+    ]
+    rows += [("renamed", f"{before} -> {after}") for before, after in report.renamed.items()]
+    rows += [("other of that name left out", name) for name in report.kept]
+    print_table(f"{report.cache}: merged from {', '.join(options.sources)}", rows)
+    print(f"{report.cache} holds all of them. Next: dpo-cache ls {report.cache}")

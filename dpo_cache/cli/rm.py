@@ -1,0 +1,40 @@
+"""`dpo-cache rm`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from dpo_cache.cli.output import count, format_bytes, print_columns, print_json
+from dpo_cache.cli.parameters import command
+from dpo_cache.options import RmOptions
+
+
+@command(RmOptions, json_help="Print what goes as JSON.")
+def rm_command(options: RmOptions, as_json: bool) -> None:
+    """Remove a reference with its scores, or a pair set: shows what goes, and with --yes removes it.
+
+    A reference that pair sets were scored by is not removed, unless they go with it (--with-pairs).
+    """
+    from dpo_cache.store import open_cache
+    from dpo_cache.store.upkeep import plan_removal, remove_files
+
+    cache = open_cache(options.cache)
+    removal = plan_removal(cache, options.kind, options.name, with_pairs=options.with_pairs)
+    if options.yes:
+        remove_files(cache, list(removal.files))
+    freed = sum(removal.files.values())
+    if as_json:
+        print_json({"cache": str(cache), "removed": options.yes, "bytes": freed, **asdict(removal)})
+        return
+    folders = [("reference", name[:12], f"references/{name}/") for name in removal.references]
+    folders += [("pair set", name, f"pairs/{name}/") for name in removal.pair_sets]
+    rows = []
+    for kind, name, folder in folders:
+        sizes = [size for file, size in removal.files.items() if file.startswith(folder)]
+        rows.append((kind, name, count(len(sizes)), format_bytes(sum(sizes))))
+    print_columns(("", "name", "files", "size"), rows)
+    what = f"{count(len(removal.files))} files, {format_bytes(freed)}"
+    if options.yes:
+        print(f"{cache}: {what} removed. Next: dpo-cache ls {cache}")
+    else:
+        print(f"{cache}: {what} would go. Nothing was removed. Next: the same command with --yes")

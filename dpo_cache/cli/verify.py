@@ -1,0 +1,112 @@
+"""`dpo-cache verify`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+from dpo_cache.cli.output import ProgressLine, count, format_bytes, print_json, print_table
+from dpo_cache.cli.parameters import command
+from dpo_cache.options import VerifyOptions
+
+if TYPE_CHECKING:
+    from dpo_cache.rescoring import RescoreReport
+    from dpo_cache.store.repair import RepairReport
+    from dpo_cache.store.verify import VerifyReport
+
+
+@command(VerifyOptions, json_help="Print the report as JSON.")
+def verify_command(options: VerifyOptions, as_json: bool) -> None:
+    """Check every byte of a cache, and that its files agree with each other.
+
+    Exits with 1 where something is wrong. Reads everything; writes nothing without --repair.
+    """
+    from dpo_cache.store.repair import repair_cache
+    from dpo_cache.store.verify import verify_cache
+
+    with ProgressLine("verifying") as line:
+        report = verify_cache(
+            options.cache,
+            on_progress=lambda done, total: line.update(done, max(total, 1), f"{format_bytes(done)} of {format_bytes(total)}"),
+        )
+        repaired = repair_cache(options.cache, report) if options.repair and not report.is_whole else None
+        rescored = _rescore(options, line) if options.rescore else []
+    if as_json:
+        print_json(
+            {
+                **asdict(report),
+                "whole": report.is_whole,
+                "repair": {**asdict(repaired), "lost": repaired.lost} if repaired else None,
+                "rescored": [{**asdict(entry), "agrees": entry.agrees} for entry in rescored],
+            }
+        )
+    else:
+        _print_report(options, report, repaired, rescored)
+    if not report.is_whole or not all(entry.agrees for entry in rescored):
+        raise typer.Exit(1)
+
+
+def _rescore(options: VerifyOptions, line: ProgressLine) -> list[RescoreReport]:
+    from dpo_cache.rescoring import rescore
+
+    assert options.model is not None and options.rescore is not None
+    return rescore(
+        options.cache,
+        options.model,
+        options.rescore,
+        revision=options.revision,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        say=line.remark,
+    )
+
+
+def _print_report(options: VerifyOptions, report: VerifyReport, repaired: RepairReport | None, rescored: list[RescoreReport]) -> None:
+    rows = [
+        ("files", f"{count(report.files)} ({format_bytes(report.bytes)})"),
+        ("references", count(report.references)),
+        ("completions", count(report.completions)),
+        ("pair sets", count(report.pair_sets)),
+        ("pairs", count(report.pairs)),
+        ("problems", count(len(report.problems))),
+    ]
+    if report.unreferenced:
+        rows.append(("unreferenced parts", f"{count(len(report.unreferenced))} (no damage; `dpo-cache gc` drops them)"))
+    if report.unknown:
+        shown = ", ".join(report.unknown[:3]) + (", …" if len(report.unknown) > 3 else "")
+        rows.append(("files of no known kind", f"{count(len(report.unknown))} ({shown})"))
+    print_table(f"{report.cache}: {'whole' if report.is_whole else 'damaged'}", rows)
+    for problem in report.problems:
+        print(problem)
+    for entry in rescored:
+        _print_rescored(entry)
+    if repaired:
+        _print_repair(repaired)
+    elif not report.is_whole:
+        print(f"Nothing was changed. Next: dpo-cache verify {options.cache} --repair")
+    elif all(entry.agrees for entry in rescored):
+        print(f"Every file of {report.cache} is what was written. Next: dpo-cache ls {report.cache}")
+
+
+def _print_rescored(entry: RescoreReport) -> None:
+    rows = [
+        ("completions", f"{count(entry.completions)} ({count(entry.tokens)} tokens)"),
+        ("largest gap", f"{entry.largest_gap:.2g} nats a token (allowed {entry.largest_allowed:g})"),
+        ("mean gap", f"{entry.mean_gap:.2g} nats a token (allowed {entry.mean_allowed:g})"),
+    ]
+    verdict = "the live model agrees" if entry.agrees else f"THE LIVE MODEL DISAGREES, most on completion {entry.worst}"
+    print_table(f"reference {entry.reference[:12]}: {verdict}", rows)
+    if not entry.agrees:
+        print("Its scores are stale or were made on a faulty machine: remove the reference with `dpo-cache rm` and score again.")
+
+
+def _print_repair(repaired: RepairReport) -> None:
+    for moved in repaired.moved:
+        print(f"moved aside: {moved.file}" + (f"\n  to {moved.to}" if moved.to else " (a link: what it pointed to is left alone)"))
+    lost = "an unknown number of" if repaired.lost is None else f"at most {count(repaired.lost)}"
+    restored = f"{count(repaired.restored)} completions were put back from pair sets; " if repaired.restored else ""
+    print(f"{restored}{lost} completions are to be scored again. Next:")
+    for line in repaired.commands:
+        print(f"  {line}")
