@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from dpo_cache.errors import StorageError
+from dpo_cache.errors import MissingFileError, StorageError
 
 
 def storage_error(verb: str, place: Any, error: OSError) -> StorageError:
@@ -19,4 +19,5 @@ def storage_error(verb: str, place: Any, error: OSError) -> StorageError:
         errno.EEXIST: "Something in this path is a file: choose another --cache.",
     }
     hint = advice.get(error.errno or 0, "Check the path and run the same command again; what was published is kept.")
-    return StorageError(f"cannot {verb} {place}: {error.strerror or error}.\n{hint}")
+    kind = MissingFileError if verb == "read" and isinstance(error, FileNotFoundError) else StorageError
+    return kind(f"cannot {verb} {place}: {error.strerror or error}.\n{hint}")

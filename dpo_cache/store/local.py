@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,13 @@ class LocalFolder:
     def open_parquet(self, name: str) -> Any:
         """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from."""
         return str(self.root / name)
+
+    def read_part(self, name: str) -> bytes:
+        """The bytes of a file that is named by its content."""
+        return self.read(name)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Nothing: the files are here."""
 
     def free_bytes(self) -> int | None:
         """Bytes left on the disk that holds (or will hold) the folder; None where unknown."""
