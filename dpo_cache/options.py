@@ -27,7 +27,15 @@ PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16")
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", required: bool = False) -> Any:
     """A dataclass field with its help text, accepted values and, where it differs from the name, its flag."""
-    metadata = {"help": help, "choices": choices, "flag": flag, "required": required}
+    metadata = {"help": help, "choices": choices, "flag": flag, "required": required, "positional": ""}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def argument(default: Any, help: str, *, name: str, choices: tuple[str, ...] = (), required: bool = False) -> Any:
+    """A dataclass field that is given by its place on the command line, under this name in the help; a tuple takes all that is left."""
+    metadata = {"help": help, "choices": choices, "flag": name, "required": required, "positional": name}
     if isinstance(default, tuple):
         return field(default_factory=lambda: default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -42,13 +50,13 @@ class Options:
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
                 object.__setattr__(self, entry.name, value)
-            if entry.name in ("split", "map") and isinstance(value, str):
+            if entry.type == "tuple[str, ...]" and isinstance(value, str):
                 object.__setattr__(self, entry.name, (value,))
             if entry.type in ("int", "int | None") and value is not None and type(value) is not int:
                 raise OptionError(f"{flag_of(entry)} {value!r}: expected a whole number.")
             if choices and value not in choices:
                 raise OptionError(f"{flag_of(entry)} {value}: expected one of {', '.join(choices)}.")
-            if entry.metadata["required"] and value in (None, ""):
+            if entry.metadata["required"] and value in (None, "", ()):
                 raise OptionError(f"{flag_of(entry)} is needed.")
         self.check()
 
@@ -61,7 +69,7 @@ class Options:
 
 
 def flag_of(entry: Any) -> str:
-    """The option's flag on the command line."""
+    """The option's flag on the command line, or the name of a positional argument."""
     return entry.metadata["flag"].split("/")[0] or "--" + entry.name.replace("_", "-")
 
 

@@ -28,6 +28,11 @@ app.command("precompute")(precompute_command)
 app.command("train")(train_command)
 
 
+def command_names() -> list[str]:
+    """Every command, in the order of the help."""
+    return [str(command.name) for command in app.registered_commands]
+
+
 def _version(value: bool) -> None:
     if value:
         from dpo_cache import __version__
