@@ -308,7 +308,7 @@ class _Precompute:
         """Join the pairs with their scores and publish them, unless the very same pair set is there."""
         pair_set, digest = split.survey.pair_set, split.digest.hexdigest()
         self.report.pair_sets.append(pair_set)
-        if pair_set in self.cache.pair_sets():
+        if self.cache.holds_pairs(pair_set):
             old = self.cache.pairs(pair_set)
             if (old.reference_id, old.manifest["pairs_digest"]) == (self.report.reference, digest) and old.is_complete():
                 return

@@ -13,6 +13,8 @@ from typing import NoReturn
 import typer
 
 from dpo_cache.cli.precompute import precompute_command
+from dpo_cache.cli.pull import pull_command
+from dpo_cache.cli.push import push_command
 from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, terminate
 from dpo_cache.cli.train import train_command
 from dpo_cache.errors import DpoCacheError, OptionError
@@ -26,6 +28,8 @@ app = typer.Typer(
 )
 app.command("precompute")(precompute_command)
 app.command("train")(train_command)
+app.command("pull")(pull_command)
+app.command("push")(push_command)
 
 
 def command_names() -> list[str]:

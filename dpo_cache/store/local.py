@@ -108,10 +108,6 @@ class LocalFolder:
         """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from."""
         return str(self.root / name)
 
-    def read_part(self, name: str) -> bytes:
-        """The bytes of a file that is named by its content."""
-        return self.read(name)
-
     def prefetch(self, names: Iterable[str]) -> None:
         """Nothing: the files are here."""
 

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import pyarrow as pa
+
 from dpo_cache.errors import OptionError, StorageError
 
 DEFAULT_LIMIT_GB = 20.0
@@ -57,7 +59,7 @@ class Parts:
         self._whole: dict[str, tuple[int, int, int]] = {}  # name -> what its file was when its digest was found right
         self._held_bytes: int | None = None  # as last counted, and what this process has kept since
 
-    def open(self, name: str, download: Download) -> BinaryIO:
+    def open(self, name: str, download: Download) -> pa.OSFile:
         """The part, open for reading and of the digest that its name promises.
 
         It is downloaded where there is no copy, or where the copy is damaged. Raises `WrongDigestError` when a
@@ -76,10 +78,10 @@ class Parts:
         """Whether there is a copy, damaged or not."""
         return (self.folder / name).exists()
 
-    def _open_copy(self, name: str) -> BinaryIO | None:
+    def _open_copy(self, name: str) -> pa.OSFile | None:
         path = self.folder / name
         try:
-            file = open(path, "rb")  # noqa: SIM115 (handed out open)
+            file = pa.OSFile(str(path))
         except FileNotFoundError:
             return None
         status = os.fstat(file.fileno())
@@ -100,13 +102,13 @@ class Parts:
         except OSError:  # removed by another process, or kept by another user: it is only taken for older than it is
             return
 
-    def _fetch(self, name: str, download: Download, *, is_last: bool = False) -> BinaryIO | None:
+    def _fetch(self, name: str, download: Download, *, is_last: bool = False) -> pa.OSFile | None:
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self.folder / f".{_digest_of(name)}.{secrets.token_hex(4)}.tmp"
         try:
             with open(scratch, "wb") as file:
                 download(file)
-            opened = open(scratch, "rb")  # noqa: SIM115 (handed out open)
+            opened = pa.OSFile(str(scratch))
             if not _is_whole(opened, name):
                 opened.close()
                 if is_last:
@@ -162,10 +164,10 @@ def _digest_of(name: str) -> str:
     return name.removesuffix(".parquet")
 
 
-def _is_whole(file: BinaryIO, name: str) -> bool:
+def _is_whole(file: pa.OSFile, name: str) -> bool:
     """Whether the file's bytes hash to its name; it is left at its start."""
     digest = hashlib.sha256()
-    while chunk := file.read(CHUNK_BYTES):
+    while len(chunk := file.read_buffer(CHUNK_BYTES)):
         digest.update(chunk)
     file.seek(0)
     return digest.hexdigest() == _digest_of(name)

@@ -10,13 +10,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
+import pyarrow as pa
 from fsspec.core import split_protocol
 
 from dpo_cache.errors import CorruptShardError, MissingFileError, OptionError, StorageError, first_line
@@ -112,18 +112,13 @@ class RemoteFolder:
         """The file's bytes, as the store has them now. Raises `MissingFileError` where it is not there."""
         return bytes(self._call("read", name, lambda: self.filesystem.cat_file(self._path(name))))
 
-    def read_part(self, name: str) -> bytes:
-        """The bytes of a file that is named by its content, from the local copy where there is one."""
-        with self.open_parquet(name) as file:
-            return file.read()
-
-    def open_parquet(self, name: str) -> BinaryIO:
+    def open_parquet(self, name: str) -> pa.NativeFile:
         """The local copy of a part, open for reading; it is fetched first where there is none.
 
         Raises `CorruptShardError` where the store's bytes do not hash to the name.
         """
         if not is_part_name(_base(name)):
-            return io.BytesIO(self.read(name))
+            return pa.BufferReader(self.read(name))
         try:
             return self._parts.open(_base(name), lambda file: self._download(name, file))
         except WrongDigestError as error:

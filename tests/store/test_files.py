@@ -137,7 +137,9 @@ def test_paths_and_urls_open_their_kind_of_folder(tmp_path: Path) -> None:
 
 
 def test_a_url_of_no_known_kind_is_a_storage_error() -> None:
-    with pytest.raises(StorageError, match=r"^nowhere://cache: no file system for this URL \(.*\).\nUse a folder, s3://, gs://, hf:// or another URL of fsspec.$"):
+    with pytest.raises(
+        StorageError, match=r"^nowhere://cache: no file system for this URL \(.*\).\nUse a folder, s3://, gs://, hf:// or another URL of fsspec.$"
+    ):
         open_folder("nowhere://cache")
 
 
