@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 import pyarrow as pa
+from fsspec.asyn import AsyncFileSystem
 from fsspec.core import split_protocol
 
 from dpo_cache.errors import CorruptShardError, MissingFileError, OptionError, StorageError, first_line
@@ -26,6 +27,8 @@ from dpo_cache.store.retries import persist
 Result = TypeVar("Result")
 
 CONNECT_S, READ_S = 10, 60
+CALL_S, SLOWEST_BYTES_PER_S = 120.0, 100_000  # a whole call: some waits have no time-out of their own, as that for a PUT to be asked for its body
+LISTING_S = 1800.0
 CHUNK_BYTES = 32 << 20  # fetched by one request: what a broken connection costs
 THREADS = 8
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
@@ -99,7 +102,7 @@ class RemoteFolder:
         if is_part_name(_base(name)) and self._find_size(name) == len(content):
             return
         options = {"chunksize": min(max(len(content), 1), 2 << 30)} if "s3" in self.filesystem.protocol else {}  # s3fs cuts up what is larger
-        self._call("write", name, lambda: self.filesystem.pipe_file(self._path(name), content, **options))
+        self._call("write", name, lambda: self.filesystem.pipe_file(self._path(name), content, **options, **self._limit(len(content))))
         self._own[name] = True
         found = self._find_size(name)
         if found != len(content):
@@ -110,7 +113,7 @@ class RemoteFolder:
 
     def read(self, name: str) -> bytes:
         """The file's bytes, as the store has them now. Raises `MissingFileError` where it is not there."""
-        return bytes(self._call("read", name, lambda: self.filesystem.cat_file(self._path(name))))
+        return bytes(self._call("read", name, lambda: self.filesystem.cat_file(self._path(name), **self._limit(CHUNK_BYTES))))
 
     def open_parquet(self, name: str) -> pa.NativeFile:
         """The local copy of a part, open for reading; it is fetched first where there is none.
@@ -147,7 +150,7 @@ class RemoteFolder:
     def names(self, folder: str) -> list[str]:
         """Names of the files and folders directly inside, sorted; empty where there is no folder."""
         path = self._path(folder)
-        found = self._list(folder, lambda: self.filesystem.ls(path, detail=False))
+        found = self._list(folder, lambda: self.filesystem.ls(path, detail=False, **self._limit(seconds=LISTING_S)))
         listed = {_base(entry.rstrip("/")) for entry in found or () if entry.rstrip("/") != path}
         prefix = f"{folder}/" if folder else ""
         for name, is_published in list(self._own.items()):  # what the listing may not know yet is asked for by its own name
@@ -162,7 +165,7 @@ class RemoteFolder:
 
     def files(self, folder: str = "") -> dict[str, int]:
         """Every published file below the folder, by its name from the root, with its size in bytes; sorted by name."""
-        found = self._list(folder, lambda: self.filesystem.find(self._path(folder), detail=True)) or {}
+        found = self._list(folder, lambda: self.filesystem.find(self._path(folder), detail=True, **self._limit(seconds=LISTING_S))) or {}
         start = len(self.root) + 1
         sizes = {path[start:]: int(details["size"]) for path, details in found.items() if path.startswith(f"{self.root}/")}
         for name, is_published in list(self._own.items()):
@@ -183,12 +186,17 @@ class RemoteFolder:
     def remove(self, name: str) -> None:
         """Remove the file; nothing happens where it is gone already."""
         with suppress(FileNotFoundError):
-            persist("remove", f"{self.url}/{name}", lambda: self.filesystem.rm_file(self._path(name)))
+            persist("remove", f"{self.url}/{name}", lambda: self.filesystem.rm_file(self._path(name), **self._limit()))
         self._own[name] = False
 
     def free_bytes(self) -> int | None:
         """Unknown: an object store does not say."""
         return None
+
+    def _limit(self, num_bytes: int = 0, seconds: float | None = None) -> dict[str, float]:
+        """The longest that a call may take, for a file system that runs its calls on fsspec's own loop."""
+        is_async = isinstance(self.filesystem, AsyncFileSystem)
+        return {"timeout": (CALL_S if seconds is None else seconds) + num_bytes / SLOWEST_BYTES_PER_S} if is_async else {}
 
     # -- one call each ---------------------------------------------------------------------------------
 
@@ -208,7 +216,7 @@ class RemoteFolder:
         """What the store says of the file or folder of this name; None where there is neither."""
         try:
             self.filesystem.invalidate_cache()
-            return persist("look for", f"{self.url}/{name}", lambda: self.filesystem.info(self._path(name)))
+            return persist("look for", f"{self.url}/{name}", lambda: self.filesystem.info(self._path(name), **self._limit()))
         except FileNotFoundError:
             return None
 
@@ -233,7 +241,7 @@ class RemoteFolder:
             file.write(self._call("read", name, lambda start=start: self._read_range(name, start, min(start + CHUNK_BYTES, size))))  # type: ignore[misc]
 
     def _read_range(self, name: str, start: int, end: int) -> bytes:
-        content = self.filesystem.cat_file(self._path(name), start=start, end=end)
+        content = self.filesystem.cat_file(self._path(name), start=start, end=end, **self._limit(end - start))
         if len(content) != end - start:
             raise EOFError(f"{len(content)} bytes came where {end - start} were asked for")
         return content

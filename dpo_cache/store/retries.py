@@ -29,7 +29,7 @@ PASSING_TYPES = (TimeoutError, ConnectionError, EOFError, http.client.HTTPExcept
 PASSING_ERRNO = {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 PASSING_NAMES = {  # package.class: none of these packages need be installed
     "aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError", "botocore.ConnectionError", "botocore.HTTPClientError",
-    "botocore.IncompleteReadError", "botocore.ResponseParserError", "httpx.TransportError", "httpx2.TransportError",
+    "botocore.IncompleteReadError", "fsspec.FSTimeoutError", "botocore.ResponseParserError", "httpx.TransportError", "httpx2.TransportError",
     "requests.ConnectionError", "requests.Timeout", "urllib3.HTTPError",
 }  # fmt: skip
 LASTING_NAMES = {"aiohttp.ClientSSLError", "botocore.SSLError", "huggingface_hub.OfflineModeIsEnabled", "requests.SSLError"}

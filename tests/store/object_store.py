@@ -24,8 +24,15 @@ class Fault:
     """What happens to the next `times` requests of this method whose path and query hold `where`.
 
     `status` and `code` are an answer instead of the server's own; `kind` is one of
-    error, hang (no answer), reset (the connection is closed unanswered), cut (half of the body, then a reset),
-    late (keys with `hidden` in them are left out of a listing), stale (the key `hidden` stands in a listing of its folder).
+
+        none    counts, and harms nothing
+        error   `status` and `code`
+        hang    no answer
+        mute    a PUT is never asked for its body
+        reset   the connection is closed unanswered
+        cut     half of the body, then a reset
+        late    keys with `hidden` in them are left out of a listing
+        stale   the key `hidden` stands in a listing
     """
 
     kind: str
@@ -58,7 +65,7 @@ class Proxy:
 
     def next_fault(self, method: str, path: str) -> Fault | None:
         for fault in self.plan:
-            if fault.times > 0 and fault.method in ("", method) and fault.where in path:
+            if fault.kind != "mute" and fault.times > 0 and fault.method in ("", method) and fault.where in path:
                 fault.times -= 1
                 self.hit[fault.kind] += 1
                 return fault
@@ -67,6 +74,8 @@ class Proxy:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one piece: two would wait for each other's receipt
+    disable_nagle_algorithm = True
     proxy: Proxy
     server_port: int
 
@@ -86,6 +95,19 @@ class _Handler(BaseHTTPRequestHandler):
             elif fault is not None and fault.kind == "stale":
                 content = _add(content, fault.hidden)
             self._answer(status, headers, content, is_cut=fault is not None and fault.kind == "cut")
+
+    def handle_expect_100(self) -> bool:
+        """Ask for the body; under the fault `mute` let the client wait for that."""
+        fault = next((fault for fault in self.proxy.plan if fault.kind == "mute" and fault.times > 0), None)
+        if fault is not None:
+            fault.times -= 1
+            self.proxy.hit["mute"] += 1
+            time.sleep(self.proxy.hang_s)
+            self._drop()
+            return False
+        asked = super().handle_expect_100()
+        self.wfile.flush()
+        return asked
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.server_port, timeout=20)

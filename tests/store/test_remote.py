@@ -111,6 +111,15 @@ def test_a_body_that_breaks_off_is_fetched_again(s3: Proxy, monkeypatch: pytest.
     assert s3.count("GET", name) == 5 + 3, "a break costs one range, not the file"
 
 
+def test_a_put_that_is_never_asked_for_its_body_is_tried_again(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "CALL_S", 0.5)
+    s3.plan.append(Fault("mute"))
+    folder = open_folder(CACHE)
+    folder.publish("a.json", b"content")
+    assert s3.hit["mute"] == 1
+    assert folder.read("a.json") == b"content"
+
+
 def test_what_does_not_pass_ends_with_what_was_tried(s3: Proxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_cache.store.retries.SAID_AFTER_S", 0.01)
     folder = open_folder(CACHE)
@@ -169,7 +178,7 @@ def test_missing_credentials_are_told(s3: Proxy, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("url", "package"), [("s3://bucket/cache", "s3fs"), ("gs://bucket/cache", "gcsfs")])
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, url: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("fsspec.registry._registry", {})
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url.partition(":")[0], raising=False)  # type: ignore[attr-defined]
     with pytest.raises(StorageError, match=rf"^{url}: the package for this kind of URL is missing \(.*\).\nRun `pip install {package}`.$"):
         open_folder(url)
 
