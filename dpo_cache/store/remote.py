@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,7 +23,7 @@ from fsspec.core import split_protocol
 
 from dpo_cache.errors import CorruptShardError, MissingFileError, OptionError, StorageError, first_line
 from dpo_cache.store.parts import WrongDigestError, is_part_name, open_parts
-from dpo_cache.store.retries import persist
+from dpo_cache.store.retries import persist, remote_error
 
 Result = TypeVar("Result")
 
@@ -54,25 +55,12 @@ def open_remote(url: str) -> RemoteFolder:
         known = ", ".join(f"{name}://" for name in ("s3", "gs", "hf"))
         raise StorageError(f"{url}: no file system for this URL ({first_line(error)}).\nUse a folder, {known} or another URL of fsspec.") from error
     except Exception as error:  # some reach out, or look for credentials, when they are made
-        raise _refusal(url, error) from error
+        raise remote_error("open", url, error, 1, 0.0) from error
     if protocol in PACKAGES and not root.strip("/"):
         raise OptionError(f"{url}: names no {'repository' if protocol == 'hf' else 'bucket'}.\nExpected for example {protocol}://NAME/cache.")
     if protocol in ("s3", "s3a"):
         filesystem.retries = 1  # type: ignore[attr-defined]  # this room's own tries would be multiplied by those
     return RemoteFolder(filesystem, root, url)
-
-
-def _refusal(url: str, error: Exception) -> Exception:
-    def fail() -> None:
-        raise error
-
-    try:
-        persist("open", url, fail)
-    except StorageError as refused:
-        return refused
-    except FileNotFoundError:
-        pass
-    return StorageError(f"cannot open {url}: {first_line(error)}.")
 
 
 def _settings(protocol: str) -> dict[str, Any]:
@@ -113,6 +101,10 @@ class RemoteFolder:
 
     def read(self, name: str) -> bytes:
         """The file's bytes, as the store has them now. Raises `MissingFileError` where it is not there."""
+        if is_part_name(_base(name)):
+            file = io.BytesIO()
+            self._download(name, file)
+            return file.getvalue()
         return bytes(self._call("read", name, lambda: self.filesystem.cat_file(self._path(name), **self._limit(CHUNK_BYTES))))
 
     def open_parquet(self, name: str) -> pa.NativeFile:
