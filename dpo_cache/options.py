@@ -185,8 +185,9 @@ class CopyOptions(Options):
 
     def check(self) -> None:
         remote, local = (getattr(self, name).removeprefix("file://") for name in ("remote", "local"))
-        self._require("://" in remote, f"REMOTE {remote}: expected a URL such as s3://bucket/cache. Between two folders use `dpo-cache merge`.")
-        self._require("://" not in local, f"LOCAL {local}: expected a folder. Mind the order: `dpo-cache pull REMOTE LOCAL`, `push LOCAL REMOTE`.")
+        order = "Mind the order: `dpo-cache pull REMOTE LOCAL`, `dpo-cache push LOCAL REMOTE`."
+        self._require("://" not in local, f"LOCAL {local}: expected a folder.\n{order}")
+        self._require("://" in remote, f"REMOTE {remote}: expected a URL such as s3://bucket/cache.\nBetween two folders use `dpo-cache merge`.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ def test_a_run_whose_store_fails_in_the_middle_is_taken_up(
     s3: Proxy, model_folder: str, data_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precomputing, "FLUSH_S", 0.0)  # a shard a chunk
-    s3.plan += [Fault("none", "PUT", "scores", times=2), Fault("error", "PUT", times=99, status=403, code="AccessDenied")]
+    s3.plan += [Fault("none", "PUT", "scores", times=2), Fault("error", "PUT", "scores", times=99, status=403, code="AccessDenied")]
     with pytest.raises(StorageError, match="AccessDenied"):
         dpo_cache.precompute(model_folder, data_file, REMOTE, budget_tokens="64")
     s3.plan.clear()
