@@ -157,9 +157,7 @@ class RemoteFolder:
 
     def files(self, folder: str = "") -> dict[str, int]:
         """Every published file below the folder, by its name from the root, with its size in bytes; sorted by name."""
-        found = self._list(folder, lambda: self.filesystem.find(self._path(folder), detail=True, **self._limit(seconds=LISTING_S))) or {}
-        start = len(self.root) + 1
-        sizes = {path[start:]: int(details["size"]) for path, details in found.items() if path.startswith(f"{self.root}/")}
+        sizes = self._sizes(folder)
         for name, is_published in list(self._own.items()):
             if name.startswith(f"{folder}/" if folder else "") and is_published is not (name in sizes):
                 size = self._find_size(name)
@@ -167,6 +165,26 @@ class RemoteFolder:
                 if size is not None:
                     sizes[name] = size
         return {name: sizes[name] for name in sorted(sizes) if _is_safe(name)}
+
+    def hidden(self) -> dict[str, int]:
+        """What `files` leaves out: here, what was set aside; sizes in bytes by name."""
+        sizes = self._sizes("")
+        return {name: sizes[name] for name in sorted(sizes) if _is_below(name) and not _is_safe(name)}
+
+    def links(self) -> list[str]:
+        """None: an object store has no links."""
+        return []
+
+    def modified(self, name: str) -> float | None:
+        """When the file was written, in seconds since 1970; None where it is gone or the store does not say."""
+        try:
+            return persist("read", f"{self.url}/{name}", lambda: self.filesystem.modified(self._path(name))).timestamp()
+        except FileNotFoundError:
+            return None
+        except StorageError as error:
+            if isinstance(error.__cause__, NotImplementedError | KeyError):
+                return None
+            raise
 
     def size(self, name: str) -> int:
         """The file's size in bytes."""
@@ -226,6 +244,11 @@ class RemoteFolder:
         except FileNotFoundError:
             return None
 
+    def _sizes(self, folder: str) -> dict[str, int]:
+        found = self._list(folder, lambda: self.filesystem.find(self._path(folder), detail=True, **self._limit(seconds=LISTING_S))) or {}
+        start = len(self.root) + 1
+        return {path[start:]: int(details["size"]) for path, details in found.items() if path.startswith(f"{self.root}/")}
+
     def _download(self, name: str, file: BinaryIO) -> None:
         """Write the file's bytes, by ranges: a connection that breaks costs one of them."""
         size = self.size(name)
@@ -245,4 +268,8 @@ def _base(name: str) -> str:
 
 def _is_safe(name: str) -> bool:
     """Whether a listed name is one that could have been published: below the root on any system, and no dot-file."""
-    return all(part and not part.startswith(".") and not set(part) & set("\\:\0") for part in name.split("/"))
+    return _is_below(name) and not any(part.startswith(".") for part in name.split("/"))
+
+
+def _is_below(name: str) -> bool:
+    return all(part not in ("", ".", "..") and not set(part) & set("\\:\0") for part in name.split("/"))

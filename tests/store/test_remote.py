@@ -232,6 +232,14 @@ def test_listed_names_never_leave_the_root(s3: Proxy) -> None:
     folder = open_folder(CACHE)
     assert folder.names("") == ["a", "good"]
     assert folder.files() == {"good/x": 1}
+    assert folder.hidden() == {".hidden": 1}
+
+
+def test_the_time_of_a_file_is_the_stores(s3: Proxy) -> None:
+    folder = open_folder(CACHE)
+    folder.publish("a", b"x")
+    assert abs(folder.modified("a") - time.time()) < 60
+    assert folder.modified("b") is None and folder.links() == []
 
 
 # -- late listings ------------------------------------------------------------------------------------
