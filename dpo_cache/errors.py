@@ -11,6 +11,7 @@
     │   ├── CorruptShardError  bytes on disk are not the bytes that were written
     │   ├── NotInCacheError    the reference, pair set or score asked for is not there
     │   └── StorageError       the file system refused: full, read-only, gone
+    │       └── MissingFileError  a file that was listed or named is not there, or not any more
     └── TrainingError          the run cannot start or go on
         └── StepZeroError      the policy that starts as the reference does not repeat its log-probs
 
@@ -60,6 +61,10 @@ class NotInCacheError(CacheError):
 
 class StorageError(CacheError):
     """The file system refused to read or write."""
+
+
+class MissingFileError(StorageError):
+    """A file of the cache is not there; another process may have removed it since it was listed."""
 
 
 class TrainingError(DpoCacheError):

@@ -256,6 +256,37 @@ class RmOptions(Options):
     yes: bool = option(False, "Do it. Without, only what would go is shown.", flag="--yes")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CopyOptions(Options):
+    """What `pull` and `push` copy; their ends are checked alike."""
+
+    pairs: tuple[str, ...] = option((), "Copy this pair set, NAME or NAME/SPLIT, and its reference's entry; may be repeated. Default: everything.")
+    reference: tuple[str, ...] = option((), "Copy the reference of this id (or its first characters) with its scores; may be repeated.")
+    replace: bool = option(False, "Replace pair sets of the same name that hold other pairs at the target.", flag="--replace")
+
+    def check(self) -> None:
+        remote, local = (getattr(self, name).removeprefix("file://") for name in ("remote", "local"))
+        order = "Mind the order: `dpo-cache pull REMOTE LOCAL`, `dpo-cache push LOCAL REMOTE`."
+        self._require("://" not in local, f"LOCAL {local}: expected a folder.\n{order}")
+        self._require("://" in remote, f"REMOTE {remote}: expected a URL such as s3://bucket/cache.\nBetween two folders use `dpo-cache merge`.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullOptions(CopyOptions):
+    """Options of `dpo-cache pull`."""
+
+    remote: str = argument(None, "Cache to copy from: an fsspec URL such as s3://bucket/cache.", name="REMOTE", required=True)
+    local: str = argument(None, "Folder to copy into; it is made where it is missing.", name="LOCAL", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(CopyOptions):
+    """Options of `dpo-cache push`."""
+
+    local: str = argument(None, "Folder of the cache to copy from.", name="LOCAL", required=True)
+    remote: str = argument(None, "Cache to copy into: an fsspec URL such as s3://bucket/cache.", name="REMOTE", required=True)
+
+
 def number_or_auto(flag: str, value: str) -> int | None:
     """The number, or None for `auto`. Raises `OptionError`."""
     if value == "auto":

@@ -326,7 +326,7 @@ class _Precompute:
         pair_set, digest = split.survey.pair_set, split.digest.hexdigest()
         self.report.pair_sets.append(pair_set)
         self.cache.publish_reference(self.identity, self._provenance())  # unless it is there; `verify --repair` may have moved it aside
-        if pair_set in self.cache.pair_sets():
+        if self.cache.holds_pairs(pair_set):
             old = self.cache.pairs(pair_set)
             if (old.reference_id, old.manifest["pairs_digest"]) == (self.report.reference, digest) and old.is_complete():
                 return

@@ -18,6 +18,8 @@ from dpo_cache.cli.ls import ls_command
 from dpo_cache.cli.merge import merge_command
 from dpo_cache.cli.output import remark
 from dpo_cache.cli.precompute import precompute_command
+from dpo_cache.cli.pull import pull_command
+from dpo_cache.cli.push import push_command
 from dpo_cache.cli.rm import rm_command
 from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, Unwinding
 from dpo_cache.cli.train import train_command
@@ -40,6 +42,8 @@ app.command("gc")(gc_command)
 app.command("merge")(merge_command)
 app.command("diff")(diff_command)
 app.command("rm")(rm_command)
+app.command("pull")(pull_command)
+app.command("push")(push_command)
 
 
 def command_names() -> list[str]:

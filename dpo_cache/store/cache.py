@@ -54,6 +54,8 @@ class Cache:
 
     def find_reference(self, prefix: str) -> str:
         """The one full id that starts with these characters."""
+        if len(prefix) == 64 and self.folder.exists(f"references/{prefix}/reference.json"):
+            return prefix  # a listing may lag behind
         matches = [reference_id for reference_id in self.references() if reference_id.startswith(prefix)]
         if len(matches) == 1:
             return matches[0]
@@ -93,15 +95,20 @@ class Cache:
 
     def pairs(self, name: str) -> PairSet:
         """The pair set `NAME/SPLIT`; `NAME` alone where it has one split, or one called train."""
+        for place in (f"pairs/{name}", f"pairs/{name}/train"):  # by its name alone: a listing may lag behind
+            if is_pair_set_name(place) and self.folder.exists(f"{place}/manifest.json"):
+                return PairSet(self.folder, place, read_manifest(self.folder, place))
         known = self.pair_sets()
         matches = [pair_set for pair_set in known if pair_set == name or pair_set.startswith(f"{name}/")]
-        if f"{name}/train" in matches:
-            matches = [f"{name}/train"]
         if len(matches) != 1:
             problem = f"no pair set {name!r}" if not matches else f"{name!r} has several splits"
             raise NotInCacheError(f"{self}: {problem}.\nIt holds: {', '.join(known) or 'no pair sets'}.")
         place = f"pairs/{matches[0]}"
         return PairSet(self.folder, place, read_manifest(self.folder, place))
+
+    def holds_pairs(self, name: str) -> bool:
+        """Whether the pair set `NAME/SPLIT` is here."""
+        return is_pair_set_name(f"pairs/{name}") and self.folder.exists(f"pairs/{name}/manifest.json")
 
     def write_pairs(self, name: str, split: str) -> PairSetWriter:
         """A writer for the pair set `name/split`; it replaces one of that name when it finishes."""
@@ -147,6 +154,12 @@ def read_reference(folder: Folder, reference_id: str) -> Document:
     if document.keys() != {"identity", "provenance"} or digest_json(document["identity"]) != reference_id:
         raise CorruptShardError(f"{folder}/{name}: its identity does not hash to {reference_id}.")
     return document
+
+
+def is_pair_set_name(place: str) -> bool:
+    """Whether a place is `pairs/NAME/SPLIT`, with names that may stand there."""
+    parts = place.split("/")
+    return len(parts) == 3 and all(NAME_PATTERN.fullmatch(part) for part in parts)
 
 
 def check_name(name: str) -> str:

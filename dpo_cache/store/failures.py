@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from dpo_cache.errors import StorageError
+from dpo_cache.errors import MissingFileError, StorageError
 
 _AGAIN = "run the same command again; what was published is kept."
 _CHOOSE = "choose another --cache or change its permissions."
@@ -33,9 +33,10 @@ ADVICE = {
 
 
 def storage_error(verb: str, place: Any, error: OSError) -> StorageError:
-    """The error to raise in place of what the file system said, with what to do about it."""
+    """The error to raise in place of what the file system said, with what to do about it: `MissingFileError` for a file to read that is gone."""
     advice = ADVICE.get(error.errno or 0, f"Check the path and {_AGAIN}")
-    return StorageError(f"cannot {verb} {place}: {error.strerror or error}.\n{advice}")
+    kind = MissingFileError if verb == "read" and isinstance(error, FileNotFoundError) else StorageError
+    return kind(f"cannot {verb} {place}: {error.strerror or error}.\n{advice}")
 
 
 def raise_refusal(place: Any, error: Exception) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from dpo_cache.errors import CorruptShardError, NotInCacheError, StorageError
+from dpo_cache.errors import CorruptShardError, MissingFileError, NotInCacheError, StorageError
 from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import KEY_BYTES
 from dpo_cache.store.keytable import KeyTable
@@ -17,6 +17,7 @@ from dpo_cache.store.shards import SHARD_SCHEMA, check_scores, encode_shard, key
 from dpo_cache.types import Score
 
 KEY_DTYPE = f"S{KEY_BYTES}"
+LISTINGS = 5  # of a folder that others compact meanwhile
 
 
 class ScoreIndex:
@@ -43,9 +44,19 @@ class ScoreIndex:
 
     def refresh(self) -> None:
         """See the shards that were published, by anyone, since the index was opened."""
-        known = set(self._shards)
-        names = [name for name in self._folder.names(self._place) if name.endswith(".parquet") and name not in known]
-        self._add(names, [self._read_keys(name) for name in names])
+        known, keys = set(self._shards), dict[str, np.ndarray]()
+        for attempt in range(1, LISTINGS + 1):
+            names = [name for name in self._folder.names(self._place) if name.endswith(".parquet") and name not in known and name not in keys]
+            self._folder.prefetch([f"{self._place}/{name}" for name in names])
+            try:
+                for name in names:
+                    keys[name] = self._read_keys(name)
+                break
+            except MissingFileError:  # compacted or collected since it was listed: what holds it now is in the next listing
+                if attempt == LISTINGS:
+                    raise
+        found = list(keys)
+        self._add(found, [keys.pop(name) for name in found])
 
     def contains(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
         """Which of the keys are scored: bool `[len(keys)]`."""

@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,9 @@ class LocalFolder:
                 f"{path}: a link that leads out of the cache, to {path.resolve()}.\nCopy the file here in its place, or delete the link."
             )
         return path
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Nothing: the files are here."""
 
     def free_bytes(self) -> int | None:
         """Bytes left on the disk that holds (or will hold) the folder; None where unknown."""

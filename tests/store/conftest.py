@@ -11,6 +11,7 @@ import pytest
 
 from dpo_cache.store.files import LocalFolder
 from dpo_cache.types import Completion, Pair, Score, ScoredPair
+from tests.store.object_store import s3, s3_server  # noqa: F401 (fixtures)
 
 
 def ids(*values: int) -> np.ndarray:

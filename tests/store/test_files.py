@@ -137,7 +137,9 @@ def test_paths_and_urls_open_their_kind_of_folder(tmp_path: Path) -> None:
 
 
 def test_a_url_of_no_known_kind_is_a_storage_error() -> None:
-    with pytest.raises(StorageError, match=r"^nowhere://cache: no file system for this URL \(.*\).\nInstall the fsspec package it names.$"):
+    with pytest.raises(
+        StorageError, match=r"^nowhere://cache: no file system for this URL \(.*\).\nUse a folder, s3://, gs://, hf:// or another URL of fsspec.$"
+    ):
         open_folder("nowhere://cache")
 
 
@@ -223,7 +225,7 @@ def test_a_refusal_of_the_object_store_names_the_url(monkeypatch: pytest.MonkeyP
     with pytest.raises(StorageError) as caught:
         open_folder("memory://cache").publish("scores/a", b"content")
     assert str(caught.value) == (
-        "cannot write memory://cache/scores/a: Permission denied.\nPermission denied: choose another --cache or change its permissions."
+        "cannot write memory://cache/scores/a: Permission denied.\nAccess was refused: check that these credentials may list, read and write there."
     )
 
 

@@ -1,0 +1,20 @@
+"""`dpo-cache push`."""
+
+from __future__ import annotations
+
+import shlex
+
+from dpo_cache.cli.copying import copy
+from dpo_cache.cli.parameters import command
+from dpo_cache.options import PushOptions
+
+
+@command(PushOptions, json_help="Print the report as JSON.")
+def push_command(options: PushOptions, as_json: bool) -> None:
+    """Copy a local cache, or some of it, into a remote one: only what is missing there, each file checked.
+
+    A push that was cut off goes on where it was.
+    """
+    report = copy(options, options.local, options.remote, verb="pushing", as_json=as_json)
+    if not as_json:
+        print(f"{report.target} holds the copy. Next, on another machine:\n  dpo-cache pull {shlex.quote(report.target)} LOCAL")

@@ -1,0 +1,173 @@
+"""Local copies of parts that were read from a remote cache.
+
+    <folder>/<sha256>.parquet       named by content, so copies serve every cache that holds the part
+    <folder>/.<sha256>.<hex>.tmp    a download under way; swept after a day
+
+The folder is `$DPO_CACHE_PARTS`, else `dpo-cache/parts` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`).
+It holds at most `$DPO_CACHE_PARTS_GB` gigabytes (default 20): the copies that were not used for longest go first.
+Any number of processes share it without locks: a copy appears by a rename, and one that is removed while it is read
+stays readable through the open file. A copy is hashed when a process first opens it, so damage is never read: the
+copy is dropped and fetched again. It is hashed again when its size or time have changed since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from dpo_cache.errors import OptionError, StorageError
+
+DEFAULT_LIMIT_GB = 20.0
+STALE_S = 86_400.0  # a download that is this old was cut off
+CHUNK_BYTES = 1 << 20
+
+Download = Callable[[BinaryIO], None]
+
+
+def open_parts() -> Parts:
+    """The folder and its limit as the environment says. Nothing is created before something is kept."""
+    text = os.environ.get("DPO_CACHE_PARTS_GB", "") or str(DEFAULT_LIMIT_GB)
+    try:
+        limit_gb = float(text)
+        limit_bytes = int(limit_gb * 1e9)
+    except (ValueError, OverflowError):
+        limit_bytes = -1
+    if limit_bytes < 0:
+        raise OptionError(f"DPO_CACHE_PARTS_GB={text}: expected a number of gigabytes, 0 or more.")
+    return Parts(parts_folder(), limit_bytes)
+
+
+def parts_folder() -> Path:
+    """Where the copies lie."""
+    if chosen := os.environ.get("DPO_CACHE_PARTS"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo-cache" / "parts"
+
+
+class Parts:
+    """The folder of local copies, bounded in size."""
+
+    def __init__(self, folder: Path, limit_bytes: int):
+        self.folder, self.limit_bytes = folder, limit_bytes
+        self._whole: dict[str, tuple[int, int, int]] = {}  # name -> what its file was when its digest was found right
+        self._held_bytes: int | None = None  # as last counted, and what this process has kept since
+
+    def open(self, name: str, download: Download) -> pa.OSFile:
+        """The part, open for reading and of the digest that its name promises.
+
+        It is downloaded where there is no copy, or where the copy is damaged. Raises `WrongDigestError` when a
+        second download has another digest than the name, too, `StorageError` when the copy cannot be kept, and
+        whatever else `download` raises.
+        """
+        try:
+            return self._open_copy(name) or self._fetch(name, download) or self._fetch(name, download, is_last=True)  # type: ignore[return-value]
+        except OSError as error:
+            raise StorageError(
+                f"cannot keep a copy of a remote part in {self.folder}: {error.strerror or error}.\n"
+                "Set DPO_CACHE_PARTS to a folder with room, or DPO_CACHE_PARTS_GB to fewer gigabytes."
+            ) from error
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a copy, damaged or not."""
+        return (self.folder / name).exists()
+
+    def _open_copy(self, name: str) -> pa.OSFile | None:
+        path = self.folder / name
+        try:
+            file = pa.OSFile(str(path))
+        except FileNotFoundError:
+            return None
+        status = os.fstat(file.fileno())
+        mark = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._whole.get(name) != mark:
+            if not _is_whole(file, name):
+                file.close()
+                path.unlink(missing_ok=True)
+                return None
+            self._whole[name] = mark
+        self._touch(path, status.st_mtime_ns)
+        return file
+
+    def _touch(self, path: Path, mtime_ns: int) -> None:
+        """Note the use in the access time, which mounts that keep none by themselves do take."""
+        try:
+            os.utime(path, ns=(time.time_ns(), mtime_ns))
+        except OSError:  # removed by another process, or kept by another user: it is only taken for older than it is
+            return
+
+    def _fetch(self, name: str, download: Download, *, is_last: bool = False) -> pa.OSFile | None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.folder / f".{_digest_of(name)}.{secrets.token_hex(4)}.tmp"
+        try:
+            with open(scratch, "wb") as file:
+                download(file)
+            opened = pa.OSFile(str(scratch))
+            if not _is_whole(opened, name):
+                opened.close()
+                if is_last:
+                    raise WrongDigestError(name)
+                return None
+            os.replace(scratch, self.folder / name)
+        finally:
+            scratch.unlink(missing_ok=True)
+        status = os.fstat(opened.fileno())
+        self._whole[name] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        self._make_room(status.st_size)
+        return opened
+
+    def _make_room(self, added_bytes: int) -> None:
+        """Drop what was not used for longest, down to the limit."""
+        if self._held_bytes is not None:
+            self._held_bytes += added_bytes
+        if self._held_bytes is None or self._held_bytes > self.limit_bytes:
+            self._held_bytes = self._sweep()
+
+    def _sweep(self) -> int:
+        """Bytes held after removing stale downloads and, oldest use first, what is above the limit."""
+        copies, now = [], time.time()
+        for path in self.folder.iterdir():
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # removed by another process
+                continue
+            if path.name.startswith(".") and now - status.st_mtime > STALE_S:
+                path.unlink(missing_ok=True)
+            elif path.suffix == ".parquet":
+                copies.append((status.st_atime_ns, status.st_size, path))
+        held = sum(size for _, size, _ in copies)
+        for _, size, path in sorted(copies):
+            if held <= self.limit_bytes:
+                break
+            path.unlink(missing_ok=True)
+            held -= size
+        return held
+
+
+class WrongDigestError(Exception):
+    """What was downloaded does not hash to its name."""
+
+
+def is_part_name(name: str) -> bool:
+    """Whether a file's name is `<sha256>.parquet`."""
+    digest, dot, suffix = name.partition(".")
+    return dot + suffix == ".parquet" and len(digest) == 64 and set(digest) <= set("0123456789abcdef")
+
+
+def _digest_of(name: str) -> str:
+    return name.removesuffix(".parquet")
+
+
+def _is_whole(file: pa.OSFile, name: str) -> bool:
+    """Whether the file's bytes hash to its name; it is left at its start."""
+    digest = hashlib.sha256()
+    while len(chunk := file.read_buffer(CHUNK_BYTES)):
+        digest.update(chunk)
+    file.seek(0)
+    return digest.hexdigest() == _digest_of(name)

@@ -1,0 +1,158 @@
+"""Calls to an object store: what may pass is tried again, what stays becomes one error with its fix.
+
+Time-outs, broken connections, throttling and faults of the server pass; a missing bucket, refused access, a wrong
+region or a missing package do not. The libraries behind fsspec raise errors of their own kinds, which are told
+apart by the status and code of the answer, and by type where there was no answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import logging
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from dpo_cache.errors import StorageError, first_line
+
+Result = TypeVar("Result")
+
+WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # between the tries; up to half of each is taken off at random, so that writers do not meet again
+SAID_AFTER_S = 3.0  # of trying in vain
+
+PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
+PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "InternalError", "ServiceUnavailable", "SlowDown", "Throttling"}
+PASSING_TYPES = (TimeoutError, ConnectionError, EOFError, http.client.HTTPException, socket.gaierror)
+PASSING_ERRNO = {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
+PASSING_NAMES = {  # package.class: none of these packages need be installed
+    "aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError", "botocore.ConnectionError", "botocore.HTTPClientError",
+    "botocore.IncompleteReadError", "fsspec.FSTimeoutError", "botocore.ResponseParserError", "httpx.TransportError", "httpx2.TransportError",
+    "requests.ConnectionError", "requests.Timeout", "urllib3.HTTPError",
+}  # fmt: skip
+LASTING_NAMES = {"aiohttp.ClientSSLError", "botocore.SSLError", "huggingface_hub.OfflineModeIsEnabled", "requests.SSLError"}
+
+ADVICE = {
+    "bucket": "There is no such bucket: check the URL, or create the bucket first.",
+    "credentials": "Check the credentials of the store: for s3:// those of the AWS command line (AWS_PROFILE, AWS_ACCESS_KEY_ID), "
+    "for gs:// `gcloud auth application-default login`, for hf:// `hf auth login` or HF_TOKEN.",
+    "access": "Access was refused: check that these credentials may list, read and write there.",
+    "region": "The bucket lies in another region or behind another endpoint: set AWS_DEFAULT_REGION or AWS_ENDPOINT_URL.",
+    "offline": "HF_HUB_OFFLINE is set: unset it to reach hf://.",
+    "passing": "The store or the way to it fails: check the network and the endpoint, then run the same command again; what was published is kept.",
+    "other": "Check the URL and run the same command again; what was published is kept.",
+}
+KINDS = {
+    "NoSuchBucket": "bucket",
+    "NoCredentialsError": "credentials",
+    "PartialCredentialsError": "credentials",
+    "ProfileNotFound": "credentials",
+    "TokenRetrievalError": "credentials",
+    "UnauthorizedSSOTokenError": "credentials",
+    "InvalidAccessKeyId": "credentials",
+    "SignatureDoesNotMatch": "credentials",
+    "ExpiredToken": "credentials",
+    "InvalidToken": "credentials",
+    "401": "credentials",
+    "RepositoryNotFoundError": "credentials",
+    "AccessDenied": "access",
+    "403": "access",
+    "PermissionError": "access",
+    "PermanentRedirect": "region",
+    "AuthorizationHeaderMalformed": "region",
+    "IllegalLocationConstraintException": "region",
+    "301": "region",
+    "OfflineModeIsEnabled": "offline",
+}
+
+
+def persist(verb: str, place: str, call: Callable[[], Result]) -> Result:
+    """What the call returns. It must be harmless to repeat.
+
+    Raises `FileNotFoundError` where the file is not there, and `StorageError` for all else that stays, or that
+    has not passed after seven tries, which take half a minute besides the time-outs.
+    """
+    started, is_said = time.monotonic(), False
+    for tries, wait_s in enumerate((*WAITS_S, None), start=1):
+        try:
+            return call()
+        except Exception as error:  # each library behind fsspec has its own tree of errors
+            if isinstance(error, FileNotFoundError) and advice_kind(error) == "other":
+                raise
+            waited_s = time.monotonic() - started
+            if wait_s is None or not may_pass(error):
+                raise remote_error(verb, place, error, tries, waited_s) from error
+            if not is_said and waited_s + wait_s > SAID_AFTER_S:
+                is_said = True
+                logging.getLogger("dpo_cache").warning(
+                    f"cannot {verb} {place} so far ({describe(error)}; tried {tries} of {len(WAITS_S) + 1} times); trying again."
+                )
+            time.sleep(wait_s * random.uniform(0.5, 1))
+    raise AssertionError("the last try returns or raises")
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same call may work a little later."""
+    for link in _chain(error):
+        if isinstance(link, FileNotFoundError | PermissionError | ImportError) or LASTING_NAMES & _names(link):
+            return False
+        status, code = _answer(link)
+        if status or code:
+            return status in PASSING_STATUS or code in PASSING_CODES
+        is_passing_type = isinstance(link, PASSING_TYPES) or bool(PASSING_NAMES & _names(link))
+        if is_passing_type or (isinstance(link, OSError) and link.errno in PASSING_ERRNO and link.__cause__ is None):
+            return True
+    return False
+
+
+def remote_error(verb: str, place: str, error: BaseException, tries: int, elapsed_s: float) -> StorageError:
+    """The error with its fix: what failed, how often it was tried, what to do."""
+    kind = advice_kind(error)
+    tried = f"Tried {tries} times in {elapsed_s:.0f} s. " if tries > 1 else ""
+    return StorageError(f"cannot {verb} {place}: {describe(error)}.\n{tried}{ADVICE[kind]}")
+
+
+def describe(error: BaseException) -> str:
+    """What happened, in one line: the store's own code before its message where there is one."""
+    code = next((code for link in _chain(error) for code in [_answer(link)[1]] if code), "")
+    message = (isinstance(error, OSError) and error.strerror) or first_line(error)
+    message = message.rstrip(".")
+    return message if not code or code in message else f"{code}: {message}"
+
+
+def advice_kind(error: BaseException) -> str:
+    """Which advice fits, a key of `ADVICE`."""
+    for link in _chain(error):
+        status, code = _answer(link)
+        for mark in (code, *(kind.__name__ for kind in type(link).__mro__), str(status)):
+            if mark in KINDS and not (mark == "PermissionError" and link.__cause__ is not None):
+                return KINDS[mark]
+    return "passing" if may_pass(error) else "other"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what caused it, outermost first."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _answer(error: BaseException) -> tuple[int | None, str]:
+    """HTTP status and error code of the store's answer, as far as this error carries them."""
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        code = str(response.get("Error", {}).get("Code", ""))
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), code
+    for holder, name in ((response, "status_code"), (error, "status"), (error, "code")):
+        status = getattr(holder, name, None)
+        if str(status).isdecimal():
+            return int(str(status)), ""
+    return None, ""
+
+
+def _names(error: BaseException) -> set[str]:
+    return {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
