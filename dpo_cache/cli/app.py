@@ -13,7 +13,9 @@ import typer
 
 from dpo_cache.cli.compact import compact_command
 from dpo_cache.cli.diff import diff_command
+from dpo_cache.cli.export import export_command
 from dpo_cache.cli.gc import gc_command
+from dpo_cache.cli.import_ import import_command
 from dpo_cache.cli.ls import ls_command
 from dpo_cache.cli.merge import merge_command
 from dpo_cache.cli.output import remark
@@ -44,6 +46,8 @@ app.command("diff")(diff_command)
 app.command("rm")(rm_command)
 app.command("pull")(pull_command)
 app.command("push")(push_command)
+app.command("export")(export_command)
+app.command("import")(import_command)
 
 
 def command_names() -> list[str]:

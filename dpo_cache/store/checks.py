@@ -15,9 +15,9 @@ from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.comparing import Values, values_of
 from dpo_cache.store.documents import Document
 from dpo_cache.store.keys import completion_key, key_bytes
-from dpo_cache.store.pairs import PAIR_SCHEMA, PairsDigest
+from dpo_cache.store.pairs import PAIR_SCHEMA, PairsDigest, check_pairs
 from dpo_cache.store.parquet import ParquetReader, check_content
-from dpo_cache.store.shards import SHARD_SCHEMA
+from dpo_cache.store.shards import SHARD_SCHEMA, keys_of
 from dpo_cache.types import Completion, split_lists
 
 
@@ -44,14 +44,15 @@ def check_shard(file: str, content: bytes) -> WholeShard:
     return WholeShard(file, len(together), num_tokens)
 
 
-def check_part(file: str, content: bytes, promised: Document, digest: PairsDigest) -> int:
+def check_part(file: str, content: bytes, promised: Document, digest: PairsDigest, *, has_token_logps: bool = True) -> int:
     """Digest, schema, and every row of a part of a pair set; its pairs are added to the digest. Returns the number of pairs."""
     if len(content) != promised["bytes"]:
         raise CorruptShardError(f"{file}: the manifest promises {promised['bytes']} bytes, found {len(content)}.")
     num_rows = 0
     for table in _groups(file, content, PAIR_SCHEMA):
         num_rows += len(table)
-        keys = [_check_side(file, table, side) for side in ("chosen", "rejected")]
+        check_pairs(table, file, has_token_logps=has_token_logps)
+        keys = [_check_keys(file, table, side) for side in ("chosen", "rejected")]
         for row, chosen, rejected in zip(table.column("row").to_pylist(), *keys, strict=True):
             digest.add(row, chosen, rejected)
     if num_rows != promised["rows"]:
@@ -77,18 +78,16 @@ def _groups(file: str, content: bytes, schema: pa.Schema) -> Iterator[pa.Table]:
         yield reader.read_group(group)
 
 
-def _check_side(file: str, table: pa.Table, side: str) -> list[bytes]:
-    """Keys, numbers of tokens and log-probs of the chosen or the rejected answers. Returns the keys."""
-    values = values_of(table, f"{side}_key", f"ref_{side}_token_logps")
-    _check_sums(file, values, table.column(f"{side}_num_tokens"), table.column(f"ref_{side}_logps"))
+def _check_keys(file: str, table: pa.Table, side: str) -> list[bytes]:
+    """That the keys of the chosen or the rejected answers are those of the token ids. Returns them."""
     prompts, answers = split_lists(table.column("prompt_ids")), split_lists(table.column(f"{side}_ids"))
     if side == "rejected":
         own = table.column("rejected_prompt_ids").to_pylist()
         prompts = [prompt if ids is None else np.array(ids, np.uint32) for prompt, ids in zip(prompts, own, strict=True)]
-    stored = key_bytes(values.keys)
+    stored = key_bytes(keys_of(table.column(f"{side}_key")))
     for row, (prompt, answer, key) in enumerate(zip(prompts, answers, stored, strict=True)):
-        if completion_key(Completion(prompt, answer)) != key or len(answer) != values.lengths[row] or not len(prompt):
-            raise CorruptShardError(f"{file}: pair {row} of a row group has token ids that its {side}_key or its log-probs are not of.")
+        if completion_key(Completion(prompt, answer)) != key:
+            raise CorruptShardError(f"{file}: pair {row} of a row group has token ids that its {side}_key is not of.")
     return stored
 
 

@@ -9,7 +9,10 @@ Each `<sha256>.parquet` part has one row a pair, in the order of the data set:
     chosen_key, rejected_key                           fixed_size_binary(16), see `keys.py`
     chosen_num_tokens, rejected_num_tokens             uint32
     ref_chosen_logps, ref_rejected_logps               float64, sums in nats
-    ref_chosen_token_logps, ref_rejected_token_logps   list<float32>, nats
+    ref_chosen_token_logps, ref_rejected_token_logps   list<float32>, nats; one a token, or all empty: see below
+
+A pair set made by `dpo-cache import` has `"imported": true` in its manifest. Where it was given sums alone, the
+manifest says `"token_logps": false` and the lists of token log-probs are empty, every one.
 
 `manifest.json` (a sealed document, see `documents.py`) is published last and names the parts, so a pair
 set is wholly there or absent, and a reader keeps the parts it started with whatever is published later.
@@ -31,7 +34,7 @@ from dpo_cache.store.documents import Document, read_sealed, seal_document
 from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import completion_key
 from dpo_cache.store.parquet import FILE_NAME, REMEDY, ParquetReader, ParquetReaders, name_by_content, write_parquet
-from dpo_cache.store.shards import FLOAT_LIST, KEY, TOKEN_LIST, key_column, list_array, list_lengths, lists_agree
+from dpo_cache.store.shards import FLOAT_LIST, KEY, TOKEN_LIST, are_sums_alone, key_column, list_array, list_lengths, lists_agree
 from dpo_cache.types import Completion, Pair, Score, ScoredPair, split_lists
 
 ROW_GROUP_PAIRS = 256  # the unit that is read, and shuffled, at once
@@ -85,6 +88,16 @@ class PairSet:
         """Id of the reference whose log-probs these are."""
         return self.manifest["reference"]
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether the log-probs were made elsewhere and brought in by `dpo-cache import`."""
+        return self.manifest.get("imported", False)
+
+    @property
+    def has_token_logps(self) -> bool:
+        """Whether there is a log-prob for each token; False where an import had sums alone."""
+        return self.manifest.get("token_logps", True)
+
     def __len__(self) -> int:
         return self.manifest["num_pairs"]
 
@@ -116,8 +129,8 @@ class PairSet:
         table = reader.read_group(group)
         if table.num_rows != num_pairs:
             raise CorruptShardError(f"{reader.place}: expected {num_pairs} pairs in row group {group}, found {table.num_rows}. {REMEDY}")
-        check_pairs(table, reader.place)
-        return _decode_pairs(table)
+        check_pairs(table, reader.place, has_token_logps=self.has_token_logps)
+        return _decode_pairs(table) if self.has_token_logps else _with_sums_alone(table, _decode_pairs(table))
 
     def _open_part(self, part: Document) -> ParquetReader:
         reader = self._readers.open(part["file"])
@@ -198,10 +211,10 @@ def read_manifest(folder: Folder, place: str) -> Document:
     return manifest
 
 
-def check_pairs(table: pa.Table, place: str) -> None:
+def check_pairs(table: pa.Table, place: str, *, has_token_logps: bool = True) -> None:
     """Raise `CorruptShardError` unless the columns of a pair set agree with each other, and all values are as specified."""
     for batch in table.to_batches():
-        if not _columns_agree(batch):
+        if not _columns_agree(batch, has_token_logps):
             raise CorruptShardError(f"{place}: its columns disagree with each other, or are no numbers. {REMEDY}")
 
 
@@ -228,10 +241,11 @@ def _is_part(part: Any) -> bool:
     return is_named and all(type(number) is int and number > 0 for number in numbers) and part["rows"] <= MOST_PART_PAIRS
 
 
-def _columns_agree(batch: pa.RecordBatch) -> bool:
+def _columns_agree(batch: pa.RecordBatch, has_token_logps: bool) -> bool:
     for side in ("chosen", "rejected"):
         num_tokens = batch.column(f"{side}_num_tokens")
-        if not lists_agree(batch.column(f"ref_{side}_token_logps"), num_tokens, batch.column(f"ref_{side}_logps")):
+        token_logps, logps = batch.column(f"ref_{side}_token_logps"), batch.column(f"ref_{side}_logps")
+        if not (lists_agree(token_logps, num_tokens, logps) if has_token_logps else are_sums_alone(token_logps, num_tokens, logps)):
             return False
         if (list_lengths(batch.column(f"{side}_ids")) != num_tokens.to_numpy()).any():
             return False
@@ -282,4 +296,13 @@ def _decode_pairs(table: pa.Table) -> list[ScoredPair]:
         for row, prompt, rejected_prompt, chosen, rejected, ref_chosen, ref_rejected in zip(
             rows, prompts, rejected_prompts, chosen_ids, rejected_ids, chosen_logps, rejected_logps, strict=True
         )
+    ]
+
+
+def _with_sums_alone(table: pa.Table, pairs: Sequence[ScoredPair]) -> list[ScoredPair]:
+    """The pairs with the sums that were imported, which nothing else in the file adds up to."""
+    sums = zip(table.column("ref_chosen_logps").to_pylist(), table.column("ref_rejected_logps").to_pylist(), strict=True)
+    return [
+        ScoredPair(scored.pair, Score(scored.ref_chosen.token_logps, chosen), Score(scored.ref_rejected.token_logps, rejected))
+        for scored, (chosen, rejected) in zip(pairs, sums, strict=True)
     ]

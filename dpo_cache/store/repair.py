@@ -101,6 +101,8 @@ def _restore(folder: Folder, reference_id: str) -> int:
     except CacheError:  # another shard cannot be read, nor be moved: then nothing is put back
         return 0
     for pairs in _pair_sets_of(folder, reference_id):
+        if pairs.is_imported:  # such values are in pair sets alone
+            continue
         try:
             for block in range(len(pairs.block_sizes)):
                 restored += _publish_missing(index, pairs, block)

@@ -132,6 +132,11 @@ def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array
     return bool(np.isfinite(sums).all() and np.allclose(added, sums, rtol=1e-9, atol=1e-9))
 
 
+def are_sums_alone(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
+    """Whether each list is empty and each of the `logps` finite: what a pair set holds that was imported without values per token."""
+    return not list_lengths(token_logps).any() and bool(num_tokens.to_numpy().all()) and bool(np.isfinite(logps.to_numpy()).all())
+
+
 def table_bytes(table: pa.Table) -> int:
     """Bytes that the rows take in memory, nearly."""
     return int(row_bytes(table).sum())

@@ -157,20 +157,21 @@ class _Verification:
         self.report.pair_sets += 1
         named = {f"{place}/{part['file']}": part for part in manifest["parts"]}
         self.report.unreferenced += sorted(present - named.keys())
-        digest, num_problems = PairsDigest(), len(self.report.problems)
+        digest, num_problems, has_token_logps = PairsDigest(), len(self.report.problems), manifest.get("token_logps", True)
         for file, part in named.items():
-            if self._check_part(file, part, digest):
-                self.references.setdefault(manifest["reference"], _Scored()).parts.append(file)
+            if self._check_part(file, part, digest, has_token_logps):
+                if has_token_logps:  # sums alone are imported: there is nothing to hold them against
+                    self.references.setdefault(manifest["reference"], _Scored()).parts.append(file)
                 self.report.pairs += part["rows"]
         if len(self.report.problems) == num_problems:
             self._check_manifest_values(f"{place}/manifest.json", manifest, digest.hexdigest())
 
-    def _check_part(self, file: str, part: Document, digest: PairsDigest) -> bool:
+    def _check_part(self, file: str, part: Document, digest: PairsDigest, has_token_logps: bool) -> bool:
         if file not in self.files:
             self._note(file, "missing", f"{part['rows']} pairs, {part['bytes']} bytes, as the manifest says", "no such file", AGAIN)
             return False
         content = self._read(file)
-        return content is not None and self._try(file, lambda: check_part(file, content, part, digest)) is not None
+        return content is not None and self._try(file, lambda: check_part(file, content, part, digest, has_token_logps=has_token_logps)) is not None
 
     def _check_manifest_values(self, file: str, manifest: Document, digest: str) -> None:
         if digest != manifest["pairs_digest"]:

@@ -45,7 +45,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     attention: Attention
     precision: str
-    is_reference: bool  # it starts as the very model that scored the pairs
+    is_reference: bool  # it starts as the very model that scored the pairs; never known of an imported reference
     differing: tuple[str, ...] = ()  # fields of their identities, where it starts as another model
 
 
@@ -89,16 +89,20 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
     location, trust = options.model or source["model"], options.trust_remote_code
     revision = None if options.model else source.get("revision")
     differing: tuple[str, ...] = ()
+    if location is None:
+        imported = data.reference["identity"]["imported"]
+        raise ModelError(f"the reference {imported!r} was imported without a checkpoint.\nSay where the policy starts from with --model.")
     if checkpoint:  # it holds all that is needed: where the policy started from may be gone
-        is_reference, tokenizer = False, _load_tokenizer([str(checkpoint)], made_with["chat_template"], trust)
+        is_reference, tokenizer = False, _load_tokenizer([str(checkpoint)], made_with, trust)
     else:
         if options.model is None and os.path.isabs(location) and not os.path.isdir(location):
             raise ModelError(f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with --model.")
-        tokenizer = _load_tokenizer([made_with["tokenizer"], location], made_with["chat_template"], trust)
+        tokenizer = _load_tokenizer([made_with["tokenizer"], location], made_with, trust)
         identity, config = data.reference["identity"], load_config(location, revision=revision, trust_remote_code=trust)
         live = reference_identity(location, config, torch.float32, revision=revision)
-        differing = tuple(differing_fields(identity, {**live, "dtype": identity["dtype"]}))  # the policy's own dtype is no reason
-        is_reference = not differing
+        is_imported = "imported" in identity  # it has no weights to compare with: step zero tells
+        differing = () if is_imported else tuple(differing_fields(identity, {**live, "dtype": identity["dtype"]}))  # dtype: the policy's is its own
+        is_reference = not is_imported and not differing
     precision = _choose_precision(options.precision, device)
     model = load_model(
         str(checkpoint or location),
@@ -123,16 +127,18 @@ def _only_pair_set(cache: Cache, eval_pairs: str | None) -> PairSet:
     raise NotInCacheError(f"{cache}: several pair sets to train on.\nSay which with --pairs: {', '.join(known)}.")
 
 
-def _load_tokenizer(locations: list[str], chat_template: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer that made the ids, with its template, to be saved beside the model."""
-    for location in locations:
+def _load_tokenizer(locations: list[str | None], made_with: Document, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer that made the ids, with its template, to be saved beside the model; of imported ids, the policy's own."""
+    known = [location for location in locations if location is not None]
+    for location in known:
         try:
             tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
         except (OSError, ValueError):
             continue
-        tokenizer.chat_template = chat_template
+        if made_with["tokenizer"] is not None:
+            tokenizer.chat_template = made_with["chat_template"]
         return tokenizer
-    raise ModelError(f"no tokenizer in {' or '.join(locations)}; the trained model would be saved without one.\nPut its files there.")
+    raise ModelError(f"no tokenizer in {' or '.join(known)}; the trained model would be saved without one.\nPut its files there.")
 
 
 def _choose_precision(name: str, device: torch.device) -> str:
