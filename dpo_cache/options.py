@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field, fields
+from pathlib import PurePath
 from typing import Any
 
 from dpo_cache.errors import OptionError
@@ -18,6 +19,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "forest", "rows")
 TRUNCATIONS = ("keep-start", "keep-end", "prompt-left", "drop")
 FORMATS = ("auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "ranked")
+EXPORT_FORMATS = ("auto", "parquet", "jsonl", "datasets")
+IMPORT_FORMATS = ("auto", "ids", *(name for name in FORMATS if name not in ("auto", "ranked")))
+IMPORT_DTYPES = ("unknown", "float32", "bfloat16", "float16")
 RANKED_PAIRS = ("all", "best")
 LOSSES = ("sigmoid", "ipo")
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -27,7 +31,15 @@ PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16")
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", required: bool = False) -> Any:
     """A dataclass field with its help text, accepted values and, where it differs from the name, its flag."""
-    metadata = {"help": help, "choices": choices, "flag": flag, "required": required}
+    metadata = {"help": help, "choices": choices, "flag": flag, "required": required, "positional": ""}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def argument(default: Any, help: str, *, name: str, choices: tuple[str, ...] = (), required: bool = False) -> Any:
+    """A dataclass field that is given by its place on the command line, under this name in the help; a tuple takes all that is left."""
+    metadata = {"help": help, "choices": choices, "flag": name, "required": required, "positional": name}
     if isinstance(default, tuple):
         return field(default_factory=lambda: default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -42,13 +54,13 @@ class Options:
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
                 object.__setattr__(self, entry.name, value)
-            if entry.name in ("split", "map") and isinstance(value, str):
+            if entry.type == "tuple[str, ...]" and isinstance(value, str):
                 object.__setattr__(self, entry.name, (value,))
             if entry.type in ("int", "int | None") and value is not None and type(value) is not int:
                 raise OptionError(f"{flag_of(entry)} {value!r}: expected a whole number.")
             if choices and value not in choices:
                 raise OptionError(f"{flag_of(entry)} {value}: expected one of {', '.join(choices)}.")
-            if entry.metadata["required"] and value in (None, ""):
+            if entry.metadata["required"] and value in (None, "", ()):
                 raise OptionError(f"{flag_of(entry)} is needed.")
         self.check()
 
@@ -61,7 +73,7 @@ class Options:
 
 
 def flag_of(entry: Any) -> str:
-    """The option's flag on the command line."""
+    """The option's flag on the command line, or the name of a positional argument."""
     return entry.metadata["flag"].split("/")[0] or "--" + entry.name.replace("_", "-")
 
 
@@ -167,6 +179,65 @@ class TrainOptions(Options):
         number_or_auto("--micro-tokens", self.micro_tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """Options of `dpo-cache export`; see `dpo_cache.exchange.export_pairs`."""
+
+    cache: str = argument(None, "Cache with the pair set: a folder or an fsspec URL.", name="CACHE", required=True)
+    pairs: str = argument(None, "Pair set to export, NAME or NAME/SPLIT.", name="NAME/SPLIT", required=True)
+    out: str = argument(None, "File to write, or folder for --format datasets.", name="OUT", required=True)
+    format: str = option(
+        "auto",
+        "auto: parquet or jsonl by the ending of OUT, datasets (a folder for `load_from_disk`) where it has none.",
+        choices=EXPORT_FORMATS,
+    )
+    token_logps: bool = option(False, "Add the log-prob of each token.", flag="--token-logps")
+    text: bool = option(True, "Add prompt, chosen and rejected, where the source is at hand and makes the same pairs.", flag="--text/--no-text")
+    dataset: str | None = option(None, "Where the source data lies now. Default: where it lay when the pair set was made.")
+    tokenizer: str | None = option(None, "Where the tokenizer lies now. Default: where it lay when the pair set was made.")
+    overwrite: bool = option(False, "Replace OUT if it is there.", flag="--overwrite")
+
+    def check(self) -> None:
+        self._require(self.text or not self.dataset, "--dataset is used for the text alone: leave out --no-text.")
+        self._require(self.text or not self.tokenizer, "--tokenizer is used for the text alone: leave out --no-text.")
+        self._require(
+            self.format != "auto" or PurePath(self.out).suffix.lower() in (".parquet", ".jsonl", ""),
+            f"{self.out}: no format has this ending.\nEnd it in .parquet or .jsonl, in nothing for a folder, or name one with --format.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(Options):
+    """Options of `dpo-cache import`; see `dpo_cache.exchange.import_pairs`."""
+
+    cache: str = argument(None, "Cache to write to: a folder or an fsspec URL.", name="CACHE", required=True)
+    dataset: str = argument(None, "Pairs with ref_chosen_logps and ref_rejected_logps: a file, a folder, or a Hub id.", name="DATASET", required=True)
+    reference: str = option(None, "What to call the model that the log-probs are from.", required=True)
+    name: str | None = option(None, "Name of the pair set. Default: the data's name.")
+    split: tuple[str, ...] = option((), "Split of the data; may be repeated. Default: train, or the only one.")
+    format: str = option("auto", "Format of the data. auto: ids where prompt_ids, chosen_ids and rejected_ids are there.", choices=IMPORT_FORMATS)
+    map: tuple[str, ...] = option((), "Give a column its name here, as in ref_chosen_logps=reference_chosen_logps; may be repeated.")
+    model: str | None = option(None, "Checkpoint of that model, if at hand: a folder or a Hub id. Training starts from it by default.")
+    tokenizer: str | None = option(None, "Tokenizer that makes (or made) the token ids: a folder or a Hub id. Default: the model's.")
+    chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the tokenizer.", flag="--trust-remote-code")
+    dtype: str = option("unknown", "Dtype of the forward pass that made the log-probs.", choices=IMPORT_DTYPES)
+    max_length: int | None = option(None, "Longest prompt + answer when they were made. Default: 1024 for text; token ids are not cut.")
+    truncation: str = option("keep-start", "What happened to longer rows.", choices=TRUNCATIONS)
+    max_prompt_length: int | None = option(None, "Tokens a prompt kept under prompt-left. Default: half of --max-length.")
+
+    def check(self) -> None:
+        self._require(self.max_length is None or self.max_length >= 2, f"--max-length {self.max_length}: expected at least 2.")
+        if self.max_prompt_length is not None:
+            self._require(self.truncation == "prompt-left", "--max-prompt-length is used by --truncation prompt-left alone.")
+            longest = self.max_length or 1024
+            self._require(
+                0 < self.max_prompt_length < longest,
+                f"--max-prompt-length {self.max_prompt_length}: expected 1 to {longest - 1}, below --max-length.",
+            )
+        renamed_columns(self.map)
+
+
 def number_or_auto(flag: str, value: str) -> int | None:
     """The number, or None for `auto`. Raises `OptionError`."""
     if value == "auto":
@@ -182,4 +253,9 @@ def renamed_columns(entries: tuple[str, ...]) -> dict[str, str]:
     for entry, (expected, _, column) in zip(entries, parts, strict=True):
         if not expected or not column:
             raise OptionError(f"--map {entry}: expected NAME=COLUMN, for example prompt=question.")
-    return {expected: column for expected, _, column in parts}
+    renamed: dict[str, str] = {}
+    for expected, _, column in parts:
+        if expected in renamed:
+            raise OptionError(f"--map {expected}={column}: {expected} is {renamed[expected]} already.\nGive each name one column.")
+        renamed[expected] = column
+    return renamed

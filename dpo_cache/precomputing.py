@@ -334,6 +334,8 @@ class _Precompute:
             "source": {
                 "dataset": os.path.abspath(options.dataset) if is_local else options.dataset,
                 "format": split.survey.data_format,
+                "map": list(options.map),
+                "ranked_pairs": options.ranked_pairs,
                 "rows_read": split.survey.rows_read,
                 "rows_dropped": {reason: finding.count for reason, finding in split.survey.dropped.items()},
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

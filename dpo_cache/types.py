@@ -54,14 +54,18 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """Log-probs of one completion: natural log, float32 `[num_tokens]`."""
+    """Log-probs of one completion: natural log, float32 `[num_tokens]`.
+
+    An imported score may be a sum alone: then `token_logps` is empty and `imported_sum` is that sum.
+    """
 
     token_logps: np.ndarray
+    imported_sum: float | None = None
 
     @cached_property
     def logps(self) -> float:
         """Sum over the completion's tokens, in nats, accumulated in float64."""
-        return float(self.token_logps.sum(dtype=np.float64))
+        return float(self.token_logps.sum(dtype=np.float64)) if self.imported_sum is None else self.imported_sum
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,8 @@ from typing import NoReturn
 
 import typer
 
+from dpo_cache.cli.export import export_command
+from dpo_cache.cli.import_ import import_command
 from dpo_cache.cli.precompute import precompute_command
 from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, terminate
 from dpo_cache.cli.train import train_command
@@ -26,6 +28,8 @@ app = typer.Typer(
 )
 app.command("precompute")(precompute_command)
 app.command("train")(train_command)
+app.command("export")(export_command)
+app.command("import")(import_command)
 
 
 def _version(value: bool) -> None:

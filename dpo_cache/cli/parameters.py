@@ -41,8 +41,13 @@ def _parameter(entry: Field[Any], hint: Any) -> inspect.Parameter:
     default = list(entry.default_factory()) if callable(entry.default_factory) else entry.default
     is_list = isinstance(default, list)
     annotation = list[str] if is_list else hint
-    flag = entry.metadata["flag"] or "--" + entry.name.replace("_", "-")
     choices = entry.metadata["choices"]
+    if entry.metadata["positional"]:
+        shown = "|".join(choices) or entry.metadata["positional"]
+        needed = ... if entry.metadata["required"] else default
+        declared = typer.Argument(needed, help=entry.metadata["help"], metavar=shown, show_default=False)
+        return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation)
+    flag = entry.metadata["flag"] or "--" + entry.name.replace("_", "-")
     declared = typer.Option(
         ... if entry.metadata["required"] else default,
         flag,

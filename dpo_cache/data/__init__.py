@@ -1,13 +1,15 @@
 """Rows of any preference data set -> token ids."""
 
-from dpo_cache.data.formats import check_format, detect_format, unused_columns
+from dpo_cache.data.formats import Example, check_format, detect_format, parse_row, unused_columns
 from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset
 from dpo_cache.data.survey import Survey
 from dpo_cache.data.tokenize import load_tokenizer, tokenize_rows, tokenized_windows, tokenizer_digest
-from dpo_cache.data.truncate import Dropped, Truncation, make_pair, make_pairs
+from dpo_cache.data.truncate import Dropped, Outcome, Truncation, make_pair, make_pairs
 
 __all__ = [
     "Dropped",
+    "Example",
+    "Outcome",
     "Rows",
     "Survey",
     "Truncation",
@@ -18,6 +20,7 @@ __all__ = [
     "load_tokenizer",
     "make_pair",
     "make_pairs",
+    "parse_row",
     "read_dataset",
     "tokenize_rows",
     "tokenized_windows",

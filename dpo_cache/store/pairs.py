@@ -9,7 +9,10 @@ Each `<sha256>.parquet` part has one row a pair, in the order of the data set:
     chosen_key, rejected_key                           fixed_size_binary(16), see `keys.py`
     chosen_num_tokens, rejected_num_tokens             uint32
     ref_chosen_logps, ref_rejected_logps               float64, sums in nats
-    ref_chosen_token_logps, ref_rejected_token_logps   list<float32>, nats
+    ref_chosen_token_logps, ref_rejected_token_logps   list<float32>, nats; one a token, or all empty: see below
+
+A pair set made by `dpo-cache import` has `"imported": true` in its manifest. Where it was given sums alone, the
+manifest says `"token_logps": false` and the lists of token log-probs are empty, every one.
 
 `manifest.json` (a sealed document, see `documents.py`) is published last and names the parts, so a pair
 set is wholly there or absent, and a reader keeps the parts it started with whatever is published later.
@@ -91,6 +94,16 @@ class PairSet:
         """Id of the reference whose log-probs these are."""
         return self.manifest["reference"]
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether the log-probs were made elsewhere and brought in by `dpo-cache import`."""
+        return self.manifest.get("imported", False)
+
+    @property
+    def has_token_logps(self) -> bool:
+        """Whether there is a log-prob for each token; False where an import had sums alone."""
+        return self.manifest.get("token_logps", True)
+
     def __len__(self) -> int:
         return self.manifest["num_pairs"]
 
@@ -118,7 +131,18 @@ class PairSet:
             raise CorruptShardError(f"{place}: row group {group} is not readable ({error}). {REMEDY}") from error
         if table.num_rows != num_pairs:
             raise CorruptShardError(f"{place}: expected {num_pairs} pairs in row group {group}, found {table.num_rows}. {REMEDY}")
-        return _decode_pairs(table)
+        pairs = _decode_pairs(table) if self.has_token_logps else _with_sums_alone(table, _decode_pairs(table))
+        self._check_lengths(pairs, f"{place}: row group {group}")
+        return pairs
+
+    def _check_lengths(self, pairs: Sequence[ScoredPair], place: str) -> None:
+        """Raise `CorruptShardError` unless each completion has one log-prob a token, or none where the manifest says so."""
+        for scored in pairs:
+            for completion, score in ((scored.pair.chosen, scored.ref_chosen), (scored.pair.rejected, scored.ref_rejected)):
+                expected = completion.num_tokens if self.has_token_logps else 0
+                if len(score.token_logps) != expected:
+                    found = f"found {len(score.token_logps)} log-probs for {completion.num_tokens} tokens"
+                    raise CorruptShardError(f"{place}: row {scored.pair.row}: expected {expected}, {found}. {REMEDY}")
 
     def _open_part(self, name: str, place: str) -> Any:
         if name not in self._checked:
@@ -238,3 +262,12 @@ def _decode_pairs(table: pa.Table) -> list[ScoredPair]:
         chosen, rejected = lists["ref_chosen_token_logps"][index], lists["ref_rejected_token_logps"][index]
         pairs.append(ScoredPair(pair, Score(chosen), Score(rejected)))
     return pairs
+
+
+def _with_sums_alone(table: pa.Table, pairs: Sequence[ScoredPair]) -> list[ScoredPair]:
+    """The pairs with the sums that were imported, which nothing else in the file adds up to."""
+    sums = zip(table.column("ref_chosen_logps").to_pylist(), table.column("ref_rejected_logps").to_pylist(), strict=True)
+    return [
+        ScoredPair(scored.pair, Score(scored.ref_chosen.token_logps, chosen), Score(scored.ref_rejected.token_logps, rejected))
+        for scored, (chosen, rejected) in zip(pairs, sums, strict=True)
+    ]

@@ -96,6 +96,7 @@ class _Run:
         self.step_zero = StepZero(
             same_model=self.policy.is_reference,
             reference_dtype=self.data.reference["identity"]["dtype"],
+            imported=self.data.reference["identity"].get("imported"),
             policy_dtype="float32" if self.policy.precision == "fp32" else "bfloat16",
         )
         self.has_updated = False

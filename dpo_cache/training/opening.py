@@ -44,7 +44,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     attention: Attention
     precision: str
-    is_reference: bool  # it starts as the very model that scored the pairs
+    is_reference: bool  # it starts as the very model that scored the pairs; never known of an imported reference
 
 
 def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
@@ -79,14 +79,17 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
     source, made_with = data.reference["provenance"], data.pairs.manifest["tokenization"]
     location, trust = options.model or source["model"], options.trust_remote_code
     revision = None if options.model else source.get("revision")
+    if location is None:
+        imported = data.reference["identity"]["imported"]
+        raise ModelError(f"the reference {imported!r} was imported without a checkpoint.\nSay where the policy starts from with --model.")
     if checkpoint:  # it holds all that is needed: where the policy started from may be gone
-        is_reference, tokenizer = False, _load_tokenizer([str(checkpoint)], made_with["chat_template"], trust)
+        is_reference, tokenizer = False, _load_tokenizer([str(checkpoint)], made_with, trust)
     else:
         if options.model is None and os.path.isabs(location) and not os.path.isdir(location):
             raise ModelError(f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with --model.")
-        tokenizer = _load_tokenizer([made_with["tokenizer"], location], made_with["chat_template"], trust)
+        tokenizer = _load_tokenizer([made_with["tokenizer"], location], made_with, trust)
         identity, config = data.reference["identity"], load_config(location, revision=revision, trust_remote_code=trust)
-        same_config = computing_fields(config) == identity["config"]
+        same_config = "imported" not in identity and computing_fields(config) == identity["config"]
         is_reference = same_config and weights_digest(checkpoint_files(location, revision=revision)) == identity["weights"]
     precision = _choose_precision(options.precision, device)
     model = load_model(
@@ -112,16 +115,18 @@ def _only_pair_set(cache: Cache, eval_pairs: str | None) -> PairSet:
     raise NotInCacheError(f"{cache}: several pair sets to train on.\nSay which with --pairs: {', '.join(known)}.")
 
 
-def _load_tokenizer(locations: list[str], chat_template: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer that made the ids, with its template, to be saved beside the model."""
-    for location in locations:
+def _load_tokenizer(locations: list[str | None], made_with: Document, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer that made the ids, with its template, to be saved beside the model; of imported ids, the policy's own."""
+    known = [location for location in locations if location is not None]
+    for location in known:
         try:
             tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
         except (OSError, ValueError):
             continue
-        tokenizer.chat_template = chat_template
+        if made_with["tokenizer"] is not None:
+            tokenizer.chat_template = made_with["chat_template"]
         return tokenizer
-    raise ModelError(f"no tokenizer in {' or '.join(locations)}; the trained model would be saved without one.\nPut its files there.")
+    raise ModelError(f"no tokenizer in {' or '.join(known)}; the trained model would be saved without one.\nPut its files there.")
 
 
 def _choose_precision(name: str, device: torch.device) -> str:

@@ -1,0 +1,29 @@
+"""`dpo-cache export`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from dpo_cache.cli.output import count, format_bytes, print_json, print_table, remark
+from dpo_cache.cli.parameters import command
+from dpo_cache.options import ExportOptions
+
+READERS = {
+    "parquet": 'datasets.load_dataset("parquet", data_files="{out}")',
+    "jsonl": 'datasets.load_dataset("json", data_files="{out}")',
+    "datasets": 'datasets.load_from_disk("{out}")',
+}
+
+
+@command(ExportOptions, json_help="Print the report as JSON.")
+def export_command(options: ExportOptions, as_json: bool) -> None:
+    """Write a pair set to a file that other tools read: text, token ids and reference log-probs, one row a pair."""
+    from dpo_cache.exchange import export_pairs
+
+    report = export_pairs(**asdict(options), say=remark)
+    if as_json:
+        print_json(asdict(report))
+        return
+    rows = [("pairs", count(report.num_pairs)), ("columns", ", ".join(report.columns)), ("written", format_bytes(report.bytes_written))]
+    print_table(f"{report.pairs}: exported as {report.format}", rows)
+    print(f"The rows are in {report.out}. Next: {READERS[report.format].format(out=report.out)}")

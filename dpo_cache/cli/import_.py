@@ -1,0 +1,47 @@
+"""`dpo-cache import`."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from dpo_cache.cli.output import count, format_bytes, print_json, print_table, remark
+from dpo_cache.cli.parameters import command
+from dpo_cache.options import ImportOptions
+
+if TYPE_CHECKING:
+    from dpo_cache.exchange import ImportReport
+
+
+@command(ImportOptions, json_help="Print the report as JSON.")
+def import_command(options: ImportOptions, as_json: bool) -> None:
+    """Enter reference log-probs that another program computed, under a reference that you name.
+
+    They are taken as they are: nothing is scored again. Every row is checked before anything is written.
+    """
+    from dpo_cache.exchange import import_pairs
+
+    report = import_pairs(**asdict(options), say=remark)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        _print_report(report, options.reference)
+
+
+def _print_report(report: ImportReport, reference: str) -> None:
+    rows = [("rows read", count(report.rows_read)), ("pairs kept", count(report.pairs_kept))]
+    rows += [("rows dropped", count(sum(report.dropped.values())))]
+    rows += [(f"  {reason}", count(number)) for reason, number in sorted(report.dropped.items(), key=lambda entry: -entry[1])]
+    rows += [
+        ("rows truncated", count(report.rows_truncated)),
+        ("log-probs", "sums and per token" if report.has_token_logps else "sums alone"),
+        ("  mean of an answer", f"{report.mean_logps:.2f} nats"),
+        ("  mean of a token", f"{report.mean_token_logps:.3f} nats"),
+        ("written", format_bytes(report.bytes_written)),
+    ]
+    print_table(f"{', '.join(report.pair_sets)}: imported as {report.format}, reference {report.reference[:12]} ({reference})", rows)
+    print(f"The pairs are in {report.cache}. Next:")
+    for name in report.pair_sets:
+        model = "" if report.start_from else " --model MODEL"
+        print(f"  dpo-cache train --cache {shlex.quote(report.cache)} --pairs {name} --output RUN{model}")

@@ -1,0 +1,145 @@
+"""store -> a file that other tools read: one row a pair, its text beside its token ids and log-probs.
+
+Columns, in this order:
+
+    prompt, chosen, rejected      text, or messages with role and content; tools, chat_template_kwargs where the rows have
+                                  them. Only where the source still makes the same pairs; see `text.py`
+    row                           int64, row number in the source
+    prompt_ids                    list<uint32>
+    rejected_prompt_ids           list<uint32>, prompt of rejected; only in sets where it may be another one (keep-end)
+    chosen_ids, rejected_ids      list<uint32>
+    ref_chosen_logps, ref_rejected_logps               float64, sums in nats
+    ref_chosen_token_logps, ref_rejected_token_logps   list<float32>, where asked for
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dpo_cache.errors import NotInCacheError
+from dpo_cache.exchange.text import SourceText, TextRow, find_source_text
+from dpo_cache.exchange.writing import open_output
+from dpo_cache.options import ExportOptions
+from dpo_cache.store import PairSet, open_cache
+from dpo_cache.types import ScoredPair
+
+BATCH_PAIRS = 2048  # written at once: one row group of a Parquet file
+
+TOKEN_IDS, LOGPS = pa.list_(pa.uint32()), pa.list_(pa.float32())
+
+
+@dataclass
+class ExportReport:
+    """What `export_pairs` wrote."""
+
+    pairs: str
+    out: str
+    format: str
+    num_pairs: int = 0
+    columns: list[str] = field(default_factory=list)
+    has_text: bool = False
+    left_out: list[str] = field(default_factory=list)  # what the pair set holds, or was made of, and the output does not
+    bytes_written: int = 0
+
+
+def export_pairs(
+    cache: str | os.PathLike[str], pairs: str, out: str | os.PathLike[str], *, say: Callable[[str], None] | None = None, **options: Any
+) -> ExportReport:
+    """Write a pair set to a Parquet or JSONL file or a folder of `datasets`, in the columns of the module's docstring.
+
+    Keyword arguments are the fields of `ExportOptions`. The output is streamed, so memory stays flat, and appears
+    under its name when it is whole. Raises `DpoCacheError`.
+    """
+    chosen = ExportOptions(cache=os.fspath(cache), pairs=pairs, out=os.fspath(out), **options)
+    pair_set = open_cache(chosen.cache).pairs(chosen.pairs)
+    if chosen.token_logps and not pair_set.has_token_logps:
+        raise NotInCacheError(f"{chosen.cache}: {pair_set.name} was imported with sums alone.\nLeave out --token-logps.")
+    report = ExportReport(pair_set.name, chosen.out, _format_of(chosen))
+    text = _find_text(chosen, pair_set, report)
+    _note_losses(chosen, pair_set, report)
+    for loss in report.left_out:
+        (say or logging.getLogger("dpo_cache").warning)(f"left out: {loss}.")
+    schema = _schema(chosen, pair_set, text)
+    rows = _rows(pair_set, text)
+    with open_output(chosen.out, report.format, schema, overwrite=chosen.overwrite) as write:
+        while batch := list(islice(rows, BATCH_PAIRS)):
+            write(batch)
+            report.num_pairs += len(batch)
+    report.columns, report.has_text = schema.names, text is not None
+    report.bytes_written = _size(Path(chosen.out).expanduser())
+    return report
+
+
+def _format_of(options: ExportOptions) -> str:
+    if options.format != "auto":
+        return options.format
+    return {".parquet": "parquet", ".jsonl": "jsonl"}.get(Path(options.out).suffix.lower(), "datasets")
+
+
+def _find_text(options: ExportOptions, pair_set: PairSet, report: ExportReport) -> SourceText | None:
+    if not options.text:
+        return None
+    text = find_source_text(pair_set.manifest, dataset=options.dataset, tokenizer=options.tokenizer)
+    if isinstance(text, str):
+        report.left_out.append(f"prompt, chosen and rejected as text: {text}")
+        return None
+    return text
+
+
+def _note_losses(options: ExportOptions, pair_set: PairSet, report: ExportReport) -> None:
+    if pair_set.has_token_logps and not options.token_logps:
+        report.left_out.append("the log-prob of each token (--token-logps adds it)")
+    report.left_out.append("which reference, tokenizer and truncation made the values (they stay in the cache)")
+    if report.format == "jsonl":
+        report.left_out.append("the types of the columns (JSON has numbers alone; no value is changed)")
+
+
+def _schema(options: ExportOptions, pair_set: PairSet, text: SourceText | None) -> pa.Schema:
+    fields = [*text.schema] if text else []
+    fields += [pa.field("row", pa.int64()), pa.field("prompt_ids", TOKEN_IDS)]
+    if _may_have_own_prompts(pair_set):
+        fields.append(pa.field("rejected_prompt_ids", TOKEN_IDS))
+    fields += [pa.field("chosen_ids", TOKEN_IDS), pa.field("rejected_ids", TOKEN_IDS)]
+    fields += [pa.field("ref_chosen_logps", pa.float64()), pa.field("ref_rejected_logps", pa.float64())]
+    if options.token_logps:
+        fields += [pa.field("ref_chosen_token_logps", LOGPS), pa.field("ref_rejected_token_logps", LOGPS)]
+    return pa.schema(fields)
+
+
+def _may_have_own_prompts(pair_set: PairSet) -> bool:
+    return pair_set.manifest["tokenization"]["truncation"] == "keep-end"
+
+
+def _rows(pair_set: PairSet, text: SourceText | None) -> Iterator[dict[str, Any]]:
+    if text is None:
+        yield from map(_id_row, pair_set)
+        return
+    for scored, words in zip(pair_set, text, strict=True):
+        yield {**words, **_id_row(scored)}
+
+
+def _id_row(scored: ScoredPair) -> TextRow:
+    pair = scored.pair
+    return {
+        "row": pair.row,
+        "prompt_ids": pair.chosen.prompt_ids,
+        "rejected_prompt_ids": pair.rejected.prompt_ids,
+        "chosen_ids": pair.chosen.completion_ids,
+        "rejected_ids": pair.rejected.completion_ids,
+        "ref_chosen_logps": scored.ref_chosen.logps,
+        "ref_rejected_logps": scored.ref_rejected.logps,
+        "ref_chosen_token_logps": scored.ref_chosen.token_logps,
+        "ref_rejected_token_logps": scored.ref_rejected.token_logps,
+    }
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
