@@ -83,7 +83,7 @@ def find_source_text(manifest: Document, *, dataset: str | None, tokenizer: str 
             return f"{dataset or source['dataset']} no longer makes the pairs of this set"
         found.schema  # noqa: B018  (raises where there is none)
     except (DataError, ModelError, OptionError) as error:
-        return first_line(error).rstrip(".")
+        return first_line(error).rstrip(".:")
     return found
 
 
