@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import dpo_cache
+from dpo_cache.cli.app import command_names
 
 PACKAGE = Path(dpo_cache.__file__).parent
 
@@ -69,7 +70,7 @@ def test_rooms_stay_clear_of_packages_they_have_no_use_for(path: Path) -> None:
     assert not packages & PACKAGES_OF_ROOMS.get(room_of(path), set())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["precompute", "--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in command_names())])
 def test_help_loads_neither_torch_nor_its_like(arguments: list[str]) -> None:
     code = f"""
 import sys

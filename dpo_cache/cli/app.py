@@ -32,6 +32,11 @@ app.command("export")(export_command)
 app.command("import")(import_command)
 
 
+def command_names() -> list[str]:
+    """Every command, in the order of the help."""
+    return [str(command.name) for command in app.registered_commands]
+
+
 def _version(value: bool) -> None:
     if value:
         from dpo_cache import __version__

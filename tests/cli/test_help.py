@@ -1,0 +1,50 @@
+"""Every command has a page in docs/commands with its own help in it, and stands in the README."""
+
+from pathlib import Path
+
+import pytest
+
+import dpo_cache
+from dpo_cache.cli.app import command_names
+from tests.cli.write_help import PAGES, help_block, read_helps, with_help
+
+README = (Path(dpo_cache.__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    return read_helps()
+
+
+@pytest.mark.parametrize("name", command_names())
+def test_the_page_shows_the_help_of_today(name: str, helps: dict[str, str]) -> None:
+    page = (PAGES / f"{name}.md").read_text()
+    assert help_block(name, helps[name]) in page, "run `python -m tests.cli.write_help`"
+
+
+@pytest.mark.parametrize("name", command_names())
+def test_the_page_shows_a_run_and_the_readme_links_it(name: str) -> None:
+    page = (PAGES / f"{name}.md").read_text()
+    assert page.startswith(f"# dpo-cache {name}\n")
+    examples = [line for line in page.splitlines() if line.startswith(f"$ dpo-cache {name} ") and not line.endswith("--help")]
+    assert examples, f"docs/commands/{name}.md shows no run of `dpo-cache {name}` and what it prints"
+    assert f"(docs/commands/{name}.md)" in README
+
+
+def test_no_page_is_left_of_a_command_that_is_gone() -> None:
+    assert {path.stem for path in PAGES.glob("*.md")} == set(command_names())
+
+
+def test_help_is_plain_text_of_fixed_width(helps: dict[str, str]) -> None:
+    for name, text in helps.items():
+        assert f"Usage: dpo-cache {name} " in text
+        assert "\x1b" not in text and max(map(len, text.splitlines())) <= 100
+
+
+def test_a_block_is_renewed_in_place() -> None:
+    page = "# dpo-cache ls\n\n```\n$ dpo-cache ls --help\nold\n\nlines\n```\n\nafter\n\n```\n$ dpo-cache ls CACHE\n```\n"
+    renewed = with_help(page, "ls", "new")
+    assert renewed == "# dpo-cache ls\n\n```\n$ dpo-cache ls --help\nnew\n```\n\nafter\n\n```\n$ dpo-cache ls CACHE\n```\n"
+    assert with_help(renewed, "ls", "new") == renewed
+    with pytest.raises(ValueError, match="found 0"):
+        with_help(page, "rm", "new")

@@ -1,0 +1,62 @@
+"""Writes every command's `--help` into its page: `python -m tests.cli.write_help`.
+
+A page `docs/commands/<command>.md` holds one fenced block that begins with `$ dpo-cache <command> --help`;
+what follows in that block is replaced by what the command prints, 100 columns wide and without colours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import dpo_cache
+
+PAGES = Path(dpo_cache.__file__).parents[1] / "docs" / "commands"
+WIDTH = 100
+
+_PRINT_HELPS = """
+import json
+from typer.testing import CliRunner
+from dpo_cache.cli.app import app, command_names
+helps = {name: CliRunner().invoke(app, [name, "--help"], prog_name="dpo-cache").stdout for name in command_names()}
+print(json.dumps(helps))
+"""
+
+
+def read_helps() -> dict[str, str]:
+    """The help text of every registered command, by its name."""
+    # read by typer when it is imported, so a process of its own
+    environment = {**os.environ, "COLUMNS": str(WIDTH), "TERMINAL_WIDTH": str(WIDTH), "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
+    done = subprocess.run([sys.executable, "-c", _PRINT_HELPS], env=environment, capture_output=True, text=True, check=True)
+    return {name: "\n".join(line.rstrip() for line in text.strip("\n").splitlines()).strip("\n") for name, text in json.loads(done.stdout).items()}
+
+
+def help_block(name: str, text: str) -> str:
+    """The fenced block of a page."""
+    return f"```\n$ dpo-cache {name} --help\n{text}\n```"
+
+
+def with_help(page: str, name: str, text: str) -> str:
+    """The page with its help block renewed. Raises `ValueError` where it has none."""
+    block = re.compile(rf"```\n\$ dpo-cache {re.escape(name)} --help\n(?:.*?\n)??```", re.DOTALL)
+    renewed, found = block.subn(lambda _: help_block(name, text), page)
+    if found != 1:
+        raise ValueError(f"docs/commands/{name}.md: expected one fenced block that begins with `$ dpo-cache {name} --help`, found {found}")
+    return renewed
+
+
+def main() -> None:
+    """Renew the help block of every page."""
+    for name, text in read_helps().items():
+        path = PAGES / f"{name}.md"
+        if not path.exists():
+            sys.exit(f"{path}: missing. Say there what `{name}` does, with an empty block: {help_block(name, '…')!r}")
+        path.write_text(with_help(path.read_text(), name, text))
+
+
+if __name__ == "__main__":
+    main()
