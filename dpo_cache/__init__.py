@@ -4,6 +4,7 @@
     lm            a causal LM as a function: completions -> log-probs
     store         log-probs <-> shared, immutable Parquet shards
     precomputing  data -> lm -> store: run the frozen reference once
+    exchange      pair sets -> files for other tools, and log-probs made elsewhere -> pair sets
     training      store -> lm -> optimizer: train the policy alone
 
 In a few lines:
@@ -21,6 +22,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpo_cache.exchange import ExportReport, ImportReport, export_pairs, import_pairs
     from dpo_cache.precomputing import PrecomputeReport, precompute
     from dpo_cache.store import open_cache
     from dpo_cache.training.loop import TrainReport, train
@@ -33,6 +35,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "precompute": "dpo_cache.precomputing",
     "PrecomputeReport": "dpo_cache.precomputing",
+    "export_pairs": "dpo_cache.exchange",
+    "ExportReport": "dpo_cache.exchange",
+    "import_pairs": "dpo_cache.exchange",
+    "ImportReport": "dpo_cache.exchange",
     "open_cache": "dpo_cache.store",
     "train": "dpo_cache.training.loop",
     "TrainReport": "dpo_cache.training.loop",
@@ -45,11 +51,15 @@ _HOMES = {
 
 __all__ = [
     "Completion",
+    "ExportReport",
+    "ImportReport",
     "Pair",
     "PrecomputeReport",
     "Score",
     "ScoredPair",
     "TrainReport",
+    "export_pairs",
+    "import_pairs",
     "open_cache",
     "precompute",
     "preference_loss",

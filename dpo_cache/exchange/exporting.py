@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from dpo_cache.errors import NotInCacheError
 from dpo_cache.exchange.text import SourceText, TextRow, find_source_text
-from dpo_cache.exchange.writing import open_output
+from dpo_cache.exchange.writing import check_output, open_output
 from dpo_cache.options import ExportOptions
 from dpo_cache.store import PairSet, open_cache
 from dpo_cache.types import ScoredPair
@@ -63,6 +63,7 @@ def export_pairs(
     if chosen.token_logps and not pair_set.has_token_logps:
         raise NotInCacheError(f"{chosen.cache}: {pair_set.name} was imported with sums alone.\nLeave out --token-logps.")
     report = ExportReport(pair_set.name, chosen.out, _format_of(chosen))
+    check_output(chosen.out, report.format, overwrite=chosen.overwrite)
     text = _find_text(chosen, pair_set, report)
     _note_losses(chosen, pair_set, report)
     for loss in report.left_out:

@@ -88,10 +88,10 @@ def check_columns(columns: Sequence[str], place: str) -> None:
     missing = [name for name, other in zip(SUMS, TOKEN_LOGPS, strict=True) if name not in columns and other not in columns]
     if not missing:
         return
-    alike = [name for name in columns if "logp" in name.lower()] or list(columns)
+    alike = [name for name in columns if "logp" in name.lower()]
     raise DataError(
-        f"{place} has no column {' or '.join(missing)}, but {', '.join(alike)}.\n"
-        f"Name the columns that hold sums of log-probs with --map, for example --map {missing[0]}={alike[0]}."
+        f"{place} has no column {' or '.join(missing)}, but {', '.join(alike or columns)}.\n"
+        f"Name the columns that hold sums of log-probs with --map, for example --map {missing[0]}={alike[0] if alike else 'COLUMN'}."
     )
 
 

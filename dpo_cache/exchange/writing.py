@@ -22,6 +22,19 @@ Row = dict[str, Any]
 WriteRows = Callable[[list[Row]], None]
 
 
+def check_output(out: str, kind: str, *, overwrite: bool) -> None:
+    """Raise `OptionError` where something is at the output that may not be replaced."""
+    target = Path(out).expanduser()
+    if not target.exists():
+        return
+    if not overwrite:
+        raise OptionError(f"{target} is there already.\nChoose another OUT, or replace it with --overwrite.")
+    is_ours = (target / "state.json").is_file() if kind == "datasets" else target.is_file()
+    if not is_ours:
+        found = "a folder" if target.is_dir() else "a file"
+        raise OptionError(f"{target}: is {found} that `dpo-cache export --format {kind}` does not write; it is not replaced.\nChoose another OUT.")
+
+
 @contextmanager
 def open_output(out: str, kind: str, schema: pa.Schema, *, overwrite: bool) -> Iterator[WriteRows]:
     """What writes rows to the output; it appears under its name when the block ends, and not at all if it raises.
@@ -29,7 +42,7 @@ def open_output(out: str, kind: str, schema: pa.Schema, *, overwrite: bool) -> I
     Raises `OptionError` for one that is there already, `StorageError` where the file system refuses.
     """
     target = Path(out).expanduser()
-    _check_target(target, kind, overwrite)
+    check_output(out, kind, overwrite=overwrite)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         try:
@@ -70,17 +83,6 @@ def _as_datasets_folder(scratch: Path) -> Path:
     dataset = Dataset.from_parquet(str(scratch / "rows"), cache_dir=str(scratch / "cache"))
     dataset.save_to_disk(scratch / "saved")  # type: ignore[union-attr]
     return scratch / "saved"
-
-
-def _check_target(target: Path, kind: str, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not overwrite:
-        raise OptionError(f"{target} is there already.\nChoose another OUT, or replace it with --overwrite.")
-    is_ours = (target / "state.json").is_file() if kind == "datasets" else target.is_file()
-    if not is_ours:
-        found = "a folder" if target.is_dir() else "a file"
-        raise OptionError(f"{target}: is {found} that `dpo-cache export --format {kind}` does not write; it is not replaced.\nChoose another OUT.")
 
 
 def _put_in_place(written: Path, target: Path, scratch: Path) -> None:
