@@ -290,6 +290,8 @@ def test_columns_may_be_renamed_and_the_format_named(model_folder: str, tmp_path
     assert report.surveys[0]["data_format"] == "question" and report.pairs_kept == 1
     with pytest.raises(OptionError, match="expected NAME=COLUMN"):
         dpo_cache.precompute(model_folder, path, cache, map=("question",))
+    with pytest.raises(OptionError, match="--map question=r: question is q already.\nGive each name one column"):
+        dpo_cache.precompute(model_folder, path, cache, map=("question=q", "question=r"))
 
 
 def test_tools_and_template_options_reach_the_ids(model_folder: str, tmp_path: Path, cache: str) -> None:

@@ -5,7 +5,8 @@ A format is recognised from the columns and the type of their first value:
     text             prompt, chosen, rejected: strings
     conversation     prompt: string or messages; chosen, rejected: messages, with or without the prompt repeated
     implicit         chosen, rejected: whole dialogues, as messages or text; the prompt is what they share
-    sharegpt         conversations (from, value); chosen, rejected: one turn each; system: optional
+    sharegpt         conversations (from, value); chosen, rejected: one turn each; system: optional. A turn from function_call
+                     is JSON, {"name": ..., "arguments": ...} or a list of these; one from observation or tool is its result
     alpaca           instruction, input (may be missing or empty); chosen, rejected: strings; system, history: optional
     question         question; chosen, rejected: strings; system: optional
     ranked           prompt; responses: a list of strings or of message lists; scores (higher is better) or ranks (1 is best)
@@ -45,7 +46,10 @@ ACCEPTED = """\
   system, question, chosen, rejected
   prompt, responses, scores or ranks          (ranked answers)"""
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+SHAREGPT_ROLES = {
+    "human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system",
+    "function_call": "assistant", "observation": "tool", "tool": "tool",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,8 +191,13 @@ def _merits(row: dict[str, Any], num_responses: int) -> list[float]:
     """One number an answer, the higher the better."""
     name, sign = ("scores", 1.0) if row.get("scores") is not None else ("ranks", -1.0)
     values = row.get(name)
-    if not isinstance(values, list) or not all(isinstance(value, (int, float)) and value == value for value in values):
-        raise _BadRow("neither `scores` nor `ranks` is a list of numbers")
+    if values is None:
+        raise _BadRow("it has neither `scores` nor `ranks`")
+    if not isinstance(values, list):
+        raise _BadRow(f"`{name}` is {_kind(values)}, expected a list of numbers")
+    wrong = [value for value in values if not isinstance(value, (int, float)) or value != value]
+    if wrong:
+        raise _BadRow(f"`{name}` holds {'null' if wrong[0] is None else 'NaN' if wrong[0] != wrong[0] else _kind(wrong[0])}, expected numbers")
     if len(values) != num_responses:
         raise _BadRow(f"`{name}` has {len(values)} numbers for {num_responses} responses")
     return [sign * value for value in values]
@@ -273,7 +282,27 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
     role = SHAREGPT_ROLES.get(message["role"])
     if role is None:
         raise _BadRow(f"`{name}` has a turn from {message['role']!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
+    if message["role"] == "function_call":
+        return {**message, "role": role, "content": "", "tool_calls": _tool_calls(message["content"], name)}
     return {**message, "role": role}
+
+
+def _tool_calls(value: str, name: str) -> list[dict[str, Any]]:
+    """Calls as chat templates read them, of the JSON that a ShareGPT turn holds."""
+    try:
+        found = json.loads(value)
+        calls = [{"name": call["name"], "arguments": call["arguments"]} for call in (found if isinstance(found, list) else [found])]
+        calls = [{**call, "arguments": _parsed(call["arguments"])} for call in calls]
+    except (ValueError, KeyError, TypeError):
+        calls = []
+    if not calls:
+        raise _BadRow(f"`{name}` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor a list of these")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _parsed(arguments: Any) -> Any:
+    """Arguments are an object, or JSON of one."""
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
 
 
 def _answer(row: dict[str, Any], name: str, prompt: list[Message]) -> list[Message]:

@@ -29,7 +29,7 @@ from dpo_cache.data.read import STREAM_ERRORS, Rows, not_readable, not_utf8
 from dpo_cache.errors import DataError, ModelError, first_line
 
 BATCH_ROWS = 256  # rows tokenized at once: a thousand long dialogues would take 250 MB
-IDS_VERSION = 2  # raised when the same text would get other ids or columns from us
+IDS_VERSION = 3  # raised when the same text would get other ids or columns from us
 IDS = ListOf(Value("uint32"))
 FEATURES = Features(
     {
@@ -219,21 +219,33 @@ def _ended(example: Example, eos: str) -> list[str]:
 
 def _render(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[str] | RowProblem]:
     """Texts of conversations, through the chat template; one by one where a row hands something to it, or it fails."""
-    if not any(example.template_options for example in examples):
+    if not any(example.template_options or _called(example) for example in examples):
         try:
-            return _render_alike(examples, tokenizer) if examples else []
+            return [*_render_alike(examples, tokenizer)] if examples else []
         except Exception:  # a template is a program: it raises what it likes; below it is told of which row
             pass
     texts: list[list[str] | RowProblem] = []
     for example in examples:
         try:
-            texts += _render_alike([example], tokenizer)
+            rendered = _render_alike([example], tokenizer)[0]
         except Exception as error:
             texts.append(RowProblem(f"the chat template refuses it ({first_line(error)})"))
+            continue
+        is_lost = any(name not in "".join(rendered) for name in _called(example))
+        texts.append(
+            RowProblem("the chat template leaves its tool calls out; give one that writes them with --chat-template") if is_lost else rendered
+        )
     return texts
 
 
-def _render_alike(examples: Sequence[Example], tokenizer: Any) -> list[list[str] | RowProblem]:
+def _called(example: Example) -> set[str]:
+    """Names of the tools that the example's messages call."""
+    messages = [message for content in (example.prompt, *example.answers) for message in content]
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]  # type: ignore[union-attr]
+    return {str((call.get("function") or call).get("name") or "") for call in calls if isinstance(call, dict)}
+
+
+def _render_alike(examples: Sequence[Example], tokenizer: Any) -> list[list[str]]:
     """Texts of examples that share their template options."""
     options = examples[0].template_options
     prompts: Any = tokenizer.apply_chat_template(

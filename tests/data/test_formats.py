@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -7,6 +8,11 @@ from dpo_cache.data import check_format, detect_format, tokenize_rows
 from dpo_cache.data.formats import Example, RowProblem, parse_row
 from dpo_cache.errors import DataError
 from tests.data.conftest import assistant, make_byte_tokenizer, message, pair, user
+
+
+def calling(name: str, arguments: dict[str, str]) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}]}
+
 
 TEXT = {"prompt": "Name a colour.", "chosen": " Red.", "rejected": " Seven."}
 YES_OR_NO = pair([user("Well?")], [assistant("Yes.")], [assistant("No.")])
@@ -89,6 +95,23 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
         "alpaca",
         {"instruction": "Translate.", "input": "Ja.", "chosen": "Yes.", "rejected": "No."},
         pair([user("Translate.\n\nJa.")], [assistant("Yes.")], [assistant("No.")]),
+    ),
+    "sharegpt with tools": (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "value": "Weather?"},
+                {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "sky"}}'},
+                {"from": "observation", "value": "blue"},
+            ],
+            "chosen": {"from": "gpt", "value": "Fine."},
+            "rejected": {"from": "function_call", "value": '[{"name": "look", "arguments": "{\\"at\\": \\"sea\\"}"}]'},
+        },
+        pair(
+            [user("Weather?"), calling("look", {"at": "sky"}), message("tool", "blue")],
+            [assistant("Fine.")],
+            [calling("look", {"at": "sea"})],
+        ),
     ),
     "sharegpt with a system column": (
         "sharegpt",
@@ -273,10 +296,10 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a text beside a dialogue": ("implicit", {"chosen": "Well?", "rejected": [user("Well?")]}, "`rejected` is a list, expected text"),
     "no dialogue": ("implicit", {"chosen": None, "rejected": None}, "`chosen` is missing, expected messages"),
     "turns that are text": ("sharegpt", {"conversations": "Well?", "chosen": {}, "rejected": {}}, "`conversations` is not a list of turns"),
-    "turn of a tool": (
+    "turn of a stranger": (
         "sharegpt",
-        {"conversations": [{"from": "tool", "value": "7"}], "chosen": {}, "rejected": {}},
-        "`conversations` has a turn from 'tool', expected one of human, gpt, user, assistant, system",
+        {"conversations": [{"from": "critic", "value": "7"}], "chosen": {}, "rejected": {}},
+        "`conversations` has a turn from 'critic', expected one of human, gpt, user, assistant, system, function_call, observation, tool",
     ),
     "answer that is no turn": (
         "sharegpt",
@@ -295,11 +318,24 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "one response": ("ranked", {"prompt": "a", "responses": ["b"], "scores": [1]}, "`responses` is not a list of two answers or more"),
     "too few scores": ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1]}, "`scores` has 1 numbers for 2 responses"),
-    "no scores": ("ranked", {"prompt": "a", "responses": ["b", "c"]}, "neither `scores` nor `ranks` is a list of numbers"),
-    "a score that is no number": (
+    "no scores": ("ranked", {"prompt": "a", "responses": ["b", "c"]}, "it has neither `scores` nor `ranks`"),
+    "scores that are no list": (
         "ranked",
-        {"prompt": "a", "responses": ["b", "c"], "scores": [1, None]},
-        "neither `scores` nor `ranks` is a list of numbers",
+        {"prompt": "a", "responses": ["b", "c"], "scores": "1 2"},
+        "`scores` is a str, expected a list of numbers",
+    ),
+    "a score that is not there": ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, None]}, "`scores` holds null, expected numbers"),
+    "a score that is NaN": ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, math.nan]}, "`scores` holds NaN, expected numbers"),
+    "a rank that is text": ("ranked", {"prompt": "a", "responses": ["b", "c"], "ranks": ["best", 2]}, "`ranks` holds a str, expected numbers"),
+    "a call that is no JSON": (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "function_call", "value": "look()"}, "rejected": {}},
+        "`chosen` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor a list of these",
+    ),
+    "a call without arguments": (
+        "sharegpt",
+        {"conversations": [{"from": "function_call", "value": '{"name": "look"}'}], "chosen": {}, "rejected": {}},
+        "`conversations` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor a list of these",
     ),
     "an empty response": ("ranked", {"prompt": "a", "responses": ["b", " "], "scores": [1, 2]}, "`responses` is empty"),
     "tools that are not JSON": ("conversation", {"prompt": "a", "chosen": "b", "rejected": "c", "tools": "look"}, "`tools` is not JSON"),

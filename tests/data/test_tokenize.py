@@ -325,3 +325,43 @@ def test_a_folder_without_a_tokenizer_says_how_to_give_one(tmp_path: Path, conte
         load_tokenizer(str(tmp_path))
     assert str(caught.value).startswith(f"{tmp_path}: no tokenizer can be loaded from it (")
     assert str(caught.value).endswith(").\nSay where it is with --tokenizer.")
+
+
+CALLING = [
+    user("Weather?"),
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]},
+    message("tool", "blue"),
+]
+
+
+def test_a_template_that_leaves_tool_calls_out_is_told() -> None:
+    rows = [{"prompt": CALLING, "chosen": [assistant("Fine.")], "rejected": [assistant("No.")]}]
+    with pytest.raises(
+        DataError, match="the chat template leaves its tool calls out; give one that writes them with --chat-template: 1 row, number 0"
+    ):
+        tokenize(rows, make_byte_tokenizer())
+
+
+def test_tool_calls_reach_the_ids() -> None:
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}:{{ message['content'] }}{% for call in message['tool_calls'] %}"
+        "[{{ call['function']['name'] }}]{% endfor %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    (row,) = tokenize([{"prompt": CALLING, "chosen": [assistant("Fine.")], "rejected": [assistant("No.")]}], tokenizer)
+    assert tokenizer.decode(row["prompt_ids"]) == "user:Weather?\nassistant:[look]\ntool:blue\nassistant:"
+
+
+def test_sharegpt_turns_of_tools_make_the_ids_of_tool_messages() -> None:
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}:{{ message['content'] }}{{ message['tool_calls'] }}\n{% endfor %}"
+    turns = [("human", "Weather?"), ("function_call", '{"name": "look", "arguments": {"at": "sky"}}'), ("observation", "blue")]
+    sharegpt = {
+        "conversations": [{"from": role, "value": value} for role, value in turns],
+        "chosen": {"from": "gpt", "value": "Fine."},
+        "rejected": {"from": "gpt", "value": "No."},
+    }
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]}
+    messages = {"prompt": [user("Weather?"), call, message("tool", "blue")], "chosen": [assistant("Fine.")], "rejected": [assistant("No.")]}
+    found = [tokenize_rows(Dataset.from_list([row]), kind, tokenizer)[0] for row, kind in ((sharegpt, "sharegpt"), (messages, "conversation"))]
+    assert found[0] == found[1]

@@ -63,20 +63,25 @@ def test_each_pair_of_a_ranked_row_has_its_own_answers(source: Path, tmp_path: P
 
 
 def test_what_rows_hand_to_the_template_goes_with_them(model_folder: str, tmp_path: Path) -> None:
-
+    template = tmp_path / "tools.jinja"
+    template.write_text(
+        "{{ tools }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ message['tool_calls'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    given = {"chat_template": str(template)}
     rows = chat_rows(3)
     rows[1]["tools"] = [{"type": "function", "function": {"name": "look"}}]
     calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}]
     rows[1]["prompt"].append({"role": "assistant", "content": "I look.", "tool_calls": calls})
     rows[1]["prompt"].append({"role": "user", "content": "And?"})
-    dpo_cache.precompute(model_folder, write_rows(tmp_path / "tools.jsonl", rows), tmp_path / "cache")
+    dpo_cache.precompute(model_folder, write_rows(tmp_path / "tools.jsonl", rows), tmp_path / "cache", **given)
     for out in (tmp_path / "out.jsonl", tmp_path / "out.parquet"):
         report = export_pairs(tmp_path / "cache", "tools", out, say=lambda text: None)
         assert report.columns[:4] == ["prompt", "chosen", "rejected", "tools"]
         found = read(out)
         assert found[0]["tools"] is None and json.loads(found[1]["tools"]) == rows[1]["tools"]
         assert found[1]["prompt"][1]["tool_calls"] == calls
-        assert import_pairs(tmp_path / out.suffix, out, reference="x", model=model_folder, format="conversation", say=lambda text: None)
+        assert import_pairs(tmp_path / out.suffix, out, reference="x", model=model_folder, format="conversation", say=lambda text: None, **given)
         assert pairs_of(tmp_path / out.suffix, "out").manifest["pairs_digest"] == pairs_of(tmp_path / "cache", "tools").manifest["pairs_digest"]
 
 
@@ -92,7 +97,6 @@ def test_what_rows_hand_to_the_template_goes_with_them(model_folder: str, tmp_pa
     ],
 )
 def test_text_that_is_not_at_hand_is_left_out_and_said(model_folder: str, tmp_path: Path, spoil: Any, reason: str) -> None:
-
     shutil.copytree(model_folder, tmp_path / "model")
     dpo_cache.precompute(tmp_path / "model", write_rows(tmp_path / "chat.jsonl", chat_rows()), tmp_path / "cache")
     spoil(tmp_path)
@@ -109,7 +113,6 @@ def _change_tokenizer(folder: Path) -> None:
 
 
 def test_a_source_that_moved_is_found_where_the_user_says(model_folder: str, tmp_path: Path) -> None:
-
     dpo_cache.precompute(model_folder, write_rows(tmp_path / "chat.jsonl", chat_rows()), tmp_path / "cache")
     (tmp_path / "chat.jsonl").rename(tmp_path / "moved.jsonl")
     report = export_pairs(tmp_path / "cache", "chat", tmp_path / "out", dataset=str(tmp_path / "moved.jsonl"), tokenizer=model_folder)
@@ -117,7 +120,6 @@ def test_a_source_that_moved_is_found_where_the_user_says(model_folder: str, tmp
 
 
 def test_renamed_columns_are_found_again(model_folder: str, tmp_path: Path) -> None:
-
     rows = [{"query": row["prompt"], **{name: row[name] for name in ("chosen", "rejected")}} for row in chat_rows()]
     dpo_cache.precompute(model_folder, write_rows(tmp_path / "chat.jsonl", rows), tmp_path / "cache", map=("prompt=query",), limit=5)
     assert export_pairs(tmp_path / "cache", "chat", tmp_path / "out.jsonl").has_text

@@ -1,0 +1,65 @@
+"""Each example in the README's table of formats is read as the table says."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+import dpo_cache
+from dpo_cache.data import detect_format, tokenize_rows
+from tests.data.conftest import make_byte_tokenizer
+
+README = (Path(dpo_cache.__file__).parents[1] / "README.md").read_text()
+ROWS = re.findall(r"^\| (.*) \| `(\{.*\})` \|$", README[README.index("| columns | example |") :], re.M)
+
+USER, BEGIN, END = "<|im_start|>user\n2+2?<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n"
+CALL = "<|im_start|>assistant\nadd({'a': 2})<|im_end|>\n<|im_start|>tool\n4<|im_end|>\n"
+EXPECTED = {
+    "`prompt`, `chosen`, `rejected` as text": ("text", "2+2?", [(" 4.<|im_end|>", " It depends.<|im_end|>")]),
+    "the same as messages": ("conversation", USER + BEGIN, [("4." + END, "5." + END)]),
+    "prompt as text, repeated in the answers or not": ("conversation", USER + BEGIN, [("4." + END, "5." + END)]),
+    "messages with `tools`": ("conversation", "tools: add\n" + USER + BEGIN, [("4." + END, "5." + END)]),
+    "`chosen`, `rejected` as whole dialogues that share the prompt": ("implicit", USER + BEGIN, [("4." + END, "5." + END)]),
+    "the same as text": ("implicit", "\n\nHuman: 2+2?\n\nAssistant:", [(" 4.<|im_end|>", " It depends.<|im_end|>")]),
+    "ShareGPT: `conversations`, `chosen`, `rejected`": ("sharegpt", USER + BEGIN, [("4." + END, "5." + END)]),
+    "ShareGPT with tools": ("sharegpt", USER + CALL + BEGIN, [("4." + END, "5." + END)]),
+    "Alpaca: `instruction`, `input`, `chosen`, `rejected`; `system`, `history` if there": (
+        "alpaca",
+        "<|im_start|>user\nAdd.\n\n2, 2<|im_end|>\n" + BEGIN,
+        [("4." + END, "Well..." + END)],
+    ),
+    "`question`, `chosen`, `rejected`; `system` if there": (
+        "question",
+        "<|im_start|>system\nBe brief.<|im_end|>\n" + USER + BEGIN,
+        [("4." + END, "Well..." + END)],
+    ),
+    "ranked: `prompt`, `responses`, `scores` or `ranks`": (
+        "ranked",
+        "2+2?",
+        [(" 4.<|im_end|>", " Four?<|im_end|>"), (" 4.<|im_end|>", " 5.<|im_end|>"), (" Four?<|im_end|>", " 5.<|im_end|>")],
+    ),
+}
+TEMPLATE = (
+    "{% if tools %}tools: {% for tool in tools %}{{ tool['function']['name'] }}{% endfor %}{{ '\\n' }}{% endif %}{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}{% for call in message['tool_calls'] %}{{ call['function']['name'] }}"
+    "({{ call['function']['arguments'] }}){% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_the_table_shows_every_format() -> None:
+    assert [columns for columns, _ in ROWS] == list(EXPECTED)
+
+
+@pytest.mark.parametrize(("columns", "example"), ROWS, ids=[columns for columns, _ in ROWS])
+def test_an_example_of_the_readme_is_read_as_it_says(columns: str, example: str) -> None:
+    row: dict[str, Any] = json.loads(example)
+    data_format, prompt, pairs = EXPECTED[columns]
+    assert detect_format(list(row), row) == data_format
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenized = tokenize_rows(Dataset.from_list([row]), data_format, tokenizer).to_list()
+    assert all(tokenizer.decode(made["prompt_ids"]) == prompt for made in tokenized)
+    assert [(tokenizer.decode(made["chosen_ids"]), tokenizer.decode(made["rejected_ids"])) for made in tokenized] == pairs
