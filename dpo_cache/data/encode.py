@@ -2,7 +2,8 @@
 
 A rendered conversation stands in every text of its row: alone, and before each answer. A tokenizer cuts its
 text at the special tokens first and treats the parts by themselves, so what comes before the last special token
-of the prompt is encoded once, and each text only from that token on.
+of the prompt is encoded once, and each text only from that token on. Plain text is cut between two words of the
+prompt instead, where the tokenizer is one of those for which that provably changes no id; see `boundary.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from itertools import islice
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
+
+from dpo_cache.data.boundary import can_be_cut, last_cut
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
@@ -49,6 +52,30 @@ def encode_dialogues(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequen
     return found
 
 
+def encode_continuations(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """Ids of groups of a text and texts that go on from it: `encode_texts` with special tokens added, of each group."""
+    cuts = [0] * len(groups)
+    before: list[int] = []
+    after: list[int] = []
+    if groups and _is_plainly_fast(tokenizer) and can_be_cut(tokenizer):
+        around = _added_around(tokenizer)
+        if around is not None:
+            before, after = around
+            cuts = [last_cut(group[0]) for group in groups]
+    whole = [text for group, cut in zip(groups, cuts, strict=True) if not cut for text in group]
+    parts = [part for group, cut in zip(groups, cuts, strict=True) if cut for part in (group[0][:cut], *(text[cut:] for text in group))]
+    whole_ids = iter(encode_texts(tokenizer, whole, add_special_tokens=True))
+    part_ids = iter(encode_texts(tokenizer, parts, add_special_tokens=False))
+    found: list[list[list[int]]] = []
+    for group, cut in zip(groups, cuts, strict=True):
+        if not cut:
+            found.append(list(islice(whole_ids, len(group))))
+            continue
+        head = before + next(part_ids)
+        found.append([head + tail + after for tail in islice(part_ids, len(group))])
+    return found
+
+
 @contextmanager
 def without_padding(backend: Tokenizer) -> Iterator[None]:
     """Padding and truncation are what the last call happened to set: they are put aside."""
@@ -67,6 +94,19 @@ def without_padding(backend: Tokenizer) -> Iterator[None]:
 def _is_plainly_fast(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether its call does no more than its Rust backend."""
     return isinstance(tokenizer, TokenizersBackend) and type(tokenizer)._encode_plus is TokenizersBackend._encode_plus
+
+
+def _added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
+    """Ids that are added before and after any text; None where it is not the same for two."""
+    around = []
+    for text in ("a", "b c"):
+        (bare,) = encode_texts(tokenizer, [text], add_special_tokens=False)
+        (full,) = encode_texts(tokenizer, [text], add_special_tokens=True)
+        starts = [start for start in range(len(full) - len(bare) + 1) if full[start : start + len(bare)] == bare]
+        if len(starts) != 1:
+            return None
+        around.append((full[: starts[0]], full[starts[0] + len(bare) :]))
+    return around[0] if around[0] == around[1] else None
 
 
 def _cutting_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

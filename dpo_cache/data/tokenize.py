@@ -23,7 +23,7 @@ from datasets import Sequence as ListOf
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpo_cache.data.encode import encode_dialogues, encode_texts, without_padding
+from dpo_cache.data.encode import encode_continuations, encode_dialogues, without_padding
 from dpo_cache.data.formats import Example, RowProblem, parse_row
 from dpo_cache.data.read import STREAM_ERRORS, Rows, not_readable, not_utf8
 from dpo_cache.errors import DataError, ModelError, first_line
@@ -266,11 +266,9 @@ def _encode(
     ids: list[list[list[int]]] = [[] for _ in texts]
     usable = [(place, example) for place, example in enumerate(examples) if isinstance(example, Example) and isinstance(texts[place], list)]
     plain, chats = ([place for place, example in usable if example.is_text == is_text] for is_text in (True, False))
-    flat = iter(encode_texts(tokenizer, [text for place in plain for text in texts[place]], add_special_tokens=True))  # type: ignore[union-attr]
-    for place in plain:
-        ids[place] = list(islice(flat, len(texts[place])))  # type: ignore[arg-type]
+    plain_ids = encode_continuations(tokenizer, [texts[place] for place in plain])  # type: ignore[misc]
     dialogues = encode_dialogues(tokenizer, [texts[place] for place in chats])  # type: ignore[misc]  # rendered with their special tokens
-    for place, sequences in zip(chats, dialogues, strict=True):
+    for place, sequences in zip([*plain, *chats], [*plain_ids, *dialogues], strict=True):
         ids[place] = sequences
     return ids
 

@@ -3,11 +3,12 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_cache.data.encode import _cutting_tokens, encode_dialogues, encode_texts
-from tests.data.conftest import make_byte_tokenizer, make_prefix_space_tokenizer, make_trained_tokenizer
+from dpo_cache.data.boundary import EXPRESSIONS, can_be_cut, last_cut
+from dpo_cache.data.encode import _cutting_tokens, encode_continuations, encode_dialogues, encode_texts
+from tests.data.conftest import CORPUS, make_byte_tokenizer, make_prefix_space_tokenizer, make_trained_tokenizer, wrap
 
 TOKENIZERS = {
     "bytes": make_byte_tokenizer(),
@@ -76,3 +77,135 @@ def test_split_special_tokens_cut_nothing() -> None:
     assert encode_dialogues(tokenizer, [group]) == [
         [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in group]
     ]
+
+
+# -- plain text, cut between two words -----------------------------------------------------------------
+
+
+def make_split_tokenizer(expression: str) -> PreTrainedTokenizerFast:
+    """As Llama 3 and Qwen 2 are: words by an expression, then bytes; a BOS token and NFC."""
+    rules = Tokenizer(models.BPE())
+    rules.normalizer = normalizers.NFC()
+    rules.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(expression), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    rules.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
+    rules.train_from_iterator(CORPUS, trainer)
+    rules.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)])
+    return wrap(rules, bos_token="<s>")
+
+
+def make_digits_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = make_trained_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    )
+    return tokenizer
+
+
+CUT = {
+    "byte-level BPE": make_trained_tokenizer(),
+    "digits": make_digits_tokenizer(),
+    "prefix space": make_prefix_space_tokenizer(),
+    **{f"split {number}": make_split_tokenizer(expression) for number, expression in enumerate(sorted(EXPRESSIONS))},
+}
+words = st.lists(
+    st.sampled_from(
+        ["the cat", " the", " sat", "cat", "a b", "'s a", "'", " ", "  ",
+         "\n", " \n ", "12", " 1 a", "é", "e\u0301 a", "\u0301", " 🙂", "don't", ".", "<|",
+         "<|im_end|>", " <|im_end|> a", "a<s>", "▁", "▁a", "\t", "\u00a0a", "Ġ", " on the mat"]
+    ),
+    max_size=8,
+).map("".join)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CUT)
+@settings(deadline=None, max_examples=400)
+@given(prompt=words, answers=st.lists(words, min_size=1, max_size=3))
+def test_a_cut_between_words_changes_no_id(kind: str, prompt: str, answers: list[str]) -> None:
+    tokenizer = CUT[kind]
+    assert can_be_cut(tokenizer)
+    group = [prompt, *(prompt + answer for answer in answers)]
+    assert encode_continuations(tokenizer, [group]) == [[tokenizer(text)["input_ids"] for text in group]]
+
+
+@pytest.mark.parametrize("kind", CUT)
+@settings(deadline=None, max_examples=400)
+@given(text=words)
+def test_any_such_cut_would_do(kind: str, text: str) -> None:
+    tokenizer = CUT[kind]
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for place in range(1, len(text) - 1):
+        if last_cut(text[: place + 2]) == place:
+            parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[:place], text[place:])]
+            assert parts[0] + parts[1] == whole
+
+
+def test_where_the_last_cut_is() -> None:
+    assert [last_cut(text) for text in ("", "a", "a b", "a b c", "a  b", "a 1 b", "a b.", "é b", "a b ", " b", "a b 7")] == [
+        0,
+        0,
+        1,
+        3,
+        0,
+        0,
+        1,
+        0,
+        1,
+        0,
+        1,
+    ]
+
+
+def with_added(content: str, **flaws: bool) -> PreTrainedTokenizerFast:
+    tokenizer = make_trained_tokenizer()
+    tokenizer.add_tokens([AddedToken(content, **flaws)])
+    return tokenizer
+
+
+def with_part(**parts: object) -> PreTrainedTokenizerFast:
+    tokenizer = make_trained_tokenizer()
+    for name, part in parts.items():
+        setattr(tokenizer.backend_tokenizer, name, part)
+    return tokenizer
+
+
+def with_spaced_token() -> PreTrainedTokenizerFast:
+    """A merge across words, which a model without words can have."""
+    letters = ["▁", *(chr(code) for code in range(33, 127))]
+    vocabulary = {token: number for number, token in enumerate([*letters, "a▁", "a▁b"])}
+    rules = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "▁"), ("a▁", "b")]))
+    rules.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    return wrap(rules)
+
+
+WHOLE = {
+    "added token with a space": with_added("a b"),
+    "added token that takes spaces": with_added("xx", rstrip=True),
+    "added token that is a word": with_added("xx", single_word=True),
+    "normalizer": with_part(normalizer=normalizers.Prepend("▁")),
+    "no words": with_part(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
+    "other words": with_part(pre_tokenizer=pre_tokenizers.Split(Regex("a b"), "isolated")),
+    "spaced token": with_spaced_token(),
+    "bytes": make_byte_tokenizer([("a", "Ġ"), ("aĠ", "b")]),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_other_tokenizers_are_not_cut(kind: str) -> None:
+    tokenizer = WHOLE[kind]
+    assert not can_be_cut(tokenizer)
+    group = ["xx a b", "xx a b c", "xx a b xx d"]
+    assert encode_continuations(tokenizer, [group]) == [[tokenizer(text)["input_ids"] for text in group]]
+
+
+def test_what_is_added_around_a_text_stands_around_the_parts() -> None:
+    tokenizer = make_split_tokenizer(sorted(EXPRESSIONS)[0])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|im_end|>", special_tokens=[("<s>", 0), ("<|im_end|>", tokenizer.convert_tokens_to_ids("<|im_end|>"))]
+    )
+    group = ["the cat", "the cat sat"]
+    assert encode_continuations(tokenizer, [group]) == [[tokenizer(text)["input_ids"] for text in group]]
+    assert encode_continuations(tokenizer, [group])[0][1][0] == 0
