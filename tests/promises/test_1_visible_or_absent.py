@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_cache.store import open_cache
 from dpo_cache.store.disk import Disk
 from dpo_cache.store.local import LocalFolder
 from tests.promises.life import live, read_back
@@ -65,6 +66,7 @@ class Checker:
         if not found:
             live(LocalFolder(root, FastDisk()))  # a reopened cache takes the same scores and pairs, and gives them back
             read_back(LocalFolder(root))
+            assert open_cache(root).pair_sets() == ["pairs/train"]
             found = faults(root)
         shutil.rmtree(self._room)
         self._room.mkdir()

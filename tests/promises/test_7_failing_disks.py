@@ -95,6 +95,7 @@ def meet_refusal(root: Path, at: int, number: int, *, forever: bool) -> None:
     assert faults(root) == [] and folder.lost(root) == []
     assert forever or scratch(root) == []
     live_and_read(LocalFolder(root, TroubledDisk(nothing)))
+    assert dpo_cache.open_cache(root).pair_sets() == ["pairs/train"]
     shutil.rmtree(root)
 
 
