@@ -43,8 +43,7 @@ def fill(location: str | Path, *, pairs: int = 5, references: int = 2, name: str
     writer = cache.write_pairs(name, "train")
     for first in range(0, pairs, 2):
         writer.add(make_pairs(min(2, pairs - first), first))
-        writer._write_part(writer._waiting)
-        writer._waiting.clear()
+        writer._write_part()
     writer.finish({"name": name, "split": "train", "reference": ids[0], "pairs_digest": digest_json(pairs), "source": {}, "tokenization": {}})
     return ids
 
