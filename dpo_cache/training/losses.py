@@ -1,13 +1,26 @@
-"""Preference losses: pure functions of log-probs."""
+"""Losses against a reference: pure functions of log-probs in nats, one value a pair, not averaged.
+
+Three quantities recur, each of shape (batch_size,):
+
+    logratios   log policy(y|x) - log reference(y|x) of a completion, summed over its tokens
+    scores      logratios after the f-divergence, see `divergence_scores`; without one the two are the same
+    margins     score of the chosen completion minus score of the rejected one
+
+beta is above 0: the smaller, the further the policy may move from the reference. `docs/losses.md` says which
+system computes what; losses that look at the policy alone are in `policy_losses.py`.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from dpo_cache.errors import ShapeError
+
+LARGEST_EXPONENT = 80.0  # e^80 is finite in float32; a score that large has left every sensible range
 
 
 def preference_loss(
@@ -84,14 +97,150 @@ def preference_loss(
     policy_logratios = policy_chosen_logps - policy_rejected_logps
     reference_logratios = 0 if reference_free else reference_chosen_logps - reference_rejected_logps
     margins = policy_logratios - reference_logratios
-    if ipo:
-        losses = (margins - 1 / (2 * beta)) ** 2
-    else:
-        kept, flipped = -F.logsigmoid(beta * margins), F.logsigmoid(-beta * margins)
-        losses = kept * (1 - label_smoothing) - flipped * label_smoothing
+    losses = ipo_losses(margins, beta) if ipo else sigmoid_losses(margins, beta, label_smoothing)
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps).detach()
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps).detach()
     return losses, chosen_rewards, rejected_rewards
+
+
+# -- of the margin ---------------------------------------------------------------------------------------------
+
+
+def sigmoid_losses(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+    """DPO: `-log sigmoid(beta m)` (Eq. 7, arXiv:2305.18290), smoothed: conservative DPO (Eq. 3, https://ericmitchell.ai/cdpo.pdf).
+
+    Given margins of per-token averages it is the length-normalized DPO of Tülu 3 (Eq. 6, arXiv:2411.15124).
+    """
+    kept, flipped = -F.logsigmoid(beta * margins), F.logsigmoid(-beta * margins)
+    return kept * (1 - label_smoothing) - flipped * label_smoothing
+
+
+def hinge_losses(margins: torch.Tensor, beta: float) -> torch.Tensor:
+    """`max(0, 1 - beta m)`: SLiC's hinge on log-ratios, as in RSO (arXiv:2309.06657, `hinge-norm`)."""
+    return torch.relu(1 - beta * margins)
+
+
+def ipo_losses(margins: torch.Tensor, beta: float) -> torch.Tensor:
+    """IPO: `(m - 1 / (2 beta))^2`, where beta is the paper's tau (Eq. 17, arXiv:2310.12036).
+
+    The margins are of sums in the original DPO repository, of per-token averages in TRL and LLaMA-Factory.
+    """
+    return (margins - 1 / (2 * beta)) ** 2
+
+
+def exo_pair_losses(margins: torch.Tensor, beta: float, label_smoothing: float) -> torch.Tensor:
+    """EXO of a pair: KL divergence from `(sigmoid(beta m), sigmoid(-beta m))` to `(1 - e, e)` (Eq. 16, arXiv:2402.00856).
+
+    e is the label smoothing, above 0; the paper takes 0.001.
+    """
+    logits = beta * margins
+    kept = logits.sigmoid() * (F.logsigmoid(logits) - math.log1p(-label_smoothing))
+    flipped = (-logits).sigmoid() * (F.logsigmoid(-logits) - math.log(label_smoothing))
+    return kept + flipped
+
+
+def robust_losses(margins: torch.Tensor, beta: float, label_smoothing: float) -> torch.Tensor:
+    """Robust DPO: an unbiased estimate of the DPO loss when a share e < 0.5 of the labels is flipped (arXiv:2403.00409).
+
+    `(-(1 - e) log sigmoid(beta m) + e log sigmoid(-beta m)) / (1 - 2 e)`; conservative DPO adds where this subtracts.
+    """
+    kept, flipped = -F.logsigmoid(beta * margins), -F.logsigmoid(-beta * margins)
+    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def discopop_losses(margins: torch.Tensor, beta: float, tau: float = 0.05) -> torch.Tensor:
+    """DiscoPOP: logistic and exponential loss of `z = beta m`, mixed by `sigmoid(z / tau)` (Eq. 5, arXiv:2406.08414).
+
+    `-log sigmoid(z) (1 - sigmoid(z / tau)) + exp(-z) sigmoid(z / tau)`, with the last product taken in the
+    exponent: written out it is infinity times zero where the margin is far below 0.
+    """
+    logits = beta * margins
+    logistic = -F.logsigmoid(logits) * (-logits / tau).sigmoid()
+    return logistic + (F.logsigmoid(logits / tau) - logits).exp()
+
+
+# -- of the two log-ratios -------------------------------------------------------------------------------------
+
+
+def nca_pair_losses(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float) -> torch.Tensor:
+    """NCA of a pair, with `c` and `r` beta times the log-ratios (Sec. 4, arXiv:2402.05369).
+
+    `-log sigmoid(c) - 0.5 log sigmoid(-c) - 0.5 log sigmoid(-r)`: absolute likelihoods, not only their difference.
+    """
+    chosen, rejected = beta * chosen_logratios, beta * rejected_logratios
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def bco_pair_losses(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float) -> torch.Tensor:
+    """BCO of a pair, a binary classifier of good and bad: `-log sigmoid(c) - log sigmoid(-r)` (arXiv:2404.04656).
+
+    Without the paper's reward shift, as in TRL 1.16.
+    """
+    return -F.logsigmoid(beta * chosen_logratios) - F.logsigmoid(-beta * rejected_logratios)
+
+
+def sppo_hard_losses(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float) -> torch.Tensor:
+    """SPPO with win rates of 1 and 0: `(lc - 1/(2 beta))^2 + (lr + 1/(2 beta))^2` of the log-ratios (Eq. 4.7, arXiv:2405.00675)."""
+    return (chosen_logratios - 0.5 / beta) ** 2 + (rejected_logratios + 0.5 / beta) ** 2
+
+
+def apo_zero_losses(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float) -> torch.Tensor:
+    """APO-zero: chosen up, rejected down: `1 - sigmoid(c) + sigmoid(r)` (Eq. 7, arXiv:2408.06266).
+
+    For data whose chosen answers are better than the policy's own.
+    """
+    return (-beta * chosen_logratios).sigmoid() + (beta * rejected_logratios).sigmoid()
+
+
+def apo_down_losses(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float) -> torch.Tensor:
+    """APO-down: both down, rejected more: `sigmoid(c) + 1 - sigmoid(c - r)` (Eq. 8, arXiv:2408.06266).
+
+    For data whose chosen answers are worse than the policy's own.
+    """
+    return (beta * chosen_logratios).sigmoid() + (beta * (rejected_logratios - chosen_logratios)).sigmoid()
+
+
+def aot_losses(upper: torch.Tensor, lower: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+    """AOT: the DPO loss of sorted `upper` minus sorted `lower`, one value a rank (Sec. 3, arXiv:2406.05882).
+
+    Paired (`aot`): upper is the policy's chosen minus rejected log-prob, lower the reference's. Unpaired
+    (`aot_unpaired`): upper is the chosen log-ratio, lower the rejected one. Only the mean over the batch has a
+    meaning, and it depends on which pairs are in the batch.
+    """
+    return sigmoid_losses(upper.sort().values - lower.sort().values, beta, label_smoothing)
+
+
+# -- what goes into them, and their weights --------------------------------------------------------------------
+
+
+def divergence_scores(logratios: torch.Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -> torch.Tensor:
+    """`f'(t)` of `t = exp(logratio)` for the f-divergence that holds the policy to the reference (arXiv:2309.16240).
+
+    - reverse_kl: `log t`, which is DPO
+    - forward_kl: `1 - 1/t`
+    - js_divergence: `log(2 t / (1 + t))`
+    - alpha_divergence: `(t^(alpha - 1) - 1) / (alpha - 1)`; for alpha = 1 it is reverse_kl
+
+    Constants that cancel in a margin are those of TRL. Exponents are cut at 80, beyond which the score is infinite
+    in float32: there a pair has no gradient.
+    """
+    if divergence == "forward_kl":
+        return 1 - (-logratios).clamp(max=LARGEST_EXPONENT).exp()
+    if divergence == "js_divergence":
+        return math.log(2) + F.logsigmoid(logratios)
+    if divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
+        return (((alpha - 1) * logratios).clamp(max=LARGEST_EXPONENT).exp() - 1) / (alpha - 1)
+    return logratios
+
+
+def wpo_weights(chosen_means: torch.Tensor, rejected_means: torch.Tensor, *, clipped: bool) -> torch.Tensor:
+    """WPO's weight of each pair, how likely the policy itself is to write its answers (Eq. 2, arXiv:2406.11827).
+
+    `exp(chosen) exp(rejected)` of the means over tokens of `log p(token) - log sum_v p(v)^2`; clipped: at most 1.
+    Detached.
+    """
+    weights = (chosen_means + rejected_means).detach().exp()
+    return weights.clamp(max=1.0) if clipped else weights
 
 
 def _check_shapes(**values: Any) -> None:
