@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
@@ -23,7 +23,28 @@ EXPORT_FORMATS = ("auto", "parquet", "jsonl", "datasets")
 IMPORT_FORMATS = ("auto", "ids", *(name for name in FORMATS if name not in ("auto", "ranked")))
 IMPORT_DTYPES = ("unknown", "float32", "bfloat16", "float16")
 RANKED_PAIRS = ("all", "best")
-LOSSES = ("sigmoid", "ipo")
+MARGIN_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "ipo_norm", "exo_pair", "robust", "discopop")
+RATIO_LOSSES = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
+SORTED_LOSSES = ("aot", "aot_unpaired")
+SFT_LOSSES = ("sft", "sft_norm")
+POLICY_LOSSES = ("simpo", "orpo", "cpo", "slic")
+LOSSES = (*MARGIN_LOSSES, *RATIO_LOSSES, *SORTED_LOSSES, *SFT_LOSSES, *POLICY_LOSSES)
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+WPO = ("off", "on", "clipped")
+# Losses that an option has a meaning for, where that is not all of them: without any of these it is refused.
+USED_BY = {
+    "beta": tuple(name for name in LOSSES if name not in SFT_LOSSES),
+    "label_smoothing": ("sigmoid", "exo_pair", "robust", *SORTED_LOSSES, "simpo", "cpo"),
+    "discopop_tau": ("discopop",),
+    "simpo_gamma": ("simpo",),
+    "cpo_alpha": ("cpo",),
+    "reference_free": MARGIN_LOSSES,
+    "f_divergence": MARGIN_LOSSES,
+    "ld_alpha": (*MARGIN_LOSSES, *RATIO_LOSSES, *SORTED_LOSSES),
+    "wpo": (*MARGIN_LOSSES, *RATIO_LOSSES, *SFT_LOSSES),
+}
+# These change what a loss compares: each loss of a weighted sum must have them, or be plain SFT.
+FOR_ALL = ("reference_free", "f_divergence", "ld_alpha", "wpo")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw",)
 RECOMPUTATIONS = ("auto", "none", "selective", "full")
@@ -55,8 +76,8 @@ class Options:
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
                 object.__setattr__(self, entry.name, value)
-            if entry.type == "tuple[str, ...]" and isinstance(value, str):
-                object.__setattr__(self, entry.name, (value,))
+            if entry.default_factory is not MISSING:  # may be given several times
+                object.__setattr__(self, entry.name, (value,) if isinstance(value, str) else tuple(value))
             if entry.type in ("int", "int | None") and value is not None and type(value) is not int:
                 raise OptionError(f"{flag_of(entry)} {value!r}: expected a whole number.")
             if choices and value not in choices and (value is not None or entry.metadata["required"]):
@@ -133,9 +154,18 @@ class TrainOptions(Options):
     eval_fraction: float | None = option(None, "Share of the prompts to hold out for evaluation instead, above 0 and below 1.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", flag="--trust-remote-code")
     reference: str | None = option(None, "Id (or its first characters) of the reference that the pairs must have been scored by.")
-    loss: str = option("sigmoid", "sigmoid: DPO, and cDPO with label smoothing; ipo: IPO.", choices=LOSSES)
-    beta: float = option(0.1, "Strength of the pull to the reference; tau for IPO.")
-    label_smoothing: float = option(0.0, "Assumed share of flipped labels, 0 to 0.5 (cDPO).")
+    loss: tuple[str, ...] = option(("sigmoid",), f"{', '.join(LOSSES)}; repeated as NAME:WEIGHT it is a weighted sum. Default: sigmoid (DPO).")
+    beta: float = option(0.1, "Strength of the pull to the reference; tau for IPO, the scale of the margin for SimPO, lambda for ORPO.")
+    label_smoothing: float = option(0.0, "Assumed share of flipped labels, 0 to 0.5: cDPO, or as the loss defines it.")
+    f_divergence: str = option("reverse_kl", "What holds the policy to the reference; reverse_kl is DPO.", choices=F_DIVERGENCES)
+    f_alpha: float = option(0.5, "alpha of --f-divergence alpha_divergence.")
+    ld_alpha: float | None = option(None, "LD-DPO: weight, 0 to 1, of the tokens past the length of a pair's shorter answer.")
+    ld_reference: bool = option(True, "Weight the reference's tokens under --ld-alpha, too.", flag="--ld-reference/--no-ld-reference")
+    wpo: str = option("off", "WPO: weight pairs by how likely the policy is to write them; clipped: by 1 at most.", choices=WPO)
+    discopop_tau: float = option(0.05, "tau of DiscoPOP.")
+    simpo_gamma: float = option(0.5, "Target margin of SimPO, after beta.")
+    cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in CPO.")
+    router_aux_loss_coef: float | None = option(None, "Weight of a mixture of experts' router loss; 0: none. Default: the model config's.")
     reference_free: bool = option(False, "Take a uniform reference in the loss.", flag="--reference-free")
     epochs: float = option(1.0, "Passes over the pairs.")
     max_steps: int | None = option(None, "Stop after N steps, whatever --epochs says.")
@@ -159,13 +189,12 @@ class TrainOptions(Options):
     resume: bool = option(False, "Go on from the last saved step in the output folder.", flag="--resume")
 
     def check(self) -> None:
-        for name in ("beta", "epochs", "lr", "weight_decay", "max_grad_norm"):
+        for name in ("beta", "epochs", "lr", "weight_decay", "max_grad_norm", "f_alpha", "discopop_tau", "simpo_gamma"):
             value = getattr(self, name)
             self._require(math.isfinite(value), f"--{name.replace('_', '-')} {value}: expected a finite number.")
         self._require(self.seed >= 0, f"--seed {self.seed}: expected 0 or more.")
         self._require(self.beta > 0, f"--beta {self.beta}: expected a number above 0.")
-        self._require(0 <= self.label_smoothing <= 0.5, f"--label-smoothing {self.label_smoothing}: expected 0 to 0.5.")
-        self._require(self.loss == "sigmoid" or not self.label_smoothing, "--label-smoothing has no meaning under --loss ipo: leave one out.")
+        self._check_losses()
         self._require(self.eval_pairs is None or self.eval_fraction is None, "--eval-pairs and --eval-fraction: give one of them.")
         self._require(
             self.eval_fraction is None or 0 < self.eval_fraction < 1, f"--eval-fraction {self.eval_fraction}: expected above 0 and below 1."
@@ -179,6 +208,31 @@ class TrainOptions(Options):
         self._require(self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: expected 0 or more.")
         self._require(self.max_grad_norm >= 0, f"--max-grad-norm {self.max_grad_norm}: expected 0 (never clip) or more.")
         number_or_auto("--micro-tokens", self.micro_tokens)
+
+    def _check_losses(self) -> None:
+        names, smoothing = tuple(loss_terms(self.loss)), self.label_smoothing
+        for entry in fields(self):
+            value, used_by = getattr(self, entry.name), USED_BY.get(entry.name, LOSSES)
+            if value == entry.default or entry.name == "loss":
+                continue
+            idle = [name for name in names if name not in used_by]
+            if len(idle) == len(names) or (entry.name in FOR_ALL and not set(idle) <= set(SFT_LOSSES)):
+                raise OptionError(
+                    f"{flag_of(entry)} {value} has no meaning under --loss {', '.join(idle)}.\nLeave it out; it serves {', '.join(used_by)}."
+                )
+        self._require(0 <= smoothing <= 0.5, f"--label-smoothing {smoothing}: expected 0 to 0.5.")
+        self._require("robust" not in names or smoothing < 0.5, f"--label-smoothing {smoothing}: --loss robust expects less than 0.5.")
+        self._require("exo_pair" not in names or smoothing > 0, "--loss exo_pair needs a --label-smoothing above 0; its paper takes 0.001.")
+        self._require(self.discopop_tau > 0, f"--discopop-tau {self.discopop_tau}: expected a number above 0.")
+        self._require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"--ld-alpha {self.ld_alpha}: expected 0 to 1.")
+        self._require(self.ld_reference or self.ld_alpha is not None, "--no-ld-reference is used with --ld-alpha alone.")
+        self._require(self.f_alpha == 0.5 or self.f_divergence == "alpha_divergence", "--f-alpha is used by --f-divergence alpha_divergence alone.")
+        self._require(
+            not (self.reference_free and self.f_divergence != "reverse_kl"), "--reference-free and --f-divergence: there is nothing to diverge from."
+        )
+        for name in ("cpo_alpha", "router_aux_loss_coef"):
+            value = getattr(self, name)
+            self._require(value is None or 0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: expected 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,3 +425,28 @@ def renamed_columns(entries: tuple[str, ...]) -> dict[str, str]:
             raise OptionError(f"--map {expected}={column}: {expected} is {renamed[expected]} already.\nGive each name one column.")
         renamed[expected] = column
     return renamed
+def loss_terms(entries: tuple[str, ...]) -> dict[str, float]:
+    """`("sigmoid:0.8", "sft:0.2")` as `{"sigmoid": 0.8, "sft": 0.2}`: loss -> weight, 1 where none is given. Raises `OptionError`."""
+    terms: dict[str, float] = {}
+    for entry in entries:
+        name, _, weight = entry.partition(":")
+        if name not in LOSSES:
+            raise OptionError(f"--loss {entry}: expected one of {', '.join(LOSSES)}.")
+        if name in terms:
+            raise OptionError(f"--loss {entry}: {name} is given twice.")
+        try:
+            terms[name] = float(weight or 1)
+        except ValueError:
+            terms[name] = math.nan
+        if not 0 < terms[name] < math.inf:
+            raise OptionError(f"--loss {entry}: expected NAME or NAME:WEIGHT with a number above 0, for example {name}:0.8.")
+    if not terms:
+        raise OptionError("--loss is needed.")
+    return terms
+
+
+def complete_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config.json as this version writes it: options that came later have their defaults, `loss` is a list."""
+    defaults = {entry.name: None if entry.default is MISSING else entry.default for entry in fields(TrainOptions)}
+    loss = config.get("loss", ["sigmoid"])
+    return {**defaults, **config, "loss": [loss] if isinstance(loss, str) else loss}

@@ -43,6 +43,16 @@ class Forest:
             flags[target] = True
         return flags
 
+    def uses_L(self) -> np.ndarray:
+        """How many completions each token is a part of, in the prompt or in the answer: int64 [L]."""
+        uses = np.zeros(len(self), np.int64)
+        np.add.at(uses, [target[-1] for target in self.targets], 1)
+        for start, end in zip(self.starts[::-1], [len(self), *self.starts[:0:-1]], strict=True):  # what continues a segment comes after it
+            uses[start:end] = uses[start:end][::-1].cumsum()[::-1]
+            if self.parents_L[start] >= 0:
+                uses[self.parents_L[start]] += uses[start]
+        return uses
+
 
 def build_forest(completions: Sequence[Completion]) -> Forest:
     """Lay out the completions, each distinct prefix once."""

@@ -58,6 +58,21 @@ def head_token_logps(hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T:
     return _HeadLogps.apply(hidden_TD, layer.weight, targets_T, products)
 
 
+@torch.no_grad()
+def log_squared_probs(hidden_TD: torch.Tensor, head: Head, vocab_size: int) -> torch.Tensor:
+    """`log sum_v p(v)^2` of the next-token distribution at each hidden state: float32 [T], without gradients.
+
+    Minus the collision entropy, in nats. Costs one product with the head; holds LOGITS_PER_CHUNK logits at most.
+    """
+    chunk = max(16, LOGITS_PER_CHUNK.get(hidden_TD.device.type, 2**23) // vocab_size)
+    return torch.cat([_log_squares(head(hidden)) for hidden in hidden_TD.detach().split(chunk)])
+
+
+def _log_squares(logits_TV: torch.Tensor) -> torch.Tensor:
+    exponentials_TV = (logits_TV.float() - logits_TV.amax(-1, keepdim=True).float()).exp_()
+    return 2 * (torch.linalg.vector_norm(exponentials_TV, dim=-1).log() - exponentials_TV.sum(-1).log())
+
+
 def has_plain_head(model: PreTrainedModel) -> bool:
     """Whether what the model does to hidden states is one linear layer without a bias, and nothing else."""
     layer = model.get_output_embeddings()

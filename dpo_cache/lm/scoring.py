@@ -88,19 +88,34 @@ def score_rows(model: PreTrainedModel, completions: Sequence[Completion], budget
         yield Progress(length * len(batch), num_run + tokens_left, scores)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A batch of padded rows that was run: the model's own output, where it is not padding, and what predicts the T completion tokens."""
+
+    outputs: Any
+    mask: torch.Tensor  # [rows, length]
+    predictors_TD: torch.Tensor
+    targets_T: torch.Tensor
+
+
 def row_logps(model: PreTrainedModel, completions: Sequence[Completion]) -> list[torch.Tensor]:
     """Token log-probs float32 [T] of each completion, as one batch of right-padded rows; with gradients if they are on."""
+    rows = run_rows(model, completions)
+    logps = token_logps(rows.predictors_TD, head_of(model), rows.targets_T, model.config.get_text_config().vocab_size)
+    return list(logps.split([completion.num_tokens for completion in completions]))
+
+
+def run_rows(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> Rows:
+    """Run the completions as one batch of right-padded rows; further arguments go to the model."""
     sequences = [torch.from_numpy(completion.sequence_ids.astype(np.int64)) for completion in completions]
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(model.device)
-    hidden = decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    outputs = decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False, **arguments)
     starts = [len(completion.prompt_ids) for completion in completions]
     spans = [(row, start, start + completion.num_tokens) for row, (start, completion) in enumerate(zip(starts, completions, strict=True))]
-    predictors = torch.cat([hidden[row, start - 1 : end - 1] for row, start, end in spans])
-    targets = torch.cat([ids[row, start:end] for row, start, end in spans])
-    logps = token_logps(predictors, head_of(model), targets, model.config.get_text_config().vocab_size)
-    return list(logps.split([end - start for _, start, end in spans]))
+    predictors_TD = torch.cat([outputs[0][row, start - 1 : end - 1] for row, start, end in spans])
+    return Rows(outputs, mask, predictors_TD, torch.cat([ids[row, start:end] for row, start, end in spans]))
 
 
 def _run_stream(runner: _Runner, budget: Budget) -> Iterator[tuple[int, list[tuple[int, Score]]]]:

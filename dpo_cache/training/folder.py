@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import TrainingError, first_line
+from dpo_cache.options import complete_config
 from dpo_cache.store.local import free_bytes
 from dpo_cache.training.checkpoint import damaged, find_checkpoints, publish_folder
 
@@ -75,7 +76,7 @@ def discard(folder: Path) -> None:
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Raise `TrainingError` naming what a resumed run changes, if that would change its result."""
-    before = _read_config(folder)
+    before, config = complete_config(_read_config(folder)), json.loads(json.dumps(config))
     resolved = before["resolved"]
     both = [(name, before.get(name), config[name]) for name in config if name not in FREE_TO_CHANGE and name != "resolved"]
     both += [(name, resolved.get(name), config["resolved"][name]) for name in FIXED_RESOLVED]

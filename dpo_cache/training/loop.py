@@ -17,16 +17,17 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.lm.device import choose_device, peak_bytes, sum_dtype
+from dpo_cache.lm.device import choose_device, peak_bytes
 from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
-from dpo_cache.lm.policy import completion_logps, count_tokens, default_micro_tokens
+from dpo_cache.lm.policy import CompletionLogps, completion_logps, count_tokens, default_micro_tokens
+from dpo_cache.lm.routing import router_coefficient
 from dpo_cache.options import TrainOptions, number_or_auto
 from dpo_cache.store import open_cache
 from dpo_cache.training.batches import Group, completions_of, split_step, stream_pairs
 from dpo_cache.training.checkpoint import Progress, read_progress, restore_optimizer, save_checkpoint
 from dpo_cache.training.folder import check_config, check_disk, discard, find_start, read_resolved, save_model, write_config
-from dpo_cache.training.losses import preference_loss
 from dpo_cache.training.metrics import Metrics, MetricsFile, PairMetrics
+from dpo_cache.training.objective import mean_chosen_tokens, objective_of, reference_logps
 from dpo_cache.training.opening import open_pairs, open_policy
 from dpo_cache.training.schedule import learning_rate
 from dpo_cache.training.step_zero import StepZero
@@ -106,7 +107,8 @@ class _Run:
             imported=self.data.reference["identity"].get("imported"),
             policy_dtype="float32" if self.policy.precision == "fp32" else "bfloat16",
         )
-        self.has_updated = False
+        self.objective = objective_of(options, router_coefficient(self.model, options.router_aux_loss_coef))
+        self.has_updated = self.has_run_twice = False
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
 
     # -- the main path ---------------------------------------------------------------------------------
@@ -213,39 +215,57 @@ class _Run:
         while True:
             metrics, groups = PairMetrics(), self._split(pairs)
             try:
-                for group in groups:
-                    (self._group_losses(group.pairs, metrics).sum() / len(pairs)).backward()
+                if self.objective.needs_whole_step and len(groups) > 1:
+                    self._backward_together(groups, metrics)
+                else:
+                    for group in groups:
+                        losses = self._losses([(group.pairs, self._policy_logps(group.pairs))], mean_chosen_tokens(pairs), metrics)
+                        (losses.sum() / len(pairs)).backward()
                 return metrics, sum(group.num_tokens for group in groups)
             except RuntimeError as error:
                 self.thrift.save_more(error)
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _group_losses(self, group: Sequence[ScoredPair], metrics: PairMetrics) -> torch.Tensor:
-        """Losses of the pairs of one forest, noted in the metrics; checked against the cache before the first update."""
-        with self._autocast():
-            logps = completion_logps(self.model, completions_of(group), self.policy.attention)
-        reference = self._reference_logps(group)
-        if self.checkpoint is None and not self.has_updated:
-            self.step_zero.check(logps, reference)
-        chosen, rejected = logps.chunk(2)
-        reference_chosen, reference_rejected = reference.chunk(2)
-        options = self.options
-        losses, chosen_rewards, rejected_rewards = preference_loss(
-            chosen,
-            rejected,
-            reference_chosen,
-            reference_rejected,
-            beta=options.beta,
-            label_smoothing=options.label_smoothing,
-            ipo=options.loss == "ipo",
-            reference_free=options.reference_free,
-        )
-        metrics.add(losses, chosen_rewards, rejected_rewards, chosen, rejected)
-        return losses
+    def _backward_together(self, groups: Sequence[Group], metrics: PairMetrics) -> None:
+        """The gradient of losses that compare the pairs of a step, which is split into several forests.
 
-    def _reference_logps(self, group: Sequence[ScoredPair]) -> torch.Tensor:
-        values = [scored.ref_chosen.logps for scored in group] + [scored.ref_rejected.logps for scored in group]
-        return torch.tensor(values, dtype=torch.float64).to(dtype=sum_dtype(self.device)).to(self.device)
+        Each forest is run twice: without gradients, until the loss of them all and its gradient by each token's
+        log-prob are known, and again to carry that gradient into the model.
+        """
+        if not self.has_run_twice:
+            self.has_run_twice = True
+            self.say("this loss looks at a step's pairs together: steps that need several forests (--micro-tokens) run each of them twice.")
+        with torch.no_grad():
+            parts = [(group.pairs, self._policy_logps(group.pairs)) for group in groups]
+        parts = [(pairs, policy.detach()) for pairs, policy in parts]
+        self._losses(parts, mean_chosen_tokens([pair for pairs, _ in parts for pair in pairs]), metrics).mean().backward()
+        for pairs, detached in parts:
+            self._run_policy(pairs).backward(detached)
+
+    def _losses(self, parts: Sequence[tuple[Sequence[ScoredPair], CompletionLogps]], mean_chosen_tokens: float, metrics: PairMetrics) -> torch.Tensor:
+        """Losses of the pairs of some forests, noted in the metrics."""
+        losses = self.objective.losses(parts, mean_chosen_tokens)
+        metrics.add(losses.metrics)
+        return losses.total
+
+    def _policy_logps(self, pairs: Sequence[ScoredPair]) -> CompletionLogps:
+        """The policy's log-probs of the completions of one forest, checked against the cache before the first update."""
+        policy = self._run_policy(pairs)
+        if self.checkpoint is None and not self.has_updated:
+            sums = policy.sums()
+            self.step_zero.check(sums, torch.from_numpy(reference_logps(pairs)).to(sums.dtype).to(sums.device))
+        return policy
+
+    def _run_policy(self, pairs: Sequence[ScoredPair]) -> CompletionLogps:
+        objective = self.objective
+        with self._autocast():
+            return completion_logps(
+                self.model,
+                completions_of(pairs),
+                self.policy.attention,
+                with_squares=objective.wpo != "off",
+                with_routing=bool(objective.router_coefficient),
+            )
 
     @torch.no_grad()
     def _evaluate(self) -> Metrics | None:
@@ -254,9 +274,9 @@ class _Run:
             return None
         metrics = PairMetrics()
         stream = stream_pairs(self.data.eval_pairs, self.data.eval_selected, shuffle=False, seed=0, epoch=0)
-        while pairs := list(islice(stream, 64)):
-            for group in self._split(pairs):
-                self._group_losses(group.pairs, metrics)
+        while pairs := list(islice(stream, self.options.batch_size)):
+            parts = [(group.pairs, self._policy_logps(group.pairs)) for group in self._split(pairs)]
+            self._losses(parts, mean_chosen_tokens(pairs), metrics)
         means = metrics.means()
         if not math.isfinite(means["loss"]):
             raise TrainingError(f"the evaluation after step {self.progress.step} gives the loss {means['loss']}; no model was saved.\nLower --lr.")
@@ -294,6 +314,7 @@ class _Run:
                 "micro_tokens": self.thrift.micro_tokens,
                 "gradient_checkpointing": self.thrift.mode,
                 "linear": self.linear,
+                "router_coefficient": self.objective.router_coefficient,
             },
         }
 

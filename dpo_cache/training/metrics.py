@@ -19,28 +19,12 @@ class PairMetrics:
         self._sums: dict[str, float] = {}
         self._num_pairs = 0
 
-    def add(
-        self,
-        losses: torch.Tensor,
-        chosen_rewards: torch.Tensor,
-        rejected_rewards: torch.Tensor,
-        chosen_logps: torch.Tensor,
-        rejected_logps: torch.Tensor,
-    ) -> None:
-        """Add a group of pairs; all arguments have shape (group_size,)."""
-        values = {
-            "loss": losses,
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).to(losses.dtype),
-            "rewards/margins": chosen_rewards - rejected_rewards,
-            "logps/chosen": chosen_logps,
-            "logps/rejected": rejected_logps,
-        }
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Add a group of pairs: values of shape (group_size,) by name."""
         sums = torch.stack([value.detach().sum() for value in values.values()]).tolist()  # waits for the GPU once
         for name, value in zip(values, sums, strict=True):
             self._sums[name] = self._sums.get(name, 0.0) + value
-        self._num_pairs += len(losses)
+        self._num_pairs += len(next(iter(values.values())))
 
     def means(self) -> Metrics:
         """Mean of each over all pairs added, and their number."""

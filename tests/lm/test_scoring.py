@@ -175,7 +175,7 @@ def test_training_logps_and_gradients_equal_the_plain_computation(family: str) -
         expected.append(logps[len(completion.prompt_ids) - 1 :].double().sum())
     (torch.stack(expected) * weights).sum().backward()
     attention = choose_attention(model, max_length=64)
-    found = completion_logps(model, completions, attention)
+    found = completion_logps(model, completions, attention).sums()
     (found * weights).sum().backward()
     assert attention.name == "forest"
     assert torch.allclose(found, torch.stack(expected), rtol=1e-6, atol=1e-4)
@@ -192,7 +192,7 @@ def test_checkpointed_layers_give_the_same_gradient() -> None:
         recomputation = Recomputation(model)
         assert recomputation.num_layers == 2
         recomputation.mode = mode
-        completion_logps(model, completions, attention).sum().backward()
+        completion_logps(model, completions, attention).sums().sum().backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for recomputed in grads[1:] for one, other in zip(grads[0], recomputed, strict=True))
 
@@ -200,7 +200,7 @@ def test_checkpointed_layers_give_the_same_gradient() -> None:
 def test_rows_have_gradients_too() -> None:
     model = make_model("gptj")
     completions = make_completions(num_prompts=2)
-    logps = completion_logps(model, completions, choose_attention(model, max_length=64))
+    logps = completion_logps(model, completions, choose_attention(model, max_length=64)).sums()
     logps.sum().backward()
     expected = torch.stack([naive_token_logps(model, completion).sum() for completion in completions])
     assert torch.allclose(logps, expected, atol=1e-3)

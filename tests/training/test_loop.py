@@ -145,9 +145,9 @@ def test_a_step_is_run_in_as_many_forests_as_its_budget_needs(cache: str, tmp_pa
     sizes: list[int] = []
     real = loop.completion_logps
 
-    def note(model, completions, attention):  # type: ignore[no-untyped-def]
+    def note(model, completions, attention, **options):  # type: ignore[no-untyped-def]
         sizes.append(count_forest_tokens(completions))
-        return real(model, completions, attention)
+        return real(model, completions, attention, **options)
 
     monkeypatch.setattr(loop, "completion_logps", note)
     report = train(cache, tmp_path / "run", max_steps=1, batch_size=8, micro_tokens="100")
@@ -241,10 +241,10 @@ def test_each_precision_computes_in_its_dtype(
     seen: set[tuple[torch.dtype, torch.dtype]] = set()
     real = loop.completion_logps
 
-    def note(model, completions, attention):  # type: ignore[no-untyped-def]
+    def note(model, completions, attention, **options):  # type: ignore[no-untyped-def]
         layer = model.model.layers[0].mlp.up_proj
         hook = layer.register_forward_hook(lambda module, inputs, output: seen.add((module.weight.dtype, output.dtype)))
-        logps = real(model, completions, attention)
+        logps = real(model, completions, attention, **options)
         hook.remove()
         return logps
 
@@ -504,7 +504,7 @@ def test_pair_sets_and_references_that_do_not_fit_are_refused(cache: str, model_
     "options",
     [
         {"beta": 0.0}, {"beta": -1.0}, {"label_smoothing": 0.6}, {"label_smoothing": -0.1}, {"label_smoothing": 0.1, "loss": "ipo"},
-        {"loss": "hinge"}, {"batch_size": 0}, {"epochs": 0.0}, {"lr": 0.0}, {"warmup_ratio": 2.0}, {"micro_tokens": "0"},
+        {"loss": "hinges"}, {"batch_size": 0}, {"epochs": 0.0}, {"lr": 0.0}, {"warmup_ratio": 2.0}, {"micro_tokens": "0"},
         {"eval_fraction": 1.0},
         {"seed": -1}, {"epochs": float("inf")}, {"lr": float("inf")}, {"beta": float("nan")}, {"batch_size": 2.5},
         {"eval_fraction": 0.5, "eval_pairs": "heldout"}, {"max_grad_norm": -1.0},

@@ -1,0 +1,76 @@
+"""How evenly a mixture-of-experts model spreads tokens over its experts, and the loss that evens it out.
+
+L tokens run, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from dpo_cache.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Sums over tokens and layers, each token as often as it stands in a completion's sequence."""
+
+    choices_E: torch.Tensor  # float32, times that an expert was among the K chosen; no gradients
+    probs_E: torch.Tensor  # float32, router probabilities; with gradients
+    num_rows: torch.Tensor  # tokens times layers
+
+    def detach(self) -> Routing:
+        """The same with probabilities that collect a gradient of their own."""
+        return replace(self, probs_E=self.probs_E.detach().requires_grad_())
+
+
+def router_coefficient(model: PreTrainedModel, requested: float | None) -> float:
+    """Weight of the router loss in the training loss; 0 for a model that has none.
+
+    That is `requested`, or what the model's config declares. Raises `OptionError` where it is asked for in vain.
+    """
+    config = model.config.get_text_config()
+    has_router = hasattr(config, "output_router_logits")
+    if requested and not has_router:
+        raise OptionError(f"--router-aux-loss-coef {requested}: {type(model).__name__} returns no router logits.\nLeave it out.")
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if requested is None else requested
+    return float(coefficient or 0.0) if has_router else 0.0
+
+
+def measure_routing(router_logits: Sequence[torch.Tensor], weights_L: torch.Tensor, num_chosen: int) -> Routing:
+    """Routing of the tokens of one forward pass.
+
+    `router_logits` is one tensor [L, E] a layer; a token counts `weights_L` times, so a prompt that several
+    completions share counts as in a batch where it stands in each row, and padding counts 0 times.
+    """
+    weights_L = weights_L.to(torch.float32)
+    choices_E = torch.zeros(router_logits[0].shape[-1], device=weights_L.device)
+    probs_E = torch.zeros_like(choices_E)
+    for logits_LE in router_logits:
+        probs_LE = logits_LE.softmax(-1)
+        chosen_LK = probs_LE.detach().topk(num_chosen, -1).indices
+        choices_E = choices_E.index_add(0, chosen_LK.flatten(), weights_L.repeat_interleave(num_chosen))
+        probs_E = probs_E + (probs_LE.float() * weights_L[:, None]).sum(0)
+    return Routing(choices_E, probs_E, weights_L.sum() * len(router_logits))
+
+
+def add_routings(routings: Sequence[Routing]) -> Routing:
+    """The routing of all their tokens."""
+    return Routing(
+        torch.stack([routing.choices_E for routing in routings]).sum(0),
+        torch.stack([routing.probs_E for routing in routings]).sum(0),
+        torch.stack([routing.num_rows for routing in routings]).sum(),
+    )
+
+
+def router_loss(routing: Routing) -> torch.Tensor:
+    """Load-balancing loss: `E sum_e f_e P_e` (Eqs. 4 to 6, arXiv:2101.03961); K where all is even.
+
+    f_e is the mean over tokens and layers of how often expert e was chosen, P_e of its router probability. Equals
+    transformers' `load_balancing_loss_func` on a padded batch with one row a completion.
+    """
+    shares_E, probs_E = routing.choices_E / routing.num_rows, routing.probs_E / routing.num_rows
+    return len(probs_E) * (shares_E * probs_E).sum()

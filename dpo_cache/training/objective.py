@@ -1,0 +1,224 @@
+"""Which losses a run trains on: their weighted sum, and what they are given of policy and reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from dpo_cache.lm.policy import CompletionLogps
+from dpo_cache.lm.routing import add_routings, router_loss
+from dpo_cache.options import MARGIN_LOSSES, POLICY_LOSSES, SFT_LOSSES, SORTED_LOSSES, TrainOptions, loss_terms
+from dpo_cache.training import losses, policy_losses
+from dpo_cache.types import Score, ScoredPair
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """What the losses look at: log-probs of P pairs in nats, one value a pair."""
+
+    chosen: torch.Tensor  # of the policy, summed over tokens, by LD-DPO's weights if it is on
+    rejected: torch.Tensor
+    ref_chosen: torch.Tensor  # the same of the reference
+    ref_rejected: torch.Tensor
+    chosen_sums: torch.Tensor  # of the policy, each token once
+    chosen_lengths: torch.Tensor
+    rejected_lengths: torch.Tensor
+    weights: torch.Tensor  # WPO's, or 1
+
+
+@dataclass(frozen=True)
+class PairLosses:
+    """One value a pair; `metrics` holds the mean of each under the name that TRL gives it."""
+
+    total: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A weighted sum of losses with its settings, named as the options of `dpo-cache train`.
+
+    The loss of a step is the mean over its pairs of what `losses` gives, plus the router loss.
+    """
+
+    terms: dict[str, float]
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
+    ld_alpha: float | None = None
+    ld_reference: bool = True
+    wpo: str = "off"
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
+    reference_free: bool = False
+    router_coefficient: float = 0.0
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether a pair's gradient depends on the other pairs of its step, beyond their number and lengths."""
+        weighted_mean = self.wpo != "off" and "sft" in self.terms
+        return weighted_mean or bool(self.router_coefficient) or any(name in SORTED_LOSSES for name in self.terms)
+
+    @property
+    def needs_reference_token_logps(self) -> bool:
+        """Whether sums of the reference's log-probs are not enough: a pair set without token log-probs cannot serve then."""
+        return self.ld_alpha is not None and self.ld_reference
+
+    def losses(self, parts: Sequence[tuple[Sequence[ScoredPair], CompletionLogps]], mean_chosen_tokens: float) -> PairLosses:
+        """Losses of all pairs of the parts, each part with the policy's log-probs of its chosen, then its rejected completions.
+
+        `mean_chosen_tokens` is the mean length of the step's chosen completions, by which `sft` is a mean over tokens.
+        """
+        pairs = _join([self.pair_logps(scored, policy) for scored, policy in parts])
+        by_name = {name: self._losses_of(name, pairs, mean_chosen_tokens) * pairs.weights for name in self.terms}
+        total = torch.stack([weight * by_name[name] for name, weight in self.terms.items()]).sum(0)
+        extra = {f"loss/{name}": value for name, value in by_name.items()} if len(by_name) > 1 else {}
+        if self.router_coefficient:
+            aux = router_loss(add_routings([policy.routing for _, policy in parts if policy.routing]))
+            total = total + self.router_coefficient * aux
+            extra["aux_loss"] = aux.expand_as(total)
+        return PairLosses(total, {"loss": total, **self._metrics(pairs), **extra})
+
+    def pair_logps(self, scored: Sequence[ScoredPair], policy: CompletionLogps) -> PairLogps:
+        """What the losses look at, of these pairs."""
+        sums = policy.sums()
+        weighted = sums if self.ld_alpha is None else policy.sums(_to(np.concatenate(_token_weights(policy.lengths, self.ld_alpha)), sums))
+        chosen, rejected = weighted.chunk(2)
+        ref_chosen, ref_rejected = _to(reference_logps(scored, self.ld_alpha if self.ld_reference else None), sums).chunk(2)
+        chosen_lengths, rejected_lengths = _to(np.array(policy.lengths), sums).chunk(2)
+        weights = torch.ones_like(ref_chosen)
+        if self.wpo != "off":
+            weights = losses.wpo_weights(*policy.excess_means().chunk(2), clipped=self.wpo == "clipped")
+        return PairLogps(chosen, rejected, ref_chosen, ref_rejected, sums.chunk(2)[0], chosen_lengths, rejected_lengths, weights)
+
+    def _losses_of(self, name: str, pairs: PairLogps, mean_chosen_tokens: float) -> torch.Tensor:
+        if name in SFT_LOSSES:
+            lengths = pairs.chosen_lengths if name == "sft_norm" else mean_chosen_tokens
+            values = policy_losses.sft_losses(pairs.chosen_sums, lengths)
+            return values.mean().expand_as(values) if name == "sft" and self.wpo != "off" else values
+        if name in POLICY_LOSSES:
+            return self._of_policy(name, pairs, mean_chosen_tokens)
+        return self._of_margin(name, pairs) if name in MARGIN_LOSSES else self._of_logratios(name, pairs)
+
+    def _of_margin(self, name: str, pairs: PairLogps) -> torch.Tensor:
+        beta, smoothing = self.beta, self.label_smoothing
+        chosen, rejected = self._scores(pairs.chosen, pairs.ref_chosen), self._scores(pairs.rejected, pairs.ref_rejected)
+        if name in ("ipo_norm", "sigmoid_norm"):
+            chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
+        margins = chosen - rejected
+        match name:
+            case "sigmoid":
+                return losses.sigmoid_losses(margins, beta, smoothing)
+            case "sigmoid_norm":
+                return losses.sigmoid_losses(margins, beta)
+            case "hinge":
+                return losses.hinge_losses(margins, beta)
+            case "ipo" | "ipo_norm":
+                return losses.ipo_losses(margins, beta)
+            case "exo_pair":
+                return losses.exo_pair_losses(margins, beta, smoothing)
+            case "robust":
+                return losses.robust_losses(margins, beta, smoothing)
+            case "discopop":
+                return losses.discopop_losses(margins, beta, self.discopop_tau)
+        raise AssertionError(name)
+
+    def _of_logratios(self, name: str, pairs: PairLogps) -> torch.Tensor:
+        beta = self.beta
+        chosen, rejected = pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
+        match name:
+            case "nca_pair":
+                return losses.nca_pair_losses(chosen, rejected, beta)
+            case "bco_pair":
+                return losses.bco_pair_losses(chosen, rejected, beta)
+            case "sppo_hard":
+                return losses.sppo_hard_losses(chosen, rejected, beta)
+            case "apo_zero":
+                return losses.apo_zero_losses(chosen, rejected, beta)
+            case "apo_down":
+                return losses.apo_down_losses(chosen, rejected, beta)
+            case "aot":
+                return losses.aot_losses(pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected, beta, self.label_smoothing)
+            case "aot_unpaired":
+                return losses.aot_losses(chosen, rejected, beta, self.label_smoothing)
+        raise AssertionError(name)
+
+    def _of_policy(self, name: str, pairs: PairLogps, mean_chosen_tokens: float) -> torch.Tensor:
+        chosen, rejected, beta = pairs.chosen, pairs.rejected, self.beta
+        lengths = (pairs.chosen_lengths, pairs.rejected_lengths)
+        match name:
+            case "simpo":
+                return policy_losses.simpo_losses(chosen, rejected, *lengths, beta, self.simpo_gamma, self.label_smoothing)
+            case "orpo":
+                return policy_losses.orpo_losses(chosen, rejected, *lengths, beta)
+            case "cpo":
+                preference = policy_losses.cpo_losses(chosen, rejected, beta, self.label_smoothing)
+                return preference + self.cpo_alpha * policy_losses.sft_losses(pairs.chosen_sums, mean_chosen_tokens)
+            case "slic":
+                return policy_losses.slic_losses(chosen, rejected, beta)
+        raise AssertionError(name)
+
+    def _scores(self, logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        return losses.divergence_scores(logps if self.reference_free else logps - reference, self.f_divergence, self.f_alpha)
+
+    def _metrics(self, pairs: PairLogps) -> dict[str, torch.Tensor]:
+        """Rewards are against the reference, or the policy's own where every loss leaves the reference out, as in TRL's trainers of those."""
+        chosen, rejected = pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
+        alone = [name for name in self.terms if name in POLICY_LOSSES]
+        if alone and set(self.terms) <= {*POLICY_LOSSES, *SFT_LOSSES}:
+            chosen, rejected = pairs.chosen, pairs.rejected
+            if alone[0] in ("simpo", "orpo"):
+                chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
+        chosen, rejected = self.beta * chosen.detach(), self.beta * rejected.detach()
+        return {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": pairs.chosen,
+            "logps/rejected": pairs.rejected,
+        }
+
+
+def objective_of(options: TrainOptions, router_coefficient: float) -> Objective:
+    """The objective that the options ask for."""
+    same = {entry.name for entry in fields(Objective)} - {"terms", "router_coefficient"}
+    settings = {name: getattr(options, name) for name in same}
+    return Objective(terms=loss_terms(options.loss), router_coefficient=router_coefficient, **settings)
+
+
+def reference_logps(scored: Sequence[ScoredPair], ld_alpha: float | None = None) -> np.ndarray:
+    """The reference's log-probs of the chosen, then of the rejected completions: float64 [2P], LD-DPO's tail weighted by `ld_alpha`."""
+    scores: list[Score] = [pair.ref_chosen for pair in scored] + [pair.ref_rejected for pair in scored]
+    if ld_alpha is None:
+        return np.array([score.logps for score in scores])
+    weights = _token_weights([len(score.token_logps) for score in scores], ld_alpha)
+    return np.array([(score.token_logps * weight).sum() for score, weight in zip(scores, weights, strict=True)])
+
+
+def mean_chosen_tokens(scored: Sequence[ScoredPair]) -> float:
+    """Mean length of the chosen completions."""
+    return sum(pair.pair.chosen.num_tokens for pair in scored) / len(scored)
+
+
+def _token_weights(lengths: Sequence[int], ld_alpha: float) -> list[np.ndarray]:
+    """LD-DPO (arXiv:2409.06411): the tokens past the length of a pair's shorter completion count `ld_alpha`, all others 1.
+
+    `lengths` are those of P chosen, then P rejected completions; one float64 array each.
+    """
+    num_pairs = len(lengths) // 2
+    shared = [min(pair) for pair in zip(lengths[:num_pairs], lengths[num_pairs:], strict=True)] * 2
+    return [np.where(np.arange(length) < common, 1.0, ld_alpha) for length, common in zip(lengths, shared, strict=True)]
+
+
+def _join(parts: Sequence[PairLogps]) -> PairLogps:
+    return PairLogps(**{entry.name: torch.cat([getattr(part, entry.name) for part in parts]) for entry in fields(PairLogps)})
+
+
+def _to(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(values).to(like.dtype).to(like.device)
