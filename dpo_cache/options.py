@@ -41,7 +41,7 @@ USED_BY = {
     "reference_free": MARGIN_LOSSES,
     "f_divergence": MARGIN_LOSSES,
     "ld_alpha": (*MARGIN_LOSSES, *RATIO_LOSSES, *SORTED_LOSSES),
-    "wpo": (*MARGIN_LOSSES, *RATIO_LOSSES, *SFT_LOSSES),
+    "wpo": (*MARGIN_LOSSES, *RATIO_LOSSES),
 }
 # These change what a loss compares: each loss of a weighted sum must have them, or be plain SFT.
 FOR_ALL = ("reference_free", "f_divergence", "ld_alpha", "wpo")

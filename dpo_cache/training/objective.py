@@ -26,7 +26,7 @@ class PairLogps:
     chosen_sums: torch.Tensor  # of the policy, each token once
     chosen_lengths: torch.Tensor
     rejected_lengths: torch.Tensor
-    weights: torch.Tensor  # WPO's, or 1
+    weights: torch.Tensor  # of the preference losses: WPO's, or 1
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ class Objective:
     @property
     def needs_whole_step(self) -> bool:
         """Whether a pair's gradient depends on the other pairs of its step, beyond their number and lengths."""
-        weighted_mean = self.wpo != "off" and "sft" in self.terms
-        return weighted_mean or bool(self.router_coefficient) or any(name in SORTED_LOSSES for name in self.terms)
+        return bool(self.router_coefficient) or any(name in SORTED_LOSSES for name in self.terms)
 
     @property
     def needs_reference_token_logps(self) -> bool:
@@ -75,7 +74,7 @@ class Objective:
         `mean_chosen_tokens` is the mean length of the step's chosen completions, by which `sft` is a mean over tokens.
         """
         pairs = _join([self.pair_logps(scored, policy) for scored, policy in parts])
-        by_name = {name: self._losses_of(name, pairs, mean_chosen_tokens) * pairs.weights for name in self.terms}
+        by_name = {name: self._losses_of(name, pairs, mean_chosen_tokens) for name in self.terms}
         total = torch.stack([weight * by_name[name] for name, weight in self.terms.items()]).sum(0)
         extra = {f"loss/{name}": value for name, value in by_name.items()} if len(by_name) > 1 else {}
         if self.router_coefficient:
@@ -98,12 +97,10 @@ class Objective:
 
     def _losses_of(self, name: str, pairs: PairLogps, mean_chosen_tokens: float) -> torch.Tensor:
         if name in SFT_LOSSES:
-            lengths = pairs.chosen_lengths if name == "sft_norm" else mean_chosen_tokens
-            values = policy_losses.sft_losses(pairs.chosen_sums, lengths)
-            return values.mean().expand_as(values) if name == "sft" and self.wpo != "off" else values
+            return policy_losses.sft_losses(pairs.chosen_sums, pairs.chosen_lengths if name == "sft_norm" else mean_chosen_tokens)
         if name in POLICY_LOSSES:
             return self._of_policy(name, pairs, mean_chosen_tokens)
-        return self._of_margin(name, pairs) if name in MARGIN_LOSSES else self._of_logratios(name, pairs)
+        return (self._of_margin(name, pairs) if name in MARGIN_LOSSES else self._of_logratios(name, pairs)) * pairs.weights
 
     def _of_margin(self, name: str, pairs: PairLogps) -> torch.Tensor:
         beta, smoothing = self.beta, self.label_smoothing

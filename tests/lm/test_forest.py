@@ -35,6 +35,16 @@ def test_the_example_in_the_docstring() -> None:
 
 
 @given(completions)
+def test_uses_count_the_completions_whose_path_a_token_is_on(given_completions: list[Completion]) -> None:
+    forest = build_forest(given_completions)
+    expected = np.zeros(len(forest), int)
+    for target in forest.targets:
+        expected[path_of(forest, int(target[-1]))] += 1
+    assert forest.uses_L().tolist() == expected.tolist()
+    assert forest.uses_L().sum() == sum(map(len, given_completions))
+
+
+@given(completions)
 def test_each_completion_is_read_back_along_its_path(given_completions: list[Completion]) -> None:
     forest = build_forest(given_completions)
     for completion, target in zip(given_completions, forest.targets, strict=True):

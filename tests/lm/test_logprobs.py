@@ -3,7 +3,7 @@ import torch
 
 from dpo_cache.lm import logprobs
 from dpo_cache.lm.linear import ONEDNN, TORCH
-from dpo_cache.lm.logprobs import has_plain_head, head_of, head_token_logps, token_logps
+from dpo_cache.lm.logprobs import has_plain_head, head_of, head_token_logps, log_squared_probs, token_logps
 from tests.conftest import make_llama
 from tests.lm.families import FAMILIES, make_model
 
@@ -101,3 +101,12 @@ def test_a_frozen_head_passes_its_gradient_on_alone() -> None:
 def test_a_head_is_plain_where_it_is_one_product_alone(family: str) -> None:
     assert family in FAMILIES
     assert has_plain_head(make_model(family)) == (family in ("llama", "qwen2"))
+
+
+def test_squared_probs_of_a_vocabulary_are_those_of_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", {"cpu": 16 * 264})
+    model, hidden = make_llama(), torch.randn(50, 32, requires_grad=True)
+    found = log_squared_probs(hidden, head_of(model), 264)
+    expected = model.lm_head(hidden).detach().double().softmax(-1).square().sum(-1).log()
+    assert not found.requires_grad and found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, rtol=1e-6, atol=1e-6)

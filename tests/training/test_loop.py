@@ -178,13 +178,13 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(cache: str, tmp
     modes: list[str] = []
     forward = loop.completion_logps
 
-    def run_out(model, completions, attention):
+    def run_out(model, completions, attention, **extra):
         mode = run_out.run.thrift.mode
         if torch.is_grad_enabled():
             modes.append(mode)
             if mode != "full" or len(completions) > 8:
                 raise torch.OutOfMemoryError
-        return forward(model, completions, attention)
+        return forward(model, completions, attention, **extra)
 
     init = loop._Run.__init__
 
@@ -206,7 +206,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(cache: str, tmp
 
 
 def test_memory_that_never_suffices_is_told(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_out(*_):
+    def run_out(*_, **__):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(loop, "completion_logps", run_out)
@@ -216,7 +216,7 @@ def test_memory_that_never_suffices_is_told(cache: str, tmp_path: Path, monkeypa
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(loop, "completion_logps", fail)

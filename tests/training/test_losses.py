@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from dpo_cache import preference_loss
 from dpo_cache.errors import ShapeError
 from dpo_cache.training import losses as losses_module
+from dpo_cache.training import policy_losses
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -128,3 +129,108 @@ def test_extreme_margins_stay_finite() -> None:
 
 def test_the_examples_in_the_docstring() -> None:
     assert doctest.testmod(losses_module).attempted > 6
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+ONE = {"dtype": torch.float64}
+BY_HAND = [  # log-ratios 1.5 and -0.5, so margin 2; beta 0.5
+    ("hinge, inside", lambda: losses_module.hinge_losses(torch.tensor([0.5], **ONE), 0.5), 0.75),
+    ("hinge, outside", lambda: losses_module.hinge_losses(torch.tensor([2.5], **ONE), 0.5), 0.0),
+    ("ipo", lambda: losses_module.ipo_losses(torch.tensor([2.0], **ONE), 0.5), 1.0),
+    ("robust", lambda: losses_module.robust_losses(torch.tensor([2.0], **ONE), 0.5, 0.2),
+     (0.8 * math.log1p(math.exp(-1)) - 0.2 * math.log1p(math.e)) / 0.6),
+    ("exo_pair", lambda: losses_module.exo_pair_losses(torch.tensor([2.0], **ONE), 0.5, 0.2),
+     sigmoid(1) * math.log(sigmoid(1) / 0.8) + sigmoid(-1) * math.log(sigmoid(-1) / 0.2)),
+    ("discopop", lambda: losses_module.discopop_losses(torch.tensor([2.0], **ONE), 0.5, 0.5),
+     math.log1p(math.exp(-1)) * (1 - sigmoid(2)) + math.exp(-1) * sigmoid(2)),
+    ("nca_pair", lambda: losses_module.nca_pair_losses(torch.tensor([1.5], **ONE), torch.tensor([-0.5], **ONE), 0.5),
+     -math.log(sigmoid(0.75)) - 0.5 * math.log(sigmoid(-0.75)) - 0.5 * math.log(sigmoid(0.25))),
+    ("bco_pair", lambda: losses_module.bco_pair_losses(torch.tensor([1.5], **ONE), torch.tensor([-0.5], **ONE), 0.5),
+     -math.log(sigmoid(0.75)) - math.log(sigmoid(0.25))),
+    ("sppo_hard", lambda: losses_module.sppo_hard_losses(torch.tensor([1.5], **ONE), torch.tensor([-0.5], **ONE), 0.5), 0.25 + 0.25),
+    ("apo_zero", lambda: losses_module.apo_zero_losses(torch.tensor([1.5], **ONE), torch.tensor([-0.5], **ONE), 0.5),
+     1 - sigmoid(0.75) + sigmoid(-0.25)),
+    ("apo_down", lambda: losses_module.apo_down_losses(torch.tensor([1.5], **ONE), torch.tensor([-0.5], **ONE), 0.5),
+     sigmoid(0.75) + 1 - sigmoid(1.0)),
+    ("forward_kl", lambda: losses_module.divergence_scores(torch.tensor([1.5], **ONE), "forward_kl"), 1 - math.exp(-1.5)),
+    ("js_divergence", lambda: losses_module.divergence_scores(torch.tensor([1.5], **ONE), "js_divergence"),
+     math.log(2 * math.exp(1.5) / (1 + math.exp(1.5)))),
+    ("alpha_divergence", lambda: losses_module.divergence_scores(torch.tensor([1.5], **ONE), "alpha_divergence", 0.5), (math.exp(-0.75) - 1) / -0.5),
+    ("WPO", lambda: losses_module.wpo_weights(torch.tensor([0.5], **ONE), torch.tensor([0.25], **ONE), clipped=False), math.exp(0.75)),
+    ("WPO, clipped", lambda: losses_module.wpo_weights(torch.tensor([0.5], **ONE), torch.tensor([0.25], **ONE), clipped=True), 1.0),
+    ("sft", lambda: policy_losses.sft_losses(torch.tensor([-6.0], **ONE), 4.0), 1.5),
+    ("simpo", lambda: policy_losses.simpo_losses(*(torch.tensor([value], **ONE) for value in (-6.0, -6.0, 4.0, 2.0)), 2.0, 1.0),
+     math.log1p(math.exp(-2.0))),
+    ("cpo", lambda: policy_losses.cpo_losses(torch.tensor([-6.0], **ONE), torch.tensor([-8.0], **ONE), 0.5), math.log1p(math.exp(-1.0))),
+    ("slic", lambda: policy_losses.slic_losses(torch.tensor([-6.0], **ONE), torch.tensor([-7.0], **ONE), 0.5), 0.5),
+    ("orpo", lambda: policy_losses.orpo_losses(*(torch.tensor([value], **ONE) for value in (-2.0, -3.0, 4.0, 2.0)), 0.25),
+     0.5 - 0.25 * math.log(sigmoid(math.log(math.exp(-0.5) / (1 - math.exp(-0.5))) - math.log(math.exp(-1.5) / (1 - math.exp(-1.5)))))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("compute", "expected"), [case[1:] for case in BY_HAND], ids=[case[0] for case in BY_HAND])
+def test_each_formula_by_hand(compute, expected) -> None:
+    assert compute().item() == pytest.approx(expected, abs=1e-14)
+
+
+def test_aot_compares_ranks_and_not_pairs() -> None:
+    upper, lower = torch.tensor([3.0, 1.0, 2.0], **ONE), torch.tensor([0.0, 2.0, 1.0], **ONE)
+    assert torch.allclose(losses_module.aot_losses(upper, lower, 0.5), torch.full((3,), math.log1p(math.exp(-0.5)), **ONE))
+    shuffled = losses_module.aot_losses(upper[[2, 0, 1]], lower, 0.5)
+    assert torch.equal(shuffled, losses_module.aot_losses(upper, lower, 0.5))
+
+
+MARGIN_FUNCTIONS = {
+    "sigmoid": lambda m: losses_module.sigmoid_losses(m, 0.1),
+    "sigmoid, smoothed": lambda m: losses_module.sigmoid_losses(m, 0.1, 0.2),
+    "hinge": lambda m: losses_module.hinge_losses(m, 0.1),
+    "ipo": lambda m: losses_module.ipo_losses(m, 0.1),
+    "exo_pair": lambda m: losses_module.exo_pair_losses(m, 0.1, 0.001),
+    "robust": lambda m: losses_module.robust_losses(m, 0.1, 0.1),
+    "discopop": lambda m: losses_module.discopop_losses(m, 0.1),
+    "aot": lambda m: losses_module.aot_losses(m, -m, 0.1),
+    **{divergence: lambda m, divergence=divergence: losses_module.divergence_scores(m, divergence)
+       for divergence in ("forward_kl", "js_divergence", "alpha_divergence")},
+}  # fmt: skip
+RATIO_FUNCTIONS = {
+    name: lambda c, r, name=name: getattr(losses_module, f"{name}_losses")(c, r, 0.1)
+    for name in ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
+}
+LENGTHS = torch.tensor([3.0, 7.0, 1.0, 500.0], **ONE)
+POLICY_FUNCTIONS = {
+    "sft": lambda c, r: policy_losses.sft_losses(c, 4.0) + 0 * r,
+    "simpo": lambda c, r: policy_losses.simpo_losses(c, r, LENGTHS[: len(c)], LENGTHS[: len(c)].flip(0), 2.0),
+    "cpo": lambda c, r: policy_losses.cpo_losses(c, r, 0.1),
+    "slic": lambda c, r: policy_losses.slic_losses(c, r, 0.1),
+    "orpo": lambda c, r: policy_losses.orpo_losses(c, r, LENGTHS[: len(c)], LENGTHS[: len(c)].flip(0), 0.1),
+}
+
+
+@pytest.mark.parametrize("function", MARGIN_FUNCTIONS.values(), ids=MARGIN_FUNCTIONS)
+def test_gradients_of_margins_are_right_and_stay_finite_far_out(function) -> None:
+    assert torch.autograd.gradcheck(function, torch.tensor([-3.1, -0.4, 0.2, 7.3], dtype=torch.float64, requires_grad=True))
+    for dtype in (torch.float32, torch.float64):
+        far = torch.tensor([-1e4, 0.0, 1e4], dtype=dtype, requires_grad=True)
+        losses = function(far)
+        losses.sum().backward()
+        assert losses.isfinite().all() and far.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("function", [*RATIO_FUNCTIONS.values(), *POLICY_FUNCTIONS.values()], ids=[*RATIO_FUNCTIONS, *POLICY_FUNCTIONS])
+def test_gradients_of_two_sides_are_right_and_stay_finite_far_out(function) -> None:
+    chosen, rejected = (
+        torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in ([-3.1, -0.4, -2.2, -7.3], [-1.0, -2.4, -0.3, -5.0])
+    )
+    assert torch.autograd.gradcheck(function, (chosen, rejected))
+    for dtype in (torch.float32, torch.float64):
+        far = [torch.tensor(values, dtype=dtype, requires_grad=True) for values in ([-1e4, -1e4, 0.0, -1e-9], [-1e4, -1e-9, -1e4, 0.0])]
+        losses = function(*far)
+        losses.sum().backward()
+        assert losses.isfinite().all() and all(side.grad.isfinite().all() for side in far)
+
+
+def test_far_down_discopop_is_the_limit_of_its_formula() -> None:
+    assert losses_module.discopop_losses(torch.tensor([-1e4], **ONE), 0.1).item() == pytest.approx(1000.0)
