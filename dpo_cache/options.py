@@ -217,9 +217,8 @@ class TrainOptions(Options):
                 continue
             idle = [name for name in names if name not in used_by]
             if len(idle) == len(names) or (entry.name in FOR_ALL and not set(idle) <= set(SFT_LOSSES)):
-                raise OptionError(
-                    f"{flag_of(entry)} {value} has no meaning under --loss {', '.join(idle)}.\nLeave it out; it serves {', '.join(used_by)}."
-                )
+                given = flag_of(entry) if value is True else f"{flag_of(entry)} {value}"
+                raise OptionError(f"{given} has no meaning under --loss {', '.join(idle)}.\nLeave it out; it serves {', '.join(used_by)}.")
         self._require(0 <= smoothing <= 0.5, f"--label-smoothing {smoothing}: expected 0 to 0.5.")
         self._require("robust" not in names or smoothing < 0.5, f"--label-smoothing {smoothing}: --loss robust expects less than 0.5.")
         self._require("exo_pair" not in names or smoothing > 0, "--loss exo_pair needs a --label-smoothing above 0; its paper takes 0.001.")

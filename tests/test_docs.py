@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import dpo_cache
-from dpo_cache.options import PrecomputeOptions, TrainOptions, flag_of
+from dpo_cache.options import LOSSES, PrecomputeOptions, TrainOptions, flag_of
 
 ROOT = Path(dpo_cache.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,6 +21,13 @@ def test_the_table_of_options_is_that_of_the_code(options: type) -> None:
         assert row, f"{flag} is not in the README"
         if isinstance(default, (str, int, float)) and not isinstance(default, bool) and default != "":
             assert f"`{default}`" in row.group(1), f"{flag}: the README's default is not {default}"
+
+
+def test_every_loss_has_its_line_in_the_docs() -> None:
+    lines = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "losses.md").read_text(), re.M)
+    assert sorted(lines) == sorted(LOSSES)
+    row = next(line for line in README.splitlines() if line.startswith("| `--loss`"))
+    assert ", ".join(LOSSES) in row
 
 
 def test_every_command_is_shown() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cache.cli import app as app_module
+from dpo_cache.options import LOSSES
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
 
 
@@ -172,8 +173,12 @@ def test_a_run_folder_in_use_is_refused(run, model_folder: str, data_file: str, 
     [
         (["train", "--beta", "0"], "error: --beta 0.0: expected a number above 0.\n"),
         (["train", "--label-smoothing", "0.7"], "error: --label-smoothing 0.7: expected 0 to 0.5.\n"),
-        (["train", "--loss", "ipo", "--label-smoothing", "0.1"], "error: --label-smoothing has no meaning under --loss ipo: leave one out.\n"),
-        (["train", "--loss", "best"], "error: --loss best: expected one of sigmoid, ipo.\n"),
+        (
+            ["train", "--loss", "ipo", "--label-smoothing", "0.1"],
+            "error: --label-smoothing 0.1 has no meaning under --loss ipo.\n"
+            "Leave it out; it serves sigmoid, exo_pair, robust, aot, aot_unpaired, simpo, cpo.\n",
+        ),
+        (["train", "--loss", "best"], f"error: --loss best: expected one of {', '.join(LOSSES)}.\n"),
         (["train", "--micro-tokens", "lots"], "error: --micro-tokens lots: expected auto or a positive number.\n"),
     ],
 )

@@ -158,7 +158,7 @@ def test_losses_are_given_singly_or_weighted() -> None:
         ({"simpo_gamma": 1.0}, "--simpo-gamma 1.0 has no meaning under --loss sigmoid.\nLeave it out; it serves simpo"),
         ({"discopop_tau": 0.1}, "--discopop-tau"),
         ({"cpo_alpha": 0.1}, "--cpo-alpha"),
-        ({"loss": "simpo", "reference_free": True}, "--reference-free True has no meaning under --loss simpo"),
+        ({"loss": "simpo", "reference_free": True}, "--reference-free has no meaning under --loss simpo"),
         ({"loss": ("sigmoid", "nca_pair"), "f_divergence": "js_divergence"}, "--f-divergence js_divergence has no meaning under --loss nca_pair"),
         ({"loss": ("sigmoid", "orpo"), "ld_alpha": 0.5}, "--ld-alpha 0.5 has no meaning under --loss orpo"),
         ({"loss": "aot", "wpo": "on"}, "--wpo on has no meaning under --loss aot"),
