@@ -274,7 +274,8 @@ class _Run:
             return None
         metrics = PairMetrics()
         stream = stream_pairs(self.data.eval_pairs, self.data.eval_selected, shuffle=False, seed=0, epoch=0)
-        while pairs := list(islice(stream, self.options.batch_size)):
+        at_once = self.options.batch_size if self.objective.needs_whole_step else 64
+        while pairs := list(islice(stream, at_once)):
             parts = [(group.pairs, self._policy_logps(group.pairs)) for group in self._split(pairs)]
             self._losses(parts, mean_chosen_tokens(pairs), metrics)
         means = metrics.means()
