@@ -13,6 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from dpo_cache.errors import OptionError
+from dpo_cache.loss_names import LOSSES, check_serves, loss_terms
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -23,28 +24,8 @@ EXPORT_FORMATS = ("auto", "parquet", "jsonl", "datasets")
 IMPORT_FORMATS = ("auto", "ids", *(name for name in FORMATS if name not in ("auto", "ranked")))
 IMPORT_DTYPES = ("unknown", "float32", "bfloat16", "float16")
 RANKED_PAIRS = ("all", "best")
-MARGIN_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "ipo_norm", "exo_pair", "robust", "discopop")
-RATIO_LOSSES = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
-SORTED_LOSSES = ("aot", "aot_unpaired")
-SFT_LOSSES = ("sft", "sft_norm")
-POLICY_LOSSES = ("simpo", "orpo", "cpo", "slic")
-LOSSES = (*MARGIN_LOSSES, *RATIO_LOSSES, *SORTED_LOSSES, *SFT_LOSSES, *POLICY_LOSSES)
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 WPO = ("off", "on", "clipped")
-# Losses that an option has a meaning for, where that is not all of them: without any of these it is refused.
-USED_BY = {
-    "beta": tuple(name for name in LOSSES if name not in SFT_LOSSES),
-    "label_smoothing": ("sigmoid", "exo_pair", "robust", *SORTED_LOSSES, "simpo", "cpo"),
-    "discopop_tau": ("discopop",),
-    "simpo_gamma": ("simpo",),
-    "cpo_alpha": ("cpo",),
-    "reference_free": MARGIN_LOSSES,
-    "f_divergence": MARGIN_LOSSES,
-    "ld_alpha": (*MARGIN_LOSSES, *RATIO_LOSSES, *SORTED_LOSSES),
-    "wpo": (*MARGIN_LOSSES, *RATIO_LOSSES),
-}
-# These change what a loss compares: each loss of a weighted sum must have them, or be plain SFT.
-FOR_ALL = ("reference_free", "f_divergence", "ld_alpha", "wpo")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw",)
 RECOMPUTATIONS = ("auto", "none", "selective", "full")
@@ -212,13 +193,9 @@ class TrainOptions(Options):
     def _check_losses(self) -> None:
         names, smoothing = tuple(loss_terms(self.loss)), self.label_smoothing
         for entry in fields(self):
-            value, used_by = getattr(self, entry.name), USED_BY.get(entry.name, LOSSES)
-            if value == entry.default or entry.name == "loss":
-                continue
-            idle = [name for name in names if name not in used_by]
-            if len(idle) == len(names) or (entry.name in FOR_ALL and not set(idle) <= set(SFT_LOSSES)):
-                given = flag_of(entry) if value is True else f"{flag_of(entry)} {value}"
-                raise OptionError(f"{given} has no meaning under --loss {', '.join(idle)}.\nLeave it out; it serves {', '.join(used_by)}.")
+            value = getattr(self, entry.name)
+            if value != entry.default:
+                check_serves(entry.name, flag_of(entry) if value is True else f"{flag_of(entry)} {value}", names)
         self._require(0 <= smoothing <= 0.5, f"--label-smoothing {smoothing}: expected 0 to 0.5.")
         self._require("robust" not in names or smoothing < 0.5, f"--label-smoothing {smoothing}: --loss robust expects less than 0.5.")
         self._require("exo_pair" not in names or smoothing > 0, "--loss exo_pair needs a --label-smoothing above 0; its paper takes 0.001.")
@@ -424,24 +401,6 @@ def renamed_columns(entries: tuple[str, ...]) -> dict[str, str]:
             raise OptionError(f"--map {expected}={column}: {expected} is {renamed[expected]} already.\nGive each name one column.")
         renamed[expected] = column
     return renamed
-def loss_terms(entries: tuple[str, ...]) -> dict[str, float]:
-    """`("sigmoid:0.8", "sft:0.2")` as `{"sigmoid": 0.8, "sft": 0.2}`: loss -> weight, 1 where none is given. Raises `OptionError`."""
-    terms: dict[str, float] = {}
-    for entry in entries:
-        name, _, weight = entry.partition(":")
-        if name not in LOSSES:
-            raise OptionError(f"--loss {entry}: expected one of {', '.join(LOSSES)}.")
-        if name in terms:
-            raise OptionError(f"--loss {entry}: {name} is given twice.")
-        try:
-            terms[name] = float(weight or 1)
-        except ValueError:
-            terms[name] = math.nan
-        if not 0 < terms[name] < math.inf:
-            raise OptionError(f"--loss {entry}: expected NAME or NAME:WEIGHT with a number above 0, for example {name}:0.8.")
-    if not terms:
-        raise OptionError("--loss is needed.")
-    return terms
 
 
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:

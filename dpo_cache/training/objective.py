@@ -10,7 +10,8 @@ import torch
 
 from dpo_cache.lm.policy import CompletionLogps
 from dpo_cache.lm.routing import add_routings, router_loss
-from dpo_cache.options import MARGIN_LOSSES, POLICY_LOSSES, SFT_LOSSES, SORTED_LOSSES, TrainOptions, loss_terms
+from dpo_cache.loss_names import MARGIN_LOSSES, POLICY_LOSSES, SFT_LOSSES, SORTED_LOSSES, loss_terms
+from dpo_cache.options import TrainOptions
 from dpo_cache.training import losses, policy_losses
 from dpo_cache.types import Score, ScoredPair
 
@@ -62,11 +63,6 @@ class Objective:
     def needs_whole_step(self) -> bool:
         """Whether a pair's gradient depends on the other pairs of its step, beyond their number and lengths."""
         return bool(self.router_coefficient) or any(name in SORTED_LOSSES for name in self.terms)
-
-    @property
-    def needs_reference_token_logps(self) -> bool:
-        """Whether sums of the reference's log-probs are not enough: a pair set without token log-probs cannot serve then."""
-        return self.ld_alpha is not None and self.ld_reference
 
     def losses(self, parts: Sequence[tuple[Sequence[ScoredPair], CompletionLogps]], mean_chosen_tokens: float) -> PairLosses:
         """Losses of all pairs of the parts, each part with the policy's log-probs of its chosen, then its rejected completions.

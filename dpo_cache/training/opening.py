@@ -56,6 +56,7 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
     """
     pairs = cache.pairs(options.pairs) if options.pairs else _only_pair_set(cache, options.eval_pairs)
     pairs.hold()
+    _check_token_logps(options, pairs)
     reference_id = pairs.reference_id
     if options.reference and (expected := cache.find_reference(options.reference)) != reference_id:
         identities = [cache.read_reference(entry)["identity"] for entry in (reference_id, expected)]
@@ -69,6 +70,7 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
     if options.eval_pairs:
         eval_pairs = cache.pairs(options.eval_pairs)
         eval_pairs.hold()
+        _check_token_logps(options, eval_pairs)
         eval_selected = np.ones(len(eval_pairs), bool)
         if eval_pairs.reference_id != reference_id:
             raise TrainingError(
@@ -113,6 +115,15 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
     )
     attention = choose_attention(model, "auto", max_length=made_with["max_length"])
     return Policy(model, location, tokenizer, attention, precision, is_reference, differing)
+
+
+def _check_token_logps(options: TrainOptions, pairs: PairSet) -> None:
+    """Raise `TrainingError` where a loss needs the reference's log-prob of each token, and an import brought sums alone."""
+    if options.ld_alpha is not None and options.ld_reference and not pairs.has_token_logps:
+        raise TrainingError(
+            f"{pairs.name} holds sums of log-probs alone, and --ld-alpha weights the reference's tokens, too.\n"
+            "Use --no-ld-reference, or score the pairs with `dpo-cache precompute`."
+        )
 
 
 def _only_pair_set(cache: Cache, eval_pairs: str | None) -> PairSet:

@@ -94,3 +94,23 @@ def test_a_run_of_an_older_version_is_resumed(cache: str, tmp_path: Path) -> Non
     with pytest.raises(TrainingError, match=r"loss: \['ipo'\] before, \['sigmoid'\] now"):
         train(cache, tmp_path / "run", resume=True)
     assert train(cache, tmp_path / "run", resume=True, loss="ipo").finished
+
+
+def test_pairs_with_sums_alone_serve_every_loss_that_needs_no_more(cache: str, model_folder: str, tmp_path: Path) -> None:
+    folder = tmp_path / "sums"
+    dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", chat_rows(6)), folder)
+    opened = open_cache(folder)
+    pairs, manifest = list(opened.pairs("pairs")), opened.pairs("pairs").manifest
+    writer = opened.write_pairs("pairs", "train")
+    writer.add([dpo_cache.ScoredPair(entry.pair, *(sum_alone(score) for score in (entry.ref_chosen, entry.ref_rejected))) for entry in pairs])
+    writer.finish({**{key: value for key, value in manifest.items() if key not in ("num_pairs", "parts", "format")}, "token_logps": False})
+    assert not open_cache(folder).pairs("pairs").has_token_logps
+    with pytest.raises(TrainingError, match="pairs/train holds sums of log-probs alone, and --ld-alpha weights .*\nUse --no-ld-reference"):
+        train(str(folder), tmp_path / "run", ld_alpha=0.5)
+    assert not (tmp_path / "run").exists()
+    train(str(folder), tmp_path / "ipo", loss="ipo_norm", max_steps=1)
+    assert train(str(folder), tmp_path / "run", ld_alpha=0.5, ld_reference=False, max_steps=1).finished
+
+
+def sum_alone(score: dpo_cache.Score) -> dpo_cache.Score:
+    return dpo_cache.Score(score.token_logps[:0], score.logps)
