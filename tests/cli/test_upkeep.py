@@ -163,6 +163,24 @@ def test_gc_shows_first_and_drops_with_yes(run, root: Path) -> None:  # noqa: F8
     assert Cache(root).references() != [] and lonely not in Cache(root).references()
 
 
+def test_gc_drops_unused_scores_and_young_files_only_where_told(run, root: Path) -> None:  # noqa: F811
+    assert json.loads(run("gc", root, "--grace", 0, "--json").out)["garbage"] == []
+    assert json.loads(run("gc", root, "--scores", "--json").out)["garbage"] == []  # all is young
+    done = run("gc", root, "--scores", "--grace", 0, "--yes")
+    assert done.code == 0 and "no pair set holds 1 of its 3 completions (the rest is kept)" in done.out
+    assert len(Cache(root).scores(reference_of(root))) == 4
+
+
+def test_merge_prefers_or_renames_as_told(run, root: Path, tmp_path: Path) -> None:  # noqa: F811
+    make_cache(tmp_path / "other", pairs=((2, 4),))
+    refused = run("merge", tmp_path / "other", root)
+    assert refused.code == 1 and refused.err.startswith("error: one pair set has another content in another cache; nothing was copied:\n")
+    assert len(Cache(root).pairs("demo")) == 2
+    assert "other of that name left out  demo/train" in run("merge", tmp_path / "other", root, "--prefer", "dest").out
+    assert run("merge", tmp_path / "other", root, "--rename").code == 0 and len(Cache(root).pair_sets()) == 2
+    assert run("merge", tmp_path / "other", root, "--prefer", "src").code == 0 and len(Cache(root).pairs("demo/train")) == 1
+
+
 def test_merge_and_diff(run, root: Path, tmp_path: Path) -> None:  # noqa: F811
     other = make_cache(tmp_path / "other", shards=((5, 6),), pairs=())
     add_pairs(other, reference_of(root), [(5, 6)], name="more")
