@@ -148,14 +148,14 @@ class _Verification:
         """The manifest, every part that it names, and that together they are the pairs it promises."""
         place = f"pairs/{name}"
         present = {file for file, (kind, parts) in self.kinds.items() if kind == "part" and parts[0] == name}
-        manifest = None
-        if f"{place}/manifest.json" in self.files:
-            self._count(f"{place}/manifest.json")
-            manifest = self._try(
-                f"{place}/manifest.json", lambda: check_details(read_manifest(self.folder, place), f"{self.folder}/{place}/manifest.json")
-            )
-        if manifest is None:
+        if f"{place}/manifest.json" not in self.files:
             self.report.unreferenced += sorted(present)
+            return
+        self._count(f"{place}/manifest.json")
+        manifest = self._try(
+            f"{place}/manifest.json", lambda: check_details(read_manifest(self.folder, place), f"{self.folder}/{place}/manifest.json")
+        )
+        if manifest is None:  # which parts are its own is not known
             return
         self.report.pair_sets += 1
         named = {f"{place}/{part['file']}": part for part in manifest["parts"]}

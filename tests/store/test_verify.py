@@ -221,6 +221,14 @@ def test_leftovers_and_strangers_are_told_but_are_no_damage(root: Path) -> None:
     assert (report.unreferenced, report.unknown) == ([f"pairs/demo/train/{part}"], ["notes.txt"])
 
 
+def test_the_parts_of_a_damaged_manifest_are_not_called_leftovers(root: Path) -> None:
+    flip_file(the_manifest(root), 40)
+    report = verify_cache(root)
+    assert files_of(report) == {"pairs/demo/train/manifest.json": "damaged"} and report.unreferenced == []
+    repair_cache(root, report)
+    assert len(verify_cache(root).unreferenced) == 1
+
+
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_links_are_problems_and_are_not_followed(root: Path, tmp_path: Path, is_folder: bool) -> None:
     (tmp_path / "outside").mkdir()
