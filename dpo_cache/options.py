@@ -234,6 +234,12 @@ class VerifyOptions(Options):
     def check(self) -> None:
         self._require((self.rescore is None) == (self.model is None), "--rescore N and --model MODEL go together.")
         self._require(self.rescore is None or self.rescore > 0, f"--rescore {self.rescore}: expected a positive number of completions.")
+        for flag, is_given in (
+            ("--revision", self.revision is not None),
+            ("--device", self.device != "auto"),
+            ("--trust-remote-code", self.trust_remote_code),
+        ):
+            self._require(self.rescore is not None or not is_given, f"{flag} is used by --rescore alone.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +294,9 @@ class RmOptions(Options):
     name: str = argument(None, "First characters of the reference's id; or NAME (all its splits) or NAME/SPLIT.", name="NAME", required=True)
     with_pairs: bool = option(False, "Remove the reference's pair sets with it.", flag="--with-pairs")
     yes: bool = option(False, "Do it. Without, only what would go is shown.", flag="--yes")
+
+    def check(self) -> None:
+        self._require(self.kind == "reference" or not self.with_pairs, "--with-pairs goes with `reference`: `pairs` are removed anyway.")
 
 
 @dataclass(frozen=True, kw_only=True)

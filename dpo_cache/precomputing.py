@@ -328,7 +328,7 @@ class _Precompute:
         self.cache.publish_reference(self.identity, self._provenance())  # unless it is there; `verify --repair` may have moved it aside
         if self.cache.holds_pairs(pair_set):
             old = self.cache.pairs(pair_set)
-            if (old.reference_id, old.manifest["pairs_digest"]) == (self.report.reference, digest) and old.is_complete():
+            if (old.reference_id, old.manifest.get("pairs_digest")) == (self.report.reference, digest) and old.is_complete():
                 return
             self.say(
                 f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}{self._what_changed(split, old)}."
@@ -347,7 +347,7 @@ class _Precompute:
         if old.reference_id != self.report.reference:
             before, now = self.cache.read_reference(old.reference_id)["identity"], self.identity
         else:
-            before, now = old.manifest["tokenization"], self._manifest_details(split, "")["tokenization"]
+            before, now = old.manifest.get("tokenization", {}), self._manifest_details(split, "")["tokenization"]
         differing = differing_fields(before, now)
         return f"; before and now differ in {'; '.join(differing)}" if differing else ""
 

@@ -79,6 +79,8 @@ def _pair_sets_by_reference(cache: Cache) -> dict[str, list[PairSet]]:
     by_reference: dict[str, list[PairSet]] = {}
     for name in cache.pair_sets():
         pairs = cache.pairs(name)
+        if not len(pairs):
+            continue
         by_reference.setdefault(pairs.reference_id, []).append(pairs)
     if not by_reference:
         raise NotInCacheError(f"{cache}: no pair set, and only pair sets hold the token ids to score again.\nRun `dpo-cache precompute` first.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import count, format_bytes, print_columns, print_json
+from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json
 from dpo_cache.cli.parameters import command
 from dpo_cache.options import CompactOptions
 
@@ -38,4 +38,4 @@ def compact_command(options: CompactOptions, as_json: bool) -> None:
         print_columns(("reference", "shards", "size", "completions", "duplicates dropped"), rows)
     changed = sum(entry.shards_before != entry.shards_after or entry.bytes_before != entry.bytes_after for entry in done)
     what = f"{count(changed)} of {count(len(done))} references compacted" if changed else "nothing to do, all is compact"
-    print(f"{cache}: {what}. Next: dpo-cache ls {cache}")
+    print(f"{cache}: {what}. Next: {command_line('ls', str(cache))}")

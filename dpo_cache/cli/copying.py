@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cli.output import ProgressLine, count, format_bytes, format_seconds, print_json, print_table
+from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, format_seconds, print_json, print_table
 
 if TYPE_CHECKING:
     from dpo_cache.options import CopyOptions
@@ -40,8 +39,8 @@ def copy(options: CopyOptions, source: str, target: str, *, verb: str, as_json: 
 def train_hint(cache: str, report: TransferReport) -> str:
     """The command that uses the copy."""
     if report.pair_sets:
-        return f"dpo-cache train --cache {shlex.quote(cache)} --pairs {report.pair_sets[0]} --output RUN"
-    return f"dpo-cache ls {shlex.quote(cache)}"
+        return command_line("train", "--cache", cache, "--pairs", report.pair_sets[0], "--output", "RUN")
+    return command_line("ls", cache)
 
 
 def _print_report(report: TransferReport) -> None:

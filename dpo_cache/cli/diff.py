@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dpo_cache.cli.output import count, print_json
+from dpo_cache.cli.output import command_line, count, print_json
 from dpo_cache.cli.parameters import command
 from dpo_cache.options import DiffOptions
 
@@ -52,7 +52,7 @@ def _print_report(report: DiffReport) -> None:
     if report.is_equal:
         print(f"{report.a} and {report.b} hold the same.")
     else:
-        print(f"{report.a} and {report.b} differ. Next, for all of both: dpo-cache merge {report.a} {report.b} DEST")
+        print(f"{report.a} and {report.b} differ. Next, for all of both: {command_line('merge', report.a, report.b, 'DEST')}")
 
 
 def _describe(scores: ScoreDifference) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import count, format_bytes, print_columns, print_json
+from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json
 from dpo_cache.cli.parameters import command
 from dpo_cache.options import GcOptions
 
@@ -25,14 +25,14 @@ def gc_command(options: GcOptions, as_json: bool) -> None:
     freed = sum(entry.bytes for entry in garbage)
     if as_json:
         entries = [asdict(entry) for entry in garbage]
-        print_json({"cache": str(cache), "removed": options.yes, "files": len(garbage), "bytes": freed, "garbage": entries})
+        print_json({"cache": str(cache), "removed": options.yes, "bytes": freed, "garbage": entries})
         return
     if garbage:
         print_columns(("file", "size", "why"), [(entry.file, format_bytes(entry.bytes), entry.why) for entry in garbage])
     what = f"{count(len(garbage))} file{'' if len(garbage) == 1 else 's'}, {format_bytes(freed)}"
     if options.yes:
-        print(f"{cache}: {what} removed. Next: dpo-cache ls {cache}")
+        print(f"{cache}: {what} removed. Next: {command_line('ls', str(cache))}")
     elif garbage:
         print(f"{cache}: {what} could go. Nothing was removed. Next: the same command with --yes")
     else:
-        print(f"{cache}: nothing to drop that is older than {options.grace:g} s. Next: dpo-cache ls {cache}")
+        print(f"{cache}: nothing to drop that is older than {options.grace:g} s. Next: {command_line('ls', str(cache))}")

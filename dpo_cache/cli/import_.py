@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cli.output import count, format_bytes, print_json, print_table, remark
+from dpo_cache.cli.output import command_line, count, format_bytes, print_json, print_table, remark
 from dpo_cache.cli.parameters import command
 from dpo_cache.options import ImportOptions
 
@@ -43,5 +42,5 @@ def _print_report(report: ImportReport, reference: str) -> None:
     print_table(f"{', '.join(report.pair_sets)}: imported as {report.format}, reference {report.reference[:12]} ({reference})", rows)
     print(f"The pairs are in {report.cache}. Next:")
     for name in report.pair_sets:
-        model = "" if report.start_from else " --model MODEL"
-        print(f"  dpo-cache train --cache {shlex.quote(report.cache)} --pairs {name} --output RUN{model}")
+        model = [] if report.start_from else ["--model", "MODEL"]
+        print(f"  {command_line('train', '--cache', report.cache, '--pairs', name, '--output', 'RUN', *model)}")

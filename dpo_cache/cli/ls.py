@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cli.output import count, format_bytes, print_columns, print_json, print_table, remark
+from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json, print_table, remark
 from dpo_cache.cli.parameters import command
 from dpo_cache.errors import NotInCacheError
 from dpo_cache.options import LsOptions
@@ -40,7 +40,7 @@ def _print_contents(contents: Contents) -> None:
     references = [
         (
             entry.id[:12],
-            entry.model or "?",
+            _model(entry),
             ", ".join(word for word in (entry.dtype, entry.quantization) if word) or "?",
             count(entry.completions),
             count(entry.tokens),
@@ -71,12 +71,18 @@ def _print_contents(contents: Contents) -> None:
     print(f"{contents.cache} holds {held}{other}: {format_bytes(contents.bytes)}. Next: {_next(contents)}")
 
 
+def _model(entry: ReferenceEntry) -> str:
+    """The model's name when it was scored, or what the user called the one that imported log-probs are from."""
+    imported = (entry.document or {}).get("identity", {}).get("imported")
+    return f"{imported} (imported)" if imported else entry.model or "?"
+
+
 def _next(contents: Contents) -> str:
     if _damage(contents):
-        return f"dpo-cache verify {contents.cache}"
+        return command_line("verify", contents.cache)
     if contents.pair_sets:
-        return f"dpo-cache train --cache {contents.cache} --pairs {contents.pair_sets[0].name} --output RUN"
-    return f"dpo-cache precompute --cache {contents.cache} --model MODEL --dataset DATA"
+        return command_line("train", "--cache", contents.cache, "--pairs", contents.pair_sets[0].name, "--output", "RUN")
+    return command_line("precompute", "--cache", contents.cache, "--model", "MODEL", "--dataset", "DATA")
 
 
 def _number(entries: list, noun: str) -> str:
@@ -90,13 +96,15 @@ def _damage(contents: Contents) -> list[str]:
 
 def _show_one(contents: Contents, name: str, as_json: bool) -> None:
     """A pair set or a reference with all that its JSON file says."""
-    found: list[ReferenceEntry | PairSetEntry] = [entry for entry in contents.pair_sets if entry.name == name or entry.name.startswith(f"{name}/")]
-    found = found or [entry for entry in contents.references if entry.id.startswith(name)]
+    pair_sets = [entry for entry in contents.pair_sets if entry.name == name or entry.name.startswith(f"{name}/")]
+    references = [] if pair_sets else [entry for entry in contents.references if entry.id.startswith(name)]
+    found: list[ReferenceEntry | PairSetEntry] = [*references, *pair_sets]
     if not found:
         known = [entry.name for entry in contents.pair_sets] + [entry.id[:12] for entry in contents.references]
         raise NotInCacheError(f"{contents.cache}: neither a pair set nor a reference {name!r}.\nIt holds: {', '.join(known) or 'nothing'}.")
     if as_json:
-        print_json([asdict(entry) for entry in found])
+        told = {"references": [asdict(entry) for entry in references], "pair_sets": [asdict(entry) for entry in pair_sets]}
+        print_json({"cache": contents.cache, **told})
         return
     for entry in found:
         values = {key: value for key, value in asdict(entry).items() if key not in ("document", "manifest", "damage", "id", "name")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import ProgressLine, count, format_bytes, print_json, print_table
+from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, print_json, print_table
 from dpo_cache.cli.parameters import command
 from dpo_cache.options import MergeOptions
 
@@ -36,4 +36,4 @@ def merge_command(options: MergeOptions, as_json: bool) -> None:
     rows += [("renamed", f"{before} -> {after}") for before, after in report.renamed.items()]
     rows += [("other of that name left out", name) for name in report.kept]
     print_table(f"{report.cache}: merged from {', '.join(options.sources)}", rows)
-    print(f"{report.cache} holds all of them. Next: dpo-cache ls {report.cache}")
+    print(f"{report.cache} holds all of them. Next: {command_line('ls', report.cache)}")

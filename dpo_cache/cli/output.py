@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +37,11 @@ def print_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
+
+
+def command_line(*words: str) -> str:
+    """A command of ours to be copied, its words quoted where a shell needs it."""
+    return shlex.join(("dpo-cache", *words))
 
 
 def remark(text: str) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cli.output import ProgressLine, count, format_bytes, format_seconds, print_json, print_table
+from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, format_seconds, print_json, print_table
 from dpo_cache.cli.parameters import command
 from dpo_cache.options import PrecomputeOptions
 
@@ -103,11 +102,8 @@ def _print_report(report: PrecomputeReport) -> None:
     print_table(f"{names}: reference {report.reference[:12]}, {what}", rows)
     print(f"The pairs are in {report.cache}. Next:")
     for name in report.pair_sets:
-        print(f"  dpo-cache train --cache {shlex.quote(report.cache)} --pairs {name} --output RUN{_model_flag(report)}")
-
-
-def _model_flag(report: PrecomputeReport) -> str:
-    return f" --model {shlex.quote(report.start_from)}" if report.start_from else ""
+        model = ["--model", report.start_from] if report.start_from else []
+        print(f"  {command_line('train', '--cache', report.cache, '--pairs', name, '--output', 'RUN', *model)}")
 
 
 def _share(report: PrecomputeReport) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-
 from dpo_cache.cli.copying import copy
+from dpo_cache.cli.output import command_line
 from dpo_cache.cli.parameters import command
 from dpo_cache.options import PushOptions
 
@@ -17,4 +16,4 @@ def push_command(options: PushOptions, as_json: bool) -> None:
     """
     report = copy(options, options.local, options.remote, verb="pushing", as_json=as_json)
     if not as_json:
-        print(f"{report.target} holds the copy. Next, on another machine:\n  dpo-cache pull {shlex.quote(report.target)} LOCAL")
+        print(f"{report.target} holds the copy. Next, on another machine:\n  {command_line('pull', report.target, 'LOCAL')}")

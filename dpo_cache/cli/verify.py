@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dpo_cache.cli.output import ProgressLine, count, format_bytes, print_json, print_table
+from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, print_json, print_table
 from dpo_cache.cli.parameters import command
+from dpo_cache.errors import DpoCacheError
 from dpo_cache.options import VerifyOptions
 
 if TYPE_CHECKING:
@@ -32,18 +33,13 @@ def verify_command(options: VerifyOptions, as_json: bool) -> None:
             on_progress=lambda done, total: line.update(done, max(total, 1), f"{format_bytes(done)} of {format_bytes(total)}"),
         )
         repaired = repair_cache(options.cache, report) if options.repair and not report.is_whole else None
-        rescored = _rescore(options, line) if options.rescore else []
-    if as_json:
-        print_json(
-            {
-                **asdict(report),
-                "whole": report.is_whole,
-                "repair": {**asdict(repaired), "lost": repaired.lost} if repaired else None,
-                "rescored": [{**asdict(entry), "agrees": entry.agrees} for entry in rescored],
-            }
-        )
-    else:
-        _print_report(options, report, repaired, rescored)
+        try:
+            rescored = _rescore(options, line) if options.rescore else []
+        except DpoCacheError:
+            if not report.is_whole:  # what was found, and moved, is told first
+                line.pause(lambda: _print_all(options, report, repaired, [], as_json=as_json))
+            raise
+    _print_all(options, report, repaired, rescored, as_json=as_json)
     if not report.is_whole or not all(entry.agrees for entry in rescored):
         raise typer.Exit(1)
 
@@ -60,6 +56,20 @@ def _rescore(options: VerifyOptions, line: ProgressLine) -> list[RescoreReport]:
         device=options.device,
         trust_remote_code=options.trust_remote_code,
         say=line.remark,
+    )
+
+
+def _print_all(options: VerifyOptions, report: VerifyReport, repaired: RepairReport | None, rescored: list[RescoreReport], *, as_json: bool) -> None:
+    if not as_json:
+        _print_report(options, report, repaired, rescored)
+        return
+    print_json(
+        {
+            **asdict(report),
+            "whole": report.is_whole,
+            "repair": {**asdict(repaired), "lost": repaired.lost} if repaired else None,
+            "rescored": [{**asdict(entry), "agrees": entry.agrees} for entry in rescored],
+        }
     )
 
 
@@ -85,9 +95,9 @@ def _print_report(options: VerifyOptions, report: VerifyReport, repaired: Repair
     if repaired:
         _print_repair(repaired)
     elif not report.is_whole:
-        print(f"Nothing was changed. Next: dpo-cache verify {options.cache} --repair")
+        print(f"Nothing was changed. Next: {command_line('verify', options.cache, '--repair')}")
     elif all(entry.agrees for entry in rescored):
-        print(f"Every file of {report.cache} is what was written. Next: dpo-cache ls {report.cache}")
+        print(f"Every file of {report.cache} is what was written. Next: {command_line('ls', report.cache)}")
 
 
 def _print_rescored(entry: RescoreReport) -> None:

@@ -29,6 +29,7 @@ from dpo_cache.exchange.text import SourceText, TextRow, find_source_text
 from dpo_cache.exchange.writing import check_output, open_output
 from dpo_cache.options import ExportOptions
 from dpo_cache.store import PairSet, open_cache
+from dpo_cache.store.checks import check_details
 from dpo_cache.types import ScoredPair
 
 BATCH_PAIRS = 2048  # written at once: one row group of a Parquet file
@@ -60,6 +61,7 @@ def export_pairs(
     """
     chosen = ExportOptions(cache=os.fspath(cache), pairs=pairs, out=os.fspath(out), **options)
     pair_set = open_cache(chosen.cache).pairs(chosen.pairs)
+    check_details(pair_set.manifest, f"{chosen.cache}/pairs/{pair_set.name}/manifest.json")
     if chosen.token_logps and not pair_set.has_token_logps:
         raise NotInCacheError(f"{chosen.cache}: {pair_set.name} was imported with sums alone.\nLeave out --token-logps.")
     report = ExportReport(pair_set.name, chosen.out, _format_of(chosen))

@@ -209,9 +209,9 @@ class _Import:
     def _publish(self, split: _Split) -> None:
         report, survey, digest = self.report, split.survey, split.digest.hexdigest()
         self._add_to_report(split)
-        if survey.pair_set in self.cache.pair_sets():
+        if self.cache.holds_pairs(survey.pair_set):  # by its name: a listing may lag behind
             old = self.cache.pairs(survey.pair_set)
-            if (old.reference_id, old.manifest["pairs_digest"]) == (report.reference, digest) and old.is_complete():
+            if (old.reference_id, old.manifest.get("pairs_digest")) == (report.reference, digest) and old.is_complete():
                 return
             self.say(f"pair set {survey.pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}.")
         writer = self.cache.write_pairs(self.name, split.name)

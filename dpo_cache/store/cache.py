@@ -151,7 +151,8 @@ def read_reference(folder: Folder, reference_id: str) -> Document:
     if not folder.exists(name):
         raise NotInCacheError(f"{folder}: no reference {reference_id}.\nRun `dpo-cache precompute` to score it.")
     document = read_sealed(folder, name)
-    if document.keys() != {"identity", "provenance"} or digest_json(document["identity"]) != reference_id:
+    is_shaped = document.keys() == {"identity", "provenance"} and all(isinstance(member, dict) for member in document.values())
+    if not is_shaped or digest_json(document["identity"]) != reference_id:
         raise CorruptShardError(f"{folder}/{name}: its identity does not hash to {reference_id}.")
     return document
 

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from dpo_cache.errors import CorruptShardError
-from dpo_cache.store.comparing import Values, values_of
-from dpo_cache.store.documents import Document
+from dpo_cache.store.documents import REMEDY, Document
 from dpo_cache.store.keys import completion_key, key_bytes
 from dpo_cache.store.pairs import PAIR_SCHEMA, PairsDigest, check_pairs
 from dpo_cache.store.parquet import ParquetReader, check_content
-from dpo_cache.store.shards import SHARD_SCHEMA, keys_of
+from dpo_cache.store.shards import SHARD_SCHEMA, check_scores, keys_of
 from dpo_cache.types import Completion, split_lists
+
+TEXT_OR_NONE = (str, type(None))
+DETAILS: dict[str, dict[str, Any]] = {  # members of a manifest, and the kinds of theirs
+    "source": {"dataset": str, "format": str},
+    "tokenization": {"tokenizer": TEXT_OR_NONE, "max_length": int, "truncation": str},
+}
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,9 @@ def check_shard(file: str, content: bytes) -> WholeShard:
     """Digest, schema, and every row of a score shard."""
     num_tokens, keys = 0, []
     for table in _groups(file, content, SHARD_SCHEMA):
-        values = values_of(table, "key", "token_logps")
-        _check_sums(file, values, table.column("num_tokens"), table.column("logps"))
-        num_tokens += len(values.flat)
-        keys.append(values.keys)
+        check_scores(table, file)
+        num_tokens += int(table.column("num_tokens").to_numpy().sum())
+        keys.append(keys_of(table.column("key")))
     together = np.concatenate(keys) if keys else np.empty(0, "S16")
     if not len(together) or len(np.unique(together)) != len(together):
         raise CorruptShardError(f"{file}: no completions, or one of them twice.")
@@ -60,13 +65,14 @@ def check_part(file: str, content: bytes, promised: Document, digest: PairsDiges
     return num_rows
 
 
-def check_manifest(manifest: Document, name: str) -> Document:
-    """The manifest, if it is of the pair set `NAME/SPLIT` and has what a reader needs."""
-    if f"{manifest.get('name')}/{manifest.get('split')}" != name:
-        raise CorruptShardError(f"pairs/{name}/manifest.json: it is the manifest of {manifest.get('name')}/{manifest.get('split')}.")
-    lacking = {"reference", "pairs_digest", "source", "tokenization"} - manifest.keys()
-    if lacking or any({"file", "rows", "bytes"} - part.keys() for part in manifest["parts"]):
-        raise CorruptShardError(f"pairs/{name}/manifest.json: it lacks {', '.join(sorted(lacking)) or 'file, rows or bytes of a part'}.")
+def check_details(manifest: Document, place: str) -> Document:
+    """The manifest that lies at this place, if it says how its pairs were made: training, exporting, merging and verifying need that."""
+    wrong = [] if isinstance(manifest.get("pairs_digest"), str) else ["pairs_digest"]
+    for member, kinds in DETAILS.items():
+        found = manifest.get(member, {})
+        wrong += [f"{member}.{name}" for name, kind in kinds.items() if name not in found or not isinstance(found[name], kind)]
+    if wrong:
+        raise CorruptShardError(f"{place}: {', '.join(wrong)}: missing, or of the wrong kind.\n{REMEDY}")
     return manifest
 
 
@@ -89,13 +95,3 @@ def _check_keys(file: str, table: pa.Table, side: str) -> list[bytes]:
         if completion_key(Completion(prompt, answer)) != key:
             raise CorruptShardError(f"{file}: pair {row} of a row group has token ids that its {side}_key is not of.")
     return stored
-
-
-def _check_sums(file: str, values: Values, num_tokens: pa.ChunkedArray, logps: pa.ChunkedArray) -> None:
-    if not values.lengths.all() or (num_tokens.to_numpy() != values.lengths).any():
-        raise CorruptShardError(f"{file}: num_tokens and the lengths of token_logps differ, or are 0.")
-    if not np.isfinite(values.flat).all():
-        raise CorruptShardError(f"{file}: a log-prob is NaN or infinite.")
-    sums = np.add.reduceat(values.flat, values.starts, dtype=np.float64)
-    if not np.allclose(sums, logps.to_numpy(), rtol=1e-9, atol=1e-9):
-        raise CorruptShardError(f"{file}: logps are not the sums of token_logps.")

@@ -115,8 +115,9 @@ def distinct(values: Values) -> Values:
 
 def largest_gaps(one: Values, other: Values) -> np.ndarray:
     """Largest gap in nats per token, completion by completion: float64 `[N]`; infinite where the number of tokens differs."""
-    gaps = np.full(len(one), np.inf)
-    same = np.flatnonzero(one.lengths == other.lengths)
+    is_alike = one.lengths == other.lengths
+    gaps = np.where(is_alike, 0.0, np.inf)
+    same = np.flatnonzero(is_alike & (one.lengths > 0))  # imported sums have no values
     if len(same):
         left, right = one.take(same), other.take(same)
         apart = np.abs(left.flat.astype(np.float64) - right.flat)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from dpo_cache.errors import CacheError, NewerFormatError, NotInCacheError, first_line
-from dpo_cache.store.cache import Cache, open_cache, read_reference
+from dpo_cache.store.cache import NAME_PATTERN, Cache, open_cache, read_reference
 from dpo_cache.store.documents import Document
 from dpo_cache.store.files import Folder, open_folder
 from dpo_cache.store.pairs import PAIR_SCHEMA, read_manifest
@@ -22,7 +22,7 @@ from dpo_cache.store.parquet import open_parquet, open_source
 from dpo_cache.store.shards import SHARD_SCHEMA
 
 _DIGEST = r"[0-9a-f]{64}"
-_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
+_NAME = NAME_PATTERN.pattern
 KINDS = {
     "format": re.compile(r"format\.json"),
     "reference": re.compile(rf"references/({_DIGEST})/reference\.json"),
@@ -146,29 +146,29 @@ def count_footer(source: pa.NativeFile, place: str) -> tuple[int, int]:
 def describe_quantization(identity: Document) -> str | None:
     """How the weights were quantized, in a word or two; None where they were not."""
     config = identity.get("quantization")
-    if not config:
-        return None
+    if not isinstance(config, dict):
+        return str(config) if config else None
     bits = next((name for flag, name in (("load_in_4bit", "4-bit"), ("load_in_8bit", "8-bit")) if config.get(flag)), config.get("bits"))
     return " ".join(str(word) for word in (config.get("quant_method"), bits) if word) or "yes"
 
 
 def precompute_line(cache: str, manifest: Document, reference: Document | None) -> str:
-    """The command that makes a pair set again, as far as its manifest and its reference tell."""
+    """The command that makes a pair set again, as far as its manifest and its reference tell: not a chat template of the user's own,
+    nor which splits were imported together."""
     made, source = manifest.get("tokenization", {}), manifest.get("source", {})
-    identity = (reference or {}).get("identity", {})
+    identity, provenance = ((reference or {}).get(member, {}) for member in ("identity", "provenance"))
+    data, model = source.get("dataset", "DATA"), provenance.get("model")
     if "imported" in identity:
-        return shlex.join(
-            ["dpo-cache", "import", cache, source.get("dataset", "DATA"), "--reference", identity["imported"], "--name", manifest["name"]]
-        )
-    model = (reference or {}).get("provenance", {}).get("model", "MODEL")
-    words = ["dpo-cache", "precompute", "--model", model, "--dataset", source.get("dataset", "DATA"), "--cache", cache]
-    words += ["--name", manifest["name"], "--split", manifest["split"], "--dtype", identity.get("dtype", "auto")]
-    for flag, key in (("--max-length", "max_length"), ("--truncation", "truncation"), ("--max-prompt-length", "max_prompt_length")):
-        if made.get(key) is not None:
-            words += [flag, made[key]]
-    if made.get("tokenizer") not in (None, model):
-        words += ["--tokenizer", made["tokenizer"]]
-    return shlex.join(map(str, words))
+        words, options = ["import", cache, data], {"reference": identity["imported"], "model": model, "dtype": identity.get("dtype")}
+    else:
+        words, options = ["precompute"], {"model": model or "MODEL", "revision": provenance.get("revision"), "dataset": data, "cache": cache}
+        options |= {"dtype": identity.get("dtype", "auto"), "limit": source.get("rows_read")}  # rows may have been added since
+        options |= {"ranked-pairs": source["ranked_pairs"]} if source.get("ranked_pairs", "all") != "all" else {}
+    options |= {"name": manifest["name"], "split": manifest["split"], "format": source.get("format")}
+    options |= {"max-length": made.get("max_length"), "truncation": made.get("truncation"), "max-prompt-length": made.get("max_prompt_length")}
+    options |= {"tokenizer": made["tokenizer"]} if made.get("tokenizer") != model and "tokenizer" in made else {}
+    given = [(f"--{name}", value) for name, value in options.items() if value is not None] + [("--map", entry) for entry in source.get("map", ())]
+    return shlex.join(map(str, ["dpo-cache", *words, *(word for pair in given for word in pair)]))
 
 
 def _read_reference(folder: Folder, reference_id: str, shards: list[str], files: dict[str, int]) -> ReferenceEntry:

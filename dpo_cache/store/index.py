@@ -12,7 +12,8 @@ from dpo_cache.errors import CorruptShardError, MissingFileError, NotInCacheErro
 from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import KEY_BYTES
 from dpo_cache.store.keytable import KeyTable
-from dpo_cache.store.parquet import FILE_NAME, REMEDY, ParquetReader, ParquetReaders, name_by_content
+from dpo_cache.store.parquet import REMEDY, ParquetReader, ParquetReaders, name_by_content
+from dpo_cache.store.parts import is_part_name
 from dpo_cache.store.shards import SHARD_SCHEMA, check_scores, encode_shard, keys_of, open_shard, read_keys
 from dpo_cache.types import Score
 
@@ -131,7 +132,7 @@ class ScoreIndex:
         self._table.add(together, first)
 
     def _read_keys(self, name: str) -> np.ndarray:
-        if not FILE_NAME.fullmatch(name):
+        if not is_part_name(name):
             raise CorruptShardError(f"{self._folder}/{self._place}/{name}: its name is no sha256. {REMEDY}")
         reader = open_shard(self._folder, self._place, name)
         try:

@@ -33,7 +33,8 @@ from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.documents import Document, read_sealed, seal_document
 from dpo_cache.store.files import Folder
 from dpo_cache.store.keys import completion_key
-from dpo_cache.store.parquet import FILE_NAME, REMEDY, ParquetReader, ParquetReaders, name_by_content, write_parquet
+from dpo_cache.store.parquet import REMEDY, ParquetReader, ParquetReaders, name_by_content, write_parquet
+from dpo_cache.store.parts import is_part_name
 from dpo_cache.store.shards import FLOAT_LIST, KEY, TOKEN_LIST, are_sums_alone, key_column, list_array, list_lengths, lists_agree
 from dpo_cache.types import Completion, Pair, Score, ScoredPair, split_lists
 
@@ -42,6 +43,7 @@ PART_PAIRS = 8192
 BLOCK_TOKENS = 8 * 2**20  # a part ends where the tokens of its last block reach this: some 64 MB in memory
 MOST_PART_PAIRS = 8192
 MANIFEST_FORMAT = "dpo-cache pairs"
+OPTIONAL = {"source": dict, "tokenization": dict, "pairs_digest": str, "imported": bool, "token_logps": bool}  # members, and their kinds
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -227,6 +229,8 @@ def _manifest_problem(manifest: Document, place: str) -> str | None:
         return f"it belongs to {str(manifest.get('name'))[:128]!r}, {str(manifest.get('split'))[:128]!r}."
     if not isinstance(manifest.get("reference"), str) or not re.fullmatch("[0-9a-f]{64}", manifest["reference"]):
         return "its reference is no sha256."
+    if wrong := [name for name, kind in OPTIONAL.items() if not isinstance(manifest.get(name, kind()), kind)]:
+        return f"its member {wrong[0]} is of the wrong kind."
     parts_rows = sum(part["rows"] for part in parts)
     if manifest.get("num_pairs") != parts_rows:
         return f"{manifest.get('num_pairs')!r:.20} pairs promised, {parts_rows} in its parts."
@@ -237,7 +241,7 @@ def _is_part(part: Any) -> bool:
     if not isinstance(part, dict) or part.keys() != {"file", "rows", "bytes"}:
         return False
     numbers = (part["rows"], part["bytes"])
-    is_named = isinstance(part["file"], str) and FILE_NAME.fullmatch(part["file"]) is not None
+    is_named = isinstance(part["file"], str) and is_part_name(part["file"])
     return is_named and all(type(number) is int and number > 0 for number in numbers) and part["rows"] <= MOST_PART_PAIRS
 
 

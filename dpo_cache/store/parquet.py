@@ -7,7 +7,6 @@ what it holds is checked besides: exact schema, and sizes within the limits belo
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -22,7 +21,6 @@ from dpo_cache.store.pages import FILE_BYTES, FOOTER_BYTES, LIST_ITEMS, Footer, 
 REMEDY = "The file was changed or damaged.\nDelete it and run the `dpo-cache precompute` that made it again: it scores only what is missing."
 
 DAMAGE = (pa.ArrowException, OSError, ValueError, IndexError, OverflowError)  # what reading a bad file may raise, in Arrow and in `pages.py`
-FILE_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
 HASH_BYTES = 2**20  # read at once while a file is hashed
 MOST_OPEN = 64  # files of one index or pair set that are kept open
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from dpo_cache.errors import CacheError, MissingFileError, NotInCacheError
 from dpo_cache.store.cache import Cache
 from dpo_cache.store.documents import Document
+from dpo_cache.store.parquet import check_content
 from dpo_cache.store.parts import is_part_name
-from dpo_cache.store.shards import check_content
 
 THREADS = 8
 LARGE_BYTES = 64 << 20  # a file is held whole: those above are sent one at a time
@@ -127,7 +127,7 @@ def _is_other(target: Cache, name: str, manifest: Document) -> bool:
         held = target.pairs(name).manifest
     except NotInCacheError:
         return False
-    return any(held[member] != manifest[member] for member in ("reference", "pairs_digest", "parts"))
+    return any(held.get(member) != manifest.get(member) for member in ("reference", "pairs_digest", "parts"))
 
 
 def _plan(source: Cache, target: Cache, report: TransferReport, manifests: dict[str, Document], changed: Sequence[str]) -> _Plan:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from dpo_cache.errors import CacheError, NotInCacheError
 from dpo_cache.store.cache import Cache, open_cache, read_reference
+from dpo_cache.store.checks import check_details
 from dpo_cache.store.contents import classify
 from dpo_cache.store.documents import Document, digest_json, seal_document
 from dpo_cache.store.pairs import read_manifest
@@ -97,7 +98,9 @@ def _plan_pairs(
     offered: dict[str, list[tuple[Cache, Document]]] = {}
     for cache in [target, *origins]:
         for name in cache.pair_sets():
-            offered.setdefault(name, []).append((cache, read_manifest(cache.folder, f"pairs/{name}")))
+            offered.setdefault(name, []).append(
+                (cache, check_details(read_manifest(cache.folder, f"pairs/{name}"), f"{cache}/pairs/{name}/manifest.json"))
+            )
     conflicts = []
     for name, candidates in sorted(offered.items()):
         if len({_identity(manifest) for _, manifest in candidates}) == 1:
@@ -111,7 +114,7 @@ def _plan_pairs(
         else:
             conflicts.append((name, candidates))
     if conflicts:
-        raise CacheError(_describe_conflicts(conflicts))
+        raise CacheError(_describe_conflicts(conflicts, prefer))
 
 
 def _plan_renamed(
@@ -190,17 +193,19 @@ def _first(candidates: list[tuple[Cache, Document]], target: Cache) -> tuple[Cac
     return min(candidates, key=lambda candidate: (candidate[0] is not target, digest_json(candidate[1])))
 
 
-def _describe_conflicts(conflicts: list[tuple[str, list[tuple[Cache, Document]]]]) -> str:
+def _describe_conflicts(conflicts: list[tuple[str, list[tuple[Cache, Document]]]], prefer: str | None) -> str:
     lines = []
     for name, candidates in conflicts:
         for cache, manifest in candidates:
             scored = f"{manifest['num_pairs']:,} pairs of reference {manifest['reference'][:12]}"
             lines.append(f"  {name} in {cache}: {scored}, {manifest['source'].get('created', 'undated')}")
     count = f"{len(conflicts)} pair sets have" if len(conflicts) > 1 else "one pair set has"
-    return (
-        f"{count} another content in another cache; nothing was copied:\n" + "\n".join(lines) + "\n"
-        "Keep all with --rename, or one with --prefer src or --prefer dest."
+    lines.append(
+        "The destination has none to prefer: keep all with --rename, or the last source's with --prefer src."
+        if prefer
+        else "Keep all with --rename, or one with --prefer src or --prefer dest."
     )
+    return f"{count} another content in another cache; nothing was copied:\n" + "\n".join(lines)
 
 
 def _digest(content: bytes) -> str:

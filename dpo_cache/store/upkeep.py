@@ -87,7 +87,7 @@ def _keys_in(folder: Folder, place: str, name: str) -> np.ndarray:
 def _is_compact(folder: Folder, place: str, keys: dict[str, np.ndarray]) -> bool:
     """Whether every shard is sorted, no two overlap, and all but the last are as large as they get."""
     if not all(len(of_shard) and is_sorted(of_shard) for of_shard in keys.values()):
-        return not keys
+        return False
     in_order = sorted(keys, key=lambda name: bytes(keys[name][0]).ljust(16, b"\0"))
     apart = all(keys[one][-1] < keys[other][0] for one, other in pairwise(in_order))
     return apart and all(_held_bytes(folder, f"{place}/{name}") >= SHARD_BYTES for name in in_order[:-1])

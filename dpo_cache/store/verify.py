@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from dpo_cache.errors import CacheError, first_line
 from dpo_cache.store.cache import FORMAT, read_reference
-from dpo_cache.store.checks import WholeShard, check_manifest, check_part, check_shard
+from dpo_cache.store.checks import WholeShard, check_details, check_part, check_shard
 from dpo_cache.store.comparing import allowed_gap, compare_files
 from dpo_cache.store.contents import classify, open_for_upkeep
 from dpo_cache.store.documents import Document, render_document
@@ -28,6 +28,7 @@ from dpo_cache.store.pairs import PairsDigest, read_manifest
 OnProgress = Callable[[int, int], None]  # bytes read, of how many
 Result = TypeVar("Result")
 
+SCORE_AGAIN = "Run the `dpo-cache precompute` that made it: it scores only what is missing."
 AGAIN = "Run with --repair to move it aside, then the `dpo-cache precompute` that made it: it scores only what is missing."
 
 
@@ -128,7 +129,7 @@ class _Verification:
         name = f"references/{reference_id}/reference.json"
         identity: Document = {}
         if name not in self.files:
-            self._note(name, "missing", "the reference that these scores are of", "no such file", AGAIN)
+            self._note(name, "missing", "the reference that these scores are of", "no such file", SCORE_AGAIN)
         else:
             self._count(name)
             identity = self._try(name, lambda: read_reference(self.folder, reference_id)["identity"]) or {}
@@ -147,12 +148,14 @@ class _Verification:
         """The manifest, every part that it names, and that together they are the pairs it promises."""
         place = f"pairs/{name}"
         present = {file for file, (kind, parts) in self.kinds.items() if kind == "part" and parts[0] == name}
-        manifest = None
-        if f"{place}/manifest.json" in self.files:
-            self._count(f"{place}/manifest.json")
-            manifest = self._try(f"{place}/manifest.json", lambda: check_manifest(read_manifest(self.folder, place), name))
-        if manifest is None:
+        if f"{place}/manifest.json" not in self.files:
             self.report.unreferenced += sorted(present)
+            return
+        self._count(f"{place}/manifest.json")
+        manifest = self._try(
+            f"{place}/manifest.json", lambda: check_details(read_manifest(self.folder, place), f"{self.folder}/{place}/manifest.json")
+        )
+        if manifest is None:  # which parts are its own is not known
             return
         self.report.pair_sets += 1
         named = {f"{place}/{part['file']}": part for part in manifest["parts"]}
@@ -168,7 +171,7 @@ class _Verification:
 
     def _check_part(self, file: str, part: Document, digest: PairsDigest, has_token_logps: bool) -> bool:
         if file not in self.files:
-            self._note(file, "missing", f"{part['rows']} pairs, {part['bytes']} bytes, as the manifest says", "no such file", AGAIN)
+            self._note(file, "missing", f"{part['rows']} pairs, {part['bytes']} bytes, as the manifest says", "no such file", SCORE_AGAIN)
             return False
         content = self._read(file)
         return content is not None and self._try(file, lambda: check_part(file, content, part, digest, has_token_logps=has_token_logps)) is not None
@@ -179,7 +182,7 @@ class _Verification:
             self._note(file, "damaged", f"pairs whose digest is {manifest['pairs_digest'][:12]}…", found, AGAIN)
         if manifest["reference"] not in {parts[0] for kind, parts in self.kinds.values() if kind == "reference"}:
             reference = f"references/{manifest['reference']}/reference.json"
-            self._note(reference, "missing", f"the reference that {file} names", "no such file", AGAIN)
+            self._note(reference, "missing", f"the reference that {file} names", "no such file", SCORE_AGAIN)
 
     # -- files beside each other -----------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from dpo_cache.lm.identity import reference_identity
 from dpo_cache.lm.load import load_config, load_model
 from dpo_cache.options import TrainOptions
 from dpo_cache.store import Cache, PairSet
+from dpo_cache.store.checks import check_details
 from dpo_cache.store.documents import Document
 from dpo_cache.store.identities import differing_fields
 from dpo_cache.training.batches import held_out
@@ -55,6 +56,7 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
     Raises `CacheError` or `TrainingError`.
     """
     pairs = cache.pairs(options.pairs) if options.pairs else _only_pair_set(cache, options.eval_pairs)
+    check_details(pairs.manifest, f"{cache}/pairs/{pairs.name}/manifest.json")
     pairs.hold()
     _check_token_logps(options, pairs)
     reference_id = pairs.reference_id

@@ -54,6 +54,26 @@ def test_ls_shows_one_in_full(run, root: Path) -> None:  # noqa: F811
     assert (done.code, done.out) == (1, "") and done.err.startswith(f"error: {root}: neither a pair set nor a reference 'nothing'.\n")
 
 
+def test_ls_json_of_one_has_the_shape_of_the_whole(run, root: Path) -> None:  # noqa: F811
+    whole = json.loads(run("ls", root, "--json").out)
+    for name, kept in (("demo", "pair_sets"), (reference_of(root)[:8], "references")):
+        one = json.loads(run("ls", root, name, "--json").out)
+        assert one == {"cache": str(root), "references": [], "pair_sets": [], kept: whole[kept]}
+
+
+def test_ls_marks_a_reference_that_was_imported(run, tmp_path: Path) -> None:  # noqa: F811
+    cache = dpo_cache.open_cache(tmp_path / "cache", create=True)
+    cache.publish_reference({"imported": "a friend's", "dtype": None, "values": "0" * 64}, {"model": "/models/mine"})
+    assert "a friend's (imported)" in run("ls", tmp_path / "cache").out
+
+
+@pytest.mark.parametrize("arguments", [("ls",), ("verify",), ("compact",), ("gc",)])
+def test_a_command_to_be_copied_is_quoted(run, tmp_path: Path, arguments: tuple[str, ...]) -> None:  # noqa: F811
+    root = tmp_path / "my cache"
+    make_cache(root)
+    assert f"'{root}'" in run(*arguments, root).out.splitlines()[-1].partition("Next: dpo-cache ")[2]
+
+
 def test_ls_marks_what_is_damaged_and_lists_the_rest(run, root: Path) -> None:  # noqa: F811
     flip_file(root / "pairs/demo/train/manifest.json", 30)
     done = run("ls", root)
@@ -100,6 +120,25 @@ def test_verify_rescore(run, model_folder: str, data_file: str, tmp_path: Path) 
     assert run("verify", tmp_path / "cache", "--rescore", 5).code == 2
 
 
+def test_verify_tells_what_it_found_where_the_rescoring_then_fails(run, model_folder: str, data_file: str, tmp_path: Path) -> None:  # noqa: F811
+    root = tmp_path / "cache"
+    dpo_cache.precompute(model_folder, data_file, root)
+    part = next(root.glob("pairs/*/*/*.parquet"))
+    flip_file(part, 40)
+    rescore = ("--rescore", 5, "--model", model_folder)
+    done = run("verify", root, *rescore)
+    assert done.code == 1 and f"{part.name}: damaged" in done.out and done.err.startswith("error: ")
+    done = run("verify", root, "--repair", *rescore)
+    assert done.code == 1 and f"moved aside: pairs/pairs/train/{part.name}" in done.out and done.err.startswith("error: ")
+    assert "dpo-cache precompute --model" in done.out
+
+
+@pytest.mark.parametrize("ignored", [("--revision", "main"), ("--device", "cpu"), ("--trust-remote-code",)])
+def test_verify_refuses_what_only_a_rescoring_uses(run, root: Path, ignored: tuple[str, ...]) -> None:  # noqa: F811
+    done = run("verify", root, *ignored)
+    assert (done.code, done.err) == (2, f"error: {ignored[0]} is used by --rescore alone.\n")
+
+
 def test_compact(run, root: Path) -> None:  # noqa: F811
     done = run("compact", root)
     assert done.code == 0 and "2 -> 1" in done.out
@@ -122,6 +161,24 @@ def test_gc_shows_first_and_drops_with_yes(run, root: Path) -> None:  # noqa: F8
     assert json.loads(run("gc", root, "--keep", lonely[:8], "--json").out)["garbage"] == []
     assert run("gc", root, "--yes").out.splitlines()[-1].startswith(f"{root}: 2 files, ")
     assert Cache(root).references() != [] and lonely not in Cache(root).references()
+
+
+def test_gc_drops_unused_scores_and_young_files_only_where_told(run, root: Path) -> None:  # noqa: F811
+    assert json.loads(run("gc", root, "--grace", 0, "--json").out)["garbage"] == []
+    assert json.loads(run("gc", root, "--scores", "--json").out)["garbage"] == []  # all is young
+    done = run("gc", root, "--scores", "--grace", 0, "--yes")
+    assert done.code == 0 and "no pair set holds 1 of its 3 completions (the rest is kept)" in done.out
+    assert len(Cache(root).scores(reference_of(root))) == 4
+
+
+def test_merge_prefers_or_renames_as_told(run, root: Path, tmp_path: Path) -> None:  # noqa: F811
+    make_cache(tmp_path / "other", pairs=((2, 4),))
+    refused = run("merge", tmp_path / "other", root)
+    assert refused.code == 1 and refused.err.startswith("error: one pair set has another content in another cache; nothing was copied:\n")
+    assert len(Cache(root).pairs("demo")) == 2
+    assert "other of that name left out  demo/train" in run("merge", tmp_path / "other", root, "--prefer", "dest").out
+    assert run("merge", tmp_path / "other", root, "--rename").code == 0 and len(Cache(root).pair_sets()) == 2
+    assert run("merge", tmp_path / "other", root, "--prefer", "src").code == 0 and len(Cache(root).pairs("demo/train")) == 1
 
 
 def test_merge_and_diff(run, root: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -159,3 +216,4 @@ def test_rm_shows_first_and_removes_with_yes(run, root: Path) -> None:  # noqa: 
     assert json.loads(run("rm", root, "reference", reference_of(root)[:8], "--yes", "--json").out)["removed"] is True
     assert list(contents(root)) == ["format.json"]
     assert run("rm", root, "everything", "x").code == 2
+    assert run("rm", root, "pairs", "demo", "--with-pairs").err == "error: --with-pairs goes with `reference`: `pairs` are removed anyway.\n"

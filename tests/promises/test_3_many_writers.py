@@ -9,6 +9,7 @@ import pytest
 
 import dpo_cache
 from dpo_cache.store import open_cache
+from dpo_cache.store.verify import verify_cache
 from tests.conftest import chat_rows, write_rows
 from tests.promises.forking import Runs, read_log
 from tests.promises.life import DETAILS, publish_pairs
@@ -40,7 +41,7 @@ def test_3_four_processes_at_once_make_the_union_of_what_each_would(runs: Runs, 
             for place, (path, name) in enumerate(zip(data, ("same", "same", "two", "three"), strict=True))
         ]
         assert runs.run(*jobs) == [0] * NUM_WRITERS, [Path(job["output"]).read_text() for job in jobs]
-        assert faults(cache) == [] and scratch(cache) == []
+        assert faults(cache) == [] and scratch(cache) == [] and verify_cache(cache).problems == []
         opened = open_cache(cache)
         assert opened.references() == [reference] and opened.pair_sets() == ["same/train", "three/train", "two/train"]
         assert len(opened.scores(reference)) == len(open_cache(whole).scores(reference))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import dpo_cache
 from dpo_cache.errors import CorruptShardError, DpoCacheError, FormatError
 from tests.promises.small_cache import files_of, make_small_cache, read_small_cache
 from tests.store.conftest import flip
@@ -83,6 +84,23 @@ def test_every_flipped_byte_is_found(root: Path, file_names: list[str]) -> None:
 def test_every_truncation_is_found(root: Path, file_names: list[str]) -> None:
     contents = {name: (root / name).read_bytes() for name in file_names}
     assert [miss for name, content in contents.items() for miss in unnoticed(root, name, truncations(content, range(len(content))))] == []
+
+
+@pytest.mark.parametrize("stride", [pytest.param(701, id="some"), pytest.param(29, marks=pytest.mark.slow, id="many")])
+def test_train_raises_for_what_it_reads_and_takes_no_step(model_folder: str, data_file: str, tmp_path: Path, stride: int) -> None:
+    """The manifest, the parts, the reference's entry: all that a training run reads but the format file."""
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    dpo_cache.precompute(model_folder, data_file, cache)
+    files = [path for path in files_of(cache) if path.name != "format.json" and path.parent.name != "scores"]
+    assert len(files) == 3
+    for path in files:
+        content = path.read_bytes()
+        for _, changed in (*flips(content, range(0, len(content), stride)), *truncations(content, range(0, len(content), stride))):
+            path.write_bytes(changed)
+            with pytest.raises(CorruptShardError, match=path.name):
+                dpo_cache.train(cache, run, max_steps=1)
+        path.write_bytes(content)
+    assert not (run / "model").exists()
 
 
 def test_every_bit_of_the_format_file_counts(root: Path) -> None:

@@ -6,16 +6,19 @@ import tempfile
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_cache.errors import CacheError, CorruptShardError, FormatError
 from dpo_cache.store import Cache, open_cache
+from dpo_cache.store import pairs as pairs_module
 from dpo_cache.store.differences import diff_caches
 from dpo_cache.store.union import merge_caches
 from dpo_cache.store.verify import verify_cache
-from tests.store.caches import PROVENANCE, add_pairs, add_reference, add_scores, contents, make_cache
+from dpo_cache.types import Pair, Score, ScoredPair
+from tests.store.caches import PROVENANCE, SOURCE, TOKENIZATION, add_pairs, add_reference, add_scores, completion, contents, make_cache
 from tests.store.conftest import flip_file
 
 numbers = st.integers(0, 12)
@@ -78,7 +81,13 @@ def test_every_digest_is_checked_on_the_way(tmp_path: Path) -> None:
 def test_the_same_pairs_scored_twice_are_one_pair_set(tmp_path: Path) -> None:
     make_cache(tmp_path / "a")
     cache = make_cache(tmp_path / "b", pairs=())
-    add_pairs(cache, cache.references()[0], [(0, 1), (2, 3)], shift=1e-5, source={"dataset": "elsewhere", "created": "2025-02-02T00:00:00+00:00"})
+    add_pairs(
+        cache,
+        cache.references()[0],
+        [(0, 1), (2, 3)],
+        shift=1e-5,
+        source={"dataset": "elsewhere", "format": "text", "created": "2025-02-02T00:00:00+00:00"},
+    )
     report = merge_caches([tmp_path / "b"], tmp_path / "a")
     assert (report.pair_sets, report.copied_files) == ([], 0)
 
@@ -114,7 +123,7 @@ def test_prefer_takes_one(conflict: tuple[Path, Path]) -> None:
 
 
 def test_prefer_dest_cannot_choose_between_sources(conflict: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="nothing was copied"):
+    with pytest.raises(CacheError, match="nothing was copied(.|\n)*The destination has none to prefer: keep all with --rename, or the last source's"):
         merge_caches(conflict, tmp_path / "all", prefer="dest")
 
 
@@ -211,3 +220,18 @@ def test_pair_sets_of_other_values_say_so(tmp_path: Path) -> None:
     add_pairs(other, other.references()[0], [(0, 1), (2, 3)], shift=0.5)
     (lines,) = diff_caches(tmp_path / "a", tmp_path / "b").pair_sets.values()
     assert lines == ["values: 4 completions differ by up to 0.5 nats a token (allowed 0.001)"]
+
+
+def test_imported_sums_have_no_values_to_differ_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same import, cut into other parts."""
+    for name, part_pairs in (("a", 8192), ("b", 2)):
+        monkeypatch.setattr(pairs_module, "PART_PAIRS", part_pairs)
+        cache = open_cache(tmp_path / name, create=True)
+        reference = cache.publish_reference({"imported": "x", "dtype": None, "values": "0" * 64}, {"model": None})
+        writer = cache.write_pairs("sums", "train")
+        sums = Score(np.empty(0, np.float32), -1.5)
+        writer.add([ScoredPair(Pair(row, completion(2 * row), completion(2 * row + 1)), sums, sums) for row in range(3)])
+        details = {"pairs_digest": "0" * 64, "source": SOURCE, "tokenization": TOKENIZATION}
+        writer.finish({"name": "sums", "split": "train", "reference": reference, "imported": True, "token_logps": False, **details})
+    assert len(open_cache(tmp_path / "b").pairs("sums").manifest["parts"]) == 2
+    assert diff_caches(tmp_path / "a", tmp_path / "b").is_equal

@@ -5,12 +5,16 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from dpo_cache.errors import FormatError, NewerFormatError
+import dpo_cache
+from dpo_cache.errors import CorruptShardError, FormatError, NewerFormatError
+from dpo_cache.exchange import export_pairs
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store import comparing as comparing_module
-from dpo_cache.store.documents import open_sealed, seal_document
+from dpo_cache.store.contents import read_contents
+from dpo_cache.store.documents import digest_json, open_sealed, seal_document
 from dpo_cache.store.repair import repair_cache
 from dpo_cache.store.shards import encode_shard, name_by_content
+from dpo_cache.store.union import merge_caches
 from dpo_cache.store.verify import VerifyReport, verify_cache
 from tests.store.caches import add_pairs, add_reference, add_scores, completion, contents, key_of, make_cache, value
 from tests.store.conftest import flip_file
@@ -52,7 +56,7 @@ def test_a_missing_part_is_named_with_what_the_manifest_says(root: Path) -> None
     part.unlink()
     (problem,) = verify_cache(root).problems
     assert (problem.file, problem.kind) == (f"pairs/demo/train/{part.name}", "missing")
-    assert problem.expected.startswith("2 pairs, ")
+    assert problem.expected.startswith("2 pairs, ") and problem.remedy.startswith("Run the `dpo-cache precompute` that made it")
 
 
 def test_a_missing_reference_entry_is_named_once(root: Path) -> None:
@@ -163,6 +167,41 @@ def test_a_manifest_in_another_place_is_found(root: Path) -> None:
     assert files_of(verify_cache(root)) == {"pairs/other/train/manifest.json": "damaged"}
 
 
+WRONG_DETAILS = [
+    {"source": []},
+    {"source": {}},
+    {"tokenization": "x"},
+    {"tokenization": {"max_length": "long"}},
+    {"pairs_digest": 7},
+    {"token_logps": 1},
+]
+
+
+@pytest.mark.parametrize("changes", WRONG_DETAILS, ids=repr)
+def test_a_manifest_whose_details_are_of_another_kind_is_told_by_every_command(root: Path, changes: dict) -> None:
+    reseal(the_manifest(root), **changes)
+    assert files_of(verify_cache(root)) == {"pairs/demo/train/manifest.json": "damaged"}
+    assert [entry.name for entry in read_contents(root).pair_sets] == ["demo/train"]
+    for use in (
+        lambda: dpo_cache.train(root, root.parent / "run"),
+        lambda: export_pairs(root, "demo", root.parent / "out.parquet"),
+        lambda: merge_caches([root], root.parent / "all"),
+    ):
+        with pytest.raises(CorruptShardError, match="manifest.json: "):
+            use()
+    repair_cache(root, verify_cache(root))
+    assert verify_cache(root).is_whole
+
+
+@pytest.mark.parametrize("identity", ["x", [], 7, None], ids=repr)
+def test_an_identity_that_is_no_object_is_damage(root: Path, identity: object) -> None:
+    entry = root / f"references/{digest_json(identity)}/reference.json"
+    entry.parent.mkdir()
+    entry.write_bytes(seal_document({"identity": identity, "provenance": {}}))
+    assert files_of(verify_cache(root)) == {entry.relative_to(root).as_posix(): "damaged"}
+    assert [reference.damage != [] for reference in read_contents(root).references].count(True) == 1
+
+
 def test_keys_that_are_not_of_their_token_ids_are_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_cache.store.pairs.completion_key", lambda completion: key_of(33))
     add_pairs(Cache(root), Cache(root).references()[0], [(0, 1)], name="false")
@@ -180,6 +219,14 @@ def test_leftovers_and_strangers_are_told_but_are_no_damage(root: Path) -> None:
     report = verify_cache(root)
     assert report.is_whole
     assert (report.unreferenced, report.unknown) == ([f"pairs/demo/train/{part}"], ["notes.txt"])
+
+
+def test_the_parts_of_a_damaged_manifest_are_not_called_leftovers(root: Path) -> None:
+    flip_file(the_manifest(root), 40)
+    report = verify_cache(root)
+    assert files_of(report) == {"pairs/demo/train/manifest.json": "damaged"} and report.unreferenced == []
+    repair_cache(root, report)
+    assert len(verify_cache(root).unreferenced) == 1
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
@@ -208,7 +255,7 @@ def test_repair_keeps_the_content_and_takes_back_what_the_pair_set_holds(root: P
     assert repaired.lost is not None and repaired.restored + repaired.lost == moved.completions
     (line,) = repaired.commands
     assert line.startswith("dpo-cache precompute --model example/tiny --dataset example/pairs --cache ")
-    assert "--name demo --split train --dtype float32 --max-length 64 --truncation keep-start" in line
+    assert line.endswith(" --dtype float32 --name demo --split train --format text --max-length 64 --truncation keep-start")
 
 
 def test_values_that_were_put_back_are_the_same(root: Path) -> None:
