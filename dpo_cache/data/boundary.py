@@ -60,18 +60,20 @@ def can_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _parts_words(pre_tokenizer: Any) -> bool:
-    """Whether it parts the text into words by one of the expressions; ByteLevel's own is GPT-2's."""
+    """Whether it parts the text as it stands into words by one of the expressions; ByteLevel's own is GPT-2's."""
     state = _state(pre_tokenizer)
     steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
-    found = False
+    parted = False
     for step in steps:
         if step["type"] == "ByteLevel":
-            found |= step.get("use_regex", True)
-        elif step["type"] == "Split" and step["pattern"].get("Regex") in EXPRESSIONS:
-            found |= step["behavior"] == "Isolated" and not step["invert"]
+            parted |= step.get("use_regex", True)
+            if not parted:  # spaces are letters to the expressions behind it
+                return False
+        elif step["type"] == "Split" and step["pattern"].get("Regex") in EXPRESSIONS and step["behavior"] == "Isolated" and not step["invert"]:
+            parted = True
         elif step["type"] != "Digits":  # parts at digits alone, each letter by itself
             return False
-    return found
+    return parted
 
 
 def _keeps_words_apart(backend: Tokenizer) -> bool:

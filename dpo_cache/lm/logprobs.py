@@ -197,7 +197,7 @@ class _HeadLogps(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         hidden_TD, weight_VD, targets_T, peak_T, total_T = ctx.saved_tensors
         for_hidden, for_weight = ctx.needs_input_grad[:2]
-        grad_hidden_TD = torch.zeros_like(hidden_TD) if for_hidden else None
+        grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32) if for_hidden else None  # a sum over slices
         grad_weight_VD = torch.empty_like(weight_VD) if for_weight else None
         scale_T1 = (-grads[0] / total_T)[:, None]
         for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
@@ -210,7 +210,7 @@ class _HeadLogps(torch.autograd.Function):
                 grad_hidden_TD += ctx.products.for_inputs(grad_TS, weight_SD)
             if grad_weight_VD is not None:
                 grad_weight_VD[start:stop] = ctx.products.for_weight(grad_TS, hidden_TD, weight_SD)
-        return grad_hidden_TD, grad_weight_VD, None, None
+        return grad_hidden_TD if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype), grad_weight_VD, None, None
 
 
 def _slices(weight_VD: torch.Tensor, num_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -213,7 +214,7 @@ class _Run:
     def _accumulate(self, pairs: list[ScoredPair]) -> tuple[PairMetrics, int]:
         """The gradient of the step's mean loss, forest by forest, and the tokens run; begun anew where memory runs out."""
         while True:
-            metrics, groups = PairMetrics(), self._split(pairs)
+            metrics, groups, step_zero = PairMetrics(), self._split(pairs), copy(self.step_zero)
             try:
                 if self.objective.needs_whole_step and len(groups) > 1:
                     self._backward_together(groups, metrics)
@@ -224,6 +225,7 @@ class _Run:
                 return metrics, sum(group.num_tokens for group in groups)
             except RuntimeError as error:
                 self.thrift.save_more(error)
+            self.step_zero = step_zero  # what was noted of a part of the step would be noted twice
             self.optimizer.zero_grad(set_to_none=True)
 
     def _backward_together(self, groups: Sequence[Group], metrics: PairMetrics) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.errors import TrainingError
+from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.recomputation import MODES, Recomputation, activation_bytes
 
@@ -36,6 +36,7 @@ class Thrift:
         and `TrainingError` where nothing is left to change."""
         if not is_out_of_memory(error, self._device):
             raise error
+        problem = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)  # MPS: whatever it says
         place = MODES.index(self.mode)
         if not self._is_fixed and self._recomputation.num_layers and place + 1 < len(MODES):
             self._recomputation.mode = MODES[place + 1]
@@ -45,9 +46,9 @@ class Thrift:
             change = f"--micro-tokens {self.micro_tokens}"
         else:
             raise TrainingError(
-                "out of memory even with one pair at once.\nUse --precision bf16, score with a shorter --max-length, or a device with more memory."
+                f"{problem} even with one pair at once.\nUse --precision bf16, score with a shorter --max-length, or a device with more memory."
             ) from error
-        self._say(f"out of memory; the step is taken again, and the run goes on, with {change}. Nothing is lost.")
+        self._say(f"{problem}; the step is taken again, and the run goes on, with {change}. Nothing is lost.")
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -172,6 +172,13 @@ def with_part(**parts: object) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def with_spaced_merge(*steps: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
+    """A merge across words, behind these steps."""
+    tokenizer = make_byte_tokenizer([("a", "Ġ"), ("aĠ", "b")])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+    return tokenizer
+
+
 def with_spaced_token() -> PreTrainedTokenizerFast:
     """A merge across words, which a model without words can have."""
     letters = ["▁", *(chr(code) for code in range(33, 127))]
@@ -181,12 +188,19 @@ def with_spaced_token() -> PreTrainedTokenizerFast:
     return wrap(rules)
 
 
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 WHOLE = {
     "added token with a space": with_added("a b"),
     "added token that takes spaces": with_added("xx", rstrip=True),
     "added token that is a word": with_added("xx", single_word=True),
     "normalizer": with_part(normalizer=normalizers.Prepend("▁")),
     "no words": with_part(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
+    "words of bytes": with_spaced_merge(BYTES, pre_tokenizers.Split(Regex(sorted(EXPRESSIONS)[0]), "isolated")),
+    "words of bytes, as GPT-2 parts them": with_spaced_merge(BYTES, pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "words put together": with_spaced_merge(pre_tokenizers.Split(Regex(sorted(EXPRESSIONS)[0]), "contiguous"), BYTES),
+    "words merged, then parted": with_spaced_merge(
+        pre_tokenizers.Split(Regex(sorted(EXPRESSIONS)[0]), "merged_with_previous"), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ),
     "other words": with_part(pre_tokenizer=pre_tokenizers.Split(Regex("a b"), "isolated")),
     "spaced token": with_spaced_token(),
     "bytes": make_byte_tokenizer([("a", "Ġ"), ("aĠ", "b")]),

@@ -205,6 +205,27 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(cache: str, tmp
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+def test_a_step_begun_anew_is_counted_once(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"batch_size": 8, "max_steps": 1, "micro_tokens": "100"}
+    forward, calls = loop.completion_logps, []
+
+    def run_out(model, completions, attention):
+        calls.append(len(completions))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return forward(model, completions, attention)
+
+    once, again = [], []
+    train(cache, tmp_path / "once", **options, say=once.append)
+    monkeypatch.setattr(loop, "completion_logps", run_out)
+    train(cache, tmp_path / "again", **options, say=again.append)
+    assert len(calls) > 3 and "over 16 completions" in once[-1]
+    assert [remark for remark in again if remark.startswith("step zero")] == once[-1:]
+    exact = [key for key in comparable(tmp_path / "once")[0] if key != "grad_norm"]
+    for one, other in zip(comparable(tmp_path / "once"), comparable(tmp_path / "again"), strict=True):
+        assert {key: one[key] for key in exact} == {key: other[key] for key in exact}
+
+
 def test_memory_that_never_suffices_is_told(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_out(*_, **__):
         raise torch.OutOfMemoryError
