@@ -305,7 +305,7 @@ class CopyOptions(Options):
 
     pairs: tuple[str, ...] = option((), "Copy this pair set, NAME or NAME/SPLIT, and its reference's entry; may be repeated. Default: everything.")
     reference: tuple[str, ...] = option((), "Copy the reference of this id (or its first characters) with its scores; may be repeated.")
-    replace: bool = option(False, "Replace pair sets of the same name that hold other pairs at the target.", flag="--replace")
+    replace: bool = option(False, "Replace pair sets of the same name that hold other pairs or values at the target.", flag="--replace")
 
     def check(self) -> None:
         remote, local = (getattr(self, name).removeprefix("file://") for name in ("remote", "local"))

@@ -19,7 +19,7 @@ QUIET_SECONDS = 10.0  # between progress lines off a terminal
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Two columns, the same on a terminal and in a file."""
-    rows = list(rows)
+    rows = [(label, printable(value)) for label, value in rows]
     width = max(len(label) for label, _ in rows)
     print(title)
     for label, value in rows:
@@ -28,11 +28,17 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 def print_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table, one line a row; columns of numbers and sizes stand to the right."""
+    rows = [[printable(entry) for entry in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     numeric = [all(NUMBER.fullmatch(entry) for entry in column) for column in zip(*rows, strict=True)]
     for row in (titles, *rows):
         cells = [entry.rjust(width) if right else entry.ljust(width) for entry, width, right in zip(row, widths, numeric, strict=True)]
         print("  ".join(cells).rstrip())
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: a name that a file gives cannot steer the terminal."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def print_json(value: Any) -> None:

@@ -187,8 +187,8 @@ def _read_reference(folder: Folder, reference_id: str, shards: list[str], files:
     identity = document.get("identity", {})
     return ReferenceEntry(
         id=reference_id,
-        model=document.get("provenance", {}).get("model") or identity.get("imported"),
-        dtype=identity.get("dtype"),
+        model=_text(document.get("provenance", {}).get("model")) or _text(identity.get("imported")),
+        dtype=_text(identity.get("dtype")),
         quantization=describe_quantization(identity),
         shards=len(shards),
         completions=completions,
@@ -215,11 +215,16 @@ def _read_pair_set(folder: Folder, name: str, parts: list[str], files: dict[str,
         rows=manifest.get("num_pairs", 0),
         parts=len(named),
         bytes=sum(files[part] for part in held) + files[f"{place}/manifest.json"],
-        source=source.get("dataset"),
-        created=source.get("created"),
+        source=_text(source.get("dataset")),
+        created=_text(source.get("created")),
         damage=damage,
         manifest=manifest or None,
     )
+
+
+def _text(value: object) -> str | None:
+    """What a sealed document may say there, whoever sealed it; None for all else."""
+    return value if isinstance(value, str) else None
 
 
 def _part_problem(folder: Folder, name: str, num_rows: int, files: dict[str, int]) -> str | None:

@@ -67,6 +67,14 @@ def test_ls_marks_a_reference_that_was_imported(run, tmp_path: Path) -> None:  #
     assert "a friend's (imported)" in run("ls", tmp_path / "cache").out
 
 
+@pytest.mark.parametrize(("model", "shown"), [("\x1b[2Jgone", "\\x1b[2Jgone"), (["a"], "?"), (1.5, "?")], ids=repr)
+def test_ls_shows_what_a_hostile_entry_says_and_does_not_obey_it(run, tmp_path: Path, model: object, shown: str) -> None:  # noqa: F811
+    cache = dpo_cache.open_cache(tmp_path / "cache", create=True)
+    cache.publish_reference({"weights": "0" * 64, "dtype": 1.5}, {"model": model})
+    done = run("ls", tmp_path / "cache")
+    assert done.code == 0 and done.out.splitlines()[1].split()[1:3] == [shown, "?"]
+
+
 @pytest.mark.parametrize("arguments", [("ls",), ("verify",), ("compact",), ("gc",)])
 def test_a_command_to_be_copied_is_quoted(run, tmp_path: Path, arguments: tuple[str, ...]) -> None:  # noqa: F811
     root = tmp_path / "my cache"

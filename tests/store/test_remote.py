@@ -111,6 +111,17 @@ def test_a_body_that_breaks_off_is_fetched_again(s3: Proxy, monkeypatch: pytest.
     assert s3.count("GET", name) == 5 + 3, "a break costs one range, not the file"
 
 
+def test_a_range_that_comes_short_is_fetched_again(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a store that ends a body early without an error."""
+    content = b"x" * 3000
+    name = f"scores/{name_by_content(content)}"
+    folder = open_folder(CACHE)
+    folder.publish(name, content)
+    fetch, shortened = folder.filesystem.cat_file, iter([10, 100, 1000])
+    monkeypatch.setattr(folder.filesystem, "cat_file", lambda *place, **options: fetch(*place, **options)[: next(shortened, None)])
+    assert folder.read(name) == content
+
+
 def test_a_put_that_is_never_asked_for_its_body_is_tried_again(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "CALL_S", 0.5)
     s3.plan.append(Fault("mute"))

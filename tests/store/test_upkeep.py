@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -297,15 +298,24 @@ def test_what_is_not_there_is_said_so(cache: Cache) -> None:
         plan_removal(cache, "reference", "zz")
 
 
-def test_a_removal_cut_off_anywhere_leaves_a_valid_cache(cache: Cache, root: Path) -> None:
+def test_a_removal_cut_off_anywhere_leaves_a_valid_cache(cache: Cache, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = plan_removal(cache, "reference", reference_of(cache), with_pairs=True).files
-    spare = root.with_name("spare")
+    spare, remove = root.with_name("spare"), cache.folder.remove
     shutil.copytree(root, spare)
     for length in range(len(files)):
         shutil.rmtree(root)
         shutil.copytree(spare, root)
-        remove_files(cache, sorted(files, key=upkeep_module.removal_order)[:length])
-        assert verify_cache(root).is_whole
+        left = iter(range(length))
+
+        def remove_or_die(name: str, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            remove(name)
+
+        monkeypatch.setattr(cache.folder, "remove", remove_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            remove_files(cache, sorted(files, reverse=True))
+        assert verify_cache(root).is_whole and len(contents(root)) == len(contents(spare)) - length
 
 
 def test_the_index_of_a_reference_that_is_gone_says_what_it_misses(cache: Cache) -> None:
