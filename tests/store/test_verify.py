@@ -208,7 +208,8 @@ def test_keys_that_are_not_of_their_token_ids_are_found(root: Path, monkeypatch:
     monkeypatch.undo()
     assert completion_key(completion(0)) != key_of(33)
     (problem,) = verify_cache(root).problems
-    assert problem.file.startswith("pairs/false/train/") and problem.kind == "damaged"
+    assert problem.file.startswith("pairs/false/train/") and problem.file.endswith(".parquet")
+    assert "token ids that its chosen_key is not of" in problem.found
 
 
 def test_leftovers_and_strangers_are_told_but_are_no_damage(root: Path) -> None:
