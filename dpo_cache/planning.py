@@ -76,7 +76,10 @@ class Planner:
             self._check_lengths(split.survey.longest)
             yield window
         if not split.survey.pairs_kept:
-            reasons = ", ".join(f"{reason} ({finding.count})" for reason, finding in split.survey.dropped.items())
+            found = [(reason, finding, ", ".join(map(str, finding.rows))) for reason, finding in split.survey.dropped.items()]
+            reasons = ", ".join(
+                f"{reason} ({finding.count}; row {rows}{', …' * (finding.count > len(finding.rows))})" for reason, finding, rows in found
+            )
             raise DataError(f"no row of {split.survey.pair_set} makes a pair: {reasons}.")
 
     def _plan_window(self, split: SplitPlan, rows: Dataset) -> Window:

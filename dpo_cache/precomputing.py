@@ -188,7 +188,7 @@ class _Precompute:
             columns = list(rows.column_names or first)
             is_named = options.format != "auto"
             data_format = data.check_format(options.format, columns, place) if is_named else data.detect_format(columns, first, place)
-            if unused := data.unused_columns(data_format, columns):
+            if unused := data.unused_columns(data_format, columns, first):
                 self.say(f"{place}: the columns {', '.join(unused)} are not used by the format {data_format}.")
             if options.ranked_pairs != "all" and data_format != "ranked":
                 self.say(f"{place}: --ranked-pairs {options.ranked_pairs} has no effect on the format {data_format}.")

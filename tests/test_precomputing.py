@@ -346,7 +346,7 @@ def test_wrong_rows_leave_nothing_behind(model_folder: str, tmp_path: Path, cach
 
 
 def test_a_data_set_of_which_nothing_is_left_is_an_error(model_folder: str, data_file: str, cache: str) -> None:
-    with pytest.raises(DataError, match=r"no row of pairs/train makes a pair: longer than --max-length \(12\)"):
+    with pytest.raises(DataError, match=r"no row of pairs/train makes a pair: longer than --max-length \(12; row 0, 1, 2, …\)"):
         dpo_cache.precompute(model_folder, data_file, cache, max_length=4, truncation="drop")
 
 

@@ -147,7 +147,9 @@ def _parse_sharegpt(row: dict[str, Any]) -> Parsed:
     if not isinstance(turns, list):
         raise _BadRow("`conversations` is not a list of turns")
     prompt = [*_system(row), *(_sharegpt_turn(turn, "conversations") for turn in turns)]
-    return prompt, ([_sharegpt_turn(row["chosen"], "chosen")], [_sharegpt_turn(row["rejected"], "rejected")])
+    if turns and prompt[-1]["role"] == "assistant":
+        raise _BadRow(f"`conversations` ends with a turn from {turns[-1]['from']!r}, expected what the answers reply to")
+    return prompt, (_sharegpt_answer(row, "chosen"), _sharegpt_answer(row, "rejected"))
 
 
 def _parse_alpaca(row: dict[str, Any]) -> Parsed:
@@ -287,6 +289,13 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
     return {**message, "role": role}
 
 
+def _sharegpt_answer(row: dict[str, Any], name: str) -> list[Message]:
+    answer = _sharegpt_turn(row[name], name)
+    if answer["role"] != "assistant":
+        raise _BadRow(f"`{name}` is a turn from {row[name]['from']!r}, expected one from gpt or function_call")
+    return [answer]
+
+
 def _tool_calls(value: str, name: str) -> list[dict[str, Any]]:
     """Calls as chat templates read them, of the JSON that a ShareGPT turn holds."""
     try:
@@ -295,7 +304,7 @@ def _tool_calls(value: str, name: str) -> list[dict[str, Any]]:
         calls = [{**call, "arguments": _parsed(call["arguments"])} for call in calls]
     except (ValueError, KeyError, TypeError):
         calls = []
-    if not calls:
+    if not calls or not all(call["name"] and isinstance(call["name"], str) and isinstance(call["arguments"], dict) for call in calls):
         raise _BadRow(f"`{name}` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor a list of these")
     return [{"type": "function", "function": call} for call in calls]
 
@@ -334,10 +343,13 @@ def _shared_text(chosen: str, rejected: str) -> int:
     return shared
 
 
-def unused_columns(data_format: str, columns: Sequence[str]) -> list[str]:
-    """Columns that mean something in other formats and nothing in this one."""
-    used = {"alpaca": {"system", "history", "tools"}, "text": set(), "implicit": {"tools"}}.get(data_format, {"system", "tools"})
-    return [name for name in ("system", "history", "tools") if name in columns and name not in used]
+def unused_columns(data_format: str, columns: Sequence[str], first_row: dict[str, Any]) -> list[str]:
+    """Columns that mean something in other formats, or to a chat template, and nothing to rows like the first."""
+    example = parse_row({**dict.fromkeys(columns), **first_row}, data_format)
+    used = {"alpaca": {"system", "history"}, "implicit": set()}.get(data_format, {"system"}) | {"tools", "chat_template_kwargs"}
+    if isinstance(example, Example) and example.is_text:
+        used = set()
+    return [name for name in ("system", "history", "tools", "chat_template_kwargs") if name in columns and name not in used]
 
 
 def _kind(value: Any) -> str:

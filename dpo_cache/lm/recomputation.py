@@ -35,8 +35,6 @@ class Recomputation:
     def __init__(self, model: PreTrainedModel):
         self.mode = "none"
         self._kept = {packet.default for packet in map(_operator, EXPENSIVE) if packet is not None}
-        if any("expert" in name and name.endswith("bias") for name, _ in model.named_parameters()):
-            self._kept.discard(_GROUPED)  # transformers adds the biases to its results in place: they are no longer what was kept
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self.num_layers = len(layers)
         for layer in layers:
@@ -54,6 +52,11 @@ class Recomputation:
         return CheckpointPolicy.MUST_SAVE if operator in self._kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def is_kept_changed(error: RuntimeError) -> bool:
+    """Whether a layer changed in place what `selective` had kept of it, as some experts do; torch refuses to go on with that."""
+    return "cached during selective activation checkpoint has been mutated" in str(error)
+
+
 def activation_bytes(model: PreTrainedModel, num_tokens: int, mode: str) -> float:
     """About how much the layers keep of a forest of so many tokens until its backward pass has ended."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -64,6 +67,3 @@ def activation_bytes(model: PreTrainedModel, num_tokens: int, mode: str) -> floa
 def _operator(name: str) -> Any:
     library, operator = name.split(".")
     return getattr(getattr(torch.ops, library), operator, None)
-
-
-_GROUPED = getattr(_operator("aten._grouped_mm"), "default", None)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
-from dpo_cache.lm.recomputation import MODES, Recomputation, activation_bytes
+from dpo_cache.lm.recomputation import MODES, Recomputation, activation_bytes, is_kept_changed
 
 LEAST_TOKENS = 64
 SHARE_OF_FREE = 0.5  # of a host's free memory that activations may take before they are computed again
@@ -34,6 +34,10 @@ class Thrift:
     def save_more(self, error: RuntimeError) -> None:
         """After a step ran out of memory: what to change before it is tried again. Raises the error where it is another one,
         and `TrainingError` where nothing is left to change."""
+        if is_kept_changed(error):
+            self._recomputation.mode = "full"
+            self._say("--gradient-checkpointing selective does not suit this model, which changes in place what is kept; going on with full.")
+            return
         if not is_out_of_memory(error, self._device):
             raise error
         problem = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)  # MPS: whatever it says

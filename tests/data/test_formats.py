@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 
 from dpo_cache.data import check_format, detect_format, tokenize_rows
-from dpo_cache.data.formats import Example, RowProblem, parse_row
+from dpo_cache.data.formats import Example, RowProblem, parse_row, unused_columns
 from dpo_cache.errors import DataError
 from tests.data.conftest import assistant, make_byte_tokenizer, message, pair, user
 
@@ -337,6 +337,26 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"conversations": [{"from": "function_call", "value": '{"name": "look"}'}], "chosen": {}, "rejected": {}},
         "`conversations` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor a list of these",
     ),
+    "a call of no name": (
+        "sharegpt",
+        {"conversations": [{"from": "function_call", "value": '{"name": null, "arguments": {}}'}], "chosen": {}, "rejected": {}},
+        "`conversations` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor a list of these",
+    ),
+    "arguments that are no object": (
+        "sharegpt",
+        {"conversations": [{"from": "function_call", "value": '{"name": "look", "arguments": "3"}'}], "chosen": {}, "rejected": {}},
+        "`conversations` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor a list of these",
+    ),
+    "an answer of the user": (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "human", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}},
+        "`chosen` is a turn from 'human', expected one from gpt or function_call",
+    ),
+    "a conversation that is answered already": (
+        "sharegpt",
+        {"conversations": [{"from": "gpt", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}},
+        "`conversations` ends with a turn from 'gpt', expected what the answers reply to",
+    ),
     "an empty response": ("ranked", {"prompt": "a", "responses": ["b", " "], "scores": [1, 2]}, "`responses` is empty"),
     "tools that are not JSON": ("conversation", {"prompt": "a", "chosen": "b", "rejected": "c", "tools": "look"}, "`tools` is not JSON"),
     "template options that are text": (
@@ -381,6 +401,25 @@ def test_a_single_unusable_row_is_told_in_the_singular() -> None:
         DataError, match=r"^the data: 1 row cannot be used \(rows are counted from 0, format text\):\n  `chosen` is empty: 1 row, number 0\n"
     ):
         tokenize_rows(Dataset.from_list([{**TEXT, "chosen": ""}]), "text", make_byte_tokenizer())
+
+
+EXTRA = {"system": "Be brief.", "history": [], "tools": "[]", "chat_template_kwargs": {}}
+
+
+@pytest.mark.parametrize(
+    ("data_format", "row", "unused"),
+    [
+        ("text", TEXT, ["system", "history", "tools", "chat_template_kwargs"]),
+        ("implicit", {"chosen": "a b", "rejected": "a c"}, ["system", "history", "tools", "chat_template_kwargs"]),
+        ("implicit", {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, ["system", "history"]),
+        ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}, ["system", "history", "tools", "chat_template_kwargs"]),
+        ("ranked", {"prompt": [user("a")], "responses": ["b", "c"], "scores": [1, 2]}, ["history"]),
+        ("alpaca", {"instruction": "a", "chosen": "b", "rejected": "c"}, []),
+    ],
+)
+def test_columns_that_the_rows_have_no_use_for_are_found(data_format: str, row: dict[str, Any], unused: list[str]) -> None:
+    assert unused_columns(data_format, [*row, *EXTRA], {**row, **EXTRA}) == unused
+    assert unused_columns(data_format, list(row), row) == []
 
 
 def test_a_named_format_needs_its_columns() -> None:

@@ -28,7 +28,7 @@ def own_logp(model: torch.nn.Module, completion: Completion) -> torch.Tensor:
     return logps[len(completion.prompt_ids) - 1 :].double().sum()
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3_moe", "gpt_oss", "llama4", "gpt2", "granite", "bloom", "qwen3_next"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3_moe", "deepseek_v3", "llama4", "gpt2", "granite", "bloom", "qwen3_next"])
 def test_every_mode_gives_the_gradients_of_the_models_own_forward(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "QUERY_TOKENS", 3)  # segments in parts, across windows
     model = make_model(family)
