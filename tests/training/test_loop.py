@@ -209,11 +209,11 @@ def test_a_step_begun_anew_is_counted_once(cache: str, tmp_path: Path, monkeypat
     options = {"batch_size": 8, "max_steps": 1, "micro_tokens": "100"}
     forward, calls = loop.completion_logps, []
 
-    def run_out(model, completions, attention):
+    def run_out(model, completions, attention, **options):
         calls.append(len(completions))
         if len(calls) == 2:
             raise torch.OutOfMemoryError
-        return forward(model, completions, attention)
+        return forward(model, completions, attention, **options)
 
     once, again = [], []
     train(cache, tmp_path / "once", **options, say=once.append)

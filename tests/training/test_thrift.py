@@ -14,13 +14,13 @@ from tests.lm.test_recomputation import COMPLETIONS, gradients
 def test_a_model_that_changes_what_is_kept_recomputes_in_full() -> None:
     model, remarks = make_model("gpt_oss"), []
     chosen = choose_attention(model, max_length=64)
-    expected = gradients(model, completion_logps(model, COMPLETIONS, chosen))
+    expected = gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
     thrift = Thrift(model, 1000, "selective", remarks.append)
     with pytest.raises(RuntimeError) as caught:
-        gradients(model, completion_logps(model, COMPLETIONS, chosen))
+        gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
     thrift.save_more(caught.value)
     assert thrift.mode == "full" and thrift.micro_tokens == 1000 and "does not suit this model" in remarks[0]
-    found = gradients(model, completion_logps(model, COMPLETIONS, chosen))
+    found = gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
