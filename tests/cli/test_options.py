@@ -7,23 +7,23 @@ from types import ModuleType
 
 import pytest
 
-from dpo_cache import options
+from dpo_cache import cache_options, options
 from dpo_cache.cli import compact, copying, diff, export, gc, import_, ls, merge, precompute, pull, push, rm, train, verify
 
 COMMANDS = {
     options.PrecomputeOptions: [precompute],
     options.TrainOptions: [train],
-    options.LsOptions: [ls],
-    options.VerifyOptions: [verify],
-    options.CompactOptions: [compact],
-    options.GcOptions: [gc],
-    options.MergeOptions: [merge],
-    options.DiffOptions: [diff],
-    options.RmOptions: [rm],
-    options.PullOptions: [pull, copying],
-    options.PushOptions: [push, copying],
-    options.ExportOptions: [export],
-    options.ImportOptions: [import_],
+    cache_options.LsOptions: [ls],
+    cache_options.VerifyOptions: [verify],
+    cache_options.CompactOptions: [compact],
+    cache_options.GcOptions: [gc],
+    cache_options.MergeOptions: [merge],
+    cache_options.DiffOptions: [diff],
+    cache_options.RmOptions: [rm],
+    cache_options.PullOptions: [pull, copying],
+    cache_options.PushOptions: [push, copying],
+    cache_options.ExportOptions: [export],
+    cache_options.ImportOptions: [import_],
 }
 
 
@@ -41,5 +41,5 @@ def test_every_option_is_read(options_class: type[options.Options]) -> None:
 
 
 def test_every_command_is_looked_at() -> None:
-    kinds = {kind for kind in vars(options).values() if isinstance(kind, type) and issubclass(kind, options.Options)}
-    assert set(COMMANDS) == kinds - {options.Options, options.CopyOptions}
+    kinds = {kind for kind in {**vars(options), **vars(cache_options)}.values() if isinstance(kind, type) and issubclass(kind, options.Options)}
+    assert set(COMMANDS) == kinds - {options.Options, cache_options.CopyOptions}

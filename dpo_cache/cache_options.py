@@ -1,0 +1,190 @@
+"""Every option of the commands that look after a cache, copy it, and exchange its pair sets with other programs; see `options.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from dpo_cache.options import DEVICES, FORMATS, TRUNCATIONS, Options, argument, option, renamed_columns
+
+EXPORT_FORMATS = ("auto", "parquet", "jsonl", "datasets")
+IMPORT_FORMATS = ("auto", "ids", *(name for name in FORMATS if name not in ("auto", "ranked")))
+IMPORT_DTYPES = ("unknown", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LsOptions(Options):
+    """Options of `dpo-cache ls`."""
+
+    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    name: str | None = argument(None, "Show one in full: a pair set NAME/SPLIT, or the first characters of a reference's id.", name="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(Options):
+    """Options of `dpo-cache verify`."""
+
+    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    repair: bool = option(False, "Move bad files to CACHE/.quarantine, and say what to run to score again what was lost.", flag="--repair")
+    rescore: int | None = option(None, "Score N random completions of the pair sets again, with --model, and compare.")
+    model: str | None = option(None, "Model for --rescore: a local folder or a Hub id. It must be the reference.")
+    revision: str | None = option(None, "Branch, tag or commit of a model from the Hub.")
+    device: str = option("auto", "Where --rescore computes. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model.", flag="--trust-remote-code")
+
+    def check(self) -> None:
+        self._require((self.rescore is None) == (self.model is None), "--rescore N and --model MODEL go together.")
+        self._require(self.rescore is None or self.rescore > 0, f"--rescore {self.rescore}: expected a positive number of completions.")
+        for flag, is_given in (
+            ("--revision", self.revision is not None),
+            ("--device", self.device != "auto"),
+            ("--trust-remote-code", self.trust_remote_code),
+        ):
+            self._require(self.rescore is not None or not is_given, f"{flag} is used by --rescore alone.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactOptions(Options):
+    """Options of `dpo-cache compact`."""
+
+    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    reference: str | None = option(None, "Id (or its first characters) of the only reference to compact. Default: all.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GcOptions(Options):
+    """Options of `dpo-cache gc`."""
+
+    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    keep: tuple[str, ...] = option((), "Reference to keep though no pair set was scored by it: its id, or a pair set; may be repeated.")
+    scores: bool = option(False, "Drop the scores of completions, too, that no pair set holds.", flag="--scores")
+    grace: float = option(3600.0, "Leave what was written in the last so many seconds: a run may be about to need it.")
+    yes: bool = option(False, "Do it. Without, only what would go is shown.", flag="--yes")
+
+    def check(self) -> None:
+        self._require(self.grace >= 0, f"--grace {self.grace}: expected 0 or more seconds.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(Options):
+    """Options of `dpo-cache merge`."""
+
+    sources: tuple[str, ...] = argument((), "Caches to take from: folders or fsspec URLs.", name="SRC...", required=True)
+    destination: str = argument(None, "Cache that gets what it lacks; made where there is none.", name="DEST", required=True)
+    prefer: str | None = option(None, "Of pair sets of one name with other pairs, keep DEST's or take the last SRC's.", choices=("src", "dest"))
+    rename: bool = option(False, "Keep all of them, each under its name and the first characters of its digest.", flag="--rename")
+
+    def check(self) -> None:
+        self._require(not (self.prefer and self.rename), "--prefer and --rename: give one of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffOptions(Options):
+    """Options of `dpo-cache diff`."""
+
+    a: str = argument(None, "Cache: a folder or an fsspec URL.", name="A", required=True)
+    b: str = argument(None, "The other cache.", name="B", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmOptions(Options):
+    """Options of `dpo-cache rm`."""
+
+    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    kind: str = argument(None, "What to remove.", name="KIND", choices=("reference", "pairs"), required=True)
+    name: str = argument(None, "First characters of the reference's id; or NAME (all its splits) or NAME/SPLIT.", name="NAME", required=True)
+    with_pairs: bool = option(False, "Remove the reference's pair sets with it.", flag="--with-pairs")
+    yes: bool = option(False, "Do it. Without, only what would go is shown.", flag="--yes")
+
+    def check(self) -> None:
+        self._require(self.kind == "reference" or not self.with_pairs, "--with-pairs goes with `reference`: `pairs` are removed anyway.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyOptions(Options):
+    """What `pull` and `push` copy; their ends are checked alike."""
+
+    pairs: tuple[str, ...] = option((), "Copy this pair set, NAME or NAME/SPLIT, and its reference's entry; may be repeated. Default: everything.")
+    reference: tuple[str, ...] = option((), "Copy the reference of this id (or its first characters) with its scores; may be repeated.")
+    replace: bool = option(False, "Replace pair sets of the same name that hold other pairs or values at the target.", flag="--replace")
+
+    def check(self) -> None:
+        remote, local = (getattr(self, name).removeprefix("file://") for name in ("remote", "local"))
+        order = "Mind the order: `dpo-cache pull REMOTE LOCAL`, `dpo-cache push LOCAL REMOTE`."
+        self._require("://" not in local, f"LOCAL {local}: expected a folder.\n{order}")
+        self._require("://" in remote, f"REMOTE {remote}: expected a URL such as s3://bucket/cache.\nBetween two folders use `dpo-cache merge`.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullOptions(CopyOptions):
+    """Options of `dpo-cache pull`."""
+
+    remote: str = argument(None, "Cache to copy from: an fsspec URL such as s3://bucket/cache.", name="REMOTE", required=True)
+    local: str = argument(None, "Folder to copy into; it is made where it is missing.", name="LOCAL", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(CopyOptions):
+    """Options of `dpo-cache push`."""
+
+    local: str = argument(None, "Folder of the cache to copy from.", name="LOCAL", required=True)
+    remote: str = argument(None, "Cache to copy into: an fsspec URL such as s3://bucket/cache.", name="REMOTE", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """Options of `dpo-cache export`; see `dpo_cache.exchange.export_pairs`."""
+
+    cache: str = argument(None, "Cache with the pair set: a folder or an fsspec URL.", name="CACHE", required=True)
+    pairs: str = argument(None, "Pair set to export, NAME or NAME/SPLIT.", name="NAME/SPLIT", required=True)
+    out: str = argument(None, "File to write, or folder for --format datasets.", name="OUT", required=True)
+    format: str = option(
+        "auto",
+        "auto: parquet or jsonl by the ending of OUT, datasets (a folder for `load_from_disk`) where it has none.",
+        choices=EXPORT_FORMATS,
+    )
+    token_logps: bool = option(False, "Add the log-prob of each token.", flag="--token-logps")
+    text: bool = option(True, "Add prompt, chosen and rejected, where the source is at hand and makes the same pairs.", flag="--text/--no-text")
+    dataset: str | None = option(None, "Where the source data lies now. Default: where it lay when the pair set was made.")
+    tokenizer: str | None = option(None, "Where the tokenizer lies now. Default: where it lay when the pair set was made.")
+    overwrite: bool = option(False, "Replace OUT if it is there.", flag="--overwrite")
+
+    def check(self) -> None:
+        self._require(self.text or not self.dataset, "--dataset is used for the text alone: leave out --no-text.")
+        self._require(self.text or not self.tokenizer, "--tokenizer is used for the text alone: leave out --no-text.")
+        self._require(
+            self.format != "auto" or PurePath(self.out).suffix.lower() in (".parquet", ".jsonl", ""),
+            f"{self.out}: no format has this ending.\nEnd it in .parquet or .jsonl, in nothing for a folder, or name one with --format.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(Options):
+    """Options of `dpo-cache import`; see `dpo_cache.exchange.import_pairs`."""
+
+    cache: str = argument(None, "Cache to write to: a folder or an fsspec URL.", name="CACHE", required=True)
+    dataset: str = argument(None, "Pairs with ref_chosen_logps and ref_rejected_logps: a file, a folder, or a Hub id.", name="DATASET", required=True)
+    reference: str = option(None, "What to call the model that the log-probs are from.", required=True)
+    name: str | None = option(None, "Name of the pair set. Default: the data's name.")
+    split: tuple[str, ...] = option((), "Split of the data; may be repeated. Default: train, or the only one.")
+    format: str = option("auto", "Format of the data. auto: ids where prompt_ids, chosen_ids and rejected_ids are there.", choices=IMPORT_FORMATS)
+    map: tuple[str, ...] = option((), "Give a column its name here, as in ref_chosen_logps=reference_chosen_logps; may be repeated.")
+    model: str | None = option(None, "Checkpoint of that model, if at hand: a folder or a Hub id. Training starts from it by default.")
+    tokenizer: str | None = option(None, "Tokenizer that makes (or made) the token ids: a folder or a Hub id. Default: the model's.")
+    chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the tokenizer.", flag="--trust-remote-code")
+    dtype: str = option("unknown", "Dtype of the forward pass that made the log-probs.", choices=IMPORT_DTYPES)
+    max_length: int | None = option(None, "Longest prompt + answer when they were made. Default: 1024 for text; token ids are not cut.")
+    truncation: str = option("keep-start", "What happened to longer rows.", choices=TRUNCATIONS)
+    max_prompt_length: int | None = option(None, "Tokens a prompt kept under prompt-left. Default: half of --max-length.")
+
+    def check(self) -> None:
+        self._require(self.max_length is None or self.max_length >= 2, f"--max-length {self.max_length}: expected at least 2.")
+        if self.max_prompt_length is not None:
+            self._require(self.truncation == "prompt-left", "--max-prompt-length is used by --truncation prompt-left alone.")
+            longest = self.max_length or 1024
+            self._require(
+                0 < self.max_prompt_length < longest,
+                f"--max-prompt-length {self.max_prompt_length}: expected 1 to {longest - 1}, below --max-length.",
+            )
+        renamed_columns(self.map)
