@@ -37,10 +37,8 @@ class Cache:
 
     def __init__(self, location: str | os.PathLike[str], *, create: bool = False):
         self.folder = open_folder(location)
-        self._is_new = not self.folder.exists("format.json")
-        if self._is_new:
-            self._check_may_create(create)
-        else:
+        self._is_new = not self.folder.exists("format.json") and self._may_create(create)
+        if not self._is_new:
             self._check_format(read_bounded(self.folder, "format.json"))
 
     def __str__(self) -> str:
@@ -125,13 +123,17 @@ class Cache:
             self.folder.publish("format.json", render_document(FORMAT))
             self._is_new = False
 
-    def _check_may_create(self, create: bool) -> None:
+    def _may_create(self, create: bool) -> bool:
+        """Raise `FormatError` where no cache may be made here; False where another writer has just made it."""
         if not create:
             raise FormatError(f"{self}: no dpo-cache here (no format.json).\nRun `dpo-cache precompute --cache {self} …` to make one.")
         present = self.folder.names("")
+        if "format.json" in present:
+            return False
         if present and not set(present) <= {"references", "pairs"}:
             shown = ", ".join(present[:5])
             raise FormatError(f"{self}: the folder holds other things ({shown}) and no format.json.\nChoose an empty or new folder for --cache.")
+        return True
 
     def _check_format(self, content: bytes) -> None:
         if content == render_document(FORMAT):

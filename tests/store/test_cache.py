@@ -8,6 +8,8 @@ import pytest
 
 from dpo_cache.errors import CorruptShardError, DpoCacheError, FormatError, NotInCacheError, OptionError, StorageError
 from dpo_cache.store import Cache, completion_key, open_cache
+from dpo_cache.store.documents import digest_json
+from dpo_cache.store.local import LocalFolder
 from dpo_cache.types import Completion, Score, ScoredPair
 from tests.store.conftest import flip, make_pairs, plain
 
@@ -301,3 +303,13 @@ def test_the_datasets_library_alone_reads_the_same_numbers(cache: Cache, tmp_pat
 
     assert rows(f"{cache}/pairs/dialogues/train/*.parquet") == [pair_row(scored) for scored in pairs]
     assert sorted(rows(f"{scores}/*.parquet"), key=lambda row: row["key"]) == score_rows(by_key)
+
+
+def test_a_cache_that_another_writer_makes_at_the_same_moment_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made_just_after(self: LocalFolder, name: str) -> bool:
+        monkeypatch.undo()
+        open_cache(tmp_path / "cache", create=True).publish_reference({"weights": "w"}, {})
+        return False
+
+    monkeypatch.setattr(LocalFolder, "exists", made_just_after)
+    assert open_cache(tmp_path / "cache", create=True).references() == [digest_json({"weights": "w"})]
