@@ -100,8 +100,11 @@ class LocalFolder:
         """Remove the file, durably; nothing happens where it is gone already. Folders left empty are removed with it."""
         target = self.root / name
         try:
-            with suppress(FileNotFoundError):
+            try:
                 self.disk.unlink(target)
+            except FileNotFoundError:
+                if self._status(target) is not None:  # a disk that goes away for a moment says that, too
+                    raise
             with suppress(FileNotFoundError):
                 self.disk.sync_folder(target.parent)
             self._had_marker &= target != self.root / MARKER
