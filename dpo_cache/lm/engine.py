@@ -15,11 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError, first_line
-from dpo_cache.lm.attention import FOREST_ATTENTION, PlanLostError, plan_tree, use_forest_attention
+from dpo_cache.lm.attention import FOREST_ATTENTION, PlanLostError, use_forest_attention
 from dpo_cache.lm.budget import Budget, is_out_of_memory
 from dpo_cache.lm.forest import build_forest
-from dpo_cache.lm.logprobs import decoder_of, has_plain_head, head_of, token_logps
-from dpo_cache.lm.scoring import Progress, row_logps, score_forest, score_rows
+from dpo_cache.lm.logprobs import has_plain_head, head_of, token_logps
+from dpo_cache.lm.scoring import Progress, row_logps, run_forest, score_forest, score_rows
 from dpo_cache.types import TOKEN_TOLERANCES, Completion
 
 TOLERANCES = {getattr(torch, name): gaps for name, gaps in TOKEN_TOLERANCES.items()}  # between forest and rows
@@ -121,12 +121,7 @@ def _forest_problem(model: PreTrainedModel, completions: list[Completion], expec
 
 def _tree_logps(model: PreTrainedModel, completions: list[Completion]) -> list[torch.Tensor]:
     forest = build_forest(completions)
-    hidden = decoder_of(model)(
-        input_ids=torch.from_numpy(forest.tokens_L)[None].to(model.device),
-        position_ids=torch.from_numpy(forest.depths_L)[None].to(model.device),
-        use_cache=False,
-        forest_plan=plan_tree(forest),
-    )[0][0]
+    hidden = run_forest(model, forest)[0][0]
     head, vocab_size = head_of(model), model.config.get_text_config().vocab_size
     return [
         token_logps(hidden[forest.parents_L[target]], head, torch.from_numpy(forest.tokens_L[target]).to(model.device), vocab_size)

@@ -33,7 +33,7 @@ def token_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vo
     few hundred tokens at most (LOGITS_PER_CHUNK), once forward and again in the backward pass, where each
     chunk is recomputed.
     """
-    chunk = max(16, LOGITS_PER_CHUNK.get(hidden_TD.device.type, 2**23) // vocab_size)
+    chunk = _rows_at_once(hidden_TD.device, vocab_size)
     chunk -= chunk % ROWS_STEP if chunk > ROWS_STEP else 0
     parts = []
     for hidden, targets in zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True):
@@ -51,11 +51,15 @@ def head_token_logps(hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T:
     """Log-probability, in nats, of each target token under a head that is this layer and nothing else: float32 [T].
 
     Equals `log_softmax(layer(hidden_TD).float(), -1)` gathered at `targets_T`. The vocabulary is taken in slices of
-    LOGITS_PER_CHUNK / T entries, once forward and once more backward, so that each slice of the weight's gradient is
+    a few thousand entries, once forward and once more backward, so that each slice of the weight's gradient is
     one product, written once.
     """
     products = products_of(layer) if hidden_TD.dtype == torch.float32 else TORCH
     return _HeadLogps.apply(hidden_TD, layer.weight, targets_T, products)
+
+
+def _rows_at_once(device: torch.device, vocab_size: int) -> int:
+    return max(16, LOGITS_PER_CHUNK.get(device.type, 2**23) // vocab_size)
 
 
 @torch.no_grad()
@@ -64,7 +68,7 @@ def log_squared_probs(hidden_TD: torch.Tensor, head: Head, vocab_size: int) -> t
 
     Minus the collision entropy, in nats. Costs one product with the head; holds LOGITS_PER_CHUNK logits at most.
     """
-    chunk = max(16, LOGITS_PER_CHUNK.get(hidden_TD.device.type, 2**23) // vocab_size)
+    chunk = _rows_at_once(hidden_TD.device, vocab_size)
     return torch.cat([_log_squares(head(hidden)) for hidden in hidden_TD.detach().split(chunk)])
 
 

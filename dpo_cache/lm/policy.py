@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.lm.attention import plan_tree
 from dpo_cache.lm.device import sum_dtype
 from dpo_cache.lm.engine import Attention
 from dpo_cache.lm.forest import build_forest, count_forest_tokens
-from dpo_cache.lm.logprobs import decoder_of, head_of, head_token_logps, log_squared_probs, token_logps
+from dpo_cache.lm.logprobs import head_of, head_token_logps, log_squared_probs, token_logps
 from dpo_cache.lm.routing import Routing, add_routings, measure_routing
-from dpo_cache.lm.scoring import run_rows
+from dpo_cache.lm.scoring import run_forest, run_rows
 from dpo_cache.types import Completion
 
 
@@ -78,13 +77,7 @@ def _run_forest(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Routing | None]:
     """Hidden states that predict the forest's T targets, the targets, and for each completion's tokens their places among them."""
     forest, device = build_forest(completions), model.device
-    outputs = decoder_of(model)(
-        input_ids=torch.from_numpy(forest.tokens_L).to(device)[None],
-        position_ids=torch.from_numpy(forest.depths_L).to(device)[None],
-        use_cache=False,
-        forest_plan=plan_tree(forest),
-        **({"output_router_logits": True} if with_routing else {}),
-    )
+    outputs = run_forest(model, forest, **({"output_router_logits": True} if with_routing else {}))
     targets = np.flatnonzero(forest.is_target_L())
     hidden_TD = outputs[0][0].index_select(0, torch.from_numpy(forest.parents_L[targets]).to(device))
     places = np.searchsorted(targets, np.concatenate(forest.targets))

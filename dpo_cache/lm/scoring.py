@@ -21,8 +21,9 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.attention import PathPlan, Segment, group_segments
+from dpo_cache.lm.attention import PathPlan, Segment, group_segments, plan_tree
 from dpo_cache.lm.budget import Budget, is_out_of_memory, timer
+from dpo_cache.lm.forest import Forest
 from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
 from dpo_cache.lm.stream import Chunk, Stream
 from dpo_cache.types import Completion, Score
@@ -116,6 +117,17 @@ def run_rows(model: PreTrainedModel, completions: Sequence[Completion], **argume
     spans = [(row, start, start + completion.num_tokens) for row, (start, completion) in enumerate(zip(starts, completions, strict=True))]
     predictors_TD = torch.cat([outputs[0][row, start - 1 : end - 1] for row, start, end in spans])
     return Rows(outputs, mask, predictors_TD, torch.cat([ids[row, start:end] for row, start, end in spans]))
+
+
+def run_forest(model: PreTrainedModel, forest: Forest, **arguments: Any) -> Any:
+    """What the decoder gives for a whole forest in one row, hidden states first; further arguments go to the model, set to forest attention."""
+    return decoder_of(model)(
+        input_ids=torch.from_numpy(forest.tokens_L).to(model.device)[None],
+        position_ids=torch.from_numpy(forest.depths_L).to(model.device)[None],
+        use_cache=False,
+        forest_plan=plan_tree(forest),
+        **arguments,
+    )
 
 
 def _run_stream(runner: _Runner, budget: Budget) -> Iterator[tuple[int, list[tuple[int, Score]]]]:
