@@ -84,10 +84,9 @@ class LocalFolder:
     def files(self, folder: str = "") -> dict[str, int]:
         """Every published file below the folder, by its name from the root, with its size in bytes; sorted by name."""
         try:
-            found = {self._name(path): status.st_size for path, status in self._walk(self.root / folder) if not path.name.startswith(".")}
+            return self._sizes(self.root / folder, hidden=False)
         except OSError as error:
             raise storage_error("list", self.root / folder, error) from error
-        return dict(sorted(found.items()))
 
     def size(self, name: str) -> int:
         """The file's size in bytes."""
@@ -120,16 +119,10 @@ class LocalFolder:
 
     def hidden(self) -> dict[str, int]:
         """What `files` leaves out: scratch of writers at work or killed, and what was set aside; sizes in bytes by name."""
-        found: dict[str, int] = {}
         try:
-            for parent, _, files in os.walk(self.root, onerror=_raise_unless_missing):
-                for path in (Path(parent, name) for name in files):
-                    name = path.relative_to(self.root).as_posix()
-                    if any(part.startswith(".") for part in name.split("/")):
-                        found[name] = path.lstat().st_size
+            return self._sizes(self.root, hidden=True)
         except OSError as error:
             raise storage_error("list", self.root, error) from error
-        return dict(sorted(found.items()))
 
     def links(self) -> list[str]:
         """Symbolic links below the folder: nothing that was published is one."""
@@ -247,22 +240,23 @@ class LocalFolder:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def _sizes(self, folder: Path, *, hidden: bool) -> dict[str, int]:
+        """Sizes of the files below the folder by their names, sorted: of those in a dot-folder or with a dot, or of the others."""
+        sizes = {path.relative_to(self.root).as_posix(): status.st_size for path, status in self._walk(folder)}
+        return {name: sizes[name] for name in sorted(sizes) if any(part.startswith(".") for part in name.split("/")) == hidden}
+
     def _walk(self, folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-        """Every file below the folder, without those in dot-folders and behind links; what vanishes meanwhile is left out."""
+        """Every file below the folder, without those behind links to folders; what vanishes meanwhile is left out."""
         try:
             entries = sorted(self.disk.entries(folder), key=lambda entry: entry.name)
         except FileNotFoundError:
             return
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                if not entry.name.startswith("."):
-                    yield from self._walk(folder / entry.name)
+                yield from self._walk(folder / entry.name)
             elif not entry.is_dir():
                 with suppress(FileNotFoundError):
                     yield folder / entry.name, entry.stat(follow_symlinks=False)
-
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix()
 
 
 def free_bytes(folder: Path) -> int:
@@ -271,8 +265,3 @@ def free_bytes(folder: Path) -> int:
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free
-
-
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
