@@ -5,6 +5,10 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -24,7 +28,22 @@ class StoppedEarly(BaseException):
         self.exit_code = exit_code
 
 
-class StopRequest:
+class _Handler:
+    """Answers Ctrl-C and SIGTERM while it is open."""
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._ask) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class StopRequest(_Handler):
     """While open, the first Ctrl-C or SIGTERM is noted for the run to stop by itself; the second stops it at once."""
 
     def __init__(self, say: Callable[[str], None]):
@@ -35,14 +54,6 @@ class StopRequest:
     def is_asked(self) -> bool:
         return self.exit_code is not None
 
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._ask) for number in EXIT_CODES}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
     def _ask(self, number: int, _: FrameType | None) -> None:
         if self.is_asked:
             raise KeyboardInterrupt
@@ -50,21 +61,13 @@ class StopRequest:
         self._say("stopping after this step, then saving (again: stop at once, losing what is not saved)")
 
 
-class Unwinding:
+class Unwinding(_Handler):
     """While open, the first Ctrl-C or SIGTERM unwinds the command, so that what is waiting is flushed; the second is only told, to
     leave time for that; the third unwinds again, whatever is lost by it."""
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
         self._num_asked = 0
-
-    def __enter__(self) -> Unwinding:
-        self._before = {number: signal.signal(number, self._ask) for number in EXIT_CODES}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         self._num_asked += 1
