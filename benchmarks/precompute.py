@@ -14,11 +14,10 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rows import run, write_rows
+from rows import run, show, write_rows
 
 
 def main() -> None:
@@ -84,11 +83,6 @@ def largest_difference(sums: list[tuple[int, float, float]], theirs: dict[str, A
     if {row for row, _, _ in sums} != set(other_sums):
         sys.exit("the sides do not keep the same rows")
     return max(abs(mine - other) / abs(other) for row, *mine_both in sums for mine, other in zip(mine_both, other_sums[row], strict=True))
-
-
-def show(label: str, values: list[float], form: str) -> None:
-    written: Callable[[float], str] = form.format
-    print(f"  {label:38} {written(statistics.median(values))}   ({written(min(values))} to {written(max(values))})")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The rows that both sides of a benchmark read."""
+"""What the benchmarks beside TRL share: the rows that both sides read, how a side is run, and how figures are shown."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,9 @@ def run(python: str, script: str, arguments: list[str], out: Path, options: list
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stderr[-4000:]}")
     return json.loads(out.read_text())
+
+
+def show(label: str, values: list[float], form: str) -> None:
+    """A line with the median of the turns, and the smallest and largest of them."""
+    written = form.format
+    print(f"  {label:48} {written(statistics.median(values))}   ({written(min(values))} to {written(max(values))})")

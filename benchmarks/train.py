@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from rows import run, write_rows
+from rows import run, show, write_rows
 
 
 def main() -> None:
@@ -82,11 +81,6 @@ def report(runs: dict[str, list[dict[str, Any]]], limits: list[float]) -> None:
         gap = max(abs(one - other) / abs(other) for one, other in pairs)
         print(f"  {entry}, largest relative difference to TRL with a live reference over {len(pairs)} steps: {gap:.2e}")
         print(f"    dpo-cache {', '.join(f'{one:.6f}' for one, _ in pairs[:4])}; TRL {', '.join(f'{other:.6f}' for _, other in pairs[:4])}")
-
-
-def show(label: str, values: list[float], form: str) -> None:
-    written = form.format
-    print(f"  {label:48} {written(statistics.median(values))}   ({written(min(values))} to {written(max(values))})")
 
 
 if __name__ == "__main__":

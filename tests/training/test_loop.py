@@ -23,14 +23,6 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
-    folder = tmp_path_factory.mktemp("trained")
-    dpo_cache.precompute(model_folder, write_rows(folder / "pairs.jsonl", chat_rows(15)), str(folder / "cache"))
-    dpo_cache.precompute(model_folder, write_rows(folder / "heldout.jsonl", chat_rows(6, seed=9)), str(folder / "cache"))
-    return str(folder / "cache")
-
-
 def train(cache: str, output: Path, **options: object) -> dpo_cache.TrainReport:
     return dpo_cache.train(cache, str(output), **{"pairs": "pairs", **FAST, **options})
 

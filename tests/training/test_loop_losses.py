@@ -18,14 +18,6 @@ from tests.lm.families import make_model
 from tests.training.test_loop import metrics, train
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
-    folder = tmp_path_factory.mktemp("trained")
-    dpo_cache.precompute(model_folder, write_rows(folder / "pairs.jsonl", chat_rows(15)), str(folder / "cache"))
-    dpo_cache.precompute(model_folder, write_rows(folder / "heldout.jsonl", chat_rows(6, seed=9)), str(folder / "cache"))
-    return str(folder / "cache")
-
-
 @pytest.mark.parametrize("options", [
     {"loss": "aot", "beta": 0.5}, {"loss": ("aot_unpaired:0.5", "sft:0.1")}, {"loss": ("sigmoid", "sft")}, {"loss": "cpo"},
     {"loss": "sigmoid", "ld_alpha": 0.3, "wpo": "on"},
