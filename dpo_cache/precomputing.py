@@ -10,7 +10,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from dpo_cache.lm.linear import use_fast_linear
 from dpo_cache.lm.load import check_causal, load_config, load_model
 from dpo_cache.options import PrecomputeOptions, number_or_auto, renamed_columns
 from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_completions, pairs_of, rows_of
+from dpo_cache.precompute_report import PrecomputeReport, ScoringProgress
 from dpo_cache.store import Cache, PairSet, ScoreIndex, open_cache
 from dpo_cache.store.cache import check_name
 from dpo_cache.store.documents import digest_json
@@ -41,74 +41,6 @@ FLUSH_S = 20.0  # seconds of scoring that a crash can cost
 Say = Callable[[str], None]
 OnSurvey = Callable[[data.Survey], None]
 OnProgress = Callable[["ScoringProgress"], None]
-
-
-@dataclass(frozen=True)
-class ScoringProgress:
-    """How far the scoring is. Tokens are those run through the model, pairs those that lacked a score."""
-
-    pair_set: str
-    num_tokens: int
-    total_tokens: int  # of the whole run, known beforehand; of a stream, of the windows read so far
-    total_pairs: int
-    num_completions: int
-    elapsed_s: float  # of scoring
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.elapsed_s
-
-    @property
-    def pairs_per_s(self) -> float:
-        """Pairs are counted by their share of the tokens: a pair's two answers may be scored far apart."""
-        return self.total_pairs * self.num_tokens / self.total_tokens / self.elapsed_s
-
-    @property
-    def seconds_left(self) -> float:
-        return (self.total_tokens - self.num_tokens) / self.tokens_per_s
-
-
-@dataclass
-class PrecomputeReport:
-    """What `precompute` did; counts are sums over the splits, `surveys` tells them apart."""
-
-    pair_sets: list[str] = field(default_factory=list)
-    cache: str = ""
-    reference: str = ""
-    attention: str | None = None  # None: no model was loaded
-    budget_tokens: int | None = None  # run through the model at once
-    rows_read: int = 0
-    pairs_kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)  # rows by reason
-    rows_truncated: int = 0
-    rows_moved_boundary: int = 0
-    completions: int = 0
-    distinct_completions: int = 0
-    already_cached: int = 0
-    scored_now: int = 0
-    missing_tokens: int = 0  # of the forest of what the cache lacked
-    data_tokens: int = 0  # prompt + answer of every completion kept, as an unpadded batch would run them
-    model_tokens: int = 0  # actually run
-    elapsed_s: float = 0.0
-    scoring_s: float = 0.0  # the part of it spent in the model
-    pairs_per_s: float = 0.0
-    peak_bytes: int = 0
-    loaded_bytes: int = 0  # peak when the model had just been loaded
-    bytes_written: int = 0
-    surveys: list[dict[str, Any]] = field(default_factory=list)
-    start_from: str | None = None  # to be given as --model in training: the checkpoint that the reference records is gone
-
-    def add(self, survey: data.Survey) -> None:
-        """Take in what one split holds."""
-        self.rows_read += survey.rows_read
-        self.pairs_kept += survey.pairs_kept
-        for reason, finding in survey.dropped.items():
-            self.dropped[reason] = self.dropped.get(reason, 0) + finding.count
-        self.rows_truncated += survey.truncated.count
-        self.rows_moved_boundary += survey.moved_boundary.count
-        self.completions += 2 * survey.pairs_kept
-        self.data_tokens += survey.data_tokens
-        self.surveys.append(survey.as_dict())
 
 
 def precompute(

@@ -15,7 +15,8 @@ PACKAGE = Path(dpo_cache.__file__).parent
 LEAVES = {"cache_options", "errors", "types", "options", "loss_names"}
 ALLOWED = {
     "cli": {"precomputing", "training", "planning", "reporting", "integrations", "rescoring", "exchange", "store"} | LEAVES,
-    "precomputing": {"data", "lm", "store", "planning"} | LEAVES,
+    "precomputing": {"data", "lm", "store", "planning", "precompute_report"} | LEAVES,
+    "precompute_report": {"data"},
     "training": {"lm", "store"} | LEAVES,
     "planning": {"data", "lm", "store"} | LEAVES,
     "reporting": {"lm", "store"} | LEAVES,
