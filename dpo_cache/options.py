@@ -1,4 +1,4 @@
-"""Every option of `precompute` and `train`: name, type, default, unit, help and check, in one place.
+"""What the option classes of all commands are made of, and the options of `precompute`: name, type, default, unit, help and check, in one place.
 
 The command line is made from these classes, the Python functions take the same names as keyword
 arguments, and a run writes them as JSON beside its output.
@@ -6,13 +6,11 @@ arguments, and a run writes them as JSON beside its output.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from dpo_cache.errors import OptionError
-from dpo_cache.loss_names import LOSSES, check_serves, loss_terms
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -20,12 +18,6 @@ ATTENTIONS = ("auto", "forest", "rows")
 TRUNCATIONS = ("keep-start", "keep-end", "prompt-left", "drop")
 FORMATS = ("auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "ranked")
 RANKED_PAIRS = ("all", "best")
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-WPO = ("off", "on", "clipped")
-LR_SCHEDULES = ("constant", "linear", "cosine")
-OPTIMIZERS = ("adamw",)
-RECOMPUTATIONS = ("auto", "none", "selective", "full")
-PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16")
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", required: bool = False) -> Any:
@@ -45,7 +37,12 @@ def argument(default: Any, help: str, *, name: str, choices: tuple[str, ...] = (
 
 
 class Options:
-    """Base of the option classes: checks choices, then what `check` adds."""
+    """Base of the option classes: checks choices, then what `check` adds.
+
+    `groups` names the parts of a long help: the first option of a part -> its title.
+    """
+
+    groups: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         for entry in fields(self):  # type: ignore[arg-type]
@@ -119,94 +116,6 @@ class PrecomputeOptions(Options):
         number_or_auto("--budget-tokens", self.budget_tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions(Options):
-    """Options of `dpo-cache train`; see `dpo_cache.train`."""
-
-    cache: str = option(None, "Cache with the pair set: a folder or an fsspec URL.", required=True)
-    output: str = option(None, "Folder of the run: config.json, metrics.jsonl, checkpoints/, model/.", required=True)
-    model: str | None = option(None, "Policy to start from: a folder or a Hub id. Default: the reference's own checkpoint.")
-    pairs: str | None = option(None, "Pair set to train on, NAME or NAME/SPLIT. Default: the only one in the cache.")
-    eval_pairs: str | None = option(None, "Pair set to evaluate on, NAME or NAME/SPLIT.")
-    eval_fraction: float | None = option(None, "Share of the prompts to hold out for evaluation instead, above 0 and below 1.")
-    trust_remote_code: bool = option(False, "Run Python code that comes with the model.", flag="--trust-remote-code")
-    reference: str | None = option(None, "Id (or its first characters) of the reference that the pairs must have been scored by.")
-    loss: tuple[str, ...] = option(("sigmoid",), f"{', '.join(LOSSES)}; repeated as NAME:WEIGHT it is a weighted sum. Default: sigmoid (DPO).")
-    beta: float = option(0.1, "Strength of the pull to the reference; tau for IPO, the scale of the margin for SimPO, lambda for ORPO.")
-    label_smoothing: float = option(0.0, "Assumed share of flipped labels, 0 to 0.5: cDPO, or as the loss defines it.")
-    f_divergence: str = option("reverse_kl", "What holds the policy to the reference; reverse_kl is DPO.", choices=F_DIVERGENCES)
-    f_alpha: float = option(0.5, "alpha of --f-divergence alpha_divergence.")
-    ld_alpha: float | None = option(None, "LD-DPO: weight, 0 to 1, of the tokens past the length of a pair's shorter answer.")
-    ld_reference: bool = option(True, "Weight the reference's tokens under --ld-alpha, too.", flag="--ld-reference/--no-ld-reference")
-    wpo: str = option("off", "WPO: weight pairs by how likely the policy is to write them; clipped: by 1 at most.", choices=WPO)
-    discopop_tau: float = option(0.05, "tau of DiscoPOP.")
-    simpo_gamma: float = option(0.5, "Target margin of SimPO, after beta.")
-    cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in CPO.")
-    router_aux_loss_coef: float | None = option(None, "Weight of a mixture of experts' router loss; 0: none. Default: the model config's.")
-    reference_free: bool = option(False, "Take a uniform reference in the loss.", flag="--reference-free")
-    epochs: float = option(1.0, "Passes over the pairs.")
-    max_steps: int | None = option(None, "Stop after N steps, whatever --epochs says.")
-    batch_size: int = option(32, "Pairs a step.")
-    micro_tokens: str = option("auto", "Tokens run at once within a step: auto or a number. Changes memory and speed, not the result.")
-    shuffle: bool = option(True, "Shuffle the pairs each epoch.", flag="--shuffle/--no-shuffle")
-    seed: int = option(0, "Seed of the training order.")
-    lr: float = option(1e-6, "Peak learning rate.")
-    lr_schedule: str = option("linear", "Decay of the learning rate after the warm-up.", choices=LR_SCHEDULES)
-    warmup_ratio: float = option(0.1, "Share of the steps over which the learning rate rises from 0.")
-    optimizer: str = option("adamw", "Optimizer.", choices=OPTIMIZERS)
-    weight_decay: float = option(0.0, "Weight decay.")
-    max_grad_norm: float = option(1.0, "Clip the gradient to this norm; 0: never.")
-    precision: str = option("auto", "auto: bf16-mixed on CUDA GPUs that have it, else fp32.", choices=PRECISIONS)
-    gradient_checkpointing: str = option(
-        "auto", "Activations computed again in the backward pass: none, all but matrix products (selective), or full.", choices=RECOMPUTATIONS
-    )
-    device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
-    eval_every: int | None = option(None, "Evaluate every N steps, besides before and after training.")
-    save_every: int | None = option(None, "Save a checkpoint to resume from every N steps.")
-    resume: bool = option(False, "Go on from the last saved step in the output folder.", flag="--resume")
-
-    def check(self) -> None:
-        for name in ("beta", "epochs", "lr", "weight_decay", "max_grad_norm", "f_alpha", "discopop_tau", "simpo_gamma"):
-            value = getattr(self, name)
-            self._require(math.isfinite(value), f"--{name.replace('_', '-')} {value}: expected a finite number.")
-        self._require(self.seed >= 0, f"--seed {self.seed}: expected 0 or more.")
-        self._require(self.beta > 0, f"--beta {self.beta}: expected a number above 0.")
-        self._check_losses()
-        self._require(self.eval_pairs is None or self.eval_fraction is None, "--eval-pairs and --eval-fraction: give one of them.")
-        self._require(
-            self.eval_fraction is None or 0 < self.eval_fraction < 1, f"--eval-fraction {self.eval_fraction}: expected above 0 and below 1."
-        )
-        self._require(self.epochs > 0, f"--epochs {self.epochs}: expected a number above 0.")
-        for name in ("max_steps", "batch_size", "eval_every", "save_every"):
-            value = getattr(self, name)
-            self._require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: expected a number above 0.")
-        self._require(self.lr > 0, f"--lr {self.lr}: expected a number above 0.")
-        self._require(0 <= self.warmup_ratio <= 1, f"--warmup-ratio {self.warmup_ratio}: expected 0 to 1.")
-        self._require(self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: expected 0 or more.")
-        self._require(self.max_grad_norm >= 0, f"--max-grad-norm {self.max_grad_norm}: expected 0 (never clip) or more.")
-        number_or_auto("--micro-tokens", self.micro_tokens)
-
-    def _check_losses(self) -> None:
-        names, smoothing = tuple(loss_terms(self.loss)), self.label_smoothing
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if value != entry.default:
-                check_serves(entry.name, flag_of(entry) if value is True else f"{flag_of(entry)} {value}", names)
-        self._require(0 <= smoothing <= 0.5, f"--label-smoothing {smoothing}: expected 0 to 0.5.")
-        self._require("robust" not in names or smoothing < 0.5, f"--label-smoothing {smoothing}: --loss robust expects less than 0.5.")
-        self._require("exo_pair" not in names or smoothing > 0, "--loss exo_pair needs a --label-smoothing above 0; its paper takes 0.001.")
-        self._require(self.discopop_tau > 0, f"--discopop-tau {self.discopop_tau}: expected a number above 0.")
-        self._require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"--ld-alpha {self.ld_alpha}: expected 0 to 1.")
-        self._require(self.ld_reference or self.ld_alpha is not None, "--no-ld-reference is used with --ld-alpha alone.")
-        self._require(self.f_alpha == 0.5 or self.f_divergence == "alpha_divergence", "--f-alpha is used by --f-divergence alpha_divergence alone.")
-        self._require(
-            not (self.reference_free and self.f_divergence != "reverse_kl"), "--reference-free and --f-divergence: there is nothing to diverge from."
-        )
-        for name in ("cpo_alpha", "router_aux_loss_coef"):
-            value = getattr(self, name)
-            self._require(value is None or 0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: expected 0 or more.")
-
-
 def number_or_auto(flag: str, value: str) -> int | None:
     """The number, or None for `auto`. Raises `OptionError`."""
     if value == "auto":
@@ -228,10 +137,3 @@ def renamed_columns(entries: tuple[str, ...]) -> dict[str, str]:
             raise OptionError(f"--map {expected}={column}: {expected} is {renamed[expected]} already.\nGive each name one column.")
         renamed[expected] = column
     return renamed
-
-
-def complete_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config.json as this version writes it: options that came later have their defaults, `loss` is a list."""
-    defaults = {entry.name: None if entry.default is MISSING else entry.default for entry in fields(TrainOptions)}
-    loss = config.get("loss", ["sigmoid"])
-    return {**defaults, **config, "loss": [loss] if isinstance(loss, str) else loss}

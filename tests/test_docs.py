@@ -8,7 +8,8 @@ import pytest
 
 import dpo_cache
 from dpo_cache.loss_names import LOSSES
-from dpo_cache.options import PrecomputeOptions, TrainOptions, flag_of
+from dpo_cache.options import PrecomputeOptions, flag_of
+from dpo_cache.train_options import TrainOptions
 
 ROOT = Path(dpo_cache.__file__).parents[1]
 README = (ROOT / "README.md").read_text()

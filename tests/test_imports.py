@@ -12,7 +12,7 @@ from dpo_cache.cli.app import command_names
 
 PACKAGE = Path(dpo_cache.__file__).parent
 
-LEAVES = {"cache_options", "errors", "types", "options", "loss_names"}
+LEAVES = {"cache_options", "errors", "types", "options", "train_options", "loss_names"}
 ALLOWED = {
     "cli": {"precomputing", "training", "planning", "reporting", "integrations", "rescoring", "exchange", "store"} | LEAVES,
     "precomputing": {"data", "lm", "store", "planning", "precompute_report"} | LEAVES,
@@ -28,7 +28,8 @@ ALLOWED = {
     "store": {"errors", "types"},
     "types": set(),
     "cache_options": {"errors", "options"},
-    "options": {"errors", "loss_names"},
+    "options": {"errors"},
+    "train_options": {"options", "loss_names"},
     "loss_names": {"errors"},
     "errors": set(),
 }

@@ -26,7 +26,10 @@ def command(options_class: type[Options], *, json_help: str) -> Callable[[Callab
             except KeyboardInterrupt as interrupt:
                 raise Interrupted from interrupt
 
-        parameters = [_parameter(entry, hints[entry.name]) for entry in fields(options_class)]  # type: ignore[arg-type]
+        parameters, group = [], None
+        for entry in fields(options_class):  # type: ignore[arg-type]
+            group = options_class.groups.get(entry.name, group)
+            parameters.append(_parameter(entry, hints[entry.name], group))
         json_option = typer.Option(False, "--json", help=json_help)
         parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=json_option, annotation=bool))
         invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -37,7 +40,7 @@ def command(options_class: type[Options], *, json_help: str) -> Callable[[Callab
     return decorate
 
 
-def _parameter(entry: Field[Any], hint: Any) -> inspect.Parameter:
+def _parameter(entry: Field[Any], hint: Any, group: str | None) -> inspect.Parameter:
     default = list(entry.default_factory()) if callable(entry.default_factory) else entry.default
     is_list = isinstance(default, list)
     annotation = list[str] if is_list else hint
@@ -54,5 +57,6 @@ def _parameter(entry: Field[Any], hint: Any) -> inspect.Parameter:
         help=entry.metadata["help"],
         metavar="|".join(choices) if choices else None,
         show_default=not is_list and default is not None,
+        rich_help_panel=group,
     )
     return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation)

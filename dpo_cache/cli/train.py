@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_cache.cli.output import ProgressLine, count, format_bytes, format_seconds, print_json, print_table
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
-from dpo_cache.options import TrainOptions
+from dpo_cache.train_options import TrainOptions
 
 if TYPE_CHECKING:
     from dpo_cache.training.loop import TrainReport

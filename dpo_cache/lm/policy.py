@@ -69,7 +69,7 @@ def completion_logps(
         return CompletionLogps(tokens_T, [completion.num_tokens for completion in completions], squares_T, routing)
     size = attention.max_rows or len(completions)
     batches = [completions[start : start + size] for start in range(0, len(completions), size)]
-    return _join([_row_logps(model, batch, with_squares, with_routing) for batch in batches])
+    return join_logps([_row_logps(model, batch, with_squares, with_routing) for batch in batches])
 
 
 def _run_forest(
@@ -93,7 +93,10 @@ def _row_logps(model: PreTrainedModel, completions: Sequence[Completion], with_s
     return CompletionLogps(tokens_T, [completion.num_tokens for completion in completions], squares_T, routing)
 
 
-def _join(parts: Sequence[CompletionLogps]) -> CompletionLogps:
+def join_logps(parts: Sequence[CompletionLogps]) -> CompletionLogps:
+    """The log-probs of several lists of completions as those of one; gradients flow back into the parts."""
+    if len(parts) == 1:
+        return parts[0]
     lengths = [length for part in parts for length in part.lengths]
     squares = [part.squares_T for part in parts if part.squares_T is not None]
     routings = [part.routing for part in parts if part.routing]

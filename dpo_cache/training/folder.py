@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import TrainingError, first_line
-from dpo_cache.options import complete_config
 from dpo_cache.store.local import free_bytes
+from dpo_cache.train_options import complete_config
 from dpo_cache.training.checkpoint import damaged, find_checkpoints, publish_folder
 
 # What may differ between a run and its resumption: it changes speed, memory or what is reported, not the result.

@@ -6,30 +6,29 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from copy import copy
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import choose_device, peak_bytes
 from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
-from dpo_cache.lm.policy import CompletionLogps, completion_logps, count_tokens, default_micro_tokens
 from dpo_cache.lm.routing import router_coefficient
-from dpo_cache.options import TrainOptions, number_or_auto
+from dpo_cache.options import number_or_auto
 from dpo_cache.store import open_cache
-from dpo_cache.training.batches import Group, completions_of, split_step, stream_pairs
+from dpo_cache.train_options import TrainOptions
+from dpo_cache.training.batches import stream_pairs
 from dpo_cache.training.checkpoint import Progress, read_progress, restore_optimizer, save_checkpoint
 from dpo_cache.training.folder import check_config, check_disk, discard, find_start, read_resolved, save_model, write_config
 from dpo_cache.training.metrics import Metrics, MetricsFile, PairMetrics
-from dpo_cache.training.objective import mean_chosen_tokens, objective_of, reference_logps
+from dpo_cache.training.objective import objective_of
 from dpo_cache.training.opening import open_pairs, open_policy
+from dpo_cache.training.optimizers import make_optimizer
+from dpo_cache.training.passes import Passes
 from dpo_cache.training.schedule import learning_rate
 from dpo_cache.training.step_zero import StepZero
 from dpo_cache.training.thrift import Thrift
@@ -97,19 +96,20 @@ class _Run:
         before = read_resolved(self.output).get("linear", "torch") == "onednn" if self.checkpoint else None
         self.linear = "onednn" if use_fast_linear(self.model, worth=CLEARLY_WORTH, decided=before) else "torch"
         self.total_steps = options.max_steps or math.ceil(options.epochs * math.ceil(self.data.num_pairs / options.batch_size))
-        micro_tokens = number_or_auto("--micro-tokens", options.micro_tokens) or default_micro_tokens(self.device)
-        self.thrift = Thrift(self.model, micro_tokens, options.gradient_checkpointing, say)
-        self.optimizer = _make_optimizer(self.model, options, self.device)
+        self.thrift = Thrift(self.model, number_or_auto("--micro-tokens", options.micro_tokens), options.gradient_checkpointing, say)
+        self.optimizer = make_optimizer(self.model, lr=options.lr, weight_decay=options.weight_decay)
         if self.checkpoint:
             restore_optimizer(self.checkpoint, self.model, self.optimizer)
-        self.step_zero = StepZero(
+        step_zero = StepZero(
             same_model=self.policy.is_reference,
             reference_dtype=self.data.reference["identity"]["dtype"],
             imported=self.data.reference["identity"].get("imported"),
             policy_dtype="float32" if self.policy.precision == "fp32" else "bfloat16",
         )
         self.objective = objective_of(options, router_coefficient(self.model, options.router_aux_loss_coef))
-        self.has_updated = self.has_run_twice = False
+        self.passes = Passes(self.policy, self.objective, self.thrift, None if self.checkpoint else step_zero, say)
+        self.step_zero_gap: float | None = None
+        self.has_updated = False
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
 
     # -- the main path ---------------------------------------------------------------------------------
@@ -180,9 +180,8 @@ class _Run:
     def _step(self, pairs: list[ScoredPair]) -> Metrics:
         """One update. The loss is the mean over the step's pairs, however they are split into forests."""
         started = time.perf_counter()
-        metrics, num_tokens = self._accumulate(pairs)
-        if self.progress.step == 1:
-            self.say(self.step_zero.describe())
+        metrics, num_tokens = self.passes.gradient(pairs)
+        self._end_step_zero()
         lr = self._lr(self.progress.step - 1)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
@@ -211,65 +210,13 @@ class _Run:
             }
         )
 
-    def _accumulate(self, pairs: list[ScoredPair]) -> tuple[PairMetrics, int]:
-        """The gradient of the step's mean loss, forest by forest, and the tokens run; begun anew where memory runs out."""
-        while True:
-            metrics, groups, step_zero = PairMetrics(), self._split(pairs), copy(self.step_zero)
-            try:
-                if self.objective.needs_whole_step and len(groups) > 1:
-                    self._backward_together(groups, metrics)
-                else:
-                    for group in groups:
-                        losses = self._losses([(group.pairs, self._policy_logps(group.pairs))], mean_chosen_tokens(pairs), metrics)
-                        (losses.sum() / len(pairs)).backward()
-                return metrics, sum(group.num_tokens for group in groups)
-            except RuntimeError as error:
-                self.thrift.save_more(error)
-            self.step_zero = step_zero  # what was noted of a part of the step would be noted twice
-            self.optimizer.zero_grad(set_to_none=True)
+    def _end_step_zero(self) -> None:
+        """Say what the first step has shown; the first update makes the policy another model."""
+        if self.passes.step_zero is not None:
+            self.say(self.passes.step_zero.describe())
+            self.step_zero_gap = self.passes.step_zero.largest_gap
+            self.passes.step_zero = None
 
-    def _backward_together(self, groups: Sequence[Group], metrics: PairMetrics) -> None:
-        """The gradient of losses that compare the pairs of a step, which is split into several forests.
-
-        Each forest is run twice: without gradients, until the loss of them all and its gradient by each token's
-        log-prob are known, and again to carry that gradient into the model.
-        """
-        if not self.has_run_twice:
-            self.has_run_twice = True
-            self.say("this loss looks at a step's pairs together: steps that need several forests (--micro-tokens) run each of them twice.")
-        with torch.no_grad():
-            parts = [(group.pairs, self._policy_logps(group.pairs)) for group in groups]
-        parts = [(pairs, policy.detach()) for pairs, policy in parts]
-        self._losses(parts, mean_chosen_tokens([pair for pairs, _ in parts for pair in pairs]), metrics).mean().backward()
-        for pairs, detached in parts:
-            self._run_policy(pairs).backward(detached)
-
-    def _losses(self, parts: Sequence[tuple[Sequence[ScoredPair], CompletionLogps]], mean_chosen_tokens: float, metrics: PairMetrics) -> torch.Tensor:
-        """Losses of the pairs of some forests, noted in the metrics."""
-        losses = self.objective.losses(parts, mean_chosen_tokens)
-        metrics.add(losses.metrics)
-        return losses.total
-
-    def _policy_logps(self, pairs: Sequence[ScoredPair]) -> CompletionLogps:
-        """The policy's log-probs of the completions of one forest, checked against the cache before the first update."""
-        policy = self._run_policy(pairs)
-        if self.checkpoint is None and not self.has_updated:
-            sums = policy.sums()
-            self.step_zero.check(sums, torch.from_numpy(reference_logps(pairs)).to(sums.dtype).to(sums.device))
-        return policy
-
-    def _run_policy(self, pairs: Sequence[ScoredPair]) -> CompletionLogps:
-        objective = self.objective
-        with self._autocast():
-            return completion_logps(
-                self.model,
-                completions_of(pairs),
-                self.policy.attention,
-                with_squares=objective.wpo != "off",
-                with_routing=bool(objective.router_coefficient),
-            )
-
-    @torch.no_grad()
     def _evaluate(self) -> Metrics | None:
         """Means over the evaluation pairs under the policy as it is; None where there are none."""
         if self.data.eval_pairs is None:
@@ -278,15 +225,11 @@ class _Run:
         stream = stream_pairs(self.data.eval_pairs, self.data.eval_selected, shuffle=False, seed=0, epoch=0)
         at_once = self.options.batch_size if self.objective.needs_whole_step else 64
         while pairs := list(islice(stream, at_once)):
-            parts = [(group.pairs, self._policy_logps(group.pairs)) for group in self._split(pairs)]
-            self._losses(parts, mean_chosen_tokens(pairs), metrics)
+            metrics.merge(self.passes.values(pairs))
         means = metrics.means()
         if not math.isfinite(means["loss"]):
             raise TrainingError(f"the evaluation after step {self.progress.step} gives the loss {means['loss']}; no model was saved.\nLower --lr.")
         return self._record({"step": self.progress.step, **{f"eval/{name}": value for name, value in means.items()}})
-
-    def _split(self, pairs: list[ScoredPair]) -> list[Group]:
-        return split_step(pairs, self.thrift.micro_tokens, lambda completions: count_tokens(completions, self.policy.attention))
 
     def _lr(self, step: int) -> float:
         options = self.options
@@ -328,7 +271,7 @@ class _Run:
             num_steps=self.progress.step,
             num_pairs=self.data.num_pairs,
             finished=finished,
-            step_zero_gap=self.step_zero.largest_gap if self.step_zero.num_completions else None,
+            step_zero_gap=self.step_zero_gap,
             first=first,
             last=last,
             eval_before=before,
@@ -339,16 +282,3 @@ class _Run:
 
     def _epochs_done(self) -> float:
         return self.progress.epoch + self.progress.pairs_seen / self.data.num_pairs
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.policy.precision == "bf16-mixed" else nullcontext()
-
-
-def _make_optimizer(policy: PreTrainedModel, options: TrainOptions, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW; weight decay spares biases and norms."""
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=options.lr, fused=device.type in ("cpu", "cuda"))

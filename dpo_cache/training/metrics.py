@@ -26,6 +26,12 @@ class PairMetrics:
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._num_pairs += len(next(iter(values.values())))
 
+    def merge(self, other: PairMetrics) -> None:
+        """Add the pairs of another."""
+        for name, value in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._num_pairs += other._num_pairs
+
     def means(self) -> Metrics:
         """Mean of each over all pairs added, and their number."""
         return {**{name: value / self._num_pairs for name, value in self._sums.items()}, "num_pairs": self._num_pairs}

@@ -1,7 +1,8 @@
-"""How a step fits into memory: the size of its forests, and what is computed again in the backward pass."""
+"""How a step fits into memory: the size of its forests, whether a pair is run whole, and what is computed again in the backward pass."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
+from dpo_cache.lm.policy import default_micro_tokens
 from dpo_cache.lm.recomputation import MODES, Recomputation, activation_bytes, is_kept_changed
 
 LEAST_TOKENS = 64
@@ -17,12 +19,18 @@ SHARE_OF_FREE = 0.5  # of a host's free memory that activations may take before 
 
 
 class Thrift:
-    """`micro_tokens` at once, under `mode`; both change when memory runs out, never the result of a step."""
+    """`micro_tokens` at once, a pair of more than `pair_tokens` one answer at a time, under `mode`.
 
-    def __init__(self, model: PreTrainedModel, micro_tokens: int, requested: str, say: Callable[[str], None]):
-        self.micro_tokens, self._is_fixed, self._say, self._device = micro_tokens, requested != "auto", say, model.device
+    All three change when memory runs out, never the result of a step. `micro_tokens` None: as many as keep the
+    device busy; then a longer pair is run whole as long as memory suffices, which is faster.
+    """
+
+    def __init__(self, model: PreTrainedModel, micro_tokens: int | None, requested: str, say: Callable[[str], None]):
+        self.micro_tokens = micro_tokens or default_micro_tokens(model.device)
+        self._is_fixed, self._say, self._device = requested != "auto", say, model.device
         self._recomputation = Recomputation(model)
-        self._recomputation.mode = requested if self._is_fixed else _mode_that_fits(model, micro_tokens)
+        self._recomputation.mode = requested if self._is_fixed else _mode_that_fits(model, self.micro_tokens)
+        self.pair_tokens: float = micro_tokens or _tokens_that_fit(model, self.mode)
         if not self._recomputation.num_layers and requested in ("selective", "full"):
             say(f"--gradient-checkpointing {requested} has no effect: {type(model).__name__} has no layers that take it.")
 
@@ -45,22 +53,35 @@ class Thrift:
         if not self._is_fixed and self._recomputation.num_layers and place + 1 < len(MODES):
             self._recomputation.mode = MODES[place + 1]
             change = f"--gradient-checkpointing {self.mode}"
+        elif self.pair_tokens > self.micro_tokens:
+            self.pair_tokens = self.micro_tokens
+            change = f"pairs of more than {self.micro_tokens:,} tokens one answer at a time"
         elif self.micro_tokens // 2 >= LEAST_TOKENS:
             self.micro_tokens //= 2
+            self.pair_tokens = self.micro_tokens
             change = f"--micro-tokens {self.micro_tokens}"
         else:
             raise TrainingError(
-                f"{problem} even with one pair at once.\nUse --precision bf16, score with a shorter --max-length, or a device with more memory."
+                f"{problem} even with one answer at once.\nUse --precision bf16, score with a shorter --max-length, or a device with more memory."
             ) from error
         self._say(f"{problem}; the step is taken again, and the run goes on, with {change}. Nothing is lost.")
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
 
+def _free_bytes(device: torch.device) -> float:
+    """Free memory of a host, where running out of it ends the process; elsewhere infinite, until memory runs out."""
+    if device.type != "cpu" or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return math.inf
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _tokens_that_fit(model: PreTrainedModel, mode: str) -> float:
+    per_token = activation_bytes(model, 1, mode)
+    return SHARE_OF_FREE * _free_bytes(model.device) // per_token if per_token else math.inf
+
+
 def _mode_that_fits(model: PreTrainedModel, micro_tokens: int) -> str:
-    """On a host, where running out of memory ends the process, the first mode that fits; elsewhere the fastest, until memory runs out."""
-    if model.device.type != "cpu" or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return MODES[0]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fits = (mode for mode in MODES if activation_bytes(model, micro_tokens, mode) < SHARE_OF_FREE * free)
+    """The first mode, the fastest, that fits into free memory."""
+    fits = (mode for mode in MODES if activation_bytes(model, micro_tokens, mode) < SHARE_OF_FREE * _free_bytes(model.device))
     return next(fits, MODES[-1])
