@@ -17,7 +17,7 @@ TRL_PYTHON ?= $(TRL_VENV)/bin/python
 ROWS ?=
 TURNS ?= 3
 
-.PHONY: help install model demo test test-slow check bench-precompute bench-train bench-memory bench-token-ids bench-store clean
+.PHONY: help install model demo test test-slow check bench-precompute bench-train bench-learning bench-memory bench-token-ids bench-store clean
 
 help:
 	@echo "make demo       install, fetch a small real model, score it and train on it"
@@ -26,6 +26,7 @@ help:
 	@echo "make check      format, lint and types"
 	@echo "make bench-precompute DATA=FILE [MODEL=FOLDER] [ROWS=N]   scoring beside TRL 1.16 and beside the machine's limit"
 	@echo "make bench-train DATA=FILE [MODEL=FOLDER] [ROWS=N]        training beside TRL 1.16 and beside the machine's limit"
+	@echo "make bench-learning DATA=FILE [MODEL=FOLDER] [ROWS=N]     accuracy on held-out pairs while training; the curve goes to docs/"
 	@echo "make bench-memory DATA=FILE [MODEL=FOLDER]                memory and time as the rows grow, and a very long row"
 	@echo "make bench-token-ids DATA='FILE...' [MODEL=FOLDER]        token ids beside TRL 1.16"
 	@echo "make bench-store                                          publishing, opening, looking up and streaming at scale"
@@ -73,6 +74,10 @@ bench-precompute: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 bench-train: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/train.py --model $(MODEL) --data $(DATA) --rows $(or $(ROWS),12) \
 		--trl-python $(TRL_PYTHON) --repeats $(TURNS)
+
+bench-learning: $(VENV)/installed $(MODEL)/config.json
+	$(BIN)/pip install --quiet matplotlib
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/learning_curve.py --model $(MODEL) --data $(DATA) $(if $(ROWS),--rows $(ROWS)) --plot docs/learning-curve.svg
 
 bench-memory: $(VENV)/installed $(MODEL)/config.json
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py --model $(MODEL) --data $(DATA)

@@ -1,11 +1,13 @@
 """How fast and in how much memory dpo-cache trains, beside TRL 1.16 and beside the machine's limit.
 
-    train.py --model MODEL --data FILE [--rows N] --trl-python PYTHON [--repeats 3] [--batch-size 4] [option=value ...]
+    train.py --model MODEL --data FILE [--rows N] --trl-python PYTHON [--repeats 3] [--batch-size 4] [--max-length 1024]
+             [--live-only] [option=value ...]
 
 Three ways to take one epoch through the same rows in the same order, full fine-tuning with AdamW in float32 on the
 CPU, each time as a fresh process, in turn: ours from a cache, TRL with a live reference, and TRL with
 `precompute_ref_log_probs=True`. pairs/s are those of the steps alone: loading, tokenizing and scoring the reference
-are left out on all sides. `option=value` are options of `dpo_cache.train`.
+are left out on all sides. `--live-only` leaves the third way out, where many steps are to be compared rather than
+timed. `option=value` are options of `dpo_cache.train`.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--live-only", action="store_true")
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_args()
+    peers = {"TRL, live reference": [], **({} if arguments.live_only else {"TRL, own precompute": ["--precompute"]})}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         num_rows = write_rows(arguments.data, arguments.rows, folder / "rows.jsonl")
@@ -39,7 +43,7 @@ def main() -> None:
         precompute(arguments.model, folder, arguments.max_length)
         batch = ["--batch-size", str(arguments.batch_size)]
         theirs = [arguments.model, str(folder / "rows.jsonl")]
-        runs: dict[str, list[dict[str, Any]]] = {"dpo-cache": [], "TRL, live reference": [], "TRL, own precompute": []}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("dpo-cache", *peers)}
         limits = []
         for _ in range(arguments.repeats):
             ours = run(sys.executable, "our_training.py", [str(folder / "cache")], folder / "ours.json", [*batch, *arguments.options])
@@ -49,7 +53,7 @@ def main() -> None:
                 run(sys.executable, "limit.py", [arguments.model, str(folder / "shapes.json")], folder / "limit.json", ["--train"])["limit_s"]
             )
             length = [*batch, "--max-length", str(arguments.max_length)]
-            for name, more in (("TRL, live reference", []), ("TRL, own precompute", ["--precompute"])):
+            for name, more in peers.items():
                 runs[name].append(run(arguments.trl_python, "trl_side.py", ["train", *theirs], folder / "trl.json", [*length, *more]))
             print("  " + "  ".join(f"{name} {found[-1]['num_pairs'] / found[-1]['train_s']:.3f} pairs/s" for name, found in runs.items()), flush=True)
     report(runs, limits)
