@@ -1,7 +1,8 @@
-"""Writes every command's `--help` into its page: `python -m tests.cli.write_help`.
+"""Writes what the docs say of options: `python -m tests.cli.write_help`.
 
 A page `docs/commands/<command>.md` holds one fenced block that begins with `$ dpo-cache <command> --help`;
 what follows in that block is replaced by what the command prints, 100 columns wide and without colours.
+`docs/options.md` is written whole, from the option classes.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Any
 
 import dpo_cache
+from dpo_cache.options import PrecomputeOptions, flag_of
+from dpo_cache.train_options import TrainOptions
 
-PAGES = Path(dpo_cache.__file__).parents[1] / "docs" / "commands"
+DOCS = Path(dpo_cache.__file__).parents[1] / "docs"
+PAGES = DOCS / "commands"
 WIDTH = 100
 
 _PRINT_HELPS = """
@@ -49,8 +55,39 @@ def with_help(page: str, name: str, text: str) -> str:
     return renewed
 
 
+def options_page() -> str:
+    """`docs/options.md`: a table for each part of each command's help."""
+    lines = ["# Options", "", "As flags of the command line; the Python functions take the same names, with `_` for `-`, as keyword arguments."]
+    for command, options in (("precompute", PrecomputeOptions), ("train", TrainOptions)):
+        lines += ["", f"## {command}", *_TABLE]
+        for entry in fields(options):  # type: ignore[arg-type]
+            if entry.name in options.groups:
+                lines += ["", f"### {options.groups[entry.name]}", *_TABLE]
+            lines.append(_row(entry))
+    return "\n".join(lines) + "\n"
+
+
+_TABLE = ("", "| option | default | |", "|---|---|---|")
+
+
+def _row(entry: Field[Any]) -> str:
+    flag = entry.metadata["flag"] if "/" in entry.metadata["flag"] else flag_of(entry)
+    choices = "\\|".join(entry.metadata["choices"])
+    default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+    if entry.metadata["required"]:
+        shown = "needed"
+    elif isinstance(default, bool):
+        shown = "on" if default else ""
+    elif isinstance(default, tuple):
+        shown = ", ".join(f"`{value}`" for value in default)
+    else:
+        shown = "" if default is None else f"`{default}`"
+    return f"| `{flag}{' ' + choices if choices else ''}` | {shown} | {entry.metadata['help']} |"
+
+
 def main() -> None:
-    """Renew the help block of every page."""
+    """Renew the help block of every page, and the page of options."""
+    (DOCS / "options.md").write_text(options_page())
     for name, text in read_helps().items():
         path = PAGES / f"{name}.md"
         if not path.exists():
