@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("options", nargs="*")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     options: dict[str, Any] = dict(entry.split("=", 1) for entry in arguments.options)
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:

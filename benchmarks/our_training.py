@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("options", nargs="*")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     options: dict[str, Any] = dict(entry.split("=", 1) for entry in arguments.options)
     steps: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as output:

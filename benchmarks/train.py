@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--live-only", action="store_true")
     parser.add_argument("options", nargs="*")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     peers = {"TRL, live reference": [], **({} if arguments.live_only else {"TRL, own precompute": ["--precompute"]})}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
