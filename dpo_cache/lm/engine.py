@@ -35,6 +35,7 @@ class Attention:
     max_rows: int | None = None
     has_plain_head: bool = False  # the LM head is one matrix product, whose gradients are computed slice by slice
     kernel: str = "segments"  # how the forest's attention is computed: segment by segment, or by FlexAttention
+    own: str | None = None  # the attention that the model came with, where it was switched to the forest
 
 
 @torch.no_grad()
@@ -65,9 +66,8 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
         for kernel in ("flex", "segments") if model.device.type == "cuda" else ("segments",):
             problem, gap = _forest_problem(model, completions, expected, kernel)
             if problem is None:
-                return Attention(
-                    "forest", f"agrees with plain rows within {gap:.1e} nats per token", gap, has_plain_head=has_plain_head(model), kernel=kernel
-                )
+                reason = f"agrees with plain rows within {gap:.1e} nats per token"
+                return Attention("forest", reason, gap, has_plain_head=has_plain_head(model), kernel=kernel, own=own)
         if model._can_set_attn_implementation():
             model.set_attn_implementation(own)
     if requested == "forest":

@@ -1,0 +1,157 @@
+"""Answers are drawn from the model's own probabilities, in every family, whatever it is wrapped in."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from dpo_cache.lm import generation
+from dpo_cache.lm.attention import FOREST_ATTENTION
+from dpo_cache.lm.engine import Attention, choose_attention
+from dpo_cache.lm.generation import own_attention, write_answers
+from dpo_cache.lm.linear import _forward, use_fast_linear
+from dpo_cache.lm.policy import completion_logps
+from dpo_cache.lm.recomputation import Recomputation
+from tests.conftest import make_completions, make_llama
+from tests.lm.families import FAMILIES, make_model
+
+END, PAD = 256, 257
+
+
+def prompts(*lengths: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(7)
+    return [generator.integers(0, 250, length).astype(np.uint32) for length in lengths]
+
+
+def write(model: PreTrainedModel, texts: list[np.ndarray], attention: Attention, **changes) -> list[generation.Answer]:
+    return write_answers(model, texts, attention, **{"max_length": 30, "end_ids": [END], "pad_id": PAD, "seed": [3, 5], **changes})
+
+
+@torch.no_grad()
+def naive_answers(model: PreTrainedModel, texts: list[np.ndarray], max_length: int, first: int) -> list[list[int]]:
+    """The definition: softmax of the last logits of each sequence alone, without a cache, and one draw a row."""
+    number = int(np.random.SeedSequence([3, 5, first]).generate_state(1, np.uint64)[0] >> 1)
+    rows = [[int(token) for token in text] for text in texts]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(number)
+        unfinished = list(range(len(rows)))
+        while unfinished:  # as long as none is at the length, all rows are drawn for, those behind their end token in vain
+            ended = dict.fromkeys(unfinished, False)
+            while not all(ended.values()) and max(len(rows[place]) for place in unfinished) < max_length:
+                probs = torch.stack([model(torch.tensor([rows[place]]), use_cache=False).logits[0, -1].float().softmax(-1) for place in unfinished])
+                for place, token in zip(unfinished, torch.multinomial(probs, 1)[:, 0].tolist(), strict=True):
+                    rows[place].append(PAD if ended[place] else token)
+                    ended[place] = ended[place] or token == END
+            unfinished = [place for place in unfinished if not ended[place] and len(rows[place]) < max_length]
+    answers = [row[len(text) :] for row, text in zip(rows, texts, strict=True)]
+    return [answer[: answer.index(END) + 1] if END in answer else answer for answer in answers]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_draws_from_its_own_probabilities(family: str) -> None:
+    model = make_model(family)
+    attention, texts = choose_attention(model, max_length=64), prompts(9, 3, 14)
+    found = write(model, texts, attention, max_length=24)
+    with own_attention(model, attention):
+        batches = [texts] if attention.max_rows is None else [[text] for text in texts]
+        expected = [answer for first, batch in enumerate(batches) for answer in naive_answers(model, batch, 24, first)]
+    assert [answer.token_ids.tolist() for answer in found] == expected
+    assert [answer.is_finished for answer in found] == [END in answer for answer in expected]
+
+
+def test_answers_end_with_an_end_token_or_at_the_length() -> None:
+    model = make_llama()
+    attention, texts = choose_attention(model, max_length=64), prompts(5, 20, 29, 8)
+    every_token_ends = write(model, texts, attention, end_ids=list(range(264)))
+    assert [(answer.token_ids.size, answer.is_finished) for answer in every_token_ends] == [(1, True)] * 4
+    none_ends = write(model, texts, attention, end_ids=[])
+    assert [(answer.token_ids.size, answer.is_finished) for answer in none_ends] == [(25, False), (10, False), (1, False), (22, False)]
+    some_end = write(model, texts, attention, end_ids=list(range(0, 264, 8)))
+    assert {answer.is_finished for answer in some_end} == {True, False}
+    for answer in some_end:
+        assert answer.is_finished == (answer.token_ids[-1] % 8 == 0) and (answer.token_ids[:-1] % 8).all()
+
+
+def test_the_models_own_generation_config_has_no_say_and_comes_back() -> None:
+    model, texts = make_llama(), prompts(6, 4)
+    attention = choose_attention(model, max_length=64)
+    expected = write(model, texts, attention)
+    own = GenerationConfig(repetition_penalty=5.0, top_k=1, suppress_tokens=list(range(100)), min_new_tokens=9, max_length=7, eos_token_id=3)
+    model.generation_config = own
+    for one, other in zip(write(model, texts, attention), expected, strict=True):
+        assert np.array_equal(one.token_ids, other.token_ids)
+    assert model.generation_config is own
+
+
+def test_the_forest_is_back_afterwards_even_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, completions = make_llama(), make_completions()
+    attention = choose_attention(model, max_length=64)
+    before = completion_logps(model, completions, attention).tokens_T
+    write(model, prompts(4), attention)
+    assert model.config._attn_implementation == FOREST_ATTENTION
+    assert torch.equal(completion_logps(model, completions, attention).tokens_T, before)
+    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(model, prompts(4), attention)
+    assert model.config._attn_implementation == FOREST_ATTENTION
+
+
+def test_the_seed_alone_decides_and_no_other_random_state_moves() -> None:
+    model, texts = make_llama(), prompts(6, 4, 9)
+    attention = choose_attention(model, max_length=64)
+
+    def written(*seed: int) -> list[list[int]]:
+        return [answer.token_ids.tolist() for answer in write(model, texts, attention, seed=seed)]
+
+    torch.manual_seed(11)
+    state, first = torch.get_rng_state(), written(0, 8)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(12)
+    assert written(0, 8) == first
+    assert written(0, 9) != first and written(1, 8) != first
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_wrappers_of_training_do_not_stand_in_the_way(autocast: bool) -> None:
+    plain, texts = make_llama(), prompts(6, 4)
+    wrapped = make_llama()
+    attention = choose_attention(wrapped, max_length=64)
+    if not autocast:  # there float32 layers are cast, so that oneDNN's would not be asked
+        assert use_fast_linear(wrapped, decided=True) and wrapped.lm_head.forward.func is _forward
+    Recomputation(wrapped).mode = "full"
+    own = choose_attention(plain, "rows", max_length=64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, expected = write(wrapped, texts, attention), write(plain, texts, own)
+    assert [answer.token_ids.tolist() for answer in found] == [answer.token_ids.tolist() for answer in expected]
+
+
+def test_fewer_are_written_at_once_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = make_llama(), []
+    attention, generate = choose_attention(model, max_length=64), model.generate
+
+    def run_out(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", run_out)
+    assert len(write(model, prompts(*[9] * 7), attention, end_ids=[])) == 7
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    monkeypatch.setattr(generation, "MOST_AT_ONCE", 2)
+    sizes.clear()
+    assert len(write(model, prompts(*[9] * 5), attention, end_ids=[])) == 5
+    assert sizes == [2, 2, 1]
+
+
+def test_one_answer_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama()
+    attention = choose_attention(model, max_length=64)
+
+    def run_out(**_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model, "generate", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        write(model, prompts(5, 5), attention)
+    assert model.config._attn_implementation == FOREST_ATTENTION
