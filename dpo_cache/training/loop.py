@@ -29,6 +29,7 @@ from dpo_cache.training.objective import objective_of
 from dpo_cache.training.opening import open_pairs, open_policy
 from dpo_cache.training.optimizers import make_optimizer
 from dpo_cache.training.passes import Passes
+from dpo_cache.training.samples import open_sampler
 from dpo_cache.training.schedule import learning_rate
 from dpo_cache.training.step_zero import StepZero
 from dpo_cache.training.thrift import Thrift
@@ -111,6 +112,7 @@ class _Run:
         self.step_zero_gap: float | None = None
         self.has_updated = False
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
+        self.sampler = open_sampler(options.sample, self.data, self.policy, output=self.output, seed=options.seed, say=say)
 
     # -- the main path ---------------------------------------------------------------------------------
 
@@ -151,6 +153,8 @@ class _Run:
         if self.checkpoint:
             check_config(self.output, self._config())
             self.metrics_file.keep_until(self.progress.step)
+            if self.sampler:
+                self.sampler.file.keep_until(self.progress.step)
         else:
             check_disk(self.output, self.model, saves_checkpoints=bool(self.options.save_every))
             write_config(self.output, self._config())
@@ -229,7 +233,10 @@ class _Run:
         means = metrics.means()
         if not math.isfinite(means["loss"]):
             raise TrainingError(f"the evaluation after step {self.progress.step} gives the loss {means['loss']}; no model was saved.\nLower --lr.")
-        return self._record({"step": self.progress.step, **{f"eval/{name}": value for name, value in means.items()}})
+        recorded = self._record({"step": self.progress.step, **{f"eval/{name}": value for name, value in means.items()}})
+        if self.sampler:
+            self.sampler.write(self.progress.step)
+        return recorded
 
     def _lr(self, step: int) -> float:
         options = self.options

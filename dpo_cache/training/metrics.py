@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,25 +40,25 @@ class PairMetrics:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line a step or evaluation, on disk as soon as it is written."""
+    """`metrics.jsonl`: one line a step or evaluation, on disk as soon as it is written. `samples.jsonl` is one, too."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def keep_until(self, step: int) -> None:
         """Drop the lines after a step, and any torn one: what a run that was cut off wrote past its checkpoint."""
-        kept = [entry for entry in self._entries() if entry["step"] <= step]
+        kept = [entry for entry in self.lines() if entry["step"] <= step]
         self._write("w", kept)
 
-    def append(self, metrics: Metrics) -> None:
-        """Add a line."""
-        self._write("a", [metrics])
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line, which has a `step`."""
+        self._write("a", [line])
 
     def first(self, name: str) -> Metrics | None:
         """The first line that has this entry."""
-        return next((entry for entry in self._entries() if name in entry), None)
+        return next((entry for entry in self.lines() if name in entry), None)
 
-    def _entries(self) -> list[Metrics]:
+    def lines(self) -> list[Metrics]:
         """The lines up to the first that is torn."""
         entries: list[Metrics] = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
@@ -69,7 +71,7 @@ class MetricsFile:
             entries.append(entry)
         return entries
 
-    def _write(self, mode: str, entries: list[Metrics]) -> None:
+    def _write(self, mode: str, entries: Sequence[Mapping[str, Any]]) -> None:
         try:
             with open(self.path, mode) as file:
                 file.write("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries))
