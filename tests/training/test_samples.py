@@ -58,7 +58,7 @@ def test_a_sample_is_what_the_policy_at_that_step_writes(cache: str, tmp_path: P
     model, tokenizer = AutoModelForCausalLM.from_pretrained(report.model), make_tokenizer()
     prompts = [pair.chosen.prompt_ids for pair in distinct_prompts(cache)[:3]]
     rows = choose_attention(model, "rows", max_length=256)
-    answers = write_answers(model, prompts, rows, max_length=256, end_ids=[tokenizer.eos_token_id], pad_id=tokenizer.pad_token_id, seed=[5, 4])
+    answers = write_answers(model, prompts, rows, max_length=256, end_ids=end_tokens(model, tokenizer), pad_id=tokenizer.pad_token_id, seed=[5, 4])
     for line, answer in zip(lines(tmp_path / "run")[-3:], answers, strict=True):
         assert line["num_tokens"] == len(answer.token_ids) and line["finished"] == answer.is_finished
         assert line["sample"] == tokenizer.decode(answer.token_ids.tolist(), skip_special_tokens=True)
