@@ -33,6 +33,7 @@ from dpo_cache.training.samples import open_sampler
 from dpo_cache.training.schedule import learning_rate
 from dpo_cache.training.step_zero import StepZero
 from dpo_cache.training.thrift import Thrift
+from dpo_cache.training.trackers import check_trackers, open_trackers
 from dpo_cache.types import ScoredPair
 
 OnMetrics = Callable[[Metrics], None]
@@ -86,6 +87,7 @@ class _Run:
         self.options, self.on_metrics, self.say = options, on_metrics, say
         self.started = time.perf_counter()
         self.output = Path(options.output)
+        check_trackers(options.log_to)
         self.checkpoint = find_start(self.output, say, resume=options.resume)
         self.progress = read_progress(self.checkpoint) if self.checkpoint else Progress()
         self.device = choose_device(options.device)
@@ -120,7 +122,16 @@ class _Run:
         """Run every step that is left."""
         self._settle_folder()
         try:
-            return self._run_steps(should_stop)
+            with open_trackers(
+                self.options.log_to,
+                self.output,
+                self._config(),
+                log_names=self.options.log_names,
+                history=self.metrics_file.lines(),
+                is_resumed=self.checkpoint is not None,
+                say=self.say,
+            ) as self.trackers:
+                return self._run_steps(should_stop)
         except BaseException:  # Ctrl-C too: what has not begun leaves nothing behind
             if self.checkpoint is None and not self.has_updated:
                 discard(self.output)
@@ -142,6 +153,7 @@ class _Run:
             if stops or (self.options.save_every and step % self.options.save_every == 0 and not is_last):
                 save_checkpoint(self.output, self.model, self.policy.tokenizer, self.optimizer, self.progress)
             if stops:
+                self.trackers.state = "stopped"
                 return self._report(first, last, eval_before, None, finished=False)
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise TrainingError(f"step {self.total_steps}: the update left weights that are not finite; no model was saved.\nLower --lr.")
@@ -246,6 +258,7 @@ class _Run:
 
     def _record(self, metrics: Metrics) -> Metrics:
         self.metrics_file.append(metrics)
+        self.trackers.log(metrics)
         self.on_metrics({**metrics, "total_steps": self.total_steps})
         return metrics
 
