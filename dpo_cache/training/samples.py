@@ -37,7 +37,9 @@ def open_sampler(num_prompts: int, data: TrainingPairs, policy: Policy, *, outpu
     max_length = min(longest, positions or longest)
     prompts = _distinct_prompts(stream_pairs(data.eval_pairs, data.eval_selected, shuffle=False, seed=0, epoch=0), num_prompts, max_length)
     if len(prompts) < num_prompts:
-        say(f"--sample {num_prompts}: the evaluation pairs have {len(prompts)} distinct prompts shorter than {max_length} tokens; those are answered.")
+        say(
+            f"--sample {num_prompts}: the evaluation pairs have {len(prompts)} distinct prompts shorter than {max_length} tokens; those are answered."
+        )
     return Sampler(MetricsFile(output / FILE), prompts, policy, max_length, seed, say)
 
 

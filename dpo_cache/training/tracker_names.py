@@ -1,0 +1,47 @@
+"""What metrics are called in trackers: as TRL's trainer calls them, or as the original DPO repository does.
+
+`docs/tracking.md` has both in a table. A metric that the other program does not have keeps its name here.
+"""
+
+from __future__ import annotations
+
+from dpo_cache.training.metrics import Metrics
+
+EVAL = "eval/"
+TRL_NAMES = {"lr": "learning_rate", "num_tokens": "tokens_run"}  # TRL's num_tokens is another count: tokens read since the start
+ORIGINAL_NAMES = {"pairs_per_s": "examples_per_second"}
+ORIGINAL_GROUPS = ("rewards", "logps", "loss")  # their names say train or eval: rewards_train/chosen, loss/train
+
+
+def tracked_names(line: Metrics, log_names: str, tracker: str, *, epoch: float, num_examples: int) -> Metrics:
+    """A line of metrics.jsonl as it is sent to a tracker.
+
+    `epoch` and `num_examples`, epochs and pairs trained on by then, stand in no line of an evaluation.
+    """
+    is_eval = any(name.startswith(EVAL) for name in line)
+    values = {name.removeprefix(EVAL): value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
+    if log_names == "original":
+        return _original_names(values, "eval" if is_eval else "train", step=int(line["step"]), num_examples=num_examples)
+    return _trl_names(values, tracker, is_eval=is_eval, step=int(line["step"]), epoch=epoch)
+
+
+def _trl_names(values: Metrics, tracker: str, *, is_eval: bool, step: int, epoch: float) -> Metrics:
+    """transformers sends MLflow the bare names, Weights & Biases and Trackio the step beside them as well."""
+    plain, renamed = tracker == "mlflow", {TRL_NAMES.get(name, name): value for name, value in values.items()}
+    evaluated, trained = ("eval_", "") if plain else ("eval/", "train/")
+    named = {f"{evaluated if is_eval else trained}{name}": value for name, value in renamed.items() if name != "epoch"}
+    return {**named, f"{trained}epoch": epoch, **({"train/global_step": step} if tracker in ("wandb", "trackio") else {})}
+
+
+def _original_names(values: Metrics, phase: str, *, step: int, num_examples: int) -> Metrics:
+    counters = {"counters/examples": num_examples, "counters/updates": step} if phase == "train" else {}
+    return {**{_original_name(name, phase): value for name, value in values.items()}, **counters}
+
+
+def _original_name(name: str, phase: str) -> str:
+    group, _, rest = name.partition("/")
+    if name == "loss":
+        return f"loss/{phase}"
+    if group in ORIGINAL_GROUPS:
+        return f"{group}_{phase}/{rest}"
+    return ORIGINAL_NAMES.get(name, name) if phase == "train" else f"eval/{name}"
