@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +103,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int) -> Pef
     """
     peft = _import_peft()
     _check_suited(config)
-    with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else None):
+    with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else None), _without_deprecations():
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, config)
@@ -118,7 +121,8 @@ def load_adapter(model: PreTrainedModel, folder: str, *, is_trainable: bool = Fa
     if not Path(folder, WEIGHTS_FILE).is_file():
         raise ModelError(f"{folder}: {WEIGHTS_FILE} is missing.\nSave the adapter again as safetensors; pickled files can run code and are not read.")
     try:
-        return peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable).eval()
+        with _without_deprecations():
+            return peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable).eval()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter does not fit {type(model).__name__} ({first_line(error)}).") from error
 
@@ -157,6 +161,14 @@ def read_config(folder: str) -> PeftConfig:
         return peft.PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: no adapter can be read from it ({first_line(error)}).\nSave the adapter again.") from error
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """peft asks models for what a later transformers calls otherwise; no user can change that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _check_suited(config: PeftConfig) -> None:
