@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from dpo_cache.errors import OptionError
@@ -185,6 +187,34 @@ class TrainOptions(Options):
         for name in ("cpo_alpha", "router_aux_loss_coef"):
             value = getattr(self, name)
             self._require(value is None or 0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: expected 0 or more.")
+
+
+NOT_FROM_CONFIG = ("output", "resume", "dry_run", "config", "resolved")
+
+
+def with_config(given: dict[str, Any]) -> dict[str, Any]:
+    """The options given, and for the others those of the file `config` among them, if it is: a run's config.json.
+
+    Where a run is written, whether it is resumed or tried, is not taken over. Raises `OptionError`.
+    """
+    path = given.get("config")
+    if path is None:
+        return given
+    try:
+        found = json.loads(Path(path).read_text())
+        found.items()
+    except (OSError, ValueError, AttributeError) as error:
+        detail = error.strerror if isinstance(error, OSError) else "not a JSON object"
+        raise OptionError(f"--config {path}: not readable ({detail}).\nGive the config.json of a run.") from error
+    known = {entry.name for entry in fields(TrainOptions)}
+    unknown = sorted(set(found) - known - set(NOT_FROM_CONFIG))
+    if unknown:
+        raise OptionError(f"--config {path}: {', '.join(unknown)}: no options of this version of dpo-cache train.\nGive the config.json of a run.")
+    taken = {name: value for name, value in found.items() if name not in NOT_FROM_CONFIG}
+    for name in ("loss", "log_to"):
+        if name in taken:
+            taken[name] = (taken[name],) if isinstance(taken[name], str) else tuple(taken[name])
+    return {**taken, **given}
 
 
 def period(flag: str, value: str | None) -> tuple[int | None, float | None]:

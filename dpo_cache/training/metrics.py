@@ -58,6 +58,11 @@ class MetricsFile:
         """The first line that has this entry."""
         return next((entry for entry in self.lines() if name in entry), None)
 
+    def last(self, name: str, *, step: int | None = None) -> Metrics | None:
+        """The last line that has this entry, of a step if one is given."""
+        found = [entry for entry in self.lines() if name in entry and step in (None, entry["step"])]
+        return found[-1] if found else None
+
     def lines(self) -> list[Metrics]:
         """The lines up to the first that is torn."""
         entries: list[Metrics] = []
