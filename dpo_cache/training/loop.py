@@ -22,6 +22,7 @@ from dpo_cache.options import number_or_auto
 from dpo_cache.store import open_cache
 from dpo_cache.train_options import TrainOptions, with_config
 from dpo_cache.training.batches import count_shared, longest_pairs, stream_pairs
+from dpo_cache.training.card import library_versions, model_card, write_card
 from dpo_cache.training.checkpoint import Progress, find_checkpoints, read_progress, restore_optimizer, save_checkpoint
 from dpo_cache.training.evaluations import Best, schedule_of
 from dpo_cache.training.folder import (
@@ -186,6 +187,7 @@ class _Run:
         if takes_best:
             after = self.metrics_file.last("eval/loss", step=self.best.step)
         save_model(self.output, self.policy, takes_best=takes_best, is_merged=self.options.merge_adapter)
+        write_card(self.output / "model", self._card(self.best.step if takes_best and self.best.step else self.progress.step, after))
         if takes_best or not is_best_elsewhere:
             drop_best(self.output)  # it is the one in model/
         return self._report(first, last, before, after, finished=True)
@@ -349,6 +351,7 @@ class _Run:
             return
         if self.options.eval_every is not None and self.progress.step != self.total_steps:
             save_best(self.output, self.policy, {name: value for name, value in self.best.state().items() if name != "num_worse"})
+            write_card(self.output / "best", self._card(self.progress.step, evaluation))
 
     def _is_out_of_patience(self) -> bool:
         return self.options.patience is not None and self.best.num_worse >= self.options.patience and self.progress.step < self.total_steps
@@ -377,6 +380,21 @@ class _Run:
     def _config(self) -> dict[str, Any]:
         """Every option, and what became of the defaults."""
         return {**asdict(self.options), "resolved": self._resolved()}
+
+    def _card(self, step: int, evaluation: Metrics | None) -> str:
+        """The model card of the policy as it was after a step."""
+        lines, config = self.metrics_file, self._config()
+        return model_card(
+            config,
+            self.data.pairs.manifest,
+            self.data.reference,
+            before=lines.first("eval/loss"),
+            after=evaluation,
+            first=lines.first("loss"),
+            last=lines.last("loss", step=step),
+            num_steps=step,
+            versions=library_versions(config),
+        )
 
     def _resolved(self) -> dict[str, Any]:
         return {
