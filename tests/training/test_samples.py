@@ -91,6 +91,19 @@ def test_sampling_changes_nothing_in_the_training(cache: str, tmp_path: Path) ->
     assert not (tmp_path / "plain" / "samples.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "options", [{"lora_r": 4}, {"precision": "bf16-mixed"}, {"gradient_checkpointing": "full"}, {"deterministic": True}], ids=str
+)
+def test_samples_are_written_however_the_policy_is_trained(cache: str, tmp_path: Path, options: dict) -> None:
+    changes = {**SAMPLED, **options, "max_steps": 2}
+    train(cache, tmp_path / "plain", **{**changes, "sample": 0})
+    train(cache, tmp_path / "sampled", **changes)
+    assert comparable(tmp_path / "plain") == comparable(tmp_path / "sampled")
+    found = lines(tmp_path / "sampled")
+    assert [line["step"] for line in found] == [0] * 3 + [2] * 3
+    assert [line["sample"] for line in found[:3]] != [line["sample"] for line in found[3:]]
+
+
 def test_a_resumed_run_has_the_samples_of_one_that_was_not_stopped(cache: str, tmp_path: Path) -> None:
     train(cache, tmp_path / "whole", **SAMPLED)
 

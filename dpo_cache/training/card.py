@@ -1,0 +1,273 @@
+"""The model card that lies beside a trained model: what it was made from, how, and how well it does.
+
+A card is written to be published, so it names no folder of the machine it was made on but by its last part.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from importlib.metadata import version
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from dpo_cache.errors import TrainingError
+from dpo_cache.loss_names import SFT_LOSSES, USED_BY, loss_terms
+from dpo_cache.options import flag_of
+from dpo_cache.store.documents import Document
+from dpo_cache.train_options import TrainOptions, complete_config
+from dpo_cache.training.metrics import Metrics
+from dpo_cache.training.papers import papers_of
+
+LOSS_SETTINGS = ("beta", "label_smoothing", "f_divergence", "f_alpha", "ld_alpha", "ld_reference", "wpo", "discopop_tau", "simpo_gamma", "cpo_alpha",
+                 "reference_free", "router_aux_loss_coef")  # fmt: skip
+SAID_ELSEWHERE = {"model", "pairs", "eval_pairs", "loss", "reference", *LOSS_SETTINGS}
+OF_THE_MACHINE = {"cache", "output", "config", "resume", "dry_run", "log_to", "log_names", "trust_remote_code"}
+
+
+def model_card(
+    config: Mapping[str, Any],
+    manifest: Document,
+    reference: Document,
+    *,
+    before: Metrics | None = None,
+    after: Metrics | None = None,
+    first: Metrics | None = None,
+    last: Metrics | None = None,
+    num_steps: int | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> str:
+    """README.md of a trained model, with its YAML front matter.
+
+    `config` is the run's config.json, `manifest` that of the pairs trained on, `reference` the reference.json that they were
+    scored by; `before` and `after` are lines of evaluations, `first` and `last` of steps, all as metrics.jsonl has them.
+    """
+    config = complete_config(dict(config))
+    sections = [
+        _head(config, manifest, reference),
+        _data(config, manifest),
+        _reference(reference, manifest),
+        _loss(config),
+        _procedure(config, num_steps),
+        _options(config),
+        _results(before, after, first, last),
+        _loading(config),
+        _versions(versions or {}),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return f"---\n{card_data(config, manifest, reference).to_yaml()}\n---\n\n{body}\n"
+
+
+def card_data(config: Mapping[str, Any], manifest: Document, reference: Document) -> ModelCardData:
+    """The front matter. A base model or data set is named there if it comes from the Hub: a folder's name would link to another's."""
+    base, dataset = _base_model(config, reference), manifest["source"]["dataset"]
+    return ModelCardData(
+        base_model=base if base and not is_local(base) else None,
+        library_name="peft" if _is_adapter(config) else "transformers",
+        pipeline_tag="text-generation",
+        tags=["dpo-cache", *_loss_tags(config)],
+        datasets=None if is_local(dataset) else dataset,
+    )
+
+
+def write_card(folder: Path, card: str) -> None:
+    """README.md in a model's folder, whole, in place of the one that a library may have put there. Raises `TrainingError`."""
+    scratch = folder / ".README.md.tmp"
+    try:
+        scratch.write_text(card, encoding="utf-8")
+        scratch.replace(folder / "README.md")
+    except OSError as error:
+        raise TrainingError(f"cannot write {folder / 'README.md'}: {error.strerror or error}.\nThe model in {folder} is whole.") from error
+
+
+def library_versions(config: Mapping[str, Any]) -> dict[str, str]:
+    """The versions that a card records."""
+    names = ["dpo-cache", "torch", "transformers", *(["peft"] if config["lora_r"] or config["peft_config"] else [])]
+    return {name: version(name) for name in names}
+
+
+def is_local(location: str) -> bool:
+    """Whether a model or data set is a folder or file of this machine, and not an id on the Hub."""
+    is_id = re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", location, re.ASCII)
+    return not is_id or os.path.exists(location)
+
+
+def shown_name(location: str) -> str:
+    """A Hub id as it is; of a path or URL the last part."""
+    return location if not is_local(location) else PureWindowsPath(location.rstrip("/\\")).name or "a local folder"
+
+
+# -- sections ------------------------------------------------------------------------------------------------------------------
+
+
+def _head(config: Mapping[str, Any], manifest: Document, reference: Document) -> str:
+    base, what = _base_model(config, reference), "An adapter for" if _is_adapter(config) else "A fine-tune of"
+    losses = " + ".join(f"`{entry}`" for entry in config["loss"])
+    return (
+        f"# {shown_name(config['output'])}\n\n"
+        f"{what} {_named(base)}, trained on the preference pairs `{manifest['name']}/{manifest['split']}` with the loss {losses} by dpo-cache. "
+        "The log-probs of the reference were computed once, before, and read from a cache; no reference model was in memory."
+    )
+
+
+def _data(config: Mapping[str, Any], manifest: Document) -> str:
+    source, made_with, resolved = manifest["source"], manifest["tokenization"], config["resolved"]
+    rows = [
+        ("pair set", f"`{manifest['name']}/{manifest['split']}`"),
+        (
+            "source",
+            f"{_named(source['dataset'], 'datasets/')}, {source['format']} format{', log-probs imported' if manifest.get('imported') else ''}",
+        ),
+        ("pairs trained on", f"{resolved['num_pairs']:,} of {manifest['num_pairs']:,}"),
+        ("digest of the pairs", f"`{manifest['pairs_digest']}`"),
+        ("longest prompt + answer", f"{made_with['max_length']:,} tokens, truncation {made_with['truncation']}"),
+    ]
+    if config["eval_pairs"]:
+        rows.append(("held-out pairs", f"{resolved['num_eval_pairs']:,} of `{config['eval_pairs']}`"))
+    elif config["eval_fraction"]:
+        rows.append(("held-out pairs", f"{resolved['num_eval_pairs']:,} of the same set, by prompt (`--eval-fraction {config['eval_fraction']}`)"))
+    return f"## Data\n\n{_table(rows)}"
+
+
+def _reference(reference: Document, manifest: Document) -> str:
+    identity, source = reference["identity"], reference["provenance"]
+    model, revision = source.get("model"), source.get("revision")
+    rows = [
+        ("id", f"`{manifest['reference']}`"),
+        ("model", (_named(model) if model else "not known") + (f", revision `{revision}`" if revision else "")),
+        ("dtype", str(identity.get("dtype") or "not known")),
+    ]
+    if "imported" in identity:
+        rows.append(("imported as", f"`{identity['imported']}`"))
+    elif "weights" in identity:
+        rows.append(("sha256 over its tensors", f"`{identity['weights']}`"))
+    return f"## Reference\n\n{_table(rows)}"
+
+
+def _loss(config: Mapping[str, Any]) -> str:
+    names, defaults = list(loss_terms(config["loss"])), _defaults()
+    used = [name for name in LOSS_SETTINGS if config[name] != defaults[name] or (name == "beta" and set(names) & set(USED_BY["beta"]))]
+    rows = [(f"`{name}`", f"weight {weight:g}") for name, weight in loss_terms(config["loss"]).items()]
+    rows += [(f"`{_flags()[name]}`", _shown(config[name])) for name in used]
+    cited = "\n".join(f"- {paper.cite()}" for paper in papers_of(dict(config)))
+    return f"## Loss\n\n{_table(rows)}" + (f"\n\n{cited}" if cited else "")
+
+
+def _procedure(config: Mapping[str, Any], num_steps: int | None) -> str:
+    resolved = config["resolved"]
+    steps = num_steps if num_steps is not None else resolved["total_steps"]
+    rows = [
+        ("steps", f"{steps:,} of at most {config['batch_size']} pairs"),
+        ("learning rate", f"{config['lr']:g}, {config['lr_schedule']} after a warm-up over {config['warmup_ratio']:.0%} of the steps"),
+        ("optimizer", f"{config['optimizer']}, weight decay {config['weight_decay']:g}, {_clipping(config)}"),
+        ("precision", resolved["precision"]),
+        ("trained weights", _trained(config)),
+        ("seed", str(config["seed"])),
+    ]
+    return f"## Training\n\n{_table(rows)}"
+
+
+def _options(config: Mapping[str, Any]) -> str:
+    defaults = _defaults()
+    changed = [name for name in defaults if name not in SAID_ELSEWHERE | OF_THE_MACHINE and _listed(config[name]) != _listed(defaults[name])]
+    if not changed:
+        return ""
+    return "## Options that differ from their defaults\n\n" + _table([(f"`{_flags()[name]}`", _shown(config[name])) for name in changed])
+
+
+def _results(before: Metrics | None, after: Metrics | None, first: Metrics | None, last: Metrics | None) -> str:
+    columns = [("held out, before", before, "eval/"), ("held out, after", after, "eval/"), ("first step", first, ""), ("last step", last, "")]
+    rows = [
+        (title, *(f"{line[prefix + name]:{style}}" for name, style in (("loss", ".4f"), ("rewards/accuracies", ".1%"), ("rewards/margins", "+.4f"))))
+        for title, line, prefix in columns
+        if line
+    ]
+    if not rows:
+        return ""
+    note = (
+        "\n\nBefore training a policy that starts as the reference has rewards of zero, up to rounding: its accuracy says nothing." if before else ""
+    )
+    return f"## Results\n\n{_table(rows, ('', 'loss', 'accuracy', 'reward margin'))}{note}"
+
+
+def _loading(config: Mapping[str, Any]) -> str:
+    name = shown_name(config["output"])
+    load = "from peft import AutoPeftModelForCausalLM as Model" if _is_adapter(config) else "from transformers import AutoModelForCausalLM as Model"
+    return (
+        f"## Use\n\n```python\nfrom transformers import AutoTokenizer\n{load}\n\n"
+        f'model = Model.from_pretrained("{name}/model")  # this folder, or its id on the Hub\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}/model")\n```'
+    )
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else ""
+
+
+# -- beside them ---------------------------------------------------------------------------------------------------------------
+
+
+def _base_model(config: Mapping[str, Any], reference: Document) -> str | None:
+    return config["model"] or reference["provenance"].get("model") or config["resolved"].get("model")
+
+
+def _is_adapter(config: Mapping[str, Any]) -> bool:
+    return bool(config["lora_r"] or config["peft_config"]) and not config["merge_adapter"]
+
+
+def _loss_tags(config: Mapping[str, Any]) -> list[str]:
+    """`sigmoid` is known as DPO; `ipo_norm` and the like as what they are variants of."""
+    names = [name.removesuffix("_norm").removesuffix("_pair") for name in loss_terms(config["loss"])]
+    known = ["dpo" if name == "sigmoid" else name for name in names]
+    is_preference = not all(name in SFT_LOSSES for name in loss_terms(config["loss"]))
+    return list(dict.fromkeys([*known, *(["preference-optimization"] if is_preference else [])]))
+
+
+def _clipping(config: Mapping[str, Any]) -> str:
+    return f"gradient norm clipped to {config['max_grad_norm']:g}" if config["max_grad_norm"] else "gradient never clipped"
+
+
+def _trained(config: Mapping[str, Any]) -> str:
+    base = "" if config["quantize"] == "none" else f" over weights held in {config['quantize']}"
+    merged = ", merged into the weights" if config["merge_adapter"] else ""
+    if config["lora_r"]:
+        alpha = config["lora_alpha"] if config["lora_alpha"] is not None else 2 * config["lora_r"]
+        return f"LoRA of rank {config['lora_r']}, alpha {alpha:g}, on {config['lora_targets']}{base}{merged}"
+    return f"an adapter of another kind (`--peft-config`){base}{merged}" if config["peft_config"] else "all"
+
+
+def _named(location: str | None, kind: str = "") -> str:
+    """A link to the Hub, or a folder's name; data sets are of the kind `datasets/`."""
+    if location is None:
+        return "a model that is not known"
+    name = shown_name(location)
+    return f"`{name}`, a local copy" if is_local(location) else f"[{name}](https://huggingface.co/{kind}{name})"
+
+
+def _shown(value: Any) -> str:
+    """An option's value; a path by its last part."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    is_path = isinstance(value, str) and (os.path.isabs(value) or "/" in value or "\\" in value)
+    return f"`{PureWindowsPath(value.rstrip('/')).name if is_path else value}`"
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _defaults() -> dict[str, Any]:
+    return {entry.name: entry.default_factory() if entry.default_factory is not MISSING else entry.default for entry in fields(TrainOptions)}
+
+
+def _flags() -> dict[str, str]:
+    return {entry.name: flag_of(entry) for entry in fields(TrainOptions)}
+
+
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ("", "")) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *escaped])
