@@ -128,9 +128,16 @@ def _generate(model: PreTrainedModel, sequences: Sequence[TokenIds], num_tokens:
     for row, sequence in enumerate(sequences):
         ids[row, width - len(sequence) :], mask[row, width - len(sequence) :] = sequence, 1
     config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=num_tokens, eos_token_id=list(end_ids) or None, pad_token_id=pad_id
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=num_tokens,
+        eos_token_id=list(end_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
     )
     inputs = {"input_ids": torch.from_numpy(ids).to(model.device), "attention_mask": torch.from_numpy(mask).to(model.device)}
     generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
-    output = generate(**inputs, generation_config=config, use_cache=True)
+    output = generate(**inputs, generation_config=config)
     return output[:, width:].cpu().numpy().astype(np.uint32)
