@@ -201,9 +201,7 @@ class _Run:
         if self.data.eval_pairs is not None and self.data.eval_pairs is not self.data.pairs:
             shared = count_shared(self.data.pairs, self.data.eval_pairs)
             if shared:
-                self.say(
-                    f"{shared:,} of {len(self.data.eval_pairs):,} evaluation pairs stand in the training pairs, too: they are no held-out pairs."
-                )
+                self.say(f"{shared:,} of {len(self.data.eval_pairs):,} evaluation pairs stand in the training pairs, too: those are not held out.")
 
     def _steps(self) -> Iterator[list[ScoredPair]]:
         """The pairs of each step that is left, epoch after epoch; the last step of an epoch may be smaller."""
