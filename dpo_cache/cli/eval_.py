@@ -77,8 +77,8 @@ def _describe(accuracy: Accuracy) -> str:
 
 def _print_spreads(report: EvalReport) -> None:
     def row(name: str, spread: Spread) -> tuple[str, ...]:
-        values = (spread.mean, spread.deviation, spread.p5, spread.p25, spread.median, spread.p75, spread.p95)
-        return name, *(f"{value:+.4f}" for value in values)
+        percentiles = (spread.p5, spread.p25, spread.median, spread.p75, spread.p95)
+        return name, f"{spread.mean:+.4f}", f"{spread.deviation:.4f}", *(f"{value:+.4f}" for value in percentiles)
 
     print()
     spreads = {"chosen": report.chosen_reward, "rejected": report.rejected_reward, "margin": report.margin}

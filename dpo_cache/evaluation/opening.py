@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -59,6 +60,7 @@ def open_policy(options: EvalOptions, pairs: PairSet, reference: Document, say: 
     Nothing but its log-probs is ever taken from it: those of the reference are read from the cache.
     """
     location, trust = options.model, options.trust_remote_code
+    _check_no_run(Path(location))
     config = load_config(location, revision=options.revision, trust_remote_code=trust)
     check_causal(config, location)
     device = choose_device(options.device)
@@ -91,6 +93,14 @@ def check_room(config: PreTrainedConfig, location: str, largest_id: int, longest
             f"row {row} has a sequence of {longest} tokens, but {location} was made for {positions} at most.\n"
             f"Score the data with `dpo-cache precompute --max-length {positions}` and evaluate on that."
         )
+
+
+def _check_no_run(folder: Path) -> None:
+    """Raise `ModelError` for the folder of a training run, whose config.json is not a model's."""
+    if not (folder / "metrics.jsonl").is_file():
+        return
+    place = f"Give {folder / 'model'}." if (folder / "model").is_dir() else "It has no model yet: finish it with `dpo-cache train --resume`."
+    raise ModelError(f"{folder}: the folder of a training run, not of a model.\n{place}")
 
 
 def _only_pair_set(cache: Cache) -> str:

@@ -18,8 +18,8 @@ def cache(run, model_folder: str, data_file: str, tmp_path: Path) -> Path:  # no
 def test_the_report_is_on_stdout_and_remarks_on_stderr(run, cache: Path, model_folder: str, tmp_path: Path) -> None:  # noqa: F811
     trained = run("train", "--cache", cache, "--output", tmp_path / "run", "--batch-size", 4, "--lr", 1e-3, "--warmup-ratio", 0)
     assert trained.code == 0
-    done = run("eval", "--cache", cache, "--model", tmp_path / "run" / "model", "--output", tmp_path / "pairs.jsonl")
-    assert done.code == 0
+    done = run("eval", "--cache", cache, "--model", tmp_path / "run" / "model", "--output", tmp_path / "margins.jsonl")
+    assert done.code == 0, done.err
     assert done.err.startswith("the model is another than the reference (largest gap ") and "weights: " in done.err
     first = done.out.splitlines()[0]
     assert first.startswith(f"pairs/train: {tmp_path}/run/model beside reference ") and first.endswith(", float32, attention: forest")
@@ -27,8 +27,8 @@ def test_the_report_is_on_stdout_and_remarks_on_stderr(run, cache: Path, model_f
         assert any(line.startswith(f"  {label}  ") for line in done.out.splitlines()), label
     for title in ("reward ", "confidence ", "by which is longer ", "by both answers ", "by prompt "):
         assert any(line.startswith(title) for line in done.out.splitlines()), title
-    assert done.out.splitlines()[-1] == f"One line a pair is in {tmp_path}/pairs.jsonl."
-    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 12
+    assert done.out.splitlines()[-1] == f"One line a pair is in {tmp_path}/margins.jsonl."
+    assert len((tmp_path / "margins.jsonl").read_text().splitlines()) == 12
 
 
 def test_json_is_all_of_stdout(run, cache: Path, model_folder: str) -> None:  # noqa: F811

@@ -240,6 +240,14 @@ def test_log_probs_that_are_no_numbers_name_their_rows(model_folder: str, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "cache", "pairs.jsonl"]
 
 
+def test_the_folder_of_a_run_is_told_from_its_model(cache: str, trained: dpo_cache.TrainReport, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"{trained.output}: the folder of a training run, not of a model.\nGive {trained.model}."):
+        evaluate(cache, trained.output)
+    dpo_cache.train(cache, tmp_path / "run", pairs="pairs", batch_size=4, should_stop=lambda: True, say=lambda _: None)
+    with pytest.raises(ModelError, match="It has no model yet: finish it with `dpo-cache train --resume`."):
+        evaluate(cache, tmp_path / "run")
+
+
 def test_an_adapter_is_refused(cache: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "adapter", make_llama())
     (folder / "adapter_config.json").write_text("{}")

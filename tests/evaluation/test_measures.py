@@ -18,7 +18,7 @@ from dpo_cache.evaluation.measures import (
     wilson_interval,
 )
 
-LOGIT = {share: math.log(share / (1 - share)) for share in (0.52, 0.58, 0.8, 0.9)}  # margins whose sigmoid is the share
+LOGIT = {share: math.log(share / (1 - share)) for share in (0.52, 0.58, 0.8, 0.95)}  # margins whose sigmoid is the share
 
 
 def test_a_tie_is_not_right_and_is_counted() -> None:
@@ -56,15 +56,15 @@ def test_log_ratios_are_means_over_tokens_not_over_answers() -> None:
 
 
 def test_calibration_of_six_pairs() -> None:
-    """Confidences 0.9 right, 0.9 wrong, 0.58 right, 0.58 right, 0.52 wrong, and a tie."""
-    margins = np.array([LOGIT[0.9], -LOGIT[0.9], LOGIT[0.58], LOGIT[0.58], -LOGIT[0.52], 0.0])
+    """Confidences 0.95 right, 0.95 wrong, 0.58 right, 0.58 right, 0.52 wrong, and a tie."""
+    margins = np.array([LOGIT[0.95], -LOGIT[0.95], LOGIT[0.58], LOGIT[0.58], -LOGIT[0.52], 0.0])
     found = measure_calibration(margins, num_bins=5)  # 0.5, 0.6, 0.7, 0.8, 0.9, 1
     assert [entry.count for entry in found.bins] == [4, 0, 0, 0, 2]
     assert (found.bins[0].predicted, found.bins[0].observed) == (pytest.approx((0.58 + 0.58 + 0.52 + 0.5) / 4), 2.5 / 4)
-    assert (found.bins[4].predicted, found.bins[4].observed) == (pytest.approx(0.9), 0.5)
+    assert (found.bins[4].predicted, found.bins[4].observed) == (pytest.approx(0.95), 0.5)
     assert (found.bins[1].predicted, found.bins[1].observed) == (None, None)
-    assert found.expected_error == pytest.approx((4 * (0.625 - 0.545) + 2 * 0.4) / 6)
-    assert found.brier == pytest.approx((0.1**2 + 0.9**2 + 2 * 0.42**2 + 0.52**2 + 0.5**2) / 6)
+    assert found.expected_error == pytest.approx((4 * (0.625 - 0.545) + 2 * 0.45) / 6)
+    assert found.brier == pytest.approx((0.05**2 + 0.95**2 + 2 * 0.42**2 + 0.52**2 + 0.5**2) / 6)
 
 
 def test_a_model_that_knows_what_it_knows_is_calibrated() -> None:
@@ -91,8 +91,8 @@ def test_folding_is_the_reliability_of_pairs_taken_both_ways_round(values: list[
     shares = 1 / (1 + np.exp(-both))
     assert sum(entry.count for entry in found.bins) == len(margins)
     assert found.brier == pytest.approx(((shares - labels) ** 2).mean(), abs=1e-9)
-    above = shares >= 0.5  # each pair once, a tie twice, with either label
-    weights = np.where(shares == 0.5, 0.5, 1.0)
+    above = both >= 0  # each pair once, a tie twice, with either label
+    weights = np.where(both == 0, 0.5, 1.0)
     observed = (labels * weights)[above].sum() / weights[above].sum()
     means = [(entry.count, entry.observed) for entry in found.bins if entry.observed is not None]
     assert sum(count * share for count, share in means) / len(margins) == pytest.approx(observed, abs=1e-9)
