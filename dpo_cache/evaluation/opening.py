@@ -113,14 +113,16 @@ def _only_pair_set(cache: Cache) -> str:
 
 
 def _compare_tokenizers(options: EvalOptions, made_with: Document, say: Say) -> None:
-    """Say so where the policy's own tokenizer is not the one that made the ids; a folder without one is taken as it is."""
+    """Say so where the policy's own tokenizer is not the one that made the ids, as far as that is recorded and can be seen."""
+    expected = made_with.get("tokenizer_sha256")
+    if not expected:
+        return
     try:
         own = data.load_tokenizer(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
     except ModelError:
         say(f"{options.model} has no tokenizer to compare with the one that made the pairs' ids; they are taken to be the same.")
         return
-    expected = made_with.get("tokenizer_sha256")
-    if expected and data.tokenizer_digest(own) != expected:
+    if data.tokenizer_digest(own) != expected:
         say(
             f"the tokenizer of {options.model} is not the one that made the pairs' ids ({made_with['tokenizer']}): another vocabulary, other "
             "rules, special tokens or another chat template. If its ids mean other tokens, nothing below has a meaning."

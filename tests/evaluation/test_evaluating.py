@@ -248,10 +248,10 @@ def test_the_folder_of_a_run_is_told_from_its_model(cache: str, trained: dpo_cac
         evaluate(cache, tmp_path / "run")
 
 
-def test_an_adapter_is_refused(cache: str, tmp_path: Path) -> None:
+def test_an_adapter_that_says_nothing_of_itself_is_refused(cache: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "adapter", make_llama())
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match=f"^{folder}"):
         evaluate(cache, folder)
 
 
