@@ -6,6 +6,7 @@
     precomputing  data -> lm -> store: run the frozen reference once
     exchange      pair sets -> files for other tools, and log-probs made elsewhere -> pair sets
     training      store -> lm -> optimizer: train the policy alone
+    evaluation    store -> lm -> report: how good a policy is on a pair set
 
 In a few lines:
 
@@ -14,6 +15,7 @@ In a few lines:
     dpo_cache.precompute("path/to/model", "pairs.jsonl", "cache")
     pairs = dpo_cache.open_cache("cache").pairs("pairs")
     dpo_cache.train("cache", "run", pairs="pairs", beta=0.1)
+    dpo_cache.evaluate("cache", "heldout", "run/model", beta=0.1).accuracy
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpo_cache.evaluation import EvalReport, evaluate
     from dpo_cache.exchange import ExportReport, ImportReport, export_pairs, import_pairs
     from dpo_cache.precomputing import PrecomputeReport, precompute
     from dpo_cache.store import open_cache
@@ -40,6 +43,8 @@ _HOMES = {
     "import_pairs": "dpo_cache.exchange",
     "ImportReport": "dpo_cache.exchange",
     "open_cache": "dpo_cache.store",
+    "evaluate": "dpo_cache.evaluation",
+    "EvalReport": "dpo_cache.evaluation",
     "train": "dpo_cache.training.loop",
     "TrainReport": "dpo_cache.training.loop",
     "preference_loss": "dpo_cache.training.losses",
@@ -51,6 +56,7 @@ _HOMES = {
 
 __all__ = [
     "Completion",
+    "EvalReport",
     "ExportReport",
     "ImportReport",
     "Pair",
@@ -58,6 +64,7 @@ __all__ = [
     "Score",
     "ScoredPair",
     "TrainReport",
+    "evaluate",
     "export_pairs",
     "import_pairs",
     "open_cache",

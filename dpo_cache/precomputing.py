@@ -30,7 +30,8 @@ from dpo_cache.lm.linear import use_fast_linear
 from dpo_cache.lm.load import check_causal, load_config, load_model
 from dpo_cache.options import PrecomputeOptions, number_or_auto, renamed_columns
 from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_completions, pairs_of, rows_of
-from dpo_cache.precompute_report import PrecomputeReport, ScoringProgress
+from dpo_cache.precompute_report import PrecomputeReport
+from dpo_cache.scoring_progress import ScoringProgress
 from dpo_cache.store import Cache, PairSet, ScoreIndex, open_cache
 from dpo_cache.store.cache import check_name
 from dpo_cache.store.documents import digest_json

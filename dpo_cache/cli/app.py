@@ -13,6 +13,7 @@ import typer
 
 from dpo_cache.cli.compact import compact_command
 from dpo_cache.cli.diff import diff_command
+from dpo_cache.cli.eval_ import eval_command
 from dpo_cache.cli.export import export_command
 from dpo_cache.cli.gc import gc_command
 from dpo_cache.cli.import_ import import_command
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.command("precompute")(precompute_command)
 app.command("train")(train_command)
+app.command("eval")(eval_command)
 app.command("ls")(ls_command)
 app.command("verify")(verify_command)
 app.command("compact")(compact_command)

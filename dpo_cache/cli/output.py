@@ -8,12 +8,15 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-NUMBER = re.compile(r"[\d,]{1,11}|[\d.]+ [kMG]?B")
+if TYPE_CHECKING:
+    from dpo_cache.scoring_progress import ScoringProgress
+
+NUMBER = re.compile(r"[\d,]{1,11}|[\d.]+ [kMG]?B|[+-]?\d+\.\d+|[+-]?[\d.]+%|")
 QUIET_SECONDS = 10.0  # between progress lines off a terminal
 
 
@@ -100,6 +103,12 @@ class ProgressLine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def show_scoring(line: ProgressLine, progress: ScoringProgress) -> None:
+    """How far a model is with scoring."""
+    rates = f"{progress.tokens_per_s:,.0f} tokens/s  {progress.pairs_per_s:.2f} pairs/s"
+    line.update(progress.num_tokens, progress.total_tokens, f"{rates}  {format_seconds(progress.seconds_left)} left")
 
 
 def format_bytes(num_bytes: float) -> str:
