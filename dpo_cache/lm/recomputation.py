@@ -25,7 +25,7 @@ FLOATS_KEPT = {"none": 2.7, "selective": 1.2, "full": 0.15}
 EXPENSIVE = (
     "aten.mm", "aten.addmm", "aten.bmm", "aten._grouped_mm", "mkldnn._linear_pointwise", "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
-    "aten._scaled_dot_product_attention_math_for_mps",
+    "aten._scaled_dot_product_attention_math_for_mps", "bitsandbytes.gemm_4bit", "bitsandbytes.int8_scaled_mm", "bitsandbytes.int8_mixed_scaled_mm",
 )  # fmt: skip
 
 
