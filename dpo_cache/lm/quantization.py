@@ -46,8 +46,8 @@ def settle_layers(model: PreTrainedModel) -> None:
     """Make freshly loaded bitsandbytes layers fit for training on any device."""
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of each product whose inputs are not float16
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # it would repack the weights for inference, in a form that has no backward pass
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # it would repack the weights for inference, in a form that has no backward pass
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
