@@ -24,6 +24,7 @@ from dpo_cache.train_options import TrainOptions
 from dpo_cache.training.batches import stream_pairs
 from dpo_cache.training.checkpoint import Progress, read_progress, restore_optimizer, save_checkpoint
 from dpo_cache.training.folder import check_config, check_disk, discard, find_start, read_resolved, save_model, write_config
+from dpo_cache.training.freeing import FreedGradients
 from dpo_cache.training.metrics import Metrics, MetricsFile, PairMetrics
 from dpo_cache.training.objective import objective_of
 from dpo_cache.training.opening import open_pairs, open_policy
@@ -97,9 +98,12 @@ class _Run:
         self.linear = "onednn" if use_fast_linear(self.model, worth=CLEARLY_WORTH, decided=before) else "torch"
         self.total_steps = options.max_steps or math.ceil(options.epochs * math.ceil(self.data.num_pairs / options.batch_size))
         self.thrift = Thrift(self.model, number_or_auto("--micro-tokens", options.micro_tokens), options.gradient_checkpointing, say)
-        self.optimizer = make_optimizer(self.model, lr=options.lr, weight_decay=options.weight_decay)
+        self.optimizer = make_optimizer(
+            self.model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay, rounding=options.rounding, seed=options.seed
+        )
         if self.checkpoint:
-            restore_optimizer(self.checkpoint, self.model, self.optimizer)
+            restore_optimizer(self.checkpoint, self.optimizer)
+        self.freed = FreedGradients(self.optimizer) if options.free_gradients else None
         step_zero = StepZero(
             same_model=self.policy.is_reference,
             reference_dtype=self.data.reference["identity"]["dtype"],
@@ -107,7 +111,7 @@ class _Run:
             policy_dtype="float32" if self.policy.precision == "fp32" else "bfloat16",
         )
         self.objective = objective_of(options, router_coefficient(self.model, options.router_aux_loss_coef))
-        self.passes = Passes(self.policy, self.objective, self.thrift, None if self.checkpoint else step_zero, say)
+        self.passes = Passes(self.policy, self.objective, self.thrift, None if self.checkpoint else step_zero, say, self.freed)
         self.step_zero_gap: float | None = None
         self.has_updated = False
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
@@ -180,20 +184,25 @@ class _Run:
     def _step(self, pairs: list[ScoredPair]) -> Metrics:
         """One update. The loss is the mean over the step's pairs, however they are split into forests."""
         started = time.perf_counter()
-        metrics, num_tokens = self.passes.gradient(pairs)
-        self._end_step_zero()
         lr = self._lr(self.progress.step - 1)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or math.inf)
+        metrics, num_tokens = self.passes.gradient(pairs)
+        self._end_step_zero()
+        if self.freed:
+            has_changed, grad_norm = self.freed.has_begun, self.freed.end_step()
+        else:
+            has_changed, grad_norm = False, torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or math.inf)
         means = metrics.means()
         if not math.isfinite(means["loss"]) or not math.isfinite(float(grad_norm)):
             rows = ", ".join(str(scored.pair.row) for scored in pairs[:8])
             raise TrainingError(
-                f"step {self.progress.step}: loss {means['loss']}, gradient norm {float(grad_norm)}; the weights were not updated.\n"
+                f"step {self.progress.step}: loss {means['loss']}, gradient norm {float(grad_norm)}; "
+                f"the weights were {'updated with it (--free-gradients): the last checkpoint is what counts' if has_changed else 'not updated'}.\n"
                 f"Rows of the data in this step: {rows}{', …' if len(pairs) > 8 else ''}. Lower --lr, or use --precision fp32."
             )
-        self.optimizer.step()
+        if not self.freed:
+            self.optimizer.step()
         self.has_updated = True
         self.optimizer.zero_grad(set_to_none=True)
         elapsed_s = time.perf_counter() - started
