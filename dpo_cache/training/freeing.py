@@ -50,7 +50,7 @@ class FreedGradients:
         """Norm of the step's gradient, as `clip_grad_norm_` gives it; the next step may begin."""
         norms = [self._norms[place] for place in sorted(self._norms)]
         self._norms = {}
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(0.0)
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(torch.nan)  # nothing was updated
 
     def _take(self, place: int, parameter: torch.Tensor) -> None:
         if self._is_last:
