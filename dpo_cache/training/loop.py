@@ -17,6 +17,7 @@ import torch
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import choose_device, peak_bytes
 from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
+from dpo_cache.lm.offload import offload_activations
 from dpo_cache.lm.routing import router_coefficient
 from dpo_cache.options import number_or_auto
 from dpo_cache.store import open_cache
@@ -98,6 +99,8 @@ class _Run:
         self.linear = "onednn" if use_fast_linear(self.model, worth=CLEARLY_WORTH, decided=before) else "torch"
         self.total_steps = options.max_steps or math.ceil(options.epochs * math.ceil(self.data.num_pairs / options.batch_size))
         self.thrift = Thrift(self.model, number_or_auto("--micro-tokens", options.micro_tokens), options.gradient_checkpointing, say)
+        if options.offload_activations:
+            offload_activations(self.model, say)
         self.optimizer = make_optimizer(
             self.model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay, rounding=options.rounding, seed=options.seed
         )
