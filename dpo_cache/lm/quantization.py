@@ -1,7 +1,8 @@
 """Base weights in 4 or 8 bits, by bitsandbytes: how they are named, loaded, and what rounding they bring.
 
     4bit    NF4 with its scales quantized once more (Sec. 3, arXiv:2305.14314); matrix products in the compute dtype
-    8bit    LLM.int8(): weights and activations in 8 bits, columns of outlying activations in 16 (arXiv:2208.07339)
+    8bit    weights in 8 bits a row, activations in 8 bits a token: LLM.int8() (arXiv:2208.07339) without its outliers in 16 bits,
+            which are chosen by looking at all tokens of a batch: a model with them is not causal
 
 Embeddings, norms and the LM head keep the dtype of the model. The policy stays in eval mode, as everywhere: in train
 mode bitsandbytes takes another way through an 8-bit layer on a CPU, and the policy would not be its reference.
@@ -58,8 +59,8 @@ def is_quantized(model: PreTrainedModel) -> bool:
 def rounding_dtype(model: PreTrainedModel) -> torch.dtype:
     """The dtype whose rounding explains gaps between two ways to run the model; see `TOKEN_TOLERANCES`.
 
-    An 8-bit layer rounds its inputs to 8 bits, and which columns it leaves out of that depends on the tokens it is
-    run with: as coarse as bfloat16, whatever dtype surrounds it. A 4-bit layer computes in the compute dtype.
+    An 8-bit layer rounds its inputs to 8 bits, so that a difference in the last bit before it can become one of a
+    hundredth: as coarse as bfloat16, whatever dtype surrounds it. A 4-bit layer computes in the compute dtype.
     """
     return torch.bfloat16 if any(_is_int8(module) for module in model.modules()) else model.dtype
 

@@ -100,7 +100,7 @@ def test_an_identity_names_the_quantization_and_nothing_else_changes(model_folde
     assert QUANTIZATION_FIELDS["4bit"] == {  # golden: another value is another reference
         "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
     }  # fmt: skip
-    assert QUANTIZATION_FIELDS["8bit"] == {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}
+    assert QUANTIZATION_FIELDS["8bit"] == {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0}
 
 
 @BOTH
