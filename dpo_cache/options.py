@@ -14,6 +14,7 @@ from dpo_cache.errors import OptionError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "8bit", "4bit")
 ATTENTIONS = ("auto", "forest", "rows")
 TRUNCATIONS = ("keep-start", "keep-end", "prompt-left", "drop")
 FORMATS = ("auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "ranked")
@@ -97,6 +98,9 @@ class PrecomputeOptions(Options):
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", flag="--trust-remote-code")
     dtype: str = option("auto", "Dtype of the forward pass. auto: the checkpoint's on a GPU, float32 on a CPU.", choices=DTYPES)
+    quantize: str = option(
+        "none", "Score the model with its weights in 8 or 4 bits (bitsandbytes), as `train --quantize` holds them.", choices=QUANTIZATIONS
+    )
     device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
     max_length: int = option(1024, "Longest prompt + answer, in tokens.")
     truncation: str = option("keep-start", "What happens to longer rows.", choices=TRUNCATIONS)

@@ -140,7 +140,7 @@ class _Precompute:
         """The reference's identity, from its files alone, and what the cache has of it."""
         options = self.options
         self.dtype = choose_dtype(options.dtype, self.device, getattr(self.config, "dtype", None))
-        self.identity = reference_identity(options.model, self.config, self.dtype, revision=options.revision)
+        self.identity = reference_identity(options.model, self.config, self.dtype, revision=options.revision, quantize=options.quantize)
         self.report.reference = digest_json(self.identity)
         if options.expect_reference:
             self._check_expected(options.expect_reference)
@@ -242,7 +242,12 @@ class _Precompute:
         if self.loaded is None:
             options = self.options
             model = load_model(
-                options.model, dtype=self.dtype, device=self.device, revision=options.revision, trust_remote_code=options.trust_remote_code
+                options.model,
+                dtype=self.dtype,
+                device=self.device,
+                revision=options.revision,
+                trust_remote_code=options.trust_remote_code,
+                quantize=options.quantize,
             )
             use_fast_linear(model)
             attention = choose_attention(model, options.attention, max_length=options.max_length)

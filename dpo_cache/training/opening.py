@@ -111,7 +111,14 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
     differing = () if checkpoint or is_imported else _differing(identity, location, revision, options)
     is_base_of = is_adapted and not is_imported and not _differing(identity, parts.base, parts.base_revision, options)
     dtype = torch.bfloat16 if precision == "bf16" or (precision == "bf16-mixed" and is_adapted) else torch.float32
-    model = load_base(parts, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
+    model = load_base(
+        parts,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=options.trust_remote_code,
+        quantize=options.quantize,
+        compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+    )
     adapted = _adapt(options, model, parts) if is_adapted else None
     return Policy(
         model=model,
@@ -181,7 +188,7 @@ def _template_remarks(options: TrainOptions, made_with: Document) -> list[str]:
 def _differing(identity: Document, location: str, revision: str | None, options: TrainOptions) -> list[str]:
     """What differs between the reference and the checkpoint; not their dtypes, for the policy's is its own."""
     config = load_config(location, revision=revision, trust_remote_code=options.trust_remote_code)
-    live = reference_identity(location, config, torch.float32, revision=revision)
+    live = reference_identity(location, config, torch.float32, revision=revision, quantize=options.quantize)
     return differing_fields(identity, {**live, "dtype": identity["dtype"]})
 
 
