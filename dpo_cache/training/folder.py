@@ -31,8 +31,8 @@ from dpo_cache.training.opening import Policy
 # What may differ between a run and its resumption: it changes speed, memory or what is reported, not the result.
 # fmt: off
 FREE_TO_CHANGE = {
-    "resume", "config", "trust_remote_code", "cache", "output", "device", "micro_tokens", "gradient_checkpointing", "offload_activations", "free_gradients",
-    "eval_every", "save_every", "keep", "sample", "log_to", "log_names", "step_zero", "dry_run",
+    "resume", "config", "trust_remote_code", "cache", "output", "device", "micro_tokens", "gradient_checkpointing", "offload_activations",
+    "free_gradients", "eval_every", "save_every", "keep", "sample", "log_to", "log_names", "step_zero", "dry_run",
 }
 # fmt: on
 RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "model", "best", ".model.tmp", ".best.tmp"}
