@@ -6,6 +6,8 @@
     precomputing  data -> lm -> store: run the frozen reference once
     exchange      pair sets -> files for other tools, and log-probs made elsewhere -> pair sets
     training      store -> lm -> optimizer: train the policy alone
+    sweeping      several trainings from one cache, a process each
+    reporting     runs -> tables and plots
 
 In a few lines:
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from dpo_cache.exchange import ExportReport, ImportReport, export_pairs, import_pairs
     from dpo_cache.precomputing import PrecomputeReport, precompute
     from dpo_cache.store import open_cache
+    from dpo_cache.sweeping import SweepReport, sweep
     from dpo_cache.training.loop import TrainReport, train
     from dpo_cache.training.losses import preference_loss
     from dpo_cache.types import Completion, Pair, Score, ScoredPair
@@ -42,6 +45,8 @@ _HOMES = {
     "open_cache": "dpo_cache.store",
     "train": "dpo_cache.training.loop",
     "TrainReport": "dpo_cache.training.loop",
+    "sweep": "dpo_cache.sweeping",
+    "SweepReport": "dpo_cache.sweeping",
     "preference_loss": "dpo_cache.training.losses",
     "Completion": "dpo_cache.types",
     "Pair": "dpo_cache.types",
@@ -57,12 +62,14 @@ __all__ = [
     "PrecomputeReport",
     "Score",
     "ScoredPair",
+    "SweepReport",
     "TrainReport",
     "export_pairs",
     "import_pairs",
     "open_cache",
     "precompute",
     "preference_loss",
+    "sweep",
     "train",
 ]
 
