@@ -52,6 +52,9 @@ class Options:
                 object.__setattr__(self, entry.name, value)
             if entry.default_factory is not MISSING:  # may be given several times
                 object.__setattr__(self, entry.name, (value,) if isinstance(value, str) else tuple(value))
+            if entry.type in ("str", "str | None") and type(value) is int:
+                value = str(value)
+                object.__setattr__(self, entry.name, value)
             if entry.type in ("int", "int | None") and value is not None and type(value) is not int:
                 raise OptionError(f"{flag_of(entry)} {value!r}: expected a whole number.")
             if choices and value not in choices and (value is not None or entry.metadata["required"]):

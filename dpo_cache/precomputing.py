@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from dpo_cache import data
 from dpo_cache.errors import ModelError
+from dpo_cache.lm.adapter import find_parts
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.device import choose_device, choose_dtype, peak_bytes
 from dpo_cache.lm.engine import Attention, choose_attention, score_completions
@@ -125,9 +126,10 @@ class _Precompute:
             if options.ranked_pairs != "all" and data_format != "ranked":
                 self.say(f"{place}: --ranked-pairs {options.ranked_pairs} has no effect on the format {data_format}.")
             splits.append(SplitPlan(name, rows, data.Survey(f"{self.name}/{name}", data_format)))
+        self.tokenizer_place, revision = (options.tokenizer, None) if options.tokenizer else find_parts(options.model, options.revision).tokenizer
         self.tokenizer = data.load_tokenizer(
-            options.tokenizer or options.model,
-            revision=None if options.tokenizer else options.revision,
+            self.tokenizer_place,
+            revision=revision,
             chat_template=options.chat_template,
             trust_remote_code=options.trust_remote_code,
         )
@@ -301,7 +303,7 @@ class _Precompute:
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             },
             "tokenization": {
-                "tokenizer": _absolute(options.tokenizer or options.model),
+                "tokenizer": _absolute(self.tokenizer_place),
                 "tokenizer_sha256": data.tokenizer_digest(self.tokenizer),
                 "chat_template": self.tokenizer.chat_template,
                 "max_length": options.max_length,
@@ -312,9 +314,7 @@ class _Precompute:
 
     def _provenance(self) -> dict[str, Any]:
         options = self.options
-        return provenance(
-            options.model, revision=options.revision, device=self.device, attention=options.attention, tokenizer=options.tokenizer or options.model
-        )
+        return provenance(options.model, revision=options.revision, device=self.device, attention=options.attention, tokenizer=self.tokenizer_place)
 
     def _finish_report(self) -> PrecomputeReport:
         totals, report = self.planner.totals, self.report

@@ -29,7 +29,7 @@ ALLOWED = {
     "types": set(),
     "cache_options": {"errors", "options"},
     "options": {"errors"},
-    "train_options": {"options", "loss_names"},
+    "train_options": {"errors", "options", "loss_names"},
     "loss_names": {"errors"},
     "errors": set(),
 }

@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dpo_cache.cli.output import ProgressLine, count, format_bytes, format_seconds, print_json, print_table
+from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, format_seconds, print_json, print_table
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
-from dpo_cache.train_options import TrainOptions
+from dpo_cache.train_options import TrainOptions, with_config
 
 if TYPE_CHECKING:
-    from dpo_cache.training.loop import TrainReport
+    from dpo_cache.training.report import TrainReport
 
 
-@command(TrainOptions, json_help="Print the report as JSON.")
+@command(TrainOptions, json_help="Print the report as JSON.", complete=with_config)
 def train_command(options: TrainOptions, as_json: bool) -> None:
     """Train a policy on cached pairs. The reference model is not loaded, and the data set not read.
 
-    Ctrl-C finishes the step and saves it; go on with --resume.
+    Ctrl-C or SIGTERM finishes the step and saves it; go on with --resume.
     """
     from dpo_cache.training.loop import train
 
@@ -29,15 +29,13 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
             if "eval/loss" in metrics:
                 line.remark(f"eval at step {step}: {_describe(metrics, 'eval/')}")
             else:
-                detail = f"step {step}/{total}  {_describe(metrics)}  {metrics['pairs_per_s']:.2f} pairs/s"
-                step_seconds.append(metrics["num_pairs"] / metrics["pairs_per_s"])
-                left = (total - step) * sum(step_seconds) / len(step_seconds)
-                line.update(step, total, f"{detail}  {format_seconds(left)} left")
+                line.update(step, total, f"step {step}/{total}  {_describe(metrics)}  {_describe_pace(metrics)}")
 
-        step_seconds: list[float] = []
         report = train(**asdict(options), on_metrics=show, say=line.remark, should_stop=lambda: request.is_asked)
     if as_json:
         print_json(asdict(report))
+    elif report.is_dry_run:
+        _print_dry_run(report)
     else:
         _print_report(report)
     if request.exit_code is not None and not report.finished:
@@ -49,18 +47,47 @@ def _describe(metrics: dict[str, Any], prefix: str = "") -> str:
     return f"loss {loss:.4f}  accuracy {accuracy:.1%}  margin {margin:+.4f}"
 
 
+def _describe_pace(metrics: dict[str, Any]) -> str:
+    left = "" if metrics["left_s"] is None else f"  {format_seconds(metrics['left_s'])} left"
+    return f"{metrics['pairs_per_s']:.2f} pairs/s  {format_bytes(metrics['peak_bytes'])}{left}"
+
+
 def _print_report(report: TrainReport) -> None:
-    rows = [("steps", count(report.num_steps)), ("pairs", count(report.num_pairs))]
+    rows = [("steps", count(report.num_steps)), ("pairs", count(report.num_pairs)), _trained(report)]
     if report.first and report.last:
         rows.append(("loss, first and last step", f"{report.first['loss']:.4f}  {report.last['loss']:.4f}"))
     if report.eval_before:
         rows.append(("held out, before", _describe(report.eval_before, "eval/")))
     if report.eval_after:
         rows.append(("held out, after", _describe(report.eval_after, "eval/")))
+    if report.best and report.best["step"] != report.num_steps:
+        rows.append(("best evaluation", f"{report.best['measure']} {report.best['value']:.4f} at step {report.best['step']}"))
     rows += [("time", format_seconds(report.elapsed_s)), ("peak memory", format_bytes(report.peak_bytes))]
-    print_table(f"{report.output}: {'trained' if report.finished else 'stopped early'}", rows)
-    if report.finished:
-        print(f"The model lies in {report.model}, one line a step in {report.output}/metrics.jsonl.")
-        print(f'Next: AutoModelForCausalLM.from_pretrained("{report.model}")')
-    else:
+    ended = "stopped early" if not report.finished else "trained, ended by --patience" if report.stopped_by_patience else "trained"
+    print_table(f"{report.output}: {ended}", rows)
+    if not report.finished:
         print(f"Saved after step {report.num_steps}. Next: the same command with --resume.")
+        return
+    if report.best_model:
+        print(f"The policy of the best evaluation lies in {report.best_model}.")
+    print(f"The model lies in {report.model}, one line a step in {report.output}/metrics.jsonl. Next:")
+    pairs = report.resolved["eval_pairs"] or report.resolved["pairs"]
+    print("  " + command_line("eval", "--cache", report.resolved["cache"], "--pairs", pairs, "--model", report.model))
+
+
+def _print_dry_run(report: TrainReport) -> None:
+    resolved = report.resolved
+    rows = [("policy", str(resolved["model"])), ("pairs", f"{resolved['pairs']}, {count(report.num_pairs)}"), _trained(report)]
+    rows += [(name.replace("_", " "), str(resolved[name])) for name in ("device", "precision", "attention", "gradient_checkpointing", "micro_tokens")]
+    rows.append(("steps", count(resolved["total_steps"])))
+    if report.last:
+        rows.append(
+            ("one step on the longest pairs", f"{report.last['num_pairs'] / report.last['pairs_per_s']:.1f} s for {report.last['num_pairs']} pairs")
+        )
+    rows.append(("peak memory", format_bytes(report.peak_bytes)))
+    print_table(f"{report.output}: a dry run", rows)
+    print("Nothing was written. Next: the same command without --dry-run.")
+
+
+def _trained(report: TrainReport) -> tuple[str, str]:
+    return "parameters trained", f"{count(report.num_trained)} of {count(report.num_parameters)}"

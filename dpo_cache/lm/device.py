@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -38,6 +41,19 @@ def choose_dtype(name: str, device: torch.device, checkpoint_dtype: torch.dtype 
 def sum_dtype(device: torch.device) -> torch.dtype:
     """Dtype in which log-probs are summed: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def deterministic_algorithms(is_on: bool) -> Iterator[None]:
+    """While open, torch takes algorithms that give the same bits each time, or fails where it has none."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if is_on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """What a reference is: the canonical description whose sha256 names it.
 
-    {"scoring": 1, "weights": <hex>, "config": {...}, "dtype": "float32"}
+    {"scoring": 1, "weights": <hex>, "config": {...}, "dtype": "float32"}      and "adapter", "quantization" where there is one
 
 `weights` is the sha256 over the lines `name dtype shape sha256-of-bytes` of all tensors, sorted by name: it
 does not depend on how a checkpoint is split into files. `config` holds the fields that differ from the
@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from dpo_cache.errors import ModelError, first_line
+from dpo_cache.lm.adapter import CONFIG_FILE, WEIGHTS_FILE, find_parts, read_config
+from dpo_cache.lm.adapter import INERT_FIELDS as INERT_ADAPTER_FIELDS
 
 SCORING_VERSION = 1  # raised when the same model and ids would get another stored value
 
@@ -45,16 +47,30 @@ INERT_FIELDS = frozenset(
 
 def reference_identity(location: str, config: PreTrainedConfig, dtype: torch.dtype, *, revision: str | None = None) -> dict[str, Any]:
     """The identity of the model at a local folder or Hub id, from its files alone. Raises `ModelError`."""
+    parts = find_parts(location, revision)
     identity: dict[str, Any] = {
         "scoring": SCORING_VERSION,
-        "weights": weights_digest(checkpoint_files(location, revision=revision)),
+        "weights": weights_digest(checkpoint_files(parts.base, revision=parts.base_revision)),
         "config": computing_fields(config),
         "dtype": str(dtype).removeprefix("torch."),
     }
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         identity["quantization"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if parts.adapter is not None:
+        identity["adapter"] = adapter_identity(parts.adapter)
     return identity
+
+
+def adapter_identity(folder: str) -> dict[str, Any]:
+    """What an adapter adds: the digest of its tensors, and the fields of its config that change what it computes."""
+    path = Path(folder, WEIGHTS_FILE)
+    if not path.is_file():
+        raise ModelError(f"{folder}: {WEIGHTS_FILE} is missing.\nSave the adapter again as safetensors; pickled files can run code and are not read.")
+    config = read_config(folder)
+    fields, defaults = config.to_dict(), type(config)().to_dict()
+    kept = {name: value for name, value in fields.items() if name not in INERT_ADAPTER_FIELDS and value != defaults.get(name)}
+    return {"weights": weights_digest([path]), "config": _plain({**kept, "peft_type": fields["peft_type"]})}
 
 
 def provenance(location: str, *, revision: str | None, device: torch.device, attention: str, tokenizer: str) -> dict[str, Any]:
@@ -97,11 +113,8 @@ def checkpoint_files(location: str, *, revision: str | None = None) -> list[Path
             folder = Path(snapshot_download(location, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
         except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
             raise ModelError(f"{location}: no such folder, and the Hub does not have it or cannot be reached.") from error
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{location}: holds an adapter, which would be loaded over the weights without being part of the reference's identity.\n"
-            "Merge it into its base (peft: `merge_and_unload`) and save the result as a model of its own."
-        )
+    if (folder / CONFIG_FILE).is_file():
+        raise ModelError(f"{location}: holds an adapter, where a base with weights of its own is expected.\nMerge it into its base (peft).")
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []  # transformers takes it before the index
     if not names and index.is_file():

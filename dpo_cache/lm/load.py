@@ -11,12 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from dpo_cache.errors import ModelError, first_line
+from dpo_cache.lm.adapter import Parts, find_parts, load_adapter
 
 
 def load_config(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's config, without its weights. Raises `ModelError`."""
+    """The model's config, without its weights; of an adapter, its base's. Raises `ModelError`."""
+    parts = find_parts(location, revision)
     try:
-        return AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(parts.base, revision=parts.base_revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(
             f"{location}: no model can be loaded from it ({first_line(error)}).\nGive a local folder with config.json, or a Hub id."
@@ -41,11 +43,21 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The causal LM in eval mode on the device. Raises `ModelError`, also where a weight is missing.
+    """The causal LM in eval mode on the device, of an adapter its base with the adapter in it. Raises `ModelError`, also where a weight is missing.
 
     Only safetensors are read: a pickled checkpoint can run code. Eval mode is kept while training too:
     the reference is scored without dropout, so the policy is trained without it.
     """
+    parts = find_parts(location, revision)
+    model = load_base(parts, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if parts.adapter is not None:
+        load_adapter(model, parts.adapter)
+    return model
+
+
+def load_base(parts: Parts, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
+    """See `load_model`: the weights alone, without an adapter over them."""
+    location, revision = parts.base, parts.base_revision
     config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
     check_causal(config, location)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

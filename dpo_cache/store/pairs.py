@@ -32,10 +32,10 @@ import pyarrow as pa
 from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.documents import Document, read_sealed, seal_document
 from dpo_cache.store.files import Folder
-from dpo_cache.store.keys import completion_key
+from dpo_cache.store.keys import completion_key, key_bytes
 from dpo_cache.store.parquet import REMEDY, ParquetReader, ParquetReaders, name_by_content, write_parquet
 from dpo_cache.store.parts import is_part_name
-from dpo_cache.store.shards import FLOAT_LIST, KEY, TOKEN_LIST, are_sums_alone, key_column, list_array, list_lengths, lists_agree
+from dpo_cache.store.shards import FLOAT_LIST, KEY, TOKEN_LIST, are_sums_alone, key_column, keys_of, list_array, list_lengths, lists_agree
 from dpo_cache.types import Completion, Pair, Score, ScoredPair, split_lists
 
 ROW_GROUP_PAIRS = 256  # the unit that is read, and shuffled, at once
@@ -133,6 +133,12 @@ class PairSet:
             raise CorruptShardError(f"{reader.place}: expected {num_pairs} pairs in row group {group}, found {table.num_rows}. {REMEDY}")
         check_pairs(table, reader.place, has_token_logps=self.has_token_logps)
         return _decode_pairs(table) if self.has_token_logps else _with_sums_alone(table, _decode_pairs(table))
+
+    def read_keys(self) -> Iterator[tuple[bytes, bytes]]:
+        """The keys of each pair's chosen and rejected completion, in order."""
+        for part, group, _ in self._blocks:
+            table = self._open_part(part).read_group(group)
+            yield from zip(key_bytes(keys_of(table.column("chosen_key"))), key_bytes(keys_of(table.column("rejected_key"))), strict=True)
 
     def _open_part(self, part: Document) -> ParquetReader:
         reader = self._readers.open(part["file"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +54,23 @@ def held_out(pair_set: PairSet, fraction: float, seed: int) -> np.ndarray:
     when rows are added or reordered.
     """
     return np.array([_lot(scored.pair.chosen.prompt_ids, seed) < fraction for scored in pair_set], bool)
+
+
+def longest_pairs(pair_set: PairSet, selected: np.ndarray, number: int) -> list[ScoredPair]:
+    """The selected pairs with the most tokens, longest first: what a step may have to fit into memory."""
+    found: list[tuple[int, int, ScoredPair]] = []
+    for place, scored in enumerate(pair_set):
+        if selected[place]:
+            entry = (len(scored.pair.chosen) + len(scored.pair.rejected), -place, scored)
+            (heapq.heappush if len(found) < number else heapq.heappushpop)(found, entry)
+    return [scored for _, _, scored in sorted(found, reverse=True)]
+
+
+def count_shared(pair_set: PairSet, other: PairSet) -> int:
+    """How many pairs of the second set stand in the first, token for token."""
+    wanted = Counter(other.read_keys())
+    found = {keys for keys in pair_set.read_keys() if keys in wanted}
+    return sum(count for keys, count in wanted.items() if keys in found)
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """A training run's state on disk: `RUN/checkpoints/step-000010/`.
 
-    model files            as `save_pretrained` writes them (safetensors)
+    model files            as `save_pretrained` writes them (safetensors); of an adapter, its weights alone
     optimizer.safetensors  `<parameter>/<state>` per optimizer state, e.g. `model.norm.weight/exp_avg`
-    tokenizer files        so that a resumed run needs nothing but the cache
-    state.json             {"step": ..., "epoch": ..., "pairs_seen": ...}
+    tokenizer files        so that a resumed run needs nothing but the cache, and an adapter its base
+    state.json             where the run stood: see `Progress`
 
 A checkpoint is written under a dot-name and renamed, so it is whole or absent. Nothing is pickled.
 """
@@ -14,47 +14,60 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.store.disk import sync
+from dpo_cache.training.opening import Policy
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: steps done, the epoch it is in (from 0), pairs of that epoch already used."""
+    """Where a run stands: steps done, the epoch it is in (from 0), pairs of that epoch already used, and what is to be gone on with."""
 
     step: int = 0
     epoch: int = 0
     pairs_seen: int = 0
+    thrift: dict[str, Any] | None = None  # how steps were split when it was saved: another split rounds otherwise
+    best: dict[str, Any] | None = None  # the best evaluation so far: its step and value, and how many since were no better
 
 
-def save_checkpoint(
-    run: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, optimizer: torch.optim.Optimizer, progress: Progress
-) -> Path:
-    """Publish the state after a step, then drop older ones. Raises `TrainingError` where the disk refuses."""
+def save_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int) -> Path:
+    """Publish the state after a step, then drop all but the last `keep`. Raises `TrainingError` where the disk refuses."""
     target = run / "checkpoints" / f"step-{progress.step:06d}"
+
+    def write(scratch: Path) -> None:
+        save_file(_optimizer_tensors(policy.model, optimizer), scratch / "optimizer.safetensors")
+        (scratch / "state.json").write_text(json.dumps(asdict(progress)) + "\n")
+
+    write_policy(target, policy, write, remedy="Free some space, then go on from the last checkpoint with --resume.")
+    for older in find_checkpoints(run)[:-keep]:
+        shutil.rmtree(older)
+    return target
+
+
+def write_policy(target: Path, policy: Policy, write_more: Any = lambda _: None, *, remedy: str) -> None:
+    """Publish a folder with the policy's weights (an adapter's alone), its tokenizer and what `write_more` adds: whole or absent."""
     scratch = target.with_name(f".{target.name}.tmp")
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        save_file(_optimizer_tensors(model, optimizer), scratch / "optimizer.safetensors")
-        (scratch / "state.json").write_text(json.dumps(asdict(progress)) + "\n")
+        if policy.adapted is None:
+            policy.model.save_pretrained(scratch)
+        else:
+            policy.adapted.save_pretrained(scratch)
+            (scratch / "README.md").unlink(missing_ok=True)  # peft's own card, which knows nothing of the run
+        policy.tokenizer.save_pretrained(scratch)
+        write_more(scratch)
         publish_folder(scratch, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise TrainingError(
-            f"cannot save {target}: {first_line(error)}.\nFree some space, then go on from the last checkpoint with --resume."
-        ) from error
-    for older in find_checkpoints(run)[:-1]:
-        shutil.rmtree(older)
-    return target
+        raise TrainingError(f"cannot save {target}: {first_line(error)}.\n{remedy}") from error
 
 
 def publish_folder(scratch: Path, target: Path) -> None:
@@ -68,7 +81,7 @@ def publish_folder(scratch: Path, target: Path) -> None:
 
 def find_checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def read_progress(checkpoint: Path) -> Progress:

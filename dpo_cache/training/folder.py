@@ -4,28 +4,39 @@ RUN/
   config.json      every option, and under `resolved` what became of the defaults
   metrics.jsonl    one line a step or evaluation
   checkpoints/     see `checkpoint.py`; gone when the run is finished
-  model/           the trained policy with its tokenizer
+  best/            the policy at the best evaluation, where that was not the last one, and `best.json`: its step and value
+  model/           the trained policy with its tokenizer: a model, or an adapter with its config
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from dpo_cache.errors import TrainingError, first_line
+from dpo_cache.errors import TrainingError
+from dpo_cache.lm.adapter import restore_adapter
+from dpo_cache.store.disk import sync
 from dpo_cache.store.local import free_bytes
 from dpo_cache.train_options import complete_config
-from dpo_cache.training.checkpoint import damaged, find_checkpoints, publish_folder
+from dpo_cache.training.checkpoint import damaged, find_checkpoints, write_policy
+from dpo_cache.training.opening import Policy
 
 # What may differ between a run and its resumption: it changes speed, memory or what is reported, not the result.
-FREE_TO_CHANGE = {"resume", "trust_remote_code", "cache", "output", "device", "micro_tokens", "gradient_checkpointing", "eval_every", "save_every"}
-RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "model", ".model.tmp"}
+# fmt: off
+FREE_TO_CHANGE = {
+    "resume", "config", "trust_remote_code", "cache", "output", "device", "micro_tokens", "gradient_checkpointing", "offload_activations",
+    "eval_every", "save_every", "keep", "sample", "log_to", "log_names", "step_zero", "dry_run",
+}
+# fmt: on
+RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "model", "best", ".model.tmp", ".best.tmp"}
+BEST_FILE = "best.json"
 FIXED_RESOLVED = ("reference", "pairs_digest", "num_pairs", "total_steps", "precision")
 
 
@@ -55,6 +66,15 @@ def find_start(folder: Path, say: Callable[[str], None], *, resume: bool) -> Pat
     return checkpoints[-1]
 
 
+def check_output(folder: Path) -> None:
+    """Raise `TrainingError` where a run could not write there; nothing is written."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK):
+        raise TrainingError(f"{folder}: {existing} cannot be written.\nChoose another --output.")
+
+
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """RUN/config.json of a new run."""
     try:
@@ -68,7 +88,7 @@ def discard(folder: Path) -> None:
     """Empty the folder of a run that did not come to its first update or checkpoint, so that it can be started anew."""
     for name in ("config.json", "metrics.jsonl"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", ".model.tmp"):
+    for name in ("checkpoints", "best", ".model.tmp", ".best.tmp"):
         shutil.rmtree(folder / name, ignore_errors=True)
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
@@ -78,7 +98,8 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Raise `TrainingError` naming what a resumed run changes, if that would change its result."""
     before, config = complete_config(_read_config(folder)), json.loads(json.dumps(config))
     resolved = before["resolved"]
-    both = [(name, before.get(name), config[name]) for name in config if name not in FREE_TO_CHANGE and name != "resolved"]
+    free = FREE_TO_CHANGE - {"eval_every"} if config["patience"] else FREE_TO_CHANGE  # patience counts evaluations
+    both = [(name, before.get(name), config[name]) for name in config if name not in free and name != "resolved"]
     both += [(name, resolved.get(name), config["resolved"][name]) for name in FIXED_RESOLVED]
     changed = [f"  {name}: {old} before, {new} now" for name, old, new in both if old != new]
     if changed:
@@ -99,10 +120,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_disk(folder: Path, model: PreTrainedModel, *, saves_checkpoints: bool) -> None:
+def check_disk(folder: Path, model: PreTrainedModel, *, num_checkpoints: int, keeps_best: bool, is_merged: bool) -> None:
     """Raise `TrainingError` before a training whose result could not be written."""
-    model_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    needed = model_bytes * (7 if saves_checkpoints else 1)  # weights and two moments, of two checkpoints for a moment
+    sizes = [(parameter.numel() * parameter.element_size(), parameter.requires_grad) for parameter in model.parameters()]
+    whole, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    checkpoints = 3 * (num_checkpoints + 1) if num_checkpoints else 0  # weights and two moments, and one more for a moment
+    needed = trained * (checkpoints + keeps_best) + (whole if is_merged else trained)
     free = free_bytes(folder)
     if needed > free:
         raise TrainingError(
@@ -111,18 +134,33 @@ def check_disk(folder: Path, model: PreTrainedModel, *, saves_checkpoints: bool)
         )
 
 
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """RUN/model, whole or absent; the checkpoints have served then."""
-    scratch, target = folder / ".model.tmp", folder / "model"
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        publish_folder(scratch, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise TrainingError(f"cannot save {target}: {first_line(error)}.\nFree some space, then go on with --resume.") from error
+def save_best(folder: Path, policy: Policy, found: dict[str, Any]) -> None:
+    """RUN/best, which replaces an earlier one."""
+
+    def write(scratch: Path) -> None:
+        (scratch / BEST_FILE).write_text(json.dumps(found) + "\n")
+
+    write_policy(folder / "best", policy, write, remedy="Free some space, then go on from the last checkpoint with --resume.")
+
+
+def save_model(folder: Path, policy: Policy, *, takes_best: bool, is_merged: bool) -> None:
+    """RUN/model, whole or absent: the policy as it is or, with `takes_best`, as it was at the best evaluation; the checkpoints have served then."""
+    best = folder / "best"
+    if takes_best and policy.adapted is not None:
+        restore_adapter(policy.adapted, str(best))
+    if is_merged and policy.adapted is not None:
+        policy = replace(policy, model=policy.adapted.merge_and_unload(), adapted=None)
+    if takes_best and policy.adapted is None and not is_merged:
+        best.rename(folder / "model")
+        sync(folder)
+    else:
+        write_policy(folder / "model", policy, remedy="Free some space, then go on with --resume.")
     drop_checkpoints(folder)
+
+
+def drop_best(folder: Path) -> None:
+    """Remove best/, whose policy is the one in model/."""
+    shutil.rmtree(folder / "best", ignore_errors=True)
 
 
 def drop_checkpoints(folder: Path) -> None:

@@ -56,6 +56,11 @@ class MetricsFile:
         """The first line that has this entry."""
         return next((entry for entry in self._entries() if name in entry), None)
 
+    def last(self, name: str, *, step: int | None = None) -> Metrics | None:
+        """The last line that has this entry, of a step if one is given."""
+        found = [entry for entry in self._entries() if name in entry and step in (None, entry["step"])]
+        return found[-1] if found else None
+
     def _entries(self) -> list[Metrics]:
         """The lines up to the first that is torn."""
         entries: list[Metrics] = []

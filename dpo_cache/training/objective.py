@@ -64,6 +64,11 @@ class Objective:
         """Whether a pair's gradient depends on the other pairs of its step, beyond their number and lengths."""
         return bool(self.router_coefficient) or any(name in SORTED_LOSSES for name in self.terms)
 
+    @property
+    def is_logistic(self) -> bool:
+        """Whether the loss is ln 2 where nothing is learned, and near 0 where margins are so large that the gradient is, too."""
+        return set(self.terms) <= {"sigmoid", "sigmoid_norm", *SORTED_LOSSES} and len(self.terms) == 1 and not self.label_smoothing
+
     def losses(self, parts: Sequence[tuple[Sequence[ScoredPair], CompletionLogps]], mean_chosen_tokens: float) -> PairLosses:
         """Losses of all pairs of the parts, each part with the policy's log-probs of its chosen, then its rejected completions.
 

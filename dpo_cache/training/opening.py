@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import ModelError, NotInCacheError, TrainingError
+from dpo_cache.lm.adapter import Parts, add_adapter, find_parts, load_adapter, lora_config, read_adapter_config
 from dpo_cache.lm.engine import Attention, choose_attention
 from dpo_cache.lm.identity import reference_identity
-from dpo_cache.lm.load import load_config, load_model
+from dpo_cache.lm.load import load_base, load_config
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.checks import check_details
 from dpo_cache.store.documents import Document
 from dpo_cache.store.identities import differing_fields
 from dpo_cache.train_options import TrainOptions
 from dpo_cache.training.batches import held_out
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ class Policy:
     precision: str
     is_reference: bool  # it starts as the very model that scored the pairs; never known of an imported reference
     differing: tuple[str, ...] = ()  # fields of their identities, where it starts as another model
+    adapted: PeftModel | None = None  # saves, switches off and merges the adapter inside the model
+    remarks: tuple[str, ...] = ()  # other differences between it and what the pairs were made with
+    base_is_reference: bool = False  # with its adapter switched off, it is the model that scored the pairs
 
 
 def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
@@ -88,35 +96,93 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
 
 
 def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device, checkpoint: Path | None) -> Policy:
-    """The policy with its weights at the start, or at the checkpoint. Raises `ModelError`."""
-    source, made_with = data.reference["provenance"], data.pairs.manifest["tokenization"]
-    location, trust = options.model or source["model"], options.trust_remote_code
-    revision = None if options.model else source.get("revision")
-    differing: tuple[str, ...] = ()
-    if location is None:
+    """The policy with its weights at the start, or at the checkpoint. Raises `ModelError`, `TrainingError` or `OptionError`."""
+    made_with, identity = data.pairs.manifest["tokenization"], data.reference["identity"]
+    location, revision = _start_of(options, data)
+    if checkpoint is None and options.model is None and os.path.isabs(location) and not os.path.isdir(location):
+        raise ModelError(f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with --model.")
+    # a checkpoint holds all that is needed, but for an adapter's base: where a whole policy started from may be gone
+    parts = find_parts(str(checkpoint)) if checkpoint else find_parts(location, revision)
+    is_adapted = _check_adapter(options, parts, location, is_resumed=checkpoint is not None)
+    places = [str(checkpoint)] if checkpoint else [made_with["tokenizer"], location, parts.base]
+    tokenizer = _load_tokenizer(places, made_with, options.trust_remote_code)
+    precision = _choose_precision(options.precision, device)
+    is_imported = "imported" in identity  # it has no weights to compare with: step zero tells
+    differing = () if checkpoint or is_imported else _differing(identity, location, revision, options)
+    is_base_of = is_adapted and not is_imported and not _differing(identity, parts.base, parts.base_revision, options)
+    dtype = torch.bfloat16 if precision == "bf16" or (precision == "bf16-mixed" and is_adapted) else torch.float32
+    model = load_base(parts, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
+    adapted = _adapt(options, model, parts) if is_adapted else None
+    return Policy(
+        model=model,
+        location=location,
+        tokenizer=tokenizer,
+        attention=choose_attention(model, "auto", max_length=made_with["max_length"]),
+        precision=precision,
+        is_reference=checkpoint is None and not is_imported and not differing,
+        differing=tuple(differing),
+        adapted=adapted,
+        remarks=() if checkpoint else tuple(_template_remarks(options, made_with)),
+        base_is_reference=is_base_of,
+    )
+
+
+def _start_of(options: TrainOptions, data: TrainingPairs) -> tuple[str, str | None]:
+    """Location and revision of the model that the policy starts from."""
+    source = data.reference["provenance"]
+    if options.model is not None:
+        return options.model, None
+    if source["model"] is None:
         imported = data.reference["identity"]["imported"]
         raise ModelError(f"the reference {imported!r} was imported without a checkpoint.\nSay where the policy starts from with --model.")
-    if checkpoint:  # it holds all that is needed: where the policy started from may be gone
-        is_reference, tokenizer = False, _load_tokenizer([str(checkpoint)], made_with, trust)
+    return source["model"], source.get("revision")
+
+
+def _check_adapter(options: TrainOptions, parts: Parts, location: str, *, is_resumed: bool) -> bool:
+    """Whether an adapter is trained. Raises `TrainingError` for options that need one, or that would put one on another."""
+    is_new = options.lora_r is not None or options.peft_config is not None
+    is_own = parts.adapter is not None
+    if is_new and is_own and not is_resumed:
+        raise TrainingError(
+            f"{location} is an adapter already, which would be trained on.\n"
+            "Leave --lora-r and --peft-config out, or merge it into its base first (peft: `merge_and_unload`)."
+        )
+    for flag, is_given in (("--merge-adapter", options.merge_adapter), (f"--quantize {options.quantize}", options.quantize != "none")):
+        if is_given and not (is_new or is_own):
+            raise TrainingError(f"{flag} needs an adapter, and all weights of {location} would be trained.\nAdd --lora-r 16, for example.")
+    return is_new or is_own
+
+
+def _adapt(options: TrainOptions, model: PreTrainedModel, parts: Parts) -> PeftModel:
+    """The model's adapter: the one that lies beside the base, or a fresh one."""
+    if parts.adapter is not None:
+        return load_adapter(model, parts.adapter, is_trainable=True)
+    if options.lora_r is not None:
+        config = lora_config(options.lora_r, options.lora_alpha, options.lora_targets)
     else:
-        if options.model is None and os.path.isabs(location) and not os.path.isdir(location):
-            raise ModelError(f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with --model.")
-        tokenizer = _load_tokenizer([made_with["tokenizer"], location], made_with, trust)
-        identity, config = data.reference["identity"], load_config(location, revision=revision, trust_remote_code=trust)
-        live = reference_identity(location, config, torch.float32, revision=revision)
-        is_imported = "imported" in identity  # it has no weights to compare with: step zero tells
-        differing = () if is_imported else tuple(differing_fields(identity, {**live, "dtype": identity["dtype"]}))  # dtype: the policy's is its own
-        is_reference = not is_imported and not differing
-    precision = _choose_precision(options.precision, device)
-    model = load_model(
-        str(checkpoint or location),
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        device=device,
-        revision=None if checkpoint else revision,
-        trust_remote_code=trust,
-    )
-    attention = choose_attention(model, "auto", max_length=made_with["max_length"])
-    return Policy(model, location, tokenizer, attention, precision, is_reference, differing)
+        config = read_adapter_config(str(options.peft_config))
+    config.revision = parts.base_revision
+    return add_adapter(model, config, seed=options.seed)
+
+
+def _template_remarks(options: TrainOptions, made_with: Document) -> list[str]:
+    """Whether the model that was named has another chat template than the one that the pairs were made with."""
+    if options.model is None or made_with["tokenizer"] is None:
+        return []
+    try:
+        own = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code).chat_template
+    except (OSError, ValueError):
+        return []
+    if own is None or own == made_with["chat_template"]:
+        return []
+    return [f"template (the chat template of {options.model} is another than the one that the pairs were made with)"]
+
+
+def _differing(identity: Document, location: str, revision: str | None, options: TrainOptions) -> list[str]:
+    """What differs between the reference and the checkpoint; not their dtypes, for the policy's is its own."""
+    config = load_config(location, revision=revision, trust_remote_code=options.trust_remote_code)
+    live = reference_identity(location, config, torch.float32, revision=revision)
+    return differing_fields(identity, {**live, "dtype": identity["dtype"]})
 
 
 def _check_token_logps(options: TrainOptions, pairs: PairSet) -> None:

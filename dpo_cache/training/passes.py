@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from dpo_cache.lm.policy import CompletionLogps, completion_logps, count_tokens, join_logps
 from dpo_cache.training.batches import Group, completions_of, split_step
 from dpo_cache.training.metrics import PairMetrics
-from dpo_cache.training.objective import Objective, mean_chosen_tokens, reference_logps
+from dpo_cache.training.objective import Objective, mean_chosen_tokens
 from dpo_cache.training.opening import Policy
 from dpo_cache.training.step_zero import StepZero
 from dpo_cache.training.thrift import Thrift
@@ -42,10 +43,24 @@ class Passes:
         """Metrics of the pairs under the policy as it is."""
         return self._until_it_fits(lambda: self._values(pairs))
 
+    @torch.no_grad()
+    def check_base(self, pairs: list[ScoredPair], step_zero: StepZero) -> str:
+        """Compare the policy, its adapter switched off, with the cache; what `StepZero.conclude` says of it."""
+        assert self._policy.adapted is not None
+        own, self.step_zero = self.step_zero, step_zero
+        with self._policy.adapted.disable_adapter():
+            self._until_it_fits(lambda: [self._checked_logps(group) for group in self._split(pairs)])
+        step_zero, self.step_zero = self.step_zero, own
+        return step_zero.conclude()
+
+    def find_spoiled(self, pairs: list[ScoredPair]) -> list[int]:
+        """Rows of the pairs whose own loss is not finite."""
+        return [scored.pair.row for scored in pairs if not math.isfinite(self.values([scored]).means()["loss"])]
+
     def _until_it_fits(self, run: Callable[[], Result]) -> Result:
         """What `run` gives, begun anew with less at once where memory runs out."""
         while True:
-            step_zero = copy(self.step_zero)
+            step_zero = deepcopy(self.step_zero)
             try:
                 return run()
             except RuntimeError as error:
@@ -99,9 +114,10 @@ class Passes:
     def _checked(self, group: Group, found: Sequence[CompletionLogps]) -> CompletionLogps:
         """The log-probs of a group's pieces as one, compared with the cache at step zero."""
         logps = join_logps(found)
-        if self.step_zero is not None:
-            sums = logps.sums()
-            self.step_zero.check(sums, torch.from_numpy(reference_logps(group.pairs)).to(sums.dtype).to(sums.device))
+        if self.step_zero is not None and not self.step_zero.has_enough:
+            tokens = logps.tokens_T.detach().float().cpu().split(logps.lengths)
+            scores = [scored.ref_chosen for scored in group.pairs] + [scored.ref_rejected for scored in group.pairs]
+            self.step_zero.check([values.numpy() for values in tokens], scores, [scored.pair.row for scored in group.pairs] * 2)
         return logps
 
     def _run(self, completions: Sequence[Completion]) -> CompletionLogps:

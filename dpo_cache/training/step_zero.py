@@ -1,59 +1,175 @@
 """Step zero: a policy that starts as the reference must repeat its cached log-probs.
 
-That needs no second model, and catches a wrong checkpoint, template, truncation, dtype or a stale cache.
+That needs no second model, and catches a wrong checkpoint, template, truncation, dtype or a stale cache. A policy that
+is an adapter is the reference whenever its adapter is switched off, a resumed one too.
+
+Where the two part, the pattern of the gaps along the answers tells what the cause may be: see `find_causes`.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from dpo_cache.errors import StepZeroError
+from dpo_cache.types import TOKEN_TOLERANCES, Score
 
 # Gap per completion in nats that rounding explains: (absolute, relative to its log-prob), by dtype.
 TOLERANCES = {"float32": (5e-3, 1e-5), "float16": (5e-2, 5e-3), "bfloat16": (0.5, 2e-2)}
 UNKNOWN_DTYPE = "bfloat16"  # an imported reference may not say: the widest
 
+MOST_COMPLETIONS = 1024  # that are looked at
+FIRST_TOKENS = 3  # of an answer, where another template before it shows most
+CLEARLY = 4.0  # times as large
+FEW = 0.5  # share of the completions
+QUANTIZED_GAP = 0.5  # mean nats a token that coarser numbers explain; other weights give whole nats
 
+
+@dataclass(frozen=True)
+class Expectation:
+    """What is known beforehand of policy and reference."""
+
+    policy_dtype: str
+    reference_dtype: str | None
+    is_reference: bool  # their identities say that they are one model
+    differing: Sequence[str] = ()  # fields of their identities, else
+    imported: str | None = None  # name of a reference whose log-probs were made elsewhere: there is nothing to compare identities with
+    is_default: bool = False  # the policy starts from what the reference was loaded from, since no other was named
+    remarks: Sequence[str] = ()  # other differences that were found, such as of templates
+    what: str = "the policy"
+
+    @property
+    def tolerance(self) -> tuple[float, float]:
+        return max(TOLERANCES[self.reference_dtype or UNKNOWN_DTYPE], TOLERANCES[self.policy_dtype])
+
+    @property
+    def stops(self) -> bool:
+        """Whether a gap stops the run under `auto`: where policy and reference should be one model."""
+        return self.is_reference or (self.is_default and self.imported is None)
+
+
+@dataclass
 class StepZero:
-    """Collects gaps between policy and cached reference until the first update.
+    """Collects gaps between policy and cached reference until the first update; `mode` is strict, warn or auto."""
 
-    `imported` is the name of a reference whose log-probs were made elsewhere: whether the policy starts as it
-    is then seen from the gaps, and a run is never stopped for them.
-    """
+    expectation: Expectation
+    mode: str = "auto"
+    largest_gap: float = 0.0
+    gaps: list[np.ndarray] = field(default_factory=list)  # of each completion, token by token; nats
+    sums: list[tuple[float, float, float]] = field(default_factory=list)  # policy's, reference's, allowed gap
+    partial: list[float] = field(default_factory=list)  # smallest gap to a sum over fewer tokens
+    rows: list[int] = field(default_factory=list)
 
-    def __init__(self, *, same_model: bool, reference_dtype: str | None, policy_dtype: str, imported: str | None = None):
-        self.same_model, self.imported = same_model, imported
-        self.absolute, self.relative = max(TOLERANCES[reference_dtype or UNKNOWN_DTYPE], TOLERANCES[policy_dtype])
-        self.largest_gap = 0.0
-        self.num_completions = self.num_beyond = 0
+    def check(self, policy_logps: Sequence[np.ndarray], scores: Sequence[Score], rows: Sequence[int]) -> None:
+        """Note the token log-probs of completions, the policy's beside the cached, and the rows that they come from."""
+        absolute, relative = self.expectation.tolerance
+        for tokens, score, row in zip(policy_logps, scores, rows, strict=True):
+            exact = tokens.astype(np.float64)
+            allowed = absolute + relative * abs(score.logps)
+            gap = abs(float(exact.sum()) - score.logps)
+            self.largest_gap = max(self.largest_gap, gap if np.isfinite(gap) else np.inf)
+            self.sums.append((float(exact.sum()), score.logps, allowed))
+            self.partial.append(float(np.abs(np.cumsum(exact)[:-1] - score.logps).min(initial=np.inf)))
+            self.gaps.append(np.abs(exact - score.token_logps) if len(score.token_logps) else np.empty(0))
+            self.rows.append(row)
 
-    def check(self, policy_logps: torch.Tensor, reference_logps: torch.Tensor) -> None:
-        """Note the gaps; raise `StepZeroError` where one is too large though policy and reference are one model."""
-        policy_logps = policy_logps.detach()
-        gaps = (policy_logps - reference_logps).abs()
-        self.num_completions += len(gaps)
-        self.largest_gap = max(self.largest_gap, float(gaps.max()))
-        allowed = self.absolute + self.relative * reference_logps.abs()
-        self.num_beyond += int((~(gaps <= allowed)).sum())
-        if self.same_model and not bool((gaps <= allowed).all()):
-            worst = int((gaps - allowed).nan_to_num(nan=torch.inf).argmax())
-            raise StepZeroError(
-                f"step zero: the policy is the reference, but its log-prob of a completion is {float(policy_logps[worst]):.4f} "
-                f"where the cache has {float(reference_logps[worst]):.4f} (allowed gap {float(allowed[worst]):.2g} nats).\n"
-                "The cache is stale or was made on a faulty machine: score again into a new --cache, and compare."
-            )
+    @property
+    def has_enough(self) -> bool:
+        """Whether the first batches have told what there is to tell."""
+        return len(self.sums) >= MOST_COMPLETIONS
 
-    def describe(self) -> str:
-        """One line for the log."""
-        what = f"step zero: largest gap {self.largest_gap:.2g} nats over {self.num_completions} completions"
-        if self.imported is not None:
-            return f"{what}; {self._describe_imported()}"
-        return f"{what}; the policy is the reference." if self.same_model else f"{what}; the policy is another model than the reference."
+    @property
+    def beyond(self) -> list[int]:
+        """The completions whose gap rounding does not explain."""
+        return [place for place, (policy, cached, allowed) in enumerate(self.sums) if not abs(policy - cached) <= allowed]
 
-    def _describe_imported(self) -> str:
-        if not self.num_beyond:
-            return f"within rounding: the policy starts as the model of the imported reference {self.imported!r}."
+    def conclude(self) -> str:
+        """One line for the log. Raises `StepZeroError` where the run must not go on."""
+        self.stop_if_wrong()
+        expected, beyond = self.expectation, self.beyond
+        what = f"step zero: largest gap {self.largest_gap:.2g} nats over {len(self.sums)} completions"
+        if not beyond:
+            if expected.imported is not None:
+                return f"{what}, within rounding: {expected.what} starts as the model of the imported reference {expected.imported!r}."
+            if expected.is_reference:
+                return f"{what}; {expected.what} is the reference."
+            differing = "; ".join(expected.differing)
+            return f"{what}, within rounding, though {expected.what} is another model than the reference: they differ in {differing}."
+        intended = not expected.is_reference and expected.imported is None
+        meaning = f"{expected.what} is another model than the reference" if intended else "the cached values are not those of " + expected.what
+        causes = "" if intended and not expected.remarks else "\n" + self._likely(beyond)
+        return f"{what}, {len(beyond)} of them beyond rounding; {meaning}.{causes}"
+
+    def stop_if_wrong(self) -> None:
+        """Raise `StepZeroError` where what was seen so far is enough to stop."""
+        beyond = self.beyond
+        if beyond and (self.mode == "strict" or (self.mode == "auto" and self.expectation.stops)):
+            raise StepZeroError(self._failure(beyond))
+
+    def _failure(self, beyond: list[int]) -> str:
+        worst = max(beyond, key=lambda place: _excess(self.sums[place]))
+        policy, cached, allowed = self.sums[worst]
+        expected = self.expectation
+        should = "is the reference" if expected.is_reference else "should start as the reference"
         return (
-            f"{self.num_beyond} beyond rounding: the policy is not what the imported reference {self.imported!r} was made with, or its "
-            "values come from another template, truncation or tokenizer, or are no sums."
+            f"step zero: {expected.what} {should}, but its log-prob of a completion of row {self.rows[worst]} is {policy:.4f} "
+            f"where the cache has {cached:.4f} (allowed gap {allowed:.2g} nats); {len(beyond)} of {len(self.sums)} completions differ.\n"
+            f"{self._likely(beyond)}\n"
+            "Give the --model, precision and pairs that belong together; --step-zero warn goes on all the same."
         )
+
+    def _likely(self, beyond: list[int]) -> str:
+        return "Likely cause: " + "; or ".join(find_causes(self, beyond)) + "."
+
+
+def find_causes(found: StepZero, beyond: Sequence[int]) -> list[str]:
+    """What may have made the gaps, the known differences first; a guess from their pattern where nothing is known.
+
+    - cache: some completions differ and the others agree to rounding: those values were changed, or come from elsewhere.
+    - truncation: a cached sum is the policy's sum over fewer of the answer's tokens.
+    - template: the first tokens of the answers differ more than what follows: another text stood before them.
+    - dtype or quantization: all tokens differ a little: coarser numbers.
+    - weights: all tokens differ by much.
+    """
+    expected = found.expectation
+    known = [f"{_kind_of(line)} ({line})" for line in expected.differing]
+    known += list(expected.remarks)
+    if expected.reference_dtype not in (None, expected.policy_dtype):
+        known.append(f"dtype (the reference was scored in {expected.reference_dtype}, the policy runs in {expected.policy_dtype})")
+    return known or [_guess(found, beyond)]
+
+
+def _kind_of(line: str) -> str:
+    """Which of the usual suspects a differing field of two identities is."""
+    name = line.partition(":")[0].partition(".")[0]
+    return {"config": "configuration", "scoring": "format of scores"}.get(name, name)
+
+
+def _guess(found: StepZero, beyond: Sequence[int]) -> str:
+    partial = [found.partial[place] <= found.sums[place][2] for place in beyond]
+    if np.mean(partial) > FEW:
+        return "truncation: the cached sums are of fewer tokens than the answers have"
+    if len(beyond) <= FEW * len(found.sums):
+        rows = sorted({found.rows[place] for place in beyond})
+        shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+        return f"cache: the values of row {shown} alone differ, so they were changed or come from another model; `dpo-cache verify` looks into it"
+    gaps = [found.gaps[place] for place in beyond if len(found.gaps[place])]
+    if not gaps:
+        return "weights, template or truncation: the cache has no token log-probs that would tell"
+    first = float(np.mean(np.concatenate([gap[:FIRST_TOKENS] for gap in gaps])))
+    later = np.concatenate([gap[2 * FIRST_TOKENS :] for gap in gaps])
+    everywhere = float(np.mean(np.concatenate(gaps)))
+    if len(later) and first > CLEARLY * float(np.mean(later)) and first > TOKEN_TOLERANCES["bfloat16"][1]:
+        gaps_of_both = f"by {first:.2g} nats each, later ones by {np.mean(later):.2g}"
+        return f"template: the first tokens of the answers differ {gaps_of_both}: another text stood before them"
+    if everywhere < QUANTIZED_GAP:
+        return f"dtype or quantization: all tokens differ a little, by {everywhere:.2g} nats on average"
+    return f"weights: all tokens differ by much, by {everywhere:.2g} nats on average: the cached values are of another checkpoint"
+
+
+def _excess(sums: tuple[float, float, float]) -> float:
+    policy, cached, allowed = sums
+    gap = abs(policy - cached) - allowed
+    return gap if np.isfinite(gap) else np.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,14 +26,29 @@ class Thrift:
     device busy; then a longer pair is run whole as long as memory suffices, which is faster.
     """
 
-    def __init__(self, model: PreTrainedModel, micro_tokens: int | None, requested: str, say: Callable[[str], None]):
+    def __init__(
+        self, model: PreTrainedModel, micro_tokens: int | None, requested: str, say: Callable[[str], None], *, is_deterministic: bool = False
+    ):
         self.micro_tokens = micro_tokens or default_micro_tokens(model.device)
+        self._is_budgeted = micro_tokens is not None
         self._is_fixed, self._say, self._device = requested != "auto", say, model.device
         self._recomputation = Recomputation(model)
         self._recomputation.mode = requested if self._is_fixed else _mode_that_fits(model, self.micro_tokens)
-        self.pair_tokens: float = micro_tokens or _tokens_that_fit(model, self.mode)
+        self.pair_tokens: float = micro_tokens or (math.inf if is_deterministic else _tokens_that_fit(model, self.mode))
         if not self._recomputation.num_layers and requested in ("selective", "full"):
             say(f"--gradient-checkpointing {requested} has no effect: {type(model).__name__} has no layers that take it.")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: a resumed run splits its steps as the one before, to the last bit."""
+        return {"micro_tokens": self.micro_tokens, "pair_tokens": None if math.isinf(self.pair_tokens) else self.pair_tokens, "mode": self.mode}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave, for whatever was not asked for otherwise."""
+        if not self._is_budgeted:
+            self.micro_tokens = state["micro_tokens"]
+            self.pair_tokens = math.inf if state["pair_tokens"] is None else state["pair_tokens"]
+        if not self._is_fixed and state["mode"] in MODES:
+            self._recomputation.mode = state["mode"]
 
     @property
     def mode(self) -> str:

@@ -1,0 +1,74 @@
+"""When a run evaluates and saves, and which evaluation was the best."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dpo_cache.train_options import period
+from dpo_cache.training.metrics import Metrics
+
+# Option --best -> the metric, and whether more of it is better.
+MEASURES = {"loss": ("eval/loss", False), "accuracy": ("eval/rewards/accuracies", True), "margin": ("eval/rewards/margins", True)}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every so many steps or epochs, counted from the start; neither: never."""
+
+    steps: int | None
+    epochs: float | None
+    steps_per_epoch: int
+
+    def is_due(self, step: int) -> bool:
+        """Whether the step, numbered from 1, is the first at or past the next time."""
+        if self.epochs is not None:
+            return self._num_passed(step) > self._num_passed(step - 1)
+        return self.steps is not None and step % self.steps == 0
+
+    def count(self, first: int, last: int) -> int:
+        """How often it is due from one step to another, both included."""
+        if self.steps is None and self.epochs is None:
+            return 0
+        return sum(self.is_due(step) for step in range(first, last + 1)) if last - first < 100_000 else 0
+
+    def _num_passed(self, step: int) -> int:
+        assert self.epochs is not None
+        return math.floor(step / (self.epochs * self.steps_per_epoch) + 1e-9)
+
+
+def schedule_of(flag: str, value: str | None, steps_per_epoch: int) -> Schedule:
+    """The schedule that an option asks for, such as `100` or `0.5epochs`. Raises `OptionError`."""
+    return Schedule(*period(flag, value), steps_per_epoch)
+
+
+@dataclass
+class Best:
+    """The best evaluation after an update so far; a value that is equal is no better."""
+
+    measure: str = "loss"
+    step: int | None = None
+    value: float | None = None
+    num_worse: int = 0  # evaluations since
+
+    def note(self, evaluation: Metrics) -> bool:
+        """Take an evaluation in; whether it is the best."""
+        name, more_is_better = MEASURES[self.measure]
+        value = float(evaluation[name])
+        if self.value is not None and (value <= self.value if more_is_better else value >= self.value):
+            self.num_worse += 1
+            return False
+        self.step, self.value, self.num_worse = int(evaluation["step"]), value, 0
+        return True
+
+    def is_better_than(self, evaluation: Metrics | None) -> bool:
+        """Whether the best is better than another evaluation, such as that of the untrained policy."""
+        name, more_is_better = MEASURES[self.measure]
+        if evaluation is None or self.value is None:
+            return True
+        return self.value > evaluation[name] if more_is_better else self.value < evaluation[name]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return asdict(self)

@@ -1,0 +1,80 @@
+"""Signs in the metrics that a run goes wrong, each said once, in words.
+
+What is looked at are means over windows of steps, not single steps: a step of a few pairs is noise. Log-ratios to the
+reference (the rewards) are compared rather than log-probs, which differ from pair to pair by the answers' lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+from dpo_cache.training.metrics import Metrics
+
+WINDOW = 20  # steps
+LEAST_PAIRS = 400  # that an accuracy is judged by
+STANDARD_ERRORS = 2.0
+SATURATED_LOSS = 1e-3  # a sigmoid loss whose gradient is a thousandth of the one at the start
+
+
+class Signs:
+    """Looks at each step's metrics; `is_logistic`: the loss is ln 2 where nothing is learned and falls to 0 where margins are large."""
+
+    def __init__(self, say: Callable[[str], None], *, is_logistic: bool):
+        self._say, self._is_logistic = say, is_logistic
+        self._steps: deque[Metrics] = deque(maxlen=WINDOW)
+        self._said: set[str] = set()
+        self._wins = self._pairs = 0.0
+
+    def note(self, step: Metrics) -> None:
+        """Take a step's metrics in; say what is new."""
+        self._steps.append(step)
+        self._wins += step["rewards/accuracies"] * step["num_pairs"]
+        self._pairs += step["num_pairs"]
+        if len(self._steps) < WINDOW:
+            return
+        self._note_likelihoods()
+        self._note_accuracy()
+        if self._is_logistic and self._mean("loss") < SATURATED_LOSS:
+            self._once(
+                "saturated",
+                f"margins are saturated: the loss was {self._mean('loss'):.1e} over the last {WINDOW} steps, so there is almost no gradient left. "
+                "A smaller --beta, --label-smoothing or fewer --epochs keep it from running away.",
+            )
+
+    def _note_likelihoods(self) -> None:
+        chosen, rejected = self._mean("rewards/chosen"), self._mean("rewards/rejected")
+        if chosen < 0 < rejected and self._is_away_from_zero("rewards/margins"):
+            self._once(
+                "swapped",
+                f"the rejected answers become likelier (mean reward {rejected:+.3f} over {WINDOW} steps) and the chosen ones less likely "
+                f"({chosen:+.3f}): the policy learns the opposite. Are chosen and rejected swapped in the data?",
+            )
+
+    def _note_accuracy(self) -> None:
+        """Of pairs seen before an update on them: a policy that learns anything of use leaves 50 %."""
+        recent = sum(step["num_pairs"] for step in self._steps)
+        if self._pairs < LEAST_PAIRS or recent < LEAST_PAIRS / 8:
+            return
+        error = 0.5 / math.sqrt(self._pairs)
+        if abs(self._wins / self._pairs - 0.5) < STANDARD_ERRORS * error and abs(self._mean("rewards/accuracies") - 0.5) < 0.5 / math.sqrt(recent):
+            self._once(
+                "stuck",
+                f"accuracy stays at 50% (of {self._pairs:.0f} pairs so far {self._wins / self._pairs:.1%}): nothing is learned that carries over "
+                "to new pairs. A larger --lr may help, or the labels are noise.",
+            )
+
+    def _mean(self, name: str) -> float:
+        return sum(step[name] for step in self._steps) / len(self._steps)
+
+    def _is_away_from_zero(self, name: str) -> bool:
+        values = [step[name] for step in self._steps]
+        mean = sum(values) / len(values)
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+        return abs(mean) > STANDARD_ERRORS * deviation / math.sqrt(len(values))
+
+    def _once(self, sign: str, text: str) -> None:
+        if sign not in self._said:
+            self._said.add(sign)
+            self._say(text)

@@ -1,0 +1,186 @@
+"""Faults planted between cache and policy: step zero stops the run, or says so, and names the cause."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dpo_cache
+from dpo_cache.errors import StepZeroError
+from dpo_cache.store import open_cache
+from dpo_cache.training.step_zero import Expectation, StepZero
+from dpo_cache.types import Completion, Score, ScoredPair
+from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
+from tests.training.test_loop import train
+
+Change = Callable[[ScoredPair], ScoredPair]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A reference of its own, its cache, and nothing else."""
+    make_llama().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    dpo_cache.precompute(tmp_path / "model", write_rows(tmp_path / "pairs.jsonl", chat_rows(8)), tmp_path / "cache")
+    return tmp_path
+
+
+def rewrite(place: Path, change: Change) -> None:
+    """Put other values into the cached pair set, with all digests in order."""
+    cache = open_cache(place / "cache")
+    held = cache.pairs("pairs")
+    pairs = [change(scored) for scored in held]
+    writer = cache.write_pairs("pairs", "train")
+    writer.add(pairs)
+    writer.finish({key: value for key, value in held.manifest.items() if key not in ("num_pairs", "parts", "format")})
+
+
+def rescored(place: Path, logps: Callable[[Completion], np.ndarray]) -> None:
+    rewrite(place, lambda scored: ScoredPair(scored.pair, Score(logps(scored.pair.chosen)), Score(logps(scored.pair.rejected))))
+
+
+def stop(place: Path, **options: object) -> str:
+    with pytest.raises(StepZeroError) as caught:
+        train(str(place / "cache"), place / "run", **options)
+    assert not (place / "run").exists(), "a run that fails step zero leaves nothing"
+    return str(caught.value)
+
+
+def of(model: torch.nn.Module) -> Callable[[Completion], np.ndarray]:
+    return lambda completion: naive_token_logps(model, completion).float().numpy()
+
+
+def test_another_checkpoint_in_the_same_place(place: Path) -> None:
+    make_llama(seed=5).save_pretrained(place / "model")
+    message = stop(place)
+    assert "the policy should start as the reference" in message and "Likely cause: weights (weights: " in message
+
+
+def test_values_of_other_weights_under_the_same_identity(place: Path) -> None:
+    rescored(place, of(make_llama(seed=5)))
+    message = stop(place)
+    assert "the policy is the reference, but" in message and "Likely cause: weights: all tokens differ by much" in message
+
+
+def test_values_of_another_dtype_under_the_same_identity(place: Path) -> None:
+    coarse = make_llama().to(torch.bfloat16).float()  # weights that went through bfloat16
+    rescored(place, of(coarse))
+    assert "Likely cause: dtype or quantization: all tokens differ a little" in stop(place)
+
+
+def test_a_reference_of_another_dtype_is_told_and_has_its_tolerance(place: Path) -> None:
+    remarks: list[str] = []
+    dpo_cache.precompute(place / "model", place / "pairs.jsonl", place / "cache", name="coarse", dtype="bfloat16")
+    report = train(str(place / "cache"), place / "run", pairs="coarse", say=remarks.append, max_steps=1)
+    assert report.step_zero_gap is not None and report.step_zero_gap > 5e-3
+    step_zero = StepZero(Expectation("float32", "bfloat16", True))
+    step_zero.check([np.full(4, -9.0, np.float32)] * 4, [Score(np.full(4, -1.0, np.float32))] * 4, [0, 1, 2, 3])
+    with pytest.raises(StepZeroError, match=r"dtype \(the reference was scored in bfloat16, the policy runs in float32\)"):
+        step_zero.conclude()
+
+
+def test_values_under_another_template(place: Path) -> None:
+    model = make_llama(num_hidden_layers=1, initializer_range=0.12)  # looks at what is near: the prompt matters most to the first tokens
+    model.save_pretrained(place / "model")
+    dpo_cache.precompute(place / "model", place / "pairs.jsonl", place / "cache")
+
+    def elsewhere(completion: Completion) -> np.ndarray:
+        exact = naive_token_logps(model, completion).float().numpy()
+        ids = np.concatenate([completion.prompt_ids[:-1], np.array([7], np.uint32)])  # another token before the answer
+        other = naive_token_logps(model, Completion(ids, completion.completion_ids)).float().numpy()
+        return np.concatenate([other[:3], exact[3:] + 0.02 * (other[3:] - exact[3:])])  # as a trained model would forget it
+
+    rescored(place, elsewhere)
+    assert "Likely cause: template: the first tokens of the answers differ" in stop(place)
+
+
+def test_the_template_of_a_named_model_is_compared(place: Path) -> None:
+    shutil.copytree(place / "model", place / "other")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(place / "other")
+    rescored(place, of(make_llama(seed=5)))
+    assert "Likely cause: template (the chat template of " in stop(place, model=str(place / "other"))
+
+
+def test_sums_over_truncated_answers(place: Path) -> None:
+    model = make_llama()
+    rows = [
+        {
+            "prompt_ids": scored.pair.chosen.prompt_ids.tolist(),
+            "chosen_ids": scored.pair.chosen.completion_ids.tolist(),
+            "rejected_ids": scored.pair.rejected.completion_ids.tolist(),
+            "ref_chosen_logps": float(naive_token_logps(model, scored.pair.chosen)[:-2].sum()),
+            "ref_rejected_logps": float(naive_token_logps(model, scored.pair.rejected)[:-2].sum()),
+        }
+        for scored in open_cache(place / "cache").pairs("pairs")
+    ]
+    data = place / "imported.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dpo_cache.import_pairs(place / "cache", data, reference="elsewhere", model=str(place / "model"), dtype="float32", say=lambda text: None)
+    message = stop(place, pairs="imported", step_zero="strict")
+    assert "Likely cause: truncation: the cached sums are of fewer tokens than the answers have" in message
+    remarks: list[str] = []
+    assert train(str(place / "cache"), place / "run", pairs="imported", say=remarks.append, max_steps=1).finished
+    assert any("the cached values are not those of the policy.\nLikely cause: truncation" in remark for remark in remarks)
+
+
+def test_a_row_of_the_cache_that_was_changed(place: Path) -> None:
+    rewrite(
+        place,
+        lambda scored: (
+            ScoredPair(scored.pair, scored.ref_chosen, Score(scored.ref_rejected.token_logps + np.float32(0.5))) if scored.pair.row == 3 else scored
+        ),
+    )
+    message = stop(place)
+    assert "completion of row 3" in message and "Likely cause: cache: the values of row 3 alone differ" in message
+
+
+def test_configurations_that_compute_otherwise(place: Path) -> None:
+    config = json.loads((place / "model/config.json").read_text())
+    (place / "model/config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert "Likely cause: configuration (config.rms_norm_eps: " in stop(place)
+
+
+def test_an_adapter_that_does_not_start_at_nothing(place: Path) -> None:
+    from peft import LoraConfig
+
+    LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(place / "lora")
+    assert "Likely cause: " in stop(place, peft_config=str(place / "lora/adapter_config.json"))
+
+
+def test_warn_says_and_goes_on_and_off_says_nothing(place: Path) -> None:
+    rescored(place, of(make_llama(seed=5)))
+    remarks: list[str] = []
+    assert train(str(place / "cache"), place / "warned", step_zero="warn", say=remarks.append, max_steps=1).finished
+    assert any("beyond rounding" in remark and "Likely cause: weights" in remark for remark in remarks)
+    remarks.clear()
+    report = train(str(place / "cache"), place / "silent", step_zero="off", say=remarks.append, max_steps=1)
+    assert report.step_zero_gap is None and not any("step zero" in remark for remark in remarks)
+
+
+def test_strict_stops_for_a_model_that_was_named(place: Path) -> None:
+    make_llama(seed=5).save_pretrained(place / "other")
+    make_tokenizer().save_pretrained(place / "other")
+    assert train(str(place / "cache"), place / "run", model=str(place / "other"), max_steps=1).finished
+    shutil.rmtree(place / "run")
+    assert "weights (weights: " in stop(place, model=str(place / "other"), step_zero="strict")
+
+
+def test_a_failure_is_found_in_the_first_evaluation_already(place: Path) -> None:
+    rescored(place, of(make_llama(seed=5)))
+    seen: list[dict] = []
+    with pytest.raises(StepZeroError):
+        train(str(place / "cache"), place / "run", eval_fraction=0.4, on_metrics=seen.append)
+    assert not seen
+
+
+def test_log_probs_that_are_no_numbers_are_a_gap(place: Path) -> None:
+    step_zero = StepZero(Expectation("float32", "float32", True))
+    step_zero.check([np.array([np.nan, -1.0], np.float32)], [Score(np.array([-1.0, -1.0], np.float32))], [4])
+    with pytest.raises(StepZeroError, match="row 4 is nan"):
+        step_zero.conclude()
