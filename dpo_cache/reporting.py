@@ -31,7 +31,7 @@ class RunRow:
     accuracy_before: float | None  # held out alone
     accuracy: float | None
     margin: float | None
-    loss: float | None
+    mean_loss: float | None
     chosen_reward: float | None
     rejected_reward: float | None
     pairs_per_s: float | None
@@ -49,21 +49,25 @@ def read_lines(run: Path) -> list[Line]:
     return [json.loads(line) for line in whole]
 
 
-def read_resolved(run: Path) -> dict[str, Any]:
-    """What became of the defaults of a run; nothing of one that has not begun."""
+def read_config(run: Path) -> dict[str, Any]:
+    """A run's config.json; nothing of one that has not begun."""
     try:
-        return json.loads((run / "config.json").read_text())["resolved"]
+        return json.loads((run / "config.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
         return {}
 
 
-def read_row(run: Path, *, name: str, options: dict[str, Any], state: str, error: str | None = None) -> RunRow:
-    """The row of a run, from its folder."""
+def read_resolved(run: Path) -> dict[str, Any]:
+    """What became of the defaults of a run; nothing of one that has not begun."""
+    return read_config(run).get("resolved", {})
+
+
+def read_row(run: Path, *, name: str, options: dict[str, Any], state: str, report: dict[str, Any] | None = None, error: str | None = None) -> RunRow:
+    """The row of a run, from its folder and, where it ended, from its report, which tells the evaluation of the policy that was saved."""
     lines = read_lines(run)
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
-    after = [line for line in evaluations if line["step"] > 0]
-    last = (after[-1] if after else {}) if evaluations else _mean_of_last(steps)
+    last = _evaluation_of_policy(run, evaluations, report) if evaluations else _mean_of_last(steps)
     prefix = "eval/" if evaluations else ""
     steps_s = sum(line["num_pairs"] / line["pairs_per_s"] for line in steps)
     return RunRow(
@@ -76,7 +80,7 @@ def read_row(run: Path, *, name: str, options: dict[str, Any], state: str, error
         accuracy_before=evaluations[0][ACCURACY] if evaluations and evaluations[0]["step"] == 0 else None,
         accuracy=last.get(f"{prefix}rewards/accuracies"),
         margin=last.get(f"{prefix}rewards/margins"),
-        loss=last.get(f"{prefix}loss"),
+        mean_loss=last.get(f"{prefix}loss"),
         chosen_reward=last.get(f"{prefix}rewards/chosen"),
         rejected_reward=last.get(f"{prefix}rewards/rejected"),
         pairs_per_s=sum(line["num_pairs"] for line in steps) / steps_s if steps else None,
@@ -100,7 +104,7 @@ def table_cells(rows: Sequence[RunRow]) -> tuple[list[str], list[list[str]]]:
     """Titles and cells, to be shown: what varies, then what came of it. Beside held-out pairs, values of training pairs are left out."""
     varied = list(rows[0].options)
     held_out = any(row.measured_on == "held out" for row in rows)
-    titles = [*varied, "steps", "before", "accuracy", "margin", "loss", "chosen", "rejected", "pairs/s", "peak GB", "time s", "state"]
+    titles = [*varied, "steps", "before", "accuracy", "margin", "mean loss", "chosen", "rejected", "pairs/s", "peak GB", "time s", "state"]
     return titles, [
         [*(shown_value(row.options[name]) for name in varied), *_measured_cells(row, shows=not held_out or row.measured_on == "held out")]
         for row in rows
@@ -112,16 +116,16 @@ def table_notes(rows: Sequence[RunRow], objective: set[str]) -> list[str]:
     held_out = any(row.measured_on == "held out" for row in rows)
     notes = []
     if held_out:
-        notes.append("accuracy, margin, loss and rewards: of the held-out pairs after training, accuracy before it beside; sorted by accuracy.")
+        notes.append("accuracy, margin, mean loss and rewards: of the held-out pairs after training, accuracy before it beside; sorted by accuracy.")
     else:
         notes.append(
-            f"No pairs were held out (--eval-pairs, --eval-fraction): accuracy, margin, loss and rewards are means of the last {LAST_STEPS} "
+            f"No pairs were held out (--eval-pairs, --eval-fraction): accuracy, margin, mean loss and rewards are means of the last {LAST_STEPS} "
             "training steps, each before its update; in the order of the grid."
         )
     if differing := [name for name in rows[0].options if name in objective]:
         notes.append(
-            f"{', '.join(differing)}: runs that differ in these measure loss, margin and rewards in other units; compare those within equal ones "
-            "alone, and runs with each other by accuracy. (simpo, orpo, cpo and slic count it by rewards of their own, without the reference.)"
+            f"{', '.join(differing)}: runs that differ in these measure mean loss, margin and rewards in other units; compare those among equal "
+            "ones alone, and runs with each other by accuracy. (simpo, orpo, cpo and slic count it by rewards without the reference.)"
         )
     notes.append("time s: of the training steps, without loading, evaluating and saving.")
     return notes
@@ -153,7 +157,7 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise OptionError("--plot needs matplotlib.\nInstall it with `pip install matplotlib`, or leave --plot out.") from error
+        raise OptionError("--plot needs matplotlib.\nInstall it with `pip install 'dpo-cache[plot]'`, or leave --plot out.") from error
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:] not in known:
         raise OptionError(f"--plot {path}: expected a file that ends in .svg, .png or .pdf.")
@@ -177,6 +181,15 @@ def plot_accuracy(runs: Sequence[tuple[str, Path]], path: Path) -> None:
     figure.savefig(path)
 
 
+def _evaluation_of_policy(run: Path, evaluations: Sequence[Line], report: dict[str, Any] | None) -> Line:
+    """The evaluation after training of the policy that was saved: the last one, or under --patience one before."""
+    if report and report["finished"]:
+        return report["eval_after"] or {}
+    if evaluations[-1]["step"] == 0 or read_config(run).get("patience"):  # killed before its report: which one was saved is not known
+        return {}
+    return evaluations[-1]
+
+
 def _mean_of_last(steps: Sequence[Line]) -> Line:
     """Means over the last training steps; nothing where there are none."""
     last = steps[-LAST_STEPS:]
@@ -188,7 +201,7 @@ def _measured_cells(row: RunRow, *, shows: bool) -> list[str]:
         (row.accuracy_before, "{:.1%}"),
         (row.accuracy, "{:.1%}"),
         (row.margin, "{:+.4f}"),
-        (row.loss, "{:.4f}"),
+        (row.mean_loss, "{:.4f}"),
         (row.chosen_reward, "{:+.4f}"),
         (row.rejected_reward, "{:+.4f}"),
     )

@@ -4,6 +4,7 @@ SWEEP/
   sweep.json              the grid, and which folder each of its runs has
   table.csv, table.md     the comparison, renewed after every run
   logs/NAME.log           what each run said, with the command that began it
+  logs/NAME.json          the report that it ended with
   NAME/                   a run, as `dpo-cache train` makes it
 
 `sweep.json`: {"format": "dpo-cache sweep", "version": 1, "cache": ..., "shared": {option: value},
@@ -46,6 +47,10 @@ class Run:
     @property
     def is_finished(self) -> bool:
         return (self.folder / "model").is_dir()
+
+    @property
+    def report_file(self) -> Path:
+        return self.log.with_suffix(".json")
 
     @property
     def is_begun(self) -> bool:
@@ -94,6 +99,14 @@ def hold_folder(output: Path, say: Callable[[str], None]) -> Iterator[int | None
             (output / LOCK).unlink(missing_ok=True)
             if is_new:
                 output.rmdir()
+
+
+def read_report(run: Run) -> dict[str, Any] | None:
+    """What the run told at its end; None where it has not come to that."""
+    try:
+        return json.loads(run.report_file.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # empty while it runs, or where it was killed
+        return None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -153,7 +166,7 @@ def _check_extends(output: Path, before: dict[str, Any], grid: Grid) -> None:
     for name in (*before["varied"], *before["shared"]):
         old = before["varied"].get(name, [before["shared"].get(name)])
         new = json.loads(json.dumps(grid.values(name))) if name in grid.shared or name in grid.varied else []
-        if any(value not in new for value in old) and not (len(old) == len(new) == 1 and name in _free_to_change()):
+        if any(value not in new for value in old) and not (len(old) == len(new) == 1 and name in _free_to_change(grid)):
             shown = [", ".join(map(shown_value, values)) or "unknown" for values in (old, new)]
             changed.append(f"  {name}: {shown[0]} before, {shown[1]} now")
     if changed:
@@ -163,11 +176,11 @@ def _check_extends(output: Path, before: dict[str, Any], grid: Grid) -> None:
         )
 
 
-def _free_to_change() -> set[str]:
+def _free_to_change(grid: Grid) -> set[str]:
     """Options that a resumed run may be given otherwise."""
     from dpo_cache.training.folder import FREE_TO_CHANGE  # loads torch: where something differs alone
 
-    return FREE_TO_CHANGE
+    return FREE_TO_CHANGE if grid.values("patience") == (None,) else FREE_TO_CHANGE - {"eval_every"}  # patience counts evaluations
 
 
 def _key(grid: Grid, options: dict[str, Any]) -> str:

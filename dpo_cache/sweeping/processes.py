@@ -31,12 +31,12 @@ class Process(Protocol):
     def kill(self) -> None: ...
 
 
-def start_process(arguments: list[str], log: IO[bytes], environment: dict[str, str], lock: int | None) -> Process:
+def start_process(arguments: list[str], out: IO[bytes], log: IO[bytes], environment: dict[str, str], lock: int | None) -> Process:
     """`dpo-cache` with these arguments, in a session of its own: a Ctrl-C reaches the sweep alone, which hands it on."""
     return subprocess.Popen(
         [sys.executable, "-m", "dpo_cache", *arguments],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,  # the report: the run's folder says the same, and more
+        stdout=out,
         stderr=log,
         env=environment,
         start_new_session=True,
@@ -56,7 +56,7 @@ def train_arguments(cache: str, run: Run) -> list[str]:
             arguments.append(positive if value else negative)
         else:
             arguments += [f"{flag_of(entry)}={part}" for part in (value if isinstance(value, (tuple, list)) else [value])]
-    return [*arguments, "--resume"] if run.is_begun else arguments
+    return [*arguments, *(["--resume"] if run.is_begun else []), "--json"]
 
 
 class ActiveRun:
@@ -72,12 +72,12 @@ class ActiveRun:
         self._metrics.skip()
         arguments = train_arguments(cache, run)
         run.log.parent.mkdir(exist_ok=True)
-        with open(run.log, "ab") as log:
+        with open(run.report_file, "wb") as out, open(run.log, "ab") as log:
             log.write(f"$ {shlex.join(['dpo-cache', *arguments])}\n".encode())
             log.flush()
             self._log = _Tail(run.log)
             self._log.skip()
-            self.process = start_process(arguments, log, environment, lock)
+            self.process = start_process(arguments, out, log, environment, lock)
 
     def poll(self, say: Callable[[str], None]) -> int | None:
         """Hand on what the run has said, look how far it is, and give its exit code; None while it lives."""

@@ -15,7 +15,7 @@ from dpo_cache.errors import NotInCacheError, OptionError
 from dpo_cache.reporting import RunRow, check_plot, plot_accuracy, read_resolved, read_row, sort_rows, table_csv, table_markdown, table_notes
 from dpo_cache.store import open_cache
 from dpo_cache.sweep_options import SweepOptions, loss_settings
-from dpo_cache.sweeping.folder import Run, hold_folder, plan_runs, write_whole
+from dpo_cache.sweeping.folder import Run, hold_folder, plan_runs, read_report, write_whole
 from dpo_cache.sweeping.grid import Grid, read_grid
 from dpo_cache.sweeping.processes import ENDS_BY_SIGNAL, ActiveRun, run_environment, threads_of_a_run
 
@@ -197,9 +197,7 @@ class _Sweep:
 
     def _report(self) -> SweepReport:
         """The table of now, written."""
-        rows = sort_rows(
-            [read_row(run.folder, name=run.name, options=run.varied, state=self._state(run), error=self.errors.get(run.name)) for run in self.runs]
-        )
+        rows = sort_rows([self._row(run) for run in self.runs])
         notes = table_notes(rows, loss_settings()) + _other_data(self.runs)
         write_whole(self.output / "table.csv", table_csv(rows))
         write_whole(self.output / "table.md", table_markdown(f"Sweep {self.output.name}", rows, notes))
@@ -216,6 +214,10 @@ class _Sweep:
             table=str(self.output / "table.md"),
             elapsed_s=time.monotonic() - self.started,
         )
+
+    def _row(self, run: Run) -> RunRow:
+        report, error = read_report(run), self.errors.get(run.name)
+        return read_row(run.folder, name=run.name, options=run.varied, state=self._state(run), report=report, error=error)
 
     def _state(self, run: Run) -> str:
         if run.is_finished:
