@@ -7,6 +7,8 @@
     exchange      pair sets -> files for other tools, and log-probs made elsewhere -> pair sets
     training      store -> lm -> optimizer: train the policy alone
     evaluation    store -> lm -> report: how good a policy is on a pair set
+    sweeping      several trainings from one cache, a process each
+    reporting     runs -> tables and plots
 
 In a few lines:
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from dpo_cache.exchange import ExportReport, ImportReport, export_pairs, import_pairs
     from dpo_cache.precomputing import PrecomputeReport, precompute
     from dpo_cache.store import open_cache
+    from dpo_cache.sweeping import SweepReport, sweep
     from dpo_cache.training.loop import TrainReport, train
     from dpo_cache.training.losses import preference_loss
     from dpo_cache.types import Completion, Pair, Score, ScoredPair
@@ -47,6 +50,8 @@ _HOMES = {
     "EvalReport": "dpo_cache.evaluation",
     "train": "dpo_cache.training.loop",
     "TrainReport": "dpo_cache.training.loop",
+    "sweep": "dpo_cache.sweeping",
+    "SweepReport": "dpo_cache.sweeping",
     "preference_loss": "dpo_cache.training.losses",
     "Completion": "dpo_cache.types",
     "Pair": "dpo_cache.types",
@@ -63,6 +68,7 @@ __all__ = [
     "PrecomputeReport",
     "Score",
     "ScoredPair",
+    "SweepReport",
     "TrainReport",
     "evaluate",
     "export_pairs",
@@ -70,6 +76,7 @@ __all__ = [
     "open_cache",
     "precompute",
     "preference_loss",
+    "sweep",
     "train",
 ]
 

@@ -21,9 +21,9 @@ FORMATS = ("auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "qu
 RANKED_PAIRS = ("all", "best")
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", required: bool = False) -> Any:
-    """A dataclass field with its help text, accepted values and, where it differs from the name, its flag."""
-    metadata = {"help": help, "choices": choices, "flag": flag, "required": required, "positional": ""}
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", required: bool = False, metavar: str = "") -> Any:
+    """A dataclass field with its help text, accepted values and, where they differ from name and type, its flag and what the help calls its value."""
+    metadata = {"help": help, "choices": choices, "flag": flag, "required": required, "positional": "", "metavar": metavar}
     if isinstance(default, tuple):
         return field(default_factory=lambda: default, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -25,6 +25,7 @@ from dpo_cache.cli.pull import pull_command
 from dpo_cache.cli.push import push_command
 from dpo_cache.cli.rm import rm_command
 from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, Unwinding
+from dpo_cache.cli.sweep import sweep_command
 from dpo_cache.cli.train import train_command
 from dpo_cache.cli.verify import verify_command
 from dpo_cache.errors import DpoCacheError, OptionError
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command("precompute")(precompute_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)
+app.command("sweep")(sweep_command)
 app.command("ls")(ls_command)
 app.command("verify")(verify_command)
 app.command("compact")(compact_command)

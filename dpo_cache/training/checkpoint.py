@@ -59,7 +59,7 @@ def write_policy(target: Path, policy: Policy, write_more: Any = lambda _: None,
         if policy.adapted is None:
             policy.model.save_pretrained(scratch)
         else:
-            policy.adapted.save_pretrained(scratch)
+            policy.adapted.save_pretrained(str(scratch))
             (scratch / "README.md").unlink(missing_ok=True)  # peft's own card, which knows nothing of the run
         policy.tokenizer.save_pretrained(scratch)
         write_more(scratch)

@@ -51,7 +51,7 @@ from dpo_cache.training.step_zero import Expectation, StepZero
 from dpo_cache.training.thrift import Thrift
 from dpo_cache.types import ScoredPair
 
-OnMetrics = Callable[[Metrics], None]
+OnMetrics = Callable[[dict[str, Any]], None]
 OnCheckpoint = Callable[[Path], None]
 Say = Callable[[str], None]
 
