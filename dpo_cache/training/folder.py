@@ -37,7 +37,7 @@ FREE_TO_CHANGE = {
 # fmt: on
 RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "model", "best", ".model.tmp", ".best.tmp"}
 BEST_FILE = "best.json"
-FIXED_RESOLVED = ("reference", "pairs_digest", "num_pairs", "total_steps", "precision")
+FIXED_RESOLVED = ("base_weights", "reference", "pairs_digest", "num_pairs", "total_steps", "precision")
 
 
 def find_start(folder: Path, say: Callable[[str], None], *, resume: bool) -> Path | None:

@@ -373,6 +373,7 @@ class _Run:
     def _resolved(self) -> dict[str, Any]:
         return {
             "model": self.policy.location,
+            "base_weights": self.policy.base_weights,
             "reference": self.data.pairs.reference_id,
             "cache": self.options.cache,
             "pairs": self.data.pairs.name,
