@@ -1,6 +1,6 @@
 """One policy-only training run from a cache, for `train.py`: losses, gradient norms, seconds and memory.
 
-our_training.py CACHE OUT.json --batch-size N [option=value ...]
+our_training.py CACHE OUT.json --batch-size N [--lora-r N] [option=value ...]
 """
 
 from __future__ import annotations
@@ -12,8 +12,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from dpo_cache.footprint import pass_bytes
+
 import dpo_cache
+from dpo_cache.lm.adapter import add_adapter, lora_config
+from dpo_cache.lm.device import peak_resident_bytes
+from dpo_cache.lm.engine import choose_attention
 from dpo_cache.lm.forest import build_forest
+from dpo_cache.lm.load import load_model
+from dpo_cache.lm.recomputation import Recomputation
+from dpo_cache.training import loop  # noqa: F401  (with all imports: a part of the process's memory)
+from dpo_cache.training.batches import completions_of, split_step
 from dpo_cache.types import ScoredPair
 
 
@@ -22,24 +32,48 @@ def main() -> None:
     parser.add_argument("cache")
     parser.add_argument("out", type=Path)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--lora-r", type=int)
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_intermixed_args()
     options: dict[str, Any] = dict(entry.split("=", 1) for entry in arguments.options)
+    if arguments.lora_r:
+        options["lora_r"] = arguments.lora_r
+    process_bytes = peak_resident_bytes()
     steps: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as output:
         report = dpo_cache.train(
             arguments.cache, f"{output}/run", device="cpu", precision="fp32", beta=0.1, lr=1e-5, lr_schedule="constant", warmup_ratio=0.0,
             weight_decay=0.0, max_grad_norm=1.0, shuffle=False, batch_size=arguments.batch_size, on_metrics=steps.append, **options,
         )  # fmt: skip
+    pairs = list(dpo_cache.open_cache(arguments.cache).pairs("rows"))
+    parts = floor(report, pairs, arguments.batch_size, process_bytes, arguments.lora_r)
     found = {
+        "floor": parts,
+        "floor_bytes": sum(parts.values()),
+        "mode": report.resolved["gradient_checkpointing"],
         "losses": [step["loss"] for step in steps],
         "grad_norms": [step["grad_norm"] for step in steps],
         "train_s": sum(step["num_pairs"] / step["pairs_per_s"] for step in steps),
         "num_pairs": sum(step["num_pairs"] for step in steps),
         "peak_bytes": report.peak_bytes,
-        "shapes": shapes(list(dpo_cache.open_cache(arguments.cache).pairs("rows")), arguments.batch_size),
+        "shapes": shapes(pairs, arguments.batch_size),
     }
     arguments.out.write_text(json.dumps(found))
+
+
+def floor(report: dpo_cache.TrainReport, pairs: list[ScoredPair], batch_size: int, process_bytes: int, lora_r: int | None) -> dict[str, int]:
+    """What a step cannot do without, in bytes; activations of the forest that holds most, under the run's recomputation."""
+    model = load_model(report.resolved["model"], dtype=torch.float32, device=torch.device("cpu"))
+    if lora_r:
+        add_adapter(model, lora_config(lora_r, None, "all-linear"), seed=0)
+    attention = choose_attention(model, max_length=1024)
+    Recomputation(model).mode = report.resolved["gradient_checkpointing"]
+    steps = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    groups = [group for step in steps for group in split_step(step, report.resolved["micro_tokens"])]
+    largest = max(groups, key=lambda group: group.num_tokens)
+    weights, trained = 4 * report.num_parameters, 4 * report.num_trained
+    passes = pass_bytes(model, completions_of(largest.pairs), attention) - trained  # new gradients are counted among them
+    return {"process": process_bytes, "weights": weights, "gradients": trained, "optimizer": 2 * trained, "activations": passes}
 
 
 def shapes(pairs: list[ScoredPair], batch_size: int) -> dict[str, int]:

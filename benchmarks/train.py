@@ -1,13 +1,17 @@
 """How fast and in how much memory dpo-cache trains, beside TRL 1.16 and beside the machine's limit.
 
     train.py --model MODEL --data FILE [--rows N] --trl-python PYTHON [--repeats 3] [--batch-size 4] [--max-length 1024]
-             [--live-only] [option=value ...]
+             [--live-only] [--lora-r N] [option=value ...]
 
 Three ways to take one epoch through the same rows in the same order, full fine-tuning with AdamW in float32 on the
 CPU, each time as a fresh process, in turn: ours from a cache, TRL with a live reference, and TRL with
 `precompute_ref_log_probs=True`. pairs/s are those of the steps alone: loading, tokenizing and scoring the reference
 are left out on all sides. `--live-only` leaves the third way out, where many steps are to be compared rather than
-timed. `option=value` are options of `dpo_cache.train`.
+timed. `--lora-r` trains a LoRA adapter on all linear layers instead, from the same random start on all sides. `option=value` are
+options of `dpo_cache.train`.
+
+The floor of memory is what cannot be spared under the recomputation that was chosen: the process with its imports, weights, gradients,
+optimizer state, and the activations of the largest forest, counted (`dpo_cache/footprint.py`).
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--live-only", action="store_true")
+    parser.add_argument("--lora-r", type=int)
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_intermixed_args()
     peers = {"TRL, live reference": [], **({} if arguments.live_only else {"TRL, own precompute": ["--precompute"]})}
@@ -41,7 +46,7 @@ def main() -> None:
         num_rows = write_rows(arguments.data, arguments.rows, folder / "rows.jsonl")
         print(f"{Path(arguments.data).name}: {num_rows} rows, batches of {arguments.batch_size}, {arguments.repeats} runs of each side in turn")
         precompute(arguments.model, folder, arguments.max_length)
-        batch = ["--batch-size", str(arguments.batch_size)]
+        batch = ["--batch-size", str(arguments.batch_size), *(["--lora-r", str(arguments.lora_r)] if arguments.lora_r else [])]
         theirs = [arguments.model, str(folder / "rows.jsonl")]
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("dpo-cache", *peers)}
         limits = []
@@ -75,6 +80,9 @@ def report(runs: dict[str, list[dict[str, Any]]], limits: list[float]) -> None:
     show("share of the limit", [limit / one["train_s"] for one, limit in zip(ours, limits, strict=True)], "{:.1%}")
     for name, found in runs.items():
         show(f"peak memory, {name}, GB", [one["peak_bytes"] / 1e9 for one in found], "{:.2f}")
+    show("floor of memory, GB", [one["floor_bytes"] / 1e9 for one in ours], "{:.2f}")
+    show("above the floor", [one["peak_bytes"] / one["floor_bytes"] - 1 for one in ours], "{:.1%}")
+    print(f"    {', '.join(f'{name} {value / 1e9:.2f}' for name, value in ours[0]['floor'].items())}; {ours[0]['mode']} recomputation")
     for name in list(runs)[1:]:
         show(
             f"share of the memory of {name}", [one["peak_bytes"] / other["peak_bytes"] for one, other in zip(ours, runs[name], strict=True)], "{:.3f}"

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024, help="longest prompt + answer, in tokens")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precompute", action="store_true")
+    parser.add_argument("--lora-r", type=int, help="train a LoRA adapter of this rank on all linear layers, with twice the rank as its alpha")
     arguments = parser.parse_args()
     if arguments.mode == "ids":
         arguments.out.write_text(json.dumps(token_ids(arguments.rows)))
@@ -45,6 +46,7 @@ def main() -> None:
                 rows,
                 arguments.max_length,
                 folder,
+                arguments.lora_r,
                 per_device_train_batch_size=arguments.batch_size,
                 precompute_ref_log_probs=arguments.precompute,
             )
@@ -114,9 +116,9 @@ def collated(trainer: DPOTrainer, row: dict[str, Any]) -> dict[str, Any]:
     return {"index": row["index"], "chosen": sides[0], "rejected": sides[1]}
 
 
-def train(model: str, rows: Dataset, max_length: int, folder: str, **options: Any) -> dict[str, Any]:
+def train(model: str, rows: Dataset, max_length: int, folder: str, lora_r: int | None, **options: Any) -> dict[str, Any]:
     """Loss and gradient norm (before clipping) of each step; the seconds of the steps, without loading and precomputing, and the most memory."""
-    trainer = make_trainer(model, rows, max_length, folder, **options)
+    trainer = make_trainer(model if lora_r is None else with_adapter(model, lora_r), rows, max_length, folder, **options)
     started = time.perf_counter()
     trainer.train()
     elapsed_s = time.perf_counter() - started
@@ -130,11 +132,22 @@ def train(model: str, rows: Dataset, max_length: int, folder: str, **options: An
     }
 
 
-def make_trainer(model: str, rows: Dataset, max_length: int, folder: str, **options: Any) -> DPOTrainer:
+def with_adapter(model: str, lora_r: int) -> Any:
+    """The model with a fresh adapter, whose random part is that of seed 0, and its tokenizer's place kept."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    torch.manual_seed(0)
+    return get_peft_model(loaded, LoraConfig(r=lora_r, lora_alpha=2 * lora_r, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def make_trainer(model: Any, rows: Dataset, max_length: int, folder: str, **options: Any) -> DPOTrainer:
     """A trainer that takes the rows in their order, 8 a step, without dropout, warm-up or decay."""
     config = DPOConfig(
         output_dir=folder,
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": "float32"} if isinstance(model, str) else None,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,

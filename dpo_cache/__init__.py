@@ -6,6 +6,9 @@
     precomputing  data -> lm -> store: run the frozen reference once
     exchange      pair sets -> files for other tools, and log-probs made elsewhere -> pair sets
     training      store -> lm -> optimizer: train the policy alone
+    evaluation    store -> lm -> report: how good a policy is on a pair set
+    sweeping      several trainings from one cache, a process each
+    reporting     runs -> tables and plots
 
 In a few lines:
 
@@ -14,6 +17,7 @@ In a few lines:
     dpo_cache.precompute("path/to/model", "pairs.jsonl", "cache")
     pairs = dpo_cache.open_cache("cache").pairs("pairs")
     dpo_cache.train("cache", "run", pairs="pairs", beta=0.1)
+    dpo_cache.evaluate("cache", "heldout", "run/model", beta=0.1).accuracy
 """
 
 from __future__ import annotations
@@ -22,9 +26,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpo_cache.evaluation import EvalReport, evaluate
     from dpo_cache.exchange import ExportReport, ImportReport, export_pairs, import_pairs
     from dpo_cache.precomputing import PrecomputeReport, precompute
     from dpo_cache.store import open_cache
+    from dpo_cache.sweeping import SweepReport, sweep
     from dpo_cache.training.loop import TrainReport, train
     from dpo_cache.training.losses import preference_loss
     from dpo_cache.types import Completion, Pair, Score, ScoredPair
@@ -40,8 +46,12 @@ _HOMES = {
     "import_pairs": "dpo_cache.exchange",
     "ImportReport": "dpo_cache.exchange",
     "open_cache": "dpo_cache.store",
+    "evaluate": "dpo_cache.evaluation",
+    "EvalReport": "dpo_cache.evaluation",
     "train": "dpo_cache.training.loop",
     "TrainReport": "dpo_cache.training.loop",
+    "sweep": "dpo_cache.sweeping",
+    "SweepReport": "dpo_cache.sweeping",
     "preference_loss": "dpo_cache.training.losses",
     "Completion": "dpo_cache.types",
     "Pair": "dpo_cache.types",
@@ -51,18 +61,22 @@ _HOMES = {
 
 __all__ = [
     "Completion",
+    "EvalReport",
     "ExportReport",
     "ImportReport",
     "Pair",
     "PrecomputeReport",
     "Score",
     "ScoredPair",
+    "SweepReport",
     "TrainReport",
+    "evaluate",
     "export_pairs",
     "import_pairs",
     "open_cache",
     "precompute",
     "preference_loss",
+    "sweep",
     "train",
 ]
 

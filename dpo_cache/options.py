@@ -14,15 +14,16 @@ from dpo_cache.errors import OptionError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "8bit", "4bit")
 ATTENTIONS = ("auto", "forest", "rows")
 TRUNCATIONS = ("keep-start", "keep-end", "prompt-left", "drop")
 FORMATS = ("auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "ranked")
 RANKED_PAIRS = ("all", "best")
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", required: bool = False) -> Any:
-    """A dataclass field with its help text, accepted values and, where it differs from the name, its flag."""
-    metadata = {"help": help, "choices": choices, "flag": flag, "required": required, "positional": ""}
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", required: bool = False, metavar: str = "") -> Any:
+    """A dataclass field with its help text, accepted values and, where they differ from name and type, its flag and what the help calls its value."""
+    metadata = {"help": help, "choices": choices, "flag": flag, "required": required, "positional": "", "metavar": metavar}
     if isinstance(default, tuple):
         return field(default_factory=lambda: default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -97,6 +98,9 @@ class PrecomputeOptions(Options):
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", flag="--trust-remote-code")
     dtype: str = option("auto", "Dtype of the forward pass. auto: the checkpoint's on a GPU, float32 on a CPU.", choices=DTYPES)
+    quantize: str = option(
+        "none", "Score the model with its weights in 8 or 4 bits (bitsandbytes), as `train --quantize` holds them.", choices=QUANTIZATIONS
+    )
     device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
     max_length: int = option(1024, "Longest prompt + answer, in tokens.")
     truncation: str = option("keep-start", "What happens to longer rows.", choices=TRUNCATIONS)

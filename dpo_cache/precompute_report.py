@@ -1,4 +1,4 @@
-"""What `precompute` tells: how far its scoring is, and what it did."""
+"""What `precompute` tells when it is done."""
 
 from __future__ import annotations
 
@@ -6,31 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cache import data
-
-
-@dataclass(frozen=True)
-class ScoringProgress:
-    """How far the scoring is. Tokens are those run through the model, pairs those that lacked a score."""
-
-    pair_set: str
-    num_tokens: int
-    total_tokens: int  # of the whole run, known beforehand; of a stream, of the windows read so far
-    total_pairs: int
-    num_completions: int
-    elapsed_s: float  # of scoring
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.elapsed_s
-
-    @property
-    def pairs_per_s(self) -> float:
-        """Pairs are counted by their share of the tokens: a pair's two answers may be scored far apart."""
-        return self.total_pairs * self.num_tokens / self.total_tokens / self.elapsed_s
-
-    @property
-    def seconds_left(self) -> float:
-        return (self.total_tokens - self.num_tokens) / self.tokens_per_s
 
 
 @dataclass

@@ -30,7 +30,8 @@ from dpo_cache.lm.linear import use_fast_linear
 from dpo_cache.lm.load import check_causal, load_config, load_model
 from dpo_cache.options import PrecomputeOptions, number_or_auto, renamed_columns
 from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_completions, pairs_of, rows_of
-from dpo_cache.precompute_report import PrecomputeReport, ScoringProgress
+from dpo_cache.precompute_report import PrecomputeReport
+from dpo_cache.scoring_progress import ScoringProgress
 from dpo_cache.store import Cache, PairSet, ScoreIndex, open_cache
 from dpo_cache.store.cache import check_name
 from dpo_cache.store.documents import digest_json
@@ -139,7 +140,7 @@ class _Precompute:
         """The reference's identity, from its files alone, and what the cache has of it."""
         options = self.options
         self.dtype = choose_dtype(options.dtype, self.device, getattr(self.config, "dtype", None))
-        self.identity = reference_identity(options.model, self.config, self.dtype, revision=options.revision)
+        self.identity = reference_identity(options.model, self.config, self.dtype, revision=options.revision, quantize=options.quantize)
         self.report.reference = digest_json(self.identity)
         if options.expect_reference:
             self._check_expected(options.expect_reference)
@@ -241,7 +242,12 @@ class _Precompute:
         if self.loaded is None:
             options = self.options
             model = load_model(
-                options.model, dtype=self.dtype, device=self.device, revision=options.revision, trust_remote_code=options.trust_remote_code
+                options.model,
+                dtype=self.dtype,
+                device=self.device,
+                revision=options.revision,
+                trust_remote_code=options.trust_remote_code,
+                quantize=options.quantize,
             )
             use_fast_linear(model)
             attention = choose_attention(model, options.attention, max_length=options.max_length)

@@ -17,9 +17,10 @@ from dpo_cache.lm.engine import choose_attention, score_completions
 from dpo_cache.lm.identity import reference_identity
 from dpo_cache.lm.linear import use_fast_linear
 from dpo_cache.lm.load import load_config, load_model
+from dpo_cache.lm.quantization import rounding_dtype_of
 from dpo_cache.store import Cache, PairSet, completion_key, open_cache
 from dpo_cache.store.identities import differing_fields
-from dpo_cache.types import TOKEN_TOLERANCES, Completion, Score, ScoredPair
+from dpo_cache.types import TOKEN_TOLERANCES, Completion, Score, ScoredPair, quantization_name
 
 Say = Callable[[str], None]
 
@@ -55,7 +56,7 @@ def rescore(
 ) -> list[RescoreReport]:
     """Score random completions of the pair sets with the live model, one report a reference that the model is.
 
-    A model may be several references, one a dtype. Raises `ModelError`, with the fields that differ, where it is none.
+    A model may be several references, one a dtype and quantization. Raises `ModelError`, with the fields that differ, where it is none.
     """
     location, opened = os.fspath(model), open_cache(cache)
     config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
@@ -63,14 +64,17 @@ def rescore(
     by_reference = _pair_sets_by_reference(opened)
     reports = []
     for reference_id in _matching(opened, list(by_reference), location, config, revision):
-        dtype = opened.read_reference(reference_id)["identity"]["dtype"]
+        identity = opened.read_reference(reference_id)["identity"]
+        dtype = getattr(torch, identity["dtype"])
         completions, stored = _draw(by_reference[reference_id], num_completions, np.random.default_rng(seed))
-        loaded = load_model(location, dtype=getattr(torch, dtype), device=place, revision=revision, trust_remote_code=trust_remote_code)
+        loaded = load_model(
+            location, dtype=dtype, device=place, revision=revision, trust_remote_code=trust_remote_code, quantize=quantization_name(identity)
+        )
         use_fast_linear(loaded)
         attention = choose_attention(loaded, "auto", max_length=max(map(len, completions)))
         budget = Budget(None, place, say or (lambda _: None))
         found = dict(entry for progress in score_completions(loaded, completions, attention, budget) for entry in progress.scores)
-        reports.append(_report(reference_id, dtype, completions, stored, [found[index] for index in range(len(completions))]))
+        reports.append(_report(reference_id, rounding_dtype_of(identity), completions, stored, [found[index] for index in range(len(completions))]))
     return reports
 
 
@@ -90,11 +94,15 @@ def _pair_sets_by_reference(cache: Cache) -> dict[str, list[PairSet]]:
 def _matching(cache: Cache, reference_ids: list[str], location: str, config: PreTrainedConfig, revision: str | None) -> list[str]:
     """The references that the model is; `ModelError` says what differs from each where it is none."""
     lines, matching = [], []
+    is_saved_quantized = getattr(config, "quantization_config", None) is not None
     for reference_id in reference_ids:
         document = cache.read_reference(reference_id)
         stored, name = document["identity"], document["provenance"].get("model", "unnamed")
         dtype = stored.get("dtype")
-        live = reference_identity(location, config, getattr(torch, dtype if dtype in TOKEN_TOLERANCES else "float32"), revision=revision)
+        quantize = "none" if is_saved_quantized else quantization_name(stored)
+        live = reference_identity(
+            location, config, getattr(torch, dtype if dtype in TOKEN_TOLERANCES else "float32"), revision=revision, quantize=quantize
+        )
         if differing := differing_fields(stored, live):
             lines.append(f"  reference {reference_id[:12]} ({name}) and the model differ in\n" + "".join(f"    {line}\n" for line in differing))
         else:

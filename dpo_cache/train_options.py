@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 
 from dpo_cache.errors import OptionError
 from dpo_cache.loss_names import LOSSES, check_serves, loss_terms
-from dpo_cache.options import DEVICES, Options, flag_of, number_or_auto, option
+from dpo_cache.options import DEVICES, QUANTIZATIONS, Options, flag_of, number_or_auto, option
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 WPO = ("off", "on", "clipped")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor")
 ROUNDINGS = ("auto", "nearest", "stochastic", "compensated")
-QUANTIZATIONS = ("none", "8bit", "4bit")
 RECOMPUTATIONS = ("auto", "none", "selective", "full")
 PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16")
 STEP_ZERO = ("auto", "strict", "warn", "off")

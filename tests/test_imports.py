@@ -12,13 +12,16 @@ from dpo_cache.cli.app import command_names
 
 PACKAGE = Path(dpo_cache.__file__).parent
 
-LEAVES = {"cache_options", "errors", "types", "options", "train_options", "loss_names"}
+LEAVES = {"cache_options", "errors", "types", "options", "train_options", "eval_options", "sweep_options", "loss_names"}
 ALLOWED = {
-    "cli": {"precomputing", "training", "planning", "reporting", "integrations", "rescoring", "exchange", "store"} | LEAVES,
-    "precomputing": {"data", "lm", "store", "planning", "precompute_report"} | LEAVES,
+    "cli": {"precomputing", "training", "sweeping", "planning", "reporting", "integrations", "rescoring", "exchange", "evaluation", "store"} | LEAVES,
+    "precomputing": {"data", "lm", "store", "planning", "precompute_report", "scoring_progress"} | LEAVES,
     "precompute_report": {"data"},
     "training": {"lm", "store"} | LEAVES,
+    "evaluation": {"data", "lm", "store", "training", "exchange", "scoring_progress"} | LEAVES,
+    "scoring_progress": set(),
     "planning": {"data", "lm", "store"} | LEAVES,
+    "sweeping": {"training", "reporting", "store"} | LEAVES,
     "reporting": {"lm", "store"} | LEAVES,
     "rescoring": {"lm", "store"} | LEAVES,
     "exchange": {"data", "lm", "store"} | LEAVES,
@@ -30,10 +33,17 @@ ALLOWED = {
     "cache_options": {"errors", "options"},
     "options": {"errors"},
     "train_options": {"errors", "options", "loss_names"},
+    "eval_options": {"options", "loss_names"},
+    "sweep_options": {"options", "train_options"},
     "loss_names": {"errors"},
     "errors": set(),
 }
-PACKAGES_OF_ROOMS = {"store": {"torch", "transformers", "datasets"}, "training": {"datasets"}, "lm": {"datasets", "pyarrow"}}
+PACKAGES_OF_ROOMS = {
+    "store": {"torch", "transformers", "datasets"},
+    "training": {"datasets"},
+    "sweeping": {"torch", "transformers", "datasets"},
+    "lm": {"datasets", "pyarrow"},
+}
 
 
 def modules() -> list[Path]:

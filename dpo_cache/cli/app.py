@@ -13,6 +13,7 @@ import typer
 
 from dpo_cache.cli.compact import compact_command
 from dpo_cache.cli.diff import diff_command
+from dpo_cache.cli.eval_ import eval_command
 from dpo_cache.cli.export import export_command
 from dpo_cache.cli.gc import gc_command
 from dpo_cache.cli.import_ import import_command
@@ -24,6 +25,7 @@ from dpo_cache.cli.pull import pull_command
 from dpo_cache.cli.push import push_command
 from dpo_cache.cli.rm import rm_command
 from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, Unwinding
+from dpo_cache.cli.sweep import sweep_command
 from dpo_cache.cli.train import train_command
 from dpo_cache.cli.verify import verify_command
 from dpo_cache.errors import DpoCacheError, OptionError
@@ -37,6 +39,8 @@ app = typer.Typer(
 )
 app.command("precompute")(precompute_command)
 app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("sweep")(sweep_command)
 app.command("ls")(ls_command)
 app.command("verify")(verify_command)
 app.command("compact")(compact_command)

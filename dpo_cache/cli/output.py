@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-NUMBER = re.compile(r"[\d,]{1,11}|[\d.]+ [kMG]?B")
+if TYPE_CHECKING:
+    from dpo_cache.scoring_progress import ScoringProgress
+
+NUMBER = re.compile(r"[\d,]{1,11}|[\d.]+ [kMG]?B|[+-]?\d+\.\d+|[+-]?[\d.]+%|")
 QUIET_SECONDS = 10.0  # between progress lines off a terminal
 
 
@@ -28,12 +32,20 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 def print_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table, one line a row; columns of numbers and sizes stand to the right."""
+    for line in format_columns(titles, rows):
+        print(line)
+
+
+def format_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of such a table."""
     rows = [[printable(entry) for entry in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     numeric = [all(NUMBER.fullmatch(entry) for entry in column) for column in zip(*rows, strict=True)]
-    for row in (titles, *rows):
-        cells = [entry.rjust(width) if right else entry.ljust(width) for entry, width, right in zip(row, widths, numeric, strict=True)]
-        print("  ".join(cells).rstrip())
+    cells = [
+        [entry.rjust(width) if right else entry.ljust(width) for entry, width, right in zip(row, widths, numeric, strict=True)]
+        for row in (titles, *rows)
+    ]
+    return ["  ".join(row).rstrip() for row in cells]
 
 
 def printable(text: str) -> str:
@@ -56,13 +68,14 @@ def remark(text: str) -> None:
 
 
 class ProgressLine:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """A bar on a terminal, a line now and then elsewhere; nothing where DPO_CACHE_PROGRESS is off, as in a run whose sweep tells its progress."""
 
     def __init__(self, description: str):
         self._description = description
         self._started = self._printed = time.monotonic()
+        self._is_off = os.environ.get("DPO_CACHE_PROGRESS") == "off"
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._is_off:
             columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}")
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
@@ -71,7 +84,7 @@ class ProgressLine:
     def update(self, done: float, total: float, detail: str) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, detail=detail)
-        elif time.monotonic() - self._printed >= QUIET_SECONDS:
+        elif not self._is_off and time.monotonic() - self._printed >= QUIET_SECONDS:
             self._printed = time.monotonic()
             remark(f"{self._description} {done / total:4.0%}  {detail}")
 
@@ -100,6 +113,12 @@ class ProgressLine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def show_scoring(line: ProgressLine, progress: ScoringProgress) -> None:
+    """How far a model is with scoring."""
+    rates = f"{progress.tokens_per_s:,.0f} tokens/s  {progress.pairs_per_s:.2f} pairs/s"
+    line.update(progress.num_tokens, progress.total_tokens, f"{rates}  {format_seconds(progress.seconds_left)} left")
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -55,7 +55,7 @@ def _given(values: dict[str, Any], context: typer.Context) -> dict[str, Any]:
 def _parameter(entry: Field[Any], hint: Any, group: str | None, *, may_lack: bool) -> inspect.Parameter:
     default = list(entry.default_factory()) if callable(entry.default_factory) else entry.default
     is_list = isinstance(default, list)
-    annotation = list[str] if is_list else hint
+    annotation = (list[bool] if hint == tuple[bool, ...] else list[str]) if is_list else hint
     choices = entry.metadata["choices"]
     if entry.metadata["positional"]:
         shown = "|".join(choices) or entry.metadata["positional"]
@@ -67,7 +67,7 @@ def _parameter(entry: Field[Any], hint: Any, group: str | None, *, may_lack: boo
         ... if entry.metadata["required"] and not may_lack else default,
         flag,
         help=entry.metadata["help"],
-        metavar="|".join(choices) if choices else None,
+        metavar="|".join(choices) or entry.metadata["metavar"] or None,
         show_default=not is_list and default is not None,
         rich_help_panel=group,
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, format_seconds, print_json, print_table
+from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, format_seconds, print_json, print_table, show_scoring
 from dpo_cache.cli.parameters import command
 from dpo_cache.options import PrecomputeOptions
 
 if TYPE_CHECKING:
     from dpo_cache.data.survey import Finding, Survey
-    from dpo_cache.precomputing import PrecomputeReport, ScoringProgress
+    from dpo_cache.precomputing import PrecomputeReport
 
 
 @command(PrecomputeOptions, json_help="Print the report as JSON.")
@@ -24,16 +24,11 @@ def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
 
     with ProgressLine("scoring") as line:
 
-        def show(progress: ScoringProgress) -> None:
-            rates = f"{progress.tokens_per_s:,.0f} tokens/s  {progress.pairs_per_s:.2f} pairs/s"
-            detail = f"{rates}  {format_seconds(progress.seconds_left)} left"
-            line.update(progress.num_tokens, progress.total_tokens, detail)
-
         def show_survey(survey: Survey) -> None:
             if not as_json:
                 line.pause(lambda: _print_survey(survey))
 
-        report = precompute(**asdict(options), on_survey=show_survey, on_progress=show, say=line.remark)
+        report = precompute(**asdict(options), on_survey=show_survey, on_progress=lambda progress: show_scoring(line, progress), say=line.remark)
     if as_json:
         print_json(asdict(report))
     elif options.dry_run:

@@ -28,11 +28,11 @@ def check_output(out: str, kind: str, *, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise OptionError(f"{target} is there already.\nChoose another OUT, or replace it with --overwrite.")
+        raise OptionError(f"{target} is there already.\nChoose another output, or replace it with --overwrite.")
     is_ours = (target / "state.json").is_file() if kind == "datasets" else target.is_file()
     if not is_ours:
         found = "a folder" if target.is_dir() else "a file"
-        raise OptionError(f"{target}: is {found} that `dpo-cache export --format {kind}` does not write; it is not replaced.\nChoose another OUT.")
+        raise OptionError(f"{target}: is {found}, which output in the format {kind} is not; it is not replaced.\nChoose another output.")
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def open_output(out: str, kind: str, schema: pa.Schema, *, overwrite: bool) -> I
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise StorageError(
-            f"cannot write {target}: {error.strerror or error}.\nFree some space or choose another OUT; nothing was left there."
+            f"cannot write {target}: {error.strerror or error}.\nFree some space or choose another output; nothing was left there."
         ) from error
 
 

@@ -19,6 +19,7 @@ from dpo_cache.lm.attention import FOREST_ATTENTION, PlanLostError, use_forest_a
 from dpo_cache.lm.budget import Budget, is_out_of_memory
 from dpo_cache.lm.forest import build_forest
 from dpo_cache.lm.logprobs import has_plain_head, head_of, token_logps
+from dpo_cache.lm.quantization import rounding_dtype
 from dpo_cache.lm.scoring import Progress, row_logps, run_forest, score_forest, score_rows
 from dpo_cache.types import TOKEN_TOLERANCES, Completion
 
@@ -86,7 +87,7 @@ def score_completions(model: PreTrainedModel, completions: Sequence[Completion],
 
 def _rows_attention(model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], reason: str) -> Attention:
     padded = row_logps(model, completions)
-    if _gap_problem(padded, expected, model.dtype) is None:
+    if _gap_problem(padded, expected, rounding_dtype(model)) is None:
         return Attention("rows", reason)
     return Attention("rows", f"{reason}; padding changes its results, so one row at a time", max_rows=1)
 
@@ -102,11 +103,11 @@ def _forest_problem(model: PreTrainedModel, completions: list[Completion], expec
             budget = Budget(size, model.device, lambda _: None)
             found = dict(entry for progress in score_forest(model, completions, budget, kernel) for entry in progress.scores)
             streamed = [torch.from_numpy(found[index].token_logps) for index in range(len(completions))]
-            problem, gap = _compare(streamed, expected, model.dtype)
+            problem, gap = _compare(streamed, expected, rounding_dtype(model))
             largest = max(largest, gap)
             if problem:
                 return problem, gap
-        problem, gap = _compare(_tree_logps(model, completions), expected, model.dtype)
+        problem, gap = _compare(_tree_logps(model, completions), expected, rounding_dtype(model))
         return problem, max(largest, gap)
     except PlanLostError:
         return "its code does not hand the plan of the forest on to its attention", largest
@@ -144,7 +145,7 @@ def _gap_problem(found: list[torch.Tensor], expected: list[torch.Tensor], dtype:
 
 def _check_causality(expected: list[torch.Tensor], model: PreTrainedModel) -> None:
     """The first two check completions begin alike: what follows must not change the log-probs of what is shared."""
-    if _gap_problem([expected[0][:4]], [expected[1][:4]], model.dtype):
+    if _gap_problem([expected[0][:4]], [expected[1][:4]], rounding_dtype(model)):
         raise ModelError(
             f"{type(model).__name__} is not causal: the log-prob of a token changes with the tokens after it.\n"
             "Give a decoder-only model (for BERT-like checkpoints, one with is_decoder=true)."

@@ -1,6 +1,8 @@
 """What a reference is: the canonical description whose sha256 names it.
 
-    {"scoring": 1, "weights": <hex>, "config": {...}, "dtype": "float32"}      and "adapter", "quantization" where there is one
+    {"scoring": 1, "weights": <hex>, "config": {...}, "dtype": "float32"}
+    {..., "quantization": {...}}    where the weights were quantized: how, as the checkpoint says or as `--quantize` does it
+    {..., "adapter": {...}}         where an adapter is over them: the digest of its tensors, and what of its config changes the computation
 
 `weights` is the sha256 over the lines `name dtype shape sha256-of-bytes` of all tensors, sorted by name: it
 does not depend on how a checkpoint is split into files. `config` holds the fields that differ from the
@@ -26,6 +28,8 @@ from transformers import PreTrainedConfig
 from dpo_cache.errors import ModelError, first_line
 from dpo_cache.lm.adapter import CONFIG_FILE, WEIGHTS_FILE, find_parts, read_config
 from dpo_cache.lm.adapter import INERT_FIELDS as INERT_ADAPTER_FIELDS
+from dpo_cache.lm.quantization import check_quantizable
+from dpo_cache.types import QUANTIZATION_FIELDS
 
 SCORING_VERSION = 1  # raised when the same model and ids would get another stored value
 
@@ -45,8 +49,14 @@ INERT_FIELDS = frozenset(
 # fmt: on
 
 
-def reference_identity(location: str, config: PreTrainedConfig, dtype: torch.dtype, *, revision: str | None = None) -> dict[str, Any]:
-    """The identity of the model at a local folder or Hub id, from its files alone. Raises `ModelError`."""
+def reference_identity(
+    location: str, config: PreTrainedConfig, dtype: torch.dtype, *, revision: str | None = None, quantize: str = "none"
+) -> dict[str, Any]:
+    """The identity of the model at a local folder or Hub id, from its files alone. Raises `ModelError`.
+
+    `quantize` is what `load_model` makes of its weights: none, 8bit or 4bit.
+    """
+    check_quantizable(config, location, quantize)
     parts = find_parts(location, revision)
     identity: dict[str, Any] = {
         "scoring": SCORING_VERSION,
@@ -57,6 +67,8 @@ def reference_identity(location: str, config: PreTrainedConfig, dtype: torch.dty
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         identity["quantization"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    elif quantize != "none":
+        identity["quantization"] = dict(QUANTIZATION_FIELDS[quantize])
     if parts.adapter is not None:
         identity["adapter"] = adapter_identity(parts.adapter)
     return identity

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_cache.errors import ModelError, first_line
 from dpo_cache.lm.adapter import Parts, find_parts, load_adapter
+from dpo_cache.lm.quantization import check_quantizable, is_quantized, loading_config, settle_layers
 
 
 def load_config(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -42,25 +43,43 @@ def load_model(
     device: torch.device,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantize: str = "none",
+    compute_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The causal LM in eval mode on the device, of an adapter its base with the adapter in it. Raises `ModelError`, also where a weight is missing.
+
+    `quantize` 8bit or 4bit holds the linear layers of the decoder in so many bits, frozen; what is left has `dtype`.
+    4-bit weights are multiplied in `compute_dtype` (default: `dtype`).
 
     Only safetensors are read: a pickled checkpoint can run code. Eval mode is kept while training too:
     the reference is scored without dropout, so the policy is trained without it.
     """
     parts = find_parts(location, revision)
-    model = load_base(parts, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model = load_base(parts, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantize=quantize, compute_dtype=compute_dtype)
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
     return model
 
 
-def load_base(parts: Parts, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_base(
+    parts: Parts,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    quantize: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
     """See `load_model`: the weights alone, without an adapter over them."""
     location, revision = parts.base, parts.base_revision
     config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
     check_causal(config, location)
+    check_quantizable(config, location, quantize)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if quantize != "none":
+        options |= {"quantization_config": loading_config(quantize, compute_dtype or dtype)}
+    if quantize != "none" or getattr(config, "quantization_config", None) is not None:
+        options |= {"device_map": {"": device}}  # quantized where it is to stay: such weights are not moved
     bars_shown = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
@@ -82,4 +101,7 @@ def load_base(parts: Parts, *, dtype: torch.dtype, device: torch.device, trust_r
             f"{location}: {len(lacking)} weights are not in the checkpoint or have another shape, first {lacking[0]}.\n"
             "They would be random. Give a complete checkpoint of a causal LM."
         )
+    if is_quantized(model):
+        settle_layers(model)
+        return model.eval()
     return model.to(device).eval()

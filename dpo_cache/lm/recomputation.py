@@ -25,7 +25,7 @@ FLOATS_KEPT = {"none": 2.7, "selective": 1.2, "full": 0.15}
 EXPENSIVE = (
     "aten.mm", "aten.addmm", "aten.bmm", "aten._grouped_mm", "mkldnn._linear_pointwise", "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
-    "aten._scaled_dot_product_attention_math_for_mps",
+    "aten._scaled_dot_product_attention_math_for_mps", "bitsandbytes.gemm_4bit", "bitsandbytes.int8_scaled_mm", "bitsandbytes.int8_mixed_scaled_mm",
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ class Recomputation:
     def __init__(self, model: PreTrainedModel):
         self.mode = "none"
         self._kept = {packet.default for packet in map(_operator, EXPENSIVE) if packet is not None}
-        layers = _layers(model)
+        layers = decoder_layers(model)
         self.num_layers = len(layers)
         for layer in layers:
             layer.forward = partial(self._run, layer.forward)  # type: ignore[method-assign]
@@ -59,11 +59,12 @@ def is_kept_changed(error: RuntimeError) -> bool:
 
 def activation_bytes(model: PreTrainedModel, num_tokens: int, mode: str) -> float:
     """About how much the layers keep of a forest of so many tokens until its backward pass has ended."""
-    outputs = sum(module.out_features for layer in _layers(model) for module in layer.modules() if isinstance(module, torch.nn.Linear))
+    outputs = sum(module.out_features for layer in decoder_layers(model) for module in layer.modules() if isinstance(module, torch.nn.Linear))
     return FLOATS_KEPT[mode] * outputs * num_tokens * next(model.parameters()).element_size()
 
 
-def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The layers of which one keeps its input alone under `full`."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 

@@ -20,6 +20,7 @@ from dpo_cache.store.files import Folder, open_folder
 from dpo_cache.store.pairs import PAIR_SCHEMA, read_manifest
 from dpo_cache.store.parquet import open_parquet, open_source
 from dpo_cache.store.shards import SHARD_SCHEMA
+from dpo_cache.types import quantization_name
 
 _DIGEST = r"[0-9a-f]{64}"
 _NAME = NAME_PATTERN.pattern
@@ -162,6 +163,7 @@ def precompute_line(cache: str, manifest: Document, reference: Document | None) 
         words, options = ["import", cache, data], {"reference": identity["imported"], "model": model, "dtype": identity.get("dtype")}
     else:
         words, options = ["precompute"], {"model": model or "MODEL", "revision": provenance.get("revision"), "dataset": data, "cache": cache}
+        options |= {"quantize": quantize} if (quantize := quantization_name(identity)) != "none" else {}
         options |= {"dtype": identity.get("dtype", "auto"), "limit": source.get("rows_read")}  # rows may have been added since
         options |= {"ranked-pairs": source["ranked_pairs"]} if source.get("ranked_pairs", "all") != "all" else {}
     options |= {"name": manifest["name"], "split": manifest["split"], "format": source.get("format")}

@@ -16,14 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.store.disk import sync
 from dpo_cache.training.opening import Policy
+from dpo_cache.training.updates import Updater
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,12 @@ class Progress:
     best: dict[str, Any] | None = None  # the best evaluation so far: its step and value, and how many since were no better
 
 
-def save_checkpoint(run: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int) -> Path:
+def save_checkpoint(run: Path, policy: Policy, optimizer: Updater, progress: Progress, *, keep: int) -> Path:
     """Publish the state after a step, then drop all but the last `keep`. Raises `TrainingError` where the disk refuses."""
     target = run / "checkpoints" / f"step-{progress.step:06d}"
 
     def write(scratch: Path) -> None:
-        save_file(_optimizer_tensors(policy.model, optimizer), scratch / "optimizer.safetensors")
+        save_file(optimizer.tensors(), scratch / "optimizer.safetensors")
         (scratch / "state.json").write_text(json.dumps(asdict(progress)) + "\n")
 
     write_policy(target, policy, write, remedy="Free some space, then go on from the last checkpoint with --resume.")
@@ -60,7 +59,7 @@ def write_policy(target: Path, policy: Policy, write_more: Any = lambda _: None,
         if policy.adapted is None:
             policy.model.save_pretrained(scratch)
         else:
-            policy.adapted.save_pretrained(scratch)
+            policy.adapted.save_pretrained(str(scratch))
             (scratch / "README.md").unlink(missing_ok=True)  # peft's own card, which knows nothing of the run
         policy.tokenizer.save_pretrained(scratch)
         write_more(scratch)
@@ -92,29 +91,15 @@ def read_progress(checkpoint: Path) -> Progress:
         raise damaged(checkpoint / "state.json", error) from error
 
 
-def restore_optimizer(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+def restore_optimizer(checkpoint: Path, optimizer: Updater) -> None:
     """Put the saved optimizer state back, bit for bit."""
     try:
         saved = load_file(checkpoint / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise damaged(checkpoint / "optimizer.safetensors", error) from error
-    for name, parameter in model.named_parameters():
-        prefix = f"{name}/"
-        state = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
-        if state:
-            on_cpu = ("step",)  # AdamW counts steps on the CPU unless it is fused or captured
-            fused = bool(optimizer.defaults.get("fused"))
-            optimizer.state[parameter] = {key: value if key in on_cpu and not fused else value.to(parameter.device) for key, value in state.items()}
+    optimizer.restore(saved)
 
 
 def damaged(path: Path, error: BaseException) -> TrainingError:
     """What is raised for a file of a run that cannot be read."""
     return TrainingError(f"{path}: not readable ({first_line(error)}).\nThe run cannot be resumed: choose another --output and start it again.")
-
-
-def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": value.contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }

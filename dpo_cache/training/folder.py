@@ -32,12 +32,12 @@ from dpo_cache.training.opening import Policy
 # fmt: off
 FREE_TO_CHANGE = {
     "resume", "config", "trust_remote_code", "cache", "output", "device", "micro_tokens", "gradient_checkpointing", "offload_activations",
-    "eval_every", "save_every", "keep", "sample", "log_to", "log_names", "step_zero", "dry_run",
+    "free_gradients", "eval_every", "save_every", "keep", "sample", "log_to", "log_names", "step_zero", "dry_run",
 }
 # fmt: on
 RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "model", "best", ".model.tmp", ".best.tmp"}
 BEST_FILE = "best.json"
-FIXED_RESOLVED = ("reference", "pairs_digest", "num_pairs", "total_steps", "precision")
+FIXED_RESOLVED = ("base_weights", "reference", "pairs_digest", "num_pairs", "total_steps", "precision")
 
 
 def find_start(folder: Path, say: Callable[[str], None], *, resume: bool) -> Path | None:

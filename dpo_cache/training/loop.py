@@ -17,6 +17,8 @@ import torch
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import choose_device, deterministic_algorithms, peak_bytes
 from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
+from dpo_cache.lm.offload import offload_activations
+from dpo_cache.lm.quantization import rounding_dtype, rounding_dtype_of
 from dpo_cache.lm.routing import router_coefficient
 from dpo_cache.options import number_or_auto
 from dpo_cache.store import open_cache
@@ -37,6 +39,7 @@ from dpo_cache.training.folder import (
     save_model,
     write_config,
 )  # fmt: skip
+from dpo_cache.training.freeing import FreedGradients
 from dpo_cache.training.metrics import Metrics, MetricsFile, PairMetrics
 from dpo_cache.training.objective import objective_of
 from dpo_cache.training.opening import open_pairs, open_policy
@@ -51,7 +54,7 @@ from dpo_cache.training.thrift import Thrift
 from dpo_cache.training.trackers import check_trackers, open_trackers
 from dpo_cache.types import ScoredPair
 
-OnMetrics = Callable[[Metrics], None]
+OnMetrics = Callable[[dict[str, Any]], None]
 OnCheckpoint = Callable[[Path], None]
 Say = Callable[[str], None]
 
@@ -110,11 +113,16 @@ class _Run:
         self.thrift = Thrift(self.model, micro_tokens, mode, say, is_deterministic=options.deterministic)
         if self.progress.thrift:
             self.thrift.restore(self.progress.thrift)
-        self.optimizer = make_optimizer(self.model, lr=options.lr, weight_decay=options.weight_decay)
+        if options.offload_activations:
+            offload_activations(self.model, say)
+        self.optimizer = make_optimizer(
+            self.model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay, rounding=options.rounding, seed=options.seed
+        )
         if self.checkpoint:
-            restore_optimizer(self.checkpoint, self.model, self.optimizer)
+            restore_optimizer(self.checkpoint, self.optimizer)
+        self.freed = FreedGradients(self.optimizer) if options.free_gradients else None
         self.objective = objective_of(options, router_coefficient(self.model, options.router_aux_loss_coef))
-        self.passes = Passes(self.policy, self.objective, self.thrift, self._step_zero(), say)
+        self.passes = Passes(self.policy, self.objective, self.thrift, self._step_zero(), say, self.freed)
         self.signs = Signs(say, is_logistic=self.objective.is_logistic)
         self.clock = Clock()
         self.step_zero_gap: float | None = None
@@ -219,9 +227,7 @@ class _Run:
         if self.data.eval_pairs is not None and self.data.eval_pairs is not self.data.pairs:
             shared = count_shared(self.data.pairs, self.data.eval_pairs)
             if shared:
-                self.say(
-                    f"{shared:,} of {len(self.data.eval_pairs):,} evaluation pairs stand in the training pairs, too: they are no held-out pairs."
-                )
+                self.say(f"{shared:,} of {len(self.data.eval_pairs):,} evaluation pairs stand in the training pairs, too: those are not held out.")
 
     def _steps(self) -> Iterator[list[ScoredPair]]:
         """The pairs of each step that is left, epoch after epoch; the last step of an epoch may be smaller."""
@@ -252,16 +258,20 @@ class _Run:
         """One update. The loss is the mean over the step's pairs, however they are split into forests."""
         self._check_base(pairs)
         started = time.perf_counter()
-        metrics, num_tokens = self.passes.gradient(pairs)
-        self._end_step_zero()
         lr = self._lr(self.progress.step - 1)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or math.inf))
+        metrics, num_tokens = self.passes.gradient(pairs)
+        self._end_step_zero()
+        if self.freed:
+            has_changed, grad_norm = self.freed.has_begun, float(self.freed.end_step())
+        else:
+            has_changed, grad_norm = False, float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or math.inf))
         means = metrics.means()
         if not math.isfinite(means["loss"]) or not math.isfinite(grad_norm):
-            raise self._not_finite(pairs, means["loss"], grad_norm)
-        self.optimizer.step()
+            raise self._not_finite(pairs, means["loss"], grad_norm, has_changed=has_changed)
+        if not self.freed:
+            self.optimizer.step()
         self.has_updated = True
         self.optimizer.zero_grad(set_to_none=True)
         return {
@@ -275,16 +285,17 @@ class _Run:
             "peak_bytes": peak_bytes(self.device),
         }
 
-    def _not_finite(self, pairs: list[ScoredPair], loss: float, grad_norm: float) -> TrainingError:
+    def _not_finite(self, pairs: list[ScoredPair], loss: float, grad_norm: float, *, has_changed: bool) -> TrainingError:
         """The error that names the rows whose loss is not finite, or, where only the gradient is not, all of the step."""
-        spoiled = self.passes.find_spoiled(pairs)
+        spoiled = [] if has_changed else self.passes.find_spoiled(pairs)
         rows = spoiled or [scored.pair.row for scored in pairs]
         shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
         which = f"row {shown} of the data made it" if spoiled else f"rows of the data in this step: {shown}"
         saved = find_checkpoints(self.output)
         kept = f" {saved[-1]} holds an earlier state." if saved else ""
+        weights = "were updated with it (--free-gradients): the last checkpoint is what counts" if has_changed else "were not updated"
         return TrainingError(
-            f"step {self.progress.step}: loss {loss}, gradient norm {grad_norm}; {which}. The weights were not updated.{kept}\n"
+            f"step {self.progress.step}: loss {loss}, gradient norm {grad_norm}; {which}. The weights {weights}.{kept}\n"
             "Lower --lr, or use --precision fp32."
         )
 
@@ -316,8 +327,8 @@ class _Run:
     def _expectation(self) -> Expectation:
         identity, options = self.data.reference["identity"], self.options
         return Expectation(
-            policy_dtype="float32" if self.policy.precision == "fp32" else "bfloat16",
-            reference_dtype=identity["dtype"],
+            policy_dtype=str(rounding_dtype(self.model)).removeprefix("torch.") if self.policy.precision == "fp32" else "bfloat16",
+            reference_dtype=rounding_dtype_of(identity),
             is_reference=self.policy.is_reference,
             differing=self.policy.differing,
             imported=identity.get("imported"),
@@ -399,6 +410,7 @@ class _Run:
     def _resolved(self) -> dict[str, Any]:
         return {
             "model": self.policy.location,
+            "base_weights": self.policy.base_weights,
             "reference": self.data.pairs.reference_id,
             "cache": self.options.cache,
             "pairs": self.data.pairs.name,

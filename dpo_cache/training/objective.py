@@ -74,14 +74,18 @@ class Objective:
 
         `mean_chosen_tokens` is the mean length of the step's chosen completions, by which `sft` is a mean over tokens.
         """
-        pairs = _join([self.pair_logps(scored, policy) for scored, policy in parts])
+        losses = self.pair_losses(_join([self.pair_logps(scored, policy) for scored, policy in parts]), mean_chosen_tokens)
+        if not self.router_coefficient:
+            return losses
+        aux = router_loss(add_routings([policy.routing for _, policy in parts if policy.routing]))
+        total = losses.total + self.router_coefficient * aux
+        return PairLosses(total, {**losses.metrics, "loss": total, "aux_loss": aux.expand_as(total)})
+
+    def pair_losses(self, pairs: PairLogps, mean_chosen_tokens: float) -> PairLosses:
+        """Losses of pairs whose log-probs are at hand, without the router loss."""
         by_name = {name: self._losses_of(name, pairs, mean_chosen_tokens) for name in self.terms}
         total = torch.stack([weight * by_name[name] for name, weight in self.terms.items()]).sum(0)
         extra = {f"loss/{name}": value for name, value in by_name.items()} if len(by_name) > 1 else {}
-        if self.router_coefficient:
-            aux = router_loss(add_routings([policy.routing for _, policy in parts if policy.routing]))
-            total = total + self.router_coefficient * aux
-            extra["aux_loss"] = aux.expand_as(total)
         return PairLosses(total, {"loss": total, **self._metrics(pairs), **extra})
 
     def pair_logps(self, scored: Sequence[ScoredPair], policy: CompletionLogps) -> PairLogps:

@@ -56,6 +56,7 @@ class Policy:
     adapted: PeftModel | None = None  # saves, switches off and merges the adapter inside the model
     remarks: tuple[str, ...] = ()  # other differences between it and what the pairs were made with
     base_is_reference: bool = False  # with its adapter switched off, it is the model that scored the pairs
+    base_weights: str | None = None  # digest of the frozen weights under its adapter
 
 
 def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
@@ -108,10 +109,17 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
     tokenizer = _load_tokenizer(places, made_with, options.trust_remote_code)
     precision = _choose_precision(options.precision, device)
     is_imported = "imported" in identity  # it has no weights to compare with: step zero tells
-    differing = () if checkpoint or is_imported else _differing(identity, location, revision, options)
-    is_base_of = is_adapted and not is_imported and not _differing(identity, parts.base, parts.base_revision, options)
+    differing = [] if checkpoint or is_imported else _compare(identity, _identity_of(location, revision, options))
+    base = _identity_of(parts.base, parts.base_revision, options) if is_adapted else None
     dtype = torch.bfloat16 if precision == "bf16" or (precision == "bf16-mixed" and is_adapted) else torch.float32
-    model = load_base(parts, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
+    model = load_base(
+        parts,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=options.trust_remote_code,
+        quantize=options.quantize,
+        compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+    )
     adapted = _adapt(options, model, parts) if is_adapted else None
     return Policy(
         model=model,
@@ -123,7 +131,8 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
         differing=tuple(differing),
         adapted=adapted,
         remarks=() if checkpoint else tuple(_template_remarks(options, made_with)),
-        base_is_reference=is_base_of,
+        base_is_reference=base is not None and not is_imported and not _compare(identity, base),
+        base_weights=base and base["weights"],
     )
 
 
@@ -178,11 +187,14 @@ def _template_remarks(options: TrainOptions, made_with: Document) -> list[str]:
     return [f"template (the chat template of {options.model} is another than the one that the pairs were made with)"]
 
 
-def _differing(identity: Document, location: str, revision: str | None, options: TrainOptions) -> list[str]:
-    """What differs between the reference and the checkpoint; not their dtypes, for the policy's is its own."""
+def _identity_of(location: str, revision: str | None, options: TrainOptions) -> Document:
     config = load_config(location, revision=revision, trust_remote_code=options.trust_remote_code)
-    live = reference_identity(location, config, torch.float32, revision=revision)
-    return differing_fields(identity, {**live, "dtype": identity["dtype"]})
+    return reference_identity(location, config, torch.float32, revision=revision, quantize=options.quantize)
+
+
+def _compare(reference: Document, policy: Document) -> list[str]:
+    """What differs between two identities; not their dtypes, for the policy's is its own."""
+    return differing_fields(reference, {**policy, "dtype": reference["dtype"]})
 
 
 def _check_token_logps(options: TrainOptions, pairs: PairSet) -> None:

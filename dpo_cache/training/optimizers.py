@@ -1,16 +1,71 @@
-"""What turns gradients into updates."""
+"""What turns gradients into updates: AdamW, in 8 bits or paged by bitsandbytes, and Adafactor.
+
+bytes a parameter  adamw 8, adamw-8bit 2 (and 1/32 for scales), adafactor about 0: a row and a column of each matrix
+
+The paged ones hold as much, in memory that the CUDA driver moves to the host where the GPU needs the room. Adafactor
+is transformers', with an absolute learning rate: what trainers on transformers run under that name, and `--lr` means
+what it means for AdamW; torch's own scales it by each weight's size and by the step.
+"""
 
 from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from dpo_cache.errors import OptionError
+from dpo_cache.training.updates import Updater
 
-def make_optimizer(model: PreTrainedModel, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW; weight decay spares biases and norms."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+Groups = list[dict[str, Any]]
+
+
+def make_optimizer(model: PreTrainedModel, name: str = "adamw", *, lr: float, weight_decay: float, rounding: str = "auto", seed: int = 0) -> Updater:
+    """The optimizer of the parameters that are trained; weight decay spares biases and norms.
+
+    `rounding` is how updated bfloat16 weights are rounded: stochastic (also auto), compensated or nearest; others need
+    none. Raises `OptionError` where the optimizer is not to be had here.
+    """
+    _check_available(name, model.device)
+    return Updater(
+        [(entry, parameter) for entry, parameter in model.named_parameters() if parameter.requires_grad],
+        lambda leaves, shapes: _build(name, _groups(leaves, shapes, weight_decay), lr, model.device),
+        rounding="stochastic" if rounding == "auto" else rounding,
+        seed=seed,
+    )
+
+
+def _groups(leaves: Iterable[torch.nn.Parameter], num_dimensions: Iterable[int], weight_decay: float) -> Groups:
+    both = list(zip(leaves, num_dimensions, strict=True))
+    groups: Groups = [
+        {"params": [leaf for leaf, dimensions in both if dimensions >= 2], "weight_decay": weight_decay},
+        {"params": [leaf for leaf, dimensions in both if dimensions < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=model.device.type in ("cpu", "cuda"))
+    return [group for group in groups if group["params"]]
+
+
+def _build(name: str, groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=device.type in ("cpu", "cuda"))
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(groups, lr=lr, scale_parameter=False, relative_step=False, warmup_init=False)
+    from bitsandbytes import optim  # loads its library of kernels
+
+    kinds = {"adamw-8bit": optim.AdamW8bit, "adamw-paged": optim.PagedAdamW, "adamw-8bit-paged": optim.PagedAdamW8bit}
+    return kinds[name](groups, lr=lr)
+
+
+def _check_available(name: str, device: torch.device) -> None:
+    if name in ("adamw", "adafactor"):
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise OptionError(f"--optimizer {name} needs bitsandbytes, which is not installed.\nRun `pip install 'dpo-cache[quantize]'`.")
+    if name.endswith("paged") and device.type != "cuda":
+        raise OptionError(
+            f"--optimizer {name}: pages move between a CUDA GPU and its host, and the policy is on {device.type}.\n"
+            f"Use --optimizer {name.removesuffix('-paged')}."
+        )

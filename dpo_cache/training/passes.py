@@ -6,12 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
+from dpo_cache.errors import TrainingError, first_line
+from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.policy import CompletionLogps, completion_logps, count_tokens, join_logps
 from dpo_cache.training.batches import Group, completions_of, split_step
+from dpo_cache.training.freeing import FreedGradients
 from dpo_cache.training.metrics import PairMetrics
 from dpo_cache.training.objective import Objective, mean_chosen_tokens
 from dpo_cache.training.opening import Policy
@@ -24,11 +28,22 @@ Part = tuple[Sequence[ScoredPair], CompletionLogps]
 
 
 class Passes:
-    """Forward and backward passes of a policy; `step_zero` looks on until it is set to None."""
+    """Forward and backward passes of a policy; `step_zero` looks on until it is set to None.
 
-    def __init__(self, policy: Policy, objective: Objective, thrift: Thrift, step_zero: StepZero | None, say: Callable[[str], None]):
+    With `freed`, the last backward pass of a step updates the weights; where a step's loss is not finite, none does.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: Objective,
+        thrift: Thrift,
+        step_zero: StepZero | None,
+        say: Callable[[str], None],
+        freed: FreedGradients | None = None,
+    ):
         self.objective, self.thrift, self.step_zero = objective, thrift, step_zero
-        self._policy, self._say = policy, say
+        self._policy, self._say, self._freed = policy, say, freed
         self._said: set[str] = set()
 
     def gradient(self, pairs: list[ScoredPair]) -> tuple[PairMetrics, int]:
@@ -64,6 +79,11 @@ class Passes:
             try:
                 return run()
             except RuntimeError as error:
+                if self._freed and self._freed.has_begun and is_out_of_memory(error, self._policy.model.device):
+                    raise TrainingError(
+                        f"{first_line(error)} while weights were being updated (--free-gradients): this step cannot be taken again.\n"
+                        "Go on from the last checkpoint with --resume and a smaller --micro-tokens or --gradient-checkpointing full."
+                    ) from error
                 self.thrift.save_more(error)
             self.step_zero = step_zero  # what was noted of a part of the step would be noted twice
             self._policy.model.zero_grad(set_to_none=True)
@@ -71,12 +91,13 @@ class Passes:
     def _gradient(self, pairs: list[ScoredPair]) -> tuple[PairMetrics, int]:
         metrics, groups, length = PairMetrics(), self._split(pairs), mean_chosen_tokens(pairs)
         together = [groups] if self.objective.needs_whole_step else [[group] for group in groups]
-        for those in together:
+        for place, those in enumerate(together):
+            is_last = place == len(together) - 1
             if sum(len(self._pieces(group)) for group in those) > 1:
-                self._backward_twice(those, len(pairs), length, metrics)
+                self._backward_twice(those, len(pairs), length, metrics, is_last)
             else:
                 losses = self._losses([(those[0].pairs, self._checked_logps(those[0]))], length, metrics)
-                (losses.sum() / len(pairs)).backward()
+                self._backward((losses.sum() / len(pairs)).backward, metrics, is_last)
         return metrics, sum(group.num_tokens for group in groups)
 
     def _values(self, pairs: list[ScoredPair]) -> PairMetrics:
@@ -84,7 +105,7 @@ class Passes:
         self._losses([(group.pairs, self._checked_logps(group)) for group in self._split(pairs)], mean_chosen_tokens(pairs), metrics)
         return metrics
 
-    def _backward_twice(self, groups: Sequence[Group], num_pairs: int, mean_chosen_tokens: float, metrics: PairMetrics) -> None:
+    def _backward_twice(self, groups: Sequence[Group], num_pairs: int, mean_chosen_tokens: float, metrics: PairMetrics, is_last: bool) -> None:
         """The gradient of losses of several forests that one forest's log-probs do not give.
 
         Each forest is run twice: without gradients, until the losses and their gradients by each token's log-prob
@@ -99,8 +120,16 @@ class Passes:
         rest = iter(leaves)
         parts = [(group.pairs, self._checked(group, [next(rest) for _ in self._pieces(group)])) for group in groups]
         (self._losses(parts, mean_chosen_tokens, metrics).sum() / num_pairs).backward()
-        for piece, leaf in zip(pieces, leaves, strict=True):
-            self._run(piece).backward(leaf)
+        for place, (piece, leaf) in enumerate(zip(pieces, leaves, strict=True)):
+            self._backward(partial(self._run(piece).backward, leaf), metrics, is_last and place == len(pieces) - 1)
+
+    def _backward(self, run: Callable[[], None], metrics: PairMetrics, is_last: bool) -> None:
+        """A backward pass; the last of a step updates the weights, where that is asked for and the step's loss is finite."""
+        if not (is_last and self._freed):
+            run()
+        elif math.isfinite(metrics.means()["loss"]):
+            with self._freed.last_backward():
+                run()
 
     def _losses(self, parts: Sequence[Part], mean_chosen_tokens: float, metrics: PairMetrics) -> torch.Tensor:
         """Losses of the pairs of some forests, noted in the metrics."""

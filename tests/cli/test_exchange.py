@@ -45,7 +45,7 @@ def test_mistakes_are_told_in_one_error(run, cache: Path, tmp_path: Path, data_f
     there = run("export", cache, "pairs", tmp_path / "out.jsonl")
     assert (there.code, there.err.splitlines()) == (
         2,
-        [f"error: {tmp_path}/out.jsonl is there already.", "Choose another OUT, or replace it with --overwrite."],
+        [f"error: {tmp_path}/out.jsonl is there already.", "Choose another output, or replace it with --overwrite."],
     )
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     missing = run("import", tmp_path / "other", data_file, "--reference", "peer")

@@ -7,12 +7,14 @@ from types import ModuleType
 
 import pytest
 
-from dpo_cache import cache_options, options, train_options
-from dpo_cache.cli import compact, copying, diff, export, gc, import_, ls, merge, precompute, pull, push, rm, train, verify
+from dpo_cache import cache_options, eval_options, options, sweep_options, train_options
+from dpo_cache.cli import compact, copying, diff, eval_, export, gc, import_, ls, merge, precompute, pull, push, rm, sweep, train, verify
 
 COMMANDS = {
     options.PrecomputeOptions: [precompute],
     train_options.TrainOptions: [train],
+    eval_options.EvalOptions: [eval_],
+    sweep_options.SweepOptions: [sweep],
     cache_options.LsOptions: [ls],
     cache_options.VerifyOptions: [verify],
     cache_options.CompactOptions: [compact],
@@ -43,7 +45,7 @@ def test_every_option_is_read(options_class: type[options.Options]) -> None:
 def test_every_command_is_looked_at() -> None:
     kinds = {
         kind
-        for kind in {**vars(options), **vars(cache_options), **vars(train_options)}.values()
+        for kind in {**vars(options), **vars(cache_options), **vars(train_options), **vars(eval_options), **vars(sweep_options)}.values()
         if isinstance(kind, type) and issubclass(kind, options.Options)
     }
     assert set(COMMANDS) == kinds - {options.Options, cache_options.CopyOptions}

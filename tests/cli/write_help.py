@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import dpo_cache
+from dpo_cache.eval_options import EvalOptions
 from dpo_cache.options import PrecomputeOptions, flag_of
 from dpo_cache.train_options import TrainOptions
 
@@ -58,7 +59,7 @@ def with_help(page: str, name: str, text: str) -> str:
 def options_page() -> str:
     """`docs/options.md`: a table for each part of each command's help."""
     lines = ["# Options", "", "As flags of the command line; the Python functions take the same names, with `_` for `-`, as keyword arguments."]
-    for command, options in (("precompute", PrecomputeOptions), ("train", TrainOptions)):
+    for command, options in (("precompute", PrecomputeOptions), ("train", TrainOptions), ("eval", EvalOptions)):
         lines += ["", f"## {command}", *_TABLE]
         for entry in fields(options):  # type: ignore[arg-type]
             if entry.name in options.groups:

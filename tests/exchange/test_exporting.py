@@ -141,7 +141,7 @@ def test_what_is_left_out_is_said(source: Path, tmp_path: Path) -> None:
 def test_an_output_is_replaced_only_when_asked(source: Path, tmp_path: Path, kind: str) -> None:
     out = tmp_path / OUTS[kind]
     export(source, "text", out)
-    with pytest.raises(OptionError, match="is there already.\nChoose another OUT, or replace it with --overwrite"):
+    with pytest.raises(OptionError, match="is there already.\nChoose another output, or replace it with --overwrite"):
         export(source, "chat", out)
     assert len(read(out)) == 5
     export(source, "chat", out, overwrite=True)

@@ -49,9 +49,10 @@ def test_gradients_of_an_adapter_are_those_of_peft(cache: str, tmp_path: Path) -
     )
     from peft import get_peft_model
 
+    plain = make_llama()
     torch.manual_seed(3)
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(make_llama(), config).eval()
+    model = get_peft_model(plain, config).eval()
     pairs = list(open_cache(cache).pairs("pairs"))[:5]
 
     def sums(completion):  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dpo_cache
-from dpo_cache.errors import StepZeroError
+from dpo_cache.errors import StepZeroError, TrainingError
 from dpo_cache.store import open_cache
 from dpo_cache.training.step_zero import Expectation, StepZero
 from dpo_cache.types import Completion, Score, ScoredPair
@@ -184,3 +184,32 @@ def test_log_probs_that_are_no_numbers_are_a_gap(place: Path) -> None:
     step_zero.check([np.array([np.nan, -1.0], np.float32)], [Score(np.array([-1.0, -1.0], np.float32))], [4])
     with pytest.raises(StepZeroError, match="row 4 is nan"):
         step_zero.conclude()
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_a_quantized_base_is_the_reference_that_was_quantized_alike(place: Path, quantize: str) -> None:
+    data = place / "pairs.jsonl"
+    dpo_cache.precompute(place / "model", data, place / "cache", name="coarse", quantize=quantize, say=lambda text: None)
+    remarks: list[str] = []
+    options = {"pairs": "coarse", "quantize": quantize, "lora_r": 2, "max_steps": 2, "lr": 1e-3, "save_every": 1}
+    report = train(str(place / "cache"), place / "run", say=remarks.append, **options)
+    assert report.finished and any("the policy is the reference." in remark for remark in remarks)
+    assert report.step_zero_gap is not None and report.step_zero_gap < (1e-3 if quantize == "4bit" else 0.5)
+
+
+def test_a_quantized_policy_under_a_whole_reference_is_told(place: Path) -> None:
+    remarks: list[str] = []
+    options = {"quantize": "4bit", "lora_r": 2, "max_steps": 1}
+    assert train(str(place / "cache"), place / "run", say=remarks.append, **options).finished
+    assert any("another model than the reference" in remark for remark in remarks)
+    shutil.rmtree(place / "run")
+    assert "Likely cause: quantization (quantization.bnb_4bit" in stop(place, step_zero="strict", **options)
+
+
+def test_a_resumed_adapter_over_another_base_is_told(place: Path) -> None:
+    options = {"lora_r": 2, "max_steps": 3, "lr": 1e-2}
+    train(str(place / "cache"), place / "run", should_stop=lambda: True, **options)
+    make_llama(seed=5).save_pretrained(place / "model")
+    with pytest.raises(TrainingError, match=r"this run was started otherwise:\n  base_weights: [0-9a-f]{64} before, [0-9a-f]{64} now"):
+        train(str(place / "cache"), place / "run", resume=True, **options)
+    assert (place / "run/checkpoints").exists(), "the checkpoint is kept"

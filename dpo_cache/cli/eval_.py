@@ -1,0 +1,115 @@
+"""`dpo-cache eval`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from dpo_cache.cli.output import (
+    ProgressLine,
+    count,
+    format_bytes,
+    format_seconds,
+    print_columns,
+    print_json,
+    print_table,
+    show_scoring,
+)
+from dpo_cache.cli.parameters import command
+from dpo_cache.eval_options import EvalOptions
+
+if TYPE_CHECKING:
+    from dpo_cache.evaluation.measures import Accuracy, LengthGroup, Spread
+    from dpo_cache.evaluation.report import EvalReport
+
+
+@command(EvalOptions, json_help="Print the report as JSON.")
+def eval_command(options: EvalOptions, as_json: bool) -> None:
+    """Say how well a model tells chosen answers from rejected ones: loss, accuracy, margins, calibration, by length.
+
+    The reference's log-probs are the cached ones; nothing but the model itself is loaded, and the cache is not changed.
+    """
+    from dpo_cache.evaluation import evaluate
+
+    with ProgressLine("evaluating") as line:
+        report = evaluate(**asdict(options), on_progress=lambda progress: show_scoring(line, progress), say=line.remark)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        _print_report(report)
+
+
+def _print_report(report: EvalReport) -> None:
+    limited = f" of {count(report.pairs_in_set)}" if report.num_pairs < report.pairs_in_set else ""
+    moved = report.logratio_per_token
+    rows = [("pairs", count(report.num_pairs) + limited)]
+    rows += [("loss", f"{report.metrics['loss']:.4f} ({' + '.join(report.loss)}, beta {report.beta:g})")]
+    rows += [(f"  {name.removeprefix('loss/')}", f"{value:.4f}") for name, value in report.metrics.items() if name.startswith("loss/")]
+    rows += [("accuracy", _describe(report.accuracy))]
+    rows += [(f"  by {name}", _describe(accuracy)) for name, accuracy in report.comparisons.items()]
+    rows += [
+        ("calibration error", f"{report.calibration.expected_error:.4f}"),
+        ("Brier score", f"{report.calibration.brier:.4f} (0.25 knows nothing)"),
+        ("moved from the reference", f"{moved['chosen']:+.4f} nats a token of chosen, {moved['rejected']:+.4f} of rejected answers"),
+        (
+            "largest gap from it",
+            f"{report.gap.largest:.2g} nats ({count(report.gap.num_beyond)} of {count(report.gap.num_completions)} answers beyond rounding)",
+        ),
+        ("completions scored", count(report.num_completions)),
+        ("tokens run", f"{count(report.model_tokens)} of {count(report.data_tokens)} in the data"),
+        ("time", f"{format_seconds(report.elapsed_s)} ({report.pairs_per_s:.1f} pairs/s)"),
+        ("peak memory", format_bytes(report.peak_bytes)),
+    ]
+    print_table(f"{report.pairs}: {report.model} beside reference {report.reference[:12]}, {report.dtype}, attention: {report.attention}", rows)
+    _print_spreads(report)
+    _print_bins(report)
+    _print_groups(report)
+    if report.output:
+        print(f"One line a pair is in {report.output}.")
+    else:
+        print("Next, for one line a pair: the same command with --output PAIRS.jsonl")
+
+
+def _describe(accuracy: Accuracy) -> str:
+    ties = f", {count(accuracy.ties)} tied" if accuracy.ties else ""
+    return f"{accuracy.share:.1%} (95% interval {accuracy.low:.1%} to {accuracy.high:.1%}{ties})"
+
+
+def _print_spreads(report: EvalReport) -> None:
+    def row(name: str, spread: Spread) -> tuple[str, ...]:
+        percentiles = (spread.p5, spread.p25, spread.median, spread.p75, spread.p95)
+        return name, f"{spread.mean:+.4f}", f"{spread.deviation:.4f}", *(f"{value:+.4f}" for value in percentiles)
+
+    print()
+    spreads = {"chosen": report.chosen_reward, "rejected": report.rejected_reward, "margin": report.margin}
+    print_columns(("reward", "mean", "deviation", "5%", "25%", "median", "75%", "95%"), [row(*entry) for entry in spreads.items()])
+
+
+def _print_bins(report: EvalReport) -> None:
+    rows = [
+        (
+            f"{entry.low:.2f} to {entry.high:.2f}",
+            count(entry.count),
+            "" if entry.predicted is None else f"{entry.predicted:.1%}",
+            "" if entry.observed is None else f"{entry.observed:.1%}",
+        )
+        for entry in report.calibration.bins
+    ]
+    print()
+    print_columns(("confidence", "pairs", "predicted", "right"), rows)
+
+
+def _print_groups(report: EvalReport) -> None:
+    def row(entry: LengthGroup) -> tuple[str, ...]:
+        accuracy = entry.accuracy
+        interval = f"{accuracy.low:.1%} to {accuracy.high:.1%}"
+        tokens = f"{count(entry.least)} to {count(entry.most)}"
+        return entry.name, tokens, count(accuracy.count), f"{accuracy.share:.1%}", interval, f"{entry.margin:+.4f}"
+
+    for title, groups in (
+        ("by which is longer", report.by_longer_answer),
+        ("by both answers", report.by_answer_tokens),
+        ("by prompt", report.by_prompt_tokens),
+    ):
+        print()
+        print_columns((title, "tokens", "pairs", "accuracy", "95% interval", "margin"), [row(entry) for entry in groups])

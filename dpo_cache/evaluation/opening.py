@@ -1,0 +1,129 @@
+"""What is evaluated on what: the pair set, and the policy beside the reference that scored it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dpo_cache import data
+from dpo_cache.errors import ModelError, NotInCacheError
+from dpo_cache.eval_options import EvalOptions
+from dpo_cache.lm.device import choose_device, choose_dtype
+from dpo_cache.lm.engine import Attention, choose_attention
+from dpo_cache.lm.identity import reference_identity
+from dpo_cache.lm.linear import use_fast_linear
+from dpo_cache.lm.load import check_causal, load_config, load_model
+from dpo_cache.store import Cache, PairSet
+from dpo_cache.store.checks import check_details
+from dpo_cache.store.documents import Document
+from dpo_cache.store.identities import differing_fields
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model that is evaluated, how it is run, and what it has to do with the reference."""
+
+    model: PreTrainedModel
+    location: str
+    attention: Attention
+    dtype: torch.dtype
+    is_reference: bool  # the very model that scored the pairs, be it in another dtype; never known of an imported reference
+    differing: tuple[str, ...]  # fields of their identities, where it is another
+
+
+def open_pairs(cache: Cache, name: str | None, reference: str | None) -> PairSet:
+    """The pair set of that name, or the only one, held open to the end. Raises `CacheError`."""
+    pairs = cache.pairs(name or _only_pair_set(cache))
+    check_details(pairs.manifest, f"{cache}/pairs/{pairs.name}/manifest.json")
+    if not len(pairs):
+        raise NotInCacheError(f"{cache}: pair set {pairs.name} holds no pairs.")
+    pairs.hold()
+    if reference and (expected := cache.find_reference(reference)) != pairs.reference_id:
+        identities = [cache.read_reference(entry)["identity"] for entry in (pairs.reference_id, expected)]
+        raise NotInCacheError(
+            f"pair set {pairs.name} was scored by reference {pairs.reference_id[:12]}, not by {reference}; they differ in\n"
+            + "".join(f"  {line}\n" for line in differing_fields(*identities))
+            + "Leave --reference out, or run `dpo-cache precompute` with that model and another --name."
+        )
+    return pairs
+
+
+def open_policy(options: EvalOptions, pairs: PairSet, reference: Document, say: Say) -> Policy:
+    """The policy, loaded once, and compared with the reference by its files. Raises `ModelError`.
+
+    Nothing but its log-probs is ever taken from it: those of the reference are read from the cache.
+    """
+    location, trust = options.model, options.trust_remote_code
+    _check_no_run(Path(location))
+    config = load_config(location, revision=options.revision, trust_remote_code=trust)
+    check_causal(config, location)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device, getattr(config, "dtype", None))
+    made_with = pairs.manifest["tokenization"]
+    identity = reference["identity"]
+    live = reference_identity(location, config, dtype, revision=options.revision)
+    is_imported = "imported" in identity  # it has no weights to compare with
+    differing = () if is_imported else tuple(differing_fields(identity, {**live, "dtype": identity["dtype"]}))
+    _compare_tokenizers(options, made_with, say)
+    model = load_model(location, dtype=dtype, device=device, revision=options.revision, trust_remote_code=trust)
+    use_fast_linear(model)
+    attention = choose_attention(model, options.attention, max_length=made_with["max_length"])
+    if attention.name == "rows" and options.attention == "auto":
+        say(f"{type(model).__name__} is run as plain padded rows, which is slower: {attention.reason}.")
+    return Policy(model, location, attention, dtype, not is_imported and not differing, differing)
+
+
+def check_room(config: PreTrainedConfig, location: str, largest_id: int, longest: int, row: int) -> None:
+    """Raise `ModelError` for a pair with ids or a length that the model has no embeddings for."""
+    text_config = config.get_text_config()
+    if largest_id >= text_config.vocab_size:
+        raise ModelError(
+            f"row {row} holds token id {largest_id}, but {location} has {text_config.vocab_size} embeddings: it reads other tokens.\n"
+            "Give a model with the tokenizer of the pairs, or score the data with `dpo-cache precompute` for this one."
+        )
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise ModelError(
+            f"row {row} has a sequence of {longest} tokens, but {location} was made for {positions} at most.\n"
+            f"Score the data with `dpo-cache precompute --max-length {positions}` and evaluate on that."
+        )
+
+
+def _check_no_run(folder: Path) -> None:
+    """Raise `ModelError` for the folder of a training run, whose config.json is not a model's."""
+    if not (folder / "metrics.jsonl").is_file():
+        return
+    place = f"Give {folder / 'model'}." if (folder / "model").is_dir() else "It has no model yet: finish it with `dpo-cache train --resume`."
+    raise ModelError(f"{folder}: the folder of a training run, not of a model.\n{place}")
+
+
+def _only_pair_set(cache: Cache) -> str:
+    known = cache.pair_sets()
+    if len(known) == 1:
+        return known[0]
+    if not known:
+        raise NotInCacheError(f"{cache}: no pair set to evaluate on.\nRun `dpo-cache precompute --cache {cache} …` first.")
+    raise NotInCacheError(f"{cache}: several pair sets to evaluate on.\nSay which with --pairs: {', '.join(known)}.")
+
+
+def _compare_tokenizers(options: EvalOptions, made_with: Document, say: Say) -> None:
+    """Say so where the policy's own tokenizer is not the one that made the ids, as far as that is recorded and can be seen."""
+    expected = made_with.get("tokenizer_sha256")
+    if not expected:
+        return
+    try:
+        own = data.load_tokenizer(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+    except ModelError:
+        say(f"{options.model} has no tokenizer to compare with the one that made the pairs' ids; they are taken to be the same.")
+        return
+    if data.tokenizer_digest(own) != expected:
+        say(
+            f"the tokenizer of {options.model} is not the one that made the pairs' ids ({made_with['tokenizer']}): another vocabulary, other "
+            "rules, special tokens or another chat template. If its ids mean other tokens, nothing below has a meaning."
+        )

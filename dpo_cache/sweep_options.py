@@ -1,0 +1,114 @@
+"""Every option of `sweep`: its own, and those of `train`, each of which takes several values here.
+
+The options of `train` are read from `TrainOptions`, so that what `train` learns, `sweep` knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, fields, make_dataclass
+from typing import Any, ClassVar, get_type_hints
+
+from dpo_cache.options import Options, flag_of, option
+from dpo_cache.train_options import TrainOptions
+
+NOT_IN_A_SWEEP = ("resume", "dry_run", "config")  # of `train`: a sweep has its own --resume, tries nothing out, and is told every option
+PLACES = ("cache", "output")  # of the sweep as a whole
+TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", tuple: "str"}
+
+
+def swept_fields() -> list[Field[Any]]:
+    """The options of `train` that a sweep takes values of, in their order."""
+    return [entry for entry in fields(TrainOptions) if entry.name not in (*NOT_IN_A_SWEEP, *PLACES)]
+
+
+def default_of(entry: Field[Any]) -> Any:
+    """What `train` takes where the option is not given."""
+    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
+
+
+def type_of(entry: Field[Any]) -> type:
+    """bool, int, float, str or tuple: what one value of the option is, where it is not None."""
+    hint = get_type_hints(TrainOptions)[entry.name]
+    parts = [part for part in getattr(hint, "__args__", ()) if part is not type(None)]
+    if hint in TYPE_NAMES:
+        return hint
+    if getattr(hint, "__origin__", None) is tuple:
+        return tuple
+    return parts[0] if len(parts) == 1 and parts[0] in TYPE_NAMES else str
+
+
+def loss_settings() -> set[str]:
+    """The options that make up the objective: runs that differ in them have losses that do not compare."""
+    return {entry.name for entry in swept_fields() if _group_of(entry) == "Loss"}
+
+
+def shown_value(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, (tuple, list)):
+        return "+".join(value) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "on", False: "off"}[value]
+    return str(value)
+
+
+def _group_of(entry: Field[Any]) -> str | None:
+    group = None
+    for other in fields(TrainOptions):
+        group = TrainOptions.groups.get(other.name, group)
+        if other.name == entry.name:
+            return group
+    return None
+
+
+def _groups() -> dict[str, str]:
+    """Parts of the help; a part whose first option a sweep lacks begins at its second."""
+    groups: dict[str, str] = {}
+    for entry in swept_fields():
+        group = _group_of(entry)
+        if group and group not in groups.values():
+            groups[entry.name] = group
+    return groups
+
+
+def _with_several_values(entry: Field[Any]) -> tuple[str, Any, Any]:
+    kind, default, choices = type_of(entry), default_of(entry), entry.metadata["choices"]
+    if kind is bool:
+        positive = flag_of(entry)
+        taken = option(
+            (), f"{entry.metadata['help']} Both flags: one run each.", flag=f"{positive}/--no-{positive.removeprefix('--')}", metavar="<bool>"
+        )
+        return entry.name, tuple[bool, ...], taken
+    tells_default = "Default:" in entry.metadata["help"] or default in (None, ())
+    help = entry.metadata["help"] if tells_default else f"{entry.metadata['help']} Default: {default}."
+    if kind is tuple:
+        help = help.replace("; repeated as NAME:WEIGHT it is a weighted sum", "; NAME:WEIGHT+NAME:WEIGHT is a weighted sum")
+        help = help.replace("; may be repeated", "; several are joined with +")
+    metavar = f"{'|'.join(choices) or f'<{TYPE_NAMES[kind]}>'},..."
+    return entry.name, tuple[str, ...], option((), help, flag=entry.metadata["flag"], metavar=metavar)
+
+
+def _fields() -> list[tuple[str, Any, Any]]:
+    return [
+        ("cache", str, option(None, "Cache with the pair sets: a folder or an fsspec URL.", required=True)),
+        ("output", str, option(None, "Folder of the sweep: sweep.json, table.md, table.csv, logs/, and a folder for each run.", required=True)),
+        ("jobs", int, option(1, "Runs at once. On a CPU they share its cores.")),
+        ("resume", bool, option(False, "Refuse to begin a new sweep. The same command goes on with its own by itself.", flag="--resume")),
+        ("plot", str | None, option(None, "Draw held-out accuracy over steps of every run into this file (.svg, .png, .pdf); needs matplotlib.")),
+        *(_with_several_values(entry) for entry in swept_fields()),
+    ]
+
+
+class SweepOptions(make_dataclass("_SweepFields", _fields(), bases=(Options,), frozen=True, kw_only=True)):  # type: ignore[misc]
+    """Options of `dpo-cache sweep`; see `dpo_cache.sweep`. An option of `train` holds its values as they were given; () is train's default."""
+
+    groups: ClassVar[dict[str, str]] = _groups()
+
+    def __post_init__(self) -> None:
+        for entry in swept_fields():
+            given = getattr(self, entry.name)
+            if not isinstance(given, (tuple, list)):
+                object.__setattr__(self, entry.name, (given,))
+        super().__post_init__()
+
+    def check(self) -> None:
+        self._require(type(self.jobs) is int and self.jobs > 0, f"--jobs {self.jobs}: expected a whole number above 0.")

@@ -1,0 +1,147 @@
+r"""What a sweep runs: the product of the values that its options are given.
+
+Values, on the command line and in Python strings:
+
+    0.05,0.1                two values
+    a\,b                    one value that holds a comma
+    sigmoid:0.8+sft:0.2     one value of an option that `train` takes several times; `\+` is a plus of its own
+    none                    without the option, where that is train's default
+
+From Python, what is no string is a value as it is, and a list holds several: `beta=[0.05, 0.1]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import Field, dataclass
+from itertools import product
+from numbers import Real
+from typing import Any
+
+from dpo_cache.errors import OptionError
+from dpo_cache.options import flag_of
+from dpo_cache.sweep_options import SweepOptions, default_of, shown_value, swept_fields, type_of
+from dpo_cache.train_options import TrainOptions
+
+LONGEST_NAME = 100  # characters; file systems end at 255 bytes
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Options of `train` that all runs share, and the values of those that vary, by name in alphabetical order."""
+
+    shared: dict[str, Any]
+    varied: dict[str, tuple[Any, ...]]
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """What varies, of each run: the last option varies fastest."""
+        return [dict(zip(self.varied, values, strict=True)) for values in product(*self.varied.values())]
+
+    def values(self, name: str) -> tuple[Any, ...]:
+        """Every value that an option takes."""
+        return self.varied[name] if name in self.varied else (self.shared[name],)
+
+
+def read_grid(options: SweepOptions) -> Grid:
+    """The grid that the options ask for, every combination checked. Raises `OptionError` naming all that make no sense."""
+    values = {entry.name: read_values(entry, getattr(options, entry.name)) or (default_of(entry),) for entry in swept_fields()}
+    shared = {name: taken[0] for name, taken in values.items() if len(taken) == 1}
+    grid = Grid(shared, {name: values[name] for name in sorted(values) if len(values[name]) > 1})
+    _check(grid, options)
+    return grid
+
+
+def read_values(entry: Field[Any], given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values that an option was given, each of the type that `train` takes. Raises `OptionError`."""
+    values: list[Any] = []
+    for item in given:
+        values += [_parse(entry, text) for text in _split(item, ",")] if isinstance(item, str) else [_as_it_is(entry, item)]
+    for value, number in Counter(map(json.dumps, values)).items():
+        if number > 1:
+            raise OptionError(f"{flag_of(entry)} {shown_value(json.loads(value))}: given {number} times.\nGive each value once.")
+    return tuple(values)
+
+
+def run_names(combinations: list[dict[str, Any]]) -> list[str]:
+    """A folder's name for each run, of what varies alone, such as `beta=0.05,loss=ipo`; a digest ends those that would be long or equal."""
+    names = [",".join(f"{name}={_safe(shown_value(value))}" for name, value in combination.items()) or "run" for combination in combinations]
+    times = Counter(name.lower() for name in names)  # some file systems do not tell case
+    for place, name in enumerate(names):
+        if len(name) > LONGEST_NAME or times[name.lower()] > 1:
+            digest = hashlib.blake2b(json.dumps(combinations[place]).encode(), digest_size=4).hexdigest()
+            names[place] = f"{name[:LONGEST_NAME]}-{digest}"
+    return names
+
+
+def describe(combination: dict[str, Any]) -> str:
+    """A combination in words, for messages."""
+    return ", ".join(f"{name}={shown_value(value)}" for name, value in combination.items())
+
+
+def _check(grid: Grid, options: SweepOptions) -> None:
+    combinations = grid.combinations()
+    refused: list[tuple[dict[str, Any], str]] = []
+    for combination in combinations:
+        try:
+            TrainOptions(cache=options.cache, output=options.output, **grid.shared, **combination)
+        except OptionError as error:
+            refused.append((combination, str(error)))
+    if not refused:
+        return
+    if len(refused) == len(combinations) and len({message for _, message in refused}) == 1:
+        raise OptionError(refused[0][1])
+    lines = [f"  {describe(combination)}: {' '.join(message.splitlines())}" for combination, message in refused]
+    raise OptionError(
+        f"{len(refused)} of {len(combinations)} combinations make no sense, so nothing was run:\n"
+        + "\n".join(lines)
+        + "\nLeave such values out, or run them as a sweep of their own."
+    )
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts between separators; one after a backslash belongs to its part."""
+    parts = re.split(rf"(?<!\\){re.escape(separator)}", text)
+    return [part.replace("\\" + separator, separator) for part in parts]
+
+
+def _parse(entry: Field[Any], text: str) -> Any:
+    flag, kind, text = flag_of(entry), type_of(entry), text.strip()
+    if not text:
+        raise OptionError(f"{flag}: one of its values is empty.\nSeparate values with one comma each.")
+    if text == "none" and default_of(entry) in (None, ()):
+        return default_of(entry)
+    if kind is tuple:
+        return tuple(part.strip() for part in _split(text, "+"))
+    if kind is bool:
+        raise OptionError(f"{flag} {text}: expected True or False.")
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise OptionError(f"{flag} {text}: expected {'a whole number' if kind is int else 'a number'}.") from error
+
+
+def _as_it_is(entry: Field[Any], value: Any) -> Any:
+    """A value that Python gave, as the command line would have read it."""
+    kind = type_of(entry)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if kind is float and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and type(value) is int:
+        return str(value)
+    if kind is tuple:
+        return tuple(value)
+    if value is None and default_of(entry) is None:
+        return None
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise OptionError(f"{flag_of(entry)} {value!r}: expected {kind.__name__}.")
+    return value
+
+
+def _safe(text: str) -> str:
+    """The text as part of a file's name on any system."""
+    return re.sub(r"[^\w.+-]+", "-", text.strip("/ "), flags=re.ASCII)

@@ -1,0 +1,121 @@
+"""`dpo-cache sweep` as a user meets it: what is refused, and runs that are processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_commands import run  # noqa: F401
+from tests.sweeping.conftest import cache, started  # noqa: F401
+
+OPTIONS = ["--pairs", "pairs", "--eval-pairs", "heldout", "--batch-size", "2", "--lr", "1e-3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ["--loss", "sigmoid:0.8", "--loss", "sft:0.2"],
+            2,
+            "--loss is given 2 times.\nJoin the parts of one value with +, and values with commas: --loss a+b,c.",
+        ),
+        (["--beta", "0.1,x"], 2, "--beta x: expected a number."),
+        (["--jobs", "0"], 2, "--jobs 0: expected a whole number above 0."),
+        (["--resume"], 1, "{output}: there is no sweep to resume.\nRun without --resume to start one."),
+        (["--pairs", "nope"], 1, "{cache}: no pair set 'nope'.\nIt holds: heldout/train, pairs/train."),
+    ],
+)
+def test_what_is_refused(run, cache: str, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:  # noqa: F811
+    output = tmp_path / "out"
+    done = run("sweep", "--cache", cache, "--output", output, *OPTIONS, *arguments)
+    assert (done.code, done.out, done.err) == (code, "", f"error: {message.format(output=output, cache=cache)}\n")
+    assert not output.exists()
+
+
+def test_the_result_is_one_table(run, cache: str, tmp_path: Path, started: list[str]) -> None:  # noqa: F811
+    command = ["sweep", "--cache", cache, "--output", tmp_path / "out", *OPTIONS, "--max-steps", 1, "--shuffle", "--no-shuffle"]
+    done = run(*command)
+    assert done.code == 0 and started == ["shuffle=on", "shuffle=off"]
+    title, columns, *rest = done.out.splitlines()
+    assert title.startswith(f"{tmp_path}/out: 2 of 2 runs finished, in ")
+    assert " ".join(columns.split()) == "shuffle steps before accuracy margin mean loss chosen rejected pairs/s peak GB time s state"
+    assert [line.split()[0] for line in rest[:2]] == [started_name.removeprefix("shuffle=") for started_name in sorted_by_table(tmp_path / "out")]
+    assert rest[-1].startswith("Next, with the best: AutoModelForCausalLM.from_pretrained(")
+    assert "2 runs: 2 to begin.\n" in done.err and "shuffle=on: eval at step 0: " in done.err
+    told = json.loads(run(*command, "--json").out)
+    assert told["finished"] is True and told["rows"][0]["options"] in ({"shuffle": True}, {"shuffle": False})
+
+
+def sorted_by_table(output: Path) -> list[str]:
+    return [line.split(",")[0] for line in (output / "table.csv").read_text().splitlines()[1:]]
+
+
+def test_a_failed_run_makes_it_end_with_1(run, cache: str, tmp_path: Path, started: list[str]) -> None:  # noqa: F811
+    done = run("sweep", "--cache", cache, "--output", tmp_path / "out", *OPTIONS, "--max-steps", 1, "--loss", "ipo", "--beta", "1e-30,0.1")
+    assert done.code == 1 and started == ["beta=1e-30", "beta=0.1"]
+    assert done.err.endswith("error: 1 of 2 runs did not finish.\nThe same command again goes on with them.\n")
+    assert "beta=1e-30 failed: step 1: loss " in done.out
+
+
+def test_ctrl_c_saves_the_run_at_work_and_the_same_command_goes_on(run, cache: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:  # noqa: F811
+    output, log = tmp_path / "out", tmp_path / "said"
+    command = ["sweep", "--cache", cache, "--output", str(output), *OPTIONS, "--max-steps", "150", "--beta", "0.1,0.2"]
+    metrics = output / "beta=0.1" / "metrics.jsonl"
+    with open(log, "wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dpo_cache", *command], stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+    text = log.read_text()
+    assert process.returncode == 130, text
+    assert "2 runs: 2 to begin.\n" in text and "0 of 2 runs finished" in text
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert [path.name for path in (metrics.parent / "checkpoints").iterdir()] == [f"step-{last:06d}"] and last < 150
+    assert not (output / "beta=0.2").exists()
+
+    begun = request.getfixturevalue("started")  # from here on in this process
+    done = run(*command)
+    assert done.code == 0, done.err
+    assert begun == ["beta=0.1", "beta=0.2"] and "2 runs: 1 to go on with, 1 to begin.\n" in done.err
+    steps = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
+    assert steps == list(range(1, 151))
+
+
+def test_a_run_that_is_killed_does_not_end_the_others(cache: str, tmp_path: Path) -> None:  # noqa: F811
+    output, log = tmp_path / "out", tmp_path / "said"
+    command = ["sweep", "--cache", cache, "--output", str(output), *OPTIONS, "--max-steps", "100,101", "--jobs", "2"]
+    first = output / "max_steps=100"
+    with open(log, "wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dpo_cache", *command], stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        while process.poll() is None and not (first / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        victims = [entry for entry in Path("/proc").iterdir() if entry.name.isdecimal() and child_of(entry, process.pid) and is_run(entry, first)]
+        assert len(victims) == 1
+        os.kill(int(victims[0].name), signal.SIGKILL)
+        process.wait(timeout=100)
+    text = log.read_text()
+    assert process.returncode == 1, text
+    assert "2 runs: 2 to begin; 2 at once, each with 1 CPU thread.\n" in text
+    assert "max_steps=100 failed: killed by SIGKILL (out of memory?)" in text and "1 of 2 runs finished" in text
+    assert (output / "max_steps=101" / "model" / "config.json").exists()
+
+
+def child_of(entry: Path, parent: int) -> bool:
+    try:
+        return f"\nPPid:\t{parent}\n" in (entry / "status").read_text()
+    except OSError:  # ended meanwhile
+        return False
+
+
+def is_run(entry: Path, folder: Path) -> bool:
+    return f"--output={folder}".encode() in (entry / "cmdline").read_bytes().split(b"\0")

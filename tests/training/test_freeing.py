@@ -1,0 +1,176 @@
+"""Gradients that are freed as they are used: the same weights to the bit, the same norm, and honest errors."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_cache.errors import TrainingError
+from dpo_cache.lm.engine import choose_attention
+from dpo_cache.lm.policy import completion_logps
+from dpo_cache.lm.recomputation import Recomputation
+from dpo_cache.training import passes
+from dpo_cache.training.freeing import FreedGradients
+from dpo_cache.training.optimizers import make_optimizer
+from dpo_cache.training.step_zero import StepZero
+from tests.conftest import make_completions, make_llama
+from tests.training.test_loop import comparable, train, weights
+
+OPTIMIZERS = ["adamw", "adafactor", *(["adamw-8bit"] if importlib.util.find_spec("bitsandbytes") else [])]
+COMPLETIONS = make_completions()
+
+
+def step_by_hand(optimizer_name: str, mode: str, *, freed: bool, tied: bool = True) -> tuple[torch.nn.Module, list[float], list[int]]:
+    """Three steps of two backward passes each; the weights, the norms, and the gradients that are there after each pass."""
+    model = make_llama(tie_word_embeddings=tied)
+    attention = choose_attention(model, max_length=64)
+    Recomputation(model).mode = mode
+    optimizer = make_optimizer(model, optimizer_name, lr=1e-3, weight_decay=0.1)
+    freeing = FreedGradients(optimizer) if freed else None
+    norms, held = [], []
+    for _ in range(3):
+        completion_logps(model, COMPLETIONS[:9], attention).sums().sum().backward()
+        held.append(sum(parameter.grad is not None for parameter in model.parameters()))
+        loss = completion_logps(model, COMPLETIONS[9:], attention).sums().sum()
+        if freeing:
+            with freeing.last_backward():
+                loss.backward()
+            assert freeing.has_begun
+            norms.append(float(freeing.end_step()))
+            assert not freeing.has_begun
+        else:
+            loss.backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))))
+            optimizer.step()
+            optimizer.zero_grad()
+        held.append(sum(parameter.grad is not None for parameter in model.parameters()))
+    return model, norms, held
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_weights_and_norms_are_those_of_the_plain_step_bit_for_bit(name: str, mode: str) -> None:
+    plain, plain_norms, _ = step_by_hand(name, mode, freed=False)
+    model, norms, held = step_by_hand(name, mode, freed=True)
+    assert norms == plain_norms
+    for (entry, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other), entry
+    count = len(list(model.parameters()))
+    assert held == [count, 0] * 3  # all of them before the last pass of a step, none after it
+
+
+def test_few_gradients_exist_at_once_in_a_step_of_one_pass() -> None:
+    model = make_llama(num_hidden_layers=6)
+    attention, optimizer = choose_attention(model, max_length=64), make_optimizer(model, lr=1e-3, weight_decay=0.0)
+    freeing, most = FreedGradients(optimizer), 0
+    use = optimizer.update
+
+    def note(parameter: torch.nn.Parameter) -> None:
+        nonlocal most
+        most = max(most, sum(other.grad is not None for other in model.parameters()))
+        use(parameter)
+
+    optimizer.update = note  # type: ignore[method-assign]
+    with freeing.last_backward():
+        completion_logps(model, COMPLETIONS, attention).sums().sum().backward()
+    assert most <= 3 < len(optimizer.parameters)
+
+
+def test_a_weight_that_only_an_earlier_pass_used_is_updated_too() -> None:
+    layers = torch.nn.ModuleDict({"one": torch.nn.Linear(3, 3), "other": torch.nn.Linear(3, 3)})
+    layers.device = torch.device("cpu")  # type: ignore[assignment]
+    optimizer = make_optimizer(layers, lr=0.1, weight_decay=0.0)  # type: ignore[arg-type]
+    freeing, before = FreedGradients(optimizer), {name: value.clone() for name, value in layers.state_dict().items()}
+    layers["other"](torch.ones(3)).sum().backward()
+    assert torch.equal(layers["other"].weight, before["other.weight"])
+    with freeing.last_backward():
+        layers["one"](torch.ones(3)).sum().backward()
+    assert float(freeing.end_step()) == pytest.approx((2 * 12) ** 0.5)
+    assert all(not torch.equal(value, before[name]) for name, value in layers.state_dict().items())
+    assert all(parameter.grad is None for parameter in layers.parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"micro_tokens": "100"}, {"micro_tokens": "20"}, {"loss": "aot", "micro_tokens": "100"}, {"optimizer": "adafactor", "weight_decay": 0.1},
+     {"optimizer": "adamw-8bit", "gradient_checkpointing": "full"}],
+    ids=["one forest", "several", "single answers", "twice", "adafactor", "8 bits, recomputed"],
+)  # fmt: skip
+def test_a_run_gives_the_same_bits_with_and_without(cache: str, tmp_path: Path, options: dict) -> None:
+    if "8bit" in options.get("optimizer", ""):
+        pytest.importorskip("bitsandbytes")
+    shared = {"max_grad_norm": 0.0, "batch_size": 5, **options}
+    plain = train(cache, tmp_path / "plain", **shared)
+    freed = train(cache, tmp_path / "freed", free_gradients=True, **shared)
+    assert comparable(tmp_path / "freed") == comparable(tmp_path / "plain") and freed.num_steps == 3
+    expected = weights(plain.model)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(freed.model).items())
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, models = passes.completion_logps, []
+
+    def spoil(model, *rest, **extra):
+        if not models:
+            models.append((model, {name: value.clone() for name, value in model.state_dict().items()}))
+        found = run(model, *rest, **extra)
+        found.tokens_T.data[0] = torch.nan
+        return found
+
+    monkeypatch.setattr(passes, "completion_logps", spoil)
+    monkeypatch.setattr(StepZero, "check", lambda *_: None)
+    with pytest.raises(TrainingError, match=r"step 1: loss nan, .*; row \d.* of the data made it\. The weights were not updated\."):
+        train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0, micro_tokens="100")
+    model, before = models[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_rows(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use = FreedGradients._use
+
+    def spoil(self, place, parameter):
+        if place == 3:
+            parameter.grad[0] = torch.inf
+        use(self, place, parameter)
+
+    monkeypatch.setattr(FreedGradients, "_use", spoil)
+    message = r"step 1: loss 0.69\d+, gradient norm inf; rows of the data in this step: \d.* The weights were updated with it \(--free-gradients\): "
+    with pytest.raises(TrainingError, match=message):
+        train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0)
+
+
+def test_memory_that_runs_out_amid_the_update_ends_the_run_and_before_it_does_not(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use, left = FreedGradients._use, [4]
+
+    def run_out(self, place, parameter):
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("no memory")
+        use(self, place, parameter)
+
+    monkeypatch.setattr(FreedGradients, "_use", run_out)
+    with pytest.raises(TrainingError, match="no memory while weights were being updated .*cannot be taken again.\nGo on from the last checkpoint"):
+        train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0)
+    left[0] = 1
+    remarks: list[str] = []
+    train(cache, tmp_path / "again", free_gradients=True, max_grad_norm=0.0, max_steps=1, say=remarks.append)
+    assert any("the step is taken again" in remark for remark in remarks)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+def test_a_bfloat16_run_that_was_stopped_ends_as_one_that_was_not(cache: str, tmp_path: Path, name: str, rounding: str) -> None:
+    options = {"precision": "bf16", "optimizer": name, "rounding": rounding, "free_gradients": True, "max_grad_norm": 0.0, "max_steps": 3}
+    whole = train(cache, tmp_path / "whole", **options)
+    train(cache, tmp_path / "parts", should_stop=lambda: True, **options)
+    train(cache, tmp_path / "parts", resume=True, should_stop=lambda: True, **options)
+    resumed = train(cache, tmp_path / "parts", resume=True, **options)
+    assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
+    expected = AutoModelForCausalLM.from_pretrained(whole.model, dtype="auto").state_dict()
+    found = AutoModelForCausalLM.from_pretrained(resumed.model, dtype="auto").state_dict()
+    assert next(iter(found.values())).dtype == torch.bfloat16
+    assert all(torch.equal(value, expected[entry]) for entry, value in found.items())

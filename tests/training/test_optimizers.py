@@ -1,0 +1,223 @@
+"""Every optimizer: state that comes back bit for bit, and updates one by one that equal updates at once."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpo_cache.errors import OptionError, TrainingError
+from dpo_cache.training.optimizers import make_optimizer
+from dpo_cache.training.updates import Updater
+
+OPTIMIZERS = ["adamw", "adafactor", *(["adamw-8bit"] if importlib.util.find_spec("bitsandbytes") else [])]
+ROUNDED = ["nearest", "stochastic", "compensated"]
+CASES = [(name, torch.float32, "auto") for name in OPTIMIZERS] + [(name, torch.bfloat16, rounding) for name in OPTIMIZERS for rounding in ROUNDED]
+each_case = pytest.mark.parametrize(("name", "dtype", "rounding"), CASES, ids=lambda value: str(value).removeprefix("torch."))
+
+
+class Small(torch.nn.Module):
+    """A matrix large enough for 8-bit state, a bias, a norm, and a weight that is not always used."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"matrix": (70, 64), "bias": (64,), "norm": (70,), "expert": (8, 16)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.1).to(dtype)))
+        self.frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def give_gradients(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(100 + step)
+        for name, parameter in self.named_parameters():
+            gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            if parameter.requires_grad and not (name == "expert" and step % 2):
+                parameter.grad = gradient
+
+
+def make(name: str, dtype: torch.dtype, rounding: str, **changes: float) -> tuple[Small, Updater]:
+    model = Small(dtype)
+    return model, make_optimizer(model, name, **{"lr": 1e-3, "weight_decay": 0.1, "seed": 5, **changes}, rounding=rounding)  # type: ignore[arg-type]
+
+
+def train(model: Small, optimizer: Updater, steps: range) -> None:
+    for step in steps:
+        model.give_gradients(step)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (step + 1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    for (name, left), right in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(left, right), name
+
+
+@each_case
+def test_a_state_that_was_saved_and_restored_goes_on_bit_for_bit(name: str, dtype: torch.dtype, rounding: str, tmp_path: Path) -> None:
+    straight, optimizer = make(name, dtype, rounding)
+    train(straight, optimizer, range(6))
+    stopped, before = make(name, dtype, rounding)
+    train(stopped, before, range(3))
+    save_file(before.tensors(), tmp_path / "state.safetensors")
+    save_file(stopped.state_dict(), tmp_path / "weights.safetensors")
+    resumed, after = make(name, dtype, rounding)
+    resumed.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    after.restore(load_file(tmp_path / "state.safetensors"))
+    assert after.tensors().keys() == before.tensors().keys()
+    for key, value in before.tensors().items():
+        assert torch.equal(after.tensors()[key], value) and after.tensors()[key].dtype == value.dtype, key
+    train(resumed, after, range(3, 6))
+    assert_same(resumed, straight)
+    for key, value in optimizer.tensors().items():
+        assert torch.equal(after.tensors()[key], value), key
+
+
+@each_case
+def test_updates_one_by_one_in_any_order_are_updates_at_once(name: str, dtype: torch.dtype, rounding: str) -> None:
+    together, optimizer = make(name, dtype, rounding)
+    alone, one_by_one = make(name, dtype, rounding)
+    train(together, optimizer, range(4))
+    for step in range(4):
+        alone.give_gradients(step)
+        for group in one_by_one.param_groups:
+            group["lr"] = 1e-3 * (step + 1)
+        for parameter in reversed(one_by_one.parameters):
+            if parameter.grad is not None:
+                one_by_one.update(parameter)
+        one_by_one.zero_grad()
+    assert_same(alone, together)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_spares_biases_and_norms(name: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        models = []
+        for decay in (0.0, 0.5):
+            model, optimizer = make(name, dtype, "nearest", weight_decay=decay)
+            train(model, optimizer, range(4))
+            models.append(model)
+        plain, decayed = models
+        assert torch.equal(plain.bias, decayed.bias) and torch.equal(plain.norm, decayed.norm)
+        assert decayed.matrix.float().norm() < plain.matrix.float().norm() and torch.equal(plain.frozen, decayed.frozen)
+
+
+def test_adamw_in_float32_is_torchs_own() -> None:
+    model, optimizer = make("adamw", torch.float32, "auto")
+    expected = Small(torch.float32)
+    groups = [{"params": [expected.matrix, expected.expert], "weight_decay": 0.1}, {"params": [expected.bias, expected.norm], "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, fused=True)
+    train(model, optimizer, range(5))
+    for step in range(5):
+        expected.give_gradients(step)
+        for group in theirs.param_groups:
+            group["lr"] = 1e-3 * (step + 1)
+        theirs.step()
+        theirs.zero_grad()
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("name", ["adamw-8bit", "adafactor"])
+def test_the_others_go_where_adamw_goes(name: str) -> None:
+    """A constant gradient moves every weight by about the learning rate a step, whatever the optimizer."""
+    if name not in OPTIMIZERS:
+        pytest.skip("needs bitsandbytes")
+    model, optimizer = make(name, torch.float32, "auto", weight_decay=0.0)
+    start = model.matrix.detach().clone()
+    for _ in range(10):
+        for parameter in optimizer.parameters:
+            parameter.grad = torch.full_like(parameter, 0.3)
+        optimizer.step()
+    moved = start - model.matrix.detach()
+    assert torch.allclose(moved, torch.full_like(moved, 10e-3), rtol=0.05)
+    state = optimizer.tensors()
+    kept = sum(value.numel() * value.element_size() for key, value in state.items() if key.startswith("matrix/"))
+    assert kept < {"adamw-8bit": 2.1, "adafactor": 0.15}[name] * model.matrix.numel()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_small_updates_are_lost_in_bfloat16_unless_rounding_is_stochastic_or_compensated(name: str) -> None:
+    def run(dtype: torch.dtype, rounding: str) -> torch.Tensor:
+        model, optimizer = make(name, dtype, rounding, lr=1e-6, weight_decay=0.0)
+        model.matrix.data.fill_(0.3).copy_(Small(torch.bfloat16).matrix)  # the same start everywhere: values that bfloat16 has
+        start = model.matrix.detach().clone()
+        for step in range(40):
+            generator = torch.Generator().manual_seed(step)
+            gradient = 0.1 + 0.01 * torch.randn(model.matrix.shape, generator=generator)
+            model.matrix.grad = gradient.bfloat16().to(dtype)
+            optimizer.step()
+        large = start.abs() > 0.05  # whose neighbours in bfloat16 are further away than all steps together
+        return (model.matrix.detach().double() - start.double())[large]
+
+    exact = run(torch.float32, "auto")
+    assert exact.max() < -20e-6
+    assert not run(torch.bfloat16, "nearest").any()
+    drawn = run(torch.bfloat16, "stochastic")
+    spread = drawn.std() / len(drawn) ** 0.5
+    assert abs(drawn.mean() - exact.mean()) < 5 * spread and spread < abs(exact.mean()) / 5
+    model, optimizer = make(name, torch.bfloat16, "compensated", lr=1e-6, weight_decay=0.0)
+    exact_model, exact_optimizer = make(name, torch.float32, "auto", lr=1e-6, weight_decay=0.0)
+    for one, other in zip(exact_model.parameters(), model.parameters(), strict=True):
+        one.data.copy_(other)
+    for step in range(10):
+        model.give_gradients(step)
+        for one, other in zip(exact_model.parameters(), model.parameters(), strict=True):
+            one.grad = None if other.grad is None else other.grad.float()
+        optimizer.step(), exact_optimizer.step()
+        optimizer.zero_grad()
+    for one, other in zip(exact_model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one.bfloat16(), other) or (one - other.float()).abs().max() <= one.abs().max() * 2**-8  # ties apart
+    for entry, value in exact_optimizer.tensors().items():
+        assert torch.equal(optimizer.tensors()[entry], value), entry  # the state is that of the float32 run, bit for bit
+
+
+def test_compensated_weights_with_their_rest_are_the_float32_weights() -> None:
+    from dpo_cache.training.rounding import join_float
+
+    model, optimizer = make("adamw", torch.bfloat16, "compensated")
+    exact, exact_optimizer = make("adamw", torch.float32, "auto")
+    for one, other in zip(exact.parameters(), model.parameters(), strict=True):
+        one.data.copy_(other)
+    for step in range(8):
+        model.give_gradients(step)
+        for one, other in zip(exact.parameters(), model.parameters(), strict=True):
+            one.grad = None if other.grad is None else other.grad.float()
+        optimizer.step(), exact_optimizer.step()
+        optimizer.zero_grad(), exact_optimizer.zero_grad()
+    state = optimizer.tensors()
+    for name in ("matrix", "bias", "norm", "expert"):
+        assert torch.equal(join_float(getattr(model, name).detach(), state[f"{name}/rest"]), getattr(exact, name).detach()), name
+
+
+def test_nothing_is_held_for_a_stand_in_between_updates() -> None:
+    model, optimizer = make("adamw", torch.bfloat16, "stochastic")
+    train(model, optimizer, range(2))
+    assert all(slot.leaf.numel() == 0 and slot.leaf.grad is None for slot in optimizer._slots)
+    assert [group["params"] for group in optimizer.param_groups] == [
+        [slot.leaf for slot in optimizer._slots if slot.parameter.ndim >= 2],
+        [slot.leaf for slot in optimizer._slots if slot.parameter.ndim < 2],
+    ]
+
+
+@pytest.mark.parametrize("name", ["adamw-paged", "adamw-8bit-paged"])
+def test_paged_state_needs_cuda(name: str) -> None:
+    with pytest.raises(OptionError, match=f"--optimizer {name}: pages move between a CUDA GPU and its host, and the policy is on cpu"):
+        make(name, torch.float32, "auto")
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(OptionError, match=r"--optimizer adamw-8bit needs bitsandbytes, .*\nRun `pip install 'dpo-cache\[quantize\]'`"):
+        make("adamw-8bit", torch.float32, "auto")
+
+
+def test_the_state_of_other_weights_is_refused() -> None:
+    _, optimizer = make("adamw", torch.float32, "auto")
+    with pytest.raises(TrainingError, match="state for 1 weights that are not trained now, first lora_A"):
+        optimizer.restore({"lora_A/step": torch.tensor(1.0)})

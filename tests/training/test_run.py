@@ -1,0 +1,247 @@
+"""What a run keeps, what it can be begun from, and what it says of itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpo_cache
+from dpo_cache.errors import OptionError, TrainingError
+from dpo_cache.lm.forest import count_forest_tokens
+from dpo_cache.store import open_cache
+from dpo_cache.training import passes
+from dpo_cache.training.batches import completions_of, longest_pairs
+from dpo_cache.training.report import Clock
+from dpo_cache.training.signs import WINDOW, Signs
+from tests.conftest import make_llama
+from tests.training.test_loop import FAST, comparable, metrics, train, weights
+
+
+def test_the_last_checkpoints_are_kept(cache: str, tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+    published: list[str] = []
+
+    def look(line: dict) -> None:
+        seen.append(sorted(path.name for path in (tmp_path / "run/checkpoints").glob("*")))
+
+    train(cache, tmp_path / "run", save_every=1, keep=2, on_metrics=look, on_checkpoint=lambda path: published.append(path.name))
+    assert seen == [[], ["step-000001"], ["step-000001", "step-000002"], ["step-000002", "step-000003"]]
+    assert published == ["step-000001", "step-000002", "step-000003"]
+
+
+def test_checkpoints_by_epochs(cache: str, tmp_path: Path) -> None:
+    published: list[str] = []
+    train(cache, tmp_path / "run", save_every="0.5epochs", epochs=2.0, on_checkpoint=lambda path: published.append(path.name))
+    assert published == ["step-000002", "step-000004", "step-000006"]
+
+
+def test_a_run_begins_from_the_options_of_another(cache: str, tmp_path: Path) -> None:
+    options = {"beta": 0.3, "loss": ("sigmoid:0.5", "sft:0.5"), "eval_pairs": "heldout", "eval_every": 2, "seed": 4, "max_steps": 3}
+    train(cache, tmp_path / "one", **options)
+    report = dpo_cache.train(output=tmp_path / "two", config=tmp_path / "one/config.json", say=lambda text: None)
+    assert comparable(tmp_path / "one") == comparable(tmp_path / "two") and report.finished
+    dpo_cache.train(output=tmp_path / "three", config=str(tmp_path / "one/config.json"), beta=0.1, say=lambda text: None)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "three")]
+    assert (configs[0]["beta"], configs[1]["beta"]) == (0.3, 0.1) and configs[1]["loss"] == configs[0]["loss"] == ["sigmoid:0.5", "sft:0.5"]
+
+
+def test_configs_that_are_none_are_refused(cache: str, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "new.json").write_text('{"beta": 0.1, "gamma_ray": 2}')
+    for name, text in (("absent.json", "not readable"), ("list.json", "not a JSON object"), ("new.json", "gamma_ray: no options of this version")):
+        with pytest.raises(OptionError, match=text):
+            train(cache, tmp_path / "run", config=str(tmp_path / name))
+
+
+def test_a_dry_run_takes_a_step_on_the_longest_pairs_and_writes_nothing(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = passes.completion_logps
+
+    def note(model, completions, attention, **options):  # type: ignore[no-untyped-def]
+        sizes.append(count_forest_tokens(completions))
+        return real(model, completions, attention, **options)
+
+    monkeypatch.setattr(passes, "completion_logps", note)
+    remarks: list[str] = []
+    report = train(cache, tmp_path / "run", dry_run=True, eval_pairs="heldout", say=remarks.append)
+    assert report.is_dry_run and not report.finished and report.peak_bytes > 0 and report.resolved["total_steps"] == 4
+    assert not (tmp_path / "run").exists() and sorted(path.name for path in tmp_path.iterdir()) == []
+    pairs = list(open_cache(cache).pairs("pairs"))
+    longest = sorted(pairs, key=lambda scored: -len(scored.pair.chosen) - len(scored.pair.rejected))[:4]
+    assert sum(sizes) == count_forest_tokens(completions_of(longest))
+    assert any("step zero" in remark for remark in remarks)
+
+
+def test_the_longest_pairs_come_longest_first(cache: str) -> None:
+    pairs = open_cache(cache).pairs("pairs")
+    selected = torch.ones(len(pairs), dtype=torch.bool).numpy()
+    selected[::2] = False
+    found = [len(scored.pair.chosen) + len(scored.pair.rejected) for scored in longest_pairs(pairs, selected, 3)]
+    every = sorted((len(scored.pair.chosen) + len(scored.pair.rejected) for scored in list(pairs)[1::2]), reverse=True)
+    assert found == every[:3]
+
+
+def test_two_runs_give_the_same_bits(cache: str, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train(cache, tmp_path / name, deterministic=True, max_steps=3, eval_pairs="heldout")
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert comparable(tmp_path / "one") == comparable(tmp_path / "two")
+    one, two = weights(tmp_path / "one/model"), weights(tmp_path / "two/model")
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_resumed_run_splits_its_steps_as_before(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ran out of memory goes on as it ended, also after a resumption."""
+    real, full = passes.completion_logps, []
+
+    def run_out(model, completions, attention, **options):  # type: ignore[no-untyped-def]
+        if not full and torch.is_grad_enabled():
+            full.append(True)
+            raise torch.OutOfMemoryError
+        return real(model, completions, attention, **options)
+
+    monkeypatch.setattr(passes, "completion_logps", run_out)
+    options = {"gradient_checkpointing": "none", "micro_tokens": "auto", "max_steps": 3}
+    monkeypatch.setattr("dpo_cache.training.thrift.default_micro_tokens", lambda device: 200)
+    train(cache, tmp_path / "whole", **options)
+    full.clear()
+    train(cache, tmp_path / "cut", should_stop=lambda: True, **options)
+    state = json.loads(next((tmp_path / "cut/checkpoints").iterdir()).joinpath("state.json").read_text())
+    assert state["thrift"]["pair_tokens"] == 200
+    train(cache, tmp_path / "cut", resume=True, **options)
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+
+
+def test_a_row_whose_loss_is_not_finite_is_named_and_the_checkpoint_kept(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = passes.completion_logps
+    spoiled = next(scored for scored in open_cache(cache).pairs("pairs") if scored.pair.row == 6).pair.chosen
+
+    def spoil(model, completions, attention, **options):  # type: ignore[no-untyped-def]
+        found = real(model, completions, attention, **options)
+        if not spoil.is_on:
+            return found
+        hits = [any(completion.sequence_ids.tolist() == spoiled.sequence_ids.tolist() for completion in completions)]
+        return passes.CompletionLogps(found.tokens_T * torch.tensor(float("nan")), found.lengths) if hits[0] else found
+
+    spoil.is_on = False
+    monkeypatch.setattr(passes, "completion_logps", spoil)
+
+    def switch(line: dict) -> None:
+        spoil.is_on = True
+
+    with pytest.raises(TrainingError, match=r"loss nan, gradient norm nan; row 6 of the data made it(?s:.*)step-000001 holds an earlier state"):
+        train(cache, tmp_path / "run", save_every=1, shuffle=False, batch_size=5, on_metrics=switch)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+
+
+def step(number: int, **values: float) -> dict:
+    return {
+        "step": number,
+        "num_pairs": 32,
+        "loss": 0.69,
+        "rewards/accuracies": 0.7,
+        "rewards/margins": 0.1,
+        "rewards/chosen": 0.1,
+        "rewards/rejected": 0.0,
+        **values,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"rewards/chosen": -0.4, "rewards/rejected": 0.3, "rewards/margins": -0.7}, "Are chosen and rejected swapped in the data?"),
+        ({"rewards/accuracies": 0.5}, "accuracy stays at 50%"),
+        ({"loss": 1e-5, "rewards/accuracies": 1.0}, "margins are saturated"),
+    ],
+)
+def test_signs_of_trouble_are_said_once_in_words(values: dict, text: str) -> None:
+    remarks: list[str] = []
+    signs = Signs(remarks.append, is_logistic=True)
+    for number in range(3 * WINDOW):
+        signs.note(step(number, **values))
+        assert bool(remarks) == (number >= WINDOW - 1)
+    assert len(remarks) == 1 and text in remarks[0]
+
+
+def test_a_run_that_goes_well_hears_nothing() -> None:
+    remarks: list[str] = []
+    signs = Signs(remarks.append, is_logistic=True)
+    for number in range(100):  # the usual picture: both likelihoods fall, the rejected one faster
+        signs.note(step(number, **{"rewards/chosen": -0.01 * number, "rewards/rejected": -0.02 * number, "rewards/accuracies": 0.6, "loss": 0.5}))
+    assert not remarks
+
+
+def test_signs_come_through_a_run(cache: str, tmp_path: Path) -> None:
+    remarks: list[str] = []
+    train(cache, tmp_path / "run", epochs=30.0, lr=3e-3, batch_size=5, say=remarks.append)
+    assert sum("margins are saturated" in remark for remark in remarks) == 1
+
+
+def test_remaining_time_counts_steps_and_evaluations() -> None:
+    clock = Clock()
+    assert clock.left_s(10, 1) is None
+    clock.note_step(2.0)
+    clock.note_step(4.0)
+    clock.note_evaluation(5.0)
+    assert clock.left_s(10, 2) == 40.0
+
+
+def test_progress_tells_what_is_left(cache: str, tmp_path: Path) -> None:
+    seen: list[dict] = []
+    train(cache, tmp_path / "run", on_metrics=seen.append, eval_pairs="heldout", eval_every=2)
+    steps = [line for line in seen if "loss" in line]
+    assert all(line["left_s"] > 0 for line in steps[:-1]) and steps[-1]["total_steps"] == 4
+    assert "left_s" not in metrics(tmp_path / "run")[1]
+
+
+def test_sigterm_saves_first(cache: str, tmp_path: Path) -> None:
+    """A real process, stopped from outside, resumed to the same bits as one that was not."""
+    command = [
+        sys.executable,
+        "-m",
+        "dpo_cache",
+        "train",
+        "--cache",
+        cache,
+        "--pairs",
+        "pairs",
+        "--batch-size",
+        "2",
+        "--epochs",
+        "40",
+        "--lr",
+        "1e-4",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--output", str(tmp_path / "run")], env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, errors
+    checkpoints = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert len(checkpoints) == 1 and len(metrics(tmp_path / "run")) == int(checkpoints[0].removeprefix("step-"))
+
+
+def test_no_parameter_of_the_reference_is_ever_made(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    init = type(make_llama()).__init__
+    monkeypatch.setattr(type(make_llama()), "__init__", lambda self, *args, **kwargs: (made.append("model"), init(self, *args, **kwargs))[1])
+    train(cache, tmp_path / "run", max_steps=1)
+    assert made == ["model"]
+
+
+def test_callbacks_that_raise_end_the_run_and_keep_what_was_saved(cache: str, tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        dpo_cache.train(cache, tmp_path / "run", pairs="pairs", save_every=1, on_checkpoint=fail, **FAST)
+    assert dpo_cache.train(cache, tmp_path / "run", pairs="pairs", save_every=1, resume=True, **FAST).finished
