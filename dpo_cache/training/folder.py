@@ -3,6 +3,8 @@
 RUN/
   config.json      every option, and under `resolved` what became of the defaults
   metrics.jsonl    one line a step or evaluation
+  samples.jsonl    the policy's answers, see `samples.py`
+  trackers.json    which run of which tracker this is, see `trackers.py`; tensorboard/ beside it
   checkpoints/     see `checkpoint.py`; gone when the run is finished
   best/            the policy at the best evaluation, where that was not the last one, and `best.json`: its step and value
   model/           the trained policy with its tokenizer: a model, or an adapter with its config
@@ -25,6 +27,7 @@ from dpo_cache.lm.adapter import restore_adapter
 from dpo_cache.store.disk import sync
 from dpo_cache.store.local import free_bytes
 from dpo_cache.train_options import complete_config
+from dpo_cache.training.card import write_card
 from dpo_cache.training.checkpoint import damaged, find_checkpoints, write_policy
 from dpo_cache.training.opening import Policy
 
@@ -35,7 +38,9 @@ FREE_TO_CHANGE = {
     "free_gradients", "eval_every", "save_every", "keep", "sample", "log_to", "log_names", "step_zero", "dry_run",
 }
 # fmt: on
-RUN_FILES = {"config.json", "metrics.jsonl", "checkpoints", "model", "best", ".model.tmp", ".best.tmp"}
+FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "trackers.json", ".trackers.json.tmp")
+FOLDERS = ("checkpoints", "best", "tensorboard", ".model.tmp", ".best.tmp")
+RUN_FILES = {*FILES, *FOLDERS, "model"}
 BEST_FILE = "best.json"
 FIXED_RESOLVED = ("base_weights", "reference", "pairs_digest", "num_pairs", "total_steps", "precision")
 
@@ -86,9 +91,9 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 def discard(folder: Path) -> None:
     """Empty the folder of a run that did not come to its first update or checkpoint, so that it can be started anew."""
-    for name in ("config.json", "metrics.jsonl"):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "best", ".model.tmp", ".best.tmp"):
+    for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
@@ -134,17 +139,18 @@ def check_disk(folder: Path, model: PreTrainedModel, *, num_checkpoints: int, ke
         )
 
 
-def save_best(folder: Path, policy: Policy, found: dict[str, Any]) -> None:
-    """RUN/best, which replaces an earlier one."""
+def save_best(folder: Path, policy: Policy, found: dict[str, Any], card: str) -> None:
+    """RUN/best with its model card, which replaces an earlier one."""
 
     def write(scratch: Path) -> None:
+        write_card(scratch, card)
         (scratch / BEST_FILE).write_text(json.dumps(found) + "\n")
 
     write_policy(folder / "best", policy, write, remedy="Free some space, then go on from the last checkpoint with --resume.")
 
 
-def save_model(folder: Path, policy: Policy, *, takes_best: bool, is_merged: bool) -> None:
-    """RUN/model, whole or absent: the policy as it is or, with `takes_best`, as it was at the best evaluation; the checkpoints have served then."""
+def save_model(folder: Path, policy: Policy, card: str, *, takes_best: bool, is_merged: bool) -> None:
+    """RUN/model with its card, whole or absent: the policy as it is or, with `takes_best`, as it was at the best evaluation."""
     best = folder / "best"
     if takes_best and policy.adapted is not None:
         restore_adapter(policy.adapted, str(best))
@@ -154,7 +160,7 @@ def save_model(folder: Path, policy: Policy, *, takes_best: bool, is_merged: boo
         best.rename(folder / "model")
         sync(folder)
     else:
-        write_policy(folder / "model", policy, remedy="Free some space, then go on with --resume.")
+        write_policy(folder / "model", policy, lambda scratch: write_card(scratch, card), remedy="Free some space, then go on with --resume.")
     drop_checkpoints(folder)
 
 

@@ -18,13 +18,12 @@ from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import choose_device, deterministic_algorithms, peak_bytes
 from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
 from dpo_cache.lm.offload import offload_activations
-from dpo_cache.lm.quantization import rounding_dtype, rounding_dtype_of
 from dpo_cache.lm.routing import router_coefficient
 from dpo_cache.options import number_or_auto
 from dpo_cache.store import open_cache
 from dpo_cache.train_options import TrainOptions, with_config
 from dpo_cache.training.batches import count_shared, longest_pairs, stream_pairs
-from dpo_cache.training.card import library_versions, model_card, write_card
+from dpo_cache.training.card import library_versions, model_card
 from dpo_cache.training.checkpoint import Progress, find_checkpoints, read_progress, restore_optimizer, save_checkpoint
 from dpo_cache.training.evaluations import Best, schedule_of
 from dpo_cache.training.folder import (
@@ -49,7 +48,7 @@ from dpo_cache.training.report import Clock, TrainReport
 from dpo_cache.training.samples import open_sampler
 from dpo_cache.training.schedule import learning_rate
 from dpo_cache.training.signs import Signs
-from dpo_cache.training.step_zero import Expectation, StepZero
+from dpo_cache.training.step_zero import StepZero, expectation_of
 from dpo_cache.training.thrift import Thrift
 from dpo_cache.training.trackers import check_trackers, open_trackers
 from dpo_cache.types import ScoredPair
@@ -194,8 +193,8 @@ class _Run:
             self.say("no evaluation was better than the one before training.")
         if takes_best:
             after = self.metrics_file.last("eval/loss", step=self.best.step)
-        save_model(self.output, self.policy, takes_best=takes_best, is_merged=self.options.merge_adapter)
-        write_card(self.output / "model", self._card(self.best.step if takes_best and self.best.step else self.progress.step, after))
+        card = self._card(self.best.step if takes_best and self.best.step else self.progress.step, after)
+        save_model(self.output, self.policy, card, takes_best=takes_best, is_merged=self.options.merge_adapter)
         if takes_best or not is_best_elsewhere:
             drop_best(self.output)  # it is the one in model/
         return self._report(first, last, before, after, finished=True)
@@ -322,25 +321,16 @@ class _Run:
 
     def _step_zero(self) -> StepZero | None:
         """What looks on until the first update; a policy that was trained before repeats nothing."""
-        return None if self.checkpoint or self.options.step_zero == "off" else StepZero(self._expectation(), self.options.step_zero)
-
-    def _expectation(self) -> Expectation:
-        identity, options = self.data.reference["identity"], self.options
-        return Expectation(
-            policy_dtype=str(rounding_dtype(self.model)).removeprefix("torch.") if self.policy.precision == "fp32" else "bfloat16",
-            reference_dtype=rounding_dtype_of(identity),
-            is_reference=self.policy.is_reference,
-            differing=self.policy.differing,
-            imported=identity.get("imported"),
-            is_default=options.model is None and options.quantize == "none",
-            remarks=self.policy.remarks,
-        )
+        if self.checkpoint or self.options.step_zero == "off":
+            return None
+        return StepZero(expectation_of(self.policy, self.data, self.options), self.options.step_zero)
 
     def _check_base(self, pairs: list[ScoredPair]) -> None:
         """With its adapter switched off, a policy that was trained before is still the reference."""
         if self.has_updated or not self.policy.base_is_reference or self.policy.is_reference or self.options.step_zero == "off":
             return
-        expectation = replace(self._expectation(), is_reference=True, differing=(), what="the policy with its adapter switched off")
+        known = expectation_of(self.policy, self.data, self.options)
+        expectation = replace(known, is_reference=True, differing=(), what="the policy with its adapter switched off")
         self.say(self.passes.check_base(pairs, StepZero(expectation, self.options.step_zero)))
 
     def _end_step_zero(self) -> None:
@@ -361,8 +351,8 @@ class _Run:
         if evaluation is None or not self.best.note(evaluation):
             return
         if self.options.eval_every is not None and self.progress.step != self.total_steps:
-            save_best(self.output, self.policy, {name: value for name, value in self.best.state().items() if name != "num_worse"})
-            write_card(self.output / "best", self._card(self.progress.step, evaluation))
+            found = {name: value for name, value in self.best.state().items() if name != "num_worse"}
+            save_best(self.output, self.policy, found, self._card(self.progress.step, evaluation))
 
     def _is_out_of_patience(self) -> bool:
         return self.options.patience is not None and self.best.num_worse >= self.options.patience and self.progress.step < self.total_steps

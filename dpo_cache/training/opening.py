@@ -132,7 +132,7 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
         adapted=adapted,
         remarks=() if checkpoint else tuple(_template_remarks(options, made_with)),
         base_is_reference=base is not None and not is_imported and not _compare(identity, base),
-        base_weights=base and base["weights"],
+        base_weights=None if base is None else base["weights"],
     )
 
 

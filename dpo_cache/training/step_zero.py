@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dpo_cache.errors import StepZeroError
+from dpo_cache.lm.quantization import rounding_dtype, rounding_dtype_of
+from dpo_cache.train_options import TrainOptions
+from dpo_cache.training.opening import Policy, TrainingPairs
 from dpo_cache.types import TOKEN_TOLERANCES, Score
 
 # Gap per completion in nats that rounding explains: (absolute, relative to its log-prob), by dtype.
@@ -48,6 +51,20 @@ class Expectation:
     def stops(self) -> bool:
         """Whether a gap stops the run under `auto`: where policy and reference should be one model."""
         return self.is_reference or (self.is_default and self.imported is None)
+
+
+def expectation_of(policy: Policy, data: TrainingPairs, options: TrainOptions) -> Expectation:
+    """What is known of a policy at its start."""
+    identity = data.reference["identity"]
+    return Expectation(
+        policy_dtype=str(rounding_dtype(policy.model)).removeprefix("torch.") if policy.precision == "fp32" else "bfloat16",
+        reference_dtype=rounding_dtype_of(identity),
+        is_reference=policy.is_reference,
+        differing=policy.differing,
+        imported=identity.get("imported"),
+        is_default=options.model is None and options.quantize == "none",
+        remarks=policy.remarks,
+    )
 
 
 @dataclass

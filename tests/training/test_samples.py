@@ -13,17 +13,12 @@ import dpo_cache
 from dpo_cache.lm.engine import choose_attention
 from dpo_cache.lm.generation import write_answers
 from dpo_cache.store import open_cache
-from dpo_cache.training import folder, samples
+from dpo_cache.training import samples
 from dpo_cache.training.samples import end_tokens
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
 from tests.training.test_loop import comparable, train, weights
 
 SAMPLED = {"eval_pairs": "heldout", "eval_every": 2, "sample": 3, "lr": 1e-2}
-
-
-@pytest.fixture(autouse=True)
-def of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "RUN_FILES", folder.RUN_FILES | {samples.FILE})
 
 
 def lines(output: Path) -> list[dict]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.training import folder, trackers
+from dpo_cache.training import trackers
 from dpo_cache.training.trackers import check_trackers, flat_config
 from tests.training.test_loop import comparable, metrics, train, weights
 
@@ -51,7 +51,6 @@ def local_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(folder, "RUN_FILES", folder.RUN_FILES | {trackers.FILE, trackers.FOLDER})
     importlib.import_module("trackio")
     for name, module in list(sys.modules.items()):  # they read it once, on import
         if name.startswith("trackio") and hasattr(module, "TRACKIO_DIR"):
@@ -70,11 +69,21 @@ def read_tensorboard(output: Path) -> Series:
 
 def read_wandb(output: Path) -> Series:
     series: Series = defaultdict(list)
-    for record in wandb_records(wandb_files(output)[-1]):
+    for record in written_records(wandb_files(output)[-1]):
         if record.WhichOneof("record_type") == "history":
             for item in record.history.item:
                 series[item.key or "/".join(item.nested_key)].append((record.history.step.num, json.loads(item.value_json)))
     return series
+
+
+def written_records(path: Path) -> list:
+    """The records of a run that has ended: a process of wandb's own writes them, which may be behind on a busy machine."""
+    for _ in range(300):
+        records = wandb_records(path)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{path}: no end of the run within 30 s")
 
 
 def wandb_files(output: Path) -> list[Path]:
@@ -254,7 +263,6 @@ def test_a_resumed_run_goes_on_in_its_tracker_without_gaps_or_repeats(cache: str
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "mlflow"])
 def test_a_tracker_that_comes_late_gets_what_was_before(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str) -> None:
-    monkeypatch.setattr(folder, "FREE_TO_CHANGE", folder.FREE_TO_CHANGE | {"log_to"})
     seen: list[int] = []
     train(cache, tmp_path / "run", **EVALUATED, on_metrics=lambda line: seen.append(line["step"]), should_stop=lambda: seen[-1] == 2)
     train(cache, tmp_path / "run", **EVALUATED, log_to=tracker, resume=True)
