@@ -208,7 +208,7 @@ def test_the_config_is_there_as_hyper_parameters_and_the_run_has_the_folders_nam
     assert run.data.params["beta"] == "0.3" and run.data.params["loss"] == "sigmoid" and run.data.params["max_steps"] == "1"
     assert run.data.params["resolved/attention"] == "forest" and run.data.params["eval_pairs"] == "None"
     assert list((tmp_path / "a run" / "tensorboard").rglob("hparams.yml"))
-    record = [entry.run for entry in wandb_records(wandb_files(tmp_path / "a run")[0]) if entry.WhichOneof("record_type") == "run"][-1]
+    record = [entry.run for entry in written_records(wandb_files(tmp_path / "a run")[0]) if entry.WhichOneof("record_type") == "run"][-1]
     assert record.display_name == "a run" and record.project == "dpo-cache"
     from trackio.sqlite_storage import SQLiteStorage
 
@@ -223,7 +223,7 @@ def test_environment_variables_of_the_trackers_win(cache: str, tmp_path: Path, m
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "boards"))
     train(cache, tmp_path / "run", max_steps=1, log_to=NAMES)
     assert MlflowClient().get_experiment(mlflow_run(tmp_path / "run").info.experiment_id).name == "mine"
-    assert any(entry.run.project == "mine" for entry in wandb_records(wandb_files(tmp_path / "run")[0]))
+    assert any(entry.run.project == "mine" for entry in written_records(wandb_files(tmp_path / "run")[0]))
     assert (tmp_path / "trackio" / "mine.db").exists()
     assert list((tmp_path / "boards" / "run").glob("events.*")) and not (tmp_path / "run" / "tensorboard").exists()
 
@@ -255,7 +255,7 @@ def test_a_resumed_run_goes_on_in_its_tracker_without_gaps_or_repeats(cache: str
     if tracker == "wandb":  # offline each process has a file of its own; the second begins behind the checkpoint, at step 3
         files = wandb_files(tmp_path / "run")
         assert len(files) == 2
-        steps = [record.history.step.num for record in wandb_records(files[1]) if record.WhichOneof("record_type") == "history"]
+        steps = [record.history.step.num for record in written_records(files[1]) if record.WhichOneof("record_type") == "history"]
         assert steps == [3, 4, 5, 6, 7, 8]
     else:
         assert_tracked(tmp_path / "run", tracker)
@@ -306,7 +306,7 @@ def test_trackers_are_told_how_a_run_ended(cache: str, tmp_path: Path, ending: s
     else:
         train(cache, tmp_path / "run", **options)
     assert mlflow_run(tmp_path / "run").info.status == status
-    exits = [entry.exit.exit_code for entry in wandb_records(wandb_files(tmp_path / "run")[0]) if entry.WhichOneof("record_type") == "exit"]
+    exits = [entry.exit.exit_code for entry in written_records(wandb_files(tmp_path / "run")[0]) if entry.WhichOneof("record_type") == "exit"]
     assert exits == [exit_code]
 
 
