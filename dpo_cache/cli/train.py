@@ -71,8 +71,9 @@ def _print_report(report: TrainReport) -> None:
     if report.best_model:
         print(f"The policy of the best evaluation lies in {report.best_model}.")
     print(f"The model lies in {report.model}, one line a step in {report.output}/metrics.jsonl. Next:")
-    pairs = report.resolved["eval_pairs"] or report.resolved["pairs"]
-    print("  " + command_line("eval", "--cache", report.resolved["cache"], "--pairs", pairs, "--model", report.model))
+    if report.resolved["eval_pairs"]:
+        print("  " + command_line("eval", "--cache", report.resolved["cache"], "--pairs", report.resolved["eval_pairs"], "--model", report.model))
+    print(f'  AutoModelForCausalLM.from_pretrained("{report.model}")')
 
 
 def _print_dry_run(report: TrainReport) -> None:

@@ -1,0 +1,88 @@
+"""`dpo-cache train`: what it prints, and how its options come together."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import dpo_cache
+from tests.cli.test_commands import run  # noqa: F401  (a fixture)
+from tests.conftest import chat_rows, write_rows
+
+COMMON = ("--batch-size", 4, "--lr", 1e-3, "--pairs", "pairs", "--max-steps", 2)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    for name, rows in (("pairs", chat_rows(12)), ("heldout", chat_rows(6, seed=9))):
+        dpo_cache.precompute(model_folder, write_rows(folder / f"{name}.jsonl", rows), folder / "cache")
+    return folder / "cache"
+
+
+def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(run, cache: Path, tmp_path: Path) -> None:  # noqa: F811
+    done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON, "--lora-r", 2, "--dry-run")
+    assert done.code == 0, done.err
+    lines = {line[2:].split("  ")[0]: line.split("  ")[-1].strip() for line in done.out.splitlines()[1:-1]}
+    assert done.out.startswith(f"{tmp_path}/run: a dry run\n")
+    assert done.out.endswith("Nothing was written. Next: the same command without --dry-run.\n")
+    assert lines["pairs"] == "pairs/train, 12" and lines["steps"] == "2" and lines["precision"] == "fp32"
+    assert (
+        lines["parameters trained"] == "1,856 of 34,272" and "peak memory" in lines and lines["one step on the longest pairs"].endswith("for 4 pairs")
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_fills_in_what_is_not_given(run, cache: Path, tmp_path: Path) -> None:  # noqa: F811
+    first = run("train", "--cache", cache, "--output", tmp_path / "one", *COMMON, "--loss", "ipo", "--beta", 0.3, "--lora-r", 2)
+    assert first.code == 0, first.err
+    config = tmp_path / "one" / "config.json"
+    assert run("train", "--config", config, "--output", tmp_path / "two", "--beta", 0.1).code == 0
+    found = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert (found["loss"], found["beta"], found["lora_r"], found["max_steps"]) == (["ipo"], 0.1, 2, 2)
+    assert found["output"] == str(tmp_path / "two") and found["config"] == str(config)
+    lacking = run("train", "--config", config)
+    assert (lacking.code, lacking.err) == (2, "error: --output is needed.\n")
+
+
+def test_the_report_names_the_next_commands(run, cache: Path, tmp_path: Path) -> None:  # noqa: F811
+    done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON, "--eval-pairs", "heldout", "--lora-r", 2)
+    assert done.out.splitlines()[-2:] == [
+        f"  dpo-cache eval --cache {cache} --pairs heldout/train --model {tmp_path}/run/model",
+        f'  AutoModelForCausalLM.from_pretrained("{tmp_path}/run/model")',
+    ]
+    assert run("eval", "--cache", cache, "--pairs", "heldout/train", "--model", tmp_path / "run/model").code == 0
+
+
+def test_progress_shows_loss_margin_accuracy_speed_memory_and_time(run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr("dpo_cache.cli.output.QUIET_SECONDS", 0.0)
+    done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON)
+    lines = [line for line in done.err.splitlines() if line.startswith("training")]
+    assert len(lines) == 2
+    for word in ("step 1/2", "loss 0.6931", "accuracy", "margin +0.0000", "pairs/s", "GB", "left"):
+        assert word in lines[0] or word in lines[0].replace("MB", "GB"), (word, lines[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lora-alpha", "4"], "error: --lora-alpha 4.0 is used with --lora-r alone.\n"),
+        (["--lora-r", "2", "--peft-config", "x.json"], "error: --lora-r and --peft-config: give one of them.\n"),
+        (
+            ["--eval-every", "often", "--eval-pairs", "heldout"],
+            "error: --eval-every often: expected a number of steps above 0, or of epochs as in 0.5epochs.\n",
+        ),
+        (["--eval-every", "2"], "error: --eval-every 2: there is nothing to evaluate on.\nGive --eval-pairs or --eval-fraction.\n"),
+        (["--sample", "2"], "error: --sample 2: there is nothing to evaluate on.\nGive --eval-pairs or --eval-fraction.\n"),
+        (["--patience", "2", "--eval-pairs", "heldout"], "error: --patience 2: say how often to look with --eval-every.\n"),
+        (["--log-to", "paper"], "error: --log-to paper: expected one of tensorboard, wandb, trackio, mlflow.\n"),
+        (["--log-names", "original"], "error: --log-names original is used with --log-to alone.\n"),
+        (["--dry-run", "--resume"], "error: --dry-run and --resume: a dry run starts at the beginning.\nGive one of them.\n"),
+        (["--rounding", "nearest"], "error: --rounding nearest is used with --precision bf16 alone, which updates in bf16.\n"),
+        (["--keep", "0"], "error: --keep 0: expected a number above 0.\n"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_usage_errors(run, cache: Path, tmp_path: Path, options: list[str], message: str) -> None:  # noqa: F811
+    done = run("train", "--cache", cache, "--output", tmp_path / "run", *options)
+    assert (done.code, done.err, done.out) == (2, message, "")
+    assert not (tmp_path / "run").exists()
