@@ -185,8 +185,7 @@ class _HeadLogps(torch.autograd.Function):
         with torch.autocast(hidden_TD.device.type, enabled=False):
             for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
                 logits_TS = products.output(hidden_TD, weight_SD.to(hidden_TD.dtype)).float()
-                inside_T = (targets_T >= start) & (targets_T < start + len(weight_SD))
-                places_T = (targets_T - start).clamp(0, len(weight_SD) - 1)
+                inside_T, places_T = _places(targets_T, start, start + len(weight_SD))
                 picked_T = torch.where(inside_T, logits_TS.gather(1, places_T[:, None])[:, 0], picked_T)
                 peaks.append(logits_TS.amax(-1))
                 totals.append(logits_TS.sub_(peaks[-1][:, None]).exp_().sum(-1))
@@ -207,14 +206,19 @@ class _HeadLogps(torch.autograd.Function):
         for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
             stop, weight_SD = start + len(weight_SD), weight_SD.to(hidden_TD.dtype)
             grad_TS = ctx.products.output(hidden_TD, weight_SD).float().sub_(peak_T[:, None]).exp_().mul_(scale_T1)  # minus softmax
-            rows = ((targets_T >= start) & (targets_T < stop)).nonzero()[:, 0]
-            grad_TS[rows, targets_T[rows] - start] += grads[0][rows]
+            inside_T, places_T = _places(targets_T, start, stop)
+            grad_TS.scatter_add_(1, places_T[:, None], torch.where(inside_T, grads[0], 0)[:, None])
             grad_TS = grad_TS.to(hidden_TD.dtype)
             if grad_hidden_TD is not None:
                 grad_hidden_TD += ctx.products.for_inputs(grad_TS, weight_SD)
             if grad_weight_VD is not None:
                 grad_weight_VD[start:stop] = ctx.products.for_weight(grad_TS, hidden_TD, weight_SD)
         return grad_hidden_TD if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype), grad_weight_VD, None, None
+
+
+def _places(targets_T: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which targets lie in a slice of the vocabulary, and where; any place of it for those that do not, so that no shape hangs on the values."""
+    return (targets_T >= start) & (targets_T < stop), (targets_T - start).clamp(0, stop - start - 1)
 
 
 def _slices(weight_VD: torch.Tensor, num_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
