@@ -18,6 +18,7 @@ ALLOWED = {
     "precomputing": {"data", "lm", "store", "planning", "precompute_report"} | LEAVES,
     "precompute_report": {"data"},
     "training": {"lm", "store"} | LEAVES,
+    "footprint": {"lm"} | LEAVES,
     "planning": {"data", "lm", "store"} | LEAVES,
     "reporting": {"lm", "store"} | LEAVES,
     "rescoring": {"lm", "store"} | LEAVES,

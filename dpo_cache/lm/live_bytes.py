@@ -8,9 +8,12 @@ counts nothing. So the peak is the allocator's, but for what an operation takes 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +27,8 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, operation: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if operation.namespace == "prim":  # asks of a fake tensor what it is
+            return operation(*args, **(kwargs or {}))
         self.peak = max(self.peak, self.now)
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
@@ -48,6 +53,19 @@ class LiveBytes(TorchDispatchMode):
         size = own_size if size is None else size
         self._alive[id(holder)] = weakref.ref(holder, _Forgetting(weakref.ref(self), id(holder), size))
         self.now += size
+
+
+def allocated_peak(run: Callable[[], Any]) -> int:
+    """Most bytes above those before that torch's CPU allocator had given out at once while `run` computed; what `LiveBytes` is checked against."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    waiting, changes = list(profiler.profiler.kineto_results.experimental_event_tree()), []  # type: ignore[union-attr]
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.name == "[memory]":
+            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return max(accumulate(size for _, size in sorted(changes)), default=0)
 
 
 class _Forgetting:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dpo_cache.errors import ModelError
+from dpo_cache.lm.device import kind_of
 from dpo_cache.lm.linear import TORCH, Products, products_of
 
 ROWS_STEP = 64  # rows are filled up to a multiple of it: logits of ever new sizes would scatter the heap, which then grows
@@ -24,6 +25,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [T, D] -> logits [T, V]
 
 # Logits at a time: on a CPU few enough that the allocator hands the same memory out again, on a GPU enough to fill it.
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**25, "mps": 2**25}
+LOGITS_PER_SLICE = {**LOGITS_PER_CHUNK, "cpu": 2**21}  # of a slice of the vocabulary: on a CPU so few that they stay in the cache
 
 
 def token_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -59,7 +61,7 @@ def head_token_logps(hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T:
 
 
 def _rows_at_once(device: torch.device, vocab_size: int) -> int:
-    return max(16, LOGITS_PER_CHUNK.get(device.type, 2**23) // vocab_size)
+    return max(16, LOGITS_PER_CHUNK.get(kind_of(device), 2**23) // vocab_size)
 
 
 @torch.no_grad()
@@ -222,8 +224,7 @@ def _places(targets_T: torch.Tensor, start: int, stop: int) -> tuple[torch.Tenso
 
 
 def _slices(weight_VD: torch.Tensor, num_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Slices of the vocabulary and where they start: on a CPU so small that a slice's logits stay in the cache."""
-    entries = 2**21 if weight_VD.device.type == "cpu" else LOGITS_PER_CHUNK[weight_VD.device.type]
-    size = max(1024, entries // max(1, num_tokens) // 512 * 512)
+    """Slices of the vocabulary and where they start."""
+    size = max(1024, LOGITS_PER_SLICE[kind_of(weight_VD.device)] // max(1, num_tokens) // 512 * 512)
     for start in range(0, len(weight_VD), size):
         yield start, weight_VD[start : start + size]

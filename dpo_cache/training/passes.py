@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
+from dpo_cache.lm.device import autocast
 from dpo_cache.lm.policy import CompletionLogps, completion_logps, count_tokens, join_logps
 from dpo_cache.training.batches import Group, completions_of, split_step
 from dpo_cache.training.metrics import PairMetrics
@@ -106,7 +106,7 @@ class Passes:
 
     def _run(self, completions: Sequence[Completion]) -> CompletionLogps:
         objective, policy = self.objective, self._policy
-        with self._autocast():
+        with autocast(policy.model.device, policy.precision):
             return completion_logps(
                 policy.model,
                 completions,
@@ -136,7 +136,3 @@ class Passes:
         if text not in self._said:
             self._said.add(text)
             self._say(text)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        policy = self._policy
-        return torch.autocast(policy.model.device.type, torch.bfloat16) if policy.precision == "bf16-mixed" else nullcontext()
