@@ -165,9 +165,7 @@ class TiledHead(torch.autograd.Function):
         )
 
 
-def _tiles(
-    hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
-) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _tiles(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """First token, first entry, logits, hidden states and weights of each tile, all tiles in one buffer."""
     buffer = hidden.new_empty(min(len(hidden), TILE_TOKENS), TILE_ENTRIES, dtype=dtype)
     for tokens in range(0, len(hidden), TILE_TOKENS):

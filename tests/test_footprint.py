@@ -77,7 +77,9 @@ def test_adapters_are_counted_as_they_are_allocated(mode: str) -> None:
     assert counted.activations - largest == pytest.approx(allocated(footprint.policy_of(model, mode), run), rel=0.1)
     adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert counted.gradients == 4 * adapters and counted.optimizer == 8 * adapters
-    linear = sum(module.weight.numel() for module in model.modules() if type(module) is torch.nn.Linear and not module.weight.requires_grad) - 264 * 64
+    linear = (
+        sum(module.weight.numel() for module in model.modules() if type(module) is torch.nn.Linear and not module.weight.requires_grad) - 264 * 64
+    )
     rest = sum(parameter.numel() for parameter in model.parameters()) - linear
     assert counted.weights == pytest.approx(4 * rest + linear * (0.5 + 1 / 64 + 1 / 4096), abs=2)
 
