@@ -83,8 +83,8 @@ bench-learning: $(VENV)/installed $(MODEL)/config.json
 bench-memory: $(VENV)/installed $(MODEL)/config.json
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py --model $(MODEL) --data $(DATA)
 
-bench-memory-table: $(VENV)/installed $(MODEL)/config.json
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory_table.py --model $(MODEL)
+bench-memory-table: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory_table.py --model $(MODEL) --trl-python $(TRL_PYTHON)
 
 bench-token-ids: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/token_ids.py --tokenizer $(MODEL) --data $(DATA) --trl-python $(TRL_PYTHON)

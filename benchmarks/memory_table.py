@@ -1,9 +1,9 @@
 """GPU memory of a training step, ours and DPO with a live reference, counted without a GPU: the tables of docs/memory.md.
 
-    memory_table.py --model MODEL [--only validation|tables] [--models 1B 3B 8B]
+    memory_table.py --model MODEL [--trl-python PYTHON] [--only validation|tables] [--models 1B 3B 8B]
 
 validation  on MODEL, a small real one, in float32 on the CPU: what is counted from its config alone beside what torch's
-            allocator gave out when the same passes were computed
+            allocator gave out when the same passes were computed, TRL's own step among them
 tables      Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B, of which nothing but the config below is needed
 
 See `dpo_cache/footprint.py` for what is counted, and `padded_step.py` for the other side.
@@ -13,9 +13,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +59,7 @@ class Batch:
 
 
 USUAL, LONG = Batch(512, 256, 4), Batch(2048, 1024, 1)
+VALIDATION = Batch(400, 150, 1)
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,12 @@ SETUPS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--trl-python", help="an interpreter that has trl==1.16.0")
     parser.add_argument("--only", choices=("validation", "tables"))
     parser.add_argument("--models", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     arguments = parser.parse_args()
     if arguments.only != "tables":
-        validate(arguments.model)
+        validate(arguments.model, arguments.trl_python)
     if arguments.only != "validation":
         show_tables(arguments.models)
 
@@ -91,10 +99,11 @@ def main() -> None:
 # -- validation ----------------------------------------------------------------------------------------
 
 
-def validate(location: str) -> None:
+def validate(location: str, trl_python: str | None) -> None:
     """Counted against allocated, of one pair, with gradients standing from before."""
     config = AutoConfig.from_pretrained(location)
-    pair = Batch(400, 150, 1).completions()
+    pair = VALIDATION.completions()
+    theirs_allocated = trl_bytes(location, trl_python) if trl_python else {}
     print("| what is run | counted, MB | allocated, MB | counted / allocated |\n|---|---|---|---|")
     for mode in ("none", "selective", "full"):
         ours = partial(policy_of, mode=mode)
@@ -104,14 +113,30 @@ def validate(location: str) -> None:
         theirs = partial(prepare, checkpointing=checkpointing)
         for whole in (False, True):
             name = f"padded rows, {'whole logits' if whole else 'tiled head'}, checkpointing {'on' if checkpointing else 'off'}"
-            compare(name, location, config, theirs, partial(with_reference, pair, whole=whole))
+            counted = compare(name, location, config, theirs, partial(with_reference, pair, whole=whole))
+            if not whole and theirs_allocated:
+                allocated = theirs_allocated["on" if checkpointing else "off"]
+                show_comparison(f"the same by TRL 1.16 itself, checkpointing {'on' if checkpointing else 'off'}", counted, allocated)
+
+
+def trl_bytes(location: str, python: str) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        out, here = Path(folder, "out.json"), Path(__file__)
+        paths = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+        command = [python, str(here.with_name("trl_memory.py")), location, str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+        if done.returncode:
+            sys.exit(f"trl_memory.py failed:\n{done.stderr[-4000:]}")
+        return json.loads(out.read_text())
 
 
 def with_reference(pair: list[Completion], make: Callable[[], Any], whole: bool) -> Callable[[Any], torch.Tensor]:
     return padded_loss(pair, autocast=False, reference=make(), whole_logits=whole)
 
 
-def compare(name: str, location: str, config: Any, ready: Callable[[Any], Any], loss: Callable[..., Any], *, fast: bool = False) -> None:
+def compare(name: str, location: str, config: Any, ready: Callable[[Any], Any], loss: Callable[..., Any], *, fast: bool = False) -> int:
+    """Bytes counted, shown beside those allocated."""
+
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32).eval()
 
@@ -121,11 +146,15 @@ def compare(name: str, location: str, config: Any, ready: Callable[[Any], Any], 
     model = load()
     if fast and not use_fast_linear(model, decided=True):
         print(f"| {name} | | not on this processor | |", flush=True)
-        return
+        return counted
     run, model = loss(load), ready(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    allocated = allocated_peak(lambda: run(model).backward())
+    show_comparison(name, counted, allocated_peak(lambda: run(model).backward()))
+    return counted
+
+
+def show_comparison(name: str, counted: int, allocated: int) -> None:
     print(f"| {name} | {counted / 1e6:,.1f} | {allocated / 1e6:,.1f} | {counted / allocated:.3f} |", flush=True)
 
 
