@@ -6,6 +6,7 @@
     precomputing  data -> lm -> store: run the frozen reference once
     exchange      pair sets -> files for other tools, and log-probs made elsewhere -> pair sets
     training      store -> lm -> optimizer: train the policy alone
+    footprint     what a training step will hold in memory, counted without running it
 
 In a few lines:
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.attention import use_forest_attention
-from dpo_cache.lm.device import autocast
+from dpo_cache.lm.device import autocast, counted_as
 from dpo_cache.lm.engine import Attention
 from dpo_cache.lm.linear import use_torch_linear
 from dpo_cache.lm.live_bytes import LiveBytes
@@ -53,6 +53,28 @@ class Footprint:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def config_footprint(
+    config: PreTrainedConfig,
+    completions: Sequence[Completion],
+    *,
+    dtype: torch.dtype = torch.float32,
+    precision: str = "fp32",
+    recomputation: str = "none",
+    optimizer: str = "adamw",
+    lora_r: int | None = None,
+    quantize: str | None = None,
+    device_type: str = "cuda",
+) -> Footprint:
+    """The footprint of this package's step on a device of that type, of a model of which there is nothing but its config.
+
+    `dtype` is the weights', `precision` that of `dpo-cache train`, `recomputation` its --gradient-checkpointing; the completions are run in one
+    forest, with gradients of earlier ones standing. Takes seconds, and no memory to speak of.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), counted_as(device_type):
+        model = policy_of(build_fake(config, dtype, lora_r=lora_r), recomputation)
+        return step_footprint(model, pass_loss(completions, precision=precision), optimizer=optimizer, quantize=quantize)
 
 
 def step_footprint(

@@ -99,6 +99,26 @@ def test_a_loaded_model_is_counted_without_being_touched(mode: str) -> None:
     assert counted > sum(4 * parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loaded_model_with_adapters_is_counted(mode: str) -> None:
+    pytest.importorskip("peft")
+    model, completions = make_llama(**SIZES), pairs(4)
+    footprint._add_adapters(model, 4)
+    attention = choose_attention(model, max_length=200)
+    Recomputation(model).mode = mode
+    counted = footprint.pass_bytes(model, completions, attention)
+    assert counted == pytest.approx(allocated_peak(lambda: completion_logps(model, completions, attention).sums().sum().backward()), rel=0.1)
+
+
+def test_a_config_alone_is_enough() -> None:
+    config = make_llama(**SIZES).config
+    found = {mode: footprint.config_footprint(config, pairs(4), recomputation=mode, precision="bf16-mixed") for mode in MODES}
+    assert found["none"].activations > found["selective"].activations > found["full"].activations > 0
+    half = footprint.config_footprint(config, pairs(4), dtype=torch.bfloat16, precision="bf16", optimizer="adamw-8bit")
+    assert half.weights == half.gradients == found["none"].weights / 2 and half.optimizer < found["none"].optimizer / 3
+    assert half.activations < found["none"].activations
+
+
 @pytest.mark.parametrize("whole_logits", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("answer", [40, 33])
