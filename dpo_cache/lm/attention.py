@@ -253,20 +253,18 @@ def attend_segment(
 
 
 def _tail_mask(num_queries: int, length: int, like: torch.Tensor, masks: dict[Any, torch.Tensor]) -> torch.Tensor:
-    """Causal mask [N, P] of the last N of P positions: on a CPU the end of a wider one, so that paths of all lengths share one.
-
-    CUDA's kernels take no mask that begins amid an address.
-    """
-    if kind_of(like.device) == "cuda":
-        name: Any = (num_queries, length)
-        if name not in masks:
-            masks[name] = _additive(np.arange(length) <= np.arange(length - num_queries, length)[:, None], like)
-        return masks[name]
+    """Causal mask [N, P] of the last N of P positions: the end of a wider one, so that paths of all lengths share one."""
     name = (num_queries, "tail")
     if name not in masks or masks[name].shape[1] < length:
         width = -(-length // 1024) * 1024
         masks[name] = _additive(np.arange(width) <= np.arange(width - num_queries, width)[:, None], like)
-    return masks[name][:, masks[name].shape[1] - length :]
+    tail_NP = masks[name][:, masks[name].shape[1] - length :]
+    if kind_of(like.device) != "cuda":
+        return tail_NP
+    own = (num_queries, length)
+    if own not in masks:
+        masks[own] = tail_NP.contiguous()  # its kernels take no mask that begins amid an address
+    return masks[own]
 
 
 def split_segment(segment: Segment, num_queries: int = QUERY_TOKENS) -> list[Segment]:
