@@ -9,6 +9,7 @@
     evaluation    store -> lm -> report: how good a policy is on a pair set
     sweeping      several trainings from one cache, a process each
     reporting     runs -> tables and plots
+    footprint     what a training step will hold in memory, counted without running it
 
 In a few lines:
 

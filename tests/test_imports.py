@@ -20,6 +20,7 @@ ALLOWED = {
     "training": {"lm", "store"} | LEAVES,
     "evaluation": {"data", "lm", "store", "training", "exchange", "scoring_progress"} | LEAVES,
     "scoring_progress": set(),
+    "footprint": {"lm"} | LEAVES,
     "planning": {"data", "lm", "store"} | LEAVES,
     "sweeping": {"training", "reporting", "store"} | LEAVES,
     "reporting": {"lm", "store"} | LEAVES,

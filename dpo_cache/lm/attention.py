@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from dpo_cache.lm.device import kind_of
 from dpo_cache.lm.forest import Forest
 
 FOREST_ATTENTION = "dpo_cache_forest"
@@ -206,10 +207,15 @@ class TreePlan:
         return torch.cat(parts, dim=2).transpose(1, 2)
 
 
-def plan_tree(forest: Forest) -> TreePlan:
-    """The plan that runs a whole forest at once. Segments with a path are cut into parts: what a part's mask hides is not computed."""
+def plan_tree(forest: Forest, device_type: str = "cpu") -> TreePlan:
+    """The plan that runs a whole forest at once.
+
+    On a CPU, segments with a path are cut into parts: what a part's mask hides is not computed. Each part keeps its path's keys and values
+    for the backward pass, which on a GPU takes more memory than whole segments save it time.
+    """
+    part_tokens = QUERY_TOKENS if device_type == "cpu" else max(1, len(forest))
     firsts = zip(forest.starts, np.append(forest.starts[1:], len(forest)), strict=True)
-    starts = np.concatenate([np.arange(start, end, QUERY_TOKENS if forest.depths_L[start] else len(forest)) for start, end in firsts])
+    starts = np.concatenate([np.arange(start, end, part_tokens if forest.depths_L[start] else len(forest)) for start, end in firsts])
     ends = np.append(starts[1:], len(forest))
     branches = forest.parents_L[starts] + 1  # behind the token that each segment continues
     cuts = np.unique(np.concatenate([starts, branches[branches > 0], [len(forest)]]))
@@ -252,7 +258,13 @@ def _tail_mask(num_queries: int, length: int, like: torch.Tensor, masks: dict[An
     if name not in masks or masks[name].shape[1] < length:
         width = -(-length // 1024) * 1024
         masks[name] = _additive(np.arange(width) <= np.arange(width - num_queries, width)[:, None], like)
-    return masks[name][:, masks[name].shape[1] - length :]
+    tail_NP = masks[name][:, masks[name].shape[1] - length :]
+    if kind_of(like.device) != "cuda":
+        return tail_NP
+    own = (num_queries, length)
+    if own not in masks:
+        masks[own] = tail_NP.contiguous()  # its kernels take no mask that begins amid an address
+    return masks[own]
 
 
 def split_segment(segment: Segment, num_queries: int = QUERY_TOKENS) -> list[Segment]:
@@ -271,6 +283,9 @@ def attend_masked(query_BHNE: torch.Tensor, key_BKPE: torch.Tensor, value_BKPE: 
 def _attend_fused(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules, mask: torch.Tensor | None, is_causal: bool
 ) -> torch.Tensor:
+    if mask is not None and kind_of(query.device) == "cuda":
+        # its fused kernel for masks takes as many key heads as query heads; else all scores would be kept
+        key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=is_causal, scale=rules.scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -314,8 +329,7 @@ def _additive(visible: np.ndarray, like: torch.Tensor) -> torch.Tensor:
 
 def _attend_plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules, mask: torch.Tensor) -> torch.Tensor:
     """Attention by its formula, for what fused kernels lack: soft-capped scores and attention sinks."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
     scores = query @ key.transpose(2, 3) * rules.scaling
     if rules.softcap is not None:
         scores = torch.tanh(scores / rules.softcap) * rules.softcap
@@ -325,6 +339,12 @@ def _attend_plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         scores = torch.cat([scores, sinks], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return weights[..., : key.shape[2]] @ value
+
+
+def _repeat_heads(tensor_BKPE: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Keys or values [B, H, P, E], one head for each query head."""
+    groups = num_heads // tensor_BKPE.shape[1]
+    return tensor_BKPE if groups == 1 else tensor_BKPE.repeat_interleave(groups, dim=1)
 
 
 def _chunk_of_mask(*_: Any, config: Any = None, local_size: int | None = None, **__: Any) -> int | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 
@@ -36,6 +37,29 @@ def choose_dtype(name: str, device: torch.device, checkpoint_dtype: torch.dtype 
     if checkpoint_dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return torch.float32
     return checkpoint_dtype
+
+
+_counted_as: ContextVar[str | None] = ContextVar("counted_as", default=None)
+
+
+@contextmanager
+def counted_as(device_type: str) -> Iterator[None]:
+    """Within it, `kind_of` every device is this type: to count, or to test, on a CPU what would be held elsewhere."""
+    token = _counted_as.set(device_type)
+    try:
+        yield
+    finally:
+        _counted_as.reset(token)
+
+
+def kind_of(device: torch.device) -> str:
+    """The type of a device, by which sizes and ways to compute are chosen."""
+    return _counted_as.get() or device.type
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Mixed precision where `precision` is bf16-mixed. No weight is used twice in a pass, so none of their bf16 copies outlives its use."""
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if precision == "bf16-mixed" else nullcontext()
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

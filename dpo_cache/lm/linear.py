@@ -39,6 +39,13 @@ def use_fast_linear(model: PreTrainedModel, *, worth: float = WORTH, decided: bo
     return True
 
 
+def use_torch_linear(model: PreTrainedModel) -> None:
+    """Undo `use_fast_linear`."""
+    for module in model.modules():
+        if products_of(module) is ONEDNN:
+            del module.forward
+
+
 @dataclass(frozen=True)
 class Products:
     """The three matrix products of a linear layer, of matrices x [N, in], weight [out, in] and grad [N, out]."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dpo_cache.errors import ModelError
+from dpo_cache.lm.device import kind_of
 from dpo_cache.lm.linear import TORCH, Products, products_of
 
 ROWS_STEP = 64  # rows are filled up to a multiple of it: logits of ever new sizes would scatter the heap, which then grows
@@ -24,6 +25,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [T, D] -> logits [T, V]
 
 # Logits at a time: on a CPU few enough that the allocator hands the same memory out again, on a GPU enough to fill it.
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**25, "mps": 2**25}
+LOGITS_PER_SLICE = {**LOGITS_PER_CHUNK, "cpu": 2**21}  # of a slice of the vocabulary: on a CPU so few that they stay in the cache
 
 
 def token_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -59,7 +61,7 @@ def head_token_logps(hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T:
 
 
 def _rows_at_once(device: torch.device, vocab_size: int) -> int:
-    return max(16, LOGITS_PER_CHUNK.get(device.type, 2**23) // vocab_size)
+    return max(16, LOGITS_PER_CHUNK.get(kind_of(device), 2**23) // vocab_size)
 
 
 @torch.no_grad()
@@ -185,8 +187,7 @@ class _HeadLogps(torch.autograd.Function):
         with torch.autocast(hidden_TD.device.type, enabled=False):
             for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
                 logits_TS = products.output(hidden_TD, weight_SD.to(hidden_TD.dtype)).float()
-                inside_T = (targets_T >= start) & (targets_T < start + len(weight_SD))
-                places_T = (targets_T - start).clamp(0, len(weight_SD) - 1)
+                inside_T, places_T = _places(targets_T, start, start + len(weight_SD))
                 picked_T = torch.where(inside_T, logits_TS.gather(1, places_T[:, None])[:, 0], picked_T)
                 peaks.append(logits_TS.amax(-1))
                 totals.append(logits_TS.sub_(peaks[-1][:, None]).exp_().sum(-1))
@@ -207,8 +208,8 @@ class _HeadLogps(torch.autograd.Function):
         for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
             stop, weight_SD = start + len(weight_SD), weight_SD.to(hidden_TD.dtype)
             grad_TS = ctx.products.output(hidden_TD, weight_SD).float().sub_(peak_T[:, None]).exp_().mul_(scale_T1)  # minus softmax
-            rows = ((targets_T >= start) & (targets_T < stop)).nonzero()[:, 0]
-            grad_TS[rows, targets_T[rows] - start] += grads[0][rows]
+            inside_T, places_T = _places(targets_T, start, stop)
+            grad_TS.scatter_add_(1, places_T[:, None], torch.where(inside_T, grads[0], 0)[:, None])
             grad_TS = grad_TS.to(hidden_TD.dtype)
             if grad_hidden_TD is not None:
                 grad_hidden_TD += ctx.products.for_inputs(grad_TS, weight_SD)
@@ -217,9 +218,13 @@ class _HeadLogps(torch.autograd.Function):
         return grad_hidden_TD if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype), grad_weight_VD, None, None
 
 
+def _places(targets_T: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which targets lie in a slice of the vocabulary, and where; any place of it for those that do not, so that no shape hangs on the values."""
+    return (targets_T >= start) & (targets_T < stop), (targets_T - start).clamp(0, stop - start - 1)
+
+
 def _slices(weight_VD: torch.Tensor, num_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Slices of the vocabulary and where they start: on a CPU so small that a slice's logits stay in the cache."""
-    entries = 2**21 if weight_VD.device.type == "cpu" else LOGITS_PER_CHUNK[weight_VD.device.type]
-    size = max(1024, entries // max(1, num_tokens) // 512 * 512)
+    """Slices of the vocabulary and where they start."""
+    size = max(1024, LOGITS_PER_SLICE[kind_of(weight_VD.device)] // max(1, num_tokens) // 512 * 512)
     for start in range(0, len(weight_VD), size):
         yield start, weight_VD[start : start + size]

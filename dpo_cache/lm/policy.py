@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.lm.device import sum_dtype
+from dpo_cache.lm.device import kind_of, sum_dtype
 from dpo_cache.lm.engine import Attention
 from dpo_cache.lm.forest import build_forest, count_forest_tokens
 from dpo_cache.lm.logprobs import head_of, head_token_logps, log_squared_probs, token_logps
@@ -129,4 +129,4 @@ def count_tokens(completions: Sequence[Completion], attention: Attention) -> int
 
 def default_micro_tokens(device: torch.device) -> int:
     """Tokens run at once with gradients: enough for matrix products at full speed; their activations are what memory holds."""
-    return 1024 if device.type == "cpu" else 4096
+    return 1024 if kind_of(device) == "cpu" else 4096

@@ -1,7 +1,7 @@
 """Activations that are computed again in the backward pass instead of kept.
 
     none        keeps all of them
-    selective   keeps what matrix products and attention gave, and computes norms, activations and copies again
+    selective   keeps what matrix products and attention gave, and computes norms, activations, copies and adapters' products again
     full        keeps each decoder layer's input alone, and computes the layer again
 
 transformers' own switch works in train mode alone; the policy stays in eval mode, where no dropout is.
@@ -29,12 +29,18 @@ EXPENSIVE = (
 )  # fmt: skip
 
 
+# Products of so few numbers each are cheaper to repeat than to keep: what adapters of low rank give. By operator, which argument they multiply.
+NARROW = 64
+NARROW_PRODUCTS = {"aten.mm": 0, "aten.addmm": 1, "mkldnn._linear_pointwise": 0}
+
+
 class Recomputation:
     """Wraps a model's decoder layers; `mode` may change from one forward pass to the next."""
 
     def __init__(self, model: PreTrainedModel):
         self.mode = "none"
         self._kept = {packet.default for packet in map(_operator, EXPENSIVE) if packet is not None}
+        self._multiplied = {packet.default: place for name, place in NARROW_PRODUCTS.items() if (packet := _operator(name)) is not None}
         layers = decoder_layers(model)
         self.num_layers = len(layers)
         for layer in layers:
@@ -48,8 +54,9 @@ class Recomputation:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, self._choose)
         return checkpoint(forward, *args, **options, **kwargs)
 
-    def _choose(self, _: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator in self._kept else CheckpointPolicy.PREFER_RECOMPUTE
+    def _choose(self, _: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+        is_narrow = operator in self._multiplied and args[self._multiplied[operator]].shape[-1] <= NARROW
+        return CheckpointPolicy.MUST_SAVE if operator in self._kept and not is_narrow else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def is_kept_changed(error: RuntimeError) -> bool:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from dpo_cache.errors import ModelError
 from dpo_cache.lm.attention import PathPlan, Segment, group_segments, plan_tree
 from dpo_cache.lm.budget import Budget, is_out_of_memory, timer
+from dpo_cache.lm.device import kind_of
 from dpo_cache.lm.forest import Forest
 from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
 from dpo_cache.lm.stream import Chunk, Stream
@@ -125,7 +126,7 @@ def run_forest(model: PreTrainedModel, forest: Forest, **arguments: Any) -> Any:
         input_ids=torch.from_numpy(forest.tokens_L).to(model.device)[None],
         position_ids=torch.from_numpy(forest.depths_L).to(model.device)[None],
         use_cache=False,
-        forest_plan=plan_tree(forest),
+        forest_plan=plan_tree(forest, kind_of(model.device)),
         **arguments,
     )
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
+from dpo_cache.lm.device import autocast
 from dpo_cache.lm.policy import CompletionLogps, completion_logps, count_tokens, join_logps
 from dpo_cache.training.batches import Group, completions_of, split_step
 from dpo_cache.training.freeing import FreedGradients
@@ -151,7 +151,7 @@ class Passes:
 
     def _run(self, completions: Sequence[Completion]) -> CompletionLogps:
         objective, policy = self.objective, self._policy
-        with self._autocast():
+        with autocast(policy.model.device, policy.precision):
             return completion_logps(
                 policy.model,
                 completions,
@@ -181,7 +181,3 @@ class Passes:
         if text not in self._said:
             self._said.add(text)
             self._say(text)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        policy = self._policy
-        return torch.autocast(policy.model.device.type, torch.bfloat16) if policy.precision == "bf16-mixed" else nullcontext()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy
 
 from dpo_cache.lm import attention
 from dpo_cache.lm.engine import choose_attention
@@ -43,3 +44,12 @@ def test_every_mode_gives_the_gradients_of_the_models_own_forward(family: str, m
         assert (found["none"][name] - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-4, name
         assert all(torch.equal(found[mode][name], found["none"][name]) for mode in ("selective", "full")), name
     assert found["none"].keys() == own.keys()
+
+
+def test_products_of_low_rank_are_computed_again() -> None:
+    recomputation = Recomputation(make_model("mistral"))
+    product, attention_kernel = torch.ops.aten.mm.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    kept = CheckpointPolicy.MUST_SAVE
+    assert recomputation._choose(None, product, torch.empty(5, 65), torch.empty(65, 7)) == kept
+    assert recomputation._choose(None, product, torch.empty(5, 64), torch.empty(64, 7)) == CheckpointPolicy.PREFER_RECOMPUTE
+    assert recomputation._choose(None, attention_kernel, torch.empty(1, 2, 5, 64)) == kept

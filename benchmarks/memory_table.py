@@ -1,0 +1,250 @@
+"""GPU memory of a training step, ours and DPO with a live reference, counted without a GPU: the tables of docs/memory.md.
+
+    memory_table.py --model MODEL [--trl-python PYTHON] [--only validation|tables] [--models 1B 3B 8B]
+
+validation  on MODEL, a small real one, in float32 on the CPU: what is counted from its config alone beside what torch's
+            allocator gave out when the same passes were computed, TRL's own step among them
+tables      Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B, of which nothing but the config below is needed
+
+See `dpo_cache/footprint.py` for what is counted, and `padded_step.py` for the other side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from padded_step import padded_loss, prepare
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from dpo_cache.footprint import Footprint, activation_bytes, build_fake, pass_loss, policy_of, standing_footprint
+from dpo_cache.lm.device import counted_as
+from dpo_cache.lm.linear import use_fast_linear
+from dpo_cache.lm.live_bytes import allocated_peak
+from dpo_cache.types import Completion
+
+LLAMA: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
+CONFIGS = {
+    "1B": LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, tie_word_embeddings=True, **LLAMA),
+    "3B": LlamaConfig(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, tie_word_embeddings=True, **LLAMA),
+    "8B": LlamaConfig(hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, tie_word_embeddings=False, **LLAMA),
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs at once, and their lengths in tokens."""
+
+    prompt: int
+    answer: int
+    pairs: int
+
+    def completions(self) -> list[Completion]:
+        generator = np.random.default_rng(0)
+        prompts = [generator.integers(0, 40_000, self.prompt).astype(np.uint32) for _ in range(self.pairs)]
+        return [Completion(prompt, generator.integers(0, 40_000, self.answer).astype(np.uint32)) for prompt in prompts for _ in range(2)]
+
+
+USUAL, LONG = Batch(512, 256, 4), Batch(2048, 1024, 1)
+VALIDATION = Batch(400, 150, 1)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A way to fine-tune. `dtype` is the weights'; adapters and their autocast are float32 weights and bfloat16 products."""
+
+    name: str
+    dtype: torch.dtype
+    precision: str
+    optimizer: str = "adamw"
+    lora_r: int | None = None
+    quantize: str | None = None
+
+
+SETUPS = (
+    Setup("full, AdamW, bf16-mixed", torch.float32, "bf16-mixed"),
+    Setup("full, AdamW, bf16", torch.bfloat16, "bf16"),
+    Setup("full, 8-bit AdamW, bf16", torch.bfloat16, "bf16", "adamw-8bit"),
+    Setup("LoRA r=16 on bf16", torch.bfloat16, "bf16-mixed", lora_r=16),
+    Setup("LoRA r=16 on 4-bit", torch.bfloat16, "bf16-mixed", lora_r=16, quantize="4bit"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--trl-python", help="an interpreter that has trl==1.16.0")
+    parser.add_argument("--only", choices=("validation", "tables"))
+    parser.add_argument("--models", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
+    arguments = parser.parse_args()
+    if arguments.only != "tables":
+        validate(arguments.model, arguments.trl_python)
+    if arguments.only != "validation":
+        show_tables(arguments.models)
+
+
+# -- validation ----------------------------------------------------------------------------------------
+
+
+def validate(location: str, trl_python: str | None) -> None:
+    """Counted against allocated, of one pair, with gradients standing from before."""
+    config = AutoConfig.from_pretrained(location)
+    pair = VALIDATION.completions()
+    theirs_allocated = trl_bytes(location, trl_python) if trl_python else {}
+    print("| what is run | counted, MB | allocated, MB | counted / allocated |\n|---|---|---|---|")
+    for mode in ("none", "selective", "full"):
+        ours = partial(policy_of, mode=mode)
+        compare(f"dpo-cache, {mode}", location, config, ours, lambda _: pass_loss(pair))
+        compare(f"dpo-cache, {mode}, linear layers by oneDNN", location, config, ours, lambda _: pass_loss(pair), fast=True)
+    for checkpointing in (False, True):
+        theirs = partial(prepare, checkpointing=checkpointing)
+        for whole in (False, True):
+            name = f"padded rows, {'whole logits' if whole else 'tiled head'}, checkpointing {'on' if checkpointing else 'off'}"
+            counted = compare(name, location, config, theirs, partial(with_reference, pair, whole=whole))
+            if not whole and theirs_allocated:
+                allocated = theirs_allocated["on" if checkpointing else "off"]
+                show_comparison(f"the same by TRL 1.16 itself, checkpointing {'on' if checkpointing else 'off'}", counted, allocated)
+
+
+def trl_bytes(location: str, python: str) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        out, here = Path(folder, "out.json"), Path(__file__)
+        paths = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+        command = [python, str(here.with_name("trl_memory.py")), location, str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+        if done.returncode:
+            sys.exit(f"trl_memory.py failed:\n{done.stderr[-4000:]}")
+        return json.loads(out.read_text())
+
+
+def with_reference(pair: list[Completion], make: Callable[[], Any], whole: bool) -> Callable[[Any], torch.Tensor]:
+    return padded_loss(pair, autocast=False, reference=make(), whole_logits=whole)
+
+
+def compare(name: str, location: str, config: Any, ready: Callable[[Any], Any], loss: Callable[..., Any], *, fast: bool = False) -> int:
+    """Bytes counted, shown beside those allocated."""
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32).eval()
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        make = partial(build_fake, config, torch.float32)
+        counted = activation_bytes(ready(make()), loss(make))
+    model = load()
+    if fast and not use_fast_linear(model, decided=True):
+        print(f"| {name} | | not on this processor | |", flush=True)
+        return counted
+    run, model = loss(load), ready(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    show_comparison(name, counted, allocated_peak(lambda: run(model).backward()))
+    return counted
+
+
+def show_comparison(name: str, counted: int, allocated: int) -> None:
+    print(f"| {name} | {counted / 1e6:,.1f} | {allocated / 1e6:,.1f} | {counted / allocated:.3f} |", flush=True)
+
+
+# -- tables --------------------------------------------------------------------------------------------
+
+
+def show_tables(models: list[str]) -> None:
+    for size in models:
+        show(size, USUAL, ("none", "selective", "full"))
+        show_parts(size, USUAL)
+    show(models[-1], LONG, ("full",))
+    show_sizes(models[-1])
+
+
+def show(size: str, batch: Batch, modes: tuple[str, ...]) -> None:
+    """Every setup: GB of ours, of TRL 1.16, and of whole logits."""
+    print(f"\nLlama {size}, {batch.pairs} pairs at once, prompt {batch.prompt:,}, answers {batch.answer:,} each, GB\n")
+    print("| | recomputation | dpo-cache | TRL 1.16 | share | whole logits | share |\n|---|---|---|---|---|---|---|")
+    for setup in SETUPS:
+        for mode in modes:
+            ours = footprint(size, batch, setup, mode).total
+            theirs = footprint(size, batch, setup, peer(mode), "tiled").total
+            line = f"| {setup.name} | {mode} | {ours / 1e9:.1f} | {theirs / 1e9:.1f} | {ours / theirs:.2f} |"
+            if mode == "full":
+                whole = footprint(size, batch, setup, mode, "whole").total
+                line += f" {whole / 1e9:.1f} | {ours / whole:.2f} |"
+            print(line if mode == "full" else f"{line} | |", flush=True)
+
+
+def show_parts(size: str, batch: Batch) -> None:
+    print(f"\nLlama {size}, the same, by what it is for, recomputation full, GB\n")
+    print("| | | weights | gradients | optimizer | activations | total |\n|---|---|---|---|---|---|---|")
+    for setup in SETUPS:
+        for name, side in (("dpo-cache", "ours"), ("TRL 1.16", "tiled")):
+            found = footprint(size, batch, setup, "full", side)
+            parts = (found.weights, found.gradients, found.optimizer, found.activations, found.total)
+            print(f"| {setup.name} | {name} | " + " | ".join(f"{part / 1e9:.1f}" for part in parts) + " |")
+
+
+def show_sizes(size: str) -> None:
+    print(f"\nLlama {size}, pairs at once, of prompt 512 and answers 256 each, recomputation full, GB\n")
+    print("| | pairs at once | dpo-cache | TRL 1.16 | share |\n|---|---|---|---|---|")
+    for setup in (SETUPS[1], SETUPS[3], SETUPS[4]):
+        for pairs in (1, 4, 8):
+            ours, theirs = (footprint(size, Batch(512, 256, pairs), setup, "full", side).total for side in ("ours", "tiled"))
+            print(f"| {setup.name} | {pairs} | {ours / 1e9:.1f} | {theirs / 1e9:.1f} | {ours / theirs:.2f} |", flush=True)
+
+
+def peer(mode: str) -> str:
+    """What TRL has of a mode: checkpointing of whole layers, or none."""
+    return "full" if mode == "full" else "none"
+
+
+@cache
+def footprint(size: str, batch: Batch, setup: Setup, mode: str, side: str = "ours") -> Footprint:
+    activations = activations_of(size, batch, setup.dtype, setup.precision, setup.lora_r, mode, side)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build_fake(CONFIGS[size], setup.dtype, lora_r=setup.lora_r)
+        others = [build_fake(CONFIGS[size], setup.dtype)] if side != "ours" and setup.lora_r is None else []
+        return standing_footprint(model, activations, optimizer=setup.optimizer, quantize=setup.quantize, others=others)
+
+
+@cache
+def activations_of(size: str, batch: Batch, dtype: torch.dtype, precision: str, lora_r: int | None, mode: str, side: str) -> int:
+    """Ours counted on 2, 3 and 4 layers and continued along the line that these make; where they make none, and TRL's, on all layers.
+
+    What lives at a moment in layer k of n is the same for all n, but for what each layer below k keeps. So the peak is the larger of a constant,
+    for moments in the first layer, and a line, for those in the last; once on the line, it stays there. A reference adds lines of its own.
+    """
+    num_layers = CONFIGS[size].num_hidden_layers
+    if side == "ours":
+        few = [count(size, layers, batch, dtype, precision, lora_r, mode, side) for layers in (2, 3, 4)]
+        step = few[2] - few[1]
+        if step > 0 and step == few[1] - few[0]:
+            return few[2] + step * (num_layers - 4)
+    return count(size, num_layers, batch, dtype, precision, lora_r, mode, side)
+
+
+def count(size: str, layers: int, batch: Batch, dtype: torch.dtype, precision: str, lora_r: int | None, mode: str, side: str) -> int:
+    """Activations of the model with so many layers."""
+    config = copy.deepcopy(CONFIGS[size])
+    config.num_hidden_layers = layers
+    with FakeTensorMode(allow_non_fake_inputs=True), counted_as("cuda"):
+        model = build_fake(config, dtype, lora_r=lora_r)
+        if side == "ours":
+            return activation_bytes(policy_of(model, mode), pass_loss(batch.completions(), precision=precision))
+        reference = build_fake(config, dtype) if lora_r is None else None
+        loss = padded_loss(batch.completions(), autocast=True, reference=reference, with_adapters=lora_r is not None, whole_logits=side == "whole")
+        return activation_bytes(prepare(model, checkpointing=mode == "full"), loss)
+
+
+if __name__ == "__main__":
+    main()

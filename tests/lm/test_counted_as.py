@@ -1,0 +1,57 @@
+"""What a GPU would compute in its own way gives the same numbers on a CPU."""
+
+import pytest
+import torch
+
+from dpo_cache.lm.attention import plan_tree, use_forest_attention
+from dpo_cache.lm.device import autocast, counted_as, kind_of
+from dpo_cache.lm.engine import Attention
+from dpo_cache.lm.forest import build_forest
+from dpo_cache.lm.policy import completion_logps, default_micro_tokens
+from tests.conftest import make_completions, make_llama
+from tests.lm.families import make_model
+from tests.lm.test_recomputation import gradients
+
+COMPLETIONS = make_completions()
+FOREST = Attention("forest", "", has_plain_head=True)
+
+
+def test_sizes_are_those_of_the_other_device() -> None:
+    cpu = torch.device("cpu")
+    with counted_as("cuda"):
+        assert kind_of(cpu) == "cuda" and default_micro_tokens(cpu) == 4096
+    assert kind_of(cpu) == "cpu" and default_micro_tokens(cpu) == 1024
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
+def test_what_cuda_runs_has_the_same_gradients(family: str) -> None:
+    model = make_llama() if family == "llama" else make_model(family)
+    use_forest_attention(model)
+    attention = FOREST if family == "llama" else Attention("forest", "")
+    expected = gradients(model, completion_logps(model, COMPLETIONS, attention).sums())
+    with counted_as("cuda"):
+        found = gradients(model, completion_logps(model, COMPLETIONS, attention).sums())
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-6, name
+
+
+def test_a_gpu_runs_each_segment_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_cache.lm.attention.QUERY_TOKENS", 4)
+    forest = build_forest(COMPLETIONS)
+    assert len(plan_tree(forest, "cuda").segments) == len(forest.starts) < len(plan_tree(forest, "cpu").segments)
+
+
+def test_mixed_precision_without_kept_copies_has_the_same_gradients() -> None:
+    model = make_llama()
+    use_forest_attention(model)
+
+    def run(context) -> dict[str, torch.Tensor]:
+        with context:
+            logps = completion_logps(model, COMPLETIONS, FOREST)
+        return gradients(model, logps.sums())
+
+    expected, found = run(torch.autocast("cpu", torch.bfloat16)), run(autocast(torch.device("cpu"), "bf16-mixed"))
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    exact = run(autocast(torch.device("cpu"), "fp32"))
+    assert any(not torch.equal(found[name], gradient) for name, gradient in exact.items())
