@@ -16,6 +16,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 MODES = ("none", "selective", "full")
 
@@ -66,13 +67,23 @@ def is_kept_changed(error: RuntimeError) -> bool:
 
 def activation_bytes(model: PreTrainedModel, num_tokens: int, mode: str) -> float:
     """About how much the layers keep of a forest of so many tokens until its backward pass has ended."""
-    outputs = sum(module.out_features for layer in decoder_layers(model) for module in layer.modules() if isinstance(module, torch.nn.Linear))
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    outputs = sum(_num_outputs(module, chosen) for layer in decoder_layers(model) for module in layer.modules())
     return FLOATS_KEPT[mode] * outputs * num_tokens * next(model.parameters()).element_size()
 
 
 def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """The layers of which one keeps its input alone under `full`."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _num_outputs(module: torch.nn.Module, num_chosen: int) -> int:
+    """Numbers that a linear layer gives a token; of experts, whose weights are stacked, what the chosen ones give."""
+    if isinstance(module, torch.nn.Linear):
+        return module.out_features
+    if isinstance(module, Conv1D):
+        return module.nf
+    return num_chosen * sum(max(weight.shape[1:]) for weight in module.parameters(recurse=False) if weight.ndim == 3)
 
 
 def _operator(name: str) -> Any:

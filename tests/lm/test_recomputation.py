@@ -8,7 +8,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from dpo_cache.lm import attention
 from dpo_cache.lm.engine import choose_attention
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.recomputation import Recomputation
+from dpo_cache.lm.recomputation import Recomputation, activation_bytes
 from dpo_cache.types import Completion
 from tests.conftest import make_completions
 from tests.lm.families import make_model
@@ -53,3 +53,12 @@ def test_products_of_low_rank_are_computed_again() -> None:
     assert recomputation._choose(None, product, torch.empty(5, 65), torch.empty(65, 7)) == kept
     assert recomputation._choose(None, product, torch.empty(5, 64), torch.empty(64, 7)) == CheckpointPolicy.PREFER_RECOMPUTE
     assert recomputation._choose(None, attention_kernel, torch.empty(1, 2, 5, 64)) == kept
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "mixtral", "gpt_oss"])
+def test_what_layers_keep_is_known_where_no_layer_is_called_linear(family: str) -> None:
+    """At least what attention and the chosen experts, or the feed-forward layer, give."""
+    model = make_model(family)
+    config = model.config.get_text_config()
+    hidden = config.hidden_size
+    assert activation_bytes(model, 10, "none") >= 4 * 10 * 2.7 * config.num_hidden_layers * 4 * hidden
