@@ -58,6 +58,10 @@ class Options:
                 object.__setattr__(self, entry.name, value)
             if entry.type in ("int", "int | None") and value is not None and type(value) is not int:
                 raise OptionError(f"{flag_of(entry)} {value!r}: expected a whole number.")
+            if entry.type in ("float", "float | None") and value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise OptionError(f"{flag_of(entry)} {value!r}: expected a number.")
+            if entry.type in ("str", "str | None") and value is not None and not isinstance(value, str):
+                raise OptionError(f"{flag_of(entry)} {value!r}: expected text.")
             if choices and value not in choices and (value is not None or entry.metadata["required"]):
                 raise OptionError(f"{flag_of(entry)} {value}: expected one of {', '.join(choices)}.")
             if entry.metadata["required"] and value in (None, "", ()):

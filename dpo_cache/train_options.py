@@ -188,6 +188,7 @@ class TrainOptions(Options):
             self._require(value is None or 0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: expected 0 or more.")
 
 
+RIVALS = (("eval_pairs", "eval_fraction"), ("lora_r", "peft_config"), ("lora_alpha", "peft_config"))  # one of two: the one that is given
 NOT_FROM_CONFIG = ("output", "resume", "dry_run", "config", "resolved")
 
 
@@ -213,6 +214,10 @@ def with_config(given: dict[str, Any]) -> dict[str, Any]:
     for name in ("loss", "log_to"):
         if name in taken:
             taken[name] = (taken[name],) if isinstance(taken[name], str) else tuple(taken[name])
+    for ours, theirs in RIVALS:
+        for one, other in ((ours, theirs), (theirs, ours)):
+            if given.get(one) is not None:
+                taken.pop(other, None)
     return {**taken, **given}
 
 

@@ -30,12 +30,14 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Methods whose adapter is no part of the layers (virtual tokens), or that must be told of each step or task.
 UNSUITED = ("ADALORA", "POLY", "XLORA", "ADAPTION_PROMPT", "CPT", "CARTRIDGE", "OSF")
 
+PLAIN_STARTS = (True, False, "gaussian")  # of LoRA; PiSSA, OLoRA, LoftQ and kin move a part of the base into the adapter
+
 # Fields of an adapter's config that cannot change what it computes, or that its tensors' names tell.
 # fmt: off
 INERT_FIELDS = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "lora_dropout", "module_dropout",
-        "init_weights", "init_lora_weights", "init_ia3_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "init_weights", "init_ia3_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
         "modules_to_save", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying",
     }
 )
@@ -133,6 +135,35 @@ def restore_adapter(adapted: PeftModel, folder: str) -> None:
     peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(folder, device="cpu"))
 
 
+def starts_at_nothing(adapted: PeftModel) -> bool:
+    """Whether a fresh adapter is known to leave the model's log-probs as they are."""
+    config = adapted.peft_config["default"]
+    return _kind(config) == "IA3" or (_kind(config) == "LORA" and config.init_lora_weights is not False)
+
+
+def can_be_switched_off(adapted: PeftModel | None) -> bool:
+    """Whether `disable_adapter` gives the base again: PEFT leaves biases trained."""
+    return adapted is not None and getattr(adapted.peft_config["default"], "bias", "none") == "none"
+
+
+def check_mergeable(adapted: PeftModel) -> None:
+    """Raise `OptionError` where merging would change another model than the one that was trained: a weight that embeddings and head share
+    has an adapter in one of the two places."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = adapted.get_base_model()
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if model.config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
+        raise OptionError(
+            "--merge-adapter: embeddings and LM head share one weight, and the adapter is on one of them alone; merged, it would change both.\n"
+            "Leave --merge-adapter out, or take embeddings and head out of --lora-targets."
+        )
+
+
+def _kind(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 def _adapter_folder(location: str, revision: str | None) -> Path | None:
     if os.path.isdir(location):
         return Path(location) if Path(location, CONFIG_FILE).is_file() else None
@@ -172,7 +203,13 @@ def _without_deprecations() -> Iterator[None]:
 
 
 def _check_suited(config: PeftConfig) -> None:
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    kind = _kind(config)
+    start = getattr(config, "init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise OptionError(
+            f"init_lora_weights {start!r}: such an adapter changes the weights under it, so that they are the reference's no more.\n"
+            "Use true or gaussian."
+        )
     if config.is_prompt_learning or kind in UNSUITED:
         raise OptionError(f"adapters of the kind {kind} are not supported: they are no part of the layers, or must be told of each step.\nUse LoRA.")
 

@@ -38,7 +38,7 @@ FREE_TO_CHANGE = {
     "free_gradients", "eval_every", "save_every", "keep", "sample", "log_to", "log_names", "step_zero", "dry_run",
 }
 # fmt: on
-FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "trackers.json", ".trackers.json.tmp")
+FILES = ("config.json", "metrics.jsonl", ".metrics.jsonl.tmp", "samples.jsonl", ".samples.jsonl.tmp", "trackers.json", ".trackers.json.tmp")
 FOLDERS = ("checkpoints", "best", "tensorboard", ".model.tmp", ".best.tmp")
 RUN_FILES = {*FILES, *FOLDERS, "model"}
 BEST_FILE = "best.json"
@@ -64,9 +64,13 @@ def find_start(folder: Path, say: Callable[[str], None], *, resume: bool) -> Pat
     if "model" in present:
         raise TrainingError(f"{folder}: this run is finished; its model lies in {folder / 'model'}.\nChoose another --output to train again.")
     checkpoints = find_checkpoints(folder)
+    if not checkpoints and "best" in present:
+        raise TrainingError(
+            f"{folder}: cut off before its first checkpoint, so there is nothing to resume from; {folder / 'best'} holds its best policy so far.\n"
+            "Choose another --output, and --save-every N for checkpoints."
+        )
     if not checkpoints:
         say(f"{folder}: cut off before its first checkpoint (--save-every N makes some); it starts again.")
-        discard(folder)
         return None
     return checkpoints[-1]
 

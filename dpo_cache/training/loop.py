@@ -104,7 +104,7 @@ class _Run:
         self.model = self.policy.model
         self.linear = self._choose_linear()
         steps_per_epoch = math.ceil(self.data.num_pairs / options.batch_size)
-        self.total_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch)
+        self.total_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch - 1e-9)
         self.evaluates = schedule_of("--eval-every", options.eval_every, steps_per_epoch)
         self.saves = schedule_of("--save-every", options.save_every, steps_per_epoch)
         self.best = Best(**(self.progress.best or {"measure": options.best}))
@@ -122,7 +122,7 @@ class _Run:
         self.freed = FreedGradients(self.optimizer) if options.free_gradients else None
         self.objective = objective_of(options, router_coefficient(self.model, options.router_aux_loss_coef))
         self.passes = Passes(self.policy, self.objective, self.thrift, self._step_zero(), say, self.freed)
-        self.signs = Signs(say, is_logistic=self.objective.is_logistic)
+        self.signs = Signs(say, is_logistic=self.objective.is_logistic, has_reference=self.objective.has_reference, prefers=self.objective.prefers)
         self.clock = Clock()
         self.step_zero_gap: float | None = None
         self.has_updated = False
@@ -155,6 +155,8 @@ class _Run:
         last = None
         if self.checkpoint is None:
             before = self._evaluate()
+            if self.passes.step_zero is not None:
+                self.passes.step_zero.begin_training()
         after = before
         for pairs in self._steps():
             last = self._step(pairs)
@@ -176,6 +178,7 @@ class _Run:
     def try_step(self) -> TrainReport:
         """One whole step on the longest pairs, for its memory; nothing is written."""
         check_output(self.output)
+        self._check_disk()
         self._remark()
         pairs = longest_pairs(self.data.pairs, self.data.selected, self.options.batch_size)
         self.progress = replace(self.progress, step=1)
@@ -185,8 +188,7 @@ class _Run:
 
     def _finish(self, first: Metrics | None, last: Metrics | None, before: Metrics | None, after: Metrics | None) -> TrainReport:
         """Save the model: the last one or, with --patience, the best."""
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise TrainingError(f"step {self.progress.step}: the update left weights that are not finite; no model was saved.\nLower --lr.")
+        self._check_weights("no model")
         is_best_elsewhere = self.best.step not in (None, self.progress.step)
         takes_best = bool(self.options.patience) and is_best_elsewhere
         if not self.best.is_better_than(before):
@@ -209,13 +211,15 @@ class _Run:
             if self.sampler:
                 self.sampler.file.keep_until(self.progress.step)
         else:
-            options = self.options
-            check_disk(
-                self.output, self.model, num_checkpoints=options.keep if options.save_every else 0,
-                keeps_best=options.eval_every is not None, is_merged=options.merge_adapter,
-            )  # fmt: skip
+            self._check_disk()
+            discard(self.output)  # of a run that was cut off before its first checkpoint
             write_config(self.output, self._config())
         self._remark()
+
+    def _check_disk(self) -> None:
+        options = self.options
+        num_checkpoints, keeps_best = options.keep if options.save_every else 0, options.eval_every is not None
+        check_disk(self.output, self.model, num_checkpoints=num_checkpoints, keeps_best=keeps_best, is_merged=options.merge_adapter)
 
     def _remark(self) -> None:
         """Say what a user should know before the first step."""
@@ -223,6 +227,10 @@ class _Run:
             self.say(f"{type(self.model).__name__} is trained on plain padded rows, which is slower: {self.policy.attention.reason}.")
         if self.checkpoint is None and not any(self._lr(step) for step in range(min(self.total_steps, 1000))):
             self.say(f"nothing will be learned: the warm-up (--warmup-ratio {self.options.warmup_ratio}) takes all {self.total_steps} steps.")
+        periods = {"--eval-every": (self.options.eval_every, self.evaluates), "--save-every": (self.options.save_every, self.saves)}
+        for flag, (value, schedule) in periods.items():
+            if value is not None and not schedule.count(1, self.total_steps):
+                self.say(f"{flag} {value} never comes about in {self.total_steps} steps.")
         if self.data.eval_pairs is not None and self.data.eval_pairs is not self.data.pairs:
             shared = count_shared(self.data.pairs, self.data.eval_pairs)
             if shared:
@@ -306,12 +314,17 @@ class _Run:
         stream = stream_pairs(self.data.eval_pairs, self.data.eval_selected, shuffle=False, seed=0, epoch=0)
         at_once = self.options.batch_size if self.objective.needs_whole_step else 64
         while pairs := list(islice(stream, at_once)):
-            metrics.merge(self.passes.values(pairs))
+            values = self.passes.values(pairs)
+            if not math.isfinite(values.means()["loss"]):
+                rows = ", ".join(map(str, self.passes.find_spoiled(pairs)[:8]))
+                raise TrainingError(
+                    f"the evaluation after step {self.progress.step} gives a loss that is not finite, by row {rows} of the data.\n"
+                    "No model was saved. Lower --lr."
+                )
+            metrics.merge(values)
             if self.passes.step_zero is not None:
                 self.passes.step_zero.stop_if_wrong()
         means = metrics.means()
-        if not math.isfinite(means["loss"]):
-            raise TrainingError(f"the evaluation after step {self.progress.step} gives the loss {means['loss']}; no model was saved.\nLower --lr.")
         if self.sampler:
             self.sampler.write(self.progress.step)
         self.clock.note_evaluation(time.perf_counter() - started)
@@ -343,6 +356,8 @@ class _Run:
     # -- what is kept ----------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
+        self._check_weights("no checkpoint")
+        self.metrics_file.settle()
         progress = replace(self.progress, thrift=self.thrift.state(), best=self.best.state())
         self.on_checkpoint(save_checkpoint(self.output, self.policy, self.optimizer, progress, keep=self.options.keep))
 
@@ -353,6 +368,11 @@ class _Run:
         if self.options.eval_every is not None and self.progress.step != self.total_steps:
             found = {name: value for name, value in self.best.state().items() if name != "num_worse"}
             save_best(self.output, self.policy, found, self._card(self.progress.step, evaluation))
+
+    def _check_weights(self, what: str) -> None:
+        """Raise `TrainingError` before weights that are not finite take the place of good ones."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise TrainingError(f"step {self.progress.step}: the update left weights that are not finite; {what} was saved.\nLower --lr.")
 
     def _is_out_of_patience(self) -> bool:
         return self.options.patience is not None and self.best.num_worse >= self.options.patience and self.progress.step < self.total_steps

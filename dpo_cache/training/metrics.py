@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from dpo_cache.errors import TrainingError
+from dpo_cache.store.disk import sync
 
 Metrics = dict[str, float | int]
 
@@ -47,12 +49,30 @@ class MetricsFile:
 
     def keep_until(self, step: int) -> None:
         """Drop the lines after a step, and any torn one: what a run that was cut off wrote past its checkpoint."""
-        kept = [entry for entry in self.lines() if entry["step"] <= step]
-        self._write("w", kept)
+        content = _render([entry for entry in self.lines() if entry["step"] <= step])
+        if self.path.exists() and self.path.read_text() == content:
+            return
+        scratch = self.path.with_name(f".{self.path.name}.tmp")  # whole under its name at any moment, whatever stops this
+        try:
+            scratch.write_text(content)
+            sync(scratch)
+            os.replace(scratch, self.path)
+            sync(self.path.parent)
+        except OSError as error:
+            raise self._cannot_write(error) from error
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line, which has a `step`."""
-        self._write("a", [line])
+        try:
+            with open(self.path, "a") as file:
+                file.write(_render([line]))
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def settle(self) -> None:
+        """Wait until what was written is on the disk: a checkpoint must not outlive the lines before it."""
+        if self.path.exists():
+            sync(self.path)
 
     def first(self, name: str) -> Metrics | None:
         """The first line that has this entry."""
@@ -76,9 +96,9 @@ class MetricsFile:
             entries.append(entry)
         return entries
 
-    def _write(self, mode: str, entries: Sequence[Mapping[str, Any]]) -> None:
-        try:
-            with open(self.path, mode) as file:
-                file.write("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries))
-        except OSError as error:
-            raise TrainingError(f"cannot write {self.path}: {error.strerror or error}.\nFree some space, then go on with --resume.") from error
+    def _cannot_write(self, error: OSError) -> TrainingError:
+        return TrainingError(f"cannot write {self.path}: {error.strerror or error}.\nFree some space, then go on with --resume.")
+
+
+def _render(entries: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)

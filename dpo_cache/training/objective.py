@@ -65,6 +65,16 @@ class Objective:
         return bool(self.router_coefficient) or any(name in SORTED_LOSSES for name in self.terms)
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the rewards of its metrics are against the reference."""
+        return not (any(name in POLICY_LOSSES for name in self.terms) and set(self.terms) <= {*POLICY_LOSSES, *SFT_LOSSES})
+
+    @property
+    def prefers(self) -> bool:
+        """Whether any of its losses compares chosen with rejected answers."""
+        return not set(self.terms) <= set(SFT_LOSSES)
+
+    @property
     def is_logistic(self) -> bool:
         """Whether the loss is ln 2 where nothing is learned, and near 0 where margins are so large that the gradient is, too."""
         return set(self.terms) <= {"sigmoid", "sigmoid_norm", *SORTED_LOSSES} and len(self.terms) == 1 and not self.label_smoothing
@@ -171,9 +181,9 @@ class Objective:
     def _metrics(self, pairs: PairLogps) -> dict[str, torch.Tensor]:
         """Rewards are against the reference, or the policy's own where every loss leaves the reference out, as in TRL's trainers of those."""
         chosen, rejected = pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
-        alone = [name for name in self.terms if name in POLICY_LOSSES]
-        if alone and set(self.terms) <= {*POLICY_LOSSES, *SFT_LOSSES}:
+        if not self.has_reference:
             chosen, rejected = pairs.chosen, pairs.rejected
+            alone = [name for name in self.terms if name in POLICY_LOSSES]
             if alone[0] in ("simpo", "orpo"):
                 chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
         chosen, rejected = self.beta * chosen.detach(), self.beta * rejected.detach()

@@ -12,7 +12,17 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import ModelError, NotInCacheError, TrainingError
-from dpo_cache.lm.adapter import Parts, add_adapter, find_parts, load_adapter, lora_config, read_adapter_config
+from dpo_cache.lm.adapter import (
+    Parts,
+    add_adapter,
+    can_be_switched_off,
+    check_mergeable,
+    find_parts,
+    load_adapter,
+    lora_config,
+    read_adapter_config,
+    starts_at_nothing,
+)  # fmt: skip
 from dpo_cache.lm.engine import Attention, choose_attention
 from dpo_cache.lm.identity import reference_identity
 from dpo_cache.lm.load import load_base, load_config
@@ -121,6 +131,8 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
         compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
     )
     adapted = _adapt(options, model, parts) if is_adapted else None
+    if adapted is not None and options.merge_adapter:
+        check_mergeable(adapted)
     return Policy(
         model=model,
         location=location,
@@ -130,8 +142,8 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
         is_reference=checkpoint is None and not is_imported and not differing,
         differing=tuple(differing),
         adapted=adapted,
-        remarks=() if checkpoint else tuple(_template_remarks(options, made_with)),
-        base_is_reference=base is not None and not is_imported and not _compare(identity, base),
+        remarks=() if checkpoint else (*_template_remarks(options, made_with), *_start_remarks(adapted, parts)),
+        base_is_reference=base is not None and not is_imported and not _compare(identity, base) and can_be_switched_off(adapted),
         base_weights=None if base is None else base["weights"],
     )
 
@@ -185,6 +197,13 @@ def _template_remarks(options: TrainOptions, made_with: Document) -> list[str]:
     if own is None or own == made_with["chat_template"]:
         return []
     return [f"template (the chat template of {options.model} is another than the one that the pairs were made with)"]
+
+
+def _start_remarks(adapted: PeftModel | None, parts: Parts) -> list[str]:
+    """Whether a fresh adapter is of a kind that may change the model from the start."""
+    if adapted is None or parts.adapter is not None or starts_at_nothing(adapted):
+        return []
+    return ["adapter (a fresh adapter of its kind need not start at nothing: see the initial values in its config)"]
 
 
 def _identity_of(location: str, revision: str | None, options: TrainOptions) -> Document:

@@ -13,16 +13,22 @@ from collections.abc import Callable
 from dpo_cache.training.metrics import Metrics
 
 WINDOW = 20  # steps
+SIDES = ("rewards/chosen", "rewards/rejected")
 LEAST_PAIRS = 400  # that an accuracy is judged by
 STANDARD_ERRORS = 2.0
 SATURATED_LOSS = 1e-3  # a sigmoid loss whose gradient is a thousandth of the one at the start
 
 
 class Signs:
-    """Looks at each step's metrics; `is_logistic`: the loss is ln 2 where nothing is learned and falls to 0 where margins are large."""
+    """Looks at each step's metrics.
 
-    def __init__(self, say: Callable[[str], None], *, is_logistic: bool):
-        self._say, self._is_logistic = say, is_logistic
+    `is_logistic`: the loss is ln 2 where nothing is learned and falls to 0 where margins are large. `has_reference`: rewards are against
+    the reference, and so 0 at the start; else they are compared with those of the first window. `prefers`: answers are compared at all.
+    """
+
+    def __init__(self, say: Callable[[str], None], *, is_logistic: bool, has_reference: bool = True, prefers: bool = True):
+        self._say, self._is_logistic, self._has_reference, self._prefers = say, is_logistic, has_reference, prefers
+        self._start: dict[str, float] = {}
         self._steps: deque[Metrics] = deque(maxlen=WINDOW)
         self._said: set[str] = set()
         self._wins = self._pairs = 0.0
@@ -34,8 +40,9 @@ class Signs:
         self._pairs += step["num_pairs"]
         if len(self._steps) < WINDOW:
             return
-        self._note_likelihoods()
-        self._note_accuracy()
+        if self._prefers:
+            self._note_likelihoods()
+            self._note_accuracy()
         if self._is_logistic and self._mean("loss") < SATURATED_LOSS:
             self._once(
                 "saturated",
@@ -44,11 +51,13 @@ class Signs:
             )
 
     def _note_likelihoods(self) -> None:
-        chosen, rejected = self._mean("rewards/chosen"), self._mean("rewards/rejected")
-        if chosen < 0 < rejected and self._is_away_from_zero("rewards/margins"):
+        if not self._start:
+            self._start = {name: 0.0 if self._has_reference else self._mean(name) for name in (*SIDES, "rewards/margins")}
+        chosen, rejected = (self._mean(name) - self._start[name] for name in SIDES)
+        if chosen < 0 < rejected and self._has_moved("rewards/margins"):
             self._once(
                 "swapped",
-                f"the rejected answers become likelier (mean reward {rejected:+.3f} over {WINDOW} steps) and the chosen ones less likely "
+                f"the rejected answers become likelier (reward {rejected:+.3f} over {WINDOW} steps) and the chosen ones less likely "
                 f"({chosen:+.3f}): the policy learns the opposite. Are chosen and rejected swapped in the data?",
             )
 
@@ -68,11 +77,11 @@ class Signs:
     def _mean(self, name: str) -> float:
         return sum(step[name] for step in self._steps) / len(self._steps)
 
-    def _is_away_from_zero(self, name: str) -> bool:
+    def _has_moved(self, name: str) -> bool:
         values = [step[name] for step in self._steps]
         mean = sum(values) / len(values)
         deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-        return abs(mean) > STANDARD_ERRORS * deviation / math.sqrt(len(values))
+        return abs(mean - self._start[name]) > STANDARD_ERRORS * deviation / math.sqrt(len(values))
 
     def _once(self, sign: str, text: str) -> None:
         if sign not in self._said:

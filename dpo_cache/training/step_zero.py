@@ -73,6 +73,7 @@ class StepZero:
 
     expectation: Expectation
     mode: str = "auto"
+    most: int = MOST_COMPLETIONS
     largest_gap: float = 0.0
     gaps: list[np.ndarray] = field(default_factory=list)  # of each completion, token by token; nats
     sums: list[tuple[float, float, float]] = field(default_factory=list)  # policy's, reference's, allowed gap
@@ -95,7 +96,11 @@ class StepZero:
     @property
     def has_enough(self) -> bool:
         """Whether the first batches have told what there is to tell."""
-        return len(self.sums) >= MOST_COMPLETIONS
+        return len(self.sums) >= self.most
+
+    def begin_training(self) -> None:
+        """After an evaluation: training pairs are looked at however many were evaluated on."""
+        self.most = len(self.sums) + MOST_COMPLETIONS
 
     @property
     def beyond(self) -> list[int]:
@@ -151,11 +156,13 @@ def find_causes(found: StepZero, beyond: Sequence[int]) -> list[str]:
     - weights: all tokens differ by much.
     """
     expected = found.expectation
-    known = [f"{_kind_of(line)} ({line})" for line in expected.differing]
-    known += list(expected.remarks)
+    causes = [f"{_kind_of(line)} ({line})" for line in expected.differing]
+    causes += list(expected.remarks)
+    if not expected.differing:  # what else is known may be there and not matter: the pattern may say more
+        causes.append(_guess(found, beyond))
     if expected.reference_dtype not in (None, expected.policy_dtype):
-        known.append(f"dtype (the reference was scored in {expected.reference_dtype}, the policy runs in {expected.policy_dtype})")
-    return known or [_guess(found, beyond)]
+        causes.append(f"dtype (the reference was scored in {expected.reference_dtype}, the policy runs in {expected.policy_dtype})")
+    return causes
 
 
 def _kind_of(line: str) -> str:

@@ -30,24 +30,24 @@ class Thrift:
         self, model: PreTrainedModel, micro_tokens: int | None, requested: str, say: Callable[[str], None], *, is_deterministic: bool = False
     ):
         self.micro_tokens = micro_tokens or default_micro_tokens(model.device)
-        self._is_budgeted = micro_tokens is not None
+        self._requested = [micro_tokens, requested]
         self._is_fixed, self._say, self._device = requested != "auto", say, model.device
         self._recomputation = Recomputation(model)
         self._recomputation.mode = requested if self._is_fixed else _mode_that_fits(model, self.micro_tokens)
-        self.pair_tokens: float = micro_tokens or (math.inf if is_deterministic else _tokens_that_fit(model, self.mode))
+        self.pair_tokens: float = micro_tokens or (math.inf if is_deterministic else max(self.micro_tokens, _tokens_that_fit(model, self.mode)))
         if not self._recomputation.num_layers and requested in ("selective", "full"):
             say(f"--gradient-checkpointing {requested} has no effect: {type(model).__name__} has no layers that take it.")
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: a resumed run splits its steps as the one before, to the last bit."""
-        return {"micro_tokens": self.micro_tokens, "pair_tokens": None if math.isinf(self.pair_tokens) else self.pair_tokens, "mode": self.mode}
+        pair_tokens = None if math.isinf(self.pair_tokens) else self.pair_tokens
+        return {"requested": self._requested, "micro_tokens": self.micro_tokens, "pair_tokens": pair_tokens, "mode": self.mode}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave, for whatever was not asked for otherwise."""
-        if not self._is_budgeted:
+        """Take over what `state` gave, unless something else is asked for now."""
+        if state["requested"] == self._requested:
             self.micro_tokens = state["micro_tokens"]
             self.pair_tokens = math.inf if state["pair_tokens"] is None else state["pair_tokens"]
-        if not self._is_fixed and state["mode"] in MODES:
             self._recomputation.mode = state["mode"]
 
     @property
