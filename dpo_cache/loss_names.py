@@ -35,7 +35,8 @@ def loss_terms(entries: Sequence[str]) -> dict[str, float]:
     for entry in entries:
         name, _, weight = entry.partition(":")
         if name not in LOSSES:
-            raise OptionError(f"--loss {entry}: expected one of {', '.join(LOSSES)}.")
+            hint = "\nRepeat --loss for a weighted sum, as in --loss sigmoid:0.8 --loss sft:0.2." if "," in entry else ""
+            raise OptionError(f"--loss {entry}: expected one of {', '.join(LOSSES)}; sigmoid is DPO.{hint}")
         if name in terms:
             raise OptionError(f"--loss {entry}: {name} is given twice.")
         try:

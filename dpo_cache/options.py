@@ -29,6 +29,11 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str 
     return field(default=default, metadata=metadata)
 
 
+def switch(name: str) -> str:
+    """The flag of an option that can be turned off as well, as one from a config file may have to be."""
+    return f"--{name}/--no-{name}"
+
+
 def argument(default: Any, help: str, *, name: str, choices: tuple[str, ...] = (), required: bool = False) -> Any:
     """A dataclass field that is given by its place on the command line, under this name in the help; a tuple takes all that is left."""
     metadata = {"help": help, "choices": choices, "flag": name, "required": required, "positional": name}
@@ -52,12 +57,19 @@ class Options:
                 value = os.fspath(value)
                 object.__setattr__(self, entry.name, value)
             if entry.default_factory is not MISSING:  # may be given several times
-                object.__setattr__(self, entry.name, (value,) if isinstance(value, str) else tuple(value))
+                several = (value,) if isinstance(value, str) else value
+                if not isinstance(several, (tuple, list)) or not all(isinstance(one, str) for one in several):
+                    raise OptionError(f"{flag_of(entry)} {value!r}: expected text, or a list of texts.")
+                object.__setattr__(self, entry.name, tuple(several))
             if entry.type in ("str", "str | None") and type(value) is int:
                 value = str(value)
                 object.__setattr__(self, entry.name, value)
             if entry.type in ("int", "int | None") and value is not None and type(value) is not int:
                 raise OptionError(f"{flag_of(entry)} {value!r}: expected a whole number.")
+            if value is None and not entry.metadata["required"] and entry.type in ("int", "float", "str", "bool"):
+                raise OptionError(f"{flag_of(entry)} None: expected a value.")
+            if entry.type == "bool" and not isinstance(value, bool):
+                raise OptionError(f"{flag_of(entry)} {value!r}: expected true or false.")
             if entry.type in ("float", "float | None") and value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise OptionError(f"{flag_of(entry)} {value!r}: expected a number.")
             if entry.type in ("str", "str | None") and value is not None and not isinstance(value, str):

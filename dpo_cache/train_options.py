@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from dpo_cache.errors import OptionError
 from dpo_cache.loss_names import LOSSES, check_serves, loss_terms
-from dpo_cache.options import DEVICES, QUANTIZATIONS, Options, flag_of, number_or_auto, option
+from dpo_cache.options import DEVICES, QUANTIZATIONS, Options, flag_of, number_or_auto, option, switch
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 WPO = ("off", "on", "clipped")
@@ -50,7 +50,7 @@ class TrainOptions(Options):
     lora_alpha: float | None = option(None, "Scale of the LoRA adapter, before it is divided by its rank. Default: twice the rank.")
     lora_targets: str = option("all-linear", "Layers that get LoRA: all-linear, or names with commas, as in q_proj,v_proj.")
     peft_config: str | None = option(None, "File with the PEFT config (adapter_config.json) of any other adapter.")
-    merge_adapter: bool = option(False, "Merge the adapter into the weights in the end: model/ is a plain model.", flag="--merge-adapter")
+    merge_adapter: bool = option(False, "Merge the adapter into the weights in the end: model/ is a plain model.", flag=switch("merge-adapter"))
     quantize: str = option("none", "Hold the frozen weights under an adapter in 8 or 4 bits (bitsandbytes).", choices=QUANTIZATIONS)
     loss: tuple[str, ...] = option(("sigmoid",), f"{', '.join(LOSSES)}; repeated as NAME:WEIGHT it is a weighted sum. Default: sigmoid (DPO).")
     beta: float = option(0.1, "Strength of the pull to the reference; tau for IPO, the scale of the margin for SimPO, lambda for ORPO.")
@@ -64,7 +64,7 @@ class TrainOptions(Options):
     simpo_gamma: float = option(0.5, "Target margin of SimPO, after beta.")
     cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in CPO.")
     router_aux_loss_coef: float | None = option(None, "Weight of a mixture of experts' router loss; 0: none. Default: the model config's.")
-    reference_free: bool = option(False, "Take a uniform reference in the loss.", flag="--reference-free")
+    reference_free: bool = option(False, "Take a uniform reference in the loss.", flag=switch("reference-free"))
     epochs: float = option(1.0, "Passes over the pairs.")
     max_steps: int | None = option(None, "Stop after N steps, whatever --epochs says.")
     batch_size: int = option(32, "Pairs a step.")
@@ -81,9 +81,11 @@ class TrainOptions(Options):
     gradient_checkpointing: str = option(
         "auto", "Activations computed again in the backward pass: none, all but matrix products (selective), or full.", choices=RECOMPUTATIONS
     )
-    offload_activations: bool = option(False, "Keep activations in host memory until the backward pass.", flag="--offload-activations")
+    offload_activations: bool = option(False, "Keep activations in host memory until the backward pass.", flag=switch("offload-activations"))
     free_gradients: bool = option(
-        False, "Update each weight as soon as its gradient is there, and free that; needs --max-grad-norm 0.", flag="--free-gradients"
+        False,
+        "Update each weight as soon as its gradient is there, and free that; needs --max-grad-norm 0.",
+        flag=switch("free-gradients"),
     )
     device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
     eval_pairs: str | None = option(None, "Pair set to evaluate on, NAME or NAME/SPLIT.")
@@ -96,13 +98,13 @@ class TrainOptions(Options):
     keep: int = option(1, "Keep the last N checkpoints.")
     resume: bool = option(False, "Go on from the last saved step in the output folder.", flag="--resume")
     seed: int = option(0, "Seed of all that is random: the order of pairs, a new adapter, stochastic rounding, samples.")
-    deterministic: bool = option(False, "Two runs of the same options on the same machine give the same bits.", flag="--deterministic")
+    deterministic: bool = option(False, "Two runs of the same options on the same machine give the same bits.", flag=switch("deterministic"))
     step_zero: str = option(
         "auto", "Whether a policy that does not repeat the cached log-probs stops the run. auto: where it is the reference.", choices=STEP_ZERO
     )
     log_to: tuple[str, ...] = option((), f"Tracker to log to, besides metrics.jsonl: {', '.join(TRACKERS)}; may be repeated.")
     log_names: str = option("trl", "Names of metrics in trackers: TRL's, or those of the original DPO repository.", choices=LOG_NAMES)
-    dry_run: bool = option(False, "Resolve every option, take one step, report its memory, and write nothing.", flag="--dry-run")
+    dry_run: bool = option(False, "Resolve every option, take two steps on the longest pairs, report memory, write nothing.", flag="--dry-run")
 
     def check(self) -> None:
         for name in ("beta", "epochs", "lr", "weight_decay", "max_grad_norm", "f_alpha", "discopop_tau", "simpo_gamma"):
@@ -151,6 +153,8 @@ class TrainOptions(Options):
             self._require(
                 not value or has_eval, f"--{name.replace('_', '-')} {value}: there is nothing to evaluate on.\nGive --eval-pairs or --eval-fraction."
             )
+        self._require(self.best == "loss" or has_eval, f"--best {self.best}: there is nothing to evaluate on.\nGive --eval-pairs or --eval-fraction.")
+        self._require(self.keep == 1 or self.save_every is not None, f"--keep {self.keep}: say how often to save with --save-every.")
         self._require(self.sample >= 0, f"--sample {self.sample}: expected 0 or more.")
         self._require(self.patience is None or self.eval_every is not None, f"--patience {self.patience}: say how often to look with --eval-every.")
         self._require(
@@ -211,9 +215,10 @@ def with_config(given: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise OptionError(f"--config {path}: {', '.join(unknown)}: no options of this version of dpo-cache train.\nGive the config.json of a run.")
     taken = {name: value for name, value in found.items() if name not in NOT_FROM_CONFIG}
-    for name in ("loss", "log_to"):
-        if name in taken:
-            taken[name] = (taken[name],) if isinstance(taken[name], str) else tuple(taken[name])
+    try:
+        TrainOptions(**{**taken, "cache": taken.get("cache") or "-", "output": "-"})
+    except OptionError as error:
+        raise OptionError(f"--config {path}: {error}") from error
     for ours, theirs in RIVALS:
         for one, other in ((ours, theirs), (theirs, ours)):
             if given.get(one) is not None:

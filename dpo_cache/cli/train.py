@@ -80,12 +80,13 @@ def _print_dry_run(report: TrainReport) -> None:
     resolved = report.resolved
     rows = [("policy", str(resolved["model"])), ("pairs", f"{resolved['pairs']}, {count(report.num_pairs)}"), _trained(report)]
     rows += [(name.replace("_", " "), str(resolved[name])) for name in ("device", "precision", "attention", "gradient_checkpointing", "micro_tokens")]
+    rows.append(("held out", count(resolved["num_eval_pairs"])))
     rows.append(("steps", count(resolved["total_steps"])))
     if report.last:
         rows.append(
-            ("one step on the longest pairs", f"{report.last['num_pairs'] / report.last['pairs_per_s']:.1f} s for {report.last['num_pairs']} pairs")
+            ("a step on the longest pairs", f"{report.last['num_pairs'] / report.last['pairs_per_s']:.1f} s for {report.last['num_pairs']} pairs")
         )
-    rows.append(("peak memory", format_bytes(report.peak_bytes)))
+    rows.append(("peak memory", f"{format_bytes(report.peak_bytes)}, without evaluation and samples"))
     print_table(f"{report.output}: a dry run", rows)
     print("Nothing was written. Next: the same command without --dry-run.")
 

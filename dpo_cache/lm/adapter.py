@@ -135,6 +135,13 @@ def restore_adapter(adapted: PeftModel, folder: str) -> None:
     peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(folder, device="cpu"))
 
 
+def describe(adapted: PeftModel) -> str:
+    """An adapter's kind, with its rank if it has one, such as `LORA, rank 16`."""
+    config = adapted.peft_config["default"]
+    rank = getattr(config, "r", None)
+    return _kind(config) + (f", rank {rank}" if isinstance(rank, int) else "")
+
+
 def starts_at_nothing(adapted: PeftModel) -> bool:
     """Whether a fresh adapter is known to leave the model's log-probs as they are."""
     config = adapted.peft_config["default"]

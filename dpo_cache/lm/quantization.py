@@ -56,6 +56,12 @@ def is_quantized(model: PreTrainedModel) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
+def num_values(parameter: torch.nn.Parameter) -> int:
+    """How many weights a parameter holds; 4-bit ones are packed, two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
 def rounding_dtype(model: PreTrainedModel) -> torch.dtype:
     """The dtype whose rounding explains gaps between two ways to run the model; see `TOKEN_TOLERANCES`.
 

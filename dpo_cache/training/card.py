@@ -52,7 +52,7 @@ def model_card(
         _data(config, manifest),
         _reference(reference, manifest),
         _loss(config),
-        _procedure(config, num_steps),
+        _procedure(config, num_steps, last),
         _options(config),
         _results(before, after, first, last),
         _loading(config),
@@ -86,7 +86,7 @@ def write_card(folder: Path, card: str) -> None:
 
 def library_versions(config: Mapping[str, Any]) -> dict[str, str]:
     """The versions that a card records."""
-    names = ["dpo-cache", "torch", "transformers", *(["peft"] if config["lora_r"] or config["peft_config"] else [])]
+    names = ["dpo-cache", "torch", "transformers", *(["peft"] if config["resolved"].get("adapter") else [])]
     return {name: version(name) for name in names}
 
 
@@ -98,7 +98,11 @@ def is_local(location: str) -> bool:
 
 def shown_name(location: str) -> str:
     """A Hub id as it is; of a path or URL the last part."""
-    return location if not is_local(location) else PureWindowsPath(location.rstrip("/\\")).name or "a local folder"
+    if not is_local(location):
+        return location
+    path = PureWindowsPath(location.rstrip("/\\"))
+    last = path.parent.name if path.name in ("model", "best") else path.name  # every run's policy lies in a folder of that name
+    return last or path.name or "a local folder"
 
 
 # -- sections ------------------------------------------------------------------------------------------------------------------
@@ -122,7 +126,7 @@ def _data(config: Mapping[str, Any], manifest: Document) -> str:
             "source",
             f"{_named(source['dataset'], 'datasets/')}, {source['format']} format{', log-probs imported' if manifest.get('imported') else ''}",
         ),
-        ("pairs trained on", f"{resolved['num_pairs']:,} of {manifest['num_pairs']:,}"),
+        ("pairs to train on", f"{resolved['num_pairs']:,} of {manifest['num_pairs']:,}"),
         ("digest of the pairs", f"`{manifest['pairs_digest']}`"),
         ("longest prompt + answer", f"{made_with['max_length']:,} tokens, truncation {made_with['truncation']}"),
     ]
@@ -157,11 +161,12 @@ def _loss(config: Mapping[str, Any]) -> str:
     return f"## Loss\n\n{_table(rows)}" + (f"\n\n{cited}" if cited else "")
 
 
-def _procedure(config: Mapping[str, Any], num_steps: int | None) -> str:
+def _procedure(config: Mapping[str, Any], num_steps: int | None, last: Metrics | None) -> str:
     resolved = config["resolved"]
     steps = num_steps if num_steps is not None else resolved["total_steps"]
     rows = [
-        ("steps", f"{steps:,} of at most {config['batch_size']} pairs"),
+        ("steps", f"{steps:,}, of up to {config['batch_size']} pairs each, of {resolved['total_steps']:,} that were planned"),
+        *([("epochs", f"{last['epoch']:g}")] if last and "epoch" in last else []),
         ("learning rate", f"{config['lr']:g}, {config['lr_schedule']} after a warm-up over {config['warmup_ratio']:.0%} of the steps"),
         ("optimizer", f"{config['optimizer']}, weight decay {config['weight_decay']:g}, {_clipping(config)}"),
         ("precision", resolved["precision"]),
@@ -216,7 +221,7 @@ def _base_model(config: Mapping[str, Any], reference: Document) -> str | None:
 
 
 def _is_adapter(config: Mapping[str, Any]) -> bool:
-    return bool(config["lora_r"] or config["peft_config"]) and not config["merge_adapter"]
+    return bool(config["resolved"].get("adapter")) and not config["merge_adapter"]
 
 
 def _loss_tags(config: Mapping[str, Any]) -> list[str]:
@@ -237,7 +242,8 @@ def _trained(config: Mapping[str, Any]) -> str:
     if config["lora_r"]:
         alpha = config["lora_alpha"] if config["lora_alpha"] is not None else 2 * config["lora_r"]
         return f"LoRA of rank {config['lora_r']}, alpha {alpha:g}, on {config['lora_targets']}{base}{merged}"
-    return f"an adapter of another kind (`--peft-config`){base}{merged}" if config["peft_config"] else "all"
+    kind = config["resolved"].get("adapter")
+    return f"an adapter ({kind}){base}{merged}" if kind else "all"
 
 
 def _named(location: str | None, kind: str = "") -> str:

@@ -57,10 +57,10 @@ def find_start(folder: Path, say: Callable[[str], None], *, resume: bool) -> Pat
         if resume:
             raise TrainingError(f"{folder}: there is no run to resume.\nRun without --resume to start one.")
         return None
-    if not resume:
-        raise TrainingError(f"{folder}: not an empty folder.\nGo on with --resume, or choose another --output.")
     if not present <= RUN_FILES:
         raise TrainingError(f"{folder}: not the folder of a run; it holds {', '.join(sorted(present - RUN_FILES)[:5])}.\nChoose another --output.")
+    if not resume:
+        raise TrainingError(f"{folder}: not an empty folder.\nGo on with --resume, or choose another --output.")
     if "model" in present:
         raise TrainingError(f"{folder}: this run is finished; its model lies in {folder / 'model'}.\nChoose another --output to train again.")
     checkpoints = find_checkpoints(folder)
@@ -138,7 +138,7 @@ def check_disk(folder: Path, model: PreTrainedModel, *, num_checkpoints: int, ke
     free = free_bytes(folder)
     if needed > free:
         raise TrainingError(
-            f"{folder}: {needed / 1e9:.1f} GB are needed for the model and its checkpoints, {free / 1e9:.1f} GB are free.\n"
+            f"{folder}: {needed / 1e9:.3g} GB are needed for the model and its checkpoints, {free / 1e9:.3g} GB are free.\n"
             "Free some space or choose another --output."
         )
 
@@ -161,6 +161,7 @@ def save_model(folder: Path, policy: Policy, card: str, *, takes_best: bool, is_
     if is_merged and policy.adapted is not None:
         policy = replace(policy, model=policy.adapted.merge_and_unload(), adapted=None)
     if takes_best and policy.adapted is None and not is_merged:
+        (best / BEST_FILE).unlink()
         best.rename(folder / "model")
         sync(folder)
     else:

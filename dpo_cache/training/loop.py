@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from dpo_cache.errors import TrainingError
+from dpo_cache.lm.adapter import describe
 from dpo_cache.lm.device import choose_device, deterministic_algorithms, peak_bytes
 from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
 from dpo_cache.lm.offload import offload_activations
+from dpo_cache.lm.quantization import num_values
 from dpo_cache.lm.routing import router_coefficient
 from dpo_cache.options import number_or_auto
 from dpo_cache.store import open_cache
@@ -102,6 +104,8 @@ class _Run:
         self.data = open_pairs(options, open_cache(options.cache))
         self.policy = open_policy(options, self.data, self.device, self.checkpoint)
         self.model = self.policy.model
+        self.num_parameters = sum(map(num_values, self.model.parameters()))
+        self.num_trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         self.linear = self._choose_linear()
         steps_per_epoch = math.ceil(self.data.num_pairs / options.batch_size)
         self.total_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch - 1e-9)
@@ -176,13 +180,14 @@ class _Run:
         return self._finish(first, last, before, after)
 
     def try_step(self) -> TrainReport:
-        """One whole step on the longest pairs, for its memory; nothing is written."""
+        """Two whole steps on the longest pairs, for their memory; nothing is written."""
         check_output(self.output)
         self._check_disk()
         self._remark()
         pairs = longest_pairs(self.data.pairs, self.data.selected, self.options.batch_size)
-        self.progress = replace(self.progress, step=1)
-        step = self._update(pairs)
+        for number in (1, 2):  # the optimizer's state is there from the first update on, and so beside activations in the second
+            self.progress = replace(self.progress, step=number)
+            step = self._update(pairs)
         self.on_metrics({**step, "total_steps": self.total_steps, "left_s": None})
         return self._report(step, step, None, None, finished=False)
 
@@ -303,7 +308,7 @@ class _Run:
         weights = "were updated with it (--free-gradients): the last checkpoint is what counts" if has_changed else "were not updated"
         return TrainingError(
             f"step {self.progress.step}: loss {loss}, gradient norm {grad_norm}; {which}. The weights {weights}.{kept}\n"
-            "Lower --lr, or use --precision fp32."
+            + ("Lower --lr." if self.policy.precision == "fp32" else "Lower --lr, or use --precision fp32.")
         )
 
     def _evaluate(self) -> Metrics | None:
@@ -420,6 +425,7 @@ class _Run:
     def _resolved(self) -> dict[str, Any]:
         return {
             "model": self.policy.location,
+            "adapter": describe(self.policy.adapted) if self.policy.adapted else None,
             "base_weights": self.policy.base_weights,
             "reference": self.data.pairs.reference_id,
             "cache": self.options.cache,
@@ -442,7 +448,7 @@ class _Run:
         has_best = (self.output / "best").exists() and not self.options.dry_run
         return TrainReport(
             output=str(self.output),
-            model=str(self.output / "model"),
+            model=None if self.options.dry_run else str(self.output / "model"),
             num_steps=self.progress.step,
             num_pairs=self.data.num_pairs,
             finished=finished,
@@ -453,8 +459,8 @@ class _Run:
             eval_after=after,
             elapsed_s=time.perf_counter() - self.started,
             peak_bytes=peak_bytes(self.device),
-            num_trained=sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad),
-            num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            num_trained=self.num_trained,
+            num_parameters=self.num_parameters,
             best=None if self.best.step is None else self.best.state(),
             best_model=str(self.output / "best") if has_best else None,
             stopped_by_patience=finished and self.progress.step < self.total_steps,

@@ -16,7 +16,7 @@ class TrainReport:
     """What `train` did."""
 
     output: str
-    model: str  # where the trained policy lies
+    model: str | None  # where the trained policy lies; None after a dry run
     num_steps: int
     num_pairs: int
     finished: bool  # False: stopped early, to be resumed

@@ -121,6 +121,8 @@ class StepZero:
             return f"{what}, within rounding, though {expected.what} is another model than the reference: they differ in {differing}."
         intended = not expected.is_reference and expected.imported is None
         meaning = f"{expected.what} is another model than the reference" if intended else "the cached values are not those of " + expected.what
+        if intended:
+            meaning += f": they differ in {'; '.join(expected.differing)}"
         causes = "" if intended and not expected.remarks else "\n" + self._likely(beyond)
         return f"{what}, {len(beyond)} of them beyond rounding; {meaning}.{causes}"
 

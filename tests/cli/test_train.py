@@ -28,7 +28,7 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(run, cache: Path,
     assert done.out.endswith("Nothing was written. Next: the same command without --dry-run.\n")
     assert lines["pairs"] == "pairs/train, 12" and lines["steps"] == "2" and lines["precision"] == "fp32"
     assert (
-        lines["parameters trained"] == "1,856 of 34,272" and "peak memory" in lines and lines["one step on the longest pairs"].endswith("for 4 pairs")
+        lines["parameters trained"] == "1,856 of 34,272" and "peak memory" in lines and lines["a step on the longest pairs"].endswith("for 4 pairs")
     )
     assert not (tmp_path / "run").exists()
 

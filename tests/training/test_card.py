@@ -48,7 +48,7 @@ The log-probs of the reference were computed once, before, and read from a cache
 | --- | --- |
 | pair set | `helpful/train` |
 | source | [org/preferences](https://huggingface.co/datasets/org/preferences), conversation format |
-| pairs trained on | 900 of 1,000 |
+| pairs to train on | 900 of 1,000 |
 | digest of the pairs | `cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd` |
 | longest prompt + answer | 1,024 tokens, truncation keep-start |
 | held-out pairs | 100 of the same set, by prompt (`--eval-fraction 0.1`) |
@@ -75,7 +75,7 @@ The log-probs of the reference were computed once, before, and read from a cache
 
 |  |  |
 | --- | --- |
-| steps | 57 of at most 16 pairs |
+| steps | 57, of up to 16 pairs each, of 57 that were planned |
 | learning rate | 1e-05, linear after a warm-up over 10% of the steps |
 | optimizer | adamw, weight decay 0, gradient norm clipped to 1 |
 | precision | fp32 |

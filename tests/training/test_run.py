@@ -221,10 +221,13 @@ def test_sigterm_saves_first(cache: str, tmp_path: Path) -> None:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "--output", str(tmp_path / "run")], env=environment, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    errors = process.communicate(timeout=60)[1]
+    try:
+        while process.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=240)[1]
+    finally:
+        process.kill()
     assert process.returncode == 143, errors
     checkpoints = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
     assert len(checkpoints) == 1 and len(metrics(tmp_path / "run")) == int(checkpoints[0].removeprefix("step-"))
