@@ -108,9 +108,8 @@ def _whole_answer_logps(model: Any, rows: Sequence[Completion], autocast: bool) 
     inputs, answers = _inputs(model, rows)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(**inputs, use_cache=False).logits
-    logits = logits.float()[:, :-1]
-    logps = logits.contiguous().log_softmax(-1)  # which would make that copy itself, out of sight
-    logps = logps.gather(2, inputs["input_ids"][:, 1:, None])[:, :, 0]
+    logits = logits.float()[:, :-1].contiguous()  # a copy that log_softmax would make itself, out of sight
+    logps = logits.log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None])[:, :, 0]
     return _sums(F.pad(logps, (1, 0)).flatten().index_select(0, answers), rows)
 
 

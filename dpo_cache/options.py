@@ -58,7 +58,8 @@ class Options:
                 object.__setattr__(self, entry.name, value)
             if entry.default_factory is not MISSING:  # may be given several times
                 several = (value,) if isinstance(value, str) else value
-                if not isinstance(several, (tuple, list)) or not all(isinstance(one, str) for one in several):
+                is_text = isinstance(several, (tuple, list)) and all(isinstance(one, str) for one in several)
+                if not is_text and entry.type == "tuple[str, ...]":
                     raise OptionError(f"{flag_of(entry)} {value!r}: expected text, or a list of texts.")
                 object.__setattr__(self, entry.name, tuple(several))
             if entry.type in ("str", "str | None") and type(value) is int:
