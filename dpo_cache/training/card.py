@@ -165,7 +165,7 @@ def _procedure(config: Mapping[str, Any], num_steps: int | None, last: Metrics |
     resolved = config["resolved"]
     steps = num_steps if num_steps is not None else resolved["total_steps"]
     rows = [
-        ("steps", f"{steps:,}, of up to {config['batch_size']} pairs each, of {resolved['total_steps']:,} that were planned"),
+        ("steps", f"{steps:,}, of up to {config['batch_size']} pairs each, of {resolved['total_steps']:,} in the schedule"),
         *([("epochs", f"{last['epoch']:g}")] if last and "epoch" in last else []),
         ("learning rate", f"{config['lr']:g}, {config['lr_schedule']} after a warm-up over {config['warmup_ratio']:.0%} of the steps"),
         ("optimizer", f"{config['optimizer']}, weight decay {config['weight_decay']:g}, {_clipping(config)}"),

@@ -75,7 +75,7 @@ The log-probs of the reference were computed once, before, and read from a cache
 
 |  |  |
 | --- | --- |
-| steps | 57, of up to 16 pairs each, of 57 that were planned |
+| steps | 57, of up to 16 pairs each, of 57 in the schedule |
 | learning rate | 1e-05, linear after a warm-up over 10% of the steps |
 | optimizer | adamw, weight decay 0, gradient norm clipped to 1 |
 | precision | fp32 |
@@ -119,7 +119,8 @@ dpo-cache 0.1.0, torch 2.13.0
 def config(**options: object) -> dict:
     """A run's config.json as it is read back."""
     chosen = TrainOptions(**{"cache": "/home/ann/cache", "output": "/home/ann/runs/run", **options})
-    return json.loads(json.dumps({**asdict(chosen), "resolved": RESOLVED}))
+    adapter = f"LORA, rank {chosen.lora_r}" if chosen.lora_r else "IA3" if chosen.peft_config else None
+    return json.loads(json.dumps({**asdict(chosen), "resolved": {**RESOLVED, "adapter": adapter}}))
 
 
 def card(manifest: dict = MANIFEST, reference: dict = REFERENCE, **options: object) -> str:
@@ -221,7 +222,8 @@ def test_a_run_saves_its_card(cache: str, tmp_path: Path) -> None:
     last = [line for line in metrics(tmp_path / "run") if "loss" in line][-1]
     assert str(tmp_path) not in text and str(tmp_path.parent) not in text and "model0" in text
     assert report.eval_after is not None and f"| held out, after | {report.eval_after['eval/loss']:.4f} |" in text
-    assert f"| last step | {last['loss']:.4f} |" in text and "| pairs trained on | 15 of 15 |" in text and "| steps | 4 of at most 4 pairs |" in text
+    assert f"| last step | {last['loss']:.4f} |" in text and "| pairs to train on | 15 of 15 |" in text
+    assert "| steps | 4, of up to 4 pairs each, of 4 in the schedule |" in text and "| epochs | 1 |" in text
     assert "| `--beta` | `0.3` |" in text and "| `--batch-size` | `4` |" in text and "--save-every" in text
     ModelCard(text)
 
@@ -233,8 +235,10 @@ def test_the_card_of_the_best_policy_is_of_its_step(cache: str, tmp_path: Path) 
     step = report.best["step"]
     (evaluation,) = [line for line in metrics(tmp_path / "run") if "eval/loss" in line and line["step"] == step]
     text = (tmp_path / "run" / "best" / "README.md").read_text()
-    assert f"| steps | {step} of at most 4 pairs |" in text and f"| held out, after | {evaluation['eval/loss']:.4f} |" in text
-    assert f"| steps | {report.num_steps} of at most 4 pairs |" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert (
+        f"| steps | {step}, of up to 4 pairs each, of 8 in the schedule |" in text and f"| held out, after | {evaluation['eval/loss']:.4f} |" in text
+    )
+    assert "| steps | 8, of up to 4 pairs each, of 8 in the schedule |" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 def test_an_adapter_has_our_card_and_not_that_of_its_library(cache: str, tmp_path: Path) -> None:
