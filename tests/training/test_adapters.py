@@ -143,6 +143,51 @@ def test_what_does_not_suit_an_adapter_is_refused(cache: str, tmp_path: Path) ->
         train(cache, tmp_path / "other", model=trained.model, **LORA)
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_starts_that_move_the_base_are_refused(cache: str, tmp_path: Path, start: str) -> None:
+    (tmp_path / "lora.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": start}))
+    with pytest.raises(OptionError, match=f"init_lora_weights '{start}': such an adapter changes the weights under it"):
+        train(cache, tmp_path / "run", peft_config=str(tmp_path / "lora.json"))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # peft says so to whoever does it
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_one_place_of_a_shared_weight_is_not_merged(tmp_path: Path, target: str) -> None:
+    make_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    dpo_cache.precompute(tmp_path / "model", write_rows(tmp_path / "pairs.jsonl", chat_rows(6)), tmp_path / "cache")
+    options = {"lora_r": 2, "lora_targets": f"q_proj,{target}", "max_steps": 1, "lr": 1e-2}
+    with pytest.raises(OptionError, match="--merge-adapter: embeddings and LM head share one weight"):
+        train(str(tmp_path / "cache"), tmp_path / "run", merge_adapter=True, **options)
+    assert train(str(tmp_path / "cache"), tmp_path / "run", **options).finished
+
+
+def test_an_adapter_that_trains_biases_is_resumed(tmp_path: Path) -> None:
+    """Switched off, peft leaves the biases as they are trained: then it is not the base, and step zero does not say so."""
+    make_llama(attention_bias=True).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    dpo_cache.precompute(tmp_path / "model", write_rows(tmp_path / "pairs.jsonl", chat_rows(12)), tmp_path / "cache")
+    (tmp_path / "lora.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}))
+    options = {"peft_config": str(tmp_path / "lora.json"), "max_steps": 3, "lr": 1e-2}
+    train(str(tmp_path / "cache"), tmp_path / "whole", **options)
+    train(str(tmp_path / "cache"), tmp_path / "cut", should_stop=lambda: True, **options)
+    assert train(str(tmp_path / "cache"), tmp_path / "cut", resume=True, **options).finished
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+
+
+def test_the_report_of_a_merged_adapter_counts_what_was_trained(cache: str, tmp_path: Path) -> None:
+    plain = train(cache, tmp_path / "plain", max_steps=1, **LORA)
+    merged = train(cache, tmp_path / "merged", max_steps=1, merge_adapter=True, **LORA)
+    assert (merged.num_trained, merged.num_parameters) == (plain.num_trained, plain.num_parameters) and plain.num_trained > 0
+
+
+def test_the_card_of_an_adapter_that_is_trained_on_is_an_adapters(cache: str, tmp_path: Path) -> None:
+    first = train(cache, tmp_path / "first", max_steps=1, **LORA)
+    second = train(cache, tmp_path / "second", max_steps=1, model=first.model)
+    card = Path(str(second.model), "README.md").read_text()
+    assert "library_name: peft" in card and "an adapter (LORA, rank 4)" in card and "An adapter for `first`" in card
+
+
 def test_an_adapter_whose_base_or_weights_are_gone_is_told(cache: str, tmp_path: Path) -> None:
     trained = Path(train(cache, tmp_path / "run", max_steps=1, **LORA).model)
     config = json.loads((trained / "adapter_config.json").read_text())

@@ -12,15 +12,17 @@ import pytest
 import torch
 
 import dpo_cache
-from dpo_cache.errors import OptionError, TrainingError
+from dpo_cache.errors import DpoCacheError, OptionError, TrainingError
 from dpo_cache.lm.forest import count_forest_tokens
 from dpo_cache.store import open_cache
+from dpo_cache.train_options import with_config
 from dpo_cache.training import passes
 from dpo_cache.training.batches import completions_of, longest_pairs
+from dpo_cache.training.metrics import MetricsFile
 from dpo_cache.training.report import Clock
 from dpo_cache.training.signs import WINDOW, Signs
 from tests.conftest import make_llama
-from tests.training.test_loop import FAST, comparable, metrics, train, weights
+from tests.training.test_loop import FAST, Killed, comparable, cut_off, metrics, train, weights
 
 
 def test_the_last_checkpoints_are_kept(cache: str, tmp_path: Path) -> None:
@@ -74,8 +76,8 @@ def test_a_dry_run_takes_a_step_on_the_longest_pairs_and_writes_nothing(cache: s
     assert not (tmp_path / "run").exists() and sorted(path.name for path in tmp_path.iterdir()) == []
     pairs = list(open_cache(cache).pairs("pairs"))
     longest = sorted(pairs, key=lambda scored: -len(scored.pair.chosen) - len(scored.pair.rejected))[:4]
-    assert sum(sizes) == count_forest_tokens(completions_of(longest))
-    assert any("step zero" in remark for remark in remarks)
+    assert sum(sizes) == 2 * count_forest_tokens(completions_of(longest)), "the second step has the optimizer's state beside its activations"
+    assert sum("step zero" in remark for remark in remarks) == 1
 
 
 def test_the_longest_pairs_come_longest_first(cache: str) -> None:
@@ -138,6 +140,96 @@ def test_a_row_whose_loss_is_not_finite_is_named_and_the_checkpoint_kept(cache: 
     with pytest.raises(TrainingError, match=r"loss nan, gradient norm nan; row 6 of the data made it(?s:.*)step-000001 holds an earlier state"):
         train(cache, tmp_path / "run", save_every=1, shuffle=False, batch_size=5, on_metrics=switch)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_a_run_without_a_checkpoint_keeps_its_best_policy(cache: str, tmp_path: Path) -> None:
+    cut_off(cache, tmp_path / "run", 3, eval_pairs="heldout", eval_every=1, lr=1e-3)
+    assert (tmp_path / "run/best").exists()
+    with pytest.raises(TrainingError, match="there is nothing to resume from; .*best holds its best policy so far"):
+        train(cache, tmp_path / "run", resume=True, eval_pairs="heldout", eval_every=1, lr=1e-3)
+    assert (tmp_path / "run/best/model.safetensors").exists()
+
+
+def test_a_resumption_that_fails_leaves_the_folder(cache: str, tmp_path: Path) -> None:
+    cut_off(cache, tmp_path / "run", 2)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(DpoCacheError):
+        train(str(tmp_path / "absent"), tmp_path / "run", resume=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_metrics_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for number in range(6):
+        file.append({"step": number})
+
+    def fail(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("dpo_cache.training.metrics.os.replace", fail)
+        file.keep_until(3)
+    assert [line["step"] for line in file.lines()] == list(range(6))
+    file.keep_until(3)
+    assert [line["step"] for line in file.lines()] == [0, 1, 2, 3]
+
+
+def test_a_split_that_ran_out_of_memory_is_kept_also_where_it_was_asked_for(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, full = passes.completion_logps, []
+
+    def run_out(model, completions, attention, **options):  # type: ignore[no-untyped-def]
+        if not full and torch.is_grad_enabled():
+            full.append(True)
+            raise torch.OutOfMemoryError
+        return real(model, completions, attention, **options)
+
+    monkeypatch.setattr(passes, "completion_logps", run_out)
+    options = {"gradient_checkpointing": "full", "micro_tokens": "200", "max_steps": 3}
+    train(cache, tmp_path / "whole", **options)
+    full.clear()
+    train(cache, tmp_path / "cut", should_stop=lambda: True, **options)
+    train(cache, tmp_path / "cut", resume=True, **options)
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+    one, other = weights(tmp_path / "whole/model"), weights(tmp_path / "cut/model")
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_what_is_given_beside_a_config_replaces_its_rival(cache: str, tmp_path: Path) -> None:
+    train(cache, tmp_path / "one", eval_fraction=0.4, max_steps=1, lora_r=2)
+    config = tmp_path / "one/config.json"
+    found = with_config({"config": config, "eval_pairs": "heldout", "peft_config": "lora.json"})
+    assert "eval_fraction" not in found and "lora_r" not in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"beta": None}, "--beta None: expected a value"), ({"epochs": "two"}, "--epochs 'two': expected a number"),
+        ({"loss": 5}, "--loss 5: expected text, or a list of texts"), ({"log_to": None}, "--log-to None: expected text, or a list of texts"),
+        ({"save_every": [2]}, r"--save-every \[2\]: expected text"), ({"shuffle": "no"}, "--shuffle 'no': expected true or false"),
+    ],
+)  # fmt: skip
+def test_a_config_that_was_edited_wrongly_is_told(cache: str, tmp_path: Path, changes: dict, text: str) -> None:
+    train(cache, tmp_path / "one", max_steps=1)
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    (tmp_path / "edited.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(OptionError, match=f"--config .*edited.json: {text}"):
+        dpo_cache.train(output=tmp_path / "two", config=tmp_path / "edited.json")
+
+
+def test_the_opposite_is_seen_without_a_reference_too() -> None:
+    remarks: list[str] = []
+    signs = Signs(remarks.append, is_logistic=False, has_reference=False)
+    for number in range(3 * WINDOW):
+        drift = 0.02 * number
+        signs.note(step(number, **{"rewards/chosen": -5 - drift, "rewards/rejected": -6 + drift, "rewards/margins": 1 - 2 * drift}))
+    assert len(remarks) == 1 and "Are chosen and rejected swapped in the data?" in remarks[0]
+
+
+def test_a_period_that_never_comes_about_is_said(cache: str, tmp_path: Path) -> None:
+    remarks: list[str] = []
+    train(cache, tmp_path / "run", save_every="100epochs", max_steps=2, say=remarks.append)
+    assert "--save-every 100epochs never comes about in 2 steps." in remarks
 
 
 def step(number: int, **values: float) -> dict:

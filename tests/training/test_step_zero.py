@@ -179,6 +179,26 @@ def test_a_failure_is_found_in_the_first_evaluation_already(place: Path) -> None
     assert not seen
 
 
+def test_a_changed_row_is_named_though_the_dtypes_differ(place: Path) -> None:
+    step_zero = StepZero(Expectation("float32", "bfloat16", True))
+    exact = [np.full(4, -1.0, np.float32)] * 10
+    scores = [Score(values) for values in exact]
+    scores[3] = Score(np.full(4, -9.0, np.float32))
+    step_zero.check(exact, scores, list(range(10)))
+    with pytest.raises(StepZeroError, match="Likely cause: cache: the values of row 3 alone differ"):
+        step_zero.conclude()
+
+
+def test_training_pairs_are_looked_at_after_a_large_evaluation(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_cache.training.step_zero.MOST_COMPLETIONS", 4)
+    data = write_rows(place / "heldout.jsonl", chat_rows(6, seed=9))
+    dpo_cache.precompute(place / "model", data, place / "cache")
+    rescored(place, of(make_llama(seed=5)))
+    init = StepZero.__init__
+    monkeypatch.setattr(StepZero, "__init__", lambda self, *args, **kwargs: init(self, *args, **{"most": 4, **kwargs}))
+    assert "Likely cause: cache: the values of row" in stop(place, eval_pairs="heldout"), "the evaluation pairs agree: it is not the weights"
+
+
 def test_log_probs_that_are_no_numbers_are_a_gap(place: Path) -> None:
     step_zero = StepZero(Expectation("float32", "float32", True))
     step_zero.check([np.array([np.nan, -1.0], np.float32)], [Score(np.array([-1.0, -1.0], np.float32))], [4])
