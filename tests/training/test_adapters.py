@@ -151,6 +151,7 @@ def test_starts_that_move_the_base_are_refused(cache: str, tmp_path: Path, start
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # peft says so to whoever does it
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_adapter_on_one_place_of_a_shared_weight_is_not_merged(tmp_path: Path, target: str) -> None:
     make_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
