@@ -105,6 +105,11 @@ def make_model(family: str) -> hf.PreTrainedModel:
     return model
 
 
+def release() -> str:
+    """The version of transformers that runs here, less its patches: another may let more families, or fewer, take another attention."""
+    return ".".join(hf.__version__.split(".")[:2])
+
+
 def table_row(family: str, attention: Attention) -> str:
     """The family's line in the docs."""
     reason = "" if attention.name == "forest" else attention.reason.split(" by up to ")[0]  # the figure is the machine's
@@ -114,11 +119,11 @@ def table_row(family: str, attention: Attention) -> str:
 def main() -> None:
     warnings.simplefilter("ignore")
     hf.utils.logging.set_verbosity_error()
-    print("""# How each model family is run
+    print(f"""# How each model family is run
 
 `forest` computes each distinct prefix once; `rows` are plain padded rows, slower and as exact. The engine chooses for itself, by scoring a few
 sequences both ways. A test runs each family below, as a tiny random model with windows shorter than the sequences, and
-compares its log-probs with the model's own forward pass; this table is made by it (`python -m tests.lm.families`).
+compares its log-probs with the model's own forward pass; this table is made by it (`python -m tests.lm.families`), with transformers {release()}.
 
 | family | run as | why not the forest |
 |---|---|---|""")

@@ -11,7 +11,7 @@ from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.engine import Attention, choose_attention, score_completions
 from dpo_cache.types import Completion
 from tests.conftest import make_completions, make_llama, naive_token_logps
-from tests.lm.families import FAMILIES, make_model, table_row
+from tests.lm.families import FAMILIES, make_model, release, table_row
 
 DOCS = Path(dpo_cache.__file__).parents[1] / "docs" / "families.md"
 
@@ -45,7 +45,8 @@ def test_each_family_gives_the_log_probs_of_its_own_forward(family: str) -> None
     model, completions = make_model(family), make_completions()
     own = model.config._attn_implementation
     attention = choose_attention(model, max_length=64)
-    assert table_row(family, attention) in DOCS.read_text().splitlines()
+    page = DOCS.read_text()
+    assert table_row(family, attention) in page.splitlines() or f"transformers {release()}." not in page
     found = {budget: scores(model, completions, attention, budget) for budget in (13, 4096)}
     assert_as_exact_as_plain(model, completions, found, own)
 
