@@ -98,8 +98,8 @@ def test_two_runs_give_the_same_bits(cache: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def test_a_resumed_run_splits_its_steps_as_before(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that ran out of memory goes on as it ended, also after a resumption."""
+def run_out_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The first pass with gradients runs out of memory, and again whenever the list is cleared."""
     real, full = passes.completion_logps, []
 
     def run_out(model, completions, attention, **options):  # type: ignore[no-untyped-def]
@@ -109,6 +109,12 @@ def test_a_resumed_run_splits_its_steps_as_before(cache: str, tmp_path: Path, mo
         return real(model, completions, attention, **options)
 
     monkeypatch.setattr(passes, "completion_logps", run_out)
+    return full
+
+
+def test_a_resumed_run_splits_its_steps_as_before(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ran out of memory goes on as it ended, also after a resumption."""
+    full = run_out_once(monkeypatch)
     options = {"gradient_checkpointing": "none", "micro_tokens": "auto", "max_steps": 3}
     monkeypatch.setattr("dpo_cache.training.thrift.default_micro_tokens", lambda device: 200)
     train(cache, tmp_path / "whole", **options)
@@ -175,15 +181,7 @@ def test_metrics_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_split_that_ran_out_of_memory_is_kept_also_where_it_was_asked_for(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, full = passes.completion_logps, []
-
-    def run_out(model, completions, attention, **options):  # type: ignore[no-untyped-def]
-        if not full and torch.is_grad_enabled():
-            full.append(True)
-            raise torch.OutOfMemoryError
-        return real(model, completions, attention, **options)
-
-    monkeypatch.setattr(passes, "completion_logps", run_out)
+    full = run_out_once(monkeypatch)
     options = {"gradient_checkpointing": "full", "micro_tokens": "200", "max_steps": 3}
     train(cache, tmp_path / "whole", **options)
     full.clear()
