@@ -114,13 +114,16 @@ class StepZero:
         what = f"step zero: largest gap {self.largest_gap:.2g} nats over {len(self.sums)} completions"
         if not beyond:
             if expected.imported is not None:
-                return f"{what}, within rounding: {expected.what} starts as the model of the imported reference {expected.imported!r}."
+                return f"{what}; within rounding: {expected.what} starts as the model of the imported reference {expected.imported!r}."
             if expected.is_reference:
                 return f"{what}; {expected.what} is the reference."
             differing = "; ".join(expected.differing)
             return f"{what}, within rounding, though {expected.what} is another model than the reference: they differ in {differing}."
+        whose = "cache" if expected.imported is None else f"imported reference {expected.imported!r}"
         intended = not expected.is_reference and expected.imported is None
-        meaning = f"{expected.what} is another model than the reference" if intended else "the cached values are not those of " + expected.what
+        meaning = (
+            f"{expected.what} is another model than the reference" if intended else f"the values of the {whose} are not those of {expected.what}"
+        )
         if intended:
             meaning += f": they differ in {'; '.join(expected.differing)}"
         causes = "" if intended and not expected.remarks else "\n" + self._likely(beyond)

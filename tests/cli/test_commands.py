@@ -165,7 +165,7 @@ def test_a_run_folder_in_use_is_refused(run, model_folder: str, data_file: str, 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes").write_text("mine")
     done = run("train", "--cache", cache, "--output", tmp_path / "run")
-    assert (done.code, done.err) == (1, f"error: {tmp_path}/run: not an empty folder.\nGo on with --resume, or choose another --output.\n")
+    assert (done.code, done.err) == (1, f"error: {tmp_path}/run: not the folder of a run; it holds notes.\nChoose another --output.\n")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_run_folder_in_use_is_refused(run, model_folder: str, data_file: str, 
             "error: --label-smoothing 0.1 has no meaning under --loss ipo.\n"
             "Leave it out; it serves sigmoid, exo_pair, robust, aot, aot_unpaired, simpo, cpo.\n",
         ),
-        (["train", "--loss", "best"], f"error: --loss best: expected one of {', '.join(LOSSES)}.\n"),
+        (["train", "--loss", "best"], f"error: --loss best: expected one of {', '.join(LOSSES)}; sigmoid is DPO.\n"),
         (["train", "--micro-tokens", "lots"], "error: --micro-tokens lots: expected auto or a positive number.\n"),
     ],
 )

@@ -102,7 +102,7 @@ def test_another_reference_is_refused_where_one_is_expected(change, cache: Path,
 def test_an_adapter_beside_the_weights_is_refused(cache: Path, model_folder: str, data_file: str, tmp_path: Path) -> None:
     shutil.copytree(model_folder, tmp_path / "adapted")
     (tmp_path / "adapted" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds an adapter, which would be loaded over the weights without being part of the reference's identity"):
+    with pytest.raises(ModelError, match="holds an adapter and whole weights; which of the two is meant cannot be told"):
         dpo_cache.precompute(tmp_path / "adapted", data_file, cache)
 
 
@@ -133,7 +133,7 @@ def test_training_on_a_reference_that_is_not_the_expected_one_is_refused(cache: 
 def test_a_policy_that_starts_elsewhere_is_told_once_with_the_fields(cache: Path, tmp_path: Path) -> None:
     remarks: list[str] = []
     dpo_cache.train(cache, tmp_path / "run", model=str(save(tmp_path / "other", seed=1)), max_steps=2, say=remarks.append)
-    told = [remark for remark in remarks if "starts as another model than the reference" in remark]
+    told = [remark for remark in remarks if "is another model than the reference" in remark]
     assert len(told) == 1 and "they differ in weights: " in told[0]
 
 

@@ -63,7 +63,7 @@ def test_a_failure_is_told_the_others_go_on_and_it_is_tried_again(cache: str, tm
     assert (report.num_finished, report.num_failed, report.finished) == (1, 1, False)
     failed = report.rows[-1]
     assert (failed.name, failed.state) == ("beta=1e-30", "failed")
-    assert failed.error and failed.error.startswith("step 1: loss 2") and failed.error.endswith("Lower --lr, or use --precision fp32.")
+    assert failed.error and failed.error.startswith("step 1: loss 2") and failed.error.endswith("The weights were not updated. Lower --lr.")
     assert f"beta=1e-30: failed with exit code 1; the others go on. All that it said: {tmp_path}/out/logs/beta=1e-30.log" in said
     assert (tmp_path / "out" / "logs" / "beta=1e-30.log").read_text().startswith(f"$ dpo-cache train --cache={cache} ")
     assert f"- beta=1e-30 failed: {failed.error}" in (tmp_path / "out" / "table.md").read_text()

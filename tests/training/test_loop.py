@@ -500,7 +500,7 @@ def test_bf16_mixed_runs_and_is_close(cache: str, tmp_path: Path) -> None:
 def test_folders_that_do_not_fit_are_refused(cache: str, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(TrainingError, match="not an empty folder.\nGo on with --resume, or choose another --output"):
+    with pytest.raises(TrainingError, match="not the folder of a run; it holds notes.txt.\nChoose another --output"):
         train(cache, tmp_path / "full")
     with pytest.raises(TrainingError, match="there is no run to resume"):
         train(cache, tmp_path / "absent", resume=True)

@@ -126,7 +126,9 @@ def test_sums_over_truncated_answers(place: Path) -> None:
     assert "Likely cause: truncation: the cached sums are of fewer tokens than the answers have" in message
     remarks: list[str] = []
     assert train(str(place / "cache"), place / "run", pairs="imported", say=remarks.append, max_steps=1).finished
-    assert any("the cached values are not those of the policy.\nLikely cause: truncation" in remark for remark in remarks)
+    assert any(
+        "the values of the imported reference 'elsewhere' are not those of the policy.\nLikely cause: truncation" in remark for remark in remarks
+    )
 
 
 def test_a_row_of_the_cache_that_was_changed(place: Path) -> None:
