@@ -72,7 +72,9 @@ def _print_report(report: TrainReport) -> None:
         print(f"The policy of the best evaluation lies in {report.best_model}.")
     print(f"The model lies in {report.model}, one line a step in {report.output}/metrics.jsonl. Next:")
     if report.resolved["eval_pairs"]:
-        print("  " + command_line("eval", "--cache", report.resolved["cache"], "--pairs", report.resolved["eval_pairs"], "--model", report.model))
+        print(
+            "  " + command_line("eval", "--cache", report.resolved["cache"], "--pairs", report.resolved["eval_pairs"], "--model", str(report.model))
+        )
     print(f'  AutoModelForCausalLM.from_pretrained("{report.model}")')
 
 

@@ -145,7 +145,7 @@ def describe(adapted: PeftModel) -> str:
 def starts_at_nothing(adapted: PeftModel) -> bool:
     """Whether a fresh adapter is known to leave the model's log-probs as they are."""
     config = adapted.peft_config["default"]
-    return _kind(config) == "IA3" or (_kind(config) == "LORA" and config.init_lora_weights is not False)
+    return _kind(config) == "IA3" or (_kind(config) == "LORA" and getattr(config, "init_lora_weights", True) is not False)
 
 
 def can_be_switched_off(adapted: PeftModel | None) -> bool:
@@ -158,7 +158,7 @@ def check_mergeable(adapted: PeftModel) -> None:
     has an adapter in one of the two places."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model = adapted.get_base_model()
+    model: Any = adapted.get_base_model()
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     if model.config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
         raise OptionError(
