@@ -17,7 +17,11 @@ from dpo_cache.lm.quantization import check_quantizable, is_quantized, loading_c
 
 def load_config(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's config, without its weights; of an adapter, its base's. Raises `ModelError`."""
-    parts = find_parts(location, revision)
+    return _config_of(find_parts(location, revision), location, trust_remote_code)
+
+
+def _config_of(parts: Parts, location: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a base that is found; errors name `location`, which was asked for."""
     try:
         return AutoConfig.from_pretrained(parts.base, revision=parts.base_revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
@@ -72,7 +76,7 @@ def load_base(
 ) -> PreTrainedModel:
     """See `load_model`: the weights alone, without an adapter over them."""
     location, revision = parts.base, parts.base_revision
-    config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
+    config = _config_of(parts, location, trust_remote_code)
     check_causal(config, location)
     check_quantizable(config, location, quantize)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -141,7 +141,8 @@ def test_clipping_scales_the_gradient_that_the_optimizer_sees(cache: str, tmp_pa
     assert norms[0] == pytest.approx(0.25, rel=1e-3) and norms[1] > 1
 
 
-def test_a_step_is_run_in_as_many_forests_as_its_budget_needs(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def forest_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each forest that is run from here on."""
     sizes: list[int] = []
     real = passes.completion_logps
 
@@ -150,6 +151,11 @@ def test_a_step_is_run_in_as_many_forests_as_its_budget_needs(cache: str, tmp_pa
         return real(model, completions, attention, **options)
 
     monkeypatch.setattr(passes, "completion_logps", note)
+    return sizes
+
+
+def test_a_step_is_run_in_as_many_forests_as_its_budget_needs(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = forest_sizes(monkeypatch)
     report = train(cache, tmp_path / "run", max_steps=1, batch_size=8, micro_tokens="100")
     assert len(sizes) > 1 and max(sizes) <= 100
     assert report.last is not None and report.last["num_tokens"] == sum(sizes)

@@ -22,7 +22,7 @@ from dpo_cache.training.metrics import MetricsFile
 from dpo_cache.training.report import Clock
 from dpo_cache.training.signs import WINDOW, Signs
 from tests.conftest import make_llama
-from tests.training.test_loop import FAST, Killed, comparable, cut_off, metrics, train, weights
+from tests.training.test_loop import FAST, Killed, comparable, cut_off, forest_sizes, metrics, train, weights
 
 
 def test_the_last_checkpoints_are_kept(cache: str, tmp_path: Path) -> None:
@@ -62,14 +62,7 @@ def test_configs_that_are_none_are_refused(cache: str, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_takes_a_step_on_the_longest_pairs_and_writes_nothing(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    real = passes.completion_logps
-
-    def note(model, completions, attention, **options):  # type: ignore[no-untyped-def]
-        sizes.append(count_forest_tokens(completions))
-        return real(model, completions, attention, **options)
-
-    monkeypatch.setattr(passes, "completion_logps", note)
+    sizes = forest_sizes(monkeypatch)
     remarks: list[str] = []
     report = train(cache, tmp_path / "run", dry_run=True, eval_pairs="heldout", say=remarks.append)
     assert report.is_dry_run and not report.finished and report.peak_bytes > 0 and report.resolved["total_steps"] == 4
