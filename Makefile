@@ -26,7 +26,8 @@ help:
 	@echo "make test-slow  the tests, whole loops and those on the real model included"
 	@echo "make check      format, lint and types"
 	@echo "make bench-precompute DATA=FILE [MODEL=FOLDER] [ROWS=N]   scoring beside TRL 1.16 and beside the machine's limit"
-	@echo "make bench-train DATA=FILE [MODEL=FOLDER] [ROWS=N]        training beside TRL 1.16 and beside the machine's limit"
+	@echo "make bench-train DATA=FILE [MODEL=FOLDER] [ROWS=N]        training beside TRL 1.16 and beside the machine's limit;"
+	@echo "                                                          LORA_R=16 for an adapter, LIVE_ONLY=1 to compare losses over many rows"
 	@echo "make bench-learning DATA=FILE [MODEL=FOLDER] [ROWS=N]     accuracy on held-out pairs while training; the curve goes to docs/"
 	@echo "make bench-memory DATA=FILE [MODEL=FOLDER]                memory and time as the rows grow, and a very long row"
 	@echo "make bench-thrift DATA=FILE [MODEL=FOLDER] [ROWS=N]       what each way to save memory saves and costs in training"
@@ -68,7 +69,7 @@ check: $(VENV)/installed
 $(TRL_VENV)/bin/python:
 	$(PYTHON) -m venv $(TRL_VENV)
 	$(TRL_VENV)/bin/pip install --quiet $(if $(findstring --,$(TORCH)),$(TORCH),'$(TORCH)')
-	$(TRL_VENV)/bin/pip install --quiet trl==1.16.0
+	$(TRL_VENV)/bin/pip install --quiet trl==1.16.0 peft
 
 bench-precompute: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/precompute.py --model $(MODEL) --data $(DATA) $(if $(ROWS),--rows $(ROWS)) \
@@ -76,7 +77,7 @@ bench-precompute: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 
 bench-train: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/train.py --model $(MODEL) --data $(DATA) --rows $(or $(ROWS),12) \
-		--trl-python $(TRL_PYTHON) --repeats $(TURNS)
+		--trl-python $(TRL_PYTHON) --repeats $(TURNS) $(if $(LORA_R),--lora-r $(LORA_R)) $(if $(LIVE_ONLY),--live-only)
 
 bench-learning: $(VENV)/installed $(MODEL)/config.json
 	$(BIN)/pip install --quiet matplotlib
@@ -84,7 +85,6 @@ bench-learning: $(VENV)/installed $(MODEL)/config.json
 
 bench-memory: $(VENV)/installed $(MODEL)/config.json
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py --model $(MODEL) --data $(DATA)
-
 
 bench-thrift: $(VENV)/installed $(MODEL)/config.json
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/thrift.py --model $(MODEL) --data $(DATA) $(if $(ROWS),--rows $(ROWS))

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dpo_cache.footprint import pass_bytes
 
 import dpo_cache
+from dpo_cache.footprint import pass_bytes
 from dpo_cache.lm.adapter import add_adapter, lora_config
 from dpo_cache.lm.device import peak_resident_bytes
 from dpo_cache.lm.engine import choose_attention
@@ -72,7 +72,9 @@ def floor(report: dpo_cache.TrainReport, pairs: list[ScoredPair], batch_size: in
     groups = [group for step in steps for group in split_step(step, report.resolved["micro_tokens"])]
     largest = max(groups, key=lambda group: group.num_tokens)
     weights, trained = 4 * report.num_parameters, 4 * report.num_trained
-    passes = pass_bytes(model, completions_of(largest.pairs), attention) - trained  # new gradients are counted among them
+    for parameter in model.parameters():  # those of other forests stand, and count among the gradients
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    passes = pass_bytes(model, completions_of(largest.pairs), attention)
     return {"process": process_bytes, "weights": weights, "gradients": trained, "optimizer": 2 * trained, "activations": passes}
 
 

@@ -18,7 +18,7 @@ WPO = ("off", "on", "clipped")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor")
 ROUNDINGS = ("auto", "nearest", "stochastic", "compensated")
-RECOMPUTATIONS = ("auto", "none", "selective", "full")
+RECOMPUTATIONS = ("auto", "none", "cheap", "selective", "full")
 PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16")
 STEP_ZERO = ("auto", "strict", "warn", "off")
 BEST = ("loss", "accuracy", "margin")
@@ -79,7 +79,9 @@ class TrainOptions(Options):
     precision: str = option("auto", "auto: bf16-mixed on CUDA GPUs that have it, else fp32.", choices=PRECISIONS)
     rounding: str = option("auto", "How --precision bf16 rounds updated weights. auto: stochastic.", choices=ROUNDINGS)
     gradient_checkpointing: str = option(
-        "auto", "Activations computed again in the backward pass: none, all but matrix products (selective), or full.", choices=RECOMPUTATIONS
+        "auto",
+        "Activations computed again in the backward pass: none, what costs next to nothing (cheap), all but matrix products (selective), or full.",
+        choices=RECOMPUTATIONS,
     )
     offload_activations: bool = option(False, "Keep activations in host memory until the backward pass.", flag=switch("offload-activations"))
     free_gradients: bool = option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, format_seconds, print_json, print_table
@@ -20,6 +21,7 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
 
     Ctrl-C or SIGTERM finishes the step and saves it; go on with --resume.
     """
+    from dpo_cache.training.checkpoint import find_checkpoints
     from dpo_cache.training.loop import train
 
     with ProgressLine("training") as line, StopRequest(line.remark) as request:
@@ -31,7 +33,16 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
             else:
                 line.update(step, total, f"step {step}/{total}  {_describe(metrics)}  {_describe_pace(metrics)}")
 
-        report = train(**asdict(options), on_metrics=show, say=line.remark, should_stop=lambda: request.is_asked)
+        try:
+            report = train(**asdict(options), on_metrics=show, say=line.remark, should_stop=lambda: request.is_asked)
+        except KeyboardInterrupt:
+            saved = find_checkpoints(Path(options.output))
+            line.remark(
+                f"stopped at once; {saved[-1]} holds the last state that was saved. Go on from it with --resume."
+                if saved
+                else "stopped at once, before the first checkpoint (--save-every N makes some): there is nothing to resume."
+            )
+            raise
     if as_json:
         print_json(asdict(report))
     elif report.is_dry_run:

@@ -39,18 +39,13 @@ class Policy:
 
 def open_pairs(cache: Cache, name: str | None, reference: str | None) -> PairSet:
     """The pair set of that name, or the only one, held open to the end. Raises `CacheError`."""
-    pairs = cache.pairs(name or _only_pair_set(cache))
+    pairs = cache.choose_pairs(name, "to evaluate on")
     check_details(pairs.manifest, f"{cache}/pairs/{pairs.name}/manifest.json")
     if not len(pairs):
         raise NotInCacheError(f"{cache}: pair set {pairs.name} holds no pairs.")
     pairs.hold()
-    if reference and (expected := cache.find_reference(reference)) != pairs.reference_id:
-        identities = [cache.read_reference(entry)["identity"] for entry in (pairs.reference_id, expected)]
-        raise NotInCacheError(
-            f"pair set {pairs.name} was scored by reference {pairs.reference_id[:12]}, not by {reference}; they differ in\n"
-            + "".join(f"  {line}\n" for line in differing_fields(*identities))
-            + "Leave --reference out, or run `dpo-cache precompute` with that model and another --name."
-        )
+    if reference:
+        cache.check_scored_by(pairs, reference)
     return pairs
 
 
@@ -101,15 +96,6 @@ def _check_no_run(folder: Path) -> None:
         return
     place = f"Give {folder / 'model'}." if (folder / "model").is_dir() else "It has no model yet: finish it with `dpo-cache train --resume`."
     raise ModelError(f"{folder}: the folder of a training run, not of a model.\n{place}")
-
-
-def _only_pair_set(cache: Cache) -> str:
-    known = cache.pair_sets()
-    if len(known) == 1:
-        return known[0]
-    if not known:
-        raise NotInCacheError(f"{cache}: no pair set to evaluate on.\nRun `dpo-cache precompute --cache {cache} …` first.")
-    raise NotInCacheError(f"{cache}: several pair sets to evaluate on.\nSay which with --pairs: {', '.join(known)}.")
 
 
 def _compare_tokenizers(options: EvalOptions, made_with: Document, say: Say) -> None:

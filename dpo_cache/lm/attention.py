@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from dpo_cache.lm.device import kind_of
 from dpo_cache.lm.forest import Forest
+from dpo_cache.lm.recipes import remade
 
 FOREST_ATTENTION = "dpo_cache_forest"
 
@@ -201,10 +202,9 @@ class TreePlan:
         keys, values = key_BKLE.split(self.atom_lengths, dim=2), value_BKLE.split(self.atom_lengths, dim=2)
         parts = []
         for query, atoms in zip(queries, self.path_atoms, strict=True):
-            path_keys = torch.cat([keys[atom] for atom in atoms], dim=2)
-            path_values = torch.cat([values[atom] for atom in atoms], dim=2)
+            path_keys, path_values = (_join_path([tensors[atom] for atom in atoms]) for tensors in (keys, values))
             parts.append(attend_segment(query, path_keys, path_values, rules, self.masks))
-        return torch.cat(parts, dim=2).transpose(1, 2)
+        return remade(_join_segments, *parts)
 
 
 def plan_tree(forest: Forest, device_type: str = "cpu") -> TreePlan:
@@ -265,6 +265,20 @@ def _tail_mask(num_queries: int, length: int, like: torch.Tensor, masks: dict[An
     if own not in masks:
         masks[own] = tail_NP.contiguous()  # its kernels take no mask that begins amid an address
     return masks[own]
+
+
+def _join_path(atoms_BKLE: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Keys or values of a whole path; a copy, but where it is in one piece."""
+    return remade(_concatenate, *atoms_BKLE) if len(atoms_BKLE) > 1 else atoms_BKLE[0]
+
+
+def _concatenate(*tensors_BKLE: torch.Tensor) -> torch.Tensor:
+    return torch.cat(tensors_BKLE, dim=2)
+
+
+def _join_segments(*parts_BHNE: torch.Tensor) -> torch.Tensor:
+    """Output [B, L, H, E] of all segments, laid out as the next product reads it."""
+    return torch.cat(parts_BHNE, dim=2).transpose(1, 2).contiguous()
 
 
 def split_segment(segment: Segment, num_queries: int = QUERY_TOKENS) -> list[Segment]:

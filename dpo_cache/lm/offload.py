@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from dpo_cache.lm.recipes import saving
 from dpo_cache.lm.recomputation import decoder_layers
 
 LEAST_BYTES = 2**16  # of a storage that is worth a copy
@@ -97,7 +98,7 @@ class _Offload:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         moved = _Moved(self._transfer, self._latest, _Staying(layer, kwargs))
-        with torch.autograd.graph.saved_tensors_hooks(moved.pack, moved.unpack):
+        with saving(moved.pack, moved.unpack):
             output = forward(*args, **kwargs)
         moved.end_forward()
         self._latest = weakref.ref(moved)

@@ -1,6 +1,7 @@
 """Activations that are computed again in the backward pass instead of kept.
 
     none        keeps all of them
+    cheap       keeps all but what costs next to nothing: the outputs of norms and activation functions, copies of keys (`recipes.py`)
     selective   keeps what matrix products and attention gave, and computes norms, activations, copies and adapters' products again
     full        keeps each decoder layer's input alone, and computes the layer again
 
@@ -9,7 +10,10 @@ transformers' own switch works in train mode alone; the policy stays in eval mod
 
 from __future__ import annotations
 
-from functools import partial
+import ast
+import inspect
+from functools import cache, partial
+from textwrap import dedent
 from typing import Any
 
 import torch
@@ -18,10 +22,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-MODES = ("none", "selective", "full")
+from dpo_cache.lm.recipes import keep_recipes, keeps_recipes, remade
+
+MODES = ("none", "cheap", "selective", "full")
 
 # What a layer keeps for the backward pass, in times the outputs of its linear layers; measured on a Llama.
-FLOATS_KEPT = {"none": 2.7, "selective": 1.2, "full": 0.15}
+FLOATS_KEPT = {"none": 2.7, "cheap": 1.2, "selective": 1.2, "full": 0.15}
 
 EXPENSIVE = (
     "aten.mm", "aten.addmm", "aten.bmm", "aten._grouped_mm", "mkldnn._linear_pointwise", "aten._scaled_dot_product_flash_attention_for_cpu",
@@ -29,6 +35,8 @@ EXPENSIVE = (
     "aten._scaled_dot_product_attention_math_for_mps", "bitsandbytes.gemm_4bit", "bitsandbytes.int8_scaled_mm", "bitsandbytes.int8_mixed_scaled_mm",
 )  # fmt: skip
 
+
+ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")  # modules whose classes are functions of a value
 
 # Products of so few numbers each are cheaper to repeat than to keep: what adapters of low rank give. By operator, which argument they multiply.
 NARROW = 64
@@ -45,11 +53,16 @@ class Recomputation:
         layers = decoder_layers(model)
         self.num_layers = len(layers)
         for layer in layers:
+            for module in layer.modules():
+                _keep_as_recipe(module)
             layer.forward = partial(self._run, layer.forward)  # type: ignore[method-assign]
 
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         if self.mode == "none" or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        if self.mode == "cheap":
+            with keep_recipes():
+                return forward(*args, **kwargs)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if self.mode == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, self._choose)
@@ -58,6 +71,58 @@ class Recomputation:
     def _choose(self, _: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
         is_narrow = operator in self._multiplied and args[self._multiplied[operator]].shape[-1] <= NARROW
         return CheckpointPolicy.MUST_SAVE if operator in self._kept and not is_narrow else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_as_recipe(module: torch.nn.Module) -> None:
+    """Let what the module gives be kept as its recipe, where it is made in no time from what is kept anyway."""
+    kind = type(module)
+    if _is_gated(kind):
+        module.forward = partial(_run_gated, module, module.forward)  # type: ignore[method-assign]
+    elif kind is torch.nn.Linear:
+        module.register_forward_pre_hook(_cast_inputs)
+    elif not list(module.children()) and ("Norm" in kind.__name__ or kind.__module__ in ACTIVATIONS) and not getattr(module, "inplace", False):
+        module.forward = partial(_run_alone, module, module.forward)  # type: ignore[method-assign]
+
+
+def _run_alone(module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """A norm or an activation function."""
+    if kwargs or len(args) != 1:
+        return forward(*args, **kwargs)
+    return remade(forward, *args, parameters=tuple(module.parameters()))
+
+
+def _run_gated(module: Any, forward: Any, *args: Any) -> Any:
+    """`down_proj(act_fn(gate_proj(x)) * up_proj(x))`, of which what comes before `down_proj` is made again."""
+    if not keeps_recipes():
+        return forward(*args)
+    return module.down_proj(remade(lambda gate, up: module.act_fn(gate) * up, module.gate_proj(*args), module.up_proj(*args)))
+
+
+def _cast_inputs(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs of a linear layer as autocast would cast them, in a copy that is made again."""
+    (inputs,) = args
+    device_type = inputs.device.type
+    if not keeps_recipes() or inputs.dtype != torch.float32 or not torch.is_autocast_enabled(device_type):
+        return args
+    dtype = torch.get_autocast_dtype(device_type)
+    return (remade(lambda tensor: tensor.to(dtype), inputs),)
+
+
+@cache
+def _is_gated(kind: type[torch.nn.Module]) -> bool:
+    """Whether modules of this class compute `down_proj(act_fn(gate_proj(x)) * up_proj(x))` and nothing else, by their code."""
+    try:
+        (function,) = ast.parse(dedent(inspect.getsource(kind.forward))).body
+    except (OSError, TypeError, SyntaxError):
+        return False
+    assert isinstance(function, ast.FunctionDef)
+    if len(function.args.args) != 2:
+        return False
+    code = [ast.unparse(line) for line in function.body]
+    x = function.args.args[1].arg
+    product = f"self.down_proj(self.act_fn(self.gate_proj({x})) * self.up_proj({x}))"
+    is_plain = len(code) == 1 and code[0] == f"return {product}"
+    return is_plain or (len(code) == 2 and code[1].startswith("return ") and code[0] == f"{code[1].removeprefix('return ')} = {product}")
 
 
 def is_kept_changed(error: RuntimeError) -> bool:

@@ -17,6 +17,7 @@ import re
 from dpo_cache.errors import CorruptShardError, FormatError, NewerFormatError, NotInCacheError, OptionError
 from dpo_cache.store.documents import Document, digest_json, parse_document, read_bounded, read_sealed, render_document, seal_document
 from dpo_cache.store.files import Folder, open_folder
+from dpo_cache.store.identities import differing_fields
 from dpo_cache.store.index import ScoreIndex
 from dpo_cache.store.pairs import PairSet, PairSetWriter, read_manifest
 
@@ -103,6 +104,34 @@ class Cache:
             raise NotInCacheError(f"{self}: {problem}.\nIt holds: {', '.join(known) or 'no pair sets'}.")
         place = f"pairs/{matches[0]}"
         return PairSet(self.folder, place, read_manifest(self.folder, place))
+
+    def choose_pairs(self, name: str | None, purpose: str, *, besides: str | None = None) -> PairSet:
+        """The pair set of a name or, without one, the only pair set but for `besides`.
+
+        `purpose`, such as "to train on", says in the error what it is wanted for. Raises `CacheError`.
+        """
+        if name:
+            return self.pairs(name)
+        known = [pair_set for pair_set in self.pair_sets() if pair_set != besides]
+        if len(known) == 1:
+            return self.pairs(known[0])
+        if known:
+            raise NotInCacheError(f"{self}: several pair sets {purpose}.\nSay which with --pairs: {', '.join(known)}.")
+        if besides:
+            raise NotInCacheError(f"{self}: no pair set {purpose} besides {besides}.\nName one with --pairs.")
+        raise NotInCacheError(f"{self}: no pair set {purpose}.\nRun `dpo-cache precompute --cache {self} …` first.")
+
+    def check_scored_by(self, pairs: PairSet, reference: str) -> None:
+        """Raise `CacheError` where a pair set was scored by another reference than the one whose id begins so."""
+        expected = self.find_reference(reference)
+        if expected == pairs.reference_id:
+            return
+        identities = [self.read_reference(reference_id)["identity"] for reference_id in (pairs.reference_id, expected)]
+        raise NotInCacheError(
+            f"pair set {pairs.name} was scored by reference {pairs.reference_id[:12]}, not by {reference}; they differ in\n"
+            + "".join(f"  {line}\n" for line in differing_fields(*identities))
+            + "Leave --reference out, or run `dpo-cache precompute` with that model and another --name."
+        )
 
     def holds_pairs(self, name: str) -> bool:
         """Whether the pair set `NAME/SPLIT` is here."""

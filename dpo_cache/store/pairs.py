@@ -137,7 +137,7 @@ class PairSet:
     def read_keys(self) -> Iterator[tuple[bytes, bytes]]:
         """The keys of each pair's chosen and rejected completion, in order."""
         for part, group, _ in self._blocks:
-            table = self._open_part(part).read_group(group)
+            table = self._open_part(part).read_group(group, ["chosen_key", "rejected_key"])
             yield from zip(key_bytes(keys_of(table.column("chosen_key"))), key_bytes(keys_of(table.column("rejected_key"))), strict=True)
 
     def _open_part(self, part: Document) -> ParquetReader:

@@ -1,13 +1,18 @@
-"""When a run evaluates and saves, and which evaluation was the best."""
+"""When a run evaluates and saves, what an evaluation gives, and which was the best."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
+from dpo_cache.errors import TrainingError
 from dpo_cache.train_options import period
-from dpo_cache.training.metrics import Metrics
+from dpo_cache.training.batches import stream_pairs
+from dpo_cache.training.metrics import Metrics, PairMetrics
+from dpo_cache.training.opening import TrainingPairs
+from dpo_cache.training.passes import Passes
 
 # Option --best -> the metric, and whether more of it is better.
 MEASURES = {"loss": ("eval/loss", False), "accuracy": ("eval/rewards/accuracies", True), "margin": ("eval/rewards/margins", True)}
@@ -42,6 +47,26 @@ class Schedule:
 def schedule_of(flag: str, value: str | None, steps_per_epoch: int) -> Schedule:
     """The schedule that an option asks for, such as `100` or `0.5epochs`. Raises `OptionError`."""
     return Schedule(*period(flag, value), steps_per_epoch)
+
+
+def evaluate(passes: Passes, data: TrainingPairs, *, at_once: int, step: int) -> Metrics:
+    """Means over the evaluation pairs under the policy as it is after a step, against the cached reference; `at_once` pairs at a time.
+
+    Raises `TrainingError` naming the rows whose loss is not finite, and where step zero is wrong.
+    """
+    metrics = PairMetrics()
+    stream = stream_pairs(data.eval_pairs, data.eval_selected, shuffle=False, seed=0, epoch=0)
+    while pairs := list(islice(stream, at_once)):
+        values = passes.values(pairs)
+        if not math.isfinite(values.means()["loss"]):
+            rows = ", ".join(map(str, passes.find_spoiled(pairs)[:8]))
+            raise TrainingError(
+                f"the evaluation after step {step} gives a loss that is not finite, by row {rows} of the data.\nNo model was saved. Lower --lr."
+            )
+        metrics.merge(values)
+        if passes.step_zero is not None:
+            passes.step_zero.stop_if_wrong()
+    return metrics.means()
 
 
 @dataclass

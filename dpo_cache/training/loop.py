@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,49 +15,25 @@ from typing import Any
 import torch
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.lm.adapter import describe
-from dpo_cache.lm.device import choose_device, deterministic_algorithms, peak_bytes
-from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
-from dpo_cache.lm.offload import offload_activations
-from dpo_cache.lm.quantization import num_values
-from dpo_cache.lm.routing import router_coefficient
-from dpo_cache.options import number_or_auto
-from dpo_cache.store import open_cache
+from dpo_cache.lm.device import deterministic_algorithms, peak_bytes
 from dpo_cache.train_options import TrainOptions, with_config
-from dpo_cache.training.batches import count_shared, longest_pairs, stream_pairs
+from dpo_cache.training.batches import longest_pairs, stream_pairs
 from dpo_cache.training.card import library_versions, model_card
-from dpo_cache.training.checkpoint import Progress, find_checkpoints, read_progress, restore_optimizer, save_checkpoint
-from dpo_cache.training.evaluations import Best, schedule_of
-from dpo_cache.training.folder import (
-    check_config,
-    check_disk,
-    check_output,
-    discard,
-    drop_best,
-    find_start,
-    read_resolved,
-    save_best,
-    save_model,
-    write_config,
-)  # fmt: skip
-from dpo_cache.training.freeing import FreedGradients
-from dpo_cache.training.metrics import Metrics, MetricsFile, PairMetrics
-from dpo_cache.training.objective import objective_of
-from dpo_cache.training.opening import open_pairs, open_policy
-from dpo_cache.training.optimizers import make_optimizer
+from dpo_cache.training.checkpoint import find_checkpoints, save_checkpoint
+from dpo_cache.training.evaluations import Best, evaluate
+from dpo_cache.training.folder import check_config, check_output, discard, drop_best, save_best, save_model, write_config
+from dpo_cache.training.metrics import Metrics, MetricsFile
 from dpo_cache.training.passes import Passes
 from dpo_cache.training.report import Clock, TrainReport
 from dpo_cache.training.samples import open_sampler
-from dpo_cache.training.schedule import learning_rate
+from dpo_cache.training.setup import Say, Setup, open_setup
 from dpo_cache.training.signs import Signs
 from dpo_cache.training.step_zero import StepZero, expectation_of
-from dpo_cache.training.thrift import Thrift
-from dpo_cache.training.trackers import check_trackers, open_trackers
+from dpo_cache.training.trackers import open_trackers
 from dpo_cache.types import ScoredPair
 
 OnMetrics = Callable[[dict[str, Any]], None]
 OnCheckpoint = Callable[[Path], None]
-Say = Callable[[str], None]
 
 
 def train(
@@ -85,53 +61,29 @@ def train(
     given = {**options, **{name: os.fspath(value) for name, value in (("cache", cache), ("output", output)) if value is not None}}
     chosen = TrainOptions(**with_config(given))
     nothing: Callable[[Any], None] = lambda _: None  # noqa: E731
-    run = _Run(chosen, on_metrics or nothing, on_checkpoint or nothing, say or logging.getLogger("dpo_cache").warning)
+    started = time.perf_counter()
+    setup = open_setup(chosen, say or logging.getLogger("dpo_cache").warning)
+    run = _Run(setup, on_metrics or nothing, on_checkpoint or nothing, started)
     with deterministic_algorithms(chosen.deterministic):
         return run.try_step() if chosen.dry_run else run.train(should_stop or (lambda: False))
 
 
 class _Run:
-    """One training run: everything is opened and checked before the output folder is touched."""
+    """One training run: what changes while it goes on."""
 
-    def __init__(self, options: TrainOptions, on_metrics: OnMetrics, on_checkpoint: OnCheckpoint, say: Say):
-        self.options, self.on_metrics, self.on_checkpoint, self.say = options, on_metrics, on_checkpoint, say
-        self.started = time.perf_counter()
-        self.output = Path(options.output)
-        check_trackers(options.log_to)
-        self.checkpoint = find_start(self.output, say, resume=options.resume)
-        self.progress = read_progress(self.checkpoint) if self.checkpoint else Progress()
-        self.device = choose_device(options.device)
-        self.data = open_pairs(options, open_cache(options.cache))
-        self.policy = open_policy(options, self.data, self.device, self.checkpoint)
-        self.model = self.policy.model
-        self.num_parameters = sum(map(num_values, self.model.parameters()))
-        self.num_trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        self.linear = self._choose_linear()
-        steps_per_epoch = math.ceil(self.data.num_pairs / options.batch_size)
-        self.total_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch - 1e-9)
-        self.evaluates = schedule_of("--eval-every", options.eval_every, steps_per_epoch)
-        self.saves = schedule_of("--save-every", options.save_every, steps_per_epoch)
-        self.best = Best(**(self.progress.best or {"measure": options.best}))
-        micro_tokens, mode = number_or_auto("--micro-tokens", options.micro_tokens), options.gradient_checkpointing
-        self.thrift = Thrift(self.model, micro_tokens, mode, say, is_deterministic=options.deterministic)
-        if self.progress.thrift:
-            self.thrift.restore(self.progress.thrift)
-        if options.offload_activations:
-            offload_activations(self.model, say)
-        self.optimizer = make_optimizer(
-            self.model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay, rounding=options.rounding, seed=options.seed
-        )
-        if self.checkpoint:
-            restore_optimizer(self.checkpoint, self.optimizer)
-        self.freed = FreedGradients(self.optimizer) if options.free_gradients else None
-        self.objective = objective_of(options, router_coefficient(self.model, options.router_aux_loss_coef))
-        self.passes = Passes(self.policy, self.objective, self.thrift, self._step_zero(), say, self.freed)
-        self.signs = Signs(say, is_logistic=self.objective.is_logistic, has_reference=self.objective.has_reference, prefers=self.objective.prefers)
+    def __init__(self, setup: Setup, on_metrics: OnMetrics, on_checkpoint: OnCheckpoint, started: float):
+        self.setup, self.options, self.data, self.policy, self.say = setup, setup.options, setup.data, setup.policy, setup.say
+        self.on_metrics, self.on_checkpoint, self.started = on_metrics, on_checkpoint, started
+        self.progress, self.output = setup.progress, setup.output
+        self.best = Best(**(setup.progress.best or {"measure": setup.options.best}))
+        objective = setup.objective
+        self.passes = Passes(setup.policy, objective, setup.thrift, self._step_zero(), setup.say, setup.freed)
+        self.signs = Signs(setup.say, is_logistic=objective.is_logistic, has_reference=objective.has_reference, prefers=objective.prefers)
         self.clock = Clock()
         self.step_zero_gap: float | None = None
         self.has_updated = False
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
-        self.sampler = open_sampler(options.sample, self.data, self.policy, output=self.output, seed=options.seed, say=say)
+        self.sampler = open_sampler(setup.options.sample, setup.data, setup.policy, output=self.output, seed=setup.options.seed, say=setup.say)
 
     # -- the main path ---------------------------------------------------------------------------------
 
@@ -142,22 +94,22 @@ class _Run:
             with open_trackers(
                 self.options.log_to,
                 self.output,
-                self._config(),
+                self.setup.config(),
                 log_names=self.options.log_names,
                 history=self.metrics_file.lines(),
-                is_resumed=self.checkpoint is not None,
+                is_resumed=self.setup.checkpoint is not None,
                 say=self.say,
             ) as self.trackers:
                 return self._run_steps(should_stop)
         except BaseException:  # Ctrl-C too: what has not begun leaves nothing behind
-            if self.checkpoint is None and not self.has_updated:
+            if self.setup.checkpoint is None and not self.has_updated:
                 discard(self.output)
             raise
 
     def _run_steps(self, should_stop: Callable[[], bool]) -> TrainReport:
         first, before = self.metrics_file.first("loss"), self.metrics_file.first("eval/loss")  # of the part before a resumption
         last = None
-        if self.checkpoint is None:
+        if self.setup.checkpoint is None:
             before = self._evaluate()
             if self.passes.step_zero is not None:
                 self.passes.step_zero.begin_training()
@@ -165,14 +117,14 @@ class _Run:
         for pairs in self._steps():
             last = self._step(pairs)
             first = first or last
-            step, is_last = self.progress.step, self.progress.step == self.total_steps
-            if is_last or self.evaluates.is_due(step):
+            step, is_last = self.progress.step, self.progress.step == self.setup.total_steps
+            if is_last or self.setup.evaluates.is_due(step):
                 after = self._evaluate() or after
                 self._keep_best(after)
             if self._is_out_of_patience():
                 break
             stops = not is_last and should_stop()
-            if stops or (self.saves.is_due(step) and not is_last):
+            if stops or (self.setup.saves.is_due(step) and not is_last):
                 self._save_checkpoint()
             if stops:
                 self.trackers.state = "stopped"
@@ -182,13 +134,13 @@ class _Run:
     def try_step(self) -> TrainReport:
         """Two whole steps on the longest pairs, for their memory; nothing is written."""
         check_output(self.output)
-        self._check_disk()
-        self._remark()
+        self.setup.check_disk()
+        self.setup.remark()
         pairs = longest_pairs(self.data.pairs, self.data.selected, self.options.batch_size)
         for number in (1, 2):  # the optimizer's state is there from the first update on, and so beside activations in the second
             self.progress = replace(self.progress, step=number)
             step = self._update(pairs)
-        self.on_metrics({**step, "total_steps": self.total_steps, "left_s": None})
+        self.on_metrics({**step, "total_steps": self.setup.total_steps, "left_s": None})
         return self._report(step, step, None, None, finished=False)
 
     def _finish(self, first: Metrics | None, last: Metrics | None, before: Metrics | None, after: Metrics | None) -> TrainReport:
@@ -210,41 +162,21 @@ class _Run:
 
     def _settle_folder(self) -> None:
         """Begin the run's folder, or take it up at the checkpoint."""
-        if self.checkpoint:
-            check_config(self.output, self._config())
+        if self.setup.checkpoint:
+            check_config(self.output, self.setup.config())
             self.metrics_file.keep_until(self.progress.step)
             if self.sampler:
                 self.sampler.file.keep_until(self.progress.step)
         else:
-            self._check_disk()
+            self.setup.check_disk()
             discard(self.output)  # of a run that was cut off before its first checkpoint
-            write_config(self.output, self._config())
-        self._remark()
-
-    def _check_disk(self) -> None:
-        options = self.options
-        num_checkpoints, keeps_best = options.keep if options.save_every else 0, options.eval_every is not None
-        check_disk(self.output, self.model, num_checkpoints=num_checkpoints, keeps_best=keeps_best, is_merged=options.merge_adapter)
-
-    def _remark(self) -> None:
-        """Say what a user should know before the first step."""
-        if self.policy.attention.name == "rows":
-            self.say(f"{type(self.model).__name__} is trained on plain padded rows, which is slower: {self.policy.attention.reason}.")
-        if self.checkpoint is None and not any(self._lr(step) for step in range(min(self.total_steps, 1000))):
-            self.say(f"nothing will be learned: the warm-up (--warmup-ratio {self.options.warmup_ratio}) takes all {self.total_steps} steps.")
-        periods = {"--eval-every": (self.options.eval_every, self.evaluates), "--save-every": (self.options.save_every, self.saves)}
-        for flag, (value, schedule) in periods.items():
-            if value is not None and not schedule.count(1, self.total_steps):
-                self.say(f"{flag} {value} never comes about in {self.total_steps} steps.")
-        if self.data.eval_pairs is not None and self.data.eval_pairs is not self.data.pairs:
-            shared = count_shared(self.data.pairs, self.data.eval_pairs)
-            if shared:
-                self.say(f"{shared:,} of {len(self.data.eval_pairs):,} evaluation pairs stand in the training pairs, too: those are not held out.")
+            write_config(self.output, self.setup.config())
+        self.setup.remark()
 
     def _steps(self) -> Iterator[list[ScoredPair]]:
         """The pairs of each step that is left, epoch after epoch; the last step of an epoch may be smaller."""
         options = self.options
-        while self.progress.step < self.total_steps:
+        while self.progress.step < self.setup.total_steps:
             stream = stream_pairs(
                 self.data.pairs,
                 self.data.selected,
@@ -253,10 +185,10 @@ class _Run:
                 epoch=self.progress.epoch,
                 skip=self.progress.pairs_seen,
             )
-            while self.progress.step < self.total_steps and (pairs := list(islice(stream, options.batch_size))):
+            while self.progress.step < self.setup.total_steps and (pairs := list(islice(stream, options.batch_size))):
                 self.progress = replace(self.progress, step=self.progress.step + 1, pairs_seen=self.progress.pairs_seen + len(pairs))
                 yield pairs
-            if self.progress.step < self.total_steps:
+            if self.progress.step < self.setup.total_steps:
                 self.progress = replace(self.progress, epoch=self.progress.epoch + 1, pairs_seen=0)
 
     def _step(self, pairs: list[ScoredPair]) -> Metrics:
@@ -269,23 +201,25 @@ class _Run:
     def _update(self, pairs: list[ScoredPair]) -> Metrics:
         """One update. The loss is the mean over the step's pairs, however they are split into forests."""
         self._check_base(pairs)
+        optimizer, freed = self.setup.optimizer, self.setup.freed
         started = time.perf_counter()
-        lr = self._lr(self.progress.step - 1)
-        for parameters in self.optimizer.param_groups:
+        lr = self.setup.lr(self.progress.step - 1)
+        for parameters in optimizer.param_groups:
             parameters["lr"] = lr
         metrics, num_tokens = self.passes.gradient(pairs)
         self._end_step_zero()
-        if self.freed:
-            has_changed, grad_norm = self.freed.has_begun, float(self.freed.end_step())
+        if freed:
+            has_changed, grad_norm = freed.has_begun, float(freed.end_step())
         else:
-            has_changed, grad_norm = False, float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or math.inf))
+            largest = self.options.max_grad_norm or math.inf
+            has_changed, grad_norm = False, float(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), largest))
         means = metrics.means()
         if not math.isfinite(means["loss"]) or not math.isfinite(grad_norm):
             raise self._not_finite(pairs, means["loss"], grad_norm, has_changed=has_changed)
-        if not self.freed:
-            self.optimizer.step()
+        if not freed:
+            optimizer.step()
         self.has_updated = True
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         return {
             "step": self.progress.step,
             "epoch": round(self.progress.epoch + self.progress.pairs_seen / self.data.num_pairs, 4),
@@ -294,7 +228,7 @@ class _Run:
             "lr": lr,
             "num_tokens": num_tokens,
             "pairs_per_s": len(pairs) / (time.perf_counter() - started),
-            "peak_bytes": peak_bytes(self.device),
+            "peak_bytes": peak_bytes(self.setup.device),
         }
 
     def _not_finite(self, pairs: list[ScoredPair], loss: float, grad_norm: float, *, has_changed: bool) -> TrainingError:
@@ -312,24 +246,12 @@ class _Run:
         )
 
     def _evaluate(self) -> Metrics | None:
-        """Means over the evaluation pairs under the policy as it is, against the cached reference; None where there are none."""
+        """Means over the evaluation pairs under the policy as it is, written down; None where there are none."""
         if self.data.eval_pairs is None:
             return None
-        started, metrics = time.perf_counter(), PairMetrics()
-        stream = stream_pairs(self.data.eval_pairs, self.data.eval_selected, shuffle=False, seed=0, epoch=0)
-        at_once = self.options.batch_size if self.objective.needs_whole_step else 64
-        while pairs := list(islice(stream, at_once)):
-            values = self.passes.values(pairs)
-            if not math.isfinite(values.means()["loss"]):
-                rows = ", ".join(map(str, self.passes.find_spoiled(pairs)[:8]))
-                raise TrainingError(
-                    f"the evaluation after step {self.progress.step} gives a loss that is not finite, by row {rows} of the data.\n"
-                    "No model was saved. Lower --lr."
-                )
-            metrics.merge(values)
-            if self.passes.step_zero is not None:
-                self.passes.step_zero.stop_if_wrong()
-        means = metrics.means()
+        started = time.perf_counter()
+        at_once = self.options.batch_size if self.setup.objective.needs_whole_step else 64
+        means = evaluate(self.passes, self.data, at_once=at_once, step=self.progress.step)
         if self.sampler:
             self.sampler.write(self.progress.step)
         self.clock.note_evaluation(time.perf_counter() - started)
@@ -339,7 +261,7 @@ class _Run:
 
     def _step_zero(self) -> StepZero | None:
         """What looks on until the first update; a policy that was trained before repeats nothing."""
-        if self.checkpoint or self.options.step_zero == "off":
+        if self.setup.checkpoint or self.options.step_zero == "off":
             return None
         return StepZero(expectation_of(self.policy, self.data, self.options), self.options.step_zero)
 
@@ -363,34 +285,24 @@ class _Run:
     def _save_checkpoint(self) -> None:
         self._check_weights("no checkpoint")
         self.metrics_file.settle()
-        progress = replace(self.progress, thrift=self.thrift.state(), best=self.best.state())
-        self.on_checkpoint(save_checkpoint(self.output, self.policy, self.optimizer, progress, keep=self.options.keep))
+        progress = replace(self.progress, thrift=self.setup.thrift.state(), best=self.best.state())
+        self.on_checkpoint(save_checkpoint(self.output, self.policy, self.setup.optimizer, progress, keep=self.options.keep))
 
     def _keep_best(self, evaluation: Metrics | None) -> None:
         """Keep the policy of the best evaluation so far, unless it will be the one in model/ anyway."""
         if evaluation is None or not self.best.note(evaluation):
             return
-        if self.options.eval_every is not None and self.progress.step != self.total_steps:
+        if self.options.eval_every is not None and self.progress.step != self.setup.total_steps:
             found = {name: value for name, value in self.best.state().items() if name != "num_worse"}
             save_best(self.output, self.policy, found, self._card(self.progress.step, evaluation))
 
     def _check_weights(self, what: str) -> None:
         """Raise `TrainingError` before weights that are not finite take the place of good ones."""
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+        if not all(bool(parameter.isfinite().all()) for parameter in self.policy.model.parameters()):
             raise TrainingError(f"step {self.progress.step}: the update left weights that are not finite; {what} was saved.\nLower --lr.")
 
     def _is_out_of_patience(self) -> bool:
-        return self.options.patience is not None and self.best.num_worse >= self.options.patience and self.progress.step < self.total_steps
-
-    def _choose_linear(self) -> str:
-        """Which library multiplies: as before in a resumed run, by a rule instead of a measurement under --deterministic."""
-        before = read_resolved(self.output).get("linear", "torch") == "onednn" if self.checkpoint else None
-        decided = True if before is None and self.options.deterministic else before
-        return "onednn" if use_fast_linear(self.model, worth=CLEARLY_WORTH, decided=decided) else "torch"
-
-    def _lr(self, step: int) -> float:
-        options = self.options
-        return learning_rate(step, self.total_steps, peak=options.lr, schedule=options.lr_schedule, warmup_ratio=options.warmup_ratio)
+        return self.options.patience is not None and self.best.num_worse >= self.options.patience and self.progress.step < self.setup.total_steps
 
     # -- reporting -------------------------------------------------------------------------------------
 
@@ -398,18 +310,14 @@ class _Run:
         self.metrics_file.append(metrics)
         self.trackers.log(metrics)
         step = self.progress.step
-        num_evaluations = self.evaluates.count(step + 1, self.total_steps) if self.data.eval_pairs is not None else 0
-        left_s = self.clock.left_s(self.total_steps - step, num_evaluations)
-        self.on_metrics({**metrics, "total_steps": self.total_steps, "left_s": left_s})
+        num_evaluations = self.setup.evaluates.count(step + 1, self.setup.total_steps) if self.data.eval_pairs is not None else 0
+        left_s = self.clock.left_s(self.setup.total_steps - step, num_evaluations)
+        self.on_metrics({**metrics, "total_steps": self.setup.total_steps, "left_s": left_s})
         return metrics
-
-    def _config(self) -> dict[str, Any]:
-        """Every option, and what became of the defaults."""
-        return {**asdict(self.options), "resolved": self._resolved()}
 
     def _card(self, step: int, evaluation: Metrics | None) -> str:
         """The model card of the policy as it was after a step."""
-        lines, config = self.metrics_file, self._config()
+        lines, config = self.metrics_file, self.setup.config()
         return model_card(
             config,
             self.data.pairs.manifest,
@@ -421,28 +329,6 @@ class _Run:
             num_steps=step,
             versions=library_versions(config),
         )
-
-    def _resolved(self) -> dict[str, Any]:
-        return {
-            "model": self.policy.location,
-            "adapter": describe(self.policy.adapted) if self.policy.adapted else None,
-            "base_weights": self.policy.base_weights,
-            "reference": self.data.pairs.reference_id,
-            "cache": self.options.cache,
-            "pairs": self.data.pairs.name,
-            "eval_pairs": self.data.eval_pairs.name if self.data.eval_pairs is not None and self.options.eval_pairs else None,
-            "pairs_digest": self.data.pairs.manifest["pairs_digest"],
-            "num_pairs": self.data.num_pairs,
-            "num_eval_pairs": int(self.data.eval_selected.sum()),
-            "total_steps": self.total_steps,
-            "attention": self.policy.attention.name,
-            "precision": self.policy.precision,
-            "device": str(self.device),
-            "micro_tokens": self.thrift.micro_tokens,
-            "gradient_checkpointing": self.thrift.mode,
-            "linear": self.linear,
-            "router_coefficient": self.objective.router_coefficient,
-        }
 
     def _report(self, first: Metrics | None, last: Metrics | None, before: Metrics | None, after: Metrics | None, *, finished: bool) -> TrainReport:
         has_best = (self.output / "best").exists() and not self.options.dry_run
@@ -458,12 +344,12 @@ class _Run:
             eval_before=before,
             eval_after=after,
             elapsed_s=time.perf_counter() - self.started,
-            peak_bytes=peak_bytes(self.device),
-            num_trained=self.num_trained,
-            num_parameters=self.num_parameters,
+            peak_bytes=peak_bytes(self.setup.device),
+            num_trained=self.setup.num_trained,
+            num_parameters=self.setup.num_parameters,
             best=None if self.best.step is None else self.best.state(),
             best_model=str(self.output / "best") if has_best else None,
-            stopped_by_patience=finished and self.progress.step < self.total_steps,
+            stopped_by_patience=finished and self.progress.step < self.setup.total_steps,
             is_dry_run=self.options.dry_run,
-            resolved=self._resolved(),
+            resolved=self.setup.resolved(),
         )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cache.errors import ModelError, NotInCacheError, TrainingError
+from dpo_cache.errors import ModelError, TrainingError
 from dpo_cache.lm.adapter import (
     Parts,
     add_adapter,
@@ -74,22 +74,17 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
 
     Raises `CacheError` or `TrainingError`.
     """
-    pairs = cache.pairs(options.pairs) if options.pairs else _only_pair_set(cache, options.eval_pairs)
+    eval_pairs = cache.pairs(options.eval_pairs) if options.eval_pairs else None
+    pairs = cache.choose_pairs(options.pairs, "to train on", besides=eval_pairs.name if eval_pairs else None)
     check_details(pairs.manifest, f"{cache}/pairs/{pairs.name}/manifest.json")
     pairs.hold()
     _check_token_logps(options, pairs)
     reference_id = pairs.reference_id
-    if options.reference and (expected := cache.find_reference(options.reference)) != reference_id:
-        identities = [cache.read_reference(entry)["identity"] for entry in (reference_id, expected)]
-        raise TrainingError(
-            f"pair set {pairs.name} was scored by reference {reference_id[:12]}, not by {options.reference}; they differ in\n"
-            + "".join(f"  {line}\n" for line in differing_fields(*identities))
-            + "Leave --reference out, or run `dpo-cache precompute` with that model and another --name."
-        )
+    if options.reference:
+        cache.check_scored_by(pairs, options.reference)
     selected = np.ones(len(pairs), bool)
-    eval_pairs, eval_selected = None, np.zeros(0, bool)
-    if options.eval_pairs:
-        eval_pairs = cache.pairs(options.eval_pairs)
+    eval_selected = np.zeros(0, bool)
+    if eval_pairs:
         eval_pairs.hold()
         _check_token_logps(options, eval_pairs)
         eval_selected = np.ones(len(eval_pairs), bool)
@@ -223,18 +218,6 @@ def _check_token_logps(options: TrainOptions, pairs: PairSet) -> None:
             f"{pairs.name} holds sums of log-probs alone, and --ld-alpha weights the reference's tokens, too.\n"
             "Use --no-ld-reference, or score the pairs with `dpo-cache precompute`."
         )
-
-
-def _only_pair_set(cache: Cache, eval_pairs: str | None) -> PairSet:
-    held = cache.pairs(eval_pairs).name if eval_pairs else None
-    known = [name for name in cache.pair_sets() if name != held]
-    if len(known) == 1:
-        return cache.pairs(known[0])
-    if held and not known:
-        raise NotInCacheError(f"{cache}: no pair set to train on besides {held}, which is to be evaluated on.\nName one with --pairs.")
-    if not known:
-        raise NotInCacheError(f"{cache}: no pair set to train on.\nRun `dpo-cache precompute --cache {cache} …` first.")
-    raise NotInCacheError(f"{cache}: several pair sets to train on.\nSay which with --pairs: {', '.join(known)}.")
 
 
 def _load_tokenizer(locations: list[str | None], made_with: Document, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ import torch
 
 from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
-from dpo_cache.lm.device import autocast
+from dpo_cache.lm.device import autocast, release_free_bytes
 from dpo_cache.lm.policy import CompletionLogps, completion_logps, count_tokens, join_logps
 from dpo_cache.training.batches import Group, completions_of, split_step
 from dpo_cache.training.freeing import FreedGradients
@@ -89,9 +89,11 @@ class Passes:
             self._policy.model.zero_grad(set_to_none=True)
 
     def _gradient(self, pairs: list[ScoredPair]) -> tuple[PairMetrics, int]:
-        metrics, groups, length = PairMetrics(), self._split(pairs), mean_chosen_tokens(pairs)
+        metrics, length = PairMetrics(), mean_chosen_tokens(pairs)
+        groups = sorted(self._split(pairs), key=lambda group: group.num_tokens, reverse=True)  # smaller ones fit where larger ones were
         together = [groups] if self.objective.needs_whole_step else [[group] for group in groups]
         for place, those in enumerate(together):
+            release_free_bytes(self._policy.model.device)
             is_last = place == len(together) - 1
             if sum(len(self._pieces(group)) for group in those) > 1:
                 self._backward_twice(those, len(pairs), length, metrics, is_last)
@@ -125,6 +127,7 @@ class Passes:
 
     def _backward(self, run: Callable[[], None], metrics: PairMetrics, is_last: bool) -> None:
         """A backward pass; the last of a step updates the weights, where that is asked for and the step's loss is finite."""
+        release_free_bytes(self._policy.model.device)
         if not (is_last and self._freed):
             run()
         elif math.isfinite(metrics.means()["loss"]):

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.budget import is_out_of_memory
+from dpo_cache.lm.device import autocast
 from dpo_cache.lm.generation import Answer, write_answers
 from dpo_cache.training.batches import stream_pairs
 from dpo_cache.training.metrics import MetricsFile
@@ -60,7 +60,7 @@ class Sampler:
         end_ids = end_tokens(model, tokenizer)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
         try:
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=self.policy.precision == "bf16-mixed"):
+            with autocast(model.device, self.policy.precision, keeps_copies=True):
                 answers = write_answers(
                     model,
                     [scored.pair.chosen.prompt_ids for scored in self.prompts],

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -35,7 +35,7 @@ class Thrift:
         self._recomputation = Recomputation(model)
         self._recomputation.mode = requested if self._is_fixed else _mode_that_fits(model, self.micro_tokens)
         self.pair_tokens: float = micro_tokens or (math.inf if is_deterministic else max(self.micro_tokens, _tokens_that_fit(model, self.mode)))
-        if not self._recomputation.num_layers and requested in ("selective", "full"):
+        if not self._recomputation.num_layers and requested not in ("auto", "none"):
             say(f"--gradient-checkpointing {requested} has no effect: {type(model).__name__} has no layers that take it.")
 
     def state(self) -> dict[str, Any]:
@@ -87,9 +87,7 @@ class Thrift:
 
 def _free_bytes(device: torch.device) -> float:
     """Free memory of a host, where running out of it ends the process; elsewhere infinite, until memory runs out."""
-    if device.type != "cpu" or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return math.inf
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available if device.type == "cpu" else math.inf
 
 
 def _tokens_that_fit(model: PreTrainedModel, mode: str) -> float:
@@ -98,6 +96,6 @@ def _tokens_that_fit(model: PreTrainedModel, mode: str) -> float:
 
 
 def _mode_that_fits(model: PreTrainedModel, micro_tokens: int) -> str:
-    """The first mode, the fastest, that fits into free memory."""
-    fits = (mode for mode in MODES if activation_bytes(model, micro_tokens, mode) < SHARE_OF_FREE * _free_bytes(model.device))
+    """The first mode that fits into free memory; `none` is no faster than the next."""
+    fits = (mode for mode in MODES[1:] if activation_bytes(model, micro_tokens, mode) < SHARE_OF_FREE * _free_bytes(model.device))
     return next(fits, MODES[-1])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import dpo_cache
+from dpo_cache.training import passes
 from tests.cli.test_commands import run  # noqa: F401  (a fixture)
 from tests.conftest import chat_rows, write_rows
 
@@ -86,3 +87,25 @@ def test_options_that_do_not_go_together_are_usage_errors(run, cache: Path, tmp_
     done = run("train", "--cache", cache, "--output", tmp_path / "run", *options)
     assert (done.code, done.err, done.out) == (2, message, "")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--save-every", 1], "stopped at once; {run}/checkpoints/step-000001 holds the last state that was saved. Go on from it with --resume.\n"),
+        ([], "stopped at once, before the first checkpoint (--save-every N makes some): there is nothing to resume.\n"),
+    ],
+)
+def test_a_run_that_is_stopped_at_once_says_what_is_left_of_it(run, cache, tmp_path, monkeypatch, options, expected) -> None:  # noqa: F811
+    forward, calls = passes.completion_logps, []
+
+    def stop(*arguments, **more):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(*arguments, **more)
+
+    monkeypatch.setattr(passes, "completion_logps", stop)
+    done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON, *options)
+    assert (done.code, done.out) == (130, "")
+    assert done.err.endswith(expected.format(run=tmp_path / "run") + "error: interrupted; everything published so far is kept.\n")

@@ -1,0 +1,170 @@
+"""Tensors that are made again in the backward pass, from what is kept anyway, where that costs next to nothing.
+
+The output of a norm or an activation function, or a copy of keys, takes as much memory as a matrix product's, and a
+hundredth of its time. Within `keep_recipes`, what `remade` gives is kept as its recipe, the function and its inputs,
+wherever the backward pass asks for it: by the product that multiplies it, for one. It is made again when that is
+reached, once, and its own gradient is taken of that. The same operations give the gradients as if everything were
+kept; a tensor that is used beside its recipe, too, has its gradients added up in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+Pack, Unpack = Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]
+Hooks = tuple[Pack, Unpack]
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+_book: ContextVar[_Book | None] = ContextVar("book", default=None)
+_hooks: ContextVar[Hooks] = ContextVar("hooks", default=(_itself, _itself))
+
+
+def remade(function: Callable[..., torch.Tensor], *inputs: torch.Tensor, parameters: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """`function(*inputs)`, which uses `parameters`, too; within `keep_recipes` it is kept as that call.
+
+    The function gives one tensor, the same for the same inputs.
+    """
+    book = _book.get()
+    if book is None or not torch.is_grad_enabled():
+        return function(*inputs)
+    recipe = _Recipe(function, inputs, parameters, book)
+    output = _Remade.apply(recipe, *inputs, *parameters)
+    book.enter(output, recipe, inputs)
+    return output
+
+
+def keeps_recipes() -> bool:
+    """Whether recipes are kept here and now."""
+    return _book.get() is not None and torch.is_grad_enabled()
+
+
+@contextmanager
+def keep_recipes() -> Iterator[None]:
+    """While open, what `remade` gives is kept as its recipe; the rest as under the `saving` around it."""
+    book, hooks = _Book(*_hooks.get()), _hooks.get()
+    token = _book.set(book)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(book.pack, lambda packed: _unpack(packed, hooks[1])):
+            yield
+    finally:
+        _book.reset(token)
+        book.close()
+
+
+@contextmanager
+def saving(pack: Pack, unpack: Unpack) -> Iterator[None]:
+    """torch's hooks for tensors that are kept, which a `keep_recipes` inside uses for all that has no recipe."""
+    token = _hooks.set((pack, unpack))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        _hooks.reset(token)
+
+
+class _Book:
+    """The recipes of a forward pass, by the storage of what they gave."""
+
+    def __init__(self, pack: Pack, unpack: Unpack):
+        self.keep, self.fetch = pack, unpack
+        self._recipes: dict[int, tuple[_Recipe, torch.Tensor, int]] = {}
+
+    def enter(self, output: torch.Tensor, recipe: _Recipe, inputs: Sequence[torch.Tensor]) -> None:
+        if _storage(output) not in map(_storage, inputs):  # else it takes no memory of its own
+            self._recipes[_storage(output)] = recipe, output.detach(), output._version  # held: no other storage gets this address meanwhile
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """The recipe and which part of its output the tensor is, or whatever keeps it."""
+        recipe, output, version = self._recipes.get(_storage(tensor), (None, tensor, 0))
+        if recipe is None or output._version != version or tensor.dtype != output.dtype:  # changed in place: what the recipe gives is another
+            return self.keep(tensor)
+        return _Part(recipe, tensor)
+
+    def close(self) -> None:
+        self._recipes.clear()
+
+
+class _Part:
+    """A view of what a recipe gives."""
+
+    def __init__(self, recipe: _Recipe, tensor: torch.Tensor):
+        self._recipe, self._view = recipe, (tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def tensor(self) -> torch.Tensor:
+        return self._recipe.output().as_strided(*self._view)
+
+
+def _unpack(packed: Any, fetch: Unpack) -> torch.Tensor:
+    return packed.tensor() if isinstance(packed, _Part) else fetch(packed)
+
+
+class _Recipe:
+    """A function and its inputs, each kept as the book keeps it, which may be as a recipe, too."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], book: _Book):
+        self._function, self._parameters, self._fetch = function, parameters, book.fetch
+        self._inputs = [(book.pack(tensor.detach()), tensor.requires_grad, tensor._version) for tensor in inputs]
+        self._autocast = _autocast_of(inputs[0].device.type)
+        self._made: tuple[list[torch.Tensor], torch.Tensor] | None = None
+
+    def output(self) -> torch.Tensor:
+        """What the function gives, kept from here until `gradients`, if those will be asked for."""
+        has_gradients = any(needs for _, needs, _ in self._inputs) or any(parameter.requires_grad for parameter in self._parameters)
+        made = self._made or self._make()
+        if has_gradients:
+            self._made = made
+        return made[1].detach()
+
+    def gradients(self, grad: torch.Tensor) -> list[torch.Tensor | None]:
+        """Of the inputs, then of the parameters; None where none is needed."""
+        leaves, output = self._made or self._make()
+        self._made = None
+        sources = [*leaves, *self._parameters]
+        found = iter(torch.autograd.grad(output, [source for source in sources if source.requires_grad], grad))
+        return [next(found) if source.requires_grad else None for source in sources]
+
+    def _make(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        leaves = []
+        for packed, needs, version in self._inputs:
+            tensor = _unpack(packed, self._fetch)
+            if isinstance(packed, torch.Tensor) and packed._version != version:
+                raise RuntimeError("a tensor of which another is to be made again was changed in place")
+            leaves.append(tensor.detach().requires_grad_(needs))
+        with torch.enable_grad(), self._autocast():
+            return leaves, self._function(*leaves)
+
+
+class _Remade(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recipe: _Recipe, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.recipe = recipe
+        return recipe._function(*inputs[: len(recipe._inputs)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        recipe, ctx.recipe = ctx.recipe, None  # its inputs go once nobody else needs them
+        if recipe is None:
+            raise RuntimeError("what was kept as a recipe has one backward pass")
+        return None, *recipe.gradients(grads[0])
+
+
+def _autocast_of(device_type: str) -> Callable[[], Any]:
+    """What brings back the autocast that is on now."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext
+    dtype = torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype, cache_enabled=False)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Tells storages apart, fake ones, too."""
+    return tensor.untyped_storage()._cdata

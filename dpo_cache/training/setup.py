@@ -1,0 +1,168 @@
+"""All that a training run needs, opened and checked before its output folder is touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_cache.lm.adapter import describe
+from dpo_cache.lm.device import choose_device
+from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
+from dpo_cache.lm.offload import offload_activations
+from dpo_cache.lm.quantization import num_values
+from dpo_cache.lm.routing import router_coefficient
+from dpo_cache.options import number_or_auto
+from dpo_cache.store import open_cache
+from dpo_cache.train_options import TrainOptions
+from dpo_cache.training.batches import count_shared
+from dpo_cache.training.checkpoint import Progress, read_progress, restore_optimizer
+from dpo_cache.training.evaluations import Schedule, schedule_of
+from dpo_cache.training.folder import check_disk, find_start, read_resolved
+from dpo_cache.training.freeing import FreedGradients
+from dpo_cache.training.objective import Objective, objective_of
+from dpo_cache.training.opening import Policy, TrainingPairs, open_pairs, open_policy
+from dpo_cache.training.optimizers import make_optimizer
+from dpo_cache.training.schedule import learning_rate
+from dpo_cache.training.thrift import Thrift
+from dpo_cache.training.trackers import check_trackers
+from dpo_cache.training.updates import Updater
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The pairs, the policy and what updates it; where a run is resumed, as its checkpoint has them."""
+
+    options: TrainOptions
+    say: Say
+    device: torch.device
+    data: TrainingPairs
+    policy: Policy
+    objective: Objective
+    thrift: Thrift
+    optimizer: Updater
+    freed: FreedGradients | None  # where --free-gradients updates the weights inside the backward pass
+    total_steps: int
+    evaluates: Schedule
+    saves: Schedule
+    num_parameters: int
+    num_trained: int
+    linear: str  # the library that multiplies: "torch" or "onednn"
+    checkpoint: Path | None  # what the run goes on from
+    progress: Progress  # where it stands at its start
+
+    @property
+    def output(self) -> Path:
+        return Path(self.options.output)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of an update, numbered from 0."""
+        options = self.options
+        return learning_rate(step, self.total_steps, peak=options.lr, schedule=options.lr_schedule, warmup_ratio=options.warmup_ratio)
+
+    def check_disk(self) -> None:
+        """Raise `TrainingError` where what the run writes has no room."""
+        options = self.options
+        num_checkpoints, keeps_best = options.keep if options.save_every else 0, options.eval_every is not None
+        check_disk(self.output, self.policy.model, num_checkpoints=num_checkpoints, keeps_best=keeps_best, is_merged=options.merge_adapter)
+
+    def config(self) -> dict[str, Any]:
+        """What config.json holds: every option, and what became of the defaults."""
+        return {**asdict(self.options), "resolved": self.resolved()}
+
+    def resolved(self) -> dict[str, Any]:
+        """What became of the defaults."""
+        data, policy = self.data, self.policy
+        return {
+            "model": policy.location,
+            "adapter": describe(policy.adapted) if policy.adapted else None,
+            "base_weights": policy.base_weights,
+            "reference": data.pairs.reference_id,
+            "cache": self.options.cache,
+            "pairs": data.pairs.name,
+            "eval_pairs": data.eval_pairs.name if data.eval_pairs is not None and self.options.eval_pairs else None,
+            "pairs_digest": data.pairs.manifest["pairs_digest"],
+            "num_pairs": data.num_pairs,
+            "num_eval_pairs": int(data.eval_selected.sum()),
+            "total_steps": self.total_steps,
+            "attention": policy.attention.name,
+            "precision": policy.precision,
+            "device": str(self.device),
+            "micro_tokens": self.thrift.micro_tokens,
+            "gradient_checkpointing": self.thrift.mode,
+            "linear": self.linear,
+            "router_coefficient": self.objective.router_coefficient,
+        }
+
+    def remark(self) -> None:
+        """Say what a user should know before the first step."""
+        model, data, options = self.policy.model, self.data, self.options
+        if self.policy.attention.name == "rows":
+            self.say(f"{type(model).__name__} is trained on plain padded rows, which is slower: {self.policy.attention.reason}.")
+        if self.checkpoint is None and not any(self.lr(step) for step in range(min(self.total_steps, 1000))):
+            self.say(f"nothing will be learned: the warm-up (--warmup-ratio {options.warmup_ratio}) takes all {self.total_steps} steps.")
+        periods = {"--eval-every": (options.eval_every, self.evaluates), "--save-every": (options.save_every, self.saves)}
+        for flag, (value, schedule) in periods.items():
+            if value is not None and not schedule.count(1, self.total_steps):
+                self.say(f"{flag} {value} never comes about in {self.total_steps} steps.")
+        if data.eval_pairs is not None and data.eval_pairs is not data.pairs and (shared := count_shared(data.pairs, data.eval_pairs)):
+            self.say(f"{shared:,} of {len(data.eval_pairs):,} evaluation pairs stand in the training pairs, too: those are not held out.")
+
+
+def open_setup(options: TrainOptions, say: Say) -> Setup:
+    """Find, check and load all that the options name; nothing is written. Raises `DpoCacheError`."""
+    check_trackers(options.log_to)
+    output = Path(options.output)
+    checkpoint = find_start(output, say, resume=options.resume)
+    progress = read_progress(checkpoint) if checkpoint else Progress()
+    device = choose_device(options.device)
+    data = open_pairs(options, open_cache(options.cache))
+    policy = open_policy(options, data, device, checkpoint)
+    model = policy.model
+    linear = _choose_linear(policy, read_resolved(output) if checkpoint else None, is_deterministic=options.deterministic)
+    steps_per_epoch = math.ceil(data.num_pairs / options.batch_size)
+    evaluates = schedule_of("--eval-every", options.eval_every, steps_per_epoch)
+    saves = schedule_of("--save-every", options.save_every, steps_per_epoch)
+    micro_tokens, mode = number_or_auto("--micro-tokens", options.micro_tokens), options.gradient_checkpointing
+    thrift = Thrift(model, micro_tokens, mode, say, is_deterministic=options.deterministic)
+    if progress.thrift:
+        thrift.restore(progress.thrift)
+    if options.offload_activations:
+        offload_activations(model, say)
+    optimizer = make_optimizer(
+        model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay, rounding=options.rounding, seed=options.seed
+    )
+    if checkpoint:
+        restore_optimizer(checkpoint, optimizer)
+    return Setup(
+        options=options,
+        say=say,
+        device=device,
+        data=data,
+        policy=policy,
+        objective=objective_of(options, router_coefficient(model, options.router_aux_loss_coef)),
+        thrift=thrift,
+        optimizer=optimizer,
+        freed=FreedGradients(optimizer) if options.free_gradients else None,
+        total_steps=options.max_steps or math.ceil(options.epochs * steps_per_epoch - 1e-9),
+        evaluates=evaluates,
+        saves=saves,
+        num_parameters=sum(map(num_values, model.parameters())),
+        num_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        linear=linear,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def _choose_linear(policy: Policy, before: dict[str, Any] | None, *, is_deterministic: bool) -> str:
+    """Which library multiplies: as before in a resumed run, by a rule instead of a measurement under --deterministic."""
+    was_fast = None if before is None else before.get("linear", "torch") == "onednn"
+    decided = True if was_fast is None and is_deterministic else was_fast
+    return "onednn" if use_fast_linear(policy.model, worth=CLEARLY_WORTH, decided=decided) else "torch"
