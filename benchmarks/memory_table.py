@@ -105,7 +105,7 @@ def validate(location: str, trl_python: str | None) -> None:
     pair = VALIDATION.completions()
     theirs_allocated = trl_bytes(location, trl_python) if trl_python else {}
     print("| what is run | counted, MB | allocated, MB | counted / allocated |\n|---|---|---|---|")
-    for mode in ("none", "selective", "full"):
+    for mode in ("none", "cheap", "selective", "full"):
         ours = partial(policy_of, mode=mode)
         compare(f"dpo-cache, {mode}", location, config, ours, lambda _: pass_loss(pair))
         compare(f"dpo-cache, {mode}, linear layers by oneDNN", location, config, ours, lambda _: pass_loss(pair), fast=True)
@@ -163,7 +163,7 @@ def show_comparison(name: str, counted: int, allocated: int) -> None:
 
 def show_tables(models: list[str]) -> None:
     for size in models:
-        show(size, USUAL, ("none", "selective", "full"))
+        show(size, USUAL, ("none", "cheap", "selective", "full"))
         show_parts(size, USUAL)
     show(models[-1], LONG, ("full",))
     show_sizes(models[-1])

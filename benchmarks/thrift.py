@@ -26,6 +26,7 @@ LORA = {"lora_r": 16, "lr": 1e-4}
 CONFIGURATIONS: dict[str, Options] = {
     "AdamW": {},
     "AdamW, recomputation none": {"gradient_checkpointing": "none"},
+    "AdamW, recomputation cheap": {"gradient_checkpointing": "cheap"},
     "AdamW, recomputation selective": {"gradient_checkpointing": "selective"},
     "AdamW, recomputation full": {"gradient_checkpointing": "full"},
     "AdamW, 512 tokens at once": {"micro_tokens": "512"},

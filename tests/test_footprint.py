@@ -178,3 +178,13 @@ def test_optimizer_states() -> None:
 def test_unknown_quantization_is_refused() -> None:
     with pytest.raises(OptionError, match=r"quantize '2bit': not known\.\nUse one of 4bit, 8bit\."):
         footprint.weight_bytes(make_llama(), "2bit")
+
+
+def test_recipes_never_keep_more_than_everything() -> None:
+    """An adapter in mixed precision casts up and down again: a recipe must not keep the wide copy for want of the narrow one."""
+    config = make_llama(**SIZES).config
+    for lora_r in (None, 4):
+        dtype = torch.float32 if lora_r is None else torch.bfloat16
+        options = {"dtype": dtype, "precision": "bf16-mixed", "lora_r": lora_r}
+        kept, cheap = (footprint.config_footprint(config, pairs(4), recomputation=mode, **options).activations for mode in ("none", "cheap"))
+        assert cheap < 0.95 * kept

@@ -70,7 +70,8 @@ def onednn_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(inputs, weight)
+        ctx.save_for_backward(inputs if weight.requires_grad else None, weight)  # under an adapter it is frozen
+        ctx.shape = inputs.shape
         return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
     @staticmethod
@@ -78,7 +79,7 @@ class _OneDnnLinear(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         for_inputs, for_weight, for_bias = ctx.needs_input_grad
         grad = grads[0].reshape(-1, weight.shape[0])
-        grad_inputs = _onednn_for_inputs(grad, weight).view(inputs.shape) if for_inputs else None
+        grad_inputs = _onednn_for_inputs(grad, weight).view(ctx.shape) if for_inputs else None
         grad_weight = _onednn_for_weight(grad, inputs.reshape(-1, weight.shape[1]), weight) if for_weight else None
         return grad_inputs, grad_weight, grad.sum(0) if for_bias else None
 

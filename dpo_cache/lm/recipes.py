@@ -47,6 +47,12 @@ def keeps_recipes() -> bool:
     return _book.get() is not None and torch.is_grad_enabled()
 
 
+def has_recipe(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is kept as a recipe here and now, so that what is made of it can be, too, without keeping more."""
+    book = _book.get()
+    return book is not None and torch.is_grad_enabled() and book.knows(tensor)
+
+
 @contextmanager
 def keep_recipes() -> Iterator[None]:
     """While open, what `remade` gives is kept as its recipe; the rest as under the `saving` around it."""
@@ -88,6 +94,9 @@ class _Book:
         if recipe is None or output._version != version or tensor.dtype != output.dtype:  # changed in place: what the recipe gives is another
             return self.keep(tensor)
         return _Part(recipe, tensor)
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        return _storage(tensor) in self._recipes
 
     def close(self) -> None:
         self._recipes.clear()

@@ -33,7 +33,8 @@ class Thrift:
         self._requested = [micro_tokens, requested]
         self._is_fixed, self._say, self._device = requested != "auto", say, model.device
         self._recomputation = Recomputation(model)
-        self._recomputation.mode = requested if self._is_fixed else _mode_that_fits(model, self.micro_tokens)
+        first = MODES[1] if is_deterministic else _mode_that_fits(model, self.micro_tokens)  # modes round otherwise, and free memory changes
+        self._recomputation.mode = requested if self._is_fixed else first
         self.pair_tokens: float = micro_tokens or (math.inf if is_deterministic else max(self.micro_tokens, _tokens_that_fit(model, self.mode)))
         if not self._recomputation.num_layers and requested not in ("auto", "none"):
             say(f"--gradient-checkpointing {requested} has no effect: {type(model).__name__} has no layers that take it.")
@@ -96,6 +97,6 @@ def _tokens_that_fit(model: PreTrainedModel, mode: str) -> float:
 
 
 def _mode_that_fits(model: PreTrainedModel, micro_tokens: int) -> str:
-    """The first mode that fits into free memory; `none` is no faster than the next."""
+    """The first mode that fits into free memory; `none` is hardly faster than the next."""
     fits = (mode for mode in MODES[1:] if activation_bytes(model, micro_tokens, mode) < SHARE_OF_FREE * _free_bytes(model.device))
     return next(fits, MODES[-1])
