@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-Pack, Unpack = Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]
+Pack = Callable[[torch.Tensor], Any]
+Unpack = Callable[[Any], torch.Tensor]
 Hooks = tuple[Pack, Unpack]
 
 

@@ -76,7 +76,7 @@ class Recomputation:
 def _keep_as_recipe(module: torch.nn.Module) -> None:
     """Let what the module gives be kept as its recipe, where it is made in no time from what is kept anyway."""
     kind = type(module)
-    if _is_gated(kind):
+    if _is_gated(kind):  # type: ignore[arg-type]  # mypy takes torch's way to declare __hash__ for another
         module.forward = partial(_run_gated, module, module.forward)  # type: ignore[method-assign]
     elif kind is torch.nn.Linear:
         module.register_forward_pre_hook(_cast_inputs)

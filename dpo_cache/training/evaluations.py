@@ -54,6 +54,7 @@ def evaluate(passes: Passes, data: TrainingPairs, *, at_once: int, step: int) ->
 
     Raises `TrainingError` naming the rows whose loss is not finite, and where step zero is wrong.
     """
+    assert data.eval_pairs is not None
     metrics = PairMetrics()
     stream = stream_pairs(data.eval_pairs, data.eval_selected, shuffle=False, seed=0, epoch=0)
     while pairs := list(islice(stream, at_once)):
