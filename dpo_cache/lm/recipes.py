@@ -57,10 +57,10 @@ def has_recipe(tensor: torch.Tensor) -> bool:
 @contextmanager
 def keep_recipes() -> Iterator[None]:
     """While open, what `remade` gives is kept as its recipe; the rest as under the `saving` around it."""
-    book, hooks = _Book(*_hooks.get()), _hooks.get()
+    book = _Book(*_hooks.get())
     token = _book.set(book)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(book.pack, lambda packed: _unpack(packed, hooks[1])):
+        with torch.autograd.graph.saved_tensors_hooks(book.pack, lambda packed: _unpack(packed, book.fetch)):
             yield
     finally:
         _book.reset(token)

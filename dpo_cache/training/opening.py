@@ -75,7 +75,7 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
     Raises `CacheError` or `TrainingError`.
     """
     eval_pairs = cache.pairs(options.eval_pairs) if options.eval_pairs else None
-    pairs = cache.choose_pairs(options.pairs, "to train on", besides=eval_pairs.name if eval_pairs else None)
+    pairs = cache.choose_pairs(options.pairs, "to train on", besides=None if eval_pairs is None else eval_pairs.name)
     check_details(pairs.manifest, f"{cache}/pairs/{pairs.name}/manifest.json")
     pairs.hold()
     _check_token_logps(options, pairs)
@@ -84,7 +84,7 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
         cache.check_scored_by(pairs, options.reference)
     selected = np.ones(len(pairs), bool)
     eval_selected = np.zeros(0, bool)
-    if eval_pairs:
+    if eval_pairs is not None:
         eval_pairs.hold()
         _check_token_logps(options, eval_pairs)
         eval_selected = np.ones(len(eval_pairs), bool)
