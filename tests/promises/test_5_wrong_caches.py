@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import dpo_cache
-from dpo_cache.errors import ModelError, NewerFormatError, TrainingError
+from dpo_cache.errors import ModelError, NewerFormatError, NotInCacheError
 from dpo_cache.store import Cache
 from tests.conftest import make_llama, make_tokenizer
 
@@ -123,7 +123,7 @@ def test_a_pair_set_that_is_cut_otherwise_says_so(cache: Path, model_folder: str
 def test_training_on_a_reference_that_is_not_the_expected_one_is_refused(cache: Path, data_file: str, tmp_path: Path) -> None:
     first = reference_of(cache)
     dpo_cache.precompute(save(tmp_path / "other", seed=1, rms_norm_eps=1e-3), data_file, cache, name="other")
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(NotInCacheError) as caught:
         dpo_cache.train(cache, tmp_path / "run", pairs="other", reference=first[:12])
     lines = str(caught.value).splitlines()
     assert lines[0].endswith(f"not by {first[:12]}; they differ in")
