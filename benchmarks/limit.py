@@ -7,21 +7,22 @@ each at the speed that this machine reaches for it here and now, by the faster o
 chunk of tokens, the attention products on blocks of 128 queries against the mean path, the head on 256 tokens.
 Everything else (norms, activations, softmax, copies, planning) is left out, so 100 % cannot be reached.
 
-    limit.py MODEL SHAPES.json OUT.json [--train]
+    limit.py MODEL SHAPES.json OUT.json [--train] [--lora-r N]
 
 With --train, of training: the same products and those of their two gradients, each at the speed of its own kind; of
-attention, whose gradients are five products more, two and a half times as much again.
+attention, whose gradients are five products more, two and a half times as much again. With --lora-r, of training LoRA
+adapters on all linear layers but the head: no gradients of other weights, and the adapters' own products.
 
 SHAPES.json is what `our_side.py` wrote of the data. Written for Llama-like models; MODEL is read for its weights' shapes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,17 @@ QUERY_BLOCK = 128
 HEAD_TOKENS = 256
 
 
-def main(model: str, shapes: dict[str, Any], *, train: bool = False) -> dict[str, float]:
+SCORE, TRAIN, PASS_ON = ("output",), ("output", "for_inputs", "for_weight"), ("output", "for_inputs")  # products of a layer; the last is frozen
+
+
+def main(model: str, shapes: dict[str, Any], *, train: bool = False, lora_r: int | None = None) -> dict[str, float]:
     """Seconds of each part and in all, and the speeds they follow from."""
     config = AutoConfig.from_pretrained(model).get_text_config()
-    linear = linear_seconds_per_token(config, train)
+    kinds = SCORE if not train else PASS_ON if lora_r else TRAIN
+    linear = linear_seconds_per_token(config, kinds, lora_r)
     attention = attention_seconds_per_pair(config, max(1, round(shapes["ancestor_pairs"] / shapes["tokens"])))
     attention *= 3.5 if train else 1
-    head = head_seconds_per_token(config, train)
+    head = head_seconds_per_token(config, kinds)
     parts = {
         "linear_s": linear * shapes["tokens"],
         "attention_s": attention * shapes["ancestor_pairs"],
@@ -52,19 +57,21 @@ def main(model: str, shapes: dict[str, Any], *, train: bool = False) -> dict[str
     return {"limit_s": sum(parts.values()), **parts, "linear_tokens_per_s": 1 / linear, "head_tokens_per_s": 1 / head}
 
 
-def linear_seconds_per_token(config: Any, train: bool) -> float:
-    """All linear layers of the decoder, on `CHUNK_TOKENS` tokens at once."""
+def linear_seconds_per_token(config: Any, kinds: Sequence[str], lora_r: int | None) -> float:
+    """All linear layers of the decoder, on `CHUNK_TOKENS` tokens at once, and their adapters."""
     hidden, inner = config.hidden_size, config.intermediate_size
     head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head_size, config.num_key_value_heads * head_size
     sizes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
     # as many weights as the model: caches as cold
     weights = [torch.randn(out, into) for _ in range(config.num_hidden_layers) for into, out in sizes]
-    return seconds_of_products(weights, CHUNK_TOKENS, train) / CHUNK_TOKENS
+    adapters = [torch.randn(*shape) for into, out in sizes for shape in ((lora_r, into), (out, lora_r))] if lora_r else []
+    seconds = seconds_of_products(weights, CHUNK_TOKENS, kinds) + config.num_hidden_layers * seconds_of_products(adapters, CHUNK_TOKENS, TRAIN)
+    return seconds / CHUNK_TOKENS
 
 
-def seconds_of_products(weights: list[torch.Tensor], num_tokens: int, train: bool) -> float:
-    """One product of each weight with that many tokens, or, to train, three, by whichever library is faster for each kind."""
+def seconds_of_products(weights: list[torch.Tensor], num_tokens: int, kinds: Sequence[str]) -> float:
+    """These products of each weight with that many tokens, by whichever library is faster for each kind."""
     inputs = {size: torch.randn(num_tokens, size) for weight in weights for size in weight.shape}
 
     def run(name: str, products: Products) -> None:
@@ -77,7 +84,6 @@ def seconds_of_products(weights: list[torch.Tensor], num_tokens: int, train: boo
             else:
                 products.for_weight(inputs[out], inputs[into], weight)
 
-    kinds = ("output", "for_inputs", "for_weight") if train else ("output",)
     return sum(min(median_seconds(partial(run, kind, library)) for library in LIBRARIES) for kind in kinds)
 
 
@@ -94,9 +100,9 @@ def attention_seconds_per_pair(config: Any, path: int) -> float:
     return median_seconds(run, repeats=50) * config.num_hidden_layers / (QUERY_BLOCK * path)
 
 
-def head_seconds_per_token(config: Any, train: bool) -> float:
+def head_seconds_per_token(config: Any, kinds: Sequence[str]) -> float:
     """The LM head on `HEAD_TOKENS` tokens."""
-    return seconds_of_products([torch.randn(config.vocab_size, config.hidden_size)], HEAD_TOKENS, train) / HEAD_TOKENS
+    return seconds_of_products([torch.randn(config.vocab_size, config.hidden_size)], HEAD_TOKENS, kinds) / HEAD_TOKENS
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 7) -> float:
@@ -110,6 +116,13 @@ def median_seconds(run: Callable[[], Any], repeats: int = 7) -> float:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("shapes", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--lora-r", type=int)
+    arguments = parser.parse_args()
     with torch.no_grad():
-        found = main(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), train="--train" in sys.argv)
-    Path(sys.argv[3]).write_text(json.dumps(found))
+        found = main(arguments.model, json.loads(arguments.shapes.read_text()), train=arguments.train, lora_r=arguments.lora_r)
+    arguments.out.write_text(json.dumps(found))

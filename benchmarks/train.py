@@ -46,7 +46,8 @@ def main() -> None:
         num_rows = write_rows(arguments.data, arguments.rows, folder / "rows.jsonl")
         print(f"{Path(arguments.data).name}: {num_rows} rows, batches of {arguments.batch_size}, {arguments.repeats} runs of each side in turn")
         precompute(arguments.model, folder, arguments.max_length)
-        batch = ["--batch-size", str(arguments.batch_size), *(["--lora-r", str(arguments.lora_r)] if arguments.lora_r else [])]
+        adapter = ["--lora-r", str(arguments.lora_r)] if arguments.lora_r else []
+        batch = ["--batch-size", str(arguments.batch_size), *adapter]
         theirs = [arguments.model, str(folder / "rows.jsonl")]
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("dpo-cache", *peers)}
         limits = []
@@ -54,9 +55,8 @@ def main() -> None:
             ours = run(sys.executable, "our_training.py", [str(folder / "cache")], folder / "ours.json", [*batch, *arguments.options])
             runs["dpo-cache"].append(ours)
             (folder / "shapes.json").write_text(json.dumps(ours["shapes"]))
-            limits.append(
-                run(sys.executable, "limit.py", [arguments.model, str(folder / "shapes.json")], folder / "limit.json", ["--train"])["limit_s"]
-            )
+            limit = run(sys.executable, "limit.py", [arguments.model, str(folder / "shapes.json")], folder / "limit.json", ["--train", *adapter])
+            limits.append(limit["limit_s"])
             length = [*batch, "--max-length", str(arguments.max_length)]
             for name, more in peers.items():
                 runs[name].append(run(arguments.trl_python, "trl_side.py", ["train", *theirs], folder / "trl.json", [*length, *more]))
@@ -78,6 +78,8 @@ def report(runs: dict[str, list[dict[str, Any]]], limits: list[float]) -> None:
     for name in list(runs)[1:]:
         show(f"times as fast as {name}", [one / other for one, other in zip(speeds["dpo-cache"], speeds[name], strict=True)], "{:.2f}")
     show("share of the limit", [limit / one["train_s"] for one, limit in zip(ours, limits, strict=True)], "{:.1%}")
+    for name in list(runs)[1:]:
+        show(f"the limit in times of {name}", [other["train_s"] / limit for other, limit in zip(runs[name], limits, strict=True)], "{:.2f}")
     for name, found in runs.items():
         show(f"peak memory, {name}, GB", [one["peak_bytes"] / 1e9 for one in found], "{:.2f}")
     show("floor of memory, GB", [one["floor_bytes"] / 1e9 for one in ours], "{:.2f}")

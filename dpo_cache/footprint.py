@@ -27,6 +27,7 @@ from dpo_cache.lm.device import autocast, counted_as
 from dpo_cache.lm.engine import Attention
 from dpo_cache.lm.linear import use_torch_linear
 from dpo_cache.lm.live_bytes import LiveBytes
+from dpo_cache.lm.lora import use_fast_lora
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.recomputation import Recomputation
 from dpo_cache.types import Completion
@@ -158,8 +159,10 @@ def build_fake(config: PreTrainedConfig, dtype: torch.dtype, *, lora_r: int | No
 
 
 def policy_of(model: PreTrainedModel, mode: str) -> PreTrainedModel:
-    """The fake model as this package trains it: forest attention, and a mode of recomputation."""
+    """The fake model as this package trains it: forest attention, a mode of recomputation, and its own way through LoRA."""
     use_forest_attention(model)
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        use_fast_lora(model)
     Recomputation(model).mode = mode
     return model
 

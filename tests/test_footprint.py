@@ -16,6 +16,7 @@ from dpo_cache.errors import OptionError
 from dpo_cache.lm.engine import choose_attention
 from dpo_cache.lm.linear import ONEDNN, products_of, use_fast_linear
 from dpo_cache.lm.live_bytes import allocated_peak
+from dpo_cache.lm.lora import use_fast_lora
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.recomputation import MODES, Recomputation
 from dpo_cache.types import Completion
@@ -104,6 +105,7 @@ def test_a_loaded_model_with_adapters_is_counted(mode: str) -> None:
     pytest.importorskip("peft")
     model, completions = make_llama(**SIZES), pairs(4)
     footprint._add_adapters(model, 4)
+    assert use_fast_lora(model)
     attention = choose_attention(model, max_length=200)
     Recomputation(model).mode = mode
     counted = footprint.pass_bytes(model, completions, attention)

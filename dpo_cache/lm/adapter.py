@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from dpo_cache.errors import ModelError, OptionError, first_line
+from dpo_cache.lm.lora import use_fast_lora
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -113,6 +114,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int) -> Pef
             raise OptionError(
                 f"{type(model).__name__} cannot take this adapter: {first_line(error)}\nSee --lora-targets or --peft-config."
             ) from error
+    use_fast_lora(adapted)
     return adapted.eval()
 
 
@@ -124,9 +126,11 @@ def load_adapter(model: PreTrainedModel, folder: str, *, is_trainable: bool = Fa
         raise ModelError(f"{folder}: {WEIGHTS_FILE} is missing.\nSave the adapter again as safetensors; pickled files can run code and are not read.")
     try:
         with _without_deprecations():
-            return peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable).eval()
+            adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter does not fit {type(model).__name__} ({first_line(error)}).") from error
+    use_fast_lora(adapted)
+    return adapted.eval()
 
 
 def restore_adapter(adapted: PeftModel, folder: str) -> None:

@@ -179,31 +179,48 @@ class _TargetLogps(torch.autograd.Function):
 
 
 class _HeadLogps(torch.autograd.Function):
-    """See `head_token_logps`. S entries of a slice of the vocabulary."""
+    """See `head_token_logps`. S entries of a slice of the vocabulary.
+
+    Backward multiplies the head's logits anew, for its weight's gradient. Under a frozen head the gradient of a hidden state is known
+    forward, but for a factor that the loss gives: `(1 - p_target) weight_target - sum of p_v weight_v over the others`.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor, products: Products) -> torch.Tensor:
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        others = _Others(hidden_TD) if for_hidden and not for_weight else None
         peaks, totals, picked_T = [], [], torch.zeros(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
-                logits_TS = products.output(hidden_TD, weight_SD.to(hidden_TD.dtype)).float()
+                weight_SD = weight_SD.to(hidden_TD.dtype)
+                logits_TS = products.output(hidden_TD, weight_SD).float()
                 inside_T, places_T = _places(targets_T, start, start + len(weight_SD))
                 picked_T = torch.where(inside_T, logits_TS.gather(1, places_T[:, None])[:, 0], picked_T)
                 peaks.append(logits_TS.amax(-1))
-                totals.append(logits_TS.sub_(peaks[-1][:, None]).exp_().sum(-1))
+                exponentials_TS = logits_TS.sub_(peaks[-1][:, None]).exp_()
+                totals.append(exponentials_TS.sum(-1))
+                if others is not None:
+                    own_T = exponentials_TS.gather(1, places_T[:, None])[:, 0]
+                    exponentials_TS.scatter_(1, places_T[:, None], torch.where(inside_T, 0, own_T)[:, None])
+                    others.add(peaks[-1], exponentials_TS.sum(-1), products.for_inputs(exponentials_TS.to(hidden_TD.dtype), weight_SD))
         peaks_NT, totals_NT = torch.stack(peaks), torch.stack(totals)
         peak_T = peaks_NT.amax(0)
         total_T = (totals_NT * (peaks_NT - peak_T).exp()).sum(0)
-        ctx.save_for_backward(hidden_TD, weight_VD, targets_T, peak_T, total_T)
-        ctx.products = products
+        if others is None:
+            ctx.products = products
+            ctx.save_for_backward(hidden_TD, weight_VD, targets_T, peak_T, total_T)
+        else:
+            ctx.save_for_backward(others.unscaled_gradient(weight_VD.index_select(0, targets_T), total_T).to(hidden_TD.dtype))
         return picked_T - peak_T - total_T.log()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        if not ctx.needs_input_grad[1]:
+            (unscaled_TD,) = ctx.saved_tensors
+            return (unscaled_TD * grads[0][:, None]).to(unscaled_TD.dtype), None, None, None
         hidden_TD, weight_VD, targets_T, peak_T, total_T = ctx.saved_tensors
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
-        grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32) if for_hidden else None  # a sum over slices
-        grad_weight_VD = torch.empty_like(weight_VD) if for_weight else None
+        grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32) if ctx.needs_input_grad[0] else None  # a sum over slices
+        grad_weight_VD = torch.empty_like(weight_VD)
         scale_T1 = (-grads[0] / total_T)[:, None]
         for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
             stop, weight_SD = start + len(weight_SD), weight_SD.to(hidden_TD.dtype)
@@ -213,9 +230,28 @@ class _HeadLogps(torch.autograd.Function):
             grad_TS = grad_TS.to(hidden_TD.dtype)
             if grad_hidden_TD is not None:
                 grad_hidden_TD += ctx.products.for_inputs(grad_TS, weight_SD)
-            if grad_weight_VD is not None:
-                grad_weight_VD[start:stop] = ctx.products.for_weight(grad_TS, hidden_TD, weight_SD)
+            grad_weight_VD[start:stop] = ctx.products.for_weight(grad_TS, hidden_TD, weight_SD)
         return grad_hidden_TD if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype), grad_weight_VD, None, None
+
+
+class _Others:
+    """Sums over the vocabulary but the target: of exponentials, relative to the largest logit so far, and of those times weights."""
+
+    def __init__(self, hidden_TD: torch.Tensor):
+        self._sums_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
+        self._total_T = torch.zeros_like(self._sums_TD[:, 0])
+        self._peak_T = torch.full_like(self._total_T, -torch.inf)
+
+    def add(self, peak_T: torch.Tensor, total_T: torch.Tensor, sums_TD: torch.Tensor) -> None:
+        """A slice's sums, relative to its own largest logit."""
+        before_T, self._peak_T = self._peak_T, torch.maximum(self._peak_T, peak_T)
+        old_T, new_T = (before_T - self._peak_T).exp(), (peak_T - self._peak_T).exp()
+        self._total_T = self._total_T * old_T + total_T * new_T
+        self._sums_TD.mul_(old_T[:, None]).addcmul_(sums_TD.float(), new_T[:, None])
+
+    def unscaled_gradient(self, target_weights_TD: torch.Tensor, total_T: torch.Tensor) -> torch.Tensor:
+        """Of the targets' log-probs by the hidden states, [T, D], before the loss's factor; `total_T` is relative to the largest logit of all."""
+        return (target_weights_TD.float() * self._total_T[:, None]).sub_(self._sums_TD).div_(total_T[:, None])
 
 
 def _places(targets_T: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -93,7 +93,6 @@ class Passes:
         groups = sorted(self._split(pairs), key=lambda group: group.num_tokens, reverse=True)  # smaller ones fit where larger ones were
         together = [groups] if self.objective.needs_whole_step else [[group] for group in groups]
         for place, those in enumerate(together):
-            release_free_bytes(self._policy.model.device)
             is_last = place == len(together) - 1
             if sum(len(self._pieces(group)) for group in those) > 1:
                 self._backward_twice(those, len(pairs), length, metrics, is_last)

@@ -91,10 +91,37 @@ def test_the_head_by_slices_is_as_exact_as_log_softmax(num_tokens: int, vocab_si
         assert ((one.double() - exact).abs() <= (naive - exact).abs() + 1e-5).all()
 
 
-def test_a_frozen_head_passes_its_gradient_on_alone() -> None:
-    layer, hidden = torch.nn.Linear(8, 50, bias=False).requires_grad_(False), torch.randn(3, 8, requires_grad=True)
-    head_token_logps(hidden, layer, torch.tensor([1, 2, 3])).sum().backward()
-    assert hidden.grad is not None and layer.weight.grad is None
+def unscaled_logits(dtype: torch.dtype) -> tuple[torch.Tensor, torch.nn.Linear, torch.Tensor]:
+    """Hidden states of which some are all but sure of their target and some of another token."""
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(24, 5000, bias=False, dtype=dtype).requires_grad_(False)
+    layer.weight.copy_(torch.randn(5000, 24, generator=generator))
+    targets = torch.randint(0, 5000, (33,), generator=generator)
+    hidden = torch.randn(33, 24, generator=generator)
+    hidden[::3] += layer.weight[targets[::3]].float()
+    hidden[1::3] += layer.weight[(targets[1::3] + 1) % 5000].float()
+    return hidden.to(dtype), layer, targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_passes_its_gradient_on_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "LOGITS_PER_SLICE", {"cpu": 33 * 1024})  # five slices
+    hidden, frozen, targets = unscaled_logits(dtype)
+    trained = torch.nn.Linear(24, 5000, bias=False, dtype=dtype)
+    trained.weight.data = frozen.weight.data.clone()
+    outward = torch.linspace(-2, 2, 33)
+    found, values = {}, {}
+    for layer in (frozen, trained):
+        leaf = hidden.clone().requires_grad_()
+        values[layer] = head_token_logps(leaf, layer, targets)
+        values[layer].backward(outward)
+        found[layer] = leaf.grad.double()
+    assert frozen.weight.grad is None and torch.allclose(values[frozen], values[trained], rtol=1e-6, atol=1e-6)
+    leaf, weight = hidden.double().requires_grad_(), frozen.weight.double()
+    (leaf @ weight.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0].backward(outward.double())
+    size = leaf.grad.norm(dim=1).clamp(min=1e-6)
+    error, usual = ((found[layer] - leaf.grad).norm(dim=1) / size for layer in (frozen, trained))
+    assert (error <= 2 * usual + (1e-5 if dtype == torch.float32 else 1e-2)).all(), (error, usual)  # of sure tokens, too
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "phi", "qwen2"])

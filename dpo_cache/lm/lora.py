@@ -1,0 +1,82 @@
+"""LoRA (arXiv:2106.09685) on linear layers, with less in memory and fewer passes over it than PEFT's own forward.
+
+    output = base(x) + scaling (x A^T) B^T
+
+PEFT makes each product, sum and cast a tensor of its own, most of which the backward pass keeps: under mixed precision
+a wide copy and a narrow one of every input. Here the update of a layer is one operation that adds to the base's output
+as it multiplies, and keeps the layer's input, as it came, and x A^T.
+
+N tokens, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+KINDS = ("Linear", "Linear4bit", "Linear8bitLt")  # of PEFT's layers: the base's weights are plain, or held by bitsandbytes
+
+
+def use_fast_lora(model: torch.nn.Module) -> int:
+    """Let the model's plain LoRA layers run as one operation each; how many there are. Others, such as DoRA's, stay PEFT's."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
+    for layer in layers:
+        layer.forward = partial(_run, layer, layer.forward)
+    return len(layers)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether the layer adds what the formula says to a linear layer's output."""
+    is_linear = type(layer).__name__ in KINDS and isinstance(layer.get_base_layer(), torch.nn.Linear)
+    return is_linear and all(
+        name not in layer.lora_variant and type(down) is type(layer.lora_B[name]) is torch.nn.Linear and layer.lora_B[name].bias is None
+        for name, down in layer.lora_A.items()
+    )
+
+
+def _run(layer: Any, forward: Any, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if args or kwargs or layer.disable_adapters or layer.merged or layer.training or len(names) != 1:
+        return forward(inputs, *args, **kwargs)
+    output = layer.base_layer(inputs)
+    down, up = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
+    device_type = inputs.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else down.dtype
+    with torch.autocast(device_type, enabled=False):
+        return _AddUpdate.apply(output, inputs, down, up, layer.scaling[names[0]], dtype).to(output.dtype)
+
+
+class _AddUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, inputs: torch.Tensor, down_RI: torch.Tensor, up_OR: torch.Tensor, scaling: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        narrow_NR = _rows(inputs, dtype) @ down_RI.to(dtype).t()
+        ctx.save_for_backward(inputs, narrow_NR, down_RI, up_OR)
+        ctx.scaling = scaling
+        return torch.addmm(_rows(output, dtype), narrow_NR, up_OR.to(dtype).t(), alpha=scaling).view(output.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs, narrow_NR, down_RI, up_OR = ctx.saved_tensors
+        for_output, for_inputs, for_down, for_up = ctx.needs_input_grad[:4]
+        dtype = narrow_NR.dtype
+        grad_NO = _rows(grads[0], dtype)
+        grad_NR = (grad_NO @ up_OR.to(dtype)).mul_(ctx.scaling) if for_inputs or for_down else None
+        return (
+            grads[0] if for_output else None,
+            (grad_NR @ down_RI.to(dtype)).view(inputs.shape).to(inputs.dtype) if for_inputs else None,
+            (grad_NR.t() @ _rows(inputs, dtype)).to(down_RI.dtype) if for_down else None,
+            (grad_NO.t() @ narrow_NR).mul_(ctx.scaling).to(up_OR.dtype) if for_up else None,
+            None,
+            None,
+        )
+
+
+def _rows(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[..., I] as [N, I] in the dtype of the products."""
+    return tensor.reshape(-1, tensor.shape[-1]).to(dtype)
