@@ -11,6 +11,10 @@ DEMO ?= demo
 
 BIN := $(VENV)/bin
 
+# Tests run side by side, one torch thread each; WORKERS= runs them one after another.
+WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
+
 # Benchmarks run TRL in an environment of its own, TRL_VENV. Both sides read ROWS rows of DATA; TURNS runs of each in turn.
 TRL_VENV ?= .venv-trl
 TRL_PYTHON ?= $(TRL_VENV)/bin/python
@@ -56,10 +60,10 @@ demo: $(VENV)/installed $(MODEL)/config.json
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh $(MODEL) $(DEMO)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not real_model and not slow"
+	$(PYTEST) -m "not real_model and not slow"
 
 test-slow: $(VENV)/installed $(MODEL)/config.json
-	DPO_CACHE_REAL_MODEL=$(abspath $(MODEL)) $(BIN)/python -m pytest
+	DPO_CACHE_REAL_MODEL=$(abspath $(MODEL)) $(PYTEST)
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
