@@ -66,7 +66,7 @@ class _AddUpdate(torch.autograd.Function):
         for_output, for_inputs, for_down, for_up = ctx.needs_input_grad[:4]
         dtype = narrow_NR.dtype
         grad_NO = _rows(grads[0], dtype)
-        grad_NR = (grad_NO @ up_OR.to(dtype)).mul_(ctx.scaling) if for_inputs or for_down else None
+        grad_NR = (grad_NO @ up_OR.to(dtype)).mul_(ctx.scaling)
         return (
             grads[0] if for_output else None,
             (grad_NR @ down_RI.to(dtype)).view(inputs.shape).to(inputs.dtype) if for_inputs else None,
