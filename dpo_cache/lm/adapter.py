@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from dpo_cache.errors import ModelError, OptionError, first_line
+from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.lora import use_fast_lora
 
 if TYPE_CHECKING:
@@ -30,6 +33,12 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 # Methods whose adapter is no part of the layers (virtual tokens), or that must be told of each step or task.
 UNSUITED = ("ADALORA", "POLY", "XLORA", "ADAPTION_PROMPT", "CPT", "CARTRIDGE", "OSF")
+
+UNSUITED_FIELDS = {
+    "alora_invocation_tokens": "it acts from a token on that must be told of each step",
+    "layer_replication": "it makes another model of its base, which the reference is not",
+    "megatron_config": "layers of Megatron are not in models of transformers",
+}
 
 PLAIN_STARTS = (True, False, "gaussian")  # of LoRA; PiSSA, OLoRA, LoftQ and kin move a part of the base into the adapter
 
@@ -110,10 +119,15 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int) -> Pef
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, config)
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, re.error) as error:
+            if is_out_of_memory(error, model.device):
+                raise OptionError(
+                    f"the adapter does not fit into memory: {first_line(error)}\nUse a smaller --lora-r or fewer --lora-targets."
+                ) from error
             raise OptionError(
                 f"{type(model).__name__} cannot take this adapter: {first_line(error)}\nSee --lora-targets or --peft-config."
             ) from error
+    _check_names(model, config)
     use_fast_lora(adapted)
     return adapted.eval()
 
@@ -213,8 +227,28 @@ def _without_deprecations() -> Iterator[None]:
         yield
 
 
+def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Raise `OptionError` for a name among several that no layer has: PEFT asks only that any of them be found."""
+    layers = {name.removesuffix(".base_layer"): module for name, module in model.named_modules() if "lora_" not in name}
+    for field in ("target_modules", "modules_to_save"):
+        asked = getattr(config, field, None)
+        several = [] if asked is None or isinstance(asked, str) else sorted(asked)
+        missing = [one for one in several if not any(name == one or name.endswith(f".{one}") for name in layers)]
+        if missing:
+            linear = {name.rpartition(".")[2] for name, module in layers.items() if isinstance(module, (torch.nn.Linear, Conv1D))}
+            raise OptionError(
+                f"{type(model).__name__} has no layer called {' or '.join(missing)} ({field} of the adapter).\n"
+                f"Its linear layers: {', '.join(sorted(linear))}."
+            )
+
+
 def _check_suited(config: PeftConfig) -> None:
     kind = _kind(config)
+    for field, what in UNSUITED_FIELDS.items():
+        if getattr(config, field, None):
+            raise OptionError(f"an adapter with {field} is not supported: {what}.\nTake it out of the adapter's config.")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise OptionError(f"task_type {config.task_type}: the policy is a causal language model.\nWrite CAUSAL_LM into the adapter's config.")
     start = getattr(config, "init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise OptionError(

@@ -56,6 +56,9 @@ def head_token_logps(hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T:
     a few thousand entries, once forward and once more backward, so that each slice of the weight's gradient is
     one product, written once.
     """
+    device_type = hidden_TD.device.type
+    if torch.is_autocast_enabled(device_type):  # as the layer itself would
+        hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device_type))
     products = products_of(layer) if hidden_TD.dtype == torch.float32 else TORCH
     return _HeadLogps.apply(hidden_TD, layer.weight, targets_T, products)
 

@@ -26,6 +26,15 @@ from dpo_cache.lm.recipes import has_recipe, keep_recipes, keeps_recipes, remade
 
 MODES = ("none", "cheap", "selective", "full")
 
+
+def ladder(precision: str) -> tuple[str, ...]:
+    """The modes to try where memory is short, each of which keeps less than the one before.
+
+    *selective* saves over *cheap* under mixed precision alone, where that keeps wide inputs of norms and casts.
+    """
+    return ("cheap", "selective", "full") if precision == "bf16-mixed" else ("cheap", "full")
+
+
 # What a layer keeps for the backward pass, in times the outputs of its linear layers; measured on a Llama.
 FLOATS_KEPT = {"none": 2.7, "cheap": 1.2, "selective": 1.2, "full": 0.15}
 
@@ -133,7 +142,8 @@ def is_kept_changed(error: RuntimeError) -> bool:
 def activation_bytes(model: PreTrainedModel, num_tokens: int, mode: str) -> float:
     """About how much the layers keep of a forest of so many tokens until its backward pass has ended."""
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
-    outputs = sum(_num_outputs(module, chosen) for layer in decoder_layers(model) for module in layer.modules())
+    modules = [entry for layer in decoder_layers(model) for entry in layer.named_modules()]
+    outputs = sum(_num_outputs(module, chosen) for name, module in modules if "lora_B" not in name)  # those are added to what is kept anyway
     return FLOATS_KEPT[mode] * outputs * num_tokens * next(model.parameters()).element_size()
 
 

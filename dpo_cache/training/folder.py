@@ -107,7 +107,8 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Raise `TrainingError` naming what a resumed run changes, if that would change its result."""
     before, config = complete_config(_read_config(folder)), json.loads(json.dumps(config))
     resolved = before["resolved"]
-    free = FREE_TO_CHANGE - {"eval_every"} if config["patience"] else FREE_TO_CHANGE  # patience counts evaluations
+    is_judged = config["patience"] or before.get("eval_every") is not None  # patience counts evaluations, and best/ is of one of them
+    free = FREE_TO_CHANGE - {"eval_every"} if is_judged else FREE_TO_CHANGE
     both = [(name, before.get(name), config[name]) for name in config if name not in free and name != "resolved"]
     both += [(name, resolved.get(name), config["resolved"][name]) for name in FIXED_RESOLVED]
     changed = [f"  {name}: {old} before, {new} now" for name, old, new in both if old != new]

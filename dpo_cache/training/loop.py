@@ -82,6 +82,7 @@ class _Run:
         self.clock = Clock()
         self.step_zero_gap: float | None = None
         self.has_updated = False
+        self.newest: list[ScoredPair] = []  # a pair of the last step
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
         self.sampler = open_sampler(setup.options.sample, setup.data, setup.policy, output=self.output, seed=setup.options.seed, say=setup.say)
 
@@ -115,6 +116,7 @@ class _Run:
                 self.passes.step_zero.begin_training()
         after = before
         for pairs in self._steps():
+            self.newest = pairs[:1]
             last = self._step(pairs)
             first = first or last
             step, is_last = self.progress.step, self.progress.step == self.setup.total_steps
@@ -146,6 +148,7 @@ class _Run:
     def _finish(self, first: Metrics | None, last: Metrics | None, before: Metrics | None, after: Metrics | None) -> TrainReport:
         """Save the model: the last one or, with --patience, the best."""
         self._check_weights("no model")
+        self._check_values()
         is_best_elsewhere = self.best.step not in (None, self.progress.step)
         takes_best = bool(self.options.patience) and is_best_elsewhere
         if not self.best.is_better_than(before):
@@ -165,6 +168,7 @@ class _Run:
         if self.setup.checkpoint:
             check_config(self.output, self.setup.config())
             self.metrics_file.keep_until(self.progress.step)
+            self.signs.take_up(line for line in self.metrics_file.lines() if "loss" in line)
             if self.sampler:
                 self.sampler.file.keep_until(self.progress.step)
         else:
@@ -300,6 +304,12 @@ class _Run:
         """Raise `TrainingError` before weights that are not finite take the place of good ones."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.policy.model.parameters()):
             raise TrainingError(f"step {self.progress.step}: the update left weights that are not finite; {what} was saved.\nLower --lr.")
+
+    def _check_values(self) -> None:
+        """Raise `TrainingError` before a model is saved whose weights are finite, but not what it gives for a pair of the last step."""
+        if self.newest and self.passes.find_spoiled(self.newest):
+            row = self.newest[0].pair.row
+            raise TrainingError(f"step {self.progress.step}: after the update the loss of row {row} is not finite; no model was saved.\nLower --lr.")
 
     def _is_out_of_patience(self) -> bool:
         return self.options.patience is not None and self.best.num_worse >= self.options.patience and self.progress.step < self.setup.total_steps

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dpo_cache.errors import OptionError
 from dpo_cache.lm.adapter import describe
 from dpo_cache.lm.device import choose_device
 from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
@@ -127,10 +128,13 @@ def open_setup(options: TrainOptions, say: Say) -> Setup:
     model = policy.model
     linear = _choose_linear(policy, read_resolved(output) if checkpoint else None, is_deterministic=options.deterministic)
     steps_per_epoch = math.ceil(data.num_pairs / options.batch_size)
+    total_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch - 1e-9)
+    if not total_steps:
+        raise OptionError(f"--epochs {options.epochs}: not a single step of {steps_per_epoch} an epoch.\nUse more, or --max-steps.")
     evaluates = schedule_of("--eval-every", options.eval_every, steps_per_epoch)
     saves = schedule_of("--save-every", options.save_every, steps_per_epoch)
     micro_tokens, mode = number_or_auto("--micro-tokens", options.micro_tokens), options.gradient_checkpointing
-    thrift = Thrift(model, micro_tokens, mode, say, is_deterministic=options.deterministic)
+    thrift = Thrift(model, micro_tokens, mode, say, precision=policy.precision, is_deterministic=options.deterministic)
     if progress.thrift:
         thrift.restore(progress.thrift)
     if options.offload_activations:
@@ -150,7 +154,7 @@ def open_setup(options: TrainOptions, say: Say) -> Setup:
         thrift=thrift,
         optimizer=optimizer,
         freed=FreedGradients(optimizer) if options.free_gradients else None,
-        total_steps=options.max_steps or math.ceil(options.epochs * steps_per_epoch - 1e-9),
+        total_steps=total_steps,
         evaluates=evaluates,
         saves=saves,
         num_parameters=sum(map(num_values, model.parameters())),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from dpo_cache.training.metrics import Metrics
 
@@ -33,8 +33,17 @@ class Signs:
         self._said: set[str] = set()
         self._wins = self._pairs = 0.0
 
+    def take_up(self, steps: Iterable[Metrics]) -> None:
+        """Know what a run has said before it was stopped, by its steps until then."""
+        say, self._say = self._say, lambda _: None
+        for step in steps:
+            self.note(step)
+        self._say = say
+
     def note(self, step: Metrics) -> None:
         """Take a step's metrics in; say what is new."""
+        if step.get("grad_norm") == 0 and not self._pairs:
+            self._once("still", "the gradient of the first step is 0: nothing is learned from it. Does the adapter act on these layers at all?")
         self._steps.append(step)
         self._wins += step["rewards/accuracies"] * step["num_pairs"]
         self._pairs += step["num_pairs"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.policy import default_micro_tokens
-from dpo_cache.lm.recomputation import MODES, Recomputation, activation_bytes, is_kept_changed
+from dpo_cache.lm.recomputation import MODES, Recomputation, activation_bytes, is_kept_changed, ladder
 
 LEAST_TOKENS = 64
 SHARE_OF_FREE = 0.5  # of a host's free memory that activations may take before they are computed again
@@ -27,13 +27,22 @@ class Thrift:
     """
 
     def __init__(
-        self, model: PreTrainedModel, micro_tokens: int | None, requested: str, say: Callable[[str], None], *, is_deterministic: bool = False
+        self,
+        model: PreTrainedModel,
+        micro_tokens: int | None,
+        requested: str,
+        say: Callable[[str], None],
+        *,
+        precision: str = "fp32",
+        is_deterministic: bool = False,
     ):
         self.micro_tokens = micro_tokens or default_micro_tokens(model.device)
         self._requested = [micro_tokens, requested]
         self._is_fixed, self._say, self._device = requested != "auto", say, model.device
         self._recomputation = Recomputation(model)
-        first = MODES[1] if is_deterministic else _mode_that_fits(model, self.micro_tokens)  # modes round otherwise, and free memory changes
+        self._ladder = ladder(precision)
+        # modes round otherwise, and free memory changes
+        first = self._ladder[0] if is_deterministic else _mode_that_fits(model, self.micro_tokens, self._ladder)
         self._recomputation.mode = requested if self._is_fixed else first
         self.pair_tokens: float = micro_tokens or (math.inf if is_deterministic else max(self.micro_tokens, _tokens_that_fit(model, self.mode)))
         if not self._recomputation.num_layers and requested not in ("auto", "none"):
@@ -66,9 +75,9 @@ class Thrift:
         if not is_out_of_memory(error, self._device):
             raise error
         problem = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)  # MPS: whatever it says
-        place = MODES.index(self.mode)
-        if not self._is_fixed and self._recomputation.num_layers and place + 1 < len(MODES):
-            self._recomputation.mode = MODES[place + 1]
+        less = [mode for mode in self._ladder if MODES.index(mode) > MODES.index(self.mode)]
+        if not self._is_fixed and self._recomputation.num_layers and less:
+            self._recomputation.mode = less[0]
             change = f"--gradient-checkpointing {self.mode}"
         elif self.pair_tokens > self.micro_tokens:
             self.pair_tokens = self.micro_tokens
@@ -96,7 +105,7 @@ def _tokens_that_fit(model: PreTrainedModel, mode: str) -> float:
     return SHARE_OF_FREE * _free_bytes(model.device) // per_token if per_token else math.inf
 
 
-def _mode_that_fits(model: PreTrainedModel, micro_tokens: int) -> str:
-    """The first mode that fits into free memory; `none` is hardly faster than the next."""
-    fits = (mode for mode in MODES[1:] if activation_bytes(model, micro_tokens, mode) < SHARE_OF_FREE * _free_bytes(model.device))
-    return next(fits, MODES[-1])
+def _mode_that_fits(model: PreTrainedModel, micro_tokens: int, modes: Sequence[str]) -> str:
+    """The first of the modes that fits into free memory."""
+    fits = (mode for mode in modes if activation_bytes(model, micro_tokens, mode) < SHARE_OF_FREE * _free_bytes(model.device))
+    return next(fits, modes[-1])

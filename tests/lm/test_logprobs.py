@@ -124,6 +124,18 @@ def test_a_frozen_head_passes_its_gradient_on_alone(dtype: torch.dtype, monkeypa
     assert (error <= 2 * usual + (1e-5 if dtype == torch.float32 else 1e-2)).all(), (error, usual)  # of sure tokens, too
 
 
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_mixed_precision_multiplies_the_head_as_without_gradients(is_frozen: bool) -> None:
+    model, hidden = make_llama().requires_grad_(not is_frozen), torch.randn(40, 32, requires_grad=True)
+    targets = torch.arange(40)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        trained = head_token_logps(hidden, model.lm_head, targets)
+        with torch.no_grad():
+            evaluated = token_logps(hidden, head_of(model), targets, 264)
+    trained.sum().backward()
+    assert hidden.grad.dtype == torch.float32 and torch.allclose(trained, evaluated, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "phi", "qwen2"])
 def test_a_head_is_plain_where_it_is_one_product_alone(family: str) -> None:
     assert family in FAMILIES

@@ -143,6 +143,31 @@ def test_what_does_not_suit_an_adapter_is_refused(cache: str, tmp_path: Path) ->
         train(cache, tmp_path / "other", model=trained.model, **LORA)
 
 
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"alora_invocation_tokens": [5, 6]}, "an adapter with alora_invocation_tokens is not supported"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "an adapter with layer_replication is not supported"),
+        ({"task_type": "SEQ_CLS"}, "task_type SEQ_CLS: the policy is a causal language model"),
+        ({"target_modules": "(("}, "cannot take this adapter"),
+        ({"trainable_token_indices": [99_999]}, "cannot take this adapter"),
+        ({"target_modules": ["q_proj", "v_porj", "k_prj"]}, r"no layer called k_prj or v_porj \(target_modules(?s:.*)q_proj"),
+        ({"modules_to_save": ["nope"]}, r"no layer called nope \(modules_to_save"),
+    ],
+)
+def test_configs_that_ask_for_what_is_not_there_are_refused(cache: str, tmp_path: Path, fields: dict, text: str) -> None:
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **fields}
+    (tmp_path / "lora.json").write_text(json.dumps(config))
+    with pytest.raises(OptionError, match=text):
+        train(cache, tmp_path / "run", peft_config=str(tmp_path / "lora.json"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("targets", ["layers.1.self_attn.q_proj,v_proj", "q_proj,mlp.up_proj", "all-linear"])
+def test_names_of_layers_may_be_whole_or_their_ends(cache: str, tmp_path: Path, targets: str) -> None:
+    assert train(cache, tmp_path / "run", max_steps=1, lora_r=2, lora_targets=targets).num_trained > 0
+
+
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
 def test_starts_that_move_the_base_are_refused(cache: str, tmp_path: Path, start: str) -> None:
     (tmp_path / "lora.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "init_lora_weights": start}))

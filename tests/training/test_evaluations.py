@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_cache.errors import OptionError
+from dpo_cache.errors import OptionError, TrainingError
 from dpo_cache.training.evaluations import Best, schedule_of
 from tests.training.test_loop import Killed, comparable, metrics, train, weights
 
@@ -82,6 +82,18 @@ def test_patience_and_the_best_survive_a_crash(cache: str, tmp_path: Path, cut: 
     assert report.stopped_by_patience and comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
     one, other = weights(tmp_path / "whole/model"), weights(report.model)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_another_rhythm_of_evaluations_would_find_another_best(cache: str, tmp_path: Path) -> None:
+    def crash(line: dict) -> None:
+        if line["step"] == 4 and "eval/loss" in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(cache, tmp_path / "run", on_metrics=crash, save_every=3, **LEARNING)
+    with pytest.raises(TrainingError, match="eval_every: 1 before, 7 now"):
+        train(cache, tmp_path / "run", resume=True, save_every=3, **{**LEARNING, "eval_every": 7})
+    train(cache, tmp_path / "run", resume=True, save_every=2, **LEARNING)
 
 
 def test_a_run_that_only_got_worse_says_so(cache: str, tmp_path: Path) -> None:

@@ -261,6 +261,30 @@ def test_a_run_that_goes_well_hears_nothing() -> None:
     assert not remarks
 
 
+def test_a_gradient_of_nothing_is_said() -> None:
+    remarks: list[str] = []
+    signs = Signs(remarks.append, is_logistic=True)
+    for number in range(3):
+        signs.note({**step(number, loss=0.69), "grad_norm": 0.0 if number == 0 else 1.0})
+    assert len(remarks) == 1 and "the gradient of the first step is 0" in remarks[0]
+
+
+def test_a_resumed_run_says_nothing_twice(cache: str, tmp_path: Path) -> None:
+    options = {"epochs": 30.0, "lr": 3e-3, "batch_size": 5}
+    remarks: dict[str, list[str]] = {"whole": []}
+    train(cache, tmp_path / "whole", say=remarks["whole"].append, **options)
+    last = len(metrics(tmp_path / "whole"))
+    for stop in (10, last - 2):  # before and after it is said
+        seen: list[int] = []
+        say = remarks.setdefault(f"stopped at {stop}", []).append
+        watch = {"on_metrics": lambda line, seen=seen: seen.append(line["step"]), "should_stop": lambda seen=seen, stop=stop: seen[-1] == stop}
+        train(cache, tmp_path / f"cut-{stop}", say=say, **watch, **options)
+        assert seen[-1] == stop
+        train(cache, tmp_path / f"cut-{stop}", say=say, resume=True, **options)
+    told = [[remark for remark in those if "saturated" in remark] for those in remarks.values()]
+    assert len(told[0]) == 1 and told[1:] == [told[0], told[0]]
+
+
 def test_signs_come_through_a_run(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
     train(cache, tmp_path / "run", epochs=30.0, lr=3e-3, batch_size=5, say=remarks.append)

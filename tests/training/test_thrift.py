@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from dpo_cache.lm.adapter import add_adapter, lora_config
 from dpo_cache.lm.engine import choose_attention
 from dpo_cache.lm.policy import completion_logps
+from dpo_cache.lm.recomputation import activation_bytes
 from dpo_cache.training.thrift import Thrift
 from tests.conftest import make_llama
 from tests.lm.families import make_model
@@ -22,6 +24,24 @@ def test_a_model_that_changes_what_is_kept_recomputes_in_full() -> None:
     assert thrift.mode == "full" and thrift.micro_tokens == 1000 and "does not suit this model" in remarks[0]
     found = gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("precision", "modes"), [("fp32", ["cheap", "full"]), ("bf16-mixed", ["cheap", "selective", "full"])])
+def test_memory_that_runs_out_takes_the_next_mode_that_keeps_less(precision: str, modes: list[str]) -> None:
+    remarks: list[str] = []
+    thrift = Thrift(make_llama(), None, "auto", remarks.append, precision=precision)
+    seen = [thrift.mode]
+    while thrift.mode != "full":
+        thrift.save_more(torch.OutOfMemoryError())
+        seen.append(thrift.mode)
+    assert seen == modes and len(remarks) == len(modes) - 1
+
+
+def test_adapters_are_not_taken_for_wide_layers() -> None:
+    plain, model = make_llama(), make_llama()
+    add_adapter(model, lora_config(4, None, "all-linear"), seed=0)
+    most = activation_bytes(plain, 100, "cheap")
+    assert most < activation_bytes(model, 100, "cheap") < 1.3 * most
 
 
 def test_what_mps_says_is_passed_on() -> None:
