@@ -68,6 +68,11 @@ def autocast(device: torch.device, precision: str, *, keeps_copies: bool = False
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=keeps_copies) if precision == "bf16-mixed" else nullcontext()
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Dtype in which mixed precision multiplies here and now; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def sum_dtype(device: torch.device) -> torch.dtype:
     """Dtype in which log-probs are summed: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.device import kind_of
+from dpo_cache.lm.device import autocast_dtype, kind_of
 from dpo_cache.lm.linear import TORCH, Products, products_of
 
 ROWS_STEP = 64  # rows are filled up to a multiple of it: logits of ever new sizes would scatter the heap, which then grows
@@ -56,9 +56,7 @@ def head_token_logps(hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T:
     a few thousand entries, once forward and once more backward, so that each slice of the weight's gradient is
     one product, written once.
     """
-    device_type = hidden_TD.device.type
-    if torch.is_autocast_enabled(device_type):  # as the layer itself would
-        hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device_type))
+    hidden_TD = hidden_TD.to(autocast_dtype(hidden_TD.device) or hidden_TD.dtype)  # as the layer itself would
     products = products_of(layer) if hidden_TD.dtype == torch.float32 else TORCH
     return _HeadLogps.apply(hidden_TD, layer.weight, targets_T, products)
 

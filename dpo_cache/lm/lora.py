@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from dpo_cache.lm.device import autocast_dtype
+
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt")  # of PEFT's layers: the base's weights are plain, or held by bitsandbytes
 
 
@@ -44,9 +46,8 @@ def _run(layer: Any, forward: Any, inputs: torch.Tensor, *args: Any, **kwargs: A
         return forward(inputs, *args, **kwargs)
     output = layer.base_layer(inputs)
     down, up = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
-    device_type = inputs.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else down.dtype
-    with torch.autocast(device_type, enabled=False):
+    dtype = autocast_dtype(inputs.device) or down.dtype
+    with torch.autocast(inputs.device.type, enabled=False):
         return _AddUpdate.apply(output, inputs, down, up, layer.scaling[names[0]], dtype).to(output.dtype)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from dpo_cache.lm.device import autocast_dtype
+
 Pack = Callable[[torch.Tensor], Any]
 Unpack = Callable[[Any], torch.Tensor]
 Hooks = tuple[Pack, Unpack]
@@ -123,7 +125,7 @@ class _Recipe:
     def __init__(self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], book: _Book):
         self._function, self._parameters, self._fetch = function, parameters, book.fetch
         self._inputs = [(book.pack(tensor.detach()), tensor.requires_grad, tensor._version) for tensor in inputs]
-        self._autocast = _autocast_of(inputs[0].device.type)
+        self._autocast = _autocast_of(inputs[0].device)
         self._made: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
     def output(self) -> torch.Tensor:
@@ -167,12 +169,10 @@ class _Remade(torch.autograd.Function):
         return None, *recipe.gradients(grads[0])
 
 
-def _autocast_of(device_type: str) -> Callable[[], Any]:
+def _autocast_of(device: torch.device) -> Callable[[], Any]:
     """What brings back the autocast that is on now."""
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext
-    dtype = torch.get_autocast_dtype(device_type)
-    return lambda: torch.autocast(device_type, dtype, cache_enabled=False)
+    dtype = autocast_dtype(device)
+    return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 def _storage(tensor: torch.Tensor) -> int:

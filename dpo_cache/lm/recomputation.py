@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from dpo_cache.lm.device import autocast_dtype
 from dpo_cache.lm.recipes import has_recipe, keep_recipes, keeps_recipes, remade
 
 MODES = ("none", "cheap", "selective", "full")
@@ -110,10 +111,9 @@ def _run_gated(module: Any, forward: Any, *args: Any) -> Any:
 def _cast_inputs(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Inputs of a linear layer as autocast would cast them, in a copy that is made again if they are: else the copy takes less than they do."""
     (inputs,) = args
-    device_type = inputs.device.type
-    if not has_recipe(inputs) or inputs.dtype != torch.float32 or not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(inputs.device)
+    if dtype is None or inputs.dtype != torch.float32 or not has_recipe(inputs):
         return args
-    dtype = torch.get_autocast_dtype(device_type)
     return (remade(lambda tensor: tensor.to(dtype), inputs),)
 
 

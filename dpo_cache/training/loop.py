@@ -148,7 +148,8 @@ class _Run:
     def _finish(self, first: Metrics | None, last: Metrics | None, before: Metrics | None, after: Metrics | None) -> TrainReport:
         """Save the model: the last one or, with --patience, the best."""
         self._check_weights("no model")
-        self._check_values()
+        if self.data.eval_pairs is None:  # else the last evaluation has told
+            self._check_values()
         is_best_elsewhere = self.best.step not in (None, self.progress.step)
         takes_best = bool(self.options.patience) and is_best_elsewhere
         if not self.best.is_better_than(before):
