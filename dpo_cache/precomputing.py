@@ -28,7 +28,8 @@ from dpo_cache.lm.engine import Attention, choose_attention, score_completions
 from dpo_cache.lm.identity import provenance, reference_identity
 from dpo_cache.lm.linear import use_fast_linear
 from dpo_cache.lm.load import check_causal, load_config, load_model
-from dpo_cache.options import PrecomputeOptions, number_or_auto, renamed_columns
+from dpo_cache.options.base import number_or_auto
+from dpo_cache.options.precompute import PrecomputeOptions, renamed_columns
 from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_completions, pairs_of, rows_of
 from dpo_cache.precompute_report import PrecomputeReport
 from dpo_cache.scoring_progress import ScoringProgress

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cache.errors import OptionError
-from dpo_cache.sweep_options import shown_value
+from dpo_cache.options.sweep import shown_value
 
 Line = dict[str, Any]  # of metrics.jsonl
 LAST_STEPS = 10

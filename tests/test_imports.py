@@ -12,7 +12,7 @@ from dpo_cache.cli.app import command_names
 
 PACKAGE = Path(dpo_cache.__file__).parent
 
-LEAVES = {"cache_options", "errors", "types", "options", "train_options", "eval_options", "sweep_options", "loss_names"}
+LEAVES = {"errors", "types", "options", "loss_names"}
 ALLOWED = {
     "cli": {"precomputing", "training", "sweeping", "planning", "reporting", "integrations", "rescoring", "exchange", "evaluation", "store"} | LEAVES,
     "precomputing": {"data", "lm", "store", "planning", "precompute_report", "scoring_progress"} | LEAVES,
@@ -31,11 +31,7 @@ ALLOWED = {
     "lm": {"errors", "types"},
     "store": {"errors", "types"},
     "types": set(),
-    "cache_options": {"errors", "options"},
-    "options": {"errors"},
-    "train_options": {"errors", "options", "loss_names"},
-    "eval_options": {"options", "loss_names"},
-    "sweep_options": {"options", "train_options"},
+    "options": {"errors", "loss_names"},
     "loss_names": {"errors"},
     "errors": set(),
 }

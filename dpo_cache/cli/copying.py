@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, format_seconds, print_json, print_table
 
 if TYPE_CHECKING:
-    from dpo_cache.cache_options import CopyOptions
+    from dpo_cache.options.upkeep import CopyOptions
     from dpo_cache.store.transfer import TransferProgress, TransferReport
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dpo_cache.cache_options import DiffOptions
 from dpo_cache.cli.output import command_line, count, print_json
 from dpo_cache.cli.parameters import command
+from dpo_cache.options.upkeep import DiffOptions
 
 if TYPE_CHECKING:
     from dpo_cache.store.differences import DiffReport, ScoreDifference

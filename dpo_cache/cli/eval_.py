@@ -16,7 +16,7 @@ from dpo_cache.cli.output import (
     show_scoring,
 )
 from dpo_cache.cli.parameters import command
-from dpo_cache.eval_options import EvalOptions
+from dpo_cache.options.evaluate import EvalOptions
 
 if TYPE_CHECKING:
     from dpo_cache.evaluation.measures import Accuracy, LengthGroup, Spread

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cache_options import ExportOptions
 from dpo_cache.cli.output import count, format_bytes, print_json, print_table, remark
 from dpo_cache.cli.parameters import command
+from dpo_cache.options.exchange import ExportOptions
 
 READERS = {
     "parquet": 'datasets.load_dataset("parquet", data_files="{out}")',

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cache_options import GcOptions
 from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json
 from dpo_cache.cli.parameters import command
+from dpo_cache.options.upkeep import GcOptions
 
 
 @command(GcOptions, json_help="Print what goes as JSON.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cache_options import ImportOptions
 from dpo_cache.cli.output import command_line, count, format_bytes, print_json, print_table, remark
 from dpo_cache.cli.parameters import command
+from dpo_cache.options.exchange import ImportOptions
 
 if TYPE_CHECKING:
     from dpo_cache.exchange import ImportReport

@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cache_options import LsOptions
 from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json, print_table, remark
 from dpo_cache.cli.parameters import command
 from dpo_cache.errors import NotInCacheError
+from dpo_cache.options.upkeep import LsOptions
 
 if TYPE_CHECKING:
     from dpo_cache.store.contents import Contents, PairSetEntry, ReferenceEntry

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cache_options import MergeOptions
 from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, print_json, print_table
 from dpo_cache.cli.parameters import command
+from dpo_cache.options.upkeep import MergeOptions
 
 
 @command(MergeOptions, json_help="Print the report as JSON.")

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import typer
 
 from dpo_cache.cli.signals import Interrupted
-from dpo_cache.options import Options
+from dpo_cache.options.base import Options
 
 
 def command(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, format_seconds, print_json, print_table, show_scoring
 from dpo_cache.cli.parameters import command
-from dpo_cache.options import PrecomputeOptions
+from dpo_cache.options.precompute import PrecomputeOptions
 
 if TYPE_CHECKING:
     from dpo_cache.data.survey import Finding, Survey

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dpo_cache.cache_options import PullOptions
 from dpo_cache.cli.copying import copy, train_hint
 from dpo_cache.cli.parameters import command
+from dpo_cache.options.upkeep import PullOptions
 
 
 @command(PullOptions, json_help="Print the report as JSON.")

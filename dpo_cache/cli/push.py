@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dpo_cache.cache_options import PushOptions
 from dpo_cache.cli.copying import copy
 from dpo_cache.cli.output import command_line
 from dpo_cache.cli.parameters import command
+from dpo_cache.options.upkeep import PushOptions
 
 
 @command(PushOptions, json_help="Print the report as JSON.")

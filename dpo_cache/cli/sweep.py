@@ -9,8 +9,8 @@ from dpo_cache.cli.output import ProgressLine, format_columns, format_seconds, p
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
 from dpo_cache.errors import OptionError, TrainingError
-from dpo_cache.options import flag_of
-from dpo_cache.sweep_options import SweepOptions, swept_fields, type_of
+from dpo_cache.options.base import flag_of
+from dpo_cache.options.sweep import SweepOptions, swept_fields, type_of
 
 if TYPE_CHECKING:
     from dpo_cache.sweeping import SweepProgress, SweepReport

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, format_seconds, print_json, print_table
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
-from dpo_cache.train_options import TrainOptions, with_config
+from dpo_cache.options.train import TrainOptions, with_config
 
 if TYPE_CHECKING:
     from dpo_cache.training.report import TrainReport

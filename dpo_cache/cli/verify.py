@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dpo_cache.cache_options import VerifyOptions
 from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, print_json, print_table
 from dpo_cache.cli.parameters import command
 from dpo_cache.errors import DpoCacheError
+from dpo_cache.options.upkeep import VerifyOptions
 
 if TYPE_CHECKING:
     from dpo_cache.rescoring import RescoreReport

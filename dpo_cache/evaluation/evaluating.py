@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dpo_cache.eval_options import EvalOptions
 from dpo_cache.evaluation.opening import open_pairs, open_policy
 from dpo_cache.evaluation.pair_lines import open_pair_lines
 from dpo_cache.evaluation.report import EvalReport, describe_gap, find_gap, find_rewards, measure_pairs
 from dpo_cache.evaluation.scoring import OnProgress, score_pairs
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.device import peak_bytes
-from dpo_cache.options import number_or_auto
+from dpo_cache.options.base import number_or_auto
+from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.store import open_cache
 
 

@@ -16,10 +16,10 @@ from dataclasses import fields
 import numpy as np
 import pyarrow as pa
 
-from dpo_cache.eval_options import EvalOptions
 from dpo_cache.evaluation.report import Rewards
 from dpo_cache.evaluation.scoring import PairColumns
 from dpo_cache.exchange.writing import open_output
+from dpo_cache.options.evaluate import EvalOptions
 
 BATCH_PAIRS = 2048  # written at once
 COUNTS = ("row", "prompt_tokens", "chosen_tokens", "rejected_tokens")

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_cache.eval_options import EvalOptions
 from dpo_cache.evaluation.measures import (
     Accuracy,
     Calibration,
@@ -23,6 +22,7 @@ from dpo_cache.evaluation.measures import (
 )
 from dpo_cache.evaluation.scoring import PairColumns
 from dpo_cache.loss_names import loss_terms
+from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.training.metrics import Metrics, PairMetrics
 from dpo_cache.training.objective import Objective, PairLogps
 from dpo_cache.training.step_zero import TOLERANCES, UNKNOWN_DTYPE

@@ -25,12 +25,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cache import data
-from dpo_cache.cache_options import ImportOptions
 from dpo_cache.errors import DataError, OptionError
 from dpo_cache.exchange.findings import ValueFindings
 from dpo_cache.exchange.reading import ID_COLUMNS, SUMS, ImportedRows, check_columns
 from dpo_cache.lm.load import load_config
-from dpo_cache.options import renamed_columns
+from dpo_cache.options.exchange import ImportOptions
+from dpo_cache.options.precompute import renamed_columns
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store.cache import check_name
 from dpo_cache.store.documents import Document, digest_json

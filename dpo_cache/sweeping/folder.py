@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.sweep_options import default_of, shown_value, swept_fields
+from dpo_cache.options.sweep import default_of, shown_value, swept_fields
 from dpo_cache.sweeping.grid import Grid, run_names
 
 try:

@@ -23,9 +23,9 @@ from numbers import Real
 from typing import Any
 
 from dpo_cache.errors import OptionError
-from dpo_cache.options import flag_of
-from dpo_cache.sweep_options import SweepOptions, default_of, shown_value, swept_fields, type_of
-from dpo_cache.train_options import TrainOptions
+from dpo_cache.options.base import flag_of
+from dpo_cache.options.sweep import SweepOptions, default_of, shown_value, swept_fields, type_of
+from dpo_cache.options.train import TrainOptions
 
 LONGEST_NAME = 100  # characters; file systems end at 255 bytes
 

@@ -17,9 +17,9 @@ from huggingface_hub import ModelCardData
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.loss_names import SFT_LOSSES, USED_BY, loss_terms
-from dpo_cache.options import flag_of
+from dpo_cache.options.base import flag_of
+from dpo_cache.options.train import TrainOptions, complete_config
 from dpo_cache.store.documents import Document
-from dpo_cache.train_options import TrainOptions, complete_config
 from dpo_cache.training.metrics import Metrics
 from dpo_cache.training.papers import papers_of
 

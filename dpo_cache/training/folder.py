@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.adapter import restore_adapter
+from dpo_cache.options.train import complete_config
 from dpo_cache.store.disk import sync
 from dpo_cache.store.local import free_bytes
-from dpo_cache.train_options import complete_config
 from dpo_cache.training.card import write_card
 from dpo_cache.training.checkpoint import damaged, find_checkpoints, write_policy
 from dpo_cache.training.opening import Policy

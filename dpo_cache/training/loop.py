@@ -16,7 +16,7 @@ import torch
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import deterministic_algorithms, peak_bytes
-from dpo_cache.train_options import TrainOptions, with_config
+from dpo_cache.options.train import TrainOptions, with_config
 from dpo_cache.training.batches import longest_pairs, stream_pairs
 from dpo_cache.training.card import library_versions, model_card
 from dpo_cache.training.checkpoint import find_checkpoints, save_checkpoint

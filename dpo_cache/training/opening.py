@@ -26,11 +26,11 @@ from dpo_cache.lm.adapter import (
 from dpo_cache.lm.engine import Attention, choose_attention
 from dpo_cache.lm.identity import reference_identity
 from dpo_cache.lm.load import load_base, load_config
+from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.checks import check_details
 from dpo_cache.store.documents import Document
 from dpo_cache.store.identities import differing_fields
-from dpo_cache.train_options import TrainOptions
 from dpo_cache.training.batches import held_out
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
 from dpo_cache.lm.offload import offload_activations
 from dpo_cache.lm.quantization import num_values
 from dpo_cache.lm.routing import router_coefficient
-from dpo_cache.options import number_or_auto
+from dpo_cache.options.base import number_or_auto
+from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import open_cache
-from dpo_cache.train_options import TrainOptions
 from dpo_cache.training.batches import count_shared
 from dpo_cache.training.checkpoint import Progress, read_progress, restore_optimizer
 from dpo_cache.training.evaluations import Schedule, schedule_of

@@ -3,29 +3,49 @@
 import ast
 import inspect
 from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from dpo_cache import cache_options, eval_options, options, sweep_options, train_options
+import dpo_cache.options
 from dpo_cache.cli import compact, copying, diff, eval_, export, gc, import_, ls, merge, precompute, pull, push, rm, sweep, train, verify
+from dpo_cache.options.base import Options
+from dpo_cache.options.evaluate import EvalOptions
+from dpo_cache.options.exchange import ExportOptions, ImportOptions
+from dpo_cache.options.precompute import PrecomputeOptions
+from dpo_cache.options.sweep import SweepOptions
+from dpo_cache.options.train import TrainOptions
+from dpo_cache.options.upkeep import (
+    CompactOptions,
+    CopyOptions,
+    DiffOptions,
+    GcOptions,
+    LsOptions,
+    MergeOptions,
+    PullOptions,
+    PushOptions,
+    RmOptions,
+    VerifyOptions,
+)
 
 COMMANDS = {
-    options.PrecomputeOptions: [precompute],
-    train_options.TrainOptions: [train],
-    eval_options.EvalOptions: [eval_],
-    sweep_options.SweepOptions: [sweep],
-    cache_options.LsOptions: [ls],
-    cache_options.VerifyOptions: [verify],
-    cache_options.CompactOptions: [compact],
-    cache_options.GcOptions: [gc],
-    cache_options.MergeOptions: [merge],
-    cache_options.DiffOptions: [diff],
-    cache_options.RmOptions: [rm],
-    cache_options.PullOptions: [pull, copying],
-    cache_options.PushOptions: [push, copying],
-    cache_options.ExportOptions: [export],
-    cache_options.ImportOptions: [import_],
+    PrecomputeOptions: [precompute],
+    TrainOptions: [train],
+    EvalOptions: [eval_],
+    SweepOptions: [sweep],
+    LsOptions: [ls],
+    VerifyOptions: [verify],
+    CompactOptions: [compact],
+    GcOptions: [gc],
+    MergeOptions: [merge],
+    DiffOptions: [diff],
+    RmOptions: [rm],
+    PullOptions: [pull, copying],
+    PushOptions: [push, copying],
+    ExportOptions: [export],
+    ImportOptions: [import_],
 }
 
 
@@ -37,15 +57,17 @@ def read_from_options(modules: list[ModuleType]) -> set[str]:
 
 
 @pytest.mark.parametrize("options_class", COMMANDS, ids=lambda kind: kind.__name__)
-def test_every_option_is_read(options_class: type[options.Options]) -> None:
+def test_every_option_is_read(options_class: type[Options]) -> None:
     found = read_from_options(COMMANDS[options_class])
     assert "*" in found or {entry.name for entry in fields(options_class)} <= found  # type: ignore[arg-type]
 
 
-def test_every_command_is_looked_at() -> None:
+def test_every_command_is_checked() -> None:
+    folder = Path(dpo_cache.options.__file__).parent
     kinds = {
         kind
-        for kind in {**vars(options), **vars(cache_options), **vars(train_options), **vars(eval_options), **vars(sweep_options)}.values()
-        if isinstance(kind, type) and issubclass(kind, options.Options)
+        for path in folder.glob("*.py")
+        for kind in vars(import_module(f"dpo_cache.options.{path.stem}")).values()
+        if isinstance(kind, type) and issubclass(kind, Options)
     }
-    assert set(COMMANDS) == kinds - {options.Options, cache_options.CopyOptions}
+    assert set(COMMANDS) == kinds - {Options, CopyOptions}

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import dpo_cache
-from dpo_cache.eval_options import EvalOptions
-from dpo_cache.options import PrecomputeOptions, flag_of
-from dpo_cache.train_options import TrainOptions
+from dpo_cache.options.base import flag_of
+from dpo_cache.options.evaluate import EvalOptions
+from dpo_cache.options.precompute import PrecomputeOptions
+from dpo_cache.options.train import TrainOptions
 
 DOCS = Path(dpo_cache.__file__).parents[1] / "docs"
 PAGES = DOCS / "commands"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cache.cache_options import PullOptions, PushOptions
 from dpo_cache.cli.app import app
 from dpo_cache.errors import CacheError, CorruptShardError, NotInCacheError, OptionError, StorageError
+from dpo_cache.options.upkeep import PullOptions, PushOptions
 from dpo_cache.store import open_cache
 from dpo_cache.store.documents import digest_json
 from dpo_cache.store.transfer import TransferProgress, copy_cache

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.loss_names import LOSSES
-from dpo_cache.train_options import TrainOptions
+from dpo_cache.options.train import TrainOptions
 from dpo_cache.training.card import is_local, library_versions, model_card, shown_name, write_card
 from dpo_cache.training.papers import LOSS_PAPERS, papers_of
 from tests.training.test_loop import metrics, train

@@ -14,8 +14,8 @@ import torch
 import dpo_cache
 from dpo_cache.errors import DpoCacheError, OptionError, TrainingError
 from dpo_cache.lm.forest import count_forest_tokens
+from dpo_cache.options.train import with_config
 from dpo_cache.store import open_cache
-from dpo_cache.train_options import with_config
 from dpo_cache.training import passes
 from dpo_cache.training.batches import completions_of, longest_pairs
 from dpo_cache.training.metrics import MetricsFile

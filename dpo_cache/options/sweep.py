@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import MISSING, Field, fields, make_dataclass
 from typing import Any, ClassVar, get_type_hints
 
-from dpo_cache.options import Options, flag_of, option
-from dpo_cache.train_options import TrainOptions
+from dpo_cache.options.base import Options, flag_of, option
+from dpo_cache.options.train import TrainOptions
 
 NOT_IN_A_SWEEP = ("resume", "dry_run", "config")  # of `train`: a sweep has its own --resume, tries nothing out, and is told every option
 PLACES = ("cache", "output")  # of the sweep as a whole

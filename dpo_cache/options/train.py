@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from dpo_cache.errors import OptionError
 from dpo_cache.loss_names import LOSSES, check_serves, loss_terms
-from dpo_cache.options import DEVICES, QUANTIZATIONS, Options, flag_of, number_or_auto, option, switch
+from dpo_cache.options.base import DEVICES, QUANTIZATIONS, Options, flag_of, number_or_auto, option, switch
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 WPO = ("off", "on", "clipped")

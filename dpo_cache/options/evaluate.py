@@ -1,4 +1,4 @@
-"""Every option of `eval`: name, type, default, unit, help and check, in one place; see `options.py`."""
+"""Every option of `eval`: name, type, default, unit, help and check, in one place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import ClassVar
 
 from dpo_cache.loss_names import LOSSES, check_serves, loss_terms
-from dpo_cache.options import ATTENTIONS, DEVICES, DTYPES, Options, flag_of, number_or_auto, option
+from dpo_cache.options.base import ATTENTIONS, DEVICES, DTYPES, Options, flag_of, number_or_auto, option
 
 OUTPUT_FORMATS = {".jsonl": "jsonl", ".parquet": "parquet"}
 
