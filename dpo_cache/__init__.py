@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpo_cache.evaluation import EvalReport, evaluate
     from dpo_cache.exchange import ExportReport, ImportReport, export_pairs, import_pairs
+    from dpo_cache.losses.reference_losses import preference_loss
     from dpo_cache.precomputing import PrecomputeReport, precompute
     from dpo_cache.store import open_cache
     from dpo_cache.sweeping import SweepReport, sweep
     from dpo_cache.training.loop import TrainReport, train
-    from dpo_cache.training.losses import preference_loss
     from dpo_cache.types import Completion, Pair, Score, ScoredPair
 
 __version__ = "0.1.0"
@@ -53,7 +53,7 @@ _HOMES = {
     "TrainReport": "dpo_cache.training.loop",
     "sweep": "dpo_cache.sweeping",
     "SweepReport": "dpo_cache.sweeping",
-    "preference_loss": "dpo_cache.training.losses",
+    "preference_loss": "dpo_cache.losses.reference_losses",
     "Completion": "dpo_cache.types",
     "Pair": "dpo_cache.types",
     "Score": "dpo_cache.types",

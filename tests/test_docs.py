@@ -5,7 +5,7 @@ from pathlib import Path
 
 import dpo_cache
 from dpo_cache.cli.app import command_names
-from dpo_cache.loss_names import LOSSES
+from dpo_cache.losses.table import LOSSES
 from tests.cli.write_help import options_page
 
 ROOT = Path(dpo_cache.__file__).parents[1]

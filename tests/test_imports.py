@@ -12,7 +12,7 @@ from dpo_cache.cli.app import command_names
 
 PACKAGE = Path(dpo_cache.__file__).parent
 
-LEAVES = {"errors", "types", "options", "loss_names"}
+LEAVES = {"errors", "types", "options", "losses"}
 ALLOWED = {
     "cli": {"precomputing", "training", "sweeping", "planning", "reporting", "integrations", "rescoring", "exchange", "evaluation", "store"} | LEAVES,
     "precomputing": {"data", "lm", "store", "planning", "precompute_report", "scoring_progress"} | LEAVES,
@@ -31,8 +31,8 @@ ALLOWED = {
     "lm": {"errors", "types"},
     "store": {"errors", "types"},
     "types": set(),
-    "options": {"errors", "loss_names"},
-    "loss_names": {"errors"},
+    "options": {"errors", "losses"},
+    "losses": {"errors", "types", "options", "lm"},
     "errors": set(),
 }
 PACKAGES_OF_ROOMS = {

@@ -21,10 +21,10 @@ from dpo_cache.evaluation.measures import (
     measure_spread,
 )
 from dpo_cache.evaluation.scoring import PairColumns
-from dpo_cache.loss_names import loss_terms
+from dpo_cache.losses.metrics import Metrics, PairMetrics
+from dpo_cache.losses.objective import Objective, PairLogps
+from dpo_cache.losses.table import loss_terms
 from dpo_cache.options.evaluate import EvalOptions
-from dpo_cache.training.metrics import Metrics, PairMetrics
-from dpo_cache.training.objective import Objective, PairLogps
 from dpo_cache.training.step_zero import TOLERANCES, UNKNOWN_DTYPE
 
 

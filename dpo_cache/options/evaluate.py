@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import PurePath
 from typing import ClassVar
 
-from dpo_cache.loss_names import LOSSES, check_serves, loss_terms
+from dpo_cache.losses.table import LOSSES, check_serves, loss_terms
 from dpo_cache.options.base import ATTENTIONS, DEVICES, DTYPES, Options, flag_of, number_or_auto, option
 
 OUTPUT_FORMATS = {".jsonl": "jsonl", ".parquet": "parquet"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dpo_cache.errors import OptionError
-from dpo_cache.loss_names import LOSSES, check_serves, loss_terms
+from dpo_cache.losses.table import LOSSES, check_serves, loss_terms
 from dpo_cache.options.base import DEVICES, QUANTIZATIONS, Options, flag_of, number_or_auto, option, switch
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")

@@ -8,9 +8,9 @@ from itertools import islice
 from typing import Any
 
 from dpo_cache.errors import TrainingError
+from dpo_cache.losses.metrics import Metrics, PairMetrics
 from dpo_cache.options.train import period
 from dpo_cache.training.batches import stream_pairs
-from dpo_cache.training.metrics import Metrics, PairMetrics
 from dpo_cache.training.opening import TrainingPairs
 from dpo_cache.training.passes import Passes
 

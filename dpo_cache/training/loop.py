@@ -16,13 +16,14 @@ import torch
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import deterministic_algorithms, peak_bytes
+from dpo_cache.losses.metrics import Metrics
 from dpo_cache.options.train import TrainOptions, with_config
 from dpo_cache.training.batches import longest_pairs, stream_pairs
 from dpo_cache.training.card import library_versions, model_card
 from dpo_cache.training.checkpoint import find_checkpoints, save_checkpoint
 from dpo_cache.training.evaluations import Best, evaluate
 from dpo_cache.training.folder import check_config, check_output, discard, drop_best, save_best, save_model, write_config
-from dpo_cache.training.metrics import Metrics, MetricsFile
+from dpo_cache.training.metrics import MetricsFile
 from dpo_cache.training.passes import Passes
 from dpo_cache.training.report import Clock, TrainReport
 from dpo_cache.training.samples import open_sampler

@@ -14,10 +14,10 @@ from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.device import autocast, release_free_bytes
 from dpo_cache.lm.policy import CompletionLogps, completion_logps, count_tokens, join_logps
+from dpo_cache.losses.metrics import PairMetrics
+from dpo_cache.losses.objective import Objective, mean_chosen_tokens
 from dpo_cache.training.batches import Group, completions_of, split_step
 from dpo_cache.training.freeing import FreedGradients
-from dpo_cache.training.metrics import PairMetrics
-from dpo_cache.training.objective import Objective, mean_chosen_tokens
 from dpo_cache.training.opening import Policy
 from dpo_cache.training.step_zero import StepZero
 from dpo_cache.training.thrift import Thrift

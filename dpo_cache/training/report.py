@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_cache.training.metrics import Metrics
+from dpo_cache.losses.metrics import Metrics
 
 RECENT_STEPS = 50
 

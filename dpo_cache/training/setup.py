@@ -17,6 +17,7 @@ from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
 from dpo_cache.lm.offload import offload_activations
 from dpo_cache.lm.quantization import num_values
 from dpo_cache.lm.routing import router_coefficient
+from dpo_cache.losses.objective import Objective, objective_of
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import open_cache
@@ -25,7 +26,6 @@ from dpo_cache.training.checkpoint import Progress, read_progress, restore_optim
 from dpo_cache.training.evaluations import Schedule, schedule_of
 from dpo_cache.training.folder import check_disk, find_start, read_resolved
 from dpo_cache.training.freeing import FreedGradients
-from dpo_cache.training.objective import Objective, objective_of
 from dpo_cache.training.opening import Policy, TrainingPairs, open_pairs, open_policy
 from dpo_cache.training.optimizers import make_optimizer
 from dpo_cache.training.schedule import learning_rate

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from dpo_cache.training.metrics import Metrics
+from dpo_cache.losses.metrics import Metrics
 
 WINDOW = 20  # steps
 SIDES = ("rewards/chosen", "rewards/rejected")

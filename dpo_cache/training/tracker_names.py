@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dpo_cache.training.metrics import Metrics
+from dpo_cache.losses.metrics import Metrics
 
 EVAL = "eval/"
 TRL_NAMES = {"lr": "learning_rate", "num_tokens": "tokens_run"}  # TRL's num_tokens is another count: tokens read since the start

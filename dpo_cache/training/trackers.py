@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from dpo_cache.errors import TrainingError, first_line
-from dpo_cache.training.metrics import Metrics
+from dpo_cache.losses.metrics import Metrics
 from dpo_cache.training.tracker_names import tracked_names
 
 FILE, FOLDER = "trackers.json", "tensorboard"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cache.cli import app as app_module
-from dpo_cache.loss_names import LOSSES
+from dpo_cache.losses.table import LOSSES
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
 
 

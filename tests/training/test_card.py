@@ -8,10 +8,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.loss_names import LOSSES
+from dpo_cache.losses.papers import LOSS_PAPERS, papers_of
+from dpo_cache.losses.table import LOSSES
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.training.card import is_local, library_versions, model_card, shown_name, write_card
-from dpo_cache.training.papers import LOSS_PAPERS, papers_of
 from tests.training.test_loop import metrics, train
 
 RESOLVED = {"model": "org/base", "num_pairs": 900, "num_eval_pairs": 100, "total_steps": 57, "precision": "fp32"}

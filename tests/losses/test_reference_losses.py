@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from dpo_cache import preference_loss
 from dpo_cache.errors import ShapeError
-from dpo_cache.training import losses as losses_module
-from dpo_cache.training import policy_losses
+from dpo_cache.losses import policy_losses
+from dpo_cache.losses import reference_losses as losses_module
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 

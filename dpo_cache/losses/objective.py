@@ -10,9 +10,10 @@ import torch
 
 from dpo_cache.lm.policy import CompletionLogps
 from dpo_cache.lm.routing import add_routings, router_loss
-from dpo_cache.loss_names import MARGIN_LOSSES, POLICY_LOSSES, SFT_LOSSES, SORTED_LOSSES, loss_terms
+from dpo_cache.losses import policy_losses
+from dpo_cache.losses import reference_losses as losses
+from dpo_cache.losses.table import MARGIN_LOSSES, POLICY_LOSSES, SFT_LOSSES, SORTED_LOSSES, loss_terms
 from dpo_cache.options.train import TrainOptions
-from dpo_cache.training import losses, policy_losses
 from dpo_cache.types import Score, ScoredPair
 
 

@@ -1,4 +1,4 @@
-"""The losses that `--loss` takes, and which of them each option serves. Their formulas are in `training/losses.py` and `policy_losses.py`."""
+"""The losses that `--loss` takes, and which of them each option serves. Their formulas are in `reference_losses.py` and `policy_losses.py`."""
 
 from __future__ import annotations
 

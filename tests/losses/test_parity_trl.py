@@ -1,7 +1,7 @@
 """Losses, gradients and metrics beside TRL 1.16's own trainers: live where TRL is installed, from golden values elsewhere.
 
-DPO_CACHE_TRL_PYTHON=.venv-trl/bin/python python -m pytest tests/training/test_parity_trl.py
-python -m tests.training.test_parity_trl .venv-trl/bin/python     # writes the golden values anew
+DPO_CACHE_TRL_PYTHON=.venv-trl/bin/python python -m pytest tests.losses.test_parity_trl.py
+python -m tests.losses.test_parity_trl .venv-trl/bin/python     # writes the golden values anew
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from dpo_cache.lm.policy import CompletionLogps
-from dpo_cache.training.objective import Objective, mean_chosen_tokens
+from dpo_cache.losses.objective import Objective, mean_chosen_tokens
 from dpo_cache.types import Completion, Pair, Score, ScoredPair
 
 GOLDEN = Path(__file__).parent / "golden" / "trl-1.16.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cache.loss_names import loss_terms
+from dpo_cache.losses.table import loss_terms
 
 
 @dataclass(frozen=True)

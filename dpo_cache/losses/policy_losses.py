@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dpo_cache.training.losses import hinge_losses, sigmoid_losses
+from dpo_cache.losses.reference_losses import hinge_losses, sigmoid_losses
 
 MOST_CERTAIN = -1e-7  # nats a token; nearer to 0 the odds of a completion are infinite
 

@@ -8,10 +8,10 @@ import torch
 
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.policy import CompletionLogps
-from dpo_cache.loss_names import LOSSES, POLICY_LOSSES, SFT_LOSSES, loss_terms
+from dpo_cache.losses.objective import Objective, mean_chosen_tokens, objective_of, reference_logps
+from dpo_cache.losses.reference_losses import preference_loss
+from dpo_cache.losses.table import LOSSES, POLICY_LOSSES, SFT_LOSSES, loss_terms
 from dpo_cache.options.train import TrainOptions, complete_config
-from dpo_cache.training.losses import preference_loss
-from dpo_cache.training.objective import Objective, mean_chosen_tokens, objective_of, reference_logps
 from dpo_cache.types import Completion, Pair, Score, ScoredPair
 
 LENGTHS = [3, 5, 1, 4, 2, 1]  # three chosen, three rejected

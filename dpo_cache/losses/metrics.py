@@ -1,0 +1,32 @@
+"""Means over pairs of what a step or an evaluation measures."""
+
+from __future__ import annotations
+
+import torch
+
+Metrics = dict[str, float | int]
+
+
+class PairMetrics:
+    """Means over pairs, gathered from groups of any size."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._num_pairs = 0
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Add a group of pairs: values of shape (group_size,) by name."""
+        sums = torch.stack([value.detach().sum() for value in values.values()]).tolist()  # waits for the GPU once
+        for name, value in zip(values, sums, strict=True):
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._num_pairs += len(next(iter(values.values())))
+
+    def merge(self, other: PairMetrics) -> None:
+        """Add the pairs of another."""
+        for name, value in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._num_pairs += other._num_pairs
+
+    def means(self) -> Metrics:
+        """Mean of each over all pairs added, and their number."""
+        return {**{name: value / self._num_pairs for name, value in self._sums.items()}, "num_pairs": self._num_pairs}
