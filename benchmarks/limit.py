@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from dpo_cache.lm.linear import ONEDNN, TORCH, Products
+from dpo_cache.lm.kernels.onednn_linear import ONEDNN, TORCH, Products
 
 LIBRARIES: tuple[Products, ...] = (TORCH, ONEDNN)
 CHUNK_TOKENS = 1024

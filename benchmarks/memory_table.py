@@ -32,8 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from dpo_cache.footprint import Footprint, activation_bytes, build_fake, pass_loss, policy_of, standing_footprint
 from dpo_cache.lm.device import counted_as
-from dpo_cache.lm.linear import use_fast_linear
-from dpo_cache.lm.live_bytes import allocated_peak
+from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
+from dpo_cache.lm.memory.live_bytes import allocated_peak
 from dpo_cache.types import Completion
 
 LLAMA: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import dpo_cache
-from dpo_cache.lm.stream import Stream
+from dpo_cache.lm.forest.stream import Stream
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from dpo_cache.lm.budget import Budget
-from dpo_cache.lm.engine import Attention, score_completions, use_forest_attention
+from dpo_cache.lm.self_check import Attention, score_completions, use_forest_attention
 from tests.conftest import make_completions
 from tests.lm.families import make_model
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from dpo_cache import data
 from dpo_cache.errors import DataError, ModelError, StorageError
-from dpo_cache.lm.forest import count_forest_tokens
+from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.store import Cache, ScoreIndex, completion_key
 from dpo_cache.store.keys import KEY_BYTES, key_array, key_bytes
 from dpo_cache.store.keyset import KeySet, join_keys, occurs_before

@@ -21,18 +21,18 @@ from transformers import PreTrainedModel
 
 from dpo_cache import data
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.adapter import find_parts
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.device import choose_device, choose_dtype, peak_bytes
-from dpo_cache.lm.engine import Attention, choose_attention, score_completions
-from dpo_cache.lm.identity import provenance, reference_identity
-from dpo_cache.lm.linear import use_fast_linear
-from dpo_cache.lm.load import check_causal, load_config, load_model
+from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
+from dpo_cache.lm.model.adapter import find_parts
+from dpo_cache.lm.model.identity import provenance, reference_identity
+from dpo_cache.lm.model.load import check_causal, load_config, load_model
+from dpo_cache.lm.progress import ScoringProgress
+from dpo_cache.lm.self_check import Attention, choose_attention, score_completions
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.precompute import PrecomputeOptions, renamed_columns
 from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_completions, pairs_of, rows_of
 from dpo_cache.precompute_report import PrecomputeReport
-from dpo_cache.scoring_progress import ScoringProgress
 from dpo_cache.store import Cache, PairSet, ScoreIndex, open_cache
 from dpo_cache.store.cache import check_name
 from dpo_cache.store.documents import digest_json

@@ -13,11 +13,11 @@ from transformers import PreTrainedConfig
 from dpo_cache.errors import ModelError, NotInCacheError
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.device import choose_device
-from dpo_cache.lm.engine import choose_attention, score_completions
-from dpo_cache.lm.identity import reference_identity
-from dpo_cache.lm.linear import use_fast_linear
-from dpo_cache.lm.load import load_config, load_model
-from dpo_cache.lm.quantization import rounding_dtype_of
+from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
+from dpo_cache.lm.model.identity import reference_identity
+from dpo_cache.lm.model.load import load_config, load_model
+from dpo_cache.lm.model.quantization import rounding_dtype_of
+from dpo_cache.lm.self_check import choose_attention, score_completions
 from dpo_cache.store import Cache, PairSet, completion_key, open_cache
 from dpo_cache.store.identities import differing_fields
 from dpo_cache.types import TOKEN_TOLERANCES, Completion, Score, ScoredPair, quantization_name

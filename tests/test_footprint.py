@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo_cache import footprint
 from dpo_cache.errors import OptionError
-from dpo_cache.lm.engine import choose_attention
-from dpo_cache.lm.linear import ONEDNN, products_of, use_fast_linear
-from dpo_cache.lm.live_bytes import allocated_peak
-from dpo_cache.lm.lora import use_fast_lora
+from dpo_cache.lm.kernels.lora_linear import use_fast_lora
+from dpo_cache.lm.kernels.onednn_linear import ONEDNN, products_of, use_fast_linear
+from dpo_cache.lm.memory.live_bytes import allocated_peak
+from dpo_cache.lm.memory.recompute import MODES, Recomputation
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.recomputation import MODES, Recomputation
+from dpo_cache.lm.self_check import choose_attention
 from dpo_cache.types import Completion
 from tests.conftest import make_llama, naive_token_logps
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 if TYPE_CHECKING:
-    from dpo_cache.scoring_progress import ScoringProgress
+    from dpo_cache.lm.progress import ScoringProgress
 
 NUMBER = re.compile(r"[\d,]{1,11}|[\d.]+ [kMG]?B|[+-]?\d+\.\d+|[+-]?[\d.]+%|")
 QUIET_SECONDS = 10.0  # between progress lines off a terminal

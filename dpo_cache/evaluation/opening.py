@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dpo_cache import data
 from dpo_cache.errors import ModelError, NotInCacheError
 from dpo_cache.lm.device import choose_device, choose_dtype
-from dpo_cache.lm.engine import Attention, choose_attention
-from dpo_cache.lm.identity import reference_identity
-from dpo_cache.lm.linear import use_fast_linear
-from dpo_cache.lm.load import check_causal, load_config, load_model
+from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
+from dpo_cache.lm.model.identity import reference_identity
+from dpo_cache.lm.model.load import check_causal, load_config, load_model
+from dpo_cache.lm.self_check import Attention, choose_attention
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.checks import check_details

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from dpo_cache.evaluation.report import Rewards
 from dpo_cache.evaluation.scoring import PairColumns
-from dpo_cache.exchange.writing import open_output
+from dpo_cache.files.rows import open_output
 from dpo_cache.options.evaluate import EvalOptions
 
 BATCH_PAIRS = 2048  # written at once

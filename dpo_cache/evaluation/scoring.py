@@ -12,8 +12,8 @@ import numpy as np
 from dpo_cache.errors import ModelError
 from dpo_cache.evaluation.opening import Policy, check_room
 from dpo_cache.lm.budget import Budget
-from dpo_cache.lm.engine import score_completions
-from dpo_cache.scoring_progress import ScoringProgress
+from dpo_cache.lm.progress import ScoringProgress
+from dpo_cache.lm.self_check import score_completions
 from dpo_cache.store import PairSet, completion_key
 from dpo_cache.types import Completion, Score, ScoredPair
 

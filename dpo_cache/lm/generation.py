@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from dpo_cache.lm.attention import FOREST_ATTENTION, use_forest_attention
 from dpo_cache.lm.budget import is_out_of_memory
-from dpo_cache.lm.engine import Attention
+from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
+from dpo_cache.lm.self_check import Attention
 from dpo_cache.types import TokenIds
 
 MOST_AT_ONCE = 16  # answers: on a CPU running out of memory ends the process, so it is not found by trying

@@ -10,11 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.lm.device import kind_of, sum_dtype
-from dpo_cache.lm.engine import Attention
-from dpo_cache.lm.forest import build_forest, count_forest_tokens
-from dpo_cache.lm.logprobs import head_of, head_token_logps, log_squared_probs, token_logps
+from dpo_cache.lm.forest.layout import build_forest, count_forest_tokens
+from dpo_cache.lm.kernels.head import head_token_logps, log_squared_probs, token_logps
+from dpo_cache.lm.model.parts import head_of
 from dpo_cache.lm.routing import Routing, add_routings, measure_routing
-from dpo_cache.lm.scoring import run_forest, run_rows
+from dpo_cache.lm.rows import run_rows
+from dpo_cache.lm.scoring import run_forest
+from dpo_cache.lm.self_check import Attention
 from dpo_cache.types import Completion
 
 

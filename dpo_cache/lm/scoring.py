@@ -13,37 +13,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.errors import ModelError
-from dpo_cache.lm.attention import PathPlan, Segment, group_segments, plan_tree
 from dpo_cache.lm.budget import Budget, is_out_of_memory, timer
 from dpo_cache.lm.device import kind_of
-from dpo_cache.lm.forest import Forest
-from dpo_cache.lm.logprobs import decoder_of, head_of, token_logps
-from dpo_cache.lm.stream import Chunk, Stream
+from dpo_cache.lm.forest.attention import PathPlan, Segment, group_segments, plan_tree
+from dpo_cache.lm.forest.layout import Forest
+from dpo_cache.lm.forest.stream import Chunk, Stream
+from dpo_cache.lm.kernels.head import token_logps
+from dpo_cache.lm.model.parts import decoder_of, head_of
+from dpo_cache.lm.progress import ScoringStep
 from dpo_cache.types import Completion, Score
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What one chunk or batch brought: tokens run through the model, of how many in all, and the completions it finished.
-
-    Log-probs may be NaN or infinite where the model's are.
-    """
-
-    num_tokens: int
-    total_tokens: int
-    scores: list[tuple[int, Score]]  # position among the completions given, score
-
-
 @torch.no_grad()
-def score_forest(model: PreTrainedModel, completions: Sequence[Completion], budget: Budget, kernel: str = "segments") -> Iterator[Progress]:
+def score_forest(model: PreTrainedModel, completions: Sequence[Completion], budget: Budget, kernel: str = "segments") -> Iterator[ScoringStep]:
     """Score through forest attention, to which the model must be set, chunk by chunk as the budget says.
 
     Where memory runs out, what is not scored yet is laid out again and goes on in smaller chunks.
@@ -57,67 +45,12 @@ def score_forest(model: PreTrainedModel, completions: Sequence[Completion], budg
             for num_tokens, scores in _run_stream(_Runner(model, stream, kernel), budget):
                 run_before += num_tokens
                 done.update(place for place, _ in scores)
-                yield Progress(num_tokens, total_tokens, [(waiting[place], score) for place, score in scores])
+                yield ScoringStep(num_tokens, total_tokens, [(waiting[place], score) for place, score in scores])
         except RuntimeError as error:
             if not is_out_of_memory(error, model.device):
                 raise
             budget.halve(error)
         waiting = [index for place, index in enumerate(waiting) if place not in done]
-
-
-@torch.no_grad()
-def score_rows(model: PreTrainedModel, completions: Sequence[Completion], budget: Budget, max_rows: int | None = None) -> Iterator[Progress]:
-    """Score as padded rows with the model's own attention, longest first, at most the budget with padding at once."""
-    waiting = sorted(range(len(completions)), key=lambda index: -len(completions[index]))
-    tokens_left, num_run = sum(map(len, completions)), 0
-    budget.settle()
-    while waiting:
-        length = len(completions[waiting[0]])
-        batch = waiting[: min(max(1, budget.tokens // length), max_rows or len(waiting))]
-        try:
-            logps = row_logps(model, [completions[index] for index in batch])
-        except RuntimeError as error:
-            if not is_out_of_memory(error, model.device):
-                raise
-            if len(batch) == 1:
-                raise ModelError(f"out of memory on a row of {length} tokens.\nRun with a shorter --max-length, or on a larger device.") from error
-            budget.halve(error)
-            continue
-        waiting = waiting[len(batch) :]
-        tokens_left -= sum(len(completions[index]) for index in batch)
-        num_run += length * len(batch)
-        scores = [(index, Score(values.cpu().numpy())) for index, values in zip(batch, logps, strict=True)]
-        yield Progress(length * len(batch), num_run + tokens_left, scores)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A batch of padded rows that was run: the model's own output, where it is not padding, and what predicts the T completion tokens."""
-
-    outputs: Any
-    mask: torch.Tensor  # [rows, length]
-    predictors_TD: torch.Tensor
-    targets_T: torch.Tensor
-
-
-def row_logps(model: PreTrainedModel, completions: Sequence[Completion]) -> list[torch.Tensor]:
-    """Token log-probs float32 [T] of each completion, as one batch of right-padded rows; with gradients if they are on."""
-    rows = run_rows(model, completions)
-    logps = token_logps(rows.predictors_TD, head_of(model), rows.targets_T, model.config.get_text_config().vocab_size)
-    return list(logps.split([completion.num_tokens for completion in completions]))
-
-
-def run_rows(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> Rows:
-    """Run the completions as one batch of right-padded rows; further arguments go to the model."""
-    sequences = [torch.from_numpy(completion.sequence_ids.astype(np.int64)) for completion in completions]
-    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(model.device)
-    outputs = decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False, **arguments)
-    starts = [len(completion.prompt_ids) for completion in completions]
-    spans = [(row, start, start + completion.num_tokens) for row, (start, completion) in enumerate(zip(starts, completions, strict=True))]
-    predictors_TD = torch.cat([outputs[0][row, start - 1 : end - 1] for row, start, end in spans])
-    return Rows(outputs, mask, predictors_TD, torch.cat([ids[row, start:end] for row, start, end in spans]))
 
 
 def run_forest(model: PreTrainedModel, forest: Forest, **arguments: Any) -> Any:
@@ -195,7 +128,7 @@ class _Runner:
 
     def _plan(self, segments: list[Segment]) -> Any:
         if self.kernel == "flex":
-            from dpo_cache.lm.flex import FlexPlan  # loads the compiler, which a CPU has no use for
+            from dpo_cache.lm.forest.flex import FlexPlan
 
             return FlexPlan(segments, self.stream.max_depth, self.paths, self.model.device)
         return PathPlan(group_segments(segments), self.stream.max_depth, self.paths)

@@ -14,13 +14,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from dpo_cache.files.sync import sync
+
 try:
     import resource
 except ImportError:  # Windows, which has no such limit
     resource = None  # type: ignore[assignment]
 
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 
 class Disk:
@@ -85,21 +86,6 @@ class Disk:
             if error.errno == errno.EMFILE and _raise_file_limit():
                 return self.open(path)
             raise OSError(error.errno, os.strerror(error.errno or 0)) from error  # without pyarrow's own words
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or the names in a folder, are on the disk."""
-    is_folder = path.is_dir()
-    if os.name == "nt" and is_folder:  # a folder cannot be opened there, and its renames are journaled
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not is_folder or error.errno not in NO_FOLDER_SYNC:  # some network file systems sync files alone
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _raise_file_limit() -> bool:

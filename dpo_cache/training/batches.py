@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_cache.lm.forest import count_forest_tokens
+from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.store import PairSet
 from dpo_cache.types import Completion, ScoredPair
 

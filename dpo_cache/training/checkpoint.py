@@ -3,7 +3,7 @@
     model files            as `save_pretrained` writes them (safetensors); of an adapter, its weights alone
     optimizer.safetensors  `<parameter>/<state>` per optimizer state, e.g. `model.norm.weight/exp_avg`
     tokenizer files        so that a resumed run needs nothing but the cache, and an adapter its base
-    state.json             where the run stood: see `Progress`
+    state.json             where the run stood: see `RunPosition`
 
 A checkpoint is written under a dot-name and renamed, so it is whole or absent. Nothing is pickled.
 """
@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpo_cache.errors import TrainingError, first_line
-from dpo_cache.store.disk import sync
+from dpo_cache.files.sync import sync
 from dpo_cache.training.opening import Policy
 from dpo_cache.training.updates import Updater
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunPosition:
     """Where a run stands: steps done, the epoch it is in (from 0), pairs of that epoch already used, and what is to be gone on with."""
 
     step: int = 0
@@ -36,7 +36,7 @@ class Progress:
     best: dict[str, Any] | None = None  # the best evaluation so far: its step and value, and how many since were no better
 
 
-def save_checkpoint(run: Path, policy: Policy, optimizer: Updater, progress: Progress, *, keep: int) -> Path:
+def save_checkpoint(run: Path, policy: Policy, optimizer: Updater, progress: RunPosition, *, keep: int) -> Path:
     """Publish the state after a step, then drop all but the last `keep`. Raises `TrainingError` where the disk refuses."""
     target = run / "checkpoints" / f"step-{progress.step:06d}"
 
@@ -83,10 +83,10 @@ def find_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def read_progress(checkpoint: Path) -> Progress:
+def read_progress(checkpoint: Path) -> RunPosition:
     """Where the run stood when the checkpoint was saved."""
     try:
-        return Progress(**json.loads((checkpoint / "state.json").read_text()))
+        return RunPosition(**json.loads((checkpoint / "state.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise damaged(checkpoint / "state.json", error) from error
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cache.errors import TrainingError
+from dpo_cache.files.sync import sync
 from dpo_cache.losses.metrics import Metrics
-from dpo_cache.store.disk import sync
 
 
 class MetricsFile:

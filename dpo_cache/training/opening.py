@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import ModelError, TrainingError
-from dpo_cache.lm.adapter import (
+from dpo_cache.lm.model.adapter import (
     Parts,
     add_adapter,
     can_be_switched_off,
@@ -22,10 +22,10 @@ from dpo_cache.lm.adapter import (
     lora_config,
     read_adapter_config,
     starts_at_nothing,
-)  # fmt: skip
-from dpo_cache.lm.engine import Attention, choose_attention
-from dpo_cache.lm.identity import reference_identity
-from dpo_cache.lm.load import load_base, load_config
+)
+from dpo_cache.lm.model.identity import reference_identity
+from dpo_cache.lm.model.load import load_base, load_config
+from dpo_cache.lm.self_check import Attention, choose_attention
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.checks import check_details

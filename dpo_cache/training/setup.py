@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from dpo_cache.errors import OptionError
-from dpo_cache.lm.adapter import describe
 from dpo_cache.lm.device import choose_device
-from dpo_cache.lm.linear import CLEARLY_WORTH, use_fast_linear
-from dpo_cache.lm.offload import offload_activations
-from dpo_cache.lm.quantization import num_values
+from dpo_cache.lm.kernels.onednn_linear import CLEARLY_WORTH, use_fast_linear
+from dpo_cache.lm.memory.offload import offload_activations
+from dpo_cache.lm.model.adapter import describe
+from dpo_cache.lm.model.quantization import num_values
 from dpo_cache.lm.routing import router_coefficient
 from dpo_cache.losses.objective import Objective, objective_of
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import open_cache
 from dpo_cache.training.batches import count_shared
-from dpo_cache.training.checkpoint import Progress, read_progress, restore_optimizer
+from dpo_cache.training.checkpoint import RunPosition, read_progress, restore_optimizer
 from dpo_cache.training.evaluations import Schedule, schedule_of
 from dpo_cache.training.folder import check_disk, find_start, read_resolved
 from dpo_cache.training.freeing import FreedGradients
@@ -56,7 +56,7 @@ class Setup:
     num_trained: int
     linear: str  # the library that multiplies: "torch" or "onednn"
     checkpoint: Path | None  # what the run goes on from
-    progress: Progress  # where it stands at its start
+    progress: RunPosition  # where it stands at its start
 
     @property
     def output(self) -> Path:
@@ -121,7 +121,7 @@ def open_setup(options: TrainOptions, say: Say) -> Setup:
     check_trackers(options.log_to)
     output = Path(options.output)
     checkpoint = find_start(output, say, resume=options.resume)
-    progress = read_progress(checkpoint) if checkpoint else Progress()
+    progress = read_progress(checkpoint) if checkpoint else RunPosition()
     device = choose_device(options.device)
     data = open_pairs(options, open_cache(options.cache))
     policy = open_policy(options, data, device, checkpoint)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dpo_cache.errors import StepZeroError
-from dpo_cache.lm.quantization import rounding_dtype, rounding_dtype_of
+from dpo_cache.lm.model.quantization import rounding_dtype, rounding_dtype_of
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.training.opening import Policy, TrainingPairs
 from dpo_cache.types import TOKEN_TOLERANCES, Score

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
+from dpo_cache.lm.memory.recompute import MODES, Recomputation, activation_bytes, is_kept_changed, ladder
 from dpo_cache.lm.policy import default_micro_tokens
-from dpo_cache.lm.recomputation import MODES, Recomputation, activation_bytes, is_kept_changed, ladder
 
 LEAST_TOKENS = 64
 SHARE_OF_FREE = 0.5  # of a host's free memory that activations may take before they are computed again

@@ -13,8 +13,8 @@ import dpo_cache
 from dpo_cache.errors import ModelError, NotInCacheError, OptionError, StorageError
 from dpo_cache.evaluation import EvalReport, scoring
 from dpo_cache.exchange import export_pairs, import_pairs
-from dpo_cache.lm.engine import _check_completions
-from dpo_cache.scoring_progress import ScoringProgress
+from dpo_cache.lm.progress import ScoringProgress
+from dpo_cache.lm.self_check import _check_completions
 from dpo_cache.store import open_cache
 from dpo_cache.types import Score, ScoredPair
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows

@@ -9,7 +9,8 @@ import pytest
 
 import dpo_cache
 from dpo_cache.errors import NotInCacheError, OptionError, StorageError
-from dpo_cache.exchange import export_pairs, import_pairs, writing
+from dpo_cache.exchange import export_pairs, import_pairs
+from dpo_cache.files import rows as writing
 from tests.conftest import chat_rows, make_tokenizer, write_rows
 from tests.exchange.conftest import TEXT_ROWS, pairs_of
 

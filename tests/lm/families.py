@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 
-from dpo_cache.lm.engine import Attention, choose_attention
+from dpo_cache.lm.self_check import Attention, choose_attention
 
 VOCAB = 264
 BASE = {

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from dpo_cache.lm.attention import plan_tree, use_forest_attention
 from dpo_cache.lm.device import autocast, counted_as, kind_of
-from dpo_cache.lm.engine import Attention
-from dpo_cache.lm.forest import build_forest
+from dpo_cache.lm.forest.attention import plan_tree, use_forest_attention
+from dpo_cache.lm.forest.layout import build_forest
 from dpo_cache.lm.policy import completion_logps, default_micro_tokens
+from dpo_cache.lm.self_check import Attention
 from tests.conftest import make_completions, make_llama
 from tests.lm.families import make_model
-from tests.lm.test_recomputation import gradients
+from tests.lm.memory.test_recompute import gradients
 
 COMPLETIONS = make_completions()
 FOREST = Attention("forest", "", has_plain_head=True)
@@ -37,7 +37,7 @@ def test_what_cuda_runs_has_the_same_gradients(family: str) -> None:
 
 
 def test_a_gpu_runs_each_segment_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_cache.lm.attention.QUERY_TOKENS", 4)
+    monkeypatch.setattr("dpo_cache.lm.forest.layout.attention.QUERY_TOKENS", 4)
     forest = build_forest(COMPLETIONS)
     assert len(plan_tree(forest, "cuda").segments) == len(forest.starts) < len(plan_tree(forest, "cpu").segments)
 

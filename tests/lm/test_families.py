@@ -8,7 +8,7 @@ import torch
 
 import dpo_cache
 from dpo_cache.lm.budget import Budget
-from dpo_cache.lm.engine import Attention, choose_attention, score_completions
+from dpo_cache.lm.self_check import Attention, choose_attention, score_completions
 from dpo_cache.types import Completion
 from tests.conftest import make_completions, make_llama, naive_token_logps
 from tests.lm.families import FAMILIES, make_model, release, table_row

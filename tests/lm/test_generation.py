@@ -6,12 +6,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from dpo_cache.lm import generation
-from dpo_cache.lm.attention import FOREST_ATTENTION
-from dpo_cache.lm.engine import Attention, choose_attention
+from dpo_cache.lm.forest.attention import FOREST_ATTENTION
 from dpo_cache.lm.generation import own_attention, write_answers
-from dpo_cache.lm.linear import _forward, use_fast_linear
+from dpo_cache.lm.kernels.onednn_linear import _forward, use_fast_linear
+from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.recomputation import Recomputation
+from dpo_cache.lm.self_check import Attention, choose_attention
 from tests.conftest import make_completions, make_llama
 from tests.lm.families import FAMILIES, make_model
 

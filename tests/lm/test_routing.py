@@ -5,10 +5,10 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dpo_cache.errors import OptionError
-from dpo_cache.lm.engine import Attention, choose_attention
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.routing import router_coefficient, router_loss
-from dpo_cache.lm.scoring import run_rows
+from dpo_cache.lm.rows import run_rows
+from dpo_cache.lm.self_check import Attention, choose_attention
 from tests.conftest import make_completions, make_llama
 from tests.lm.families import make_model
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_cache.lm.forest import count_forest_tokens
+from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.store import PairSet, open_cache
 from dpo_cache.store import pairs as pairs_module
 from dpo_cache.training import batches

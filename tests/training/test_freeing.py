@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.lm.engine import choose_attention
+from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.recomputation import Recomputation
+from dpo_cache.lm.self_check import choose_attention
 from dpo_cache.training import passes
 from dpo_cache.training.freeing import FreedGradients
 from dpo_cache.training.optimizers import make_optimizer

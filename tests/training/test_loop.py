@@ -9,8 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import dpo_cache
 from dpo_cache.errors import ModelError, NotInCacheError, OptionError, StepZeroError, TrainingError
-from dpo_cache.lm.forest import count_forest_tokens
-from dpo_cache.lm.recomputation import activation_bytes
+from dpo_cache.lm.forest.layout import count_forest_tokens
+from dpo_cache.lm.memory.recompute import activation_bytes
 from dpo_cache.store import open_cache
 from dpo_cache.training import checkpoint, loop, passes, thrift
 from dpo_cache.training import folder as folder_module

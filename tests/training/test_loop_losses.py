@@ -9,7 +9,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 import dpo_cache
 from dpo_cache.errors import OptionError, TrainingError
-from dpo_cache.lm.scoring import row_logps, run_rows
+from dpo_cache.lm.rows import row_logps, run_rows
 from dpo_cache.losses.objective import reference_logps
 from dpo_cache.store import open_cache
 from dpo_cache.training.batches import completions_of

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_cache.lm.forest import count_forest_tokens
+from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.training import passes
 from tests.training.test_loop import assert_alike, metrics, train
 

@@ -13,7 +13,7 @@ import torch
 
 import dpo_cache
 from dpo_cache.errors import DpoCacheError, OptionError, TrainingError
-from dpo_cache.lm.forest import count_forest_tokens
+from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.options.train import with_config
 from dpo_cache.store import open_cache
 from dpo_cache.training import passes

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import dpo_cache
-from dpo_cache.lm.engine import choose_attention
 from dpo_cache.lm.generation import write_answers
+from dpo_cache.lm.self_check import choose_attention
 from dpo_cache.store import open_cache
 from dpo_cache.training import samples
 from dpo_cache.training.samples import end_tokens

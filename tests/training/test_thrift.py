@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from dpo_cache.lm.adapter import add_adapter, lora_config
-from dpo_cache.lm.engine import choose_attention
+from dpo_cache.lm.memory.recompute import activation_bytes
+from dpo_cache.lm.model.adapter import add_adapter, lora_config
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.recomputation import activation_bytes
+from dpo_cache.lm.self_check import choose_attention
 from dpo_cache.training.thrift import Thrift
 from tests.conftest import make_llama
 from tests.lm.families import make_model
-from tests.lm.test_recomputation import COMPLETIONS, gradients
+from tests.lm.memory.test_recompute import COMPLETIONS, gradients
 
 
 def test_a_model_that_changes_what_is_kept_recomputes_in_full() -> None:

@@ -1,0 +1,1 @@
+"""The token forest: its layout, its stream of chunks, and attention over it."""

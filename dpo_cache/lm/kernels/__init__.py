@@ -1,0 +1,1 @@
+"""Faster ways to compute what a layer computes; each docstring has the plain line that it equals."""

@@ -1,0 +1,201 @@
+"""Hidden states -> log-probs of given tokens, without ever holding [tokens, vocab].
+
+T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dpo_cache.lm.device import autocast_dtype, kind_of
+from dpo_cache.lm.kernels.onednn_linear import TORCH, Products, products_of
+from dpo_cache.lm.model.parts import Head
+
+ROWS_STEP = 64  # rows are filled up to a multiple of it: logits of ever new sizes would scatter the heap, which then grows
+
+
+# Logits at a time: on a CPU few enough that the allocator hands the same memory out again, on a GPU enough to fill it.
+LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**25, "mps": 2**25}
+LOGITS_PER_SLICE = {**LOGITS_PER_CHUNK, "cpu": 2**21}  # of a slice of the vocabulary: on a CPU so few that they stay in the cache
+
+
+def token_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Log-probability, in nats, of each target token: float32 [T].
+
+    Equals `log_softmax(head(hidden_TD).float(), -1)` gathered at `targets_T`, but holds the logits of a
+    few hundred tokens at most (LOGITS_PER_CHUNK), once forward and again in the backward pass, where each
+    chunk is recomputed.
+    """
+    chunk = _rows_at_once(hidden_TD.device, vocab_size)
+    chunk -= chunk % ROWS_STEP if chunk > ROWS_STEP else 0
+    parts = []
+    for hidden, targets in zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True):
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            parts.append(checkpoint(_chunk_logps, hidden, head, targets, use_reentrant=False, preserve_rng_state=False))
+        else:
+            num_rows = len(targets)
+            padding = -num_rows % ROWS_STEP if chunk >= ROWS_STEP else 0
+            padded, targets = F.pad(hidden, (0, 0, 0, padding)), F.pad(targets, (0, padding))
+            parts.append(_logps_in_place(head(padded), targets)[:num_rows])
+    return torch.cat(parts) if parts else hidden_TD.new_zeros(0, dtype=torch.float32)
+
+
+def head_token_logps(hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T: torch.Tensor) -> torch.Tensor:
+    """Log-probability, in nats, of each target token under a head that is this layer and nothing else: float32 [T].
+
+    Equals `log_softmax(layer(hidden_TD).float(), -1)` gathered at `targets_T`. The vocabulary is taken in slices of
+    a few thousand entries, once forward and once more backward, so that each slice of the weight's gradient is
+    one product, written once.
+    """
+    hidden_TD = hidden_TD.to(autocast_dtype(hidden_TD.device) or hidden_TD.dtype)  # as the layer itself would
+    products = products_of(layer) if hidden_TD.dtype == torch.float32 else TORCH
+    return _HeadLogps.apply(hidden_TD, layer.weight, targets_T, products)
+
+
+def _rows_at_once(device: torch.device, vocab_size: int) -> int:
+    return max(16, LOGITS_PER_CHUNK.get(kind_of(device), 2**23) // vocab_size)
+
+
+@torch.no_grad()
+def log_squared_probs(hidden_TD: torch.Tensor, head: Head, vocab_size: int) -> torch.Tensor:
+    """`log sum_v p(v)^2` of the next-token distribution at each hidden state: float32 [T], without gradients.
+
+    Minus the collision entropy, in nats. Costs one product with the head; holds LOGITS_PER_CHUNK logits at most.
+    """
+    chunk = _rows_at_once(hidden_TD.device, vocab_size)
+    return torch.cat([_log_squares(head(hidden)) for hidden in hidden_TD.detach().split(chunk)])
+
+
+def _log_squares(logits_TV: torch.Tensor) -> torch.Tensor:
+    exponentials_TV = (logits_TV.float() - logits_TV.amax(-1, keepdim=True).float()).exp_()
+    return 2 * (torch.linalg.vector_norm(exponentials_TV, dim=-1).log() - exponentials_TV.sum(-1).log())
+
+
+def _chunk_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor) -> torch.Tensor:
+    return _TargetLogps.apply(head(hidden_TD), targets_T)
+
+
+def _logps_in_place(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """What `_TargetLogps` computes, in the memory of the logits, which are used up."""
+    shifted_TV = logits_TV.float()
+    shifted_TV.sub_(shifted_TV.amax(-1, keepdim=True))
+    picked_T = shifted_TV.gather(1, targets_T[:, None])[:, 0]
+    return picked_T - shifted_TV.exp_().sum(-1).log()
+
+
+class _TargetLogps(torch.autograd.Function):
+    """`log_softmax(logits.float(), -1)` at the targets, nearer to the exact value than torch's own.
+
+    log_softmax adds up the vocabulary in plain fp32 on a CPU, which leaves some 7e-6 nats a token, always of one sign:
+    in a sum over hundreds of tokens that shows. Shifting by the maximum first keeps confident tokens exact.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        shifted_TV = logits_TV.float() - logits_TV.amax(-1, keepdim=True).float()
+        picked_T = shifted_TV.gather(1, targets_T[:, None])[:, 0]
+        totals_T = shifted_TV.exp_().sum(-1)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(shifted_TV, totals_T, targets_T)
+            ctx.dtype = logits_TV.dtype
+        return picked_T - totals_T.log()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        exponentials_TV, totals_T, targets_T = ctx.saved_tensors
+        grad_TV = exponentials_TV.mul_((-grads[0] / totals_T)[:, None])  # minus softmax; the buffer is used up
+        grad_TV.scatter_add_(1, targets_T[:, None], grads[0][:, None])
+        return grad_TV.to(ctx.dtype), None
+
+
+class _HeadLogps(torch.autograd.Function):
+    """See `head_token_logps`. S entries of a slice of the vocabulary.
+
+    Backward multiplies the head's logits anew, for its weight's gradient. Under a frozen head the gradient of a hidden state is known
+    forward, but for a factor that the loss gives: `(1 - p_target) weight_target - sum of p_v weight_v over the others`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor, products: Products) -> torch.Tensor:
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        others = _Others(hidden_TD) if for_hidden and not for_weight else None
+        peaks, totals, picked_T = [], [], torch.zeros(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device)
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
+                weight_SD = weight_SD.to(hidden_TD.dtype)
+                logits_TS = products.output(hidden_TD, weight_SD).float()
+                inside_T, places_T = _places(targets_T, start, start + len(weight_SD))
+                picked_T = torch.where(inside_T, logits_TS.gather(1, places_T[:, None])[:, 0], picked_T)
+                peaks.append(logits_TS.amax(-1))
+                exponentials_TS = logits_TS.sub_(peaks[-1][:, None]).exp_()
+                totals.append(exponentials_TS.sum(-1))
+                if others is not None:
+                    own_T = exponentials_TS.gather(1, places_T[:, None])[:, 0]
+                    exponentials_TS.scatter_(1, places_T[:, None], torch.where(inside_T, 0, own_T)[:, None])
+                    others.add(peaks[-1], exponentials_TS.sum(-1), products.for_inputs(exponentials_TS.to(hidden_TD.dtype), weight_SD))
+        peaks_NT, totals_NT = torch.stack(peaks), torch.stack(totals)
+        peak_T = peaks_NT.amax(0)
+        total_T = (totals_NT * (peaks_NT - peak_T).exp()).sum(0)
+        if others is None:
+            ctx.products = products
+            ctx.save_for_backward(hidden_TD, weight_VD, targets_T, peak_T, total_T)
+        else:
+            ctx.save_for_backward(others.unscaled_gradient(weight_VD.index_select(0, targets_T), total_T).to(hidden_TD.dtype))
+        return picked_T - peak_T - total_T.log()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        if not ctx.needs_input_grad[1]:
+            (unscaled_TD,) = ctx.saved_tensors
+            return (unscaled_TD * grads[0][:, None]).to(unscaled_TD.dtype), None, None, None
+        hidden_TD, weight_VD, targets_T, peak_T, total_T = ctx.saved_tensors
+        grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32) if ctx.needs_input_grad[0] else None  # a sum over slices
+        grad_weight_VD = torch.empty_like(weight_VD)
+        scale_T1 = (-grads[0] / total_T)[:, None]
+        for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
+            stop, weight_SD = start + len(weight_SD), weight_SD.to(hidden_TD.dtype)
+            grad_TS = ctx.products.output(hidden_TD, weight_SD).float().sub_(peak_T[:, None]).exp_().mul_(scale_T1)  # minus softmax
+            inside_T, places_T = _places(targets_T, start, stop)
+            grad_TS.scatter_add_(1, places_T[:, None], torch.where(inside_T, grads[0], 0)[:, None])
+            grad_TS = grad_TS.to(hidden_TD.dtype)
+            if grad_hidden_TD is not None:
+                grad_hidden_TD += ctx.products.for_inputs(grad_TS, weight_SD)
+            grad_weight_VD[start:stop] = ctx.products.for_weight(grad_TS, hidden_TD, weight_SD)
+        return grad_hidden_TD if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype), grad_weight_VD, None, None
+
+
+class _Others:
+    """Sums over the vocabulary but the target: of exponentials, relative to the largest logit so far, and of those times weights."""
+
+    def __init__(self, hidden_TD: torch.Tensor):
+        self._sums_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
+        self._total_T = torch.zeros_like(self._sums_TD[:, 0])
+        self._peak_T = torch.full_like(self._total_T, -torch.inf)
+
+    def add(self, peak_T: torch.Tensor, total_T: torch.Tensor, sums_TD: torch.Tensor) -> None:
+        """A slice's sums, relative to its own largest logit."""
+        before_T, self._peak_T = self._peak_T, torch.maximum(self._peak_T, peak_T)
+        old_T, new_T = (before_T - self._peak_T).exp(), (peak_T - self._peak_T).exp()
+        self._total_T = self._total_T * old_T + total_T * new_T
+        self._sums_TD.mul_(old_T[:, None]).addcmul_(sums_TD.float(), new_T[:, None])
+
+    def unscaled_gradient(self, target_weights_TD: torch.Tensor, total_T: torch.Tensor) -> torch.Tensor:
+        """Of the targets' log-probs by the hidden states, [T, D], before the loss's factor; `total_T` is relative to the largest logit of all."""
+        return (target_weights_TD.float() * self._total_T[:, None]).sub_(self._sums_TD).div_(total_T[:, None])
+
+
+def _places(targets_T: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which targets lie in a slice of the vocabulary, and where; any place of it for those that do not, so that no shape hangs on the values."""
+    return (targets_T >= start) & (targets_T < stop), (targets_T - start).clamp(0, stop - start - 1)
+
+
+def _slices(weight_VD: torch.Tensor, num_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Slices of the vocabulary and where they start."""
+    size = max(1024, LOGITS_PER_SLICE[kind_of(weight_VD.device)] // max(1, num_tokens) // 512 * 512)
+    for start in range(0, len(weight_VD), size):
+        yield start, weight_VD[start : start + size]

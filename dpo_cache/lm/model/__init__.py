@@ -1,0 +1,1 @@
+"""A checkpoint as a model: loaded, named, quantized, with its adapter."""

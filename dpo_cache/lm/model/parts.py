@@ -1,0 +1,77 @@
+"""A causal LM taken apart: a decoder that ends in hidden states, and a head that turns them into logits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from dpo_cache.errors import ModelError
+
+Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [T, D] -> logits [T, V]
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether what the model does to hidden states is one linear layer without a bias, and nothing else."""
+    layer = model.get_output_embeddings()
+    if type(layer) is not torch.nn.Linear or layer.bias is not None:
+        return False
+    probe_TD = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device).view(2, -1).to(layer.weight.dtype)
+    with torch.no_grad():
+        return torch.equal(head_of(model)(probe_TD), layer(probe_TD[None])[0])
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The part of a causal LM that ends in hidden states."""
+    return model._modules[_decoder_name(model)]  # type: ignore[return-value]
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The rest of a causal LM: what its own `forward` does to hidden states, scaling, caps and biases included.
+
+    A view of the model that shares its modules but whose decoder hands over the given hidden states.
+    """
+    decoder = _GivenHidden()
+    view = copy.copy(model)
+    view._modules = {**model._modules, _decoder_name(model): decoder}
+
+    def head(hidden_TD: torch.Tensor) -> torch.Tensor:
+        decoder.hidden = hidden_TD[None]
+        try:
+            return view(inputs_embeds=decoder.hidden, use_cache=False).logits[0]
+        finally:
+            decoder.hidden = None
+
+    return head
+
+
+def _decoder_name(model: PreTrainedModel) -> str:
+    if model.base_model_prefix in model._modules:
+        return model.base_model_prefix
+    names = [name for name, module in model.named_children() if isinstance(module, PreTrainedModel)]
+    if len(names) != 1:
+        raise ModelError(f"{type(model).__name__} is not built as one decoder and a head; it cannot be used.\nGive a text-only causal LM.")
+    return names[0]
+
+
+class _GivenHidden(torch.nn.Module):
+    hidden: torch.Tensor | None = None
+
+    @property
+    def decoder(self) -> _GivenHidden:  # some families call `self.model.decoder`
+        return self
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return _HiddenOnly(last_hidden_state=self.hidden)
+
+
+class _HiddenOnly(BaseModelOutputWithPast):
+    """A decoder's output of which nothing but the hidden states is there; each family looks for other fields."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
