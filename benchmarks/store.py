@@ -25,11 +25,12 @@ import pyarrow as pa
 
 from dpo_cache.store import ScoreIndex
 from dpo_cache.store.cache import open_cache
-from dpo_cache.store.local import LocalFolder
-from dpo_cache.store.merging import merge_shards, write_sorted_shards
-from dpo_cache.store.pairs import PAIR_SCHEMA, PART_PAIRS
-from dpo_cache.store.parquet import name_by_content, write_parquet
-from dpo_cache.store.shards import FLOAT_LIST, SHARD_SCHEMA, TOKEN_LIST
+from dpo_cache.store.folders.local import LocalFolder
+from dpo_cache.store.format.pair_tables import PAIR_SCHEMA
+from dpo_cache.store.format.parquet import name_by_content, write_parquet
+from dpo_cache.store.format.shards import FLOAT_LIST, SHARD_SCHEMA, TOKEN_LIST
+from dpo_cache.store.pairs import PART_PAIRS
+from dpo_cache.store.upkeep.merge_shards import merge_shards, write_sorted_shards
 from dpo_cache.types import Score
 
 SIZES = [(100_000, 200), (1_000_000, 200), (10_000_000, 20)]  # completions, tokens each
@@ -170,7 +171,7 @@ def iterate(root: Path, count: int, length: int) -> dict[str, float]:
 
 def _some_keys(folder: LocalFolder, count: int) -> np.ndarray:
     """Keys of the first shards, copied to be looked up."""
-    from dpo_cache.store.shards import open_shard, read_keys
+    from dpo_cache.store.format.shards import open_shard, read_keys
 
     keys: list[np.ndarray] = []
     for name in folder.names("scores"):

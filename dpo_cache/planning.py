@@ -13,9 +13,9 @@ from dpo_cache import data
 from dpo_cache.errors import DataError, ModelError, StorageError
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.store import Cache, ScoreIndex, completion_key
-from dpo_cache.store.keys import KEY_BYTES, key_array, key_bytes
-from dpo_cache.store.keyset import KeySet, join_keys, occurs_before
-from dpo_cache.store.pairs import PairsDigest
+from dpo_cache.store.format.keys import KEY_BYTES, key_array, key_bytes
+from dpo_cache.store.format.pair_tables import PairsDigest
+from dpo_cache.store.key_set import KeySet, join_keys, occurs_before
 from dpo_cache.types import Completion, Pair
 
 

@@ -35,8 +35,8 @@ from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_c
 from dpo_cache.precompute_report import PrecomputeReport
 from dpo_cache.store import Cache, PairSet, ScoreIndex, open_cache
 from dpo_cache.store.cache import check_name
-from dpo_cache.store.documents import digest_json
-from dpo_cache.store.identities import differing_fields
+from dpo_cache.store.format.differing_fields import differing_fields
+from dpo_cache.store.format.documents import digest_json
 from dpo_cache.types import Completion, Score, ScoredPair
 
 FLUSH_S = 20.0  # seconds of scoring that a crash can cost

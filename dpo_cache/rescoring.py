@@ -19,7 +19,7 @@ from dpo_cache.lm.model.load import load_config, load_model
 from dpo_cache.lm.model.quantization import rounding_dtype_of
 from dpo_cache.lm.self_check import choose_attention, score_completions
 from dpo_cache.store import Cache, PairSet, completion_key, open_cache
-from dpo_cache.store.identities import differing_fields
+from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.types import TOKEN_TOLERANCES, Completion, Score, ScoredPair, quantization_name
 
 Say = Callable[[str], None]

@@ -331,7 +331,7 @@ def test_a_checkpoint_without_its_head_is_refused(model_folder: str, data_file: 
 
 
 def test_a_full_disk_is_found_before_scoring(model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_cache.store.files.LocalFolder.free_bytes", lambda self: 100)
+    monkeypatch.setattr("dpo_cache.store.folders.folder.LocalFolder.free_bytes", lambda self: 100)
     with pytest.raises(StorageError, match="are needed, 0.0 GB are free"):
         dpo_cache.precompute(model_folder, data_file, cache)
     assert not Path(cache).exists()

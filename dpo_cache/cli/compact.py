@@ -16,7 +16,7 @@ def compact_command(options: CompactOptions, as_json: bool) -> None:
     Others may write and read meanwhile. A crash loses nothing; a cache that is compact already is left alone.
     """
     from dpo_cache.store import open_cache
-    from dpo_cache.store.upkeep import compact_reference
+    from dpo_cache.store.upkeep.compact import compact_reference
 
     cache = open_cache(options.cache)
     references = [cache.find_reference(options.reference)] if options.reference else cache.references()

@@ -9,13 +9,13 @@ from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes
 
 if TYPE_CHECKING:
     from dpo_cache.options.upkeep import CopyOptions
-    from dpo_cache.store.transfer import TransferProgress, TransferReport
+    from dpo_cache.store.upkeep.copy import TransferProgress, TransferReport
 
 
 def copy(options: CopyOptions, source: str, target: str, *, verb: str, as_json: bool) -> TransferReport:
     """Copy and print the report, but for the next command."""
     from dpo_cache.store import open_cache
-    from dpo_cache.store.transfer import copy_cache
+    from dpo_cache.store.upkeep.copy import copy_cache
 
     with ProgressLine(verb) as line:
 

@@ -13,7 +13,7 @@ from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import DiffOptions
 
 if TYPE_CHECKING:
-    from dpo_cache.store.differences import DiffReport, ScoreDifference
+    from dpo_cache.store.upkeep.diff import DiffReport, ScoreDifference
 
 
 @command(DiffOptions, json_help="Print the differences as JSON.")
@@ -22,7 +22,7 @@ def diff_command(options: DiffOptions, as_json: bool) -> None:
 
     Exits with 0 where they are equal, with 1 where they differ (and on an error, which is said on stderr).
     """
-    from dpo_cache.store.differences import diff_caches
+    from dpo_cache.store.upkeep.diff import diff_caches
 
     report = diff_caches(options.a, options.b)
     if as_json:

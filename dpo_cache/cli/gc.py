@@ -17,7 +17,7 @@ def gc_command(options: GcOptions, as_json: bool) -> None:
     `verify --repair` set aside. Pair sets stay: `rm` removes those.
     """
     from dpo_cache.store import open_cache
-    from dpo_cache.store.upkeep import collect_garbage, find_garbage
+    from dpo_cache.store.upkeep.gc import collect_garbage, find_garbage
 
     cache = open_cache(options.cache)
     act = collect_garbage if options.yes else find_garbage

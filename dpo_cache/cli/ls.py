@@ -12,7 +12,7 @@ from dpo_cache.errors import NotInCacheError
 from dpo_cache.options.upkeep import LsOptions
 
 if TYPE_CHECKING:
-    from dpo_cache.store.contents import Contents, PairSetEntry, ReferenceEntry
+    from dpo_cache.store.upkeep.contents import Contents, PairSetEntry, ReferenceEntry
 
 LONG = 100  # characters of a value that are shown; --json has all of it
 
@@ -23,7 +23,7 @@ def ls_command(options: LsOptions, as_json: bool) -> None:
 
     Reads footers, not values, so it is fast and proves nothing; `verify` does.
     """
-    from dpo_cache.store.contents import read_contents
+    from dpo_cache.store.upkeep.contents import read_contents
 
     contents = read_contents(options.cache)
     if options.name:

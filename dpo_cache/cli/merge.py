@@ -15,7 +15,7 @@ def merge_command(options: MergeOptions, as_json: bool) -> None:
 
     The order of the sources does not matter, and a second merge copies nothing. Every file's digest is checked on the way.
     """
-    from dpo_cache.store.union import merge_caches
+    from dpo_cache.store.upkeep.merge import merge_caches
 
     with ProgressLine("merging") as line:
         report = merge_caches(

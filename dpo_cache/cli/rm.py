@@ -16,7 +16,7 @@ def rm_command(options: RmOptions, as_json: bool) -> None:
     A reference that pair sets were scored by is not removed, unless they go with it (--with-pairs).
     """
     from dpo_cache.store import open_cache
-    from dpo_cache.store.upkeep import plan_removal, remove_files
+    from dpo_cache.store.upkeep.remove import plan_removal, remove_files
 
     cache = open_cache(options.cache)
     removal = plan_removal(cache, options.kind, options.name, with_pairs=options.with_pairs)

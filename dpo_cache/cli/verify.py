@@ -14,8 +14,8 @@ from dpo_cache.options.upkeep import VerifyOptions
 
 if TYPE_CHECKING:
     from dpo_cache.rescoring import RescoreReport
-    from dpo_cache.store.repair import RepairReport
-    from dpo_cache.store.verify import VerifyReport
+    from dpo_cache.store.upkeep.repair import RepairReport
+    from dpo_cache.store.upkeep.verify import VerifyReport
 
 
 @command(VerifyOptions, json_help="Print the report as JSON.")
@@ -24,8 +24,8 @@ def verify_command(options: VerifyOptions, as_json: bool) -> None:
 
     Exits with 1 where something is wrong. Reads everything; writes nothing without --repair.
     """
-    from dpo_cache.store.repair import repair_cache
-    from dpo_cache.store.verify import verify_cache
+    from dpo_cache.store.upkeep.repair import repair_cache
+    from dpo_cache.store.upkeep.verify import verify_cache
 
     with ProgressLine("verifying") as line:
         report = verify_cache(

@@ -29,7 +29,7 @@ from dpo_cache.exchange.text import SourceText, TextRow, find_source_text
 from dpo_cache.files.rows import check_output, open_output
 from dpo_cache.options.exchange import ExportOptions
 from dpo_cache.store import PairSet, open_cache
-from dpo_cache.store.checks import check_details
+from dpo_cache.store.format.checks import check_details
 from dpo_cache.types import ScoredPair
 
 BATCH_PAIRS = 2048  # written at once: one row group of a Parquet file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dpo_cache.store.keys import KEY_BYTES, key_array
+from dpo_cache.store.format.keys import KEY_BYTES, key_array
 
 LONG = 20  # tokens from which on a sum is told from an average
 SMALL_SUM = 10.0  # nats: sums of long answers are nearly never as small

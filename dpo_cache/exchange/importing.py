@@ -33,8 +33,8 @@ from dpo_cache.options.exchange import ImportOptions
 from dpo_cache.options.precompute import renamed_columns
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store.cache import check_name
-from dpo_cache.store.documents import Document, digest_json
-from dpo_cache.store.pairs import PairsDigest
+from dpo_cache.store.format.documents import Document, digest_json
+from dpo_cache.store.format.pair_tables import PairsDigest
 from dpo_cache.types import Pair, ScoredPair
 
 BATCH_PAIRS = 2048

@@ -20,8 +20,8 @@ from datasets import Dataset
 from dpo_cache import data
 from dpo_cache.errors import DataError, ModelError, OptionError, first_line
 from dpo_cache.store import completion_key
-from dpo_cache.store.documents import Document
-from dpo_cache.store.pairs import PairsDigest
+from dpo_cache.store.format.documents import Document
+from dpo_cache.store.format.pair_tables import PairsDigest
 from dpo_cache.types import Pair
 
 WINDOW_ROWS = 4096

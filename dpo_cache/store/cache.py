@@ -15,11 +15,12 @@ import os
 import re
 
 from dpo_cache.errors import CorruptShardError, FormatError, NewerFormatError, NotInCacheError, OptionError
-from dpo_cache.store.documents import Document, digest_json, parse_document, read_bounded, read_sealed, render_document, seal_document
-from dpo_cache.store.files import Folder, open_folder
-from dpo_cache.store.identities import differing_fields
+from dpo_cache.store.folders.folder import Folder, open_folder
+from dpo_cache.store.format.differing_fields import differing_fields
+from dpo_cache.store.format.documents import Document, digest_json, parse_document, read_bounded, read_sealed, render_document, seal_document
+from dpo_cache.store.format.pair_tables import read_manifest
 from dpo_cache.store.index import ScoreIndex
-from dpo_cache.store.pairs import PairSet, PairSetWriter, read_manifest
+from dpo_cache.store.pairs import PairSet, PairSetWriter
 
 FORMAT = {"format": "dpo-cache", "version": 1}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")

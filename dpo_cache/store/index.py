@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_cache.errors import CorruptShardError, MissingFileError, NotInCacheError, StorageError
-from dpo_cache.store.files import Folder
-from dpo_cache.store.keys import KEY_BYTES
-from dpo_cache.store.keytable import KeyTable
-from dpo_cache.store.parquet import REMEDY, ParquetReader, ParquetReaders, name_by_content
-from dpo_cache.store.parts import is_part_name
-from dpo_cache.store.shards import SHARD_SCHEMA, check_scores, encode_shard, keys_of, open_shard, read_keys
+from dpo_cache.store.folders.folder import Folder
+from dpo_cache.store.folders.local_copies import is_part_name
+from dpo_cache.store.format.keys import KEY_BYTES
+from dpo_cache.store.format.parquet import REMEDY, ParquetReader, ParquetReaders, name_by_content
+from dpo_cache.store.format.shards import SHARD_SCHEMA, check_scores, encode_shard, keys_of, open_shard, read_keys
+from dpo_cache.store.key_table import KeyTable
 from dpo_cache.types import Score
 
 KEY_DTYPE = f"S{KEY_BYTES}"

@@ -21,7 +21,7 @@ from dpo_cache.losses.papers import papers_of
 from dpo_cache.losses.table import SFT_LOSSES, USED_BY, loss_terms
 from dpo_cache.options.base import flag_of
 from dpo_cache.options.train import TrainOptions, complete_config
-from dpo_cache.store.documents import Document
+from dpo_cache.store.format.documents import Document
 
 LOSS_SETTINGS = ("beta", "label_smoothing", "f_divergence", "f_alpha", "ld_alpha", "ld_reference", "wpo", "discopop_tau", "simpo_gamma", "cpo_alpha",
                  "reference_free", "router_aux_loss_coef")  # fmt: skip

@@ -26,7 +26,7 @@ from dpo_cache.errors import TrainingError
 from dpo_cache.files.sync import sync
 from dpo_cache.lm.model.adapter import restore_adapter
 from dpo_cache.options.train import complete_config
-from dpo_cache.store.local import free_bytes
+from dpo_cache.store.folders.local import free_bytes
 from dpo_cache.training.card import write_card
 from dpo_cache.training.checkpoint import damaged, find_checkpoints, write_policy
 from dpo_cache.training.opening import Policy

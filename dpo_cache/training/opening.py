@@ -28,9 +28,9 @@ from dpo_cache.lm.model.load import load_base, load_config
 from dpo_cache.lm.self_check import Attention, choose_attention
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import Cache, PairSet
-from dpo_cache.store.checks import check_details
-from dpo_cache.store.documents import Document
-from dpo_cache.store.identities import differing_fields
+from dpo_cache.store.format.checks import check_details
+from dpo_cache.store.format.differing_fields import differing_fields
+from dpo_cache.store.format.documents import Document
 from dpo_cache.training.batches import held_out
 
 if TYPE_CHECKING:

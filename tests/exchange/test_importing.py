@@ -8,9 +8,9 @@ import pytest
 import dpo_cache
 from dpo_cache.errors import CorruptShardError, DataError, ModelError, OptionError
 from dpo_cache.exchange import export_pairs, import_pairs
-from dpo_cache.store.contents import read_contents
-from dpo_cache.store.documents import seal_document
-from dpo_cache.store.verify import verify_cache
+from dpo_cache.store.format.documents import seal_document
+from dpo_cache.store.upkeep.contents import read_contents
+from dpo_cache.store.upkeep.verify import verify_cache
 from tests.conftest import chat_rows, make_llama, write_rows
 from tests.exchange.conftest import content, pairs_of
 

@@ -108,7 +108,8 @@ def _fork(job: dict[str, Any]) -> int:
 def _run(job: dict[str, Any]) -> None:
     from dpo_cache import precomputing
     from dpo_cache.cli import app
-    from dpo_cache.store import ScoreIndex, completion_key, local
+    from dpo_cache.store import ScoreIndex, completion_key
+    from dpo_cache.store.folders import local
     from tests.promises.refusals import TroubledDisk
 
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.store import ScoreIndex
-from dpo_cache.store.local import LocalFolder
-from dpo_cache.store.shards import SHARD_SCHEMA, encode_shard, name_by_content, read_parquet, write_parquet
+from dpo_cache.store.folders.local import LocalFolder
+from dpo_cache.store.format.shards import SHARD_SCHEMA, encode_shard, name_by_content, read_parquet, write_parquet
 from tests.promises.thrift import BINARY, I32, I64, LIST, STRUCT, Value, edit_footer, edit_last_page, write_varint
 from tests.store.conftest import key, make_scores
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dpo_cache.store import Cache
-from dpo_cache.store.local import LocalFolder
+from dpo_cache.store.folders.local import LocalFolder
 from dpo_cache.types import ScoredPair
 from tests.store.conftest import make_pairs, make_scores, plain
 

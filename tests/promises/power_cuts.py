@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_cache.store.disk import Disk
-from dpo_cache.store.local import LocalFolder
+from dpo_cache.store.folders.disk import Disk
+from dpo_cache.store.folders.local import LocalFolder
 
 Step = tuple[Any, ...]  # its name, and what it was done to
 Tree = dict[str, bytes | None]  # what is left, by path below the base; None: a folder

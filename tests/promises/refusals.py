@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpo_cache.store.disk import Disk
+from dpo_cache.store.folders.disk import Disk
 
 STEPS = ("make_folder", "create", "write", "sync_file", "close", "rename", "sync_folder", "unlink", "remove_folder")
 LOOKS = ("status", "names", "entries", "read", "open")

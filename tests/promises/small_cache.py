@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from dpo_cache.store import completion_key, open_cache, shards
+from dpo_cache.store import completion_key, open_cache
 from dpo_cache.store import pairs as pairs_module
-from dpo_cache.store.merging import merge_shards, write_sorted_shards
+from dpo_cache.store.format import shards
+from dpo_cache.store.upkeep.merge_shards import merge_shards, write_sorted_shards
 from tests.store.conftest import make_pairs, plain
 
 IDENTITY = {"scoring": 1, "weights": "5e" * 32, "config": {"hidden_size": 32, "model_type": "llama"}, "dtype": "float32"}

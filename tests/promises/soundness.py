@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from dpo_cache.errors import CorruptShardError
-from dpo_cache.store.documents import open_sealed
+from dpo_cache.store.format.documents import open_sealed
 
 FORMAT = {"format": "dpo-cache", "version": 1}
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from dpo_cache.store import open_cache
-from dpo_cache.store.disk import Disk
-from dpo_cache.store.local import LocalFolder
+from dpo_cache.store.folders.disk import Disk
+from dpo_cache.store.folders.local import LocalFolder
 from tests.promises.life import live, read_back
 from tests.promises.power_cuts import Dead, Model, RecordingDisk, RecordingFolder, Step, Tree
 from tests.promises.soundness import faults

@@ -9,7 +9,7 @@ import pytest
 
 import dpo_cache
 from dpo_cache.store import open_cache
-from dpo_cache.store.verify import verify_cache
+from dpo_cache.store.upkeep.verify import verify_cache
 from tests.conftest import chat_rows, write_rows
 from tests.promises.forking import Runs, read_log
 from tests.promises.life import DETAILS, publish_pairs

@@ -12,9 +12,9 @@ import pytest
 import dpo_cache
 from dpo_cache.errors import NewerFormatError
 from dpo_cache.store import Cache
-from dpo_cache.store.contents import read_contents
-from dpo_cache.store.repair import repair_cache
-from dpo_cache.store.verify import verify_cache
+from dpo_cache.store.upkeep.contents import read_contents
+from dpo_cache.store.upkeep.repair import repair_cache
+from dpo_cache.store.upkeep.verify import verify_cache
 from tests.conftest import chat_rows, write_rows
 from tests.store.caches import make_cache
 from tests.store.conftest import flip, plain

@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_cache.errors import CacheError, CorruptShardError
-from dpo_cache.store import ScoreIndex, open_cache, parquet
-from dpo_cache.store.documents import open_sealed, seal_document
-from dpo_cache.store.local import LocalFolder
-from dpo_cache.store.pairs import PairSet, read_manifest
-from dpo_cache.store.shards import encode_shard, name_by_content
+from dpo_cache.store import ScoreIndex, open_cache
+from dpo_cache.store.folders.local import LocalFolder
+from dpo_cache.store.format import parquet
+from dpo_cache.store.format.documents import open_sealed, seal_document
+from dpo_cache.store.format.pair_tables import read_manifest
+from dpo_cache.store.format.shards import encode_shard, name_by_content
+from dpo_cache.store.pairs import PairSet
 from tests.promises.hostile import FILES, READ_ALL_THE_SAME, rewritten
 from tests.promises.small_cache import make_small_cache, read_small_cache
 from tests.store.conftest import key, make_pairs, make_scores, plain

@@ -16,9 +16,9 @@ import pytest
 import dpo_cache
 from dpo_cache import precomputing
 from dpo_cache.errors import CacheError, NotInCacheError, StorageError
-from dpo_cache.store import local
-from dpo_cache.store.disk import Disk
-from dpo_cache.store.local import LocalFolder
+from dpo_cache.store.folders import local
+from dpo_cache.store.folders.disk import Disk
+from dpo_cache.store.folders.local import LocalFolder
 from tests.promises.life import live, publish_pairs, read_back
 from tests.promises.refusals import Refusal, TroubledDisk, Unmounting
 from tests.promises.soundness import faults, scratch

@@ -9,7 +9,7 @@ import pytest
 import dpo_cache
 from dpo_cache.errors import StorageError
 from dpo_cache.store import open_cache
-from dpo_cache.store.local import LocalFolder
+from dpo_cache.store.folders.local import LocalFolder
 from tests.conftest import chat_rows, write_rows
 from tests.promises.life import publish_pairs
 from tests.store.conftest import make_pairs, plain

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo_cache.store import Cache, completion_key, open_cache
-from dpo_cache.store.pairs import PairsDigest
+from dpo_cache.store.format.pair_tables import PairsDigest
 from dpo_cache.types import Completion, Pair, Score, ScoredPair
 
 PROVENANCE = {"model": "example/tiny", "revision": None, "device": "cpu"}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_cache.store.files import LocalFolder
+from dpo_cache.store.folders.folder import LocalFolder
 from dpo_cache.types import Completion, Pair, Score, ScoredPair
 from tests.store.object_store import s3, s3_server  # noqa: F401 (fixtures)
 

@@ -202,9 +202,9 @@ def s3(s3_server: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pyte
         "NO_PROXY": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("dpo_cache.store.retries.WAITS_S", (0.01,) * 6)
-    monkeypatch.setattr("dpo_cache.store.remote.READ_S", 1)
-    monkeypatch.setattr("dpo_cache.store.remote._own_changes", {})
+    monkeypatch.setattr("dpo_cache.store.folders.retries.WAITS_S", (0.01,) * 6)
+    monkeypatch.setattr("dpo_cache.store.folders.remote.READ_S", 1)
+    monkeypatch.setattr("dpo_cache.store.folders.remote._own_changes", {})
     s3_server.reset()
     urllib.request.urlopen(urllib.request.Request(f"{s3_server.url}/moto-api/reset", method="POST")).close()
     boto3.client("s3").create_bucket(Bucket="bucket")

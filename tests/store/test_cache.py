@@ -8,8 +8,8 @@ import pytest
 
 from dpo_cache.errors import CorruptShardError, DpoCacheError, FormatError, NotInCacheError, OptionError, StorageError
 from dpo_cache.store import Cache, completion_key, open_cache
-from dpo_cache.store.documents import digest_json
-from dpo_cache.store.local import LocalFolder
+from dpo_cache.store.folders.local import LocalFolder
+from dpo_cache.store.format.documents import digest_json
 from dpo_cache.types import Completion, Score, ScoredPair
 from tests.store.conftest import flip, make_pairs, plain
 

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_cache.errors import NotInCacheError, StorageError
 from dpo_cache.store import ScoreIndex
-from dpo_cache.store.files import LocalFolder, open_folder
+from dpo_cache.store.folders.folder import LocalFolder, open_folder
 from dpo_cache.types import Score
 from tests.store.conftest import key, make_scores, score
 

@@ -11,8 +11,8 @@ import pytest
 from dpo_cache.errors import CorruptShardError, NotInCacheError, StorageError
 from dpo_cache.store import Cache, PairSet, completion_key, open_cache
 from dpo_cache.store import pairs as pairs_module
-from dpo_cache.store.documents import seal_document
-from dpo_cache.store.pairs import PAIR_SCHEMA, PairsDigest
+from dpo_cache.store.format.documents import seal_document
+from dpo_cache.store.format.pair_tables import PAIR_SCHEMA, PairsDigest
 from dpo_cache.types import ScoredPair
 from tests.store.conftest import flip, flip_file, make_pairs, plain
 

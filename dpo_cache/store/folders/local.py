@@ -1,0 +1,267 @@
+"""A cache folder on a disk.
+
+A file is published as a dot-file that is written, synced and renamed, and its folder is synced: after
+`publish` returns it survives a power cut on any file system that honours fsync, and a crash before that
+leaves only a dot-file, which no reader looks at. A folder is a name in the folder above it, so those are
+synced as well, up to the top of the file system, before the first file is published.
+
+What a file refers to is published before it, and the folder is synced before the file gets its name: no
+power cut leaves a manifest without its parts, be they written here or by another process a moment ago.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dpo_cache.errors import CorruptShardError, StorageError
+from dpo_cache.store.folders.disk import Disk
+from dpo_cache.store.folders.failures import storage_error
+
+MARKER = "format.json"  # what makes a folder a cache
+ATTEMPTS = 5  # at a file whose folder somebody else removes, found empty, in the moment before
+
+
+class LocalFolder:
+    """A cache folder on a disk."""
+
+    def __init__(self, root: Path, disk: Disk | None = None):
+        self.root, self.disk = root, disk or Disk()
+        self._had_marker = False
+        self._settled: set[Path] = set()  # folders whose own names are on the disk
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def publish(self, name: str, content: bytes) -> None:
+        """Write the whole file, so that it is either absent or complete and durable.
+
+        Raises `StorageError`; nothing is left behind then where the disk still lets files be removed.
+        """
+        target = self.root / name
+        try:
+            for attempt in range(ATTEMPTS):
+                self._check_marker(target)
+                try:
+                    return self._publish(target, content)
+                except FileNotFoundError:
+                    if attempt == ATTEMPTS - 1:
+                        raise
+        except OSError as error:
+            raise storage_error("write", target, error) from error
+
+    def read(self, name: str) -> bytes:
+        """The file's bytes."""
+        try:
+            return self.disk.read(self.locate(name))
+        except OSError as error:
+            raise storage_error("read", self.root / name, error) from error
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file or folder of this name. A disk that does not answer is a `StorageError`, not a no."""
+        try:
+            found = self._status(self.root / name) is not None
+        except OSError as error:
+            raise storage_error("look for", self.root / name, error) from error
+        self._had_marker |= found and name == MARKER
+        return found
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the published files and folders directly inside, sorted; empty where there is no folder."""
+        try:
+            return sorted(name for name in self.disk.names(self.root / folder) if not name.startswith("."))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise storage_error("list", self.root / folder, error) from error
+
+    def files(self, folder: str = "") -> dict[str, int]:
+        """Every published file below the folder, by its name from the root, with its size in bytes; sorted by name."""
+        try:
+            return self._sizes(self.root / folder, hidden=False)
+        except OSError as error:
+            raise storage_error("list", self.root / folder, error) from error
+
+    def size(self, name: str) -> int:
+        """The file's size in bytes."""
+        try:
+            return self.disk.status(self.locate(name)).st_size
+        except OSError as error:
+            raise storage_error("read", self.root / name, error) from error
+
+    def remove(self, name: str) -> None:
+        """Remove the file, durably; nothing happens where it is gone already. Folders left empty are removed with it."""
+        target = self.root / name
+        try:
+            try:
+                self.disk.unlink(target)
+            except FileNotFoundError:
+                if self._status(target) is not None:  # a disk that goes away for a moment says that, too
+                    raise
+            with suppress(FileNotFoundError):
+                self.disk.sync_folder(target.parent)
+            self._had_marker &= target != self.root / MARKER
+        except OSError as error:
+            raise storage_error("remove", target, error) from error
+        for parent in target.parents:
+            if parent == self.root:
+                break
+            try:
+                self.disk.remove_folder(parent)  # not synced: that an empty folder comes back does no harm
+            except OSError:  # not empty, or gone
+                break
+
+    def hidden(self) -> dict[str, int]:
+        """What `files` leaves out: scratch of writers at work or killed, and what was set aside; sizes in bytes by name."""
+        try:
+            return self._sizes(self.root, hidden=True)
+        except OSError as error:
+            raise storage_error("list", self.root, error) from error
+
+    def links(self) -> list[str]:
+        """Symbolic links below the folder: nothing that was published is one."""
+        return sorted(
+            path.relative_to(self.root).as_posix()
+            for parent, folders, files in os.walk(self.root)
+            for path in (Path(parent, name) for name in folders + files)
+            if path.is_symlink()
+        )
+
+    def modified(self, name: str) -> float | None:
+        """When the file was written, in seconds since 1970; None where it is gone."""
+        try:
+            return (self.root / name).lstat().st_mtime
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise storage_error("read", self.root / name, error) from error
+
+    def open_parquet(self, name: str) -> Any:
+        """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from: an open file, which outlives its name."""
+        try:
+            return self.disk.open(self.locate(name))
+        except OSError as error:
+            raise storage_error("read", self.root / name, error) from error
+
+    def locate(self, name: str) -> Path:
+        """The path of a file to read. Raises `CorruptShardError` for what is no plain file, or lies elsewhere by a link."""
+        path = self.root / name
+        mode = self.disk.status(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise CorruptShardError(f"{path}: expected a file, found a pipe, a socket or a device.\nDelete it.")
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise CorruptShardError(
+                f"{path}: a link that leads out of the cache, to {path.resolve()}.\nCopy the file here in its place, or delete the link."
+            )
+        return path
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Nothing: the files are here."""
+
+    def free_bytes(self) -> int | None:
+        """Bytes left on the disk that holds (or will hold) the folder; None where unknown."""
+        return free_bytes(self.root)
+
+    # -- publishing ------------------------------------------------------------------------------------
+
+    def _publish(self, target: Path, content: bytes) -> None:
+        scratch = target.with_name(f".{secrets.token_hex(8)}.tmp")  # no longer than any name that is published
+        self._make_folder(target.parent)
+        try:
+            self._write(scratch, content)
+            self._settle(target.parent)
+            self.disk.rename(scratch, target)
+        except BaseException:
+            with suppress(OSError):  # the first refusal is the one to tell
+                self.disk.unlink(scratch)
+            raise
+        self.disk.sync_folder(target.parent)
+        self._had_marker |= target == self.root / MARKER
+        self._check_marker(target)  # again: it may have been written to what lies under the mount
+
+    def _write(self, scratch: Path, content: bytes) -> None:
+        descriptor = self.disk.create(scratch)
+        try:
+            self.disk.write(descriptor, content)
+            self.disk.sync_file(descriptor)
+        finally:
+            self.disk.close(descriptor)
+
+    def _make_folder(self, folder: Path) -> None:
+        status = self._status(folder)
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            return
+        if status is None and folder.parent != folder:
+            self._make_folder(folder.parent)
+        try:
+            self.disk.make_folder(folder)
+            self._settled.clear()
+        except FileExistsError:
+            if not folder.is_dir():  # else another writer was faster
+                raise
+
+    def _settle(self, folder: Path) -> None:
+        """Sync the folder and, once, those above it: any of them may be a moment old, whoever made it."""
+        self.disk.sync_folder(folder)
+        if folder in self._settled:
+            return
+        root, place = Path(os.path.realpath(self.root)), Path(os.path.realpath(folder))
+        while not os.path.ismount(place) and place != place.parent:
+            place = place.parent
+            try:
+                self.disk.sync_folder(place)
+            except PermissionError:
+                if place.is_relative_to(root):
+                    raise  # above the cache it is a folder of others, which may be used but not read
+        self._settled.add(folder)
+
+    def _check_marker(self, target: Path) -> None:
+        """Raise `StorageError` where the cache has vanished: what has its path may now be a folder of another disk."""
+        is_there = self._status(self.root / MARKER) is not None
+        if self._had_marker and not is_there:
+            raise StorageError(
+                f"cannot write {target}: {self.root} was a cache a moment ago and has no {MARKER} now.\n"
+                "If its disk was unmounted, mount it again and run the same command again; what was published is kept there."
+            )
+        self._had_marker = is_there
+
+    # -- looking ---------------------------------------------------------------------------------------
+
+    def _status(self, path: Path) -> os.stat_result | None:
+        """None where there is nothing. Other refusals are raised: a disk that does not answer has not said no."""
+        try:
+            return self.disk.status(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _sizes(self, folder: Path, *, hidden: bool) -> dict[str, int]:
+        """Sizes of the files below the folder by their names, sorted: of those in a dot-folder or with a dot, or of the others."""
+        sizes = {path.relative_to(self.root).as_posix(): status.st_size for path, status in self._walk(folder)}
+        return {name: sizes[name] for name in sorted(sizes) if any(part.startswith(".") for part in name.split("/")) == hidden}
+
+    def _walk(self, folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+        """Every file below the folder, without those behind links to folders; what vanishes meanwhile is left out."""
+        try:
+            entries = sorted(self.disk.entries(folder), key=lambda entry: entry.name)
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(folder / entry.name)
+            elif not entry.is_dir():
+                with suppress(FileNotFoundError):
+                    yield folder / entry.name, entry.stat(follow_symlinks=False)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes left on the disk that holds (or will hold) the folder."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free

@@ -1,0 +1,275 @@
+"""A cache folder behind an fsspec URL: `s3://`, `gs://`, `hf://` and others.
+
+- A file is published by one PUT, which a reader sees wholly or not at all, and its size is asked for afterwards.
+  A part that is there already, with its size, is not sent again: its name is its content.
+- A file that is named is looked for by its name, never in a listing: stores and the caches before them list late.
+  What this process published or removed itself counts, whatever a listing says. fsspec's memory of listings is off.
+- Calls that fail in passing are repeated, see `retries.py`; connecting and reading have time-outs.
+- Parts are read through copies on the local disk, checked by their digest, see `parts.py`; `read` always asks the store.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, BinaryIO, TypeVar
+
+import fsspec
+import pyarrow as pa
+from fsspec.asyn import AsyncFileSystem
+from fsspec.core import split_protocol
+
+from dpo_cache.errors import CorruptShardError, MissingFileError, OptionError, StorageError, first_line
+from dpo_cache.store.folders.local_copies import WrongDigestError, is_part_name, open_parts
+from dpo_cache.store.folders.retries import persist, remote_error
+
+Result = TypeVar("Result")
+
+CONNECT_S, READ_S = 10, 60
+CALL_S, SLOWEST_BYTES_PER_S = 120.0, 100_000  # a whole call: some waits have no time-out of their own, as that for a PUT to be asked for its body
+LISTING_S = 1800.0
+CHUNK_BYTES = 32 << 20  # fetched by one request: what a broken connection costs
+THREADS = 8
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
+
+_own_changes: dict[str, dict[str, bool]] = {}  # by URL: what this process published (True) or removed (False) there
+
+
+def open_remote(url: str) -> RemoteFolder:
+    """The folder at an fsspec URL; nothing is asked of the store yet.
+
+    Raises `StorageError` where no package serves the URL, `OptionError` for one that cannot be a folder.
+    """
+    protocol = split_protocol(url)[0] or ""
+    if "?" in url:
+        raise OptionError(f"{url}: a cache's URL has no query (?…).\nGive options of the store by fsspec's configuration, for example FSSPEC_S3_….")
+    try:
+        filesystem, root = fsspec.url_to_fs(url, **_settings(protocol))
+    except ImportError as error:
+        package = PACKAGES.get(protocol)
+        fix = f"Run `pip install {package}`." if package else "Install the package that it names."
+        raise StorageError(f"{url}: the package for this kind of URL is missing ({first_line(error)}).\n{fix}") from error
+    except ValueError as error:
+        known = ", ".join(f"{name}://" for name in ("s3", "gs", "hf"))
+        raise StorageError(f"{url}: no file system for this URL ({first_line(error)}).\nUse a folder, {known} or another URL of fsspec.") from error
+    except Exception as error:  # some reach out, or look for credentials, when they are made
+        raise remote_error("open", url, error, 1, 0.0) from error
+    if protocol in PACKAGES and not root.strip("/"):
+        raise OptionError(f"{url}: names no {'repository' if protocol == 'hf' else 'bucket'}.\nExpected for example {protocol}://NAME/cache.")
+    if protocol in ("s3", "s3a"):
+        filesystem.retries = 1  # type: ignore[attr-defined]  # this room's own tries would be multiplied by those
+    return RemoteFolder(filesystem, root, url)
+
+
+def _settings(protocol: str) -> dict[str, Any]:
+    """Arguments of the file system: no memory of listings, and time-outs where it has none of its own."""
+    if protocol in ("s3", "s3a"):
+        own = {"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": {"total_max_attempts": 1}}
+        configured = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
+        return {"use_listings_cache": False, "max_concurrency": 1, "config_kwargs": {**own, **configured}}
+    if protocol in ("gs", "gcs"):
+        return {"use_listings_cache": False, "requests_timeout": READ_S}
+    return {"use_listings_cache": False} if protocol in PACKAGES else {}
+
+
+class RemoteFolder:
+    """A cache folder behind an fsspec URL."""
+
+    def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, url: str):
+        self.filesystem, self.root, self.url = filesystem, root.rstrip("/"), url.rstrip("/") if root else url
+        self._parts = open_parts()
+        self._own = _own_changes.setdefault(self.url, {})
+
+    def __str__(self) -> str:
+        return self.url
+
+    def publish(self, name: str, content: bytes) -> None:
+        """Write the whole file in one PUT."""
+        if is_part_name(_base(name)) and self._find_size(name) == len(content):
+            return
+        options = {"chunksize": min(max(len(content), 1), 2 << 30)} if "s3" in self.filesystem.protocol else {}  # s3fs cuts up what is larger
+        self._call("write", name, lambda: self.filesystem.pipe_file(self._path(name), content, **options, **self._limit(len(content))))
+        self._own[name] = True
+        found = self._find_size(name)
+        if found != len(content):
+            raise StorageError(
+                f"cannot write {self.url}/{name}: {len(content)} bytes were sent, the store holds {'none' if found is None else found}.\n"
+                "Run the same command again; what was published before is kept."
+            )
+
+    def read(self, name: str) -> bytes:
+        """The file's bytes, as the store has them now. Raises `MissingFileError` where it is not there."""
+        if is_part_name(_base(name)):
+            file = io.BytesIO()
+            self._download(name, file)
+            return file.getvalue()
+        return bytes(self._call("read", name, lambda: self.filesystem.cat_file(self._path(name), **self._limit(CHUNK_BYTES))))
+
+    def open_parquet(self, name: str) -> pa.NativeFile:
+        """The local copy of a part, open for reading; it is fetched first where there is none.
+
+        Raises `CorruptShardError` where the store's bytes do not hash to the name.
+        """
+        if not is_part_name(_base(name)):
+            return pa.BufferReader(self.read(name))
+        try:
+            return self._parts.open(_base(name), lambda file: self._download(name, file))
+        except WrongDigestError as error:
+            raise CorruptShardError(
+                f"{self.url}/{name}: its bytes do not hash to its name.\n"
+                "The file was changed or damaged. Delete it and run the `dpo-cache precompute` that made it again: it scores only what is missing."
+            ) from error
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Copy the parts that have no local copy, several at once. One that is missing is left for `open_parquet` to tell."""
+
+        def fetch(name: str) -> None:
+            try:
+                self.open_parquet(name).close()
+            except MissingFileError:
+                return
+
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="parts") as pool:
+            for _ in pool.map(fetch, [name for name in names if not self._parts.holds(_base(name))]):
+                pass
+
+    def exists(self, name: str) -> bool:
+        """Whether the file is there, or files below a folder of this name."""
+        return self._find(name) is not None
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files and folders directly inside, sorted; empty where there is no folder."""
+        path = self._path(folder)
+        found = self._list(folder, lambda: self.filesystem.ls(path, detail=False, **self._limit(seconds=LISTING_S)))
+        listed = {_base(entry.rstrip("/")) for entry in found or () if entry.rstrip("/") != path}
+        prefix = f"{folder}/" if folder else ""
+        for name, is_published in list(self._own.items()):  # what the listing may not know yet is asked for by its own name
+            if not name.startswith(prefix):
+                continue
+            child = name[len(prefix) :].split("/")[0]
+            if is_published and child not in listed and self._find_size(name) is not None:
+                listed.add(child)
+            elif not is_published and name == prefix + child and child in listed and self._find_size(name) is None:
+                listed.discard(child)
+        return sorted(name for name in listed if _is_safe(name))
+
+    def files(self, folder: str = "") -> dict[str, int]:
+        """Every published file below the folder, by its name from the root, with its size in bytes; sorted by name."""
+        sizes = self._sizes(folder)
+        for name, is_published in list(self._own.items()):
+            if name.startswith(f"{folder}/" if folder else "") and is_published is not (name in sizes):
+                size = self._find_size(name)
+                sizes.pop(name, None)
+                if size is not None:
+                    sizes[name] = size
+        return {name: sizes[name] for name in sorted(sizes) if _is_safe(name)}
+
+    def hidden(self) -> dict[str, int]:
+        """What `files` leaves out: here, what was set aside; sizes in bytes by name."""
+        sizes = self._sizes("")
+        return {name: sizes[name] for name in sorted(sizes) if _is_below(name) and not _is_safe(name)}
+
+    def links(self) -> list[str]:
+        """None: an object store has no links."""
+        return []
+
+    def modified(self, name: str) -> float | None:
+        """When the file was written, in seconds since 1970; None where it is gone or the store does not say."""
+        try:
+            return persist("read", f"{self.url}/{name}", lambda: self.filesystem.modified(self._path(name))).timestamp()
+        except FileNotFoundError:
+            return None
+        except StorageError as error:
+            if isinstance(error.__cause__, NotImplementedError | KeyError):
+                return None
+            raise
+
+    def size(self, name: str) -> int:
+        """The file's size in bytes."""
+        size = self._find_size(name)
+        if size is None:
+            raise self._missing("read", name)
+        return size
+
+    def remove(self, name: str) -> None:
+        """Remove the file; nothing happens where it is gone already."""
+        with suppress(FileNotFoundError):
+            persist("remove", f"{self.url}/{name}", lambda: self.filesystem.rm_file(self._path(name), **self._limit()))
+        self._own[name] = False
+
+    def free_bytes(self) -> int | None:
+        """Unknown: an object store does not say."""
+        return None
+
+    def _limit(self, num_bytes: int = 0, seconds: float | None = None) -> dict[str, float]:
+        """The longest that a call may take, for a file system that runs its calls on fsspec's own loop."""
+        is_async = isinstance(self.filesystem, AsyncFileSystem)
+        return {"timeout": (CALL_S if seconds is None else seconds) + num_bytes / SLOWEST_BYTES_PER_S} if is_async else {}
+
+    # -- one call each ---------------------------------------------------------------------------------
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}".rstrip("/")
+
+    def _missing(self, verb: str, name: str) -> MissingFileError:
+        return MissingFileError(f"cannot {verb} {self.url}/{name}: there is no such file.\nIt was removed, or never published there.")
+
+    def _call(self, verb: str, name: str, call: Callable[[], Result]) -> Result:
+        try:
+            return persist(verb, f"{self.url}/{name}", call)
+        except FileNotFoundError as error:
+            raise self._missing(verb, name) from error
+
+    def _find(self, name: str) -> dict[str, Any] | None:
+        """What the store says of the file or folder of this name; None where there is neither."""
+        try:
+            self.filesystem.invalidate_cache()
+            return persist("look for", f"{self.url}/{name}", lambda: self.filesystem.info(self._path(name), **self._limit()))
+        except FileNotFoundError:
+            return None
+
+    def _find_size(self, name: str) -> int | None:
+        found = self._find(name)
+        return int(found["size"] or 0) if found is not None and found["type"] == "file" else None
+
+    def _list(self, folder: str, call: Callable[[], Result]) -> Result | None:
+        def fresh() -> Result:
+            self.filesystem.invalidate_cache()
+            return call()
+
+        try:
+            return persist("list", f"{self.url}/{folder}".rstrip("/"), fresh)
+        except FileNotFoundError:
+            return None
+
+    def _sizes(self, folder: str) -> dict[str, int]:
+        found = self._list(folder, lambda: self.filesystem.find(self._path(folder), detail=True, **self._limit(seconds=LISTING_S))) or {}
+        start = len(self.root) + 1
+        return {path[start:]: int(details["size"]) for path, details in found.items() if path.startswith(f"{self.root}/")}
+
+    def _download(self, name: str, file: BinaryIO) -> None:
+        """Write the file's bytes, by ranges: a connection that breaks costs one of them."""
+        size = self.size(name)
+        for start in range(0, size, CHUNK_BYTES):
+            file.write(self._call("read", name, lambda start=start: self._read_range(name, start, min(start + CHUNK_BYTES, size))))  # type: ignore[misc]
+
+    def _read_range(self, name: str, start: int, end: int) -> bytes:
+        content = self.filesystem.cat_file(self._path(name), start=start, end=end, **self._limit(end - start))
+        if len(content) != end - start:
+            raise EOFError(f"{len(content)} bytes came where {end - start} were asked for")
+        return content
+
+
+def _base(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a listed name is one that could have been published: below the root on any system, and no dot-file."""
+    return _is_below(name) and not any(part.startswith(".") for part in name.split("/"))
+
+
+def _is_below(name: str) -> bool:
+    return all(part not in ("", ".", "..") and not set(part) & set("\\:\0") for part in name.split("/"))

@@ -1,0 +1,1 @@
+"""What the files of a cache hold: written, read and checked."""

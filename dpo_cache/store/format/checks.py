@@ -1,0 +1,97 @@
+"""One file of a cache, from its bytes: is it whole, and does it say what its columns promise?
+
+Each check raises `CorruptShardError` whose first line says what was expected and found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_cache.errors import CorruptShardError
+from dpo_cache.store.format.documents import REMEDY, Document
+from dpo_cache.store.format.keys import completion_key, key_bytes
+from dpo_cache.store.format.pair_tables import PAIR_SCHEMA, PairsDigest, check_pairs
+from dpo_cache.store.format.parquet import ParquetReader, check_content
+from dpo_cache.store.format.shards import SHARD_SCHEMA, check_scores, keys_of
+from dpo_cache.types import Completion, split_lists
+
+TEXT_OR_NONE = (str, type(None))
+DETAILS: dict[str, dict[str, Any]] = {  # members of a manifest, and the kinds of theirs
+    "source": {"dataset": str, "format": str},
+    "tokenization": {"tokenizer": TEXT_OR_NONE, "max_length": int, "truncation": str},
+}
+
+
+@dataclass(frozen=True)
+class WholeShard:
+    """A score shard in which nothing is wrong."""
+
+    file: str
+    num_rows: int
+    num_tokens: int
+
+
+def check_shard(file: str, content: bytes) -> WholeShard:
+    """Digest, schema, and every row of a score shard."""
+    num_tokens, keys = 0, []
+    for table in _groups(file, content, SHARD_SCHEMA):
+        check_scores(table, file)
+        num_tokens += int(table.column("num_tokens").to_numpy().sum())
+        keys.append(keys_of(table.column("key")))
+    together = np.concatenate(keys) if keys else np.empty(0, "S16")
+    if not len(together) or len(np.unique(together)) != len(together):
+        raise CorruptShardError(f"{file}: no completions, or one of them twice.")
+    return WholeShard(file, len(together), num_tokens)
+
+
+def check_part(file: str, content: bytes, promised: Document, digest: PairsDigest, *, has_token_logps: bool = True) -> int:
+    """Digest, schema, and every row of a part of a pair set; its pairs are added to the digest. Returns the number of pairs."""
+    if len(content) != promised["bytes"]:
+        raise CorruptShardError(f"{file}: the manifest promises {promised['bytes']} bytes, found {len(content)}.")
+    num_rows = 0
+    for table in _groups(file, content, PAIR_SCHEMA):
+        num_rows += len(table)
+        check_pairs(table, file, has_token_logps=has_token_logps)
+        keys = [_check_keys(file, table, side) for side in ("chosen", "rejected")]
+        for row, chosen, rejected in zip(table.column("row").to_pylist(), *keys, strict=True):
+            digest.add(row, chosen, rejected)
+    if num_rows != promised["rows"]:
+        raise CorruptShardError(f"{file}: the manifest promises {promised['rows']} pairs, found {num_rows}.")
+    return num_rows
+
+
+def check_details(manifest: Document, place: str) -> Document:
+    """The manifest that lies at this place, if it says how its pairs were made: training, exporting, merging and verifying need that."""
+    wrong = [] if isinstance(manifest.get("pairs_digest"), str) else ["pairs_digest"]
+    for member, kinds in DETAILS.items():
+        found = manifest.get(member, {})
+        wrong += [f"{member}.{name}" for name, kind in kinds.items() if name not in found or not isinstance(found[name], kind)]
+    if wrong:
+        raise CorruptShardError(f"{place}: {', '.join(wrong)}: missing, or of the wrong kind.\n{REMEDY}")
+    return manifest
+
+
+def _groups(file: str, content: bytes, schema: pa.Schema) -> Iterator[pa.Table]:
+    """The row groups of a Parquet file whose bytes hash to its name."""
+    check_content(content, file.rpartition("/")[2], file)
+    reader = ParquetReader(pa.BufferReader(content), schema, file)
+    for group in range(len(reader.group_rows)):
+        yield reader.read_group(group)
+
+
+def _check_keys(file: str, table: pa.Table, side: str) -> list[bytes]:
+    """That the keys of the chosen or the rejected answers are those of the token ids. Returns them."""
+    prompts, answers = split_lists(table.column("prompt_ids")), split_lists(table.column(f"{side}_ids"))
+    if side == "rejected":
+        own = table.column("rejected_prompt_ids").to_pylist()
+        prompts = [prompt if ids is None else np.array(ids, np.uint32) for prompt, ids in zip(prompts, own, strict=True)]
+    stored = key_bytes(keys_of(table.column(f"{side}_key")))
+    for row, (prompt, answer, key) in enumerate(zip(prompts, answers, stored, strict=True)):
+        if completion_key(Completion(prompt, answer)) != key:
+            raise CorruptShardError(f"{file}: pair {row} of a row group has token ids that its {side}_key is not of.")
+    return stored

@@ -1,0 +1,181 @@
+"""Score shards: `references/<id>/scores/<sha256>.parquet`, one row a completion.
+
+    key          fixed_size_binary(16)   completion key (see `keys.py`); distinct within a shard
+    num_tokens   uint32                  completion tokens, at least 1
+    logps        float64                 sum of token_logps, in nats
+    token_logps  list<float32>           natural-log probability of each completion token, all finite
+
+Plain Parquet with page checksums; the file's name is the sha256 of its bytes (see `parquet.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_cache.errors import CorruptShardError
+from dpo_cache.store.folders.folder import Folder
+from dpo_cache.store.format.keys import KEY_BYTES
+from dpo_cache.store.format.parquet import (
+    REMEDY,
+    ParquetBuilder,
+    ParquetReader,
+    check_content,
+    name_by_content,
+    open_parquet,
+    open_source,
+    open_verified,
+    read_parquet,
+    write_parquet,
+)
+from dpo_cache.types import Score, split_lists
+
+__all__ = [
+    "FLOAT_LIST", "KEY", "REMEDY", "SHARD_SCHEMA", "TOKEN_LIST", "check_content", "decode_shard", "encode_shard", "key_column", "keys_of",
+    "list_array", "name_by_content", "open_parquet", "read_parquet", "read_shard", "scores_of", "write_parquet",
+]  # fmt: skip
+
+FLOAT_LIST = pa.list_(pa.field("element", pa.float32(), nullable=False))
+TOKEN_LIST = pa.list_(pa.field("element", pa.uint32(), nullable=False))
+KEY = pa.binary(KEY_BYTES)
+
+ROW_GROUP_BYTES = 4 * 2**20  # in memory, what one look-up has to read
+ROW_BYTES = 32  # of a completion without its token log-probs, roughly
+
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("key", KEY, nullable=False),
+        pa.field("num_tokens", pa.uint32(), nullable=False),
+        pa.field("logps", pa.float64(), nullable=False),
+        pa.field("token_logps", FLOAT_LIST, nullable=False),
+    ]
+)
+
+
+def encode_shard(scores: Sequence[tuple[bytes, Score]]) -> bytes:
+    """The file for these completions' scores. Raises `ValueError` for a score that is empty or not finite."""
+    for key, score in scores:
+        if not len(score.token_logps) or not np.isfinite(score.token_logps).all():
+            raise ValueError(f"completion {key.hex()}: token log-probs are empty or not finite")
+    table = pa.table(
+        [
+            key_column([key for key, _ in scores]),
+            pa.array([len(score.token_logps) for _, score in scores], pa.uint32()),
+            pa.array([score.logps for _, score in scores], pa.float64()),
+            list_array([score.token_logps for _, score in scores], FLOAT_LIST),
+        ],
+        schema=SHARD_SCHEMA,
+    )
+    builder = ParquetBuilder(SHARD_SCHEMA)
+    for group in cut(table, ROW_GROUP_BYTES):
+        builder.add(group)
+    return builder.finish()
+
+
+def decode_shard(content: bytes, place: str) -> tuple[np.ndarray, list[Score]]:
+    """Keys `[N]` (dtype S16) and scores of a shard; `CorruptShardError` where the content is not as specified."""
+    table = read_parquet(content, SHARD_SCHEMA, place)
+    check_scores(table, place)
+    return keys_of(table.column("key")), scores_of(table)
+
+
+def read_shard(folder: Folder, place: str, name: str) -> Iterator[pa.Table]:
+    """The shard's rows, one row group at a time, all checked; its bytes are hashed before the first is handed out."""
+    reader = open_verified(folder, f"{place}/{name}", SHARD_SCHEMA)
+    try:
+        for group in range(len(reader.group_rows)):
+            table = reader.read_group(group)
+            check_scores(table, reader.place)
+            yield table
+    finally:
+        reader.close()
+
+
+def open_shard(folder: Folder, place: str, name: str) -> ParquetReader:
+    """The shard, open for its keys; its bytes are not hashed, so its values must not be used."""
+    return ParquetReader(open_source(folder, f"{place}/{name}"), SHARD_SCHEMA, f"{folder}/{place}/{name}")
+
+
+def read_keys(reader: ParquetReader) -> Iterator[np.ndarray]:
+    """The shard's keys, S16, one array a row group."""
+    for group in range(len(reader.group_rows)):
+        yield keys_of(reader.read_group(group, ["key"]).column("key"))
+
+
+def scores_of(table: pa.Table) -> list[Score]:
+    """One score a row, views of the table's memory."""
+    return [Score(values) for values in split_lists(table.column("token_logps"))]
+
+
+def check_scores(table: pa.Table, place: str) -> None:
+    """Raise `CorruptShardError` unless the columns of a shard agree with each other, and all values are finite."""
+    for chunk in table.to_batches():
+        lists = chunk.column("token_logps")
+        if not lists_agree(lists, chunk.column("num_tokens"), chunk.column("logps")):
+            raise CorruptShardError(f"{place}: num_tokens or logps disagree with token_logps, or are no numbers. {REMEDY}")
+
+
+def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
+    """Whether each list is finite, not empty, as long as promised, and adds up to its `logps` within 1e-9 relative."""
+    offsets, sums = token_logps.offsets.to_numpy(), logps.to_numpy()
+    lengths = np.diff(offsets)
+    if not len(lengths):
+        return True
+    if (lengths != num_tokens.to_numpy()).any() or not lengths.all():
+        return False
+    values = token_logps.values.to_numpy()[offsets[0] : offsets[-1]]
+    if not np.isfinite(values).all():
+        return False
+    added = np.add.reduceat(values, offsets[:-1] - offsets[0], dtype=np.float64)
+    return bool(np.isfinite(sums).all() and np.allclose(added, sums, rtol=1e-9, atol=1e-9))
+
+
+def are_sums_alone(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
+    """Whether each list is empty and each of the `logps` finite: what a pair set holds that was imported without values per token."""
+    return not list_lengths(token_logps).any() and bool(num_tokens.to_numpy().all()) and bool(np.isfinite(logps.to_numpy()).all())
+
+
+def table_bytes(table: pa.Table) -> int:
+    """Bytes that the rows take in memory, nearly."""
+    return int(row_bytes(table).sum())
+
+
+def row_bytes(table: pa.Table) -> np.ndarray:
+    """Bytes that each row takes in memory, nearly: int64 `[len(table)]`."""
+    return table.column("num_tokens").to_numpy().astype(np.int64) * 4 + ROW_BYTES
+
+
+def cut(table: pa.Table, most_bytes: int) -> Iterator[pa.Table]:
+    """The table in pieces of at most `most_bytes` (one row at least), each as long as it can be."""
+    ends = np.cumsum(row_bytes(table))
+    start = 0
+    while start < len(table):
+        spent = int(ends[start - 1]) if start else 0
+        end = max(int(np.searchsorted(ends, spent + most_bytes, side="right")), start + 1)
+        yield table.slice(start, end - start)
+        start = end
+
+
+def list_lengths(column: pa.ListArray) -> np.ndarray:
+    """Items of each list, 0 for one that is null: `[len(column)]`."""
+    return np.diff(column.offsets.to_numpy())
+
+
+def key_column(keys: Sequence[bytes]) -> pa.Array:
+    return pa.array(keys, KEY)
+
+
+def keys_of(column: pa.ChunkedArray) -> np.ndarray:
+    """Keys as a numpy array of dtype S16, which sorts and compares them as bytes."""
+    chunks = [np.frombuffer(chunk.buffers()[1], f"S{KEY_BYTES}", len(chunk), chunk.offset * KEY_BYTES) for chunk in column.chunks if len(chunk)]
+    return np.concatenate(chunks) if chunks else np.empty(0, f"S{KEY_BYTES}")
+
+
+def list_array(values: Sequence[np.ndarray], kind: pa.ListType) -> pa.Array:
+    """A list column from one numpy array a row."""
+    offsets = np.zeros(len(values) + 1, np.int32)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    flat = np.concatenate(values) if len(values) else np.empty(0, kind.value_type.to_pandas_dtype())
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind.value_type), type=kind)

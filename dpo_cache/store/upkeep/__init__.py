@@ -1,0 +1,1 @@
+"""What keeps a cache in order: verify, repair, compact, gc, remove, merge, diff, copy."""

@@ -1,0 +1,200 @@
+"""Copies of a cache, or of some of it, between a local folder and an object store.
+
+Only files that the target lacks are sent, each checked against its digest on the way. They go in the order of what
+refers to what: format.json, reference.json, score shards, parts of pair sets, manifests. So a copy that is cut off
+holds nothing that points into the void, and the same call goes on where it was.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+from dpo_cache.errors import CacheError, MissingFileError, NotInCacheError
+from dpo_cache.store.cache import Cache
+from dpo_cache.store.folders.local_copies import is_part_name
+from dpo_cache.store.format.documents import Document
+from dpo_cache.store.format.parquet import check_content
+
+THREADS = 8
+LARGE_BYTES = 64 << 20  # a file is held whole: those above are sent one at a time
+PLANS = 3  # of a source that is compacted or collected meanwhile
+
+OnProgress = Callable[["TransferProgress"], None]
+
+
+@dataclass(frozen=True)
+class TransferProgress:
+    """How far a copy is."""
+
+    num_files: int
+    total_files: int
+    num_bytes: int
+    total_bytes: int
+    elapsed_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.num_bytes / max(self.elapsed_s, 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        return (self.total_bytes - self.num_bytes) / max(self.bytes_per_s, 1e-9)
+
+
+@dataclass
+class TransferReport:
+    """What a copy did."""
+
+    source: str
+    target: str
+    references: list[str] = field(default_factory=list)  # ids
+    scored_references: list[str] = field(default_factory=list)  # those whose scores are copied, too
+    pair_sets: list[str] = field(default_factory=list)
+    files_sent: int = 0
+    bytes_sent: int = 0
+    files_present: int = 0
+    bytes_present: int = 0
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Files to send, with their sizes, in groups: one is finished before the next is begun."""
+
+    groups: list[dict[str, int]]
+    present: dict[str, int]
+
+
+def copy_cache(
+    source: Cache,
+    target: Cache,
+    *,
+    pairs: Sequence[str] = (),
+    references: Sequence[str] = (),
+    replace: bool = False,
+    on_progress: OnProgress | None = None,
+) -> TransferReport:
+    """Send what the target lacks: these pair sets (with the references that they name, without scores) and these
+    references (with their scores); everything where neither is named.
+
+    Raises `CacheError` before anything is sent where the target holds another pair set of the same name, unless
+    `replace`; `CorruptShardError` for a file of the source that is damaged: it is not sent.
+    """
+    started = time.monotonic()
+    report = TransferReport(str(source), str(target))
+    manifests = _choose(source, report, pairs, references)
+    changed = [name for name, manifest in manifests.items() if _is_other(target, name, manifest)]
+    if changed and not replace:
+        raise CacheError(
+            f"{target}: {', '.join(changed)} is there already with other content.\n"
+            "Give --replace to put the source's in its place, or --pairs to copy others."
+        )
+    sender = _Sender(source, target, report, on_progress or (lambda _: None), started)
+    for attempt in range(1, PLANS + 1):
+        try:
+            sender.send(_plan(source, target, report, manifests, changed))
+            break
+        except MissingFileError:  # compacted or collected since it was listed: what holds it now is in the next plan
+            if attempt == PLANS:
+                raise
+    report.elapsed_s = time.monotonic() - started
+    return report
+
+
+def _choose(source: Cache, report: TransferReport, pairs: Sequence[str], references: Sequence[str]) -> dict[str, Document]:
+    """The manifests of the chosen pair sets by name; the report takes the names and ids."""
+    is_all = not pairs and not references
+    chosen = [source.pairs(name) for name in (source.pair_sets() if is_all else pairs)]
+    report.scored_references = source.references() if is_all else [source.find_reference(prefix) for prefix in references]
+    needed = {*report.scored_references, *(pair_set.reference_id for pair_set in chosen)}
+    report.references = sorted(needed)
+    report.pair_sets = sorted({pair_set.name for pair_set in chosen})
+    if not needed:
+        raise NotInCacheError(f"{source}: nothing to copy: no references and no pair sets.\nRun `dpo-cache precompute` first.")
+    for reference_id in report.references:
+        source.read_reference(reference_id)  # raises where it is damaged
+    return {pair_set.name: pair_set.manifest for pair_set in chosen}
+
+
+def _is_other(target: Cache, name: str, manifest: Document) -> bool:
+    """Whether the target holds a pair set of this name with other pairs, scores or reference."""
+    try:
+        held = target.pairs(name).manifest
+    except NotInCacheError:
+        return False
+    return any(held.get(member) != manifest.get(member) for member in ("reference", "pairs_digest", "parts"))
+
+
+def _plan(source: Cache, target: Cache, report: TransferReport, manifests: dict[str, Document], changed: Sequence[str]) -> _Plan:
+    """What to send. Parts are those that the manifests name, whatever a listing says; the rest is listed."""
+    held = target.folder.files()
+    scored = [source.folder.files(f"references/{entry}/scores") for entry in report.scored_references]
+    shards = {name: size for files in scored for name, size in files.items() if is_part_name(name.rsplit("/", 1)[-1])}
+    part_names = [f"pairs/{name}/{part['file']}" for name, manifest in manifests.items() for part in manifest["parts"]]
+    listed = source.folder.files("pairs")
+    parts = {name: listed[name] if name in listed else source.folder.size(name) for name in part_names}
+    documents = [f"references/{entry}/reference.json" for entry in report.references]
+    ends = [f"pairs/{name}/manifest.json" for name in manifests]
+    groups = [
+        _missing_documents(source, target, ["format.json"], []),
+        _missing_documents(source, target, documents, []),
+        {name: size for name, size in shards.items() if held.get(name) != size},
+        {name: size for name, size in parts.items() if held.get(name) != size},
+        _missing_documents(source, target, ends, [f"pairs/{name}/manifest.json" for name in changed]),
+    ]
+    sent = {name for group in groups for name in group}
+    present = {name: size for name, size in (shards | parts).items() if name not in sent}
+    present |= {name: held.get(name, 0) for name in ("format.json", *documents, *ends) if name not in sent}
+    return _Plan(groups, present)
+
+
+def _missing_documents(source: Cache, target: Cache, names: Sequence[str], changed: Sequence[str]) -> dict[str, int]:
+    return {name: source.folder.size(name) for name in names if name in changed or not target.folder.exists(name)}
+
+
+class _Sender:
+    """Sends the groups of a plan, several files at once, and counts."""
+
+    def __init__(self, source: Cache, target: Cache, report: TransferReport, on_progress: OnProgress, started: float):
+        self._source, self._target, self._report = source, target, report
+        self._on_progress, self._started = on_progress, started
+        self._large = threading.Lock()
+
+    def send(self, plan: _Plan) -> None:
+        report = self._report
+        files_before, bytes_before = report.files_sent, report.bytes_sent
+        total_files = files_before + sum(len(group) for group in plan.groups)
+        total_bytes = bytes_before + sum(sum(group.values()) for group in plan.groups)
+        report.files_present, report.bytes_present = len(plan.present) - files_before, sum(plan.present.values()) - bytes_before
+        for group in plan.groups:
+            for num_bytes in self._send_group(group):
+                report.files_sent += 1
+                report.bytes_sent += num_bytes
+                elapsed_s = time.monotonic() - self._started
+                self._on_progress(TransferProgress(report.files_sent, total_files, report.bytes_sent, total_bytes, elapsed_s))
+
+    def _send_group(self, group: dict[str, int]) -> Iterator[int]:
+        """Sizes of the files as they arrive. The first error is raised when the files under way have arrived."""
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="transfer") as pool:
+            waiting: set[Future[int]] = {pool.submit(self._send_file, name, size) for name, size in group.items()}
+            try:
+                while waiting:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _send_file(self, name: str, size: int) -> int:
+        with self._large if size > LARGE_BYTES else nullcontext():
+            content = self._source.folder.read(name)
+            place, base = f"{self._source}/{name}", name.rsplit("/", 1)[-1]
+            if is_part_name(base):
+                check_content(content, base, place)
+            self._target.folder.publish(name, content)
+            return len(content)

@@ -1,0 +1,47 @@
+"""A reference or a pair set, removed with what belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpo_cache.errors import CacheError
+from dpo_cache.store.cache import Cache
+from dpo_cache.store.format.pair_tables import read_manifest
+from dpo_cache.store.upkeep.contents import find_pair_sets
+from dpo_cache.store.upkeep.gc import removal_order
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What goes with a reference or a pair set."""
+
+    references: list[str]
+    pair_sets: list[str]
+    files: dict[str, int]
+
+
+def plan_removal(cache: Cache, kind: str, name: str, *, with_pairs: bool = False) -> Removal:
+    """The files of a reference (by the first characters of its id) or of pair sets (`NAME`: all its splits, or `NAME/SPLIT`).
+
+    Raises `NotInCacheError` where there is none, `CacheError` for a reference that pair sets still name, unless `with_pairs`.
+    """
+    if kind == "pairs":
+        references, pair_sets = [], find_pair_sets(cache, name)
+    else:
+        references = [cache.find_reference(name)]
+        pair_sets = [entry for entry in cache.pair_sets() if read_manifest(cache.folder, f"pairs/{entry}")["reference"] == references[0]]
+        if pair_sets and not with_pairs:
+            raise CacheError(
+                f"{cache}: reference {references[0][:12]} has pair sets: {', '.join(pair_sets)}.\n"
+                "Remove them first, or add --with-pairs to remove them with it."
+            )
+    folders = [f"references/{entry}" for entry in references] + [f"pairs/{entry}" for entry in pair_sets]
+    files = {file: size for folder in folders for file, size in cache.folder.files(folder).items()}
+    return Removal(references, pair_sets, files)
+
+
+def remove_files(cache: Cache, files: Sequence[str]) -> None:
+    """Remove them, in an order that leaves a valid cache wherever it is cut off."""
+    for file in sorted(files, key=removal_order):
+        cache.folder.remove(file)

@@ -1,0 +1,203 @@
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_cache.errors import CacheError, CorruptShardError, DpoCacheError, NotInCacheError
+from dpo_cache.store import ScoreIndex
+from dpo_cache.store.folders.folder import LocalFolder
+from dpo_cache.store.format.shards import KEY, SHARD_SCHEMA, decode_shard, encode_shard, name_by_content, read_parquet, write_parquet
+from dpo_cache.types import Score
+from tests.store.conftest import flip, key, make_scores, score
+
+float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
+scores = st.lists(float32s, min_size=1, max_size=9).map(lambda values: score(*values))
+shards = st.dictionaries(st.binary(min_size=16, max_size=16), scores, min_size=1, max_size=8).map(lambda by_key: list(by_key.items()))
+
+
+@given(shards)
+@settings(deadline=None)
+def test_what_is_written_is_read_back_exactly(shard: list[tuple[bytes, Score]]) -> None:
+    keys, found = decode_shard(encode_shard(shard), "there")
+    assert keys.dtype == "S16"
+    assert [bytes(value).ljust(16, b"\0") for value in keys] == [name for name, _ in shard]
+    for read, (_, written) in zip(found, shard, strict=True):
+        assert read.token_logps.dtype == np.float32
+        assert read.token_logps.tobytes() == written.token_logps.tobytes()
+        assert read.logps == written.logps
+
+
+@given(shards)
+@settings(deadline=None, max_examples=30)
+def test_the_stored_sum_is_the_sum_of_the_token_logps(shard: list[tuple[bytes, Score]]) -> None:
+    table = read_parquet(encode_shard(shard), SHARD_SCHEMA, "there")
+    for logps, num_tokens, token_logps in zip(*(table.column(name).to_pylist() for name in ("logps", "num_tokens", "token_logps")), strict=True):
+        assert math.isclose(logps, math.fsum(token_logps), rel_tol=1e-12, abs_tol=1e-12 * math.fsum(map(abs, token_logps)))
+        assert num_tokens == len(token_logps)
+
+
+def test_the_same_scores_make_the_same_file() -> None:
+    assert encode_shard(make_scores(range(20))) == encode_shard(make_scores(range(20)))
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")], [-1.0, float("-inf")], [float("inf"), -1.0]])
+def test_a_score_that_is_empty_or_not_finite_is_not_written(folder: LocalFolder, values: list[float]) -> None:
+    index = ScoreIndex(folder, "scores")
+    with pytest.raises(ValueError, match=f"^completion {key(7).hex()}: token log-probs are empty or not finite$"):
+        index.publish([*make_scores(range(3)), (key(7), score(*values))])
+    assert folder.names("scores") == []
+    assert len(index) == 0
+
+
+def shard_of(num_tokens: int, logps: float, token_logps: list[float]) -> bytes:
+    return write_parquet(pa.table([[key(1)], [num_tokens], [logps], [token_logps]], schema=SHARD_SCHEMA), row_group_size=1)
+
+
+def test_a_shard_built_by_hand_is_read() -> None:
+    _, (found,) = decode_shard(shard_of(2, -3.5, [-1.5, -2.0]), "there")
+    assert found.token_logps.tolist() == [-1.5, -2.0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [shard_of(3, -3.5, [-1.5, -2.0]), shard_of(2, -3.25, [-1.5, -2.0]), shard_of(1, float("nan"), [float("nan")])],
+    ids=["count", "sum", "nan"],
+)
+def test_columns_that_disagree_are_refused(content: bytes) -> None:
+    with pytest.raises(CorruptShardError, match="^there: num_tokens or logps disagree with token_logps"):
+        decode_shard(content, "there")
+
+
+@pytest.mark.parametrize("content", [shard_of(2, float("-inf"), [-1.5, float("-inf")]), shard_of(0, 0.0, [])], ids=["infinite", "empty"])
+def test_scores_that_would_not_be_written_are_refused_when_read(content: bytes) -> None:
+    with pytest.raises(CorruptShardError):
+        decode_shard(content, "there")
+
+
+def with_double_tokens(table: pa.Table) -> pa.Table:
+    return table.set_column(3, "token_logps", table.column("token_logps").cast(pa.list_(pa.float64())))
+
+
+def with_another_key_width(table: pa.Table) -> pa.Table:
+    return table.set_column(0, pa.field("key", pa.binary(), nullable=False), table.column("key").cast(pa.binary()))
+
+
+def with_a_nullable_column(table: pa.Table) -> pa.Table:
+    return table.set_column(2, pa.field("logps", pa.float64(), nullable=True), table.column("logps"))
+
+
+def with_a_null(table: pa.Table) -> pa.Table:
+    return table.set_column(2, "logps", pa.array([None] * len(table), pa.float64()))
+
+
+def with_a_uuid_key(table: pa.Table) -> pa.Table:
+    keys = pa.ExtensionArray.from_storage(pa.uuid(), table.column("key").combine_chunks())
+    return table.set_column(0, pa.field("key", pa.uuid(), nullable=False), keys)
+
+
+WRONG_COLUMNS: dict[str, Callable[[pa.Table], pa.Table]] = {
+    "wrong value type": with_double_tokens,
+    "wrong key type": with_another_key_width,
+    "extra column": lambda table: table.append_column("extra", pa.array(range(len(table)))),
+    "missing column": lambda table: table.drop_columns("num_tokens"),
+    "renamed column": lambda table: table.rename_columns(["key", "num_tokens", "logp", "token_logps"]),
+    "other order": lambda table: table.select(["num_tokens", "key", "logps", "token_logps"]),
+    "nullable column": with_a_nullable_column,
+    "null": with_a_null,
+    "extension type": with_a_uuid_key,
+}
+
+
+def rewrite(change: Callable[[pa.Table], pa.Table]) -> bytes:
+    table = change(read_parquet(encode_shard(make_scores(range(5))), SHARD_SCHEMA, "there"))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, use_dictionary=False, compression="none", write_page_checksum=True, row_group_size=2)
+    return sink.getvalue().to_pybytes()
+
+
+def test_the_same_columns_written_by_someone_else_are_read() -> None:
+    keys, found = decode_shard(rewrite(lambda table: table), "there")
+    assert len(keys) == len(found) == 5
+
+
+@pytest.mark.parametrize("change", WRONG_COLUMNS.values(), ids=WRONG_COLUMNS)
+def test_other_columns_are_refused(folder: LocalFolder, change: Callable[[pa.Table], pa.Table]) -> None:
+    content = rewrite(change)
+    name = name_by_content(content)
+    folder.publish(f"scores/{name}", content)
+    with pytest.raises(CorruptShardError, match="^there: expected the columns\nkey: fixed_size_binary"):
+        decode_shard(content, "there")
+    with pytest.raises(CorruptShardError, match=f"{name}: expected the columns"):
+        ScoreIndex(folder, "scores")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"not Parquet at all", b"PAR1" * 5], ids=["empty", "magic", "text", "magics"])
+def test_what_is_no_parquet_file_is_refused(content: bytes) -> None:
+    with pytest.raises(CorruptShardError, match=r"^there: not readable as Parquet \("):
+        decode_shard(content, "there")
+
+
+SMALL_SHARD = encode_shard(make_scores([3, 11, 4]))
+SMALL_KEYS = [key(number) for number in (3, 11, 4)]
+
+
+def test_every_byte_flipped_under_an_open_index_is_found(folder: LocalFolder) -> None:
+    index = ScoreIndex(folder, "scores")
+    index.publish(make_scores([3, 11, 4]))
+    (name,) = folder.names("scores")
+    for position in range(len(SMALL_SHARD)):
+        (folder.root / "scores" / name).write_bytes(flip(SMALL_SHARD, position))
+        with pytest.raises(CorruptShardError, match=f"{name}: its bytes hash to "):
+            index.fetch(SMALL_KEYS)
+
+
+def test_every_truncation_is_found(folder: LocalFolder) -> None:
+    name = name_by_content(SMALL_SHARD)
+    folder.publish(f"scores/{name}", SMALL_SHARD)
+    for length in range(0, len(SMALL_SHARD), 7):
+        (folder.root / "scores" / name).write_bytes(SMALL_SHARD[:length])
+        with pytest.raises(CorruptShardError, match=name):
+            ScoreIndex(folder, "scores").fetch(SMALL_KEYS)
+
+
+def error_of_reading(folder: LocalFolder, content: bytes) -> type[DpoCacheError] | None:
+    """What a reader that opens the cache now meets when it fetches the small shard's scores."""
+    (folder.root / "scores" / name_by_content(SMALL_SHARD)).write_bytes(content)
+    try:
+        ScoreIndex(folder, "scores").fetch(SMALL_KEYS)
+    except DpoCacheError as error:
+        return type(error)
+    return None
+
+
+@pytest.fixture(scope="module")
+def errors_by_flip(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], type[DpoCacheError] | None]:
+    """The error that each flip meets: the first and last 64 bytes with three masks, 300 positions between them with one."""
+    folder = LocalFolder(tmp_path_factory.mktemp("flipped"))
+    folder.publish(f"scores/{name_by_content(SMALL_SHARD)}", SMALL_SHARD)
+    assert error_of_reading(folder, SMALL_SHARD) is None
+    ends = [*range(64), *range(len(SMALL_SHARD) - 64, len(SMALL_SHARD))]
+    middle = random.Random(0).sample(range(64, len(SMALL_SHARD) - 64), 300)
+    flips = [(position, mask) for position in ends for mask in (0x01, 0x20, 0x80)] + [(position, 0x01) for position in middle]
+    return {(position, mask): error_of_reading(folder, flip(SMALL_SHARD, position, mask)) for position, mask in flips}
+
+
+def test_no_flipped_byte_goes_unseen(errors_by_flip: dict[tuple[int, int], type[DpoCacheError] | None]) -> None:
+    unseen = [place for place, error in errors_by_flip.items() if error is None or not issubclass(error, CacheError)]
+    assert len(errors_by_flip) == 684
+    assert not unseen
+
+
+def test_every_flipped_byte_is_told_as_damage(errors_by_flip: dict[tuple[int, int], type[DpoCacheError] | None]) -> None:
+    taken_as_missing = [place for place, error in errors_by_flip.items() if error is NotInCacheError]
+    assert not taken_as_missing
+
+
+def test_keys_are_stored_as_sixteen_bytes() -> None:
+    assert read_parquet(SMALL_SHARD, SHARD_SCHEMA, "there").column("key").type == KEY
