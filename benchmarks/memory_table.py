@@ -6,7 +6,7 @@ validation  on MODEL, a small real one, in float32 on the CPU: what is counted f
             allocator gave out when the same passes were computed, TRL's own step among them
 tables      Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B, of which nothing but the config below is needed
 
-See `dpo_cache/footprint.py` for what is counted, and `padded_step.py` for the other side.
+See `dpo_cache/planning/footprint.py` for what is counted, and `padded_step.py` for the other side.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from padded_step import padded_loss, prepare
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from dpo_cache.footprint import Footprint, activation_bytes, build_fake, pass_loss, policy_of, standing_footprint
 from dpo_cache.lm.device import counted_as
 from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
-from dpo_cache.lm.memory.live_bytes import allocated_peak
+from dpo_cache.planning.footprint import Footprint, activation_bytes, build_fake, pass_loss, policy_of, standing_footprint
+from dpo_cache.planning.live_bytes import allocated_peak
 from dpo_cache.types import Completion
 
 LLAMA: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072}

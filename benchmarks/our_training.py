@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 import dpo_cache
-from dpo_cache.footprint import pass_bytes
 from dpo_cache.lm.device import peak_resident_bytes
 from dpo_cache.lm.forest.layout import build_forest
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.adapter import add_adapter, lora_config
 from dpo_cache.lm.model.load import load_model
 from dpo_cache.lm.self_check import choose_attention
+from dpo_cache.planning.footprint import pass_bytes
 from dpo_cache.training import loop  # noqa: F401  (with all imports: a part of the process's memory)
 from dpo_cache.training.batches import completions_of, split_step
 from dpo_cache.types import ScoredPair

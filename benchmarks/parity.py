@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import dpo_cache
-from dpo_cache import precomputing
 from dpo_cache.data import detect_format, read_dataset
 from dpo_cache.data.formats import Example, parse_row
+from dpo_cache.precomputing import run as precomputing
 
 SUM_LIMIT = 5e-6  # relative, of a completion's summed log-prob
 STEP_LIMIT = 1e-3  # relative, of a step's loss and gradient norm

@@ -11,7 +11,7 @@ timed. `--lora-r` trains a LoRA adapter on all linear layers instead, from the s
 options of `dpo_cache.train`.
 
 The floor of memory is what cannot be spared under the recomputation that was chosen: the process with its imports, weights, gradients,
-optimizer state, and the activations of the largest forest, counted (`dpo_cache/footprint.py`).
+optimizer state, and the activations of the largest forest, counted (`dpo_cache/planning/footprint.py`).
 """
 
 from __future__ import annotations

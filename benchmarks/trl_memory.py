@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 from trl_losses import DEFAULTS
 
-from dpo_cache.lm.memory.live_bytes import allocated_peak
+from dpo_cache.planning.live_bytes import allocated_peak
 
 FEW = 4
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dpo_cache.evaluation import EvalReport, evaluate
     from dpo_cache.exchange import ExportReport, ImportReport, export_pairs, import_pairs
     from dpo_cache.losses.reference_losses import preference_loss
-    from dpo_cache.precomputing import PrecomputeReport, precompute
+    from dpo_cache.precomputing.run import PrecomputeReport, precompute
     from dpo_cache.store import open_cache
     from dpo_cache.sweeping import SweepReport, sweep
     from dpo_cache.training.loop import TrainReport, train
@@ -40,8 +40,8 @@ __version__ = "0.1.0"
 
 # Loaded when first used: torch takes seconds, `dpo-cache --help` should not.
 _HOMES = {
-    "precompute": "dpo_cache.precomputing",
-    "PrecomputeReport": "dpo_cache.precomputing",
+    "precompute": "dpo_cache.precomputing.run",
+    "PrecomputeReport": "dpo_cache.precomputing.run",
     "export_pairs": "dpo_cache.exchange",
     "ExportReport": "dpo_cache.exchange",
     "import_pairs": "dpo_cache.exchange",

@@ -11,7 +11,7 @@ from dpo_cache.options.precompute import PrecomputeOptions
 
 if TYPE_CHECKING:
     from dpo_cache.data.survey import Finding, Survey
-    from dpo_cache.precomputing import PrecomputeReport
+    from dpo_cache.precomputing.run import PrecomputeReport
 
 
 @command(PrecomputeOptions, json_help="Print the report as JSON.")
@@ -20,7 +20,7 @@ def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
 
     Completions that the cache holds already are not scored again; a run that was cut off goes on where it was.
     """
-    from dpo_cache.precomputing import precompute
+    from dpo_cache.precomputing.run import precompute
 
     with ProgressLine("scoring") as line:
 

@@ -71,7 +71,7 @@ def _describe(progress: SweepProgress) -> str:
 
 
 def _table(report: SweepReport) -> str:
-    from dpo_cache.reporting import table_cells
+    from dpo_cache.reporting.runs import table_cells
 
     return "\n".join(format_columns(*table_cells(report.rows)))
 

@@ -13,7 +13,7 @@ from dpo_cache.errors import DpoCacheError
 from dpo_cache.options.upkeep import VerifyOptions
 
 if TYPE_CHECKING:
-    from dpo_cache.rescoring import RescoreReport
+    from dpo_cache.precomputing.rescore import RescoreReport
     from dpo_cache.store.upkeep.repair import RepairReport
     from dpo_cache.store.upkeep.verify import VerifyReport
 
@@ -45,7 +45,7 @@ def verify_command(options: VerifyOptions, as_json: bool) -> None:
 
 
 def _rescore(options: VerifyOptions, line: ProgressLine) -> list[RescoreReport]:
-    from dpo_cache.rescoring import rescore
+    from dpo_cache.precomputing.rescore import rescore
 
     assert options.model is not None and options.rescore is not None
     return rescore(

@@ -15,8 +15,8 @@ from typing import IO, Any, Protocol
 
 from dpo_cache.options.base import flag_of
 from dpo_cache.options.sweep import default_of, swept_fields
-from dpo_cache.reporting import read_resolved
-from dpo_cache.sweeping.folder import Run
+from dpo_cache.reporting.runs import read_resolved
+from dpo_cache.sweeping.sweep_folder import Run
 
 ENDS_BY_SIGNAL = {130, 143, -signal.SIGINT, -signal.SIGTERM}  # asked to stop: what was done is saved
 

@@ -75,7 +75,7 @@ def wait_for(path: Path, word: str, times: int = 1, limit_s: float = 60.0) -> No
 
 def main() -> None:
     import tests.conftest  # noqa: F401  one thread, no network
-    from dpo_cache import precomputing  # noqa: F401  what takes long
+    from dpo_cache.precomputing import run as precomputing  # noqa: F401  what takes long
 
     pids: list[int] = []
     for line in sys.stdin:
@@ -106,8 +106,8 @@ def _fork(job: dict[str, Any]) -> int:
 
 
 def _run(job: dict[str, Any]) -> None:
-    from dpo_cache import precomputing
     from dpo_cache.cli import app
+    from dpo_cache.precomputing import run as precomputing
     from dpo_cache.store import ScoreIndex, completion_key
     from dpo_cache.store.folders import local
     from tests.promises.refusals import TroubledDisk

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import dpo_cache
-from dpo_cache import precomputing
 from dpo_cache.errors import CacheError, NotInCacheError, StorageError
+from dpo_cache.precomputing import run as precomputing
 from dpo_cache.store.folders import local
 from dpo_cache.store.folders.disk import Disk
 from dpo_cache.store.folders.local import LocalFolder

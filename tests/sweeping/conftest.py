@@ -56,5 +56,5 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return InlineProcess(arguments, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(processes, "start_process", start)
-    monkeypatch.setattr("dpo_cache.sweeping.loop.POLL_S", 0.0)
+    monkeypatch.setattr("dpo_cache.sweeping.run.POLL_S", 0.0)
     return names

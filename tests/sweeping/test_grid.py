@@ -13,9 +13,9 @@ from dpo_cache.cli.app import app
 from dpo_cache.errors import OptionError
 from dpo_cache.options.sweep import NOT_IN_A_SWEEP, SweepOptions, loss_settings, swept_fields, type_of
 from dpo_cache.options.train import TrainOptions
-from dpo_cache.sweeping.folder import Run
 from dpo_cache.sweeping.grid import Grid, read_grid, run_names
 from dpo_cache.sweeping.processes import train_arguments
+from dpo_cache.sweeping.sweep_folder import Run
 
 
 def grid_of(**options: Any) -> Grid:

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
-from dpo_cache.lm.memory.live_bytes import LiveBytes
 from dpo_cache.lm.model.parts import has_plain_head
+from dpo_cache.planning.live_bytes import LiveBytes
 from tests.conftest import make_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from dpo_cache.lm.memory.live_bytes import LiveBytes
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.memory.recompute_later import keep_recipes, remade
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
+from dpo_cache.planning.live_bytes import LiveBytes
 from tests.conftest import make_completions
 from tests.lm.families import FAMILIES, make_model
 

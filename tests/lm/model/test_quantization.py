@@ -17,7 +17,7 @@ from dpo_cache.lm.model.parts import has_plain_head
 from dpo_cache.lm.model.quantization import rounding_dtype
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import TOLERANCES, Attention, choose_attention
-from dpo_cache.rescoring import rescore
+from dpo_cache.precomputing.rescore import rescore
 from dpo_cache.store.upkeep.contents import precompute_line
 from dpo_cache.types import QUANTIZATION_FIELDS, quantization_name
 from tests.conftest import chat_rows, make_completions, make_llama, write_rows

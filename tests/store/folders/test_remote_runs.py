@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import dpo_cache
-from dpo_cache import precomputing
 from dpo_cache.errors import StorageError
+from dpo_cache.precomputing import run as precomputing
 from tests.store.conftest import plain
 from tests.store.object_store import Fault, Proxy
 

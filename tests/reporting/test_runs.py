@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_cache.errors import OptionError
-from dpo_cache.reporting import (
+from dpo_cache.reporting.runs import (
     RunRow,
     check_plot,
     plot_accuracy,

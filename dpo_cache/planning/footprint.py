@@ -26,10 +26,10 @@ from dpo_cache.lm.device import autocast, counted_as
 from dpo_cache.lm.forest.attention import use_forest_attention
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.kernels.onednn_linear import use_torch_linear
-from dpo_cache.lm.memory.live_bytes import LiveBytes
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import Attention
+from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.types import Completion
 
 # Bytes that `--quantize` leaves of each weight of a linear layer: 4-bit NF4 in blocks of 64 whose scales are quantized themselves,

@@ -12,8 +12,8 @@ import pytest
 import dpo_cache
 from dpo_cache.errors import NotInCacheError, OptionError
 from dpo_cache.sweeping import SweepProgress, SweepReport, processes
-from dpo_cache.sweeping.folder import Run
 from dpo_cache.sweeping.processes import ActiveRun, run_environment
+from dpo_cache.sweeping.sweep_folder import Run
 from tests.conftest import chat_rows, write_rows
 
 OPTIONS = {"pairs": "pairs", "eval_pairs": "heldout", "batch_size": 5, "lr": 1e-3}

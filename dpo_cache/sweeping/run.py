@@ -13,11 +13,11 @@ from typing import Any
 
 from dpo_cache.errors import NotInCacheError, OptionError
 from dpo_cache.options.sweep import SweepOptions, loss_settings
-from dpo_cache.reporting import RunRow, check_plot, plot_accuracy, read_resolved, read_row, sort_rows, table_csv, table_markdown, table_notes
+from dpo_cache.reporting.runs import RunRow, check_plot, plot_accuracy, read_resolved, read_row, sort_rows, table_csv, table_markdown, table_notes
 from dpo_cache.store import open_cache
-from dpo_cache.sweeping.folder import Run, hold_folder, plan_runs, read_report, write_whole
 from dpo_cache.sweeping.grid import Grid, read_grid
 from dpo_cache.sweeping.processes import ENDS_BY_SIGNAL, ActiveRun, run_environment, threads_of_a_run
+from dpo_cache.sweeping.sweep_folder import Run, hold_folder, plan_runs, read_report, write_whole
 
 POLL_S = 0.2
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.sweeping.folder import hold_folder, plan_runs
+from dpo_cache.sweeping.sweep_folder import hold_folder, plan_runs
 from tests.sweeping.test_grid import grid_of
 
 

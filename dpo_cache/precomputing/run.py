@@ -31,8 +31,9 @@ from dpo_cache.lm.progress import ScoringProgress
 from dpo_cache.lm.self_check import Attention, choose_attention, score_completions
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.precompute import PrecomputeOptions, renamed_columns
-from dpo_cache.planning import Planner, SplitPlan, Window, check_disk, missing_completions, pairs_of, rows_of
-from dpo_cache.precompute_report import PrecomputeReport
+from dpo_cache.planning.disk import check_disk
+from dpo_cache.precomputing.report import PrecomputeReport
+from dpo_cache.precomputing.units import Planner, SplitPlan, Window, missing_completions, pairs_of, rows_of
 from dpo_cache.store import Cache, PairSet, ScoreIndex, open_cache
 from dpo_cache.store.cache import check_name
 from dpo_cache.store.format.differing_fields import differing_fields

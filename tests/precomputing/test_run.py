@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import dpo_cache
-from dpo_cache import data, precomputing
+from dpo_cache import data
 from dpo_cache.data import Survey
 from dpo_cache.errors import DataError, ModelError, OptionError, StorageError
+from dpo_cache.precomputing import run as precomputing
 from dpo_cache.store import Cache, completion_key
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
 

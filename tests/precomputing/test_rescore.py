@@ -7,7 +7,7 @@ import pytest
 
 import dpo_cache
 from dpo_cache.errors import ModelError, NotInCacheError
-from dpo_cache.rescoring import rescore
+from dpo_cache.precomputing.rescore import rescore
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.types import Score, ScoredPair
 from tests.conftest import make_llama, make_tokenizer

@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 
 from dpo_cache.errors import NotInCacheError
-from dpo_cache.exchange.text import SourceText, TextRow, find_source_text
+from dpo_cache.exchange.source_text import SourceText, TextRow, find_source_text
 from dpo_cache.files.rows import check_output, open_output
 from dpo_cache.options.exchange import ExportOptions
 from dpo_cache.store import PairSet, open_cache

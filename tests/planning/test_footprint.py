@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dpo_cache import footprint
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.kernels.onednn_linear import ONEDNN, products_of, use_fast_linear
-from dpo_cache.lm.memory.live_bytes import allocated_peak
 from dpo_cache.lm.memory.recompute import MODES, Recomputation
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
+from dpo_cache.planning import footprint
+from dpo_cache.planning.live_bytes import allocated_peak
 from dpo_cache.types import Completion
 from tests.conftest import make_llama, naive_token_logps
 
@@ -47,7 +47,7 @@ def allocated(model: Any, run: Callable[[Any], torch.Tensor]) -> int:
 
 @pytest.fixture
 def padded_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import padded_step
 
     yield padded_step

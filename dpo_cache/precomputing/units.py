@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from dpo_cache import data
-from dpo_cache.errors import DataError, ModelError, StorageError
+from dpo_cache.errors import DataError, ModelError
 from dpo_cache.lm.forest.layout import count_forest_tokens
-from dpo_cache.store import Cache, ScoreIndex, completion_key
+from dpo_cache.store import ScoreIndex, completion_key
 from dpo_cache.store.format.keys import KEY_BYTES, key_array, key_bytes
 from dpo_cache.store.format.pair_tables import PairsDigest
 from dpo_cache.store.key_set import KeySet, join_keys, occurs_before
@@ -145,17 +145,6 @@ def rows_of(window: Window, key: bytes, truncation: data.Truncation) -> list[int
     """The first rows of the window that hold the completion of this key."""
     keys = zip(key_bytes(window.chosen_keys), key_bytes(window.rejected_keys), strict=True)
     return [pair.row for pair, both in zip(pairs_of(window, truncation), keys, strict=True) if key in both][:3]
-
-
-def check_disk(cache: Cache, data_tokens: int) -> None:
-    """Raise `StorageError` before hours of scoring that could not be written."""
-    free = cache.folder.free_bytes()
-    needed = 13 * data_tokens  # 4 bytes an id, 4 a log-prob twice (scores and pairs), and some slack
-    if free is not None and needed > free:
-        raise StorageError(
-            f"{cache}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.\n"
-            "Free some space, choose another --cache, or score less at once with --limit."
-        )
 
 
 def _note_repeats(split: SplitPlan, rows: Sequence[int], chosen_keys: np.ndarray, rejected_keys: np.ndarray) -> None:

@@ -190,7 +190,7 @@ def test_sums_alone_have_no_token_logps_to_export(source: Path, tmp_path: Path, 
 
 
 def test_pairs_are_written_as_they_are_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpo_cache.exchange import exporting
+    from dpo_cache.exchange import export as exporting
 
     monkeypatch.setattr(exporting, "BATCH_PAIRS", 5)
     export(source, "chat", tmp_path / "out.parquet")

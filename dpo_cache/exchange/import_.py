@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cache import data
 from dpo_cache.errors import DataError, OptionError
 from dpo_cache.exchange.findings import ValueFindings
-from dpo_cache.exchange.reading import ID_COLUMNS, SUMS, ImportedRows, check_columns
+from dpo_cache.exchange.read_rows import ID_COLUMNS, SUMS, ImportedRows, check_columns
 from dpo_cache.lm.model.load import load_config
 from dpo_cache.options.exchange import ImportOptions
 from dpo_cache.options.precompute import renamed_columns

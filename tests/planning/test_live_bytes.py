@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from dpo_cache.lm.memory.live_bytes import LiveBytes, allocated_peak
+from dpo_cache.planning.live_bytes import LiveBytes, allocated_peak
 
 
 def test_a_tensor_counts_while_anything_holds_its_memory() -> None:

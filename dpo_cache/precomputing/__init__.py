@@ -1,0 +1,6 @@
+"""data -> lm -> store: the frozen reference is run once over a data set."""
+
+from dpo_cache.precomputing.report import PrecomputeReport
+from dpo_cache.precomputing.run import precompute
+
+__all__ = ["PrecomputeReport", "precompute"]

@@ -1,0 +1,1 @@
+"""Runs and pair sets as tables, plots and pages."""
