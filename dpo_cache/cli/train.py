@@ -12,7 +12,7 @@ from dpo_cache.cli.signals import StoppedEarly, StopRequest
 from dpo_cache.options.train import TrainOptions, with_config
 
 if TYPE_CHECKING:
-    from dpo_cache.training.report import TrainReport
+    from dpo_cache.training.output.report import TrainReport
 
 
 @command(TrainOptions, json_help="Print the report as JSON.", complete=with_config)
@@ -21,8 +21,8 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
 
     Ctrl-C or SIGTERM finishes the step and saves it; go on with --resume.
     """
-    from dpo_cache.training.checkpoint import find_checkpoints
     from dpo_cache.training.loop import train
+    from dpo_cache.training.output.checkpoint import find_checkpoints
 
     with ProgressLine("training") as line, StopRequest(line.remark) as request:
 

@@ -178,7 +178,7 @@ def _check_extends(output: Path, before: dict[str, Any], grid: Grid) -> None:
 
 def _free_to_change(grid: Grid) -> set[str]:
     """Options that a resumed run may be given otherwise."""
-    from dpo_cache.training.folder import FREE_TO_CHANGE  # loads torch: where something differs alone
+    from dpo_cache.training.output.run_folder import FREE_TO_CHANGE
 
     return FREE_TO_CHANGE if grid.values("patience") == (None,) else FREE_TO_CHANGE - {"eval_every"}  # patience counts evaluations
 

@@ -11,7 +11,7 @@ from dpo_cache.errors import TrainingError
 from dpo_cache.losses.metrics import Metrics, PairMetrics
 from dpo_cache.options.train import period
 from dpo_cache.training.batches import stream_pairs
-from dpo_cache.training.opening import TrainingPairs
+from dpo_cache.training.inputs import TrainingPairs
 from dpo_cache.training.passes import Passes
 
 # Option --best -> the metric, and whether more of it is better.

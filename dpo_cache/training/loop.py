@@ -19,18 +19,18 @@ from dpo_cache.lm.device import deterministic_algorithms, peak_bytes
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.options.train import TrainOptions, with_config
 from dpo_cache.training.batches import longest_pairs, stream_pairs
-from dpo_cache.training.card import library_versions, model_card
-from dpo_cache.training.checkpoint import find_checkpoints, save_checkpoint
 from dpo_cache.training.evaluations import Best, evaluate
-from dpo_cache.training.folder import check_config, check_output, discard, drop_best, save_best, save_model, write_config
-from dpo_cache.training.metrics import MetricsFile
+from dpo_cache.training.output.checkpoint import find_checkpoints, save_checkpoint
+from dpo_cache.training.output.metrics_file import MetricsFile
+from dpo_cache.training.output.model_card import library_versions, model_card
+from dpo_cache.training.output.report import Clock, TrainReport
+from dpo_cache.training.output.run_folder import check_config, check_output, discard, drop_best, save_best, save_model, write_config
+from dpo_cache.training.output.samples import open_sampler
+from dpo_cache.training.output.trackers import open_trackers
 from dpo_cache.training.passes import Passes
-from dpo_cache.training.report import Clock, TrainReport
-from dpo_cache.training.samples import open_sampler
 from dpo_cache.training.setup import Say, Setup, open_setup
-from dpo_cache.training.signs import Signs
 from dpo_cache.training.step_zero import StepZero, expectation_of
-from dpo_cache.training.trackers import open_trackers
+from dpo_cache.training.warnings import Signs
 from dpo_cache.types import ScoredPair
 
 OnMetrics = Callable[[dict[str, Any]], None]

@@ -17,10 +17,10 @@ from dpo_cache.lm.policy import CompletionLogps, completion_logps, count_tokens,
 from dpo_cache.losses.metrics import PairMetrics
 from dpo_cache.losses.objective import Objective, mean_chosen_tokens
 from dpo_cache.training.batches import Group, completions_of, split_step
-from dpo_cache.training.freeing import FreedGradients
-from dpo_cache.training.opening import Policy
+from dpo_cache.training.inputs import Policy
+from dpo_cache.training.optim.update_in_backward import FreedGradients
+from dpo_cache.training.step_memory import Thrift
 from dpo_cache.training.step_zero import StepZero
-from dpo_cache.training.thrift import Thrift
 from dpo_cache.types import Completion, ScoredPair
 
 Result = TypeVar("Result")

@@ -22,16 +22,16 @@ from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import open_cache
 from dpo_cache.training.batches import count_shared
-from dpo_cache.training.checkpoint import RunPosition, read_progress, restore_optimizer
 from dpo_cache.training.evaluations import Schedule, schedule_of
-from dpo_cache.training.folder import check_disk, find_start, read_resolved
-from dpo_cache.training.freeing import FreedGradients
-from dpo_cache.training.opening import Policy, TrainingPairs, open_pairs, open_policy
-from dpo_cache.training.optimizers import make_optimizer
-from dpo_cache.training.schedule import learning_rate
-from dpo_cache.training.thrift import Thrift
-from dpo_cache.training.trackers import check_trackers
-from dpo_cache.training.updates import Updater
+from dpo_cache.training.inputs import Policy, TrainingPairs, open_pairs, open_policy
+from dpo_cache.training.optim.optimizers import make_optimizer
+from dpo_cache.training.optim.schedule import learning_rate
+from dpo_cache.training.optim.update_in_backward import FreedGradients
+from dpo_cache.training.optim.updates import Updater
+from dpo_cache.training.output.checkpoint import RunPosition, read_progress, restore_optimizer
+from dpo_cache.training.output.run_folder import check_disk, find_start, read_resolved
+from dpo_cache.training.output.trackers import check_trackers
+from dpo_cache.training.step_memory import Thrift
 
 Say = Callable[[str], None]
 

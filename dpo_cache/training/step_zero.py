@@ -16,7 +16,7 @@ import numpy as np
 from dpo_cache.errors import StepZeroError
 from dpo_cache.lm.model.quantization import rounding_dtype, rounding_dtype_of
 from dpo_cache.options.train import TrainOptions
-from dpo_cache.training.opening import Policy, TrainingPairs
+from dpo_cache.training.inputs import Policy, TrainingPairs
 from dpo_cache.types import TOKEN_TOLERANCES, Score
 
 # Gap per completion in nats that rounding explains: (absolute, relative to its log-prob), by dtype.

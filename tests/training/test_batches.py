@@ -8,7 +8,7 @@ from dpo_cache.store import PairSet, open_cache
 from dpo_cache.store import pairs as pairs_module
 from dpo_cache.training import batches
 from dpo_cache.training.batches import completions_of, held_out, split_step, stream_pairs
-from dpo_cache.training.schedule import learning_rate
+from dpo_cache.training.optim.schedule import learning_rate
 from dpo_cache.types import Completion, Pair, Score, ScoredPair
 
 

@@ -12,8 +12,10 @@ from dpo_cache.errors import ModelError, NotInCacheError, OptionError, StepZeroE
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.lm.memory.recompute import activation_bytes
 from dpo_cache.store import open_cache
-from dpo_cache.training import checkpoint, loop, passes, thrift
-from dpo_cache.training import folder as folder_module
+from dpo_cache.training import loop, passes
+from dpo_cache.training import step_memory as thrift
+from dpo_cache.training.output import checkpoint
+from dpo_cache.training.output import run_folder as folder_module
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
 
 FAST = {"batch_size": 4, "lr": 1e-3, "say": lambda text: None}

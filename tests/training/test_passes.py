@@ -32,7 +32,7 @@ def test_a_pair_that_is_too_long_is_run_one_answer_at_a_time(cache: str, tmp_pat
 
 
 def test_a_pair_above_the_default_is_run_whole_while_memory_lasts(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_cache.training.thrift.default_micro_tokens", lambda _: 64)
+    monkeypatch.setattr("dpo_cache.training.step_memory.default_micro_tokens", lambda _: 64)
     run, sizes = passes.completion_logps, []
 
     def note(model, completions, attention, **extra):

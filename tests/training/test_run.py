@@ -18,9 +18,9 @@ from dpo_cache.options.train import with_config
 from dpo_cache.store import open_cache
 from dpo_cache.training import passes
 from dpo_cache.training.batches import completions_of, longest_pairs
-from dpo_cache.training.metrics import MetricsFile
-from dpo_cache.training.report import Clock
-from dpo_cache.training.signs import WINDOW, Signs
+from dpo_cache.training.output.metrics_file import MetricsFile
+from dpo_cache.training.output.report import Clock
+from dpo_cache.training.warnings import WINDOW, Signs
 from tests.conftest import make_llama
 from tests.training.test_loop import FAST, Killed, comparable, cut_off, forest_sizes, metrics, train, weights
 
@@ -109,7 +109,7 @@ def test_a_resumed_run_splits_its_steps_as_before(cache: str, tmp_path: Path, mo
     """A run that ran out of memory goes on as it ended, also after a resumption."""
     full = run_out_once(monkeypatch)
     options = {"gradient_checkpointing": "none", "micro_tokens": "auto", "max_steps": 3}
-    monkeypatch.setattr("dpo_cache.training.thrift.default_micro_tokens", lambda device: 200)
+    monkeypatch.setattr("dpo_cache.training.step_memory.default_micro_tokens", lambda device: 200)
     train(cache, tmp_path / "whole", **options)
     full.clear()
     train(cache, tmp_path / "cut", should_stop=lambda: True, **options)
@@ -166,7 +166,7 @@ def test_metrics_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("dpo_cache.training.metrics.os.replace", fail)
+        patch.setattr("dpo_cache.training.output.metrics_file.os.replace", fail)
         file.keep_until(3)
     assert [line["step"] for line in file.lines()] == list(range(6))
     file.keep_until(3)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.training.rounding import join_float, split_float, stochastic_bf16
+from dpo_cache.training.optim.rounding import join_float, split_float, stochastic_bf16
 
 Build = Callable[[Sequence[torch.nn.Parameter], Sequence[int]], torch.optim.Optimizer]  # from leaves and how many dimensions they stand for
 

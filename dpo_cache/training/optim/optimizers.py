@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import OptionError
-from dpo_cache.training.updates import Updater
+from dpo_cache.training.optim.updates import Updater
 
 Groups = list[dict[str, Any]]
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_cache.errors import OptionError, TrainingError
-from dpo_cache.training.optimizers import make_optimizer
-from dpo_cache.training.updates import Updater
+from dpo_cache.training.optim.optimizers import make_optimizer
+from dpo_cache.training.optim.updates import Updater
 
 OPTIMIZERS = ["adamw", "adafactor", *(["adamw-8bit"] if importlib.util.find_spec("bitsandbytes") else [])]
 ROUNDED = ["nearest", "stochastic", "compensated"]
@@ -178,7 +178,7 @@ def test_small_updates_are_lost_in_bfloat16_unless_rounding_is_stochastic_or_com
 
 
 def test_compensated_weights_with_their_rest_are_the_float32_weights() -> None:
-    from dpo_cache.training.rounding import join_float
+    from dpo_cache.training.optim.rounding import join_float
 
     model, optimizer = make("adamw", torch.bfloat16, "compensated")
     exact, exact_optimizer = make("adamw", torch.float32, "auto")

@@ -12,8 +12,8 @@ from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
 from dpo_cache.training import passes
-from dpo_cache.training.freeing import FreedGradients
-from dpo_cache.training.optimizers import make_optimizer
+from dpo_cache.training.optim.optimizers import make_optimizer
+from dpo_cache.training.optim.update_in_backward import FreedGradients
 from dpo_cache.training.step_zero import StepZero
 from tests.conftest import make_completions, make_llama
 from tests.training.test_loop import comparable, train, weights

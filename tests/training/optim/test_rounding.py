@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cache.training import rounding
-from dpo_cache.training.rounding import join_float, split_float, stochastic_bf16
+from dpo_cache.training.optim import rounding
+from dpo_cache.training.optim.rounding import join_float, split_float, stochastic_bf16
 
 INF, NAN = float("inf"), float("nan")
 ALL_BF16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)

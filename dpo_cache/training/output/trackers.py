@@ -25,7 +25,7 @@ from typing import Any
 
 from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.losses.metrics import Metrics
-from dpo_cache.training.tracker_names import tracked_names
+from dpo_cache.training.output.tracker_names import tracked_names
 
 FILE, FOLDER = "trackers.json", "tensorboard"
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow-skinny"}  # tracker -> what pip calls it

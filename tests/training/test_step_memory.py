@@ -7,7 +7,7 @@ from dpo_cache.lm.memory.recompute import activation_bytes
 from dpo_cache.lm.model.adapter import add_adapter, lora_config
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
-from dpo_cache.training.thrift import Thrift
+from dpo_cache.training.step_memory import Thrift
 from tests.conftest import make_llama
 from tests.lm.families import make_model
 from tests.lm.memory.test_recompute import COMPLETIONS, gradients

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import dpo_cache
-from dpo_cache.training.tracker_names import tracked_names
+from dpo_cache.training.output.tracker_names import tracked_names
 
 STEP = {
     "step": 3, "epoch": 0.5, "loss": 0.6, "rewards/chosen": 0.1, "rewards/rejected": -0.1, "rewards/accuracies": 0.75, "rewards/margins": 0.2,

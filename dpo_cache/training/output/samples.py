@@ -18,8 +18,8 @@ from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.device import autocast
 from dpo_cache.lm.generation import Answer, write_answers
 from dpo_cache.training.batches import stream_pairs
-from dpo_cache.training.metrics import MetricsFile
-from dpo_cache.training.opening import Policy, TrainingPairs
+from dpo_cache.training.inputs import Policy, TrainingPairs
+from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.types import ScoredPair
 
 FILE = "samples.jsonl"

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from dpo_cache.training.updates import Updater
+from dpo_cache.training.optim.updates import Updater
 
 
 class FreedGradients:

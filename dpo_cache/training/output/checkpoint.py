@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.files.sync import sync
-from dpo_cache.training.opening import Policy
-from dpo_cache.training.updates import Updater
+from dpo_cache.training.inputs import Policy
+from dpo_cache.training.optim.updates import Updater
 
 
 @dataclass(frozen=True)

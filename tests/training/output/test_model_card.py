@@ -11,7 +11,7 @@ from dpo_cache.errors import TrainingError
 from dpo_cache.losses.papers import LOSS_PAPERS, papers_of
 from dpo_cache.losses.table import LOSSES
 from dpo_cache.options.train import TrainOptions
-from dpo_cache.training.card import is_local, library_versions, model_card, shown_name, write_card
+from dpo_cache.training.output.model_card import is_local, library_versions, model_card, shown_name, write_card
 from tests.training.test_loop import metrics, train
 
 RESOLVED = {"model": "org/base", "num_pairs": 900, "num_eval_pairs": 100, "total_steps": 57, "precision": "fp32"}
@@ -195,7 +195,7 @@ def test_settings_of_the_loss_are_said_with_their_papers() -> None:
 
 def test_every_loss_has_the_paper_that_the_docs_name() -> None:
     assert set(LOSS_PAPERS) == set(LOSSES)
-    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "losses.md").read_text()
     for paper in LOSS_PAPERS.values():
         assert paper is None or paper.url in page, paper
 

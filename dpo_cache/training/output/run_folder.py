@@ -27,9 +27,9 @@ from dpo_cache.files.sync import sync
 from dpo_cache.lm.model.adapter import restore_adapter
 from dpo_cache.options.train import complete_config
 from dpo_cache.store.folders.local import free_bytes
-from dpo_cache.training.card import write_card
-from dpo_cache.training.checkpoint import damaged, find_checkpoints, write_policy
-from dpo_cache.training.opening import Policy
+from dpo_cache.training.inputs import Policy
+from dpo_cache.training.output.checkpoint import damaged, find_checkpoints, write_policy
+from dpo_cache.training.output.model_card import write_card
 
 # What may differ between a run and its resumption: it changes speed, memory or what is reported, not the result.
 # fmt: off

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.training import trackers
-from dpo_cache.training.trackers import check_trackers, flat_config
+from dpo_cache.training.output import trackers
+from dpo_cache.training.output.trackers import check_trackers, flat_config
 from tests.training.test_loop import comparable, metrics, train, weights
 
 EVALUATED = {"eval_pairs": "heldout", "eval_every": 2, "lr": 1e-2}

@@ -13,8 +13,8 @@ import dpo_cache
 from dpo_cache.lm.generation import write_answers
 from dpo_cache.lm.self_check import choose_attention
 from dpo_cache.store import open_cache
-from dpo_cache.training import samples
-from dpo_cache.training.samples import end_tokens
+from dpo_cache.training.output import samples
+from dpo_cache.training.output.samples import end_tokens
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
 from tests.training.test_loop import comparable, train, weights
 

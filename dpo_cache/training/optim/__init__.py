@@ -1,0 +1,1 @@
+"""From gradients to updates: optimizers, rounding, and updates within the backward pass."""
