@@ -21,7 +21,7 @@ TRL_PYTHON ?= $(TRL_VENV)/bin/python
 ROWS ?=
 TURNS ?= 3
 
-.PHONY: help install model demo test test-slow check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-thrift
+.PHONY: help install model demo test test-slow check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options
 .PHONY: bench-token-ids bench-store clean
 
 help:
@@ -34,7 +34,7 @@ help:
 	@echo "                                                          LORA_R=16 for an adapter, LIVE_ONLY=1 to compare losses over many rows"
 	@echo "make bench-learning DATA=FILE [MODEL=FOLDER] [ROWS=N]     accuracy on held-out pairs while training; the curve goes to docs/"
 	@echo "make bench-memory DATA=FILE [MODEL=FOLDER]                memory and time as the rows grow, and a very long row"
-	@echo "make bench-thrift DATA=FILE [MODEL=FOLDER] [ROWS=N]       what each way to save memory saves and costs in training"
+	@echo "make bench-memory-options DATA=FILE [MODEL=FOLDER] [ROWS=N]       what each way to save memory saves and costs in training"
 	@echo "make bench-memory-table [MODEL=FOLDER]                     GPU memory of training beside a live reference, counted: docs/memory.md"
 	@echo "make bench-token-ids DATA='FILE...' [MODEL=FOLDER]        token ids beside TRL 1.16"
 	@echo "make bench-store                                          publishing, opening, looking up and streaming at scale"
@@ -90,8 +90,8 @@ bench-learning: $(VENV)/installed $(MODEL)/config.json
 bench-memory: $(VENV)/installed $(MODEL)/config.json
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py --model $(MODEL) --data $(DATA)
 
-bench-thrift: $(VENV)/installed $(MODEL)/config.json
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/thrift.py --model $(MODEL) --data $(DATA) $(if $(ROWS),--rows $(ROWS))
+bench-memory-options: $(VENV)/installed $(MODEL)/config.json
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory_options.py --model $(MODEL) --data $(DATA) $(if $(ROWS),--rows $(ROWS))
 
 bench-memory-table: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory_table.py --model $(MODEL) --trl-python $(TRL_PYTHON)

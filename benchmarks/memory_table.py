@@ -30,7 +30,7 @@ from padded_step import padded_loss, prepare
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from dpo_cache.lm.device import counted_as
+from dpo_cache.lm.device import simulate_device_type
 from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
 from dpo_cache.planning.footprint import Footprint, activation_bytes, build_fake, pass_loss, policy_of, standing_footprint
 from dpo_cache.planning.live_bytes import allocated_peak
@@ -237,7 +237,7 @@ def count(size: str, layers: int, batch: Batch, dtype: torch.dtype, precision: s
     """Activations of the model with so many layers."""
     config = copy.deepcopy(CONFIGS[size])
     config.num_hidden_layers = layers
-    with FakeTensorMode(allow_non_fake_inputs=True), counted_as("cuda"):
+    with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type("cuda"):
         model = build_fake(config, dtype, lora_r=lora_r)
         if side == "ours":
             return activation_bytes(policy_of(model, mode), pass_loss(batch.completions(), precision=precision))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from dpo_cache.lm.budget import Budget
-from dpo_cache.lm.self_check import Attention, score_completions, use_forest_attention
+from dpo_cache.lm.self_check import AttentionChoice, score_completions, use_forest_attention
 from tests.conftest import make_completions
 from tests.lm.families import make_model
 
@@ -37,7 +37,7 @@ def logps(family: str, dtype: torch.dtype, completions: list, name: str) -> torc
     if name == "forest":
         assert use_forest_attention(model)
     found = {}
-    for progress in score_completions(model, completions, Attention(name, ""), Budget(512, model.device, print)):
+    for progress in score_completions(model, completions, AttentionChoice(name, ""), Budget(512, model.device, print)):
         found.update(progress.scores)
     return torch.cat([torch.from_numpy(found[index].token_logps) for index in range(len(completions))])
 

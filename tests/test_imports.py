@@ -12,7 +12,7 @@ from dpo_cache.cli.app import command_names
 
 PACKAGE = Path(dpo_cache.__file__).parent
 
-LEAVES = {"errors", "types", "options", "losses"}
+LEAVES = {"errors", "log", "types", "options", "losses"}
 ALLOWED = {
     "cli": {"precomputing", "training", "sweeping", "planning", "reporting", "integrations", "exchange", "evaluation", "store"} | LEAVES,
     "integrations": {"precomputing", "training", "data", "lm", "store"} | LEAVES,
@@ -25,10 +25,11 @@ ALLOWED = {
     "planning": {"lm", "store"} | LEAVES,
     "options": {"errors", "losses"},
     "losses": {"errors", "types", "options", "lm"},
-    "store": {"errors", "types", "files"},
+    "store": {"errors", "log", "types", "files"},
     "data": {"errors", "types"},
-    "lm": {"errors", "types"},
+    "lm": {"errors", "log", "types"},
     "files": {"errors"},
+    "log": set(),
     "types": set(),
     "errors": set(),
 }

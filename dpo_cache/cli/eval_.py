@@ -32,7 +32,7 @@ def eval_command(options: EvalOptions, as_json: bool) -> None:
     from dpo_cache.evaluation import evaluate
 
     with ProgressLine("evaluating") as line:
-        report = evaluate(**asdict(options), on_progress=lambda progress: show_scoring(line, progress), say=line.remark)
+        report = evaluate(**asdict(options), on_progress=lambda progress: show_scoring(line, progress), log=line.remark)
     if as_json:
         print_json(asdict(report))
     else:

@@ -20,7 +20,7 @@ def export_command(options: ExportOptions, as_json: bool) -> None:
     """Write a pair set to a file that other tools read: text, token ids and reference log-probs, one row a pair."""
     from dpo_cache.exchange import export_pairs
 
-    report = export_pairs(**asdict(options), say=remark)
+    report = export_pairs(**asdict(options), log=remark)
     if as_json:
         print_json(asdict(report))
         return

@@ -21,7 +21,7 @@ def import_command(options: ImportOptions, as_json: bool) -> None:
     """
     from dpo_cache.exchange import import_pairs
 
-    report = import_pairs(**asdict(options), say=remark)
+    report = import_pairs(**asdict(options), log=remark)
     if as_json:
         print_json(asdict(report))
     else:

@@ -28,7 +28,7 @@ def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
             if not as_json:
                 line.pause(lambda: _print_survey(survey))
 
-        report = precompute(**asdict(options), on_survey=show_survey, on_progress=lambda progress: show_scoring(line, progress), say=line.remark)
+        report = precompute(**asdict(options), on_survey=show_survey, on_progress=lambda progress: show_scoring(line, progress), log=line.remark)
     if as_json:
         print_json(asdict(report))
     elif options.dry_run:

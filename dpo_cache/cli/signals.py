@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from dpo_cache.log import Log
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,8 +47,8 @@ class _Handler:
 class StopRequest(_Handler):
     """While open, the first Ctrl-C or SIGTERM is noted for the run to stop by itself; the second stops it at once."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say = say
+    def __init__(self, log: Log):
+        self._log = log
         self.exit_code: int | None = None
 
     @property
@@ -58,20 +59,20 @@ class StopRequest(_Handler):
         if self.is_asked:
             raise KeyboardInterrupt
         self.exit_code = EXIT_CODES[signal.Signals(number)]
-        self._say("stopping after this step, then saving (again: stop at once, losing what is not saved)")
+        self._log("stopping after this step, then saving (again: stop at once, losing what is not saved)")
 
 
 class Unwinding(_Handler):
     """While open, the first Ctrl-C or SIGTERM unwinds the command, so that what is waiting is flushed; the second is only told, to
     leave time for that; the third unwinds again, whatever is lost by it."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say = say
+    def __init__(self, log: Log):
+        self._log = log
         self._num_asked = 0
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         self._num_asked += 1
         if self._num_asked == 2:
-            self._say("stopping; what is waiting is saved first (again: stop at once, losing it)")
+            self._log("stopping; what is waiting is saved first (again: stop at once, losing it)")
             return
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated

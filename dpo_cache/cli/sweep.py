@@ -39,7 +39,7 @@ def sweep_command(options: SweepOptions, as_json: bool) -> None:
         def show_table(report: SweepReport) -> None:
             line.remark(_table(report))
 
-        report = sweep(**asdict(options), on_progress=show, on_run=show_table, say=line.remark, should_stop=lambda: request.is_asked)
+        report = sweep(**asdict(options), on_progress=show, on_run=show_table, log=line.remark, should_stop=lambda: request.is_asked)
     if as_json:
         print_json({**asdict(report), "finished": report.finished})
     else:

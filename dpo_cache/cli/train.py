@@ -34,7 +34,7 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
                 line.update(step, total, f"step {step}/{total}  {_describe(metrics)}  {_describe_pace(metrics)}")
 
         try:
-            report = train(**asdict(options), on_metrics=show, say=line.remark, should_stop=lambda: request.is_asked)
+            report = train(**asdict(options), on_metrics=show, log=line.remark, should_stop=lambda: request.is_asked)
         except KeyboardInterrupt:
             saved = find_checkpoints(Path(options.output))
             line.remark(

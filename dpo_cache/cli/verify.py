@@ -55,7 +55,7 @@ def _rescore(options: VerifyOptions, line: ProgressLine) -> list[RescoreReport]:
         revision=options.revision,
         device=options.device,
         trust_remote_code=options.trust_remote_code,
-        say=line.remark,
+        log=line.remark,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,23 +14,22 @@ from dpo_cache.lm.device import choose_device, choose_dtype
 from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
 from dpo_cache.lm.model.identity import reference_identity
 from dpo_cache.lm.model.load import check_causal, load_config, load_model
-from dpo_cache.lm.self_check import Attention, choose_attention
+from dpo_cache.lm.self_check import AttentionChoice, choose_attention
+from dpo_cache.log import Log
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.checks import check_details
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class Policy:
+class EvaluatedModel:
     """The model that is evaluated, how it is run, and what it has to do with the reference."""
 
     model: PreTrainedModel
     location: str
-    attention: Attention
+    attention: AttentionChoice
     dtype: torch.dtype
     is_reference: bool  # the very model that scored the pairs, be it in another dtype; never known of an imported reference
     differing: tuple[str, ...]  # fields of their identities, where it is another
@@ -43,13 +41,13 @@ def open_pairs(cache: Cache, name: str | None, reference: str | None) -> PairSet
     check_details(pairs.manifest, f"{cache}/pairs/{pairs.name}/manifest.json")
     if not len(pairs):
         raise NotInCacheError(f"{cache}: pair set {pairs.name} holds no pairs.")
-    pairs.hold()
+    pairs.keep_open()
     if reference:
         cache.check_scored_by(pairs, reference)
     return pairs
 
 
-def open_policy(options: EvalOptions, pairs: PairSet, reference: Document, say: Say) -> Policy:
+def open_policy(options: EvalOptions, pairs: PairSet, reference: Document, log: Log) -> EvaluatedModel:
     """The policy, loaded once, and compared with the reference by its files. Raises `ModelError`.
 
     Nothing but its log-probs is ever taken from it: those of the reference are read from the cache.
@@ -65,13 +63,13 @@ def open_policy(options: EvalOptions, pairs: PairSet, reference: Document, say: 
     live = reference_identity(location, config, dtype, revision=options.revision)
     is_imported = "imported" in identity  # it has no weights to compare with
     differing = () if is_imported else tuple(differing_fields(identity, {**live, "dtype": identity["dtype"]}))
-    _compare_tokenizers(options, made_with, say)
+    _compare_tokenizers(options, made_with, log)
     model = load_model(location, dtype=dtype, device=device, revision=options.revision, trust_remote_code=trust)
     use_fast_linear(model)
     attention = choose_attention(model, options.attention, max_length=made_with["max_length"])
     if attention.name == "rows" and options.attention == "auto":
-        say(f"{type(model).__name__} is run as plain padded rows, which is slower: {attention.reason}.")
-    return Policy(model, location, attention, dtype, not is_imported and not differing, differing)
+        log(f"{type(model).__name__} is run as plain padded rows, which is slower: {attention.reason}.")
+    return EvaluatedModel(model, location, attention, dtype, not is_imported and not differing, differing)
 
 
 def check_room(config: PreTrainedConfig, location: str, largest_id: int, longest: int, row: int) -> None:
@@ -98,7 +96,7 @@ def _check_no_run(folder: Path) -> None:
     raise ModelError(f"{folder}: the folder of a training run, not of a model.\n{place}")
 
 
-def _compare_tokenizers(options: EvalOptions, made_with: Document, say: Say) -> None:
+def _compare_tokenizers(options: EvalOptions, made_with: Document, log: Log) -> None:
     """Say so where the policy's own tokenizer is not the one that made the ids, as far as that is recorded and can be seen."""
     expected = made_with.get("tokenizer_sha256")
     if not expected:
@@ -106,10 +104,10 @@ def _compare_tokenizers(options: EvalOptions, made_with: Document, say: Say) -> 
     try:
         own = data.load_tokenizer(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
     except ModelError:
-        say(f"{options.model} has no tokenizer to compare with the one that made the pairs' ids; they are taken to be the same.")
+        log(f"{options.model} has no tokenizer to compare with the one that made the pairs' ids; they are taken to be the same.")
         return
     if data.tokenizer_digest(own) != expected:
-        say(
+        log(
             f"the tokenizer of {options.model} is not the one that made the pairs' ids ({made_with['tokenizer']}): another vocabulary, other "
             "rules, special tokens or another chat template. If its ids mean other tokens, nothing below has a meaning."
         )

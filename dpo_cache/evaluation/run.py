@@ -5,10 +5,8 @@ open pairs -> load the policy -> score the pairs -> rewards against the cached r
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 from dpo_cache.evaluation.opening import open_pairs, open_policy
@@ -17,6 +15,7 @@ from dpo_cache.evaluation.report import EvalReport, describe_gap, find_gap, find
 from dpo_cache.evaluation.scoring import OnProgress, score_pairs
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.device import peak_bytes
+from dpo_cache.log import Log, log_remark
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.store import open_cache
@@ -28,7 +27,7 @@ def evaluate(
     model: str | os.PathLike[str],
     *,
     on_progress: OnProgress | None = None,
-    say: Callable[[str], None] | None = None,
+    log: Log | None = None,
     **options: Any,
 ) -> EvalReport:
     """Rewards, accuracy and calibration of a policy on a pair set, against the reference log-probs stored with it.
@@ -37,25 +36,25 @@ def evaluate(
     `EvalOptions`. The model is loaded once, and only its own log-probs are computed: the reference's are the cached
     ones, whatever the model is. With `output` the pairs are written, too, one line each: see `pair_lines.py`.
 
-    `on_progress` is called after every chunk, `say` gets each remark (default: the package's logger). Raises
+    `on_progress` is called after every chunk, `log` gets each remark (default: the package's logger). Raises
     `DpoCacheError`; then nothing is written.
     """
     started = time.perf_counter()
-    say = say or logging.getLogger("dpo_cache").warning
+    log = log or log_remark
     chosen = EvalOptions(cache=os.fspath(cache), pairs=pairs, model=os.fspath(model), **options)
     opened = open_cache(chosen.cache)
     pair_set = open_pairs(opened, chosen.pairs, chosen.reference)
     num_pairs = min(chosen.limit or len(pair_set), len(pair_set))
     reference = opened.read_reference(pair_set.reference_id)
     with open_pair_lines(chosen) as write:
-        policy = open_policy(chosen, pair_set, reference, say)
+        policy = open_policy(chosen, pair_set, reference, log)
         device, dtype = policy.model.device, str(policy.dtype).removeprefix("torch.")
-        budget = Budget(number_or_auto("--budget-tokens", chosen.budget_tokens), device, say)
+        budget = Budget(number_or_auto("--budget-tokens", chosen.budget_tokens), device, log)
         columns, work = score_pairs(policy, pair_set, num_pairs, budget, on_progress or (lambda _: None))
         rewards = find_rewards(columns, chosen)
         write(columns, rewards)
     gap = find_gap(columns, policy.is_reference, policy.differing, policy_dtype=dtype, reference_dtype=reference["identity"]["dtype"])
-    say(describe_gap(gap, reference["identity"].get("imported")))
+    log(describe_gap(gap, reference["identity"].get("imported")))
     elapsed_s = time.perf_counter() - started
     return EvalReport(
         cache=str(opened),

@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 
 from dpo_cache.errors import ModelError
-from dpo_cache.evaluation.opening import Policy, check_room
+from dpo_cache.evaluation.opening import EvaluatedModel, check_room
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.progress import ScoringProgress
 from dpo_cache.lm.self_check import score_completions
@@ -49,7 +49,7 @@ class Work:
     scoring_s: float = 0.0
 
 
-def score_pairs(policy: Policy, pairs: PairSet, num_pairs: int, budget: Budget, on_progress: OnProgress) -> tuple[PairColumns, Work]:
+def score_pairs(policy: EvaluatedModel, pairs: PairSet, num_pairs: int, budget: Budget, on_progress: OnProgress) -> tuple[PairColumns, Work]:
     """The first `num_pairs` pairs under the policy, in the order of the set.
 
     Within a window of 16,384 pairs each distinct completion is scored once, and each prefix that some share; token ids
@@ -81,7 +81,7 @@ class _Progress:
         self.tell(ScoringProgress(self.pair_set, work.model_tokens, total, self.num_pairs, num_completions, work.scoring_s))
 
 
-def _score_window(policy: Policy, window: Sequence[ScoredPair], budget: Budget, work: Work, progress: _Progress) -> dict[bytes, float]:
+def _score_window(policy: EvaluatedModel, window: Sequence[ScoredPair], budget: Budget, work: Work, progress: _Progress) -> dict[bytes, float]:
     """Log-prob of each distinct completion of the window, by its key."""
     distinct = {completion_key(completion): completion for scored in window for completion in _sides(scored)}
     keys, completions = list(distinct), list(distinct.values())
@@ -111,14 +111,14 @@ def _columns(window: Sequence[ScoredPair], sums: dict[bytes, float]) -> PairColu
     )
 
 
-def _check_window(policy: Policy, window: Sequence[ScoredPair]) -> None:
+def _check_window(policy: EvaluatedModel, window: Sequence[ScoredPair]) -> None:
     for scored in window:
         largest = max(int(ids.max()) for side in _sides(scored) for ids in (side.prompt_ids, side.completion_ids))
         check_room(policy.model.config, policy.location, largest, max(map(len, _sides(scored))), scored.pair.row)
 
 
 def _check_finite(
-    policy: Policy, window: Sequence[ScoredPair], completions: Sequence[Completion], scores: Sequence[tuple[int, Score]], budget: Budget
+    policy: EvaluatedModel, window: Sequence[ScoredPair], completions: Sequence[Completion], scores: Sequence[tuple[int, Score]], budget: Budget
 ) -> None:
     """Raise `ModelError` naming the rows of the completions whose log-probs are no numbers."""
     spoiled = [completions[index] for index, score in scores if not np.isfinite(score.token_logps).all()]
@@ -135,7 +135,7 @@ def _check_finite(
     )
 
 
-def _is_spoiled_alone(policy: Policy, completion: Completion, budget: Budget) -> bool:
+def _is_spoiled_alone(policy: EvaluatedModel, completion: Completion, budget: Budget) -> bool:
     alone = score_completions(policy.model, [completion], policy.attention, Budget(budget.tokens, policy.model.device, lambda _: None))
     return any(not np.isfinite(score.token_logps).all() for step in alone for _, score in step.scores)
 

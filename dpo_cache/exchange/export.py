@@ -14,9 +14,8 @@ Columns, in this order:
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,6 +26,7 @@ import pyarrow as pa
 from dpo_cache.errors import NotInCacheError
 from dpo_cache.exchange.source_text import SourceText, TextRow, find_source_text
 from dpo_cache.files.rows import check_output, open_output
+from dpo_cache.log import Log, log_remark
 from dpo_cache.options.exchange import ExportOptions
 from dpo_cache.store import PairSet, open_cache
 from dpo_cache.store.format.checks import check_details
@@ -51,9 +51,7 @@ class ExportReport:
     bytes_written: int = 0
 
 
-def export_pairs(
-    cache: str | os.PathLike[str], pairs: str, out: str | os.PathLike[str], *, say: Callable[[str], None] | None = None, **options: Any
-) -> ExportReport:
+def export_pairs(cache: str | os.PathLike[str], pairs: str, out: str | os.PathLike[str], *, log: Log | None = None, **options: Any) -> ExportReport:
     """Write a pair set to a Parquet or JSONL file or a folder of `datasets`, in the columns of the module's docstring.
 
     Keyword arguments are the fields of `ExportOptions`. The output is streamed, so memory stays flat, and appears
@@ -69,7 +67,7 @@ def export_pairs(
     text = _find_text(chosen, pair_set, report)
     _note_losses(chosen, pair_set, report)
     for loss in report.left_out:
-        (say or logging.getLogger("dpo_cache").warning)(f"left out: {loss}.")
+        (log or log_remark)(f"left out: {loss}.")
     schema = _schema(chosen, pair_set, text)
     rows = _rows(pair_set, text)
     with open_output(chosen.out, report.format, schema, overwrite=chosen.overwrite) as write:

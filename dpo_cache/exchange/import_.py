@@ -10,11 +10,9 @@ has no scores folder: its values are in its pair sets alone.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
@@ -29,6 +27,7 @@ from dpo_cache.errors import DataError, OptionError
 from dpo_cache.exchange.findings import ValueFindings
 from dpo_cache.exchange.read_rows import ID_COLUMNS, SUMS, ImportedRows, check_columns
 from dpo_cache.lm.model.load import load_config
+from dpo_cache.log import Log, log_remark
 from dpo_cache.options.exchange import ImportOptions
 from dpo_cache.options.precompute import renamed_columns
 from dpo_cache.store import Cache, completion_key, open_cache
@@ -40,8 +39,6 @@ from dpo_cache.types import Pair, ScoredPair
 BATCH_PAIRS = 2048
 UNCUT = 2**31 - 1  # tokens: no --max-length
 ROWS_SHOWN = 5
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -77,7 +74,7 @@ class _Split:
 
 
 def import_pairs(
-    cache: str | os.PathLike[str], dataset: str | os.PathLike[str], *, reference: str, say: Say | None = None, **options: Any
+    cache: str | os.PathLike[str], dataset: str | os.PathLike[str], *, reference: str, log: Log | None = None, **options: Any
 ) -> ImportReport:
     """Enter pairs whose reference log-probs were computed elsewhere, under a reference of this name.
 
@@ -85,14 +82,14 @@ def import_pairs(
     Raises `DpoCacheError`: `DataError` names each unusable row.
     """
     chosen = ImportOptions(cache=os.fspath(cache), dataset=os.fspath(dataset), reference=reference, **options)
-    return _Import(chosen, say or logging.getLogger("dpo_cache").warning).run()
+    return _Import(chosen, log or log_remark).run()
 
 
 class _Import:
     """One import: its options, and what its splits have in common."""
 
-    def __init__(self, options: ImportOptions, say: Say):
-        self.options, self.say = options, say
+    def __init__(self, options: ImportOptions, log: Log):
+        self.options, self.log = options, log
         self.name = check_name(options.name or data.dataset_name(options.dataset))
         self.cache: Cache = open_cache(options.cache, create=True)
         self.report = ImportReport(cache=str(self.cache), start_from=_absolute(options.model))
@@ -196,14 +193,14 @@ class _Import:
             survey, place = split.survey, split.rows.place
             if survey.truncated.count:
                 length = split.rows.truncation.max_length
-                self.say(
+                self.log(
                     f"{place}: {_rows_found(survey.truncated)} cut to --max-length {length}; "
                     "their imported values are right only if they were computed on the same cut."
                 )
         for warning in self.findings.warnings():
-            self.say(warning)
+            self.log(warning)
         if self.options.model is None:
-            self.say("no --model: training cannot start from the reference by default, and needs --model itself.")
+            self.log("no --model: training cannot start from the reference by default, and needs --model itself.")
 
     # -- publishing ------------------------------------------------------------------------------------
 
@@ -214,7 +211,7 @@ class _Import:
             old = self.cache.pairs(survey.pair_set)
             if (old.reference_id, old.manifest.get("pairs_digest")) == (report.reference, digest) and old.is_complete():
                 return
-            self.say(f"pair set {survey.pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}.")
+            self.log(f"pair set {survey.pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}.")
         writer = self.cache.write_pairs(self.name, split.name)
         pairs = (ScoredPair(outcome.pair, *scores) for outcome, scores, _ in split.rows if scores is not None and isinstance(outcome.pair, Pair))
         while batch := list(islice(pairs, BATCH_PAIRS)):

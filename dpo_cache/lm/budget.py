@@ -8,43 +8,44 @@ from collections.abc import Callable
 import torch
 
 from dpo_cache.errors import ModelError, first_line
+from dpo_cache.log import Log
 
 # Sizes that are tried, in this order: the first is safe anywhere, the last fills the device.
 SIZES = {"cpu": (512, 1024), "cuda": (4096, 8192, 16384, 32768), "mps": (1024, 2048, 4096)}
-WORTH = 1.03  # how much faster a larger chunk must be to be worth its memory
-TRIES = 2  # chunks of each size; the first of all also warms up
-LEAST = 32
+MIN_SPEEDUP = 1.03  # how much faster a larger chunk must be to be worth its memory
+TRIALS_PER_SIZE = 2  # chunks of each size; the first of all also warms up
+MIN_TOKENS = 32
 
 
 class Budget:
     """Tokens of the next chunk. Say how long each took with `note`, and that one did not fit with `halve`."""
 
-    def __init__(self, tokens: int | None, device: torch.device, say: Callable[[str], None]):
+    def __init__(self, tokens: int | None, device: torch.device, log: Log):
         """A fixed number of tokens, or None to find a good one in the first chunks."""
         sizes = SIZES.get(device.type, SIZES["cpu"])
         self.tokens = tokens or sizes[0]
-        self._say = say
-        self.is_settled = tokens is not None
+        self._log = log
+        self.has_stopped = tokens is not None
         self._untried = list(sizes[1:])
         self._speeds: list[float] = []  # of the size that is tried
         self._best = (0.0, self.tokens)
 
-    def settle(self) -> None:
+    def stop_search(self) -> None:
         """End the search where chunks have no size of their own: rows are batched by their lengths."""
-        self.is_settled = True
+        self.has_stopped = True
 
     def note(self, num_tokens: int, elapsed_s: float) -> None:
         """A chunk was run; while searching, the times must have waited for the device."""
-        if self.is_settled or num_tokens < self.tokens:
+        if self.has_stopped or num_tokens < self.tokens:
             return
         self._speeds.append(num_tokens / elapsed_s)
-        if len(self._speeds) < TRIES:
+        if len(self._speeds) < TRIALS_PER_SIZE:
             return
         speed, self._speeds = max(self._speeds), []
-        if speed < self._best[0] * WORTH:
-            self.tokens, self.is_settled = self._best[1], True
+        if speed < self._best[0] * MIN_SPEEDUP:
+            self.tokens, self.has_stopped = self._best[1], True
         elif not self._untried:
-            self.is_settled = True
+            self.has_stopped = True
         else:
             self._best = speed, self.tokens
             self.tokens = self._untried.pop(0)
@@ -52,14 +53,14 @@ class Budget:
     def halve(self, error: BaseException) -> None:
         """Memory ran out: go on with half. Raises `ModelError` where there is no half."""
         problem = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
-        if self.tokens // 2 < LEAST:
+        if self.tokens // 2 < MIN_TOKENS:
             raise ModelError(
                 f"{problem} even with {self.tokens} tokens at once.\n"
                 "Use --dtype bfloat16, a shorter --max-length, or a device with more memory; what is scored is kept."
             ) from error
-        self._say(f"{problem} with {self.tokens} tokens at once; going on with {self.tokens // 2}. Nothing is lost.")
+        self._log(f"{problem} with {self.tokens} tokens at once; going on with {self.tokens // 2}. Nothing is lost.")
         self.tokens //= 2
-        self.is_settled = True
+        self.has_stopped = True
 
 
 def is_out_of_memory(error: BaseException, device: torch.device) -> bool:

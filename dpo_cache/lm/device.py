@@ -45,8 +45,8 @@ _counted_as: ContextVar[str | None] = ContextVar("counted_as", default=None)
 
 
 @contextmanager
-def counted_as(device_type: str) -> Iterator[None]:
-    """Within it, `kind_of` every device is this type: to count, or to test, on a CPU what would be held elsewhere."""
+def simulate_device_type(device_type: str) -> Iterator[None]:
+    """Within it, `planning_device_type` every device is this type: to count, or to test, on a CPU what would be held elsewhere."""
     token = _counted_as.set(device_type)
     try:
         yield
@@ -54,7 +54,7 @@ def counted_as(device_type: str) -> Iterator[None]:
         _counted_as.reset(token)
 
 
-def kind_of(device: torch.device) -> str:
+def planning_device_type(device: torch.device) -> str:
     """The type of a device, by which sizes and ways to compute are chosen."""
     return _counted_as.get() or device.type
 

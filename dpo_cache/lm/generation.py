@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
-from dpo_cache.lm.self_check import Attention
+from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.types import TokenIds
 
 MOST_AT_ONCE = 16  # answers: on a CPU running out of memory ends the process, so it is not found by trying
@@ -33,7 +33,7 @@ class Answer:
 def write_answers(
     model: PreTrainedModel,
     prompts: Sequence[TokenIds],
-    attention: Attention,
+    attention: AttentionChoice,
     *,
     max_length: int,
     end_ids: Sequence[int],
@@ -51,7 +51,7 @@ def write_answers(
     assert all(0 < len(prompt) < max_length for prompt in prompts)
     answers: list[Answer] = []
     at_once = min(MOST_AT_ONCE, attention.max_rows or MOST_AT_ONCE)
-    with own_attention(model, attention), _plain_generation(model):
+    with original_attention(model, attention), _plain_generation(model):
         while len(answers) < len(prompts):
             batch = prompts[len(answers) : len(answers) + at_once]
             try:
@@ -67,13 +67,13 @@ def write_answers(
 
 
 @contextmanager
-def own_attention(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
+def original_attention(model: PreTrainedModel, attention: AttentionChoice) -> Iterator[None]:
     """The model with the attention that it came with, for calls without a forest plan."""
     if model.config._attn_implementation != FOREST_ATTENTION:
         yield
         return
-    assert attention.own is not None
-    model.set_attn_implementation(attention.own)
+    assert attention.original is not None
+    model.set_attn_implementation(attention.original)
     try:
         yield
     finally:
@@ -83,12 +83,12 @@ def own_attention(model: PreTrainedModel, attention: Attention) -> Iterator[None
 @contextmanager
 def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
     """No repetition penalties, suppressed tokens or the like that the model's own config asks for."""
-    own = model.generation_config
+    original = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original
 
 
 @contextmanager

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.lm.device import kind_of, sum_dtype
+from dpo_cache.lm.device import planning_device_type, sum_dtype
 from dpo_cache.lm.forest.layout import build_forest, count_forest_tokens
 from dpo_cache.lm.kernels.head import head_token_logps, log_squared_probs, token_logps
 from dpo_cache.lm.model.parts import head_of
 from dpo_cache.lm.routing import Routing, add_routings, measure_routing
 from dpo_cache.lm.rows import run_rows
 from dpo_cache.lm.scoring import run_forest
-from dpo_cache.lm.self_check import Attention
+from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.types import Completion
 
 
@@ -57,7 +57,7 @@ class CompletionLogps:
 
 
 def completion_logps(
-    model: PreTrainedModel, completions: Sequence[Completion], attention: Attention, *, with_squares: bool = False, with_routing: bool = False
+    model: PreTrainedModel, completions: Sequence[Completion], attention: AttentionChoice, *, with_squares: bool = False, with_routing: bool = False
 ) -> CompletionLogps:
     """Log-probs of each completion's tokens, as `log_softmax(logits.float(), -1)` has them.
 
@@ -115,13 +115,13 @@ def _log_squares(model: PreTrainedModel, hidden_TD: torch.Tensor) -> torch.Tenso
     return log_squared_probs(hidden_TD, head_of(model), model.config.get_text_config().vocab_size)
 
 
-def _target_logps(model: PreTrainedModel, hidden_TD: torch.Tensor, targets_T: torch.Tensor, attention: Attention) -> torch.Tensor:
+def _target_logps(model: PreTrainedModel, hidden_TD: torch.Tensor, targets_T: torch.Tensor, attention: AttentionChoice) -> torch.Tensor:
     if attention.has_plain_head and torch.is_grad_enabled():
         return head_token_logps(hidden_TD, model.get_output_embeddings(), targets_T)
     return token_logps(hidden_TD, head_of(model), targets_T, model.config.get_text_config().vocab_size)
 
 
-def count_tokens(completions: Sequence[Completion], attention: Attention) -> int:
+def count_tokens(completions: Sequence[Completion], attention: AttentionChoice) -> int:
     """Tokens that `completion_logps` runs through the model: of the forest, or of the rows with their padding."""
     if attention.name == "forest":
         return count_forest_tokens(completions)
@@ -131,4 +131,4 @@ def count_tokens(completions: Sequence[Completion], attention: Attention) -> int
 
 def default_micro_tokens(device: torch.device) -> int:
     """Tokens run at once with gradients: enough for matrix products at full speed; their activations are what memory holds."""
-    return 1024 if kind_of(device) == "cpu" else 4096
+    return 1024 if planning_device_type(device) == "cpu" else 4096

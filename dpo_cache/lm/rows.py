@@ -23,7 +23,7 @@ def score_rows(model: PreTrainedModel, completions: Sequence[Completion], budget
     """Score as padded rows with the model's own attention, longest first, at most the budget with padding at once."""
     waiting = sorted(range(len(completions)), key=lambda index: -len(completions[index]))
     tokens_left, num_run = sum(map(len, completions)), 0
-    budget.settle()
+    budget.stop_search()
     while waiting:
         length = len(completions[waiting[0]])
         batch = waiting[: min(max(1, budget.tokens // length), max_rows or len(waiting))]

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.lm.budget import Budget, is_out_of_memory, timer
-from dpo_cache.lm.device import kind_of
+from dpo_cache.lm.device import planning_device_type
 from dpo_cache.lm.forest.attention import PathPlan, Segment, group_segments, plan_tree
 from dpo_cache.lm.forest.layout import Forest
 from dpo_cache.lm.forest.stream import Chunk, Stream
@@ -59,7 +59,7 @@ def run_forest(model: PreTrainedModel, forest: Forest, **arguments: Any) -> Any:
         input_ids=torch.from_numpy(forest.tokens_L).to(model.device)[None],
         position_ids=torch.from_numpy(forest.depths_L).to(model.device)[None],
         use_cache=False,
-        forest_plan=plan_tree(forest, kind_of(model.device)),
+        forest_plan=plan_tree(forest, planning_device_type(model.device)),
         **arguments,
     )
 
@@ -70,7 +70,7 @@ def _run_stream(runner: _Runner, budget: Budget) -> Iterator[tuple[int, list[tup
     ahead = 1 if device.type == "cuda" else 0
     running: deque[tuple[Chunk, _Fetched]] = deque()
     for chunk in runner.stream.chunks(lambda: budget.tokens):
-        clock = timer(device, waits=not budget.is_settled)
+        clock = timer(device, waits=not budget.has_stopped)
         started = clock()
         running.append((chunk, _Fetched(runner.run(chunk) if len(chunk) else torch.empty(0))))
         budget.note(len(chunk), clock() - started)

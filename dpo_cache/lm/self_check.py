@@ -30,7 +30,7 @@ TOLERANCES = {getattr(torch, name): gaps for name, gaps in TOKEN_TOLERANCES.item
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionChoice:
     """The way a model is run: `forest` or `rows`, why, and how many rows fit in a batch (None: any number)."""
 
     name: str
@@ -39,17 +39,17 @@ class Attention:
     max_rows: int | None = None
     has_plain_head: bool = False  # the LM head is one matrix product, whose gradients are computed slice by slice
     kernel: str = "segments"  # how the forest's attention is computed: segment by segment, or by FlexAttention
-    own: str | None = None  # the attention that the model came with, where it was switched to the forest
+    original: str | None = None  # the attention that the model came with, where it was switched to the forest
 
 
 @torch.no_grad()
-def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_length: int) -> Attention:
+def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_length: int) -> AttentionChoice:
     """Switch the model to the forest if it is exact there for sequences up to `max_length`; else to plain rows.
 
     Raises `ModelError` for a model that is not causal, and where `requested` is `forest` but it is not exact.
     """
-    own = model.config._attn_implementation
-    assert own != FOREST_ATTENTION, "a model's attention is chosen once"
+    original = model.config._attn_implementation
+    assert original != FOREST_ATTENTION, "a model's attention is chosen once"
     completions = _check_completions(model, max_length)
     try:
         expected = [row_logps(model, [completion])[0].cpu() for completion in completions]
@@ -71,28 +71,28 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
             problem, gap = _forest_problem(model, completions, expected, kernel)
             if problem is None:
                 reason = f"agrees with plain rows within {gap:.1e} nats per token"
-                return Attention("forest", reason, gap, has_plain_head=has_plain_head(model), kernel=kernel, own=own)
+                return AttentionChoice("forest", reason, gap, has_plain_head=has_plain_head(model), kernel=kernel, original=original)
         if model._can_set_attn_implementation():
-            model.set_attn_implementation(own)
+            model.set_attn_implementation(original)
     if requested == "forest":
         raise ModelError(f"{type(model).__name__} cannot use forest attention: {problem}.\nUse --attention auto or rows.")
     if length_problem:
-        return Attention("rows", f"{length_problem}, so one row at a time", max_rows=1)
+        return AttentionChoice("rows", f"{length_problem}, so one row at a time", max_rows=1)
     return _rows_attention(model, completions, expected, problem or "")
 
 
-def score_completions(model: PreTrainedModel, completions: Sequence[Completion], attention: Attention, budget: Budget) -> Iterator[ScoringStep]:
+def score_completions(model: PreTrainedModel, completions: Sequence[Completion], attention: AttentionChoice, budget: Budget) -> Iterator[ScoringStep]:
     """Scores as they come, about as many tokens at a time as the budget says."""
     if attention.name == "forest":
         return score_forest(model, completions, budget, attention.kernel)
     return score_rows(model, completions, budget, attention.max_rows)
 
 
-def _rows_attention(model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], reason: str) -> Attention:
+def _rows_attention(model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], reason: str) -> AttentionChoice:
     padded = row_logps(model, completions)
     if _gap_problem(padded, expected, rounding_dtype(model)) is None:
-        return Attention("rows", reason)
-    return Attention("rows", f"{reason}; padding changes its results, so one row at a time", max_rows=1)
+        return AttentionChoice("rows", reason)
+    return AttentionChoice("rows", f"{reason}; padding changes its results, so one row at a time", max_rows=1)
 
 
 def _forest_problem(model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], kernel: str) -> tuple[str | None, float]:

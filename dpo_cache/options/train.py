@@ -194,7 +194,7 @@ class TrainOptions(Options):
             self._require(value is None or 0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: expected 0 or more.")
 
 
-RIVALS = (("eval_pairs", "eval_fraction"), ("lora_r", "peft_config"), ("lora_alpha", "peft_config"))  # one of two: the one that is given
+MUTUALLY_EXCLUSIVE = (("eval_pairs", "eval_fraction"), ("lora_r", "peft_config"), ("lora_alpha", "peft_config"))  # one of two: the one that is given
 NOT_FROM_CONFIG = ("output", "resume", "dry_run", "config", "resolved")
 
 
@@ -221,7 +221,7 @@ def with_config(given: dict[str, Any]) -> dict[str, Any]:
         TrainOptions(**{**taken, "cache": taken.get("cache") or "-", "output": "-"})
     except OptionError as error:
         raise OptionError(f"--config {path}: {error}") from error
-    for ours, theirs in RIVALS:
+    for ours, theirs in MUTUALLY_EXCLUSIVE:
         for one, other in ((ours, theirs), (theirs, ours)):
             if given.get(one) is not None:
                 taken.pop(other, None)

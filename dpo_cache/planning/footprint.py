@@ -22,13 +22,13 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dpo_cache.errors import OptionError
-from dpo_cache.lm.device import autocast, counted_as
+from dpo_cache.lm.device import autocast, simulate_device_type
 from dpo_cache.lm.forest.attention import use_forest_attention
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.kernels.onednn_linear import use_torch_linear
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.self_check import Attention
+from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.types import Completion
 
@@ -73,7 +73,7 @@ def config_footprint(
     `dtype` is the weights', `precision` that of `dpo-cache train`, `recomputation` its --gradient-checkpointing; the completions are run in one
     forest, with gradients of earlier ones standing. Takes seconds, and no memory to speak of.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), counted_as(device_type):
+    with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type(device_type):
         model = policy_of(build_fake(config, dtype, lora_r=lora_r), recomputation)
         return step_footprint(model, pass_loss(completions, precision=precision), optimizer=optimizer, quantize=quantize)
 
@@ -117,10 +117,10 @@ def standing_footprint(
 
 
 def pass_loss(
-    completions: Sequence[Completion], *, precision: str = "fp32", attention: Attention | None = None
+    completions: Sequence[Completion], *, precision: str = "fp32", attention: AttentionChoice | None = None
 ) -> Callable[[PreTrainedModel], torch.Tensor]:
     """What `step_footprint` runs for this package: a loss of the completions' log-probs, all in one forest."""
-    attention = attention or Attention("forest", "nothing is computed, so nothing is compared", has_plain_head=True)
+    attention = attention or AttentionChoice("forest", "nothing is computed, so nothing is compared", has_plain_head=True)
 
     def run(model: PreTrainedModel) -> torch.Tensor:
         with autocast(model.device, precision):
@@ -130,7 +130,7 @@ def pass_loss(
     return run
 
 
-def pass_bytes(model: PreTrainedModel, completions: Sequence[Completion], attention: Attention, *, precision: str = "fp32") -> int:
+def pass_bytes(model: PreTrainedModel, completions: Sequence[Completion], attention: AttentionChoice, *, precision: str = "fp32") -> int:
     """Most bytes above its weights that a loaded model's forward and backward pass over the completions will hold, new gradients included.
 
     Gradients that stand already, of forests before, count nothing and get no copy. Nothing is computed, and the model stays as it is;

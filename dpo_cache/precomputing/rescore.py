@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +17,10 @@ from dpo_cache.lm.model.identity import reference_identity
 from dpo_cache.lm.model.load import load_config, load_model
 from dpo_cache.lm.model.quantization import rounding_dtype_of
 from dpo_cache.lm.self_check import choose_attention, score_completions
+from dpo_cache.log import Log
 from dpo_cache.store import Cache, PairSet, completion_key, open_cache
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.types import TOKEN_TOLERANCES, Completion, Score, ScoredPair, quantization_name
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def rescore(
     device: str = "auto",
     trust_remote_code: bool = False,
     seed: int | None = None,
-    say: Say | None = None,
+    log: Log | None = None,
 ) -> list[RescoreReport]:
     """Score random completions of the pair sets with the live model, one report a reference that the model is.
 
@@ -72,7 +70,7 @@ def rescore(
         )
         use_fast_linear(loaded)
         attention = choose_attention(loaded, "auto", max_length=max(map(len, completions)))
-        budget = Budget(None, place, say or (lambda _: None))
+        budget = Budget(None, place, log or (lambda _: None))
         found = dict(entry for progress in score_completions(loaded, completions, attention, budget) for entry in progress.scores)
         reports.append(_report(reference_id, rounding_dtype_of(identity), completions, stored, [found[index] for index in range(len(completions))]))
     return reports

@@ -5,7 +5,6 @@ read rows -> tokenize -> key and plan -> score what is missing -> publish scores
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 import time
@@ -24,11 +23,12 @@ from dpo_cache.errors import ModelError
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.device import choose_device, choose_dtype, peak_bytes
 from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
-from dpo_cache.lm.model.adapter import find_parts
+from dpo_cache.lm.model.adapter import locate_checkpoint
 from dpo_cache.lm.model.identity import provenance, reference_identity
 from dpo_cache.lm.model.load import check_causal, load_config, load_model
 from dpo_cache.lm.progress import ScoringProgress
-from dpo_cache.lm.self_check import Attention, choose_attention, score_completions
+from dpo_cache.lm.self_check import AttentionChoice, choose_attention, score_completions
+from dpo_cache.log import Log, log_remark
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.precompute import PrecomputeOptions, renamed_columns
 from dpo_cache.planning.disk import check_disk
@@ -42,7 +42,6 @@ from dpo_cache.types import Completion, Score, ScoredPair
 
 FLUSH_S = 20.0  # seconds of scoring that a crash can cost
 
-Say = Callable[[str], None]
 OnSurvey = Callable[[data.Survey], None]
 OnProgress = Callable[["ScoringProgress"], None]
 
@@ -54,7 +53,7 @@ def precompute(
     *,
     on_survey: OnSurvey | None = None,
     on_progress: OnProgress | None = None,
-    say: Say | None = None,
+    log: Log | None = None,
     **options: Any,
 ) -> PrecomputeReport:
     """Score what the cache lacks of the data set's completions and publish its pair sets.
@@ -67,27 +66,27 @@ def precompute(
     With `dry_run` the data is surveyed and nothing else happens: no model is loaded, nothing is written.
 
     `on_survey` gets what each split holds before the model is loaded (of a stream: when it has ended),
-    `on_progress` is called after every chunk, `say` gets each remark (default: the package's logger).
+    `on_progress` is called after every chunk, `log` gets each remark (default: the package's logger).
     Raises `DpoCacheError`; nothing that was published before is lost.
     """
     chosen = PrecomputeOptions(model=os.fspath(model), dataset=os.fspath(dataset), cache=os.fspath(cache), **options)
     with tempfile.TemporaryDirectory(prefix="dpo-cache-") as spool:  # written to by streams alone
-        run = _Precompute(chosen, Path(spool), say or logging.getLogger("dpo_cache").warning)
+        run = _Precompute(chosen, Path(spool), log or log_remark)
         return run.run(on_survey or (lambda _: None), on_progress or (lambda _: None))
 
 
 class _Precompute:
     """One run: its options, its reference, and the model once it is needed."""
 
-    def __init__(self, options: PrecomputeOptions, spool: Path, say: Say):
-        self.options, self.spool, self.say = options, spool, say
+    def __init__(self, options: PrecomputeOptions, spool: Path, log: Log):
+        self.options, self.spool, self.log = options, spool, log
         self.started = time.perf_counter()
         self.name = check_name(options.name or data.dataset_name(options.dataset))
         self.truncation = data.Truncation(options.max_length, options.truncation, options.max_prompt_length)
         self.cache: Cache = open_cache(options.cache, create=True)
         self.device = choose_device(options.device)
         self.report = PrecomputeReport(cache=str(self.cache))
-        self.loaded: tuple[PreTrainedModel, Attention] | None = None
+        self.loaded: tuple[PreTrainedModel, AttentionChoice] | None = None
         self.finished = (0, 0)  # tokens of the windows that are scored: run, and planned
 
     def run(self, on_survey: OnSurvey, on_progress: OnProgress) -> PrecomputeReport:
@@ -125,11 +124,13 @@ class _Precompute:
             is_named = options.format != "auto"
             data_format = data.check_format(options.format, columns, place) if is_named else data.detect_format(columns, first, place)
             if unused := data.unused_columns(data_format, columns, first):
-                self.say(f"{place}: the columns {', '.join(unused)} are not used by the format {data_format}.")
+                self.log(f"{place}: the columns {', '.join(unused)} are not used by the format {data_format}.")
             if options.ranked_pairs != "all" and data_format != "ranked":
-                self.say(f"{place}: --ranked-pairs {options.ranked_pairs} has no effect on the format {data_format}.")
+                self.log(f"{place}: --ranked-pairs {options.ranked_pairs} has no effect on the format {data_format}.")
             splits.append(SplitPlan(name, rows, data.Survey(f"{self.name}/{name}", data_format)))
-        self.tokenizer_place, revision = (options.tokenizer, None) if options.tokenizer else find_parts(options.model, options.revision).tokenizer
+        self.tokenizer_place, revision = (
+            (options.tokenizer, None) if options.tokenizer else locate_checkpoint(options.model, options.revision).tokenizer
+        )
         self.tokenizer = data.load_tokenizer(
             self.tokenizer_place,
             revision=revision,
@@ -229,7 +230,7 @@ class _Precompute:
 
     def _is_spoiled_alone(self, completion: Completion) -> bool:
         model, attention = self._load_model()
-        budget = Budget(self.budget.tokens, self.device, self.say)
+        budget = Budget(self.budget.tokens, self.device, self.log)
         progress = score_completions(model, [completion], attention, budget)
         return any(not np.isfinite(score.token_logps).all() for step in progress for _, score in step.scores)
 
@@ -240,7 +241,7 @@ class _Precompute:
             self.report.scored_now += len(waiting)
             waiting.clear()
 
-    def _load_model(self) -> tuple[PreTrainedModel, Attention]:
+    def _load_model(self) -> tuple[PreTrainedModel, AttentionChoice]:
         if self.loaded is None:
             options = self.options
             model = load_model(
@@ -255,9 +256,9 @@ class _Precompute:
             attention = choose_attention(model, options.attention, max_length=options.max_length)
             self.report.attention = attention.name
             self.report.loaded_bytes = peak_bytes(self.device)
-            self.budget = Budget(number_or_auto("--budget-tokens", options.budget_tokens), self.device, self.say)
+            self.budget = Budget(number_or_auto("--budget-tokens", options.budget_tokens), self.device, self.log)
             if attention.name == "rows" and options.attention == "auto":
-                self.say(f"{type(model).__name__} is run as plain padded rows, which is slower: {attention.reason}.")
+                self.log(f"{type(model).__name__} is run as plain padded rows, which is slower: {attention.reason}.")
             self.loaded = model, attention
         return self.loaded
 
@@ -272,7 +273,7 @@ class _Precompute:
             old = self.cache.pairs(pair_set)
             if (old.reference_id, old.manifest.get("pairs_digest")) == (self.report.reference, digest) and old.is_complete():
                 return
-            self.say(
+            self.log(
                 f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}{self._what_changed(split, old)}."
             )
         writer = self.cache.write_pairs(self.name, split.name)

@@ -72,13 +72,13 @@ class PairSet:
         """Whether every part that the manifest names is there."""
         return all(self._folder.exists(f"{self._place}/{part['file']}") for part in self.manifest["parts"])
 
-    def hold(self) -> None:
+    def keep_open(self) -> None:
         """Keep the set readable to the end, whatever is published, removed or collected meanwhile.
 
         Opens every part now: an open file outlives its name. On NFS that holds for removals by the same machine.
         Raises `StorageError` where a part is gone already, or where the system lets no more files be opened.
         """
-        self._readers.hold([part["file"] for part in self.manifest["parts"]])
+        self._readers.keep_open([part["file"] for part in self.manifest["parts"]])
 
     def read_block(self, block: int) -> list[ScoredPair]:
         """The pairs of one block. A part's digest is checked when it is first read."""

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from dpo_cache.log import Log
 from dpo_cache.options.base import flag_of
 from dpo_cache.options.sweep import default_of, swept_fields
 from dpo_cache.reporting.runs import read_resolved
@@ -79,12 +79,12 @@ class ActiveRun:
             self._log.skip()
             self.process = start_process(arguments, out, log, environment, lock)
 
-    def poll(self, say: Callable[[str], None]) -> int | None:
+    def poll(self, log: Log) -> int | None:
         """Hand on what the run has said, look how far it is, and give its exit code; None while it lives."""
         code = self.process.poll()
         for line in self._log.lines(all_of_it=code is not None):
             self.said.append(line)
-            say(f"{self.run.name}: {line}")
+            log(f"{self.run.name}: {line}")
         steps = [entry for entry in map(json.loads, self._metrics.lines()) if "loss" in entry]
         if steps:
             self._first = self._first or (time.monotonic(), steps[0]["step"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from signal import SIGTERM
 from typing import Any
 
 from dpo_cache.errors import NotInCacheError, OptionError
+from dpo_cache.log import Log, log_remark
 from dpo_cache.options.sweep import SweepOptions, loss_settings
 from dpo_cache.reporting.runs import RunRow, check_plot, plot_accuracy, read_resolved, read_row, sort_rows, table_csv, table_markdown, table_notes
 from dpo_cache.store import open_cache
@@ -21,7 +21,6 @@ from dpo_cache.sweeping.sweep_folder import Run, hold_folder, plan_runs, read_re
 
 POLL_S = 0.2
 
-Say = Callable[[str], None]
 OnRow = Callable[["SweepReport"], None]
 
 
@@ -63,7 +62,7 @@ def sweep(
     plot: str | os.PathLike[str] | None = None,
     on_progress: Callable[[SweepProgress], None] | None = None,
     on_run: OnRow | None = None,
-    say: Say | None = None,
+    log: Log | None = None,
     should_stop: Callable[[], bool] | None = None,
     **options: Any,
 ) -> SweepReport:
@@ -73,20 +72,20 @@ def sweep(
     and a string may hold several between commas. Called again with the same values, or with more of them, finished runs are left as
     they are, stopped ones go on where they were, and failed ones are tried again. A run that fails does not end the others.
 
-    `on_progress` is called a few times a second, `on_run` with a report when a run has ended, `say` gets each remark (default: the
+    `on_progress` is called a few times a second, `on_run` with a report when a run has ended, `log` gets each remark (default: the
     package's logger). When `should_stop` says yes, the runs at work finish their step and save, and no other is begun.
 
     Raises `DpoCacheError` before anything runs: combinations that make no sense, a folder of something else, a missing pair set.
     """
     chosen = SweepOptions(cache=os.fspath(cache), output=os.fspath(output), jobs=jobs, resume=resume, plot=plot and os.fspath(plot), **options)
-    say = say or logging.getLogger("dpo_cache").warning
+    log = log or log_remark
     grid = read_grid(chosen)
     if chosen.plot:
         _check_plot(Path(chosen.plot), grid)
     _check_pairs(chosen.cache, grid)
-    with hold_folder(Path(chosen.output), say) as lock:
+    with hold_folder(Path(chosen.output), log) as lock:
         runs = plan_runs(Path(chosen.output), chosen.cache, grid, resume=resume)
-        work = _Sweep(chosen, runs, lock, on_progress or (lambda _: None), on_run or (lambda _: None), say)
+        work = _Sweep(chosen, runs, lock, on_progress or (lambda _: None), on_run or (lambda _: None), log)
         return work.run(should_stop or (lambda: False))
 
 
@@ -94,9 +93,9 @@ class _Sweep:
     """The runs of a sweep: those that wait, those at work, and why some failed."""
 
     def __init__(
-        self, options: SweepOptions, runs: list[Run], lock: int | None, on_progress: Callable[[SweepProgress], None], on_run: OnRow, say: Say
+        self, options: SweepOptions, runs: list[Run], lock: int | None, on_progress: Callable[[SweepProgress], None], on_run: OnRow, log: Log
     ):
-        self.options, self.runs, self.lock, self.on_progress, self.on_run, self.say = options, runs, lock, on_progress, on_run, say
+        self.options, self.runs, self.lock, self.on_progress, self.on_run, self.log = options, runs, lock, on_progress, on_run, log
         self.started = time.monotonic()
         self.output = Path(options.output)
         self.waiting = [run for run in runs if not run.is_finished]
@@ -116,7 +115,7 @@ class _Sweep:
                 while self.waiting and not asked and len(self.active) < self.options.jobs:
                     self._start(self.waiting.pop(0))
                 for active in [*self.active]:
-                    if (code := active.poll(self.say)) is not None:
+                    if (code := active.poll(self.log)) is not None:
                         self._end(active, code, asked=asked)
                 self.on_progress(self._progress())
                 time.sleep(POLL_S)
@@ -137,13 +136,13 @@ class _Sweep:
         self.active.remove(active)
         if not run.is_finished and code in ENDS_BY_SIGNAL:
             if not asked:
-                self.say(f"{run.name}: stopped from outside, and left; the same command goes on with it.")
+                self.log(f"{run.name}: stopped from outside, and left; the same command goes on with it.")
         elif not run.is_finished:
             self.errors[run.name] = active.error(code)
             rest = "; the others go on" if self.waiting or self.active else ""
-            self.say(f"{run.name}: failed with exit code {code}{rest}. All that it said: {run.log}")
+            self.log(f"{run.name}: failed with exit code {code}{rest}. All that it said: {run.log}")
         elif code:
-            self.say(f"{run.name}: ended with exit code {code} after its model was saved. All that it said: {run.log}")
+            self.log(f"{run.name}: ended with exit code {code} after its model was saved. All that it said: {run.log}")
         report = self._report()
         if not asked and (self.active or self.waiting):  # else this is the last table, which `run` gives
             self.on_run(report)
@@ -172,7 +171,7 @@ class _Sweep:
         parts = [f"{finished} finished before" * bool(finished), f"{begun} to go on with" * bool(begun)]
         parts.append(f"{len(self.waiting) - begun} to begin" * bool(len(self.waiting) - begun))
         at_once = f"; {jobs} at once, each with {_count(threads_of_a_run(self.options.jobs), 'CPU thread')}" if jobs > 1 else ""
-        self.say(f"{_count(len(self.runs), 'run')}: {', '.join(filter(None, parts))}{at_once}.")
+        self.log(f"{_count(len(self.runs), 'run')}: {', '.join(filter(None, parts))}{at_once}.")
 
     def _progress(self) -> SweepProgress:
         num_done = len(self.runs) - len(self.waiting) - len(self.active)

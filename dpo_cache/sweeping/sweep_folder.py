@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_cache.errors import TrainingError
+from dpo_cache.log import Log
 from dpo_cache.options.sweep import default_of, shown_value, swept_fields
 from dpo_cache.sweeping.grid import Grid, run_names
 
@@ -78,7 +79,7 @@ def plan_runs(output: Path, cache: str, grid: Grid, *, resume: bool) -> list[Run
 
 
 @contextmanager
-def hold_folder(output: Path, say: Callable[[str], None]) -> Iterator[int | None]:
+def hold_folder(output: Path, log: Log) -> Iterator[int | None]:
     """Keep other sweeps out of the folder while this one, or a run that it began, lives; gives the descriptor for the runs to inherit.
 
     None where the system or the file system has no locks. Raises `TrainingError`.
@@ -92,7 +93,7 @@ def hold_folder(output: Path, say: Callable[[str], None]) -> Iterator[int | None
     except OSError as error:
         raise TrainingError(f"cannot write {output}: {error.strerror or error}.\nChoose another --output.") from error
     try:
-        yield descriptor if _lock(output, descriptor, say) else None
+        yield descriptor if _lock(output, descriptor, log) else None
     finally:
         os.close(descriptor)
         if not (output / "sweep.json").exists():  # refused before it began
@@ -120,7 +121,7 @@ def write_whole(path: Path, text: str) -> None:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}.\nFree some space, then give the same command again.") from error
 
 
-def _lock(output: Path, descriptor: int, say: Callable[[str], None]) -> bool:
+def _lock(output: Path, descriptor: int, log: Log) -> bool:
     try:
         if fcntl is None:
             raise OSError("no such locks on this system")
@@ -130,7 +131,7 @@ def _lock(output: Path, descriptor: int, say: Callable[[str], None]) -> bool:
             f"{output}: another sweep is at work here, or a run that one left behind when it was killed.\nWait for it, or choose another --output."
         ) from error
     except OSError as error:
-        say(f"{output} cannot be locked ({error.strerror or error}): see to it that no other sweep works there.")
+        log(f"{output} cannot be locked ({error.strerror or error}): see to it that no other sweep works there.")
         return False
     return True
 

@@ -60,7 +60,7 @@ def evaluate(passes: Passes, data: TrainingPairs, *, at_once: int, step: int) ->
     while pairs := list(islice(stream, at_once)):
         values = passes.values(pairs)
         if not math.isfinite(values.means()["loss"]):
-            rows = ", ".join(map(str, passes.find_spoiled(pairs)[:8]))
+            rows = ", ".join(map(str, passes.rows_with_nonfinite_loss(pairs)[:8]))
             raise TrainingError(
                 f"the evaluation after step {step} gives a loss that is not finite, by row {rows} of the data.\nNo model was saved. Lower --lr."
             )

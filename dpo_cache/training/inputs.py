@@ -13,19 +13,19 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import ModelError, TrainingError
 from dpo_cache.lm.model.adapter import (
-    Parts,
+    CheckpointLocation,
     add_adapter,
     can_be_switched_off,
     check_mergeable,
-    find_parts,
+    is_identity_at_init,
     load_adapter,
+    locate_checkpoint,
     lora_config,
     read_adapter_config,
-    starts_at_nothing,
 )
 from dpo_cache.lm.model.identity import reference_identity
 from dpo_cache.lm.model.load import load_base, load_config
-from dpo_cache.lm.self_check import Attention, choose_attention
+from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.checks import check_details
@@ -53,13 +53,13 @@ class TrainingPairs:
 
 
 @dataclass(frozen=True)
-class Policy:
+class TrainedModel:
     """The model to train, how it is run, and what is saved with it."""
 
     model: PreTrainedModel
     location: str
     tokenizer: PreTrainedTokenizerBase
-    attention: Attention
+    attention: AttentionChoice
     precision: str
     is_reference: bool  # it starts as the very model that scored the pairs; never known of an imported reference
     differing: tuple[str, ...] = ()  # fields of their identities, where it starts as another model
@@ -77,7 +77,7 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
     eval_pairs = cache.pairs(options.eval_pairs) if options.eval_pairs else None
     pairs = cache.choose_pairs(options.pairs, "to train on", besides=None if eval_pairs is None else eval_pairs.name)
     check_details(pairs.manifest, f"{cache}/pairs/{pairs.name}/manifest.json")
-    pairs.hold()
+    pairs.keep_open()
     _check_token_logps(options, pairs)
     reference_id = pairs.reference_id
     if options.reference:
@@ -85,7 +85,7 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
     selected = np.ones(len(pairs), bool)
     eval_selected = np.zeros(0, bool)
     if eval_pairs is not None:
-        eval_pairs.hold()
+        eval_pairs.keep_open()
         _check_token_logps(options, eval_pairs)
         eval_selected = np.ones(len(eval_pairs), bool)
         if eval_pairs.reference_id != reference_id:
@@ -101,14 +101,14 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
     return TrainingPairs(pairs, selected, eval_pairs, eval_selected, cache.read_reference(reference_id))
 
 
-def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device, checkpoint: Path | None) -> Policy:
+def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device, checkpoint: Path | None) -> TrainedModel:
     """The policy with its weights at the start, or at the checkpoint. Raises `ModelError`, `TrainingError` or `OptionError`."""
     made_with, identity = data.pairs.manifest["tokenization"], data.reference["identity"]
     location, revision = _start_of(options, data)
     if checkpoint is None and options.model is None and os.path.isabs(location) and not os.path.isdir(location):
         raise ModelError(f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with --model.")
     # a checkpoint holds all that is needed, but for an adapter's base: where a whole policy started from may be gone
-    parts = find_parts(str(checkpoint)) if checkpoint else find_parts(location, revision)
+    parts = locate_checkpoint(str(checkpoint)) if checkpoint else locate_checkpoint(location, revision)
     is_adapted = _check_adapter(options, parts, location, is_resumed=checkpoint is not None)
     places = [str(checkpoint)] if checkpoint else [made_with["tokenizer"], location, parts.base]
     tokenizer = _load_tokenizer(places, made_with, options.trust_remote_code)
@@ -128,7 +128,7 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
     adapted = _adapt(options, model, parts) if is_adapted else None
     if adapted is not None and options.merge_adapter:
         check_mergeable(adapted)
-    return Policy(
+    return TrainedModel(
         model=model,
         location=location,
         tokenizer=tokenizer,
@@ -154,7 +154,7 @@ def _start_of(options: TrainOptions, data: TrainingPairs) -> tuple[str, str | No
     return source["model"], source.get("revision")
 
 
-def _check_adapter(options: TrainOptions, parts: Parts, location: str, *, is_resumed: bool) -> bool:
+def _check_adapter(options: TrainOptions, parts: CheckpointLocation, location: str, *, is_resumed: bool) -> bool:
     """Whether an adapter is trained. Raises `TrainingError` for options that need one, or that would put one on another."""
     is_new = options.lora_r is not None or options.peft_config is not None
     is_own = parts.adapter is not None
@@ -169,7 +169,7 @@ def _check_adapter(options: TrainOptions, parts: Parts, location: str, *, is_res
     return is_new or is_own
 
 
-def _adapt(options: TrainOptions, model: PreTrainedModel, parts: Parts) -> PeftModel:
+def _adapt(options: TrainOptions, model: PreTrainedModel, parts: CheckpointLocation) -> PeftModel:
     """The model's adapter: the one that lies beside the base, or a fresh one."""
     if parts.adapter is not None:
         return load_adapter(model, parts.adapter, is_trainable=True)
@@ -194,9 +194,9 @@ def _template_remarks(options: TrainOptions, made_with: Document) -> list[str]:
     return [f"template (the chat template of {options.model} is another than the one that the pairs were made with)"]
 
 
-def _start_remarks(adapted: PeftModel | None, parts: Parts) -> list[str]:
+def _start_remarks(adapted: PeftModel | None, parts: CheckpointLocation) -> list[str]:
     """Whether a fresh adapter is of a kind that may change the model from the start."""
-    if adapted is None or parts.adapter is not None or starts_at_nothing(adapted):
+    if adapted is None or parts.adapter is not None or is_identity_at_init(adapted):
         return []
     return ["adapter (a fresh adapter of its kind need not start at nothing: see the initial values in its config)"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -16,6 +15,7 @@ import torch
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import deterministic_algorithms, peak_bytes
+from dpo_cache.log import log_remark
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.options.train import TrainOptions, with_config
 from dpo_cache.training.batches import longest_pairs, stream_pairs
@@ -28,9 +28,9 @@ from dpo_cache.training.output.run_folder import check_config, check_output, dis
 from dpo_cache.training.output.samples import open_sampler
 from dpo_cache.training.output.trackers import open_trackers
 from dpo_cache.training.passes import Passes
-from dpo_cache.training.setup import Say, Setup, open_setup
+from dpo_cache.training.setup import Log, Setup, open_setup
 from dpo_cache.training.step_zero import StepZero, expectation_of
-from dpo_cache.training.warnings import Signs
+from dpo_cache.training.warnings import RunWarnings
 from dpo_cache.types import ScoredPair
 
 OnMetrics = Callable[[dict[str, Any]], None]
@@ -43,7 +43,7 @@ def train(
     *,
     on_metrics: OnMetrics | None = None,
     on_checkpoint: OnCheckpoint | None = None,
-    say: Say | None = None,
+    log: Log | None = None,
     should_stop: Callable[[], bool] | None = None,
     **options: Any,
 ) -> TrainReport:
@@ -53,7 +53,7 @@ def train(
 
     - `on_metrics` gets each line of metrics.jsonl once it is written, with `total_steps` and `left_s` (seconds, or None) added;
     - `on_checkpoint` the folder of each checkpoint once it is published;
-    - `say` each remark (default: the package's logger);
+    - `log` each remark (default: the package's logger);
     - `should_stop` is asked after every step, and when it says yes the state is saved, to be resumed.
 
     What a callback raises ends the run and is passed on; what was saved stays. Raises `DpoCacheError`. The model lies in
@@ -63,7 +63,7 @@ def train(
     chosen = TrainOptions(**with_config(given))
     nothing: Callable[[Any], None] = lambda _: None  # noqa: E731
     started = time.perf_counter()
-    setup = open_setup(chosen, say or logging.getLogger("dpo_cache").warning)
+    setup = open_setup(chosen, log or log_remark)
     run = _Run(setup, on_metrics or nothing, on_checkpoint or nothing, started)
     with deterministic_algorithms(chosen.deterministic):
         return run.try_step() if chosen.dry_run else run.train(should_stop or (lambda: False))
@@ -73,25 +73,25 @@ class _Run:
     """One training run: what changes while it goes on."""
 
     def __init__(self, setup: Setup, on_metrics: OnMetrics, on_checkpoint: OnCheckpoint, started: float):
-        self.setup, self.options, self.data, self.policy, self.say = setup, setup.options, setup.data, setup.policy, setup.say
+        self.setup, self.options, self.data, self.policy, self.log = setup, setup.options, setup.data, setup.policy, setup.log
         self.on_metrics, self.on_checkpoint, self.started = on_metrics, on_checkpoint, started
         self.progress, self.output = setup.progress, setup.output
         self.best = Best(**(setup.progress.best or {"measure": setup.options.best}))
         objective = setup.objective
-        self.passes = Passes(setup.policy, objective, setup.thrift, self._step_zero(), setup.say, setup.freed)
-        self.signs = Signs(setup.say, is_logistic=objective.is_logistic, has_reference=objective.has_reference, prefers=objective.prefers)
+        self.passes = Passes(setup.policy, objective, setup.step_memory, self._step_zero(), setup.log, setup.in_backward)
+        self.signs = RunWarnings(setup.log, is_logistic=objective.is_logistic, has_reference=objective.has_reference, prefers=objective.prefers)
         self.clock = Clock()
         self.step_zero_gap: float | None = None
         self.has_updated = False
         self.newest: list[ScoredPair] = []  # a pair of the last step
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
-        self.sampler = open_sampler(setup.options.sample, setup.data, setup.policy, output=self.output, seed=setup.options.seed, say=setup.say)
+        self.sampler = open_sampler(setup.options.sample, setup.data, setup.policy, output=self.output, seed=setup.options.seed, log=setup.log)
 
     # -- the main path ---------------------------------------------------------------------------------
 
     def train(self, should_stop: Callable[[], bool]) -> TrainReport:
         """Run every step that is left."""
-        self._settle_folder()
+        self._prepare_folder()
         try:
             with open_trackers(
                 self.options.log_to,
@@ -100,7 +100,7 @@ class _Run:
                 log_names=self.options.log_names,
                 history=self.metrics_file.lines(),
                 is_resumed=self.setup.checkpoint is not None,
-                say=self.say,
+                log=self.log,
             ) as self.trackers:
                 return self._run_steps(should_stop)
         except BaseException:  # Ctrl-C too: what has not begun leaves nothing behind
@@ -154,7 +154,7 @@ class _Run:
         is_best_elsewhere = self.best.step not in (None, self.progress.step)
         takes_best = bool(self.options.patience) and is_best_elsewhere
         if not self.best.is_better_than(before):
-            self.say("no evaluation was better than the one before training.")
+            self.log("no evaluation was better than the one before training.")
         if takes_best:
             after = self.metrics_file.last("eval/loss", step=self.best.step)
         card = self._card(self.best.step if takes_best and self.best.step else self.progress.step, after)
@@ -165,7 +165,7 @@ class _Run:
 
     # -- steps -----------------------------------------------------------------------------------------
 
-    def _settle_folder(self) -> None:
+    def _prepare_folder(self) -> None:
         """Begin the run's folder, or take it up at the checkpoint."""
         if self.setup.checkpoint:
             check_config(self.output, self.setup.config())
@@ -207,22 +207,22 @@ class _Run:
     def _update(self, pairs: list[ScoredPair]) -> Metrics:
         """One update. The loss is the mean over the step's pairs, however they are split into forests."""
         self._check_base(pairs)
-        optimizer, freed = self.setup.optimizer, self.setup.freed
+        optimizer, in_backward = self.setup.optimizer, self.setup.in_backward
         started = time.perf_counter()
         lr = self.setup.lr(self.progress.step - 1)
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
         metrics, num_tokens = self.passes.gradient(pairs)
         self._end_step_zero()
-        if freed:
-            has_changed, grad_norm = freed.has_begun, float(freed.end_step())
+        if in_backward:
+            has_changed, grad_norm = in_backward.has_begun, float(in_backward.end_step())
         else:
             largest = self.options.max_grad_norm or math.inf
             has_changed, grad_norm = False, float(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), largest))
         means = metrics.means()
         if not math.isfinite(means["loss"]) or not math.isfinite(grad_norm):
             raise self._not_finite(pairs, means["loss"], grad_norm, has_changed=has_changed)
-        if not freed:
+        if not in_backward:
             optimizer.step()
         self.has_updated = True
         optimizer.zero_grad(set_to_none=True)
@@ -239,7 +239,7 @@ class _Run:
 
     def _not_finite(self, pairs: list[ScoredPair], loss: float, grad_norm: float, *, has_changed: bool) -> TrainingError:
         """The error that names the rows whose loss is not finite, or, where only the gradient is not, all of the step."""
-        spoiled = [] if has_changed else self.passes.find_spoiled(pairs)
+        spoiled = [] if has_changed else self.passes.rows_with_nonfinite_loss(pairs)
         rows = spoiled or [scored.pair.row for scored in pairs]
         shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
         which = f"row {shown} of the data made it" if spoiled else f"rows of the data in this step: {shown}"
@@ -277,12 +277,12 @@ class _Run:
             return
         known = expectation_of(self.policy, self.data, self.options)
         expectation = replace(known, is_reference=True, differing=(), what="the policy with its adapter switched off")
-        self.say(self.passes.check_base(pairs, StepZero(expectation, self.options.step_zero)))
+        self.log(self.passes.check_base(pairs, StepZero(expectation, self.options.step_zero)))
 
     def _end_step_zero(self) -> None:
         """Say what the first step has shown; the first update makes the policy another model."""
         if self.passes.step_zero is not None:
-            self.say(self.passes.step_zero.conclude())
+            self.log(self.passes.step_zero.conclude())
             self.step_zero_gap = self.passes.step_zero.largest_gap
             self.passes.step_zero = None
 
@@ -290,8 +290,8 @@ class _Run:
 
     def _save_checkpoint(self) -> None:
         self._check_weights("no checkpoint")
-        self.metrics_file.settle()
-        progress = replace(self.progress, thrift=self.setup.thrift.state(), best=self.best.state())
+        self.metrics_file.fsync()
+        progress = replace(self.progress, step_memory=self.setup.step_memory.state(), best=self.best.state())
         self.on_checkpoint(save_checkpoint(self.output, self.policy, self.setup.optimizer, progress, keep=self.options.keep))
 
     def _keep_best(self, evaluation: Metrics | None) -> None:
@@ -309,7 +309,7 @@ class _Run:
 
     def _check_values(self) -> None:
         """Raise `TrainingError` before a model is saved whose weights are finite, but not what it gives for a pair of the last step."""
-        if self.newest and self.passes.find_spoiled(self.newest):
+        if self.newest and self.passes.rows_with_nonfinite_loss(self.newest):
             row = self.newest[0].pair.row
             raise TrainingError(f"step {self.progress.step}: after the update the loss of row {row} is not finite; no model was saved.\nLower --lr.")
 

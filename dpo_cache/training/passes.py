@@ -14,12 +14,13 @@ from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.device import autocast, release_free_bytes
 from dpo_cache.lm.policy import CompletionLogps, completion_logps, count_tokens, join_logps
+from dpo_cache.log import Log
 from dpo_cache.losses.metrics import PairMetrics
 from dpo_cache.losses.objective import Objective, mean_chosen_tokens
 from dpo_cache.training.batches import Group, completions_of, split_step
-from dpo_cache.training.inputs import Policy
-from dpo_cache.training.optim.update_in_backward import FreedGradients
-from dpo_cache.training.step_memory import Thrift
+from dpo_cache.training.inputs import TrainedModel
+from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
+from dpo_cache.training.step_memory import StepMemory
 from dpo_cache.training.step_zero import StepZero
 from dpo_cache.types import Completion, ScoredPair
 
@@ -30,21 +31,21 @@ Part = tuple[Sequence[ScoredPair], CompletionLogps]
 class Passes:
     """Forward and backward passes of a policy; `step_zero` looks on until it is set to None.
 
-    With `freed`, the last backward pass of a step updates the weights; where a step's loss is not finite, none does.
+    With `in_backward`, the last backward pass of a step updates the weights; where a step's loss is not finite, none does.
     """
 
     def __init__(
         self,
-        policy: Policy,
+        policy: TrainedModel,
         objective: Objective,
-        thrift: Thrift,
+        step_memory: StepMemory,
         step_zero: StepZero | None,
-        say: Callable[[str], None],
-        freed: FreedGradients | None = None,
+        log: Log,
+        in_backward: OptimizerInBackward | None = None,
     ):
-        self.objective, self.thrift, self.step_zero = objective, thrift, step_zero
-        self._policy, self._say, self._freed = policy, say, freed
-        self._said: set[str] = set()
+        self.objective, self.step_memory, self.step_zero = objective, step_memory, step_zero
+        self._policy, self._log, self._freed = policy, log, in_backward
+        self._logged: set[str] = set()
 
     def gradient(self, pairs: list[ScoredPair]) -> tuple[PairMetrics, int]:
         """Add the gradient of the step's mean loss to the parameters', which have none before; its metrics, and the tokens run.
@@ -68,7 +69,7 @@ class Passes:
         step_zero, self.step_zero = self.step_zero, own
         return step_zero.conclude()
 
-    def find_spoiled(self, pairs: list[ScoredPair]) -> list[int]:
+    def rows_with_nonfinite_loss(self, pairs: list[ScoredPair]) -> list[int]:
         """Rows of the pairs whose own loss is not finite."""
         return [scored.pair.row for scored in pairs if not math.isfinite(self.values([scored]).means()["loss"])]
 
@@ -84,7 +85,7 @@ class Passes:
                         f"{first_line(error)} while weights were being updated (--free-gradients): this step cannot be taken again.\n"
                         "Go on from the last checkpoint with --resume and a smaller --micro-tokens or --gradient-checkpointing full."
                     ) from error
-                self.thrift.save_more(error)
+                self.step_memory.save_more(error)
             self.step_zero = step_zero  # what was noted of a part of the step would be noted twice
             self._policy.model.zero_grad(set_to_none=True)
 
@@ -113,7 +114,7 @@ class Passes:
         are known, and again to carry those into the model.
         """
         if self.objective.needs_whole_step:
-            self._say_once("this loss looks at a step's pairs together: steps that need several forests (--micro-tokens) run each of them twice.")
+            self._log_once("this loss looks at a step's pairs together: steps that need several forests (--micro-tokens) run each of them twice.")
         pieces = [piece for group in groups for piece in self._pieces(group)]
         with torch.no_grad():
             found = [self._run(piece) for piece in pieces]
@@ -163,15 +164,15 @@ class Passes:
             )
 
     def _split(self, pairs: list[ScoredPair]) -> list[Group]:
-        return split_step(pairs, self.thrift.micro_tokens, self._count_tokens)
+        return split_step(pairs, self.step_memory.micro_tokens, self._count_tokens)
 
     def _pieces(self, group: Group) -> list[list[Completion]]:
         """What is run at once: the group's completions, or, of a single pair that is too long for the budget, each answer alone."""
         completions = completions_of(group.pairs)
-        if group.num_tokens <= self.thrift.pair_tokens or len(group.pairs) > 1:
+        if group.num_tokens <= self.step_memory.pair_tokens or len(group.pairs) > 1:
             return [completions]
-        self._say_once(
-            f"pairs of more than {self.thrift.pair_tokens:,} tokens do not fit at once (--micro-tokens): they are run one answer at a time, "
+        self._log_once(
+            f"pairs of more than {self.step_memory.pair_tokens:,} tokens do not fit at once (--micro-tokens): they are run one answer at a time, "
             "and twice, with the same gradient."
         )
         return [[completion] for completion in completions]
@@ -179,7 +180,7 @@ class Passes:
     def _count_tokens(self, completions: Sequence[Completion]) -> int:
         return count_tokens(completions, self._policy.attention)
 
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self._say(text)
+    def _log_once(self, text: str) -> None:
+        if text not in self._logged:
+            self._logged.add(text)
+            self._log(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,27 @@ import torch
 
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.device import choose_device
-from dpo_cache.lm.kernels.onednn_linear import CLEARLY_WORTH, use_fast_linear
+from dpo_cache.lm.kernels.onednn_linear import CLEAR_SPEEDUP, use_fast_linear
 from dpo_cache.lm.memory.offload import offload_activations
 from dpo_cache.lm.model.adapter import describe
 from dpo_cache.lm.model.quantization import num_values
 from dpo_cache.lm.routing import router_coefficient
+from dpo_cache.log import Log
 from dpo_cache.losses.objective import Objective, objective_of
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import open_cache
 from dpo_cache.training.batches import count_shared
 from dpo_cache.training.evaluations import Schedule, schedule_of
-from dpo_cache.training.inputs import Policy, TrainingPairs, open_pairs, open_policy
+from dpo_cache.training.inputs import TrainedModel, TrainingPairs, open_pairs, open_policy
 from dpo_cache.training.optim.optimizers import make_optimizer
 from dpo_cache.training.optim.schedule import learning_rate
-from dpo_cache.training.optim.update_in_backward import FreedGradients
+from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.optim.updates import Updater
 from dpo_cache.training.output.checkpoint import RunPosition, read_progress, restore_optimizer
 from dpo_cache.training.output.run_folder import check_disk, find_start, read_resolved
 from dpo_cache.training.output.trackers import check_trackers
-from dpo_cache.training.step_memory import Thrift
-
-Say = Callable[[str], None]
+from dpo_cache.training.step_memory import StepMemory
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,14 @@ class Setup:
     """The pairs, the policy and what updates it; where a run is resumed, as its checkpoint has them."""
 
     options: TrainOptions
-    say: Say
+    log: Log
     device: torch.device
     data: TrainingPairs
-    policy: Policy
+    policy: TrainedModel
     objective: Objective
-    thrift: Thrift
+    step_memory: StepMemory
     optimizer: Updater
-    freed: FreedGradients | None  # where --free-gradients updates the weights inside the backward pass
+    in_backward: OptimizerInBackward | None  # where --free-gradients updates the weights inside the backward pass
     total_steps: int
     evaluates: Schedule
     saves: Schedule
@@ -95,8 +93,8 @@ class Setup:
             "attention": policy.attention.name,
             "precision": policy.precision,
             "device": str(self.device),
-            "micro_tokens": self.thrift.micro_tokens,
-            "gradient_checkpointing": self.thrift.mode,
+            "micro_tokens": self.step_memory.micro_tokens,
+            "gradient_checkpointing": self.step_memory.mode,
             "linear": self.linear,
             "router_coefficient": self.objective.router_coefficient,
         }
@@ -105,22 +103,22 @@ class Setup:
         """Say what a user should know before the first step."""
         model, data, options = self.policy.model, self.data, self.options
         if self.policy.attention.name == "rows":
-            self.say(f"{type(model).__name__} is trained on plain padded rows, which is slower: {self.policy.attention.reason}.")
+            self.log(f"{type(model).__name__} is trained on plain padded rows, which is slower: {self.policy.attention.reason}.")
         if self.checkpoint is None and not any(self.lr(step) for step in range(min(self.total_steps, 1000))):
-            self.say(f"nothing will be learned: the warm-up (--warmup-ratio {options.warmup_ratio}) takes all {self.total_steps} steps.")
+            self.log(f"nothing will be learned: the warm-up (--warmup-ratio {options.warmup_ratio}) takes all {self.total_steps} steps.")
         periods = {"--eval-every": (options.eval_every, self.evaluates), "--save-every": (options.save_every, self.saves)}
         for flag, (value, schedule) in periods.items():
             if value is not None and not schedule.count(1, self.total_steps):
-                self.say(f"{flag} {value} never comes about in {self.total_steps} steps.")
+                self.log(f"{flag} {value} never comes about in {self.total_steps} steps.")
         if data.eval_pairs is not None and data.eval_pairs is not data.pairs and (shared := count_shared(data.pairs, data.eval_pairs)):
-            self.say(f"{shared:,} of {len(data.eval_pairs):,} evaluation pairs stand in the training pairs, too: those are not held out.")
+            self.log(f"{shared:,} of {len(data.eval_pairs):,} evaluation pairs stand in the training pairs, too: those are not held out.")
 
 
-def open_setup(options: TrainOptions, say: Say) -> Setup:
+def open_setup(options: TrainOptions, log: Log) -> Setup:
     """Find, check and load all that the options name; nothing is written. Raises `DpoCacheError`."""
     check_trackers(options.log_to)
     output = Path(options.output)
-    checkpoint = find_start(output, say, resume=options.resume)
+    checkpoint = find_start(output, log, resume=options.resume)
     progress = read_progress(checkpoint) if checkpoint else RunPosition()
     device = choose_device(options.device)
     data = open_pairs(options, open_cache(options.cache))
@@ -134,11 +132,11 @@ def open_setup(options: TrainOptions, say: Say) -> Setup:
     evaluates = schedule_of("--eval-every", options.eval_every, steps_per_epoch)
     saves = schedule_of("--save-every", options.save_every, steps_per_epoch)
     micro_tokens, mode = number_or_auto("--micro-tokens", options.micro_tokens), options.gradient_checkpointing
-    thrift = Thrift(model, micro_tokens, mode, say, precision=policy.precision, is_deterministic=options.deterministic)
-    if progress.thrift:
-        thrift.restore(progress.thrift)
+    step_memory = StepMemory(model, micro_tokens, mode, log, precision=policy.precision, is_deterministic=options.deterministic)
+    if progress.step_memory:
+        step_memory.restore(progress.step_memory)
     if options.offload_activations:
-        offload_activations(model, say)
+        offload_activations(model, log)
     optimizer = make_optimizer(
         model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay, rounding=options.rounding, seed=options.seed
     )
@@ -146,14 +144,14 @@ def open_setup(options: TrainOptions, say: Say) -> Setup:
         restore_optimizer(checkpoint, optimizer)
     return Setup(
         options=options,
-        say=say,
+        log=log,
         device=device,
         data=data,
         policy=policy,
         objective=objective_of(options, router_coefficient(model, options.router_aux_loss_coef)),
-        thrift=thrift,
+        step_memory=step_memory,
         optimizer=optimizer,
-        freed=FreedGradients(optimizer) if options.free_gradients else None,
+        in_backward=OptimizerInBackward(optimizer) if options.free_gradients else None,
         total_steps=total_steps,
         evaluates=evaluates,
         saves=saves,
@@ -165,8 +163,8 @@ def open_setup(options: TrainOptions, say: Say) -> Setup:
     )
 
 
-def _choose_linear(policy: Policy, before: dict[str, Any] | None, *, is_deterministic: bool) -> str:
+def _choose_linear(policy: TrainedModel, before: dict[str, Any] | None, *, is_deterministic: bool) -> str:
     """Which library multiplies: as before in a resumed run, by a rule instead of a measurement under --deterministic."""
     was_fast = None if before is None else before.get("linear", "torch") == "onednn"
     decided = True if was_fast is None and is_deterministic else was_fast
-    return "onednn" if use_fast_linear(policy.model, worth=CLEARLY_WORTH, decided=decided) else "torch"
+    return "onednn" if use_fast_linear(policy.model, worth=CLEAR_SPEEDUP, decided=decided) else "torch"

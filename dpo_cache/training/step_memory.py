@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -14,12 +14,13 @@ from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.memory.recompute import MODES, Recomputation, activation_bytes, is_kept_changed, ladder
 from dpo_cache.lm.policy import default_micro_tokens
+from dpo_cache.log import Log
 
-LEAST_TOKENS = 64
+MIN_TOKENS = 64
 SHARE_OF_FREE = 0.5  # of a host's free memory that activations may take before they are computed again
 
 
-class Thrift:
+class StepMemory:
     """`micro_tokens` at once, a pair of more than `pair_tokens` one answer at a time, under `mode`.
 
     All three change when memory runs out, never the result of a step. `micro_tokens` None: as many as keep the
@@ -31,14 +32,14 @@ class Thrift:
         model: PreTrainedModel,
         micro_tokens: int | None,
         requested: str,
-        say: Callable[[str], None],
+        log: Log,
         *,
         precision: str = "fp32",
         is_deterministic: bool = False,
     ):
         self.micro_tokens = micro_tokens or default_micro_tokens(model.device)
         self._requested = [micro_tokens, requested]
-        self._is_fixed, self._say, self._device = requested != "auto", say, model.device
+        self._is_fixed, self._log, self._device = requested != "auto", log, model.device
         self._recomputation = Recomputation(model)
         self._ladder = ladder(precision)
         # modes round otherwise, and free memory changes
@@ -46,7 +47,7 @@ class Thrift:
         self._recomputation.mode = requested if self._is_fixed else first
         self.pair_tokens: float = micro_tokens or (math.inf if is_deterministic else max(self.micro_tokens, _tokens_that_fit(model, self.mode)))
         if not self._recomputation.num_layers and requested not in ("auto", "none"):
-            say(f"--gradient-checkpointing {requested} has no effect: {type(model).__name__} has no layers that take it.")
+            log(f"--gradient-checkpointing {requested} has no effect: {type(model).__name__} has no layers that take it.")
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: a resumed run splits its steps as the one before, to the last bit."""
@@ -70,7 +71,7 @@ class Thrift:
         and `TrainingError` where nothing is left to change."""
         if is_kept_changed(error):
             self._recomputation.mode = "full"
-            self._say("--gradient-checkpointing selective does not suit this model, which changes in place what is kept; going on with full.")
+            self._log("--gradient-checkpointing selective does not suit this model, which changes in place what is kept; going on with full.")
             return
         if not is_out_of_memory(error, self._device):
             raise error
@@ -82,7 +83,7 @@ class Thrift:
         elif self.pair_tokens > self.micro_tokens:
             self.pair_tokens = self.micro_tokens
             change = f"pairs of more than {self.micro_tokens:,} tokens one answer at a time"
-        elif self.micro_tokens // 2 >= LEAST_TOKENS:
+        elif self.micro_tokens // 2 >= MIN_TOKENS:
             self.micro_tokens //= 2
             self.pair_tokens = self.micro_tokens
             change = f"--micro-tokens {self.micro_tokens}"
@@ -90,7 +91,7 @@ class Thrift:
             raise TrainingError(
                 f"{problem} even with one answer at once.\nUse --precision bf16, score with a shorter --max-length, or a device with more memory."
             ) from error
-        self._say(f"{problem}; the step is taken again, and the run goes on, with {change}. Nothing is lost.")
+        self._log(f"{problem}; the step is taken again, and the run goes on, with {change}. Nothing is lost.")
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -16,7 +16,7 @@ import numpy as np
 from dpo_cache.errors import StepZeroError
 from dpo_cache.lm.model.quantization import rounding_dtype, rounding_dtype_of
 from dpo_cache.options.train import TrainOptions
-from dpo_cache.training.inputs import Policy, TrainingPairs
+from dpo_cache.training.inputs import TrainedModel, TrainingPairs
 from dpo_cache.types import TOKEN_TOLERANCES, Score
 
 # Gap per completion in nats that rounding explains: (absolute, relative to its log-prob), by dtype.
@@ -53,7 +53,7 @@ class Expectation:
         return self.is_reference or (self.is_default and self.imported is None)
 
 
-def expectation_of(policy: Policy, data: TrainingPairs, options: TrainOptions) -> Expectation:
+def expectation_of(policy: TrainedModel, data: TrainingPairs, options: TrainOptions) -> Expectation:
     """What is known of a policy at its start."""
     identity = data.reference["identity"]
     return Expectation(

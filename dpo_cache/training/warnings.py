@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
+from dpo_cache.log import Log
 from dpo_cache.losses.metrics import Metrics
 
 WINDOW = 20  # steps
@@ -19,26 +20,26 @@ STANDARD_ERRORS = 2.0
 SATURATED_LOSS = 1e-3  # a sigmoid loss whose gradient is a thousandth of the one at the start
 
 
-class Signs:
+class RunWarnings:
     """Looks at each step's metrics.
 
     `is_logistic`: the loss is ln 2 where nothing is learned and falls to 0 where margins are large. `has_reference`: rewards are against
     the reference, and so 0 at the start; else they are compared with those of the first window. `prefers`: answers are compared at all.
     """
 
-    def __init__(self, say: Callable[[str], None], *, is_logistic: bool, has_reference: bool = True, prefers: bool = True):
-        self._say, self._is_logistic, self._has_reference, self._prefers = say, is_logistic, has_reference, prefers
+    def __init__(self, log: Log, *, is_logistic: bool, has_reference: bool = True, prefers: bool = True):
+        self._log, self._is_logistic, self._has_reference, self._prefers = log, is_logistic, has_reference, prefers
         self._start: dict[str, float] = {}
         self._steps: deque[Metrics] = deque(maxlen=WINDOW)
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         self._wins = self._pairs = 0.0
 
     def take_up(self, steps: Iterable[Metrics]) -> None:
         """Know what a run has said before it was stopped, by its steps until then."""
-        say, self._say = self._say, lambda _: None
+        log, self._log = self._log, lambda _: None
         for step in steps:
             self.note(step)
-        self._say = say
+        self._log = log
 
     def note(self, step: Metrics) -> None:
         """Take a step's metrics in; say what is new."""
@@ -93,6 +94,6 @@ class Signs:
         return abs(mean - self._start[name]) > STANDARD_ERRORS * deviation / math.sqrt(len(values))
 
     def _once(self, sign: str, text: str) -> None:
-        if sign not in self._said:
-            self._said.add(sign)
-            self._say(text)
+        if sign not in self._logged:
+            self._logged.add(sign)
+            self._log(text)

@@ -18,4 +18,4 @@ def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
 def trained(cache: str, tmp_path_factory: pytest.TempPathFactory) -> dpo_cache.TrainReport:
     """A policy that has moved away from the reference, and what its training said of the held-out pairs."""
     run = Path(tmp_path_factory.mktemp("runs"), "run")
-    return dpo_cache.train(cache, run, pairs="pairs", eval_pairs="heldout", batch_size=4, lr=3e-3, beta=0.2, label_smoothing=0.1, say=lambda _: None)
+    return dpo_cache.train(cache, run, pairs="pairs", eval_pairs="heldout", batch_size=4, lr=3e-3, beta=0.2, label_smoothing=0.1, log=lambda _: None)

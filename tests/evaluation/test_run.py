@@ -85,7 +85,7 @@ def test_metrics_are_those_that_training_ends_with(cache: str, tmp_path: Path, o
         lr=3e-3,
         epochs=2.0,
         warmup_ratio=0,
-        say=lambda _: None,
+        log=lambda _: None,
         **options,
     )
     report = evaluate(cache, run.model, **options)
@@ -135,7 +135,7 @@ def test_a_limit_takes_the_first_pairs(cache: str, trained: dpo_cache.TrainRepor
 
 def test_the_reference_itself_is_told_with_its_gap(cache: str, model_folder: str) -> None:
     said: list[str] = []
-    report = evaluate(cache, model_folder, say=said.append)
+    report = evaluate(cache, model_folder, log=said.append)
     assert report.gap.is_reference and report.gap.differing == () and report.gap.num_beyond == 0
     assert 0 <= report.gap.largest < 1e-4 and report.gap.num_completions == 80
     assert report.metrics["loss"] == pytest.approx(np.log(2), abs=1e-5) and abs(report.margin.mean) < 1e-5
@@ -147,7 +147,7 @@ def test_the_reference_itself_is_told_with_its_gap(cache: str, model_folder: str
 
 def test_a_trained_model_is_another_and_its_rewards_are_against_the_cache(cache: str, trained: dpo_cache.TrainReport) -> None:
     said: list[str] = []
-    report = evaluate(cache, trained.model, say=said.append)
+    report = evaluate(cache, trained.model, log=said.append)
     assert not report.gap.is_reference and [line.split(":")[0] for line in report.gap.differing] == ["weights"]
     assert report.gap.largest > 1 and report.gap.num_beyond > 0 and report.margin.deviation > 0.01
     assert len(said) == 1 and said[0].startswith("the model is another than the reference (largest gap ")
@@ -161,19 +161,19 @@ def test_a_stale_cache_is_told(cache: str, model_folder: str, data_file: str, tm
     writer.add([ScoredPair(one.pair, Score(one.ref_chosen.token_logps - np.float32(0.01)), one.ref_rejected) for one in pairs])
     writer.finish({key: value for key, value in pairs.manifest.items() if key not in ("parts", "num_pairs", "format")})
     said: list[str] = []
-    report = evaluate(str(tmp_path / "cache"), model_folder, None, say=said.append)
+    report = evaluate(str(tmp_path / "cache"), model_folder, None, log=said.append)
     assert report.gap.is_reference and report.gap.num_beyond == 12
     assert said[-1].startswith("the model is the reference, but its log-probs are not the cached ones") and "12 of them beyond rounding" in said[-1]
 
 
 def test_an_imported_reference_is_known_by_its_values(cache: str, model_folder: str, trained: dpo_cache.TrainReport, tmp_path: Path) -> None:
-    export_pairs(cache, "heldout", tmp_path / "out.parquet", say=lambda _: None)
-    import_pairs(tmp_path / "cache", tmp_path / "out.parquet", reference="peer", name="p", model=model_folder, say=lambda _: None)
+    export_pairs(cache, "heldout", tmp_path / "out.parquet", log=lambda _: None)
+    import_pairs(tmp_path / "cache", tmp_path / "out.parquet", reference="peer", name="p", model=model_folder, log=lambda _: None)
     said: list[str] = []
-    same = evaluate(str(tmp_path / "cache"), model_folder, None, say=said.append)
+    same = evaluate(str(tmp_path / "cache"), model_folder, None, log=said.append)
     assert not same.gap.is_reference and same.gap.num_beyond == 0
     assert said[-1].startswith("the model repeats the log-probs of the imported reference 'peer'")
-    other = evaluate(str(tmp_path / "cache"), trained.model, None, say=said.append)
+    other = evaluate(str(tmp_path / "cache"), trained.model, None, log=said.append)
     assert said[-1].startswith("the model is not what the imported reference 'peer' was made with")
     assert other.metrics == pytest.approx(evaluate(cache, trained.model).metrics, rel=1e-5, abs=1e-5)
 
@@ -215,10 +215,10 @@ def test_another_tokenizer_of_as_many_tokens_is_told(cache: str, model_folder: s
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(folder)
     said: list[str] = []
-    evaluate(cache, folder, limit=2, say=said.append)
+    evaluate(cache, folder, limit=2, log=said.append)
     assert said[0].startswith(f"the tokenizer of {folder} is not the one that made the pairs' ids")
     make_llama().save_pretrained(tmp_path / "bare")
-    evaluate(cache, tmp_path / "bare", limit=2, say=said.append)
+    evaluate(cache, tmp_path / "bare", limit=2, log=said.append)
     assert said[-2].startswith(f"{tmp_path}/bare has no tokenizer to compare")
 
 
@@ -243,7 +243,7 @@ def test_log_probs_that_are_no_numbers_name_their_rows(model_folder: str, tmp_pa
 def test_the_folder_of_a_run_is_told_from_its_model(cache: str, trained: dpo_cache.TrainReport, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"{trained.output}: the folder of a training run, not of a model.\nGive {trained.model}."):
         evaluate(cache, trained.output)
-    dpo_cache.train(cache, tmp_path / "run", pairs="pairs", batch_size=4, should_stop=lambda: True, say=lambda _: None)
+    dpo_cache.train(cache, tmp_path / "run", pairs="pairs", batch_size=4, should_stop=lambda: True, log=lambda _: None)
     with pytest.raises(ModelError, match="It has no model yet: finish it with `dpo-cache train --resume`."):
         evaluate(cache, tmp_path / "run")
 

@@ -21,7 +21,7 @@ COLUMNS = [
 
 
 def export(source: Path, name: str, out: Path, **options: Any):
-    return export_pairs(source / "cache", name, out, say=lambda text: None, **options)
+    return export_pairs(source / "cache", name, out, log=lambda text: None, **options)
 
 
 def read(out: Path) -> list[dict[str, Any]]:
@@ -77,12 +77,12 @@ def test_what_rows_hand_to_the_template_goes_with_them(model_folder: str, tmp_pa
     rows[1]["prompt"].append({"role": "user", "content": "And?"})
     dpo_cache.precompute(model_folder, write_rows(tmp_path / "tools.jsonl", rows), tmp_path / "cache", **given)
     for out in (tmp_path / "out.jsonl", tmp_path / "out.parquet"):
-        report = export_pairs(tmp_path / "cache", "tools", out, say=lambda text: None)
+        report = export_pairs(tmp_path / "cache", "tools", out, log=lambda text: None)
         assert report.columns[:4] == ["prompt", "chosen", "rejected", "tools"]
         found = read(out)
         assert found[0]["tools"] is None and json.loads(found[1]["tools"]) == rows[1]["tools"]
         assert found[1]["prompt"][1]["tool_calls"] == calls
-        assert import_pairs(tmp_path / out.suffix, out, reference="x", model=model_folder, format="conversation", say=lambda text: None, **given)
+        assert import_pairs(tmp_path / out.suffix, out, reference="x", model=model_folder, format="conversation", log=lambda text: None, **given)
         assert pairs_of(tmp_path / out.suffix, "out").manifest["pairs_digest"] == pairs_of(tmp_path / "cache", "tools").manifest["pairs_digest"]
 
 
@@ -102,7 +102,7 @@ def test_text_that_is_not_at_hand_is_left_out_and_said(model_folder: str, tmp_pa
     dpo_cache.precompute(tmp_path / "model", write_rows(tmp_path / "chat.jsonl", chat_rows()), tmp_path / "cache")
     spoil(tmp_path)
     said: list[str] = []
-    report = export_pairs(tmp_path / "cache", "chat", tmp_path / "out.parquet", say=said.append)
+    report = export_pairs(tmp_path / "cache", "chat", tmp_path / "out.parquet", log=said.append)
     assert not report.has_text and report.columns == COLUMNS[3:] and report.num_pairs == 12
     assert said[0].startswith("left out: prompt, chosen and rejected as text: ") and reason in said[0]
 
@@ -184,7 +184,7 @@ def test_sums_alone_have_no_token_logps_to_export(source: Path, tmp_path: Path, 
     with pytest.raises(NotInCacheError, match="was imported with sums alone.\nLeave out --token-logps"):
         export_pairs(tmp_path / "cache", "chat", tmp_path / "again.jsonl", token_logps=True)
     said: list[str] = []
-    export_pairs(tmp_path / "cache", "chat", tmp_path / "again.jsonl", say=said.append)
+    export_pairs(tmp_path / "cache", "chat", tmp_path / "again.jsonl", log=said.append)
     assert said[0] == "left out: prompt, chosen and rejected as text: the pair set was imported as token ids."
     assert not any("--token-logps" in text for text in said)
 

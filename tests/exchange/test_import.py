@@ -18,7 +18,7 @@ IDS = {"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5], "ref_cho
 
 
 def bring_in(cache: Path, data: object, said: list[str] | None = None, **options: Any):
-    return import_pairs(cache, str(data), say=([] if said is None else said).append, **{"reference": "elsewhere", **options})
+    return import_pairs(cache, str(data), log=([] if said is None else said).append, **{"reference": "elsewhere", **options})
 
 
 def id_rows(*changes: dict[str, Any]) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def id_rows(*changes: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", ["chat", "text", "cut", "right", "ranked"])
 @pytest.mark.parametrize("token_logps", [True, False])
 def test_what_is_exported_comes_back(source: Path, tmp_path: Path, kind: str, name: str, token_logps: bool) -> None:
-    export_pairs(source / "cache", name, tmp_path / kind, token_logps=token_logps, say=lambda text: None)
+    export_pairs(source / "cache", name, tmp_path / kind, token_logps=token_logps, log=lambda text: None)
     report = bring_in(tmp_path / "cache", tmp_path / kind, name=name)
     before, after = pairs_of(source / "cache", name), pairs_of(tmp_path / "cache", name)
     assert content(after) == content(before, token_logps=token_logps)
@@ -42,7 +42,7 @@ def test_what_is_exported_comes_back(source: Path, tmp_path: Path, kind: str, na
 
 @pytest.mark.parametrize(("name", "options"), [("chat", {}), ("cut", {"max_length": 30}), ("right", {"max_length": 30, "truncation": "keep-end"})])
 def test_text_is_tokenized_as_precompute_does(source: Path, tmp_path: Path, model_folder: str, name: str, options: dict[str, Any]) -> None:
-    export_pairs(source / "cache", name, tmp_path / "out.jsonl", say=lambda text: None)
+    export_pairs(source / "cache", name, tmp_path / "out.jsonl", log=lambda text: None)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if not key.endswith("_ids")} for row in rows]
     said: list[str] = []
@@ -245,7 +245,7 @@ def test_ids_beyond_the_models_vocabulary_are_refused(tmp_path: Path, model_fold
 
 
 def test_empty_lists_are_damage_unless_the_manifest_says_so(source: Path, tmp_path: Path) -> None:
-    export_pairs(source / "cache", "chat", tmp_path / "chat.jsonl", say=lambda text: None)
+    export_pairs(source / "cache", "chat", tmp_path / "chat.jsonl", log=lambda text: None)
     bring_in(tmp_path / "cache", tmp_path / "chat.jsonl")
     place = tmp_path / "cache/pairs/chat/train"
     manifest = pairs_of(tmp_path / "cache", "chat").manifest
@@ -255,7 +255,7 @@ def test_empty_lists_are_damage_unless_the_manifest_says_so(source: Path, tmp_pa
 
 
 def test_lists_are_damage_where_the_manifest_promises_none(source: Path, tmp_path: Path) -> None:
-    export_pairs(source / "cache", "chat", tmp_path / "chat.jsonl", token_logps=True, say=lambda text: None)
+    export_pairs(source / "cache", "chat", tmp_path / "chat.jsonl", token_logps=True, log=lambda text: None)
     bring_in(tmp_path / "cache", tmp_path / "chat.jsonl")
     place = tmp_path / "cache/pairs/chat/train"
     manifest = pairs_of(tmp_path / "cache", "chat").manifest
@@ -266,7 +266,7 @@ def test_lists_are_damage_where_the_manifest_promises_none(source: Path, tmp_pat
 
 def test_an_imported_cache_is_verified_and_listed(source: Path, tmp_path: Path) -> None:
     for name, token_logps in (("chat", False), ("text", True)):
-        export_pairs(source / "cache", name, tmp_path / f"{name}.jsonl", token_logps=token_logps, say=lambda text: None)
+        export_pairs(source / "cache", name, tmp_path / f"{name}.jsonl", token_logps=token_logps, log=lambda text: None)
         bring_in(tmp_path / "cache", tmp_path / f"{name}.jsonl", reference=f"peer-{name}")
     report = verify_cache(tmp_path / "cache")
     assert not report.problems and report.pairs == 17
@@ -278,14 +278,14 @@ def test_an_imported_cache_is_verified_and_listed(source: Path, tmp_path: Path) 
 
 @pytest.fixture
 def imported(source: Path, tmp_path: Path, model_folder: str) -> Path:
-    export_pairs(source / "cache", "chat", tmp_path / "chat.jsonl", say=lambda text: None)
+    export_pairs(source / "cache", "chat", tmp_path / "chat.jsonl", log=lambda text: None)
     bring_in(tmp_path / "cache", tmp_path / "chat.jsonl", reference="peer", model=model_folder, dtype="float32")
     return tmp_path / "cache"
 
 
 def trained(cache: Path, output: Path, **options: Any) -> tuple[dpo_cache.TrainReport, list[str]]:
     said: list[str] = []
-    return dpo_cache.train(cache, output, max_steps=1, batch_size=12, lr=1e-3, warmup_ratio=0.0, say=said.append, **options), said
+    return dpo_cache.train(cache, output, max_steps=1, batch_size=12, lr=1e-3, warmup_ratio=0.0, log=said.append, **options), said
 
 
 def test_training_on_imported_values_is_training_on_our_own(source: Path, imported: Path, tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_a_policy_that_is_not_the_imported_reference_is_told(imported: Path, tmp
 
 
 def test_without_a_checkpoint_training_asks_for_one(source: Path, tmp_path: Path, model_folder: str) -> None:
-    export_pairs(source / "cache", "chat", tmp_path / "chat.jsonl", say=lambda text: None)
+    export_pairs(source / "cache", "chat", tmp_path / "chat.jsonl", log=lambda text: None)
     bring_in(tmp_path / "cache", tmp_path / "chat.jsonl", reference="peer")
     with pytest.raises(ModelError, match="the reference 'peer' was imported without a checkpoint.\nSay where the policy starts from with --model"):
         trained(tmp_path / "cache", tmp_path / "run")

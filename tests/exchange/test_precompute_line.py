@@ -43,9 +43,9 @@ def test_columns_that_were_renamed_and_rows_that_were_added_since(model_folder: 
 
 
 def test_what_was_imported(source: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export_pairs(source / "cache", "chat", tmp_path / "chat.parquet", say=lambda _: None)
+    export_pairs(source / "cache", "chat", tmp_path / "chat.parquet", log=lambda _: None)
     options = {"reference": "a friend's", "name": "mine", "model": model_folder, "dtype": "float32"}
-    import_pairs(tmp_path / "cache", tmp_path / "chat.parquet", say=lambda _: None, **options)
+    import_pairs(tmp_path / "cache", tmp_path / "chat.parquet", log=lambda _: None, **options)
     again = run_again(tmp_path / "cache", "mine/train", tmp_path / "again", monkeypatch)
     before = pairs_of(tmp_path / "cache", "mine")
     assert again.reference_id == before.reference_id

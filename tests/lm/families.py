@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 
-from dpo_cache.lm.self_check import Attention, choose_attention
+from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 
 VOCAB = 264
 BASE = {
@@ -110,7 +110,7 @@ def release() -> str:
     return ".".join(hf.__version__.split(".")[:2])
 
 
-def table_row(family: str, attention: Attention) -> str:
+def table_row(family: str, attention: AttentionChoice) -> str:
     """The family's line in the docs."""
     reason = "" if attention.name == "forest" else attention.reason.split(" by up to ")[0]  # the figure is the machine's
     return f"| {family} | {attention.name} | {reason} |"

@@ -3,33 +3,33 @@
 import pytest
 import torch
 
-from dpo_cache.lm.device import autocast, counted_as, kind_of
+from dpo_cache.lm.device import autocast, planning_device_type, simulate_device_type
 from dpo_cache.lm.forest.attention import plan_tree, use_forest_attention
 from dpo_cache.lm.forest.layout import build_forest
 from dpo_cache.lm.policy import completion_logps, default_micro_tokens
-from dpo_cache.lm.self_check import Attention
+from dpo_cache.lm.self_check import AttentionChoice
 from tests.conftest import make_completions, make_llama
 from tests.lm.families import make_model
 from tests.lm.memory.test_recompute import gradients
 
 COMPLETIONS = make_completions()
-FOREST = Attention("forest", "", has_plain_head=True)
+FOREST = AttentionChoice("forest", "", has_plain_head=True)
 
 
 def test_sizes_are_those_of_the_other_device() -> None:
     cpu = torch.device("cpu")
-    with counted_as("cuda"):
-        assert kind_of(cpu) == "cuda" and default_micro_tokens(cpu) == 4096
-    assert kind_of(cpu) == "cpu" and default_micro_tokens(cpu) == 1024
+    with simulate_device_type("cuda"):
+        assert planning_device_type(cpu) == "cuda" and default_micro_tokens(cpu) == 4096
+    assert planning_device_type(cpu) == "cpu" and default_micro_tokens(cpu) == 1024
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
 def test_what_cuda_runs_has_the_same_gradients(family: str) -> None:
     model = make_llama() if family == "llama" else make_model(family)
     use_forest_attention(model)
-    attention = FOREST if family == "llama" else Attention("forest", "")
+    attention = FOREST if family == "llama" else AttentionChoice("forest", "")
     expected = gradients(model, completion_logps(model, COMPLETIONS, attention).sums())
-    with counted_as("cuda"):
+    with simulate_device_type("cuda"):
         found = gradients(model, completion_logps(model, COMPLETIONS, attention).sums())
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

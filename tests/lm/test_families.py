@@ -8,7 +8,7 @@ import torch
 
 import dpo_cache
 from dpo_cache.lm.budget import Budget
-from dpo_cache.lm.self_check import Attention, choose_attention, score_completions
+from dpo_cache.lm.self_check import AttentionChoice, choose_attention, score_completions
 from dpo_cache.types import Completion
 from tests.conftest import make_completions, make_llama, naive_token_logps
 from tests.lm.families import FAMILIES, make_model, release, table_row
@@ -20,15 +20,15 @@ def fixed(tokens: int) -> Budget:
     return Budget(tokens, torch.device("cpu"), lambda _: None)
 
 
-def scores(model, completions: list[Completion], attention: Attention, budget: int) -> list[np.ndarray]:
+def scores(model, completions: list[Completion], attention: AttentionChoice, budget: int) -> list[np.ndarray]:
     found = dict(entry for progress in score_completions(model, completions, attention, fixed(budget)) for entry in progress.scores)
     return [found[index].token_logps for index in range(len(completions))]
 
 
-def assert_as_exact_as_plain(model, completions: list[Completion], found: dict[int, list[np.ndarray]], own_attention: str) -> None:
+def assert_as_exact_as_plain(model, completions: list[Completion], found: dict[int, list[np.ndarray]], original_attention: str) -> None:
     """Errs only as much as the model's own forward in float32 does against float64, plus rounding."""
     if model._can_set_attn_implementation():
-        model.set_attn_implementation(own_attention)
+        model.set_attn_implementation(original_attention)
     plain = [naive_token_logps(model, completion, torch.float32).double() for completion in completions]
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the grouped kernel has no float64

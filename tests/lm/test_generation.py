@@ -7,11 +7,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dpo_cache.lm import generation
 from dpo_cache.lm.forest.attention import FOREST_ATTENTION
-from dpo_cache.lm.generation import own_attention, write_answers
+from dpo_cache.lm.generation import original_attention, write_answers
 from dpo_cache.lm.kernels.onednn_linear import _forward, use_fast_linear
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.self_check import Attention, choose_attention
+from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from tests.conftest import make_completions, make_llama
 from tests.lm.families import FAMILIES, make_model
 
@@ -23,7 +23,7 @@ def prompts(*lengths: int) -> list[np.ndarray]:
     return [generator.integers(0, 250, length).astype(np.uint32) for length in lengths]
 
 
-def write(model: PreTrainedModel, texts: list[np.ndarray], attention: Attention, **changes) -> list[generation.Answer]:
+def write(model: PreTrainedModel, texts: list[np.ndarray], attention: AttentionChoice, **changes) -> list[generation.Answer]:
     return write_answers(model, texts, attention, **{"max_length": 30, "end_ids": [END], "pad_id": PAD, "seed": [3, 5], **changes})
 
 
@@ -52,7 +52,7 @@ def test_each_family_draws_from_its_own_probabilities(family: str) -> None:
     model = make_model(family)
     attention, texts = choose_attention(model, max_length=64), prompts(9, 3, 14)
     found = write(model, texts, attention, max_length=24)
-    with own_attention(model, attention):
+    with original_attention(model, attention):
         batches = [texts] if attention.max_rows is None else [[text] for text in texts]
         expected = [answer for first, batch in enumerate(batches) for answer in naive_answers(model, batch, 24, first)]
     assert [answer.token_ids.tolist() for answer in found] == expected

@@ -8,7 +8,7 @@ from dpo_cache.errors import OptionError
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.routing import router_coefficient, router_loss
 from dpo_cache.lm.rows import run_rows
-from dpo_cache.lm.self_check import Attention, choose_attention
+from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from tests.conftest import make_completions, make_llama
 from tests.lm.families import make_model
 
@@ -22,7 +22,9 @@ def test_the_router_loss_and_its_gradient_are_those_of_a_padded_batch(family: st
     rows = run_rows(plain, completions, output_router_logits=True)
     expected = load_balancing_loss_func(rows.outputs.router_logits, 4, 2, rows.mask)
     expected.backward()
-    attention = choose_attention(model, max_length=64) if how == "forest" else Attention("rows", "", max_rows=1 if how == "row by row" else None)
+    attention = (
+        choose_attention(model, max_length=64) if how == "forest" else AttentionChoice("rows", "", max_rows=1 if how == "row by row" else None)
+    )
     assert attention.name in how or how == "row by row"
     found = completion_logps(model, completions, attention, with_routing=True)
     assert found.routing is not None

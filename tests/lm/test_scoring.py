@@ -9,7 +9,7 @@ from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.self_check import TOLERANCES, Attention, choose_attention, score_completions
+from dpo_cache.lm.self_check import TOLERANCES, AttentionChoice, choose_attention, score_completions
 from dpo_cache.types import Completion
 from tests.conftest import make_completions, make_llama, naive_token_logps
 from tests.lm.families import TINY, make_model
@@ -19,7 +19,7 @@ from tests.lm.test_families import fixed, scores
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_takes_the_forest_and_stays_near_float32(dtype: torch.dtype) -> None:
     completions = make_completions(num_prompts=3)
-    exact = scores(make_llama(), completions, Attention("rows", ""), 4096)
+    exact = scores(make_llama(), completions, AttentionChoice("rows", ""), 4096)
     model = make_llama().to(dtype)
     attention = choose_attention(model, max_length=64)
     assert attention.name == "forest" and attention.gap <= TOLERANCES[dtype][0]
@@ -147,7 +147,7 @@ def test_the_search_for_a_chunk_takes_the_first_that_a_larger_one_does_not_beat(
     speeds = {512: 100.0, 1024: 130.0, 2048: 131.0, 4096: 500.0}  # tokens/s
     budget = Budget(None, torch.device("cpu"), lambda _: None)
     tried = []
-    while not budget.is_settled:
+    while not budget.has_stopped:
         tried.append(budget.tokens)
         budget.note(budget.tokens, budget.tokens / speeds[budget.tokens])
     assert tried == [512, 512, 1024, 1024, 2048, 2048] and budget.tokens == 1024

@@ -129,7 +129,7 @@ def test_the_same_weights_under_another_name_and_sharding_are_one_reference(
 def test_a_pair_set_of_another_make_is_replaced_and_that_is_said(model_folder: str, data_file: str, cache: str) -> None:
     remarks: list[str] = []
     dpo_cache.precompute(model_folder, data_file, cache)
-    dpo_cache.precompute(model_folder, data_file, cache, limit=5, say=remarks.append)
+    dpo_cache.precompute(model_folder, data_file, cache, limit=5, log=remarks.append)
     assert len(dpo_cache.open_cache(cache).pairs("pairs")) == 5
     assert any("pair set pairs/train is replaced: it held 12 pairs" in remark for remark in remarks)
 
@@ -271,7 +271,7 @@ def test_a_stream_that_breaks_is_told(model_folder: str, tmp_path: Path, cache: 
 def test_columns_and_options_without_use_are_said(model_folder: str, tmp_path: Path, cache: str) -> None:
     remarks: list[str] = []
     path = write_rows(tmp_path / "pairs.jsonl", [{"system": "Be brief.", "prompt": "a", "chosen": "b", "rejected": "c"}])
-    dpo_cache.precompute(model_folder, path, cache, ranked_pairs="best", say=remarks.append)
+    dpo_cache.precompute(model_folder, path, cache, ranked_pairs="best", log=remarks.append)
     assert any("the columns system are not used by the format text" in remark for remark in remarks)
     assert any("--ranked-pairs best has no effect on the format text" in remark for remark in remarks)
 

@@ -60,7 +60,7 @@ def test_the_same_weights_are_recognised(again, cache: Path, model_folder: str, 
     report = dpo_cache.precompute(folder, data_file, cache, name="pairs", expect_reference=reference_of(cache))
     assert (report.reference, report.scored_now, report.attention) == (reference_of(cache), 0, None)
     remarks: list[str] = []
-    dpo_cache.train(cache, tmp_path / "run", model=str(folder), max_steps=1, say=remarks.append)
+    dpo_cache.train(cache, tmp_path / "run", model=str(folder), max_steps=1, log=remarks.append)
     assert any("the policy is the reference" in remark for remark in remarks)
 
 
@@ -108,7 +108,7 @@ def test_an_adapter_beside_the_weights_is_refused(cache: Path, model_folder: str
 
 def test_a_pair_set_that_is_replaced_says_which_fields_differ(cache: Path, data_file: str, tmp_path: Path) -> None:
     remarks: list[str] = []
-    dpo_cache.precompute(save(tmp_path / "other", seed=1), data_file, cache, name="pairs", say=remarks.append)
+    dpo_cache.precompute(save(tmp_path / "other", seed=1), data_file, cache, name="pairs", log=remarks.append)
     (remark,) = (remark for remark in remarks if "is replaced" in remark)
     assert "pair set pairs/train is replaced: it held 12 pairs of reference" in remark
     assert "; before and now differ in weights: " in remark
@@ -116,7 +116,7 @@ def test_a_pair_set_that_is_replaced_says_which_fields_differ(cache: Path, data_
 
 def test_a_pair_set_that_is_cut_otherwise_says_so(cache: Path, model_folder: str, data_file: str) -> None:
     remarks: list[str] = []
-    dpo_cache.precompute(model_folder, data_file, cache, name="pairs", max_length=40, say=remarks.append)
+    dpo_cache.precompute(model_folder, data_file, cache, name="pairs", max_length=40, log=remarks.append)
     assert any("before and now differ in max_length: 1024 and 40." in remark for remark in remarks)
 
 
@@ -132,7 +132,7 @@ def test_training_on_a_reference_that_is_not_the_expected_one_is_refused(cache: 
 
 def test_a_policy_that_starts_elsewhere_is_told_once_with_the_fields(cache: Path, tmp_path: Path) -> None:
     remarks: list[str] = []
-    dpo_cache.train(cache, tmp_path / "run", model=str(save(tmp_path / "other", seed=1)), max_steps=2, say=remarks.append)
+    dpo_cache.train(cache, tmp_path / "run", model=str(save(tmp_path / "other", seed=1)), max_steps=2, log=remarks.append)
     told = [remark for remark in remarks if "is another model than the reference" in remark]
     assert len(told) == 1 and "they differ in weights: " in told[0]
 

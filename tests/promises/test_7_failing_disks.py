@@ -312,7 +312,7 @@ def test_7_a_pair_set_cannot_be_read_half(tmp_path: Path) -> None:
     cache = dpo_cache.open_cache(folder.root, create=True)
     publish_pairs(cache, "pairs", make_pairs(5))
     folder.remove(f"pairs/pairs/train/{cache.pairs('pairs').manifest['parts'][1]['file']}")
-    acts: list[Callable[[], object]] = [lambda: list(cache.pairs("pairs")), cache.pairs("pairs").hold]
+    acts: list[Callable[[], object]] = [lambda: list(cache.pairs("pairs")), cache.pairs("pairs").keep_open]
     for act in acts:
         with pytest.raises(StorageError, match="cannot read .*: No such file or directory.\nIt is gone, or its disk was unmounted"):
             act()

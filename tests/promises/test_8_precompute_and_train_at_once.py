@@ -28,7 +28,7 @@ def test_8_a_pair_set_that_is_held_reads_the_same_when_it_is_replaced_and_remove
     cache = open_cache(tmp_path / "cache", create=True)
     publish_pairs(cache, "pairs", make_pairs(9))
     held = cache.pairs("pairs")
-    held.hold()
+    held.keep_open()
     rows = iter(held)
     started = [plain(next(rows)) for _ in range(3)]
     publish_pairs(cache, "pairs", make_pairs(4, first_row=50))
@@ -58,7 +58,7 @@ def test_8_more_parts_than_files_may_be_open_are_held_where_the_system_grants_mo
     resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 20, hard))
     try:
         held = cache.pairs("pairs")
-        held.hold()
+        held.keep_open()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     remove_all(tmp_path / "cache")

@@ -20,7 +20,7 @@ OPTIONS = {"pairs": "pairs", "eval_pairs": "heldout", "batch_size": 5, "lr": 1e-
 
 
 def sweep(cache: str, output: Path, **options: Any) -> SweepReport:
-    return dpo_cache.sweep(cache, output, say=lambda _: None, **{**OPTIONS, **options})
+    return dpo_cache.sweep(cache, output, log=lambda _: None, **{**OPTIONS, **options})
 
 
 def test_a_grid_is_trained_compared_and_left_alone_when_finished(cache: str, tmp_path: Path, started: list[str]) -> None:
@@ -33,7 +33,7 @@ def test_a_grid_is_trained_compared_and_left_alone_when_finished(cache: str, tmp
     assert [(one.num_finished, len(one.rows)) for one in reports] == [(1, 4), (2, 4), (3, 4)]
     assert (seen[-1].num_done, seen[-1].done, seen[-1].seconds_left) == (4, 4, seen[-1].seconds_left)
 
-    alone = dpo_cache.train(cache, tmp_path / "alone", say=lambda _: None, **OPTIONS, beta=0.5, loss=("ipo",))
+    alone = dpo_cache.train(cache, tmp_path / "alone", log=lambda _: None, **OPTIONS, beta=0.5, loss=("ipo",))
     run = tmp_path / "all" / "beta=0.5,loss=ipo"
     assert (run / "model" / "model.safetensors").read_bytes() == (tmp_path / "alone" / "model" / "model.safetensors").read_bytes()
     row = next(row for row in report.rows if row.name == run.name)
@@ -59,7 +59,7 @@ def test_a_grid_is_trained_compared_and_left_alone_when_finished(cache: str, tmp
 def test_a_failure_is_told_the_others_go_on_and_it_is_tried_again(cache: str, tmp_path: Path, started: list[str]) -> None:
     said: list[str] = []
     grid = {**OPTIONS, "loss": "ipo", "beta": [1e-30, 0.1]}
-    report = dpo_cache.sweep(cache, tmp_path / "out", say=said.append, **grid)
+    report = dpo_cache.sweep(cache, tmp_path / "out", log=said.append, **grid)
     assert (report.num_finished, report.num_failed, report.finished) == (1, 1, False)
     failed = report.rows[-1]
     assert (failed.name, failed.state) == ("beta=1e-30", "failed")
@@ -67,7 +67,7 @@ def test_a_failure_is_told_the_others_go_on_and_it_is_tried_again(cache: str, tm
     assert f"beta=1e-30: failed with exit code 1; the others go on. All that it said: {tmp_path}/out/logs/beta=1e-30.log" in said
     assert (tmp_path / "out" / "logs" / "beta=1e-30.log").read_text().startswith(f"$ dpo-cache train --cache={cache} ")
     assert f"- beta=1e-30 failed: {failed.error}" in (tmp_path / "out" / "table.md").read_text()
-    dpo_cache.sweep(cache, tmp_path / "out", say=said.append, **grid)
+    dpo_cache.sweep(cache, tmp_path / "out", log=said.append, **grid)
     assert started == ["beta=1e-30", "beta=0.1", "beta=1e-30"]
 
 
@@ -83,7 +83,7 @@ def test_a_run_that_was_cut_off_goes_on(cache: str, tmp_path: Path, started: lis
     dpo_cache.train(
         cache,
         output / "beta=0.1",
-        say=lambda _: None,
+        log=lambda _: None,
         **OPTIONS,
         beta=0.1,
         on_metrics=lambda line: steps.append(line["step"]),

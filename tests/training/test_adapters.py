@@ -28,7 +28,7 @@ def adapter_weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 def test_a_fresh_adapter_starts_as_the_reference_and_is_saved_alone(cache: str, tmp_path: Path, model_folder: str) -> None:
     remarks: list[str] = []
-    report = train(cache, tmp_path / "run", eval_pairs="heldout", say=remarks.append, **LORA)
+    report = train(cache, tmp_path / "run", eval_pairs="heldout", log=remarks.append, **LORA)
     assert report.step_zero_gap is not None and report.step_zero_gap < 1e-4
     assert any("the policy is the reference" in remark for remark in remarks)
     assert 0 < report.num_trained < report.num_parameters / 4
@@ -83,7 +83,7 @@ def test_a_resumed_adapter_ends_as_one_that_never_stopped(cache: str, tmp_path: 
     calls: list[int] = []
     train(cache, tmp_path / "cut", should_stop=lambda: len(calls) + 1 == stop_after or calls.append(1), **options)
     remarks: list[str] = []
-    assert train(cache, tmp_path / "cut", resume=True, say=remarks.append, **options).finished
+    assert train(cache, tmp_path / "cut", resume=True, log=remarks.append, **options).finished
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
     one, other = adapter_weights(tmp_path / "whole/model"), adapter_weights(tmp_path / "cut/model")
     assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
@@ -93,7 +93,7 @@ def test_a_resumed_adapter_ends_as_one_that_never_stopped(cache: str, tmp_path: 
 def test_an_adapter_is_trained_on_and_scored_as_a_reference(cache: str, tmp_path: Path) -> None:
     first = train(cache, tmp_path / "first", max_steps=3, **LORA)
     remarks: list[str] = []
-    further = train(cache, tmp_path / "further", model=first.model, max_steps=1, say=remarks.append)
+    further = train(cache, tmp_path / "further", model=first.model, max_steps=1, log=remarks.append)
     assert further.step_zero_gap is not None and further.step_zero_gap > 1e-2
     assert any("the policy with its adapter switched off is the reference" in remark for remark in remarks)
     assert any("another model than the reference" in remark for remark in remarks)
@@ -101,7 +101,7 @@ def test_an_adapter_is_trained_on_and_scored_as_a_reference(cache: str, tmp_path
     dpo_cache.precompute(first.model, data, tmp_path / "cache")
     identity = open_cache(tmp_path / "cache").read_reference(open_cache(tmp_path / "cache").pairs("more").reference_id)["identity"]
     assert identity["adapter"]["config"]["r"] == 4 and len(identity["adapter"]["weights"]) == 64
-    report = dpo_cache.train(tmp_path / "cache", tmp_path / "second", max_steps=1, say=remarks.append)
+    report = dpo_cache.train(tmp_path / "cache", tmp_path / "second", max_steps=1, log=remarks.append)
     assert report.step_zero_gap is not None and report.step_zero_gap < 1e-3
     assert remarks[-1].endswith("the policy is the reference.")
 

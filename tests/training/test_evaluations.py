@@ -98,14 +98,14 @@ def test_another_rhythm_of_evaluations_would_find_another_best(cache: str, tmp_p
 
 def test_a_run_that_only_got_worse_says_so(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
-    train(cache, tmp_path / "run", say=remarks.append, **{**LEARNING, "lr": 1e-2, "max_steps": 2})
+    train(cache, tmp_path / "run", log=remarks.append, **{**LEARNING, "lr": 1e-2, "max_steps": 2})
     assert "no evaluation was better than the one before training." in remarks
 
 
 def test_evaluation_pairs_that_are_trained_on_are_counted(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
-    train(cache, tmp_path / "same", eval_pairs="pairs", max_steps=1, say=remarks.append)
+    train(cache, tmp_path / "same", eval_pairs="pairs", max_steps=1, log=remarks.append)
     assert "15 of 15 evaluation pairs stand in the training pairs, too: those are not held out." in remarks
     remarks.clear()
-    train(cache, tmp_path / "other", eval_pairs="heldout", max_steps=1, say=remarks.append)
+    train(cache, tmp_path / "other", eval_pairs="heldout", max_steps=1, log=remarks.append)
     assert not any("evaluation pairs" in remark for remark in remarks)

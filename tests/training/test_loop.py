@@ -13,7 +13,7 @@ from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.lm.memory.recompute import activation_bytes
 from dpo_cache.store import open_cache
 from dpo_cache.training import loop, passes
-from dpo_cache.training import step_memory as thrift
+from dpo_cache.training import step_memory as step_memory
 from dpo_cache.training.output import checkpoint
 from dpo_cache.training.output import run_folder as folder_module
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
@@ -187,7 +187,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(cache: str, tmp
     forward = passes.completion_logps
 
     def run_out(model, completions, attention, **extra):
-        mode = run_out.run.setup.thrift.mode
+        mode = run_out.run.setup.step_memory.mode
         if torch.is_grad_enabled():
             modes.append(mode)
             if mode != "full" or len(completions) > 8:
@@ -203,7 +203,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(cache: str, tmp
     monkeypatch.setattr(loop._Run, "__init__", note)
     monkeypatch.setattr(passes, "completion_logps", run_out)
     remarks: list[str] = []
-    train(cache, tmp_path / "tight", say=remarks.append, **options)
+    train(cache, tmp_path / "tight", log=remarks.append, **options)
     said = [remark.removeprefix("out of memory; the step is taken again, and the run goes on, with ") for remark in remarks if "memory" in remark]
     assert said[:2] == ["--gradient-checkpointing full. Nothing is lost.", "--micro-tokens 500. Nothing is lost."]
     for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "tight"), strict=True):
@@ -222,9 +222,9 @@ def test_a_step_begun_anew_is_counted_once(cache: str, tmp_path: Path, monkeypat
         return forward(model, completions, attention, **options)
 
     once, again = [], []
-    train(cache, tmp_path / "once", **options, say=once.append)
+    train(cache, tmp_path / "once", **options, log=once.append)
     monkeypatch.setattr(passes, "completion_logps", run_out)
-    train(cache, tmp_path / "again", **options, say=again.append)
+    train(cache, tmp_path / "again", **options, log=again.append)
     assert len(calls) > 3 and "over 16 completions" in once[-1]
     assert [remark for remark in again if remark.startswith("step zero")] == once[-1:]
     exact = [key for key in comparable(tmp_path / "once")[0] if key != "grad_norm"]
@@ -254,8 +254,8 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(cache: str, tmp_path: P
 def test_a_host_with_little_memory_recomputes_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     for share, expected in ((0.5, "cheap"), (1e-9, "full")):
-        monkeypatch.setattr(thrift, "SHARE_OF_FREE", share)
-        assert thrift.Thrift(make_llama(), 1000, "auto", print).mode == expected
+        monkeypatch.setattr(step_memory, "SHARE_OF_FREE", share)
+        assert step_memory.StepMemory(make_llama(), 1000, "auto", print).mode == expected
     assert activation_bytes(model, 1000, "none") > activation_bytes(model, 1000, "selective") > activation_bytes(model, 1000, "full") > 0
 
 
@@ -298,7 +298,7 @@ def test_epochs_are_whole_passes(cache: str, tmp_path: Path, epochs: float, batc
 
 def test_a_warm_up_that_takes_every_step_is_said(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
-    train(cache, tmp_path / "run", batch_size=32, say=remarks.append)
+    train(cache, tmp_path / "run", batch_size=32, log=remarks.append)
     assert any("nothing will be learned: the warm-up (--warmup-ratio 0.1) takes all 1 steps" in remark for remark in remarks)
 
 
@@ -368,7 +368,7 @@ def test_a_run_cut_off_before_its_first_checkpoint_starts_again(cache: str, tmp_
     cut_off(cache, tmp_path / "cut", 2)
     with pytest.raises(TrainingError, match="Go on with --resume"):
         train(cache, tmp_path / "cut")
-    assert train(cache, tmp_path / "cut", resume=True, say=remarks.append).finished
+    assert train(cache, tmp_path / "cut", resume=True, log=remarks.append).finished
     assert "cut off before its first checkpoint" in remarks[0]
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 
@@ -487,7 +487,7 @@ def test_another_policy_than_the_reference_is_said_not_refused(cache: str, tmp_p
     other, remarks = tmp_path / "other", []
     make_llama(seed=3).save_pretrained(other)
     make_tokenizer().save_pretrained(other)
-    report = train(cache, tmp_path / "run", model=str(other), max_steps=1, say=remarks.append)
+    report = train(cache, tmp_path / "run", model=str(other), max_steps=1, log=remarks.append)
     assert report.step_zero_gap is not None and report.step_zero_gap > 1
     assert any("the policy is another model than the reference" in remark for remark in remarks)
 

@@ -25,9 +25,9 @@ from tests.training.test_loop import assert_alike, metrics, train
 def test_losses_that_look_at_a_whole_step_do_not_depend_on_its_split(cache: str, tmp_path: Path, options: dict) -> None:
     remarks: list[str] = []
     shared = {"batch_size": 8, "max_steps": 2, "lr": 1e-4, "eval_pairs": "heldout", **options}
-    train(cache, tmp_path / "whole", micro_tokens="100000", say=remarks.append, **shared)
+    train(cache, tmp_path / "whole", micro_tokens="100000", log=remarks.append, **shared)
     assert not any("twice" in remark for remark in remarks)
-    train(cache, tmp_path / "split", micro_tokens="60", say=remarks.append, **shared)
+    train(cache, tmp_path / "split", micro_tokens="60", log=remarks.append, **shared)
     assert sum("run each of them twice" in remark for remark in remarks) == ("aot" in str(options))
     assert len(metrics(tmp_path / "whole")) == 4
     assert_alike(metrics(tmp_path / "whole"), metrics(tmp_path / "split"))

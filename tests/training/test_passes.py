@@ -24,7 +24,7 @@ def test_a_pair_that_is_too_long_is_run_one_answer_at_a_time(cache: str, tmp_pat
         return run(model, completions, attention, **extra)
 
     monkeypatch.setattr(passes, "completion_logps", note)
-    train(cache, tmp_path / "split", micro_tokens="20", say=remarks.append, **shared)
+    train(cache, tmp_path / "split", micro_tokens="20", log=remarks.append, **shared)
     assert {count for _, count, _ in sizes} == {1} and sum(with_gradient for with_gradient, _, _ in sizes) == 2 * 5 * 2
     assert sum("one answer at a time" in remark for remark in remarks) == 1
     assert len(metrics(tmp_path / "whole")) == 4
@@ -43,7 +43,7 @@ def test_a_pair_above_the_default_is_run_whole_while_memory_lasts(cache: str, tm
 
     monkeypatch.setattr(passes, "completion_logps", note)
     remarks: list[str] = []
-    train(cache, tmp_path / "run", max_steps=3, batch_size=2, gradient_checkpointing="none", say=remarks.append)
+    train(cache, tmp_path / "run", max_steps=3, batch_size=2, gradient_checkpointing="none", log=remarks.append)
     assert set(sizes[:5]) == {2} and 1 in sizes[5:]
     assert any("with pairs of more than 64 tokens one answer at a time. Nothing is lost." in remark for remark in remarks)
 
@@ -60,7 +60,7 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_less(cache: str, tmp
 
     monkeypatch.setattr(passes, "completion_logps", run_out)
     remarks: list[str] = []
-    train(cache, tmp_path / "tight", say=remarks.append, **shared)
+    train(cache, tmp_path / "tight", log=remarks.append, **shared)
     assert any(remark.startswith("out of memory") for remark in remarks)
     whole, tight = (metrics(tmp_path / name)[0] for name in ("whole", "tight"))
     assert whole["eval/num_pairs"] == tight["eval/num_pairs"] and whole["eval/loss"] == pytest.approx(tight["eval/loss"], abs=1e-6)

@@ -20,7 +20,7 @@ from dpo_cache.training import passes
 from dpo_cache.training.batches import completions_of, longest_pairs
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.output.report import Clock
-from dpo_cache.training.warnings import WINDOW, Signs
+from dpo_cache.training.warnings import WINDOW, RunWarnings
 from tests.conftest import make_llama
 from tests.training.test_loop import FAST, Killed, comparable, cut_off, forest_sizes, metrics, train, weights
 
@@ -46,9 +46,9 @@ def test_checkpoints_by_epochs(cache: str, tmp_path: Path) -> None:
 def test_a_run_begins_from_the_options_of_another(cache: str, tmp_path: Path) -> None:
     options = {"beta": 0.3, "loss": ("sigmoid:0.5", "sft:0.5"), "eval_pairs": "heldout", "eval_every": 2, "seed": 4, "max_steps": 3}
     train(cache, tmp_path / "one", **options)
-    report = dpo_cache.train(output=tmp_path / "two", config=tmp_path / "one/config.json", say=lambda text: None)
+    report = dpo_cache.train(output=tmp_path / "two", config=tmp_path / "one/config.json", log=lambda text: None)
     assert comparable(tmp_path / "one") == comparable(tmp_path / "two") and report.finished
-    dpo_cache.train(output=tmp_path / "three", config=str(tmp_path / "one/config.json"), beta=0.1, say=lambda text: None)
+    dpo_cache.train(output=tmp_path / "three", config=str(tmp_path / "one/config.json"), beta=0.1, log=lambda text: None)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "three")]
     assert (configs[0]["beta"], configs[1]["beta"]) == (0.3, 0.1) and configs[1]["loss"] == configs[0]["loss"] == ["sigmoid:0.5", "sft:0.5"]
 
@@ -64,7 +64,7 @@ def test_configs_that_are_none_are_refused(cache: str, tmp_path: Path) -> None:
 def test_a_dry_run_takes_a_step_on_the_longest_pairs_and_writes_nothing(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = forest_sizes(monkeypatch)
     remarks: list[str] = []
-    report = train(cache, tmp_path / "run", dry_run=True, eval_pairs="heldout", say=remarks.append)
+    report = train(cache, tmp_path / "run", dry_run=True, eval_pairs="heldout", log=remarks.append)
     assert report.is_dry_run and not report.finished and report.peak_bytes > 0 and report.resolved["total_steps"] == 4
     assert not (tmp_path / "run").exists() and sorted(path.name for path in tmp_path.iterdir()) == []
     pairs = list(open_cache(cache).pairs("pairs"))
@@ -210,7 +210,7 @@ def test_a_config_that_was_edited_wrongly_is_told(cache: str, tmp_path: Path, ch
 
 def test_the_opposite_is_seen_without_a_reference_too() -> None:
     remarks: list[str] = []
-    signs = Signs(remarks.append, is_logistic=False, has_reference=False)
+    signs = RunWarnings(remarks.append, is_logistic=False, has_reference=False)
     for number in range(3 * WINDOW):
         drift = 0.02 * number
         signs.note(step(number, **{"rewards/chosen": -5 - drift, "rewards/rejected": -6 + drift, "rewards/margins": 1 - 2 * drift}))
@@ -219,7 +219,7 @@ def test_the_opposite_is_seen_without_a_reference_too() -> None:
 
 def test_a_period_that_never_comes_about_is_said(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
-    train(cache, tmp_path / "run", save_every="100epochs", max_steps=2, say=remarks.append)
+    train(cache, tmp_path / "run", save_every="100epochs", max_steps=2, log=remarks.append)
     assert "--save-every 100epochs never comes about in 2 steps." in remarks
 
 
@@ -246,7 +246,7 @@ def step(number: int, **values: float) -> dict:
 )
 def test_signs_of_trouble_are_said_once_in_words(values: dict, text: str) -> None:
     remarks: list[str] = []
-    signs = Signs(remarks.append, is_logistic=True)
+    signs = RunWarnings(remarks.append, is_logistic=True)
     for number in range(3 * WINDOW):
         signs.note(step(number, **values))
         assert bool(remarks) == (number >= WINDOW - 1)
@@ -255,7 +255,7 @@ def test_signs_of_trouble_are_said_once_in_words(values: dict, text: str) -> Non
 
 def test_a_run_that_goes_well_hears_nothing() -> None:
     remarks: list[str] = []
-    signs = Signs(remarks.append, is_logistic=True)
+    signs = RunWarnings(remarks.append, is_logistic=True)
     for number in range(100):  # the usual picture: both likelihoods fall, the rejected one faster
         signs.note(step(number, **{"rewards/chosen": -0.01 * number, "rewards/rejected": -0.02 * number, "rewards/accuracies": 0.6, "loss": 0.5}))
     assert not remarks
@@ -263,7 +263,7 @@ def test_a_run_that_goes_well_hears_nothing() -> None:
 
 def test_a_gradient_of_nothing_is_said() -> None:
     remarks: list[str] = []
-    signs = Signs(remarks.append, is_logistic=True)
+    signs = RunWarnings(remarks.append, is_logistic=True)
     for number in range(3):
         signs.note({**step(number, loss=0.69), "grad_norm": 0.0 if number == 0 else 1.0})
     assert len(remarks) == 1 and "the gradient of the first step is 0" in remarks[0]
@@ -272,22 +272,22 @@ def test_a_gradient_of_nothing_is_said() -> None:
 def test_a_resumed_run_says_nothing_twice(cache: str, tmp_path: Path) -> None:
     options = {"epochs": 30.0, "lr": 3e-3, "batch_size": 5}
     remarks: dict[str, list[str]] = {"whole": []}
-    train(cache, tmp_path / "whole", say=remarks["whole"].append, **options)
+    train(cache, tmp_path / "whole", log=remarks["whole"].append, **options)
     last = len(metrics(tmp_path / "whole"))
     for stop in (10, last - 2):  # before and after it is said
         seen: list[int] = []
-        say = remarks.setdefault(f"stopped at {stop}", []).append
+        log = remarks.setdefault(f"stopped at {stop}", []).append
         watch = {"on_metrics": lambda line, seen=seen: seen.append(line["step"]), "should_stop": lambda seen=seen, stop=stop: seen[-1] == stop}
-        train(cache, tmp_path / f"cut-{stop}", say=say, **watch, **options)
+        train(cache, tmp_path / f"cut-{stop}", log=log, **watch, **options)
         assert seen[-1] == stop
-        train(cache, tmp_path / f"cut-{stop}", say=say, resume=True, **options)
+        train(cache, tmp_path / f"cut-{stop}", log=log, resume=True, **options)
     told = [[remark for remark in those if "saturated" in remark] for those in remarks.values()]
     assert len(told[0]) == 1 and told[1:] == [told[0], told[0]]
 
 
 def test_signs_come_through_a_run(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
-    train(cache, tmp_path / "run", epochs=30.0, lr=3e-3, batch_size=5, say=remarks.append)
+    train(cache, tmp_path / "run", epochs=30.0, lr=3e-3, batch_size=5, log=remarks.append)
     assert sum("margins are saturated" in remark for remark in remarks) == 1
 
 

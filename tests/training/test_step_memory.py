@@ -7,7 +7,7 @@ from dpo_cache.lm.memory.recompute import activation_bytes
 from dpo_cache.lm.model.adapter import add_adapter, lora_config
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
-from dpo_cache.training.step_memory import Thrift
+from dpo_cache.training.step_memory import StepMemory
 from tests.conftest import make_llama
 from tests.lm.families import make_model
 from tests.lm.memory.test_recompute import COMPLETIONS, gradients
@@ -17,11 +17,11 @@ def test_a_model_that_changes_what_is_kept_recomputes_in_full() -> None:
     model, remarks = make_model("gpt_oss"), []
     chosen = choose_attention(model, max_length=64)
     expected = gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
-    thrift = Thrift(model, 1000, "selective", remarks.append)
+    step_memory = StepMemory(model, 1000, "selective", remarks.append)
     with pytest.raises(RuntimeError) as caught:
         gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
-    thrift.save_more(caught.value)
-    assert thrift.mode == "full" and thrift.micro_tokens == 1000 and "does not suit this model" in remarks[0]
+    step_memory.save_more(caught.value)
+    assert step_memory.mode == "full" and step_memory.micro_tokens == 1000 and "does not suit this model" in remarks[0]
     found = gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -29,11 +29,11 @@ def test_a_model_that_changes_what_is_kept_recomputes_in_full() -> None:
 @pytest.mark.parametrize(("precision", "modes"), [("fp32", ["cheap", "full"]), ("bf16-mixed", ["cheap", "selective", "full"])])
 def test_memory_that_runs_out_takes_the_next_mode_that_keeps_less(precision: str, modes: list[str]) -> None:
     remarks: list[str] = []
-    thrift = Thrift(make_llama(), None, "auto", remarks.append, precision=precision)
-    seen = [thrift.mode]
-    while thrift.mode != "full":
-        thrift.save_more(torch.OutOfMemoryError())
-        seen.append(thrift.mode)
+    step_memory = StepMemory(make_llama(), None, "auto", remarks.append, precision=precision)
+    seen = [step_memory.mode]
+    while step_memory.mode != "full":
+        step_memory.save_more(torch.OutOfMemoryError())
+        seen.append(step_memory.mode)
     assert seen == modes and len(remarks) == len(modes) - 1
 
 
@@ -46,7 +46,7 @@ def test_adapters_are_not_taken_for_wide_layers() -> None:
 
 def test_what_mps_says_is_passed_on() -> None:
     remarks: list[str] = []
-    thrift = Thrift(make_llama(), 1000, "none", remarks.append)
-    thrift._device = torch.device("mps")
-    thrift.save_more(RuntimeError("MPS backend is tired\nand more"))
-    assert thrift.micro_tokens == 500 and remarks[0].startswith("MPS backend is tired; the step is taken again")
+    step_memory = StepMemory(make_llama(), 1000, "none", remarks.append)
+    step_memory._device = torch.device("mps")
+    step_memory.save_more(RuntimeError("MPS backend is tired\nand more"))
+    assert step_memory.micro_tokens == 500 and remarks[0].startswith("MPS backend is tired; the step is taken again")

@@ -75,7 +75,7 @@ def test_values_of_another_dtype_under_the_same_identity(place: Path) -> None:
 def test_a_reference_of_another_dtype_is_told_and_has_its_tolerance(place: Path) -> None:
     remarks: list[str] = []
     dpo_cache.precompute(place / "model", place / "pairs.jsonl", place / "cache", name="coarse", dtype="bfloat16")
-    report = train(str(place / "cache"), place / "run", pairs="coarse", say=remarks.append, max_steps=1)
+    report = train(str(place / "cache"), place / "run", pairs="coarse", log=remarks.append, max_steps=1)
     assert report.step_zero_gap is not None and report.step_zero_gap > 5e-3
     step_zero = StepZero(Expectation("float32", "bfloat16", True))
     step_zero.check([np.full(4, -9.0, np.float32)] * 4, [Score(np.full(4, -1.0, np.float32))] * 4, [0, 1, 2, 3])
@@ -121,11 +121,11 @@ def test_sums_over_truncated_answers(place: Path) -> None:
     ]
     data = place / "imported.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dpo_cache.import_pairs(place / "cache", data, reference="elsewhere", model=str(place / "model"), dtype="float32", say=lambda text: None)
+    dpo_cache.import_pairs(place / "cache", data, reference="elsewhere", model=str(place / "model"), dtype="float32", log=lambda text: None)
     message = stop(place, pairs="imported", step_zero="strict")
     assert "Likely cause: truncation: the cached sums are of fewer tokens than the answers have" in message
     remarks: list[str] = []
-    assert train(str(place / "cache"), place / "run", pairs="imported", say=remarks.append, max_steps=1).finished
+    assert train(str(place / "cache"), place / "run", pairs="imported", log=remarks.append, max_steps=1).finished
     assert any(
         "the values of the imported reference 'elsewhere' are not those of the policy.\nLikely cause: truncation" in remark for remark in remarks
     )
@@ -158,10 +158,10 @@ def test_an_adapter_that_does_not_start_at_nothing(place: Path) -> None:
 def test_warn_says_and_goes_on_and_off_says_nothing(place: Path) -> None:
     rescored(place, of(make_llama(seed=5)))
     remarks: list[str] = []
-    assert train(str(place / "cache"), place / "warned", step_zero="warn", say=remarks.append, max_steps=1).finished
+    assert train(str(place / "cache"), place / "warned", step_zero="warn", log=remarks.append, max_steps=1).finished
     assert any("beyond rounding" in remark and "Likely cause: weights" in remark for remark in remarks)
     remarks.clear()
-    report = train(str(place / "cache"), place / "silent", step_zero="off", say=remarks.append, max_steps=1)
+    report = train(str(place / "cache"), place / "silent", step_zero="off", log=remarks.append, max_steps=1)
     assert report.step_zero_gap is None and not any("step zero" in remark for remark in remarks)
 
 
@@ -211,10 +211,10 @@ def test_log_probs_that_are_no_numbers_are_a_gap(place: Path) -> None:
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_a_quantized_base_is_the_reference_that_was_quantized_alike(place: Path, quantize: str) -> None:
     data = place / "pairs.jsonl"
-    dpo_cache.precompute(place / "model", data, place / "cache", name="coarse", quantize=quantize, say=lambda text: None)
+    dpo_cache.precompute(place / "model", data, place / "cache", name="coarse", quantize=quantize, log=lambda text: None)
     remarks: list[str] = []
     options = {"pairs": "coarse", "quantize": quantize, "lora_r": 2, "max_steps": 2, "lr": 1e-3, "save_every": 1}
-    report = train(str(place / "cache"), place / "run", say=remarks.append, **options)
+    report = train(str(place / "cache"), place / "run", log=remarks.append, **options)
     assert report.finished and any("the policy is the reference." in remark for remark in remarks)
     assert report.step_zero_gap is not None and report.step_zero_gap < (1e-3 if quantize == "4bit" else 0.5)
 
@@ -222,7 +222,7 @@ def test_a_quantized_base_is_the_reference_that_was_quantized_alike(place: Path,
 def test_a_quantized_policy_under_a_whole_reference_is_told(place: Path) -> None:
     remarks: list[str] = []
     options = {"quantize": "4bit", "lora_r": 2, "max_steps": 1}
-    assert train(str(place / "cache"), place / "run", say=remarks.append, **options).finished
+    assert train(str(place / "cache"), place / "run", log=remarks.append, **options).finished
     assert any("another model than the reference" in remark for remark in remarks)
     shutil.rmtree(place / "run")
     assert "Likely cause: quantization (quantization.bnb_4bit" in stop(place, step_zero="strict", **options)

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from dpo_cache.lm.device import kind_of
+from dpo_cache.lm.device import planning_device_type
 from dpo_cache.lm.forest.layout import Forest
-from dpo_cache.lm.memory.recompute_later import remade
+from dpo_cache.lm.memory.recompute_later import recompute_later
 
 FOREST_ATTENTION = "dpo_cache_forest"
 
@@ -204,7 +204,7 @@ class TreePlan:
         for query, atoms in zip(queries, self.path_atoms, strict=True):
             path_keys, path_values = (_join_path([tensors[atom] for atom in atoms]) for tensors in (keys, values))
             parts.append(attend_segment(query, path_keys, path_values, rules, self.masks))
-        return remade(_join_segments, *parts)
+        return recompute_later(_join_segments, *parts)
 
 
 def plan_tree(forest: Forest, device_type: str = "cpu") -> TreePlan:
@@ -259,7 +259,7 @@ def _tail_mask(num_queries: int, length: int, like: torch.Tensor, masks: dict[An
         width = -(-length // 1024) * 1024
         masks[name] = _additive(np.arange(width) <= np.arange(width - num_queries, width)[:, None], like)
     tail_NP = masks[name][:, masks[name].shape[1] - length :]
-    if kind_of(like.device) != "cuda":
+    if planning_device_type(like.device) != "cuda":
         return tail_NP
     own = (num_queries, length)
     if own not in masks:
@@ -269,7 +269,7 @@ def _tail_mask(num_queries: int, length: int, like: torch.Tensor, masks: dict[An
 
 def _join_path(atoms_BKLE: Sequence[torch.Tensor]) -> torch.Tensor:
     """Keys or values of a whole path; a copy, but where it is in one piece."""
-    return remade(_concatenate, *atoms_BKLE) if len(atoms_BKLE) > 1 else atoms_BKLE[0]
+    return recompute_later(_concatenate, *atoms_BKLE) if len(atoms_BKLE) > 1 else atoms_BKLE[0]
 
 
 def _concatenate(*tensors_BKLE: torch.Tensor) -> torch.Tensor:
@@ -297,7 +297,7 @@ def attend_masked(query_BHNE: torch.Tensor, key_BKPE: torch.Tensor, value_BKPE: 
 def _attend_fused(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules, mask: torch.Tensor | None, is_causal: bool
 ) -> torch.Tensor:
-    if mask is not None and kind_of(query.device) == "cuda":
+    if mask is not None and planning_device_type(query.device) == "cuda":
         # its fused kernel for masks takes as many key heads as query heads; else all scores would be kept
         key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
     return F.scaled_dot_product_attention(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dpo_cache.lm.device import autocast_dtype, kind_of
+from dpo_cache.lm.device import autocast_dtype, planning_device_type
 from dpo_cache.lm.kernels.onednn_linear import TORCH, Products, products_of
 from dpo_cache.lm.model.parts import Head
 
@@ -58,7 +58,7 @@ def head_token_logps(hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T:
 
 
 def _rows_at_once(device: torch.device, vocab_size: int) -> int:
-    return max(16, LOGITS_PER_CHUNK.get(kind_of(device), 2**23) // vocab_size)
+    return max(16, LOGITS_PER_CHUNK.get(planning_device_type(device), 2**23) // vocab_size)
 
 
 @torch.no_grad()
@@ -196,6 +196,6 @@ def _places(targets_T: torch.Tensor, start: int, stop: int) -> tuple[torch.Tenso
 
 def _slices(weight_VD: torch.Tensor, num_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Slices of the vocabulary and where they start."""
-    size = max(1024, LOGITS_PER_SLICE[kind_of(weight_VD.device)] // max(1, num_tokens) // 512 * 512)
+    size = max(1024, LOGITS_PER_SLICE[planning_device_type(weight_VD.device)] // max(1, num_tokens) // 512 * 512)
     for start in range(0, len(weight_VD), size):
         yield start, weight_VD[start : start + size]

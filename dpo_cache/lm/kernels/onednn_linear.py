@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 PROBE_TOKENS = 256
 LEAST_WEIGHTS = 2**17  # of a layer: where the largest is smaller, calls cost more than products, and times tell nothing
-WORTH = 0.95  # of MKL's time that oneDNN may take to be worth the change
-CLEARLY_WORTH = 0.8  # the same where two runs are to decide alike, whatever else the machine does
+MIN_SPEEDUP = 0.95  # of MKL's time that oneDNN may take to be worth the change
+CLEAR_SPEEDUP = 0.8  # the same where two runs are to decide alike, whatever else the machine does
 
 
-def use_fast_linear(model: PreTrainedModel, *, worth: float = WORTH, decided: bool | None = None) -> bool:
+def use_fast_linear(model: PreTrainedModel, *, worth: float = MIN_SPEEDUP, decided: bool | None = None) -> bool:
     """Let the model's linear layers run through oneDNN, forward and backward, where that takes at most `worth` of MKL's time; whether it does.
 
     Rounding differs between the two: a run that goes on where another stopped says by `decided` which one that took.

@@ -12,7 +12,7 @@ in torch's own store, which stays on the device; only the input is moved.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from dpo_cache.lm.memory.recompute import decoder_layers
 from dpo_cache.lm.memory.recompute_later import saving
+from dpo_cache.log import Log
 
 LEAST_BYTES = 2**16  # of a storage that is worth a copy
 
@@ -38,17 +39,17 @@ class Transfer(Protocol):
         """The flat uint8 tensor on the device, ready to be read by what is computed next."""
 
 
-def offload_activations(model: PreTrainedModel, say: Callable[[str], None], transfer: Transfer | None = None) -> int:
+def offload_activations(model: PreTrainedModel, log: Log, transfer: Transfer | None = None) -> int:
     """Let the model's decoder layers keep their activations in host memory; the number of layers that do.
 
     After `Recomputation` has wrapped them. On a CPU, or MPS, host memory is all there is: nothing is done, and that is said.
     """
     if transfer is None and model.device.type != "cuda":
-        say(f"--offload-activations has no effect on {model.device.type}, whose activations are in host memory already.")
+        log(f"--offload-activations has no effect on {model.device.type}, whose activations are in host memory already.")
         return 0
     layers = decoder_layers(model)
     if not layers:
-        say(f"--offload-activations has no effect: {type(model).__name__} has no layers that take it.")
+        log(f"--offload-activations has no effect: {type(model).__name__} has no layers that take it.")
         return 0
     offload = _Offload(transfer or CudaTransfer(model.device))
     for layer in layers:

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cache.lm.device import autocast_dtype
-from dpo_cache.lm.memory.recompute_later import has_recipe, keep_recipes, keeps_recipes, remade
+from dpo_cache.lm.memory.recompute_later import is_on_tape, is_recording, recompute_later, recording
 
 MODES = ("none", "cheap", "selective", "full")
 
@@ -71,7 +71,7 @@ class Recomputation:
         if self.mode == "none" or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if self.mode == "cheap":
-            with keep_recipes():
+            with recording():
                 return forward(*args, **kwargs)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if self.mode == "selective":
@@ -98,23 +98,23 @@ def _run_alone(module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any)
     """A norm or an activation function."""
     if kwargs or len(args) != 1:
         return forward(*args, **kwargs)
-    return remade(forward, *args, parameters=tuple(module.parameters()))
+    return recompute_later(forward, *args, parameters=tuple(module.parameters()))
 
 
 def _run_gated(module: Any, forward: Any, *args: Any) -> Any:
     """`down_proj(act_fn(gate_proj(x)) * up_proj(x))`, of which what comes before `down_proj` is made again."""
-    if not keeps_recipes():
+    if not is_recording():
         return forward(*args)
-    return module.down_proj(remade(lambda gate, up: module.act_fn(gate) * up, module.gate_proj(*args), module.up_proj(*args)))
+    return module.down_proj(recompute_later(lambda gate, up: module.act_fn(gate) * up, module.gate_proj(*args), module.up_proj(*args)))
 
 
 def _cast_inputs(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Inputs of a linear layer as autocast would cast them, in a copy that is made again if they are: else the copy takes less than they do."""
     (inputs,) = args
     dtype = autocast_dtype(inputs.device)
-    if dtype is None or inputs.dtype != torch.float32 or not has_recipe(inputs):
+    if dtype is None or inputs.dtype != torch.float32 or not is_on_tape(inputs):
         return args
-    return (remade(lambda tensor: tensor.to(dtype), inputs),)
+    return (recompute_later(lambda tensor: tensor.to(dtype), inputs),)
 
 
 @cache

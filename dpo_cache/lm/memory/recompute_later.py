@@ -1,7 +1,7 @@
 """Tensors that are made again in the backward pass, from what is kept anyway, where that costs next to nothing.
 
 The output of a norm or an activation function, or a copy of keys, takes as much memory as a matrix product's, and a
-hundredth of its time. Within `keep_recipes`, what `remade` gives is kept as its recipe, the function and its inputs,
+hundredth of its time. Within `recording`, what `recompute_later` gives is kept as its recipe, the function and its inputs,
 wherever the backward pass asks for it: by the product that multiplies it, for one. It is made again when that is
 reached, once, and its own gradient is taken of that. The same operations give the gradients as if everything were
 kept; a tensor that is used beside its recipe, too, has its gradients added up in another order.
@@ -27,51 +27,51 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-_book: ContextVar[_Book | None] = ContextVar("book", default=None)
+_tape: ContextVar[RecomputeTape | None] = ContextVar("book", default=None)
 _hooks: ContextVar[Hooks] = ContextVar("hooks", default=(_itself, _itself))
 
 
-def remade(function: Callable[..., torch.Tensor], *inputs: torch.Tensor, parameters: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-    """`function(*inputs)`, which uses `parameters`, too; within `keep_recipes` it is kept as that call.
+def recompute_later(function: Callable[..., torch.Tensor], *inputs: torch.Tensor, parameters: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """`function(*inputs)`, which uses `parameters`, too; within `recording` it is kept as that call.
 
     The function gives one tensor, the same for the same inputs.
     """
-    book = _book.get()
-    if book is None or not torch.is_grad_enabled():
+    tape = _tape.get()
+    if tape is None or not torch.is_grad_enabled():
         return function(*inputs)
-    recipe = _Recipe(function, inputs, parameters, book)
-    output = _Remade.apply(recipe, *inputs, *parameters)
-    book.enter(output, recipe, inputs)
+    call = _RecordedCall(function, inputs, parameters, tape)
+    output = _RecomputeLater.apply(call, *inputs, *parameters)
+    tape.enter(output, call, inputs)
     return output
 
 
-def keeps_recipes() -> bool:
+def is_recording() -> bool:
     """Whether recipes are kept here and now."""
-    return _book.get() is not None and torch.is_grad_enabled()
+    return _tape.get() is not None and torch.is_grad_enabled()
 
 
-def has_recipe(tensor: torch.Tensor) -> bool:
+def is_on_tape(tensor: torch.Tensor) -> bool:
     """Whether the tensor is kept as a recipe here and now, so that what is made of it can be, too, without keeping more."""
-    book = _book.get()
-    return book is not None and torch.is_grad_enabled() and book.knows(tensor)
+    tape = _tape.get()
+    return tape is not None and torch.is_grad_enabled() and tape.knows(tensor)
 
 
 @contextmanager
-def keep_recipes() -> Iterator[None]:
-    """While open, what `remade` gives is kept as its recipe; the rest as under the `saving` around it."""
-    book = _Book(*_hooks.get())
-    token = _book.set(book)
+def recording() -> Iterator[None]:
+    """While open, what `recompute_later` gives is kept as its recipe; the rest as under the `saving` around it."""
+    tape = RecomputeTape(*_hooks.get())
+    token = _tape.set(tape)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(book.pack, lambda packed: _unpack(packed, book.fetch)):
+        with torch.autograd.graph.saved_tensors_hooks(tape.pack, lambda packed: _unpack(packed, tape.fetch)):
             yield
     finally:
-        _book.reset(token)
-        book.close()
+        _tape.reset(token)
+        tape.close()
 
 
 @contextmanager
 def saving(pack: Pack, unpack: Unpack) -> Iterator[None]:
-    """torch's hooks for tensors that are kept, which a `keep_recipes` inside uses for all that has no recipe."""
+    """torch's hooks for tensors that are kept, which a `recording` inside uses for all that has no recipe."""
     token = _hooks.set((pack, unpack))
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -80,51 +80,53 @@ def saving(pack: Pack, unpack: Unpack) -> Iterator[None]:
         _hooks.reset(token)
 
 
-class _Book:
+class RecomputeTape:
     """The recipes of a forward pass, by the storage of what they gave."""
 
     def __init__(self, pack: Pack, unpack: Unpack):
         self.keep, self.fetch = pack, unpack
-        self._recipes: dict[int, tuple[_Recipe, torch.Tensor, int]] = {}
+        self._calls: dict[int, tuple[_RecordedCall, torch.Tensor, int]] = {}
 
-    def enter(self, output: torch.Tensor, recipe: _Recipe, inputs: Sequence[torch.Tensor]) -> None:
+    def enter(self, output: torch.Tensor, call: _RecordedCall, inputs: Sequence[torch.Tensor]) -> None:
         if _storage(output) not in map(_storage, inputs):  # else it takes no memory of its own
-            self._recipes[_storage(output)] = recipe, output.detach(), output._version  # held: no other storage gets this address meanwhile
+            self._calls[_storage(output)] = call, output.detach(), output._version  # held: no other storage gets this address meanwhile
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """The recipe and which part of its output the tensor is, or whatever keeps it."""
-        recipe, output, version = self._recipes.get(_storage(tensor), (None, tensor, 0))
-        if recipe is None or output._version != version or tensor.dtype != output.dtype:  # changed in place: what the recipe gives is another
+        call, output, version = self._calls.get(_storage(tensor), (None, tensor, 0))
+        if call is None or output._version != version or tensor.dtype != output.dtype:  # changed in place: what the recipe gives is another
             return self.keep(tensor)
-        return _Part(recipe, tensor)
+        return _OutputView(call, tensor)
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        return _storage(tensor) in self._recipes
+        return _storage(tensor) in self._calls
 
     def close(self) -> None:
-        self._recipes.clear()
+        self._calls.clear()
 
 
-class _Part:
+class _OutputView:
     """A view of what a recipe gives."""
 
-    def __init__(self, recipe: _Recipe, tensor: torch.Tensor):
-        self._recipe, self._view = recipe, (tensor.size(), tensor.stride(), tensor.storage_offset())
+    def __init__(self, call: _RecordedCall, tensor: torch.Tensor):
+        self._recipe, self._view = call, (tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def tensor(self) -> torch.Tensor:
         return self._recipe.output().as_strided(*self._view)
 
 
 def _unpack(packed: Any, fetch: Unpack) -> torch.Tensor:
-    return packed.tensor() if isinstance(packed, _Part) else fetch(packed)
+    return packed.tensor() if isinstance(packed, _OutputView) else fetch(packed)
 
 
-class _Recipe:
+class _RecordedCall:
     """A function and its inputs, each kept as the book keeps it, which may be as a recipe, too."""
 
-    def __init__(self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], book: _Book):
-        self._function, self._parameters, self._fetch = function, parameters, book.fetch
-        self._inputs = [(book.pack(tensor.detach()), tensor.requires_grad, tensor._version) for tensor in inputs]
+    def __init__(
+        self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], tape: RecomputeTape
+    ):
+        self._function, self._parameters, self._fetch = function, parameters, tape.fetch
+        self._inputs = [(tape.pack(tensor.detach()), tensor.requires_grad, tensor._version) for tensor in inputs]
         self._autocast = _autocast_of(inputs[0].device)
         self._made: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
@@ -155,18 +157,18 @@ class _Recipe:
             return leaves, self._function(*leaves)
 
 
-class _Remade(torch.autograd.Function):
+class _RecomputeLater(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recipe: _Recipe, *inputs: torch.Tensor) -> torch.Tensor:
-        ctx.recipe = recipe
-        return recipe._function(*inputs[: len(recipe._inputs)])
+    def forward(ctx: Any, call: _RecordedCall, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.call = call
+        return call._function(*inputs[: len(call._inputs)])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        recipe, ctx.recipe = ctx.recipe, None  # its inputs go once nobody else needs them
-        if recipe is None:
+        call, ctx.call = ctx.call, None  # its inputs go once nobody else needs them
+        if call is None:
             raise RuntimeError("what was kept as a recipe has one backward pass")
-        return None, *recipe.gradients(grads[0])
+        return None, *call.gradients(grads[0])
 
 
 def _autocast_of(device: torch.device) -> Callable[[], Any]:

@@ -55,7 +55,7 @@ INERT_FIELDS = frozenset(
 
 
 @dataclass(frozen=True)
-class Parts:
+class CheckpointLocation:
     """Where the weights of a checkpoint lie, and those of the adapter over them, if there is one."""
 
     base: str
@@ -70,11 +70,11 @@ class Parts:
         return self.base, self.base_revision
 
 
-def find_parts(location: str, revision: str | None = None) -> Parts:
+def locate_checkpoint(location: str, revision: str | None = None) -> CheckpointLocation:
     """The base and the adapter of a local folder or Hub id. Raises `ModelError` for an adapter whose base is not there."""
     folder = _adapter_folder(location, revision)
     if folder is None:
-        return Parts(location, revision)
+        return CheckpointLocation(location, revision)
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         raise ModelError(
             f"{location}: holds an adapter and whole weights; which of the two is meant cannot be told.\nMove one of them to a folder of its own."
@@ -85,7 +85,7 @@ def find_parts(location: str, revision: str | None = None) -> Parts:
         raise ModelError(f"{folder / CONFIG_FILE}: names no base_model_name_or_path, the model that the adapter belongs to.\nWrite it there.")
     if os.path.isabs(base) and not os.path.isdir(base):
         raise ModelError(f"{location}: its base {base} is gone.\nCorrect base_model_name_or_path in {folder / CONFIG_FILE}.")
-    return Parts(base, base_revision, str(folder))
+    return CheckpointLocation(base, base_revision, str(folder))
 
 
 def lora_config(rank: int, alpha: float | None, targets: str) -> PeftConfig:
@@ -160,7 +160,7 @@ def describe(adapted: PeftModel) -> str:
     return _kind(config) + (f", rank {rank}" if isinstance(rank, int) else "")
 
 
-def starts_at_nothing(adapted: PeftModel) -> bool:
+def is_identity_at_init(adapted: PeftModel) -> bool:
     """Whether a fresh adapter is known to leave the model's log-probs as they are."""
     config = adapted.peft_config["default"]
     return _kind(config) == "IA3" or (_kind(config) == "LORA" and getattr(config, "init_lora_weights", True) is not False)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from dpo_cache.errors import ModelError, first_line
-from dpo_cache.lm.model.adapter import CONFIG_FILE, WEIGHTS_FILE, find_parts, read_config
+from dpo_cache.lm.model.adapter import CONFIG_FILE, WEIGHTS_FILE, locate_checkpoint, read_config
 from dpo_cache.lm.model.adapter import INERT_FIELDS as INERT_ADAPTER_FIELDS
 from dpo_cache.lm.model.quantization import check_quantizable
 from dpo_cache.types import QUANTIZATION_FIELDS
@@ -57,7 +57,7 @@ def reference_identity(
     `quantize` is what `load_model` makes of its weights: none, 8bit or 4bit.
     """
     check_quantizable(config, location, quantize)
-    parts = find_parts(location, revision)
+    parts = locate_checkpoint(location, revision)
     identity: dict[str, Any] = {
         "scoring": SCORING_VERSION,
         "weights": weights_digest(checkpoint_files(parts.base, revision=parts.base_revision)),

@@ -11,16 +11,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from dpo_cache.errors import ModelError, first_line
-from dpo_cache.lm.model.adapter import Parts, find_parts, load_adapter
-from dpo_cache.lm.model.quantization import check_quantizable, is_quantized, loading_config, settle_layers
+from dpo_cache.lm.model.adapter import CheckpointLocation, load_adapter, locate_checkpoint
+from dpo_cache.lm.model.quantization import check_quantizable, is_quantized, loading_config, prepare_layers
 
 
 def load_config(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's config, without its weights; of an adapter, its base's. Raises `ModelError`."""
-    return _config_of(find_parts(location, revision), location, trust_remote_code)
+    return _config_of(locate_checkpoint(location, revision), location, trust_remote_code)
 
 
-def _config_of(parts: Parts, location: str, trust_remote_code: bool) -> PreTrainedConfig:
+def _config_of(parts: CheckpointLocation, location: str, trust_remote_code: bool) -> PreTrainedConfig:
     """The config of a base that is found; errors name `location`, which was asked for."""
     try:
         return AutoConfig.from_pretrained(parts.base, revision=parts.base_revision, trust_remote_code=trust_remote_code)
@@ -58,7 +58,7 @@ def load_model(
     Only safetensors are read: a pickled checkpoint can run code. Eval mode is kept while training too:
     the reference is scored without dropout, so the policy is trained without it.
     """
-    parts = find_parts(location, revision)
+    parts = locate_checkpoint(location, revision)
     model = load_base(parts, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantize=quantize, compute_dtype=compute_dtype)
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
@@ -66,7 +66,7 @@ def load_model(
 
 
 def load_base(
-    parts: Parts,
+    parts: CheckpointLocation,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -106,6 +106,6 @@ def load_base(
             "They would be random. Give a complete checkpoint of a causal LM."
         )
     if is_quantized(model):
-        settle_layers(model)
+        prepare_layers(model)
         return model.eval()
     return model.to(device).eval()

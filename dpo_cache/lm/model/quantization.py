@@ -43,7 +43,7 @@ def loading_config(name: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(**fields, **({"bnb_4bit_compute_dtype": compute_dtype} if name == "4bit" else {}))
 
 
-def settle_layers(model: PreTrainedModel) -> None:
+def prepare_layers(model: PreTrainedModel) -> None:
     """Make freshly loaded bitsandbytes layers fit for training on any device."""
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of each product whose inputs are not float16
     for module in model.modules():

@@ -31,7 +31,7 @@ CHUNK_BYTES = 1 << 20
 Download = Callable[[BinaryIO], None]
 
 
-def open_parts() -> Parts:
+def open_local_copies() -> LocalCopies:
     """The folder and its limit as the environment says. Nothing is created before something is kept."""
     text = os.environ.get("DPO_CACHE_PARTS_GB", "") or str(DEFAULT_LIMIT_GB)
     try:
@@ -41,17 +41,17 @@ def open_parts() -> Parts:
         limit_bytes = -1
     if limit_bytes < 0:
         raise OptionError(f"DPO_CACHE_PARTS_GB={text}: expected a number of gigabytes, 0 or more.")
-    return Parts(parts_folder(), limit_bytes)
+    return LocalCopies(local_copies_folder(), limit_bytes)
 
 
-def parts_folder() -> Path:
+def local_copies_folder() -> Path:
     """Where the copies lie."""
     if chosen := os.environ.get("DPO_CACHE_PARTS"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo-cache" / "parts"
 
 
-class Parts:
+class LocalCopies:
     """The folder of local copies, bounded in size."""
 
     def __init__(self, folder: Path, limit_bytes: int):

@@ -22,8 +22,8 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.core import split_protocol
 
 from dpo_cache.errors import CorruptShardError, MissingFileError, OptionError, StorageError, first_line
-from dpo_cache.store.folders.local_copies import WrongDigestError, is_part_name, open_parts
-from dpo_cache.store.folders.retries import persist, remote_error
+from dpo_cache.store.folders.local_copies import WrongDigestError, is_part_name, open_local_copies
+from dpo_cache.store.folders.retries import remote_error, with_retries
 
 Result = TypeVar("Result")
 
@@ -79,7 +79,7 @@ class RemoteFolder:
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, url: str):
         self.filesystem, self.root, self.url = filesystem, root.rstrip("/"), url.rstrip("/") if root else url
-        self._parts = open_parts()
+        self._parts = open_local_copies()
         self._own = _own_changes.setdefault(self.url, {})
 
     def __str__(self) -> str:
@@ -178,7 +178,7 @@ class RemoteFolder:
     def modified(self, name: str) -> float | None:
         """When the file was written, in seconds since 1970; None where it is gone or the store does not say."""
         try:
-            return persist("read", f"{self.url}/{name}", lambda: self.filesystem.modified(self._path(name))).timestamp()
+            return with_retries("read", f"{self.url}/{name}", lambda: self.filesystem.modified(self._path(name))).timestamp()
         except FileNotFoundError:
             return None
         except StorageError as error:
@@ -196,7 +196,7 @@ class RemoteFolder:
     def remove(self, name: str) -> None:
         """Remove the file; nothing happens where it is gone already."""
         with suppress(FileNotFoundError):
-            persist("remove", f"{self.url}/{name}", lambda: self.filesystem.rm_file(self._path(name), **self._limit()))
+            with_retries("remove", f"{self.url}/{name}", lambda: self.filesystem.rm_file(self._path(name), **self._limit()))
         self._own[name] = False
 
     def free_bytes(self) -> int | None:
@@ -218,7 +218,7 @@ class RemoteFolder:
 
     def _call(self, verb: str, name: str, call: Callable[[], Result]) -> Result:
         try:
-            return persist(verb, f"{self.url}/{name}", call)
+            return with_retries(verb, f"{self.url}/{name}", call)
         except FileNotFoundError as error:
             raise self._missing(verb, name) from error
 
@@ -226,7 +226,7 @@ class RemoteFolder:
         """What the store says of the file or folder of this name; None where there is neither."""
         try:
             self.filesystem.invalidate_cache()
-            return persist("look for", f"{self.url}/{name}", lambda: self.filesystem.info(self._path(name), **self._limit()))
+            return with_retries("look for", f"{self.url}/{name}", lambda: self.filesystem.info(self._path(name), **self._limit()))
         except FileNotFoundError:
             return None
 
@@ -240,7 +240,7 @@ class RemoteFolder:
             return call()
 
         try:
-            return persist("list", f"{self.url}/{folder}".rstrip("/"), fresh)
+            return with_retries("list", f"{self.url}/{folder}".rstrip("/"), fresh)
         except FileNotFoundError:
             return None
 

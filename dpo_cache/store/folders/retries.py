@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import http.client
-import logging
 import random
 import socket
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from dpo_cache.errors import StorageError, first_line
+from dpo_cache.log import log_remark
 
 Result = TypeVar("Result")
 
@@ -68,7 +68,7 @@ KINDS = {
 }
 
 
-def persist(verb: str, place: str, call: Callable[[], Result]) -> Result:
+def with_retries(verb: str, place: str, call: Callable[[], Result]) -> Result:
     """What the call returns. It must be harmless to repeat.
 
     Raises `FileNotFoundError` where the file is not there, and `StorageError` for all else that stays, or that
@@ -86,9 +86,7 @@ def persist(verb: str, place: str, call: Callable[[], Result]) -> Result:
                 raise remote_error(verb, place, error, tries, waited_s) from error
             if not is_said and waited_s + wait_s > SAID_AFTER_S:
                 is_said = True
-                logging.getLogger("dpo_cache").warning(
-                    f"cannot {verb} {place} so far ({describe(error)}; tried {tries} of {len(WAITS_S) + 1} times); trying again."
-                )
+                log_remark(f"cannot {verb} {place} so far ({describe(error)}; tried {tries} of {len(WAITS_S) + 1} times); trying again.")
             time.sleep(wait_s * random.uniform(0.5, 1))
     raise AssertionError("the last try returns or raises")
 

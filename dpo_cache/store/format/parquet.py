@@ -111,7 +111,7 @@ class ParquetReaders:
         self._hashed: dict[str, bytes] = {}  # digest of the footer of each file that was hashed
         self._held: dict[str, pa.NativeFile] = {}
 
-    def hold(self, names: Sequence[str]) -> None:
+    def keep_open(self, names: Sequence[str]) -> None:
         """Open these files now, and keep them open: an open file outlives its name."""
         self._held = {name: open_source(self._folder, f"{self._place}/{name}") for name in names}
 

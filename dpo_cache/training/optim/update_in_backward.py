@@ -16,7 +16,7 @@ import torch
 from dpo_cache.training.optim.updates import Updater
 
 
-class FreedGradients:
+class OptimizerInBackward:
     """Runs the last backward pass of each step so that parameters are updated within it.
 
     A parameter of several places in the model is updated once, when the gradients of all of them have been added up.

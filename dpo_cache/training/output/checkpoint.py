@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.files.sync import sync
-from dpo_cache.training.inputs import Policy
+from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.optim.updates import Updater
 
 
@@ -32,11 +32,11 @@ class RunPosition:
     step: int = 0
     epoch: int = 0
     pairs_seen: int = 0
-    thrift: dict[str, Any] | None = None  # how steps were split when it was saved: another split rounds otherwise
+    step_memory: dict[str, Any] | None = None  # how steps were split when it was saved: another split rounds otherwise
     best: dict[str, Any] | None = None  # the best evaluation so far: its step and value, and how many since were no better
 
 
-def save_checkpoint(run: Path, policy: Policy, optimizer: Updater, progress: RunPosition, *, keep: int) -> Path:
+def save_checkpoint(run: Path, policy: TrainedModel, optimizer: Updater, progress: RunPosition, *, keep: int) -> Path:
     """Publish the state after a step, then drop all but the last `keep`. Raises `TrainingError` where the disk refuses."""
     target = run / "checkpoints" / f"step-{progress.step:06d}"
 
@@ -50,7 +50,7 @@ def save_checkpoint(run: Path, policy: Policy, optimizer: Updater, progress: Run
     return target
 
 
-def write_policy(target: Path, policy: Policy, write_more: Any = lambda _: None, *, remedy: str) -> None:
+def write_policy(target: Path, policy: TrainedModel, write_more: Any = lambda _: None, *, remedy: str) -> None:
     """Publish a folder with the policy's weights (an adapter's alone), its tokenizer and what `write_more` adds: whole or absent."""
     scratch = target.with_name(f".{target.name}.tmp")
     try:
@@ -86,7 +86,10 @@ def find_checkpoints(run: Path) -> list[Path]:
 def read_progress(checkpoint: Path) -> RunPosition:
     """Where the run stood when the checkpoint was saved."""
     try:
-        return RunPosition(**json.loads((checkpoint / "state.json").read_text()))
+        state = json.loads((checkpoint / "state.json").read_text())
+        if "thrift" in state:  # what earlier versions called it
+            state["step_memory"] = state.pop("thrift")
+        return RunPosition(**state)
     except (OSError, ValueError, TypeError) as error:
         raise damaged(checkpoint / "state.json", error) from error
 

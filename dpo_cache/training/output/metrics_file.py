@@ -41,7 +41,7 @@ class MetricsFile:
         except OSError as error:
             raise self._cannot_write(error) from error
 
-    def settle(self) -> None:
+    def fsync(self) -> None:
         """Wait until what was written is on the disk: a checkpoint must not outlive the lines before it."""
         if self.path.exists():
             sync(self.path)

@@ -25,8 +25,8 @@ from dpo_cache.store.format.documents import Document
 
 LOSS_SETTINGS = ("beta", "label_smoothing", "f_divergence", "f_alpha", "ld_alpha", "ld_reference", "wpo", "discopop_tau", "simpo_gamma", "cpo_alpha",
                  "reference_free", "router_aux_loss_coef")  # fmt: skip
-SAID_ELSEWHERE = {"model", "pairs", "eval_pairs", "loss", "reference", *LOSS_SETTINGS}
-OF_THE_MACHINE = {"cache", "output", "config", "resume", "dry_run", "log_to", "log_names", "trust_remote_code"}
+SHOWN_IN_SECTIONS = {"model", "pairs", "eval_pairs", "loss", "reference", *LOSS_SETTINGS}
+MACHINE_ONLY = {"cache", "output", "config", "resume", "dry_run", "log_to", "log_names", "trust_remote_code"}
 
 
 def model_card(
@@ -178,7 +178,7 @@ def _procedure(config: Mapping[str, Any], num_steps: int | None, last: Metrics |
 
 def _options(config: Mapping[str, Any]) -> str:
     defaults = _defaults()
-    changed = [name for name in defaults if name not in SAID_ELSEWHERE | OF_THE_MACHINE and _listed(config[name]) != _listed(defaults[name])]
+    changed = [name for name in defaults if name not in SHOWN_IN_SECTIONS | MACHINE_ONLY and _listed(config[name]) != _listed(defaults[name])]
     if not changed:
         return ""
     return "## Options that differ from their defaults\n\n" + _table([(f"`{_flags()[name]}`", _shown(config[name])) for name in changed])

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from transformers import PreTrainedModel
 from dpo_cache.errors import TrainingError
 from dpo_cache.files.sync import sync
 from dpo_cache.lm.model.adapter import restore_adapter
+from dpo_cache.log import Log
 from dpo_cache.options.train import complete_config
 from dpo_cache.store.folders.local import free_bytes
-from dpo_cache.training.inputs import Policy
+from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.output.checkpoint import damaged, find_checkpoints, write_policy
 from dpo_cache.training.output.model_card import write_card
 
@@ -45,7 +45,7 @@ BEST_FILE = "best.json"
 FIXED_RESOLVED = ("base_weights", "reference", "pairs_digest", "num_pairs", "total_steps", "precision")
 
 
-def find_start(folder: Path, say: Callable[[str], None], *, resume: bool) -> Path | None:
+def find_start(folder: Path, log: Log, *, resume: bool) -> Path | None:
     """The checkpoint to go on from; None for a run that starts at the beginning.
 
     Raises `TrainingError` where the folder does not fit.
@@ -70,7 +70,7 @@ def find_start(folder: Path, say: Callable[[str], None], *, resume: bool) -> Pat
             "Choose another --output, and --save-every N for checkpoints."
         )
     if not checkpoints:
-        say(f"{folder}: cut off before its first checkpoint (--save-every N makes some); it starts again.")
+        log(f"{folder}: cut off before its first checkpoint (--save-every N makes some); it starts again.")
         return None
     return checkpoints[-1]
 
@@ -144,7 +144,7 @@ def check_disk(folder: Path, model: PreTrainedModel, *, num_checkpoints: int, ke
         )
 
 
-def save_best(folder: Path, policy: Policy, found: dict[str, Any], card: str) -> None:
+def save_best(folder: Path, policy: TrainedModel, found: dict[str, Any], card: str) -> None:
     """RUN/best with its model card, which replaces an earlier one."""
 
     def write(scratch: Path) -> None:
@@ -154,7 +154,7 @@ def save_best(folder: Path, policy: Policy, found: dict[str, Any], card: str) ->
     write_policy(folder / "best", policy, write, remedy="Free some space, then go on from the last checkpoint with --resume.")
 
 
-def save_model(folder: Path, policy: Policy, card: str, *, takes_best: bool, is_merged: bool) -> None:
+def save_model(folder: Path, policy: TrainedModel, card: str, *, takes_best: bool, is_merged: bool) -> None:
     """RUN/model with its card, whole or absent: the policy as it is or, with `takes_best`, as it was at the best evaluation."""
     best = folder / "best"
     if takes_best and policy.adapted is not None:

@@ -7,7 +7,7 @@ prompt + answer. The prompt stands as the model reads it, with its special token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from dpo_cache.errors import TrainingError
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.device import autocast
 from dpo_cache.lm.generation import Answer, write_answers
+from dpo_cache.log import Log
 from dpo_cache.training.batches import stream_pairs
-from dpo_cache.training.inputs import Policy, TrainingPairs
+from dpo_cache.training.inputs import TrainedModel, TrainingPairs
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.types import ScoredPair
 
@@ -26,7 +27,7 @@ FILE = "samples.jsonl"
 SHOWN = 80  # characters of a prompt's end, and of an answer's start, in a remark
 
 
-def open_sampler(num_prompts: int, data: TrainingPairs, policy: Policy, *, output: Path, seed: int, say: Callable[[str], None]) -> Sampler | None:
+def open_sampler(num_prompts: int, data: TrainingPairs, policy: TrainedModel, *, output: Path, seed: int, log: Log) -> Sampler | None:
     """What lets the policy answer the first distinct evaluation prompts; None where none are asked for. Raises `TrainingError`."""
     if not num_prompts or data.eval_pairs is None:
         return None
@@ -37,10 +38,10 @@ def open_sampler(num_prompts: int, data: TrainingPairs, policy: Policy, *, outpu
     max_length = min(longest, positions or longest)
     prompts = _distinct_prompts(stream_pairs(data.eval_pairs, data.eval_selected, shuffle=False, seed=0, epoch=0), num_prompts, max_length)
     if len(prompts) < num_prompts:
-        say(
+        log(
             f"--sample {num_prompts}: the evaluation pairs have {len(prompts)} distinct prompts shorter than {max_length} tokens; those are answered."
         )
-    return Sampler(MetricsFile(output / FILE), prompts, policy, max_length, seed, say)
+    return Sampler(MetricsFile(output / FILE), prompts, policy, max_length, seed, log)
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Sampler:
 
     file: MetricsFile
     prompts: list[ScoredPair]
-    policy: Policy
+    policy: TrainedModel
     max_length: int  # tokens of prompt and answer
     seed: int
-    say: Callable[[str], None]
+    log: Log
 
     def write(self, step: int) -> None:
         """Let the policy answer, after a step. Where not even one answer fits into memory that is said, and none are written."""
@@ -73,13 +74,13 @@ class Sampler:
         except RuntimeError as error:
             if not is_out_of_memory(error, model.device):
                 raise
-            self.say(f"step {step}: memory does not suffice to sample a single answer beside the training; none is in {FILE}. The run goes on.")
+            self.log(f"step {step}: memory does not suffice to sample a single answer beside the training; none is in {FILE}. The run goes on.")
             return
         lines = [self._line(step, scored, answer) for scored, answer in zip(self.prompts, answers, strict=True)]
         for line in lines:
             self.file.append(line)
         if lines:
-            self.say(f"step {step}, sample of row {lines[0]['row']}: {_end_of(lines[0]['prompt'])} -> {_start_of(lines[0]['sample'])}")
+            self.log(f"step {step}, sample of row {lines[0]['row']}: {_end_of(lines[0]['prompt'])} -> {_start_of(lines[0]['sample'])}")
 
     def _line(self, step: int, scored: ScoredPair, answer: Answer) -> dict:
         tokenizer, chosen = self.policy.tokenizer, scored.pair.chosen

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from dpo_cache.errors import TrainingError, first_line
+from dpo_cache.log import Log
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.training.output.tracker_names import tracked_names
 
@@ -36,8 +37,6 @@ FIRST_PAUSE_S = 60.0  # before a tracker that failed is tried again; doubled eac
 STOPPED_EXIT_CODE = 130
 LONE_PROCESS = {"LOCAL_RANK": -1, "WORLD_SIZE": 1, "PMI_SIZE": 1, "OMPI_COMM_WORLD_SIZE": 1, "MV2_COMM_WORLD_SIZE": 1}  # what launchers set
 
-Say = Callable[[str], None]
-
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise `TrainingError` naming the pip command where a tracker that is asked for is not installed."""
@@ -48,7 +47,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(
-    names: Sequence[str], output: Path, config: dict[str, Any], *, log_names: str, history: Sequence[Metrics], is_resumed: bool, say: Say
+    names: Sequence[str], output: Path, config: dict[str, Any], *, log_names: str, history: Sequence[Metrics], is_resumed: bool, log: Log
 ) -> Trackers:
     """The trackers, opened, each with the run's config and the `history` that it lacks. Raises `TrainingError`.
 
@@ -59,7 +58,7 @@ def open_trackers(
     trackers = Trackers(opened, log_names)
     try:
         for name in names:
-            opened.append(_open(name, output, config, known.get(name), history, say))
+            opened.append(_open(name, output, config, known.get(name), history, log))
         if names:
             _write_ids(output, {**known, **{tracker.name: {"id": tracker.id} for tracker in opened}})
         trackers.replay(history)
@@ -113,9 +112,9 @@ class Trackers:
 class _Tracker:
     """One of accelerate's trackers, which may fail; `last_step` is what its run holds already and takes no second time."""
 
-    def __init__(self, name: str, tracker: Any, id: str, last_step: int, *, is_new: bool, say: Say):
+    def __init__(self, name: str, tracker: Any, id: str, last_step: int, *, is_new: bool, log: Log):
         self.name, self.id, self.is_new = name, id, is_new
-        self._tracker, self._last_step, self._say = tracker, last_step, say
+        self._tracker, self._last_step, self._log = tracker, last_step, log
         self._waiting: list[tuple[int, Metrics]] = []
         self._pause_s, self._next_try = FIRST_PAUSE_S, 0.0
         self._has_failed = False
@@ -134,9 +133,9 @@ class _Tracker:
             with _quiet_process():
                 _finish(self.name, self._tracker, state)
         except Exception as error:  # whatever a tracker raises, the run's result stands
-            self._say(f"--log-to {self.name}: not closed properly ({first_line(error)}).")
+            self._log(f"--log-to {self.name}: not closed properly ({first_line(error)}).")
         if lost:
-            self._say(f"--log-to {self.name}: {lost} lines could not be sent; metrics.jsonl has them.")
+            self._log(f"--log-to {self.name}: {lost} lines could not be sent; metrics.jsonl has them.")
 
     def _send_waiting(self) -> None:
         try:
@@ -150,7 +149,7 @@ class _Tracker:
             self._next_try, self._pause_s = time.monotonic() + self._pause_s, 2 * self._pause_s
             if not self._has_failed:
                 self._has_failed = True
-                self._say(
+                self._log(
                     f"--log-to {self.name}: {first_line(error)}. The training goes on, metrics.jsonl has every line, and what waits is sent "
                     "when the tracker works again. This is said once."
                 )
@@ -159,7 +158,7 @@ class _Tracker:
 # -- what differs between them -------------------------------------------------------------------------------------------------
 
 
-def _open(name: str, output: Path, config: dict[str, Any], known: dict[str, str] | None, history: Sequence[Metrics], say: Say) -> _Tracker:
+def _open(name: str, output: Path, config: dict[str, Any], known: dict[str, str] | None, history: Sequence[Metrics], log: Log) -> _Tracker:
     make = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}[name]
     next_step = int(history[-1]["step"]) + 1 if history else 0
     try:
@@ -170,8 +169,8 @@ def _open(name: str, output: Path, config: dict[str, Any], known: dict[str, str]
     except Exception as error:  # of whatever kind the tracker's package raises
         raise TrainingError(f"--log-to {name} cannot be opened: {first_line(error)}\nMend that, or leave it out.") from error
     if known and is_new:
-        say(f"--log-to {name}: its run of before is not there any more; a new one begins, with all that metrics.jsonl holds.")
-    return _Tracker(name, tracker, id, last_step, is_new=is_new, say=say)
+        log(f"--log-to {name}: its run of before is not there any more; a new one begins, with all that metrics.jsonl holds.")
+    return _Tracker(name, tracker, id, last_step, is_new=is_new, log=log)
 
 
 def _tensorboard(output: Path, known: str | None, next_step: int) -> tuple[Any, str, int, bool]:

@@ -10,7 +10,7 @@ from dpo_cache.lm.forest.attention import Rules
 from dpo_cache.lm.forest.flex import FlexPlan
 from dpo_cache.lm.forest.stream import Stream
 from dpo_cache.lm.scoring import _segments
-from dpo_cache.lm.self_check import Attention, choose_attention
+from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.types import Completion
 from tests.conftest import make_completions
 from tests.lm.families import make_model
@@ -46,7 +46,7 @@ def test_a_query_sees_its_own_path_and_nothing_else(given_completions: list[Comp
 def test_the_flex_plan_gives_the_log_probs_of_the_segments(family: str) -> None:
     model, given_completions = make_model(family), make_completions()
     segments = choose_attention(model, max_length=64)
-    flex = Attention("forest", "for the test", kernel="flex")
+    flex = AttentionChoice("forest", "for the test", kernel="flex")
     for budget in (13, 4096):
         for one, other in zip(scores(model, given_completions, flex, budget), scores(model, given_completions, segments, budget), strict=True):
             assert np.abs(one - other).max() < 3e-5

@@ -15,7 +15,7 @@ from tests.conftest import make_llama
 from tests.lm.families import make_model
 from tests.lm.memory.test_recompute import COMPLETIONS, gradients
 
-LEAST = 4096  # bytes: tiny models have tiny activations
+MIN_TOKENS = 4096  # bytes: tiny models have tiny activations
 
 
 class FakeTransfer:
@@ -43,7 +43,7 @@ class FakeTransfer:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "gpt2", "deepseek_v3", "bloom"])
 def test_gradients_are_the_same_to_the_bit(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "LEAST_BYTES", LEAST)
+    monkeypatch.setattr(offload, "LEAST_BYTES", MIN_TOKENS)
     model = make_model(family)
     chosen = choose_attention(model, max_length=64)
     Recomputation(model).mode = mode
@@ -57,7 +57,7 @@ def test_gradients_are_the_same_to_the_bit(family: str, mode: str, monkeypatch: 
 
 
 def test_weights_shared_and_small_tensors_stay_and_all_else_is_moved_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "LEAST_BYTES", LEAST)
+    monkeypatch.setattr(offload, "LEAST_BYTES", MIN_TOKENS)
     model = make_llama()
     chosen = choose_attention(model, max_length=64)
     seen: list[tuple[int, int]] = []
@@ -84,9 +84,9 @@ def test_weights_shared_and_small_tensors_stay_and_all_else_is_moved_once(monkey
         layer.forward = lambda *args, forward=forward, **kwargs: spy(forward, *args, **kwargs)
     completion_logps(model, COMPLETIONS, chosen)
     weights = {parameter.data_ptr() for parameter in model.parameters()}
-    expected = {(address, size) for address, size in seen if size >= LEAST and address not in shared | weights}
+    expected = {(address, size) for address, size in seen if size >= MIN_TOKENS and address not in shared | weights}
     for left_alone in (shared, weights):
-        assert any(address in left_alone and size >= LEAST for address, size in seen)
+        assert any(address in left_alone and size >= MIN_TOKENS for address, size in seen)
 
     for layer, forward in zip(layers, plain, strict=True):
         layer.forward = forward
@@ -94,11 +94,11 @@ def test_weights_shared_and_small_tensors_stay_and_all_else_is_moved_once(monkey
     offload_activations(model, pytest.fail, transfer)
     completion_logps(model, COMPLETIONS, chosen)
     assert sorted(content.numel() for content in transfer.moved) == sorted(size for _, size in expected)
-    assert min(content.numel() for content in transfer.moved) >= LEAST and not weights & set(transfer.addresses)
+    assert min(content.numel() for content in transfer.moved) >= MIN_TOKENS and not weights & set(transfer.addresses)
 
 
 def test_what_came_back_goes_as_soon_as_its_layer_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "LEAST_BYTES", LEAST)
+    monkeypatch.setattr(offload, "LEAST_BYTES", MIN_TOKENS)
     model = make_llama(num_hidden_layers=6)
     chosen, transfer = choose_attention(model, max_length=64), FakeTransfer()
     alive: list[weakref.ref] = []

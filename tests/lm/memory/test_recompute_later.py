@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dpo_cache.lm.memory.recompute import Recomputation
-from dpo_cache.lm.memory.recompute_later import keep_recipes, remade
+from dpo_cache.lm.memory.recompute_later import recompute_later, recording
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
 from dpo_cache.planning.live_bytes import LiveBytes
@@ -54,8 +54,8 @@ def test_less_is_kept(precision: str, most: float) -> None:
 
 def test_a_frozen_norm_under_something_trained_is_made_again() -> None:
     norm, layer, inputs = nn.LayerNorm(8).requires_grad_(False), nn.Linear(8, 4), torch.randn(3, 8)
-    with keep_recipes():
-        output = layer(remade(norm, inputs))
+    with recording():
+        output = layer(recompute_later(norm, inputs))
     output.sum().backward()
     assert torch.allclose(layer.weight.grad, norm(inputs).sum(0).expand(4, 8))
 
@@ -64,12 +64,12 @@ def test_recipes_of_recipes_and_views_of_them() -> None:
     inputs, weight = torch.randn(4, 6, dtype=torch.float64, requires_grad=True), torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
 
     def run() -> torch.Tensor:
-        hidden = remade(torch.sin, remade(torch.exp, inputs))
+        hidden = recompute_later(torch.sin, recompute_later(torch.exp, inputs))
         return (hidden[:, 1:4].t().reshape(4, 3) @ weight + hidden.sum()).sum()
 
     run().backward()
     expected, inputs.grad, weight.grad = [inputs.grad, weight.grad], None, None
-    with keep_recipes():
+    with recording():
         loss = run()
     loss.backward()
     assert all(torch.allclose(one, other, rtol=1e-12) for one, other in zip(expected, (inputs.grad, weight.grad), strict=True))
@@ -78,16 +78,16 @@ def test_recipes_of_recipes_and_views_of_them() -> None:
 def test_what_was_changed_in_place_is_not_made_again() -> None:
     inputs = torch.randn(4, requires_grad=True)
     scale = torch.randn(4, requires_grad=True)
-    with keep_recipes():
-        output = remade(torch.exp, inputs * 1)
+    with recording():
+        output = recompute_later(torch.exp, inputs * 1)
         changed = output.mul_(2)  # no longer what the recipe gives: kept as it is
         loss = (changed * scale).sum()
     loss.backward()
     assert torch.allclose(scale.grad, 2 * inputs.detach().exp()) and torch.allclose(inputs.grad, 2 * inputs.detach().exp() * scale.detach())
 
     source = inputs * 1
-    with keep_recipes():
-        loss = (remade(torch.exp, source) * scale).sum()
+    with recording():
+        loss = (recompute_later(torch.exp, source) * scale).sum()
         source.add_(1)
     with pytest.raises(RuntimeError, match="was changed in place"):
         loss.backward()
@@ -95,8 +95,8 @@ def test_what_was_changed_in_place_is_not_made_again() -> None:
 
 def test_a_second_backward_pass_is_refused() -> None:
     inputs = torch.randn(4, requires_grad=True)
-    with keep_recipes():
-        loss = remade(torch.exp, inputs).sum()
+    with recording():
+        loss = recompute_later(torch.exp, inputs).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward pass"):
         loss.backward()
@@ -104,6 +104,6 @@ def test_a_second_backward_pass_is_refused() -> None:
 
 def test_outside_and_without_gradients_nothing_is_recorded() -> None:
     inputs = torch.randn(4, requires_grad=True)
-    assert remade(torch.exp, inputs).grad_fn.name() == "ExpBackward0"
-    with keep_recipes(), torch.no_grad():
-        assert remade(torch.exp, inputs).grad_fn is None
+    assert recompute_later(torch.exp, inputs).grad_fn.name() == "ExpBackward0"
+    with recording(), torch.no_grad():
+        assert recompute_later(torch.exp, inputs).grad_fn is None

@@ -16,7 +16,7 @@ from dpo_cache.lm.model.load import load_config, load_model
 from dpo_cache.lm.model.parts import has_plain_head
 from dpo_cache.lm.model.quantization import rounding_dtype
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.self_check import TOLERANCES, Attention, choose_attention
+from dpo_cache.lm.self_check import TOLERANCES, AttentionChoice, choose_attention
 from dpo_cache.precomputing.rescore import rescore
 from dpo_cache.store.upkeep.contents import precompute_line
 from dpo_cache.types import QUANTIZATION_FIELDS, quantization_name
@@ -36,14 +36,14 @@ def load(folder: str, quantize: str, **changes: object) -> torch.nn.Module:
 @BOTH
 def test_a_quantized_model_takes_the_forest_and_gives_what_rows_give(model_folder: str, quantize: str) -> None:
     model, completions = load(model_folder, quantize), make_completions()
-    plain = [scores(model, [completion], Attention("rows", ""), 4096)[0] for completion in completions]
+    plain = [scores(model, [completion], AttentionChoice("rows", ""), 4096)[0] for completion in completions]
     attention = choose_attention(model, max_length=64)
     largest, mean = TOLERANCES[rounding_dtype(model)]
     assert attention.name == "forest" and attention.has_plain_head
     for budget in (13, 4096):
         gaps = np.concatenate([np.abs(one - other) for one, other in zip(scores(model, completions, attention, budget), plain, strict=True)])
         assert gaps.max() <= largest and gaps.mean() <= mean
-    whole = np.concatenate(scores(make_llama(), completions, Attention("rows", ""), 4096))
+    whole = np.concatenate(scores(make_llama(), completions, AttentionChoice("rows", ""), 4096))
     assert np.abs(np.concatenate(plain) - whole).mean() > {"4bit": 0.1, "8bit": 0.01}[quantize]  # it is another model
 
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_that_was_saved_quantized_is_loaded_but_not_quantized_again
     first = load(model_folder, quantize)
     first.save_pretrained(tmp_path)
     again, completions = load(str(tmp_path), "none"), make_completions()[:4]
-    for one, other in zip(*(scores(model, completions, Attention("rows", ""), 4096) for model in (first, again)), strict=True):
+    for one, other in zip(*(scores(model, completions, AttentionChoice("rows", ""), 4096) for model in (first, again)), strict=True):
         assert np.array_equal(one, other)
     config = load_config(str(tmp_path))
     assert reference_identity(str(tmp_path), config, torch.float32)["quantization"]["quant_method"] == "bitsandbytes"

@@ -13,7 +13,7 @@ from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
 from dpo_cache.training import passes
 from dpo_cache.training.optim.optimizers import make_optimizer
-from dpo_cache.training.optim.update_in_backward import FreedGradients
+from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.step_zero import StepZero
 from tests.conftest import make_completions, make_llama
 from tests.training.test_loop import comparable, train, weights
@@ -22,13 +22,13 @@ OPTIMIZERS = ["adamw", "adafactor", *(["adamw-8bit"] if importlib.util.find_spec
 COMPLETIONS = make_completions()
 
 
-def step_by_hand(optimizer_name: str, mode: str, *, freed: bool, tied: bool = True) -> tuple[torch.nn.Module, list[float], list[int]]:
+def step_by_hand(optimizer_name: str, mode: str, *, in_backward: bool, tied: bool = True) -> tuple[torch.nn.Module, list[float], list[int]]:
     """Three steps of two backward passes each; the weights, the norms, and the gradients that are there after each pass."""
     model = make_llama(tie_word_embeddings=tied)
     attention = choose_attention(model, max_length=64)
     Recomputation(model).mode = mode
     optimizer = make_optimizer(model, optimizer_name, lr=1e-3, weight_decay=0.1)
-    freeing = FreedGradients(optimizer) if freed else None
+    freeing = OptimizerInBackward(optimizer) if in_backward else None
     norms, held = [], []
     for _ in range(3):
         completion_logps(model, COMPLETIONS[:9], attention).sums().sum().backward()
@@ -52,8 +52,8 @@ def step_by_hand(optimizer_name: str, mode: str, *, freed: bool, tied: bool = Tr
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_weights_and_norms_are_those_of_the_plain_step_bit_for_bit(name: str, mode: str) -> None:
-    plain, plain_norms, _ = step_by_hand(name, mode, freed=False)
-    model, norms, held = step_by_hand(name, mode, freed=True)
+    plain, plain_norms, _ = step_by_hand(name, mode, in_backward=False)
+    model, norms, held = step_by_hand(name, mode, in_backward=True)
     assert norms == plain_norms
     for (entry, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other), entry
@@ -64,7 +64,7 @@ def test_weights_and_norms_are_those_of_the_plain_step_bit_for_bit(name: str, mo
 def test_few_gradients_exist_at_once_in_a_step_of_one_pass() -> None:
     model = make_llama(num_hidden_layers=6)
     attention, optimizer = choose_attention(model, max_length=64), make_optimizer(model, lr=1e-3, weight_decay=0.0)
-    freeing, most = FreedGradients(optimizer), 0
+    freeing, most = OptimizerInBackward(optimizer), 0
     use = optimizer.update
 
     def note(parameter: torch.nn.Parameter) -> None:
@@ -82,7 +82,7 @@ def test_a_weight_that_only_an_earlier_pass_used_is_updated_too() -> None:
     layers = torch.nn.ModuleDict({"one": torch.nn.Linear(3, 3), "other": torch.nn.Linear(3, 3)})
     layers.device = torch.device("cpu")  # type: ignore[assignment]
     optimizer = make_optimizer(layers, lr=0.1, weight_decay=0.0)  # type: ignore[arg-type]
-    freeing, before = FreedGradients(optimizer), {name: value.clone() for name, value in layers.state_dict().items()}
+    freeing, before = OptimizerInBackward(optimizer), {name: value.clone() for name, value in layers.state_dict().items()}
     layers["other"](torch.ones(3)).sum().backward()
     assert torch.equal(layers["other"].weight, before["other.weight"])
     with freeing.last_backward():
@@ -103,10 +103,10 @@ def test_a_run_gives_the_same_bits_with_and_without(cache: str, tmp_path: Path, 
         pytest.importorskip("bitsandbytes")
     shared = {"max_grad_norm": 0.0, "batch_size": 5, **options}
     plain = train(cache, tmp_path / "plain", **shared)
-    freed = train(cache, tmp_path / "freed", free_gradients=True, **shared)
-    assert comparable(tmp_path / "freed") == comparable(tmp_path / "plain") and freed.num_steps == 3
+    in_backward = train(cache, tmp_path / "freed", free_gradients=True, **shared)
+    assert comparable(tmp_path / "freed") == comparable(tmp_path / "plain") and in_backward.num_steps == 3
     expected = weights(plain.model)
-    assert all(torch.equal(value, expected[name]) for name, value in weights(freed.model).items())
+    assert all(torch.equal(value, expected[name]) for name, value in weights(in_backward.model).items())
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,14 +128,14 @@ def test_a_loss_that_is_not_finite_changes_no_weight(cache: str, tmp_path: Path,
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_rows(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use = FreedGradients._use
+    use = OptimizerInBackward._use
 
     def spoil(self, place, parameter):
         if place == 3:
             parameter.grad[0] = torch.inf
         use(self, place, parameter)
 
-    monkeypatch.setattr(FreedGradients, "_use", spoil)
+    monkeypatch.setattr(OptimizerInBackward, "_use", spoil)
     message = r"step 1: loss 0.69\d+, gradient norm inf; rows of the data in this step: \d.* The weights were updated with it \(--free-gradients\): "
     with pytest.raises(TrainingError, match=message):
         train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0)
@@ -144,7 +144,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_rows(cache: s
 def test_memory_that_runs_out_amid_the_update_ends_the_run_and_before_it_does_not(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use, left = FreedGradients._use, [4]
+    use, left = OptimizerInBackward._use, [4]
 
     def run_out(self, place, parameter):
         left[0] -= 1
@@ -152,12 +152,12 @@ def test_memory_that_runs_out_amid_the_update_ends_the_run_and_before_it_does_no
             raise torch.OutOfMemoryError("no memory")
         use(self, place, parameter)
 
-    monkeypatch.setattr(FreedGradients, "_use", run_out)
+    monkeypatch.setattr(OptimizerInBackward, "_use", run_out)
     with pytest.raises(TrainingError, match="no memory while weights were being updated .*cannot be taken again.\nGo on from the last checkpoint"):
         train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0)
     left[0] = 1
     remarks: list[str] = []
-    train(cache, tmp_path / "again", free_gradients=True, max_grad_norm=0.0, max_steps=1, say=remarks.append)
+    train(cache, tmp_path / "again", free_gradients=True, max_grad_norm=0.0, max_steps=1, log=remarks.append)
     assert any("the step is taken again" in remark for remark in remarks)
 
 

@@ -34,7 +34,7 @@ def distinct_prompts(cache: str, name: str = "heldout") -> list:
 
 def test_each_evaluation_answers_the_first_distinct_prompts(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
-    train(cache, tmp_path / "run", **SAMPLED, say=remarks.append)
+    train(cache, tmp_path / "run", **SAMPLED, log=remarks.append)
     found, tokenizer = lines(tmp_path / "run"), make_tokenizer()
     expected = distinct_prompts(cache)[:3]
     assert [(line["step"], line["row"]) for line in found] == [(step, pair.row) for step in (0, 2, 4) for pair in expected]
@@ -116,7 +116,7 @@ def test_a_resumed_run_has_the_samples_of_one_that_was_not_stopped(cache: str, t
 
 def test_fewer_prompts_than_asked_for_is_said(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
-    train(cache, tmp_path / "run", eval_pairs="heldout", sample=50, max_steps=1, say=remarks.append)
+    train(cache, tmp_path / "run", eval_pairs="heldout", sample=50, max_steps=1, log=remarks.append)
     assert "--sample 50: the evaluation pairs have 4 distinct prompts shorter than 256 tokens; those are answered." in remarks
     assert len(lines(tmp_path / "run")) == 8
 
@@ -127,7 +127,7 @@ def test_a_lack_of_memory_costs_the_samples_and_not_the_run(cache: str, tmp_path
 
     monkeypatch.setattr(samples, "write_answers", run_out)
     remarks: list[str] = []
-    assert train(cache, tmp_path / "run", **SAMPLED, say=remarks.append).finished
+    assert train(cache, tmp_path / "run", **SAMPLED, log=remarks.append).finished
     assert not (tmp_path / "run" / "samples.jsonl").exists()
     assert [remark[:6] for remark in remarks if "memory does not suffice to sample" in remark] == ["step 0", "step 2", "step 4"]
 

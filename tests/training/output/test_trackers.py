@@ -167,7 +167,7 @@ def assert_tracked(output: Path, tracker: str) -> None:
 @pytest.mark.parametrize("tracker", NAMES)
 def test_a_tracker_holds_what_metrics_jsonl_holds(cache: str, tmp_path: Path, tracker: str, capsys: pytest.CaptureFixture) -> None:
     remarks: list[str] = []
-    train(cache, tmp_path / "run", **EVALUATED, log_to=tracker, say=remarks.append)
+    train(cache, tmp_path / "run", **EVALUATED, log_to=tracker, log=remarks.append)
     assert_tracked(tmp_path / "run", tracker)
     assert not any("--log-to" in remark for remark in remarks)
     assert capsys.readouterr().out == ""  # stdout carries results
@@ -275,7 +275,7 @@ def test_a_run_that_is_gone_from_its_tracker_is_written_anew(cache: str, tmp_pat
     options, remarks = {**EVALUATED, "log_to": tracker}, []
     train(cache, tmp_path / "run", **options, on_metrics=lambda line: seen.append(line["step"]), should_stop=lambda: seen[-1] == 2)
     (tmp_path / "run" / "trackers.json").write_text(json.dumps({tracker: {"id": "0" * 32}}))
-    train(cache, tmp_path / "run", **options, resume=True, say=remarks.append)
+    train(cache, tmp_path / "run", **options, resume=True, log=remarks.append)
     assert f"--log-to {tracker}: its run of before is not there any more; a new one begins, with all that metrics.jsonl holds." in remarks
     assert_tracked(tmp_path / "run", tracker)
 
@@ -365,7 +365,7 @@ def test_a_tracker_that_fails_in_between_is_said_once_and_loses_nothing(cache: s
     monkeypatch.setattr(TensorBoardTracker, "log", failing)
     monkeypatch.setattr(trackers, "FIRST_PAUSE_S", 0.0)
     remarks: list[str] = []
-    assert train(cache, tmp_path / "run", **EVALUATED, log_to="tensorboard", say=remarks.append).finished
+    assert train(cache, tmp_path / "run", **EVALUATED, log_to="tensorboard", log=remarks.append).finished
     assert [remark for remark in remarks if "--log-to" in remark] == [
         "--log-to tensorboard: no route to host. The training goes on, metrics.jsonl has every line, and what waits is sent when the tracker "
         "works again. This is said once."
@@ -384,7 +384,7 @@ def test_a_tracker_that_is_gone_is_not_asked_at_every_step(cache: str, tmp_path:
 
     monkeypatch.setattr(TensorBoardTracker, "log", failing)
     monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: 1 / 0)
-    assert train(cache, tmp_path / "run", **EVALUATED, log_to="tensorboard", say=remarks.append).finished
+    assert train(cache, tmp_path / "run", **EVALUATED, log_to="tensorboard", log=remarks.append).finished
     assert len(tries) == 2  # at its first line, and when the run ends
     assert remarks[-2:] == [
         "--log-to tensorboard: not closed properly (division by zero).",

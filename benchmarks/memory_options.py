@@ -1,6 +1,6 @@
 """What each way to save memory saves and costs: a few steps of real training each, in fresh processes.
 
-    thrift.py --model MODEL --data FILE [--rows N] [--batch-size N] [--steps N] [--only WORD ...] [--bf16]
+    memory_options.py --model MODEL --data FILE [--rows N] [--batch-size N] [--steps N] [--only WORD ...] [--bf16]
 
 For every configuration: pairs/s, most memory (resident; on CUDA what its allocator held), the first losses and gradient
 norms, as a table in Markdown. The rows are scored once for each quantization of the base. bfloat16 is left out on a
