@@ -2,8 +2,8 @@
 
     learning_curve.py --model MODEL --data FILE [--rows N] [--plot FILE.svg] [option=value ...]
 
-Scores the rows with the model, holds out a fifth of the prompts, and trains on the rest from the cache. `option=value`
-are options of `dpo_cache.train`. The plot needs matplotlib.
+Scores the rows with the model, holds out a fifth of the prompts, and trains on the rest from the cache.
+`option=value` are options of `dpo_cache.train`. The plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ from rows import write_rows
 import dpo_cache
 
 EVERY = 10
-CURVES = {"eval/rewards/accuracies": "held-out accuracy", "eval/rewards/margins": "held-out reward margin", "eval/loss": "held-out loss"}
+CURVES = {
+    "eval/rewards/accuracies": "held-out accuracy",
+    "eval/rewards/margins": "held-out reward margin",
+    "eval/loss": "held-out loss",
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=600)
@@ -36,13 +42,26 @@ def main() -> None:
         num_rows = write_rows(arguments.data, arguments.rows, folder / "rows.jsonl")
         dpo_cache.precompute(arguments.model, str(folder / "rows.jsonl"), str(folder / "cache"), name="rows")
         report = dpo_cache.train(
-            folder / "cache", folder / "run", eval_fraction=0.2, eval_every=EVERY, batch_size=8, lr=5e-6, on_metrics=lines.append, **options
+            folder / "cache",
+            folder / "run",
+            eval_fraction=0.2,
+            eval_every=EVERY,
+            batch_size=8,
+            lr=5e-6,
+            on_metrics=lines.append,
+            **options,
         )
     evaluations = [line for line in lines if "eval/loss" in line]
-    print(f"{Path(arguments.data).name}: {num_rows} rows, {report.num_pairs} pairs trained on, {evaluations[0]['eval/num_pairs']} held out")
+    print(
+        f"{Path(arguments.data).name}: {num_rows} rows, {report.num_pairs} pairs trained on, "
+        f"{evaluations[0]['eval/num_pairs']} held out"
+    )
     print(f"{'step':>5}  {'accuracy':>8}  {'margin':>7}  {'loss':>6}")
     for line in evaluations:
-        print(f"{line['step']:>5}  {line['eval/rewards/accuracies']:>8.1%}  {line['eval/rewards/margins']:>+7.3f}  {line['eval/loss']:>6.4f}")
+        print(
+            f"{line['step']:>5}  {line['eval/rewards/accuracies']:>8.1%}  "
+            f"{line['eval/rewards/margins']:>+7.3f}  {line['eval/loss']:>6.4f}"
+        )
     print(f"{report.elapsed_s / 60:.1f} min, {report.peak_bytes / 1e9:.2f} GB")
     if arguments.plot:
         plot(evaluations, arguments.plot)
@@ -57,7 +76,12 @@ def plot(evaluations: list[dict[str, Any]], path: Path) -> None:
 
     figure, places = pyplot.subplots(1, len(CURVES), figsize=(11, 3), layout="constrained")
     for place, (name, label) in zip(places, CURVES.items(), strict=True):
-        place.plot([line["step"] for line in evaluations], [line[name] for line in evaluations], marker=".", color="#1f6f8b")
+        place.plot(
+            [line["step"] for line in evaluations],
+            [line[name] for line in evaluations],
+            marker=".",
+            color="#1f6f8b",
+        )
         place.set(xlabel="step", title=label)
         place.grid(alpha=0.3)
     figure.savefig(path)

@@ -3,17 +3,20 @@
     for every distinct token of the trie     the linear layers, and attention to its own ancestors
     for every answer token that is distinct  the LM head
 
-each at the speed that this machine reaches for it here and now, by the faster of torch's libraries: the linear layers on a
-chunk of tokens, the attention products on blocks of 128 queries against the mean path, the head on 256 tokens.
-Everything else (norms, activations, softmax, copies, planning) is left out, so 100 % cannot be reached.
+each at the speed that this machine reaches for it here and now, by the faster of torch's libraries: the
+linear layers on a chunk of tokens, the attention products on blocks of 128 queries against the mean path, the
+head on 256 tokens. Everything else (norms, activations, softmax, copies, planning) is left out, so 100 %
+cannot be reached.
 
     limit.py MODEL SHAPES.json OUT.json [--train] [--lora-r N]
 
-With --train, of training: the same products and those of their two gradients, each at the speed of its own kind; of
-attention, whose gradients are five products more, two and a half times as much again. With --lora-r, of training LoRA
-adapters on all linear layers but the head: no gradients of other weights, and the adapters' own products.
+With --train, of training: the same products and those of their two gradients, each at the speed of its own
+kind; of attention, whose gradients are five products more, two and a half times as much again. With --lora-r,
+of training LoRA adapters on all linear layers but the head: no gradients of other weights, and the adapters'
+own products.
 
-SHAPES.json is what `our_side.py` wrote of the data. Written for Llama-like models; MODEL is read for its weights' shapes.
+SHAPES.json is what `our_side.py` wrote of the data. Written for Llama-like models; MODEL is read for its
+weights' shapes.
 """
 
 from __future__ import annotations
@@ -38,10 +41,16 @@ QUERY_BLOCK = 128
 HEAD_TOKENS = 256
 
 
-SCORE, TRAIN, PASS_ON = ("output",), ("output", "for_inputs", "for_weight"), ("output", "for_inputs")  # products of a layer; the last is frozen
+SCORE, TRAIN, PASS_ON = (
+    ("output",),
+    ("output", "for_inputs", "for_weight"),
+    ("output", "for_inputs"),
+)  # products of a layer; the last is frozen
 
 
-def main(model: str, shapes: dict[str, Any], *, train: bool = False, lora_r: int | None = None) -> dict[str, float]:
+def main(
+    model: str, shapes: dict[str, Any], *, train: bool = False, lora_r: int | None = None
+) -> dict[str, float]:
     """Seconds of each part and in all, and the speeds they follow from."""
     config = AutoConfig.from_pretrained(model).get_text_config()
     kinds = SCORE if not train else PASS_ON if lora_r else TRAIN
@@ -54,7 +63,12 @@ def main(model: str, shapes: dict[str, Any], *, train: bool = False, lora_r: int
         "attention_s": attention * shapes["ancestor_pairs"],
         "head_s": head * shapes["targets"],
     }
-    return {"limit_s": sum(parts.values()), **parts, "linear_tokens_per_s": 1 / linear, "head_tokens_per_s": 1 / head}
+    return {
+        "limit_s": sum(parts.values()),
+        **parts,
+        "linear_tokens_per_s": 1 / linear,
+        "head_tokens_per_s": 1 / head,
+    }
 
 
 def linear_seconds_per_token(config: Any, kinds: Sequence[str], lora_r: int | None) -> float:
@@ -62,11 +76,25 @@ def linear_seconds_per_token(config: Any, kinds: Sequence[str], lora_r: int | No
     hidden, inner = config.hidden_size, config.intermediate_size
     head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head_size, config.num_key_value_heads * head_size
-    sizes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+    sizes = [
+        (hidden, queries),
+        (hidden, keys),
+        (hidden, keys),
+        (queries, hidden),
+        (hidden, inner),
+        (hidden, inner),
+        (inner, hidden),
+    ]
     # as many weights as the model: caches as cold
     weights = [torch.randn(out, into) for _ in range(config.num_hidden_layers) for into, out in sizes]
-    adapters = [torch.randn(*shape) for into, out in sizes for shape in ((lora_r, into), (out, lora_r))] if lora_r else []
-    seconds = seconds_of_products(weights, CHUNK_TOKENS, kinds) + config.num_hidden_layers * seconds_of_products(adapters, CHUNK_TOKENS, TRAIN)
+    adapters = (
+        [torch.randn(*shape) for into, out in sizes for shape in ((lora_r, into), (out, lora_r))]
+        if lora_r
+        else []
+    )
+    seconds = seconds_of_products(
+        weights, CHUNK_TOKENS, kinds
+    ) + config.num_hidden_layers * seconds_of_products(adapters, CHUNK_TOKENS, TRAIN)
     return seconds / CHUNK_TOKENS
 
 
@@ -102,7 +130,10 @@ def attention_seconds_per_pair(config: Any, path: int) -> float:
 
 def head_seconds_per_token(config: Any, kinds: Sequence[str]) -> float:
     """The LM head on `HEAD_TOKENS` tokens."""
-    return seconds_of_products([torch.randn(config.vocab_size, config.hidden_size)], HEAD_TOKENS, kinds) / HEAD_TOKENS
+    return (
+        seconds_of_products([torch.randn(config.vocab_size, config.hidden_size)], HEAD_TOKENS, kinds)
+        / HEAD_TOKENS
+    )
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 7) -> float:
@@ -116,7 +147,9 @@ def median_seconds(run: Callable[[], Any], repeats: int = 7) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("shapes", type=Path)
     parser.add_argument("out", type=Path)
@@ -124,5 +157,10 @@ if __name__ == "__main__":
     parser.add_argument("--lora-r", type=int)
     arguments = parser.parse_args()
     with torch.no_grad():
-        found = main(arguments.model, json.loads(arguments.shapes.read_text()), train=arguments.train, lora_r=arguments.lora_r)
+        found = main(
+            arguments.model,
+            json.loads(arguments.shapes.read_text()),
+            train=arguments.train,
+            lora_r=arguments.lora_r,
+        )
     arguments.out.write_text(json.dumps(found))

@@ -1,10 +1,13 @@
-"""What does not grow: memory with the rows, the time per row of a second run, and the memory of a very long row.
+"""What does not grow: memory with the rows, the time per row of a second run, and the memory of a very long
+row.
 
     memory.py --model MODEL --data FILE [--only rows|second|long]
 
-rows    300 against 3,000 short rows (FILE's, made distinct), and 3,000 in windows of 300: most memory above the loaded model
+rows    300 against 3,000 short rows (FILE's, made distinct), and 3,000 in windows of 300: most memory above
+        the loaded model
 second  1,000 against 100,000 rows, on a tiny random model: time of a run that finds everything in the cache
-long    one pair of 32,768 tokens on MODEL, its positions extended: memory beside what its path of keys and values takes
+long    one pair of 32,768 tokens on MODEL, its positions extended: memory beside what its path of keys and
+        values takes
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ LONG = 32_768
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--only", choices=("rows", "second", "long"))
@@ -41,7 +46,8 @@ def grow_rows(model: str, data: str, folder: Path) -> None:
         first = found["first"]
         above = first["peak_bytes"] - first["loaded_bytes"]
         print(
-            f"{num_rows:>7,} rows {' '.join(window)}: {above / 1e6:.0f} MB above the loaded model ({first['peak_bytes'] / 1e9:.2f} GB in all)",
+            f"{num_rows:>7,} rows {' '.join(window)}: {above / 1e6:.0f} MB above the loaded model "
+            f"({first['peak_bytes'] / 1e9:.2f} GB in all)",
             flush=True,
         )
 
@@ -54,11 +60,19 @@ def grow_second_run(model: str, _: str, folder: Path) -> None:
     tokenizer.save_pretrained(tiny)
     for num_rows in (1000, 100_000):
         rows = [
-            {"prompt": f"Is {row} even?", "chosen": " Yes." if row % 2 == 0 else " No.", "rejected": f" I like {row}."} for row in range(num_rows)
+            {
+                "prompt": f"Is {row} even?",
+                "chosen": " Yes." if row % 2 == 0 else " No.",
+                "rejected": f" I like {row}.",
+            }
+            for row in range(num_rows)
         ]
         found = score(str(tiny), write(folder, rows), folder)
         seconds = found["second"]["elapsed_s"]
-        print(f"{num_rows:>7,} rows: second run {seconds:.2f} s, {seconds / num_rows * 1e6:.0f} µs a row", flush=True)
+        print(
+            f"{num_rows:>7,} rows: second run {seconds:.2f} s, {seconds / num_rows * 1e6:.0f} µs a row",
+            flush=True,
+        )
 
 
 def run_long(model: str, _: str, folder: Path) -> None:
@@ -70,7 +84,13 @@ def run_long(model: str, _: str, folder: Path) -> None:
     tokenizer.save_pretrained(long_model)
     words = " ".join(f"{number} is followed by {number + 1}," for number in range(LONG // 4))
     ids = tokenizer(words)["input_ids"][: LONG - 40]
-    rows = [{"prompt": tokenizer.decode(ids), "chosen": " and so on, without an end.", "rejected": " and there it ends."}]
+    rows = [
+        {
+            "prompt": tokenizer.decode(ids),
+            "chosen": " and so on, without an end.",
+            "rejected": " and there it ends.",
+        }
+    ]
     found = score(str(long_model), write(folder, rows), folder, "--max-length", str(LONG))
     first, longest = found["first"], found["shapes"]["longest"]
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -78,8 +98,10 @@ def run_long(model: str, _: str, folder: Path) -> None:
     above = first["peak_bytes"] - first["loaded_bytes"]
     logits = 4 * longest * config.vocab_size
     print(
-        f"a row of {longest:,} tokens: {above / 1e9:.2f} GB above the loaded model, of which keys and values of its path {path / 1e9:.2f} GB;\n"
-        f"  its logits alone would take {logits / 1e9:.1f} GB; scored in {first['scoring_s']:.0f} s, {first['model_tokens']:,} tokens",
+        f"a row of {longest:,} tokens: {above / 1e9:.2f} GB above the loaded model, of which keys and "
+        f"values of its path {path / 1e9:.2f} GB;\n"
+        f"  its logits alone would take {logits / 1e9:.1f} GB; scored in {first['scoring_s']:.0f} s, "
+        f"{first['model_tokens']:,} tokens",
         flush=True,
     )
 
@@ -91,7 +113,9 @@ def distinct_rows(data: str, num_rows: int) -> Iterator[dict[str, Any]]:
 
     rows = list(read_dataset(data)["train"])
     data_format = detect_format(list(rows[0]), rows[0])
-    examples = [example for example in (parse_row(row, data_format) for row in rows) if isinstance(example, Example)]
+    examples = [
+        example for example in (parse_row(row, data_format) for row in rows) if isinstance(example, Example)
+    ]
     examples = [example for example in examples if example.answers[0] != example.answers[1]]
     for number in range(num_rows):
         example = examples[number % len(examples)]

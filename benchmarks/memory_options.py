@@ -1,10 +1,11 @@
 """What each way to save memory saves and costs: a few steps of real training each, in fresh processes.
 
-    memory_options.py --model MODEL --data FILE [--rows N] [--batch-size N] [--steps N] [--only WORD ...] [--bf16]
+    memory_options.py --model MODEL --data FILE [--rows N] [--batch-size N] [--steps N] [--only WORD ...]
+    [--bf16]
 
-For every configuration: pairs/s, most memory (resident; on CUDA what its allocator held), the first losses and gradient
-norms, as a table in Markdown. The rows are scored once for each quantization of the base. bfloat16 is left out on a
-CPU, where it is hundreds of times slower, unless --bf16 asks for it.
+For every configuration: pairs/s, most memory (resident; on CUDA what its allocator held), the first losses
+and gradient norms, as a table in Markdown. The rows are scored once for each quantization of the base.
+bfloat16 is left out on a CPU, where it is hundreds of times slower, unless --bf16 asks for it.
 """
 
 from __future__ import annotations
@@ -51,13 +52,17 @@ CONFIGURATIONS: dict[str, Options] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model")
     parser.add_argument("--data")
     parser.add_argument("--rows", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=[], help="configurations whose name has one of these words")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="configurations whose name has one of these words"
+    )
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -70,7 +75,10 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    print("| configuration | pairs/s | peak memory, GB | losses | gradient norms |\n|---|---|---|---|---|", flush=True)
+    print(
+        "| configuration | pairs/s | peak memory, GB | losses | gradient norms |\n|---|---|---|---|---|",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as name:
         scored: set[str] = set()
         for title, changes in CONFIGURATIONS.items():
@@ -79,12 +87,25 @@ def compare(arguments: argparse.Namespace) -> None:
             quantize = changes.get("quantize", "none")
             cache = str(Path(name, f"cache-{quantize}"))
             if quantize not in scored:
-                source = {"model": arguments.model, "dataset": arguments.data, "limit": arguments.rows, "quantize": quantize}
+                source = {
+                    "model": arguments.model,
+                    "dataset": arguments.data,
+                    "limit": arguments.rows,
+                    "quantize": quantize,
+                }
                 in_child({"precompute": {**source, "cache": cache, "name": "rows"}})
                 scored.add(quantize)
-            shared = {"batch_size": arguments.batch_size, "max_steps": arguments.steps, "lr": 1e-5, "shuffle": False, "max_grad_norm": 0.0}
+            shared = {
+                "batch_size": arguments.batch_size,
+                "max_steps": arguments.steps,
+                "lr": 1e-5,
+                "shuffle": False,
+                "max_grad_norm": 0.0,
+            }
             schedule = {"epochs": 1000.0, "lr_schedule": "constant", "warmup_ratio": 0.0}
-            found = in_child({"train": {"cache": cache, "output": str(Path(name, "run")), **shared, **schedule, **changes}})
+            found = in_child(
+                {"train": {"cache": cache, "output": str(Path(name, "run")), **shared, **schedule, **changes}}
+            )
             print(row(title, found), flush=True)
 
 
@@ -95,19 +116,26 @@ def is_asked_for(title: str, changes: Options, arguments: argparse.Namespace) ->
     import torch
 
     on_gpu = torch.cuda.is_available()
-    return (on_gpu or arguments.bf16 or changes.get("precision") != "bf16") and (on_gpu or not changes.get("offload_activations"))
+    return (on_gpu or arguments.bf16 or changes.get("precision") != "bf16") and (
+        on_gpu or not changes.get("offload_activations")
+    )
 
 
 def row(title: str, found: dict[str, Any]) -> str:
     if "error" in found:
         return f"| {title} | {found['error']} | | | |"
     numbers = [" ".join(f"{value:.6g}" for value in found[name]) for name in ("losses", "grad_norms")]
-    return f"| {title} | {found['pairs_per_s']:.3f} | {found['peak_bytes'] / 1e9:.2f} | {numbers[0]} | {numbers[1]} |"
+    return (
+        f"| {title} | {found['pairs_per_s']:.3f} | {found['peak_bytes'] / 1e9:.2f} | {numbers[0]} | "
+        f"{numbers[1]} |"
+    )
 
 
 def in_child(task: dict[str, Options]) -> dict[str, Any]:
     """What `run_child` prints, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(task)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(task)], capture_output=True, text=True
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         if "precompute" in task:
@@ -129,7 +157,8 @@ def run_child(task: dict[str, Options]) -> None:
         report = dpo_cache.train(**{**options, "output": f"{folder}/run"}, on_metrics=steps.append)
     later = steps[1:] or steps  # the first step warms up
     found = {
-        "pairs_per_s": sum(step["num_pairs"] for step in later) / sum(step["num_pairs"] / step["pairs_per_s"] for step in later),
+        "pairs_per_s": sum(step["num_pairs"] for step in later)
+        / sum(step["num_pairs"] / step["pairs_per_s"] for step in later),
         "peak_bytes": report.peak_bytes,
         "losses": [step["loss"] for step in steps],
         "grad_norms": [step["grad_norm"] for step in steps],

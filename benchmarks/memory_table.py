@@ -1,9 +1,10 @@
-"""GPU memory of a training step, ours and DPO with a live reference, counted without a GPU: the tables of docs/memory.md.
+"""GPU memory of a training step, ours and DPO with a live reference, counted without a GPU: the tables of
+docs/memory.md.
 
     memory_table.py --model MODEL [--trl-python PYTHON] [--only validation|tables] [--models 1B 3B 8B]
 
-validation  on MODEL, a small real one, in float32 on the CPU: what is counted from its config alone beside what torch's
-            allocator gave out when the same passes were computed, TRL's own step among them
+validation  on MODEL, a small real one, in float32 on the CPU: what is counted from its config alone beside
+            what torch's allocator gave out when the same passes were computed, TRL's own step among them
 tables      Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B, of which nothing but the config below is needed
 
 See `dpo_cache/planning/footprint.py` for what is counted, and `padded_step.py` for the other side.
@@ -32,15 +33,43 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from dpo_cache.lm.device import simulate_device_type
 from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
-from dpo_cache.planning.footprint import Footprint, activation_bytes, build_fake, pass_loss, policy_of, standing_footprint
+from dpo_cache.planning.footprint import (
+    Footprint,
+    activation_bytes,
+    build_fake,
+    pass_loss,
+    policy_of,
+    standing_footprint,
+)
 from dpo_cache.planning.live_bytes import allocated_peak
 from dpo_cache.types import Completion
 
 LLAMA: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
 CONFIGS = {
-    "1B": LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, tie_word_embeddings=True, **LLAMA),
-    "3B": LlamaConfig(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, tie_word_embeddings=True, **LLAMA),
-    "8B": LlamaConfig(hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, tie_word_embeddings=False, **LLAMA),
+    "1B": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        tie_word_embeddings=True,
+        **LLAMA,
+    ),
+    "3B": LlamaConfig(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        tie_word_embeddings=True,
+        **LLAMA,
+    ),
+    "8B": LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        tie_word_embeddings=False,
+        **LLAMA,
+    ),
 }
 
 
@@ -55,7 +84,11 @@ class Batch:
     def completions(self) -> list[Completion]:
         generator = np.random.default_rng(0)
         prompts = [generator.integers(0, 40_000, self.prompt).astype(np.uint32) for _ in range(self.pairs)]
-        return [Completion(prompt, generator.integers(0, 40_000, self.answer).astype(np.uint32)) for prompt in prompts for _ in range(2)]
+        return [
+            Completion(prompt, generator.integers(0, 40_000, self.answer).astype(np.uint32))
+            for prompt in prompts
+            for _ in range(2)
+        ]
 
 
 USUAL, LONG = Batch(512, 256, 4), Batch(2048, 1024, 1)
@@ -64,7 +97,9 @@ VALIDATION = Batch(400, 150, 1)
 
 @dataclass(frozen=True)
 class Setup:
-    """A way to fine-tune. `dtype` is the weights'; adapters and their autocast are float32 weights and bfloat16 products."""
+    """A way to fine-tune. `dtype` is the weights'; adapters and their autocast are float32 weights and
+    bfloat16 products.
+    """
 
     name: str
     dtype: torch.dtype
@@ -84,7 +119,9 @@ SETUPS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--trl-python", help="an interpreter that has trl==1.16.0")
     parser.add_argument("--only", choices=("validation", "tables"))
@@ -108,15 +145,29 @@ def validate(location: str, trl_python: str | None) -> None:
     for mode in ("none", "cheap", "selective", "full"):
         ours = partial(policy_of, mode=mode)
         compare(f"dpo-cache, {mode}", location, config, ours, lambda _: pass_loss(pair))
-        compare(f"dpo-cache, {mode}, linear layers by oneDNN", location, config, ours, lambda _: pass_loss(pair), fast=True)
+        compare(
+            f"dpo-cache, {mode}, linear layers by oneDNN",
+            location,
+            config,
+            ours,
+            lambda _: pass_loss(pair),
+            fast=True,
+        )
     for checkpointing in (False, True):
         theirs = partial(prepare, checkpointing=checkpointing)
         for whole in (False, True):
-            name = f"padded rows, {'whole logits' if whole else 'tiled head'}, checkpointing {'on' if checkpointing else 'off'}"
+            name = (
+                f"padded rows, {'whole logits' if whole else 'tiled head'}, checkpointing "
+                f"{'on' if checkpointing else 'off'}"
+            )
             counted = compare(name, location, config, theirs, partial(with_reference, pair, whole=whole))
             if not whole and theirs_allocated:
                 allocated = theirs_allocated["on" if checkpointing else "off"]
-                show_comparison(f"the same by TRL 1.16 itself, checkpointing {'on' if checkpointing else 'off'}", counted, allocated)
+                show_comparison(
+                    f"the same by TRL 1.16 itself, checkpointing {'on' if checkpointing else 'off'}",
+                    counted,
+                    allocated,
+                )
 
 
 def trl_bytes(location: str, python: str) -> dict[str, int]:
@@ -124,17 +175,29 @@ def trl_bytes(location: str, python: str) -> dict[str, int]:
         out, here = Path(folder, "out.json"), Path(__file__)
         paths = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
         command = [python, str(here.with_name("trl_memory.py")), location, str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+        )
         if done.returncode:
             sys.exit(f"trl_memory.py failed:\n{done.stderr[-4000:]}")
         return json.loads(out.read_text())
 
 
-def with_reference(pair: list[Completion], make: Callable[[], Any], whole: bool) -> Callable[[Any], torch.Tensor]:
+def with_reference(
+    pair: list[Completion], make: Callable[[], Any], whole: bool
+) -> Callable[[Any], torch.Tensor]:
     return padded_loss(pair, autocast=False, reference=make(), whole_logits=whole)
 
 
-def compare(name: str, location: str, config: Any, ready: Callable[[Any], Any], loss: Callable[..., Any], *, fast: bool = False) -> int:
+def compare(
+    name: str,
+    location: str,
+    config: Any,
+    ready: Callable[[Any], Any],
+    loss: Callable[..., Any],
+    *,
+    fast: bool = False,
+) -> int:
     """Bytes counted, shown beside those allocated."""
 
     def load() -> Any:
@@ -155,7 +218,9 @@ def compare(name: str, location: str, config: Any, ready: Callable[[Any], Any], 
 
 
 def show_comparison(name: str, counted: int, allocated: int) -> None:
-    print(f"| {name} | {counted / 1e6:,.1f} | {allocated / 1e6:,.1f} | {counted / allocated:.3f} |", flush=True)
+    print(
+        f"| {name} | {counted / 1e6:,.1f} | {allocated / 1e6:,.1f} | {counted / allocated:.3f} |", flush=True
+    )
 
 
 # -- tables --------------------------------------------------------------------------------------------
@@ -171,8 +236,15 @@ def show_tables(models: list[str]) -> None:
 
 def show(size: str, batch: Batch, modes: tuple[str, ...]) -> None:
     """Every setup: GB of ours, of TRL 1.16, and of whole logits."""
-    print(f"\nLlama {size}, {batch.pairs} pairs at once, prompt {batch.prompt:,}, answers {batch.answer:,} each, GB\n")
-    print("| | recomputation | dpo-cache | TRL 1.16 | share | whole logits | share |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n"
+        f"Llama {size}, {batch.pairs} pairs at once, prompt {batch.prompt:,}, answers "
+        f"{batch.answer:,} each, GB\n"
+    )
+    print(
+        "| | recomputation | dpo-cache | TRL 1.16 | share | whole logits | share |\n"
+        "|---|---|---|---|---|---|---|"
+    )
     for setup in SETUPS:
         for mode in modes:
             ours = footprint(size, batch, setup, mode).total
@@ -199,8 +271,14 @@ def show_sizes(size: str) -> None:
     print("| | pairs at once | dpo-cache | TRL 1.16 | share |\n|---|---|---|---|---|")
     for setup in (SETUPS[1], SETUPS[3], SETUPS[4]):
         for pairs in (1, 4, 8):
-            ours, theirs = (footprint(size, Batch(512, 256, pairs), setup, "full", side).total for side in ("ours", "tiled"))
-            print(f"| {setup.name} | {pairs} | {ours / 1e9:.1f} | {theirs / 1e9:.1f} | {ours / theirs:.2f} |", flush=True)
+            ours, theirs = (
+                footprint(size, Batch(512, 256, pairs), setup, "full", side).total
+                for side in ("ours", "tiled")
+            )
+            print(
+                f"| {setup.name} | {pairs} | {ours / 1e9:.1f} | {theirs / 1e9:.1f} | {ours / theirs:.2f} |",
+                flush=True,
+            )
 
 
 def peer(mode: str) -> str:
@@ -214,15 +292,21 @@ def footprint(size: str, batch: Batch, setup: Setup, mode: str, side: str = "our
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build_fake(CONFIGS[size], setup.dtype, lora_r=setup.lora_r)
         others = [build_fake(CONFIGS[size], setup.dtype)] if side != "ours" and setup.lora_r is None else []
-        return standing_footprint(model, activations, optimizer=setup.optimizer, quantize=setup.quantize, others=others)
+        return standing_footprint(
+            model, activations, optimizer=setup.optimizer, quantize=setup.quantize, others=others
+        )
 
 
 @cache
-def activations_of(size: str, batch: Batch, dtype: torch.dtype, precision: str, lora_r: int | None, mode: str, side: str) -> int:
-    """Ours counted on 2, 3 and 4 layers and continued along the line that these make; where they make none, and TRL's, on all layers.
+def activations_of(
+    size: str, batch: Batch, dtype: torch.dtype, precision: str, lora_r: int | None, mode: str, side: str
+) -> int:
+    """Ours counted on 2, 3 and 4 layers and continued along the line that these make; where they make none,
+    and TRL's, on all layers.
 
-    What lives at a moment in layer k of n is the same for all n, but for what each layer below k keeps. So the peak is the larger of a constant,
-    for moments in the first layer, and a line, for those in the last; once on the line, it stays there. A reference adds lines of its own.
+    What lives at a moment in layer k of n is the same for all n, but for what each layer below k keeps. So
+    the peak is the larger of a constant, for moments in the first layer, and a line, for those in the last;
+    once on the line, it stays there. A reference adds lines of its own.
     """
     num_layers = CONFIGS[size].num_hidden_layers
     if side == "ours":
@@ -233,16 +317,33 @@ def activations_of(size: str, batch: Batch, dtype: torch.dtype, precision: str, 
     return count(size, num_layers, batch, dtype, precision, lora_r, mode, side)
 
 
-def count(size: str, layers: int, batch: Batch, dtype: torch.dtype, precision: str, lora_r: int | None, mode: str, side: str) -> int:
+def count(
+    size: str,
+    layers: int,
+    batch: Batch,
+    dtype: torch.dtype,
+    precision: str,
+    lora_r: int | None,
+    mode: str,
+    side: str,
+) -> int:
     """Activations of the model with so many layers."""
     config = copy.deepcopy(CONFIGS[size])
     config.num_hidden_layers = layers
     with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type("cuda"):
         model = build_fake(config, dtype, lora_r=lora_r)
         if side == "ours":
-            return activation_bytes(policy_of(model, mode), pass_loss(batch.completions(), precision=precision))
+            return activation_bytes(
+                policy_of(model, mode), pass_loss(batch.completions(), precision=precision)
+            )
         reference = build_fake(config, dtype) if lora_r is None else None
-        loss = padded_loss(batch.completions(), autocast=True, reference=reference, with_adapters=lora_r is not None, whole_logits=side == "whole")
+        loss = padded_loss(
+            batch.completions(),
+            autocast=True,
+            reference=reference,
+            with_adapters=lora_r is not None,
+            whole_logits=side == "whole",
+        )
         return activation_bytes(prepare(model, checkpointing=mode == "full"), loss)
 
 

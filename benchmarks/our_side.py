@@ -3,7 +3,8 @@
     our_side.py MODEL ROWS.jsonl OUT.json [--max-length N] [--budget-tokens N]
 
 OUT.json: the report of a first run and of a second one over the same cache, the sums of every row in order,
-and the shapes of the work: distinct tokens, pairs of a token and one of its ancestors or itself, answer tokens.
+and the shapes of the work: distinct tokens, pairs of a token and one of its ancestors or itself, answer
+tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from dpo_cache.lm.forest.stream import Stream
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("rows")
     parser.add_argument("out", type=Path)
@@ -45,7 +48,9 @@ def main() -> None:
         pairs = list(dpo_cache.open_cache(cache).pairs("rows"))
     sums = [(scored.pair.row, scored.ref_chosen.logps, scored.ref_rejected.logps) for scored in pairs]
     shapes = work(Stream([side for scored in pairs for side in (scored.pair.chosen, scored.pair.rejected)]))
-    arguments.out.write_text(json.dumps({"first": asdict(first), "second": asdict(second), "sums": sums, "shapes": shapes}))
+    arguments.out.write_text(
+        json.dumps({"first": asdict(first), "second": asdict(second), "sums": sums, "shapes": shapes})
+    )
 
 
 def work(stream: Stream) -> dict[str, Any]:
@@ -54,7 +59,12 @@ def work(stream: Stream) -> dict[str, Any]:
     for chunk in stream.chunks(lambda: 8192):
         ancestor_pairs += int((chunk.depths_C + 1).sum())
         num_targets += len(chunk.targets_T)
-    return {"tokens": len(stream), "ancestor_pairs": ancestor_pairs, "targets": num_targets, "longest": int(np.max(stream.lengths))}
+    return {
+        "tokens": len(stream),
+        "ancestor_pairs": ancestor_pairs,
+        "targets": num_targets,
+        "longest": int(np.max(stream.lengths)),
+    }
 
 
 if __name__ == "__main__":

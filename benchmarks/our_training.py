@@ -28,7 +28,9 @@ from dpo_cache.types import ScoredPair
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cache")
     parser.add_argument("out", type=Path)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -61,8 +63,16 @@ def main() -> None:
     arguments.out.write_text(json.dumps(found))
 
 
-def floor(report: dpo_cache.TrainReport, pairs: list[ScoredPair], batch_size: int, process_bytes: int, lora_r: int | None) -> dict[str, int]:
-    """What a step cannot do without, in bytes; activations of the forest that holds most, under the run's recomputation."""
+def floor(
+    report: dpo_cache.TrainReport,
+    pairs: list[ScoredPair],
+    batch_size: int,
+    process_bytes: int,
+    lora_r: int | None,
+) -> dict[str, int]:
+    """What a step cannot do without, in bytes; activations of the forest that holds most, under the run's
+    recomputation.
+    """
     model = load_model(report.resolved["model"], dtype=torch.float32, device=torch.device("cpu"))
     if lora_r:
         add_adapter(model, lora_config(lora_r, None, "all-linear"), seed=0)
@@ -75,15 +85,25 @@ def floor(report: dpo_cache.TrainReport, pairs: list[ScoredPair], batch_size: in
     for parameter in model.parameters():  # those of other forests stand, and count among the gradients
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     passes = pass_bytes(model, completions_of(largest.pairs), attention)
-    return {"process": process_bytes, "weights": weights, "gradients": trained, "optimizer": 2 * trained, "activations": passes}
+    return {
+        "process": process_bytes,
+        "weights": weights,
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        "activations": passes,
+    }
 
 
 def shapes(pairs: list[ScoredPair], batch_size: int) -> dict[str, int]:
-    """What must be multiplied: of each step's distinct tokens, their ancestors, and the distinct answer tokens."""
+    """What must be multiplied: of each step's distinct tokens, their ancestors, and the distinct answer
+    tokens.
+    """
     sums = {"tokens": 0, "ancestor_pairs": 0, "targets": 0}
     rest = iter(pairs)
     while step := list(islice(rest, batch_size)):
-        forest = build_forest([side for scored in step for side in (scored.pair.chosen, scored.pair.rejected)])
+        forest = build_forest(
+            [side for scored in step for side in (scored.pair.chosen, scored.pair.rejected)]
+        )
         sums["tokens"] += len(forest)
         sums["ancestor_pairs"] += int((forest.depths_L + 1).sum())
         sums["targets"] += int(forest.is_target_L().sum())

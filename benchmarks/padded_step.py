@@ -1,12 +1,14 @@
-"""One step of DPO as others take it, in a few lines, for `memory_table.py` to count: padded rows and a live reference.
+"""One step of DPO as others take it, in a few lines, for `memory_table.py` to count: padded rows and a live
+reference.
 
-What TRL 1.16's DPOTrainer does on one GPU. Chosen rows, then rejected rows, each prompt and answer, padded to the longest; the policy runs
-them in train mode, under autocast, with its own attention; then the reference, without gradients: a second model, or for adapters the
-same one with the adapters off. Its head takes the answers' positions in tiles of 4,096 tokens by 32,768 entries of the vocabulary,
-forward and backward, where kernels work inside a tile, and adds gradients up in float32.
+What TRL 1.16's DPOTrainer does on one GPU. Chosen rows, then rejected rows, each prompt and answer, padded to
+the longest; the policy runs them in train mode, under autocast, with its own attention; then the reference,
+without gradients: a second model, or for adapters the same one with the adapters off. Its head takes the
+answers' positions in tiles of 4,096 tokens by 32,768 entries of the vocabulary, forward and backward, where
+kernels work inside a tile, and adds gradients up in float32.
 
-`whole_logits` is the step before there was such a head, as the original repository and others take it: logits in float32
-[rows, length, vocabulary], and their log_softmax.
+`whole_logits` is the step before there was such a head, as the original repository and others take it: logits
+in float32 [rows, length, vocabulary], and their log_softmax.
 """
 
 from __future__ import annotations
@@ -29,7 +31,12 @@ INSIDE = 64  # rows and entries within a tile that are worked on at once: what a
 
 
 def padded_loss(
-    completions: Sequence[Completion], *, autocast: bool, reference: Any = None, with_adapters: bool = False, whole_logits: bool = False
+    completions: Sequence[Completion],
+    *,
+    autocast: bool,
+    reference: Any = None,
+    with_adapters: bool = False,
+    whole_logits: bool = False,
 ) -> Callable[[Any], torch.Tensor]:
     """What gives a model's DPO loss over pairs: chosen, rejected, chosen, rejected, ..."""
     rows = [*completions[::2], *completions[1::2]]
@@ -76,7 +83,8 @@ def adapters_off(model: Any) -> Iterator[None]:
 def _inputs(model: Any, rows: Sequence[Completion]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Ids, with a mask where there is padding, and where the answers' tokens stand in the flat rows.
 
-    transformers looks at the values of a mask and drops one that hides nothing, which it cannot do on fake tensors.
+    transformers looks at the values of a mask and drops one that hides nothing, which it cannot do on fake
+    tensors.
     """
     length = max(map(len, rows))
     ids = np.zeros((len(rows), length), np.int64)
@@ -88,7 +96,9 @@ def _inputs(model: Any, rows: Sequence[Completion]) -> tuple[dict[str, torch.Ten
     has_padding = any(len(row) < length for row in rows)
     model.set_attn_implementation("sdpa" if has_padding else UNMASKED)
     if has_padding:
-        inputs["attention_mask"] = torch.from_numpy((np.arange(length) < np.array([len(row) for row in rows])[:, None]).astype(np.int64))
+        inputs["attention_mask"] = torch.from_numpy(
+            (np.arange(length) < np.array([len(row) for row in rows])[:, None]).astype(np.int64)
+        )
     return inputs, torch.from_numpy(np.concatenate(answers))
 
 
@@ -99,7 +109,9 @@ def _answer_logps(model: Any, rows: Sequence[Completion], autocast: bool) -> tor
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
         hidden_TD = hidden.flatten(0, 1).index_select(0, answers - 1)
         dtype = torch.bfloat16 if autocast else hidden.dtype
-        logps_T = TiledHead.apply(hidden_TD, model.lm_head.weight, inputs["input_ids"].flatten()[answers], dtype)
+        logps_T = TiledHead.apply(
+            hidden_TD, model.lm_head.weight, inputs["input_ids"].flatten()[answers], dtype
+        )
     return _sums(logps_T, rows)
 
 
@@ -126,7 +138,9 @@ class TiledHead(torch.autograd.Function):
     """Log-probs [T] of targets from hidden states [T, D] and the head's weight [V, D]."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
         normalizers = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)
         picked = hidden.new_zeros(len(hidden), dtype=torch.float32)
         for tokens, entries, tile, _, _ in _tiles(hidden, weight, dtype):
@@ -141,22 +155,34 @@ class TiledHead(torch.autograd.Function):
         return picked - normalizers
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         hidden, weight, targets, normalizers = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for tokens, entries, tile, hidden_part, weight_part in _tiles(hidden, weight, ctx.dtype):
             for part in range(0, len(tile), INSIDE):
                 here = slice(tokens + part, min(tokens + part + INSIDE, tokens + len(tile)))
-                block = (tile[part : part + INSIDE].float() - normalizers[here, None]).exp_().mul_(-grads[0][here, None])
+                block = (
+                    (tile[part : part + INSIDE].float() - normalizers[here, None])
+                    .exp_()
+                    .mul_(-grads[0][here, None])
+                )
                 inside, places = _inside(targets[here], entries, tile.shape[1])
-                tile[part : part + INSIDE] = block.scatter_add_(1, places, torch.where(inside, grads[0][here], 0)[:, None])
+                tile[part : part + INSIDE] = block.scatter_add_(
+                    1, places, torch.where(inside, grads[0][here], 0)[:, None]
+                )
             for first in range(0, tile.shape[1], INSIDE * 16):
                 columns = slice(first, first + INSIDE * 16)
                 if grad_hidden is not None:
-                    grad_hidden[tokens : tokens + len(tile)].addmm_(tile[:, columns].float(), weight_part[columns].float())
+                    grad_hidden[tokens : tokens + len(tile)].addmm_(
+                        tile[:, columns].float(), weight_part[columns].float()
+                    )
                 if grad_weight is not None:
-                    grad_weight[entries : entries + tile.shape[1]][columns].addmm_(tile[:, columns].t().float(), hidden_part.float())
+                    grad_weight[entries : entries + tile.shape[1]][columns].addmm_(
+                        tile[:, columns].t().float(), hidden_part.float()
+                    )
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -165,7 +191,9 @@ class TiledHead(torch.autograd.Function):
         )
 
 
-def _tiles(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _tiles(
+    hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """First token, first entry, logits, hidden states and weights of each tile, all tiles in one buffer."""
     buffer = hidden.new_empty(min(len(hidden), TILE_TOKENS), TILE_ENTRIES, dtype=dtype)
     for tokens in range(0, len(hidden), TILE_TOKENS):

@@ -1,4 +1,5 @@
-"""Whether dpo-cache computes what TRL 1.16 computes: reference log-probs and, with --train, losses and gradient norms.
+"""Whether dpo-cache computes what TRL 1.16 computes: reference log-probs and, with --train, losses and
+gradient norms.
 
 Both sides read one JSONL file, made from the first rows of a data set, in float32 on the CPU:
 
@@ -34,13 +35,19 @@ Sums = dict[int, tuple[float, float]]  # line of the JSONL file -> log-probs of 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="a local folder or a Hub id")
     parser.add_argument("--data", required=True, help="preference data in any format that dpo-cache reads")
     parser.add_argument("--rows", type=int, required=True, help="how many rows, from the first")
     parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL 1.16")
     parser.add_argument("--max-length", type=int, default=1024, help="longest prompt + answer, in tokens")
-    parser.add_argument("--same-library", action="store_true", help="run our linear layers by the library that torch takes, as TRL does")
+    parser.add_argument(
+        "--same-library",
+        action="store_true",
+        help="run our linear layers by the library that torch takes, as TRL does",
+    )
     parser.add_argument("--train", action="store_true", help="compare the steps of a training run too")
     arguments = parser.parse_args()
     if arguments.same_library:
@@ -63,14 +70,25 @@ class _Check:
         self.rows, self.cache = folder / "rows.jsonl", str(folder / "cache")
 
     def write_rows(self, data: str, num_rows: int) -> list[int]:
-        """Write the JSONL file; the row of the data set behind each of its lines. Rows with equal answers make no line."""
+        """Write the JSONL file; the row of the data set behind each of its lines. Rows with equal answers
+        make no line.
+        """
         rows = list(next(iter(read_dataset(data, limit=num_rows).values())))
         data_format = detect_format(list(rows[0]), rows[0])
         examples = {number: parse_row(row, data_format) for number, row in enumerate(rows)}
-        kept = {number: _columns(example) for number, example in examples.items() if isinstance(example, Example)}
-        kept = {number: columns for number, columns in kept.items() if columns["chosen"] != columns["rejected"]}
-        self.rows.write_text("".join(json.dumps(columns) + "\n" for columns in kept.values()), encoding="utf-8")
-        print(f"rows: {len(examples)} of {Path(data).name} ({data_format}), {len(examples) - len(kept)} skipped: chosen equals rejected")
+        kept = {
+            number: _columns(example) for number, example in examples.items() if isinstance(example, Example)
+        }
+        kept = {
+            number: columns for number, columns in kept.items() if columns["chosen"] != columns["rejected"]
+        }
+        self.rows.write_text(
+            "".join(json.dumps(columns) + "\n" for columns in kept.values()), encoding="utf-8"
+        )
+        print(
+            f"rows: {len(examples)} of {Path(data).name} ({data_format}), {len(examples) - len(kept)} "
+            "skipped: chosen equals rejected"
+        )
         return list(kept)
 
     def compare_sums(self, numbers: list[int]) -> bool:
@@ -78,30 +96,52 @@ class _Check:
         ours, theirs = self._our_sums(), self._trl_sums()
         for name, lines in (("dpo-cache", ours.keys() - theirs.keys()), ("TRL", theirs.keys() - ours.keys())):
             if lines:
-                print(f"rows that {name} alone keeps: {', '.join(str(numbers[line]) for line in sorted(lines))}")
+                print(
+                    f"rows that {name} alone keeps: {', '.join(str(numbers[line]) for line in sorted(lines))}"
+                )
         places = [(line, side) for line in sorted(ours.keys() & theirs.keys()) for side in (0, 1)]
         our_sums, trl_sums = ([sums[line][side] for line, side in places] for sums in (ours, theirs))
         differences = relative_differences(our_sums, trl_sums)
         worst = max(range(len(places)), key=differences.__getitem__)
         line, side = places[worst]
-        print(f"sums: {len(places)} completions, largest relative difference {differences[worst]:.2e} (limit {SUM_LIMIT:.0e}),")
-        print(f"      {('chosen', 'rejected')[side]} of row {numbers[line]}: dpo-cache {our_sums[worst]:.6f}, TRL {trl_sums[worst]:.6f}")
+        print(
+            f"sums: {len(places)} completions, largest relative difference {differences[worst]:.2e} "
+            f"(limit {SUM_LIMIT:.0e}),"
+        )
+        print(
+            f"      {('chosen', 'rejected')[side]} of row {numbers[line]}: dpo-cache "
+            f"{our_sums[worst]:.6f}, TRL {trl_sums[worst]:.6f}"
+        )
         return differences[worst] <= SUM_LIMIT and ours.keys() == theirs.keys()
 
     def compare_steps(self, num_pairs: int) -> bool:
-        """Print losses and gradient norms of both sides; whether they agree. Needs the cache that `compare_sums` fills."""
+        """Print losses and gradient norms of both sides; whether they agree. Needs the cache that
+        `compare_sums` fills.
+        """
         ours, theirs = self._our_steps(num_pairs), self._run_trl("train")
         agrees = True
         for name, label in (("losses", "loss"), ("grad_norms", "grad norm")):
             differences = relative_differences(ours[name], theirs[name])
             for step, values in enumerate(zip(ours[name], theirs[name], differences, strict=True), 1):
-                print("step {}: {:9}  dpo-cache {:.9f}  TRL {:.9f}  relative difference {:.2e}".format(step, label, *values))
+                print(
+                    "step {}: {:9}  dpo-cache {:.9f}  TRL {:.9f}  relative difference {:.2e}".format(
+                        step, label, *values
+                    )
+                )
             print(f"{label}: largest relative difference {max(differences):.2e} (limit {STEP_LIMIT:.0e})")
             agrees &= max(differences) <= STEP_LIMIT
         return agrees
 
     def _our_sums(self) -> Sums:
-        dpo_cache.precompute(self.model, str(self.rows), self.cache, name="rows", device="cpu", dtype="float32", max_length=self.max_length)
+        dpo_cache.precompute(
+            self.model,
+            str(self.rows),
+            self.cache,
+            name="rows",
+            device="cpu",
+            dtype="float32",
+            max_length=self.max_length,
+        )
         pairs = dpo_cache.open_cache(self.cache).pairs("rows")
         return {scored.pair.row: (scored.ref_chosen.logps, scored.ref_rejected.logps) for scored in pairs}
 
@@ -116,12 +156,24 @@ class _Check:
             weight_decay=0.0, max_grad_norm=1.0, shuffle=False, batch_size=BATCH_SIZE, max_steps=math.ceil(num_pairs / BATCH_SIZE),
         )  # fmt: skip
         steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        return {"losses": [step["loss"] for step in steps], "grad_norms": [step["grad_norm"] for step in steps]}
+        return {
+            "losses": [step["loss"] for step in steps],
+            "grad_norms": [step["grad_norm"] for step in steps],
+        }
 
     def _run_trl(self, mode: str) -> dict[str, list[Any]]:
         out = self.folder / f"trl-{mode}.json"
         script = Path(__file__).with_name("trl_side.py")
-        command = [self.trl_python, str(script), mode, self.model, str(self.rows), str(out), "--max-length", str(self.max_length)]
+        command = [
+            self.trl_python,
+            str(script),
+            mode,
+            self.model,
+            str(self.rows),
+            str(out),
+            "--max-length",
+            str(self.max_length),
+        ]
         subprocess.run(command, stdout=sys.stderr, check=True)
         return json.loads(out.read_text())
 
@@ -131,7 +183,9 @@ def _columns(example: Example) -> dict[str, Any]:
 
 
 def relative_differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """`|ours - theirs| / |theirs|` of each; infinite where that is not a number, so that no limit admits it."""
+    """`|ours - theirs| / |theirs|` of each; infinite where that is not a number, so that no limit admits
+    it.
+    """
     differences = (abs(one - other) / abs(other) for one, other in zip(ours, theirs, strict=True))
     return [difference if math.isfinite(difference) else math.inf for difference in differences]
 

@@ -1,4 +1,5 @@
-"""How far bf16 and fp16 stray from fp32, in nats per token, on tiny random models: what the tolerances are read off.
+"""How far bf16 and fp16 stray from fp32, in nats per token, on tiny random models: what the tolerances are
+read off.
 
 forest - rows    the engine's self-check: the same dtype, another order of the sums
 forest - fp32    what is stored, against the same model's fp32 log-probs
@@ -28,7 +29,11 @@ def main() -> None:
             to_rows.append((forest - rows).abs())
             to_fp32.append((forest - exact).abs())
         gaps = [torch.cat(values) for values in (to_rows, to_fp32)]
-        print(f"| {str(dtype)[6:]} | " + " | ".join(f"{float(values.max()):.3f} | {float(values.mean()):.4f}" for values in gaps) + " |")
+        print(
+            f"| {str(dtype)[6:]} | "
+            + " | ".join(f"{float(values.max()):.3f} | {float(values.mean()):.4f}" for values in gaps)
+            + " |"
+        )
 
 
 @torch.no_grad()
@@ -37,7 +42,9 @@ def logps(family: str, dtype: torch.dtype, completions: list, name: str) -> torc
     if name == "forest":
         assert use_forest_attention(model)
     found = {}
-    for progress in score_completions(model, completions, AttentionChoice(name, ""), Budget(512, model.device, print)):
+    for progress in score_completions(
+        model, completions, AttentionChoice(name, ""), Budget(512, model.device, print)
+    ):
         found.update(progress.scores)
     return torch.cat([torch.from_numpy(found[index].token_logps) for index in range(len(completions))])
 

@@ -2,8 +2,9 @@
 
     python benchmarks/store.py [--folder FOLDER] [--only scores,pairs]
 
-Writes caches of random scores into FOLDER (a temporary one, removed at the end; 6 GB at most at a time) and prints a
-table. Memory is the peak above the process with its imports. Scores are those of a confident model: `-exp(N(-2, 2.2))` nats.
+Writes caches of random scores into FOLDER (a temporary one, removed at the end; 6 GB at most at a time) and
+prints a table. Memory is the peak above the process with its imports. Scores are those of a confident model:
+`-exp(N(-2, 2.2))` nats.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def random_logps(generator: np.random.Generator, count: int) -> np.ndarray:
 
 def lists(values: np.ndarray, length: int, kind: pa.ListType) -> pa.Array:
     """A list column whose lists all have this length."""
-    return pa.ListArray.from_arrays(pa.array(np.arange(0, len(values) + 1, length, dtype=np.int32)), pa.array(values), type=kind)
+    return pa.ListArray.from_arrays(
+        pa.array(np.arange(0, len(values) + 1, length, dtype=np.int32)), pa.array(values), type=kind
+    )
 
 
 def sums(values: np.ndarray, length: int) -> pa.Array:
@@ -58,7 +61,9 @@ def sums(values: np.ndarray, length: int) -> pa.Array:
 
 
 def key_column(keys: np.ndarray) -> pa.Array:
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(keys), [None, pa.py_buffer(keys.tobytes())])
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(16), len(keys), [None, pa.py_buffer(keys.tobytes())]
+    )
 
 
 # -- measurements, each run in a process of its own ----------------------------------------------------------
@@ -161,12 +166,20 @@ def iterate(root: Path, count: int, length: int) -> dict[str, float]:
     before, started = peak_bytes(), time.perf_counter()
     num_tokens = tenth_bytes = 0
     for number, scored in enumerate(pairs):
-        num_tokens += len(scored.pair.chosen.prompt_ids) + len(scored.ref_chosen.token_logps) + len(scored.ref_rejected.token_logps)
+        num_tokens += (
+            len(scored.pair.chosen.prompt_ids)
+            + len(scored.ref_chosen.token_logps)
+            + len(scored.ref_rejected.token_logps)
+        )
         if number == count // 10:
             tenth_bytes = peak_bytes() - before
     elapsed_s = time.perf_counter() - started
     assert num_tokens == count * (PROMPT_TOKENS + 2 * COMPLETION_TOKENS)
-    return {"pairs_per_s": count / elapsed_s, "iterate_bytes": peak_bytes() - before, "iterate_tenth_bytes": tenth_bytes}
+    return {
+        "pairs_per_s": count / elapsed_s,
+        "iterate_bytes": peak_bytes() - before,
+        "iterate_tenth_bytes": tenth_bytes,
+    }
 
 
 def _some_keys(folder: LocalFolder, count: int) -> np.ndarray:
@@ -185,7 +198,9 @@ def _some_keys(folder: LocalFolder, count: int) -> np.ndarray:
 
 def _random_part(generator: np.random.Generator, first: int, size: int) -> pa.Table:
     def ids(length: int) -> pa.Array:
-        ranks = np.minimum(generator.pareto(0.7, size * length) * 8, 49_151)  # token ids are as uneven as words
+        ranks = np.minimum(
+            generator.pareto(0.7, size * length) * 8, 49_151
+        )  # token ids are as uneven as words
         return lists((ranks.astype(np.uint32) * np.uint32(40_503)) % np.uint32(49_152), length, TOKEN_LIST)
 
     columns: dict[str, pa.Array] = {
@@ -215,7 +230,11 @@ MEASUREMENTS: dict[str, Callable[[Path, int, int], dict[str, float]]] = {
 
 def measure(name: str, root: Path, count: int, length: int) -> dict[str, float]:
     """One measurement in a fresh process."""
-    done = subprocess.run([sys.executable, __file__, "--measure", name, str(root), str(count), str(length)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure", name, str(root), str(count), str(length)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout)
@@ -227,7 +246,10 @@ def score_rows(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
         published = measure("publish", folder / "published", count, length)
         shutil.rmtree(folder / "published")
         made = measure("make_scores", root, count, length)
-        yield f"{count:.0e} x {length}, {NUM_SHARDS} shards", {**published, **made, **measure("look_up", root, count, length)}
+        yield (
+            f"{count:.0e} x {length}, {NUM_SHARDS} shards",
+            {**published, **made, **measure("look_up", root, count, length)},
+        )
         merged = measure("compact", root, count, length)
         yield f"{count:.0e} x {length}, compacted", {**merged, **measure("look_up", root, count, length)}
         shutil.rmtree(root)
@@ -236,7 +258,10 @@ def score_rows(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
 def pair_rows(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
     root = folder / "pairs"
     made = measure("make_pairs", root, NUM_PAIRS, 0)
-    yield f"{NUM_PAIRS:.0e} pairs of {PROMPT_TOKENS + 2 * COMPLETION_TOKENS}", {**made, **measure("iterate", root, NUM_PAIRS, 0)}
+    yield (
+        f"{NUM_PAIRS:.0e} pairs of {PROMPT_TOKENS + 2 * COMPLETION_TOKENS}",
+        {**made, **measure("iterate", root, NUM_PAIRS, 0)},
+    )
     shutil.rmtree(root)
 
 
@@ -259,7 +284,10 @@ def print_table(kind: str, rows: Iterator[tuple[str, dict[str, float]]]) -> None
     print(f"| {kind} | " + " | ".join(title for title, _, _ in columns.values()) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for label, found in rows:
-        cells = [form.format(found[name] * scale) if name in found else "" for name, (_, form, scale) in columns.items()]
+        cells = [
+            form.format(found[name] * scale) if name in found else ""
+            for name, (_, form, scale) in columns.items()
+        ]
         print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
     print()
 

@@ -1,10 +1,11 @@
-"""Whether dpo-cache's token ids are those of TRL 1.16, and how much faster they are made, in one process each.
+"""Whether dpo-cache's token ids are those of TRL 1.16, and how much faster they are made, in one process
+each.
 
     token_ids.py --tokenizer MODEL --data FILE... --trl-python PYTHON [--rows N]
 
-Every row is read as text, as a conversation and as whole dialogues, with the given tokenizer and with two made here
-(byte-level BPE, and one with a space before the text and a BOS token as SentencePiece models have), and cut to a
-short maximum length from either end. Exit 1 where an id differs.
+Every row is read as text, as a conversation and as whole dialogues, with the given tokenizer and with two
+made here (byte-level BPE, and one with a space before the text and a BOS token as SentencePiece models have),
+and cut to a short maximum length from either end. Exit 1 where an id differs.
 """
 
 from __future__ import annotations
@@ -21,17 +22,26 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 LENGTHS = (1024, 96)
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--data", required=True, nargs="+")
     parser.add_argument("--rows", type=int, help="of each file")
@@ -41,7 +51,11 @@ def main() -> int:
         folder = Path(name)
         os.environ["HF_HOME"] = str(folder / "hf")  # nothing tokenized earlier is found
         num_rows = write_rows(folder, arguments.data, arguments.rows)
-        texts = [text for row in map(json.loads, (folder / "text.jsonl").read_text().splitlines()) for text in row.values()]
+        texts = [
+            text
+            for row in map(json.loads, (folder / "text.jsonl").read_text().splitlines())
+            for text in row.values()
+        ]
         for kind, tokenizer in make_tokenizers(arguments.tokenizer, texts).items():
             save_model(folder / kind, tokenizer)
         cases = [
@@ -54,11 +68,19 @@ def main() -> int:
             }
             for kind in ("given", "byte-level", "prefix-space")
             for rows in ("text", "conversation", "implicit")
-            for truncation, length in (("keep_start", LENGTHS[0]), ("keep_start", LENGTHS[1]), ("keep_end", LENGTHS[1]))
+            for truncation, length in (
+                ("keep_start", LENGTHS[0]),
+                ("keep_start", LENGTHS[1]),
+                ("keep_end", LENGTHS[1]),
+            )
         ]
         (folder / "cases.json").write_text(json.dumps(cases))
         script = str(Path(__file__).with_name("trl_side.py"))
-        subprocess.run([arguments.trl_python, script, "ids", "-", str(folder), str(folder / "trl.json")], check=True, stdout=sys.stderr)
+        subprocess.run(
+            [arguments.trl_python, script, "ids", "-", str(folder), str(folder / "trl.json")],
+            check=True,
+            stdout=sys.stderr,
+        )
         theirs = json.loads((folder / "trl.json").read_text())
         print(f"{num_rows} rows")
         agreeing = [compare(folder, case, theirs[case["name"]]) for case in cases]
@@ -78,7 +100,11 @@ def compare(folder: Path, case: dict[str, Any], theirs: dict[str, Any]) -> bool:
     tokenized = data.tokenize_rows(rows, data.detect_format(rows.column_names, rows[0]), tokenizer)
     elapsed_s = time.perf_counter() - started
     truncation = data.Truncation(case["max_length"], case["truncation"].replace("_", "-"))
-    ours = {outcome.row: outcome.pair for outcome in data.make_pairs(tokenized, truncation) if isinstance(outcome.pair, Pair)}
+    ours = {
+        outcome.row: outcome.pair
+        for outcome in data.make_pairs(tokenized, truncation)
+        if isinstance(outcome.pair, Pair)
+    }
     moved = sum(tokenized["moved_boundary"])
     wrong, kept = [], 0
     for row in theirs["rows"]:
@@ -92,12 +118,18 @@ def compare(folder: Path, case: dict[str, Any], theirs: dict[str, Any]) -> bool:
     ratio = theirs["elapsed_s"] / elapsed_s
     agrees = not wrong and not ours
     verdict = "same ids" if agrees else f"{len(wrong)} rows DIFFER, first {wrong[:3]}; {len(ours)} only here"
-    print(f"  {case['name']:44} {kept:5} rows, {moved:4} moved: {verdict}; {ratio:.1f} times as fast ({elapsed_s:.2f} s)", flush=True)
+    print(
+        f"  {case['name']:44} {kept:5} rows, {moved:4} moved: {verdict}; {ratio:.1f} times as fast "
+        f"({elapsed_s:.2f} s)",
+        flush=True,
+    )
     return agrees
 
 
 def is_same(mine: list[Any], theirs: list[Any]) -> bool:
-    """A sequence that keep-end left without a prompt lends its first token, which nothing predicts, to be one."""
+    """A sequence that keep-end left without a prompt lends its first token, which nothing predicts, to be
+    one.
+    """
     return mine[0] == theirs[0] and (mine[1] == theirs[1] or (theirs[1] == 0 and mine[1] == 1))
 
 
@@ -115,8 +147,14 @@ def write_rows(folder: Path, files: list[str], limit: int | None) -> int:
                 continue
             prompt, (chosen, rejected) = example.prompt, example.answers
             text = "\n".join(message["content"] for message in prompt)
-            lines["text"].append(json.dumps({"prompt": text, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}))
-            lines["conversation"].append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+            lines["text"].append(
+                json.dumps(
+                    {"prompt": text, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
+                )
+            )
+            lines["conversation"].append(
+                json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            )
             lines["implicit"].append(json.dumps({"chosen": prompt + chosen, "rejected": prompt + rejected}))
     for name, written in lines.items():
         (folder / f"{name}.jsonl").write_text("\n".join(written) + "\n", encoding="utf-8")
@@ -128,17 +166,30 @@ def make_tokenizers(given: str, texts: list[str]) -> dict[str, PreTrainedTokeniz
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    byte_level.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False))
+    byte_level.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    )
     spaced = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     spaced.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     letters = [f"<0x{byte:02X}>" for byte in range(256)]
     words = [word for text in texts for word in text.split(" ")]
-    spaced.train_from_iterator(words, trainers.BpeTrainer(vocab_size=2000, special_tokens=["<unk>", "<s>", *letters], show_progress=False))
-    spaced.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", spaced.token_to_id("<s>"))])
+    spaced.train_from_iterator(
+        words,
+        trainers.BpeTrainer(vocab_size=2000, special_tokens=["<unk>", "<s>", *letters], show_progress=False),
+    )
+    spaced.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", spaced.token_to_id("<s>"))]
+    )
     made = {
-        "byte-level": PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="<|im_end|>", pad_token="<|pad|>"),
+        "byte-level": PreTrainedTokenizerFast(
+            tokenizer_object=byte_level, eos_token="<|im_end|>", pad_token="<|pad|>"
+        ),
         "prefix-space": PreTrainedTokenizerFast(
-            tokenizer_object=spaced, bos_token="<s>", unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|pad|>"
+            tokenizer_object=spaced,
+            bos_token="<s>",
+            unk_token="<unk>",
+            eos_token="<|im_end|>",
+            pad_token="<|pad|>",
         ),
     }
     for tokenizer in made.values():
@@ -149,7 +200,13 @@ def make_tokenizers(given: str, texts: list[str]) -> dict[str, PreTrainedTokeniz
 
 def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """The tokenizer beside the smallest model that TRL's trainer takes."""
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,17 +1,20 @@
 """How fast and in how much memory dpo-cache trains, beside TRL 1.16 and beside the machine's limit.
 
-    train.py --model MODEL --data FILE [--rows N] --trl-python PYTHON [--repeats 3] [--batch-size 4] [--max-length 1024]
+    train.py --model MODEL --data FILE [--rows N] --trl-python PYTHON [--repeats 3] [--batch-size 4]
+    [--max-length 1024]
              [--live-only] [--lora-r N] [option=value ...]
 
-Three ways to take one epoch through the same rows in the same order, full fine-tuning with AdamW in float32 on the
-CPU, each time as a fresh process, in turn: ours from a cache, TRL with a live reference, and TRL with
-`precompute_ref_log_probs=True`. pairs/s are those of the steps alone: loading, tokenizing and scoring the reference
-are left out on all sides. `--live-only` leaves the third way out, where many steps are to be compared rather than
-timed. `--lora-r` trains a LoRA adapter on all linear layers instead, from the same random start on all sides. `option=value` are
-options of `dpo_cache.train`.
+Three ways to take one epoch through the same rows in the same order, full fine-tuning with AdamW in float32
+on the CPU, each time as a fresh process, in turn: ours from a cache, TRL with a live reference, and TRL with
+`precompute_ref_log_probs=True`. pairs/s are those of the steps alone: loading, tokenizing and scoring the
+reference are left out on all sides. `--live-only` leaves the third way out, where many steps are to be
+compared rather than timed. `--lora-r` trains a LoRA adapter on all linear layers instead, from the same
+random start on all sides.
+`option=value` are options of `dpo_cache.train`.
 
-The floor of memory is what cannot be spared under the recomputation that was chosen: the process with its imports, weights, gradients,
-optimizer state, and the activations of the largest forest, counted (`dpo_cache/planning/footprint.py`).
+The floor of memory is what cannot be spared under the recomputation that was chosen: the process with its
+imports, weights, gradients, optimizer state, and the activations of the largest forest, counted
+(`dpo_cache/planning/footprint.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from rows import run, show, write_rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=12)
@@ -40,11 +45,17 @@ def main() -> None:
     parser.add_argument("--lora-r", type=int)
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_intermixed_args()
-    peers = {"TRL, live reference": [], **({} if arguments.live_only else {"TRL, own precompute": ["--precompute"]})}
+    peers = {
+        "TRL, live reference": [],
+        **({} if arguments.live_only else {"TRL, own precompute": ["--precompute"]}),
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         num_rows = write_rows(arguments.data, arguments.rows, folder / "rows.jsonl")
-        print(f"{Path(arguments.data).name}: {num_rows} rows, batches of {arguments.batch_size}, {arguments.repeats} runs of each side in turn")
+        print(
+            f"{Path(arguments.data).name}: {num_rows} rows, batches of {arguments.batch_size}, "
+            f"{arguments.repeats} runs of each side in turn"
+        )
         precompute(arguments.model, folder, arguments.max_length)
         adapter = ["--lora-r", str(arguments.lora_r)] if arguments.lora_r else []
         batch = ["--batch-size", str(arguments.batch_size), *adapter]
@@ -52,21 +63,51 @@ def main() -> None:
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("dpo-cache", *peers)}
         limits = []
         for _ in range(arguments.repeats):
-            ours = run(sys.executable, "our_training.py", [str(folder / "cache")], folder / "ours.json", [*batch, *arguments.options])
+            ours = run(
+                sys.executable,
+                "our_training.py",
+                [str(folder / "cache")],
+                folder / "ours.json",
+                [*batch, *arguments.options],
+            )
             runs["dpo-cache"].append(ours)
             (folder / "shapes.json").write_text(json.dumps(ours["shapes"]))
-            limit = run(sys.executable, "limit.py", [arguments.model, str(folder / "shapes.json")], folder / "limit.json", ["--train", *adapter])
+            limit = run(
+                sys.executable,
+                "limit.py",
+                [arguments.model, str(folder / "shapes.json")],
+                folder / "limit.json",
+                ["--train", *adapter],
+            )
             limits.append(limit["limit_s"])
             length = [*batch, "--max-length", str(arguments.max_length)]
             for name, more in peers.items():
-                runs[name].append(run(arguments.trl_python, "trl_side.py", ["train", *theirs], folder / "trl.json", [*length, *more]))
-            print("  " + "  ".join(f"{name} {found[-1]['num_pairs'] / found[-1]['train_s']:.3f} pairs/s" for name, found in runs.items()), flush=True)
+                runs[name].append(
+                    run(
+                        arguments.trl_python,
+                        "trl_side.py",
+                        ["train", *theirs],
+                        folder / "trl.json",
+                        [*length, *more],
+                    )
+                )
+            print(
+                "  "
+                + "  ".join(
+                    f"{name} {found[-1]['num_pairs'] / found[-1]['train_s']:.3f} pairs/s"
+                    for name, found in runs.items()
+                ),
+                flush=True,
+            )
     report(runs, limits)
 
 
 def precompute(model: str, folder: Path, max_length: int) -> None:
     where = f"{model!r}, {str(folder / 'rows.jsonl')!r}, {str(folder / 'cache')!r}"
-    command = f"import dpo_cache; dpo_cache.precompute({where}, name='rows', dtype='float32', device='cpu', max_length={max_length})"
+    command = (
+        f"import dpo_cache; dpo_cache.precompute({where}, name='rows', dtype='float32', "
+        f"device='cpu', max_length={max_length})"
+    )
     subprocess.run([sys.executable, "-c", command], check=True, capture_output=True)
 
 
@@ -76,25 +117,48 @@ def report(runs: dict[str, list[dict[str, Any]]], limits: list[float]) -> None:
     for name in runs:
         show(f"pairs/s, {name}", speeds[name], "{:.3f}")
     for name in list(runs)[1:]:
-        show(f"times as fast as {name}", [one / other for one, other in zip(speeds["dpo-cache"], speeds[name], strict=True)], "{:.2f}")
-    show("share of the limit", [limit / one["train_s"] for one, limit in zip(ours, limits, strict=True)], "{:.1%}")
+        show(
+            f"times as fast as {name}",
+            [one / other for one, other in zip(speeds["dpo-cache"], speeds[name], strict=True)],
+            "{:.2f}",
+        )
+    show(
+        "share of the limit",
+        [limit / one["train_s"] for one, limit in zip(ours, limits, strict=True)],
+        "{:.1%}",
+    )
     for name in list(runs)[1:]:
-        show(f"the limit in times of {name}", [other["train_s"] / limit for other, limit in zip(runs[name], limits, strict=True)], "{:.2f}")
+        show(
+            f"the limit in times of {name}",
+            [other["train_s"] / limit for other, limit in zip(runs[name], limits, strict=True)],
+            "{:.2f}",
+        )
     for name, found in runs.items():
         show(f"peak memory, {name}, GB", [one["peak_bytes"] / 1e9 for one in found], "{:.2f}")
     show("floor of memory, GB", [one["floor_bytes"] / 1e9 for one in ours], "{:.2f}")
     show("above the floor", [one["peak_bytes"] / one["floor_bytes"] - 1 for one in ours], "{:.1%}")
-    print(f"    {', '.join(f'{name} {value / 1e9:.2f}' for name, value in ours[0]['floor'].items())}; {ours[0]['mode']} recomputation")
+    print(
+        f"    {', '.join(f'{name} {value / 1e9:.2f}' for name, value in ours[0]['floor'].items())}; "
+        f"{ours[0]['mode']} recomputation"
+    )
     for name in list(runs)[1:]:
         show(
-            f"share of the memory of {name}", [one["peak_bytes"] / other["peak_bytes"] for one, other in zip(ours, runs[name], strict=True)], "{:.3f}"
+            f"share of the memory of {name}",
+            [one["peak_bytes"] / other["peak_bytes"] for one, other in zip(ours, runs[name], strict=True)],
+            "{:.3f}",
         )
     live = runs["TRL, live reference"][0]
     for entry in ("losses", "grad_norms"):
         pairs = list(zip(ours[0][entry], live[entry], strict=True))
         gap = max(abs(one - other) / abs(other) for one, other in pairs)
-        print(f"  {entry}, largest relative difference to TRL with a live reference over {len(pairs)} steps: {gap:.2e}")
-        print(f"    dpo-cache {', '.join(f'{one:.6f}' for one, _ in pairs[:4])}; TRL {', '.join(f'{other:.6f}' for _, other in pairs[:4])}")
+        print(
+            f"  {entry}, largest relative difference to TRL with a live reference over {len(pairs)} "
+            f"steps: {gap:.2e}"
+        )
+        print(
+            f"    dpo-cache {', '.join(f'{one:.6f}' for one, _ in pairs[:4])}; TRL "
+            f"{', '.join(f'{other:.6f}' for _, other in pairs[:4])}"
+        )
 
 
 if __name__ == "__main__":

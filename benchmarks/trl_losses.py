@@ -1,8 +1,9 @@
-"""Runs TRL's own loss code on given log-probs: `python trl_losses.py CASES.json OUT.json`, where TRL is installed.
+"""Runs TRL's own loss code on given log-probs: `python trl_losses.py CASES.json OUT.json`, where TRL is
+installed.
 
-`DPOTrainer._compute_loss` is called on a trainer without its `__init__`, whose model hands over the token log-probs of
-the case instead of computing any. CPO's and ORPO's losses are methods of log-probs and are called as they are.
-Imports nothing of dpo-cache.
+`DPOTrainer._compute_loss` is called on a trainer without its `__init__`, whose model hands over the token
+log-probs of the case instead of computing any. CPO's and ORPO's losses are methods of log-probs and are
+called as they are. Imports nothing of dpo-cache.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ class GivenLogps(torch.nn.Module):
     def forward(self, **_: Any) -> SimpleNamespace:
         nothing = torch.zeros_like(self.squares)
         return SimpleNamespace(
-            log_probs=self.logps, log_sum_sq_probs=self.squares, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool(), aux_loss=None
+            log_probs=self.logps,
+            log_sum_sq_probs=self.squares,
+            entropy=nothing,
+            mean_logits=nothing,
+            is_top1=nothing.bool(),
+            aux_loss=None,
         )
 
 
@@ -46,21 +52,40 @@ def run_dpo(case: dict[str, Any]) -> dict[str, Any]:
     completion_mask = ((places >= 1) & (places <= lengths[:, None])).long()  # a prompt of one token
     policy.requires_grad_()
     trainer = DPOTrainer.__new__(DPOTrainer)
-    trainer.accelerator, trainer.model, trainer.ref_model = Accelerator(cpu=True), GivenLogps(policy, squares), GivenLogps(reference, squares)
+    trainer.accelerator, trainer.model, trainer.ref_model = (
+        Accelerator(cpu=True),
+        GivenLogps(policy, squares),
+        GivenLogps(reference, squares),
+    )
     trainer.args = SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=settings["discopop_tau"])
     trainer.precompute_ref_logps = settings.pop("precompute", False)
     for name, value in settings.items():
         setattr(trainer, name, value)
     trainer._metrics, trainer._total_train_tokens, trainer._tp_size = {"train": defaultdict(list)}, 0, 1
     trainer.model.train()
-    inputs = {"input_ids": torch.zeros_like(completion_mask), "attention_mask": torch.ones_like(completion_mask), "completion_mask": completion_mask}
+    inputs = {
+        "input_ids": torch.zeros_like(completion_mask),
+        "attention_mask": torch.ones_like(completion_mask),
+        "completion_mask": completion_mask,
+    }
     if trainer.precompute_ref_logps:
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference.sum(1).chunk(2)
     loss = trainer._compute_loss(trainer.model, inputs, False)
     loss.backward()
     grads = [row[:length].tolist() for row, length in zip(policy.grad, lengths.tolist(), strict=True)]
-    names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-    return {"loss": loss.item(), "grads": grads, "metrics": {name: trainer._metrics["train"][name][0] for name in names}}
+    names = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+    )
+    return {
+        "loss": loss.item(),
+        "grads": grads,
+        "metrics": {name: trainer._metrics["train"][name][0] for name in names},
+    }
 
 
 DEFAULTS: dict[str, Any] = {
@@ -78,7 +103,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 def run_cpo(case: dict[str, Any]) -> dict[str, Any]:
-    """Loss of CPOTrainer: `losses.mean() + cpo_alpha * NLL`, where the NLL is a mean over the chosen completions' tokens."""
+    """Loss of CPOTrainer: `losses.mean() + cpo_alpha * NLL`, where the NLL is a mean over the chosen
+    completions' tokens.
+    """
     dtype, settings = getattr(torch, case["dtype"]), dict(case["trl"])
     cpo_alpha = settings.pop("cpo_alpha", 0.0)
     defaults = {"beta": 0.1, "alpha": 0.0, "simpo_gamma": 0.5, "label_smoothing": 0.0}
@@ -93,7 +120,9 @@ def run_cpo(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_orpo(case: dict[str, Any]) -> dict[str, Any]:
-    """ORPOTrainer's odds ratio loss, to which the mean NLL a token of each chosen completion is added (TRL takes it over the prompt, too)."""
+    """ORPOTrainer's odds ratio loss, to which the mean NLL a token of each chosen completion is added (TRL
+    takes it over the prompt, too).
+    """
     policy = padded(case["policy"], getattr(torch, case["dtype"])).requires_grad_()
     lengths = torch.tensor([len(tokens) for tokens in case["policy"]])
     means = policy.sum(1) / lengths
@@ -102,7 +131,13 @@ def run_orpo(case: dict[str, Any]) -> dict[str, Any]:
     return _policy_only(-means.chunk(2)[0].mean() - losses.mean(), policy, lengths, chosen, rejected)
 
 
-def _policy_only(loss: torch.Tensor, policy: torch.Tensor, lengths: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, Any]:
+def _policy_only(
+    loss: torch.Tensor,
+    policy: torch.Tensor,
+    lengths: torch.Tensor,
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+) -> dict[str, Any]:
     loss.backward()
     metrics = {"rewards/chosen": chosen.mean().item(), "rewards/rejected": rejected.mean().item()}
     return {

@@ -1,10 +1,12 @@
-"""What TRL 1.16's own DPO step takes of torch's CPU allocator, for `memory_table.py`, which runs this with an interpreter that has TRL.
+"""What TRL 1.16's own DPO step takes of torch's CPU allocator, for `memory_table.py`, which runs this with an
+interpreter that has TRL.
 
     trl_memory.py MODEL OUT.json    with the repository in PYTHONPATH
 
-`DPOTrainer._compute_loss` and its backward pass on the pair of `memory_table.validate`, in float32, with a live reference. On a GPU its head
-takes the answers' positions alone, and kernels work inside a tile of logits; here it is told to do the first, and its own stand-in
-for those kernels is called on a few rows of a tile at a time, which takes next to no memory of its own.
+`DPOTrainer._compute_loss` and its backward pass on the pair of `memory_table.validate`, in float32, with a
+live reference. On a GPU its head takes the answers' positions alone, and kernels work inside a tile of
+logits; here it is told to do the first, and its own stand-in for those kernels is called on a few rows of a
+tile at a time, which takes next to no memory of its own.
 """
 
 from __future__ import annotations
@@ -34,17 +36,34 @@ FEW = 4
 
 def main(location: str, out: Path) -> None:
     trl_utils._use_triton = lambda _: True
-    kernels._forward_tile, kernels._backward_tile = by_rows(kernels._forward_tile), by_rows(kernels._backward_tile)
-    out.write_text(json.dumps({"off": step_bytes(location, checkpointing=False), "on": step_bytes(location, checkpointing=True)}))
+    kernels._forward_tile, kernels._backward_tile = (
+        by_rows(kernels._forward_tile),
+        by_rows(kernels._backward_tile),
+    )
+    out.write_text(
+        json.dumps(
+            {"off": step_bytes(location, checkpointing=False), "on": step_bytes(location, checkpointing=True)}
+        )
+    )
 
 
 def by_rows(fold: Callable[..., None]) -> Callable[..., None]:
-    """The same, on a few rows of the tile at a time: whatever is given one value or one row a token is cut alike."""
+    """The same, on a few rows of the tile at a time: whatever is given one value or one row a token is cut
+    alike.
+    """
 
     def run(tile: torch.Tensor, stride: int, *arguments: Any, **flags: Any) -> None:
         for first in range(0, len(tile), FEW):
             rows = slice(first, first + FEW)
-            fold(tile[rows], stride, *(argument[rows] if isinstance(argument, torch.Tensor) else argument for argument in arguments), **flags)
+            fold(
+                tile[rows],
+                stride,
+                *(
+                    argument[rows] if isinstance(argument, torch.Tensor) else argument
+                    for argument in arguments
+                ),
+                **flags,
+            )
 
     return run
 
@@ -52,7 +71,11 @@ def by_rows(fold: Callable[..., None]) -> Callable[..., None]:
 def step_bytes(location: str, *, checkpointing: bool) -> int:
     """Most bytes above weights and gradients, which stand."""
     trainer = DPOTrainer.__new__(DPOTrainer)
-    trainer.accelerator, trainer.model, trainer.ref_model = Accelerator(cpu=True), load(location), load(location).eval()
+    trainer.accelerator, trainer.model, trainer.ref_model = (
+        Accelerator(cpu=True),
+        load(location),
+        load(location).eval(),
+    )
     trainer.args = SimpleNamespace(gradient_checkpointing_kwargs={"use_reentrant": False}, discopop_tau=0.05)
     trainer.precompute_ref_logps = False
     for name, value in DEFAULTS.items():
@@ -77,9 +100,13 @@ def inputs() -> dict[str, torch.Tensor]:
     rows = [*completions[::2], *completions[1::2]]
     pad = torch.nn.utils.rnn.pad_sequence
     return {
-        "input_ids": pad([torch.from_numpy(row.sequence_ids.astype("int64")) for row in rows], batch_first=True),
+        "input_ids": pad(
+            [torch.from_numpy(row.sequence_ids.astype("int64")) for row in rows], batch_first=True
+        ),
         "attention_mask": pad([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True),
-        "completion_mask": pad([(torch.arange(len(row)) >= len(row.prompt_ids)).long() for row in rows], batch_first=True),
+        "completion_mask": pad(
+            [(torch.arange(len(row)) >= len(row.prompt_ids)).long() for row in rows], batch_first=True
+        ),
     }
 
 

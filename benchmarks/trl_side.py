@@ -1,12 +1,16 @@
-"""What TRL 1.16 makes of preference rows. `parity.py` runs this with an interpreter that has TRL, not dpo-cache.
+"""What TRL 1.16 makes of preference rows. `parity.py` runs this with an interpreter that has TRL, not
+dpo-cache.
 
-    trl_side.py logps MODEL ROWS.jsonl OUT.json    precomputed reference log-probs in nats, their seconds and memory
-    trl_side.py ids    -     FOLDER     OUT.json    token ids of every case in FOLDER/cases.json, and the seconds of tokenizing
-    trl_side.py train MODEL ROWS.jsonl OUT.json    {"losses", "grad_norms"} of each step of one epoch, its seconds and memory, against a live
-                                                   reference or, with --precompute, TRL's own precomputed log-probs
+    trl_side.py logps MODEL ROWS.jsonl OUT.json    precomputed reference log-probs in nats, their seconds and
+                                                   memory
+    trl_side.py ids    -     FOLDER     OUT.json    token ids of every case in FOLDER/cases.json, and the
+                       seconds of tokenizing
+    trl_side.py train MODEL ROWS.jsonl OUT.json    {"losses", "grad_norms"} of each step of one epoch, its
+                                                   seconds and memory, against a live reference or, with
+                                                   --precompute, TRL's own precomputed log-probs
 
-ROWS.jsonl has prompt, chosen and rejected. `rows` are the numbers (from 0) of the lines that TRL keeps, in its
-order; no number is rounded. Everything is computed in float32 on the CPU.
+ROWS.jsonl has prompt, chosen and rejected. `rows` are the numbers (from 0) of the lines that TRL keeps, in
+its order; no number is rounded. Everything is computed in float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +27,9 @@ from trl import DPOConfig, DPOTrainer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("mode", choices=("logps", "train", "ids"))
     parser.add_argument("model", help="a local folder or a Hub id")
     parser.add_argument("rows", type=Path)
@@ -31,7 +37,11 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024, help="longest prompt + answer, in tokens")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precompute", action="store_true")
-    parser.add_argument("--lora-r", type=int, help="train a LoRA adapter of this rank on all linear layers, with twice the rank as its alpha")
+    parser.add_argument(
+        "--lora-r",
+        type=int,
+        help="train a LoRA adapter of this rank on all linear layers, with twice the rank as its alpha",
+    )
     arguments = parser.parse_args()
     if arguments.mode == "ids":
         arguments.out.write_text(json.dumps(token_ids(arguments.rows)))
@@ -54,13 +64,17 @@ def main() -> None:
 
 
 def read_rows(path: Path) -> Dataset:
-    """The lines of a JSONL file with their numbers, in memory: TRL would reuse the log-probs of an earlier run beside a file."""
+    """The lines of a JSONL file with their numbers, in memory: TRL would reuse the log-probs of an earlier
+    run beside a file.
+    """
     with path.open(encoding="utf-8") as lines:
         return Dataset.from_list([{"index": index, **json.loads(line)} for index, line in enumerate(lines)])
 
 
 def reference_logps(model: str, rows: Dataset, max_length: int, folder: str) -> dict[str, Any]:
-    """Summed log-probs of every row that TRL keeps, the seconds that took, and the most memory before and during it."""
+    """Summed log-probs of every row that TRL keeps, the seconds that took, and the most memory before and
+    during it.
+    """
     measured: dict[str, Any] = {}
     score = DPOTrainer._precompute_ref_logps
 
@@ -74,23 +88,35 @@ def reference_logps(model: str, rows: Dataset, max_length: int, folder: str) -> 
 
     DPOTrainer._precompute_ref_logps = timed
     scored = make_trainer(model, rows, max_length, folder, precompute_ref_log_probs=True).train_dataset
-    columns = {"rows": scored["index"][:], "chosen": scored["ref_chosen_logps"][:], "rejected": scored["ref_rejected_logps"][:]}
+    columns = {
+        "rows": scored["index"][:],
+        "chosen": scored["ref_chosen_logps"][:],
+        "rejected": scored["ref_rejected_logps"][:],
+    }
     return {**columns, **measured}
 
 
 def peak_bytes() -> int:
     """Most memory that was resident in this process so far (Linux)."""
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM:")
+    )
 
 
 def token_ids(folder: Path) -> dict[str, Any]:
-    """For each case in the folder's cases.json: ids as TRL's collator cuts them, where the answers start, and the seconds of preparing."""
+    """For each case in the folder's cases.json: ids as TRL's collator cuts them, where the answers start, and
+    the seconds of preparing.
+    """
     found = {}
     for case in json.loads((folder / "cases.json").read_text()):
         measured: dict[str, float] = {}
         prepare = DPOTrainer._prepare_dataset
 
-        def timed(self: DPOTrainer, *arguments: Any, prepare: Any = prepare, measured: dict[str, float] = measured) -> Dataset:
+        def timed(
+            self: DPOTrainer, *arguments: Any, prepare: Any = prepare, measured: dict[str, float] = measured
+        ) -> Dataset:
             started = time.perf_counter()
             prepared = prepare(self, *arguments)
             measured["elapsed_s"] = time.perf_counter() - started
@@ -99,7 +125,11 @@ def token_ids(folder: Path) -> dict[str, Any]:
         DPOTrainer._prepare_dataset = timed
         with tempfile.TemporaryDirectory() as output:
             trainer = make_trainer(
-                str(folder / case["model"]), read_rows(folder / case["rows"]), case["max_length"], output, truncation_mode=case["truncation"]
+                str(folder / case["model"]),
+                read_rows(folder / case["rows"]),
+                case["max_length"],
+                output,
+                truncation_mode=case["truncation"],
             )
         DPOTrainer._prepare_dataset = prepare
         rows = [collated(trainer, row) for row in trainer.train_dataset]
@@ -111,14 +141,22 @@ def collated(trainer: DPOTrainer, row: dict[str, Any]) -> dict[str, Any]:
     """Ids and first answer token (by its place) of both sides."""
     batch = trainer.data_collator([row])
     sides = []
-    for ids, mask, answer in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True):
+    for ids, mask, answer in zip(
+        batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
+    ):
         sides.append((ids[mask.bool()].tolist(), int((mask.bool() & ~answer.bool()).sum())))
     return {"index": row["index"], "chosen": sides[0], "rejected": sides[1]}
 
 
-def train(model: str, rows: Dataset, max_length: int, folder: str, lora_r: int | None, **options: Any) -> dict[str, Any]:
-    """Loss and gradient norm (before clipping) of each step; the seconds of the steps, without loading and precomputing, and the most memory."""
-    trainer = make_trainer(model if lora_r is None else with_adapter(model, lora_r), rows, max_length, folder, **options)
+def train(
+    model: str, rows: Dataset, max_length: int, folder: str, lora_r: int | None, **options: Any
+) -> dict[str, Any]:
+    """Loss and gradient norm (before clipping) of each step; the seconds of the steps, without loading and
+    precomputing, and the most memory.
+    """
+    trainer = make_trainer(
+        model if lora_r is None else with_adapter(model, lora_r), rows, max_length, folder, **options
+    )
     started = time.perf_counter()
     trainer.train()
     elapsed_s = time.perf_counter() - started
@@ -140,7 +178,16 @@ def with_adapter(model: str, lora_r: int) -> Any:
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     torch.manual_seed(0)
-    return get_peft_model(loaded, LoraConfig(r=lora_r, lora_alpha=2 * lora_r, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(
+        loaded,
+        LoraConfig(
+            r=lora_r,
+            lora_alpha=2 * lora_r,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
 
 
 def make_trainer(model: Any, rows: Dataset, max_length: int, folder: str, **options: Any) -> DPOTrainer:

@@ -1,4 +1,6 @@
-"""Remarks: what a run reports to its user besides its result. They go to the logger `dpo_cache` unless the caller takes them."""
+"""Remarks: what a run reports to its user besides its result. They go to the logger `dpo_cache` unless the
+caller takes them.
+"""
 
 from __future__ import annotations
 

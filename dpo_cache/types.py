@@ -14,21 +14,35 @@ if TYPE_CHECKING:
 
 TokenIds = np.ndarray  # uint32 [num_tokens]
 
-# Largest and mean gap in nats per token that rounding explains between two ways to compute one log-prob, by dtype of the forward
-# pass: about ten times what ten tiny models show (docs/measurements.md), for a real model is deeper. A wrong mask gives whole nats.
+# Largest and mean gap in nats per token that rounding explains between two ways to compute one log-prob, by
+# dtype of the forward
+# pass: about ten times what ten tiny models show (docs/measurements.md), for a real model is deeper. A wrong
+# mask gives whole nats.
 TOKEN_TOLERANCES = {"float32": (1e-3, 1e-4), "float16": (0.1, 0.01), "bfloat16": (0.5, 0.05)}
 
-# What `--quantize` makes of weights, as a reference's identity says it. The dtype that 4-bit weights are computed in is the identity's dtype.
-# 8-bit: threshold 0, or which columns are kept in 16 bits, and with them the log-prob of a token, depends on the tokens after and beside it.
+# What `--quantize` makes of weights, as a reference's identity says it. The dtype that 4-bit weights are
+# computed in is the identity's dtype.
+# 8-bit: threshold 0, or which columns are kept in 16 bits, and with them the log-prob of a token, depends on
+# the tokens after and beside it.
 QUANTIZATION_FIELDS: dict[str, dict[str, Any]] = {
     "8bit": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0},
-    "4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "4bit": {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
 }
 
 
 def quantization_name(identity: dict[str, Any]) -> str:
-    """The `--quantize` of a reference with this identity; `none` also for a checkpoint that was itself saved quantized."""
-    return next((name for name, fields in QUANTIZATION_FIELDS.items() if identity.get("quantization") == fields), "none")
+    """The `--quantize` of a reference with this identity; `none` also for a checkpoint that was itself saved
+    quantized.
+    """
+    return next(
+        (name for name, fields in QUANTIZATION_FIELDS.items() if identity.get("quantization") == fields),
+        "none",
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +95,9 @@ class Score:
     @cached_property
     def logps(self) -> float:
         """Sum over the completion's tokens, in nats, accumulated in float64."""
-        return float(self.token_logps.sum(dtype=np.float64)) if self.imported_sum is None else self.imported_sum
+        return (
+            float(self.token_logps.sum(dtype=np.float64)) if self.imported_sum is None else self.imported_sum
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,9 @@ CHAT_TEMPLATE = (
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Every byte a token, and a few special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
@@ -52,7 +54,9 @@ def make_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
 
 
 def make_completions(seed: int = 0, num_prompts: int = 6, vocab_size: int = 264) -> list[Completion]:
-    """Completions that share prompts, prefixes of every length, and nothing; one-token and equal ones among them."""
+    """Completions that share prompts, prefixes of every length, and nothing; one-token and equal ones among
+    them.
+    """
     generator = np.random.default_rng(seed)
 
     def ids(length: int) -> np.ndarray:
@@ -64,15 +68,25 @@ def make_completions(seed: int = 0, num_prompts: int = 6, vocab_size: int = 264)
         prompt = np.concatenate([system, ids(int(generator.integers(1, 20)))]) if index % 3 else ids(5)
         answer = ids(int(generator.integers(1, 25)))
         completions.append(Completion(prompt, answer))
-        completions.append(Completion(prompt, np.concatenate([answer[: index % len(answer)], ids(int(generator.integers(1, 12)))])))
-        completions.append(Completion(np.concatenate([prompt, answer]), ids(3)))  # a dialogue is the prompt of its own next turn
+        completions.append(
+            Completion(
+                prompt, np.concatenate([answer[: index % len(answer)], ids(int(generator.integers(1, 12)))])
+            )
+        )
+        completions.append(
+            Completion(np.concatenate([prompt, answer]), ids(3))
+        )  # a dialogue is the prompt of its own next turn
     completions.append(completions[0])
     completions.append(Completion(ids(1), ids(1)))
     return completions
 
 
-def naive_token_logps(model: torch.nn.Module, completion: Completion, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """The definition: full log_softmax of the model's own forward, one sequence at a time; float64 by default."""
+def naive_token_logps(
+    model: torch.nn.Module, completion: Completion, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """The definition: full log_softmax of the model's own forward, one sequence at a time; float64 by
+    default.
+    """
     ids = torch.from_numpy(completion.sequence_ids.astype(np.int64))[None].to(next(model.parameters()).device)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0].to(dtype)

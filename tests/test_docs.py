@@ -13,7 +13,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_page_of_options_is_that_of_the_code() -> None:
-    assert (ROOT / "docs" / "options.md").read_text() == options_page(), "run `python -m tests.cli.write_help`"
+    assert (ROOT / "docs" / "options.md").read_text() == options_page(), (
+        "run `python -m tests.cli.write_help`"
+    )
 
 
 def test_every_loss_has_its_line_in_the_docs() -> None:

@@ -14,7 +14,18 @@ PACKAGE = Path(dpo_cache.__file__).parent
 
 LEAVES = {"errors", "log", "types", "options", "losses"}
 ALLOWED = {
-    "cli": {"precomputing", "training", "sweeping", "planning", "reporting", "integrations", "exchange", "evaluation", "store"} | LEAVES,
+    "cli": {
+        "precomputing",
+        "training",
+        "sweeping",
+        "planning",
+        "reporting",
+        "integrations",
+        "exchange",
+        "evaluation",
+        "store",
+    }
+    | LEAVES,
     "integrations": {"precomputing", "training", "data", "lm", "store"} | LEAVES,
     "sweeping": {"training", "reporting", "store"} | LEAVES,
     "reporting": {"lm", "store"} | LEAVES,
@@ -42,7 +53,11 @@ PACKAGES_OF_ROOMS = {
 
 
 def modules() -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in ("__main__.py",) and path != PACKAGE / "__init__.py"]
+    return [
+        path
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.name not in ("__main__.py",) and path != PACKAGE / "__init__.py"
+    ]
 
 
 def room_of(path: Path) -> str:
@@ -50,10 +65,17 @@ def room_of(path: Path) -> str:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Every module that the file imports when it runs; what stands under `if TYPE_CHECKING` is for readers alone."""
+    """Every module that the file imports when it runs; what stands under `if TYPE_CHECKING` is for readers
+    alone.
+    """
     found = set()
     tree = ast.parse(path.read_text())
-    unread = [child for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" for child in node.body]
+    unread = [
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in node.body
+    ]
     skipped = {id(node) for child in unread for node in ast.walk(child)} if room_of(path) == "cli" else set()
     for node in ast.walk(tree):
         if id(node) in skipped:
@@ -79,7 +101,9 @@ def test_rooms_stay_clear_of_packages_they_have_no_use_for(path: Path) -> None:
     assert not packages & PACKAGES_OF_ROOMS.get(room_of(path), set())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in command_names())])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in command_names())]
+)
 def test_help_loads_neither_torch_nor_its_like(arguments: list[str]) -> None:
     code = f"""
 import sys

@@ -1,6 +1,7 @@
 """`dpo-cache`: collects the commands and turns errors into one message and an exit code.
 
-Exit codes: 0 success, 1 `DpoCacheError`, 2 usage, 130 interrupted (143 by SIGTERM), with everything flushed kept.
+Exit codes: 0 success, 1 `DpoCacheError`, 2 usage, 130 interrupted (143 by SIGTERM), with everything flushed
+kept.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and leave."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and leave."
+    ),
 ) -> None:
     pass
 

@@ -36,6 +36,12 @@ def compact_command(options: CompactOptions, as_json: bool) -> None:
     ]
     if rows:
         print_columns(("reference", "shards", "size", "completions", "duplicates dropped"), rows)
-    changed = sum(entry.shards_before != entry.shards_after or entry.bytes_before != entry.bytes_after for entry in done)
-    what = f"{count(changed)} of {count(len(done))} references compacted" if changed else "nothing to do, all is compact"
+    changed = sum(
+        entry.shards_before != entry.shards_after or entry.bytes_before != entry.bytes_after for entry in done
+    )
+    what = (
+        f"{count(changed)} of {count(len(done))} references compacted"
+        if changed
+        else "nothing to do, all is compact"
+    )
     print(f"{cache}: {what}. Next: {command_line('ls', str(cache))}")

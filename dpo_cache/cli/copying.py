@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, format_seconds, print_json, print_table
+from dpo_cache.cli.output import (
+    ProgressLine,
+    command_line,
+    count,
+    format_bytes,
+    format_seconds,
+    print_json,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from dpo_cache.options.upkeep import CopyOptions
@@ -27,7 +35,12 @@ def copy(options: CopyOptions, source: str, target: str, *, verb: str, as_json: 
 
         opened = open_cache(source)
         report = copy_cache(
-            opened, open_cache(target, create=True), pairs=options.pairs, references=options.reference, replace=options.replace, on_progress=show
+            opened,
+            open_cache(target, create=True),
+            pairs=options.pairs,
+            references=options.reference,
+            replace=options.replace,
+            on_progress=show,
         )
     if as_json:
         print_json(asdict(report))
@@ -47,7 +60,13 @@ def _print_report(report: TransferReport) -> None:
     scored = set(report.scored_references)
     rows = [
         ("pair sets", ", ".join(report.pair_sets) or "none"),
-        ("references", ", ".join(entry[:12] + ("" if entry in scored else " (without its scores)") for entry in report.references)),
+        (
+            "references",
+            ", ".join(
+                entry[:12] + ("" if entry in scored else " (without its scores)")
+                for entry in report.references
+            ),
+        ),
         ("sent", f"{count(report.files_sent)} files, {format_bytes(report.bytes_sent)}"),
         ("there already", f"{count(report.files_present)} files, {format_bytes(report.bytes_present)}"),
         ("time", format_seconds(report.elapsed_s)),

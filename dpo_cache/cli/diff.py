@@ -26,7 +26,10 @@ def diff_command(options: DiffOptions, as_json: bool) -> None:
 
     report = diff_caches(options.a, options.b)
     if as_json:
-        scores = {name: {**asdict(entry), "largest_gap": _finite(entry.largest_gap)} for name, entry in report.scores.items()}
+        scores = {
+            name: {**asdict(entry), "largest_gap": _finite(entry.largest_gap)}
+            for name, entry in report.scores.items()
+        }
         print_json({**asdict(report), "scores": scores, "equal": report.is_equal})
     else:
         _print_report(report)
@@ -52,14 +55,24 @@ def _print_report(report: DiffReport) -> None:
     if report.is_equal:
         print(f"{report.a} and {report.b} hold the same.")
     else:
-        print(f"{report.a} and {report.b} differ. Next, for all of both: {command_line('merge', report.a, report.b, 'DEST')}")
+        print(
+            f"{report.a} and {report.b} differ. Next, for all of both: "
+            f"{command_line('merge', report.a, report.b, 'DEST')}"
+        )
 
 
 def _describe(scores: ScoreDifference) -> str:
-    text = f"{count(scores.only_a)} completions only in A, {count(scores.only_b)} only in B, {count(scores.both)} in both"
+    text = (
+        f"{count(scores.only_a)} completions only in A, {count(scores.only_b)} only in B, "
+        f"{count(scores.both)} in both"
+    )
     if not scores.differing:
         return text
-    gap = f"by up to {scores.largest_gap:.2g} nats a token" if math.isfinite(scores.largest_gap) else "in their number of tokens"
+    gap = (
+        f"by up to {scores.largest_gap:.2g} nats a token"
+        if math.isfinite(scores.largest_gap)
+        else "in their number of tokens"
+    )
     return f"{text}, {count(scores.differing)} of them differ {gap}"
 
 

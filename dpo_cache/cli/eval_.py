@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 
 @command(EvalOptions, json_help="Print the report as JSON.")
 def eval_command(options: EvalOptions, as_json: bool) -> None:
-    """Say how well a model tells chosen answers from rejected ones: loss, accuracy, margins, calibration, by length.
+    """Say how well a model tells chosen answers from rejected ones: loss, accuracy, margins, calibration, by
+    length.
 
-    The reference's log-probs are the cached ones; nothing but the model itself is loaded, and the cache is not changed.
+    The reference's log-probs are the cached ones; nothing but the model itself is loaded, and the cache is
+    not changed.
     """
     from dpo_cache.evaluation import evaluate
 
     with ProgressLine("evaluating") as line:
-        report = evaluate(**asdict(options), on_progress=lambda progress: show_scoring(line, progress), log=line.remark)
+        report = evaluate(
+            **asdict(options), on_progress=lambda progress: show_scoring(line, progress), log=line.remark
+        )
     if as_json:
         print_json(asdict(report))
     else:
@@ -44,23 +48,35 @@ def _print_report(report: EvalReport) -> None:
     moved = report.logratio_per_token
     rows = [("pairs", count(report.num_pairs) + limited)]
     rows += [("loss", f"{report.metrics['loss']:.4f} ({' + '.join(report.loss)}, beta {report.beta:g})")]
-    rows += [(f"  {name.removeprefix('loss/')}", f"{value:.4f}") for name, value in report.metrics.items() if name.startswith("loss/")]
+    rows += [
+        (f"  {name.removeprefix('loss/')}", f"{value:.4f}")
+        for name, value in report.metrics.items()
+        if name.startswith("loss/")
+    ]
     rows += [("accuracy", _describe(report.accuracy))]
     rows += [(f"  by {name}", _describe(accuracy)) for name, accuracy in report.comparisons.items()]
     rows += [
         ("calibration error", f"{report.calibration.expected_error:.4f}"),
         ("Brier score", f"{report.calibration.brier:.4f} (0.25 knows nothing)"),
-        ("moved from the reference", f"{moved['chosen']:+.4f} nats a token of chosen, {moved['rejected']:+.4f} of rejected answers"),
+        (
+            "moved from the reference",
+            f"{moved['chosen']:+.4f} nats a token of chosen, {moved['rejected']:+.4f} of rejected answers",
+        ),
         (
             "largest gap from it",
-            f"{report.gap.largest:.2g} nats ({count(report.gap.num_beyond)} of {count(report.gap.num_completions)} answers beyond rounding)",
+            f"{report.gap.largest:.2g} nats ({count(report.gap.num_beyond)} of "
+            f"{count(report.gap.num_completions)} answers beyond rounding)",
         ),
         ("completions scored", count(report.num_completions)),
         ("tokens run", f"{count(report.model_tokens)} of {count(report.data_tokens)} in the data"),
         ("time", f"{format_seconds(report.elapsed_s)} ({report.pairs_per_s:.1f} pairs/s)"),
         ("peak memory", format_bytes(report.peak_bytes)),
     ]
-    print_table(f"{report.pairs}: {report.model} beside reference {report.reference[:12]}, {report.dtype}, attention: {report.attention}", rows)
+    print_table(
+        f"{report.pairs}: {report.model} beside reference {report.reference[:12]}, {report.dtype}, "
+        f"attention: {report.attention}",
+        rows,
+    )
     _print_spreads(report)
     _print_bins(report)
     _print_groups(report)
@@ -78,11 +94,19 @@ def _describe(accuracy: Accuracy) -> str:
 def _print_spreads(report: EvalReport) -> None:
     def row(name: str, spread: Spread) -> tuple[str, ...]:
         percentiles = (spread.p5, spread.p25, spread.median, spread.p75, spread.p95)
-        return name, f"{spread.mean:+.4f}", f"{spread.deviation:.4f}", *(f"{value:+.4f}" for value in percentiles)
+        return (
+            name,
+            f"{spread.mean:+.4f}",
+            f"{spread.deviation:.4f}",
+            *(f"{value:+.4f}" for value in percentiles),
+        )
 
     print()
     spreads = {"chosen": report.chosen_reward, "rejected": report.rejected_reward, "margin": report.margin}
-    print_columns(("reward", "mean", "deviation", "5%", "25%", "median", "75%", "95%"), [row(*entry) for entry in spreads.items()])
+    print_columns(
+        ("reward", "mean", "deviation", "5%", "25%", "median", "75%", "95%"),
+        [row(*entry) for entry in spreads.items()],
+    )
 
 
 def _print_bins(report: EvalReport) -> None:
@@ -104,7 +128,14 @@ def _print_groups(report: EvalReport) -> None:
         accuracy = entry.accuracy
         interval = f"{accuracy.low:.1%} to {accuracy.high:.1%}"
         tokens = f"{count(entry.least)} to {count(entry.most)}"
-        return entry.name, tokens, count(accuracy.count), f"{accuracy.share:.1%}", interval, f"{entry.margin:+.4f}"
+        return (
+            entry.name,
+            tokens,
+            count(accuracy.count),
+            f"{accuracy.share:.1%}",
+            interval,
+            f"{entry.margin:+.4f}",
+        )
 
     for title, groups in (
         ("by which is longer", report.by_longer_answer),
@@ -112,4 +143,6 @@ def _print_groups(report: EvalReport) -> None:
         ("by prompt", report.by_prompt_tokens),
     ):
         print()
-        print_columns((title, "tokens", "pairs", "accuracy", "95% interval", "margin"), [row(entry) for entry in groups])
+        print_columns(
+            (title, "tokens", "pairs", "accuracy", "95% interval", "margin"), [row(entry) for entry in groups]
+        )

@@ -17,13 +17,19 @@ READERS = {
 
 @command(ExportOptions, json_help="Print the report as JSON.")
 def export_command(options: ExportOptions, as_json: bool) -> None:
-    """Write a pair set to a file that other tools read: text, token ids and reference log-probs, one row a pair."""
+    """Write a pair set to a file that other tools read: text, token ids and reference log-probs, one row a
+    pair.
+    """
     from dpo_cache.exchange import export_pairs
 
     report = export_pairs(**asdict(options), log=remark)
     if as_json:
         print_json(asdict(report))
         return
-    rows = [("pairs", count(report.num_pairs)), ("columns", ", ".join(report.columns)), ("written", format_bytes(report.bytes_written))]
+    rows = [
+        ("pairs", count(report.num_pairs)),
+        ("columns", ", ".join(report.columns)),
+        ("written", format_bytes(report.bytes_written)),
+    ]
     print_table(f"{report.pairs}: exported as {report.format}", rows)
     print(f"The rows are in {report.out}. Next: {READERS[report.format].format(out=report.out)}")

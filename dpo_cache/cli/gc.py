@@ -13,7 +13,8 @@ from dpo_cache.options.upkeep import GcOptions
 def gc_command(options: GcOptions, as_json: bool) -> None:
     """Drop what nothing needs: shows what that is, and with --yes does it.
 
-    Parts that no manifest names, references that no pair set was scored by, scratch of killed writers, and what
+    Parts that no manifest names, references that no pair set was scored by, scratch of killed writers, and
+    what
     `verify --repair` set aside. Pair sets stay: `rm` removes those.
     """
     from dpo_cache.store import open_cache
@@ -28,11 +29,16 @@ def gc_command(options: GcOptions, as_json: bool) -> None:
         print_json({"cache": str(cache), "removed": options.yes, "bytes": freed, "garbage": entries})
         return
     if garbage:
-        print_columns(("file", "size", "why"), [(entry.file, format_bytes(entry.bytes), entry.why) for entry in garbage])
+        print_columns(
+            ("file", "size", "why"), [(entry.file, format_bytes(entry.bytes), entry.why) for entry in garbage]
+        )
     what = f"{count(len(garbage))} file{'' if len(garbage) == 1 else 's'}, {format_bytes(freed)}"
     if options.yes:
         print(f"{cache}: {what} removed. Next: {command_line('ls', str(cache))}")
     elif garbage:
         print(f"{cache}: {what} could go. Nothing was removed. Next: the same command with --yes")
     else:
-        print(f"{cache}: nothing to drop that is older than {options.grace:g} s. Next: {command_line('ls', str(cache))}")
+        print(
+            f"{cache}: nothing to drop that is older than {options.grace:g} s. Next: "
+            f"{command_line('ls', str(cache))}"
+        )

@@ -31,7 +31,10 @@ def import_command(options: ImportOptions, as_json: bool) -> None:
 def _print_report(report: ImportReport, reference: str) -> None:
     rows = [("rows read", count(report.rows_read)), ("pairs kept", count(report.pairs_kept))]
     rows += [("rows dropped", count(sum(report.dropped.values())))]
-    rows += [(f"  {reason}", count(number)) for reason, number in sorted(report.dropped.items(), key=lambda entry: -entry[1])]
+    rows += [
+        (f"  {reason}", count(number))
+        for reason, number in sorted(report.dropped.items(), key=lambda entry: -entry[1])
+    ]
     rows += [
         ("rows truncated", count(report.rows_truncated)),
         ("log-probs", "sums and per token" if report.has_token_logps else "sums alone"),
@@ -39,8 +42,14 @@ def _print_report(report: ImportReport, reference: str) -> None:
         ("  mean of a token", f"{report.mean_token_logps:.3f} nats"),
         ("written", format_bytes(report.bytes_written)),
     ]
-    print_table(f"{', '.join(report.pair_sets)}: imported as {report.format}, reference {report.reference[:12]} ({reference})", rows)
+    print_table(
+        f"{', '.join(report.pair_sets)}: imported as {report.format}, reference {report.reference[:12]} "
+        f"({reference})",
+        rows,
+    )
     print(f"The pairs are in {report.cache}. Next:")
     for name in report.pair_sets:
         model = [] if report.start_from else ["--model", "MODEL"]
-        print(f"  {command_line('train', '--cache', report.cache, '--pairs', name, '--output', 'RUN', *model)}")
+        print(
+            f"  {command_line('train', '--cache', report.cache, '--pairs', name, '--output', 'RUN', *model)}"
+        )

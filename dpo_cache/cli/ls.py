@@ -6,7 +6,15 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json, print_table, remark
+from dpo_cache.cli.output import (
+    command_line,
+    count,
+    format_bytes,
+    print_columns,
+    print_json,
+    print_table,
+    remark,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.errors import NotInCacheError
 from dpo_cache.options.upkeep import LsOptions
@@ -66,13 +74,19 @@ def _print_contents(contents: Contents) -> None:
     if pair_sets:
         print_columns(("pair set", "pairs", "reference", "source", "made", "size"), pair_sets)
         print()
-    other = f", {count(len(contents.other))} other files of {format_bytes(sum(contents.other.values()))}" if contents.other else ""
+    other = (
+        f", {count(len(contents.other))} other files of {format_bytes(sum(contents.other.values()))}"
+        if contents.other
+        else ""
+    )
     held = f"{_number(contents.references, 'reference')}, {_number(contents.pair_sets, 'pair set')}"
     print(f"{contents.cache} holds {held}{other}: {format_bytes(contents.bytes)}. Next: {_next(contents)}")
 
 
 def _model(entry: ReferenceEntry) -> str:
-    """The model's name when it was scored, or what the user called the one that imported log-probs are from."""
+    """The model's name when it was scored, or what the user called the one that imported log-probs are
+    from.
+    """
     imported = (entry.document or {}).get("identity", {}).get("imported")
     return f"{imported} (imported)" if imported else entry.model or "?"
 
@@ -81,7 +95,9 @@ def _next(contents: Contents) -> str:
     if _damage(contents):
         return command_line("verify", contents.cache)
     if contents.pair_sets:
-        return command_line("train", "--cache", contents.cache, "--pairs", contents.pair_sets[0].name, "--output", "RUN")
+        return command_line(
+            "train", "--cache", contents.cache, "--pairs", contents.pair_sets[0].name, "--output", "RUN"
+        )
     return command_line("precompute", "--cache", contents.cache, "--model", "MODEL", "--dataset", "DATA")
 
 
@@ -96,18 +112,32 @@ def _damage(contents: Contents) -> list[str]:
 
 def _show_one(contents: Contents, name: str, as_json: bool) -> None:
     """A pair set or a reference with all that its JSON file says."""
-    pair_sets = [entry for entry in contents.pair_sets if entry.name == name or entry.name.startswith(f"{name}/")]
+    pair_sets = [
+        entry for entry in contents.pair_sets if entry.name == name or entry.name.startswith(f"{name}/")
+    ]
     references = [] if pair_sets else [entry for entry in contents.references if entry.id.startswith(name)]
     found: list[ReferenceEntry | PairSetEntry] = [*references, *pair_sets]
     if not found:
-        known = [entry.name for entry in contents.pair_sets] + [entry.id[:12] for entry in contents.references]
-        raise NotInCacheError(f"{contents.cache}: neither a pair set nor a reference {name!r}.\nIt holds: {', '.join(known) or 'nothing'}.")
+        known = [entry.name for entry in contents.pair_sets] + [
+            entry.id[:12] for entry in contents.references
+        ]
+        raise NotInCacheError(
+            f"{contents.cache}: neither a pair set nor a reference {name!r}.\n"
+            f"It holds: {', '.join(known) or 'nothing'}."
+        )
     if as_json:
-        told = {"references": [asdict(entry) for entry in references], "pair_sets": [asdict(entry) for entry in pair_sets]}
+        told = {
+            "references": [asdict(entry) for entry in references],
+            "pair_sets": [asdict(entry) for entry in pair_sets],
+        }
         print_json({"cache": contents.cache, **told})
         return
     for entry in found:
-        values = {key: value for key, value in asdict(entry).items() if key not in ("document", "manifest", "damage", "id", "name")}
+        values = {
+            key: value
+            for key, value in asdict(entry).items()
+            if key not in ("document", "manifest", "damage", "id", "name")
+        }
         document = asdict(entry).get("document") or asdict(entry).get("manifest") or {}
         rows = [(key, _plain(value)) for key, value in values.items()]
         rows += [(key, _plain(value)) for key, value in _flatten(document) if key.split(".")[0] not in values]
@@ -117,7 +147,11 @@ def _show_one(contents: Contents, name: str, as_json: bool) -> None:
 def _flatten(document: dict, prefix: str = "") -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = []
     for key, value in document.items():
-        rows += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
+        rows += (
+            _flatten(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else [(prefix + key, value)]
+        )
     return rows
 
 

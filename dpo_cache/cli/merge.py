@@ -13,7 +13,8 @@ from dpo_cache.options.upkeep import MergeOptions
 def merge_command(options: MergeOptions, as_json: bool) -> None:
     """Copy to a cache what it lacks of others: the union of all.
 
-    The order of the sources does not matter, and a second merge copies nothing. Every file's digest is checked on the way.
+    The order of the sources does not matter, and a second merge copies nothing. Every file's digest is
+    checked on the way.
     """
     from dpo_cache.store.upkeep.merge import merge_caches
 
@@ -23,7 +24,9 @@ def merge_command(options: MergeOptions, as_json: bool) -> None:
             options.destination,
             prefer=options.prefer,
             rename=options.rename,
-            on_progress=lambda done, total: line.update(done, max(total, 1), f"{format_bytes(done)} of {format_bytes(total)}"),
+            on_progress=lambda done, total: line.update(
+                done, max(total, 1), f"{format_bytes(done)} of {format_bytes(total)}"
+            ),
         )
     if as_json:
         print_json(asdict(report))

@@ -42,7 +42,10 @@ def format_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     numeric = [all(NUMBER.fullmatch(entry) for entry in column) for column in zip(*rows, strict=True)]
     cells = [
-        [entry.rjust(width) if right else entry.ljust(width) for entry, width, right in zip(row, widths, numeric, strict=True)]
+        [
+            entry.rjust(width) if right else entry.ljust(width)
+            for entry, width, right in zip(row, widths, numeric, strict=True)
+        ]
         for row in (titles, *rows)
     ]
     return ["  ".join(row).rstrip() for row in cells]
@@ -50,7 +53,9 @@ def format_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 def printable(text: str) -> str:
     """The text with control characters spelled out: a name that a file gives cannot steer the terminal."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
+    )
 
 
 def print_json(value: Any) -> None:
@@ -68,7 +73,9 @@ def remark(text: str) -> None:
 
 
 class ProgressLine:
-    """A bar on a terminal, a line now and then elsewhere; nothing where DPO_CACHE_PROGRESS is off, as in a run whose sweep tells its progress."""
+    """A bar on a terminal, a line now and then elsewhere; nothing where DPO_CACHE_PROGRESS is off, as in a
+    run whose sweep tells its progress.
+    """
 
     def __init__(self, description: str):
         self._description = description
@@ -118,7 +125,9 @@ class ProgressLine:
 def show_scoring(line: ProgressLine, progress: ScoringProgress) -> None:
     """How far a model is with scoring."""
     rates = f"{progress.tokens_per_s:,.0f} tokens/s  {progress.pairs_per_s:.2f} pairs/s"
-    line.update(progress.num_tokens, progress.total_tokens, f"{rates}  {format_seconds(progress.seconds_left)} left")
+    line.update(
+        progress.num_tokens, progress.total_tokens, f"{rates}  {format_seconds(progress.seconds_left)} left"
+    )
 
 
 def format_bytes(num_bytes: float) -> str:

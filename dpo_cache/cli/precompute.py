@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, format_seconds, print_json, print_table, show_scoring
+from dpo_cache.cli.output import (
+    ProgressLine,
+    command_line,
+    count,
+    format_bytes,
+    format_seconds,
+    print_json,
+    print_table,
+    show_scoring,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.precompute import PrecomputeOptions
 
@@ -18,7 +27,8 @@ if TYPE_CHECKING:
 def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
     """Run the frozen reference once over preference data and store its log-probs.
 
-    Completions that the cache holds already are not scored again; a run that was cut off goes on where it was.
+    Completions that the cache holds already are not scored again; a run that was cut off goes on where it
+    was.
     """
     from dpo_cache.precomputing.run import precompute
 
@@ -28,7 +38,12 @@ def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
             if not as_json:
                 line.pause(lambda: _print_survey(survey))
 
-        report = precompute(**asdict(options), on_survey=show_survey, on_progress=lambda progress: show_scoring(line, progress), log=line.remark)
+        report = precompute(
+            **asdict(options),
+            on_survey=show_survey,
+            on_progress=lambda progress: show_scoring(line, progress),
+            log=line.remark,
+        )
     if as_json:
         print_json(asdict(report))
     elif options.dry_run:
@@ -52,10 +67,16 @@ def _print_plan(report: PrecomputeReport) -> None:
 
 def _print_survey(survey: Survey) -> None:
     def found(finding: Finding) -> str:
-        return f"{count(finding.count)} (row {', '.join(map(str, finding.rows))}{', …' if finding.count > len(finding.rows) else ''})"
+        return (
+            f"{count(finding.count)} (row "
+            f"{', '.join(map(str, finding.rows))}{', …' if finding.count > len(finding.rows) else ''})"
+        )
 
     rows = [("rows", count(survey.rows_read)), ("pairs", count(survey.pairs_kept))]
-    rows += [(f"dropped: {reason}", found(finding)) for reason, finding in sorted(survey.dropped.items(), key=lambda entry: -entry[1].count)]
+    rows += [
+        (f"dropped: {reason}", found(finding))
+        for reason, finding in sorted(survey.dropped.items(), key=lambda entry: -entry[1].count)
+    ]
     noted = {
         "truncated": survey.truncated,
         "duplicate rows": survey.duplicates,
@@ -63,24 +84,37 @@ def _print_survey(survey: Survey) -> None:
         "answer starts early": survey.moved_boundary,
     }
     rows += [(name, found(finding)) for name, finding in noted.items() if finding.count]
-    rows += [(f"tokens of {name}", "  ".join(f"{length:>6,}" for length in lengths)) for name, lengths in survey.lengths().items()]
+    rows += [
+        (f"tokens of {name}", "  ".join(f"{length:>6,}" for length in lengths))
+        for name, lengths in survey.lengths().items()
+    ]
     shared = 1 - survey.forest_tokens / survey.data_tokens
     rows += [("tokens in all", f"{count(survey.data_tokens)}, {shared:.0%} of them shared")]
     percentiles = "  ".join(f"{name:>6}" for name in ("least", "median", "90 %", "99 %", "most"))
     width = max(len(label) for label, _ in rows)
     place = next(place for place, (label, _) in enumerate(rows) if label.startswith("tokens of"))
-    print_table(f"{survey.pair_set}: {survey.data_format} format", [*rows[:place], (" " * width, percentiles), *rows[place:]])
+    print_table(
+        f"{survey.pair_set}: {survey.data_format} format",
+        [*rows[:place], (" " * width, percentiles), *rows[place:]],
+    )
 
 
 def _print_report(report: PrecomputeReport) -> None:
     names = ", ".join(report.pair_sets)
     rows = [("rows read", count(report.rows_read)), ("pairs kept", count(report.pairs_kept))]
     rows += [("rows dropped", count(sum(report.dropped.values())))]
-    rows += [(f"  {reason}", count(number)) for reason, number in sorted(report.dropped.items(), key=lambda entry: -entry[1])]
+    rows += [
+        (f"  {reason}", count(number))
+        for reason, number in sorted(report.dropped.items(), key=lambda entry: -entry[1])
+    ]
     rows += [("rows truncated", count(report.rows_truncated))]
     if report.rows_moved_boundary:
         rows += [
-            ("rows whose answer starts earlier", f"{count(report.rows_moved_boundary)} (the prompt's last token merges with the answer's first)")
+            (
+                "rows whose answer starts earlier",
+                f"{count(report.rows_moved_boundary)} (the prompt's last token merges with the answer's "
+                "first)",
+            )
         ]
     rows += [
         ("completions", count(report.completions)),
@@ -93,15 +127,25 @@ def _print_report(report: PrecomputeReport) -> None:
         ("peak memory", format_bytes(report.peak_bytes)),
         ("written", format_bytes(report.bytes_written)),
     ]
-    what = "everything was cached, no model was loaded" if report.attention is None else f"attention: {report.attention}"
+    what = (
+        "everything was cached, no model was loaded"
+        if report.attention is None
+        else f"attention: {report.attention}"
+    )
     print_table(f"{names}: reference {report.reference[:12]}, {what}", rows)
     print(f"The pairs are in {report.cache}. Next:")
     for name in report.pair_sets:
         model = ["--model", report.start_from] if report.start_from else []
-        print(f"  {command_line('train', '--cache', report.cache, '--pairs', name, '--output', 'RUN', *model)}")
+        print(
+            f"  {command_line('train', '--cache', report.cache, '--pairs', name, '--output', 'RUN', *model)}"
+        )
 
 
 def _share(report: PrecomputeReport) -> str:
     if not report.model_tokens or report.already_cached:
         return ""
-    return f" ({report.data_tokens / report.model_tokens:.1f} times fewer, by sharing prefixes)" if report.model_tokens < report.data_tokens else ""
+    return (
+        f" ({report.data_tokens / report.model_tokens:.1f} times fewer, by sharing prefixes)"
+        if report.model_tokens < report.data_tokens
+        else ""
+    )

@@ -16,4 +16,7 @@ def push_command(options: PushOptions, as_json: bool) -> None:
     """
     report = copy(options, options.local, options.remote, verb="pushing", as_json=as_json)
     if not as_json:
-        print(f"{report.target} holds the copy. Next, on another machine:\n  {command_line('pull', report.target, 'LOCAL')}")
+        print(
+            f"{report.target} holds the copy. Next, on another machine:\n"
+            f"  {command_line('pull', report.target, 'LOCAL')}"
+        )

@@ -45,7 +45,9 @@ class _Handler:
 
 
 class StopRequest(_Handler):
-    """While open, the first Ctrl-C or SIGTERM is noted for the run to stop by itself; the second stops it at once."""
+    """While open, the first Ctrl-C or SIGTERM is noted for the run to stop by itself; the second stops it at
+    once.
+    """
 
     def __init__(self, log: Log):
         self._log = log
@@ -63,8 +65,8 @@ class StopRequest(_Handler):
 
 
 class Unwinding(_Handler):
-    """While open, the first Ctrl-C or SIGTERM unwinds the command, so that what is waiting is flushed; the second is only told, to
-    leave time for that; the third unwinds again, whatever is lost by it."""
+    """While open, the first Ctrl-C or SIGTERM unwinds the command, so that what is waiting is flushed; the
+    second is only told, to leave time for that; the third unwinds again, whatever is lost by it."""
 
     def __init__(self, log: Log):
         self._log = log

@@ -39,7 +39,13 @@ def sweep_command(options: SweepOptions, as_json: bool) -> None:
         def show_table(report: SweepReport) -> None:
             line.remark(_table(report))
 
-        report = sweep(**asdict(options), on_progress=show, on_run=show_table, log=line.remark, should_stop=lambda: request.is_asked)
+        report = sweep(
+            **asdict(options),
+            on_progress=show,
+            on_run=show_table,
+            log=line.remark,
+            should_stop=lambda: request.is_asked,
+        )
     if as_json:
         print_json({**asdict(report), "finished": report.finished})
     else:
@@ -48,7 +54,10 @@ def sweep_command(options: SweepOptions, as_json: bool) -> None:
         raise StoppedEarly(request.exit_code)
     if not report.finished:
         unfinished = report.num_runs - report.num_finished
-        raise TrainingError(f"{unfinished} of {report.num_runs} runs did not finish.\nThe same command again goes on with them.")
+        raise TrainingError(
+            f"{unfinished} of {report.num_runs} runs did not finish.\n"
+            "The same command again goes on with them."
+        )
 
 
 def _refuse_repeated(options: SweepOptions) -> None:
@@ -57,16 +66,27 @@ def _refuse_repeated(options: SweepOptions) -> None:
         given = getattr(options, entry.name)
         if type_of(entry) is tuple and len(given) > 1:
             flag = flag_of(entry)
-            raise OptionError(f"{flag} is given {len(given)} times.\nJoin the parts of one value with +, and values with commas: {flag} a+b,c.")
+            raise OptionError(
+                f"{flag} is given {len(given)} times.\n"
+                f"Join the parts of one value with +, and values with commas: {flag} a+b,c."
+            )
 
 
 def _describe(progress: SweepProgress) -> str:
     left = "" if progress.seconds_left is None else f"  about {format_seconds(progress.seconds_left)} left"
     if len(progress.active) == 1:
         name, total, metrics = progress.active[0]
-        step = "starting" if metrics is None else f"step {metrics['step']}/{total}  loss {metrics['loss']:.4f}  {metrics['pairs_per_s']:.2f} pairs/s"
+        step = (
+            "starting"
+            if metrics is None
+            else f"step {metrics['step']}/{total}  loss {metrics['loss']:.4f}  "
+            f"{metrics['pairs_per_s']:.2f} pairs/s"
+        )
         return f"run {progress.num_done + 1}/{progress.num_runs}  {name}  {step}{left}"
-    steps = [f"{name} " + ("starting" if metrics is None else f"{metrics['step']}/{total}") for name, total, metrics in progress.active]
+    steps = [
+        f"{name} " + ("starting" if metrics is None else f"{metrics['step']}/{total}")
+        for name, total, metrics in progress.active
+    ]
     return f"{progress.num_done}/{progress.num_runs} runs done  {'  '.join(steps)}{left}"
 
 
@@ -77,7 +97,10 @@ def _table(report: SweepReport) -> str:
 
 
 def _print_report(report: SweepReport) -> None:
-    print(f"{report.output}: {report.num_finished} of {report.num_runs} runs finished, in {format_seconds(report.elapsed_s)}")
+    print(
+        f"{report.output}: {report.num_finished} of {report.num_runs} runs finished, in "
+        f"{format_seconds(report.elapsed_s)}"
+    )
     print(_table(report))
     for note in report.notes:
         print(note)
@@ -88,4 +111,7 @@ def _print_report(report: SweepReport) -> None:
     if not report.finished:
         print("Next: the same command again.")
     elif report.rows[0].measured_on == "held out":
-        print(f'Next, with the best: AutoModelForCausalLM.from_pretrained("{report.output}/{report.rows[0].name}/model")')
+        print(
+            "Next, with the best: "
+            f'AutoModelForCausalLM.from_pretrained("{report.output}/{report.rows[0].name}/model")'
+        )

@@ -6,7 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, format_seconds, print_json, print_table
+from dpo_cache.cli.output import (
+    ProgressLine,
+    command_line,
+    count,
+    format_bytes,
+    format_seconds,
+    print_json,
+    print_table,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
 from dpo_cache.options.train import TrainOptions, with_config
@@ -31,16 +39,22 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
             if "eval/loss" in metrics:
                 line.remark(f"eval at step {step}: {_describe(metrics, 'eval/')}")
             else:
-                line.update(step, total, f"step {step}/{total}  {_describe(metrics)}  {_describe_pace(metrics)}")
+                line.update(
+                    step, total, f"step {step}/{total}  {_describe(metrics)}  {_describe_pace(metrics)}"
+                )
 
         try:
-            report = train(**asdict(options), on_metrics=show, log=line.remark, should_stop=lambda: request.is_asked)
+            report = train(
+                **asdict(options), on_metrics=show, log=line.remark, should_stop=lambda: request.is_asked
+            )
         except KeyboardInterrupt:
             saved = find_checkpoints(Path(options.output))
             line.remark(
-                f"stopped at once; {saved[-1]} holds the last state that was saved. Go on from it with --resume."
+                f"stopped at once; {saved[-1]} holds the last state that was saved. Go on from it with "
+                "--resume."
                 if saved
-                else "stopped at once, before the first checkpoint (--save-every N makes some): there is nothing to resume."
+                else "stopped at once, before the first checkpoint (--save-every N makes some): there is "
+                "nothing to resume."
             )
             raise
     if as_json:
@@ -54,7 +68,9 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
 
 
 def _describe(metrics: dict[str, Any], prefix: str = "") -> str:
-    loss, accuracy, margin = (metrics[prefix + name] for name in ("loss", "rewards/accuracies", "rewards/margins"))
+    loss, accuracy, margin = (
+        metrics[prefix + name] for name in ("loss", "rewards/accuracies", "rewards/margins")
+    )
     return f"loss {loss:.4f}  accuracy {accuracy:.1%}  margin {margin:+.4f}"
 
 
@@ -72,9 +88,20 @@ def _print_report(report: TrainReport) -> None:
     if report.eval_after:
         rows.append(("held out, after", _describe(report.eval_after, "eval/")))
     if report.best and report.best["step"] != report.num_steps:
-        rows.append(("best evaluation", f"{report.best['measure']} {report.best['value']:.4f} at step {report.best['step']}"))
+        rows.append(
+            (
+                "best evaluation",
+                f"{report.best['measure']} {report.best['value']:.4f} at step {report.best['step']}",
+            )
+        )
     rows += [("time", format_seconds(report.elapsed_s)), ("peak memory", format_bytes(report.peak_bytes))]
-    ended = "stopped early" if not report.finished else "trained, ended by --patience" if report.stopped_by_patience else "trained"
+    ended = (
+        "stopped early"
+        if not report.finished
+        else "trained, ended by --patience"
+        if report.stopped_by_patience
+        else "trained"
+    )
     print_table(f"{report.output}: {ended}", rows)
     if not report.finished:
         print(f"Saved after step {report.num_steps}. Next: the same command with --resume.")
@@ -84,20 +111,40 @@ def _print_report(report: TrainReport) -> None:
     print(f"The model lies in {report.model}, one line a step in {report.output}/metrics.jsonl. Next:")
     if report.resolved["eval_pairs"]:
         print(
-            "  " + command_line("eval", "--cache", report.resolved["cache"], "--pairs", report.resolved["eval_pairs"], "--model", str(report.model))
+            "  "
+            + command_line(
+                "eval",
+                "--cache",
+                report.resolved["cache"],
+                "--pairs",
+                report.resolved["eval_pairs"],
+                "--model",
+                str(report.model),
+            )
         )
     print(f'  AutoModelForCausalLM.from_pretrained("{report.model}")')
 
 
 def _print_dry_run(report: TrainReport) -> None:
     resolved = report.resolved
-    rows = [("policy", str(resolved["model"])), ("pairs", f"{resolved['pairs']}, {count(report.num_pairs)}"), _trained(report)]
-    rows += [(name.replace("_", " "), str(resolved[name])) for name in ("device", "precision", "attention", "gradient_checkpointing", "micro_tokens")]
+    rows = [
+        ("policy", str(resolved["model"])),
+        ("pairs", f"{resolved['pairs']}, {count(report.num_pairs)}"),
+        _trained(report),
+    ]
+    rows += [
+        (name.replace("_", " "), str(resolved[name]))
+        for name in ("device", "precision", "attention", "gradient_checkpointing", "micro_tokens")
+    ]
     rows.append(("held out", count(resolved["num_eval_pairs"])))
     rows.append(("steps", count(resolved["total_steps"])))
     if report.last:
         rows.append(
-            ("a step on the longest pairs", f"{report.last['num_pairs'] / report.last['pairs_per_s']:.1f} s for {report.last['num_pairs']} pairs")
+            (
+                "a step on the longest pairs",
+                f"{report.last['num_pairs'] / report.last['pairs_per_s']:.1f} s for "
+                f"{report.last['num_pairs']} pairs",
+            )
         )
     rows.append(("peak memory", f"{format_bytes(report.peak_bytes)}, without evaluation and samples"))
     print_table(f"{report.output}: a dry run", rows)

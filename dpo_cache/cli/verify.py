@@ -30,7 +30,9 @@ def verify_command(options: VerifyOptions, as_json: bool) -> None:
     with ProgressLine("verifying") as line:
         report = verify_cache(
             options.cache,
-            on_progress=lambda done, total: line.update(done, max(total, 1), f"{format_bytes(done)} of {format_bytes(total)}"),
+            on_progress=lambda done, total: line.update(
+                done, max(total, 1), f"{format_bytes(done)} of {format_bytes(total)}"
+            ),
         )
         repaired = repair_cache(options.cache, report) if options.repair and not report.is_whole else None
         try:
@@ -59,7 +61,14 @@ def _rescore(options: VerifyOptions, line: ProgressLine) -> list[RescoreReport]:
     )
 
 
-def _print_all(options: VerifyOptions, report: VerifyReport, repaired: RepairReport | None, rescored: list[RescoreReport], *, as_json: bool) -> None:
+def _print_all(
+    options: VerifyOptions,
+    report: VerifyReport,
+    repaired: RepairReport | None,
+    rescored: list[RescoreReport],
+    *,
+    as_json: bool,
+) -> None:
     if not as_json:
         _print_report(options, report, repaired, rescored)
         return
@@ -73,7 +82,9 @@ def _print_all(options: VerifyOptions, report: VerifyReport, repaired: RepairRep
     )
 
 
-def _print_report(options: VerifyOptions, report: VerifyReport, repaired: RepairReport | None, rescored: list[RescoreReport]) -> None:
+def _print_report(
+    options: VerifyOptions, report: VerifyReport, repaired: RepairReport | None, rescored: list[RescoreReport]
+) -> None:
     rows = [
         ("files", f"{count(report.files)} ({format_bytes(report.bytes)})"),
         ("references", count(report.references)),
@@ -83,7 +94,12 @@ def _print_report(options: VerifyOptions, report: VerifyReport, repaired: Repair
         ("problems", count(len(report.problems))),
     ]
     if report.unreferenced:
-        rows.append(("unreferenced parts", f"{count(len(report.unreferenced))} (no damage; `dpo-cache gc` drops them)"))
+        rows.append(
+            (
+                "unreferenced parts",
+                f"{count(len(report.unreferenced))} (no damage; `dpo-cache gc` drops them)",
+            )
+        )
     if report.unknown:
         shown = ", ".join(report.unknown[:3]) + (", …" if len(report.unknown) > 3 else "")
         rows.append(("files of no known kind", f"{count(len(report.unknown))} ({shown})"))
@@ -106,17 +122,29 @@ def _print_rescored(entry: RescoreReport) -> None:
         ("largest gap", f"{entry.largest_gap:.2g} nats a token (allowed {entry.largest_allowed:g})"),
         ("mean gap", f"{entry.mean_gap:.2g} nats a token (allowed {entry.mean_allowed:g})"),
     ]
-    verdict = "the live model agrees" if entry.agrees else f"THE LIVE MODEL DISAGREES, most on completion {entry.worst}"
+    verdict = (
+        "the live model agrees"
+        if entry.agrees
+        else f"THE LIVE MODEL DISAGREES, most on completion {entry.worst}"
+    )
     print_table(f"reference {entry.reference[:12]}: {verdict}", rows)
     if not entry.agrees:
-        print("Its scores are stale or were made on a faulty machine: remove the reference with `dpo-cache rm` and score again.")
+        print(
+            "Its scores are stale or were made on a faulty machine: remove the reference with `dpo-cache "
+            "rm` and score again."
+        )
 
 
 def _print_repair(repaired: RepairReport) -> None:
     for moved in repaired.moved:
-        print(f"moved aside: {moved.file}" + (f"\n  to {moved.to}" if moved.to else " (a link: what it pointed to is left alone)"))
+        print(
+            f"moved aside: {moved.file}"
+            + (f"\n  to {moved.to}" if moved.to else " (a link: what it pointed to is left alone)")
+        )
     lost = "an unknown number of" if repaired.lost is None else f"at most {count(repaired.lost)}"
-    restored = f"{count(repaired.restored)} completions were put back from pair sets; " if repaired.restored else ""
+    restored = (
+        f"{count(repaired.restored)} completions were put back from pair sets; " if repaired.restored else ""
+    )
     print(f"{restored}{lost} completions are to be scored again. Next:")
     for line in repaired.commands:
         print(f"  {line}")

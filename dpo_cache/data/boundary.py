@@ -1,18 +1,20 @@
-"""Where a text can be cut in two so that the parts have the ids of the whole: between a letter and a space before a letter.
+"""Where a text can be cut in two so that the parts have the ids of the whole: between a letter and a space
+before a letter.
 
-A tokenizer normalizes, parts the text at its added tokens, parts it into words, and encodes each word by itself. The ids
-of `A + B` are those of `A` and of `B` if each of these steps leaves nothing that spans the cut. Let `A` end in an ASCII
-letter and `B` begin with a space and an ASCII letter:
+A tokenizer normalizes, parts the text at its added tokens, parts it into words, and encodes each word by
+itself. The ids of `A + B` are those of `A` and of `B` if each of these steps leaves nothing that spans the
+cut. Let `A` end in an ASCII letter and `B` begin with a space and an ASCII letter:
 
 - Normalizers: none, or NFC. Nothing composes with the letter before it across a space.
-- Added tokens: none has a space in it or takes spaces or words beside it, so none spans the cut, and since they are
-  found from left to right those in `A` and in `B` are those of the whole.
-- Words by one of the expressions below: no alternative goes on after a letter with a space, so a word ends at the cut, and
-  none looks behind, so the words of `B` are found as they are in the whole. Of lookaheads there is `\\s+(?!\\S)`, which at
-  the end of `A` has a letter before it.
-- No words (Metaspace without split): a text is one word of a BPE model, in which spaces are `▁`. If no token of its
-  vocabulary has a `▁` after something else, no merge spans the cut, and the merges on either side do not see each other.
-  A `▁` that is in the vocabulary is not fused with unknown letters before it.
+- Added tokens: none has a space in it or takes spaces or words beside it, so none spans the cut, and since
+  they are found from left to right those in `A` and in `B` are those of the whole.
+- Words by one of the expressions below: no alternative goes on after a letter with a space, so a word ends at
+  the cut, and none looks behind, so the words of `B` are found as they are in the whole. Of lookaheads there
+  is
+  `\\s+(?!\\S)`, which at the end of `A` has a letter before it.
+- No words (Metaspace without split): a text is one word of a BPE model, in which spaces are `▁`. If no token
+  of its vocabulary has a `▁` after something else, no merge spans the cut, and the merges on either side do
+  not see each other. A `▁` that is in the vocabulary is not fused with unknown letters before it.
   A space that `Metaspace` puts before a text that begins with none is put before `A` alone.
 
 Any other tokenizer is left whole.
@@ -47,7 +49,9 @@ def last_cut(text: str) -> int:
 
 
 def can_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether such a cut changes no id, for certain; of a tokenizer whose call does no more than its Rust backend."""
+    """Whether such a cut changes no id, for certain; of a tokenizer whose call does no more than its Rust
+    backend.
+    """
     backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     if tokenizer.split_special_tokens or getattr(backend.model, "dropout", None):
         return False
@@ -60,7 +64,9 @@ def can_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _parts_words(pre_tokenizer: Any) -> bool:
-    """Whether it parts the text as it stands into words by one of the expressions; ByteLevel's own is GPT-2's."""
+    """Whether it parts the text as it stands into words by one of the expressions; ByteLevel's own is
+    GPT-2's.
+    """
     state = _state(pre_tokenizer)
     steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
     parted = False
@@ -69,7 +75,12 @@ def _parts_words(pre_tokenizer: Any) -> bool:
             parted |= step.get("use_regex", True)
             if not parted:  # spaces are letters to the expressions behind it
                 return False
-        elif step["type"] == "Split" and step["pattern"].get("Regex") in EXPRESSIONS and step["behavior"] == "Isolated" and not step["invert"]:
+        elif (
+            step["type"] == "Split"
+            and step["pattern"].get("Regex") in EXPRESSIONS
+            and step["behavior"] == "Isolated"
+            and not step["invert"]
+        ):
             parted = True
         elif step["type"] != "Digits":  # parts at digits alone, each letter by itself
             return False

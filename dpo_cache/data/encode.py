@@ -1,9 +1,10 @@
 """Texts -> ids, as the tokenizer's own call makes them, but faster.
 
 A rendered conversation stands in every text of its row: alone, and before each answer. A tokenizer cuts its
-text at the special tokens first and treats the parts by themselves, so what comes before the last special token
-of the prompt is encoded once, and each text only from that token on. Plain text is cut between two words of the
-prompt instead, where the tokenizer is one of those for which that provably changes no id; see `boundary.py`.
+text at the special tokens first and treats the parts by themselves, so what comes before the last special
+token of the prompt is encoded once, and each text only from that token on. Plain text is cut between two
+words of the prompt instead, where the tokenizer is one of those for which that provably changes no id; see
+`boundary.py`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,28 @@ from transformers import PreTrainedTokenizerBase, TokenizersBackend
 from dpo_cache.data.boundary import can_be_cut, last_cut
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool
+) -> list[list[int]]:
     """Equals `tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]`."""
     if not texts:
         return []
     if not _is_plainly_fast(tokenizer):
-        return tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
+        return tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)[
+            "input_ids"
+        ]
     backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     with without_padding(backend):
         backend.encode_special_tokens = tokenizer.split_special_tokens
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+        return [
+            encoding.ids
+            for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        ]
 
 
-def encode_dialogues(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+def encode_dialogues(
+    tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequence[str]]
+) -> list[list[list[int]]]:
     """Ids of groups of texts that begin alike: `encode_texts` without special tokens added, of each group."""
     cutting = _cutting_tokens(tokenizer) if groups else []
     heads = [_shared_head(group, cutting) for group in groups]
@@ -52,8 +62,12 @@ def encode_dialogues(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequen
     return found
 
 
-def encode_continuations(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """Ids of groups of a text and texts that go on from it: `encode_texts` with special tokens added, of each group."""
+def encode_continuations(
+    tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequence[str]]
+) -> list[list[list[int]]]:
+    """Ids of groups of a text and texts that go on from it: `encode_texts` with special tokens added, of each
+    group.
+    """
     cuts = [0] * len(groups)
     before: list[int] = []
     after: list[int] = []
@@ -63,7 +77,12 @@ def encode_continuations(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Se
             before, after = around
             cuts = [last_cut(group[0]) for group in groups]
     whole = [text for group, cut in zip(groups, cuts, strict=True) if not cut for text in group]
-    parts = [part for group, cut in zip(groups, cuts, strict=True) if cut for part in (group[0][:cut], *(text[cut:] for text in group))]
+    parts = [
+        part
+        for group, cut in zip(groups, cuts, strict=True)
+        if cut
+        for part in (group[0][:cut], *(text[cut:] for text in group))
+    ]
     whole_ids = iter(encode_texts(tokenizer, whole, add_special_tokens=True))
     part_ids = iter(encode_texts(tokenizer, parts, add_special_tokens=False))
     found: list[list[list[int]]] = []
@@ -93,7 +112,10 @@ def without_padding(backend: Tokenizer) -> Iterator[None]:
 
 def _is_plainly_fast(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether its call does no more than its Rust backend."""
-    return isinstance(tokenizer, TokenizersBackend) and type(tokenizer)._encode_plus is TokenizersBackend._encode_plus
+    return (
+        isinstance(tokenizer, TokenizersBackend)
+        and type(tokenizer)._encode_plus is TokenizersBackend._encode_plus
+    )
 
 
 def _added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]] | None:
@@ -102,7 +124,9 @@ def _added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
     for text in ("a", "b c"):
         (bare,) = encode_texts(tokenizer, [text], add_special_tokens=False)
         (full,) = encode_texts(tokenizer, [text], add_special_tokens=True)
-        starts = [start for start in range(len(full) - len(bare) + 1) if full[start : start + len(bare)] == bare]
+        starts = [
+            start for start in range(len(full) - len(bare) + 1) if full[start : start + len(bare)] == bare
+        ]
         if len(starts) != 1:
             return None
         around.append((full[: starts[0]], full[starts[0] + len(bare) :]))
@@ -110,7 +134,8 @@ def _added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
 
 
 def _cutting_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens that part a text in two that are encoded as if alone: they take no spaces, and are no part of another.
+    """Special tokens that part a text in two that are encoded as if alone: they take no spaces, and are no
+    part of another.
 
     Only those that the chat template writes: some tokenizers keep a thousand in reserve.
     """
@@ -121,10 +146,16 @@ def _cutting_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     plain = [
         token
         for token in added
-        if token.special and token.content in written and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        if token.special
+        and token.content in written
+        and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
     ]
     contents = [token.content for token in added]
-    return [token.content for token in plain if not any(token.content in other and token.content != other for other in contents)]
+    return [
+        token.content
+        for token in plain
+        if not any(token.content in other and token.content != other for other in contents)
+    ]
 
 
 def _shared_head(group: Sequence[str], cutting: Sequence[str]) -> tuple[int, str] | None:

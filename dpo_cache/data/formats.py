@@ -3,15 +3,20 @@
 A format is recognised from the columns and the type of their first value:
 
     text             prompt, chosen, rejected: strings
-    conversation     prompt: string or messages; chosen, rejected: messages, with or without the prompt repeated
+    conversation     prompt: string or messages; chosen, rejected: messages, with or without the prompt
+                     repeated
     implicit         chosen, rejected: whole dialogues, as messages or text; the prompt is what they share
-    sharegpt         conversations (from, value); chosen, rejected: one turn each; system: optional. A turn from function_call
-                     is JSON, {"name": ..., "arguments": ...} or a list of these; one from observation or tool is its result
-    alpaca           instruction, input (may be missing or empty); chosen, rejected: strings; system, history: optional
+    sharegpt         conversations (from, value); chosen, rejected: one turn each; system: optional. A turn
+                     from function_call is JSON, {"name": ..., "arguments": ...} or a list of these; one from
+                     observation or tool is its result
+    alpaca           instruction, input (may be missing or empty); chosen, rejected: strings; system, history:
+                     optional
     question         question; chosen, rejected: strings; system: optional
-    ranked           prompt; responses: a list of strings or of message lists; scores (higher is better) or ranks (1 is best)
+    ranked           prompt; responses: a list of strings or of message lists; scores (higher is better) or
+                     ranks (1 is best)
 
-Messages are `{"role": ..., "content": ...}`. Everything but text goes through the chat template, to which a column
+Messages are `{"role": ..., "content": ...}`. Everything but text goes through the chat template, to which a
+column
 `tools` (a list, or JSON) and a column `chat_template_kwargs` (an object) are handed.
 """
 
@@ -27,7 +32,8 @@ from dpo_cache.errors import DataError
 Message = dict[str, Any]
 Content = str | list[Message]
 
-# Columns that a format needs, in the order in which formats are tried; text and conversation differ by their values.
+# Columns that a format needs, in the order in which formats are tried; text and conversation differ by their
+# values.
 NEEDED = {
     "sharegpt": ("conversations", "chosen", "rejected"),
     "text": ("prompt", "chosen", "rejected"),
@@ -58,7 +64,9 @@ class Example:
 
     prompt: Content
     answers: tuple[Content, ...]
-    pairs: tuple[tuple[int, int], ...] = ((0, 1),)  # (chosen, rejected), as places among the answers; none if all rank alike
+    pairs: tuple[tuple[int, int], ...] = (
+        (0, 1),
+    )  # (chosen, rejected), as places among the answers; none if all rank alike
     template_options: dict[str, Any] = field(default_factory=dict)  # what the row hands to the chat template
 
     @property
@@ -82,7 +90,8 @@ def detect_format(columns: Sequence[str], first_row: dict[str, Any], place: str 
                 return name
             return "conversation" if any(isinstance(first_row[column], list) for column in needed) else "text"
     raise DataError(
-        f"{place} is not preference data: found the columns {', '.join(columns) or '(none)'}; accepted are\n{ACCEPTED}\n"
+        f"{place} is not preference data: found the columns {', '.join(columns) or '(none)'}; accepted "
+        f"are\n{ACCEPTED}\n"
         "Name the columns that correspond with --map, for example --map prompt=question, or rename them."
     )
 
@@ -92,16 +101,23 @@ def check_format(name: str, columns: Sequence[str], place: str = "the data") -> 
     missing = [column for column in NEEDED[name] if column not in columns]
     if missing:
         raise DataError(
-            f"--format {name} needs the columns {', '.join(NEEDED[name])}; {place} has no {', '.join(missing)}, but {', '.join(columns)}.\n"
+            f"--format {name} needs the columns {', '.join(NEEDED[name])}; {place} has no "
+            f"{', '.join(missing)}, but {', '.join(columns)}.\n"
             "Name the columns that correspond with --map, for example --map prompt=question."
         )
     return name
 
 
 def parse_row(row: dict[str, Any], data_format: str, ranked_pairs: str = "all") -> Example | RowProblem:
-    """The row's example, or what is wrong with it. `ranked_pairs`: all pairs of ranked answers, or the best against each."""
+    """The row's example, or what is wrong with it. `ranked_pairs`: all pairs of ranked answers, or the best
+    against each.
+    """
     try:
-        prompt, answers, pairs = _parse_ranked(row, ranked_pairs) if data_format == "ranked" else (*PARSERS[data_format](row), ((0, 1),))
+        prompt, answers, pairs = (
+            _parse_ranked(row, ranked_pairs)
+            if data_format == "ranked"
+            else (*PARSERS[data_format](row), ((0, 1),))
+        )
         options = {} if isinstance(prompt, str) else _template_options(row)
     except _BadRow as problem:
         return RowProblem(str(problem))
@@ -138,7 +154,9 @@ def _parse_implicit(row: dict[str, Any]) -> Parsed:
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if shared and shared == min(len(chosen), len(rejected)):
-        shared -= 1  # one dialogue ends where the other goes on, or they are equal: the last turn is the answer
+        shared -= (
+            1  # one dialogue ends where the other goes on, or they are equal: the last turn is the answer
+        )
     return chosen[:shared], (chosen[shared:], rejected[shared:])
 
 
@@ -148,7 +166,9 @@ def _parse_sharegpt(row: dict[str, Any]) -> Parsed:
         raise _BadRow("`conversations` is not a list of turns")
     prompt = [*_system(row), *(_sharegpt_turn(turn, "conversations") for turn in turns)]
     if turns and prompt[-1]["role"] == "assistant":
-        raise _BadRow(f"`conversations` ends with a turn from {turns[-1]['from']!r}, expected what the answers reply to")
+        raise _BadRow(
+            f"`conversations` ends with a turn from {turns[-1]['from']!r}, expected what the answers reply to"
+        )
     return prompt, (_sharegpt_answer(row, "chosen"), _sharegpt_answer(row, "rejected"))
 
 
@@ -157,20 +177,30 @@ def _parse_alpaca(row: dict[str, Any]) -> Parsed:
     extra = row.get("input")
     if extra and not (isinstance(extra, str) and not extra.strip()):
         question += "\n\n" + _text(row, "input")
-    return [*_system(row), *_history(row), _user(question)], (_assistant(row, "chosen"), _assistant(row, "rejected"))
+    return [*_system(row), *_history(row), _user(question)], (
+        _assistant(row, "chosen"),
+        _assistant(row, "rejected"),
+    )
 
 
 def _parse_question(row: dict[str, Any]) -> Parsed:
-    return [*_system(row), _user(_text(row, "question"))], (_assistant(row, "chosen"), _assistant(row, "rejected"))
+    return [*_system(row), _user(_text(row, "question"))], (
+        _assistant(row, "chosen"),
+        _assistant(row, "rejected"),
+    )
 
 
-def _parse_ranked(row: dict[str, Any], ranked_pairs: str) -> tuple[Content, tuple[Content, ...], tuple[tuple[int, int], ...]]:
+def _parse_ranked(
+    row: dict[str, Any], ranked_pairs: str
+) -> tuple[Content, tuple[Content, ...], tuple[tuple[int, int], ...]]:
     responses = row["responses"]
     if not isinstance(responses, list) or len(responses) < 2:
         raise _BadRow("`responses` is not a list of two answers or more")
     merits = _merits(row, len(responses))
     order = sorted(range(len(responses)), key=lambda place: -merits[place])
-    better = order if ranked_pairs == "all" else [place for place in order if merits[place] == merits[order[0]]]
+    better = (
+        order if ranked_pairs == "all" else [place for place in order if merits[place] == merits[order[0]]]
+    )
     pairs = tuple((one, other) for one in better for other in order if merits[one] > merits[other])
     rows = [{"responses": response} for response in responses]
     if isinstance(row["prompt"], str) and all(isinstance(response, str) for response in responses):
@@ -199,7 +229,11 @@ def _merits(row: dict[str, Any], num_responses: int) -> list[float]:
         raise _BadRow(f"`{name}` is {_kind(values)}, expected a list of numbers")
     wrong = [value for value in values if not isinstance(value, (int, float)) or value != value]
     if wrong:
-        raise _BadRow(f"`{name}` holds {'null' if wrong[0] is None else 'NaN' if wrong[0] != wrong[0] else _kind(wrong[0])}, expected numbers")
+        raise _BadRow(
+            f"`{name}` holds "
+            f"{'null' if wrong[0] is None else 'NaN' if wrong[0] != wrong[0] else _kind(wrong[0])}, "
+            "expected numbers"
+        )
     if len(values) != num_responses:
         raise _BadRow(f"`{name}` has {len(values)} numbers for {num_responses} responses")
     return [sign * value for value in values]
@@ -242,20 +276,37 @@ def _assistant(row: dict[str, Any], name: str) -> list[Message]:
 def _system(row: dict[str, Any]) -> list[Message]:
     """The system message, where the row has one."""
     system = row.get("system")
-    return [] if system is None or (isinstance(system, str) and not system.strip()) else [{"role": "system", "content": _text(row, "system")}]
+    return (
+        []
+        if system is None or (isinstance(system, str) and not system.strip())
+        else [{"role": "system", "content": _text(row, "system")}]
+    )
 
 
 def _history(row: dict[str, Any]) -> list[Message]:
     """Earlier turns: a list of [question, answer]."""
     turns = row.get("history") or []
-    if not all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns):
+    if not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in turns
+    ):
         raise _BadRow("`history` is not a list of [question, answer]")
-    return [message for question, answer in turns for message in (_user(question), {"role": "assistant", "content": answer})]
+    return [
+        message
+        for question, answer in turns
+        for message in (_user(question), {"role": "assistant", "content": answer})
+    ]
 
 
 def _prompt_messages(row: dict[str, Any]) -> list[Message]:
     messages = [_user(_text(row, "prompt"))] if isinstance(row["prompt"], str) else _messages(row, "prompt")
-    return messages if messages and messages[0]["role"] == "system" else [*_system(row), *messages] if messages else []
+    return (
+        messages
+        if messages and messages[0]["role"] == "system"
+        else [*_system(row), *messages]
+        if messages
+        else []
+    )
 
 
 def _messages(row: dict[str, Any], name: str) -> list[Message]:
@@ -269,7 +320,11 @@ def _message(message: Any, name: str, role_field: str, content_field: str) -> Me
     if not isinstance(message, dict) or not isinstance(message.get(role_field), str):
         raise _BadRow(f"`{name}` has a message without `{role_field}`")
     role, content = message[role_field], message.get(content_field)
-    extras = {key: value for key, value in message.items() if key not in (role_field, content_field) and value is not None}
+    extras = {
+        key: value
+        for key, value in message.items()
+        if key not in (role_field, content_field) and value is not None
+    }
     if content is None and extras.get("tool_calls"):
         content = ""
     elif not isinstance(content, str):
@@ -283,7 +338,9 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
     message = _message(turn, name, "from", "value")
     role = SHAREGPT_ROLES.get(message["role"])
     if role is None:
-        raise _BadRow(f"`{name}` has a turn from {message['role']!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
+        raise _BadRow(
+            f"`{name}` has a turn from {message['role']!r}, expected one of {', '.join(SHAREGPT_ROLES)}"
+        )
     if message["role"] == "function_call":
         return {**message, "role": role, "content": "", "tool_calls": _tool_calls(message["content"], name)}
     return {**message, "role": role}
@@ -292,7 +349,9 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
 def _sharegpt_answer(row: dict[str, Any], name: str) -> list[Message]:
     answer = _sharegpt_turn(row[name], name)
     if answer["role"] != "assistant":
-        raise _BadRow(f"`{name}` is a turn from {row[name]['from']!r}, expected one from gpt or function_call")
+        raise _BadRow(
+            f"`{name}` is a turn from {row[name]['from']!r}, expected one from gpt or function_call"
+        )
     return [answer]
 
 
@@ -300,12 +359,21 @@ def _tool_calls(value: str, name: str) -> list[dict[str, Any]]:
     """Calls as chat templates read them, of the JSON that a ShareGPT turn holds."""
     try:
         found = json.loads(value)
-        calls = [{"name": call["name"], "arguments": call["arguments"]} for call in (found if isinstance(found, list) else [found])]
+        calls = [
+            {"name": call["name"], "arguments": call["arguments"]}
+            for call in (found if isinstance(found, list) else [found])
+        ]
         calls = [{**call, "arguments": _parsed(call["arguments"])} for call in calls]
     except (ValueError, KeyError, TypeError):
         calls = []
-    if not calls or not all(call["name"] and isinstance(call["name"], str) and isinstance(call["arguments"], dict) for call in calls):
-        raise _BadRow(f"`{name}` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor a list of these")
+    if not calls or not all(
+        call["name"] and isinstance(call["name"], str) and isinstance(call["arguments"], dict)
+        for call in calls
+    ):
+        raise _BadRow(
+            f"`{name}` has a turn from 'function_call' that is no JSON object with `name` and "
+            "`arguments`, nor a list of these"
+        )
     return [{"type": "function", "function": call} for call in calls]
 
 
@@ -322,7 +390,10 @@ def _answer(row: dict[str, Any], name: str, prompt: list[Message]) -> list[Messa
     if [_bare(message) for message in messages[: len(prompt)]] == [_bare(message) for message in prompt]:
         messages = messages[len(prompt) :]
     if messages and messages[0]["role"] in ("user", "system"):
-        raise _BadRow(f"`{name}` starts with a message from {messages[0]['role']}, expected the answer, or the whole prompt before it")
+        raise _BadRow(
+            f"`{name}` starts with a message from {messages[0]['role']}, expected the answer, or the "
+            "whole prompt before it"
+        )
     return messages
 
 
@@ -344,12 +415,21 @@ def _shared_text(chosen: str, rejected: str) -> int:
 
 
 def unused_columns(data_format: str, columns: Sequence[str], first_row: dict[str, Any]) -> list[str]:
-    """Columns that mean something in other formats, or to a chat template, and nothing to rows like the first."""
+    """Columns that mean something in other formats, or to a chat template, and nothing to rows like the
+    first.
+    """
     example = parse_row({**dict.fromkeys(columns), **first_row}, data_format)
-    used = {"alpaca": {"system", "history"}, "implicit": set()}.get(data_format, {"system"}) | {"tools", "chat_template_kwargs"}
+    used = {"alpaca": {"system", "history"}, "implicit": set()}.get(data_format, {"system"}) | {
+        "tools",
+        "chat_template_kwargs",
+    }
     if isinstance(example, Example) and example.is_text:
         used = set()
-    return [name for name in ("system", "history", "tools", "chat_template_kwargs") if name in columns and name not in used]
+    return [
+        name
+        for name in ("system", "history", "tools", "chat_template_kwargs")
+        if name in columns and name not in used
+    ]
 
 
 def _kind(value: Any) -> str:

@@ -15,10 +15,21 @@ from datasets.exceptions import DatasetGenerationError
 from dpo_cache.errors import DataError, first_line
 
 JSON = (".jsonl", ".json")
-DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "metadata.json", "config.json")
+DESCRIPTIONS = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "metadata.json",
+    "config.json",
+)
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
-STREAM_ERRORS = (pa.ArrowException, DatasetGenerationError, OSError, ValueError)  # what reading a damaged stream raises
+STREAM_ERRORS = (
+    pa.ArrowException,
+    DatasetGenerationError,
+    OSError,
+    ValueError,
+)  # what reading a damaged stream raises
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -42,7 +53,9 @@ def read_dataset(
     unknown = [name for name in names if name not in found]
     if unknown:
         raise DataError(f"{location}: no split {', '.join(unknown)}.\nIt has: {', '.join(found)}.")
-    return {name: _renamed(_cut(found[name], limit), rename or {}, f"{location}: split {name}") for name in names}
+    return {
+        name: _renamed(_cut(found[name], limit), rename or {}, f"{location}: split {name}") for name in names
+    }
 
 
 def first_row(rows: Rows, place: str) -> dict[str, Any]:
@@ -63,14 +76,21 @@ def not_utf8(place: str, error: UnicodeDecodeError) -> DataError:
 
 
 def not_readable(place: str, error: Exception) -> DataError:
-    return DataError(f"{place} is not readable ({first_line(error)}).\nMend the data and run again; what is scored so far is kept.")
+    return DataError(
+        f"{place} is not readable ({first_line(error)}).\n"
+        "Mend the data and run again; what is scored so far is kept."
+    )
 
 
 def dataset_name(location: str) -> str:
-    """A short name for a data set: its file, folder or repository, in letters that a pair set's name may have."""
+    """A short name for a data set: its file, folder or repository, in letters that a pair set's name may
+    have.
+    """
     path = Path(location.rstrip("/"))
     stem = path.stem if path.suffix in BUILDERS else path.name
-    cleaned = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in stem)
+    cleaned = "".join(
+        letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in stem
+    )
     return cleaned.lstrip(".-")[:128] or "data"
 
 
@@ -80,19 +100,31 @@ def _load(location: str, streaming: bool) -> Mapping[str, Rows]:
         if path.is_file():
             builder = BUILDERS.get(path.suffix.lower())
             if builder is None:
-                raise DataError(f"{location}: files of kind {path.suffix or '(none)'} are not read.\nAccepted: {', '.join(BUILDERS)}.")
+                raise DataError(
+                    f"{location}: files of kind {path.suffix or '(none)'} are not read.\n"
+                    f"Accepted: {', '.join(BUILDERS)}."
+                )
             if not path.stat().st_size:
                 raise DataError(f"{location}: the file is empty.")
             return _load_file(builder, path, location, streaming)
-        if not path.exists() and (path.suffix in BUILDERS or location.startswith((".", "/", "~")) or location.count("/") > 1):
+        if not path.exists() and (
+            path.suffix in BUILDERS or location.startswith((".", "/", "~")) or location.count("/") > 1
+        ):
             raise DataError(f"{location}: no such file or folder.")
         return _load_folder(path, streaming) if path.is_dir() else load_dataset(location, streaming=streaming)
     except DatasetGenerationError as error:
-        hint = "One JSON object a line, or a list of objects, is expected in JSON." if path.suffix.lower() in JSON else "Mend the file and run again."
-        raise DataError(f"{location}: not readable ({first_line(error.__cause__ or error)}).\n{hint}") from error
+        hint = (
+            "One JSON object a line, or a list of objects, is expected in JSON."
+            if path.suffix.lower() in JSON
+            else "Mend the file and run again."
+        )
+        raise DataError(
+            f"{location}: not readable ({first_line(error.__cause__ or error)}).\n{hint}"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"{location}: cannot be opened ({first_line(error)}).\nGive a local file or folder, or the id of a data set on the Hub."
+            f"{location}: cannot be opened ({first_line(error)}).\n"
+            "Give a local file or folder, or the id of a data set on the Hub."
         ) from error
 
 
@@ -116,11 +148,19 @@ def _load_folder(path: Path, streaming: bool) -> Mapping[str, Rows]:
         saved = load_from_disk(str(path))
         return saved if isinstance(saved, DatasetDict) else {"train": saved}
     if glob.has_magic(str(path)):
-        raise DataError(f"{path}: a folder's name with *, ? or [ would be taken for a pattern.\nRename it, or give one file.")
-    kinds = {file.suffix.lower() for file in path.rglob("*") if file.suffix.lower() in BUILDERS and file.name not in DESCRIPTIONS}
+        raise DataError(
+            f"{path}: a folder's name with *, ? or [ would be taken for a pattern.\n"
+            "Rename it, or give one file."
+        )
+    kinds = {
+        file.suffix.lower()
+        for file in path.rglob("*")
+        if file.suffix.lower() in BUILDERS and file.name not in DESCRIPTIONS
+    }
     if len({BUILDERS[kind] for kind in kinds}) > 1:
         raise DataError(
-            f"{path}: holds files of several kinds ({', '.join(sorted(kinds))}), of which only one would be read.\nGive one file, or part them."
+            f"{path}: holds files of several kinds ({', '.join(sorted(kinds))}), of which only one would "
+            "be read.\nGive one file, or part them."
         )
     return load_dataset(str(path), streaming=streaming)
 
@@ -130,7 +170,9 @@ def _default_split(location: str, found: list[str]) -> list[str]:
         return ["train"]
     if len(found) == 1:
         return found
-    raise DataError(f"{location}: has the splits {', '.join(found)}.\nSay which with --split (it may be repeated).")
+    raise DataError(
+        f"{location}: has the splits {', '.join(found)}.\nSay which with --split (it may be repeated)."
+    )
 
 
 def _cut(rows: Rows, limit: int | None) -> Rows:

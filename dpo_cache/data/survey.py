@@ -52,7 +52,9 @@ class Survey:
 
     def __post_init__(self) -> None:
         self._last_row = -1
-        self._lengths: dict[str, Counter[int]] = {name: Counter() for name in ("prompt", "answer", "prompt + answer")}
+        self._lengths: dict[str, Counter[int]] = {
+            name: Counter() for name in ("prompt", "answer", "prompt + answer")
+        }
 
     def add(self, outcome: Outcome) -> None:
         """Count one tokenized row."""
@@ -85,10 +87,21 @@ class Survey:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        findings = {name: asdict(getattr(self, name)) for name in ("truncated", "moved_boundary", "duplicates", "contradictory")}
-        plain = {name: getattr(self, name) for name in ("pair_set", "data_format", "rows_read", "pairs_kept", "data_tokens", "forest_tokens")}
+        findings = {
+            name: asdict(getattr(self, name))
+            for name in ("truncated", "moved_boundary", "duplicates", "contradictory")
+        }
+        plain = {
+            name: getattr(self, name)
+            for name in ("pair_set", "data_format", "rows_read", "pairs_kept", "data_tokens", "forest_tokens")
+        }
         dropped = {reason: asdict(finding) for reason, finding in self.dropped.items()}
-        return {**plain, **findings, "dropped": dropped, "lengths": {"percentiles": list(PERCENTILES), **self.lengths()}}
+        return {
+            **plain,
+            **findings,
+            "dropped": dropped,
+            "lengths": {"percentiles": list(PERCENTILES), **self.lengths()},
+        }
 
 
 def _percentiles(counts: Counter[int]) -> list[int]:
@@ -97,4 +110,6 @@ def _percentiles(counts: Counter[int]) -> list[int]:
         return []
     lengths = np.array(sorted(counts))
     reached = np.cumsum([counts[length] for length in lengths])
-    return [int(lengths[np.searchsorted(reached, np.ceil(reached[-1] * share / 100))]) for share in PERCENTILES]
+    return [
+        int(lengths[np.searchsorted(reached, np.ceil(reached[-1] * share / 100))]) for share in PERCENTILES
+    ]

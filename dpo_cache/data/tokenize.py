@@ -2,11 +2,14 @@
 
 A tokenized row is one pair, in the columns
 
-    row                                   int64          number of the row in the data set; ranked rows make several pairs
+    row                                   int64          number of the row in the data set; ranked rows make
+                                          several pairs
     prompt_ids, chosen_ids, rejected_ids  list<uint32>   untruncated; a sequence is prompt_ids + chosen_ids
-    moved_boundary                        bool           tokens merge across the end of the prompt; see `tokenize_rows`
+    moved_boundary                        bool           tokens merge across the end of the prompt; see
+                                          `tokenize_rows`
     dropped                               string         why the row makes no pair; null where it does
-    problem                               string         why the row cannot be used, which stops the run; null where it can
+    problem                               string         why the row cannot be used, which stops the run; null
+                                          where it can
 """
 
 from __future__ import annotations
@@ -41,13 +44,22 @@ RANKED_ALIKE = "answers all ranked alike"
 
 
 def load_tokenizer(
-    location: str, *, revision: str | None = None, chat_template: str | None = None, trust_remote_code: bool = False
+    location: str,
+    *,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, with another chat template (a file's path) if one is given. Raises `ModelError`."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{location}: no tokenizer can be loaded from it ({first_line(error)}).\nSay where it is with --tokenizer.") from error
+        raise ModelError(
+            f"{location}: no tokenizer can be loaded from it ({first_line(error)}).\n"
+            "Say where it is with --tokenizer."
+        ) from error
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -61,7 +73,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = str(sorted(tokenizer.get_vocab().items())) if backend is None else _rules_of(backend)
     splits = str(getattr(tokenizer, "split_special_tokens", False))
-    parts = [type(tokenizer).__name__, rules, str(tokenizer.special_tokens_map), splits, str(tokenizer.chat_template)]
+    parts = [
+        type(tokenizer).__name__,
+        rules,
+        str(tokenizer.special_tokens_map),
+        splits,
+        str(tokenizer.chat_template),
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -83,8 +101,9 @@ def tokenized_windows(
 ) -> Iterator[Dataset]:
     """The rows tokenized, at most `window_rows` at a time.
 
-    Of a stream, each window is tokenized when it is asked for and kept in the folder `spool`, so that it can be
-    read again; the rest is tokenized at once and kept in the cache of `datasets`. Raises as `tokenize_rows`.
+    Of a stream, each window is tokenized when it is asked for and kept in the folder `spool`, so that it can
+    be read again; the rest is tokenized at once and kept in the cache of `datasets`. Raises as
+    `tokenize_rows`.
     """
     if isinstance(rows, Dataset):
         tokenized = tokenize_rows(rows, data_format, tokenizer, ranked_pairs=ranked_pairs, place=place)
@@ -93,13 +112,26 @@ def tokenized_windows(
         return
     for number, window in enumerate(_batches(rows, window_rows, place)):
         table = Dataset.from_list(window, features=rows.features)
-        tokenized = tokenize_rows(table, data_format, tokenizer, ranked_pairs=ranked_pairs, first_row=number * window_rows, place=place)
+        tokenized = tokenize_rows(
+            table,
+            data_format,
+            tokenizer,
+            ranked_pairs=ranked_pairs,
+            first_row=number * window_rows,
+            place=place,
+        )
         tokenized.save_to_disk(spool / str(number))
         yield load_from_disk(str(spool / str(number)))
 
 
 def tokenize_rows(
-    dataset: Dataset, data_format: str, tokenizer: PreTrainedTokenizerBase, *, ranked_pairs: str = "all", first_row: int = 0, place: str = "the data"
+    dataset: Dataset,
+    data_format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ranked_pairs: str = "all",
+    first_row: int = 0,
+    place: str = "the data",
 ) -> Dataset:
     """Token ids of every pair, in the columns that the module's docstring lists.
 
@@ -111,7 +143,14 @@ def tokenize_rows(
     Raises `DataError` for rows that cannot be used, all of them at once, and `ModelError` for conversations
     without a chat template, or text without an EOS token.
     """
-    recipe = [dataset._fingerprint, data_format, ranked_pairs, str(first_row), tokenizer_digest(tokenizer), str(IDS_VERSION)]
+    recipe = [
+        dataset._fingerprint,
+        data_format,
+        ranked_pairs,
+        str(first_row),
+        tokenizer_digest(tokenizer),
+        str(IDS_VERSION),
+    ]
 
     def tokenize_batch(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -120,14 +159,16 @@ def tokenize_rows(
 
     try:
         tokenized = dataset.map(
-            tokenize_batch, batched=True, with_indices=True, remove_columns=dataset.column_names, features=FEATURES,
-            batch_size=BATCH_ROWS, new_fingerprint=hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:32],
+            tokenize_batch, batched=True, with_indices=True, remove_columns=dataset.column_names,
+            features=FEATURES, batch_size=BATCH_ROWS,
+            new_fingerprint=hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:32],
         )  # fmt: skip
     except UnicodeDecodeError as error:
         raise not_utf8(place, error) from error
     except OSError as error:
         raise DataError(
-            f"{place}: the tokenized rows cannot be kept in {config.HF_DATASETS_CACHE} ({first_line(error)}).\n"
+            f"{place}: the tokenized rows cannot be kept in {config.HF_DATASETS_CACHE} "
+            f"({first_line(error)}).\n"
             "Free some space there, or set HF_HOME to another folder."
         ) from error
     _check_problems(tokenized, data_format, place)
@@ -153,20 +194,27 @@ def _check_problems(tokenized: Dataset, data_format: str, place: str) -> None:
     problems = tokenized.data.column("problem")
     if problems.null_count == len(problems):
         return
-    found = [(row, reason) for row, reason in zip(tokenized.data.column("row").to_pylist(), problems.to_pylist(), strict=True) if reason]
+    found = [
+        (row, reason)
+        for row, reason in zip(tokenized.data.column("row").to_pylist(), problems.to_pylist(), strict=True)
+        if reason
+    ]
     counts = Counter(reason for _, reason in found)
     lines = []
     for reason, count in counts.most_common():
         numbers = ", ".join([str(row) for row, other in found if other == reason][:5])
-        lines.append(f"  {reason}: {count} row{'s' if count > 1 else ''}, number {numbers}{', …' if count > 5 else ''}")
+        lines.append(
+            f"  {reason}: {count} row{'s' if count > 1 else ''}, number {numbers}{', …' if count > 5 else ''}"
+        )
     raise DataError(
-        f"{place}: {len(found)} row{'s' if len(found) > 1 else ''} cannot be used (rows are counted from 0, format {data_format}):\n"
-        + "\n".join(lines)
-        + "\nMend or remove them and run again."
+        f"{place}: {len(found)} row{'s' if len(found) > 1 else ''} cannot be used (rows are counted from "
+        f"0, format {data_format}):\n" + "\n".join(lines) + "\nMend or remove them and run again."
     )
 
 
-def _tokenize_examples(examples: Sequence[Example | RowProblem], numbers: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+def _tokenize_examples(
+    examples: Sequence[Example | RowProblem], numbers: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Any]]:
     _check_tokenizer(tokenizer, [example for example in examples if isinstance(example, Example)])
     texts = _texts_of(examples, tokenizer)
     ids = _encode(examples, texts, tokenizer)
@@ -187,26 +235,44 @@ def _tokenize_examples(examples: Sequence[Example | RowProblem], numbers: Sequen
         prompt, *answers = sequences
         cut = min(_shared_prefix(prompt, answer) for answer in answers)
         for chosen, rejected in example.pairs:
-            add(number, prompt[:cut], answers[chosen][cut:], answers[rejected][cut:], cut < len(prompt), None, None)
+            add(
+                number,
+                prompt[:cut],
+                answers[chosen][cut:],
+                answers[rejected][cut:],
+                cut < len(prompt),
+                None,
+                None,
+            )
     return columns
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> None:
     if not tokenizer.chat_template and not all(example.is_text for example in examples):
         raise ModelError(
-            f"the data holds conversations, but the tokenizer {tokenizer.name_or_path} has no chat template.\n"
+            f"the data holds conversations, but the tokenizer {tokenizer.name_or_path} has no chat "
+            "template.\n"
             "Give one with --chat-template FILE (Jinja), or a tokenizer that has one with --tokenizer."
         )
     if tokenizer.eos_token is None and any(example.is_text for example in examples):
-        raise ModelError(f"the tokenizer {tokenizer.name_or_path} has no EOS token to end an answer with.\nGive another with --tokenizer.")
+        raise ModelError(
+            f"the tokenizer {tokenizer.name_or_path} has no EOS token to end an answer with.\n"
+            "Give another with --tokenizer."
+        )
 
 
-def _texts_of(examples: Sequence[Example | RowProblem], tokenizer: PreTrainedTokenizerBase) -> list[list[str] | RowProblem]:
+def _texts_of(
+    examples: Sequence[Example | RowProblem], tokenizer: PreTrainedTokenizerBase
+) -> list[list[str] | RowProblem]:
     """Per example: the prompt, then prompt + answer for each answer, as the tokenizer reads them."""
     chats = [example for example in examples if isinstance(example, Example) and not example.is_text]
     rendered = iter(_render(chats, tokenizer))
     return [
-        example if isinstance(example, RowProblem) else _ended(example, tokenizer.eos_token) if example.is_text else next(rendered)
+        example
+        if isinstance(example, RowProblem)
+        else _ended(example, tokenizer.eos_token)
+        if example.is_text
+        else next(rendered)
         for example in examples
     ]
 
@@ -218,7 +284,9 @@ def _ended(example: Example, eos: str) -> list[str]:
 
 
 def _render(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[str] | RowProblem]:
-    """Texts of conversations, through the chat template; one by one where a row hands something to it, or it fails."""
+    """Texts of conversations, through the chat template; one by one where a row hands something to it, or it
+    fails.
+    """
     if not any(example.template_options or _called(example) for example in examples):
         try:
             return [*_render_alike(examples, tokenizer)] if examples else []
@@ -233,7 +301,11 @@ def _render(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> 
             continue
         is_lost = any(name not in "".join(rendered) for name in _called(example))
         texts.append(
-            RowProblem("the chat template leaves its tool calls out; give one that writes them with --chat-template") if is_lost else rendered
+            RowProblem(
+                "the chat template leaves its tool calls out; give one that writes them with --chat-template"
+            )
+            if is_lost
+            else rendered
         )
     return texts
 
@@ -256,16 +328,27 @@ def _render_alike(examples: Sequence[Example], tokenizer: Any) -> list[list[str]
     )
     dialogues = [example.prompt + answer for example in examples for answer in example.answers]  # type: ignore[operator]
     rendered = iter(tokenizer.apply_chat_template(dialogues, tokenize=False, **options))
-    return [[prompt, *islice(rendered, len(example.answers))] for prompt, example in zip(prompts, examples, strict=True)]  # type: ignore[list-item]
+    return [
+        [prompt, *islice(rendered, len(example.answers))]
+        for prompt, example in zip(prompts, examples, strict=True)
+    ]  # type: ignore[list-item]
 
 
 def _encode(
-    examples: Sequence[Example | RowProblem], texts: Sequence[list[str] | RowProblem], tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[Example | RowProblem],
+    texts: Sequence[list[str] | RowProblem],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[list[int]]]:
     """Ids of each example's texts; none for a problem."""
     ids: list[list[list[int]]] = [[] for _ in texts]
-    usable = [(place, example) for place, example in enumerate(examples) if isinstance(example, Example) and isinstance(texts[place], list)]
-    plain, chats = ([place for place, example in usable if example.is_text == is_text] for is_text in (True, False))
+    usable = [
+        (place, example)
+        for place, example in enumerate(examples)
+        if isinstance(example, Example) and isinstance(texts[place], list)
+    ]
+    plain, chats = (
+        [place for place, example in usable if example.is_text == is_text] for is_text in (True, False)
+    )
     plain_ids = encode_continuations(tokenizer, [texts[place] for place in plain])  # type: ignore[misc]
     dialogues = encode_dialogues(tokenizer, [texts[place] for place in chats])  # type: ignore[misc]  # rendered with their special tokens
     for place, sequences in zip([*plain, *chats], [*plain_ids, *dialogues], strict=True):
@@ -276,4 +359,7 @@ def _encode(
 def _shared_prefix(ids: list[int], other: list[int]) -> int:
     if other[: len(ids)] == ids:
         return len(ids)
-    return next((place for place, (one, two) in enumerate(zip(ids, other, strict=False)) if one != two), min(len(ids), len(other)))
+    return next(
+        (place for place, (one, two) in enumerate(zip(ids, other, strict=False)) if one != two),
+        min(len(ids), len(other)),
+    )

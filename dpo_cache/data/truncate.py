@@ -2,8 +2,9 @@
 
 keep-start    each sequence keeps its first max_length tokens
 keep-end      each sequence keeps its last max_length tokens, so the two prompts may differ
-prompt-left   where a sequence is too long, the prompt keeps its last max_prompt_length tokens; where one still is,
-              both answers keep their first max_length - max_prompt_length tokens (the original DPO repository's rule)
+prompt-left   where a sequence is too long, the prompt keeps its last max_prompt_length tokens; where one
+              still is, both answers keep their first max_length - max_prompt_length tokens (the original DPO
+              repository's rule)
 drop          a row with a sequence that is too long is dropped
 """
 
@@ -64,7 +65,9 @@ def make_pairs(window: Dataset, truncation: Truncation) -> Iterator[Outcome]:
             yield Outcome(row, *make_pair(row, prompt, chosen, rejected, truncation), has_moved)
 
 
-def make_pair(row: int, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds, truncation: Truncation) -> tuple[Pair | Dropped, bool]:
+def make_pair(
+    row: int, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds, truncation: Truncation
+) -> tuple[Pair | Dropped, bool]:
     """The pair, or why there is none; and whether anything was cut off."""
     if np.array_equal(chosen, rejected):
         return Dropped(EQUAL), False
@@ -81,7 +84,10 @@ def make_pair(row: int, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds, 
         room = truncation.max_prompt_length or truncation.max_length // 2
         prompt = prompt[-room:]
         if len(prompt) + max(len(chosen), len(rejected)) > truncation.max_length:
-            chosen, rejected = chosen[: truncation.max_length - room], rejected[: truncation.max_length - room]
+            chosen, rejected = (
+                chosen[: truncation.max_length - room],
+                rejected[: truncation.max_length - room],
+            )
     sides = [_cut(prompt, answer, truncation) for answer in (chosen, rejected)]
     if any(side is None for side in sides):
         return Dropped(NO_ANSWER), is_long

@@ -1,7 +1,7 @@
 """What is told of many pairs: pure functions of numpy arrays, one entry a pair.
 
-`margins` are those of rewards, chosen minus rejected. A pair is right where its margin is above 0; a tie is not
-right, as in the metrics of training.
+`margins` are those of rewards, chosen minus rejected. A pair is right where its margin is above 0; a tie is
+not right, as in the metrics of training.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs whose confidence is from `low` to below `high` (the last bin: to 1). None where there are none."""
+    """Pairs whose confidence is from `low` to below `high` (the last bin: to 1). None where there are
+    none.
+    """
 
     low: float
     high: float
@@ -92,11 +94,17 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 
 def measure_spread(values: np.ndarray) -> Spread:
     """Mean, deviation (over n) and percentiles."""
-    return Spread(float(values.mean()), float(values.std()), *(float(value) for value in np.percentile(values, PERCENTILES)))
+    return Spread(
+        float(values.mean()),
+        float(values.std()),
+        *(float(value) for value in np.percentile(values, PERCENTILES)),
+    )
 
 
 def logratio_per_token(policy_logps: np.ndarray, reference_logps: np.ndarray, lengths: np.ndarray) -> float:
-    """Mean over all tokens of log policy minus log reference, in nats: of sums a completion, and their lengths."""
+    """Mean over all tokens of log policy minus log reference, in nats: of sums a completion, and their
+    lengths.
+    """
     return float((policy_logps - reference_logps).sum() / lengths.sum())
 
 
@@ -104,37 +112,60 @@ def measure_calibration(margins: np.ndarray, num_bins: int = NUM_BINS) -> Calibr
     """Calibration of `p = sigmoid(margin)`, the probability that the chosen answer is the better one.
 
     The label is the same for every pair: in bins of p the observed share would be 1 in each. But which answer
-    stands first is a convention, and turning a pair round turns p into 1 - p. So each pair counts as what the model
-    prefers, with the confidence `max(p, 1 - p)`, 0.5 to 1, against whether that is the chosen answer; a tie prefers
-    neither and counts half. This is the reliability of p over all pairs, each taken both ways round.
+    stands first is a convention, and turning a pair round turns p into 1 - p. So each pair counts as what the
+    model prefers, with the confidence `max(p, 1 - p)`, 0.5 to 1, against whether that is the chosen answer; a
+    tie prefers neither and counts half. This is the reliability of p over all pairs, each taken both ways
+    round.
 
-    The expected calibration error is the mean over pairs of their bin's `|predicted - observed|`, in bins of equal
-    width (Guo et al., arXiv:1706.04599, Eq. 3). The Brier score is the mean of `(1 - p)^2`, the same for both ways round.
+    The expected calibration error is the mean over pairs of their bin's `|predicted - observed|`, in bins of
+    equal width (Guo et al., arXiv:1706.04599, Eq. 3). The Brier score is the mean of `(1 - p)^2`, the same
+    for both ways round.
     """
     confidence = _sigmoid(np.abs(margins))
     right = np.where(margins == 0, 0.5, margins > 0)
     edges = np.linspace(0.5, 1, num_bins + 1)
     places = np.minimum(np.searchsorted(edges, confidence, side="right") - 1, num_bins - 1)
-    bins = [_bin(edges[place], edges[place + 1], confidence[places == place], right[places == place]) for place in range(num_bins)]
-    gaps = [entry.count * abs(entry.predicted - entry.observed) for entry in bins if entry.predicted is not None and entry.observed is not None]
+    bins = [
+        _bin(edges[place], edges[place + 1], confidence[places == place], right[places == place])
+        for place in range(num_bins)
+    ]
+    gaps = [
+        entry.count * abs(entry.predicted - entry.observed)
+        for entry in bins
+        if entry.predicted is not None and entry.observed is not None
+    ]
     return Calibration(sum(gaps) / len(margins), float((_sigmoid(-margins) ** 2).mean()), bins)
 
 
-def by_longer_answer(chosen_lengths: np.ndarray, rejected_lengths: np.ndarray, margins: np.ndarray) -> list[LengthGroup]:
-    """The pairs whose chosen answer is the longer one, the shorter one, or as long; lengths told are of both answers."""
+def by_longer_answer(
+    chosen_lengths: np.ndarray, rejected_lengths: np.ndarray, margins: np.ndarray
+) -> list[LengthGroup]:
+    """The pairs whose chosen answer is the longer one, the shorter one, or as long; lengths told are of both
+    answers.
+    """
     groups = {
         "chosen is longer": chosen_lengths > rejected_lengths,
         "chosen is shorter": chosen_lengths < rejected_lengths,
         "equally long": chosen_lengths == rejected_lengths,
     }
-    return [_group(name, chosen_lengths + rejected_lengths, margins, where) for name, where in groups.items() if where.any()]
+    return [
+        _group(name, chosen_lengths + rejected_lengths, margins, where)
+        for name, where in groups.items()
+        if where.any()
+    ]
 
 
 def by_quartile(lengths: np.ndarray, margins: np.ndarray) -> list[LengthGroup]:
-    """The shortest quarter of the pairs to the longest. Pairs of one length stay together, so quarters may differ in size or be missing."""
+    """The shortest quarter of the pairs to the longest. Pairs of one length stay together, so quarters may
+    differ in size or be missing.
+    """
     places = np.searchsorted(np.quantile(lengths, (0.25, 0.5, 0.75)), lengths, side="left")
     names = ("shortest quarter", "second quarter", "third quarter", "longest quarter")
-    return [_group(name, lengths, margins, places == place) for place, name in enumerate(names) if (places == place).any()]
+    return [
+        _group(name, lengths, margins, places == place)
+        for place, name in enumerate(names)
+        if (places == place).any()
+    ]
 
 
 def _bin(low: float, high: float, confidence: np.ndarray, right: np.ndarray) -> Bin:
@@ -145,7 +176,9 @@ def _bin(low: float, high: float, confidence: np.ndarray, right: np.ndarray) -> 
 
 def _group(name: str, lengths: np.ndarray, margins: np.ndarray, where: np.ndarray) -> LengthGroup:
     own = lengths[where]
-    return LengthGroup(name, int(own.min()), int(own.max()), measure_accuracy(margins[where]), float(margins[where].mean()))
+    return LengthGroup(
+        name, int(own.min()), int(own.max()), measure_accuracy(margins[where]), float(margins[where].mean())
+    )
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:

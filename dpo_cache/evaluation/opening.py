@@ -31,7 +31,8 @@ class EvaluatedModel:
     location: str
     attention: AttentionChoice
     dtype: torch.dtype
-    is_reference: bool  # the very model that scored the pairs, be it in another dtype; never known of an imported reference
+    # the very model that scored the pairs, be it in another dtype; never known of an imported reference
+    is_reference: bool
     differing: tuple[str, ...]  # fields of their identities, where it is another
 
 
@@ -64,7 +65,9 @@ def open_policy(options: EvalOptions, pairs: PairSet, reference: Document, log: 
     is_imported = "imported" in identity  # it has no weights to compare with
     differing = () if is_imported else tuple(differing_fields(identity, {**live, "dtype": identity["dtype"]}))
     _compare_tokenizers(options, made_with, log)
-    model = load_model(location, dtype=dtype, device=device, revision=options.revision, trust_remote_code=trust)
+    model = load_model(
+        location, dtype=dtype, device=device, revision=options.revision, trust_remote_code=trust
+    )
     use_fast_linear(model)
     attention = choose_attention(model, options.attention, max_length=made_with["max_length"])
     if attention.name == "rows" and options.attention == "auto":
@@ -77,13 +80,16 @@ def check_room(config: PreTrainedConfig, location: str, largest_id: int, longest
     text_config = config.get_text_config()
     if largest_id >= text_config.vocab_size:
         raise ModelError(
-            f"row {row} holds token id {largest_id}, but {location} has {text_config.vocab_size} embeddings: it reads other tokens.\n"
-            "Give a model with the tokenizer of the pairs, or score the data with `dpo-cache precompute` for this one."
+            f"row {row} holds token id {largest_id}, but {location} has {text_config.vocab_size} "
+            "embeddings: it reads other tokens.\n"
+            "Give a model with the tokenizer of the pairs, or score the data with `dpo-cache precompute` "
+            "for this one."
         )
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions and longest > positions:
         raise ModelError(
-            f"row {row} has a sequence of {longest} tokens, but {location} was made for {positions} at most.\n"
+            f"row {row} has a sequence of {longest} tokens, but {location} was made for {positions} at "
+            "most.\n"
             f"Score the data with `dpo-cache precompute --max-length {positions}` and evaluate on that."
         )
 
@@ -92,22 +98,35 @@ def _check_no_run(folder: Path) -> None:
     """Raise `ModelError` for the folder of a training run, whose config.json is not a model's."""
     if not (folder / "metrics.jsonl").is_file():
         return
-    place = f"Give {folder / 'model'}." if (folder / "model").is_dir() else "It has no model yet: finish it with `dpo-cache train --resume`."
+    place = (
+        f"Give {folder / 'model'}."
+        if (folder / "model").is_dir()
+        else "It has no model yet: finish it with `dpo-cache train --resume`."
+    )
     raise ModelError(f"{folder}: the folder of a training run, not of a model.\n{place}")
 
 
 def _compare_tokenizers(options: EvalOptions, made_with: Document, log: Log) -> None:
-    """Say so where the policy's own tokenizer is not the one that made the ids, as far as that is recorded and can be seen."""
+    """Say so where the policy's own tokenizer is not the one that made the ids, as far as that is recorded
+    and can be seen.
+    """
     expected = made_with.get("tokenizer_sha256")
     if not expected:
         return
     try:
-        own = data.load_tokenizer(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        own = data.load_tokenizer(
+            options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
     except ModelError:
-        log(f"{options.model} has no tokenizer to compare with the one that made the pairs' ids; they are taken to be the same.")
+        log(
+            f"{options.model} has no tokenizer to compare with the one that made the pairs' ids; they are "
+            "taken to be the same."
+        )
         return
     if data.tokenizer_digest(own) != expected:
         log(
-            f"the tokenizer of {options.model} is not the one that made the pairs' ids ({made_with['tokenizer']}): another vocabulary, other "
-            "rules, special tokens or another chat template. If its ids mean other tokens, nothing below has a meaning."
+            f"the tokenizer of {options.model} is not the one that made the pairs' ids "
+            f"({made_with['tokenizer']}): another vocabulary, other "
+            "rules, special tokens or another chat template. If its ids mean other tokens, nothing below "
+            "has a meaning."
         )

@@ -24,19 +24,25 @@ from dpo_cache.options.evaluate import EvalOptions
 BATCH_PAIRS = 2048  # written at once
 COUNTS = ("row", "prompt_tokens", "chosen_tokens", "rejected_tokens")
 NAMES = (*(entry.name for entry in fields(PairColumns)), "chosen_reward", "rejected_reward", "margin")
-SCHEMA = pa.schema([pa.field(name, pa.int64() if name in COUNTS else pa.float64(), nullable=False) for name in NAMES])
+SCHEMA = pa.schema(
+    [pa.field(name, pa.int64() if name in COUNTS else pa.float64(), nullable=False) for name in NAMES]
+)
 
 WritePairs = Callable[[PairColumns, Rewards], None]
 
 
 @contextmanager
 def open_pair_lines(options: EvalOptions) -> Iterator[WritePairs]:
-    """What writes the pairs to `--output`, if that is given: opened before the scoring, so that a place that cannot be written is
-    told at once; the file is there when the block ends, and not at all if it raises. Raises `OptionError`, `StorageError`."""
+    """What writes the pairs to `--output`, if that is given: opened before the scoring, so that a place that
+    cannot be written is told at once; the file is there when the block ends, and not at all if it raises.
+    Raises `OptionError`,
+    `StorageError`."""
     if not options.output or not options.output_format:
         yield lambda *_: None
         return
-    with open_output(options.output, options.output_format, SCHEMA, overwrite=options.overwrite) as write_rows:
+    with open_output(
+        options.output, options.output_format, SCHEMA, overwrite=options.overwrite
+    ) as write_rows:
 
         def write(columns: PairColumns, rewards: Rewards) -> None:
             values: dict[str, np.ndarray] = {

@@ -30,7 +30,9 @@ from dpo_cache.training.step_zero import TOLERANCES, UNKNOWN_DTYPE
 
 @dataclass(frozen=True)
 class Rewards:
-    """Rewards of each pair's two answers, as training reports them, and the metrics of training as means over the pairs."""
+    """Rewards of each pair's two answers, as training reports them, and the metrics of training as means over
+    the pairs.
+    """
 
     chosen: np.ndarray
     rejected: np.ndarray
@@ -54,7 +56,9 @@ class ReferenceGap:
 
 @dataclass
 class EvalReport:
-    """What `evaluate` found. Rewards and margins are those that training reports under the same loss and beta."""
+    """What `evaluate` found. Rewards and margins are those that training reports under the same loss and
+    beta.
+    """
 
     cache: str
     pairs: str
@@ -106,7 +110,14 @@ def find_rewards(columns: PairColumns, options: EvalOptions) -> Rewards:
     return Rewards(chosen, rejected, means.means())
 
 
-def find_gap(columns: PairColumns, is_reference: bool, differing: tuple[str, ...], *, policy_dtype: str, reference_dtype: str | None) -> ReferenceGap:
+def find_gap(
+    columns: PairColumns,
+    is_reference: bool,
+    differing: tuple[str, ...],
+    *,
+    policy_dtype: str,
+    reference_dtype: str | None,
+) -> ReferenceGap:
     """Policy beside cache, with the tolerance that step zero of a training has."""
     policy = np.concatenate([columns.policy_chosen_logps, columns.policy_rejected_logps])
     reference = np.concatenate([columns.ref_chosen_logps, columns.ref_rejected_logps])
@@ -126,16 +137,29 @@ def describe_gap(gap: ReferenceGap, imported: str | None) -> str:
             "The cache is stale or was made on a faulty machine: score again into a new --cache, and compare."
         )
     if gap.is_reference:
-        return f"the model is the reference ({where}): its rewards are zero up to rounding, so its accuracy, margins and calibration say nothing."
+        return (
+            f"the model is the reference ({where}): its rewards are zero up to rounding, so its "
+            "accuracy, margins and calibration say nothing."
+        )
     if imported is None:
-        return f"the model is another than the reference ({beyond}); they differ in {'; '.join(gap.differing)}."
+        return (
+            f"the model is another than the reference ({beyond}); they differ in {'; '.join(gap.differing)}."
+        )
     if not gap.num_beyond:
-        return f"the model repeats the log-probs of the imported reference {imported!r} ({where}): rewards that small say nothing."
-    return f"the model is not what the imported reference {imported!r} was made with ({beyond}), or its values come from other token ids."
+        return (
+            f"the model repeats the log-probs of the imported reference {imported!r} ({where}): "
+            "rewards that small say nothing."
+        )
+    return (
+        f"the model is not what the imported reference {imported!r} was made with ({beyond}), or its "
+        "values come from other token ids."
+    )
 
 
 def compare_rewards(columns: PairColumns) -> dict[str, Accuracy]:
-    """Accuracy of plain log-probs, summed and per token, of the policy and of the reference: what preferences need no training for."""
+    """Accuracy of plain log-probs, summed and per token, of the policy and of the reference: what preferences
+    need no training for.
+    """
     sides = {
         "policy": (columns.policy_chosen_logps, columns.policy_rejected_logps),
         "reference": (columns.ref_chosen_logps, columns.ref_rejected_logps),
@@ -143,7 +167,9 @@ def compare_rewards(columns: PairColumns) -> dict[str, Accuracy]:
     found = {}
     for name, (chosen, rejected) in sides.items():
         found[f"{name} logps"] = measure_accuracy(chosen - rejected)
-        found[f"{name} logps per token"] = measure_accuracy(chosen / columns.chosen_tokens - rejected / columns.rejected_tokens)
+        found[f"{name} logps per token"] = measure_accuracy(
+            chosen / columns.chosen_tokens - rejected / columns.rejected_tokens
+        )
     return found
 
 
@@ -158,8 +184,12 @@ def measure_pairs(columns: PairColumns, rewards: Rewards) -> dict[str, Any]:
         "chosen_reward": measure_spread(rewards.chosen),
         "rejected_reward": measure_spread(rewards.rejected),
         "logratio_per_token": {
-            "chosen": logratio_per_token(columns.policy_chosen_logps, columns.ref_chosen_logps, columns.chosen_tokens),
-            "rejected": logratio_per_token(columns.policy_rejected_logps, columns.ref_rejected_logps, columns.rejected_tokens),
+            "chosen": logratio_per_token(
+                columns.policy_chosen_logps, columns.ref_chosen_logps, columns.chosen_tokens
+            ),
+            "rejected": logratio_per_token(
+                columns.policy_rejected_logps, columns.ref_rejected_logps, columns.rejected_tokens
+            ),
         },
         "calibration": measure_calibration(margins),
         "by_longer_answer": by_longer_answer(columns.chosen_tokens, columns.rejected_tokens, margins),

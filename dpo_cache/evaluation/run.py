@@ -1,6 +1,7 @@
 """store -> lm -> report: how well a policy tells the chosen answers of a pair set from the rejected ones.
 
-open pairs -> load the policy -> score the pairs -> rewards against the cached reference -> write the pairs -> measure
+open pairs -> load the policy -> score the pairs -> rewards against the cached reference -> write the pairs ->
+measure
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ def evaluate(
     log: Log | None = None,
     **options: Any,
 ) -> EvalReport:
-    """Rewards, accuracy and calibration of a policy on a pair set, against the reference log-probs stored with it.
+    """Rewards, accuracy and calibration of a policy on a pair set, against the reference log-probs stored
+    with it.
 
     `pairs` is NAME or NAME/SPLIT, None: the only one in the cache. Keyword arguments are the other fields of
-    `EvalOptions`. The model is loaded once, and only its own log-probs are computed: the reference's are the cached
-    ones, whatever the model is. With `output` the pairs are written, too, one line each: see `pair_lines.py`.
+    `EvalOptions`. The model is loaded once, and only its own log-probs are computed: the reference's are the
+    cached ones, whatever the model is. With `output` the pairs are written, too, one line each: see
+    `pair_lines.py`.
 
     `on_progress` is called after every chunk, `log` gets each remark (default: the package's logger). Raises
     `DpoCacheError`; then nothing is written.
@@ -53,7 +56,13 @@ def evaluate(
         columns, work = score_pairs(policy, pair_set, num_pairs, budget, on_progress or (lambda _: None))
         rewards = find_rewards(columns, chosen)
         write(columns, rewards)
-    gap = find_gap(columns, policy.is_reference, policy.differing, policy_dtype=dtype, reference_dtype=reference["identity"]["dtype"])
+    gap = find_gap(
+        columns,
+        policy.is_reference,
+        policy.differing,
+        policy_dtype=dtype,
+        reference_dtype=reference["identity"]["dtype"],
+    )
     log(describe_gap(gap, reference["identity"].get("imported")))
     elapsed_s = time.perf_counter() - started
     return EvalReport(

@@ -1,4 +1,6 @@
-"""store -> lm: the policy's log-probs of every pair beside those of the reference, a window of pairs at a time."""
+"""store -> lm: the policy's log-probs of every pair beside those of the reference, a window of pairs at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ OnProgress = Callable[[ScoringProgress], None]
 
 @dataclass(frozen=True)
 class PairColumns:
-    """The pairs as columns, one entry a pair; log-probs are sums over an answer's tokens, in nats, float64."""
+    """The pairs as columns, one entry a pair; log-probs are sums over an answer's tokens, in nats,
+    float64.
+    """
 
     row: np.ndarray
     prompt_tokens: np.ndarray  # of the chosen answer's prompt
@@ -49,20 +53,30 @@ class Work:
     scoring_s: float = 0.0
 
 
-def score_pairs(policy: EvaluatedModel, pairs: PairSet, num_pairs: int, budget: Budget, on_progress: OnProgress) -> tuple[PairColumns, Work]:
+def score_pairs(
+    policy: EvaluatedModel, pairs: PairSet, num_pairs: int, budget: Budget, on_progress: OnProgress
+) -> tuple[PairColumns, Work]:
     """The first `num_pairs` pairs under the policy, in the order of the set.
 
-    Within a window of 16,384 pairs each distinct completion is scored once, and each prefix that some share; token ids
-    and token log-probs are held of one window at a time. Raises `ModelError` where a log-prob is no number.
+    Within a window of 16,384 pairs each distinct completion is scored once, and each prefix that some share;
+    token ids and token log-probs are held of one window at a time. Raises `ModelError` where a log-prob is no
+    number.
     """
     windows, work, num_done = [], Work(), 0
     stream = iter(islice(pairs, num_pairs))
     while window := list(islice(stream, WINDOW_PAIRS)):
         _check_window(policy, window)
-        sums = _score_window(policy, window, budget, work, _Progress(pairs.name, num_pairs, num_done, len(window), on_progress))
+        sums = _score_window(
+            policy, window, budget, work, _Progress(pairs.name, num_pairs, num_done, len(window), on_progress)
+        )
         windows.append(_columns(window, sums))
         num_done += len(window)
-    return PairColumns(**{entry.name: np.concatenate([getattr(part, entry.name) for part in windows]) for entry in fields(PairColumns)}), work
+    return PairColumns(
+        **{
+            entry.name: np.concatenate([getattr(part, entry.name) for part in windows])
+            for entry in fields(PairColumns)
+        }
+    ), work
 
 
 @dataclass(frozen=True)
@@ -78,10 +92,16 @@ class _Progress:
     def __call__(self, work: Work, known_tokens: int, num_completions: int) -> None:
         planned = self.num_done + self.num_window
         total = known_tokens + round((self.num_pairs - planned) * known_tokens / planned)
-        self.tell(ScoringProgress(self.pair_set, work.model_tokens, total, self.num_pairs, num_completions, work.scoring_s))
+        self.tell(
+            ScoringProgress(
+                self.pair_set, work.model_tokens, total, self.num_pairs, num_completions, work.scoring_s
+            )
+        )
 
 
-def _score_window(policy: EvaluatedModel, window: Sequence[ScoredPair], budget: Budget, work: Work, progress: _Progress) -> dict[bytes, float]:
+def _score_window(
+    policy: EvaluatedModel, window: Sequence[ScoredPair], budget: Budget, work: Work, progress: _Progress
+) -> dict[bytes, float]:
     """Log-prob of each distinct completion of the window, by its key."""
     distinct = {completion_key(completion): completion for scored in window for completion in _sides(scored)}
     keys, completions = list(distinct), list(distinct.values())
@@ -113,30 +133,51 @@ def _columns(window: Sequence[ScoredPair], sums: dict[bytes, float]) -> PairColu
 
 def _check_window(policy: EvaluatedModel, window: Sequence[ScoredPair]) -> None:
     for scored in window:
-        largest = max(int(ids.max()) for side in _sides(scored) for ids in (side.prompt_ids, side.completion_ids))
-        check_room(policy.model.config, policy.location, largest, max(map(len, _sides(scored))), scored.pair.row)
+        largest = max(
+            int(ids.max()) for side in _sides(scored) for ids in (side.prompt_ids, side.completion_ids)
+        )
+        check_room(
+            policy.model.config, policy.location, largest, max(map(len, _sides(scored))), scored.pair.row
+        )
 
 
 def _check_finite(
-    policy: EvaluatedModel, window: Sequence[ScoredPair], completions: Sequence[Completion], scores: Sequence[tuple[int, Score]], budget: Budget
+    policy: EvaluatedModel,
+    window: Sequence[ScoredPair],
+    completions: Sequence[Completion],
+    scores: Sequence[tuple[int, Score]],
+    budget: Budget,
 ) -> None:
     """Raise `ModelError` naming the rows of the completions whose log-probs are no numbers."""
     spoiled = [completions[index] for index, score in scores if not np.isfinite(score.token_logps).all()]
     if not spoiled:
         return
-    alone = [completion for completion in spoiled if _is_spoiled_alone(policy, completion, budget)]  # what is run beside one is spoiled with it
+    alone = [
+        completion for completion in spoiled if _is_spoiled_alone(policy, completion, budget)
+    ]  # what is run beside one is spoiled with it
     culprits = {completion_key(completion) for completion in alone or spoiled}
-    rows = [scored.pair.row for scored in window if any(completion_key(side) in culprits for side in _sides(scored))]
+    rows = [
+        scored.pair.row
+        for scored in window
+        if any(completion_key(side) in culprits for side in _sides(scored))
+    ]
     shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
     one_of = "" if alone else " or of one that is scored beside it"
     raise ModelError(
-        f"{policy.location} gives a log-prob that is NaN or infinite for row{'s' if len(rows) > 1 else ''} {shown}{one_of}.\n"
-        f"Its weights may be damaged, or {str(policy.dtype).removeprefix('torch.')} too small for it: try --dtype float32."
+        f"{policy.location} gives a log-prob that is NaN or infinite for "
+        f"row{'s' if len(rows) > 1 else ''} {shown}{one_of}.\n"
+        f"Its weights may be damaged, or {str(policy.dtype).removeprefix('torch.')} too small for it: try "
+        "--dtype float32."
     )
 
 
 def _is_spoiled_alone(policy: EvaluatedModel, completion: Completion, budget: Budget) -> bool:
-    alone = score_completions(policy.model, [completion], policy.attention, Budget(budget.tokens, policy.model.device, lambda _: None))
+    alone = score_completions(
+        policy.model,
+        [completion],
+        policy.attention,
+        Budget(budget.tokens, policy.model.device, lambda _: None),
+    )
     return any(not np.isfinite(score.token_logps).all() for step in alone for _, score in step.scores)
 
 

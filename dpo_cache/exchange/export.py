@@ -2,11 +2,13 @@
 
 Columns, in this order:
 
-    prompt, chosen, rejected      text, or messages with role and content; tools, chat_template_kwargs where the rows have
-                                  them. Only where the source still makes the same pairs; see `text.py`
+    prompt, chosen, rejected      text, or messages with role and content; tools, chat_template_kwargs where
+                                  the rows have them. Only where the source still makes the same pairs; see
+                                  `text.py`
     row                           int64, row number in the source
     prompt_ids                    list<uint32>
-    rejected_prompt_ids           list<uint32>, prompt of rejected; only in sets where it may be another one (keep-end)
+    rejected_prompt_ids           list<uint32>, prompt of rejected; only in sets where it may be another one
+                                  (keep-end)
     chosen_ids, rejected_ids      list<uint32>
     ref_chosen_logps, ref_rejected_logps               float64, sums in nats
     ref_chosen_token_logps, ref_rejected_token_logps   list<float32>, where asked for
@@ -47,21 +49,33 @@ class ExportReport:
     num_pairs: int = 0
     columns: list[str] = field(default_factory=list)
     has_text: bool = False
-    left_out: list[str] = field(default_factory=list)  # what the pair set holds, or was made of, and the output does not
+    left_out: list[str] = field(
+        default_factory=list
+    )  # what the pair set holds, or was made of, and the output does not
     bytes_written: int = 0
 
 
-def export_pairs(cache: str | os.PathLike[str], pairs: str, out: str | os.PathLike[str], *, log: Log | None = None, **options: Any) -> ExportReport:
-    """Write a pair set to a Parquet or JSONL file or a folder of `datasets`, in the columns of the module's docstring.
+def export_pairs(
+    cache: str | os.PathLike[str],
+    pairs: str,
+    out: str | os.PathLike[str],
+    *,
+    log: Log | None = None,
+    **options: Any,
+) -> ExportReport:
+    """Write a pair set to a Parquet or JSONL file or a folder of `datasets`, in the columns of the module's
+    docstring.
 
-    Keyword arguments are the fields of `ExportOptions`. The output is streamed, so memory stays flat, and appears
-    under its name when it is whole. Raises `DpoCacheError`.
+    Keyword arguments are the fields of `ExportOptions`. The output is streamed, so memory stays flat, and
+    appears under its name when it is whole. Raises `DpoCacheError`.
     """
     chosen = ExportOptions(cache=os.fspath(cache), pairs=pairs, out=os.fspath(out), **options)
     pair_set = open_cache(chosen.cache).pairs(chosen.pairs)
     check_details(pair_set.manifest, f"{chosen.cache}/pairs/{pair_set.name}/manifest.json")
     if chosen.token_logps and not pair_set.has_token_logps:
-        raise NotInCacheError(f"{chosen.cache}: {pair_set.name} was imported with sums alone.\nLeave out --token-logps.")
+        raise NotInCacheError(
+            f"{chosen.cache}: {pair_set.name} was imported with sums alone.\nLeave out --token-logps."
+        )
     report = ExportReport(pair_set.name, chosen.out, _format_of(chosen))
     check_output(chosen.out, report.format, overwrite=chosen.overwrite)
     text = _find_text(chosen, pair_set, report)
@@ -98,7 +112,9 @@ def _find_text(options: ExportOptions, pair_set: PairSet, report: ExportReport) 
 def _note_losses(options: ExportOptions, pair_set: PairSet, report: ExportReport) -> None:
     if pair_set.has_token_logps and not options.token_logps:
         report.left_out.append("the log-prob of each token (--token-logps adds it)")
-    report.left_out.append("which reference, tokenizer and truncation made the values (they stay in the cache)")
+    report.left_out.append(
+        "which reference, tokenizer and truncation made the values (they stay in the cache)"
+    )
     if report.format == "jsonl":
         report.left_out.append("the types of the columns (JSON has numbers alone; no value is changed)")
 
@@ -143,4 +159,8 @@ def _id_row(scored: ScoredPair) -> TextRow:
 
 
 def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+    return (
+        sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        if path.is_dir()
+        else path.stat().st_size
+    )

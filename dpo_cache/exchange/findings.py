@@ -1,4 +1,6 @@
-"""Imported sums that are well-formed and yet likely wrong: averages instead of sums, one completion with two values."""
+"""Imported sums that are well-formed and yet likely wrong: averages instead of sums, one completion with two
+values.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class ValueFindings:
         self._rows, self._sums = self._lengths.copy(), np.empty(0, np.float64)
         self._waiting: list[tuple[int, int, float]] = []
 
-    def add(self, row: int, keys: tuple[bytes, bytes], lengths: tuple[int, int], sums: tuple[float, float]) -> None:
+    def add(
+        self, row: int, keys: tuple[bytes, bytes], lengths: tuple[int, int], sums: tuple[float, float]
+    ) -> None:
         """Note the two completions of a pair."""
         for key, length, value in zip(keys, lengths, sums, strict=True):
             self._keys += key
@@ -52,9 +56,12 @@ class ValueFindings:
         if not len(sizes) or np.mean(sizes < SMALL_SUM) < 0.9 or np.median(sizes / lengths) >= SMALL_MEAN:
             return None
         return (
-            f"these look like averages per token, not sums: of the {len(sizes)} answers of {LONG} tokens or more the median log-prob is "
-            f"-{np.median(sizes):.3g} nats at a median length of {np.median(lengths):.0f} tokens, which would be "
-            f"-{np.median(sizes / lengths):.2g} a token.\nIf so, multiply each by its answer's number of tokens and import again."
+            f"these look like averages per token, not sums: of the {len(sizes)} answers of {LONG} tokens "
+            "or more the median log-prob is "
+            f"-{np.median(sizes):.3g} nats at a median length of {np.median(lengths):.0f} tokens, which "
+            "would be "
+            f"-{np.median(sizes / lengths):.2g} a token.\n"
+            "If so, multiply each by its answer's number of tokens and import again."
         )
 
     def _disagreements(self) -> str | None:
@@ -68,7 +75,11 @@ class ValueFindings:
         if not len(places):
             return None
         shown = "; ".join(
-            f"rows {self._rows[order[place]]} and {self._rows[order[place + 1]]}: {before[place]:.4f} and {after[place]:.4f}"
+            f"rows {self._rows[order[place]]} and {self._rows[order[place + 1]]}: {before[place]:.4f} and "
+            f"{after[place]:.4f}"
             for place in places[:ROWS_SHOWN]
         )
-        return f"{len(places)} repeated answers have values that differ by more than rounding ({shown}); one model gives one value."
+        return (
+            f"{len(places)} repeated answers have values that differ by more than rounding ({shown}); "
+            "one model gives one value."
+        )

@@ -2,9 +2,9 @@
 
 read and check every row -> name the reference by the values -> publish pairs
 
-The reference's identity is `{"imported": NAME, "dtype": DTYPE or null, "values": sha256}` over row, completion keys and
-sums of all pairs: two imports under one name are one reference only if they are the same import. Such a reference
-has no scores folder: its values are in its pair sets alone.
+The reference's identity is `{"imported": NAME, "dtype": DTYPE or null, "values": sha256}` over row,
+completion keys and sums of all pairs: two imports under one name are one reference only if they are the same
+import. Such a reference has no scores folder: its values are in its pair sets alone.
 """
 
 from __future__ import annotations
@@ -74,12 +74,17 @@ class _Split:
 
 
 def import_pairs(
-    cache: str | os.PathLike[str], dataset: str | os.PathLike[str], *, reference: str, log: Log | None = None, **options: Any
+    cache: str | os.PathLike[str],
+    dataset: str | os.PathLike[str],
+    *,
+    reference: str,
+    log: Log | None = None,
+    **options: Any,
 ) -> ImportReport:
     """Enter pairs whose reference log-probs were computed elsewhere, under a reference of this name.
 
-    Keyword arguments are the fields of `ImportOptions`. Every row is read and checked before anything is written.
-    Raises `DpoCacheError`: `DataError` names each unusable row.
+    Keyword arguments are the fields of `ImportOptions`. Every row is read and checked before anything is
+    written. Raises `DpoCacheError`: `DataError` names each unusable row.
     """
     chosen = ImportOptions(cache=os.fspath(cache), dataset=os.fspath(dataset), reference=reference, **options)
     return _Import(chosen, log or log_remark).run()
@@ -101,7 +106,11 @@ class _Import:
         for split in splits:
             self._check(split)
         self._remark(splits)
-        identity = {"imported": self.options.reference, "dtype": self._dtype(), "values": self.values.hexdigest()}
+        identity = {
+            "imported": self.options.reference,
+            "dtype": self._dtype(),
+            "values": self.values.hexdigest(),
+        }
         self.report.reference = digest_json(identity)
         self.cache.publish_reference(identity, self._provenance())
         for split in splits:
@@ -113,7 +122,9 @@ class _Import:
     def _open_splits(self) -> list[_Split]:
         options = self.options
         tables = data.read_dataset(options.dataset, options.split, rename=renamed_columns(options.map))
-        formats = {name: self._format_of(rows, f"{options.dataset}: split {name}") for name, rows in tables.items()}
+        formats = {
+            name: self._format_of(rows, f"{options.dataset}: split {name}") for name, rows in tables.items()
+        }
         self.report.format = ", ".join(sorted(set(formats.values())))
         self.tokenizer = self._load_tokenizer(needed=set(formats.values()) != {"ids"})
         splits = []
@@ -122,12 +133,19 @@ class _Import:
             data_format = formats[name]
             tokenizer = None if data_format == "ids" else self.tokenizer
             truncation = data.Truncation(
-                options.max_length or (UNCUT if data_format == "ids" else 1024), options.truncation, options.max_prompt_length
+                options.max_length or (UNCUT if data_format == "ids" else 1024),
+                options.truncation,
+                options.max_prompt_length,
             )
-            imported = ImportedRows(rows, data_format, tokenizer, truncation, f"{options.dataset}: split {name}")
+            imported = ImportedRows(
+                rows, data_format, tokenizer, truncation, f"{options.dataset}: split {name}"
+            )
             splits.append(_Split(check_name(name), imported, data.Survey(f"{self.name}/{name}", data_format)))
         if len({split.rows.has_token_logps for split in splits}) > 1:
-            raise DataError(f"{options.dataset}: some splits have log-probs per token, others do not.\nImport them one by one, with --split.")
+            raise DataError(
+                f"{options.dataset}: some splits have log-probs per token, others do not.\n"
+                "Import them one by one, with --split."
+            )
         self.report.has_token_logps = splits[0].rows.has_token_logps
         return splits
 
@@ -137,12 +155,22 @@ class _Import:
         check_columns(columns, place)
         has_ids = set(ID_COLUMNS) <= set(columns)
         if wanted == "ids" and not has_ids:
-            raise DataError(f"--format ids needs the columns {', '.join(ID_COLUMNS)}; {place} has {', '.join(columns)}.\nName them with --map.")
+            raise DataError(
+                f"--format ids needs the columns {', '.join(ID_COLUMNS)}; {place} has "
+                f"{', '.join(columns)}.\nName them with --map."
+            )
         if wanted == "ids" or (wanted == "auto" and has_ids):
             return "ids"
-        data_format = data.detect_format(columns, first, place) if wanted == "auto" else data.check_format(wanted, columns, place)
+        data_format = (
+            data.detect_format(columns, first, place)
+            if wanted == "auto"
+            else data.check_format(wanted, columns, place)
+        )
         if data_format == "ranked":
-            raise DataError(f"{place}: ranked answers cannot be imported, {' and '.join(SUMS)} name two answers.\nWrite one row a pair.")
+            raise DataError(
+                f"{place}: ranked answers cannot be imported, {' and '.join(SUMS)} name two answers.\n"
+                "Write one row a pair."
+            )
         return data_format
 
     def _load_tokenizer(self, *, needed: bool) -> PreTrainedTokenizerBase | None:
@@ -150,9 +178,14 @@ class _Import:
         location = options.tokenizer or options.model
         if location is None:
             if needed:
-                raise OptionError("--tokenizer (or --model) is needed: the data holds text, and the log-probs are those of token ids.")
+                raise OptionError(
+                    "--tokenizer (or --model) is needed: the data holds text, and the log-probs are those "
+                    "of token ids."
+                )
             return None
-        return data.load_tokenizer(location, chat_template=options.chat_template, trust_remote_code=options.trust_remote_code)
+        return data.load_tokenizer(
+            location, chat_template=options.chat_template, trust_remote_code=options.trust_remote_code
+        )
 
     # -- every value checked ---------------------------------------------------------------------------
 
@@ -164,8 +197,14 @@ class _Import:
             if problem is None:
                 split.survey.add(outcome)
             if problem is None and isinstance(pair, Pair):
-                largest = int(max(ids.max() for ids in (pair.chosen.sequence_ids, pair.rejected.sequence_ids)))
-                problem = f"token id {largest} is beyond the {vocabulary} of the model" if vocabulary and largest >= vocabulary else None
+                largest = int(
+                    max(ids.max() for ids in (pair.chosen.sequence_ids, pair.rejected.sequence_ids))
+                )
+                problem = (
+                    f"token id {largest} is beyond the {vocabulary} of the model"
+                    if vocabulary and largest >= vocabulary
+                    else None
+                )
             if problem is not None:
                 split.problems.append((row, problem))
                 continue
@@ -173,19 +212,35 @@ class _Import:
                 continue
             keys = completion_key(pair.chosen), completion_key(pair.rejected)
             split.digest.add(pair.row, *keys)
-            self.values.update(struct.pack("<q", pair.row) + keys[0] + keys[1] + struct.pack("<dd", *(score.logps for score in scores)))
+            self.values.update(
+                struct.pack("<q", pair.row)
+                + keys[0]
+                + keys[1]
+                + struct.pack("<dd", *(score.logps for score in scores))
+            )
             split.has_own_prompts |= not np.array_equal(pair.chosen.prompt_ids, pair.rejected.prompt_ids)
-            self.findings.add(row, keys, (pair.chosen.num_tokens, pair.rejected.num_tokens), (scores[0].logps, scores[1].logps))
+            self.findings.add(
+                row,
+                keys,
+                (pair.chosen.num_tokens, pair.rejected.num_tokens),
+                (scores[0].logps, scores[1].logps),
+            )
         _raise_problems(split)
         if not split.survey.pairs_kept:
-            reasons = ", ".join(f"{reason} ({finding.count})" for reason, finding in split.survey.dropped.items())
+            reasons = ", ".join(
+                f"{reason} ({finding.count})" for reason, finding in split.survey.dropped.items()
+            )
             raise DataError(f"no row of {split.rows.place} makes a pair: {reasons}.")
 
     def _vocabulary(self) -> int | None:
         """Embeddings of the model, where one is named."""
         if self.options.model is None:
             return None
-        return load_config(self.options.model, revision=None, trust_remote_code=self.options.trust_remote_code).get_text_config().vocab_size
+        return (
+            load_config(self.options.model, revision=None, trust_remote_code=self.options.trust_remote_code)
+            .get_text_config()
+            .vocab_size
+        )
 
     def _remark(self, splits: list[_Split]) -> None:
         """Say what may be wrong with values that are well-formed."""
@@ -200,7 +255,9 @@ class _Import:
         for warning in self.findings.warnings():
             self.log(warning)
         if self.options.model is None:
-            self.log("no --model: training cannot start from the reference by default, and needs --model itself.")
+            self.log(
+                "no --model: training cannot start from the reference by default, and needs --model itself."
+            )
 
     # -- publishing ------------------------------------------------------------------------------------
 
@@ -209,11 +266,21 @@ class _Import:
         self._add_to_report(split)
         if self.cache.holds_pairs(survey.pair_set):  # by its name: a listing may lag behind
             old = self.cache.pairs(survey.pair_set)
-            if (old.reference_id, old.manifest.get("pairs_digest")) == (report.reference, digest) and old.is_complete():
+            if (old.reference_id, old.manifest.get("pairs_digest")) == (
+                report.reference,
+                digest,
+            ) and old.is_complete():
                 return
-            self.log(f"pair set {survey.pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}.")
+            self.log(
+                f"pair set {survey.pair_set} is replaced: it held {len(old)} pairs of reference "
+                f"{old.reference_id[:12]}."
+            )
         writer = self.cache.write_pairs(self.name, split.name)
-        pairs = (ScoredPair(outcome.pair, *scores) for outcome, scores, _ in split.rows if scores is not None and isinstance(outcome.pair, Pair))
+        pairs = (
+            ScoredPair(outcome.pair, *scores)
+            for outcome, scores, _ in split.rows
+            if scores is not None and isinstance(outcome.pair, Pair)
+        )
         while batch := list(islice(pairs, BATCH_PAIRS)):
             writer.add(batch)
         writer.finish(self._manifest_details(split, digest))
@@ -254,7 +321,9 @@ class _Import:
                 "tokenizer_sha256": data.tokenizer_digest(self.tokenizer) if self.tokenizer else None,
                 "chat_template": self.tokenizer.chat_template if self.tokenizer else None,
                 "max_length": survey.longest if is_uncut else truncation.max_length,
-                "truncation": "keep-end" if split.has_own_prompts else truncation.mode,  # nothing else leaves two prompts
+                "truncation": "keep-end"
+                if split.has_own_prompts
+                else truncation.mode,  # nothing else leaves two prompts
                 "max_prompt_length": truncation.max_prompt_length,
             },
         }
@@ -281,17 +350,26 @@ def _raise_problems(split: _Split) -> None:
     lines = []
     for reason, count in Counter(reason for _, reason in split.problems).most_common():
         numbers = ", ".join([str(row) for row, other in split.problems if other == reason][:ROWS_SHOWN])
-        lines.append(f"  {reason}: {count} row{'s' if count > 1 else ''}, number {numbers}{', …' if count > ROWS_SHOWN else ''}")
+        lines.append(
+            f"  {reason}: {count} row{'s' if count > 1 else ''}, number "
+            f"{numbers}{', …' if count > ROWS_SHOWN else ''}"
+        )
     one = len(split.problems) == 1
     raise DataError(
-        f"{split.rows.place}: {len(split.problems)} row{'' if one else 's'} cannot be imported (rows are counted from 0, "
-        f"format {split.rows.data_format}):\n" + "\n".join(lines) + "\nMend or remove them and run again; nothing was written."
+        f"{split.rows.place}: {len(split.problems)} row{'' if one else 's'} cannot be imported (rows are "
+        "counted from 0, "
+        f"format {split.rows.data_format}):\n"
+        + "\n".join(lines)
+        + "\nMend or remove them and run again; nothing was written."
     )
 
 
 def _rows_found(finding: Any) -> str:
     shown = ", ".join(map(str, finding.rows)) + (", …" if finding.count > len(finding.rows) else "")
-    return f"{finding.count} row{'s' if finding.count > 1 else ''} ({shown}) {'are' if finding.count > 1 else 'is'}"
+    return (
+        f"{finding.count} row{'s' if finding.count > 1 else ''} ({shown}) "
+        f"{'are' if finding.count > 1 else 'is'}"
+    )
 
 
 def _absolute(location: str | None) -> str | None:

@@ -1,13 +1,15 @@
 """Rows with reference log-probs made elsewhere -> pairs with scores, each value checked.
 
     ref_chosen_logps, ref_rejected_logps               a number a row: sums over the answer's tokens, in nats
-    ref_chosen_token_logps, ref_rejected_token_logps   a list a row, one number a token; the sums may then be missing
+    ref_chosen_token_logps, ref_rejected_token_logps   a list a row, one number a token; the sums may then be
+                                                       missing
 
 beside text in any format that `precompute` reads, or beside token ids:
 
     prompt_ids, chosen_ids, rejected_ids               lists of whole numbers
     rejected_prompt_ids                                where the prompt of rejected is another one
-    row                                                the pair's row number, where the rows have numbers of their own
+    row                                                the pair's row number, where the rows have numbers of
+                                                       their own
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ NO_TOKENS = np.empty(0, np.float32)
 
 
 class Entry(NamedTuple):
-    """What became of one row: a pair with its scores, or a row that makes none, or a problem that stops the import.
+    """What became of one row: a pair with its scores, or a row that makes none, or a problem that stops the
+    import.
 
     `outcome.row` is the row's place in the data; the pair's own row number may be another one.
     """
@@ -68,9 +71,15 @@ class ImportedRows:
             columns = values[first : first + len(outcomes)]
             for place, outcome in enumerate(outcomes):
                 if isinstance(outcome, str):
-                    yield Entry(data.Outcome(first + place, data.Dropped(outcome), False, False), None, outcome)
+                    yield Entry(
+                        data.Outcome(first + place, data.Dropped(outcome), False, False), None, outcome
+                    )
                 else:
-                    yield _make_entry(outcome, {name: column[place] for name, column in columns.items()}, self.has_token_logps)
+                    yield _make_entry(
+                        outcome,
+                        {name: column[place] for name, column in columns.items()},
+                        self.has_token_logps,
+                    )
 
     def _windows(self) -> Iterator[tuple[int, list[data.Outcome | str]]]:
         """Number of the first row of each window, and what its rows make, or what is wrong with them."""
@@ -78,20 +87,32 @@ class ImportedRows:
             for first in range(0, len(self.rows), WINDOW_ROWS):
                 yield first, _pairs_of_ids(self.rows, first, self.truncation)
             return
-        tokenized = data.tokenized_windows(self.rows, self.data_format, self.tokenizer, window_rows=WINDOW_ROWS, spool=Path(), place=self.place)
+        tokenized = data.tokenized_windows(
+            self.rows,
+            self.data_format,
+            self.tokenizer,
+            window_rows=WINDOW_ROWS,
+            spool=Path(),
+            place=self.place,
+        )
         for number, window in enumerate(tokenized):
             yield number * WINDOW_ROWS, list(data.make_pairs(window, self.truncation))
 
 
 def check_columns(columns: Sequence[str], place: str) -> None:
     """Raise `DataError` where the log-probs are not there."""
-    missing = [name for name, other in zip(SUMS, TOKEN_LOGPS, strict=True) if name not in columns and other not in columns]
+    missing = [
+        name
+        for name, other in zip(SUMS, TOKEN_LOGPS, strict=True)
+        if name not in columns and other not in columns
+    ]
     if not missing:
         return
     alike = [name for name in columns if "logp" in name.lower()]
     raise DataError(
         f"{place} has no column {' or '.join(missing)}, but {', '.join(alike or columns)}.\n"
-        f"Name the columns that hold sums of log-probs with --map, for example --map {missing[0]}={alike[0] if alike else 'COLUMN'}."
+        "Name the columns that hold sums of log-probs with --map, for example --map "
+        f"{missing[0]}={alike[0] if alike else 'COLUMN'}."
     )
 
 
@@ -102,14 +123,20 @@ def _pairs_of_ids(rows: Dataset, first: int, truncation: data.Truncation) -> lis
     numbers = table.column("row").to_pylist() if has_rows else range(first, first + len(table))
     lists = [_id_lists(table.column(name)) for name in names if name != "row"]
     own = lists[3] if len(lists) > 3 else lists[0]
-    has_own = table.column("rejected_prompt_ids").is_valid().to_pylist() if len(lists) > 3 else [False] * len(table)
+    has_own = (
+        table.column("rejected_prompt_ids").is_valid().to_pylist() if len(lists) > 3 else [False] * len(table)
+    )
     return [
         _pair_of_ids(first + place, number, arrays, other if is_own else arrays[0], truncation)
-        for place, (number, arrays, other, is_own) in enumerate(zip(numbers, zip(*lists[:3], strict=True), own, has_own, strict=True))
+        for place, (number, arrays, other, is_own) in enumerate(
+            zip(numbers, zip(*lists[:3], strict=True), own, has_own, strict=True)
+        )
     ]
 
 
-def _pair_of_ids(place: int, row: int, arrays: Sequence[TokenIds | None], own: TokenIds | None, truncation: data.Truncation) -> data.Outcome | str:
+def _pair_of_ids(
+    place: int, row: int, arrays: Sequence[TokenIds | None], own: TokenIds | None, truncation: data.Truncation
+) -> data.Outcome | str:
     """The outcome of the row at this place of the data, or what is wrong with its token ids."""
     for name, ids in zip((*ID_COLUMNS, "rejected_prompt_ids"), (*arrays, own), strict=True):
         if ids is None:
@@ -129,11 +156,19 @@ def _pair_of_ids(place: int, row: int, arrays: Sequence[TokenIds | None], own: T
 def _id_lists(column: pa.ChunkedArray) -> list[TokenIds | None]:
     """Token ids of each row; None for what is no list of whole numbers from 0 to 2^32 - 1."""
     kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(
+        kind.value_type
+    ):
         return [None] * len(column)
     if any(chunk.values.null_count for chunk in column.chunks):
-        return [None if row is None or None in row else _in_range(np.array(row, np.int64)) for row in column.to_pylist()]
-    return [_in_range(ids) if is_valid else None for ids, is_valid in zip(split_lists(column), column.is_valid().to_pylist(), strict=True)]
+        return [
+            None if row is None or None in row else _in_range(np.array(row, np.int64))
+            for row in column.to_pylist()
+        ]
+    return [
+        _in_range(ids) if is_valid else None
+        for ids, is_valid in zip(split_lists(column), column.is_valid().to_pylist(), strict=True)
+    ]
 
 
 def _in_range(ids: np.ndarray) -> TokenIds | None:
@@ -145,8 +180,14 @@ def _make_entry(outcome: data.Outcome, values: dict[str, Any], has_token_logps: 
     if not isinstance(pair, Pair):
         return Entry(outcome, None, None)
     scores = []
-    for completion, sum_name, tokens_name in zip((pair.chosen, pair.rejected), SUMS, TOKEN_LOGPS, strict=True):
-        score = _token_score(completion, values, sum_name, tokens_name) if has_token_logps else _sum_score(values[sum_name], sum_name)
+    for completion, sum_name, tokens_name in zip(
+        (pair.chosen, pair.rejected), SUMS, TOKEN_LOGPS, strict=True
+    ):
+        score = (
+            _token_score(completion, values, sum_name, tokens_name)
+            if has_token_logps
+            else _sum_score(values[sum_name], sum_name)
+        )
         if isinstance(score, str):
             return Entry(outcome, None, score)
         scores.append(score)
@@ -162,7 +203,10 @@ def _token_score(completion: Completion, values: dict[str, Any], sum_name: str, 
     """The score of a list of log-probs; the sum beside it, where there is one, must be theirs."""
     tokens = values[name]
     if not isinstance(tokens, list):
-        return f"`{name}` is {'missing' if tokens is None else f'a {type(tokens).__name__}'}, expected a list of numbers"
+        return (
+            f"`{name}` is {'missing' if tokens is None else f'a {type(tokens).__name__}'}, expected a "
+            "list of numbers"
+        )
     if len(tokens) != completion.num_tokens:
         return f"`{name}` has another number of values than the answer has tokens"
     problem = next((found for value in tokens if (found := _problem_of(value, name))), None)
@@ -183,7 +227,10 @@ def _problem_of(value: Any, name: str) -> str | None:
     if value is None:
         return f"`{name}` is missing"
     if isinstance(value, list):
-        return f"`{name}` is a list, expected a sum (values per token go into `{name.replace('_logps', '_token_logps')}`)"
+        return (
+            f"`{name}` is a list, expected a sum (values per token go into "
+            f"`{name.replace('_logps', '_token_logps')}`)"
+        )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"`{name}` is a {type(value).__name__}, expected a number"
     if not np.isfinite(value):

@@ -1,7 +1,7 @@
 """The text of a pair set, read again from the data it was made of.
 
-Token ids decoded are not the text they came from, so the source is read and tokenized once more (`datasets` keeps
-what was tokenized before), and its text is used only if it makes the very pairs that the set holds.
+Token ids decoded are not the text they came from, so the source is read and tokenized once more (`datasets`
+keeps what was tokenized before), and its text is used only if it makes the very pairs that the set holds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ TextRow = dict[str, Any]
 
 @dataclass(frozen=True)
 class SourceText:
-    """Where the text of a pair set is: iterating gives `prompt`, `chosen`, `rejected` of each pair, in order."""
+    """Where the text of a pair set is: iterating gives `prompt`, `chosen`, `rejected` of each pair, in
+    order.
+    """
 
     rows: Dataset
     tokenized: list[Dataset]
@@ -41,8 +43,12 @@ class SourceText:
     truncation: data.Truncation
 
     def __iter__(self) -> Iterator[TextRow]:
-        outcomes = (outcome for window in self.tokenized for outcome in data.make_pairs(window, self.truncation))
-        for row, (_, group) in zip(self.rows, groupby(outcomes, key=lambda outcome: outcome.row), strict=True):
+        outcomes = (
+            outcome for window in self.tokenized for outcome in data.make_pairs(window, self.truncation)
+        )
+        for row, (_, group) in zip(
+            self.rows, groupby(outcomes, key=lambda outcome: outcome.row), strict=True
+        ):
             example = data.parse_row(row, self.data_format, self.ranked_pairs)
             assert isinstance(example, data.Example)  # else tokenizing had raised
             for place, outcome in enumerate(group):
@@ -55,7 +61,11 @@ class SourceText:
         for window in self.tokenized:
             for outcome in data.make_pairs(window, self.truncation):
                 if isinstance(outcome.pair, Pair):
-                    digest.add(outcome.row, completion_key(outcome.pair.chosen), completion_key(outcome.pair.rejected))
+                    digest.add(
+                        outcome.row,
+                        completion_key(outcome.pair.chosen),
+                        completion_key(outcome.pair.rejected),
+                    )
         return digest.hexdigest()
 
     @cached_property
@@ -64,14 +74,18 @@ class SourceText:
         rows, merged = iter(self), pa.schema([])
         try:
             while batch := list(islice(rows, WINDOW_ROWS)):
-                merged = pa.unify_schemas([merged, pa.Table.from_pylist(batch).schema], promote_options="permissive")
+                merged = pa.unify_schemas(
+                    [merged, pa.Table.from_pylist(batch).schema], promote_options="permissive"
+                )
         except pa.ArrowException as error:
             raise DataError(f"its rows have no type in common ({first_line(error)})") from error
         return pa.schema([field for field in merged if field.type != pa.null()])
 
 
 def find_source_text(manifest: Document, *, dataset: str | None, tokenizer: str | None) -> SourceText | str:
-    """The text of the pair set with this manifest, or why it is not to be had, in words that complete 'no text: ...'."""
+    """The text of the pair set with this manifest, or why it is not to be had, in words that complete 'no
+    text: ...'.
+    """
     source, made_with = manifest["source"], manifest["tokenization"]
     if source["format"] == "ids":
         return "the pair set was imported as token ids"
@@ -94,18 +108,34 @@ def _read_source(manifest: Document, dataset: str, tokenizer_location: str) -> S
     if data.tokenizer_digest(tokenizer) != made_with["tokenizer_sha256"]:
         return f"the tokenizer in {tokenizer_location} is not the one that made the token ids"
     rename = dict(entry.split("=", 1) for entry in source.get("map", ()))
-    rows = data.read_dataset(dataset, (manifest["split"],), source["rows_read"] or None, rename=rename)[manifest["split"]]
+    rows = data.read_dataset(dataset, (manifest["split"],), source["rows_read"] or None, rename=rename)[
+        manifest["split"]
+    ]
     assert isinstance(rows, Dataset)
     place, ranked_pairs = f"{dataset}: split {manifest['split']}", source.get("ranked_pairs", "all")
     data.check_format(source["format"], rows.column_names, place)
-    windows = data.tokenized_windows(rows, source["format"], tokenizer, ranked_pairs=ranked_pairs, window_rows=WINDOW_ROWS, spool=Path(), place=place)
-    truncation = data.Truncation(made_with["max_length"], made_with["truncation"], made_with["max_prompt_length"])
+    windows = data.tokenized_windows(
+        rows,
+        source["format"],
+        tokenizer,
+        ranked_pairs=ranked_pairs,
+        window_rows=WINDOW_ROWS,
+        spool=Path(),
+        place=place,
+    )
+    truncation = data.Truncation(
+        made_with["max_length"], made_with["truncation"], made_with["max_prompt_length"]
+    )
     return SourceText(rows, list(windows), source["format"], ranked_pairs, truncation)
 
 
 def _text_row(row: dict[str, Any], example: data.Example, pair: tuple[int, int]) -> TextRow:
     """The columns that TRL reads: text as text, dialogues as messages, tools as JSON."""
-    columns = {"prompt": example.prompt, "chosen": example.answers[pair[0]], "rejected": example.answers[pair[1]]}
+    columns = {
+        "prompt": example.prompt,
+        "chosen": example.answers[pair[0]],
+        "rejected": example.answers[pair[1]],
+    }
     if example.is_text:
         return columns
     handed = {name: row.get(name) or None for name in OPTIONAL}

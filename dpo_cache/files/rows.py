@@ -1,4 +1,6 @@
-"""Rows into a Parquet file, a JSONL file or a folder of `datasets`: streamed, and wholly there or not at all."""
+"""Rows into a Parquet file, a JSONL file or a folder of `datasets`: streamed, and wholly there or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,22 @@ def check_output(out: str, kind: str, *, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise OptionError(f"{target} is there already.\nChoose another output, or replace it with --overwrite.")
+        raise OptionError(
+            f"{target} is there already.\nChoose another output, or replace it with --overwrite."
+        )
     is_ours = (target / "state.json").is_file() if kind == "datasets" else target.is_file()
     if not is_ours:
         found = "a folder" if target.is_dir() else "a file"
-        raise OptionError(f"{target}: is {found}, which output in the format {kind} is not; it is not replaced.\nChoose another output.")
+        raise OptionError(
+            f"{target}: is {found}, which output in the format {kind} is not; it is not replaced.\n"
+            "Choose another output."
+        )
 
 
 @contextmanager
 def open_output(out: str, kind: str, schema: pa.Schema, *, overwrite: bool) -> Iterator[WriteRows]:
-    """What writes rows to the output; it appears under its name when the block ends, and not at all if it raises.
+    """What writes rows to the output; it appears under its name when the block ends, and not at all if it
+    raises.
 
     Raises `OptionError` for one that is there already, `StorageError` where the file system refuses.
     """
@@ -55,7 +63,8 @@ def open_output(out: str, kind: str, schema: pa.Schema, *, overwrite: bool) -> I
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise StorageError(
-            f"cannot write {target}: {error.strerror or error}.\nFree some space or choose another output; nothing was left there."
+            f"cannot write {target}: {error.strerror or error}.\n"
+            "Free some space or choose another output; nothing was left there."
         ) from error
 
 
@@ -68,7 +77,10 @@ def _parquet_rows(path: Path, schema: pa.Schema) -> Iterator[WriteRows]:
 @contextmanager
 def _json_rows(path: Path, schema: pa.Schema) -> Iterator[WriteRows]:
     with open(path, "w", encoding="utf-8") as file:
-        yield lambda rows: file.writelines(json.dumps({name: _plain(row[name]) for name in schema.names}, ensure_ascii=False) + "\n" for row in rows)
+        yield lambda rows: file.writelines(
+            json.dumps({name: _plain(row[name]) for name in schema.names}, ensure_ascii=False) + "\n"
+            for row in rows
+        )
 
 
 WRITERS = {"parquet": _parquet_rows, "jsonl": _json_rows, "datasets": _parquet_rows}

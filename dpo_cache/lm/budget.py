@@ -56,15 +56,20 @@ class Budget:
         if self.tokens // 2 < MIN_TOKENS:
             raise ModelError(
                 f"{problem} even with {self.tokens} tokens at once.\n"
-                "Use --dtype bfloat16, a shorter --max-length, or a device with more memory; what is scored is kept."
+                "Use --dtype bfloat16, a shorter --max-length, or a device with more memory; what is "
+                "scored is kept."
             ) from error
-        self._log(f"{problem} with {self.tokens} tokens at once; going on with {self.tokens // 2}. Nothing is lost.")
+        self._log(
+            f"{problem} with {self.tokens} tokens at once; going on with {self.tokens // 2}. Nothing is lost."
+        )
         self.tokens //= 2
         self.has_stopped = True
 
 
 def is_out_of_memory(error: BaseException, device: torch.device) -> bool:
-    """Whether a smaller chunk may help. MPS has no error of its own for it, so what it says is passed on by `halve`."""
+    """Whether a smaller chunk may help. MPS has no error of its own for it, so what it says is passed on by
+    `halve`.
+    """
     return isinstance(error, torch.OutOfMemoryError) or (device.type == "mps" and type(error) is RuntimeError)
 
 

@@ -46,7 +46,9 @@ _counted_as: ContextVar[str | None] = ContextVar("counted_as", default=None)
 
 @contextmanager
 def simulate_device_type(device_type: str) -> Iterator[None]:
-    """Within it, `planning_device_type` every device is this type: to count, or to test, on a CPU what would be held elsewhere."""
+    """Within it, `planning_device_type` every device is this type: to count, or to test, on a CPU what would
+    be held elsewhere.
+    """
     token = _counted_as.set(device_type)
     try:
         yield
@@ -59,13 +61,20 @@ def planning_device_type(device: torch.device) -> str:
     return _counted_as.get() or device.type
 
 
-def autocast(device: torch.device, precision: str, *, keeps_copies: bool = False) -> AbstractContextManager[object]:
+def autocast(
+    device: torch.device, precision: str, *, keeps_copies: bool = False
+) -> AbstractContextManager[object]:
     """Mixed precision where `precision` is bf16-mixed.
 
-    A bf16 copy of a weight goes once it is used: in a pass none is used twice. With `keeps_copies` they stay to the end, as where
-    tokens are written one by one: half the weights' fp32 memory, for not being made anew for each token.
+    A bf16 copy of a weight goes once it is used: in a pass none is used twice. With `keeps_copies` they stay
+    to the end, as where tokens are written one by one: half the weights' fp32 memory, for not being made anew
+    for each token.
     """
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=keeps_copies) if precision == "bf16-mixed" else nullcontext()
+    return (
+        torch.autocast(device.type, torch.bfloat16, cache_enabled=keeps_copies)
+        if precision == "bf16-mixed"
+        else nullcontext()
+    )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -94,8 +103,9 @@ def deterministic_algorithms(is_on: bool) -> Iterator[None]:
 def release_free_bytes(device: torch.device) -> None:
     """Hand memory that is free, but still resident in this process, back to the system.
 
-    A host's heap keeps what passes of other sizes have left between blocks that live on: up to a third of all it holds. On a CPU
-    with glibc; elsewhere nothing is done. Costs the page faults of using it again: some 4 microseconds for each 4 KiB.
+    A host's heap keeps what passes of other sizes have left between blocks that live on: up to a third of all
+    it holds. On a CPU with glibc; elsewhere nothing is done. Costs the page faults of using it again: some 4
+    microseconds for each 4 KiB.
     """
     if device.type == "cpu" and (trim := _malloc_trim()) is not None:
         trim(0)
@@ -119,7 +129,9 @@ def peak_bytes(device: torch.device) -> int:
 def peak_resident_bytes() -> int:
     """Most memory that was resident in this process so far."""
     try:
-        with open("/proc/self/status") as status:  # ru_maxrss may be inherited from the parent process on Linux
+        with open(
+            "/proc/self/status"
+        ) as status:  # ru_maxrss may be inherited from the parent process on Linux
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         import resource  # not on Windows

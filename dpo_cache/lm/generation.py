@@ -1,6 +1,7 @@
 """Answers that a model writes: drawn from its own probabilities, nothing added and nothing cut off.
 
-`model.generate` knows no forest plan, so a model that was switched to forest attention gets its own back meanwhile.
+`model.generate` knows no forest plan, so a model that was switched to forest attention gets its own back
+meanwhile.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ def write_answers(
 ) -> list[Answer]:
     """One answer a prompt, until an end token or `max_length` tokens of prompt and answer.
 
-    Each token is drawn from `softmax(logits)`, whatever generation config the model brings. The same model, prompts and seed
-    give the same answers on the same machine, and no other random state moves. Where memory runs out, fewer are written at
-    once, which draws other answers; raises what the device raised where one alone does not fit.
+    Each token is drawn from `softmax(logits)`, whatever generation config the model brings. The same model,
+    prompts and seed give the same answers on the same machine, and no other random state moves. Where memory
+    runs out, fewer are written at once, which draws other answers; raises what the device raised where one
+    alone does not fit.
 
     Every prompt is shorter than `max_length`.
     """
@@ -93,9 +95,14 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _random_state(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
-    """Random numbers that depend on the seed alone, and afterwards those that would have come without them."""
+    """Random numbers that depend on the seed alone, and afterwards those that would have come without
+    them.
+    """
     number = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> 1)
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type="cuda" if device.type == "cpu" else device.type):
+    with torch.random.fork_rng(
+        devices=[] if device.type == "cpu" else [device],
+        device_type="cuda" if device.type == "cpu" else device.type,
+    ):
         torch.default_generator.manual_seed(number)
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -105,8 +112,12 @@ def _random_state(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
         yield
 
 
-def _write_batch(model: PreTrainedModel, prompts: Sequence[TokenIds], max_length: int, end_ids: Sequence[int], pad_id: int) -> list[Answer]:
-    """Answers written side by side. As long as the longest has room; what is not finished then is taken up again without it."""
+def _write_batch(
+    model: PreTrainedModel, prompts: Sequence[TokenIds], max_length: int, end_ids: Sequence[int], pad_id: int
+) -> list[Answer]:
+    """Answers written side by side. As long as the longest has room; what is not finished then is taken up
+    again without it.
+    """
     written = [np.empty(0, np.uint32) for _ in prompts]
     finished = [False] * len(prompts)
     unfinished = list(range(len(prompts)))
@@ -117,14 +128,27 @@ def _write_batch(model: PreTrainedModel, prompts: Sequence[TokenIds], max_length
             ends = np.flatnonzero(np.isin(tokens, end_ids))
             finished[place] = bool(len(ends))
             written[place] = np.concatenate([written[place], tokens[: ends[0] + 1] if len(ends) else tokens])
-        unfinished = [place for place in unfinished if not finished[place] and len(prompts[place]) + len(written[place]) < max_length]
+        unfinished = [
+            place
+            for place in unfinished
+            if not finished[place] and len(prompts[place]) + len(written[place]) < max_length
+        ]
     return [Answer(tokens, is_finished) for tokens, is_finished in zip(written, finished, strict=True)]
 
 
-def _generate(model: PreTrainedModel, sequences: Sequence[TokenIds], num_tokens: int, end_ids: Sequence[int], pad_id: int) -> np.ndarray:
+def _generate(
+    model: PreTrainedModel,
+    sequences: Sequence[TokenIds],
+    num_tokens: int,
+    end_ids: Sequence[int],
+    pad_id: int,
+) -> np.ndarray:
     """What follows each sequence: uint32 [B, at most num_tokens]; behind an end token stand others."""
     width = max(map(len, sequences))
-    ids, mask = np.full((len(sequences), width), pad_id, np.int64), np.zeros((len(sequences), width), np.int64)
+    ids, mask = (
+        np.full((len(sequences), width), pad_id, np.int64),
+        np.zeros((len(sequences), width), np.int64),
+    )
     for row, sequence in enumerate(sequences):
         ids[row, width - len(sequence) :], mask[row, width - len(sequence) :] = sequence, 1
     config = GenerationConfig(
@@ -137,7 +161,10 @@ def _generate(model: PreTrainedModel, sequences: Sequence[TokenIds], num_tokens:
         pad_token_id=pad_id,
         use_cache=True,
     )
-    inputs = {"input_ids": torch.from_numpy(ids).to(model.device), "attention_mask": torch.from_numpy(mask).to(model.device)}
+    inputs = {
+        "input_ids": torch.from_numpy(ids).to(model.device),
+        "attention_mask": torch.from_numpy(mask).to(model.device),
+    }
     generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
     output = generate(**inputs, generation_config=config)
     return output[:, width:].cpu().numpy().astype(np.uint32)

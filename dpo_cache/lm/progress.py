@@ -9,7 +9,8 @@ from dpo_cache.types import Score
 
 @dataclass(frozen=True)
 class ScoringStep:
-    """What one chunk or batch brought: tokens run through the model, of how many in all, and the completions it finished.
+    """What one chunk or batch brought: tokens run through the model, of how many in all, and the completions
+    it finished.
 
     Log-probs may be NaN or infinite where the model's are.
     """

@@ -30,17 +30,23 @@ class Routing:
 def router_coefficient(model: PreTrainedModel, requested: float | None) -> float:
     """Weight of the router loss in the training loss; 0 for a model that has none.
 
-    That is `requested`, or what the model's config declares. Raises `OptionError` where it is asked for in vain.
+    That is `requested`, or what the model's config declares. Raises `OptionError` where it is asked for in
+    vain.
     """
     config = model.config.get_text_config()
     has_router = hasattr(config, "output_router_logits")
     if requested and not has_router:
-        raise OptionError(f"--router-aux-loss-coef {requested}: {type(model).__name__} returns no router logits.\nLeave it out.")
+        raise OptionError(
+            f"--router-aux-loss-coef {requested}: {type(model).__name__} returns no router logits.\n"
+            "Leave it out."
+        )
     coefficient = getattr(config, "router_aux_loss_coef", 0.0) if requested is None else requested
     return float(coefficient or 0.0) if has_router else 0.0
 
 
-def measure_routing(router_logits: Sequence[torch.Tensor], weights_L: torch.Tensor, num_chosen: int) -> Routing:
+def measure_routing(
+    router_logits: Sequence[torch.Tensor], weights_L: torch.Tensor, num_chosen: int
+) -> Routing:
     """Routing of the tokens of one forward pass.
 
     `router_logits` is one tensor [L, E] a layer; a token counts `weights_L` times, so a prompt that several
@@ -69,8 +75,8 @@ def add_routings(routings: Sequence[Routing]) -> Routing:
 def router_loss(routing: Routing) -> torch.Tensor:
     """Load-balancing loss: `E sum_e f_e P_e` (Eqs. 4 to 6, arXiv:2101.03961); K where all is even.
 
-    f_e is the mean over tokens and layers of how often expert e was chosen, P_e of its router probability. Equals
-    transformers' `load_balancing_loss_func` on a padded batch with one row a completion.
+    f_e is the mean over tokens and layers of how often expert e was chosen, P_e of its router probability.
+    Equals transformers' `load_balancing_loss_func` on a padded batch with one row a completion.
     """
     shares_E, probs_E = routing.choices_E / routing.num_rows, routing.probs_E / routing.num_rows
     return len(probs_E) * (shares_E * probs_E).sum()

@@ -19,8 +19,12 @@ from dpo_cache.types import Completion, Score
 
 
 @torch.no_grad()
-def score_rows(model: PreTrainedModel, completions: Sequence[Completion], budget: Budget, max_rows: int | None = None) -> Iterator[ScoringStep]:
-    """Score as padded rows with the model's own attention, longest first, at most the budget with padding at once."""
+def score_rows(
+    model: PreTrainedModel, completions: Sequence[Completion], budget: Budget, max_rows: int | None = None
+) -> Iterator[ScoringStep]:
+    """Score as padded rows with the model's own attention, longest first, at most the budget with padding at
+    once.
+    """
     waiting = sorted(range(len(completions)), key=lambda index: -len(completions[index]))
     tokens_left, num_run = sum(map(len, completions)), 0
     budget.stop_search()
@@ -33,7 +37,10 @@ def score_rows(model: PreTrainedModel, completions: Sequence[Completion], budget
             if not is_out_of_memory(error, model.device):
                 raise
             if len(batch) == 1:
-                raise ModelError(f"out of memory on a row of {length} tokens.\nRun with a shorter --max-length, or on a larger device.") from error
+                raise ModelError(
+                    f"out of memory on a row of {length} tokens.\n"
+                    "Run with a shorter --max-length, or on a larger device."
+                ) from error
             budget.halve(error)
             continue
         waiting = waiting[len(batch) :]
@@ -45,7 +52,9 @@ def score_rows(model: PreTrainedModel, completions: Sequence[Completion], budget
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch of padded rows that was run: the model's own output, where it is not padding, and what predicts the T completion tokens."""
+    """A batch of padded rows that was run: the model's own output, where it is not padding, and what predicts
+    the T completion tokens.
+    """
 
     outputs: Any
     mask: torch.Tensor  # [rows, length]
@@ -54,9 +63,13 @@ class Rows:
 
 
 def row_logps(model: PreTrainedModel, completions: Sequence[Completion]) -> list[torch.Tensor]:
-    """Token log-probs float32 [T] of each completion, as one batch of right-padded rows; with gradients if they are on."""
+    """Token log-probs float32 [T] of each completion, as one batch of right-padded rows; with gradients if
+    they are on.
+    """
     rows = run_rows(model, completions)
-    logps = token_logps(rows.predictors_TD, head_of(model), rows.targets_T, model.config.get_text_config().vocab_size)
+    logps = token_logps(
+        rows.predictors_TD, head_of(model), rows.targets_T, model.config.get_text_config().vocab_size
+    )
     return list(logps.split([completion.num_tokens for completion in completions]))
 
 
@@ -68,6 +81,9 @@ def run_rows(model: PreTrainedModel, completions: Sequence[Completion], **argume
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(model.device)
     outputs = decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False, **arguments)
     starts = [len(completion.prompt_ids) for completion in completions]
-    spans = [(row, start, start + completion.num_tokens) for row, (start, completion) in enumerate(zip(starts, completions, strict=True))]
+    spans = [
+        (row, start, start + completion.num_tokens)
+        for row, (start, completion) in enumerate(zip(starts, completions, strict=True))
+    ]
     predictors_TD = torch.cat([outputs[0][row, start - 1 : end - 1] for row, start, end in spans])
     return Rows(outputs, mask, predictors_TD, torch.cat([ids[row, start:end] for row, start, end in spans]))

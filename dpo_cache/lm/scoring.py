@@ -31,7 +31,9 @@ from dpo_cache.types import Completion, Score
 
 
 @torch.no_grad()
-def score_forest(model: PreTrainedModel, completions: Sequence[Completion], budget: Budget, kernel: str = "segments") -> Iterator[ScoringStep]:
+def score_forest(
+    model: PreTrainedModel, completions: Sequence[Completion], budget: Budget, kernel: str = "segments"
+) -> Iterator[ScoringStep]:
     """Score through forest attention, to which the model must be set, chunk by chunk as the budget says.
 
     Where memory runs out, what is not scored yet is laid out again and goes on in smaller chunks.
@@ -45,7 +47,9 @@ def score_forest(model: PreTrainedModel, completions: Sequence[Completion], budg
             for num_tokens, scores in _run_stream(_Runner(model, stream, kernel), budget):
                 run_before += num_tokens
                 done.update(place for place, _ in scores)
-                yield ScoringStep(num_tokens, total_tokens, [(waiting[place], score) for place, score in scores])
+                yield ScoringStep(
+                    num_tokens, total_tokens, [(waiting[place], score) for place, score in scores]
+                )
         except RuntimeError as error:
             if not is_out_of_memory(error, model.device):
                 raise
@@ -54,7 +58,9 @@ def score_forest(model: PreTrainedModel, completions: Sequence[Completion], budg
 
 
 def run_forest(model: PreTrainedModel, forest: Forest, **arguments: Any) -> Any:
-    """What the decoder gives for a whole forest in one row, hidden states first; further arguments go to the model, set to forest attention."""
+    """What the decoder gives for a whole forest in one row, hidden states first; further arguments go to the
+    model, set to forest attention.
+    """
     return decoder_of(model)(
         input_ids=torch.from_numpy(forest.tokens_L).to(model.device)[None],
         position_ids=torch.from_numpy(forest.depths_L).to(model.device)[None],
@@ -65,7 +71,9 @@ def run_forest(model: PreTrainedModel, forest: Forest, **arguments: Any) -> Any:
 
 
 def _run_stream(runner: _Runner, budget: Budget) -> Iterator[tuple[int, list[tuple[int, Score]]]]:
-    """Per chunk: its tokens, and the completions that end in it. A GPU is given the next chunk before the last one is read."""
+    """Per chunk: its tokens, and the completions that end in it. A GPU is given the next chunk before the
+    last one is read.
+    """
     collector, device = _Collector(runner.stream), runner.model.device
     ahead = 1 if device.type == "cuda" else 0
     running: deque[tuple[Chunk, _Fetched]] = deque()
@@ -124,7 +132,9 @@ class _Runner:
             self.path_hidden = hidden_CD.new_empty(self.stream.max_depth, hidden_CD.shape[1])
         predictors = self._predictors(hidden_CD, chunk.predictors_T)
         self._carry(hidden_CD, chunk)
-        return token_logps(predictors, self.head, _to(chunk.tokens_C[chunk.targets_T], device), self.vocab_size)
+        return token_logps(
+            predictors, self.head, _to(chunk.tokens_C[chunk.targets_T], device), self.vocab_size
+        )
 
     def _plan(self, segments: list[Segment]) -> Any:
         if self.kernel == "flex":
@@ -139,14 +149,20 @@ class _Runner:
         found = hidden_CD[_to(np.maximum(predictors_T, 0), hidden_CD.device)]
         if len(carried):
             assert self.path_hidden is not None
-            found[_to(carried, hidden_CD.device)] = self.path_hidden[_to(-1 - predictors_T[carried], hidden_CD.device)]
+            found[_to(carried, hidden_CD.device)] = self.path_hidden[
+                _to(-1 - predictors_T[carried], hidden_CD.device)
+            ]
         return found
 
     def _carry(self, hidden_CD: torch.Tensor, chunk: Chunk) -> None:
-        """Keep the last hidden states by depth; of several tokens at one depth the last is on the open path."""
+        """Keep the last hidden states by depth; of several tokens at one depth the last is on the open
+        path.
+        """
         assert self.path_hidden is not None
         depths, from_the_end = np.unique(chunk.depths_C[::-1], return_index=True)
-        self.path_hidden[_to(depths, hidden_CD.device)] = hidden_CD[_to(len(chunk) - 1 - from_the_end, hidden_CD.device)]
+        self.path_hidden[_to(depths, hidden_CD.device)] = hidden_CD[
+            _to(len(chunk) - 1 - from_the_end, hidden_CD.device)
+        ]
 
 
 class _Collector:
@@ -154,8 +170,11 @@ class _Collector:
 
     def __init__(self, stream: Stream):
         self._completions = stream.completions
-        self._path_logps = np.full(stream.max_depth, np.nan, np.float32)  # along the open path; NaN for prompt tokens
-        # One array for all scores: small ones between the large tensors of each chunk would scatter the heap, which then grows.
+        self._path_logps = np.full(
+            stream.max_depth, np.nan, np.float32
+        )  # along the open path; NaN for prompt tokens
+        # One array for all scores: small ones between the large tensors of each chunk would scatter the heap,
+        # which then grows.
         self._room = np.empty(sum(completion.num_tokens for completion in stream.completions), np.float32)
         self._used = 0
 
@@ -165,7 +184,9 @@ class _Collector:
         logps_C[chunk.targets_T] = logps_T
         scores = []
         for piece in chunk.pieces:
-            self._path_logps[piece.depth : piece.depth + piece.end - piece.start] = logps_C[piece.start : piece.end]
+            self._path_logps[piece.depth : piece.depth + piece.end - piece.start] = logps_C[
+                piece.start : piece.end
+            ]
             if piece.ends is not None:
                 completion = self._completions[piece.ends]
                 values = self._room[self._used : self._used + completion.num_tokens]

@@ -26,25 +26,34 @@ from dpo_cache.lm.rows import row_logps, score_rows
 from dpo_cache.lm.scoring import run_forest, score_forest
 from dpo_cache.types import TOKEN_TOLERANCES, Completion
 
-TOLERANCES = {getattr(torch, name): gaps for name, gaps in TOKEN_TOLERANCES.items()}  # between forest and rows
+TOLERANCES = {
+    getattr(torch, name): gaps for name, gaps in TOKEN_TOLERANCES.items()
+}  # between forest and rows
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The way a model is run: `forest` or `rows`, why, and how many rows fit in a batch (None: any number)."""
+    """The way a model is run: `forest` or `rows`, why, and how many rows fit in a batch (None: any
+    number).
+    """
 
     name: str
     reason: str
     gap: float = 0.0  # largest difference to plain rows in the self-check, nats per token
     max_rows: int | None = None
-    has_plain_head: bool = False  # the LM head is one matrix product, whose gradients are computed slice by slice
-    kernel: str = "segments"  # how the forest's attention is computed: segment by segment, or by FlexAttention
+    has_plain_head: bool = (
+        False  # the LM head is one matrix product, whose gradients are computed slice by slice
+    )
+    kernel: str = (
+        "segments"  # how the forest's attention is computed: segment by segment, or by FlexAttention
+    )
     original: str | None = None  # the attention that the model came with, where it was switched to the forest
 
 
 @torch.no_grad()
 def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_length: int) -> AttentionChoice:
-    """Switch the model to the forest if it is exact there for sequences up to `max_length`; else to plain rows.
+    """Switch the model to the forest if it is exact there for sequences up to `max_length`; else to plain
+    rows.
 
     Raises `ModelError` for a model that is not causal, and where `requested` is `forest` but it is not exact.
     """
@@ -55,7 +64,8 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
         expected = [row_logps(model, [completion])[0].cpu() for completion in completions]
     except (KeyError, AttributeError, TypeError, NotImplementedError) as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be run as a decoder and a head ({first_line(error)}).\nGive a text-only causal LM of another family."
+            f"{type(model).__name__} cannot be run as a decoder and a head ({first_line(error)}).\n"
+            "Give a text-only causal LM of another family."
         ) from error
     if not all(bool(logps.isfinite().all()) for logps in expected):
         raise ModelError(
@@ -71,31 +81,46 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
             problem, gap = _forest_problem(model, completions, expected, kernel)
             if problem is None:
                 reason = f"agrees with plain rows within {gap:.1e} nats per token"
-                return AttentionChoice("forest", reason, gap, has_plain_head=has_plain_head(model), kernel=kernel, original=original)
+                return AttentionChoice(
+                    "forest",
+                    reason,
+                    gap,
+                    has_plain_head=has_plain_head(model),
+                    kernel=kernel,
+                    original=original,
+                )
         if model._can_set_attn_implementation():
             model.set_attn_implementation(original)
     if requested == "forest":
-        raise ModelError(f"{type(model).__name__} cannot use forest attention: {problem}.\nUse --attention auto or rows.")
+        raise ModelError(
+            f"{type(model).__name__} cannot use forest attention: {problem}.\nUse --attention auto or rows."
+        )
     if length_problem:
         return AttentionChoice("rows", f"{length_problem}, so one row at a time", max_rows=1)
     return _rows_attention(model, completions, expected, problem or "")
 
 
-def score_completions(model: PreTrainedModel, completions: Sequence[Completion], attention: AttentionChoice, budget: Budget) -> Iterator[ScoringStep]:
+def score_completions(
+    model: PreTrainedModel, completions: Sequence[Completion], attention: AttentionChoice, budget: Budget
+) -> Iterator[ScoringStep]:
     """Scores as they come, about as many tokens at a time as the budget says."""
     if attention.name == "forest":
         return score_forest(model, completions, budget, attention.kernel)
     return score_rows(model, completions, budget, attention.max_rows)
 
 
-def _rows_attention(model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], reason: str) -> AttentionChoice:
+def _rows_attention(
+    model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], reason: str
+) -> AttentionChoice:
     padded = row_logps(model, completions)
     if _gap_problem(padded, expected, rounding_dtype(model)) is None:
         return AttentionChoice("rows", reason)
     return AttentionChoice("rows", f"{reason}; padding changes its results, so one row at a time", max_rows=1)
 
 
-def _forest_problem(model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], kernel: str) -> tuple[str | None, float]:
+def _forest_problem(
+    model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], kernel: str
+) -> tuple[str | None, float]:
     """Why the forest cannot be used (None if it can), and the largest gap seen."""
     if not use_forest_attention(model):
         return "its code does not take another attention function", 0.0
@@ -104,7 +129,11 @@ def _forest_problem(model: PreTrainedModel, completions: list[Completion], expec
     try:
         for size in (7, num_tokens) if num_tokens < 400 else (97, num_tokens):
             budget = Budget(size, model.device, lambda _: None)
-            found = dict(entry for progress in score_forest(model, completions, budget, kernel) for entry in progress.scores)
+            found = dict(
+                entry
+                for progress in score_forest(model, completions, budget, kernel)
+                for entry in progress.scores
+            )
             streamed = [torch.from_numpy(found[index].token_logps) for index in range(len(completions))]
             problem, gap = _compare(streamed, expected, rounding_dtype(model))
             largest = max(largest, gap)
@@ -117,7 +146,8 @@ def _forest_problem(model: PreTrainedModel, completions: list[Completion], expec
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         if is_out_of_memory(error, model.device):
             raise ModelError(
-                "out of memory on a few short sequences, before anything was scored.\nUse --dtype bfloat16, or a device with more memory."
+                "out of memory on a few short sequences, before anything was scored.\n"
+                "Use --dtype bfloat16, or a device with more memory."
             ) from error
         # whatever a model's code makes of an attention it does not know, plain rows still serve it
         return f"its code does not take forest attention ({type(error).__name__})", largest
@@ -128,12 +158,19 @@ def _tree_logps(model: PreTrainedModel, completions: list[Completion]) -> list[t
     hidden = run_forest(model, forest)[0][0]
     head, vocab_size = head_of(model), model.config.get_text_config().vocab_size
     return [
-        token_logps(hidden[forest.parents_L[target]], head, torch.from_numpy(forest.tokens_L[target]).to(model.device), vocab_size)
+        token_logps(
+            hidden[forest.parents_L[target]],
+            head,
+            torch.from_numpy(forest.tokens_L[target]).to(model.device),
+            vocab_size,
+        )
         for target in forest.targets
     ]
 
 
-def _compare(found: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> tuple[str | None, float]:
+def _compare(
+    found: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype
+) -> tuple[str | None, float]:
     gaps = torch.cat([(one.cpu() - other.cpu()).abs() for one, other in zip(found, expected, strict=True)])
     largest_allowed, mean_allowed = TOLERANCES[dtype]
     largest, mean = float(gaps.max()), float(gaps.mean())
@@ -147,10 +184,13 @@ def _gap_problem(found: list[torch.Tensor], expected: list[torch.Tensor], dtype:
 
 
 def _check_causality(expected: list[torch.Tensor], model: PreTrainedModel) -> None:
-    """The first two check completions begin alike: what follows must not change the log-probs of what is shared."""
+    """The first two check completions begin alike: what follows must not change the log-probs of what is
+    shared.
+    """
     if _gap_problem([expected[0][:4]], [expected[1][:4]], rounding_dtype(model)):
         raise ModelError(
-            f"{type(model).__name__} is not causal: the log-prob of a token changes with the tokens after it.\n"
+            f"{type(model).__name__} is not causal: the log-prob of a token changes with the tokens after "
+            "it.\n"
             "Give a decoder-only model (for BERT-like checkpoints, one with is_decoder=true)."
         )
 
@@ -162,14 +202,18 @@ def _length_dependent(model: PreTrainedModel, max_length: int) -> str | None:
     by_layer_type = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     if not any(entry.get("rope_type") in ("dynamic", "longrope") for entry in by_layer_type):
         return None
-    trained = [entry.get("original_max_position_embeddings") for entry in by_layer_type] + [config.max_position_embeddings]
+    trained = [entry.get("original_max_position_embeddings") for entry in by_layer_type] + [
+        config.max_position_embeddings
+    ]
     if max_length <= min(length for length in trained if length):
         return None
     return "its rotary embedding depends on the length of the row"
 
 
 def _check_completions(model: PreTrainedModel, max_length: int) -> list[Completion]:
-    """A few made-up completions: shared prompts, a shared start of the answer, a lone tree, one past the window."""
+    """A few made-up completions: shared prompts, a shared start of the answer, a lone tree, one past the
+    window.
+    """
     config = model.config.get_text_config()
     generator = np.random.default_rng(0)
     ids = generator.integers(0, config.vocab_size, 4096 * 4).astype(np.uint32)
@@ -187,8 +231,13 @@ def _check_completions(model: PreTrainedModel, max_length: int) -> list[Completi
         length = min(longest, window + 24)
         sequence = np.resize(rest, length)
         completions.append(Completion(sequence[: length - 20], sequence[length - 20 :]))
-    room = max(1, longest - max(completion.num_tokens for completion in completions))  # alike for all, so that they share what they shared
+    room = max(
+        1, longest - max(completion.num_tokens for completion in completions)
+    )  # alike for all, so that they share what they shared
     return [
-        Completion(completion.prompt_ids[-room:], completion.completion_ids[: longest - min(room, len(completion.prompt_ids))])
+        Completion(
+            completion.prompt_ids[-room:],
+            completion.completion_ids[: longest - min(room, len(completion.prompt_ids))],
+        )
         for completion in completions
     ]

@@ -16,7 +16,9 @@ class PairMetrics:
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         """Add a group of pairs: values of shape (group_size,) by name."""
-        sums = torch.stack([value.detach().sum() for value in values.values()]).tolist()  # waits for the GPU once
+        sums = torch.stack(
+            [value.detach().sum() for value in values.values()]
+        ).tolist()  # waits for the GPU once
         for name, value in zip(values, sums, strict=True):
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._num_pairs += len(next(iter(values.values())))
@@ -29,4 +31,7 @@ class PairMetrics:
 
     def means(self) -> Metrics:
         """Mean of each over all pairs added, and their number."""
-        return {**{name: value / self._num_pairs for name, value in self._sums.items()}, "num_pairs": self._num_pairs}
+        return {
+            **{name: value / self._num_pairs for name, value in self._sums.items()},
+            "num_pairs": self._num_pairs,
+        }

@@ -62,13 +62,18 @@ class Objective:
 
     @property
     def needs_whole_step(self) -> bool:
-        """Whether a pair's gradient depends on the other pairs of its step, beyond their number and lengths."""
+        """Whether a pair's gradient depends on the other pairs of its step, beyond their number and
+        lengths.
+        """
         return bool(self.router_coefficient) or any(name in SORTED_LOSSES for name in self.terms)
 
     @property
     def has_reference(self) -> bool:
         """Whether the rewards of its metrics are against the reference."""
-        return not (any(name in POLICY_LOSSES for name in self.terms) and set(self.terms) <= {*POLICY_LOSSES, *SFT_LOSSES})
+        return not (
+            any(name in POLICY_LOSSES for name in self.terms)
+            and set(self.terms) <= {*POLICY_LOSSES, *SFT_LOSSES}
+        )
 
     @property
     def prefers(self) -> bool:
@@ -77,15 +82,27 @@ class Objective:
 
     @property
     def is_logistic(self) -> bool:
-        """Whether the loss is ln 2 where nothing is learned, and near 0 where margins are so large that the gradient is, too."""
-        return set(self.terms) <= {"sigmoid", "sigmoid_norm", *SORTED_LOSSES} and len(self.terms) == 1 and not self.label_smoothing
-
-    def losses(self, parts: Sequence[tuple[Sequence[ScoredPair], CompletionLogps]], mean_chosen_tokens: float) -> PairLosses:
-        """Losses of all pairs of the parts, each part with the policy's log-probs of its chosen, then its rejected completions.
-
-        `mean_chosen_tokens` is the mean length of the step's chosen completions, by which `sft` is a mean over tokens.
+        """Whether the loss is ln 2 where nothing is learned, and near 0 where margins are so large that the
+        gradient is, too.
         """
-        losses = self.pair_losses(_join([self.pair_logps(scored, policy) for scored, policy in parts]), mean_chosen_tokens)
+        return (
+            set(self.terms) <= {"sigmoid", "sigmoid_norm", *SORTED_LOSSES}
+            and len(self.terms) == 1
+            and not self.label_smoothing
+        )
+
+    def losses(
+        self, parts: Sequence[tuple[Sequence[ScoredPair], CompletionLogps]], mean_chosen_tokens: float
+    ) -> PairLosses:
+        """Losses of all pairs of the parts, each part with the policy's log-probs of its chosen, then its
+        rejected completions.
+
+        `mean_chosen_tokens` is the mean length of the step's chosen completions, by which `sft` is a mean
+        over tokens.
+        """
+        losses = self.pair_losses(
+            _join([self.pair_logps(scored, policy) for scored, policy in parts]), mean_chosen_tokens
+        )
         if not self.router_coefficient:
             return losses
         aux = router_loss(add_routings([policy.routing for _, policy in parts if policy.routing]))
@@ -102,25 +119,47 @@ class Objective:
     def pair_logps(self, scored: Sequence[ScoredPair], policy: CompletionLogps) -> PairLogps:
         """What the losses look at, of these pairs."""
         sums = policy.sums()
-        weighted = sums if self.ld_alpha is None else policy.sums(_to(np.concatenate(_token_weights(policy.lengths, self.ld_alpha)), sums))
+        weighted = (
+            sums
+            if self.ld_alpha is None
+            else policy.sums(_to(np.concatenate(_token_weights(policy.lengths, self.ld_alpha)), sums))
+        )
         chosen, rejected = weighted.chunk(2)
-        ref_chosen, ref_rejected = _to(reference_logps(scored, self.ld_alpha if self.ld_reference else None), sums).chunk(2)
+        ref_chosen, ref_rejected = _to(
+            reference_logps(scored, self.ld_alpha if self.ld_reference else None), sums
+        ).chunk(2)
         chosen_lengths, rejected_lengths = _to(np.array(policy.lengths), sums).chunk(2)
         weights = torch.ones_like(ref_chosen)
         if self.wpo != "off":
             weights = losses.wpo_weights(*policy.excess_means().chunk(2), clipped=self.wpo == "clipped")
-        return PairLogps(chosen, rejected, ref_chosen, ref_rejected, sums.chunk(2)[0], chosen_lengths, rejected_lengths, weights)
+        return PairLogps(
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            sums.chunk(2)[0],
+            chosen_lengths,
+            rejected_lengths,
+            weights,
+        )
 
     def _losses_of(self, name: str, pairs: PairLogps, mean_chosen_tokens: float) -> torch.Tensor:
         if name in SFT_LOSSES:
-            return policy_losses.sft_losses(pairs.chosen_sums, pairs.chosen_lengths if name == "sft_norm" else mean_chosen_tokens)
+            return policy_losses.sft_losses(
+                pairs.chosen_sums, pairs.chosen_lengths if name == "sft_norm" else mean_chosen_tokens
+            )
         if name in POLICY_LOSSES:
             return self._of_policy(name, pairs, mean_chosen_tokens)
-        return (self._of_margin(name, pairs) if name in MARGIN_LOSSES else self._of_logratios(name, pairs)) * pairs.weights
+        return (
+            self._of_margin(name, pairs) if name in MARGIN_LOSSES else self._of_logratios(name, pairs)
+        ) * pairs.weights
 
     def _of_margin(self, name: str, pairs: PairLogps) -> torch.Tensor:
         beta, smoothing = self.beta, self.label_smoothing
-        chosen, rejected = self._scores(pairs.chosen, pairs.ref_chosen), self._scores(pairs.rejected, pairs.ref_rejected)
+        chosen, rejected = (
+            self._scores(pairs.chosen, pairs.ref_chosen),
+            self._scores(pairs.rejected, pairs.ref_rejected),
+        )
         if name in ("ipo_norm", "sigmoid_norm"):
             chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
         margins = chosen - rejected
@@ -156,7 +195,12 @@ class Objective:
             case "apo_down":
                 return losses.apo_down_losses(chosen, rejected, beta)
             case "aot":
-                return losses.aot_losses(pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected, beta, self.label_smoothing)
+                return losses.aot_losses(
+                    pairs.chosen - pairs.rejected,
+                    pairs.ref_chosen - pairs.ref_rejected,
+                    beta,
+                    self.label_smoothing,
+                )
             case "aot_unpaired":
                 return losses.aot_losses(chosen, rejected, beta, self.label_smoothing)
         raise AssertionError(name)
@@ -166,21 +210,29 @@ class Objective:
         lengths = (pairs.chosen_lengths, pairs.rejected_lengths)
         match name:
             case "simpo":
-                return policy_losses.simpo_losses(chosen, rejected, *lengths, beta, self.simpo_gamma, self.label_smoothing)
+                return policy_losses.simpo_losses(
+                    chosen, rejected, *lengths, beta, self.simpo_gamma, self.label_smoothing
+                )
             case "orpo":
                 return policy_losses.orpo_losses(chosen, rejected, *lengths, beta)
             case "cpo":
                 preference = policy_losses.cpo_losses(chosen, rejected, beta, self.label_smoothing)
-                return preference + self.cpo_alpha * policy_losses.sft_losses(pairs.chosen_sums, mean_chosen_tokens)
+                return preference + self.cpo_alpha * policy_losses.sft_losses(
+                    pairs.chosen_sums, mean_chosen_tokens
+                )
             case "slic":
                 return policy_losses.slic_losses(chosen, rejected, beta)
         raise AssertionError(name)
 
     def _scores(self, logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        return losses.divergence_scores(logps if self.reference_free else logps - reference, self.f_divergence, self.f_alpha)
+        return losses.divergence_scores(
+            logps if self.reference_free else logps - reference, self.f_divergence, self.f_alpha
+        )
 
     def _metrics(self, pairs: PairLogps) -> dict[str, torch.Tensor]:
-        """Rewards are against the reference, or the policy's own where every loss leaves the reference out, as in TRL's trainers of those."""
+        """Rewards are against the reference, or the policy's own where every loss leaves the reference out,
+        as in TRL's trainers of those.
+        """
         chosen, rejected = pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
         if not self.has_reference:
             chosen, rejected = pairs.chosen, pairs.rejected
@@ -206,12 +258,16 @@ def objective_of(options: TrainOptions, router_coefficient: float) -> Objective:
 
 
 def reference_logps(scored: Sequence[ScoredPair], ld_alpha: float | None = None) -> np.ndarray:
-    """The reference's log-probs of the chosen, then of the rejected completions: float64 [2P], LD-DPO's tail weighted by `ld_alpha`."""
+    """The reference's log-probs of the chosen, then of the rejected completions: float64 [2P], LD-DPO's tail
+    weighted by `ld_alpha`.
+    """
     scores: list[Score] = [pair.ref_chosen for pair in scored] + [pair.ref_rejected for pair in scored]
     if ld_alpha is None:
         return np.array([score.logps for score in scores])
     weights = _token_weights([len(score.token_logps) for score in scores], ld_alpha)
-    return np.array([(score.token_logps * weight).sum() for score, weight in zip(scores, weights, strict=True)])
+    return np.array(
+        [(score.token_logps * weight).sum() for score, weight in zip(scores, weights, strict=True)]
+    )
 
 
 def mean_chosen_tokens(scored: Sequence[ScoredPair]) -> float:
@@ -220,17 +276,26 @@ def mean_chosen_tokens(scored: Sequence[ScoredPair]) -> float:
 
 
 def _token_weights(lengths: Sequence[int], ld_alpha: float) -> list[np.ndarray]:
-    """LD-DPO (arXiv:2409.06411): the tokens past the length of a pair's shorter completion count `ld_alpha`, all others 1.
+    """LD-DPO (arXiv:2409.06411): the tokens past the length of a pair's shorter completion count `ld_alpha`,
+    all others 1.
 
     `lengths` are those of P chosen, then P rejected completions; one float64 array each.
     """
     num_pairs = len(lengths) // 2
     shared = [min(pair) for pair in zip(lengths[:num_pairs], lengths[num_pairs:], strict=True)] * 2
-    return [np.where(np.arange(length) < common, 1.0, ld_alpha) for length, common in zip(lengths, shared, strict=True)]
+    return [
+        np.where(np.arange(length) < common, 1.0, ld_alpha)
+        for length, common in zip(lengths, shared, strict=True)
+    ]
 
 
 def _join(parts: Sequence[PairLogps]) -> PairLogps:
-    return PairLogps(**{entry.name: torch.cat([getattr(part, entry.name) for part in parts]) for entry in fields(PairLogps)})
+    return PairLogps(
+        **{
+            entry.name: torch.cat([getattr(part, entry.name) for part in parts])
+            for entry in fields(PairLogps)
+        }
+    )
 
 
 def _to(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:

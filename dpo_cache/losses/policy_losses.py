@@ -1,6 +1,7 @@
 """Losses that look at the policy alone: pure functions of log-probs in nats, one value a pair, not averaged.
 
-`logps` are sums over a completion's tokens, `lengths` the number of those tokens; both of shape (batch_size,).
+`logps` are sums over a completion's tokens, `lengths` the number of those tokens; both of shape
+(batch_size,).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ MOST_CERTAIN = -1e-7  # nats a token; nearer to 0 the odds of a completion are i
 def sft_losses(chosen_logps: torch.Tensor, tokens_per_pair: torch.Tensor | float) -> torch.Tensor:
     """Negative log-likelihood of the chosen completion, over a number of tokens.
 
-    Over its own length: the mean over pairs of per-token means, as LLaMA-Factory's `pref_ftx` and the NLL term of
-    RPO (Eq. 1, arXiv:2404.19733). Over the mean length in the step: the mean over tokens, as TRL.
+    Over its own length: the mean over pairs of per-token means, as LLaMA-Factory's `pref_ftx` and the NLL
+    term of RPO (Eq. 1, arXiv:2404.19733). Over the mean length in the step: the mean over tokens, as TRL.
     """
     return -chosen_logps / tokens_per_pair
 
@@ -39,20 +40,29 @@ def simpo_losses(
     return sigmoid_losses(margins - gamma / beta, beta, label_smoothing)
 
 
-def cpo_losses(chosen_logps: torch.Tensor, rejected_logps: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+def cpo_losses(
+    chosen_logps: torch.Tensor, rejected_logps: torch.Tensor, beta: float, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """CPO's preference term: `-log sigmoid(beta (chosen - rejected))` (Eq. 3, arXiv:2401.08417)."""
     return sigmoid_losses(chosen_logps - rejected_logps, beta, label_smoothing)
 
 
 def slic_losses(chosen_logps: torch.Tensor, rejected_logps: torch.Tensor, beta: float) -> torch.Tensor:
-    """SLiC-HF's rank calibration: `max(0, 1 - beta (chosen - rejected))` (arXiv:2305.10425), where 1 / beta is the paper's delta."""
+    """SLiC-HF's rank calibration: `max(0, 1 - beta (chosen - rejected))` (arXiv:2305.10425), where 1 / beta
+    is the paper's delta.
+    """
     return hinge_losses(chosen_logps - rejected_logps, beta)
 
 
 def orpo_losses(
-    chosen_logps: torch.Tensor, rejected_logps: torch.Tensor, chosen_lengths: torch.Tensor, rejected_lengths: torch.Tensor, beta: float
+    chosen_logps: torch.Tensor,
+    rejected_logps: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+    beta: float,
 ) -> torch.Tensor:
-    """ORPO: `-c - beta log sigmoid(log odds(c) - log odds(r))` of the per-token means c and r (Eqs. 4, 6 and 7, arXiv:2403.07691).
+    """ORPO: `-c - beta log sigmoid(log odds(c) - log odds(r))` of the per-token means c and r (Eqs. 4, 6 and
+    7, arXiv:2403.07691).
 
     `log odds(x) = x - log(1 - exp(x))`; beta is the paper's lambda.
     """

@@ -38,20 +38,22 @@ def preference_loss(
     With `h = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected)`:
 
     - DPO, the default: `-log sigmoid(beta h)` (Eq. 7, arXiv:2305.18290);
-    - conservative DPO, `label_smoothing > 0`: the expectation of that loss when a share `label_smoothing` of the
-      labels is flipped (Eq. 3, https://ericmitchell.ai/cdpo.pdf);
+    - conservative DPO, `label_smoothing > 0`: the expectation of that loss when a share `label_smoothing` of
+      the labels is flipped (Eq. 3, https://ericmitchell.ai/cdpo.pdf);
     - IPO, `ipo=True`: `(h - 1 / (2 beta))^2`, where beta is the paper's tau (Eq. 17, arXiv:2310.12036); label
       smoothing is left aside.
 
     Same arguments, defaults and numbers as the function of this name in the original DPO repository.
 
     Args:
-        policy_chosen_logps: log-probs of the chosen completions under the policy, summed over tokens, in nats.
+        policy_chosen_logps: log-probs of the chosen completions under the policy, summed over tokens, in
+        nats.
             Shape (batch_size,), like the next three.
         policy_rejected_logps: the same of the rejected completions.
         reference_chosen_logps: the same of the chosen completions under the reference.
         reference_rejected_logps: the same of the rejected completions.
-        beta: temperature, usually 0.1 to 0.5; the smaller, the further the policy may move from the reference.
+        beta: temperature, usually 0.1 to 0.5; the smaller, the further the policy may move from the
+        reference.
         label_smoothing: share of flipped labels that is assumed, 0 to 0.5.
         ipo: take the IPO loss.
         reference_free: take a uniform reference in the losses; the rewards still subtract the values given.
@@ -68,7 +70,8 @@ def preference_loss(
 
         >>> import torch
         >>> chosen, rejected = torch.tensor([-8.0, -20.0]), torch.tensor([-10.0, -19.0])
-        >>> losses, chosen_rewards, rejected_rewards = preference_loss(chosen, rejected, chosen, rejected, beta=0.1)
+        >>> losses, chosen_rewards, rejected_rewards = preference_loss(chosen, rejected, chosen, rejected,
+        beta=0.1)
         >>> losses
         tensor([0.6931, 0.6931])
         >>> chosen_rewards
@@ -76,7 +79,8 @@ def preference_loss(
 
         Conservative: one label in ten may be wrong, so certainty is punished.
 
-        >>> losses, _, _ = preference_loss(chosen + 30, rejected, chosen, rejected, beta=0.1, label_smoothing=0.1)
+        >>> losses, _, _ = preference_loss(chosen + 30, rejected, chosen, rejected, beta=0.1,
+        label_smoothing=0.1)
         >>> losses
         tensor([0.3486, 0.3486])
 
@@ -103,7 +107,8 @@ def preference_loss(
     return losses, chosen_rewards, rejected_rewards
 
 
-# -- of the margin ---------------------------------------------------------------------------------------------
+# -- of the margin
+# ---------------------------------------------------------------------------------------------
 
 
 def sigmoid_losses(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -129,7 +134,8 @@ def ipo_losses(margins: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 def exo_pair_losses(margins: torch.Tensor, beta: float, label_smoothing: float) -> torch.Tensor:
-    """EXO of a pair: KL divergence from `(sigmoid(beta m), sigmoid(-beta m))` to `(1 - e, e)` (Eq. 16, arXiv:2402.00856).
+    """EXO of a pair: KL divergence from `(sigmoid(beta m), sigmoid(-beta m))` to `(1 - e, e)` (Eq. 16,
+    arXiv:2402.00856).
 
     e is the label smoothing, above 0; the paper takes 0.001.
     """
@@ -140,16 +146,19 @@ def exo_pair_losses(margins: torch.Tensor, beta: float, label_smoothing: float) 
 
 
 def robust_losses(margins: torch.Tensor, beta: float, label_smoothing: float) -> torch.Tensor:
-    """Robust DPO: an unbiased estimate of the DPO loss when a share e < 0.5 of the labels is flipped (arXiv:2403.00409).
+    """Robust DPO: an unbiased estimate of the DPO loss when a share e < 0.5 of the labels is flipped
+    (arXiv:2403.00409).
 
-    `(-(1 - e) log sigmoid(beta m) + e log sigmoid(-beta m)) / (1 - 2 e)`; conservative DPO adds where this subtracts.
+    `(-(1 - e) log sigmoid(beta m) + e log sigmoid(-beta m)) / (1 - 2 e)`; conservative DPO adds where this
+    subtracts.
     """
     kept, flipped = -F.logsigmoid(beta * margins), -F.logsigmoid(-beta * margins)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 def discopop_losses(margins: torch.Tensor, beta: float, tau: float = 0.05) -> torch.Tensor:
-    """DiscoPOP: logistic and exponential loss of `z = beta m`, mixed by `sigmoid(z / tau)` (Eq. 5, arXiv:2406.08414).
+    """DiscoPOP: logistic and exponential loss of `z = beta m`, mixed by `sigmoid(z / tau)` (Eq. 5,
+    arXiv:2406.08414).
 
     `-log sigmoid(z) (1 - sigmoid(z / tau)) + exp(-z) sigmoid(z / tau)`, with the last product taken in the
     exponent: written out it is infinity times zero where the margin is far below 0.
@@ -159,32 +168,45 @@ def discopop_losses(margins: torch.Tensor, beta: float, tau: float = 0.05) -> to
     return logistic + (F.logsigmoid(logits / tau) - logits).exp()
 
 
-# -- of the two log-ratios -------------------------------------------------------------------------------------
+# -- of the two log-ratios
+# -------------------------------------------------------------------------------------
 
 
-def nca_pair_losses(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float) -> torch.Tensor:
+def nca_pair_losses(
+    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float
+) -> torch.Tensor:
     """NCA of a pair, with `c` and `r` beta times the log-ratios (Sec. 4, arXiv:2402.05369).
 
-    `-log sigmoid(c) - 0.5 log sigmoid(-c) - 0.5 log sigmoid(-r)`: absolute likelihoods, not only their difference.
+    `-log sigmoid(c) - 0.5 log sigmoid(-c) - 0.5 log sigmoid(-r)`: absolute likelihoods, not only their
+    difference.
     """
     chosen, rejected = beta * chosen_logratios, beta * rejected_logratios
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-def bco_pair_losses(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float) -> torch.Tensor:
-    """BCO of a pair, a binary classifier of good and bad: `-log sigmoid(c) - log sigmoid(-r)` (arXiv:2404.04656).
+def bco_pair_losses(
+    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """BCO of a pair, a binary classifier of good and bad: `-log sigmoid(c) - log sigmoid(-r)`
+    (arXiv:2404.04656).
 
     Without the paper's reward shift, as in TRL 1.16.
     """
     return -F.logsigmoid(beta * chosen_logratios) - F.logsigmoid(-beta * rejected_logratios)
 
 
-def sppo_hard_losses(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float) -> torch.Tensor:
-    """SPPO with win rates of 1 and 0: `(lc - 1/(2 beta))^2 + (lr + 1/(2 beta))^2` of the log-ratios (Eq. 4.7, arXiv:2405.00675)."""
+def sppo_hard_losses(
+    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """SPPO with win rates of 1 and 0: `(lc - 1/(2 beta))^2 + (lr + 1/(2 beta))^2` of the log-ratios (Eq. 4.7,
+    arXiv:2405.00675).
+    """
     return (chosen_logratios - 0.5 / beta) ** 2 + (rejected_logratios + 0.5 / beta) ** 2
 
 
-def apo_zero_losses(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float) -> torch.Tensor:
+def apo_zero_losses(
+    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float
+) -> torch.Tensor:
     """APO-zero: chosen up, rejected down: `1 - sigmoid(c) + sigmoid(r)` (Eq. 7, arXiv:2408.06266).
 
     For data whose chosen answers are better than the policy's own.
@@ -192,7 +214,9 @@ def apo_zero_losses(chosen_logratios: torch.Tensor, rejected_logratios: torch.Te
     return (-beta * chosen_logratios).sigmoid() + (beta * rejected_logratios).sigmoid()
 
 
-def apo_down_losses(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float) -> torch.Tensor:
+def apo_down_losses(
+    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float
+) -> torch.Tensor:
     """APO-down: both down, rejected more: `sigmoid(c) + 1 - sigmoid(c - r)` (Eq. 8, arXiv:2408.06266).
 
     For data whose chosen answers are worse than the policy's own.
@@ -200,29 +224,35 @@ def apo_down_losses(chosen_logratios: torch.Tensor, rejected_logratios: torch.Te
     return (beta * chosen_logratios).sigmoid() + (beta * (rejected_logratios - chosen_logratios)).sigmoid()
 
 
-def aot_losses(upper: torch.Tensor, lower: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+def aot_losses(
+    upper: torch.Tensor, lower: torch.Tensor, beta: float, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """AOT: the DPO loss of sorted `upper` minus sorted `lower`, one value a rank (Sec. 3, arXiv:2406.05882).
 
     Paired (`aot`): upper is the policy's chosen minus rejected log-prob, lower the reference's. Unpaired
-    (`aot_unpaired`): upper is the chosen log-ratio, lower the rejected one. Only the mean over the batch has a
-    meaning, and it depends on which pairs are in the batch.
+    (`aot_unpaired`): upper is the chosen log-ratio, lower the rejected one. Only the mean over the batch has
+    a meaning, and it depends on which pairs are in the batch.
     """
     return sigmoid_losses(upper.sort().values - lower.sort().values, beta, label_smoothing)
 
 
-# -- what goes into them, and their weights --------------------------------------------------------------------
+# -- what goes into them, and their weights
+# --------------------------------------------------------------------
 
 
-def divergence_scores(logratios: torch.Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -> torch.Tensor:
-    """`f'(t)` of `t = exp(logratio)` for the f-divergence that holds the policy to the reference (arXiv:2309.16240).
+def divergence_scores(
+    logratios: torch.Tensor, divergence: str = "reverse_kl", alpha: float = 0.5
+) -> torch.Tensor:
+    """`f'(t)` of `t = exp(logratio)` for the f-divergence that holds the policy to the reference
+    (arXiv:2309.16240).
 
     - reverse_kl: `log t`, which is DPO
     - forward_kl: `1 - 1/t`
     - js_divergence: `log(2 t / (1 + t))`
     - alpha_divergence: `(t^(alpha - 1) - 1) / (alpha - 1)`; for alpha = 1 it is reverse_kl
 
-    Constants that cancel in a margin are those of TRL. Exponents are cut at 80, beyond which the score is infinite
-    in float32: there a pair has no gradient.
+    Constants that cancel in a margin are those of TRL. Exponents are cut at 80, beyond which the score is
+    infinite in float32: there a pair has no gradient.
     """
     if divergence == "forward_kl":
         return 1 - (-logratios).clamp(max=LARGEST_EXPONENT).exp()
@@ -234,17 +264,20 @@ def divergence_scores(logratios: torch.Tensor, divergence: str = "reverse_kl", a
 
 
 def wpo_weights(chosen_means: torch.Tensor, rejected_means: torch.Tensor, *, clipped: bool) -> torch.Tensor:
-    """WPO's weight of each pair, how likely the policy itself is to write its answers (Eq. 2, arXiv:2406.11827).
+    """WPO's weight of each pair, how likely the policy itself is to write its answers (Eq. 2,
+    arXiv:2406.11827).
 
-    `exp(chosen) exp(rejected)` of the means over tokens of `log p(token) - log sum_v p(v)^2`; clipped: at most 1.
-    Detached.
+    `exp(chosen) exp(rejected)` of the means over tokens of `log p(token) - log sum_v p(v)^2`; clipped: at
+    most 1. Detached.
     """
     weights = (chosen_means + rejected_means).detach().exp()
     return weights.clamp(max=1.0) if clipped else weights
 
 
 def _check_shapes(**values: Any) -> None:
-    """Plain numbers and tensors without dimensions mean the same for every pair; all else must have one shape."""
+    """Plain numbers and tensors without dimensions mean the same for every pair; all else must have one
+    shape.
+    """
     shapes = {name: tuple(value.shape) for name, value in values.items() if getattr(value, "shape", ())}
     if len(set(shapes.values())) > 1:
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())

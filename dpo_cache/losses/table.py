@@ -1,4 +1,6 @@
-"""The losses that `--loss` takes, and which of them each option serves. Their formulas are in `reference_losses.py` and `policy_losses.py`."""
+"""The losses that `--loss` takes, and which of them each option serves. Their formulas are in
+`reference_losses.py` and `policy_losses.py`.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,18 @@ FOR_ALL = ("reference_free", "f_divergence", "ld_alpha", "wpo")
 
 
 def loss_terms(entries: Sequence[str]) -> dict[str, float]:
-    """`("sigmoid:0.8", "sft:0.2")` as `{"sigmoid": 0.8, "sft": 0.2}`: loss -> weight, 1 where none is given. Raises `OptionError`."""
+    """`("sigmoid:0.8", "sft:0.2")` as `{"sigmoid": 0.8, "sft": 0.2}`: loss -> weight, 1 where none is given.
+    Raises `OptionError`.
+    """
     terms: dict[str, float] = {}
     for entry in entries:
         name, _, weight = entry.partition(":")
         if name not in LOSSES:
-            hint = "\nRepeat --loss for a weighted sum, as in --loss sigmoid:0.8 --loss sft:0.2." if "," in entry else ""
+            hint = (
+                "\nRepeat --loss for a weighted sum, as in --loss sigmoid:0.8 --loss sft:0.2."
+                if "," in entry
+                else ""
+            )
             raise OptionError(f"--loss {entry}: expected one of {', '.join(LOSSES)}; sigmoid is DPO.{hint}")
         if name in terms:
             raise OptionError(f"--loss {entry}: {name} is given twice.")
@@ -44,15 +52,22 @@ def loss_terms(entries: Sequence[str]) -> dict[str, float]:
         except ValueError:
             terms[name] = math.nan
         if not 0 < terms[name] < math.inf:
-            raise OptionError(f"--loss {entry}: expected NAME or NAME:WEIGHT with a number above 0, for example {name}:0.8.")
+            raise OptionError(
+                f"--loss {entry}: expected NAME or NAME:WEIGHT with a number above 0, for example {name}:0.8."
+            )
     if not terms:
         raise OptionError("--loss is needed.")
     return terms
 
 
 def check_serves(option: str, given: str, names: Sequence[str]) -> None:
-    """Raise `OptionError` where an option has no meaning under these losses, and so would be ignored; `given` is what the message calls it."""
+    """Raise `OptionError` where an option has no meaning under these losses, and so would be ignored; `given`
+    is what the message calls it.
+    """
     used_by = USED_BY.get(option, LOSSES)
     idle = [name for name in names if name not in used_by]
     if len(idle) == len(names) or (option in FOR_ALL and not set(idle) <= set(SFT_LOSSES)):
-        raise OptionError(f"{given} has no meaning under --loss {', '.join(idle)}.\nLeave it out; it serves {', '.join(used_by)}.")
+        raise OptionError(
+            f"{given} has no meaning under --loss {', '.join(idle)}.\n"
+            f"Leave it out; it serves {', '.join(used_by)}."
+        )

@@ -1,7 +1,8 @@
-"""The base of every command's option class: each option has its name, type, default, unit, help and check in one place.
+"""The base of every command's option class: each option has its name, type, default, unit, help and check in
+one place.
 
-The command line is generated from these classes, the Python functions take the same names as keyword arguments, and
-a run writes them as JSON next to its output.
+The command line is generated from these classes, the Python functions take the same names as keyword
+arguments, and a run writes them as JSON next to its output.
 """
 
 from __future__ import annotations
@@ -18,9 +19,26 @@ QUANTIZATIONS = ("none", "8bit", "4bit")
 ATTENTIONS = ("auto", "forest", "rows")
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "", required: bool = False, metavar: str = "") -> Any:
-    """A dataclass field with its help text, accepted values and, where they differ from name and type, its flag and what the help calls its value."""
-    metadata = {"help": help, "choices": choices, "flag": flag, "required": required, "positional": "", "metavar": metavar}
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    flag: str = "",
+    required: bool = False,
+    metavar: str = "",
+) -> Any:
+    """A dataclass field with its help text, accepted values and, where they differ from name and type, its
+    flag and what the help calls its value.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "flag": flag,
+        "required": required,
+        "positional": "",
+        "metavar": metavar,
+    }
     if isinstance(default, tuple):
         return field(default_factory=lambda: default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -31,8 +49,12 @@ def switch(name: str) -> str:
     return f"--{name}/--no-{name}"
 
 
-def argument(default: Any, help: str, *, name: str, choices: tuple[str, ...] = (), required: bool = False) -> Any:
-    """A dataclass field that is given by its place on the command line, under this name in the help; a tuple takes all that is left."""
+def argument(
+    default: Any, help: str, *, name: str, choices: tuple[str, ...] = (), required: bool = False
+) -> Any:
+    """A dataclass field that is given by its place on the command line, under this name in the help; a tuple
+    takes all that is left.
+    """
     metadata = {"help": help, "choices": choices, "flag": name, "required": required, "positional": name}
     if isinstance(default, tuple):
         return field(default_factory=lambda: default, metadata=metadata)
@@ -64,11 +86,19 @@ class Options:
                 object.__setattr__(self, entry.name, value)
             if entry.type in ("int", "int | None") and value is not None and type(value) is not int:
                 raise OptionError(f"{flag_of(entry)} {value!r}: expected a whole number.")
-            if value is None and not entry.metadata["required"] and entry.type in ("int", "float", "str", "bool"):
+            if (
+                value is None
+                and not entry.metadata["required"]
+                and entry.type in ("int", "float", "str", "bool")
+            ):
                 raise OptionError(f"{flag_of(entry)} None: expected a value.")
             if entry.type == "bool" and not isinstance(value, bool):
                 raise OptionError(f"{flag_of(entry)} {value!r}: expected true or false.")
-            if entry.type in ("float", "float | None") and value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            if (
+                entry.type in ("float", "float | None")
+                and value is not None
+                and (isinstance(value, bool) or not isinstance(value, (int, float)))
+            ):
                 raise OptionError(f"{flag_of(entry)} {value!r}: expected a number.")
             if entry.type in ("str", "str | None") and value is not None and not isinstance(value, str):
                 raise OptionError(f"{flag_of(entry)} {value!r}: expected text.")

@@ -17,26 +17,42 @@ IMPORT_DTYPES = ("unknown", "float32", "bfloat16", "float16")
 class ExportOptions(Options):
     """Options of `dpo-cache export`; see `dpo_cache.exchange.export_pairs`."""
 
-    cache: str = argument(None, "Cache with the pair set: a folder or an fsspec URL.", name="CACHE", required=True)
+    cache: str = argument(
+        None, "Cache with the pair set: a folder or an fsspec URL.", name="CACHE", required=True
+    )
     pairs: str = argument(None, "Pair set to export, NAME or NAME/SPLIT.", name="NAME/SPLIT", required=True)
     out: str = argument(None, "File to write, or folder for --format datasets.", name="OUT", required=True)
     format: str = option(
         "auto",
-        "auto: parquet or jsonl by the ending of OUT, datasets (a folder for `load_from_disk`) where it has none.",
+        "auto: parquet or jsonl by the ending of OUT, datasets (a folder for `load_from_disk`) where it "
+        "has none.",
         choices=EXPORT_FORMATS,
     )
     token_logps: bool = option(False, "Add the log-prob of each token.", flag="--token-logps")
-    text: bool = option(True, "Add prompt, chosen and rejected, where the source is at hand and makes the same pairs.", flag="--text/--no-text")
-    dataset: str | None = option(None, "Where the source data lies now. Default: where it lay when the pair set was made.")
-    tokenizer: str | None = option(None, "Where the tokenizer lies now. Default: where it lay when the pair set was made.")
+    text: bool = option(
+        True,
+        "Add prompt, chosen and rejected, where the source is at hand and makes the same pairs.",
+        flag="--text/--no-text",
+    )
+    dataset: str | None = option(
+        None, "Where the source data lies now. Default: where it lay when the pair set was made."
+    )
+    tokenizer: str | None = option(
+        None, "Where the tokenizer lies now. Default: where it lay when the pair set was made."
+    )
     overwrite: bool = option(False, "Replace OUT if it is there.", flag="--overwrite")
 
     def check(self) -> None:
-        self._require(self.text or not self.dataset, "--dataset is used for the text alone: leave out --no-text.")
-        self._require(self.text or not self.tokenizer, "--tokenizer is used for the text alone: leave out --no-text.")
+        self._require(
+            self.text or not self.dataset, "--dataset is used for the text alone: leave out --no-text."
+        )
+        self._require(
+            self.text or not self.tokenizer, "--tokenizer is used for the text alone: leave out --no-text."
+        )
         self._require(
             self.format != "auto" or PurePath(self.out).suffix.lower() in (".parquet", ".jsonl", ""),
-            f"{self.out}: no format has this ending.\nEnd it in .parquet or .jsonl, in nothing for a folder, or name one with --format.",
+            f"{self.out}: no format has this ending.\n"
+            "End it in .parquet or .jsonl, in nothing for a folder, or name one with --format.",
         )
 
 
@@ -45,28 +61,61 @@ class ImportOptions(Options):
     """Options of `dpo-cache import`; see `dpo_cache.exchange.import_pairs`."""
 
     cache: str = argument(None, "Cache to write to: a folder or an fsspec URL.", name="CACHE", required=True)
-    dataset: str = argument(None, "Pairs with ref_chosen_logps and ref_rejected_logps: a file, a folder, or a Hub id.", name="DATASET", required=True)
+    dataset: str = argument(
+        None,
+        "Pairs with ref_chosen_logps and ref_rejected_logps: a file, a folder, or a Hub id.",
+        name="DATASET",
+        required=True,
+    )
     reference: str = option(None, "What to call the model that the log-probs are from.", required=True)
     name: str | None = option(None, "Name of the pair set. Default: the data's name.")
-    split: tuple[str, ...] = option((), "Split of the data; may be repeated. Default: train, or the only one.")
-    format: str = option("auto", "Format of the data. auto: ids where prompt_ids, chosen_ids and rejected_ids are there.", choices=IMPORT_FORMATS)
-    map: tuple[str, ...] = option((), "Give a column its name here, as in ref_chosen_logps=reference_chosen_logps; may be repeated.")
-    model: str | None = option(None, "Checkpoint of that model, if at hand: a folder or a Hub id. Training starts from it by default.")
-    tokenizer: str | None = option(None, "Tokenizer that makes (or made) the token ids: a folder or a Hub id. Default: the model's.")
+    split: tuple[str, ...] = option(
+        (), "Split of the data; may be repeated. Default: train, or the only one."
+    )
+    format: str = option(
+        "auto",
+        "Format of the data. auto: ids where prompt_ids, chosen_ids and rejected_ids are there.",
+        choices=IMPORT_FORMATS,
+    )
+    map: tuple[str, ...] = option(
+        (), "Give a column its name here, as in ref_chosen_logps=reference_chosen_logps; may be repeated."
+    )
+    model: str | None = option(
+        None,
+        "Checkpoint of that model, if at hand: a folder or a Hub id. Training starts from it by default.",
+    )
+    tokenizer: str | None = option(
+        None, "Tokenizer that makes (or made) the token ids: a folder or a Hub id. Default: the model's."
+    )
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
-    trust_remote_code: bool = option(False, "Run Python code that comes with the tokenizer.", flag="--trust-remote-code")
-    dtype: str = option("unknown", "Dtype of the forward pass that made the log-probs.", choices=IMPORT_DTYPES)
-    max_length: int | None = option(None, "Longest prompt + answer when they were made. Default: 1024 for text; token ids are not cut.")
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the tokenizer.", flag="--trust-remote-code"
+    )
+    dtype: str = option(
+        "unknown", "Dtype of the forward pass that made the log-probs.", choices=IMPORT_DTYPES
+    )
+    max_length: int | None = option(
+        None, "Longest prompt + answer when they were made. Default: 1024 for text; token ids are not cut."
+    )
     truncation: str = option("keep-start", "What happened to longer rows.", choices=TRUNCATIONS)
-    max_prompt_length: int | None = option(None, "Tokens a prompt kept under prompt-left. Default: half of --max-length.")
+    max_prompt_length: int | None = option(
+        None, "Tokens a prompt kept under prompt-left. Default: half of --max-length."
+    )
 
     def check(self) -> None:
-        self._require(self.max_length is None or self.max_length >= 2, f"--max-length {self.max_length}: expected at least 2.")
+        self._require(
+            self.max_length is None or self.max_length >= 2,
+            f"--max-length {self.max_length}: expected at least 2.",
+        )
         if self.max_prompt_length is not None:
-            self._require(self.truncation == "prompt-left", "--max-prompt-length is used by --truncation prompt-left alone.")
+            self._require(
+                self.truncation == "prompt-left",
+                "--max-prompt-length is used by --truncation prompt-left alone.",
+            )
             longest = self.max_length or 1024
             self._require(
                 0 < self.max_prompt_length < longest,
-                f"--max-prompt-length {self.max_prompt_length}: expected 1 to {longest - 1}, below --max-length.",
+                f"--max-prompt-length {self.max_prompt_length}: expected 1 to {longest - 1}, below "
+                "--max-length.",
             )
         renamed_columns(self.map)

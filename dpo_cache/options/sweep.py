@@ -11,7 +11,11 @@ from typing import Any, ClassVar, get_type_hints
 from dpo_cache.options.base import Options, flag_of, option
 from dpo_cache.options.train import TrainOptions
 
-NOT_IN_A_SWEEP = ("resume", "dry_run", "config")  # of `train`: a sweep has its own --resume, tries nothing out, and is told every option
+NOT_IN_A_SWEEP = (
+    "resume",
+    "dry_run",
+    "config",
+)  # of `train`: a sweep has its own --resume, tries nothing out, and is told every option
 PLACES = ("cache", "output")  # of the sweep as a whole
 TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", tuple: "str"}
 
@@ -75,13 +79,18 @@ def _with_several_values(entry: Field[Any]) -> tuple[str, Any, Any]:
     if kind is bool:
         positive = flag_of(entry)
         taken = option(
-            (), f"{entry.metadata['help']} Both flags: one run each.", flag=f"{positive}/--no-{positive.removeprefix('--')}", metavar="<bool>"
+            (),
+            f"{entry.metadata['help']} Both flags: one run each.",
+            flag=f"{positive}/--no-{positive.removeprefix('--')}",
+            metavar="<bool>",
         )
         return entry.name, tuple[bool, ...], taken
     tells_default = "Default:" in entry.metadata["help"] or default in (None, ())
     help = entry.metadata["help"] if tells_default else f"{entry.metadata['help']} Default: {default}."
     if kind is tuple:
-        help = help.replace("; repeated as NAME:WEIGHT it is a weighted sum", "; NAME:WEIGHT+NAME:WEIGHT is a weighted sum")
+        help = help.replace(
+            "; repeated as NAME:WEIGHT it is a weighted sum", "; NAME:WEIGHT+NAME:WEIGHT is a weighted sum"
+        )
         help = help.replace("; may be repeated", "; several are joined with +")
     metavar = f"{'|'.join(choices) or f'<{TYPE_NAMES[kind]}>'},..."
     return entry.name, tuple[str, ...], option((), help, flag=entry.metadata["flag"], metavar=metavar)
@@ -90,16 +99,42 @@ def _with_several_values(entry: Field[Any]) -> tuple[str, Any, Any]:
 def _fields() -> list[tuple[str, Any, Any]]:
     return [
         ("cache", str, option(None, "Cache with the pair sets: a folder or an fsspec URL.", required=True)),
-        ("output", str, option(None, "Folder of the sweep: sweep.json, table.md, table.csv, logs/, and a folder for each run.", required=True)),
+        (
+            "output",
+            str,
+            option(
+                None,
+                "Folder of the sweep: sweep.json, table.md, table.csv, logs/, and a folder for each run.",
+                required=True,
+            ),
+        ),
         ("jobs", int, option(1, "Runs at once. On a CPU they share its cores.")),
-        ("resume", bool, option(False, "Refuse to begin a new sweep. The same command goes on with its own by itself.", flag="--resume")),
-        ("plot", str | None, option(None, "Draw held-out accuracy over steps of every run into this file (.svg, .png, .pdf); needs matplotlib.")),
+        (
+            "resume",
+            bool,
+            option(
+                False,
+                "Refuse to begin a new sweep. The same command goes on with its own by itself.",
+                flag="--resume",
+            ),
+        ),
+        (
+            "plot",
+            str | None,
+            option(
+                None,
+                "Draw held-out accuracy over steps of every run into this file (.svg, .png, .pdf); needs "
+                "matplotlib.",
+            ),
+        ),
         *(_with_several_values(entry) for entry in swept_fields()),
     ]
 
 
 class SweepOptions(make_dataclass("_SweepFields", _fields(), bases=(Options,), frozen=True, kw_only=True)):  # type: ignore[misc]
-    """Options of `dpo-cache sweep`; see `dpo_cache.sweep`. An option of `train` holds its values as they were given; () is train's default."""
+    """Options of `dpo-cache sweep`; see `dpo_cache.sweep`. An option of `train` holds its values as they were
+    given; () is train's default.
+    """
 
     groups: ClassVar[dict[str, str]] = _groups()
 
@@ -111,4 +146,6 @@ class SweepOptions(make_dataclass("_SweepFields", _fields(), bases=(Options,), f
         super().__post_init__()
 
     def check(self) -> None:
-        self._require(type(self.jobs) is int and self.jobs > 0, f"--jobs {self.jobs}: expected a whole number above 0.")
+        self._require(
+            type(self.jobs) is int and self.jobs > 0, f"--jobs {self.jobs}: expected a whole number above 0."
+        )

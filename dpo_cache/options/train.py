@@ -40,31 +40,80 @@ class TrainOptions(Options):
     }
 
     cache: str = option(None, "Cache with the pair set: a folder or an fsspec URL.", required=True)
-    output: str = option(None, "Folder of the run: config.json, metrics.jsonl, checkpoints/, model/.", required=True)
-    model: str | None = option(None, "Policy to start from: a folder or a Hub id. Default: the reference's own checkpoint.")
-    pairs: str | None = option(None, "Pair set to train on, NAME or NAME/SPLIT. Default: the only one in the cache.")
-    trust_remote_code: bool = option(False, "Run Python code that comes with the model.", flag="--trust-remote-code")
-    reference: str | None = option(None, "Id (or its first characters) of the reference that the pairs must have been scored by.")
-    config: str | None = option(None, "config.json of an earlier run, to start from its options; what is given beside it counts.")
+    output: str = option(
+        None, "Folder of the run: config.json, metrics.jsonl, checkpoints/, model/.", required=True
+    )
+    model: str | None = option(
+        None, "Policy to start from: a folder or a Hub id. Default: the reference's own checkpoint."
+    )
+    pairs: str | None = option(
+        None, "Pair set to train on, NAME or NAME/SPLIT. Default: the only one in the cache."
+    )
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model.", flag="--trust-remote-code"
+    )
+    reference: str | None = option(
+        None, "Id (or its first characters) of the reference that the pairs must have been scored by."
+    )
+    config: str | None = option(
+        None, "config.json of an earlier run, to start from its options; what is given beside it counts."
+    )
     lora_r: int | None = option(None, "Rank of a LoRA adapter, which is trained over frozen weights.")
-    lora_alpha: float | None = option(None, "Scale of the LoRA adapter, before it is divided by its rank. Default: twice the rank.")
-    lora_targets: str = option("all-linear", "Layers that get LoRA: all-linear, or names with commas, as in q_proj,v_proj.")
-    peft_config: str | None = option(None, "File with the PEFT config (adapter_config.json) of any other adapter.")
-    merge_adapter: bool = option(False, "Merge the adapter into the weights in the end: model/ is a plain model.", flag=switch("merge-adapter"))
-    quantize: str = option("none", "Hold the frozen weights under an adapter in 8 or 4 bits (bitsandbytes).", choices=QUANTIZATIONS)
-    loss: tuple[str, ...] = option(("sigmoid",), f"{', '.join(LOSSES)}; repeated as NAME:WEIGHT it is a weighted sum. Default: sigmoid (DPO).")
-    beta: float = option(0.1, "Strength of the pull to the reference; tau for IPO, the scale of the margin for SimPO, lambda for ORPO.")
-    label_smoothing: float = option(0.0, "Assumed share of flipped labels, 0 to 0.5: cDPO, or as the loss defines it.")
-    f_divergence: str = option("reverse_kl", "What holds the policy to the reference; reverse_kl is DPO.", choices=F_DIVERGENCES)
+    lora_alpha: float | None = option(
+        None, "Scale of the LoRA adapter, before it is divided by its rank. Default: twice the rank."
+    )
+    lora_targets: str = option(
+        "all-linear", "Layers that get LoRA: all-linear, or names with commas, as in q_proj,v_proj."
+    )
+    peft_config: str | None = option(
+        None, "File with the PEFT config (adapter_config.json) of any other adapter."
+    )
+    merge_adapter: bool = option(
+        False,
+        "Merge the adapter into the weights in the end: model/ is a plain model.",
+        flag=switch("merge-adapter"),
+    )
+    quantize: str = option(
+        "none",
+        "Hold the frozen weights under an adapter in 8 or 4 bits (bitsandbytes).",
+        choices=QUANTIZATIONS,
+    )
+    loss: tuple[str, ...] = option(
+        ("sigmoid",),
+        f"{', '.join(LOSSES)}; repeated as NAME:WEIGHT it is a weighted sum. Default: sigmoid (DPO).",
+    )
+    beta: float = option(
+        0.1,
+        "Strength of the pull to the reference; tau for IPO, the scale of the margin for SimPO, lambda "
+        "for ORPO.",
+    )
+    label_smoothing: float = option(
+        0.0, "Assumed share of flipped labels, 0 to 0.5: cDPO, or as the loss defines it."
+    )
+    f_divergence: str = option(
+        "reverse_kl", "What holds the policy to the reference; reverse_kl is DPO.", choices=F_DIVERGENCES
+    )
     f_alpha: float = option(0.5, "alpha of --f-divergence alpha_divergence.")
-    ld_alpha: float | None = option(None, "LD-DPO: weight, 0 to 1, of the tokens past the length of a pair's shorter answer.")
-    ld_reference: bool = option(True, "Weight the reference's tokens under --ld-alpha, too.", flag="--ld-reference/--no-ld-reference")
-    wpo: str = option("off", "WPO: weight pairs by how likely the policy is to write them; clipped: by 1 at most.", choices=WPO)
+    ld_alpha: float | None = option(
+        None, "LD-DPO: weight, 0 to 1, of the tokens past the length of a pair's shorter answer."
+    )
+    ld_reference: bool = option(
+        True, "Weight the reference's tokens under --ld-alpha, too.", flag="--ld-reference/--no-ld-reference"
+    )
+    wpo: str = option(
+        "off",
+        "WPO: weight pairs by how likely the policy is to write them; clipped: by 1 at most.",
+        choices=WPO,
+    )
     discopop_tau: float = option(0.05, "tau of DiscoPOP.")
     simpo_gamma: float = option(0.5, "Target margin of SimPO, after beta.")
     cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in CPO.")
-    router_aux_loss_coef: float | None = option(None, "Weight of a mixture of experts' router loss; 0: none. Default: the model config's.")
-    reference_free: bool = option(False, "Take a uniform reference in the loss.", flag=switch("reference-free"))
+    router_aux_loss_coef: float | None = option(
+        None, "Weight of a mixture of experts' router loss; 0: none. Default: the model config's."
+    )
+    reference_free: bool = option(
+        False, "Take a uniform reference in the loss.", flag=switch("reference-free")
+    )
     epochs: float = option(1.0, "Passes over the pairs.")
     max_steps: int | None = option(None, "Stop after N steps, whatever --epochs says.")
     batch_size: int = option(32, "Pairs a step.")
@@ -72,18 +121,32 @@ class TrainOptions(Options):
     lr: float = option(1e-6, "Peak learning rate.")
     lr_schedule: str = option("linear", "Decay of the learning rate after the warm-up.", choices=LR_SCHEDULES)
     warmup_ratio: float = option(0.1, "Share of the steps over which the learning rate rises from 0.")
-    optimizer: str = option("adamw", "Optimizer; 8bit: its state in 8 bits; paged: its state may move to host memory.", choices=OPTIMIZERS)
+    optimizer: str = option(
+        "adamw",
+        "Optimizer; 8bit: its state in 8 bits; paged: its state may move to host memory.",
+        choices=OPTIMIZERS,
+    )
     weight_decay: float = option(0.0, "Weight decay.")
     max_grad_norm: float = option(1.0, "Clip the gradient to this norm; 0: never.")
-    micro_tokens: str = option("auto", "Tokens run at once within a step: auto or a number. Changes memory and speed, not the result.")
-    precision: str = option("auto", "auto: bf16-mixed on CUDA GPUs that have it, else fp32.", choices=PRECISIONS)
-    rounding: str = option("auto", "How --precision bf16 rounds updated weights. auto: stochastic.", choices=ROUNDINGS)
+    micro_tokens: str = option(
+        "auto",
+        "Tokens run at once within a step: auto or a number. Changes memory and speed, not the result.",
+    )
+    precision: str = option(
+        "auto", "auto: bf16-mixed on CUDA GPUs that have it, else fp32.", choices=PRECISIONS
+    )
+    rounding: str = option(
+        "auto", "How --precision bf16 rounds updated weights. auto: stochastic.", choices=ROUNDINGS
+    )
     gradient_checkpointing: str = option(
         "auto",
-        "Activations computed again in the backward pass: none, what costs next to nothing (cheap), all but matrix products (selective), or full.",
+        "Activations computed again in the backward pass: none, what costs next to nothing (cheap), all "
+        "but matrix products (selective), or full.",
         choices=RECOMPUTATIONS,
     )
-    offload_activations: bool = option(False, "Keep activations in host memory until the backward pass.", flag=switch("offload-activations"))
+    offload_activations: bool = option(
+        False, "Keep activations in host memory until the backward pass.", flag=switch("offload-activations")
+    )
     free_gradients: bool = option(
         False,
         "Update each weight as soon as its gradient is there, and free that; needs --max-grad-norm 0.",
@@ -91,42 +154,92 @@ class TrainOptions(Options):
     )
     device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
     eval_pairs: str | None = option(None, "Pair set to evaluate on, NAME or NAME/SPLIT.")
-    eval_fraction: float | None = option(None, "Share of the prompts to hold out for evaluation instead, above 0 and below 1.")
-    eval_every: str | None = option(None, "Evaluate every N steps, or epochs as in 0.5epochs, besides before and after training.")
-    best: str = option("loss", "Which evaluation is the best, whose model is kept in best/, and which --patience looks at.", choices=BEST)
+    eval_fraction: float | None = option(
+        None, "Share of the prompts to hold out for evaluation instead, above 0 and below 1."
+    )
+    eval_every: str | None = option(
+        None, "Evaluate every N steps, or epochs as in 0.5epochs, besides before and after training."
+    )
+    best: str = option(
+        "loss",
+        "Which evaluation is the best, whose model is kept in best/, and which --patience looks at.",
+        choices=BEST,
+    )
     patience: int | None = option(None, "Stop after N evaluations in a row that are no better than the best.")
-    sample: int = option(0, "Let the policy answer N evaluation prompts at each evaluation, into samples.jsonl.")
-    save_every: str | None = option(None, "Save a checkpoint to resume from every N steps, or epochs as in 1epoch.")
+    sample: int = option(
+        0, "Let the policy answer N evaluation prompts at each evaluation, into samples.jsonl."
+    )
+    save_every: str | None = option(
+        None, "Save a checkpoint to resume from every N steps, or epochs as in 1epoch."
+    )
     keep: int = option(1, "Keep the last N checkpoints.")
     resume: bool = option(False, "Go on from the last saved step in the output folder.", flag="--resume")
-    seed: int = option(0, "Seed of all that is random: the order of pairs, a new adapter, stochastic rounding, samples.")
-    deterministic: bool = option(False, "Two runs of the same options on the same machine give the same bits.", flag=switch("deterministic"))
-    step_zero: str = option(
-        "auto", "Whether a policy that does not repeat the cached log-probs stops the run. auto: where it is the reference.", choices=STEP_ZERO
+    seed: int = option(
+        0, "Seed of all that is random: the order of pairs, a new adapter, stochastic rounding, samples."
     )
-    log_to: tuple[str, ...] = option((), f"Tracker to log to, besides metrics.jsonl: {', '.join(TRACKERS)}; may be repeated.")
-    log_names: str = option("trl", "Names of metrics in trackers: TRL's, or those of the original DPO repository.", choices=LOG_NAMES)
-    dry_run: bool = option(False, "Resolve every option, take two steps on the longest pairs, report memory, write nothing.", flag="--dry-run")
+    deterministic: bool = option(
+        False,
+        "Two runs of the same options on the same machine give the same bits.",
+        flag=switch("deterministic"),
+    )
+    step_zero: str = option(
+        "auto",
+        "Whether a policy that does not repeat the cached log-probs stops the run. auto: where it is the "
+        "reference.",
+        choices=STEP_ZERO,
+    )
+    log_to: tuple[str, ...] = option(
+        (), f"Tracker to log to, besides metrics.jsonl: {', '.join(TRACKERS)}; may be repeated."
+    )
+    log_names: str = option(
+        "trl",
+        "Names of metrics in trackers: TRL's, or those of the original DPO repository.",
+        choices=LOG_NAMES,
+    )
+    dry_run: bool = option(
+        False,
+        "Resolve every option, take two steps on the longest pairs, report memory, write nothing.",
+        flag="--dry-run",
+    )
 
     def check(self) -> None:
-        for name in ("beta", "epochs", "lr", "weight_decay", "max_grad_norm", "f_alpha", "discopop_tau", "simpo_gamma"):
+        for name in (
+            "beta",
+            "epochs",
+            "lr",
+            "weight_decay",
+            "max_grad_norm",
+            "f_alpha",
+            "discopop_tau",
+            "simpo_gamma",
+        ):
             value = getattr(self, name)
-            self._require(math.isfinite(value), f"--{name.replace('_', '-')} {value}: expected a finite number.")
+            self._require(
+                math.isfinite(value), f"--{name.replace('_', '-')} {value}: expected a finite number."
+            )
         self._require(self.seed >= 0, f"--seed {self.seed}: expected 0 or more.")
         self._require(self.beta > 0, f"--beta {self.beta}: expected a number above 0.")
         self._check_losses()
-        self._require(self.eval_pairs is None or self.eval_fraction is None, "--eval-pairs and --eval-fraction: give one of them.")
         self._require(
-            self.eval_fraction is None or 0 < self.eval_fraction < 1, f"--eval-fraction {self.eval_fraction}: expected above 0 and below 1."
+            self.eval_pairs is None or self.eval_fraction is None,
+            "--eval-pairs and --eval-fraction: give one of them.",
+        )
+        self._require(
+            self.eval_fraction is None or 0 < self.eval_fraction < 1,
+            f"--eval-fraction {self.eval_fraction}: expected above 0 and below 1.",
         )
         self._require(self.epochs > 0, f"--epochs {self.epochs}: expected a number above 0.")
         for name in ("max_steps", "batch_size", "patience", "keep", "lora_r"):
             value = getattr(self, name)
-            self._require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: expected a number above 0.")
+            self._require(
+                value is None or value > 0, f"--{name.replace('_', '-')} {value}: expected a number above 0."
+            )
         self._require(self.lr > 0, f"--lr {self.lr}: expected a number above 0.")
         self._require(0 <= self.warmup_ratio <= 1, f"--warmup-ratio {self.warmup_ratio}: expected 0 to 1.")
         self._require(self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: expected 0 or more.")
-        self._require(self.max_grad_norm >= 0, f"--max-grad-norm {self.max_grad_norm}: expected 0 (never clip) or more.")
+        self._require(
+            self.max_grad_norm >= 0, f"--max-grad-norm {self.max_grad_norm}: expected 0 (never clip) or more."
+        )
         number_or_auto("--micro-tokens", self.micro_tokens)
         self._check_adapter()
         self._check_run()
@@ -135,15 +248,26 @@ class TrainOptions(Options):
         for name in ("lora_alpha", "lora_targets"):
             value = getattr(self, name)
             self._require(
-                value in (None, "all-linear") or self.lora_r is not None, f"--{name.replace('_', '-')} {value} is used with --lora-r alone."
+                value in (None, "all-linear") or self.lora_r is not None,
+                f"--{name.replace('_', '-')} {value} is used with --lora-r alone.",
             )
-        self._require(self.lora_alpha is None or 0 < self.lora_alpha < math.inf, f"--lora-alpha {self.lora_alpha}: expected a number above 0.")
-        self._require(all(self.lora_targets.split(",")), f"--lora-targets {self.lora_targets}: expected all-linear, or names with commas.")
-        self._require(self.lora_r is None or self.peft_config is None, "--lora-r and --peft-config: give one of them.")
+        self._require(
+            self.lora_alpha is None or 0 < self.lora_alpha < math.inf,
+            f"--lora-alpha {self.lora_alpha}: expected a number above 0.",
+        )
+        self._require(
+            all(self.lora_targets.split(",")),
+            f"--lora-targets {self.lora_targets}: expected all-linear, or names with commas.",
+        )
+        self._require(
+            self.lora_r is None or self.peft_config is None, "--lora-r and --peft-config: give one of them."
+        )
         self._require(
             not self.merge_adapter or self.quantize == "none",
-            f"--merge-adapter and --quantize {self.quantize}: quantized weights cannot take an adapter without loss.\n"
-            "Leave --merge-adapter out, and merge the adapter into the whole model afterwards (peft: `merge_and_unload`).",
+            f"--merge-adapter and --quantize {self.quantize}: quantized weights cannot take an adapter "
+            "without loss.\n"
+            "Leave --merge-adapter out, and merge the adapter into the whole model afterwards (peft: "
+            "`merge_and_unload`).",
         )
 
     def _check_run(self) -> None:
@@ -153,53 +277,99 @@ class TrainOptions(Options):
         for name in ("eval_every", "patience", "sample"):
             value = getattr(self, name)
             self._require(
-                not value or has_eval, f"--{name.replace('_', '-')} {value}: there is nothing to evaluate on.\nGive --eval-pairs or --eval-fraction."
+                not value or has_eval,
+                f"--{name.replace('_', '-')} {value}: there is nothing to evaluate on.\n"
+                "Give --eval-pairs or --eval-fraction.",
             )
-        self._require(self.best == "loss" or has_eval, f"--best {self.best}: there is nothing to evaluate on.\nGive --eval-pairs or --eval-fraction.")
-        self._require(self.keep == 1 or self.save_every is not None, f"--keep {self.keep}: say how often to save with --save-every.")
+        self._require(
+            self.best == "loss" or has_eval,
+            f"--best {self.best}: there is nothing to evaluate on.\nGive --eval-pairs or --eval-fraction.",
+        )
+        self._require(
+            self.keep == 1 or self.save_every is not None,
+            f"--keep {self.keep}: say how often to save with --save-every.",
+        )
         self._require(self.sample >= 0, f"--sample {self.sample}: expected 0 or more.")
-        self._require(self.patience is None or self.eval_every is not None, f"--patience {self.patience}: say how often to look with --eval-every.")
+        self._require(
+            self.patience is None or self.eval_every is not None,
+            f"--patience {self.patience}: say how often to look with --eval-every.",
+        )
         self._require(
             self.rounding == "auto" or self.precision == "bf16",
             f"--rounding {self.rounding} is used with --precision bf16 alone, which updates in bf16.",
         )
         self._require(
             not self.free_gradients or self.max_grad_norm == 0,
-            f"--free-gradients and --max-grad-norm {self.max_grad_norm}: a norm is known only when all gradients are there.\nGive --max-grad-norm 0.",
+            f"--free-gradients and --max-grad-norm {self.max_grad_norm}: a norm is known only when all "
+            "gradients are there.\nGive --max-grad-norm 0.",
         )
         for name in self.log_to:
             self._require(name in TRACKERS, f"--log-to {name}: expected one of {', '.join(TRACKERS)}.")
-        self._require(len(set(self.log_to)) == len(self.log_to), f"--log-to {' '.join(self.log_to)}: each tracker once.")
-        self._require(self.log_names == "trl" or bool(self.log_to), f"--log-names {self.log_names} is used with --log-to alone.")
-        self._require(not (self.dry_run and self.resume), "--dry-run and --resume: a dry run starts at the beginning.\nGive one of them.")
+        self._require(
+            len(set(self.log_to)) == len(self.log_to), f"--log-to {' '.join(self.log_to)}: each tracker once."
+        )
+        self._require(
+            self.log_names == "trl" or bool(self.log_to),
+            f"--log-names {self.log_names} is used with --log-to alone.",
+        )
+        self._require(
+            not (self.dry_run and self.resume),
+            "--dry-run and --resume: a dry run starts at the beginning.\nGive one of them.",
+        )
 
     def _check_losses(self) -> None:
         names, smoothing = tuple(loss_terms(self.loss)), self.label_smoothing
         for entry in fields(self):
             value = getattr(self, entry.name)
             if value != entry.default:
-                check_serves(entry.name, flag_of(entry) if value is True else f"{flag_of(entry)} {value}", names)
+                check_serves(
+                    entry.name, flag_of(entry) if value is True else f"{flag_of(entry)} {value}", names
+                )
         self._require(0 <= smoothing <= 0.5, f"--label-smoothing {smoothing}: expected 0 to 0.5.")
-        self._require("robust" not in names or smoothing < 0.5, f"--label-smoothing {smoothing}: --loss robust expects less than 0.5.")
-        self._require("exo_pair" not in names or smoothing > 0, "--loss exo_pair needs a --label-smoothing above 0; its paper takes 0.001.")
-        self._require(self.discopop_tau > 0, f"--discopop-tau {self.discopop_tau}: expected a number above 0.")
-        self._require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"--ld-alpha {self.ld_alpha}: expected 0 to 1.")
-        self._require(self.ld_reference or self.ld_alpha is not None, "--no-ld-reference is used with --ld-alpha alone.")
-        self._require(self.f_alpha == 0.5 or self.f_divergence == "alpha_divergence", "--f-alpha is used by --f-divergence alpha_divergence alone.")
         self._require(
-            not (self.reference_free and self.f_divergence != "reverse_kl"), "--reference-free and --f-divergence: there is nothing to diverge from."
+            "robust" not in names or smoothing < 0.5,
+            f"--label-smoothing {smoothing}: --loss robust expects less than 0.5.",
+        )
+        self._require(
+            "exo_pair" not in names or smoothing > 0,
+            "--loss exo_pair needs a --label-smoothing above 0; its paper takes 0.001.",
+        )
+        self._require(
+            self.discopop_tau > 0, f"--discopop-tau {self.discopop_tau}: expected a number above 0."
+        )
+        self._require(
+            self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"--ld-alpha {self.ld_alpha}: expected 0 to 1."
+        )
+        self._require(
+            self.ld_reference or self.ld_alpha is not None, "--no-ld-reference is used with --ld-alpha alone."
+        )
+        self._require(
+            self.f_alpha == 0.5 or self.f_divergence == "alpha_divergence",
+            "--f-alpha is used by --f-divergence alpha_divergence alone.",
+        )
+        self._require(
+            not (self.reference_free and self.f_divergence != "reverse_kl"),
+            "--reference-free and --f-divergence: there is nothing to diverge from.",
         )
         for name in ("cpo_alpha", "router_aux_loss_coef"):
             value = getattr(self, name)
-            self._require(value is None or 0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: expected 0 or more.")
+            self._require(
+                value is None or 0 <= value < math.inf,
+                f"--{name.replace('_', '-')} {value}: expected 0 or more.",
+            )
 
 
-MUTUALLY_EXCLUSIVE = (("eval_pairs", "eval_fraction"), ("lora_r", "peft_config"), ("lora_alpha", "peft_config"))  # one of two: the one that is given
+MUTUALLY_EXCLUSIVE = (
+    ("eval_pairs", "eval_fraction"),
+    ("lora_r", "peft_config"),
+    ("lora_alpha", "peft_config"),
+)  # one of two: the one that is given
 NOT_FROM_CONFIG = ("output", "resume", "dry_run", "config", "resolved")
 
 
 def with_config(given: dict[str, Any]) -> dict[str, Any]:
-    """The options given, and for the others those of the file `config` among them, if it is: a run's config.json.
+    """The options given, and for the others those of the file `config` among them, if it is: a run's
+    config.json.
 
     Where a run is written, whether it is resumed or tried, is not taken over. Raises `OptionError`.
     """
@@ -211,11 +381,16 @@ def with_config(given: dict[str, Any]) -> dict[str, Any]:
         found.items()
     except (OSError, ValueError, AttributeError) as error:
         detail = error.strerror if isinstance(error, OSError) else "not a JSON object"
-        raise OptionError(f"--config {path}: not readable ({detail}).\nGive the config.json of a run.") from error
+        raise OptionError(
+            f"--config {path}: not readable ({detail}).\nGive the config.json of a run."
+        ) from error
     known = {entry.name for entry in fields(TrainOptions)}
     unknown = sorted(set(found) - known - set(NOT_FROM_CONFIG))
     if unknown:
-        raise OptionError(f"--config {path}: {', '.join(unknown)}: no options of this version of dpo-cache train.\nGive the config.json of a run.")
+        raise OptionError(
+            f"--config {path}: {', '.join(unknown)}: no options of this version of dpo-cache train.\n"
+            "Give the config.json of a run."
+        )
     taken = {name: value for name, value in found.items() if name not in NOT_FROM_CONFIG}
     try:
         TrainOptions(**{**taken, "cache": taken.get("cache") or "-", "output": "-"})
@@ -229,19 +404,27 @@ def with_config(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def period(flag: str, value: str | None) -> tuple[int | None, float | None]:
-    """`"100"` as `(100, None)` steps, `"0.5epochs"` as `(None, 0.5)`; None as neither. Raises `OptionError`."""
+    """`"100"` as `(100, None)` steps, `"0.5epochs"` as `(None, 0.5)`; None as neither. Raises
+    `OptionError`.
+    """
     if value is None:
         return None, None
     number = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)?\s*(epochs?)?", value)
     is_epochs = bool(number and number[2])
     amount = float(number[1] or (1 if is_epochs else 0)) if number else 0.0
     if amount <= 0 or not (is_epochs or amount.is_integer()):
-        raise OptionError(f"{flag} {value}: expected a number of steps above 0, or of epochs as in 0.5epochs.")
+        raise OptionError(
+            f"{flag} {value}: expected a number of steps above 0, or of epochs as in 0.5epochs."
+        )
     return (None, amount) if is_epochs else (int(amount), None)
 
 
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config.json as this version writes it: options that came later have their defaults, `loss` is a list."""
-    defaults = {entry.name: None if entry.default is MISSING else entry.default for entry in fields(TrainOptions)}
+    """A run's config.json as this version writes it: options that came later have their defaults, `loss` is a
+    list.
+    """
+    defaults = {
+        entry.name: None if entry.default is MISSING else entry.default for entry in fields(TrainOptions)
+    }
     loss = config.get("loss", ["sigmoid"])
     return {**defaults, **config, "loss": [loss] if isinstance(loss, str) else loss}

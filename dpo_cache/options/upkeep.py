@@ -12,7 +12,11 @@ class LsOptions(Options):
     """Options of `dpo-cache ls`."""
 
     cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
-    name: str | None = argument(None, "Show one in full: a pair set NAME/SPLIT, or the first characters of a reference's id.", name="NAME")
+    name: str | None = argument(
+        None,
+        "Show one in full: a pair set NAME/SPLIT, or the first characters of a reference's id.",
+        name="NAME",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +24,33 @@ class VerifyOptions(Options):
     """Options of `dpo-cache verify`."""
 
     cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
-    repair: bool = option(False, "Move bad files to CACHE/.quarantine, and say what to run to score again what was lost.", flag="--repair")
-    rescore: int | None = option(None, "Score N random completions of the pair sets again, with --model, and compare.")
-    model: str | None = option(None, "Model for --rescore: a local folder or a Hub id. It must be the reference.")
+    repair: bool = option(
+        False,
+        "Move bad files to CACHE/.quarantine, and say what to run to score again what was lost.",
+        flag="--repair",
+    )
+    rescore: int | None = option(
+        None, "Score N random completions of the pair sets again, with --model, and compare."
+    )
+    model: str | None = option(
+        None, "Model for --rescore: a local folder or a Hub id. It must be the reference."
+    )
     revision: str | None = option(None, "Branch, tag or commit of a model from the Hub.")
-    device: str = option("auto", "Where --rescore computes. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
-    trust_remote_code: bool = option(False, "Run Python code that comes with the model.", flag="--trust-remote-code")
+    device: str = option(
+        "auto", "Where --rescore computes. auto: CUDA, then MPS, then the CPU.", choices=DEVICES
+    )
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model.", flag="--trust-remote-code"
+    )
 
     def check(self) -> None:
-        self._require((self.rescore is None) == (self.model is None), "--rescore N and --model MODEL go together.")
-        self._require(self.rescore is None or self.rescore > 0, f"--rescore {self.rescore}: expected a positive number of completions.")
+        self._require(
+            (self.rescore is None) == (self.model is None), "--rescore N and --model MODEL go together."
+        )
+        self._require(
+            self.rescore is None or self.rescore > 0,
+            f"--rescore {self.rescore}: expected a positive number of completions.",
+        )
         for flag, is_given in (
             ("--revision", self.revision is not None),
             ("--device", self.device != "auto"),
@@ -43,7 +64,9 @@ class CompactOptions(Options):
     """Options of `dpo-cache compact`."""
 
     cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
-    reference: str | None = option(None, "Id (or its first characters) of the only reference to compact. Default: all.")
+    reference: str | None = option(
+        None, "Id (or its first characters) of the only reference to compact. Default: all."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +74,15 @@ class GcOptions(Options):
     """Options of `dpo-cache gc`."""
 
     cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
-    keep: tuple[str, ...] = option((), "Reference to keep though no pair set was scored by it: its id, or a pair set; may be repeated.")
-    scores: bool = option(False, "Drop the scores of completions, too, that no pair set holds.", flag="--scores")
-    grace: float = option(3600.0, "Leave what was written in the last so many seconds: a run may be about to need it.")
+    keep: tuple[str, ...] = option(
+        (), "Reference to keep though no pair set was scored by it: its id, or a pair set; may be repeated."
+    )
+    scores: bool = option(
+        False, "Drop the scores of completions, too, that no pair set holds.", flag="--scores"
+    )
+    grace: float = option(
+        3600.0, "Leave what was written in the last so many seconds: a run may be about to need it."
+    )
     yes: bool = option(False, "Do it. Without, only what would go is shown.", flag="--yes")
 
     def check(self) -> None:
@@ -64,10 +93,22 @@ class GcOptions(Options):
 class MergeOptions(Options):
     """Options of `dpo-cache merge`."""
 
-    sources: tuple[str, ...] = argument((), "Caches to take from: folders or fsspec URLs.", name="SRC...", required=True)
-    destination: str = argument(None, "Cache that gets what it lacks; made where there is none.", name="DEST", required=True)
-    prefer: str | None = option(None, "Of pair sets of one name with other pairs, keep DEST's or take the last SRC's.", choices=("src", "dest"))
-    rename: bool = option(False, "Keep all of them, each under its name and the first characters of its digest.", flag="--rename")
+    sources: tuple[str, ...] = argument(
+        (), "Caches to take from: folders or fsspec URLs.", name="SRC...", required=True
+    )
+    destination: str = argument(
+        None, "Cache that gets what it lacks; made where there is none.", name="DEST", required=True
+    )
+    prefer: str | None = option(
+        None,
+        "Of pair sets of one name with other pairs, keep DEST's or take the last SRC's.",
+        choices=("src", "dest"),
+    )
+    rename: bool = option(
+        False,
+        "Keep all of them, each under its name and the first characters of its digest.",
+        flag="--rename",
+    )
 
     def check(self) -> None:
         self._require(not (self.prefer and self.rename), "--prefer and --rename: give one of them.")
@@ -87,35 +128,61 @@ class RmOptions(Options):
 
     cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
     kind: str = argument(None, "What to remove.", name="KIND", choices=("reference", "pairs"), required=True)
-    name: str = argument(None, "First characters of the reference's id; or NAME (all its splits) or NAME/SPLIT.", name="NAME", required=True)
+    name: str = argument(
+        None,
+        "First characters of the reference's id; or NAME (all its splits) or NAME/SPLIT.",
+        name="NAME",
+        required=True,
+    )
     with_pairs: bool = option(False, "Remove the reference's pair sets with it.", flag="--with-pairs")
     yes: bool = option(False, "Do it. Without, only what would go is shown.", flag="--yes")
 
     def check(self) -> None:
-        self._require(self.kind == "reference" or not self.with_pairs, "--with-pairs goes with `reference`: `pairs` are removed anyway.")
+        self._require(
+            self.kind == "reference" or not self.with_pairs,
+            "--with-pairs goes with `reference`: `pairs` are removed anyway.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CopyOptions(Options):
     """What `pull` and `push` copy; their ends are checked alike."""
 
-    pairs: tuple[str, ...] = option((), "Copy this pair set, NAME or NAME/SPLIT, and its reference's entry; may be repeated. Default: everything.")
-    reference: tuple[str, ...] = option((), "Copy the reference of this id (or its first characters) with its scores; may be repeated.")
-    replace: bool = option(False, "Replace pair sets of the same name that hold other pairs or values at the target.", flag="--replace")
+    pairs: tuple[str, ...] = option(
+        (),
+        "Copy this pair set, NAME or NAME/SPLIT, and its reference's entry; may be repeated. Default: "
+        "everything.",
+    )
+    reference: tuple[str, ...] = option(
+        (), "Copy the reference of this id (or its first characters) with its scores; may be repeated."
+    )
+    replace: bool = option(
+        False,
+        "Replace pair sets of the same name that hold other pairs or values at the target.",
+        flag="--replace",
+    )
 
     def check(self) -> None:
         remote, local = (getattr(self, name).removeprefix("file://") for name in ("remote", "local"))
         order = "Mind the order: `dpo-cache pull REMOTE LOCAL`, `dpo-cache push LOCAL REMOTE`."
         self._require("://" not in local, f"LOCAL {local}: expected a folder.\n{order}")
-        self._require("://" in remote, f"REMOTE {remote}: expected a URL such as s3://bucket/cache.\nBetween two folders use `dpo-cache merge`.")
+        self._require(
+            "://" in remote,
+            f"REMOTE {remote}: expected a URL such as s3://bucket/cache.\n"
+            "Between two folders use `dpo-cache merge`.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PullOptions(CopyOptions):
     """Options of `dpo-cache pull`."""
 
-    remote: str = argument(None, "Cache to copy from: an fsspec URL such as s3://bucket/cache.", name="REMOTE", required=True)
-    local: str = argument(None, "Folder to copy into; it is made where it is missing.", name="LOCAL", required=True)
+    remote: str = argument(
+        None, "Cache to copy from: an fsspec URL such as s3://bucket/cache.", name="REMOTE", required=True
+    )
+    local: str = argument(
+        None, "Folder to copy into; it is made where it is missing.", name="LOCAL", required=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,4 +190,6 @@ class PushOptions(CopyOptions):
     """Options of `dpo-cache push`."""
 
     local: str = argument(None, "Folder of the cache to copy from.", name="LOCAL", required=True)
-    remote: str = argument(None, "Cache to copy into: an fsspec URL such as s3://bucket/cache.", name="REMOTE", required=True)
+    remote: str = argument(
+        None, "Cache to copy into: an fsspec URL such as s3://bucket/cache.", name="REMOTE", required=True
+    )

@@ -5,9 +5,10 @@
     optimizer    its state
     activations  what forward and backward pass hold at most above those
 
-Activations are counted by running the package's own passes on fake tensors, which have shapes and dtypes and no values, and
-adding up what lives (`lm/live_bytes.py`). The rest is arithmetic. Not counted: what a device's runtime takes for itself (a CUDA
-context is some 0.3 to 0.6 GB), workspaces of its libraries, and what its allocator loses to fragmentation.
+Activations are counted by running the package's own passes on fake tensors, which have shapes and dtypes and
+no values, and adding up what lives (`lm/live_bytes.py`). The rest is arithmetic. Not counted: what a device's
+runtime takes for itself (a CUDA context is some 0.3 to 0.6 GB), workspaces of its libraries, and what its
+allocator loses to fragmentation.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.types import Completion
 
-# Bytes that `--quantize` leaves of each weight of a linear layer: 4-bit NF4 in blocks of 64 whose scales are quantized themselves,
-# in blocks of 256 (Section 3, arXiv:2305.14314); 8 bits with one float16 scale a row, which is left out. Embeddings and head stay as they are.
+# Bytes that `--quantize` leaves of each weight of a linear layer: 4-bit NF4 in blocks of 64 whose scales are
+# quantized themselves,
+# in blocks of 256 (Section 3, arXiv:2305.14314); 8 bits with one float16 scale a row, which is left out.
+# Embeddings and head stay as they are.
 QUANTIZED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 
-# Bytes of state a weight: two moments of its own dtype; in 8 bits two bytes and two float32 scales a block of 256 weights, where a tensor
+# Bytes of state a weight: two moments of its own dtype; in 8 bits two bytes and two float32 scales a block of
+# 256 weights, where a tensor
 # has at least 4,096 of them, else two float32.
 OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor", "none")
 LEAST_FOR_8BIT = 4096
@@ -68,14 +72,18 @@ def config_footprint(
     quantize: str | None = None,
     device_type: str = "cuda",
 ) -> Footprint:
-    """The footprint of this package's step on a device of that type, of a model of which there is nothing but its config.
+    """The footprint of this package's step on a device of that type, of a model of which there is nothing but
+    its config.
 
-    `dtype` is the weights', `precision` that of `dpo-cache train`, `recomputation` its --gradient-checkpointing; the completions are run in one
-    forest, with gradients of earlier ones standing. Takes seconds, and no memory to speak of.
+    `dtype` is the weights', `precision` that of `dpo-cache train`, `recomputation` its
+    --gradient-checkpointing; the completions are run in one forest, with gradients of earlier ones standing.
+    Takes seconds, and no memory to speak of.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type(device_type):
         model = policy_of(build_fake(config, dtype, lora_r=lora_r), recomputation)
-        return step_footprint(model, pass_loss(completions, precision=precision), optimizer=optimizer, quantize=quantize)
+        return step_footprint(
+            model, pass_loss(completions, precision=precision), optimizer=optimizer, quantize=quantize
+        )
 
 
 def step_footprint(
@@ -86,16 +94,22 @@ def step_footprint(
     quantize: str | None = None,
     others: Sequence[PreTrainedModel] = (),
 ) -> Footprint:
-    """The footprint of a step that has gradients of earlier forests already, where `run` gives the loss of the next one.
+    """The footprint of a step that has gradients of earlier forests already, where `run` gives the loss of
+    the next one.
 
-    Model and `others`, which hold weights and nothing else, are fake (`build_fake`, `fake_copy`). With `quantize`, the linear layers
-    are counted as quantized, and one of them at a time, the largest, as its weights again, which its products need.
+    Model and `others`, which hold weights and nothing else, are fake (`build_fake`, `fake_copy`). With
+    `quantize`, the linear layers are counted as quantized, and one of them at a time, the largest, as its
+    weights again, which its products need.
     """
-    return standing_footprint(model, activation_bytes(model, run), optimizer=optimizer, quantize=quantize, others=others)
+    return standing_footprint(
+        model, activation_bytes(model, run), optimizer=optimizer, quantize=quantize, others=others
+    )
 
 
 def activation_bytes(model: PreTrainedModel, run: Callable[[PreTrainedModel], torch.Tensor]) -> int:
-    """Most bytes that forward and backward pass hold above the weights and gradients that stand already; fake or real, the latter computed."""
+    """Most bytes that forward and backward pass hold above the weights and gradients that stand already; fake
+    or real, the latter computed.
+    """
     for parameter in _trainable(model):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -103,7 +117,12 @@ def activation_bytes(model: PreTrainedModel, run: Callable[[PreTrainedModel], to
 
 
 def standing_footprint(
-    model: PreTrainedModel, activations: int, *, optimizer: str = "adamw", quantize: str | None = None, others: Sequence[PreTrainedModel] = ()
+    model: PreTrainedModel,
+    activations: int,
+    *,
+    optimizer: str = "adamw",
+    quantize: str | None = None,
+    others: Sequence[PreTrainedModel] = (),
 ) -> Footprint:
     """What stands throughout a step, beside what was counted of its passes; see `step_footprint`."""
     if quantize is not None:
@@ -119,8 +138,12 @@ def standing_footprint(
 def pass_loss(
     completions: Sequence[Completion], *, precision: str = "fp32", attention: AttentionChoice | None = None
 ) -> Callable[[PreTrainedModel], torch.Tensor]:
-    """What `step_footprint` runs for this package: a loss of the completions' log-probs, all in one forest."""
-    attention = attention or AttentionChoice("forest", "nothing is computed, so nothing is compared", has_plain_head=True)
+    """What `step_footprint` runs for this package: a loss of the completions' log-probs, all in one
+    forest.
+    """
+    attention = attention or AttentionChoice(
+        "forest", "nothing is computed, so nothing is compared", has_plain_head=True
+    )
 
     def run(model: PreTrainedModel) -> torch.Tensor:
         with autocast(model.device, precision):
@@ -130,15 +153,25 @@ def pass_loss(
     return run
 
 
-def pass_bytes(model: PreTrainedModel, completions: Sequence[Completion], attention: AttentionChoice, *, precision: str = "fp32") -> int:
-    """Most bytes above its weights that a loaded model's forward and backward pass over the completions will hold, new gradients included.
+def pass_bytes(
+    model: PreTrainedModel,
+    completions: Sequence[Completion],
+    attention: AttentionChoice,
+    *,
+    precision: str = "fp32",
+) -> int:
+    """Most bytes above its weights that a loaded model's forward and backward pass over the completions will
+    hold, new gradients included.
 
-    Gradients that stand already, of forests before, count nothing and get no copy. Nothing is computed, and the model stays as it is;
-    what `Recomputation` was set to is taken over. On a CPU, linear layers are counted as torch's own.
+    Gradients that stand already, of forests before, count nothing and get no copy. Nothing is computed, and
+    the model stays as it is; what `Recomputation` was set to is taken over. On a CPU, linear layers are
+    counted as torch's own.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = fake_copy(model)
-        return peak_bytes_of(lambda: pass_loss(completions, precision=precision, attention=attention)(fake).backward())
+        return peak_bytes_of(
+            lambda: pass_loss(completions, precision=precision, attention=attention)(fake).backward()
+        )
 
 
 def peak_bytes_of(run: Callable[[], Any]) -> int:
@@ -149,8 +182,8 @@ def peak_bytes_of(run: Callable[[], Any]) -> int:
 
 
 def build_fake(config: PreTrainedConfig, dtype: torch.dtype, *, lora_r: int | None = None) -> PreTrainedModel:
-    """A fake causal LM of this config in eval mode, to be called under a `FakeTensorMode`; with `lora_r`, frozen, with trainable float32
-    adapters at all linear layers but the head."""
+    """A fake causal LM of this config in eval mode, to be called under a `FakeTensorMode`; with `lora_r`,
+    frozen, with trainable float32 adapters at all linear layers but the head."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
         if lora_r is not None:
@@ -159,7 +192,9 @@ def build_fake(config: PreTrainedConfig, dtype: torch.dtype, *, lora_r: int | No
 
 
 def policy_of(model: PreTrainedModel, mode: str) -> PreTrainedModel:
-    """The fake model as this package trains it: forest attention, a mode of recomputation, and its own way through LoRA."""
+    """The fake model as this package trains it: forest attention, a mode of recomputation, and its own way
+    through LoRA.
+    """
     use_forest_attention(model)
     if any("lora_" in name for name, _ in model.named_parameters()):
         use_fast_lora(model)
@@ -185,13 +220,17 @@ def weight_bytes(model: PreTrainedModel, quantize: str | None = None) -> int:
     if quantize not in QUANTIZED_BYTES:
         raise OptionError(f"quantize {quantize!r}: not known.\nUse one of {', '.join(QUANTIZED_BYTES)}.")
     weights = [layer.weight for layer in _quantizable(model)]
-    return whole - _bytes(weights) + round(QUANTIZED_BYTES[quantize] * sum(weight.numel() for weight in weights))
+    return (
+        whole - _bytes(weights) + round(QUANTIZED_BYTES[quantize] * sum(weight.numel() for weight in weights))
+    )
 
 
 def optimizer_bytes(parameters: Iterable[torch.nn.Parameter], optimizer: str) -> int:
     """Bytes of an optimizer's state for these parameters. Raises `OptionError` for one that is not known."""
     if optimizer not in OPTIMIZERS:
-        raise OptionError(f"optimizer {optimizer!r}: its state is not known.\nUse one of {', '.join(OPTIMIZERS)}.")
+        raise OptionError(
+            f"optimizer {optimizer!r}: its state is not known.\nUse one of {', '.join(OPTIMIZERS)}."
+        )
     return sum(_state_bytes(parameter, optimizer) for parameter in parameters)
 
 
@@ -203,7 +242,9 @@ def _state_bytes(parameter: torch.nn.Parameter, optimizer: str) -> int:
         case "adamw-8bit":
             return 2 * (count + 4 * -(-count // 256)) if count >= LEAST_FOR_8BIT else 8 * count
         case "adafactor":
-            return 4 * (count if parameter.ndim < 2 else count // parameter.shape[-1] + count // parameter.shape[-2])
+            return 4 * (
+                count if parameter.ndim < 2 else count // parameter.shape[-1] + count // parameter.shape[-2]
+            )
     return 0
 
 
@@ -214,7 +255,11 @@ def _trainable(model: PreTrainedModel) -> list[torch.nn.Parameter]:
 def _quantizable(model: PreTrainedModel) -> Iterable[torch.nn.Linear]:
     """The linear layers whose weights are frozen, without the head."""
     head = model.get_output_embeddings()
-    return (module for module in model.modules() if type(module) is torch.nn.Linear and module is not head and not module.weight.requires_grad)
+    return (
+        module
+        for module in model.modules()
+        if type(module) is torch.nn.Linear and module is not head and not module.weight.requires_grad
+    )
 
 
 def _add_adapters(model: PreTrainedModel, rank: int) -> None:
@@ -226,14 +271,20 @@ def _add_adapters(model: PreTrainedModel, rank: int) -> None:
 
 
 def _off_meta(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with new tensors on the CPU, fake under a `FakeTensorMode`, in place of those on the meta device, which takes no autocast."""
+    """The model with new tensors on the CPU, fake under a `FakeTensorMode`, in place of those on the meta
+    device, which takes no autocast.
+    """
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) not in made:
                     new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    made[id(tensor)] = torch.nn.Parameter(new, tensor.requires_grad) if tensors is module._parameters else new
+                    made[id(tensor)] = (
+                        torch.nn.Parameter(new, tensor.requires_grad)
+                        if tensors is module._parameters
+                        else new
+                    )
                 tensors[name] = made.get(id(tensor))
     return model
 

@@ -1,8 +1,10 @@
-"""How many bytes of tensors are alive at once: counted operation by operation, on real tensors or on fake ones that hold nothing.
+"""How many bytes of tensors are alive at once: counted operation by operation, on real tensors or on fake
+ones that hold nothing.
 
-Every operation of torch, forward and backward, passes through a dispatch mode. What it returns in storage of its own counts
-from then on, and no longer once that storage is freed, whoever held it: a variable, the graph, a cache. What stood before
-counts nothing. So the peak is the allocator's, but for what an operation takes and gives back within itself.
+Every operation of torch, forward and backward, passes through a dispatch mode. What it returns in storage of
+its own counts from then on, and no longer once that storage is freed, whoever held it: a variable, the graph,
+a cache. What stood before counts nothing. So the peak is the allocator's, but for what an operation takes and
+gives back within itself.
 """
 
 from __future__ import annotations
@@ -20,14 +22,18 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, `now` is what the operations since its beginning have made and is still alive, `peak` the most of that at once, in bytes."""
+    """Within it, `now` is what the operations since its beginning have made and is still alive, `peak` the
+    most of that at once, in bytes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
-    def __torch_dispatch__(self, operation: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if operation.namespace == "prim":  # asks of a fake tensor what it is
             return operation(*args, **(kwargs or {}))
         self.peak = max(self.peak, self.now)
@@ -38,7 +44,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(results):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor, None)
-        # Two gradients of one tensor are added in place, but not under a dispatch mode: here the first of them counts until it is let go of.
+        # Two gradients of one tensor are added in place, but not under a dispatch mode: here the first of
+        # them counts until it is let go of.
         if operation is not torch.ops.aten.add.Tensor or torch._C._current_graph_task_id() == -1:
             self.peak = max(self.peak, self.now)
         return results
@@ -57,7 +64,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def allocated_peak(run: Callable[[], Any]) -> int:
-    """Most bytes above those before that torch's CPU allocator had given out at once while `run` computed; what `LiveBytes` is checked against."""
+    """Most bytes above those before that torch's CPU allocator had given out at once while `run` computed;
+    what `LiveBytes` is checked against.
+    """
     gc.collect()  # what goes while `run` computes counts as given back, whoever held it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
@@ -86,7 +95,9 @@ class _Forgetting:
 
 
 def _holder_of(tensor: torch.Tensor) -> tuple[Any, int]:
-    """What keeps a tensor's memory, and its bytes: its storage, or the tensor itself where a library lays it out in its own way."""
+    """What keeps a tensor's memory, and its bytes: its storage, or the tensor itself where a library lays it
+    out in its own way.
+    """
     if tensor.layout is torch.strided:
         storage = tensor.untyped_storage()
         return storage, storage.nbytes()

@@ -36,7 +36,9 @@ class PrecomputeReport:
     loaded_bytes: int = 0  # peak when the model had just been loaded
     bytes_written: int = 0
     surveys: list[dict[str, Any]] = field(default_factory=list)
-    start_from: str | None = None  # to be given as --model in training: the checkpoint that the reference records is gone
+    start_from: str | None = (
+        None  # to be given as --model in training: the checkpoint that the reference records is gone
+    )
 
     def add(self, survey: data.Survey) -> None:
         """Take in what one split holds."""

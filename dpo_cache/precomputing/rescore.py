@@ -52,9 +52,11 @@ def rescore(
     seed: int | None = None,
     log: Log | None = None,
 ) -> list[RescoreReport]:
-    """Score random completions of the pair sets with the live model, one report a reference that the model is.
+    """Score random completions of the pair sets with the live model, one report a reference that the model
+    is.
 
-    A model may be several references, one a dtype and quantization. Raises `ModelError`, with the fields that differ, where it is none.
+    A model may be several references, one a dtype and quantization. Raises `ModelError`, with the fields that
+    differ, where it is none.
     """
     location, opened = os.fspath(model), open_cache(cache)
     config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
@@ -66,13 +68,30 @@ def rescore(
         dtype = getattr(torch, identity["dtype"])
         completions, stored = _draw(by_reference[reference_id], num_completions, np.random.default_rng(seed))
         loaded = load_model(
-            location, dtype=dtype, device=place, revision=revision, trust_remote_code=trust_remote_code, quantize=quantization_name(identity)
+            location,
+            dtype=dtype,
+            device=place,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            quantize=quantization_name(identity),
         )
         use_fast_linear(loaded)
         attention = choose_attention(loaded, "auto", max_length=max(map(len, completions)))
         budget = Budget(None, place, log or (lambda _: None))
-        found = dict(entry for progress in score_completions(loaded, completions, attention, budget) for entry in progress.scores)
-        reports.append(_report(reference_id, rounding_dtype_of(identity), completions, stored, [found[index] for index in range(len(completions))]))
+        found = dict(
+            entry
+            for progress in score_completions(loaded, completions, attention, budget)
+            for entry in progress.scores
+        )
+        reports.append(
+            _report(
+                reference_id,
+                rounding_dtype_of(identity),
+                completions,
+                stored,
+                [found[index] for index in range(len(completions))],
+            )
+        )
     return reports
 
 
@@ -85,11 +104,16 @@ def _pair_sets_by_reference(cache: Cache) -> dict[str, list[PairSet]]:
             continue
         by_reference.setdefault(pairs.reference_id, []).append(pairs)
     if not by_reference:
-        raise NotInCacheError(f"{cache}: no pair set, and only pair sets hold the token ids to score again.\nRun `dpo-cache precompute` first.")
+        raise NotInCacheError(
+            f"{cache}: no pair set, and only pair sets hold the token ids to score again.\n"
+            "Run `dpo-cache precompute` first."
+        )
     return by_reference
 
 
-def _matching(cache: Cache, reference_ids: list[str], location: str, config: PreTrainedConfig, revision: str | None) -> list[str]:
+def _matching(
+    cache: Cache, reference_ids: list[str], location: str, config: PreTrainedConfig, revision: str | None
+) -> list[str]:
     """The references that the model is; `ModelError` says what differs from each where it is none."""
     lines, matching = [], []
     is_saved_quantized = getattr(config, "quantization_config", None) is not None
@@ -99,18 +123,30 @@ def _matching(cache: Cache, reference_ids: list[str], location: str, config: Pre
         dtype = stored.get("dtype")
         quantize = "none" if is_saved_quantized else quantization_name(stored)
         live = reference_identity(
-            location, config, getattr(torch, dtype if dtype in TOKEN_TOLERANCES else "float32"), revision=revision, quantize=quantize
+            location,
+            config,
+            getattr(torch, dtype if dtype in TOKEN_TOLERANCES else "float32"),
+            revision=revision,
+            quantize=quantize,
         )
         if differing := differing_fields(stored, live):
-            lines.append(f"  reference {reference_id[:12]} ({name}) and the model differ in\n" + "".join(f"    {line}\n" for line in differing))
+            lines.append(
+                f"  reference {reference_id[:12]} ({name}) and the model differ in\n"
+                + "".join(f"    {line}\n" for line in differing)
+            )
         else:
             matching.append(reference_id)
     if not matching:
-        raise ModelError(f"{location} is no reference of {cache}:\n{''.join(lines)}Give the model that scored it, in the same quantization.")
+        raise ModelError(
+            f"{location} is no reference of {cache}:\n"
+            f"{''.join(lines)}Give the model that scored it, in the same quantization."
+        )
     return matching
 
 
-def _draw(pair_sets: list[PairSet], num_completions: int, generator: np.random.Generator) -> tuple[list[Completion], list[Score]]:
+def _draw(
+    pair_sets: list[PairSet], num_completions: int, generator: np.random.Generator
+) -> tuple[list[Completion], list[Score]]:
     """Distinct random completions with their stored scores: as many as asked for, or all there are."""
     blocks = [(pairs, block) for pairs in pair_sets for block in range(len(pairs.block_sizes))]
     ends = np.cumsum([2 * pairs.block_sizes[block] for pairs, block in blocks])
@@ -134,8 +170,13 @@ def _sides(scored: ScoredPair) -> list[tuple[Completion, Score]]:
     return [(scored.pair.chosen, scored.ref_chosen), (scored.pair.rejected, scored.ref_rejected)]
 
 
-def _report(reference_id: str, dtype: str, completions: list[Completion], stored: list[Score], found: list[Score]) -> RescoreReport:
-    gaps = [np.abs(one.token_logps.astype(np.float64) - other.token_logps) for one, other in zip(stored, found, strict=True)]
+def _report(
+    reference_id: str, dtype: str, completions: list[Completion], stored: list[Score], found: list[Score]
+) -> RescoreReport:
+    gaps = [
+        np.abs(one.token_logps.astype(np.float64) - other.token_logps)
+        for one, other in zip(stored, found, strict=True)
+    ]
     worst = int(np.argmax([gap.max() for gap in gaps]))
     together = np.concatenate(gaps)
     largest_allowed, mean_allowed = TOKEN_TOLERANCES[dtype]

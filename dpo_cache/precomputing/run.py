@@ -69,7 +69,9 @@ def precompute(
     `on_progress` is called after every chunk, `log` gets each remark (default: the package's logger).
     Raises `DpoCacheError`; nothing that was published before is lost.
     """
-    chosen = PrecomputeOptions(model=os.fspath(model), dataset=os.fspath(dataset), cache=os.fspath(cache), **options)
+    chosen = PrecomputeOptions(
+        model=os.fspath(model), dataset=os.fspath(dataset), cache=os.fspath(cache), **options
+    )
     with tempfile.TemporaryDirectory(prefix="dpo-cache-") as spool:  # written to by streams alone
         run = _Precompute(chosen, Path(spool), log or log_remark)
         return run.run(on_survey or (lambda _: None), on_progress or (lambda _: None))
@@ -91,11 +93,15 @@ class _Precompute:
 
     def run(self, on_survey: OnSurvey, on_progress: OnProgress) -> PrecomputeReport:
         options = self.options
-        self.config = load_config(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        self.config = load_config(
+            options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
         check_causal(self.config, options.model)
         splits = self._read_splits()
         self._identify_reference()
-        if options.dry_run or not options.streaming:  # all is tokenized, checked and planned before the first score
+        if (
+            options.dry_run or not options.streaming
+        ):  # all is tokenized, checked and planned before the first score
             for split in splits:
                 list(self._plan(split, on_survey))
             check_disk(self.cache, self.report.data_tokens)
@@ -114,7 +120,9 @@ class _Precompute:
         """Every split opened and its format known; nothing is tokenized yet."""
         options = self.options
         rename = renamed_columns(options.map)
-        tables = data.read_dataset(options.dataset, options.split, options.limit, streaming=options.streaming, rename=rename)
+        tables = data.read_dataset(
+            options.dataset, options.split, options.limit, streaming=options.streaming, rename=rename
+        )
         splits = []
         for name, rows in tables.items():
             check_name(name)
@@ -122,14 +130,25 @@ class _Precompute:
             first = data.first_row(rows, place)
             columns = list(rows.column_names or first)
             is_named = options.format != "auto"
-            data_format = data.check_format(options.format, columns, place) if is_named else data.detect_format(columns, first, place)
+            data_format = (
+                data.check_format(options.format, columns, place)
+                if is_named
+                else data.detect_format(columns, first, place)
+            )
             if unused := data.unused_columns(data_format, columns, first):
-                self.log(f"{place}: the columns {', '.join(unused)} are not used by the format {data_format}.")
+                self.log(
+                    f"{place}: the columns {', '.join(unused)} are not used by the format {data_format}."
+                )
             if options.ranked_pairs != "all" and data_format != "ranked":
-                self.log(f"{place}: --ranked-pairs {options.ranked_pairs} has no effect on the format {data_format}.")
+                self.log(
+                    f"{place}: --ranked-pairs {options.ranked_pairs} has no effect on the format "
+                    f"{data_format}."
+                )
             splits.append(SplitPlan(name, rows, data.Survey(f"{self.name}/{name}", data_format)))
         self.tokenizer_place, revision = (
-            (options.tokenizer, None) if options.tokenizer else locate_checkpoint(options.model, options.revision).tokenizer
+            (options.tokenizer, None)
+            if options.tokenizer
+            else locate_checkpoint(options.model, options.revision).tokenizer
         )
         self.tokenizer = data.load_tokenizer(
             self.tokenizer_place,
@@ -143,7 +162,9 @@ class _Precompute:
         """The reference's identity, from its files alone, and what the cache has of it."""
         options = self.options
         self.dtype = choose_dtype(options.dtype, self.device, getattr(self.config, "dtype", None))
-        self.identity = reference_identity(options.model, self.config, self.dtype, revision=options.revision, quantize=options.quantize)
+        self.identity = reference_identity(
+            options.model, self.config, self.dtype, revision=options.revision, quantize=options.quantize
+        )
         self.report.reference = digest_json(self.identity)
         if options.expect_reference:
             self._check_expected(options.expect_reference)
@@ -151,7 +172,9 @@ class _Precompute:
         self.planner = Planner(self.scores, self.truncation, self.config, options.model)
 
     def _check_expected(self, prefix: str) -> None:
-        """Raise `ModelError` where the model is another reference than the one that starts with these characters."""
+        """Raise `ModelError` where the model is another reference than the one that starts with these
+        characters.
+        """
         if self.report.reference.startswith(prefix):
             return
         expected = self.cache.find_reference(prefix)
@@ -159,7 +182,8 @@ class _Precompute:
         raise ModelError(
             f"{self.options.model} is not reference {expected[:12]} of {self.cache}: they differ in\n"
             + "".join(f"  {line}\n" for line in differing)
-            + "Give the model, dtype and quantization that it was scored with, or leave --expect-reference out to score another reference."
+            + "Give the model, dtype and quantization that it was scored with, or leave "
+            "--expect-reference out to score another reference."
         )
 
     def _plan(self, split: SplitPlan, on_survey: OnSurvey) -> Iterator[Window]:
@@ -205,25 +229,45 @@ class _Precompute:
             raise
         self.finished = (self.report.model_tokens, self.finished[1] + window.missing_tokens)
 
-    def _progress(self, split: SplitPlan, window: Window, window_tokens: int, num_waiting: int) -> ScoringProgress:
-        """Rows run more tokens than were planned, for padding and no sharing: later windows are taken to run as many more."""
+    def _progress(
+        self, split: SplitPlan, window: Window, window_tokens: int, num_waiting: int
+    ) -> ScoringProgress:
+        """Rows run more tokens than were planned, for padding and no sharing: later windows are taken to run
+        as many more.
+        """
         totals = self.planner.totals
         known, planned = self.finished[0] + window_tokens, self.finished[1] + window.missing_tokens
         total_tokens = known + round((totals.missing_tokens - planned) * known / planned)
         num_scored = self.report.scored_now + num_waiting
-        return ScoringProgress(split.survey.pair_set, self.report.model_tokens, total_tokens, totals.missing_pairs, num_scored, self.report.scoring_s)
+        return ScoringProgress(
+            split.survey.pair_set,
+            self.report.model_tokens,
+            total_tokens,
+            totals.missing_pairs,
+            num_scored,
+            self.report.scoring_s,
+        )
 
-    def _check_finite(self, window: Window, keys: list[bytes], completions: list[Completion], scores: list[tuple[int, Score]]) -> None:
+    def _check_finite(
+        self,
+        window: Window,
+        keys: list[bytes],
+        completions: list[Completion],
+        scores: list[tuple[int, Score]],
+    ) -> None:
         """Raise `ModelError` naming the row of a score that is no number; nothing of its batch is stored."""
         spoiled = [index for index, score in scores if not np.isfinite(score.token_logps).all()]
         if not spoiled:
             return
-        culprits = [index for index in spoiled if self._is_spoiled_alone(completions[index])]  # what is run beside it is spoiled with it
+        culprits = [
+            index for index in spoiled if self._is_spoiled_alone(completions[index])
+        ]  # what is run beside it is spoiled with it
         rows = ", ".join(map(str, rows_of(window, keys[(culprits or spoiled)[0]], self.truncation)))
         is_half = self.dtype == torch.float16
         cause = "float16 overflows beyond 65,504" if is_half else "the weights may be damaged"
         raise ModelError(
-            f"row {rows}{'' if culprits else ' or one that is scored beside it'}: a log-prob came out as NaN or infinite; "
+            f"row {rows}{'' if culprits else ' or one that is scored beside it'}: a log-prob came out as "
+            "NaN or infinite; "
             "nothing of this batch is stored.\n"
             f"Likely cause: {cause}. Try --dtype {'bfloat16 or ' if is_half else ''}float32."
         )
@@ -256,9 +300,14 @@ class _Precompute:
             attention = choose_attention(model, options.attention, max_length=options.max_length)
             self.report.attention = attention.name
             self.report.loaded_bytes = peak_bytes(self.device)
-            self.budget = Budget(number_or_auto("--budget-tokens", options.budget_tokens), self.device, self.log)
+            self.budget = Budget(
+                number_or_auto("--budget-tokens", options.budget_tokens), self.device, self.log
+            )
             if attention.name == "rows" and options.attention == "auto":
-                self.log(f"{type(model).__name__} is run as plain padded rows, which is slower: {attention.reason}.")
+                self.log(
+                    f"{type(model).__name__} is run as plain padded rows, which is slower: "
+                    f"{attention.reason}."
+                )
             self.loaded = model, attention
         return self.loaded
 
@@ -268,20 +317,31 @@ class _Precompute:
         """Join the pairs with their scores and publish them, unless the very same pair set is there."""
         pair_set, digest = split.survey.pair_set, split.digest.hexdigest()
         self.report.pair_sets.append(pair_set)
-        self.cache.publish_reference(self.identity, self._provenance())  # unless it is there; `verify --repair` may have moved it aside
+        self.cache.publish_reference(
+            self.identity, self._provenance()
+        )  # unless it is there; `verify --repair` may have moved it aside
         if self.cache.holds_pairs(pair_set):
             old = self.cache.pairs(pair_set)
-            if (old.reference_id, old.manifest.get("pairs_digest")) == (self.report.reference, digest) and old.is_complete():
+            if (old.reference_id, old.manifest.get("pairs_digest")) == (
+                self.report.reference,
+                digest,
+            ) and old.is_complete():
                 return
             self.log(
-                f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}{self._what_changed(split, old)}."
+                f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference "
+                f"{old.reference_id[:12]}{self._what_changed(split, old)}."
             )
         writer = self.cache.write_pairs(self.name, split.name)
         for window in split.windows:
             pairs = pairs_of(window, self.truncation)
             scores = self.scores.fetch(np.concatenate([window.chosen_keys, window.rejected_keys]))
             both = zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)
-            writer.add([ScoredPair(pair, chosen, rejected) for pair, (chosen, rejected) in zip(pairs, both, strict=True)])
+            writer.add(
+                [
+                    ScoredPair(pair, chosen, rejected)
+                    for pair, (chosen, rejected) in zip(pairs, both, strict=True)
+                ]
+            )
         writer.finish(self._manifest_details(split, digest))
         self.report.bytes_written += writer.bytes_written
 
@@ -290,7 +350,10 @@ class _Precompute:
         if old.reference_id != self.report.reference:
             before, now = self.cache.read_reference(old.reference_id)["identity"], self.identity
         else:
-            before, now = old.manifest.get("tokenization", {}), self._manifest_details(split, "")["tokenization"]
+            before, now = (
+                old.manifest.get("tokenization", {}),
+                self._manifest_details(split, "")["tokenization"],
+            )
         differing = differing_fields(before, now)
         return f"; before and now differ in {'; '.join(differing)}" if differing else ""
 
@@ -323,11 +386,20 @@ class _Precompute:
 
     def _provenance(self) -> dict[str, Any]:
         options = self.options
-        return provenance(options.model, revision=options.revision, device=self.device, attention=options.attention, tokenizer=self.tokenizer_place)
+        return provenance(
+            options.model,
+            revision=options.revision,
+            device=self.device,
+            attention=options.attention,
+            tokenizer=self.tokenizer_place,
+        )
 
     def _finish_report(self) -> PrecomputeReport:
         totals, report = self.planner.totals, self.report
-        report.distinct_completions, report.already_cached = totals.distinct_completions, totals.already_cached
+        report.distinct_completions, report.already_cached = (
+            totals.distinct_completions,
+            totals.already_cached,
+        )
         report.missing_tokens = totals.missing_tokens
         report.elapsed_s = time.perf_counter() - self.started
         report.pairs_per_s = report.pairs_kept / report.elapsed_s

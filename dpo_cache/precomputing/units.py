@@ -61,14 +61,17 @@ class Planner:
         self.totals = Totals()
         self._scores, self._truncation, self._model = scores, truncation, model
         text_config = config.get_text_config()
-        self._vocab_size, self._positions = text_config.vocab_size, getattr(text_config, "max_position_embeddings", None)
+        self._vocab_size, self._positions = (
+            text_config.vocab_size,
+            getattr(text_config, "max_position_embeddings", None),
+        )
         self._completions_seen = KeySet(KEY_BYTES)
 
     def plan(self, split: SplitPlan, windows: Iterator[Dataset]) -> Iterator[Window]:
         """A plan for each window of tokenized rows, noted in the split.
 
-        Raises `DataError` where no row of the split makes a pair, `ModelError` for ids or lengths that the model
-        has no embedding for.
+        Raises `DataError` where no row of the split makes a pair, `ModelError` for ids or lengths that the
+        model has no embedding for.
         """
         for rows in windows:
             window = self._plan_window(split, rows)
@@ -76,9 +79,13 @@ class Planner:
             self._check_lengths(split.survey.longest)
             yield window
         if not split.survey.pairs_kept:
-            found = [(reason, finding, ", ".join(map(str, finding.rows))) for reason, finding in split.survey.dropped.items()]
+            found = [
+                (reason, finding, ", ".join(map(str, finding.rows)))
+                for reason, finding in split.survey.dropped.items()
+            ]
             reasons = ", ".join(
-                f"{reason} ({finding.count}; row {rows}{', …' * (finding.count > len(finding.rows))})" for reason, finding, rows in found
+                f"{reason} ({finding.count}; row {rows}{', …' * (finding.count > len(finding.rows))})"
+                for reason, finding, rows in found
             )
             raise DataError(f"no row of {split.survey.pair_set} makes a pair: {reasons}.")
 
@@ -99,7 +106,9 @@ class Planner:
         distinct = np.unique(keys, return_index=True)[1]
         forest_tokens = count_forest_tokens([completions[place] for place in distinct])
         all_missing = len(missing) == len(distinct)
-        missing_tokens = forest_tokens if all_missing else count_forest_tokens([completions[place] for place in missing])
+        missing_tokens = (
+            forest_tokens if all_missing else count_forest_tokens([completions[place] for place in missing])
+        )
         split.survey.forest_tokens += forest_tokens
         self.totals.distinct_completions += int(is_new.sum())
         self.totals.already_cached += int((is_new & ~lacks_score).sum())
@@ -108,17 +117,26 @@ class Planner:
         return Window(rows, chosen_keys, rejected_keys, keys[missing], missing_tokens)
 
     def _check_ids(self, pairs: Sequence[Pair]) -> None:
-        largest = max((int(ids.max()) for pair in pairs for ids in (pair.chosen.sequence_ids, pair.rejected.completion_ids)), default=0)
+        largest = max(
+            (
+                int(ids.max())
+                for pair in pairs
+                for ids in (pair.chosen.sequence_ids, pair.rejected.completion_ids)
+            ),
+            default=0,
+        )
         if largest >= self._vocab_size:
             raise ModelError(
-                f"the tokenizer makes token id {largest}, but {self._model} has {self._vocab_size} embeddings.\n"
+                f"the tokenizer makes token id {largest}, but {self._model} has {self._vocab_size} "
+                "embeddings.\n"
                 "Give the model's own tokenizer with --tokenizer."
             )
 
     def _check_lengths(self, longest: int) -> None:
         if self._positions and longest > self._positions:
             raise ModelError(
-                f"a sequence has {longest} tokens, but {self._model} was made for {self._positions} at most.\n"
+                f"a sequence has {longest} tokens, but {self._model} was made for {self._positions} at "
+                "most.\n"
                 f"Run with --max-length {self._positions}."
             )
 
@@ -138,16 +156,22 @@ def missing_completions(window: Window, truncation: data.Truncation) -> dict[byt
 
 def pairs_of(window: Window, truncation: data.Truncation) -> list[Pair]:
     """The pairs that the window's rows make, in order."""
-    return [outcome.pair for outcome in data.make_pairs(window.rows, truncation) if isinstance(outcome.pair, Pair)]
+    return [
+        outcome.pair for outcome in data.make_pairs(window.rows, truncation) if isinstance(outcome.pair, Pair)
+    ]
 
 
 def rows_of(window: Window, key: bytes, truncation: data.Truncation) -> list[int]:
     """The first rows of the window that hold the completion of this key."""
     keys = zip(key_bytes(window.chosen_keys), key_bytes(window.rejected_keys), strict=True)
-    return [pair.row for pair, both in zip(pairs_of(window, truncation), keys, strict=True) if key in both][:3]
+    return [pair.row for pair, both in zip(pairs_of(window, truncation), keys, strict=True) if key in both][
+        :3
+    ]
 
 
-def _note_repeats(split: SplitPlan, rows: Sequence[int], chosen_keys: np.ndarray, rejected_keys: np.ndarray) -> None:
+def _note_repeats(
+    split: SplitPlan, rows: Sequence[int], chosen_keys: np.ndarray, rejected_keys: np.ndarray
+) -> None:
     """Count the pairs that an earlier row has already, the same way round or the other."""
     pairs, opposites = join_keys(chosen_keys, rejected_keys), join_keys(rejected_keys, chosen_keys)
     contradicts = split.pairs_seen.contains(opposites) | occurs_before(pairs, opposites)
@@ -156,5 +180,7 @@ def _note_repeats(split: SplitPlan, rows: Sequence[int], chosen_keys: np.ndarray
         split.survey.duplicates.add(rows[int(place)])
     for place in np.flatnonzero(contradicts):
         split.survey.contradictory.add(rows[int(place)])
-    for row, chosen_key, rejected_key in zip(rows, key_bytes(chosen_keys), key_bytes(rejected_keys), strict=True):
+    for row, chosen_key, rejected_key in zip(
+        rows, key_bytes(chosen_keys), key_bytes(rejected_keys), strict=True
+    ):
         split.digest.add(row, chosen_key, rejected_key)

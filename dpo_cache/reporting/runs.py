@@ -20,7 +20,9 @@ ACCURACY = "eval/rewards/accuracies"
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run in the table. Losses and rewards are of the held-out pairs, or where there are none of the last training steps."""
+    """A run in the table. Losses and rewards are of the held-out pairs, or where there are none of the last
+    training steps.
+    """
 
     name: str
     options: dict[str, Any]  # those that vary between the runs
@@ -62,8 +64,18 @@ def read_resolved(run: Path) -> dict[str, Any]:
     return read_config(run).get("resolved", {})
 
 
-def read_row(run: Path, *, name: str, options: dict[str, Any], state: str, report: dict[str, Any] | None = None, error: str | None = None) -> RunRow:
-    """The row of a run, from its folder and, where it ended, from its report, which tells the evaluation of the policy that was saved."""
+def read_row(
+    run: Path,
+    *,
+    name: str,
+    options: dict[str, Any],
+    state: str,
+    report: dict[str, Any] | None = None,
+    error: str | None = None,
+) -> RunRow:
+    """The row of a run, from its folder and, where it ended, from its report, which tells the evaluation of
+    the policy that was saved.
+    """
     lines = read_lines(run)
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
@@ -91,7 +103,9 @@ def read_row(run: Path, *, name: str, options: dict[str, Any], state: str, repor
 
 
 def sort_rows(rows: Sequence[RunRow]) -> list[RunRow]:
-    """Finished runs with held-out pairs by their accuracy, the best first; the others after them as they came."""
+    """Finished runs with held-out pairs by their accuracy, the best first; the others after them as they
+    came.
+    """
 
     def rank(row: RunRow) -> float:
         is_ranked = row.state == "finished" and row.measured_on == "held out" and row.accuracy is not None
@@ -101,12 +115,30 @@ def sort_rows(rows: Sequence[RunRow]) -> list[RunRow]:
 
 
 def table_cells(rows: Sequence[RunRow]) -> tuple[list[str], list[list[str]]]:
-    """Titles and cells, to be shown: what varies, then what came of it. Beside held-out pairs, values of training pairs are left out."""
+    """Titles and cells, to be shown: what varies, then what came of it. Beside held-out pairs, values of
+    training pairs are left out.
+    """
     varied = list(rows[0].options)
     held_out = any(row.measured_on == "held out" for row in rows)
-    titles = [*varied, "steps", "before", "accuracy", "margin", "mean loss", "chosen", "rejected", "pairs/s", "peak GB", "time s", "state"]
+    titles = [
+        *varied,
+        "steps",
+        "before",
+        "accuracy",
+        "margin",
+        "mean loss",
+        "chosen",
+        "rejected",
+        "pairs/s",
+        "peak GB",
+        "time s",
+        "state",
+    ]
     return titles, [
-        [*(shown_value(row.options[name]) for name in varied), *_measured_cells(row, shows=not held_out or row.measured_on == "held out")]
+        [
+            *(shown_value(row.options[name]) for name in varied),
+            *_measured_cells(row, shows=not held_out or row.measured_on == "held out"),
+        ]
         for row in rows
     ]
 
@@ -116,16 +148,22 @@ def table_notes(rows: Sequence[RunRow], objective: set[str]) -> list[str]:
     held_out = any(row.measured_on == "held out" for row in rows)
     notes = []
     if held_out:
-        notes.append("accuracy, margin, mean loss and rewards: of the held-out pairs after training, accuracy before it beside; sorted by accuracy.")
+        notes.append(
+            "accuracy, margin, mean loss and rewards: of the held-out pairs after training, accuracy "
+            "before it beside; sorted by accuracy."
+        )
     else:
         notes.append(
-            f"No pairs were held out (--eval-pairs, --eval-fraction): accuracy, margin, mean loss and rewards are means of the last {LAST_STEPS} "
+            "No pairs were held out (--eval-pairs, --eval-fraction): accuracy, margin, mean loss and "
+            f"rewards are means of the last {LAST_STEPS} "
             "training steps, each before its update; in the order of the grid."
         )
     if differing := [name for name in rows[0].options if name in objective]:
         notes.append(
-            f"{', '.join(differing)}: runs that differ in these measure mean loss, margin and rewards in other units; compare those among equal "
-            "ones alone, and runs with each other by accuracy. (simpo, orpo, cpo and slic count it by rewards without the reference.)"
+            f"{', '.join(differing)}: runs that differ in these measure mean loss, margin and rewards in "
+            "other units; compare those among equal "
+            "ones alone, and runs with each other by accuracy. (simpo, orpo, cpo and slic count it by "
+            "rewards without the reference.)"
         )
     notes.append("time s: of the training steps, without loading, evaluating and saving.")
     return notes
@@ -137,18 +175,29 @@ def table_markdown(title: str, rows: Sequence[RunRow], notes: Sequence[str]) -> 
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [titles, *cells]]
     lines.insert(1, "|" + "---|" * len(titles))
     failures = [f"- {row.name} failed: {row.error}" for row in rows if row.error]
-    return "\n".join([f"# {title}", "", *lines, "", *failures, *([""] if failures else []), "\n\n".join(notes)]) + "\n"
+    return (
+        "\n".join([f"# {title}", "", *lines, "", *failures, *([""] if failures else []), "\n\n".join(notes)])
+        + "\n"
+    )
 
 
 def table_csv(rows: Sequence[RunRow]) -> str:
-    """The table with every digit, one column a field of `RunRow`; the options that vary have theirs after the name."""
+    """The table with every digit, one column a field of `RunRow`; the options that vary have theirs after the
+    name.
+    """
     varied = list(rows[0].options)
     measured = [name for name in asdict(rows[0]) if name not in ("name", "options")]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["name", *varied, *measured])
     for row in rows:
-        writer.writerow([row.name, *(shown_value(row.options[name]) for name in varied), *(getattr(row, name) for name in measured)])
+        writer.writerow(
+            [
+                row.name,
+                *(shown_value(row.options[name]) for name in varied),
+                *(getattr(row, name) for name in measured),
+            ]
+        )
     return text.getvalue()
 
 
@@ -157,16 +206,22 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise OptionError("--plot needs matplotlib.\nInstall it with `pip install 'dpo-cache[plot]'`, or leave --plot out.") from error
+        raise OptionError(
+            "--plot needs matplotlib.\nInstall it with `pip install 'dpo-cache[plot]'`, or leave --plot out."
+        ) from error
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:] not in known:
         raise OptionError(f"--plot {path}: expected a file that ends in .svg, .png or .pdf.")
     if not path.absolute().parent.is_dir():
-        raise OptionError(f"--plot {path}: there is no folder {path.parent}.\nMake it, or choose another file.")
+        raise OptionError(
+            f"--plot {path}: there is no folder {path.parent}.\nMake it, or choose another file."
+        )
 
 
 def plot_accuracy(runs: Sequence[tuple[str, Path]], path: Path) -> None:
-    """Held-out accuracy over steps, one line a run (its label and folder); runs without an evaluation have none."""
+    """Held-out accuracy over steps, one line a run (its label and folder); runs without an evaluation have
+    none.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -174,7 +229,13 @@ def plot_accuracy(runs: Sequence[tuple[str, Path]], path: Path) -> None:
     for number, (label, run) in enumerate(runs):
         evaluations = [line for line in read_lines(run) if ACCURACY in line]
         style = ("-", "--", ":")[number // 10 % 3]
-        place.plot([line["step"] for line in evaluations], [line[ACCURACY] for line in evaluations], style, marker=".", label=label)
+        place.plot(
+            [line["step"] for line in evaluations],
+            [line[ACCURACY] for line in evaluations],
+            style,
+            marker=".",
+            label=label,
+        )
     place.set(xlabel="step", ylabel="held-out accuracy")
     place.grid(alpha=0.3)
     place.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
@@ -182,10 +243,14 @@ def plot_accuracy(runs: Sequence[tuple[str, Path]], path: Path) -> None:
 
 
 def _evaluation_of_policy(run: Path, evaluations: Sequence[Line], report: dict[str, Any] | None) -> Line:
-    """The evaluation after training of the policy that was saved: the last one, or under --patience one before."""
+    """The evaluation after training of the policy that was saved: the last one, or under --patience one
+    before.
+    """
     if report and report["finished"]:
         return report["eval_after"] or {}
-    if evaluations[-1]["step"] == 0 or read_config(run).get("patience"):  # killed before its report: which one was saved is not known
+    if evaluations[-1]["step"] == 0 or read_config(run).get(
+        "patience"
+    ):  # killed before its report: which one was saved is not known
         return {}
     return evaluations[-1]
 
@@ -193,7 +258,15 @@ def _evaluation_of_policy(run: Path, evaluations: Sequence[Line], report: dict[s
 def _mean_of_last(steps: Sequence[Line]) -> Line:
     """Means over the last training steps; nothing where there are none."""
     last = steps[-LAST_STEPS:]
-    return {name: sum(line[name] for line in last) / len(last) for name in last[-1] if all(name in line for line in last)} if last else {}
+    return (
+        {
+            name: sum(line[name] for line in last) / len(last)
+            for name in last[-1]
+            if all(name in line for line in last)
+        }
+        if last
+        else {}
+    )
 
 
 def _measured_cells(row: RunRow, *, shows: bool) -> list[str]:

@@ -17,7 +17,15 @@ import re
 from dpo_cache.errors import CorruptShardError, FormatError, NewerFormatError, NotInCacheError, OptionError
 from dpo_cache.store.folders.folder import Folder, open_folder
 from dpo_cache.store.format.differing_fields import differing_fields
-from dpo_cache.store.format.documents import Document, digest_json, parse_document, read_bounded, read_sealed, render_document, seal_document
+from dpo_cache.store.format.documents import (
+    Document,
+    digest_json,
+    parse_document,
+    read_bounded,
+    read_sealed,
+    render_document,
+    seal_document,
+)
 from dpo_cache.store.format.pair_tables import read_manifest
 from dpo_cache.store.index import ScoreIndex
 from dpo_cache.store.pairs import PairSet, PairSetWriter
@@ -27,7 +35,8 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 def open_cache(location: str | os.PathLike[str], *, create: bool = False) -> Cache:
-    """The cache at a path or fsspec URL. With `create`, an empty or missing folder becomes one when it is first written.
+    """The cache at a path or fsspec URL. With `create`, an empty or missing folder becomes one when it is
+    first written.
 
     Raises `FormatError` for a folder that is no cache or was made by a newer dpo-cache.
     """
@@ -50,7 +59,11 @@ class Cache:
 
     def references(self) -> list[str]:
         """Ids of the references that have an entry here."""
-        return [name for name in self.folder.names("references") if self.folder.exists(f"references/{name}/reference.json")]
+        return [
+            name
+            for name in self.folder.names("references")
+            if self.folder.exists(f"references/{name}/reference.json")
+        ]
 
     def find_reference(self, prefix: str) -> str:
         """The one full id that starts with these characters."""
@@ -61,7 +74,9 @@ class Cache:
             return matches[0]
         problem = "no reference" if not matches else f"{len(matches)} references"
         known = ", ".join(reference_id[:12] for reference_id in self.references()) or "none"
-        raise NotInCacheError(f"{self}: {problem} whose id starts with {prefix!r}.\nKnown references: {known}.")
+        raise NotInCacheError(
+            f"{self}: {problem} whose id starts with {prefix!r}.\nKnown references: {known}."
+        )
 
     def read_reference(self, reference_id: str) -> Document:
         """`{"identity": ..., "provenance": ...}`, checked against its seal and its id."""
@@ -117,19 +132,28 @@ class Cache:
         if len(known) == 1:
             return self.pairs(known[0])
         if known:
-            raise NotInCacheError(f"{self}: several pair sets {purpose}.\nSay which with --pairs: {', '.join(known)}.")
+            raise NotInCacheError(
+                f"{self}: several pair sets {purpose}.\nSay which with --pairs: {', '.join(known)}."
+            )
         if besides:
             raise NotInCacheError(f"{self}: no pair set {purpose} besides {besides}.\nName one with --pairs.")
-        raise NotInCacheError(f"{self}: no pair set {purpose}.\nRun `dpo-cache precompute --cache {self} …` first.")
+        raise NotInCacheError(
+            f"{self}: no pair set {purpose}.\nRun `dpo-cache precompute --cache {self} …` first."
+        )
 
     def check_scored_by(self, pairs: PairSet, reference: str) -> None:
-        """Raise `CacheError` where a pair set was scored by another reference than the one whose id begins so."""
+        """Raise `CacheError` where a pair set was scored by another reference than the one whose id begins
+        so.
+        """
         expected = self.find_reference(reference)
         if expected == pairs.reference_id:
             return
-        identities = [self.read_reference(reference_id)["identity"] for reference_id in (pairs.reference_id, expected)]
+        identities = [
+            self.read_reference(reference_id)["identity"] for reference_id in (pairs.reference_id, expected)
+        ]
         raise NotInCacheError(
-            f"pair set {pairs.name} was scored by reference {pairs.reference_id[:12]}, not by {reference}; they differ in\n"
+            f"pair set {pairs.name} was scored by reference {pairs.reference_id[:12]}, not by "
+            f"{reference}; they differ in\n"
             + "".join(f"  {line}\n" for line in differing_fields(*identities))
             + "Leave --reference out, or run `dpo-cache precompute` with that model and another --name."
         )
@@ -154,24 +178,37 @@ class Cache:
             self._is_new = False
 
     def _may_create(self, create: bool) -> bool:
-        """Raise `FormatError` where no cache may be made here; False where another writer has just made it."""
+        """Raise `FormatError` where no cache may be made here; False where another writer has just made
+        it.
+        """
         if not create:
-            raise FormatError(f"{self}: no dpo-cache here (no format.json).\nRun `dpo-cache precompute --cache {self} …` to make one.")
+            raise FormatError(
+                f"{self}: no dpo-cache here (no format.json).\n"
+                f"Run `dpo-cache precompute --cache {self} …` to make one."
+            )
         present = self.folder.names("")
         if "format.json" in present:
             return False
         if present and not set(present) <= {"references", "pairs"}:
             shown = ", ".join(present[:5])
-            raise FormatError(f"{self}: the folder holds other things ({shown}) and no format.json.\nChoose an empty or new folder for --cache.")
+            raise FormatError(
+                f"{self}: the folder holds other things ({shown}) and no format.json.\n"
+                "Choose an empty or new folder for --cache."
+            )
         return True
 
     def _check_format(self, content: bytes) -> None:
         if content == render_document(FORMAT):
             return
         found = parse_document(content, f"{self}/format.json")
-        if found.get("format") == FORMAT["format"] and isinstance(found.get("version"), int) and found["version"] > FORMAT["version"]:
+        if (
+            found.get("format") == FORMAT["format"]
+            and isinstance(found.get("version"), int)
+            and found["version"] > FORMAT["version"]
+        ):
             raise NewerFormatError(
-                f"{self}: made by a newer dpo-cache (cache format {found['version']}, this one reads {FORMAT['version']}).\n"
+                f"{self}: made by a newer dpo-cache (cache format {found['version']}, this one reads "
+                f"{FORMAT['version']}).\n"
                 "Run `pip install --upgrade dpo-cache`, or choose another --cache."
             )
         raise FormatError(f"{self}/format.json: expected {FORMAT}, found {found}.")
@@ -181,9 +218,13 @@ def read_reference(folder: Folder, reference_id: str) -> Document:
     """The reference's entry in a cache folder, checked against its seal and its id."""
     name = f"references/{reference_id}/reference.json"
     if not folder.exists(name):
-        raise NotInCacheError(f"{folder}: no reference {reference_id}.\nRun `dpo-cache precompute` to score it.")
+        raise NotInCacheError(
+            f"{folder}: no reference {reference_id}.\nRun `dpo-cache precompute` to score it."
+        )
     document = read_sealed(folder, name)
-    is_shaped = document.keys() == {"identity", "provenance"} and all(isinstance(member, dict) for member in document.values())
+    is_shaped = document.keys() == {"identity", "provenance"} and all(
+        isinstance(member, dict) for member in document.values()
+    )
     if not is_shaped or digest_json(document["identity"]) != reference_id:
         raise CorruptShardError(f"{folder}/{name}: its identity does not hash to {reference_id}.")
     return document
@@ -198,5 +239,8 @@ def is_pair_set_name(place: str) -> bool:
 def check_name(name: str) -> str:
     """The name, if it can stand in a path of the cache; else `OptionError`."""
     if not NAME_PATTERN.fullmatch(name):
-        raise OptionError(f"{name!r} cannot name a pair set: use letters, digits, '.', '_' and '-', at most 128, not starting with '.' or '-'.")
+        raise OptionError(
+            f"{name!r} cannot name a pair set: use letters, digits, '.', '_' and '-', at most 128, not "
+            "starting with '.' or '-'."
+        )
     return name

@@ -13,7 +13,14 @@ from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.folders.local_copies import is_part_name
 from dpo_cache.store.format.keys import KEY_BYTES
 from dpo_cache.store.format.parquet import REMEDY, ParquetReader, ParquetReaders, name_by_content
-from dpo_cache.store.format.shards import SHARD_SCHEMA, check_scores, encode_shard, keys_of, open_shard, read_keys
+from dpo_cache.store.format.shards import (
+    SHARD_SCHEMA,
+    check_scores,
+    encode_shard,
+    keys_of,
+    open_shard,
+    read_keys,
+)
 from dpo_cache.store.key_table import KeyTable
 from dpo_cache.types import Score
 
@@ -47,13 +54,19 @@ class ScoreIndex:
         """See the shards that were published, by anyone, since the index was opened."""
         known, keys = set(self._shards), dict[str, np.ndarray]()
         for attempt in range(1, LISTINGS + 1):
-            names = [name for name in self._folder.names(self._place) if name.endswith(".parquet") and name not in known and name not in keys]
+            names = [
+                name
+                for name in self._folder.names(self._place)
+                if name.endswith(".parquet") and name not in known and name not in keys
+            ]
             self._folder.prefetch([f"{self._place}/{name}" for name in names])
             try:
                 for name in names:
                     keys[name] = self._read_keys(name)
                 break
-            except MissingFileError:  # compacted or collected since it was listed: what holds it now is in the next listing
+            except (
+                MissingFileError
+            ):  # compacted or collected since it was listed: what holds it now is in the next listing
                 if attempt == LISTINGS:
                     raise
         found = list(keys)
@@ -85,8 +98,10 @@ class ScoreIndex:
         if (rows < 0).any():
             missing = bytes(keys[int(np.argmin(rows))])
             raise NotInCacheError(
-                f"{self._folder}/{self._place}: {int((rows < 0).sum())} of {len(keys)} completions are not scored, "
-                f"the first is {missing.ljust(KEY_BYTES, bytes(1)).hex()}.\nRun the `dpo-cache precompute` that made this cache again."
+                f"{self._folder}/{self._place}: {int((rows < 0).sum())} of {len(keys)} completions are "
+                "not scored, "
+                f"the first is {missing.ljust(KEY_BYTES, bytes(1)).hex()}.\n"
+                "Run the `dpo-cache precompute` that made this cache again."
             )
         found: list[Score] = [Score(np.empty(0, np.float32))] * len(keys)
         order = np.argsort(rows, kind="stable")
@@ -106,7 +121,9 @@ class ScoreIndex:
             self._add([name], [np.array([key for key, _ in scores], KEY_DTYPE)])
         return len(content)
 
-    def _fetch_shard(self, shard: int, wanted: np.ndarray, rows: np.ndarray, places: np.ndarray, found: list[Score]) -> None:
+    def _fetch_shard(
+        self, shard: int, wanted: np.ndarray, rows: np.ndarray, places: np.ndarray, found: list[Score]
+    ) -> None:
         """Fill in the scores at these places, which lie in this shard at these rows, ascending."""
         reader = self._readers.open(self._shards[shard])
         starts = np.concatenate([[0], np.cumsum(reader.group_rows)])
@@ -126,7 +143,9 @@ class ScoreIndex:
             return
         first = int(self._starts[-1])
         self._shards.extend(names)
-        self._starts = np.concatenate([self._starts, first + np.cumsum([len(shard_keys) for shard_keys in keys], dtype=np.int64)])
+        self._starts = np.concatenate(
+            [self._starts, first + np.cumsum([len(shard_keys) for shard_keys in keys], dtype=np.int64)]
+        )
         together = np.concatenate(keys)
         keys.clear()
         self._table.add(together, first)
@@ -150,6 +169,8 @@ def _read_scores(reader: ParquetReader, group: int, rows: np.ndarray, wanted: np
     check_scores(table, reader.place)
     if (keys_of(table.column("key"))[rows] != wanted).any():
         raise CorruptShardError(f"{reader.place}: has other keys than when it was opened. {REMEDY}")
-    asked = table.column("token_logps").take(pa.array(rows)).combine_chunks()  # a view of the row group would keep all of it in memory
+    asked = (
+        table.column("token_logps").take(pa.array(rows)).combine_chunks()
+    )  # a view of the row group would keep all of it in memory
     flat = asked.values.to_numpy().copy()
     return [flat[start:end] for start, end in pairwise(asked.offsets.to_numpy().tolist())]

@@ -1,4 +1,6 @@
-"""A growing set of fixed-width keys in a sorted numpy array: 16 bytes for a key of 16, where a Python set takes a hundred."""
+"""A growing set of fixed-width keys in a sorted numpy array: 16 bytes for a key of 16, where a Python set
+takes a hundred.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class KeySet:
         new = ~self.contains(distinct)
         is_new = np.zeros(len(keys), bool)
         is_new[first[new]] = True
-        self._keys = np.sort(np.concatenate([self._keys, distinct[new]]), kind="stable")  # merges two sorted runs
+        self._keys = np.sort(
+            np.concatenate([self._keys, distinct[new]]), kind="stable"
+        )  # merges two sorted runs
         return is_new
 
 

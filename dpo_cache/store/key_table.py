@@ -1,4 +1,6 @@
-"""Where keys lie: a growing map from completion key to row number, in sorted numpy arrays, 24 bytes an entry."""
+"""Where keys lie: a growing map from completion key to row number, in sorted numpy arrays, 24 bytes an
+entry.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from dpo_cache.store.format.keys import key_halves
 class KeyTable:
     """Row numbers by key. A key that is added again keeps its first row.
 
-    Entries lie in segments, each sorted, no key in two of them, and each at least four times as long as the next:
-    adding a few keys to many does not sort the many again.
+    Entries lie in segments, each sorted, no key in two of them, and each at least four times as long as the
+    next: adding a few keys to many does not sort the many again.
     """
 
     def __init__(self) -> None:
@@ -26,7 +28,9 @@ class KeyTable:
     def find(self, keys: np.ndarray) -> np.ndarray:
         """The row of each key (dtype S16), -1 for one that is not there: int64 `[len(keys)]`."""
         high, low = key_halves(keys)
-        order = np.argsort(high)  # look-ups in ascending order meet warm memory: five times as fast for a million
+        order = np.argsort(
+            high
+        )  # look-ups in ascending order meet warm memory: five times as fast for a million
         high, low = high[order], low[order]
         rows = np.full(len(keys), -1, np.int64)
         for segment in self._segments:
@@ -67,7 +71,9 @@ class _Segment:
         same_half = self.high[inside] == high
         same = same_half & (self.low[inside] == low)
         found = np.where(same, inside, -1)
-        later = np.flatnonzero(same_half & ~same)  # others share its first half: hardly ever, unless someone means it
+        later = np.flatnonzero(
+            same_half & ~same
+        )  # others share its first half: hardly ever, unless someone means it
         if len(later):
             found[later] = self._find_low(high[later], low[later])
         return found
@@ -85,9 +91,11 @@ class _Segment:
 
 
 def _sorted_segment(high: np.ndarray, low: np.ndarray, rows: np.ndarray | None) -> _Segment:
-    """These entries by key; of equal keys the one with the smallest row. Without rows they are numbered from 0.
+    """These entries by key; of equal keys the one with the smallest row. Without rows they are numbered from
+    0.
 
-    Careful with memory: what is sorted takes 24 bytes a key, and nothing else as large is held beside it for long.
+    Careful with memory: what is sorted takes 24 bytes a key, and nothing else as large is held beside it for
+    long.
     """
     order = np.arange(len(high)) if (high[1:] > high[:-1]).all() else np.argsort(high)
     if (high[order[1:]] == high[order[:-1]]).any():

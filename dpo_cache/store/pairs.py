@@ -1,4 +1,6 @@
-"""Pair sets: tokenized pairs joined with one reference's log-probs. `format/pair_tables.py` specifies their files."""
+"""Pair sets: tokenized pairs joined with one reference's log-probs. `format/pair_tables.py` specifies their
+files.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,21 @@ from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.documents import Document, seal_document
 from dpo_cache.store.format.keys import key_bytes
-from dpo_cache.store.format.pair_tables import MANIFEST_FORMAT, PAIR_SCHEMA, check_pairs, decode_pairs, pair_table, with_imported_sums
-from dpo_cache.store.format.parquet import REMEDY, ParquetReader, ParquetReaders, name_by_content, write_parquet
+from dpo_cache.store.format.pair_tables import (
+    MANIFEST_FORMAT,
+    PAIR_SCHEMA,
+    check_pairs,
+    decode_pairs,
+    pair_table,
+    with_imported_sums,
+)
+from dpo_cache.store.format.parquet import (
+    REMEDY,
+    ParquetReader,
+    ParquetReaders,
+    name_by_content,
+    write_parquet,
+)
 from dpo_cache.store.format.shards import keys_of
 from dpo_cache.types import ScoredPair
 
@@ -75,8 +90,9 @@ class PairSet:
     def keep_open(self) -> None:
         """Keep the set readable to the end, whatever is published, removed or collected meanwhile.
 
-        Opens every part now: an open file outlives its name. On NFS that holds for removals by the same machine.
-        Raises `StorageError` where a part is gone already, or where the system lets no more files be opened.
+        Opens every part now: an open file outlives its name. On NFS that holds for removals by the same
+        machine. Raises `StorageError` where a part is gone already, or where the system lets no more files be
+        opened.
         """
         self._readers.keep_open([part["file"] for part in self.manifest["parts"]])
 
@@ -86,7 +102,10 @@ class PairSet:
         reader = self._open_part(part)
         table = reader.read_group(group)
         if table.num_rows != num_pairs:
-            raise CorruptShardError(f"{reader.place}: expected {num_pairs} pairs in row group {group}, found {table.num_rows}. {REMEDY}")
+            raise CorruptShardError(
+                f"{reader.place}: expected {num_pairs} pairs in row group {group}, found "
+                f"{table.num_rows}. {REMEDY}"
+            )
         check_pairs(table, reader.place, has_token_logps=self.has_token_logps)
         return decode_pairs(table) if self.has_token_logps else with_imported_sums(table, decode_pairs(table))
 
@@ -94,12 +113,19 @@ class PairSet:
         """The keys of each pair's chosen and rejected completion, in order."""
         for part, group, _ in self._blocks:
             table = self._open_part(part).read_group(group, ["chosen_key", "rejected_key"])
-            yield from zip(key_bytes(keys_of(table.column("chosen_key"))), key_bytes(keys_of(table.column("rejected_key"))), strict=True)
+            yield from zip(
+                key_bytes(keys_of(table.column("chosen_key"))),
+                key_bytes(keys_of(table.column("rejected_key"))),
+                strict=True,
+            )
 
     def _open_part(self, part: Document) -> ParquetReader:
         reader = self._readers.open(part["file"])
         if reader.num_rows != part["rows"]:
-            raise CorruptShardError(f"{reader.place}: the manifest promises {part['rows']} pairs, found {reader.num_rows}. {REMEDY}")
+            raise CorruptShardError(
+                f"{reader.place}: the manifest promises {part['rows']} pairs, found {reader.num_rows}. "
+                f"{REMEDY}"
+            )
         return reader
 
 

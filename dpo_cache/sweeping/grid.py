@@ -32,7 +32,9 @@ LONGEST_NAME = 100  # characters; file systems end at 255 bytes
 
 @dataclass(frozen=True)
 class Grid:
-    """Options of `train` that all runs share, and the values of those that vary, by name in alphabetical order."""
+    """Options of `train` that all runs share, and the values of those that vary, by name in alphabetical
+    order.
+    """
 
     shared: dict[str, Any]
     varied: dict[str, tuple[Any, ...]]
@@ -47,8 +49,13 @@ class Grid:
 
 
 def read_grid(options: SweepOptions) -> Grid:
-    """The grid that the options ask for, every combination checked. Raises `OptionError` naming all that make no sense."""
-    values = {entry.name: read_values(entry, getattr(options, entry.name)) or (default_of(entry),) for entry in swept_fields()}
+    """The grid that the options ask for, every combination checked. Raises `OptionError` naming all that make
+    no sense.
+    """
+    values = {
+        entry.name: read_values(entry, getattr(options, entry.name)) or (default_of(entry),)
+        for entry in swept_fields()
+    }
     shared = {name: taken[0] for name, taken in values.items() if len(taken) == 1}
     grid = Grid(shared, {name: values[name] for name in sorted(values) if len(values[name]) > 1})
     _check(grid, options)
@@ -59,16 +66,28 @@ def read_values(entry: Field[Any], given: tuple[Any, ...]) -> tuple[Any, ...]:
     """The values that an option was given, each of the type that `train` takes. Raises `OptionError`."""
     values: list[Any] = []
     for item in given:
-        values += [_parse(entry, text) for text in _split(item, ",")] if isinstance(item, str) else [_as_it_is(entry, item)]
+        values += (
+            [_parse(entry, text) for text in _split(item, ",")]
+            if isinstance(item, str)
+            else [_as_it_is(entry, item)]
+        )
     for value, number in Counter(map(json.dumps, values)).items():
         if number > 1:
-            raise OptionError(f"{flag_of(entry)} {shown_value(json.loads(value))}: given {number} times.\nGive each value once.")
+            raise OptionError(
+                f"{flag_of(entry)} {shown_value(json.loads(value))}: given {number} times.\n"
+                "Give each value once."
+            )
     return tuple(values)
 
 
 def run_names(combinations: list[dict[str, Any]]) -> list[str]:
-    """A folder's name for each run, of what varies alone, such as `beta=0.05,loss=ipo`; a digest ends those that would be long or equal."""
-    names = [",".join(f"{name}={_safe(shown_value(value))}" for name, value in combination.items()) or "run" for combination in combinations]
+    """A folder's name for each run, of what varies alone, such as `beta=0.05,loss=ipo`; a digest ends those
+    that would be long or equal.
+    """
+    names = [
+        ",".join(f"{name}={_safe(shown_value(value))}" for name, value in combination.items()) or "run"
+        for combination in combinations
+    ]
     times = Counter(name.lower() for name in names)  # some file systems do not tell case
     for place, name in enumerate(names):
         if len(name) > LONGEST_NAME or times[name.lower()] > 1:
@@ -94,7 +113,9 @@ def _check(grid: Grid, options: SweepOptions) -> None:
         return
     if len(refused) == len(combinations) and len({message for _, message in refused}) == 1:
         raise OptionError(refused[0][1])
-    lines = [f"  {describe(combination)}: {' '.join(message.splitlines())}" for combination, message in refused]
+    lines = [
+        f"  {describe(combination)}: {' '.join(message.splitlines())}" for combination, message in refused
+    ]
     raise OptionError(
         f"{len(refused)} of {len(combinations)} combinations make no sense, so nothing was run:\n"
         + "\n".join(lines)
@@ -121,7 +142,9 @@ def _parse(entry: Field[Any], text: str) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise OptionError(f"{flag} {text}: expected {'a whole number' if kind is int else 'a number'}.") from error
+        raise OptionError(
+            f"{flag} {text}: expected {'a whole number' if kind is int else 'a number'}."
+        ) from error
 
 
 def _as_it_is(entry: Field[Any], value: Any) -> Any:

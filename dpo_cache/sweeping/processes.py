@@ -1,4 +1,6 @@
-"""The runs of a sweep as processes of their own: `python -m dpo_cache train`, its remarks, its steps and its end."""
+"""The runs of a sweep as processes of their own: `python -m dpo_cache train`, its remarks, its steps and its
+end.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,12 @@ class Process(Protocol):
     def kill(self) -> None: ...
 
 
-def start_process(arguments: list[str], out: IO[bytes], log: IO[bytes], environment: dict[str, str], lock: int | None) -> Process:
-    """`dpo-cache` with these arguments, in a session of its own: a Ctrl-C reaches the sweep alone, which hands it on."""
+def start_process(
+    arguments: list[str], out: IO[bytes], log: IO[bytes], environment: dict[str, str], lock: int | None
+) -> Process:
+    """`dpo-cache` with these arguments, in a session of its own: a Ctrl-C reaches the sweep alone, which
+    hands it on.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "dpo_cache", *arguments],
         stdin=subprocess.DEVNULL,
@@ -45,7 +51,9 @@ def start_process(arguments: list[str], out: IO[bytes], log: IO[bytes], environm
 
 
 def train_arguments(cache: str, run: Run) -> list[str]:
-    """The command line of `dpo-cache` that makes the run, or goes on with it; options at their defaults are left out."""
+    """The command line of `dpo-cache` that makes the run, or goes on with it; options at their defaults are
+    left out.
+    """
     arguments = ["train", f"--cache={cache}", f"--output={run.folder}"]
     for entry in swept_fields():
         value = {**run.shared, **run.varied}[entry.name]
@@ -55,7 +63,10 @@ def train_arguments(cache: str, run: Run) -> list[str]:
             positive, _, negative = (entry.metadata["flag"] or flag_of(entry)).partition("/")
             arguments.append(positive if value else negative)
         else:
-            arguments += [f"{flag_of(entry)}={part}" for part in (value if isinstance(value, (tuple, list)) else [value])]
+            arguments += [
+                f"{flag_of(entry)}={part}"
+                for part in (value if isinstance(value, (tuple, list)) else [value])
+            ]
     return [*arguments, *(["--resume"] if run.is_begun else []), "--json"]
 
 
@@ -67,7 +78,9 @@ class ActiveRun:
         self.started = time.monotonic()
         self.last_line: dict[str, Any] | None = None  # of metrics.jsonl, of a training step
         self.said: list[str] = []
-        self._first: tuple[float, int] | None = None  # when the first step of this process was seen, and which it was
+        self._first: tuple[float, int] | None = (
+            None  # when the first step of this process was seen, and which it was
+        )
         self._metrics = _Tail(run.folder / "metrics.jsonl")
         self._metrics.skip()
         arguments = train_arguments(cache, run)
@@ -97,7 +110,9 @@ class ActiveRun:
 
     @property
     def seconds_left(self) -> float | None:
-        """By the pace of this process so far, evaluations and checkpoints included; None before its first step."""
+        """By the pace of this process so far, evaluations and checkpoints included; None before its first
+        step.
+        """
         if self.last_line is None or self._first is None or self.total_steps is None:
             return None
         step, pace = self.last_line["step"], self.last_line["num_pairs"] / self.last_line["pairs_per_s"]
@@ -116,7 +131,9 @@ class ActiveRun:
     def error(self, code: int) -> str:
         """Why it failed, in its own last words."""
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+            return f"killed by {signal.Signals(-code).name}" + (
+                " (out of memory?)" if code == -signal.SIGKILL else ""
+            )
         starts = [place for place, line in enumerate(self.said) if line.startswith("error: ")]
         if starts:
             return " ".join(self.said[starts[-1] :]).removeprefix("error: ")
@@ -124,7 +141,9 @@ class ActiveRun:
 
 
 def run_environment(jobs: int, slot: int) -> dict[str, str]:
-    """The environment of a run: its share of the cores, and where CUDA_VISIBLE_DEVICES names several GPUs, one of them for each at once."""
+    """The environment of a run: its share of the cores, and where CUDA_VISIBLE_DEVICES names several GPUs,
+    one of them for each at once.
+    """
     environment = {**os.environ, "DPO_CACHE_PROGRESS": "off"}
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(threads_of_a_run(jobs)))
@@ -135,7 +154,9 @@ def run_environment(jobs: int, slot: int) -> dict[str, str]:
 
 
 def threads_of_a_run(jobs: int) -> int:
-    """Threads that each of several runs at once has: OMP_NUM_THREADS where that is set, else its share of the cores."""
+    """Threads that each of several runs at once has: OMP_NUM_THREADS where that is set, else its share of the
+    cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() else max(1, cores // jobs)

@@ -1,4 +1,6 @@
-"""One cache, several runs: each combination of the options' values is trained in a process of its own, and all stand in one table."""
+"""One cache, several runs: each combination of the options' values is trained in a process of its own, and
+all stand in one table.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,17 @@ from typing import Any
 from dpo_cache.errors import NotInCacheError, OptionError
 from dpo_cache.log import Log, log_remark
 from dpo_cache.options.sweep import SweepOptions, loss_settings
-from dpo_cache.reporting.runs import RunRow, check_plot, plot_accuracy, read_resolved, read_row, sort_rows, table_csv, table_markdown, table_notes
+from dpo_cache.reporting.runs import (
+    RunRow,
+    check_plot,
+    plot_accuracy,
+    read_resolved,
+    read_row,
+    sort_rows,
+    table_csv,
+    table_markdown,
+    table_notes,
+)
 from dpo_cache.store import open_cache
 from dpo_cache.sweeping.grid import Grid, read_grid
 from dpo_cache.sweeping.processes import ENDS_BY_SIGNAL, ActiveRun, run_environment, threads_of_a_run
@@ -30,7 +42,9 @@ class SweepProgress:
 
     num_done: int
     num_runs: int
-    active: list[tuple[str, int | None, dict[str, Any] | None]]  # name, steps in all, its last line of metrics.jsonl
+    active: list[
+        tuple[str, int | None, dict[str, Any] | None]
+    ]  # name, steps in all, its last line of metrics.jsonl
     done: float  # runs, the parts of unfinished ones counted
     seconds_left: float | None  # None before the first step
 
@@ -68,16 +82,26 @@ def sweep(
 ) -> SweepReport:
     """Train once for each combination of the options' values, `jobs` at once, and compare the runs.
 
-    Keyword arguments are the options of `train`; a list holds several values, as in `beta=[0.05, 0.1], loss=["sigmoid", "ipo"]`,
-    and a string may hold several between commas. Called again with the same values, or with more of them, finished runs are left as
-    they are, stopped ones go on where they were, and failed ones are tried again. A run that fails does not end the others.
+    Keyword arguments are the options of `train`; a list holds several values, as in
+    `beta=[0.05, 0.1], loss=["sigmoid", "ipo"]`, and a string may hold several between commas. Called again
+    with the same values, or with more of them, finished runs are left as they are, stopped ones go on where
+    they were, and failed ones are tried again. A run that fails does not end the others.
 
-    `on_progress` is called a few times a second, `on_run` with a report when a run has ended, `log` gets each remark (default: the
-    package's logger). When `should_stop` says yes, the runs at work finish their step and save, and no other is begun.
+    `on_progress` is called a few times a second, `on_run` with a report when a run has ended, `log` gets each
+    remark (default: the package's logger). When `should_stop` says yes, the runs at work finish their step
+    and save, and no other is begun.
 
-    Raises `DpoCacheError` before anything runs: combinations that make no sense, a folder of something else, a missing pair set.
+    Raises `DpoCacheError` before anything runs: combinations that make no sense, a folder of something else,
+    a missing pair set.
     """
-    chosen = SweepOptions(cache=os.fspath(cache), output=os.fspath(output), jobs=jobs, resume=resume, plot=plot and os.fspath(plot), **options)
+    chosen = SweepOptions(
+        cache=os.fspath(cache),
+        output=os.fspath(output),
+        jobs=jobs,
+        resume=resume,
+        plot=plot and os.fspath(plot),
+        **options,
+    )
     log = log or log_remark
     grid = read_grid(chosen)
     if chosen.plot:
@@ -93,9 +117,22 @@ class _Sweep:
     """The runs of a sweep: those that wait, those at work, and why some failed."""
 
     def __init__(
-        self, options: SweepOptions, runs: list[Run], lock: int | None, on_progress: Callable[[SweepProgress], None], on_run: OnRow, log: Log
+        self,
+        options: SweepOptions,
+        runs: list[Run],
+        lock: int | None,
+        on_progress: Callable[[SweepProgress], None],
+        on_run: OnRow,
+        log: Log,
     ):
-        self.options, self.runs, self.lock, self.on_progress, self.on_run, self.log = options, runs, lock, on_progress, on_run, log
+        self.options, self.runs, self.lock, self.on_progress, self.on_run, self.log = (
+            options,
+            runs,
+            lock,
+            on_progress,
+            on_run,
+            log,
+        )
         self.started = time.monotonic()
         self.output = Path(options.output)
         self.waiting = [run for run in runs if not run.is_finished]
@@ -127,7 +164,9 @@ class _Sweep:
 
     def _start(self, run: Run) -> None:
         slot = min(set(range(self.options.jobs)) - {active.slot for active in self.active})
-        self.active.append(ActiveRun(self.options.cache, run, slot, run_environment(self.options.jobs, slot), self.lock))
+        self.active.append(
+            ActiveRun(self.options.cache, run, slot, run_environment(self.options.jobs, slot), self.lock)
+        )
 
     def _end(self, active: ActiveRun, code: int, *, asked: bool) -> None:
         run = active.run
@@ -142,7 +181,10 @@ class _Sweep:
             rest = "; the others go on" if self.waiting or self.active else ""
             self.log(f"{run.name}: failed with exit code {code}{rest}. All that it said: {run.log}")
         elif code:
-            self.log(f"{run.name}: ended with exit code {code} after its model was saved. All that it said: {run.log}")
+            self.log(
+                f"{run.name}: ended with exit code {code} after its model was saved. All that it said: "
+                f"{run.log}"
+            )
         report = self._report()
         if not asked and (self.active or self.waiting):  # else this is the last table, which `run` gives
             self.on_run(report)
@@ -170,12 +212,20 @@ class _Sweep:
         finished = len(self.runs) - len(self.waiting)
         parts = [f"{finished} finished before" * bool(finished), f"{begun} to go on with" * bool(begun)]
         parts.append(f"{len(self.waiting) - begun} to begin" * bool(len(self.waiting) - begun))
-        at_once = f"; {jobs} at once, each with {_count(threads_of_a_run(self.options.jobs), 'CPU thread')}" if jobs > 1 else ""
+        at_once = (
+            f"; {jobs} at once, each with {_count(threads_of_a_run(self.options.jobs), 'CPU thread')}"
+            if jobs > 1
+            else ""
+        )
         self.log(f"{_count(len(self.runs), 'run')}: {', '.join(filter(None, parts))}{at_once}.")
 
     def _progress(self) -> SweepProgress:
         num_done = len(self.runs) - len(self.waiting) - len(self.active)
-        parts = [active.last_line["step"] / active.total_steps for active in self.active if active.last_line and active.total_steps]
+        parts = [
+            active.last_line["step"] / active.total_steps
+            for active in self.active
+            if active.last_line and active.total_steps
+        ]
         return SweepProgress(
             num_done=num_done,
             num_runs=len(self.runs),
@@ -186,7 +236,9 @@ class _Sweep:
 
     def _seconds_left(self) -> float | None:
         """The runs that wait are taken to last as those whose pace is known do on average."""
-        known = [seconds for active in self.active if (seconds := active.seconds_in_all) is not None] + self.seconds_of_runs
+        known = [
+            seconds for active in self.active if (seconds := active.seconds_in_all) is not None
+        ] + self.seconds_of_runs
         if not known:
             return None
         mean = sum(known) / len(known)
@@ -216,7 +268,9 @@ class _Sweep:
 
     def _row(self, run: Run) -> RunRow:
         report, error = read_report(run), self.errors.get(run.name)
-        return read_row(run.folder, name=run.name, options=run.varied, state=self._state(run), report=report, error=error)
+        return read_row(
+            run.folder, name=run.name, options=run.varied, state=self._state(run), report=report, error=error
+        )
 
     def _state(self, run: Run) -> str:
         if run.is_finished:
@@ -231,30 +285,46 @@ class _Sweep:
 def _check_pairs(cache: str, grid: Grid) -> None:
     """Raise `NotInCacheError` here for what every run would fail of."""
     opened = open_cache(cache)
-    named = [opened.pairs(name).name for option in ("pairs", "eval_pairs") for name in grid.values(option) if name is not None]
+    named = [
+        opened.pairs(name).name
+        for option in ("pairs", "eval_pairs")
+        for name in grid.values(option)
+        if name is not None
+    ]
     known = opened.pair_sets()
     if None in grid.values("pairs") and len(set(known) - set(named)) != 1:
         raise NotInCacheError(
             f"{cache}: {'no pair set' if not known else 'several pair sets'} to train on.\n"
-            + (f"Say which with --pairs: {', '.join(known)}." if known else f"Run `dpo-cache precompute --cache {cache} …` first.")
+            + (
+                f"Say which with --pairs: {', '.join(known)}."
+                if known
+                else f"Run `dpo-cache precompute --cache {cache} …` first."
+            )
         )
 
 
 def _check_plot(path: Path, grid: Grid) -> None:
     """Raise `OptionError` before anything runs whose plot would be empty, or could not be drawn."""
     if all(grid.values(option) == (None,) for option in ("eval_pairs", "eval_fraction")):
-        raise OptionError("--plot draws held-out accuracy, and nothing is held out.\nGive --eval-pairs or --eval-fraction, or leave --plot out.")
+        raise OptionError(
+            "--plot draws held-out accuracy, and nothing is held out.\n"
+            "Give --eval-pairs or --eval-fraction, or leave --plot out."
+        )
     check_plot(path)
 
 
 def _other_data(runs: list[Run]) -> list[str]:
-    """A note where runs that name one pair set were given other pairs, because the cache has changed between them."""
+    """A note where runs that name one pair set were given other pairs, because the cache has changed between
+    them.
+    """
     digests: dict[str, set[str]] = {}
     for run in runs:
         if resolved := read_resolved(run.folder):
             digests.setdefault(resolved["pairs"], set()).add(resolved["pairs_digest"])
     changed = sorted(pairs for pairs, found in digests.items() if len(found) > 1)
-    return [f"{name} has changed between the runs: they were not trained on the same pairs." for name in changed]
+    return [
+        f"{name} has changed between the runs: they were not trained on the same pairs." for name in changed
+    ]
 
 
 def _count(number: int, noun: str) -> str:

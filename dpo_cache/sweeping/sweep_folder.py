@@ -8,7 +8,8 @@ SWEEP/
   NAME/                   a run, as `dpo-cache train` makes it
 
 `sweep.json`: {"format": "dpo-cache sweep", "version": 1, "cache": ..., "shared": {option: value},
-"varied": {option: [values]}, "runs": [{"name": ..., "options": {option: value}}]}; `options` of a run are those that vary.
+"varied": {option: [values]}, "runs": [{"name": ..., "options": {option: value}}]}; `options` of a run are
+those that vary.
 """
 
 from __future__ import annotations
@@ -67,9 +68,18 @@ def plan_runs(output: Path, cache: str, grid: Grid, *, resume: bool) -> list[Run
     if before:
         _check_extends(output, before, grid)
     combinations = grid.combinations()
-    kept = {_key(grid, {**before["shared"], **run["options"]}): run["name"] for run in before["runs"]} if before else {}
-    names = [kept.get(_key(grid, combination), name) for combination, name in zip(combinations, run_names(combinations), strict=True)]
-    runs = [{"name": name, "options": combination} for name, combination in zip(names, combinations, strict=True)]
+    kept = (
+        {_key(grid, {**before["shared"], **run["options"]}): run["name"] for run in before["runs"]}
+        if before
+        else {}
+    )
+    names = [
+        kept.get(_key(grid, combination), name)
+        for combination, name in zip(combinations, run_names(combinations), strict=True)
+    ]
+    runs = [
+        {"name": name, "options": combination} for name, combination in zip(names, combinations, strict=True)
+    ]
     content = {**FORMAT, "cache": cache, "shared": grid.shared, "varied": grid.varied, "runs": runs}
     write_whole(output / "sweep.json", json.dumps(content, indent=2) + "\n")
     return [
@@ -80,7 +90,8 @@ def plan_runs(output: Path, cache: str, grid: Grid, *, resume: bool) -> list[Run
 
 @contextmanager
 def hold_folder(output: Path, log: Log) -> Iterator[int | None]:
-    """Keep other sweeps out of the folder while this one, or a run that it began, lives; gives the descriptor for the runs to inherit.
+    """Keep other sweeps out of the folder while this one, or a run that it began, lives; gives the descriptor
+    for the runs to inherit.
 
     None where the system or the file system has no locks. Raises `TrainingError`.
     """
@@ -91,7 +102,9 @@ def hold_folder(output: Path, log: Log) -> Iterator[int | None]:
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise TrainingError(f"cannot write {output}: {error.strerror or error}.\nChoose another --output.") from error
+        raise TrainingError(
+            f"cannot write {output}: {error.strerror or error}.\nChoose another --output."
+        ) from error
     try:
         yield descriptor if _lock(output, descriptor, log) else None
     finally:
@@ -118,7 +131,10 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(scratch, path)
     except OSError as error:
         scratch.unlink(missing_ok=True)
-        raise TrainingError(f"cannot write {path}: {error.strerror or error}.\nFree some space, then give the same command again.") from error
+        raise TrainingError(
+            f"cannot write {path}: {error.strerror or error}.\n"
+            "Free some space, then give the same command again."
+        ) from error
 
 
 def _lock(output: Path, descriptor: int, log: Log) -> bool:
@@ -128,10 +144,14 @@ def _lock(output: Path, descriptor: int, log: Log) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise TrainingError(
-            f"{output}: another sweep is at work here, or a run that one left behind when it was killed.\nWait for it, or choose another --output."
+            f"{output}: another sweep is at work here, or a run that one left behind when it was killed.\n"
+            "Wait for it, or choose another --output."
         ) from error
     except OSError as error:
-        log(f"{output} cannot be locked ({error.strerror or error}): see to it that no other sweep works there.")
+        log(
+            f"{output} cannot be locked ({error.strerror or error}): see to it that no other sweep works "
+            "there."
+        )
         return False
     return True
 
@@ -143,7 +163,10 @@ def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
         if resume:
             raise TrainingError(f"{output}: there is no sweep to resume.\nRun without --resume to start one.")
         if others := sorted(entry.name for entry in output.iterdir() if entry.name != LOCK):
-            raise TrainingError(f"{output}: not an empty folder, nor that of a sweep; it holds {', '.join(others[:5])}.\nChoose another --output.")
+            raise TrainingError(
+                f"{output}: not an empty folder, nor that of a sweep; it holds {', '.join(others[:5])}.\n"
+                "Choose another --output."
+            )
         return None
     try:
         plan = json.loads(path.read_text())
@@ -152,9 +175,14 @@ def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
         version, shared = plan["version"], plan["shared"]
         names = [(run["name"], dict(run["options"])) for run in plan["runs"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise TrainingError(f"{path}: not readable ({type(error).__name__}: {error}).\nChoose another --output.") from error
+        raise TrainingError(
+            f"{path}: not readable ({type(error).__name__}: {error}).\nChoose another --output."
+        ) from error
     if version != FORMAT["version"]:
-        raise TrainingError(f"{path}: made by a newer dpo-cache (version {version}, this one reads 1).\nChoose another --output.")
+        raise TrainingError(
+            f"{path}: made by a newer dpo-cache (version {version}, this one reads 1).\n"
+            "Choose another --output."
+        )
     if wrong := [name for name, _ in names if Path(name).name != name]:
         raise TrainingError(f"{path}: {wrong[0]!r} is no name of a folder.\nChoose another --output.")
     defaults = {entry.name: default_of(entry) for entry in swept_fields() if entry.name not in plan["varied"]}
@@ -167,13 +195,16 @@ def _check_extends(output: Path, before: dict[str, Any], grid: Grid) -> None:
     for name in (*before["varied"], *before["shared"]):
         old = before["varied"].get(name, [before["shared"].get(name)])
         new = json.loads(json.dumps(grid.values(name))) if name in grid.shared or name in grid.varied else []
-        if any(value not in new for value in old) and not (len(old) == len(new) == 1 and name in _free_to_change(grid)):
+        if any(value not in new for value in old) and not (
+            len(old) == len(new) == 1 and name in _free_to_change(grid)
+        ):
             shown = [", ".join(map(shown_value, values)) or "unknown" for values in (old, new)]
             changed.append(f"  {name}: {shown[0]} before, {shown[1]} now")
     if changed:
         raise TrainingError(
             f"{output}: this sweep was started otherwise:\n" + "\n".join(changed) + "\n"
-            "More values add runs, but those of before must be given, too. Give them, or choose another --output."
+            "More values add runs, but those of before must be given, too. Give them, or choose another "
+            "--output."
         )
 
 
@@ -181,7 +212,9 @@ def _free_to_change(grid: Grid) -> set[str]:
     """Options that a resumed run may be given otherwise."""
     from dpo_cache.training.output.run_folder import FREE_TO_CHANGE
 
-    return FREE_TO_CHANGE if grid.values("patience") == (None,) else FREE_TO_CHANGE - {"eval_every"}  # patience counts evaluations
+    return (
+        FREE_TO_CHANGE if grid.values("patience") == (None,) else FREE_TO_CHANGE - {"eval_every"}
+    )  # patience counts evaluations
 
 
 def _key(grid: Grid, options: dict[str, Any]) -> str:

@@ -19,7 +19,9 @@ CountTokens = Callable[[Sequence[Completion]], int]
 SHUFFLE_BLOCKS = 32  # blocks of 256 pairs that are shuffled among each other: 8,192 pairs in memory
 
 
-def stream_pairs(pair_set: PairSet, selected: np.ndarray, *, shuffle: bool, seed: int, epoch: int, skip: int = 0) -> Iterator[ScoredPair]:
+def stream_pairs(
+    pair_set: PairSet, selected: np.ndarray, *, shuffle: bool, seed: int, epoch: int, skip: int = 0
+) -> Iterator[ScoredPair]:
     """The selected pairs in the order of one epoch, without the first `skip`, which are not even read.
 
     The order depends on `seed`, `epoch`, the pair set and the selection alone. Shuffling permutes the
@@ -35,7 +37,9 @@ def stream_pairs(pair_set: PairSet, selected: np.ndarray, *, shuffle: bool, seed
     width = SHUFFLE_BLOCKS if shuffle else 1
     for start in range(0, len(blocks), width):
         window = blocks[start : start + width]
-        places = [(block, row) for block in window for row in range(sizes[block]) if selected[firsts[block] + row]]
+        places = [
+            (block, row) for block in window for row in range(sizes[block]) if selected[firsts[block] + row]
+        ]
         if shuffle:
             places = [places[index] for index in generator.permutation(len(places))]
         if skip >= len(places):
@@ -81,8 +85,11 @@ class Group:
     num_tokens: int
 
 
-def split_step(pairs: Sequence[ScoredPair], budget_tokens: int, count_tokens: CountTokens = count_forest_tokens) -> list[Group]:
-    """The pairs of a step in groups of at most `budget_tokens` tokens, as `count_tokens` counts them; a pair is never split.
+def split_step(
+    pairs: Sequence[ScoredPair], budget_tokens: int, count_tokens: CountTokens = count_forest_tokens
+) -> list[Group]:
+    """The pairs of a step in groups of at most `budget_tokens` tokens, as `count_tokens` counts them; a pair
+    is never split.
 
     Pairs with similar prompts stand together, so that what they share is run once. A pair that is longer
     than the budget makes a group of its own.
@@ -105,5 +112,7 @@ def completions_of(pairs: Sequence[ScoredPair]) -> list[Completion]:
 
 
 def _lot(prompt_ids: np.ndarray, seed: int) -> float:
-    digest = hashlib.blake2b(prompt_ids.astype("<u4").tobytes(), digest_size=8, key=str(seed).encode()).digest()
+    digest = hashlib.blake2b(
+        prompt_ids.astype("<u4").tobytes(), digest_size=8, key=str(seed).encode()
+    ).digest()
     return int.from_bytes(digest, "little") / 2**64

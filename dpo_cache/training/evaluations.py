@@ -15,7 +15,11 @@ from dpo_cache.training.inputs import TrainingPairs
 from dpo_cache.training.passes import Passes
 
 # Option --best -> the metric, and whether more of it is better.
-MEASURES = {"loss": ("eval/loss", False), "accuracy": ("eval/rewards/accuracies", True), "margin": ("eval/rewards/margins", True)}
+MEASURES = {
+    "loss": ("eval/loss", False),
+    "accuracy": ("eval/rewards/accuracies", True),
+    "margin": ("eval/rewards/margins", True),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def schedule_of(flag: str, value: str | None, steps_per_epoch: int) -> Schedule:
 
 
 def evaluate(passes: Passes, data: TrainingPairs, *, at_once: int, step: int) -> Metrics:
-    """Means over the evaluation pairs under the policy as it is after a step, against the cached reference; `at_once` pairs at a time.
+    """Means over the evaluation pairs under the policy as it is after a step, against the cached reference;
+    `at_once` pairs at a time.
 
     Raises `TrainingError` naming the rows whose loss is not finite, and where step zero is wrong.
     """
@@ -62,7 +67,8 @@ def evaluate(passes: Passes, data: TrainingPairs, *, at_once: int, step: int) ->
         if not math.isfinite(values.means()["loss"]):
             rows = ", ".join(map(str, passes.rows_with_nonfinite_loss(pairs)[:8]))
             raise TrainingError(
-                f"the evaluation after step {step} gives a loss that is not finite, by row {rows} of the data.\nNo model was saved. Lower --lr."
+                f"the evaluation after step {step} gives a loss that is not finite, by row {rows} of the "
+                "data.\nNo model was saved. Lower --lr."
             )
         metrics.merge(values)
         if passes.step_zero is not None:

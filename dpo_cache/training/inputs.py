@@ -61,7 +61,9 @@ class TrainedModel:
     tokenizer: PreTrainedTokenizerBase
     attention: AttentionChoice
     precision: str
-    is_reference: bool  # it starts as the very model that scored the pairs; never known of an imported reference
+    is_reference: (
+        bool  # it starts as the very model that scored the pairs; never known of an imported reference
+    )
     differing: tuple[str, ...] = ()  # fields of their identities, where it starts as another model
     adapted: PeftModel | None = None  # saves, switches off and merges the adapter inside the model
     remarks: tuple[str, ...] = ()  # other differences between it and what the pairs were made with
@@ -70,12 +72,15 @@ class TrainedModel:
 
 
 def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
-    """The pair sets that the options name, all scored by one reference, and held: what becomes of them in the cache changes nothing here.
+    """The pair sets that the options name, all scored by one reference, and held: what becomes of them in the
+    cache changes nothing here.
 
     Raises `CacheError` or `TrainingError`.
     """
     eval_pairs = cache.pairs(options.eval_pairs) if options.eval_pairs else None
-    pairs = cache.choose_pairs(options.pairs, "to train on", besides=None if eval_pairs is None else eval_pairs.name)
+    pairs = cache.choose_pairs(
+        options.pairs, "to train on", besides=None if eval_pairs is None else eval_pairs.name
+    )
     check_details(pairs.manifest, f"{cache}/pairs/{pairs.name}/manifest.json")
     pairs.keep_open()
     _check_token_logps(options, pairs)
@@ -90,33 +95,53 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
         eval_selected = np.ones(len(eval_pairs), bool)
         if eval_pairs.reference_id != reference_id:
             raise TrainingError(
-                f"{eval_pairs.name} was scored by reference {eval_pairs.reference_id[:12]}, {pairs.name} by {reference_id[:12]}.\n"
+                f"{eval_pairs.name} was scored by reference {eval_pairs.reference_id[:12]}, {pairs.name} "
+                f"by {reference_id[:12]}.\n"
                 "Run `dpo-cache precompute` on the evaluation data with the same model, dtype and cache."
             )
     elif options.eval_fraction:
         eval_pairs, eval_selected = pairs, held_out(pairs, options.eval_fraction, options.seed)
         selected = ~eval_selected
         if not selected.any() or not eval_selected.any():
-            raise TrainingError(f"--eval-fraction {options.eval_fraction} leaves one side without pairs (of {len(pairs)}).\nTry another fraction.")
+            raise TrainingError(
+                f"--eval-fraction {options.eval_fraction} leaves one side without pairs (of "
+                f"{len(pairs)}).\nTry another fraction."
+            )
     return TrainingPairs(pairs, selected, eval_pairs, eval_selected, cache.read_reference(reference_id))
 
 
-def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device, checkpoint: Path | None) -> TrainedModel:
-    """The policy with its weights at the start, or at the checkpoint. Raises `ModelError`, `TrainingError` or `OptionError`."""
+def open_policy(
+    options: TrainOptions, data: TrainingPairs, device: torch.device, checkpoint: Path | None
+) -> TrainedModel:
+    """The policy with its weights at the start, or at the checkpoint. Raises `ModelError`, `TrainingError` or
+    `OptionError`.
+    """
     made_with, identity = data.pairs.manifest["tokenization"], data.reference["identity"]
     location, revision = _start_of(options, data)
-    if checkpoint is None and options.model is None and os.path.isabs(location) and not os.path.isdir(location):
-        raise ModelError(f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with --model.")
-    # a checkpoint holds all that is needed, but for an adapter's base: where a whole policy started from may be gone
+    if (
+        checkpoint is None
+        and options.model is None
+        and os.path.isabs(location)
+        and not os.path.isdir(location)
+    ):
+        raise ModelError(
+            f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with --model."
+        )
+    # a checkpoint holds all that is needed, but for an adapter's base: where a whole policy started from may
+    # be gone
     parts = locate_checkpoint(str(checkpoint)) if checkpoint else locate_checkpoint(location, revision)
     is_adapted = _check_adapter(options, parts, location, is_resumed=checkpoint is not None)
     places = [str(checkpoint)] if checkpoint else [made_with["tokenizer"], location, parts.base]
     tokenizer = _load_tokenizer(places, made_with, options.trust_remote_code)
     precision = _choose_precision(options.precision, device)
     is_imported = "imported" in identity  # it has no weights to compare with: step zero tells
-    differing = [] if checkpoint or is_imported else _compare(identity, _identity_of(location, revision, options))
+    differing = (
+        [] if checkpoint or is_imported else _compare(identity, _identity_of(location, revision, options))
+    )
     base = _identity_of(parts.base, parts.base_revision, options) if is_adapted else None
-    dtype = torch.bfloat16 if precision == "bf16" or (precision == "bf16-mixed" and is_adapted) else torch.float32
+    dtype = (
+        torch.bfloat16 if precision == "bf16" or (precision == "bf16-mixed" and is_adapted) else torch.float32
+    )
     model = load_base(
         parts,
         dtype=dtype,
@@ -137,8 +162,13 @@ def open_policy(options: TrainOptions, data: TrainingPairs, device: torch.device
         is_reference=checkpoint is None and not is_imported and not differing,
         differing=tuple(differing),
         adapted=adapted,
-        remarks=() if checkpoint else (*_template_remarks(options, made_with), *_start_remarks(adapted, parts)),
-        base_is_reference=base is not None and not is_imported and not _compare(identity, base) and can_be_switched_off(adapted),
+        remarks=()
+        if checkpoint
+        else (*_template_remarks(options, made_with), *_start_remarks(adapted, parts)),
+        base_is_reference=base is not None
+        and not is_imported
+        and not _compare(identity, base)
+        and can_be_switched_off(adapted),
         base_weights=None if base is None else base["weights"],
     )
 
@@ -150,22 +180,36 @@ def _start_of(options: TrainOptions, data: TrainingPairs) -> tuple[str, str | No
         return options.model, None
     if source["model"] is None:
         imported = data.reference["identity"]["imported"]
-        raise ModelError(f"the reference {imported!r} was imported without a checkpoint.\nSay where the policy starts from with --model.")
+        raise ModelError(
+            f"the reference {imported!r} was imported without a checkpoint.\n"
+            "Say where the policy starts from with --model."
+        )
     return source["model"], source.get("revision")
 
 
-def _check_adapter(options: TrainOptions, parts: CheckpointLocation, location: str, *, is_resumed: bool) -> bool:
-    """Whether an adapter is trained. Raises `TrainingError` for options that need one, or that would put one on another."""
+def _check_adapter(
+    options: TrainOptions, parts: CheckpointLocation, location: str, *, is_resumed: bool
+) -> bool:
+    """Whether an adapter is trained. Raises `TrainingError` for options that need one, or that would put one
+    on another.
+    """
     is_new = options.lora_r is not None or options.peft_config is not None
     is_own = parts.adapter is not None
     if is_new and is_own and not is_resumed:
         raise TrainingError(
             f"{location} is an adapter already, which would be trained on.\n"
-            "Leave --lora-r and --peft-config out, or merge it into its base first (peft: `merge_and_unload`)."
+            "Leave --lora-r and --peft-config out, or merge it into its base first (peft: "
+            "`merge_and_unload`)."
         )
-    for flag, is_given in (("--merge-adapter", options.merge_adapter), (f"--quantize {options.quantize}", options.quantize != "none")):
+    for flag, is_given in (
+        ("--merge-adapter", options.merge_adapter),
+        (f"--quantize {options.quantize}", options.quantize != "none"),
+    ):
         if is_given and not (is_new or is_own):
-            raise TrainingError(f"{flag} needs an adapter, and all weights of {location} would be trained.\nAdd --lora-r 16, for example.")
+            raise TrainingError(
+                f"{flag} needs an adapter, and all weights of {location} would be trained.\n"
+                "Add --lora-r 16, for example."
+            )
     return is_new or is_own
 
 
@@ -182,23 +226,33 @@ def _adapt(options: TrainOptions, model: PreTrainedModel, parts: CheckpointLocat
 
 
 def _template_remarks(options: TrainOptions, made_with: Document) -> list[str]:
-    """Whether the model that was named has another chat template than the one that the pairs were made with."""
+    """Whether the model that was named has another chat template than the one that the pairs were made
+    with.
+    """
     if options.model is None or made_with["tokenizer"] is None:
         return []
     try:
-        own = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code).chat_template
+        own = AutoTokenizer.from_pretrained(
+            options.model, trust_remote_code=options.trust_remote_code
+        ).chat_template
     except (OSError, ValueError):
         return []
     if own is None or own == made_with["chat_template"]:
         return []
-    return [f"template (the chat template of {options.model} is another than the one that the pairs were made with)"]
+    return [
+        f"template (the chat template of {options.model} is another than the one that the pairs were made "
+        "with)"
+    ]
 
 
 def _start_remarks(adapted: PeftModel | None, parts: CheckpointLocation) -> list[str]:
     """Whether a fresh adapter is of a kind that may change the model from the start."""
     if adapted is None or parts.adapter is not None or is_identity_at_init(adapted):
         return []
-    return ["adapter (a fresh adapter of its kind need not start at nothing: see the initial values in its config)"]
+    return [
+        "adapter (a fresh adapter of its kind need not start at nothing: see the initial values in its "
+        "config)"
+    ]
 
 
 def _identity_of(location: str, revision: str | None, options: TrainOptions) -> Document:
@@ -212,16 +266,23 @@ def _compare(reference: Document, policy: Document) -> list[str]:
 
 
 def _check_token_logps(options: TrainOptions, pairs: PairSet) -> None:
-    """Raise `TrainingError` where a loss needs the reference's log-prob of each token, and an import brought sums alone."""
+    """Raise `TrainingError` where a loss needs the reference's log-prob of each token, and an import brought
+    sums alone.
+    """
     if options.ld_alpha is not None and options.ld_reference and not pairs.has_token_logps:
         raise TrainingError(
-            f"{pairs.name} holds sums of log-probs alone, and --ld-alpha weights the reference's tokens, too.\n"
+            f"{pairs.name} holds sums of log-probs alone, and --ld-alpha weights the reference's tokens, "
+            "too.\n"
             "Use --no-ld-reference, or score the pairs with `dpo-cache precompute`."
         )
 
 
-def _load_tokenizer(locations: list[str | None], made_with: Document, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer that made the ids, with its template, to be saved beside the model; of imported ids, the policy's own."""
+def _load_tokenizer(
+    locations: list[str | None], made_with: Document, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that made the ids, with its template, to be saved beside the model; of imported ids, the
+    policy's own.
+    """
     known = [location for location in locations if location is not None]
     for location in known:
         try:
@@ -231,7 +292,10 @@ def _load_tokenizer(locations: list[str | None], made_with: Document, trust_remo
         if made_with["tokenizer"] is not None:
             tokenizer.chat_template = made_with["chat_template"]
         return tokenizer
-    raise ModelError(f"no tokenizer in {' or '.join(known)}; the trained model would be saved without one.\nPut its files there.")
+    raise ModelError(
+        f"no tokenizer in {' or '.join(known)}; the trained model would be saved without one.\n"
+        "Put its files there."
+    )
 
 
 def _choose_precision(name: str, device: torch.device) -> str:

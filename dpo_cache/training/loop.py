@@ -24,7 +24,15 @@ from dpo_cache.training.output.checkpoint import find_checkpoints, save_checkpoi
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.output.model_card import library_versions, model_card
 from dpo_cache.training.output.report import Clock, TrainReport
-from dpo_cache.training.output.run_folder import check_config, check_output, discard, drop_best, save_best, save_model, write_config
+from dpo_cache.training.output.run_folder import (
+    check_config,
+    check_output,
+    discard,
+    drop_best,
+    save_best,
+    save_model,
+    write_config,
+)
 from dpo_cache.training.output.samples import open_sampler
 from dpo_cache.training.output.trackers import open_trackers
 from dpo_cache.training.passes import Passes
@@ -49,17 +57,27 @@ def train(
 ) -> TrainReport:
     """Fine-tune a policy on a pair set of the cache, against the reference log-probs stored there.
 
-    Keyword arguments are the fields of `TrainOptions`; those not given come from the file `config`, if that is. Callbacks:
+    Keyword arguments are the fields of `TrainOptions`; those not given come from the file `config`, if that
+    is. Callbacks:
 
-    - `on_metrics` gets each line of metrics.jsonl once it is written, with `total_steps` and `left_s` (seconds, or None) added;
+    - `on_metrics` gets each line of metrics.jsonl once it is written, with `total_steps` and `left_s`
+      (seconds, or None) added;
     - `on_checkpoint` the folder of each checkpoint once it is published;
     - `log` each remark (default: the package's logger);
     - `should_stop` is asked after every step, and when it says yes the state is saved, to be resumed.
 
-    What a callback raises ends the run and is passed on; what was saved stays. Raises `DpoCacheError`. The model lies in
+    What a callback raises ends the run and is passed on; what was saved stays. Raises `DpoCacheError`. The
+    model lies in
     `output/model`, the metrics in `output/metrics.jsonl`. With `dry_run` nothing is written.
     """
-    given = {**options, **{name: os.fspath(value) for name, value in (("cache", cache), ("output", output)) if value is not None}}
+    given = {
+        **options,
+        **{
+            name: os.fspath(value)
+            for name, value in (("cache", cache), ("output", output))
+            if value is not None
+        },
+    }
     chosen = TrainOptions(**with_config(given))
     nothing: Callable[[Any], None] = lambda _: None  # noqa: E731
     started = time.perf_counter()
@@ -73,19 +91,39 @@ class _Run:
     """One training run: what changes while it goes on."""
 
     def __init__(self, setup: Setup, on_metrics: OnMetrics, on_checkpoint: OnCheckpoint, started: float):
-        self.setup, self.options, self.data, self.policy, self.log = setup, setup.options, setup.data, setup.policy, setup.log
+        self.setup, self.options, self.data, self.policy, self.log = (
+            setup,
+            setup.options,
+            setup.data,
+            setup.policy,
+            setup.log,
+        )
         self.on_metrics, self.on_checkpoint, self.started = on_metrics, on_checkpoint, started
         self.progress, self.output = setup.progress, setup.output
         self.best = Best(**(setup.progress.best or {"measure": setup.options.best}))
         objective = setup.objective
-        self.passes = Passes(setup.policy, objective, setup.step_memory, self._step_zero(), setup.log, setup.in_backward)
-        self.signs = RunWarnings(setup.log, is_logistic=objective.is_logistic, has_reference=objective.has_reference, prefers=objective.prefers)
+        self.passes = Passes(
+            setup.policy, objective, setup.step_memory, self._step_zero(), setup.log, setup.in_backward
+        )
+        self.signs = RunWarnings(
+            setup.log,
+            is_logistic=objective.is_logistic,
+            has_reference=objective.has_reference,
+            prefers=objective.prefers,
+        )
         self.clock = Clock()
         self.step_zero_gap: float | None = None
         self.has_updated = False
         self.newest: list[ScoredPair] = []  # a pair of the last step
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
-        self.sampler = open_sampler(setup.options.sample, setup.data, setup.policy, output=self.output, seed=setup.options.seed, log=setup.log)
+        self.sampler = open_sampler(
+            setup.options.sample,
+            setup.data,
+            setup.policy,
+            output=self.output,
+            seed=setup.options.seed,
+            log=setup.log,
+        )
 
     # -- the main path ---------------------------------------------------------------------------------
 
@@ -109,7 +147,10 @@ class _Run:
             raise
 
     def _run_steps(self, should_stop: Callable[[], bool]) -> TrainReport:
-        first, before = self.metrics_file.first("loss"), self.metrics_file.first("eval/loss")  # of the part before a resumption
+        first, before = (
+            self.metrics_file.first("loss"),
+            self.metrics_file.first("eval/loss"),
+        )  # of the part before a resumption
         last = None
         if self.setup.checkpoint is None:
             before = self._evaluate()
@@ -140,13 +181,18 @@ class _Run:
         self.setup.check_disk()
         self.setup.remark()
         pairs = longest_pairs(self.data.pairs, self.data.selected, self.options.batch_size)
-        for number in (1, 2):  # the optimizer's state is there from the first update on, and so beside activations in the second
+        for number in (
+            1,
+            2,
+        ):  # the optimizer's state is there from the first update on, and so beside activations in the second
             self.progress = replace(self.progress, step=number)
             step = self._update(pairs)
         self.on_metrics({**step, "total_steps": self.setup.total_steps, "left_s": None})
         return self._report(step, step, None, None, finished=False)
 
-    def _finish(self, first: Metrics | None, last: Metrics | None, before: Metrics | None, after: Metrics | None) -> TrainReport:
+    def _finish(
+        self, first: Metrics | None, last: Metrics | None, before: Metrics | None, after: Metrics | None
+    ) -> TrainReport:
         """Save the model: the last one or, with --patience, the best."""
         self._check_weights("no model")
         if self.data.eval_pairs is None:  # else the last evaluation has told
@@ -158,7 +204,9 @@ class _Run:
         if takes_best:
             after = self.metrics_file.last("eval/loss", step=self.best.step)
         card = self._card(self.best.step if takes_best and self.best.step else self.progress.step, after)
-        save_model(self.output, self.policy, card, takes_best=takes_best, is_merged=self.options.merge_adapter)
+        save_model(
+            self.output, self.policy, card, takes_best=takes_best, is_merged=self.options.merge_adapter
+        )
         if takes_best or not is_best_elsewhere:
             drop_best(self.output)  # it is the one in model/
         return self._report(first, last, before, after, finished=True)
@@ -180,7 +228,9 @@ class _Run:
         self.setup.remark()
 
     def _steps(self) -> Iterator[list[ScoredPair]]:
-        """The pairs of each step that is left, epoch after epoch; the last step of an epoch may be smaller."""
+        """The pairs of each step that is left, epoch after epoch; the last step of an epoch may be
+        smaller.
+        """
         options = self.options
         while self.progress.step < self.setup.total_steps:
             stream = stream_pairs(
@@ -191,8 +241,14 @@ class _Run:
                 epoch=self.progress.epoch,
                 skip=self.progress.pairs_seen,
             )
-            while self.progress.step < self.setup.total_steps and (pairs := list(islice(stream, options.batch_size))):
-                self.progress = replace(self.progress, step=self.progress.step + 1, pairs_seen=self.progress.pairs_seen + len(pairs))
+            while self.progress.step < self.setup.total_steps and (
+                pairs := list(islice(stream, options.batch_size))
+            ):
+                self.progress = replace(
+                    self.progress,
+                    step=self.progress.step + 1,
+                    pairs_seen=self.progress.pairs_seen + len(pairs),
+                )
                 yield pairs
             if self.progress.step < self.setup.total_steps:
                 self.progress = replace(self.progress, epoch=self.progress.epoch + 1, pairs_seen=0)
@@ -218,7 +274,10 @@ class _Run:
             has_changed, grad_norm = in_backward.has_begun, float(in_backward.end_step())
         else:
             largest = self.options.max_grad_norm or math.inf
-            has_changed, grad_norm = False, float(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), largest))
+            has_changed, grad_norm = (
+                False,
+                float(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), largest)),
+            )
         means = metrics.means()
         if not math.isfinite(means["loss"]) or not math.isfinite(grad_norm):
             raise self._not_finite(pairs, means["loss"], grad_norm, has_changed=has_changed)
@@ -237,22 +296,33 @@ class _Run:
             "peak_bytes": peak_bytes(self.setup.device),
         }
 
-    def _not_finite(self, pairs: list[ScoredPair], loss: float, grad_norm: float, *, has_changed: bool) -> TrainingError:
-        """The error that names the rows whose loss is not finite, or, where only the gradient is not, all of the step."""
+    def _not_finite(
+        self, pairs: list[ScoredPair], loss: float, grad_norm: float, *, has_changed: bool
+    ) -> TrainingError:
+        """The error that names the rows whose loss is not finite, or, where only the gradient is not, all of
+        the step.
+        """
         spoiled = [] if has_changed else self.passes.rows_with_nonfinite_loss(pairs)
         rows = spoiled or [scored.pair.row for scored in pairs]
         shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
         which = f"row {shown} of the data made it" if spoiled else f"rows of the data in this step: {shown}"
         saved = find_checkpoints(self.output)
         kept = f" {saved[-1]} holds an earlier state." if saved else ""
-        weights = "were updated with it (--free-gradients): the last checkpoint is what counts" if has_changed else "were not updated"
+        weights = (
+            "were updated with it (--free-gradients): the last checkpoint is what counts"
+            if has_changed
+            else "were not updated"
+        )
         return TrainingError(
-            f"step {self.progress.step}: loss {loss}, gradient norm {grad_norm}; {which}. The weights {weights}.{kept}\n"
+            f"step {self.progress.step}: loss {loss}, gradient norm {grad_norm}; {which}. The weights "
+            f"{weights}.{kept}\n"
             + ("Lower --lr." if self.policy.precision == "fp32" else "Lower --lr, or use --precision fp32.")
         )
 
     def _evaluate(self) -> Metrics | None:
-        """Means over the evaluation pairs under the policy as it is, written down; None where there are none."""
+        """Means over the evaluation pairs under the policy as it is, written down; None where there are
+        none.
+        """
         if self.data.eval_pairs is None:
             return None
         started = time.perf_counter()
@@ -261,7 +331,9 @@ class _Run:
         if self.sampler:
             self.sampler.write(self.progress.step)
         self.clock.note_evaluation(time.perf_counter() - started)
-        return self._record({"step": self.progress.step, **{f"eval/{name}": value for name, value in means.items()}})
+        return self._record(
+            {"step": self.progress.step, **{f"eval/{name}": value for name, value in means.items()}}
+        )
 
     # -- step zero -------------------------------------------------------------------------------------
 
@@ -273,10 +345,17 @@ class _Run:
 
     def _check_base(self, pairs: list[ScoredPair]) -> None:
         """With its adapter switched off, a policy that was trained before is still the reference."""
-        if self.has_updated or not self.policy.base_is_reference or self.policy.is_reference or self.options.step_zero == "off":
+        if (
+            self.has_updated
+            or not self.policy.base_is_reference
+            or self.policy.is_reference
+            or self.options.step_zero == "off"
+        ):
             return
         known = expectation_of(self.policy, self.data, self.options)
-        expectation = replace(known, is_reference=True, differing=(), what="the policy with its adapter switched off")
+        expectation = replace(
+            known, is_reference=True, differing=(), what="the policy with its adapter switched off"
+        )
         self.log(self.passes.check_base(pairs, StepZero(expectation, self.options.step_zero)))
 
     def _end_step_zero(self) -> None:
@@ -292,7 +371,9 @@ class _Run:
         self._check_weights("no checkpoint")
         self.metrics_file.fsync()
         progress = replace(self.progress, step_memory=self.setup.step_memory.state(), best=self.best.state())
-        self.on_checkpoint(save_checkpoint(self.output, self.policy, self.setup.optimizer, progress, keep=self.options.keep))
+        self.on_checkpoint(
+            save_checkpoint(self.output, self.policy, self.setup.optimizer, progress, keep=self.options.keep)
+        )
 
     def _keep_best(self, evaluation: Metrics | None) -> None:
         """Keep the policy of the best evaluation so far, unless it will be the one in model/ anyway."""
@@ -305,16 +386,28 @@ class _Run:
     def _check_weights(self, what: str) -> None:
         """Raise `TrainingError` before weights that are not finite take the place of good ones."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.policy.model.parameters()):
-            raise TrainingError(f"step {self.progress.step}: the update left weights that are not finite; {what} was saved.\nLower --lr.")
+            raise TrainingError(
+                f"step {self.progress.step}: the update left weights that are not finite; {what} was "
+                "saved.\nLower --lr."
+            )
 
     def _check_values(self) -> None:
-        """Raise `TrainingError` before a model is saved whose weights are finite, but not what it gives for a pair of the last step."""
+        """Raise `TrainingError` before a model is saved whose weights are finite, but not what it gives for a
+        pair of the last step.
+        """
         if self.newest and self.passes.rows_with_nonfinite_loss(self.newest):
             row = self.newest[0].pair.row
-            raise TrainingError(f"step {self.progress.step}: after the update the loss of row {row} is not finite; no model was saved.\nLower --lr.")
+            raise TrainingError(
+                f"step {self.progress.step}: after the update the loss of row {row} is not finite; no "
+                "model was saved.\nLower --lr."
+            )
 
     def _is_out_of_patience(self) -> bool:
-        return self.options.patience is not None and self.best.num_worse >= self.options.patience and self.progress.step < self.setup.total_steps
+        return (
+            self.options.patience is not None
+            and self.best.num_worse >= self.options.patience
+            and self.progress.step < self.setup.total_steps
+        )
 
     # -- reporting -------------------------------------------------------------------------------------
 
@@ -322,7 +415,11 @@ class _Run:
         self.metrics_file.append(metrics)
         self.trackers.log(metrics)
         step = self.progress.step
-        num_evaluations = self.setup.evaluates.count(step + 1, self.setup.total_steps) if self.data.eval_pairs is not None else 0
+        num_evaluations = (
+            self.setup.evaluates.count(step + 1, self.setup.total_steps)
+            if self.data.eval_pairs is not None
+            else 0
+        )
         left_s = self.clock.left_s(self.setup.total_steps - step, num_evaluations)
         self.on_metrics({**metrics, "total_steps": self.setup.total_steps, "left_s": left_s})
         return metrics
@@ -342,7 +439,15 @@ class _Run:
             versions=library_versions(config),
         )
 
-    def _report(self, first: Metrics | None, last: Metrics | None, before: Metrics | None, after: Metrics | None, *, finished: bool) -> TrainReport:
+    def _report(
+        self,
+        first: Metrics | None,
+        last: Metrics | None,
+        before: Metrics | None,
+        after: Metrics | None,
+        *,
+        finished: bool,
+    ) -> TrainReport:
         has_best = (self.output / "best").exists() and not self.options.dry_run
         return TrainReport(
             output=str(self.output),

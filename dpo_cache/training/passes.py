@@ -31,7 +31,8 @@ Part = tuple[Sequence[ScoredPair], CompletionLogps]
 class Passes:
     """Forward and backward passes of a policy; `step_zero` looks on until it is set to None.
 
-    With `in_backward`, the last backward pass of a step updates the weights; where a step's loss is not finite, none does.
+    With `in_backward`, the last backward pass of a step updates the weights; where a step's loss is not
+    finite, none does.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class Passes:
         self._logged: set[str] = set()
 
     def gradient(self, pairs: list[ScoredPair]) -> tuple[PairMetrics, int]:
-        """Add the gradient of the step's mean loss to the parameters', which have none before; its metrics, and the tokens run.
+        """Add the gradient of the step's mean loss to the parameters', which have none before; its metrics,
+        and the tokens run.
 
         However the step is split into forests, and even a pair into its answers, the gradient is the same.
         """
@@ -61,7 +63,9 @@ class Passes:
 
     @torch.no_grad()
     def check_base(self, pairs: list[ScoredPair], step_zero: StepZero) -> str:
-        """Compare the policy, its adapter switched off, with the cache; what `StepZero.conclude` says of it."""
+        """Compare the policy, its adapter switched off, with the cache; what `StepZero.conclude` says of
+        it.
+        """
         assert self._policy.adapted is not None
         own, self.step_zero = self.step_zero, step_zero
         with self._policy.adapted.disable_adapter():
@@ -71,7 +75,9 @@ class Passes:
 
     def rows_with_nonfinite_loss(self, pairs: list[ScoredPair]) -> list[int]:
         """Rows of the pairs whose own loss is not finite."""
-        return [scored.pair.row for scored in pairs if not math.isfinite(self.values([scored]).means()["loss"])]
+        return [
+            scored.pair.row for scored in pairs if not math.isfinite(self.values([scored]).means()["loss"])
+        ]
 
     def _until_it_fits(self, run: Callable[[], Result]) -> Result:
         """What `run` gives, begun anew with less at once where memory runs out."""
@@ -80,10 +86,16 @@ class Passes:
             try:
                 return run()
             except RuntimeError as error:
-                if self._freed and self._freed.has_begun and is_out_of_memory(error, self._policy.model.device):
+                if (
+                    self._freed
+                    and self._freed.has_begun
+                    and is_out_of_memory(error, self._policy.model.device)
+                ):
                     raise TrainingError(
-                        f"{first_line(error)} while weights were being updated (--free-gradients): this step cannot be taken again.\n"
-                        "Go on from the last checkpoint with --resume and a smaller --micro-tokens or --gradient-checkpointing full."
+                        f"{first_line(error)} while weights were being updated (--free-gradients): this "
+                        "step cannot be taken again.\n"
+                        "Go on from the last checkpoint with --resume and a smaller --micro-tokens or "
+                        "--gradient-checkpointing full."
                     ) from error
                 self.step_memory.save_more(error)
             self.step_zero = step_zero  # what was noted of a part of the step would be noted twice
@@ -91,7 +103,9 @@ class Passes:
 
     def _gradient(self, pairs: list[ScoredPair]) -> tuple[PairMetrics, int]:
         metrics, length = PairMetrics(), mean_chosen_tokens(pairs)
-        groups = sorted(self._split(pairs), key=lambda group: group.num_tokens, reverse=True)  # smaller ones fit where larger ones were
+        groups = sorted(
+            self._split(pairs), key=lambda group: group.num_tokens, reverse=True
+        )  # smaller ones fit where larger ones were
         together = [groups] if self.objective.needs_whole_step else [[group] for group in groups]
         for place, those in enumerate(together):
             is_last = place == len(together) - 1
@@ -104,29 +118,49 @@ class Passes:
 
     def _values(self, pairs: list[ScoredPair]) -> PairMetrics:
         metrics = PairMetrics()
-        self._losses([(group.pairs, self._checked_logps(group)) for group in self._split(pairs)], mean_chosen_tokens(pairs), metrics)
+        self._losses(
+            [(group.pairs, self._checked_logps(group)) for group in self._split(pairs)],
+            mean_chosen_tokens(pairs),
+            metrics,
+        )
         return metrics
 
-    def _backward_twice(self, groups: Sequence[Group], num_pairs: int, mean_chosen_tokens: float, metrics: PairMetrics, is_last: bool) -> None:
+    def _backward_twice(
+        self,
+        groups: Sequence[Group],
+        num_pairs: int,
+        mean_chosen_tokens: float,
+        metrics: PairMetrics,
+        is_last: bool,
+    ) -> None:
         """The gradient of losses of several forests that one forest's log-probs do not give.
 
-        Each forest is run twice: without gradients, until the losses and their gradients by each token's log-prob
-        are known, and again to carry those into the model.
+        Each forest is run twice: without gradients, until the losses and their gradients by each token's
+        log-prob are known, and again to carry those into the model.
         """
         if self.objective.needs_whole_step:
-            self._log_once("this loss looks at a step's pairs together: steps that need several forests (--micro-tokens) run each of them twice.")
+            self._log_once(
+                "this loss looks at a step's pairs together: steps that need several forests "
+                "(--micro-tokens) run each of them twice."
+            )
         pieces = [piece for group in groups for piece in self._pieces(group)]
         with torch.no_grad():
             found = [self._run(piece) for piece in pieces]
         leaves = [logps.detach() for logps in found]
         rest = iter(leaves)
-        parts = [(group.pairs, self._checked(group, [next(rest) for _ in self._pieces(group)])) for group in groups]
+        parts = [
+            (group.pairs, self._checked(group, [next(rest) for _ in self._pieces(group)])) for group in groups
+        ]
         (self._losses(parts, mean_chosen_tokens, metrics).sum() / num_pairs).backward()
         for place, (piece, leaf) in enumerate(zip(pieces, leaves, strict=True)):
-            self._backward(partial(self._run(piece).backward, leaf), metrics, is_last and place == len(pieces) - 1)
+            self._backward(
+                partial(self._run(piece).backward, leaf), metrics, is_last and place == len(pieces) - 1
+            )
 
     def _backward(self, run: Callable[[], None], metrics: PairMetrics, is_last: bool) -> None:
-        """A backward pass; the last of a step updates the weights, where that is asked for and the step's loss is finite."""
+        """A backward pass; the last of a step updates the weights, where that is asked for and the step's
+        loss is finite.
+        """
         release_free_bytes(self._policy.model.device)
         if not (is_last and self._freed):
             run()
@@ -148,8 +182,12 @@ class Passes:
         logps = join_logps(found)
         if self.step_zero is not None and not self.step_zero.has_enough:
             tokens = logps.tokens_T.detach().float().cpu().split(logps.lengths)
-            scores = [scored.ref_chosen for scored in group.pairs] + [scored.ref_rejected for scored in group.pairs]
-            self.step_zero.check([values.numpy() for values in tokens], scores, [scored.pair.row for scored in group.pairs] * 2)
+            scores = [scored.ref_chosen for scored in group.pairs] + [
+                scored.ref_rejected for scored in group.pairs
+            ]
+            self.step_zero.check(
+                [values.numpy() for values in tokens], scores, [scored.pair.row for scored in group.pairs] * 2
+            )
         return logps
 
     def _run(self, completions: Sequence[Completion]) -> CompletionLogps:
@@ -167,12 +205,15 @@ class Passes:
         return split_step(pairs, self.step_memory.micro_tokens, self._count_tokens)
 
     def _pieces(self, group: Group) -> list[list[Completion]]:
-        """What is run at once: the group's completions, or, of a single pair that is too long for the budget, each answer alone."""
+        """What is run at once: the group's completions, or, of a single pair that is too long for the budget,
+        each answer alone.
+        """
         completions = completions_of(group.pairs)
         if group.num_tokens <= self.step_memory.pair_tokens or len(group.pairs) > 1:
             return [completions]
         self._log_once(
-            f"pairs of more than {self.step_memory.pair_tokens:,} tokens do not fit at once (--micro-tokens): they are run one answer at a time, "
+            f"pairs of more than {self.step_memory.pair_tokens:,} tokens do not fit at once "
+            "(--micro-tokens): they are run one answer at a time, "
             "and twice, with the same gradient."
         )
         return [[completion] for completion in completions]

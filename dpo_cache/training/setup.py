@@ -46,7 +46,9 @@ class Setup:
     objective: Objective
     step_memory: StepMemory
     optimizer: Updater
-    in_backward: OptimizerInBackward | None  # where --free-gradients updates the weights inside the backward pass
+    in_backward: (
+        OptimizerInBackward | None
+    )  # where --free-gradients updates the weights inside the backward pass
     total_steps: int
     evaluates: Schedule
     saves: Schedule
@@ -63,13 +65,28 @@ class Setup:
     def lr(self, step: int) -> float:
         """The learning rate of an update, numbered from 0."""
         options = self.options
-        return learning_rate(step, self.total_steps, peak=options.lr, schedule=options.lr_schedule, warmup_ratio=options.warmup_ratio)
+        return learning_rate(
+            step,
+            self.total_steps,
+            peak=options.lr,
+            schedule=options.lr_schedule,
+            warmup_ratio=options.warmup_ratio,
+        )
 
     def check_disk(self) -> None:
         """Raise `TrainingError` where what the run writes has no room."""
         options = self.options
-        num_checkpoints, keeps_best = options.keep if options.save_every else 0, options.eval_every is not None
-        check_disk(self.output, self.policy.model, num_checkpoints=num_checkpoints, keeps_best=keeps_best, is_merged=options.merge_adapter)
+        num_checkpoints, keeps_best = (
+            options.keep if options.save_every else 0,
+            options.eval_every is not None,
+        )
+        check_disk(
+            self.output,
+            self.policy.model,
+            num_checkpoints=num_checkpoints,
+            keeps_best=keeps_best,
+            is_merged=options.merge_adapter,
+        )
 
     def config(self) -> dict[str, Any]:
         """What config.json holds: every option, and what became of the defaults."""
@@ -85,7 +102,9 @@ class Setup:
             "reference": data.pairs.reference_id,
             "cache": self.options.cache,
             "pairs": data.pairs.name,
-            "eval_pairs": data.eval_pairs.name if data.eval_pairs is not None and self.options.eval_pairs else None,
+            "eval_pairs": data.eval_pairs.name
+            if data.eval_pairs is not None and self.options.eval_pairs
+            else None,
             "pairs_digest": data.pairs.manifest["pairs_digest"],
             "num_pairs": data.num_pairs,
             "num_eval_pairs": int(data.eval_selected.sum()),
@@ -103,15 +122,31 @@ class Setup:
         """Say what a user should know before the first step."""
         model, data, options = self.policy.model, self.data, self.options
         if self.policy.attention.name == "rows":
-            self.log(f"{type(model).__name__} is trained on plain padded rows, which is slower: {self.policy.attention.reason}.")
+            self.log(
+                f"{type(model).__name__} is trained on plain padded rows, which is slower: "
+                f"{self.policy.attention.reason}."
+            )
         if self.checkpoint is None and not any(self.lr(step) for step in range(min(self.total_steps, 1000))):
-            self.log(f"nothing will be learned: the warm-up (--warmup-ratio {options.warmup_ratio}) takes all {self.total_steps} steps.")
-        periods = {"--eval-every": (options.eval_every, self.evaluates), "--save-every": (options.save_every, self.saves)}
+            self.log(
+                f"nothing will be learned: the warm-up (--warmup-ratio {options.warmup_ratio}) takes all "
+                f"{self.total_steps} steps."
+            )
+        periods = {
+            "--eval-every": (options.eval_every, self.evaluates),
+            "--save-every": (options.save_every, self.saves),
+        }
         for flag, (value, schedule) in periods.items():
             if value is not None and not schedule.count(1, self.total_steps):
                 self.log(f"{flag} {value} never comes about in {self.total_steps} steps.")
-        if data.eval_pairs is not None and data.eval_pairs is not data.pairs and (shared := count_shared(data.pairs, data.eval_pairs)):
-            self.log(f"{shared:,} of {len(data.eval_pairs):,} evaluation pairs stand in the training pairs, too: those are not held out.")
+        if (
+            data.eval_pairs is not None
+            and data.eval_pairs is not data.pairs
+            and (shared := count_shared(data.pairs, data.eval_pairs))
+        ):
+            self.log(
+                f"{shared:,} of {len(data.eval_pairs):,} evaluation pairs stand in the training pairs, "
+                "too: those are not held out."
+            )
 
 
 def open_setup(options: TrainOptions, log: Log) -> Setup:
@@ -124,21 +159,36 @@ def open_setup(options: TrainOptions, log: Log) -> Setup:
     data = open_pairs(options, open_cache(options.cache))
     policy = open_policy(options, data, device, checkpoint)
     model = policy.model
-    linear = _choose_linear(policy, read_resolved(output) if checkpoint else None, is_deterministic=options.deterministic)
+    linear = _choose_linear(
+        policy, read_resolved(output) if checkpoint else None, is_deterministic=options.deterministic
+    )
     steps_per_epoch = math.ceil(data.num_pairs / options.batch_size)
     total_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch - 1e-9)
     if not total_steps:
-        raise OptionError(f"--epochs {options.epochs}: not a single step of {steps_per_epoch} an epoch.\nUse more, or --max-steps.")
+        raise OptionError(
+            f"--epochs {options.epochs}: not a single step of {steps_per_epoch} an epoch.\n"
+            "Use more, or --max-steps."
+        )
     evaluates = schedule_of("--eval-every", options.eval_every, steps_per_epoch)
     saves = schedule_of("--save-every", options.save_every, steps_per_epoch)
-    micro_tokens, mode = number_or_auto("--micro-tokens", options.micro_tokens), options.gradient_checkpointing
-    step_memory = StepMemory(model, micro_tokens, mode, log, precision=policy.precision, is_deterministic=options.deterministic)
+    micro_tokens, mode = (
+        number_or_auto("--micro-tokens", options.micro_tokens),
+        options.gradient_checkpointing,
+    )
+    step_memory = StepMemory(
+        model, micro_tokens, mode, log, precision=policy.precision, is_deterministic=options.deterministic
+    )
     if progress.step_memory:
         step_memory.restore(progress.step_memory)
     if options.offload_activations:
         offload_activations(model, log)
     optimizer = make_optimizer(
-        model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay, rounding=options.rounding, seed=options.seed
+        model,
+        options.optimizer,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        rounding=options.rounding,
+        seed=options.seed,
     )
     if checkpoint:
         restore_optimizer(checkpoint, optimizer)
@@ -164,7 +214,9 @@ def open_setup(options: TrainOptions, log: Log) -> Setup:
 
 
 def _choose_linear(policy: TrainedModel, before: dict[str, Any] | None, *, is_deterministic: bool) -> str:
-    """Which library multiplies: as before in a resumed run, by a rule instead of a measurement under --deterministic."""
+    """Which library multiplies: as before in a resumed run, by a rule instead of a measurement under
+    --deterministic.
+    """
     was_fast = None if before is None else before.get("linear", "torch") == "onednn"
     decided = True if was_fast is None and is_deterministic else was_fast
     return "onednn" if use_fast_linear(policy.model, worth=CLEAR_SPEEDUP, decided=decided) else "torch"

@@ -1,4 +1,6 @@
-"""How a step fits into memory: the size of its forests, whether a pair is run whole, and what is computed again in the backward pass."""
+"""How a step fits into memory: the size of its forests, whether a pair is run whole, and what is computed
+again in the backward pass.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ SHARE_OF_FREE = 0.5  # of a host's free memory that activations may take before 
 class StepMemory:
     """`micro_tokens` at once, a pair of more than `pair_tokens` one answer at a time, under `mode`.
 
-    All three change when memory runs out, never the result of a step. `micro_tokens` None: as many as keep the
-    device busy; then a longer pair is run whole as long as memory suffices, which is faster.
+    All three change when memory runs out, never the result of a step. `micro_tokens` None: as many as keep
+    the device busy; then a longer pair is run whole as long as memory suffices, which is faster.
     """
 
     def __init__(
@@ -43,16 +45,28 @@ class StepMemory:
         self._recomputation = Recomputation(model)
         self._ladder = ladder(precision)
         # modes round otherwise, and free memory changes
-        first = self._ladder[0] if is_deterministic else _mode_that_fits(model, self.micro_tokens, self._ladder)
+        first = (
+            self._ladder[0] if is_deterministic else _mode_that_fits(model, self.micro_tokens, self._ladder)
+        )
         self._recomputation.mode = requested if self._is_fixed else first
-        self.pair_tokens: float = micro_tokens or (math.inf if is_deterministic else max(self.micro_tokens, _tokens_that_fit(model, self.mode)))
+        self.pair_tokens: float = micro_tokens or (
+            math.inf if is_deterministic else max(self.micro_tokens, _tokens_that_fit(model, self.mode))
+        )
         if not self._recomputation.num_layers and requested not in ("auto", "none"):
-            log(f"--gradient-checkpointing {requested} has no effect: {type(model).__name__} has no layers that take it.")
+            log(
+                f"--gradient-checkpointing {requested} has no effect: {type(model).__name__} has no "
+                "layers that take it."
+            )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: a resumed run splits its steps as the one before, to the last bit."""
         pair_tokens = None if math.isinf(self.pair_tokens) else self.pair_tokens
-        return {"requested": self._requested, "micro_tokens": self.micro_tokens, "pair_tokens": pair_tokens, "mode": self.mode}
+        return {
+            "requested": self._requested,
+            "micro_tokens": self.micro_tokens,
+            "pair_tokens": pair_tokens,
+            "mode": self.mode,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave, unless something else is asked for now."""
@@ -67,15 +81,20 @@ class StepMemory:
         return self._recomputation.mode
 
     def save_more(self, error: RuntimeError) -> None:
-        """After a step ran out of memory: what to change before it is tried again. Raises the error where it is another one,
-        and `TrainingError` where nothing is left to change."""
+        """After a step ran out of memory: what to change before it is tried again. Raises the error where it
+        is another one, and `TrainingError` where nothing is left to change."""
         if is_kept_changed(error):
             self._recomputation.mode = "full"
-            self._log("--gradient-checkpointing selective does not suit this model, which changes in place what is kept; going on with full.")
+            self._log(
+                "--gradient-checkpointing selective does not suit this model, which changes in place what "
+                "is kept; going on with full."
+            )
             return
         if not is_out_of_memory(error, self._device):
             raise error
-        problem = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)  # MPS: whatever it says
+        problem = (
+            "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
+        )  # MPS: whatever it says
         less = [mode for mode in self._ladder if MODES.index(mode) > MODES.index(self.mode)]
         if not self._is_fixed and self._recomputation.num_layers and less:
             self._recomputation.mode = less[0]
@@ -89,7 +108,9 @@ class StepMemory:
             change = f"--micro-tokens {self.micro_tokens}"
         else:
             raise TrainingError(
-                f"{problem} even with one answer at once.\nUse --precision bf16, score with a shorter --max-length, or a device with more memory."
+                f"{problem} even with one answer at once.\n"
+                "Use --precision bf16, score with a shorter --max-length, or a device with more "
+                "memory."
             ) from error
         self._log(f"{problem}; the step is taken again, and the run goes on, with {change}. Nothing is lost.")
         if self._device.type == "cuda":
@@ -97,7 +118,9 @@ class StepMemory:
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Free memory of a host, where running out of it ends the process; elsewhere infinite, until memory runs out."""
+    """Free memory of a host, where running out of it ends the process; elsewhere infinite, until memory runs
+    out.
+    """
     return psutil.virtual_memory().available if device.type == "cpu" else math.inf
 
 
@@ -108,5 +131,9 @@ def _tokens_that_fit(model: PreTrainedModel, mode: str) -> float:
 
 def _mode_that_fits(model: PreTrainedModel, micro_tokens: int, modes: Sequence[str]) -> str:
     """The first of the modes that fits into free memory."""
-    fits = (mode for mode in modes if activation_bytes(model, micro_tokens, mode) < SHARE_OF_FREE * _free_bytes(model.device))
+    fits = (
+        mode
+        for mode in modes
+        if activation_bytes(model, micro_tokens, mode) < SHARE_OF_FREE * _free_bytes(model.device)
+    )
     return next(fits, modes[-1])

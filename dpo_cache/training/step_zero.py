@@ -1,7 +1,7 @@
 """Step zero: a policy that starts as the reference must repeat its cached log-probs.
 
-That needs no second model, and catches a wrong checkpoint, template, truncation, dtype or a stale cache. A policy that
-is an adapter is the reference whenever its adapter is switched off, a resumed one too.
+That needs no second model, and catches a wrong checkpoint, template, truncation, dtype or a stale cache. A
+policy that is an adapter is the reference whenever its adapter is switched off, a resumed one too.
 
 Where the two part, the pattern of the gaps along the answers tells what the cause may be: see `find_causes`.
 """
@@ -38,8 +38,13 @@ class Expectation:
     reference_dtype: str | None
     is_reference: bool  # their identities say that they are one model
     differing: Sequence[str] = ()  # fields of their identities, else
-    imported: str | None = None  # name of a reference whose log-probs were made elsewhere: there is nothing to compare identities with
-    is_default: bool = False  # the policy starts from what the reference was loaded from, since no other was named
+    imported: str | None = (
+        # name of a reference whose log-probs were made elsewhere: there is nothing to compare identities with
+        None
+    )
+    is_default: bool = (
+        False  # the policy starts from what the reference was loaded from, since no other was named
+    )
     remarks: Sequence[str] = ()  # other differences that were found, such as of templates
     what: str = "the policy"
 
@@ -57,7 +62,9 @@ def expectation_of(policy: TrainedModel, data: TrainingPairs, options: TrainOpti
     """What is known of a policy at its start."""
     identity = data.reference["identity"]
     return Expectation(
-        policy_dtype=str(rounding_dtype(policy.model)).removeprefix("torch.") if policy.precision == "fp32" else "bfloat16",
+        policy_dtype=str(rounding_dtype(policy.model)).removeprefix("torch.")
+        if policy.precision == "fp32"
+        else "bfloat16",
         reference_dtype=rounding_dtype_of(identity),
         is_reference=policy.is_reference,
         differing=policy.differing,
@@ -69,7 +76,9 @@ def expectation_of(policy: TrainedModel, data: TrainingPairs, options: TrainOpti
 
 @dataclass
 class StepZero:
-    """Collects gaps between policy and cached reference until the first update; `mode` is strict, warn or auto."""
+    """Collects gaps between policy and cached reference until the first update; `mode` is strict, warn or
+    auto.
+    """
 
     expectation: Expectation
     mode: str = "auto"
@@ -81,7 +90,9 @@ class StepZero:
     rows: list[int] = field(default_factory=list)
 
     def check(self, policy_logps: Sequence[np.ndarray], scores: Sequence[Score], rows: Sequence[int]) -> None:
-        """Note the token log-probs of completions, the policy's beside the cached, and the rows that they come from."""
+        """Note the token log-probs of completions, the policy's beside the cached, and the rows that they
+        come from.
+        """
         absolute, relative = self.expectation.tolerance
         for tokens, score, row in zip(policy_logps, scores, rows, strict=True):
             exact = tokens.astype(np.float64)
@@ -105,7 +116,11 @@ class StepZero:
     @property
     def beyond(self) -> list[int]:
         """The completions whose gap rounding does not explain."""
-        return [place for place, (policy, cached, allowed) in enumerate(self.sums) if not abs(policy - cached) <= allowed]
+        return [
+            place
+            for place, (policy, cached, allowed) in enumerate(self.sums)
+            if not abs(policy - cached) <= allowed
+        ]
 
     def conclude(self) -> str:
         """One line for the log. Raises `StepZeroError` where the run must not go on."""
@@ -114,15 +129,23 @@ class StepZero:
         what = f"step zero: largest gap {self.largest_gap:.2g} nats over {len(self.sums)} completions"
         if not beyond:
             if expected.imported is not None:
-                return f"{what}; within rounding: {expected.what} starts as the model of the imported reference {expected.imported!r}."
+                return (
+                    f"{what}; within rounding: {expected.what} starts as the model of the imported "
+                    f"reference {expected.imported!r}."
+                )
             if expected.is_reference:
                 return f"{what}; {expected.what} is the reference."
             differing = "; ".join(expected.differing)
-            return f"{what}, within rounding, though {expected.what} is another model than the reference: they differ in {differing}."
+            return (
+                f"{what}, within rounding, though {expected.what} is another model than the reference: "
+                f"they differ in {differing}."
+            )
         whose = "cache" if expected.imported is None else f"imported reference {expected.imported!r}"
         intended = not expected.is_reference and expected.imported is None
         meaning = (
-            f"{expected.what} is another model than the reference" if intended else f"the values of the {whose} are not those of {expected.what}"
+            f"{expected.what} is another model than the reference"
+            if intended
+            else f"the values of the {whose} are not those of {expected.what}"
         )
         if intended:
             meaning += f": they differ in {'; '.join(expected.differing)}"
@@ -141,10 +164,13 @@ class StepZero:
         expected = self.expectation
         should = "is the reference" if expected.is_reference else "should start as the reference"
         return (
-            f"step zero: {expected.what} {should}, but its log-prob of a completion of row {self.rows[worst]} is {policy:.4f} "
-            f"where the cache has {cached:.4f} (allowed gap {allowed:.2g} nats); {len(beyond)} of {len(self.sums)} completions differ.\n"
+            f"step zero: {expected.what} {should}, but its log-prob of a completion of row "
+            f"{self.rows[worst]} is {policy:.4f} "
+            f"where the cache has {cached:.4f} (allowed gap {allowed:.2g} nats); {len(beyond)} of "
+            f"{len(self.sums)} completions differ.\n"
             f"{self._likely(beyond)}\n"
-            "Give the --model, precision and pairs that belong together; --step-zero warn goes on all the same."
+            "Give the --model, precision and pairs that belong together; --step-zero warn goes on all the "
+            "same."
         )
 
     def _likely(self, beyond: list[int]) -> str:
@@ -152,9 +178,11 @@ class StepZero:
 
 
 def find_causes(found: StepZero, beyond: Sequence[int]) -> list[str]:
-    """What may have made the gaps, the known differences first; a guess from their pattern where nothing is known.
+    """What may have made the gaps, the known differences first; a guess from their pattern where nothing is
+    known.
 
-    - cache: some completions differ and the others agree to rounding: those values were changed, or come from elsewhere.
+    - cache: some completions differ and the others agree to rounding: those values were changed, or come from
+      elsewhere.
     - truncation: a cached sum is the policy's sum over fewer of the answer's tokens.
     - template: the first tokens of the answers differ more than what follows: another text stood before them.
     - dtype or quantization: all tokens differ a little: coarser numbers.
@@ -166,7 +194,10 @@ def find_causes(found: StepZero, beyond: Sequence[int]) -> list[str]:
     if not expected.differing:  # what else is known may be there and not matter: the pattern may say more
         causes.append(_guess(found, beyond))
     if expected.reference_dtype not in (None, expected.policy_dtype):
-        causes.append(f"dtype (the reference was scored in {expected.reference_dtype}, the policy runs in {expected.policy_dtype})")
+        causes.append(
+            f"dtype (the reference was scored in {expected.reference_dtype}, the policy runs in "
+            f"{expected.policy_dtype})"
+        )
     return causes
 
 
@@ -183,7 +214,10 @@ def _guess(found: StepZero, beyond: Sequence[int]) -> str:
     if len(beyond) <= FEW * len(found.sums):
         rows = sorted({found.rows[place] for place in beyond})
         shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
-        return f"cache: the values of row {shown} alone differ, so they were changed or come from another model; `dpo-cache verify` looks into it"
+        return (
+            f"cache: the values of row {shown} alone differ, so they were changed or come from another "
+            "model; `dpo-cache verify` looks into it"
+        )
     gaps = [found.gaps[place] for place in beyond if len(found.gaps[place])]
     if not gaps:
         return "weights, template or truncation: the cache has no token log-probs that would tell"
@@ -192,10 +226,15 @@ def _guess(found: StepZero, beyond: Sequence[int]) -> str:
     everywhere = float(np.mean(np.concatenate(gaps)))
     if len(later) and first > CLEARLY * float(np.mean(later)) and first > TOKEN_TOLERANCES["bfloat16"][1]:
         gaps_of_both = f"by {first:.2g} nats each, later ones by {np.mean(later):.2g}"
-        return f"template: the first tokens of the answers differ {gaps_of_both}: another text stood before them"
+        return (
+            f"template: the first tokens of the answers differ {gaps_of_both}: another text stood before them"
+        )
     if everywhere < QUANTIZED_GAP:
         return f"dtype or quantization: all tokens differ a little, by {everywhere:.2g} nats on average"
-    return f"weights: all tokens differ by much, by {everywhere:.2g} nats on average: the cached values are of another checkpoint"
+    return (
+        f"weights: all tokens differ by much, by {everywhere:.2g} nats on average: the cached values "
+        "are of another checkpoint"
+    )
 
 
 def _excess(sums: tuple[float, float, float]) -> float:

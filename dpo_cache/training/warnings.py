@@ -1,7 +1,8 @@
 """Signs in the metrics that a run goes wrong, each said once, in words.
 
-What is looked at are means over windows of steps, not single steps: a step of a few pairs is noise. Log-ratios to the
-reference (the rewards) are compared rather than log-probs, which differ from pair to pair by the answers' lengths.
+What is looked at are means over windows of steps, not single steps: a step of a few pairs is noise.
+Log-ratios to the reference (the rewards) are compared rather than log-probs, which differ from pair to pair
+by the answers' lengths.
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ SATURATED_LOSS = 1e-3  # a sigmoid loss whose gradient is a thousandth of the on
 class RunWarnings:
     """Looks at each step's metrics.
 
-    `is_logistic`: the loss is ln 2 where nothing is learned and falls to 0 where margins are large. `has_reference`: rewards are against
-    the reference, and so 0 at the start; else they are compared with those of the first window. `prefers`: answers are compared at all.
+    `is_logistic`: the loss is ln 2 where nothing is learned and falls to 0 where margins are large.
+    `has_reference`: rewards are against the reference, and so 0 at the start; else they are compared with
+    those of the first window. `prefers`: answers are compared at all.
     """
 
     def __init__(self, log: Log, *, is_logistic: bool, has_reference: bool = True, prefers: bool = True):
-        self._log, self._is_logistic, self._has_reference, self._prefers = log, is_logistic, has_reference, prefers
+        self._log, self._is_logistic, self._has_reference, self._prefers = (
+            log,
+            is_logistic,
+            has_reference,
+            prefers,
+        )
         self._start: dict[str, float] = {}
         self._steps: deque[Metrics] = deque(maxlen=WINDOW)
         self._logged: set[str] = set()
@@ -44,7 +51,11 @@ class RunWarnings:
     def note(self, step: Metrics) -> None:
         """Take a step's metrics in; say what is new."""
         if step.get("grad_norm") == 0 and not self._pairs:
-            self._once("still", "the gradient of the first step is 0: nothing is learned from it. Does the adapter act on these layers at all?")
+            self._once(
+                "still",
+                "the gradient of the first step is 0: nothing is learned from it. Does the adapter act on "
+                "these layers at all?",
+            )
         self._steps.append(step)
         self._wins += step["rewards/accuracies"] * step["num_pairs"]
         self._pairs += step["num_pairs"]
@@ -56,19 +67,24 @@ class RunWarnings:
         if self._is_logistic and self._mean("loss") < SATURATED_LOSS:
             self._once(
                 "saturated",
-                f"margins are saturated: the loss was {self._mean('loss'):.1e} over the last {WINDOW} steps, so there is almost no gradient left. "
+                f"margins are saturated: the loss was {self._mean('loss'):.1e} over the last {WINDOW} "
+                "steps, so there is almost no gradient left. "
                 "A smaller --beta, --label-smoothing or fewer --epochs keep it from running away.",
             )
 
     def _note_likelihoods(self) -> None:
         if not self._start:
-            self._start = {name: 0.0 if self._has_reference else self._mean(name) for name in (*SIDES, "rewards/margins")}
+            self._start = {
+                name: 0.0 if self._has_reference else self._mean(name) for name in (*SIDES, "rewards/margins")
+            }
         chosen, rejected = (self._mean(name) - self._start[name] for name in SIDES)
         if chosen < 0 < rejected and self._has_moved("rewards/margins"):
             self._once(
                 "swapped",
-                f"the rejected answers become likelier (reward {rejected:+.3f} over {WINDOW} steps) and the chosen ones less likely "
-                f"({chosen:+.3f}): the policy learns the opposite. Are chosen and rejected swapped in the data?",
+                f"the rejected answers become likelier (reward {rejected:+.3f} over {WINDOW} steps) and "
+                "the chosen ones less likely "
+                f"({chosen:+.3f}): the policy learns the opposite. Are chosen and rejected swapped in the "
+                "data?",
             )
 
     def _note_accuracy(self) -> None:
@@ -77,10 +93,13 @@ class RunWarnings:
         if self._pairs < LEAST_PAIRS or recent < LEAST_PAIRS / 8:
             return
         error = 0.5 / math.sqrt(self._pairs)
-        if abs(self._wins / self._pairs - 0.5) < STANDARD_ERRORS * error and abs(self._mean("rewards/accuracies") - 0.5) < 0.5 / math.sqrt(recent):
+        if abs(self._wins / self._pairs - 0.5) < STANDARD_ERRORS * error and abs(
+            self._mean("rewards/accuracies") - 0.5
+        ) < 0.5 / math.sqrt(recent):
             self._once(
                 "stuck",
-                f"accuracy stays at 50% (of {self._pairs:.0f} pairs so far {self._wins / self._pairs:.1%}): nothing is learned that carries over "
+                f"accuracy stays at 50% (of {self._pairs:.0f} pairs so far "
+                f"{self._wins / self._pairs:.1%}): nothing is learned that carries over "
                 "to new pairs. A larger --lr may help, or the labels are noise.",
             )
 

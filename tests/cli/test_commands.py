@@ -49,12 +49,32 @@ def precompute(run, model: object, data: object, cache: Path, *more: object) -> 
 def test_precompute_then_train(run, model_folder: str, data_file: str, cache: Path, tmp_path: Path) -> None:
     first = precompute(run, model_folder, data_file, cache)
     assert first.code == 0
-    for line in ("rows read           12", "pairs kept          12", "  distinct          20", "  already cached    0", "  scored now        20"):
+    for line in (
+        "rows read           12",
+        "pairs kept          12",
+        "  distinct          20",
+        "  already cached    0",
+        "  scored now        20",
+    ):
         assert line in first.out
     assert f"dpo-cache train --cache {cache} --pairs pairs/train --output RUN" in first.out
     second = precompute(run, model_folder, data_file, cache)
-    assert "everything was cached, no model was loaded" in second.out and "  scored now        0" in second.out
-    trained = run("train", "--cache", cache, "--output", tmp_path / "run", "--batch-size", 4, "--eval-fraction", 0.3, "--lr", 1e-3)
+    assert (
+        "everything was cached, no model was loaded" in second.out and "  scored now        0" in second.out
+    )
+    trained = run(
+        "train",
+        "--cache",
+        cache,
+        "--output",
+        tmp_path / "run",
+        "--batch-size",
+        4,
+        "--eval-fraction",
+        0.3,
+        "--lr",
+        1e-3,
+    )
     assert trained.code == 0
     assert "step zero: largest gap" in trained.err
     assert "held out, before" in trained.out and "held out, after" in trained.out
@@ -64,7 +84,9 @@ def test_precompute_then_train(run, model_folder: str, data_file: str, cache: Pa
 def test_json_is_all_of_stdout(run, model_folder: str, data_file: str, cache: Path, tmp_path: Path) -> None:
     report = json.loads(precompute(run, model_folder, data_file, cache, "--json").out)
     assert (report["scored_now"], report["pair_sets"], report["dropped"]) == (20, ["pairs/train"], {})
-    trained = json.loads(run("train", "--cache", cache, "--output", tmp_path / "run", "--max-steps", 1, "--json").out)
+    trained = json.loads(
+        run("train", "--cache", cache, "--output", tmp_path / "run", "--max-steps", 1, "--json").out
+    )
     assert trained["finished"] is True and trained["num_steps"] == 1
 
 
@@ -73,7 +95,8 @@ WRONG_DATA = {
     "empty": ("", "error: {path}: the file is empty.\n"),
     "columns": (
         '{"question": "a", "answer": "b"}\n',
-        "error: {path}: split train is not preference data: found the columns question, answer; accepted are\n"
+        "error: {path}: split train is not preference data: found the columns question, answer; accepted "
+        "are\n"
         "  prompt, chosen, rejected                    (text, or messages with role and content)\n"
         "  chosen, rejected                            (whole dialogues that share the prompt)\n"
         "  conversations, chosen, rejected             (ShareGPT: from and value)\n"
@@ -92,7 +115,9 @@ WRONG_DATA = {
 
 
 @pytest.mark.parametrize("case", WRONG_DATA)
-def test_wrong_data_gets_one_clear_error(run, case: str, model_folder: str, tmp_path: Path, cache: Path) -> None:
+def test_wrong_data_gets_one_clear_error(
+    run, case: str, model_folder: str, tmp_path: Path, cache: Path
+) -> None:
     content, message = WRONG_DATA[case]
     path = tmp_path / "data.jsonl"
     if content is not None:
@@ -146,10 +171,15 @@ def test_pickled_weights_are_not_read(run, data_file: str, tmp_path: Path, cache
     make_tokenizer().save_pretrained(folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     done = precompute(run, folder, data_file, cache)
-    assert done.code == 1 and "no safetensors weights.\nPickled checkpoints (.bin) can run code and are not read" in done.err
+    assert (
+        done.code == 1
+        and "no safetensors weights.\nPickled checkpoints (.bin) can run code and are not read" in done.err
+    )
 
 
-def test_a_cache_of_a_newer_format_is_refused(run, model_folder: str, data_file: str, cache: Path, tmp_path: Path) -> None:
+def test_a_cache_of_a_newer_format_is_refused(
+    run, model_folder: str, data_file: str, cache: Path, tmp_path: Path
+) -> None:
     cache.mkdir()
     (cache / "format.json").write_text('{"format": "dpo-cache", "version": 2}')
     expected = (
@@ -160,12 +190,17 @@ def test_a_cache_of_a_newer_format_is_refused(run, model_folder: str, data_file:
     assert run("train", "--cache", cache, "--output", tmp_path / "run").err == expected
 
 
-def test_a_run_folder_in_use_is_refused(run, model_folder: str, data_file: str, cache: Path, tmp_path: Path) -> None:
+def test_a_run_folder_in_use_is_refused(
+    run, model_folder: str, data_file: str, cache: Path, tmp_path: Path
+) -> None:
     precompute(run, model_folder, data_file, cache)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes").write_text("mine")
     done = run("train", "--cache", cache, "--output", tmp_path / "run")
-    assert (done.code, done.err) == (1, f"error: {tmp_path}/run: not the folder of a run; it holds notes.\nChoose another --output.\n")
+    assert (done.code, done.err) == (
+        1,
+        f"error: {tmp_path}/run: not the folder of a run; it holds notes.\nChoose another --output.\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,11 +213,19 @@ def test_a_run_folder_in_use_is_refused(run, model_folder: str, data_file: str, 
             "error: --label-smoothing 0.1 has no meaning under --loss ipo.\n"
             "Leave it out; it serves sigmoid, exo_pair, robust, aot, aot_unpaired, simpo, cpo.\n",
         ),
-        (["train", "--loss", "best"], f"error: --loss best: expected one of {', '.join(LOSSES)}; sigmoid is DPO.\n"),
-        (["train", "--micro-tokens", "lots"], "error: --micro-tokens lots: expected auto or a positive number.\n"),
+        (
+            ["train", "--loss", "best"],
+            f"error: --loss best: expected one of {', '.join(LOSSES)}; sigmoid is DPO.\n",
+        ),
+        (
+            ["train", "--micro-tokens", "lots"],
+            "error: --micro-tokens lots: expected auto or a positive number.\n",
+        ),
     ],
 )
-def test_usage_errors_exit_with_2(run, arguments: list[str], message: str, cache: Path, tmp_path: Path) -> None:
+def test_usage_errors_exit_with_2(
+    run, arguments: list[str], message: str, cache: Path, tmp_path: Path
+) -> None:
     done = run(*arguments, "--cache", cache, "--output", tmp_path / "run")
     assert (done.code, done.err, done.out) == (2, message, "")
 
@@ -196,8 +239,22 @@ def test_unknown_options_and_missing_ones_exit_with_2(run, cache: Path) -> None:
 
 def test_ctrl_c_while_training_saves_and_resumes(model_folder: str, tmp_path: Path, run, cache: Path) -> None:
     precompute(run, model_folder, write_rows(tmp_path / "pairs.jsonl", chat_rows(60)), cache)
-    command = ["train", "--cache", str(cache), "--output", str(tmp_path / "run"), "--batch-size", "2", "--epochs", "40"]
-    process = subprocess.Popen([sys.executable, "-m", "dpo_cache", *command], stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        "train",
+        "--cache",
+        str(cache),
+        "--output",
+        str(tmp_path / "run"),
+        "--batch-size",
+        "2",
+        "--epochs",
+        "40",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_cache", *command],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         time.sleep(0.02)
@@ -206,6 +263,8 @@ def test_ctrl_c_while_training_saves_and_resumes(model_folder: str, tmp_path: Pa
     assert process.returncode == 130, errors
     assert b"stopping after this step, then saving" in errors
     steps = metrics.read_text().count("\n")
-    assert re.findall(r"step-(\d+)", str(sorted((tmp_path / "run" / "checkpoints").iterdir()))) == [f"{steps:06d}"]
+    assert re.findall(r"step-(\d+)", str(sorted((tmp_path / "run" / "checkpoints").iterdir()))) == [
+        f"{steps:06d}"
+    ]
     assert run(*command, "--resume").code == 0
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 1201))

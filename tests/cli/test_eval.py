@@ -10,20 +10,55 @@ from tests.cli.test_commands import precompute, run  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
-def cache(run, model_folder: str, data_file: str, tmp_path: Path) -> Path:  # noqa: F811
+def cache(run, model_folder: str, data_file: str, tmp_path: Path) -> Path:
     precompute(run, model_folder, data_file, tmp_path / "cache")
     return tmp_path / "cache"
 
 
-def test_the_report_is_on_stdout_and_remarks_on_stderr(run, cache: Path, model_folder: str, tmp_path: Path) -> None:  # noqa: F811
-    trained = run("train", "--cache", cache, "--output", tmp_path / "run", "--batch-size", 4, "--lr", 1e-3, "--warmup-ratio", 0)
+def test_the_report_is_on_stdout_and_remarks_on_stderr(
+    run, cache: Path, model_folder: str, tmp_path: Path
+) -> None:
+    trained = run(
+        "train",
+        "--cache",
+        cache,
+        "--output",
+        tmp_path / "run",
+        "--batch-size",
+        4,
+        "--lr",
+        1e-3,
+        "--warmup-ratio",
+        0,
+    )
     assert trained.code == 0
-    done = run("eval", "--cache", cache, "--model", tmp_path / "run" / "model", "--output", tmp_path / "margins.jsonl")
+    done = run(
+        "eval",
+        "--cache",
+        cache,
+        "--model",
+        tmp_path / "run" / "model",
+        "--output",
+        tmp_path / "margins.jsonl",
+    )
     assert done.code == 0, done.err
-    assert done.err.startswith("the model is another than the reference (largest gap ") and "weights: " in done.err
+    assert (
+        done.err.startswith("the model is another than the reference (largest gap ")
+        and "weights: " in done.err
+    )
     first = done.out.splitlines()[0]
-    assert first.startswith(f"pairs/train: {tmp_path}/run/model beside reference ") and first.endswith(", float32, attention: forest")
-    for label in ("pairs", "loss", "accuracy", "  by policy logps per token", "calibration error", "Brier score", "moved from the reference"):
+    assert first.startswith(f"pairs/train: {tmp_path}/run/model beside reference ") and first.endswith(
+        ", float32, attention: forest"
+    )
+    for label in (
+        "pairs",
+        "loss",
+        "accuracy",
+        "  by policy logps per token",
+        "calibration error",
+        "Brier score",
+        "moved from the reference",
+    ):
         assert any(line.startswith(f"  {label}  ") for line in done.out.splitlines()), label
     for title in ("reward ", "confidence ", "by which is longer ", "by both answers ", "by prompt "):
         assert any(line.startswith(title) for line in done.out.splitlines()), title
@@ -31,22 +66,41 @@ def test_the_report_is_on_stdout_and_remarks_on_stderr(run, cache: Path, model_f
     assert len((tmp_path / "margins.jsonl").read_text().splitlines()) == 12
 
 
-def test_json_is_all_of_stdout(run, cache: Path, model_folder: str) -> None:  # noqa: F811
-    done = run("eval", "--cache", cache, "--model", model_folder, "--loss", "sigmoid:0.5", "--loss", "sft", "--limit", 7, "--json")
+def test_json_is_all_of_stdout(run, cache: Path, model_folder: str) -> None:
+    done = run(
+        "eval",
+        "--cache",
+        cache,
+        "--model",
+        model_folder,
+        "--loss",
+        "sigmoid:0.5",
+        "--loss",
+        "sft",
+        "--limit",
+        7,
+        "--json",
+    )
     report = json.loads(done.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert (report["num_pairs"], report["pairs_in_set"], report["accuracy"]["count"]) == (7, 12, 7)
-    assert report["gap"]["is_reference"] is True and report["metrics"]["loss/sigmoid"] == pytest.approx(0.6931, abs=1e-4)
-    assert len(report["calibration"]["bins"]) == 10 and sum(entry["count"] for entry in report["calibration"]["bins"]) == 7
+    assert report["gap"]["is_reference"] is True and report["metrics"]["loss/sigmoid"] == pytest.approx(
+        0.6931, abs=1e-4
+    )
+    assert (
+        len(report["calibration"]["bins"]) == 10
+        and sum(entry["count"] for entry in report["calibration"]["bins"]) == 7
+    )
 
 
-def test_mistakes_are_told_in_one_error(run, cache: Path, model_folder: str, tmp_path: Path) -> None:  # noqa: F811
+def test_mistakes_are_told_in_one_error(run, cache: Path, model_folder: str, tmp_path: Path) -> None:
     def told(*arguments: object) -> tuple[int, str, str]:
         done = run("eval", *arguments)
         return done.code, done.err, done.out
 
     assert told("--cache", tmp_path / "none", "--model", model_folder) == (
         1,
-        f"error: {tmp_path}/none: no dpo-cache here (no format.json).\nRun `dpo-cache precompute --cache {tmp_path}/none …` to make one.\n",
+        f"error: {tmp_path}/none: no dpo-cache here (no format.json).\n"
+        f"Run `dpo-cache precompute --cache {tmp_path}/none …` to make one.\n",
         "",
     )
     assert told("--cache", cache, "--model", model_folder, "--pairs", "other") == (
@@ -56,15 +110,19 @@ def test_mistakes_are_told_in_one_error(run, cache: Path, model_folder: str, tmp
     )
     code, errors, _ = told("--cache", cache, "--model", tmp_path / "none")
     assert code == 1 and errors.startswith(f"error: {tmp_path}/none: no model can be loaded from it")
-    assert told("--cache", cache, "--model", model_folder, "--loss", "hinge", "--label-smoothing", 0.1)[0] == 2
+    assert (
+        told("--cache", cache, "--model", model_folder, "--loss", "hinge", "--label-smoothing", 0.1)[0] == 2
+    )
     assert told("--cache", cache, "--model", model_folder, "--output", "pairs.txt")[:2] == (
         2,
         "error: --output pairs.txt: no format has this ending.\nEnd it in .jsonl or .parquet.\n",
     )
 
 
-def test_ctrl_c_leaves_nothing_behind(run, cache: Path, model_folder: str, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
-    real = evaluation.evaluating.score_pairs
+def test_ctrl_c_leaves_nothing_behind(
+    run, cache: Path, model_folder: str, tmp_path: Path, monkeypatch
+) -> None:
+    real = evaluation.run.score_pairs
 
     def interrupt(*arguments: object) -> None:
         def stop(_: object) -> None:
@@ -72,7 +130,7 @@ def test_ctrl_c_leaves_nothing_behind(run, cache: Path, model_folder: str, tmp_p
 
         real(*arguments[:-1], stop)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluation.evaluating, "score_pairs", interrupt)
+    monkeypatch.setattr(evaluation.run, "score_pairs", interrupt)
     before = sorted(path.name for path in tmp_path.iterdir())
     done = run("eval", "--cache", cache, "--model", model_folder, "--output", tmp_path / "pairs.parquet")
     assert (done.code, done.out) == (130, "") and "interrupted" in done.err

@@ -26,7 +26,11 @@ def test_the_page_shows_the_help_of_today(name: str, helps: dict[str, str]) -> N
 def test_the_page_shows_a_run_and_the_readme_links_it(name: str) -> None:
     page = (PAGES / f"{name}.md").read_text()
     assert page.startswith(f"# dpo-cache {name}\n")
-    examples = [line for line in page.splitlines() if line.startswith(f"$ dpo-cache {name} ") and not line.endswith("--help")]
+    examples = [
+        line
+        for line in page.splitlines()
+        if line.startswith(f"$ dpo-cache {name} ") and not line.endswith("--help")
+    ]
     assert examples, f"docs/commands/{name}.md shows no run of `dpo-cache {name}` and what it prints"
     assert f"(docs/commands/{name}.md)" in README
 
@@ -44,7 +48,11 @@ def test_help_is_plain_text_of_fixed_width(helps: dict[str, str]) -> None:
 def test_a_block_is_renewed_in_place() -> None:
     page = "# dpo-cache ls\n\n```\n$ dpo-cache ls --help\nold\n\nlines\n```\n\nafter\n\n```\n$ dpo-cache ls CACHE\n```\n"
     renewed = with_help(page, "ls", "new")
-    assert renewed == "# dpo-cache ls\n\n```\n$ dpo-cache ls --help\nnew\n```\n\nafter\n\n```\n$ dpo-cache ls CACHE\n```\n"
+    assert (
+        renewed
+        == "# dpo-cache ls\n\n```\n$ dpo-cache ls --help\nnew\n```\n\nafter\n\n```\n$ dpo-cache ls CACHE\n"
+        "```\n"
+    )
     assert with_help(renewed, "ls", "new") == renewed
     with pytest.raises(ValueError, match="found 0"):
         with_help(page, "rm", "new")

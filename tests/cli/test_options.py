@@ -10,7 +10,24 @@ from types import ModuleType
 import pytest
 
 import dpo_cache.options
-from dpo_cache.cli import compact, copying, diff, eval_, export, gc, import_, ls, merge, precompute, pull, push, rm, sweep, train, verify
+from dpo_cache.cli import (
+    compact,
+    copying,
+    diff,
+    eval_,
+    export,
+    gc,
+    import_,
+    ls,
+    merge,
+    precompute,
+    pull,
+    push,
+    rm,
+    sweep,
+    train,
+    verify,
+)
 from dpo_cache.options.base import Options
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.exchange import ExportOptions, ImportOptions
@@ -52,8 +69,14 @@ COMMANDS = {
 def read_from_options(modules: list[ModuleType]) -> set[str]:
     """Attributes of `options` that the modules read; `*` where they hand on all of it."""
     nodes = [node for module in modules for node in ast.walk(ast.parse(inspect.getsource(module)))]
-    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "options"}
-    return attributes | {"*" for node in nodes if isinstance(node, ast.Call) and ast.unparse(node) == "asdict(options)"}
+    attributes = {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "options"
+    }
+    return attributes | {
+        "*" for node in nodes if isinstance(node, ast.Call) and ast.unparse(node) == "asdict(options)"
+    }
 
 
 @pytest.mark.parametrize("options_class", COMMANDS, ids=lambda kind: kind.__name__)

@@ -22,7 +22,8 @@ OPTIONS = ["--pairs", "pairs", "--eval-pairs", "heldout", "--batch-size", "2", "
         (
             ["--loss", "sigmoid:0.8", "--loss", "sft:0.2"],
             2,
-            "--loss is given 2 times.\nJoin the parts of one value with +, and values with commas: --loss a+b,c.",
+            "--loss is given 2 times.\n"
+            "Join the parts of one value with +, and values with commas: --loss a+b,c.",
         ),
         (["--beta", "0.1,x"], 2, "--beta x: expected a number."),
         (["--jobs", "0"], 2, "--jobs 0: expected a whole number above 0."),
@@ -30,21 +31,43 @@ OPTIONS = ["--pairs", "pairs", "--eval-pairs", "heldout", "--batch-size", "2", "
         (["--pairs", "nope"], 1, "{cache}: no pair set 'nope'.\nIt holds: heldout/train, pairs/train."),
     ],
 )
-def test_what_is_refused(run, cache: str, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:  # noqa: F811
+def test_what_is_refused(
+    run, cache: str, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
     output = tmp_path / "out"
     done = run("sweep", "--cache", cache, "--output", output, *OPTIONS, *arguments)
-    assert (done.code, done.out, done.err) == (code, "", f"error: {message.format(output=output, cache=cache)}\n")
+    assert (done.code, done.out, done.err) == (
+        code,
+        "",
+        f"error: {message.format(output=output, cache=cache)}\n",
+    )
     assert not output.exists()
 
 
-def test_the_result_is_one_table(run, cache: str, tmp_path: Path, started: list[str]) -> None:  # noqa: F811
-    command = ["sweep", "--cache", cache, "--output", tmp_path / "out", *OPTIONS, "--max-steps", 1, "--shuffle", "--no-shuffle"]
+def test_the_result_is_one_table(run, cache: str, tmp_path: Path, started: list[str]) -> None:
+    command = [
+        "sweep",
+        "--cache",
+        cache,
+        "--output",
+        tmp_path / "out",
+        *OPTIONS,
+        "--max-steps",
+        1,
+        "--shuffle",
+        "--no-shuffle",
+    ]
     done = run(*command)
     assert done.code == 0 and started == ["shuffle=on", "shuffle=off"]
     title, columns, *rest = done.out.splitlines()
     assert title.startswith(f"{tmp_path}/out: 2 of 2 runs finished, in ")
-    assert " ".join(columns.split()) == "shuffle steps before accuracy margin mean loss chosen rejected pairs/s peak GB time s state"
-    assert [line.split()[0] for line in rest[:2]] == [started_name.removeprefix("shuffle=") for started_name in sorted_by_table(tmp_path / "out")]
+    assert (
+        " ".join(columns.split())
+        == "shuffle steps before accuracy margin mean loss chosen rejected pairs/s peak GB time s state"
+    )
+    assert [line.split()[0] for line in rest[:2]] == [
+        started_name.removeprefix("shuffle=") for started_name in sorted_by_table(tmp_path / "out")
+    ]
     assert rest[-1].startswith("Next, with the best: AutoModelForCausalLM.from_pretrained(")
     assert "2 runs: 2 to begin.\n" in done.err and "shuffle=on: eval at step 0: " in done.err
     told = json.loads(run(*command, "--json").out)
@@ -55,20 +78,51 @@ def sorted_by_table(output: Path) -> list[str]:
     return [line.split(",")[0] for line in (output / "table.csv").read_text().splitlines()[1:]]
 
 
-def test_a_failed_run_makes_it_end_with_1(run, cache: str, tmp_path: Path, started: list[str]) -> None:  # noqa: F811
-    done = run("sweep", "--cache", cache, "--output", tmp_path / "out", *OPTIONS, "--max-steps", 1, "--loss", "ipo", "--beta", "1e-30,0.1")
+def test_a_failed_run_makes_it_end_with_1(run, cache: str, tmp_path: Path, started: list[str]) -> None:
+    done = run(
+        "sweep",
+        "--cache",
+        cache,
+        "--output",
+        tmp_path / "out",
+        *OPTIONS,
+        "--max-steps",
+        1,
+        "--loss",
+        "ipo",
+        "--beta",
+        "1e-30,0.1",
+    )
     assert done.code == 1 and started == ["beta=1e-30", "beta=0.1"]
-    assert done.err.endswith("error: 1 of 2 runs did not finish.\nThe same command again goes on with them.\n")
+    assert done.err.endswith(
+        "error: 1 of 2 runs did not finish.\nThe same command again goes on with them.\n"
+    )
     assert "beta=1e-30 failed: step 1: loss " in done.out
 
 
-def test_ctrl_c_saves_the_run_at_work_and_the_same_command_goes_on(run, cache: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:  # noqa: F811
+def test_ctrl_c_saves_the_run_at_work_and_the_same_command_goes_on(
+    run, cache: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     output, log = tmp_path / "out", tmp_path / "said"
-    command = ["sweep", "--cache", cache, "--output", str(output), *OPTIONS, "--max-steps", "150", "--beta", "0.1,0.2"]
+    command = [
+        "sweep",
+        "--cache",
+        cache,
+        "--output",
+        str(output),
+        *OPTIONS,
+        "--max-steps",
+        "150",
+        "--beta",
+        "0.1,0.2",
+    ]
     metrics = output / "beta=0.1" / "metrics.jsonl"
     with open(log, "wb") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dpo_cache", *command], stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            [sys.executable, "-m", "dpo_cache", *command],
+            stdout=said,
+            stderr=said,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
             time.sleep(0.02)
@@ -78,7 +132,9 @@ def test_ctrl_c_saves_the_run_at_work_and_the_same_command_goes_on(run, cache: s
     assert process.returncode == 130, text
     assert "2 runs: 2 to begin.\n" in text and "0 of 2 runs finished" in text
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
-    assert [path.name for path in (metrics.parent / "checkpoints").iterdir()] == [f"step-{last:06d}"] and last < 150
+    assert [path.name for path in (metrics.parent / "checkpoints").iterdir()] == [
+        f"step-{last:06d}"
+    ] and last < 150
     assert not (output / "beta=0.2").exists()
 
     begun = request.getfixturevalue("started")  # from here on in this process
@@ -89,24 +145,44 @@ def test_ctrl_c_saves_the_run_at_work_and_the_same_command_goes_on(run, cache: s
     assert steps == list(range(1, 151))
 
 
-def test_a_run_that_is_killed_does_not_end_the_others(cache: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_that_is_killed_does_not_end_the_others(cache: str, tmp_path: Path) -> None:
     output, log = tmp_path / "out", tmp_path / "said"
-    command = ["sweep", "--cache", cache, "--output", str(output), *OPTIONS, "--max-steps", "100,101", "--jobs", "2"]
+    command = [
+        "sweep",
+        "--cache",
+        cache,
+        "--output",
+        str(output),
+        *OPTIONS,
+        "--max-steps",
+        "100,101",
+        "--jobs",
+        "2",
+    ]
     first = output / "max_steps=100"
     with open(log, "wb") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dpo_cache", *command], stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            [sys.executable, "-m", "dpo_cache", *command],
+            stdout=said,
+            stderr=said,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         while process.poll() is None and not (first / "metrics.jsonl").exists():
             time.sleep(0.05)
-        victims = [entry for entry in Path("/proc").iterdir() if entry.name.isdecimal() and child_of(entry, process.pid) and is_run(entry, first)]
+        victims = [
+            entry
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdecimal() and child_of(entry, process.pid) and is_run(entry, first)
+        ]
         assert len(victims) == 1
         os.kill(int(victims[0].name), signal.SIGKILL)
         process.wait(timeout=100)
     text = log.read_text()
     assert process.returncode == 1, text
     assert "2 runs: 2 to begin; 2 at once, each with 1 CPU thread.\n" in text
-    assert "max_steps=100 failed: killed by SIGKILL (out of memory?)" in text and "1 of 2 runs finished" in text
+    assert (
+        "max_steps=100 failed: killed by SIGKILL (out of memory?)" in text and "1 of 2 runs finished" in text
+    )
     assert (output / "max_steps=101" / "model" / "config.json").exists()
 
 

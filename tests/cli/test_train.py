@@ -21,7 +21,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> Path:
     return folder / "cache"
 
 
-def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(run, cache: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(run, cache: Path, tmp_path: Path) -> None:
     done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON, "--lora-r", 2, "--dry-run")
     assert done.code == 0, done.err
     lines = {line[2:].split("  ")[0]: line.split("  ")[-1].strip() for line in done.out.splitlines()[1:-1]}
@@ -29,13 +29,28 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(run, cache: Path,
     assert done.out.endswith("Nothing was written. Next: the same command without --dry-run.\n")
     assert lines["pairs"] == "pairs/train, 12" and lines["steps"] == "2" and lines["precision"] == "fp32"
     assert (
-        lines["parameters trained"] == "1,856 of 34,272" and "peak memory" in lines and lines["a step on the longest pairs"].endswith("for 4 pairs")
+        lines["parameters trained"] == "1,856 of 34,272"
+        and "peak memory" in lines
+        and lines["a step on the longest pairs"].endswith("for 4 pairs")
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_config_fills_in_what_is_not_given(run, cache: Path, tmp_path: Path) -> None:  # noqa: F811
-    first = run("train", "--cache", cache, "--output", tmp_path / "one", *COMMON, "--loss", "ipo", "--beta", 0.3, "--lora-r", 2)
+def test_a_config_fills_in_what_is_not_given(run, cache: Path, tmp_path: Path) -> None:
+    first = run(
+        "train",
+        "--cache",
+        cache,
+        "--output",
+        tmp_path / "one",
+        *COMMON,
+        "--loss",
+        "ipo",
+        "--beta",
+        0.3,
+        "--lora-r",
+        2,
+    )
     assert first.code == 0, first.err
     config = tmp_path / "one" / "config.json"
     assert run("train", "--config", config, "--output", tmp_path / "two", "--beta", 0.1).code == 0
@@ -46,16 +61,31 @@ def test_a_config_fills_in_what_is_not_given(run, cache: Path, tmp_path: Path) -
     assert (lacking.code, lacking.err) == (2, "error: --output is needed.\n")
 
 
-def test_the_report_names_the_next_commands(run, cache: Path, tmp_path: Path) -> None:  # noqa: F811
-    done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON, "--eval-pairs", "heldout", "--lora-r", 2)
+def test_the_report_names_the_next_commands(run, cache: Path, tmp_path: Path) -> None:
+    done = run(
+        "train",
+        "--cache",
+        cache,
+        "--output",
+        tmp_path / "run",
+        *COMMON,
+        "--eval-pairs",
+        "heldout",
+        "--lora-r",
+        2,
+    )
     assert done.out.splitlines()[-2:] == [
         f"  dpo-cache eval --cache {cache} --pairs heldout/train --model {tmp_path}/run/model",
         f'  AutoModelForCausalLM.from_pretrained("{tmp_path}/run/model")',
     ]
-    assert run("eval", "--cache", cache, "--pairs", "heldout/train", "--model", tmp_path / "run/model").code == 0
+    assert (
+        run("eval", "--cache", cache, "--pairs", "heldout/train", "--model", tmp_path / "run/model").code == 0
+    )
 
 
-def test_progress_shows_loss_margin_accuracy_speed_memory_and_time(run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_progress_shows_loss_margin_accuracy_speed_memory_and_time(
+    run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dpo_cache.cli.output.QUIET_SECONDS", 0.0)
     done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON)
     lines = [line for line in done.err.splitlines() if line.startswith("training")]
@@ -68,22 +98,31 @@ def test_progress_shows_loss_margin_accuracy_speed_memory_and_time(run, cache: P
     ("options", "message"),
     [
         (["--lora-alpha", "4"], "error: --lora-alpha 4.0 is used with --lora-r alone.\n"),
-        (["--lora-r", "2", "--peft-config", "x.json"], "error: --lora-r and --peft-config: give one of them.\n"),
+        (["--lora-r", "2", "--peft-config", "x.json"], "error: --lora-r and --peft-config: give one of "
+            "them.\n"),
         (
             ["--eval-every", "often", "--eval-pairs", "heldout"],
             "error: --eval-every often: expected a number of steps above 0, or of epochs as in 0.5epochs.\n",
         ),
-        (["--eval-every", "2"], "error: --eval-every 2: there is nothing to evaluate on.\nGive --eval-pairs or --eval-fraction.\n"),
-        (["--sample", "2"], "error: --sample 2: there is nothing to evaluate on.\nGive --eval-pairs or --eval-fraction.\n"),
-        (["--patience", "2", "--eval-pairs", "heldout"], "error: --patience 2: say how often to look with --eval-every.\n"),
-        (["--log-to", "paper"], "error: --log-to paper: expected one of tensorboard, wandb, trackio, mlflow.\n"),
+        (["--eval-every", "2"], "error: --eval-every 2: there is nothing to evaluate on.\n"
+            "Give --eval-pairs or --eval-fraction.\n"),
+        (["--sample", "2"], "error: --sample 2: there is nothing to evaluate on.\n"
+            "Give --eval-pairs or --eval-fraction.\n"),
+        (["--patience", "2", "--eval-pairs", "heldout"], "error: --patience 2: say how often to look with "
+            "--eval-every.\n"),
+        (["--log-to", "paper"], "error: --log-to paper: expected one of tensorboard, wandb, trackio, "
+            "mlflow.\n"),
         (["--log-names", "original"], "error: --log-names original is used with --log-to alone.\n"),
-        (["--dry-run", "--resume"], "error: --dry-run and --resume: a dry run starts at the beginning.\nGive one of them.\n"),
-        (["--rounding", "nearest"], "error: --rounding nearest is used with --precision bf16 alone, which updates in bf16.\n"),
+        (["--dry-run", "--resume"], "error: --dry-run and --resume: a dry run starts at the beginning.\n"
+            "Give one of them.\n"),
+        (["--rounding", "nearest"], "error: --rounding nearest is used with --precision bf16 alone, which "
+            "updates in bf16.\n"),
         (["--keep", "0"], "error: --keep 0: expected a number above 0.\n"),
     ],
 )  # fmt: skip
-def test_options_that_do_not_go_together_are_usage_errors(run, cache: Path, tmp_path: Path, options: list[str], message: str) -> None:  # noqa: F811
+def test_options_that_do_not_go_together_are_usage_errors(
+    run, cache: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
     done = run("train", "--cache", cache, "--output", tmp_path / "run", *options)
     assert (done.code, done.err, done.out) == (2, message, "")
     assert not (tmp_path / "run").exists()
@@ -92,11 +131,21 @@ def test_options_that_do_not_go_together_are_usage_errors(run, cache: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--save-every", 1], "stopped at once; {run}/checkpoints/step-000001 holds the last state that was saved. Go on from it with --resume.\n"),
-        ([], "stopped at once, before the first checkpoint (--save-every N makes some): there is nothing to resume.\n"),
+        (
+            ["--save-every", 1],
+            "stopped at once; {run}/checkpoints/step-000001 holds the last state that was saved. Go on "
+            "from it with --resume.\n",
+        ),
+        (
+            [],
+            "stopped at once, before the first checkpoint (--save-every N makes some): there is nothing "
+            "to resume.\n",
+        ),
     ],
 )
-def test_a_run_that_is_stopped_at_once_says_what_is_left_of_it(run, cache, tmp_path, monkeypatch, options, expected) -> None:  # noqa: F811
+def test_a_run_that_is_stopped_at_once_says_what_is_left_of_it(
+    run, cache, tmp_path, monkeypatch, options, expected
+) -> None:
     forward, calls = passes.completion_logps, []
 
     def stop(*arguments, **more):
@@ -108,4 +157,6 @@ def test_a_run_that_is_stopped_at_once_says_what_is_left_of_it(run, cache, tmp_p
     monkeypatch.setattr(passes, "completion_logps", stop)
     done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON, *options)
     assert (done.code, done.out) == (130, "")
-    assert done.err.endswith(expected.format(run=tmp_path / "run") + "error: interrupted; everything published so far is kept.\n")
+    assert done.err.endswith(
+        expected.format(run=tmp_path / "run") + "error: interrupted; everything published so far is kept.\n"
+    )

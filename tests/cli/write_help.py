@@ -38,9 +38,20 @@ print(json.dumps(helps))
 def read_helps() -> dict[str, str]:
     """The help text of every registered command, by its name."""
     # read by typer when it is imported, so a process of its own
-    environment = {**os.environ, "COLUMNS": str(WIDTH), "TERMINAL_WIDTH": str(WIDTH), "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
-    done = subprocess.run([sys.executable, "-c", _PRINT_HELPS], env=environment, capture_output=True, text=True, check=True)
-    return {name: "\n".join(line.rstrip() for line in text.strip("\n").splitlines()).strip("\n") for name, text in json.loads(done.stdout).items()}
+    environment = {
+        **os.environ,
+        "COLUMNS": str(WIDTH),
+        "TERMINAL_WIDTH": str(WIDTH),
+        "NO_COLOR": "1",
+        "_TYPER_FORCE_DISABLE_TERMINAL": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _PRINT_HELPS], env=environment, capture_output=True, text=True, check=True
+    )
+    return {
+        name: "\n".join(line.rstrip() for line in text.strip("\n").splitlines()).strip("\n")
+        for name, text in json.loads(done.stdout).items()
+    }
 
 
 def help_block(name: str, text: str) -> str:
@@ -53,14 +64,26 @@ def with_help(page: str, name: str, text: str) -> str:
     block = re.compile(rf"```\n\$ dpo-cache {re.escape(name)} --help\n(?:.*?\n)??```", re.DOTALL)
     renewed, found = block.subn(lambda _: help_block(name, text), page)
     if found != 1:
-        raise ValueError(f"docs/commands/{name}.md: expected one fenced block that begins with `$ dpo-cache {name} --help`, found {found}")
+        raise ValueError(
+            f"docs/commands/{name}.md: expected one fenced block that begins with `$ dpo-cache {name} "
+            f"--help`, found {found}"
+        )
     return renewed
 
 
 def options_page() -> str:
     """`docs/options.md`: a table for each part of each command's help."""
-    lines = ["# Options", "", "As flags of the command line; the Python functions take the same names, with `_` for `-`, as keyword arguments."]
-    for command, options in (("precompute", PrecomputeOptions), ("train", TrainOptions), ("eval", EvalOptions)):
+    lines = [
+        "# Options",
+        "",
+        "As flags of the command line; the Python functions take the same names, with `_` for `-`, as "
+        "keyword arguments.",
+    ]
+    for command, options in (
+        ("precompute", PrecomputeOptions),
+        ("train", TrainOptions),
+        ("eval", EvalOptions),
+    ):
         lines += ["", f"## {command}", *_TABLE]
         for entry in fields(options):  # type: ignore[arg-type]
             if entry.name in options.groups:
@@ -93,7 +116,10 @@ def main() -> None:
     for name, text in read_helps().items():
         path = PAGES / f"{name}.md"
         if not path.exists():
-            sys.exit(f"{path}: missing. Say there what `{name}` does, with an empty block: {help_block(name, '…')!r}")
+            sys.exit(
+                f"{path}: missing. Say there what `{name}` does, with an empty block: "
+                f"{help_block(name, '…')!r}"
+            )
         path.write_text(with_help(path.read_text(), name, text))
 
 

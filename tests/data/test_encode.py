@@ -3,12 +3,28 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from dpo_cache.data.boundary import EXPRESSIONS, can_be_cut, last_cut
 from dpo_cache.data.encode import _cutting_tokens, encode_continuations, encode_dialogues, encode_texts
-from tests.data.conftest import CORPUS, make_byte_tokenizer, make_prefix_space_tokenizer, make_trained_tokenizer, wrap
+from tests.data.conftest import (
+    CORPUS,
+    make_byte_tokenizer,
+    make_prefix_space_tokenizer,
+    make_trained_tokenizer,
+    wrap,
+)
 
 TOKENIZERS = {
     "bytes": make_byte_tokenizer(),
@@ -16,7 +32,24 @@ TOKENIZERS = {
     "prefix space": make_prefix_space_tokenizer(),
 }
 pieces = st.lists(
-    st.sampled_from(["<|im_start|>", "<|im_end|>", "<s>", "user", "the cat", " the", "\n", "\n\n", " ", "é🙂", "<|", "im_start|>", "Ġ", "▁"]),
+    st.sampled_from(
+        [
+            "<|im_start|>",
+            "<|im_end|>",
+            "<s>",
+            "user",
+            "the cat",
+            " the",
+            "\n",
+            "\n\n",
+            " ",
+            "é🙂",
+            "<|",
+            "im_start|>",
+            "Ġ",
+            "▁",
+        ]
+    ),
     max_size=6,
 ).map("".join)
 
@@ -31,7 +64,10 @@ def own_call(tokenizer: PreTrainedTokenizerFast, group: list[str]) -> list[list[
 def test_a_shared_head_changes_no_id(kind: str, prompt: str, answers: list[str]) -> None:
     tokenizer = TOKENIZERS[kind]
     group = [prompt, *(prompt + answer for answer in answers)]
-    assert encode_dialogues(tokenizer, [group, answers]) == [own_call(tokenizer, group), own_call(tokenizer, answers)]
+    assert encode_dialogues(tokenizer, [group, answers]) == [
+        own_call(tokenizer, group),
+        own_call(tokenizer, answers),
+    ]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -55,7 +91,9 @@ def test_special_tokens_that_reach_beyond_themselves_cut_nothing(flaw: str) -> N
     if flaw == "longer":
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|x|>", "<|x|>y"]})
     else:
-        tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|x|>", normalized=False, **{flaw: True})]})
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [AddedToken("<|x|>", normalized=False, **{flaw: True})]}
+        )
     assert "<|x|>" not in _cutting_tokens(tokenizer)
     group = ["a <|x|>", "a <|x|>yb", "a <|x|> b"]
     assert encode_dialogues(tokenizer, [group]) == [own_call(tokenizer, group)]
@@ -63,7 +101,9 @@ def test_special_tokens_that_reach_beyond_themselves_cut_nothing(flaw: str) -> N
 
 def test_tokens_in_reserve_are_not_looked_for() -> None:
     tokenizer = make_byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|reserved_{number}|>" for number in range(500)]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [f"<|reserved_{number}|>" for number in range(500)]}
+    )
     assert len(_cutting_tokens(tokenizer)) <= 3
     group = ["a<|reserved_7|>b<|im_end|>", "a<|reserved_7|>b<|im_end|>c<|reserved_8|>"]
     assert encode_dialogues(tokenizer, [group]) == [own_call(tokenizer, group)]
@@ -87,13 +127,20 @@ def make_split_tokenizer(expression: str) -> PreTrainedTokenizerFast:
     rules = Tokenizer(models.BPE())
     rules.normalizer = normalizers.NFC()
     rules.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(expression), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(expression), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     rules.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
     rules.train_from_iterator(CORPUS, trainer)
-    rules.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)])
+    rules.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
+    )
     return wrap(rules, bos_token="<s>")
 
 
@@ -109,7 +156,10 @@ CUT = {
     "byte-level BPE": make_trained_tokenizer(),
     "digits": make_digits_tokenizer(),
     "prefix space": make_prefix_space_tokenizer(),
-    **{f"split {number}": make_split_tokenizer(expression) for number, expression in enumerate(sorted(EXPRESSIONS))},
+    **{
+        f"split {number}": make_split_tokenizer(expression)
+        for number, expression in enumerate(sorted(EXPRESSIONS))
+    },
 }
 words = st.lists(
     st.sampled_from(
@@ -139,12 +189,18 @@ def test_any_such_cut_would_do(kind: str, text: str) -> None:
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     for place in range(1, len(text) - 1):
         if last_cut(text[: place + 2]) == place:
-            parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[:place], text[place:])]
+            parts = [
+                tokenizer(part, add_special_tokens=False)["input_ids"]
+                for part in (text[:place], text[place:])
+            ]
             assert parts[0] + parts[1] == whole
 
 
 def test_where_the_last_cut_is() -> None:
-    assert [last_cut(text) for text in ("", "a", "a b", "a b c", "a  b", "a 1 b", "a b.", "é b", "a b ", " b", "a b 7")] == [
+    assert [
+        last_cut(text)
+        for text in ("", "a", "a b", "a b c", "a  b", "a 1 b", "a b.", "é b", "a b ", " b", "a b 7")
+    ] == [
         0,
         0,
         1,
@@ -195,11 +251,18 @@ WHOLE = {
     "added token that is a word": with_added("xx", single_word=True),
     "normalizer": with_part(normalizer=normalizers.Prepend("▁")),
     "no words": with_part(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
-    "words of bytes": with_spaced_merge(BYTES, pre_tokenizers.Split(Regex(sorted(EXPRESSIONS)[0]), "isolated")),
-    "words of bytes, as GPT-2 parts them": with_spaced_merge(BYTES, pre_tokenizers.ByteLevel(add_prefix_space=False)),
-    "words put together": with_spaced_merge(pre_tokenizers.Split(Regex(sorted(EXPRESSIONS)[0]), "contiguous"), BYTES),
+    "words of bytes": with_spaced_merge(
+        BYTES, pre_tokenizers.Split(Regex(sorted(EXPRESSIONS)[0]), "isolated")
+    ),
+    "words of bytes, as GPT-2 parts them": with_spaced_merge(
+        BYTES, pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ),
+    "words put together": with_spaced_merge(
+        pre_tokenizers.Split(Regex(sorted(EXPRESSIONS)[0]), "contiguous"), BYTES
+    ),
     "words merged, then parted": with_spaced_merge(
-        pre_tokenizers.Split(Regex(sorted(EXPRESSIONS)[0]), "merged_with_previous"), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pre_tokenizers.Split(Regex(sorted(EXPRESSIONS)[0]), "merged_with_previous"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
     ),
     "other words": with_part(pre_tokenizer=pre_tokenizers.Split(Regex("a b"), "isolated")),
     "spaced token": with_spaced_token(),
@@ -218,7 +281,8 @@ def test_other_tokenizers_are_not_cut(kind: str) -> None:
 def test_what_is_added_around_a_text_stands_around_the_parts() -> None:
     tokenizer = make_split_tokenizer(sorted(EXPRESSIONS)[0])
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A <|im_end|>", special_tokens=[("<s>", 0), ("<|im_end|>", tokenizer.convert_tokens_to_ids("<|im_end|>"))]
+        single="<s> $A <|im_end|>",
+        special_tokens=[("<s>", 0), ("<|im_end|>", tokenizer.convert_tokens_to_ids("<|im_end|>"))],
     )
     group = ["the cat", "the cat sat"]
     assert encode_continuations(tokenizer, [group]) == [[tokenizer(text)["input_ids"] for text in group]]

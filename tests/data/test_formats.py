@@ -11,7 +11,11 @@ from tests.data.conftest import assistant, make_byte_tokenizer, message, pair, u
 
 
 def calling(name: str, arguments: dict[str, str]) -> dict[str, Any]:
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}]}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
+    }
 
 
 TEXT = {"prompt": "Name a colour.", "chosen": " Red.", "rejected": " Seven."}
@@ -19,24 +23,44 @@ YES_OR_NO = pair([user("Well?")], [assistant("Yes.")], [assistant("No.")])
 
 FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
     "text": ("text", TEXT, pair("Name a colour.", " Red.", " Seven.")),
-    "text with other columns": ("text", {**TEXT, "score": 3, "id": None}, pair("Name a colour.", " Red.", " Seven.")),
+    "text with other columns": (
+        "text",
+        {**TEXT, "score": 3, "id": None},
+        pair("Name a colour.", " Red.", " Seven."),
+    ),
     "prompt and answers as messages": (
         "conversation",
         {"prompt": [user("Well?")], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]},
         YES_OR_NO,
     ),
-    "prompt as text": ("conversation", {"prompt": "Well?", "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}, YES_OR_NO),
+    "prompt as text": (
+        "conversation",
+        {"prompt": "Well?", "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]},
+        YES_OR_NO,
+    ),
     "prompt as text that the answers repeat": (
         "conversation",
-        {"prompt": "Well?", "chosen": [user("Well?"), assistant("Yes.")], "rejected": [user("Well?"), assistant("No.")]},
+        {
+            "prompt": "Well?",
+            "chosen": [user("Well?"), assistant("Yes.")],
+            "rejected": [user("Well?"), assistant("No.")],
+        },
         YES_OR_NO,
     ),
     "prompt as messages that one answer repeats": (
         "conversation",
-        {"prompt": [user("Well?")], "chosen": [user("Well?"), assistant("Yes.")], "rejected": [assistant("No.")]},
+        {
+            "prompt": [user("Well?")],
+            "chosen": [user("Well?"), assistant("Yes.")],
+            "rejected": [assistant("No.")],
+        },
         YES_OR_NO,
     ),
-    "prompt as messages, answers as text": ("conversation", {"prompt": [user("Well?")], "chosen": "Yes.", "rejected": "No."}, YES_OR_NO),
+    "prompt as messages, answers as text": (
+        "conversation",
+        {"prompt": [user("Well?")], "chosen": "Yes.", "rejected": "No."},
+        YES_OR_NO,
+    ),
     "system message without content": (
         "conversation",
         {"prompt": [message("system", ""), user("Well?")], "chosen": "Yes.", "rejected": "No."},
@@ -44,12 +68,20 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
     ),
     "answers of several turns": (
         "conversation",
-        {"prompt": "Well?", "chosen": [assistant("Yes."), user("Sure?"), assistant("Yes!")], "rejected": "No."},
+        {
+            "prompt": "Well?",
+            "chosen": [assistant("Yes."), user("Sure?"), assistant("Yes!")],
+            "rejected": "No.",
+        },
         pair([user("Well?")], [assistant("Yes."), user("Sure?"), assistant("Yes!")], [assistant("No.")]),
     ),
     "fields that are null in this row": (
         "conversation",
-        {"prompt": [{**user("Well?"), "name": None}], "chosen": [{**assistant("Yes."), "tool": "x"}], "rejected": "No."},
+        {
+            "prompt": [{**user("Well?"), "name": None}],
+            "chosen": [{**assistant("Yes."), "tool": "x"}],
+            "rejected": "No.",
+        },
         pair([user("Well?")], [{**assistant("Yes."), "tool": "x"}], [assistant("No.")]),
     ),
     "dialogues as messages": (
@@ -85,7 +117,11 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
     "sharegpt with plain roles": (
         "sharegpt",
         {
-            "conversations": [{"from": "user", "value": "Hi."}, {"from": "assistant", "value": "Hi."}, {"from": "user", "value": "Well?"}],
+            "conversations": [
+                {"from": "user", "value": "Hi."},
+                {"from": "assistant", "value": "Hi."},
+                {"from": "user", "value": "Well?"},
+            ],
             "chosen": {"from": "assistant", "value": "Yes."},
             "rejected": {"from": "assistant", "value": "No."},
         },
@@ -105,7 +141,10 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
                 {"from": "observation", "value": "blue"},
             ],
             "chosen": {"from": "gpt", "value": "Fine."},
-            "rejected": {"from": "function_call", "value": '[{"name": "look", "arguments": "{\\"at\\": \\"sea\\"}"}]'},
+            "rejected": {
+                "from": "function_call",
+                "value": '[{"name": "look", "arguments": "{\\"at\\": \\"sea\\"}"}]',
+            },
         },
         pair(
             [user("Weather?"), calling("look", {"at": "sky"}), message("tool", "blue")],
@@ -128,7 +167,11 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
         {"system": "Be brief.", "question": "Well?", "chosen": "Yes.", "rejected": "No."},
         pair([message("system", "Be brief."), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
     ),
-    "question with an empty system message": ("question", {"system": "", "question": "Well?", "chosen": "Yes.", "rejected": "No."}, YES_OR_NO),
+    "question with an empty system message": (
+        "question",
+        {"system": "", "question": "Well?", "chosen": "Yes.", "rejected": "No."},
+        YES_OR_NO,
+    ),
     "tools as JSON, and what the template is told": (
         "conversation",
         {
@@ -154,7 +197,11 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
         {"prompt": [user("Well?")], "responses": [[assistant("No.")], [assistant("Yes.")]], "ranks": [2, 1]},
         Example([user("Well?")], ([assistant("No.")], [assistant("Yes.")]), ((1, 0),)),
     ),
-    "ranked alike": ("ranked", {"prompt": "Well?", "responses": ["a", "b"], "ranks": [1, 1]}, Example("Well?", ("a", "b"), ())),
+    "ranked alike": (
+        "ranked",
+        {"prompt": "Well?", "responses": ["a", "b"], "ranks": [1, 1]},
+        Example("Well?", ("a", "b"), ()),
+    ),
     "prompt that the answers repeat with other spaces": (
         "conversation",
         {"prompt": "Well? ", "chosen": [user("Well?"), assistant("Yes.")], "rejected": [assistant("No.")]},
@@ -162,27 +209,64 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
     ),
     "conversation with a system column": (
         "conversation",
-        {"system": "Be brief.", "prompt": "Well?", "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]},
+        {
+            "system": "Be brief.",
+            "prompt": "Well?",
+            "chosen": [assistant("Yes.")],
+            "rejected": [assistant("No.")],
+        },
         pair([message("system", "Be brief."), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
     ),
     "alpaca with history and system": (
         "alpaca",
-        {"system": "Be brief.", "history": [["Hi.", "Hi!"]], "instruction": "Well?", "chosen": "Yes.", "rejected": "No."},
-        pair([message("system", "Be brief."), user("Hi."), assistant("Hi!"), user("Well?")], [assistant("Yes.")], [assistant("No.")]),
+        {
+            "system": "Be brief.",
+            "history": [["Hi.", "Hi!"]],
+            "instruction": "Well?",
+            "chosen": "Yes.",
+            "rejected": "No.",
+        },
+        pair(
+            [message("system", "Be brief."), user("Hi."), assistant("Hi!"), user("Well?")],
+            [assistant("Yes.")],
+            [assistant("No.")],
+        ),
     ),
     "an answer that calls a tool and says nothing": (
         "conversation",
-        {"prompt": [user("Well?")], "chosen": [{"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}], "rejected": "No."},
-        pair([user("Well?")], [{"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}], [assistant("No.")]),
+        {
+            "prompt": [user("Well?")],
+            "chosen": [{"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}],
+            "rejected": "No.",
+        },
+        pair(
+            [user("Well?")],
+            [{"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}],
+            [assistant("No.")],
+        ),
     ),
-    "alpaca without input": ("alpaca", {"instruction": "Well?", "chosen": "Yes.", "rejected": "No."}, YES_OR_NO),
-    "alpaca with empty input": ("alpaca", {"instruction": "Well?", "input": "", "chosen": "Yes.", "rejected": "No."}, YES_OR_NO),
-    "alpaca with null input": ("alpaca", {"instruction": "Well?", "input": None, "chosen": "Yes.", "rejected": "No."}, YES_OR_NO),
+    "alpaca without input": (
+        "alpaca",
+        {"instruction": "Well?", "chosen": "Yes.", "rejected": "No."},
+        YES_OR_NO,
+    ),
+    "alpaca with empty input": (
+        "alpaca",
+        {"instruction": "Well?", "input": "", "chosen": "Yes.", "rejected": "No."},
+        YES_OR_NO,
+    ),
+    "alpaca with null input": (
+        "alpaca",
+        {"instruction": "Well?", "input": None, "chosen": "Yes.", "rejected": "No."},
+        YES_OR_NO,
+    ),
 }
 
 
 @pytest.mark.parametrize(("data_format", "row", "example"), FORMATS.values(), ids=FORMATS)
-def test_each_format_is_recognised_and_parsed(data_format: str, row: dict[str, Any], example: Example) -> None:
+def test_each_format_is_recognised_and_parsed(
+    data_format: str, row: dict[str, Any], example: Example
+) -> None:
     assert detect_format(list(row), row) == data_format
     assert parse_row(row, data_format) == example
 
@@ -194,7 +278,9 @@ def test_a_format_may_be_named(data_format: str, row: dict[str, Any], example: E
 
 def test_the_best_of_ranked_answers_against_each() -> None:
     row = {"prompt": "Well?", "responses": ["a", "b", "c", "d"], "scores": [3, 1, 3, 2]}
-    assert parse_row(row, "ranked", "best") == Example("Well?", ("a", "b", "c", "d"), ((0, 3), (0, 1), (2, 3), (2, 1)))
+    assert parse_row(row, "ranked", "best") == Example(
+        "Well?", ("a", "b", "c", "d"), ((0, 3), (0, 1), (2, 3), (2, 1))
+    )
 
 
 def test_a_prompt_column_beside_an_instruction_is_the_prompt() -> None:
@@ -202,7 +288,8 @@ def test_a_prompt_column_beside_an_instruction_is_the_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "shown"), [(["question", "answer"], "question, answer"), (["prompt", "chosen"], "prompt, chosen"), ([], "(none)")]
+    ("columns", "shown"),
+    [(["question", "answer"], "question, answer"), (["prompt", "chosen"], "prompt, chosen"), ([], "(none)")],
 )
 def test_what_is_no_preference_data_is_told_what_is_accepted(columns: list[str], shown: str) -> None:
     with pytest.raises(DataError) as caught:
@@ -221,7 +308,9 @@ def test_what_is_no_preference_data_is_told_what_is_accepted(columns: list[str],
 
 def test_equal_dialogues_keep_an_answer_so_that_the_pair_is_dropped_later() -> None:
     dialogue = [user("Well?"), assistant("Yes.")]
-    assert parse_row({"chosen": dialogue, "rejected": dialogue}, "implicit") == pair([user("Well?")], [assistant("Yes.")], [assistant("Yes.")])
+    assert parse_row({"chosen": dialogue, "rejected": dialogue}, "implicit") == pair(
+        [user("Well?")], [assistant("Yes.")], [assistant("Yes.")]
+    )
     text = parse_row({"chosen": "\n\nHuman: Well?", "rejected": "\n\nHuman: Well?"}, "implicit")
     assert isinstance(text, Example)
     assert text.answers[0] == text.answers[1] != ""
@@ -229,7 +318,12 @@ def test_equal_dialogues_keep_an_answer_so_that_the_pair_is_dropped_later() -> N
 
 @pytest.mark.parametrize(
     ("chosen", "rejected"),
-    [("A: red cat", "A: red dog"), ("A: red cats", "A: red cars"), ("A: x", "B: x"), ("A: red  cat", "A: red  dog")],
+    [
+        ("A: red cat", "A: red dog"),
+        ("A: red cats", "A: red cars"),
+        ("A: x", "B: x"),
+        ("A: red  cat", "A: red  dog"),
+    ],
 )
 def test_dialogues_as_text_are_cut_without_losing_a_letter(chosen: str, rejected: str) -> None:
     example = parse_row({"chosen": "Q: " + chosen, "rejected": "Q: " + rejected}, "implicit")
@@ -243,7 +337,10 @@ def test_dialogues_as_text_are_cut_without_losing_a_letter(chosen: str, rejected
     ("shorter", "longer"),
     [
         ("\n\nHuman: Well?\n\nAssistant: Yes.", "\n\nHuman: Well?\n\nAssistant: Yes. I am sure."),
-        ([user("Well?"), assistant("Yes.")], [user("Well?"), assistant("Yes."), user("Sure?"), assistant("Yes!")]),
+        (
+            [user("Well?"), assistant("Yes.")],
+            [user("Well?"), assistant("Yes."), user("Sure?"), assistant("Yes!")],
+        ),
     ],
     ids=["text", "messages"],
 )
@@ -255,7 +352,10 @@ def test_a_dialogue_may_go_on_where_the_other_ends(shorter: Any, longer: Any) ->
 
 
 def test_an_alpaca_input_of_spaces_is_as_good_as_none() -> None:
-    assert parse_row({"instruction": "Well?", "input": " ", "chosen": "Yes.", "rejected": "No."}, "alpaca") == YES_OR_NO
+    assert (
+        parse_row({"instruction": "Well?", "input": " ", "chosen": "Yes.", "rejected": "No."}, "alpaca")
+        == YES_OR_NO
+    )
 
 
 PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -266,16 +366,32 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "number": ("text", {**TEXT, "chosen": 7}, "`chosen` is a int, expected text"),
     "not a number": ("text", {**TEXT, "chosen": float("nan")}, "`chosen` is a float, expected text"),
     "list in a text row": ("text", {**TEXT, "prompt": [user("Well?")]}, "`prompt` is a list, expected text"),
-    "number for messages": ("conversation", {"prompt": "Well?", "chosen": 7, "rejected": "No."}, "`chosen` is a int, expected messages"),
-    "none for messages": ("conversation", {"prompt": None, "chosen": "Yes.", "rejected": "No."}, "`prompt` is missing, expected messages"),
+    "number for messages": (
+        "conversation",
+        {"prompt": "Well?", "chosen": 7, "rejected": "No."},
+        "`chosen` is a int, expected messages",
+    ),
+    "none for messages": (
+        "conversation",
+        {"prompt": None, "chosen": "Yes.", "rejected": "No."},
+        "`prompt` is missing, expected messages",
+    ),
     "no messages": ("conversation", {"prompt": [], "chosen": "Yes.", "rejected": "No."}, "`prompt` is empty"),
-    "answer that is the prompt alone": ("conversation", {"prompt": "Well?", "chosen": [user("Well?")], "rejected": "No."}, "`chosen` is empty"),
+    "answer that is the prompt alone": (
+        "conversation",
+        {"prompt": "Well?", "chosen": [user("Well?")], "rejected": "No."},
+        "`chosen` is empty",
+    ),
     "message without role": (
         "conversation",
         {"prompt": [{"content": "Well?"}], "chosen": "Yes.", "rejected": "No."},
         "`prompt` has a message without `role`",
     ),
-    "message that is text": ("conversation", {"prompt": ["Well?"], "chosen": "Yes.", "rejected": "No."}, "`prompt` has a message without `role`"),
+    "message that is text": (
+        "conversation",
+        {"prompt": ["Well?"], "chosen": "Yes.", "rejected": "No."},
+        "`prompt` has a message without `role`",
+    ),
     "message without content": (
         "conversation",
         {"prompt": "Well?", "chosen": [{"role": "assistant"}], "rejected": "No."},
@@ -283,7 +399,11 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "message with an image": (
         "conversation",
-        {"prompt": "Well?", "chosen": "Yes.", "rejected": [{"role": "assistant", "content": [{"type": "image"}]}]},
+        {
+            "prompt": "Well?",
+            "chosen": "Yes.",
+            "rejected": [{"role": "assistant", "content": [{"type": "image"}]}],
+        },
         "`rejected` has a message whose `content` is a list, expected text",
     ),
     "message of spaces": (
@@ -291,15 +411,28 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"prompt": "Well?", "chosen": "Yes.", "rejected": [assistant("  ")]},
         "`rejected` has a message whose `content` is empty",
     ),
-    "dialogues that share nothing": ("implicit", {"chosen": [user("Well?")], "rejected": [user("Who?")]}, "`prompt` is empty"),
+    "dialogues that share nothing": (
+        "implicit",
+        {"chosen": [user("Well?")], "rejected": [user("Who?")]},
+        "`prompt` is empty",
+    ),
     "texts that share nothing": ("implicit", {"chosen": "Well?", "rejected": "No."}, "`prompt` is empty"),
-    "a text beside a dialogue": ("implicit", {"chosen": "Well?", "rejected": [user("Well?")]}, "`rejected` is a list, expected text"),
+    "a text beside a dialogue": (
+        "implicit",
+        {"chosen": "Well?", "rejected": [user("Well?")]},
+        "`rejected` is a list, expected text",
+    ),
     "no dialogue": ("implicit", {"chosen": None, "rejected": None}, "`chosen` is missing, expected messages"),
-    "turns that are text": ("sharegpt", {"conversations": "Well?", "chosen": {}, "rejected": {}}, "`conversations` is not a list of turns"),
+    "turns that are text": (
+        "sharegpt",
+        {"conversations": "Well?", "chosen": {}, "rejected": {}},
+        "`conversations` is not a list of turns",
+    ),
     "turn of a stranger": (
         "sharegpt",
         {"conversations": [{"from": "critic", "value": "7"}], "chosen": {}, "rejected": {}},
-        "`conversations` has a turn from 'critic', expected one of human, gpt, user, assistant, system, function_call, observation, tool",
+        "`conversations` has a turn from 'critic', expected one of human, gpt, user, assistant, system, "
+        "function_call, observation, tool",
     ),
     "answer that is no turn": (
         "sharegpt",
@@ -316,55 +449,115 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"prompt": "a", "chosen": [user("b"), assistant("c")], "rejected": "d"},
         "`chosen` starts with a message from user, expected the answer, or the whole prompt before it",
     ),
-    "one response": ("ranked", {"prompt": "a", "responses": ["b"], "scores": [1]}, "`responses` is not a list of two answers or more"),
-    "too few scores": ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1]}, "`scores` has 1 numbers for 2 responses"),
+    "one response": (
+        "ranked",
+        {"prompt": "a", "responses": ["b"], "scores": [1]},
+        "`responses` is not a list of two answers or more",
+    ),
+    "too few scores": (
+        "ranked",
+        {"prompt": "a", "responses": ["b", "c"], "scores": [1]},
+        "`scores` has 1 numbers for 2 responses",
+    ),
     "no scores": ("ranked", {"prompt": "a", "responses": ["b", "c"]}, "it has neither `scores` nor `ranks`"),
     "scores that are no list": (
         "ranked",
         {"prompt": "a", "responses": ["b", "c"], "scores": "1 2"},
         "`scores` is a str, expected a list of numbers",
     ),
-    "a score that is not there": ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, None]}, "`scores` holds null, expected numbers"),
-    "a score that is NaN": ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, math.nan]}, "`scores` holds NaN, expected numbers"),
-    "a rank that is text": ("ranked", {"prompt": "a", "responses": ["b", "c"], "ranks": ["best", 2]}, "`ranks` holds a str, expected numbers"),
+    "a score that is not there": (
+        "ranked",
+        {"prompt": "a", "responses": ["b", "c"], "scores": [1, None]},
+        "`scores` holds null, expected numbers",
+    ),
+    "a score that is NaN": (
+        "ranked",
+        {"prompt": "a", "responses": ["b", "c"], "scores": [1, math.nan]},
+        "`scores` holds NaN, expected numbers",
+    ),
+    "a rank that is text": (
+        "ranked",
+        {"prompt": "a", "responses": ["b", "c"], "ranks": ["best", 2]},
+        "`ranks` holds a str, expected numbers",
+    ),
     "a call that is no JSON": (
         "sharegpt",
-        {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "function_call", "value": "look()"}, "rejected": {}},
-        "`chosen` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor a list of these",
+        {
+            "conversations": [{"from": "human", "value": "a"}],
+            "chosen": {"from": "function_call", "value": "look()"},
+            "rejected": {},
+        },
+        "`chosen` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor "
+        "a list of these",
     ),
     "a call without arguments": (
         "sharegpt",
-        {"conversations": [{"from": "function_call", "value": '{"name": "look"}'}], "chosen": {}, "rejected": {}},
-        "`conversations` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor a list of these",
+        {
+            "conversations": [{"from": "function_call", "value": '{"name": "look"}'}],
+            "chosen": {},
+            "rejected": {},
+        },
+        "`conversations` has a turn from 'function_call' that is no JSON object with `name` and "
+        "`arguments`, nor a list of these",
     ),
     "a call of no name": (
         "sharegpt",
-        {"conversations": [{"from": "function_call", "value": '{"name": null, "arguments": {}}'}], "chosen": {}, "rejected": {}},
-        "`conversations` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor a list of these",
+        {
+            "conversations": [{"from": "function_call", "value": '{"name": null, "arguments": {}}'}],
+            "chosen": {},
+            "rejected": {},
+        },
+        "`conversations` has a turn from 'function_call' that is no JSON object with `name` and "
+        "`arguments`, nor a list of these",
     ),
     "arguments that are no object": (
         "sharegpt",
-        {"conversations": [{"from": "function_call", "value": '{"name": "look", "arguments": "3"}'}], "chosen": {}, "rejected": {}},
-        "`conversations` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor a list of these",
+        {
+            "conversations": [{"from": "function_call", "value": '{"name": "look", "arguments": "3"}'}],
+            "chosen": {},
+            "rejected": {},
+        },
+        "`conversations` has a turn from 'function_call' that is no JSON object with `name` and "
+        "`arguments`, nor a list of these",
     ),
     "an answer of the user": (
         "sharegpt",
-        {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "human", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}},
+        {
+            "conversations": [{"from": "human", "value": "a"}],
+            "chosen": {"from": "human", "value": "b"},
+            "rejected": {"from": "gpt", "value": "c"},
+        },
         "`chosen` is a turn from 'human', expected one from gpt or function_call",
     ),
     "a conversation that is answered already": (
         "sharegpt",
-        {"conversations": [{"from": "gpt", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}},
+        {
+            "conversations": [{"from": "gpt", "value": "a"}],
+            "chosen": {"from": "gpt", "value": "b"},
+            "rejected": {"from": "gpt", "value": "c"},
+        },
         "`conversations` ends with a turn from 'gpt', expected what the answers reply to",
     ),
-    "an empty response": ("ranked", {"prompt": "a", "responses": ["b", " "], "scores": [1, 2]}, "`responses` is empty"),
-    "tools that are not JSON": ("conversation", {"prompt": "a", "chosen": "b", "rejected": "c", "tools": "look"}, "`tools` is not JSON"),
+    "an empty response": (
+        "ranked",
+        {"prompt": "a", "responses": ["b", " "], "scores": [1, 2]},
+        "`responses` is empty",
+    ),
+    "tools that are not JSON": (
+        "conversation",
+        {"prompt": "a", "chosen": "b", "rejected": "c", "tools": "look"},
+        "`tools` is not JSON",
+    ),
     "template options that are text": (
         "conversation",
         {"prompt": "a", "chosen": "b", "rejected": "c", "chat_template_kwargs": "x"},
         "`chat_template_kwargs` is a str, expected an object",
     ),
-    "no instruction": ("alpaca", {"instruction": None, "chosen": "Yes.", "rejected": "No."}, "`instruction` is missing, expected text"),
+    "no instruction": (
+        "alpaca",
+        {"instruction": None, "chosen": "Yes.", "rejected": "No."},
+        "`instruction` is missing, expected text",
+    ),
     "input that is a number": (
         "alpaca",
         {"instruction": "Well?", "input": 7, "chosen": "Yes.", "rejected": "No."},
@@ -398,7 +591,8 @@ def test_all_unusable_rows_are_told_at_once() -> None:
 
 def test_a_single_unusable_row_is_told_in_the_singular() -> None:
     with pytest.raises(
-        DataError, match=r"^the data: 1 row cannot be used \(rows are counted from 0, format text\):\n  `chosen` is empty: 1 row, number 0\n"
+        DataError,
+        match=r"^the data: 1 row cannot be used \(rows are counted from 0, format text\):\n  `chosen` is empty: 1 row, number 0\n",
     ):
         tokenize_rows(Dataset.from_list([{**TEXT, "chosen": ""}]), "text", make_byte_tokenizer())
 
@@ -410,14 +604,28 @@ EXTRA = {"system": "Be brief.", "history": [], "tools": "[]", "chat_template_kwa
     ("data_format", "row", "unused"),
     [
         ("text", TEXT, ["system", "history", "tools", "chat_template_kwargs"]),
-        ("implicit", {"chosen": "a b", "rejected": "a c"}, ["system", "history", "tools", "chat_template_kwargs"]),
-        ("implicit", {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}, ["system", "history"]),
-        ("ranked", {"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}, ["system", "history", "tools", "chat_template_kwargs"]),
+        (
+            "implicit",
+            {"chosen": "a b", "rejected": "a c"},
+            ["system", "history", "tools", "chat_template_kwargs"],
+        ),
+        (
+            "implicit",
+            {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+            ["system", "history"],
+        ),
+        (
+            "ranked",
+            {"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]},
+            ["system", "history", "tools", "chat_template_kwargs"],
+        ),
         ("ranked", {"prompt": [user("a")], "responses": ["b", "c"], "scores": [1, 2]}, ["history"]),
         ("alpaca", {"instruction": "a", "chosen": "b", "rejected": "c"}, []),
     ],
 )
-def test_columns_that_the_rows_have_no_use_for_are_found(data_format: str, row: dict[str, Any], unused: list[str]) -> None:
+def test_columns_that_the_rows_have_no_use_for_are_found(
+    data_format: str, row: dict[str, Any], unused: list[str]
+) -> None:
     assert unused_columns(data_format, [*row, *EXTRA], {**row, **EXTRA}) == unused
     assert unused_columns(data_format, list(row), row) == []
 
@@ -426,6 +634,7 @@ def test_a_named_format_needs_its_columns() -> None:
     with pytest.raises(DataError) as caught:
         check_format("question", ["prompt", "chosen", "rejected"])
     assert str(caught.value) == (
-        "--format question needs the columns question, chosen, rejected; the data has no question, but prompt, chosen, rejected.\n"
+        "--format question needs the columns question, chosen, rejected; the data has no question, but "
+        "prompt, chosen, rejected.\n"
         "Name the columns that correspond with --map, for example --map prompt=question."
     )

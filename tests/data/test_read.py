@@ -13,7 +13,9 @@ from dpo_cache.errors import DataError
 from dpo_cache.store.cache import check_name
 from tests.data.conftest import assistant, user, write_lines
 
-ROWS = [{"prompt": f"Question {number}?", "chosen": " Yes,\nsure.", "rejected": ' "No"'} for number in range(4)]
+ROWS = [
+    {"prompt": f"Question {number}?", "chosen": " Yes,\nsure.", "rejected": ' "No"'} for number in range(4)
+]
 
 
 def write_csv(path: Path) -> None:
@@ -45,7 +47,11 @@ def test_each_kind_of_file_gives_its_rows_in_order(tmp_path: Path, suffix: str) 
 
 
 def test_messages_are_read_as_messages(tmp_path: Path) -> None:
-    row = {"prompt": [user("Well?"), assistant("Hm."), user("So?")], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}
+    row = {
+        "prompt": [user("Well?"), assistant("Hm."), user("So?")],
+        "chosen": [assistant("Yes.")],
+        "rejected": [assistant("No.")],
+    }
     (read,) = read_dataset(write_lines(tmp_path / "pairs.jsonl", [row]))["train"]
     assert read == row
 
@@ -54,7 +60,9 @@ def test_a_folder_gives_train_unless_another_split_is_asked_for(tmp_path: Path) 
     write_lines(tmp_path / "data/train.jsonl", ROWS)
     write_lines(tmp_path / "data/test.jsonl", ROWS[:1])
     assert {name: len(rows) for name, rows in read_dataset(str(tmp_path / "data")).items()} == {"train": 4}
-    assert {name: len(rows) for name, rows in read_dataset(str(tmp_path / "data"), ["test"]).items()} == {"test": 1}
+    assert {name: len(rows) for name, rows in read_dataset(str(tmp_path / "data"), ["test"]).items()} == {
+        "test": 1
+    }
     assert list(read_dataset(str(tmp_path / "data"), ["test", "train"])) == ["test", "train"]
 
 
@@ -66,13 +74,19 @@ def test_a_folder_with_one_split_gives_that(tmp_path: Path) -> None:
 def test_several_splits_without_train_must_be_chosen_from(tmp_path: Path) -> None:
     write_lines(tmp_path / "data/validation.jsonl", ROWS)
     write_lines(tmp_path / "data/test.jsonl", ROWS)
-    assert error_of(tmp_path / "data") == f"{tmp_path}/data: has the splits validation, test.\nSay which with --split (it may be repeated)."
+    assert (
+        error_of(tmp_path / "data")
+        == f"{tmp_path}/data: has the splits validation, test.\nSay which with --split (it may be repeated)."
+    )
 
 
 def test_an_unknown_split_shows_those_there_are(tmp_path: Path) -> None:
     write_lines(tmp_path / "data/train.jsonl", ROWS)
     write_lines(tmp_path / "data/test.jsonl", ROWS)
-    assert error_of(tmp_path / "data", "train", "dev", "eval") == f"{tmp_path}/data: no split dev, eval.\nIt has: train, test."
+    assert (
+        error_of(tmp_path / "data", "train", "dev", "eval")
+        == f"{tmp_path}/data: no split dev, eval.\nIt has: train, test."
+    )
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1, 1), (3, 3), (4, 4), (100, 4), (None, 4)])
@@ -93,7 +107,9 @@ def test_a_missing_file_is_told(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("location", ["pairs.jsonl", "./pairs", "a/b/pairs", "~/no-such-folder/pairs"])
-def test_a_relative_path_that_is_missing_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str) -> None:
+def test_a_relative_path_that_is_missing_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert error_of(location) == f"{location}: no such file or folder."
 
@@ -117,7 +133,9 @@ def test_a_name_that_looks_like_a_pattern_is_taken_as_it_stands(tmp_path: Path) 
     assert read_dataset(path)["train"].to_list() == ROWS
     folder = tmp_path / "new [1]"
     write_lines(folder / "pairs.jsonl", ROWS)
-    assert error_of(folder).startswith(f"{folder}: a folder's name with *, ? or [ would be taken for a pattern.")
+    assert error_of(folder).startswith(
+        f"{folder}: a folder's name with *, ? or [ would be taken for a pattern."
+    )
 
 
 def test_a_folder_of_several_kinds_is_refused(tmp_path: Path) -> None:
@@ -128,14 +146,18 @@ def test_a_folder_of_several_kinds_is_refused(tmp_path: Path) -> None:
 
 def test_a_saved_data_set_is_read(tmp_path: Path) -> None:
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
-    DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}).save_to_disk(tmp_path / "two")
+    DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}).save_to_disk(
+        tmp_path / "two"
+    )
     assert read_dataset(str(tmp_path / "one"))["train"].to_list() == ROWS
     assert read_dataset(str(tmp_path / "two"), ["test"])["test"].to_list() == ROWS[:1]
 
 
 def test_words_that_pandas_takes_for_nothing_are_answers(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\na,None,NA\n")
-    assert read_dataset(str(tmp_path / "pairs.csv"))["train"].to_list() == [{"prompt": "a", "chosen": "None", "rejected": "NA"}]
+    assert read_dataset(str(tmp_path / "pairs.csv"))["train"].to_list() == [
+        {"prompt": "a", "chosen": "None", "rejected": "NA"}
+    ]
 
 
 def test_columns_are_given_other_names(tmp_path: Path) -> None:
@@ -144,7 +166,9 @@ def test_columns_are_given_other_names(tmp_path: Path) -> None:
     for streaming in (False, True):
         found = read_dataset(path, rename={"prompt": "q"}, streaming=streaming)["train"]
         assert list(found) == [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-        with pytest.raises(DataError, match=r"--map: .* has no column absent.\nIt has: q, prompt, chosen, rejected"):
+        with pytest.raises(
+            DataError, match=r"--map: .* has no column absent.\nIt has: q, prompt, chosen, rejected"
+        ):
             read_dataset(path, rename={"prompt": "absent"}, streaming=streaming)
 
 
@@ -157,13 +181,18 @@ def test_an_empty_folder_is_told(tmp_path: Path) -> None:
     assert error_of(tmp_path).startswith(f"{tmp_path}: cannot be opened (")
 
 
-@pytest.mark.parametrize(("name", "content"), [("pairs.csv", "prompt,chosen,rejected\n"), ("pairs.jsonl", "\n"), ("pairs.json", "[]")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("pairs.csv", "prompt,chosen,rejected\n"), ("pairs.jsonl", "\n"), ("pairs.json", "[]")],
+)
 def test_a_file_without_rows_is_told(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     assert error_of(tmp_path / name) == f"{tmp_path}/{name}: split train has no rows."
 
 
-@pytest.mark.parametrize("content", ['{"prompt": "a", "chosen": \n', '[{"prompt": "a"', "prompt: a"], ids=["line", "list", "yaml"])
+@pytest.mark.parametrize(
+    "content", ['{"prompt": "a", "chosen": \n', '[{"prompt": "a"', "prompt: a"], ids=["line", "list", "yaml"]
+)
 def test_broken_json_is_told(tmp_path: Path, content: str) -> None:
     path = tmp_path / "pairs.json"
     path.write_text(content)
@@ -190,10 +219,15 @@ def test_text_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
         first_row(read_dataset(str(path))["train"], "pairs.jsonl")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("pairs.txt", ".txt"), ("pairs", "(none)"), ("pairs.jsonl.gz", ".gz")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("pairs.txt", ".txt"), ("pairs", "(none)"), ("pairs.jsonl.gz", ".gz")]
+)
 def test_a_file_of_another_kind_is_told_which_are_read(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_text("text")
-    assert error_of(tmp_path / name) == f"{tmp_path}/{name}: files of kind {kind} are not read.\nAccepted: .jsonl, .json, .csv, .parquet."
+    assert (
+        error_of(tmp_path / name)
+        == f"{tmp_path}/{name}: files of kind {kind} are not read.\nAccepted: .jsonl, .json, .csv, .parquet."
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,22 @@ CALL = "<|im_start|>assistant\nadd({'a': 2})<|im_end|>\n<|im_start|>tool\n4<|im_
 EXPECTED = {
     "`prompt`, `chosen`, `rejected` as text": ("text", "2+2?", [(" 4.<|im_end|>", " It depends.<|im_end|>")]),
     "the same as messages": ("conversation", USER + BEGIN, [("4." + END, "5." + END)]),
-    "prompt as text, repeated in the answers or not": ("conversation", USER + BEGIN, [("4." + END, "5." + END)]),
+    "prompt as text, repeated in the answers or not": (
+        "conversation",
+        USER + BEGIN,
+        [("4." + END, "5." + END)],
+    ),
     "messages with `tools`": ("conversation", "tools: add\n" + USER + BEGIN, [("4." + END, "5." + END)]),
-    "`chosen`, `rejected` as whole dialogues that share the prompt": ("implicit", USER + BEGIN, [("4." + END, "5." + END)]),
-    "the same as text": ("implicit", "\n\nHuman: 2+2?\n\nAssistant:", [(" 4.<|im_end|>", " It depends.<|im_end|>")]),
+    "`chosen`, `rejected` as whole dialogues that share the prompt": (
+        "implicit",
+        USER + BEGIN,
+        [("4." + END, "5." + END)],
+    ),
+    "the same as text": (
+        "implicit",
+        "\n\nHuman: 2+2?\n\nAssistant:",
+        [(" 4.<|im_end|>", " It depends.<|im_end|>")],
+    ),
     "ShareGPT: `conversations`, `chosen`, `rejected`": ("sharegpt", USER + BEGIN, [("4." + END, "5." + END)]),
     "ShareGPT with tools": ("sharegpt", USER + CALL + BEGIN, [("4." + END, "5." + END)]),
     "Alpaca: `instruction`, `input`, `chosen`, `rejected`; `system`, `history` if there": (
@@ -39,13 +51,20 @@ EXPECTED = {
     "ranked: `prompt`, `responses`, `scores` or `ranks`": (
         "ranked",
         "2+2?",
-        [(" 4.<|im_end|>", " Four?<|im_end|>"), (" 4.<|im_end|>", " 5.<|im_end|>"), (" Four?<|im_end|>", " 5.<|im_end|>")],
+        [
+            (" 4.<|im_end|>", " Four?<|im_end|>"),
+            (" 4.<|im_end|>", " 5.<|im_end|>"),
+            (" Four?<|im_end|>", " 5.<|im_end|>"),
+        ],
     ),
 }
 TEMPLATE = (
-    "{% if tools %}tools: {% for tool in tools %}{{ tool['function']['name'] }}{% endfor %}{{ '\\n' }}{% endif %}{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}{% for call in message['tool_calls'] %}{{ call['function']['name'] }}"
-    "({{ call['function']['arguments'] }}){% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if tools %}tools: {% for tool in tools %}{{ tool['function']['name'] }}{% endfor %}{{ '\\n' }}{% "
+    "endif %}{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}{% for call in message['tool_calls'] %}{{ call['function']['name'] }}"
+    "({{ call['function']['arguments'] }}){% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -62,4 +81,6 @@ def test_an_example_of_the_readme_is_read_as_it_says(columns: str, example: str)
     tokenizer.chat_template = TEMPLATE
     tokenized = tokenize_rows(Dataset.from_list([row]), data_format, tokenizer).to_list()
     assert all(tokenizer.decode(made["prompt_ids"]) == prompt for made in tokenized)
-    assert [(tokenizer.decode(made["chosen_ids"]), tokenizer.decode(made["rejected_ids"])) for made in tokenized] == pairs
+    assert [
+        (tokenizer.decode(made["chosen_ids"]), tokenizer.decode(made["rejected_ids"])) for made in tokenized
+    ] == pairs

@@ -10,7 +10,9 @@ from dpo_cache.data.truncate import Dropped, Outcome
 from dpo_cache.types import Completion, Pair
 
 
-def outcome(row: int, prompt: int, chosen: int, rejected: int, *, was_cut: bool = False, moved: bool = False) -> Outcome:
+def outcome(
+    row: int, prompt: int, chosen: int, rejected: int, *, was_cut: bool = False, moved: bool = False
+) -> Outcome:
     def side(length: int) -> Completion:
         return Completion(np.zeros(prompt, np.uint32), np.full(length, 1, np.uint32))
 
@@ -26,7 +28,9 @@ def test_counts_rows_and_names_the_first_three() -> None:
     assert (survey.rows_read, survey.pairs_kept) == (15, 10)
     assert asdict(survey.truncated) == {"count": 5, "rows": [1, 3, 5]}
     assert asdict(survey.moved_boundary) == {"count": 1, "rows": [7]}
-    assert {reason: asdict(finding) for reason, finding in survey.dropped.items()} == {"longer than --max-length": {"count": 5, "rows": [10, 11, 12]}}
+    assert {reason: asdict(finding) for reason, finding in survey.dropped.items()} == {
+        "longer than --max-length": {"count": 5, "rows": [10, 11, 12]}
+    }
     assert survey.data_tokens == 10 * (4 + 2 + 4 + 3)
 
 

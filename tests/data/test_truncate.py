@@ -45,7 +45,9 @@ def kept(row: Row, truncation: Truncation) -> tuple[Completion, Completion]:
 def plain(pair: Pair | Dropped) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
     """Prompt and completion, of chosen and of rejected."""
     assert isinstance(pair, Pair), pair
-    chosen, rejected = ((side.prompt_ids.tolist(), side.completion_ids.tolist()) for side in (pair.chosen, pair.rejected))
+    chosen, rejected = (
+        (side.prompt_ids.tolist(), side.completion_ids.tolist()) for side in (pair.chosen, pair.rejected)
+    )
     return chosen, rejected
 
 
@@ -71,7 +73,9 @@ def test_rows_that_fit_are_left_as_they_are(row: Row, mode: str, room: int) -> N
 
 @given(rows, truncations())
 @settings(deadline=None, max_examples=300)
-def test_a_pair_is_told_to_be_cut_exactly_where_a_sequence_lost_tokens(row: Row, truncation: Truncation) -> None:
+def test_a_pair_is_told_to_be_cut_exactly_where_a_sequence_lost_tokens(
+    row: Row, truncation: Truncation
+) -> None:
     prompt, *answers = row
     pair, was_cut = cut(row, truncation)
     if isinstance(pair, Pair):
@@ -101,7 +105,9 @@ def test_keep_end_keeps_the_last_tokens(row: Row, truncation: Truncation) -> Non
 
 @given(good_rows, truncations("prompt-left"))
 @settings(deadline=None)
-def test_prompt_left_keeps_the_end_of_the_prompt_and_the_start_of_the_answers(row: Row, truncation: Truncation) -> None:
+def test_prompt_left_keeps_the_end_of_the_prompt_and_the_start_of_the_answers(
+    row: Row, truncation: Truncation
+) -> None:
     prompt, *answers = row
     is_long = size(row) > truncation.max_length
     room = truncation.max_prompt_length or truncation.max_length // 2
@@ -109,7 +115,9 @@ def test_prompt_left_keeps_the_end_of_the_prompt_and_the_start_of_the_answers(ro
     still_long = len(prompt_left) + max(map(len, answers)) > truncation.max_length
     for completion, answer in zip(kept(row, truncation), answers, strict=True):
         assert completion.prompt_ids.tolist() == prompt_left
-        assert completion.completion_ids.tolist() == (answer[: truncation.max_length - room] if still_long else answer)
+        assert completion.completion_ids.tolist() == (
+            answer[: truncation.max_length - room] if still_long else answer
+        )
 
 
 @given(good_rows, truncations("drop", at_least=5))
@@ -145,7 +153,9 @@ def test_a_row_is_dropped_only_for_a_reason_that_holds(row: Row, truncation: Tru
 @settings(deadline=None, max_examples=300)
 def test_the_two_completions_of_a_pair_differ(row: Row, truncation: Truncation) -> None:
     pair, _ = cut(row, truncation)
-    assert isinstance(pair, Dropped) or pair.chosen.sequence_ids.tolist() != pair.rejected.sequence_ids.tolist()
+    assert (
+        isinstance(pair, Dropped) or pair.chosen.sequence_ids.tolist() != pair.rejected.sequence_ids.tolist()
+    )
 
 
 @given(good_rows, truncations("keep-start", "prompt-left", "drop", at_least=5))
@@ -163,22 +173,48 @@ def test_a_row_without_prompt_tokens_gives_no_two_prompts() -> None:
 PROMPT, CHOSEN, REJECTED = [1, 2, 3, 4], [10, 11, 12, 13], [20, 21]
 
 EXAMPLES = {
-    "keep-start cuts the answers' ends": (Truncation(6, "keep-start"), ([1, 2, 3, 4], [10, 11]), ([1, 2, 3, 4], [20, 21])),
+    "keep-start cuts the answers' ends": (
+        Truncation(6, "keep-start"),
+        ([1, 2, 3, 4], [10, 11]),
+        ([1, 2, 3, 4], [20, 21]),
+    ),
     "keep-start leaves one token": (Truncation(5, "keep-start"), ([1, 2, 3, 4], [10]), ([1, 2, 3, 4], [20])),
-    "keep-end cuts each prompt's start": (Truncation(6, "keep-end"), ([3, 4], [10, 11, 12, 13]), ([1, 2, 3, 4], [20, 21])),
+    "keep-end cuts each prompt's start": (
+        Truncation(6, "keep-end"),
+        ([3, 4], [10, 11, 12, 13]),
+        ([1, 2, 3, 4], [20, 21]),
+    ),
     "keep-end cuts both prompts": (Truncation(5, "keep-end"), ([4], [10, 11, 12, 13]), ([2, 3, 4], [20, 21])),
     "keep-end cuts into an answer": (Truncation(4, "keep-end"), ([10], [11, 12, 13]), ([3, 4], [20, 21])),
     "keep-end leaves one token": (Truncation(2, "keep-end"), ([12], [13]), ([20], [21])),
-    "prompt-left halves by default": (Truncation(6, "prompt-left"), ([2, 3, 4], [10, 11, 12]), ([2, 3, 4], [20, 21])),
-    "prompt-left to a given length": (Truncation(6, "prompt-left", 1), ([4], [10, 11, 12, 13]), ([4], [20, 21])),
-    "prompt-left with a longer length": (Truncation(7, "prompt-left", 6), ([1, 2, 3, 4], [10]), ([1, 2, 3, 4], [20])),
+    "prompt-left halves by default": (
+        Truncation(6, "prompt-left"),
+        ([2, 3, 4], [10, 11, 12]),
+        ([2, 3, 4], [20, 21]),
+    ),
+    "prompt-left to a given length": (
+        Truncation(6, "prompt-left", 1),
+        ([4], [10, 11, 12, 13]),
+        ([4], [20, 21]),
+    ),
+    "prompt-left with a longer length": (
+        Truncation(7, "prompt-left", 6),
+        ([1, 2, 3, 4], [10]),
+        ([1, 2, 3, 4], [20]),
+    ),
     "prompt-left cuts the answers too": (Truncation(3, "prompt-left", 2), ([3, 4], [10]), ([3, 4], [20])),
-    "drop keeps what fits": (Truncation(8, "drop"), ([1, 2, 3, 4], [10, 11, 12, 13]), ([1, 2, 3, 4], [20, 21])),
+    "drop keeps what fits": (
+        Truncation(8, "drop"),
+        ([1, 2, 3, 4], [10, 11, 12, 13]),
+        ([1, 2, 3, 4], [20, 21]),
+    ),
 }
 
 
 @pytest.mark.parametrize(("truncation", "chosen", "rejected"), EXAMPLES.values(), ids=EXAMPLES)
-def test_worked_examples(truncation: Truncation, chosen: tuple[list[int], list[int]], rejected: tuple[list[int], list[int]]) -> None:
+def test_worked_examples(
+    truncation: Truncation, chosen: tuple[list[int], list[int]], rejected: tuple[list[int], list[int]]
+) -> None:
     pair, was_cut = cut((PROMPT, CHOSEN, REJECTED), truncation)
     assert plain(pair) == (chosen, rejected)
     assert was_cut == (truncation.mode != "drop")
@@ -187,12 +223,32 @@ def test_worked_examples(truncation: Truncation, chosen: tuple[list[int], list[i
 DROPPED = {
     "equal answers": ((PROMPT, CHOSEN, CHOSEN), Truncation(100), "chosen equals rejected", False),
     "equal long answers": ((PROMPT, CHOSEN, CHOSEN), Truncation(5, "drop"), "chosen equals rejected", False),
-    "equal after keep-start": (([1], [2, 3, 4], [2, 3, 5]), Truncation(3), "chosen equals rejected after truncation", True),
-    "equal after keep-end": (([1], [2, 3, 4], [5, 3, 4]), Truncation(2, "keep-end"), "chosen equals rejected after truncation", True),
-    "equal after prompt-left": (([1, 2], [3, 4], [3, 5]), Truncation(2, "prompt-left"), "chosen equals rejected after truncation", True),
+    "equal after keep-start": (
+        ([1], [2, 3, 4], [2, 3, 5]),
+        Truncation(3),
+        "chosen equals rejected after truncation",
+        True,
+    ),
+    "equal after keep-end": (
+        ([1], [2, 3, 4], [5, 3, 4]),
+        Truncation(2, "keep-end"),
+        "chosen equals rejected after truncation",
+        True,
+    ),
+    "equal after prompt-left": (
+        ([1, 2], [3, 4], [3, 5]),
+        Truncation(2, "prompt-left"),
+        "chosen equals rejected after truncation",
+        True,
+    ),
     "no answer": ((PROMPT, [], REJECTED), Truncation(100), "no answer tokens", False),
     "no other answer": ((PROMPT, CHOSEN, []), Truncation(100), "no answer tokens", False),
-    "long prompt": ((PROMPT, CHOSEN, REJECTED), Truncation(4), "prompt leaves no room for an answer within --max-length", False),
+    "long prompt": (
+        (PROMPT, CHOSEN, REJECTED),
+        Truncation(4),
+        "prompt leaves no room for an answer within --max-length",
+        False,
+    ),
     "long row": ((PROMPT, CHOSEN, REJECTED), Truncation(7, "drop"), "longer than --max-length", False),
 }
 

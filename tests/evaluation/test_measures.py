@@ -18,7 +18,9 @@ from dpo_cache.evaluation.measures import (
     wilson_interval,
 )
 
-LOGIT = {share: math.log(share / (1 - share)) for share in (0.52, 0.58, 0.8, 0.95)}  # margins whose sigmoid is the share
+LOGIT = {
+    share: math.log(share / (1 - share)) for share in (0.52, 0.58, 0.8, 0.95)
+}  # margins whose sigmoid is the share
 
 
 def test_a_tie_is_not_right_and_is_counted() -> None:
@@ -46,13 +48,20 @@ def test_the_interval_holds_the_share_and_is_narrower_with_more_pairs(count: int
 def test_a_spread_has_mean_deviation_and_percentiles() -> None:
     found = measure_spread(np.array([1.0, 2.0, 3.0, 4.0, 10.0]))
     assert (found.mean, found.median, found.p25, found.p75) == (4.0, 3.0, 2.0, 4.0)
-    assert found.deviation == pytest.approx(math.sqrt(10))  # deviations -3, -2, -1, 0, 6: squares add up to 50
-    assert (found.p5, found.p95) == (pytest.approx(1.2), pytest.approx(8.8))  # a fifth of the way from the ends
+    assert found.deviation == pytest.approx(
+        math.sqrt(10)
+    )  # deviations -3, -2, -1, 0, 6: squares add up to 50
+    assert (found.p5, found.p95) == (
+        pytest.approx(1.2),
+        pytest.approx(8.8),
+    )  # a fifth of the way from the ends
 
 
 def test_log_ratios_are_means_over_tokens_not_over_answers() -> None:
     policy, reference, lengths = np.array([-8.0, -1.0]), np.array([-10.0, -2.0]), np.array([9, 1])
-    assert logratio_per_token(policy, reference, lengths) == pytest.approx(0.3)  # 3 nats over 10 tokens; by answers 0.61
+    assert logratio_per_token(policy, reference, lengths) == pytest.approx(
+        0.3
+    )  # 3 nats over 10 tokens; by answers 0.61
 
 
 def test_calibration_of_six_pairs() -> None:
@@ -60,7 +69,10 @@ def test_calibration_of_six_pairs() -> None:
     margins = np.array([LOGIT[0.95], -LOGIT[0.95], LOGIT[0.58], LOGIT[0.58], -LOGIT[0.52], 0.0])
     found = measure_calibration(margins, num_bins=5)  # 0.5, 0.6, 0.7, 0.8, 0.9, 1
     assert [entry.count for entry in found.bins] == [4, 0, 0, 0, 2]
-    assert (found.bins[0].predicted, found.bins[0].observed) == (pytest.approx((0.58 + 0.58 + 0.52 + 0.5) / 4), 2.5 / 4)
+    assert (found.bins[0].predicted, found.bins[0].observed) == (
+        pytest.approx((0.58 + 0.58 + 0.52 + 0.5) / 4),
+        2.5 / 4,
+    )
     assert (found.bins[4].predicted, found.bins[4].observed) == (pytest.approx(0.95), 0.5)
     assert (found.bins[1].predicted, found.bins[1].observed) == (None, None)
     assert found.expected_error == pytest.approx((4 * (0.625 - 0.545) + 2 * 0.45) / 6)
@@ -68,7 +80,9 @@ def test_calibration_of_six_pairs() -> None:
 
 
 def test_a_model_that_knows_what_it_knows_is_calibrated() -> None:
-    margins = np.repeat(LOGIT[0.8], 10) * np.where(np.arange(10) < 8, 1, -1)  # certain to 0.8, right in 8 of 10
+    margins = np.repeat(LOGIT[0.8], 10) * np.where(
+        np.arange(10) < 8, 1, -1
+    )  # certain to 0.8, right in 8 of 10
     found = measure_calibration(margins)
     assert found.expected_error == pytest.approx(0, abs=1e-12)
     assert found.brier == pytest.approx(0.8 * 0.04 + 0.2 * 0.64)
@@ -100,18 +114,33 @@ def test_folding_is_the_reliability_of_pairs_taken_both_ways_round(values: list[
 
 def test_pairs_by_which_answer_is_longer() -> None:
     chosen, rejected = np.array([5, 2, 3, 9]), np.array([3, 4, 3, 1])
-    groups = {entry.name: entry for entry in by_longer_answer(chosen, rejected, np.array([1.0, -1.0, 0.5, -3.0]))}
+    groups = {
+        entry.name: entry for entry in by_longer_answer(chosen, rejected, np.array([1.0, -1.0, 0.5, -3.0]))
+    }
     assert list(groups) == ["chosen is longer", "chosen is shorter", "equally long"]
     longer = groups["chosen is longer"]
-    assert (longer.accuracy.count, longer.accuracy.share, longer.margin, longer.least, longer.most) == (2, 0.5, -1.0, 8, 10)
+    assert (longer.accuracy.count, longer.accuracy.share, longer.margin, longer.least, longer.most) == (
+        2,
+        0.5,
+        -1.0,
+        8,
+        10,
+    )
     assert (groups["chosen is shorter"].accuracy.share, groups["equally long"].margin) == (0.0, 0.5)
-    assert [entry.name for entry in by_longer_answer(chosen[:1], rejected[:1], np.ones(1))] == ["chosen is longer"]
+    assert [entry.name for entry in by_longer_answer(chosen[:1], rejected[:1], np.ones(1))] == [
+        "chosen is longer"
+    ]
 
 
 def test_quarters_hold_equal_lengths_together() -> None:
     lengths = np.array([8, 1, 2, 7, 3, 6, 4, 5])
     groups = by_quartile(lengths, np.where(lengths > 4, 1.0, -1.0))
-    assert [(entry.least, entry.most, entry.accuracy.share) for entry in groups] == [(1, 2, 0.0), (3, 4, 0.0), (5, 6, 1.0), (7, 8, 1.0)]
+    assert [(entry.least, entry.most, entry.accuracy.share) for entry in groups] == [
+        (1, 2, 0.0),
+        (3, 4, 0.0),
+        (5, 6, 1.0),
+        (7, 8, 1.0),
+    ]
     assert [entry.name.split()[0] for entry in groups] == ["shortest", "second", "third", "longest"]
     alike = by_quartile(np.full(9, 4), np.ones(9))
     assert [(entry.name, entry.accuracy.count) for entry in alike] == [("shortest quarter", 9)]

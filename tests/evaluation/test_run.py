@@ -1,4 +1,6 @@
-"""A policy beside its cached reference: the numbers of a naive loop, those of training, and what is refused."""
+"""A policy beside its cached reference: the numbers of a naive loop, those of training, and what is
+refused.
+"""
 
 import json
 from pathlib import Path
@@ -23,7 +25,7 @@ LIKE_TRAINING = {"beta": 0.2, "label_smoothing": 0.1}
 
 
 def evaluate(cache: str, model: object, pairs: str | None = "heldout", **options: object) -> EvalReport:
-    return dpo_cache.evaluate(cache, pairs, str(model), **{"say": lambda _: None, **options})
+    return dpo_cache.evaluate(cache, pairs, str(model), **{"log": lambda _: None, **options})
 
 
 def save(folder: Path, model: torch.nn.Module) -> Path:
@@ -36,16 +38,21 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# -- the numbers -----------------------------------------------------------------------------------------------
+# -- the numbers
+# -----------------------------------------------------------------------------------------------
 
 
-def test_numbers_are_those_of_a_naive_loop(cache: str, trained: dpo_cache.TrainReport, tmp_path: Path) -> None:
+def test_numbers_are_those_of_a_naive_loop(
+    cache: str, trained: dpo_cache.TrainReport, tmp_path: Path
+) -> None:
     report = evaluate(cache, trained.model, output=tmp_path / "pairs.jsonl", **LIKE_TRAINING)
     model = AutoModelForCausalLM.from_pretrained(trained.model, dtype=torch.float32).eval()
     losses, margins, policy_margins, log_ratios, tokens = [], [], [], 0.0, 0
     for scored, line in zip(open_cache(cache).pairs("heldout"), lines(tmp_path / "pairs.jsonl"), strict=True):
         pair = scored.pair
-        chosen, rejected = (float(naive_token_logps(model, side).sum()) for side in (pair.chosen, pair.rejected))
+        chosen, rejected = (
+            float(naive_token_logps(model, side).sum()) for side in (pair.chosen, pair.rejected)
+        )
         rewards = 0.2 * (chosen - scored.ref_chosen.logps), 0.2 * (rejected - scored.ref_rejected.logps)
         margin = torch.tensor(rewards[0] - rewards[1], dtype=torch.float64)
         losses.append(float(-0.9 * margin.sigmoid().log() - 0.1 * (-margin).sigmoid().log()))
@@ -53,26 +60,50 @@ def test_numbers_are_those_of_a_naive_loop(cache: str, trained: dpo_cache.TrainR
         policy_margins.append(chosen / pair.chosen.num_tokens - rejected / pair.rejected.num_tokens)
         log_ratios, tokens = log_ratios + chosen - scored.ref_chosen.logps, tokens + pair.chosen.num_tokens
         assert line["row"] == pair.row and line["prompt_tokens"] == len(pair.chosen.prompt_ids)
-        assert (line["chosen_tokens"], line["rejected_tokens"]) == (pair.chosen.num_tokens, pair.rejected.num_tokens)
-        assert (line["policy_chosen_logps"], line["policy_rejected_logps"]) == (pytest.approx(chosen, rel=1e-5), pytest.approx(rejected, rel=1e-5))
-        assert (line["ref_chosen_logps"], line["ref_rejected_logps"]) == (scored.ref_chosen.logps, scored.ref_rejected.logps)
-        assert (line["chosen_reward"], line["rejected_reward"]) == (pytest.approx(rewards[0], abs=1e-4), pytest.approx(rewards[1], abs=1e-4))
+        assert (line["chosen_tokens"], line["rejected_tokens"]) == (
+            pair.chosen.num_tokens,
+            pair.rejected.num_tokens,
+        )
+        assert (line["policy_chosen_logps"], line["policy_rejected_logps"]) == (
+            pytest.approx(chosen, rel=1e-5),
+            pytest.approx(rejected, rel=1e-5),
+        )
+        assert (line["ref_chosen_logps"], line["ref_rejected_logps"]) == (
+            scored.ref_chosen.logps,
+            scored.ref_rejected.logps,
+        )
+        assert (line["chosen_reward"], line["rejected_reward"]) == (
+            pytest.approx(rewards[0], abs=1e-4),
+            pytest.approx(rewards[1], abs=1e-4),
+        )
         assert line["margin"] == line["chosen_reward"] - line["rejected_reward"]
     assert report.num_pairs == report.pairs_in_set == len(margins) == 40
     assert report.metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
-    assert report.margin.mean == pytest.approx(np.mean(margins), abs=1e-5) and report.margin.median == pytest.approx(np.median(margins), abs=1e-4)
+    assert report.margin.mean == pytest.approx(
+        np.mean(margins), abs=1e-5
+    ) and report.margin.median == pytest.approx(np.median(margins), abs=1e-4)
     assert report.accuracy.right == sum(margin > 0 for margin in margins)
     assert report.comparisons["policy logps per token"].right == sum(margin > 0 for margin in policy_margins)
     assert report.logratio_per_token["chosen"] == pytest.approx(log_ratios / tokens, abs=1e-5)
-    assert report.calibration.brier == pytest.approx(np.mean([(1 - 1 / (1 + np.exp(-margin))) ** 2 for margin in margins]), abs=1e-5)
+    assert report.calibration.brier == pytest.approx(
+        np.mean([(1 - 1 / (1 + np.exp(-margin))) ** 2 for margin in margins]), abs=1e-5
+    )
     for groups in (report.by_longer_answer, report.by_answer_tokens, report.by_prompt_tokens):
         assert sum(entry.accuracy.right for entry in groups) == report.accuracy.right
-        assert sum(entry.margin * entry.accuracy.count for entry in groups) == pytest.approx(sum(margins), abs=1e-3)
+        assert sum(entry.margin * entry.accuracy.count for entry in groups) == pytest.approx(
+            sum(margins), abs=1e-3
+        )
 
 
 @pytest.mark.parametrize(
     "options",
-    [LIKE_TRAINING, {"loss": "ipo"}, {"loss": ("apo_zero:0.5", "sft_norm:2")}, {"loss": "simpo", "beta": 2.0, "simpo_gamma": 1.0}, {"loss": "aot"}],
+    [
+        LIKE_TRAINING,
+        {"loss": "ipo"},
+        {"loss": ("apo_zero:0.5", "sft_norm:2")},
+        {"loss": "simpo", "beta": 2.0, "simpo_gamma": 1.0},
+        {"loss": "aot"},
+    ],
     ids=["sigmoid", "ipo", "a sum", "simpo", "aot"],
 )
 def test_metrics_are_those_that_training_ends_with(cache: str, tmp_path: Path, options: dict) -> None:
@@ -89,34 +120,55 @@ def test_metrics_are_those_that_training_ends_with(cache: str, tmp_path: Path, o
         **options,
     )
     report = evaluate(cache, run.model, **options)
-    expected = {name.removeprefix("eval/"): value for name, value in (run.eval_after or {}).items() if name != "step"}
-    assert run.eval_before and abs(expected["loss"] - run.eval_before["eval/loss"]) > 1e-3  # it has learned something
+    expected = {
+        name.removeprefix("eval/"): value for name, value in (run.eval_after or {}).items() if name != "step"
+    }
+    assert (
+        run.eval_before and abs(expected["loss"] - run.eval_before["eval/loss"]) > 1e-3
+    )  # it has learned something
     assert report.metrics.keys() == expected.keys()
-    assert report.metrics == {name: pytest.approx(value, rel=1e-5, abs=1e-5) for name, value in expected.items()}
-    assert (report.accuracy.share, report.margin.mean) == (report.metrics["rewards/accuracies"], pytest.approx(report.metrics["rewards/margins"]))
+    assert report.metrics == {
+        name: pytest.approx(value, rel=1e-5, abs=1e-5) for name, value in expected.items()
+    }
+    assert (report.accuracy.share, report.margin.mean) == (
+        report.metrics["rewards/accuracies"],
+        pytest.approx(report.metrics["rewards/margins"]),
+    )
 
 
-def test_rows_windows_and_chunks_change_nothing(cache: str, trained: dpo_cache.TrainReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_windows_and_chunks_change_nothing(
+    cache: str, trained: dpo_cache.TrainReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = evaluate(cache, trained.model, output=tmp_path / "whole.jsonl")
-    rows = evaluate(cache, trained.model, output=tmp_path / "rows.jsonl", attention="rows", budget_tokens="100")
+    rows = evaluate(
+        cache, trained.model, output=tmp_path / "rows.jsonl", attention="rows", budget_tokens="100"
+    )
     monkeypatch.setattr(scoring, "WINDOW_PAIRS", 7)
     seen: list[ScoringProgress] = []
     windows = evaluate(cache, trained.model, output=tmp_path / "windows.jsonl", on_progress=seen.append)
     assert (whole.attention, rows.attention) == ("forest", "rows")
     for name in ("rows", "windows"):
-        for one, other in zip(lines(tmp_path / "whole.jsonl"), lines(tmp_path / f"{name}.jsonl"), strict=True):
+        for one, other in zip(
+            lines(tmp_path / "whole.jsonl"), lines(tmp_path / f"{name}.jsonl"), strict=True
+        ):
             assert one == {key: pytest.approx(value, rel=1e-5, abs=1e-4) for key, value in other.items()}
-    assert whole.model_tokens < windows.model_tokens < rows.model_tokens  # what pairs of two windows share is run twice
+    assert (
+        whole.model_tokens < windows.model_tokens < rows.model_tokens
+    )  # what pairs of two windows share is run twice
     assert whole.data_tokens == windows.data_tokens == rows.data_tokens > whole.model_tokens
     done = [progress.num_tokens for progress in seen]
     assert done == sorted(done) and done[-1] == seen[-1].total_tokens == windows.model_tokens
-    assert all(progress.total_pairs == 40 and progress.num_tokens <= progress.total_tokens for progress in seen)
+    assert all(
+        progress.total_pairs == 40 and progress.num_tokens <= progress.total_tokens for progress in seen
+    )
 
 
 def test_each_distinct_completion_is_scored_once(cache: str, trained: dpo_cache.TrainReport) -> None:
     report = evaluate(cache, trained.model)
     distinct = {
-        (*side.prompt_ids, -1, *side.completion_ids) for one in open_cache(cache).pairs("heldout") for side in (one.pair.chosen, one.pair.rejected)
+        (*side.prompt_ids, -1, *side.completion_ids)
+        for one in open_cache(cache).pairs("heldout")
+        for side in (one.pair.chosen, one.pair.rejected)
     }
     assert report.num_completions == len(distinct) < 2 * report.num_pairs
 
@@ -130,7 +182,8 @@ def test_a_limit_takes_the_first_pairs(cache: str, trained: dpo_cache.TrainRepor
     assert evaluate(cache, trained.model, limit=10_000).num_pairs == 40
 
 
-# -- the reference ---------------------------------------------------------------------------------------------
+# -- the reference
+# ---------------------------------------------------------------------------------------------
 
 
 def test_the_reference_itself_is_told_with_its_gap(cache: str, model_folder: str) -> None:
@@ -140,15 +193,20 @@ def test_the_reference_itself_is_told_with_its_gap(cache: str, model_folder: str
     assert 0 <= report.gap.largest < 1e-4 and report.gap.num_completions == 80
     assert report.metrics["loss"] == pytest.approx(np.log(2), abs=1e-5) and abs(report.margin.mean) < 1e-5
     assert said == [
-        f"the model is the reference (largest gap {report.gap.largest:.2g} nats over 80 answers): its rewards are zero up to rounding, "
+        f"the model is the reference (largest gap {report.gap.largest:.2g} nats over 80 answers): its "
+        "rewards are zero up to rounding, "
         "so its accuracy, margins and calibration say nothing."
     ]
 
 
-def test_a_trained_model_is_another_and_its_rewards_are_against_the_cache(cache: str, trained: dpo_cache.TrainReport) -> None:
+def test_a_trained_model_is_another_and_its_rewards_are_against_the_cache(
+    cache: str, trained: dpo_cache.TrainReport
+) -> None:
     said: list[str] = []
     report = evaluate(cache, trained.model, log=said.append)
-    assert not report.gap.is_reference and [line.split(":")[0] for line in report.gap.differing] == ["weights"]
+    assert not report.gap.is_reference and [line.split(":")[0] for line in report.gap.differing] == [
+        "weights"
+    ]
     assert report.gap.largest > 1 and report.gap.num_beyond > 0 and report.margin.deviation > 0.01
     assert len(said) == 1 and said[0].startswith("the model is another than the reference (largest gap ")
 
@@ -158,17 +216,36 @@ def test_a_stale_cache_is_told(cache: str, model_folder: str, data_file: str, tm
     opened = open_cache(tmp_path / "cache")
     pairs = opened.pairs("pairs")
     writer = opened.write_pairs("pairs", "train")
-    writer.add([ScoredPair(one.pair, Score(one.ref_chosen.token_logps - np.float32(0.01)), one.ref_rejected) for one in pairs])
-    writer.finish({key: value for key, value in pairs.manifest.items() if key not in ("parts", "num_pairs", "format")})
+    writer.add(
+        [
+            ScoredPair(one.pair, Score(one.ref_chosen.token_logps - np.float32(0.01)), one.ref_rejected)
+            for one in pairs
+        ]
+    )
+    writer.finish(
+        {key: value for key, value in pairs.manifest.items() if key not in ("parts", "num_pairs", "format")}
+    )
     said: list[str] = []
     report = evaluate(str(tmp_path / "cache"), model_folder, None, log=said.append)
     assert report.gap.is_reference and report.gap.num_beyond == 12
-    assert said[-1].startswith("the model is the reference, but its log-probs are not the cached ones") and "12 of them beyond rounding" in said[-1]
+    assert (
+        said[-1].startswith("the model is the reference, but its log-probs are not the cached ones")
+        and "12 of them beyond rounding" in said[-1]
+    )
 
 
-def test_an_imported_reference_is_known_by_its_values(cache: str, model_folder: str, trained: dpo_cache.TrainReport, tmp_path: Path) -> None:
+def test_an_imported_reference_is_known_by_its_values(
+    cache: str, model_folder: str, trained: dpo_cache.TrainReport, tmp_path: Path
+) -> None:
     export_pairs(cache, "heldout", tmp_path / "out.parquet", log=lambda _: None)
-    import_pairs(tmp_path / "cache", tmp_path / "out.parquet", reference="peer", name="p", model=model_folder, log=lambda _: None)
+    import_pairs(
+        tmp_path / "cache",
+        tmp_path / "out.parquet",
+        reference="peer",
+        name="p",
+        model=model_folder,
+        log=lambda _: None,
+    )
     said: list[str] = []
     same = evaluate(str(tmp_path / "cache"), model_folder, None, log=said.append)
     assert not same.gap.is_reference and same.gap.num_beyond == 0
@@ -178,22 +255,34 @@ def test_an_imported_reference_is_known_by_its_values(cache: str, model_folder: 
     assert other.metrics == pytest.approx(evaluate(cache, trained.model).metrics, rel=1e-5, abs=1e-5)
 
 
-def test_pairs_of_another_reference_than_asked_for_are_refused(cache: str, model_folder: str, data_file: str, tmp_path: Path) -> None:
+def test_pairs_of_another_reference_than_asked_for_are_refused(
+    cache: str, model_folder: str, data_file: str, tmp_path: Path
+) -> None:
     pairs = open_cache(cache).pairs("heldout")
-    assert evaluate(cache, model_folder, reference=pairs.reference_id[:10], limit=2).reference == pairs.reference_id
+    assert (
+        evaluate(cache, model_folder, reference=pairs.reference_id[:10], limit=2).reference
+        == pairs.reference_id
+    )
     dpo_cache.precompute(model_folder, data_file, tmp_path / "cache")
-    other = dpo_cache.precompute(model_folder, data_file, tmp_path / "cache", dtype="bfloat16", name="half").reference
+    other = dpo_cache.precompute(
+        model_folder, data_file, tmp_path / "cache", dtype="bfloat16", name="half"
+    ).reference
     with pytest.raises(
-        NotInCacheError, match=r"scored by reference \w+, not by \w+; they differ in\n  dtype: float32 and bfloat16\nLeave --reference"
+        NotInCacheError,
+        match=r"scored by reference \w+, not by \w+; they differ in\n  dtype: float32 and bfloat16\nLeave --reference",
     ):
         evaluate(str(tmp_path / "cache"), model_folder, "pairs", reference=other)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------
+# -- what is refused
+# -------------------------------------------------------------------------------------------
 
 
 def test_one_of_several_pair_sets_must_be_named(cache: str, model_folder: str, tmp_path: Path) -> None:
-    with pytest.raises(NotInCacheError, match="several pair sets to evaluate on.\nSay which with --pairs: heldout/train, pairs/train"):
+    with pytest.raises(
+        NotInCacheError,
+        match="several pair sets to evaluate on.\nSay which with --pairs: heldout/train, pairs/train",
+    ):
         evaluate(cache, model_folder, None)
     open_cache(tmp_path / "empty", create=True).publish_format()
     with pytest.raises(NotInCacheError, match="no pair set to evaluate on.\nRun `dpo-cache precompute"):
@@ -202,10 +291,14 @@ def test_one_of_several_pair_sets_must_be_named(cache: str, model_folder: str, t
 
 def test_a_model_of_other_tokens_is_refused_with_the_row(cache: str, tmp_path: Path) -> None:
     small = save(tmp_path / "small", make_llama(vocab_size=100))
-    with pytest.raises(ModelError, match=f"row 0 holds token id 26., but {small} has 100 embeddings: it reads other tokens"):
+    with pytest.raises(
+        ModelError, match=f"row 0 holds token id 26., but {small} has 100 embeddings: it reads other tokens"
+    ):
         evaluate(cache, small)
     short = save(tmp_path / "short", make_llama(max_position_embeddings=32))
-    with pytest.raises(ModelError, match=rf"row \d+ has a sequence of \d+ tokens, but {short} was made for 32 at most"):
+    with pytest.raises(
+        ModelError, match=rf"row \d+ has a sequence of \d+ tokens, but {short} was made for 32 at most"
+    ):
         evaluate(cache, short)
 
 
@@ -223,8 +316,14 @@ def test_another_tokenizer_of_as_many_tokens_is_told(cache: str, model_folder: s
 
 
 def test_log_probs_that_are_no_numbers_name_their_rows(model_folder: str, tmp_path: Path) -> None:
-    checked = {int(token) for completion in _check_completions(make_llama(), 1024) for token in completion.sequence_ids}
-    letter = next(letter for letter in "~^|{}@#$%&*" if make_tokenizer()(letter)["input_ids"][0] not in checked)
+    checked = {
+        int(token)
+        for completion in _check_completions(make_llama(), 1024)
+        for token in completion.sequence_ids
+    }
+    letter = next(
+        letter for letter in "~^|{}@#$%&*" if make_tokenizer()(letter)["input_ids"][0] not in checked
+    )
     rows = chat_rows(12)
     rows[4]["rejected"] = rows[7]["rejected"] = [{"role": "assistant", "content": f"red {letter} blue"}]
     dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "cache")
@@ -234,16 +333,26 @@ def test_log_probs_that_are_no_numbers_name_their_rows(model_folder: str, tmp_pa
     broken = save(tmp_path / "broken", model)
     for attention in ("forest", "rows"):
         with pytest.raises(
-            ModelError, match=rf"{broken} gives a log-prob that is NaN or infinite for rows? (4, 7|4|7)\.\nIts weights may be damaged"
+            ModelError,
+            match=rf"{broken} gives a log-prob that is NaN or infinite for rows? (4, 7|4|7)\.\nIts weights may be damaged",
         ):
-            evaluate(str(tmp_path / "cache"), broken, None, attention=attention, output=tmp_path / "out.jsonl")
+            evaluate(
+                str(tmp_path / "cache"), broken, None, attention=attention, output=tmp_path / "out.jsonl"
+            )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "cache", "pairs.jsonl"]
 
 
-def test_the_folder_of_a_run_is_told_from_its_model(cache: str, trained: dpo_cache.TrainReport, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"{trained.output}: the folder of a training run, not of a model.\nGive {trained.model}."):
+def test_the_folder_of_a_run_is_told_from_its_model(
+    cache: str, trained: dpo_cache.TrainReport, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ModelError,
+        match=f"{trained.output}: the folder of a training run, not of a model.\nGive {trained.model}.",
+    ):
         evaluate(cache, trained.output)
-    dpo_cache.train(cache, tmp_path / "run", pairs="pairs", batch_size=4, should_stop=lambda: True, log=lambda _: None)
+    dpo_cache.train(
+        cache, tmp_path / "run", pairs="pairs", batch_size=4, should_stop=lambda: True, log=lambda _: None
+    )
     with pytest.raises(ModelError, match="It has no model yet: finish it with `dpo-cache train --resume`."):
         evaluate(cache, tmp_path / "run")
 
@@ -258,7 +367,10 @@ def test_an_adapter_that_says_nothing_of_itself_is_refused(cache: str, tmp_path:
 WRONG_OPTIONS = {
     "no pairs": ({"limit": 0}, "--limit 0: expected a positive number of pairs."),
     "no loss": ({"loss": "dpo"}, "--loss dpo: expected one of"),
-    "idle": ({"loss": "ipo", "label_smoothing": 0.1}, "--label-smoothing 0.1 has no meaning under --loss ipo."),
+    "idle": (
+        {"loss": "ipo", "label_smoothing": 0.1},
+        "--label-smoothing 0.1 has no meaning under --loss ipo.",
+    ),
     "idle gamma": ({"simpo_gamma": 1.0}, "--simpo-gamma 1.0 has no meaning under --loss sigmoid."),
     "beta": ({"beta": 0.0}, "--beta 0.0: expected a number above 0."),
     "nan": ({"beta": float("nan")}, "--beta nan: expected a finite number."),
@@ -277,10 +389,13 @@ def test_options_that_make_no_sense_are_refused(cache: str, model_folder: str, c
         evaluate(cache, model_folder, **options)
 
 
-# -- one line a pair -------------------------------------------------------------------------------------------
+# -- one line a pair
+# -------------------------------------------------------------------------------------------
 
 
-def test_parquet_and_json_lines_hold_the_same(cache: str, trained: dpo_cache.TrainReport, tmp_path: Path) -> None:
+def test_parquet_and_json_lines_hold_the_same(
+    cache: str, trained: dpo_cache.TrainReport, tmp_path: Path
+) -> None:
     evaluate(cache, trained.model, output=tmp_path / "pairs.jsonl", limit=9)
     evaluate(cache, trained.model, output=tmp_path / "pairs.parquet", limit=9)
     table = pq.read_table(tmp_path / "pairs.parquet")
@@ -290,7 +405,9 @@ def test_parquet_and_json_lines_hold_the_same(cache: str, trained: dpo_cache.Tra
         assert one == {key: pytest.approx(value, rel=1e-5, abs=1e-4) for key, value in other.items()}
 
 
-def test_a_file_that_is_there_is_kept_unless_told_otherwise(cache: str, model_folder: str, tmp_path: Path) -> None:
+def test_a_file_that_is_there_is_kept_unless_told_otherwise(
+    cache: str, model_folder: str, tmp_path: Path
+) -> None:
     out = tmp_path / "pairs.jsonl"
     out.write_text("mine")
     with pytest.raises(OptionError, match="is there already"):
@@ -300,7 +417,9 @@ def test_a_file_that_is_there_is_kept_unless_told_otherwise(cache: str, model_fo
     assert len(lines(out)) == 3
 
 
-def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(cache: str, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(
+    cache: str, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         evaluate(cache, tmp_path / "no model", output=tmp_path / "file" / "pairs.jsonl")

@@ -27,12 +27,18 @@ def export(source: Path, name: str, out: Path, **options: Any):
 def read(out: Path) -> list[dict[str, Any]]:
     if out.is_dir():
         return datasets.load_from_disk(str(out)).to_list()
-    return pq.read_table(out).to_pylist() if out.suffix == ".parquet" else [json.loads(line) for line in out.read_text().splitlines()]
+    return (
+        pq.read_table(out).to_pylist()
+        if out.suffix == ".parquet"
+        else [json.loads(line) for line in out.read_text().splitlines()]
+    )
 
 
 @pytest.mark.parametrize("kind", OUTS)
 @pytest.mark.parametrize("name", ["chat", "text", "cut", "right", "ranked"])
-def test_every_format_holds_what_the_pair_set_holds(source: Path, tmp_path: Path, kind: str, name: str) -> None:
+def test_every_format_holds_what_the_pair_set_holds(
+    source: Path, tmp_path: Path, kind: str, name: str
+) -> None:
     report = export(source, name, tmp_path / OUTS[kind], token_logps=True)
     pairs, rows = pairs_of(source / "cache", name), read(tmp_path / OUTS[kind])
     assert report.format == kind and report.has_text and report.num_pairs == len(pairs) == len(rows)
@@ -42,14 +48,19 @@ def test_every_format_holds_what_the_pair_set_holds(source: Path, tmp_path: Path
         assert row.get("rejected_prompt_ids", row["prompt_ids"]) == scored.pair.rejected.prompt_ids.tolist()
         assert row["chosen_ids"] == scored.pair.chosen.completion_ids.tolist()
         assert row["rejected_ids"] == scored.pair.rejected.completion_ids.tolist()
-        assert (row["ref_chosen_logps"], row["ref_rejected_logps"]) == (scored.ref_chosen.logps, scored.ref_rejected.logps)
+        assert (row["ref_chosen_logps"], row["ref_rejected_logps"]) == (
+            scored.ref_chosen.logps,
+            scored.ref_rejected.logps,
+        )
         assert row["ref_chosen_token_logps"] == scored.ref_chosen.token_logps.tolist()
         assert row["ref_rejected_token_logps"] == scored.ref_rejected.token_logps.tolist()
 
 
 def test_the_text_is_that_of_the_source(source: Path, tmp_path: Path) -> None:
     export(source, "text", tmp_path / "text.jsonl")
-    found = [(row["row"], row["prompt"], row["chosen"], row["rejected"]) for row in read(tmp_path / "text.jsonl")]
+    found = [
+        (row["row"], row["prompt"], row["chosen"], row["rejected"]) for row in read(tmp_path / "text.jsonl")
+    ]
     assert found == [(number, *row.values()) for number, row in enumerate(TEXT_ROWS) if number != 3]
     export(source, "chat", tmp_path / "chat.parquet")
     rows = read(tmp_path / "chat.parquet")
@@ -59,14 +70,17 @@ def test_the_text_is_that_of_the_source(source: Path, tmp_path: Path) -> None:
 
 def test_each_pair_of_a_ranked_row_has_its_own_answers(source: Path, tmp_path: Path) -> None:
     export(source, "ranked", tmp_path / "ranked.jsonl")
-    found = [(row["row"], row["prompt"], row["chosen"], row["rejected"]) for row in read(tmp_path / "ranked.jsonl")]
+    found = [
+        (row["row"], row["prompt"], row["chosen"], row["rejected"]) for row in read(tmp_path / "ranked.jsonl")
+    ]
     assert found == [(0, "2+2?", " 4.", " Four?"), (0, "2+2?", " 4.", " 5."), (1, "3?", " 3", " x")]
 
 
 def test_what_rows_hand_to_the_template_goes_with_them(model_folder: str, tmp_path: Path) -> None:
     template = tmp_path / "tools.jinja"
     template.write_text(
-        "{{ tools }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ message['tool_calls'] }}<|end|>{% endfor %}"
+        "{{ tools }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ "
+        "message['tool_calls'] }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     given = {"chat_template": str(template)}
@@ -75,31 +89,59 @@ def test_what_rows_hand_to_the_template_goes_with_them(model_folder: str, tmp_pa
     calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}]
     rows[1]["prompt"].append({"role": "assistant", "content": "I look.", "tool_calls": calls})
     rows[1]["prompt"].append({"role": "user", "content": "And?"})
-    dpo_cache.precompute(model_folder, write_rows(tmp_path / "tools.jsonl", rows), tmp_path / "cache", **given)
+    dpo_cache.precompute(
+        model_folder, write_rows(tmp_path / "tools.jsonl", rows), tmp_path / "cache", **given
+    )
     for out in (tmp_path / "out.jsonl", tmp_path / "out.parquet"):
         report = export_pairs(tmp_path / "cache", "tools", out, log=lambda text: None)
         assert report.columns[:4] == ["prompt", "chosen", "rejected", "tools"]
         found = read(out)
         assert found[0]["tools"] is None and json.loads(found[1]["tools"]) == rows[1]["tools"]
         assert found[1]["prompt"][1]["tool_calls"] == calls
-        assert import_pairs(tmp_path / out.suffix, out, reference="x", model=model_folder, format="conversation", log=lambda text: None, **given)
-        assert pairs_of(tmp_path / out.suffix, "out").manifest["pairs_digest"] == pairs_of(tmp_path / "cache", "tools").manifest["pairs_digest"]
+        assert import_pairs(
+            tmp_path / out.suffix,
+            out,
+            reference="x",
+            model=model_folder,
+            format="conversation",
+            log=lambda text: None,
+            **given,
+        )
+        assert (
+            pairs_of(tmp_path / out.suffix, "out").manifest["pairs_digest"]
+            == pairs_of(tmp_path / "cache", "tools").manifest["pairs_digest"]
+        )
 
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
         (lambda folder: (folder / "chat.jsonl").unlink(), "chat.jsonl: no such file or folder"),
-        (lambda folder: write_rows(folder / "chat.jsonl", chat_rows(seed=1)), "no longer makes the pairs of this set"),
-        (lambda folder: write_rows(folder / "chat.jsonl", [*chat_rows(11), {**chat_rows()[0], "chosen": []}]), "1 row cannot be used"),
-        (lambda folder: write_rows(folder / "chat.jsonl", [{"a": 1}]), "needs the columns prompt, chosen, rejected"),
+        (
+            lambda folder: write_rows(folder / "chat.jsonl", chat_rows(seed=1)),
+            "no longer makes the pairs of this set",
+        ),
+        (
+            lambda folder: write_rows(
+                folder / "chat.jsonl", [*chat_rows(11), {**chat_rows()[0], "chosen": []}]
+            ),
+            "1 row cannot be used",
+        ),
+        (
+            lambda folder: write_rows(folder / "chat.jsonl", [{"a": 1}]),
+            "needs the columns prompt, chosen, rejected",
+        ),
         (lambda folder: _change_tokenizer(folder / "model"), "is not the one that made the token ids"),
         (lambda folder: shutil.rmtree(folder / "model"), "no tokenizer can be loaded"),
     ],
 )
-def test_text_that_is_not_at_hand_is_left_out_and_said(model_folder: str, tmp_path: Path, spoil: Any, reason: str) -> None:
+def test_text_that_is_not_at_hand_is_left_out_and_said(
+    model_folder: str, tmp_path: Path, spoil: Any, reason: str
+) -> None:
     shutil.copytree(model_folder, tmp_path / "model")
-    dpo_cache.precompute(tmp_path / "model", write_rows(tmp_path / "chat.jsonl", chat_rows()), tmp_path / "cache")
+    dpo_cache.precompute(
+        tmp_path / "model", write_rows(tmp_path / "chat.jsonl", chat_rows()), tmp_path / "cache"
+    )
     spoil(tmp_path)
     said: list[str] = []
     report = export_pairs(tmp_path / "cache", "chat", tmp_path / "out.parquet", log=said.append)
@@ -116,13 +158,28 @@ def _change_tokenizer(folder: Path) -> None:
 def test_a_source_that_moved_is_found_where_the_user_says(model_folder: str, tmp_path: Path) -> None:
     dpo_cache.precompute(model_folder, write_rows(tmp_path / "chat.jsonl", chat_rows()), tmp_path / "cache")
     (tmp_path / "chat.jsonl").rename(tmp_path / "moved.jsonl")
-    report = export_pairs(tmp_path / "cache", "chat", tmp_path / "out", dataset=str(tmp_path / "moved.jsonl"), tokenizer=model_folder)
+    report = export_pairs(
+        tmp_path / "cache",
+        "chat",
+        tmp_path / "out",
+        dataset=str(tmp_path / "moved.jsonl"),
+        tokenizer=model_folder,
+    )
     assert report.has_text
 
 
 def test_renamed_columns_are_found_again(model_folder: str, tmp_path: Path) -> None:
-    rows = [{"query": row["prompt"], **{name: row[name] for name in ("chosen", "rejected")}} for row in chat_rows()]
-    dpo_cache.precompute(model_folder, write_rows(tmp_path / "chat.jsonl", rows), tmp_path / "cache", map=("prompt=query",), limit=5)
+    rows = [
+        {"query": row["prompt"], **{name: row[name] for name in ("chosen", "rejected")}}
+        for row in chat_rows()
+    ]
+    dpo_cache.precompute(
+        model_folder,
+        write_rows(tmp_path / "chat.jsonl", rows),
+        tmp_path / "cache",
+        map=("prompt=query",),
+        limit=5,
+    )
     assert export_pairs(tmp_path / "cache", "chat", tmp_path / "out.jsonl").has_text
     assert [row["prompt"] for row in read(tmp_path / "out.jsonl")] == [row["query"] for row in rows[:5]]
 
@@ -134,7 +191,9 @@ def test_what_is_left_out_is_said(source: Path, tmp_path: Path) -> None:
         "the types of the columns (JSON has numbers alone; no value is changed)",
     ]
     report = export(source, "chat", tmp_path / "a.parquet", token_logps=True, text=False)
-    assert report.left_out == ["which reference, tokenizer and truncation made the values (they stay in the cache)"]
+    assert report.left_out == [
+        "which reference, tokenizer and truncation made the values (they stay in the cache)"
+    ]
     assert not report.has_text and report.columns[0] == "row"
 
 
@@ -142,7 +201,9 @@ def test_what_is_left_out_is_said(source: Path, tmp_path: Path) -> None:
 def test_an_output_is_replaced_only_when_asked(source: Path, tmp_path: Path, kind: str) -> None:
     out = tmp_path / OUTS[kind]
     export(source, "text", out)
-    with pytest.raises(OptionError, match="is there already.\nChoose another output, or replace it with --overwrite"):
+    with pytest.raises(
+        OptionError, match="is there already.\nChoose another output, or replace it with --overwrite"
+    ):
         export(source, "chat", out)
     assert len(read(out)) == 5
     export(source, "chat", out, overwrite=True)
@@ -159,7 +220,9 @@ def test_a_folder_of_something_else_is_never_replaced(source: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", OUTS)
-def test_an_export_that_fails_leaves_nothing(source: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_fails_leaves_nothing(
+    source: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -189,7 +252,9 @@ def test_sums_alone_have_no_token_logps_to_export(source: Path, tmp_path: Path, 
     assert not any("--token-logps" in text for text in said)
 
 
-def test_pairs_are_written_as_they_are_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_are_written_as_they_are_read(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dpo_cache.exchange import export as exporting
 
     monkeypatch.setattr(exporting, "BATCH_PAIRS", 5)

@@ -14,11 +14,19 @@ from dpo_cache.store.upkeep.verify import verify_cache
 from tests.conftest import chat_rows, make_llama, write_rows
 from tests.exchange.conftest import content, pairs_of
 
-IDS = {"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5], "ref_chosen_logps": -2.5, "ref_rejected_logps": -1.0}
+IDS = {
+    "prompt_ids": [1, 2],
+    "chosen_ids": [3, 4],
+    "rejected_ids": [5],
+    "ref_chosen_logps": -2.5,
+    "ref_rejected_logps": -1.0,
+}
 
 
 def bring_in(cache: Path, data: object, said: list[str] | None = None, **options: Any):
-    return import_pairs(cache, str(data), log=([] if said is None else said).append, **{"reference": "elsewhere", **options})
+    return import_pairs(
+        cache, str(data), log=([] if said is None else said).append, **{"reference": "elsewhere", **options}
+    )
 
 
 def id_rows(*changes: dict[str, Any]) -> list[dict[str, Any]]:
@@ -28,7 +36,9 @@ def id_rows(*changes: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", ["out.parquet", "out.jsonl", "out"])
 @pytest.mark.parametrize("name", ["chat", "text", "cut", "right", "ranked"])
 @pytest.mark.parametrize("token_logps", [True, False])
-def test_what_is_exported_comes_back(source: Path, tmp_path: Path, kind: str, name: str, token_logps: bool) -> None:
+def test_what_is_exported_comes_back(
+    source: Path, tmp_path: Path, kind: str, name: str, token_logps: bool
+) -> None:
     export_pairs(source / "cache", name, tmp_path / kind, token_logps=token_logps, log=lambda text: None)
     report = bring_in(tmp_path / "cache", tmp_path / kind, name=name)
     before, after = pairs_of(source / "cache", name), pairs_of(tmp_path / "cache", name)
@@ -40,24 +50,47 @@ def test_what_is_exported_comes_back(source: Path, tmp_path: Path, kind: str, na
     assert report.mean_logps == pytest.approx(total / (2 * len(before)))
 
 
-@pytest.mark.parametrize(("name", "options"), [("chat", {}), ("cut", {"max_length": 30}), ("right", {"max_length": 30, "truncation": "keep-end"})])
-def test_text_is_tokenized_as_precompute_does(source: Path, tmp_path: Path, model_folder: str, name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("chat", {}), ("cut", {"max_length": 30}), ("right", {"max_length": 30, "truncation": "keep-end"})],
+)
+def test_text_is_tokenized_as_precompute_does(
+    source: Path, tmp_path: Path, model_folder: str, name: str, options: dict[str, Any]
+) -> None:
     export_pairs(source / "cache", name, tmp_path / "out.jsonl", log=lambda text: None)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if not key.endswith("_ids")} for row in rows]
     said: list[str] = []
-    report = bring_in(tmp_path / "cache", write_rows(tmp_path / "text.jsonl", rows), said, name=name, tokenizer=model_folder, **options)
+    report = bring_in(
+        tmp_path / "cache",
+        write_rows(tmp_path / "text.jsonl", rows),
+        said,
+        name=name,
+        tokenizer=model_folder,
+        **options,
+    )
     assert report.format == "conversation"
     before, after = pairs_of(source / "cache", name), pairs_of(tmp_path / "cache", name)
-    assert [entry[1:] for entry in content(after)] == [entry[1:] for entry in content(before, token_logps=False)]
+    assert [entry[1:] for entry in content(after)] == [
+        entry[1:] for entry in content(before, token_logps=False)
+    ]
     assert after.manifest["tokenization"] == before.manifest["tokenization"]
-    assert any("cut to --max-length 30; their imported values are right only if" in text for text in said) == bool(options)
+    assert any(
+        "cut to --max-length 30; their imported values are right only if" in text for text in said
+    ) == bool(options)
 
 
 def test_other_names_are_mapped(tmp_path: Path, model_folder: str) -> None:
-    rows = [{**row, "reference_chosen_logps": -3.0 - place, "reference_rejected_logps": -4} for place, row in enumerate(chat_rows(3))]
+    rows = [
+        {**row, "reference_chosen_logps": -3.0 - place, "reference_rejected_logps": -4}
+        for place, row in enumerate(chat_rows(3))
+    ]
     data = write_rows(tmp_path / "old.jsonl", rows)
-    with pytest.raises(DataError, match="has no column ref_chosen_logps or ref_rejected_logps, but reference_chosen_logps, reference_rejected_logps"):
+    with pytest.raises(
+        DataError,
+        match="has no column ref_chosen_logps or ref_rejected_logps, but reference_chosen_logps, "
+        "reference_rejected_logps",
+    ):
         bring_in(tmp_path / "cache", data, tokenizer=model_folder)
     names = ("ref_chosen_logps=reference_chosen_logps", "ref_rejected_logps=reference_rejected_logps")
     bring_in(tmp_path / "cache", data, tokenizer=model_folder, map=names)
@@ -98,8 +131,13 @@ def test_every_problem_names_its_row(tmp_path: Path, name: str) -> None:
 
 
 def test_values_that_are_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="`ref_rejected_logps` is a str, expected a number: 2 rows, number 0, 1"):
-        bring_in(tmp_path / "cache", write_rows(tmp_path / "x.jsonl", id_rows(*[{"ref_rejected_logps": "minus one"}] * 2)))
+    with pytest.raises(
+        DataError, match="`ref_rejected_logps` is a str, expected a number: 2 rows, number 0, 1"
+    ):
+        bring_in(
+            tmp_path / "cache",
+            write_rows(tmp_path / "x.jsonl", id_rows(*[{"ref_rejected_logps": "minus one"}] * 2)),
+        )
 
 
 def test_ids_of_another_type_are_refused(tmp_path: Path) -> None:
@@ -115,45 +153,70 @@ TOKENS = {"ref_chosen_token_logps": [-1.0, -1.5], "ref_rejected_token_logps": [-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"ref_chosen_token_logps": [-2.5]}, "`ref_chosen_token_logps` has another number of values than the answer has tokens"),
+        (
+            {"ref_chosen_token_logps": [-2.5]},
+            "`ref_chosen_token_logps` has another number of values than the answer has tokens",
+        ),
         ({"ref_chosen_token_logps": None}, "`ref_chosen_token_logps` is missing, expected a list of numbers"),
         ({"ref_rejected_token_logps": [0.5]}, "`ref_rejected_token_logps` is above 0, which no log-prob is"),
         ({"ref_chosen_logps": -3.0}, "`ref_chosen_logps` is not the sum of `ref_chosen_token_logps`"),
     ],
 )
-def test_values_per_token_fit_the_tokens_and_the_sum(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+def test_values_per_token_fit_the_tokens_and_the_sum(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
     data = tmp_path / "tokens.jsonl"
     report = bring_in(tmp_path / "good", write_rows(data, id_rows(TOKENS, TOKENS)))
-    assert report.has_token_logps and [scored.ref_chosen.logps for scored in pairs_of(tmp_path / "good", "tokens")] == [-2.5, -2.5]
+    assert report.has_token_logps and [
+        scored.ref_chosen.logps for scored in pairs_of(tmp_path / "good", "tokens")
+    ] == [-2.5, -2.5]
     with pytest.raises(DataError, match="1 row, number 1") as raised:
         bring_in(tmp_path / "cache", write_rows(data, id_rows(TOKENS, {**TOKENS, **change})))
     assert reason in str(raised.value)
 
 
 def test_values_per_token_need_no_sums(tmp_path: Path) -> None:
-    rows = [{name: value for name, value in row.items() if name not in ("ref_chosen_logps", "ref_rejected_logps")} for row in id_rows(TOKENS)]
+    rows = [
+        {name: value for name, value in row.items() if name not in ("ref_chosen_logps", "ref_rejected_logps")}
+        for row in id_rows(TOKENS)
+    ]
     bring_in(tmp_path / "cache", write_rows(tmp_path / "tokens.jsonl", rows))
     assert next(iter(pairs_of(tmp_path / "cache", "tokens"))).ref_chosen.logps == -2.5
 
 
 def test_likely_mistakes_are_told_with_figures(tmp_path: Path) -> None:
-    long = {"chosen_ids": list(range(100)), "rejected_ids": list(range(50)), "ref_chosen_logps": -1.5, "ref_rejected_logps": -2.0}
+    long = {
+        "chosen_ids": list(range(100)),
+        "rejected_ids": list(range(50)),
+        "ref_chosen_logps": -1.5,
+        "ref_rejected_logps": -2.0,
+    }
     said: list[str] = []
-    bring_in(tmp_path / "cache", write_rows(tmp_path / "means.jsonl", id_rows(long, long, long)), said, model=None)
+    bring_in(
+        tmp_path / "cache", write_rows(tmp_path / "means.jsonl", id_rows(long, long, long)), said, model=None
+    )
     assert said[0] == (
-        "these look like averages per token, not sums: of the 6 answers of 20 tokens or more the median log-prob is -1.75 nats at a median "
-        "length of 75 tokens, which would be -0.028 a token.\nIf so, multiply each by its answer's number of tokens and import again."
+        "these look like averages per token, not sums: of the 6 answers of 20 tokens or more the median "
+        "log-prob is -1.75 nats at a median "
+        "length of 75 tokens, which would be -0.028 a token.\n"
+        "If so, multiply each by its answer's number of tokens and import again."
     )
     sums = {**long, "ref_chosen_logps": -150, "ref_rejected_logps": -100.0}
     said.clear()
     bring_in(tmp_path / "sums", write_rows(tmp_path / "sums.jsonl", id_rows(sums, sums)), said)
-    assert said == ["no --model: training cannot start from the reference by default, and needs --model itself."]
+    assert said == [
+        "no --model: training cannot start from the reference by default, and needs --model itself."
+    ]
 
 
 def test_one_answer_with_two_values_is_told(tmp_path: Path) -> None:
     rows = id_rows({}, {}, {"ref_chosen_logps": -7.0}, {"ref_chosen_logps": -2.6})
     said: list[str] = []
-    bring_in(tmp_path / "cache", write_rows(tmp_path / "twice.jsonl", [{**row, "prompt_ids": [1, 2]} for row in rows]), said)
+    bring_in(
+        tmp_path / "cache",
+        write_rows(tmp_path / "twice.jsonl", [{**row, "prompt_ids": [1, 2]} for row in rows]),
+        said,
+    )
     assert len([text for text in said if "repeated answers have values that differ" in text]) == 1
     told = next(text for text in said if "repeated answers" in text)
     assert "-7.0000" in told and "rows" in told
@@ -164,17 +227,26 @@ def test_rows_that_make_no_pair_are_dropped_and_counted(tmp_path: Path) -> None:
     report = bring_in(tmp_path / "cache", write_rows(tmp_path / "some.jsonl", id_rows({}, same, {})))
     assert report.dropped == {"chosen equals rejected": 1} and report.pairs_kept == 2
     with pytest.raises(DataError, match=r"makes a pair: chosen equals rejected \(1\)"):
-        bring_in(tmp_path / "other", write_rows(tmp_path / "none.jsonl", id_rows({"chosen_ids": [5], "ref_chosen_logps": -1.0})))
+        bring_in(
+            tmp_path / "other",
+            write_rows(tmp_path / "none.jsonl", id_rows({"chosen_ids": [5], "ref_chosen_logps": -1.0})),
+        )
 
 
 def test_ids_are_cut_only_when_asked(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "long.jsonl", id_rows({"chosen_ids": list(range(2000))}))
     report = bring_in(tmp_path / "whole", data)
-    assert report.rows_truncated == 0 and pairs_of(tmp_path / "whole", "long").manifest["tokenization"]["max_length"] == 2003
+    assert (
+        report.rows_truncated == 0
+        and pairs_of(tmp_path / "whole", "long").manifest["tokenization"]["max_length"] == 2003
+    )
     said: list[str] = []
     assert bring_in(tmp_path / "cut", data, said, max_length=10).rows_truncated == 1
     assert next(iter(pairs_of(tmp_path / "cut", "long"))).pair.chosen.num_tokens == 7
-    assert said[0].endswith("1 row (0) is cut to --max-length 10; their imported values are right only if they were computed on the same cut.")
+    assert said[0].endswith(
+        "1 row (0) is cut to --max-length 10; their imported values are right only if they were computed "
+        "on the same cut."
+    )
 
 
 def test_the_reference_is_named_by_its_values(tmp_path: Path) -> None:
@@ -189,7 +261,11 @@ def test_the_reference_is_named_by_its_values(tmp_path: Path) -> None:
     others = [
         bring_in(tmp_path / "cache", data),  # another dtype
         bring_in(tmp_path / "cache", data, dtype="bfloat16", reference="another"),
-        bring_in(tmp_path / "cache", write_rows(tmp_path / "b.jsonl", id_rows({}, {"ref_chosen_logps": -2.6})), dtype="bfloat16"),
+        bring_in(
+            tmp_path / "cache",
+            write_rows(tmp_path / "b.jsonl", id_rows({}, {"ref_chosen_logps": -2.6})),
+            dtype="bfloat16",
+        ),
     ]
     assert len({first.reference, *(report.reference for report in others)}) == 4
     assert not len(cache.scores(first.reference))
@@ -200,7 +276,9 @@ def test_replacing_is_said(tmp_path: Path) -> None:
     bring_in(tmp_path / "cache", data)
     said: list[str] = []
     bring_in(tmp_path / "cache", write_rows(tmp_path / "a.jsonl", id_rows({})), said)
-    assert any(text.startswith("pair set a/train is replaced: it held 2 pairs of reference ") for text in said)
+    assert any(
+        text.startswith("pair set a/train is replaced: it held 2 pairs of reference ") for text in said
+    )
 
 
 def test_splits_share_one_reference(tmp_path: Path) -> None:
@@ -216,19 +294,45 @@ def test_splits_share_one_reference(tmp_path: Path) -> None:
 
 def test_wrong_options_are_told(tmp_path: Path, model_folder: str, data_file: str) -> None:
     data = write_rows(tmp_path / "ids.jsonl", id_rows({}))
-    text = write_rows(tmp_path / "text.jsonl", [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0} for row in chat_rows(2)])
+    text = write_rows(
+        tmp_path / "text.jsonl",
+        [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0} for row in chat_rows(2)],
+    )
     ranked = write_rows(
         tmp_path / "ranked.jsonl",
-        [{"prompt": "x", "responses": ["a", "b"], "scores": [1, 2], "ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0}],
+        [
+            {
+                "prompt": "x",
+                "responses": ["a", "b"],
+                "scores": [1, 2],
+                "ref_chosen_logps": -1.0,
+                "ref_rejected_logps": -1.0,
+            }
+        ],
     )
     for error, match, path, options in (
         (OptionError, "--tokenizer \\(or --model\\) is needed", text, {}),
-        (DataError, "--format ids needs the columns prompt_ids", text, {"format": "ids", "tokenizer": model_folder}),
+        (
+            DataError,
+            "--format ids needs the columns prompt_ids",
+            text,
+            {"format": "ids", "tokenizer": model_folder},
+        ),
         (DataError, "ranked answers cannot be imported", ranked, {"tokenizer": model_folder}),
-        (DataError, "--format text needs the columns prompt, chosen", data, {"format": "text", "tokenizer": model_folder}),
+        (
+            DataError,
+            "--format text needs the columns prompt, chosen",
+            data,
+            {"format": "text", "tokenizer": model_folder},
+        ),
         (OptionError, "--max-prompt-length is used by", data, {"max_prompt_length": 3}),
         (OptionError, "--reference is needed", data, {"reference": ""}),
-        (DataError, "has no column ref_chosen_logps or ref_rejected_logps, but prompt", data_file, {"tokenizer": model_folder}),
+        (
+            DataError,
+            "has no column ref_chosen_logps or ref_rejected_logps, but prompt",
+            data_file,
+            {"tokenizer": model_folder},
+        ),
     ):
         with pytest.raises(error, match=match):
             bring_in(tmp_path / "cache", path, **options)
@@ -266,11 +370,16 @@ def test_lists_are_damage_where_the_manifest_promises_none(source: Path, tmp_pat
 
 def test_an_imported_cache_is_verified_and_listed(source: Path, tmp_path: Path) -> None:
     for name, token_logps in (("chat", False), ("text", True)):
-        export_pairs(source / "cache", name, tmp_path / f"{name}.jsonl", token_logps=token_logps, log=lambda text: None)
+        export_pairs(
+            source / "cache", name, tmp_path / f"{name}.jsonl", token_logps=token_logps, log=lambda text: None
+        )
         bring_in(tmp_path / "cache", tmp_path / f"{name}.jsonl", reference=f"peer-{name}")
     report = verify_cache(tmp_path / "cache")
     assert not report.problems and report.pairs == 17
-    assert {entry.model for entry in read_contents(tmp_path / "cache").references} == {"peer-chat", "peer-text"}
+    assert {entry.model for entry in read_contents(tmp_path / "cache").references} == {
+        "peer-chat",
+        "peer-text",
+    }
 
 
 # -- training ------------------------------------------------------------------------------------------
@@ -279,16 +388,22 @@ def test_an_imported_cache_is_verified_and_listed(source: Path, tmp_path: Path) 
 @pytest.fixture
 def imported(source: Path, tmp_path: Path, model_folder: str) -> Path:
     export_pairs(source / "cache", "chat", tmp_path / "chat.jsonl", log=lambda text: None)
-    bring_in(tmp_path / "cache", tmp_path / "chat.jsonl", reference="peer", model=model_folder, dtype="float32")
+    bring_in(
+        tmp_path / "cache", tmp_path / "chat.jsonl", reference="peer", model=model_folder, dtype="float32"
+    )
     return tmp_path / "cache"
 
 
 def trained(cache: Path, output: Path, **options: Any) -> tuple[dpo_cache.TrainReport, list[str]]:
     said: list[str] = []
-    return dpo_cache.train(cache, output, max_steps=1, batch_size=12, lr=1e-3, warmup_ratio=0.0, log=said.append, **options), said
+    return dpo_cache.train(
+        cache, output, max_steps=1, batch_size=12, lr=1e-3, warmup_ratio=0.0, log=said.append, **options
+    ), said
 
 
-def test_training_on_imported_values_is_training_on_our_own(source: Path, imported: Path, tmp_path: Path) -> None:
+def test_training_on_imported_values_is_training_on_our_own(
+    source: Path, imported: Path, tmp_path: Path
+) -> None:
     one, said = trained(imported, tmp_path / "one")
     other, _ = trained(source / "cache", tmp_path / "other", pairs="chat")
     differ = {"pairs_per_s", "peak_bytes"}
@@ -301,21 +416,27 @@ def test_training_on_imported_values_is_training_on_our_own(source: Path, import
     ]
 
 
-def test_a_policy_that_is_not_the_imported_reference_is_told(imported: Path, tmp_path: Path, model_folder: str) -> None:
+def test_a_policy_that_is_not_the_imported_reference_is_told(
+    imported: Path, tmp_path: Path, model_folder: str
+) -> None:
     other = tmp_path / "other-model"
     make_llama(seed=7).save_pretrained(other)
     report, said = trained(imported, tmp_path / "run", model=str(other))
     assert report.finished and report.step_zero_gap > 1
     assert (
-        "beyond rounding; the values of the imported reference 'peer' are not those of the policy.\nLikely cause: weights, template or truncation"
-        in said[0]
+        "beyond rounding; the values of the imported reference 'peer' are not those of the policy.\n"
+        "Likely cause: weights, template or truncation" in said[0]
     )
 
 
 def test_without_a_checkpoint_training_asks_for_one(source: Path, tmp_path: Path, model_folder: str) -> None:
     export_pairs(source / "cache", "chat", tmp_path / "chat.jsonl", log=lambda text: None)
     bring_in(tmp_path / "cache", tmp_path / "chat.jsonl", reference="peer")
-    with pytest.raises(ModelError, match="the reference 'peer' was imported without a checkpoint.\nSay where the policy starts from with --model"):
+    with pytest.raises(
+        ModelError,
+        match="the reference 'peer' was imported without a checkpoint.\n"
+        "Say where the policy starts from with --model",
+    ):
         trained(tmp_path / "cache", tmp_path / "run")
     report, said = trained(tmp_path / "cache", tmp_path / "run", model=model_folder)
     assert report.finished and "within rounding" in said[0]

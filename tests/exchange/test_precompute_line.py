@@ -27,22 +27,36 @@ def run_again(cache: Path, name: str, empty: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ["chat", "text", "cut", "right", "ranked"])
-def test_what_was_made_by_precompute(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_what_was_made_by_precompute(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     again = run_again(source / "cache", f"{name}/train", tmp_path / "again", monkeypatch)
     before = pairs_of(source / "cache", name)
-    assert again.manifest["pairs_digest"] == before.manifest["pairs_digest"] and again.reference_id == before.reference_id
+    assert (
+        again.manifest["pairs_digest"] == before.manifest["pairs_digest"]
+        and again.reference_id == before.reference_id
+    )
 
 
-def test_columns_that_were_renamed_and_rows_that_were_added_since(model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"question it was": f"{number}?", "chosen": " yes", "rejected": f" no {number}"} for number in range(8)]
+def test_columns_that_were_renamed_and_rows_that_were_added_since(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"question it was": f"{number}?", "chosen": " yes", "rejected": f" no {number}"}
+        for number in range(8)
+    ]
     data = write_rows(tmp_path / "my pairs.jsonl", rows[:6])
-    dpo_cache.precompute(model_folder, data, tmp_path / "cache", name="pairs", map=("prompt=question it was",), limit=4)
+    dpo_cache.precompute(
+        model_folder, data, tmp_path / "cache", name="pairs", map=("prompt=question it was",), limit=4
+    )
     write_rows(tmp_path / "my pairs.jsonl", rows)
     again = run_again(tmp_path / "cache", "pairs/train", tmp_path / "again", monkeypatch)
     assert len(again) == 4 and content(again) == content(pairs_of(tmp_path / "cache", "pairs"))
 
 
-def test_what_was_imported(source: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_imported(
+    source: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export_pairs(source / "cache", "chat", tmp_path / "chat.parquet", log=lambda _: None)
     options = {"reference": "a friend's", "name": "mine", "model": model_folder, "dtype": "float32"}
     import_pairs(tmp_path / "cache", tmp_path / "chat.parquet", log=lambda _: None, **options)

@@ -24,7 +24,14 @@ TINY = {**BASE, "num_key_value_heads": 2}
 WITH_HEADS = {**TINY, "head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MIXED = ["sliding_attention", "full_attention"]
-GPT2_LIKE = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.3}
+GPT2_LIKE = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "initializer_range": 0.3,
+}
 
 FAMILIES: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**TINY)),
@@ -95,7 +102,9 @@ FAMILIES: dict[str, Callable[[], hf.PreTrainedModel]] = {
 
 
 def make_model(family: str) -> hf.PreTrainedModel:
-    """The family's tiny model, its weights random but the same each time; biases and norms, too, which start as zeros and ones."""
+    """The family's tiny model, its weights random but the same each time; biases and norms, too, which start
+    as zeros and ones.
+    """
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     with torch.no_grad():
@@ -106,13 +115,17 @@ def make_model(family: str) -> hf.PreTrainedModel:
 
 
 def release() -> str:
-    """The version of transformers that runs here, less its patches: another may let more families, or fewer, take another attention."""
+    """The version of transformers that runs here, less its patches: another may let more families, or fewer,
+    take another attention.
+    """
     return ".".join(hf.__version__.split(".")[:2])
 
 
 def table_row(family: str, attention: AttentionChoice) -> str:
     """The family's line in the docs."""
-    reason = "" if attention.name == "forest" else attention.reason.split(" by up to ")[0]  # the figure is the machine's
+    reason = (
+        "" if attention.name == "forest" else attention.reason.split(" by up to ")[0]
+    )  # the figure is the machine's
     return f"| {family} | {attention.name} | {reason} |"
 
 

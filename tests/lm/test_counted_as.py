@@ -39,7 +39,9 @@ def test_what_cuda_runs_has_the_same_gradients(family: str) -> None:
 def test_a_gpu_runs_each_segment_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_cache.lm.forest.layout.attention.QUERY_TOKENS", 4)
     forest = build_forest(COMPLETIONS)
-    assert len(plan_tree(forest, "cuda").segments) == len(forest.starts) < len(plan_tree(forest, "cpu").segments)
+    assert (
+        len(plan_tree(forest, "cuda").segments) == len(forest.starts) < len(plan_tree(forest, "cpu").segments)
+    )
 
 
 def test_mixed_precision_without_kept_copies_has_the_same_gradients() -> None:
@@ -51,7 +53,10 @@ def test_mixed_precision_without_kept_copies_has_the_same_gradients() -> None:
             logps = completion_logps(model, COMPLETIONS, FOREST)
         return gradients(model, logps.sums())
 
-    expected, found = run(torch.autocast("cpu", torch.bfloat16)), run(autocast(torch.device("cpu"), "bf16-mixed"))
+    expected, found = (
+        run(torch.autocast("cpu", torch.bfloat16)),
+        run(autocast(torch.device("cpu"), "bf16-mixed")),
+    )
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
     exact = run(autocast(torch.device("cpu"), "fp32"))
     assert any(not torch.equal(found[name], gradient) for name, gradient in exact.items())

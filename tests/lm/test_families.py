@@ -21,11 +21,17 @@ def fixed(tokens: int) -> Budget:
 
 
 def scores(model, completions: list[Completion], attention: AttentionChoice, budget: int) -> list[np.ndarray]:
-    found = dict(entry for progress in score_completions(model, completions, attention, fixed(budget)) for entry in progress.scores)
+    found = dict(
+        entry
+        for progress in score_completions(model, completions, attention, fixed(budget))
+        for entry in progress.scores
+    )
     return [found[index].token_logps for index in range(len(completions))]
 
 
-def assert_as_exact_as_plain(model, completions: list[Completion], found: dict[int, list[np.ndarray]], original_attention: str) -> None:
+def assert_as_exact_as_plain(
+    model, completions: list[Completion], found: dict[int, list[np.ndarray]], original_attention: str
+) -> None:
     """Errs only as much as the model's own forward in float32 does against float64, plus rounding."""
     if model._can_set_attn_implementation():
         model.set_attn_implementation(original_attention)

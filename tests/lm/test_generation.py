@@ -23,22 +23,40 @@ def prompts(*lengths: int) -> list[np.ndarray]:
     return [generator.integers(0, 250, length).astype(np.uint32) for length in lengths]
 
 
-def write(model: PreTrainedModel, texts: list[np.ndarray], attention: AttentionChoice, **changes) -> list[generation.Answer]:
-    return write_answers(model, texts, attention, **{"max_length": 30, "end_ids": [END], "pad_id": PAD, "seed": [3, 5], **changes})
+def write(
+    model: PreTrainedModel, texts: list[np.ndarray], attention: AttentionChoice, **changes
+) -> list[generation.Answer]:
+    return write_answers(
+        model,
+        texts,
+        attention,
+        **{"max_length": 30, "end_ids": [END], "pad_id": PAD, "seed": [3, 5], **changes},
+    )
 
 
 @torch.no_grad()
-def naive_answers(model: PreTrainedModel, texts: list[np.ndarray], max_length: int, first: int) -> list[list[int]]:
-    """The definition: softmax of the last logits of each sequence alone, without a cache, and one draw a row."""
+def naive_answers(
+    model: PreTrainedModel, texts: list[np.ndarray], max_length: int, first: int
+) -> list[list[int]]:
+    """The definition: softmax of the last logits of each sequence alone, without a cache, and one draw a
+    row.
+    """
     number = int(np.random.SeedSequence([3, 5, first]).generate_state(1, np.uint64)[0] >> 1)
     rows = [[int(token) for token in text] for text in texts]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(number)
         unfinished = list(range(len(rows)))
-        while unfinished:  # as long as none is at the length, all rows are drawn for, those behind their end token in vain
+        while (
+            unfinished
+        ):  # as long as none is at the length, all rows are drawn for, those behind their end token in vain
             ended = dict.fromkeys(unfinished, False)
             while not all(ended.values()) and max(len(rows[place]) for place in unfinished) < max_length:
-                probs = torch.stack([model(torch.tensor([rows[place]]), use_cache=False).logits[0, -1].float().softmax(-1) for place in unfinished])
+                probs = torch.stack(
+                    [
+                        model(torch.tensor([rows[place]]), use_cache=False).logits[0, -1].float().softmax(-1)
+                        for place in unfinished
+                    ]
+                )
                 for place, token in zip(unfinished, torch.multinomial(probs, 1)[:, 0].tolist(), strict=True):
                     rows[place].append(PAD if ended[place] else token)
                     ended[place] = ended[place] or token == END
@@ -54,7 +72,9 @@ def test_each_family_draws_from_its_own_probabilities(family: str) -> None:
     found = write(model, texts, attention, max_length=24)
     with original_attention(model, attention):
         batches = [texts] if attention.max_rows is None else [[text] for text in texts]
-        expected = [answer for first, batch in enumerate(batches) for answer in naive_answers(model, batch, 24, first)]
+        expected = [
+            answer for first, batch in enumerate(batches) for answer in naive_answers(model, batch, 24, first)
+        ]
     assert [answer.token_ids.tolist() for answer in found] == expected
     assert [answer.is_finished for answer in found] == [END in answer for answer in expected]
 
@@ -65,7 +85,12 @@ def test_answers_end_with_an_end_token_or_at_the_length() -> None:
     every_token_ends = write(model, texts, attention, end_ids=list(range(264)))
     assert [(answer.token_ids.size, answer.is_finished) for answer in every_token_ends] == [(1, True)] * 4
     none_ends = write(model, texts, attention, end_ids=[])
-    assert [(answer.token_ids.size, answer.is_finished) for answer in none_ends] == [(25, False), (10, False), (1, False), (22, False)]
+    assert [(answer.token_ids.size, answer.is_finished) for answer in none_ends] == [
+        (25, False),
+        (10, False),
+        (1, False),
+        (22, False),
+    ]
     some_end = write(model, texts, attention, end_ids=list(range(0, 264, 8)))
     assert {answer.is_finished for answer in some_end} == {True, False}
     for answer in some_end:
@@ -76,7 +101,14 @@ def test_the_models_own_generation_config_has_no_say_and_comes_back() -> None:
     model, texts = make_llama(), prompts(6, 4)
     attention = choose_attention(model, max_length=64)
     expected = write(model, texts, attention)
-    own = GenerationConfig(repetition_penalty=5.0, top_k=1, suppress_tokens=list(range(100)), min_new_tokens=9, max_length=7, eos_token_id=3)
+    own = GenerationConfig(
+        repetition_penalty=5.0,
+        top_k=1,
+        suppress_tokens=list(range(100)),
+        min_new_tokens=9,
+        max_length=7,
+        eos_token_id=3,
+    )
     model.generation_config = own
     for one, other in zip(write(model, texts, attention), expected, strict=True):
         assert np.array_equal(one.token_ids, other.token_ids)
@@ -122,7 +154,9 @@ def test_wrappers_of_training_do_not_stand_in_the_way(autocast: bool) -> None:
     own = choose_attention(plain, "rows", max_length=64)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found, expected = write(wrapped, texts, attention), write(plain, texts, own)
-    assert [answer.token_ids.tolist() for answer in found] == [answer.token_ids.tolist() for answer in expected]
+    assert [answer.token_ids.tolist() for answer in found] == [
+        answer.token_ids.tolist() for answer in expected
+    ]
 
 
 def test_fewer_are_written_at_once_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,9 @@ def test_the_router_loss_and_its_gradient_are_those_of_a_padded_batch(family: st
     expected = load_balancing_loss_func(rows.outputs.router_logits, 4, 2, rows.mask)
     expected.backward()
     attention = (
-        choose_attention(model, max_length=64) if how == "forest" else AttentionChoice("rows", "", max_rows=1 if how == "row by row" else None)
+        choose_attention(model, max_length=64)
+        if how == "forest"
+        else AttentionChoice("rows", "", max_rows=1 if how == "row by row" else None)
     )
     assert attention.name in how or how == "row by row"
     found = completion_logps(model, completions, attention, with_routing=True)
@@ -33,7 +35,9 @@ def test_the_router_loss_and_its_gradient_are_those_of_a_padded_batch(family: st
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         if other.grad is not None and other.grad.any():
-            assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-4 * float(other.grad.abs().max())), name
+            assert torch.allclose(
+                one.grad, other.grad, rtol=1e-3, atol=1e-4 * float(other.grad.abs().max())
+            ), name
 
 
 def test_prompts_count_once_for_each_completion() -> None:

@@ -23,8 +23,15 @@ def test_half_precision_takes_the_forest_and_stays_near_float32(dtype: torch.dty
     model = make_llama().to(dtype)
     attention = choose_attention(model, max_length=64)
     assert attention.name == "forest" and attention.gap <= TOLERANCES[dtype][0]
-    gaps = np.concatenate([np.abs(one - other) for one, other in zip(scores(model, completions, attention, 64), exact, strict=True)])
-    assert 0 < gaps.max() < {torch.bfloat16: 0.6, torch.float16: 0.07}[dtype]  # twice what docs/measurements.md states
+    gaps = np.concatenate(
+        [
+            np.abs(one - other)
+            for one, other in zip(scores(model, completions, attention, 64), exact, strict=True)
+        ]
+    )
+    assert (
+        0 < gaps.max() < {torch.bfloat16: 0.6, torch.float16: 0.07}[dtype]
+    )  # twice what docs/measurements.md states
     assert all(score.dtype == np.float32 for score in scores(model, completions[:1], attention, 64))
 
 
@@ -44,7 +51,9 @@ def test_rotary_embeddings_that_depend_on_the_row_are_run_one_row_at_a_time() ->
     attention = choose_attention(model, max_length=100)
     assert (attention.name, attention.max_rows) == ("rows", 1)
     lengths = (10, 31, 40, 90)
-    completions = [Completion(np.arange(length, dtype=np.uint32), np.arange(5, 9, dtype=np.uint32)) for length in lengths]
+    completions = [
+        Completion(np.arange(length, dtype=np.uint32), np.arange(5, 9, dtype=np.uint32)) for length in lengths
+    ]
     for completion, found in zip(completions, scores(model, completions, attention, 4096), strict=True):
         assert np.abs(found - naive_token_logps(model, completion).numpy()).max() < 3e-5
 
@@ -55,7 +64,14 @@ def test_every_maximum_length_can_be_checked(max_length: int) -> None:
 
 
 def test_a_bidirectional_model_is_refused() -> None:
-    config = hf.BertConfig(vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
+    config = hf.BertConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,
+    )
     with pytest.raises(ModelError, match="is not causal"):
         choose_attention(hf.BertLMHeadModel(config).eval(), max_length=64)
 
@@ -68,7 +84,9 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_scored() -> 
 
 
 @pytest.mark.parametrize("name", ["forest", "rows"])
-def test_memory_that_runs_out_halves_the_chunk_and_loses_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_halves_the_chunk_and_loses_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, completions, remarks = make_llama(), make_completions(), []
     attention = choose_attention(model, "auto" if name == "forest" else "rows", max_length=64)
     whole = scores(model, completions, attention, 4096)
@@ -81,7 +99,11 @@ def test_memory_that_runs_out_halves_the_chunk_and_loses_nothing(name: str, monk
 
     monkeypatch.setattr(decoder, "forward", limited)
     budget = Budget(300, torch.device("cpu"), remarks.append)
-    found = dict(entry for progress in score_completions(model, completions, attention, budget) for entry in progress.scores)
+    found = dict(
+        entry
+        for progress in score_completions(model, completions, attention, budget)
+        for entry in progress.scores
+    )
     assert remarks == [
         "out of memory with 300 tokens at once; going on with 150. Nothing is lost.",
         "out of memory with 150 tokens at once; going on with 75. Nothing is lost.",
@@ -122,10 +144,14 @@ def test_memory_that_never_suffices_is_told() -> None:
 def test_what_a_device_without_an_error_of_its_own_says_is_passed_on() -> None:
     said: list[str] = []
     Budget(100, torch.device("cpu"), said.append).halve(RuntimeError("MPS backend ran out of memory\nmore"))
-    assert said == ["MPS backend ran out of memory with 100 tokens at once; going on with 50. Nothing is lost."]
+    assert said == [
+        "MPS backend ran out of memory with 100 tokens at once; going on with 50. Nothing is lost."
+    ]
 
 
-def test_memory_that_ends_in_the_self_check_is_no_reason_for_plain_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_ends_in_the_self_check_is_no_reason_for_plain_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def run_out(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
@@ -137,12 +163,19 @@ def test_memory_that_ends_in_the_self_check_is_no_reason_for_plain_rows(monkeypa
 def test_a_model_that_drops_the_plan_is_run_as_rows_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     plain = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda *arguments, forest_plan=None, **others: plain(*arguments, **others))
+    monkeypatch.setattr(
+        model.model, "forward", lambda *arguments, forest_plan=None, **others: plain(*arguments, **others)
+    )
     attention = choose_attention(model, max_length=64)
-    assert (attention.name, attention.reason) == ("rows", "its code does not hand the plan of the forest on to its attention")
+    assert (attention.name, attention.reason) == (
+        "rows",
+        "its code does not hand the plan of the forest on to its attention",
+    )
 
 
-def test_the_search_for_a_chunk_takes_the_first_that_a_larger_one_does_not_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_for_a_chunk_takes_the_first_that_a_larger_one_does_not_beat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(budget_module, "SIZES", {"cpu": (512, 1024, 2048, 4096)})
     speeds = {512: 100.0, 1024: 130.0, 2048: 131.0, 4096: 500.0}  # tokens/s
     budget = Budget(None, torch.device("cpu"), lambda _: None)
@@ -171,7 +204,13 @@ def test_training_logps_and_gradients_equal_the_plain_computation(family: str) -
     expected = []
     for completion in completions:
         ids = torch.from_numpy(completion.sequence_ids.astype(np.int64))[None]
-        logps = plain(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        logps = (
+            plain(input_ids=ids, use_cache=False)
+            .logits[0]
+            .float()
+            .log_softmax(-1)[:-1]
+            .gather(1, ids[0, 1:, None])[:, 0]
+        )
         expected.append(logps[len(completion.prompt_ids) - 1 :].double().sum())
     (torch.stack(expected) * weights).sum().backward()
     attention = choose_attention(model, max_length=64)
@@ -181,7 +220,9 @@ def test_training_logps_and_gradients_equal_the_plain_computation(family: str) -
     assert torch.allclose(found, torch.stack(expected), rtol=1e-6, atol=1e-4)
     for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         if other.grad is not None:
-            assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-4 * float(other.grad.abs().max())), name
+            assert torch.allclose(
+                one.grad, other.grad, rtol=1e-3, atol=1e-4 * float(other.grad.abs().max())
+            ), name
 
 
 def test_checkpointed_layers_give_the_same_gradient() -> None:
@@ -194,7 +235,11 @@ def test_checkpointed_layers_give_the_same_gradient() -> None:
         recomputation.mode = mode
         completion_logps(model, completions, attention).sums().sum().backward()
         grads.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(one, other) for recomputed in grads[1:] for one, other in zip(grads[0], recomputed, strict=True))
+    assert all(
+        torch.equal(one, other)
+        for recomputed in grads[1:]
+        for one, other in zip(grads[0], recomputed, strict=True)
+    )
 
 
 def test_rows_have_gradients_too() -> None:
@@ -204,4 +249,8 @@ def test_rows_have_gradients_too() -> None:
     logps.sum().backward()
     expected = torch.stack([naive_token_logps(model, completion).sum() for completion in completions])
     assert torch.allclose(logps, expected, atol=1e-3)
-    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "word_embeddings" in name)
+    assert all(
+        parameter.grad is not None
+        for name, parameter in model.named_parameters()
+        if "word_embeddings" in name
+    )

@@ -21,7 +21,10 @@ def scored_pairs() -> list[ScoredPair]:
     generator = np.random.default_rng(0)
     sides = [Completion(np.ones(2, np.uint32), np.ones(length, np.uint32)) for length in LENGTHS]
     scores = [Score(-generator.random(length).astype(np.float32) * 4) for length in LENGTHS]
-    return [ScoredPair(Pair(index, sides[index], sides[3 + index]), scores[index], scores[3 + index]) for index in range(3)]
+    return [
+        ScoredPair(Pair(index, sides[index], sides[3 + index]), scores[index], scores[3 + index])
+        for index in range(3)
+    ]
 
 
 def policy_logps() -> CompletionLogps:
@@ -40,12 +43,18 @@ def losses_of(found: Objective):
     return found.losses([(pairs, policy_logps())], mean_chosen_tokens(pairs))
 
 
-@pytest.mark.parametrize(("name", "settings"), [("sigmoid", {}), ("sigmoid", {"label_smoothing": 0.2}), ("ipo", {"beta": 0.3})])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("sigmoid", {}), ("sigmoid", {"label_smoothing": 0.2}), ("ipo", {"beta": 0.3})]
+)
 @pytest.mark.parametrize("reference_free", [False, True])
-def test_sigmoid_and_ipo_are_those_of_the_original_repository(name: str, settings: dict, reference_free: bool) -> None:
+def test_sigmoid_and_ipo_are_those_of_the_original_repository(
+    name: str, settings: dict, reference_free: bool
+) -> None:
     found = losses_of(objective(name, reference_free=reference_free, **settings))
     sides = [*policy_logps().sums().chunk(2), *torch.from_numpy(reference_logps(scored_pairs())).chunk(2)]
-    expected = preference_loss(*sides, **{"beta": 0.1, **settings}, ipo=name == "ipo", reference_free=reference_free)
+    expected = preference_loss(
+        *sides, **{"beta": 0.1, **settings}, ipo=name == "ipo", reference_free=reference_free
+    )
     assert torch.allclose(found.total, expected[0], rtol=1e-12)
     for metric, values in (("rewards/chosen", expected[1]), ("rewards/rejected", expected[2])):
         assert torch.allclose(found.metrics[metric], values, rtol=1e-12, atol=1e-14)
@@ -55,14 +64,18 @@ def test_a_weighted_sum_is_reported_by_its_parts() -> None:
     both = losses_of(objective("sigmoid:0.8", "sft:0.2"))
     parts = [losses_of(objective(name)) for name in ("sigmoid", "sft")]
     assert torch.allclose(both.total, 0.8 * parts[0].total + 0.2 * parts[1].total)
-    assert torch.equal(both.metrics["loss/sigmoid"], parts[0].total) and torch.equal(both.metrics["loss/sft"], parts[1].total)
+    assert torch.equal(both.metrics["loss/sigmoid"], parts[0].total) and torch.equal(
+        both.metrics["loss/sft"], parts[1].total
+    )
     assert not any(name.startswith("loss/") for name in parts[0].metrics)
 
 
 def test_sft_is_a_mean_over_tokens_and_sft_norm_over_pairs() -> None:
     chosen = policy_logps().sums()[:3]
     assert losses_of(objective("sft")).total.mean().item() == pytest.approx(-chosen.sum().item() / 9)
-    assert losses_of(objective("sft_norm")).total.mean().item() == pytest.approx(-(chosen / torch.tensor([3, 5, 1])).mean().item())
+    assert losses_of(objective("sft_norm")).total.mean().item() == pytest.approx(
+        -(chosen / torch.tensor([3, 5, 1])).mean().item()
+    )
 
 
 @pytest.mark.parametrize("weighs_reference", [True, False])
@@ -72,15 +85,24 @@ def test_ld_dpo_weights_what_is_past_the_shorter_answer(weighs_reference: bool) 
     rows = policy.tokens_T.split(LENGTHS)
     for index, shared in enumerate([3, 2, 1]):  # 3 and 4 tokens, 5 and 2, 1 and 1
         for values, row in ((found.chosen, rows[index]), (found.rejected, rows[3 + index])):
-            assert values[index].item() == pytest.approx((row[:shared].sum() + alpha * row[shared:].sum()).item(), rel=1e-6)
-        for values, score in ((found.ref_chosen, pairs[index].ref_chosen), (found.ref_rejected, pairs[index].ref_rejected)):
+            assert values[index].item() == pytest.approx(
+                (row[:shared].sum() + alpha * row[shared:].sum()).item(), rel=1e-6
+            )
+        for values, score in (
+            (found.ref_chosen, pairs[index].ref_chosen),
+            (found.ref_rejected, pairs[index].ref_rejected),
+        ):
             tail = alpha if weighs_reference else 1.0
-            assert values[index].item() == pytest.approx(score.token_logps[:shared].sum() + tail * score.token_logps[shared:].sum(), rel=1e-6)
+            assert values[index].item() == pytest.approx(
+                score.token_logps[:shared].sum() + tail * score.token_logps[shared:].sum(), rel=1e-6
+            )
     assert torch.equal(found.chosen_sums, policy.sums()[:3])
 
 
 def test_ld_dpo_that_weights_nothing_changes_nothing() -> None:
-    assert torch.allclose(losses_of(objective("sigmoid", ld_alpha=1.0)).total, losses_of(objective("sigmoid")).total)
+    assert torch.allclose(
+        losses_of(objective("sigmoid", ld_alpha=1.0)).total, losses_of(objective("sigmoid")).total
+    )
 
 
 @pytest.mark.parametrize("mode", ["on", "clipped"])
@@ -93,7 +115,9 @@ def test_wpo_weights_the_preference_losses_without_a_gradient(mode: str) -> None
         weights = weights.clamp(max=1)
     found = objective("sigmoid", "sft", wpo=mode).losses([(pairs, policy)], 3.0)
     plain = losses_of(objective("sigmoid", "sft"))
-    assert torch.allclose(found.metrics["loss/sigmoid"].float(), plain.metrics["loss/sigmoid"].float() * weights)
+    assert torch.allclose(
+        found.metrics["loss/sigmoid"].float(), plain.metrics["loss/sigmoid"].float() * weights
+    )
     assert torch.equal(found.metrics["loss/sft"], plain.metrics["loss/sft"])
     policy.tokens_T.grad = None
     found.metrics["loss/sigmoid"].sum().backward()
@@ -109,12 +133,15 @@ def test_rewards_are_the_policys_own_only_where_no_loss_looks_at_the_reference()
         (("cpo",), sums), (("slic", "sft"), sums), (("simpo",), sums / lengths), (("orpo",), sums / lengths), (("sft",), sums - reference),
         (("simpo", "sigmoid"), sums - reference),
     ]:  # fmt: skip
-        assert torch.allclose(losses_of(objective(*losses, beta=0.5)).metrics["rewards/chosen"], 0.5 * expected)
+        assert torch.allclose(
+            losses_of(objective(*losses, beta=0.5)).metrics["rewards/chosen"], 0.5 * expected
+        )
 
 
 def test_cpo_adds_the_likelihood_of_the_chosen_answer() -> None:
     alone, both, sft = (
-        losses_of(objective(name, **more)).total for name, more in (("cpo", {"cpo_alpha": 0.0}), ("cpo", {"cpo_alpha": 0.5}), ("sft", {}))
+        losses_of(objective(name, **more)).total
+        for name, more in (("cpo", {"cpo_alpha": 0.0}), ("cpo", {"cpo_alpha": 0.5}), ("sft", {}))
     )
     assert torch.allclose(both, alone + 0.5 * sft)
 
@@ -124,8 +151,16 @@ def test_pairs_in_parts_are_the_pairs_together(name: str) -> None:
     pairs, policy = scored_pairs(), policy_logps()
     whole = objective(name, label_smoothing=0.1)
     rows = policy.tokens_T.split(LENGTHS)
-    parts = [([pairs[index]], CompletionLogps(torch.cat([rows[index], rows[3 + index]]), [LENGTHS[index], LENGTHS[3 + index]])) for index in range(3)]
-    assert torch.allclose(whole.losses(parts, 3.0).total, whole.losses([(pairs, policy)], 3.0).total, rtol=1e-12)
+    parts = [
+        (
+            [pairs[index]],
+            CompletionLogps(torch.cat([rows[index], rows[3 + index]]), [LENGTHS[index], LENGTHS[3 + index]]),
+        )
+        for index in range(3)
+    ]
+    assert torch.allclose(
+        whole.losses(parts, 3.0).total, whole.losses([(pairs, policy)], 3.0).total, rtol=1e-12
+    )
     apart = torch.cat([whole.losses([part], 3.0).total for part in parts])
     assert torch.allclose(apart.mean(), whole.losses(parts, 3.0).total.mean()) is not whole.needs_whole_step
 
@@ -138,7 +173,9 @@ def test_losses_are_given_singly_or_weighted() -> None:
     assert loss_terms(options().loss) == {"sigmoid": 1.0}
     assert loss_terms(options(loss="ipo").loss) == {"ipo": 1.0}
     assert loss_terms(options(loss=["sigmoid:0.8", "sft:0.2"]).loss) == {"sigmoid": 0.8, "sft": 0.2}
-    assert objective_of(options(loss="simpo", beta=2.0, simpo_gamma=1.0), 0.0) == objective("simpo", beta=2.0, simpo_gamma=1.0)
+    assert objective_of(options(loss="simpo", beta=2.0, simpo_gamma=1.0), 0.0) == objective(
+        "simpo", beta=2.0, simpo_gamma=1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,13 +190,20 @@ def test_losses_are_given_singly_or_weighted() -> None:
         ({"loss": "sft", "beta": 0.2}, "--beta 0.2 has no meaning under --loss sft"),
         (
             {"loss": "ipo", "label_smoothing": 0.1},
-            "--label-smoothing 0.1 has no meaning under --loss ipo.\nLeave it out; it serves sigmoid, exo_pair",
+            "--label-smoothing 0.1 has no meaning under --loss ipo.\n"
+            "Leave it out; it serves sigmoid, exo_pair",
         ),
-        ({"simpo_gamma": 1.0}, "--simpo-gamma 1.0 has no meaning under --loss sigmoid.\nLeave it out; it serves simpo"),
+        (
+            {"simpo_gamma": 1.0},
+            "--simpo-gamma 1.0 has no meaning under --loss sigmoid.\nLeave it out; it serves simpo",
+        ),
         ({"discopop_tau": 0.1}, "--discopop-tau"),
         ({"cpo_alpha": 0.1}, "--cpo-alpha"),
         ({"loss": "simpo", "reference_free": True}, "--reference-free has no meaning under --loss simpo"),
-        ({"loss": ("sigmoid", "nca_pair"), "f_divergence": "js_divergence"}, "--f-divergence js_divergence has no meaning under --loss nca_pair"),
+        (
+            {"loss": ("sigmoid", "nca_pair"), "f_divergence": "js_divergence"},
+            "--f-divergence js_divergence has no meaning under --loss nca_pair",
+        ),
         ({"loss": ("sigmoid", "orpo"), "ld_alpha": 0.5}, "--ld-alpha 0.5 has no meaning under --loss orpo"),
         ({"loss": "aot", "wpo": "on"}, "--wpo on has no meaning under --loss aot"),
         ({"loss": "exo_pair"}, "--loss exo_pair needs a --label-smoothing above 0"),
@@ -180,7 +224,14 @@ def test_options_that_do_not_go_with_the_loss_are_refused(changes: dict, message
 
 
 def test_what_serves_one_loss_of_a_sum_is_allowed() -> None:
-    options(loss=("sigmoid", "sft"), beta=0.5, label_smoothing=0.1, ld_alpha=0.5, f_divergence="forward_kl", wpo="clipped")
+    options(
+        loss=("sigmoid", "sft"),
+        beta=0.5,
+        label_smoothing=0.1,
+        ld_alpha=0.5,
+        f_divergence="forward_kl",
+        wpo="clipped",
+    )
     options(loss=("ipo", "sigmoid"), label_smoothing=0.1)
 
 
@@ -188,12 +239,23 @@ def test_what_serves_one_loss_of_a_sum_is_allowed() -> None:
 def test_every_loss_is_run_by_its_name(name: str) -> None:
     found = losses_of(objective(name, label_smoothing=0.1))
     assert found.total.shape == (3,) and found.total.isfinite().all()
-    assert (name in SFT_LOSSES or name in POLICY_LOSSES) == torch.equal(found.total, _with_another_reference(name))
+    assert (name in SFT_LOSSES or name in POLICY_LOSSES) == torch.equal(
+        found.total, _with_another_reference(name)
+    )
 
 
 def _with_another_reference(name: str) -> torch.Tensor:
-    pairs = [ScoredPair(pair.pair, Score(pair.ref_chosen.token_logps - 1), Score(pair.ref_rejected.token_logps * 2)) for pair in scored_pairs()]
-    return objective(name, label_smoothing=0.1).losses([(pairs, policy_logps())], mean_chosen_tokens(pairs)).total
+    pairs = [
+        ScoredPair(
+            pair.pair, Score(pair.ref_chosen.token_logps - 1), Score(pair.ref_rejected.token_logps * 2)
+        )
+        for pair in scored_pairs()
+    ]
+    return (
+        objective(name, label_smoothing=0.1)
+        .losses([(pairs, policy_logps())], mean_chosen_tokens(pairs))
+        .total
+    )
 
 
 def test_the_config_of_an_older_run_is_read_as_it_was_meant() -> None:

@@ -1,4 +1,5 @@
-"""Losses, gradients and metrics beside TRL 1.16's own trainers: live where TRL is installed, from golden values elsewhere.
+"""Losses, gradients and metrics beside TRL 1.16's own trainers: live where TRL is installed, from golden
+values elsewhere.
 
 DPO_CACHE_TRL_PYTHON=.venv-trl/bin/python python -m pytest tests.losses.test_parity_trl.py
 python -m tests.losses.test_parity_trl .venv-trl/bin/python     # writes the golden values anew
@@ -27,19 +28,48 @@ INPUTS = ("random", "equal", "far_up", "far_down", "one_pair")
 
 
 def dpo(
-    *losses: str, weights: tuple[float, ...] = (), trl: dict | None = None, inputs: tuple[str, ...] = INPUTS, dtype: str = "float64", **ours: Any
+    *losses: str,
+    weights: tuple[float, ...] = (),
+    trl: dict | None = None,
+    inputs: tuple[str, ...] = INPUTS,
+    dtype: str = "float64",
+    **ours: Any,
 ):
-    """A case for DPOTrainer: the names that TRL has for the losses, what else it is set to, and our settings where they differ."""
+    """A case for DPOTrainer: the names that TRL has for the losses, what else it is set to, and our settings
+    where they differ.
+    """
     names = {"ipo": "ipo_norm"}
-    terms = {names.get(name, name): weight for name, weight in zip(losses, weights or [1.0] * len(losses), strict=True)}
-    shared = {name: value for name, value in ours.items() if name in ("beta", "label_smoothing", "ld_alpha", "discopop_tau")}
+    terms = {
+        names.get(name, name): weight
+        for name, weight in zip(losses, weights or [1.0] * len(losses), strict=True)
+    }
+    shared = {
+        name: value
+        for name, value in ours.items()
+        if name in ("beta", "label_smoothing", "ld_alpha", "discopop_tau")
+    }
     settings = {"loss_types": list(losses), "loss_weights": list(terms.values()), **shared, **(trl or {})}
-    return {"trainer": "dpo", "trl": settings, "ours": {"terms": terms, **ours}, "inputs": inputs, "dtype": dtype}
+    return {
+        "trainer": "dpo",
+        "trl": settings,
+        "ours": {"terms": terms, **ours},
+        "inputs": inputs,
+        "dtype": dtype,
+    }
 
 
 def cpo(loss_type: str, name: str, dtype: str = "float64", inputs: tuple[str, ...] = INPUTS, **ours: Any):
-    trl = {"loss_type": loss_type, **{key: value for key, value in ours.items() if key != "router_coefficient"}}
-    return {"trainer": "cpo", "trl": trl, "ours": {"terms": {name: 1.0}, **ours}, "inputs": inputs, "dtype": dtype}
+    trl = {
+        "loss_type": loss_type,
+        **{key: value for key, value in ours.items() if key != "router_coefficient"},
+    }
+    return {
+        "trainer": "cpo",
+        "trl": trl,
+        "ours": {"terms": {name: 1.0}, **ours},
+        "inputs": inputs,
+        "dtype": dtype,
+    }
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -57,7 +87,8 @@ CASES: dict[str, dict[str, Any]] = {
     "aot_unpaired": dpo("aot_unpaired", label_smoothing=0.1),
     "apo_zero": dpo("apo_zero"),
     "apo_down": dpo("apo_down"),
-    "discopop": dpo("discopop", inputs=("random", "equal", "far_up", "one_pair")),  # far down TRL's is infinity times zero
+    # far down TRL's is infinity times zero
+    "discopop": dpo("discopop", inputs=("random", "equal", "far_up", "one_pair")),
     "discopop, tau 0.3": dpo("discopop", discopop_tau=0.3, inputs=("random", "equal")),
     "sigmoid_norm": dpo("sigmoid_norm", beta=2.0),
     "sft": dpo("sft"),
@@ -95,7 +126,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def make_inputs(kind: str) -> dict[str, list[list[float]]]:
-    """Token log-probs of a few pairs, all chosen, then all rejected, in sixteenths, so that float32 adds them up exactly.
+    """Token log-probs of a few pairs, all chosen, then all rejected, in sixteenths, so that float32 adds them
+    up exactly.
 
     `equal`: the policy is the reference. `far_up`, `far_down`: margins of about +10,000 and -10,000 nats.
     """
@@ -106,7 +138,9 @@ def make_inputs(kind: str) -> dict[str, list[list[float]]]:
         return (-np.ceil(generator.random(length) * largest * 16) / 16).tolist()
 
     lengths = [int(generator.integers(1, 9)) for _ in range(2 * num_pairs)]
-    policy, reference, squares = ([logps(length, largest) for length in lengths] for largest in (6.0, 6.0, 3.0))
+    policy, reference, squares = (
+        [logps(length, largest) for length in lengths] for largest in (6.0, 6.0, 3.0)
+    )
     if kind == "equal":
         policy = reference
     if kind in ("far_up", "far_down"):
@@ -120,7 +154,12 @@ def make_inputs(kind: str) -> dict[str, list[list[float]]]:
 def all_inputs() -> dict[str, dict[str, Any]]:
     """What the script is given, by case and kind of input."""
     return {
-        f"{name} / {kind}": {"trainer": case["trainer"], "trl": case["trl"], "dtype": case["dtype"], **make_inputs(kind)}
+        f"{name} / {kind}": {
+            "trainer": case["trainer"],
+            "trl": case["trl"],
+            "dtype": case["dtype"],
+            **make_inputs(kind),
+        }
         for name, case in CASES.items()
         for kind in case["inputs"]
     }
@@ -130,7 +169,11 @@ def run_trl(python: str, folder: Path) -> dict[str, Any]:
     """What TRL makes of all of them."""
     (folder / "cases.json").write_text(json.dumps(all_inputs()))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([python, str(SCRIPT), str(folder / "cases.json"), str(folder / "out.json")], check=True, env=environment)
+    subprocess.run(
+        [python, str(SCRIPT), str(folder / "cases.json"), str(folder / "out.json")],
+        check=True,
+        env=environment,
+    )
     return json.loads((folder / "out.json").read_text())
 
 
@@ -140,13 +183,21 @@ def run_ours(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     completions = [Completion(np.ones(1, np.uint32), np.ones(len(row), np.uint32)) for row in case["policy"]]
     scores = [Score(np.array(row, np.float64)) for row in case["reference"]]
     pairs = [
-        ScoredPair(Pair(index, completions[index], completions[num_pairs + index]), scores[index], scores[num_pairs + index])
+        ScoredPair(
+            Pair(index, completions[index], completions[num_pairs + index]),
+            scores[index],
+            scores[num_pairs + index],
+        )
         for index in range(num_pairs)
     ]
-    flat = torch.tensor([value for row in case["policy"] for value in row], dtype=torch.float64, requires_grad=True)
+    flat = torch.tensor(
+        [value for row in case["policy"] for value in row], dtype=torch.float64, requires_grad=True
+    )
     squares = torch.tensor([value for row in case["squares"] for value in row], dtype=torch.float64)
     lengths = [len(row) for row in case["policy"]]
-    found = Objective(**settings).losses([(pairs, CompletionLogps(flat, lengths, squares))], mean_chosen_tokens(pairs))
+    found = Objective(**settings).losses(
+        [(pairs, CompletionLogps(flat, lengths, squares))], mean_chosen_tokens(pairs)
+    )
     found.total.mean().backward()
     assert flat.grad is not None
     return {
@@ -188,4 +239,8 @@ if __name__ == "__main__":
         results = run_trl(sys.argv[1], Path(scratch))
     results = json.loads(json.dumps(results), parse_float=lambda digits: float(f"{float(digits):.12g}"))
     GOLDEN.parent.mkdir(exist_ok=True)
-    GOLDEN.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(result)}" for name, result in results.items()) + "\n}\n")
+    GOLDEN.write_text(
+        "{\n"
+        + ",\n".join(f"{json.dumps(name)}: {json.dumps(result)}" for name, result in results.items())
+        + "\n}\n"
+    )

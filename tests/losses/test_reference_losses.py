@@ -24,7 +24,11 @@ def written_out(pc, pr, rc, rr, beta, label_smoothing, ipo, reference_free):
     if reference_free:
         ref = 0
     h = pi - ref
-    loss = (h - 1 / (2 * beta)) ** 2 if ipo else -F.logsigmoid(beta * h) * (1 - label_smoothing) - F.logsigmoid(-beta * h) * label_smoothing
+    loss = (
+        (h - 1 / (2 * beta)) ** 2
+        if ipo
+        else -F.logsigmoid(beta * h) * (1 - label_smoothing) - F.logsigmoid(-beta * h) * label_smoothing
+    )
     return loss, beta * (pc - rc).detach(), beta * (pr - rr).detach()
 
 
@@ -33,7 +37,9 @@ def written_out(pc, pr, rc, rr, beta, label_smoothing, ipo, reference_free):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("ipo", [False, True])
 @pytest.mark.parametrize("reference_free", [False, True])
-def test_numbers_are_those_of_the_definition_to_the_last_bit(dtype, beta, label_smoothing, ipo, reference_free) -> None:
+def test_numbers_are_those_of_the_definition_to_the_last_bit(
+    dtype, beta, label_smoothing, ipo, reference_free
+) -> None:
     values = logps(3, dtype)
     found = preference_loss(*values, beta, label_smoothing, ipo, reference_free)
     expected = written_out(*values, beta, label_smoothing, ipo, reference_free)
@@ -64,7 +70,9 @@ def test_values_worked_by_hand() -> None:
     assert loss.item() == pytest.approx(math.log1p(math.exp(-1.0)), abs=1e-15)
     assert (chosen_reward.item(), rejected_reward.item()) == (0.5, -0.5)
     smoothed = preference_loss(chosen, rejected, zero - 2, zero - 2, 0.5, label_smoothing=0.25)[0].item()
-    assert smoothed == pytest.approx(0.75 * math.log1p(math.exp(-1.0)) + 0.25 * math.log1p(math.exp(1.0)), abs=1e-15)
+    assert smoothed == pytest.approx(
+        0.75 * math.log1p(math.exp(-1.0)) + 0.25 * math.log1p(math.exp(1.0)), abs=1e-15
+    )
     assert preference_loss(chosen, rejected, zero - 2, zero - 2, 0.5, ipo=True)[0].item() == (2 - 1) ** 2
 
 
@@ -78,7 +86,9 @@ def test_a_uniform_reference_leaves_the_rewards_as_they_are() -> None:
 
 def test_ipo_leaves_label_smoothing_aside() -> None:
     values = logps(6, torch.float32)
-    assert torch.equal(preference_loss(*values, 0.1, 0.3, True)[0], preference_loss(*values, 0.1, 0.0, True)[0])
+    assert torch.equal(
+        preference_loss(*values, 0.1, 0.3, True)[0], preference_loss(*values, 0.1, 0.0, True)[0]
+    )
 
 
 def test_mixed_dtypes_promote() -> None:
@@ -88,13 +98,19 @@ def test_mixed_dtypes_promote() -> None:
 
 def test_plain_numbers_serve_as_a_reference() -> None:
     chosen, rejected = logps(8, torch.float32)[:2]
-    assert torch.equal(preference_loss(chosen, rejected, 0.0, 0.0, 0.1)[0], preference_loss(chosen, rejected, chosen * 0, chosen * 0, 0.1)[0])
+    assert torch.equal(
+        preference_loss(chosen, rejected, 0.0, 0.0, 0.1)[0],
+        preference_loss(chosen, rejected, chosen * 0, chosen * 0, 0.1)[0],
+    )
 
 
 def test_one_temperature_a_pair_is_allowed() -> None:
     values, beta = logps(9, torch.float32, size=3), torch.tensor([0.1, 0.2, 0.3])
     found = preference_loss(*values, beta)[0]
-    singly = [preference_loss(*(value[index : index + 1] for value in values), float(beta[index]))[0] for index in range(3)]
+    singly = [
+        preference_loss(*(value[index : index + 1] for value in values), float(beta[index]))[0]
+        for index in range(3)
+    ]
     assert torch.allclose(found, torch.cat(singly), rtol=1e-6)
 
 
@@ -116,7 +132,11 @@ def test_a_temperature_or_smoothing_of_another_shape_is_refused(argument: str) -
 
 def test_a_tensor_without_dimensions_is_a_number() -> None:
     chosen, rejected, zero = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.5]), torch.tensor(0.0)
-    for one, other in zip(preference_loss(chosen, rejected, zero, zero, 0.1), preference_loss(chosen, rejected, 0.0, 0.0, 0.1), strict=True):
+    for one, other in zip(
+        preference_loss(chosen, rejected, zero, zero, 0.1),
+        preference_loss(chosen, rejected, 0.0, 0.0, 0.1),
+        strict=True,
+    ):
         assert torch.equal(one, other)
 
 
@@ -171,14 +191,18 @@ BY_HAND = [  # log-ratios 1.5 and -0.5, so margin 2; beta 0.5
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("compute", "expected"), [case[1:] for case in BY_HAND], ids=[case[0] for case in BY_HAND])
+@pytest.mark.parametrize(
+    ("compute", "expected"), [case[1:] for case in BY_HAND], ids=[case[0] for case in BY_HAND]
+)
 def test_each_formula_by_hand(compute, expected) -> None:
     assert compute().item() == pytest.approx(expected, abs=1e-14)
 
 
 def test_aot_compares_ranks_and_not_pairs() -> None:
     upper, lower = torch.tensor([3.0, 1.0, 2.0], **ONE), torch.tensor([0.0, 2.0, 1.0], **ONE)
-    assert torch.allclose(losses_module.aot_losses(upper, lower, 0.5), torch.full((3,), math.log1p(math.exp(-0.5)), **ONE))
+    assert torch.allclose(
+        losses_module.aot_losses(upper, lower, 0.5), torch.full((3,), math.log1p(math.exp(-0.5)), **ONE)
+    )
     shuffled = losses_module.aot_losses(upper[[2, 0, 1]], lower, 0.5)
     assert torch.equal(shuffled, losses_module.aot_losses(upper, lower, 0.5))
 
@@ -211,7 +235,9 @@ POLICY_FUNCTIONS = {
 
 @pytest.mark.parametrize("function", MARGIN_FUNCTIONS.values(), ids=MARGIN_FUNCTIONS)
 def test_gradients_of_margins_are_right_and_stay_finite_far_out(function) -> None:
-    assert torch.autograd.gradcheck(function, torch.tensor([-3.1, -0.4, 0.2, 7.3], dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradcheck(
+        function, torch.tensor([-3.1, -0.4, 0.2, 7.3], dtype=torch.float64, requires_grad=True)
+    )
     for dtype in (torch.float32, torch.float64):
         far = torch.tensor([-1e4, 0.0, 1e4], dtype=dtype, requires_grad=True)
         losses = function(far)
@@ -219,14 +245,22 @@ def test_gradients_of_margins_are_right_and_stay_finite_far_out(function) -> Non
         assert losses.isfinite().all() and far.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("function", [*RATIO_FUNCTIONS.values(), *POLICY_FUNCTIONS.values()], ids=[*RATIO_FUNCTIONS, *POLICY_FUNCTIONS])
+@pytest.mark.parametrize(
+    "function",
+    [*RATIO_FUNCTIONS.values(), *POLICY_FUNCTIONS.values()],
+    ids=[*RATIO_FUNCTIONS, *POLICY_FUNCTIONS],
+)
 def test_gradients_of_two_sides_are_right_and_stay_finite_far_out(function) -> None:
     chosen, rejected = (
-        torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in ([-3.1, -0.4, -2.2, -7.3], [-1.0, -2.4, -0.3, -5.0])
+        torch.tensor(values, dtype=torch.float64, requires_grad=True)
+        for values in ([-3.1, -0.4, -2.2, -7.3], [-1.0, -2.4, -0.3, -5.0])
     )
     assert torch.autograd.gradcheck(function, (chosen, rejected))
     for dtype in (torch.float32, torch.float64):
-        far = [torch.tensor(values, dtype=dtype, requires_grad=True) for values in ([-1e4, -1e4, 0.0, -1e-9], [-1e4, -1e-9, -1e4, 0.0])]
+        far = [
+            torch.tensor(values, dtype=dtype, requires_grad=True)
+            for values in ([-1e4, -1e4, 0.0, -1e-9], [-1e4, -1e-9, -1e4, 0.0])
+        ]
         losses = function(*far)
         losses.sum().backward()
         assert losses.isfinite().all() and all(side.grad.isfinite().all() for side in far)

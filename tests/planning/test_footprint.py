@@ -1,4 +1,6 @@
-"""The memory of a step, counted from a config alone, against what torch's allocator gives out when the step is computed."""
+"""The memory of a step, counted from a config alone, against what torch's allocator gives out when the step
+is computed.
+"""
 
 import sys
 from collections.abc import Callable
@@ -22,10 +24,17 @@ from dpo_cache.planning.live_bytes import allocated_peak
 from dpo_cache.types import Completion
 from tests.conftest import make_llama, naive_token_logps
 
-SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 512}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
 
 
-# A mask comes from numpy, whose memory the allocator does not know: at most 0.4 MB here, which is counted and never allocated.
+# A mask comes from numpy, whose memory the allocator does not know: at most 0.4 MB here, which is counted and
+# never allocated.
 
 
 def pairs(num_pairs: int, prompt: int = 60, answer: int = 40) -> list[Completion]:
@@ -59,7 +68,9 @@ def padded_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_counted_from_a_config_is_what_is_allocated(mode: str, num_pairs: int, prompt: int) -> None:
     model, run = make_llama(**SIZES), footprint.pass_loss(pairs(num_pairs, prompt))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        counted = footprint.step_footprint(footprint.policy_of(footprint.build_fake(model.config, torch.float32), mode), run)
+        counted = footprint.step_footprint(
+            footprint.policy_of(footprint.build_fake(model.config, torch.float32), mode), run
+        )
     assert counted.activations == pytest.approx(allocated(footprint.policy_of(model, mode), run), rel=0.1)
     size = sum(parameter.numel() for parameter in model.parameters())
     assert (counted.weights, counted.gradients, counted.optimizer) == (4 * size, 4 * size, 8 * size)
@@ -75,11 +86,18 @@ def test_adapters_are_counted_as_they_are_allocated(mode: str) -> None:
         counted = footprint.step_footprint(footprint.policy_of(fake, mode), run, quantize="4bit")
     footprint._add_adapters(model, 4)
     largest = 4 * 192 * 64  # of a layer's weights, counted as made of its 4 bits while it is used
-    assert counted.activations - largest == pytest.approx(allocated(footprint.policy_of(model, mode), run), rel=0.1)
+    assert counted.activations - largest == pytest.approx(
+        allocated(footprint.policy_of(model, mode), run), rel=0.1
+    )
     adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert counted.gradients == 4 * adapters and counted.optimizer == 8 * adapters
     linear = (
-        sum(module.weight.numel() for module in model.modules() if type(module) is torch.nn.Linear and not module.weight.requires_grad) - 264 * 64
+        sum(
+            module.weight.numel()
+            for module in model.modules()
+            if type(module) is torch.nn.Linear and not module.weight.requires_grad
+        )
+        - 264 * 64
     )
     rest = sum(parameter.numel() for parameter in model.parameters()) - linear
     assert counted.weights == pytest.approx(4 * rest + linear * (0.5 + 1 / 64 + 1 / 4096), abs=2)
@@ -93,10 +111,16 @@ def test_a_loaded_model_is_counted_without_being_touched(mode: str) -> None:
     use_fast_linear(model, decided=True)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     counted = footprint.pass_bytes(model, completions, attention)
-    assert all(parameter.grad is None and torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(
+        parameter.grad is None and torch.equal(parameter, before[name])
+        for name, parameter in model.named_parameters()
+    )
     if torch.backends.mkldnn.is_available():
         assert products_of(model.model.layers[0].mlp.up_proj) is ONEDNN
-    assert counted == pytest.approx(allocated_peak(lambda: completion_logps(model, completions, attention).sums().sum().backward()), rel=0.1)
+    assert counted == pytest.approx(
+        allocated_peak(lambda: completion_logps(model, completions, attention).sums().sum().backward()),
+        rel=0.1,
+    )
     assert counted > sum(4 * parameter.numel() for parameter in model.parameters())
 
 
@@ -109,15 +133,26 @@ def test_a_loaded_model_with_adapters_is_counted(mode: str) -> None:
     attention = choose_attention(model, max_length=200)
     Recomputation(model).mode = mode
     counted = footprint.pass_bytes(model, completions, attention)
-    assert counted == pytest.approx(allocated_peak(lambda: completion_logps(model, completions, attention).sums().sum().backward()), rel=0.1)
+    assert counted == pytest.approx(
+        allocated_peak(lambda: completion_logps(model, completions, attention).sums().sum().backward()),
+        rel=0.1,
+    )
 
 
 def test_a_config_alone_is_enough() -> None:
     config = make_llama(**SIZES).config
-    found = {mode: footprint.config_footprint(config, pairs(4), recomputation=mode, precision="bf16-mixed") for mode in MODES}
+    found = {
+        mode: footprint.config_footprint(config, pairs(4), recomputation=mode, precision="bf16-mixed")
+        for mode in MODES
+    }
     assert found["none"].activations > found["selective"].activations > found["full"].activations > 0
-    half = footprint.config_footprint(config, pairs(4), dtype=torch.bfloat16, precision="bf16", optimizer="adamw-8bit")
-    assert half.weights == half.gradients == found["none"].weights / 2 and half.optimizer < found["none"].optimizer / 3
+    half = footprint.config_footprint(
+        config, pairs(4), dtype=torch.bfloat16, precision="bf16", optimizer="adamw-8bit"
+    )
+    assert (
+        half.weights == half.gradients == found["none"].weights / 2
+        and half.optimizer < found["none"].optimizer / 3
+    )
     assert half.activations < found["none"].activations
 
 
@@ -125,25 +160,37 @@ def test_a_config_alone_is_enough() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("answer", [40, 33])
 def test_the_step_it_is_compared_with_is_counted_as_it_is_allocated(
-    padded_step: ModuleType, checkpointing: bool, whole_logits: bool, answer: int, monkeypatch: pytest.MonkeyPatch
+    padded_step: ModuleType,
+    checkpointing: bool,
+    whole_logits: bool,
+    answer: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(padded_step, "TILE_ENTRIES", 100)  # several tiles, the last one smaller
     monkeypatch.setattr(padded_step, "TILE_TOKENS", 50)
     completions = pairs(2, answer=answer)
-    completions[1] = Completion(completions[0].prompt_ids, completions[1].completion_ids[: answer if answer == 40 else None])
+    completions[1] = Completion(
+        completions[0].prompt_ids, completions[1].completion_ids[: answer if answer == 40 else None]
+    )
     options = {"autocast": False, "whole_logits": whole_logits}
     reference, model = make_llama(**SIZES), make_llama(1, **SIZES)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = [footprint.build_fake(model.config, torch.float32) for _ in range(2)]
         run = padded_step.padded_loss(completions, reference=fakes[1], **options)
-        counted = footprint.step_footprint(padded_step.prepare(fakes[0], checkpointing=checkpointing), run, others=[fakes[1]])
+        counted = footprint.step_footprint(
+            padded_step.prepare(fakes[0], checkpointing=checkpointing), run, others=[fakes[1]]
+        )
     run = padded_step.padded_loss(completions, reference=reference, **options)
-    assert counted.activations == pytest.approx(allocated(padded_step.prepare(model, checkpointing=checkpointing), run), rel=0.1)
+    assert counted.activations == pytest.approx(
+        allocated(padded_step.prepare(model, checkpointing=checkpointing), run), rel=0.1
+    )
     assert counted.weights == 2 * sum(4 * parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("whole_logits", [False, True])
-def test_the_step_it_is_compared_with_has_dpos_gradient(padded_step: ModuleType, whole_logits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_it_is_compared_with_has_dpos_gradient(
+    padded_step: ModuleType, whole_logits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(padded_step, "TILE_ENTRIES", 100)
     monkeypatch.setattr(padded_step, "TILE_TOKENS", 50)
     completions, model, reference = pairs(2), make_llama(1), make_llama()
@@ -152,7 +199,9 @@ def test_the_step_it_is_compared_with_has_dpos_gradient(padded_step: ModuleType,
     ratios = own - fixed
     expected = -torch.nn.functional.logsigmoid(0.1 * (ratios[::2] - ratios[1::2])).mean()
     gradients = torch.autograd.grad(expected, list(model.parameters()))
-    loss = padded_step.padded_loss(completions, autocast=False, reference=reference, whole_logits=whole_logits)(model)
+    loss = padded_step.padded_loss(
+        completions, autocast=False, reference=reference, whole_logits=whole_logits
+    )(model)
     found = torch.autograd.grad(loss, list(model.parameters()))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     for one, other in zip(found, gradients, strict=True):
@@ -161,7 +210,13 @@ def test_the_step_it_is_compared_with_has_dpos_gradient(padded_step: ModuleType,
 
 def _logp(model: torch.nn.Module, completion: Completion) -> torch.Tensor:
     ids = torch.from_numpy(completion.sequence_ids.astype(np.int64))[None]
-    logps = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    logps = (
+        model(input_ids=ids, use_cache=False)
+        .logits[0]
+        .double()
+        .log_softmax(-1)[:-1]
+        .gather(1, ids[0, 1:, None])[:, 0]
+    )
     return logps[len(completion.prompt_ids) - 1 :].sum()
 
 
@@ -183,10 +238,15 @@ def test_unknown_quantization_is_refused() -> None:
 
 
 def test_recipes_never_keep_more_than_everything() -> None:
-    """An adapter in mixed precision casts up and down again: a recipe must not keep the wide copy for want of the narrow one."""
+    """An adapter in mixed precision casts up and down again: a recipe must not keep the wide copy for want of
+    the narrow one.
+    """
     config = make_llama(**SIZES).config
     for lora_r in (None, 4):
         dtype = torch.float32 if lora_r is None else torch.bfloat16
         options = {"dtype": dtype, "precision": "bf16-mixed", "lora_r": lora_r}
-        kept, cheap = (footprint.config_footprint(config, pairs(4), recomputation=mode, **options).activations for mode in ("none", "cheap"))
+        kept, cheap = (
+            footprint.config_footprint(config, pairs(4), recomputation=mode, **options).activations
+            for mode in ("none", "cheap")
+        )
         assert cheap < 0.95 * kept

@@ -48,14 +48,18 @@ def test_a_layout_without_storage_counts_as_its_values() -> None:
 
 
 def test_the_peak_is_the_allocators() -> None:
-    layers = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()) for _ in range(5)))
+    layers = torch.nn.Sequential(
+        *(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()) for _ in range(5))
+    )
     inputs, shared = torch.randn(300, 64), torch.nn.Linear(64, 64)
 
     def run() -> None:
         layers.zero_grad(set_to_none=True)
         shared.zero_grad(set_to_none=True)
         hidden = layers(inputs)
-        (shared(hidden) * shared(hidden.sin())).sum().backward()  # gradients of one tensor from two places, which the engine adds in place
+        (
+            shared(hidden) * shared(hidden.sin())
+        ).sum().backward()  # gradients of one tensor from two places, which the engine adds in place
 
     with LiveBytes() as live:
         run()

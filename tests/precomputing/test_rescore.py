@@ -36,10 +36,23 @@ def test_a_score_that_is_off_is_found(cache: str, model_folder: str) -> None:
     opened = Cache(cache)
     pairs = opened.pairs("pairs")
     first, *rest = pairs
-    shifted = ScoredPair(first.pair, Score(first.ref_chosen.token_logps + np.float32(0.25)), first.ref_rejected)
+    shifted = ScoredPair(
+        first.pair, Score(first.ref_chosen.token_logps + np.float32(0.25)), first.ref_rejected
+    )
     writer = opened.write_pairs("pairs", "train")
-    writer.add([shifted, *(entry for entry in rest if completion_key(entry.pair.chosen) != completion_key(first.pair.chosen))])
-    writer.finish({key: value for key, value in pairs.manifest.items() if key not in ("parts", "num_pairs", "format")})
+    writer.add(
+        [
+            shifted,
+            *(
+                entry
+                for entry in rest
+                if completion_key(entry.pair.chosen) != completion_key(first.pair.chosen)
+            ),
+        ]
+    )
+    writer.finish(
+        {key: value for key, value in pairs.manifest.items() if key not in ("parts", "num_pairs", "format")}
+    )
     (report,) = rescore(cache, model_folder, 10_000)
     assert not report.agrees and report.largest_gap == pytest.approx(0.25, abs=1e-3)
     assert report.worst == completion_key(first.pair.chosen).hex()
@@ -58,7 +71,10 @@ def test_another_model_is_refused_with_the_fields_that_differ(cache: str, tmp_pa
         rescore(cache, str(tmp_path / "other"), 5)
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{tmp_path}/other is no reference of {cache}:"
-    assert any(line.startswith("    weights: ") for line in lines) and "    config.rms_norm_eps: none and 1e-05" in lines
+    assert (
+        any(line.startswith("    weights: ") for line in lines)
+        and "    config.rms_norm_eps: none and 1e-05" in lines
+    )
 
 
 def test_a_cache_without_pair_sets_has_nothing_to_score(tmp_path: Path, model_folder: str) -> None:

@@ -47,7 +47,10 @@ def test_every_stored_value_is_the_models_own_log_prob(model_folder: str, data_f
     pairs = list(dpo_cache.open_cache(cache).pairs("pairs"))
     assert len(pairs) == report.pairs_kept == report.rows_read == 12
     for entry in pairs:
-        for completion, score in ((entry.pair.chosen, entry.ref_chosen), (entry.pair.rejected, entry.ref_rejected)):
+        for completion, score in (
+            (entry.pair.chosen, entry.ref_chosen),
+            (entry.pair.rejected, entry.ref_rejected),
+        ):
             expected = naive_token_logps(model, completion)
             assert np.abs(score.token_logps - expected.numpy()).max() < 3e-5
             assert abs(score.logps - float(expected.sum())) < 1e-6 * abs(float(expected.sum())) + 1e-4
@@ -55,18 +58,30 @@ def test_every_stored_value_is_the_models_own_log_prob(model_folder: str, data_f
 
 def test_rows_and_forest_store_the_same(model_folder: str, data_file: str, tmp_path: Path) -> None:
     for attention in ("forest", "rows"):
-        assert dpo_cache.precompute(model_folder, data_file, str(tmp_path / attention), attention=attention).attention == attention
+        assert (
+            dpo_cache.precompute(
+                model_folder, data_file, str(tmp_path / attention), attention=attention
+            ).attention
+            == attention
+        )
     for one, other in zip(scored(str(tmp_path / "forest")), scored(str(tmp_path / "rows")), strict=True):
         assert one[:3] == other[:3]
         assert np.allclose(one[3], other[3], atol=3e-5) and np.allclose(one[4], other[4], atol=3e-5)
 
 
-def test_a_second_run_loads_no_model_and_writes_nothing(model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_loads_no_model_and_writes_nothing(
+    model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = dpo_cache.precompute(model_folder, data_file, cache)
     refuse_models(monkeypatch)
     files = {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*")}
     second = dpo_cache.precompute(model_folder, data_file, cache)
-    assert (second.scored_now, second.already_cached, second.attention, second.bytes_written) == (0, first.distinct_completions, None, 0)
+    assert (second.scored_now, second.already_cached, second.attention, second.bytes_written) == (
+        0,
+        first.distinct_completions,
+        None,
+        0,
+    )
     assert {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*")} == files
 
 
@@ -77,18 +92,28 @@ def test_a_dry_run_surveys_and_leaves_no_trace(
     real = dpo_cache.precompute(model_folder, data_file, cache + "-real")
     refuse_models(monkeypatch)
     surveys: list[Survey] = []
-    report = dpo_cache.precompute(model_folder, data_file, cache, dry_run=True, streaming=streaming, on_survey=surveys.append)
+    report = dpo_cache.precompute(
+        model_folder, data_file, cache, dry_run=True, streaming=streaming, on_survey=surveys.append
+    )
     assert not Path(cache).exists()
     assert [survey.pairs_kept for survey in surveys] == [real.pairs_kept]
-    assert (report.pair_sets, report.reference, report.distinct_completions) == (real.pair_sets, real.reference, real.distinct_completions)
+    assert (report.pair_sets, report.reference, report.distinct_completions) == (
+        real.pair_sets,
+        real.reference,
+        real.distinct_completions,
+    )
     assert (report.already_cached, report.scored_now, report.missing_tokens) == (0, 0, real.model_tokens)
 
 
-def test_other_order_pairing_split_and_name_score_nothing_again(model_folder: str, tmp_path: Path, cache: str) -> None:
+def test_other_order_pairing_split_and_name_score_nothing_again(
+    model_folder: str, tmp_path: Path, cache: str
+) -> None:
     rows = chat_rows()
     dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", rows), cache)
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in reversed(rows)][3:]
-    report = dpo_cache.precompute(model_folder, write_rows(tmp_path / "other.jsonl", swapped), cache, name="again")
+    report = dpo_cache.precompute(
+        model_folder, write_rows(tmp_path / "other.jsonl", swapped), cache, name="again"
+    )
     assert report.scored_now == 0 and report.attention is None and report.pairs_kept == len(swapped)
     new = [*rows, {**rows[0], "chosen": [{"role": "assistant", "content": "new"}]}]
     assert dpo_cache.precompute(model_folder, write_rows(tmp_path / "more.jsonl", new), cache).scored_now == 1
@@ -101,7 +126,9 @@ def test_completions_that_occur_twice_are_scored_once(model_folder: str, data_fi
     assert report.model_tokens < report.data_tokens
 
 
-def test_another_dtype_or_other_weights_are_another_reference(model_folder: str, data_file: str, cache: str, tmp_path: Path) -> None:
+def test_another_dtype_or_other_weights_are_another_reference(
+    model_folder: str, data_file: str, cache: str, tmp_path: Path
+) -> None:
     other = tmp_path / "other-model"
     make_llama(seed=1).save_pretrained(other)
     make_tokenizer().save_pretrained(other)
@@ -126,7 +153,9 @@ def test_the_same_weights_under_another_name_and_sharding_are_one_reference(
     assert dpo_cache.precompute(str(renamed), data_file, cache, name="renamed").scored_now == 0
 
 
-def test_a_pair_set_of_another_make_is_replaced_and_that_is_said(model_folder: str, data_file: str, cache: str) -> None:
+def test_a_pair_set_of_another_make_is_replaced_and_that_is_said(
+    model_folder: str, data_file: str, cache: str
+) -> None:
     remarks: list[str] = []
     dpo_cache.precompute(model_folder, data_file, cache)
     dpo_cache.precompute(model_folder, data_file, cache, limit=5, log=remarks.append)
@@ -138,10 +167,17 @@ def test_dropped_rows_are_counted_by_reason(model_folder: str, tmp_path: Path, c
     rows = chat_rows(6)
     rows[1]["rejected"] = rows[1]["chosen"]
     rows[3]["prompt"][0]["content"] = "long " * 40
-    report = dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", rows), cache, max_length=128)
-    assert dict(report.dropped) == {"chosen equals rejected": 1, "prompt leaves no room for an answer within --max-length": 1}
+    report = dpo_cache.precompute(
+        model_folder, write_rows(tmp_path / "pairs.jsonl", rows), cache, max_length=128
+    )
+    assert dict(report.dropped) == {
+        "chosen equals rejected": 1,
+        "prompt leaves no room for an answer within --max-length": 1,
+    }
     assert report.pairs_kept == 4
-    assert dpo_cache.open_cache(cache).pairs("pairs").manifest["source"]["rows_dropped"] == dict(report.dropped)
+    assert dpo_cache.open_cache(cache).pairs("pairs").manifest["source"]["rows_dropped"] == dict(
+        report.dropped
+    )
 
 
 def test_the_global_random_state_is_left_alone(model_folder: str, data_file: str, cache: str) -> None:
@@ -154,8 +190,13 @@ def test_the_global_random_state_is_left_alone(model_folder: str, data_file: str
 @pytest.mark.parametrize("streaming", [False, True])
 def test_windows_change_nothing(model_folder: str, data_file: str, tmp_path: Path, streaming: bool) -> None:
     whole = dpo_cache.precompute(model_folder, data_file, str(tmp_path / "whole"))
-    windowed = dpo_cache.precompute(model_folder, data_file, str(tmp_path / "windowed"), window=5, streaming=streaming)
-    assert (windowed.scored_now, windowed.distinct_completions) == (whole.scored_now, whole.distinct_completions)
+    windowed = dpo_cache.precompute(
+        model_folder, data_file, str(tmp_path / "windowed"), window=5, streaming=streaming
+    )
+    assert (windowed.scored_now, windowed.distinct_completions) == (
+        whole.scored_now,
+        whole.distinct_completions,
+    )
     for one, other in zip(scored(str(tmp_path / "whole")), scored(str(tmp_path / "windowed")), strict=True):
         assert one[:3] == other[:3] and np.allclose(one[3], other[3], atol=3e-5)
 
@@ -173,13 +214,17 @@ def test_ctrl_c_keeps_what_is_scored(model_folder: str, data_file: str, cache: s
     assert dpo_cache.precompute(model_folder, data_file, cache).already_cached == kept
 
 
-def test_the_survey_tells_what_repeats_and_what_is_shared(model_folder: str, tmp_path: Path, cache: str) -> None:
+def test_the_survey_tells_what_repeats_and_what_is_shared(
+    model_folder: str, tmp_path: Path, cache: str
+) -> None:
     rows = chat_rows(4)
     swapped = {**rows[1], "chosen": rows[1]["rejected"], "rejected": rows[1]["chosen"]}
     equal = {**rows[0], "rejected": rows[0]["chosen"]}
     path = write_rows(tmp_path / "pairs.jsonl", [*rows, rows[0], swapped, equal])
     surveys: list[dict] = []
-    report = dpo_cache.precompute(model_folder, path, cache, window=3, on_survey=lambda survey: surveys.append(survey.as_dict()))
+    report = dpo_cache.precompute(
+        model_folder, path, cache, window=3, on_survey=lambda survey: surveys.append(survey.as_dict())
+    )
     (survey,) = surveys
     assert report.surveys == surveys
     assert (survey["rows_read"], survey["pairs_kept"], survey["data_format"]) == (7, 6, "conversation")
@@ -190,7 +235,9 @@ def test_the_survey_tells_what_repeats_and_what_is_shared(model_folder: str, tmp
     assert json.loads(json.dumps(survey)) == survey
 
 
-def test_the_survey_comes_before_any_model_is_loaded(model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_survey_comes_before_any_model_is_loaded(
+    model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refuse_models(monkeypatch)
     surveys: list[data.Survey] = []
     with pytest.raises(AssertionError, match="a model was loaded"):
@@ -207,7 +254,9 @@ def test_ranked_answers_are_scored_once_each(model_folder: str, tmp_path: Path, 
     assert (best.pairs_kept, best.scored_now) == (3, 0)
 
 
-def test_answers_all_ranked_alike_are_dropped_and_counted(model_folder: str, tmp_path: Path, cache: str) -> None:
+def test_answers_all_ranked_alike_are_dropped_and_counted(
+    model_folder: str, tmp_path: Path, cache: str
+) -> None:
     rows = [{"prompt": "which?", "responses": [" a", " b"], "ranks": ranks} for ranks in ([1, 1], [2, 1])]
     report = dpo_cache.precompute(model_folder, write_rows(tmp_path / "ranked.jsonl", rows), cache)
     assert (report.pairs_kept, report.dropped) == (1, {"answers all ranked alike": 1})
@@ -221,16 +270,23 @@ def test_columns_may_be_renamed_and_the_format_named(model_folder: str, tmp_path
     assert report.surveys[0]["data_format"] == "question" and report.pairs_kept == 1
     with pytest.raises(OptionError, match="expected NAME=COLUMN"):
         dpo_cache.precompute(model_folder, path, cache, map=("question",))
-    with pytest.raises(OptionError, match="--map question=r: question is q already.\nGive each name one column"):
+    with pytest.raises(
+        OptionError, match="--map question=r: question is q already.\nGive each name one column"
+    ):
         dpo_cache.precompute(model_folder, path, cache, map=("question=q", "question=r"))
 
 
 def test_tools_and_template_options_reach_the_ids(model_folder: str, tmp_path: Path, cache: str) -> None:
     template = tmp_path / "template.jinja"
-    template.write_text("{{ tools[0].name if tools else '' }}{% if quiet %}<|system|>{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}")
+    template.write_text(
+        "{{ tools[0].name if tools else '' }}{% if quiet %}<|system|>{% endif %}{% for m in messages %}{{ "
+        "m.content }}{% endfor %}"
+    )
     plain = {"prompt": [{"role": "user", "content": "u"}], "chosen": "a", "rejected": "b"}
     prompts = []
-    for number, extra in enumerate(({}, {"tools": '[{"name": "look"}]'}, {"chat_template_kwargs": {"quiet": True}})):
+    for number, extra in enumerate(
+        ({}, {"tools": '[{"name": "look"}]'}, {"chat_template_kwargs": {"quiet": True}})
+    ):
         path = write_rows(tmp_path / f"rows{number}.jsonl", [{**plain, **extra}])
         dpo_cache.precompute(model_folder, path, cache, chat_template=str(template))
         (scored_pair,) = dpo_cache.open_cache(cache).pairs(f"rows{number}")
@@ -246,21 +302,39 @@ def test_a_poisoned_weight_names_the_row_that_meets_it(tmp_path: Path, cache: st
     model.model.embed_tokens.weight.data[token] = float("nan")
     model.save_pretrained(tmp_path / "poisoned")
     make_tokenizer().save_pretrained(tmp_path / "poisoned")
-    with pytest.raises(ModelError, match=r"^row (5|4 or one that is scored beside it): a log-prob came out as NaN"):
-        dpo_cache.precompute(tmp_path / "poisoned", write_rows(tmp_path / "pairs.jsonl", rows), cache, budget_tokens=budget)
+    with pytest.raises(
+        ModelError, match=r"^row (5|4 or one that is scored beside it): a log-prob came out as NaN"
+    ):
+        dpo_cache.precompute(
+            tmp_path / "poisoned", write_rows(tmp_path / "pairs.jsonl", rows), cache, budget_tokens=budget
+        )
 
 
 @pytest.mark.parametrize("attention", ["forest", "rows"])
-def test_progress_ends_at_the_whole_over_several_windows(model_folder: str, data_file: str, cache: str, attention: str) -> None:
+def test_progress_ends_at_the_whole_over_several_windows(
+    model_folder: str, data_file: str, cache: str, attention: str
+) -> None:
     seen: list[precomputing.ScoringProgress] = []
-    dpo_cache.precompute(model_folder, data_file, cache, window=4, attention=attention, budget_tokens="64", on_progress=seen.append)
-    assert all(0 <= progress.num_tokens <= progress.total_tokens and progress.seconds_left >= 0 for progress in seen)
+    dpo_cache.precompute(
+        model_folder,
+        data_file,
+        cache,
+        window=4,
+        attention=attention,
+        budget_tokens="64",
+        on_progress=seen.append,
+    )
+    assert all(
+        0 <= progress.num_tokens <= progress.total_tokens and progress.seconds_left >= 0 for progress in seen
+    )
     assert seen[-1].num_tokens == seen[-1].total_tokens
 
 
 @pytest.mark.parametrize("bad", ['{"prompt": \n', '{"prompt": "é'], ids=["broken", "torn"])
 @pytest.mark.parametrize("place", [0, 3])
-def test_a_stream_that_breaks_is_told(model_folder: str, tmp_path: Path, cache: str, bad: str, place: int) -> None:
+def test_a_stream_that_breaks_is_told(
+    model_folder: str, tmp_path: Path, cache: str, bad: str, place: int
+) -> None:
     path = write_rows(tmp_path / "pairs.jsonl", chat_rows(6))
     lines = Path(path).read_text().splitlines(keepends=True)
     Path(path).write_text("".join(lines[:place]) + bad + "\n" + "".join(lines[place:]))
@@ -270,7 +344,9 @@ def test_a_stream_that_breaks_is_told(model_folder: str, tmp_path: Path, cache: 
 
 def test_columns_and_options_without_use_are_said(model_folder: str, tmp_path: Path, cache: str) -> None:
     remarks: list[str] = []
-    path = write_rows(tmp_path / "pairs.jsonl", [{"system": "Be brief.", "prompt": "a", "chosen": "b", "rejected": "c"}])
+    path = write_rows(
+        tmp_path / "pairs.jsonl", [{"system": "Be brief.", "prompt": "a", "chosen": "b", "rejected": "c"}]
+    )
     dpo_cache.precompute(model_folder, path, cache, ranked_pairs="best", log=remarks.append)
     assert any("the columns system are not used by the format text" in remark for remark in remarks)
     assert any("--ranked-pairs best has no effect on the format text" in remark for remark in remarks)
@@ -290,7 +366,9 @@ def test_a_log_prob_that_is_no_number_names_its_row_and_stores_nothing_of_its_ba
             yield progress
 
     monkeypatch.setattr(precomputing, "score_completions", spoil)
-    with pytest.raises(ModelError, match="a log-prob came out as NaN or infinite; nothing of this batch is stored") as caught:
+    with pytest.raises(
+        ModelError, match="a log-prob came out as NaN or infinite; nothing of this batch is stored"
+    ) as caught:
         dpo_cache.precompute(model_folder, data_file, cache, budget_tokens="40")
     monkeypatch.setattr(precomputing, "score_completions", real)
     report = dpo_cache.precompute(model_folder, data_file, cache)
@@ -301,11 +379,15 @@ def test_a_log_prob_that_is_no_number_names_its_row_and_stores_nothing_of_its_ba
         for side in (entry.pair.chosen, entry.pair.rejected)
         if np.array_equal(side.sequence_ids, completion.sequence_ids)
     ]
-    assert str(caught.value).startswith(f"row {', '.join(map(str, rows[:3]))} or one that is scored beside it: ")
+    assert str(caught.value).startswith(
+        f"row {', '.join(map(str, rows[:3]))} or one that is scored beside it: "
+    )
     assert report.already_cached > 0 and report.scored_now >= num_lost
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(data_file: str, tmp_path: Path, cache: str) -> None:
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
+    data_file: str, tmp_path: Path, cache: str
+) -> None:
     folder = tmp_path / "small-vocabulary"
     make_llama(vocab_size=100).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -314,24 +396,32 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(data_file: str, tmp
     assert not list(Path(cache).rglob("*.parquet"))
 
 
-def test_sequences_beyond_the_models_positions_are_refused(model_folder: str, tmp_path: Path, cache: str) -> None:
+def test_sequences_beyond_the_models_positions_are_refused(
+    model_folder: str, tmp_path: Path, cache: str
+) -> None:
     rows = chat_rows(2)
     rows[0]["chosen"][0]["content"] = "very " * 80
     with pytest.raises(ModelError, match="made for 256 at most.\nRun with --max-length 256"):
         dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", rows), cache)
 
 
-def test_a_checkpoint_without_its_head_is_refused(model_folder: str, data_file: str, tmp_path: Path, cache: str) -> None:
+def test_a_checkpoint_without_its_head_is_refused(
+    model_folder: str, data_file: str, tmp_path: Path, cache: str
+) -> None:
     folder = tmp_path / "headless"
     model = make_llama()
     state = {name: value for name, value in model.state_dict().items() if "lm_head" not in name}
     model.save_pretrained(folder, state_dict=state)
     make_tokenizer().save_pretrained(folder)
-    with pytest.raises(ModelError, match=r"1 weights are not in the checkpoint or have another shape, first lm_head.weight"):
+    with pytest.raises(
+        ModelError, match=r"1 weights are not in the checkpoint or have another shape, first lm_head.weight"
+    ):
         dpo_cache.precompute(str(folder), data_file, cache)
 
 
-def test_a_full_disk_is_found_before_scoring(model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_found_before_scoring(
+    model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dpo_cache.store.folders.folder.LocalFolder.free_bytes", lambda self: 100)
     with pytest.raises(StorageError, match="are needed, 0.0 GB are free"):
         dpo_cache.precompute(model_folder, data_file, cache)
@@ -346,23 +436,37 @@ def test_wrong_rows_leave_nothing_behind(model_folder: str, tmp_path: Path, cach
     assert not Path(cache).exists()
 
 
-def test_a_data_set_of_which_nothing_is_left_is_an_error(model_folder: str, data_file: str, cache: str) -> None:
-    with pytest.raises(DataError, match=r"no row of pairs/train makes a pair: longer than --max-length \(12; row 0, 1, 2, …\)"):
+def test_a_data_set_of_which_nothing_is_left_is_an_error(
+    model_folder: str, data_file: str, cache: str
+) -> None:
+    with pytest.raises(
+        DataError,
+        match=r"no row of pairs/train makes a pair: longer than --max-length \(12; row 0, 1, 2, …\)",
+    ):
         dpo_cache.precompute(model_folder, data_file, cache, max_length=4, truncation="drop")
 
 
-@pytest.mark.parametrize("options", [{"limit": 0}, {"max_length": 1}, {"budget_tokens": "many"}, {"truncation": "middle"}, {"dtype": "int8"}])
-def test_options_without_sense_are_refused(options: dict, model_folder: str, data_file: str, cache: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"limit": 0}, {"max_length": 1}, {"budget_tokens": "many"}, {"truncation": "middle"}, {"dtype": "int8"}],
+)
+def test_options_without_sense_are_refused(
+    options: dict, model_folder: str, data_file: str, cache: str
+) -> None:
     with pytest.raises(OptionError):
         dpo_cache.precompute(model_folder, data_file, cache, **options)
 
 
-def test_keys_in_the_pair_set_are_those_of_its_completions(model_folder: str, data_file: str, cache: str) -> None:
+def test_keys_in_the_pair_set_are_those_of_its_completions(
+    model_folder: str, data_file: str, cache: str
+) -> None:
     import pyarrow.parquet as pq
 
     dpo_cache.precompute(model_folder, data_file, cache)
     (part,) = Path(cache, "pairs/pairs/train").glob("*.parquet")
     table = pq.read_table(part)
-    for entry, key in zip(dpo_cache.open_cache(cache).pairs("pairs"), table.column("chosen_key").to_pylist(), strict=True):
+    for entry, key in zip(
+        dpo_cache.open_cache(cache).pairs("pairs"), table.column("chosen_key").to_pylist(), strict=True
+    ):
         assert key == completion_key(entry.pair.chosen)
     assert json.loads(Path(cache, "format.json").read_text()) == {"format": "dpo-cache", "version": 1}

@@ -1,13 +1,15 @@
-"""A process that has imported everything once and forks a run for each line it is given, so that runs that are killed cost little.
+"""A process that has imported everything once and forks a run for each line it is given, so that runs that
+are killed cost little.
 
     {"jobs": [{"arguments": [...], ...}, ...]}   ->  {"pids": [...]}
     {"jobs": []}                                 ->  {"statuses": [...]} of those, when all have ended
 
 Until it is asked, a process that has ended keeps its number, so none but a job can be killed by it.
-A job runs the command line in a process of its own. Its log says, a line each, as it happens: `scored KEY...` when a
-chunk's scores are in memory, `kept` when all scores in memory are published, `loading`, `writing`, and at last `steps N`.
-A job may set `flush_s`, `chunk_s` (seconds a chunk takes longer), `loading_s`, `writing_s` (seconds for the loading of the
-model and for each score shard) and `die_at` (the step on the disk at which it kills itself).
+A job runs the command line in a process of its own. Its log says, a line each, as it happens: `scored KEY...`
+when a chunk's scores are in memory, `kept` when all scores in memory are published, `loading`, `writing`, and
+at last `steps N`. A job may set `flush_s`, `chunk_s` (seconds a chunk takes longer), `loading_s`, `writing_s`
+(seconds for the loading of the model and for each score shard) and `die_at` (the step on the disk at which it
+kills itself).
 """
 
 from __future__ import annotations
@@ -30,14 +32,18 @@ class Runs:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.promises.forking"]
         root = Path(__file__).parents[2]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=root, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=root, text=True
+        )
 
     def start(self, *jobs: dict[str, Any]) -> list[int]:
         """Process ids; the jobs start at once."""
         return self._ask({"jobs": jobs})["pids"]
 
     def wait(self) -> list[int]:
-        """Exit codes of the jobs that were started last, when all have ended; minus the signal's number for those killed."""
+        """Exit codes of the jobs that were started last, when all have ended; minus the signal's number for
+        those killed.
+        """
         return self._ask({"jobs": []})["statuses"]
 
     def run(self, *jobs: dict[str, Any]) -> list[int]:
@@ -124,7 +130,9 @@ def _run(job: dict[str, Any]) -> None:
             note("writing")
             time.sleep(job["writing_s"])
 
-    def scored(model: Any, completions: Any, *arguments: Any, real: Any = precomputing.score_completions) -> Iterator[Any]:
+    def scored(
+        model: Any, completions: Any, *arguments: Any, real: Any = precomputing.score_completions
+    ) -> Iterator[Any]:
         for progress in real(model, completions, *arguments):
             time.sleep(job.get("chunk_s", 0.0))
             yield progress

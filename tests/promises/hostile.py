@@ -1,4 +1,5 @@
-"""Parquet files made by hand to harm their reader, and a reader of them with little memory. Run as a script, it reads each.
+"""Parquet files made by hand to harm their reader, and a reader of them with little memory. Run as a script,
+it reads each.
 
 Prints a line of JSON a file: its name, the error it met (null where it was read), and the memory that took.
 """
@@ -21,8 +22,24 @@ import pyarrow.parquet as pq
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.store import ScoreIndex
 from dpo_cache.store.folders.local import LocalFolder
-from dpo_cache.store.format.shards import SHARD_SCHEMA, encode_shard, name_by_content, read_parquet, write_parquet
-from tests.promises.thrift import BINARY, I32, I64, LIST, STRUCT, Value, edit_footer, edit_last_page, write_varint
+from dpo_cache.store.format.shards import (
+    SHARD_SCHEMA,
+    encode_shard,
+    name_by_content,
+    read_parquet,
+    write_parquet,
+)
+from tests.promises.thrift import (
+    BINARY,
+    I32,
+    I64,
+    LIST,
+    STRUCT,
+    Value,
+    edit_footer,
+    edit_last_page,
+    write_varint,
+)
 from tests.store.conftest import key, make_scores
 
 NUMBERS = [3, 11, 4]
@@ -48,7 +65,9 @@ def in_page(change: Callable[[Value], None], body: bytes | None = None) -> Calla
     return lambda: edit_last_page(SHARD, change, body)
 
 
-def put(*path: int, of: Callable[[Value], Value] = lambda value: value, value: Value) -> Callable[[Value], None]:
+def put(
+    *path: int, of: Callable[[Value], Value] = lambda value: value, value: Value
+) -> Callable[[Value], None]:
     def change(root: Value) -> None:
         target = of(root)
         for number in path[:-1]:
@@ -82,7 +101,11 @@ def nested(kind: int, depth: int) -> bytes:
 def zstd_bomb(claimed_bytes: int) -> Callable[[], bytes]:
     def make() -> bytes:
         body = pa.Codec("zstd").compress(bytes(BOMB_BYTES), asbytes=True)
-        return edit_last_page(SHARD, both(put(2, value=Value(I32, claimed_bytes)), put(3, value=Value(I32, len(body))), drop(4)), body)
+        return edit_last_page(
+            SHARD,
+            both(put(2, value=Value(I32, claimed_bytes)), put(3, value=Value(I32, len(body))), drop(4)),
+            body,
+        )
 
     return make
 
@@ -96,15 +119,26 @@ def levels_bomb() -> bytes:
     run = write_varint(HUGE << 1) + b"\1"
     body = (len(run).to_bytes(4, "little") + run) * 2
     packed = pa.Codec("zstd").compress(body, asbytes=True)
-    header = both(put(2, value=Value(I32, len(body))), put(3, value=Value(I32, len(packed))), put(5, 1, value=Value(I32, HUGE)))
+    header = both(
+        put(2, value=Value(I32, len(body))),
+        put(3, value=Value(I32, len(packed))),
+        put(5, 1, value=Value(I32, HUGE)),
+    )
     return edit_footer(edit_last_page(SHARD, header, packed), put(5, of=column, value=Value(I64, HUGE)))
 
 
 def one_long_completion(num_tokens: int) -> Callable[[], bytes]:
     def make() -> bytes:
         offsets = pa.array([0, num_tokens, num_tokens + 1, num_tokens + 2], pa.int32())
-        values = pa.ListArray.from_arrays(offsets, pa.array(np.zeros(num_tokens + 2, np.float32)), type=SHARD_SCHEMA.types[3])
-        columns = [pa.array(list(map(key, NUMBERS)), pa.binary(16)), pa.array([num_tokens, 1, 1], pa.uint32()), pa.array([0.0] * 3), values]
+        values = pa.ListArray.from_arrays(
+            offsets, pa.array(np.zeros(num_tokens + 2, np.float32)), type=SHARD_SCHEMA.types[3]
+        )
+        columns = [
+            pa.array(list(map(key, NUMBERS)), pa.binary(16)),
+            pa.array([num_tokens, 1, 1], pa.uint32()),
+            pa.array([0.0] * 3),
+            values,
+        ]
         return write_parquet(pa.table(columns, schema=SHARD_SCHEMA), row_group_size=3)
 
     return make
@@ -114,7 +148,17 @@ def rewritten(content: bytes = SHARD, **options: object) -> bytes:
     """The shard as another writer would have it."""
     sink = pa.BufferOutputStream()
     table = read_parquet(content, SHARD_SCHEMA, "there")
-    pq.write_table(table, sink, **{"compression": "zstd", "use_dictionary": False, "write_page_checksum": True, "store_schema": False, **options})
+    pq.write_table(
+        table,
+        sink,
+        **{
+            "compression": "zstd",
+            "use_dictionary": False,
+            "write_page_checksum": True,
+            "store_schema": False,
+            **options,
+        },
+    )
     return sink.getvalue().to_pybytes()
 
 
@@ -123,7 +167,9 @@ def with_columns(**columns: pa.Array) -> Callable[[], bytes]:
         table = read_parquet(SHARD, SHARD_SCHEMA, "there")
         for name, values in columns.items():
             position = SHARD_SCHEMA.get_field_index(name)
-            table = table.set_column(position, SHARD_SCHEMA.field(position), values.cast(SHARD_SCHEMA.field(position).type))
+            table = table.set_column(
+                position, SHARD_SCHEMA.field(position), values.cast(SHARD_SCHEMA.field(position).type)
+            )
         return write_parquet(table, row_group_size=len(table))
 
     return make
@@ -131,10 +177,22 @@ def with_columns(**columns: pa.Array) -> Callable[[], bytes]:
 
 def with_arrow_schema() -> bytes:
     """The hidden Arrow schema asks for an extension type."""
-    fields = [SHARD_SCHEMA.field(0).with_metadata({"ARROW:extension:name": "arrow.uuid", "ARROW:extension:metadata": ""}), *list(SHARD_SCHEMA)[1:]]
+    fields = [
+        SHARD_SCHEMA.field(0).with_metadata(
+            {"ARROW:extension:name": "arrow.uuid", "ARROW:extension:metadata": ""}
+        ),
+        *list(SHARD_SCHEMA)[1:],
+    ]
     sink = pa.BufferOutputStream()
     table = read_parquet(SHARD, SHARD_SCHEMA, "there")
-    pq.write_table(table.cast(pa.schema(fields)), sink, compression="zstd", use_dictionary=False, write_page_checksum=True, store_schema=True)
+    pq.write_table(
+        table.cast(pa.schema(fields)),
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+        write_page_checksum=True,
+        store_schema=True,
+    )
     return sink.getvalue().to_pybytes()
 
 
@@ -191,7 +249,9 @@ FILES: dict[str, Callable[[], bytes]] = {
     "infinite": with_columns(num_tokens=pa.array([1] * 3), token_logps=pa.array([[float("-inf")]] * 3), logps=pa.array([float("-inf")] * 3)),
     "empty lists": with_columns(num_tokens=pa.array([0] * 3), token_logps=pa.array([[], [], []], pa.list_(pa.float32())), logps=pa.array([0.0] * 3)),
 }  # fmt: skip
-READ_ALL_THE_SAME = {"a hundred row groups of the same bytes"}  # the same keys over and over: what is read is what was scored
+READ_ALL_THE_SAME = {
+    "a hundred row groups of the same bytes"
+}  # the same keys over and over: what is read is what was scored
 
 
 def read_with_little_memory(content: bytes) -> str | None:
@@ -207,7 +267,9 @@ def read_with_little_memory(content: bytes) -> str | None:
             return f"{type(error).__name__}: {error}"
         finally:
             resource.setrlimit(resource.RLIMIT_AS, soft)
-        assert [score.token_logps.tolist() for score in found] == [score.token_logps.tolist() for _, score in make_scores(NUMBERS)]
+        assert [score.token_logps.tolist() for score in found] == [
+            score.token_logps.tolist() for _, score in make_scores(NUMBERS)
+        ]
     return None
 
 
@@ -224,7 +286,10 @@ def main(names: list[str]) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak of reading
         before = status_bytes("VmRSS")
         error = read_with_little_memory(content)
-        print(json.dumps({"file": name, "error": error, "rise_bytes": status_bytes("VmHWM") - before}), flush=True)
+        print(
+            json.dumps({"file": name, "error": error, "rise_bytes": status_bytes("VmHWM") - before}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -8,11 +8,16 @@ from dpo_cache.types import ScoredPair
 from tests.store.conftest import make_pairs, make_scores, plain
 
 DETAILS = {"name": "pairs", "split": "train", "reference": "0" * 64, "pairs_digest": "1" * 64}
-FIRST, SECOND = make_pairs(5), [*make_pairs(2), *make_pairs(3, first_row=50)]  # in parts of two they share the first
+FIRST, SECOND = (
+    make_pairs(5),
+    [*make_pairs(2), *make_pairs(3, first_row=50)],
+)  # in parts of two they share the first
 
 
 def live(folder: LocalFolder) -> None:
-    """Make a cache, score into it, publish a pair set and replace it, remove its old parts, remove another."""
+    """Make a cache, score into it, publish a pair set and replace it, remove its old parts, remove
+    another.
+    """
     cache = Cache(folder.root, create=True)
     cache.folder = folder
     assert folder.exists("format.json") in (True, False)  # as every opening asks

@@ -1,8 +1,8 @@
 """A disk that writes down its steps, and what a power cut after any of them may leave.
 
-What was synced stays. Of the rest anything may be there or not: each name of a folder on its own may be what it
-was at the last sync of the folder or what it became at any step since; a file's bytes since its last sync may be
-lost, torn or zeros. A folder whose own name is lost is lost with all that is in it.
+What was synced stays. Of the rest anything may be there or not: each name of a folder on its own may be what
+it was at the last sync of the folder or what it became at any step since; a file's bytes since its last sync
+may be lost, torn or zeros. A folder whose own name is lost is lost with all that is in it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ class RecordingDisk(Disk):
     `drops` says of a step and the one before whether it is left out, as in a program that forgot it.
     """
 
-    def __init__(self, log: list[Step], drops: Callable[[Step, Step], bool] = lambda *_: False, last_step: int | None = None):
+    def __init__(
+        self,
+        log: list[Step],
+        drops: Callable[[Step, Step], bool] = lambda *_: False,
+        last_step: int | None = None,
+    ):
         self.log, self._drops, self._last_step, self._num_steps = log, drops, last_step, 0
         self._open: dict[int, Path] = {}
         self._before: Step = ("start",)
@@ -144,7 +149,15 @@ class Model:
             self._enter(step[2], self._find(subject))
             self._enter(subject, None)
         else:
-            self._enter(subject, {"make_folder": Folder, "create": File, "unlink": lambda: None, "remove_folder": lambda: None}[kind]())
+            self._enter(
+                subject,
+                {
+                    "make_folder": Folder,
+                    "create": File,
+                    "unlink": lambda: None,
+                    "remove_folder": lambda: None,
+                }[kind](),
+            )
 
     def states(self, chance: random.Random, most: int = MOST_STATES) -> Iterator[Tree]:
         """Trees that a power cut now may leave: all of them where there are few."""
@@ -164,7 +177,9 @@ class Model:
                 elif entry is not None and len(entry.possible()) > 1:
                     yield id(entry), entry.possible()
 
-    def _tree(self, folder: Folder, prefix: str, chosen: dict[Any, Any]) -> Iterator[tuple[str, bytes | None]]:
+    def _tree(
+        self, folder: Folder, prefix: str, chosen: dict[Any, Any]
+    ) -> Iterator[tuple[str, bytes | None]]:
         for name, history in folder.names.items():
             entry = chosen.get((id(folder), name), history[-1])
             if isinstance(entry, Folder):

@@ -1,4 +1,6 @@
-"""A disk that refuses one of its steps, or every one from then on; and one that is unmounted in the middle."""
+"""A disk that refuses one of its steps, or every one from then on; and one that is unmounted in the
+middle.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,23 @@ from typing import Any
 
 from dpo_cache.store.folders.disk import Disk
 
-STEPS = ("make_folder", "create", "write", "sync_file", "close", "rename", "sync_folder", "unlink", "remove_folder")
+STEPS = (
+    "make_folder",
+    "create",
+    "write",
+    "sync_file",
+    "close",
+    "rename",
+    "sync_folder",
+    "unlink",
+    "remove_folder",
+)
 LOOKS = ("status", "names", "entries", "read", "open")
 
 
 class TroubledDisk(Disk):
-    """Calls `trouble(number, step, arguments)` before each step, counted from 1. Syncs are not carried out, to be fast.
+    """Calls `trouble(number, step, arguments)` before each step, counted from 1. Syncs are not carried out,
+    to be fast.
 
     A write that is refused has written half; a close that is refused has closed.
     """

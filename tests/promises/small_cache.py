@@ -13,12 +13,19 @@ from dpo_cache.store.format import shards
 from dpo_cache.store.upkeep.merge_shards import merge_shards, write_sorted_shards
 from tests.store.conftest import make_pairs, plain
 
-IDENTITY = {"scoring": 1, "weights": "5e" * 32, "config": {"hidden_size": 32, "model_type": "llama"}, "dtype": "float32"}
+IDENTITY = {
+    "scoring": 1,
+    "weights": "5e" * 32,
+    "config": {"hidden_size": 32, "model_type": "llama"},
+    "dtype": "float32",
+}
 NUM_PAIRS = 9
 
 
 def make_small_cache(root: Path) -> Path:
-    """A reference, a shard as it was scored, a merged one of several row groups, and a pair set of two parts."""
+    """A reference, a shard as it was scored, a merged one of several row groups, and a pair set of two
+    parts.
+    """
     pairs = make_pairs(NUM_PAIRS)
     scored = {completion_key(scored.pair.chosen): scored.ref_chosen for scored in pairs}
     scored |= {completion_key(scored.pair.rejected): scored.ref_rejected for scored in pairs}
@@ -30,19 +37,29 @@ def make_small_cache(root: Path) -> Path:
         reference = cache.publish_reference(IDENTITY, {"model": "example/tiny", "revision": "main"})
         cache.scores(reference).publish(scores[:12])
         place = f"references/{reference}/scores"
-        merged = list(write_sorted_shards(cache.folder, place, merge_shards(cache.folder, place, cache.folder.names(place))))
+        merged = list(
+            write_sorted_shards(
+                cache.folder, place, merge_shards(cache.folder, place, cache.folder.names(place))
+            )
+        )
         for name in set(cache.folder.names(place)) - set(merged):
             cache.folder.remove(f"{place}/{name}")
         cache.scores(reference).publish(scores[12:])
         writer = cache.write_pairs("dialogues", "train")
         writer.add(pairs)
-        writer.finish({"name": "dialogues", "split": "train", "reference": reference, "pairs_digest": "1" * 64})
+        writer.finish(
+            {"name": "dialogues", "split": "train", "reference": reference, "pairs_digest": "1" * 64}
+        )
     return root
 
 
 def read_small_cache(root: Path) -> dict[str, Any]:
     """Everything in it, as numbers that can be compared."""
-    keys = [completion_key(side) for scored in make_pairs(NUM_PAIRS) for side in (scored.pair.chosen, scored.pair.rejected)]
+    keys = [
+        completion_key(side)
+        for scored in make_pairs(NUM_PAIRS)
+        for side in (scored.pair.chosen, scored.pair.rejected)
+    ]
     cache = open_cache(root)
     (reference,) = cache.references()
     return {

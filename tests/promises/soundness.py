@@ -1,4 +1,6 @@
-"""Whether what can be seen of a cache is whole: the promises' own check, which trusts nothing but the files."""
+"""Whether what can be seen of a cache is whole: the promises' own check, which trusts nothing but the
+files.
+"""
 
 from __future__ import annotations
 

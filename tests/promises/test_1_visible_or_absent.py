@@ -1,9 +1,10 @@
-"""Promise 1: a shard, a reference, a pair set is wholly visible or absent, and survives power loss once it is published.
+"""Promise 1: a shard, a reference, a pair set is wholly visible or absent, and survives power loss once it is
+published.
 
 Every file-system step of a cache's life is followed by a power cut, in every way it may leave the disk
-(`power_cuts.py`), and what is left is checked: nothing torn is seen, all that was published is there, no manifest
-names a missing part, and the cache can be used again. The last tests leave out one sync at a time and see that
-the check notices.
+(`power_cuts.py`), and what is left is checked: nothing torn is seen, all that was published is there, no
+manifest names a missing part, and the cache can be used again. The last tests leave out one sync at a time
+and see that the check notices.
 """
 
 import itertools
@@ -51,7 +52,10 @@ class Checker:
         found = []
         for name, contents in allowed.items():
             if tree.get(f"{PLACE}/{name}") not in contents:
-                found.append(f"{name}: {'published, and gone or another' if None not in contents else 'not what was to be published'}")
+                found.append(
+                    f"{name}: "
+                    f"{'published, and gone or another' if None not in contents else 'not what was to be published'}"
+                )
         signature = frozenset((name, content) for name, content in tree.items())
         if signature not in self._seen:
             self._seen[signature] = self._look(tree)
@@ -64,7 +68,9 @@ class Checker:
         root = self._room / PLACE
         found = faults(root)
         if not found:
-            live(LocalFolder(root, FastDisk()))  # a reopened cache takes the same scores and pairs, and gives them back
+            live(
+                LocalFolder(root, FastDisk())
+            )  # a reopened cache takes the same scores and pairs, and gives them back
             read_back(LocalFolder(root))
             assert open_cache(root).pair_sets() == ["pairs/train"]
             found = faults(root)
@@ -101,10 +107,21 @@ def record(base: Path, drops: Callable[[Step, Step], bool] = never) -> list[Step
     return log
 
 
-def test_1_a_power_cut_after_any_step_leaves_whole_files_and_all_that_was_published(tmp_path: Path, checker: Checker) -> None:
+def test_1_a_power_cut_after_any_step_leaves_whole_files_and_all_that_was_published(
+    tmp_path: Path, checker: Checker
+) -> None:
     log = record(tmp_path / "base")
     kinds = {step[0] for step in log}
-    assert {"make_folder", "create", "write", "sync_file", "rename", "sync_folder", "unlink", "remove_folder"} <= kinds
+    assert {
+        "make_folder",
+        "create",
+        "write",
+        "sync_file",
+        "rename",
+        "sync_folder",
+        "unlink",
+        "remove_folder",
+    } <= kinds
     assert list(problems_after_each_step(tmp_path / "base", log, checker)) == []
     assert len(log) > 150 and checker.num_trees > 80
 
@@ -114,8 +131,12 @@ def steps_of(log: list[Step]) -> list[Step]:
     return [step for step in log if step[0] not in ("publishing", "published", "removing", "removed")]
 
 
-def problems_beside_a_killed_writer(tmp_path: Path, checker: Checker, steps: Iterable[int], drops: Callable[[Step, Step], bool]) -> Iterator[str]:
-    """One writer is killed after each of these steps, before it has synced, and another does all its work: then the power fails."""
+def problems_beside_a_killed_writer(
+    tmp_path: Path, checker: Checker, steps: Iterable[int], drops: Callable[[Step, Step], bool]
+) -> Iterator[str]:
+    """One writer is killed after each of these steps, before it has synced, and another does all its work:
+    then the power fails.
+    """
     for last_step in steps:
         base = tmp_path / f"base{last_step}"
         base.mkdir()
@@ -134,9 +155,19 @@ def problems_beside_a_killed_writer(tmp_path: Path, checker: Checker, steps: Ite
                         yield f"killed after {last_step}, power cut after step {number}, {step[0]}: {problem}"
 
 
-@pytest.mark.parametrize("kinds", [["rename"], pytest.param(None, marks=pytest.mark.slow)], ids=["after each rename", "after each step"])
-def test_1_what_another_writer_left_unsynced_is_synced_by_the_one_who_builds_on_it(tmp_path: Path, checker: Checker, kinds: list[str] | None) -> None:
-    steps = [number for number, step in enumerate(steps_of(record(tmp_path / "whole")), start=1) if kinds is None or step[0] in kinds]
+@pytest.mark.parametrize(
+    "kinds",
+    [["rename"], pytest.param(None, marks=pytest.mark.slow)],
+    ids=["after each rename", "after each step"],
+)
+def test_1_what_another_writer_left_unsynced_is_synced_by_the_one_who_builds_on_it(
+    tmp_path: Path, checker: Checker, kinds: list[str] | None
+) -> None:
+    steps = [
+        number
+        for number, step in enumerate(steps_of(record(tmp_path / "whole")), start=1)
+        if kinds is None or step[0] in kinds
+    ]
     assert list(problems_beside_a_killed_writer(tmp_path, checker, steps[:-1], never)) == []
 
 
@@ -149,16 +180,26 @@ FORGOTTEN = {
 
 
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
-def test_1_the_check_notices_a_sync_that_is_left_out(tmp_path: Path, checker: Checker, forgotten: str) -> None:
+def test_1_the_check_notices_a_sync_that_is_left_out(
+    tmp_path: Path, checker: Checker, forgotten: str
+) -> None:
     log = record(tmp_path / "base", FORGOTTEN[forgotten])
     assert next(problems_after_each_step(tmp_path / "base", log, checker), None) is not None
 
 
-def test_1_the_check_notices_a_folder_that_is_not_synced_before_the_manifest(tmp_path: Path, checker: Checker) -> None:
+def test_1_the_check_notices_a_folder_that_is_not_synced_before_the_manifest(
+    tmp_path: Path, checker: Checker
+) -> None:
     def forgets(step: Step, before: Step) -> bool:
         return step[0] == "sync_folder" and before[0] == "sync_file"
 
-    renamed = [(number, step[2].name) for number, step in enumerate(steps_of(record(tmp_path / "whole")), start=1) if step[0] == "rename"]
-    last_part = next(number for (number, _), (_, following) in itertools.pairwise(renamed) if following == "manifest.json")
+    renamed = [
+        (number, step[2].name)
+        for number, step in enumerate(steps_of(record(tmp_path / "whole")), start=1)
+        if step[0] == "rename"
+    ]
+    last_part = next(
+        number for (number, _), (_, following) in itertools.pairwise(renamed) if following == "manifest.json"
+    )
     problems = list(problems_beside_a_killed_writer(tmp_path, checker, [last_part], forgets))
     assert any("which is not there" in problem for problem in problems)

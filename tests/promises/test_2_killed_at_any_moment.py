@@ -1,4 +1,5 @@
-"""Promise 2: killed at any moment, precompute loses at most the unflushed batch, and the next run scores only what is missing.
+"""Promise 2: killed at any moment, precompute loses at most the unflushed batch, and the next run scores only
+what is missing.
 
 Ctrl-C and SIGTERM flush first and exit 130 and 143.
 """
@@ -35,7 +36,16 @@ class Bench:
     def job(self, cache: Path, **disturbance: Any) -> dict[str, Any]:
         """A run of `precompute` on the cache, with a log of its own."""
         self.num_runs += 1
-        arguments = ["--model", self.model, "--dataset", self.data, "--cache", str(cache), "--budget-tokens", "48"]
+        arguments = [
+            "--model",
+            self.model,
+            "--dataset",
+            self.data,
+            "--cache",
+            str(cache),
+            "--budget-tokens",
+            "48",
+        ]
         self.log = self.folder / f"log{self.num_runs}"
         self.output = self.folder / f"output{self.num_runs}"
         return {"arguments": arguments, "log": str(self.log), "output": str(self.output), **disturbance}
@@ -55,13 +65,25 @@ def kept_keys(cache: Path) -> set[str]:
     if not (cache / "format.json").exists():
         return set()
     opened = dpo_cache.open_cache(cache)
-    shards = [path for reference in opened.references() for path in (cache / "references" / reference / "scores").glob("[!.]*.parquet")]
-    return {key.hex() for path in shards for key in pq.read_table(path, columns=["key"]).column("key").to_pylist()}
+    shards = [
+        path
+        for reference in opened.references()
+        for path in (cache / "references" / reference / "scores").glob("[!.]*.parquet")
+    ]
+    return {
+        key.hex() for path in shards for key in pq.read_table(path, columns=["key"]).column("key").to_pylist()
+    }
 
 
 def rows_of(cache: Path) -> list[tuple]:
     return [
-        (entry.pair.row, entry.pair.chosen.sequence_ids.tolist(), entry.pair.rejected.sequence_ids.tolist(), entry.ref_chosen, entry.ref_rejected)
+        (
+            entry.pair.row,
+            entry.pair.chosen.sequence_ids.tolist(),
+            entry.pair.rejected.sequence_ids.tolist(),
+            entry.ref_chosen,
+            entry.ref_rejected,
+        )
         for entry in dpo_cache.open_cache(cache).pairs("pairs")
     ]
 
@@ -69,7 +91,11 @@ def rows_of(cache: Path) -> list[tuple]:
 def same_rows(one: list[tuple], other: list[tuple]) -> bool:
     """Equal ids, and log-probs equal up to rounding: a run that goes on cuts its chunks elsewhere."""
     return len(one) == len(other) and all(
-        left[:3] == right[:3] and all(np.allclose(a.token_logps, b.token_logps, atol=3e-5) for a, b in zip(left[3:], right[3:], strict=True))
+        left[:3] == right[:3]
+        and all(
+            np.allclose(a.token_logps, b.token_logps, atol=3e-5)
+            for a, b in zip(left[3:], right[3:], strict=True)
+        )
         for left, right in zip(one, other, strict=True)
     )
 
@@ -81,11 +107,17 @@ def unflushed(log: list[list[str]]) -> set[str]:
 
 
 @pytest.mark.parametrize("num_kills", [25, pytest.param(200, marks=pytest.mark.slow)])
-def test_2_killed_at_random_moments_it_ends_with_the_same_rows_and_scores_nothing_twice(bench: Bench, num_kills: int) -> None:
-    """Killed by the clock, or between two steps on the disk, until a run comes through; then with a new cache, until there were enough kills."""
+def test_2_killed_at_random_moments_it_ends_with_the_same_rows_and_scores_nothing_twice(
+    bench: Bench, num_kills: int
+) -> None:
+    """Killed by the clock, or between two steps on the disk, until a run comes through; then with a new
+    cache, until there were enough kills.
+    """
     chance = random.Random(num_kills)
     whole = bench.folder / "whole"
-    assert bench.runs.run(bench.job(bench.folder / "first")) == [0], bench.output.read_text()  # until all is imported
+    assert bench.runs.run(bench.job(bench.folder / "first")) == [0], (
+        bench.output.read_text()
+    )  # until all is imported
     started = time.monotonic()
     assert bench.runs.run(bench.job(whole, flush_s=0.0)) == [0], bench.output.read_text()
     whole_s, num_steps = time.monotonic() - started, int(bench.logged("steps")[0])
@@ -96,7 +128,11 @@ def test_2_killed_at_random_moments_it_ends_with_the_same_rows_and_scores_nothin
         status = -signal.SIGKILL
         while status == -signal.SIGKILL:
             by_step = chance.random() < 0.5
-            job = bench.job(cache, flush_s=chance.choice([0.0, 0.02]), die_at=chance.randrange(1, num_steps) if by_step else None)
+            job = bench.job(
+                cache,
+                flush_s=chance.choice([0.0, 0.02]),
+                die_at=chance.randrange(1, num_steps) if by_step else None,
+            )
             (pid,) = bench.runs.start(job)
             if not by_step:
                 time.sleep(chance.uniform(0.2, 1.0) * whole_s)
@@ -115,8 +151,13 @@ def test_2_killed_at_random_moments_it_ends_with_the_same_rows_and_scores_nothin
 
 # -- Ctrl-C and SIGTERM ------------------------------------------------------------------------------------
 
-SIGNALS = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
-SAID = {130: "error: interrupted; everything published so far is kept.\n", 143: "error: terminated; everything published so far is kept.\n"}
+SIGNALS = pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+SAID = {
+    130: "error: interrupted; everything published so far is kept.\n",
+    143: "error: terminated; everything published so far is kept.\n",
+}
 
 
 @SIGNALS
@@ -142,7 +183,9 @@ def test_2_a_signal_while_the_model_is_loaded_leaves_nothing(bench: Bench, numbe
 
 
 @SIGNALS
-def test_2_a_signal_while_a_shard_is_written_writes_it_once_more(bench: Bench, number: int, code: int) -> None:
+def test_2_a_signal_while_a_shard_is_written_writes_it_once_more(
+    bench: Bench, number: int, code: int
+) -> None:
     cache = bench.folder / "cache"
     (pid,) = bench.runs.start(bench.job(cache, writing_s=0.3))
     wait_for(bench.log, "writing")
@@ -163,7 +206,10 @@ def test_2_a_second_ctrl_c_waits_for_the_flush_and_a_third_does_not(bench: Bench
             time.sleep(0.1)
             os.kill(pid, signal.SIGINT)
         assert bench.runs.wait() == [130]
-        assert "stopping; what is waiting is saved first (again: stop at once, losing it)\n" in bench.output.read_text()
+        assert (
+            "stopping; what is waiting is saved first (again: stop at once, losing it)\n"
+            in bench.output.read_text()
+        )
         scored = set(bench.logged("scored"))
         assert (scored <= kept_keys(cache)) == (num_signals == 2)
         assert faults(cache) == scratch(cache) == []

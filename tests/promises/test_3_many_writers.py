@@ -21,8 +21,12 @@ NUM_WRITERS = 4
 
 @pytest.mark.skipif(os.name == "nt", reason="runs are forked")
 @pytest.mark.parametrize("num_rounds", [2, pytest.param(25, marks=pytest.mark.slow)])
-def test_3_four_processes_at_once_make_the_union_of_what_each_would(runs: Runs, model_folder: str, tmp_path: Path, num_rounds: int) -> None:
-    """They start at once on a cache that is not there, with data that overlaps; two publish a pair set of one name, of the same data."""
+def test_3_four_processes_at_once_make_the_union_of_what_each_would(
+    runs: Runs, model_folder: str, tmp_path: Path, num_rounds: int
+) -> None:
+    """They start at once on a cache that is not there, with data that overlaps; two publish a pair set of one
+    name, of the same data.
+    """
     rows = chat_rows(36)
     parts = [rows[:18], rows[:18], rows[9:27], rows[18:]]
     data = [write_rows(tmp_path / f"part{number}.jsonl", part) for number, part in enumerate(parts)]
@@ -33,7 +37,18 @@ def test_3_four_processes_at_once_make_the_union_of_what_each_would(runs: Runs, 
         cache = tmp_path / f"cache{number}"
         jobs = [
             {
-                "arguments": ["--model", model_folder, "--dataset", path, "--cache", str(cache), "--name", name, "--budget-tokens", "48"],
+                "arguments": [
+                    "--model",
+                    model_folder,
+                    "--dataset",
+                    path,
+                    "--cache",
+                    str(cache),
+                    "--name",
+                    name,
+                    "--budget-tokens",
+                    "48",
+                ],
                 "log": str(tmp_path / f"log{number}-{place}"),
                 "output": str(tmp_path / f"output{number}-{place}"),
                 "flush_s": 0.0,
@@ -43,12 +58,19 @@ def test_3_four_processes_at_once_make_the_union_of_what_each_would(runs: Runs, 
         assert runs.run(*jobs) == [0] * NUM_WRITERS, [Path(job["output"]).read_text() for job in jobs]
         assert faults(cache) == [] and scratch(cache) == [] and verify_cache(cache).problems == []
         opened = open_cache(cache)
-        assert opened.references() == [reference] and opened.pair_sets() == ["same/train", "three/train", "two/train"]
+        assert opened.references() == [reference] and opened.pair_sets() == [
+            "same/train",
+            "three/train",
+            "two/train",
+        ]
         assert len(opened.scores(reference)) == len(open_cache(whole).scores(reference))
         assert [len(opened.pairs(name)) for name in ("same", "two", "three")] == [18, 18, 18]
         lines = [line for job in jobs for line in read_log(Path(job["log"])) if line[0] == "kept"]
         kept = {bytes.fromhex(key) for line in lines for key in line[1:]}
-        assert len(kept) == len(opened.scores(reference)) and opened.scores(reference).contains(sorted(kept)).all()  # all, and nothing else
+        assert (
+            len(kept) == len(opened.scores(reference))
+            and opened.scores(reference).contains(sorted(kept)).all()
+        )  # all, and nothing else
 
 
 def at_once(acts: list[Callable[[], None]]) -> None:

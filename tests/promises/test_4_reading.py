@@ -1,4 +1,6 @@
-"""Promise 4, where a cache is read: a flipped byte or a shortened file, whichever it is, is told as damage and never as other numbers."""
+"""Promise 4, where a cache is read: a flipped byte or a shortened file, whichever it is, is told as damage
+and never as other numbers.
+"""
 
 import random
 from collections.abc import Iterable
@@ -26,7 +28,9 @@ def file_names(root: Path) -> list[str]:
     return names
 
 
-def unnoticed(root: Path, name: str, contents: Iterable[tuple[object, bytes]]) -> list[tuple[str, object, str]]:
+def unnoticed(
+    root: Path, name: str, contents: Iterable[tuple[object, bytes]]
+) -> list[tuple[str, object, str]]:
     """The changes of one file after which reading everything is not told as damage of it."""
     path = root / name
     whole = path.read_bytes()
@@ -39,7 +43,9 @@ def unnoticed(root: Path, name: str, contents: Iterable[tuple[object, bytes]]) -
                 read_small_cache(root)
                 found.append((name, change, "read"))
             except expected as error:
-                if path.name not in str(error) and not isinstance(error, FormatError):  # that one names the cache
+                if path.name not in str(error) and not isinstance(
+                    error, FormatError
+                ):  # that one names the cache
                     found.append((name, change, f"another place: {error}"))
             except DpoCacheError as error:
                 found.append((name, change, f"{type(error).__name__}: {error}"))
@@ -66,28 +72,48 @@ def ends(size: int, step: int) -> list[int]:
 
 def test_flipped_bytes_are_found(root: Path, file_names: list[str]) -> None:
     contents = {name: (root / name).read_bytes() for name in file_names}
-    assert [miss for name, content in contents.items() for miss in unnoticed(root, name, flips(content, ends(len(content), 29)))] == []
+    assert [
+        miss
+        for name, content in contents.items()
+        for miss in unnoticed(root, name, flips(content, ends(len(content), 29)))
+    ] == []
 
 
 def test_truncations_are_found(root: Path, file_names: list[str]) -> None:
     contents = {name: (root / name).read_bytes() for name in file_names}
-    assert [miss for name, content in contents.items() for miss in unnoticed(root, name, truncations(content, ends(len(content), 97)[:-1]))] == []
+    assert [
+        miss
+        for name, content in contents.items()
+        for miss in unnoticed(root, name, truncations(content, ends(len(content), 97)[:-1]))
+    ] == []
 
 
 @pytest.mark.slow
 def test_every_flipped_byte_is_found(root: Path, file_names: list[str]) -> None:
     contents = {name: (root / name).read_bytes() for name in file_names}
-    assert [miss for name, content in contents.items() for miss in unnoticed(root, name, flips(content, range(len(content))))] == []
+    assert [
+        miss
+        for name, content in contents.items()
+        for miss in unnoticed(root, name, flips(content, range(len(content))))
+    ] == []
 
 
 @pytest.mark.slow
 def test_every_truncation_is_found(root: Path, file_names: list[str]) -> None:
     contents = {name: (root / name).read_bytes() for name in file_names}
-    assert [miss for name, content in contents.items() for miss in unnoticed(root, name, truncations(content, range(len(content))))] == []
+    assert [
+        miss
+        for name, content in contents.items()
+        for miss in unnoticed(root, name, truncations(content, range(len(content))))
+    ] == []
 
 
-@pytest.mark.parametrize("stride", [pytest.param(701, id="some"), pytest.param(29, marks=pytest.mark.slow, id="many")])
-def test_train_raises_for_what_it_reads_and_takes_no_step(model_folder: str, data_file: str, tmp_path: Path, stride: int) -> None:
+@pytest.mark.parametrize(
+    "stride", [pytest.param(701, id="some"), pytest.param(29, marks=pytest.mark.slow, id="many")]
+)
+def test_train_raises_for_what_it_reads_and_takes_no_step(
+    model_folder: str, data_file: str, tmp_path: Path, stride: int
+) -> None:
     """The manifest, the parts, the reference's entry: all that a training run reads but the format file."""
     cache, run = tmp_path / "cache", tmp_path / "run"
     dpo_cache.precompute(model_folder, data_file, cache)
@@ -95,7 +121,10 @@ def test_train_raises_for_what_it_reads_and_takes_no_step(model_folder: str, dat
     assert len(files) == 3
     for path in files:
         content = path.read_bytes()
-        for _, changed in (*flips(content, range(0, len(content), stride)), *truncations(content, range(0, len(content), stride))):
+        for _, changed in (
+            *flips(content, range(0, len(content), stride)),
+            *truncations(content, range(0, len(content), stride)),
+        ):
             path.write_bytes(changed)
             with pytest.raises(CorruptShardError, match=path.name):
                 dpo_cache.train(cache, run, max_steps=1)
@@ -106,13 +135,20 @@ def test_train_raises_for_what_it_reads_and_takes_no_step(model_folder: str, dat
 def test_every_bit_of_the_format_file_counts(root: Path) -> None:
     """It has no digest of its own: any spelling but one is refused, white space included."""
     content = (root / "format.json").read_bytes()
-    changed = ((place, flip(content, place[0], 1 << place[1])) for place in ((position, bit) for position in range(len(content)) for bit in range(8)))
+    changed = (
+        (place, flip(content, place[0], 1 << place[1]))
+        for place in ((position, bit) for position in range(len(content)) for bit in range(8))
+    )
     assert unnoticed(root, "format.json", changed) == []
     assert (
         unnoticed(
             root,
             "format.json",
-            [("space", content + b" "), ("spaces", content.replace(b"  ", b"\t")), ("one line", b'{"format":"dpo-cache","version":1}')],
+            [
+                ("space", content + b" "),
+                ("spaces", content.replace(b"  ", b"\t")),
+                ("one line", b'{"format":"dpo-cache","version":1}'),
+            ],
         )
         == []
     )

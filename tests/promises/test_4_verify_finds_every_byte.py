@@ -1,6 +1,8 @@
-"""Promise 4, the side of `verify`: every flipped byte and every truncation is found, in every file of the cache.
+"""Promise 4, the side of `verify`: every flipped byte and every truncation is found, in every file of the
+cache.
 
-`make test` takes every few bytes, `make test-slow` all of them. Afterwards `--repair` and `precompute` give the same rows.
+`make test` takes every few bytes, `make test-slow` all of them. Afterwards `--repair` and `precompute` give
+the same rows.
 """
 
 import shutil
@@ -43,7 +45,9 @@ def test_verify_names_the_file_each_time(tmp_path: Path, stride: int) -> None:
             path.write_bytes(bad)
             try:
                 report = verify_cache(root)
-            except NewerFormatError as error:  # a flipped digit of the version: it may be true, so nothing is repaired
+            except (
+                NewerFormatError
+            ) as error:  # a flipped digit of the version: it may be true, so nothing is repaired
                 assert name == "format.json" and "its format.json is damaged" in str(error)
                 newer += 1
                 continue
@@ -69,7 +73,9 @@ def test_ls_lists_what_is_left_whatever_is_damaged(tmp_path: Path, stride: int) 
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("places", [pytest.param(1, id="some"), pytest.param(6, marks=pytest.mark.slow, id="all")])
+@pytest.mark.parametrize(
+    "places", [pytest.param(1, id="some"), pytest.param(6, marks=pytest.mark.slow, id="all")]
+)
 def test_repair_and_precompute_give_the_same_rows(model_folder: str, tmp_path: Path, places: int) -> None:
     data = write_rows(tmp_path / "pairs.jsonl", chat_rows(6))
     root, spare = tmp_path / "cache", tmp_path / "spare"
@@ -89,4 +95,6 @@ def test_repair_and_precompute_give_the_same_rows(model_folder: str, tmp_path: P
             dpo_cache.precompute(model_folder, data, root)
             assert verify_cache(root).is_whole
             assert [plain(pair) for pair in Cache(root).pairs("pairs")] == expected
-            assert [(root / str(moved.to)).read_bytes() for moved in repaired.moved if moved.file == name] == [flip(content, position)]
+            assert [
+                (root / str(moved.to)).read_bytes() for moved in repaired.moved if moved.file == name
+            ] == [flip(content, position)]

@@ -27,7 +27,9 @@ from tests.store.conftest import key, make_pairs, make_scores, plain
 
 LIMIT_BYTES = 300 * 2**20
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux does")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux does"
+)
 
 
 # -- made by hand ------------------------------------------------------------------------------------------
@@ -37,14 +39,22 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 def outcomes() -> dict[str, dict[str, Any]]:
     """What reading each file came to, in a process that may take a gigabyte more and no further."""
     command = [sys.executable, "-m", "tests.promises.hostile", *FILES]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-500:]
     return {outcome["file"]: outcome for outcome in map(json.loads, done.stdout.splitlines())}
 
 
 @needs_proc
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_made_by_hand_is_refused_in_little_memory(outcomes: dict[str, dict[str, Any]], name: str) -> None:
+def test_a_file_made_by_hand_is_refused_in_little_memory(
+    outcomes: dict[str, dict[str, Any]], name: str
+) -> None:
     outcome = outcomes[name]
     assert outcome["rise_bytes"] < LIMIT_BYTES
     if name in READ_ALL_THE_SAME:
@@ -55,16 +65,31 @@ def test_a_file_made_by_hand_is_refused_in_little_memory(outcomes: dict[str, dic
 
 # -- mutated -----------------------------------------------------------------------------------------------
 
-INTERESTING = [b"\0", b"\xff", b"\x7f", b"\x80", b"\xff" * 4 + b"\x0f", b"\xff" * 9 + b"\x01", b"\xff\xff\xff\x7f", bytes(8)]
+INTERESTING = [
+    b"\0",
+    b"\xff",
+    b"\x7f",
+    b"\x80",
+    b"\xff" * 4 + b"\x0f",
+    b"\xff" * 9 + b"\x01",
+    b"\xff\xff\xff\x7f",
+    bytes(8),
+]
 
 
 @st.composite
 def mutations(draw: st.DrawFn) -> list[tuple[str, int, Any]]:
-    """One to four changes: bytes overwritten, put in, taken out, or copied from elsewhere; half of them near the end, where the footer is."""
+    """One to four changes: bytes overwritten, put in, taken out, or copied from elsewhere; half of them near
+    the end, where the footer is.
+    """
     places = st.integers(0, 2**16) | st.integers(-600, -1)
     changes = st.one_of(
-        st.tuples(st.just("overwrite"), places, st.binary(min_size=1, max_size=4) | st.sampled_from(INTERESTING)),
-        st.tuples(st.just("insert"), places, st.binary(min_size=1, max_size=8) | st.sampled_from(INTERESTING)),
+        st.tuples(
+            st.just("overwrite"), places, st.binary(min_size=1, max_size=4) | st.sampled_from(INTERESTING)
+        ),
+        st.tuples(
+            st.just("insert"), places, st.binary(min_size=1, max_size=8) | st.sampled_from(INTERESTING)
+        ),
         st.tuples(st.just("remove"), places, st.integers(1, 40)),
         st.tuples(st.just("copy"), places, st.tuples(places, st.integers(1, 64))),
     )
@@ -94,7 +119,10 @@ def read_shard_of(root: Path, content: bytes) -> object:
         folder.remove(f"scores/{name}")
     (root / "scores").mkdir(parents=True, exist_ok=True)
     (root / "scores" / name_by_content(content)).write_bytes(content)
-    return [score.token_logps.tolist() for score in ScoreIndex(folder, "scores").fetch([key(number) for number in NUMBERS])]
+    return [
+        score.token_logps.tolist()
+        for score in ScoreIndex(folder, "scores").fetch([key(number) for number in NUMBERS])
+    ]
 
 
 PAIRS = make_pairs(5)
@@ -118,10 +146,20 @@ def read_part_of(root: Path, content: bytes) -> object:
     name = name_by_content(content)
     (place / name).write_bytes(content)
     parts = [{"file": name, "rows": len(PAIRS), "bytes": max(len(content), 1)}]
-    manifest = {"format": "dpo-cache pairs", "name": "dialogues", "split": "train", "reference": "0" * 64, "num_pairs": len(PAIRS), "parts": parts}
+    manifest = {
+        "format": "dpo-cache pairs",
+        "name": "dialogues",
+        "split": "train",
+        "reference": "0" * 64,
+        "num_pairs": len(PAIRS),
+        "parts": parts,
+    }
     (place / "manifest.json").write_bytes(seal_document(manifest))
     folder = LocalFolder(root)
-    return [plain(scored) for scored in PairSet(folder, "pairs/dialogues/train", read_manifest(folder, "pairs/dialogues/train"))]
+    return [
+        plain(scored)
+        for scored in PairSet(folder, "pairs/dialogues/train", read_manifest(folder, "pairs/dialogues/train"))
+    ]
 
 
 POOL = pa.proxy_memory_pool(pa.default_memory_pool())  # must outlive all that is allocated from it
@@ -145,11 +183,26 @@ def read_mutated(read: Callable[[Path, bytes], object], root: Path, content: byt
         return None
 
 
-def check_mutations(read: Callable[[Path, bytes], object], root: Path, content: bytes, num_examples: int, *, checksums: bool = True) -> None:
-    """Each mutation ends in a clean error or in what was written; without checksums in values that are well-formed."""
+def check_mutations(
+    read: Callable[[Path, bytes], object],
+    root: Path,
+    content: bytes,
+    num_examples: int,
+    *,
+    checksums: bool = True,
+) -> None:
+    """Each mutation ends in a clean error or in what was written; without checksums in values that are
+    well-formed.
+    """
     whole = read(root, content)
 
-    @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(
+        max_examples=num_examples,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+    )
     @given(mutations())
     def check(changes: list[tuple[str, int, Any]]) -> None:
         found = read_mutated(read, root, mutate(content, changes))
@@ -173,11 +226,15 @@ def test_a_mutated_shard_is_refused_or_read_as_it_was(counted_memory: None, tmp_
     check_mutations(read_shard_of, tmp_path, SHARD, 120)
 
 
-def test_a_mutated_part_is_refused_or_read_as_it_was(counted_memory: None, tmp_path: Path, part: bytes) -> None:
+def test_a_mutated_part_is_refused_or_read_as_it_was(
+    counted_memory: None, tmp_path: Path, part: bytes
+) -> None:
     check_mutations(read_part_of, tmp_path, part, 120)
 
 
-def test_mutated_pages_whose_checksums_fit_harm_nothing(counted_memory: None, tmp_path: Path, part: bytes, without_checksums: None) -> None:
+def test_mutated_pages_whose_checksums_fit_harm_nothing(
+    counted_memory: None, tmp_path: Path, part: bytes, without_checksums: None
+) -> None:
     check_mutations(read_shard_of, tmp_path, PLAIN_SHARD, 60, checksums=False)
     check_mutations(read_part_of, tmp_path, part, 60, checksums=False)
 
@@ -188,12 +245,16 @@ def test_many_mutated_shards_are_refused_or_read_as_they_were(counted_memory: No
 
 
 @pytest.mark.slow
-def test_many_mutated_parts_are_refused_or_read_as_they_were(counted_memory: None, tmp_path: Path, part: bytes) -> None:
+def test_many_mutated_parts_are_refused_or_read_as_they_were(
+    counted_memory: None, tmp_path: Path, part: bytes
+) -> None:
     check_mutations(read_part_of, tmp_path, part, 2000)
 
 
 @pytest.mark.slow
-def test_many_mutated_pages_whose_checksums_fit_harm_nothing(counted_memory: None, tmp_path: Path, part: bytes, without_checksums: None) -> None:
+def test_many_mutated_pages_whose_checksums_fit_harm_nothing(
+    counted_memory: None, tmp_path: Path, part: bytes, without_checksums: None
+) -> None:
     check_mutations(read_shard_of, tmp_path, PLAIN_SHARD, 1000, checksums=False)
     check_mutations(read_part_of, tmp_path, part, 1000, checksums=False)
 
@@ -201,7 +262,9 @@ def test_many_mutated_pages_whose_checksums_fit_harm_nothing(counted_memory: Non
 @given(mutations())
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 def test_a_mutated_document_is_refused(changes: list[tuple[str, int, Any]]) -> None:
-    content = seal_document({"identity": {"dtype": "float32", "layers": [1, 2]}, "provenance": {"model": "example/tiny"}})
+    content = seal_document(
+        {"identity": {"dtype": "float32", "layers": [1, 2]}, "provenance": {"model": "example/tiny"}}
+    )
     mutated = mutate(content, changes)
     if mutated != content:
         with pytest.raises(CorruptShardError):
@@ -228,7 +291,9 @@ def reseal(root: Path, **changes: Any) -> None:
 )  # fmt: skip
 def test_a_part_is_named_by_a_digest_and_nothing_else(root: Path, file: object) -> None:
     reseal(root, parts=[{"file": file, "rows": 9, "bytes": 1}])
-    with pytest.raises(CorruptShardError, match="manifest.json: expected the manifest of a 'dpo-cache pairs'"):
+    with pytest.raises(
+        CorruptShardError, match="manifest.json: expected the manifest of a 'dpo-cache pairs'"
+    ):
         read_small_cache(root)
 
 
@@ -264,7 +329,9 @@ def test_json_that_is_meant_to_harm_is_refused(root: Path, name: str, content: b
         read_small_cache(root)
 
 
-@pytest.mark.parametrize("pattern", ["format.json", "reference.json", "manifest.json", "scores/*.parquet", "train/*.parquet"])
+@pytest.mark.parametrize(
+    "pattern", ["format.json", "reference.json", "manifest.json", "scores/*.parquet", "train/*.parquet"]
+)
 def test_a_file_larger_than_any_of_the_cache_is_not_read(root: Path, pattern: str) -> None:
     path = next(iter(root.rglob(pattern)))
     os.truncate(path, 2**40)  # takes no room on the disk
@@ -275,7 +342,18 @@ def test_a_file_larger_than_any_of_the_cache_is_not_read(root: Path, pattern: st
 # -- names -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", ["format.json", "reference.json", "manifest.json", "scores/*.parquet", "train/*.parquet", "scores", "dialogues"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "format.json",
+        "reference.json",
+        "manifest.json",
+        "scores/*.parquet",
+        "train/*.parquet",
+        "scores",
+        "dialogues",
+    ],
+)
 def test_a_link_that_leads_out_of_the_cache_is_refused(root: Path, tmp_path: Path, pattern: str) -> None:
     path = next(iter(root.rglob(pattern)))
     path.rename(tmp_path / "elsewhere")
@@ -298,7 +376,9 @@ def test_a_cache_may_itself_be_reached_by_a_link(root: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
-@pytest.mark.parametrize("pattern", ["format.json", "reference.json", "manifest.json", "scores/*.parquet", "train/*.parquet"])
+@pytest.mark.parametrize(
+    "pattern", ["format.json", "reference.json", "manifest.json", "scores/*.parquet", "train/*.parquet"]
+)
 def test_a_pipe_is_not_waited_for(root: Path, pattern: str) -> None:
     path = next(iter(root.rglob(pattern)))
     path.unlink()
@@ -309,4 +389,7 @@ def test_a_pipe_is_not_waited_for(root: Path, pattern: str) -> None:
 
 def test_nothing_in_the_store_unpickles_or_evaluates() -> None:
     source = "".join(path.read_text() for path in Path(parquet.__file__).parent.glob("*.py"))
-    assert not any(word in source for word in ("import pickle", "eval(", "exec(", "allow_pickle=True", "marshal", "shelve"))
+    assert not any(
+        word in source
+        for word in ("import pickle", "eval(", "exec(", "allow_pickle=True", "marshal", "shelve")
+    )

@@ -1,4 +1,6 @@
-"""Promise 7: a full disk, a read-only folder, a permission denied, a mount that vanishes: one clear error, all that was published intact."""
+"""Promise 7: a full disk, a read-only folder, a permission denied, a mount that vanishes: one clear error,
+all that was published intact.
+"""
 
 import errno
 import os
@@ -26,7 +28,17 @@ from tests.store.conftest import make_pairs
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTCONN)
+REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOENT,
+    errno.ENOTCONN,
+)
 
 
 class WatchedFolder(LocalFolder):
@@ -50,7 +62,11 @@ class WatchedFolder(LocalFolder):
     def lost(self, root: Path) -> list[str]:
         """What was published and is not there, byte for byte, below the root."""
         certain = {name: content for name, content in self.published.items() if name not in self.in_doubt}
-        return [name for name, content in certain.items() if not (root / name).exists() or (root / name).read_bytes() != content]
+        return [
+            name
+            for name, content in certain.items()
+            if not (root / name).exists() or (root / name).read_bytes() != content
+        ]
 
 
 def nothing(number: int, step: str, arguments: tuple) -> None:
@@ -71,9 +87,15 @@ def num_steps(tmp_path: Path) -> int:
 
 
 def may_pass(step: str, arguments: tuple, number: int, root: Path) -> bool:
-    """Whether this refusal may go by without an error: it is answered by trying again, or nothing depends on the step."""
+    """Whether this refusal may go by without an error: it is answered by trying again, or nothing depends on
+    the step.
+    """
     is_above = step == "sync_folder" and not Path(arguments[0]).is_relative_to(root)
-    return step == "remove_folder" or number == errno.ENOENT or (is_above and number in (errno.EACCES, errno.EPERM))
+    return (
+        step == "remove_folder"
+        or number == errno.ENOENT
+        or (is_above and number in (errno.EACCES, errno.EPERM))
+    )
 
 
 def meet_refusal(root: Path, at: int, number: int, *, forever: bool) -> None:
@@ -100,7 +122,9 @@ def meet_refusal(root: Path, at: int, number: int, *, forever: bool) -> None:
 
 
 @pytest.mark.parametrize("forever", [False, True], ids=["once", "from then on"])
-def test_7_a_step_that_is_refused_is_one_clear_error_and_nothing_published_is_lost(tmp_path: Path, num_steps: int, forever: bool) -> None:
+def test_7_a_step_that_is_refused_is_one_clear_error_and_nothing_published_is_lost(
+    tmp_path: Path, num_steps: int, forever: bool
+) -> None:
     """Every other step, with the refusals in turn; the next test takes every refusal at each step."""
     for at in range(1 + forever, num_steps + 1, 2):
         meet_refusal(tmp_path / "cache", at, REFUSALS[at % len(REFUSALS)], forever=forever)
@@ -114,7 +138,9 @@ def test_7_every_refusal_at_every_step(tmp_path: Path, num_steps: int, number: i
         meet_refusal(tmp_path / "cache", at, number, forever=forever)
 
 
-def test_7_a_cache_whose_mount_vanishes_is_not_begun_anew_on_the_disk_below(tmp_path: Path, num_steps: int) -> None:
+def test_7_a_cache_whose_mount_vanishes_is_not_begun_anew_on_the_disk_below(
+    tmp_path: Path, num_steps: int
+) -> None:
     root, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
     num_met = 0
     for at in range(1, num_steps + 1):
@@ -127,7 +153,9 @@ def test_7_a_cache_whose_mount_vanishes_is_not_begun_anew_on_the_disk_below(tmp_
             had_begun = "format.json" in folder.published
         if had_begun:
             num_met += 1
-            assert len(LocalFolder(root).files()) <= 1 and not (root / "format.json").exists()  # the file of that very moment
+            assert (
+                len(LocalFolder(root).files()) <= 1 and not (root / "format.json").exists()
+            )  # the file of that very moment
             assert faults(elsewhere) == [] and folder.lost(elsewhere) == []
         shutil.rmtree(root)
         shutil.rmtree(elsewhere, ignore_errors=True)  # the last steps may not be reached
@@ -141,8 +169,10 @@ def test_7_a_vanished_mount_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as caught:
         folder.publish("references/r/scores/a.parquet", b"scores")
     assert str(caught.value) == (
-        f"cannot write {folder}/references/r/scores/a.parquet: {folder} was a cache a moment ago and has no format.json now.\n"
-        "If its disk was unmounted, mount it again and run the same command again; what was published is kept there."
+        f"cannot write {folder}/references/r/scores/a.parquet: {folder} was a cache a moment ago and has "
+        "no format.json now.\n"
+        "If its disk was unmounted, mount it again and run the same command again; what was published is "
+        "kept there."
     )
     assert not folder.root.exists()
 
@@ -185,7 +215,10 @@ def test_7_precompute_on_a_disk_that_fills_up_keeps_what_it_published(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(local, "Disk", partial(TroubledDisk, fill_up))
-    with pytest.raises(StorageError, match="No space left on device.\nThe disk is full: free some space and run the same command again"):
+    with pytest.raises(
+        StorageError,
+        match="No space left on device.\nThe disk is full: free some space and run the same command again",
+    ):
         dpo_cache.precompute(model_folder, data_file, tmp_path / "cache", budget_tokens="24")
     monkeypatch.undo()
     assert faults(tmp_path / "cache") == [] and scratch(tmp_path / "cache") == []
@@ -238,7 +271,13 @@ print("all refused")
 
 def can_mount() -> bool:
     unshare = shutil.which("unshare")
-    return bool(unshare) and subprocess.run([unshare, "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode == 0
+    return (
+        bool(unshare)
+        and subprocess.run(
+            [unshare, "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 @pytest.mark.skipif(not can_mount(), reason="no disk can be mounted here")
@@ -265,16 +304,25 @@ except StorageError as error:
 
 @pytest.mark.skipif(os.name == "nt", reason="no such limit there")
 def test_7_a_file_size_limit_is_told_with_what_to_do(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FILE_SIZE_LIMIT, str(tmp_path)], capture_output=True, text=True)
-    assert re.fullmatch(r"cannot write .*/big: File too large\.\n.*raise the limit \(`ulimit -f`\).*\nTrue\n", done.stdout), done
+    done = subprocess.run(
+        [sys.executable, "-c", FILE_SIZE_LIMIT, str(tmp_path)], capture_output=True, text=True
+    )
+    assert re.fullmatch(
+        r"cannot write .*/big: File too large\.\n.*raise the limit \(`ulimit -f`\).*\nTrue\n", done.stdout
+    ), done
 
 
 # -- shared folders, and what killed writers leave ----------------------------------------------------------
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no umask there")
-@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
-def test_7_files_and_folders_have_what_the_umask_leaves(tmp_path: Path, umask: int, file_mode: int, folder_mode: int) -> None:
+@pytest.mark.parametrize(
+    ("umask", "file_mode", "folder_mode"),
+    [(0o002, 0o664, 0o775), (0o022, 0o644, 0o755), (0o077, 0o600, 0o700)],
+)
+def test_7_files_and_folders_have_what_the_umask_leaves(
+    tmp_path: Path, umask: int, file_mode: int, folder_mode: int
+) -> None:
     before = os.umask(umask)
     try:
         live(LocalFolder(tmp_path / "cache"))
@@ -285,7 +333,9 @@ def test_7_files_and_folders_have_what_the_umask_leaves(tmp_path: Path, umask: i
 
 
 def test_7_a_path_that_is_too_long_is_told_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="File name too long.\nThe file system has no room for a path this long"):
+    with pytest.raises(
+        StorageError, match="File name too long.\nThe file system has no room for a path this long"
+    ):
         LocalFolder(tmp_path / "cache").publish(f"pairs/{'x' * 300}/a", b"x")
     longest = "y" * 255  # what is written first must not need a longer name than the file itself
     LocalFolder(tmp_path / "cache").publish(longest, b"x")
@@ -314,5 +364,8 @@ def test_7_a_pair_set_cannot_be_read_half(tmp_path: Path) -> None:
     folder.remove(f"pairs/pairs/train/{cache.pairs('pairs').manifest['parts'][1]['file']}")
     acts: list[Callable[[], object]] = [lambda: list(cache.pairs("pairs")), cache.pairs("pairs").keep_open]
     for act in acts:
-        with pytest.raises(StorageError, match="cannot read .*: No such file or directory.\nIt is gone, or its disk was unmounted"):
+        with pytest.raises(
+            StorageError,
+            match="cannot read .*: No such file or directory.\nIt is gone, or its disk was unmounted",
+        ):
             act()

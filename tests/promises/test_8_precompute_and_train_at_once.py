@@ -1,4 +1,6 @@
-"""Promise 8: a training run reads the pair set it started with, whatever is published or collected meanwhile."""
+"""Promise 8: a training run reads the pair set it started with, whatever is published or collected
+meanwhile.
+"""
 
 import json
 import os
@@ -14,7 +16,10 @@ from tests.conftest import chat_rows, write_rows
 from tests.promises.life import publish_pairs
 from tests.store.conftest import make_pairs, plain
 
-pytestmark = [pytest.mark.usefixtures("small_parts"), pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed there")]
+pytestmark = [
+    pytest.mark.usefixtures("small_parts"),
+    pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed there"),
+]
 
 
 def remove_all(root: Path) -> None:
@@ -65,9 +70,16 @@ def test_8_more_parts_than_files_may_be_open_are_held_where_the_system_grants_mo
     assert [plain(pair) for pair in held] == [plain(pair) for pair in make_pairs(120)]
 
 
-def test_8_training_goes_on_as_if_nothing_had_been_replaced_or_collected(model_folder: str, tmp_path: Path) -> None:
-    """At its first step all of the cache is taken away, and a pair set of the same name and other data is put there."""
-    data = [write_rows(tmp_path / f"{name}.jsonl", chat_rows(30, seed)) for seed, name in enumerate(("first", "second", "held-out"))]
+def test_8_training_goes_on_as_if_nothing_had_been_replaced_or_collected(
+    model_folder: str, tmp_path: Path
+) -> None:
+    """At its first step all of the cache is taken away, and a pair set of the same name and other data is put
+    there.
+    """
+    data = [
+        write_rows(tmp_path / f"{name}.jsonl", chat_rows(30, seed))
+        for seed, name in enumerate(("first", "second", "held-out"))
+    ]
     cache = tmp_path / "cache"
 
     def prepare() -> None:
@@ -84,7 +96,10 @@ def test_8_training_goes_on_as_if_nothing_had_been_replaced_or_collected(model_f
         options = {"pairs": "pairs", "eval_pairs": "held-out", "batch_size": 4, "epochs": 2.0, "lr": 1e-3}
         assert dpo_cache.train(cache, output, on_metrics=on_metrics, **options).finished  # type: ignore[arg-type]
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in line.items() if name not in ("pairs_per_s", "peak_bytes")} for line in lines]
+        return [
+            {name: value for name, value in line.items() if name not in ("pairs_per_s", "peak_bytes")}
+            for line in lines
+        ]
 
     alone = train(tmp_path / "alone")
     assert train(tmp_path / "disturbed", disturb) == alone

@@ -11,7 +11,9 @@ I32, I64, BINARY, LIST, STRUCT = 5, 6, 8, 9, 12
 
 @dataclass
 class Value:
-    """A value of Thrift's compact protocol: its kind, and what it holds. Fields of a struct by number, items of a list in order."""
+    """A value of Thrift's compact protocol: its kind, and what it holds. Fields of a struct by number, items
+    of a list in order.
+    """
 
     kind: int
     held: Any
@@ -40,7 +42,9 @@ def write_struct(value: Value) -> bytes:
     out, before = b"", 0
     for number, field in sorted(value.held.items()):
         step = number - before
-        out += bytes([step << 4 | field.kind]) if 0 < step < 16 else bytes([field.kind]) + _write_integer(number)
+        out += (
+            bytes([step << 4 | field.kind]) if 0 < step < 16 else bytes([field.kind]) + _write_integer(number)
+        )
         out += write_value(field)
         before = number
     return out + b"\0"
@@ -57,7 +61,11 @@ def write_value(value: Value) -> bytes:
         return write_varint(len(value.held)) + value.held
     if value.kind == LIST:
         kind, items = value.held
-        head = bytes([len(items) << 4 | kind]) if len(items) < 15 else bytes([0xF0 | kind]) + write_varint(len(items))
+        head = (
+            bytes([len(items) << 4 | kind])
+            if len(items) < 15
+            else bytes([0xF0 | kind]) + write_varint(len(items))
+        )
         return head + b"".join(map(write_value, items))
     if value.kind == STRUCT:
         return write_struct(value)
@@ -81,7 +89,9 @@ def edit_footer(content: bytes, change: Callable[[Value], None]) -> bytes:
 
 
 def edit_last_page(content: bytes, change: Callable[[Value], None], body: bytes | None = None) -> bytes:
-    """The file with another header (and body) of the last page, which is the last column's only one; the footer agrees with it."""
+    """The file with another header (and body) of the last page, which is the last column's only one; the
+    footer agrees with it.
+    """
     start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     footer, _ = read_struct(content, start)
     column = footer[4].held[1][-1][1].held[1][-1][3]

@@ -24,12 +24,30 @@ from dpo_cache.reporting.runs import (
 
 
 def step(number: int, **changes: float) -> dict[str, Any]:
-    rewards = {"rewards/chosen": 0.5, "rewards/rejected": 0.25, "rewards/accuracies": 0.75, "rewards/margins": 0.25}
-    return {"step": number, "loss": 0.5, **rewards, "num_pairs": 4, "pairs_per_s": 2.0, "peak_bytes": 10**9 + number, **changes}
+    rewards = {
+        "rewards/chosen": 0.5,
+        "rewards/rejected": 0.25,
+        "rewards/accuracies": 0.75,
+        "rewards/margins": 0.25,
+    }
+    return {
+        "step": number,
+        "loss": 0.5,
+        **rewards,
+        "num_pairs": 4,
+        "pairs_per_s": 2.0,
+        "peak_bytes": 10**9 + number,
+        **changes,
+    }
 
 
 def evaluation(number: int, accuracy: float, loss: float = 0.6) -> dict[str, Any]:
-    rewards = {"rewards/chosen": 1.0, "rewards/rejected": -1.0, "rewards/accuracies": accuracy, "rewards/margins": 2.0}
+    rewards = {
+        "rewards/chosen": 1.0,
+        "rewards/rejected": -1.0,
+        "rewards/accuracies": accuracy,
+        "rewards/margins": 2.0,
+    }
     return {"step": number, "eval/loss": loss, **{f"eval/{name}": value for name, value in rewards.items()}}
 
 
@@ -45,10 +63,20 @@ def row_of(folder: Path, **changes: Any) -> RunRow:
 
 
 def test_a_row_holds_what_the_run_wrote(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", [evaluation(0, 0.5), step(1), step(2, pairs_per_s=4.0, peak_bytes=10), evaluation(2, 0.9)])
+    run = make_run(
+        tmp_path / "a",
+        [evaluation(0, 0.5), step(1), step(2, pairs_per_s=4.0, peak_bytes=10), evaluation(2, 0.9)],
+    )
     row = row_of(run)
     assert (row.num_steps, row.total_steps, row.measured_on) == (2, 8, "held out")
-    assert (row.accuracy_before, row.accuracy, row.margin, row.mean_loss, row.chosen_reward, row.rejected_reward) == (0.5, 0.9, 2.0, 0.6, 1.0, -1.0)
+    assert (
+        row.accuracy_before,
+        row.accuracy,
+        row.margin,
+        row.mean_loss,
+        row.chosen_reward,
+        row.rejected_reward,
+    ) == (0.5, 0.9, 2.0, 0.6, 1.0, -1.0)
     assert (row.steps_s, row.pairs_per_s, row.peak_bytes) == (3.0, 8 / 3, 10**9 + 1)
 
 
@@ -68,11 +96,18 @@ def test_before_is_not_shown_as_after(tmp_path: Path) -> None:
 def test_without_held_out_pairs_the_last_steps_are_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", [step(number, loss=float(number)) for number in range(1, 13)])
     row = row_of(run)
-    assert (row.measured_on, row.accuracy_before, row.accuracy, row.mean_loss) == ("training", None, 0.75, 7.5)  # steps 3 to 12
+    assert (row.measured_on, row.accuracy_before, row.accuracy, row.mean_loss) == (
+        "training",
+        None,
+        0.75,
+        7.5,
+    )  # steps 3 to 12
     assert table_notes([row], set())[0].startswith("No pairs were held out")
     held_out = row_of(make_run(tmp_path / "b", [evaluation(0, 0.5), step(1), evaluation(1, 0.6)]))
     _, cells = table_cells([held_out, row])
-    assert cells[0][2:4] == ["50.0%", "60.0%"] and cells[1][2:8] == ["-"] * 6  # of other pairs: not side by side
+    assert (
+        cells[0][2:4] == ["50.0%", "60.0%"] and cells[1][2:8] == ["-"] * 6
+    )  # of other pairs: not side by side
 
 
 def test_a_run_that_has_not_begun_has_an_empty_row(tmp_path: Path) -> None:
@@ -88,9 +123,15 @@ def test_a_line_that_is_being_written_waits(tmp_path: Path) -> None:
 
 
 def test_the_best_of_the_finished_stand_first(tmp_path: Path) -> None:
-    found = {"middle": ("finished", 0.7), "failed": ("failed", 0.99), "best": ("finished", 0.9), "tie": ("finished", 0.7)}
+    found = {
+        "middle": ("finished", 0.7),
+        "failed": ("failed", 0.99),
+        "best": ("finished", 0.9),
+        "tie": ("finished", 0.7),
+    }
     rows = [
-        row_of(make_run(tmp_path / name, [evaluation(0, 0.5), step(1), evaluation(1, value)]), state=state) for name, (state, value) in found.items()
+        row_of(make_run(tmp_path / name, [evaluation(0, 0.5), step(1), evaluation(1, value)]), state=state)
+        for name, (state, value) in found.items()
     ]
     assert [row.name for row in sort_rows(rows)] == ["best", "middle", "tie", "failed"]
 
@@ -98,7 +139,9 @@ def test_the_best_of_the_finished_stand_first(tmp_path: Path) -> None:
 def test_what_does_not_compare_is_said(tmp_path: Path) -> None:
     row = row_of(make_run(tmp_path / "a", [evaluation(0, 0.5), step(1), evaluation(1, 0.6)]))
     assert any(
-        note.startswith("beta: runs that differ in these measure mean loss, margin and rewards in other units")
+        note.startswith(
+            "beta: runs that differ in these measure mean loss, margin and rewards in other units"
+        )
         for note in table_notes([row], {"beta"})
     )
     assert len(table_notes([row], {"loss"})) == 2
@@ -108,18 +151,33 @@ def test_the_files(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a,b", [evaluation(0, 0.5), step(1), evaluation(1, 2 / 3)])
     rows = [
         row_of(run, options={"loss": ("sigmoid:0.8", "sft:0.2"), "model": "x|y"}),
-        row_of(tmp_path / "c", options={"loss": ("ipo",), "model": None}, state="failed", error="out, of luck"),
+        row_of(
+            tmp_path / "c", options={"loss": ("ipo",), "model": None}, state="failed", error="out, of luck"
+        ),
     ]
     first, second = csv.DictReader(io.StringIO(table_csv(rows)))
-    assert (first["name"], first["loss"], float(first["accuracy"]), first["accuracy_before"]) == ("a,b", "sigmoid:0.8+sft:0.2", 2 / 3, "0.5")
-    assert (second["model"], second["state"], second["error"], second["accuracy"]) == ("none", "failed", "out, of luck", "")
+    assert (first["name"], first["loss"], float(first["accuracy"]), first["accuracy_before"]) == (
+        "a,b",
+        "sigmoid:0.8+sft:0.2",
+        2 / 3,
+        "0.5",
+    )
+    assert (second["model"], second["state"], second["error"], second["accuracy"]) == (
+        "none",
+        "failed",
+        "out, of luck",
+        "",
+    )
     page = table_markdown("Sweep x", rows, ["A note."])
     assert page.startswith("# Sweep x\n\n| loss | model | steps |") and "| x\\|y |" in page
     assert "- c failed: out, of luck\n" in page and page.endswith("\n\nA note.\n")
 
 
 def test_the_plot(tmp_path: Path) -> None:
-    runs = [(name, make_run(tmp_path / name, [evaluation(0, 0.5), step(1), evaluation(1, 0.6)])) for name in ("one", "two")]
+    runs = [
+        (name, make_run(tmp_path / name, [evaluation(0, 0.5), step(1), evaluation(1, 0.6)]))
+        for name in ("one", "two")
+    ]
     check_plot(tmp_path / "plot.svg")
     plot_accuracy([*runs, ("none yet", tmp_path / "none")], tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()

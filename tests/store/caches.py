@@ -13,7 +13,13 @@ from dpo_cache.types import Completion, Pair, Score, ScoredPair
 
 PROVENANCE = {"model": "example/tiny", "revision": None, "device": "cpu"}
 SOURCE = {"dataset": "example/pairs", "format": "text", "created": "2025-01-01T00:00:00+00:00"}
-TOKENIZATION = {"tokenizer": "example/tiny", "chat_template": None, "max_length": 64, "truncation": "keep-start", "max_prompt_length": None}
+TOKENIZATION = {
+    "tokenizer": "example/tiny",
+    "chat_template": None,
+    "max_length": 64,
+    "truncation": "keep-start",
+    "max_prompt_length": None,
+}
 
 
 def identity(weights: str = "a", dtype: str = "float32") -> dict:
@@ -28,14 +34,18 @@ def completion(number: int) -> Completion:
 
 
 def value(number: int, shift: float = 0.0) -> Score:
-    return Score(-np.random.default_rng(number).random(completion(number).num_tokens, np.float32) - np.float32(shift))
+    return Score(
+        -np.random.default_rng(number).random(completion(number).num_tokens, np.float32) - np.float32(shift)
+    )
 
 
 def key_of(number: int) -> bytes:
     return completion_key(completion(number))
 
 
-def add_reference(cache: Cache, weights: str = "a", dtype: str = "float32", provenance: dict | None = None) -> str:
+def add_reference(
+    cache: Cache, weights: str = "a", dtype: str = "float32", provenance: dict | None = None
+) -> str:
     return cache.publish_reference(identity(weights, dtype), provenance or PROVENANCE)
 
 
@@ -44,7 +54,14 @@ def add_scores(cache: Cache, reference: str, numbers: Sequence[int], shift: floa
     cache.scores(reference).publish([(key_of(number), value(number, shift)) for number in numbers])
 
 
-def add_pairs(cache: Cache, reference: str, numbers: Sequence[tuple[int, int]], name: str = "demo", shift: float = 0.0, **details: object) -> None:
+def add_pairs(
+    cache: Cache,
+    reference: str,
+    numbers: Sequence[tuple[int, int]],
+    name: str = "demo",
+    shift: float = 0.0,
+    **details: object,
+) -> None:
     """A pair set whose rows are these pairs of completions."""
     writer, digest = cache.write_pairs(name, "train"), PairsDigest()
     for row, (chosen, rejected) in enumerate(numbers):
@@ -55,7 +72,12 @@ def add_pairs(cache: Cache, reference: str, numbers: Sequence[tuple[int, int]], 
     writer.finish({**known, "source": SOURCE, "tokenization": TOKENIZATION, **details})
 
 
-def make_cache(root: Path, *, shards: Sequence[Sequence[int]] = ((0, 1), (2, 3, 4)), pairs: Sequence[tuple[int, int]] = ((0, 1), (2, 3))) -> Cache:
+def make_cache(
+    root: Path,
+    *,
+    shards: Sequence[Sequence[int]] = ((0, 1), (2, 3, 4)),
+    pairs: Sequence[tuple[int, int]] = ((0, 1), (2, 3)),
+) -> Cache:
     """A whole cache of one reference, its shards, and one pair set."""
     cache = open_cache(root, create=True)
     reference = add_reference(cache)
@@ -68,4 +90,8 @@ def make_cache(root: Path, *, shards: Sequence[Sequence[int]] = ((0, 1), (2, 3, 
 
 def contents(root: Path) -> dict[str, bytes]:
     """Every file of a folder, hidden ones too."""
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }

@@ -28,7 +28,10 @@ def key(number: int) -> bytes:
 
 def make_scores(numbers: Sequence[int]) -> list[tuple[bytes, Score]]:
     """Scores that follow from their numbers alone, of 1 to 5 tokens."""
-    return [(key(number), Score(-np.random.default_rng(number).random(1 + number % 5, np.float32))) for number in numbers]
+    return [
+        (key(number), Score(-np.random.default_rng(number).random(1 + number % 5, np.float32)))
+        for number in numbers
+    ]
 
 
 def make_pairs(count: int, first_row: int = 0) -> list[ScoredPair]:
@@ -44,7 +47,10 @@ def make_pairs(count: int, first_row: int = 0) -> list[ScoredPair]:
     pairs = []
     for row in range(first_row, first_row + count):
         prompt = tokens()
-        chosen, rejected = Completion(prompt, tokens()), Completion(tokens() if row % 3 == 0 else prompt, tokens())
+        chosen, rejected = (
+            Completion(prompt, tokens()),
+            Completion(tokens() if row % 3 == 0 else prompt, tokens()),
+        )
         pairs.append(ScoredPair(Pair(row, chosen, rejected), scored(chosen), scored(rejected)))
     return pairs
 
@@ -54,10 +60,15 @@ def plain(scored: ScoredPair) -> dict[str, Any]:
     return {
         "row": scored.pair.row,
         "prompts": (scored.pair.chosen.prompt_ids.tolist(), scored.pair.rejected.prompt_ids.tolist()),
-        "completions": (scored.pair.chosen.completion_ids.tolist(), scored.pair.rejected.completion_ids.tolist()),
+        "completions": (
+            scored.pair.chosen.completion_ids.tolist(),
+            scored.pair.rejected.completion_ids.tolist(),
+        ),
         "token_logps": (scored.ref_chosen.token_logps.tolist(), scored.ref_rejected.token_logps.tolist()),
         "logps": (scored.ref_chosen.logps, scored.ref_rejected.logps),
-        "dtypes": {str(array.dtype) for array in (scored.pair.chosen.sequence_ids, scored.pair.rejected.sequence_ids)},
+        "dtypes": {
+            str(array.dtype) for array in (scored.pair.chosen.sequence_ids, scored.pair.rejected.sequence_ids)
+        },
     }
 
 

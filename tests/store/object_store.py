@@ -65,7 +65,12 @@ class Proxy:
 
     def next_fault(self, method: str, path: str) -> Fault | None:
         for fault in self.plan:
-            if fault.kind != "mute" and fault.times > 0 and fault.method in ("", method) and fault.where in path:
+            if (
+                fault.kind != "mute"
+                and fault.times > 0
+                and fault.method in ("", method)
+                and fault.where in path
+            ):
                 fault.times -= 1
                 self.hit[fault.kind] += 1
                 return fault
@@ -87,7 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(self.proxy.hang_s if fault.kind == "hang" else 0)
             self._drop()
         elif fault is not None and fault.kind == "error":
-            self._answer(fault.status, {}, b"" if self.command == "HEAD" else ERROR.format(code=fault.code).encode())
+            self._answer(
+                fault.status, {}, b"" if self.command == "HEAD" else ERROR.format(code=fault.code).encode()
+            )
         else:
             status, headers, content = self._forward(body)
             if fault is not None and fault.kind == "late":
@@ -111,12 +118,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.server_port, timeout=20)
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in ("connection", "expect")}
+        headers = {
+            name: value
+            for name, value in self.headers.items()
+            if name.lower() not in ("connection", "expect")
+        }
         connection.request(self.command, self.path, body, headers)
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
-        kept = {name: value for name, value in answer.getheaders() if name.lower() not in ("connection", "transfer-encoding", "date", "server")}
+        kept = {
+            name: value
+            for name, value in answer.getheaders()
+            if name.lower() not in ("connection", "transfer-encoding", "date", "server")
+        }
         return answer.status, kept, content
 
     def _answer(self, status: int, headers: dict[str, str], content: bytes, *, is_cut: bool = False) -> None:
@@ -188,8 +203,12 @@ def s3_server() -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def s3(s3_server: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    """The server with a fresh plan, as the environment's S3, the bucket `bucket`, and short waits between tries."""
+def s3(
+    s3_server: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Proxy]:
+    """The server with a fresh plan, as the environment's S3, the bucket `bucket`, and short waits between
+    tries.
+    """
     import boto3
 
     for name, value in {

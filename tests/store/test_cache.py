@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cache.errors import CorruptShardError, DpoCacheError, FormatError, NotInCacheError, OptionError, StorageError
+from dpo_cache.errors import (
+    CorruptShardError,
+    DpoCacheError,
+    FormatError,
+    NotInCacheError,
+    OptionError,
+    StorageError,
+)
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store.folders.local import LocalFolder
 from dpo_cache.store.format.documents import digest_json
@@ -40,7 +47,8 @@ def test_a_missing_folder_is_no_cache(tmp_path: Path) -> None:
     with pytest.raises(FormatError) as caught:
         open_cache(tmp_path / "cache")
     assert str(caught.value) == (
-        f"{tmp_path}/cache: no dpo-cache here (no format.json).\nRun `dpo-cache precompute --cache {tmp_path}/cache …` to make one."
+        f"{tmp_path}/cache: no dpo-cache here (no format.json).\n"
+        f"Run `dpo-cache precompute --cache {tmp_path}/cache …` to make one."
     )
     assert not (tmp_path / "cache").exists()
 
@@ -65,7 +73,8 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FormatError) as caught:
         open_cache(tmp_path, create=True)
     assert str(caught.value) == (
-        f"{tmp_path}: the folder holds other things (b, c, d, e, f) and no format.json.\nChoose an empty or new folder for --cache."
+        f"{tmp_path}: the folder holds other things (b, c, d, e, f) and no format.json.\n"
+        "Choose an empty or new folder for --cache."
     )
 
 
@@ -94,11 +103,17 @@ def test_a_newer_format_says_to_upgrade(tmp_path: Path, create: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("content", [{}, {"format": "zarr", "version": 1}, {"format": "dpo-cache"}, {"format": "dpo-cache", "version": "2"}])
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"format": "zarr", "version": 1}, {"format": "dpo-cache"}, {"format": "dpo-cache", "version": "2"}],
+)
 def test_a_format_that_is_not_ours_is_refused(tmp_path: Path, content: dict) -> None:
     with pytest.raises(FormatError) as caught:
         open_cache(write_format(tmp_path / "cache", content))
-    assert str(caught.value) == f"{tmp_path}/cache/format.json: expected {{'format': 'dpo-cache', 'version': 1}}, found {content}."
+    assert (
+        str(caught.value)
+        == f"{tmp_path}/cache/format.json: expected {{'format': 'dpo-cache', 'version': 1}}, found {content}."
+    )
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
@@ -114,7 +129,10 @@ def test_a_format_file_that_is_no_document_is_corrupt(tmp_path: Path, content: s
 def test_a_reference_is_read_back_by_its_id(cache: Cache) -> None:
     reference_id = cache.publish_reference(IDENTITY, {"model": "example/tiny"})
     assert cache.references() == [reference_id]
-    assert cache.read_reference(reference_id) == {"identity": IDENTITY, "provenance": {"model": "example/tiny"}}
+    assert cache.read_reference(reference_id) == {
+        "identity": IDENTITY,
+        "provenance": {"model": "example/tiny"},
+    }
 
 
 def test_a_reference_that_is_known_keeps_its_first_provenance(cache: Cache) -> None:
@@ -166,7 +184,10 @@ def test_a_start_that_fits_two_references_is_refused(cache: Cache) -> None:
     with pytest.raises(NotInCacheError) as caught:
         cache.find_reference(letter)
     shown = ", ".join(reference_id[:12] for reference_id in ids)
-    assert str(caught.value) == f"{cache}: {count} references whose id starts with {letter!r}.\nKnown references: {shown}."
+    assert (
+        str(caught.value)
+        == f"{cache}: {count} references whose id starts with {letter!r}.\nKnown references: {shown}."
+    )
 
 
 def test_a_start_that_fits_no_reference_is_refused(cache: Cache) -> None:
@@ -184,7 +205,8 @@ def test_a_name_that_cannot_stand_in_a_path_is_refused(cache: Cache, name: str) 
         with pytest.raises(OptionError) as caught:
             cache.write_pairs(*place)
         assert str(caught.value) == (
-            f"{name!r} cannot name a pair set: use letters, digits, '.', '_' and '-', at most 128, not starting with '.' or '-'."
+            f"{name!r} cannot name a pair set: use letters, digits, '.', '_' and '-', at most 128, not "
+            "starting with '.' or '-'."
         )
     assert not Path(str(cache)).exists()
 
@@ -213,7 +235,10 @@ def test_a_name_with_several_splits_and_no_train_is_refused(cache: Cache) -> Non
         write_pairs(cache, "dialogues", split, make_pairs(2))
     with pytest.raises(NotInCacheError) as caught:
         cache.pairs("dialogues")
-    assert str(caught.value) == f"{cache}: 'dialogues' has several splits.\nIt holds: dialogues/dev, dialogues/test."
+    assert (
+        str(caught.value)
+        == f"{cache}: 'dialogues' has several splits.\nIt holds: dialogues/dev, dialogues/test."
+    )
 
 
 def test_an_unknown_pair_set_shows_those_there_are(cache: Cache) -> None:
@@ -231,7 +256,9 @@ def test_two_openers_of_a_new_cache_may_both_write(tmp_path: Path) -> None:
     write_pairs(one, "one", "train", make_pairs(2))
     write_pairs(two, "two", "train", make_pairs(3, first_row=5))
     assert open_cache(tmp_path / "cache").pair_sets() == ["one/train", "two/train"]
-    assert [plain(scored) for scored in one.pairs("two")] == [plain(scored) for scored in make_pairs(3, first_row=5)]
+    assert [plain(scored) for scored in one.pairs("two")] == [
+        plain(scored) for scored in make_pairs(3, first_row=5)
+    ]
 
 
 # -- other readers -----------------------------------------------------------------------------------------
@@ -274,7 +301,12 @@ def pair_row(scored: ScoredPair) -> dict:
 
 def score_rows(by_key: dict[bytes, Score]) -> list[dict]:
     return [
-        {"key": key, "num_tokens": len(score.token_logps), "logps": score.logps, "token_logps": score.token_logps.tolist()}
+        {
+            "key": key,
+            "num_tokens": len(score.token_logps),
+            "logps": score.logps,
+            "token_logps": score.token_logps.tolist(),
+        }
         for key, score in sorted(by_key.items())
     ]
 
@@ -289,7 +321,9 @@ def test_duckdb_alone_reads_the_same_numbers(cache: Cache) -> None:
             names = [column[0] for column in result.description]
             return [dict(zip(names, values, strict=True)) for values in result.fetchall()]
 
-    assert rows(f"select * from '{cache}/pairs/dialogues/train/*.parquet' order by row") == [pair_row(scored) for scored in pairs]
+    assert rows(f"select * from '{cache}/pairs/dialogues/train/*.parquet' order by row") == [
+        pair_row(scored) for scored in pairs
+    ]
     assert rows(f"select * from '{scores}/*.parquet' order by key") == score_rows(by_key)
 
 
@@ -299,13 +333,17 @@ def test_the_datasets_library_alone_reads_the_same_numbers(cache: Cache, tmp_pat
     pairs, by_key, scores = fill(cache)
 
     def rows(pattern: str) -> list[dict]:
-        return load_dataset("parquet", data_files=pattern, split="train", cache_dir=str(tmp_path / "hf")).to_list()
+        return load_dataset(
+            "parquet", data_files=pattern, split="train", cache_dir=str(tmp_path / "hf")
+        ).to_list()
 
     assert rows(f"{cache}/pairs/dialogues/train/*.parquet") == [pair_row(scored) for scored in pairs]
     assert sorted(rows(f"{scores}/*.parquet"), key=lambda row: row["key"]) == score_rows(by_key)
 
 
-def test_a_cache_that_another_writer_makes_at_the_same_moment_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_another_writer_makes_at_the_same_moment_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def made_just_after(self: LocalFolder, name: str) -> bool:
         monkeypatch.undo()
         open_cache(tmp_path / "cache", create=True).publish_reference({"weights": "w"}, {})

@@ -4,15 +4,17 @@ format-1 was made once, by version 0.1.0 with pyarrow 26, and is never written a
 
     cache = open_cache("tests/golden/format-1", create=True)
     reference = cache.publish_reference(IDENTITY, PROVENANCE)
-    cache.scores(reference).publish([(completion_key(completion), score) for the three of COMPLETIONS and TOKEN_LOGPS])
-    writer = cache.write_pairs("golden", "train")
+    cache.scores(reference).publish([(completion_key(completion), score) for the three of COMPLETIONS and
+    TOKEN_LOGPS]) writer = cache.write_pairs("golden", "train")
     writer.add([ScoredPair(Pair(0, one, two), ...), ScoredPair(Pair(2, one, three), ...)])
-    writer.finish({"name": "golden", "split": "train", "reference": reference, "pairs_digest": ..., **DETAILS})
+    writer.finish({"name": "golden", "split": "train", "reference": reference, "pairs_digest": ...,
+    **DETAILS})
 
-format-1-b holds the same, written the same way when log-probs came to be stored byte by byte (`BYTE_STREAM_SPLIT`), with pyarrow 26.
+format-1-b holds the same, written the same way when log-probs came to be stored byte by byte
+(`BYTE_STREAM_SPLIT`), with pyarrow 26.
 
-The third completion has a prompt of its own, as `keep-end` leaves one. All values here are written out by hand;
-the keys, the reference's id and the digest of the pairs were worked out with hashlib alone.
+The third completion has a prompt of its own, as `keep-end` leaves one. All values here are written out by
+hand; the keys, the reference's id and the digest of the pairs were worked out with hashlib alone.
 """
 
 from pathlib import Path
@@ -25,7 +27,12 @@ from dpo_cache.store import Cache, completion_key, open_cache
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 REFERENCE = "6cb51257f390e0b6d101a42c3335e6a9c20774843f9d89f4d1d58c7144401c13"
-IDENTITY = {"scoring": 1, "weights": "5e" * 32, "config": {"hidden_size": 32, "model_type": "llama"}, "dtype": "float32"}
+IDENTITY = {
+    "scoring": 1,
+    "weights": "5e" * 32,
+    "config": {"hidden_size": 32, "model_type": "llama"},
+    "dtype": "float32",
+}
 PROVENANCE = {
     "model": "example/tiny",
     "revision": "main",

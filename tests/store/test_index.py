@@ -47,7 +47,14 @@ def test_a_fetched_score_is_float32_and_its_own(folder: LocalFolder) -> None:
 def test_contains_answers_key_by_key(folder: LocalFolder) -> None:
     index = ScoreIndex(folder, "scores")
     index.publish(make_scores([2, 4]))
-    assert index.contains([key(number) for number in (1, 2, 3, 4, 5, 2)]).tolist() == [False, True, False, True, False, True]
+    assert index.contains([key(number) for number in (1, 2, 3, 4, 5, 2)]).tolist() == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
     assert index.contains([]).tolist() == []
 
 
@@ -60,7 +67,14 @@ def test_an_empty_index_contains_nothing(folder: LocalFolder) -> None:
 
 
 def test_keys_with_zero_bytes_at_their_ends_are_told_apart(folder: LocalFolder) -> None:
-    keys = [bytes(16), b"\1" + bytes(15), b"\1\0\1" + bytes(13), bytes(15) + b"\1", b"\xff" * 15 + b"\0", b"\xff" * 16]
+    keys = [
+        bytes(16),
+        b"\1" + bytes(15),
+        b"\1\0\1" + bytes(13),
+        bytes(15) + b"\1",
+        b"\xff" * 15 + b"\0",
+        b"\xff" * 16,
+    ]
     index = ScoreIndex(folder, "scores")
     index.publish([(name, score(-place)) for place, name in enumerate(keys)])
     for reader in (index, ScoreIndex(folder, "scores")):
@@ -75,7 +89,8 @@ def test_a_missing_key_is_named_with_what_to_run(folder: LocalFolder) -> None:
     with pytest.raises(NotInCacheError) as caught:
         index.fetch([key(1), key(255), key(2)])
     assert str(caught.value) == (
-        f"{folder}/scores: 2 of 3 completions are not scored, the first is 000000000000000000000000000000ff.\n"
+        f"{folder}/scores: 2 of 3 completions are not scored, the first is "
+        "000000000000000000000000000000ff.\n"
         "Run the `dpo-cache precompute` that made this cache again."
     )
 
@@ -130,7 +145,9 @@ def test_a_shard_that_was_deleted_under_the_index_is_a_storage_error(folder: Loc
     index.publish(make_scores([1]))
     (name,) = folder.names("scores")
     (folder.root / "scores" / name).unlink()
-    with pytest.raises(StorageError, match=f"^cannot read {re.escape(str(folder))}/scores/{name}: No such file or directory"):
+    with pytest.raises(
+        StorageError, match=f"^cannot read {re.escape(str(folder))}/scores/{name}: No such file or directory"
+    ):
         index.fetch([key(1)])
 
 
@@ -156,7 +173,13 @@ def score_what_is_missing(location: str, writer: int, start) -> None:
     for window in range(15):
         numbers = window_numbers(window, writer)
         index.refresh()
-        missing = [number for number, there in zip(numbers, index.contains([key(number) for number in numbers]), strict=True) if not there]
+        missing = [
+            number
+            for number, there in zip(
+                numbers, index.contains([key(number) for number in numbers]), strict=True
+            )
+            if not there
+        ]
         if missing:
             index.publish(make_scores(missing))
 
@@ -164,14 +187,24 @@ def score_what_is_missing(location: str, writer: int, start) -> None:
 def test_processes_that_write_at_once_lose_nothing(folder: LocalFolder) -> None:
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(NUM_WRITERS)
-    writers = [context.Process(target=score_what_is_missing, args=(str(folder), writer, start)) for writer in range(NUM_WRITERS)]
+    writers = [
+        context.Process(target=score_what_is_missing, args=(str(folder), writer, start))
+        for writer in range(NUM_WRITERS)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
     assert [writer.exitcode for writer in writers] == [0] * NUM_WRITERS
     index = ScoreIndex(folder, "scores")
-    everything = sorted({number for window in range(15) for writer in range(NUM_WRITERS) for number in window_numbers(window, writer)})
+    everything = sorted(
+        {
+            number
+            for window in range(15)
+            for writer in range(NUM_WRITERS)
+            for number in window_numbers(window, writer)
+        }
+    )
     assert len(index) == len(everything)
     assert values_of(index.fetch([key(number) for number in everything])) == expected(everything)
     assert all(not name.startswith(".") for name in os.listdir(folder.root / "scores"))

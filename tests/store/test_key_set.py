@@ -31,5 +31,6 @@ def test_what_stands_earlier_is_found(some: np.ndarray, wanted: np.ndarray) -> N
 def test_joined_keys_are_one_after_the_other(some: np.ndarray) -> None:
     joined = join_keys(some, some[::-1].copy())
     assert joined.tobytes() == b"".join(
-        one.ljust(2, b"\0") + other.ljust(2, b"\0") for one, other in zip(some.tolist(), some.tolist()[::-1], strict=True)
+        one.ljust(2, b"\0") + other.ljust(2, b"\0")
+        for one, other in zip(some.tolist(), some.tolist()[::-1], strict=True)
     )

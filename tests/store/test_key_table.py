@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from dpo_cache.store.format.keys import is_sorted, key_array, key_order
 from dpo_cache.store.key_table import KeyTable
 
-keys = st.binary(min_size=16, max_size=16) | st.builds(lambda low: bytes(8) + low.to_bytes(8, "big"), st.sampled_from([0, 1, 2, 2**63, 2**64 - 1]))
+keys = st.binary(min_size=16, max_size=16) | st.builds(
+    lambda low: bytes(8) + low.to_bytes(8, "big"), st.sampled_from([0, 1, 2, 2**63, 2**64 - 1])
+)
 batches = st.lists(st.lists(keys, max_size=12), max_size=6)
 
 

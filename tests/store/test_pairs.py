@@ -53,7 +53,9 @@ def read(pair_set: PairSet) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("location", ["local", "memory"])
 def test_what_is_written_is_read_back(tmp_path: Path, location: str) -> None:
-    cache = open_cache(tmp_path / "cache" if location == "local" else f"memory://{tmp_path.name}-pairs", create=True)
+    cache = open_cache(
+        tmp_path / "cache" if location == "local" else f"memory://{tmp_path.name}-pairs", create=True
+    )
     pairs = make_pairs(20)
     write(cache, pairs)
     pair_set = open_cache(str(cache)).pairs("dialogues/train")
@@ -69,7 +71,9 @@ def test_a_rejected_prompt_is_stored_only_where_it_differs(cache: Cache) -> None
     write(cache, pairs)
     (part,) = place_of(cache).glob("*.parquet")
     stored = pq.read_table(part).column("rejected_prompt_ids").to_pylist()
-    assert stored == [scored.pair.rejected.prompt_ids.tolist() if scored.pair.row % 3 == 0 else None for scored in pairs]
+    assert stored == [
+        scored.pair.rejected.prompt_ids.tolist() if scored.pair.row % 3 == 0 else None for scored in pairs
+    ]
 
 
 def test_the_columns_that_others_read_follow_from_the_pairs(cache: Cache) -> None:
@@ -81,8 +85,12 @@ def test_the_columns_that_others_read_follow_from_the_pairs(cache: Cache) -> Non
     for side in ("chosen", "rejected"):
         completions = [getattr(scored.pair, side) for scored in pairs]
         scores = [getattr(scored, f"ref_{side}") for scored in pairs]
-        assert table.column(f"{side}_key").to_pylist() == [completion_key(completion) for completion in completions]
-        assert table.column(f"{side}_num_tokens").to_pylist() == [completion.num_tokens for completion in completions]
+        assert table.column(f"{side}_key").to_pylist() == [
+            completion_key(completion) for completion in completions
+        ]
+        assert table.column(f"{side}_num_tokens").to_pylist() == [
+            completion.num_tokens for completion in completions
+        ]
         assert table.column(f"ref_{side}_logps").to_pylist() == [score.logps for score in scores]
 
 
@@ -91,7 +99,9 @@ def test_pair_sets_of_any_size_are_read_back(cache: Cache, small_parts: None, nu
     pairs = make_pairs(num_pairs)
     manifest = write(cache, pairs)
     pair_set = cache.pairs("dialogues")
-    assert [part["rows"] for part in manifest["parts"]] == [7] * (num_pairs // 7) + [num_pairs % 7] * (num_pairs % 7 > 0)
+    assert [part["rows"] for part in manifest["parts"]] == [7] * (num_pairs // 7) + [num_pairs % 7] * (
+        num_pairs % 7 > 0
+    )
     assert read(pair_set) == [plain(scored) for scored in pairs]
     assert sum(pair_set.block_sizes) == len(pair_set) == num_pairs
     assert max(pair_set.block_sizes) <= 3
@@ -104,7 +114,9 @@ def test_adding_in_pieces_gives_the_same_manifest(cache: Cache, small_parts: Non
     for start in range(0, 23, 5):
         writer.add(pairs[start : start + 5])
     assert writer.finish(DETAILS) == write(cache, pairs)
-    assert sorted(path.name for path in place_of(other).iterdir()) == sorted(path.name for path in place_of(cache).iterdir())
+    assert sorted(path.name for path in place_of(other).iterdir()) == sorted(
+        path.name for path in place_of(cache).iterdir()
+    )
 
 
 def test_blocks_read_in_any_order_hold_what_iteration_gives(cache: Cache, small_parts: None) -> None:
@@ -172,7 +184,9 @@ def test_flipped_bytes_of_a_part_are_found_and_the_file_is_named(cache: Cache, s
     content = part.read_bytes()
     for position in [*range(64), *range(64, len(content) - 64, 61), *range(len(content) - 64, len(content))]:
         part.write_bytes(flip(content, position))
-        with pytest.raises(CorruptShardError, match=f"^{re.escape(str(part))}: its bytes hash to .* not to its name"):
+        with pytest.raises(
+            CorruptShardError, match=f"^{re.escape(str(part))}: its bytes hash to .* not to its name"
+        ):
             list(cache.pairs("dialogues"))
 
 
@@ -215,7 +229,9 @@ def test_a_manifest_that_promises_other_than_its_parts_is_refused(cache: Cache) 
 
 
 @pytest.mark.parametrize("rows", [(8, 2), (6, 4), (5, 5), (9, 1)])
-def test_a_manifest_with_wrong_rows_in_its_parts_is_refused(cache: Cache, small_parts: None, rows: tuple[int, int]) -> None:
+def test_a_manifest_with_wrong_rows_in_its_parts_is_refused(
+    cache: Cache, small_parts: None, rows: tuple[int, int]
+) -> None:
     manifest = write(cache, make_pairs(10))
     parts = [{**part, "rows": count} for part, count in zip(manifest["parts"], rows, strict=True)]
     reseal(cache, {"parts": parts})
@@ -250,4 +266,16 @@ def test_the_digest_of_pairs_follows_rows_keys_and_their_order() -> None:
     one, two = (3, b"a" * 16, b"b" * 16), (4, b"c" * 16, b"d" * 16)
     plainly = hashlib.sha256(b"dpo-cache pairs/1" + struct.pack("<q", 3) + b"a" * 16 + b"b" * 16).hexdigest()
     assert digest(one) == plainly
-    assert len({digest(one), digest(one, two), digest(two, one), digest((3, one[2], one[1])), digest((5, *one[1:])), digest()}) == 6
+    assert (
+        len(
+            {
+                digest(one),
+                digest(one, two),
+                digest(two, one),
+                digest((3, one[2], one[1])),
+                digest((5, *one[1:])),
+                digest(),
+            }
+        )
+        == 6
+    )

@@ -1,4 +1,6 @@
-"""Runs of a sweep in this process instead of their own: loading torch anew for each would take most of the time."""
+"""Runs of a sweep in this process instead of their own: loading torch anew for each would take most of the
+time.
+"""
 
 import contextlib
 import io
@@ -17,15 +19,26 @@ from tests.conftest import chat_rows, write_rows
 @pytest.fixture(scope="package")
 def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
     folder = tmp_path_factory.mktemp("swept")
-    dpo_cache.precompute(model_folder, write_rows(folder / "pairs.jsonl", chat_rows(15)), str(folder / "cache"))
-    dpo_cache.precompute(model_folder, write_rows(folder / "heldout.jsonl", chat_rows(6, seed=9)), str(folder / "cache"))
+    dpo_cache.precompute(
+        model_folder, write_rows(folder / "pairs.jsonl", chat_rows(15)), str(folder / "cache")
+    )
+    dpo_cache.precompute(
+        model_folder, write_rows(folder / "heldout.jsonl", chat_rows(6, seed=9)), str(folder / "cache")
+    )
     return str(folder / "cache")
 
 
 class InlineProcess:
     """A process that has run to its end by the time it is there."""
 
-    def __init__(self, arguments: list[str], out: IO[bytes], log: IO[bytes], environment: dict[str, str], lock: int | None):
+    def __init__(
+        self,
+        arguments: list[str],
+        out: IO[bytes],
+        log: IO[bytes],
+        environment: dict[str, str],
+        lock: int | None,
+    ):
         said, told, argv = io.StringIO(), io.StringIO(), sys.argv
         sys.argv = ["dpo-cache", *arguments]
         try:
@@ -52,7 +65,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def start(arguments: list[str], *rest: object) -> InlineProcess:
-        names.append(next(Path(part.removeprefix("--output=")).name for part in arguments if part.startswith("--output=")))
+        names.append(
+            next(
+                Path(part.removeprefix("--output=")).name
+                for part in arguments
+                if part.startswith("--output=")
+            )
+        )
         return InlineProcess(arguments, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(processes, "start_process", start)

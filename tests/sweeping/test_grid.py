@@ -99,7 +99,8 @@ def test_all_combinations_that_make_no_sense_are_named_at_once() -> None:
         grid_of(label_smoothing="0,0.1", loss="sigmoid,ipo,exo_pair")
     assert str(caught.value) == (
         "2 of 6 combinations make no sense, so nothing was run:\n"
-        "  label_smoothing=0.0, loss=exo_pair: --loss exo_pair needs a --label-smoothing above 0; its paper takes 0.001.\n"
+        "  label_smoothing=0.0, loss=exo_pair: --loss exo_pair needs a --label-smoothing above 0; its "
+        "paper takes 0.001.\n"
         "  label_smoothing=0.1, loss=ipo: --label-smoothing 0.1 has no meaning under --loss ipo. "
         "Leave it out; it serves sigmoid, exo_pair, robust, aot, aot_unpaired, simpo, cpo.\n"
         "Leave such values out, or run them as a sweep of their own."
@@ -115,8 +116,14 @@ def test_what_all_combinations_are_refused_for_is_said_as_train_does() -> None:
 def test_names_are_told_apart() -> None:
     names = run_names([{"model": "a/b"}, {"model": "a-b"}, {"model": "A-B"}, {"model": "c" * 300}])
     assert len({name.lower() for name in names}) == 4
-    assert [name.startswith(start) for name, start in zip(names, ("model=a-b-", "model=a-b-", "model=A-B-", "model=ccc"), strict=True)] == [True] * 4
-    assert run_names([{"loss": ("sigmoid:0.8", "sft:0.2")}, {"loss": ("ipo",)}]) == ["loss=sigmoid-0.8+sft-0.2", "loss=ipo"]
+    assert [
+        name.startswith(start)
+        for name, start in zip(names, ("model=a-b-", "model=a-b-", "model=A-B-", "model=ccc"), strict=True)
+    ] == [True] * 4
+    assert run_names([{"loss": ("sigmoid:0.8", "sft:0.2")}, {"loss": ("ipo",)}]) == [
+        "loss=sigmoid-0.8+sft-0.2",
+        "loss=ipo",
+    ]
 
 
 @given(st.lists(st.text(min_size=1, max_size=300), min_size=2, max_size=6, unique=True))
@@ -124,7 +131,12 @@ def test_names_are_those_of_folders(texts: list[str]) -> None:
     names = run_names([{"model": text} for text in texts])
     assert len({name.lower() for name in names}) == len(texts)
     for name in names:
-        assert len(name.encode()) < 200 and Path(name).name == name and name not in (".", "..", "logs") and "\0" not in name
+        assert (
+            len(name.encode()) < 200
+            and Path(name).name == name
+            and name not in (".", "..", "logs")
+            and "\0" not in name
+        )
 
 
 ODD = {
@@ -141,8 +153,13 @@ ODD = {
 
 
 def test_a_run_is_given_every_option_through_the_command_line() -> None:
-    shared = {entry.name: ODD.get(entry.name, getattr(TrainOptions(cache="c", output="o"), entry.name)) for entry in swept_fields()}
-    arguments = train_arguments("some cache", Run("run", Path("out/run"), Path("out/logs/run.log"), shared, {}))
+    shared = {
+        entry.name: ODD.get(entry.name, getattr(TrainOptions(cache="c", output="o"), entry.name))
+        for entry in swept_fields()
+    }
+    arguments = train_arguments(
+        "some cache", Run("run", Path("out/run"), Path("out/logs/run.log"), shared, {})
+    )
     assert "--no-shuffle" in arguments and "--resume" not in arguments
     command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     read = command.make_context("train", arguments[1:]).params

@@ -1,4 +1,6 @@
-"""Whole sweeps: each run equals one that `train` makes alone, and whatever happens to one leaves the others."""
+"""Whole sweeps: each run equals one that `train` makes alone, and whatever happens to one leaves the
+others.
+"""
 
 import csv
 import json
@@ -23,22 +25,31 @@ def sweep(cache: str, output: Path, **options: Any) -> SweepReport:
     return dpo_cache.sweep(cache, output, log=lambda _: None, **{**OPTIONS, **options})
 
 
-def test_a_grid_is_trained_compared_and_left_alone_when_finished(cache: str, tmp_path: Path, started: list[str]) -> None:
+def test_a_grid_is_trained_compared_and_left_alone_when_finished(
+    cache: str, tmp_path: Path, started: list[str]
+) -> None:
     grid = {"beta": [0.05, 0.5], "loss": "sigmoid:0.8+sft:0.2,ipo"}
     reports: list[SweepReport] = []
     seen: list[SweepProgress] = []
     report = sweep(cache, tmp_path / "all", **grid, on_run=reports.append, on_progress=seen.append)
-    assert started == [f"beta={beta},loss={loss}" for beta in (0.05, 0.5) for loss in ("sigmoid-0.8+sft-0.2", "ipo")]
+    assert started == [
+        f"beta={beta},loss={loss}" for beta in (0.05, 0.5) for loss in ("sigmoid-0.8+sft-0.2", "ipo")
+    ]
     assert report.finished and report.num_failed == 0
     assert [(one.num_finished, len(one.rows)) for one in reports] == [(1, 4), (2, 4), (3, 4)]
     assert (seen[-1].num_done, seen[-1].done, seen[-1].seconds_left) == (4, 4, seen[-1].seconds_left)
 
     alone = dpo_cache.train(cache, tmp_path / "alone", log=lambda _: None, **OPTIONS, beta=0.5, loss=("ipo",))
     run = tmp_path / "all" / "beta=0.5,loss=ipo"
-    assert (run / "model" / "model.safetensors").read_bytes() == (tmp_path / "alone" / "model" / "model.safetensors").read_bytes()
+    assert (run / "model" / "model.safetensors").read_bytes() == (
+        tmp_path / "alone" / "model" / "model.safetensors"
+    ).read_bytes()
     row = next(row for row in report.rows if row.name == run.name)
     assert alone.eval_before and alone.eval_after
-    assert (row.accuracy_before, row.accuracy) == (alone.eval_before["eval/rewards/accuracies"], alone.eval_after["eval/rewards/accuracies"])
+    assert (row.accuracy_before, row.accuracy) == (
+        alone.eval_before["eval/rewards/accuracies"],
+        alone.eval_after["eval/rewards/accuracies"],
+    )
     assert (row.mean_loss, row.num_steps, row.total_steps) == (alone.eval_after["eval/loss"], 3, 3)
 
     accuracies = [row.accuracy for row in report.rows]
@@ -53,25 +64,44 @@ def test_a_grid_is_trained_compared_and_left_alone_when_finished(cache: str, tmp
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("model/*")} == files
 
     wider = sweep(cache, tmp_path / "all", **{**grid, "beta": [0.05, 0.5, 0.1]})
-    assert wider.finished and wider.num_runs == 6 and started[4:] == ["beta=0.1,loss=sigmoid-0.8+sft-0.2", "beta=0.1,loss=ipo"]
+    assert (
+        wider.finished
+        and wider.num_runs == 6
+        and started[4:] == ["beta=0.1,loss=sigmoid-0.8+sft-0.2", "beta=0.1,loss=ipo"]
+    )
 
 
-def test_a_failure_is_told_the_others_go_on_and_it_is_tried_again(cache: str, tmp_path: Path, started: list[str]) -> None:
+def test_a_failure_is_told_the_others_go_on_and_it_is_tried_again(
+    cache: str, tmp_path: Path, started: list[str]
+) -> None:
     said: list[str] = []
     grid = {**OPTIONS, "loss": "ipo", "beta": [1e-30, 0.1]}
     report = dpo_cache.sweep(cache, tmp_path / "out", log=said.append, **grid)
     assert (report.num_finished, report.num_failed, report.finished) == (1, 1, False)
     failed = report.rows[-1]
     assert (failed.name, failed.state) == ("beta=1e-30", "failed")
-    assert failed.error and failed.error.startswith("step 1: loss 2") and failed.error.endswith("The weights were not updated. Lower --lr.")
-    assert f"beta=1e-30: failed with exit code 1; the others go on. All that it said: {tmp_path}/out/logs/beta=1e-30.log" in said
-    assert (tmp_path / "out" / "logs" / "beta=1e-30.log").read_text().startswith(f"$ dpo-cache train --cache={cache} ")
+    assert (
+        failed.error
+        and failed.error.startswith("step 1: loss 2")
+        and failed.error.endswith("The weights were not updated. Lower --lr.")
+    )
+    assert (
+        "beta=1e-30: failed with exit code 1; the others go on. All that it said: "
+        f"{tmp_path}/out/logs/beta=1e-30.log" in said
+    )
+    assert (
+        (tmp_path / "out" / "logs" / "beta=1e-30.log")
+        .read_text()
+        .startswith(f"$ dpo-cache train --cache={cache} ")
+    )
     assert f"- beta=1e-30 failed: {failed.error}" in (tmp_path / "out" / "table.md").read_text()
     dpo_cache.sweep(cache, tmp_path / "out", log=said.append, **grid)
     assert started == ["beta=1e-30", "beta=0.1", "beta=1e-30"]
 
 
-def test_a_stop_begins_nothing_more_and_the_rest_is_done_later(cache: str, tmp_path: Path, started: list[str]) -> None:
+def test_a_stop_begins_nothing_more_and_the_rest_is_done_later(
+    cache: str, tmp_path: Path, started: list[str]
+) -> None:
     stopped = sweep(cache, tmp_path / "out", beta=[0.1, 0.2], should_stop=lambda: bool(started))
     assert started == ["beta=0.1"] and [row.state for row in stopped.rows] == ["finished", "waiting"]
     assert sweep(cache, tmp_path / "out", beta=[0.1, 0.2]).finished and started == ["beta=0.1", "beta=0.2"]
@@ -103,7 +133,10 @@ def test_a_run_that_was_cut_off_goes_on(cache: str, tmp_path: Path, started: lis
 def test_what_every_run_would_fail_of_is_said_before(cache: str, tmp_path: Path, started: list[str]) -> None:
     for options, message in (
         ({"pairs": "nope,pairs"}, "no pair set 'nope'"),
-        ({"pairs": None, "eval_pairs": None}, "several pair sets to train on.\nSay which with --pairs: heldout/train, pairs/train."),
+        (
+            {"pairs": None, "eval_pairs": None},
+            "several pair sets to train on.\nSay which with --pairs: heldout/train, pairs/train.",
+        ),
     ):
         with pytest.raises(NotInCacheError) as caught:
             sweep(cache, tmp_path / "out", **{"beta": [0.1, 0.2], **options})
@@ -113,14 +146,20 @@ def test_what_every_run_would_fail_of_is_said_before(cache: str, tmp_path: Path,
     assert not started and not (tmp_path / "out").exists()
 
 
-def test_pairs_that_change_between_the_runs_are_told(model_folder: str, tmp_path: Path, started: list[str]) -> None:
+def test_pairs_that_change_between_the_runs_are_told(
+    model_folder: str, tmp_path: Path, started: list[str]
+) -> None:
     where = str(tmp_path / "cache")
     options = {"pairs": "pairs", "eval_pairs": None, "eval_fraction": 0.4, "max_steps": 1}
     dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", chat_rows(9)), where)
-    assert not any("has changed" in note for note in sweep(where, tmp_path / "out", beta=[0.1], **options).notes)
+    assert not any(
+        "has changed" in note for note in sweep(where, tmp_path / "out", beta=[0.1], **options).notes
+    )
     dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", chat_rows(12)), where)
     report = sweep(where, tmp_path / "out", beta=[0.1, 0.2], **options)
-    assert "pairs/train has changed between the runs: they were not trained on the same pairs." in report.notes
+    assert (
+        "pairs/train has changed between the runs: they were not trained on the same pairs." in report.notes
+    )
     assert "has changed between" in (tmp_path / "out" / "table.md").read_text()
 
 
@@ -138,7 +177,9 @@ def active(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ActiveRun:
     monkeypatch.setattr(processes, "swept_fields", list)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"resolved": {"total_steps": 10}}')
-    return ActiveRun("cache", Run("run", tmp_path / "run", tmp_path / "logs" / "run.log", {}, {}), 0, {}, None)
+    return ActiveRun(
+        "cache", Run("run", tmp_path / "run", tmp_path / "logs" / "run.log", {}, {}), 0, {}, None
+    )
 
 
 def test_the_time_left_is_that_of_the_pace_seen(active: ActiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +227,10 @@ def test_what_runs_at_once_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert "OMP_NUM_THREADS" not in run_environment(1, 0) and run_environment(1, 0)["CUDA_VISIBLE_DEVICES"] == "2,5"
+    assert (
+        "OMP_NUM_THREADS" not in run_environment(1, 0)
+        and run_environment(1, 0)["CUDA_VISIBLE_DEVICES"] == "2,5"
+    )
     shared = [run_environment(3, slot) for slot in range(3)]
     assert [environment["OMP_NUM_THREADS"] for environment in shared] == ["2"] * 3
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in shared] == ["2", "5", "2"]

@@ -19,7 +19,14 @@ def names(output: Path, *, resume: bool = False, **options: Any) -> list[str]:
 def test_more_values_add_runs_and_keep_the_folders(tmp_path: Path) -> None:
     assert names(tmp_path, beta="0.1,0.2") == ["beta=0.1", "beta=0.2"]
     assert names(tmp_path, beta="0.1,0.2,0.05", resume=True) == ["beta=0.1", "beta=0.2", "beta=0.05"]
-    wider = ["beta=0.1", "beta=0.1,loss=ipo", "beta=0.2", "beta=0.2,loss=ipo", "beta=0.05", "beta=0.05,loss=ipo"]
+    wider = [
+        "beta=0.1",
+        "beta=0.1,loss=ipo",
+        "beta=0.2",
+        "beta=0.2,loss=ipo",
+        "beta=0.05",
+        "beta=0.05,loss=ipo",
+    ]
     assert names(tmp_path, beta="0.1,0.2,0.05", loss="sigmoid,ipo") == wider
     assert names(tmp_path, beta="0.1,0.2,0.05", loss="sigmoid,ipo") == wider
     written = json.loads((tmp_path / "sweep.json").read_text())
@@ -42,7 +49,9 @@ def test_another_grid_is_refused_and_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
-    assert names(tmp_path, beta="0.1,0.2") == names(tmp_path, beta="0.1,0.2", micro_tokens=512, save_every="10")
+    assert names(tmp_path, beta="0.1,0.2") == names(
+        tmp_path, beta="0.1,0.2", micro_tokens=512, save_every="10"
+    )
     with pytest.raises(TrainingError, match=r"micro_tokens: 512 before, 256, 1024 now"):
         names(tmp_path, beta="0.1,0.2", micro_tokens="256,1024", save_every="10")
 
@@ -52,7 +61,12 @@ def test_options_that_came_later_have_their_defaults(tmp_path: Path) -> None:
     plan = json.loads((tmp_path / "sweep.json").read_text())
     del plan["shared"]["seed"]
     (tmp_path / "sweep.json").write_text(json.dumps(plan))
-    assert names(tmp_path, beta="0.1,0.2", seed="0,1") == ["beta=0.1", "beta=0.1,seed=1", "beta=0.2", "beta=0.2,seed=1"]
+    assert names(tmp_path, beta="0.1,0.2", seed="0,1") == [
+        "beta=0.1",
+        "beta=0.1,seed=1",
+        "beta=0.2",
+        "beta=0.2,seed=1",
+    ]
     plan["shared"]["colour"] = "red"
     (tmp_path / "sweep.json").write_text(json.dumps(plan))
     with pytest.raises(TrainingError, match="colour: red before, unknown now"):
@@ -62,9 +76,13 @@ def test_options_that_came_later_have_their_defaults(tmp_path: Path) -> None:
 PLANS = {
     "torn": ('{"format": "dpo-cac', "not readable (JSONDecodeError: "),
     "other": ('{"format": "something"}', "not readable (ValueError: not that of a sweep)"),
-    "newer": ('{"format": "dpo-cache sweep", "version": 2, "shared": {}, "varied": {}, "runs": []}', "made by a newer dpo-cache (version 2"),
+    "newer": (
+        '{"format": "dpo-cache sweep", "version": 2, "shared": {}, "varied": {}, "runs": []}',
+        "made by a newer dpo-cache (version 2",
+    ),
     "elsewhere": (
-        '{"format": "dpo-cache sweep", "version": 1, "shared": {}, "varied": {}, "runs": [{"name": "../x", "options": {}}]}',
+        '{"format": "dpo-cache sweep", "version": 1, "shared": {}, "varied": {}, "runs": [{"name": '
+        '"../x", "options": {}}]}',
         "'../x' is no name of a folder.",
     ),
 }
@@ -84,7 +102,10 @@ def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(TrainingError) as caught, hold_folder(tmp_path, print):
         names(tmp_path, beta="0.1,0.2")
-    assert str(caught.value) == f"{tmp_path}: not an empty folder, nor that of a sweep; it holds notes.\nChoose another --output."
+    assert (
+        str(caught.value)
+        == f"{tmp_path}: not an empty folder, nor that of a sweep; it holds notes.\nChoose another --output."
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
     with pytest.raises(TrainingError, match="notes: not a folder"), hold_folder(tmp_path / "notes", print):
         raise AssertionError("not reached")
@@ -93,7 +114,10 @@ def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
 def test_there_must_be_a_sweep_to_resume(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as caught, hold_folder(tmp_path / "new", print):
         names(tmp_path / "new", beta="0.1,0.2", resume=True)
-    assert str(caught.value) == f"{tmp_path / 'new'}: there is no sweep to resume.\nRun without --resume to start one."
+    assert (
+        str(caught.value)
+        == f"{tmp_path / 'new'}: there is no sweep to resume.\nRun without --resume to start one."
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -102,7 +126,10 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path) -> None:
     with hold_folder(tmp_path, said.append) as lock:
         assert lock is not None
         names(tmp_path, beta="0.1,0.2")
-        with pytest.raises(TrainingError, match="another sweep is at work here"), hold_folder(tmp_path, said.append):
+        with (
+            pytest.raises(TrainingError, match="another sweep is at work here"),
+            hold_folder(tmp_path, said.append),
+        ):
             raise AssertionError("not reached")
     with hold_folder(tmp_path, said.append):
         pass

@@ -23,7 +23,9 @@ def make_pairs(num_pairs: int, seed: int = 0) -> list[ScoredPair]:
     for row in range(num_pairs):
         prompt = prompts[row % len(prompts)]
         sides = Completion(prompt, ids(1, 9)), Completion(prompt, ids(1, 9))
-        pairs.append(ScoredPair(Pair(row, *sides), *(Score(np.zeros(side.num_tokens, np.float32)) for side in sides)))
+        pairs.append(
+            ScoredPair(Pair(row, *sides), *(Score(np.zeros(side.num_tokens, np.float32)) for side in sides))
+        )
     return pairs
 
 
@@ -41,7 +43,10 @@ def pair_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PairSet:
 
 def rows(pair_set: PairSet, selected: np.ndarray | None = None, **options: object) -> list[int]:
     chosen = np.ones(47, bool) if selected is None else selected
-    return [scored.pair.row for scored in stream_pairs(pair_set, chosen, **{"shuffle": True, "seed": 0, "epoch": 0, **options})]
+    return [
+        scored.pair.row
+        for scored in stream_pairs(pair_set, chosen, **{"shuffle": True, "seed": 0, "epoch": 0, **options})
+    ]
 
 
 def test_an_epoch_has_every_pair_once(pair_set: PairSet) -> None:
@@ -61,7 +66,9 @@ def test_order_depends_on_seed_and_epoch_alone(pair_set: PairSet) -> None:
 
 @pytest.mark.parametrize("skip", [0, 1, 14, 15, 16, 31, 46, 47])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_skipping_is_the_same_as_reading_and_throwing_away(pair_set: PairSet, skip: int, shuffle: bool) -> None:
+def test_skipping_is_the_same_as_reading_and_throwing_away(
+    pair_set: PairSet, skip: int, shuffle: bool
+) -> None:
     assert rows(pair_set, shuffle=shuffle, skip=skip) == rows(pair_set, shuffle=shuffle)[skip:]
 
 
@@ -100,7 +107,9 @@ def test_rates_are_those_of_transformers(schedule: str, warmup_ratio: float) -> 
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
     name = "constant_with_warmup" if schedule == "constant" else schedule
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=math.ceil(17 * warmup_ratio), num_training_steps=17)
+    scheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=math.ceil(17 * warmup_ratio), num_training_steps=17
+    )
     for step in range(17):
         found = learning_rate(step, 17, peak=2e-5, schedule=schedule, warmup_ratio=warmup_ratio)
         assert found == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)

@@ -10,7 +10,15 @@ from dpo_cache.training.evaluations import Best, schedule_of
 from tests.training.test_loop import Killed, comparable, metrics, train, weights
 
 # a squared loss overshoots and comes back: the last evaluation is not the best
-LEARNING = {"loss": "ipo", "eval_pairs": "heldout", "eval_every": 1, "lr": 1e-3, "warmup_ratio": 0.0, "max_steps": 8, "epochs": 9.0}
+LEARNING = {
+    "loss": "ipo",
+    "eval_pairs": "heldout",
+    "eval_every": 1,
+    "lr": 1e-3,
+    "warmup_ratio": 0.0,
+    "max_steps": 8,
+    "epochs": 9.0,
+}
 
 
 @pytest.mark.parametrize(
@@ -28,29 +36,56 @@ def test_evaluations_are_due_by_steps_or_epochs(value: str | None, due: list[int
 
 @pytest.mark.parametrize("value", ["0", "-1", "2.5", "epochs2", "0epochs", "often", ""])
 def test_periods_without_sense_are_refused(value: str) -> None:
-    with pytest.raises(OptionError, match=r"--eval-every .*: expected a number of steps above 0, or of epochs as in 0.5epochs"):
+    with pytest.raises(
+        OptionError,
+        match=r"--eval-every .*: expected a number of steps above 0, or of epochs as in 0.5epochs",
+    ):
         schedule_of("--eval-every", value, 4)
 
 
 def test_the_best_is_strictly_better_and_counts_what_came_since() -> None:
     best = Best("accuracy")
-    noted = [best.note({"step": step, "eval/rewards/accuracies": value}) for step, value in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.6), (5, 0.8))]
-    assert noted == [True, True, False, False, True] and (best.step, best.value, best.num_worse) == (5, 0.8, 0)
+    noted = [
+        best.note({"step": step, "eval/rewards/accuracies": value})
+        for step, value in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.6), (5, 0.8))
+    ]
+    assert noted == [True, True, False, False, True] and (best.step, best.value, best.num_worse) == (
+        5,
+        0.8,
+        0,
+    )
     lower = Best("loss")
-    assert [lower.note({"step": step, "eval/loss": value}) for step, value in ((1, 0.5), (2, 0.6), (3, 0.4))] == [True, False, True]
-    assert lower.is_better_than({"step": 0, "eval/loss": 0.41}) and not lower.is_better_than({"step": 0, "eval/loss": 0.4})
+    assert [
+        lower.note({"step": step, "eval/loss": value}) for step, value in ((1, 0.5), (2, 0.6), (3, 0.4))
+    ] == [True, False, True]
+    assert lower.is_better_than({"step": 0, "eval/loss": 0.41}) and not lower.is_better_than(
+        {"step": 0, "eval/loss": 0.4}
+    )
     assert Best(**best.state()) == best
 
 
 def test_the_model_of_the_best_evaluation_is_kept_beside_the_last(cache: str, tmp_path: Path) -> None:
     report = train(cache, tmp_path / "run", **LEARNING)
-    losses = {line["step"]: line["eval/loss"] for line in metrics(tmp_path / "run") if "eval/loss" in line and line["step"]}
+    losses = {
+        line["step"]: line["eval/loss"]
+        for line in metrics(tmp_path / "run")
+        if "eval/loss" in line and line["step"]
+    }
     best = min(losses, key=lambda step: losses[step])
     assert best < 8, "the last evaluation must not be the best"
     assert report.best == {"measure": "loss", "step": best, "value": losses[best], "num_worse": 8 - best}
     assert report.best_model == str(tmp_path / "run/best") and report.num_steps == 8
-    short = train(cache, tmp_path / "short", should_stop=lambda: len(metrics(tmp_path / "short")) >= 2 * best + 1, **LEARNING)
-    stopped = weights(next((tmp_path / "short/checkpoints").iterdir())) if not short.finished else weights(short.model)
+    short = train(
+        cache,
+        tmp_path / "short",
+        should_stop=lambda: len(metrics(tmp_path / "short")) >= 2 * best + 1,
+        **LEARNING,
+    )
+    stopped = (
+        weights(next((tmp_path / "short/checkpoints").iterdir()))
+        if not short.finished
+        else weights(short.model)
+    )
     kept = weights(tmp_path / "run/best")
     assert all(torch.equal(value, stopped[name]) for name, value in kept.items())
     assert not all(torch.equal(value, kept[name]) for name, value in weights(report.model).items())

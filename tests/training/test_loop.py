@@ -18,7 +18,7 @@ from dpo_cache.training.output import checkpoint
 from dpo_cache.training.output import run_folder as folder_module
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
 
-FAST = {"batch_size": 4, "lr": 1e-3, "say": lambda text: None}
+FAST = {"batch_size": 4, "lr": 1e-3, "log": lambda text: None}
 KEYS = {
     "step", "epoch", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
     "logps/rejected", "grad_norm", "lr", "num_pairs", "num_tokens", "pairs_per_s", "peak_bytes",
@@ -34,12 +34,18 @@ def metrics(output: Path) -> list[dict]:
 
 
 def comparable(output: Path) -> list[dict]:
-    return [{key: value for key, value in line.items() if key not in ("pairs_per_s", "peak_bytes")} for line in metrics(output)]
+    return [
+        {key: value for key, value in line.items() if key not in ("pairs_per_s", "peak_bytes")}
+        for line in metrics(output)
+    ]
 
 
 def assert_alike(ones: list[dict], others: list[dict]) -> None:
     """The lines of two runs of the same steps agree up to rounding."""
-    signs_of_zero = {"rewards/accuracies", "eval/rewards/accuracies"}  # before the first update margins are zero up to rounding
+    signs_of_zero = {
+        "rewards/accuracies",
+        "eval/rewards/accuracies",
+    }  # before the first update margins are zero up to rounding
     for one, other in zip(ones, others, strict=True):
         for name in set(one) - {"pairs_per_s", "peak_bytes", "num_tokens"} - signs_of_zero:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
@@ -61,7 +67,11 @@ def test_a_run_holds_config_metrics_and_a_model_that_loads(cache: str, tmp_path:
     assert config["batch_size"] == 4 and config["resolved"]["num_pairs"] == 15
     tokenizer = AutoTokenizer.from_pretrained(report.model)
     assert tokenizer.chat_template == make_tokenizer().chat_template
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl", "model"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "model",
+    ]
     trained = weights(report.model)
     assert any(not torch.equal(value, trained[name]) for name, value in make_llama().state_dict().items())
 
@@ -89,13 +99,24 @@ NAIVE = {
 
 @pytest.mark.parametrize("changes", NAIVE.values(), ids=NAIVE)
 def test_metrics_and_weights_are_those_of_a_naive_loop(cache: str, tmp_path: Path, changes: dict) -> None:
-    options = {"beta": 0.1, "label_smoothing": 0.0, "loss": "sigmoid", "reference_free": False, "weight_decay": 0.0, "max_grad_norm": 0.5, **changes}
+    options = {
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "loss": "sigmoid",
+        "reference_free": False,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.5,
+        **changes,
+    }
     rate = {"lr_schedule": "constant", "warmup_ratio": 0.0, "lr": 1e-3, **changes}
     report = train(cache, tmp_path / "run", shuffle=False, max_steps=2, batch_size=5, **{**options, **rate})
     model = make_llama()
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": decayed, "weight_decay": options["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": options["weight_decay"]},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=rate["lr"])
     pairs = list(open_cache(cache).pairs("pairs"))
     for line, batch in zip(metrics(tmp_path / "run"), (pairs[:5], pairs[5:10]), strict=True):
@@ -104,7 +125,9 @@ def test_metrics_and_weights_are_those_of_a_naive_loop(cache: str, tmp_path: Pat
             ids = torch.from_numpy(completion.sequence_ids.astype("int64"))[None]
             logps = model(input_ids=ids).logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
             sums.append(logps[len(completion.prompt_ids) - 1 :].double().sum())
-        reference = [entry.ref_chosen.logps for entry in batch] + [entry.ref_rejected.logps for entry in batch]
+        reference = [entry.ref_chosen.logps for entry in batch] + [
+            entry.ref_rejected.logps for entry in batch
+        ]
         chosen, rejected = torch.stack(sums).chunk(2)
         ref_chosen, ref_rejected = torch.tensor(reference, dtype=torch.float64).chunk(2)
         margins = chosen - rejected - (0 if options["reference_free"] else ref_chosen - ref_rejected)
@@ -124,17 +147,27 @@ def test_metrics_and_weights_are_those_of_a_naive_loop(cache: str, tmp_path: Pat
         assert line["rewards/margins"] == pytest.approx(gaps.mean().item(), abs=1e-4)
         assert line["logps/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-5)
     trained = weights(report.model)
-    moved = max(float((value - make_llama().state_dict()[name]).abs().max()) for name, value in trained.items())
+    moved = max(
+        float((value - make_llama().state_dict()[name]).abs().max()) for name, value in trained.items()
+    )
     gap = max(float((value - trained[name]).abs().max()) for name, value in model.state_dict().items())
     assert gap < 0.05 * moved
 
 
-def test_clipping_scales_the_gradient_that_the_optimizer_sees(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clipping_scales_the_gradient_that_the_optimizer_sees(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     norms: list[float] = []
     step = torch.optim.AdamW.step
 
     def note(self: torch.optim.AdamW) -> None:
-        norms.append(float(torch.nn.utils.get_total_norm([parameter.grad for group in self.param_groups for parameter in group["params"]])))
+        norms.append(
+            float(
+                torch.nn.utils.get_total_norm(
+                    [parameter.grad for group in self.param_groups for parameter in group["params"]]
+                )
+            )
+        )
         step(self)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", note)
@@ -156,14 +189,20 @@ def forest_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_a_step_is_run_in_as_many_forests_as_its_budget_needs(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_run_in_as_many_forests_as_its_budget_needs(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = forest_sizes(monkeypatch)
     report = train(cache, tmp_path / "run", max_steps=1, batch_size=8, micro_tokens="100")
     assert len(sizes) > 1 and max(sizes) <= 100
-    assert report.last is not None and report.last["num_tokens"] == sum(sizes[:-1])  # the last one looks at the model before it is saved
+    assert report.last is not None and report.last["num_tokens"] == sum(
+        sizes[:-1]
+    )  # the last one looks at the model before it is saved
 
 
-def test_checkpointing_recomputes_the_layers(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpointing_recomputes_the_layers(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
     forward = LlamaDecoderLayer.forward
 
@@ -180,7 +219,9 @@ def test_checkpointing_recomputes_the_layers(cache: str, tmp_path: Path, monkeyp
     assert counts[1] == counts[2] == counts[0] + 2  # both layers of the one forest once more
 
 
-def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"batch_size": 8, "max_steps": 2, "lr": 1e-4, "micro_tokens": "1000"}
     train(cache, tmp_path / "whole", **options)
     modes: list[str] = []
@@ -204,14 +245,23 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(cache: str, tmp
     monkeypatch.setattr(passes, "completion_logps", run_out)
     remarks: list[str] = []
     train(cache, tmp_path / "tight", log=remarks.append, **options)
-    said = [remark.removeprefix("out of memory; the step is taken again, and the run goes on, with ") for remark in remarks if "memory" in remark]
-    assert said[:2] == ["--gradient-checkpointing full. Nothing is lost.", "--micro-tokens 500. Nothing is lost."]
+    said = [
+        remark.removeprefix("out of memory; the step is taken again, and the run goes on, with ")
+        for remark in remarks
+        if "memory" in remark
+    ]
+    assert said[:2] == [
+        "--gradient-checkpointing full. Nothing is lost.",
+        "--micro-tokens 500. Nothing is lost.",
+    ]
     for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "tight"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def test_a_step_begun_anew_is_counted_once(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_begun_anew_is_counted_once(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"batch_size": 8, "max_steps": 1, "micro_tokens": "100"}
     forward, calls = passes.completion_logps, []
 
@@ -232,7 +282,9 @@ def test_a_step_begun_anew_is_counted_once(cache: str, tmp_path: Path, monkeypat
         assert {key: one[key] for key in exact} == {key: other[key] for key in exact}
 
 
-def test_memory_that_never_suffices_is_told(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_never_suffices_is_told(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run_out(*_, **__):
         raise torch.OutOfMemoryError
 
@@ -242,7 +294,9 @@ def test_memory_that_never_suffices_is_told(cache: str, tmp_path: Path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
-def test_another_error_is_not_taken_for_a_lack_of_memory(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_error_is_not_taken_for_a_lack_of_memory(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_, **__):
         raise RuntimeError("something else")
 
@@ -256,21 +310,33 @@ def test_a_host_with_little_memory_recomputes_from_the_start(monkeypatch: pytest
     for share, expected in ((0.5, "cheap"), (1e-9, "full")):
         monkeypatch.setattr(step_memory, "SHARE_OF_FREE", share)
         assert step_memory.StepMemory(make_llama(), 1000, "auto", print).mode == expected
-    assert activation_bytes(model, 1000, "none") > activation_bytes(model, 1000, "selective") > activation_bytes(model, 1000, "full") > 0
+    assert (
+        activation_bytes(model, 1000, "none")
+        > activation_bytes(model, 1000, "selective")
+        > activation_bytes(model, 1000, "full")
+        > 0
+    )
 
 
 @pytest.mark.parametrize(("precision", "weights_dtype", "inner_dtype"), [
     ("fp32", torch.float32, torch.float32), ("bf16-mixed", torch.float32, torch.bfloat16), ("bf16", torch.bfloat16, torch.bfloat16),
 ])  # fmt: skip
 def test_each_precision_computes_in_its_dtype(
-    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, weights_dtype: torch.dtype, inner_dtype: torch.dtype
+    cache: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    weights_dtype: torch.dtype,
+    inner_dtype: torch.dtype,
 ) -> None:
     seen: set[tuple[torch.dtype, torch.dtype]] = set()
     real = passes.completion_logps
 
     def note(model, completions, attention, **options):  # type: ignore[no-untyped-def]
         layer = model.model.layers[0].mlp.up_proj
-        hook = layer.register_forward_hook(lambda module, inputs, output: seen.add((module.weight.dtype, output.dtype)))
+        hook = layer.register_forward_hook(
+            lambda module, inputs, output: seen.add((module.weight.dtype, output.dtype))
+        )
         logps = real(model, completions, attention, **options)
         hook.remove()
         return logps
@@ -281,16 +347,24 @@ def test_each_precision_computes_in_its_dtype(
 
 
 def test_evaluations_come_when_they_are_asked_for_and_after_updates(cache: str, tmp_path: Path) -> None:
-    train(cache, tmp_path / "run", eval_pairs="heldout", eval_every=2, batch_size=4, lr=1e-2, warmup_ratio=0.0)
+    train(
+        cache, tmp_path / "run", eval_pairs="heldout", eval_every=2, batch_size=4, lr=1e-2, warmup_ratio=0.0
+    )
     lines = metrics(tmp_path / "run")
     evaluations = [line for line in lines if "eval/loss" in line]
     assert [line["step"] for line in evaluations] == [0, 2, 4]
     assert len({line["eval/loss"] for line in evaluations}) == 3
-    assert [line["epoch"] for line in lines if "loss" in line] == [pytest.approx(done / 15, abs=1e-4) for done in (4, 8, 12, 15)]
+    assert [line["epoch"] for line in lines if "loss" in line] == [
+        pytest.approx(done / 15, abs=1e-4) for done in (4, 8, 12, 15)
+    ]
 
 
-@pytest.mark.parametrize(("epochs", "batch_size", "num_steps"), [(3.0, 32, 3), (2.0, 4, 8), (0.5, 4, 2), (1.0, 15, 1)])
-def test_epochs_are_whole_passes(cache: str, tmp_path: Path, epochs: float, batch_size: int, num_steps: int) -> None:
+@pytest.mark.parametrize(
+    ("epochs", "batch_size", "num_steps"), [(3.0, 32, 3), (2.0, 4, 8), (0.5, 4, 2), (1.0, 15, 1)]
+)
+def test_epochs_are_whole_passes(
+    cache: str, tmp_path: Path, epochs: float, batch_size: int, num_steps: int
+) -> None:
     report = train(cache, tmp_path / "run", epochs=epochs, batch_size=batch_size)
     assert report.num_steps == num_steps
     assert report.last is not None and report.last["epoch"] == pytest.approx(max(epochs, 8 / 15), abs=1e-4)
@@ -299,11 +373,20 @@ def test_epochs_are_whole_passes(cache: str, tmp_path: Path, epochs: float, batc
 def test_a_warm_up_that_takes_every_step_is_said(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
     train(cache, tmp_path / "run", batch_size=32, log=remarks.append)
-    assert any("nothing will be learned: the warm-up (--warmup-ratio 0.1) takes all 1 steps" in remark for remark in remarks)
+    assert any(
+        "nothing will be learned: the warm-up (--warmup-ratio 0.1) takes all 1 steps" in remark
+        for remark in remarks
+    )
 
 
 @pytest.mark.parametrize(
-    "options", [{"micro_tokens": "1"}, {"micro_tokens": "60"}, {"gradient_checkpointing": "selective"}, {"gradient_checkpointing": "full"}]
+    "options",
+    [
+        {"micro_tokens": "1"},
+        {"micro_tokens": "60"},
+        {"gradient_checkpointing": "selective"},
+        {"gradient_checkpointing": "full"},
+    ],
 )
 def test_how_a_step_is_run_changes_nothing_beyond_rounding(cache: str, tmp_path: Path, options: dict) -> None:
     train(cache, tmp_path / "whole", batch_size=8, micro_tokens="100000", max_steps=2, lr=1e-4)
@@ -322,7 +405,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(cache: str, tmp_path: Path, st
     def note(line: dict) -> None:
         steps_seen.append(line["step"])
 
-    stopped = train(cache, tmp_path / "cut", on_metrics=note, should_stop=lambda: steps_seen[-1] >= stop_after, **options)
+    stopped = train(
+        cache, tmp_path / "cut", on_metrics=note, should_stop=lambda: steps_seen[-1] >= stop_after, **options
+    )
     assert not stopped.finished and stopped.num_steps == stop_after
     resumed = train(cache, tmp_path / "cut", resume=True, **options)
     assert resumed.finished and resumed.step_zero_gap is None
@@ -373,7 +458,9 @@ def test_a_run_cut_off_before_its_first_checkpoint_starts_again(cache: str, tmp_
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 
 
-def test_a_run_killed_after_its_model_was_saved_is_finished(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_after_its_model_was_saved_is_finished(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(folder_module, "drop_checkpoints", lambda folder: None)
         train(cache, tmp_path / "run", save_every=1)
@@ -404,11 +491,15 @@ def test_a_damaged_run_is_told(cache: str, tmp_path: Path, name: str, damage: st
     path.unlink()
     if damage != "gone":
         path.write_bytes(content[: len(content) // 2] if damage == "torn" else b"")
-    with pytest.raises((TrainingError, ModelError), match=path.name if "model" not in name else "no causal LM can be loaded"):
+    with pytest.raises(
+        (TrainingError, ModelError), match=path.name if "model" not in name else "no causal LM can be loaded"
+    ):
         train(cache, tmp_path / "run", save_every=2, resume=True)
 
 
-def test_a_full_disk_while_saving_is_told_and_leaves_nothing_half_written(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_saving_is_told_and_leaves_nothing_half_written(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: File too large (os error 27)")
 
@@ -467,14 +558,18 @@ def test_neither_data_set_nor_reference_is_needed_given_a_model(model_folder: st
 
 def test_a_stale_cache_is_caught_at_step_zero_before_any_update(model_folder: str, tmp_path: Path) -> None:
     cache = open_cache(tmp_path / "cache", create=True)
-    dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", chat_rows(6)), str(tmp_path / "cache"))
+    dpo_cache.precompute(
+        model_folder, write_rows(tmp_path / "pairs.jsonl", chat_rows(6)), str(tmp_path / "cache")
+    )
     pairs = list(cache.pairs("pairs"))
     spoiled = dpo_cache.Score(pairs[2].ref_rejected.token_logps + 0.01)
     pairs[2] = dpo_cache.ScoredPair(pairs[2].pair, pairs[2].ref_chosen, spoiled)
     manifest = cache.pairs("pairs").manifest
     writer = cache.write_pairs("pairs", "train")
     writer.add(pairs)
-    writer.finish({key: value for key, value in manifest.items() if key not in ("num_pairs", "parts", "format")})
+    writer.finish(
+        {key: value for key, value in manifest.items() if key not in ("num_pairs", "parts", "format")}
+    )
     with pytest.raises(
         StepZeroError,
         match=r"the policy is the reference, but its log-prob of a completion of row 2 is (?s:.*)Likely cause: cache: the values of row 2 alone",
@@ -499,8 +594,12 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(cache: str, tmp_path
 
 def test_a_last_update_that_ruins_the_model_saves_none(cache: str, tmp_path: Path) -> None:
     """Its weights are finite, and what they give is not."""
-    with pytest.raises(TrainingError, match=r"step 1: after the update the loss of row \d+ is not finite; no model was saved"):
-        train(cache, tmp_path / "run", lora_r=4, max_steps=1, lr=1e30, lr_schedule="constant", warmup_ratio=0.0)
+    with pytest.raises(
+        TrainingError, match=r"step 1: after the update the loss of row \d+ is not finite; no model was saved"
+    ):
+        train(
+            cache, tmp_path / "run", lora_r=4, max_steps=1, lr=1e30, lr_schedule="constant", warmup_ratio=0.0
+        )
     assert not (tmp_path / "run/model").exists()
 
 
@@ -519,7 +618,9 @@ def test_bf16_mixed_runs_and_is_close(cache: str, tmp_path: Path) -> None:
 def test_folders_that_do_not_fit_are_refused(cache: str, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(TrainingError, match="not the folder of a run; it holds notes.txt.\nChoose another --output"):
+    with pytest.raises(
+        TrainingError, match="not the folder of a run; it holds notes.txt.\nChoose another --output"
+    ):
         train(cache, tmp_path / "full")
     with pytest.raises(TrainingError, match="there is no run to resume"):
         train(cache, tmp_path / "absent", resume=True)
@@ -528,14 +629,21 @@ def test_folders_that_do_not_fit_are_refused(cache: str, tmp_path: Path) -> None
         train(cache, tmp_path / "done", max_steps=1, resume=True)
 
 
-def test_pair_sets_and_references_that_do_not_fit_are_refused(cache: str, model_folder: str, tmp_path: Path) -> None:
+def test_pair_sets_and_references_that_do_not_fit_are_refused(
+    cache: str, model_folder: str, tmp_path: Path
+) -> None:
     with pytest.raises(NotInCacheError, match=r"no pair set 'absent'.\nIt holds: heldout/train, pairs/train"):
         train(cache, tmp_path / "run", pairs="absent")
-    with pytest.raises(NotInCacheError, match="several pair sets to train on.\nSay which with --pairs: heldout/train, pairs/train"):
+    with pytest.raises(
+        NotInCacheError,
+        match="several pair sets to train on.\nSay which with --pairs: heldout/train, pairs/train",
+    ):
         train(cache, tmp_path / "run", pairs=None)
     with pytest.raises(NotInCacheError, match="no reference whose id starts with 'ffff'"):
         train(cache, tmp_path / "run", reference="ffff")
-    dpo_cache.precompute(model_folder, write_rows(tmp_path / "bf16.jsonl", chat_rows(2)), cache, dtype="bfloat16")
+    dpo_cache.precompute(
+        model_folder, write_rows(tmp_path / "bf16.jsonl", chat_rows(2)), cache, dtype="bfloat16"
+    )
     with pytest.raises(TrainingError, match="was scored by reference"):
         train(cache, tmp_path / "run", eval_pairs="bf16")
     with pytest.raises(NotInCacheError, match="was scored by reference"):
@@ -559,7 +667,9 @@ def test_options_without_sense_are_refused(cache: str, tmp_path: Path, options: 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_is_found_before_training(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_found_before_training(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(TrainingError, match="are needed for the model and its checkpoints"):
         train(cache, tmp_path / "run")
@@ -572,7 +682,8 @@ def test_the_trained_model_prefers_the_chosen_answers(cache: str, tmp_path: Path
     pairs = list(open_cache(cache).pairs("pairs"))
     for entry in pairs:
         gains = [
-            float((naive_token_logps(model, side) - naive_token_logps(reference, side)).sum()) for side in (entry.pair.chosen, entry.pair.rejected)
+            float((naive_token_logps(model, side) - naive_token_logps(reference, side)).sum())
+            for side in (entry.pair.chosen, entry.pair.rejected)
         ]
         wins += gains[0] > gains[1]
     assert wins >= 0.8 * len(pairs)

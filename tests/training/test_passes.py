@@ -11,9 +11,17 @@ from tests.training.test_loop import assert_alike, metrics, train
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"loss": "aot"}, {"loss": ("sigmoid", "sft_norm:0.5"), "ld_alpha": 0.4}, {"wpo": "clipped", "loss": "nca_pair"}]
+    "options",
+    [
+        {},
+        {"loss": "aot"},
+        {"loss": ("sigmoid", "sft_norm:0.5"), "ld_alpha": 0.4},
+        {"wpo": "clipped", "loss": "nca_pair"},
+    ],
 )
-def test_a_pair_that_is_too_long_is_run_one_answer_at_a_time(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+def test_a_pair_that_is_too_long_is_run_one_answer_at_a_time(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
     shared = {"batch_size": 5, "max_steps": 2, "lr": 1e-4, "eval_pairs": "heldout", **options}
     remarks: list[str] = []
     train(cache, tmp_path / "whole", micro_tokens="100000", **shared)
@@ -25,13 +33,17 @@ def test_a_pair_that_is_too_long_is_run_one_answer_at_a_time(cache: str, tmp_pat
 
     monkeypatch.setattr(passes, "completion_logps", note)
     train(cache, tmp_path / "split", micro_tokens="20", log=remarks.append, **shared)
-    assert {count for _, count, _ in sizes} == {1} and sum(with_gradient for with_gradient, _, _ in sizes) == 2 * 5 * 2
+    assert {count for _, count, _ in sizes} == {1} and sum(
+        with_gradient for with_gradient, _, _ in sizes
+    ) == 2 * 5 * 2
     assert sum("one answer at a time" in remark for remark in remarks) == 1
     assert len(metrics(tmp_path / "whole")) == 4
     assert_alike(metrics(tmp_path / "whole"), metrics(tmp_path / "split"))
 
 
-def test_a_pair_above_the_default_is_run_whole_while_memory_lasts(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pair_above_the_default_is_run_whole_while_memory_lasts(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dpo_cache.training.step_memory.default_micro_tokens", lambda _: 64)
     run, sizes = passes.completion_logps, []
 
@@ -43,12 +55,19 @@ def test_a_pair_above_the_default_is_run_whole_while_memory_lasts(cache: str, tm
 
     monkeypatch.setattr(passes, "completion_logps", note)
     remarks: list[str] = []
-    train(cache, tmp_path / "run", max_steps=3, batch_size=2, gradient_checkpointing="none", log=remarks.append)
+    train(
+        cache, tmp_path / "run", max_steps=3, batch_size=2, gradient_checkpointing="none", log=remarks.append
+    )
     assert set(sizes[:5]) == {2} and 1 in sizes[5:]
-    assert any("with pairs of more than 64 tokens one answer at a time. Nothing is lost." in remark for remark in remarks)
+    assert any(
+        "with pairs of more than 64 tokens one answer at a time. Nothing is lost." in remark
+        for remark in remarks
+    )
 
 
-def test_an_evaluation_that_runs_out_of_memory_goes_on_with_less(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_runs_out_of_memory_goes_on_with_less(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shared = {"batch_size": 5, "max_steps": 1, "lr": 1e-4, "eval_pairs": "heldout"}
     train(cache, tmp_path / "whole", **shared)
     run = passes.completion_logps
@@ -63,4 +82,6 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_less(cache: str, tmp
     train(cache, tmp_path / "tight", log=remarks.append, **shared)
     assert any(remark.startswith("out of memory") for remark in remarks)
     whole, tight = (metrics(tmp_path / name)[0] for name in ("whole", "tight"))
-    assert whole["eval/num_pairs"] == tight["eval/num_pairs"] and whole["eval/loss"] == pytest.approx(tight["eval/loss"], abs=1e-6)
+    assert whole["eval/num_pairs"] == tight["eval/num_pairs"] and whole["eval/loss"] == pytest.approx(
+        tight["eval/loss"], abs=1e-6
+    )

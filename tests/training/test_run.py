@@ -32,44 +32,83 @@ def test_the_last_checkpoints_are_kept(cache: str, tmp_path: Path) -> None:
     def look(line: dict) -> None:
         seen.append(sorted(path.name for path in (tmp_path / "run/checkpoints").glob("*")))
 
-    train(cache, tmp_path / "run", save_every=1, keep=2, on_metrics=look, on_checkpoint=lambda path: published.append(path.name))
+    train(
+        cache,
+        tmp_path / "run",
+        save_every=1,
+        keep=2,
+        on_metrics=look,
+        on_checkpoint=lambda path: published.append(path.name),
+    )
     assert seen == [[], ["step-000001"], ["step-000001", "step-000002"], ["step-000002", "step-000003"]]
     assert published == ["step-000001", "step-000002", "step-000003"]
 
 
 def test_checkpoints_by_epochs(cache: str, tmp_path: Path) -> None:
     published: list[str] = []
-    train(cache, tmp_path / "run", save_every="0.5epochs", epochs=2.0, on_checkpoint=lambda path: published.append(path.name))
+    train(
+        cache,
+        tmp_path / "run",
+        save_every="0.5epochs",
+        epochs=2.0,
+        on_checkpoint=lambda path: published.append(path.name),
+    )
     assert published == ["step-000002", "step-000004", "step-000006"]
 
 
 def test_a_run_begins_from_the_options_of_another(cache: str, tmp_path: Path) -> None:
-    options = {"beta": 0.3, "loss": ("sigmoid:0.5", "sft:0.5"), "eval_pairs": "heldout", "eval_every": 2, "seed": 4, "max_steps": 3}
+    options = {
+        "beta": 0.3,
+        "loss": ("sigmoid:0.5", "sft:0.5"),
+        "eval_pairs": "heldout",
+        "eval_every": 2,
+        "seed": 4,
+        "max_steps": 3,
+    }
     train(cache, tmp_path / "one", **options)
-    report = dpo_cache.train(output=tmp_path / "two", config=tmp_path / "one/config.json", log=lambda text: None)
+    report = dpo_cache.train(
+        output=tmp_path / "two", config=tmp_path / "one/config.json", log=lambda text: None
+    )
     assert comparable(tmp_path / "one") == comparable(tmp_path / "two") and report.finished
-    dpo_cache.train(output=tmp_path / "three", config=str(tmp_path / "one/config.json"), beta=0.1, log=lambda text: None)
+    dpo_cache.train(
+        output=tmp_path / "three", config=str(tmp_path / "one/config.json"), beta=0.1, log=lambda text: None
+    )
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "three")]
-    assert (configs[0]["beta"], configs[1]["beta"]) == (0.3, 0.1) and configs[1]["loss"] == configs[0]["loss"] == ["sigmoid:0.5", "sft:0.5"]
+    assert (configs[0]["beta"], configs[1]["beta"]) == (0.3, 0.1) and configs[1]["loss"] == configs[0][
+        "loss"
+    ] == ["sigmoid:0.5", "sft:0.5"]
 
 
 def test_configs_that_are_none_are_refused(cache: str, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "new.json").write_text('{"beta": 0.1, "gamma_ray": 2}')
-    for name, text in (("absent.json", "not readable"), ("list.json", "not a JSON object"), ("new.json", "gamma_ray: no options of this version")):
+    for name, text in (
+        ("absent.json", "not readable"),
+        ("list.json", "not a JSON object"),
+        ("new.json", "gamma_ray: no options of this version"),
+    ):
         with pytest.raises(OptionError, match=text):
             train(cache, tmp_path / "run", config=str(tmp_path / name))
 
 
-def test_a_dry_run_takes_a_step_on_the_longest_pairs_and_writes_nothing(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_takes_a_step_on_the_longest_pairs_and_writes_nothing(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = forest_sizes(monkeypatch)
     remarks: list[str] = []
     report = train(cache, tmp_path / "run", dry_run=True, eval_pairs="heldout", log=remarks.append)
-    assert report.is_dry_run and not report.finished and report.peak_bytes > 0 and report.resolved["total_steps"] == 4
+    assert (
+        report.is_dry_run
+        and not report.finished
+        and report.peak_bytes > 0
+        and report.resolved["total_steps"] == 4
+    )
     assert not (tmp_path / "run").exists() and sorted(path.name for path in tmp_path.iterdir()) == []
     pairs = list(open_cache(cache).pairs("pairs"))
     longest = sorted(pairs, key=lambda scored: -len(scored.pair.chosen) - len(scored.pair.rejected))[:4]
-    assert sum(sizes) == 2 * count_forest_tokens(completions_of(longest)), "the second step has the optimizer's state beside its activations"
+    assert sum(sizes) == 2 * count_forest_tokens(completions_of(longest)), (
+        "the second step has the optimizer's state beside its activations"
+    )
     assert sum("step zero" in remark for remark in remarks) == 1
 
 
@@ -77,8 +116,12 @@ def test_the_longest_pairs_come_longest_first(cache: str) -> None:
     pairs = open_cache(cache).pairs("pairs")
     selected = torch.ones(len(pairs), dtype=torch.bool).numpy()
     selected[::2] = False
-    found = [len(scored.pair.chosen) + len(scored.pair.rejected) for scored in longest_pairs(pairs, selected, 3)]
-    every = sorted((len(scored.pair.chosen) + len(scored.pair.rejected) for scored in list(pairs)[1::2]), reverse=True)
+    found = [
+        len(scored.pair.chosen) + len(scored.pair.rejected) for scored in longest_pairs(pairs, selected, 3)
+    ]
+    every = sorted(
+        (len(scored.pair.chosen) + len(scored.pair.rejected) for scored in list(pairs)[1::2]), reverse=True
+    )
     assert found == every[:3]
 
 
@@ -105,7 +148,9 @@ def run_out_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return full
 
 
-def test_a_resumed_run_splits_its_steps_as_before(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_splits_its_steps_as_before(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that ran out of memory goes on as it ended, also after a resumption."""
     full = run_out_once(monkeypatch)
     options = {"gradient_checkpointing": "none", "micro_tokens": "auto", "max_steps": 3}
@@ -119,7 +164,9 @@ def test_a_resumed_run_splits_its_steps_as_before(cache: str, tmp_path: Path, mo
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 
 
-def test_a_row_whose_loss_is_not_finite_is_named_and_the_checkpoint_kept(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_whose_loss_is_not_finite_is_named_and_the_checkpoint_kept(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = passes.completion_logps
     spoiled = next(scored for scored in open_cache(cache).pairs("pairs") if scored.pair.row == 6).pair.chosen
 
@@ -127,8 +174,17 @@ def test_a_row_whose_loss_is_not_finite_is_named_and_the_checkpoint_kept(cache: 
         found = real(model, completions, attention, **options)
         if not spoil.is_on:
             return found
-        hits = [any(completion.sequence_ids.tolist() == spoiled.sequence_ids.tolist() for completion in completions)]
-        return passes.CompletionLogps(found.tokens_T * torch.tensor(float("nan")), found.lengths) if hits[0] else found
+        hits = [
+            any(
+                completion.sequence_ids.tolist() == spoiled.sequence_ids.tolist()
+                for completion in completions
+            )
+        ]
+        return (
+            passes.CompletionLogps(found.tokens_T * torch.tensor(float("nan")), found.lengths)
+            if hits[0]
+            else found
+        )
 
     spoil.is_on = False
     monkeypatch.setattr(passes, "completion_logps", spoil)
@@ -136,7 +192,10 @@ def test_a_row_whose_loss_is_not_finite_is_named_and_the_checkpoint_kept(cache: 
     def switch(line: dict) -> None:
         spoil.is_on = True
 
-    with pytest.raises(TrainingError, match=r"loss nan, gradient norm nan; row 6 of the data made it(?s:.*)step-000001 holds an earlier state"):
+    with pytest.raises(
+        TrainingError,
+        match=r"loss nan, gradient norm nan; row 6 of the data made it(?s:.*)step-000001 holds an earlier state",
+    ):
         train(cache, tmp_path / "run", save_every=1, shuffle=False, batch_size=5, on_metrics=switch)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
 
@@ -144,7 +203,9 @@ def test_a_row_whose_loss_is_not_finite_is_named_and_the_checkpoint_kept(cache: 
 def test_a_run_without_a_checkpoint_keeps_its_best_policy(cache: str, tmp_path: Path) -> None:
     cut_off(cache, tmp_path / "run", 3, eval_pairs="heldout", eval_every=1, lr=1e-3)
     assert (tmp_path / "run/best").exists()
-    with pytest.raises(TrainingError, match="there is nothing to resume from; .*best holds its best policy so far"):
+    with pytest.raises(
+        TrainingError, match="there is nothing to resume from; .*best holds its best policy so far"
+    ):
         train(cache, tmp_path / "run", resume=True, eval_pairs="heldout", eval_every=1, lr=1e-3)
     assert (tmp_path / "run/best/model.safetensors").exists()
 
@@ -173,7 +234,9 @@ def test_metrics_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [line["step"] for line in file.lines()] == [0, 1, 2, 3]
 
 
-def test_a_split_that_ran_out_of_memory_is_kept_also_where_it_was_asked_for(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_that_ran_out_of_memory_is_kept_also_where_it_was_asked_for(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full = run_out_once(monkeypatch)
     options = {"gradient_checkpointing": "full", "micro_tokens": "200", "max_steps": 3}
     train(cache, tmp_path / "whole", **options)
@@ -195,12 +258,17 @@ def test_what_is_given_beside_a_config_replaces_its_rival(cache: str, tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"beta": None}, "--beta None: expected a value"), ({"epochs": "two"}, "--epochs 'two': expected a number"),
-        ({"loss": 5}, "--loss 5: expected text, or a list of texts"), ({"log_to": None}, "--log-to None: expected text, or a list of texts"),
-        ({"save_every": [2]}, r"--save-every \[2\]: expected text"), ({"shuffle": "no"}, "--shuffle 'no': expected true or false"),
+        ({"beta": None}, "--beta None: expected a value"), ({"epochs": "two"}, "--epochs 'two': expected "
+            "a number"),
+        ({"loss": 5}, "--loss 5: expected text, or a list of texts"), ({"log_to": None}, "--log-to None: "
+            "expected text, or a list of texts"),
+        ({"save_every": [2]}, r"--save-every \[2\]: expected text"), ({"shuffle": "no"}, "--shuffle 'no': "
+            "expected true or false"),
     ],
 )  # fmt: skip
-def test_a_config_that_was_edited_wrongly_is_told(cache: str, tmp_path: Path, changes: dict, text: str) -> None:
+def test_a_config_that_was_edited_wrongly_is_told(
+    cache: str, tmp_path: Path, changes: dict, text: str
+) -> None:
     train(cache, tmp_path / "one", max_steps=1)
     config = json.loads((tmp_path / "one/config.json").read_text())
     (tmp_path / "edited.json").write_text(json.dumps({**config, **changes}))
@@ -213,7 +281,16 @@ def test_the_opposite_is_seen_without_a_reference_too() -> None:
     signs = RunWarnings(remarks.append, is_logistic=False, has_reference=False)
     for number in range(3 * WINDOW):
         drift = 0.02 * number
-        signs.note(step(number, **{"rewards/chosen": -5 - drift, "rewards/rejected": -6 + drift, "rewards/margins": 1 - 2 * drift}))
+        signs.note(
+            step(
+                number,
+                **{
+                    "rewards/chosen": -5 - drift,
+                    "rewards/rejected": -6 + drift,
+                    "rewards/margins": 1 - 2 * drift,
+                },
+            )
+        )
     assert len(remarks) == 1 and "Are chosen and rejected swapped in the data?" in remarks[0]
 
 
@@ -239,7 +316,10 @@ def step(number: int, **values: float) -> dict:
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"rewards/chosen": -0.4, "rewards/rejected": 0.3, "rewards/margins": -0.7}, "Are chosen and rejected swapped in the data?"),
+        (
+            {"rewards/chosen": -0.4, "rewards/rejected": 0.3, "rewards/margins": -0.7},
+            "Are chosen and rejected swapped in the data?",
+        ),
         ({"rewards/accuracies": 0.5}, "accuracy stays at 50%"),
         ({"loss": 1e-5, "rewards/accuracies": 1.0}, "margins are saturated"),
     ],
@@ -257,7 +337,17 @@ def test_a_run_that_goes_well_hears_nothing() -> None:
     remarks: list[str] = []
     signs = RunWarnings(remarks.append, is_logistic=True)
     for number in range(100):  # the usual picture: both likelihoods fall, the rejected one faster
-        signs.note(step(number, **{"rewards/chosen": -0.01 * number, "rewards/rejected": -0.02 * number, "rewards/accuracies": 0.6, "loss": 0.5}))
+        signs.note(
+            step(
+                number,
+                **{
+                    "rewards/chosen": -0.01 * number,
+                    "rewards/rejected": -0.02 * number,
+                    "rewards/accuracies": 0.6,
+                    "loss": 0.5,
+                },
+            )
+        )
     assert not remarks
 
 
@@ -277,7 +367,10 @@ def test_a_resumed_run_says_nothing_twice(cache: str, tmp_path: Path) -> None:
     for stop in (10, last - 2):  # before and after it is said
         seen: list[int] = []
         log = remarks.setdefault(f"stopped at {stop}", []).append
-        watch = {"on_metrics": lambda line, seen=seen: seen.append(line["step"]), "should_stop": lambda seen=seen, stop=stop: seen[-1] == stop}
+        watch = {
+            "on_metrics": lambda line, seen=seen: seen.append(line["step"]),
+            "should_stop": lambda seen=seen, stop=stop: seen[-1] == stop,
+        }
         train(cache, tmp_path / f"cut-{stop}", log=log, **watch, **options)
         assert seen[-1] == stop
         train(cache, tmp_path / f"cut-{stop}", log=log, resume=True, **options)
@@ -327,7 +420,9 @@ def test_sigterm_saves_first(cache: str, tmp_path: Path) -> None:
         "1e-4",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--output", str(tmp_path / "run")], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--output", str(tmp_path / "run")], env=environment, stderr=subprocess.PIPE, text=True
+    )
     try:
         while process.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
             time.sleep(0.05)
@@ -337,13 +432,21 @@ def test_sigterm_saves_first(cache: str, tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 143, errors
     checkpoints = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
-    assert len(checkpoints) == 1 and len(metrics(tmp_path / "run")) == int(checkpoints[0].removeprefix("step-"))
+    assert len(checkpoints) == 1 and len(metrics(tmp_path / "run")) == int(
+        checkpoints[0].removeprefix("step-")
+    )
 
 
-def test_no_parameter_of_the_reference_is_ever_made(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_parameter_of_the_reference_is_ever_made(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[str] = []
     init = type(make_llama()).__init__
-    monkeypatch.setattr(type(make_llama()), "__init__", lambda self, *args, **kwargs: (made.append("model"), init(self, *args, **kwargs))[1])
+    monkeypatch.setattr(
+        type(make_llama()),
+        "__init__",
+        lambda self, *args, **kwargs: (made.append("model"), init(self, *args, **kwargs))[1],
+    )
     train(cache, tmp_path / "run", max_steps=1)
     assert made == ["model"]
 

@@ -21,12 +21,18 @@ def test_a_model_that_changes_what_is_kept_recomputes_in_full() -> None:
     with pytest.raises(RuntimeError) as caught:
         gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
     step_memory.save_more(caught.value)
-    assert step_memory.mode == "full" and step_memory.micro_tokens == 1000 and "does not suit this model" in remarks[0]
+    assert (
+        step_memory.mode == "full"
+        and step_memory.micro_tokens == 1000
+        and "does not suit this model" in remarks[0]
+    )
     found = gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize(("precision", "modes"), [("fp32", ["cheap", "full"]), ("bf16-mixed", ["cheap", "selective", "full"])])
+@pytest.mark.parametrize(
+    ("precision", "modes"), [("fp32", ["cheap", "full"]), ("bf16-mixed", ["cheap", "selective", "full"])]
+)
 def test_memory_that_runs_out_takes_the_next_mode_that_keeps_less(precision: str, modes: list[str]) -> None:
     remarks: list[str] = []
     step_memory = StepMemory(make_llama(), None, "auto", remarks.append, precision=precision)
@@ -49,4 +55,6 @@ def test_what_mps_says_is_passed_on() -> None:
     step_memory = StepMemory(make_llama(), 1000, "none", remarks.append)
     step_memory._device = torch.device("mps")
     step_memory.save_more(RuntimeError("MPS backend is tired\nand more"))
-    assert step_memory.micro_tokens == 500 and remarks[0].startswith("MPS backend is tired; the step is taken again")
+    assert step_memory.micro_tokens == 500 and remarks[0].startswith(
+        "MPS backend is tired; the step is taken again"
+    )

@@ -25,7 +25,9 @@ def place(tmp_path: Path) -> Path:
     """A reference of its own, its cache, and nothing else."""
     make_llama().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    dpo_cache.precompute(tmp_path / "model", write_rows(tmp_path / "pairs.jsonl", chat_rows(8)), tmp_path / "cache")
+    dpo_cache.precompute(
+        tmp_path / "model", write_rows(tmp_path / "pairs.jsonl", chat_rows(8)), tmp_path / "cache"
+    )
     return tmp_path
 
 
@@ -36,11 +38,18 @@ def rewrite(place: Path, change: Change) -> None:
     pairs = [change(scored) for scored in held]
     writer = cache.write_pairs("pairs", "train")
     writer.add(pairs)
-    writer.finish({key: value for key, value in held.manifest.items() if key not in ("num_pairs", "parts", "format")})
+    writer.finish(
+        {key: value for key, value in held.manifest.items() if key not in ("num_pairs", "parts", "format")}
+    )
 
 
 def rescored(place: Path, logps: Callable[[Completion], np.ndarray]) -> None:
-    rewrite(place, lambda scored: ScoredPair(scored.pair, Score(logps(scored.pair.chosen)), Score(logps(scored.pair.rejected))))
+    rewrite(
+        place,
+        lambda scored: ScoredPair(
+            scored.pair, Score(logps(scored.pair.chosen)), Score(logps(scored.pair.rejected))
+        ),
+    )
 
 
 def stop(place: Path, **options: object) -> str:
@@ -57,13 +66,19 @@ def of(model: torch.nn.Module) -> Callable[[Completion], np.ndarray]:
 def test_another_checkpoint_in_the_same_place(place: Path) -> None:
     make_llama(seed=5).save_pretrained(place / "model")
     message = stop(place)
-    assert "the policy should start as the reference" in message and "Likely cause: weights (weights: " in message
+    assert (
+        "the policy should start as the reference" in message
+        and "Likely cause: weights (weights: " in message
+    )
 
 
 def test_values_of_other_weights_under_the_same_identity(place: Path) -> None:
     rescored(place, of(make_llama(seed=5)))
     message = stop(place)
-    assert "the policy is the reference, but" in message and "Likely cause: weights: all tokens differ by much" in message
+    assert (
+        "the policy is the reference, but" in message
+        and "Likely cause: weights: all tokens differ by much" in message
+    )
 
 
 def test_values_of_another_dtype_under_the_same_identity(place: Path) -> None:
@@ -74,25 +89,37 @@ def test_values_of_another_dtype_under_the_same_identity(place: Path) -> None:
 
 def test_a_reference_of_another_dtype_is_told_and_has_its_tolerance(place: Path) -> None:
     remarks: list[str] = []
-    dpo_cache.precompute(place / "model", place / "pairs.jsonl", place / "cache", name="coarse", dtype="bfloat16")
+    dpo_cache.precompute(
+        place / "model", place / "pairs.jsonl", place / "cache", name="coarse", dtype="bfloat16"
+    )
     report = train(str(place / "cache"), place / "run", pairs="coarse", log=remarks.append, max_steps=1)
     assert report.step_zero_gap is not None and report.step_zero_gap > 5e-3
     step_zero = StepZero(Expectation("float32", "bfloat16", True))
-    step_zero.check([np.full(4, -9.0, np.float32)] * 4, [Score(np.full(4, -1.0, np.float32))] * 4, [0, 1, 2, 3])
-    with pytest.raises(StepZeroError, match=r"dtype \(the reference was scored in bfloat16, the policy runs in float32\)"):
+    step_zero.check(
+        [np.full(4, -9.0, np.float32)] * 4, [Score(np.full(4, -1.0, np.float32))] * 4, [0, 1, 2, 3]
+    )
+    with pytest.raises(
+        StepZeroError, match=r"dtype \(the reference was scored in bfloat16, the policy runs in float32\)"
+    ):
         step_zero.conclude()
 
 
 def test_values_under_another_template(place: Path) -> None:
-    model = make_llama(num_hidden_layers=1, initializer_range=0.12)  # looks at what is near: the prompt matters most to the first tokens
+    model = make_llama(
+        num_hidden_layers=1, initializer_range=0.12
+    )  # looks at what is near: the prompt matters most to the first tokens
     model.save_pretrained(place / "model")
     dpo_cache.precompute(place / "model", place / "pairs.jsonl", place / "cache")
 
     def elsewhere(completion: Completion) -> np.ndarray:
         exact = naive_token_logps(model, completion).float().numpy()
-        ids = np.concatenate([completion.prompt_ids[:-1], np.array([7], np.uint32)])  # another token before the answer
+        ids = np.concatenate(
+            [completion.prompt_ids[:-1], np.array([7], np.uint32)]
+        )  # another token before the answer
         other = naive_token_logps(model, Completion(ids, completion.completion_ids)).float().numpy()
-        return np.concatenate([other[:3], exact[3:] + 0.02 * (other[3:] - exact[3:])])  # as a trained model would forget it
+        return np.concatenate(
+            [other[:3], exact[3:] + 0.02 * (other[3:] - exact[3:])]
+        )  # as a trained model would forget it
 
     rescored(place, elsewhere)
     assert "Likely cause: template: the first tokens of the answers differ" in stop(place)
@@ -121,13 +148,24 @@ def test_sums_over_truncated_answers(place: Path) -> None:
     ]
     data = place / "imported.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dpo_cache.import_pairs(place / "cache", data, reference="elsewhere", model=str(place / "model"), dtype="float32", log=lambda text: None)
+    dpo_cache.import_pairs(
+        place / "cache",
+        data,
+        reference="elsewhere",
+        model=str(place / "model"),
+        dtype="float32",
+        log=lambda text: None,
+    )
     message = stop(place, pairs="imported", step_zero="strict")
     assert "Likely cause: truncation: the cached sums are of fewer tokens than the answers have" in message
     remarks: list[str] = []
-    assert train(str(place / "cache"), place / "run", pairs="imported", log=remarks.append, max_steps=1).finished
+    assert train(
+        str(place / "cache"), place / "run", pairs="imported", log=remarks.append, max_steps=1
+    ).finished
     assert any(
-        "the values of the imported reference 'elsewhere' are not those of the policy.\nLikely cause: truncation" in remark for remark in remarks
+        "the values of the imported reference 'elsewhere' are not those of the policy.\n"
+        "Likely cause: truncation" in remark
+        for remark in remarks
     )
 
 
@@ -135,11 +173,18 @@ def test_a_row_of_the_cache_that_was_changed(place: Path) -> None:
     rewrite(
         place,
         lambda scored: (
-            ScoredPair(scored.pair, scored.ref_chosen, Score(scored.ref_rejected.token_logps + np.float32(0.5))) if scored.pair.row == 3 else scored
+            ScoredPair(
+                scored.pair, scored.ref_chosen, Score(scored.ref_rejected.token_logps + np.float32(0.5))
+            )
+            if scored.pair.row == 3
+            else scored
         ),
     )
     message = stop(place)
-    assert "completion of row 3" in message and "Likely cause: cache: the values of row 3 alone differ" in message
+    assert (
+        "completion of row 3" in message
+        and "Likely cause: cache: the values of row 3 alone differ" in message
+    )
 
 
 def test_configurations_that_compute_otherwise(place: Path) -> None:
@@ -151,14 +196,18 @@ def test_configurations_that_compute_otherwise(place: Path) -> None:
 def test_an_adapter_that_does_not_start_at_nothing(place: Path) -> None:
     from peft import LoraConfig
 
-    LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(place / "lora")
+    LoraConfig(
+        r=2, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM"
+    ).save_pretrained(place / "lora")
     assert "Likely cause: " in stop(place, peft_config=str(place / "lora/adapter_config.json"))
 
 
 def test_warn_says_and_goes_on_and_off_says_nothing(place: Path) -> None:
     rescored(place, of(make_llama(seed=5)))
     remarks: list[str] = []
-    assert train(str(place / "cache"), place / "warned", step_zero="warn", log=remarks.append, max_steps=1).finished
+    assert train(
+        str(place / "cache"), place / "warned", step_zero="warn", log=remarks.append, max_steps=1
+    ).finished
     assert any("beyond rounding" in remark and "Likely cause: weights" in remark for remark in remarks)
     remarks.clear()
     report = train(str(place / "cache"), place / "silent", step_zero="off", log=remarks.append, max_steps=1)
@@ -191,14 +240,20 @@ def test_a_changed_row_is_named_though_the_dtypes_differ(place: Path) -> None:
         step_zero.conclude()
 
 
-def test_training_pairs_are_looked_at_after_a_large_evaluation(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_pairs_are_looked_at_after_a_large_evaluation(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dpo_cache.training.step_zero.MOST_COMPLETIONS", 4)
     data = write_rows(place / "heldout.jsonl", chat_rows(6, seed=9))
     dpo_cache.precompute(place / "model", data, place / "cache")
     rescored(place, of(make_llama(seed=5)))
     init = StepZero.__init__
-    monkeypatch.setattr(StepZero, "__init__", lambda self, *args, **kwargs: init(self, *args, **{"most": 4, **kwargs}))
-    assert "Likely cause: cache: the values of row" in stop(place, eval_pairs="heldout"), "the evaluation pairs agree: it is not the weights"
+    monkeypatch.setattr(
+        StepZero, "__init__", lambda self, *args, **kwargs: init(self, *args, **{"most": 4, **kwargs})
+    )
+    assert "Likely cause: cache: the values of row" in stop(place, eval_pairs="heldout"), (
+        "the evaluation pairs agree: it is not the weights"
+    )
 
 
 def test_log_probs_that_are_no_numbers_are_a_gap(place: Path) -> None:
@@ -211,9 +266,18 @@ def test_log_probs_that_are_no_numbers_are_a_gap(place: Path) -> None:
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_a_quantized_base_is_the_reference_that_was_quantized_alike(place: Path, quantize: str) -> None:
     data = place / "pairs.jsonl"
-    dpo_cache.precompute(place / "model", data, place / "cache", name="coarse", quantize=quantize, log=lambda text: None)
+    dpo_cache.precompute(
+        place / "model", data, place / "cache", name="coarse", quantize=quantize, log=lambda text: None
+    )
     remarks: list[str] = []
-    options = {"pairs": "coarse", "quantize": quantize, "lora_r": 2, "max_steps": 2, "lr": 1e-3, "save_every": 1}
+    options = {
+        "pairs": "coarse",
+        "quantize": quantize,
+        "lora_r": 2,
+        "max_steps": 2,
+        "lr": 1e-3,
+        "save_every": 1,
+    }
     report = train(str(place / "cache"), place / "run", log=remarks.append, **options)
     assert report.finished and any("the policy is the reference." in remark for remark in remarks)
     assert report.step_zero_gap is not None and report.step_zero_gap < (1e-3 if quantize == "4bit" else 0.5)
@@ -232,6 +296,9 @@ def test_a_resumed_adapter_over_another_base_is_told(place: Path) -> None:
     options = {"lora_r": 2, "max_steps": 3, "lr": 1e-2}
     train(str(place / "cache"), place / "run", should_stop=lambda: True, **options)
     make_llama(seed=5).save_pretrained(place / "model")
-    with pytest.raises(TrainingError, match=r"this run was started otherwise:\n  base_weights: [0-9a-f]{64} before, [0-9a-f]{64} now"):
+    with pytest.raises(
+        TrainingError,
+        match=r"this run was started otherwise:\n  base_weights: [0-9a-f]{64} before, [0-9a-f]{64} now",
+    ):
         train(str(place / "cache"), place / "run", resume=True, **options)
     assert (place / "run/checkpoints").exists(), "the checkpoint is kept"

@@ -37,22 +37,39 @@ class FlexPlan:
     def __post_init__(self) -> None:
         spans = tree_spans(self.segments)
         self.path_length = -(-self.segments[0].depth // MASK_BLOCK) * MASK_BLOCK
-        self.entry_C, self.end_C, self.depth_C = (torch.from_numpy(values).to(self.device, non_blocking=True) for values in spans)
-        depths, from_the_end = np.unique(spans[2][::-1], return_index=True)  # of several tokens at one depth the last is on the open path
+        self.entry_C, self.end_C, self.depth_C = (
+            torch.from_numpy(values).to(self.device, non_blocking=True) for values in spans
+        )
+        depths, from_the_end = np.unique(
+            spans[2][::-1], return_index=True
+        )  # of several tokens at one depth the last is on the open path
         self.kept_depths = torch.from_numpy(depths).to(self.device, non_blocking=True)
-        self.kept_places = torch.from_numpy(len(spans[2]) - 1 - from_the_end).to(self.device, non_blocking=True)
+        self.kept_places = torch.from_numpy(len(spans[2]) - 1 - from_the_end).to(
+            self.device, non_blocking=True
+        )
 
-    def attend(self, layer: int, query_BHCE: torch.Tensor, key_BKCE: torch.Tensor, value_BKCE: torch.Tensor, rules: Rules) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        query_BHCE: torch.Tensor,
+        key_BKCE: torch.Tensor,
+        value_BKCE: torch.Tensor,
+        rules: Rules,
+    ) -> torch.Tensor:
         """Attention output [B, C, H, E]."""
         if rules.sinks_H is not None:
             raise NotImplementedError("attention sinks")
         if layer not in self.paths:
             size = -(-self.max_depth // MASK_BLOCK) * MASK_BLOCK
             self.paths[layer] = tuple(  # type: ignore[assignment]
-                tensor.new_zeros(1, tensor.shape[1], size, tensor.shape[3]) for tensor in (key_BKCE, value_BKCE)
+                tensor.new_zeros(1, tensor.shape[1], size, tensor.shape[3])
+                for tensor in (key_BKCE, value_BKCE)
             )
         paths = self.paths[layer]
-        keys, values = (torch.cat([path[:, :, : self.path_length], own], dim=2) for path, own in zip(paths, (key_BKCE, value_BKCE), strict=True))
+        keys, values = (
+            torch.cat([path[:, :, : self.path_length], own], dim=2)
+            for path, own in zip(paths, (key_BKCE, value_BKCE), strict=True)
+        )
         output = _kernel(self.device.type)(
             query_BHCE,
             keys,
@@ -70,7 +87,13 @@ class FlexPlan:
         if rules.reach not in self.masks:
             num_queries = len(self.entry_C)
             self.masks[rules.reach] = create_block_mask(
-                self.visible(rules), None, None, num_queries, self.path_length + num_queries, device=self.device, BLOCK_SIZE=MASK_BLOCK
+                self.visible(rules),
+                None,
+                None,
+                num_queries,
+                self.path_length + num_queries,
+                device=self.device,
+                BLOCK_SIZE=MASK_BLOCK,
             )
         return self.masks[rules.reach]
 
@@ -94,7 +117,9 @@ class FlexPlan:
 
 
 def tree_spans(segments: list[Segment]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each token of the chunk: carried path tokens it sees, where its subtree ends, its depth; int64 [C] each."""
+    """Of each token of the chunk: carried path tokens it sees, where its subtree ends, its depth; int64 [C]
+    each.
+    """
     length = segments[-1].end
     entry_C, end_C, depth_C = np.zeros(length, np.int64), np.full(length, length), np.zeros(length, np.int64)
     open_path: list[int] = []  # places of the chunk's tokens on the open path
@@ -105,7 +130,9 @@ def tree_spans(segments: list[Segment]) -> tuple[np.ndarray, np.ndarray, np.ndar
             end_C[place] = segment.start
         open_path = [*open_path[:keep], *range(segment.start, segment.end)]
         entry_C[segment.start : segment.end] = first_depth if keep else segment.depth
-        depth_C[segment.start : segment.end] = np.arange(segment.depth, segment.depth + segment.end - segment.start)
+        depth_C[segment.start : segment.end] = np.arange(
+            segment.depth, segment.depth + segment.end - segment.start
+        )
     return entry_C, end_C, depth_C
 
 

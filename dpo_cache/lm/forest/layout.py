@@ -47,7 +47,9 @@ class Forest:
         """How many completions each token is a part of, in the prompt or in the answer: int64 [L]."""
         uses = np.zeros(len(self), np.int64)
         np.add.at(uses, [target[-1] for target in self.targets], 1)
-        for start, end in zip(self.starts[::-1], [len(self), *self.starts[:0:-1]], strict=True):  # what continues a segment comes after it
+        for start, end in zip(
+            self.starts[::-1], [len(self), *self.starts[:0:-1]], strict=True
+        ):  # what continues a segment comes after it
             uses[start:end] = uses[start:end][::-1].cumsum()[::-1]
             if self.parents_L[start] >= 0:
                 uses[self.parents_L[start]] += uses[start]
@@ -57,7 +59,9 @@ class Forest:
 def build_forest(completions: Sequence[Completion]) -> Forest:
     """Lay out the completions, each distinct prefix once."""
     order, shared_lengths = sort_completions(completions)
-    open_path = np.empty(max((len(completion) for completion in completions), default=0), np.int64)  # where each depth of the open path stands
+    open_path = np.empty(
+        max((len(completion) for completion in completions), default=0), np.int64
+    )  # where each depth of the open path stands
     pieces, depths, parents, starts = [], [], [], []
     targets: list[np.ndarray] = [np.empty(0, np.int64)] * len(completions)
     length = 0
@@ -83,8 +87,13 @@ def count_forest_tokens(completions: Sequence[Completion]) -> int:
 
 
 def sort_completions(completions: Sequence[Completion]) -> tuple[list[int], np.ndarray]:
-    """The order that makes neighbours share their longest prefixes, and how many tokens each shares with the one before it."""
-    keys = [completion.prompt_ids.astype(">u4").tobytes() + completion.completion_ids.astype(">u4").tobytes() for completion in completions]
+    """The order that makes neighbours share their longest prefixes, and how many tokens each shares with the
+    one before it.
+    """
+    keys = [
+        completion.prompt_ids.astype(">u4").tobytes() + completion.completion_ids.astype(">u4").tobytes()
+        for completion in completions
+    ]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     shared = np.zeros(len(keys), np.int64)
     for place in range(1, len(order)):

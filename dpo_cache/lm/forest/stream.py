@@ -19,7 +19,9 @@ from dpo_cache.types import Completion
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens [start, end) of a chunk that one completion adds; the first has `depth` tokens before it on its path."""
+    """Tokens [start, end) of a chunk that one completion adds; the first has `depth` tokens before it on its
+    path.
+    """
 
     start: int
     end: int
@@ -35,7 +37,9 @@ class Chunk:
     depths_C: np.ndarray
     pieces: list[Piece]
     targets_T: np.ndarray  # which tokens need a log-prob, by place in the chunk
-    predictors_T: np.ndarray  # what predicts each: a place in the chunk, or -1 - depth of a token carried on the open path
+    predictors_T: (
+        np.ndarray
+    )  # what predicts each: a place in the chunk, or -1 - depth of a token carried on the open path
 
     def __len__(self) -> int:
         return len(self.tokens_C)
@@ -47,7 +51,9 @@ class Stream:
 
     completions: Sequence[Completion]
     order: list[int] = field(init=False)
-    shared: np.ndarray = field(init=False)  # tokens that each completion, in this order, finds on the open path
+    shared: np.ndarray = field(
+        init=False
+    )  # tokens that each completion, in this order, finds on the open path
 
     def __post_init__(self) -> None:
         self.order, self.shared = sort_completions(self.completions)
@@ -77,7 +83,12 @@ class Stream:
                 room = size - builder.num_tokens
                 part = slice(taken, min(taken + room, len(flags)))
                 is_last = part.stop == len(flags)
-                builder.add(ids[depth + part.start : depth + part.stop], flags[part], depth + part.start, index if is_last else None)
+                builder.add(
+                    ids[depth + part.start : depth + part.stop],
+                    flags[part],
+                    depth + part.start,
+                    index if is_last else None,
+                )
                 taken = part.stop
                 if builder.num_tokens == size:
                     yield builder.finish()
@@ -90,8 +101,8 @@ class Stream:
     def _find_targets(self) -> np.ndarray:
         """Which tokens of the stream are part of a completion: bool [len(self)].
 
-        A token can be prompt to the completion that brought it and answer to a later one that shares it, so the
-        completions are walked backwards with the least prompt length of those that share each depth.
+        A token can be prompt to the completion that brought it and answer to a later one that shares it, so
+        the completions are walked backwards with the least prompt length of those that share each depth.
         """
         flags: list[np.ndarray] = []
         least_prompt = np.zeros(self.max_depth, np.int64)
@@ -111,7 +122,9 @@ class _ChunkBuilder:
 
     def __init__(self, max_depth: int):
         self.num_tokens = 0
-        self._place_at = -1 - np.arange(max_depth)  # place in the chunk, or -1 - depth: carried from an earlier one
+        self._place_at = -1 - np.arange(
+            max_depth
+        )  # place in the chunk, or -1 - depth: carried from an earlier one
         self._reset()
 
     def add(self, ids: np.ndarray, flags: np.ndarray, depth: int, ends: int | None) -> None:
@@ -119,7 +132,9 @@ class _ChunkBuilder:
         end = start + len(ids)
         predictors = np.arange(start - 1, end - 1)
         if len(ids):
-            predictors[0] = self._place_at[depth - 1] if depth else -1  # the first token of a sequence is never a target
+            predictors[0] = (
+                self._place_at[depth - 1] if depth else -1
+            )  # the first token of a sequence is never a target
             self._place_at[depth : depth + len(ids)] = np.arange(start, end)
         targets = np.flatnonzero(flags)
         self._tokens.append(ids)
@@ -130,7 +145,13 @@ class _ChunkBuilder:
         self.num_tokens = end
 
     def finish(self) -> Chunk:
-        chunk = Chunk(_flat(self._tokens), _flat(self._depths), self.pieces, _flat(self._targets), _flat(self._predictors))
+        chunk = Chunk(
+            _flat(self._tokens),
+            _flat(self._depths),
+            self.pieces,
+            _flat(self._targets),
+            _flat(self._predictors),
+        )
         self._place_at[:] = -1 - np.arange(len(self._place_at))
         self._reset()
         return chunk

@@ -16,15 +16,22 @@ from dpo_cache.lm.device import autocast_dtype, planning_device_type
 from dpo_cache.lm.kernels.onednn_linear import TORCH, Products, products_of
 from dpo_cache.lm.model.parts import Head
 
-ROWS_STEP = 64  # rows are filled up to a multiple of it: logits of ever new sizes would scatter the heap, which then grows
+# rows are filled up to a multiple of it: logits of ever new sizes would scatter the heap, which then grows
+ROWS_STEP = 64
 
 
-# Logits at a time: on a CPU few enough that the allocator hands the same memory out again, on a GPU enough to fill it.
+# Logits at a time: on a CPU few enough that the allocator hands the same memory out again, on a GPU enough to
+# fill it.
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**25, "mps": 2**25}
-LOGITS_PER_SLICE = {**LOGITS_PER_CHUNK, "cpu": 2**21}  # of a slice of the vocabulary: on a CPU so few that they stay in the cache
+LOGITS_PER_SLICE = {
+    **LOGITS_PER_CHUNK,
+    "cpu": 2**21,
+}  # of a slice of the vocabulary: on a CPU so few that they stay in the cache
 
 
-def token_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def token_logps(
+    hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
     """Log-probability, in nats, of each target token: float32 [T].
 
     Equals `log_softmax(head(hidden_TD).float(), -1)` gathered at `targets_T`, but holds the logits of a
@@ -36,7 +43,9 @@ def token_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vo
     parts = []
     for hidden, targets in zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True):
         if torch.is_grad_enabled() and hidden.requires_grad:
-            parts.append(checkpoint(_chunk_logps, hidden, head, targets, use_reentrant=False, preserve_rng_state=False))
+            parts.append(
+                checkpoint(_chunk_logps, hidden, head, targets, use_reentrant=False, preserve_rng_state=False)
+            )
         else:
             num_rows = len(targets)
             padding = -num_rows % ROWS_STEP if chunk >= ROWS_STEP else 0
@@ -45,12 +54,15 @@ def token_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor, vo
     return torch.cat(parts) if parts else hidden_TD.new_zeros(0, dtype=torch.float32)
 
 
-def head_token_logps(hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T: torch.Tensor) -> torch.Tensor:
-    """Log-probability, in nats, of each target token under a head that is this layer and nothing else: float32 [T].
+def head_token_logps(
+    hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T: torch.Tensor
+) -> torch.Tensor:
+    """Log-probability, in nats, of each target token under a head that is this layer and nothing else:
+    float32 [T].
 
-    Equals `log_softmax(layer(hidden_TD).float(), -1)` gathered at `targets_T`. The vocabulary is taken in slices of
-    a few thousand entries, once forward and once more backward, so that each slice of the weight's gradient is
-    one product, written once.
+    Equals `log_softmax(layer(hidden_TD).float(), -1)` gathered at `targets_T`. The vocabulary is taken in
+    slices of a few thousand entries, once forward and once more backward, so that each slice of the weight's
+    gradient is one product, written once.
     """
     hidden_TD = hidden_TD.to(autocast_dtype(hidden_TD.device) or hidden_TD.dtype)  # as the layer itself would
     products = products_of(layer) if hidden_TD.dtype == torch.float32 else TORCH
@@ -65,7 +77,8 @@ def _rows_at_once(device: torch.device, vocab_size: int) -> int:
 def log_squared_probs(hidden_TD: torch.Tensor, head: Head, vocab_size: int) -> torch.Tensor:
     """`log sum_v p(v)^2` of the next-token distribution at each hidden state: float32 [T], without gradients.
 
-    Minus the collision entropy, in nats. Costs one product with the head; holds LOGITS_PER_CHUNK logits at most.
+    Minus the collision entropy, in nats. Costs one product with the head; holds LOGITS_PER_CHUNK logits at
+    most.
     """
     chunk = _rows_at_once(hidden_TD.device, vocab_size)
     return torch.cat([_log_squares(head(hidden)) for hidden in hidden_TD.detach().split(chunk)])
@@ -91,8 +104,9 @@ def _logps_in_place(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.T
 class _TargetLogps(torch.autograd.Function):
     """`log_softmax(logits.float(), -1)` at the targets, nearer to the exact value than torch's own.
 
-    log_softmax adds up the vocabulary in plain fp32 on a CPU, which leaves some 7e-6 nats a token, always of one sign:
-    in a sum over hundreds of tokens that shows. Shifting by the maximum first keeps confident tokens exact.
+    log_softmax adds up the vocabulary in plain fp32 on a CPU, which leaves some 7e-6 nats a token, always of
+    one sign: in a sum over hundreds of tokens that shows. Shifting by the maximum first keeps confident
+    tokens exact.
     """
 
     @staticmethod
@@ -108,7 +122,9 @@ class _TargetLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         exponentials_TV, totals_T, targets_T = ctx.saved_tensors
-        grad_TV = exponentials_TV.mul_((-grads[0] / totals_T)[:, None])  # minus softmax; the buffer is used up
+        grad_TV = exponentials_TV.mul_(
+            (-grads[0] / totals_T)[:, None]
+        )  # minus softmax; the buffer is used up
         grad_TV.scatter_add_(1, targets_T[:, None], grads[0][:, None])
         return grad_TV.to(ctx.dtype), None
 
@@ -116,15 +132,26 @@ class _TargetLogps(torch.autograd.Function):
 class _HeadLogps(torch.autograd.Function):
     """See `head_token_logps`. S entries of a slice of the vocabulary.
 
-    Backward multiplies the head's logits anew, for its weight's gradient. Under a frozen head the gradient of a hidden state is known
-    forward, but for a factor that the loss gives: `(1 - p_target) weight_target - sum of p_v weight_v over the others`.
+    Backward multiplies the head's logits anew, for its weight's gradient. Under a frozen head the gradient of
+    a hidden state is known forward, but for a factor that the loss gives:
+    `(1 - p_target) weight_target - sum of p_v weight_v over the others`.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor, products: Products) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_T: torch.Tensor,
+        products: Products,
+    ) -> torch.Tensor:
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         others = _Others(hidden_TD) if for_hidden and not for_weight else None
-        peaks, totals, picked_T = [], [], torch.zeros(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device)
+        peaks, totals, picked_T = (
+            [],
+            [],
+            torch.zeros(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device),
+        )
         with torch.autocast(hidden_TD.device.type, enabled=False):
             for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
                 weight_SD = weight_SD.to(hidden_TD.dtype)
@@ -137,7 +164,11 @@ class _HeadLogps(torch.autograd.Function):
                 if others is not None:
                     own_T = exponentials_TS.gather(1, places_T[:, None])[:, 0]
                     exponentials_TS.scatter_(1, places_T[:, None], torch.where(inside_T, 0, own_T)[:, None])
-                    others.add(peaks[-1], exponentials_TS.sum(-1), products.for_inputs(exponentials_TS.to(hidden_TD.dtype), weight_SD))
+                    others.add(
+                        peaks[-1],
+                        exponentials_TS.sum(-1),
+                        products.for_inputs(exponentials_TS.to(hidden_TD.dtype), weight_SD),
+                    )
         peaks_NT, totals_NT = torch.stack(peaks), torch.stack(totals)
         peak_T = peaks_NT.amax(0)
         total_T = (totals_NT * (peaks_NT - peak_T).exp()).sum(0)
@@ -145,32 +176,47 @@ class _HeadLogps(torch.autograd.Function):
             ctx.products = products
             ctx.save_for_backward(hidden_TD, weight_VD, targets_T, peak_T, total_T)
         else:
-            ctx.save_for_backward(others.unscaled_gradient(weight_VD.index_select(0, targets_T), total_T).to(hidden_TD.dtype))
+            ctx.save_for_backward(
+                others.unscaled_gradient(weight_VD.index_select(0, targets_T), total_T).to(hidden_TD.dtype)
+            )
         return picked_T - peak_T - total_T.log()
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         if not ctx.needs_input_grad[1]:
             (unscaled_TD,) = ctx.saved_tensors
             return (unscaled_TD * grads[0][:, None]).to(unscaled_TD.dtype), None, None, None
         hidden_TD, weight_VD, targets_T, peak_T, total_T = ctx.saved_tensors
-        grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32) if ctx.needs_input_grad[0] else None  # a sum over slices
+        grad_hidden_TD = (
+            torch.zeros_like(hidden_TD, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        )  # a sum over slices
         grad_weight_VD = torch.empty_like(weight_VD)
         scale_T1 = (-grads[0] / total_T)[:, None]
         for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
             stop, weight_SD = start + len(weight_SD), weight_SD.to(hidden_TD.dtype)
-            grad_TS = ctx.products.output(hidden_TD, weight_SD).float().sub_(peak_T[:, None]).exp_().mul_(scale_T1)  # minus softmax
+            grad_TS = (
+                ctx.products.output(hidden_TD, weight_SD).float().sub_(peak_T[:, None]).exp_().mul_(scale_T1)
+            )  # minus softmax
             inside_T, places_T = _places(targets_T, start, stop)
             grad_TS.scatter_add_(1, places_T[:, None], torch.where(inside_T, grads[0], 0)[:, None])
             grad_TS = grad_TS.to(hidden_TD.dtype)
             if grad_hidden_TD is not None:
                 grad_hidden_TD += ctx.products.for_inputs(grad_TS, weight_SD)
             grad_weight_VD[start:stop] = ctx.products.for_weight(grad_TS, hidden_TD, weight_SD)
-        return grad_hidden_TD if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype), grad_weight_VD, None, None
+        return (
+            grad_hidden_TD if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype),
+            grad_weight_VD,
+            None,
+            None,
+        )
 
 
 class _Others:
-    """Sums over the vocabulary but the target: of exponentials, relative to the largest logit so far, and of those times weights."""
+    """Sums over the vocabulary but the target: of exponentials, relative to the largest logit so far, and of
+    those times weights.
+    """
 
     def __init__(self, hidden_TD: torch.Tensor):
         self._sums_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
@@ -185,17 +231,23 @@ class _Others:
         self._sums_TD.mul_(old_T[:, None]).addcmul_(sums_TD.float(), new_T[:, None])
 
     def unscaled_gradient(self, target_weights_TD: torch.Tensor, total_T: torch.Tensor) -> torch.Tensor:
-        """Of the targets' log-probs by the hidden states, [T, D], before the loss's factor; `total_T` is relative to the largest logit of all."""
+        """Of the targets' log-probs by the hidden states, [T, D], before the loss's factor; `total_T` is
+        relative to the largest logit of all.
+        """
         return (target_weights_TD.float() * self._total_T[:, None]).sub_(self._sums_TD).div_(total_T[:, None])
 
 
 def _places(targets_T: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which targets lie in a slice of the vocabulary, and where; any place of it for those that do not, so that no shape hangs on the values."""
+    """Which targets lie in a slice of the vocabulary, and where; any place of it for those that do not, so
+    that no shape hangs on the values.
+    """
     return (targets_T >= start) & (targets_T < stop), (targets_T - start).clamp(0, stop - start - 1)
 
 
 def _slices(weight_VD: torch.Tensor, num_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Slices of the vocabulary and where they start."""
-    size = max(1024, LOGITS_PER_SLICE[planning_device_type(weight_VD.device)] // max(1, num_tokens) // 512 * 512)
+    size = max(
+        1024, LOGITS_PER_SLICE[planning_device_type(weight_VD.device)] // max(1, num_tokens) // 512 * 512
+    )
     for start in range(0, len(weight_VD), size):
         yield start, weight_VD[start : start + size]

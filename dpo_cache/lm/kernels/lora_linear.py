@@ -1,10 +1,11 @@
-"""LoRA (arXiv:2106.09685) on linear layers, with less in memory and fewer passes over it than PEFT's own forward.
+"""LoRA (arXiv:2106.09685) on linear layers, with less in memory and fewer passes over it than PEFT's own
+forward.
 
     output = base(x) + scaling (x A^T) B^T
 
-PEFT makes each product, sum and cast a tensor of its own, most of which the backward pass keeps: under mixed precision
-a wide copy and a narrow one of every input. Here the update of a layer is one operation that adds to the base's output
-as it multiplies, and keeps the layer's input, as it came, and x A^T.
+PEFT makes each product, sum and cast a tensor of its own, most of which the backward pass keeps: under mixed
+precision a wide copy and a narrow one of every input. Here the update of a layer is one operation that adds
+to the base's output as it multiplies, and keeps the layer's input, as it came, and x A^T.
 
 N tokens, I inputs, O outputs, R rank.
 """
@@ -18,11 +19,17 @@ import torch
 
 from dpo_cache.lm.device import autocast_dtype
 
-KINDS = ("Linear", "Linear4bit", "Linear8bitLt")  # of PEFT's layers: the base's weights are plain, or held by bitsandbytes
+KINDS = (
+    "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
+)  # of PEFT's layers: the base's weights are plain, or held by bitsandbytes
 
 
 def use_fast_lora(model: torch.nn.Module) -> int:
-    """Let the model's plain LoRA layers run as one operation each; how many there are. Others, such as DoRA's, stay PEFT's."""
+    """Let the model's plain LoRA layers run as one operation each; how many there are. Others, such as
+    DoRA's, stay PEFT's.
+    """
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
@@ -35,7 +42,9 @@ def _is_plain(layer: Any) -> bool:
     """Whether the layer adds what the formula says to a linear layer's output."""
     is_linear = type(layer).__name__ in KINDS and isinstance(layer.get_base_layer(), torch.nn.Linear)
     return is_linear and all(
-        name not in layer.lora_variant and type(down) is type(layer.lora_B[name]) is torch.nn.Linear and layer.lora_B[name].bias is None
+        name not in layer.lora_variant
+        and type(down) is type(layer.lora_B[name]) is torch.nn.Linear
+        and layer.lora_B[name].bias is None
         for name, down in layer.lora_A.items()
     )
 
@@ -54,12 +63,20 @@ def _run(layer: Any, forward: Any, inputs: torch.Tensor, *args: Any, **kwargs: A
 class _AddUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, inputs: torch.Tensor, down_RI: torch.Tensor, up_OR: torch.Tensor, scaling: float, dtype: torch.dtype
+        ctx: Any,
+        output: torch.Tensor,
+        inputs: torch.Tensor,
+        down_RI: torch.Tensor,
+        up_OR: torch.Tensor,
+        scaling: float,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         narrow_NR = _rows(inputs, dtype) @ down_RI.to(dtype).t()
         ctx.save_for_backward(inputs, narrow_NR, down_RI, up_OR)
         ctx.scaling = scaling
-        return torch.addmm(_rows(output, dtype), narrow_NR, up_OR.to(dtype).t(), alpha=scaling).view(output.shape)
+        return torch.addmm(_rows(output, dtype), narrow_NR, up_OR.to(dtype).t(), alpha=scaling).view(
+            output.shape
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

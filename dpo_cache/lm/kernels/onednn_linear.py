@@ -1,8 +1,9 @@
 """Linear layers on a CPU, through the faster of the two libraries that torch brings.
 
-In float32 torch takes MKL, which on processors of other makers than its own uses half of what they can do; oneDNN
-does not. Which is faster here is measured on the model's own largest layer, once, and the other is left alone.
-oneDNN adds up a dot product in one run, MKL in several: its rounding error is 1.5 to 2 times as large, still fp32's.
+In float32 torch takes MKL, which on processors of other makers than its own uses half of what they can do;
+oneDNN does not. Which is faster here is measured on the model's own largest layer, once, and the other is
+left alone. oneDNN adds up a dot product in one run, MKL in several: its rounding error is 1.5 to 2 times as
+large, still fp32's.
 """
 
 from __future__ import annotations
@@ -17,18 +18,29 @@ import torch
 from transformers import PreTrainedModel
 
 PROBE_TOKENS = 256
-LEAST_WEIGHTS = 2**17  # of a layer: where the largest is smaller, calls cost more than products, and times tell nothing
+LEAST_WEIGHTS = (
+    2**17
+)  # of a layer: where the largest is smaller, calls cost more than products, and times tell nothing
 MIN_SPEEDUP = 0.95  # of MKL's time that oneDNN may take to be worth the change
 CLEAR_SPEEDUP = 0.8  # the same where two runs are to decide alike, whatever else the machine does
 
 
-def use_fast_linear(model: PreTrainedModel, *, worth: float = MIN_SPEEDUP, decided: bool | None = None) -> bool:
-    """Let the model's linear layers run through oneDNN, forward and backward, where that takes at most `worth` of MKL's time; whether it does.
+def use_fast_linear(
+    model: PreTrainedModel, *, worth: float = MIN_SPEEDUP, decided: bool | None = None
+) -> bool:
+    """Let the model's linear layers run through oneDNN, forward and backward, where that takes at most
+    `worth` of MKL's time; whether it does.
 
-    Rounding differs between the two: a run that goes on where another stopped says by `decided` which one that took.
+    Rounding differs between the two: a run that goes on where another stopped says by `decided` which one
+    that took.
     """
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
-    if model.device.type != "cpu" or model.dtype != torch.float32 or not layers or not torch.backends.mkldnn.is_available():
+    if (
+        model.device.type != "cpu"
+        or model.dtype != torch.float32
+        or not layers
+        or not torch.backends.mkldnn.is_available()
+    ):
         return False
     inner = [layer for layer in layers if layer.out_features < 16 * layer.in_features]  # not the LM head
     probe = _Probe(max(inner or layers, key=lambda layer: layer.weight.numel()))
@@ -48,11 +60,15 @@ def use_torch_linear(model: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class Products:
-    """The three matrix products of a linear layer, of matrices x [N, in], weight [out, in] and grad [N, out]."""
+    """The three matrix products of a linear layer, of matrices x [N, in], weight [out, in] and grad [N,
+    out].
+    """
 
     output: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x, weight -> [N, out]
     for_inputs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # grad, weight -> [N, in]
-    for_weight: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # grad, x, weight -> [out, in]
+    for_weight: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+    ]  # grad, x, weight -> [out, in]
 
 
 def products_of(layer: torch.nn.Module) -> Products:
@@ -60,27 +76,39 @@ def products_of(layer: torch.nn.Module) -> Products:
     return ONEDNN if isinstance(layer.forward, partial) and layer.forward.func is _forward else TORCH
 
 
-def onednn_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def onednn_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """`torch.nn.functional.linear` by oneDNN, float32 on a CPU."""
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (inputs, weight, bias)):
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (inputs, weight, bias)
+    ):
         return _OneDnnLinear.apply(inputs, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(inputs if weight.requires_grad else None, weight)  # under an adapter it is frozen
+    def forward(
+        ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(
+            inputs if weight.requires_grad else None, weight
+        )  # under an adapter it is frozen
         ctx.shape = inputs.shape
         return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    def backward(
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         inputs, weight = ctx.saved_tensors
         for_inputs, for_weight, for_bias = ctx.needs_input_grad
         grad = grads[0].reshape(-1, weight.shape[0])
         grad_inputs = _onednn_for_inputs(grad, weight).view(ctx.shape) if for_inputs else None
-        grad_weight = _onednn_for_weight(grad, inputs.reshape(-1, weight.shape[1]), weight) if for_weight else None
+        grad_weight = (
+            _onednn_for_weight(grad, inputs.reshape(-1, weight.shape[1]), weight) if for_weight else None
+        )
         return grad_inputs, grad_weight, grad.sum(0) if for_bias else None
 
 
@@ -89,7 +117,9 @@ def _onednn_output(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _onednn_for_inputs(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten.mkldnn_linear_backward_input([len(grad), weight.shape[1]], grad.contiguous().to_mkldnn(), weight).to_dense()
+    return torch.ops.aten.mkldnn_linear_backward_input(
+        [len(grad), weight.shape[1]], grad.contiguous().to_mkldnn(), weight
+    ).to_dense()
 
 
 def _onednn_for_weight(grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -111,23 +141,38 @@ class _Probe:
     """Both libraries on one layer's weight."""
 
     def __init__(self, layer: torch.nn.Linear):
-        self.inputs = torch.linspace(-1, 1, PROBE_TOKENS * layer.in_features).view(PROBE_TOKENS, layer.in_features)
+        self.inputs = torch.linspace(-1, 1, PROBE_TOKENS * layer.in_features).view(
+            PROBE_TOKENS, layer.in_features
+        )
         self.weight = layer.weight.detach()
 
     def agrees(self) -> bool:
         """Whether oneDNN is there and gives the same numbers and gradients up to rounding."""
         try:
             found = self._results(onednn_linear)
-        except (RuntimeError, AttributeError, NotImplementedError, TypeError):  # operators of torch's own, which may come and go
+        except (
+            RuntimeError,
+            AttributeError,
+            NotImplementedError,
+            TypeError,
+        ):  # operators of torch's own, which may come and go
             return False
         expected = self._results(torch.nn.functional.linear)
-        return all(torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max())) for one, other in zip(found, expected, strict=True))
+        return all(
+            torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+            for one, other in zip(found, expected, strict=True)
+        )
 
     def is_faster(self, worth: float) -> bool:
         if self.weight.numel() < LEAST_WEIGHTS:
             return False
-        runs = [partial(linear, self.inputs, self.weight) for linear in (onednn_linear, torch.nn.functional.linear)]
-        rounds = [[_time(run) for run in runs] for _ in range(9)]  # in turn, so that what else the machine does meets both
+        runs = [
+            partial(linear, self.inputs, self.weight)
+            for linear in (onednn_linear, torch.nn.functional.linear)
+        ]
+        rounds = [
+            [_time(run) for run in runs] for _ in range(9)
+        ]  # in turn, so that what else the machine does meets both
         return min(times[0] for times in rounds) < worth * min(times[1] for times in rounds)
 
     def _results(self, linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:

@@ -1,12 +1,12 @@
 """Activations of decoder layers in host memory between the forward and the backward pass.
 
-Each layer's saved activations are copied to pinned host memory beside the computation of the next layer, and fetched
-back beside the backward pass of the layer above. Weights, what layers share (masks, rotary tables) and small tensors
-stay. A storage that several operators have saved is moved once, and comes back with the same strides, so that the
-gradients are the same to the bit.
+Each layer's saved activations are copied to pinned host memory beside the computation of the next layer, and
+fetched back beside the backward pass of the layer above. Weights, what layers share (masks, rotary tables)
+and small tensors stay. A storage that several operators have saved is moved once, and comes back with the
+same strides, so that the gradients are the same to the bit.
 
-Under recomputation `full` what a layer saves is its input. Under `selective` the matrix products that are kept lie
-in torch's own store, which stays on the device; only the input is moved.
+Under recomputation `full` what a layer saves is its input. Under `selective` the matrix products that are
+kept lie in torch's own store, which stays on the device; only the input is moved.
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ class Transfer(Protocol):
 def offload_activations(model: PreTrainedModel, log: Log, transfer: Transfer | None = None) -> int:
     """Let the model's decoder layers keep their activations in host memory; the number of layers that do.
 
-    After `Recomputation` has wrapped them. On a CPU, or MPS, host memory is all there is: nothing is done, and that is said.
+    After `Recomputation` has wrapped them. On a CPU, or MPS, host memory is all there is: nothing is done,
+    and that is said.
     """
     if transfer is None and model.device.type != "cuda":
-        log(f"--offload-activations has no effect on {model.device.type}, whose activations are in host memory already.")
+        log(
+            f"--offload-activations has no effect on {model.device.type}, whose activations are in host "
+            "memory already."
+        )
         return 0
     layers = decoder_layers(model)
     if not layers:
@@ -58,7 +62,9 @@ def offload_activations(model: PreTrainedModel, log: Log, transfer: Transfer | N
 
 
 class CudaTransfer:
-    """Copies on streams of their own, one a direction, so that they pass beside the computation and each other."""
+    """Copies on streams of their own, one a direction, so that they pass beside the computation and each
+    other.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -73,7 +79,9 @@ class CudaTransfer:
         content.record_stream(self._out)  # its memory is not given away before the copy has ended
         return host, done
 
-    def to_device(self, content: tuple[torch.Tensor, torch.cuda.Event]) -> tuple[torch.Tensor, torch.cuda.Event]:
+    def to_device(
+        self, content: tuple[torch.Tensor, torch.cuda.Event]
+    ) -> tuple[torch.Tensor, torch.cuda.Event]:
         host, done = content
         with torch.cuda.stream(self._back):
             self._back.wait_event(done)
@@ -89,7 +97,9 @@ class CudaTransfer:
 
 
 class _Offload:
-    """Knows the layer that was run before, which is the one whose activations are needed next in the backward pass."""
+    """Knows the layer that was run before, which is the one whose activations are needed next in the backward
+    pass.
+    """
 
     def __init__(self, transfer: Transfer):
         self._transfer = transfer
@@ -107,12 +117,16 @@ class _Offload:
 
 
 class _Staying:
-    """The storages that a layer does not own alone: its weights and buffers, and what the layers are all given."""
+    """The storages that a layer does not own alone: its weights and buffers, and what the layers are all
+    given.
+    """
 
     def __init__(self, layer: torch.nn.Module, kwargs: dict[str, Any]):
         given = [tensor for value in kwargs.values() for tensor in _tensors(value)]
         self._pointers = {_pointer(tensor) for tensor in (*layer.parameters(), *layer.buffers(), *given)}
-        self._masks: dict[Any, Any] = getattr(kwargs.get("forest_plan"), "masks", {})  # the first layer to need one adds it
+        self._masks: dict[Any, Any] = getattr(
+            kwargs.get("forest_plan"), "masks", {}
+        )  # the first layer to need one adds it
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         pointer = _pointer(tensor)
@@ -120,12 +134,18 @@ class _Staying:
 
 
 class _Moved:
-    """What one run of a layer has saved, by storage: on the host, and on the device from the first use to the next layer's."""
+    """What one run of a layer has saved, by storage: on the host, and on the device from the first use to the
+    next layer's.
+    """
 
     def __init__(self, transfer: Transfer, previous: weakref.ref[_Moved] | None, staying: _Staying):
         self._transfer, self._previous, self._staying = transfer, previous, staying
-        self._place_of: dict[tuple[int, int], int] = {}  # by address and version: what was changed since is another content
-        self._sources: list[torch.Tensor] = []  # held while the layer runs, so that no other storage gets an address that is known
+        self._place_of: dict[
+            tuple[int, int], int
+        ] = {}  # by address and version: what was changed since is another content
+        self._sources: list[
+            torch.Tensor
+        ] = []  # held while the layer runs, so that no other storage gets an address that is known
         self._on_host: list[Any] = []
         self._arriving: list[Any] = []
 
@@ -152,7 +172,9 @@ class _Moved:
         if previous is not None:
             previous.fetch()
         content = self._transfer.wait(self._arriving[place])
-        return torch.empty(0, dtype=dtype, device=content.device).set_(content.untyped_storage(), offset, size, stride)
+        return torch.empty(0, dtype=dtype, device=content.device).set_(
+            content.untyped_storage(), offset, size, stride
+        )
 
     def fetch(self) -> None:
         """Begin to fetch all of it, if that has not begun."""

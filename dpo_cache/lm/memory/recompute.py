@@ -1,8 +1,10 @@
 """Activations that are computed again in the backward pass instead of kept.
 
     none        keeps all of them
-    cheap       keeps all but what costs next to nothing: the outputs of norms and activation functions, copies of keys (`recipes.py`)
-    selective   keeps what matrix products and attention gave, and computes norms, activations, copies and adapters' products again
+    cheap       keeps all but what costs next to nothing: the outputs of norms and activation functions,
+                copies of keys (`recipes.py`)
+    selective   keeps what matrix products and attention gave, and computes norms, activations, copies and
+                adapters' products again
     full        keeps each decoder layer's input alone, and computes the layer again
 
 transformers' own switch works in train mode alone; the policy stays in eval mode, where no dropout is.
@@ -31,7 +33,8 @@ MODES = ("none", "cheap", "selective", "full")
 def ladder(precision: str) -> tuple[str, ...]:
     """The modes to try where memory is short, each of which keeps less than the one before.
 
-    *selective* saves over *cheap* under mixed precision alone, where that keeps wide inputs of norms and casts.
+    *selective* saves over *cheap* under mixed precision alone, where that keeps wide inputs of norms and
+    casts.
     """
     return ("cheap", "selective", "full") if precision == "bf16-mixed" else ("cheap", "full")
 
@@ -40,15 +43,21 @@ def ladder(precision: str) -> tuple[str, ...]:
 FLOATS_KEPT = {"none": 2.7, "cheap": 1.2, "selective": 1.2, "full": 0.15}
 
 EXPENSIVE = (
-    "aten.mm", "aten.addmm", "aten.bmm", "aten._grouped_mm", "mkldnn._linear_pointwise", "aten._scaled_dot_product_flash_attention_for_cpu",
-    "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
-    "aten._scaled_dot_product_attention_math_for_mps", "bitsandbytes.gemm_4bit", "bitsandbytes.int8_scaled_mm", "bitsandbytes.int8_mixed_scaled_mm",
+    "aten.mm", "aten.addmm", "aten.bmm", "aten._grouped_mm", "mkldnn._linear_pointwise",
+    "aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_attention_math_for_mps", "bitsandbytes.gemm_4bit",
+    "bitsandbytes.int8_scaled_mm", "bitsandbytes.int8_mixed_scaled_mm",
 )  # fmt: skip
 
 
-ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")  # modules whose classes are functions of a value
+ACTIVATIONS = (
+    "torch.nn.modules.activation",
+    "transformers.activations",
+)  # modules whose classes are functions of a value
 
-# Products of so few numbers each are cheaper to repeat than to keep: what adapters of low rank give. By operator, which argument they multiply.
+# Products of so few numbers each are cheaper to repeat than to keep: what adapters of low rank give. By
+# operator, which argument they multiply.
 NARROW = 64
 NARROW_PRODUCTS = {"aten.mm": 0, "aten.addmm": 1, "mkldnn._linear_pointwise": 0}
 
@@ -59,7 +68,11 @@ class Recomputation:
     def __init__(self, model: PreTrainedModel):
         self.mode = "none"
         self._kept = {packet.default for packet in map(_operator, EXPENSIVE) if packet is not None}
-        self._multiplied = {packet.default: place for name, place in NARROW_PRODUCTS.items() if (packet := _operator(name)) is not None}
+        self._multiplied = {
+            packet.default: place
+            for name, place in NARROW_PRODUCTS.items()
+            if (packet := _operator(name)) is not None
+        }
         layers = decoder_layers(model)
         self.num_layers = len(layers)
         for layer in layers:
@@ -80,17 +93,27 @@ class Recomputation:
 
     def _choose(self, _: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
         is_narrow = operator in self._multiplied and args[self._multiplied[operator]].shape[-1] <= NARROW
-        return CheckpointPolicy.MUST_SAVE if operator in self._kept and not is_narrow else CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            CheckpointPolicy.MUST_SAVE
+            if operator in self._kept and not is_narrow
+            else CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
 
 def _keep_as_recipe(module: torch.nn.Module) -> None:
-    """Let what the module gives be kept as its recipe, where it is made in no time from what is kept anyway."""
+    """Let what the module gives be kept as its recipe, where it is made in no time from what is kept
+    anyway.
+    """
     kind = type(module)
     if _is_gated(kind):  # type: ignore[arg-type]  # mypy takes torch's way to declare __hash__ for another
         module.forward = partial(_run_gated, module, module.forward)  # type: ignore[method-assign]
     elif kind is torch.nn.Linear:
         module.register_forward_pre_hook(_cast_inputs)
-    elif not list(module.children()) and ("Norm" in kind.__name__ or kind.__module__ in ACTIVATIONS) and not getattr(module, "inplace", False):
+    elif (
+        not list(module.children())
+        and ("Norm" in kind.__name__ or kind.__module__ in ACTIVATIONS)
+        and not getattr(module, "inplace", False)
+    ):
         module.forward = partial(_run_alone, module, module.forward)  # type: ignore[method-assign]
 
 
@@ -102,14 +125,22 @@ def _run_alone(module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any)
 
 
 def _run_gated(module: Any, forward: Any, *args: Any) -> Any:
-    """`down_proj(act_fn(gate_proj(x)) * up_proj(x))`, of which what comes before `down_proj` is made again."""
+    """`down_proj(act_fn(gate_proj(x)) * up_proj(x))`, of which what comes before `down_proj` is made
+    again.
+    """
     if not is_recording():
         return forward(*args)
-    return module.down_proj(recompute_later(lambda gate, up: module.act_fn(gate) * up, module.gate_proj(*args), module.up_proj(*args)))
+    return module.down_proj(
+        recompute_later(
+            lambda gate, up: module.act_fn(gate) * up, module.gate_proj(*args), module.up_proj(*args)
+        )
+    )
 
 
 def _cast_inputs(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Inputs of a linear layer as autocast would cast them, in a copy that is made again if they are: else the copy takes less than they do."""
+    """Inputs of a linear layer as autocast would cast them, in a copy that is made again if they are: else
+    the copy takes less than they do.
+    """
     (inputs,) = args
     dtype = autocast_dtype(inputs.device)
     if dtype is None or inputs.dtype != torch.float32 or not is_on_tape(inputs):
@@ -119,7 +150,9 @@ def _cast_inputs(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @cache
 def _is_gated(kind: type[torch.nn.Module]) -> bool:
-    """Whether modules of this class compute `down_proj(act_fn(gate_proj(x)) * up_proj(x))` and nothing else, by their code."""
+    """Whether modules of this class compute `down_proj(act_fn(gate_proj(x)) * up_proj(x))` and nothing else,
+    by their code.
+    """
     try:
         (function,) = ast.parse(dedent(inspect.getsource(kind.forward))).body
     except (OSError, TypeError, SyntaxError):
@@ -131,11 +164,17 @@ def _is_gated(kind: type[torch.nn.Module]) -> bool:
     x = function.args.args[1].arg
     product = f"self.down_proj(self.act_fn(self.gate_proj({x})) * self.up_proj({x}))"
     is_plain = len(code) == 1 and code[0] == f"return {product}"
-    return is_plain or (len(code) == 2 and code[1].startswith("return ") and code[0] == f"{code[1].removeprefix('return ')} = {product}")
+    return is_plain or (
+        len(code) == 2
+        and code[1].startswith("return ")
+        and code[0] == f"{code[1].removeprefix('return ')} = {product}"
+    )
 
 
 def is_kept_changed(error: RuntimeError) -> bool:
-    """Whether a layer changed in place what `selective` had kept of it, as some experts do; torch refuses to go on with that."""
+    """Whether a layer changed in place what `selective` had kept of it, as some experts do; torch refuses to
+    go on with that.
+    """
     return "cached during selective activation checkpoint has been mutated" in str(error)
 
 
@@ -143,7 +182,9 @@ def activation_bytes(model: PreTrainedModel, num_tokens: int, mode: str) -> floa
     """About how much the layers keep of a forest of so many tokens until its backward pass has ended."""
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
     modules = [entry for layer in decoder_layers(model) for entry in layer.named_modules()]
-    outputs = sum(_num_outputs(module, chosen) for name, module in modules if "lora_B" not in name)  # those are added to what is kept anyway
+    outputs = sum(
+        _num_outputs(module, chosen) for name, module in modules if "lora_B" not in name
+    )  # those are added to what is kept anyway
     return FLOATS_KEPT[mode] * outputs * num_tokens * next(model.parameters()).element_size()
 
 
@@ -153,12 +194,16 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 
 
 def _num_outputs(module: torch.nn.Module, num_chosen: int) -> int:
-    """Numbers that a linear layer gives a token; of experts, whose weights are stacked, what the chosen ones give."""
+    """Numbers that a linear layer gives a token; of experts, whose weights are stacked, what the chosen ones
+    give.
+    """
     if isinstance(module, torch.nn.Linear):
         return module.out_features
     if isinstance(module, Conv1D):
         return module.nf
-    return num_chosen * sum(max(weight.shape[1:]) for weight in module.parameters(recurse=False) if weight.ndim == 3)
+    return num_chosen * sum(
+        max(weight.shape[1:]) for weight in module.parameters(recurse=False) if weight.ndim == 3
+    )
 
 
 def _operator(name: str) -> Any:

@@ -1,10 +1,12 @@
-"""Tensors that are made again in the backward pass, from what is kept anyway, where that costs next to nothing.
+"""Tensors that are made again in the backward pass, from what is kept anyway, where that costs next to
+nothing.
 
-The output of a norm or an activation function, or a copy of keys, takes as much memory as a matrix product's, and a
-hundredth of its time. Within `recording`, what `recompute_later` gives is kept as its recipe, the function and its inputs,
-wherever the backward pass asks for it: by the product that multiplies it, for one. It is made again when that is
-reached, once, and its own gradient is taken of that. The same operations give the gradients as if everything were
-kept; a tensor that is used beside its recipe, too, has its gradients added up in another order.
+The output of a norm or an activation function, or a copy of keys, takes as much memory as a matrix product's,
+and a hundredth of its time. Within `recording`, what `recompute_later` gives is kept as its recipe, the
+function and its inputs, wherever the backward pass asks for it: by the product that multiplies it, for one.
+It is made again when that is reached, once, and its own gradient is taken of that. The same operations give
+the gradients as if everything were kept; a tensor that is used beside its recipe, too, has its gradients
+added up in another order.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ _tape: ContextVar[RecomputeTape | None] = ContextVar("book", default=None)
 _hooks: ContextVar[Hooks] = ContextVar("hooks", default=(_itself, _itself))
 
 
-def recompute_later(function: Callable[..., torch.Tensor], *inputs: torch.Tensor, parameters: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+def recompute_later(
+    function: Callable[..., torch.Tensor], *inputs: torch.Tensor, parameters: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
     """`function(*inputs)`, which uses `parameters`, too; within `recording` it is kept as that call.
 
     The function gives one tensor, the same for the same inputs.
@@ -51,14 +55,18 @@ def is_recording() -> bool:
 
 
 def is_on_tape(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is kept as a recipe here and now, so that what is made of it can be, too, without keeping more."""
+    """Whether the tensor is kept as a recipe here and now, so that what is made of it can be, too, without
+    keeping more.
+    """
     tape = _tape.get()
     return tape is not None and torch.is_grad_enabled() and tape.knows(tensor)
 
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """While open, what `recompute_later` gives is kept as its recipe; the rest as under the `saving` around it."""
+    """While open, what `recompute_later` gives is kept as its recipe; the rest as under the `saving` around
+    it.
+    """
     tape = RecomputeTape(*_hooks.get())
     token = _tape.set(tape)
     try:
@@ -89,12 +97,18 @@ class RecomputeTape:
 
     def enter(self, output: torch.Tensor, call: _RecordedCall, inputs: Sequence[torch.Tensor]) -> None:
         if _storage(output) not in map(_storage, inputs):  # else it takes no memory of its own
-            self._calls[_storage(output)] = call, output.detach(), output._version  # held: no other storage gets this address meanwhile
+            self._calls[_storage(output)] = (
+                call,
+                output.detach(),
+                output._version,
+            )  # held: no other storage gets this address meanwhile
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """The recipe and which part of its output the tensor is, or whatever keeps it."""
         call, output, version = self._calls.get(_storage(tensor), (None, tensor, 0))
-        if call is None or output._version != version or tensor.dtype != output.dtype:  # changed in place: what the recipe gives is another
+        if (
+            call is None or output._version != version or tensor.dtype != output.dtype
+        ):  # changed in place: what the recipe gives is another
             return self.keep(tensor)
         return _OutputView(call, tensor)
 
@@ -123,16 +137,24 @@ class _RecordedCall:
     """A function and its inputs, each kept as the book keeps it, which may be as a recipe, too."""
 
     def __init__(
-        self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], tape: RecomputeTape
+        self,
+        function: Callable[..., torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        parameters: Sequence[torch.Tensor],
+        tape: RecomputeTape,
     ):
         self._function, self._parameters, self._fetch = function, parameters, tape.fetch
-        self._inputs = [(tape.pack(tensor.detach()), tensor.requires_grad, tensor._version) for tensor in inputs]
+        self._inputs = [
+            (tape.pack(tensor.detach()), tensor.requires_grad, tensor._version) for tensor in inputs
+        ]
         self._autocast = _autocast_of(inputs[0].device)
         self._made: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
     def output(self) -> torch.Tensor:
         """What the function gives, kept from here until `gradients`, if those will be asked for."""
-        has_gradients = any(needs for _, needs, _ in self._inputs) or any(parameter.requires_grad for parameter in self._parameters)
+        has_gradients = any(needs for _, needs, _ in self._inputs) or any(
+            parameter.requires_grad for parameter in self._parameters
+        )
         made = self._made or self._make()
         if has_gradients:
             self._made = made
@@ -143,7 +165,9 @@ class _RecordedCall:
         leaves, output = self._made or self._make()
         self._made = None
         sources = [*leaves, *self._parameters]
-        found = iter(torch.autograd.grad(output, [source for source in sources if source.requires_grad], grad))
+        found = iter(
+            torch.autograd.grad(output, [source for source in sources if source.requires_grad], grad)
+        )
         return [next(found) if source.requires_grad else None for source in sources]
 
     def _make(self) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -1,6 +1,7 @@
 """Adapters (PEFT): few trained weights beside frozen ones.
 
-A folder with `adapter_config.json` is a checkpoint whose weights lie elsewhere, in its base. A fresh adapter changes
+A folder with `adapter_config.json` is a checkpoint whose weights lie elsewhere, in its base. A fresh adapter
+changes
 nothing: the policy starts as its base, and with the adapter switched off it always is its base.
 """
 
@@ -40,15 +41,21 @@ UNSUITED_FIELDS = {
     "megatron_config": "layers of Megatron are not in models of transformers",
 }
 
-PLAIN_STARTS = (True, False, "gaussian")  # of LoRA; PiSSA, OLoRA, LoftQ and kin move a part of the base into the adapter
+PLAIN_STARTS = (
+    True,
+    False,
+    "gaussian",
+)  # of LoRA; PiSSA, OLoRA, LoftQ and kin move a part of the base into the adapter
 
 # Fields of an adapter's config that cannot change what it computes, or that its tensors' names tell.
 # fmt: off
 INERT_FIELDS = frozenset(
     {
-        "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "lora_dropout", "module_dropout",
-        "init_weights", "init_ia3_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-        "modules_to_save", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying",
+        "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type",
+        "peft_version", "lora_dropout", "module_dropout", "init_weights", "init_ia3_weights",
+        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+        "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        "ensure_weight_tying",
     }
 )
 # fmt: on
@@ -71,29 +78,42 @@ class CheckpointLocation:
 
 
 def locate_checkpoint(location: str, revision: str | None = None) -> CheckpointLocation:
-    """The base and the adapter of a local folder or Hub id. Raises `ModelError` for an adapter whose base is not there."""
+    """The base and the adapter of a local folder or Hub id. Raises `ModelError` for an adapter whose base is
+    not there.
+    """
     folder = _adapter_folder(location, revision)
     if folder is None:
         return CheckpointLocation(location, revision)
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         raise ModelError(
-            f"{location}: holds an adapter and whole weights; which of the two is meant cannot be told.\nMove one of them to a folder of its own."
+            f"{location}: holds an adapter and whole weights; which of the two is meant cannot be told.\n"
+            "Move one of them to a folder of its own."
         )
     config = _read_json(folder)
     base, base_revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
-        raise ModelError(f"{folder / CONFIG_FILE}: names no base_model_name_or_path, the model that the adapter belongs to.\nWrite it there.")
+        raise ModelError(
+            f"{folder / CONFIG_FILE}: names no base_model_name_or_path, the model that the adapter "
+            "belongs to.\nWrite it there."
+        )
     if os.path.isabs(base) and not os.path.isdir(base):
-        raise ModelError(f"{location}: its base {base} is gone.\nCorrect base_model_name_or_path in {folder / CONFIG_FILE}.")
+        raise ModelError(
+            f"{location}: its base {base} is gone.\n"
+            f"Correct base_model_name_or_path in {folder / CONFIG_FILE}."
+        )
     return CheckpointLocation(base, base_revision, str(folder))
 
 
 def lora_config(rank: int, alpha: float | None, targets: str) -> PeftConfig:
-    """LoRA of this rank (arXiv:2106.09685) on `targets`, names with commas between them or `all-linear`; alpha is twice the rank unless given."""
+    """LoRA of this rank (arXiv:2106.09685) on `targets`, names with commas between them or `all-linear`;
+    alpha is twice the rank unless given.
+    """
     peft = _import_peft()
     modules: str | list[str] = targets if targets == "all-linear" else targets.split(",")
     scale = 2 * rank if alpha is None else alpha
-    return peft.LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=modules, task_type="CAUSAL_LM")
+    return peft.LoraConfig(
+        r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=modules, task_type="CAUSAL_LM"
+    )
 
 
 def read_adapter_config(path: str) -> PeftConfig:
@@ -102,16 +122,28 @@ def read_adapter_config(path: str) -> PeftConfig:
     try:
         fields = json.loads(Path(path).read_text())
         kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]]
-        return kind(**{**{name: value for name, value in fields.items() if name != "peft_type"}, "inference_mode": False})
+        return kind(
+            **{
+                **{name: value for name, value in fields.items() if name != "peft_type"},
+                "inference_mode": False,
+            }
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        detail = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
-        raise OptionError(f"--peft-config {path}: no PEFT config can be read from it ({detail}).\nGive a file like adapter_config.json.") from error
+        detail = (
+            error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
+        )
+        raise OptionError(
+            f"--peft-config {path}: no PEFT config can be read from it ({detail}).\n"
+            "Give a file like adapter_config.json."
+        ) from error
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int) -> PeftModel:
-    """Put a fresh adapter into the model, whose own weights are frozen; its random part depends on the seed alone.
+    """Put a fresh adapter into the model, whose own weights are frozen; its random part depends on the seed
+    alone.
 
-    The model is changed in place and stays the one to be run; what is returned saves the adapter, switches it off and merges it.
+    The model is changed in place and stays the one to be run; what is returned saves the adapter, switches it
+    off and merges it.
     """
     peft = _import_peft()
     _check_suited(config)
@@ -119,13 +151,23 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int) -> Pef
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, config)
-        except (ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, re.error) as error:
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ImportError,
+            RuntimeError,
+            re.error,
+        ) as error:
             if is_out_of_memory(error, model.device):
                 raise OptionError(
-                    f"the adapter does not fit into memory: {first_line(error)}\nUse a smaller --lora-r or fewer --lora-targets."
+                    f"the adapter does not fit into memory: {first_line(error)}\n"
+                    "Use a smaller --lora-r or fewer --lora-targets."
                 ) from error
             raise OptionError(
-                f"{type(model).__name__} cannot take this adapter: {first_line(error)}\nSee --lora-targets or --peft-config."
+                f"{type(model).__name__} cannot take this adapter: {first_line(error)}\n"
+                "See --lora-targets or --peft-config."
             ) from error
     _check_names(model, config)
     use_fast_lora(adapted)
@@ -137,12 +179,17 @@ def load_adapter(model: PreTrainedModel, folder: str, *, is_trainable: bool = Fa
     peft = _import_peft()
     _check_suited(read_config(folder))
     if not Path(folder, WEIGHTS_FILE).is_file():
-        raise ModelError(f"{folder}: {WEIGHTS_FILE} is missing.\nSave the adapter again as safetensors; pickled files can run code and are not read.")
+        raise ModelError(
+            f"{folder}: {WEIGHTS_FILE} is missing.\n"
+            "Save the adapter again as safetensors; pickled files can run code and are not read."
+        )
     try:
         with _without_deprecations():
             adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the adapter does not fit {type(model).__name__} ({first_line(error)}).") from error
+        raise ModelError(
+            f"{folder}: the adapter does not fit {type(model).__name__} ({first_line(error)})."
+        ) from error
     use_fast_lora(adapted)
     return adapted.eval()
 
@@ -163,7 +210,9 @@ def describe(adapted: PeftModel) -> str:
 def is_identity_at_init(adapted: PeftModel) -> bool:
     """Whether a fresh adapter is known to leave the model's log-probs as they are."""
     config = adapted.peft_config["default"]
-    return _kind(config) == "IA3" or (_kind(config) == "LORA" and getattr(config, "init_lora_weights", True) is not False)
+    return _kind(config) == "IA3" or (
+        _kind(config) == "LORA" and getattr(config, "init_lora_weights", True) is not False
+    )
 
 
 def can_be_switched_off(adapted: PeftModel | None) -> bool:
@@ -172,15 +221,18 @@ def can_be_switched_off(adapted: PeftModel | None) -> bool:
 
 
 def check_mergeable(adapted: PeftModel) -> None:
-    """Raise `OptionError` where merging would change another model than the one that was trained: a weight that embeddings and head share
-    has an adapter in one of the two places."""
+    """Raise `OptionError` where merging would change another model than the one that was trained: a weight
+    that embeddings and head share has an adapter in one of the two places."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model: Any = adapted.get_base_model()
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if model.config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
+    if model.config.get_text_config().tie_word_embeddings and any(
+        isinstance(end, BaseTunerLayer) for end in ends
+    ):
         raise OptionError(
-            "--merge-adapter: embeddings and LM head share one weight, and the adapter is on one of them alone; merged, it would change both.\n"
+            "--merge-adapter: embeddings and LM head share one weight, and the adapter is on one of them "
+            "alone; merged, it would change both.\n"
             "Leave --merge-adapter out, or take embeddings and head out of --lora-targets."
         )
 
@@ -200,14 +252,18 @@ def _adapter_folder(location: str, revision: str | None) -> Path | None:
         return None
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(location, revision=revision, allow_patterns=["*.json", WEIGHTS_FILE, "*.jinja"]))
+    return Path(
+        snapshot_download(location, revision=revision, allow_patterns=["*.json", WEIGHTS_FILE, "*.jinja"])
+    )
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / CONFIG_FILE).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{folder / CONFIG_FILE}: not readable ({first_line(error)}).\nSave the adapter again.") from error
+        raise ModelError(
+            f"{folder / CONFIG_FILE}: not readable ({first_line(error)}).\nSave the adapter again."
+        ) from error
 
 
 def read_config(folder: str) -> PeftConfig:
@@ -216,7 +272,9 @@ def read_config(folder: str) -> PeftConfig:
     try:
         return peft.PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}: no adapter can be read from it ({first_line(error)}).\nSave the adapter again.") from error
+        raise ModelError(
+            f"{folder}: no adapter can be read from it ({first_line(error)}).\nSave the adapter again."
+        ) from error
 
 
 @contextmanager
@@ -228,16 +286,29 @@ def _without_deprecations() -> Iterator[None]:
 
 
 def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
-    """Raise `OptionError` for a name among several that no layer has: PEFT asks only that any of them be found."""
-    layers = {name.removesuffix(".base_layer"): module for name, module in model.named_modules() if "lora_" not in name}
+    """Raise `OptionError` for a name among several that no layer has: PEFT asks only that any of them be
+    found.
+    """
+    layers = {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if "lora_" not in name
+    }
     for field in ("target_modules", "modules_to_save"):
         asked = getattr(config, field, None)
         several = [] if asked is None or isinstance(asked, str) else sorted(asked)
-        missing = [one for one in several if not any(name == one or name.endswith(f".{one}") for name in layers)]
+        missing = [
+            one for one in several if not any(name == one or name.endswith(f".{one}") for name in layers)
+        ]
         if missing:
-            linear = {name.rpartition(".")[2] for name, module in layers.items() if isinstance(module, (torch.nn.Linear, Conv1D))}
+            linear = {
+                name.rpartition(".")[2]
+                for name, module in layers.items()
+                if isinstance(module, (torch.nn.Linear, Conv1D))
+            }
             raise OptionError(
-                f"{type(model).__name__} has no layer called {' or '.join(missing)} ({field} of the adapter).\n"
+                f"{type(model).__name__} has no layer called {' or '.join(missing)} ({field} of the "
+                "adapter).\n"
                 f"Its linear layers: {', '.join(sorted(linear))}."
             )
 
@@ -246,17 +317,26 @@ def _check_suited(config: PeftConfig) -> None:
     kind = _kind(config)
     for field, what in UNSUITED_FIELDS.items():
         if getattr(config, field, None):
-            raise OptionError(f"an adapter with {field} is not supported: {what}.\nTake it out of the adapter's config.")
+            raise OptionError(
+                f"an adapter with {field} is not supported: {what}.\nTake it out of the adapter's config."
+            )
     if config.task_type not in (None, "CAUSAL_LM"):
-        raise OptionError(f"task_type {config.task_type}: the policy is a causal language model.\nWrite CAUSAL_LM into the adapter's config.")
+        raise OptionError(
+            f"task_type {config.task_type}: the policy is a causal language model.\n"
+            "Write CAUSAL_LM into the adapter's config."
+        )
     start = getattr(config, "init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise OptionError(
-            f"init_lora_weights {start!r}: such an adapter changes the weights under it, so that they are the reference's no more.\n"
+            f"init_lora_weights {start!r}: such an adapter changes the weights under it, so that they are "
+            "the reference's no more.\n"
             "Use true or gaussian."
         )
     if config.is_prompt_learning or kind in UNSUITED:
-        raise OptionError(f"adapters of the kind {kind} are not supported: they are no part of the layers, or must be told of each step.\nUse LoRA.")
+        raise OptionError(
+            f"adapters of the kind {kind} are not supported: they are no part of the layers, or must be "
+            "told of each step.\nUse LoRA."
+        )
 
 
 def _import_peft() -> Any:

@@ -1,8 +1,10 @@
 """What a reference is: the canonical description whose sha256 names it.
 
     {"scoring": 1, "weights": <hex>, "config": {...}, "dtype": "float32"}
-    {..., "quantization": {...}}    where the weights were quantized: how, as the checkpoint says or as `--quantize` does it
-    {..., "adapter": {...}}         where an adapter is over them: the digest of its tensors, and what of its config changes the computation
+    {..., "quantization": {...}}    where the weights were quantized: how, as the checkpoint says or as
+                                    `--quantize` does it
+    {..., "adapter": {...}}         where an adapter is over them: the digest of its tensors, and what of its
+                                    config changes the computation
 
 `weights` is the sha256 over the lines `name dtype shape sha256-of-bytes` of all tensors, sorted by name: it
 does not depend on how a checkpoint is split into files. `config` holds the fields that differ from the
@@ -37,20 +39,27 @@ SCORING_VERSION = 1  # raised when the same model and ids would get another stor
 # fmt: off
 INERT_FIELDS = frozenset(
     {
-        "_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype",
-        "use_cache", "return_dict", "output_hidden_states", "output_attentions", "initializer_range", "bos_token_id",
-        "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
-        "finetuning_task", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout",
-        "attention_dropout_prob", "hidden_dropout_prob", "dropout", "layerdrop", "chunk_size_feed_forward",
-        "tokenizer_class", "prefix", "is_encoder_decoder", "router_aux_loss_coef", "output_router_logits",
-        "pretraining_tp", "_attn_implementation", "_attn_implementation_autoset", "gradient_checkpointing",
+        "_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype",
+        "torch_dtype", "use_cache", "return_dict", "output_hidden_states", "output_attentions",
+        "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+        "sep_token_id", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
+        "finetuning_task", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop",
+        "hidden_dropout", "attention_dropout_prob", "hidden_dropout_prob", "dropout", "layerdrop",
+        "chunk_size_feed_forward", "tokenizer_class", "prefix", "is_encoder_decoder",
+        "router_aux_loss_coef", "output_router_logits", "pretraining_tp", "_attn_implementation",
+        "_attn_implementation_autoset", "gradient_checkpointing",
     }
 )
 # fmt: on
 
 
 def reference_identity(
-    location: str, config: PreTrainedConfig, dtype: torch.dtype, *, revision: str | None = None, quantize: str = "none"
+    location: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    revision: str | None = None,
+    quantize: str = "none",
 ) -> dict[str, Any]:
     """The identity of the model at a local folder or Hub id, from its files alone. Raises `ModelError`.
 
@@ -75,17 +84,28 @@ def reference_identity(
 
 
 def adapter_identity(folder: str) -> dict[str, Any]:
-    """What an adapter adds: the digest of its tensors, and the fields of its config that change what it computes."""
+    """What an adapter adds: the digest of its tensors, and the fields of its config that change what it
+    computes.
+    """
     path = Path(folder, WEIGHTS_FILE)
     if not path.is_file():
-        raise ModelError(f"{folder}: {WEIGHTS_FILE} is missing.\nSave the adapter again as safetensors; pickled files can run code and are not read.")
+        raise ModelError(
+            f"{folder}: {WEIGHTS_FILE} is missing.\n"
+            "Save the adapter again as safetensors; pickled files can run code and are not read."
+        )
     config = read_config(folder)
     fields, defaults = config.to_dict(), type(config)().to_dict()
-    kept = {name: value for name, value in fields.items() if name not in INERT_ADAPTER_FIELDS and value != defaults.get(name)}
+    kept = {
+        name: value
+        for name, value in fields.items()
+        if name not in INERT_ADAPTER_FIELDS and value != defaults.get(name)
+    }
     return {"weights": weights_digest([path]), "config": _plain({**kept, "peft_type": fields["peft_type"]})}
 
 
-def provenance(location: str, *, revision: str | None, device: torch.device, attention: str, tokenizer: str) -> dict[str, Any]:
+def provenance(
+    location: str, *, revision: str | None, device: torch.device, attention: str, tokenizer: str
+) -> dict[str, Any]:
     """Where the reference came from and what computed it: recorded, not hashed."""
     is_local = os.path.isdir(location)
     return {
@@ -109,7 +129,11 @@ def computing_fields(config: PreTrainedConfig) -> dict[str, Any]:
     except (TypeError, ValueError, AttributeError):  # a class that cannot be made without arguments
         defaults = {}
     skipped = INERT_FIELDS | {"quantization_config"}
-    kept = {name: value for name, value in fields.items() if name not in skipped and (name not in defaults or value != defaults[name])}
+    kept = {
+        name: value
+        for name, value in fields.items()
+        if name not in skipped and (name not in defaults or value != defaults[name])
+    }
     return {**kept, "model_type": config.model_type}
 
 
@@ -122,23 +146,40 @@ def checkpoint_files(location: str, *, revision: str | None = None) -> list[Path
     folder = Path(location)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(location, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+            folder = Path(
+                snapshot_download(
+                    location,
+                    revision=revision,
+                    allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
+                )
+            )
         except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise ModelError(f"{location}: no such folder, and the Hub does not have it or cannot be reached.") from error
+            raise ModelError(
+                f"{location}: no such folder, and the Hub does not have it or cannot be reached."
+            ) from error
     if (folder / CONFIG_FILE).is_file():
-        raise ModelError(f"{location}: holds an adapter, where a base with weights of its own is expected.\nMerge it into its base (peft).")
+        raise ModelError(
+            f"{location}: holds an adapter, where a base with weights of its own is expected.\n"
+            "Merge it into its base (peft)."
+        )
     index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []  # transformers takes it before the index
+    names = (
+        ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    )  # transformers takes it before the index
     if not names and index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: not an index of safetensors files ({first_line(error)}).\nDownload or save the model again.") from error
+            raise ModelError(
+                f"{index}: not an index of safetensors files ({first_line(error)}).\n"
+                "Download or save the model again."
+            ) from error
     missing = [name for name in names if not (folder / name).is_file()]
     if not names or missing:
         raise ModelError(
             f"{location}: {'no safetensors weights' if not names else f'{missing[0]} is missing'}.\n"
-            "Pickled checkpoints (.bin) can run code and are not read: load and `save_pretrained` the model once to convert it."
+            "Pickled checkpoints (.bin) can run code and are not read: load and `save_pretrained` the "
+            "model once to convert it."
         )
     return [folder / name for name in names]
 
@@ -183,7 +224,9 @@ def _hash_tensors(path: Path) -> dict[str, str]:
                 digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
                 lines[name] = f"{name} {entry.get_dtype()} {entry.get_shape()} {digest}"
     except SafetensorError as error:
-        raise ModelError(f"{path}: not a whole safetensors file ({error}).\nDownload or save the model again.") from error
+        raise ModelError(
+            f"{path}: not a whole safetensors file ({error}).\nDownload or save the model again."
+        ) from error
     return lines
 
 

@@ -15,7 +15,9 @@ from dpo_cache.lm.model.adapter import CheckpointLocation, load_adapter, locate_
 from dpo_cache.lm.model.quantization import check_quantizable, is_quantized, loading_config, prepare_layers
 
 
-def load_config(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(
+    location: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """The model's config, without its weights; of an adapter, its base's. Raises `ModelError`."""
     return _config_of(locate_checkpoint(location, revision), location, trust_remote_code)
 
@@ -23,10 +25,13 @@ def load_config(location: str, *, revision: str | None = None, trust_remote_code
 def _config_of(parts: CheckpointLocation, location: str, trust_remote_code: bool) -> PreTrainedConfig:
     """The config of a base that is found; errors name `location`, which was asked for."""
     try:
-        return AutoConfig.from_pretrained(parts.base, revision=parts.base_revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            parts.base, revision=parts.base_revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(
-            f"{location}: no model can be loaded from it ({first_line(error)}).\nGive a local folder with config.json, or a Hub id."
+            f"{location}: no model can be loaded from it ({first_line(error)}).\n"
+            "Give a local folder with config.json, or a Hub id."
         ) from error
 
 
@@ -50,16 +55,24 @@ def load_model(
     quantize: str = "none",
     compute_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """The causal LM in eval mode on the device, of an adapter its base with the adapter in it. Raises `ModelError`, also where a weight is missing.
+    """The causal LM in eval mode on the device, of an adapter its base with the adapter in it. Raises
+    `ModelError`, also where a weight is missing.
 
-    `quantize` 8bit or 4bit holds the linear layers of the decoder in so many bits, frozen; what is left has `dtype`.
-    4-bit weights are multiplied in `compute_dtype` (default: `dtype`).
+    `quantize` 8bit or 4bit holds the linear layers of the decoder in so many bits, frozen; what is left has
+    `dtype`. 4-bit weights are multiplied in `compute_dtype` (default: `dtype`).
 
     Only safetensors are read: a pickled checkpoint can run code. Eval mode is kept while training too:
     the reference is scored without dropout, so the policy is trained without it.
     """
     parts = locate_checkpoint(location, revision)
-    model = load_base(parts, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantize=quantize, compute_dtype=compute_dtype)
+    model = load_base(
+        parts,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        quantize=quantize,
+        compute_dtype=compute_dtype,
+    )
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
     return model
@@ -87,7 +100,8 @@ def load_base(
     bars_shown = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # what its report says in many lines, the check below says in one
+    # what its report says in many lines, the check below says in one
+    transformers_logging.set_verbosity_error()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -102,7 +116,8 @@ def load_base(
     lacking = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report["mismatched_keys"])
     if lacking:
         raise ModelError(
-            f"{location}: {len(lacking)} weights are not in the checkpoint or have another shape, first {lacking[0]}.\n"
+            f"{location}: {len(lacking)} weights are not in the checkpoint or have another shape, first "
+            f"{lacking[0]}.\n"
             "They would be random. Give a complete checkpoint of a causal LM."
         )
     if is_quantized(model):

@@ -20,7 +20,11 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     layer = model.get_output_embeddings()
     if type(layer) is not torch.nn.Linear or layer.bias is not None:
         return False
-    probe_TD = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device).view(2, -1).to(layer.weight.dtype)
+    probe_TD = (
+        torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device)
+        .view(2, -1)
+        .to(layer.weight.dtype)
+    )
     with torch.no_grad():
         return torch.equal(head_of(model)(probe_TD), layer(probe_TD[None])[0])
 
@@ -31,7 +35,8 @@ def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The rest of a causal LM: what its own `forward` does to hidden states, scaling, caps and biases included.
+    """The rest of a causal LM: what its own `forward` does to hidden states, scaling, caps and biases
+    included.
 
     A view of the model that shares its modules but whose decoder hands over the given hidden states.
     """
@@ -54,7 +59,10 @@ def _decoder_name(model: PreTrainedModel) -> str:
         return model.base_model_prefix
     names = [name for name, module in model.named_children() if isinstance(module, PreTrainedModel)]
     if len(names) != 1:
-        raise ModelError(f"{type(model).__name__} is not built as one decoder and a head; it cannot be used.\nGive a text-only causal LM.")
+        raise ModelError(
+            f"{type(model).__name__} is not built as one decoder and a head; it cannot be used.\n"
+            "Give a text-only causal LM."
+        )
     return names[0]
 
 
@@ -70,7 +78,9 @@ class _GivenHidden(torch.nn.Module):
 
 
 class _HiddenOnly(BaseModelOutputWithPast):
-    """A decoder's output of which nothing but the hidden states is there; each family looks for other fields."""
+    """A decoder's output of which nothing but the hidden states is there; each family looks for other
+    fields.
+    """
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

@@ -1,11 +1,14 @@
 """Base weights in 4 or 8 bits, by bitsandbytes: how they are named, loaded, and what rounding they bring.
 
-    4bit    NF4 with its scales quantized once more (Sec. 3, arXiv:2305.14314); matrix products in the compute dtype
-    8bit    weights in 8 bits a row, activations in 8 bits a token: LLM.int8() (arXiv:2208.07339) without its outliers in 16 bits,
-            which are chosen by looking at all tokens of a batch: a model with them is not causal
+    4bit    NF4 with its scales quantized once more (Sec. 3, arXiv:2305.14314); matrix products in the compute
+            dtype
+    8bit    weights in 8 bits a row, activations in 8 bits a token: LLM.int8() (arXiv:2208.07339) without its
+            outliers in 16 bits, which are chosen by looking at all tokens of a batch: a model with them is
+            not causal
 
-Embeddings, norms and the LM head keep the dtype of the model. The policy stays in eval mode, as everywhere: in train
-mode bitsandbytes takes another way through an 8-bit layer on a CPU, and the policy would not be its reference.
+Embeddings, norms and the LM head keep the dtype of the model. The policy stays in eval mode, as everywhere:
+in train mode bitsandbytes takes another way through an 8-bit layer on a CPU, and the policy would not be its
+reference.
 """
 
 from __future__ import annotations
@@ -29,25 +32,38 @@ def check_quantizable(config: PreTrainedConfig, location: str, name: str) -> Non
     if saved is not None:
         method = saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method
         raise ModelError(
-            f"{location}: its weights were saved quantized ({getattr(method, 'value', method)}), and --quantize {name} would quantize them again.\n"
-            "Leave --quantize out: the checkpoint is loaded as it is. Or give the model that it was made from."
+            f"{location}: its weights were saved quantized ({getattr(method, 'value', method)}), and "
+            f"--quantize {name} would quantize them again.\n"
+            "Leave --quantize out: the checkpoint is loaded as it is. Or give the model that it was made "
+            "from."
         )
-    missing = [package for package in ("bitsandbytes", "accelerate") if importlib.util.find_spec(package) is None]
+    missing = [
+        package for package in ("bitsandbytes", "accelerate") if importlib.util.find_spec(package) is None
+    ]
     if missing:
-        raise ModelError(f"--quantize {name} needs {' and '.join(missing)}, which is not installed.\nRun `pip install 'dpo-cache[quantize]'`.")
+        raise ModelError(
+            f"--quantize {name} needs {' and '.join(missing)}, which is not installed.\n"
+            "Run `pip install 'dpo-cache[quantize]'`."
+        )
 
 
 def loading_config(name: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """What `from_pretrained` takes as `quantization_config`."""
     fields = {key: value for key, value in QUANTIZATION_FIELDS[name].items() if key != "quant_method"}
-    return BitsAndBytesConfig(**fields, **({"bnb_4bit_compute_dtype": compute_dtype} if name == "4bit" else {}))
+    return BitsAndBytesConfig(
+        **fields, **({"bnb_4bit_compute_dtype": compute_dtype} if name == "4bit" else {})
+    )
 
 
 def prepare_layers(model: PreTrainedModel) -> None:
     """Make freshly loaded bitsandbytes layers fit for training on any device."""
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of each product whose inputs are not float16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
+        logging.ERROR
+    )  # it warns of each product whose inputs are not float16
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # it would repack the weights for inference, in a form that has no backward pass
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # it would repack the weights for inference, in a form that has no backward pass
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
@@ -65,8 +81,10 @@ def num_values(parameter: torch.nn.Parameter) -> int:
 def rounding_dtype(model: PreTrainedModel) -> torch.dtype:
     """The dtype whose rounding explains gaps between two ways to run the model; see `TOKEN_TOLERANCES`.
 
-    An 8-bit layer rounds its inputs to 8 bits, so that a difference in the last bit before it can become one of a
-    hundredth: as coarse as bfloat16, whatever dtype surrounds it. A 4-bit layer computes in the compute dtype.
+    An 8-bit layer rounds its inputs to 8 bits, so that a difference in the last bit before it can become one
+    of a
+    hundredth: as coarse as bfloat16, whatever dtype surrounds it. A 4-bit layer computes in the compute
+    dtype.
     """
     return torch.bfloat16 if any(_is_int8(module) for module in model.modules()) else model.dtype
 

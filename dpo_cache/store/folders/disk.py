@@ -1,7 +1,7 @@
 """Every step that the store takes on a file system, one method a step.
 
-A step can be refused, and the power can fail after it. The tests put a disk in this one's place that refuses a
-step or forgets what was not synced, so nothing else in the store changes a file system.
+A step can be refused, and the power can fail after it. The tests put a disk in this one's place that refuses
+a step or forgets what was not synced, so nothing else in the store changes a file system.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | 
 
 
 class Disk:
-    """The file system itself. Files and folders get the permissions that the umask leaves, so that a group can share a cache."""
+    """The file system itself. Files and folders get the permissions that the umask leaves, so that a group
+    can share a cache.
+    """
 
     def make_folder(self, path: Path) -> None:
         path.mkdir()
@@ -35,7 +37,9 @@ class Disk:
         return os.open(path, NEW_FILE, 0o666)
 
     def write(self, descriptor: int, content: bytes) -> None:
-        """Append all of the content: a file system that is nearly full takes a part first and refuses the rest."""
+        """Append all of the content: a file system that is nearly full takes a part first and refuses the
+        rest.
+        """
         left = memoryview(content)
         while left:
             left = left[os.write(descriptor, left) :]
@@ -79,13 +83,17 @@ class Disk:
         return path.read_bytes()
 
     def open(self, path: Path) -> Any:
-        """An open file, to be read at any place. It stays whole when its name is removed or given to another file."""
+        """An open file, to be read at any place. It stays whole when its name is removed or given to another
+        file.
+        """
         try:
             return pa.OSFile(str(path))
         except OSError as error:
             if error.errno == errno.EMFILE and _raise_file_limit():
                 return self.open(path)
-            raise OSError(error.errno, os.strerror(error.errno or 0)) from error  # without pyarrow's own words
+            raise OSError(
+                error.errno, os.strerror(error.errno or 0)
+            ) from error  # without pyarrow's own words
 
 
 def _raise_file_limit() -> bool:

@@ -20,7 +20,8 @@ ADVICE = {
     errno.EPERM: f"Permission denied: {_CHOOSE}",
     errno.ENOTDIR: "Something in this path is a file: choose another --cache.",
     errno.EEXIST: "Something in this path is a file: choose another --cache.",
-    errno.ENAMETOOLONG: "The file system has no room for a path this long: choose a shorter --cache or --name.",
+    errno.ENAMETOOLONG: "The file system has no room for a path this long: choose a shorter --cache or "
+    "--name.",
     errno.ENOENT: f"It is gone, or its disk was unmounted: check the path and {_AGAIN}",
     errno.ESTALE: _MOUNT,
     errno.ENOTCONN: _MOUNT,
@@ -33,13 +34,17 @@ ADVICE = {
 
 
 def storage_error(verb: str, place: Any, error: OSError) -> StorageError:
-    """The error to raise in place of what the file system said, with what to do about it: `MissingFileError` for a file to read that is gone."""
+    """The error to raise in place of what the file system said, with what to do about it: `MissingFileError`
+    for a file to read that is gone.
+    """
     advice = ADVICE.get(error.errno or 0, f"Check the path and {_AGAIN}")
     kind = MissingFileError if verb == "read" and isinstance(error, FileNotFoundError) else StorageError
     return kind(f"cannot {verb} {place}: {error.strerror or error}.\n{advice}")
 
 
 def raise_refusal(place: Any, error: Exception) -> None:
-    """Raise `StorageError` where the file system refused to read on. Does nothing where the content is at fault: that has no errno."""
+    """Raise `StorageError` where the file system refused to read on. Does nothing where the content is at
+    fault: that has no errno.
+    """
     if isinstance(error, OSError) and error.errno:
         raise storage_error("read", place, error) from error

@@ -64,7 +64,9 @@ class LocalFolder:
             raise storage_error("read", self.root / name, error) from error
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of this name. A disk that does not answer is a `StorageError`, not a no."""
+        """Whether there is a file or folder of this name. A disk that does not answer is a `StorageError`,
+        not a no.
+        """
         try:
             found = self._status(self.root / name) is not None
         except OSError as error:
@@ -73,7 +75,9 @@ class LocalFolder:
         return found
 
     def names(self, folder: str) -> list[str]:
-        """Names of the published files and folders directly inside, sorted; empty where there is no folder."""
+        """Names of the published files and folders directly inside, sorted; empty where there is no
+        folder.
+        """
         try:
             return sorted(name for name in self.disk.names(self.root / folder) if not name.startswith("."))
         except FileNotFoundError:
@@ -82,7 +86,9 @@ class LocalFolder:
             raise storage_error("list", self.root / folder, error) from error
 
     def files(self, folder: str = "") -> dict[str, int]:
-        """Every published file below the folder, by its name from the root, with its size in bytes; sorted by name."""
+        """Every published file below the folder, by its name from the root, with its size in bytes; sorted by
+        name.
+        """
         try:
             return self._sizes(self.root / folder, hidden=False)
         except OSError as error:
@@ -96,7 +102,9 @@ class LocalFolder:
             raise storage_error("read", self.root / name, error) from error
 
     def remove(self, name: str) -> None:
-        """Remove the file, durably; nothing happens where it is gone already. Folders left empty are removed with it."""
+        """Remove the file, durably; nothing happens where it is gone already. Folders left empty are removed
+        with it.
+        """
         target = self.root / name
         try:
             try:
@@ -118,7 +126,9 @@ class LocalFolder:
                 break
 
     def hidden(self) -> dict[str, int]:
-        """What `files` leaves out: scratch of writers at work or killed, and what was set aside; sizes in bytes by name."""
+        """What `files` leaves out: scratch of writers at work or killed, and what was set aside; sizes in
+        bytes by name.
+        """
         try:
             return self._sizes(self.root, hidden=True)
         except OSError as error:
@@ -143,21 +153,28 @@ class LocalFolder:
             raise storage_error("read", self.root / name, error) from error
 
     def open_parquet(self, name: str) -> Any:
-        """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from: an open file, which outlives its name."""
+        """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from: an open file, which
+        outlives its name.
+        """
         try:
             return self.disk.open(self.locate(name))
         except OSError as error:
             raise storage_error("read", self.root / name, error) from error
 
     def locate(self, name: str) -> Path:
-        """The path of a file to read. Raises `CorruptShardError` for what is no plain file, or lies elsewhere by a link."""
+        """The path of a file to read. Raises `CorruptShardError` for what is no plain file, or lies elsewhere
+        by a link.
+        """
         path = self.root / name
         mode = self.disk.status(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise CorruptShardError(f"{path}: expected a file, found a pipe, a socket or a device.\nDelete it.")
+            raise CorruptShardError(
+                f"{path}: expected a file, found a pipe, a socket or a device.\nDelete it."
+            )
         if not path.resolve().is_relative_to(self.root.resolve()):
             raise CorruptShardError(
-                f"{path}: a link that leads out of the cache, to {path.resolve()}.\nCopy the file here in its place, or delete the link."
+                f"{path}: a link that leads out of the cache, to {path.resolve()}.\n"
+                "Copy the file here in its place, or delete the link."
             )
         return path
 
@@ -171,7 +188,9 @@ class LocalFolder:
     # -- publishing ------------------------------------------------------------------------------------
 
     def _publish(self, target: Path, content: bytes) -> None:
-        scratch = target.with_name(f".{secrets.token_hex(8)}.tmp")  # no longer than any name that is published
+        scratch = target.with_name(
+            f".{secrets.token_hex(8)}.tmp"
+        )  # no longer than any name that is published
         self._make_folder(target.parent)
         try:
             self._write(scratch, content)
@@ -222,31 +241,46 @@ class LocalFolder:
         self._settled.add(folder)
 
     def _check_marker(self, target: Path) -> None:
-        """Raise `StorageError` where the cache has vanished: what has its path may now be a folder of another disk."""
+        """Raise `StorageError` where the cache has vanished: what has its path may now be a folder of another
+        disk.
+        """
         is_there = self._status(self.root / MARKER) is not None
         if self._had_marker and not is_there:
             raise StorageError(
                 f"cannot write {target}: {self.root} was a cache a moment ago and has no {MARKER} now.\n"
-                "If its disk was unmounted, mount it again and run the same command again; what was published is kept there."
+                "If its disk was unmounted, mount it again and run the same command again; what was "
+                "published is kept there."
             )
         self._had_marker = is_there
 
     # -- looking ---------------------------------------------------------------------------------------
 
     def _status(self, path: Path) -> os.stat_result | None:
-        """None where there is nothing. Other refusals are raised: a disk that does not answer has not said no."""
+        """None where there is nothing. Other refusals are raised: a disk that does not answer has not said
+        no.
+        """
         try:
             return self.disk.status(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def _sizes(self, folder: Path, *, hidden: bool) -> dict[str, int]:
-        """Sizes of the files below the folder by their names, sorted: of those in a dot-folder or with a dot, or of the others."""
-        sizes = {path.relative_to(self.root).as_posix(): status.st_size for path, status in self._walk(folder)}
-        return {name: sizes[name] for name in sorted(sizes) if any(part.startswith(".") for part in name.split("/")) == hidden}
+        """Sizes of the files below the folder by their names, sorted: of those in a dot-folder or with a dot,
+        or of the others.
+        """
+        sizes = {
+            path.relative_to(self.root).as_posix(): status.st_size for path, status in self._walk(folder)
+        }
+        return {
+            name: sizes[name]
+            for name in sorted(sizes)
+            if any(part.startswith(".") for part in name.split("/")) == hidden
+        }
 
     def _walk(self, folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-        """Every file below the folder, without those behind links to folders; what vanishes meanwhile is left out."""
+        """Every file below the folder, without those behind links to folders; what vanishes meanwhile is left
+        out.
+        """
         try:
             entries = sorted(self.disk.entries(folder), key=lambda entry: entry.name)
         except FileNotFoundError:

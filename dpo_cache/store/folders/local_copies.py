@@ -3,11 +3,12 @@
     <folder>/<sha256>.parquet       named by content, so copies serve every cache that holds the part
     <folder>/.<sha256>.<hex>.tmp    a download under way; swept after a day
 
-The folder is `$DPO_CACHE_PARTS`, else `dpo-cache/parts` in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`).
-It holds at most `$DPO_CACHE_PARTS_GB` gigabytes (default 20): the copies that were not used for longest go first.
-Any number of processes share it without locks: a copy appears by a rename, and one that is removed while it is read
-stays readable through the open file. A copy is hashed when a process first opens it, so damage is never read: the
-copy is dropped and fetched again. It is hashed again when its size or time have changed since.
+The folder is `$DPO_CACHE_PARTS`, else `dpo-cache/parts` in the user's cache folder (`$XDG_CACHE_HOME`, else
+`~/.cache`). It holds at most `$DPO_CACHE_PARTS_GB` gigabytes (default 20): the copies that were not used for
+longest go first. Any number of processes share it without locks: a copy appears by a rename, and one that is
+removed while it is read stays readable through the open file. A copy is hashed when a process first opens it,
+so damage is never read: the copy is dropped and fetched again. It is hashed again when its size or time have
+changed since.
 """
 
 from __future__ import annotations
@@ -56,18 +57,24 @@ class LocalCopies:
 
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
-        self._whole: dict[str, tuple[int, int, int]] = {}  # name -> what its file was when its digest was found right
+        self._whole: dict[
+            str, tuple[int, int, int]
+        ] = {}  # name -> what its file was when its digest was found right
         self._held_bytes: int | None = None  # as last counted, and what this process has kept since
 
     def open(self, name: str, download: Download) -> pa.OSFile:
         """The part, open for reading and of the digest that its name promises.
 
-        It is downloaded where there is no copy, or where the copy is damaged. Raises `WrongDigestError` when a
-        second download has another digest than the name, too, `StorageError` when the copy cannot be kept, and
-        whatever else `download` raises.
+        It is downloaded where there is no copy, or where the copy is damaged. Raises `WrongDigestError` when
+        a second download has another digest than the name, too, `StorageError` when the copy cannot be kept,
+        and whatever else `download` raises.
         """
         try:
-            return self._open_copy(name) or self._fetch(name, download) or self._fetch(name, download, is_last=True)  # type: ignore[return-value]
+            return (
+                self._open_copy(name)
+                or self._fetch(name, download)
+                or self._fetch(name, download, is_last=True)
+            )  # type: ignore[return-value]
         except OSError as error:
             raise StorageError(
                 f"cannot keep a copy of a remote part in {self.folder}: {error.strerror or error}.\n"
@@ -99,7 +106,9 @@ class LocalCopies:
         """Note the use in the access time, which mounts that keep none by themselves do take."""
         try:
             os.utime(path, ns=(time.time_ns(), mtime_ns))
-        except OSError:  # removed by another process, or kept by another user: it is only taken for older than it is
+        except (
+            OSError
+        ):  # removed by another process, or kept by another user: it is only taken for older than it is
             return
 
     def _fetch(self, name: str, download: Download, *, is_last: bool = False) -> pa.OSFile | None:

@@ -1,11 +1,13 @@
 """A cache folder behind an fsspec URL: `s3://`, `gs://`, `hf://` and others.
 
-- A file is published by one PUT, which a reader sees wholly or not at all, and its size is asked for afterwards.
-  A part that is there already, with its size, is not sent again: its name is its content.
-- A file that is named is looked for by its name, never in a listing: stores and the caches before them list late.
-  What this process published or removed itself counts, whatever a listing says. fsspec's memory of listings is off.
+- A file is published by one PUT, which a reader sees wholly or not at all, and its size is asked for
+  afterwards. A part that is there already, with its size, is not sent again: its name is its content.
+- A file that is named is looked for by its name, never in a listing: stores and the caches before them list
+  late. What this process published or removed itself counts, whatever a listing says. fsspec's memory of
+  listings is off.
 - Calls that fail in passing are repeated, see `retries.py`; connecting and reading have time-outs.
-- Parts are read through copies on the local disk, checked by their digest, see `parts.py`; `read` always asks the store.
+- Parts are read through copies on the local disk, checked by their digest, see `parts.py`; `read` always asks
+  the store.
 """
 
 from __future__ import annotations
@@ -28,13 +30,26 @@ from dpo_cache.store.folders.retries import remote_error, with_retries
 Result = TypeVar("Result")
 
 CONNECT_S, READ_S = 10, 60
-CALL_S, SLOWEST_BYTES_PER_S = 120.0, 100_000  # a whole call: some waits have no time-out of their own, as that for a PUT to be asked for its body
+CALL_S, SLOWEST_BYTES_PER_S = (
+    120.0,
+    100_000,
+)  # a whole call: some waits have no time-out of their own, as that for a PUT to be asked for its body
 LISTING_S = 1800.0
 CHUNK_BYTES = 32 << 20  # fetched by one request: what a broken connection costs
 THREADS = 8
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
+PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "abfs": "adlfs",
+    "az": "adlfs",
+}
 
-_own_changes: dict[str, dict[str, bool]] = {}  # by URL: what this process published (True) or removed (False) there
+_own_changes: dict[
+    str, dict[str, bool]
+] = {}  # by URL: what this process published (True) or removed (False) there
 
 
 def open_remote(url: str) -> RemoteFolder:
@@ -44,20 +59,30 @@ def open_remote(url: str) -> RemoteFolder:
     """
     protocol = split_protocol(url)[0] or ""
     if "?" in url:
-        raise OptionError(f"{url}: a cache's URL has no query (?…).\nGive options of the store by fsspec's configuration, for example FSSPEC_S3_….")
+        raise OptionError(
+            f"{url}: a cache's URL has no query (?…).\n"
+            "Give options of the store by fsspec's configuration, for example FSSPEC_S3_…."
+        )
     try:
         filesystem, root = fsspec.url_to_fs(url, **_settings(protocol))
     except ImportError as error:
         package = PACKAGES.get(protocol)
         fix = f"Run `pip install {package}`." if package else "Install the package that it names."
-        raise StorageError(f"{url}: the package for this kind of URL is missing ({first_line(error)}).\n{fix}") from error
+        raise StorageError(
+            f"{url}: the package for this kind of URL is missing ({first_line(error)}).\n{fix}"
+        ) from error
     except ValueError as error:
         known = ", ".join(f"{name}://" for name in ("s3", "gs", "hf"))
-        raise StorageError(f"{url}: no file system for this URL ({first_line(error)}).\nUse a folder, {known} or another URL of fsspec.") from error
+        raise StorageError(
+            f"{url}: no file system for this URL ({first_line(error)}).\n"
+            f"Use a folder, {known} or another URL of fsspec."
+        ) from error
     except Exception as error:  # some reach out, or look for credentials, when they are made
         raise remote_error("open", url, error, 1, 0.0) from error
     if protocol in PACKAGES and not root.strip("/"):
-        raise OptionError(f"{url}: names no {'repository' if protocol == 'hf' else 'bucket'}.\nExpected for example {protocol}://NAME/cache.")
+        raise OptionError(
+            f"{url}: names no {'repository' if protocol == 'hf' else 'bucket'}.\nExpected for example {protocol}://NAME/cache."
+        )
     if protocol in ("s3", "s3a"):
         filesystem.retries = 1  # type: ignore[attr-defined]  # this room's own tries would be multiplied by those
     return RemoteFolder(filesystem, root, url)
@@ -89,13 +114,22 @@ class RemoteFolder:
         """Write the whole file in one PUT."""
         if is_part_name(_base(name)) and self._find_size(name) == len(content):
             return
-        options = {"chunksize": min(max(len(content), 1), 2 << 30)} if "s3" in self.filesystem.protocol else {}  # s3fs cuts up what is larger
-        self._call("write", name, lambda: self.filesystem.pipe_file(self._path(name), content, **options, **self._limit(len(content))))
+        options = (
+            {"chunksize": min(max(len(content), 1), 2 << 30)} if "s3" in self.filesystem.protocol else {}
+        )  # s3fs cuts up what is larger
+        self._call(
+            "write",
+            name,
+            lambda: self.filesystem.pipe_file(
+                self._path(name), content, **options, **self._limit(len(content))
+            ),
+        )
         self._own[name] = True
         found = self._find_size(name)
         if found != len(content):
             raise StorageError(
-                f"cannot write {self.url}/{name}: {len(content)} bytes were sent, the store holds {'none' if found is None else found}.\n"
+                f"cannot write {self.url}/{name}: {len(content)} bytes were sent, the store holds "
+                f"{'none' if found is None else found}.\n"
                 "Run the same command again; what was published before is kept."
             )
 
@@ -105,7 +139,11 @@ class RemoteFolder:
             file = io.BytesIO()
             self._download(name, file)
             return file.getvalue()
-        return bytes(self._call("read", name, lambda: self.filesystem.cat_file(self._path(name), **self._limit(CHUNK_BYTES))))
+        return bytes(
+            self._call(
+                "read", name, lambda: self.filesystem.cat_file(self._path(name), **self._limit(CHUNK_BYTES))
+            )
+        )
 
     def open_parquet(self, name: str) -> pa.NativeFile:
         """The local copy of a part, open for reading; it is fetched first where there is none.
@@ -119,11 +157,14 @@ class RemoteFolder:
         except WrongDigestError as error:
             raise CorruptShardError(
                 f"{self.url}/{name}: its bytes do not hash to its name.\n"
-                "The file was changed or damaged. Delete it and run the `dpo-cache precompute` that made it again: it scores only what is missing."
+                "The file was changed or damaged. Delete it and run the `dpo-cache precompute` that made "
+                "it again: it scores only what is missing."
             ) from error
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Copy the parts that have no local copy, several at once. One that is missing is left for `open_parquet` to tell."""
+        """Copy the parts that have no local copy, several at once. One that is missing is left for
+        `open_parquet` to tell.
+        """
 
         def fetch(name: str) -> None:
             try:
@@ -142,21 +183,32 @@ class RemoteFolder:
     def names(self, folder: str) -> list[str]:
         """Names of the files and folders directly inside, sorted; empty where there is no folder."""
         path = self._path(folder)
-        found = self._list(folder, lambda: self.filesystem.ls(path, detail=False, **self._limit(seconds=LISTING_S)))
+        found = self._list(
+            folder, lambda: self.filesystem.ls(path, detail=False, **self._limit(seconds=LISTING_S))
+        )
         listed = {_base(entry.rstrip("/")) for entry in found or () if entry.rstrip("/") != path}
         prefix = f"{folder}/" if folder else ""
-        for name, is_published in list(self._own.items()):  # what the listing may not know yet is asked for by its own name
+        for name, is_published in list(
+            self._own.items()
+        ):  # what the listing may not know yet is asked for by its own name
             if not name.startswith(prefix):
                 continue
             child = name[len(prefix) :].split("/")[0]
             if is_published and child not in listed and self._find_size(name) is not None:
                 listed.add(child)
-            elif not is_published and name == prefix + child and child in listed and self._find_size(name) is None:
+            elif (
+                not is_published
+                and name == prefix + child
+                and child in listed
+                and self._find_size(name) is None
+            ):
                 listed.discard(child)
         return sorted(name for name in listed if _is_safe(name))
 
     def files(self, folder: str = "") -> dict[str, int]:
-        """Every published file below the folder, by its name from the root, with its size in bytes; sorted by name."""
+        """Every published file below the folder, by its name from the root, with its size in bytes; sorted by
+        name.
+        """
         sizes = self._sizes(folder)
         for name, is_published in list(self._own.items()):
             if name.startswith(f"{folder}/" if folder else "") and is_published is not (name in sizes):
@@ -176,9 +228,13 @@ class RemoteFolder:
         return []
 
     def modified(self, name: str) -> float | None:
-        """When the file was written, in seconds since 1970; None where it is gone or the store does not say."""
+        """When the file was written, in seconds since 1970; None where it is gone or the store does not
+        say.
+        """
         try:
-            return with_retries("read", f"{self.url}/{name}", lambda: self.filesystem.modified(self._path(name))).timestamp()
+            return with_retries(
+                "read", f"{self.url}/{name}", lambda: self.filesystem.modified(self._path(name))
+            ).timestamp()
         except FileNotFoundError:
             return None
         except StorageError as error:
@@ -196,7 +252,11 @@ class RemoteFolder:
     def remove(self, name: str) -> None:
         """Remove the file; nothing happens where it is gone already."""
         with suppress(FileNotFoundError):
-            with_retries("remove", f"{self.url}/{name}", lambda: self.filesystem.rm_file(self._path(name), **self._limit()))
+            with_retries(
+                "remove",
+                f"{self.url}/{name}",
+                lambda: self.filesystem.rm_file(self._path(name), **self._limit()),
+            )
         self._own[name] = False
 
     def free_bytes(self) -> int | None:
@@ -206,7 +266,11 @@ class RemoteFolder:
     def _limit(self, num_bytes: int = 0, seconds: float | None = None) -> dict[str, float]:
         """The longest that a call may take, for a file system that runs its calls on fsspec's own loop."""
         is_async = isinstance(self.filesystem, AsyncFileSystem)
-        return {"timeout": (CALL_S if seconds is None else seconds) + num_bytes / SLOWEST_BYTES_PER_S} if is_async else {}
+        return (
+            {"timeout": (CALL_S if seconds is None else seconds) + num_bytes / SLOWEST_BYTES_PER_S}
+            if is_async
+            else {}
+        )
 
     # -- one call each ---------------------------------------------------------------------------------
 
@@ -214,7 +278,10 @@ class RemoteFolder:
         return f"{self.root}/{name}".rstrip("/")
 
     def _missing(self, verb: str, name: str) -> MissingFileError:
-        return MissingFileError(f"cannot {verb} {self.url}/{name}: there is no such file.\nIt was removed, or never published there.")
+        return MissingFileError(
+            f"cannot {verb} {self.url}/{name}: there is no such file.\n"
+            "It was removed, or never published there."
+        )
 
     def _call(self, verb: str, name: str, call: Callable[[], Result]) -> Result:
         try:
@@ -226,7 +293,11 @@ class RemoteFolder:
         """What the store says of the file or folder of this name; None where there is neither."""
         try:
             self.filesystem.invalidate_cache()
-            return with_retries("look for", f"{self.url}/{name}", lambda: self.filesystem.info(self._path(name), **self._limit()))
+            return with_retries(
+                "look for",
+                f"{self.url}/{name}",
+                lambda: self.filesystem.info(self._path(name), **self._limit()),
+            )
         except FileNotFoundError:
             return None
 
@@ -245,15 +316,33 @@ class RemoteFolder:
             return None
 
     def _sizes(self, folder: str) -> dict[str, int]:
-        found = self._list(folder, lambda: self.filesystem.find(self._path(folder), detail=True, **self._limit(seconds=LISTING_S))) or {}
+        found = (
+            self._list(
+                folder,
+                lambda: self.filesystem.find(
+                    self._path(folder), detail=True, **self._limit(seconds=LISTING_S)
+                ),
+            )
+            or {}
+        )
         start = len(self.root) + 1
-        return {path[start:]: int(details["size"]) for path, details in found.items() if path.startswith(f"{self.root}/")}
+        return {
+            path[start:]: int(details["size"])
+            for path, details in found.items()
+            if path.startswith(f"{self.root}/")
+        }
 
     def _download(self, name: str, file: BinaryIO) -> None:
         """Write the file's bytes, by ranges: a connection that breaks costs one of them."""
         size = self.size(name)
         for start in range(0, size, CHUNK_BYTES):
-            file.write(self._call("read", name, lambda start=start: self._read_range(name, start, min(start + CHUNK_BYTES, size))))  # type: ignore[misc]
+            file.write(
+                self._call(
+                    "read",
+                    name,
+                    lambda start=start: self._read_range(name, start, min(start + CHUNK_BYTES, size)),
+                )
+            )  # type: ignore[misc]
 
     def _read_range(self, name: str, start: int, end: int) -> bytes:
         content = self.filesystem.cat_file(self._path(name), start=start, end=end, **self._limit(end - start))
@@ -267,7 +356,9 @@ def _base(name: str) -> str:
 
 
 def _is_safe(name: str) -> bool:
-    """Whether a listed name is one that could have been published: below the root on any system, and no dot-file."""
+    """Whether a listed name is one that could have been published: below the root on any system, and no
+    dot-file.
+    """
     return _is_below(name) and not any(part.startswith(".") for part in name.split("/"))
 
 

@@ -1,8 +1,8 @@
 """Calls to an object store: what may pass is tried again, what stays becomes one error with its fix.
 
-Time-outs, broken connections, throttling and faults of the server pass; a missing bucket, refused access, a wrong
-region or a missing package do not. The libraries behind fsspec raise errors of their own kinds, which are told
-apart by the status and code of the answer, and by type where there was no answer.
+Time-outs, broken connections, throttling and faults of the server pass; a missing bucket, refused access, a
+wrong region or a missing package do not. The libraries behind fsspec raise errors of their own kinds, which
+are told apart by the status and code of the answer, and by type where there was no answer.
 """
 
 from __future__ import annotations
@@ -20,28 +20,60 @@ from dpo_cache.log import log_remark
 
 Result = TypeVar("Result")
 
-WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # between the tries; up to half of each is taken off at random, so that writers do not meet again
+WAITS_S = (
+    0.5,
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    16.0,
+)  # between the tries; up to half of each is taken off at random, so that writers do not meet again
 SAID_AFTER_S = 3.0  # of trying in vain
 
 PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
-PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "InternalError", "ServiceUnavailable", "SlowDown", "Throttling"}
+PASSING_CODES = {
+    "RequestTimeout",
+    "IncompleteBody",
+    "BadDigest",
+    "InternalError",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+}
 PASSING_TYPES = (TimeoutError, ConnectionError, EOFError, http.client.HTTPException, socket.gaierror)
-PASSING_ERRNO = {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
+PASSING_ERRNO = {
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.EINTR,
+    errno.ETIMEDOUT,
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+}
 PASSING_NAMES = {  # package.class: none of these packages need be installed
-    "aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError", "botocore.ConnectionError", "botocore.HTTPClientError",
-    "botocore.IncompleteReadError", "fsspec.FSTimeoutError", "botocore.ResponseParserError", "httpx.TransportError", "httpx2.TransportError",
+    "aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError", "botocore.ConnectionError",
+    "botocore.HTTPClientError", "botocore.IncompleteReadError", "fsspec.FSTimeoutError",
+    "botocore.ResponseParserError", "httpx.TransportError", "httpx2.TransportError",
     "requests.ConnectionError", "requests.Timeout", "urllib3.HTTPError",
 }  # fmt: skip
-LASTING_NAMES = {"aiohttp.ClientSSLError", "botocore.SSLError", "huggingface_hub.OfflineModeIsEnabled", "requests.SSLError"}
+LASTING_NAMES = {
+    "aiohttp.ClientSSLError",
+    "botocore.SSLError",
+    "huggingface_hub.OfflineModeIsEnabled",
+    "requests.SSLError",
+}
 
 ADVICE = {
     "bucket": "There is no such bucket: check the URL, or create the bucket first.",
-    "credentials": "Check the credentials of the store: for s3:// those of the AWS command line (AWS_PROFILE, AWS_ACCESS_KEY_ID), "
+    "credentials": "Check the credentials of the store: for s3:// those of the AWS command line "
+    "(AWS_PROFILE, AWS_ACCESS_KEY_ID), "
     "for gs:// `gcloud auth application-default login`, for hf:// `hf auth login` or HF_TOKEN.",
     "access": "Access was refused: check that these credentials may list, read and write there.",
-    "region": "The bucket lies in another region or behind another endpoint: set AWS_DEFAULT_REGION or AWS_ENDPOINT_URL.",
+    "region": "The bucket lies in another region or behind another endpoint: set AWS_DEFAULT_REGION or "
+    "AWS_ENDPOINT_URL.",
     "offline": "HF_HUB_OFFLINE is set: unset it to reach hf://.",
-    "passing": "The store or the way to it fails: check the network and the endpoint, then run the same command again; what was published is kept.",
+    "passing": "The store or the way to it fails: check the network and the endpoint, then run the same "
+    "command again; what was published is kept.",
     "other": "Check the URL and run the same command again; what was published is kept.",
 }
 KINDS = {
@@ -71,8 +103,8 @@ KINDS = {
 def with_retries(verb: str, place: str, call: Callable[[], Result]) -> Result:
     """What the call returns. It must be harmless to repeat.
 
-    Raises `FileNotFoundError` where the file is not there, and `StorageError` for all else that stays, or that
-    has not passed after seven tries, which take half a minute besides the time-outs.
+    Raises `FileNotFoundError` where the file is not there, and `StorageError` for all else that stays, or
+    that has not passed after seven tries, which take half a minute besides the time-outs.
     """
     started, is_said = time.monotonic(), False
     for tries, wait_s in enumerate((*WAITS_S, None), start=1):
@@ -86,7 +118,10 @@ def with_retries(verb: str, place: str, call: Callable[[], Result]) -> Result:
                 raise remote_error(verb, place, error, tries, waited_s) from error
             if not is_said and waited_s + wait_s > SAID_AFTER_S:
                 is_said = True
-                log_remark(f"cannot {verb} {place} so far ({describe(error)}; tried {tries} of {len(WAITS_S) + 1} times); trying again.")
+                log_remark(
+                    f"cannot {verb} {place} so far ({describe(error)}; tried {tries} of "
+                    f"{len(WAITS_S) + 1} times); trying again."
+                )
             time.sleep(wait_s * random.uniform(0.5, 1))
     raise AssertionError("the last try returns or raises")
 
@@ -94,13 +129,17 @@ def with_retries(verb: str, place: str, call: Callable[[], Result]) -> Result:
 def may_pass(error: BaseException) -> bool:
     """Whether the same call may work a little later."""
     for link in _chain(error):
-        if isinstance(link, FileNotFoundError | PermissionError | ImportError) or LASTING_NAMES & _names(link):
+        if isinstance(link, FileNotFoundError | PermissionError | ImportError) or LASTING_NAMES & _names(
+            link
+        ):
             return False
         status, code = _answer(link)
         if status or code:
             return status in PASSING_STATUS or code in PASSING_CODES
         is_passing_type = isinstance(link, PASSING_TYPES) or bool(PASSING_NAMES & _names(link))
-        if is_passing_type or (isinstance(link, OSError) and link.errno in PASSING_ERRNO and link.__cause__ is None):
+        if is_passing_type or (
+            isinstance(link, OSError) and link.errno in PASSING_ERRNO and link.__cause__ is None
+        ):
             return True
     return False
 

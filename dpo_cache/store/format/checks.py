@@ -49,10 +49,16 @@ def check_shard(file: str, content: bytes) -> WholeShard:
     return WholeShard(file, len(together), num_tokens)
 
 
-def check_part(file: str, content: bytes, promised: Document, digest: PairsDigest, *, has_token_logps: bool = True) -> int:
-    """Digest, schema, and every row of a part of a pair set; its pairs are added to the digest. Returns the number of pairs."""
+def check_part(
+    file: str, content: bytes, promised: Document, digest: PairsDigest, *, has_token_logps: bool = True
+) -> int:
+    """Digest, schema, and every row of a part of a pair set; its pairs are added to the digest. Returns the
+    number of pairs.
+    """
     if len(content) != promised["bytes"]:
-        raise CorruptShardError(f"{file}: the manifest promises {promised['bytes']} bytes, found {len(content)}.")
+        raise CorruptShardError(
+            f"{file}: the manifest promises {promised['bytes']} bytes, found {len(content)}."
+        )
     num_rows = 0
     for table in _groups(file, content, PAIR_SCHEMA):
         num_rows += len(table)
@@ -66,11 +72,17 @@ def check_part(file: str, content: bytes, promised: Document, digest: PairsDiges
 
 
 def check_details(manifest: Document, place: str) -> Document:
-    """The manifest that lies at this place, if it says how its pairs were made: training, exporting, merging and verifying need that."""
+    """The manifest that lies at this place, if it says how its pairs were made: training, exporting, merging
+    and verifying need that.
+    """
     wrong = [] if isinstance(manifest.get("pairs_digest"), str) else ["pairs_digest"]
     for member, kinds in DETAILS.items():
         found = manifest.get(member, {})
-        wrong += [f"{member}.{name}" for name, kind in kinds.items() if name not in found or not isinstance(found[name], kind)]
+        wrong += [
+            f"{member}.{name}"
+            for name, kind in kinds.items()
+            if name not in found or not isinstance(found[name], kind)
+        ]
     if wrong:
         raise CorruptShardError(f"{place}: {', '.join(wrong)}: missing, or of the wrong kind.\n{REMEDY}")
     return manifest
@@ -89,9 +101,14 @@ def _check_keys(file: str, table: pa.Table, side: str) -> list[bytes]:
     prompts, answers = split_lists(table.column("prompt_ids")), split_lists(table.column(f"{side}_ids"))
     if side == "rejected":
         own = table.column("rejected_prompt_ids").to_pylist()
-        prompts = [prompt if ids is None else np.array(ids, np.uint32) for prompt, ids in zip(prompts, own, strict=True)]
+        prompts = [
+            prompt if ids is None else np.array(ids, np.uint32)
+            for prompt, ids in zip(prompts, own, strict=True)
+        ]
     stored = key_bytes(keys_of(table.column(f"{side}_key")))
     for row, (prompt, answer, key) in enumerate(zip(prompts, answers, stored, strict=True)):
         if completion_key(Completion(prompt, answer)) != key:
-            raise CorruptShardError(f"{file}: pair {row} of a row group has token ids that its {side}_key is not of.")
+            raise CorruptShardError(
+                f"{file}: pair {row} of a row group has token ids that its {side}_key is not of."
+            )
     return stored

@@ -10,13 +10,17 @@ LONG = 40  # characters of a value that are shown; of a digest the first 12 say 
 
 
 def differing_fields(one: Document, other: Document) -> list[str]:
-    """A line for each field that differs, such as `dtype: float32 and bfloat16`; a field that one lacks is `none` there.
+    """A line for each field that differs, such as `dtype: float32 and bfloat16`; a field that one lacks is
+    `none` there.
 
     Two identities (see `lm/identity.py`) without such a line are of one reference.
     """
     left, right = _flatten(one), _flatten(other)
     names = [name for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)]
-    return [f"{name}: {_show(left.get(name))} and {_show(right.get(name))}" for name in sorted(names, key=lambda name: (name.count("."), name))]
+    return [
+        f"{name}: {_show(left.get(name))} and {_show(right.get(name))}"
+        for name in sorted(names, key=lambda name: (name.count("."), name))
+    ]
 
 
 def _flatten(value: Document, prefix: str = "") -> dict[str, Any]:

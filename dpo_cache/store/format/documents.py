@@ -22,7 +22,9 @@ REMEDY = "The file was changed or damaged. Delete it and run the `dpo-cache prec
 
 def canonical_json(value: Any) -> bytes:
     """The one spelling that is hashed: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def digest_json(value: Any) -> str:
@@ -32,7 +34,9 @@ def digest_json(value: Any) -> str:
 
 def render_document(document: Document) -> bytes:
     """The one spelling on disk of an unsealed document."""
-    return (json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (
+        json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    ).encode()
 
 
 def seal_document(document: Document) -> bytes:
@@ -49,17 +53,24 @@ def read_bounded(folder: Folder, name: str) -> bytes:
     """The bytes of a JSON file; `CorruptShardError` for one larger than any of the cache."""
     num_bytes = folder.size(name)
     if num_bytes > DOCUMENT_BYTES:
-        raise CorruptShardError(f"{folder}/{name}: {num_bytes} bytes long, expected at most {DOCUMENT_BYTES}.\n{REMEDY}")
+        raise CorruptShardError(
+            f"{folder}/{name}: {num_bytes} bytes long, expected at most {DOCUMENT_BYTES}.\n{REMEDY}"
+        )
     return folder.read(name)
 
 
 def open_sealed(content: bytes, place: str) -> Document:
-    """The document inside; raises `CorruptShardError` when any byte differs from what `seal_document` wrote."""
+    """The document inside; raises `CorruptShardError` when any byte differs from what `seal_document`
+    wrote.
+    """
     document = parse_document(content, place)
     seal = document.pop("sha256", None)
     try:
         is_whole = seal == digest_json(document) and seal_document(document) == content
-    except (ValueError, RecursionError):  # NaN, infinity or a lone surrogate: json reads what JSON does not have
+    except (
+        ValueError,
+        RecursionError,
+    ):  # NaN, infinity or a lone surrogate: json reads what JSON does not have
         is_whole = False
     if not is_whole:
         raise CorruptShardError(f"{place}: its content does not match its own digest.\n{REMEDY}")
@@ -71,7 +82,9 @@ def parse_document(content: bytes, place: str) -> Document:
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CorruptShardError(f"{place}: not JSON ({error}).\nDelete it and run `dpo-cache precompute` again.") from error
+        raise CorruptShardError(
+            f"{place}: not JSON ({error}).\nDelete it and run `dpo-cache precompute` again."
+        ) from error
     if not isinstance(document, dict):
         raise CorruptShardError(f"{place}: expected a JSON object, found {type(document).__name__}.")
     return document

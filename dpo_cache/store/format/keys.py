@@ -33,7 +33,9 @@ def key_array(keys: Sequence[bytes]) -> np.ndarray:
 
 
 def key_halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys of such an array as two uint64 arrays, high and low: numbers that order as the bytes do, and sort far faster."""
+    """Keys of such an array as two uint64 arrays, high and low: numbers that order as the bytes do, and sort
+    far faster.
+    """
     halves = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)
     return halves[:, 0].astype(np.uint64), halves[:, 1].astype(np.uint64)
 

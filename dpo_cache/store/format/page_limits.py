@@ -2,7 +2,8 @@
 
 The footer and every page header of the columns to be read are compared with each other and with the limits
 below. Both are parsed here: the library that decodes the pages allocates what they promise, and some of its
-own accessors end the process on a number that they do not know. Numbers are those of Apache's `parquet.thrift`.
+own accessors end the process on a number that they do not know. Numbers are those of Apache's
+`parquet.thrift`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def read_footer(source: pa.NativeFile) -> bytes:
 
 
 def parse_footer(content: bytes, schema: pa.Schema, size: int) -> Footer:
-    """The footer of a file of `size` bytes, if its row groups add up and each has the schema's columns inside the file.
+    """The footer of a file of `size` bytes, if its row groups add up and each has the schema's columns inside
+    the file.
 
     Else `PageError` or `ThriftError`.
     """
@@ -77,9 +79,15 @@ def parse_footer(content: bytes, schema: pa.Schema, size: int) -> Footer:
     return Footer(hashlib.sha256(content).digest(), rows, [_chunks(group, schema, end) for group in groups])
 
 
-def check_group(source: pa.NativeFile, footer: Footer, group: int, schema: pa.Schema, names: list[str]) -> None:
+def check_group(
+    source: pa.NativeFile, footer: Footer, group: int, schema: pa.Schema, names: list[str]
+) -> None:
     """Raise `PageError` unless these columns of a row group can be decoded within `GROUP_BYTES`."""
-    chunks = [(chunk, field) for chunk, field in zip(footer.chunks[group], schema, strict=True) if field.name in names]
+    chunks = [
+        (chunk, field)
+        for chunk, field in zip(footer.chunks[group], schema, strict=True)
+        if field.name in names
+    ]
     total = sum(_decoded_bytes(chunk, field) for chunk, field in chunks)
     if total > GROUP_BYTES:
         raise PageError(f"it would take {total} bytes to read, expected at most {GROUP_BYTES}")
@@ -91,17 +99,28 @@ def _chunks(group: Struct, schema: pa.Schema, end: int) -> list[Chunk]:
     columns = _list(group, 1)
     if len(columns) != len(schema):
         raise PageError(f"a row group of {len(columns)} columns, expected {len(schema)}")
-    return [_chunk(_struct(column), field, _number(group, 3), end) for column, field in zip(columns, schema, strict=True)]
+    return [
+        _chunk(_struct(column), field, _number(group, 3), end)
+        for column, field in zip(columns, schema, strict=True)
+    ]
 
 
 def _chunk(column: Struct, field: pa.Field, num_rows: int, end: int) -> Chunk:
     details = _struct(column.get(3))
     found = Chunk(_number(details, 9), _number(details, 7), _number(details, 6), _number(details, 5))
     is_list = pa.types.is_list(field.type)
-    if 1 in column or _list(details, 3) != ([field.name.encode(), b"list", b"element"] if is_list else [field.name.encode()]):
+    if 1 in column or _list(details, 3) != (
+        [field.name.encode(), b"list", b"element"] if is_list else [field.name.encode()]
+    ):
         raise PageError(f"column {field.name} is not where it should be")
-    if details.get(4) not in (UNCOMPRESSED, ZSTD) or 11 in details or not set(_list(details, 2)) <= {PLAIN, RLE, BYTE_STREAM_SPLIT}:
-        raise PageError(f"column {field.name} has a codec, a dictionary or an encoding that the format does not have")
+    if (
+        details.get(4) not in (UNCOMPRESSED, ZSTD)
+        or 11 in details
+        or not set(_list(details, 2)) <= {PLAIN, RLE, BYTE_STREAM_SPLIT}
+    ):
+        raise PageError(
+            f"column {field.name} has a codec, a dictionary or an encoding that the format does not have"
+        )
     if found.num_values < num_rows or (not is_list and found.num_values != num_rows):
         raise PageError(f"column {field.name} has {found.num_values} values in {num_rows} rows")
     if not 4 <= found.start < found.start + found.packed_bytes <= end:

@@ -1,18 +1,22 @@
-"""The files of a pair set: `pairs/<name>/<split>/manifest.json` and its parts, tokenized pairs with log-probs.
+"""The files of a pair set: `pairs/<name>/<split>/manifest.json` and its parts, tokenized pairs with
+log-probs.
 
 Each `<sha256>.parquet` part has one row a pair, in the order of the data set:
 
     row                        int64                   row number in the data set, from 0
-    prompt_ids                 list<uint32>            prompt of chosen, and of rejected unless the next says otherwise
-    rejected_prompt_ids        list<uint32> or null    prompt of rejected where `keep-end` truncation left another one
+    prompt_ids                 list<uint32>            prompt of chosen, and of rejected unless the next says
+                               otherwise
+    rejected_prompt_ids        list<uint32> or null    prompt of rejected where `keep-end` truncation left
+                               another one
     chosen_ids, rejected_ids                           list<uint32>, completion tokens
     chosen_key, rejected_key                           fixed_size_binary(16), see `keys.py`
     chosen_num_tokens, rejected_num_tokens             uint32
     ref_chosen_logps, ref_rejected_logps               float64, sums in nats
-    ref_chosen_token_logps, ref_rejected_token_logps   list<float32>, nats; one a token, or all empty: see below
+    ref_chosen_token_logps, ref_rejected_token_logps   list<float32>, nats; one a token, or all empty: see
+                                                       below
 
-A pair set made by `dpo-cache import` has `"imported": true` in its manifest. Where it was given sums alone, the
-manifest says `"token_logps": false` and the lists of token log-probs are empty, every one.
+A pair set made by `dpo-cache import` has `"imported": true` in its manifest. Where it was given sums alone,
+the manifest says `"token_logps": false` and the lists of token log-probs are empty, every one.
 
 `manifest.json` (a sealed document, see `documents.py`) is published last and names the parts, so a pair
 set is wholly there or absent, and a reader keeps the parts it started with whatever is published later.
@@ -35,12 +39,27 @@ from dpo_cache.store.folders.local_copies import is_part_name
 from dpo_cache.store.format.documents import Document, read_sealed
 from dpo_cache.store.format.keys import completion_key
 from dpo_cache.store.format.parquet import REMEDY
-from dpo_cache.store.format.shards import FLOAT_LIST, KEY, TOKEN_LIST, are_sums_alone, key_column, list_array, list_lengths, lists_agree
+from dpo_cache.store.format.shards import (
+    FLOAT_LIST,
+    KEY,
+    TOKEN_LIST,
+    are_sums_alone,
+    key_column,
+    list_array,
+    list_lengths,
+    lists_agree,
+)
 from dpo_cache.types import Completion, Pair, Score, ScoredPair, split_lists
 
 MOST_PART_PAIRS = 8192
 MANIFEST_FORMAT = "dpo-cache pairs"
-OPTIONAL = {"source": dict, "tokenization": dict, "pairs_digest": str, "imported": bool, "token_logps": bool}  # members, and their kinds
+OPTIONAL = {
+    "source": dict,
+    "tokenization": dict,
+    "pairs_digest": str,
+    "imported": bool,
+    "token_logps": bool,
+}  # members, and their kinds
 PAIR_SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -61,7 +80,9 @@ PAIR_SCHEMA = pa.schema(
 
 
 class PairsDigest:
-    """Hex sha256 over the rows and completion keys of a pair set, in order: the same pairs, the same digest."""
+    """Hex sha256 over the rows and completion keys of a pair set, in order: the same pairs, the same
+    digest.
+    """
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256(b"dpo-cache pairs/1")
@@ -74,7 +95,9 @@ class PairsDigest:
 
 
 def read_manifest(folder: Folder, place: str) -> Document:
-    """The manifest of a pair set, checked: what it names are files of its own folder, of sizes that a pair set may have."""
+    """The manifest of a pair set, checked: what it names are files of its own folder, of sizes that a pair
+    set may have.
+    """
     name = f"{place}/manifest.json"
     manifest = read_sealed(folder, name)
     problem = _manifest_problem(manifest, place)
@@ -84,20 +107,32 @@ def read_manifest(folder: Folder, place: str) -> Document:
 
 
 def check_pairs(table: pa.Table, place: str, *, has_token_logps: bool = True) -> None:
-    """Raise `CorruptShardError` unless the columns of a pair set agree with each other, and all values are as specified."""
+    """Raise `CorruptShardError` unless the columns of a pair set agree with each other, and all values are as
+    specified.
+    """
     for batch in table.to_batches():
         if not _columns_agree(batch, has_token_logps):
-            raise CorruptShardError(f"{place}: its columns disagree with each other, or are no numbers. {REMEDY}")
+            raise CorruptShardError(
+                f"{place}: its columns disagree with each other, or are no numbers. {REMEDY}"
+            )
 
 
 def _manifest_problem(manifest: Document, place: str) -> str | None:
     """What is wrong with a manifest, if anything."""
     parts = manifest.get("parts")
-    if manifest.get("format") != MANIFEST_FORMAT or not isinstance(parts, list) or not all(map(_is_part, parts)):
-        return f"expected the manifest of a {MANIFEST_FORMAT!r} with parts of at most {MOST_PART_PAIRS} pairs."
+    if (
+        manifest.get("format") != MANIFEST_FORMAT
+        or not isinstance(parts, list)
+        or not all(map(_is_part, parts))
+    ):
+        return (
+            f"expected the manifest of a {MANIFEST_FORMAT!r} with parts of at most {MOST_PART_PAIRS} pairs."
+        )
     if f"pairs/{manifest.get('name')}/{manifest.get('split')}" != place:
         return f"it belongs to {str(manifest.get('name'))[:128]!r}, {str(manifest.get('split'))[:128]!r}."
-    if not isinstance(manifest.get("reference"), str) or not re.fullmatch("[0-9a-f]{64}", manifest["reference"]):
+    if not isinstance(manifest.get("reference"), str) or not re.fullmatch(
+        "[0-9a-f]{64}", manifest["reference"]
+    ):
         return "its reference is no sha256."
     if wrong := [name for name, kind in OPTIONAL.items() if not isinstance(manifest.get(name, kind()), kind)]:
         return f"its member {wrong[0]} is of the wrong kind."
@@ -112,14 +147,22 @@ def _is_part(part: Any) -> bool:
         return False
     numbers = (part["rows"], part["bytes"])
     is_named = isinstance(part["file"], str) and is_part_name(part["file"])
-    return is_named and all(type(number) is int and number > 0 for number in numbers) and part["rows"] <= MOST_PART_PAIRS
+    return (
+        is_named
+        and all(type(number) is int and number > 0 for number in numbers)
+        and part["rows"] <= MOST_PART_PAIRS
+    )
 
 
 def _columns_agree(batch: pa.RecordBatch, has_token_logps: bool) -> bool:
     for side in ("chosen", "rejected"):
         num_tokens = batch.column(f"{side}_num_tokens")
         token_logps, logps = batch.column(f"ref_{side}_token_logps"), batch.column(f"ref_{side}_logps")
-        if not (lists_agree(token_logps, num_tokens, logps) if has_token_logps else are_sums_alone(token_logps, num_tokens, logps)):
+        if not (
+            lists_agree(token_logps, num_tokens, logps)
+            if has_token_logps
+            else are_sums_alone(token_logps, num_tokens, logps)
+        ):
             return False
         if (list_lengths(batch.column(f"{side}_ids")) != num_tokens.to_numpy()).any():
             return False
@@ -134,7 +177,9 @@ def pair_table(pairs: Sequence[ScoredPair]) -> pa.Table:
     columns = {
         "row": pa.array([scored.pair.row for scored in pairs], pa.int64()),
         "prompt_ids": list_array([chosen.prompt_ids for chosen, _ in sides], TOKEN_LIST),
-        "rejected_prompt_ids": pa.array([_own_prompt(chosen, rejected) for chosen, rejected in sides], TOKEN_LIST),
+        "rejected_prompt_ids": pa.array(
+            [_own_prompt(chosen, rejected) for chosen, rejected in sides], TOKEN_LIST
+        ),
         "chosen_ids": list_array([chosen.completion_ids for chosen, _ in sides], TOKEN_LIST),
         "rejected_ids": list_array([rejected.completion_ids for _, rejected in sides], TOKEN_LIST),
         "chosen_key": key_column([completion_key(chosen) for chosen, _ in sides]),
@@ -144,7 +189,9 @@ def pair_table(pairs: Sequence[ScoredPair]) -> pa.Table:
         "ref_chosen_logps": pa.array([scored.ref_chosen.logps for scored in pairs], pa.float64()),
         "ref_rejected_logps": pa.array([scored.ref_rejected.logps for scored in pairs], pa.float64()),
         "ref_chosen_token_logps": list_array([scored.ref_chosen.token_logps for scored in pairs], FLOAT_LIST),
-        "ref_rejected_token_logps": list_array([scored.ref_rejected.token_logps for scored in pairs], FLOAT_LIST),
+        "ref_rejected_token_logps": list_array(
+            [scored.ref_rejected.token_logps for scored in pairs], FLOAT_LIST
+        ),
     }
     return pa.table([columns[name] for name in PAIR_SCHEMA.names], schema=PAIR_SCHEMA)
 
@@ -157,26 +204,55 @@ def decode_pairs(table: pa.Table) -> list[ScoredPair]:
     """One object a row; their arrays are views of the table's memory."""
     rows = table.column("row").to_pylist()
     prompts, chosen_ids, rejected_ids, chosen_logps, rejected_logps = (
-        split_lists(table.column(name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_token_logps", "ref_rejected_token_logps")
+        split_lists(table.column(name))
+        for name in (
+            "prompt_ids",
+            "chosen_ids",
+            "rejected_ids",
+            "ref_chosen_token_logps",
+            "ref_rejected_token_logps",
+        )
     )
     own = table.column("rejected_prompt_ids")
     if own.null_count == len(own):
         rejected_prompts = prompts
     else:
         has_own = own.is_valid().to_pylist()
-        rejected_prompts = [mine if has else shared for mine, has, shared in zip(split_lists(own), has_own, prompts, strict=True)]
+        rejected_prompts = [
+            mine if has else shared
+            for mine, has, shared in zip(split_lists(own), has_own, prompts, strict=True)
+        ]
     return [
-        ScoredPair(Pair(row, Completion(prompt, chosen), Completion(rejected_prompt, rejected)), Score(ref_chosen), Score(ref_rejected))
+        ScoredPair(
+            Pair(row, Completion(prompt, chosen), Completion(rejected_prompt, rejected)),
+            Score(ref_chosen),
+            Score(ref_rejected),
+        )
         for row, prompt, rejected_prompt, chosen, rejected, ref_chosen, ref_rejected in zip(
-            rows, prompts, rejected_prompts, chosen_ids, rejected_ids, chosen_logps, rejected_logps, strict=True
+            rows,
+            prompts,
+            rejected_prompts,
+            chosen_ids,
+            rejected_ids,
+            chosen_logps,
+            rejected_logps,
+            strict=True,
         )
     ]
 
 
 def with_imported_sums(table: pa.Table, pairs: Sequence[ScoredPair]) -> list[ScoredPair]:
     """The pairs with the sums that were imported, which nothing else in the file adds up to."""
-    sums = zip(table.column("ref_chosen_logps").to_pylist(), table.column("ref_rejected_logps").to_pylist(), strict=True)
+    sums = zip(
+        table.column("ref_chosen_logps").to_pylist(),
+        table.column("ref_rejected_logps").to_pylist(),
+        strict=True,
+    )
     return [
-        ScoredPair(scored.pair, Score(scored.ref_chosen.token_logps, chosen), Score(scored.ref_rejected.token_logps, rejected))
+        ScoredPair(
+            scored.pair,
+            Score(scored.ref_chosen.token_logps, chosen),
+            Score(scored.ref_rejected.token_logps, rejected),
+        )
         for scored, (chosen, rejected) in zip(pairs, sums, strict=True)
     ]

@@ -1,7 +1,8 @@
 """The Parquet files of the cache: how they are written, and how they are read without trusting them.
 
 A file's name is the sha256 of its bytes. That finds damage, but whoever makes a file can also name it, so
-what it holds is checked besides: exact schema, and sizes within the limits below before anything is allocated.
+what it holds is checked besides: exact schema, and sizes within the limits below before anything is
+allocated.
 """
 
 from __future__ import annotations
@@ -16,24 +17,45 @@ import pyarrow.parquet as pq
 from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.folders.failures import raise_refusal, storage_error
 from dpo_cache.store.folders.folder import Folder
-from dpo_cache.store.format.page_limits import FILE_BYTES, FOOTER_BYTES, LIST_ITEMS, Footer, check_group, parse_footer, read_footer
+from dpo_cache.store.format.page_limits import (
+    FILE_BYTES,
+    FOOTER_BYTES,
+    LIST_ITEMS,
+    Footer,
+    check_group,
+    parse_footer,
+    read_footer,
+)
 
-REMEDY = "The file was changed or damaged.\nDelete it and run the `dpo-cache precompute` that made it again: it scores only what is missing."
+REMEDY = (
+    "The file was changed or damaged.\n"
+    "Delete it and run the `dpo-cache precompute` that made it again: it scores only what is missing."
+)
 
-DAMAGE = (pa.ArrowException, OSError, ValueError, IndexError, OverflowError)  # what reading a bad file may raise, in Arrow and in `pages.py`
+DAMAGE = (
+    pa.ArrowException,
+    OSError,
+    ValueError,
+    IndexError,
+    OverflowError,
+)  # what reading a bad file may raise, in Arrow and in `pages.py`
 HASH_BYTES = 2**20  # read at once while a file is hashed
 MOST_OPEN = 64  # files of one index or pair set that are kept open
 
 
 class ParquetBuilder:
-    """A Parquet file in memory, as every file of the cache is: zstd, page checksums, no hidden Arrow schema."""
+    """A Parquet file in memory, as every file of the cache is: zstd, page checksums, no hidden Arrow
+    schema.
+    """
 
     def __init__(self, schema: pa.Schema):
         self._sink = pa.BufferOutputStream()
         self._writer = pq.ParquetWriter(
-            self._sink, schema, compression="zstd", use_dictionary=False, write_page_checksum=True, store_schema=False,
+            self._sink, schema, compression="zstd", use_dictionary=False, write_page_checksum=True,
+            store_schema=False,
             column_encoding=float_encodings(schema),
-            write_statistics=schema.names[:1],  # key or row; those of lists make the footer twice as long and help nobody
+            # key or row; those of lists make the footer twice as long and help nobody
+            write_statistics=schema.names[:1],
         )  # fmt: skip
         self.num_rows = 0
 
@@ -50,8 +72,13 @@ class ParquetBuilder:
 
 def float_encodings(schema: pa.Schema) -> dict[str, str]:
     """Floats byte by byte, all first bytes together: zstd then takes 8 % less, and reading is faster."""
-    kinds = {field.name: field.type.value_type if pa.types.is_list(field.type) else field.type for field in schema}
-    paths = {field.name: f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name for field in schema}
+    kinds = {
+        field.name: field.type.value_type if pa.types.is_list(field.type) else field.type for field in schema
+    }
+    paths = {
+        field.name: f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        for field in schema
+    }
     return {paths[name]: "BYTE_STREAM_SPLIT" for name, kind in kinds.items() if pa.types.is_floating(kind)}
 
 
@@ -67,7 +94,8 @@ class ParquetReader:
     """One Parquet file, read row group by row group.
 
     Opening reads the footer and checks the schema. What a row group would take is checked before it is read
-    (`pages.py`), and its pages against their checksums. Raises `CorruptShardError` where anything is not as it should be.
+    (`pages.py`), and its pages against their checksums. Raises `CorruptShardError` where anything is not as
+    it should be.
     """
 
     def __init__(self, source: pa.NativeFile, schema: pa.Schema, place: str):
@@ -92,9 +120,13 @@ class ParquetReader:
             table.validate(full=True)
         except DAMAGE as error:
             raise_refusal(self.place, error)
-            raise CorruptShardError(f"{self.place}: row group {group} is not readable ({error}). {REMEDY}") from error
+            raise CorruptShardError(
+                f"{self.place}: row group {group} is not readable ({error}). {REMEDY}"
+            ) from error
         if len(table) != self.group_rows[group]:
-            raise CorruptShardError(f"{self.place}: row group {group} does not have the rows that it promises. {REMEDY}")
+            raise CorruptShardError(
+                f"{self.place}: row group {group} does not have the rows that it promises. {REMEDY}"
+            )
         return table
 
     def close(self) -> None:
@@ -103,7 +135,9 @@ class ParquetReader:
 
 
 class ParquetReaders:
-    """The files of one folder in the cache, each hashed when it is first opened; few are kept open at a time."""
+    """The files of one folder in the cache, each hashed when it is first opened; few are kept open at a
+    time.
+    """
 
     def __init__(self, folder: Folder, place: str, schema: pa.Schema):
         self._folder, self._place, self._schema = folder, place, schema
@@ -128,7 +162,9 @@ class ParquetReaders:
         place = f"{self._place}/{name}"
         if name in self._held:
             return open_verified(self._folder, place, self._schema, self._held[name])
-        if name in self._hashed:  # as before, if its footer is: the pages that this leads to have checksums of their own
+        if (
+            name in self._hashed
+        ):  # as before, if its footer is: the pages that this leads to have checksums of their own
             reader = ParquetReader(open_source(self._folder, place), self._schema, f"{self._folder}/{place}")
             if reader.footer.digest == self._hashed[name]:
                 return reader
@@ -138,8 +174,12 @@ class ParquetReaders:
         return reader
 
 
-def open_verified(folder: Folder, name: str, schema: pa.Schema, source: pa.NativeFile | None = None) -> ParquetReader:
-    """A file of the cache, or one that is open already, whose bytes hash to its name. What is hashed and what is read is one open file."""
+def open_verified(
+    folder: Folder, name: str, schema: pa.Schema, source: pa.NativeFile | None = None
+) -> ParquetReader:
+    """A file of the cache, or one that is open already, whose bytes hash to its name. What is hashed and what
+    is read is one open file.
+    """
     place = f"{folder}/{name}"
     source = source or open_source(folder, name)
     try:

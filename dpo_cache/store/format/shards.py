@@ -33,8 +33,9 @@ from dpo_cache.store.format.parquet import (
 from dpo_cache.types import Score, split_lists
 
 __all__ = [
-    "FLOAT_LIST", "KEY", "REMEDY", "SHARD_SCHEMA", "TOKEN_LIST", "check_content", "decode_shard", "encode_shard", "key_column", "keys_of",
-    "list_array", "name_by_content", "open_parquet", "read_parquet", "read_shard", "scores_of", "write_parquet",
+    "FLOAT_LIST", "KEY", "REMEDY", "SHARD_SCHEMA", "TOKEN_LIST", "check_content", "decode_shard",
+    "encode_shard", "key_column", "keys_of", "list_array", "name_by_content", "open_parquet",
+    "read_parquet", "read_shard", "scores_of", "write_parquet",
 ]  # fmt: skip
 
 FLOAT_LIST = pa.list_(pa.field("element", pa.float32(), nullable=False))
@@ -75,14 +76,18 @@ def encode_shard(scores: Sequence[tuple[bytes, Score]]) -> bytes:
 
 
 def decode_shard(content: bytes, place: str) -> tuple[np.ndarray, list[Score]]:
-    """Keys `[N]` (dtype S16) and scores of a shard; `CorruptShardError` where the content is not as specified."""
+    """Keys `[N]` (dtype S16) and scores of a shard; `CorruptShardError` where the content is not as
+    specified.
+    """
     table = read_parquet(content, SHARD_SCHEMA, place)
     check_scores(table, place)
     return keys_of(table.column("key")), scores_of(table)
 
 
 def read_shard(folder: Folder, place: str, name: str) -> Iterator[pa.Table]:
-    """The shard's rows, one row group at a time, all checked; its bytes are hashed before the first is handed out."""
+    """The shard's rows, one row group at a time, all checked; its bytes are hashed before the first is handed
+    out.
+    """
     reader = open_verified(folder, f"{place}/{name}", SHARD_SCHEMA)
     try:
         for group in range(len(reader.group_rows)):
@@ -110,15 +115,21 @@ def scores_of(table: pa.Table) -> list[Score]:
 
 
 def check_scores(table: pa.Table, place: str) -> None:
-    """Raise `CorruptShardError` unless the columns of a shard agree with each other, and all values are finite."""
+    """Raise `CorruptShardError` unless the columns of a shard agree with each other, and all values are
+    finite.
+    """
     for chunk in table.to_batches():
         lists = chunk.column("token_logps")
         if not lists_agree(lists, chunk.column("num_tokens"), chunk.column("logps")):
-            raise CorruptShardError(f"{place}: num_tokens or logps disagree with token_logps, or are no numbers. {REMEDY}")
+            raise CorruptShardError(
+                f"{place}: num_tokens or logps disagree with token_logps, or are no numbers. {REMEDY}"
+            )
 
 
 def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
-    """Whether each list is finite, not empty, as long as promised, and adds up to its `logps` within 1e-9 relative."""
+    """Whether each list is finite, not empty, as long as promised, and adds up to its `logps` within 1e-9
+    relative.
+    """
     offsets, sums = token_logps.offsets.to_numpy(), logps.to_numpy()
     lengths = np.diff(offsets)
     if not len(lengths):
@@ -133,8 +144,14 @@ def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array
 
 
 def are_sums_alone(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
-    """Whether each list is empty and each of the `logps` finite: what a pair set holds that was imported without values per token."""
-    return not list_lengths(token_logps).any() and bool(num_tokens.to_numpy().all()) and bool(np.isfinite(logps.to_numpy()).all())
+    """Whether each list is empty and each of the `logps` finite: what a pair set holds that was imported
+    without values per token.
+    """
+    return (
+        not list_lengths(token_logps).any()
+        and bool(num_tokens.to_numpy().all())
+        and bool(np.isfinite(logps.to_numpy()).all())
+    )
 
 
 def table_bytes(table: pa.Table) -> int:
@@ -169,7 +186,11 @@ def key_column(keys: Sequence[bytes]) -> pa.Array:
 
 def keys_of(column: pa.ChunkedArray) -> np.ndarray:
     """Keys as a numpy array of dtype S16, which sorts and compares them as bytes."""
-    chunks = [np.frombuffer(chunk.buffers()[1], f"S{KEY_BYTES}", len(chunk), chunk.offset * KEY_BYTES) for chunk in column.chunks if len(chunk)]
+    chunks = [
+        np.frombuffer(chunk.buffers()[1], f"S{KEY_BYTES}", len(chunk), chunk.offset * KEY_BYTES)
+        for chunk in column.chunks
+        if len(chunk)
+    ]
     return np.concatenate(chunks) if chunks else np.empty(0, f"S{KEY_BYTES}")
 
 

@@ -1,4 +1,5 @@
-"""Thrift's compact protocol, as much of it as Parquet's footers and page headers use, read without trusting it.
+"""Thrift's compact protocol, as much of it as Parquet's footers and page headers use, read without trusting
+it.
 
 What is built is bounded by the bytes that are there: a length is never believed beforehand.
 """
@@ -70,7 +71,9 @@ def _list(content: bytes, at: int, depth: int) -> tuple[list[Any], int]:
         raise ThriftError("a list in a list, or of more items than there are bytes")
     items = []
     for _ in range(length):
-        item, at = (content[at] == _TRUE, at + 1) if kind in (_TRUE, _FALSE) else _value(content, at, kind, depth)
+        item, at = (
+            (content[at] == _TRUE, at + 1) if kind in (_TRUE, _FALSE) else _value(content, at, kind, depth)
+        )
         items.append(item)
     return items, at
 

@@ -33,14 +33,20 @@ class Compacted:
 
 
 def compact_reference(cache: Cache, reference_id: str) -> Compacted:
-    """Merge the reference's score shards into few large ones, sorted by key; a cache that is compact already is left alone.
+    """Merge the reference's score shards into few large ones, sorted by key; a cache that is compact already
+    is left alone.
 
-    The new shards are durable before the old ones are removed; a crash leaves both, which is legal, and the next run ends
-    the work. Shards that others publish meanwhile are left as they are. Memory: 16 bytes a completion, and a shard.
-    Raises `CorruptShardError` where a shard is damaged, or where shards disagree on a completion.
+    The new shards are durable before the old ones are removed; a crash leaves both, which is legal, and the
+    next run ends the work. Shards that others publish meanwhile are left as they are. Memory: 16 bytes a
+    completion, and a shard. Raises `CorruptShardError` where a shard is damaged, or where shards disagree on
+    a completion.
     """
     folder, place = cache.folder, f"references/{reference_id}/scores"
-    sizes = {name.rpartition("/")[2]: size for name, size in folder.files(place).items() if classify(name)[0] == "shard"}
+    sizes = {
+        name.rpartition("/")[2]: size
+        for name, size in folder.files(place).items()
+        if classify(name)[0] == "shard"
+    }
     names = sorted(sizes)
     keys = {name: keys_in(folder, place, name) for name in names}
     num_rows = sum(map(len, keys.values()))
@@ -54,7 +60,10 @@ def compact_reference(cache: Cache, reference_id: str) -> Compacted:
     merged = list(write_sorted_shards(folder, place, merge_shards(folder, place, names)))
     written = sum(count_rows(folder, f"{place}/{name}")[0] for name in merged)
     if written != distinct:
-        raise CorruptShardError(f"{folder}/{place}: {distinct} completions to merge, {written} written. Nothing was removed: run `dpo-cache verify`.")
+        raise CorruptShardError(
+            f"{folder}/{place}: {distinct} completions to merge, {written} written. Nothing was removed: "
+            "run `dpo-cache verify`."
+        )
     for name in names:
         if name not in merged:
             folder.remove(f"{place}/{name}")

@@ -1,7 +1,7 @@
 """The same completion's log-probs in several places: do they agree?
 
-Files are gone through range by range of the keys. Keys are hashes, so ranges of equal width hold about as many
-completions each, and memory is bounded by the width of a range, whatever the size of the cache.
+Files are gone through range by range of the keys. Keys are hashes, so ranges of equal width hold about as
+many completions each, and memory is bounded by the width of a range, whatever the size of the cache.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def key_ranges(num_bytes: int) -> list[KeyRange]:
 def shard_values(folder: Folder, name: str, keys: KeyRange = KeyRange()) -> Values:
     """What a score shard holds in the range. Its digest is not checked."""
     columns = ["key", "token_logps"]
-    return join(_select(values_of(table, *columns), keys) for table in _read_groups(folder, name, SHARD_SCHEMA, columns))
+    return join(
+        _select(values_of(table, *columns), keys)
+        for table in _read_groups(folder, name, SHARD_SCHEMA, columns)
+    )
 
 
 def part_values(folder: Folder, name: str, keys: KeyRange = KeyRange()) -> Values:
@@ -94,7 +97,11 @@ def values_of(table: pa.Table, key: str, token_logps: str) -> Values:
     """The values in two columns of a table."""
     lists = table.column(token_logps).combine_chunks()
     offsets = lists.offsets.to_numpy().astype(np.int64)
-    flat = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]] if len(offsets) else np.empty(0, np.float32)
+    flat = (
+        lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+        if len(offsets)
+        else np.empty(0, np.float32)
+    )
     return Values(keys_of(table.column(key)), np.diff(offsets), flat)
 
 
@@ -114,7 +121,9 @@ def distinct(values: Values) -> Values:
 
 
 def largest_gaps(one: Values, other: Values) -> np.ndarray:
-    """Largest gap in nats per token, completion by completion: float64 `[N]`; infinite where the number of tokens differs."""
+    """Largest gap in nats per token, completion by completion: float64 `[N]`; infinite where the number of
+    tokens differs.
+    """
     is_alike = one.lengths == other.lengths
     gaps = np.where(is_alike, 0.0, np.inf)
     same = np.flatnonzero(is_alike & (one.lengths > 0))  # imported sums have no values
@@ -126,7 +135,9 @@ def largest_gaps(one: Values, other: Values) -> np.ndarray:
 
 
 def matches(known: Values, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the wanted keys stand in `known`, whose keys ascend: places among the wanted, places among the known."""
+    """Where the wanted keys stand in `known`, whose keys ascend: places among the wanted, places among the
+    known.
+    """
     if not len(known):
         return np.empty(0, np.int64), np.empty(0, np.int64)
     at = np.minimum(np.searchsorted(known.keys, wanted), len(known) - 1)
@@ -135,7 +146,9 @@ def matches(known: Values, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def allowed_gap(identity: dict) -> float:
-    """Largest gap in nats per token between two scores of one completion that the reference's dtype explains; the widest where it is unknown."""
+    """Largest gap in nats per token between two scores of one completion that the reference's dtype explains;
+    the widest where it is unknown.
+    """
     return TOKEN_TOLERANCES.get(str(identity.get("dtype")), TOKEN_TOLERANCES["bfloat16"])[0]
 
 
@@ -149,10 +162,14 @@ class Disagreement:
     largest_gap: float
 
 
-def compare_files(folder: Folder, shards: list[str], parts: list[str], allowed: float, num_bytes: int) -> list[Disagreement]:
-    """Where shards of one reference, and parts of pair sets scored by it, differ by more than `allowed` nats in a token.
+def compare_files(
+    folder: Folder, shards: list[str], parts: list[str], allowed: float, num_bytes: int
+) -> list[Disagreement]:
+    """Where shards of one reference, and parts of pair sets scored by it, differ by more than `allowed` nats
+    in a token.
 
-    Every file must be whole. `num_bytes` is the size of the shards' token log-probs. Each pair of files is told once.
+    Every file must be whole. `num_bytes` is the size of the shards' token log-probs. Each pair of files is
+    told once.
     """
     if len(shards) + len(parts) < 2 or not shards:
         return []
@@ -164,11 +181,15 @@ def compare_files(folder: Folder, shards: list[str], parts: list[str], allowed: 
     return list(told.values())
 
 
-def _compare_ranges(folder: Folder, shards: list[str], parts: list[str], allowed: float, num_bytes: int) -> Iterator[Disagreement]:
+def _compare_ranges(
+    folder: Folder, shards: list[str], parts: list[str], allowed: float, num_bytes: int
+) -> Iterator[Disagreement]:
     for keys in key_ranges(num_bytes):
         known, owner = _first_of_each([shard_values(folder, name, keys) for name in shards])
         for number, name in enumerate([*shards, *parts]):
-            values = shard_values(folder, name, keys) if number < len(shards) else part_values(folder, name, keys)
+            values = (
+                shard_values(folder, name, keys) if number < len(shards) else part_values(folder, name, keys)
+            )
             yield from _disagreements(known, owner, values, [*shards, *parts], number, allowed)
 
 
@@ -180,7 +201,9 @@ def _first_of_each(parts: list[Values]) -> tuple[Values, np.ndarray]:
     return together.take(first), owner[first]
 
 
-def _disagreements(known: Values, owner: np.ndarray, values: Values, names: list[str], number: int, allowed: float) -> Iterator[Disagreement]:
+def _disagreements(
+    known: Values, owner: np.ndarray, values: Values, names: list[str], number: int, allowed: float
+) -> Iterator[Disagreement]:
     found, at = matches(known, values.keys)
     elsewhere = owner[at] != number
     found, at = found[elsewhere], at[elsewhere]

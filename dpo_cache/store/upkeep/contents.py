@@ -66,7 +66,9 @@ class PairSetEntry:
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a cache holds. `other` are files that belong to no reference and no pair set, `hidden` scratch and what was set aside."""
+    """All that a cache holds. `other` are files that belong to no reference and no pair set, `hidden` scratch
+    and what was set aside.
+    """
 
     cache: str
     references: list[ReferenceEntry]
@@ -77,7 +79,9 @@ class Contents:
 
 
 def classify(name: str) -> tuple[str, tuple[str, ...]]:
-    """The kind of a file by its name from the root (`unknown` where it has none), and the parts that its name tells."""
+    """The kind of a file by its name from the root (`unknown` where it has none), and the parts that its name
+    tells.
+    """
     for kind, pattern in KINDS.items():
         if found := pattern.fullmatch(name):
             return kind, found.groups()
@@ -85,7 +89,8 @@ def classify(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def open_for_upkeep(location: str | os.PathLike[str]) -> tuple[Folder, str | None]:
-    """The folder of a cache, and what is wrong with its format.json: that alone need not stop who looks at the rest.
+    """The folder of a cache, and what is wrong with its format.json: that alone need not stop who looks at
+    the rest.
 
     Raises `FormatError` where there is no cache at all, or one made by a newer dpo-cache.
     """
@@ -93,7 +98,9 @@ def open_for_upkeep(location: str | os.PathLike[str]) -> tuple[Folder, str | Non
         return open_cache(location).folder, None
     except NewerFormatError as error:
         raise NewerFormatError(
-            f"{error}\nWhere no newer dpo-cache ever wrote here, its format.json is damaged: delete it and run `dpo-cache verify --repair`."
+            f"{error}\n"
+            "Where no newer dpo-cache ever wrote here, its format.json is damaged: delete it and run "
+            "`dpo-cache verify --repair`."
         ) from error
     except CacheError as error:
         folder = open_folder(location)
@@ -115,8 +122,13 @@ def read_contents(location: str | os.PathLike[str]) -> Contents:
     other = [name for names in [*by_kind["unknown"].values(), *strays] for name in names]
     return Contents(
         cache=str(folder),
-        references=[_read_reference(folder, entry, by_kind["shard"].get(entry, []), files) for entry in references],
-        pair_sets=[_read_pair_set(folder, entry, by_kind["part"].get(entry, []), files) for entry in sorted(by_kind["manifest"])],
+        references=[
+            _read_reference(folder, entry, by_kind["shard"].get(entry, []), files) for entry in references
+        ],
+        pair_sets=[
+            _read_pair_set(folder, entry, by_kind["part"].get(entry, []), files)
+            for entry in sorted(by_kind["manifest"])
+        ],
         bytes=sum(files.values()),
         damage=[problem] if problem else [],
         other={name: files[name] for name in sorted(other)},
@@ -124,16 +136,22 @@ def read_contents(location: str | os.PathLike[str]) -> Contents:
 
 
 def find_pair_sets(cache: Cache, name: str) -> list[str]:
-    """`NAME/SPLIT` of every pair set of that name, or the one that is named in full. Raises `NotInCacheError`."""
+    """`NAME/SPLIT` of every pair set of that name, or the one that is named in full. Raises
+    `NotInCacheError`.
+    """
     known = cache.pair_sets()
     found = [entry for entry in known if entry == name or entry.startswith(f"{name}/")]
     if not found:
-        raise NotInCacheError(f"{cache}: no pair set {name!r}.\nIt holds: {', '.join(known) or 'no pair sets'}.")
+        raise NotInCacheError(
+            f"{cache}: no pair set {name!r}.\nIt holds: {', '.join(known) or 'no pair sets'}."
+        )
     return found
 
 
 def count_rows(folder: Folder, name: str) -> tuple[int, int]:
-    """Completions and completion tokens of a score shard, from its footer. Raises `CacheError` where that is damaged."""
+    """Completions and completion tokens of a score shard, from its footer. Raises `CacheError` where that is
+    damaged.
+    """
     return count_footer(open_source(folder, name), f"{folder}/{name}")
 
 
@@ -149,31 +167,60 @@ def describe_quantization(identity: Document) -> str | None:
     config = identity.get("quantization")
     if not isinstance(config, dict):
         return str(config) if config else None
-    bits = next((name for flag, name in (("load_in_4bit", "4-bit"), ("load_in_8bit", "8-bit")) if config.get(flag)), config.get("bits"))
+    bits = next(
+        (name for flag, name in (("load_in_4bit", "4-bit"), ("load_in_8bit", "8-bit")) if config.get(flag)),
+        config.get("bits"),
+    )
     return " ".join(str(word) for word in (config.get("quant_method"), bits) if word) or "yes"
 
 
 def precompute_line(cache: str, manifest: Document, reference: Document | None) -> str:
-    """The command that makes a pair set again, as far as its manifest and its reference tell: not a chat template of the user's own,
-    nor which splits were imported together."""
+    """The command that makes a pair set again, as far as its manifest and its reference tell: not a chat
+    template of the user's own, nor which splits were imported together."""
     made, source = manifest.get("tokenization", {}), manifest.get("source", {})
     identity, provenance = ((reference or {}).get(member, {}) for member in ("identity", "provenance"))
     data, model = source.get("dataset", "DATA"), provenance.get("model")
     if "imported" in identity:
-        words, options = ["import", cache, data], {"reference": identity["imported"], "model": model, "dtype": identity.get("dtype")}
+        words, options = (
+            ["import", cache, data],
+            {"reference": identity["imported"], "model": model, "dtype": identity.get("dtype")},
+        )
     else:
-        words, options = ["precompute"], {"model": model or "MODEL", "revision": provenance.get("revision"), "dataset": data, "cache": cache}
+        words, options = (
+            ["precompute"],
+            {
+                "model": model or "MODEL",
+                "revision": provenance.get("revision"),
+                "dataset": data,
+                "cache": cache,
+            },
+        )
         options |= {"quantize": quantize} if (quantize := quantization_name(identity)) != "none" else {}
-        options |= {"dtype": identity.get("dtype", "auto"), "limit": source.get("rows_read")}  # rows may have been added since
-        options |= {"ranked-pairs": source["ranked_pairs"]} if source.get("ranked_pairs", "all") != "all" else {}
+        options |= {
+            "dtype": identity.get("dtype", "auto"),
+            "limit": source.get("rows_read"),
+        }  # rows may have been added since
+        options |= (
+            {"ranked-pairs": source["ranked_pairs"]} if source.get("ranked_pairs", "all") != "all" else {}
+        )
     options |= {"name": manifest["name"], "split": manifest["split"], "format": source.get("format")}
-    options |= {"max-length": made.get("max_length"), "truncation": made.get("truncation"), "max-prompt-length": made.get("max_prompt_length")}
-    options |= {"tokenizer": made["tokenizer"]} if made.get("tokenizer") != model and "tokenizer" in made else {}
-    given = [(f"--{name}", value) for name, value in options.items() if value is not None] + [("--map", entry) for entry in source.get("map", ())]
+    options |= {
+        "max-length": made.get("max_length"),
+        "truncation": made.get("truncation"),
+        "max-prompt-length": made.get("max_prompt_length"),
+    }
+    options |= (
+        {"tokenizer": made["tokenizer"]} if made.get("tokenizer") != model and "tokenizer" in made else {}
+    )
+    given = [(f"--{name}", value) for name, value in options.items() if value is not None] + [
+        ("--map", entry) for entry in source.get("map", ())
+    ]
     return shlex.join(map(str, ["dpo-cache", *words, *(word for pair in given for word in pair)]))
 
 
-def _read_reference(folder: Folder, reference_id: str, shards: list[str], files: dict[str, int]) -> ReferenceEntry:
+def _read_reference(
+    folder: Folder, reference_id: str, shards: list[str], files: dict[str, int]
+) -> ReferenceEntry:
     damage, document, completions, tokens = [], {}, 0, 0
     try:
         document = read_reference(folder, reference_id)
@@ -206,7 +253,11 @@ def _read_pair_set(folder: Folder, name: str, parts: list[str], files: dict[str,
     try:
         manifest = read_manifest(folder, place)
         named = {f"{place}/{part['file']}": part["rows"] for part in manifest["parts"]}
-        damage = [problem for part, num_rows in named.items() if (problem := _part_problem(folder, part, num_rows, files))]
+        damage = [
+            problem
+            for part, num_rows in named.items()
+            if (problem := _part_problem(folder, part, num_rows, files))
+        ]
     except CacheError as error:
         damage, named = [first_line(error)], {}
     held = set(parts) & named.keys() if manifest else set(parts)
@@ -237,4 +288,8 @@ def _part_problem(folder: Folder, name: str, num_rows: int, files: dict[str, int
     except CacheError as error:
         return first_line(error)
     found = sum(footer.group_rows)
-    return None if found == num_rows else f"{folder}/{name}: the manifest promises {num_rows} pairs, found {found}"
+    return (
+        None
+        if found == num_rows
+        else f"{folder}/{name}: the manifest promises {num_rows} pairs, found {found}"
+    )

@@ -1,8 +1,8 @@
 """Copies of a cache, or of some of it, between a local folder and an object store.
 
-Only files that the target lacks are sent, each checked against its digest on the way. They go in the order of what
-refers to what: format.json, reference.json, score shards, parts of pair sets, manifests. So a copy that is cut off
-holds nothing that points into the void, and the same call goes on where it was.
+Only files that the target lacks are sent, each checked against its digest on the way. They go in the order of
+what refers to what: format.json, reference.json, score shards, parts of pair sets, manifests. So a copy that
+is cut off holds nothing that points into the void, and the same call goes on where it was.
 """
 
 from __future__ import annotations
@@ -79,10 +79,11 @@ def copy_cache(
     replace: bool = False,
     on_progress: OnProgress | None = None,
 ) -> TransferReport:
-    """Send what the target lacks: these pair sets (with the references that they name, without scores) and these
-    references (with their scores); everything where neither is named.
+    """Send what the target lacks: these pair sets (with the references that they name, without scores) and
+    these references (with their scores); everything where neither is named.
 
-    Raises `CacheError` before anything is sent where the target holds another pair set of the same name, unless
+    Raises `CacheError` before anything is sent where the target holds another pair set of the same name,
+    unless
     `replace`; `CorruptShardError` for a file of the source that is damaged: it is not sent.
     """
     started = time.monotonic()
@@ -99,23 +100,31 @@ def copy_cache(
         try:
             sender.send(_plan(source, target, report, manifests, changed))
             break
-        except MissingFileError:  # compacted or collected since it was listed: what holds it now is in the next plan
+        except (
+            MissingFileError
+        ):  # compacted or collected since it was listed: what holds it now is in the next plan
             if attempt == PLANS:
                 raise
     report.elapsed_s = time.monotonic() - started
     return report
 
 
-def _choose(source: Cache, report: TransferReport, pairs: Sequence[str], references: Sequence[str]) -> dict[str, Document]:
+def _choose(
+    source: Cache, report: TransferReport, pairs: Sequence[str], references: Sequence[str]
+) -> dict[str, Document]:
     """The manifests of the chosen pair sets by name; the report takes the names and ids."""
     is_all = not pairs and not references
     chosen = [source.pairs(name) for name in (source.pair_sets() if is_all else pairs)]
-    report.scored_references = source.references() if is_all else [source.find_reference(prefix) for prefix in references]
+    report.scored_references = (
+        source.references() if is_all else [source.find_reference(prefix) for prefix in references]
+    )
     needed = {*report.scored_references, *(pair_set.reference_id for pair_set in chosen)}
     report.references = sorted(needed)
     report.pair_sets = sorted({pair_set.name for pair_set in chosen})
     if not needed:
-        raise NotInCacheError(f"{source}: nothing to copy: no references and no pair sets.\nRun `dpo-cache precompute` first.")
+        raise NotInCacheError(
+            f"{source}: nothing to copy: no references and no pair sets.\nRun `dpo-cache precompute` first."
+        )
     for reference_id in report.references:
         source.read_reference(reference_id)  # raises where it is damaged
     return {pair_set.name: pair_set.manifest for pair_set in chosen}
@@ -130,12 +139,25 @@ def _is_other(target: Cache, name: str, manifest: Document) -> bool:
     return any(held.get(member) != manifest.get(member) for member in ("reference", "pairs_digest", "parts"))
 
 
-def _plan(source: Cache, target: Cache, report: TransferReport, manifests: dict[str, Document], changed: Sequence[str]) -> _Plan:
+def _plan(
+    source: Cache,
+    target: Cache,
+    report: TransferReport,
+    manifests: dict[str, Document],
+    changed: Sequence[str],
+) -> _Plan:
     """What to send. Parts are those that the manifests name, whatever a listing says; the rest is listed."""
     held = target.folder.files()
     scored = [source.folder.files(f"references/{entry}/scores") for entry in report.scored_references]
-    shards = {name: size for files in scored for name, size in files.items() if is_part_name(name.rsplit("/", 1)[-1])}
-    part_names = [f"pairs/{name}/{part['file']}" for name, manifest in manifests.items() for part in manifest["parts"]]
+    shards = {
+        name: size
+        for files in scored
+        for name, size in files.items()
+        if is_part_name(name.rsplit("/", 1)[-1])
+    }
+    part_names = [
+        f"pairs/{name}/{part['file']}" for name, manifest in manifests.items() for part in manifest["parts"]
+    ]
     listed = source.folder.files("pairs")
     parts = {name: listed[name] if name in listed else source.folder.size(name) for name in part_names}
     documents = [f"references/{entry}/reference.json" for entry in report.references]
@@ -153,14 +175,20 @@ def _plan(source: Cache, target: Cache, report: TransferReport, manifests: dict[
     return _Plan(groups, present)
 
 
-def _missing_documents(source: Cache, target: Cache, names: Sequence[str], changed: Sequence[str]) -> dict[str, int]:
-    return {name: source.folder.size(name) for name in names if name in changed or not target.folder.exists(name)}
+def _missing_documents(
+    source: Cache, target: Cache, names: Sequence[str], changed: Sequence[str]
+) -> dict[str, int]:
+    return {
+        name: source.folder.size(name) for name in names if name in changed or not target.folder.exists(name)
+    }
 
 
 class _Sender:
     """Sends the groups of a plan, several files at once, and counts."""
 
-    def __init__(self, source: Cache, target: Cache, report: TransferReport, on_progress: OnProgress, started: float):
+    def __init__(
+        self, source: Cache, target: Cache, report: TransferReport, on_progress: OnProgress, started: float
+    ):
         self._source, self._target, self._report = source, target, report
         self._on_progress, self._started = on_progress, started
         self._large = threading.Lock()
@@ -170,18 +198,29 @@ class _Sender:
         files_before, bytes_before = report.files_sent, report.bytes_sent
         total_files = files_before + sum(len(group) for group in plan.groups)
         total_bytes = bytes_before + sum(sum(group.values()) for group in plan.groups)
-        report.files_present, report.bytes_present = len(plan.present) - files_before, sum(plan.present.values()) - bytes_before
+        report.files_present, report.bytes_present = (
+            len(plan.present) - files_before,
+            sum(plan.present.values()) - bytes_before,
+        )
         for group in plan.groups:
             for num_bytes in self._send_group(group):
                 report.files_sent += 1
                 report.bytes_sent += num_bytes
                 elapsed_s = time.monotonic() - self._started
-                self._on_progress(TransferProgress(report.files_sent, total_files, report.bytes_sent, total_bytes, elapsed_s))
+                self._on_progress(
+                    TransferProgress(
+                        report.files_sent, total_files, report.bytes_sent, total_bytes, elapsed_s
+                    )
+                )
 
     def _send_group(self, group: dict[str, int]) -> Iterator[int]:
-        """Sizes of the files as they arrive. The first error is raised when the files under way have arrived."""
+        """Sizes of the files as they arrive. The first error is raised when the files under way have
+        arrived.
+        """
         with ThreadPoolExecutor(THREADS, thread_name_prefix="transfer") as pool:
-            waiting: set[Future[int]] = {pool.submit(self._send_file, name, size) for name, size in group.items()}
+            waiting: set[Future[int]] = {
+                pool.submit(self._send_file, name, size) for name, size in group.items()
+            }
             try:
                 while waiting:
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)

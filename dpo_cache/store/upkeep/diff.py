@@ -10,10 +10,26 @@ from dpo_cache.store.cache import Cache, open_cache
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document
 from dpo_cache.store.format.pair_tables import read_manifest
-from dpo_cache.store.upkeep.compare import KeyRange, Values, allowed_gap, distinct, join, key_ranges, largest_gaps, matches, part_values, shard_values
+from dpo_cache.store.upkeep.compare import (
+    KeyRange,
+    Values,
+    allowed_gap,
+    distinct,
+    join,
+    key_ranges,
+    largest_gaps,
+    matches,
+    part_values,
+    shard_values,
+)
 from dpo_cache.store.upkeep.contents import classify, count_rows
 
-TOLD = ("num_pairs", "reference", "pairs_digest", "tokenization")  # of a manifest; its source and date say where it is from, not what it is
+TOLD = (
+    "num_pairs",
+    "reference",
+    "pairs_digest",
+    "tokenization",
+)  # of a manifest; its source and date say where it is from, not what it is
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,9 @@ def diff_caches(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> DiffRep
     """
     one, other = open_cache(a), open_cache(b)
     report = DiffReport(str(one), str(other))
-    report.references_only_a, references, report.references_only_b = _split(one.references(), other.references())
+    report.references_only_a, references, report.references_only_b = _split(
+        one.references(), other.references()
+    )
     for reference_id in references:
         difference = _compare_scores(one, other, reference_id)
         if not difference.is_none:
@@ -83,12 +101,22 @@ def _compare_scores(one: Cache, other: Cache, reference_id: str) -> ScoreDiffere
         lambda keys, cache=cache, names=names: join(shard_values(cache.folder, name, keys) for name in names)
         for cache, names in zip((one, other), shards, strict=True)
     ]
-    num_bytes = sum(4 * count_rows(cache.folder, name)[1] for cache, names in zip((one, other), shards, strict=True) for name in names)
-    return _compare(readers[0], readers[1], num_bytes, allowed_gap(one.read_reference(reference_id)["identity"]))
+    num_bytes = sum(
+        4 * count_rows(cache.folder, name)[1]
+        for cache, names in zip((one, other), shards, strict=True)
+        for name in names
+    )
+    return _compare(
+        readers[0], readers[1], num_bytes, allowed_gap(one.read_reference(reference_id)["identity"])
+    )
 
 
 def _shards(cache: Cache, reference_id: str) -> list[str]:
-    return [name for name in cache.folder.files(f"references/{reference_id}/scores") if classify(name)[0] == "shard"]
+    return [
+        name
+        for name in cache.folder.files(f"references/{reference_id}/scores")
+        if classify(name)[0] == "shard"
+    ]
 
 
 def _compare(read_one: Reader, read_other: Reader, num_bytes: int, allowed: float) -> ScoreDifference:
@@ -98,7 +126,11 @@ def _compare(read_one: Reader, read_other: Reader, num_bytes: int, allowed: floa
         left, right = distinct(read_one(keys)), distinct(read_other(keys))
         in_right, in_left = matches(left, right.keys)
         gaps = largest_gaps(left.take(in_left), right.take(in_right))
-        only_a, only_b, both = only_a + len(left) - len(gaps), only_b + len(right) - len(gaps), both + len(gaps)
+        only_a, only_b, both = (
+            only_a + len(left) - len(gaps),
+            only_b + len(right) - len(gaps),
+            both + len(gaps),
+        )
         differing += int((~(gaps <= allowed)).sum())
         largest = max(largest, float(gaps.max(initial=0.0)))
     return ScoreDifference(only_a, only_b, both, differing, largest)
@@ -116,11 +148,23 @@ def _compare_pair_sets(one: Cache, other: Cache, name: str) -> list[str]:
         for cache, names in zip((one, other), parts, strict=True)
     ]
     allowed = allowed_gap(_identity(one, left))
-    found = _compare(readers[0], readers[1], sum(part["bytes"] for manifest in (left, right) for part in manifest["parts"]), allowed)
+    found = _compare(
+        readers[0],
+        readers[1],
+        sum(part["bytes"] for manifest in (left, right) for part in manifest["parts"]),
+        allowed,
+    )
     if found.differing:
-        lines.append(f"values: {found.differing} completions differ by up to {found.largest_gap:.2g} nats a token (allowed {allowed:g})")
+        lines.append(
+            f"values: {found.differing} completions differ by up to {found.largest_gap:.2g} nats a token "
+            f"(allowed {allowed:g})"
+        )
     return lines
 
 
 def _identity(cache: Cache, manifest: Document) -> Document:
-    return cache.read_reference(manifest["reference"])["identity"] if manifest["reference"] in cache.references() else {}
+    return (
+        cache.read_reference(manifest["reference"])["identity"]
+        if manifest["reference"] in cache.references()
+        else {}
+    )

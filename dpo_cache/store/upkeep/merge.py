@@ -2,9 +2,10 @@
 
     merge_caches(["a", "s3://bucket/b"], "all")
 
-Files named by their content are the same wherever they lie, so a union is a copy of what is missing, and its order does
-not matter. Two things have a name that is not their content: a reference's entry, whose identity is the same but whose
-provenance may not be (the destination's is kept, else the one whose bytes hash lowest), and a pair set.
+Files named by their content are the same wherever they lie, so a union is a copy of what is missing, and its
+order does not matter. Two things have a name that is not their content: a reference's entry, whose identity
+is the same but whose provenance may not be (the destination's is kept, else the one whose bytes hash lowest),
+and a pair set.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class MergeReport:
 
 @dataclass
 class _Plan:
-    """Every file that the destination lacks, and where to take it from; what is sealed or renamed comes as bytes."""
+    """Every file that the destination lacks, and where to take it from; what is sealed or renamed comes as
+    bytes.
+    """
 
     shards: dict[str, Cache] = field(default_factory=dict)
     references: dict[str, bytes] = field(default_factory=dict)
@@ -57,12 +60,13 @@ def merge_caches(
     rename: bool = False,
     on_progress: OnProgress | None = None,
 ) -> MergeReport:
-    """Copy to the destination what it lacks of the sources. The sources may stand in any order; a second merge copies nothing.
+    """Copy to the destination what it lacks of the sources. The sources may stand in any order; a second
+    merge copies nothing.
 
-    Pair sets of one name are one pair set where they hold the same pairs under the same reference. Where they do not, nothing
-    is copied and `CacheError` lists them, unless `prefer` says `src` (the last source's is taken) or `dest` (the destination's
-    stays), or `rename` keeps each under its name and the first characters of its digest. The digest of every file is checked
-    as it is copied: raises `CorruptShardError`.
+    Pair sets of one name are one pair set where they hold the same pairs under the same reference. Where they
+    do not, nothing is copied and `CacheError` lists them, unless `prefer` says `src` (the last source's is
+    taken) or `dest` (the destination's stays), or `rename` keeps each under its name and the first characters
+    of its digest. The digest of every file is checked as it is copied: raises `CorruptShardError`.
     """
     target, origins = open_cache(destination, create=True), [open_cache(source) for source in sources]
     report, plan = MergeReport(str(target)), _Plan()
@@ -88,18 +92,32 @@ def _plan_scores(plan: _Plan, report: MergeReport, origins: list[Cache], present
     for shard, origin in plan.shards.items():
         entry = f"references/{classify(shard)[1][0]}/reference.json"
         if entry not in present and entry not in plan.references:
-            raise NotInCacheError(f"{origin}/{shard}: scores of a reference that no cache here describes.\nRun `dpo-cache verify {origin}`.")
+            raise NotInCacheError(
+                f"{origin}/{shard}: scores of a reference that no cache here describes.\n"
+                f"Run `dpo-cache verify {origin}`."
+            )
 
 
 def _plan_pairs(
-    plan: _Plan, report: MergeReport, origins: list[Cache], target: Cache, present: dict[str, int], prefer: str | None, rename: bool
+    plan: _Plan,
+    report: MergeReport,
+    origins: list[Cache],
+    target: Cache,
+    present: dict[str, int],
+    prefer: str | None,
+    rename: bool,
 ) -> None:
     """Which pair set each name stands for in the destination, and the files of those it lacks."""
     offered: dict[str, list[tuple[Cache, Document]]] = {}
     for cache in [target, *origins]:
         for name in cache.pair_sets():
             offered.setdefault(name, []).append(
-                (cache, check_details(read_manifest(cache.folder, f"pairs/{name}"), f"{cache}/pairs/{name}/manifest.json"))
+                (
+                    cache,
+                    check_details(
+                        read_manifest(cache.folder, f"pairs/{name}"), f"{cache}/pairs/{name}/manifest.json"
+                    ),
+                )
             )
     conflicts = []
     for name, candidates in sorted(offered.items()):
@@ -118,7 +136,12 @@ def _plan_pairs(
 
 
 def _plan_renamed(
-    plan: _Plan, report: MergeReport, name: str, candidates: list[tuple[Cache, Document]], target: Cache, present: dict[str, int]
+    plan: _Plan,
+    report: MergeReport,
+    name: str,
+    candidates: list[tuple[Cache, Document]],
+    target: Cache,
+    present: dict[str, int],
 ) -> None:
     """Each under a name of its own, but for the destination's, which keeps its."""
     by_identity: dict[str, list[tuple[Cache, Document]]] = {}
@@ -149,7 +172,10 @@ def _plan_one(
         return
     reference = f"references/{manifest['reference']}/reference.json"
     if reference not in present and reference not in plan.references:
-        raise NotInCacheError(f"{cache}: pair set {name} was scored by a reference that is not there.\nRun `dpo-cache verify {cache}`.")
+        raise NotInCacheError(
+            f"{cache}: pair set {name} was scored by a reference that is not there.\n"
+            f"Run `dpo-cache verify {cache}`."
+        )
     for part in manifest["parts"]:
         if f"{place}/{part['file']}" not in present:
             plan.parts[f"{place}/{part['file']}"] = cache, f"{source_place or place}/{part['file']}"
@@ -158,7 +184,9 @@ def _plan_one(
 
 
 def _copy(plan: _Plan, report: MergeReport, target: Cache, on_progress: OnProgress) -> None:
-    """Publish in an order that leaves a valid cache wherever it is cut off: entries before scores, parts before manifests."""
+    """Publish in an order that leaves a valid cache wherever it is cut off: entries before scores, parts
+    before manifests.
+    """
     from_where = [(file, origin, file) for file, origin in plan.shards.items()]
     from_where += [(file, origin, source) for file, (origin, source) in plan.parts.items()]
     total = sum(origin.folder.size(source) for _, origin, source in from_where)
@@ -189,7 +217,9 @@ def _identity(manifest: Document) -> str:
 
 
 def _first(candidates: list[tuple[Cache, Document]], target: Cache) -> tuple[Cache, Document]:
-    """The destination's, else the one whose manifest hashes lowest, wherever its cache stands among the sources."""
+    """The destination's, else the one whose manifest hashes lowest, wherever its cache stands among the
+    sources.
+    """
     return min(candidates, key=lambda candidate: (candidate[0] is not target, digest_json(candidate[1])))
 
 

@@ -22,17 +22,28 @@ from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format import shards
 from dpo_cache.store.format.keys import is_sorted, key_order
 from dpo_cache.store.format.parquet import ParquetBuilder, name_by_content
-from dpo_cache.store.format.shards import SHARD_SCHEMA, cut, keys_of, open_shard, read_keys, read_shard, table_bytes
+from dpo_cache.store.format.shards import (
+    SHARD_SCHEMA,
+    cut,
+    keys_of,
+    open_shard,
+    read_keys,
+    read_shard,
+    table_bytes,
+)
 
 SHARD_BYTES = 128 * 2**20  # a merged shard; it is held in memory while it is written
 RUN_BYTES = 128 * 2**20  # what is sorted in memory at once
 
 
-def write_sorted_shards(folder: Folder, place: str, tables: Iterable[pa.Table], *, shard_bytes: int = SHARD_BYTES) -> Iterator[str]:
-    """Publish tables whose keys ascend (as `merge_shards` gives them) as shards of about `shard_bytes`; their names, one by one.
+def write_sorted_shards(
+    folder: Folder, place: str, tables: Iterable[pa.Table], *, shard_bytes: int = SHARD_BYTES
+) -> Iterator[str]:
+    """Publish tables whose keys ascend (as `merge_shards` gives them) as shards of about `shard_bytes`; their
+    names, one by one.
 
-    Each shard is durable when its name is handed out. The same rows give the same files, however they were cut
-    into tables: to compact what is compact writes nothing new. Holds one shard in memory.
+    Each shard is durable when its name is handed out. The same rows give the same files, however they were
+    cut into tables: to compact what is compact writes nothing new. Holds one shard in memory.
     """
     builder, num_bytes = ParquetBuilder(SHARD_SCHEMA), 0
     for group in regroup(tables, shards.ROW_GROUP_BYTES):
@@ -45,13 +56,16 @@ def write_sorted_shards(folder: Folder, place: str, tables: Iterable[pa.Table], 
         yield _publish(folder, place, builder)
 
 
-def merge_shards(folder: Folder, place: str, names: Sequence[str], *, scratch: Path | None = None) -> Iterator[pa.Table]:
+def merge_shards(
+    folder: Folder, place: str, names: Sequence[str], *, scratch: Path | None = None
+) -> Iterator[pa.Table]:
     """Every completion of these shards once, as tables of `SHARD_SCHEMA` whose keys ascend throughout.
 
-    Shards in any order of keys are sorted `RUN_BYTES` at a time and kept in a temporary folder inside `scratch` (the
-    system's, unless given) until they are merged; sorted shards of more than one row group are read as they are.
-    A key in several shards is taken from one of them. Every byte is checked before a value of its shard is used:
-    raises `CorruptShardError`. Memory: `RUN_BYTES`, and `ROW_GROUP_BYTES` for each run or sorted shard.
+    Shards in any order of keys are sorted `RUN_BYTES` at a time and kept in a temporary folder inside
+    `scratch` (the system's, unless given) until they are merged; sorted shards of more than one row group are
+    read as they are. A key in several shards is taken from one of them. Every byte is checked before a value
+    of its shard is
+    used: raises `CorruptShardError`. Memory: `RUN_BYTES`, and `ROW_GROUP_BYTES` for each run or sorted shard.
     """
     with tempfile.TemporaryDirectory(prefix="dpo-cache-merge-", dir=scratch) as spill:
         yield from merge_sorted(list(_sorted_runs(folder, place, names, Path(spill))))
@@ -60,8 +74,9 @@ def merge_shards(folder: Folder, place: str, names: Sequence[str], *, scratch: P
 def merge_sorted(runs: Sequence[Iterator[pa.Table]]) -> Iterator[pa.Table]:
     """The rows of all runs in key order, each key once, in tables about as large as theirs.
 
-    A run is a stream of tables of `SHARD_SCHEMA` whose keys ascend. One table of each run is held at a time: what is
-    at most the smallest of their last keys is complete, and is handed on. A key of several runs is taken from the first.
+    A run is a stream of tables of `SHARD_SCHEMA` whose keys ascend. One table of each run is held at a time:
+    what is at most the smallest of their last keys is complete, and is handed on. A key of several runs is
+    taken from the first.
     """
     heads = [head for run in runs if (head := _Head(run)).advance()]
     while heads:
@@ -121,7 +136,9 @@ class _Head:
         return self._table.slice(start, self._taken - start)
 
 
-def _sorted_runs(folder: Folder, place: str, names: Sequence[str], spill: Path) -> Iterator[Iterator[pa.Table]]:
+def _sorted_runs(
+    folder: Folder, place: str, names: Sequence[str], spill: Path
+) -> Iterator[Iterator[pa.Table]]:
     """Streams of sorted tables that together hold the shards' rows."""
     waiting: list[pa.Table] = []
     num_bytes = 0

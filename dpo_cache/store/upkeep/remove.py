@@ -22,15 +22,21 @@ class Removal:
 
 
 def plan_removal(cache: Cache, kind: str, name: str, *, with_pairs: bool = False) -> Removal:
-    """The files of a reference (by the first characters of its id) or of pair sets (`NAME`: all its splits, or `NAME/SPLIT`).
+    """The files of a reference (by the first characters of its id) or of pair sets (`NAME`: all its splits,
+    or `NAME/SPLIT`).
 
-    Raises `NotInCacheError` where there is none, `CacheError` for a reference that pair sets still name, unless `with_pairs`.
+    Raises `NotInCacheError` where there is none, `CacheError` for a reference that pair sets still name,
+    unless `with_pairs`.
     """
     if kind == "pairs":
         references, pair_sets = [], find_pair_sets(cache, name)
     else:
         references = [cache.find_reference(name)]
-        pair_sets = [entry for entry in cache.pair_sets() if read_manifest(cache.folder, f"pairs/{entry}")["reference"] == references[0]]
+        pair_sets = [
+            entry
+            for entry in cache.pair_sets()
+            if read_manifest(cache.folder, f"pairs/{entry}")["reference"] == references[0]
+        ]
         if pair_sets and not with_pairs:
             raise CacheError(
                 f"{cache}: reference {references[0][:12]} has pair sets: {', '.join(pair_sets)}.\n"

@@ -1,6 +1,7 @@
 """What `verify` found, moved aside: `CACHE/.quarantine/<first of its sha256>/<its name>`. No content is lost.
 
-Completions of a damaged shard that a pair set holds, too, are scored no second time: they are put back from there.
+Completions of a damaged shard that a pair set holds, too, are scored no second time: they are put back from
+there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ QUARANTINE = ".quarantine"
 
 @dataclass(frozen=True)
 class Moved:
-    """A file that was moved aside; `completions` that it held, None where its footer is not readable or it is no shard."""
+    """A file that was moved aside; `completions` that it held, None where its footer is not readable or it is
+    no shard.
+    """
 
     file: str
     to: str | None  # None: a link, of which nothing is kept but what it points to
@@ -46,7 +49,9 @@ class RepairReport:
 
     @property
     def lost(self) -> int | None:
-        """Completions to be scored again, at most; None where a damaged shard does not say how many it held."""
+        """Completions to be scored again, at most; None where a damaged shard does not say how many it
+        held.
+        """
         shards = [moved.completions for moved in self.moved if classify(moved.file)[0] == "shard"]
         known = [number for number in shards if number is not None]
         return max(0, sum(known) - self.restored) if len(known) == len(shards) else None
@@ -55,7 +60,8 @@ class RepairReport:
 def repair_cache(location: str | os.PathLike[str], verified: VerifyReport) -> RepairReport:
     """Move every file aside that `verify_cache` found bad, and put back what pair sets can give.
 
-    Of two files that differ either may be wrong, so both are moved. Raises `CacheError` where the folder cannot be written.
+    Of two files that differ either may be wrong, so both are moved. Raises `CacheError` where the folder
+    cannot be written.
     """
     folder, report = open_folder(location), RepairReport()
     affected = _affected(verified)
@@ -67,7 +73,13 @@ def repair_cache(location: str | os.PathLike[str], verified: VerifyReport) -> Re
         report.moved.append(_move(folder, file))
     if any(problem.file == "format.json" for problem in verified.problems):
         folder.publish("format.json", render_document(FORMAT))
-    for reference_id in sorted({classify(p.file)[1][0] for p in verified.problems if p.kind == "damaged" and classify(p.file)[0] == "shard"}):
+    for reference_id in sorted(
+        {
+            classify(p.file)[1][0]
+            for p in verified.problems
+            if p.kind == "damaged" and classify(p.file)[0] == "shard"
+        }
+    ):
         report.restored += _restore(folder, reference_id)
     report.commands = _commands(folder, affected)
     return report
@@ -75,7 +87,9 @@ def repair_cache(location: str | os.PathLike[str], verified: VerifyReport) -> Re
 
 def _files_to_move(verified: VerifyReport) -> list[str]:
     bad = {problem.file for problem in verified.problems if problem.kind in ("damaged", "differs")}
-    return sorted(bad | {problem.other for problem in verified.problems if problem.kind == "differs" and problem.other})
+    return sorted(
+        bad | {problem.other for problem in verified.problems if problem.kind == "differs" and problem.other}
+    )
 
 
 def _move(folder: Folder, file: str) -> Moved:
@@ -153,7 +167,9 @@ def _affected(verified: VerifyReport) -> tuple[set[str], set[str]]:
 
 
 def _commands(folder: Folder, affected: tuple[set[str], set[str]]) -> list[str]:
-    """What scores the lost completions again: one command a pair set that needs them, as far as what is left tells."""
+    """What scores the lost completions again: one command a pair set that needs them, as far as what is left
+    tells.
+    """
     references, pair_sets = affected
     commands = []
     for reference_id in sorted(references):
@@ -165,7 +181,11 @@ def _commands(folder: Folder, affected: tuple[set[str], set[str]]) -> list[str]:
             manifest = {"name": name.partition("/")[0], "split": name.partition("/")[2]}
         commands.append(precompute_line(str(folder), manifest, _reference_of(folder, manifest)))
     if references and not commands:
-        commands.append(shlex.join(["dpo-cache", "precompute", "--cache", str(folder), "--model", "MODEL", "--dataset", "DATA"]))
+        commands.append(
+            shlex.join(
+                ["dpo-cache", "precompute", "--cache", str(folder), "--model", "MODEL", "--dataset", "DATA"]
+            )
+        )
     return commands
 
 

@@ -1,10 +1,12 @@
 """What turns gradients into updates: AdamW, in 8 bits or paged by bitsandbytes, and Adafactor.
 
-bytes a parameter  adamw 8, adamw-8bit 2 (and 1/32 for scales), adafactor about 0: a row and a column of each matrix
+bytes a parameter  adamw 8, adamw-8bit 2 (and 1/32 for scales), adafactor about 0: a row and a column of each
+                   matrix
 
-The paged ones hold as much, in memory that the CUDA driver moves to the host where the GPU needs the room. Adafactor
-is transformers', with an absolute learning rate: what trainers on transformers run under that name, and `--lr` means
-what it means for AdamW; torch's own scales it by each weight's size and by the step.
+The paged ones hold as much, in memory that the CUDA driver moves to the host where the GPU needs the room.
+Adafactor is transformers', with an absolute learning rate: what trainers on transformers run under that name,
+and
+`--lr` means what it means for AdamW; torch's own scales it by each weight's size and by the step.
 """
 
 from __future__ import annotations
@@ -22,11 +24,19 @@ from dpo_cache.training.optim.updates import Updater
 Groups = list[dict[str, Any]]
 
 
-def make_optimizer(model: PreTrainedModel, name: str = "adamw", *, lr: float, weight_decay: float, rounding: str = "auto", seed: int = 0) -> Updater:
+def make_optimizer(
+    model: PreTrainedModel,
+    name: str = "adamw",
+    *,
+    lr: float,
+    weight_decay: float,
+    rounding: str = "auto",
+    seed: int = 0,
+) -> Updater:
     """The optimizer of the parameters that are trained; weight decay spares biases and norms.
 
-    `rounding` is how updated bfloat16 weights are rounded: stochastic (also auto), compensated or nearest; others need
-    none. Raises `OptionError` where the optimizer is not to be had here.
+    `rounding` is how updated bfloat16 weights are rounded: stochastic (also auto), compensated or nearest;
+    others need none. Raises `OptionError` where the optimizer is not to be had here.
     """
     _check_available(name, model.device)
     return Updater(
@@ -37,7 +47,9 @@ def make_optimizer(model: PreTrainedModel, name: str = "adamw", *, lr: float, we
     )
 
 
-def _groups(leaves: Iterable[torch.nn.Parameter], num_dimensions: Iterable[int], weight_decay: float) -> Groups:
+def _groups(
+    leaves: Iterable[torch.nn.Parameter], num_dimensions: Iterable[int], weight_decay: float
+) -> Groups:
     both = list(zip(leaves, num_dimensions, strict=True))
     groups: Groups = [
         {"params": [leaf for leaf, dimensions in both if dimensions >= 2], "weight_decay": weight_decay},
@@ -55,7 +67,11 @@ def _build(name: str, groups: Groups, lr: float, device: torch.device) -> torch.
         return Adafactor(groups, lr=lr, scale_parameter=False, relative_step=False, warmup_init=False)
     from bitsandbytes import optim  # loads its library of kernels
 
-    kinds = {"adamw-8bit": optim.AdamW8bit, "adamw-paged": optim.PagedAdamW, "adamw-8bit-paged": optim.PagedAdamW8bit}
+    kinds = {
+        "adamw-8bit": optim.AdamW8bit,
+        "adamw-paged": optim.PagedAdamW,
+        "adamw-8bit-paged": optim.PagedAdamW8bit,
+    }
     return kinds[name](groups, lr=lr)
 
 
@@ -63,9 +79,13 @@ def _check_available(name: str, device: torch.device) -> None:
     if name in ("adamw", "adafactor"):
         return
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise OptionError(f"--optimizer {name} needs bitsandbytes, which is not installed.\nRun `pip install 'dpo-cache[quantize]'`.")
+        raise OptionError(
+            f"--optimizer {name} needs bitsandbytes, which is not installed.\n"
+            "Run `pip install 'dpo-cache[quantize]'`."
+        )
     if name.endswith("paged") and device.type != "cuda":
         raise OptionError(
-            f"--optimizer {name}: pages move between a CUDA GPU and its host, and the policy is on {device.type}.\n"
+            f"--optimizer {name}: pages move between a CUDA GPU and its host, and the policy is on "
+            f"{device.type}.\n"
             f"Use --optimizer {name.removesuffix('-paged')}."
         )

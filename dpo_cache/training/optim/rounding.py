@@ -4,7 +4,8 @@ A bfloat16 weight of 0.1 has neighbours 0.0005 away. An update of 1e-6 is lost i
 nearest, in every step anew, and nothing is learned. Two ways out:
 
     stochastic    up or down by chance, with the odds that make the mean right: no memory
-    compensated   what rounding leaves over is kept in 16 bits beside the weight: together the exact float32 value
+    compensated   what rounding leaves over is kept in 16 bits beside the weight: together the exact float32
+                  value
 
 Both work on the bits: the upper half of a float32 is the bfloat16 below it in magnitude.
 """
@@ -22,22 +23,27 @@ QUIET_NAN = 0x7FC00000
 
 
 def stochastic_bf16(values: torch.Tensor, *draw: int) -> torch.Tensor:
-    """The values in bfloat16, each rounded up or down in magnitude with odds by which the mean of many draws is the value.
+    """The values in bfloat16, each rounded up or down in magnitude with odds by which the mean of many draws
+    is the value.
 
-    The draw depends on the integers `draw` and the device's kind alone, and leaves the global random state as it was.
-    Values that bfloat16 has, zeros, infinities and NaN among them, stay what they are.
+    The draw depends on the integers `draw` and the device's kind alone, and leaves the global random state as
+    it was. Values that bfloat16 has, zeros, infinities and NaN among them, stay what they are.
     """
     generator = torch.Generator(values.device).manual_seed(_seed(draw))
     rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
     for part, target in _slices(values.contiguous(), rounded):
-        noise = torch.randint(0, 1 << BITS, part.shape, dtype=torch.int32, device=part.device, generator=generator)
+        noise = torch.randint(
+            0, 1 << BITS, part.shape, dtype=torch.int32, device=part.device, generator=generator
+        )
         bits = part.view(torch.int32).add(noise).bitwise_and_(-1 << BITS)
         target.copy_(torch.where(part.isfinite(), bits.view(torch.float32), part))
     return rounded
 
 
 def split_float(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest bfloat16 of each float32 value (of two, the larger in magnitude), and an int16 that gives the value back with `join_float`."""
+    """The nearest bfloat16 of each float32 value (of two, the larger in magnitude), and an int16 that gives
+    the value back with `join_float`.
+    """
     rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
     rest = torch.empty(values.shape, dtype=torch.int16, device=values.device)
     for part, target, left in _slices(values.contiguous(), rounded, rest):
@@ -52,7 +58,9 @@ def join_float(rounded: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     """The float32 values that `split_float` has split, bit for bit (of NaN: some NaN)."""
     values = torch.empty(rounded.shape, dtype=torch.float32, device=rounded.device)
     for part, left, target in _slices(rounded.contiguous(), rest, values):
-        target.view(torch.int32).copy_(part.view(torch.int16).to(torch.int32).bitwise_left_shift_(BITS).add_(left))
+        target.view(torch.int32).copy_(
+            part.view(torch.int16).to(torch.int32).bitwise_left_shift_(BITS).add_(left)
+        )
     return values
 
 

@@ -1,7 +1,9 @@
-"""Updates of parameters, all at once or one as soon as its gradient is there, and their state as plain tensors.
+"""Updates of parameters, all at once or one as soon as its gradient is there, and their state as plain
+tensors.
 
-A bfloat16 parameter is updated in float32: the optimizer works on a stand-in, which holds the parameter's value and
-gradient for the time of its own update and nothing in between. The result is rounded back as `rounding.py` says.
+A bfloat16 parameter is updated in float32: the optimizer works on a stand-in, which holds the parameter's
+value and gradient for the time of its own update and nothing in between. The result is rounded back as
+`rounding.py` says.
 """
 
 from __future__ import annotations
@@ -16,20 +18,26 @@ import torch
 from dpo_cache.errors import TrainingError
 from dpo_cache.training.optim.rounding import join_float, split_float, stochastic_bf16
 
-Build = Callable[[Sequence[torch.nn.Parameter], Sequence[int]], torch.optim.Optimizer]  # from leaves and how many dimensions they stand for
+Build = Callable[
+    [Sequence[torch.nn.Parameter], Sequence[int]], torch.optim.Optimizer
+]  # from leaves and how many dimensions they stand for
 
 REST, UPDATES = "rest", "updates"  # what a bfloat16 parameter's state holds besides the optimizer's
 
 
 @dataclass
 class _Slot:
-    """A parameter, what the optimizer works on in its place, and where that stands in the optimizer's groups."""
+    """A parameter, what the optimizer works on in its place, and where that stands in the optimizer's
+    groups.
+    """
 
     name: str
     parameter: torch.nn.Parameter
     leaf: torch.nn.Parameter
     group: int = 0
-    num_updates: int = 0  # of a bfloat16 parameter: with its place, what its stochastic rounding is drawn from
+    num_updates: int = (
+        0  # of a bfloat16 parameter: with its place, what its stochastic rounding is drawn from
+    )
     rest: torch.Tensor | None = None  # int16, under compensated rounding
 
     @property
@@ -43,12 +51,16 @@ class Updater:
     Updating the parameters one by one, in any order, gives bit for bit what updating them at once gives.
     """
 
-    def __init__(self, parameters: Sequence[tuple[str, torch.nn.Parameter]], build: Build, *, rounding: str, seed: int):
+    def __init__(
+        self, parameters: Sequence[tuple[str, torch.nn.Parameter]], build: Build, *, rounding: str, seed: int
+    ):
         self.rounding, self.seed = rounding, seed
         self._slots = [_Slot(name, parameter, _leaf(parameter)) for name, parameter in parameters]
         self._place = {slot.parameter: place for place, slot in enumerate(self._slots)}
         self._base = build([slot.leaf for slot in self._slots], [slot.parameter.ndim for slot in self._slots])
-        group_of = {leaf: place for place, group in enumerate(self._base.param_groups) for leaf in group["params"]}
+        group_of = {
+            leaf: place for place, group in enumerate(self._base.param_groups) for leaf in group["params"]
+        }
         for slot in self._slots:
             slot.group = group_of[slot.leaf]
 
@@ -90,10 +102,16 @@ class Updater:
     # -- state -----------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All state, `<parameter>/<state>` each, that `restore` takes. A Python int is an int64 without dimensions."""
+        """All state, `<parameter>/<state>` each, that `restore` takes. A Python int is an int64 without
+        dimensions.
+        """
         found: dict[str, Any] = {}
         for slot in self._slots:
-            state = {key: value for key, value in self._base.state.get(slot.leaf, {}).items() if not key.startswith("qmap")}  # a constant
+            state = {
+                key: value
+                for key, value in self._base.state.get(slot.leaf, {}).items()
+                if not key.startswith("qmap")
+            }  # a constant
             if slot.stands_in and slot.num_updates:
                 state |= {UPDATES: slot.num_updates} | ({REST: slot.rest} if slot.rest is not None else {})
             found |= {f"{slot.name}/{key}": _as_tensor(value) for key, value in state.items()}
@@ -101,7 +119,8 @@ class Updater:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take up the state of another one of the same kind: what follows equals, bit for bit, what would have followed there.
+        """Take up the state of another one of the same kind: what follows equals, bit for bit, what would
+        have followed there.
 
         Raises `TrainingError` where the state is of other parameters.
         """
@@ -110,7 +129,8 @@ class Updater:
             by_name.setdefault(name.rpartition("/")[0], {})[name.rpartition("/")[2]] = tensor
         if unknown := by_name.keys() - {slot.name for slot in self._slots}:
             raise TrainingError(
-                f"the saved optimizer has state for {len(unknown)} weights that are not trained now, first {min(unknown)}.\n"
+                f"the saved optimizer has state for {len(unknown)} weights that are not trained now, "
+                f"first {min(unknown)}.\n"
                 "Resume with the options that the run was started with."
             )
         for slot in self._slots:
@@ -122,15 +142,24 @@ class Updater:
             slot.num_updates = int(saved.pop(UPDATES))
             slot.rest = saved.pop(REST).to(slot.parameter.device) if REST in saved else None
         with self._alone(slot), self._filled(slot):
-            if hasattr(self._base, "init_state"):  # bitsandbytes: makes buffers of its own, some of them paged
+            if hasattr(
+                self._base, "init_state"
+            ):  # bitsandbytes: makes buffers of its own, some of them paged
                 self._base.init_state(self._base.param_groups[0], slot.leaf, 0, 0)
                 state = self._base.state[slot.leaf]
                 for key, value in saved.items():
-                    state[key] = state[key].copy_(value) if isinstance(state[key], torch.Tensor) else _from_tensor(value)
+                    state[key] = (
+                        state[key].copy_(value)
+                        if isinstance(state[key], torch.Tensor)
+                        else _from_tensor(value)
+                    )
             else:
                 fused = bool(self._base.defaults.get("fused"))
                 self._base.state[slot.leaf] = {
-                    key: _from_tensor(value if key == "step" and not fused else value.to(slot.parameter.device)) for key, value in saved.items()
+                    key: _from_tensor(
+                        value if key == "step" and not fused else value.to(slot.parameter.device)
+                    )
+                    for key, value in saved.items()
                 }  # AdamW counts its steps on the CPU unless it is fused
 
     # -- one parameter ---------------------------------------------------------------------------------
@@ -152,7 +181,9 @@ class Updater:
             yield
             return
         parameter, leaf = slot.parameter, slot.leaf
-        leaf.data = parameter.detach().float() if slot.rest is None else join_float(parameter.detach(), slot.rest)
+        leaf.data = (
+            parameter.detach().float() if slot.rest is None else join_float(parameter.detach(), slot.rest)
+        )
         leaf.grad = None if parameter.grad is None else parameter.grad.float()
         try:
             yield

@@ -27,31 +27,47 @@ from dpo_cache.training.optim.updates import Updater
 
 @dataclass(frozen=True)
 class RunPosition:
-    """Where a run stands: steps done, the epoch it is in (from 0), pairs of that epoch already used, and what is to be gone on with."""
+    """Where a run stands: steps done, the epoch it is in (from 0), pairs of that epoch already used, and what
+    is to be gone on with.
+    """
 
     step: int = 0
     epoch: int = 0
     pairs_seen: int = 0
-    step_memory: dict[str, Any] | None = None  # how steps were split when it was saved: another split rounds otherwise
-    best: dict[str, Any] | None = None  # the best evaluation so far: its step and value, and how many since were no better
+    step_memory: dict[str, Any] | None = (
+        None  # how steps were split when it was saved: another split rounds otherwise
+    )
+    best: dict[str, Any] | None = (
+        None  # the best evaluation so far: its step and value, and how many since were no better
+    )
 
 
-def save_checkpoint(run: Path, policy: TrainedModel, optimizer: Updater, progress: RunPosition, *, keep: int) -> Path:
-    """Publish the state after a step, then drop all but the last `keep`. Raises `TrainingError` where the disk refuses."""
+def save_checkpoint(
+    run: Path, policy: TrainedModel, optimizer: Updater, progress: RunPosition, *, keep: int
+) -> Path:
+    """Publish the state after a step, then drop all but the last `keep`. Raises `TrainingError` where the
+    disk refuses.
+    """
     target = run / "checkpoints" / f"step-{progress.step:06d}"
 
     def write(scratch: Path) -> None:
         save_file(optimizer.tensors(), scratch / "optimizer.safetensors")
         (scratch / "state.json").write_text(json.dumps(asdict(progress)) + "\n")
 
-    write_policy(target, policy, write, remedy="Free some space, then go on from the last checkpoint with --resume.")
+    write_policy(
+        target, policy, write, remedy="Free some space, then go on from the last checkpoint with --resume."
+    )
     for older in find_checkpoints(run)[:-keep]:
         shutil.rmtree(older)
     return target
 
 
-def write_policy(target: Path, policy: TrainedModel, write_more: Any = lambda _: None, *, remedy: str) -> None:
-    """Publish a folder with the policy's weights (an adapter's alone), its tokenizer and what `write_more` adds: whole or absent."""
+def write_policy(
+    target: Path, policy: TrainedModel, write_more: Any = lambda _: None, *, remedy: str
+) -> None:
+    """Publish a folder with the policy's weights (an adapter's alone), its tokenizer and what `write_more`
+    adds: whole or absent.
+    """
     scratch = target.with_name(f".{target.name}.tmp")
     try:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -105,4 +121,7 @@ def restore_optimizer(checkpoint: Path, optimizer: Updater) -> None:
 
 def damaged(path: Path, error: BaseException) -> TrainingError:
     """What is raised for a file of a run that cannot be read."""
-    return TrainingError(f"{path}: not readable ({first_line(error)}).\nThe run cannot be resumed: choose another --output and start it again.")
+    return TrainingError(
+        f"{path}: not readable ({first_line(error)}).\n"
+        "The run cannot be resumed: choose another --output and start it again."
+    )

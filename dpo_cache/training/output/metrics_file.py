@@ -14,17 +14,23 @@ from dpo_cache.losses.metrics import Metrics
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line a step or evaluation, on disk as soon as it is written. `samples.jsonl` is one, too."""
+    """`metrics.jsonl`: one line a step or evaluation, on disk as soon as it is written. `samples.jsonl` is
+    one, too.
+    """
 
     def __init__(self, path: Path):
         self.path = path
 
     def keep_until(self, step: int) -> None:
-        """Drop the lines after a step, and any torn one: what a run that was cut off wrote past its checkpoint."""
+        """Drop the lines after a step, and any torn one: what a run that was cut off wrote past its
+        checkpoint.
+        """
         content = _render([entry for entry in self.lines() if entry["step"] <= step])
         if self.path.exists() and self.path.read_text() == content:
             return
-        scratch = self.path.with_name(f".{self.path.name}.tmp")  # whole under its name at any moment, whatever stops this
+        scratch = self.path.with_name(
+            f".{self.path.name}.tmp"
+        )  # whole under its name at any moment, whatever stops this
         try:
             scratch.write_text(content)
             sync(scratch)
@@ -69,7 +75,10 @@ class MetricsFile:
         return entries
 
     def _cannot_write(self, error: OSError) -> TrainingError:
-        return TrainingError(f"cannot write {self.path}: {error.strerror or error}.\nFree some space, then go on with --resume.")
+        return TrainingError(
+            f"cannot write {self.path}: {error.strerror or error}.\n"
+            "Free some space, then go on with --resume."
+        )
 
 
 def _render(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -23,8 +23,10 @@ from dpo_cache.options.base import flag_of
 from dpo_cache.options.train import TrainOptions, complete_config
 from dpo_cache.store.format.documents import Document
 
-LOSS_SETTINGS = ("beta", "label_smoothing", "f_divergence", "f_alpha", "ld_alpha", "ld_reference", "wpo", "discopop_tau", "simpo_gamma", "cpo_alpha",
-                 "reference_free", "router_aux_loss_coef")  # fmt: skip
+LOSS_SETTINGS = (
+    "beta", "label_smoothing", "f_divergence", "f_alpha", "ld_alpha", "ld_reference", "wpo", "discopop_tau",
+    "simpo_gamma", "cpo_alpha", "reference_free", "router_aux_loss_coef",
+)  # fmt: skip
 SHOWN_IN_SECTIONS = {"model", "pairs", "eval_pairs", "loss", "reference", *LOSS_SETTINGS}
 MACHINE_ONLY = {"cache", "output", "config", "resume", "dry_run", "log_to", "log_names", "trust_remote_code"}
 
@@ -43,8 +45,9 @@ def model_card(
 ) -> str:
     """README.md of a trained model, with its YAML front matter.
 
-    `config` is the run's config.json, `manifest` that of the pairs trained on, `reference` the reference.json that they were
-    scored by; `before` and `after` are lines of evaluations, `first` and `last` of steps, all as metrics.jsonl has them.
+    `config` is the run's config.json, `manifest` that of the pairs trained on, `reference` the reference.json
+    that they were scored by; `before` and `after` are lines of evaluations, `first` and `last` of steps, all
+    as metrics.jsonl has them.
     """
     config = complete_config(dict(config))
     sections = [
@@ -63,7 +66,9 @@ def model_card(
 
 
 def card_data(config: Mapping[str, Any], manifest: Document, reference: Document) -> ModelCardData:
-    """The front matter. A base model or data set is named there if it comes from the Hub: a folder's name would link to another's."""
+    """The front matter. A base model or data set is named there if it comes from the Hub: a folder's name
+    would link to another's.
+    """
     base, dataset = _base_model(config, reference), manifest["source"]["dataset"]
     return ModelCardData(
         base_model=base if base and not is_local(base) else None,
@@ -75,13 +80,18 @@ def card_data(config: Mapping[str, Any], manifest: Document, reference: Document
 
 
 def write_card(folder: Path, card: str) -> None:
-    """README.md in a model's folder, whole, in place of the one that a library may have put there. Raises `TrainingError`."""
+    """README.md in a model's folder, whole, in place of the one that a library may have put there. Raises
+    `TrainingError`.
+    """
     scratch = folder / ".README.md.tmp"
     try:
         scratch.write_text(card, encoding="utf-8")
         scratch.replace(folder / "README.md")
     except OSError as error:
-        raise TrainingError(f"cannot write {folder / 'README.md'}: {error.strerror or error}.\nThe model in {folder} is whole.") from error
+        raise TrainingError(
+            f"cannot write {folder / 'README.md'}: {error.strerror or error}.\n"
+            f"The model in {folder} is whole."
+        ) from error
 
 
 def library_versions(config: Mapping[str, Any]) -> dict[str, str]:
@@ -101,11 +111,13 @@ def shown_name(location: str) -> str:
     if not is_local(location):
         return location
     path = PureWindowsPath(location.rstrip("/\\"))
-    last = path.parent.name if path.name in ("model", "best") else path.name  # every run's policy lies in a folder of that name
+    last = (
+        path.parent.name if path.name in ("model", "best") else path.name
+    )  # every run's policy lies in a folder of that name
     return last or path.name or "a local folder"
 
 
-# -- sections ------------------------------------------------------------------------------------------------------------------
+# -- sections --------------------------------------------------------------------------------------------
 
 
 def _head(config: Mapping[str, Any], manifest: Document, reference: Document) -> str:
@@ -113,8 +125,10 @@ def _head(config: Mapping[str, Any], manifest: Document, reference: Document) ->
     losses = " + ".join(f"`{entry}`" for entry in config["loss"])
     return (
         f"# {shown_name(config['output'])}\n\n"
-        f"{what} {_named(base)}, trained on the preference pairs `{manifest['name']}/{manifest['split']}` with the loss {losses} by dpo-cache. "
-        "The log-probs of the reference were computed once, before, and read from a cache; no reference model was in memory."
+        f"{what} {_named(base)}, trained on the preference pairs `{manifest['name']}/{manifest['split']}` "
+        f"with the loss {losses} by dpo-cache. "
+        "The log-probs of the reference were computed once, before, and read from a cache; no reference "
+        "model was in memory."
     )
 
 
@@ -124,16 +138,26 @@ def _data(config: Mapping[str, Any], manifest: Document) -> str:
         ("pair set", f"`{manifest['name']}/{manifest['split']}`"),
         (
             "source",
-            f"{_named(source['dataset'], 'datasets/')}, {source['format']} format{', log-probs imported' if manifest.get('imported') else ''}",
+            f"{_named(source['dataset'], 'datasets/')}, {source['format']} "
+            f"format{', log-probs imported' if manifest.get('imported') else ''}",
         ),
         ("pairs to train on", f"{resolved['num_pairs']:,} of {manifest['num_pairs']:,}"),
         ("digest of the pairs", f"`{manifest['pairs_digest']}`"),
-        ("longest prompt + answer", f"{made_with['max_length']:,} tokens, truncation {made_with['truncation']}"),
+        (
+            "longest prompt + answer",
+            f"{made_with['max_length']:,} tokens, truncation {made_with['truncation']}",
+        ),
     ]
     if config["eval_pairs"]:
         rows.append(("held-out pairs", f"{resolved['num_eval_pairs']:,} of `{config['eval_pairs']}`"))
     elif config["eval_fraction"]:
-        rows.append(("held-out pairs", f"{resolved['num_eval_pairs']:,} of the same set, by prompt (`--eval-fraction {config['eval_fraction']}`)"))
+        rows.append(
+            (
+                "held-out pairs",
+                f"{resolved['num_eval_pairs']:,} of the same set, by prompt (`--eval-fraction "
+                f"{config['eval_fraction']}`)",
+            )
+        )
     return f"## Data\n\n{_table(rows)}"
 
 
@@ -142,7 +166,10 @@ def _reference(reference: Document, manifest: Document) -> str:
     model, revision = source.get("model"), source.get("revision")
     rows = [
         ("id", f"`{manifest['reference']}`"),
-        ("model", (_named(model) if model else "not known") + (f", revision `{revision}`" if revision else "")),
+        (
+            "model",
+            (_named(model) if model else "not known") + (f", revision `{revision}`" if revision else ""),
+        ),
         ("dtype", str(identity.get("dtype") or "not known")),
     ]
     if "imported" in identity:
@@ -154,7 +181,11 @@ def _reference(reference: Document, manifest: Document) -> str:
 
 def _loss(config: Mapping[str, Any]) -> str:
     names, defaults = list(loss_terms(config["loss"])), _defaults()
-    used = [name for name in LOSS_SETTINGS if config[name] != defaults[name] or (name == "beta" and set(names) & set(USED_BY["beta"]))]
+    used = [
+        name
+        for name in LOSS_SETTINGS
+        if config[name] != defaults[name] or (name == "beta" and set(names) & set(USED_BY["beta"]))
+    ]
     rows = [(f"`{name}`", f"weight {weight:g}") for name, weight in loss_terms(config["loss"]).items()]
     rows += [(f"`{_flags()[name]}`", _shown(config[name])) for name in used]
     cited = "\n".join(f"- {paper.cite()}" for paper in papers_of(dict(config)))
@@ -165,9 +196,17 @@ def _procedure(config: Mapping[str, Any], num_steps: int | None, last: Metrics |
     resolved = config["resolved"]
     steps = num_steps if num_steps is not None else resolved["total_steps"]
     rows = [
-        ("steps", f"{steps:,}, of up to {config['batch_size']} pairs each, of {resolved['total_steps']:,} in the schedule"),
+        (
+            "steps",
+            f"{steps:,}, of up to {config['batch_size']} pairs each, of {resolved['total_steps']:,} in "
+            "the schedule",
+        ),
         *([("epochs", f"{last['epoch']:g}")] if last and "epoch" in last else []),
-        ("learning rate", f"{config['lr']:g}, {config['lr_schedule']} after a warm-up over {config['warmup_ratio']:.0%} of the steps"),
+        (
+            "learning rate",
+            f"{config['lr']:g}, {config['lr_schedule']} after a warm-up over {config['warmup_ratio']:.0%} "
+            "of the steps",
+        ),
         ("optimizer", f"{config['optimizer']}, weight decay {config['weight_decay']:g}, {_clipping(config)}"),
         ("precision", resolved["precision"]),
         ("trained weights", _trained(config)),
@@ -178,30 +217,61 @@ def _procedure(config: Mapping[str, Any], num_steps: int | None, last: Metrics |
 
 def _options(config: Mapping[str, Any]) -> str:
     defaults = _defaults()
-    changed = [name for name in defaults if name not in SHOWN_IN_SECTIONS | MACHINE_ONLY and _listed(config[name]) != _listed(defaults[name])]
+    changed = [
+        name
+        for name in defaults
+        if name not in SHOWN_IN_SECTIONS | MACHINE_ONLY and _listed(config[name]) != _listed(defaults[name])
+    ]
     if not changed:
         return ""
-    return "## Options that differ from their defaults\n\n" + _table([(f"`{_flags()[name]}`", _shown(config[name])) for name in changed])
+    return "## Options that differ from their defaults\n\n" + _table(
+        [(f"`{_flags()[name]}`", _shown(config[name])) for name in changed]
+    )
 
 
-def _results(before: Metrics | None, after: Metrics | None, first: Metrics | None, last: Metrics | None) -> str:
-    columns = [("held out, before", before, "eval/"), ("held out, after", after, "eval/"), ("first step", first, ""), ("last step", last, "")]
+def _results(
+    before: Metrics | None, after: Metrics | None, first: Metrics | None, last: Metrics | None
+) -> str:
+    columns = [
+        ("held out, before", before, "eval/"),
+        ("held out, after", after, "eval/"),
+        ("first step", first, ""),
+        ("last step", last, ""),
+    ]
     rows = [
-        (title, *(f"{line[prefix + name]:{style}}" for name, style in (("loss", ".4f"), ("rewards/accuracies", ".1%"), ("rewards/margins", "+.4f"))))
+        (
+            title,
+            *(
+                f"{line[prefix + name]:{style}}"
+                for name, style in (
+                    ("loss", ".4f"),
+                    ("rewards/accuracies", ".1%"),
+                    ("rewards/margins", "+.4f"),
+                )
+            ),
+        )
         for title, line, prefix in columns
         if line
     ]
     if not rows:
         return ""
     note = (
-        "\n\nBefore training a policy that starts as the reference has rewards of zero, up to rounding: its accuracy says nothing." if before else ""
+        "\n\n"
+        "Before training a policy that starts as the reference has rewards of zero, up to rounding: "
+        "its accuracy says nothing."
+        if before
+        else ""
     )
     return f"## Results\n\n{_table(rows, ('', 'loss', 'accuracy', 'reward margin'))}{note}"
 
 
 def _loading(config: Mapping[str, Any]) -> str:
     name = shown_name(config["output"])
-    load = "from peft import AutoPeftModelForCausalLM as Model" if _is_adapter(config) else "from transformers import AutoModelForCausalLM as Model"
+    load = (
+        "from peft import AutoPeftModelForCausalLM as Model"
+        if _is_adapter(config)
+        else "from transformers import AutoModelForCausalLM as Model"
+    )
     return (
         f"## Use\n\n```python\nfrom transformers import AutoTokenizer\n{load}\n\n"
         f'model = Model.from_pretrained("{name}/model")  # this folder, or its id on the Hub\n'
@@ -210,10 +280,14 @@ def _loading(config: Mapping[str, Any]) -> str:
 
 
 def _versions(versions: Mapping[str, str]) -> str:
-    return "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else ""
+    return (
+        "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items())
+        if versions
+        else ""
+    )
 
 
-# -- beside them ---------------------------------------------------------------------------------------------------------------
+# -- beside them -----------------------------------------------------------------------------------------
 
 
 def _base_model(config: Mapping[str, Any], reference: Document) -> str | None:
@@ -233,7 +307,11 @@ def _loss_tags(config: Mapping[str, Any]) -> list[str]:
 
 
 def _clipping(config: Mapping[str, Any]) -> str:
-    return f"gradient norm clipped to {config['max_grad_norm']:g}" if config["max_grad_norm"] else "gradient never clipped"
+    return (
+        f"gradient norm clipped to {config['max_grad_norm']:g}"
+        if config["max_grad_norm"]
+        else "gradient never clipped"
+    )
 
 
 def _trained(config: Mapping[str, Any]) -> str:
@@ -251,7 +329,9 @@ def _named(location: str | None, kind: str = "") -> str:
     if location is None:
         return "a model that is not known"
     name = shown_name(location)
-    return f"`{name}`, a local copy" if is_local(location) else f"[{name}](https://huggingface.co/{kind}{name})"
+    return (
+        f"`{name}`, a local copy" if is_local(location) else f"[{name}](https://huggingface.co/{kind}{name})"
+    )
 
 
 def _shown(value: Any) -> str:
@@ -267,7 +347,10 @@ def _listed(value: Any) -> Any:
 
 
 def _defaults() -> dict[str, Any]:
-    return {entry.name: entry.default_factory() if entry.default_factory is not MISSING else entry.default for entry in fields(TrainOptions)}
+    return {
+        entry.name: entry.default_factory() if entry.default_factory is not MISSING else entry.default
+        for entry in fields(TrainOptions)
+    }
 
 
 def _flags() -> dict[str, str]:

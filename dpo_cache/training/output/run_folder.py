@@ -6,7 +6,8 @@ RUN/
   samples.jsonl    the policy's answers, see `samples.py`
   trackers.json    which run of which tracker this is, see `trackers.py`; tensorboard/ beside it
   checkpoints/     see `checkpoint.py`; gone when the run is finished
-  best/            the policy at the best evaluation, where that was not the last one, and `best.json`: its step and value
+  best/            the policy at the best evaluation, where that was not the last one, and `best.json`: its
+                   step and value
   model/           the trained policy with its tokenizer: a model, or an adapter with its config
 """
 
@@ -31,14 +32,24 @@ from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.output.checkpoint import damaged, find_checkpoints, write_policy
 from dpo_cache.training.output.model_card import write_card
 
-# What may differ between a run and its resumption: it changes speed, memory or what is reported, not the result.
+# What may differ between a run and its resumption: it changes speed, memory or what is reported, not the
+# result.
 # fmt: off
 FREE_TO_CHANGE = {
-    "resume", "config", "trust_remote_code", "cache", "output", "device", "micro_tokens", "gradient_checkpointing", "offload_activations",
-    "free_gradients", "eval_every", "save_every", "keep", "sample", "log_to", "log_names", "step_zero", "dry_run",
+    "resume", "config", "trust_remote_code", "cache", "output", "device", "micro_tokens",
+    "gradient_checkpointing", "offload_activations", "free_gradients", "eval_every", "save_every", "keep",
+    "sample", "log_to", "log_names", "step_zero", "dry_run",
 }
 # fmt: on
-FILES = ("config.json", "metrics.jsonl", ".metrics.jsonl.tmp", "samples.jsonl", ".samples.jsonl.tmp", "trackers.json", ".trackers.json.tmp")
+FILES = (
+    "config.json",
+    "metrics.jsonl",
+    ".metrics.jsonl.tmp",
+    "samples.jsonl",
+    ".samples.jsonl.tmp",
+    "trackers.json",
+    ".trackers.json.tmp",
+)
 FOLDERS = ("checkpoints", "best", "tensorboard", ".model.tmp", ".best.tmp")
 RUN_FILES = {*FILES, *FOLDERS, "model"}
 BEST_FILE = "best.json"
@@ -58,15 +69,24 @@ def find_start(folder: Path, log: Log, *, resume: bool) -> Path | None:
             raise TrainingError(f"{folder}: there is no run to resume.\nRun without --resume to start one.")
         return None
     if not present <= RUN_FILES:
-        raise TrainingError(f"{folder}: not the folder of a run; it holds {', '.join(sorted(present - RUN_FILES)[:5])}.\nChoose another --output.")
+        raise TrainingError(
+            f"{folder}: not the folder of a run; it holds {', '.join(sorted(present - RUN_FILES)[:5])}.\n"
+            "Choose another --output."
+        )
     if not resume:
-        raise TrainingError(f"{folder}: not an empty folder.\nGo on with --resume, or choose another --output.")
+        raise TrainingError(
+            f"{folder}: not an empty folder.\nGo on with --resume, or choose another --output."
+        )
     if "model" in present:
-        raise TrainingError(f"{folder}: this run is finished; its model lies in {folder / 'model'}.\nChoose another --output to train again.")
+        raise TrainingError(
+            f"{folder}: this run is finished; its model lies in {folder / 'model'}.\n"
+            "Choose another --output to train again."
+        )
     checkpoints = find_checkpoints(folder)
     if not checkpoints and "best" in present:
         raise TrainingError(
-            f"{folder}: cut off before its first checkpoint, so there is nothing to resume from; {folder / 'best'} holds its best policy so far.\n"
+            f"{folder}: cut off before its first checkpoint, so there is nothing to resume from; "
+            f"{folder / 'best'} holds its best policy so far.\n"
             "Choose another --output, and --save-every N for checkpoints."
         )
     if not checkpoints:
@@ -90,11 +110,15 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
-        raise TrainingError(f"cannot write {folder / 'config.json'}: {error.strerror or error}.\nChoose another --output.") from error
+        raise TrainingError(
+            f"cannot write {folder / 'config.json'}: {error.strerror or error}.\nChoose another --output."
+        ) from error
 
 
 def discard(folder: Path) -> None:
-    """Empty the folder of a run that did not come to its first update or checkpoint, so that it can be started anew."""
+    """Empty the folder of a run that did not come to its first update or checkpoint, so that it can be
+    started anew.
+    """
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     for name in FOLDERS:
@@ -107,13 +131,21 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Raise `TrainingError` naming what a resumed run changes, if that would change its result."""
     before, config = complete_config(_read_config(folder)), json.loads(json.dumps(config))
     resolved = before["resolved"]
-    is_judged = config["patience"] or before.get("eval_every") is not None  # patience counts evaluations, and best/ is of one of them
+    is_judged = (
+        config["patience"] or before.get("eval_every") is not None
+    )  # patience counts evaluations, and best/ is of one of them
     free = FREE_TO_CHANGE - {"eval_every"} if is_judged else FREE_TO_CHANGE
-    both = [(name, before.get(name), config[name]) for name in config if name not in free and name != "resolved"]
+    both = [
+        (name, before.get(name), config[name]) for name in config if name not in free and name != "resolved"
+    ]
     both += [(name, resolved.get(name), config["resolved"][name]) for name in FIXED_RESOLVED]
     changed = [f"  {name}: {old} before, {new} now" for name, old, new in both if old != new]
     if changed:
-        raise TrainingError("this run was started otherwise:\n" + "\n".join(changed) + "\nGive the same options, or choose another --output.")
+        raise TrainingError(
+            "this run was started otherwise:\n"
+            + "\n".join(changed)
+            + "\nGive the same options, or choose another --output."
+        )
 
 
 def read_resolved(folder: Path) -> dict[str, Any]:
@@ -130,16 +162,24 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_disk(folder: Path, model: PreTrainedModel, *, num_checkpoints: int, keeps_best: bool, is_merged: bool) -> None:
+def check_disk(
+    folder: Path, model: PreTrainedModel, *, num_checkpoints: int, keeps_best: bool, is_merged: bool
+) -> None:
     """Raise `TrainingError` before a training whose result could not be written."""
-    sizes = [(parameter.numel() * parameter.element_size(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [
+        (parameter.numel() * parameter.element_size(), parameter.requires_grad)
+        for parameter in model.parameters()
+    ]
     whole, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-    checkpoints = 3 * (num_checkpoints + 1) if num_checkpoints else 0  # weights and two moments, and one more for a moment
+    checkpoints = (
+        3 * (num_checkpoints + 1) if num_checkpoints else 0
+    )  # weights and two moments, and one more for a moment
     needed = trained * (checkpoints + keeps_best) + (whole if is_merged else trained)
     free = free_bytes(folder)
     if needed > free:
         raise TrainingError(
-            f"{folder}: {needed / 1e9:.3g} GB are needed for the model and its checkpoints, {free / 1e9:.3g} GB are free.\n"
+            f"{folder}: {needed / 1e9:.3g} GB are needed for the model and its checkpoints, "
+            f"{free / 1e9:.3g} GB are free.\n"
             "Free some space or choose another --output."
         )
 
@@ -151,11 +191,18 @@ def save_best(folder: Path, policy: TrainedModel, found: dict[str, Any], card: s
         write_card(scratch, card)
         (scratch / BEST_FILE).write_text(json.dumps(found) + "\n")
 
-    write_policy(folder / "best", policy, write, remedy="Free some space, then go on from the last checkpoint with --resume.")
+    write_policy(
+        folder / "best",
+        policy,
+        write,
+        remedy="Free some space, then go on from the last checkpoint with --resume.",
+    )
 
 
 def save_model(folder: Path, policy: TrainedModel, card: str, *, takes_best: bool, is_merged: bool) -> None:
-    """RUN/model with its card, whole or absent: the policy as it is or, with `takes_best`, as it was at the best evaluation."""
+    """RUN/model with its card, whole or absent: the policy as it is or, with `takes_best`, as it was at the
+    best evaluation.
+    """
     best = folder / "best"
     if takes_best and policy.adapted is not None:
         restore_adapter(policy.adapted, str(best))
@@ -166,7 +213,12 @@ def save_model(folder: Path, policy: TrainedModel, card: str, *, takes_best: boo
         best.rename(folder / "model")
         sync(folder)
     else:
-        write_policy(folder / "model", policy, lambda scratch: write_card(scratch, card), remedy="Free some space, then go on with --resume.")
+        write_policy(
+            folder / "model",
+            policy,
+            lambda scratch: write_card(scratch, card),
+            remedy="Free some space, then go on with --resume.",
+        )
     drop_checkpoints(folder)
 
 

@@ -1,8 +1,10 @@
 """Answers that the policy writes under evaluation prompts, and `RUN/samples.jsonl`.
 
-One line an answer: `step`, `row` of the evaluation data, `prompt`, the `chosen` answer, the policy's `sample`, its
-`num_tokens` with the end token, and `finished`: whether it wrote an end token, or was cut at the pair set's longest
-prompt + answer. The prompt stands as the model reads it, with its special tokens; the answers without them.
+One line an answer: `step`, `row` of the evaluation data, `prompt`, the `chosen` answer, the policy's
+`sample`, its
+`num_tokens` with the end token, and `finished`: whether it wrote an end token, or was cut at the pair set's
+longest prompt + answer. The prompt stands as the model reads it, with its special tokens; the answers without
+them.
 """
 
 from __future__ import annotations
@@ -27,26 +29,40 @@ FILE = "samples.jsonl"
 SHOWN = 80  # characters of a prompt's end, and of an answer's start, in a remark
 
 
-def open_sampler(num_prompts: int, data: TrainingPairs, policy: TrainedModel, *, output: Path, seed: int, log: Log) -> Sampler | None:
-    """What lets the policy answer the first distinct evaluation prompts; None where none are asked for. Raises `TrainingError`."""
+def open_sampler(
+    num_prompts: int, data: TrainingPairs, policy: TrainedModel, *, output: Path, seed: int, log: Log
+) -> Sampler | None:
+    """What lets the policy answer the first distinct evaluation prompts; None where none are asked for.
+    Raises `TrainingError`.
+    """
     if not num_prompts or data.eval_pairs is None:
         return None
     if not policy.model.can_generate():
-        raise TrainingError(f"--sample {num_prompts}: {type(policy.model).__name__} has no way to write answers.\nLeave --sample out.")
+        raise TrainingError(
+            f"--sample {num_prompts}: {type(policy.model).__name__} has no way to write answers.\n"
+            "Leave --sample out."
+        )
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     longest = data.eval_pairs.manifest["tokenization"]["max_length"]
     max_length = min(longest, positions or longest)
-    prompts = _distinct_prompts(stream_pairs(data.eval_pairs, data.eval_selected, shuffle=False, seed=0, epoch=0), num_prompts, max_length)
+    prompts = _distinct_prompts(
+        stream_pairs(data.eval_pairs, data.eval_selected, shuffle=False, seed=0, epoch=0),
+        num_prompts,
+        max_length,
+    )
     if len(prompts) < num_prompts:
         log(
-            f"--sample {num_prompts}: the evaluation pairs have {len(prompts)} distinct prompts shorter than {max_length} tokens; those are answered."
+            f"--sample {num_prompts}: the evaluation pairs have {len(prompts)} distinct prompts shorter "
+            f"than {max_length} tokens; those are answered."
         )
     return Sampler(MetricsFile(output / FILE), prompts, policy, max_length, seed, log)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Writes the policy's answers to the same prompts, under it as it is; what is drawn depends on seed and step alone."""
+    """Writes the policy's answers to the same prompts, under it as it is; what is drawn depends on seed and
+    step alone.
+    """
 
     file: MetricsFile
     prompts: list[ScoredPair]
@@ -56,7 +72,9 @@ class Sampler:
     log: Log
 
     def write(self, step: int) -> None:
-        """Let the policy answer, after a step. Where not even one answer fits into memory that is said, and none are written."""
+        """Let the policy answer, after a step. Where not even one answer fits into memory that is said, and
+        none are written.
+        """
         model, tokenizer = self.policy.model, self.policy.tokenizer
         end_ids = end_tokens(model, tokenizer)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
@@ -74,13 +92,21 @@ class Sampler:
         except RuntimeError as error:
             if not is_out_of_memory(error, model.device):
                 raise
-            self.log(f"step {step}: memory does not suffice to sample a single answer beside the training; none is in {FILE}. The run goes on.")
+            self.log(
+                f"step {step}: memory does not suffice to sample a single answer beside the training; "
+                f"none is in {FILE}. The run goes on."
+            )
             return
-        lines = [self._line(step, scored, answer) for scored, answer in zip(self.prompts, answers, strict=True)]
+        lines = [
+            self._line(step, scored, answer) for scored, answer in zip(self.prompts, answers, strict=True)
+        ]
         for line in lines:
             self.file.append(line)
         if lines:
-            self.log(f"step {step}, sample of row {lines[0]['row']}: {_end_of(lines[0]['prompt'])} -> {_start_of(lines[0]['sample'])}")
+            self.log(
+                f"step {step}, sample of row {lines[0]['row']}: {_end_of(lines[0]['prompt'])} -> "
+                f"{_start_of(lines[0]['sample'])}"
+            )
 
     def _line(self, step: int, scored: ScoredPair, answer: Answer) -> dict:
         tokenizer, chosen = self.policy.tokenizer, scored.pair.chosen
@@ -96,7 +122,9 @@ class Sampler:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those that the model's generation config adds, as the end of a turn."""
+    """Tokens that end an answer: the tokenizer's, and those that the model's generation config adds, as the
+    end of a turn.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
     known = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     return sorted({token for token in known if token is not None})

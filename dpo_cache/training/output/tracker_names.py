@@ -8,9 +8,16 @@ from __future__ import annotations
 from dpo_cache.losses.metrics import Metrics
 
 EVAL = "eval/"
-TRL_NAMES = {"lr": "learning_rate", "num_tokens": "tokens_run"}  # TRL's num_tokens is another count: tokens read since the start
+TRL_NAMES = {
+    "lr": "learning_rate",
+    "num_tokens": "tokens_run",
+}  # TRL's num_tokens is another count: tokens read since the start
 ORIGINAL_NAMES = {"pairs_per_s": "examples_per_second"}
-ORIGINAL_GROUPS = ("rewards", "logps", "loss")  # their names say train or eval: rewards_train/chosen, loss/train
+ORIGINAL_GROUPS = (
+    "rewards",
+    "logps",
+    "loss",
+)  # their names say train or eval: rewards_train/chosen, loss/train
 
 
 def tracked_names(line: Metrics, log_names: str, tracker: str, *, epoch: float, num_examples: int) -> Metrics:
@@ -19,9 +26,15 @@ def tracked_names(line: Metrics, log_names: str, tracker: str, *, epoch: float, 
     `epoch` and `num_examples`, epochs and pairs trained on by then, stand in no line of an evaluation.
     """
     is_eval = any(name.startswith(EVAL) for name in line)
-    values = {name.removeprefix(EVAL): value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
+    values = {
+        name.removeprefix(EVAL): value
+        for name, value in line.items()
+        if name != "step" and isinstance(value, int | float)
+    }
     if log_names == "original":
-        return _original_names(values, "eval" if is_eval else "train", step=int(line["step"]), num_examples=num_examples)
+        return _original_names(
+            values, "eval" if is_eval else "train", step=int(line["step"]), num_examples=num_examples
+        )
     return _trl_names(values, tracker, is_eval=is_eval, step=int(line["step"]), epoch=epoch)
 
 
@@ -29,8 +42,16 @@ def _trl_names(values: Metrics, tracker: str, *, is_eval: bool, step: int, epoch
     """transformers sends MLflow the bare names, Weights & Biases and Trackio the step beside them as well."""
     plain, renamed = tracker == "mlflow", {TRL_NAMES.get(name, name): value for name, value in values.items()}
     evaluated, trained = ("eval_", "") if plain else ("eval/", "train/")
-    named = {f"{evaluated if is_eval else trained}{name}": value for name, value in renamed.items() if name != "epoch"}
-    return {**named, f"{trained}epoch": epoch, **({"train/global_step": step} if tracker in ("wandb", "trackio") else {})}
+    named = {
+        f"{evaluated if is_eval else trained}{name}": value
+        for name, value in renamed.items()
+        if name != "epoch"
+    }
+    return {
+        **named,
+        f"{trained}epoch": epoch,
+        **({"train/global_step": step} if tracker in ("wandb", "trackio") else {}),
+    }
 
 
 def _original_names(values: Metrics, phase: str, *, step: int, num_examples: int) -> Metrics:

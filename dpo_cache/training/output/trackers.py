@@ -1,12 +1,14 @@
 """TensorBoard, Weights & Biases, Trackio and MLflow, through accelerate's trackers.
 
-Each line of metrics.jsonl is sent as it is written. `RUN/trackers.json` keeps which run of which tracker that is, so that a
-resumed training goes on in it:
+Each line of metrics.jsonl is sent as it is written. `RUN/trackers.json` keeps which run of which tracker that
+is, so that a resumed training goes on in it:
 
-    {"wandb": {"id": "3f0c…"}, "mlflow": {"id": "…"}, "trackio": {"id": "…"}, "tensorboard": {"id": "RUN/tensorboard"}}
+    {"wandb": {"id": "3f0c…"}, "mlflow": {"id": "…"}, "trackio": {"id": "…"}, "tensorboard": {"id":
+    "RUN/tensorboard"}}
 
-A tracker that cannot be opened stops the run before anything is trained. One that fails later never does: its lines wait, and are
-sent when it works again. `docs/tracking.md` says what each tracker can and cannot do after a resumption.
+A tracker that cannot be opened stops the run before anything is trained. One that fails later never does: its
+lines wait, and are sent when it works again. `docs/tracking.md` says what each tracker can and cannot do
+after a resumption.
 """
 
 from __future__ import annotations
@@ -29,13 +31,30 @@ from dpo_cache.losses.metrics import Metrics
 from dpo_cache.training.output.tracker_names import tracked_names
 
 FILE, FOLDER = "trackers.json", "tensorboard"
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow-skinny"}  # tracker -> what pip calls it
+PACKAGES = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "mlflow": "mlflow-skinny",
+}  # tracker -> what pip calls it
 PROJECT = "dpo-cache"
-PROJECT_VARIABLES = {"wandb": "WANDB_PROJECT", "trackio": "TRACKIO_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
+PROJECT_VARIABLES = {
+    "wandb": "WANDB_PROJECT",
+    "trackio": "TRACKIO_PROJECT",
+    "mlflow": "MLFLOW_EXPERIMENT_NAME",
+}
 FOLDER_VARIABLE = "TENSORBOARD_LOGGING_DIR"
-FIRST_PAUSE_S = 60.0  # before a tracker that failed is tried again; doubled each time, for a try may itself take minutes
+FIRST_PAUSE_S = (
+    60.0  # before a tracker that failed is tried again; doubled each time, for a try may itself take minutes
+)
 STOPPED_EXIT_CODE = 130
-LONE_PROCESS = {"LOCAL_RANK": -1, "WORLD_SIZE": 1, "PMI_SIZE": 1, "OMPI_COMM_WORLD_SIZE": 1, "MV2_COMM_WORLD_SIZE": 1}  # what launchers set
+LONE_PROCESS = {
+    "LOCAL_RANK": -1,
+    "WORLD_SIZE": 1,
+    "PMI_SIZE": 1,
+    "OMPI_COMM_WORLD_SIZE": 1,
+    "MV2_COMM_WORLD_SIZE": 1,
+}  # what launchers set
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -43,15 +62,27 @@ def check_trackers(names: Sequence[str]) -> None:
     needed = {"accelerate": "accelerate", **{name: PACKAGES[name] for name in names}} if names else {}
     missing = [pip_name for module, pip_name in needed.items() if not _is_installed(module)]
     if missing:
-        raise TrainingError(f"--log-to {' --log-to '.join(names)} needs {', '.join(missing)}.\nRun `pip install {' '.join(missing)}`.")
+        raise TrainingError(
+            f"--log-to {' --log-to '.join(names)} needs {', '.join(missing)}.\n"
+            f"Run `pip install {' '.join(missing)}`."
+        )
 
 
 def open_trackers(
-    names: Sequence[str], output: Path, config: dict[str, Any], *, log_names: str, history: Sequence[Metrics], is_resumed: bool, log: Log
+    names: Sequence[str],
+    output: Path,
+    config: dict[str, Any],
+    *,
+    log_names: str,
+    history: Sequence[Metrics],
+    is_resumed: bool,
+    log: Log,
 ) -> Trackers:
-    """The trackers, opened, each with the run's config and the `history` that it lacks. Raises `TrainingError`.
+    """The trackers, opened, each with the run's config and the `history` that it lacks. Raises
+    `TrainingError`.
 
-    `history` is what metrics.jsonl holds: nothing for a new run, of a resumed one the lines up to its checkpoint.
+    `history` is what metrics.jsonl holds: nothing for a new run, of a resumed one the lines up to its
+    checkpoint.
     """
     known = _read_ids(output) if is_resumed else {}
     opened: list[_Tracker] = []
@@ -72,7 +103,8 @@ class Trackers:
     """The trackers of a run, which are closed with it: `with open_trackers(...) as trackers`."""
 
     def __init__(self, trackers: Sequence[_Tracker], log_names: str):
-        self.state = "finished"  # what is told to them in the end, where no exception ends the run: finished or stopped
+        # what is told to them in the end, where no exception ends the run: finished or stopped
+        self.state = "finished"
         self._trackers, self._log_names = trackers, log_names
         self._epoch, self._num_examples = 0.0, 0
 
@@ -98,19 +130,27 @@ class Trackers:
     def __enter__(self) -> Trackers:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close(self.state if kind is None else "stopped" if issubclass(kind, KeyboardInterrupt) else "failed")
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(
+            self.state if kind is None else "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
+        )
 
     def _count(self, line: Metrics) -> None:
         if "loss" in line:
             self._epoch, self._num_examples = line["epoch"], self._num_examples + int(line["num_pairs"])
 
     def _named(self, line: Metrics, tracker: _Tracker) -> Metrics:
-        return tracked_names(line, self._log_names, tracker.name, epoch=self._epoch, num_examples=self._num_examples)
+        return tracked_names(
+            line, self._log_names, tracker.name, epoch=self._epoch, num_examples=self._num_examples
+        )
 
 
 class _Tracker:
-    """One of accelerate's trackers, which may fail; `last_step` is what its run holds already and takes no second time."""
+    """One of accelerate's trackers, which may fail; `last_step` is what its run holds already and takes no
+    second time.
+    """
 
     def __init__(self, name: str, tracker: Any, id: str, last_step: int, *, is_new: bool, log: Log):
         self.name, self.id, self.is_new = name, id, is_new
@@ -150,15 +190,24 @@ class _Tracker:
             if not self._has_failed:
                 self._has_failed = True
                 self._log(
-                    f"--log-to {self.name}: {first_line(error)}. The training goes on, metrics.jsonl has every line, and what waits is sent "
+                    f"--log-to {self.name}: {first_line(error)}. The training goes on, metrics.jsonl has "
+                    "every line, and what waits is sent "
                     "when the tracker works again. This is said once."
                 )
 
 
-# -- what differs between them -------------------------------------------------------------------------------------------------
+# -- what differs between them
+# -------------------------------------------------------------------------------------------------
 
 
-def _open(name: str, output: Path, config: dict[str, Any], known: dict[str, str] | None, history: Sequence[Metrics], log: Log) -> _Tracker:
+def _open(
+    name: str,
+    output: Path,
+    config: dict[str, Any],
+    known: dict[str, str] | None,
+    history: Sequence[Metrics],
+    log: Log,
+) -> _Tracker:
     make = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}[name]
     next_step = int(history[-1]["step"]) + 1 if history else 0
     try:
@@ -167,14 +216,21 @@ def _open(name: str, output: Path, config: dict[str, Any], known: dict[str, str]
             if is_new:
                 tracker.store_init_configuration(flat_config(config))
     except Exception as error:  # of whatever kind the tracker's package raises
-        raise TrainingError(f"--log-to {name} cannot be opened: {first_line(error)}\nMend that, or leave it out.") from error
+        raise TrainingError(
+            f"--log-to {name} cannot be opened: {first_line(error)}\nMend that, or leave it out."
+        ) from error
     if known and is_new:
-        log(f"--log-to {name}: its run of before is not there any more; a new one begins, with all that metrics.jsonl holds.")
+        log(
+            f"--log-to {name}: its run of before is not there any more; a new one begins, with all that "
+            "metrics.jsonl holds."
+        )
     return _Tracker(name, tracker, id, last_step, is_new=is_new, log=log)
 
 
 def _tensorboard(output: Path, known: str | None, next_step: int) -> tuple[Any, str, int, bool]:
-    """Event files in the run's folder. What was written past the checkpoint is purged by TensorBoard when it reads them."""
+    """Event files in the run's folder. What was written past the checkpoint is purged by TensorBoard when it
+    reads them.
+    """
     from accelerate.tracking import TensorBoardTracker
 
     variable = os.environ.get(FOLDER_VARIABLE)
@@ -188,21 +244,27 @@ def _wandb(output: Path, known: str | None, _: int) -> tuple[Any, str, int, bool
     from accelerate.tracking import WandBTracker
 
     id = known or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
-    console = {} if "WANDB_CONSOLE" in os.environ else {"settings": {"console": "off"}}  # it would send what the terminal shows
+    console = (
+        {} if "WANDB_CONSOLE" in os.environ else {"settings": {"console": "off"}}
+    )  # it would send what the terminal shows
     tracker = WandBTracker(_project("wandb"), name=output.name, id=id, resume="allow", **console)
     tracker.start()
     return tracker, id, tracker.run.starting_step - 1, known is None
 
 
 def _trackio(output: Path, known: str | None, _: int) -> tuple[Any, str, int, bool]:
-    """Trackio finds a run by its name, the last of that name: where that is another one by now, a new one begins."""
+    """Trackio finds a run by its name, the last of that name: where that is another one by now, a new one
+    begins.
+    """
     from accelerate.tracking import TrackioTracker
 
     options = {"name": output.name, "embed": False}
     tracker = TrackioTracker(_project("trackio"), **options, resume="allow" if known else "never")
     tracker.start()
     if known and tracker.run.id != known:
-        tracker = TrackioTracker(_project("trackio"), **options, resume="never")  # which ends the one that was opened
+        tracker = TrackioTracker(
+            _project("trackio"), **options, resume="never"
+        )  # which ends the one that was opened
         tracker.start()
     is_new = tracker.run.id != known
     return tracker, tracker.run.id, -1 if is_new else _last_step_of_trackio(tracker.run), is_new
@@ -211,7 +273,11 @@ def _trackio(output: Path, known: str | None, _: int) -> tuple[Any, str, int, bo
 def _last_step_of_trackio(run: Any) -> int:
     from trackio.sqlite_storage import SQLiteStorage
 
-    last = SQLiteStorage.get_max_step_for_run(run.project, run.name, run_id=run.id) if run._is_local else run._initial_last_step
+    last = (
+        SQLiteStorage.get_max_step_for_run(run.project, run.name, run_id=run.id)
+        if run._is_local
+        else run._initial_last_step
+    )
     return -1 if last is None else last
 
 
@@ -225,8 +291,14 @@ def _mlflow(output: Path, known: str | None, _: int) -> tuple[Any, str, int, boo
     id, last_step = tracker.active_run.info.run_id, -1
     if known:  # a point that is logged twice stands there twice
         client = mlflow.MlflowClient()
-        names = [name for name in client.get_run(id).data.metrics if name in ("loss", "loss/train", "eval_loss", "loss/eval")]
-        last_step = max((point.step for name in names for point in client.get_metric_history(id, name)), default=-1)
+        names = [
+            name
+            for name in client.get_run(id).data.metrics
+            if name in ("loss", "loss/train", "eval_loss", "loss/eval")
+        ]
+        last_step = max(
+            (point.step for name in names for point in client.get_metric_history(id, name)), default=-1
+        )
     return tracker, id, last_step, known != id
 
 
@@ -252,16 +324,19 @@ def _finish(name: str, tracker: Any, state: str) -> None:
     elif name == "trackio":
         import trackio
 
-        trackio.finish()  # the run's own `finish` leaves it to be finished again, and said so on stdout, when Python ends
+        # the run's own `finish` leaves it to be finished again, and said so on stdout, when Python ends
+        trackio.finish()
     else:
         tracker.finish()
 
 
-# -- beside them ---------------------------------------------------------------------------------------------------------------
+# -- beside them -----------------------------------------------------------------------------------------
 
 
 def flat_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config as hyper-parameters: `{"resolved": {"device": "cpu"}}` as `{"resolved/device": "cpu"}`, lists with commas."""
+    """A run's config as hyper-parameters: `{"resolved": {"device": "cpu"}}` as `{"resolved/device": "cpu"}`,
+    lists with commas.
+    """
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -287,9 +362,9 @@ def _project(name: str) -> str:
 def _quiet_process() -> Iterator[None]:
     """What accelerate's trackers and their packages expect around them, and nothing of it afterwards.
 
-    accelerate asks its process state who logs. Unless the caller has one, it is that of a lone process on a CPU: no process group
-    is begun, no device chosen, and an `Accelerator` made later finds no trace of it. What the packages print is no result: it
-    goes to stderr.
+    accelerate asks its process state who logs. Unless the caller has one, it is that of a lone process on a
+    CPU: no process group is begun, no device chosen, and an `Accelerator` made later finds no trace of it.
+    What the packages print is no result: it goes to stderr.
     """
     from accelerate.state import PartialState
     from accelerate.utils import patch_environment
@@ -313,7 +388,9 @@ def _read_ids(output: Path) -> dict[str, dict[str, str]]:
         known = json.loads(path.read_text()) if path.exists() else {}
         return {name: {"id": str(entry["id"])} for name, entry in known.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TrainingError(f"{path}: not readable ({first_line(error)}).\nRemove it: trackers then begin new runs.") from error
+        raise TrainingError(
+            f"{path}: not readable ({first_line(error)}).\nRemove it: trackers then begin new runs."
+        ) from error
 
 
 def _write_ids(output: Path, ids: dict[str, dict[str, str]]) -> None:
@@ -322,4 +399,6 @@ def _write_ids(output: Path, ids: dict[str, dict[str, str]]) -> None:
         scratch.write_text(json.dumps(ids, indent=2) + "\n")
         scratch.replace(path)
     except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error.strerror or error}.\nFree some space, then go on with --resume.") from error
+        raise TrainingError(
+            f"cannot write {path}: {error.strerror or error}.\nFree some space, then go on with --resume."
+        ) from error

@@ -23,7 +23,9 @@ rules = st.sampled_from([Rules(1.0), Rules(1.0, window=3), Rules(1.0, chunk=4)])
 
 @settings(deadline=None, max_examples=60)
 @given(completions, st.integers(1, 9), rules)
-def test_a_query_sees_its_own_path_and_nothing_else(given_completions: list[Completion], size: int, rule: Rules) -> None:
+def test_a_query_sees_its_own_path_and_nothing_else(
+    given_completions: list[Completion], size: int, rule: Rules
+) -> None:
     stream, path = Stream(given_completions), [-1] * 16
     for number, chunk in enumerate(stream.chunks(lambda: size)):
         if not len(chunk):
@@ -37,7 +39,10 @@ def test_a_query_sees_its_own_path_and_nothing_else(given_completions: list[Comp
                 expected = set(path[int(rule.first_visible(depth)) : depth + 1])
                 keys = torch.arange(plan.path_length + len(chunk))
                 seen = keys[is_visible(0, 0, torch.tensor(place), keys)].tolist()
-                found = {path[key] if key < plan.path_length else number * 1000 + key - plan.path_length for key in seen}
+                found = {
+                    path[key] if key < plan.path_length else number * 1000 + key - plan.path_length
+                    for key in seen
+                }
                 assert found == expected and len(seen) == len(expected)
 
 
@@ -48,5 +53,9 @@ def test_the_flex_plan_gives_the_log_probs_of_the_segments(family: str) -> None:
     segments = choose_attention(model, max_length=64)
     flex = AttentionChoice("forest", "for the test", kernel="flex")
     for budget in (13, 4096):
-        for one, other in zip(scores(model, given_completions, flex, budget), scores(model, given_completions, segments, budget), strict=True):
+        for one, other in zip(
+            scores(model, given_completions, flex, budget),
+            scores(model, given_completions, segments, budget),
+            strict=True,
+        ):
             assert np.abs(one - other).max() < 3e-5

@@ -70,7 +70,11 @@ def test_the_tree_plan_gives_every_segment_its_whole_path(given_completions: lis
     plan = plan_tree(forest)
     atom_ends = np.cumsum(plan.atom_lengths)
     for segment, atoms in zip(plan.segments, plan.path_atoms, strict=True):
-        keys = [position for atom in atoms for position in range(atom_ends[atom] - plan.atom_lengths[atom], atom_ends[atom])]
+        keys = [
+            position
+            for atom in atoms
+            for position in range(atom_ends[atom] - plan.atom_lengths[atom], atom_ends[atom])
+        ]
         assert keys == path_of(forest, segment.end - 1)
         assert keys[segment.depth :] == list(range(segment.start, segment.end))
 

@@ -69,20 +69,31 @@ def test_the_head_is_a_view_and_leaves_the_model_as_it_is() -> None:
 
 @pytest.mark.parametrize("products", [TORCH, ONEDNN], ids=["torch", "oneDNN"])
 @pytest.mark.parametrize(("num_tokens", "vocab_size"), [(1, 7), (40, 1024), (33, 5000)])
-def test_the_head_by_slices_is_as_exact_as_log_softmax(num_tokens: int, vocab_size: int, products, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_by_slices_is_as_exact_as_log_softmax(
+    num_tokens: int, vocab_size: int, products, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if products is ONEDNN and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(logprobs, "products_of", lambda _: products)
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(24, vocab_size, bias=False)
     layer.weight.data = torch.randn(vocab_size, 24, generator=generator)
-    hidden, outward = torch.randn(num_tokens, 24, generator=generator) * 3, torch.randn(num_tokens, generator=generator)
+    hidden, outward = (
+        torch.randn(num_tokens, 24, generator=generator) * 3,
+        torch.randn(num_tokens, generator=generator),
+    )
     targets = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
 
     def plain(dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [hidden.to(dtype).clone().requires_grad_(), layer.weight.detach().to(dtype).clone().requires_grad_()]
+        leaves = [
+            hidden.to(dtype).clone().requires_grad_(),
+            layer.weight.detach().to(dtype).clone().requires_grad_(),
+        ]
         logps = (leaves[0] @ leaves[1].t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        return [logps.detach().double(), *(grad.double() for grad in torch.autograd.grad(logps, leaves, outward.to(dtype)))]
+        return [
+            logps.detach().double(),
+            *(grad.double() for grad in torch.autograd.grad(logps, leaves, outward.to(dtype))),
+        ]
 
     leaf = hidden.clone().requires_grad_()
     logps = head_token_logps(leaf, layer, targets)
@@ -105,7 +116,9 @@ def unscaled_logits(dtype: torch.dtype) -> tuple[torch.Tensor, torch.nn.Linear, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_frozen_head_passes_its_gradient_on_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_head_passes_its_gradient_on_alone(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logprobs, "LOGITS_PER_SLICE", {"cpu": 33 * 1024})  # five slices
     hidden, frozen, targets = unscaled_logits(dtype)
     trained = torch.nn.Linear(24, 5000, bias=False, dtype=dtype)
@@ -117,12 +130,17 @@ def test_a_frozen_head_passes_its_gradient_on_alone(dtype: torch.dtype, monkeypa
         values[layer] = head_token_logps(leaf, layer, targets)
         values[layer].backward(outward)
         found[layer] = leaf.grad.double()
-    assert frozen.weight.grad is None and torch.allclose(values[frozen], values[trained], rtol=1e-6, atol=1e-6)
+    assert frozen.weight.grad is None and torch.allclose(
+        values[frozen], values[trained], rtol=1e-6, atol=1e-6
+    )
     leaf, weight = hidden.double().requires_grad_(), frozen.weight.double()
     (leaf @ weight.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0].backward(outward.double())
     size = leaf.grad.norm(dim=1).clamp(min=1e-6)
     error, usual = ((found[layer] - leaf.grad).norm(dim=1) / size for layer in (frozen, trained))
-    assert (error <= 2 * usual + (1e-5 if dtype == torch.float32 else 1e-2)).all(), (error, usual)  # of sure tokens, too
+    assert (error <= 2 * usual + (1e-5 if dtype == torch.float32 else 1e-2)).all(), (
+        error,
+        usual,
+    )  # of sure tokens, too
 
 
 @pytest.mark.parametrize("is_frozen", [True, False])

@@ -1,4 +1,6 @@
-"""LoRA in one operation a layer: PEFT's outputs and gradients, less kept, and PEFT's own way where it is not plain."""
+"""LoRA in one operation a layer: PEFT's outputs and gradients, less kept, and PEFT's own way where it is not
+plain.
+"""
 
 from typing import Any
 
@@ -16,7 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 def adapt(model: torch.nn.Module, *, is_fast: bool, **config: Any) -> Any:
     torch.manual_seed(0)
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM", **config)).eval()
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM", **config)
+    ).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -30,24 +34,32 @@ def outcome(adapted: Any, precision: str = "fp32") -> tuple[torch.Tensor, dict[s
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False):
         logits = adapted(input_ids=ids).logits.float()
     (logits.log_softmax(-1)[..., 5] * torch.linspace(-1, 1, 24)).sum().backward()
-    return logits.detach(), {name: parameter.grad for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+    return logits.detach(), {
+        name: parameter.grad for name, parameter in adapted.named_parameters() if parameter.grad is not None
+    }
 
 
 def gaps(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> torch.Tensor:
     """Relative distance of each gradient."""
     assert found.keys() == expected.keys()
-    return torch.stack([(found[name].double() - other).norm() / other.norm() for name, other in expected.items()])
+    return torch.stack(
+        [(found[name].double() - other).norm() / other.norm() for name, other in expected.items()]
+    )
 
 
 def test_outputs_and_gradients_are_those_of_peft() -> None:
-    (logits, grads), (expected, expected_grads) = (outcome(adapt(make_llama(), is_fast=is_fast)) for is_fast in (True, False))
+    (logits, grads), (expected, expected_grads) = (
+        outcome(adapt(make_llama(), is_fast=is_fast)) for is_fast in (True, False)
+    )
     assert torch.allclose(logits, expected, rtol=0, atol=1e-5)
     assert len(grads) == 28 and gaps(grads, expected_grads).max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixed_precision_is_no_further_from_the_exact_gradients_than_peft(dtype: torch.dtype) -> None:
-    """Base weights in either dtype, adapters in float32, products in bfloat16; of one model rounding is luck, so several are averaged."""
+    """Base weights in either dtype, adapters in float32, products in bfloat16; of one model rounding is luck,
+    so several are averaged.
+    """
     distances = {True: 0.0, False: 0.0}
     for seed in range(12):
         exact = outcome(adapt(make_llama(seed).to(torch.bfloat16).float(), is_fast=False))[1]
@@ -61,7 +73,9 @@ def test_mixed_precision_is_no_further_from_the_exact_gradients_than_peft(dtype:
 
 def test_pure_bf16_keeps_its_dtype() -> None:
     def run(dtype: torch.dtype, *, is_fast: bool) -> dict[str, torch.Tensor]:
-        return outcome(adapt(make_llama().to(torch.bfloat16), is_fast=is_fast).to(torch.bfloat16).to(dtype))[1]
+        return outcome(adapt(make_llama().to(torch.bfloat16), is_fast=is_fast).to(torch.bfloat16).to(dtype))[
+            1
+        ]
 
     found, exact = run(torch.bfloat16, is_fast=True), run(torch.float32, is_fast=False)
     assert {grad.dtype for grad in found.values()} == {torch.bfloat16}
@@ -72,7 +86,10 @@ def test_half_of_what_peft_keeps_of_a_layer_under_mixed_precision() -> None:
     kept = {}
     for is_fast in (True, False):
         adapted = adapt(make_llama().to(torch.bfloat16), is_fast=is_fast)
-        layer, inputs = adapted.base_model.model.model.layers[0].mlp.up_proj, torch.randn(512, 32, requires_grad=True)
+        layer, inputs = (
+            adapted.base_model.model.model.layers[0].mlp.up_proj,
+            torch.randn(512, 32, requires_grad=True),
+        )
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), LiveBytes() as live:
             output = layer(inputs)
             kept[is_fast] = live.now
@@ -86,7 +103,9 @@ def test_switched_off_merged_and_with_several_adapters_it_is_peft_that_runs() ->
     with_adapter = adapted(input_ids=ids).logits
     with adapted.disable_adapter():
         assert torch.equal(adapted(input_ids=ids).logits, plain(input_ids=ids).logits)
-    assert torch.equal(adapted(input_ids=ids).logits, with_adapter) and not torch.equal(with_adapter, plain(input_ids=ids).logits)
+    assert torch.equal(adapted(input_ids=ids).logits, with_adapter) and not torch.equal(
+        with_adapter, plain(input_ids=ids).logits
+    )
     adapted.merge_adapter()
     assert torch.allclose(adapted(input_ids=ids).logits, with_adapter, atol=1e-5)
     adapted.unmerge_adapter()
@@ -96,7 +115,9 @@ def test_switched_off_merged_and_with_several_adapters_it_is_peft_that_runs() ->
 @pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}])
 def test_what_is_not_plain_stays_pefts(config: dict[str, Any]) -> None:
     model = make_llama(attention_bias=True)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **config))
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **config)
+    )
     assert use_fast_lora(adapted) == 0
 
 

@@ -14,7 +14,9 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 def test_onednn_gives_the_same_layer(shape: tuple[int, ...], has_bias: bool) -> None:
     inputs, weight = torch.randn(shape), torch.randn(40, 32)
     bias = torch.randn(40) if has_bias else None
-    exact = torch.nn.functional.linear(inputs.double(), weight.double(), None if bias is None else bias.double())
+    exact = torch.nn.functional.linear(
+        inputs.double(), weight.double(), None if bias is None else bias.double()
+    )
     with torch.no_grad():
         assert torch.allclose(onednn_linear(inputs, weight, bias).double(), exact, atol=2e-5)
 
@@ -25,7 +27,9 @@ def test_onednn_gives_the_same_layer(shape: tuple[int, ...], has_bias: bool) -> 
 def test_onednn_gives_the_same_gradients(shape: tuple[int, ...], has_bias: bool) -> None:
     inputs, weight, bias = torch.randn(shape), torch.randn(40, 32), torch.randn(40) if has_bias else None
     leaves = [tensor.requires_grad_() for tensor in (inputs, weight, bias) if tensor is not None]
-    outward = torch.randn(*shape[:-1], 40).transpose(-1, -2).contiguous().transpose(-1, -2)  # gradients come in any layout
+    outward = (
+        torch.randn(*shape[:-1], 40).transpose(-1, -2).contiguous().transpose(-1, -2)
+    )  # gradients come in any layout
     found = torch.autograd.grad(onednn_linear(inputs, weight, bias), leaves, outward)
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact = torch.autograd.grad(torch.nn.functional.linear(*doubles), doubles, outward.double())
@@ -41,7 +45,9 @@ def test_what_needs_no_gradient_gets_none() -> None:
 
 
 @needs_onednn
-def test_a_model_whose_layers_are_faster_that_way_is_switched_and_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_layers_are_faster_that_way_is_switched_and_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(linear._Probe, "is_faster", lambda self, worth: True)
     model, plain, ids = make_llama(), make_llama(), torch.arange(40)[None]
     assert use_fast_linear(model)
@@ -66,14 +72,18 @@ def test_a_model_is_left_alone_where_that_is_slower_or_absent(monkeypatch: pytes
     monkeypatch.setattr(linear._Probe, "is_faster", lambda self, worth: False)
     assert not use_fast_linear(model)
     monkeypatch.undo()
-    monkeypatch.setattr(linear, "onednn_linear", lambda *_: (_ for _ in ()).throw(RuntimeError("no such operator")))
+    monkeypatch.setattr(
+        linear, "onednn_linear", lambda *_: (_ for _ in ()).throw(RuntimeError("no such operator"))
+    )
     assert not use_fast_linear(model)
     assert not use_fast_linear(make_llama().to(torch.bfloat16))
     assert all("forward" not in vars(module) for module in model.modules())
 
 
 def test_numbers_that_differ_are_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "onednn_linear", lambda inputs, weight: torch.nn.functional.linear(inputs, weight) * 1.1)
+    monkeypatch.setattr(
+        linear, "onednn_linear", lambda inputs, weight: torch.nn.functional.linear(inputs, weight) * 1.1
+    )
     monkeypatch.setattr(linear._Probe, "is_faster", lambda self, worth: True)
     assert not use_fast_linear(make_llama())
 

@@ -1,4 +1,6 @@
-"""Activations in host memory: what is moved, that nothing changes, and that a CPU is told it has no use for it."""
+"""Activations in host memory: what is moved, that nothing changes, and that a CPU is told it has no use for
+it.
+"""
 
 import gc
 import weakref
@@ -52,11 +54,19 @@ def test_gradients_are_the_same_to_the_bit(family: str, mode: str, monkeypatch: 
     assert offload_activations(model, pytest.fail, transfer) == 2
     for _ in range(2):
         found = gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
-        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-    assert transfer.moved and transfer.num_fetched == len(transfer.moved) and transfer.num_waited >= len(transfer.moved)
+        assert found.keys() == expected.keys() and all(
+            torch.equal(found[name], expected[name]) for name in expected
+        )
+    assert (
+        transfer.moved
+        and transfer.num_fetched == len(transfer.moved)
+        and transfer.num_waited >= len(transfer.moved)
+    )
 
 
-def test_weights_shared_and_small_tensors_stay_and_all_else_is_moved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_shared_and_small_tensors_stay_and_all_else_is_moved_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(offload, "LEAST_BYTES", MIN_TOKENS)
     model = make_llama()
     chosen = choose_attention(model, max_length=64)
@@ -84,7 +94,9 @@ def test_weights_shared_and_small_tensors_stay_and_all_else_is_moved_once(monkey
         layer.forward = lambda *args, forward=forward, **kwargs: spy(forward, *args, **kwargs)
     completion_logps(model, COMPLETIONS, chosen)
     weights = {parameter.data_ptr() for parameter in model.parameters()}
-    expected = {(address, size) for address, size in seen if size >= MIN_TOKENS and address not in shared | weights}
+    expected = {
+        (address, size) for address, size in seen if size >= MIN_TOKENS and address not in shared | weights
+    }
     for left_alone in (shared, weights):
         assert any(address in left_alone and size >= MIN_TOKENS for address, size in seen)
 
@@ -94,7 +106,9 @@ def test_weights_shared_and_small_tensors_stay_and_all_else_is_moved_once(monkey
     offload_activations(model, pytest.fail, transfer)
     completion_logps(model, COMPLETIONS, chosen)
     assert sorted(content.numel() for content in transfer.moved) == sorted(size for _, size in expected)
-    assert min(content.numel() for content in transfer.moved) >= MIN_TOKENS and not weights & set(transfer.addresses)
+    assert min(content.numel() for content in transfer.moved) >= MIN_TOKENS and not weights & set(
+        transfer.addresses
+    )
 
 
 def test_what_came_back_goes_as_soon_as_its_layer_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +130,9 @@ def test_what_came_back_goes_as_soon_as_its_layer_is_done(monkeypatch: pytest.Mo
         sums, counts = completion_logps(model, COMPLETIONS, chosen).sums(), []
         assert sum(ref() is not None for ref in alive) == 6
         for layer in [module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"]:
-            layer.input_layernorm.weight.register_post_accumulate_grad_hook(lambda _: counts.append(sum(ref() is not None for ref in alive)))
+            layer.input_layernorm.weight.register_post_accumulate_grad_hook(
+                lambda _: counts.append(sum(ref() is not None for ref in alive))
+            )
         sums.sum().backward()
     finally:
         gc.enable()
@@ -137,7 +153,9 @@ def test_a_cpu_is_told_that_it_has_no_use_for_it() -> None:
     model, remarks = make_llama(), []
     before = [module.forward for module in model.modules()]
     assert offload_activations(model, remarks.append) == 0
-    assert remarks == ["--offload-activations has no effect on cpu, whose activations are in host memory already."]
+    assert remarks == [
+        "--offload-activations has no effect on cpu, whose activations are in host memory already."
+    ]
     assert [module.forward for module in model.modules()] == before
 
 

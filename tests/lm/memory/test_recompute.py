@@ -1,4 +1,6 @@
-"""What is computed again in the backward pass changes no gradient, and the gradients are those of the model's own forward."""
+"""What is computed again in the backward pass changes no gradient, and the gradients are those of the model's
+own forward.
+"""
 
 import numpy as np
 import pytest
@@ -20,17 +22,32 @@ WEIGHTS = torch.linspace(0.5, 1.5, len(COMPLETIONS), dtype=torch.float64)
 def gradients(model: torch.nn.Module, logps: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad(set_to_none=True)
     (logps.double() * WEIGHTS).sum().backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def own_logp(model: torch.nn.Module, completion: Completion) -> torch.Tensor:
     ids = torch.from_numpy(completion.sequence_ids.astype(np.int64))[None]
-    logps = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    logps = (
+        model(input_ids=ids, use_cache=False)
+        .logits[0]
+        .float()
+        .log_softmax(-1)[:-1]
+        .gather(1, ids[0, 1:, None])[:, 0]
+    )
     return logps[len(completion.prompt_ids) - 1 :].double().sum()
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3_moe", "deepseek_v3", "llama4", "gpt2", "granite", "bloom", "qwen3_next"])
-def test_every_mode_gives_the_gradients_of_the_models_own_forward(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "family",
+    ["mistral", "gemma2", "qwen3_moe", "deepseek_v3", "llama4", "gpt2", "granite", "bloom", "qwen3_next"],
+)
+def test_every_mode_gives_the_gradients_of_the_models_own_forward(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "QUERY_TOKENS", 3)  # segments in parts, across windows
     model = make_model(family)
     own = gradients(model, torch.stack([own_logp(model, completion) for completion in COMPLETIONS]))
@@ -42,16 +59,24 @@ def test_every_mode_gives_the_gradients_of_the_models_own_forward(family: str, m
         found[recomputation.mode] = gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
     for name, expected in own.items():
         assert (found["none"][name] - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-4, name
-        assert all(torch.equal(found[mode][name], found["none"][name]) for mode in ("selective", "full")), name
+        assert all(torch.equal(found[mode][name], found["none"][name]) for mode in ("selective", "full")), (
+            name
+        )
     assert found["none"].keys() == own.keys()
 
 
 def test_products_of_low_rank_are_computed_again() -> None:
     recomputation = Recomputation(make_model("mistral"))
-    product, attention_kernel = torch.ops.aten.mm.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    product, attention_kernel = (
+        torch.ops.aten.mm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    )
     kept = CheckpointPolicy.MUST_SAVE
     assert recomputation._choose(None, product, torch.empty(5, 65), torch.empty(65, 7)) == kept
-    assert recomputation._choose(None, product, torch.empty(5, 64), torch.empty(64, 7)) == CheckpointPolicy.PREFER_RECOMPUTE
+    assert (
+        recomputation._choose(None, product, torch.empty(5, 64), torch.empty(64, 7))
+        == CheckpointPolicy.PREFER_RECOMPUTE
+    )
     assert recomputation._choose(None, attention_kernel, torch.empty(1, 2, 5, 64)) == kept
 
 

@@ -1,4 +1,6 @@
-"""Recipes: gradients as if everything were kept, in less memory, and never from what was changed meanwhile."""
+"""Recipes: gradients as if everything were kept, in less memory, and never from what was changed
+meanwhile.
+"""
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ def gradients(model: torch.nn.Module, mode: str, precision: str = "fp32") -> dic
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False, enabled=precision == "bf16-mixed"):
         logps = completion_logps(model, make_completions(num_prompts=3), attention)
     logps.sums().sum().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -45,7 +49,10 @@ def test_less_is_kept(precision: str, most: float) -> None:
         model = make_model("llama")
         Recomputation(model).mode = mode
         attention = choose_attention(model, max_length=64)
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False, enabled=precision == "bf16-mixed"), LiveBytes() as live:
+        with (
+            torch.autocast("cpu", torch.bfloat16, cache_enabled=False, enabled=precision == "bf16-mixed"),
+            LiveBytes() as live,
+        ):
             logps = completion_logps(model, make_completions(num_prompts=12), attention)
             found[mode] = live.now
         del logps
@@ -61,7 +68,10 @@ def test_a_frozen_norm_under_something_trained_is_made_again() -> None:
 
 
 def test_recipes_of_recipes_and_views_of_them() -> None:
-    inputs, weight = torch.randn(4, 6, dtype=torch.float64, requires_grad=True), torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    inputs, weight = (
+        torch.randn(4, 6, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 2, dtype=torch.float64, requires_grad=True),
+    )
 
     def run() -> torch.Tensor:
         hidden = recompute_later(torch.sin, recompute_later(torch.exp, inputs))
@@ -72,7 +82,10 @@ def test_recipes_of_recipes_and_views_of_them() -> None:
     with recording():
         loss = run()
     loss.backward()
-    assert all(torch.allclose(one, other, rtol=1e-12) for one, other in zip(expected, (inputs.grad, weight.grad), strict=True))
+    assert all(
+        torch.allclose(one, other, rtol=1e-12)
+        for one, other in zip(expected, (inputs.grad, weight.grad), strict=True)
+    )
 
 
 def test_what_was_changed_in_place_is_not_made_again() -> None:
@@ -83,7 +96,9 @@ def test_what_was_changed_in_place_is_not_made_again() -> None:
         changed = output.mul_(2)  # no longer what the recipe gives: kept as it is
         loss = (changed * scale).sum()
     loss.backward()
-    assert torch.allclose(scale.grad, 2 * inputs.detach().exp()) and torch.allclose(inputs.grad, 2 * inputs.detach().exp() * scale.detach())
+    assert torch.allclose(scale.grad, 2 * inputs.detach().exp()) and torch.allclose(
+        inputs.grad, 2 * inputs.detach().exp() * scale.detach()
+    )
 
     source = inputs * 1
     with recording():

@@ -29,7 +29,11 @@ def test_sharding_and_metadata_do_not_change_the_digest(saved: Path, tmp_path: P
     make_llama().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     tensors = load_file(saved / "model.safetensors")
     (tmp_path / "reordered").mkdir()
-    save_file(dict(reversed(tensors.items())), tmp_path / "reordered" / "model.safetensors", metadata={"made": "elsewhere"})
+    save_file(
+        dict(reversed(tensors.items())),
+        tmp_path / "reordered" / "model.safetensors",
+        metadata={"made": "elsewhere"},
+    )
     assert digest(saved) == digest(tmp_path / "sharded") == digest(tmp_path / "reordered")
 
 
@@ -63,7 +67,9 @@ def test_a_file_is_hashed_again_only_when_it_changed(saved: Path, monkeypatch: p
     assert digest(saved) != first and len(hashed) == 2
 
 
-def test_a_home_that_cannot_be_written_costs_time_only(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_cannot_be_written_costs_time_only(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = digest(saved)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -81,17 +87,26 @@ def test_only_what_changes_the_computation_is_in_the_identity(saved: Path) -> No
 
 
 def test_a_default_that_is_spelled_out_changes_nothing() -> None:
-    assert computing_fields(LlamaConfig(rms_norm_eps=1e-6)) == computing_fields(LlamaConfig()) == {"model_type": "llama"}
+    assert (
+        computing_fields(LlamaConfig(rms_norm_eps=1e-6))
+        == computing_fields(LlamaConfig())
+        == {"model_type": "llama"}
+    )
 
 
 def test_quantization_is_part_of_the_identity(saved: Path) -> None:
     config = load_config(str(saved))
     base = reference_identity(str(saved), config, torch.float32)
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    assert reference_identity(str(saved), config, torch.float32) == {**base, "quantization": config.quantization_config}
+    assert reference_identity(str(saved), config, torch.float32) == {
+        **base,
+        "quantization": config.quantization_config,
+    }
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", struct.pack("<Q", 10**9) + b"{}", struct.pack("<Q", 2) + b"[]"])
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", struct.pack("<Q", 10**9) + b"{}", struct.pack("<Q", 2) + b"[]"]
+)
 def test_files_that_are_no_safetensors_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match="not a whole safetensors file"):

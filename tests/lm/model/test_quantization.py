@@ -1,4 +1,6 @@
-"""Weights in 4 and 8 bits: the same forest, gradients that flow, an identity of their own, and never twice."""
+"""Weights in 4 and 8 bits: the same forest, gradients that flow, an identity of their own, and never
+twice.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -34,36 +36,55 @@ def load(folder: str, quantize: str, **changes: object) -> torch.nn.Module:
 
 
 @BOTH
-def test_a_quantized_model_takes_the_forest_and_gives_what_rows_give(model_folder: str, quantize: str) -> None:
+def test_a_quantized_model_takes_the_forest_and_gives_what_rows_give(
+    model_folder: str, quantize: str
+) -> None:
     model, completions = load(model_folder, quantize), make_completions()
     plain = [scores(model, [completion], AttentionChoice("rows", ""), 4096)[0] for completion in completions]
     attention = choose_attention(model, max_length=64)
     largest, mean = TOLERANCES[rounding_dtype(model)]
     assert attention.name == "forest" and attention.has_plain_head
     for budget in (13, 4096):
-        gaps = np.concatenate([np.abs(one - other) for one, other in zip(scores(model, completions, attention, budget), plain, strict=True)])
+        gaps = np.concatenate(
+            [
+                np.abs(one - other)
+                for one, other in zip(scores(model, completions, attention, budget), plain, strict=True)
+            ]
+        )
         assert gaps.max() <= largest and gaps.mean() <= mean
     whole = np.concatenate(scores(make_llama(), completions, AttentionChoice("rows", ""), 4096))
-    assert np.abs(np.concatenate(plain) - whole).mean() > {"4bit": 0.1, "8bit": 0.01}[quantize]  # it is another model
+    assert (
+        np.abs(np.concatenate(plain) - whole).mean() > {"4bit": 0.1, "8bit": 0.01}[quantize]
+    )  # it is another model
 
 
 @BOTH
 @pytest.mark.parametrize("family", ["llama", "tied"])
-def test_linear_layers_of_the_decoder_are_quantized_and_frozen_the_head_is_not(tmp_path: Path, quantize: str, family: str) -> None:
+def test_linear_layers_of_the_decoder_are_quantized_and_frozen_the_head_is_not(
+    tmp_path: Path, quantize: str, family: str
+) -> None:
     make_llama(tie_word_embeddings=family == "tied").save_pretrained(tmp_path)
     model = load(str(tmp_path), quantize)
     kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")}
     assert kinds == {{"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[quantize]}
-    assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight.dtype == torch.float32 and has_plain_head(model)
+    assert (
+        type(model.lm_head) is torch.nn.Linear
+        and model.lm_head.weight.dtype == torch.float32
+        and has_plain_head(model)
+    )
     projections = [parameter for name, parameter in model.named_parameters() if "_proj" in name]
-    assert projections and not any(parameter.requires_grad or parameter.is_floating_point() for parameter in projections)
+    assert projections and not any(
+        parameter.requires_grad or parameter.is_floating_point() for parameter in projections
+    )
     assert not model.training and model.device == CPU
     assert activation_bytes(model, 10, "none") == activation_bytes(make_llama(), 10, "none")
     assert not use_fast_linear(model, decided=None)  # nothing of a size that tells anything
 
 
 @BOTH
-def test_gradients_flow_through_quantized_layers_and_recomputation_changes_none(model_folder: str, quantize: str) -> None:
+def test_gradients_flow_through_quantized_layers_and_recomputation_changes_none(
+    model_folder: str, quantize: str
+) -> None:
     model, completions = load(model_folder, quantize), make_completions()
     attention = choose_attention(model, max_length=64)
     recomputation, found = Recomputation(model), {}
@@ -71,9 +92,15 @@ def test_gradients_flow_through_quantized_layers_and_recomputation_changes_none(
         recomputation.mode = mode
         model.zero_grad(set_to_none=True)
         completion_logps(model, completions, attention).sums().sum().backward()
-        found[mode] = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+        found[mode] = {
+            name: parameter.grad.clone()
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert found["none"].keys() == names and all(gradient.abs().sum() > 0 for gradient in found["none"].values())
+    assert found["none"].keys() == names and all(
+        gradient.abs().sum() > 0 for gradient in found["none"].values()
+    )
     for mode in ("selective", "full"):
         assert all(torch.equal(gradient, found["none"][name]) for name, gradient in found[mode].items())
 
@@ -84,7 +111,9 @@ def test_the_gradient_of_a_4_bit_model_is_that_of_its_dequantized_weights(model_
     found = []
     for one in (model, plain):
         completion_logps(one, completions, choose_attention(one, max_length=64)).sums().sum().backward()
-        found.append({name: parameter.grad for name, parameter in one.named_parameters() if "_proj" not in name})
+        found.append(
+            {name: parameter.grad for name, parameter in one.named_parameters() if "_proj" not in name}
+        )
     for name, gradient in found[0].items():
         assert (gradient - found[1][name]).abs().max() <= 1e-4 * found[1][name].abs().max(), name
 
@@ -92,7 +121,10 @@ def test_the_gradient_of_a_4_bit_model_is_that_of_its_dequantized_weights(model_
 def test_an_identity_names_the_quantization_and_nothing_else_changes(model_folder: str) -> None:
     config = load_config(model_folder)
     plain = reference_identity(model_folder, config, torch.float32)
-    assert plain == reference_identity(model_folder, config, torch.float32, quantize="none") and "quantization" not in plain
+    assert (
+        plain == reference_identity(model_folder, config, torch.float32, quantize="none")
+        and "quantization" not in plain
+    )
     assert quantization_name(plain) == "none"
     for name, fields in QUANTIZATION_FIELDS.items():
         identity = reference_identity(model_folder, config, torch.float32, quantize=name)
@@ -100,19 +132,34 @@ def test_an_identity_names_the_quantization_and_nothing_else_changes(model_folde
     assert QUANTIZATION_FIELDS["4bit"] == {  # golden: another value is another reference
         "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
     }  # fmt: skip
-    assert QUANTIZATION_FIELDS["8bit"] == {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0}
+    assert QUANTIZATION_FIELDS["8bit"] == {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "llm_int8_threshold": 0.0,
+    }
 
 
 @BOTH
-def test_a_checkpoint_that_was_saved_quantized_is_loaded_but_not_quantized_again(model_folder: str, tmp_path: Path, quantize: str) -> None:
+def test_a_checkpoint_that_was_saved_quantized_is_loaded_but_not_quantized_again(
+    model_folder: str, tmp_path: Path, quantize: str
+) -> None:
     first = load(model_folder, quantize)
     first.save_pretrained(tmp_path)
     again, completions = load(str(tmp_path), "none"), make_completions()[:4]
-    for one, other in zip(*(scores(model, completions, AttentionChoice("rows", ""), 4096) for model in (first, again)), strict=True):
+    for one, other in zip(
+        *(scores(model, completions, AttentionChoice("rows", ""), 4096) for model in (first, again)),
+        strict=True,
+    ):
         assert np.array_equal(one, other)
     config = load_config(str(tmp_path))
-    assert reference_identity(str(tmp_path), config, torch.float32)["quantization"]["quant_method"] == "bitsandbytes"
-    message = "were saved quantized \\(bitsandbytes\\), and --quantize 4bit would quantize them again.\nLeave --quantize out"
+    assert (
+        reference_identity(str(tmp_path), config, torch.float32)["quantization"]["quant_method"]
+        == "bitsandbytes"
+    )
+    message = (
+        "were saved quantized \\(bitsandbytes\\), and --quantize 4bit would quantize them again.\n"
+        "Leave --quantize out"
+    )
     with pytest.raises(ModelError, match=message):
         load(str(tmp_path), "4bit")
     with pytest.raises(ModelError, match=message):
@@ -121,33 +168,50 @@ def test_a_checkpoint_that_was_saved_quantized_is_loaded_but_not_quantized_again
 
 def test_what_is_not_installed_is_named(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest))
-    with pytest.raises(ModelError, match=r"needs bitsandbytes, which is not installed.\nRun `pip install 'dpo-cache\[quantize\]'`"):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
+    )
+    with pytest.raises(
+        ModelError,
+        match=r"needs bitsandbytes, which is not installed.\nRun `pip install 'dpo-cache\[quantize\]'`",
+    ):
         load(model_folder, "4bit")
 
 
 @BOTH
-def test_a_fresh_quantized_base_repeats_what_precompute_cached_of_it(model_folder: str, tmp_path: Path, quantize: str) -> None:
+def test_a_fresh_quantized_base_repeats_what_precompute_cached_of_it(
+    model_folder: str, tmp_path: Path, quantize: str
+) -> None:
     data, remarks = write_rows(tmp_path / "pairs.jsonl", chat_rows(9)), []
-    options = {"name": "pairs", "say": remarks.append}
+    options = {"name": "pairs", "log": remarks.append}
     report = dpo_cache.precompute(model_folder, data, tmp_path / "cache", quantize=quantize, **options)
     plain = dpo_cache.precompute(model_folder, data, tmp_path / "plain", **options)
-    assert report.attention == "forest" and report.reference != plain.reference and report.scored_now == plain.scored_now
+    assert (
+        report.attention == "forest"
+        and report.reference != plain.reference
+        and report.scored_now == plain.scored_now
+    )
     pairs = list(dpo_cache.open_cache(tmp_path / "cache").pairs("pairs"))
     model = load(model_folder, quantize)
     completions = [scored.pair.chosen for scored in pairs] + [scored.pair.rejected for scored in pairs]
-    cached = torch.tensor([scored.ref_chosen.logps for scored in pairs] + [scored.ref_rejected.logps for scored in pairs])
+    cached = torch.tensor(
+        [scored.ref_chosen.logps for scored in pairs] + [scored.ref_rejected.logps for scored in pairs]
+    )
     found = completion_logps(model, completions, choose_attention(model, max_length=1024)).sums()
     lengths = torch.tensor([completion.num_tokens for completion in completions])
     assert ((found - cached).abs() <= TOLERANCES[rounding_dtype(model)][1] * lengths).all()
     again = rescore(tmp_path / "cache", model_folder, 100)
     assert [entry.reference for entry in again] == [report.reference] and again[0].agrees
     with pytest.raises(ModelError, match="quantization.load_in"):
-        dpo_cache.precompute(model_folder, data, tmp_path / "cache", expect_reference=report.reference[:12], **options)
+        dpo_cache.precompute(
+            model_folder, data, tmp_path / "cache", expect_reference=report.reference[:12], **options
+        )
 
 
 def test_the_command_that_makes_a_pair_set_again_quantizes_too(model_folder: str, tmp_path: Path) -> None:
-    report = dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", chat_rows(3)), tmp_path / "cache", quantize="8bit")
+    report = dpo_cache.precompute(
+        model_folder, write_rows(tmp_path / "pairs.jsonl", chat_rows(3)), tmp_path / "cache", quantize="8bit"
+    )
     cache = dpo_cache.open_cache(tmp_path / "cache")
     line = precompute_line("elsewhere", cache.pairs("pairs").manifest, cache.read_reference(report.reference))
     assert "--quantize 8bit" in line

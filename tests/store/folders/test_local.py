@@ -138,13 +138,16 @@ def test_paths_and_urls_open_their_kind_of_folder(tmp_path: Path) -> None:
 
 def test_a_url_of_no_known_kind_is_a_storage_error() -> None:
     with pytest.raises(
-        StorageError, match=r"^nowhere://cache: no file system for this URL \(.*\).\nUse a folder, s3://, gs://, hf:// or another URL of fsspec.$"
+        StorageError,
+        match=r"^nowhere://cache: no file system for this URL \(.*\).\nUse a folder, s3://, gs://, hf:// or another URL of fsspec.$",
     ):
         open_folder("nowhere://cache")
 
 
 @pytest.mark.parametrize("failing", ["os.fsync", "os.replace"])
-def test_a_write_that_fails_leaves_no_file(folder: LocalFolder, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_a_write_that_fails_leaves_no_file(
+    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
     folder.publish("scores/before", b"x")
     monkeypatch.setattr(failing, fail_with(errno.EIO))
     with pytest.raises(StorageError):
@@ -153,7 +156,9 @@ def test_a_write_that_fails_leaves_no_file(folder: LocalFolder, monkeypatch: pyt
     assert os.listdir(folder.root / "scores") == ["before"]
 
 
-def test_a_failed_replacement_keeps_the_old_file(folder: LocalFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_replacement_keeps_the_old_file(
+    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder.publish("manifest.json", b"old")
     monkeypatch.setattr("os.replace", fail_with(errno.EIO))
     with pytest.raises(StorageError):
@@ -197,10 +202,22 @@ def test_a_full_disk_is_told_with_what_to_do(folder: LocalFolder, monkeypatch: p
     ("failing", "number", "message"),
     [
         ("os.fsync", errno.EDQUOT, "Disk quota exceeded.\nThe quota is used up: "),
-        ("os.mkdir", errno.EROFS, "Read-only file system.\nThe file system is read-only: choose another --cache."),
-        ("os.mkdir", errno.EACCES, "Permission denied.\nPermission denied: choose another --cache or change its permissions."),
+        (
+            "os.mkdir",
+            errno.EROFS,
+            "Read-only file system.\nThe file system is read-only: choose another --cache.",
+        ),
+        (
+            "os.mkdir",
+            errno.EACCES,
+            "Permission denied.\nPermission denied: choose another --cache or change its permissions.",
+        ),
         ("os.replace", errno.EPERM, "Operation not permitted.\nPermission denied: choose another --cache"),
-        ("os.fsync", errno.EIO, "Input/output error.\nThe disk failed, not the cache: look at the system's log, then run"),
+        (
+            "os.fsync",
+            errno.EIO,
+            "Input/output error.\nThe disk failed, not the cache: look at the system's log, then run",
+        ),
     ],
 )
 def test_each_refusal_of_the_file_system_has_its_advice(
@@ -225,7 +242,8 @@ def test_a_refusal_of_the_object_store_names_the_url(monkeypatch: pytest.MonkeyP
     with pytest.raises(StorageError) as caught:
         open_folder("memory://cache").publish("scores/a", b"content")
     assert str(caught.value) == (
-        "cannot write memory://cache/scores/a: Permission denied.\nAccess was refused: check that these credentials may list, read and write there."
+        "cannot write memory://cache/scores/a: Permission denied.\n"
+        "Access was refused: check that these credentials may list, read and write there."
     )
 
 

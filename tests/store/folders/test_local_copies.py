@@ -12,7 +12,13 @@ from typing import BinaryIO
 import pytest
 
 from dpo_cache.errors import OptionError, StorageError
-from dpo_cache.store.folders.local_copies import LocalCopies, WrongDigestError, is_part_name, local_copies_folder, open_local_copies
+from dpo_cache.store.folders.local_copies import (
+    LocalCopies,
+    WrongDigestError,
+    is_part_name,
+    local_copies_folder,
+    open_local_copies,
+)
 from tests.store.conftest import flip_file
 
 LIMIT = 10_000
@@ -142,7 +148,9 @@ def test_a_download_that_was_cut_off_is_swept_after_a_day(tmp_path: Path) -> Non
 
 
 def test_several_processes_share_a_folder_that_is_too_small_for_them(tmp_path: Path) -> None:
-    running = [subprocess.Popen([sys.executable, "-c", READERS, str(tmp_path), str(number)]) for number in range(2)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", READERS, str(tmp_path), str(number)]) for number in range(2)
+    ]
     assert [process.wait(60) for process in running] == [0, 0]
     Store().read(LocalCopies(tmp_path, 5000), 1000)
     assert held(tmp_path) <= 5000
@@ -151,7 +159,10 @@ def test_several_processes_share_a_folder_that_is_too_small_for_them(tmp_path: P
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"^cannot keep a copy of a remote part in .*file/parts: .*\nSet DPO_CACHE_PARTS to a folder with room"):
+    with pytest.raises(
+        StorageError,
+        match=r"^cannot keep a copy of a remote part in .*file/parts: .*\nSet DPO_CACHE_PARTS to a folder with room",
+    ):
         Store().read(LocalCopies(tmp_path / "file" / "parts", LIMIT), 1)
 
 

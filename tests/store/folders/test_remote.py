@@ -30,11 +30,23 @@ PASSING = [
     Fault("hang"),
 ]
 LASTING = [
-    (Fault("error", status=403, code="AccessDenied"), "AccessDenied", "check that these credentials may list, read and write there"),
+    (
+        Fault("error", status=403, code="AccessDenied"),
+        "AccessDenied",
+        "check that these credentials may list, read and write there",
+    ),
     (Fault("error", status=403, code="InvalidAccessKeyId"), "InvalidAccessKeyId", "Check the credentials"),
-    (Fault("error", status=403, code="SignatureDoesNotMatch"), "SignatureDoesNotMatch", "Check the credentials"),
+    (
+        Fault("error", status=403, code="SignatureDoesNotMatch"),
+        "SignatureDoesNotMatch",
+        "Check the credentials",
+    ),
     (Fault("error", status=400, code="ExpiredToken"), "ExpiredToken", "Check the credentials"),
-    (Fault("error", status=400, code="AuthorizationHeaderMalformed"), "AuthorizationHeaderMalformed", "set AWS_DEFAULT_REGION"),
+    (
+        Fault("error", status=400, code="AuthorizationHeaderMalformed"),
+        "AuthorizationHeaderMalformed",
+        "set AWS_DEFAULT_REGION",
+    ),
 ]
 
 
@@ -47,7 +59,9 @@ def planned(fault: Fault, **changes: object) -> Fault:
 
 
 def connect_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the environment read again by the next folder that is opened: fsspec keeps file systems and their connections."""
+    """Have the environment read again by the next folder that is opened: fsspec keeps file systems and their
+    connections.
+    """
     settings = {**remote._settings("s3"), "skip_instance_cache": True}
     monkeypatch.setattr(remote, "_settings", lambda _: settings)
 
@@ -119,11 +133,17 @@ def test_a_range_that_comes_short_is_fetched_again(s3: Proxy, monkeypatch: pytes
     folder = open_folder(CACHE)
     folder.publish(name, content)
     fetch, shortened = folder.filesystem.cat_file, iter([10, 100, 1000])
-    monkeypatch.setattr(folder.filesystem, "cat_file", lambda *place, **options: fetch(*place, **options)[: next(shortened, None)])
+    monkeypatch.setattr(
+        folder.filesystem,
+        "cat_file",
+        lambda *place, **options: fetch(*place, **options)[: next(shortened, None)],
+    )
     assert folder.read(name) == content
 
 
-def test_a_put_that_is_never_asked_for_its_body_is_tried_again(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_put_that_is_never_asked_for_its_body_is_tried_again(
+    s3: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "CALL_S", 0.5)
     s3.plan.append(Fault("mute"))
     folder = open_folder(CACHE)
@@ -132,7 +152,9 @@ def test_a_put_that_is_never_asked_for_its_body_is_tried_again(s3: Proxy, monkey
     assert folder.read("a.json") == b"content"
 
 
-def test_what_does_not_pass_ends_with_what_was_tried(s3: Proxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_pass_ends_with_what_was_tried(
+    s3: Proxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dpo_cache.store.folders.retries.SAID_AFTER_S", 0.01)
     folder = open_folder(CACHE)
     folder.publish("a.json", b"content")
@@ -152,7 +174,10 @@ def test_a_store_that_is_not_there_is_told(s3: Proxy, monkeypatch: pytest.Monkey
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
     connect_anew(monkeypatch)
-    with pytest.raises(StorageError, match="Could not connect to the endpoint.*\nTried 7 times in .*check the network and the endpoint"):
+    with pytest.raises(
+        StorageError,
+        match="Could not connect to the endpoint.*\nTried 7 times in .*check the network and the endpoint",
+    ):
         open_folder(CACHE).exists("format.json")
 
 
@@ -162,10 +187,15 @@ def test_a_store_that_is_not_there_is_told(s3: Proxy, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("fault", "code", "advice"), LASTING, ids=[fault.code for fault, _, _ in LASTING])
 def test_what_stays_is_told_at_once(s3: Proxy, fault: Fault, code: str, advice: str) -> None:
     folder = open_folder(CACHE)
-    for method, call in (("GET", lambda: folder.read("a.json")), ("PUT", lambda: folder.publish("a.json", b"x"))):
+    for method, call in (
+        ("GET", lambda: folder.read("a.json")),
+        ("PUT", lambda: folder.publish("a.json", b"x")),
+    ):
         s3.reset()
         s3.plan.append(planned(fault, method=method, times=99))
-        with pytest.raises(StorageError, match=rf"^cannot (read|write) {CACHE}/a.json: {code}: injected.\n.*{advice}"):
+        with pytest.raises(
+            StorageError, match=rf"^cannot (read|write) {CACHE}/a.json: {code}: injected.\n.*{advice}"
+        ):
             call()
         assert s3.hit["error"] == 1
 
@@ -183,7 +213,9 @@ def test_missing_credentials_are_told(s3: Proxy, monkeypatch: pytest.MonkeyPatch
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     connect_anew(monkeypatch)
-    with pytest.raises(StorageError, match="^cannot look for .*credentials.*\nCheck the credentials of the store"):
+    with pytest.raises(
+        StorageError, match="^cannot look for .*credentials.*\nCheck the credentials of the store"
+    ):
         open_folder(CACHE).exists("format.json")
 
 
@@ -191,7 +223,10 @@ def test_missing_credentials_are_told(s3: Proxy, monkeypatch: pytest.MonkeyPatch
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, url: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url.partition(":")[0], raising=False)  # type: ignore[attr-defined]
-    with pytest.raises(StorageError, match=rf"^{url}: the package for this kind of URL is missing \(.*\).\nRun `pip install {package}`.$"):
+    with pytest.raises(
+        StorageError,
+        match=rf"^{url}: the package for this kind of URL is missing \(.*\).\nRun `pip install {package}`.$",
+    ):
         open_folder(url)
 
 
@@ -200,7 +235,10 @@ def test_the_hub_offline_is_told_at_once() -> None:
     assert str(folder) == "hf://datasets/someone/cache/sub"
     assert folder.root == "datasets/someone/cache/sub"
     started = time.monotonic()
-    with pytest.raises(StorageError, match="^cannot look for hf://datasets/someone/cache/sub/format.json: .*\nHF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        StorageError,
+        match="^cannot look for hf://datasets/someone/cache/sub/format.json: .*\nHF_HUB_OFFLINE is set",
+    ):
         folder.exists("format.json")
     assert time.monotonic() - started < 0.4, "nothing is tried again"
 
@@ -208,7 +246,9 @@ def test_the_hub_offline_is_told_at_once() -> None:
 # -- URLs and names -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("url", ["s3://bucket", "s3://bucket/", "s3://bucket/a cache//", "s3a://bucket/x/y/", "s3://bucket/ä%20+"])
+@pytest.mark.parametrize(
+    "url", ["s3://bucket", "s3://bucket/", "s3://bucket/a cache//", "s3a://bucket/x/y/", "s3://bucket/ä%20+"]
+)
 def test_every_spelling_of_a_url_holds_a_cache(s3: Proxy, url: str) -> None:
     fill(url)
     cache = open_cache(url)
@@ -218,7 +258,8 @@ def test_every_spelling_of_a_url_holds_a_cache(s3: Proxy, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "problem"), [("s3://", "names no bucket"), ("hf://", "names no repository"), ("s3://bucket/a?version=1", "no query")]
+    ("url", "problem"),
+    [("s3://", "names no bucket"), ("hf://", "names no repository"), ("s3://bucket/a?version=1", "no query")],
 )
 def test_a_url_that_cannot_be_a_folder_is_refused(url: str, problem: str) -> None:
     with pytest.raises(OptionError, match=problem):
@@ -343,13 +384,17 @@ def test_a_file_damaged_in_the_store_is_told_and_not_kept(s3: Proxy, tmp_path: P
     with pytest.raises(CorruptShardError, match="do not hash to its name"):
         folder.open_parquet(name)
     assert not any(folder._parts.folder.iterdir())
-    assert folder.read(name) == flip(content, 17), "what is read is what the store has, so that verify sees it"
+    assert folder.read(name) == flip(content, 17), (
+        "what is read is what the store has, so that verify sees it"
+    )
 
 
 def test_a_put_that_arrives_cut_short_is_told(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = open_folder(CACHE)
     send = folder.filesystem.pipe_file
-    monkeypatch.setattr(folder.filesystem, "pipe_file", lambda path, content, **options: send(path, content[:-1], **options))
+    monkeypatch.setattr(
+        folder.filesystem, "pipe_file", lambda path, content, **options: send(path, content[:-1], **options)
+    )
     with pytest.raises(StorageError, match="7 bytes were sent, the store holds 6"):
         folder.publish("a.json", b"content")
 

@@ -15,7 +15,11 @@ REMOTE = "s3://bucket/runs/cache"
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in json.loads(line)]
+    return [
+        json.loads(line)["loss"]
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+        if "loss" in json.loads(line)
+    ]
 
 
 def bad_network() -> list[Fault]:
@@ -28,7 +32,9 @@ def bad_network() -> list[Fault]:
     ]
 
 
-def test_a_remote_cache_trains_as_a_local_one(s3: Proxy, model_folder: str, data_file: str, tmp_path: Path) -> None:
+def test_a_remote_cache_trains_as_a_local_one(
+    s3: Proxy, model_folder: str, data_file: str, tmp_path: Path
+) -> None:
     local = str(tmp_path / "cache")
     dpo_cache.precompute(model_folder, data_file, local)
     s3.plan += bad_network()
@@ -47,7 +53,10 @@ def test_a_run_whose_store_fails_in_the_middle_is_taken_up(
     s3: Proxy, model_folder: str, data_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precomputing, "FLUSH_S", 0.0)  # a shard a chunk
-    s3.plan += [Fault("none", "PUT", "scores", times=2), Fault("error", "PUT", "scores", times=99, status=403, code="AccessDenied")]
+    s3.plan += [
+        Fault("none", "PUT", "scores", times=2),
+        Fault("error", "PUT", "scores", times=99, status=403, code="AccessDenied"),
+    ]
     with pytest.raises(StorageError, match="AccessDenied"):
         dpo_cache.precompute(model_folder, data_file, REMOTE, budget_tokens="64")
     s3.plan.clear()
@@ -57,5 +66,8 @@ def test_a_run_whose_store_fails_in_the_middle_is_taken_up(
     assert report.already_cached + report.scored_now == report.distinct_completions
     local = str(tmp_path / "cache")
     dpo_cache.precompute(model_folder, data_file, local, budget_tokens="64")
-    both = [[plain(pair)["completions"] for pair in dpo_cache.open_cache(cache).pairs("pairs")] for cache in (local, REMOTE)]
+    both = [
+        [plain(pair)["completions"] for pair in dpo_cache.open_cache(cache).pairs("pairs")]
+        for cache in (local, REMOTE)
+    ]
     assert both[0] == both[1]

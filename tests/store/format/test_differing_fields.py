@@ -1,6 +1,11 @@
 from dpo_cache.store.format.differing_fields import differing_fields
 
-BASE = {"scoring": 1, "weights": "5e" * 32, "config": {"model_type": "llama", "rms_norm_eps": 1e-6}, "dtype": "float32"}
+BASE = {
+    "scoring": 1,
+    "weights": "5e" * 32,
+    "config": {"model_type": "llama", "rms_norm_eps": 1e-6},
+    "dtype": "float32",
+}
 
 
 def test_equal_identities_differ_in_nothing() -> None:
@@ -26,7 +31,9 @@ def test_each_field_is_a_line_shallow_ones_first() -> None:
 
 
 def test_an_adapter_is_a_field_like_any_other() -> None:
-    assert differing_fields({**BASE, "adapter": "aa" * 32}, {**BASE, "adapter": "bb" * 32}) == ["adapter: aaaaaaaaaaaa… and bbbbbbbbbbbb…"]
+    assert differing_fields({**BASE, "adapter": "aa" * 32}, {**BASE, "adapter": "bb" * 32}) == [
+        "adapter: aaaaaaaaaaaa… and bbbbbbbbbbbb…"
+    ]
     assert differing_fields(BASE, {**BASE, "adapter": "bb" * 32}) == ["adapter: none and bbbbbbbbbbbb…"]
 
 

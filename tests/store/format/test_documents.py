@@ -5,10 +5,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_cache.errors import CorruptShardError
-from dpo_cache.store.format.documents import canonical_json, digest_json, open_sealed, parse_document, seal_document
+from dpo_cache.store.format.documents import (
+    canonical_json,
+    digest_json,
+    open_sealed,
+    parse_document,
+    seal_document,
+)
 from tests.store.conftest import flip
 
-DOCUMENT = {"rows": 12, "rate": 1e-06, "name": "répertoire \u0001", "parts": [{"file": "a", "ok": True}, None], "nested": {"": -0.5}}
+DOCUMENT = {
+    "rows": 12,
+    "rate": 1e-06,
+    "name": "répertoire \u0001",
+    "parts": [{"file": "a", "ok": True}, None],
+    "nested": {"": -0.5},
+}
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 values = st.recursive(
@@ -35,7 +47,8 @@ def test_the_order_of_members_changes_neither_seal_nor_digest(document: dict) ->
 
 def test_a_sealed_document_has_one_spelling_on_disk() -> None:
     assert seal_document({"b": [1], "a": "é"}).decode() == (
-        '{\n  "a": "é",\n  "b": [\n    1\n  ],\n  "sha256": "fe44b490e297c0523c2a1ce591fc7b3b064b5ad3f2ac4634523685392680de5d"\n}\n'
+        '{\n  "a": "é",\n  "b": [\n    1\n  ],\n'
+        '  "sha256": "fe44b490e297c0523c2a1ce591fc7b3b064b5ad3f2ac4634523685392680de5d"\n}\n'
     )
 
 

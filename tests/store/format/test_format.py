@@ -1,4 +1,5 @@
-"""A reader of the golden caches written from docs/format.md alone, and other programs on them. Nothing here imports dpo_cache.
+"""A reader of the golden caches written from docs/format.md alone, and other programs on them. Nothing here
+imports dpo_cache.
 
 (The fixtures that every test file shares do; none is used.)
 """
@@ -32,8 +33,18 @@ def canonical(value: Any) -> str:
         return "[" + ",".join(map(canonical, value)) + "]"
     if isinstance(value, str):
         escapes = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-        return '"' + "".join(escapes.get(letter, f"\\u{ord(letter):04x}" if letter < " " else letter) for letter in value) + '"'
-    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else repr(value)
+        return (
+            '"'
+            + "".join(
+                escapes.get(letter, f"\\u{ord(letter):04x}" if letter < " " else letter) for letter in value
+            )
+            + '"'
+        )
+    return (
+        {True: "true", False: "false", None: "null"}[value]
+        if value is None or isinstance(value, bool)
+        else repr(value)
+    )
 
 
 def indented(value: Any, level: int = 0) -> str:
@@ -98,7 +109,9 @@ def test_a_reader_from_the_page_alone_finds_every_key_seal_and_id_right(root: Pa
     scores = read_scores(root)
     assert len(scores) == 3
     for row in read_pairs(root):
-        rejected_prompt = row["prompt_ids"] if row["rejected_prompt_ids"] is None else row["rejected_prompt_ids"]
+        rejected_prompt = (
+            row["prompt_ids"] if row["rejected_prompt_ids"] is None else row["rejected_prompt_ids"]
+        )
         for side, prompt in (("chosen", row["prompt_ids"]), ("rejected", rejected_prompt)):
             assert row[f"{side}_key"] == completion_key(prompt, row[f"{side}_ids"])
             assert row[f"ref_{side}_token_logps"] == scores[row[f"{side}_key"]]

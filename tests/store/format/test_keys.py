@@ -13,7 +13,9 @@ GOLDEN_KEYS = {
 
 
 @pytest.mark.parametrize(("hex_key", "completion"), GOLDEN_KEYS.items())
-def test_the_keys_of_fixed_completions_never_change(hex_key: str, completion: tuple[list[int], list[int]]) -> None:
+def test_the_keys_of_fixed_completions_never_change(
+    hex_key: str, completion: tuple[list[int], list[int]]
+) -> None:
     prompt, answer = completion
     assert completion_key(Completion(ids(*prompt), ids(*answer))).hex() == hex_key
 
@@ -25,12 +27,18 @@ def test_the_prompt_boundary_changes_the_key() -> None:
 
 
 def test_the_order_of_the_ids_changes_the_key() -> None:
-    keys = {completion_key(Completion(ids(*prompt), ids(*answer))) for prompt in ([1, 2], [2, 1]) for answer in ([3, 4], [4, 3])}
+    keys = {
+        completion_key(Completion(ids(*prompt), ids(*answer)))
+        for prompt in ([1, 2], [2, 1])
+        for answer in ([3, 4], [4, 3])
+    }
     assert len(keys) == 4
 
 
 def test_swapping_prompt_and_answer_changes_the_key() -> None:
-    assert completion_key(Completion(ids(1, 2), ids(3, 4))) != completion_key(Completion(ids(3, 4), ids(1, 2)))
+    assert completion_key(Completion(ids(1, 2), ids(3, 4))) != completion_key(
+        Completion(ids(3, 4), ids(1, 2))
+    )
 
 
 @pytest.mark.parametrize("dtype", ["<u4", ">u4", "int32", "int64", "uint16"])

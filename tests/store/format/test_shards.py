@@ -12,13 +12,23 @@ from hypothesis import strategies as st
 from dpo_cache.errors import CacheError, CorruptShardError, DpoCacheError, NotInCacheError
 from dpo_cache.store import ScoreIndex
 from dpo_cache.store.folders.folder import LocalFolder
-from dpo_cache.store.format.shards import KEY, SHARD_SCHEMA, decode_shard, encode_shard, name_by_content, read_parquet, write_parquet
+from dpo_cache.store.format.shards import (
+    KEY,
+    SHARD_SCHEMA,
+    decode_shard,
+    encode_shard,
+    name_by_content,
+    read_parquet,
+    write_parquet,
+)
 from dpo_cache.types import Score
 from tests.store.conftest import flip, key, make_scores, score
 
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
 scores = st.lists(float32s, min_size=1, max_size=9).map(lambda values: score(*values))
-shards = st.dictionaries(st.binary(min_size=16, max_size=16), scores, min_size=1, max_size=8).map(lambda by_key: list(by_key.items()))
+shards = st.dictionaries(st.binary(min_size=16, max_size=16), scores, min_size=1, max_size=8).map(
+    lambda by_key: list(by_key.items())
+)
 
 
 @given(shards)
@@ -37,8 +47,12 @@ def test_what_is_written_is_read_back_exactly(shard: list[tuple[bytes, Score]]) 
 @settings(deadline=None, max_examples=30)
 def test_the_stored_sum_is_the_sum_of_the_token_logps(shard: list[tuple[bytes, Score]]) -> None:
     table = read_parquet(encode_shard(shard), SHARD_SCHEMA, "there")
-    for logps, num_tokens, token_logps in zip(*(table.column(name).to_pylist() for name in ("logps", "num_tokens", "token_logps")), strict=True):
-        assert math.isclose(logps, math.fsum(token_logps), rel_tol=1e-12, abs_tol=1e-12 * math.fsum(map(abs, token_logps)))
+    for logps, num_tokens, token_logps in zip(
+        *(table.column(name).to_pylist() for name in ("logps", "num_tokens", "token_logps")), strict=True
+    ):
+        assert math.isclose(
+            logps, math.fsum(token_logps), rel_tol=1e-12, abs_tol=1e-12 * math.fsum(map(abs, token_logps))
+        )
         assert num_tokens == len(token_logps)
 
 
@@ -49,14 +63,18 @@ def test_the_same_scores_make_the_same_file() -> None:
 @pytest.mark.parametrize("values", [[], [float("nan")], [-1.0, float("-inf")], [float("inf"), -1.0]])
 def test_a_score_that_is_empty_or_not_finite_is_not_written(folder: LocalFolder, values: list[float]) -> None:
     index = ScoreIndex(folder, "scores")
-    with pytest.raises(ValueError, match=f"^completion {key(7).hex()}: token log-probs are empty or not finite$"):
+    with pytest.raises(
+        ValueError, match=f"^completion {key(7).hex()}: token log-probs are empty or not finite$"
+    ):
         index.publish([*make_scores(range(3)), (key(7), score(*values))])
     assert folder.names("scores") == []
     assert len(index) == 0
 
 
 def shard_of(num_tokens: int, logps: float, token_logps: list[float]) -> bytes:
-    return write_parquet(pa.table([[key(1)], [num_tokens], [logps], [token_logps]], schema=SHARD_SCHEMA), row_group_size=1)
+    return write_parquet(
+        pa.table([[key(1)], [num_tokens], [logps], [token_logps]], schema=SHARD_SCHEMA), row_group_size=1
+    )
 
 
 def test_a_shard_built_by_hand_is_read() -> None:
@@ -66,7 +84,11 @@ def test_a_shard_built_by_hand_is_read() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [shard_of(3, -3.5, [-1.5, -2.0]), shard_of(2, -3.25, [-1.5, -2.0]), shard_of(1, float("nan"), [float("nan")])],
+    [
+        shard_of(3, -3.5, [-1.5, -2.0]),
+        shard_of(2, -3.25, [-1.5, -2.0]),
+        shard_of(1, float("nan"), [float("nan")]),
+    ],
     ids=["count", "sum", "nan"],
 )
 def test_columns_that_disagree_are_refused(content: bytes) -> None:
@@ -74,7 +96,11 @@ def test_columns_that_disagree_are_refused(content: bytes) -> None:
         decode_shard(content, "there")
 
 
-@pytest.mark.parametrize("content", [shard_of(2, float("-inf"), [-1.5, float("-inf")]), shard_of(0, 0.0, [])], ids=["infinite", "empty"])
+@pytest.mark.parametrize(
+    "content",
+    [shard_of(2, float("-inf"), [-1.5, float("-inf")]), shard_of(0, 0.0, [])],
+    ids=["infinite", "empty"],
+)
 def test_scores_that_would_not_be_written_are_refused_when_read(content: bytes) -> None:
     with pytest.raises(CorruptShardError):
         decode_shard(content, "there")
@@ -85,7 +111,9 @@ def with_double_tokens(table: pa.Table) -> pa.Table:
 
 
 def with_another_key_width(table: pa.Table) -> pa.Table:
-    return table.set_column(0, pa.field("key", pa.binary(), nullable=False), table.column("key").cast(pa.binary()))
+    return table.set_column(
+        0, pa.field("key", pa.binary(), nullable=False), table.column("key").cast(pa.binary())
+    )
 
 
 def with_a_nullable_column(table: pa.Table) -> pa.Table:
@@ -117,7 +145,9 @@ WRONG_COLUMNS: dict[str, Callable[[pa.Table], pa.Table]] = {
 def rewrite(change: Callable[[pa.Table], pa.Table]) -> bytes:
     table = change(read_parquet(encode_shard(make_scores(range(5))), SHARD_SCHEMA, "there"))
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, use_dictionary=False, compression="none", write_page_checksum=True, row_group_size=2)
+    pq.write_table(
+        table, sink, use_dictionary=False, compression="none", write_page_checksum=True, row_group_size=2
+    )
     return sink.getvalue().to_pybytes()
 
 
@@ -137,7 +167,9 @@ def test_other_columns_are_refused(folder: LocalFolder, change: Callable[[pa.Tab
         ScoreIndex(folder, "scores")
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1", b"not Parquet at all", b"PAR1" * 5], ids=["empty", "magic", "text", "magics"])
+@pytest.mark.parametrize(
+    "content", [b"", b"PAR1", b"not Parquet at all", b"PAR1" * 5], ids=["empty", "magic", "text", "magics"]
+)
 def test_what_is_no_parquet_file_is_refused(content: bytes) -> None:
     with pytest.raises(CorruptShardError, match=r"^there: not readable as Parquet \("):
         decode_shard(content, "there")
@@ -177,24 +209,39 @@ def error_of_reading(folder: LocalFolder, content: bytes) -> type[DpoCacheError]
 
 
 @pytest.fixture(scope="module")
-def errors_by_flip(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], type[DpoCacheError] | None]:
-    """The error that each flip meets: the first and last 64 bytes with three masks, 300 positions between them with one."""
+def errors_by_flip(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[tuple[int, int], type[DpoCacheError] | None]:
+    """The error that each flip meets: the first and last 64 bytes with three masks, 300 positions between
+    them with one.
+    """
     folder = LocalFolder(tmp_path_factory.mktemp("flipped"))
     folder.publish(f"scores/{name_by_content(SMALL_SHARD)}", SMALL_SHARD)
     assert error_of_reading(folder, SMALL_SHARD) is None
     ends = [*range(64), *range(len(SMALL_SHARD) - 64, len(SMALL_SHARD))]
     middle = random.Random(0).sample(range(64, len(SMALL_SHARD) - 64), 300)
-    flips = [(position, mask) for position in ends for mask in (0x01, 0x20, 0x80)] + [(position, 0x01) for position in middle]
-    return {(position, mask): error_of_reading(folder, flip(SMALL_SHARD, position, mask)) for position, mask in flips}
+    flips = [(position, mask) for position in ends for mask in (0x01, 0x20, 0x80)] + [
+        (position, 0x01) for position in middle
+    ]
+    return {
+        (position, mask): error_of_reading(folder, flip(SMALL_SHARD, position, mask))
+        for position, mask in flips
+    }
 
 
-def test_no_flipped_byte_goes_unseen(errors_by_flip: dict[tuple[int, int], type[DpoCacheError] | None]) -> None:
-    unseen = [place for place, error in errors_by_flip.items() if error is None or not issubclass(error, CacheError)]
+def test_no_flipped_byte_goes_unseen(
+    errors_by_flip: dict[tuple[int, int], type[DpoCacheError] | None],
+) -> None:
+    unseen = [
+        place for place, error in errors_by_flip.items() if error is None or not issubclass(error, CacheError)
+    ]
     assert len(errors_by_flip) == 684
     assert not unseen
 
 
-def test_every_flipped_byte_is_told_as_damage(errors_by_flip: dict[tuple[int, int], type[DpoCacheError] | None]) -> None:
+def test_every_flipped_byte_is_told_as_damage(
+    errors_by_flip: dict[tuple[int, int], type[DpoCacheError] | None],
+) -> None:
     taken_as_missing = [place for place, error in errors_by_flip.items() if error is NotInCacheError]
     assert not taken_as_missing
 

@@ -36,15 +36,28 @@ for number in range(200):
 def fill(location: str | Path, *, pairs: int = 5, references: int = 2, name: str = "pairs") -> list[str]:
     """References with two shards each, and a pair set under the first; returns the references' ids."""
     cache = open_cache(location, create=True)
-    ids = [cache.publish_reference({"weights": str(number)}, {"model": "tiny"}) for number in range(references)]
+    ids = [
+        cache.publish_reference({"weights": str(number)}, {"model": "tiny"}) for number in range(references)
+    ]
     for number, reference in enumerate(ids):
         for first in (0, 10):
-            cache.scores(reference).publish(make_scores(range(100 * number + first, 100 * number + first + 10)))
+            cache.scores(reference).publish(
+                make_scores(range(100 * number + first, 100 * number + first + 10))
+            )
     writer = cache.write_pairs(name, "train")
     for first in range(0, pairs, 2):
         writer.add(make_pairs(min(2, pairs - first), first))
         writer._write_part()
-    writer.finish({"name": name, "split": "train", "reference": ids[0], "pairs_digest": digest_json(pairs), "source": {}, "tokenization": {}})
+    writer.finish(
+        {
+            "name": name,
+            "split": "train",
+            "reference": ids[0],
+            "pairs_digest": digest_json(pairs),
+            "source": {},
+            "tokenization": {},
+        }
+    )
     return ids
 
 
@@ -103,7 +116,10 @@ def test_files_go_in_the_order_of_what_refers_to_what(s3: Proxy, tmp_path: Path)
 @pytest.mark.parametrize("puts", range(11))
 def test_a_push_that_dies_anywhere_goes_on_where_it_was(s3: Proxy, tmp_path: Path, puts: int) -> None:
     fill(tmp_path / "here")
-    s3.plan += [Fault("none", "PUT", times=puts), Fault("error", "PUT", times=99, status=403, code="AccessDenied")]
+    s3.plan += [
+        Fault("none", "PUT", times=puts),
+        Fault("error", "PUT", times=99, status=403, code="AccessDenied"),
+    ]
     with pytest.raises(StorageError, match="AccessDenied"):
         copy(tmp_path / "here", REMOTE)
     s3.plan.clear()
@@ -116,7 +132,10 @@ def test_a_push_that_dies_anywhere_goes_on_where_it_was(s3: Proxy, tmp_path: Pat
 
 def test_a_copy_outlives_a_bad_network(s3: Proxy, tmp_path: Path) -> None:
     fill(tmp_path / "here")
-    s3.plan += [Fault("reset", "PUT", "scores", times=2), Fault("error", "PUT", "pairs", times=3, status=503, code="SlowDown")]
+    s3.plan += [
+        Fault("reset", "PUT", "scores", times=2),
+        Fault("error", "PUT", "pairs", times=3, status=503, code="SlowDown"),
+    ]
     copy(tmp_path / "here", REMOTE)
     s3.plan[:] = [Fault("cut", "GET", ".parquet", times=3), Fault("error", "GET", "list-type", times=2)]
     copy(REMOTE, tmp_path / "there")
@@ -128,7 +147,9 @@ def test_some_of_a_cache_can_be_copied(s3: Proxy, tmp_path: Path) -> None:
     first, second = fill(REMOTE)
     report = copy(REMOTE, tmp_path / "pairs", pairs=["pairs"])
     cache = open_cache(tmp_path / "pairs")
-    assert [plain(pair) for pair in cache.pairs("pairs")] == [plain(pair) for pair in open_cache(REMOTE).pairs("pairs/train")]
+    assert [plain(pair) for pair in cache.pairs("pairs")] == [
+        plain(pair) for pair in open_cache(REMOTE).pairs("pairs/train")
+    ]
     assert cache.references() == [first] and not len(cache.scores(first))
     assert report.scored_references == []
     copy(REMOTE, tmp_path / "scores", references=[second[:8]])
@@ -151,7 +172,10 @@ def test_a_pair_set_with_other_content_is_replaced_only_when_asked(s3: Proxy, tm
     fill(tmp_path / "here", pairs=5)
     fill(REMOTE, pairs=3)
     s3.seen.clear()
-    with pytest.raises(CacheError, match=r"^s3://bucket/cache: pairs/train is there already with other content.\nGive --replace "):
+    with pytest.raises(
+        CacheError,
+        match=r"^s3://bucket/cache: pairs/train is there already with other content.\nGive --replace ",
+    ):
         copy(tmp_path / "here", REMOTE)
     assert s3.count("PUT") == 0
     copy(tmp_path / "here", REMOTE, replace=True)
@@ -187,7 +211,15 @@ def test_a_shard_that_is_compacted_while_it_is_pulled(s3: Proxy, tmp_path: Path)
     for name in old:
         cache.folder.remove(f"{place}/{name}")
     cache.folder._own.clear()  # type: ignore[union-attr]  # as another process would see it
-    s3.plan.append(Fault("stale", "GET", "list-type=2&prefix=cache%2Freferences%2F" + first, times=1, hidden=f"cache/{place}/{old[0]}"))
+    s3.plan.append(
+        Fault(
+            "stale",
+            "GET",
+            "list-type=2&prefix=cache%2Freferences%2F" + first,
+            times=1,
+            hidden=f"cache/{place}/{old[0]}",
+        )
+    )
     copy(REMOTE, tmp_path / "there")
     assert s3.hit["stale"] == 1
     assert contents(tmp_path / "there") == contents(REMOTE)
@@ -198,13 +230,19 @@ def test_progress_ends_at_the_whole(s3: Proxy, tmp_path: Path) -> None:
     seen: list[TransferProgress] = []
     report = copy(tmp_path / "here", REMOTE, on_progress=seen.append)
     last = seen[-1]
-    assert (last.num_files, last.num_bytes) == (last.total_files, last.total_bytes) == (report.files_sent, report.bytes_sent)
+    assert (
+        (last.num_files, last.num_bytes)
+        == (last.total_files, last.total_bytes)
+        == (report.files_sent, report.bytes_sent)
+    )
     assert [entry.num_files for entry in seen] == list(range(1, 12))
     assert last.seconds_left == 0 and last.bytes_per_s > 0
 
 
 def test_a_writer_killed_between_puts_leaves_whole_shards(s3: Proxy) -> None:
-    writer = subprocess.Popen([sys.executable, "-c", WRITER], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     deadline = time.monotonic() + 60
     while s3.count("PUT", "/scores/") < 5 and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -217,7 +255,9 @@ def test_a_writer_killed_between_puts_leaves_whole_shards(s3: Proxy) -> None:
     assert 4 <= len(shards) < 200
     assert len(index) == 10 * len(shards)
     keys = [key for key, _ in make_scores(range(len(index)))]
-    assert [score.logps for score in index.fetch(keys)] == [score.logps for _, score in make_scores(range(len(index)))]
+    assert [score.logps for score in index.fetch(keys)] == [
+        score.logps for _, score in make_scores(range(len(index)))
+    ]
 
 
 @pytest.mark.parametrize("options", [PullOptions, PushOptions])
@@ -225,18 +265,28 @@ def test_the_ends_are_a_url_and_a_folder(options: type) -> None:
     options(remote="s3://bucket/cache", local="file:///folder")
     with pytest.raises(OptionError, match="^LOCAL s3://b: expected a folder.\nMind the order"):
         options(remote="s3://a", local="s3://b")
-    with pytest.raises(OptionError, match="^REMOTE /a: expected a URL .*\nBetween two folders use `dpo-cache merge`"):
+    with pytest.raises(
+        OptionError, match="^REMOTE /a: expected a URL .*\nBetween two folders use `dpo-cache merge`"
+    ):
         options(remote="file:///a", local="/b")
 
 
-def test_the_commands_say_what_was_copied_and_what_is_next(s3: Proxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_say_what_was_copied_and_what_is_next(
+    s3: Proxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = fill(tmp_path / "here")
     app(["push", str(tmp_path / "here"), REMOTE], standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path}/here -> {REMOTE}"
-    assert lines[2].split() == ["references", *f"{', '.join(entry[:12] for entry in sorted([first, second]))}".split()]
+    assert lines[2].split() == [
+        "references",
+        *f"{', '.join(entry[:12] for entry in sorted([first, second]))}".split(),
+    ]
     assert lines[3].split()[:3] == ["sent", "11", "files,"]
-    assert lines[-2:] == [f"{REMOTE} holds the copy. Next, on another machine:", f"  dpo-cache pull {REMOTE} LOCAL"]
+    assert lines[-2:] == [
+        f"{REMOTE} holds the copy. Next, on another machine:",
+        f"  dpo-cache pull {REMOTE} LOCAL",
+    ]
     app(["pull", REMOTE, str(tmp_path / "there"), "--pairs", "pairs/train"], standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
     assert "(without its scores)" in lines[2]

@@ -18,7 +18,17 @@ from dpo_cache.store.upkeep.diff import diff_caches
 from dpo_cache.store.upkeep.merge import merge_caches
 from dpo_cache.store.upkeep.verify import verify_cache
 from dpo_cache.types import Pair, Score, ScoredPair
-from tests.store.caches import PROVENANCE, SOURCE, TOKENIZATION, add_pairs, add_reference, add_scores, completion, contents, make_cache
+from tests.store.caches import (
+    PROVENANCE,
+    SOURCE,
+    TOKENIZATION,
+    add_pairs,
+    add_reference,
+    add_scores,
+    completion,
+    contents,
+    make_cache,
+)
 from tests.store.conftest import flip_file
 
 numbers = st.integers(0, 12)
@@ -41,7 +51,12 @@ def build(root: Path, recipe: list, where: str) -> Path:
         for shard in shards:
             add_scores(cache, reference, shard)
         if pairs:
-            add_pairs(cache, reference, pairs, name=f"{weights}-{'-'.join(f'{one}.{other}' for one, other in pairs)}")
+            add_pairs(
+                cache,
+                reference,
+                pairs,
+                name=f"{weights}-{'-'.join(f'{one}.{other}' for one, other in pairs)}",
+            )
     return root
 
 
@@ -49,7 +64,10 @@ def build(root: Path, recipe: list, where: str) -> Path:
 @settings(max_examples=20, deadline=None)
 def test_any_order_gives_the_same_files_and_a_second_merge_none(recipes: list) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        sources = [build(Path(folder, f"source{index}"), recipe, f"example/{index}") for index, recipe in enumerate(recipes)]
+        sources = [
+            build(Path(folder, f"source{index}"), recipe, f"example/{index}")
+            for index, recipe in enumerate(recipes)
+        ]
         results = []
         for index, order in enumerate(itertools.permutations(sources)):
             merge_caches(order, Path(folder, f"all{index}"))
@@ -60,7 +78,9 @@ def test_any_order_gives_the_same_files_and_a_second_merge_none(recipes: list) -
         one_by_one = Path(folder, "one-by-one")
         for source in sources:
             merge_caches([source], one_by_one)
-        assert contents(one_by_one).keys() == results[0].keys()  # whose provenance came first may differ, nothing else
+        assert (
+            contents(one_by_one).keys() == results[0].keys()
+        )  # whose provenance came first may differ, nothing else
         if any(recipes):
             assert verify_cache(one_by_one).is_whole
             assert diff_caches(one_by_one, Path(folder, "all0")).is_equal
@@ -68,14 +88,24 @@ def test_any_order_gives_the_same_files_and_a_second_merge_none(recipes: list) -
 
 def test_every_digest_is_checked_on_the_way(tmp_path: Path) -> None:
     make_cache(tmp_path / "a")
-    patterns = ("references/*/reference.json", "references/*/scores/*.parquet", "pairs/demo/train/manifest.json", "pairs/demo/train/*.parquet")
+    patterns = (
+        "references/*/reference.json",
+        "references/*/scores/*.parquet",
+        "pairs/demo/train/manifest.json",
+        "pairs/demo/train/*.parquet",
+    )
     for number, pattern in enumerate(patterns):
         shutil.copytree(tmp_path / "a", tmp_path / f"bad{number}")
         flip_file(next((tmp_path / f"bad{number}").glob(pattern)), 60)
         with pytest.raises(CorruptShardError):
             merge_caches([tmp_path / f"bad{number}"], tmp_path / f"all{number}")
-        merge_caches([tmp_path / "a"], tmp_path / f"all{number}")  # what was copied before is of use, and the rest follows
-        assert diff_caches(tmp_path / "a", tmp_path / f"all{number}").is_equal and verify_cache(tmp_path / f"all{number}").is_whole
+        merge_caches(
+            [tmp_path / "a"], tmp_path / f"all{number}"
+        )  # what was copied before is of use, and the rest follows
+        assert (
+            diff_caches(tmp_path / "a", tmp_path / f"all{number}").is_equal
+            and verify_cache(tmp_path / f"all{number}").is_whole
+        )
 
 
 def test_the_same_pairs_scored_twice_are_one_pair_set(tmp_path: Path) -> None:
@@ -123,24 +153,36 @@ def test_prefer_takes_one(conflict: tuple[Path, Path]) -> None:
 
 
 def test_prefer_dest_cannot_choose_between_sources(conflict: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="nothing was copied(.|\n)*The destination has none to prefer: keep all with --rename, or the last source's"):
+    with pytest.raises(
+        CacheError,
+        match="nothing was copied(.|\n"
+        ")*The destination has none to prefer: keep all with --rename, or the last source's",
+    ):
         merge_caches(conflict, tmp_path / "all", prefer="dest")
 
 
-def test_rename_keeps_all_and_is_order_free_and_idempotent(conflict: tuple[Path, Path], tmp_path: Path) -> None:
+def test_rename_keeps_all_and_is_order_free_and_idempotent(
+    conflict: tuple[Path, Path], tmp_path: Path
+) -> None:
     merge_caches(conflict, tmp_path / "one", rename=True)
     merge_caches(conflict[::-1], tmp_path / "other", rename=True)
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
     assert merge_caches(conflict, tmp_path / "one", rename=True).copied_files == 0
     names = Cache(tmp_path / "one").pair_sets()
-    assert len(names) == 2 and all(name.startswith("demo-") for name in names) and verify_cache(tmp_path / "one").is_whole
+    assert (
+        len(names) == 2
+        and all(name.startswith("demo-") for name in names)
+        and verify_cache(tmp_path / "one").is_whole
+    )
     report = merge_caches([conflict[1]], conflict[0], rename=True)
     assert "demo/train" in Cache(conflict[0]).pair_sets() and len(report.renamed) == 1
 
 
 def test_the_destinations_provenance_stays(tmp_path: Path) -> None:
     for name in "ab":
-        add_reference(open_cache(tmp_path / name, create=True), provenance={**PROVENANCE, "model": f"/models/{name}"})
+        add_reference(
+            open_cache(tmp_path / name, create=True), provenance={**PROVENANCE, "model": f"/models/{name}"}
+        )
     merge_caches([tmp_path / "b"], tmp_path / "a")
     cache = Cache(tmp_path / "a")
     assert cache.read_reference(cache.references()[0])["provenance"]["model"] == "/models/a"
@@ -151,7 +193,10 @@ def test_urls_are_caches_too(tmp_path: Path) -> None:
     try:
         merge_caches([tmp_path / "a"], "memory://union-test")
         merge_caches(["memory://union-test"], tmp_path / "b")
-        assert contents(tmp_path / "a") == contents(tmp_path / "b") and diff_caches(tmp_path / "a", "memory://union-test").is_equal
+        assert (
+            contents(tmp_path / "a") == contents(tmp_path / "b")
+            and diff_caches(tmp_path / "a", "memory://union-test").is_equal
+        )
     finally:
         fsspec.filesystem("memory").rm("/union-test", recursive=True)
 
@@ -207,11 +252,21 @@ def test_pair_sets_that_differ_say_in_what(tmp_path: Path) -> None:
     other = make_cache(tmp_path / "b", pairs=())
     reference = one.references()[0]
     details = {
-        "tokenization": {"tokenizer": "example/tiny", "chat_template": None, "max_length": 32, "truncation": "drop", "max_prompt_length": None}
+        "tokenization": {
+            "tokenizer": "example/tiny",
+            "chat_template": None,
+            "max_length": 32,
+            "truncation": "drop",
+            "max_prompt_length": None,
+        }
     }
     add_pairs(other, reference, [(0, 1)], **details)
     (lines,) = diff_caches(tmp_path / "a", tmp_path / "b").pair_sets.values()
-    assert {"num_pairs: 2 and 1", "tokenization.max_length: 64 and 32", "tokenization.truncation: keep-start and drop"} <= set(lines)
+    assert {
+        "num_pairs: 2 and 1",
+        "tokenization.max_length: 64 and 32",
+        "tokenization.truncation: keep-start and drop",
+    } <= set(lines)
 
 
 def test_pair_sets_of_other_values_say_so(tmp_path: Path) -> None:
@@ -227,11 +282,27 @@ def test_imported_sums_have_no_values_to_differ_in(tmp_path: Path, monkeypatch: 
     for name, part_pairs in (("a", 8192), ("b", 2)):
         monkeypatch.setattr(pairs_module, "PART_PAIRS", part_pairs)
         cache = open_cache(tmp_path / name, create=True)
-        reference = cache.publish_reference({"imported": "x", "dtype": None, "values": "0" * 64}, {"model": None})
+        reference = cache.publish_reference(
+            {"imported": "x", "dtype": None, "values": "0" * 64}, {"model": None}
+        )
         writer = cache.write_pairs("sums", "train")
         sums = Score(np.empty(0, np.float32), -1.5)
-        writer.add([ScoredPair(Pair(row, completion(2 * row), completion(2 * row + 1)), sums, sums) for row in range(3)])
+        writer.add(
+            [
+                ScoredPair(Pair(row, completion(2 * row), completion(2 * row + 1)), sums, sums)
+                for row in range(3)
+            ]
+        )
         details = {"pairs_digest": "0" * 64, "source": SOURCE, "tokenization": TOKENIZATION}
-        writer.finish({"name": "sums", "split": "train", "reference": reference, "imported": True, "token_logps": False, **details})
+        writer.finish(
+            {
+                "name": "sums",
+                "split": "train",
+                "reference": reference,
+                "imported": True,
+                "token_logps": False,
+                **details,
+            }
+        )
     assert len(open_cache(tmp_path / "b").pairs("sums").manifest["parts"]) == 2
     assert diff_caches(tmp_path / "a", tmp_path / "b").is_equal

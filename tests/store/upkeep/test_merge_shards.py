@@ -29,7 +29,12 @@ def compact(folder: LocalFolder, names: Sequence[str], place: str = "merged", **
 
 
 def keys_in(folder: LocalFolder, names: Sequence[str], place: str = "merged") -> list[bytes]:
-    return [value for name in names for table in read_shard(folder, place, name) for value in table.column("key").to_pylist()]
+    return [
+        value
+        for name in names
+        for table in read_shard(folder, place, name)
+        for value in table.column("key").to_pylist()
+    ]
 
 
 @pytest.fixture
@@ -48,20 +53,29 @@ def test_merged_shards_hold_every_completion_once_in_key_order(folder: LocalFold
     index = ScoreIndex(folder, "merged")
     wanted = make_scores(range(200))
     found = index.fetch([name for name, _ in wanted])
-    assert [values.token_logps.tolist() for values in found] == [values.token_logps.tolist() for _, values in wanted]
+    assert [values.token_logps.tolist() for values in found] == [
+        values.token_logps.tolist() for _, values in wanted
+    ]
 
 
 def test_what_is_compact_compacts_to_itself(folder: LocalFolder, small: None) -> None:
     names = publish(folder, range(90, 30, -1), range(50))
     merged = compact(folder, names, shard_bytes=900)
-    again = list(write_sorted_shards(folder, "merged", merge_shards(folder, "merged", merged[::-1]), shard_bytes=900))
+    again = list(
+        write_sorted_shards(folder, "merged", merge_shards(folder, "merged", merged[::-1]), shard_bytes=900)
+    )
     assert again == merged
     assert folder.names("merged") == sorted(merged)
 
 
-@given(st.lists(st.lists(st.integers(0, 60), unique=True, min_size=1), min_size=1, max_size=6), st.integers(60, 900))
+@given(
+    st.lists(st.lists(st.integers(0, 60), unique=True, min_size=1), min_size=1, max_size=6),
+    st.integers(60, 900),
+)
 @settings(max_examples=40, deadline=None)
-def test_how_completions_lie_in_shards_does_not_matter(tmp_path_factory: pytest.TempPathFactory, numbers: list[list[int]], shard_bytes: int) -> None:
+def test_how_completions_lie_in_shards_does_not_matter(
+    tmp_path_factory: pytest.TempPathFactory, numbers: list[list[int]], shard_bytes: int
+) -> None:
     one, other = (LocalFolder(tmp_path_factory.mktemp("cache")) for _ in range(2))
     everything = sorted(set().union(*numbers))
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +87,10 @@ def test_how_completions_lie_in_shards_does_not_matter(tmp_path_factory: pytest.
 
 
 def test_of_a_key_in_several_runs_the_first_is_taken() -> None:
-    runs = [read_parquet(encode_shard([(key(1), score(-1.0)), (key(3), score(-value))]), SHARD_SCHEMA, "there") for value in (1.0, 2.0)]
+    runs = [
+        read_parquet(encode_shard([(key(1), score(-1.0)), (key(3), score(-value))]), SHARD_SCHEMA, "there")
+        for value in (1.0, 2.0)
+    ]
     (merged,) = merge_sorted([iter([run]) for run in runs])
     assert merged.column("logps").to_pylist() == [-1.0, -1.0]
     (merged,) = merge_sorted([iter([run]) for run in runs[::-1]])

@@ -39,7 +39,10 @@ def reference_of(cache: Cache) -> str:
 
 
 def values(cache: Cache, numbers: object) -> list[list[float]]:
-    return [score.token_logps.tolist() for score in cache.scores(reference_of(cache)).fetch([key_of(number) for number in numbers])]  # type: ignore[attr-defined]
+    return [
+        score.token_logps.tolist()
+        for score in cache.scores(reference_of(cache)).fetch([key_of(number) for number in numbers])
+    ]  # type: ignore[attr-defined]
 
 
 def shard_names(cache: Cache) -> list[str]:
@@ -63,7 +66,11 @@ def test_a_second_compact_does_nothing(cache: Cache, root: Path, monkeypatch: py
     monkeypatch.setattr(merging_module, "SHARD_BYTES", 600)
     monkeypatch.setattr(upkeep_module, "SHARD_BYTES", 600)
     monkeypatch.setattr("dpo_cache.store.format.shards.ROW_GROUP_BYTES", 200)
-    monkeypatch.setattr(upkeep_module, "write_sorted_shards", lambda *given: merging_module.write_sorted_shards(*given, shard_bytes=600))
+    monkeypatch.setattr(
+        upkeep_module,
+        "write_sorted_shards",
+        lambda *given: merging_module.write_sorted_shards(*given, shard_bytes=600),
+    )
     assert compact_reference(cache, reference_of(cache)).shards_after > 1
     before = contents(root)
     monkeypatch.setattr(upkeep_module, "merge_shards", lambda *_: pytest.fail("it merged again"))
@@ -87,7 +94,10 @@ def test_duplicates_are_dropped_and_counted(cache: Cache) -> None:
 def test_duplicates_that_disagree_stop_it_with_nothing_changed(cache: Cache, root: Path) -> None:
     add_scores(cache, reference_of(cache), [4], shift=0.5)
     before = contents(root)
-    with pytest.raises(CorruptShardError, match=r"by up to 0\.5 nats a token \(allowed 0\.001\)\.\nNothing was changed\. Run `dpo-cache verify"):
+    with pytest.raises(
+        CorruptShardError,
+        match=r"by up to 0\.5 nats a token \(allowed 0\.001\)\.\nNothing was changed\. Run `dpo-cache verify",
+    ):
         compact_reference(cache, reference_of(cache))
     assert contents(root) == before
 
@@ -102,7 +112,9 @@ def test_a_damaged_shard_stops_it_with_nothing_lost(cache: Cache, root: Path) ->
 
 
 @pytest.mark.parametrize("step", range(10))
-def test_a_crash_at_any_step_loses_nothing_and_the_next_run_ends_it(cache: Cache, root: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def test_a_crash_at_any_step_loses_nothing_and_the_next_run_ends_it(
+    cache: Cache, root: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
     expected, taken = values(cache, range(40)), 0
 
     def crash_at(name: str) -> None:
@@ -133,7 +145,9 @@ def test_a_reader_that_opened_before_finds_its_scores_afterwards(cache: Cache) -
     index = cache.scores(reference_of(cache))
     compact_reference(cache, reference_of(cache))
     found = index.fetch([key_of(number) for number in range(40)])
-    assert [score.token_logps.tolist() for score in found] == [value(number).token_logps.tolist() for number in range(40)]
+    assert [score.token_logps.tolist() for score in found] == [
+        value(number).token_logps.tolist() for number in range(40)
+    ]
 
 
 def test_a_shard_published_meanwhile_stays(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +162,9 @@ def test_a_shard_published_meanwhile_stays(cache: Cache, monkeypatch: pytest.Mon
     assert len(values(cache, range(45))) == 45
 
 
-def test_two_that_compact_at_once_lose_nothing(cache: Cache, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_that_compact_at_once_lose_nothing(
+    cache: Cache, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second lists the shards before the first removes them, and merges after it has."""
     expected = values(cache, range(40))
     spare = root.with_name("spare")
@@ -212,7 +228,10 @@ def test_a_reference_without_pair_sets_goes_unless_it_is_kept_or_young(cache: Ca
     assert find_garbage(cache) == []
     age(root)
     assert len(collect_garbage(cache)) == 3
-    assert cache.references() == [entry for entry in cache.references() if entry != lonely] and verify_cache(root).is_whole
+    assert (
+        cache.references() == [entry for entry in cache.references() if entry != lonely]
+        and verify_cache(root).is_whole
+    )
 
 
 def add_scores_of(cache: Cache, reference: str, numbers: range) -> None:
@@ -229,7 +248,9 @@ def test_scores_that_no_pair_set_holds_go_only_where_that_is_asked_for(cache: Ca
     age(root)
     assert find_garbage(cache) == []
     found = find_garbage(cache, scores=True)
-    assert len(found) == 8 and sum(entry.unused_rows is not None for entry in found) == 1  # 0 to 3 of the first shard are used
+    assert (
+        len(found) == 8 and sum(entry.unused_rows is not None for entry in found) == 1
+    )  # 0 to 3 of the first shard are used
     before = values(cache, range(4))
     collect_garbage(cache, scores=True)
     assert values(cache, range(4)) == before
@@ -244,7 +265,10 @@ def test_scratch_and_what_was_set_aside_go_after_the_grace(cache: Cache, root: P
     repair_cache(root, verify_cache(root))
     assert find_garbage(cache) == []
     age(root)
-    assert {entry.why for entry in find_garbage(cache)} == {"scratch of a writer that was killed", "set aside by verify --repair"}
+    assert {entry.why for entry in find_garbage(cache)} == {
+        "scratch of a writer that was killed",
+        "set aside by verify --repair",
+    }
     collect_garbage(cache)
     assert not scratch.exists() and cache.folder.hidden() == {}
 
@@ -255,7 +279,9 @@ def test_a_damaged_manifest_stops_it(cache: Cache, root: Path) -> None:
         find_garbage(cache)
 
 
-def test_what_a_pair_set_came_to_need_meanwhile_stays(cache: Cache, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_pair_set_came_to_need_meanwhile_stays(
+    cache: Cache, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lonely = add_reference(cache, "b")
     add_scores_of(cache, lonely, range(5))
     age(root)
@@ -281,12 +307,18 @@ def test_a_pair_set_is_removed_whole_and_alone(cache: Cache, root: Path) -> None
     removal = plan_removal(cache, "pairs", "demo")
     assert removal.pair_sets == ["demo/train"] and len(removal.files) == 2
     remove_files(cache, list(removal.files))
-    assert cache.pair_sets() == ["other/train"] and not (root / "pairs/demo").exists() and verify_cache(root).is_whole
+    assert (
+        cache.pair_sets() == ["other/train"]
+        and not (root / "pairs/demo").exists()
+        and verify_cache(root).is_whole
+    )
 
 
 def test_a_reference_with_pair_sets_is_refused_and_they_are_listed(cache: Cache, root: Path) -> None:
     reference = reference_of(cache)
-    with pytest.raises(CacheError, match=rf"reference {reference[:12]} has pair sets: demo/train\.\n.*--with-pairs"):
+    with pytest.raises(
+        CacheError, match=rf"reference {reference[:12]} has pair sets: demo/train\.\n.*--with-pairs"
+    ):
         plan_removal(cache, "reference", reference[:6])
     removal = plan_removal(cache, "reference", reference[:6], with_pairs=True)
     remove_files(cache, list(removal.files))
@@ -300,7 +332,9 @@ def test_what_is_not_there_is_said_so(cache: Cache) -> None:
         plan_removal(cache, "reference", "zz")
 
 
-def test_a_removal_cut_off_anywhere_leaves_a_valid_cache(cache: Cache, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removal_cut_off_anywhere_leaves_a_valid_cache(
+    cache: Cache, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = plan_removal(cache, "reference", reference_of(cache), with_pairs=True).files
     spare, remove = root.with_name("spare"), cache.folder.remove
     shutil.copytree(root, spare)

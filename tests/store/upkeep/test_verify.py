@@ -16,7 +16,16 @@ from dpo_cache.store.upkeep.contents import read_contents
 from dpo_cache.store.upkeep.merge import merge_caches
 from dpo_cache.store.upkeep.repair import repair_cache
 from dpo_cache.store.upkeep.verify import VerifyReport, verify_cache
-from tests.store.caches import add_pairs, add_reference, add_scores, completion, contents, key_of, make_cache, value
+from tests.store.caches import (
+    add_pairs,
+    add_reference,
+    add_scores,
+    completion,
+    contents,
+    key_of,
+    make_cache,
+    value,
+)
 from tests.store.conftest import flip_file
 
 
@@ -41,7 +50,13 @@ def files_of(report: VerifyReport) -> dict[str, str]:
 def test_a_whole_cache_is_counted_and_has_no_problem(root: Path) -> None:
     report = verify_cache(root)
     assert report.is_whole and (report.unreferenced, report.unknown) == ([], [])
-    assert (report.files, report.references, report.completions, report.pair_sets, report.pairs) == (6, 1, 5, 1, 2)
+    assert (report.files, report.references, report.completions, report.pair_sets, report.pairs) == (
+        6,
+        1,
+        5,
+        1,
+        2,
+    )
     assert report.bytes == sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
 
 
@@ -56,7 +71,9 @@ def test_a_missing_part_is_named_with_what_the_manifest_says(root: Path) -> None
     part.unlink()
     (problem,) = verify_cache(root).problems
     assert (problem.file, problem.kind) == (f"pairs/demo/train/{part.name}", "missing")
-    assert problem.expected.startswith("2 pairs, ") and problem.remedy.startswith("Run the `dpo-cache precompute` that made it")
+    assert problem.expected.startswith("2 pairs, ") and problem.remedy.startswith(
+        "Run the `dpo-cache precompute` that made it"
+    )
 
 
 def test_a_missing_reference_entry_is_named_once(root: Path) -> None:
@@ -110,11 +127,16 @@ def test_shards_that_disagree_are_both_named(root: Path) -> None:
     (problem,) = verify_cache(root).problems
     named = {problem.file, problem.other}
     assert problem.kind == "differs" and name in named and len(named) == 2
-    assert "a gap of up to 0.5 nats in 1 of them" in problem.found and "within 0.001 nats a token" in problem.expected
+    assert (
+        "a gap of up to 0.5 nats in 1 of them" in problem.found
+        and "within 0.001 nats a token" in problem.expected
+    )
 
 
 @pytest.mark.parametrize("ranges", [1, 7])
-def test_a_gap_within_rounding_is_none_a_larger_one_is_found_in_any_range(root: Path, monkeypatch: pytest.MonkeyPatch, ranges: int) -> None:
+def test_a_gap_within_rounding_is_none_a_larger_one_is_found_in_any_range(
+    root: Path, monkeypatch: pytest.MonkeyPatch, ranges: int
+) -> None:
     monkeypatch.setattr(comparing_module, "RANGE_BYTES", max(1, 4 * 15 // ranges))
     reference = next(root.glob("references/*")).name
     cache = Cache(root)
@@ -124,7 +146,11 @@ def test_a_gap_within_rounding_is_none_a_larger_one_is_found_in_any_range(root: 
     add_scores(cache, reference, [17, 18], shift=0.25)
     report = verify_cache(root)
     assert {problem.kind for problem in report.problems} == {"differs"}
-    assert sum(int(problem.found.split(" in ")[1].split()[0]) for problem in report.problems if "0.25" in problem.found) in (
+    assert sum(
+        int(problem.found.split(" in ")[1].split()[0])
+        for problem in report.problems
+        if "0.25" in problem.found
+    ) in (
         2,
         4,
     )  # beside one other file or both
@@ -144,7 +170,9 @@ def test_a_pair_set_whose_values_are_not_the_scores_is_named(tmp_path: Path) -> 
     add_pairs(cache, cache.references()[0], [(0, 1), (2, 3)], shift=0.75)
     problems = verify_cache(tmp_path / "cache").problems
     assert {problem.file for problem in problems} == {"pairs/demo/train/manifest.json"}
-    assert {problem.kind for problem in problems} == {"differs"} and all("/scores/" in str(problem.other) for problem in problems)
+    assert {problem.kind for problem in problems} == {"differs"} and all(
+        "/scores/" in str(problem.other) for problem in problems
+    )
 
 
 def test_a_pair_set_without_its_scores_is_whole(root: Path) -> None:
@@ -178,7 +206,9 @@ WRONG_DETAILS = [
 
 
 @pytest.mark.parametrize("changes", WRONG_DETAILS, ids=repr)
-def test_a_manifest_whose_details_are_of_another_kind_is_told_by_every_command(root: Path, changes: dict) -> None:
+def test_a_manifest_whose_details_are_of_another_kind_is_told_by_every_command(
+    root: Path, changes: dict
+) -> None:
     reseal(the_manifest(root), **changes)
     assert files_of(verify_cache(root)) == {"pairs/demo/train/manifest.json": "damaged"}
     assert [entry.name for entry in read_contents(root).pair_sets] == ["demo/train"]
@@ -256,18 +286,26 @@ def test_repair_keeps_the_content_and_takes_back_what_the_pair_set_holds(root: P
     assert repaired.lost is not None and repaired.restored + repaired.lost == moved.completions
     (line,) = repaired.commands
     assert line.startswith("dpo-cache precompute --model example/tiny --dataset example/pairs --cache ")
-    assert line.endswith(" --dtype float32 --name demo --split train --format text --max-length 64 --truncation keep-start")
+    assert line.endswith(
+        " --dtype float32 --name demo --split train --format text --max-length 64 --truncation keep-start"
+    )
 
 
 def test_values_that_were_put_back_are_the_same(root: Path) -> None:
     reference = Cache(root).references()[0]
     numbers = [0, 1, 2, 3]
-    before = [score.token_logps.tolist() for score in Cache(root).scores(reference).fetch([key_of(number) for number in numbers])]
+    before = [
+        score.token_logps.tolist()
+        for score in Cache(root).scores(reference).fetch([key_of(number) for number in numbers])
+    ]
     for shard in shards(root):
         flip_file(shard, 60)
     repaired = repair_cache(root, verify_cache(root))
     assert (repaired.restored, repaired.lost) == (4, 1)  # the fifth stands in no pair set
-    after = [score.token_logps.tolist() for score in Cache(root).scores(reference).fetch([key_of(number) for number in numbers])]
+    after = [
+        score.token_logps.tolist()
+        for score in Cache(root).scores(reference).fetch([key_of(number) for number in numbers])
+    ]
     assert after == before
 
 

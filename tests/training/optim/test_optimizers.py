@@ -13,8 +13,12 @@ from dpo_cache.training.optim.updates import Updater
 
 OPTIMIZERS = ["adamw", "adafactor", *(["adamw-8bit"] if importlib.util.find_spec("bitsandbytes") else [])]
 ROUNDED = ["nearest", "stochastic", "compensated"]
-CASES = [(name, torch.float32, "auto") for name in OPTIMIZERS] + [(name, torch.bfloat16, rounding) for name in OPTIMIZERS for rounding in ROUNDED]
-each_case = pytest.mark.parametrize(("name", "dtype", "rounding"), CASES, ids=lambda value: str(value).removeprefix("torch."))
+CASES = [(name, torch.float32, "auto") for name in OPTIMIZERS] + [
+    (name, torch.bfloat16, rounding) for name in OPTIMIZERS for rounding in ROUNDED
+]
+each_case = pytest.mark.parametrize(
+    ("name", "dtype", "rounding"), CASES, ids=lambda value: str(value).removeprefix("torch.")
+)
 
 
 class Small(torch.nn.Module):
@@ -25,7 +29,9 @@ class Small(torch.nn.Module):
         generator = torch.Generator().manual_seed(0)
         shapes = {"matrix": (70, 64), "bias": (64,), "norm": (70,), "expert": (8, 16)}
         for name, shape in shapes.items():
-            self.register_parameter(name, torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.1).to(dtype)))
+            self.register_parameter(
+                name, torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.1).to(dtype))
+            )
         self.frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
 
     @property
@@ -42,7 +48,9 @@ class Small(torch.nn.Module):
 
 def make(name: str, dtype: torch.dtype, rounding: str, **changes: float) -> tuple[Small, Updater]:
     model = Small(dtype)
-    return model, make_optimizer(model, name, **{"lr": 1e-3, "weight_decay": 0.1, "seed": 5, **changes}, rounding=rounding)  # type: ignore[arg-type]
+    return model, make_optimizer(
+        model, name, **{"lr": 1e-3, "weight_decay": 0.1, "seed": 5, **changes}, rounding=rounding
+    )  # type: ignore[arg-type]
 
 
 def train(model: Small, optimizer: Updater, steps: range) -> None:
@@ -60,7 +68,9 @@ def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
 
 
 @each_case
-def test_a_state_that_was_saved_and_restored_goes_on_bit_for_bit(name: str, dtype: torch.dtype, rounding: str, tmp_path: Path) -> None:
+def test_a_state_that_was_saved_and_restored_goes_on_bit_for_bit(
+    name: str, dtype: torch.dtype, rounding: str, tmp_path: Path
+) -> None:
     straight, optimizer = make(name, dtype, rounding)
     train(straight, optimizer, range(6))
     stopped, before = make(name, dtype, rounding)
@@ -80,7 +90,9 @@ def test_a_state_that_was_saved_and_restored_goes_on_bit_for_bit(name: str, dtyp
 
 
 @each_case
-def test_updates_one_by_one_in_any_order_are_updates_at_once(name: str, dtype: torch.dtype, rounding: str) -> None:
+def test_updates_one_by_one_in_any_order_are_updates_at_once(
+    name: str, dtype: torch.dtype, rounding: str
+) -> None:
     together, optimizer = make(name, dtype, rounding)
     alone, one_by_one = make(name, dtype, rounding)
     train(together, optimizer, range(4))
@@ -105,13 +117,18 @@ def test_weight_decay_spares_biases_and_norms(name: str) -> None:
             models.append(model)
         plain, decayed = models
         assert torch.equal(plain.bias, decayed.bias) and torch.equal(plain.norm, decayed.norm)
-        assert decayed.matrix.float().norm() < plain.matrix.float().norm() and torch.equal(plain.frozen, decayed.frozen)
+        assert decayed.matrix.float().norm() < plain.matrix.float().norm() and torch.equal(
+            plain.frozen, decayed.frozen
+        )
 
 
 def test_adamw_in_float32_is_torchs_own() -> None:
     model, optimizer = make("adamw", torch.float32, "auto")
     expected = Small(torch.float32)
-    groups = [{"params": [expected.matrix, expected.expert], "weight_decay": 0.1}, {"params": [expected.bias, expected.norm], "weight_decay": 0.0}]
+    groups = [
+        {"params": [expected.matrix, expected.expert], "weight_decay": 0.1},
+        {"params": [expected.bias, expected.norm], "weight_decay": 0.0},
+    ]
     theirs = torch.optim.AdamW(groups, fused=True)
     train(model, optimizer, range(5))
     for step in range(5):
@@ -137,7 +154,9 @@ def test_the_others_go_where_adamw_goes(name: str) -> None:
     moved = start - model.matrix.detach()
     assert torch.allclose(moved, torch.full_like(moved, 10e-3), rtol=0.05)
     state = optimizer.tensors()
-    kept = sum(value.numel() * value.element_size() for key, value in state.items() if key.startswith("matrix/"))
+    kept = sum(
+        value.numel() * value.element_size() for key, value in state.items() if key.startswith("matrix/")
+    )
     assert kept < {"adamw-8bit": 2.1, "adafactor": 0.15}[name] * model.matrix.numel()
 
 
@@ -145,7 +164,9 @@ def test_the_others_go_where_adamw_goes(name: str) -> None:
 def test_small_updates_are_lost_in_bfloat16_unless_rounding_is_stochastic_or_compensated(name: str) -> None:
     def run(dtype: torch.dtype, rounding: str) -> torch.Tensor:
         model, optimizer = make(name, dtype, rounding, lr=1e-6, weight_decay=0.0)
-        model.matrix.data.fill_(0.3).copy_(Small(torch.bfloat16).matrix)  # the same start everywhere: values that bfloat16 has
+        model.matrix.data.fill_(0.3).copy_(
+            Small(torch.bfloat16).matrix
+        )  # the same start everywhere: values that bfloat16 has
         start = model.matrix.detach().clone()
         for step in range(40):
             generator = torch.Generator().manual_seed(step)
@@ -172,9 +193,13 @@ def test_small_updates_are_lost_in_bfloat16_unless_rounding_is_stochastic_or_com
         optimizer.step(), exact_optimizer.step()
         optimizer.zero_grad()
     for one, other in zip(exact_model.parameters(), model.parameters(), strict=True):
-        assert torch.equal(one.bfloat16(), other) or (one - other.float()).abs().max() <= one.abs().max() * 2**-8  # ties apart
+        assert (
+            torch.equal(one.bfloat16(), other) or (one - other.float()).abs().max() <= one.abs().max() * 2**-8
+        )  # ties apart
     for entry, value in exact_optimizer.tensors().items():
-        assert torch.equal(optimizer.tensors()[entry], value), entry  # the state is that of the float32 run, bit for bit
+        assert torch.equal(optimizer.tensors()[entry], value), (
+            entry
+        )  # the state is that of the float32 run, bit for bit
 
 
 def test_compensated_weights_with_their_rest_are_the_float32_weights() -> None:
@@ -192,7 +217,9 @@ def test_compensated_weights_with_their_rest_are_the_float32_weights() -> None:
         optimizer.zero_grad(), exact_optimizer.zero_grad()
     state = optimizer.tensors()
     for name in ("matrix", "bias", "norm", "expert"):
-        assert torch.equal(join_float(getattr(model, name).detach(), state[f"{name}/rest"]), getattr(exact, name).detach()), name
+        assert torch.equal(
+            join_float(getattr(model, name).detach(), state[f"{name}/rest"]), getattr(exact, name).detach()
+        ), name
 
 
 def test_nothing_is_held_for_a_stand_in_between_updates() -> None:
@@ -207,13 +234,19 @@ def test_nothing_is_held_for_a_stand_in_between_updates() -> None:
 
 @pytest.mark.parametrize("name", ["adamw-paged", "adamw-8bit-paged"])
 def test_paged_state_needs_cuda(name: str) -> None:
-    with pytest.raises(OptionError, match=f"--optimizer {name}: pages move between a CUDA GPU and its host, and the policy is on cpu"):
+    with pytest.raises(
+        OptionError,
+        match=f"--optimizer {name}: pages move between a CUDA GPU and its host, and the policy is on cpu",
+    ):
         make(name, torch.float32, "auto")
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
-    with pytest.raises(OptionError, match=r"--optimizer adamw-8bit needs bitsandbytes, .*\nRun `pip install 'dpo-cache\[quantize\]'`"):
+    with pytest.raises(
+        OptionError,
+        match=r"--optimizer adamw-8bit needs bitsandbytes, .*\nRun `pip install 'dpo-cache\[quantize\]'`",
+    ):
         make("adamw-8bit", torch.float32, "auto")
 
 

@@ -25,7 +25,9 @@ def test_what_bfloat16_has_stays_what_it_is_bit_for_bit() -> None:
 
 
 def test_nan_stays_nan_and_infinities_stay() -> None:
-    odd = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, 0x7F800000, -0x800000], dtype=torch.int32).view(torch.float32)
+    odd = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, 0x7F800000, -0x800000], dtype=torch.int32).view(
+        torch.float32
+    )
     assert odd[:3].isnan().all() and odd[3] == INF and odd[4] == -INF
     for found in (stochastic_bf16(odd, 1), split_float(odd)[0], join_float(*split_float(odd))):
         assert found[:3].isnan().all() and found[3] == INF and found[4] == -INF
@@ -36,15 +38,21 @@ def test_the_mean_of_many_draws_is_the_value(value: float) -> None:
     exact = torch.tensor(value)
     below, rest = split_float(exact.view(1))
     low = torch.tensor([bits(exact.view(1)).item() & -65536], dtype=torch.int32).view(torch.float32)
-    high = torch.tensor([(bits(exact.view(1)).item() & -65536) + 65536], dtype=torch.int32).view(torch.float32)
+    high = torch.tensor([(bits(exact.view(1)).item() & -65536) + 65536], dtype=torch.int32).view(
+        torch.float32
+    )
     drawn = stochastic_bf16(exact.expand(200_000).contiguous(), 3).double()
     assert set(drawn.unique().tolist()) == {low.double().item(), high.double().item()}
     step = (high.double() - low.double()).abs().item()
-    assert abs(drawn.mean().item() - exact.double().item()) < 5 * step * 0.5 / 200_000**0.5  # five standard deviations
+    assert (
+        abs(drawn.mean().item() - exact.double().item()) < 5 * step * 0.5 / 200_000**0.5
+    )  # five standard deviations
     assert rest.item() and below.double().item() in (low.double().item(), high.double().item())
 
 
-def test_a_draw_is_decided_by_its_numbers_alone_and_moves_no_global_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draw_is_decided_by_its_numbers_alone_and_moves_no_global_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     values = torch.linspace(-1, 1, 5000)
     before = torch.get_rng_state()
     first = stochastic_bf16(values, 0, 7, 3)

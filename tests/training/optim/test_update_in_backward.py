@@ -1,4 +1,6 @@
-"""Gradients that are freed as they are used: the same weights to the bit, the same norm, and honest errors."""
+"""Gradients that are freed as they are used: the same weights to the bit, the same norm, and honest
+errors.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -22,8 +24,12 @@ OPTIMIZERS = ["adamw", "adafactor", *(["adamw-8bit"] if importlib.util.find_spec
 COMPLETIONS = make_completions()
 
 
-def step_by_hand(optimizer_name: str, mode: str, *, in_backward: bool, tied: bool = True) -> tuple[torch.nn.Module, list[float], list[int]]:
-    """Three steps of two backward passes each; the weights, the norms, and the gradients that are there after each pass."""
+def step_by_hand(
+    optimizer_name: str, mode: str, *, in_backward: bool, tied: bool = True
+) -> tuple[torch.nn.Module, list[float], list[int]]:
+    """Three steps of two backward passes each; the weights, the norms, and the gradients that are there after
+    each pass.
+    """
     model = make_llama(tie_word_embeddings=tied)
     attention = choose_attention(model, max_length=64)
     Recomputation(model).mode = mode
@@ -63,7 +69,10 @@ def test_weights_and_norms_are_those_of_the_plain_step_bit_for_bit(name: str, mo
 
 def test_few_gradients_exist_at_once_in_a_step_of_one_pass() -> None:
     model = make_llama(num_hidden_layers=6)
-    attention, optimizer = choose_attention(model, max_length=64), make_optimizer(model, lr=1e-3, weight_decay=0.0)
+    attention, optimizer = (
+        choose_attention(model, max_length=64),
+        make_optimizer(model, lr=1e-3, weight_decay=0.0),
+    )
     freeing, most = OptimizerInBackward(optimizer), 0
     use = optimizer.update
 
@@ -82,7 +91,10 @@ def test_a_weight_that_only_an_earlier_pass_used_is_updated_too() -> None:
     layers = torch.nn.ModuleDict({"one": torch.nn.Linear(3, 3), "other": torch.nn.Linear(3, 3)})
     layers.device = torch.device("cpu")  # type: ignore[assignment]
     optimizer = make_optimizer(layers, lr=0.1, weight_decay=0.0)  # type: ignore[arg-type]
-    freeing, before = OptimizerInBackward(optimizer), {name: value.clone() for name, value in layers.state_dict().items()}
+    freeing, before = (
+        OptimizerInBackward(optimizer),
+        {name: value.clone() for name, value in layers.state_dict().items()},
+    )
     layers["other"](torch.ones(3)).sum().backward()
     assert torch.equal(layers["other"].weight, before["other.weight"])
     with freeing.last_backward():
@@ -109,7 +121,9 @@ def test_a_run_gives_the_same_bits_with_and_without(cache: str, tmp_path: Path, 
     assert all(torch.equal(value, expected[name]) for name, value in weights(in_backward.model).items())
 
 
-def test_a_loss_that_is_not_finite_changes_no_weight(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_changes_no_weight(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, models = passes.completion_logps, []
 
     def spoil(model, *rest, **extra):
@@ -121,13 +135,18 @@ def test_a_loss_that_is_not_finite_changes_no_weight(cache: str, tmp_path: Path,
 
     monkeypatch.setattr(passes, "completion_logps", spoil)
     monkeypatch.setattr(StepZero, "check", lambda *_: None)
-    with pytest.raises(TrainingError, match=r"step 1: loss nan, .*; row \d.* of the data made it\. The weights were not updated\."):
+    with pytest.raises(
+        TrainingError,
+        match=r"step 1: loss nan, .*; row \d.* of the data made it\. The weights were not updated\.",
+    ):
         train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0, micro_tokens="100")
     model, before = models[0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_rows(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_rows(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use = OptimizerInBackward._use
 
     def spoil(self, place, parameter):
@@ -153,7 +172,11 @@ def test_memory_that_runs_out_amid_the_update_ends_the_run_and_before_it_does_no
         use(self, place, parameter)
 
     monkeypatch.setattr(OptimizerInBackward, "_use", run_out)
-    with pytest.raises(TrainingError, match="no memory while weights were being updated .*cannot be taken again.\nGo on from the last checkpoint"):
+    with pytest.raises(
+        TrainingError,
+        match="no memory while weights were being updated .*cannot be taken again.\n"
+        "Go on from the last checkpoint",
+    ):
         train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0)
     left[0] = 1
     remarks: list[str] = []
@@ -163,8 +186,17 @@ def test_memory_that_runs_out_amid_the_update_ends_the_run_and_before_it_does_no
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
-def test_a_bfloat16_run_that_was_stopped_ends_as_one_that_was_not(cache: str, tmp_path: Path, name: str, rounding: str) -> None:
-    options = {"precision": "bf16", "optimizer": name, "rounding": rounding, "free_gradients": True, "max_grad_norm": 0.0, "max_steps": 3}
+def test_a_bfloat16_run_that_was_stopped_ends_as_one_that_was_not(
+    cache: str, tmp_path: Path, name: str, rounding: str
+) -> None:
+    options = {
+        "precision": "bf16",
+        "optimizer": name,
+        "rounding": rounding,
+        "free_gradients": True,
+        "max_grad_norm": 0.0,
+        "max_steps": 3,
+    }
     whole = train(cache, tmp_path / "whole", **options)
     train(cache, tmp_path / "parts", should_stop=lambda: True, **options)
     train(cache, tmp_path / "parts", resume=True, should_stop=lambda: True, **options)

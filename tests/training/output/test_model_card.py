@@ -11,10 +11,22 @@ from dpo_cache.errors import TrainingError
 from dpo_cache.losses.papers import LOSS_PAPERS, papers_of
 from dpo_cache.losses.table import LOSSES
 from dpo_cache.options.train import TrainOptions
-from dpo_cache.training.output.model_card import is_local, library_versions, model_card, shown_name, write_card
+from dpo_cache.training.output.model_card import (
+    is_local,
+    library_versions,
+    model_card,
+    shown_name,
+    write_card,
+)
 from tests.training.test_loop import metrics, train
 
-RESOLVED = {"model": "org/base", "num_pairs": 900, "num_eval_pairs": 100, "total_steps": 57, "precision": "fp32"}
+RESOLVED = {
+    "model": "org/base",
+    "num_pairs": 900,
+    "num_eval_pairs": 100,
+    "total_steps": 57,
+    "precision": "fp32",
+}
 MANIFEST = {
     "name": "helpful", "split": "train", "reference": "ab" * 32, "num_pairs": 1000, "pairs_digest": "cd" * 32,
     "source": {"dataset": "org/preferences", "format": "conversation"}, "tokenization": {"max_length": 1024, "truncation": "keep-start"},
@@ -130,7 +142,19 @@ def card(manifest: dict = MANIFEST, reference: dict = REFERENCE, **options: obje
 def test_the_card_of_a_small_run() -> None:
     versions = {"dpo-cache": "0.1.0", "torch": "2.13.0"}
     options = config(batch_size=16, lr=1e-5, eval_fraction=0.1)
-    assert model_card(options, MANIFEST, REFERENCE, before=BEFORE, after=AFTER, last=LAST, num_steps=57, versions=versions) == GOLDEN
+    assert (
+        model_card(
+            options,
+            MANIFEST,
+            REFERENCE,
+            before=BEFORE,
+            after=AFTER,
+            last=LAST,
+            num_steps=57,
+            versions=versions,
+        )
+        == GOLDEN
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +165,11 @@ def test_the_card_of_a_small_run() -> None:
 )
 def test_the_front_matter_is_valid_yaml(options: dict) -> None:
     data = ModelCard(card(**options)).data
-    assert data.base_model == "org/base" and data.pipeline_tag == "text-generation" and data.datasets == "org/preferences"
+    assert (
+        data.base_model == "org/base"
+        and data.pipeline_tag == "text-generation"
+        and data.datasets == "org/preferences"
+    )
     assert data.library_name == ("peft" if options.get("lora_r") else "transformers")
     assert data.tags[0] == "dpo-cache" and all(isinstance(tag, str) and tag for tag in data.tags)
     assert len(set(data.tags)) == len(data.tags)
@@ -152,16 +180,39 @@ def test_tags_are_the_names_that_people_look_for() -> None:
         return ModelCard(card(loss=loss)).data.tags[1:]
 
     assert tags("sigmoid") == ["dpo", "preference-optimization"] == tags("sigmoid_norm")
-    assert tags("ipo_norm") == ["ipo", "preference-optimization"] and tags("bco_pair") == ["bco", "preference-optimization"]
-    assert tags("sigmoid:0.8", "sft:0.2") == ["dpo", "sft", "preference-optimization"] and tags("sft") == ["sft"]
+    assert tags("ipo_norm") == ["ipo", "preference-optimization"] and tags("bco_pair") == [
+        "bco",
+        "preference-optimization",
+    ]
+    assert tags("sigmoid:0.8", "sft:0.2") == ["dpo", "sft", "preference-optimization"] and tags("sft") == [
+        "sft"
+    ]
 
 
 def test_no_folder_of_the_machine_is_told() -> None:
     manifest = {**MANIFEST, "source": {"dataset": "/home/ann/secret/pairs.jsonl", "format": "text"}}
-    reference = {**REFERENCE, "provenance": {"model": "/home/ann/secret/my-model", "revision": None, "tokenizer": "/home/ann/secret/tok"}}
-    text = card(manifest, reference, peft_config="/home/ann/secret/lora.json", config="/home/ann/secret/config.json", log_to="wandb")
+    reference = {
+        **REFERENCE,
+        "provenance": {
+            "model": "/home/ann/secret/my-model",
+            "revision": None,
+            "tokenizer": "/home/ann/secret/tok",
+        },
+    }
+    text = card(
+        manifest,
+        reference,
+        peft_config="/home/ann/secret/lora.json",
+        config="/home/ann/secret/config.json",
+        log_to="wandb",
+    )
     assert not any(word in text for word in ("/home", "ann", "secret", "C:", "wandb"))
-    assert "`my-model`, a local copy" in text and "`pairs.jsonl`, a local copy" in text and "`lora.json`" in text and "# run\n" in text
+    assert (
+        "`my-model`, a local copy" in text
+        and "`pairs.jsonl`, a local copy" in text
+        and "`lora.json`" in text
+        and "# run\n" in text
+    )
     data = ModelCard(text).data
     assert data.base_model is None and data.datasets is None  # a folder's name would link to another's model
     other = card(reference=reference, model="C:\\Users\\ann\\secret\\my-model")
@@ -184,10 +235,29 @@ def test_a_folder_that_looks_like_an_id_is_found_out(tmp_path: Path, monkeypatch
 
 
 def test_settings_of_the_loss_are_said_with_their_papers() -> None:
-    text = card(loss=("sigmoid:0.8", "sft_norm:0.2"), label_smoothing=0.1, ld_alpha=0.3, wpo="on", f_divergence="js_divergence")
-    for line in ("| `sigmoid` | weight 0.8 |", "| `sft_norm` | weight 0.2 |", "| `--label-smoothing` | `0.1` |", "| `--ld-alpha` | `0.3` |"):
+    text = card(
+        loss=("sigmoid:0.8", "sft_norm:0.2"),
+        label_smoothing=0.1,
+        ld_alpha=0.3,
+        wpo="on",
+        f_divergence="js_divergence",
+    )
+    for line in (
+        "| `sigmoid` | weight 0.8 |",
+        "| `sft_norm` | weight 0.2 |",
+        "| `--label-smoothing` | `0.1` |",
+        "| `--ld-alpha` | `0.3` |",
+    ):
         assert line in text
-    cited = papers_of(config(loss=("sigmoid:0.8", "sft_norm:0.2"), label_smoothing=0.1, ld_alpha=0.3, wpo="on", f_divergence="js_divergence"))
+    cited = papers_of(
+        config(
+            loss=("sigmoid:0.8", "sft_norm:0.2"),
+            label_smoothing=0.1,
+            ld_alpha=0.3,
+            wpo="on",
+            f_divergence="js_divergence",
+        )
+    )
     assert [paper.name for paper in cited] == ["DPO", "RPO", "cDPO", "f-DPO", "LD-DPO", "WPO"]
     assert all(paper.cite() in text for paper in cited)
     assert "--beta" not in card(loss="sft") and "arxiv" not in card(loss="sft")
@@ -202,17 +272,32 @@ def test_every_loss_has_the_paper_that_the_docs_name() -> None:
 
 def test_an_adapter_is_loaded_as_one() -> None:
     text = card(lora_r=8, lora_targets="q_proj,v_proj")
-    assert "An adapter for [org/base]" in text and "AutoPeftModelForCausalLM" in text and "LoRA of rank 8, alpha 16, on q_proj,v_proj" in text
+    assert (
+        "An adapter for [org/base]" in text
+        and "AutoPeftModelForCausalLM" in text
+        and "LoRA of rank 8, alpha 16, on q_proj,v_proj" in text
+    )
     merged = card(lora_r=8, merge_adapter=True)
-    assert "A fine-tune of" in merged and "AutoModelForCausalLM" in merged and "merged into the weights" in merged
+    assert (
+        "A fine-tune of" in merged
+        and "AutoModelForCausalLM" in merged
+        and "merged into the weights" in merged
+    )
     assert ModelCard(merged).data.library_name == "transformers"
     assert "peft" in library_versions(config(lora_r=8)) and "peft" not in library_versions(config())
 
 
 def test_an_imported_reference_without_a_model_is_said_to_be_unknown() -> None:
-    reference = {"identity": {"imported": "their scores", "dtype": None}, "provenance": {"model": None, "revision": None}}
+    reference = {
+        "identity": {"imported": "their scores", "dtype": None},
+        "provenance": {"model": None, "revision": None},
+    }
     text = card({**MANIFEST, "imported": True}, reference, model="org/start")
-    assert "| model | not known |" in text and "| imported as | `their scores` |" in text and "log-probs imported" in text
+    assert (
+        "| model | not known |" in text
+        and "| imported as | `their scores` |" in text
+        and "log-probs imported" in text
+    )
     assert ModelCard(text).data.base_model == "org/start"
 
 
@@ -221,7 +306,10 @@ def test_a_run_saves_its_card(cache: str, tmp_path: Path) -> None:
     text = (tmp_path / "run" / "model" / "README.md").read_text()
     last = [line for line in metrics(tmp_path / "run") if "loss" in line][-1]
     assert str(tmp_path) not in text and str(tmp_path.parent) not in text and "model0" in text
-    assert report.eval_after is not None and f"| held out, after | {report.eval_after['eval/loss']:.4f} |" in text
+    assert (
+        report.eval_after is not None
+        and f"| held out, after | {report.eval_after['eval/loss']:.4f} |" in text
+    )
     assert f"| last step | {last['loss']:.4f} |" in text and "| pairs to train on | 15 of 15 |" in text
     assert "| steps | 4, of up to 4 pairs each, of 4 in the schedule |" in text and "| epochs | 1 |" in text
     assert "| `--beta` | `0.3` |" in text and "| `--batch-size` | `4` |" in text and "--save-every" in text
@@ -229,16 +317,31 @@ def test_a_run_saves_its_card(cache: str, tmp_path: Path) -> None:
 
 
 def test_the_card_of_the_best_policy_is_of_its_step(cache: str, tmp_path: Path) -> None:
-    options = {"eval_pairs": "heldout", "eval_every": 1, "best": "accuracy", "lr": 1e-2, "warmup_ratio": 0.0, "epochs": 2.0}
+    options = {
+        "eval_pairs": "heldout",
+        "eval_every": 1,
+        "best": "accuracy",
+        "lr": 1e-2,
+        "warmup_ratio": 0.0,
+        "epochs": 2.0,
+    }
     report = train(cache, tmp_path / "run", **options)
-    assert report.best is not None and report.best_model is not None and report.best["step"] < report.num_steps
+    assert (
+        report.best is not None and report.best_model is not None and report.best["step"] < report.num_steps
+    )
     step = report.best["step"]
-    (evaluation,) = [line for line in metrics(tmp_path / "run") if "eval/loss" in line and line["step"] == step]
+    (evaluation,) = [
+        line for line in metrics(tmp_path / "run") if "eval/loss" in line and line["step"] == step
+    ]
     text = (tmp_path / "run" / "best" / "README.md").read_text()
     assert (
-        f"| steps | {step}, of up to 4 pairs each, of 8 in the schedule |" in text and f"| held out, after | {evaluation['eval/loss']:.4f} |" in text
+        f"| steps | {step}, of up to 4 pairs each, of 8 in the schedule |" in text
+        and f"| held out, after | {evaluation['eval/loss']:.4f} |" in text
     )
-    assert "| steps | 8, of up to 4 pairs each, of 8 in the schedule |" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert (
+        "| steps | 8, of up to 4 pairs each, of 8 in the schedule |"
+        in (tmp_path / "run" / "model" / "README.md").read_text()
+    )
 
 
 def test_an_adapter_has_our_card_and_not_that_of_its_library(cache: str, tmp_path: Path) -> None:
@@ -251,6 +354,8 @@ def test_an_adapter_has_our_card_and_not_that_of_its_library(cache: str, tmp_pat
 def test_a_card_replaces_what_a_library_wrote_and_says_where_it_cannot(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("another")
     write_card(tmp_path, "card")
-    assert (tmp_path / "README.md").read_text() == "card" and [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "card" and [path.name for path in tmp_path.iterdir()] == [
+        "README.md"
+    ]
     with pytest.raises(TrainingError, match="cannot write .*README.md"):
         write_card(tmp_path / "none", "card")

@@ -37,12 +37,20 @@ def test_each_evaluation_answers_the_first_distinct_prompts(cache: str, tmp_path
     train(cache, tmp_path / "run", **SAMPLED, log=remarks.append)
     found, tokenizer = lines(tmp_path / "run"), make_tokenizer()
     expected = distinct_prompts(cache)[:3]
-    assert [(line["step"], line["row"]) for line in found] == [(step, pair.row) for step in (0, 2, 4) for pair in expected]
-    assert len({pair.row for pair in expected}) == 3 and expected[-1].row > 2  # every third row repeats a prompt
+    assert [(line["step"], line["row"]) for line in found] == [
+        (step, pair.row) for step in (0, 2, 4) for pair in expected
+    ]
+    assert (
+        len({pair.row for pair in expected}) == 3 and expected[-1].row > 2
+    )  # every third row repeats a prompt
     for line, pair in zip(found, expected * 3, strict=True):
         assert list(line) == ["step", "row", "prompt", "chosen", "sample", "num_tokens", "finished"]
-        assert line["prompt"] == tokenizer.decode(pair.chosen.prompt_ids.tolist()) and line["prompt"].startswith("<|user|>")
-        assert line["chosen"] and line["chosen"] == tokenizer.decode(pair.chosen.completion_ids.tolist(), skip_special_tokens=True)
+        assert line["prompt"] == tokenizer.decode(pair.chosen.prompt_ids.tolist()) and line[
+            "prompt"
+        ].startswith("<|user|>")
+        assert line["chosen"] and line["chosen"] == tokenizer.decode(
+            pair.chosen.completion_ids.tolist(), skip_special_tokens=True
+        )
         assert 0 < line["num_tokens"] <= 1024 - len(pair.chosen.prompt_ids)
     assert sum(remark.startswith("step 2, sample of row 0: '<|user|>") for remark in remarks) == 1
     assert max(len(remark) for remark in remarks if "sample of row" in remark) < 400
@@ -53,7 +61,15 @@ def test_a_sample_is_what_the_policy_at_that_step_writes(cache: str, tmp_path: P
     model, tokenizer = AutoModelForCausalLM.from_pretrained(report.model), make_tokenizer()
     prompts = [pair.chosen.prompt_ids for pair in distinct_prompts(cache)[:3]]
     rows = choose_attention(model, "rows", max_length=256)
-    answers = write_answers(model, prompts, rows, max_length=256, end_ids=end_tokens(model, tokenizer), pad_id=tokenizer.pad_token_id, seed=[5, 4])
+    answers = write_answers(
+        model,
+        prompts,
+        rows,
+        max_length=256,
+        end_ids=end_tokens(model, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        seed=[5, 4],
+    )
     for line, answer in zip(lines(tmp_path / "run")[-3:], answers, strict=True):
         assert line["num_tokens"] == len(answer.token_ids) and line["finished"] == answer.is_finished
         assert line["sample"] == tokenizer.decode(answer.token_ids.tolist(), skip_special_tokens=True)
@@ -66,12 +82,21 @@ def test_answers_go_no_further_than_the_pairs_do(model_folder: str, tmp_path: Pa
     with torch.no_grad():
         model.lm_head.weight[make_tokenizer().eos_token_id] = 0  # never the likeliest
     model.save_pretrained(tmp_path / "model")
-    train(str(tmp_path / "cache"), tmp_path / "run", eval_fraction=0.5, sample=2, max_steps=1, model=str(tmp_path / "model"))
+    train(
+        str(tmp_path / "cache"),
+        tmp_path / "run",
+        eval_fraction=0.5,
+        sample=2,
+        max_steps=1,
+        model=str(tmp_path / "model"),
+    )
     found, tokenizer = lines(tmp_path / "run"), make_tokenizer()
     assert any(not line["finished"] for line in found)
     for line in found:
         num_prompt = len(tokenizer(line["prompt"])["input_ids"])
-        assert num_prompt + line["num_tokens"] == 40 or (line["finished"] and num_prompt + line["num_tokens"] < 40)
+        assert num_prompt + line["num_tokens"] == 40 or (
+            line["finished"] and num_prompt + line["num_tokens"] < 40
+        )
 
 
 def test_sampling_changes_nothing_in_the_training(cache: str, tmp_path: Path) -> None:
@@ -87,7 +112,9 @@ def test_sampling_changes_nothing_in_the_training(cache: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "options", [{"lora_r": 4}, {"precision": "bf16-mixed"}, {"gradient_checkpointing": "full"}, {"deterministic": True}], ids=str
+    "options",
+    [{"lora_r": 4}, {"precision": "bf16-mixed"}, {"gradient_checkpointing": "full"}, {"deterministic": True}],
+    ids=str,
 )
 def test_samples_are_written_however_the_policy_is_trained(cache: str, tmp_path: Path, options: dict) -> None:
     changes = {**SAMPLED, **options, "max_steps": 2}
@@ -117,11 +144,16 @@ def test_a_resumed_run_has_the_samples_of_one_that_was_not_stopped(cache: str, t
 def test_fewer_prompts_than_asked_for_is_said(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
     train(cache, tmp_path / "run", eval_pairs="heldout", sample=50, max_steps=1, log=remarks.append)
-    assert "--sample 50: the evaluation pairs have 4 distinct prompts shorter than 256 tokens; those are answered." in remarks
+    assert (
+        "--sample 50: the evaluation pairs have 4 distinct prompts shorter than 256 tokens; those are "
+        "answered." in remarks
+    )
     assert len(lines(tmp_path / "run")) == 8
 
 
-def test_a_lack_of_memory_costs_the_samples_and_not_the_run(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_memory_costs_the_samples_and_not_the_run(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run_out(*_, **__):
         raise torch.OutOfMemoryError
 
@@ -129,10 +161,16 @@ def test_a_lack_of_memory_costs_the_samples_and_not_the_run(cache: str, tmp_path
     remarks: list[str] = []
     assert train(cache, tmp_path / "run", **SAMPLED, log=remarks.append).finished
     assert not (tmp_path / "run" / "samples.jsonl").exists()
-    assert [remark[:6] for remark in remarks if "memory does not suffice to sample" in remark] == ["step 0", "step 2", "step 4"]
+    assert [remark[:6] for remark in remarks if "memory does not suffice to sample" in remark] == [
+        "step 0",
+        "step 2",
+        "step 4",
+    ]
 
 
-def test_another_error_while_sampling_is_not_hidden(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_error_while_sampling_is_not_hidden(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_, **__):
         raise RuntimeError("something else")
 
@@ -141,7 +179,9 @@ def test_another_error_while_sampling_is_not_hidden(cache: str, tmp_path: Path, 
         train(cache, tmp_path / "run", **SAMPLED)
 
 
-def test_the_time_of_sampling_is_in_no_pairs_per_second(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_sampling_is_in_no_pairs_per_second(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = samples.Sampler.write
 
     def slowly(self, step: int) -> None:
@@ -157,11 +197,19 @@ def test_the_time_of_sampling_is_in_no_pairs_per_second(cache: str, tmp_path: Pa
 
 
 def comparable_steps(output: Path) -> list[dict]:
-    return [line for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    return [
+        line
+        for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+        if "loss" in line
+    ]
 
 
-@pytest.mark.parametrize(("configured", "expected"), [(None, [256]), (7, [7, 256]), ([7, 9], [7, 9, 256]), (256, [256])])
-def test_an_answer_ends_with_the_tokenizers_or_the_models_end_tokens(configured: object, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("configured", "expected"), [(None, [256]), (7, [7, 256]), ([7, 9], [7, 9, 256]), (256, [256])]
+)
+def test_an_answer_ends_with_the_tokenizers_or_the_models_end_tokens(
+    configured: object, expected: list[int]
+) -> None:
     model, tokenizer = make_llama(), make_tokenizer()
     model.generation_config = GenerationConfig(eos_token_id=configured)
     assert tokenizer.eos_token_id == 256

@@ -13,7 +13,14 @@ STEP = {
     "logps/chosen": -30.0, "logps/rejected": -40.0, "loss/sft": 1.5, "aux_loss": 2.0, "grad_norm": 4.0, "lr": 1e-5, "num_pairs": 8, "num_tokens": 900,
     "pairs_per_s": 5.5, "peak_bytes": 10**9,
 }  # fmt: skip
-EVAL = {"step": 3, "eval/loss": 0.6, "eval/rewards/accuracies": 0.75, "eval/logps/chosen": -30.0, "eval/loss/sft": 1.5, "eval/num_pairs": 8}
+EVAL = {
+    "step": 3,
+    "eval/loss": 0.6,
+    "eval/rewards/accuracies": 0.75,
+    "eval/logps/chosen": -30.0,
+    "eval/loss/sft": 1.5,
+    "eval/num_pairs": 8,
+}
 SHARED = (
     "loss",
     "rewards/chosen",
@@ -39,14 +46,25 @@ def test_trl_names_of_a_step() -> None:
     assert names(STEP, "trl") == expected
     for tracker in ("wandb", "trackio"):
         assert names(STEP, "trl", tracker) == {**expected, "train/global_step": 3}
-    assert names(STEP, "trl", "mlflow") == {name.removeprefix("train/"): value for name, value in expected.items()}
+    assert names(STEP, "trl", "mlflow") == {
+        name.removeprefix("train/"): value for name, value in expected.items()
+    }
 
 
 def test_trl_names_of_an_evaluation() -> None:
-    expected = {"eval/loss": 0.6, "eval/rewards/accuracies": 0.75, "eval/logps/chosen": -30.0, "eval/loss/sft": 1.5, "eval/num_pairs": 8}
+    expected = {
+        "eval/loss": 0.6,
+        "eval/rewards/accuracies": 0.75,
+        "eval/logps/chosen": -30.0,
+        "eval/loss/sft": 1.5,
+        "eval/num_pairs": 8,
+    }
     assert names(EVAL, "trl") == {**expected, "train/epoch": 0.5}
     assert names(EVAL, "trl", "wandb") == {**expected, "train/epoch": 0.5, "train/global_step": 3}
-    assert names(EVAL, "trl", "mlflow") == {**{name.replace("eval/", "eval_", 1): value for name, value in expected.items()}, "epoch": 0.5}
+    assert names(EVAL, "trl", "mlflow") == {
+        **{name.replace("eval/", "eval_", 1): value for name, value in expected.items()},
+        "epoch": 0.5,
+    }
 
 
 def test_original_names() -> None:
@@ -70,12 +88,20 @@ def test_the_table_in_the_docs_is_that_of_the_code() -> None:
     rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \|", page, re.M)
     assert len(rows) >= len(STEP) + 4
     for name, trl, trl_in_mlflow, original in rows:
-        line = {"step": 3, "eval/loss" if name.startswith("eval/") else "loss": 0.5, **({} if name == "step" else {name: 0.25})}
+        line = {
+            "step": 3,
+            "eval/loss" if name.startswith("eval/") else "loss": 0.5,
+            **({} if name == "step" else {name: 0.25}),
+        }
         if name == "step":  # it is the x axis; some get it as a metric, too
             found = [names(line, "trl", "wandb").get(trl), names(line, "original").get(original)]
             assert found == [3, 3]
             continue
-        for log_names, tracker, expected in (("trl", "tensorboard", trl), ("trl", "mlflow", trl_in_mlflow), ("original", "wandb", original)):
+        for log_names, tracker, expected in (
+            ("trl", "tensorboard", trl),
+            ("trl", "mlflow", trl_in_mlflow),
+            ("original", "wandb", original),
+        ):
             value = 0.5 if name == "epoch" and log_names == "trl" else 0.25
             assert names(line, log_names, tracker).get(expected) == value, name
 

@@ -1,4 +1,6 @@
-"""`--log-to`: what trackers hold in the end is what metrics.jsonl holds. Everything is local; nothing is sent anywhere."""
+"""`--log-to`: what trackers hold in the end is what metrics.jsonl holds. Everything is local; nothing is sent
+anywhere.
+"""
 
 import importlib
 import json
@@ -35,7 +37,12 @@ def wandb_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """wandb reads its environment once a process."""
     path = tmp_path_factory.mktemp("wandb")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"MODE": "offline", "DIR": path, "SILENT": "true", "X_DISABLE_STATS": "true"}.items():
+        for name, value in {
+            "MODE": "offline",
+            "DIR": path,
+            "SILENT": "true",
+            "X_DISABLE_STATS": "true",
+        }.items():
             patch.setenv(f"WANDB_{name}", str(value))
         yield path
 
@@ -43,7 +50,13 @@ def wandb_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def local_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tracker writes into the test's folder, and has no network to ask."""
-    for name in (*trackers.PROJECT_VARIABLES.values(), trackers.FOLDER_VARIABLE, "WANDB_RUN_ID", "WANDB_CONSOLE", "MLFLOW_RUN_ID"):
+    for name in (
+        *trackers.PROJECT_VARIABLES.values(),
+        trackers.FOLDER_VARIABLE,
+        "WANDB_RUN_ID",
+        "WANDB_CONSOLE",
+        "MLFLOW_RUN_ID",
+    ):
         monkeypatch.delenv(name, raising=False)
     settings = {
         "MLFLOW_TRACKING_URI": (tmp_path / "mlruns").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true", "GIT_PYTHON_REFRESH": "quiet",
@@ -57,14 +70,17 @@ def local_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
 
 
-# -- reading back ----------------------------------------------------------------------------------------------------------------
+# -- reading back
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def read_tensorboard(output: Path) -> Series:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 def read_wandb(output: Path) -> Series:
@@ -72,12 +88,16 @@ def read_wandb(output: Path) -> Series:
     for record in written_records(wandb_files(output)[-1]):
         if record.WhichOneof("record_type") == "history":
             for item in record.history.item:
-                series[item.key or "/".join(item.nested_key)].append((record.history.step.num, json.loads(item.value_json)))
+                series[item.key or "/".join(item.nested_key)].append(
+                    (record.history.step.num, json.loads(item.value_json))
+                )
     return series
 
 
 def written_records(path: Path) -> list:
-    """The records of a run that has ended: a process of wandb's own writes them, which may be behind on a busy machine."""
+    """The records of a run that has ended: a process of wandb's own writes them, which may be behind on a
+    busy machine.
+    """
     for _ in range(300):
         records = wandb_records(path)
         if any(record.WhichOneof("record_type") == "exit" for record in records):
@@ -93,7 +113,9 @@ def wandb_files(output: Path) -> list[Path]:
 
 
 def wandb_records(path: Path) -> list:
-    """A .wandb file: a header of 7 bytes, then the log format of LevelDB, blocks of 32 KiB with records in parts."""
+    """A .wandb file: a header of 7 bytes, then the log format of LevelDB, blocks of 32 KiB with records in
+    parts.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, offset, whole, records = path.read_bytes(), 7, b"", []
@@ -127,7 +149,10 @@ def read_mlflow(output: Path) -> Series:
     from mlflow import MlflowClient
 
     return {
-        name: sorted((point.step, point.value) for point in MlflowClient().get_metric_history(run.info.run_id, name)) for name in run.data.metrics
+        name: sorted(
+            (point.step, point.value) for point in MlflowClient().get_metric_history(run.info.run_id, name)
+        )
+        for name in run.data.metrics
     }
 
 
@@ -137,7 +162,12 @@ def mlflow_run(output: Path):
     return MlflowClient().get_run(json.loads((output / "trackers.json").read_text())["mlflow"]["id"])
 
 
-READERS = {"tensorboard": read_tensorboard, "wandb": read_wandb, "trackio": read_trackio, "mlflow": read_mlflow}
+READERS = {
+    "tensorboard": read_tensorboard,
+    "wandb": read_wandb,
+    "trackio": read_trackio,
+    "mlflow": read_mlflow,
+}
 
 
 def expected_series(output: Path, tracker: str) -> Series:
@@ -146,8 +176,18 @@ def expected_series(output: Path, tracker: str) -> Series:
     bare = {"train": "", "eval": "eval_"} if tracker == "mlflow" else {"train": "train/", "eval": "eval/"}
     for line in metrics(output):
         phase = "train" if "loss" in line else "eval"
-        for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"):
-            series[f"{bare[phase]}{name}"].append((line["step"], line[name if phase == "train" else f"eval/{name}"]))
+        for name in (
+            "loss",
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/accuracies",
+            "rewards/margins",
+            "logps/chosen",
+            "logps/rejected",
+        ):
+            series[f"{bare[phase]}{name}"].append(
+                (line["step"], line[name if phase == "train" else f"eval/{name}"])
+            )
         if phase == "train":
             series[f"{bare[phase]}learning_rate"].append((line["step"], line["lr"]))
             series[f"{bare[phase]}grad_norm"].append((line["step"], line["grad_norm"]))
@@ -158,14 +198,19 @@ def assert_tracked(output: Path, tracker: str) -> None:
     found = READERS[tracker](output)
     for name, points in expected_series(output, tracker).items():
         assert [step for step, _ in found[name]] == [step for step, _ in points], (name, found[name])
-        assert [value for _, value in found[name]] == [pytest.approx(value, rel=1e-6) for _, value in points], name  # TensorBoard: float32
+        assert [value for _, value in found[name]] == [
+            pytest.approx(value, rel=1e-6) for _, value in points
+        ], name  # TensorBoard: float32
 
 
-# -- what is logged --------------------------------------------------------------------------------------------------------------
+# -- what is logged
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tracker", NAMES)
-def test_a_tracker_holds_what_metrics_jsonl_holds(cache: str, tmp_path: Path, tracker: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_tracker_holds_what_metrics_jsonl_holds(
+    cache: str, tmp_path: Path, tracker: str, capsys: pytest.CaptureFixture
+) -> None:
     remarks: list[str] = []
     train(cache, tmp_path / "run", **EVALUATED, log_to=tracker, log=remarks.append)
     assert_tracked(tmp_path / "run", tracker)
@@ -176,9 +221,14 @@ def test_a_tracker_holds_what_metrics_jsonl_holds(cache: str, tmp_path: Path, tr
 def test_names_of_the_original_repository(cache: str, tmp_path: Path) -> None:
     train(cache, tmp_path / "run", **EVALUATED, log_to="tensorboard", log_names="original", batch_size=4)
     found, lines = read_tensorboard(tmp_path / "run"), metrics(tmp_path / "run")
-    steps, evaluations = [line for line in lines if "loss" in line], [line for line in lines if "eval/loss" in line]
+    steps, evaluations = (
+        [line for line in lines if "loss" in line],
+        [line for line in lines if "eval/loss" in line],
+    )
     assert found["loss/train"] == [(line["step"], pytest.approx(line["loss"])) for line in steps]
-    assert found["rewards_eval/margins"] == [(line["step"], pytest.approx(line["eval/rewards/margins"])) for line in evaluations]
+    assert found["rewards_eval/margins"] == [
+        (line["step"], pytest.approx(line["eval/rewards/margins"])) for line in evaluations
+    ]
     assert found["counters/examples"] == [(1, 4), (2, 8), (3, 12), (4, 15)]
 
 
@@ -198,24 +248,38 @@ def test_several_trackers_at_once_change_nothing_in_the_training(cache: str, tmp
     assert sorted(json.loads((tmp_path / "tracked" / "trackers.json").read_text())) == sorted(NAMES)
 
 
-def test_the_config_is_there_as_hyper_parameters_and_the_run_has_the_folders_name(cache: str, tmp_path: Path) -> None:
-    train(cache, tmp_path / "a run", beta=0.3, max_steps=1, log_to=["mlflow", "tensorboard", "wandb", "trackio"])
+def test_the_config_is_there_as_hyper_parameters_and_the_run_has_the_folders_name(
+    cache: str, tmp_path: Path
+) -> None:
+    train(
+        cache, tmp_path / "a run", beta=0.3, max_steps=1, log_to=["mlflow", "tensorboard", "wandb", "trackio"]
+    )
     from mlflow import MlflowClient
 
     run = mlflow_run(tmp_path / "a run")
     assert run.info.run_name == "a run" and run.info.status == "FINISHED"
     assert MlflowClient().get_experiment(run.info.experiment_id).name == "dpo-cache"
-    assert run.data.params["beta"] == "0.3" and run.data.params["loss"] == "sigmoid" and run.data.params["max_steps"] == "1"
+    assert (
+        run.data.params["beta"] == "0.3"
+        and run.data.params["loss"] == "sigmoid"
+        and run.data.params["max_steps"] == "1"
+    )
     assert run.data.params["resolved/attention"] == "forest" and run.data.params["eval_pairs"] == "None"
     assert list((tmp_path / "a run" / "tensorboard").rglob("hparams.yml"))
-    record = [entry.run for entry in written_records(wandb_files(tmp_path / "a run")[0]) if entry.WhichOneof("record_type") == "run"][-1]
+    record = [
+        entry.run
+        for entry in written_records(wandb_files(tmp_path / "a run")[0])
+        if entry.WhichOneof("record_type") == "run"
+    ][-1]
     assert record.display_name == "a run" and record.project == "dpo-cache"
     from trackio.sqlite_storage import SQLiteStorage
 
     assert SQLiteStorage.get_run_config("dpo-cache", "a run")["beta"] == 0.3
 
 
-def test_environment_variables_of_the_trackers_win(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_of_the_trackers_win(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow import MlflowClient
 
     for name in trackers.PROJECT_VARIABLES.values():
@@ -225,21 +289,33 @@ def test_environment_variables_of_the_trackers_win(cache: str, tmp_path: Path, m
     assert MlflowClient().get_experiment(mlflow_run(tmp_path / "run").info.experiment_id).name == "mine"
     assert any(entry.run.project == "mine" for entry in written_records(wandb_files(tmp_path / "run")[0]))
     assert (tmp_path / "trackio" / "mine.db").exists()
-    assert list((tmp_path / "boards" / "run").glob("events.*")) and not (tmp_path / "run" / "tensorboard").exists()
+    assert (
+        list((tmp_path / "boards" / "run").glob("events.*"))
+        and not (tmp_path / "run" / "tensorboard").exists()
+    )
 
 
 def test_a_nested_config_is_flat_for_trackers() -> None:
-    config = {"loss": ("sigmoid:0.8", "sft:0.2"), "model": None, "shuffle": True, "lr": 1e-6, "resolved": {"device": "cpu", "parts": [1, 2]}}
+    config = {
+        "loss": ("sigmoid:0.8", "sft:0.2"),
+        "model": None,
+        "shuffle": True,
+        "lr": 1e-6,
+        "resolved": {"device": "cpu", "parts": [1, 2]},
+    }
     assert flat_config(config) == {
         "loss": "sigmoid:0.8, sft:0.2", "model": None, "shuffle": True, "lr": 1e-6, "resolved/device": "cpu", "resolved/parts": "1, 2",
     }  # fmt: skip
 
 
-# -- resumption ------------------------------------------------------------------------------------------------------------------
+# -- resumption
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tracker", NAMES)
-def test_a_resumed_run_goes_on_in_its_tracker_without_gaps_or_repeats(cache: str, tmp_path: Path, tracker: str) -> None:
+def test_a_resumed_run_goes_on_in_its_tracker_without_gaps_or_repeats(
+    cache: str, tmp_path: Path, tracker: str
+) -> None:
     def crash(line: dict) -> None:
         if line["step"] == 3:
             raise RuntimeError("power cut")
@@ -252,65 +328,109 @@ def test_a_resumed_run_goes_on_in_its_tracker_without_gaps_or_repeats(cache: str
         time.sleep(1.1)  # offline files are named by the second
     train(cache, tmp_path / "run", **options, resume=True)
     assert json.loads((tmp_path / "run" / "trackers.json").read_text()) == id
-    if tracker == "wandb":  # offline each process has a file of its own; the second begins behind the checkpoint, at step 3
+    if (
+        tracker == "wandb"
+    ):  # offline each process has a file of its own; the second begins behind the checkpoint, at step 3
         files = wandb_files(tmp_path / "run")
         assert len(files) == 2
-        steps = [record.history.step.num for record in written_records(files[1]) if record.WhichOneof("record_type") == "history"]
+        steps = [
+            record.history.step.num
+            for record in written_records(files[1])
+            if record.WhichOneof("record_type") == "history"
+        ]
         assert steps == [3, 4, 5, 6, 7, 8]
     else:
         assert_tracked(tmp_path / "run", tracker)
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "mlflow"])
-def test_a_tracker_that_comes_late_gets_what_was_before(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str) -> None:
+def test_a_tracker_that_comes_late_gets_what_was_before(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
     seen: list[int] = []
-    train(cache, tmp_path / "run", **EVALUATED, on_metrics=lambda line: seen.append(line["step"]), should_stop=lambda: seen[-1] == 2)
+    train(
+        cache,
+        tmp_path / "run",
+        **EVALUATED,
+        on_metrics=lambda line: seen.append(line["step"]),
+        should_stop=lambda: seen[-1] == 2,
+    )
     train(cache, tmp_path / "run", **EVALUATED, log_to=tracker, resume=True)
     assert_tracked(tmp_path / "run", tracker)
 
 
 @pytest.mark.parametrize("tracker", ["trackio", "mlflow"])
-def test_a_run_that_is_gone_from_its_tracker_is_written_anew(cache: str, tmp_path: Path, tracker: str) -> None:
+def test_a_run_that_is_gone_from_its_tracker_is_written_anew(
+    cache: str, tmp_path: Path, tracker: str
+) -> None:
     seen: list[int] = []
     options, remarks = {**EVALUATED, "log_to": tracker}, []
-    train(cache, tmp_path / "run", **options, on_metrics=lambda line: seen.append(line["step"]), should_stop=lambda: seen[-1] == 2)
+    train(
+        cache,
+        tmp_path / "run",
+        **options,
+        on_metrics=lambda line: seen.append(line["step"]),
+        should_stop=lambda: seen[-1] == 2,
+    )
     (tmp_path / "run" / "trackers.json").write_text(json.dumps({tracker: {"id": "0" * 32}}))
     train(cache, tmp_path / "run", **options, resume=True, log=remarks.append)
-    assert f"--log-to {tracker}: its run of before is not there any more; a new one begins, with all that metrics.jsonl holds." in remarks
+    assert (
+        f"--log-to {tracker}: its run of before is not there any more; a new one begins, with all that "
+        "metrics.jsonl holds." in remarks
+    )
     assert_tracked(tmp_path / "run", tracker)
 
 
 def test_an_unreadable_list_of_tracker_runs_is_told(cache: str, tmp_path: Path) -> None:
     train(cache, tmp_path / "run", log_to="tensorboard", should_stop=lambda: True)
     (tmp_path / "run" / "trackers.json").write_text('{"tensorboard": ')
-    with pytest.raises(TrainingError, match="trackers.json: not readable .*\nRemove it: trackers then begin new runs"):
+    with pytest.raises(
+        TrainingError, match="trackers.json: not readable .*\nRemove it: trackers then begin new runs"
+    ):
         train(cache, tmp_path / "run", log_to="tensorboard", resume=True)
 
 
-# -- how runs end ----------------------------------------------------------------------------------------------------------------
+# -- how runs end
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("ending", "status", "exit_code"),
-    [("finished", "FINISHED", 0), ("stopped", "KILLED", 130), ("interrupted", "KILLED", 130), ("failed", "FAILED", 1)],
+    [
+        ("finished", "FINISHED", 0),
+        ("stopped", "KILLED", 130),
+        ("interrupted", "KILLED", 130),
+        ("failed", "FAILED", 1),
+    ],
 )
-def test_trackers_are_told_how_a_run_ended(cache: str, tmp_path: Path, ending: str, status: str, exit_code: int) -> None:
+def test_trackers_are_told_how_a_run_ended(
+    cache: str, tmp_path: Path, ending: str, status: str, exit_code: int
+) -> None:
     def end(line: dict) -> None:
         if line["step"] == 2 and ending in ("interrupted", "failed"):
             raise {"interrupted": KeyboardInterrupt, "failed": RuntimeError}[ending]
 
-    options = {"log_to": ["mlflow", "wandb", "tensorboard", "trackio"], "on_metrics": end, "should_stop": lambda: ending == "stopped"}
+    options = {
+        "log_to": ["mlflow", "wandb", "tensorboard", "trackio"],
+        "on_metrics": end,
+        "should_stop": lambda: ending == "stopped",
+    }
     if ending in ("interrupted", "failed"):
         with pytest.raises((KeyboardInterrupt, RuntimeError)):
             train(cache, tmp_path / "run", **options)
     else:
         train(cache, tmp_path / "run", **options)
     assert mlflow_run(tmp_path / "run").info.status == status
-    exits = [entry.exit.exit_code for entry in written_records(wandb_files(tmp_path / "run")[0]) if entry.WhichOneof("record_type") == "exit"]
+    exits = [
+        entry.exit.exit_code
+        for entry in written_records(wandb_files(tmp_path / "run")[0])
+        if entry.WhichOneof("record_type") == "exit"
+    ]
     assert exits == [exit_code]
 
 
-# -- faults ----------------------------------------------------------------------------------------------------------------------
+# -- faults
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -320,7 +440,8 @@ def test_trackers_are_told_how_a_run_ended(cache: str, tmp_path: Path, ending: s
         (
             {"accelerate", "mlflow"},
             ["tensorboard", "mlflow"],
-            "--log-to tensorboard --log-to mlflow needs accelerate, mlflow-skinny.\nRun `pip install accelerate mlflow-skinny`.",
+            "--log-to tensorboard --log-to mlflow needs accelerate, mlflow-skinny.\n"
+            "Run `pip install accelerate mlflow-skinny`.",
         ),
     ],
 )
@@ -343,15 +464,21 @@ def test_a_folder_of_the_name_is_no_tracker(tmp_path: Path, monkeypatch: pytest.
         check_trackers(["nothing_installed"])
 
 
-def test_a_tracker_that_cannot_be_opened_stops_the_run_before_training(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_cannot_be_opened_stops_the_run_before_training(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://store")
     seen: list[dict] = []
-    with pytest.raises(TrainingError, match="--log-to mlflow cannot be opened: .*nonsense.*\nMend that, or leave it out."):
+    with pytest.raises(
+        TrainingError, match="--log-to mlflow cannot be opened: .*nonsense.*\nMend that, or leave it out."
+    ):
         train(cache, tmp_path / "run", log_to="mlflow", on_metrics=seen.append)
     assert not seen and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_tracker_that_fails_in_between_is_said_once_and_loses_nothing(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_fails_in_between_is_said_once_and_loses_nothing(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from accelerate.tracking import TensorBoardTracker
 
     log, tries = TensorBoardTracker.log, []
@@ -367,13 +494,16 @@ def test_a_tracker_that_fails_in_between_is_said_once_and_loses_nothing(cache: s
     remarks: list[str] = []
     assert train(cache, tmp_path / "run", **EVALUATED, log_to="tensorboard", log=remarks.append).finished
     assert [remark for remark in remarks if "--log-to" in remark] == [
-        "--log-to tensorboard: no route to host. The training goes on, metrics.jsonl has every line, and what waits is sent when the tracker "
+        "--log-to tensorboard: no route to host. The training goes on, metrics.jsonl has every line, and "
+        "what waits is sent when the tracker "
         "works again. This is said once."
     ]
     assert_tracked(tmp_path / "run", "tensorboard")
 
 
-def test_a_tracker_that_is_gone_is_not_asked_at_every_step(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_gone_is_not_asked_at_every_step(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from accelerate.tracking import TensorBoardTracker
 
     tries, remarks = [], []
@@ -403,7 +533,9 @@ def test_a_caller_with_a_process_state_keeps_it(cache: str, tmp_path: Path) -> N
         PartialState._reset_state()
 
 
-def test_variables_of_a_launcher_begin_no_process_group(cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_a_launcher_begin_no_process_group(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     train(cache, tmp_path / "run", max_steps=1, log_to="tensorboard")
