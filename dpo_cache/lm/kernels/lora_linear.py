@@ -12,12 +12,12 @@ N tokens, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 
 from dpo_cache.lm.device import autocast_dtype
+from dpo_cache.lm.patches import Patches
 
 KINDS = (
     "Linear",
@@ -26,15 +26,16 @@ KINDS = (
 )  # of PEFT's layers: the base's weights are plain, or held by bitsandbytes
 
 
-def use_fast_lora(model: torch.nn.Module) -> int:
-    """Let the model's plain LoRA layers run as one operation each; how many there are. Others, such as
-    DoRA's, stay PEFT's.
+def use_fast_lora(model: torch.nn.Module, patches: Patches | None = None) -> int:
+    """Run the model's plain LoRA layers as one operation each; returns their number. DoRA and others stay
+    PEFT's.
     """
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
+    patches = patches or Patches()
     for layer in layers:
-        layer.forward = partial(_run, layer, layer.forward)
+        patches.wrap(layer, _run)
     return len(layers)
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dpo_cache.lm.patches import Patches
+
 PROBE_TOKENS = 256
 LEAST_WEIGHTS = (
     2**17
@@ -26,13 +28,16 @@ CLEAR_SPEEDUP = 0.8  # the same where two runs are to decide alike, whatever els
 
 
 def use_fast_linear(
-    model: PreTrainedModel, *, worth: float = MIN_SPEEDUP, decided: bool | None = None
+    model: PreTrainedModel,
+    patches: Patches | None = None,
+    *,
+    min_speedup: float = MIN_SPEEDUP,
+    decided: bool | None = None,
 ) -> bool:
-    """Let the model's linear layers run through oneDNN, forward and backward, where that takes at most
-    `worth` of MKL's time; whether it does.
+    """Run the model's linear layers through oneDNN where that takes at most `min_speedup` of MKL's time.
 
-    Rounding differs between the two: a run that goes on where another stopped says by `decided` which one
-    that took.
+    Returns whether they do. Rounding differs between the two, so a resumed run passes the choice of the run
+    before as `decided`, and nothing is measured.
     """
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
     if (
@@ -44,10 +49,11 @@ def use_fast_linear(
         return False
     inner = [layer for layer in layers if layer.out_features < 16 * layer.in_features]  # not the LM head
     probe = _Probe(max(inner or layers, key=lambda layer: layer.weight.numel()))
-    if decided is False or not probe.agrees() or (decided is None and not probe.is_faster(worth)):
+    if decided is False or not probe.agrees() or (decided is None and not probe.is_faster(min_speedup)):
         return False
+    patches = patches or Patches()
     for layer in layers:
-        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+        patches.wrap(layer, _forward)
     return True
 
 
@@ -131,9 +137,11 @@ TORCH = Products(torch.nn.functional.linear, torch.mm, lambda grad, inputs, _: g
 ONEDNN = Products(_onednn_output, _onednn_for_inputs, _onednn_for_weight)
 
 
-def _forward(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+def _forward(
+    layer: torch.nn.Linear, forward: Callable[..., torch.Tensor], inputs: torch.Tensor
+) -> torch.Tensor:
     if inputs.dtype != torch.float32 or not inputs.numel() or torch.is_autocast_enabled("cpu"):
-        return torch.nn.functional.linear(inputs, layer.weight, layer.bias)
+        return forward(inputs)
     return onednn_linear(inputs, layer.weight, layer.bias)
 
 
@@ -163,17 +171,16 @@ class _Probe:
             for one, other in zip(found, expected, strict=True)
         )
 
-    def is_faster(self, worth: float) -> bool:
+    def is_faster(self, min_speedup: float) -> bool:
         if self.weight.numel() < LEAST_WEIGHTS:
             return False
         runs = [
             partial(linear, self.inputs, self.weight)
             for linear in (onednn_linear, torch.nn.functional.linear)
         ]
-        rounds = [
-            [_time(run) for run in runs] for _ in range(9)
-        ]  # in turn, so that what else the machine does meets both
-        return min(times[0] for times in rounds) < worth * min(times[1] for times in rounds)
+        # in turn, so that other load on the machine affects both
+        rounds = [[_time(run) for run in runs] for _ in range(9)]
+        return min(times[0] for times in rounds) < min_speedup * min(times[1] for times in rounds)
 
     def _results(self, linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
         with torch.enable_grad():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 
 from dpo_cache.lm.memory.recompute import decoder_layers
 from dpo_cache.lm.memory.recompute_later import saving
+from dpo_cache.lm.patches import Patches
 from dpo_cache.log import Log
 
 LEAST_BYTES = 2**16  # of a storage that is worth a copy
@@ -39,11 +39,14 @@ class Transfer(Protocol):
         """The flat uint8 tensor on the device, ready to be read by what is computed next."""
 
 
-def offload_activations(model: PreTrainedModel, log: Log, transfer: Transfer | None = None) -> int:
-    """Let the model's decoder layers keep their activations in host memory; the number of layers that do.
+def offload_activations(
+    model: PreTrainedModel, log: Log, transfer: Transfer | None = None, patches: Patches | None = None
+) -> int:
+    """Let the model's decoder layers keep their activations in host memory; returns the number of layers that
+    do.
 
-    After `Recomputation` has wrapped them. On a CPU, or MPS, host memory is all there is: nothing is done,
-    and that is said.
+    Call it after `Recomputation` has wrapped them. On a CPU or MPS there is only host memory: a remark says
+    that nothing changes.
     """
     if transfer is None and model.device.type != "cuda":
         log(
@@ -56,8 +59,9 @@ def offload_activations(model: PreTrainedModel, log: Log, transfer: Transfer | N
         log(f"--offload-activations has no effect: {type(model).__name__} has no layers that take it.")
         return 0
     offload = _Offload(transfer or CudaTransfer(model.device))
+    patches = patches or Patches()
     for layer in layers:
-        layer.forward = partial(offload.run, layer, layer.forward)  # type: ignore[method-assign]
+        patches.wrap(layer, offload.run)
     return len(layers)
 
 

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_cache.lm.device import autocast_dtype
 from dpo_cache.lm.memory.recompute_later import is_on_tape, is_recording, recompute_later, recording
+from dpo_cache.lm.patches import Patches
 
 MODES = ("none", "cheap", "selective", "full")
 
@@ -65,7 +66,7 @@ NARROW_PRODUCTS = {"aten.mm": 0, "aten.addmm": 1, "mkldnn._linear_pointwise": 0}
 class Recomputation:
     """Wraps a model's decoder layers; `mode` may change from one forward pass to the next."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, patches: Patches | None = None):
         self.mode = "none"
         self._kept = {packet.default for packet in map(_operator, EXPENSIVE) if packet is not None}
         self._multiplied = {
@@ -75,12 +76,13 @@ class Recomputation:
         }
         layers = decoder_layers(model)
         self.num_layers = len(layers)
+        patches = patches or Patches()
         for layer in layers:
             for module in layer.modules():
-                _keep_as_recipe(module)
-            layer.forward = partial(self._run, layer.forward)  # type: ignore[method-assign]
+                _recompute_cheap_output(module, patches)
+            patches.wrap(layer, self._run)
 
-    def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, _: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         if self.mode == "none" or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if self.mode == "cheap":
@@ -100,24 +102,22 @@ class Recomputation:
         )
 
 
-def _keep_as_recipe(module: torch.nn.Module) -> None:
-    """Let what the module gives be kept as its recipe, where it is made in no time from what is kept
-    anyway.
-    """
+def _recompute_cheap_output(module: torch.nn.Module, patches: Patches) -> None:
+    """Let the module's output be recomputed in the backward pass, where that takes next to no time."""
     kind = type(module)
     if _is_gated(kind):  # type: ignore[arg-type]  # mypy takes torch's way to declare __hash__ for another
-        module.forward = partial(_run_gated, module, module.forward)  # type: ignore[method-assign]
+        patches.wrap(module, _run_gated)
     elif kind is torch.nn.Linear:
-        module.register_forward_pre_hook(_cast_inputs)
+        patches.before_forward(module, _cast_inputs)
     elif (
         not list(module.children())
         and ("Norm" in kind.__name__ or kind.__module__ in ACTIVATIONS)
         and not getattr(module, "inplace", False)
     ):
-        module.forward = partial(_run_alone, module, module.forward)  # type: ignore[method-assign]
+        patches.wrap(module, _run_cheap)
 
 
-def _run_alone(module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+def _run_cheap(module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
     """A norm or an activation function."""
     if kwargs or len(args) != 1:
         return forward(*args, **kwargs)
@@ -125,9 +125,7 @@ def _run_alone(module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any)
 
 
 def _run_gated(module: Any, forward: Any, *args: Any) -> Any:
-    """`down_proj(act_fn(gate_proj(x)) * up_proj(x))`, of which what comes before `down_proj` is made
-    again.
-    """
+    """`down_proj(act_fn(gate_proj(x)) * up_proj(x))`, where the input of `down_proj` is recomputed."""
     if not is_recording():
         return forward(*args)
     return module.down_proj(

@@ -25,7 +25,6 @@ from transformers.utils import find_adapter_config_file
 
 from dpo_cache.errors import ModelError, OptionError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
-from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -170,7 +169,6 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int) -> Pef
                 "See --lora-targets or --peft-config."
             ) from error
     _check_names(model, config)
-    use_fast_lora(adapted)
     return adapted.eval()
 
 
@@ -190,7 +188,6 @@ def load_adapter(model: PreTrainedModel, folder: str, *, is_trainable: bool = Fa
         raise ModelError(
             f"{folder}: the adapter does not fit {type(model).__name__} ({first_line(error)})."
         ) from error
-    use_fast_lora(adapted)
     return adapted.eval()
 
 

@@ -1,0 +1,76 @@
+"""The one place where a loaded model is changed to run faster or in less memory; every change is undone on
+leaving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from dpo_cache.lm.forest.attention import FOREST_ATTENTION
+from dpo_cache.lm.kernels.lora_linear import use_fast_lora
+from dpo_cache.lm.kernels.onednn_linear import MIN_SPEEDUP, use_fast_linear
+from dpo_cache.lm.memory.offload import offload_activations
+from dpo_cache.lm.memory.recompute import Recomputation
+from dpo_cache.lm.patches import Patches
+from dpo_cache.log import Log, log_remark
+
+
+@dataclass
+class Prepared:
+    """How a model runs while it is prepared."""
+
+    linear: str = "torch"  # the library that multiplies: "torch" or "onednn"
+    recomputation: Recomputation | None = None  # None: the model is only run forward
+
+
+_prepared: WeakKeyDictionary[torch.nn.Module, Prepared] = WeakKeyDictionary()
+
+
+@contextmanager
+def prepared(
+    model: PreTrainedModel,
+    *,
+    trains: bool = False,
+    offloads: bool = False,
+    min_speedup: float = MIN_SPEEDUP,
+    is_onednn: bool | None = None,
+    log: Log = log_remark,
+) -> Iterator[Prepared]:
+    """While open, the model's plain LoRA layers and linear layers run through faster functions.
+
+    With `trains`, decoder layers can compute activations again in the backward pass, as `recomputation.mode`
+    says; with
+    `offloads`, they keep activations in host memory. `is_onednn` decides which library multiplies instead of
+    a measurement, see `use_fast_linear`. A model that is prepared already keeps what it has, gets what it
+    lacks, and on leaving loses only that. A model that was switched to forest attention gets its original
+    attention back.
+    """
+    patches, before = Patches(), _prepared.get(model)
+    now = Prepared() if before is None else Prepared(before.linear, before.recomputation)
+    original = model.config._attn_implementation
+    try:
+        _prepared[model] = now
+        if before is None:
+            if any("lora_" in name for name, _ in model.named_parameters()):
+                use_fast_lora(model, patches)  # imports peft
+            if use_fast_linear(model, patches, min_speedup=min_speedup, decided=is_onednn):
+                now.linear = "onednn"
+        if trains and now.recomputation is None:
+            now.recomputation = Recomputation(model, patches)
+            if offloads:
+                offload_activations(model, log, patches=patches)
+        yield now
+    finally:
+        patches.undo()
+        if before is None:
+            del _prepared[model]
+        else:
+            _prepared[model] = before
+        if model.config._attn_implementation == FOREST_ATTENTION != original:
+            model.set_attn_implementation(original)
