@@ -1,30 +1,35 @@
-"""Everything a user can cause, as one tree.
+"""Every error that a user can cause, as one tree.
 
     DpoCacheError
     ├── OptionError            an option's value makes no sense                    (also a ValueError)
+    │   └── UnknownOptionError     a keyword that is no option                     (also a TypeError)
     ├── ShapeError             tensors given to a loss do not match                (also a ValueError)
     ├── DataError              the data set cannot be read as preferences
     ├── ModelError             the model or its tokenizer cannot be used
     ├── CacheError             the cache cannot be used
-    │   ├── FormatError        not a cache at all
+    │   ├── FormatError        the folder is not a cache
     │   │   └── NewerFormatError   made by a newer dpo-cache
     │   ├── CorruptShardError  bytes on disk are not the bytes that were written
-    │   ├── NotInCacheError    the reference, pair set or score asked for is not there
+    │   ├── NotInCacheError    the cache lacks the reference, pair set or score
     │   └── StorageError       the file system refused: full, read-only, gone
-    │       └── MissingFileError  a file that was listed or named is not there, or not any more
-    └── TrainingError          the run cannot start or go on
+    │       └── MissingFileError   a file that was listed or named does not exist (any more)
+    └── TrainingError          the run cannot start or continue
         └── StepZeroError      the policy that starts as the reference does not repeat its log-probs
 
-Every message says where, what was expected, what was found, and what to do next.
+Every message names the place, what was expected, what was found, and what to do next.
 """
 
 
 class DpoCacheError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error that this package raises on purpose."""
 
 
 class OptionError(DpoCacheError, ValueError):
-    """An option's value makes no sense, alone or beside another one."""
+    """The value of an option, or of two options together, makes no sense."""
+
+
+class UnknownOptionError(OptionError, TypeError):
+    """A keyword argument is not an option of the function."""
 
 
 class ShapeError(DpoCacheError, ValueError):
@@ -40,11 +45,11 @@ class ModelError(DpoCacheError):
 
 
 class CacheError(DpoCacheError):
-    """The cache cannot be used as asked."""
+    """The cache cannot be used as it is."""
 
 
 class FormatError(CacheError):
-    """The folder is no dpo-cache, or one written in another format."""
+    """The folder is not a dpo-cache, or is written in another format."""
 
 
 class NewerFormatError(FormatError):
@@ -52,11 +57,11 @@ class NewerFormatError(FormatError):
 
 
 class CorruptShardError(CacheError):
-    """A file in the cache is not what was written there."""
+    """The bytes of a file in the cache are not those that were written."""
 
 
 class NotInCacheError(CacheError):
-    """The reference, pair set or score asked for is not in this cache."""
+    """The cache does not have this reference, pair set or score."""
 
 
 class StorageError(CacheError):
@@ -64,11 +69,11 @@ class StorageError(CacheError):
 
 
 class MissingFileError(StorageError):
-    """A file of the cache is not there; another process may have removed it since it was listed."""
+    """A file of the cache does not exist; another process may have removed it since it was listed."""
 
 
 class TrainingError(DpoCacheError):
-    """A training run cannot start or go on."""
+    """A training run cannot start or continue."""
 
 
 class StepZeroError(TrainingError):
@@ -76,5 +81,5 @@ class StepZeroError(TrainingError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line; its type where it says nothing."""
+    """The first line of another library's error message, or the error's type where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

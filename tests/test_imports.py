@@ -27,7 +27,7 @@ ALLOWED = {
     }
     | LEAVES,
     "integrations": {"precomputing", "training", "data", "lm", "store"} | LEAVES,
-    "sweeping": {"training", "reporting", "store"} | LEAVES,
+    "sweeping": {"training", "reporting", "store", "files"} | LEAVES,
     "reporting": {"lm", "store"} | LEAVES,
     "evaluation": {"data", "lm", "store", "training", "files"} | LEAVES,
     "training": {"lm", "store", "files"} | LEAVES,
@@ -38,7 +38,7 @@ ALLOWED = {
     "losses": {"errors", "types", "options", "lm"},
     "store": {"errors", "log", "types", "files"},
     "data": {"errors", "types"},
-    "lm": {"errors", "log", "types"},
+    "lm": {"errors", "log", "types", "files"},
     "files": {"errors"},
     "log": set(),
     "types": set(),

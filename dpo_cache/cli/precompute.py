@@ -67,10 +67,7 @@ def _print_plan(report: PrecomputeReport) -> None:
 
 def _print_survey(survey: Survey) -> None:
     def found(finding: Finding) -> str:
-        return (
-            f"{count(finding.count)} (row "
-            f"{', '.join(map(str, finding.rows))}{', …' if finding.count > len(finding.rows) else ''})"
-        )
+        return f"{count(finding.count)} (row {finding.shown_rows()})"
 
     rows = [("rows", count(survey.rows_read)), ("pairs", count(survey.pairs_kept))]
     rows += [

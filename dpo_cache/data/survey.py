@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dpo_cache.data.truncate import Dropped, Outcome
+from dpo_cache.errors import shown_rows
 
 PERCENTILES = (0, 50, 90, 99, 100)
 ROWS_SHOWN = 3
@@ -32,6 +34,10 @@ class Finding:
         self.count += 1
         if len(self.rows) < ROWS_SHOWN:
             self.rows.append(row)
+
+    def shown_rows(self) -> str:
+        """The first rows, as `0, 3, 4, …`."""
+        return shown_rows(self.rows, count=self.count)
 
 
 @dataclass
@@ -102,6 +108,20 @@ class Survey:
             "dropped": dropped,
             "lengths": {"percentiles": list(PERCENTILES), **self.lengths()},
         }
+
+
+def rows_by_reason(problems: Sequence[tuple[int, str]]) -> str:
+    """A line for each reason, the most frequent first: how many rows it was found in, and the first of them.
+
+    Takes a row number and a reason for each row that cannot be used.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, reason in problems:
+        rows.setdefault(reason, []).append(row)
+    return "\n".join(
+        f"  {reason}: {len(found)} row{'s' if len(found) > 1 else ''}, number {shown_rows(found, most=5)}"
+        for reason, found in sorted(rows.items(), key=lambda entry: -len(entry[1]))
+    )
 
 
 def _percentiles(counts: Counter[int]) -> list[int]:

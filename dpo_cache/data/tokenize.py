@@ -15,7 +15,6 @@ A tokenized row is one pair, in the columns
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dpo_cache.data.encode import encode_continuations, encode_dialogues, without_padding
 from dpo_cache.data.formats import Example, RowProblem, parse_row
 from dpo_cache.data.read import STREAM_ERRORS, Rows, not_readable, not_utf8
+from dpo_cache.data.survey import rows_by_reason
 from dpo_cache.errors import DataError, ModelError, first_line
 
 BATCH_ROWS = 256  # rows tokenized at once: a thousand long dialogues would take 250 MB
@@ -199,16 +199,9 @@ def _check_problems(tokenized: Dataset, data_format: str, place: str) -> None:
         for row, reason in zip(tokenized.data.column("row").to_pylist(), problems.to_pylist(), strict=True)
         if reason
     ]
-    counts = Counter(reason for _, reason in found)
-    lines = []
-    for reason, count in counts.most_common():
-        numbers = ", ".join([str(row) for row, other in found if other == reason][:5])
-        lines.append(
-            f"  {reason}: {count} row{'s' if count > 1 else ''}, number {numbers}{', …' if count > 5 else ''}"
-        )
     raise DataError(
         f"{place}: {len(found)} row{'s' if len(found) > 1 else ''} cannot be used (rows are counted from "
-        f"0, format {data_format}):\n" + "\n".join(lines) + "\nMend or remove them and run again."
+        f"0, format {data_format}):\n{rows_by_reason(found)}\nCorrect or remove them and run again."
     )
 
 

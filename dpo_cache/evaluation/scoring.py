@@ -11,7 +11,7 @@ from itertools import islice
 
 import numpy as np
 
-from dpo_cache.errors import ModelError
+from dpo_cache.errors import ModelError, shown_rows
 from dpo_cache.evaluation.opening import EvaluatedModel, check_room
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.progress import ScoringProgress
@@ -161,7 +161,7 @@ def _check_finite(
         for scored in window
         if any(completion_key(side) in culprits for side in _sides(scored))
     ]
-    shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+    shown = shown_rows(rows)
     one_of = "" if alone else " or of one that is scored beside it"
     raise ModelError(
         f"{policy.location} gives a log-prob that is NaN or infinite for "

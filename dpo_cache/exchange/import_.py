@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
@@ -23,6 +22,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cache import data
+from dpo_cache.data.survey import rows_by_reason
 from dpo_cache.errors import DataError, OptionError
 from dpo_cache.exchange.findings import ValueFindings
 from dpo_cache.exchange.read_rows import ID_COLUMNS, SUMS, ImportedRows, check_columns
@@ -38,7 +38,6 @@ from dpo_cache.types import Pair, ScoredPair
 
 BATCH_PAIRS = 2048
 UNCUT = 2**31 - 1  # tokens: no --max-length
-ROWS_SHOWN = 5
 
 
 @dataclass
@@ -347,27 +346,17 @@ def _raise_problems(split: _Split) -> None:
     """One `DataError` for all rows that cannot be used: each reason with its count and first rows."""
     if not split.problems:
         return
-    lines = []
-    for reason, count in Counter(reason for _, reason in split.problems).most_common():
-        numbers = ", ".join([str(row) for row, other in split.problems if other == reason][:ROWS_SHOWN])
-        lines.append(
-            f"  {reason}: {count} row{'s' if count > 1 else ''}, number "
-            f"{numbers}{', …' if count > ROWS_SHOWN else ''}"
-        )
     one = len(split.problems) == 1
     raise DataError(
         f"{split.rows.place}: {len(split.problems)} row{'' if one else 's'} cannot be imported (rows are "
-        "counted from 0, "
-        f"format {split.rows.data_format}):\n"
-        + "\n".join(lines)
-        + "\nMend or remove them and run again; nothing was written."
+        f"counted from 0, format {split.rows.data_format}):\n{rows_by_reason(split.problems)}\n"
+        "Correct or remove them and run again; nothing was written."
     )
 
 
 def _rows_found(finding: Any) -> str:
-    shown = ", ".join(map(str, finding.rows)) + (", …" if finding.count > len(finding.rows) else "")
     return (
-        f"{finding.count} row{'s' if finding.count > 1 else ''} ({shown}) "
+        f"{finding.count} row{'s' if finding.count > 1 else ''} ({finding.shown_rows()}) "
         f"{'are' if finding.count > 1 else 'is'}"
     )
 

@@ -1,15 +1,12 @@
-"""Rows into a Parquet file, a JSONL file or a folder of `datasets`: streamed, and wholly there or not at
-all.
-"""
+"""Rows into a Parquet file, a JSONL file or a folder of `datasets`: streamed, written whole or not at all."""
 
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from dpo_cache.errors import OptionError, StorageError
-from dpo_cache.files.sync import sync
+from dpo_cache.files.atomic import replaced
 
 Row = dict[str, Any]
 WriteRows = Callable[[list[Row]], None]
@@ -44,23 +41,17 @@ def check_output(out: str, kind: str, *, overwrite: bool) -> None:
 
 @contextmanager
 def open_output(out: str, kind: str, schema: pa.Schema, *, overwrite: bool) -> Iterator[WriteRows]:
-    """What writes rows to the output; it appears under its name when the block ends, and not at all if it
-    raises.
+    """A function that writes rows to the output, which appears under its name when the block ends, and not at
+    all if the block raises.
 
-    Raises `OptionError` for one that is there already, `StorageError` where the file system refuses.
+    Raises `OptionError` for an output that exists already, `StorageError` where the file system refuses.
     """
     target = Path(out).expanduser()
     check_output(out, kind, overwrite=overwrite)
-    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        try:
-            scratch.mkdir(parents=True)
-            with WRITERS[kind](scratch / "rows", schema) as write:
-                yield write
-            written = _as_datasets_folder(scratch) if kind == "datasets" else scratch / "rows"
-            _put_in_place(written, target, scratch)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(target, is_shared=True) as scratch, WRITERS[kind](scratch, schema) as write:
+            yield write
     except OSError as error:
         raise StorageError(
             f"cannot write {target}: {error.strerror or error}.\n"
@@ -83,24 +74,19 @@ def _json_rows(path: Path, schema: pa.Schema) -> Iterator[WriteRows]:
         )
 
 
-WRITERS = {"parquet": _parquet_rows, "jsonl": _json_rows, "datasets": _parquet_rows}
+@contextmanager
+def _datasets_rows(path: Path, schema: pa.Schema) -> Iterator[WriteRows]:
+    """A folder as `Dataset.save_to_disk` writes it; the rows pass through a file, not through memory."""
+    with TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as work:
+        rows = Path(work, "rows.parquet")
+        with _parquet_rows(rows, schema) as write:
+            yield write
+        dataset = Dataset.from_parquet(str(rows), cache_dir=str(Path(work, "cache")))
+        dataset.save_to_disk(path)  # type: ignore[union-attr]
+
+
+WRITERS = {"parquet": _parquet_rows, "jsonl": _json_rows, "datasets": _datasets_rows}
 
 
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-def _as_datasets_folder(scratch: Path) -> Path:
-    """The rows as `Dataset.save_to_disk` writes them; goes through files, not through memory."""
-    dataset = Dataset.from_parquet(str(scratch / "rows"), cache_dir=str(scratch / "cache"))
-    dataset.save_to_disk(scratch / "saved")  # type: ignore[union-attr]
-    return scratch / "saved"
-
-
-def _put_in_place(written: Path, target: Path, scratch: Path) -> None:
-    for file in [path for path in written.rglob("*") if path.is_file()] or [written]:
-        sync(file)
-    if target.is_dir():
-        target.rename(scratch / "replaced")  # a folder is not renamed over another
-    written.replace(target)
-    sync(target.parent)

@@ -79,13 +79,9 @@ class Planner:
             self._check_lengths(split.survey.longest)
             yield window
         if not split.survey.pairs_kept:
-            found = [
-                (reason, finding, ", ".join(map(str, finding.rows)))
-                for reason, finding in split.survey.dropped.items()
-            ]
             reasons = ", ".join(
-                f"{reason} ({finding.count}; row {rows}{', …' * (finding.count > len(finding.rows))})"
-                for reason, finding, rows in found
+                f"{reason} ({finding.count}; row {finding.shown_rows()})"
+                for reason, finding in split.survey.dropped.items()
             )
             raise DataError(f"no row of {split.survey.pair_set} makes a pair: {reasons}.")
 

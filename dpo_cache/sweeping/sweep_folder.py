@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cache.errors import TrainingError
+from dpo_cache.files import atomic
 from dpo_cache.log import Log
 from dpo_cache.options.sweep import default_of, shown_value, swept_fields
 from dpo_cache.sweeping.grid import Grid, run_names
@@ -125,12 +126,9 @@ def read_report(run: Run) -> dict[str, Any] | None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that readers see whole, before or after. Raises `TrainingError`."""
-    scratch = path.with_name(f".{path.name}.tmp")
     try:
-        scratch.write_text(text)
-        os.replace(scratch, path)
+        atomic.write_whole(path, text)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise TrainingError(
             f"cannot write {path}: {error.strerror or error}.\n"
             "Free some space, then give the same command again."

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from dpo_cache.errors import TrainingError
+from dpo_cache.errors import TrainingError, shown_rows
 from dpo_cache.losses.metrics import Metrics, PairMetrics
 from dpo_cache.options.train import period
 from dpo_cache.training.batches import stream_pairs
@@ -65,7 +65,7 @@ def evaluate(passes: Passes, data: TrainingPairs, *, at_once: int, step: int) ->
     while pairs := list(islice(stream, at_once)):
         values = passes.values(pairs)
         if not math.isfinite(values.means()["loss"]):
-            rows = ", ".join(map(str, passes.rows_with_nonfinite_loss(pairs)[:8]))
+            rows = shown_rows(passes.rows_with_nonfinite_loss(pairs))
             raise TrainingError(
                 f"the evaluation after step {step} gives a loss that is not finite, by row {rows} of the "
                 "data.\nNo model was saved. Lower --lr."

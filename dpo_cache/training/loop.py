@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dpo_cache.errors import TrainingError
+from dpo_cache.errors import TrainingError, shown_rows
 from dpo_cache.lm.device import deterministic_algorithms, peak_bytes
 from dpo_cache.log import log_remark
 from dpo_cache.losses.metrics import Metrics
@@ -261,63 +261,21 @@ class _Run:
         return self._record(metrics)
 
     def _update(self, pairs: list[ScoredPair]) -> Metrics:
-        """One update. The loss is the mean over the step's pairs, however they are split into forests."""
+        """One update and its metrics."""
         self._check_base(pairs)
-        optimizer, in_backward = self.setup.optimizer, self.setup.in_backward
-        started = time.perf_counter()
-        lr = self.setup.lr(self.progress.step - 1)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = lr
-        metrics, num_tokens = self.passes.gradient(pairs)
-        self._end_step_zero()
-        if in_backward:
-            has_changed, grad_norm = in_backward.has_begun, float(in_backward.end_step())
-        else:
-            largest = self.options.max_grad_norm or math.inf
-            has_changed, grad_norm = (
-                False,
-                float(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), largest)),
-            )
-        means = metrics.means()
-        if not math.isfinite(means["loss"]) or not math.isfinite(grad_norm):
-            raise self._not_finite(pairs, means["loss"], grad_norm, has_changed=has_changed)
-        if not in_backward:
-            optimizer.step()
-        self.has_updated = True
-        optimizer.zero_grad(set_to_none=True)
+        started, number = time.perf_counter(), self.position.step
+        lr = self.setup.lr(number - 1)
+        metrics, num_tokens, grad_norm = self.step.take(pairs, number, lr)
         return {
-            "step": self.progress.step,
-            "epoch": round(self.progress.epoch + self.progress.pairs_seen / self.data.num_pairs, 4),
-            **means,
+            "step": number,
+            "epoch": round(self.position.epoch + self.position.pairs_seen / self.data.num_pairs, 4),
+            **metrics.means(),
             "grad_norm": grad_norm,
             "lr": lr,
             "num_tokens": num_tokens,
             "pairs_per_s": len(pairs) / (time.perf_counter() - started),
             "peak_bytes": peak_bytes(self.setup.device),
         }
-
-    def _not_finite(
-        self, pairs: list[ScoredPair], loss: float, grad_norm: float, *, has_changed: bool
-    ) -> TrainingError:
-        """The error that names the rows whose loss is not finite, or, where only the gradient is not, all of
-        the step.
-        """
-        spoiled = [] if has_changed else self.passes.rows_with_nonfinite_loss(pairs)
-        rows = spoiled or [scored.pair.row for scored in pairs]
-        shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
-        which = f"row {shown} of the data made it" if spoiled else f"rows of the data in this step: {shown}"
-        saved = find_checkpoints(self.output)
-        kept = f" {saved[-1]} holds an earlier state." if saved else ""
-        weights = (
-            "were updated with it (--free-gradients): the last checkpoint is what counts"
-            if has_changed
-            else "were not updated"
-        )
-        return TrainingError(
-            f"step {self.progress.step}: loss {loss}, gradient norm {grad_norm}; {which}. The weights "
-            f"{weights}.{kept}\n"
-            + ("Lower --lr." if self.policy.precision == "fp32" else "Lower --lr, or use --precision fp32.")
-        )
 
     def _evaluate(self) -> Metrics | None:
         """Means over the evaluation pairs under the policy as it is, written down; None where there are
@@ -357,13 +315,6 @@ class _Run:
             known, is_reference=True, differing=(), what="the policy with its adapter switched off"
         )
         self.log(self.passes.check_base(pairs, StepZero(expectation, self.options.step_zero)))
-
-    def _end_step_zero(self) -> None:
-        """Say what the first step has shown; the first update makes the policy another model."""
-        if self.passes.step_zero is not None:
-            self.log(self.passes.step_zero.conclude())
-            self.step_zero_gap = self.passes.step_zero.largest_gap
-            self.passes.step_zero = None
 
     # -- what is kept ----------------------------------------------------------------------------------
 

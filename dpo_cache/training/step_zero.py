@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dpo_cache.errors import StepZeroError
+from dpo_cache.errors import StepZeroError, shown_rows
 from dpo_cache.lm.model.quantization import rounding_dtype, rounding_dtype_of
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.training.inputs import TrainedModel, TrainingPairs
@@ -88,6 +88,14 @@ class StepZero:
     sums: list[tuple[float, float, float]] = field(default_factory=list)  # policy's, reference's, allowed gap
     partial: list[float] = field(default_factory=list)  # smallest gap to a sum over fewer tokens
     rows: list[int] = field(default_factory=list)
+
+    def check_pairs(self, pairs: Sequence[ScoredPair], logps: CompletionLogps) -> None:
+        """Compare the pairs' chosen, then rejected completions with the cache, until enough have been compared."""
+        if not self.has_enough:
+            tokens = logps.tokens_T.detach().float().cpu().split(logps.lengths)
+            scores = [scored.ref_chosen for scored in pairs] + [scored.ref_rejected for scored in pairs]
+            rows = [scored.pair.row for scored in pairs] * 2
+            self.check([values.numpy() for values in tokens], scores, rows)
 
     def check(self, policy_logps: Sequence[np.ndarray], scores: Sequence[Score], rows: Sequence[int]) -> None:
         """Note the token log-probs of completions, the policy's beside the cached, and the rows that they
@@ -213,7 +221,7 @@ def _guess(found: StepZero, beyond: Sequence[int]) -> str:
         return "truncation: the cached sums are of fewer tokens than the answers have"
     if len(beyond) <= FEW * len(found.sums):
         rows = sorted({found.rows[place] for place in beyond})
-        shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+        shown = shown_rows(rows)
         return (
             f"cache: the values of row {shown} alone differ, so they were changed or come from another "
             "model; `dpo-cache verify` looks into it"

@@ -109,7 +109,7 @@ WRONG_DATA = {
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "", "rejected": "c"}\n',
         "error: {path}: split train: 1 row cannot be used (rows are counted from 0, format text):\n"
         "  `chosen` is empty: 1 row, number 1\n"
-        "Mend or remove them and run again.\n",
+        "Correct or remove them and run again.\n",
     ),
 }
 

@@ -585,7 +585,7 @@ def test_all_unusable_rows_are_told_at_once() -> None:
         "  `rejected` is empty: 6 rows, number 1, 2, 4, 5, 7, …\n"
         "  `prompt` is missing, expected text: 2 rows, number 0, 9\n"
         "  `chosen` is missing, expected text: 1 row, number 8\n"
-        "Mend or remove them and run again."
+        "Correct or remove them and run again."
     )
 
 

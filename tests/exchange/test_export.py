@@ -10,7 +10,7 @@ import pytest
 import dpo_cache
 from dpo_cache.errors import NotInCacheError, OptionError, StorageError
 from dpo_cache.exchange import export_pairs, import_pairs
-from dpo_cache.files import rows as writing
+from dpo_cache.files import atomic
 from tests.conftest import chat_rows, make_tokenizer, write_rows
 from tests.exchange.conftest import TEXT_ROWS, pairs_of
 
@@ -226,7 +226,7 @@ def test_an_export_that_fails_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "_put_in_place", full)
+    monkeypatch.setattr(atomic, "_rename", full)
     with pytest.raises(StorageError, match="No space left on device"):
         export(source, "chat", tmp_path / OUTS[kind])
     assert not list(tmp_path.iterdir())

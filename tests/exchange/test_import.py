@@ -125,7 +125,7 @@ def test_every_problem_names_its_row(tmp_path: Path, name: str) -> None:
         bring_in(tmp_path / "cache", data)
     assert str(raised.value) == (
         f"{data}: split train: 2 rows cannot be imported (rows are counted from 0, format ids):\n"
-        f"  {reason}: 2 rows, number 1, 3\nMend or remove them and run again; nothing was written."
+        f"  {reason}: 2 rows, number 1, 3\nCorrect or remove them and run again; nothing was written."
     )
     assert not (tmp_path / "cache").exists()
 

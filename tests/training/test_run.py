@@ -227,7 +227,7 @@ def test_metrics_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("dpo_cache.training.output.metrics_file.os.replace", fail)
+        patch.setattr("dpo_cache.files.atomic.os.replace", fail)
         file.keep_until(3)
     assert [line["step"] for line in file.lines()] == list(range(6))
     file.keep_until(3)

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from dpo_cache.errors import ModelError, first_line
+from dpo_cache.files.atomic import write_whole
 from dpo_cache.lm.model.adapter import CONFIG_FILE, WEIGHTS_FILE, locate_checkpoint, read_config
 from dpo_cache.lm.model.adapter import INERT_FIELDS as INERT_ADAPTER_FIELDS
 from dpo_cache.lm.model.quantization import check_quantizable
@@ -207,9 +208,7 @@ def _tensor_lines(path: Path) -> dict[str, str]:
     lines = _hash_tensors(path)
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)
-        scratch = memo.with_suffix(f".{os.getpid()}.tmp")
-        scratch.write_text(json.dumps({"stamp": stamp, "lines": lines}))
-        os.replace(scratch, memo)
+        write_whole(memo, json.dumps({"stamp": stamp, "lines": lines}), is_shared=True)
     except OSError:
         pass  # a home that cannot be written costs the next run a second hashing, nothing else
     return lines

@@ -1,7 +1,7 @@
 """Local copies of parts that were read from a remote cache.
 
     <folder>/<sha256>.parquet       named by content, so copies serve every cache that holds the part
-    <folder>/.<sha256>.<hex>.tmp    a download under way; swept after a day
+    <folder>/.<sha256>.parquet.<hex>.tmp    a download in progress; removed after a day
 
 The folder is `$DPO_CACHE_PARTS`, else `dpo-cache/parts` in the user's cache folder (`$XDG_CACHE_HOME`, else
 `~/.cache`). It holds at most `$DPO_CACHE_PARTS_GB` gigabytes (default 20): the copies that were not used for
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from dpo_cache.errors import OptionError, StorageError
+from dpo_cache.files.atomic import replaced
 
 DEFAULT_LIMIT_GB = 20.0
 STALE_S = 86_400.0  # a download that is this old was cut off
@@ -70,11 +70,13 @@ class LocalCopies:
         and whatever else `download` raises.
         """
         try:
-            return (
-                self._open_copy(name)
-                or self._fetch(name, download)
-                or self._fetch(name, download, is_last=True)
-            )  # type: ignore[return-value]
+            copy = self._open_copy(name)
+            if copy is None:
+                try:
+                    copy = self._fetch(name, download)
+                except WrongDigestError:
+                    copy = self._fetch(name, download)
+            return copy
         except OSError as error:
             raise StorageError(
                 f"cannot keep a copy of a remote part in {self.folder}: {error.strerror or error}.\n"
@@ -111,21 +113,15 @@ class LocalCopies:
         ):  # removed by another process, or kept by another user: it is only taken for older than it is
             return
 
-    def _fetch(self, name: str, download: Download, *, is_last: bool = False) -> pa.OSFile | None:
+    def _fetch(self, name: str, download: Download) -> pa.OSFile:
         self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / f".{_digest_of(name)}.{secrets.token_hex(4)}.tmp"
-        try:
+        with replaced(self.folder / name, is_shared=True) as scratch:
             with open(scratch, "wb") as file:
                 download(file)
             opened = pa.OSFile(str(scratch))
             if not _is_whole(opened, name):
                 opened.close()
-                if is_last:
-                    raise WrongDigestError(name)
-                return None
-            os.replace(scratch, self.folder / name)
-        finally:
-            scratch.unlink(missing_ok=True)
+                raise WrongDigestError(name)
         status = os.fstat(opened.fileno())
         self._whole[name] = (status.st_ino, status.st_size, status.st_mtime_ns)
         self._make_room(status.st_size)
@@ -169,14 +165,10 @@ def is_part_name(name: str) -> bool:
     return dot + suffix == ".parquet" and len(digest) == 64 and set(digest) <= set("0123456789abcdef")
 
 
-def _digest_of(name: str) -> str:
-    return name.removesuffix(".parquet")
-
-
 def _is_whole(file: pa.OSFile, name: str) -> bool:
     """Whether the file's bytes hash to its name; it is left at its start."""
     digest = hashlib.sha256()
     while len(chunk := file.read_buffer(CHUNK_BYTES)):
         digest.update(chunk)
     file.seek(0)
-    return digest.hexdigest() == _digest_of(name)
+    return f"{digest.hexdigest()}.parquet" == name

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpo_cache.errors import TrainingError, first_line
-from dpo_cache.files.sync import sync
+from dpo_cache.files.atomic import replaced
 from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.optim.updates import Updater
 
@@ -68,30 +68,21 @@ def write_policy(
     """Publish a folder with the policy's weights (an adapter's alone), its tokenizer and what `write_more`
     adds: whole or absent.
     """
-    scratch = target.with_name(f".{target.name}.tmp")
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        if policy.adapted is None:
-            policy.model.save_pretrained(scratch)
-        else:
-            policy.adapted.save_pretrained(str(scratch))
-            (scratch / "README.md").unlink(missing_ok=True)  # peft's own card, which knows nothing of the run
-        policy.tokenizer.save_pretrained(scratch)
-        write_more(scratch)
-        publish_folder(scratch, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(target) as scratch:
+            scratch.mkdir()
+            if policy.adapted is None:
+                policy.model.save_pretrained(scratch)
+            else:
+                policy.adapted.save_pretrained(str(scratch))
+                (scratch / "README.md").unlink(
+                    missing_ok=True
+                )  # peft's own card, which does not know the run
+            policy.tokenizer.save_pretrained(scratch)
+            write_more(scratch)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(scratch, ignore_errors=True)
         raise TrainingError(f"cannot save {target}: {first_line(error)}.\n{remedy}") from error
-
-
-def publish_folder(scratch: Path, target: Path) -> None:
-    """Give a folder that was written out its name; it is whole and on the disk when this returns."""
-    for path in (*scratch.iterdir(), scratch):
-        sync(path)
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
-    sync(target.parent)
 
 
 def find_checkpoints(run: Path) -> list[Path]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_cache.errors import TrainingError
+from dpo_cache.files.atomic import write_whole
 from dpo_cache.files.sync import sync
 from dpo_cache.losses.metrics import Metrics
 
@@ -28,14 +28,8 @@ class MetricsFile:
         content = _render([entry for entry in self.lines() if entry["step"] <= step])
         if self.path.exists() and self.path.read_text() == content:
             return
-        scratch = self.path.with_name(
-            f".{self.path.name}.tmp"
-        )  # whole under its name at any moment, whatever stops this
         try:
-            scratch.write_text(content)
-            sync(scratch)
-            os.replace(scratch, self.path)
-            sync(self.path.parent)
+            write_whole(self.path, content)
         except OSError as error:
             raise self._cannot_write(error) from error
 

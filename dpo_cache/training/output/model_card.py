@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from dpo_cache.errors import TrainingError
+from dpo_cache.files.atomic import write_whole
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.losses.papers import papers_of
 from dpo_cache.losses.table import SFT_LOSSES, USED_BY, loss_terms
@@ -83,10 +84,8 @@ def write_card(folder: Path, card: str) -> None:
     """README.md in a model's folder, whole, in place of the one that a library may have put there. Raises
     `TrainingError`.
     """
-    scratch = folder / ".README.md.tmp"
     try:
-        scratch.write_text(card, encoding="utf-8")
-        scratch.replace(folder / "README.md")
+        write_whole(folder / "README.md", card)
     except OSError as error:
         raise TrainingError(
             f"cannot write {folder / 'README.md'}: {error.strerror or error}.\n"

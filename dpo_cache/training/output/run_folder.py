@@ -23,6 +23,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError
+from dpo_cache.files.atomic import is_scratch, remove, write_whole
 from dpo_cache.files.sync import sync
 from dpo_cache.lm.model.adapter import restore_adapter
 from dpo_cache.log import Log
@@ -41,17 +42,16 @@ FREE_TO_CHANGE = {
     "sample", "log_to", "log_names", "step_zero", "dry_run",
 }
 # fmt: on
-FILES = (
+BEFORE_MODEL = {
     "config.json",
     "metrics.jsonl",
-    ".metrics.jsonl.tmp",
     "samples.jsonl",
-    ".samples.jsonl.tmp",
     "trackers.json",
-    ".trackers.json.tmp",
-)
-FOLDERS = ("checkpoints", "best", "tensorboard", ".model.tmp", ".best.tmp")
-RUN_FILES = {*FILES, *FOLDERS, "model"}
+    "checkpoints",
+    "best",
+    "tensorboard",
+}  # fmt: skip
+RUN_FILES = {*BEFORE_MODEL, "model"}
 BEST_FILE = "best.json"
 FIXED_RESOLVED = ("base_weights", "reference", "pairs_digest", "num_pairs", "total_steps", "precision")
 
@@ -63,7 +63,8 @@ def find_start(folder: Path, log: Log, *, resume: bool) -> Path | None:
     """
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder}: not a folder.\nChoose another --output.")
-    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    entries = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    present = {name for name in entries if not is_scratch(name)}
     if not present:
         if resume:
             raise TrainingError(f"{folder}: there is no run to resume.\nRun without --resume to start one.")
@@ -108,7 +109,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     """RUN/config.json of a new run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise TrainingError(
             f"cannot write {folder / 'config.json'}: {error.strerror or error}.\nChoose another --output."
@@ -119,11 +120,12 @@ def discard(folder: Path) -> None:
     """Empty the folder of a run that did not come to its first update or checkpoint, so that it can be
     started anew.
     """
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    if folder.exists() and not any(folder.iterdir()):
+    if not folder.exists():
+        return
+    for path in list(folder.iterdir()):
+        if path.name in BEFORE_MODEL or is_scratch(path.name):
+            remove(path)
+    if not any(folder.iterdir()):
         folder.rmdir()
 
 
