@@ -19,6 +19,8 @@
 Every message names the place, what was expected, what was found, and what to do next.
 """
 
+from collections.abc import Sequence
+
 
 class DpoCacheError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -78,6 +80,15 @@ class TrainingError(DpoCacheError):
 
 class StepZeroError(TrainingError):
     """The policy should start as the reference, but its log-probs differ from the cached ones."""
+
+
+def shown_rows(rows: Sequence[object], *, most: int = 8, count: int | None = None) -> str:
+    """Row numbers for a message, `0, 3, 4, …`: the first `most` of them, and whether there are more.
+
+    `count` is how many rows there are in all, if `rows` are only the first of them.
+    """
+    is_cut = (len(rows) if count is None else count) > min(len(rows), most)
+    return ", ".join(map(str, rows[:most])) + (", …" if is_cut else "")
 
 
 def first_line(error: BaseException) -> str:
