@@ -1,4 +1,4 @@
-"""The plain values that the rooms hand to each other: token ids and log-probs in numpy arrays."""
+"""The plain values that the packages exchange: token ids and log-probs in numpy arrays."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ if TYPE_CHECKING:
 TokenIds = np.ndarray  # uint32 [num_tokens]
 
 # Largest and mean gap in nats per token that rounding explains between two ways to compute one log-prob, by
-# dtype of the forward
-# pass: about ten times what ten tiny models show (docs/measurements.md), for a real model is deeper. A wrong
-# mask gives whole nats.
+# dtype of the forward pass: about ten times what ten tiny models show (docs/measurements.md), because a real
+# model is deeper. A wrong mask gives gaps of whole nats.
 TOKEN_TOLERANCES = {"float32": (1e-3, 1e-4), "float16": (0.1, 0.01), "bfloat16": (0.5, 0.05)}
 
-# What `--quantize` makes of weights, as a reference's identity says it. The dtype that 4-bit weights are
-# computed in is the identity's dtype.
-# 8-bit: threshold 0, or which columns are kept in 16 bits, and with them the log-prob of a token, depends on
-# the tokens after and beside it.
+# How `--quantize` changes weights, as fields of a reference's identity. 4-bit weights are multiplied in the
+# identity's dtype.
+# 8-bit: the threshold is 0. Otherwise the columns that are kept in 16 bits, and with them the log-prob of a
+# token, would depend on the other tokens of the batch.
 QUANTIZATION_FIELDS: dict[str, dict[str, Any]] = {
     "8bit": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0},
     "4bit": {
@@ -36,7 +35,7 @@ QUANTIZATION_FIELDS: dict[str, dict[str, Any]] = {
 
 
 def quantization_name(identity: dict[str, Any]) -> str:
-    """The `--quantize` of a reference with this identity; `none` also for a checkpoint that was itself saved
+    """The `--quantize` value of a reference with this identity; also `none` for a checkpoint that was saved
     quantized.
     """
     return next(
@@ -59,9 +58,12 @@ class Completion:
         """Tokens of prompt and completion together."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    def __repr__(self) -> str:
+        return f"<Completion: {self.num_tokens} tokens after a prompt of {len(self.prompt_ids)}>"
+
     @property
     def num_tokens(self) -> int:
-        """Completion tokens, the prompt not counted."""
+        """Number of completion tokens; the prompt does not count."""
         return len(self.completion_ids)
 
     @property
@@ -81,12 +83,18 @@ class Pair:
     chosen: Completion
     rejected: Completion
 
+    def __repr__(self) -> str:
+        return (
+            f"<Pair of row {self.row}: {self.chosen.num_tokens} chosen and {self.rejected.num_tokens} "
+            f"rejected tokens after a prompt of {len(self.chosen.prompt_ids)}>"
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Score:
     """Log-probs of one completion: natural log, float32 `[num_tokens]`.
 
-    An imported score may be a sum alone: then `token_logps` is empty and `imported_sum` is that sum.
+    An imported score may be only a sum: then `token_logps` is empty and `imported_sum` is that sum.
     """
 
     token_logps: np.ndarray
@@ -99,6 +107,10 @@ class Score:
             float(self.token_logps.sum(dtype=np.float64)) if self.imported_sum is None else self.imported_sum
         )
 
+    def __repr__(self) -> str:
+        tokens = f"{len(self.token_logps)} tokens" if self.imported_sum is None else "an imported sum"
+        return f"<Score: {self.logps:.4f} nats, {tokens}>"
+
 
 @dataclass(frozen=True, eq=False)
 class ScoredPair:
@@ -108,9 +120,16 @@ class ScoredPair:
     ref_chosen: Score
     ref_rejected: Score
 
+    def __repr__(self) -> str:
+        return (
+            f"<ScoredPair of row {self.pair.row}: chosen {self.pair.chosen.num_tokens} tokens, "
+            f"{self.ref_chosen.logps:.4f} nats; rejected {self.pair.rejected.num_tokens} tokens, "
+            f"{self.ref_rejected.logps:.4f} nats>"
+        )
+
 
 def split_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """One numpy array a row of an Arrow list column, views of its buffer."""
+    """One numpy array for each row of an Arrow list column: views of its buffer."""
     rows: list[np.ndarray] = []
     for chunk in column.chunks:
         offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)

@@ -44,7 +44,10 @@ def open_cache(location: str | os.PathLike[str], *, create: bool = False) -> Cac
 
 
 class Cache:
-    """An open cache: references with their scores, and pair sets."""
+    """An open cache: references with their scores, and pair sets.
+
+    `cache.pairs("NAME/SPLIT")` opens a pair set; `cache.pair_sets()` and `cache.references()` list the names.
+    """
 
     def __init__(self, location: str | os.PathLike[str], *, create: bool = False):
         self.folder = open_folder(location)
@@ -54,6 +57,9 @@ class Cache:
 
     def __str__(self) -> str:
         return str(self.folder)
+
+    def __repr__(self) -> str:  # reads nothing: the folder may be a remote one
+        return f"<Cache {self}>"
 
     # -- references ------------------------------------------------------------------------------------
 
@@ -109,8 +115,8 @@ class Cache:
         ]
 
     def pairs(self, name: str) -> PairSet:
-        """The pair set `NAME/SPLIT`; `NAME` alone where it has one split, or one called train."""
-        for place in (f"pairs/{name}", f"pairs/{name}/train"):  # by its name alone: a listing may lag behind
+        """The pair set `NAME/SPLIT`; `NAME` is enough where it has one split, or a split called train."""
+        for place in (f"pairs/{name}", f"pairs/{name}/train"):  # opened by its name: a listing may lag behind
             if is_pair_set_name(place) and self.folder.exists(f"{place}/manifest.json"):
                 return PairSet(self.folder, place, read_manifest(self.folder, place))
         known = self.pair_sets()
@@ -122,9 +128,9 @@ class Cache:
         return PairSet(self.folder, place, read_manifest(self.folder, place))
 
     def choose_pairs(self, name: str | None, purpose: str, *, besides: str | None = None) -> PairSet:
-        """The pair set of a name or, without one, the only pair set but for `besides`.
+        """The pair set of this name or, without a name, the only pair set other than `besides`.
 
-        `purpose`, such as "to train on", says in the error what it is wanted for. Raises `CacheError`.
+        The error message names the `purpose`, such as "to train on". Raises `CacheError`.
         """
         if name:
             return self.pairs(name)
@@ -231,13 +237,13 @@ def read_reference(folder: Folder, reference_id: str) -> Document:
 
 
 def is_pair_set_name(place: str) -> bool:
-    """Whether a place is `pairs/NAME/SPLIT`, with names that may stand there."""
+    """Whether a path is `pairs/NAME/SPLIT`, with names that are allowed there."""
     parts = place.split("/")
     return len(parts) == 3 and all(NAME_PATTERN.fullmatch(part) for part in parts)
 
 
 def check_name(name: str) -> str:
-    """The name, if it can stand in a path of the cache; else `OptionError`."""
+    """The name, if a path of the cache may contain it. Raises `OptionError`."""
     if not NAME_PATTERN.fullmatch(name):
         raise OptionError(
             f"{name!r} cannot name a pair set: use letters, digits, '.', '_' and '-', at most 128, not "

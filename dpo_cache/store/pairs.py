@@ -4,7 +4,11 @@ files.
 
 from __future__ import annotations
 
+import operator
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import SupportsIndex, overload
 
 import pyarrow as pa
 
@@ -36,10 +40,13 @@ BLOCK_TOKENS = 8 * 2**20  # a part ends where the tokens of its last block reach
 
 
 class PairSet:
-    """An open pair set. Iterating streams it from disk in the order of the data set.
+    """An open pair set, in the order of the data set. Iterating streams it from disk.
 
-    for pair in pair_set:
-        pair.pair.chosen.completion_ids, pair.ref_chosen.logps
+        for scored in pair_set:
+            scored.pair.chosen.completion_ids, scored.ref_chosen.logps
+
+    `pair_set[i]` is one `ScoredPair` and a slice is a list of them; negative indices count from the end. Only
+    the blocks of 256 pairs that hold them are read, and the last one is kept, so neighbours cost nothing.
     """
 
     def __init__(self, folder: Folder, place: str, manifest: Document):
@@ -50,6 +57,7 @@ class PairSet:
             for part in manifest["parts"]
             for group in range(-(-part["rows"] // ROW_GROUP_PAIRS))
         ]
+        self._last_block: tuple[int, list[ScoredPair]] | None = None  # the block that indexing read last
 
     @property
     def name(self) -> str:
@@ -68,11 +76,26 @@ class PairSet:
 
     @property
     def has_token_logps(self) -> bool:
-        """Whether there is a log-prob for each token; False where an import had sums alone."""
+        """Whether there is a log-prob for each token; False where only sums were imported."""
         return self.manifest.get("token_logps", True)
+
+    def __repr__(self) -> str:
+        return f"<PairSet {self.name}: {len(self):,} pairs, reference {self.reference_id[:12]}>"
 
     def __len__(self) -> int:
         return self.manifest["num_pairs"]
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> ScoredPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ScoredPair]: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> ScoredPair | list[ScoredPair]:
+        if isinstance(index, slice):
+            return self._read_rows(range(len(self))[index])
+        place = operator.index(index)
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"pair {place} of {self.name}, which has {len(self)} pairs")
+        return self._read_rows([place % len(self)])[0]
 
     def __iter__(self) -> Iterator[ScoredPair]:
         for block in range(len(self._blocks)):
@@ -119,6 +142,17 @@ class PairSet:
                 strict=True,
             )
 
+    def _read_rows(self, rows: Sequence[int]) -> list[ScoredPair]:
+        """The pairs at these positions; each run of positions in one block reads the block once."""
+        ends = list(accumulate(self.block_sizes))
+        found = []
+        for row in rows:
+            block = bisect_right(ends, row)
+            if self._last_block is None or self._last_block[0] != block:
+                self._last_block = block, self.read_block(block)
+            found.append(self._last_block[1][row - ends[block]])
+        return found
+
     def _open_part(self, part: Document) -> ParquetReader:
         reader = self._readers.open(part["file"])
         if reader.num_rows != part["rows"]:
@@ -135,7 +169,7 @@ class PairSetWriter:
     def __init__(self, folder: Folder, place: str):
         self._folder, self._place = folder, place
         self._waiting: list[ScoredPair] = []
-        self._block_tokens = 0  # of the waiting pairs that will stand in the last row group
+        self._block_tokens = 0  # of the waiting pairs in the last row group
         self._parts: list[Document] = []
         self.bytes_written = 0
 

@@ -5,8 +5,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from dpo_cache.errors import CorruptShardError, NotInCacheError, StorageError
 from dpo_cache.store import Cache, PairSet, completion_key, open_cache
@@ -279,3 +281,68 @@ def test_the_digest_of_pairs_follows_rows_keys_and_their_order() -> None:
         )
         == 6
     )
+
+
+@pytest.fixture
+def read_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The blocks that are read, in order."""
+    blocks: list[int] = []
+    read_block = PairSet.read_block
+    monkeypatch.setattr(
+        PairSet, "read_block", lambda self, block: blocks.append(block) or read_block(self, block)
+    )
+    return blocks
+
+
+def test_indices_and_slices_give_what_a_list_gives(cache: Cache, small_parts: None) -> None:
+    pairs = make_pairs(23)
+    write(cache, pairs)
+    pair_set, expected = cache.pairs("dialogues"), [plain(scored) for scored in pairs]
+    for index in range(-23, 23):
+        assert plain(pair_set[index]) == expected[index]
+    ends = (None, -30, -23, -4, -1, 0, 2, 3, 6, 7, 22, 23, 30)
+    for start in ends:
+        for stop in ends:
+            for step in (None, 1, 2, 5, -1, -3):
+                found = [plain(scored) for scored in pair_set[start:stop:step]]
+                assert found == expected[start:stop:step], (start, stop, step)
+    assert plain(pair_set[np.int64(5)]) == expected[5]
+
+
+@pytest.mark.parametrize("index", [23, -24, 10**9])
+def test_an_index_beyond_the_pairs_is_an_index_error(cache: Cache, index: int) -> None:
+    write(cache, make_pairs(23))
+    with pytest.raises(IndexError, match=rf"^pair {index} of dialogues/train, which has 23 pairs$"):
+        cache.pairs("dialogues")[index]
+
+
+def test_what_is_no_index_is_a_type_error(cache: Cache) -> None:
+    write(cache, make_pairs(3))
+    with pytest.raises(TypeError):
+        cache.pairs("dialogues")["0"]  # type: ignore[call-overload]
+
+
+def test_indexing_reads_only_the_blocks_it_needs_and_keeps_the_last(
+    cache: Cache, small_parts: None, read_blocks: list[int]
+) -> None:
+    write(cache, make_pairs(23))  # blocks of 3, 3, 1, 3, 3, 1, 3, 3, 1 and 2 pairs
+    pair_set = cache.pairs("dialogues")
+    assert len(pair_set[4:8]) == 4 and read_blocks == [1, 2, 3]
+    assert pair_set[9].pair.row == pair_set[8].pair.row + 1 and read_blocks == [1, 2, 3]
+    assert pair_set[-1].pair.row and read_blocks == [1, 2, 3, 9]
+    assert pair_set[5:5] == [] and read_blocks == [1, 2, 3, 9]
+    pair_set[::-1]
+    assert read_blocks[4:] == [8, 7, 6, 5, 4, 3, 2, 1, 0]  # the last block was kept
+
+
+def test_a_torch_data_loader_takes_it_as_a_data_set(cache: Cache) -> None:
+    write(cache, make_pairs(9))
+    loader = torch.utils.data.DataLoader(cache.pairs("dialogues"), batch_size=4, collate_fn=list)
+    assert [len(batch) for batch in loader] == [4, 4, 1]
+
+
+def test_reprs_are_one_line_with_counts(cache: Cache) -> None:
+    write(cache, make_pairs(3))
+    pair_set = cache.pairs("dialogues")
+    assert repr(pair_set) == "<PairSet dialogues/train: 3 pairs, reference 000000000000>"
+    assert repr(cache) == f"<Cache {cache}>"
