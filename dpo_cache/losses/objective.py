@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from dpo_cache.lm.policy import CompletionLogps
-from dpo_cache.lm.routing import add_routings, router_loss
 from dpo_cache.losses import policy_losses
 from dpo_cache.losses import reference_losses as losses
-from dpo_cache.losses.table import MARGIN_LOSSES, POLICY_LOSSES, SFT_LOSSES, SORTED_LOSSES, loss_terms
-from dpo_cache.options.train import TrainOptions
-from dpo_cache.types import Score, ScoredPair
+from dpo_cache.losses.table import MARGIN_LOSSES, POLICY_LOSSES, SFT_LOSSES, SORTED_LOSSES
 
 
 @dataclass(frozen=True)
@@ -91,24 +85,6 @@ class Objective:
             and not self.label_smoothing
         )
 
-    def losses(
-        self, parts: Sequence[tuple[Sequence[ScoredPair], CompletionLogps]], mean_chosen_tokens: float
-    ) -> PairLosses:
-        """Losses of all pairs of the parts, each part with the policy's log-probs of its chosen, then its
-        rejected completions.
-
-        `mean_chosen_tokens` is the mean length of the step's chosen completions, by which `sft` is a mean
-        over tokens.
-        """
-        losses = self.pair_losses(
-            _join([self.pair_logps(scored, policy) for scored, policy in parts]), mean_chosen_tokens
-        )
-        if not self.router_coefficient:
-            return losses
-        aux = router_loss(add_routings([policy.routing for _, policy in parts if policy.routing]))
-        total = losses.total + self.router_coefficient * aux
-        return PairLosses(total, {**losses.metrics, "loss": total, "aux_loss": aux.expand_as(total)})
-
     def pair_losses(self, pairs: PairLogps, mean_chosen_tokens: float) -> PairLosses:
         """Losses of pairs whose log-probs are at hand, without the router loss."""
         by_name = {name: self._losses_of(name, pairs, mean_chosen_tokens) for name in self.terms}
@@ -116,32 +92,10 @@ class Objective:
         extra = {f"loss/{name}": value for name, value in by_name.items()} if len(by_name) > 1 else {}
         return PairLosses(total, {"loss": total, **self._metrics(pairs), **extra})
 
-    def pair_logps(self, scored: Sequence[ScoredPair], policy: CompletionLogps) -> PairLogps:
-        """What the losses look at, of these pairs."""
-        sums = policy.sums()
-        weighted = (
-            sums
-            if self.ld_alpha is None
-            else policy.sums(_to(np.concatenate(_token_weights(policy.lengths, self.ld_alpha)), sums))
-        )
-        chosen, rejected = weighted.chunk(2)
-        ref_chosen, ref_rejected = _to(
-            reference_logps(scored, self.ld_alpha if self.ld_reference else None), sums
-        ).chunk(2)
-        chosen_lengths, rejected_lengths = _to(np.array(policy.lengths), sums).chunk(2)
-        weights = torch.ones_like(ref_chosen)
-        if self.wpo != "off":
-            weights = losses.wpo_weights(*policy.excess_means().chunk(2), clipped=self.wpo == "clipped")
-        return PairLogps(
-            chosen,
-            rejected,
-            ref_chosen,
-            ref_rejected,
-            sums.chunk(2)[0],
-            chosen_lengths,
-            rejected_lengths,
-            weights,
-        )
+    def with_router_loss(self, losses: PairLosses, aux: torch.Tensor) -> PairLosses:
+        """The losses plus the weighted router loss of the step, which is the same for each pair."""
+        total = losses.total + self.router_coefficient * aux
+        return PairLosses(total, {**losses.metrics, "loss": total, "aux_loss": aux.expand_as(total)})
 
     def _losses_of(self, name: str, pairs: PairLogps, mean_chosen_tokens: float) -> torch.Tensor:
         if name in SFT_LOSSES:
@@ -248,55 +202,3 @@ class Objective:
             "logps/chosen": pairs.chosen,
             "logps/rejected": pairs.rejected,
         }
-
-
-def objective_of(options: TrainOptions, router_coefficient: float) -> Objective:
-    """The objective that the options ask for."""
-    same = {entry.name for entry in fields(Objective)} - {"terms", "router_coefficient"}
-    settings = {name: getattr(options, name) for name in same}
-    return Objective(terms=loss_terms(options.loss), router_coefficient=router_coefficient, **settings)
-
-
-def reference_logps(scored: Sequence[ScoredPair], ld_alpha: float | None = None) -> np.ndarray:
-    """The reference's log-probs of the chosen, then of the rejected completions: float64 [2P], LD-DPO's tail
-    weighted by `ld_alpha`.
-    """
-    scores: list[Score] = [pair.ref_chosen for pair in scored] + [pair.ref_rejected for pair in scored]
-    if ld_alpha is None:
-        return np.array([score.logps for score in scores])
-    weights = _token_weights([len(score.token_logps) for score in scores], ld_alpha)
-    return np.array(
-        [(score.token_logps * weight).sum() for score, weight in zip(scores, weights, strict=True)]
-    )
-
-
-def mean_chosen_tokens(scored: Sequence[ScoredPair]) -> float:
-    """Mean length of the chosen completions."""
-    return sum(pair.pair.chosen.num_tokens for pair in scored) / len(scored)
-
-
-def _token_weights(lengths: Sequence[int], ld_alpha: float) -> list[np.ndarray]:
-    """LD-DPO (arXiv:2409.06411): the tokens past the length of a pair's shorter completion count `ld_alpha`,
-    all others 1.
-
-    `lengths` are those of P chosen, then P rejected completions; one float64 array each.
-    """
-    num_pairs = len(lengths) // 2
-    shared = [min(pair) for pair in zip(lengths[:num_pairs], lengths[num_pairs:], strict=True)] * 2
-    return [
-        np.where(np.arange(length) < common, 1.0, ld_alpha)
-        for length, common in zip(lengths, shared, strict=True)
-    ]
-
-
-def _join(parts: Sequence[PairLogps]) -> PairLogps:
-    return PairLogps(
-        **{
-            entry.name: torch.cat([getattr(part, entry.name) for part in parts])
-            for entry in fields(PairLogps)
-        }
-    )
-
-
-def _to(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(values).to(like.dtype).to(like.device)

@@ -70,6 +70,18 @@ def orpo_losses(
     return -chosen - beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
+def router_loss(choices_E: torch.Tensor, probs_E: torch.Tensor, num_rows: torch.Tensor) -> torch.Tensor:
+    """Load-balancing loss of a mixture of experts: `E sum_e f_e P_e` (Eqs. 4 to 6, arXiv:2101.03961); K where
+    all is even.
+
+    `choices_E` counts how often each of E experts was among the K chosen, `probs_E` adds up its router
+    probabilities, both over `num_rows` tokens times layers; f_e and P_e are their means. Equals transformers'
+    `load_balancing_loss_func` on a padded batch with one row a completion.
+    """
+    shares_E, means_E = choices_E / num_rows, probs_E / num_rows
+    return len(means_E) * (shares_E * means_E).sum()
+
+
 def _log_odds(means: torch.Tensor) -> torch.Tensor:
     below_zero = means.clamp(max=MOST_CERTAIN)
     return means - (-below_zero.expm1()).log()

@@ -16,16 +16,16 @@ from dpo_cache.lm.device import autocast, release_free_bytes
 from dpo_cache.lm.policy import CompletionLogps, completion_logps, count_tokens, join_logps
 from dpo_cache.log import Log
 from dpo_cache.losses.metrics import PairMetrics
-from dpo_cache.losses.objective import Objective, mean_chosen_tokens
+from dpo_cache.losses.objective import Objective
 from dpo_cache.training.batches import Group, completions_of, split_step
 from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
+from dpo_cache.training.pair_logps import Part, mean_chosen_tokens, policy_losses
 from dpo_cache.training.step_memory import StepMemory
 from dpo_cache.training.step_zero import StepZero
 from dpo_cache.types import Completion, ScoredPair
 
 Result = TypeVar("Result")
-Part = tuple[Sequence[ScoredPair], CompletionLogps]
 
 
 class Passes:
@@ -170,7 +170,7 @@ class Passes:
 
     def _losses(self, parts: Sequence[Part], mean_chosen_tokens: float, metrics: PairMetrics) -> torch.Tensor:
         """Losses of the pairs of some forests, noted in the metrics."""
-        losses = self.objective.losses(parts, mean_chosen_tokens)
+        losses = policy_losses(self.objective, parts, mean_chosen_tokens)
         metrics.add(losses.metrics)
         return losses.total
 

@@ -17,7 +17,7 @@ from dpo_cache.lm.model.adapter import describe
 from dpo_cache.lm.model.quantization import num_values
 from dpo_cache.lm.routing import router_coefficient
 from dpo_cache.log import Log
-from dpo_cache.losses.objective import Objective, objective_of
+from dpo_cache.losses.objective import Objective
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import open_cache
@@ -28,9 +28,10 @@ from dpo_cache.training.optim.optimizers import make_optimizer
 from dpo_cache.training.optim.schedule import learning_rate
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.optim.updates import Updater
-from dpo_cache.training.output.checkpoint import RunPosition, read_progress, restore_optimizer
+from dpo_cache.training.output.checkpoint import RunPosition, read_position, restore_optimizer
 from dpo_cache.training.output.run_folder import check_disk, find_start, read_resolved
 from dpo_cache.training.output.trackers import check_trackers
+from dpo_cache.training.pair_logps import objective_of
 from dpo_cache.training.step_memory import StepMemory
 
 
@@ -54,9 +55,8 @@ class Setup:
     saves: Schedule
     num_parameters: int
     num_trained: int
-    linear: str  # the library that multiplies: "torch" or "onednn"
     checkpoint: Path | None  # what the run goes on from
-    progress: RunPosition  # where it stands at its start
+    position: RunPosition  # where it stands at its start
 
     @property
     def output(self) -> Path:
@@ -114,7 +114,7 @@ class Setup:
             "device": str(self.device),
             "micro_tokens": self.step_memory.micro_tokens,
             "gradient_checkpointing": self.step_memory.mode,
-            "linear": self.linear,
+            "linear": self.policy.linear,
             "router_coefficient": self.objective.router_coefficient,
         }
 
@@ -149,39 +149,43 @@ class Setup:
             )
 
 
-def open_setup(options: TrainOptions, log: Log) -> Setup:
-    """Find, check and load all that the options name; nothing is written. Raises `DpoCacheError`."""
+@contextmanager
+def open_setup(options: TrainOptions, log: Log) -> Iterator[Setup]:
+    """Find, check and load all that the options name; nothing is written. Raises `DpoCacheError`.
+
+    When the block ends, the model is as it was before it was prepared for training.
+    """
     check_trackers(options.log_to)
     output = Path(options.output)
     checkpoint = find_start(output, log, resume=options.resume)
-    progress = read_progress(checkpoint) if checkpoint else RunPosition()
     device = choose_device(options.device)
     data = open_pairs(options, open_cache(options.cache))
-    policy = open_policy(options, data, device, checkpoint)
-    model = policy.model
-    linear = _choose_linear(
-        policy, read_resolved(output) if checkpoint else None, is_deterministic=options.deterministic
-    )
+    is_onednn = _decided_linear(output if checkpoint else None, is_deterministic=options.deterministic)
+    with open_policy(options, data, device, checkpoint, is_onednn=is_onednn, log=log) as policy:
+        yield _set_up(options, data, policy, device, checkpoint, log)
+
+
+def _set_up(
+    options: TrainOptions,
+    data: TrainingPairs,
+    policy: TrainedModel,
+    device: torch.device,
+    checkpoint: Path | None,
+    log: Log,
+) -> Setup:
+    model, position = policy.model, read_position(checkpoint) if checkpoint else RunPosition()
     steps_per_epoch = math.ceil(data.num_pairs / options.batch_size)
-    total_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch - 1e-9)
-    if not total_steps:
-        raise OptionError(
-            f"--epochs {options.epochs}: not a single step of {steps_per_epoch} an epoch.\n"
-            "Use more, or --max-steps."
-        )
-    evaluates = schedule_of("--eval-every", options.eval_every, steps_per_epoch)
-    saves = schedule_of("--save-every", options.save_every, steps_per_epoch)
-    micro_tokens, mode = (
+    step_memory = StepMemory(
+        model,
+        policy.recomputation,
         number_or_auto("--micro-tokens", options.micro_tokens),
         options.gradient_checkpointing,
+        log,
+        precision=policy.precision,
+        is_deterministic=options.deterministic,
     )
-    step_memory = StepMemory(
-        model, micro_tokens, mode, log, precision=policy.precision, is_deterministic=options.deterministic
-    )
-    if progress.step_memory:
-        step_memory.restore(progress.step_memory)
-    if options.offload_activations:
-        offload_activations(model, log)
+    if position.step_memory:
+        step_memory.restore(position.step_memory)
     optimizer = make_optimizer(
         model,
         options.optimizer,
@@ -202,21 +206,28 @@ def open_setup(options: TrainOptions, log: Log) -> Setup:
         step_memory=step_memory,
         optimizer=optimizer,
         in_backward=OptimizerInBackward(optimizer) if options.free_gradients else None,
-        total_steps=total_steps,
-        evaluates=evaluates,
-        saves=saves,
+        total_steps=_count_steps(options, steps_per_epoch),
+        evaluates=schedule_of("--eval-every", options.eval_every, steps_per_epoch),
+        saves=schedule_of("--save-every", options.save_every, steps_per_epoch),
         num_parameters=sum(map(num_values, model.parameters())),
         num_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        linear=linear,
         checkpoint=checkpoint,
-        progress=progress,
+        position=position,
     )
 
 
-def _choose_linear(policy: TrainedModel, before: dict[str, Any] | None, *, is_deterministic: bool) -> str:
-    """Which library multiplies: as before in a resumed run, by a rule instead of a measurement under
-    --deterministic.
-    """
-    was_fast = None if before is None else before.get("linear", "torch") == "onednn"
-    decided = True if was_fast is None and is_deterministic else was_fast
-    return "onednn" if use_fast_linear(policy.model, worth=CLEAR_SPEEDUP, decided=decided) else "torch"
+def _count_steps(options: TrainOptions, steps_per_epoch: int) -> int:
+    total_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch - 1e-9)
+    if not total_steps:
+        raise OptionError(
+            f"--epochs {options.epochs}: not a single step of {steps_per_epoch} an epoch.\n"
+            "Use more, or --max-steps."
+        )
+    return total_steps
+
+
+def _decided_linear(resumed: Path | None, *, is_deterministic: bool) -> bool | None:
+    """Whether oneDNN multiplies: as before in a resumed run, by rule under --deterministic; None: measure it."""
+    if resumed is not None:
+        return read_resolved(resumed).get("linear", "torch") == "onednn"
+    return True if is_deterministic else None

@@ -6,9 +6,10 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.routing import router_coefficient, router_loss
+from dpo_cache.lm.routing import router_coefficient
 from dpo_cache.lm.rows import run_rows
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
+from dpo_cache.losses.policy_losses import router_loss
 from tests.conftest import make_completions, make_llama
 from tests.lm.families import make_model
 
@@ -30,7 +31,7 @@ def test_the_router_loss_and_its_gradient_are_those_of_a_padded_batch(family: st
     assert attention.name in how or how == "row by row"
     found = completion_logps(model, completions, attention, with_routing=True)
     assert found.routing is not None
-    loss = router_loss(found.routing)
+    loss = router_loss(found.routing.choices_E, found.routing.probs_E, found.routing.num_rows)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):

@@ -8,10 +8,17 @@ import torch
 
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.policy import CompletionLogps
-from dpo_cache.losses.objective import Objective, mean_chosen_tokens, objective_of, reference_logps
+from dpo_cache.losses.objective import Objective
 from dpo_cache.losses.reference_losses import preference_loss
 from dpo_cache.losses.table import LOSSES, POLICY_LOSSES, SFT_LOSSES, loss_terms
 from dpo_cache.options.train import TrainOptions, complete_config
+from dpo_cache.training.pair_logps import (
+    mean_chosen_tokens,
+    objective_of,
+    pair_logps,
+    policy_losses,
+    reference_logps,
+)
 from dpo_cache.types import Completion, Pair, Score, ScoredPair
 
 LENGTHS = [3, 5, 1, 4, 2, 1]  # three chosen, three rejected
@@ -40,7 +47,7 @@ def objective(*losses: str, **settings: object) -> Objective:
 
 def losses_of(found: Objective):
     pairs = scored_pairs()
-    return found.losses([(pairs, policy_logps())], mean_chosen_tokens(pairs))
+    return policy_losses(found, [(pairs, policy_logps())], mean_chosen_tokens(pairs))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +88,8 @@ def test_sft_is_a_mean_over_tokens_and_sft_norm_over_pairs() -> None:
 @pytest.mark.parametrize("weighs_reference", [True, False])
 def test_ld_dpo_weights_what_is_past_the_shorter_answer(weighs_reference: bool) -> None:
     alpha, pairs, policy = 0.25, scored_pairs(), policy_logps()
-    found = objective("sigmoid", ld_alpha=alpha, ld_reference=weighs_reference).pair_logps(pairs, policy)
+    ld_dpo = objective("sigmoid", ld_alpha=alpha, ld_reference=weighs_reference)
+    found = pair_logps(ld_dpo, pairs, policy)
     rows = policy.tokens_T.split(LENGTHS)
     for index, shared in enumerate([3, 2, 1]):  # 3 and 4 tokens, 5 and 2, 1 and 1
         for values, row in ((found.chosen, rows[index]), (found.rejected, rows[3 + index])):
@@ -113,7 +121,7 @@ def test_wpo_weights_the_preference_losses_without_a_gradient(mode: str) -> None
     if mode == "clipped":
         assert (weights > 1).any()
         weights = weights.clamp(max=1)
-    found = objective("sigmoid", "sft", wpo=mode).losses([(pairs, policy)], 3.0)
+    found = policy_losses(objective("sigmoid", "sft", wpo=mode), [(pairs, policy)], 3.0)
     plain = losses_of(objective("sigmoid", "sft"))
     assert torch.allclose(
         found.metrics["loss/sigmoid"].float(), plain.metrics["loss/sigmoid"].float() * weights
@@ -122,7 +130,8 @@ def test_wpo_weights_the_preference_losses_without_a_gradient(mode: str) -> None
     policy.tokens_T.grad = None
     found.metrics["loss/sigmoid"].sum().backward()
     reference = policy_logps()
-    (objective("sigmoid").losses([(pairs, reference)], 3.0).total * weights).sum().backward()
+    plain = policy_losses(objective("sigmoid"), [(pairs, reference)], 3.0)
+    (plain.total * weights).sum().backward()
     assert torch.allclose(policy.tokens_T.grad, reference.tokens_T.grad)
 
 
@@ -158,11 +167,10 @@ def test_pairs_in_parts_are_the_pairs_together(name: str) -> None:
         )
         for index in range(3)
     ]
-    assert torch.allclose(
-        whole.losses(parts, 3.0).total, whole.losses([(pairs, policy)], 3.0).total, rtol=1e-12
-    )
-    apart = torch.cat([whole.losses([part], 3.0).total for part in parts])
-    assert torch.allclose(apart.mean(), whole.losses(parts, 3.0).total.mean()) is not whole.needs_whole_step
+    joined = policy_losses(whole, parts, 3.0).total
+    assert torch.allclose(joined, policy_losses(whole, [(pairs, policy)], 3.0).total, rtol=1e-12)
+    apart = torch.cat([policy_losses(whole, [part], 3.0).total for part in parts])
+    assert torch.allclose(apart.mean(), joined.mean()) is not whole.needs_whole_step
 
 
 def options(**changes: object) -> TrainOptions:
@@ -251,11 +259,8 @@ def _with_another_reference(name: str) -> torch.Tensor:
         )
         for pair in scored_pairs()
     ]
-    return (
-        objective(name, label_smoothing=0.1)
-        .losses([(pairs, policy_logps())], mean_chosen_tokens(pairs))
-        .total
-    )
+    parts = [(pairs, policy_logps())]
+    return policy_losses(objective(name, label_smoothing=0.1), parts, mean_chosen_tokens(pairs)).total
 
 
 def test_the_config_of_an_older_run_is_read_as_it_was_meant() -> None:

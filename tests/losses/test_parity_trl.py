@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from dpo_cache.lm.policy import CompletionLogps
-from dpo_cache.losses.objective import Objective, mean_chosen_tokens
+from dpo_cache.losses.objective import Objective
+from dpo_cache.training.pair_logps import mean_chosen_tokens, policy_losses
 from dpo_cache.types import Completion, Pair, Score, ScoredPair
 
 GOLDEN = Path(__file__).parent / "golden" / "trl-1.16.json"
@@ -195,9 +196,8 @@ def run_ours(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     )
     squares = torch.tensor([value for row in case["squares"] for value in row], dtype=torch.float64)
     lengths = [len(row) for row in case["policy"]]
-    found = Objective(**settings).losses(
-        [(pairs, CompletionLogps(flat, lengths, squares))], mean_chosen_tokens(pairs)
-    )
+    parts = [(pairs, CompletionLogps(flat, lengths, squares))]
+    found = policy_losses(Objective(**settings), parts, mean_chosen_tokens(pairs))
     found.total.mean().backward()
     assert flat.grad is not None
     return {

@@ -10,9 +10,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 import dpo_cache
 from dpo_cache.errors import OptionError, TrainingError
 from dpo_cache.lm.rows import row_logps, run_rows
-from dpo_cache.losses.objective import reference_logps
 from dpo_cache.store import open_cache
 from dpo_cache.training.batches import completions_of
+from dpo_cache.training.pair_logps import reference_logps
 from tests.conftest import chat_rows, make_tokenizer, write_rows
 from tests.lm.families import make_model
 from tests.training.test_loop import assert_alike, metrics, train
