@@ -234,7 +234,7 @@ SMALL_DISK = """
 import os, subprocess, sys
 from pathlib import Path
 from dpo_cache.errors import StorageError
-from dpo_cache.store.local import LocalFolder
+from dpo_cache.store.folders.local import LocalFolder
 from tests.promises.soundness import scratch
 place = Path(sys.argv[1])
 
@@ -291,7 +291,7 @@ FILE_SIZE_LIMIT = """
 import resource, sys
 from pathlib import Path
 from dpo_cache.errors import StorageError
-from dpo_cache.store.local import LocalFolder
+from dpo_cache.store.folders.local import LocalFolder
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 folder = LocalFolder(Path(sys.argv[1]))
 folder.publish("small", b"s")

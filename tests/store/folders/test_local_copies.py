@@ -26,9 +26,9 @@ LIMIT = 10_000
 READERS = """
 import hashlib, os, sys
 from pathlib import Path
-from dpo_cache.store.parts import Parts
+from dpo_cache.store.folders.local_copies import LocalCopies
 contents = [bytes([number]) * 1000 for number in range(20)]
-parts = Parts(Path(sys.argv[1]), 5000)
+parts = LocalCopies(Path(sys.argv[1]), 5000)
 for turn in range(300):
     content = contents[(turn * 7 + int(sys.argv[2])) % 20]
     with parts.open(hashlib.sha256(content).hexdigest() + ".parquet", lambda file: file.write(content)) as file:
