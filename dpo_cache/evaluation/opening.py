@@ -1,4 +1,4 @@
-"""What is evaluated on what: the pair set, and the policy beside the reference that scored it."""
+"""Open what an evaluation needs: the pair set, and the policy, compared with the reference that scored it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from dpo_cache import data
 from dpo_cache.errors import ModelError, NotInCacheError
 from dpo_cache.lm.device import choose_device, choose_dtype
-from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
 from dpo_cache.lm.model.identity import reference_identity
-from dpo_cache.lm.model.load import check_causal, load_config, load_model
-from dpo_cache.lm.self_check import AttentionChoice, choose_attention
+from dpo_cache.lm.model.load import check_causal, load_config
 from dpo_cache.log import Log
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.store import Cache, PairSet
@@ -25,19 +23,21 @@ from dpo_cache.store.format.documents import Document
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """The model that is evaluated, how it is run, and what it has to do with the reference."""
+    """How the model that is evaluated is loaded, and how it differs from the reference."""
 
-    model: PreTrainedModel
-    location: str
-    attention: AttentionChoice
     dtype: torch.dtype
-    # the very model that scored the pairs, be it in another dtype; never known of an imported reference
+    device: torch.device
+    # the very model that scored the pairs, in whatever dtype; never known of an imported reference
     is_reference: bool
-    differing: tuple[str, ...]  # fields of their identities, where it is another
+    differing: tuple[str, ...]  # fields of their identities, if it is another model
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 def open_pairs(cache: Cache, name: str | None, reference: str | None) -> PairSet:
-    """The pair set of that name, or the only one, held open to the end. Raises `CacheError`."""
+    """The pair set of that name, or the only one, with its files kept open. Raises `CacheError`."""
     pairs = cache.choose_pairs(name, "to evaluate on")
     check_details(pairs.manifest, f"{cache}/pairs/{pairs.name}/manifest.json")
     if not len(pairs):
@@ -48,10 +48,10 @@ def open_pairs(cache: Cache, name: str | None, reference: str | None) -> PairSet
     return pairs
 
 
-def open_policy(options: EvalOptions, pairs: PairSet, reference: Document, log: Log) -> EvaluatedModel:
-    """The policy, loaded once, and compared with the reference by its files. Raises `ModelError`.
+def identify_policy(options: EvalOptions, pairs: PairSet, reference: Document, log: Log) -> EvaluatedModel:
+    """Compare the policy with the reference by its files, before it is loaded. Raises `ModelError`.
 
-    Nothing but its log-probs is ever taken from it: those of the reference are read from the cache.
+    Only the policy's log-probs are computed: those of the reference are read from the cache.
     """
     location, trust = options.model, options.trust_remote_code
     _check_no_run(Path(location))
@@ -59,20 +59,12 @@ def open_policy(options: EvalOptions, pairs: PairSet, reference: Document, log: 
     check_causal(config, location)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device, getattr(config, "dtype", None))
-    made_with = pairs.manifest["tokenization"]
     identity = reference["identity"]
     live = reference_identity(location, config, dtype, revision=options.revision)
     is_imported = "imported" in identity  # it has no weights to compare with
     differing = () if is_imported else tuple(differing_fields(identity, {**live, "dtype": identity["dtype"]}))
-    _compare_tokenizers(options, made_with, log)
-    model = load_model(
-        location, dtype=dtype, device=device, revision=options.revision, trust_remote_code=trust
-    )
-    use_fast_linear(model)
-    attention = choose_attention(model, options.attention, max_length=made_with["max_length"])
-    if attention.name == "rows" and options.attention == "auto":
-        log(f"{type(model).__name__} is run as plain padded rows, which is slower: {attention.reason}.")
-    return EvaluatedModel(model, location, attention, dtype, not is_imported and not differing, differing)
+    _compare_tokenizers(options, pairs.manifest["tokenization"], log)
+    return EvaluatedModel(dtype, device, not is_imported and not differing, differing)
 
 
 def check_room(config: PreTrainedConfig, location: str, largest_id: int, longest: int, row: int) -> None:
@@ -107,8 +99,9 @@ def _check_no_run(folder: Path) -> None:
 
 
 def _compare_tokenizers(options: EvalOptions, made_with: Document, log: Log) -> None:
-    """Say so where the policy's own tokenizer is not the one that made the ids, as far as that is recorded
-    and can be seen.
+    """Log a remark if the policy's own tokenizer is not the one that made the ids.
+
+    That needs a recorded digest, and a tokenizer in the policy's folder.
     """
     expected = made_with.get("tokenizer_sha256")
     if not expected:

@@ -1,21 +1,24 @@
-"""store -> lm -> report: how well a policy tells the chosen answers of a pair set from the rejected ones.
+"""store -> lm -> report: measure how well a policy separates the chosen answers of a pair set from the
+rejected ones.
 
-open pairs -> load the policy -> score the pairs -> rewards against the cached reference -> write the pairs ->
-measure
+open pairs -> identify the policy -> score the pairs -> rewards against the cached reference -> write the
+pairs -> measure
 """
 
 from __future__ import annotations
 
 import os
 import time
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
-from dpo_cache.evaluation.opening import open_pairs, open_policy
+from dpo_cache.evaluation.opening import EvaluatedModel, identify_policy, open_pairs
 from dpo_cache.evaluation.pair_lines import open_pair_lines
 from dpo_cache.evaluation.report import EvalReport, describe_gap, find_gap, find_rewards, measure_pairs
 from dpo_cache.evaluation.scoring import OnProgress, score_pairs
-from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.device import peak_bytes
+from dpo_cache.lm.runner import Runner, open_runner
 from dpo_cache.log import Log, log_remark
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.evaluate import EvalOptions
@@ -50,17 +53,18 @@ def evaluate(
     num_pairs = min(chosen.limit or len(pair_set), len(pair_set))
     reference = opened.read_reference(pair_set.reference_id)
     with open_pair_lines(chosen) as write:
-        policy = open_policy(chosen, pair_set, reference, log)
-        device, dtype = policy.model.device, str(policy.dtype).removeprefix("torch.")
-        budget = Budget(number_or_auto("--budget-tokens", chosen.budget_tokens), device, log)
-        columns, work = score_pairs(policy, pair_set, num_pairs, budget, on_progress or (lambda _: None))
+        policy = identify_policy(chosen, pair_set, reference, log)
+        max_length = pair_set.manifest["tokenization"]["max_length"]
+        with _open_runner(chosen, policy, max_length, log) as runner:
+            columns, work = score_pairs(runner, pair_set, num_pairs, on_progress or (lambda _: None))
+            attention = runner.attention.name
         rewards = find_rewards(columns, chosen)
         write(columns, rewards)
     gap = find_gap(
         columns,
         policy.is_reference,
         policy.differing,
-        policy_dtype=dtype,
+        policy_dtype=policy.dtype_name,
         reference_dtype=reference["identity"]["dtype"],
     )
     log(describe_gap(gap, reference["identity"].get("imported")))
@@ -72,19 +76,32 @@ def evaluate(
         model=chosen.model,
         num_pairs=num_pairs,
         pairs_in_set=len(pair_set),
-        attention=policy.attention.name,
-        dtype=dtype,
-        device=str(device),
+        attention=attention,
+        dtype=policy.dtype_name,
+        device=str(policy.device),
         loss=list(chosen.loss),
         beta=chosen.beta,
         gap=gap,
         **measure_pairs(columns, rewards),
-        num_completions=work.num_completions,
-        data_tokens=work.data_tokens,
-        model_tokens=work.model_tokens,
-        scoring_s=work.scoring_s,
+        **asdict(work),
         elapsed_s=elapsed_s,
         pairs_per_s=num_pairs / elapsed_s,
-        peak_bytes=peak_bytes(device),
+        peak_bytes=peak_bytes(policy.device),
         output=chosen.output,
+    )
+
+
+def _open_runner(
+    options: EvalOptions, policy: EvaluatedModel, max_length: int, log: Log
+) -> AbstractContextManager[Runner]:
+    return open_runner(
+        options.model,
+        dtype=policy.dtype,
+        device=policy.device,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        attention=options.attention,
+        max_length=max_length,
+        budget_tokens=number_or_auto("--budget-tokens", options.budget_tokens),
+        log=log,
     )

@@ -1,4 +1,4 @@
-"""store -> lm: the policy's log-probs of every pair beside those of the reference, a window of pairs at a
+"""store -> lm: the policy's log-probs of every pair, next to those of the reference, a window of pairs at a
 time.
 """
 
@@ -11,13 +11,11 @@ from itertools import islice
 
 import numpy as np
 
-from dpo_cache.errors import ModelError, shown_rows
-from dpo_cache.evaluation.opening import EvaluatedModel, check_room
-from dpo_cache.lm.budget import Budget
-from dpo_cache.lm.progress import ScoringProgress
-from dpo_cache.lm.self_check import score_completions
+from dpo_cache.evaluation.opening import check_room
+from dpo_cache.lm.progress import ScoringProgress, extrapolate
+from dpo_cache.lm.runner import Runner
 from dpo_cache.store import PairSet, completion_key
-from dpo_cache.types import Completion, Score, ScoredPair
+from dpo_cache.types import Completion, ScoredPair
 
 WINDOW_PAIRS = 16384  # sorted and scored at once, as in `precompute`
 
@@ -45,7 +43,7 @@ class PairColumns:
 
 @dataclass
 class Work:
-    """What the scoring took."""
+    """Counts what the scoring has run."""
 
     data_tokens: int = 0  # prompt + answer of every completion, as an unpadded batch would run them
     model_tokens: int = 0  # actually run
@@ -54,22 +52,20 @@ class Work:
 
 
 def score_pairs(
-    policy: EvaluatedModel, pairs: PairSet, num_pairs: int, budget: Budget, on_progress: OnProgress
+    runner: Runner, pairs: PairSet, num_pairs: int, on_progress: OnProgress
 ) -> tuple[PairColumns, Work]:
     """The first `num_pairs` pairs under the policy, in the order of the set.
 
-    Within a window of 16,384 pairs each distinct completion is scored once, and each prefix that some share;
-    token ids and token log-probs are held of one window at a time. Raises `ModelError` where a log-prob is no
-    number.
+    Within a window of 16,384 pairs each distinct completion is scored once, and each prefix that several
+    share; token ids and token log-probs of only one window are in memory at a time. Raises `ModelError` for a
+    log-prob that is NaN or infinite.
     """
     windows, work, num_done = [], Work(), 0
     stream = iter(islice(pairs, num_pairs))
     while window := list(islice(stream, WINDOW_PAIRS)):
-        _check_window(policy, window)
-        sums = _score_window(
-            policy, window, budget, work, _Progress(pairs.name, num_pairs, num_done, len(window), on_progress)
-        )
-        windows.append(_columns(window, sums))
+        _check_window(runner, window)
+        progress = _Progress(pairs.name, num_pairs, num_done + len(window), on_progress)
+        windows.append(_columns(window, _score_window(runner, window, work, progress)))
         num_done += len(window)
     return PairColumns(
         **{
@@ -81,18 +77,18 @@ def score_pairs(
 
 @dataclass(frozen=True)
 class _Progress:
-    """Tells how far the run is; windows to come are taken to run as many tokens a pair as those before."""
+    """Reports the progress of a run; later windows are expected to run as many tokens a pair as those so
+    far.
+    """
 
     pair_set: str
     num_pairs: int
-    num_done: int
-    num_window: int
-    tell: OnProgress
+    num_known: int  # pairs of the windows read so far
+    report: OnProgress
 
     def __call__(self, work: Work, known_tokens: int, num_completions: int) -> None:
-        planned = self.num_done + self.num_window
-        total = known_tokens + round((self.num_pairs - planned) * known_tokens / planned)
-        self.tell(
+        total = extrapolate(known_tokens, self.num_known, self.num_pairs)
+        self.report(
             ScoringProgress(
                 self.pair_set, work.model_tokens, total, self.num_pairs, num_completions, work.scoring_s
             )
@@ -100,16 +96,23 @@ class _Progress:
 
 
 def _score_window(
-    policy: EvaluatedModel, window: Sequence[ScoredPair], budget: Budget, work: Work, progress: _Progress
+    runner: Runner, window: Sequence[ScoredPair], work: Work, progress: _Progress
 ) -> dict[bytes, float]:
     """Log-prob of each distinct completion of the window, by its key."""
     distinct = {completion_key(completion): completion for scored in window for completion in _sides(scored)}
     keys, completions = list(distinct), list(distinct.values())
+
+    def rows_of(index: int) -> list[int]:
+        return [
+            scored.pair.row
+            for scored in window
+            if any(completion_key(side) == keys[index] for side in _sides(scored))
+        ]
+
     work.data_tokens += sum(len(completion) for scored in window for completion in _sides(scored))
     run_before, scored_before, started = work.model_tokens, work.scoring_s, time.perf_counter()
     sums: dict[bytes, float] = {}
-    for step in score_completions(policy.model, completions, policy.attention, budget):
-        _check_finite(policy, window, completions, step.scores, budget)
+    for step in runner.score(completions, rows_of=rows_of):
         sums.update((keys[index], score.logps) for index, score in step.scores)
         work.model_tokens += step.num_tokens
         work.scoring_s = scored_before + time.perf_counter() - started
@@ -131,54 +134,13 @@ def _columns(window: Sequence[ScoredPair], sums: dict[bytes, float]) -> PairColu
     )
 
 
-def _check_window(policy: EvaluatedModel, window: Sequence[ScoredPair]) -> None:
+def _check_window(runner: Runner, window: Sequence[ScoredPair]) -> None:
     for scored in window:
         largest = max(
             int(ids.max()) for side in _sides(scored) for ids in (side.prompt_ids, side.completion_ids)
         )
-        check_room(
-            policy.model.config, policy.location, largest, max(map(len, _sides(scored))), scored.pair.row
-        )
-
-
-def _check_finite(
-    policy: EvaluatedModel,
-    window: Sequence[ScoredPair],
-    completions: Sequence[Completion],
-    scores: Sequence[tuple[int, Score]],
-    budget: Budget,
-) -> None:
-    """Raise `ModelError` naming the rows of the completions whose log-probs are no numbers."""
-    spoiled = [completions[index] for index, score in scores if not np.isfinite(score.token_logps).all()]
-    if not spoiled:
-        return
-    alone = [
-        completion for completion in spoiled if _is_spoiled_alone(policy, completion, budget)
-    ]  # what is run beside one is spoiled with it
-    culprits = {completion_key(completion) for completion in alone or spoiled}
-    rows = [
-        scored.pair.row
-        for scored in window
-        if any(completion_key(side) in culprits for side in _sides(scored))
-    ]
-    shown = shown_rows(rows)
-    one_of = "" if alone else " or of one that is scored beside it"
-    raise ModelError(
-        f"{policy.location} gives a log-prob that is NaN or infinite for "
-        f"row{'s' if len(rows) > 1 else ''} {shown}{one_of}.\n"
-        f"Its weights may be damaged, or {str(policy.dtype).removeprefix('torch.')} too small for it: try "
-        "--dtype float32."
-    )
-
-
-def _is_spoiled_alone(policy: EvaluatedModel, completion: Completion, budget: Budget) -> bool:
-    alone = score_completions(
-        policy.model,
-        [completion],
-        policy.attention,
-        Budget(budget.tokens, policy.model.device, lambda _: None),
-    )
-    return any(not np.isfinite(score.token_logps).all() for step in alone for _, score in step.scores)
+        longest = max(map(len, _sides(scored)))
+        check_room(runner.model.config, runner.name, largest, longest, scored.pair.row)
 
 
 def _sides(scored: ScoredPair) -> tuple[Completion, Completion]:

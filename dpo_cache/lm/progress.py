@@ -1,4 +1,4 @@
-"""How far a model is with scoring."""
+"""How much of the scoring is done."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dpo_cache.types import Score
 
 @dataclass(frozen=True)
 class ScoringStep:
-    """What one chunk or batch brought: tokens run through the model, of how many in all, and the completions
-    it finished.
+    """The result of one chunk or batch: tokens that were run, of how many in all, and the completions that it
+    finished.
 
-    Log-probs may be NaN or infinite where the model's are.
+    Log-probs may be NaN or infinite if the model's are; `Runner.score` refuses them.
     """
 
     num_tokens: int
@@ -22,7 +22,9 @@ class ScoringStep:
 
 @dataclass(frozen=True)
 class ScoringProgress:
-    """How far the scoring is. Tokens are those run through the model, pairs those that are scored for."""
+    """How much of a run is scored: tokens that were run through the model, and the pairs they are scored
+    for.
+    """
 
     pair_set: str
     num_tokens: int
@@ -43,3 +45,11 @@ class ScoringProgress:
     @property
     def seconds_left(self) -> float:
         return (self.total_tokens - self.num_tokens) / self.tokens_per_s
+
+
+def extrapolate(known_tokens: int, known: int, total: int) -> int:
+    """Tokens of a whole run, if each unit of work that is left takes as many as the known ones on average.
+
+    Work is counted in any unit: pairs, or planned tokens, of which padded rows run more than planned.
+    """
+    return known_tokens + round((total - known) * known_tokens / known)
