@@ -13,9 +13,9 @@ from dpo_cache import data
 from dpo_cache.errors import DataError, ModelError
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.store import ScoreIndex, completion_key
-from dpo_cache.store.format.keys import KEY_BYTES, key_array, key_bytes
+from dpo_cache.store.format.keys import key_array, key_bytes
 from dpo_cache.store.format.pair_tables import PairsDigest
-from dpo_cache.store.key_set import KeySet, join_keys, occurs_before
+from dpo_cache.store.key_table import KeyTable, keys_of_pairs
 from dpo_cache.types import Completion, Pair
 
 
@@ -51,7 +51,7 @@ class SplitPlan:
 
     def __post_init__(self) -> None:
         self.digest = PairsDigest()
-        self.pairs_seen = KeySet(2 * KEY_BYTES)
+        self.pairs_seen = KeyTable()  # the numbers of both completions -> how many pairs came before
 
 
 class Planner:
@@ -65,7 +65,7 @@ class Planner:
             text_config.vocab_size,
             getattr(text_config, "max_position_embeddings", None),
         )
-        self._completions_seen = KeySet(KEY_BYTES)
+        self._completions_seen, self._num_seen = KeyTable(), 0
 
     def plan(self, split: SplitPlan, windows: Iterator[Dataset]) -> Iterator[Window]:
         """A plan for each window of tokenized rows, noted in the split.
@@ -95,8 +95,12 @@ class Planner:
         completions = [pair.chosen for pair in kept] + [pair.rejected for pair in kept]
         keys = key_array([completion_key(completion) for completion in completions])
         chosen_keys, rejected_keys = keys[: len(kept)], keys[len(kept) :]
-        _note_repeats(split, [pair.row for pair in kept], chosen_keys, rejected_keys)
-        is_new = self._completions_seen.add(keys)
+        numbers, is_new = self._number(keys)
+        _note_repeats(split, [pair.row for pair in kept], numbers[: len(kept)], numbers[len(kept) :])
+        for pair, chosen_key, rejected_key in zip(
+            kept, key_bytes(chosen_keys), key_bytes(rejected_keys), strict=True
+        ):
+            split.digest.add(pair.row, chosen_key, rejected_key)
         lacks_score = ~self._scores.contains(keys)
         missing = np.flatnonzero(is_new & lacks_score)
         distinct = np.unique(keys, return_index=True)[1]
@@ -111,6 +115,14 @@ class Planner:
         self.totals.missing_tokens += missing_tokens
         self.totals.missing_pairs += int((lacks_score[: len(kept)] | lacks_score[len(kept) :]).sum())
         return Window(rows, chosen_keys, rejected_keys, keys[missing], missing_tokens)
+
+    def _number(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A number for each distinct completion, and whether this is the first place that has it."""
+        places = self._num_seen + np.arange(len(keys))
+        self._completions_seen.add(keys, self._num_seen)
+        self._num_seen += len(keys)
+        numbers = self._completions_seen.find(keys)
+        return numbers, numbers == places
 
     def _check_ids(self, pairs: Sequence[Pair]) -> None:
         largest = max(
@@ -166,17 +178,15 @@ def rows_of(window: Window, key: bytes, truncation: data.Truncation) -> list[int
 
 
 def _note_repeats(
-    split: SplitPlan, rows: Sequence[int], chosen_keys: np.ndarray, rejected_keys: np.ndarray
+    split: SplitPlan, rows: Sequence[int], chosen_numbers: np.ndarray, rejected_numbers: np.ndarray
 ) -> None:
-    """Count the pairs that an earlier row has already, the same way round or the other."""
-    pairs, opposites = join_keys(chosen_keys, rejected_keys), join_keys(rejected_keys, chosen_keys)
-    contradicts = split.pairs_seen.contains(opposites) | occurs_before(pairs, opposites)
-    is_new = split.pairs_seen.add(pairs)
-    for place in np.flatnonzero(~is_new):
+    """Count the pairs that an earlier row has already, in the same order or the opposite one."""
+    pairs = keys_of_pairs(chosen_numbers, rejected_numbers)
+    before = split.survey.pairs_kept - len(rows)
+    places = before + np.arange(len(rows))
+    split.pairs_seen.add(pairs, before)
+    opposite = split.pairs_seen.find(keys_of_pairs(rejected_numbers, chosen_numbers))
+    for place in np.flatnonzero(split.pairs_seen.find(pairs) < places):
         split.survey.duplicates.add(rows[int(place)])
-    for place in np.flatnonzero(contradicts):
+    for place in np.flatnonzero((opposite >= 0) & (opposite < places)):
         split.survey.contradictory.add(rows[int(place)])
-    for row, chosen_key, rejected_key in zip(
-        rows, key_bytes(chosen_keys), key_bytes(rejected_keys), strict=True
-    ):
-        split.digest.add(row, chosen_key, rejected_key)

@@ -53,6 +53,11 @@ class KeyTable:
             self._segments.append(segment)
 
 
+def keys_of_pairs(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """A key (dtype S16) for each pair of numbers."""
+    return np.stack([one, other], axis=1).astype(">u8").view("S16")[:, 0]
+
+
 @dataclass(frozen=True, eq=False)
 class _Segment:
     """Halves of keys, ascending and distinct, and the row of each."""

@@ -76,7 +76,7 @@ def copy_cache(
     *,
     pairs: Sequence[str] = (),
     references: Sequence[str] = (),
-    replace: bool = False,
+    overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> TransferReport:
     """Send what the target lacks: these pair sets (with the references that they name, without scores) and
@@ -84,16 +84,16 @@ def copy_cache(
 
     Raises `CacheError` before anything is sent where the target holds another pair set of the same name,
     unless
-    `replace`; `CorruptShardError` for a file of the source that is damaged: it is not sent.
+    `overwrite`; `CorruptShardError` for a file of the source that is damaged: it is not sent.
     """
     started = time.monotonic()
     report = TransferReport(str(source), str(target))
     manifests = _choose(source, report, pairs, references)
     changed = [name for name, manifest in manifests.items() if _is_other(target, name, manifest)]
-    if changed and not replace:
+    if changed and not overwrite:
         raise CacheError(
             f"{target}: {', '.join(changed)} is there already with other content.\n"
-            "Give --replace to put the source's in its place, or --pairs to copy others."
+            "Overwrite it (--overwrite), or copy other pair sets (--pairs)."
         )
     sender = _Sender(source, target, report, on_progress or (lambda _: None), started)
     for attempt in range(1, PLANS + 1):

@@ -174,11 +174,11 @@ def test_a_pair_set_with_other_content_is_replaced_only_when_asked(s3: Proxy, tm
     s3.seen.clear()
     with pytest.raises(
         CacheError,
-        match=r"^s3://bucket/cache: pairs/train is there already with other content.\nGive --replace ",
+        match=r"^s3://bucket/cache: pairs/train is there already with other content.\nOverwrite it ",
     ):
         copy(tmp_path / "here", REMOTE)
     assert s3.count("PUT") == 0
-    copy(tmp_path / "here", REMOTE, replace=True)
+    copy(tmp_path / "here", REMOTE, overwrite=True)
     assert len(open_cache(REMOTE).pairs("pairs")) == 5
     check_no_dangling(REMOTE)
 
