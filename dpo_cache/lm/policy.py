@@ -1,15 +1,15 @@
-"""Log-probs of completions with gradients: what the training loop asks of a model."""
+"""The policy as one module: completions in, log-probs of their tokens out, with gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.lm.device import planning_device_type, sum_dtype
+from dpo_cache.lm.device import autocast, planning_device_type, sum_dtype
 from dpo_cache.lm.forest.layout import build_forest, count_forest_tokens
 from dpo_cache.lm.kernels.head import head_token_logps, log_squared_probs, token_logps
 from dpo_cache.lm.model.parts import head_of
@@ -20,50 +20,105 @@ from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.types import Completion
 
 
-@dataclass(frozen=True)
-class CompletionLogps:
-    """What the policy says of N completions: T token log-probs in nats, completion after completion."""
+class CompletionLogps(NamedTuple):
+    """Log-probs of N completions under the policy: T tokens, in nats, completion after completion.
+
+    A tuple, so that what wraps a module (DDP, FSDP2) finds the tensors in it.
+    """
 
     tokens_T: torch.Tensor  # float32, with gradients
     lengths: list[int]  # [N], adding up to T
-    squares_T: torch.Tensor | None = (
-        None  # log of the sum over the vocabulary of squared probabilities; no gradients
-    )
+    # log of the sum over the vocabulary of squared probabilities; no gradients
+    squares_T: torch.Tensor | None = None
     routing: Routing | None = None  # of a mixture of experts
 
     def sums(self, weights_T: torch.Tensor | None = None) -> torch.Tensor:
-        """Log-prob of each completion, [N], float64 (float32 on MPS), its tokens weighted if weights are
-        given.
-        """
+        """Log-prob of each completion, [N], float64 (float32 on MPS); `weights_T` weights its tokens."""
         shares_T = self.tokens_T.to(sum_dtype(self.tokens_T.device))
         return self._add_up(shares_T if weights_T is None else shares_T * weights_T)
 
     def excess_means(self) -> torch.Tensor:
-        """Mean over each completion's tokens of `log p - log sum_v p(v)^2`, [N], detached; needs
-        `squares_T`.
+        """Mean over each completion's tokens of `log p - log sum_v p(v)^2`, [N], detached.
+
+        Needs `squares_T`.
         """
         assert self.squares_T is not None
         excess_T = (self.tokens_T.detach() - self.squares_T).to(sum_dtype(self.tokens_T.device))
         return self._add_up(excess_T) / torch.tensor(self.lengths, device=excess_T.device)
 
     def detach(self) -> CompletionLogps:
-        """The same values, which collect a gradient of their own: what `backward` takes."""
-        return replace(
-            self,
+        """The same values as leaves, which collect gradients for `backward`."""
+        return self._replace(
             tokens_T=self.tokens_T.detach().requires_grad_(),
             routing=self.routing and self.routing.detach(),
         )
 
     def backward(self, detached: CompletionLogps) -> None:
-        """Carry the gradient that `detached`, of the same completions, has collected on into the model."""
+        """Continue into the model with the gradients that `detached`, of the same completions, has
+        collected.
+        """
         sides = [(self.tokens_T, detached.tokens_T)]
         if self.routing and detached.routing:
             sides.append((self.routing.probs_E, detached.routing.probs_E))
-        torch.autograd.backward([own for own, _ in sides], [other.grad for _, other in sides])
+        torch.autograd.backward([one for one, _ in sides], [other.grad for _, other in sides])
 
     def _add_up(self, values_T: torch.Tensor) -> torch.Tensor:
         owners_T = torch.from_numpy(np.repeat(np.arange(len(self.lengths)), self.lengths)).to(values_T.device)
         return values_T.new_zeros(len(self.lengths)).index_add(0, owners_T, values_T)
+
+
+class PolicyModel(torch.nn.Module):
+    """A causal LM that maps completions to the log-probs of their tokens, its head included.
+
+    Training calls the model through this module and in no other way, so whatever wraps a module can wrap the
+    policy: DDP reduces its gradients, FSDP2 shards it.
+
+    Args:
+        model: the causal LM, set to the attention that was chosen for it.
+        attention: how the model is run, as `choose_attention` returned it.
+        precision: fp32, bf16-mixed or bf16; bf16-mixed runs the model under autocast.
+        with_squares: also return `squares_T`, which costs another product with the head.
+        with_routing: also return the routing of a mixture of experts, which must return router logits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: AttentionChoice,
+        *,
+        precision: str = "fp32",
+        with_squares: bool = False,
+        with_routing: bool = False,
+    ):
+        super().__init__()
+        self.model: PreTrainedModel = model
+        self.attention, self.precision = attention, precision
+        self._outputs = {"with_squares": with_squares, "with_routing": with_routing}
+        self.train(model.training)
+
+    def forward(
+        self, parts: Sequence[Sequence[Completion]] = (), *, generate: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Log-probs of the completions of each part, `[CompletionLogps, ...]`.
+
+        A part is run at once: as one forest, or as rows. One part of a step or all of its parts may be given.
+        With
+        `generate`, the output of `model.generate(**generate)` instead: answers are written through this call,
+        too.
+        """
+        if generate is not None:
+            return self.model.generate(**generate)  # type: ignore[operator]  # mypy: Tensor | Module
+        with autocast(self.model.device, self.precision):
+            return [completion_logps(self.model, part, self.attention, **self._outputs) for part in parts]
+
+    def count_tokens(self, completions: Sequence[Completion]) -> int:
+        """Tokens that a part of these completions runs: those of its forest, or of its rows with their
+        padding.
+        """
+        if self.attention.name == "forest":
+            return count_forest_tokens(completions)
+        lengths = [len(completion) for completion in completions]
+        return sum(lengths) if self.attention.max_rows == 1 else max(lengths) * len(lengths)
 
 
 def completion_logps(
@@ -78,8 +133,6 @@ def completion_logps(
 
     Prefixes that completions share are run once, in one flat row without padding, where the model takes the
     forest.
-    `with_squares` costs another product with the head; `with_routing` needs a model that returns router
-    logits.
     """
     if attention.name == "forest":
         hidden_TD, targets_T, places_T, routing = _run_forest(model, completions, with_routing)
@@ -162,16 +215,6 @@ def _target_logps(
     if attention.has_plain_head and torch.is_grad_enabled():
         return head_token_logps(hidden_TD, model.get_output_embeddings(), targets_T)
     return token_logps(hidden_TD, head_of(model), targets_T, model.config.get_text_config().vocab_size)
-
-
-def count_tokens(completions: Sequence[Completion], attention: AttentionChoice) -> int:
-    """Tokens that `completion_logps` runs through the model: of the forest, or of the rows with their
-    padding.
-    """
-    if attention.name == "forest":
-        return count_forest_tokens(completions)
-    lengths = [len(completion.sequence_ids) for completion in completions]
-    return sum(lengths) if attention.max_rows == 1 else max(lengths) * len(lengths)
 
 
 def default_micro_tokens(device: torch.device) -> int:

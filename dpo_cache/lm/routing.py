@@ -6,7 +6,7 @@ L tokens run, E experts, K experts a token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from dpo_cache.errors import OptionError
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """Sums over tokens and layers, each token as often as it stands in a completion's sequence."""
 
     choices_E: torch.Tensor  # float32, times that an expert was among the K chosen; no gradients
@@ -24,7 +23,7 @@ class Routing:
 
     def detach(self) -> Routing:
         """The same with probabilities that collect a gradient of their own."""
-        return replace(self, probs_E=self.probs_E.detach().requires_grad_())
+        return self._replace(probs_E=self.probs_E.detach().requires_grad_())
 
 
 def router_coefficient(model: PreTrainedModel, requested: float | None) -> float:
@@ -70,13 +69,3 @@ def add_routings(routings: Sequence[Routing]) -> Routing:
         torch.stack([routing.probs_E for routing in routings]).sum(0),
         torch.stack([routing.num_rows for routing in routings]).sum(),
     )
-
-
-def router_loss(routing: Routing) -> torch.Tensor:
-    """Load-balancing loss: `E sum_e f_e P_e` (Eqs. 4 to 6, arXiv:2101.03961); K where all is even.
-
-    f_e is the mean over tokens and layers of how often expert e was chosen, P_e of its router probability.
-    Equals transformers' `load_balancing_loss_func` on a padded batch with one row a completion.
-    """
-    shares_E, probs_E = routing.choices_E / routing.num_rows, routing.probs_E / routing.num_rows
-    return len(probs_E) * (shares_E * probs_E).sum()

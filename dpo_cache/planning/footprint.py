@@ -23,12 +23,12 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dpo_cache.errors import OptionError
-from dpo_cache.lm.device import autocast, simulate_device_type
+from dpo_cache.lm.device import simulate_device_type
 from dpo_cache.lm.forest.attention import use_forest_attention
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.kernels.onednn_linear import use_torch_linear
 from dpo_cache.lm.memory.recompute import Recomputation
-from dpo_cache.lm.policy import completion_logps
+from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.types import Completion
@@ -146,8 +146,7 @@ def pass_loss(
     )
 
     def run(model: PreTrainedModel) -> torch.Tensor:
-        with autocast(model.device, precision):
-            logps = completion_logps(model, completions, attention)
+        (logps,) = PolicyModel(model, attention, precision=precision)([completions])
         return logps.sums().sum()
 
     return run

@@ -12,7 +12,7 @@ from dpo_cache.losses.metrics import Metrics, PairMetrics
 from dpo_cache.options.train import period
 from dpo_cache.training.batches import stream_pairs
 from dpo_cache.training.inputs import TrainingPairs
-from dpo_cache.training.passes import Passes
+from dpo_cache.training.step import TrainingStep
 
 # Option --best -> the metric, and whether more of it is better.
 MEASURES = {
@@ -53,7 +53,7 @@ def schedule_of(flag: str, value: str | None, steps_per_epoch: int) -> Schedule:
     return Schedule(*period(flag, value), steps_per_epoch)
 
 
-def evaluate(passes: Passes, data: TrainingPairs, *, at_once: int, step: int) -> Metrics:
+def evaluate(training_step: TrainingStep, data: TrainingPairs, *, at_once: int, step: int) -> Metrics:
     """Means over the evaluation pairs under the policy as it is after a step, against the cached reference;
     `at_once` pairs at a time.
 
@@ -63,16 +63,16 @@ def evaluate(passes: Passes, data: TrainingPairs, *, at_once: int, step: int) ->
     metrics = PairMetrics()
     stream = stream_pairs(data.eval_pairs, data.eval_selected, shuffle=False, seed=0, epoch=0)
     while pairs := list(islice(stream, at_once)):
-        values = passes.values(pairs)
+        values = training_step.measure(pairs)
         if not math.isfinite(values.means()["loss"]):
-            rows = shown_rows(passes.rows_with_nonfinite_loss(pairs))
+            rows = shown_rows(training_step.rows_with_nonfinite_loss(pairs))
             raise TrainingError(
                 f"the evaluation after step {step} gives a loss that is not finite, by row {rows} of the "
                 "data.\nNo model was saved. Lower --lr."
             )
         metrics.merge(values)
-        if passes.step_zero is not None:
-            passes.step_zero.stop_if_wrong()
+        if training_step.step_zero is not None:
+            training_step.step_zero.stop_if_wrong()
     return metrics.means()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import ModelError, TrainingError
+from dpo_cache.lm.kernels.onednn_linear import CLEAR_SPEEDUP
+from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.adapter import (
     CheckpointLocation,
     add_adapter,
@@ -25,7 +29,9 @@ from dpo_cache.lm.model.adapter import (
 )
 from dpo_cache.lm.model.identity import reference_identity
 from dpo_cache.lm.model.load import load_base, load_config
+from dpo_cache.lm.prepare import prepared
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
+from dpo_cache.log import Log
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.checks import check_details
@@ -61,9 +67,10 @@ class TrainedModel:
     tokenizer: PreTrainedTokenizerBase
     attention: AttentionChoice
     precision: str
-    is_reference: (
-        bool  # it starts as the very model that scored the pairs; never known of an imported reference
-    )
+    linear: str  # the library that multiplies: "torch" or "onednn"
+    recomputation: Recomputation
+    # it starts as the very model that scored the pairs; never known of an imported reference
+    is_reference: bool
     differing: tuple[str, ...] = ()  # fields of their identities, where it starts as another model
     adapted: PeftModel | None = None  # saves, switches off and merges the adapter inside the model
     remarks: tuple[str, ...] = ()  # other differences between it and what the pairs were made with
@@ -110,10 +117,20 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
     return TrainingPairs(pairs, selected, eval_pairs, eval_selected, cache.read_reference(reference_id))
 
 
+@contextmanager
 def open_policy(
-    options: TrainOptions, data: TrainingPairs, device: torch.device, checkpoint: Path | None
-) -> TrainedModel:
-    """The policy with its weights at the start, or at the checkpoint. Raises `ModelError`, `TrainingError` or
+    options: TrainOptions,
+    data: TrainingPairs,
+    device: torch.device,
+    checkpoint: Path | None,
+    *,
+    is_onednn: bool | None,
+    log: Log,
+) -> Iterator[TrainedModel]:
+    """Load the policy with its weights at the start, or at the checkpoint; it is prepared until the block
+    ends.
+
+    `is_onednn` decides which library multiplies, see `prepared`. Raises `ModelError`, `TrainingError` or
     `OptionError`.
     """
     made_with, identity = data.pairs.manifest["tokenization"], data.reference["identity"]
@@ -153,24 +170,32 @@ def open_policy(
     adapted = _adapt(options, model, parts) if is_adapted else None
     if adapted is not None and options.merge_adapter:
         check_mergeable(adapted)
-    return TrainedModel(
-        model=model,
-        location=location,
-        tokenizer=tokenizer,
-        attention=choose_attention(model, "auto", max_length=made_with["max_length"]),
-        precision=precision,
-        is_reference=checkpoint is None and not is_imported and not differing,
-        differing=tuple(differing),
-        adapted=adapted,
-        remarks=()
-        if checkpoint
-        else (*_template_remarks(options, made_with), *_start_remarks(adapted, parts)),
-        base_is_reference=base is not None
-        and not is_imported
-        and not _compare(identity, base)
-        and can_be_switched_off(adapted),
-        base_weights=None if base is None else base["weights"],
-    )
+    base_is_reference = base is not None and not is_imported and not _compare(identity, base)
+    remarks = () if checkpoint else (*_template_remarks(options, made_with), *_start_remarks(adapted, parts))
+    with prepared(
+        model,
+        trains=True,
+        offloads=options.offload_activations,
+        min_speedup=CLEAR_SPEEDUP,
+        is_onednn=is_onednn,
+        log=log,
+    ) as run:
+        assert run.recomputation is not None
+        yield TrainedModel(
+            model=model,
+            location=location,
+            tokenizer=tokenizer,
+            attention=choose_attention(model, "auto", max_length=made_with["max_length"]),
+            precision=precision,
+            linear=run.linear,
+            recomputation=run.recomputation,
+            is_reference=checkpoint is None and not is_imported and not differing,
+            differing=tuple(differing),
+            adapted=adapted,
+            remarks=remarks,
+            base_is_reference=base_is_reference and can_be_switched_off(adapted),
+            base_weights=None if base is None else base["weights"],
+        )
 
 
 def _start_of(options: TrainOptions, data: TrainingPairs) -> tuple[str, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,16 +10,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dpo_cache.errors import TrainingError, shown_rows
+from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import deterministic_algorithms, peak_bytes
-from dpo_cache.log import log_remark
+from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.losses.metrics import Metrics
-from dpo_cache.options.train import TrainOptions, with_config
+from dpo_cache.options.run_config import with_config
+from dpo_cache.options.keywords import keywords_of, make_options
+from dpo_cache.options.train import TrainOptions
+from dpo_cache.progress import show_training, shows_progress
 from dpo_cache.training.batches import longest_pairs, stream_pairs
 from dpo_cache.training.evaluations import Best, evaluate
-from dpo_cache.training.output.checkpoint import find_checkpoints, save_checkpoint
+from dpo_cache.training.output.checkpoint import save_checkpoint
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.output.model_card import library_versions, model_card
 from dpo_cache.training.output.report import Clock, TrainReport
@@ -35,8 +35,8 @@ from dpo_cache.training.output.run_folder import (
 )
 from dpo_cache.training.output.samples import open_sampler
 from dpo_cache.training.output.trackers import open_trackers
-from dpo_cache.training.passes import Passes
 from dpo_cache.training.setup import Log, Setup, open_setup
+from dpo_cache.training.step import TrainingStep
 from dpo_cache.training.step_zero import StepZero, expectation_of
 from dpo_cache.training.warnings import RunWarnings
 from dpo_cache.types import ScoredPair
@@ -45,6 +45,9 @@ OnMetrics = Callable[[dict[str, Any]], None]
 OnCheckpoint = Callable[[Path], None]
 
 
+@keywords_of(TrainOptions)
+@shows_progress("training", show_training, callback="on_metrics")
+@keeps_remarks
 def train(
     cache: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -57,17 +60,16 @@ def train(
 ) -> TrainReport:
     """Fine-tune a policy on a pair set of the cache, against the reference log-probs stored there.
 
-    Keyword arguments are the fields of `TrainOptions`; those not given come from the file `config`, if that
-    is. Callbacks:
+    Options that are not given come from the file `config`, if one is given. `progress=True` shows on stderr
+    what the command line shows. Callbacks:
 
     - `on_metrics` gets each line of metrics.jsonl once it is written, with `total_steps` and `left_s`
       (seconds, or None) added;
     - `on_checkpoint` the folder of each checkpoint once it is published;
-    - `log` each remark (default: the package's logger);
-    - `should_stop` is asked after every step, and when it says yes the state is saved, to be resumed.
+    - `log` gets each remark (default: the logger `dpo_cache`); the report lists them, too;
+    - `should_stop` is called after every step. Where it returns True the state is saved, to be resumed.
 
-    What a callback raises ends the run and is passed on; what was saved stays. Raises `DpoCacheError`. The
-    model lies in
+    An exception in a callback ends the run; what was saved stays. Raises `DpoCacheError`. The model is saved in
     `output/model`, the metrics in `output/metrics.jsonl`. With `dry_run` nothing is written.
     """
     given = {
@@ -78,12 +80,11 @@ def train(
             if value is not None
         },
     }
-    chosen = TrainOptions(**with_config(given))
+    chosen = TrainOptions(**with_config(given, log or log_remark))
     nothing: Callable[[Any], None] = lambda _: None  # noqa: E731
     started = time.perf_counter()
-    setup = open_setup(chosen, log or log_remark)
-    run = _Run(setup, on_metrics or nothing, on_checkpoint or nothing, started)
-    with deterministic_algorithms(chosen.deterministic):
+    with open_setup(chosen, log or log_remark) as setup, deterministic_algorithms(chosen.deterministic):
+        run = _Run(setup, on_metrics or nothing, on_checkpoint or nothing, started)
         return run.try_step() if chosen.dry_run else run.train(should_stop or (lambda: False))
 
 
@@ -91,29 +92,29 @@ class _Run:
     """One training run: what changes while it goes on."""
 
     def __init__(self, setup: Setup, on_metrics: OnMetrics, on_checkpoint: OnCheckpoint, started: float):
-        self.setup, self.options, self.data, self.policy, self.log = (
-            setup,
-            setup.options,
-            setup.data,
-            setup.policy,
-            setup.log,
-        )
+        self.setup, self.options, self.data, self.policy = setup, setup.options, setup.data, setup.policy
         self.on_metrics, self.on_checkpoint, self.started = on_metrics, on_checkpoint, started
-        self.progress, self.output = setup.progress, setup.output
-        self.best = Best(**(setup.progress.best or {"measure": setup.options.best}))
-        objective = setup.objective
-        self.passes = Passes(
-            setup.policy, objective, setup.step_memory, self._step_zero(), setup.log, setup.in_backward
+        self.position, self.output, self.log = setup.position, setup.output, setup.log
+        self.best = Best(**(setup.position.best or {"measure": setup.options.best}))
+        self.step = TrainingStep(
+            policy=setup.policy_model(),
+            trained=setup.policy,
+            objective=setup.objective,
+            memory=setup.step_memory,
+            optimizer=setup.optimizer,
+            in_backward=setup.in_backward,
+            max_grad_norm=setup.options.max_grad_norm,
+            step_zero=self._step_zero(),
+            output=setup.output,
+            log=setup.log,
         )
-        self.signs = RunWarnings(
+        self.warnings = RunWarnings(
             setup.log,
-            is_logistic=objective.is_logistic,
-            has_reference=objective.has_reference,
-            prefers=objective.prefers,
+            is_logistic=setup.objective.is_logistic,
+            has_reference=setup.objective.has_reference,
+            prefers=setup.objective.prefers,
         )
         self.clock = Clock()
-        self.step_zero_gap: float | None = None
-        self.has_updated = False
         self.newest: list[ScoredPair] = []  # a pair of the last step
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
         self.sampler = open_sampler(
@@ -142,7 +143,7 @@ class _Run:
             ) as self.trackers:
                 return self._run_steps(should_stop)
         except BaseException:  # Ctrl-C too: what has not begun leaves nothing behind
-            if self.setup.checkpoint is None and not self.has_updated:
+            if self.setup.checkpoint is None and not self.step.has_updated:
                 discard(self.output)
             raise
 
@@ -154,14 +155,14 @@ class _Run:
         last = None
         if self.setup.checkpoint is None:
             before = self._evaluate()
-            if self.passes.step_zero is not None:
-                self.passes.step_zero.begin_training()
+            if self.step.step_zero is not None:
+                self.step.step_zero.begin_training()
         after = before
         for pairs in self._steps():
             self.newest = pairs[:1]
             last = self._step(pairs)
             first = first or last
-            step, is_last = self.progress.step, self.progress.step == self.setup.total_steps
+            step, is_last = self.position.step, self.position.step == self.setup.total_steps
             if is_last or self.setup.evaluates.is_due(step):
                 after = self._evaluate() or after
                 self._keep_best(after)
@@ -179,16 +180,16 @@ class _Run:
         """Two whole steps on the longest pairs, for their memory; nothing is written."""
         check_output(self.output)
         self.setup.check_disk()
-        self.setup.remark()
+        self.setup.log_remarks()
         pairs = longest_pairs(self.data.pairs, self.data.selected, self.options.batch_size)
         for number in (
             1,
             2,
         ):  # the optimizer's state is there from the first update on, and so beside activations in the second
-            self.progress = replace(self.progress, step=number)
-            step = self._update(pairs)
-        self.on_metrics({**step, "total_steps": self.setup.total_steps, "left_s": None})
-        return self._report(step, step, None, None, finished=False)
+            self.position = replace(self.position, step=number)
+            metrics = self._update(pairs)
+        self.on_metrics({**metrics, "total_steps": self.setup.total_steps, "left_s": None})
+        return self._report(metrics, metrics, None, None, finished=False)
 
     def _finish(
         self, first: Metrics | None, last: Metrics | None, before: Metrics | None, after: Metrics | None
@@ -197,13 +198,13 @@ class _Run:
         self._check_weights("no model")
         if self.data.eval_pairs is None:  # else the last evaluation has told
             self._check_values()
-        is_best_elsewhere = self.best.step not in (None, self.progress.step)
+        is_best_elsewhere = self.best.step not in (None, self.position.step)
         takes_best = bool(self.options.patience) and is_best_elsewhere
         if not self.best.is_better_than(before):
             self.log("no evaluation was better than the one before training.")
         if takes_best:
             after = self.metrics_file.last("eval/loss", step=self.best.step)
-        card = self._card(self.best.step if takes_best and self.best.step else self.progress.step, after)
+        card = self._card(self.best.step if takes_best and self.best.step else self.position.step, after)
         save_model(
             self.output, self.policy, card, takes_best=takes_best, is_merged=self.options.merge_adapter
         )
@@ -217,47 +218,47 @@ class _Run:
         """Begin the run's folder, or take it up at the checkpoint."""
         if self.setup.checkpoint:
             check_config(self.output, self.setup.config())
-            self.metrics_file.keep_until(self.progress.step)
-            self.signs.take_up(line for line in self.metrics_file.lines() if "loss" in line)
+            self.metrics_file.keep_until(self.position.step)
+            self.warnings.take_up(line for line in self.metrics_file.lines() if "loss" in line)
             if self.sampler:
-                self.sampler.file.keep_until(self.progress.step)
+                self.sampler.file.keep_until(self.position.step)
         else:
             self.setup.check_disk()
             discard(self.output)  # of a run that was cut off before its first checkpoint
             write_config(self.output, self.setup.config())
-        self.setup.remark()
+        self.setup.log_remarks()
 
     def _steps(self) -> Iterator[list[ScoredPair]]:
         """The pairs of each step that is left, epoch after epoch; the last step of an epoch may be
         smaller.
         """
         options = self.options
-        while self.progress.step < self.setup.total_steps:
+        while self.position.step < self.setup.total_steps:
             stream = stream_pairs(
                 self.data.pairs,
                 self.data.selected,
                 shuffle=options.shuffle,
                 seed=options.seed,
-                epoch=self.progress.epoch,
-                skip=self.progress.pairs_seen,
+                epoch=self.position.epoch,
+                skip=self.position.pairs_seen,
             )
-            while self.progress.step < self.setup.total_steps and (
+            while self.position.step < self.setup.total_steps and (
                 pairs := list(islice(stream, options.batch_size))
             ):
-                self.progress = replace(
-                    self.progress,
-                    step=self.progress.step + 1,
-                    pairs_seen=self.progress.pairs_seen + len(pairs),
+                self.position = replace(
+                    self.position,
+                    step=self.position.step + 1,
+                    pairs_seen=self.position.pairs_seen + len(pairs),
                 )
                 yield pairs
-            if self.progress.step < self.setup.total_steps:
-                self.progress = replace(self.progress, epoch=self.progress.epoch + 1, pairs_seen=0)
+            if self.position.step < self.setup.total_steps:
+                self.position = replace(self.position, epoch=self.position.epoch + 1, pairs_seen=0)
 
     def _step(self, pairs: list[ScoredPair]) -> Metrics:
         """One update, written down."""
         metrics = self._update(pairs)
         self.clock.note_step(metrics["num_pairs"] / metrics["pairs_per_s"])
-        self.signs.note(metrics)
+        self.warnings.note(metrics)
         return self._record(metrics)
 
     def _update(self, pairs: list[ScoredPair]) -> Metrics:
@@ -285,12 +286,12 @@ class _Run:
             return None
         started = time.perf_counter()
         at_once = self.options.batch_size if self.setup.objective.needs_whole_step else 64
-        means = evaluate(self.passes, self.data, at_once=at_once, step=self.progress.step)
+        means = evaluate(self.step, self.data, at_once=at_once, step=self.position.step)
         if self.sampler:
-            self.sampler.write(self.progress.step)
+            self.sampler.write(self.position.step)
         self.clock.note_evaluation(time.perf_counter() - started)
         return self._record(
-            {"step": self.progress.step, **{f"eval/{name}": value for name, value in means.items()}}
+            {"step": self.position.step, **{f"eval/{name}": value for name, value in means.items()}}
         )
 
     # -- step zero -------------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ class _Run:
     def _check_base(self, pairs: list[ScoredPair]) -> None:
         """With its adapter switched off, a policy that was trained before is still the reference."""
         if (
-            self.has_updated
+            self.step.has_updated
             or not self.policy.base_is_reference
             or self.policy.is_reference
             or self.options.step_zero == "off"
@@ -314,31 +315,31 @@ class _Run:
         expectation = replace(
             known, is_reference=True, differing=(), what="the policy with its adapter switched off"
         )
-        self.log(self.passes.check_base(pairs, StepZero(expectation, self.options.step_zero)))
+        self.log(self.step.check_base(pairs, StepZero(expectation, self.options.step_zero)))
 
     # -- what is kept ----------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
         self._check_weights("no checkpoint")
         self.metrics_file.fsync()
-        progress = replace(self.progress, step_memory=self.setup.step_memory.state(), best=self.best.state())
+        position = replace(self.position, step_memory=self.setup.step_memory.state(), best=self.best.state())
         self.on_checkpoint(
-            save_checkpoint(self.output, self.policy, self.setup.optimizer, progress, keep=self.options.keep)
+            save_checkpoint(self.output, self.policy, self.setup.optimizer, position, keep=self.options.keep)
         )
 
     def _keep_best(self, evaluation: Metrics | None) -> None:
         """Keep the policy of the best evaluation so far, unless it will be the one in model/ anyway."""
         if evaluation is None or not self.best.note(evaluation):
             return
-        if self.options.eval_every is not None and self.progress.step != self.setup.total_steps:
+        if self.options.eval_every is not None and self.position.step != self.setup.total_steps:
             found = {name: value for name, value in self.best.state().items() if name != "num_worse"}
-            save_best(self.output, self.policy, found, self._card(self.progress.step, evaluation))
+            save_best(self.output, self.policy, found, self._card(self.position.step, evaluation))
 
     def _check_weights(self, what: str) -> None:
         """Raise `TrainingError` before weights that are not finite take the place of good ones."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.policy.model.parameters()):
             raise TrainingError(
-                f"step {self.progress.step}: the update left weights that are not finite; {what} was "
+                f"step {self.position.step}: the update left weights that are not finite; {what} was "
                 "saved.\nLower --lr."
             )
 
@@ -346,10 +347,10 @@ class _Run:
         """Raise `TrainingError` before a model is saved whose weights are finite, but not what it gives for a
         pair of the last step.
         """
-        if self.newest and self.passes.rows_with_nonfinite_loss(self.newest):
+        if self.newest and self.step.rows_with_nonfinite_loss(self.newest):
             row = self.newest[0].pair.row
             raise TrainingError(
-                f"step {self.progress.step}: after the update the loss of row {row} is not finite; no "
+                f"step {self.position.step}: after the update the loss of row {row} is not finite; no "
                 "model was saved.\nLower --lr."
             )
 
@@ -357,7 +358,7 @@ class _Run:
         return (
             self.options.patience is not None
             and self.best.num_worse >= self.options.patience
-            and self.progress.step < self.setup.total_steps
+            and self.position.step < self.setup.total_steps
         )
 
     # -- reporting -------------------------------------------------------------------------------------
@@ -365,7 +366,7 @@ class _Run:
     def _record(self, metrics: Metrics) -> Metrics:
         self.metrics_file.append(metrics)
         self.trackers.log(metrics)
-        step = self.progress.step
+        step = self.position.step
         num_evaluations = (
             self.setup.evaluates.count(step + 1, self.setup.total_steps)
             if self.data.eval_pairs is not None
@@ -403,10 +404,10 @@ class _Run:
         return TrainReport(
             output=str(self.output),
             model=None if self.options.dry_run else str(self.output / "model"),
-            num_steps=self.progress.step,
+            num_steps=self.position.step,
             num_pairs=self.data.num_pairs,
             finished=finished,
-            step_zero_gap=self.step_zero_gap,
+            step_zero_gap=self.step.step_zero_gap,
             first=first,
             last=last,
             eval_before=before,
@@ -417,7 +418,7 @@ class _Run:
             num_parameters=self.setup.num_parameters,
             best=None if self.best.step is None else self.best.state(),
             best_model=str(self.output / "best") if has_best else None,
-            stopped_by_patience=finished and self.progress.step < self.setup.total_steps,
+            stopped_by_patience=finished and self.position.step < self.setup.total_steps,
             is_dry_run=self.options.dry_run,
             resolved=self.setup.resolved(),
         )

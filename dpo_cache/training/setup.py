@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,9 @@ import torch
 
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.device import choose_device
-from dpo_cache.lm.kernels.onednn_linear import CLEAR_SPEEDUP, use_fast_linear
-from dpo_cache.lm.memory.offload import offload_activations
 from dpo_cache.lm.model.adapter import describe
 from dpo_cache.lm.model.quantization import num_values
+from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.routing import router_coefficient
 from dpo_cache.log import Log
 from dpo_cache.losses.objective import Objective
@@ -73,6 +74,16 @@ class Setup:
             warmup_ratio=options.warmup_ratio,
         )
 
+    def policy_model(self) -> PolicyModel:
+        """The policy as one module, with what the objective needs of it."""
+        return PolicyModel(
+            self.policy.model,
+            self.policy.attention,
+            precision=self.policy.precision,
+            with_squares=self.objective.wpo != "off",
+            with_routing=bool(self.objective.router_coefficient),
+        )
+
     def check_disk(self) -> None:
         """Raise `TrainingError` where what the run writes has no room."""
         options = self.options
@@ -112,14 +123,14 @@ class Setup:
             "attention": policy.attention.name,
             "precision": policy.precision,
             "device": str(self.device),
-            "micro_tokens": self.step_memory.micro_tokens,
+            "budget_tokens": self.step_memory.micro_tokens,
             "gradient_checkpointing": self.step_memory.mode,
             "linear": self.policy.linear,
             "router_coefficient": self.objective.router_coefficient,
         }
 
-    def remark(self) -> None:
-        """Say what a user should know before the first step."""
+    def log_remarks(self) -> None:
+        """Log what a user should know before the first step."""
         model, data, options = self.policy.model, self.data, self.options
         if self.policy.attention.name == "rows":
             self.log(
@@ -137,15 +148,15 @@ class Setup:
         }
         for flag, (value, schedule) in periods.items():
             if value is not None and not schedule.count(1, self.total_steps):
-                self.log(f"{flag} {value} never comes about in {self.total_steps} steps.")
+                self.log(f"{flag} {value} never triggers: the run has {self.total_steps} steps.")
         if (
             data.eval_pairs is not None
             and data.eval_pairs is not data.pairs
             and (shared := count_shared(data.pairs, data.eval_pairs))
         ):
             self.log(
-                f"{shared:,} of {len(data.eval_pairs):,} evaluation pairs stand in the training pairs, "
-                "too: those are not held out."
+                f"{shared:,} of {len(data.eval_pairs):,} evaluation pairs are also "
+                "training pairs: those are not held out."
             )
 
 
@@ -158,11 +169,12 @@ def open_setup(options: TrainOptions, log: Log) -> Iterator[Setup]:
     check_trackers(options.log_to)
     output = Path(options.output)
     checkpoint = find_start(output, log, resume=options.resume)
+    position = read_position(checkpoint) if checkpoint else RunPosition()
     device = choose_device(options.device)
     data = open_pairs(options, open_cache(options.cache))
     is_onednn = _decided_linear(output if checkpoint else None, is_deterministic=options.deterministic)
     with open_policy(options, data, device, checkpoint, is_onednn=is_onednn, log=log) as policy:
-        yield _set_up(options, data, policy, device, checkpoint, log)
+        yield _set_up(options, data, policy, device, checkpoint, position, log)
 
 
 def _set_up(
@@ -171,14 +183,15 @@ def _set_up(
     policy: TrainedModel,
     device: torch.device,
     checkpoint: Path | None,
+    position: RunPosition,
     log: Log,
 ) -> Setup:
-    model, position = policy.model, read_position(checkpoint) if checkpoint else RunPosition()
-    steps_per_epoch = math.ceil(data.num_pairs / options.batch_size)
+    model, steps_per_epoch = policy.model, math.ceil(data.num_pairs / options.batch_size)
+    total_steps = _count_steps(options, steps_per_epoch)
     step_memory = StepMemory(
         model,
         policy.recomputation,
-        number_or_auto("--micro-tokens", options.micro_tokens),
+        number_or_auto("--budget-tokens", options.budget_tokens),
         options.gradient_checkpointing,
         log,
         precision=policy.precision,
@@ -206,7 +219,7 @@ def _set_up(
         step_memory=step_memory,
         optimizer=optimizer,
         in_backward=OptimizerInBackward(optimizer) if options.free_gradients else None,
-        total_steps=_count_steps(options, steps_per_epoch),
+        total_steps=total_steps,
         evaluates=schedule_of("--eval-every", options.eval_every, steps_per_epoch),
         saves=schedule_of("--save-every", options.save_every, steps_per_epoch),
         num_parameters=sum(map(num_values, model.parameters())),
@@ -227,7 +240,9 @@ def _count_steps(options: TrainOptions, steps_per_epoch: int) -> int:
 
 
 def _decided_linear(resumed: Path | None, *, is_deterministic: bool) -> bool | None:
-    """Whether oneDNN multiplies: as before in a resumed run, by rule under --deterministic; None: measure it."""
+    """Whether oneDNN multiplies: as before in a resumed run, by rule under --deterministic; None: measure
+    it.
+    """
     if resumed is not None:
         return read_resolved(resumed).get("linear", "torch") == "onednn"
     return True if is_deterministic else None

@@ -32,6 +32,7 @@ class StepMemory:
     def __init__(
         self,
         model: PreTrainedModel,
+        recomputation: Recomputation,
         micro_tokens: int | None,
         requested: str,
         log: Log,
@@ -42,7 +43,7 @@ class StepMemory:
         self.micro_tokens = micro_tokens or default_micro_tokens(model.device)
         self._requested = [micro_tokens, requested]
         self._is_fixed, self._log, self._device = requested != "auto", log, model.device
-        self._recomputation = Recomputation(model)
+        self._recomputation = recomputation
         self._ladder = ladder(precision)
         # modes round otherwise, and free memory changes
         first = (
@@ -105,7 +106,7 @@ class StepMemory:
         elif self.micro_tokens // 2 >= MIN_TOKENS:
             self.micro_tokens //= 2
             self.pair_tokens = self.micro_tokens
-            change = f"--micro-tokens {self.micro_tokens}"
+            change = f"--budget-tokens {self.micro_tokens}"
         else:
             raise TrainingError(
                 f"{problem} even with one answer at once.\n"

@@ -15,9 +15,10 @@ import numpy as np
 
 from dpo_cache.errors import StepZeroError, shown_rows
 from dpo_cache.lm.model.quantization import rounding_dtype, rounding_dtype_of
+from dpo_cache.lm.policy import CompletionLogps
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.training.inputs import TrainedModel, TrainingPairs
-from dpo_cache.types import TOKEN_TOLERANCES, Score
+from dpo_cache.types import TOKEN_TOLERANCES, Score, ScoredPair
 
 # Gap per completion in nats that rounding explains: (absolute, relative to its log-prob), by dtype.
 TOLERANCES = {"float32": (5e-3, 1e-5), "float16": (5e-2, 5e-3), "bfloat16": (0.5, 2e-2)}
@@ -90,7 +91,9 @@ class StepZero:
     rows: list[int] = field(default_factory=list)
 
     def check_pairs(self, pairs: Sequence[ScoredPair], logps: CompletionLogps) -> None:
-        """Compare the pairs' chosen, then rejected completions with the cache, until enough have been compared."""
+        """Compare the pairs' chosen, then rejected completions with the cache, until enough have been
+        compared.
+        """
         if not self.has_enough:
             tokens = logps.tokens_T.detach().float().cpu().split(logps.lengths)
             scores = [scored.ref_chosen for scored in pairs] + [scored.ref_rejected for scored in pairs]

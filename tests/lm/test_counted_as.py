@@ -37,7 +37,7 @@ def test_what_cuda_runs_has_the_same_gradients(family: str) -> None:
 
 
 def test_a_gpu_runs_each_segment_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_cache.lm.forest.layout.attention.QUERY_TOKENS", 4)
+    monkeypatch.setattr("dpo_cache.lm.forest.attention.QUERY_TOKENS", 4)
     forest = build_forest(COMPLETIONS)
     assert (
         len(plan_tree(forest, "cuda").segments) == len(forest.starts) < len(plan_tree(forest, "cpu").segments)

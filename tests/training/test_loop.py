@@ -9,10 +9,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import dpo_cache
 from dpo_cache.errors import ModelError, NotInCacheError, OptionError, StepZeroError, TrainingError
+from dpo_cache.lm import policy
 from dpo_cache.lm.forest.layout import count_forest_tokens
-from dpo_cache.lm.memory.recompute import activation_bytes
+from dpo_cache.lm.memory.recompute import Recomputation, activation_bytes
 from dpo_cache.store import open_cache
-from dpo_cache.training import loop, passes
+from dpo_cache.training import loop
 from dpo_cache.training import step_memory as step_memory
 from dpo_cache.training.output import checkpoint
 from dpo_cache.training.output import run_folder as folder_module
@@ -179,13 +180,13 @@ def test_clipping_scales_the_gradient_that_the_optimizer_sees(
 def forest_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each forest that is run from here on."""
     sizes: list[int] = []
-    real = passes.completion_logps
+    real = policy.completion_logps
 
     def note(model, completions, attention, **options):  # type: ignore[no-untyped-def]
         sizes.append(count_forest_tokens(completions))
         return real(model, completions, attention, **options)
 
-    monkeypatch.setattr(passes, "completion_logps", note)
+    monkeypatch.setattr(policy, "completion_logps", note)
     return sizes
 
 
@@ -193,7 +194,7 @@ def test_a_step_is_run_in_as_many_forests_as_its_budget_needs(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = forest_sizes(monkeypatch)
-    report = train(cache, tmp_path / "run", max_steps=1, batch_size=8, micro_tokens="100")
+    report = train(cache, tmp_path / "run", max_steps=1, batch_size=8, budget_tokens="100")
     assert len(sizes) > 1 and max(sizes) <= 100
     assert report.last is not None and report.last["num_tokens"] == sum(
         sizes[:-1]
@@ -222,10 +223,10 @@ def test_checkpointing_recomputes_the_layers(
 def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"batch_size": 8, "max_steps": 2, "lr": 1e-4, "micro_tokens": "1000"}
+    options = {"batch_size": 8, "max_steps": 2, "lr": 1e-4, "budget_tokens": "1000"}
     train(cache, tmp_path / "whole", **options)
     modes: list[str] = []
-    forward = passes.completion_logps
+    forward = policy.completion_logps
 
     def run_out(model, completions, attention, **extra):
         mode = run_out.run.setup.step_memory.mode
@@ -242,7 +243,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(
         run_out.run = self
 
     monkeypatch.setattr(loop._Run, "__init__", note)
-    monkeypatch.setattr(passes, "completion_logps", run_out)
+    monkeypatch.setattr(policy, "completion_logps", run_out)
     remarks: list[str] = []
     train(cache, tmp_path / "tight", log=remarks.append, **options)
     said = [
@@ -252,7 +253,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(
     ]
     assert said[:2] == [
         "--gradient-checkpointing full. Nothing is lost.",
-        "--micro-tokens 500. Nothing is lost.",
+        "--budget-tokens 500. Nothing is lost.",
     ]
     for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "tight"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -262,8 +263,8 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(
 def test_a_step_begun_anew_is_counted_once(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"batch_size": 8, "max_steps": 1, "micro_tokens": "100"}
-    forward, calls = passes.completion_logps, []
+    options = {"batch_size": 8, "max_steps": 1, "budget_tokens": "100"}
+    forward, calls = policy.completion_logps, []
 
     def run_out(model, completions, attention, **options):
         calls.append(len(completions))
@@ -273,7 +274,7 @@ def test_a_step_begun_anew_is_counted_once(
 
     once, again = [], []
     train(cache, tmp_path / "once", **options, log=once.append)
-    monkeypatch.setattr(passes, "completion_logps", run_out)
+    monkeypatch.setattr(policy, "completion_logps", run_out)
     train(cache, tmp_path / "again", **options, log=again.append)
     assert len(calls) > 3 and "over 16 completions" in once[-1]
     assert [remark for remark in again if remark.startswith("step zero")] == once[-1:]
@@ -288,7 +289,7 @@ def test_memory_that_never_suffices_is_told(
     def run_out(*_, **__):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(passes, "completion_logps", run_out)
+    monkeypatch.setattr(policy, "completion_logps", run_out)
     with pytest.raises(TrainingError, match="out of memory even with one answer at once"):
         train(cache, tmp_path / "run", max_steps=1)
     assert not (tmp_path / "run").exists()
@@ -300,7 +301,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(
     def fail(*_, **__):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(passes, "completion_logps", fail)
+    monkeypatch.setattr(policy, "completion_logps", fail)
     with pytest.raises(RuntimeError, match="something else"):
         train(cache, tmp_path / "run", max_steps=1)
 
@@ -309,7 +310,10 @@ def test_a_host_with_little_memory_recomputes_from_the_start(monkeypatch: pytest
     model = make_llama()
     for share, expected in ((0.5, "cheap"), (1e-9, "full")):
         monkeypatch.setattr(step_memory, "SHARE_OF_FREE", share)
-        assert step_memory.StepMemory(make_llama(), 1000, "auto", print).mode == expected
+        assert (
+            step_memory.StepMemory(model := make_llama(), Recomputation(model), 1000, "auto", print).mode
+            == expected
+        )
     assert (
         activation_bytes(model, 1000, "none")
         > activation_bytes(model, 1000, "selective")
@@ -330,7 +334,7 @@ def test_each_precision_computes_in_its_dtype(
     inner_dtype: torch.dtype,
 ) -> None:
     seen: set[tuple[torch.dtype, torch.dtype]] = set()
-    real = passes.completion_logps
+    real = policy.completion_logps
 
     def note(model, completions, attention, **options):  # type: ignore[no-untyped-def]
         layer = model.model.layers[0].mlp.up_proj
@@ -341,7 +345,7 @@ def test_each_precision_computes_in_its_dtype(
         hook.remove()
         return logps
 
-    monkeypatch.setattr(passes, "completion_logps", note)
+    monkeypatch.setattr(policy, "completion_logps", note)
     train(cache, tmp_path / "run", precision=precision, max_steps=1, batch_size=2)
     assert seen == {(weights_dtype, inner_dtype)}
 
@@ -382,14 +386,14 @@ def test_a_warm_up_that_takes_every_step_is_said(cache: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "options",
     [
-        {"micro_tokens": "1"},
-        {"micro_tokens": "60"},
+        {"budget_tokens": "1"},
+        {"budget_tokens": "60"},
         {"gradient_checkpointing": "selective"},
         {"gradient_checkpointing": "full"},
     ],
 )
 def test_how_a_step_is_run_changes_nothing_beyond_rounding(cache: str, tmp_path: Path, options: dict) -> None:
-    train(cache, tmp_path / "whole", batch_size=8, micro_tokens="100000", max_steps=2, lr=1e-4)
+    train(cache, tmp_path / "whole", batch_size=8, budget_tokens="100000", max_steps=2, lr=1e-4)
     train(cache, tmp_path / "split", batch_size=8, max_steps=2, lr=1e-4, **options)
     for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "split"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -655,7 +659,7 @@ def test_pair_sets_and_references_that_do_not_fit_are_refused(
     "options",
     [
         {"beta": 0.0}, {"beta": -1.0}, {"label_smoothing": 0.6}, {"label_smoothing": -0.1}, {"label_smoothing": 0.1, "loss": "ipo"},
-        {"loss": "hinges"}, {"batch_size": 0}, {"epochs": 0.0}, {"lr": 0.0}, {"warmup_ratio": 2.0}, {"micro_tokens": "0"},
+        {"loss": "hinges"}, {"batch_size": 0}, {"epochs": 0.0}, {"lr": 0.0}, {"warmup_ratio": 2.0}, {"budget_tokens": "0"},
         {"eval_fraction": 1.0},
         {"seed": -1}, {"epochs": float("inf")}, {"lr": float("inf")}, {"beta": float("nan")}, {"batch_size": 2.5},
         {"eval_fraction": 0.5, "eval_pairs": "heldout"}, {"max_grad_norm": -1.0},

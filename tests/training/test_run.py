@@ -14,9 +14,9 @@ import torch
 import dpo_cache
 from dpo_cache.errors import DpoCacheError, OptionError, TrainingError
 from dpo_cache.lm.forest.layout import count_forest_tokens
-from dpo_cache.options.train import with_config
+from dpo_cache.options.run_config import with_config
 from dpo_cache.store import open_cache
-from dpo_cache.training import passes
+from dpo_cache.lm import policy
 from dpo_cache.training.batches import completions_of, longest_pairs
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.output.report import Clock
@@ -136,7 +136,7 @@ def test_two_runs_give_the_same_bits(cache: str, tmp_path: Path) -> None:
 
 def run_out_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """The first pass with gradients runs out of memory, and again whenever the list is cleared."""
-    real, full = passes.completion_logps, []
+    real, full = policy.completion_logps, []
 
     def run_out(model, completions, attention, **options):  # type: ignore[no-untyped-def]
         if not full and torch.is_grad_enabled():
@@ -144,7 +144,7 @@ def run_out_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
             raise torch.OutOfMemoryError
         return real(model, completions, attention, **options)
 
-    monkeypatch.setattr(passes, "completion_logps", run_out)
+    monkeypatch.setattr(policy, "completion_logps", run_out)
     return full
 
 
@@ -153,13 +153,13 @@ def test_a_resumed_run_splits_its_steps_as_before(
 ) -> None:
     """A run that ran out of memory goes on as it ended, also after a resumption."""
     full = run_out_once(monkeypatch)
-    options = {"gradient_checkpointing": "none", "micro_tokens": "auto", "max_steps": 3}
+    options = {"gradient_checkpointing": "none", "budget_tokens": "auto", "max_steps": 3}
     monkeypatch.setattr("dpo_cache.training.step_memory.default_micro_tokens", lambda device: 200)
     train(cache, tmp_path / "whole", **options)
     full.clear()
     train(cache, tmp_path / "cut", should_stop=lambda: True, **options)
     state = json.loads(next((tmp_path / "cut/checkpoints").iterdir()).joinpath("state.json").read_text())
-    assert state["thrift"]["pair_tokens"] == 200
+    assert state["step_memory"]["pair_tokens"] == 200
     train(cache, tmp_path / "cut", resume=True, **options)
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 
@@ -167,7 +167,7 @@ def test_a_resumed_run_splits_its_steps_as_before(
 def test_a_row_whose_loss_is_not_finite_is_named_and_the_checkpoint_kept(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = passes.completion_logps
+    real = policy.completion_logps
     spoiled = next(scored for scored in open_cache(cache).pairs("pairs") if scored.pair.row == 6).pair.chosen
 
     def spoil(model, completions, attention, **options):  # type: ignore[no-untyped-def]
@@ -181,13 +181,13 @@ def test_a_row_whose_loss_is_not_finite_is_named_and_the_checkpoint_kept(
             )
         ]
         return (
-            passes.CompletionLogps(found.tokens_T * torch.tensor(float("nan")), found.lengths)
+            policy.CompletionLogps(found.tokens_T * torch.tensor(float("nan")), found.lengths)
             if hits[0]
             else found
         )
 
     spoil.is_on = False
-    monkeypatch.setattr(passes, "completion_logps", spoil)
+    monkeypatch.setattr(policy, "completion_logps", spoil)
 
     def switch(line: dict) -> None:
         spoil.is_on = True
@@ -238,7 +238,7 @@ def test_a_split_that_ran_out_of_memory_is_kept_also_where_it_was_asked_for(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = run_out_once(monkeypatch)
-    options = {"gradient_checkpointing": "full", "micro_tokens": "200", "max_steps": 3}
+    options = {"gradient_checkpointing": "full", "budget_tokens": "200", "max_steps": 3}
     train(cache, tmp_path / "whole", **options)
     full.clear()
     train(cache, tmp_path / "cut", should_stop=lambda: True, **options)
@@ -294,10 +294,10 @@ def test_the_opposite_is_seen_without_a_reference_too() -> None:
     assert len(remarks) == 1 and "Are chosen and rejected swapped in the data?" in remarks[0]
 
 
-def test_a_period_that_never_comes_about_is_said(cache: str, tmp_path: Path) -> None:
+def test_a_period_that_never_triggers_is_reported(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
     train(cache, tmp_path / "run", save_every="100epochs", max_steps=2, log=remarks.append)
-    assert "--save-every 100epochs never comes about in 2 steps." in remarks
+    assert "--save-every 100epochs never triggers: the run has 2 steps." in remarks
 
 
 def step(number: int, **values: float) -> dict:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_cache.lm.memory.recompute import activation_bytes
+from dpo_cache.lm.memory.recompute import Recomputation, activation_bytes
 from dpo_cache.lm.model.adapter import add_adapter, lora_config
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
@@ -17,7 +17,7 @@ def test_a_model_that_changes_what_is_kept_recomputes_in_full() -> None:
     model, remarks = make_model("gpt_oss"), []
     chosen = choose_attention(model, max_length=64)
     expected = gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
-    step_memory = StepMemory(model, 1000, "selective", remarks.append)
+    step_memory = StepMemory(model, Recomputation(model), 1000, "selective", remarks.append)
     with pytest.raises(RuntimeError) as caught:
         gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
     step_memory.save_more(caught.value)
@@ -35,7 +35,8 @@ def test_a_model_that_changes_what_is_kept_recomputes_in_full() -> None:
 )
 def test_memory_that_runs_out_takes_the_next_mode_that_keeps_less(precision: str, modes: list[str]) -> None:
     remarks: list[str] = []
-    step_memory = StepMemory(make_llama(), None, "auto", remarks.append, precision=precision)
+    model = make_llama()
+    step_memory = StepMemory(model, Recomputation(model), None, "auto", remarks.append, precision=precision)
     seen = [step_memory.mode]
     while step_memory.mode != "full":
         step_memory.save_more(torch.OutOfMemoryError())
@@ -52,7 +53,8 @@ def test_adapters_are_not_taken_for_wide_layers() -> None:
 
 def test_what_mps_says_is_passed_on() -> None:
     remarks: list[str] = []
-    step_memory = StepMemory(make_llama(), 1000, "none", remarks.append)
+    model = make_llama()
+    step_memory = StepMemory(model, Recomputation(model), 1000, "none", remarks.append)
     step_memory._device = torch.device("mps")
     step_memory.save_more(RuntimeError("MPS backend is tired\nand more"))
     assert step_memory.micro_tokens == 500 and remarks[0].startswith(

@@ -43,16 +43,16 @@ class RunPosition:
 
 
 def save_checkpoint(
-    run: Path, policy: TrainedModel, optimizer: Updater, progress: RunPosition, *, keep: int
+    run: Path, policy: TrainedModel, optimizer: Updater, position: RunPosition, *, keep: int
 ) -> Path:
     """Publish the state after a step, then drop all but the last `keep`. Raises `TrainingError` where the
     disk refuses.
     """
-    target = run / "checkpoints" / f"step-{progress.step:06d}"
+    target = run / "checkpoints" / f"step-{position.step:06d}"
 
     def write(scratch: Path) -> None:
         save_file(optimizer.tensors(), scratch / "optimizer.safetensors")
-        (scratch / "state.json").write_text(json.dumps(asdict(progress)) + "\n")
+        (scratch / "state.json").write_text(json.dumps(asdict(position)) + "\n")
 
     write_policy(
         target, policy, write, remedy="Free some space, then go on from the last checkpoint with --resume."
@@ -90,7 +90,7 @@ def find_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def read_progress(checkpoint: Path) -> RunPosition:
+def read_position(checkpoint: Path) -> RunPosition:
     """Where the run stood when the checkpoint was saved."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())

@@ -16,7 +16,7 @@ from dpo_cache.store.folders.folder import Folder, LocalFolder, RemoteFolder, op
 
 KILLED_WRITER = """
 import os, sys
-from dpo_cache.store.files import open_folder
+from dpo_cache.store.folders.folder import open_folder
 os.replace = lambda *_: os._exit(9)
 open_folder(sys.argv[1]).publish("scores/a", b"never whole")
 """

@@ -12,6 +12,7 @@ from dpo_cache.errors import CacheError, CorruptShardError, NotInCacheError, Sto
 from dpo_cache.store import Cache, ScoreIndex, open_cache
 from dpo_cache.store.format.keys import is_sorted
 from dpo_cache.store.upkeep import compact as upkeep_module
+from dpo_cache.store.upkeep import gc as gc_module
 from dpo_cache.store.upkeep import merge_shards as merging_module
 from dpo_cache.store.upkeep.compact import compact_reference
 from dpo_cache.store.upkeep.gc import Garbage, collect_garbage, find_garbage
@@ -58,7 +59,7 @@ def test_compact_leaves_the_same_values_in_fewer_sorted_shards(cache: Cache, roo
     assert (done.shards_before, done.shards_after, done.completions, done.duplicates) == (8, 1, 40, 0)
     assert values(cache, range(40)) == before
     (name,) = shard_names(cache)
-    assert is_sorted(upkeep_module._keys_in(cache.folder, f"references/{reference_of(cache)}/scores", name))
+    assert is_sorted(upkeep_module.keys_in(cache.folder, f"references/{reference_of(cache)}/scores", name))
     assert verify_cache(root).is_whole
 
 
@@ -285,7 +286,7 @@ def test_what_a_pair_set_came_to_need_meanwhile_stays(
     lonely = add_reference(cache, "b")
     add_scores_of(cache, lonely, range(5))
     age(root)
-    real, calls = upkeep_module.find_garbage, []
+    real, calls = gc_module.find_garbage, []
 
     def find_then_let_another_publish(*given: object, **options: object) -> list[Garbage]:
         found = real(*given, **options)  # type: ignore[arg-type]
@@ -294,7 +295,7 @@ def test_what_a_pair_set_came_to_need_meanwhile_stays(
         calls.append(found)
         return found
 
-    monkeypatch.setattr(upkeep_module, "find_garbage", find_then_let_another_publish)
+    monkeypatch.setattr(gc_module, "find_garbage", find_then_let_another_publish)
     assert collect_garbage(cache) == [] and len(calls[0]) == 2
     assert verify_cache(root).is_whole and lonely in cache.references()
 

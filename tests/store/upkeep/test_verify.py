@@ -233,7 +233,7 @@ def test_an_identity_that_is_no_object_is_damage(root: Path, identity: object) -
 
 
 def test_keys_that_are_not_of_their_token_ids_are_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_cache.store.pairs.completion_key", lambda completion: key_of(33))
+    monkeypatch.setattr("dpo_cache.store.format.pair_tables.completion_key", lambda completion: key_of(33))
     add_pairs(Cache(root), Cache(root).references()[0], [(0, 1)], name="false")
     monkeypatch.undo()
     assert completion_key(completion(0)) != key_of(33)

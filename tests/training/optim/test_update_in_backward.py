@@ -13,7 +13,7 @@ from dpo_cache.errors import TrainingError
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
-from dpo_cache.training import passes
+from dpo_cache.lm import policy
 from dpo_cache.training.optim.optimizers import make_optimizer
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.step_zero import StepZero
@@ -106,7 +106,7 @@ def test_a_weight_that_only_an_earlier_pass_used_is_updated_too() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"micro_tokens": "100"}, {"micro_tokens": "20"}, {"loss": "aot", "micro_tokens": "100"}, {"optimizer": "adafactor", "weight_decay": 0.1},
+    [{}, {"budget_tokens": "100"}, {"budget_tokens": "20"}, {"loss": "aot", "budget_tokens": "100"}, {"optimizer": "adafactor", "weight_decay": 0.1},
      {"optimizer": "adamw-8bit", "gradient_checkpointing": "full"}],
     ids=["one forest", "several", "single answers", "twice", "adafactor", "8 bits, recomputed"],
 )  # fmt: skip
@@ -124,7 +124,7 @@ def test_a_run_gives_the_same_bits_with_and_without(cache: str, tmp_path: Path, 
 def test_a_loss_that_is_not_finite_changes_no_weight(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, models = passes.completion_logps, []
+    run, models = policy.completion_logps, []
 
     def spoil(model, *rest, **extra):
         if not models:
@@ -133,13 +133,13 @@ def test_a_loss_that_is_not_finite_changes_no_weight(
         found.tokens_T.data[0] = torch.nan
         return found
 
-    monkeypatch.setattr(passes, "completion_logps", spoil)
+    monkeypatch.setattr(policy, "completion_logps", spoil)
     monkeypatch.setattr(StepZero, "check", lambda *_: None)
     with pytest.raises(
         TrainingError,
         match=r"step 1: loss nan, .*; row \d.* of the data made it\. The weights were not updated\.",
     ):
-        train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0, micro_tokens="100")
+        train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0, budget_tokens="100")
     model, before = models[0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -174,8 +174,8 @@ def test_memory_that_runs_out_amid_the_update_ends_the_run_and_before_it_does_no
     monkeypatch.setattr(OptimizerInBackward, "_use", run_out)
     with pytest.raises(
         TrainingError,
-        match="no memory while weights were being updated .*cannot be taken again.\n"
-        "Go on from the last checkpoint",
+        match="no memory while weights were being updated .*cannot be repeated.\n"
+        "Continue from the last checkpoint",
     ):
         train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0)
     left[0] = 1

@@ -548,7 +548,7 @@ def test_a_run_without_trackers_loads_none_of_them() -> None:
     code = """
 import sys
 import dpo_cache.training.loop
-from dpo_cache.training.trackers import check_trackers, open_trackers
+from dpo_cache.training.output.trackers import check_trackers, open_trackers
 check_trackers([])
 with open_trackers([], None, {}, log_names="trl", history=[], is_resumed=False, say=print) as trackers:
     trackers.log({"step": 1, "loss": 0.5, "epoch": 1.0, "num_pairs": 4})

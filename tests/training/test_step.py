@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpo_cache.lm.forest.layout import count_forest_tokens
-from dpo_cache.training import passes
+from dpo_cache.lm import policy
 from tests.training.test_loop import assert_alike, metrics, train
 
 
@@ -24,15 +24,15 @@ def test_a_pair_that_is_too_long_is_run_one_answer_at_a_time(
 ) -> None:
     shared = {"batch_size": 5, "max_steps": 2, "lr": 1e-4, "eval_pairs": "heldout", **options}
     remarks: list[str] = []
-    train(cache, tmp_path / "whole", micro_tokens="100000", **shared)
-    run, sizes = passes.completion_logps, []
+    train(cache, tmp_path / "whole", budget_tokens="100000", **shared)
+    run, sizes = policy.completion_logps, []
 
     def note(model, completions, attention, **extra):
         sizes.append((torch.is_grad_enabled(), len(completions), count_forest_tokens(completions)))
         return run(model, completions, attention, **extra)
 
-    monkeypatch.setattr(passes, "completion_logps", note)
-    train(cache, tmp_path / "split", micro_tokens="20", log=remarks.append, **shared)
+    monkeypatch.setattr(policy, "completion_logps", note)
+    train(cache, tmp_path / "split", budget_tokens="20", log=remarks.append, **shared)
     assert {count for _, count, _ in sizes} == {1} and sum(
         with_gradient for with_gradient, _, _ in sizes
     ) == 2 * 5 * 2
@@ -45,7 +45,7 @@ def test_a_pair_above_the_default_is_run_whole_while_memory_lasts(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dpo_cache.training.step_memory.default_micro_tokens", lambda _: 64)
-    run, sizes = passes.completion_logps, []
+    run, sizes = policy.completion_logps, []
 
     def note(model, completions, attention, **extra):
         sizes.append(len(completions))
@@ -53,7 +53,7 @@ def test_a_pair_above_the_default_is_run_whole_while_memory_lasts(
             raise torch.OutOfMemoryError
         return run(model, completions, attention, **extra)
 
-    monkeypatch.setattr(passes, "completion_logps", note)
+    monkeypatch.setattr(policy, "completion_logps", note)
     remarks: list[str] = []
     train(
         cache, tmp_path / "run", max_steps=3, batch_size=2, gradient_checkpointing="none", log=remarks.append
@@ -70,14 +70,14 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_less(
 ) -> None:
     shared = {"batch_size": 5, "max_steps": 1, "lr": 1e-4, "eval_pairs": "heldout"}
     train(cache, tmp_path / "whole", **shared)
-    run = passes.completion_logps
+    run = policy.completion_logps
 
     def run_out(model, completions, attention, **extra):
         if not torch.is_grad_enabled() and len(completions) > 4:
             raise torch.OutOfMemoryError
         return run(model, completions, attention, **extra)
 
-    monkeypatch.setattr(passes, "completion_logps", run_out)
+    monkeypatch.setattr(policy, "completion_logps", run_out)
     remarks: list[str] = []
     train(cache, tmp_path / "tight", log=remarks.append, **shared)
     assert any(remark.startswith("out of memory") for remark in remarks)
