@@ -20,7 +20,7 @@ from typing import Any
 
 Options = dict[str, Any]
 
-ONE_FOREST = {"micro_tokens": "100000"}  # a step of one backward pass, which is where gradients can be freed
+ONE_FOREST = {"budget_tokens": "100000"}  # a step of one backward pass, which is where gradients can be freed
 FREED = {"free_gradients": True}
 LORA = {"lora_r": 16, "lr": 1e-4}
 
@@ -30,7 +30,7 @@ CONFIGURATIONS: dict[str, Options] = {
     "AdamW, recomputation cheap": {"gradient_checkpointing": "cheap"},
     "AdamW, recomputation selective": {"gradient_checkpointing": "selective"},
     "AdamW, recomputation full": {"gradient_checkpointing": "full"},
-    "AdamW, 512 tokens at once": {"micro_tokens": "512"},
+    "AdamW, 512 tokens at once": {"budget_tokens": "512"},
     "AdamW, one forest a step": ONE_FOREST,
     "AdamW, one forest a step, gradients freed": {**ONE_FOREST, **FREED},
     "8-bit AdamW": {"optimizer": "adamw-8bit"},

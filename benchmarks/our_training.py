@@ -79,7 +79,7 @@ def floor(
     attention = choose_attention(model, max_length=1024)
     Recomputation(model).mode = report.resolved["gradient_checkpointing"]
     steps = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-    groups = [group for step in steps for group in split_step(step, report.resolved["micro_tokens"])]
+    groups = [group for step in steps for group in split_step(step, report.resolved["budget_tokens"])]
     largest = max(groups, key=lambda group: group.num_tokens)
     weights, trained = 4 * report.num_parameters, 4 * report.num_trained
     for parameter in model.parameters():  # those of other forests stand, and count among the gradients

@@ -21,6 +21,7 @@ from dpo_cache.cli.import_ import import_command
 from dpo_cache.cli.ls import ls_command
 from dpo_cache.cli.merge import merge_command
 from dpo_cache.cli.output import remark
+from dpo_cache.cli.parameters import command_class
 from dpo_cache.cli.precompute import precompute_command
 from dpo_cache.cli.pull import pull_command
 from dpo_cache.cli.push import push_command
@@ -38,26 +39,30 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("precompute")(precompute_command)
-app.command("train")(train_command)
-app.command("eval")(eval_command)
-app.command("sweep")(sweep_command)
-app.command("ls")(ls_command)
-app.command("verify")(verify_command)
-app.command("compact")(compact_command)
-app.command("gc")(gc_command)
-app.command("merge")(merge_command)
-app.command("diff")(diff_command)
-app.command("rm")(rm_command)
-app.command("pull")(pull_command)
-app.command("push")(push_command)
-app.command("export")(export_command)
-app.command("import")(import_command)
+COMMANDS = {
+    "precompute": precompute_command,
+    "train": train_command,
+    "eval": eval_command,
+    "sweep": sweep_command,
+    "ls": ls_command,
+    "verify": verify_command,
+    "compact": compact_command,
+    "gc": gc_command,
+    "merge": merge_command,
+    "diff": diff_command,
+    "rm": rm_command,
+    "pull": pull_command,
+    "push": push_command,
+    "export": export_command,
+    "import": import_command,
+}
+for name, invoke in COMMANDS.items():
+    app.command(name, cls=command_class(invoke))(invoke)
 
 
 def command_names() -> list[str]:
     """Every command, in the order of the help."""
-    return [str(command.name) for command in app.registered_commands]
+    return list(COMMANDS)
 
 
 def _version(value: bool) -> None:

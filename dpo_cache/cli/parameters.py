@@ -1,4 +1,8 @@
-"""A command's parameters, made from its option class, so that each option is written down once."""
+"""A command's parameters, generated from its option class, so that each option is written down once.
+
+Earlier names of options still work, with a remark. A positional argument with a flag takes either: `ls CACHE` is
+`ls --cache CACHE`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,14 @@ from dataclasses import Field, fields
 from typing import Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
+from dpo_cache.cli.output import remark
 from dpo_cache.cli.signals import Interrupted
-from dpo_cache.options.base import Options
+from dpo_cache.options.base import Options, flag_of, old_names
+
+BY_FLAG = "dpo_cache.by_flag"  # in a context: the positional arguments that were given by their flag
+FLAG_SUFFIX = "__flag"  # of the parameter that takes such a flag
 
 
 def command(
@@ -21,72 +30,175 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make `run(options, as_json)` a typer command with the fields of the class as its options, and `--json`.
 
-    `complete` adds to the options that were given on the command line what they leave open.
+    `complete` gets the options of the command line and adds those that it takes from elsewhere.
     """
-    hints = get_type_hints(options_class)
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         def invoke(**values: Any) -> None:
             as_json, context = values.pop("as_json"), values.pop("context")
-            values = {
-                name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-            }
-            options = options_class(**(complete(_given(values, context)) if complete else values))
+            values = _values(options_class, values, context, only_given=complete is not None)
+            options = options_class(**(complete(values) if complete else values))
             try:
                 run(options, as_json)
             except KeyboardInterrupt as interrupt:
                 raise Interrupted from interrupt
 
-        parameters, group = (
-            [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)],
-            None,
-        )
-        for entry in fields(options_class):  # type: ignore[arg-type]
-            group = options_class.groups.get(entry.name, group)
-            parameters.append(_parameter(entry, hints[entry.name], group, may_lack=complete is not None))
-        json_option = typer.Option(False, "--json", help=json_help)
-        parameters.append(
-            inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=json_option, annotation=bool)
-        )
+        parameters = [
+            inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+            *_parameters(options_class, may_lack=complete is not None),
+            _keyword("as_json", bool, typer.Option(False, "--json", help=json_help)),
+        ]
         invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         invoke.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         invoke.__doc__ = run.__doc__
+        invoke.options_class = options_class  # type: ignore[attr-defined]
         return invoke
 
     return decorate
 
 
-def _given(values: dict[str, Any], context: typer.Context) -> dict[str, Any]:
-    """The options that stand on the command line, without those that have their default."""
-    sources = {name: context.get_parameter_source(name) for name in values}
-    return {
-        name: value
-        for name, value in values.items()
-        if getattr(sources[name], "name", "DEFAULT") != "DEFAULT"
-    }
+def command_class(invoke: Callable[..., None]) -> type[TyperCommand]:
+    """The class with which typer parses the command's arguments."""
+    options_class: type[Options] = invoke.options_class  # type: ignore[attr-defined]
+
+    class Command(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            args = _with_new_flags(options_class, args)
+            args = _with_empty_values(options_class, args)
+            ctx.meta[BY_FLAG] = {
+                entry.name for entry in _either(options_class) if _is_in(args, entry.metadata["flag"])
+            }
+            rest = super().parse_args(ctx, args)
+            for name in ctx.meta[BY_FLAG]:
+                ctx.params[name] = ctx.params.pop(name + FLAG_SUFFIX)
+            return rest
+
+        def get_params(self, ctx: Any) -> list[Any]:
+            by_flag = ctx.meta.get(BY_FLAG, set())
+            unused = {
+                entry.name if entry.name in by_flag else entry.name + FLAG_SUFFIX
+                for entry in _either(options_class)
+            }
+            return [entry for entry in super().get_params(ctx) if entry.name not in unused]
+
+    return Command
 
 
-def _parameter(entry: Field[Any], hint: Any, group: str | None, *, may_lack: bool) -> inspect.Parameter:
-    default = list(entry.default_factory()) if callable(entry.default_factory) else entry.default
-    is_list = isinstance(default, list)
-    annotation = (list[bool] if hint == tuple[bool, ...] else list[str]) if is_list else hint
-    choices = entry.metadata["choices"]
-    if entry.metadata["positional"]:
-        shown = "|".join(choices) or entry.metadata["positional"]
-        needed = ... if entry.metadata["required"] else default
-        declared = typer.Argument(needed, help=entry.metadata["help"], metavar=shown, show_default=False)
-        return inspect.Parameter(
-            entry.name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation
-        )
-    flag = entry.metadata["flag"] or "--" + entry.name.replace("_", "-")
+# -- the words of the command line -----------------------------------------------------------------------
+
+
+def _with_new_flags(options_class: type[Options], words: list[str]) -> list[str]:
+    """The words with the flags of now in place of earlier ones, and a remark for each of those."""
+    flags = {entry.name: flag_of(entry) for entry in fields(options_class)}  # type: ignore[arg-type]
+    renamed = {"--" + old.replace("_", "-"): flags[name] for old, name in old_names(options_class).items()}
+    found = []
+    for word in _before_dashes(words):
+        flag, equals, value = word.partition("=")
+        if flag in renamed:
+            remark(f"{flag} is now {renamed[flag]}.")
+            flag = renamed[flag]
+        found.append(flag + equals + value)
+    return found + words[len(found) :]
+
+
+def _with_empty_values(options_class: type[Options], words: list[str]) -> list[str]:
+    """`--resume` without a value as `--resume=`."""
+    optional = {flag_of(entry) for entry in fields(options_class) if entry.metadata["value_is_optional"]}  # type: ignore[arg-type]
+    found, length = [], len(_before_dashes(words))
+    for place, word in enumerate(words):
+        is_last = place + 1 >= length or words[place + 1].startswith("-")
+        found.append(f"{word}=" if word in optional and place < length and is_last else word)
+    return found
+
+
+def _is_in(words: list[str], flag: str) -> bool:
+    return any(word.partition("=")[0] == flag for word in _before_dashes(words))
+
+
+def _before_dashes(words: list[str]) -> list[str]:
+    """The words that may be flags: those before `--`."""
+    return words[: words.index("--")] if "--" in words else words
+
+
+# -- from the words to the options -----------------------------------------------------------------------
+
+
+def _values(
+    options_class: type[Options], values: dict[str, Any], context: typer.Context, *, only_given: bool
+) -> dict[str, Any]:
+    """The value of each option or, with `only_given`, of those on the command line."""
+    found = {}
+    for entry in fields(options_class):  # type: ignore[arg-type]
+        source = getattr(context.get_parameter_source(entry.name), "name", "DEFAULT")
+        if only_given and source == "DEFAULT" and entry.name not in context.meta[BY_FLAG]:
+            continue
+        value = values[entry.name]
+        value = tuple(value) if isinstance(value, list) else value
+        if entry.metadata["value_is_optional"]:
+            value = {None: False, "": True}.get(value, value)
+        found[entry.name] = value
+    return found
+
+
+# -- from the options to the parameters ------------------------------------------------------------------
+
+
+def _either(options_class: type[Options]) -> list[Field[Any]]:
+    """The positional arguments that have a flag, too."""
+    return [
+        entry
+        for entry in fields(options_class)  # type: ignore[arg-type]
+        if entry.metadata["positional"] and entry.metadata["flag"]
+    ]
+
+
+def _parameters(options_class: type[Options], *, may_lack: bool) -> list[inspect.Parameter]:
+    hints, parameters, group = get_type_hints(options_class), [], None
+    for entry in fields(options_class):  # type: ignore[arg-type]
+        group = options_class.groups.get(entry.name, group)
+        if entry.metadata["positional"]:
+            parameters.append(_positional(entry, hints[entry.name], may_lack=may_lack))
+            if flag := entry.metadata["flag"]:
+                hidden = typer.Option(None, flag, hidden=True)
+                parameters.append(_keyword(entry.name + FLAG_SUFFIX, str | None, hidden))
+        else:
+            parameters.append(_flagged(entry, hints[entry.name], group, may_lack=may_lack))
+    return parameters
+
+
+def _positional(entry: Field[Any], hint: Any, *, may_lack: bool) -> inspect.Parameter:
+    default, annotation = _default(entry, hint)
+    flag, name = entry.metadata["flag"], entry.metadata["positional"]
+    declared = typer.Argument(
+        ... if entry.metadata["required"] and not may_lack else default,
+        help=entry.metadata["help"] + (f" Also as {flag}." if flag else ""),
+        metavar="|".join(entry.metadata["choices"]) or name,
+        show_default=False,
+    )
+    return _keyword(entry.name, annotation, declared)
+
+
+def _flagged(entry: Field[Any], hint: Any, group: str | None, *, may_lack: bool) -> inspect.Parameter:
+    default, annotation = _default(entry, hint)
     declared = typer.Option(
         ... if entry.metadata["required"] and not may_lack else default,
-        flag,
+        entry.metadata["flag"] or flag_of(entry),
         help=entry.metadata["help"],
-        metavar="|".join(choices) or entry.metadata["metavar"] or None,
-        show_default=not is_list and default is not None,
+        metavar="|".join(entry.metadata["choices"]) or entry.metadata["metavar"] or None,
+        show_default=not isinstance(default, list) and default is not None,
         rich_help_panel=group,
     )
-    return inspect.Parameter(
-        entry.name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation
-    )
+    return _keyword(entry.name, annotation, declared)
+
+
+def _default(entry: Field[Any], hint: Any) -> tuple[Any, Any]:
+    """Default and type as typer takes them."""
+    if entry.metadata["value_is_optional"]:
+        return None, str | None
+    if callable(entry.default_factory):
+        return list(entry.default_factory()), list[bool] if hint == tuple[bool, ...] else list[str]
+    return entry.default, hint
+
+
+def _keyword(name: str, annotation: Any, declared: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation)

@@ -8,7 +8,8 @@ arguments, and a run writes them as JSON next to its output.
 from __future__ import annotations
 
 import os
-from dataclasses import MISSING, field, fields
+from collections.abc import Callable
+from dataclasses import MISSING, Field, field, fields
 from typing import Any, ClassVar
 
 from dpo_cache.errors import OptionError
@@ -27,42 +28,74 @@ def option(
     flag: str = "",
     required: bool = False,
     metavar: str = "",
+    old: tuple[str, ...] = (),
+    value_is_optional: bool = False,
 ) -> Any:
-    """A dataclass field with its help text, accepted values and, where they differ from name and type, its
-    flag and what the help calls its value.
+    """A dataclass field with its help text, its accepted values, and its flag and metavar where they differ from
+    name and type.
+
+    `old` lists earlier names of the option, which still work. With `value_is_optional` the flag works as a
+    switch, too.
     """
-    metadata = {
-        "help": help,
-        "choices": choices,
-        "flag": flag,
-        "required": required,
-        "positional": "",
-        "metavar": metavar,
-    }
+    return _field(
+        default,
+        help=help,
+        choices=choices,
+        flag=flag,
+        required=required,
+        positional="",
+        metavar=metavar,
+        old=old,
+        value_is_optional=value_is_optional,
+    )
+
+
+def argument(
+    default: Any,
+    help: str,
+    *,
+    name: str,
+    flag: str = "",
+    choices: tuple[str, ...] = (),
+    required: bool = False,
+    old: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that the command line takes by its position, with this name in the help; a tuple takes
+    all positions that are left.
+
+    With a `flag`, the command line takes either: the position or the flag.
+    """
+    return _field(
+        default,
+        help=help,
+        choices=choices,
+        flag=flag,
+        required=required,
+        positional=name,
+        metavar="",
+        old=old,
+        value_is_optional=False,
+    )
+
+
+def cache_argument(help: str) -> Any:
+    """The cache of a command: CACHE by its position, or `--cache CACHE`."""
+    return argument(None, help, name="CACHE", flag="--cache", required=True)
+
+
+def _field(default: Any, **metadata: Any) -> Any:
     if isinstance(default, tuple):
         return field(default_factory=lambda: default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def switch(name: str) -> str:
-    """The flag of an option that can be turned off as well, as one from a config file may have to be."""
+    """The flags that turn an option on and off, for an option that a config file may have turned on."""
     return f"--{name}/--no-{name}"
 
 
-def argument(
-    default: Any, help: str, *, name: str, choices: tuple[str, ...] = (), required: bool = False
-) -> Any:
-    """A dataclass field that is given by its place on the command line, under this name in the help; a tuple
-    takes all that is left.
-    """
-    metadata = {"help": help, "choices": choices, "flag": name, "required": required, "positional": name}
-    if isinstance(default, tuple):
-        return field(default_factory=lambda: default, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 class Options:
-    """Base of the option classes: checks choices, then what `check` adds.
+    """Base of the option classes: checks types and choices, then what `check` adds.
 
     `groups` names the parts of a long help: the first option of a part -> its title.
     """
@@ -71,49 +104,76 @@ class Options:
 
     def __post_init__(self) -> None:
         for entry in fields(self):  # type: ignore[arg-type]
-            value, choices = getattr(self, entry.name), entry.metadata["choices"]
-            if isinstance(value, os.PathLike):
-                value = os.fspath(value)
-                object.__setattr__(self, entry.name, value)
-            if entry.default_factory is not MISSING:  # may be given several times
-                several = (value,) if isinstance(value, str) else value
-                is_text = isinstance(several, (tuple, list)) and all(isinstance(one, str) for one in several)
-                if not is_text and entry.type == "tuple[str, ...]":
-                    raise OptionError(f"{flag_of(entry)} {value!r}: expected text, or a list of texts.")
-                object.__setattr__(self, entry.name, tuple(several))
-            if entry.type in ("str", "str | None") and type(value) is int:
-                value = str(value)
-                object.__setattr__(self, entry.name, value)
-            if entry.type in ("int", "int | None") and value is not None and type(value) is not int:
-                raise OptionError(f"{flag_of(entry)} {value!r}: expected a whole number.")
-            if (
-                value is None
-                and not entry.metadata["required"]
-                and entry.type in ("int", "float", "str", "bool")
-            ):
-                raise OptionError(f"{flag_of(entry)} None: expected a value.")
-            if entry.type == "bool" and not isinstance(value, bool):
-                raise OptionError(f"{flag_of(entry)} {value!r}: expected true or false.")
-            if (
-                entry.type in ("float", "float | None")
-                and value is not None
-                and (isinstance(value, bool) or not isinstance(value, (int, float)))
-            ):
-                raise OptionError(f"{flag_of(entry)} {value!r}: expected a number.")
-            if entry.type in ("str", "str | None") and value is not None and not isinstance(value, str):
-                raise OptionError(f"{flag_of(entry)} {value!r}: expected text.")
-            if choices and value not in choices and (value is not None or entry.metadata["required"]):
+            value = _normalized(entry, getattr(self, entry.name))
+            object.__setattr__(self, entry.name, value)
+            _check_type(entry, value)
+            choices, is_required = entry.metadata["choices"], entry.metadata["required"]
+            if choices and value not in choices and (value is not None or is_required):
                 raise OptionError(f"{flag_of(entry)} {value}: expected one of {', '.join(choices)}.")
-            if entry.metadata["required"] and value in (None, "", ()):
+            if is_required and value in (None, "", ()):
                 raise OptionError(f"{flag_of(entry)} is needed.")
         self.check()
 
     def check(self) -> None:
-        """Raise `OptionError` for values that make no sense, alone or together."""
+        """Raise `OptionError` for values, or combinations of values, that make no sense."""
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
             raise OptionError(message)
+
+
+def _normalized(entry: Field[Any], value: Any) -> Any:
+    """The value as the command line would give it: a path as text, one of several values as a tuple."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if entry.default_factory is not MISSING:  # may be given several times
+        several = (value,) if isinstance(value, str) else value
+        is_text = isinstance(several, (tuple, list)) and all(isinstance(one, str) for one in several)
+        if not is_text and entry.type == "tuple[str, ...]":
+            raise OptionError(f"{flag_of(entry)} {value!r}: expected text, or a list of texts.")
+        return tuple(several)
+    if entry.type in ("str", "str | None") and type(value) is int:
+        return str(value)
+    return value
+
+
+def _check_type(entry: Field[Any], value: Any) -> None:
+    """Raise `OptionError` for a value of another type than the field's."""
+    kind, _, may_be_none = str(entry.type).partition(" | ")
+    if value is None:
+        if not (may_be_none or entry.metadata["required"]) and kind in ("int", "float", "str", "bool"):
+            raise OptionError(f"{flag_of(entry)} None: expected a value.")
+        return
+    is_right, expected = {
+        "int": (type(value) is int, "a whole number"),
+        "float": (isinstance(value, (int, float)) and not isinstance(value, bool), "a number"),
+        "bool": (isinstance(value, bool), "true or false"),
+        "str": (isinstance(value, str), "text"),
+    }.get(kind, (True, ""))
+    if may_be_none in ("", "None") and not is_right:
+        raise OptionError(f"{flag_of(entry)} {value!r}: expected {expected}.")
+
+
+def old_names(options_class: type[Options]) -> dict[str, str]:
+    """Earlier names of options -> their names now. The earlier ones still work, see `with_new_names`."""
+    return {old: entry.name for entry in fields(options_class) for old in entry.metadata["old"]}  # type: ignore[arg-type]
+
+
+def with_new_names(
+    options_class: type[Options], given: dict[str, Any], log: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """The given options under their names of now, with a remark for each that had an earlier one.
+
+    Raises `OptionError` for an option that is given under both.
+    """
+    names = old_names(options_class)
+    renamed = {names[old]: value for old, value in given.items() if old in names}
+    if both := [old for old in given if names.get(old) in given]:
+        raise OptionError(f"{both[0]} is now {names[both[0]]}: give one of them.")
+    for old in given:
+        if old in names:
+            log(f"{old} is now {names[old]}.")
+    return {**{name: value for name, value in given.items() if name not in names}, **renamed}
 
 
 def flag_of(entry: Any) -> str:

@@ -8,7 +8,16 @@ from pathlib import PurePath
 from typing import ClassVar
 
 from dpo_cache.losses.table import LOSSES, check_serves, loss_terms
-from dpo_cache.options.base import ATTENTIONS, DEVICES, DTYPES, Options, flag_of, number_or_auto, option
+from dpo_cache.options.base import (
+    ATTENTIONS,
+    DEVICES,
+    DTYPES,
+    Options,
+    cache_argument,
+    flag_of,
+    number_or_auto,
+    option,
+)
 
 OUTPUT_FORMATS = {".jsonl": "jsonl", ".parquet": "parquet"}
 
@@ -19,7 +28,7 @@ class EvalOptions(Options):
 
     groups: ClassVar[dict[str, str]] = {"loss": "Loss", "dtype": "Memory and speed", "output": "Output"}
 
-    cache: str = option(None, "Cache with the pair set: a folder or an fsspec URL.", required=True)
+    cache: str = cache_argument("Cache with the pair set: a folder or an fsspec URL.")
     model: str = option(None, "Policy to evaluate: a folder, such as RUN/model, or a Hub id.", required=True)
     pairs: str | None = option(
         None, "Pair set to evaluate on, NAME or NAME/SPLIT. Default: the only one in the cache."

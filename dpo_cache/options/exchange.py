@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from dpo_cache.options.base import Options, argument, option
+from dpo_cache.options.base import Options, argument, cache_argument, option
 from dpo_cache.options.precompute import FORMATS, TRUNCATIONS, renamed_columns
 
 EXPORT_FORMATS = ("auto", "parquet", "jsonl", "datasets")
@@ -17,15 +17,26 @@ IMPORT_DTYPES = ("unknown", "float32", "bfloat16", "float16")
 class ExportOptions(Options):
     """Options of `dpo-cache export`; see `dpo_cache.exchange.export_pairs`."""
 
-    cache: str = argument(
-        None, "Cache with the pair set: a folder or an fsspec URL.", name="CACHE", required=True
+    cache: str = cache_argument("Cache with the pair set: a folder or an fsspec URL.")
+    pairs: str = argument(
+        None,
+        "Pair set to export, NAME or NAME/SPLIT.",
+        name="NAME/SPLIT",
+        flag="--pairs",
+        required=True,
     )
-    pairs: str = argument(None, "Pair set to export, NAME or NAME/SPLIT.", name="NAME/SPLIT", required=True)
-    out: str = argument(None, "File to write, or folder for --format datasets.", name="OUT", required=True)
+    output: str = argument(
+        None,
+        "File to write, or folder for --format datasets.",
+        name="OUTPUT",
+        flag="--output",
+        required=True,
+        old=("out",),
+    )
     format: str = option(
         "auto",
-        "auto: parquet or jsonl by the ending of OUT, datasets (a folder for `load_from_disk`) where it "
-        "has none.",
+        "auto: parquet or jsonl by the ending of OUTPUT, datasets (a folder for `load_from_disk`) "
+        "without one.",
         choices=EXPORT_FORMATS,
     )
     token_logps: bool = option(False, "Add the log-prob of each token.", flag="--token-logps")
@@ -40,7 +51,7 @@ class ExportOptions(Options):
     tokenizer: str | None = option(
         None, "Where the tokenizer lies now. Default: where it lay when the pair set was made."
     )
-    overwrite: bool = option(False, "Replace OUT if it is there.", flag="--overwrite")
+    overwrite: bool = option(False, "Replace the output if it is there.", flag="--overwrite")
 
     def check(self) -> None:
         self._require(
@@ -50,8 +61,8 @@ class ExportOptions(Options):
             self.text or not self.tokenizer, "--tokenizer is used for the text alone: leave out --no-text."
         )
         self._require(
-            self.format != "auto" or PurePath(self.out).suffix.lower() in (".parquet", ".jsonl", ""),
-            f"{self.out}: no format has this ending.\n"
+            self.format != "auto" or PurePath(self.output).suffix.lower() in (".parquet", ".jsonl", ""),
+            f"{self.output}: no format has this ending.\n"
             "End it in .parquet or .jsonl, in nothing for a folder, or name one with --format.",
         )
 
@@ -60,11 +71,12 @@ class ExportOptions(Options):
 class ImportOptions(Options):
     """Options of `dpo-cache import`; see `dpo_cache.exchange.import_pairs`."""
 
-    cache: str = argument(None, "Cache to write to: a folder or an fsspec URL.", name="CACHE", required=True)
+    cache: str = cache_argument("Cache to write to: a folder or an fsspec URL.")
     dataset: str = argument(
         None,
         "Pairs with ref_chosen_logps and ref_rejected_logps: a file, a folder, or a Hub id.",
         name="DATASET",
+        flag="--dataset",
         required=True,
     )
     reference: str = option(None, "What to call the model that the log-probs are from.", required=True)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dpo_cache.errors import OptionError
-from dpo_cache.options.base import ATTENTIONS, DEVICES, DTYPES, QUANTIZATIONS, Options, number_or_auto, option
+from dpo_cache.options.base import (
+    ATTENTIONS,
+    DEVICES,
+    DTYPES,
+    QUANTIZATIONS,
+    Options,
+    cache_argument,
+    number_or_auto,
+    option,
+)
 
 TRUNCATIONS = ("keep-start", "keep-end", "prompt-left", "drop")
 FORMATS = ("auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "ranked")
@@ -20,8 +29,8 @@ class PrecomputeOptions(Options):
     dataset: str = option(
         None, "Preference data: a .jsonl, .json, .csv or .parquet file, a folder, or a Hub id.", required=True
     )
-    cache: str = option(
-        None, "Cache to read and write: a folder, or an fsspec URL such as s3://bucket/cache.", required=True
+    cache: str = cache_argument(
+        "Cache to read and write: a folder, or an fsspec URL such as s3://bucket/cache."
     )
     name: str | None = option(None, "Name of the pair set. Default: the data's name.")
     split: tuple[str, ...] = option(
@@ -43,8 +52,10 @@ class PrecomputeOptions(Options):
         "all", "Pairs made of ranked answers: all, or the best against each.", choices=RANKED_PAIRS
     )
     revision: str | None = option(None, "Branch, tag or commit of a model from the Hub.")
-    expect_reference: str | None = option(
-        None, "Id (or its first characters) of a reference in the cache that the model must be."
+    reference: str | None = option(
+        None,
+        "Id (or its first characters) of the reference in the cache that the model must be.",
+        old=("expect_reference",),
     )
     tokenizer: str | None = option(None, "Tokenizer, where it is not the model's own: a folder or a Hub id.")
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")

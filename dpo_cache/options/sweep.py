@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import MISSING, Field, fields, make_dataclass
 from typing import Any, ClassVar, get_type_hints
 
-from dpo_cache.options.base import Options, flag_of, option
+from dpo_cache.options.base import Options, cache_argument, flag_of, option
 from dpo_cache.options.train import TrainOptions
 
 NOT_IN_A_SWEEP = (
@@ -83,6 +83,7 @@ def _with_several_values(entry: Field[Any]) -> tuple[str, Any, Any]:
             f"{entry.metadata['help']} Both flags: one run each.",
             flag=f"{positive}/--no-{positive.removeprefix('--')}",
             metavar="<bool>",
+            old=entry.metadata["old"],
         )
         return entry.name, tuple[bool, ...], taken
     tells_default = "Default:" in entry.metadata["help"] or default in (None, ())
@@ -93,12 +94,13 @@ def _with_several_values(entry: Field[Any]) -> tuple[str, Any, Any]:
         )
         help = help.replace("; may be repeated", "; several are joined with +")
     metavar = f"{'|'.join(choices) or f'<{TYPE_NAMES[kind]}>'},..."
-    return entry.name, tuple[str, ...], option((), help, flag=entry.metadata["flag"], metavar=metavar)
+    taken = option((), help, flag=entry.metadata["flag"], metavar=metavar, old=entry.metadata["old"])
+    return entry.name, tuple[str, ...], taken
 
 
 def _fields() -> list[tuple[str, Any, Any]]:
     return [
-        ("cache", str, option(None, "Cache with the pair sets: a folder or an fsspec URL.", required=True)),
+        ("cache", str, cache_argument("Cache with the pair sets: a folder or an fsspec URL.")),
         (
             "output",
             str,

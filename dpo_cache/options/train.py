@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from dpo_cache.errors import OptionError
 from dpo_cache.losses.table import LOSSES, check_serves, loss_terms
-from dpo_cache.options.base import DEVICES, QUANTIZATIONS, Options, flag_of, number_or_auto, option, switch
+from dpo_cache.options.base import (
+    DEVICES,
+    QUANTIZATIONS,
+    Options,
+    cache_argument,
+    flag_of,
+    number_or_auto,
+    option,
+    switch,
+)
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 WPO = ("off", "on", "clipped")
@@ -34,12 +41,12 @@ class TrainOptions(Options):
         "lora_r": "Adapter and quantization",
         "loss": "Loss",
         "epochs": "Optimization",
-        "micro_tokens": "Memory and speed",
+        "budget_tokens": "Memory and speed",
         "eval_pairs": "Evaluation",
         "save_every": "The run",
     }
 
-    cache: str = option(None, "Cache with the pair set: a folder or an fsspec URL.", required=True)
+    cache: str = cache_argument("Cache with the pair set: a folder or an fsspec URL.")
     output: str = option(
         None, "Folder of the run: config.json, metrics.jsonl, checkpoints/, model/.", required=True
     )
@@ -56,7 +63,8 @@ class TrainOptions(Options):
         None, "Id (or its first characters) of the reference that the pairs must have been scored by."
     )
     config: str | None = option(
-        None, "config.json of an earlier run, to start from its options; what is given beside it counts."
+        None,
+        "config.json of an earlier run, to start from its options. Options on the command line override it.",
     )
     lora_r: int | None = option(None, "Rank of a LoRA adapter, which is trained over frozen weights.")
     lora_alpha: float | None = option(
@@ -128,9 +136,10 @@ class TrainOptions(Options):
     )
     weight_decay: float = option(0.0, "Weight decay.")
     max_grad_norm: float = option(1.0, "Clip the gradient to this norm; 0: never.")
-    micro_tokens: str = option(
+    budget_tokens: str = option(
         "auto",
-        "Tokens run at once within a step: auto or a number. Changes memory and speed, not the result.",
+        "Tokens run through the model at once: auto or a number. Changes memory and speed, not the result.",
+        old=("micro_tokens",),
     )
     precision: str = option(
         "auto", "auto: bf16-mixed on CUDA GPUs that have it, else fp32.", choices=PRECISIONS
@@ -173,7 +182,13 @@ class TrainOptions(Options):
         None, "Save a checkpoint to resume from every N steps, or epochs as in 1epoch."
     )
     keep: int = option(1, "Keep the last N checkpoints.")
-    resume: bool = option(False, "Go on from the last saved step in the output folder.", flag="--resume")
+    resume: bool | str = option(
+        False,
+        "Continue a run from its last checkpoint, with the options of its config.json. Without a folder: the run "
+        "in --output.",
+        metavar="[RUN]",
+        value_is_optional=True,
+    )
     seed: int = option(
         0, "Seed of all that is random: the order of pairs, a new adapter, stochastic rounding, samples."
     )
@@ -240,7 +255,7 @@ class TrainOptions(Options):
         self._require(
             self.max_grad_norm >= 0, f"--max-grad-norm {self.max_grad_norm}: expected 0 (never clip) or more."
         )
-        number_or_auto("--micro-tokens", self.micro_tokens)
+        number_or_auto("--budget-tokens", self.budget_tokens)
         self._check_adapter()
         self._check_run()
 
@@ -359,50 +374,6 @@ class TrainOptions(Options):
             )
 
 
-MUTUALLY_EXCLUSIVE = (
-    ("eval_pairs", "eval_fraction"),
-    ("lora_r", "peft_config"),
-    ("lora_alpha", "peft_config"),
-)  # one of two: the one that is given
-NOT_FROM_CONFIG = ("output", "resume", "dry_run", "config", "resolved")
-
-
-def with_config(given: dict[str, Any]) -> dict[str, Any]:
-    """The options given, and for the others those of the file `config` among them, if it is: a run's
-    config.json.
-
-    Where a run is written, whether it is resumed or tried, is not taken over. Raises `OptionError`.
-    """
-    path = given.get("config")
-    if path is None:
-        return given
-    try:
-        found = json.loads(Path(path).read_text())
-        found.items()
-    except (OSError, ValueError, AttributeError) as error:
-        detail = error.strerror if isinstance(error, OSError) else "not a JSON object"
-        raise OptionError(
-            f"--config {path}: not readable ({detail}).\nGive the config.json of a run."
-        ) from error
-    known = {entry.name for entry in fields(TrainOptions)}
-    unknown = sorted(set(found) - known - set(NOT_FROM_CONFIG))
-    if unknown:
-        raise OptionError(
-            f"--config {path}: {', '.join(unknown)}: no options of this version of dpo-cache train.\n"
-            "Give the config.json of a run."
-        )
-    taken = {name: value for name, value in found.items() if name not in NOT_FROM_CONFIG}
-    try:
-        TrainOptions(**{**taken, "cache": taken.get("cache") or "-", "output": "-"})
-    except OptionError as error:
-        raise OptionError(f"--config {path}: {error}") from error
-    for ours, theirs in MUTUALLY_EXCLUSIVE:
-        for one, other in ((ours, theirs), (theirs, ours)):
-            if given.get(one) is not None:
-                taken.pop(other, None)
-    return {**taken, **given}
-
-
 def period(flag: str, value: str | None) -> tuple[int | None, float | None]:
     """`"100"` as `(100, None)` steps, `"0.5epochs"` as `(None, 0.5)`; None as neither. Raises
     `OptionError`.
@@ -417,14 +388,3 @@ def period(flag: str, value: str | None) -> tuple[int | None, float | None]:
             f"{flag} {value}: expected a number of steps above 0, or of epochs as in 0.5epochs."
         )
     return (None, amount) if is_epochs else (int(amount), None)
-
-
-def complete_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config.json as this version writes it: options that came later have their defaults, `loss` is a
-    list.
-    """
-    defaults = {
-        entry.name: None if entry.default is MISSING else entry.default for entry in fields(TrainOptions)
-    }
-    loss = config.get("loss", ["sigmoid"])
-    return {**defaults, **config, "loss": [loss] if isinstance(loss, str) else loss}

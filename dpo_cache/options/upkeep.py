@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpo_cache.options.base import DEVICES, Options, argument, option
+from dpo_cache.options.base import DEVICES, Options, argument, cache_argument, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class LsOptions(Options):
     """Options of `dpo-cache ls`."""
 
-    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    cache: str = cache_argument("Cache: a folder or an fsspec URL.")
     name: str | None = argument(
         None,
         "Show one in full: a pair set NAME/SPLIT, or the first characters of a reference's id.",
@@ -23,7 +23,7 @@ class LsOptions(Options):
 class VerifyOptions(Options):
     """Options of `dpo-cache verify`."""
 
-    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    cache: str = cache_argument("Cache: a folder or an fsspec URL.")
     repair: bool = option(
         False,
         "Move bad files to CACHE/.quarantine, and say what to run to score again what was lost.",
@@ -63,7 +63,7 @@ class VerifyOptions(Options):
 class CompactOptions(Options):
     """Options of `dpo-cache compact`."""
 
-    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    cache: str = cache_argument("Cache: a folder or an fsspec URL.")
     reference: str | None = option(
         None, "Id (or its first characters) of the only reference to compact. Default: all."
     )
@@ -73,7 +73,7 @@ class CompactOptions(Options):
 class GcOptions(Options):
     """Options of `dpo-cache gc`."""
 
-    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    cache: str = cache_argument("Cache: a folder or an fsspec URL.")
     keep: tuple[str, ...] = option(
         (), "Reference to keep though no pair set was scored by it: its id, or a pair set; may be repeated."
     )
@@ -126,7 +126,7 @@ class DiffOptions(Options):
 class RmOptions(Options):
     """Options of `dpo-cache rm`."""
 
-    cache: str = argument(None, "Cache: a folder or an fsspec URL.", name="CACHE", required=True)
+    cache: str = cache_argument("Cache: a folder or an fsspec URL.")
     kind: str = argument(None, "What to remove.", name="KIND", choices=("reference", "pairs"), required=True)
     name: str = argument(
         None,
@@ -156,10 +156,11 @@ class CopyOptions(Options):
     reference: tuple[str, ...] = option(
         (), "Copy the reference of this id (or its first characters) with its scores; may be repeated."
     )
-    replace: bool = option(
+    overwrite: bool = option(
         False,
         "Replace pair sets of the same name that hold other pairs or values at the target.",
-        flag="--replace",
+        flag="--overwrite",
+        old=("replace",),
     )
 
     def check(self) -> None:

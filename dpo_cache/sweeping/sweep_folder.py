@@ -25,7 +25,9 @@ from typing import Any
 from dpo_cache.errors import TrainingError
 from dpo_cache.files import atomic
 from dpo_cache.log import Log
+from dpo_cache.options.base import with_new_names
 from dpo_cache.options.sweep import default_of, shown_value, swept_fields
+from dpo_cache.options.train import TrainOptions
 from dpo_cache.sweeping.grid import Grid, run_names
 
 try:
@@ -170,8 +172,8 @@ def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
         plan = json.loads(path.read_text())
         if plan["format"] != FORMAT["format"]:
             raise ValueError("not that of a sweep")
-        version, shared = plan["version"], plan["shared"]
-        names = [(run["name"], dict(run["options"])) for run in plan["runs"]]
+        version, plan = plan["version"], _with_new_names(plan)
+        names = [run["name"] for run in plan["runs"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrainingError(
             f"{path}: not readable ({type(error).__name__}: {error}).\nChoose another --output."
@@ -181,10 +183,20 @@ def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
             f"{path}: made by a newer dpo-cache (version {version}, this one reads 1).\n"
             "Choose another --output."
         )
-    if wrong := [name for name, _ in names if Path(name).name != name]:
+    if wrong := [name for name in names if Path(name).name != name]:
         raise TrainingError(f"{path}: {wrong[0]!r} is no name of a folder.\nChoose another --output.")
     defaults = {entry.name: default_of(entry) for entry in swept_fields() if entry.name not in plan["varied"]}
-    return {**plan, "shared": json.loads(json.dumps(defaults)) | shared}
+    return {**plan, "shared": json.loads(json.dumps(defaults)) | plan["shared"]}
+
+
+def _with_new_names(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan of an earlier version, with the options' names of now."""
+
+    def renamed(options: dict[str, Any]) -> dict[str, Any]:
+        return with_new_names(TrainOptions, dict(options))
+
+    runs = [{**run, "options": renamed(run["options"])} for run in plan["runs"]]
+    return {**plan, "shared": renamed(plan["shared"]), "varied": renamed(plan["varied"]), "runs": runs}
 
 
 def _check_extends(output: Path, before: dict[str, Any], grid: Grid) -> None:

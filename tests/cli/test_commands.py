@@ -218,8 +218,8 @@ def test_a_run_folder_in_use_is_refused(
             f"error: --loss best: expected one of {', '.join(LOSSES)}; sigmoid is DPO.\n",
         ),
         (
-            ["train", "--micro-tokens", "lots"],
-            "error: --micro-tokens lots: expected auto or a positive number.\n",
+            ["train", "--budget-tokens", "lots"],
+            "error: --budget-tokens lots: expected auto or a positive number.\n",
         ),
     ],
 )

@@ -11,7 +11,8 @@ from dpo_cache.lm.policy import CompletionLogps
 from dpo_cache.losses.objective import Objective
 from dpo_cache.losses.reference_losses import preference_loss
 from dpo_cache.losses.table import LOSSES, POLICY_LOSSES, SFT_LOSSES, loss_terms
-from dpo_cache.options.train import TrainOptions, complete_config
+from dpo_cache.options.run_config import complete_config
+from dpo_cache.options.train import TrainOptions
 from dpo_cache.training.pair_logps import (
     mean_chosen_tokens,
     objective_of,

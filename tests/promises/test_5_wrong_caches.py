@@ -66,7 +66,7 @@ def test_the_same_weights_are_recognised(
 ) -> None:
     folder = again(tmp_path / "again", model_folder)
     report = dpo_cache.precompute(
-        folder, data_file, cache, name="pairs", expect_reference=reference_of(cache)
+        folder, data_file, cache, name="pairs", reference=reference_of(cache)
     )
     assert (report.reference, report.scored_now, report.attention) == (reference_of(cache), 0, None)
     remarks: list[str] = []
@@ -107,7 +107,7 @@ def test_another_reference_is_refused_where_one_is_expected(
     folder, options, line = change(tmp_path / "other", model_folder)
     with pytest.raises(ModelError) as caught:
         dpo_cache.precompute(
-            folder, data_file, cache, name="pairs", expect_reference=reference_of(cache)[:10], **options
+            folder, data_file, cache, name="pairs", reference=reference_of(cache)[:10], **options
         )
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{folder} is not reference {reference_of(cache)[:12]} of {cache}: they differ in"

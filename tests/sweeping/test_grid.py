@@ -30,7 +30,7 @@ def test_every_option_of_train_is_one_of_the_sweep() -> None:
 
 def test_the_objective_is_the_part_of_the_help_called_loss() -> None:
     assert {"loss", "beta", "label_smoothing", "wpo", "reference_free"} <= loss_settings()
-    assert not {"lr", "epochs", "seed", "model", "pairs", "micro_tokens"} & loss_settings()
+    assert not {"lr", "epochs", "seed", "model", "pairs", "budget_tokens"} & loss_settings()
 
 
 VALUES = [
@@ -48,7 +48,7 @@ VALUES = [
     ("pairs", r"a\,b,c", ("a,b", "c")),
     ("pairs", r"a\b,c", (r"a\b", "c")),
     ("model", [Path("models/a b"), "c"], ("models/a b", "c")),
-    ("micro_tokens", ["auto", 512], ("auto", "512")),
+    ("budget_tokens", ["auto", 512], ("auto", "512")),
 ]
 
 
@@ -148,7 +148,7 @@ ODD = {
     "trust_remote_code": True,
     "max_steps": 3,
     "eval_pairs": "held 'out'",
-    "micro_tokens": "512",
+    "budget_tokens": "512",
 }
 
 

@@ -50,10 +50,10 @@ def test_another_grid_is_refused_and_changes_nothing(tmp_path: Path) -> None:
 
 def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
     assert names(tmp_path, beta="0.1,0.2") == names(
-        tmp_path, beta="0.1,0.2", micro_tokens=512, save_every="10"
+        tmp_path, beta="0.1,0.2", budget_tokens=512, save_every="10"
     )
-    with pytest.raises(TrainingError, match=r"micro_tokens: 512 before, 256, 1024 now"):
-        names(tmp_path, beta="0.1,0.2", micro_tokens="256,1024", save_every="10")
+    with pytest.raises(TrainingError, match=r"budget_tokens: 512 before, 256, 1024 now"):
+        names(tmp_path, beta="0.1,0.2", budget_tokens="256,1024", save_every="10")
 
 
 def test_options_that_came_later_have_their_defaults(tmp_path: Path) -> None:

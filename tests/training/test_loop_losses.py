@@ -27,9 +27,9 @@ def test_losses_that_look_at_a_whole_step_do_not_depend_on_its_split(
 ) -> None:
     remarks: list[str] = []
     shared = {"batch_size": 8, "max_steps": 2, "lr": 1e-4, "eval_pairs": "heldout", **options}
-    train(cache, tmp_path / "whole", micro_tokens="100000", log=remarks.append, **shared)
+    train(cache, tmp_path / "whole", budget_tokens="100000", log=remarks.append, **shared)
     assert not any("twice" in remark for remark in remarks)
-    train(cache, tmp_path / "split", micro_tokens="60", log=remarks.append, **shared)
+    train(cache, tmp_path / "split", budget_tokens="60", log=remarks.append, **shared)
     assert sum("run each of them twice" in remark for remark in remarks) == ("aot" in str(options))
     assert len(metrics(tmp_path / "whole")) == 4
     assert_alike(metrics(tmp_path / "whole"), metrics(tmp_path / "split"))
@@ -60,8 +60,8 @@ def test_a_mixture_of_experts_trains_with_its_router_loss(
         "router_aux_loss_coef": 0.5,
     }
     lines = []
-    for name, micro_tokens in (("whole", "100000"), ("split", "60")):
-        train(expert_cache, tmp_path / name, micro_tokens=micro_tokens, **options)
+    for name, budget_tokens in (("whole", "100000"), ("split", "60")):
+        train(expert_cache, tmp_path / name, budget_tokens=budget_tokens, **options)
         lines.append(metrics(tmp_path / name)[0])
     model, pairs = make_model("mixtral"), list(open_cache(expert_cache).pairs("pairs"))
     completions = completions_of(pairs)

@@ -27,7 +27,7 @@ from dpo_cache.files.atomic import is_scratch, remove, write_whole
 from dpo_cache.files.sync import sync
 from dpo_cache.lm.model.adapter import restore_adapter
 from dpo_cache.log import Log
-from dpo_cache.options.train import complete_config
+from dpo_cache.options.run_config import complete_config
 from dpo_cache.store.folders.local import free_bytes
 from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.output.checkpoint import damaged, find_checkpoints, write_policy
@@ -37,7 +37,7 @@ from dpo_cache.training.output.model_card import write_card
 # result.
 # fmt: off
 FREE_TO_CHANGE = {
-    "resume", "config", "trust_remote_code", "cache", "output", "device", "micro_tokens",
+    "resume", "config", "trust_remote_code", "cache", "output", "device", "budget_tokens",
     "gradient_checkpointing", "offload_activations", "free_gradients", "eval_every", "save_every", "keep",
     "sample", "log_to", "log_names", "step_zero", "dry_run",
 }

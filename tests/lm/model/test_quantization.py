@@ -204,7 +204,7 @@ def test_a_fresh_quantized_base_repeats_what_precompute_cached_of_it(
     assert [entry.reference for entry in again] == [report.reference] and again[0].agrees
     with pytest.raises(ModelError, match="quantization.load_in"):
         dpo_cache.precompute(
-            model_folder, data, tmp_path / "cache", expect_reference=report.reference[:12], **options
+            model_folder, data, tmp_path / "cache", reference=report.reference[:12], **options
         )
 
 

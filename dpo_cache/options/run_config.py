@@ -1,0 +1,104 @@
+"""The options of a run of `train` as its config.json has them, read to resume the run or to start another like it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from dpo_cache.errors import OptionError, TrainingError
+from dpo_cache.options.base import with_new_names
+from dpo_cache.options.train import TrainOptions
+
+MUTUALLY_EXCLUSIVE = (
+    ("eval_pairs", "eval_fraction"),
+    ("lora_r", "peft_config"),
+    ("lora_alpha", "peft_config"),
+)
+NOT_FROM_CONFIG = ("output", "resume", "dry_run", "config", "resolved")
+
+
+def with_config(given: dict[str, Any], log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """The given options, and those that are not given from a run's config.json: of the run that `resume` names, or
+    of the file `config`.
+
+    `output`, `resume` and `dry_run` are never read from the file. `log` gets a remark for each option that is given
+    under an earlier name. Raises `OptionError`, and `TrainingError` where there is no run to resume.
+    """
+    given = with_new_names(TrainOptions, given, log)
+    if isinstance(given.get("resume"), (str, os.PathLike)):
+        return _with_config_of_run(given, Path(given["resume"]))
+    if given.get("config") is None:
+        return given
+    return _completed(given, Path(given["config"]), f"--config {given['config']}")
+
+
+def complete_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config.json as this version writes it: options have their names of now, later ones their defaults, and
+    `loss` is a list.
+    """
+    defaults = {
+        entry.name: None if entry.default is MISSING else entry.default for entry in fields(TrainOptions)
+    }
+    config = with_new_names(TrainOptions, config)
+    loss = config.get("loss", ["sigmoid"])
+    return {**defaults, **config, "loss": [loss] if isinstance(loss, str) else loss}
+
+
+def _with_config_of_run(given: dict[str, Any], run: Path) -> dict[str, Any]:
+    output = given.get("output")
+    if output is not None and Path(output) != run:
+        raise OptionError(
+            f"--resume {run} and --output {output}: a run is resumed in its own folder.\nGive one of them."
+        )
+    if given.get("config") is not None:
+        raise OptionError(
+            f"--resume {run} and --config {given['config']}: a run is resumed with its own config.json.\n"
+            "Leave --config out."
+        )
+    if not (run / "config.json").is_file():
+        raise TrainingError(
+            f"{run}: there is no run to resume (no config.json).\nGive the folder of a run, or start one without "
+            "--resume."
+        )
+    completed = _completed(given, run / "config.json", str(run / "config.json"))
+    return {**completed, "output": str(run), "resume": True}
+
+
+def _completed(given: dict[str, Any], path: Path, name: str) -> dict[str, Any]:
+    """The given options, then those of the file. Messages call the file `name`."""
+    found = _read(path, name)
+    try:
+        TrainOptions(**{**found, "cache": found.get("cache") or "-", "output": "-"})
+    except OptionError as error:
+        raise OptionError(f"{name}: {error}") from error
+    for one, other in MUTUALLY_EXCLUSIVE:  # the one that is given replaces the other
+        if given.get(one) is not None:
+            found.pop(other, None)
+        if given.get(other) is not None:
+            found.pop(one, None)
+    return {**found, **given}
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    """The options in the file, under their names of now."""
+    try:
+        content = json.loads(path.read_text())
+        content.items()
+    except (OSError, ValueError, AttributeError) as error:
+        detail = error.strerror if isinstance(error, OSError) else "not a JSON object"
+        raise OptionError(f"{name}: not readable ({detail}).\nGive the config.json of a run.") from error
+    found = {
+        option: value
+        for option, value in with_new_names(TrainOptions, content).items()
+        if option not in NOT_FROM_CONFIG
+    }
+    if unknown := sorted(set(found) - {entry.name for entry in fields(TrainOptions)}):
+        raise OptionError(
+            f"{name}: {', '.join(unknown)}: no options of this version of dpo-cache train.\n"
+            "Give the config.json of a run."
+        )
+    return found
