@@ -1,12 +1,40 @@
-"""Remarks: what a run reports to its user besides its result. They go to the logger `dpo_cache` unless the
-caller takes them.
+"""Remarks: what a run reports to its user besides its result.
+
+A remark goes to the caller's `log` function, otherwise to the logger `dpo_cache`, which writes nothing unless
+the program configures logging. `progress=True` writes remarks to stderr, and reports list them in `remarks`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from typing import Any, TypeVar
 
 Log = Callable[[str], None]
+Report = TypeVar("Report")
 
-log_remark: Log = logging.getLogger("dpo_cache").warning
+_logger = logging.getLogger("dpo_cache")
+_logger.addHandler(
+    logging.NullHandler()
+)  # without one, Python prints warnings where logging is not configured
+log_remark: Log = _logger.warning
+
+
+def keeps_remarks(function: Callable[..., Report]) -> Callable[..., Report]:
+    """Decorator: the report of a function that takes `log` lists every remark in `remarks`, in order."""
+
+    @wraps(function)
+    def run(*args: Any, log: Log | None = None, **given: Any) -> Report:
+        remarks: list[str] = []
+        write = log or log_remark
+
+        def note(text: str) -> None:
+            remarks.append(text)
+            write(text)
+
+        report = function(*args, log=note, **given)
+        return replace(report, remarks=remarks)  # type: ignore[type-var]
+
+    return run

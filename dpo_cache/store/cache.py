@@ -61,6 +61,9 @@ class Cache:
     def __repr__(self) -> str:  # reads nothing: the folder may be a remote one
         return f"<Cache {self}>"
 
+    def __fspath__(self) -> str:  # an open cache works where a location is expected
+        return str(self.folder)
+
     # -- references ------------------------------------------------------------------------------------
 
     def references(self) -> list[str]:

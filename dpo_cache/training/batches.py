@@ -1,4 +1,6 @@
-"""In which order pairs are trained on, and how a step is split to fit in memory."""
+"""Batches of a pair set: the order of an epoch, tensors for a loop of your own, and how `train` splits a step
+to fit in memory.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,13 @@ import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import islice
 
 import numpy as np
+import torch
 
+from dpo_cache.errors import OptionError
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.store import PairSet
 from dpo_cache.types import Completion, ScoredPair
@@ -19,16 +24,89 @@ CountTokens = Callable[[Sequence[Completion]], int]
 SHUFFLE_BLOCKS = 32  # blocks of 256 pairs that are shuffled among each other: 8,192 pairs in memory
 
 
+@dataclass(frozen=True)
+class TrainingBatch:
+    """P pairs as tensors: rows 0 to P-1 are prompts with their chosen answers, rows P to 2P-1 the same
+    prompts with their rejected answers. Rows are padded on the right to L, the longest of the batch.
+    """
+
+    input_ids: torch.Tensor  # int64 [2P, L]
+    attention_mask: torch.Tensor  # int64 [2P, L]: 1 at tokens, 0 at padding
+    completion_mask: torch.Tensor  # bool [2P, L]: True at tokens of the answer
+    ref_chosen_logps: torch.Tensor  # float32 [P]: sums over the answer's tokens, in nats
+    ref_rejected_logps: torch.Tensor  # float32 [P]
+    rows: torch.Tensor  # int64 [P]: row of each pair in the data set
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"<TrainingBatch: {len(self)} pairs, rows padded to {self.input_ids.shape[1]} tokens>"
+
+    def to(self, device: torch.device | str) -> TrainingBatch:
+        """The batch on a device."""
+        return TrainingBatch(**{entry.name: getattr(self, entry.name).to(device) for entry in fields(self)})
+
+
+def training_batches(
+    pair_set: PairSet,
+    batch_size: int = 32,
+    *,
+    shuffle: bool = True,
+    seed: int = 0,
+    epoch: int = 0,
+    skip: int = 0,
+    drop_last: bool = False,
+    pad_id: int = 0,
+) -> Iterator[TrainingBatch]:
+    """Yield one epoch of a pair set as batches with the reference's log-probs, for a loop of your own.
+
+    The order is that of `train` with the same `seed` and `epoch`; without `shuffle` it is the data set's.
+    `skip` leaves out the first pairs of the epoch, which resumes a loop without reading them. The last batch
+    may be smaller, unless `drop_last`. `pad_id` fills positions that the masks hide.
+
+        for batch in training_batches(pair_set, 8):
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    """
+    if batch_size < 1:
+        raise OptionError(f"batch_size {batch_size}: expected a number of pairs above 0.")
+    every = np.ones(len(pair_set), bool)
+    stream = stream_pairs(pair_set, every, shuffle=shuffle, seed=seed, epoch=epoch, skip=skip)
+    while pairs := list(islice(stream, batch_size)):
+        if len(pairs) == batch_size or not drop_last:
+            yield _tensors(pairs, pad_id)
+
+
+def _tensors(pairs: Sequence[ScoredPair], pad_id: int) -> TrainingBatch:
+    completions = completions_of(pairs)
+    shape = len(completions), max(map(len, completions))
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    completion_mask = torch.zeros(shape, dtype=torch.bool)
+    for row, completion in enumerate(completions):
+        input_ids[row, : len(completion)] = torch.from_numpy(completion.sequence_ids.astype(np.int64))
+        attention_mask[row, : len(completion)] = 1
+        completion_mask[row, len(completion.prompt_ids) : len(completion)] = True
+    return TrainingBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        completion_mask=completion_mask,
+        ref_chosen_logps=torch.tensor([scored.ref_chosen.logps for scored in pairs], dtype=torch.float32),
+        ref_rejected_logps=torch.tensor([scored.ref_rejected.logps for scored in pairs], dtype=torch.float32),
+        rows=torch.tensor([scored.pair.row for scored in pairs], dtype=torch.int64),
+    )
+
+
 def stream_pairs(
     pair_set: PairSet, selected: np.ndarray, *, shuffle: bool, seed: int, epoch: int, skip: int = 0
 ) -> Iterator[ScoredPair]:
-    """The selected pairs in the order of one epoch, without the first `skip`, which are not even read.
+    """Yield the selected pairs in the order of one epoch, without the first `skip`, which are not even read.
 
-    The order depends on `seed`, `epoch`, the pair set and the selection alone. Shuffling permutes the
+    The order depends only on `seed`, `epoch`, the pair set and the selection. Shuffling permutes the
     blocks of the pair set and then the pairs within each 32 of them: up to 8,192 pairs that is a uniform
-    shuffle, beyond it memory stays flat.
+    shuffle, and for more pairs memory stays flat.
 
-    `selected` is bool, one entry a pair of the set, in its own order.
+    `selected` is bool, with one entry for each pair of the set, in its order.
     """
     sizes = np.array(pair_set.block_sizes)
     firsts = np.cumsum(sizes) - sizes
@@ -52,16 +130,16 @@ def stream_pairs(
 
 
 def held_out(pair_set: PairSet, fraction: float, seed: int) -> np.ndarray:
-    """Which pairs are held out for evaluation: bool, one entry a pair.
+    """Mask of the pairs that are held out for evaluation: bool, one entry for each pair.
 
-    Decided by a hash of the prompt and the seed, so all pairs of one prompt fall on one side, and stay there
-    when rows are added or reordered.
+    A hash of the prompt and the seed decides, so all pairs of one prompt are on one side, and stay there when
+    rows are added or reordered.
     """
     return np.array([_lot(scored.pair.chosen.prompt_ids, seed) < fraction for scored in pair_set], bool)
 
 
 def longest_pairs(pair_set: PairSet, selected: np.ndarray, number: int) -> list[ScoredPair]:
-    """The selected pairs with the most tokens, longest first: what a step may have to fit into memory."""
+    """The selected pairs with the most tokens, longest first: the largest step that has to fit."""
     found: list[tuple[int, int, ScoredPair]] = []
     for place, scored in enumerate(pair_set):
         if selected[place]:
@@ -71,7 +149,7 @@ def longest_pairs(pair_set: PairSet, selected: np.ndarray, number: int) -> list[
 
 
 def count_shared(pair_set: PairSet, other: PairSet) -> int:
-    """How many pairs of the second set stand in the first, token for token."""
+    """How many pairs of the second set are also in the first, token for token."""
     wanted = Counter(other.read_keys())
     found = {keys for keys in pair_set.read_keys() if keys in wanted}
     return sum(count for keys, count in wanted.items() if keys in found)
@@ -79,7 +157,7 @@ def count_shared(pair_set: PairSet, other: PairSet) -> int:
 
 @dataclass
 class Group:
-    """Pairs of a step that are run at once, and the tokens that takes."""
+    """Pairs of a step that are run at once, and the number of tokens that this runs."""
 
     pairs: list[ScoredPair]
     num_tokens: int
@@ -91,8 +169,8 @@ def split_step(
     """The pairs of a step in groups of at most `budget_tokens` tokens, as `count_tokens` counts them; a pair
     is never split.
 
-    Pairs with similar prompts stand together, so that what they share is run once. A pair that is longer
-    than the budget makes a group of its own.
+    Pairs with similar prompts are in one group, so that a shared prefix is run once. A pair that is longer
+    than the budget is a group by itself.
     """
     groups: list[Group] = []
     for pair in sorted(pairs, key=lambda scored: scored.pair.chosen.sequence_ids.astype(">u4").tobytes()):

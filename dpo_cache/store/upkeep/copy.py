@@ -61,6 +61,12 @@ class TransferReport:
     bytes_present: int = 0
     elapsed_s: float = 0.0
 
+    def __repr__(self) -> str:
+        return (
+            f"<TransferReport {self.source} -> {self.target}: {self.files_sent:,} files sent, "
+            f"{self.files_present:,} present>"
+        )
+
 
 @dataclass(frozen=True)
 class _Plan:

@@ -39,6 +39,12 @@ class MergeReport:
     renamed: dict[str, str] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)  # pair sets of which another one of that name was left out
 
+    def __repr__(self) -> str:
+        return (
+            f"<MergeReport of {self.cache}: {self.copied_files:,} files copied, {len(self.references):,} new "
+            f"references, {len(self.pair_sets):,} new pair sets>"
+        )
+
 
 @dataclass
 class _Plan:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dpo_cache.errors import CacheError, first_line
 from dpo_cache.store.cache import FORMAT, read_reference
@@ -69,6 +69,15 @@ class VerifyReport:
         default_factory=list
     )  # parts that no manifest names: of replaced pair sets, or of a writer at work
     unknown: list[str] = field(default_factory=list)  # files of no kind that a cache has
+    repair: Any = None  # the `RepairReport` of `dpo_cache.verify(..., repair=True)`
+    rescored: list[Any] = field(default_factory=list)  # its `RescoreReport`s, one for each reference
+    remarks: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return (
+            f"<VerifyReport of {self.cache}: {self.files:,} files, {self.pairs:,} pairs, "
+            f"{len(self.problems):,} problems>"
+        )
 
     @property
     def is_whole(self) -> bool:

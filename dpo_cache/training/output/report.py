@@ -34,6 +34,13 @@ class TrainReport:
     stopped_by_patience: bool = False
     is_dry_run: bool = False
     resolved: dict[str, Any] = field(default_factory=dict)  # what became of the defaults
+    remarks: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        steps = self.first and self.last and (self.first["loss"], self.last["loss"])
+        losses = ", loss {:.4f} -> {:.4f}".format(*steps) if steps else ""
+        ended = "a dry run" if self.is_dry_run else "finished" if self.finished else "stopped early"
+        return f"<TrainReport of {self.output}: {ended}, {self.num_steps:,} steps{losses}>"
 
 
 class Clock:

@@ -1,0 +1,155 @@
+"""The options of a command as keyword arguments of its function: names, types, defaults and help.
+
+    @keywords_of(TrainOptions)
+    def train(cache, output, *, on_metrics=None, **options): ...
+
+`help`, notebooks and `inspect.signature` then show every option; `dpo_cache/__init__.pyi` shows the same to
+editors and type checkers (`python -m tests.write_stub` writes it).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from functools import wraps
+from typing import Any, TypeVar
+
+from dpo_cache.errors import UnknownOptionError
+from dpo_cache.log import Log, log_remark
+from dpo_cache.options.base import Options, old_names, sections, with_new_names
+from dpo_cache.options.sweep import SweepOptions, swept_fields, type_of
+
+Result = TypeVar("Result")
+Chosen = TypeVar("Chosen", bound=Options)
+
+PATHS = {
+    "cache", "chat_template", "config", "dataset", "destination", "local", "model", "out", "output",
+    "peft_config", "plot", "tokenizer",
+}  # fmt: skip
+PERIODS = {"eval_every", "save_every"}  # numbers of steps, or of epochs as text
+OTHER_NAMES = {
+    "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "loss_type": "loss",
+    "train_batch_size": "batch_size", "per_device_train_batch_size": "batch_size", "output_dir": "output",
+    "model_name_or_path": "model", "lr_scheduler_type": "lr_schedule",
+}  # fmt: skip  # what other libraries call an option
+_FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
+
+
+def keywords_of(options_class: type[Options]) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Decorator: the function takes the options of the class as keyword arguments.
+
+    Its signature and docstring show them, and a name that is no option raises `UnknownOptionError`, which
+    suggests the nearest one. Earlier names pass: `make_options` reads them.
+    """
+
+    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
+        signature = _with_options(inspect.signature(function), options_class)
+        names = {*signature.parameters, *old_names(options_class)}
+
+        @wraps(function)
+        def run(*args: Any, **given: Any) -> Result:
+            for name in given:
+                if name not in names:
+                    raise UnknownOptionError(_unknown(name, function.__name__, list(signature.parameters)))
+            return function(*args, **given)
+
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__doc__ = f"{inspect.getdoc(function)}\n\n{_option_help(options_class, function)}"
+        return run
+
+    return decorate
+
+
+def make_options(options_class: type[Chosen], given: dict[str, Any], log: Log | None = None) -> Chosen:
+    """The options with these values. Earlier names of options still work; `log` gets a remark for each."""
+    return options_class(**with_new_names(options_class, given, log or log_remark))
+
+
+def _unknown(name: str, function: str, names: list[str]) -> str:
+    other = OTHER_NAMES.get(name)
+    near = [other] if other in names else difflib.get_close_matches(name, names, n=1)
+    advice = f"Did you mean {near[0]}?" if near else f"`help(dpo_cache.{function})` lists the options."
+    return f"{function}() has no option {name}.\n{advice}"
+
+
+def _with_options(signature: inspect.Signature, options_class: type[Options]) -> inspect.Signature:
+    """The signature with the options between its positional parameters and its other keywords."""
+    own = [
+        entry for entry in signature.parameters.values() if entry.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    num_positional = sum(entry.kind is not inspect.Parameter.KEYWORD_ONLY for entry in own)
+    options = [entry for entry in option_parameters(options_class) if entry.name not in signature.parameters]
+    return signature.replace(parameters=[*own[:num_positional], *options, *own[num_positional:]])
+
+
+def option_parameters(options_class: type[Options]) -> list[inspect.Parameter]:
+    """A keyword parameter for each option."""
+    return [
+        inspect.Parameter(
+            entry.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if entry.metadata["required"] else _default(entry),
+            annotation=Annotation(annotation_of(options_class, entry)),
+        )
+        for entry in fields(options_class)  # type: ignore[arg-type]
+    ]
+
+
+class Annotation(str):
+    """Source text of a type, which `inspect.signature` shows without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def annotation_of(options_class: type[Options], entry: Field[Any]) -> str:
+    """The values that an option takes, as source text."""
+    if options_class is SweepOptions:
+        swept = {one.name: one for one in swept_fields()}
+        if entry.name in swept:
+            return _several(swept[entry.name])
+    kind = entry.type if isinstance(entry.type, str) else getattr(entry.type, "__name__", str(entry.type))
+    base, _, rest = kind.partition(" | ")
+    if entry.metadata["choices"]:
+        base = "Literal[" + ", ".join(f'"{choice}"' for choice in entry.metadata["choices"]) + "]"
+    elif base.startswith("tuple"):
+        base = "str | Sequence[str]"
+    elif base == "str" and entry.name in PATHS:
+        base = "str | os.PathLike[str]"
+    elif base == "str" and (entry.default == "auto" or entry.name in PERIODS):
+        base = "int | str"
+    return f"{base} | {rest}" if rest else base
+
+
+def _several(entry: Field[Any]) -> str:
+    """One value of an option of `train`, several of them, or text with commas."""
+    kind = type_of(entry)
+    if kind is bool:
+        return "bool | Sequence[bool]"
+    one = f"{kind.__name__} | str" if kind in (int, float) else "str"
+    several = f"{one} | None" if entry.type.endswith("| None") else one
+    return f"{one} | Sequence[{several}]"
+
+
+def _default(entry: Field[Any]) -> Any:
+    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
+
+
+def _option_help(options_class: type[Options], function: Callable[..., Any]) -> str:
+    """A line for each option with its default, then its help; groups as on the command line."""
+    lines, skipped = ["Options:"], inspect.signature(function).parameters
+    shown = None
+    for title, entry in [(title, one) for title, found in sections(options_class).items() for one in found]:
+        if title != shown:
+            lines, shown = [*lines, "", f"{title}:"], title
+        if entry.name in skipped:
+            continue
+        default = "" if entry.metadata["required"] else f" = {_default(entry)!r}"
+        help = _FLAG.sub(lambda flag: flag[1].replace("-", "_"), entry.metadata["help"])
+        lines.append(f"    {entry.name}: {annotation_of(options_class, entry)}{default}")
+        lines.append(textwrap.indent(textwrap.fill(help, 98), 8 * " "))
+    return "\n".join(lines)
