@@ -19,12 +19,17 @@ from dpo_cache.evaluation.report import EvalReport, describe_gap, find_gap, find
 from dpo_cache.evaluation.scoring import OnProgress, score_pairs
 from dpo_cache.lm.device import peak_bytes
 from dpo_cache.lm.runner import Runner, open_runner
-from dpo_cache.log import Log, log_remark
+from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.evaluate import EvalOptions
+from dpo_cache.options.keywords import keywords_of, make_options
+from dpo_cache.progress import show_scoring, shows_progress
 from dpo_cache.store import open_cache
 
 
+@keywords_of(EvalOptions)
+@shows_progress("evaluating", show_scoring)
+@keeps_remarks
 def evaluate(
     cache: str | os.PathLike[str],
     pairs: str | None,
@@ -37,17 +42,18 @@ def evaluate(
     """Rewards, accuracy and calibration of a policy on a pair set, against the reference log-probs stored
     with it.
 
-    `pairs` is NAME or NAME/SPLIT, None: the only one in the cache. Keyword arguments are the other fields of
-    `EvalOptions`. The model is loaded once, and only its own log-probs are computed: the reference's are the
-    cached ones, whatever the model is. With `output` the pairs are written, too, one line each: see
-    `pair_lines.py`.
+    `pairs` is NAME or NAME/SPLIT, None: the only one in the cache. The model is loaded once, and only its own
+    log-probs are computed: the reference's are the cached ones, whatever the model is. With `output` the
+    pairs are written as well, one line each: see `pair_lines.py`.
 
-    `on_progress` is called after every chunk, `log` gets each remark (default: the package's logger). Raises
+    `progress=True` shows on stderr what the command line shows. `on_progress` is called after every chunk,
+    `log` gets each remark (default: the logger `dpo_cache`); the report lists them, too. Raises
     `DpoCacheError`; then nothing is written.
     """
     started = time.perf_counter()
     log = log or log_remark
-    chosen = EvalOptions(cache=os.fspath(cache), pairs=pairs, model=os.fspath(model), **options)
+    given = {"cache": cache, "pairs": pairs, "model": model, **options}
+    chosen = make_options(EvalOptions, given, log)
     opened = open_cache(chosen.cache)
     pair_set = open_pairs(opened, chosen.pairs, chosen.reference)
     num_pairs = min(chosen.limit or len(pair_set), len(pair_set))

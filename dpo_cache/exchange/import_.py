@@ -27,8 +27,9 @@ from dpo_cache.errors import DataError, OptionError
 from dpo_cache.exchange.findings import ValueFindings
 from dpo_cache.exchange.read_rows import ID_COLUMNS, SUMS, ImportedRows, check_columns
 from dpo_cache.lm.model.load import load_config
-from dpo_cache.log import Log, log_remark
+from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.options.exchange import ImportOptions
+from dpo_cache.options.keywords import keywords_of, make_options
 from dpo_cache.options.precompute import renamed_columns
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store.cache import check_name
@@ -57,7 +58,11 @@ class ImportReport:
     mean_token_logps: float = 0.0  # nats a token
     bytes_written: int = 0
     surveys: list[dict[str, Any]] = field(default_factory=list)
-    start_from: str | None = None  # what training starts from; None: it is to be said with --model
+    start_from: str | None = None  # the model that training starts from by default
+    remarks: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<ImportReport of {', '.join(self.pair_sets)}: {self.pairs_kept:,} pairs>"
 
 
 @dataclass
@@ -72,6 +77,8 @@ class _Split:
     problems: list[tuple[int, str]] = field(default_factory=list)
 
 
+@keywords_of(ImportOptions)
+@keeps_remarks
 def import_pairs(
     cache: str | os.PathLike[str],
     dataset: str | os.PathLike[str],
@@ -82,10 +89,11 @@ def import_pairs(
 ) -> ImportReport:
     """Enter pairs whose reference log-probs were computed elsewhere, under a reference of this name.
 
-    Keyword arguments are the fields of `ImportOptions`. Every row is read and checked before anything is
-    written. Raises `DpoCacheError`: `DataError` names each unusable row.
+    Every row is read and checked before anything is written. `log` gets each remark (default: the logger
+    `dpo_cache`); the report lists them, too. Raises `DpoCacheError`: `DataError` names each unusable row.
     """
-    chosen = ImportOptions(cache=os.fspath(cache), dataset=os.fspath(dataset), reference=reference, **options)
+    given = {"cache": cache, "dataset": dataset, "reference": reference, **options}
+    chosen = make_options(ImportOptions, given, log)
     return _Import(chosen, log or log_remark).run()
 
 
