@@ -25,7 +25,7 @@ from typing import Any
 import dpo_cache
 from dpo_cache.data import detect_format, read_dataset
 from dpo_cache.data.formats import Example, parse_row
-from dpo_cache.precomputing import run as precomputing
+from dpo_cache.lm import prepare
 
 SUM_LIMIT = 5e-6  # relative, of a completion's summed log-prob
 STEP_LIMIT = 1e-3  # relative, of a step's loss and gradient norm
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--train", action="store_true", help="compare the steps of a training run too")
     arguments = parser.parse_args()
     if arguments.same_library:
-        precomputing.use_fast_linear = lambda _: False
+        prepare.use_fast_linear = lambda *_, **__: False
     with tempfile.TemporaryDirectory() as folder:
         check = _Check(arguments.model, arguments.trl_python, arguments.max_length, Path(folder))
         numbers = check.write_rows(arguments.data, arguments.rows)

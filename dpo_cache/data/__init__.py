@@ -1,9 +1,15 @@
 """Rows of any preference data set -> token ids."""
 
 from dpo_cache.data.formats import Example, check_format, detect_format, parse_row, unused_columns
-from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset
+from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset, take_rows
 from dpo_cache.data.survey import Survey
-from dpo_cache.data.tokenize import load_tokenizer, tokenize_rows, tokenized_windows, tokenizer_digest
+from dpo_cache.data.tokenize import (
+    load_tokenizer,
+    set_chat_template,
+    tokenize_rows,
+    tokenized_windows,
+    tokenizer_digest,
+)
 from dpo_cache.data.truncate import Dropped, Outcome, Truncation, make_pair, make_pairs
 
 __all__ = [
@@ -22,6 +28,8 @@ __all__ = [
     "make_pairs",
     "parse_row",
     "read_dataset",
+    "set_chat_template",
+    "take_rows",
     "tokenize_rows",
     "tokenized_windows",
     "tokenizer_digest",

@@ -1,4 +1,4 @@
-"""A data set's name or path -> its splits, whole or as a stream."""
+"""A data set's name or path, or rows that are loaded already -> its splits, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_d
 from datasets.exceptions import DatasetGenerationError
 
 from dpo_cache.errors import DataError, first_line
+from dpo_cache.files.locations import check_dataset
 
 JSON = (".jsonl", ".json")
 DESCRIPTIONS = (
@@ -48,14 +49,25 @@ def read_dataset(
     `splits`: train, or the only one there is. `streaming` reads rows as they are needed, never all of them.
     `rename` gives columns (its values) the names that a format expects (its keys). Raises `DataError`.
     """
-    found = _load(location, streaming)
-    names = list(splits) or _default_split(location, list(found))
-    unknown = [name for name in names if name not in found]
-    if unknown:
-        raise DataError(f"{location}: no split {', '.join(unknown)}.\nIt has: {', '.join(found)}.")
-    return {
-        name: _renamed(_cut(found[name], limit), rename or {}, f"{location}: split {name}") for name in names
-    }
+    return _choose(_load(location, streaming), location, splits, limit, rename)
+
+
+def take_rows(
+    rows: Any,
+    splits: Sequence[str] = (),
+    limit: int | None = None,
+    *,
+    rename: Mapping[str, str] | None = None,
+    place: str = "the rows",
+) -> dict[str, Rows]:
+    """The same of rows that are loaded already.
+
+    `rows` is a `Dataset` or `IterableDataset`, a list of dicts, a pandas or polars `DataFrame` or a pyarrow
+    `Table`, which make the split train, or a dict of such, as `DatasetDict` is, by split. Raises `DataError`.
+    """
+    by_split = rows if isinstance(rows, Mapping) else {"train": rows}
+    found = {str(name): _as_dataset(part, place) for name, part in by_split.items()}
+    return _choose(found, place, splits, limit, rename)
 
 
 def first_row(rows: Rows, place: str) -> dict[str, Any]:
@@ -94,23 +106,54 @@ def dataset_name(location: str) -> str:
     return cleaned.lstrip(".-")[:128] or "data"
 
 
+def _as_dataset(rows: Any, place: str) -> Rows:
+    if isinstance(rows, (Dataset, IterableDataset)):
+        is_formatted = isinstance(rows, Dataset) and rows.format["type"] not in (None, "custom")
+        return rows.with_format(None) if is_formatted else rows
+    package = type(rows).__module__.partition(".")[0]
+    try:
+        if package == "pandas" and type(rows).__name__ == "DataFrame":
+            return Dataset.from_pandas(rows, preserve_index=False)
+        if package == "polars" and type(rows).__name__ == "DataFrame":
+            return Dataset.from_polars(rows)
+        if isinstance(rows, pa.Table):
+            return Dataset(rows)
+        if isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows):
+            columns = dict.fromkeys(name for row in rows for name in row)
+            return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise DataError(
+            f"{place}: they make no table ({first_line(error)}).\nGive each column values of one type."
+        ) from error
+    raise DataError(
+        f"{place}: a {type(rows).__name__} is not read.\nGive a datasets.Dataset, DatasetDict or "
+        "IterableDataset, a list of dicts, a pandas or polars DataFrame, or a path."
+    )
+
+
+def _choose(
+    found: Mapping[str, Rows],
+    location: str,
+    splits: Sequence[str],
+    limit: int | None,
+    rename: Mapping[str, str] | None,
+) -> dict[str, Rows]:
+    """The splits that are asked for, each cut to its first rows, with its columns renamed."""
+    names = list(splits) or _default_split(location, list(found))
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise DataError(f"{location}: no split {', '.join(unknown)}.\nIt has: {', '.join(found)}.")
+    return {
+        name: _renamed(_cut(found[name], limit), rename or {}, f"{location}: split {name}") for name in names
+    }
+
+
 def _load(location: str, streaming: bool) -> Mapping[str, Rows]:
     path = Path(location).expanduser()
     try:
+        check_dataset(location)
         if path.is_file():
-            builder = BUILDERS.get(path.suffix.lower())
-            if builder is None:
-                raise DataError(
-                    f"{location}: files of kind {path.suffix or '(none)'} are not read.\n"
-                    f"Accepted: {', '.join(BUILDERS)}."
-                )
-            if not path.stat().st_size:
-                raise DataError(f"{location}: the file is empty.")
-            return _load_file(builder, path, location, streaming)
-        if not path.exists() and (
-            path.suffix in BUILDERS or location.startswith((".", "/", "~")) or location.count("/") > 1
-        ):
-            raise DataError(f"{location}: no such file or folder.")
+            return _load_file(BUILDERS[path.suffix.lower()], path, location, streaming)
         return _load_folder(path, streaming) if path.is_dir() else load_dataset(location, streaming=streaming)
     except DatasetGenerationError as error:
         hint = (

@@ -61,11 +61,16 @@ def load_tokenizer(
             "Say where it is with --tokenizer."
         ) from error
     if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--chat-template {chat_template}: not readable ({error}).") from error
+        set_chat_template(tokenizer, chat_template)
     return tokenizer
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Give the tokenizer the chat template in a file. Raises `DataError`."""
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--chat-template {path}: not readable ({error}).") from error
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

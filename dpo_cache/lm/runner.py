@@ -62,7 +62,7 @@ class Runner:
         raise ModelError(
             f"{self.name} gives a log-prob that is NaN or infinite for {where}"
             f"{'' if culprits else ', or for a row that was computed in the same chunk'}.\n"
-            f"{_likely_cause(self.model.dtype)}"
+            f"{_likely_cause(self.model.dtype)} The scores of this chunk are discarded."
         )
 
     def _is_broken_by_itself(self, completion: Completion) -> bool:

@@ -1,16 +1,23 @@
-"""What `precompute` tells when it is done."""
+"""The result of `precompute`, counted while it runs."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cache import data
+from dpo_cache.lm.progress import ScoringProgress, ScoringStep, extrapolate
+from dpo_cache.precomputing.units import OnStep, Unit
+from dpo_cache.precomputing.windows import Totals
+
+OnProgress = Callable[[ScoringProgress], None]
 
 
 @dataclass
 class PrecomputeReport:
-    """What `precompute` did; counts are sums over the splits, `surveys` tells them apart."""
+    """What `precompute` did; counts are sums over the splits, `surveys` has an entry for each."""
 
     pair_sets: list[str] = field(default_factory=list)
     cache: str = ""
@@ -36,12 +43,18 @@ class PrecomputeReport:
     loaded_bytes: int = 0  # peak when the model had just been loaded
     bytes_written: int = 0
     surveys: list[dict[str, Any]] = field(default_factory=list)
-    start_from: str | None = (
-        None  # to be given as --model in training: the checkpoint that the reference records is gone
-    )
+    start_from: str | None = None  # model to train from, where the reference's entry names one that is gone
+
+    remarks: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return (
+            f"<PrecomputeReport of {', '.join(self.pair_sets)}: {self.pairs_kept:,} pairs, "
+            f"{self.scored_now:,} of {self.distinct_completions:,} completions scored now>"
+        )
 
     def add(self, survey: data.Survey) -> None:
-        """Take in what one split holds."""
+        """Add what one split holds."""
         self.rows_read += survey.rows_read
         self.pairs_kept += survey.pairs_kept
         for reason, finding in survey.dropped.items():
@@ -51,3 +64,48 @@ class PrecomputeReport:
         self.completions += 2 * survey.pairs_kept
         self.data_tokens += survey.data_tokens
         self.surveys.append(survey.as_dict())
+
+    def add_totals(self, totals: Totals) -> None:
+        """Add what was planned over all splits."""
+        self.distinct_completions, self.already_cached = totals.distinct_completions, totals.already_cached
+        self.missing_tokens = totals.missing_tokens
+
+
+class Meter:
+    """Counts the scoring of unit after unit in the report, and reports the progress of the run."""
+
+    def __init__(self, report: PrecomputeReport, totals: Totals, on_progress: OnProgress):
+        self._report, self._totals, self._on_progress = report, totals, on_progress
+        self._run_tokens = self._planned_tokens = 0  # of the units that are finished
+
+    def watch(self, unit: Unit, pair_set: str) -> OnStep:
+        """What `score_unit` is to call after each step of this unit, whose scoring starts now."""
+        report, totals = self._report, self._totals
+        started, scored_before = time.perf_counter(), report.scoring_s
+
+        def on_step(step: ScoringStep, num_waiting: int) -> None:
+            report.model_tokens += step.num_tokens
+            report.scoring_s = scored_before + time.perf_counter() - started
+            total_tokens = extrapolate(
+                self._run_tokens + step.total_tokens,
+                self._planned_tokens + unit.planned_tokens,
+                totals.missing_tokens,
+            )
+            num_scored = report.scored_now + num_waiting
+            self._on_progress(
+                ScoringProgress(
+                    pair_set,
+                    report.model_tokens,
+                    total_tokens,
+                    totals.missing_pairs,
+                    num_scored,
+                    report.scoring_s,
+                )
+            )
+
+        return on_step
+
+    def finish(self, unit: Unit) -> None:
+        """Note that a unit is scored: what it ran is known, what later ones will run is expected."""
+        self._run_tokens = self._report.model_tokens
+        self._planned_tokens += unit.planned_tokens

@@ -1,4 +1,4 @@
-"""store -> lm: do stored log-probs come out again? The proof that a cache is of the model it names."""
+"""store -> lm: score stored completions again, to show that the cache is of the model that it names."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import torch
 from transformers import PreTrainedConfig
 
 from dpo_cache.errors import ModelError, NotInCacheError
-from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.device import choose_device
-from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
 from dpo_cache.lm.model.identity import reference_identity
-from dpo_cache.lm.model.load import load_config, load_model
+from dpo_cache.lm.model.load import load_config
 from dpo_cache.lm.model.quantization import rounding_dtype_of
-from dpo_cache.lm.self_check import choose_attention, score_completions
-from dpo_cache.log import Log
+from dpo_cache.lm.runner import Runner, open_runner
+from dpo_cache.log import Log, log_remark
 from dpo_cache.store import Cache, PairSet, completion_key, open_cache
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.types import TOKEN_TOLERANCES, Completion, Score, ScoredPair, quantization_name
@@ -25,7 +23,7 @@ from dpo_cache.types import TOKEN_TOLERANCES, Completion, Score, ScoredPair, qua
 
 @dataclass(frozen=True)
 class RescoreReport:
-    """What the live model gives, beside what the cache has; gaps in nats a token."""
+    """Log-probs of the live model compared with those in the cache; gaps in nats a token."""
 
     reference: str
     completions: int
@@ -52,51 +50,51 @@ def rescore(
     seed: int | None = None,
     log: Log | None = None,
 ) -> list[RescoreReport]:
-    """Score random completions of the pair sets with the live model, one report a reference that the model
+    """Score random completions of the pair sets with the live model, one report for each reference that it
     is.
 
-    A model may be several references, one a dtype and quantization. Raises `ModelError`, with the fields that
-    differ, where it is none.
+    A model may be several references, one for each dtype and quantization. Raises `ModelError`, with the
+    fields that differ, if it is none, and for a log-prob that is NaN or infinite.
     """
-    location, opened = os.fspath(model), open_cache(cache)
+    location, opened, log = os.fspath(model), open_cache(cache), log or log_remark
     config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
-    place = choose_device(device)
     by_reference = _pair_sets_by_reference(opened)
     reports = []
     for reference_id in _matching(opened, list(by_reference), location, config, revision):
         identity = opened.read_reference(reference_id)["identity"]
-        dtype = getattr(torch, identity["dtype"])
-        completions, stored = _draw(by_reference[reference_id], num_completions, np.random.default_rng(seed))
-        loaded = load_model(
+        drawn = _draw(by_reference[reference_id], num_completions, np.random.default_rng(seed))
+        with open_runner(
             location,
-            dtype=dtype,
-            device=place,
+            dtype=getattr(torch, identity["dtype"]),
+            device=choose_device(device),
             revision=revision,
             trust_remote_code=trust_remote_code,
             quantize=quantization_name(identity),
-        )
-        use_fast_linear(loaded)
-        attention = choose_attention(loaded, "auto", max_length=max(map(len, completions)))
-        budget = Budget(None, place, log or (lambda _: None))
-        found = dict(
-            entry
-            for progress in score_completions(loaded, completions, attention, budget)
-            for entry in progress.scores
-        )
-        reports.append(
-            _report(
-                reference_id,
-                rounding_dtype_of(identity),
-                completions,
-                stored,
-                [found[index] for index in range(len(completions))],
-            )
-        )
+            max_length=max(len(one.completion) for one in drawn),
+            log=log,
+        ) as runner:
+            found = _score(runner, drawn)
+        reports.append(_report(reference_id, rounding_dtype_of(identity), drawn, found))
     return reports
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A completion of a pair set, its stored score, and its row."""
+
+    completion: Completion
+    stored: Score
+    row: str
+
+
+def _score(runner: Runner, drawn: list[_Drawn]) -> list[Score]:
+    steps = runner.score([one.completion for one in drawn], rows_of=lambda index: [drawn[index].row])
+    found = dict(entry for step in steps for entry in step.scores)
+    return [found[index] for index in range(len(drawn))]
+
+
 def _pair_sets_by_reference(cache: Cache) -> dict[str, list[PairSet]]:
-    """Scores alone do not hold the token ids that they are of: pair sets do."""
+    """Token ids are only in pair sets: score shards hold keys and log-probs."""
     by_reference: dict[str, list[PairSet]] = {}
     for name in cache.pair_sets():
         pairs = cache.pairs(name)
@@ -114,12 +112,12 @@ def _pair_sets_by_reference(cache: Cache) -> dict[str, list[PairSet]]:
 def _matching(
     cache: Cache, reference_ids: list[str], location: str, config: PreTrainedConfig, revision: str | None
 ) -> list[str]:
-    """The references that the model is; `ModelError` says what differs from each where it is none."""
+    """The references that the model is. Raises `ModelError`, with what differs from each, if it is none."""
     lines, matching = [], []
     is_saved_quantized = getattr(config, "quantization_config", None) is not None
     for reference_id in reference_ids:
         document = cache.read_reference(reference_id)
-        stored, name = document["identity"], document["provenance"].get("model", "unnamed")
+        stored, name = document["identity"], document["provenance"].get("model") or "unnamed"
         dtype = stored.get("dtype")
         quantize = "none" if is_saved_quantized else quantization_name(stored)
         live = reference_identity(
@@ -144,49 +142,49 @@ def _matching(
     return matching
 
 
-def _draw(
-    pair_sets: list[PairSet], num_completions: int, generator: np.random.Generator
-) -> tuple[list[Completion], list[Score]]:
-    """Distinct random completions with their stored scores: as many as asked for, or all there are."""
+def _draw(pair_sets: list[PairSet], num_completions: int, generator: np.random.Generator) -> list[_Drawn]:
+    """Distinct random completions with their stored scores: so many, or all there are."""
     blocks = [(pairs, block) for pairs in pair_sets for block in range(len(pairs.block_sizes))]
     ends = np.cumsum([2 * pairs.block_sizes[block] for pairs, block in blocks])
-    drawn: dict[bytes, tuple[Completion, Score]] = {}
+    drawn: dict[bytes, _Drawn] = {}
     places = generator.permutation(int(ends[-1]))
-    for start in range(0, len(places), num_completions):  # again where what was drawn stands in several pairs
+    for start in range(0, len(places), num_completions):  # again if a completion is in several pairs
         batch = places[start : start + num_completions]
         for number in np.unique(np.searchsorted(ends, batch, side="right")):
             pairs, block = blocks[number]
-            sides = [side for scored in pairs.read_block(block) for side in _sides(scored)]
+            sides = [side for scored in pairs.read_block(block) for side in _sides(scored, pairs.name)]
             first = int(ends[number]) - len(sides)
             for place in batch[(batch >= first) & (batch < ends[number])] - first:
                 if len(drawn) < num_completions:
-                    drawn[completion_key(sides[place][0])] = sides[place]
+                    drawn[completion_key(sides[place].completion)] = sides[place]
         if len(drawn) >= num_completions:
             break
-    return [completion for completion, _ in drawn.values()], [score for _, score in drawn.values()]
+    return list(drawn.values())
 
 
-def _sides(scored: ScoredPair) -> list[tuple[Completion, Score]]:
-    return [(scored.pair.chosen, scored.ref_chosen), (scored.pair.rejected, scored.ref_rejected)]
+def _sides(scored: ScoredPair, pair_set: str) -> list[_Drawn]:
+    row = f"{scored.pair.row} of {pair_set}"
+    return [
+        _Drawn(scored.pair.chosen, scored.ref_chosen, row),
+        _Drawn(scored.pair.rejected, scored.ref_rejected, row),
+    ]
 
 
-def _report(
-    reference_id: str, dtype: str, completions: list[Completion], stored: list[Score], found: list[Score]
-) -> RescoreReport:
+def _report(reference_id: str, dtype: str, drawn: list[_Drawn], found: list[Score]) -> RescoreReport:
     gaps = [
-        np.abs(one.token_logps.astype(np.float64) - other.token_logps)
-        for one, other in zip(stored, found, strict=True)
+        np.abs(one.stored.token_logps.astype(np.float64) - other.token_logps)
+        for one, other in zip(drawn, found, strict=True)
     ]
     worst = int(np.argmax([gap.max() for gap in gaps]))
     together = np.concatenate(gaps)
     largest_allowed, mean_allowed = TOKEN_TOLERANCES[dtype]
     return RescoreReport(
         reference=reference_id,
-        completions=len(completions),
+        completions=len(drawn),
         tokens=len(together),
         largest_gap=float(together.max()),
         mean_gap=float(together.mean()),
         largest_allowed=largest_allowed,
         mean_allowed=mean_allowed,
-        worst=completion_key(completions[worst]).hex(),
+        worst=completion_key(drawn[worst].completion).hex(),
     )

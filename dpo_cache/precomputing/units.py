@@ -1,192 +1,99 @@
-"""What a run will do, before it does it: which completions are missing, and how many tokens they take."""
+"""Windows -> units of work -> scores in the cache: plain functions, each over one unit.
+
+A unit holds all that scoring needs to know, so that any process with the same model can score it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
-from datasets import Dataset
-from transformers import PreTrainedConfig
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dpo_cache import data
-from dpo_cache.errors import DataError, ModelError
-from dpo_cache.lm.forest.layout import count_forest_tokens
-from dpo_cache.store import ScoreIndex, completion_key
-from dpo_cache.store.format.keys import key_array, key_bytes
-from dpo_cache.store.format.pair_tables import PairsDigest
-from dpo_cache.store.key_table import KeyTable, keys_of_pairs
-from dpo_cache.types import Completion, Pair
+from dpo_cache.lm.progress import ScoringStep
+from dpo_cache.precomputing.reference import Reference
+from dpo_cache.precomputing.windows import Window, pairs_of
+from dpo_cache.store import Cache, ScoreIndex
+from dpo_cache.store.format.keys import key_bytes
+from dpo_cache.types import Completion, Score
+
+if TYPE_CHECKING:
+    from dpo_cache.lm.runner import Runner  # imports the code that runs models
+
+FLUSH_S = 20.0  # seconds of scoring that a crash can cost
+ROWS_NAMED = 3  # of those that hold a completion
+
+Scored = tuple[bytes, Score]  # key, score
+OnStep = Callable[[ScoringStep, int], None]  # a step, and how many scores are not published yet
 
 
 @dataclass(frozen=True)
-class Window:
-    """Some tokenized rows of a split, and the keys (dtype S16) of the pairs they make, in order."""
+class Unit:
+    """Distinct completions that are scored together, as one forest: entry by entry key, completion, rows."""
 
-    rows: Dataset
-    chosen_keys: np.ndarray
-    rejected_keys: np.ndarray
-    missing_keys: np.ndarray  # distinct; neither in the cache nor in an earlier window
-    missing_tokens: int  # of the forest that they make
+    keys: list[bytes]
+    completions: list[Completion]
+    rows: list[list[int]]  # the first rows of the data set that hold the completion
+    planned_tokens: int  # of the forest
 
-
-@dataclass
-class Totals:
-    """What the windows planned so far add up to."""
-
-    distinct_completions: int = 0
-    already_cached: int = 0
-    missing_tokens: int = 0
-    missing_pairs: int = 0
+    def __len__(self) -> int:
+        return len(self.keys)
 
 
-@dataclass
-class SplitPlan:
-    """A split on its way into a pair set: what it holds, and the windows planned so far."""
-
-    name: str
-    rows: data.Rows
-    survey: data.Survey
-    windows: list[Window] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.digest = PairsDigest()
-        self.pairs_seen = KeyTable()  # the numbers of both completions -> how many pairs came before
-
-
-class Planner:
-    """Plans window after window; remembers which completions it has met."""
-
-    def __init__(self, scores: ScoreIndex, truncation: data.Truncation, config: PreTrainedConfig, model: str):
-        self.totals = Totals()
-        self._scores, self._truncation, self._model = scores, truncation, model
-        text_config = config.get_text_config()
-        self._vocab_size, self._positions = (
-            text_config.vocab_size,
-            getattr(text_config, "max_position_embeddings", None),
+def cut_units(windows: Iterable[Window], truncation: data.Truncation) -> Iterator[Unit]:
+    """Yield a unit for each window that lacks scores."""
+    for window in windows:
+        if not len(window.missing_keys):
+            continue
+        missing = set(key_bytes(window.missing_keys))
+        completions: dict[bytes, Completion] = {}
+        rows: dict[bytes, list[int]] = {key: [] for key in missing}
+        sides = zip(key_bytes(window.chosen_keys), key_bytes(window.rejected_keys), strict=True)
+        for pair, keys in zip(pairs_of(window, truncation), sides, strict=True):
+            for key, completion in zip(keys, (pair.chosen, pair.rejected), strict=True):
+                if key in missing:
+                    completions.setdefault(key, completion)
+                    if len(rows[key]) < ROWS_NAMED:
+                        rows[key].append(pair.row)
+        yield Unit(
+            list(completions),
+            list(completions.values()),
+            [rows[key] for key in completions],
+            window.missing_tokens,
         )
-        self._completions_seen, self._num_seen = KeyTable(), 0
-
-    def plan(self, split: SplitPlan, windows: Iterator[Dataset]) -> Iterator[Window]:
-        """A plan for each window of tokenized rows, noted in the split.
-
-        Raises `DataError` where no row of the split makes a pair, `ModelError` for ids or lengths that the
-        model has no embedding for.
-        """
-        for rows in windows:
-            window = self._plan_window(split, rows)
-            split.windows.append(window)
-            self._check_lengths(split.survey.longest)
-            yield window
-        if not split.survey.pairs_kept:
-            reasons = ", ".join(
-                f"{reason} ({finding.count}; row {finding.shown_rows()})"
-                for reason, finding in split.survey.dropped.items()
-            )
-            raise DataError(f"no row of {split.survey.pair_set} makes a pair: {reasons}.")
-
-    def _plan_window(self, split: SplitPlan, rows: Dataset) -> Window:
-        kept: list[Pair] = []
-        for outcome in data.make_pairs(rows, self._truncation):
-            split.survey.add(outcome)
-            if isinstance(outcome.pair, Pair):
-                kept.append(outcome.pair)
-        self._check_ids(kept)
-        completions = [pair.chosen for pair in kept] + [pair.rejected for pair in kept]
-        keys = key_array([completion_key(completion) for completion in completions])
-        chosen_keys, rejected_keys = keys[: len(kept)], keys[len(kept) :]
-        numbers, is_new = self._number(keys)
-        _note_repeats(split, [pair.row for pair in kept], numbers[: len(kept)], numbers[len(kept) :])
-        for pair, chosen_key, rejected_key in zip(
-            kept, key_bytes(chosen_keys), key_bytes(rejected_keys), strict=True
-        ):
-            split.digest.add(pair.row, chosen_key, rejected_key)
-        lacks_score = ~self._scores.contains(keys)
-        missing = np.flatnonzero(is_new & lacks_score)
-        distinct = np.unique(keys, return_index=True)[1]
-        forest_tokens = count_forest_tokens([completions[place] for place in distinct])
-        all_missing = len(missing) == len(distinct)
-        missing_tokens = (
-            forest_tokens if all_missing else count_forest_tokens([completions[place] for place in missing])
-        )
-        split.survey.forest_tokens += forest_tokens
-        self.totals.distinct_completions += int(is_new.sum())
-        self.totals.already_cached += int((is_new & ~lacks_score).sum())
-        self.totals.missing_tokens += missing_tokens
-        self.totals.missing_pairs += int((lacks_score[: len(kept)] | lacks_score[len(kept) :]).sum())
-        return Window(rows, chosen_keys, rejected_keys, keys[missing], missing_tokens)
-
-    def _number(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A number for each distinct completion, and whether this is the first place that has it."""
-        places = self._num_seen + np.arange(len(keys))
-        self._completions_seen.add(keys, self._num_seen)
-        self._num_seen += len(keys)
-        numbers = self._completions_seen.find(keys)
-        return numbers, numbers == places
-
-    def _check_ids(self, pairs: Sequence[Pair]) -> None:
-        largest = max(
-            (
-                int(ids.max())
-                for pair in pairs
-                for ids in (pair.chosen.sequence_ids, pair.rejected.completion_ids)
-            ),
-            default=0,
-        )
-        if largest >= self._vocab_size:
-            raise ModelError(
-                f"the tokenizer makes token id {largest}, but {self._model} has {self._vocab_size} "
-                "embeddings.\n"
-                "Give the model's own tokenizer with --tokenizer."
-            )
-
-    def _check_lengths(self, longest: int) -> None:
-        if self._positions and longest > self._positions:
-            raise ModelError(
-                f"a sequence has {longest} tokens, but {self._model} was made for {self._positions} at "
-                "most.\n"
-                f"Run with --max-length {self._positions}."
-            )
 
 
-def missing_completions(window: Window, truncation: data.Truncation) -> dict[bytes, Completion]:
-    """The completions of the window that are to be scored, by key."""
-    wanted = set(key_bytes(window.missing_keys))
-    found: dict[bytes, Completion] = {}
-    keys = zip(key_bytes(window.chosen_keys), key_bytes(window.rejected_keys), strict=True)
-    for pair, (chosen_key, rejected_key) in zip(pairs_of(window, truncation), keys, strict=True):
-        if chosen_key in wanted:
-            found[chosen_key] = pair.chosen
-        if rejected_key in wanted:
-            found[rejected_key] = pair.rejected
-    return found
-
-
-def pairs_of(window: Window, truncation: data.Truncation) -> list[Pair]:
-    """The pairs that the window's rows make, in order."""
-    return [
-        outcome.pair for outcome in data.make_pairs(window.rows, truncation) if isinstance(outcome.pair, Pair)
-    ]
-
-
-def rows_of(window: Window, key: bytes, truncation: data.Truncation) -> list[int]:
-    """The first rows of the window that hold the completion of this key."""
-    keys = zip(key_bytes(window.chosen_keys), key_bytes(window.rejected_keys), strict=True)
-    return [pair.row for pair, both in zip(pairs_of(window, truncation), keys, strict=True) if key in both][
-        :3
-    ]
-
-
-def _note_repeats(
-    split: SplitPlan, rows: Sequence[int], chosen_numbers: np.ndarray, rejected_numbers: np.ndarray
+def score_unit(
+    unit: Unit, runner: Runner, publish: Callable[[Sequence[Scored]], None], on_step: OnStep
 ) -> None:
-    """Count the pairs that an earlier row has already, in the same order or the opposite one."""
-    pairs = keys_of_pairs(chosen_numbers, rejected_numbers)
-    before = split.survey.pairs_kept - len(rows)
-    places = before + np.arange(len(rows))
-    split.pairs_seen.add(pairs, before)
-    opposite = split.pairs_seen.find(keys_of_pairs(rejected_numbers, chosen_numbers))
-    for place in np.flatnonzero(split.pairs_seen.find(pairs) < places):
-        split.survey.duplicates.add(rows[int(place)])
-    for place in np.flatnonzero((opposite >= 0) & (opposite < places)):
-        split.survey.contradictory.add(rows[int(place)])
+    """Score the unit's completions and hand their scores to `publish`, at the latest every 20 seconds.
+
+    Whatever ends the scoring, Ctrl-C, SIGTERM or an error, also in the middle of `publish`, each score
+    that was computed is published.
+    """
+    waiting: list[Scored] = []
+
+    def flush() -> None:
+        if waiting:
+            publish(waiting)
+            waiting.clear()
+
+    flushed = time.perf_counter()
+    try:
+        for step in runner.score(unit.completions, rows_of=unit.rows.__getitem__):
+            waiting += [(unit.keys[index], score) for index, score in step.scores]
+            if time.perf_counter() - flushed >= FLUSH_S:
+                flush()
+                flushed = time.perf_counter()
+            on_step(step, len(waiting))
+        flush()
+    except BaseException:
+        flush()
+        raise
+
+
+def publish(scored: Sequence[Scored], cache: Cache, index: ScoreIndex, reference: Reference) -> int:
+    """Store scores durably, after the entry of their reference. Returns the bytes written."""
+    cache.publish_reference(reference.identity, reference.provenance)
+    return index.publish(scored)

@@ -10,7 +10,8 @@ import dpo_cache
 from dpo_cache import data
 from dpo_cache.data import Survey
 from dpo_cache.errors import DataError, ModelError, OptionError, StorageError
-from dpo_cache.precomputing import run as precomputing
+from dpo_cache.lm import runner
+from dpo_cache.lm.progress import ScoringProgress
 from dpo_cache.store import Cache, completion_key
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
 
@@ -38,7 +39,7 @@ def refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(precomputing, "load_model", refuse)
+    monkeypatch.setattr(runner, "load_model", refuse)
 
 
 def test_every_stored_value_is_the_models_own_log_prob(model_folder: str, data_file: str, cache: str) -> None:
@@ -202,7 +203,7 @@ def test_windows_change_nothing(model_folder: str, data_file: str, tmp_path: Pat
 
 
 def test_ctrl_c_keeps_what_is_scored(model_folder: str, data_file: str, cache: str) -> None:
-    def interrupt(progress: precomputing.ScoringProgress) -> None:
+    def interrupt(progress: ScoringProgress) -> None:
         if progress.num_completions >= 5:
             raise KeyboardInterrupt
 
@@ -303,7 +304,9 @@ def test_a_poisoned_weight_names_the_row_that_meets_it(tmp_path: Path, cache: st
     model.save_pretrained(tmp_path / "poisoned")
     make_tokenizer().save_pretrained(tmp_path / "poisoned")
     with pytest.raises(
-        ModelError, match=r"^row (5|4 or one that is scored beside it): a log-prob came out as NaN"
+        ModelError,
+        match=r"poisoned gives a log-prob that is NaN or infinite for row "
+        r"(5|4, or for a row that was computed in the same chunk)\.\n",
     ):
         dpo_cache.precompute(
             tmp_path / "poisoned", write_rows(tmp_path / "pairs.jsonl", rows), cache, budget_tokens=budget
@@ -314,7 +317,7 @@ def test_a_poisoned_weight_names_the_row_that_meets_it(tmp_path: Path, cache: st
 def test_progress_ends_at_the_whole_over_several_windows(
     model_folder: str, data_file: str, cache: str, attention: str
 ) -> None:
-    seen: list[precomputing.ScoringProgress] = []
+    seen: list[ScoringProgress] = []
     dpo_cache.precompute(
         model_folder,
         data_file,
@@ -355,7 +358,7 @@ def test_columns_and_options_without_use_are_said(model_folder: str, tmp_path: P
 def test_a_log_prob_that_is_no_number_names_its_row_and_stores_nothing_of_its_batch(
     model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, spoiled = precomputing.score_completions, []
+    real, spoiled = runner.score_completions, []
 
     def spoil(model, completions, attention, budget):  # type: ignore[no-untyped-def]
         for number, progress in enumerate(real(model, completions, attention, budget)):
@@ -365,12 +368,12 @@ def test_a_log_prob_that_is_no_number_names_its_row_and_stores_nothing_of_its_ba
                 spoiled.append((completions[index], len(progress.scores)))
             yield progress
 
-    monkeypatch.setattr(precomputing, "score_completions", spoil)
+    monkeypatch.setattr(runner, "score_completions", spoil)
     with pytest.raises(
-        ModelError, match="a log-prob came out as NaN or infinite; nothing of this batch is stored"
+        ModelError, match=r"\nIts weights may be damaged\. .* The scores of this chunk are discarded\.$"
     ) as caught:
         dpo_cache.precompute(model_folder, data_file, cache, budget_tokens="40")
-    monkeypatch.setattr(precomputing, "score_completions", real)
+    monkeypatch.setattr(runner, "score_completions", real)
     report = dpo_cache.precompute(model_folder, data_file, cache)
     completion, num_lost = spoiled[0]
     rows = [
@@ -380,7 +383,8 @@ def test_a_log_prob_that_is_no_number_names_its_row_and_stores_nothing_of_its_ba
         if np.array_equal(side.sequence_ids, completion.sequence_ids)
     ]
     assert str(caught.value).startswith(
-        f"row {', '.join(map(str, rows[:3]))} or one that is scored beside it: "
+        f"{model_folder} gives a log-prob that is NaN or infinite for row{'s' if len(rows) > 1 else ''} "
+        f"{', '.join(map(str, rows[:3]))}, or for a row that was computed in the same chunk.\n"
     )
     assert report.already_cached > 0 and report.scored_now >= num_lost
 
@@ -401,7 +405,7 @@ def test_sequences_beyond_the_models_positions_are_refused(
 ) -> None:
     rows = chat_rows(2)
     rows[0]["chosen"][0]["content"] = "very " * 80
-    with pytest.raises(ModelError, match="made for 256 at most.\nRun with --max-length 256"):
+    with pytest.raises(ModelError, match="made for 256 at most.\nCut sequences to a max_length of 256"):
         dpo_cache.precompute(model_folder, write_rows(tmp_path / "pairs.jsonl", rows), cache)
 
 

@@ -80,8 +80,9 @@ def wait_for(path: Path, word: str, times: int = 1, limit_s: float = 60.0) -> No
 
 
 def main() -> None:
+    import dpo_cache.lm.runner  # what takes long
+    import dpo_cache.precomputing.run  # noqa: F401
     import tests.conftest  # noqa: F401  one thread, no network
-    from dpo_cache.precomputing import run as precomputing  # noqa: F401  what takes long
 
     pids: list[int] = []
     for line in sys.stdin:
@@ -113,7 +114,8 @@ def _fork(job: dict[str, Any]) -> int:
 
 def _run(job: dict[str, Any]) -> None:
     from dpo_cache.cli import app
-    from dpo_cache.precomputing import run as precomputing
+    from dpo_cache.lm import runner
+    from dpo_cache.precomputing import units
     from dpo_cache.store import ScoreIndex, completion_key
     from dpo_cache.store.folders import local
     from tests.promises.refusals import TroubledDisk
@@ -131,7 +133,7 @@ def _run(job: dict[str, Any]) -> None:
             time.sleep(job["writing_s"])
 
     def scored(
-        model: Any, completions: Any, *arguments: Any, real: Any = precomputing.score_completions
+        model: Any, completions: Any, *arguments: Any, real: Any = runner.score_completions
     ) -> Iterator[Any]:
         for progress in real(model, completions, *arguments):
             time.sleep(job.get("chunk_s", 0.0))
@@ -143,15 +145,15 @@ def _run(job: dict[str, Any]) -> None:
         note("kept", *(key.hex() for key, _ in scores))
         return size
 
-    def loaded(*arguments: Any, real: Any = precomputing.load_model, **options: Any) -> Any:
+    def loaded(*arguments: Any, real: Any = runner.load_model, **options: Any) -> Any:
         note("loading")
         time.sleep(job.get("loading_s", 0.0))
         return real(*arguments, **options)
 
     disk = TroubledDisk(disturb)
     local.Disk = lambda: disk  # type: ignore[assignment,misc]
-    precomputing.score_completions, precomputing.load_model = scored, loaded  # type: ignore[assignment]
-    precomputing.FLUSH_S = job.get("flush_s", precomputing.FLUSH_S)
+    runner.score_completions, runner.load_model = scored, loaded  # type: ignore[assignment]
+    units.FLUSH_S = job.get("flush_s", units.FLUSH_S)
     ScoreIndex.publish = published  # type: ignore[method-assign]
     sys.argv = ["dpo-cache", "precompute", *job["arguments"]]
     try:

@@ -17,7 +17,7 @@ import pytest
 
 import dpo_cache
 from dpo_cache.errors import CacheError, NotInCacheError, StorageError
-from dpo_cache.precomputing import run as precomputing
+from dpo_cache.precomputing import units
 from dpo_cache.store.folders import local
 from dpo_cache.store.folders.disk import Disk
 from dpo_cache.store.folders.local import LocalFolder
@@ -205,7 +205,7 @@ def test_7_a_disk_that_fails_under_a_reader_is_not_taken_for_a_damaged_file(tmp_
 def test_7_precompute_on_a_disk_that_fills_up_keeps_what_it_published(
     model_folder: str, data_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precomputing, "FLUSH_S", 0.0)
+    monkeypatch.setattr(units, "FLUSH_S", 0.0)
     num_writes = 0
 
     def fill_up(number: int, step: str, arguments: tuple) -> None:

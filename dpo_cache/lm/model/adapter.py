@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
@@ -28,6 +27,7 @@ from dpo_cache.lm.budget import is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 

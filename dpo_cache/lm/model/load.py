@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from dpo_cache.errors import ModelError, first_line
 from dpo_cache.lm.model.adapter import CheckpointLocation, load_adapter, locate_checkpoint
 from dpo_cache.lm.model.quantization import check_quantizable, is_quantized, loading_config, prepare_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load_config(

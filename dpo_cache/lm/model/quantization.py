@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from dpo_cache.errors import ModelError
 from dpo_cache.types import QUANTIZATION_FIELDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_quantizable(config: PreTrainedConfig, location: str, name: str) -> None:

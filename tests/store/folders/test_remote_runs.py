@@ -7,7 +7,7 @@ import pytest
 
 import dpo_cache
 from dpo_cache.errors import StorageError
-from dpo_cache.precomputing import run as precomputing
+from dpo_cache.precomputing import units
 from tests.store.conftest import plain
 from tests.store.object_store import Fault, Proxy
 
@@ -52,7 +52,7 @@ def test_a_remote_cache_trains_as_a_local_one(
 def test_a_run_whose_store_fails_in_the_middle_is_taken_up(
     s3: Proxy, model_folder: str, data_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precomputing, "FLUSH_S", 0.0)  # a shard a chunk
+    monkeypatch.setattr(units, "FLUSH_S", 0.0)  # a shard a chunk
     s3.plan += [
         Fault("none", "PUT", "scores", times=2),
         Fault("error", "PUT", "scores", times=99, status=403, code="AccessDenied"),

@@ -1,0 +1,151 @@
+"""Identify a model that is loaded already: as its checkpoint, if it is unchanged, or by its own tensors.
+
+Its tensors are compared one by one with those in the checkpoint's files, cast to the dtype that the model
+has; so a model that was trained, merged, quantized or built by hand is never taken for its checkpoint. The
+identity of such a model has `"weights_of": "memory"`, and `weights` is the sha256 over its tensors in memory,
+so that it is never that of a checkpoint. The code of a model is not compared, in memory as on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from dpo_cache.errors import ModelError, first_line
+from dpo_cache.lm.model.identity import (
+    SCORING_VERSION,
+    checkpoint_files,
+    computing_fields,
+    reference_identity,
+)
+from dpo_cache.lm.model.load import load_config
+from dpo_cache.lm.model.quantization import is_quantized
+
+
+def identify_loaded(
+    model: PreTrainedModel, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[dict[str, Any], str | None]:
+    """The model's identity, and why it is not that of the checkpoint it was loaded from; None if it is.
+
+    Raises `ModelError` for a model whose weights are not in memory, or that has an adapter in it.
+    """
+    _check_whole(model)
+    location = model.name_or_path or ""
+    try:
+        difference = _find_difference(model, location, revision, trust_remote_code)
+    except ModelError as error:
+        difference = first_line(error)
+    if difference is None:
+        return reference_identity(location, model.config, model.dtype, revision=revision), None
+    identity: dict[str, Any] = {
+        "scoring": SCORING_VERSION,
+        "weights": _digest_tensors(model),
+        "weights_of": "memory",
+        "config": computing_fields(model.config),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    if quantization := getattr(model.config, "quantization_config", None):
+        identity["quantization"] = (
+            dict(quantization) if isinstance(quantization, Mapping) else quantization.to_dict()
+        )
+    return identity, difference
+
+
+def _check_whole(model: PreTrainedModel) -> None:
+    name = model.name_or_path or type(model).__name__
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ModelError(f"{name}: some of its weights are not in memory.\nLoad it whole, on one device.")
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ModelError(
+            f"{name}: it has an adapter in it, which cannot be identified.\n"
+            "Merge the adapter (peft), or give the folder of the adapter."
+        )
+
+
+def _find_difference(
+    model: PreTrainedModel, location: str, revision: str | None, trust_remote_code: bool
+) -> str | None:
+    """The first thing in which the model differs from its checkpoint, in words; None if there is nothing."""
+    if not location:
+        return "it names no checkpoint"
+    if is_quantized(model):
+        return "its weights are quantized"
+    config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
+    if computing_fields(model.config) != computing_fields(config):
+        return "its config was changed"
+    files = checkpoint_files(location, revision=revision)
+    return _structure_difference(model) or _tensor_difference(model, files)
+
+
+def _structure_difference(model: PreTrainedModel) -> str | None:
+    """Compare with a fresh model of the same config: the shapes of its tensors, and its buffers that no file
+    holds.
+    """
+    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+        fresh = type(model)._from_config(model.config, dtype=model.dtype)
+    shapes, expected = ({name: t.shape for name, t in one.state_dict().items()} for one in (model, fresh))
+    if shapes != expected:
+        changed = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
+        return f"its tensor {changed[0]} was added, removed or has another shape"
+    buffers = dict(model.named_buffers())
+    for name, buffer in fresh.named_buffers():
+        if name not in expected and not buffer.is_meta and not _equal(buffer, buffers.get(name)):
+            return f"its buffer {name} was changed"
+    return None
+
+
+def _tensor_difference(model: PreTrainedModel, files: list[Path]) -> str | None:
+    """Compare the model's tensors with those in the files, one in memory at a time."""
+    live = _as_saved(model)
+    if any(t.is_floating_point() and t.dtype != model.dtype for t in model.parameters()):
+        return "its tensors have several dtypes"
+    found: set[int] = set()  # addresses: tied weights are in the files once
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in set(file.keys()) & live.keys():
+                    if not _equal(file.get_tensor(name).to(live[name].dtype), live[name]):
+                        return f"its tensor {name} was changed"
+                    found.add(live[name].data_ptr())
+        except SafetensorError as error:
+            raise ModelError(f"{path}: not a whole safetensors file ({error}).") from error
+    unknown = sorted(name for name, tensor in live.items() if tensor.data_ptr() not in found)
+    return f"its tensor {unknown[0]} is not in the checkpoint" if unknown else None
+
+
+def _as_saved(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The model's tensors by the names, and in the shapes, that they have in a checkpoint."""
+    tensors: dict[str, torch.Tensor] = dict(model.state_dict())
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # an earlier transformers, where most models have the names of their checkpoints
+        return tensors
+    return dict(revert_weight_conversion(model, tensors))
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor | None) -> bool:
+    if other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.cpu(), other.detach().cpu())
+
+
+def _digest_tensors(model: PreTrainedModel) -> str:
+    """Hex sha256 over the tensors in memory, those that no checkpoint has among them."""
+    lines = []
+    for name, tensor in sorted(_all_tensors(model)):
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = hashlib.sha256(values.data).hexdigest()
+        lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {digest}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _all_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    tensors = {**dict(model.named_buffers()), **model.state_dict()}
+    yield from ((name, tensor) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor))

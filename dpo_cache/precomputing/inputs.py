@@ -1,0 +1,178 @@
+"""The arguments of `precompute`: paths and names, or a loaded model, tokenizer and rows."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from dpo_cache import data
+from dpo_cache.errors import OptionError
+from dpo_cache.lm.model.adapter import locate_checkpoint
+from dpo_cache.lm.model.load import check_causal, load_config
+from dpo_cache.log import Log
+from dpo_cache.options.precompute import PrecomputeOptions, renamed_columns
+from dpo_cache.precomputing.windows import SplitPlan
+from dpo_cache.store.cache import check_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IN_MEMORY = "in memory"  # where a manifest names a path or a Hub id
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The options, with a name in place of each object that is loaded already, and these objects."""
+
+    options: PrecomputeOptions
+    rows: Any = None  # see `data.take_rows`
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+def take_inputs(model: Any, dataset: Any, cache: Any, tokenizer: Any, options: dict[str, Any]) -> Inputs:
+    """Tell paths from loaded objects, and check the options. Raises `OptionError`."""
+    loaded_model, loaded_tokenizer, rows = (
+        None if value is None or _is_path(value) else value for value in (model, tokenizer, dataset)
+    )
+    if rows is not None and not options.get("name"):
+        raise OptionError(
+            'rows that are loaded already have no name for their pair set.\nGive one: name="...".'
+        )
+    if loaded_model is not None:
+        _check_loaded_model(loaded_model, tokenizer, options)
+    checked = PrecomputeOptions(
+        model=_name_of(loaded_model) if loaded_model is not None else model,
+        dataset=f"{type(rows).__name__} {IN_MEMORY}" if rows is not None else dataset,
+        cache=cache,
+        tokenizer=None if loaded_tokenizer is not None else tokenizer,
+        **options,
+    )
+    return Inputs(checked, rows, loaded_model, loaded_tokenizer)
+
+
+def read_config(inputs: Inputs) -> PreTrainedConfig:
+    """The reference's config. Raises `ModelError` unless it is a causal LM's."""
+    options = inputs.options
+    if inputs.model is not None:
+        return inputs.model.config
+    config = load_config(
+        options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    check_causal(config, options.model)
+    return config
+
+
+def read_splits(inputs: Inputs, name: str, log: Log) -> list[SplitPlan]:
+    """Every split opened and its format known; nothing is tokenized yet. Raises `DataError`."""
+    options, rename = inputs.options, renamed_columns(inputs.options.map)
+    tables = (
+        data.read_dataset(
+            options.dataset, options.split, options.limit, streaming=options.streaming, rename=rename
+        )
+        if inputs.rows is None
+        else data.take_rows(inputs.rows, options.split, options.limit, rename=rename, place=options.dataset)
+    )
+    return [_open_split(options, name, split, rows, log) for split, rows in tables.items()]
+
+
+def read_tokenizer(inputs: Inputs) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer with its chat template, and the folder or Hub id that it is from. Raises `ModelError`."""
+    options = inputs.options
+    if inputs.tokenizer is not None:
+        tokenizer = inputs.tokenizer
+        if options.chat_template is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            data.set_chat_template(tokenizer, options.chat_template)
+        return tokenizer, str(tokenizer.name_or_path or IN_MEMORY)
+    location, revision = (
+        (options.tokenizer, None)
+        if options.tokenizer
+        else locate_checkpoint(options.model, options.revision).tokenizer
+    )
+    tokenizer = data.load_tokenizer(
+        location,
+        revision=revision,
+        chat_template=options.chat_template,
+        trust_remote_code=options.trust_remote_code,
+    )
+    return tokenizer, location
+
+
+def is_streamed(options: PrecomputeOptions, splits: list[SplitPlan]) -> bool:
+    """Whether rows are read as they are scored, not all before the first score."""
+    return options.streaming or any(isinstance(split.rows, IterableDataset) for split in splits)
+
+
+def tokenize_split(
+    split: SplitPlan, tokenizer: PreTrainedTokenizerBase, options: PrecomputeOptions, spool: Path
+) -> Iterator[Dataset]:
+    """Yield the split's rows tokenized, a window at a time; see `data.tokenized_windows`."""
+    return data.tokenized_windows(
+        split.rows,
+        split.survey.data_format,
+        tokenizer,
+        ranked_pairs=options.ranked_pairs,
+        window_rows=options.window,
+        spool=spool / split.name,
+        place=f"{options.dataset}: split {split.name}",
+    )
+
+
+def _open_split(options: PrecomputeOptions, name: str, split: str, rows: data.Rows, log: Log) -> SplitPlan:
+    check_name(split)
+    place = f"{options.dataset}: split {split}"
+    first = data.first_row(rows, place)
+    columns = list(rows.column_names or first)
+    is_named = options.format != "auto"
+    data_format = (
+        data.check_format(options.format, columns, place)
+        if is_named
+        else data.detect_format(columns, first, place)
+    )
+    if unused := data.unused_columns(data_format, columns, first):
+        log(f"{place}: the columns {', '.join(unused)} are not used by the format {data_format}.")
+    if options.ranked_pairs != "all" and data_format != "ranked":
+        log(f"{place}: --ranked-pairs {options.ranked_pairs} has no effect on the format {data_format}.")
+    return SplitPlan(split, rows, data.Survey(f"{name}/{split}", data_format))
+
+
+def _check_loaded_model(model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
+    """Raise `OptionError` for a model that cannot be run, and for options that only apply to loading one."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise OptionError(
+            f"a {type(model).__name__} cannot be the reference.\n"
+            "Give a causal LM of transformers, or the path or Hub id of one; of an adapter, its folder."
+        )
+    if tokenizer is None:
+        raise OptionError(
+            "a model that is loaded already comes without its tokenizer.\nGive it: tokenizer=tokenizer."
+        )
+    here = {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
+    for name, live in here.items():
+        if options.get(name, "auto") not in ("auto", live):
+            raise OptionError(
+                f"{name} {options[name]}: the model is loaded already, with {name} {live}.\nLeave it out."
+            )
+    if options.get("quantize", "none") != "none":
+        raise OptionError(
+            f"quantize {options['quantize']}: the model is loaded already.\n"
+            "Give its path or Hub id, or leave it out."
+        )
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, (str, os.PathLike))
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    return model.name_or_path or f"{type(model).__name__} {IN_MEMORY}"

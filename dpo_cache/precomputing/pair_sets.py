@@ -1,0 +1,111 @@
+"""Scores in the cache -> a pair set: each pair joined with the log-probs of its two answers."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_cache import data
+from dpo_cache.log import Log
+from dpo_cache.precomputing.inputs import Inputs
+from dpo_cache.precomputing.reference import Reference
+from dpo_cache.precomputing.windows import SplitPlan, pairs_of
+from dpo_cache.store import Cache, PairSet, ScoreIndex
+from dpo_cache.store.format.differing_fields import differing_fields
+from dpo_cache.store.format.documents import Document
+from dpo_cache.types import ScoredPair
+
+
+def publish_pair_set(
+    split: SplitPlan,
+    cache: Cache,
+    index: ScoreIndex,
+    reference: Reference,
+    truncation: data.Truncation,
+    details: Document,
+    log: Log,
+) -> int:
+    """Publish the split's pairs with their scores, unless the very same pair set is in the cache.
+
+    `details` are the manifest's, see `describe_split`. Returns the bytes written.
+    """
+    # the entry may be gone: `verify --repair` moves damaged ones aside
+    cache.publish_reference(reference.identity, reference.provenance)
+    pair_set = split.survey.pair_set
+    if cache.holds_pairs(pair_set):
+        old = cache.pairs(pair_set)
+        same = all(old.manifest.get(name) == details[name] for name in ("reference", "pairs_digest"))
+        if same and old.is_complete():
+            return 0
+        log(
+            f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference "
+            f"{old.reference_id[:12]}{_describe_change(cache, old, reference, details)}."
+        )
+    writer = cache.write_pairs(details["name"], details["split"])
+    for window in split.windows:
+        pairs = pairs_of(window, truncation)
+        scores = index.fetch(np.concatenate([window.chosen_keys, window.rejected_keys]))
+        both = zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)
+        writer.add(
+            [ScoredPair(pair, chosen, rejected) for pair, (chosen, rejected) in zip(pairs, both, strict=True)]
+        )
+    writer.finish(details)
+    return writer.bytes_written
+
+
+def describe_split(
+    inputs: Inputs, split: SplitPlan, name: str, reference: Reference, tokenization: Document
+) -> Document:
+    """The manifest's details: what the pairs were made of, and how."""
+    options, survey = inputs.options, split.survey
+    source: dict[str, Any] = {
+        "dataset": absolute(options.dataset) if inputs.rows is None else options.dataset,
+        "format": survey.data_format,
+        "map": list(options.map),
+        "ranked_pairs": options.ranked_pairs,
+        "rows_read": survey.rows_read,
+        "rows_dropped": {reason: finding.count for reason, finding in survey.dropped.items()},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if inputs.rows is not None:
+        source["rows_of"] = "memory"  # `dataset` is no path
+    return {
+        "name": name,
+        "split": split.name,
+        "reference": reference.id,
+        "pairs_digest": split.digest.hexdigest(),
+        "source": source,
+        "tokenization": tokenization,
+    }
+
+
+def describe_tokenization(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, location: str) -> Document:
+    """The manifest's account of how text became ids, and ids were cut."""
+    options = inputs.options
+    return {
+        "tokenizer": absolute(location),
+        "tokenizer_sha256": data.tokenizer_digest(tokenizer),
+        "chat_template": tokenizer.chat_template,
+        "max_length": options.max_length,
+        "truncation": options.truncation,
+        "max_prompt_length": options.max_prompt_length,
+    }
+
+
+def absolute(location: str) -> str:
+    """A path that exists as an absolute one; a Hub id as it is."""
+    return os.path.abspath(location) if os.path.exists(location) else location
+
+
+def _describe_change(cache: Cache, old: PairSet, reference: Reference, details: Document) -> str:
+    """The fields of the identities that differ; under one reference, those of the tokenization."""
+    if old.reference_id != reference.id:
+        before, now = cache.read_reference(old.reference_id)["identity"], reference.identity
+    else:
+        before, now = old.manifest.get("tokenization", {}), details["tokenization"]
+    differing = differing_fields(before, now)
+    return f"; before and now differ in {'; '.join(differing)}" if differing else ""
