@@ -16,9 +16,8 @@ Log = Callable[[str], None]
 Report = TypeVar("Report")
 
 _logger = logging.getLogger("dpo_cache")
-_logger.addHandler(
-    logging.NullHandler()
-)  # without one, Python prints warnings where logging is not configured
+# without one, Python prints warnings where logging is not configured
+_logger.addHandler(logging.NullHandler())
 log_remark: Log = _logger.warning
 
 

@@ -25,12 +25,8 @@ DESCRIPTIONS = (
 )
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
-STREAM_ERRORS = (
-    pa.ArrowException,
-    DatasetGenerationError,
-    OSError,
-    ValueError,
-)  # what reading a damaged stream raises
+# what reading a damaged stream raises
+STREAM_ERRORS = (pa.ArrowException, DatasetGenerationError, OSError, ValueError)
 
 Rows: TypeAlias = Dataset | IterableDataset
 

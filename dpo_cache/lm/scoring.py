@@ -170,9 +170,8 @@ class _Collector:
 
     def __init__(self, stream: Stream):
         self._completions = stream.completions
-        self._path_logps = np.full(
-            stream.max_depth, np.nan, np.float32
-        )  # along the open path; NaN for prompt tokens
+        # along the open path; NaN for prompt tokens
+        self._path_logps = np.full(stream.max_depth, np.nan, np.float32)
         # One array for all scores: small ones between the large tensors of each chunk would scatter the heap,
         # which then grows.
         self._room = np.empty(sum(completion.num_tokens for completion in stream.completions), np.float32)

@@ -26,9 +26,8 @@ from dpo_cache.lm.rows import row_logps, score_rows
 from dpo_cache.lm.scoring import run_forest, score_forest
 from dpo_cache.types import TOKEN_TOLERANCES, Completion
 
-TOLERANCES = {
-    getattr(torch, name): gaps for name, gaps in TOKEN_TOLERANCES.items()
-}  # between forest and rows
+# between forest and rows
+TOLERANCES = {getattr(torch, name): gaps for name, gaps in TOKEN_TOLERANCES.items()}
 
 
 @dataclass(frozen=True)
@@ -231,9 +230,8 @@ def _check_completions(model: PreTrainedModel, max_length: int) -> list[Completi
         length = min(longest, window + 24)
         sequence = np.resize(rest, length)
         completions.append(Completion(sequence[: length - 20], sequence[length - 20 :]))
-    room = max(
-        1, longest - max(completion.num_tokens for completion in completions)
-    )  # alike for all, so that they share what they shared
+    # alike for all, so that they share what they shared
+    room = max(1, longest - max(completion.num_tokens for completion in completions))
     return [
         Completion(
             completion.prompt_ids[-room:],

@@ -248,9 +248,8 @@ def _evaluation_of_policy(run: Path, evaluations: Sequence[Line], report: dict[s
     """
     if report and report["finished"]:
         return report["eval_after"] or {}
-    if evaluations[-1]["step"] == 0 or read_config(run).get(
-        "patience"
-    ):  # killed before its report: which one was saved is not known
+    # killed before its report: which one was saved is not known
+    if evaluations[-1]["step"] == 0 or read_config(run).get("patience"):
         return {}
     return evaluations[-1]
 

@@ -169,8 +169,7 @@ def _read_scores(reader: ParquetReader, group: int, rows: np.ndarray, wanted: np
     check_scores(table, reader.place)
     if (keys_of(table.column("key"))[rows] != wanted).any():
         raise CorruptShardError(f"{reader.place}: has other keys than when it was opened. {REMEDY}")
-    asked = (
-        table.column("token_logps").take(pa.array(rows)).combine_chunks()
-    )  # a view of the row group would keep all of it in memory
+    # a view of the row group would keep all of it in memory
+    asked = table.column("token_logps").take(pa.array(rows)).combine_chunks()
     flat = asked.values.to_numpy().copy()
     return [flat[start:end] for start, end in pairwise(asked.offsets.to_numpy().tolist())]

@@ -222,9 +222,8 @@ def _free_to_change(grid: Grid) -> set[str]:
     """Options that a resumed run may be given otherwise."""
     from dpo_cache.training.output.run_folder import FREE_TO_CHANGE
 
-    return (
-        FREE_TO_CHANGE if grid.values("patience") == (None,) else FREE_TO_CHANGE - {"eval_every"}
-    )  # patience counts evaluations
+    # patience counts evaluations
+    return FREE_TO_CHANGE if grid.values("patience") == (None,) else FREE_TO_CHANGE - {"eval_every"}
 
 
 def _key(grid: Grid, options: dict[str, Any]) -> str:

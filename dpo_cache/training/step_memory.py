@@ -93,9 +93,8 @@ class StepMemory:
             return
         if not is_out_of_memory(error, self._device):
             raise error
-        problem = (
-            "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
-        )  # MPS: whatever it says
+        # MPS: whatever it says
+        problem = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
         less = [mode for mode in self._ladder if MODES.index(mode) > MODES.index(self.mode)]
         if not self._is_fixed and self._recomputation.num_layers and less:
             self._recomputation.mode = less[0]

@@ -117,9 +117,8 @@ class Block:
     def visible_NP(self) -> np.ndarray:
         """Which keys each token of the block sees: bool [N, path + N]."""
         visible = np.zeros((self.end - self.start, self.path + self.end - self.start), bool)
-        key_at = np.arange(
-            max(segment.depth + segment.end - segment.start for segment in self.segments)
-        )  # by depth, along the open path
+        # by depth, along the open path
+        key_at = np.arange(max(segment.depth + segment.end - segment.start for segment in self.segments))
         for segment in self.segments:
             length, first = segment.end - segment.start, segment.start - self.start
             rows = slice(first, first + length)

@@ -40,9 +40,8 @@ class FlexPlan:
         self.entry_C, self.end_C, self.depth_C = (
             torch.from_numpy(values).to(self.device, non_blocking=True) for values in spans
         )
-        depths, from_the_end = np.unique(
-            spans[2][::-1], return_index=True
-        )  # of several tokens at one depth the last is on the open path
+        # of several tokens at one depth the last is on the open path
+        depths, from_the_end = np.unique(spans[2][::-1], return_index=True)
         self.kept_depths = torch.from_numpy(depths).to(self.device, non_blocking=True)
         self.kept_places = torch.from_numpy(len(spans[2]) - 1 - from_the_end).to(
             self.device, non_blocking=True

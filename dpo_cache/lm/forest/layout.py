@@ -47,9 +47,8 @@ class Forest:
         """How many completions each token is a part of, in the prompt or in the answer: int64 [L]."""
         uses = np.zeros(len(self), np.int64)
         np.add.at(uses, [target[-1] for target in self.targets], 1)
-        for start, end in zip(
-            self.starts[::-1], [len(self), *self.starts[:0:-1]], strict=True
-        ):  # what continues a segment comes after it
+        # what continues a segment comes after it
+        for start, end in zip(self.starts[::-1], [len(self), *self.starts[:0:-1]], strict=True):
             uses[start:end] = uses[start:end][::-1].cumsum()[::-1]
             if self.parents_L[start] >= 0:
                 uses[self.parents_L[start]] += uses[start]
@@ -59,9 +58,8 @@ class Forest:
 def build_forest(completions: Sequence[Completion]) -> Forest:
     """Lay out the completions, each distinct prefix once."""
     order, shared_lengths = sort_completions(completions)
-    open_path = np.empty(
-        max((len(completion) for completion in completions), default=0), np.int64
-    )  # where each depth of the open path stands
+    # where each depth of the open path stands
+    open_path = np.empty(max((len(completion) for completion in completions), default=0), np.int64)
     pieces, depths, parents, starts = [], [], [], []
     targets: list[np.ndarray] = [np.empty(0, np.int64)] * len(completions)
     length = 0

@@ -37,9 +37,8 @@ class Chunk:
     depths_C: np.ndarray
     pieces: list[Piece]
     targets_T: np.ndarray  # which tokens need a log-prob, by place in the chunk
-    predictors_T: (
-        np.ndarray
-    )  # what predicts each: a place in the chunk, or -1 - depth of a token carried on the open path
+    # what predicts each: a place in the chunk, or -1 - depth of a token carried on the open path
+    predictors_T: np.ndarray
 
     def __len__(self) -> int:
         return len(self.tokens_C)
@@ -51,9 +50,8 @@ class Stream:
 
     completions: Sequence[Completion]
     order: list[int] = field(init=False)
-    shared: np.ndarray = field(
-        init=False
-    )  # tokens that each completion, in this order, finds on the open path
+    # tokens that each completion, in this order, finds on the open path
+    shared: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.order, self.shared = sort_completions(self.completions)
@@ -122,9 +120,8 @@ class _ChunkBuilder:
 
     def __init__(self, max_depth: int):
         self.num_tokens = 0
-        self._place_at = -1 - np.arange(
-            max_depth
-        )  # place in the chunk, or -1 - depth: carried from an earlier one
+        # place in the chunk, or -1 - depth: carried from an earlier one
+        self._place_at = -1 - np.arange(max_depth)
         self._reset()
 
     def add(self, ids: np.ndarray, flags: np.ndarray, depth: int, ends: int | None) -> None:
@@ -132,9 +129,8 @@ class _ChunkBuilder:
         end = start + len(ids)
         predictors = np.arange(start - 1, end - 1)
         if len(ids):
-            predictors[0] = (
-                self._place_at[depth - 1] if depth else -1
-            )  # the first token of a sequence is never a target
+            # the first token of a sequence is never a target
+            predictors[0] = self._place_at[depth - 1] if depth else -1
             self._place_at[depth : depth + len(ids)] = np.arange(start, end)
         targets = np.flatnonzero(flags)
         self._tokens.append(ids)

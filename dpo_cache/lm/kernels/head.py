@@ -23,10 +23,8 @@ ROWS_STEP = 64
 # Logits at a time: on a CPU few enough that the allocator hands the same memory out again, on a GPU enough to
 # fill it.
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**25, "mps": 2**25}
-LOGITS_PER_SLICE = {
-    **LOGITS_PER_CHUNK,
-    "cpu": 2**21,
-}  # of a slice of the vocabulary: on a CPU so few that they stay in the cache
+# of a slice of the vocabulary: on a CPU so few that they stay in the cache
+LOGITS_PER_SLICE = {**LOGITS_PER_CHUNK, "cpu": 2**21}
 
 
 def token_logps(
@@ -122,9 +120,8 @@ class _TargetLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         exponentials_TV, totals_T, targets_T = ctx.saved_tensors
-        grad_TV = exponentials_TV.mul_(
-            (-grads[0] / totals_T)[:, None]
-        )  # minus softmax; the buffer is used up
+        # minus softmax; the buffer is used up
+        grad_TV = exponentials_TV.mul_((-grads[0] / totals_T)[:, None])
         grad_TV.scatter_add_(1, targets_T[:, None], grads[0][:, None])
         return grad_TV.to(ctx.dtype), None
 
@@ -189,16 +186,16 @@ class _HeadLogps(torch.autograd.Function):
             (unscaled_TD,) = ctx.saved_tensors
             return (unscaled_TD * grads[0][:, None]).to(unscaled_TD.dtype), None, None, None
         hidden_TD, weight_VD, targets_T, peak_T, total_T = ctx.saved_tensors
-        grad_hidden_TD = (
-            torch.zeros_like(hidden_TD, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        )  # a sum over slices
+        # a sum over slices
+        grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.empty_like(weight_VD)
         scale_T1 = (-grads[0] / total_T)[:, None]
         for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
             stop, weight_SD = start + len(weight_SD), weight_SD.to(hidden_TD.dtype)
+            # minus softmax
             grad_TS = (
                 ctx.products.output(hidden_TD, weight_SD).float().sub_(peak_T[:, None]).exp_().mul_(scale_T1)
-            )  # minus softmax
+            )
             inside_T, places_T = _places(targets_T, start, stop)
             grad_TS.scatter_add_(1, places_T[:, None], torch.where(inside_T, grads[0], 0)[:, None])
             grad_TS = grad_TS.to(hidden_TD.dtype)

@@ -19,11 +19,8 @@ import torch
 from dpo_cache.lm.device import autocast_dtype
 from dpo_cache.lm.patches import Patches
 
-KINDS = (
-    "Linear",
-    "Linear4bit",
-    "Linear8bitLt",
-)  # of PEFT's layers: the base's weights are plain, or held by bitsandbytes
+# of PEFT's layers: the base's weights are plain, or held by bitsandbytes
+KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
 
 
 def use_fast_lora(model: torch.nn.Module, patches: Patches | None = None) -> int:

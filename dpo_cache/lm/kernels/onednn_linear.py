@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 from dpo_cache.lm.patches import Patches
 
 PROBE_TOKENS = 256
-LEAST_WEIGHTS = (
-    2**17
-)  # of a layer: where the largest is smaller, calls cost more than products, and times tell nothing
+# of a layer: where the largest is smaller, calls cost more than products, and times tell nothing
+LEAST_WEIGHTS = 2**17
 MIN_SPEEDUP = 0.95  # of MKL's time that oneDNN may take to be worth the change
 CLEAR_SPEEDUP = 0.8  # the same where two runs are to decide alike, whatever else the machine does
 
@@ -72,9 +71,8 @@ class Products:
 
     output: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x, weight -> [N, out]
     for_inputs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # grad, weight -> [N, in]
-    for_weight: Callable[
-        [torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
-    ]  # grad, x, weight -> [out, in]
+    # grad, x, weight -> [out, in]
+    for_weight: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def products_of(layer: torch.nn.Module) -> Products:
@@ -98,9 +96,8 @@ class _OneDnnLinear(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.save_for_backward(
-            inputs if weight.requires_grad else None, weight
-        )  # under an adapter it is frozen
+        # under an adapter it is frozen
+        ctx.save_for_backward(inputs if weight.requires_grad else None, weight)
         ctx.shape = inputs.shape
         return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 

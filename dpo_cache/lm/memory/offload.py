@@ -128,9 +128,8 @@ class _Staying:
     def __init__(self, layer: torch.nn.Module, kwargs: dict[str, Any]):
         given = [tensor for value in kwargs.values() for tensor in _tensors(value)]
         self._pointers = {_pointer(tensor) for tensor in (*layer.parameters(), *layer.buffers(), *given)}
-        self._masks: dict[Any, Any] = getattr(
-            kwargs.get("forest_plan"), "masks", {}
-        )  # the first layer to need one adds it
+        # the first layer to need one adds it
+        self._masks: dict[Any, Any] = getattr(kwargs.get("forest_plan"), "masks", {})
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         pointer = _pointer(tensor)

@@ -52,10 +52,8 @@ EXPENSIVE = (
 )  # fmt: skip
 
 
-ACTIVATIONS = (
-    "torch.nn.modules.activation",
-    "transformers.activations",
-)  # modules whose classes are functions of a value
+# modules whose classes are functions of a value
+ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 # Products of so few numbers each are cheaper to repeat than to keep: what adapters of low rank give. By
 # operator, which argument they multiply.
@@ -180,9 +178,8 @@ def activation_bytes(model: PreTrainedModel, num_tokens: int, mode: str) -> floa
     """About how much the layers keep of a forest of so many tokens until its backward pass has ended."""
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
     modules = [entry for layer in decoder_layers(model) for entry in layer.named_modules()]
-    outputs = sum(
-        _num_outputs(module, chosen) for name, module in modules if "lora_B" not in name
-    )  # those are added to what is kept anyway
+    # those are added to what is kept anyway
+    outputs = sum(_num_outputs(module, chosen) for name, module in modules if "lora_B" not in name)
     return FLOATS_KEPT[mode] * outputs * num_tokens * next(model.parameters()).element_size()
 
 

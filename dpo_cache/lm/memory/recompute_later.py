@@ -97,18 +97,14 @@ class RecomputeTape:
 
     def enter(self, output: torch.Tensor, call: _RecordedCall, inputs: Sequence[torch.Tensor]) -> None:
         if _storage(output) not in map(_storage, inputs):  # else it takes no memory of its own
-            self._calls[_storage(output)] = (
-                call,
-                output.detach(),
-                output._version,
-            )  # held: no other storage gets this address meanwhile
+            # held: no other storage gets this address meanwhile
+            self._calls[_storage(output)] = (call, output.detach(), output._version)
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """The recipe and which part of its output the tensor is, or whatever keeps it."""
         call, output, version = self._calls.get(_storage(tensor), (None, tensor, 0))
-        if (
-            call is None or output._version != version or tensor.dtype != output.dtype
-        ):  # changed in place: what the recipe gives is another
+        # changed in place: what the recipe gives is another
+        if call is None or output._version != version or tensor.dtype != output.dtype:
             return self.keep(tensor)
         return _OutputView(call, tensor)
 

@@ -40,11 +40,8 @@ UNSUITED_FIELDS = {
     "megatron_config": "layers of Megatron are not in models of transformers",
 }
 
-PLAIN_STARTS = (
-    True,
-    False,
-    "gaussian",
-)  # of LoRA; PiSSA, OLoRA, LoftQ and kin move a part of the base into the adapter
+# of LoRA; PiSSA, OLoRA, LoftQ and kin move a part of the base into the adapter
+PLAIN_STARTS = (True, False, "gaussian")
 
 # Fields of an adapter's config that cannot change what it computes, or that its tensors' names tell.
 # fmt: off

@@ -164,9 +164,8 @@ def checkpoint_files(location: str, *, revision: str | None = None) -> list[Path
             "Merge it into its base (peft)."
         )
     index = folder / "model.safetensors.index.json"
-    names = (
-        ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
-    )  # transformers takes it before the index
+    # transformers takes it before the index
+    names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
     if not names and index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

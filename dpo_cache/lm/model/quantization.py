@@ -60,13 +60,11 @@ def loading_config(name: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def prepare_layers(model: PreTrainedModel) -> None:
     """Make freshly loaded bitsandbytes layers fit for training on any device."""
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
-        logging.ERROR
-    )  # it warns of each product whose inputs are not float16
+    # it warns of each product whose inputs are not float16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in model.modules():
-        if hasattr(
-            module, "support_avx512bf16_for_cpu"
-        ):  # it would repack the weights for inference, in a form that has no backward pass
+        # it would repack the weights for inference, in a form that has no backward pass
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 

@@ -188,9 +188,8 @@ class LocalFolder:
     # -- publishing ------------------------------------------------------------------------------------
 
     def _publish(self, target: Path, content: bytes) -> None:
-        scratch = target.with_name(
-            f".{secrets.token_hex(8)}.tmp"
-        )  # no longer than any name that is published
+        # no longer than any name that is published
+        scratch = target.with_name(f".{secrets.token_hex(8)}.tmp")
         self._make_folder(target.parent)
         try:
             self._write(scratch, content)

@@ -30,10 +30,8 @@ from dpo_cache.store.folders.retries import remote_error, with_retries
 Result = TypeVar("Result")
 
 CONNECT_S, READ_S = 10, 60
-CALL_S, SLOWEST_BYTES_PER_S = (
-    120.0,
-    100_000,
-)  # a whole call: some waits have no time-out of their own, as that for a PUT to be asked for its body
+# a whole call: some waits have no time-out of their own, as that for a PUT to be asked for its body
+CALL_S, SLOWEST_BYTES_PER_S = (120.0, 100_000)
 LISTING_S = 1800.0
 CHUNK_BYTES = 32 << 20  # fetched by one request: what a broken connection costs
 THREADS = 8
@@ -114,9 +112,10 @@ class RemoteFolder:
         """Write the whole file in one PUT."""
         if is_part_name(_base(name)) and self._find_size(name) == len(content):
             return
+        # s3fs cuts up what is larger
         options = (
             {"chunksize": min(max(len(content), 1), 2 << 30)} if "s3" in self.filesystem.protocol else {}
-        )  # s3fs cuts up what is larger
+        )
         self._call(
             "write",
             name,
@@ -188,9 +187,8 @@ class RemoteFolder:
         )
         listed = {_base(entry.rstrip("/")) for entry in found or () if entry.rstrip("/") != path}
         prefix = f"{folder}/" if folder else ""
-        for name, is_published in list(
-            self._own.items()
-        ):  # what the listing may not know yet is asked for by its own name
+        # what the listing may not know yet is asked for by its own name
+        for name, is_published in list(self._own.items()):
             if not name.startswith(prefix):
                 continue
             child = name[len(prefix) :].split("/")[0]

@@ -20,14 +20,8 @@ from dpo_cache.log import log_remark
 
 Result = TypeVar("Result")
 
-WAITS_S = (
-    0.5,
-    1.0,
-    2.0,
-    4.0,
-    8.0,
-    16.0,
-)  # between the tries; up to half of each is taken off at random, so that writers do not meet again
+# between the tries; up to half of each is taken off at random, so that writers do not meet again
+WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 SAID_AFTER_S = 3.0  # of trying in vain
 
 PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}

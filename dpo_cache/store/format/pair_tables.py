@@ -53,13 +53,8 @@ from dpo_cache.types import Completion, Pair, Score, ScoredPair, split_lists
 
 MOST_PART_PAIRS = 8192
 MANIFEST_FORMAT = "dpo-cache pairs"
-OPTIONAL = {
-    "source": dict,
-    "tokenization": dict,
-    "pairs_digest": str,
-    "imported": bool,
-    "token_logps": bool,
-}  # members, and their kinds
+# members, and their kinds
+OPTIONAL = {"source": dict, "tokenization": dict, "pairs_digest": str, "imported": bool, "token_logps": bool}
 PAIR_SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),

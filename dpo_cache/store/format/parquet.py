@@ -32,13 +32,8 @@ REMEDY = (
     "Delete it and run the `dpo-cache precompute` that made it again: it scores only what is missing."
 )
 
-DAMAGE = (
-    pa.ArrowException,
-    OSError,
-    ValueError,
-    IndexError,
-    OverflowError,
-)  # what reading a bad file may raise, in Arrow and in `pages.py`
+# what reading a bad file may raise, in Arrow and in `pages.py`
+DAMAGE = (pa.ArrowException, OSError, ValueError, IndexError, OverflowError)
 HASH_BYTES = 2**20  # read at once while a file is hashed
 MOST_OPEN = 64  # files of one index or pair set that are kept open
 
@@ -162,9 +157,8 @@ class ParquetReaders:
         place = f"{self._place}/{name}"
         if name in self._held:
             return open_verified(self._folder, place, self._schema, self._held[name])
-        if (
-            name in self._hashed
-        ):  # as before, if its footer is: the pages that this leads to have checksums of their own
+        # as before, if its footer is: the pages that this leads to have checksums of their own
+        if name in self._hashed:
             reader = ParquetReader(open_source(self._folder, place), self._schema, f"{self._folder}/{place}")
             if reader.footer.digest == self._hashed[name]:
                 return reader

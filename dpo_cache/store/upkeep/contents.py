@@ -196,10 +196,8 @@ def precompute_line(cache: str, manifest: Document, reference: Document | None) 
             },
         )
         options |= {"quantize": quantize} if (quantize := quantization_name(identity)) != "none" else {}
-        options |= {
-            "dtype": identity.get("dtype", "auto"),
-            "limit": source.get("rows_read"),
-        }  # rows may have been added since
+        # rows may have been added since
+        options |= {"dtype": identity.get("dtype", "auto"), "limit": source.get("rows_read")}
         options |= (
             {"ranked-pairs": source["ranked_pairs"]} if source.get("ranked_pairs", "all") != "all" else {}
         )

@@ -24,12 +24,8 @@ from dpo_cache.store.upkeep.compare import (
 )
 from dpo_cache.store.upkeep.contents import classify, count_rows
 
-TOLD = (
-    "num_pairs",
-    "reference",
-    "pairs_digest",
-    "tokenization",
-)  # of a manifest; its source and date say where it is from, not what it is
+# of a manifest; its source and date say where it is from, not what it is
+TOLD = ("num_pairs", "reference", "pairs_digest", "tokenization")
 
 
 @dataclass(frozen=True)

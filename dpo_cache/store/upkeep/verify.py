@@ -65,9 +65,8 @@ class VerifyReport:
     pair_sets: int = 0
     pairs: int = 0
     problems: list[Problem] = field(default_factory=list)
-    unreferenced: list[str] = field(
-        default_factory=list
-    )  # parts that no manifest names: of replaced pair sets, or of a writer at work
+    # parts that no manifest names: of replaced pair sets, or of a writer at work
+    unreferenced: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)  # files of no kind that a cache has
     repair: Any = None  # the `RepairReport` of `dpo_cache.verify(..., repair=True)`
     rescored: list[Any] = field(default_factory=list)  # its `RescoreReport`s, one for each reference
@@ -267,9 +266,8 @@ class _Verification:
                 [file for file in shards if file in left],
                 [file for file in parts if file in left],
             )
-            found_apart = compare_files(
-                self.folder, shards, parts, allowed, 4 * scored.num_tokens
-            )  # the rest was compacted meanwhile
+            # the rest was compacted meanwhile
+            found_apart = compare_files(self.folder, shards, parts, allowed, 4 * scored.num_tokens)
         for apart in found_apart:
             file = (
                 apart.file

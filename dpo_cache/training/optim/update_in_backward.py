@@ -45,9 +45,8 @@ class OptimizerInBackward:
             yield
         finally:
             self._is_last = False
-        for place, parameter in enumerate(
-            self._updater.parameters
-        ):  # what only earlier passes of the step gave a gradient
+        # what only earlier passes of the step gave a gradient
+        for place, parameter in enumerate(self._updater.parameters):
             if parameter.grad is not None:
                 self._use(place, parameter)
 
@@ -55,9 +54,8 @@ class OptimizerInBackward:
         """Norm of the step's gradient, as `clip_grad_norm_` gives it; the next step may begin."""
         norms = [self._norms[place] for place in sorted(self._norms)]
         self._norms = {}
-        return (
-            torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(torch.nan)
-        )  # nothing was updated
+        # nothing was updated
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(torch.nan)
 
     def _take(self, place: int, parameter: torch.Tensor) -> None:
         if self._is_last:

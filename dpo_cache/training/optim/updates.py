@@ -18,9 +18,8 @@ import torch
 from dpo_cache.errors import TrainingError
 from dpo_cache.training.optim.rounding import join_float, split_float, stochastic_bf16
 
-Build = Callable[
-    [Sequence[torch.nn.Parameter], Sequence[int]], torch.optim.Optimizer
-]  # from leaves and how many dimensions they stand for
+# from leaves and how many dimensions they stand for
+Build = Callable[[Sequence[torch.nn.Parameter], Sequence[int]], torch.optim.Optimizer]
 
 REST, UPDATES = "rest", "updates"  # what a bfloat16 parameter's state holds besides the optimizer's
 
@@ -107,11 +106,12 @@ class Updater:
         """
         found: dict[str, Any] = {}
         for slot in self._slots:
+            # a constant
             state = {
                 key: value
                 for key, value in self._base.state.get(slot.leaf, {}).items()
                 if not key.startswith("qmap")
-            }  # a constant
+            }
             if slot.stands_in and slot.num_updates:
                 state |= {UPDATES: slot.num_updates} | ({REST: slot.rest} if slot.rest is not None else {})
             found |= {f"{slot.name}/{key}": _as_tensor(value) for key, value in state.items()}
@@ -142,9 +142,8 @@ class Updater:
             slot.num_updates = int(saved.pop(UPDATES))
             slot.rest = saved.pop(REST).to(slot.parameter.device) if REST in saved else None
         with self._alone(slot), self._filled(slot):
-            if hasattr(
-                self._base, "init_state"
-            ):  # bitsandbytes: makes buffers of its own, some of them paged
+            # bitsandbytes: makes buffers of its own, some of them paged
+            if hasattr(self._base, "init_state"):
                 self._base.init_state(self._base.param_groups[0], slot.leaf, 0, 0)
                 state = self._base.state[slot.leaf]
                 for key, value in saved.items():
@@ -155,12 +154,13 @@ class Updater:
                     )
             else:
                 fused = bool(self._base.defaults.get("fused"))
+                # AdamW counts its steps on the CPU unless it is fused
                 self._base.state[slot.leaf] = {
                     key: _from_tensor(
                         value if key == "step" and not fused else value.to(slot.parameter.device)
                     )
                     for key, value in saved.items()
-                }  # AdamW counts its steps on the CPU unless it is fused
+                }
 
     # -- one parameter ---------------------------------------------------------------------------------
 

@@ -8,16 +8,11 @@ from __future__ import annotations
 from dpo_cache.losses.metrics import Metrics
 
 EVAL = "eval/"
-TRL_NAMES = {
-    "lr": "learning_rate",
-    "num_tokens": "tokens_run",
-}  # TRL's num_tokens is another count: tokens read since the start
+# TRL's num_tokens is another count: tokens read since the start
+TRL_NAMES = {"lr": "learning_rate", "num_tokens": "tokens_run"}
 ORIGINAL_NAMES = {"pairs_per_s": "examples_per_second"}
-ORIGINAL_GROUPS = (
-    "rewards",
-    "logps",
-    "loss",
-)  # their names say train or eval: rewards_train/chosen, loss/train
+# their names say train or eval: rewards_train/chosen, loss/train
+ORIGINAL_GROUPS = ("rewards", "logps", "loss")
 
 
 def tracked_names(line: Metrics, log_names: str, tracker: str, *, epoch: float, num_examples: int) -> Metrics:

@@ -32,12 +32,8 @@ from dpo_cache.losses.metrics import Metrics
 from dpo_cache.training.output.tracker_names import tracked_names
 
 FILE, FOLDER = "trackers.json", "tensorboard"
-PACKAGES = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "trackio": "trackio",
-    "mlflow": "mlflow-skinny",
-}  # tracker -> its name for pip
+# tracker -> its name for pip
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow-skinny"}
 PROJECT = "dpo-cache"
 PROJECT_VARIABLES = {
     "wandb": "WANDB_PROJECT",
