@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from dpo_cache.cli.output import remark
 from dpo_cache.cli.signals import Interrupted
-from dpo_cache.options.base import Options, flag_of, old_names
+from dpo_cache.options.base import Options, flag_of, old_names, sections
 
 BY_FLAG = "dpo_cache.by_flag"  # in a context: the positional arguments that were given by their flag
 FLAG_SUFFIX = "__flag"  # of the parameter that takes such a flag
@@ -153,9 +153,9 @@ def _either(options_class: type[Options]) -> list[Field[Any]]:
 
 
 def _parameters(options_class: type[Options], *, may_lack: bool) -> list[inspect.Parameter]:
-    hints, parameters, group = get_type_hints(options_class), [], None
-    for entry in fields(options_class):  # type: ignore[arg-type]
-        group = options_class.groups.get(entry.name, group)
+    hints, parameters = get_type_hints(options_class), []
+    entries = [(group, entry) for group, found in sections(options_class).items() for entry in found]
+    for group, entry in entries:
         if entry.metadata["positional"]:
             parameters.append(_positional(entry, hints[entry.name], may_lack=may_lack))
             if flag := entry.metadata["flag"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ from dpo_cache.evaluation.measures import (
 )
 from dpo_cache.evaluation.scoring import PairColumns
 from dpo_cache.losses.metrics import Metrics, PairMetrics
-from dpo_cache.losses.objective import Objective, PairLogps
-from dpo_cache.losses.table import loss_terms
+from dpo_cache.losses.objective import PairLogps
 from dpo_cache.options.evaluate import EvalOptions
+from dpo_cache.training.pair_logps import objective_of
 from dpo_cache.training.step_zero import TOLERANCES, UNKNOWN_DTYPE
 
 
@@ -91,19 +91,18 @@ class EvalReport:
     pairs_per_s: float
     peak_bytes: int
     output: str | None
+    remarks: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return (
+            f"<EvalReport of {self.model} on {self.pairs}: {self.num_pairs:,} pairs, accuracy "
+            f"{self.accuracy.share:.1%}, loss {self.metrics['loss']:.4f}>"
+        )
 
 
 def find_rewards(columns: PairColumns, options: EvalOptions) -> Rewards:
     """Rewards and metrics of training's own objective, all pairs taken as one batch."""
-    objective = Objective(
-        terms=loss_terms(options.loss),
-        beta=options.beta,
-        label_smoothing=options.label_smoothing,
-        discopop_tau=options.discopop_tau,
-        simpo_gamma=options.simpo_gamma,
-        cpo_alpha=options.cpo_alpha,
-    )
-    losses = objective.pair_losses(_pair_logps(columns), float(columns.chosen_tokens.mean()))
+    losses = objective_of(options).pair_losses(_pair_logps(columns), float(columns.chosen_tokens.mean()))
     means = PairMetrics()
     means.add(losses.metrics)
     chosen, rejected = (losses.metrics[f"rewards/{side}"].numpy() for side in ("chosen", "rejected"))

@@ -1,19 +1,20 @@
-"""Which losses a run trains on: their weighted sum, and what they are given of policy and reference."""
+"""A weighted sum of losses as a pure function of log-probs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from dpo_cache.losses import policy_losses
-from dpo_cache.losses import reference_losses as losses
-from dpo_cache.losses.table import MARGIN_LOSSES, POLICY_LOSSES, SFT_LOSSES, SORTED_LOSSES
+from dpo_cache.losses import policy_losses, reference_losses
+from dpo_cache.losses.entry import Loss
+from dpo_cache.losses.table import LOSSES, LossSettings
 
 
 @dataclass(frozen=True)
 class PairLogps:
-    """What the losses look at: log-probs of P pairs in nats, one value a pair."""
+    """The inputs of the losses: log-probs of P pairs in nats, one value a pair."""
 
     chosen: torch.Tensor  # of the policy, summed over tokens, by LD-DPO's weights if it is on
     rejected: torch.Tensor
@@ -34,24 +35,13 @@ class PairLosses:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
-    """A weighted sum of losses with its settings, named as the options of `dpo-cache train`.
+class Objective(LossSettings):
+    """A weighted sum of losses, loss -> weight, with their settings.
 
-    The loss of a step is the mean over its pairs of what `losses` gives, plus the router loss.
+    The loss of a step is the mean over its pairs of `pair_losses`, plus the weighted router loss.
     """
 
     terms: dict[str, float]
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    f_divergence: str = "reverse_kl"
-    f_alpha: float = 0.5
-    ld_alpha: float | None = None
-    ld_reference: bool = True
-    wpo: str = "off"
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-    cpo_alpha: float = 1.0
-    reference_free: bool = False
     router_coefficient: float = 0.0
 
     @property
@@ -59,20 +49,17 @@ class Objective:
         """Whether a pair's gradient depends on the other pairs of its step, beyond their number and
         lengths.
         """
-        return bool(self.router_coefficient) or any(name in SORTED_LOSSES for name in self.terms)
+        return bool(self.router_coefficient) or any(LOSSES[name].whole_step for name in self.terms)
 
     @property
     def has_reference(self) -> bool:
         """Whether the rewards of its metrics are against the reference."""
-        return not (
-            any(name in POLICY_LOSSES for name in self.terms)
-            and set(self.terms) <= {*POLICY_LOSSES, *SFT_LOSSES}
-        )
+        return not self._policy_only
 
     @property
     def prefers(self) -> bool:
         """Whether any of its losses compares chosen with rejected answers."""
-        return not set(self.terms) <= set(SFT_LOSSES)
+        return any(LOSSES[name].prefers for name in self.terms)
 
     @property
     def is_logistic(self) -> bool:
@@ -80,10 +67,16 @@ class Objective:
         gradient is, too.
         """
         return (
-            set(self.terms) <= {"sigmoid", "sigmoid_norm", *SORTED_LOSSES}
-            and len(self.terms) == 1
+            len(self.terms) == 1
+            and all(LOSSES[name].is_logistic for name in self.terms)
             and not self.label_smoothing
         )
+
+    @property
+    def _policy_only(self) -> list[Loss]:
+        """The losses that compare answers without the reference, where no loss takes the reference."""
+        losses = [LOSSES[name] for name in self.terms]
+        return [] if any(loss.has_reference for loss in losses) else [loss for loss in losses if loss.prefers]
 
     def pair_losses(self, pairs: PairLogps, mean_chosen_tokens: float) -> PairLosses:
         """Losses of pairs whose log-probs are at hand, without the router loss."""
@@ -98,101 +91,65 @@ class Objective:
         return PairLosses(total, {**losses.metrics, "loss": total, "aux_loss": aux.expand_as(total)})
 
     def _losses_of(self, name: str, pairs: PairLogps, mean_chosen_tokens: float) -> torch.Tensor:
-        if name in SFT_LOSSES:
-            return policy_losses.sft_losses(
-                pairs.chosen_sums, pairs.chosen_lengths if name == "sft_norm" else mean_chosen_tokens
-            )
-        if name in POLICY_LOSSES:
-            return self._of_policy(name, pairs, mean_chosen_tokens)
-        return (
-            self._of_margin(name, pairs) if name in MARGIN_LOSSES else self._of_logratios(name, pairs)
-        ) * pairs.weights
+        entry = LOSSES[name]
+        inputs = {key: self._input(key, pairs, mean_chosen_tokens) for key in entry.inputs}
+        settings = {key: getattr(self, key) for key in entry.settings}
+        losses: torch.Tensor = loss_function(entry)(**inputs, **settings)
+        return losses * pairs.weights if entry.has_reference else losses
 
-    def _of_margin(self, name: str, pairs: PairLogps) -> torch.Tensor:
-        beta, smoothing = self.beta, self.label_smoothing
+    def _input(self, name: str, pairs: PairLogps, mean_chosen_tokens: float) -> torch.Tensor | float:
+        """An input of loss functions, as `INPUTS` describes it."""
+        match name:
+            case "margins":
+                chosen, rejected = self._scores(pairs)
+                return chosen - rejected
+            case "mean_margins":
+                chosen, rejected = self._scores(pairs)
+                return chosen / pairs.chosen_lengths - rejected / pairs.rejected_lengths
+            case "chosen_logratios":
+                return pairs.chosen - pairs.ref_chosen
+            case "rejected_logratios":
+                return pairs.rejected - pairs.ref_rejected
+            case "policy_margins":
+                return pairs.chosen - pairs.rejected
+            case "reference_margins":
+                return pairs.ref_chosen - pairs.ref_rejected
+            case "chosen_logps":
+                return pairs.chosen
+            case "rejected_logps":
+                return pairs.rejected
+            case "chosen_sums" | "chosen_lengths" | "rejected_lengths":
+                return getattr(pairs, name)  # type: ignore[no-any-return]
+            case "mean_chosen_tokens":
+                return mean_chosen_tokens
+        raise AssertionError(name)
+
+    def _scores(self, pairs: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of the chosen and of the rejected completions: log-ratios after the f-divergence."""
+        logratios = (
+            (pairs.chosen, pairs.rejected)
+            if self.reference_free
+            else (pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected)
+        )
         chosen, rejected = (
-            self._scores(pairs.chosen, pairs.ref_chosen),
-            self._scores(pairs.rejected, pairs.ref_rejected),
+            reference_losses.divergence_scores(values, self.f_divergence, self.f_alpha)
+            for values in logratios
         )
-        if name in ("ipo_norm", "sigmoid_norm"):
-            chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
-        margins = chosen - rejected
-        match name:
-            case "sigmoid":
-                return losses.sigmoid_losses(margins, beta, smoothing)
-            case "sigmoid_norm":
-                return losses.sigmoid_losses(margins, beta)
-            case "hinge":
-                return losses.hinge_losses(margins, beta)
-            case "ipo" | "ipo_norm":
-                return losses.ipo_losses(margins, beta)
-            case "exo_pair":
-                return losses.exo_pair_losses(margins, beta, smoothing)
-            case "robust":
-                return losses.robust_losses(margins, beta, smoothing)
-            case "discopop":
-                return losses.discopop_losses(margins, beta, self.discopop_tau)
-        raise AssertionError(name)
-
-    def _of_logratios(self, name: str, pairs: PairLogps) -> torch.Tensor:
-        beta = self.beta
-        chosen, rejected = pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
-        match name:
-            case "nca_pair":
-                return losses.nca_pair_losses(chosen, rejected, beta)
-            case "bco_pair":
-                return losses.bco_pair_losses(chosen, rejected, beta)
-            case "sppo_hard":
-                return losses.sppo_hard_losses(chosen, rejected, beta)
-            case "apo_zero":
-                return losses.apo_zero_losses(chosen, rejected, beta)
-            case "apo_down":
-                return losses.apo_down_losses(chosen, rejected, beta)
-            case "aot":
-                return losses.aot_losses(
-                    pairs.chosen - pairs.rejected,
-                    pairs.ref_chosen - pairs.ref_rejected,
-                    beta,
-                    self.label_smoothing,
-                )
-            case "aot_unpaired":
-                return losses.aot_losses(chosen, rejected, beta, self.label_smoothing)
-        raise AssertionError(name)
-
-    def _of_policy(self, name: str, pairs: PairLogps, mean_chosen_tokens: float) -> torch.Tensor:
-        chosen, rejected, beta = pairs.chosen, pairs.rejected, self.beta
-        lengths = (pairs.chosen_lengths, pairs.rejected_lengths)
-        match name:
-            case "simpo":
-                return policy_losses.simpo_losses(
-                    chosen, rejected, *lengths, beta, self.simpo_gamma, self.label_smoothing
-                )
-            case "orpo":
-                return policy_losses.orpo_losses(chosen, rejected, *lengths, beta)
-            case "cpo":
-                preference = policy_losses.cpo_losses(chosen, rejected, beta, self.label_smoothing)
-                return preference + self.cpo_alpha * policy_losses.sft_losses(
-                    pairs.chosen_sums, mean_chosen_tokens
-                )
-            case "slic":
-                return policy_losses.slic_losses(chosen, rejected, beta)
-        raise AssertionError(name)
-
-    def _scores(self, logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        return losses.divergence_scores(
-            logps if self.reference_free else logps - reference, self.f_divergence, self.f_alpha
-        )
+        return chosen, rejected
 
     def _metrics(self, pairs: PairLogps) -> dict[str, torch.Tensor]:
-        """Rewards are against the reference, or the policy's own where every loss leaves the reference out,
-        as in TRL's trainers of those.
+        """Rewards are against the reference, or the policy's own where no loss takes the reference, as in
+        TRL's trainers of those losses.
         """
-        chosen, rejected = pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
-        if not self.has_reference:
+        if not self._policy_only:
+            chosen, rejected = pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected
+        elif self._policy_only[0].per_token:
+            chosen, rejected = (
+                pairs.chosen / pairs.chosen_lengths,
+                pairs.rejected / pairs.rejected_lengths,
+            )
+        else:
             chosen, rejected = pairs.chosen, pairs.rejected
-            alone = [name for name in self.terms if name in POLICY_LOSSES]
-            if alone[0] in ("simpo", "orpo"):
-                chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
         chosen, rejected = self.beta * chosen.detach(), self.beta * rejected.detach()
         return {
             "rewards/chosen": chosen,
@@ -202,3 +159,9 @@ class Objective:
             "logps/chosen": pairs.chosen,
             "logps/rejected": pairs.rejected,
         }
+
+
+def loss_function(entry: Loss) -> Callable[..., torch.Tensor]:
+    """The function of a loss, found by its name."""
+    found = getattr(reference_losses, entry.function, None)
+    return found or getattr(policy_losses, entry.function)  # type: ignore[no-any-return]

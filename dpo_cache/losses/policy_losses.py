@@ -14,13 +14,18 @@ from dpo_cache.losses.reference_losses import hinge_losses, sigmoid_losses
 MOST_CERTAIN = -1e-7  # nats a token; nearer to 0 the odds of a completion are infinite
 
 
-def sft_losses(chosen_logps: torch.Tensor, tokens_per_pair: torch.Tensor | float) -> torch.Tensor:
-    """Negative log-likelihood of the chosen completion, over a number of tokens.
-
-    Over its own length: the mean over pairs of per-token means, as LLaMA-Factory's `pref_ftx` and the NLL
-    term of RPO (Eq. 1, arXiv:2404.19733). Over the mean length in the step: the mean over tokens, as TRL.
+def sft_losses(chosen_sums: torch.Tensor, mean_chosen_tokens: torch.Tensor | float) -> torch.Tensor:
+    """Negative log-likelihood of the chosen completion, over the mean length in the step: the mean of a step
+    is the mean over its tokens, as in TRL.
     """
-    return -chosen_logps / tokens_per_pair
+    return -chosen_sums / mean_chosen_tokens
+
+
+def sft_norm_losses(chosen_sums: torch.Tensor, chosen_lengths: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of the chosen completion, over its own length, as LLaMA-Factory's `pref_ftx`
+    and the NLL term of RPO (Eq. 1, arXiv:2404.19733).
+    """
+    return -chosen_sums / chosen_lengths
 
 
 def simpo_losses(
@@ -29,22 +34,31 @@ def simpo_losses(
     chosen_lengths: torch.Tensor,
     rejected_lengths: torch.Tensor,
     beta: float,
-    gamma: float = 0.5,
+    simpo_gamma: float = 0.5,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """SimPO: `-log sigmoid(beta (chosen / length - rejected / length) - gamma)` (Eq. 6, arXiv:2405.14734).
 
-    beta is usually 2 to 10, gamma, the target margin, 0.3 to 1.6.
+    beta is usually 2 to 10; gamma, the target margin, is `simpo_gamma`, 0.3 to 1.6.
     """
     margins = chosen_logps / chosen_lengths - rejected_logps / rejected_lengths
-    return sigmoid_losses(margins - gamma / beta, beta, label_smoothing)
+    return sigmoid_losses(margins - simpo_gamma / beta, beta, label_smoothing)
 
 
 def cpo_losses(
-    chosen_logps: torch.Tensor, rejected_logps: torch.Tensor, beta: float, label_smoothing: float = 0.0
+    chosen_logps: torch.Tensor,
+    rejected_logps: torch.Tensor,
+    chosen_sums: torch.Tensor,
+    mean_chosen_tokens: torch.Tensor | float,
+    beta: float,
+    label_smoothing: float = 0.0,
+    cpo_alpha: float = 1.0,
 ) -> torch.Tensor:
-    """CPO's preference term: `-log sigmoid(beta (chosen - rejected))` (Eq. 3, arXiv:2401.08417)."""
-    return sigmoid_losses(chosen_logps - rejected_logps, beta, label_smoothing)
+    """CPO: `-log sigmoid(beta (chosen - rejected))` plus `cpo_alpha` times `sft_losses` (Eq. 3,
+    arXiv:2401.08417).
+    """
+    preference = sigmoid_losses(chosen_logps - rejected_logps, beta, label_smoothing)
+    return preference + cpo_alpha * sft_losses(chosen_sums, mean_chosen_tokens)
 
 
 def slic_losses(chosen_logps: torch.Tensor, rejected_logps: torch.Tensor, beta: float) -> torch.Tensor:

@@ -112,12 +112,16 @@ def preference_loss(
 
 
 def sigmoid_losses(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
-    """DPO: `-log sigmoid(beta m)` (Eq. 7, arXiv:2305.18290), smoothed: conservative DPO (Eq. 3, https://ericmitchell.ai/cdpo.pdf).
-
-    Given margins of per-token averages it is the length-normalized DPO of Tülu 3 (Eq. 6, arXiv:2411.15124).
-    """
+    """DPO: `-log sigmoid(beta m)` (Eq. 7, arXiv:2305.18290), smoothed: conservative DPO (Eq. 3, https://ericmitchell.ai/cdpo.pdf)."""
     kept, flipped = -F.logsigmoid(beta * margins), F.logsigmoid(-beta * margins)
     return kept * (1 - label_smoothing) - flipped * label_smoothing
+
+
+def sigmoid_norm_losses(mean_margins: torch.Tensor, beta: float) -> torch.Tensor:
+    """Length-normalized DPO of Tülu 3: `-log sigmoid(beta m)` of per-token averages (Eq. 6,
+    arXiv:2411.15124).
+    """
+    return sigmoid_losses(mean_margins, beta)
 
 
 def hinge_losses(margins: torch.Tensor, beta: float) -> torch.Tensor:
@@ -126,11 +130,15 @@ def hinge_losses(margins: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 def ipo_losses(margins: torch.Tensor, beta: float) -> torch.Tensor:
-    """IPO: `(m - 1 / (2 beta))^2`, where beta is the paper's tau (Eq. 17, arXiv:2310.12036).
-
-    The margins are of sums in the original DPO repository, of per-token averages in TRL and LLaMA-Factory.
+    """IPO: `(m - 1 / (2 beta))^2`, where beta is the paper's tau (Eq. 17, arXiv:2310.12036); of summed
+    margins, as in the original DPO repository.
     """
     return (margins - 1 / (2 * beta)) ** 2
+
+
+def ipo_norm_losses(mean_margins: torch.Tensor, beta: float) -> torch.Tensor:
+    """IPO of per-token averages, as in TRL and LLaMA-Factory."""
+    return ipo_losses(mean_margins, beta)
 
 
 def exo_pair_losses(margins: torch.Tensor, beta: float, label_smoothing: float) -> torch.Tensor:
@@ -156,16 +164,16 @@ def robust_losses(margins: torch.Tensor, beta: float, label_smoothing: float) ->
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def discopop_losses(margins: torch.Tensor, beta: float, tau: float = 0.05) -> torch.Tensor:
+def discopop_losses(margins: torch.Tensor, beta: float, discopop_tau: float = 0.05) -> torch.Tensor:
     """DiscoPOP: logistic and exponential loss of `z = beta m`, mixed by `sigmoid(z / tau)` (Eq. 5,
-    arXiv:2406.08414).
+    arXiv:2406.08414), where tau is `discopop_tau`.
 
     `-log sigmoid(z) (1 - sigmoid(z / tau)) + exp(-z) sigmoid(z / tau)`, with the last product taken in the
     exponent: written out it is infinity times zero where the margin is far below 0.
     """
     logits = beta * margins
-    logistic = -F.logsigmoid(logits) * (-logits / tau).sigmoid()
-    return logistic + (F.logsigmoid(logits / tau) - logits).exp()
+    logistic = -F.logsigmoid(logits) * (-logits / discopop_tau).sigmoid()
+    return logistic + (F.logsigmoid(logits / discopop_tau) - logits).exp()
 
 
 # -- of the two log-ratios
@@ -225,18 +233,29 @@ def apo_down_losses(
 
 
 def aot_losses(
-    upper: torch.Tensor, lower: torch.Tensor, beta: float, label_smoothing: float = 0.0
+    policy_margins: torch.Tensor, reference_margins: torch.Tensor, beta: float, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """AOT: the DPO loss of sorted `upper` minus sorted `lower`, one value a rank (Sec. 3, arXiv:2406.05882).
+    """AOT, paired: the DPO loss of the policy's sorted margins minus the reference's sorted margins, one value
+    a rank (Sec. 3, arXiv:2406.05882).
 
-    Paired (`aot`): upper is the policy's chosen minus rejected log-prob, lower the reference's. Unpaired
-    (`aot_unpaired`): upper is the chosen log-ratio, lower the rejected one. Only the mean over the batch has
-    a meaning, and it depends on which pairs are in the batch.
+    Only the mean over the batch has a meaning, and it depends on which pairs are in the batch.
     """
-    return sigmoid_losses(upper.sort().values - lower.sort().values, beta, label_smoothing)
+    return sigmoid_losses(
+        policy_margins.sort().values - reference_margins.sort().values, beta, label_smoothing
+    )
 
 
-# -- what goes into them, and their weights
+def aot_unpaired_losses(
+    chosen_logratios: torch.Tensor,
+    rejected_logratios: torch.Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """AOT, unpaired: `aot_losses` of the chosen and the rejected log-ratios."""
+    return aot_losses(chosen_logratios, rejected_logratios, beta, label_smoothing)
+
+
+# -- inputs and weights
 # --------------------------------------------------------------------
 
 

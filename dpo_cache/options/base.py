@@ -7,6 +7,7 @@ arguments, and a run writes them as JSON next to its output.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields
@@ -97,7 +98,7 @@ def switch(name: str) -> str:
 class Options:
     """Base of the option classes: checks types and choices, then what `check` adds.
 
-    `groups` names the parts of a long help: the first option of a part -> its title.
+    `groups` names the parts of a long help: the first option of a part -> its title. See `sections`.
     """
 
     groups: ClassVar[dict[str, str]] = {}
@@ -174,6 +175,24 @@ def with_new_names(
         if old in names:
             log(f"{old} is now {names[old]}.")
     return {**{name: value for name, value in given.items() if name not in names}, **renamed}
+
+
+def sections(options_class: type[Options]) -> dict[str | None, list[Field[Any]]]:
+    """The options in the order of the help, by the title of their part: None, then as in `groups`.
+
+    Within the class that defines it, an option belongs to the last title at or before it. Inherited options
+    thus keep together, and `groups` of the inheriting class says where their part comes.
+    """
+    known = {entry.name: entry for entry in fields(options_class)}  # type: ignore[arg-type]
+    found: dict[str | None, list[Field[Any]]] = {None: []}
+    found.update((title, []) for title in options_class.groups.values())
+    for definer in reversed(options_class.__mro__):
+        title = None
+        for name in inspect.get_annotations(definer):
+            title = options_class.groups.get(name, title)
+            if name in known:
+                found[title].append(known.pop(name))
+    return found
 
 
 def flag_of(entry: Any) -> str:

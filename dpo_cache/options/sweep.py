@@ -5,10 +5,10 @@ The options of `train` are read from `TrainOptions`, so that what `train` learns
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, fields, make_dataclass
+from dataclasses import MISSING, Field, make_dataclass
 from typing import Any, ClassVar, get_type_hints
 
-from dpo_cache.options.base import Options, cache_argument, flag_of, option
+from dpo_cache.options.base import Options, cache_argument, flag_of, option, sections
 from dpo_cache.options.train import TrainOptions
 
 NOT_IN_A_SWEEP = (
@@ -21,8 +21,8 @@ TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", tuple: "str"
 
 
 def swept_fields() -> list[Field[Any]]:
-    """The options of `train` that a sweep takes values of, in their order."""
-    return [entry for entry in fields(TrainOptions) if entry.name not in (*NOT_IN_A_SWEEP, *PLACES)]
+    """The options of `train` that a sweep takes values of, in the order of the help."""
+    return [entry for entries in _sections().values() for entry in entries]
 
 
 def default_of(entry: Field[Any]) -> Any:
@@ -43,7 +43,7 @@ def type_of(entry: Field[Any]) -> type:
 
 def loss_settings() -> set[str]:
     """The options that make up the objective: runs that differ in them have losses that do not compare."""
-    return {entry.name for entry in swept_fields() if _group_of(entry) == "Loss"}
+    return {entry.name for entry in _sections()["Loss"]}
 
 
 def shown_value(value: Any) -> str:
@@ -55,23 +55,18 @@ def shown_value(value: Any) -> str:
     return str(value)
 
 
-def _group_of(entry: Field[Any]) -> str | None:
-    group = None
-    for other in fields(TrainOptions):
-        group = TrainOptions.groups.get(other.name, group)
-        if other.name == entry.name:
-            return group
-    return None
+def _sections() -> dict[str | None, list[Field[Any]]]:
+    """The options of `train` that a sweep takes values of, by the title of their part of the help."""
+    left_out = (*NOT_IN_A_SWEEP, *PLACES)
+    return {
+        title: [entry for entry in entries if entry.name not in left_out]
+        for title, entries in sections(TrainOptions).items()
+    }
 
 
 def _groups() -> dict[str, str]:
     """Parts of the help; a part whose first option a sweep lacks begins at its second."""
-    groups: dict[str, str] = {}
-    for entry in swept_fields():
-        group = _group_of(entry)
-        if group and group not in groups.values():
-            groups[entry.name] = group
-    return groups
+    return {entries[0].name: title for title, entries in _sections().items() if title and entries}
 
 
 def _with_several_values(entry: Field[Any]) -> tuple[str, Any, Any]:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 from dpo_cache.errors import OptionError
-from dpo_cache.losses.table import LOSSES, check_serves, loss_terms
 from dpo_cache.options.base import (
     DEVICES,
     QUANTIZATIONS,
-    Options,
     cache_argument,
-    flag_of,
     number_or_auto,
     option,
     switch,
 )
+from dpo_cache.options.losses import LossOptions
 
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-WPO = ("off", "on", "clipped")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor")
 ROUNDINGS = ("auto", "nearest", "stochastic", "compensated")
@@ -34,12 +30,13 @@ LOG_NAMES = ("trl", "original")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(Options):
+class TrainOptions(LossOptions):
     """Options of `dpo-cache train`; see `dpo_cache.train`."""
 
     groups: ClassVar[dict[str, str]] = {
         "lora_r": "Adapter and quantization",
-        "loss": "Loss",
+        **LossOptions.groups,
+        "router_aux_loss_coef": "Loss",
         "epochs": "Optimization",
         "budget_tokens": "Memory and speed",
         "eval_pairs": "Evaluation",
@@ -86,41 +83,8 @@ class TrainOptions(Options):
         "Hold the frozen weights under an adapter in 8 or 4 bits (bitsandbytes).",
         choices=QUANTIZATIONS,
     )
-    loss: tuple[str, ...] = option(
-        ("sigmoid",),
-        f"{', '.join(LOSSES)}; repeated as NAME:WEIGHT it is a weighted sum. Default: sigmoid (DPO).",
-    )
-    beta: float = option(
-        0.1,
-        "Strength of the pull to the reference; tau for IPO, the scale of the margin for SimPO, lambda "
-        "for ORPO.",
-    )
-    label_smoothing: float = option(
-        0.0, "Assumed share of flipped labels, 0 to 0.5: cDPO, or as the loss defines it."
-    )
-    f_divergence: str = option(
-        "reverse_kl", "What holds the policy to the reference; reverse_kl is DPO.", choices=F_DIVERGENCES
-    )
-    f_alpha: float = option(0.5, "alpha of --f-divergence alpha_divergence.")
-    ld_alpha: float | None = option(
-        None, "LD-DPO: weight, 0 to 1, of the tokens past the length of a pair's shorter answer."
-    )
-    ld_reference: bool = option(
-        True, "Weight the reference's tokens under --ld-alpha, too.", flag="--ld-reference/--no-ld-reference"
-    )
-    wpo: str = option(
-        "off",
-        "WPO: weight pairs by how likely the policy is to write them; clipped: by 1 at most.",
-        choices=WPO,
-    )
-    discopop_tau: float = option(0.05, "tau of DiscoPOP.")
-    simpo_gamma: float = option(0.5, "Target margin of SimPO, after beta.")
-    cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in CPO.")
     router_aux_loss_coef: float | None = option(
         None, "Weight of a mixture of experts' router loss; 0: none. Default: the model config's."
-    )
-    reference_free: bool = option(
-        False, "Take a uniform reference in the loss.", flag=switch("reference-free")
     )
     epochs: float = option(1.0, "Passes over the pairs.")
     max_steps: int | None = option(None, "Stop after N steps, whatever --epochs says.")
@@ -218,23 +182,17 @@ class TrainOptions(Options):
     )
 
     def check(self) -> None:
-        for name in (
-            "beta",
-            "epochs",
-            "lr",
-            "weight_decay",
-            "max_grad_norm",
-            "f_alpha",
-            "discopop_tau",
-            "simpo_gamma",
-        ):
+        self.check_losses()
+        for name in ("epochs", "lr", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             self._require(
                 math.isfinite(value), f"--{name.replace('_', '-')} {value}: expected a finite number."
             )
         self._require(self.seed >= 0, f"--seed {self.seed}: expected 0 or more.")
-        self._require(self.beta > 0, f"--beta {self.beta}: expected a number above 0.")
-        self._check_losses()
+        self._require(
+            self.router_aux_loss_coef is None or 0 <= self.router_aux_loss_coef < math.inf,
+            f"--router-aux-loss-coef {self.router_aux_loss_coef}: expected 0 or more.",
+        )
         self._require(
             self.eval_pairs is None or self.eval_fraction is None,
             "--eval-pairs and --eval-fraction: give one of them.",
@@ -331,47 +289,6 @@ class TrainOptions(Options):
             not (self.dry_run and self.resume),
             "--dry-run and --resume: a dry run starts at the beginning.\nGive one of them.",
         )
-
-    def _check_losses(self) -> None:
-        names, smoothing = tuple(loss_terms(self.loss)), self.label_smoothing
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if value != entry.default:
-                check_serves(
-                    entry.name, flag_of(entry) if value is True else f"{flag_of(entry)} {value}", names
-                )
-        self._require(0 <= smoothing <= 0.5, f"--label-smoothing {smoothing}: expected 0 to 0.5.")
-        self._require(
-            "robust" not in names or smoothing < 0.5,
-            f"--label-smoothing {smoothing}: --loss robust expects less than 0.5.",
-        )
-        self._require(
-            "exo_pair" not in names or smoothing > 0,
-            "--loss exo_pair needs a --label-smoothing above 0; its paper takes 0.001.",
-        )
-        self._require(
-            self.discopop_tau > 0, f"--discopop-tau {self.discopop_tau}: expected a number above 0."
-        )
-        self._require(
-            self.ld_alpha is None or 0 <= self.ld_alpha <= 1, f"--ld-alpha {self.ld_alpha}: expected 0 to 1."
-        )
-        self._require(
-            self.ld_reference or self.ld_alpha is not None, "--no-ld-reference is used with --ld-alpha alone."
-        )
-        self._require(
-            self.f_alpha == 0.5 or self.f_divergence == "alpha_divergence",
-            "--f-alpha is used by --f-divergence alpha_divergence alone.",
-        )
-        self._require(
-            not (self.reference_free and self.f_divergence != "reverse_kl"),
-            "--reference-free and --f-divergence: there is nothing to diverge from.",
-        )
-        for name in ("cpo_alpha", "router_aux_loss_coef"):
-            value = getattr(self, name)
-            self._require(
-                value is None or 0 <= value < math.inf,
-                f"--{name.replace('_', '-')} {value}: expected 0 or more.",
-            )
 
 
 def period(flag: str, value: str | None) -> tuple[int | None, float | None]:

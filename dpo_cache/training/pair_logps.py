@@ -13,17 +13,17 @@ from dpo_cache.lm.routing import add_routings
 from dpo_cache.losses.objective import Objective, PairLogps, PairLosses
 from dpo_cache.losses.policy_losses import router_loss
 from dpo_cache.losses.reference_losses import wpo_weights
-from dpo_cache.losses.table import loss_terms
-from dpo_cache.options.train import TrainOptions
+from dpo_cache.losses.table import LossSettings
+from dpo_cache.losses.terms import loss_terms
+from dpo_cache.options.losses import LossOptions
 from dpo_cache.types import Score, ScoredPair
 
 Part = tuple[Sequence[ScoredPair], CompletionLogps]  # the policy's log-probs: all chosen, then all rejected
 
 
-def objective_of(options: TrainOptions, router_coefficient: float = 0.0) -> Objective:
+def objective_of(options: LossOptions, router_coefficient: float = 0.0) -> Objective:
     """The objective with the loss settings of the options."""
-    names = {entry.name for entry in fields(Objective)} - {"terms", "router_coefficient"}
-    settings = {name: getattr(options, name) for name in names}
+    settings = {entry.name: getattr(options, entry.name) for entry in fields(LossSettings)}
     return Objective(terms=loss_terms(options.loss), router_coefficient=router_coefficient, **settings)
 
 

@@ -12,12 +12,12 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any
 
 import dpo_cache
-from dpo_cache.options.base import flag_of
+from dpo_cache.options.base import flag_of, sections
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.options.train import TrainOptions
@@ -84,11 +84,9 @@ def options_page() -> str:
         ("train", TrainOptions),
         ("eval", EvalOptions),
     ):
-        lines += ["", f"## {command}", *_TABLE]
-        for entry in fields(options):  # type: ignore[arg-type]
-            if entry.name in options.groups:
-                lines += ["", f"### {options.groups[entry.name]}", *_TABLE]
-            lines.append(_row(entry))
+        lines += ["", f"## {command}"]
+        for title, entries in sections(options).items():
+            lines += [*(["", f"### {title}"] if title else []), *_TABLE, *map(_row, entries)]
     return "\n".join(lines) + "\n"
 
 

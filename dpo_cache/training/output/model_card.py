@@ -18,16 +18,14 @@ from huggingface_hub import ModelCardData
 from dpo_cache.errors import TrainingError
 from dpo_cache.files.atomic import write_whole
 from dpo_cache.losses.metrics import Metrics
-from dpo_cache.losses.papers import papers_of
-from dpo_cache.losses.table import SFT_LOSSES, USED_BY, loss_terms
+from dpo_cache.losses.table import LOSSES
+from dpo_cache.losses.terms import SETTINGS, is_served, loss_terms, papers_of
 from dpo_cache.options.base import flag_of
-from dpo_cache.options.train import TrainOptions, complete_config
+from dpo_cache.options.run_config import complete_config
+from dpo_cache.options.train import TrainOptions
 from dpo_cache.store.format.documents import Document
 
-LOSS_SETTINGS = (
-    "beta", "label_smoothing", "f_divergence", "f_alpha", "ld_alpha", "ld_reference", "wpo", "discopop_tau",
-    "simpo_gamma", "cpo_alpha", "reference_free", "router_aux_loss_coef",
-)  # fmt: skip
+LOSS_SETTINGS = (*SETTINGS, "router_aux_loss_coef")
 SHOWN_IN_SECTIONS = {"model", "pairs", "eval_pairs", "loss", "reference", *LOSS_SETTINGS}
 MACHINE_ONLY = {"cache", "output", "config", "resume", "dry_run", "log_to", "log_names", "trust_remote_code"}
 
@@ -183,7 +181,7 @@ def _loss(config: Mapping[str, Any]) -> str:
     used = [
         name
         for name in LOSS_SETTINGS
-        if config[name] != defaults[name] or (name == "beta" and set(names) & set(USED_BY["beta"]))
+        if config[name] != defaults[name] or (name == "beta" and is_served("beta", names))
     ]
     rows = [(f"`{name}`", f"weight {weight:g}") for name, weight in loss_terms(config["loss"]).items()]
     rows += [(f"`{_flags()[name]}`", _shown(config[name])) for name in used]
@@ -298,11 +296,9 @@ def _is_adapter(config: Mapping[str, Any]) -> bool:
 
 
 def _loss_tags(config: Mapping[str, Any]) -> list[str]:
-    """`sigmoid` is known as DPO; `ipo_norm` and the like as what they are variants of."""
-    names = [name.removesuffix("_norm").removesuffix("_pair") for name in loss_terms(config["loss"])]
-    known = ["dpo" if name == "sigmoid" else name for name in names]
-    is_preference = not all(name in SFT_LOSSES for name in loss_terms(config["loss"]))
-    return list(dict.fromkeys([*known, *(["preference-optimization"] if is_preference else [])]))
+    losses = [LOSSES[name] for name in loss_terms(config["loss"])]
+    shared = ["preference-optimization"] if any(loss.prefers for loss in losses) else []
+    return list(dict.fromkeys([*(loss.tag or loss.name for loss in losses), *shared]))
 
 
 def _clipping(config: Mapping[str, Any]) -> str:
