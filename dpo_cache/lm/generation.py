@@ -1,7 +1,7 @@
-"""Answers that a model writes: drawn from its own probabilities, nothing added and nothing cut off.
+"""Answers that a model writes: each token is drawn from the model's own probabilities.
 
-`model.generate` knows no forest plan, so a model that was switched to forest attention gets its own back
-meanwhile.
+`model.generate` passes no forest plan, so a model that was switched to forest attention gets its original
+attention for the call.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.types import TokenIds
 
-MOST_AT_ONCE = 16  # answers: on a CPU running out of memory ends the process, so it is not found by trying
+MOST_AT_ONCE = 16  # answers: on a CPU, running out of memory ends the process, so no larger batch is tried
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What the model wrote under a prompt."""
+    """The model's answer to a prompt."""
 
-    token_ids: TokenIds  # uint32 [num_tokens], its end token among them
+    token_ids: TokenIds  # uint32 [num_tokens], with its end token
     is_finished: bool  # by an end token; otherwise cut at the length
 
 
@@ -41,12 +41,13 @@ def write_answers(
     pad_id: int,
     seed: Sequence[int],
 ) -> list[Answer]:
-    """One answer a prompt, until an end token or `max_length` tokens of prompt and answer.
+    """One answer to each prompt, until an end token or `max_length` tokens of prompt and answer.
 
     Each token is drawn from `softmax(logits)`, whatever generation config the model brings. The same model,
-    prompts and seed give the same answers on the same machine, and no other random state moves. Where memory
-    runs out, fewer are written at once, which draws other answers; raises what the device raised where one
-    alone does not fit.
+    prompts and seed give the same answers on the same machine, and no other random state changes. If memory
+    runs out, fewer are written at once, which draws other answers; if a single one does not fit, the device's
+    error is raised. An answer is cut earlier where a longer prompt written with it reaches the last position
+    that the model has an embedding for.
 
     Every prompt is shorter than `max_length`.
     """
@@ -64,13 +65,13 @@ def write_answers(
                     raise
                 at_once = len(batch) // 2
             if model.device.type == "cuda":
-                torch.cuda.empty_cache()  # what keys and values took, in odd sizes, is of no use to training
+                torch.cuda.empty_cache()  # keys and values took odd sizes, which training cannot use
     return answers
 
 
 @contextmanager
 def original_attention(model: PreTrainedModel, attention: AttentionChoice) -> Iterator[None]:
-    """The model with the attention that it came with, for calls without a forest plan."""
+    """The model with its original attention, for calls without a forest plan."""
     if model.config._attn_implementation != FOREST_ATTENTION:
         yield
         return
@@ -84,7 +85,7 @@ def original_attention(model: PreTrainedModel, attention: AttentionChoice) -> It
 
 @contextmanager
 def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """No repetition penalties, suppressed tokens or the like that the model's own config asks for."""
+    """Without repetition penalties, suppressed tokens and the like from the model's own config."""
     original = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -95,9 +96,7 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _random_state(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
-    """Random numbers that depend on the seed alone, and afterwards those that would have come without
-    them.
-    """
+    """Random numbers that depend on the seed only; afterwards the random state is as it was before."""
     number = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> 1)
     with torch.random.fork_rng(
         devices=[] if device.type == "cpu" else [device],
@@ -112,59 +111,48 @@ def _random_state(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
         yield
 
 
+class _AtLength(StoppingCriteria):
+    """Ends each row after its own number of new tokens."""
+
+    def __init__(self, prompt_width: int, room_B: torch.Tensor):
+        self.prompt_width, self.room_B = prompt_width, room_B
+
+    def __call__(self, input_ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:  # type: ignore[override]
+        return input_ids.shape[1] - self.prompt_width >= self.room_B
+
+
 def _write_batch(
     model: PreTrainedModel, prompts: Sequence[TokenIds], max_length: int, end_ids: Sequence[int], pad_id: int
 ) -> list[Answer]:
-    """Answers written side by side. As long as the longest has room; what is not finished then is taken up
-    again without it.
-    """
-    written = [np.empty(0, np.uint32) for _ in prompts]
-    finished = [False] * len(prompts)
-    unfinished = list(range(len(prompts)))
-    while unfinished:
-        sequences = [np.concatenate([prompts[place], written[place]]) for place in unfinished]
-        added = _generate(model, sequences, max_length - max(map(len, sequences)), end_ids, pad_id)
-        for place, tokens in zip(unfinished, added, strict=True):
-            ends = np.flatnonzero(np.isin(tokens, end_ids))
-            finished[place] = bool(len(ends))
-            written[place] = np.concatenate([written[place], tokens[: ends[0] + 1] if len(ends) else tokens])
-        unfinished = [
-            place
-            for place in unfinished
-            if not finished[place] and len(prompts[place]) + len(written[place]) < max_length
-        ]
-    return [Answer(tokens, is_finished) for tokens, is_finished in zip(written, finished, strict=True)]
-
-
-def _generate(
-    model: PreTrainedModel,
-    sequences: Sequence[TokenIds],
-    num_tokens: int,
-    end_ids: Sequence[int],
-    pad_id: int,
-) -> np.ndarray:
-    """What follows each sequence: uint32 [B, at most num_tokens]; behind an end token stand others."""
-    width = max(map(len, sequences))
-    ids, mask = (
-        np.full((len(sequences), width), pad_id, np.int64),
-        np.zeros((len(sequences), width), np.int64),
-    )
-    for row, sequence in enumerate(sequences):
-        ids[row, width - len(sequence) :], mask[row, width - len(sequence) :] = sequence, 1
+    """Answers to left-padded prompts, by one call of `generate`."""
+    width = max(map(len, prompts))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or np.inf
+    room = [int(min(max_length - len(prompt), positions - width)) for prompt in prompts]
+    ids, mask = np.full((len(prompts), width), pad_id, np.int64), np.zeros((len(prompts), width), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
     config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=num_tokens,
+        max_new_tokens=max(room),
         eos_token_id=list(end_ids) or None,
         pad_token_id=pad_id,
         use_cache=True,
     )
-    inputs = {
-        "input_ids": torch.from_numpy(ids).to(model.device),
-        "attention_mask": torch.from_numpy(mask).to(model.device),
-    }
     generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
-    output = generate(**inputs, generation_config=config)
-    return output[:, width:].cpu().numpy().astype(np.uint32)
+    output = generate(
+        input_ids=torch.from_numpy(ids).to(model.device),
+        attention_mask=torch.from_numpy(mask).to(model.device),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([_AtLength(width, torch.tensor(room, device=model.device))]),
+    )
+    written = output[:, width:].cpu().numpy().astype(np.uint32)
+    return [_answer(tokens[:most], end_ids) for tokens, most in zip(written, room, strict=True)]
+
+
+def _answer(tokens: np.ndarray, end_ids: Sequence[int]) -> Answer:
+    """The tokens up to the first end token; what follows it is padding."""
+    ends = np.flatnonzero(np.isin(tokens, end_ids))
+    return Answer(tokens[: ends[0] + 1] if len(ends) else tokens, bool(len(ends)))

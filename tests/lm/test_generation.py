@@ -38,31 +38,27 @@ def write(
 def naive_answers(
     model: PreTrainedModel, texts: list[np.ndarray], max_length: int, first: int
 ) -> list[list[int]]:
-    """The definition: softmax of the last logits of each sequence alone, without a cache, and one draw a
-    row.
+    """The definition: softmax of the last logits of each sequence by itself, without a cache. All rows are
+    drawn for until the last one ends; what is drawn for an ended one is dropped.
     """
     number = int(np.random.SeedSequence([3, 5, first]).generate_state(1, np.uint64)[0] >> 1)
-    rows = [[int(token) for token in text] for text in texts]
+    rows, has_ended = [[int(token) for token in text] for text in texts], [False] * len(texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(number)
-        unfinished = list(range(len(rows)))
-        while (
-            unfinished
-        ):  # as long as none is at the length, all rows are drawn for, those behind their end token in vain
-            ended = dict.fromkeys(unfinished, False)
-            while not all(ended.values()) and max(len(rows[place]) for place in unfinished) < max_length:
-                probs = torch.stack(
-                    [
-                        model(torch.tensor([rows[place]]), use_cache=False).logits[0, -1].float().softmax(-1)
-                        for place in unfinished
-                    ]
-                )
-                for place, token in zip(unfinished, torch.multinomial(probs, 1)[:, 0].tolist(), strict=True):
-                    rows[place].append(PAD if ended[place] else token)
-                    ended[place] = ended[place] or token == END
-            unfinished = [place for place in unfinished if not ended[place] and len(rows[place]) < max_length]
-    answers = [row[len(text) :] for row, text in zip(rows, texts, strict=True)]
-    return [answer[: answer.index(END) + 1] if END in answer else answer for answer in answers]
+        for _ in range(max_length):
+            if all(has_ended):
+                break
+            probs = torch.stack(
+                [
+                    model(torch.tensor([row]), use_cache=False).logits[0, -1].float().softmax(-1)
+                    for row in rows
+                ]
+            )
+            for place, token in enumerate(torch.multinomial(probs, 1)[:, 0].tolist()):
+                if not has_ended[place]:
+                    rows[place].append(token)
+                    has_ended[place] = token == END or len(rows[place]) == max_length
+    return [row[len(text) :] for row, text in zip(rows, texts, strict=True)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -189,3 +185,13 @@ def test_one_answer_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(torch.OutOfMemoryError):
         write(model, prompts(5, 5), attention)
     assert model.config._attn_implementation == FOREST_ATTENTION
+
+
+def test_answers_end_where_the_models_positions_do() -> None:
+    model, calls = make_model("gpt2"), []
+    positions = model.config.max_position_embeddings
+    attention, generate = choose_attention(model, max_length=64), model.generate
+    model.generate = lambda **inputs: calls.append(inputs) or generate(**inputs)
+    texts = prompts(positions - 3, 5, positions - 1)
+    found = write(model, texts, attention, max_length=positions, end_ids=[])
+    assert [len(answer.token_ids) for answer in found] == [1, 1, 1] and len(calls) == 1
