@@ -1,12 +1,11 @@
-"""`dpo-cache`: collects the commands and turns errors into one message and an exit code.
+"""`dpo-cache`: collects the commands, and turns errors into one message and an exit code.
 
-Exit codes: 0 success, 1 `DpoCacheError`, 2 usage, 130 interrupted (143 by SIGTERM), with everything flushed
-kept.
+Exit codes: 0 success, 1 `DpoCacheError`, 2 usage, 130 interrupted (143 by SIGTERM); what was published
+is kept.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import NoReturn
 
@@ -23,6 +22,7 @@ from dpo_cache.cli.merge import merge_command
 from dpo_cache.cli.output import remark
 from dpo_cache.cli.parameters import command_class
 from dpo_cache.cli.precompute import precompute_command
+from dpo_cache.cli.process import process_settings
 from dpo_cache.cli.pull import pull_command
 from dpo_cache.cli.push import push_command
 from dpo_cache.cli.rm import rm_command
@@ -76,7 +76,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version and leave."
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
     pass
@@ -84,10 +84,8 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # nothing animates off a terminal
     try:
-        with Unwinding(remark):
+        with process_settings(), Unwinding(remark):
             app()
     except OptionError as error:
         _fail(str(error), 2)

@@ -14,10 +14,11 @@ from dpo_cache.cli.output import (
     print_json,
     print_table,
 )
+from dpo_cache.progress import show_transfer
 
 if TYPE_CHECKING:
     from dpo_cache.options.upkeep import CopyOptions
-    from dpo_cache.store.upkeep.copy import TransferProgress, TransferReport
+    from dpo_cache.store.upkeep.copy import TransferReport
 
 
 def copy(options: CopyOptions, source: str, target: str, *, verb: str, as_json: bool) -> TransferReport:
@@ -26,21 +27,14 @@ def copy(options: CopyOptions, source: str, target: str, *, verb: str, as_json: 
     from dpo_cache.store.upkeep.copy import copy_cache
 
     with ProgressLine(verb) as line:
-
-        def show(progress: TransferProgress) -> None:
-            files = f"{count(progress.num_files)}/{count(progress.total_files)} files"
-            done = f"{format_bytes(progress.num_bytes)} of {format_bytes(progress.total_bytes)}"
-            rate = f"{progress.bytes_per_s / 1e6:.1f} MB/s  {format_seconds(progress.seconds_left)} left"
-            line.update(progress.num_bytes, max(progress.total_bytes, 1), f"{files}  {done}  {rate}")
-
         opened = open_cache(source)
         report = copy_cache(
             opened,
             open_cache(target, create=True),
             pairs=options.pairs,
             references=options.reference,
-            replace=options.replace,
-            on_progress=show,
+            overwrite=options.overwrite,
+            on_progress=lambda progress: show_transfer(line, progress),
         )
     if as_json:
         print_json(asdict(report))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dpo_cache.evaluation.report import EvalReport
 
 
-@command(EvalOptions, json_help="Print the report as JSON.")
+@command(EvalOptions, json_help="Print the report as JSON.", complete=lambda given: with_run(given, remark))
 def eval_command(options: EvalOptions, as_json: bool) -> None:
     """Say how well a model tells chosen answers from rejected ones: loss, accuracy, margins, calibration, by
     length.
@@ -31,6 +31,9 @@ def eval_command(options: EvalOptions, as_json: bool) -> None:
     The reference's log-probs are the cached ones; nothing but the model itself is loaded, and the cache is
     not changed.
     """
+    from dpo_cache.planning.start import check_eval
+
+    check_eval(options)
     from dpo_cache.evaluation import evaluate
 
     with ProgressLine("evaluating") as line:
@@ -47,7 +50,8 @@ def _print_report(report: EvalReport) -> None:
     limited = f" of {count(report.pairs_in_set)}" if report.num_pairs < report.pairs_in_set else ""
     moved = report.logratio_per_token
     rows = [("pairs", count(report.num_pairs) + limited)]
-    rows += [("loss", f"{report.metrics['loss']:.4f} ({' + '.join(report.loss)}, beta {report.beta:g})")]
+    rows += [("loss", f"{report.metrics['loss']:.4f} ({report.losses})")]
+    rows += [("  settings of", report.run)] if report.run else []
     rows += [
         (f"  {name.removeprefix('loss/')}", f"{value:.4f}")
         for name, value in report.metrics.items()

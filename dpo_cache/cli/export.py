@@ -20,6 +20,9 @@ def export_command(options: ExportOptions, as_json: bool) -> None:
     """Write a pair set to a file that other tools read: text, token ids and reference log-probs, one row a
     pair.
     """
+    from dpo_cache.planning.start import check_export
+
+    check_export(options)
     from dpo_cache.exchange import export_pairs
 
     report = export_pairs(**asdict(options), log=remark)

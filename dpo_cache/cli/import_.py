@@ -19,6 +19,9 @@ def import_command(options: ImportOptions, as_json: bool) -> None:
 
     They are taken as they are: nothing is scored again. Every row is checked before anything is written.
     """
+    from dpo_cache.planning.start import check_import
+
+    check_import(options)
     from dpo_cache.exchange import import_pairs
 
     report = import_pairs(**asdict(options), log=remark)

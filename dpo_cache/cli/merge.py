@@ -7,6 +7,7 @@ from dataclasses import asdict
 from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, print_json, print_table
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import MergeOptions
+from dpo_cache.progress import show_bytes
 
 
 @command(MergeOptions, json_help="Print the report as JSON.")
@@ -24,9 +25,7 @@ def merge_command(options: MergeOptions, as_json: bool) -> None:
             options.destination,
             prefer=options.prefer,
             rename=options.rename,
-            on_progress=lambda done, total: line.update(
-                done, max(total, 1), f"{format_bytes(done)} of {format_bytes(total)}"
-            ),
+            on_progress=lambda done, total: show_bytes(line, done, total),
         )
     if as_json:
         print_json(asdict(report))

@@ -1,7 +1,7 @@
 """A command's parameters, generated from its option class, so that each option is written down once.
 
-Earlier names of options still work, with a remark. A positional argument with a flag takes either: `ls CACHE` is
-`ls --cache CACHE`.
+Earlier names of options still work, with a remark. A positional argument with a flag takes either: `ls CACHE`
+is `ls --cache CACHE`.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _values(
         value = values[entry.name]
         value = tuple(value) if isinstance(value, list) else value
         if entry.metadata["value_is_optional"]:
-            value = {None: False, "": True}.get(value, value)
+            value = value is not None and (value or True)
         found[entry.name] = value
     return found
 

@@ -30,6 +30,9 @@ def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
     Completions that the cache holds already are not scored again; a run that was cut off goes on where it
     was.
     """
+    from dpo_cache.planning.start import check_precompute
+
+    check_precompute(options)
     from dpo_cache.precomputing.run import precompute
 
     with ProgressLine("scoring") as line:

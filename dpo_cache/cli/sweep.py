@@ -11,9 +11,10 @@ from dpo_cache.cli.signals import StoppedEarly, StopRequest
 from dpo_cache.errors import OptionError, TrainingError
 from dpo_cache.options.base import flag_of
 from dpo_cache.options.sweep import SweepOptions, swept_fields, type_of
+from dpo_cache.progress import show_sweep
 
 if TYPE_CHECKING:
-    from dpo_cache.sweeping import SweepProgress, SweepReport
+    from dpo_cache.sweeping import SweepReport
 
 
 @command(SweepOptions, json_help="Print the report as JSON.")
@@ -33,15 +34,12 @@ def sweep_command(options: SweepOptions, as_json: bool) -> None:
     _refuse_repeated(options)
     with ProgressLine("sweep") as line, StopRequest(line.remark) as request:
 
-        def show(progress: SweepProgress) -> None:
-            line.update(progress.done, progress.num_runs, _describe(progress))
-
         def show_table(report: SweepReport) -> None:
             line.remark(_table(report))
 
         report = sweep(
             **asdict(options),
-            on_progress=show,
+            on_progress=lambda progress: show_sweep(line, progress),
             on_run=show_table,
             log=line.remark,
             should_stop=lambda: request.is_asked,
@@ -70,24 +68,6 @@ def _refuse_repeated(options: SweepOptions) -> None:
                 f"{flag} is given {len(given)} times.\n"
                 f"Join the parts of one value with +, and values with commas: {flag} a+b,c."
             )
-
-
-def _describe(progress: SweepProgress) -> str:
-    left = "" if progress.seconds_left is None else f"  about {format_seconds(progress.seconds_left)} left"
-    if len(progress.active) == 1:
-        name, total, metrics = progress.active[0]
-        step = (
-            "starting"
-            if metrics is None
-            else f"step {metrics['step']}/{total}  loss {metrics['loss']:.4f}  "
-            f"{metrics['pairs_per_s']:.2f} pairs/s"
-        )
-        return f"run {progress.num_done + 1}/{progress.num_runs}  {name}  {step}{left}"
-    steps = [
-        f"{name} " + ("starting" if metrics is None else f"{metrics['step']}/{total}")
-        for name, total, metrics in progress.active
-    ]
-    return f"{progress.num_done}/{progress.num_runs} runs done  {'  '.join(steps)}{left}"
 
 
 def _table(report: SweepReport) -> str:

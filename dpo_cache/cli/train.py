@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dpo_cache.cli.output import (
     ProgressLine,
@@ -17,7 +19,9 @@ from dpo_cache.cli.output import (
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
-from dpo_cache.options.train import TrainOptions, with_config
+from dpo_cache.options.run_config import with_config
+from dpo_cache.options.train import TrainOptions
+from dpo_cache.progress import describe_metrics, show_training
 
 if TYPE_CHECKING:
     from dpo_cache.training.output.report import TrainReport
@@ -27,31 +31,29 @@ if TYPE_CHECKING:
 def train_command(options: TrainOptions, as_json: bool) -> None:
     """Train a policy on cached pairs. The reference model is not loaded, and the data set not read.
 
-    Ctrl-C or SIGTERM finishes the step and saves it; go on with --resume.
+    Ctrl-C or SIGTERM finishes the step and saves it; `dpo-cache train --resume RUN` continues.
     """
+    from dpo_cache.planning.start import check_train
+    from dpo_cache.training.output.run_start import find_checkpoints, find_start
+
+    check_train(options)
+    find_start(Path(options.output), lambda _: None, resume=bool(options.resume))
     from dpo_cache.training.loop import train
-    from dpo_cache.training.output.checkpoint import find_checkpoints
 
-    with ProgressLine("training") as line, StopRequest(line.remark) as request:
-
-        def show(metrics: dict[str, Any]) -> None:
-            step, total = metrics["step"], metrics["total_steps"]
-            if "eval/loss" in metrics:
-                line.remark(f"eval at step {step}: {_describe(metrics, 'eval/')}")
-            else:
-                line.update(
-                    step, total, f"step {step}/{total}  {_describe(metrics)}  {_describe_pace(metrics)}"
-                )
-
+    without_prints = redirect_stdout(sys.stderr)  # some trackers print, and stdout carries the report only
+    with ProgressLine("training") as line, StopRequest(line.remark) as request, without_prints:
         try:
             report = train(
-                **asdict(options), on_metrics=show, log=line.remark, should_stop=lambda: request.is_asked
+                **asdict(options),
+                on_metrics=lambda metrics: show_training(line, metrics),
+                log=line.remark,
+                should_stop=lambda: request.is_asked,
             )
         except KeyboardInterrupt:
             saved = find_checkpoints(Path(options.output))
             line.remark(
-                f"stopped at once; {saved[-1]} holds the last state that was saved. Go on from it with "
-                "--resume."
+                f"stopped at once; {saved[-1]} has the last state that was saved. "
+                f"Next: {_resume(options.output)}"
                 if saved
                 else "stopped at once, before the first checkpoint (--save-every N makes some): there is "
                 "nothing to resume."
@@ -67,26 +69,14 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
         raise StoppedEarly(request.exit_code)
 
 
-def _describe(metrics: dict[str, Any], prefix: str = "") -> str:
-    loss, accuracy, margin = (
-        metrics[prefix + name] for name in ("loss", "rewards/accuracies", "rewards/margins")
-    )
-    return f"loss {loss:.4f}  accuracy {accuracy:.1%}  margin {margin:+.4f}"
-
-
-def _describe_pace(metrics: dict[str, Any]) -> str:
-    left = "" if metrics["left_s"] is None else f"  {format_seconds(metrics['left_s'])} left"
-    return f"{metrics['pairs_per_s']:.2f} pairs/s  {format_bytes(metrics['peak_bytes'])}{left}"
-
-
 def _print_report(report: TrainReport) -> None:
     rows = [("steps", count(report.num_steps)), ("pairs", count(report.num_pairs)), _trained(report)]
     if report.first and report.last:
         rows.append(("loss, first and last step", f"{report.first['loss']:.4f}  {report.last['loss']:.4f}"))
     if report.eval_before:
-        rows.append(("held out, before", _describe(report.eval_before, "eval/")))
+        rows.append(("held out, before", describe_metrics(report.eval_before, "eval/")))
     if report.eval_after:
-        rows.append(("held out, after", _describe(report.eval_after, "eval/")))
+        rows.append(("held out, after", describe_metrics(report.eval_after, "eval/")))
     if report.best and report.best["step"] != report.num_steps:
         rows.append(
             (
@@ -104,11 +94,11 @@ def _print_report(report: TrainReport) -> None:
     )
     print_table(f"{report.output}: {ended}", rows)
     if not report.finished:
-        print(f"Saved after step {report.num_steps}. Next: the same command with --resume.")
+        print(f"Saved after step {report.num_steps}. Next: {_resume(report.output)}")
         return
     if report.best_model:
-        print(f"The policy of the best evaluation lies in {report.best_model}.")
-    print(f"The model lies in {report.model}, one line a step in {report.output}/metrics.jsonl. Next:")
+        print(f"The policy of the best evaluation is in {report.best_model}.")
+    print(f"The model is in {report.model}, one line a step in {report.output}/metrics.jsonl. Next:")
     if report.resolved["eval_pairs"]:
         print(
             "  "
@@ -134,7 +124,7 @@ def _print_dry_run(report: TrainReport) -> None:
     ]
     rows += [
         (name.replace("_", " "), str(resolved[name]))
-        for name in ("device", "precision", "attention", "gradient_checkpointing", "micro_tokens")
+        for name in ("device", "precision", "attention", "gradient_checkpointing", "budget_tokens")
     ]
     rows.append(("held out", count(resolved["num_eval_pairs"])))
     rows.append(("steps", count(resolved["total_steps"])))
@@ -149,6 +139,10 @@ def _print_dry_run(report: TrainReport) -> None:
     rows.append(("peak memory", f"{format_bytes(report.peak_bytes)}, without evaluation and samples"))
     print_table(f"{report.output}: a dry run", rows)
     print("Nothing was written. Next: the same command without --dry-run.")
+
+
+def _resume(output: str) -> str:
+    return command_line("train", "--resume", output)
 
 
 def _trained(report: TrainReport) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes
 from dpo_cache.cli.parameters import command
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.options.upkeep import VerifyOptions
+from dpo_cache.progress import show_bytes
 
 if TYPE_CHECKING:
     from dpo_cache.precomputing.rescore import RescoreReport
@@ -24,15 +25,15 @@ def verify_command(options: VerifyOptions, as_json: bool) -> None:
 
     Exits with 1 where something is wrong. Reads everything; writes nothing without --repair.
     """
+    from dpo_cache.planning.start import check_verify
     from dpo_cache.store.upkeep.repair import repair_cache
     from dpo_cache.store.upkeep.verify import verify_cache
 
+    check_verify(options)
     with ProgressLine("verifying") as line:
         report = verify_cache(
             options.cache,
-            on_progress=lambda done, total: line.update(
-                done, max(total, 1), f"{format_bytes(done)} of {format_bytes(total)}"
-            ),
+            on_progress=lambda done, total: show_bytes(line, done, total),
         )
         repaired = repair_cache(options.cache, report) if options.repair and not report.is_whole else None
         try:

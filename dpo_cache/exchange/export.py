@@ -27,9 +27,11 @@ import pyarrow as pa
 
 from dpo_cache.errors import NotInCacheError
 from dpo_cache.exchange.source_text import SourceText, TextRow, find_source_text
-from dpo_cache.files.rows import check_output, open_output
-from dpo_cache.log import Log, log_remark
+from dpo_cache.files.locations import check_output
+from dpo_cache.files.rows import open_output
+from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.options.exchange import ExportOptions
+from dpo_cache.options.keywords import keywords_of, make_options
 from dpo_cache.store import PairSet, open_cache
 from dpo_cache.store.format.checks import check_details
 from dpo_cache.types import ScoredPair
@@ -53,12 +55,18 @@ class ExportReport:
         default_factory=list
     )  # what the pair set holds, or was made of, and the output does not
     bytes_written: int = 0
+    remarks: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<ExportReport of {self.pairs} to {self.out}: {self.num_pairs:,} pairs, {self.format}>"
 
 
+@keywords_of(ExportOptions)
+@keeps_remarks
 def export_pairs(
     cache: str | os.PathLike[str],
     pairs: str,
-    out: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
     log: Log | None = None,
     **options: Any,
@@ -66,37 +74,32 @@ def export_pairs(
     """Write a pair set to a Parquet or JSONL file or a folder of `datasets`, in the columns of the module's
     docstring.
 
-    Keyword arguments are the fields of `ExportOptions`. The output is streamed, so memory stays flat, and
-    appears under its name when it is whole. Raises `DpoCacheError`.
+    The output is streamed, so memory stays flat, and appears under its name when it is whole. `log` gets each
+    remark (default: the logger `dpo_cache`); the report lists them, too. Raises `DpoCacheError`.
     """
-    chosen = ExportOptions(cache=os.fspath(cache), pairs=pairs, out=os.fspath(out), **options)
+    given = {"cache": cache, "pairs": pairs, **({} if output is None else {"output": output}), **options}
+    chosen = make_options(ExportOptions, given, log)
     pair_set = open_cache(chosen.cache).pairs(chosen.pairs)
     check_details(pair_set.manifest, f"{chosen.cache}/pairs/{pair_set.name}/manifest.json")
     if chosen.token_logps and not pair_set.has_token_logps:
         raise NotInCacheError(
             f"{chosen.cache}: {pair_set.name} was imported with sums alone.\nLeave out --token-logps."
         )
-    report = ExportReport(pair_set.name, chosen.out, _format_of(chosen))
-    check_output(chosen.out, report.format, overwrite=chosen.overwrite)
+    report = ExportReport(pair_set.name, chosen.output, chosen.output_format)
+    check_output(chosen.output, report.format, overwrite=chosen.overwrite)
     text = _find_text(chosen, pair_set, report)
     _note_losses(chosen, pair_set, report)
     for loss in report.left_out:
         (log or log_remark)(f"left out: {loss}.")
     schema = _schema(chosen, pair_set, text)
     rows = _rows(pair_set, text)
-    with open_output(chosen.out, report.format, schema, overwrite=chosen.overwrite) as write:
+    with open_output(chosen.output, report.format, schema, overwrite=chosen.overwrite) as write:
         while batch := list(islice(rows, BATCH_PAIRS)):
             write(batch)
             report.num_pairs += len(batch)
     report.columns, report.has_text = schema.names, text is not None
-    report.bytes_written = _size(Path(chosen.out).expanduser())
+    report.bytes_written = _size(Path(chosen.output).expanduser())
     return report
-
-
-def _format_of(options: ExportOptions) -> str:
-    if options.format != "auto":
-        return options.format
-    return {".parquet": "parquet", ".jsonl": "jsonl"}.get(Path(options.out).suffix.lower(), "datasets")
 
 
 def _find_text(options: ExportOptions, pair_set: PairSet, report: ExportReport) -> SourceText | None:

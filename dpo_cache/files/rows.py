@@ -14,29 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from dpo_cache.errors import OptionError, StorageError
+from dpo_cache.errors import StorageError
 from dpo_cache.files.atomic import replaced
+from dpo_cache.files.locations import check_output
 
 Row = dict[str, Any]
 WriteRows = Callable[[list[Row]], None]
-
-
-def check_output(out: str, kind: str, *, overwrite: bool) -> None:
-    """Raise `OptionError` where something is at the output that may not be replaced."""
-    target = Path(out).expanduser()
-    if not target.exists():
-        return
-    if not overwrite:
-        raise OptionError(
-            f"{target} is there already.\nChoose another output, or replace it with --overwrite."
-        )
-    is_ours = (target / "state.json").is_file() if kind == "datasets" else target.is_file()
-    if not is_ours:
-        found = "a folder" if target.is_dir() else "a file"
-        raise OptionError(
-            f"{target}: is {found}, which output in the format {kind} is not; it is not replaced.\n"
-            "Choose another output."
-        )
 
 
 @contextmanager

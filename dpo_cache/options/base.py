@@ -32,8 +32,8 @@ def option(
     old: tuple[str, ...] = (),
     value_is_optional: bool = False,
 ) -> Any:
-    """A dataclass field with its help text, its accepted values, and its flag and metavar where they differ from
-    name and type.
+    """A dataclass field with its help text, its accepted values, and its flag and metavar where they differ
+    from name and type.
 
     `old` lists earlier names of the option, which still work. With `value_is_optional` the flag works as a
     switch, too.
@@ -61,8 +61,8 @@ def argument(
     required: bool = False,
     old: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field that the command line takes by its position, with this name in the help; a tuple takes
-    all positions that are left.
+    """A dataclass field that the command line takes by its position, with this name in the help. A tuple
+    takes all positions that are left.
 
     With a `flag`, the command line takes either: the position or the flag.
     """

@@ -26,11 +26,20 @@ class EvalOptions(LossOptions):
     groups: ClassVar[dict[str, str]] = {**LossOptions.groups, "dtype": "Memory and speed", "output": "Output"}
 
     cache: str = cache_argument("Cache with the pair set: a folder or an fsspec URL.")
-    model: str = option(None, "Policy to evaluate: a folder, such as RUN/model, or a Hub id.", required=True)
+    model: str = option(
+        None,
+        "Policy to evaluate: a folder, such as RUN/model, or a Hub id. Default: RUN/model of --run.",
+        required=True,
+    )
+    run: str | None = option(
+        None,
+        "Folder of a training run whose loss settings to take. Default: the run that --model is the model/ or "
+        "best/ of, if any.",
+    )
     pairs: str | None = option(
         None, "Pair set to evaluate on, NAME or NAME/SPLIT. Default: the only one in the cache."
     )
-    limit: int | None = option(None, "Take the first N pairs alone.")
+    limit: int | None = option(None, "Take only the first N pairs.")
     reference: str | None = option(
         None, "Id (or its first characters) of the reference that the pairs must have been scored by."
     )

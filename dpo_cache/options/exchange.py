@@ -53,6 +53,13 @@ class ExportOptions(Options):
     )
     overwrite: bool = option(False, "Replace the output if it is there.", flag="--overwrite")
 
+    @property
+    def output_format(self) -> str:
+        """parquet, jsonl or datasets: `format` or, for auto, by the output's ending."""
+        by_suffix = {".parquet": "parquet", ".jsonl": "jsonl"}
+        is_auto = self.format == "auto"
+        return by_suffix.get(PurePath(self.output).suffix.lower(), "datasets") if is_auto else self.format
+
     def check(self) -> None:
         self._require(
             self.text or not self.dataset, "--dataset is used for the text alone: leave out --no-text."

@@ -28,7 +28,7 @@ Chosen = TypeVar("Chosen", bound=Options)
 
 PATHS = {
     "cache", "chat_template", "config", "dataset", "destination", "local", "model", "out", "output",
-    "peft_config", "plot", "tokenizer",
+    "peft_config", "plot", "run", "tokenizer",
 }  # fmt: skip
 PERIODS = {"eval_every", "save_every"}  # numbers of steps, or of epochs as text
 OTHER_NAMES = {

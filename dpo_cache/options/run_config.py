@@ -1,4 +1,4 @@
-"""The options of a run of `train` as its config.json has them, read to resume the run or to start another like it."""
+"""The options in a run's config.json, read to resume the run or to start another one like it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ NOT_FROM_CONFIG = ("output", "resume", "dry_run", "config", "resolved")
 
 
 def with_config(given: dict[str, Any], log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """The given options, and those that are not given from a run's config.json: of the run that `resume` names, or
-    of the file `config`.
+    """The given options. Others come from a run's config.json, if `resume` names a run or `config` a file.
 
-    `output`, `resume` and `dry_run` are never read from the file. `log` gets a remark for each option that is given
-    under an earlier name. Raises `OptionError`, and `TrainingError` where there is no run to resume.
+    `output`, `resume` and `dry_run` are never read from the file. `log` gets a remark for each option that is
+    given under an earlier name. Raises `OptionError`, and `TrainingError` where there is no run to resume.
     """
     given = with_new_names(TrainOptions, given, log)
     if isinstance(given.get("resume"), (str, os.PathLike)):
@@ -37,8 +36,8 @@ def with_config(given: dict[str, Any], log: Callable[[str], None] = lambda _: No
 
 
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config.json as this version writes it: options have their names of now, later ones their defaults, and
-    `loss` is a list.
+    """A run's config.json as this version writes it: options have their names of now, later ones have their
+    defaults, and `loss` is a list.
     """
     defaults = {
         entry.name: None if entry.default is MISSING else entry.default for entry in fields(TrainOptions)
@@ -61,8 +60,8 @@ def _with_config_of_run(given: dict[str, Any], run: Path) -> dict[str, Any]:
         )
     if not (run / "config.json").is_file():
         raise TrainingError(
-            f"{run}: there is no run to resume (no config.json).\nGive the folder of a run, or start one without "
-            "--resume."
+            f"{run}: there is no run to resume (no config.json).\n"
+            "Give the folder of a run, or start one without --resume."
         )
     completed = _completed(given, run / "config.json", str(run / "config.json"))
     return {**completed, "output": str(run), "resume": True}

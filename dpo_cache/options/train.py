@@ -148,8 +148,8 @@ class TrainOptions(LossOptions):
     keep: int = option(1, "Keep the last N checkpoints.")
     resume: bool | str = option(
         False,
-        "Continue a run from its last checkpoint, with the options of its config.json. Without a folder: the run "
-        "in --output.",
+        "Continue a run from its last checkpoint, with the options of its config.json. Without a folder: the "
+        "run in --output.",
         metavar="[RUN]",
         value_is_optional=True,
     )

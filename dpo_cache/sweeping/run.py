@@ -7,14 +7,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
 from dpo_cache.errors import NotInCacheError, OptionError
-from dpo_cache.log import Log, log_remark
+from dpo_cache.files.locations import check_model
+from dpo_cache.log import Log, keeps_remarks, log_remark
+from dpo_cache.options.keywords import keywords_of, make_options
 from dpo_cache.options.sweep import SweepOptions, loss_settings
+from dpo_cache.progress import show_sweep, shows_progress
 from dpo_cache.reporting.runs import (
     RunRow,
     check_plot,
@@ -61,12 +64,22 @@ class SweepReport:
     notes: list[str]
     table: str
     elapsed_s: float
+    remarks: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return (
+            f"<SweepReport of {self.output}: {self.num_finished:,} of {self.num_runs:,} runs finished, "
+            f"{self.num_failed:,} failed>"
+        )
 
     @property
     def finished(self) -> bool:
         return self.num_finished == self.num_runs
 
 
+@keywords_of(SweepOptions)
+@shows_progress("sweep", show_sweep)
+@keeps_remarks
 def sweep(
     cache: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -87,26 +100,21 @@ def sweep(
     with the same values, or with more of them, finished runs are left as they are, stopped ones go on where
     they were, and failed ones are tried again. A run that fails does not end the others.
 
-    `on_progress` is called a few times a second, `on_run` with a report when a run has ended, `log` gets each
-    remark (default: the package's logger). When `should_stop` says yes, the runs at work finish their step
-    and save, and no other is begun.
+    `progress=True` shows on stderr what the command line shows. `on_progress` is called a few times a second,
+    `on_run` with a report when a run has ended, `log` gets each remark (default: the logger `dpo_cache`); the
+    report lists them, too. When `should_stop` returns True, active runs finish their step and save, and no
+    other starts.
 
     Raises `DpoCacheError` before anything runs: combinations that make no sense, a folder of something else,
     a missing pair set.
     """
-    chosen = SweepOptions(
-        cache=os.fspath(cache),
-        output=os.fspath(output),
-        jobs=jobs,
-        resume=resume,
-        plot=plot and os.fspath(plot),
-        **options,
-    )
+    given = {"cache": cache, "output": output, "jobs": jobs, "resume": resume, "plot": plot, **options}
+    chosen = make_options(SweepOptions, given, log)
     log = log or log_remark
     grid = read_grid(chosen)
     if chosen.plot:
         _check_plot(Path(chosen.plot), grid)
-    _check_pairs(chosen.cache, grid)
+    _check_inputs(chosen.cache, grid)
     with hold_folder(Path(chosen.output), log) as lock:
         runs = plan_runs(Path(chosen.output), chosen.cache, grid, resume=resume)
         work = _Sweep(chosen, runs, lock, on_progress or (lambda _: None), on_run or (lambda _: None), log)
@@ -282,8 +290,8 @@ class _Sweep:
         return "stopped" if run.is_begun else "waiting"
 
 
-def _check_pairs(cache: str, grid: Grid) -> None:
-    """Raise `NotInCacheError` here for what every run would fail of."""
+def _check_inputs(cache: str, grid: Grid) -> None:
+    """Raise `DpoCacheError` for a wrong cache, pair set or model, before a run fails on it."""
     opened = open_cache(cache)
     named = [
         opened.pairs(name).name
@@ -291,6 +299,9 @@ def _check_pairs(cache: str, grid: Grid) -> None:
         for name in grid.values(option)
         if name is not None
     ]
+    for model in grid.values("model"):
+        if model is not None:
+            check_model(model)
     known = opened.pair_sets()
     if None in grid.values("pairs") and len(set(known) - set(named)) != 1:
         raise NotInCacheError(

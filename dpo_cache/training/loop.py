@@ -8,38 +8,42 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import deterministic_algorithms, peak_bytes
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.losses.metrics import Metrics
+from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.run_config import with_config
-from dpo_cache.options.keywords import keywords_of, make_options
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.progress import show_training, shows_progress
 from dpo_cache.training.batches import longest_pairs, stream_pairs
 from dpo_cache.training.evaluations import Best, evaluate
+from dpo_cache.training.loaded import take_loaded
 from dpo_cache.training.output.checkpoint import save_checkpoint
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.output.model_card import library_versions, model_card
 from dpo_cache.training.output.report import Clock, TrainReport
 from dpo_cache.training.output.run_folder import (
     check_config,
-    check_output,
     discard,
     drop_best,
     save_best,
     save_model,
     write_config,
 )
+from dpo_cache.training.output.run_start import check_output
 from dpo_cache.training.output.samples import open_sampler
 from dpo_cache.training.output.trackers import open_trackers
-from dpo_cache.training.setup import Log, Setup, open_setup
+from dpo_cache.training.setup import Setup, open_setup
 from dpo_cache.training.step import TrainingStep
 from dpo_cache.training.step_zero import StepZero, expectation_of
 from dpo_cache.training.warnings import RunWarnings
 from dpo_cache.types import ScoredPair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OnMetrics = Callable[[dict[str, Any]], None]
 OnCheckpoint = Callable[[Path], None]
@@ -52,6 +56,8 @@ def train(
     cache: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     *,
+    model: str | os.PathLike[str] | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     on_metrics: OnMetrics | None = None,
     on_checkpoint: OnCheckpoint | None = None,
     log: Log | None = None,
@@ -61,7 +67,12 @@ def train(
     """Fine-tune a policy on a pair set of the cache, against the reference log-probs stored there.
 
     Options that are not given come from the file `config`, if one is given. `progress=True` shows on stderr
-    what the command line shows. Callbacks:
+    what the command line shows.
+
+    `model` may be a model that is loaded already. It is trained in place: afterwards it has the weights of
+    the last step, in the dtype and on the device of the run, and a new adapter (`lora_r`) stays in it. It
+    counts as the reference only where its weights are those of its checkpoint and of the reference; then step
+    zero is checked. `tokenizer` is saved with it; default: the one that made the pairs. Callbacks:
 
     - `on_metrics` gets each line of metrics.jsonl once it is written, with `total_steps` and `left_s`
       (seconds, or None) added;
@@ -69,21 +80,17 @@ def train(
     - `log` gets each remark (default: the logger `dpo_cache`); the report lists them, too;
     - `should_stop` is called after every step. Where it returns True the state is saved, to be resumed.
 
-    An exception in a callback ends the run; what was saved stays. Raises `DpoCacheError`. The model is saved in
-    `output/model`, the metrics in `output/metrics.jsonl`. With `dry_run` nothing is written.
+    An exception in a callback ends the run; what was saved stays. Raises `DpoCacheError`. The model is saved
+    in `output/model`, the metrics in `output/metrics.jsonl`. With `dry_run` nothing is written.
     """
-    given = {
-        **options,
-        **{
-            name: os.fspath(value)
-            for name, value in (("cache", cache), ("output", output))
-            if value is not None
-        },
-    }
+    loaded = take_loaded(model, tokenizer)
+    named = {"cache": cache, "output": output, "model": model if loaded is None else loaded.name}
+    given = {**options, **{name: value for name, value in named.items() if value is not None}}
     chosen = TrainOptions(**with_config(given, log or log_remark))
     nothing: Callable[[Any], None] = lambda _: None  # noqa: E731
     started = time.perf_counter()
-    with open_setup(chosen, log or log_remark) as setup, deterministic_algorithms(chosen.deterministic):
+    opened = open_setup(chosen, log or log_remark, loaded)
+    with opened as setup, deterministic_algorithms(chosen.deterministic):
         run = _Run(setup, on_metrics or nothing, on_checkpoint or nothing, started)
         return run.try_step() if chosen.dry_run else run.train(should_stop or (lambda: False))
 

@@ -25,12 +25,14 @@ from dpo_cache.store import open_cache
 from dpo_cache.training.batches import count_shared
 from dpo_cache.training.evaluations import Schedule, schedule_of
 from dpo_cache.training.inputs import TrainedModel, TrainingPairs, open_pairs, open_policy
+from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.optim.optimizers import make_optimizer
 from dpo_cache.training.optim.schedule import learning_rate
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.optim.updates import Updater
 from dpo_cache.training.output.checkpoint import RunPosition, read_position, restore_optimizer
-from dpo_cache.training.output.run_folder import check_disk, find_start, read_resolved
+from dpo_cache.training.output.run_folder import check_disk, read_resolved
+from dpo_cache.training.output.run_start import find_start
 from dpo_cache.training.output.trackers import check_trackers
 from dpo_cache.training.pair_logps import objective_of
 from dpo_cache.training.step_memory import StepMemory
@@ -161,19 +163,22 @@ class Setup:
 
 
 @contextmanager
-def open_setup(options: TrainOptions, log: Log) -> Iterator[Setup]:
+def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = None) -> Iterator[Setup]:
     """Find, check and load all that the options name; nothing is written. Raises `DpoCacheError`.
 
+    A `loaded` policy takes the place of the model that the options name.
     When the block ends, the model is as it was before it was prepared for training.
     """
     check_trackers(options.log_to)
     output = Path(options.output)
-    checkpoint = find_start(output, log, resume=options.resume)
+    checkpoint = find_start(output, log, resume=bool(options.resume))
     position = read_position(checkpoint) if checkpoint else RunPosition()
     device = choose_device(options.device)
     data = open_pairs(options, open_cache(options.cache))
     is_onednn = _decided_linear(output if checkpoint else None, is_deterministic=options.deterministic)
-    with open_policy(options, data, device, checkpoint, is_onednn=is_onednn, log=log) as policy:
+    with open_policy(
+        options, data, device, checkpoint, is_onednn=is_onednn, log=log, loaded=loaded
+    ) as policy:
         yield _set_up(options, data, policy, device, checkpoint, position, log)
 
 

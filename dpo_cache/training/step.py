@@ -27,7 +27,7 @@ from dpo_cache.training.batches import Group, completions_of, split_step
 from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.optim.updates import Updater
-from dpo_cache.training.output.checkpoint import find_checkpoints
+from dpo_cache.training.output.run_start import find_checkpoints
 from dpo_cache.training.pair_logps import mean_chosen_tokens, policy_losses
 from dpo_cache.training.step_memory import StepMemory
 from dpo_cache.training.step_zero import StepZero

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import dpo_cache
-from dpo_cache.training import passes
+from dpo_cache.lm import policy
 from tests.cli.test_commands import run  # noqa: F401  (a fixture)
 from tests.conftest import chat_rows, write_rows
 
@@ -86,7 +86,7 @@ def test_the_report_names_the_next_commands(run, cache: Path, tmp_path: Path) ->
 def test_progress_shows_loss_margin_accuracy_speed_memory_and_time(
     run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cache.cli.output.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("dpo_cache.progress.QUIET_SECONDS", 0.0)
     done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON)
     lines = [line for line in done.err.splitlines() if line.startswith("training")]
     assert len(lines) == 2
@@ -133,8 +133,8 @@ def test_options_that_do_not_go_together_are_usage_errors(
     [
         (
             ["--save-every", 1],
-            "stopped at once; {run}/checkpoints/step-000001 holds the last state that was saved. Go on "
-            "from it with --resume.\n",
+            "stopped at once; {run}/checkpoints/step-000001 has the last state that was saved. Next: "
+            "dpo-cache train --resume {run}\n",
         ),
         (
             [],
@@ -146,7 +146,7 @@ def test_options_that_do_not_go_together_are_usage_errors(
 def test_a_run_that_is_stopped_at_once_says_what_is_left_of_it(
     run, cache, tmp_path, monkeypatch, options, expected
 ) -> None:
-    forward, calls = passes.completion_logps, []
+    forward, calls = policy.completion_logps, []
 
     def stop(*arguments, **more):
         calls.append(1)
@@ -154,7 +154,7 @@ def test_a_run_that_is_stopped_at_once_says_what_is_left_of_it(
             raise KeyboardInterrupt
         return forward(*arguments, **more)
 
-    monkeypatch.setattr(passes, "completion_logps", stop)
+    monkeypatch.setattr(policy, "completion_logps", stop)
     done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON, *options)
     assert (done.code, done.out) == (130, "")
     assert done.err.endswith(

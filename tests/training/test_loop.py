@@ -455,7 +455,7 @@ def test_a_run_cut_off_before_its_first_checkpoint_starts_again(cache: str, tmp_
     remarks: list[str] = []
     train(cache, tmp_path / "whole")
     cut_off(cache, tmp_path / "cut", 2)
-    with pytest.raises(TrainingError, match="Go on with --resume"):
+    with pytest.raises(TrainingError, match="Continue its run with --resume"):
         train(cache, tmp_path / "cut")
     assert train(cache, tmp_path / "cut", resume=True, log=remarks.append).finished
     assert "cut off before its first checkpoint" in remarks[0]

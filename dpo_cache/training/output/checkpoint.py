@@ -23,6 +23,7 @@ from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.files.atomic import replaced
 from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.optim.updates import Updater
+from dpo_cache.training.output.run_start import find_checkpoints
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,6 @@ def write_policy(
             write_more(scratch)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"cannot save {target}: {first_line(error)}.\n{remedy}") from error
-
-
-def find_checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def read_position(checkpoint: Path) -> RunPosition:

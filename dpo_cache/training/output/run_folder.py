@@ -14,7 +14,6 @@ RUN/
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +25,12 @@ from dpo_cache.errors import TrainingError
 from dpo_cache.files.atomic import is_scratch, remove, write_whole
 from dpo_cache.files.sync import sync
 from dpo_cache.lm.model.adapter import restore_adapter
-from dpo_cache.log import Log
 from dpo_cache.options.run_config import complete_config
 from dpo_cache.store.folders.local import free_bytes
 from dpo_cache.training.inputs import TrainedModel
-from dpo_cache.training.output.checkpoint import damaged, find_checkpoints, write_policy
+from dpo_cache.training.output.checkpoint import damaged, write_policy
 from dpo_cache.training.output.model_card import write_card
+from dpo_cache.training.output.run_start import BEFORE_MODEL
 
 # What may differ between a run and its resumption: it changes speed, memory or what is reported, not the
 # result.
@@ -42,67 +41,8 @@ FREE_TO_CHANGE = {
     "sample", "log_to", "log_names", "step_zero", "dry_run",
 }
 # fmt: on
-BEFORE_MODEL = {
-    "config.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "trackers.json",
-    "checkpoints",
-    "best",
-    "tensorboard",
-}  # fmt: skip
-RUN_FILES = {*BEFORE_MODEL, "model"}
 BEST_FILE = "best.json"
 FIXED_RESOLVED = ("base_weights", "reference", "pairs_digest", "num_pairs", "total_steps", "precision")
-
-
-def find_start(folder: Path, log: Log, *, resume: bool) -> Path | None:
-    """The checkpoint to go on from; None for a run that starts at the beginning.
-
-    Raises `TrainingError` where the folder does not fit.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"{folder}: not a folder.\nChoose another --output.")
-    entries = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    present = {name for name in entries if not is_scratch(name)}
-    if not present:
-        if resume:
-            raise TrainingError(f"{folder}: there is no run to resume.\nRun without --resume to start one.")
-        return None
-    if not present <= RUN_FILES:
-        raise TrainingError(
-            f"{folder}: not the folder of a run; it holds {', '.join(sorted(present - RUN_FILES)[:5])}.\n"
-            "Choose another --output."
-        )
-    if not resume:
-        raise TrainingError(
-            f"{folder}: not an empty folder.\nGo on with --resume, or choose another --output."
-        )
-    if "model" in present:
-        raise TrainingError(
-            f"{folder}: this run is finished; its model lies in {folder / 'model'}.\n"
-            "Choose another --output to train again."
-        )
-    checkpoints = find_checkpoints(folder)
-    if not checkpoints and "best" in present:
-        raise TrainingError(
-            f"{folder}: cut off before its first checkpoint, so there is nothing to resume from; "
-            f"{folder / 'best'} holds its best policy so far.\n"
-            "Choose another --output, and --save-every N for checkpoints."
-        )
-    if not checkpoints:
-        log(f"{folder}: cut off before its first checkpoint (--save-every N makes some); it starts again.")
-        return None
-    return checkpoints[-1]
-
-
-def check_output(folder: Path) -> None:
-    """Raise `TrainingError` where a run could not write there; nothing is written."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not os.access(existing, os.W_OK):
-        raise TrainingError(f"{folder}: {existing} cannot be written.\nChoose another --output.")
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -1,0 +1,54 @@
+"""What the command line sets for its process, and the library does not: logging, limits, progress bars."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from dpo_cache.cli.output import remark
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limit
+    resource = None  # type: ignore[assignment]
+
+NOISY = ("bitsandbytes",)  # loggers whose warnings say nothing to a user of the command line
+
+
+@contextmanager
+def process_settings() -> Iterator[None]:
+    """The settings of a command; its loggers are as before when the block ends."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # nothing animates off a terminal
+    raise_file_limit()
+    logger, handler = logging.getLogger("dpo_cache"), _Remarks()
+    levels = {name: logging.getLogger(name).level for name in NOISY}
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def raise_file_limit() -> None:
+    """Let the process open as many files as the system allows it: a pair set may have thousands of parts."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # macOS takes no unlimited number
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class _Remarks(logging.Handler):
+    """Writes the library's log records to stderr as remarks."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        remark(self.format(record))

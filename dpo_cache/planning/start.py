@@ -1,0 +1,83 @@
+"""Check what a command's options name before torch is imported: the cache and its pair sets, models, files.
+
+The functions that do the work check again, with the same errors; here a wrong path costs no start-up.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpo_cache.errors import DataError, OptionError
+from dpo_cache.files.locations import check_dataset, check_model, check_output, check_tokenizer
+from dpo_cache.options.evaluate import EvalOptions
+from dpo_cache.options.exchange import ExportOptions, ImportOptions
+from dpo_cache.options.precompute import PrecomputeOptions
+from dpo_cache.options.train import TrainOptions
+from dpo_cache.options.upkeep import VerifyOptions
+from dpo_cache.store import open_cache
+
+
+def check_precompute(options: PrecomputeOptions) -> None:
+    """Raise `DpoCacheError` where a path is wrong, or no cache can be made at `--cache`."""
+    open_cache(options.cache, create=True)
+    check_model(options.model)
+    check_dataset(options.dataset)
+    _check_tokenizer(options.tokenizer, options.chat_template)
+
+
+def check_train(options: TrainOptions) -> None:
+    """Raise `DpoCacheError` where the cache lacks what is named, or a path is wrong."""
+    cache = open_cache(options.cache)
+    eval_pairs = cache.pairs(options.eval_pairs) if options.eval_pairs else None
+    pairs = cache.choose_pairs(
+        options.pairs, "to train on", besides=None if eval_pairs is None else eval_pairs.name
+    )
+    if options.reference:
+        cache.check_scored_by(pairs, options.reference)
+    if options.model and not options.resume:  # a checkpoint has the model
+        check_model(options.model)
+    if options.peft_config and not Path(options.peft_config).is_file():
+        raise OptionError(
+            f"--peft-config {options.peft_config}: no PEFT config can be read from it (no such file).\n"
+            "Give a file like adapter_config.json."
+        )
+
+
+def check_eval(options: EvalOptions) -> None:
+    """Raise `DpoCacheError` where the cache lacks what is named, or a path is wrong."""
+    cache = open_cache(options.cache)
+    pairs = cache.choose_pairs(options.pairs, "to evaluate on")
+    if options.reference:
+        cache.check_scored_by(pairs, options.reference)
+    check_model(options.model)
+    if options.output and options.output_format:
+        check_output(options.output, options.output_format, overwrite=options.overwrite)
+
+
+def check_verify(options: VerifyOptions) -> None:
+    """Raise `DpoCacheError` where there is no cache or, with `--rescore`, no model."""
+    open_cache(options.cache)
+    if options.model:
+        check_model(options.model)
+
+
+def check_export(options: ExportOptions) -> None:
+    """Raise `DpoCacheError` where the pair set does not exist, or the output does."""
+    open_cache(options.cache).pairs(options.pairs)
+    check_output(options.output, options.output_format, overwrite=options.overwrite)
+
+
+def check_import(options: ImportOptions) -> None:
+    """Raise `DpoCacheError` where a path is wrong, or no cache can be made at `--cache`."""
+    open_cache(options.cache, create=True)
+    check_dataset(options.dataset)
+    if options.model:
+        check_model(options.model)
+    _check_tokenizer(options.tokenizer, options.chat_template)
+
+
+def _check_tokenizer(tokenizer: str | None, chat_template: str | None) -> None:
+    if tokenizer:
+        check_tokenizer(tokenizer)
+    if chat_template and not Path(chat_template).is_file():
+        raise DataError(f"--chat-template {chat_template}: not readable (no such file).")
