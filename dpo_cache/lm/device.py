@@ -14,6 +14,8 @@ import torch
 
 from dpo_cache.errors import OptionError
 
+CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device; `auto` takes CUDA, then MPS, then the CPU. Raises `OptionError` where it is not there."""
@@ -91,13 +93,17 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 def deterministic_algorithms(is_on: bool) -> Iterator[None]:
     """While open, torch takes algorithms that give the same bits each time, or fails where it has none."""
     before = torch.are_deterministic_algorithms_enabled()
+    sets_variable = is_on and CUBLAS_VARIABLE not in os.environ
+    if sets_variable:
+        os.environ[CUBLAS_VARIABLE] = ":4096:8"  # read when cuBLAS starts
     if is_on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        if sets_variable:
+            os.environ.pop(CUBLAS_VARIABLE, None)
 
 
 def release_free_bytes(device: torch.device) -> None:

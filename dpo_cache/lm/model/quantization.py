@@ -14,7 +14,6 @@ reference.
 from __future__ import annotations
 
 import importlib.util
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,8 +59,6 @@ def loading_config(name: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def prepare_layers(model: PreTrainedModel) -> None:
     """Make freshly loaded bitsandbytes layers fit for training on any device."""
-    # it warns of each product whose inputs are not float16
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in model.modules():
         # it would repack the weights for inference, in a form that has no backward pass
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -6,7 +6,6 @@ a step or forgets what was not synced, so nothing else in the store changes a fi
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,6 @@ from typing import Any
 import pyarrow as pa
 
 from dpo_cache.files.sync import sync
-
-try:
-    import resource
-except ImportError:  # Windows, which has no such limit
-    resource = None  # type: ignore[assignment]
 
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
@@ -88,20 +82,5 @@ class Disk:
         """
         try:
             return pa.OSFile(str(path))
-        except OSError as error:
-            if error.errno == errno.EMFILE and _raise_file_limit():
-                return self.open(path)
-            raise OSError(
-                error.errno, os.strerror(error.errno or 0)
-            ) from error  # without pyarrow's own words
-
-
-def _raise_file_limit() -> bool:
-    """Let the process open as many files as it may ask for. False where it does already."""
-    if resource is None:
-        return False
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == hard:
-        return False
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return True
+        except OSError as error:  # pyarrow's message repeats the path
+            raise OSError(error.errno, os.strerror(error.errno or 0)) from error

@@ -28,7 +28,8 @@ ADVICE = {
     errno.ENODEV: _MOUNT,
     errno.ETIMEDOUT: _MOUNT,
     errno.EIO: f"The disk failed, not the cache: look at the system's log, then {_AGAIN}",
-    errno.EMFILE: f"Too many files are open: raise the limit (`ulimit -n`) and {_AGAIN}",
+    errno.EMFILE: "Too many files are open: raise the limit (`ulimit -n`; in Python `resource.setrlimit`) "
+    f"and {_AGAIN}",
     errno.ENFILE: f"Too many files are open on this machine: close some and {_AGAIN}",
 }
 

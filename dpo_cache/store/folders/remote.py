@@ -6,8 +6,8 @@
   late. What this process published or removed itself counts, whatever a listing says. fsspec's memory of
   listings is off.
 - Calls that fail in passing are repeated, see `retries.py`; connecting and reading have time-outs.
-- Parts are read through copies on the local disk, checked by their digest, see `parts.py`; `read` always asks
-  the store.
+- Parts are read through copies on the local disk, checked by their digest, see `local_copies.py`; `read`
+  always reads from the store.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import io
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
@@ -334,13 +335,8 @@ class RemoteFolder:
         """Write the file's bytes, by ranges: a connection that breaks costs one of them."""
         size = self.size(name)
         for start in range(0, size, CHUNK_BYTES):
-            file.write(
-                self._call(
-                    "read",
-                    name,
-                    lambda start=start: self._read_range(name, start, min(start + CHUNK_BYTES, size)),
-                )
-            )  # type: ignore[misc]
+            end = min(start + CHUNK_BYTES, size)
+            file.write(self._call("read", name, partial(self._read_range, name, start, end)))
 
     def _read_range(self, name: str, start: int, end: int) -> bytes:
         content = self.filesystem.cat_file(self._path(name), start=start, end=end, **self._limit(end - start))
