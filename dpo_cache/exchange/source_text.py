@@ -89,6 +89,8 @@ def find_source_text(manifest: Document, *, dataset: str | None, tokenizer: str 
     source, made_with = manifest["source"], manifest["tokenization"]
     if source["format"] == "ids":
         return "the pair set was imported as token ids"
+    if dataset is None and source.get("rows_of") == "memory":
+        return "the rows of the pair set were given in memory"
     try:
         found = _read_source(manifest, dataset or source["dataset"], tokenizer or made_with["tokenizer"])
         if isinstance(found, str):

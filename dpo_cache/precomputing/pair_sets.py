@@ -12,27 +12,22 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cache import data
 from dpo_cache.log import Log
 from dpo_cache.precomputing.inputs import Inputs
-from dpo_cache.precomputing.reference import Reference
+from dpo_cache.precomputing.reference import Reference, Target
 from dpo_cache.precomputing.windows import SplitPlan, pairs_of
-from dpo_cache.store import Cache, PairSet, ScoreIndex
+from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document
 from dpo_cache.types import ScoredPair
 
 
 def publish_pair_set(
-    split: SplitPlan,
-    cache: Cache,
-    index: ScoreIndex,
-    reference: Reference,
-    truncation: data.Truncation,
-    details: Document,
-    log: Log,
+    split: SplitPlan, target: Target, truncation: data.Truncation, details: Document, log: Log
 ) -> int:
     """Publish the split's pairs with their scores, unless the very same pair set is in the cache.
 
     `details` are the manifest's, see `describe_split`. Returns the bytes written.
     """
+    cache, reference = target.cache, target.reference
     # the entry may be gone: `verify --repair` moves damaged ones aside
     cache.publish_reference(reference.identity, reference.provenance)
     pair_set = split.survey.pair_set
@@ -48,7 +43,7 @@ def publish_pair_set(
     writer = cache.write_pairs(details["name"], details["split"])
     for window in split.windows:
         pairs = pairs_of(window, truncation)
-        scores = index.fetch(np.concatenate([window.chosen_keys, window.rejected_keys]))
+        scores = target.scores.fetch(np.concatenate([window.chosen_keys, window.rejected_keys]))
         both = zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)
         writer.add(
             [ScoredPair(pair, chosen, rejected) for pair, (chosen, rejected) in zip(pairs, both, strict=True)]

@@ -16,7 +16,7 @@ from dpo_cache.lm.model.identity import provenance, reference_identity
 from dpo_cache.log import Log
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.precomputing.inputs import Inputs
-from dpo_cache.store import Cache
+from dpo_cache.store import Cache, ScoreIndex
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document, digest_json
 
@@ -42,6 +42,22 @@ class Reference:
         return digest_json(self.identity)
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where a run's scores go: a cache, and the scores of one reference in it."""
+
+    cache: Cache
+    reference: Reference
+    scores: ScoreIndex
+
+
+def open_target(cache: Cache, reference: Reference, expected: str | None) -> Target:
+    """The reference's scores in the cache. Raises `ModelError` if its id does not start with `expected`."""
+    if expected:
+        _check_expected(cache, reference, expected)
+    return Target(cache, reference, cache.scores(reference.id))
+
+
 def identify_reference(inputs: Inputs, config: PreTrainedConfig, tokenizer: str, log: Log) -> Reference:
     """Identify the model by its files or, if it is loaded already, by its tensors. Raises `ModelError`."""
     if inputs.model is not None:
@@ -60,20 +76,6 @@ def identify_reference(inputs: Inputs, config: PreTrainedConfig, tokenizer: str,
         tokenizer=tokenizer,
     )
     return Reference(options.model, config, device, dtype, identity, origin)
-
-
-def check_expected(cache: Cache, reference: Reference, prefix: str) -> None:
-    """Raise `ModelError` if the model is another reference than the one whose id starts with `prefix`."""
-    if reference.id.startswith(prefix):
-        return
-    expected = cache.find_reference(prefix)
-    differing = differing_fields(cache.read_reference(expected)["identity"], reference.identity)
-    raise ModelError(
-        f"{reference.name} is not reference {expected[:12]} of {cache}: they differ in\n"
-        + "".join(f"  {line}\n" for line in differing)
-        + "Give the model, dtype and quantization that it was scored with, or leave "
-        "--reference out to score another reference."
-    )
 
 
 @contextmanager
@@ -109,6 +111,20 @@ def open_reference(inputs: Inputs, reference: Reference, log: Log) -> Iterator[R
         yield runner
 
 
+def _check_expected(cache: Cache, reference: Reference, prefix: str) -> None:
+    """Raise `ModelError` if the model is another reference than the one whose id starts with `prefix`."""
+    if reference.id.startswith(prefix):
+        return
+    expected = cache.find_reference(prefix)
+    differing = differing_fields(cache.read_reference(expected)["identity"], reference.identity)
+    raise ModelError(
+        f"{reference.name} is not reference {expected[:12]} of {cache}: they differ in\n"
+        + "".join(f"  {line}\n" for line in differing)
+        + "Give the model, dtype and quantization that it was scored with, or leave "
+        "--reference out to score another reference."
+    )
+
+
 def _identify_loaded(inputs: Inputs, tokenizer: str, log: Log) -> Reference:
     from dpo_cache.lm.model.loaded import identify_loaded
 
@@ -125,7 +141,7 @@ def _identify_loaded(inputs: Inputs, tokenizer: str, log: Log) -> Reference:
         tokenizer=tokenizer,
     )
     if difference is not None:
-        loaded_from = f" loaded from {origin['model']}" if model.name_or_path else ""
+        loaded_from = f", loaded from {origin['model']}" if model.name_or_path else ""
         described = f"{type(model).__name__} in memory{loaded_from}"
         origin |= {"model": None, "revision": None, "described": described}
         log(

@@ -105,6 +105,11 @@ class Meter:
 
         return on_step
 
+    def keep(self, num_scores: int, num_bytes: int) -> None:
+        """Count scores that were published."""
+        self._report.scored_now += num_scores
+        self._report.bytes_written += num_bytes
+
     def finish(self, unit: Unit) -> None:
         """Note that a unit is scored: what it ran is known, what later ones will run is expected."""
         self._run_tokens = self._report.model_tokens

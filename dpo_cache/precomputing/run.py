@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache as call_once
 from pathlib import Path
@@ -36,12 +36,18 @@ from dpo_cache.precomputing.pair_sets import (
     describe_tokenization,
     publish_pair_set,
 )
-from dpo_cache.precomputing.reference import Reference, check_expected, identify_reference, open_reference
+from dpo_cache.precomputing.reference import (
+    Reference,
+    Target,
+    identify_reference,
+    open_reference,
+    open_target,
+)
 from dpo_cache.precomputing.report import Meter, OnProgress, PrecomputeReport
-from dpo_cache.precomputing.units import Scored, cut_units, publish, score_unit
+from dpo_cache.precomputing.units import Scored, Unit, cut_units, publish, score_unit
 from dpo_cache.precomputing.windows import Planner, SplitPlan, Window
 from dpo_cache.progress import show_scoring, shows_progress
-from dpo_cache.store import Cache, open_cache
+from dpo_cache.store import open_cache
 from dpo_cache.store.cache import check_name
 
 if TYPE_CHECKING:
@@ -122,10 +128,8 @@ def _run(
     splits = read_splits(inputs, name, log)
     tokenizer, tokenizer_location = read_tokenizer(inputs)
     reference = identify_reference(inputs, config, tokenizer_location, log)
-    if options.reference:
-        check_expected(cache, reference, options.reference)
-    scores = cache.scores(reference.id)
-    planner = Planner(scores, truncation, config, reference.name)
+    target = open_target(cache, reference, options.reference)
+    planner = Planner(target.scores, truncation, config, reference.name)
     report = PrecomputeReport([split.survey.pair_set for split in splits], str(cache), reference.id)
 
     def plan(split: SplitPlan) -> Iterator[Window]:
@@ -133,10 +137,6 @@ def _run(
         yield from planner.plan(split, tokenize_split(split, tokenizer, options, spool))
         report.add(split.survey)
         on_survey(split.survey)
-
-    def keep(scored: Sequence[Scored]) -> None:
-        report.bytes_written += publish(scored, cache, scores, reference)
-        report.scored_now += len(scored)
 
     streams = is_streamed(options, splits)
     if options.dry_run or not streams:  # all rows are tokenized, checked and planned before the first score
@@ -148,18 +148,26 @@ def _run(
         tokenization = describe_tokenization(inputs, tokenizer, tokenizer_location)
         with _opened_if_needed(inputs, reference, report, log) as open_runner:
             for split in splits:
-                for unit in cut_units(plan(split) if streams else split.windows, truncation):
-                    runner = open_runner()
-                    score_unit(unit, runner, keep, meter.watch(unit, split.survey.pair_set))
-                    meter.finish(unit)
+                units = cut_units(plan(split) if streams else split.windows, truncation)
+                _score(units, open_runner, target, meter, split.survey.pair_set)
                 details = describe_split(inputs, split, name, reference, tokenization)
-                report.bytes_written += publish_pair_set(
-                    split, cache, scores, reference, truncation, details, log
-                )
-        report.start_from = _start_from(cache, reference)
+                report.bytes_written += publish_pair_set(split, target, truncation, details, log)
+        report.start_from = _start_from(target)
     report.add_totals(planner.totals)
     report.peak_bytes = peak_bytes(reference.device)
     return report
+
+
+def _score(
+    units: Iterable[Unit], open_runner: Callable[[], Runner], target: Target, meter: Meter, pair_set: str
+) -> None:
+    def keep(scored: Sequence[Scored]) -> None:
+        meter.keep(len(scored), publish(scored, target))
+
+    for unit in units:
+        runner = open_runner()
+        score_unit(unit, runner, keep, meter.watch(unit, pair_set))
+        meter.finish(unit)
 
 
 @contextmanager
@@ -180,8 +188,8 @@ def _opened_if_needed(
         yield open_runner
 
 
-def _start_from(cache: Cache, reference: Reference) -> str | None:
+def _start_from(target: Target) -> str | None:
     """The checkpoint to train from, if the one that the reference's entry names is gone."""
-    recorded = cache.read_reference(reference.id)["provenance"]["model"]
+    recorded = target.cache.read_reference(target.reference.id)["provenance"]["model"]
     is_gone = recorded is not None and os.path.isabs(recorded) and not os.path.isdir(recorded)
-    return absolute(reference.name) if is_gone else None
+    return absolute(target.reference.name) if is_gone else None

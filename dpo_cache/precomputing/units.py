@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from dpo_cache import data
 from dpo_cache.lm.progress import ScoringStep
-from dpo_cache.precomputing.reference import Reference
+from dpo_cache.precomputing.reference import Target
 from dpo_cache.precomputing.windows import Window, pairs_of
-from dpo_cache.store import Cache, ScoreIndex
 from dpo_cache.store.format.keys import key_bytes
 from dpo_cache.types import Completion, Score
 
@@ -93,7 +92,7 @@ def score_unit(
         raise
 
 
-def publish(scored: Sequence[Scored], cache: Cache, index: ScoreIndex, reference: Reference) -> int:
+def publish(scored: Sequence[Scored], target: Target) -> int:
     """Store scores durably, after the entry of their reference. Returns the bytes written."""
-    cache.publish_reference(reference.identity, reference.provenance)
-    return index.publish(scored)
+    target.cache.publish_reference(target.reference.identity, target.reference.provenance)
+    return target.scores.publish(scored)

@@ -9,7 +9,7 @@ import dpo_cache
 from dpo_cache.cli import app as app_module
 from dpo_cache.exchange import export_pairs, import_pairs
 from dpo_cache.store import PairSet
-from dpo_cache.store.upkeep.contents import precompute_line
+from dpo_cache.store.upkeep.commands import precompute_line
 from tests.conftest import write_rows
 from tests.exchange.conftest import content, pairs_of
 

@@ -8,6 +8,7 @@ so that it is never that of a checkpoint. The code of a model is not compared, i
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -89,7 +90,7 @@ def _structure_difference(model: PreTrainedModel) -> str | None:
     holds.
     """
     with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-        fresh = type(model)._from_config(model.config, dtype=model.dtype)
+        fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
     shapes, expected = ({name: t.shape for name, t in one.state_dict().items()} for one in (model, fresh))
     if shapes != expected:
         changed = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
@@ -104,8 +105,9 @@ def _structure_difference(model: PreTrainedModel) -> str | None:
 def _tensor_difference(model: PreTrainedModel, files: list[Path]) -> str | None:
     """Compare the model's tensors with those in the files, one in memory at a time."""
     live = _as_saved(model)
-    if any(t.is_floating_point() and t.dtype != model.dtype for t in model.parameters()):
-        return "its tensors have several dtypes"
+    for name, tensor in model.named_parameters():
+        if tensor.dtype != (torch.float32 if _loads_in_float32(model, name) else model.dtype):
+            return f"its tensor {name} has another dtype than the model"
     found: set[int] = set()  # addresses: tied weights are in the files once
     for path in files:
         try:
@@ -118,6 +120,14 @@ def _tensor_difference(model: PreTrainedModel, files: list[Path]) -> str | None:
             raise ModelError(f"{path}: not a whole safetensors file ({error}).") from error
     unknown = sorted(name for name, tensor in live.items() if tensor.data_ptr() not in found)
     return f"its tensor {unknown[0]} is not in the checkpoint" if unknown else None
+
+
+def _loads_in_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers keeps this tensor in float32 in a model of 16 bits."""
+    kept = {*(model._keep_in_fp32_modules_strict or ())}
+    if model.dtype == torch.float16:
+        kept |= {*(model._keep_in_fp32_modules or ())}
+    return any(f".{part}." in f".{name}." for part in kept)
 
 
 def _as_saved(model: PreTrainedModel) -> dict[str, torch.Tensor]:

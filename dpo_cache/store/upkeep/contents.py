@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -20,7 +19,6 @@ from dpo_cache.store.format.documents import Document
 from dpo_cache.store.format.pair_tables import PAIR_SCHEMA, read_manifest
 from dpo_cache.store.format.parquet import open_parquet, open_source
 from dpo_cache.store.format.shards import SHARD_SCHEMA
-from dpo_cache.types import quantization_name
 
 _DIGEST = r"[0-9a-f]{64}"
 _NAME = NAME_PATTERN.pattern
@@ -174,48 +172,6 @@ def describe_quantization(identity: Document) -> str | None:
     return " ".join(str(word) for word in (config.get("quant_method"), bits) if word) or "yes"
 
 
-def precompute_line(cache: str, manifest: Document, reference: Document | None) -> str:
-    """The command that makes a pair set again, as far as its manifest and its reference tell: not a chat
-    template of the user's own, nor which splits were imported together."""
-    made, source = manifest.get("tokenization", {}), manifest.get("source", {})
-    identity, provenance = ((reference or {}).get(member, {}) for member in ("identity", "provenance"))
-    data, model = source.get("dataset", "DATA"), provenance.get("model")
-    if "imported" in identity:
-        words, options = (
-            ["import", cache, data],
-            {"reference": identity["imported"], "model": model, "dtype": identity.get("dtype")},
-        )
-    else:
-        words, options = (
-            ["precompute"],
-            {
-                "model": model or "MODEL",
-                "revision": provenance.get("revision"),
-                "dataset": data,
-                "cache": cache,
-            },
-        )
-        options |= {"quantize": quantize} if (quantize := quantization_name(identity)) != "none" else {}
-        # rows may have been added since
-        options |= {"dtype": identity.get("dtype", "auto"), "limit": source.get("rows_read")}
-        options |= (
-            {"ranked-pairs": source["ranked_pairs"]} if source.get("ranked_pairs", "all") != "all" else {}
-        )
-    options |= {"name": manifest["name"], "split": manifest["split"], "format": source.get("format")}
-    options |= {
-        "max-length": made.get("max_length"),
-        "truncation": made.get("truncation"),
-        "max-prompt-length": made.get("max_prompt_length"),
-    }
-    options |= (
-        {"tokenizer": made["tokenizer"]} if made.get("tokenizer") != model and "tokenizer" in made else {}
-    )
-    given = [(f"--{name}", value) for name, value in options.items() if value is not None] + [
-        ("--map", entry) for entry in source.get("map", ())
-    ]
-    return shlex.join(map(str, ["dpo-cache", *words, *(word for pair in given for word in pair)]))
-
-
 def _read_reference(
     folder: Folder, reference_id: str, shards: list[str], files: dict[str, int]
 ) -> ReferenceEntry:
@@ -231,10 +187,12 @@ def _read_reference(
             damage.append(first_line(error))
         else:
             completions, tokens = completions + num_rows, tokens + num_tokens
-    identity = document.get("identity", {})
+    identity, provenance = document.get("identity", {}), document.get("provenance", {})
     return ReferenceEntry(
         id=reference_id,
-        model=_text(document.get("provenance", {}).get("model")) or _text(identity.get("imported")),
+        model=_text(provenance.get("model"))
+        or _text(provenance.get("described"))
+        or _text(identity.get("imported")),
         dtype=_text(identity.get("dtype")),
         quantization=describe_quantization(identity),
         shards=len(shards),

@@ -21,7 +21,8 @@ from dpo_cache.store.format.keys import completion_key
 from dpo_cache.store.format.pair_tables import read_manifest
 from dpo_cache.store.index import ScoreIndex
 from dpo_cache.store.pairs import PairSet
-from dpo_cache.store.upkeep.contents import classify, count_footer, precompute_line
+from dpo_cache.store.upkeep.commands import precompute_line
+from dpo_cache.store.upkeep.contents import classify, count_footer
 from dpo_cache.store.upkeep.verify import VerifyReport
 from dpo_cache.types import Score
 

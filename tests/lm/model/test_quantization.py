@@ -20,7 +20,7 @@ from dpo_cache.lm.model.quantization import rounding_dtype
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import TOLERANCES, AttentionChoice, choose_attention
 from dpo_cache.precomputing.rescore import rescore
-from dpo_cache.store.upkeep.contents import precompute_line
+from dpo_cache.store.upkeep.commands import precompute_line
 from dpo_cache.types import QUANTIZATION_FIELDS, quantization_name
 from tests.conftest import chat_rows, make_completions, make_llama, write_rows
 from tests.lm.test_families import scores
