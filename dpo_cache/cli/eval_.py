@@ -13,10 +13,12 @@ from dpo_cache.cli.output import (
     print_columns,
     print_json,
     print_table,
+    remark,
     show_scoring,
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.evaluate import EvalOptions
+from dpo_cache.options.run_losses import describe_losses, with_run
 
 if TYPE_CHECKING:
     from dpo_cache.evaluation.measures import Accuracy, LengthGroup, Spread
@@ -50,7 +52,7 @@ def _print_report(report: EvalReport) -> None:
     limited = f" of {count(report.pairs_in_set)}" if report.num_pairs < report.pairs_in_set else ""
     moved = report.logratio_per_token
     rows = [("pairs", count(report.num_pairs) + limited)]
-    rows += [("loss", f"{report.metrics['loss']:.4f} ({report.losses})")]
+    rows += [("loss", f"{report.metrics['loss']:.4f} ({describe_losses(report.loss, report.loss_settings)})")]
     rows += [("  settings of", report.run)] if report.run else []
     rows += [
         (f"  {name.removeprefix('loss/')}", f"{value:.4f}")

@@ -15,6 +15,7 @@ from dpo_cache.lm.model.identity import reference_identity
 from dpo_cache.lm.model.load import check_causal, load_config
 from dpo_cache.log import Log
 from dpo_cache.options.evaluate import EvalOptions
+from dpo_cache.options.losses import LossOptions
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.checks import check_details
 from dpo_cache.store.format.differing_fields import differing_fields
@@ -46,6 +47,18 @@ def open_pairs(cache: Cache, name: str | None, reference: str | None) -> PairSet
     if reference:
         cache.check_scored_by(pairs, reference)
     return pairs
+
+
+def check_token_logps(options: LossOptions, pairs: PairSet) -> None:
+    """Raise `NotInCacheError` where a loss needs the reference's log-prob of each token, and the pairs
+    have only sums.
+    """
+    if options.ld_alpha is not None and options.ld_reference and not pairs.has_token_logps:
+        raise NotInCacheError(
+            f"{pairs.name} holds only sums of log-probs, and --ld-alpha weights the reference's tokens, "
+            "too.\n"
+            "Use --no-ld-reference, or score the pairs with `dpo-cache precompute`."
+        )
 
 
 def identify_policy(options: EvalOptions, pairs: PairSet, reference: Document, log: Log) -> EvaluatedModel:

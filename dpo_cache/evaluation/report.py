@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,7 @@ from dpo_cache.evaluation.measures import (
 )
 from dpo_cache.evaluation.scoring import PairColumns
 from dpo_cache.losses.metrics import Metrics, PairMetrics
-from dpo_cache.losses.objective import PairLogps
-from dpo_cache.options.evaluate import EvalOptions
-from dpo_cache.training.pair_logps import objective_of
+from dpo_cache.losses.objective import Objective, PairLogps
 from dpo_cache.training.step_zero import TOLERANCES, UNKNOWN_DTYPE
 
 
@@ -69,8 +67,10 @@ class EvalReport:
     attention: str
     dtype: str
     device: str
+    run: str | None  # the training run that the loss settings are from
     loss: list[str]
     beta: float
+    loss_settings: dict[str, Any]  # all of them
     gap: ReferenceGap
     metrics: Metrics  # named as in training: loss, rewards/accuracies, rewards/margins, ...
     accuracy: Accuracy
@@ -100,12 +100,24 @@ class EvalReport:
         )
 
 
-def find_rewards(columns: PairColumns, options: EvalOptions) -> Rewards:
-    """Rewards and metrics of training's own objective, all pairs taken as one batch."""
-    losses = objective_of(options).pair_losses(_pair_logps(columns), float(columns.chosen_tokens.mean()))
-    means = PairMetrics()
-    means.add(losses.metrics)
-    chosen, rejected = (losses.metrics[f"rewards/{side}"].numpy() for side in ("chosen", "rejected"))
+def find_rewards(pairs: PairLogps, objective: Objective, at_once: int | None = None) -> Rewards:
+    """Rewards and metrics of training's own objective.
+
+    Losses that depend on other pairs are computed over `at_once` pairs at a time, by default over all of
+    them.
+    """
+    means, sides = PairMetrics(), []
+    for start in range(0, len(pairs.chosen), at_once or len(pairs.chosen)):
+        group = PairLogps(
+            **{
+                entry.name: getattr(pairs, entry.name)[start : start + at_once if at_once else None]
+                for entry in fields(PairLogps)
+            }
+        )
+        losses = objective.pair_losses(group, float(group.chosen_lengths.mean()))
+        means.add(losses.metrics)
+        sides.append(torch.stack([losses.metrics["rewards/chosen"], losses.metrics["rewards/rejected"]]))
+    chosen, rejected = torch.cat(sides, 1).numpy()
     return Rewards(chosen, rejected, means.means())
 
 
@@ -195,20 +207,3 @@ def measure_pairs(columns: PairColumns, rewards: Rewards) -> dict[str, Any]:
         "by_answer_tokens": by_quartile(columns.chosen_tokens + columns.rejected_tokens, margins),
         "by_prompt_tokens": by_quartile(columns.prompt_tokens, margins),
     }
-
-
-def _pair_logps(columns: PairColumns) -> PairLogps:
-    def tensor(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.float64))
-
-    chosen = tensor(columns.policy_chosen_logps)
-    return PairLogps(
-        chosen=chosen,
-        rejected=tensor(columns.policy_rejected_logps),
-        ref_chosen=tensor(columns.ref_chosen_logps),
-        ref_rejected=tensor(columns.ref_rejected_logps),
-        chosen_sums=chosen,
-        chosen_lengths=tensor(columns.chosen_tokens),
-        rejected_lengths=tensor(columns.rejected_tokens),
-        weights=torch.ones_like(chosen),
-    )

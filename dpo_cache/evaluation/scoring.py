@@ -11,11 +11,14 @@ from itertools import islice
 
 import numpy as np
 
+from dpo_cache.evaluation.loss_inputs import loss_inputs
 from dpo_cache.evaluation.opening import check_room
 from dpo_cache.lm.progress import ScoringProgress, extrapolate
 from dpo_cache.lm.runner import Runner
+from dpo_cache.losses.objective import Objective, PairLogps
 from dpo_cache.store import PairSet, completion_key
-from dpo_cache.types import Completion, ScoredPair
+from dpo_cache.training.pair_logps import join_pairs
+from dpo_cache.types import Completion, Score, ScoredPair
 
 WINDOW_PAIRS = 16384  # sorted and scored at once, as in `precompute`
 
@@ -52,27 +55,30 @@ class Work:
 
 
 def score_pairs(
-    runner: Runner, pairs: PairSet, num_pairs: int, on_progress: OnProgress
-) -> tuple[PairColumns, Work]:
-    """The first `num_pairs` pairs under the policy, in the order of the set.
+    runner: Runner, pairs: PairSet, num_pairs: int, objective: Objective, on_progress: OnProgress
+) -> tuple[PairColumns, PairLogps, Work]:
+    """The first `num_pairs` pairs under the policy, in the order of the set, and the inputs of the losses.
 
     Within a window of 16,384 pairs each distinct completion is scored once, and each prefix that several
     share; token ids and token log-probs of only one window are in memory at a time. Raises `ModelError` for a
     log-prob that is NaN or infinite.
     """
-    windows, work, num_done = [], Work(), 0
+    windows, inputs, work, num_done = [], [], Work(), 0
     stream = iter(islice(pairs, num_pairs))
     while window := list(islice(stream, WINDOW_PAIRS)):
         _check_window(runner, window)
         progress = _Progress(pairs.name, num_pairs, num_done + len(window), on_progress)
-        windows.append(_columns(window, _score_window(runner, window, work, progress)))
+        scores = _score_window(runner, window, work, progress)
+        windows.append(_columns(window, scores))
+        inputs.append(loss_inputs(objective, window, scores, runner))
         num_done += len(window)
-    return PairColumns(
+    columns = PairColumns(
         **{
             entry.name: np.concatenate([getattr(part, entry.name) for part in windows])
             for entry in fields(PairColumns)
         }
-    ), work
+    )
+    return columns, join_pairs(inputs), work
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,8 @@ class _Progress:
 
 def _score_window(
     runner: Runner, window: Sequence[ScoredPair], work: Work, progress: _Progress
-) -> dict[bytes, float]:
-    """Log-prob of each distinct completion of the window, by its key."""
+) -> dict[bytes, Score]:
+    """The score of each distinct completion of the window, by its key."""
     distinct = {completion_key(completion): completion for scored in window for completion in _sides(scored)}
     keys, completions = list(distinct), list(distinct.values())
 
@@ -111,24 +117,26 @@ def _score_window(
 
     work.data_tokens += sum(len(completion) for scored in window for completion in _sides(scored))
     run_before, scored_before, started = work.model_tokens, work.scoring_s, time.perf_counter()
-    sums: dict[bytes, float] = {}
+    scores: dict[bytes, Score] = {}
     for step in runner.score(completions, rows_of=rows_of):
-        sums.update((keys[index], score.logps) for index, score in step.scores)
+        scores.update((keys[index], score) for index, score in step.scores)
         work.model_tokens += step.num_tokens
         work.scoring_s = scored_before + time.perf_counter() - started
-        progress(work, run_before + step.total_tokens, work.num_completions + len(sums))
-    work.num_completions += len(sums)
-    return sums
+        progress(work, run_before + step.total_tokens, work.num_completions + len(scores))
+    work.num_completions += len(scores)
+    return scores
 
 
-def _columns(window: Sequence[ScoredPair], sums: dict[bytes, float]) -> PairColumns:
+def _columns(window: Sequence[ScoredPair], scores: dict[bytes, Score]) -> PairColumns:
     return PairColumns(
         row=np.array([scored.pair.row for scored in window]),
         prompt_tokens=np.array([len(scored.pair.chosen.prompt_ids) for scored in window]),
         chosen_tokens=np.array([scored.pair.chosen.num_tokens for scored in window]),
         rejected_tokens=np.array([scored.pair.rejected.num_tokens for scored in window]),
-        policy_chosen_logps=np.array([sums[completion_key(scored.pair.chosen)] for scored in window]),
-        policy_rejected_logps=np.array([sums[completion_key(scored.pair.rejected)] for scored in window]),
+        policy_chosen_logps=np.array([scores[completion_key(scored.pair.chosen)].logps for scored in window]),
+        policy_rejected_logps=np.array(
+            [scores[completion_key(scored.pair.rejected)].logps for scored in window]
+        ),
         ref_chosen_logps=np.array([scored.ref_chosen.logps for scored in window]),
         ref_rejected_logps=np.array([scored.ref_rejected.logps for scored in window]),
     )

@@ -33,8 +33,8 @@ class EvalOptions(LossOptions):
     )
     run: str | None = option(
         None,
-        "Folder of a training run whose loss settings to take. Default: the run that --model is the model/ or "
-        "best/ of, if any.",
+        "Folder of a training run, for its loss settings. Default: the run whose model/ or best/ is --model, "
+        "if any.",
     )
     pairs: str | None = option(
         None, "Pair set to evaluate on, NAME or NAME/SPLIT. Default: the only one in the cache."

@@ -27,6 +27,13 @@ def objective_of(options: LossOptions, router_coefficient: float = 0.0) -> Objec
     return Objective(terms=loss_terms(options.loss), router_coefficient=router_coefficient, **settings)
 
 
+def evaluated_at_once(objective: Objective, batch_size: int) -> int:
+    """How many pairs an evaluation during training takes at a time: those of a step, where a loss depends on
+    all of them.
+    """
+    return batch_size if objective.needs_whole_step else 64
+
+
 def policy_losses(objective: Objective, parts: Sequence[Part], mean_chosen_tokens: float) -> PairLosses:
     """Losses of all pairs of the parts, with gradients by the policy's token log-probs.
 
@@ -73,7 +80,15 @@ def reference_logps(scored: Sequence[ScoredPair], ld_alpha: float | None = None)
     """The reference's log-probs of the chosen, then of the rejected completions: float64 [2P], weighted by
     `token_weights` under LD-DPO.
     """
-    scores: list[Score] = [pair.ref_chosen for pair in scored] + [pair.ref_rejected for pair in scored]
+    return summed_logps(
+        [pair.ref_chosen for pair in scored] + [pair.ref_rejected for pair in scored], ld_alpha
+    )
+
+
+def summed_logps(scores: Sequence[Score], ld_alpha: float | None = None) -> np.ndarray:
+    """Log-probs of P chosen, then P rejected completions, summed over tokens: float64 [2P], weighted by
+    `token_weights` under LD-DPO.
+    """
     if ld_alpha is None:
         return np.array([score.logps for score in scores])
     weights = token_weights([len(score.token_logps) for score in scores], ld_alpha)

@@ -42,10 +42,11 @@ def test_the_report_is_on_stdout_and_remarks_on_stderr(
         tmp_path / "margins.jsonl",
     )
     assert done.code == 0, done.err
-    assert (
-        done.err.startswith("the model is another than the reference (largest gap ")
-        and "weights: " in done.err
+    found, gap = done.err.splitlines()
+    assert found == (
+        f"{tmp_path}/run/model is the model of a run, whose loss settings are used: sigmoid, beta 0.1."
     )
+    assert gap.startswith("the model is another than the reference (largest gap ") and "weights: " in gap
     first = done.out.splitlines()[0]
     assert first.startswith(f"pairs/train: {tmp_path}/run/model beside reference ") and first.endswith(
         ", float32, attention: forest"
@@ -53,6 +54,7 @@ def test_the_report_is_on_stdout_and_remarks_on_stderr(
     for label in (
         "pairs",
         "loss",
+        "  settings of",
         "accuracy",
         "  by policy logps per token",
         "calibration error",
