@@ -46,7 +46,7 @@ from dpo_cache.precomputing.reference import (
 from dpo_cache.precomputing.report import Meter, OnProgress, PrecomputeReport
 from dpo_cache.precomputing.units import Scored, Unit, cut_units, publish, score_unit
 from dpo_cache.precomputing.windows import Planner, SplitPlan, Window
-from dpo_cache.progress import show_scoring, shows_progress
+from dpo_cache.progress import bars_hidden, show_scoring, shows_progress
 from dpo_cache.store import open_cache
 from dpo_cache.store.cache import check_name
 
@@ -64,6 +64,7 @@ OnSurvey = Callable[[data.Survey], None]
 @keywords_of(PrecomputeOptions)
 @shows_progress("scoring", show_scoring)
 @keeps_remarks
+@bars_hidden()
 def precompute(
     model: str | os.PathLike[str] | PreTrainedModel,
     dataset: str
