@@ -9,7 +9,9 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 QUIET_SECONDS = 10.0  # between progress lines off a terminal
+
+_shows_bars: ContextVar[bool] = ContextVar("shows_bars", default=False)
 
 Result = TypeVar("Result")
 Show = Callable[..., None]  # of the line, and of what the callback gets
@@ -38,7 +42,7 @@ def shows_progress(
         def run(*args: Any, progress: bool = False, **given: Any) -> Result:
             if not progress:
                 return function(*args, **given)
-            with ProgressLine(title) as line:
+            with bars_shown(), ProgressLine(title) as line:
                 given[callback] = _both(partial(show, line), given.get(callback))
                 if "log" in signature.parameters:
                     given["log"] = given.get("log") or line.remark
@@ -64,6 +68,31 @@ def _both(one: Callable[..., None], other: Callable[..., None] | None) -> Callab
             other(*values)
 
     return call
+
+
+@contextmanager
+def bars_shown() -> Iterator[None]:
+    """Let functions that are called here leave the progress bars of `datasets` as they are."""
+    token = _shows_bars.set(True)
+    try:
+        yield
+    finally:
+        _shows_bars.reset(token)
+
+
+@contextmanager
+def bars_hidden() -> Iterator[None]:
+    """Hide the progress bars of `datasets`, except inside `bars_shown`."""
+    import datasets
+
+    if _shows_bars.get() or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 class ProgressLine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import re
 import textwrap
@@ -21,37 +22,36 @@ from typing import Any, Literal
 
 '''
 KNOWN = {
-    "os",
-    "Callable",
-    "Iterator",
-    "Sequence",
-    "Path",
-    "Any",
-    "Literal",
-    "None",
-    "bool",
-    "float",
-    "int",
-    "list",
-    "str",
-    "dict",
-}
+    *re.findall(r"\w+", HEADER.split('"""')[2]),
+    *dir(builtins),
+}  # names that need no import of their own
 
 
 def stub() -> str:
     """The text of the stub."""
-    imports, functions = [], []
+    public, functions = [], []
+    others: dict[
+        str, tuple[str, Any]
+    ] = {}  # names in annotations -> the module that has them, and the object
     for name in dpo_cache.__all__:
         value = getattr(dpo_cache, name)
         if hasattr(value, "__signature__"):  # its options are keyword arguments
-            functions.append(f"def {name}{_signature(value)}:\n{_docstring(value)}\n    ...\n")
-            imports += _names_in(value)
+            functions.append(f"def {name}{_signature(value)}:\n{_docstring(value)}\n")
+            for other in _names_in(value):
+                found = inspect.unwrap(value).__globals__.get(other)
+                known = others.setdefault(other, (value.__module__, found))
+                assert known[1] == found, f"{other} is not the same in {known[0]} and {value.__module__}"
         else:
-            imports.append(f"from {dpo_cache._MODULE_OF[name]} import {name} as {name}")
+            public.append(f"from {dpo_cache._MODULE_OF[name]} import {name} as {name}")
+    imports = [
+        f"from {module} import {name}"
+        for name, (module, _) in others.items()
+        if name not in dpo_cache.__all__
+    ]
     names = "".join(f'    "{name}",\n' for name in dpo_cache.__all__)
     return (
         HEADER
-        + "\n".join(sorted(set(imports)))
+        + "\n".join(sorted(imports) + sorted(public))
         + f"\n\n__version__: str\n__all__ = [\n{names}]\n\n"
         + "\n".join(functions)
     )
@@ -76,15 +76,14 @@ def _docstring(function: Callable[..., Any]) -> str:
     return textwrap.indent(f'"""{text}\n"""', 4 * " ")
 
 
-def _names_in(function: Callable[..., Any]) -> list[str]:
-    """Imports of the names in the annotations of a function, from the module that defines it."""
+def _names_in(function: Callable[..., Any]) -> set[str]:
+    """The names in the annotations of a function that its module defines or imports."""
     signature = inspect.signature(function)
-    annotations = [
-        str(signature.return_annotation),
-        *(re.sub(r'"[^"]*"', "", str(parameter.annotation)) for parameter in signature.parameters.values()),
+    texts = [str(entry.annotation) for entry in signature.parameters.values()] + [
+        str(signature.return_annotation)
     ]
-    names = {name for text in annotations for name in re.findall(r"(?<![.\w])[A-Za-z_]\w*", text)}
-    return [f"from {function.__module__} import {name} as {name}" for name in names - KNOWN]
+    texts = [re.sub(r"Literal\[.*?\]", "", text) for text in texts]
+    return {name for text in texts for name in re.findall(r"(?<![.\w])[A-Za-z_]\w*", text)} - KNOWN
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from dpo_cache.cli.output import remark
+from dpo_cache.progress import bars_shown
 
 try:
     import resource
@@ -30,7 +31,8 @@ def process_settings() -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     logger.addHandler(handler)
     try:
-        yield
+        with bars_shown():
+            yield
     finally:
         logger.removeHandler(handler)
         for name, level in levels.items():

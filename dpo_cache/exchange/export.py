@@ -32,6 +32,7 @@ from dpo_cache.files.rows import open_output
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.options.exchange import ExportOptions
 from dpo_cache.options.keywords import keywords_of, make_options
+from dpo_cache.progress import bars_hidden
 from dpo_cache.store import PairSet, open_cache
 from dpo_cache.store.format.checks import check_details
 from dpo_cache.types import ScoredPair
@@ -63,6 +64,7 @@ class ExportReport:
 
 @keywords_of(ExportOptions)
 @keeps_remarks
+@bars_hidden()
 def export_pairs(
     cache: str | os.PathLike[str],
     pairs: str,

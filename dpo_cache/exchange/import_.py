@@ -31,6 +31,7 @@ from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.options.exchange import ImportOptions
 from dpo_cache.options.keywords import keywords_of, make_options
 from dpo_cache.options.precompute import renamed_columns
+from dpo_cache.progress import bars_hidden
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store.cache import check_name
 from dpo_cache.store.format.documents import Document, digest_json
@@ -79,6 +80,7 @@ class _Split:
 
 @keywords_of(ImportOptions)
 @keeps_remarks
+@bars_hidden()
 def import_pairs(
     cache: str | os.PathLike[str],
     dataset: str | os.PathLike[str],

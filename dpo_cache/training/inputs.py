@@ -38,6 +38,7 @@ from dpo_cache.store.format.checks import check_details
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document
 from dpo_cache.training.batches import held_out
+from dpo_cache.training.loaded import LoadedPolicy, check_options, in_eval_mode, with_template
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -126,9 +127,10 @@ def open_policy(
     *,
     is_onednn: bool | None,
     log: Log,
+    loaded: LoadedPolicy | None = None,
 ) -> Iterator[TrainedModel]:
-    """Load the policy with its weights at the start, or at the checkpoint; it is prepared until the block
-    ends.
+    """Load the policy, or take a `loaded` one, with its weights at the start or at the checkpoint; it is
+    prepared until the block ends.
 
     `is_onednn` decides which library multiplies, see `prepared`. Raises `ModelError`, `TrainingError` or
     `OptionError`.
@@ -146,40 +148,59 @@ def open_policy(
         )
     # a checkpoint holds all that is needed, but for an adapter's base: where a whole policy started from may
     # be gone
-    parts = locate_checkpoint(str(checkpoint)) if checkpoint else locate_checkpoint(location, revision)
+    if loaded is None:
+        parts = locate_checkpoint(str(checkpoint)) if checkpoint else locate_checkpoint(location, revision)
+    else:
+        check_options(options)
+        parts = loaded.location(checkpoint, is_adapted=_adds_adapter(options))
     is_adapted = _check_adapter(options, parts, location, is_resumed=checkpoint is not None)
-    places = [str(checkpoint)] if checkpoint else [made_with["tokenizer"], location, parts.base]
-    tokenizer = _load_tokenizer(places, made_with, options.trust_remote_code)
+    if loaded is not None and loaded.tokenizer is not None:
+        tokenizer = with_template(loaded.tokenizer, made_with)
+    else:
+        places = [str(checkpoint)] if checkpoint else [made_with["tokenizer"], location, parts.base]
+        tokenizer = _load_tokenizer(places, made_with, options.trust_remote_code)
     precision = _choose_precision(options.precision, device)
     is_imported = "imported" in identity  # it has no weights to compare with: step zero tells
-    differing = (
-        [] if checkpoint or is_imported else _compare(identity, _identity_of(location, revision, options))
-    )
-    base = _identity_of(parts.base, parts.base_revision, options) if is_adapted else None
     dtype = (
         torch.bfloat16 if precision == "bf16" or (precision == "bf16-mixed" and is_adapted) else torch.float32
     )
-    model = load_base(
-        parts,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=options.trust_remote_code,
-        quantize=options.quantize,
-        compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
-    )
+    differing: list[str] = []
+    base = None
+    if loaded is not None:
+        needs_identity = is_adapted or not (checkpoint or is_imported)
+        own = loaded.identify(dtype, trust_remote_code=options.trust_remote_code) if needs_identity else {}
+        differing = [] if checkpoint or is_imported else _compare(identity, own)
+        base = own if is_adapted else None
+        model = loaded.place(dtype, device, None if is_adapted else checkpoint)
+    else:
+        if not (checkpoint or is_imported):
+            differing = _compare(identity, _identity_of(location, revision, options))
+        if is_adapted:
+            base = _identity_of(parts.base, parts.base_revision, options)
+        model = load_base(
+            parts,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=options.trust_remote_code,
+            quantize=options.quantize,
+            compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        )
     adapted = _adapt(options, model, parts) if is_adapted else None
     if adapted is not None and options.merge_adapter:
         check_mergeable(adapted)
     base_is_reference = base is not None and not is_imported and not _compare(identity, base)
     remarks = () if checkpoint else (*_template_remarks(options, made_with), *_start_remarks(adapted, parts))
-    with prepared(
-        model,
-        trains=True,
-        offloads=options.offload_activations,
-        min_speedup=CLEAR_SPEEDUP,
-        is_onednn=is_onednn,
-        log=log,
-    ) as run:
+    with (
+        in_eval_mode(model),
+        prepared(
+            model,
+            trains=True,
+            offloads=options.offload_activations,
+            min_speedup=CLEAR_SPEEDUP,
+            is_onednn=is_onednn,
+            log=log,
+        ) as run,
+    ):
         assert run.recomputation is not None
         yield TrainedModel(
             model=model,
@@ -204,9 +225,11 @@ def _start_of(options: TrainOptions, data: TrainingPairs) -> tuple[str, str | No
     if options.model is not None:
         return options.model, None
     if source["model"] is None:
-        imported = data.reference["identity"]["imported"]
+        imported = data.reference["identity"].get("imported")
         raise ModelError(
             f"the reference {imported!r} was imported without a checkpoint.\n"
+            if imported
+            else "the reference was a model in memory, not a checkpoint.\n"
             "Say where the policy starts from with --model."
         )
     return source["model"], source.get("revision")
@@ -218,7 +241,7 @@ def _check_adapter(
     """Whether an adapter is trained. Raises `TrainingError` for options that need one, or that would put one
     on another.
     """
-    is_new = options.lora_r is not None or options.peft_config is not None
+    is_new = _adds_adapter(options)
     is_own = parts.adapter is not None
     if is_new and is_own and not is_resumed:
         raise TrainingError(
@@ -236,6 +259,10 @@ def _check_adapter(
                 "Add --lora-r 16, for example."
             )
     return is_new or is_own
+
+
+def _adds_adapter(options: TrainOptions) -> bool:
+    return options.lora_r is not None or options.peft_config is not None
 
 
 def _adapt(options: TrainOptions, model: PreTrainedModel, parts: CheckpointLocation) -> PeftModel:

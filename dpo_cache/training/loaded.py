@@ -1,0 +1,106 @@
+"""A policy that is in memory already, and is trained in place."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_cache.errors import ModelError, OptionError
+from dpo_cache.lm.model.adapter import CheckpointLocation
+from dpo_cache.lm.model.load import check_causal, load_base, load_config
+from dpo_cache.lm.model.loaded import identify_loaded
+from dpo_cache.lm.model.quantization import is_quantized
+from dpo_cache.options.train import TrainOptions
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A model in memory, its name in options and reports, and its tokenizer, where one is given."""
+
+    model: PreTrainedModel
+    name: str
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def identify(self, dtype: torch.dtype, *, trust_remote_code: bool) -> dict[str, Any]:
+        """The model's identity: that of its checkpoint only where its weights are the checkpoint's."""
+        identity, difference = identify_loaded(self.model, trust_remote_code=trust_remote_code)
+        if difference is None and self._was_rounded(dtype, trust_remote_code=trust_remote_code):
+            rounded = str(self.model.dtype).removeprefix("torch.")
+            return {**identity, "weights": f"{identity['weights']}, rounded to {rounded}"}
+        return identity
+
+    def _was_rounded(self, dtype: torch.dtype, *, trust_remote_code: bool) -> bool:
+        """Whether loading the model lost bits that its checkpoint has and that this dtype would keep."""
+        saved: Any = load_config(self.name, trust_remote_code=trust_remote_code).dtype or torch.float32
+        lowest = min((saved, dtype), key=lambda one: torch.finfo(one).bits)
+        return torch.promote_types(self.model.dtype, lowest) != self.model.dtype
+
+    def location(self, checkpoint: Path | None, *, is_adapted: bool) -> CheckpointLocation:
+        """Where the weights are that a resumed run reads: whole ones, or an adapter for the model."""
+        if checkpoint is None or is_adapted:
+            return CheckpointLocation(self.name, None, str(checkpoint) if checkpoint else None)
+        return CheckpointLocation(str(checkpoint), None)
+
+    def place(self, dtype: torch.dtype, device: torch.device, checkpoint: Path | None) -> PreTrainedModel:
+        """The model on the device, in the dtype; with the weights of a checkpoint, where one is given."""
+        self.model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
+        if checkpoint is not None:
+            saved = load_base(CheckpointLocation(str(checkpoint), None), dtype=dtype, device=device)
+            self.model.load_state_dict(saved.state_dict())
+        return self.model
+
+
+def take_loaded(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> LoadedPolicy | None:
+    """The model, if it is in memory and not a path or None. Raises `ModelError` or `OptionError`."""
+    if model is None or isinstance(model, (str, os.PathLike)):
+        if tokenizer is not None:
+            raise OptionError("tokenizer is used only with a model that is loaded already.\nLeave it out.")
+        return None
+    if not isinstance(model, PreTrainedModel):
+        raise OptionError(
+            f"a {type(model).__name__} cannot be trained.\n"
+            "Give a causal LM of transformers, or the path or Hub id of one; of an adapter, its folder."
+        )
+    name = model.name_or_path or f"{type(model).__name__} in memory"
+    check_causal(model.config, name)
+    if is_quantized(model):
+        raise ModelError(
+            f"{name}: its weights are quantized.\nGive its path or Hub id instead, and the option quantize."
+        )
+    return LoadedPolicy(model, name, tokenizer)
+
+
+def check_options(options: TrainOptions) -> None:
+    """Raise `OptionError` for options that only apply to loading a model."""
+    if options.quantize != "none":
+        raise OptionError(
+            f"quantize {options.quantize}: the model is in memory already.\nGive its path or Hub id instead."
+        )
+
+
+@contextmanager
+def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Run the model without dropout, as the reference was scored; then restore the mode of every module."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in before.items():
+            module.training = was_training
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, made_with: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer with the chat template that the pairs were made with, if that is known."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if made_with["tokenizer"] is not None:
+        tokenizer.chat_template = made_with["chat_template"]
+    return tokenizer
