@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dpo_cache.cli.output import ProgressLine, format_columns, format_seconds, print_json
+from dpo_cache.cli.output import ProgressLine, command_line, format_columns, format_seconds, print_json
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
 from dpo_cache.errors import OptionError, TrainingError
@@ -17,17 +17,23 @@ if TYPE_CHECKING:
     from dpo_cache.sweeping import SweepReport
 
 
-@command(SweepOptions, json_help="Print the report as JSON.")
+def _with_plan(given: dict[str, Any]) -> dict[str, Any]:
+    from dpo_cache.sweeping.sweep_folder import with_plan
+
+    return with_plan(given)
+
+
+@command(SweepOptions, json_help="Print the report as JSON.", complete=_with_plan)
 def sweep_command(options: SweepOptions, as_json: bool) -> None:
     r"""Train once for each combination of the options' values, from one cache, and compare the runs.
 
     Every option of `train` takes several values, with commas between them. A comma that belongs to a
     value is written \, and the parts of a weighted sum are joined with +, as in
-    --loss sigmoid:0.8+sft:0.2,ipo. What has one value is shared by all runs.
+    --loss sigmoid:0.8+sft:0.2,ipo. Options with one value are the same in all runs.
 
-    The same command again goes on: finished runs stay, stopped ones are resumed, failed ones tried
-    again; with more values, runs are added. Ctrl-C finishes the step of each run at work and saves it.
-    Exits with 1 where a run did not finish.
+    The same command again, or --resume SWEEP, continues: finished runs stay, stopped ones are resumed,
+    failed ones are tried again; with more values, runs are added. Ctrl-C finishes the step of each active
+    run and saves it. The exit code is 1 if a run did not finish.
     """
     from dpo_cache.sweeping import sweep
 
@@ -54,14 +60,14 @@ def sweep_command(options: SweepOptions, as_json: bool) -> None:
         unfinished = report.num_runs - report.num_finished
         raise TrainingError(
             f"{unfinished} of {report.num_runs} runs did not finish.\n"
-            "The same command again goes on with them."
+            f"Next: {command_line('sweep', '--resume', report.output)}"
         )
 
 
 def _refuse_repeated(options: SweepOptions) -> None:
-    """`train` makes a weighted sum of a repeated --loss; here that would be two runs, without a word."""
+    """Raise `OptionError` for a repeated --loss: a weighted sum in `train`, but two runs here."""
     for entry in swept_fields():
-        given = getattr(options, entry.name)
+        given = [value for value in getattr(options, entry.name) if isinstance(value, str)]
         if type_of(entry) is tuple and len(given) > 1:
             flag = flag_of(entry)
             raise OptionError(
@@ -89,7 +95,7 @@ def _print_report(report: SweepReport) -> None:
             print(f"{row.name} failed: {row.error}")
     print(f"The table is in {report.table} and .csv, each run in a folder of its name in {report.output}.")
     if not report.finished:
-        print("Next: the same command again.")
+        print(f"Next: {command_line('sweep', '--resume', report.output)}")
     elif report.rows[0].measured_on == "held out":
         print(
             "Next, with the best: "

@@ -108,11 +108,13 @@ def _fields() -> list[tuple[str, Any, Any]]:
         ("jobs", int, option(1, "Runs at once. On a CPU they share its cores.")),
         (
             "resume",
-            bool,
+            bool | str,
             option(
                 False,
-                "Refuse to begin a new sweep. The same command goes on with its own by itself.",
-                flag="--resume",
+                "Continue the sweep in this folder, with the options of its sweep.json. Without a folder: "
+                "continue the one in --output, never start one.",
+                metavar="[SWEEP]",
+                value_is_optional=True,
             ),
         ),
         (

@@ -15,6 +15,7 @@ from typing import Any
 from dpo_cache.errors import NotInCacheError, OptionError
 from dpo_cache.files.locations import check_model
 from dpo_cache.log import Log, keeps_remarks, log_remark
+from dpo_cache.options.base import with_new_names
 from dpo_cache.options.keywords import keywords_of, make_options
 from dpo_cache.options.sweep import SweepOptions, loss_settings
 from dpo_cache.progress import show_sweep, shows_progress
@@ -32,7 +33,7 @@ from dpo_cache.reporting.runs import (
 from dpo_cache.store import open_cache
 from dpo_cache.sweeping.grid import Grid, read_grid
 from dpo_cache.sweeping.processes import ENDS_BY_SIGNAL, ActiveRun, run_environment, threads_of_a_run
-from dpo_cache.sweeping.sweep_folder import Run, hold_folder, plan_runs, read_report, write_whole
+from dpo_cache.sweeping.sweep_folder import Run, hold_folder, plan_runs, read_report, with_plan, write_whole
 
 POLL_S = 0.2
 
@@ -81,11 +82,11 @@ class SweepReport:
 @shows_progress("sweep", show_sweep)
 @keeps_remarks
 def sweep(
-    cache: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    cache: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
     *,
     jobs: int = 1,
-    resume: bool = False,
+    resume: bool | str | os.PathLike[str] = False,
     plot: str | os.PathLike[str] | None = None,
     on_progress: Callable[[SweepProgress], None] | None = None,
     on_run: OnRow | None = None,
@@ -97,8 +98,9 @@ def sweep(
 
     Keyword arguments are the options of `train`; a list holds several values, as in
     `beta=[0.05, 0.1], loss=["sigmoid", "ipo"]`, and a string may hold several between commas. Called again
-    with the same values, or with more of them, finished runs are left as they are, stopped ones go on where
-    they were, and failed ones are tried again. A run that fails does not end the others.
+    with the same values, or with more of them, finished runs are left as they are, stopped ones are resumed,
+    and failed ones are tried again; `resume=SWEEP` reads cache and values from that folder's sweep.json. A
+    run that fails does not end the others.
 
     `progress=True` shows on stderr what the command line shows. `on_progress` is called a few times a second,
     `on_run` with a report when a run has ended, `log` gets each remark (default: the logger `dpo_cache`); the
@@ -108,15 +110,16 @@ def sweep(
     Raises `DpoCacheError` before anything runs: combinations that make no sense, a folder of something else,
     a missing pair set.
     """
-    given = {"cache": cache, "output": output, "jobs": jobs, "resume": resume, "plot": plot, **options}
-    chosen = make_options(SweepOptions, given, log)
     log = log or log_remark
+    given = {"jobs": jobs, "resume": resume, "plot": plot, **options}
+    given |= {name: value for name, value in (("cache", cache), ("output", output)) if value is not None}
+    chosen = make_options(SweepOptions, with_plan(with_new_names(SweepOptions, given, log)))
     grid = read_grid(chosen)
     if chosen.plot:
         _check_plot(Path(chosen.plot), grid)
     _check_inputs(chosen.cache, grid)
     with hold_folder(Path(chosen.output), log) as lock:
-        runs = plan_runs(Path(chosen.output), chosen.cache, grid, resume=resume)
+        runs = plan_runs(Path(chosen.output), chosen.cache, grid, resume=bool(chosen.resume))
         work = _Sweep(chosen, runs, lock, on_progress or (lambda _: None), on_run or (lambda _: None), log)
         return work.run(should_stop or (lambda: False))
 

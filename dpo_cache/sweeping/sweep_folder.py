@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cache.errors import TrainingError
+from dpo_cache.errors import OptionError, TrainingError
 from dpo_cache.files import atomic
 from dpo_cache.log import Log
 from dpo_cache.options.base import with_new_names
@@ -89,6 +89,26 @@ def plan_runs(output: Path, cache: str, grid: Grid, *, resume: bool) -> list[Run
         Run(name, output / name, output / "logs" / f"{name}.log", grid.shared, combination)
         for name, combination in zip(names, combinations, strict=True)
     ]
+
+
+def with_plan(given: dict[str, Any]) -> dict[str, Any]:
+    """The given options of a sweep and, if `resume` names a folder, the others as its sweep.json has them.
+
+    Raises `TrainingError` where there is no sweep to resume.
+    """
+    if not isinstance(given.get("resume"), (str, os.PathLike)):
+        return given
+    folder, output = Path(given["resume"]), given.get("output")
+    if output is not None and Path(output) != folder:
+        raise OptionError(
+            f"--resume {folder} and --output {output}: a sweep is resumed in its own folder.\n"
+            "Give one of them."
+        )
+    plan = _read_plan(folder, resume=True)
+    assert plan is not None
+    found = {name: _as_given([value]) for name, value in plan["shared"].items()}
+    found |= {name: _as_given(values) for name, values in plan["varied"].items()}
+    return {**found, "cache": plan["cache"], **given, "output": str(folder), "resume": True}
 
 
 @contextmanager
@@ -187,6 +207,11 @@ def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
         raise TrainingError(f"{path}: {wrong[0]!r} is no name of a folder.\nChoose another --output.")
     defaults = {entry.name: default_of(entry) for entry in swept_fields() if entry.name not in plan["varied"]}
     return {**plan, "shared": json.loads(json.dumps(defaults)) | plan["shared"]}
+
+
+def _as_given(values: list[Any]) -> tuple[Any, ...]:
+    """Values of an option as `sweep` takes them: a comma in text separates values."""
+    return tuple(value.replace(",", "\\,") if isinstance(value, str) else value for value in values)
 
 
 def _with_new_names(plan: dict[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def test_a_failed_run_makes_it_end_with_1(run, cache: str, tmp_path: Path, start
     )
     assert done.code == 1 and started == ["beta=1e-30", "beta=0.1"]
     assert done.err.endswith(
-        "error: 1 of 2 runs did not finish.\nThe same command again goes on with them.\n"
+        f"error: 1 of 2 runs did not finish.\nNext: dpo-cache sweep --resume {tmp_path}/out\n"
     )
     assert "beta=1e-30 failed: step 1: loss " in done.out
 
@@ -138,7 +138,7 @@ def test_ctrl_c_saves_the_run_at_work_and_the_same_command_goes_on(
     assert not (output / "beta=0.2").exists()
 
     begun = request.getfixturevalue("started")  # from here on in this process
-    done = run(*command)
+    done = run("sweep", "--resume", output)
     assert done.code == 0, done.err
     assert begun == ["beta=0.1", "beta=0.2"] and "2 runs: 1 to go on with, 1 to begin.\n" in done.err
     steps = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from dpo_cache.errors import TrainingError
-from dpo_cache.sweeping.sweep_folder import hold_folder, plan_runs
+from dpo_cache.errors import OptionError, TrainingError
+from dpo_cache.options.sweep import SweepOptions
+from dpo_cache.sweeping.grid import read_grid
+from dpo_cache.sweeping.sweep_folder import hold_folder, plan_runs, with_plan
 from tests.sweeping.test_grid import grid_of
 
 
@@ -134,3 +136,36 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path) -> None:
     with hold_folder(tmp_path, said.append):
         pass
     assert not said
+
+
+def test_a_plan_of_an_earlier_version_has_the_names_of_now(tmp_path: Path) -> None:
+    names(tmp_path, beta="0.1,0.2", budget_tokens="64,128")
+    path = tmp_path / "sweep.json"
+    path.write_text(path.read_text().replace("budget_tokens", "micro_tokens"))
+    before = json.loads(path.read_text())
+    found = names(tmp_path, beta="0.1,0.2", budget_tokens="64,128", resume=True)
+    assert found == [run["name"] for run in before["runs"]] and found[0] == "beta=0.1,micro_tokens=64"
+    assert json.loads(path.read_text())["varied"] == {"beta": [0.1, 0.2], "budget_tokens": ["64", "128"]}
+
+
+def test_a_sweep_is_resumed_with_its_own_options(tmp_path: Path) -> None:
+    given = {
+        "beta": "0.1,0.2",
+        "loss": "sigmoid:0.5+sft:0.5,ipo",
+        "lora_targets": r"q_proj\,v_proj",
+        "lora_r": 2,
+        "shuffle": [True, False],
+        "max_steps": "none,3",
+    }
+    grid = grid_of(**given)
+    plan_runs(tmp_path, "cache", grid, resume=False)
+    resumed = with_plan({"resume": tmp_path})
+    assert (resumed["cache"], resumed["output"], resumed["resume"]) == ("cache", str(tmp_path), True)
+    assert read_grid(SweepOptions(**resumed)) == grid
+    more = with_plan({"resume": str(tmp_path), "beta": "0.1,0.2,0.3"})
+    assert read_grid(SweepOptions(**more)).varied["beta"] == (0.1, 0.2, 0.3)
+    assert with_plan({"resume": True, "beta": "1"}) == {"resume": True, "beta": "1"}
+    with pytest.raises(OptionError, match="a sweep is resumed in its own folder"):
+        with_plan({"resume": str(tmp_path), "output": "other"})
+    with pytest.raises(TrainingError, match="there is no sweep to resume"):
+        with_plan({"resume": str(tmp_path / "none")})

@@ -1,0 +1,123 @@
+"""What is wrong with a command is found before torch, transformers or datasets is imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.store.caches import make_cache
+
+RUN = """
+import json, sys
+sys.argv = ["dpo-cache", *json.loads(sys.stdin.read())]
+from dpo_cache.cli.app import main
+try:
+    main()
+except SystemExit as leaving:
+    code = leaving.code
+heavy = sorted({"torch", "transformers", "datasets"} & set(sys.modules))
+print(json.dumps([code, heavy]))
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache, files of every wrong kind, and a run that is finished."""
+    root = tmp_path_factory.mktemp("startup")
+    make_cache(root / "cache")
+    (root / "notes").mkdir()
+    (root / "notes" / "notes.txt").write_text("mine")
+    (root / "empty.jsonl").write_text("")
+    (root / "data.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (root / "data.xml").write_text("<a/>")
+    (root / "model").mkdir()
+    (root / "model" / "config.json").write_text("{}")
+    return root
+
+
+PRECOMPUTE = [
+    "precompute",
+    "--model",
+    "{root}/model",
+    "--dataset",
+    "{root}/data.jsonl",
+    "--cache",
+    "{root}/new",
+]
+TRAIN = ["train", "{root}/cache", "--output", "{root}/run"]
+EVAL = ["eval", "{root}/cache", "--model", "{root}/model"]
+SWEEP = ["sweep", "{root}/cache", "--output", "{root}/sweep", "--beta", "0.1,0.2"]
+IMPORT = ["import", "{root}/new", "{root}/data.jsonl", "--reference", "peer"]
+NO_CACHE = "{root}/none: no dpo-cache here (no format.json)."
+NO_MODEL = "{root}/none: no model can be loaded from it (no such folder)."
+NO_PAIRS = "{root}/cache: no pair set 'other'."
+WRONG = {
+    "precompute option": ([*PRECOMPUTE, "--budget-tokens", "lots"], 2, "--budget-tokens lots: expected"),
+    "precompute model": ([*PRECOMPUTE, "--model", "{root}/none"], 1, NO_MODEL),
+    "precompute model folder": (
+        [*PRECOMPUTE, "--model", "{root}/notes"],
+        1,
+        "{root}/notes: no model can be loaded from it (no config.json in it).",
+    ),
+    "precompute dataset": (
+        [*PRECOMPUTE, "--dataset", "{root}/none.jsonl"],
+        1,
+        "{root}/none.jsonl: no such file or folder.",
+    ),
+    "precompute empty": ([*PRECOMPUTE, "--dataset", "{root}/empty.jsonl"], 1, "{root}/empty.jsonl: the file is"),
+    "precompute kind": ([*PRECOMPUTE, "--dataset", "{root}/data.xml"], 1, "{root}/data.xml: files of kind .xml"),
+    "precompute cache": ([*PRECOMPUTE, "--cache", "{root}/notes"], 1, "{root}/notes: the folder holds other things"),
+    "precompute tokenizer": ([*PRECOMPUTE, "--tokenizer", "./none"], 1, "./none: no tokenizer can be loaded"),
+    "precompute template": ([*PRECOMPUTE, "--chat-template", "none"], 1, "--chat-template none: not readable"),
+    "train option": ([*TRAIN, "--beta", "0"], 2, "--beta 0.0: expected a number above 0."),
+    "train no cache": (["train", "{root}/none", "--output", "{root}/run"], 1, NO_CACHE),
+    "train not a cache": (["train", "{root}/notes", "--output", "{root}/run"], 1, "{root}/notes: no dpo-cache here"),
+    "train model": ([*TRAIN, "--model", "{root}/none"], 1, NO_MODEL),
+    "train pairs": ([*TRAIN, "--pairs", "other"], 1, NO_PAIRS),
+    "train eval pairs": ([*TRAIN, "--eval-pairs", "other"], 1, NO_PAIRS),
+    "train reference": ([*TRAIN, "--reference", "zz"], 1, "{root}/cache: no reference whose id starts with 'zz'."),
+    "train output": (["train", "{root}/cache", "--output", "{root}/notes"], 1, "{root}/notes: not the folder of a run"),
+    "train peft config": ([*TRAIN, "--peft-config", "none.json"], 2, "--peft-config none.json: no PEFT config"),
+    "train config": (["train", "--config", "none.json"], 2, "--config none.json: not readable"),
+    "train resume": (["train", "--resume", "{root}/notes"], 1, "{root}/notes: there is no run to resume"),
+    "eval option": ([*EVAL, "--limit", "0"], 2, "--limit 0: expected"),
+    "eval cache": (["eval", "{root}/none", "--model", "{root}/model"], 1, NO_CACHE),
+    "eval model": (["eval", "{root}/cache", "--model", "{root}/none"], 1, NO_MODEL),
+    "eval pairs": ([*EVAL, "--pairs", "other"], 1, NO_PAIRS),
+    "eval output": ([*EVAL, "--output", "{root}/empty.jsonl"], 2, "{root}/empty.jsonl is there already."),
+    "sweep option": ([*SWEEP, "--jobs", "0"], 2, "--jobs 0: expected a whole number above 0."),
+    "sweep cache": (["sweep", "{root}/none", "--output", "{root}/sweep"], 1, NO_CACHE),
+    "sweep model": ([*SWEEP, "--model", "{root}/none"], 1, NO_MODEL),
+    "sweep pairs": ([*SWEEP, "--pairs", "other"], 1, NO_PAIRS),
+    "sweep output": (["sweep", "{root}/cache", "--output", "{root}/notes"], 1, "{root}/notes: not an empty folder"),
+    "sweep resume": (["sweep", "--resume", "{root}/notes"], 1, "{root}/notes: there is no sweep to resume."),
+    "export pairs": (["export", "{root}/cache", "other", "{root}/out.jsonl"], 1, NO_PAIRS),
+    "export output": (
+        ["export", "{root}/cache", "demo", "{root}/empty.jsonl"],
+        2,
+        "{root}/empty.jsonl is there already.",
+    ),
+    "import dataset": (["import", "{root}/new", "{root}/none.jsonl", "--reference", "peer"], 1, "{root}/none.jsonl: no"),
+    "import model": ([*IMPORT, "--model", "{root}/none"], 1, NO_MODEL),
+    "verify cache": (["verify", "{root}/none"], 1, NO_CACHE),
+    "verify model": (["verify", "{root}/cache", "--rescore", "5", "--model", "{root}/none"], 1, NO_MODEL),
+    **{name: ([name, "{root}/none"], 1, NO_CACHE) for name in ("ls", "compact", "gc")},
+    "rm": (["rm", "{root}/cache", "pairs", "other"], 1, NO_PAIRS),
+    "merge": (["merge", "{root}/none", "{root}/new"], 1, NO_CACHE),
+    "diff": (["diff", "{root}/cache", "{root}/none"], 1, NO_CACHE),
+    "push": (["push", "{root}/none", "memory://cache"], 1, NO_CACHE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_found_before_torch_is_imported(root: Path, case: str) -> None:
+    arguments, code, message = WRONG[case]
+    words = [word.format(root=root) for word in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], input=json.dumps(words), capture_output=True, text=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [code, []], done.stderr
+    assert message.format(root=root) in done.stderr, done.stderr
+    assert not any((root / name).exists() for name in ("new", "run", "sweep"))
