@@ -83,7 +83,7 @@ def open_remote(url: str) -> RemoteFolder:
             f"{url}: names no {'repository' if protocol == 'hf' else 'bucket'}.\nExpected for example {protocol}://NAME/cache."
         )
     if protocol in ("s3", "s3a"):
-        filesystem.retries = 1  # type: ignore[attr-defined]  # this room's own tries would be multiplied by those
+        filesystem.retries = 1  # type: ignore[attr-defined]  # see retries.py
     return RemoteFolder(filesystem, root, url)
 
 

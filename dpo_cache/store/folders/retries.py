@@ -1,8 +1,14 @@
-"""Calls to an object store: what may pass is tried again, what stays becomes one error with its fix.
+"""Calls to an object store: transient failures are retried, lasting ones become one error with its fix.
 
-Time-outs, broken connections, throttling and faults of the server pass; a missing bucket, refused access, a
-wrong region or a missing package do not. The libraries behind fsspec raise errors of their own kinds, which
-are told apart by the status and code of the answer, and by type where there was no answer.
+Time-outs, broken connections, throttling and faults of the server are transient; a missing bucket, refused
+access, a wrong region or a missing package are not. The libraries behind fsspec raise errors of their own
+kinds, which are classified by the status and code of the answer, and by type if there was no answer.
+
+The loop here replaces the retries of botocore and s3fs, which are switched off so that tries do not multiply:
+with both on, a store that keeps answering 503 is given up after 140 s, here after 25 s. Of the faults that the
+tests inject, those two outlive 500, 503, `RequestTimeout`, resets, time-outs and broken bodies, but not 429
+`TooManyRequests`, a body that ends early without an error, or a PUT whose body is never requested, which only
+a time limit on the whole call ends. Other stores, as `hf://`, retry only some of their calls.
 """
 
 from __future__ import annotations
@@ -20,9 +26,9 @@ from dpo_cache.log import log_remark
 
 Result = TypeVar("Result")
 
-# between the tries; up to half of each is taken off at random, so that writers do not meet again
+# Between the tries; up to half of each is subtracted at random, so that writers do not collide again.
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-SAID_AFTER_S = 3.0  # of trying in vain
+REMARK_AFTER_S = 3.0  # of trying in vain
 
 PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 PASSING_CODES = {
@@ -63,7 +69,7 @@ ADVICE = {
     "(AWS_PROFILE, AWS_ACCESS_KEY_ID), "
     "for gs:// `gcloud auth application-default login`, for hf:// `hf auth login` or HF_TOKEN.",
     "access": "Access was refused: check that these credentials may list, read and write there.",
-    "region": "The bucket lies in another region or behind another endpoint: set AWS_DEFAULT_REGION or "
+    "region": "The bucket is in another region or behind another endpoint: set AWS_DEFAULT_REGION or "
     "AWS_ENDPOINT_URL.",
     "offline": "HF_HUB_OFFLINE is set: unset it to reach hf://.",
     "passing": "The store or the way to it fails: check the network and the endpoint, then run the same "
@@ -95,12 +101,12 @@ KINDS = {
 
 
 def with_retries(verb: str, place: str, call: Callable[[], Result]) -> Result:
-    """What the call returns. It must be harmless to repeat.
+    """The result of the call, which must be harmless to repeat.
 
-    Raises `FileNotFoundError` where the file is not there, and `StorageError` for all else that stays, or
-    that has not passed after seven tries, which take half a minute besides the time-outs.
+    Raises `FileNotFoundError` if the file does not exist, and `StorageError` for any other failure that is
+    lasting, or still there after seven tries: these take half a minute besides the time-outs.
     """
-    started, is_said = time.monotonic(), False
+    started, is_logged = time.monotonic(), False
     for tries, wait_s in enumerate((*WAITS_S, None), start=1):
         try:
             return call()
@@ -110,8 +116,8 @@ def with_retries(verb: str, place: str, call: Callable[[], Result]) -> Result:
             waited_s = time.monotonic() - started
             if wait_s is None or not may_pass(error):
                 raise remote_error(verb, place, error, tries, waited_s) from error
-            if not is_said and waited_s + wait_s > SAID_AFTER_S:
-                is_said = True
+            if not is_logged and waited_s + wait_s > REMARK_AFTER_S:
+                is_logged = True
                 log_remark(
                     f"cannot {verb} {place} so far ({describe(error)}; tried {tries} of "
                     f"{len(WAITS_S) + 1} times); trying again."

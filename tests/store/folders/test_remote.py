@@ -155,7 +155,7 @@ def test_a_put_that_is_never_asked_for_its_body_is_tried_again(
 def test_what_does_not_pass_ends_with_what_was_tried(
     s3: Proxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cache.store.folders.retries.SAID_AFTER_S", 0.01)
+    monkeypatch.setattr("dpo_cache.store.folders.retries.REMARK_AFTER_S", 0.01)
     folder = open_folder(CACHE)
     folder.publish("a.json", b"content")
     s3.plan.append(Fault("error", "GET", "a.json", times=99, status=503, code="SlowDown"))
