@@ -12,7 +12,7 @@ from dpo_cache.cli.app import command_names
 
 PACKAGE = Path(dpo_cache.__file__).parent
 
-LEAVES = {"errors", "log", "types", "options", "losses"}
+LEAVES = {"errors", "log", "progress", "types", "options", "losses"}
 ALLOWED = {
     "cli": {
         "precomputing",
@@ -34,12 +34,14 @@ ALLOWED = {
     "precomputing": {"data", "lm", "store", "planning"} | LEAVES,
     "exchange": {"data", "lm", "store", "files"} | LEAVES,
     "planning": {"lm", "store"} | LEAVES,
-    "options": {"errors", "losses"},
+    "upkeep": {"store", "precomputing"} | LEAVES,
+    "options": {"errors", "log", "losses"},
     "losses": {"errors", "types", "options", "lm"},
     "store": {"errors", "log", "types", "files"},
     "data": {"errors", "types"},
     "lm": {"errors", "log", "types", "files"},
     "files": {"errors"},
+    "progress": set(),
     "log": set(),
     "types": set(),
     "errors": set(),
