@@ -65,7 +65,7 @@ class Loss:
     name: str
     inputs: tuple[str, ...]  # of INPUTS
     settings: tuple[str, ...] = ("beta",)  # of LossSettings
-    formula: str
+    formula: str  # of a pair, in the letters of docs/losses.md, as Markdown
     paper: Paper | None
     equation: str = ""
     elsewhere: Mapping[str, str] = field(default_factory=dict)  # what other systems call it

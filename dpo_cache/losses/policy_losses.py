@@ -1,4 +1,4 @@
-"""Losses that look at the policy alone: pure functions of log-probs in nats, one value a pair, not averaged.
+"""Losses without a reference: pure functions of log-probs in nats, one value a pair, not averaged.
 
 `logps` are sums over a completion's tokens, `lengths` the number of those tokens; both of shape
 (batch_size,).

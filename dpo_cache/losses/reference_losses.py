@@ -6,8 +6,8 @@ Three quantities recur, each of shape (batch_size,):
     scores      logratios after the f-divergence, see `divergence_scores`; without one the two are the same
     margins     score of the chosen completion minus score of the rejected one
 
-beta is above 0: the smaller, the further the policy may move from the reference. `docs/losses.md` says which
-system computes what; losses that look at the policy alone are in `policy_losses.py`.
+beta is above 0: the smaller, the further the policy may move from the reference. `table.py` lists the losses
+with their papers; losses without a reference are in `policy_losses.py`.
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ def apo_down_losses(
 def aot_losses(
     policy_margins: torch.Tensor, reference_margins: torch.Tensor, beta: float, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """AOT, paired: the DPO loss of the policy's sorted margins minus the reference's sorted margins, one value
-    a rank (Sec. 3, arXiv:2406.05882).
+    """AOT, paired: the DPO loss of the policy's sorted margins minus the reference's sorted margins, one
+    value a rank (Sec. 3, arXiv:2406.05882).
 
     Only the mean over the batch has a meaning, and it depends on which pairs are in the batch.
     """

@@ -118,7 +118,7 @@ _ENTRIES = (
         name="sigmoid",
         inputs=("margins",),
         settings=("beta", "label_smoothing"),
-        formula="-(1-e) log s(b m) - e log s(-b m)",
+        formula="`-(1-e) log s(b m) - e log s(-b m)`",
         paper=DPO,
         equation="Eq. 7",
         papers={"label_smoothing": (CDPO, "Eq. 3")},
@@ -129,7 +129,7 @@ _ENTRIES = (
     Loss(
         name="sigmoid_norm",
         inputs=("mean_margins",),
-        formula="-log s(b (lc/|c| - lr/|r|))",
+        formula="`-log s(b (lc/|c| - lr/|r|))`",
         paper=arxiv(
             "Length-normalized DPO",
             "2411.15124",
@@ -144,7 +144,7 @@ _ENTRIES = (
     Loss(
         name="hinge",
         inputs=("margins",),
-        formula="max(0, 1 - b m)",
+        formula="`max(0, 1 - b m)`",
         paper=arxiv(
             "RSO",
             "2309.06657",
@@ -156,7 +156,7 @@ _ENTRIES = (
     Loss(
         name="ipo",
         inputs=("margins",),
-        formula="(m - 1/(2b))^2",
+        formula="`(m - 1/(2b))^2`",
         paper=IPO,
         equation="Eq. 17",
         elsewhere={ORIGINAL: "`ipo`"},
@@ -164,7 +164,7 @@ _ENTRIES = (
     Loss(
         name="ipo_norm",
         inputs=("mean_margins",),
-        formula="(lc/|c| - lr/|r| - 1/(2b))^2",
+        formula="`(lc/|c| - lr/|r| - 1/(2b))^2`",
         paper=IPO,
         equation="Eq. 17",
         elsewhere={TRL: "`ipo`", LLAMA_FACTORY: "`ipo`"},
@@ -174,7 +174,7 @@ _ENTRIES = (
         name="exo_pair",
         inputs=("margins",),
         settings=("beta", "label_smoothing"),
-        formula="s(b m) log(s(b m)/(1-e)) + s(-b m) log(s(-b m)/e)",
+        formula="`s(b m) log(s(b m)/(1-e)) + s(-b m) log(s(-b m)/e)`",
         paper=arxiv(
             "EXO",
             "2402.00856",
@@ -195,7 +195,7 @@ _ENTRIES = (
         name="robust",
         inputs=("margins",),
         settings=("beta", "label_smoothing"),
-        formula="(-(1-e) log s(b m) + e log s(-b m)) / (1 - 2e)",
+        formula="`(-(1-e) log s(b m) + e log s(-b m)) / (1 - 2e)`",
         paper=arxiv(
             "Robust DPO",
             "2403.00409",
@@ -213,7 +213,7 @@ _ENTRIES = (
         name="discopop",
         inputs=("margins",),
         settings=("beta", "discopop_tau"),
-        formula="-log s(z) (1 - s(z/t)) + exp(-z) s(z/t), z = b m, t is --discopop-tau",
+        formula="`-log s(z) (1 - s(z/t)) + exp(-z) s(z/t)`, `z = b m`, `t` is `--discopop-tau`",
         paper=arxiv(
             "DiscoPOP",
             "2406.08414",
@@ -226,7 +226,7 @@ _ENTRIES = (
     Loss(
         name="nca_pair",
         inputs=("chosen_logratios", "rejected_logratios"),
-        formula="-log s(b lc) - log s(-b lc)/2 - log s(-b lr)/2",
+        formula="`-log s(b lc) - log s(-b lc)/2 - log s(-b lr)/2`",
         paper=arxiv(
             "NCA",
             "2402.05369",
@@ -240,7 +240,7 @@ _ENTRIES = (
     Loss(
         name="bco_pair",
         inputs=("chosen_logratios", "rejected_logratios"),
-        formula="-log s(b lc) - log s(-b lr)",
+        formula="`-log s(b lc) - log s(-b lr)`",
         paper=arxiv(
             "BCO",
             "2404.04656",
@@ -253,7 +253,7 @@ _ENTRIES = (
     Loss(
         name="sppo_hard",
         inputs=("chosen_logratios", "rejected_logratios"),
-        formula="(lc - 1/(2b))^2 + (lr + 1/(2b))^2",
+        formula="`(lc - 1/(2b))^2 + (lr + 1/(2b))^2`",
         paper=arxiv(
             "SPPO",
             "2405.00675",
@@ -266,7 +266,7 @@ _ENTRIES = (
     Loss(
         name="apo_zero",
         inputs=("chosen_logratios", "rejected_logratios"),
-        formula="1 - s(b lc) + s(b lr)",
+        formula="`1 - s(b lc) + s(b lr)`",
         paper=APO,
         equation="Eq. 7",
         elsewhere={TRL: "`apo_zero`"},
@@ -274,7 +274,7 @@ _ENTRIES = (
     Loss(
         name="apo_down",
         inputs=("chosen_logratios", "rejected_logratios"),
-        formula="s(b lc) + 1 - s(b m)",
+        formula="`s(b lc) + 1 - s(b m)`",
         paper=APO,
         equation="Eq. 8",
         elsewhere={TRL: "`apo_down`"},
@@ -283,7 +283,7 @@ _ENTRIES = (
         name="aot",
         inputs=("policy_margins", "reference_margins"),
         settings=("beta", "label_smoothing"),
-        formula="sigmoid of sorted pc - pr minus sorted reference c - r",
+        formula="`sigmoid` of sorted `pc - pr` minus sorted reference `c - r`",
         paper=AOT,
         equation="Sec. 3",
         elsewhere={TRL: "`aot`"},
@@ -294,7 +294,7 @@ _ENTRIES = (
         name="aot_unpaired",
         inputs=("chosen_logratios", "rejected_logratios"),
         settings=("beta", "label_smoothing"),
-        formula="sigmoid of sorted lc minus sorted lr",
+        formula="`sigmoid` of sorted `lc` minus sorted `lr`",
         paper=AOT,
         equation="Sec. 3",
         elsewhere={TRL: "`aot_unpaired`"},
@@ -305,7 +305,7 @@ _ENTRIES = (
         name="sft",
         inputs=("chosen_sums", "mean_chosen_tokens"),
         settings=(),
-        formula="-pc, summed over the step, by its chosen tokens",
+        formula="`-pc`, summed over the step, divided by its chosen tokens",
         paper=None,
         elsewhere={TRL: "`sft`"},
     ),
@@ -313,7 +313,7 @@ _ENTRIES = (
         name="sft_norm",
         inputs=("chosen_sums", "chosen_lengths"),
         settings=(),
-        formula="-pc/|c|",
+        formula="`-pc/|c|`",
         paper=arxiv("RPO", "2404.19733", "Pang et al.", "Iterative Reasoning Preference Optimization"),
         equation="Eq. 1",
         elsewhere={LLAMA_FACTORY: "`pref_ftx`"},
@@ -323,7 +323,7 @@ _ENTRIES = (
         name="simpo",
         inputs=("chosen_logps", "rejected_logps", "chosen_lengths", "rejected_lengths"),
         settings=("beta", "simpo_gamma", "label_smoothing"),
-        formula="-log s(b (pc/|c| - pr/|r|) - g), g is --simpo-gamma; smoothed as sigmoid",
+        formula="`-log s(b (pc/|c| - pr/|r|) - g)`, `g` is `--simpo-gamma`; smoothed as `sigmoid`",
         paper=arxiv(
             "SimPO",
             "2405.14734",
@@ -336,7 +336,7 @@ _ENTRIES = (
     Loss(
         name="orpo",
         inputs=("chosen_logps", "rejected_logps", "chosen_lengths", "rejected_lengths"),
-        formula="-pc/|c| - b log s(log odds(pc/|c|) - log odds(pr/|r|))",
+        formula="`-pc/|c| - b log s(log odds(pc/|c|) - log odds(pr/|r|))`",
         paper=arxiv(
             "ORPO",
             "2403.07691",
@@ -350,7 +350,7 @@ _ENTRIES = (
         name="cpo",
         inputs=("chosen_logps", "rejected_logps", "chosen_sums", "mean_chosen_tokens"),
         settings=("beta", "label_smoothing", "cpo_alpha"),
-        formula="-log s(b (pc - pr)), smoothed as sigmoid, plus --cpo-alpha times sft",
+        formula="`-log s(b (pc - pr))`, smoothed as `sigmoid`, plus `--cpo-alpha` times `sft`",
         paper=arxiv(
             "CPO",
             "2401.08417",
@@ -364,7 +364,7 @@ _ENTRIES = (
     Loss(
         name="slic",
         inputs=("chosen_logps", "rejected_logps"),
-        formula="max(0, 1 - b (pc - pr))",
+        formula="`max(0, 1 - b (pc - pr))`",
         paper=arxiv(
             "SLiC-HF",
             "2305.10425",

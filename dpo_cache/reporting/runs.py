@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cache.errors import OptionError
+from dpo_cache.losses.table import LOSSES
 from dpo_cache.options.sweep import shown_value
 
 Line = dict[str, Any]  # of metrics.jsonl
@@ -159,11 +160,11 @@ def table_notes(rows: Sequence[RunRow], objective: set[str]) -> list[str]:
             "training steps, each before its update; in the order of the grid."
         )
     if differing := [name for name in rows[0].options if name in objective]:
+        without = [name for name, loss in LOSSES.items() if loss.prefers and not loss.has_reference]
         notes.append(
             f"{', '.join(differing)}: runs that differ in these measure mean loss, margin and rewards in "
-            "other units; compare those among equal "
-            "ones alone, and runs with each other by accuracy. (simpo, orpo, cpo and slic count it by "
-            "rewards without the reference.)"
+            "other units. Compare those only among equal ones, and runs with each other by accuracy. "
+            f"({', '.join(without[:-1])} and {without[-1]} count it by rewards without the reference.)"
         )
     notes.append("time s: of the training steps, without loading, evaluating and saving.")
     return notes

@@ -36,6 +36,7 @@ from dpo_cache.training.output.run_folder import (
 from dpo_cache.training.output.run_start import check_output
 from dpo_cache.training.output.samples import open_sampler
 from dpo_cache.training.output.trackers import open_trackers
+from dpo_cache.training.pair_logps import evaluated_at_once
 from dpo_cache.training.setup import Setup, open_setup
 from dpo_cache.training.step import TrainingStep
 from dpo_cache.training.step_zero import StepZero, expectation_of
@@ -292,7 +293,7 @@ class _Run:
         if self.data.eval_pairs is None:
             return None
         started = time.perf_counter()
-        at_once = self.options.batch_size if self.setup.objective.needs_whole_step else 64
+        at_once = evaluated_at_once(self.setup.objective, self.options.batch_size)
         means = evaluate(self.step, self.data, at_once=at_once, step=self.position.step)
         if self.sampler:
             self.sampler.write(self.position.step)

@@ -21,6 +21,7 @@ from dpo_cache.options.base import flag_of, sections
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.options.train import TrainOptions
+from tests.losses import write_table
 
 DOCS = Path(dpo_cache.__file__).parents[1] / "docs"
 PAGES = DOCS / "commands"
@@ -109,8 +110,9 @@ def _row(entry: Field[Any]) -> str:
 
 
 def main() -> None:
-    """Renew the help block of every page, and the page of options."""
+    """Renew the help block of every page, the page of options and the tables of losses."""
     (DOCS / "options.md").write_text(options_page())
+    write_table.PAGE.write_text(write_table.with_tables(write_table.PAGE.read_text()))
     for name, text in read_helps().items():
         path = PAGES / f"{name}.md"
         if not path.exists():
