@@ -13,7 +13,7 @@ from dpo_cache.options.upkeep import CompactOptions
 def compact_command(options: CompactOptions, as_json: bool) -> None:
     """Merge many score shards into few large ones, sorted by key.
 
-    Others may write and read meanwhile. A crash loses nothing; a cache that is compact already is left alone.
+    Other processes may read and write during this. A crash loses nothing; a compact cache is not changed.
     """
     from dpo_cache.store import open_cache
     from dpo_cache.store.upkeep.compact import compact_reference

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def copy(options: CopyOptions, source: str, target: str, *, verb: str, as_json: bool) -> TransferReport:
-    """Copy and print the report, but for the next command."""
+    """Copy, and print the report without the next command."""
     from dpo_cache.store import open_cache
     from dpo_cache.store.upkeep.copy import copy_cache
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @command(DiffOptions, json_help="Print the differences as JSON.")
 def diff_command(options: DiffOptions, as_json: bool) -> None:
-    """Say in what two caches differ: references, completions, pair sets, values beyond rounding.
+    """Show how two caches differ: references, completions, pair sets, values beyond rounding.
 
-    Exits with 0 where they are equal, with 1 where they differ (and on an error, which is said on stderr).
+    The exit code is 0 if they are equal, and 1 if they differ or on an error, which is printed on stderr.
     """
     from dpo_cache.store.upkeep.diff import diff_caches
 
@@ -77,5 +77,5 @@ def _describe(scores: ScoreDifference) -> str:
 
 
 def _finite(gap: float) -> float | None:
-    """JSON has no infinity: None where completions of one key differ in their number of tokens."""
+    """JSON has no infinity: None if completions of one key differ in their number of tokens."""
     return gap if math.isfinite(gap) else None

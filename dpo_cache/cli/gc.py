@@ -11,11 +11,10 @@ from dpo_cache.options.upkeep import GcOptions
 
 @command(GcOptions, json_help="Print what goes as JSON.")
 def gc_command(options: GcOptions, as_json: bool) -> None:
-    """Drop what nothing needs: shows what that is, and with --yes does it.
+    """Remove files that nothing needs: lists them, and with --yes removes them.
 
-    Parts that no manifest names, references that no pair set was scored by, scratch of killed writers, and
-    what
-    `verify --repair` set aside. Pair sets stay: `rm` removes those.
+    Those are parts that no manifest names, references that no pair set was scored by, temporary files of
+    killed writers, and what `verify --repair` moved aside. Pair sets stay: `rm` removes those.
     """
     from dpo_cache.store import open_cache
     from dpo_cache.store.upkeep.gc import collect_garbage, find_garbage

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @command(ImportOptions, json_help="Print the report as JSON.")
 def import_command(options: ImportOptions, as_json: bool) -> None:
-    """Enter reference log-probs that another program computed, under a reference that you name.
+    """Import reference log-probs that another program computed, under a reference that you name.
 
-    They are taken as they are: nothing is scored again. Every row is checked before anything is written.
+    They are stored as they are: nothing is scored again. Every row is checked before anything is written.
     """
     from dpo_cache.planning.start import check_import
 
@@ -40,7 +40,7 @@ def _print_report(report: ImportReport, reference: str) -> None:
     ]
     rows += [
         ("rows truncated", count(report.rows_truncated)),
-        ("log-probs", "sums and per token" if report.has_token_logps else "sums alone"),
+        ("log-probs", "sums and per token" if report.has_token_logps else "sums only"),
         ("  mean of an answer", f"{report.mean_logps:.2f} nats"),
         ("  mean of a token", f"{report.mean_token_logps:.3f} nats"),
         ("written", format_bytes(report.bytes_written)),

@@ -27,9 +27,9 @@ LONG = 100  # characters of a value that are shown; --json has all of it
 
 @command(LsOptions, json_help="Print it as JSON.")
 def ls_command(options: LsOptions, as_json: bool) -> None:
-    """List what a cache holds: references with their scores, and pair sets.
+    """List the references of a cache with their scores, and its pair sets.
 
-    Reads footers, not values, so it is fast and proves nothing; `verify` does.
+    Reads only footers, so it is fast and does not check values; `verify` does.
     """
     from dpo_cache.store.upkeep.contents import read_contents
 
@@ -84,8 +84,8 @@ def _print_contents(contents: Contents) -> None:
 
 
 def _model(entry: ReferenceEntry) -> str:
-    """The model's name when it was scored, or what the user called the one that imported log-probs are
-    from.
+    """The model's name when it was scored, or the name that the user gave to the model of imported
+    log-probs.
     """
     imported = (entry.document or {}).get("identity", {}).get("imported")
     return f"{imported} (imported)" if imported else entry.model or "?"
@@ -111,7 +111,7 @@ def _damage(contents: Contents) -> list[str]:
 
 
 def _show_one(contents: Contents, name: str, as_json: bool) -> None:
-    """A pair set or a reference with all that its JSON file says."""
+    """Print a pair set or a reference with everything in its JSON file."""
     pair_sets = [
         entry for entry in contents.pair_sets if entry.name == name or entry.name.startswith(f"{name}/")
     ]
@@ -126,11 +126,11 @@ def _show_one(contents: Contents, name: str, as_json: bool) -> None:
             f"It holds: {', '.join(known) or 'nothing'}."
         )
     if as_json:
-        told = {
+        found_entries = {
             "references": [asdict(entry) for entry in references],
             "pair_sets": [asdict(entry) for entry in pair_sets],
         }
-        print_json({"cache": contents.cache, **told})
+        print_json({"cache": contents.cache, **found_entries})
         return
     for entry in found:
         values = {

@@ -12,10 +12,10 @@ from dpo_cache.progress import show_bytes
 
 @command(MergeOptions, json_help="Print the report as JSON.")
 def merge_command(options: MergeOptions, as_json: bool) -> None:
-    """Copy to a cache what it lacks of others: the union of all.
+    """Copy everything that a cache lacks from other caches: the union of all.
 
-    The order of the sources does not matter, and a second merge copies nothing. Every file's digest is
-    checked on the way.
+    The order of the sources does not matter, and a second merge copies nothing. Every file is checked against
+    its digest.
     """
     from dpo_cache.store.upkeep.merge import merge_caches
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
     """Run the frozen reference once over preference data and store its log-probs.
 
-    Completions that the cache holds already are not scored again; a run that was cut off goes on where it
-    was.
+    Completions that the cache has are not scored again. Interrupted runs resume: give the same command
+    again.
     """
     from dpo_cache.planning.start import check_precompute
 

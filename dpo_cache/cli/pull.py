@@ -11,7 +11,7 @@ from dpo_cache.options.upkeep import PullOptions
 def pull_command(options: PullOptions, as_json: bool) -> None:
     """Copy a remote cache, or some of it, into a local folder: only what is missing there, each file checked.
 
-    A pull that was cut off goes on where it was.
+    An interrupted pull resumes: give the same command again.
     """
     report = copy(options, options.remote, options.local, verb="pulling", as_json=as_json)
     if not as_json:

@@ -12,7 +12,7 @@ from dpo_cache.options.upkeep import PushOptions
 def push_command(options: PushOptions, as_json: bool) -> None:
     """Copy a local cache, or some of it, into a remote one: only what is missing there, each file checked.
 
-    A push that was cut off goes on where it was.
+    An interrupted push resumes: give the same command again.
     """
     report = copy(options, options.local, options.remote, verb="pushing", as_json=as_json)
     if not as_json:

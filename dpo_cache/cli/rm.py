@@ -11,9 +11,9 @@ from dpo_cache.options.upkeep import RmOptions
 
 @command(RmOptions, json_help="Print what goes as JSON.")
 def rm_command(options: RmOptions, as_json: bool) -> None:
-    """Remove a reference with its scores, or a pair set: shows what goes, and with --yes removes it.
+    """Remove a reference with its scores, or a pair set: lists the files, and with --yes removes them.
 
-    A reference that pair sets were scored by is not removed, unless they go with it (--with-pairs).
+    A reference with pair sets is not removed, except together with them (--with-pairs).
     """
     from dpo_cache.store import open_cache
     from dpo_cache.store.upkeep.remove import plan_removal, remove_files

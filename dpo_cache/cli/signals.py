@@ -19,7 +19,7 @@ class Interrupted(BaseException):
 
 
 class Terminated(BaseException):
-    """SIGTERM: unwinds like Ctrl-C, so that what is waiting is flushed."""
+    """SIGTERM: unwinds like Ctrl-C, so that waiting results are written."""
 
 
 class StoppedEarly(BaseException):
@@ -30,7 +30,7 @@ class StoppedEarly(BaseException):
 
 
 class _Handler:
-    """Answers Ctrl-C and SIGTERM while it is open."""
+    """Handles Ctrl-C and SIGTERM while it is open."""
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._ask) for number in EXIT_CODES}
@@ -45,8 +45,8 @@ class _Handler:
 
 
 class StopRequest(_Handler):
-    """While open, the first Ctrl-C or SIGTERM is noted for the run to stop by itself; the second stops it at
-    once.
+    """While open, the first Ctrl-C or SIGTERM is recorded, so that the run stops after its step. The second
+    stops it at once.
     """
 
     def __init__(self, log: Log):
@@ -65,8 +65,9 @@ class StopRequest(_Handler):
 
 
 class Unwinding(_Handler):
-    """While open, the first Ctrl-C or SIGTERM unwinds the command, so that what is waiting is flushed; the
-    second is only told, to leave time for that; the third unwinds again, whatever is lost by it."""
+    """While open, the first Ctrl-C or SIGTERM unwinds the command, so that waiting results are written. The
+    second only logs a remark, to leave time for that. The third unwinds again and may lose them.
+    """
 
     def __init__(self, log: Log):
         self._log = log

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def verify_command(options: VerifyOptions, as_json: bool) -> None:
     """Check every byte of a cache, and that its files agree with each other.
 
-    Exits with 1 where something is wrong. Reads everything; writes nothing without --repair.
+    The exit code is 1 if something is wrong. Reads every file; writes nothing without --repair.
     """
     from dpo_cache.planning.start import check_verify
     from dpo_cache.store.upkeep.repair import repair_cache
@@ -39,7 +39,7 @@ def verify_command(options: VerifyOptions, as_json: bool) -> None:
         try:
             rescored = _rescore(options, line) if options.rescore else []
         except DpoCacheError:
-            if not report.is_whole:  # what was found, and moved, is told first
+            if not report.is_whole:  # first print what was found and moved
                 line.pause(lambda: _print_all(options, report, repaired, [], as_json=as_json))
             raise
     _print_all(options, report, repaired, rescored, as_json=as_json)

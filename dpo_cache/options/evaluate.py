@@ -56,7 +56,7 @@ class EvalOptions(LossOptions):
     budget_tokens: str = option("auto", "Tokens run through the model at once: auto or a number.")
     attention: str = option(
         "auto",
-        "forest shares prefixes, rows pads; auto takes the forest where it proves exact.",
+        "forest shares prefixes, rows pads. auto: forest if a check shows that it is exact.",
         choices=ATTENTIONS,
     )
     output: str | None = option(None, "File for one line a pair: .jsonl or .parquet.")
@@ -64,7 +64,7 @@ class EvalOptions(LossOptions):
 
     @property
     def output_format(self) -> str | None:
-        """jsonl or parquet, by the output's ending; None where no output is asked for."""
+        """jsonl or parquet, by the output's ending; None without an output."""
         return None if self.output is None else OUTPUT_FORMATS.get(PurePath(self.output).suffix.lower())
 
     def check(self) -> None:
@@ -79,5 +79,5 @@ class EvalOptions(LossOptions):
             f"--output {self.output}: no format has this ending.\nEnd it in .jsonl or .parquet.",
         )
         self._require(
-            self.output is not None or not self.overwrite, "--overwrite is used with --output alone."
+            self.output is not None or not self.overwrite, "--overwrite is used only with --output."
         )

@@ -42,14 +42,14 @@ class ExportOptions(Options):
     token_logps: bool = option(False, "Add the log-prob of each token.", flag="--token-logps")
     text: bool = option(
         True,
-        "Add prompt, chosen and rejected, where the source is at hand and makes the same pairs.",
+        "Add prompt, chosen and rejected, if the source is available and makes the same pairs.",
         flag="--text/--no-text",
     )
     dataset: str | None = option(
-        None, "Where the source data lies now. Default: where it lay when the pair set was made."
+        None, "Where the source data is now. Default: where it was when the pair set was made."
     )
     tokenizer: str | None = option(
-        None, "Where the tokenizer lies now. Default: where it lay when the pair set was made."
+        None, "Where the tokenizer is now. Default: where it was when the pair set was made."
     )
     overwrite: bool = option(False, "Replace the output if it is there.", flag="--overwrite")
 
@@ -62,10 +62,10 @@ class ExportOptions(Options):
 
     def check(self) -> None:
         self._require(
-            self.text or not self.dataset, "--dataset is used for the text alone: leave out --no-text."
+            self.text or not self.dataset, "--dataset is used only for the text: leave out --no-text."
         )
         self._require(
-            self.text or not self.tokenizer, "--tokenizer is used for the text alone: leave out --no-text."
+            self.text or not self.tokenizer, "--tokenizer is used only for the text: leave out --no-text."
         )
         self._require(
             self.format != "auto" or PurePath(self.output).suffix.lower() in (".parquet", ".jsonl", ""),
@@ -86,14 +86,14 @@ class ImportOptions(Options):
         flag="--dataset",
         required=True,
     )
-    reference: str = option(None, "What to call the model that the log-probs are from.", required=True)
+    reference: str = option(None, "Name for the model that computed the log-probs.", required=True)
     name: str | None = option(None, "Name of the pair set. Default: the data's name.")
     split: tuple[str, ...] = option(
         (), "Split of the data; may be repeated. Default: train, or the only one."
     )
     format: str = option(
         "auto",
-        "Format of the data. auto: ids where prompt_ids, chosen_ids and rejected_ids are there.",
+        "Format of the data. auto: ids if it has prompt_ids, chosen_ids and rejected_ids.",
         choices=IMPORT_FORMATS,
     )
     map: tuple[str, ...] = option(
@@ -101,7 +101,7 @@ class ImportOptions(Options):
     )
     model: str | None = option(
         None,
-        "Checkpoint of that model, if at hand: a folder or a Hub id. Training starts from it by default.",
+        "Checkpoint of that model, if available: a folder or a Hub id. Training starts from it by default.",
     )
     tokenizer: str | None = option(
         None, "Tokenizer that makes (or made) the token ids: a folder or a Hub id. Default: the model's."
@@ -129,7 +129,7 @@ class ImportOptions(Options):
         if self.max_prompt_length is not None:
             self._require(
                 self.truncation == "prompt-left",
-                "--max-prompt-length is used by --truncation prompt-left alone.",
+                "--max-prompt-length is used only by --truncation prompt-left.",
             )
             longest = self.max_length or 1024
             self._require(

@@ -36,7 +36,7 @@ class PrecomputeOptions(Options):
     split: tuple[str, ...] = option(
         (), "Split of the data; may be repeated. Default: train, or the only one."
     )
-    limit: int | None = option(None, "Read the first N rows of each split alone.")
+    limit: int | None = option(None, "Read only the first N rows of each split.")
     streaming: bool = option(
         False, "Read the data as a stream, a window at a time, instead of whole.", flag="--streaming"
     )
@@ -57,7 +57,7 @@ class PrecomputeOptions(Options):
         "Id (or its first characters) of the reference in the cache that the model must be.",
         old=("expect_reference",),
     )
-    tokenizer: str | None = option(None, "Tokenizer, where it is not the model's own: a folder or a Hub id.")
+    tokenizer: str | None = option(None, "Tokenizer, if it is not the model's own: a folder or a Hub id.")
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the model.", flag="--trust-remote-code"
@@ -80,11 +80,13 @@ class PrecomputeOptions(Options):
     )
     budget_tokens: str = option("auto", "Tokens run through the model at once: auto or a number.")
     dry_run: bool = option(
-        False, "Survey the data and say what would be scored; load no model, write nothing.", flag="--dry-run"
+        False,
+        "Survey the data and report what would be scored; load no model, write nothing.",
+        flag="--dry-run",
     )
     attention: str = option(
         "auto",
-        "forest shares prefixes, rows pads; auto takes the forest where it proves exact.",
+        "forest shares prefixes, rows pads. auto: forest if a check shows that it is exact.",
         choices=ATTENTIONS,
     )
 
@@ -99,7 +101,7 @@ class PrecomputeOptions(Options):
         if self.max_prompt_length is not None:
             self._require(
                 self.truncation == "prompt-left",
-                "--max-prompt-length is used by --truncation prompt-left alone.",
+                "--max-prompt-length is used only by --truncation prompt-left.",
             )
             self._require(
                 0 < self.max_prompt_length < self.max_length,

@@ -75,7 +75,7 @@ class TrainOptions(LossOptions):
     )
     merge_adapter: bool = option(
         False,
-        "Merge the adapter into the weights in the end: model/ is a plain model.",
+        "Merge the adapter into the weights at the end: model/ is a plain model.",
         flag=switch("merge-adapter"),
     )
     quantize: str = option(
@@ -122,7 +122,8 @@ class TrainOptions(LossOptions):
     )
     free_gradients: bool = option(
         False,
-        "Update each weight as soon as its gradient is there, and free that; needs --max-grad-norm 0.",
+        "Update each weight as soon as its gradient is computed, then free the gradient; needs "
+        "--max-grad-norm 0.",
         flag=switch("free-gradients"),
     )
     device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
@@ -135,7 +136,7 @@ class TrainOptions(LossOptions):
     )
     best: str = option(
         "loss",
-        "Which evaluation is the best, whose model is kept in best/, and which --patience looks at.",
+        "Measure of the best evaluation, whose model is kept in best/. --patience uses the same measure.",
         choices=BEST,
     )
     patience: int | None = option(None, "Stop after N evaluations in a row that are no better than the best.")
@@ -154,7 +155,7 @@ class TrainOptions(LossOptions):
         value_is_optional=True,
     )
     seed: int = option(
-        0, "Seed of all that is random: the order of pairs, a new adapter, stochastic rounding, samples."
+        0, "Seed of everything random: the order of pairs, a new adapter, stochastic rounding, samples."
     )
     deterministic: bool = option(
         False,
@@ -163,7 +164,7 @@ class TrainOptions(LossOptions):
     )
     step_zero: str = option(
         "auto",
-        "Whether a policy that does not repeat the cached log-probs stops the run. auto: where it is the "
+        "Whether the run stops if the policy does not repeat the cached log-probs. auto: if it starts as the "
         "reference.",
         choices=STEP_ZERO,
     )
@@ -222,7 +223,7 @@ class TrainOptions(LossOptions):
             value = getattr(self, name)
             self._require(
                 value in (None, "all-linear") or self.lora_r is not None,
-                f"--{name.replace('_', '-')} {value} is used with --lora-r alone.",
+                f"--{name.replace('_', '-')} {value} is used only with --lora-r.",
             )
         self._require(
             self.lora_alpha is None or 0 < self.lora_alpha < math.inf,
@@ -260,21 +261,21 @@ class TrainOptions(LossOptions):
         )
         self._require(
             self.keep == 1 or self.save_every is not None,
-            f"--keep {self.keep}: say how often to save with --save-every.",
+            f"--keep {self.keep}: set how often to save with --save-every.",
         )
         self._require(self.sample >= 0, f"--sample {self.sample}: expected 0 or more.")
         self._require(
             self.patience is None or self.eval_every is not None,
-            f"--patience {self.patience}: say how often to look with --eval-every.",
+            f"--patience {self.patience}: set how often to evaluate with --eval-every.",
         )
         self._require(
             self.rounding == "auto" or self.precision == "bf16",
-            f"--rounding {self.rounding} is used with --precision bf16 alone, which updates in bf16.",
+            f"--rounding {self.rounding} is used only with --precision bf16, which updates in bf16.",
         )
         self._require(
             not self.free_gradients or self.max_grad_norm == 0,
-            f"--free-gradients and --max-grad-norm {self.max_grad_norm}: a norm is known only when all "
-            "gradients are there.\nGive --max-grad-norm 0.",
+            f"--free-gradients and --max-grad-norm {self.max_grad_norm}: the norm needs all gradients at "
+            "once.\nGive --max-grad-norm 0.",
         )
         for name in self.log_to:
             self._require(name in TRACKERS, f"--log-to {name}: expected one of {', '.join(TRACKERS)}.")
@@ -283,7 +284,7 @@ class TrainOptions(LossOptions):
         )
         self._require(
             self.log_names == "trl" or bool(self.log_to),
-            f"--log-names {self.log_names} is used with --log-to alone.",
+            f"--log-names {self.log_names} is used only with --log-to.",
         )
         self._require(
             not (self.dry_run and self.resume),

@@ -1,4 +1,4 @@
-"""Every option of the commands that look after a cache and copy it."""
+"""Every option of the commands that check, clean up and copy caches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class VerifyOptions(Options):
     cache: str = cache_argument("Cache: a folder or an fsspec URL.")
     repair: bool = option(
         False,
-        "Move bad files to CACHE/.quarantine, and say what to run to score again what was lost.",
+        "Move bad files to CACHE/.quarantine, and print the commands that score lost completions again.",
         flag="--repair",
     )
     rescore: int | None = option(
@@ -56,7 +56,7 @@ class VerifyOptions(Options):
             ("--device", self.device != "auto"),
             ("--trust-remote-code", self.trust_remote_code),
         ):
-            self._require(self.rescore is not None or not is_given, f"{flag} is used by --rescore alone.")
+            self._require(self.rescore is not None or not is_given, f"{flag} is used only by --rescore.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +75,13 @@ class GcOptions(Options):
 
     cache: str = cache_argument("Cache: a folder or an fsspec URL.")
     keep: tuple[str, ...] = option(
-        (), "Reference to keep though no pair set was scored by it: its id, or a pair set; may be repeated."
+        (), "Reference to keep although no pair set was scored by it: its id, or a pair set; may be repeated."
     )
     scores: bool = option(
-        False, "Drop the scores of completions, too, that no pair set holds.", flag="--scores"
+        False, "Also remove the scores of completions that are in no pair set.", flag="--scores"
     )
-    grace: float = option(
-        3600.0, "Leave what was written in the last so many seconds: a run may be about to need it."
-    )
-    yes: bool = option(False, "Do it. Without, only what would go is shown.", flag="--yes")
+    grace: float = option(3600.0, "Keep files written in the last N seconds: a run may be about to use them.")
+    yes: bool = option(False, "Remove the files. Without --yes they are only listed.", flag="--yes")
 
     def check(self) -> None:
         self._require(self.grace >= 0, f"--grace {self.grace}: expected 0 or more seconds.")
@@ -97,11 +95,11 @@ class MergeOptions(Options):
         (), "Caches to take from: folders or fsspec URLs.", name="SRC...", required=True
     )
     destination: str = argument(
-        None, "Cache that gets what it lacks; made where there is none.", name="DEST", required=True
+        None, "Cache to copy into; created if it does not exist.", name="DEST", required=True
     )
     prefer: str | None = option(
         None,
-        "Of pair sets of one name with other pairs, keep DEST's or take the last SRC's.",
+        "For pair sets with the same name and other pairs: keep DEST's, or take the last SRC's.",
         choices=("src", "dest"),
     )
     rename: bool = option(
@@ -135,7 +133,7 @@ class RmOptions(Options):
         required=True,
     )
     with_pairs: bool = option(False, "Remove the reference's pair sets with it.", flag="--with-pairs")
-    yes: bool = option(False, "Do it. Without, only what would go is shown.", flag="--yes")
+    yes: bool = option(False, "Remove the files. Without --yes they are only listed.", flag="--yes")
 
     def check(self) -> None:
         self._require(
@@ -146,7 +144,7 @@ class RmOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CopyOptions(Options):
-    """What `pull` and `push` copy; their ends are checked alike."""
+    """Options of both `pull` and `push`."""
 
     pairs: tuple[str, ...] = option(
         (),
@@ -182,7 +180,7 @@ class PullOptions(CopyOptions):
         None, "Cache to copy from: an fsspec URL such as s3://bucket/cache.", name="REMOTE", required=True
     )
     local: str = argument(
-        None, "Folder to copy into; it is made where it is missing.", name="LOCAL", required=True
+        None, "Folder to copy into; created if it does not exist.", name="LOCAL", required=True
     )
 
 

@@ -97,7 +97,7 @@ def test_progress_shows_loss_margin_accuracy_speed_memory_and_time(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lora-alpha", "4"], "error: --lora-alpha 4.0 is used with --lora-r alone.\n"),
+        (["--lora-alpha", "4"], "error: --lora-alpha 4.0 is used only with --lora-r.\n"),
         (["--lora-r", "2", "--peft-config", "x.json"], "error: --lora-r and --peft-config: give one of "
             "them.\n"),
         (
@@ -108,14 +108,14 @@ def test_progress_shows_loss_margin_accuracy_speed_memory_and_time(
             "Give --eval-pairs or --eval-fraction.\n"),
         (["--sample", "2"], "error: --sample 2: there is nothing to evaluate on.\n"
             "Give --eval-pairs or --eval-fraction.\n"),
-        (["--patience", "2", "--eval-pairs", "heldout"], "error: --patience 2: say how often to look with "
+        (["--patience", "2", "--eval-pairs", "heldout"], "error: --patience 2: set how often to evaluate with "
             "--eval-every.\n"),
         (["--log-to", "paper"], "error: --log-to paper: expected one of tensorboard, wandb, trackio, "
             "mlflow.\n"),
-        (["--log-names", "original"], "error: --log-names original is used with --log-to alone.\n"),
+        (["--log-names", "original"], "error: --log-names original is used only with --log-to.\n"),
         (["--dry-run", "--resume"], "error: --dry-run and --resume: a dry run starts at the beginning.\n"
             "Give one of them.\n"),
-        (["--rounding", "nearest"], "error: --rounding nearest is used with --precision bf16 alone, which "
+        (["--rounding", "nearest"], "error: --rounding nearest is used only with --precision bf16, which "
             "updates in bf16.\n"),
         (["--keep", "0"], "error: --keep 0: expected a number above 0.\n"),
     ],

@@ -177,7 +177,7 @@ def test_verify_tells_what_it_found_where_the_rescoring_then_fails(
 @pytest.mark.parametrize("ignored", [("--revision", "main"), ("--device", "cpu"), ("--trust-remote-code",)])
 def test_verify_refuses_what_only_a_rescoring_uses(run, root: Path, ignored: tuple[str, ...]) -> None:
     done = run("verify", root, *ignored)
-    assert (done.code, done.err) == (2, f"error: {ignored[0]} is used by --rescore alone.\n")
+    assert (done.code, done.err) == (2, f"error: {ignored[0]} is used only by --rescore.\n")
 
 
 def test_compact(run, root: Path) -> None:

@@ -377,7 +377,7 @@ WRONG_OPTIONS = {
     "nan": ({"beta": float("nan")}, "--beta nan: expected a finite number."),
     "exo": ({"loss": "exo_pair"}, "needs a --label-smoothing above 0"),
     "ending": ({"output": "pairs.csv"}, "--output pairs.csv: no format has this ending."),
-    "overwrite": ({"overwrite": True}, "--overwrite is used with --output alone."),
+    "overwrite": ({"overwrite": True}, "--overwrite is used only with --output."),
     "dtype": ({"dtype": "float8"}, "--dtype float8: expected one of"),
     "budget": ({"budget_tokens": "many"}, "--budget-tokens many: expected auto or a positive number."),
 }

@@ -325,7 +325,7 @@ def test_wrong_options_are_told(tmp_path: Path, model_folder: str, data_file: st
             data,
             {"format": "text", "tokenizer": model_folder},
         ),
-        (OptionError, "--max-prompt-length is used by", data, {"max_prompt_length": 3}),
+        (OptionError, "--max-prompt-length is used only by", data, {"max_prompt_length": 3}),
         (OptionError, "--reference is needed", data, {"reference": ""}),
         (
             DataError,
