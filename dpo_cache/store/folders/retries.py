@@ -5,10 +5,10 @@ access, a wrong region or a missing package are not. The libraries behind fsspec
 kinds, which are classified by the status and code of the answer, and by type if there was no answer.
 
 The loop here replaces the retries of botocore and s3fs, which are switched off so that tries do not multiply:
-with both on, a store that keeps answering 503 is given up after 140 s, here after 25 s. Of the faults that the
-tests inject, those two outlive 500, 503, `RequestTimeout`, resets, time-outs and broken bodies, but not 429
-`TooManyRequests`, a body that ends early without an error, or a PUT whose body is never requested, which only
-a time limit on the whole call ends. Other stores, as `hf://`, retry only some of their calls.
+with both on, a store that keeps answering 503 is given up after 140 s, here after 25 s. Of the faults that
+the tests inject, those two outlive 500, 503, `RequestTimeout`, resets, time-outs and broken bodies, but not
+429 `TooManyRequests`, a body that ends early without an error, or a PUT whose body is never requested, which
+only a time limit on the whole call ends. Other stores, as `hf://`, retry only some of their calls.
 """
 
 from __future__ import annotations
