@@ -72,7 +72,7 @@ def _both(one: Callable[..., None], other: Callable[..., None] | None) -> Callab
 
 @contextmanager
 def bars_shown() -> Iterator[None]:
-    """Let functions that are called here leave the progress bars of `datasets` as they are."""
+    """Let functions that are called here leave the progress bars of other libraries as they are."""
     token = _shows_bars.set(True)
     try:
         yield
@@ -81,18 +81,29 @@ def bars_shown() -> Iterator[None]:
 
 
 @contextmanager
-def bars_hidden() -> Iterator[None]:
-    """Hide the progress bars of `datasets`, except inside `bars_shown`."""
-    import datasets
-
-    if _shows_bars.get() or datasets.are_progress_bars_disabled():
+def bars_hidden(library: str) -> Iterator[None]:
+    """Hide the progress bars of `datasets` or `transformers`, except inside `bars_shown`."""
+    is_shown, hide, show = _bars_of(library)
+    if _shows_bars.get() or not is_shown():
         yield
         return
-    datasets.disable_progress_bars()
+    hide()
     try:
         yield
     finally:
-        datasets.enable_progress_bars()
+        show()
+
+
+def _bars_of(library: str) -> tuple[Callable[[], bool], Callable[[], None], Callable[[], None]]:
+    """Whether the bars of the library are shown, and how to hide and to show them."""
+    if library == "datasets":
+        import datasets
+
+        is_shown = lambda: not datasets.are_progress_bars_disabled()  # noqa: E731
+        return is_shown, datasets.disable_progress_bars, datasets.enable_progress_bars
+    from transformers.utils import logging
+
+    return logging.is_progress_bar_enabled, logging.disable_progress_bar, logging.enable_progress_bar
 
 
 class ProgressLine:

@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows, which has no such limit
     resource = None  # type: ignore[assignment]
 
-NOISY = ("bitsandbytes",)  # loggers whose warnings say nothing to a user of the command line
+NOISY = ("bitsandbytes",)  # loggers whose warnings do not help a user of the command line
 
 
 @contextmanager

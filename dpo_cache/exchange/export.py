@@ -64,7 +64,7 @@ class ExportReport:
 
 @keywords_of(ExportOptions)
 @keeps_remarks
-@bars_hidden()
+@bars_hidden("datasets")
 def export_pairs(
     cache: str | os.PathLike[str],
     pairs: str,

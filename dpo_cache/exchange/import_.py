@@ -80,7 +80,7 @@ class _Split:
 
 @keywords_of(ImportOptions)
 @keeps_remarks
-@bars_hidden()
+@bars_hidden("datasets")
 def import_pairs(
     cache: str | os.PathLike[str],
     dataset: str | os.PathLike[str],

@@ -64,7 +64,7 @@ OnSurvey = Callable[[data.Survey], None]
 @keywords_of(PrecomputeOptions)
 @shows_progress("scoring", show_scoring)
 @keeps_remarks
-@bars_hidden()
+@bars_hidden("datasets")
 def precompute(
     model: str | os.PathLike[str] | PreTrainedModel,
     dataset: str

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache as call_once
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -164,19 +165,18 @@ def open_policy(
     dtype = (
         torch.bfloat16 if precision == "bf16" or (precision == "bf16-mixed" and is_adapted) else torch.float32
     )
-    differing: list[str] = []
-    base = None
+
+    @call_once
+    def identify(location: str, revision: str | None) -> Document:
+        if loaded is not None:
+            return loaded.identify(dtype, trust_remote_code=options.trust_remote_code)
+        return _identity_of(location, revision, options)
+
+    differing = [] if checkpoint or is_imported else _compare(identity, identify(location, revision))
+    base = identify(parts.base, parts.base_revision) if is_adapted else None
     if loaded is not None:
-        needs_identity = is_adapted or not (checkpoint or is_imported)
-        own = loaded.identify(dtype, trust_remote_code=options.trust_remote_code) if needs_identity else {}
-        differing = [] if checkpoint or is_imported else _compare(identity, own)
-        base = own if is_adapted else None
         model = loaded.place(dtype, device, None if is_adapted else checkpoint)
     else:
-        if not (checkpoint or is_imported):
-            differing = _compare(identity, _identity_of(location, revision, options))
-        if is_adapted:
-            base = _identity_of(parts.base, parts.base_revision, options)
         model = load_base(
             parts,
             dtype=dtype,

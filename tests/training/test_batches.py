@@ -2,12 +2,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from dpo_cache.errors import OptionError
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.store import PairSet, open_cache
 from dpo_cache.store import pairs as pairs_module
 from dpo_cache.training import batches
-from dpo_cache.training.batches import completions_of, held_out, split_step, stream_pairs
+from dpo_cache.training.batches import completions_of, held_out, split_step, stream_pairs, training_batches
 from dpo_cache.training.optim.schedule import learning_rate
 from dpo_cache.types import Completion, Pair, Score, ScoredPair
 
@@ -24,7 +26,10 @@ def make_pairs(num_pairs: int, seed: int = 0) -> list[ScoredPair]:
         prompt = prompts[row % len(prompts)]
         sides = Completion(prompt, ids(1, 9)), Completion(prompt, ids(1, 9))
         pairs.append(
-            ScoredPair(Pair(row, *sides), *(Score(np.zeros(side.num_tokens, np.float32)) for side in sides))
+            ScoredPair(
+                Pair(row, *sides),
+                *(Score(-generator.random(side.num_tokens, np.float32)) for side in sides),
+            )
         )
     return pairs
 
@@ -115,3 +120,42 @@ def test_rates_are_those_of_transformers(schedule: str, warmup_ratio: float) -> 
         assert found == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+def test_batches_have_the_order_of_training_and_may_begin_anywhere(pair_set: PairSet) -> None:
+    for epoch in range(2):
+        found = [batch.rows.tolist() for batch in training_batches(pair_set, 6, seed=3, epoch=epoch)]
+        assert [len(batch) for batch in found] == [6] * 7 + [5]
+        assert [row for batch in found for row in batch] == rows(pair_set, seed=3, epoch=epoch)
+        later = [batch.rows.tolist() for batch in training_batches(pair_set, 6, seed=3, epoch=epoch, skip=12)]
+        assert later == found[2:]
+    assert [len(batch) for batch in training_batches(pair_set, 6, drop_last=True)] == [6] * 7
+    in_order = training_batches(pair_set, 47, shuffle=False)
+    assert next(in_order).rows.tolist() == list(range(47))
+
+
+def test_a_batch_is_the_pairs_padded_on_the_right(pair_set: PairSet) -> None:
+    for batch in training_batches(pair_set, 6, pad_id=7):
+        pairs = [pair_set[row] for row in batch.rows.tolist()]
+        completions = completions_of(pairs)
+        longest = max(map(len, completions))
+        assert batch.input_ids.shape == batch.attention_mask.shape == (len(completions), longest)
+        assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
+        assert batch.completion_mask.dtype == torch.bool and batch.ref_chosen_logps.dtype == torch.float32
+        for row, completion in enumerate(completions):
+            length, prompt = len(completion), len(completion.prompt_ids)
+            assert batch.input_ids[row].tolist() == completion.sequence_ids.tolist() + [7] * (
+                longest - length
+            )
+            assert batch.attention_mask[row].tolist() == [1] * length + [0] * (longest - length)
+            assert batch.completion_mask[row].nonzero().flatten().tolist() == list(range(prompt, length))
+        assert batch.ref_chosen_logps.tolist() == [np.float32(scored.ref_chosen.logps) for scored in pairs]
+        assert batch.ref_rejected_logps.tolist() == [
+            np.float32(scored.ref_rejected.logps) for scored in pairs
+        ]
+        assert batch.to("meta").input_ids.device.type == "meta" and len(batch) == len(pairs)
+
+
+def test_an_empty_batch_is_refused(pair_set: PairSet) -> None:
+    with pytest.raises(OptionError, match="^batch_size 0: expected a number of pairs above 0.$"):
+        next(training_batches(pair_set, 0))
