@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @command(EvalOptions, json_help="Print the report as JSON.", complete=lambda given: with_run(given, remark))
 def eval_command(options: EvalOptions, as_json: bool) -> None:
-    """Say how well a model tells chosen answers from rejected ones: loss, accuracy, margins, calibration, by
-    length.
+    """Measure how well a model separates chosen answers from rejected ones: loss, accuracy, margins,
+    calibration, by length.
 
-    The reference's log-probs are the cached ones; nothing but the model itself is loaded, and the cache is
-    not changed.
+    The reference's log-probs come from the cache: only the evaluated model is loaded. The cache is not
+    changed.
     """
     from dpo_cache.planning.start import check_eval
 
@@ -63,7 +63,7 @@ def _print_report(report: EvalReport) -> None:
     rows += [(f"  by {name}", _describe(accuracy)) for name, accuracy in report.comparisons.items()]
     rows += [
         ("calibration error", f"{report.calibration.expected_error:.4f}"),
-        ("Brier score", f"{report.calibration.brier:.4f} (0.25 knows nothing)"),
+        ("Brier score", f"{report.calibration.brier:.4f} (0.25: no information)"),
         (
             "moved from the reference",
             f"{moved['chosen']:+.4f} nats a token of chosen, {moved['rejected']:+.4f} of rejected answers",
@@ -79,7 +79,7 @@ def _print_report(report: EvalReport) -> None:
         ("peak memory", format_bytes(report.peak_bytes)),
     ]
     print_table(
-        f"{report.pairs}: {report.model} beside reference {report.reference[:12]}, {report.dtype}, "
+        f"{report.pairs}: {report.model} compared with reference {report.reference[:12]}, {report.dtype}, "
         f"attention: {report.attention}",
         rows,
     )

@@ -23,7 +23,7 @@ class Terminated(BaseException):
 
 
 class StoppedEarly(BaseException):
-    """A run that was asked to stop has saved its state."""
+    """A run that stopped on request has saved its state."""
 
     def __init__(self, exit_code: int):
         self.exit_code = exit_code

@@ -1,6 +1,6 @@
 """Every option of `sweep`: its own, and those of `train`, each of which takes several values here.
 
-The options of `train` are read from `TrainOptions`, so that what `train` learns, `sweep` knows.
+The options of `train` are read from `TrainOptions`, so a new option of `train` is one of `sweep`, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NOT_IN_A_SWEEP = (
     "resume",
     "dry_run",
     "config",
-)  # of `train`: a sweep has its own --resume, tries nothing out, and is told every option
+)  # of `train`: a sweep has a --resume of its own, no dry run, and no config file
 PLACES = ("cache", "output")  # of the sweep as a whole
 TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", tuple: "str"}
 
@@ -65,7 +65,7 @@ def _sections() -> dict[str | None, list[Field[Any]]]:
 
 
 def _groups() -> dict[str, str]:
-    """Parts of the help; a part whose first option a sweep lacks begins at its second."""
+    """Parts of the help; a part whose first option is not in a sweep starts at its second."""
     return {entries[0].name: title for title, entries in _sections().items() if title and entries}
 
 

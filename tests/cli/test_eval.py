@@ -48,7 +48,7 @@ def test_the_report_is_on_stdout_and_remarks_on_stderr(
     )
     assert gap.startswith("the model is another than the reference (largest gap ") and "weights: " in gap
     first = done.out.splitlines()[0]
-    assert first.startswith(f"pairs/train: {tmp_path}/run/model beside reference ") and first.endswith(
+    assert first.startswith(f"pairs/train: {tmp_path}/run/model compared with reference ") and first.endswith(
         ", float32, attention: forest"
     )
     for label in (
