@@ -226,12 +226,12 @@ def _start_of(options: TrainOptions, data: TrainingPairs) -> tuple[str, str | No
         return options.model, None
     if source["model"] is None:
         imported = data.reference["identity"].get("imported")
-        raise ModelError(
-            f"the reference {imported!r} was imported without a checkpoint.\n"
+        problem = (
+            f"the reference {imported!r} was imported without a checkpoint"
             if imported
-            else "the reference was a model in memory, not a checkpoint.\n"
-            "Say where the policy starts from with --model."
+            else "the reference was a model in memory, not a checkpoint"
         )
+        raise ModelError(f"{problem}.\nSay where the policy starts from with --model.")
     return source["model"], source.get("revision")
 
 
