@@ -10,36 +10,31 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_cache.errors import TrainingError
 from dpo_cache.lm.device import deterministic_algorithms, peak_bytes
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.run_config import with_config
 from dpo_cache.options.train import TrainOptions
-from dpo_cache.progress import show_training, shows_progress
+from dpo_cache.progress import bars_hidden, show_training, shows_progress
 from dpo_cache.training.batches import longest_pairs, stream_pairs
 from dpo_cache.training.evaluations import Best, evaluate
 from dpo_cache.training.loaded import take_loaded
-from dpo_cache.training.output.checkpoint import save_checkpoint
 from dpo_cache.training.output.metrics_file import MetricsFile
-from dpo_cache.training.output.model_card import library_versions, model_card
 from dpo_cache.training.output.report import Clock, TrainReport
 from dpo_cache.training.output.run_folder import (
     check_config,
     discard,
-    drop_best,
-    save_best,
-    save_model,
     write_config,
 )
 from dpo_cache.training.output.run_start import check_output
 from dpo_cache.training.output.samples import open_sampler
-from dpo_cache.training.output.trackers import open_trackers
+from dpo_cache.training.output.trackers import Trackers, open_trackers
 from dpo_cache.training.pair_logps import evaluated_at_once
+from dpo_cache.training.saving import Saver
 from dpo_cache.training.setup import Setup, open_setup
 from dpo_cache.training.step import TrainingStep
-from dpo_cache.training.step_zero import StepZero, expectation_of
+from dpo_cache.training.step_zero import open_base_check, open_step_zero
 from dpo_cache.training.warnings import RunWarnings
 from dpo_cache.types import ScoredPair
 
@@ -53,6 +48,7 @@ OnCheckpoint = Callable[[Path], None]
 @keywords_of(TrainOptions)
 @shows_progress("training", show_training, callback="on_metrics")
 @keeps_remarks
+@bars_hidden("transformers")
 def train(
     cache: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -97,11 +93,11 @@ def train(
 
 
 class _Run:
-    """One training run: what changes while it goes on."""
+    """One training run: its position, and what it writes."""
 
     def __init__(self, setup: Setup, on_metrics: OnMetrics, on_checkpoint: OnCheckpoint, started: float):
         self.setup, self.options, self.data, self.policy = setup, setup.options, setup.data, setup.policy
-        self.on_metrics, self.on_checkpoint, self.started = on_metrics, on_checkpoint, started
+        self.on_metrics, self.started = on_metrics, started
         self.position, self.output, self.log = setup.position, setup.output, setup.log
         self.best = Best(**(setup.position.best or {"measure": setup.options.best}))
         self.step = TrainingStep(
@@ -112,7 +108,9 @@ class _Run:
             optimizer=setup.optimizer,
             in_backward=setup.in_backward,
             max_grad_norm=setup.options.max_grad_norm,
-            step_zero=self._step_zero(),
+            step_zero=open_step_zero(
+                setup.policy, setup.data, setup.options, is_resumed=setup.checkpoint is not None
+            ),
             output=setup.output,
             log=setup.log,
         )
@@ -123,8 +121,11 @@ class _Run:
             prefers=setup.objective.prefers,
         )
         self.clock = Clock()
+        self.trackers: Trackers | None = None  # opened by `train`
+        self.base_check = open_base_check(setup.policy, setup.data, setup.options)
         self.newest: list[ScoredPair] = []  # a pair of the last step
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
+        self.saver = Saver(setup, self.step, self.metrics_file, self.best, on_checkpoint)
         self.sampler = open_sampler(
             setup.options.sample,
             setup.data,
@@ -137,7 +138,7 @@ class _Run:
     # -- the main path ---------------------------------------------------------------------------------
 
     def train(self, should_stop: Callable[[], bool]) -> TrainReport:
-        """Run every step that is left."""
+        """Take every step that is left."""
         self._prepare_folder()
         try:
             with open_trackers(
@@ -148,18 +149,17 @@ class _Run:
                 history=self.metrics_file.lines(),
                 is_resumed=self.setup.checkpoint is not None,
                 log=self.log,
-            ) as self.trackers:
+            ) as trackers:
+                self.trackers = trackers
                 return self._run_steps(should_stop)
-        except BaseException:  # Ctrl-C too: what has not begun leaves nothing behind
+        except BaseException:  # Ctrl-C too: a run without an update leaves nothing behind
             if self.setup.checkpoint is None and not self.step.has_updated:
                 discard(self.output)
             raise
 
     def _run_steps(self, should_stop: Callable[[], bool]) -> TrainReport:
-        first, before = (
-            self.metrics_file.first("loss"),
-            self.metrics_file.first("eval/loss"),
-        )  # of the part before a resumption
+        # of the part before a resumption
+        first, before = self.metrics_file.first("loss"), self.metrics_file.first("eval/loss")
         last = None
         if self.setup.checkpoint is None:
             before = self._evaluate()
@@ -173,27 +173,25 @@ class _Run:
             step, is_last = self.position.step, self.position.step == self.setup.total_steps
             if is_last or self.setup.evaluates.is_due(step):
                 after = self._evaluate() or after
-                self._keep_best(after)
+                self.saver.keep_best(after, step)
             if self._is_out_of_patience():
                 break
             stops = not is_last and should_stop()
             if stops or (self.setup.saves.is_due(step) and not is_last):
-                self._save_checkpoint()
+                self.saver.save_checkpoint(self.position)
             if stops:
+                assert self.trackers is not None
                 self.trackers.state = "stopped"
                 return self._report(first, last, before, None, finished=False)
         return self._finish(first, last, before, after)
 
     def try_step(self) -> TrainReport:
-        """Two whole steps on the longest pairs, for their memory; nothing is written."""
+        """Take two whole steps on the longest pairs, to measure their memory; nothing is written."""
         check_output(self.output)
         self.setup.check_disk()
         self.setup.log_remarks()
         pairs = longest_pairs(self.data.pairs, self.data.selected, self.options.batch_size)
-        for number in (
-            1,
-            2,
-        ):  # the optimizer's state is there from the first update on, and so beside activations in the second
+        for number in (1, 2):  # in the second the optimizer's state exists next to the activations
             self.position = replace(self.position, step=number)
             metrics = self._update(pairs)
         self.on_metrics({**metrics, "total_steps": self.setup.total_steps, "left_s": None})
@@ -202,32 +200,19 @@ class _Run:
     def _finish(
         self, first: Metrics | None, last: Metrics | None, before: Metrics | None, after: Metrics | None
     ) -> TrainReport:
-        """Save the model: the last one or, with --patience, the best."""
-        self._check_weights("no model")
-        if self.data.eval_pairs is None:  # else the last evaluation has told
-            self._check_values()
-        is_best_elsewhere = self.best.step not in (None, self.position.step)
-        takes_best = bool(self.options.patience) and is_best_elsewhere
         if not self.best.is_better_than(before):
             self.log("no evaluation was better than the one before training.")
-        if takes_best:
-            after = self.metrics_file.last("eval/loss", step=self.best.step)
-        card = self._card(self.best.step if takes_best and self.best.step else self.position.step, after)
-        save_model(
-            self.output, self.policy, card, takes_best=takes_best, is_merged=self.options.merge_adapter
-        )
-        if takes_best or not is_best_elsewhere:
-            drop_best(self.output)  # it is the one in model/
+        after = self.saver.save_model(self.position.step, after, self.newest)
         return self._report(first, last, before, after, finished=True)
 
     # -- steps -----------------------------------------------------------------------------------------
 
     def _prepare_folder(self) -> None:
-        """Begin the run's folder, or take it up at the checkpoint."""
+        """Begin the run's folder, or cut it back to the checkpoint."""
         if self.setup.checkpoint:
             check_config(self.output, self.setup.config())
             self.metrics_file.keep_until(self.position.step)
-            self.warnings.take_up(line for line in self.metrics_file.lines() if "loss" in line)
+            self.warnings.resume(line for line in self.metrics_file.lines() if "loss" in line)
             if self.sampler:
                 self.sampler.file.keep_until(self.position.step)
         else:
@@ -237,9 +222,7 @@ class _Run:
         self.setup.log_remarks()
 
     def _steps(self) -> Iterator[list[ScoredPair]]:
-        """The pairs of each step that is left, epoch after epoch; the last step of an epoch may be
-        smaller.
-        """
+        """Yield the pairs of each step that is left; the last step of an epoch may be smaller."""
         options = self.options
         while self.position.step < self.setup.total_steps:
             stream = stream_pairs(
@@ -263,15 +246,16 @@ class _Run:
                 self.position = replace(self.position, epoch=self.position.epoch + 1, pairs_seen=0)
 
     def _step(self, pairs: list[ScoredPair]) -> Metrics:
-        """One update, written down."""
+        """Take a step and record its metrics."""
         metrics = self._update(pairs)
         self.clock.note_step(metrics["num_pairs"] / metrics["pairs_per_s"])
         self.warnings.note(metrics)
         return self._record(metrics)
 
     def _update(self, pairs: list[ScoredPair]) -> Metrics:
-        """One update and its metrics."""
-        self._check_base(pairs)
+        """Update the weights once; returns the metrics of the step."""
+        if not self.step.has_updated and (check := self.base_check):
+            self.log(self.step.check_base(pairs, check))
         started, number = time.perf_counter(), self.position.step
         lr = self.setup.lr(number - 1)
         metrics, num_tokens, grad_norm = self.step.take(pairs, number, lr)
@@ -287,9 +271,7 @@ class _Run:
         }
 
     def _evaluate(self) -> Metrics | None:
-        """Means over the evaluation pairs under the policy as it is, written down; None where there are
-        none.
-        """
+        """Evaluate the policy as it is and record the means; None where there are no evaluation pairs."""
         if self.data.eval_pairs is None:
             return None
         started = time.perf_counter()
@@ -302,66 +284,6 @@ class _Run:
             {"step": self.position.step, **{f"eval/{name}": value for name, value in means.items()}}
         )
 
-    # -- step zero -------------------------------------------------------------------------------------
-
-    def _step_zero(self) -> StepZero | None:
-        """What looks on until the first update; a policy that was trained before repeats nothing."""
-        if self.setup.checkpoint or self.options.step_zero == "off":
-            return None
-        return StepZero(expectation_of(self.policy, self.data, self.options), self.options.step_zero)
-
-    def _check_base(self, pairs: list[ScoredPair]) -> None:
-        """With its adapter switched off, a policy that was trained before is still the reference."""
-        if (
-            self.step.has_updated
-            or not self.policy.base_is_reference
-            or self.policy.is_reference
-            or self.options.step_zero == "off"
-        ):
-            return
-        known = expectation_of(self.policy, self.data, self.options)
-        expectation = replace(
-            known, is_reference=True, differing=(), what="the policy with its adapter switched off"
-        )
-        self.log(self.step.check_base(pairs, StepZero(expectation, self.options.step_zero)))
-
-    # -- what is kept ----------------------------------------------------------------------------------
-
-    def _save_checkpoint(self) -> None:
-        self._check_weights("no checkpoint")
-        self.metrics_file.fsync()
-        position = replace(self.position, step_memory=self.setup.step_memory.state(), best=self.best.state())
-        self.on_checkpoint(
-            save_checkpoint(self.output, self.policy, self.setup.optimizer, position, keep=self.options.keep)
-        )
-
-    def _keep_best(self, evaluation: Metrics | None) -> None:
-        """Keep the policy of the best evaluation so far, unless it will be the one in model/ anyway."""
-        if evaluation is None or not self.best.note(evaluation):
-            return
-        if self.options.eval_every is not None and self.position.step != self.setup.total_steps:
-            found = {name: value for name, value in self.best.state().items() if name != "num_worse"}
-            save_best(self.output, self.policy, found, self._card(self.position.step, evaluation))
-
-    def _check_weights(self, what: str) -> None:
-        """Raise `TrainingError` before weights that are not finite take the place of good ones."""
-        if not all(bool(parameter.isfinite().all()) for parameter in self.policy.model.parameters()):
-            raise TrainingError(
-                f"step {self.position.step}: the update left weights that are not finite; {what} was "
-                "saved.\nLower --lr."
-            )
-
-    def _check_values(self) -> None:
-        """Raise `TrainingError` before a model is saved whose weights are finite, but not what it gives for a
-        pair of the last step.
-        """
-        if self.newest and self.step.rows_with_nonfinite_loss(self.newest):
-            row = self.newest[0].pair.row
-            raise TrainingError(
-                f"step {self.position.step}: after the update the loss of row {row} is not finite; no "
-                "model was saved.\nLower --lr."
-            )
-
     def _is_out_of_patience(self) -> bool:
         return (
             self.options.patience is not None
@@ -373,7 +295,8 @@ class _Run:
 
     def _record(self, metrics: Metrics) -> Metrics:
         self.metrics_file.append(metrics)
-        self.trackers.log(metrics)
+        if self.trackers is not None:
+            self.trackers.log(metrics)
         step = self.position.step
         num_evaluations = (
             self.setup.evaluates.count(step + 1, self.setup.total_steps)
@@ -383,21 +306,6 @@ class _Run:
         left_s = self.clock.left_s(self.setup.total_steps - step, num_evaluations)
         self.on_metrics({**metrics, "total_steps": self.setup.total_steps, "left_s": left_s})
         return metrics
-
-    def _card(self, step: int, evaluation: Metrics | None) -> str:
-        """The model card of the policy as it was after a step."""
-        lines, config = self.metrics_file, self.setup.config()
-        return model_card(
-            config,
-            self.data.pairs.manifest,
-            self.data.reference,
-            before=lines.first("eval/loss"),
-            after=evaluation,
-            first=lines.first("loss"),
-            last=lines.last("loss", step=step),
-            num_steps=step,
-            versions=library_versions(config),
-        )
 
     def _report(
         self,

@@ -9,7 +9,7 @@ Where the two part, the pattern of the gaps along the answers tells what the cau
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -73,6 +73,30 @@ def expectation_of(policy: TrainedModel, data: TrainingPairs, options: TrainOpti
         is_default=options.model is None and options.quantize == "none",
         remarks=policy.remarks,
     )
+
+
+def open_step_zero(
+    policy: TrainedModel, data: TrainingPairs, options: TrainOptions, *, is_resumed: bool
+) -> StepZero | None:
+    """The check of the first log-probs; None for a resumed policy, which was trained before, or where it is
+    off.
+    """
+    if is_resumed or options.step_zero == "off":
+        return None
+    return StepZero(expectation_of(policy, data, options), options.step_zero)
+
+
+def open_base_check(policy: TrainedModel, data: TrainingPairs, options: TrainOptions) -> StepZero | None:
+    """The check of a policy whose adapter was trained before: with it switched off, the policy is the
+    reference.
+
+    None where the base is not known to be the reference, or `open_step_zero` checks the same.
+    """
+    if options.step_zero == "off" or not policy.base_is_reference or policy.is_reference:
+        return None
+    known = expectation_of(policy, data, options)
+    what = "the policy with its adapter switched off"
+    return StepZero(replace(known, is_reference=True, differing=(), what=what), options.step_zero)
 
 
 @dataclass

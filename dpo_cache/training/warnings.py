@@ -41,7 +41,7 @@ class RunWarnings:
         self._logged: set[str] = set()
         self._wins = self._pairs = 0.0
 
-    def take_up(self, steps: Iterable[Metrics]) -> None:
+    def resume(self, steps: Iterable[Metrics]) -> None:
         """Know what a run has said before it was stopped, by its steps until then."""
         log, self._log = self._log, lambda _: None
         for step in steps:

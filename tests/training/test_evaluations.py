@@ -140,7 +140,7 @@ def test_a_run_that_only_got_worse_says_so(cache: str, tmp_path: Path) -> None:
 def test_evaluation_pairs_that_are_trained_on_are_counted(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
     train(cache, tmp_path / "same", eval_pairs="pairs", max_steps=1, log=remarks.append)
-    assert "15 of 15 evaluation pairs stand in the training pairs, too: those are not held out." in remarks
+    assert "15 of 15 evaluation pairs are also training pairs: those are not held out." in remarks
     remarks.clear()
     train(cache, tmp_path / "other", eval_pairs="heldout", max_steps=1, log=remarks.append)
     assert not any("evaluation pairs" in remark for remark in remarks)

@@ -1,0 +1,100 @@
+"""What a run saves of its policy: checkpoints, the best evaluation's policy, and in the end the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dpo_cache.errors import TrainingError
+from dpo_cache.losses.metrics import Metrics
+from dpo_cache.training.evaluations import Best
+from dpo_cache.training.output.checkpoint import RunPosition, save_checkpoint
+from dpo_cache.training.output.metrics_file import MetricsFile
+from dpo_cache.training.output.model_card import library_versions, model_card
+from dpo_cache.training.output.run_folder import drop_best, save_best, save_model
+from dpo_cache.training.setup import Setup
+from dpo_cache.training.step import TrainingStep
+from dpo_cache.types import ScoredPair
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Saves the policy of a run; weights that are not finite never replace good ones."""
+
+    setup: Setup
+    step: TrainingStep
+    metrics_file: MetricsFile
+    best: Best
+    on_checkpoint: Callable[[Path], None]
+
+    def save_checkpoint(self, position: RunPosition) -> None:
+        """Save the state after a step, from which `resume` continues."""
+        self._check_weights(position.step, "no checkpoint")
+        self.metrics_file.fsync()
+        position = replace(position, step_memory=self.setup.step_memory.state(), best=self.best.state())
+        keep = self.setup.options.keep
+        self.on_checkpoint(
+            save_checkpoint(self.setup.output, self.setup.policy, self.setup.optimizer, position, keep=keep)
+        )
+
+    def keep_best(self, evaluation: Metrics | None, step: int) -> None:
+        """Save the policy of the best evaluation so far, unless it is the last one, which model/ will
+        hold.
+        """
+        if evaluation is None or not self.best.note(evaluation):
+            return
+        if self.setup.options.eval_every is not None and step != self.setup.total_steps:
+            found = {name: value for name, value in self.best.state().items() if name != "num_worse"}
+            save_best(self.setup.output, self.setup.policy, found, self._card(step, evaluation))
+
+    def save_model(self, step: int, evaluation: Metrics | None, newest: list[ScoredPair]) -> Metrics | None:
+        """Save the model: the last one or, with `patience`, the best; returns its evaluation.
+
+        `newest` are pairs of the last step: the loss of one of them must be finite.
+        """
+        output, options = self.setup.output, self.setup.options
+        self._check_weights(step, "no model")
+        if self.setup.data.eval_pairs is None:  # otherwise the last evaluation has shown it
+            self._check_values(step, newest)
+        is_best_elsewhere = self.best.step not in (None, step)
+        takes_best = bool(options.patience) and is_best_elsewhere
+        if takes_best:
+            evaluation = self.metrics_file.last("eval/loss", step=self.best.step)
+        card = self._card(self.best.step if takes_best and self.best.step else step, evaluation)
+        save_model(output, self.setup.policy, card, takes_best=takes_best, is_merged=options.merge_adapter)
+        if takes_best or not is_best_elsewhere:
+            drop_best(output)  # its policy is the one in model/
+        return evaluation
+
+    def _check_weights(self, step: int, what: str) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.setup.policy.model.parameters()):
+            raise TrainingError(
+                f"step {step}: the update left weights that are not finite; {what} was saved.\nLower --lr."
+            )
+
+    def _check_values(self, step: int, newest: list[ScoredPair]) -> None:
+        """Raise `TrainingError` where the weights are finite, but the loss of a pair of the last step is
+        not.
+        """
+        if newest and self.step.rows_with_nonfinite_loss(newest):
+            raise TrainingError(
+                f"step {step}: after the update the loss of row {newest[0].pair.row} is not finite; no "
+                "model was "
+                "saved.\nLower --lr."
+            )
+
+    def _card(self, step: int, evaluation: Metrics | None) -> str:
+        """The model card of the policy as it was after a step."""
+        lines, config, data = self.metrics_file, self.setup.config(), self.setup.data
+        return model_card(
+            config,
+            data.pairs.manifest,
+            data.reference,
+            before=lines.first("eval/loss"),
+            after=evaluation,
+            first=lines.first("loss"),
+            last=lines.last("loss", step=step),
+            num_steps=step,
+            versions=library_versions(config),
+        )
