@@ -11,7 +11,7 @@ Columns, in this order:
                                   (keep-end)
     chosen_ids, rejected_ids      list<uint32>
     ref_chosen_logps, ref_rejected_logps               float64, sums in nats
-    ref_chosen_token_logps, ref_rejected_token_logps   list<float32>, where asked for
+    ref_chosen_token_logps, ref_rejected_token_logps   list<float32>, with `token_logps`
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def export_pairs(
     check_details(pair_set.manifest, f"{chosen.cache}/pairs/{pair_set.name}/manifest.json")
     if chosen.token_logps and not pair_set.has_token_logps:
         raise NotInCacheError(
-            f"{chosen.cache}: {pair_set.name} was imported with sums alone.\nLeave out --token-logps."
+            f"{chosen.cache}: {pair_set.name} was imported with sums only.\nLeave out --token-logps."
         )
     report = ExportReport(pair_set.name, chosen.output, chosen.output_format)
     check_output(chosen.output, report.format, overwrite=chosen.overwrite)
@@ -121,7 +121,7 @@ def _note_losses(options: ExportOptions, pair_set: PairSet, report: ExportReport
         "which reference, tokenizer and truncation made the values (they stay in the cache)"
     )
     if report.format == "jsonl":
-        report.left_out.append("the types of the columns (JSON has numbers alone; no value is changed)")
+        report.left_out.append("the types of the columns (JSON has only numbers; no value is changed)")
 
 
 def _schema(options: ExportOptions, pair_set: PairSet, text: SourceText | None) -> pa.Schema:

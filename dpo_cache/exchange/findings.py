@@ -8,7 +8,7 @@ import numpy as np
 
 from dpo_cache.store.format.keys import KEY_BYTES, key_array
 
-LONG = 20  # tokens from which on a sum is told from an average
+LONG = 20  # tokens from which on a sum and an average differ clearly
 SMALL_SUM = 10.0  # nats: sums of long answers are nearly never as small
 SMALL_MEAN = 0.1  # nats a token: no reference is as sure of answers that others wrote
 DISAGREEMENT = (0.5, 0.02)  # nats, and relative, that bfloat16 in batches of other shapes explains
@@ -65,7 +65,7 @@ class ValueFindings:
         )
 
     def _disagreements(self) -> str | None:
-        """Completions that stand in several rows with values too far apart."""
+        """Completions that are in several rows with values too far apart."""
         keys = key_array([bytes(self._keys)]) if self._keys else np.empty(0, f"S{KEY_BYTES}")
         order = np.argsort(keys, kind="stable")
         same = keys[order][1:] == keys[order][:-1]

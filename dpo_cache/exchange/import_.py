@@ -4,7 +4,7 @@ read and check every row -> name the reference by the values -> publish pairs
 
 The reference's identity is `{"imported": NAME, "dtype": DTYPE or null, "values": sha256}` over row,
 completion keys and sums of all pairs: two imports under one name are one reference only if they are the same
-import. Such a reference has no scores folder: its values are in its pair sets alone.
+import. Such a reference has no scores folder: its values are only in its pair sets.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     ref_chosen_token_logps, ref_rejected_token_logps   a list a row, one number a token; the sums may then be
                                                        missing
 
-beside text in any format that `precompute` reads, or beside token ids:
+next to text in any format that `precompute` reads, or next to token ids:
 
     prompt_ids, chosen_ids, rejected_ids               lists of whole numbers
     rejected_prompt_ids                                where the prompt of rejected is another one
@@ -32,7 +32,7 @@ SUMS = ("ref_chosen_logps", "ref_rejected_logps")
 TOKEN_LOGPS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 WINDOW_ROWS = 4096
-ROUNDING = 1e-4  # nats a log-prob may stand above 0
+ROUNDING = 1e-4  # nats a log-prob may be above 0
 SUM_TOLERANCE = (1e-2, 1e-3)  # nats, and relative, between a sum in half precision and the sum of its tokens
 
 NO_TOKENS = np.empty(0, np.float32)
@@ -200,7 +200,7 @@ def _sum_score(value: Any, name: str) -> Score | str:
 
 
 def _token_score(completion: Completion, values: dict[str, Any], sum_name: str, name: str) -> Score | str:
-    """The score of a list of log-probs; the sum beside it, where there is one, must be theirs."""
+    """The score of a list of log-probs; the row's sum, if there is one, must be theirs."""
     tokens = values[name]
     if not isinstance(tokens, list):
         return (
@@ -214,11 +214,11 @@ def _token_score(completion: Completion, values: dict[str, Any], sum_name: str, 
         return problem
     score = Score(np.array(tokens, np.float32))
     if sum_name in values:
-        told = values[sum_name]
-        if found := _problem_of(told, sum_name):
+        given = values[sum_name]
+        if found := _problem_of(given, sum_name):
             return found
         absolute, relative = SUM_TOLERANCE
-        if abs(told - score.logps) > absolute + relative * abs(score.logps):
+        if abs(given - score.logps) > absolute + relative * abs(score.logps):
             return f"`{sum_name}` is not the sum of `{name}`"
     return score
 

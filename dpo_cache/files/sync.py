@@ -18,7 +18,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not is_folder or error.errno not in NO_FOLDER_SYNC:  # some network file systems sync files alone
+        if not is_folder or error.errno not in NO_FOLDER_SYNC:  # some network file systems sync only files
             raise
     finally:
         os.close(descriptor)

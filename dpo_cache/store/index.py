@@ -31,7 +31,7 @@ LISTINGS = 5  # of a folder that others compact meanwhile
 class ScoreIndex:
     """The scores of one reference: a set of shards that only grows.
 
-    Opening reads the keys alone (16 bytes a completion in memory, plus 8 for where it lies); values are
+    Opening reads only the keys (16 bytes a completion in memory, plus 8 for its row); values are
     read, and their file's digest checked, when they are fetched.
     """
 
@@ -124,7 +124,7 @@ class ScoreIndex:
     def _fetch_shard(
         self, shard: int, wanted: np.ndarray, rows: np.ndarray, places: np.ndarray, found: list[Score]
     ) -> None:
-        """Fill in the scores at these places, which lie in this shard at these rows, ascending."""
+        """Fill in the scores at these places, which are this shard's rows, ascending."""
         reader = self._readers.open(self._shards[shard])
         starts = np.concatenate([[0], np.cumsum(reader.group_rows)])
         bounds = np.searchsorted(rows[places], starts)

@@ -1,4 +1,4 @@
-"""Where keys lie: a growing map from completion key to row number, in sorted numpy arrays, 24 bytes an
+"""A growing map from completion key to row number, in sorted numpy arrays, 24 bytes an
 entry.
 """
 
@@ -14,7 +14,7 @@ from dpo_cache.store.format.keys import key_halves
 class KeyTable:
     """Row numbers by key. A key that is added again keeps its first row.
 
-    Entries lie in segments, each sorted, no key in two of them, and each at least four times as long as the
+    Entries are in segments, each sorted, no key in two of them, and each at least four times as long as the
     next: adding a few keys to many does not sort the many again.
     """
 
@@ -97,7 +97,7 @@ def _sorted_segment(high: np.ndarray, low: np.ndarray, rows: np.ndarray | None) 
     """These entries by key; of equal keys the one with the smallest row. Without rows they are numbered from
     0.
 
-    Careful with memory: what is sorted takes 24 bytes a key, and nothing else as large is held beside it for
+    Careful with memory: what is sorted takes 24 bytes a key, and nothing else as large is kept with it for
     long.
     """
     order = np.arange(len(high)) if (high[1:] > high[:-1]).all() else np.argsort(high)

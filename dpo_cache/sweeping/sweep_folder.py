@@ -3,7 +3,7 @@
 SWEEP/
   sweep.json              the grid, and which folder each of its runs has
   table.csv, table.md     the comparison, renewed after every run
-  logs/NAME.log           what each run said, with the command that began it
+  logs/NAME.log           what each run printed, with the command that began it
   logs/NAME.json          the report that it ended with
   NAME/                   a run, as `dpo-cache train` makes it
 
@@ -139,7 +139,7 @@ def hold_folder(output: Path, log: Log) -> Iterator[int | None]:
 
 
 def read_report(run: Run) -> dict[str, Any] | None:
-    """What the run told at its end; None where it has not come to that."""
+    """The report that the run ended with; None if it has not ended."""
     try:
         return json.loads(run.report_file.read_text())
     except (FileNotFoundError, json.JSONDecodeError):  # empty while it runs, or where it was killed
@@ -252,5 +252,5 @@ def _free_to_change(grid: Grid) -> set[str]:
 
 
 def _key(grid: Grid, options: dict[str, Any]) -> str:
-    """What tells a run from the others of the grid."""
+    """The options by which a run differs from the others of the grid."""
     return json.dumps([options[name] for name in grid.varied])

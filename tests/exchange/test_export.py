@@ -188,7 +188,7 @@ def test_what_is_left_out_is_said(source: Path, tmp_path: Path) -> None:
     assert export(source, "chat", tmp_path / "a.jsonl").left_out == [
         "the log-prob of each token (--token-logps adds it)",
         "which reference, tokenizer and truncation made the values (they stay in the cache)",
-        "the types of the columns (JSON has numbers alone; no value is changed)",
+        "the types of the columns (JSON has only numbers; no value is changed)",
     ]
     report = export(source, "chat", tmp_path / "a.parquet", token_logps=True, text=False)
     assert report.left_out == [
@@ -244,7 +244,7 @@ def test_wrong_options_are_told(source: Path, tmp_path: Path) -> None:
 def test_sums_alone_have_no_token_logps_to_export(source: Path, tmp_path: Path, model_folder: str) -> None:
     export(source, "chat", tmp_path / "chat.jsonl")
     import_pairs(tmp_path / "cache", tmp_path / "chat.jsonl", reference="x", model=model_folder)
-    with pytest.raises(NotInCacheError, match="was imported with sums alone.\nLeave out --token-logps"):
+    with pytest.raises(NotInCacheError, match="was imported with sums only.\nLeave out --token-logps"):
         export_pairs(tmp_path / "cache", "chat", tmp_path / "again.jsonl", token_logps=True)
     said: list[str] = []
     export_pairs(tmp_path / "cache", "chat", tmp_path / "again.jsonl", log=said.append)

@@ -1,1 +1,1 @@
-"""Where a cache lies: a disk, or an object store behind an fsspec URL."""
+"""The folder of a cache: on a disk, or in an object store behind an fsspec URL."""

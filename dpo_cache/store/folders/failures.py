@@ -35,7 +35,7 @@ ADVICE = {
 
 
 def storage_error(verb: str, place: Any, error: OSError) -> StorageError:
-    """The error to raise in place of what the file system said, with what to do about it: `MissingFileError`
+    """The error to raise in place of the file system's, with what to do about it: `MissingFileError`
     for a file to read that is gone.
     """
     advice = ADVICE.get(error.errno or 0, f"Check the path and {_AGAIN}")

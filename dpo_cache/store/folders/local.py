@@ -110,7 +110,7 @@ class LocalFolder:
             try:
                 self.disk.unlink(target)
             except FileNotFoundError:
-                if self._status(target) is not None:  # a disk that goes away for a moment says that, too
+                if self._status(target) is not None:  # a disk that is gone for a moment raises that, too
                     raise
             with suppress(FileNotFoundError):
                 self.disk.sync_folder(target.parent)
@@ -201,7 +201,7 @@ class LocalFolder:
             raise
         self.disk.sync_folder(target.parent)
         self._had_marker |= target == self.root / MARKER
-        self._check_marker(target)  # again: it may have been written to what lies under the mount
+        self._check_marker(target)  # again: it may have been written below the mount point
 
     def _write(self, scratch: Path, content: bytes) -> None:
         descriptor = self.disk.create(scratch)
@@ -255,8 +255,8 @@ class LocalFolder:
     # -- looking ---------------------------------------------------------------------------------------
 
     def _status(self, path: Path) -> os.stat_result | None:
-        """None where there is nothing. Other refusals are raised: a disk that does not answer has not said
-        no.
+        """None where there is nothing. Other refusals are raised: a disk that does not answer has not denied
+        it.
         """
         try:
             return self.disk.status(path)

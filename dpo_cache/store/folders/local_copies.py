@@ -33,7 +33,7 @@ Download = Callable[[BinaryIO], None]
 
 
 def open_local_copies() -> LocalCopies:
-    """The folder and its limit as the environment says. Nothing is created before something is kept."""
+    """The folder and its limit, from the environment. Nothing is created before something is kept."""
     text = os.environ.get("DPO_CACHE_PARTS_GB", "") or str(DEFAULT_LIMIT_GB)
     try:
         limit_gb = float(text)
@@ -46,7 +46,7 @@ def open_local_copies() -> LocalCopies:
 
 
 def local_copies_folder() -> Path:
-    """Where the copies lie."""
+    """The folder of the copies."""
     if chosen := os.environ.get("DPO_CACHE_PARTS"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo-cache" / "parts"

@@ -1,6 +1,6 @@
 """A cache folder behind an fsspec URL: `s3://`, `gs://`, `hf://` and others.
 
-- A file is published by one PUT, which a reader sees wholly or not at all, and its size is asked for
+- A file is published by one PUT, which a reader sees wholly or not at all, and its size is checked
   afterwards. A part that is there already, with its size, is not sent again: its name is its content.
 - A file that is named is looked for by its name, never in a listing: stores and the caches before them list
   late. What this process published or removed itself counts, whatever a listing says. fsspec's memory of
@@ -31,7 +31,7 @@ from dpo_cache.store.folders.retries import remote_error, with_retries
 Result = TypeVar("Result")
 
 CONNECT_S, READ_S = 10, 60
-# a whole call: some waits have no time-out of their own, as that for a PUT to be asked for its body
+# a whole call: some waits have no time-out of their own, as that before the body of a PUT is sent
 CALL_S, SLOWEST_BYTES_PER_S = (120.0, 100_000)
 LISTING_S = 1800.0
 CHUNK_BYTES = 32 << 20  # fetched by one request: what a broken connection costs
@@ -52,7 +52,7 @@ _own_changes: dict[
 
 
 def open_remote(url: str) -> RemoteFolder:
-    """The folder at an fsspec URL; nothing is asked of the store yet.
+    """The folder at an fsspec URL; no request is sent yet.
 
     Raises `StorageError` where no package serves the URL, `OptionError` for one that cannot be a folder.
     """
@@ -188,7 +188,7 @@ class RemoteFolder:
         )
         listed = {_base(entry.rstrip("/")) for entry in found or () if entry.rstrip("/") != path}
         prefix = f"{folder}/" if folder else ""
-        # what the listing may not know yet is asked for by its own name
+        # a listing may be late, so these files are looked for by name
         for name, is_published in list(self._own.items()):
             if not name.startswith(prefix):
                 continue
@@ -289,7 +289,7 @@ class RemoteFolder:
             raise self._missing(verb, name) from error
 
     def _find(self, name: str) -> dict[str, Any] | None:
-        """What the store says of the file or folder of this name; None where there is neither."""
+        """The store's entry for the file or folder of this name; None if there is neither."""
         try:
             self.filesystem.invalidate_cache()
             return with_retries(
@@ -341,7 +341,7 @@ class RemoteFolder:
     def _read_range(self, name: str, start: int, end: int) -> bytes:
         content = self.filesystem.cat_file(self._path(name), start=start, end=end, **self._limit(end - start))
         if len(content) != end - start:
-            raise EOFError(f"{len(content)} bytes came where {end - start} were asked for")
+            raise EOFError(f"{len(content)} bytes came where {end - start} were requested")
         return content
 
 

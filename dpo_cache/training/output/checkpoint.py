@@ -1,6 +1,6 @@
 """A training run's state on disk: `RUN/checkpoints/step-000010/`.
 
-    model files            as `save_pretrained` writes them (safetensors); of an adapter, its weights alone
+    model files            as `save_pretrained` writes them (safetensors); of an adapter, only its weights
     optimizer.safetensors  `<parameter>/<state>` per optimizer state, e.g. `model.norm.weight/exp_avg`
     tokenizer files        so that a resumed run needs nothing but the cache, and an adapter its base
     state.json             where the run stood: see `RunPosition`
@@ -28,7 +28,7 @@ from dpo_cache.training.output.run_start import find_checkpoints
 
 @dataclass(frozen=True)
 class RunPosition:
-    """Where a run stands: steps done, the epoch it is in (from 0), pairs of that epoch already used, and what
+    """How far a run is: steps done, the epoch it is in (from 0), pairs of that epoch already used, and what
     is to be gone on with.
     """
 
@@ -56,7 +56,7 @@ def save_checkpoint(
         (scratch / "state.json").write_text(json.dumps(asdict(position)) + "\n")
 
     write_policy(
-        target, policy, write, remedy="Free some space, then go on from the last checkpoint with --resume."
+        target, policy, write, remedy="Free some space, then resume from the last checkpoint with --resume."
     )
     for older in find_checkpoints(run)[:-keep]:
         shutil.rmtree(older)
@@ -66,8 +66,8 @@ def save_checkpoint(
 def write_policy(
     target: Path, policy: TrainedModel, write_more: Any = lambda _: None, *, remedy: str
 ) -> None:
-    """Publish a folder with the policy's weights (an adapter's alone), its tokenizer and what `write_more`
-    adds: whole or absent.
+    """Publish a folder with the policy's weights (only an adapter's, if there is one), its tokenizer and what
+    `write_more` adds: whole or absent.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ RUN/
   config.json      every option, and under `resolved` what became of the defaults
   metrics.jsonl    one line a step or evaluation
   samples.jsonl    the policy's answers, see `samples.py`
-  trackers.json    which run of which tracker this is, see `trackers.py`; tensorboard/ beside it
+  trackers.json    which run of which tracker this is, see `trackers.py`; and tensorboard/
   checkpoints/     see `checkpoint.py`; gone when the run is finished
   best/            the policy at the best evaluation, where that was not the last one, and `best.json`: its
                    step and value
@@ -137,7 +137,7 @@ def save_best(folder: Path, policy: TrainedModel, found: dict[str, Any], card: s
         folder / "best",
         policy,
         write,
-        remedy="Free some space, then go on from the last checkpoint with --resume.",
+        remedy="Free some space, then resume from the last checkpoint with --resume.",
     )
 
 
@@ -159,7 +159,7 @@ def save_model(folder: Path, policy: TrainedModel, card: str, *, takes_best: boo
             folder / "model",
             policy,
             lambda scratch: write_card(scratch, card),
-            remedy="Free some space, then go on with --resume.",
+            remedy="Free some space, then resume the run with --resume.",
         )
     drop_checkpoints(folder)
 

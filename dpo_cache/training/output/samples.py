@@ -3,7 +3,7 @@
 One line an answer: `step`, `row` of the evaluation data, `prompt`, the `chosen` answer, the policy's
 `sample`, its
 `num_tokens` with the end token, and `finished`: whether it wrote an end token, or was cut at the pair set's
-longest prompt + answer. The prompt stands as the model reads it, with its special tokens; the answers without
+longest prompt + answer. The prompt is as the model reads it, with its special tokens; the answers are without
 them.
 """
 
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.budget import is_out_of_memory
-from dpo_cache.lm.device import autocast
 from dpo_cache.lm.generation import Answer, write_answers
+from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.log import Log
 from dpo_cache.training.batches import stream_pairs
 from dpo_cache.training.inputs import TrainedModel, TrainingPairs
@@ -30,9 +30,16 @@ SHOWN = 80  # characters of a prompt's end, and of an answer's start, in a remar
 
 
 def open_sampler(
-    num_prompts: int, data: TrainingPairs, policy: TrainedModel, *, output: Path, seed: int, log: Log
+    num_prompts: int,
+    data: TrainingPairs,
+    policy: TrainedModel,
+    policy_model: PolicyModel,
+    *,
+    output: Path,
+    seed: int,
+    log: Log,
 ) -> Sampler | None:
-    """What lets the policy answer the first distinct evaluation prompts; None where none are asked for.
+    """A sampler for the first distinct evaluation prompts; None if `num_prompts` is 0.
     Raises `TrainingError`.
     """
     if not num_prompts or data.eval_pairs is None:
@@ -55,46 +62,45 @@ def open_sampler(
             f"--sample {num_prompts}: the evaluation pairs have {len(prompts)} distinct prompts shorter "
             f"than {max_length} tokens; those are answered."
         )
-    return Sampler(MetricsFile(output / FILE), prompts, policy, max_length, seed, log)
+    return Sampler(MetricsFile(output / FILE), prompts, policy, policy_model, max_length, seed, log)
 
 
 @dataclass(frozen=True)
 class Sampler:
     """Writes the policy's answers to the same prompts, under it as it is; what is drawn depends on seed and
-    step alone.
+    step only.
     """
 
     file: MetricsFile
     prompts: list[ScoredPair]
     policy: TrainedModel
+    policy_model: PolicyModel
     max_length: int  # tokens of prompt and answer
     seed: int
     log: Log
 
     def write(self, step: int) -> None:
-        """Let the policy answer, after a step. Where not even one answer fits into memory that is said, and
+        """Let the policy answer, after a step. If not even one answer fits into memory, that is logged, and
         none are written.
         """
         model, tokenizer = self.policy.model, self.policy.tokenizer
         end_ids = end_tokens(model, tokenizer)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
         try:
-            with autocast(model.device, self.policy.precision, keeps_copies=True):
-                answers = write_answers(
-                    model,
-                    [scored.pair.chosen.prompt_ids for scored in self.prompts],
-                    self.policy.attention,
-                    max_length=self.max_length,
-                    end_ids=end_ids,
-                    pad_id=pad_id,
-                    seed=[self.seed, step],
-                )
+            answers = write_answers(
+                self.policy_model,
+                [scored.pair.chosen.prompt_ids for scored in self.prompts],
+                max_length=self.max_length,
+                end_ids=end_ids,
+                pad_id=pad_id,
+                seed=[self.seed, step],
+            )
         except RuntimeError as error:
             if not is_out_of_memory(error, model.device):
                 raise
             self.log(
-                f"step {step}: memory does not suffice to sample a single answer beside the training; "
-                f"none is in {FILE}. The run goes on."
+                f"step {step}: there is not enough memory to sample an answer during the training; "
+                f"none is in {FILE}. The run continues."
             )
             return
         lines = [

@@ -18,7 +18,7 @@ ORIGINAL_GROUPS = ("rewards", "logps", "loss")
 def tracked_names(line: Metrics, log_names: str, tracker: str, *, epoch: float, num_examples: int) -> Metrics:
     """A line of metrics.jsonl as it is sent to a tracker.
 
-    `epoch` and `num_examples`, epochs and pairs trained on by then, stand in no line of an evaluation.
+    `epoch` and `num_examples`, trained on so far, are given because no line of an evaluation has them.
     """
     is_eval = any(name.startswith(EVAL) for name in line)
     values = {
@@ -34,7 +34,7 @@ def tracked_names(line: Metrics, log_names: str, tracker: str, *, epoch: float, 
 
 
 def _trl_names(values: Metrics, tracker: str, *, is_eval: bool, step: int, epoch: float) -> Metrics:
-    """transformers sends MLflow the bare names, Weights & Biases and Trackio the step beside them as well."""
+    """As transformers: bare names for MLflow; for Weights & Biases and Trackio also the step."""
     plain, renamed = tracker == "mlflow", {TRL_NAMES.get(name, name): value for name, value in values.items()}
     evaluated, trained = ("eval_", "") if plain else ("eval/", "train/")
     named = {

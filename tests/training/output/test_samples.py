@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import dpo_cache
 from dpo_cache.lm.generation import write_answers
+from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.self_check import choose_attention
 from dpo_cache.store import open_cache
 from dpo_cache.training.output import samples
@@ -62,9 +63,8 @@ def test_a_sample_is_what_the_policy_at_that_step_writes(cache: str, tmp_path: P
     prompts = [pair.chosen.prompt_ids for pair in distinct_prompts(cache)[:3]]
     rows = choose_attention(model, "rows", max_length=256)
     answers = write_answers(
-        model,
+        PolicyModel(model, rows),
         prompts,
-        rows,
         max_length=256,
         end_ids=end_tokens(model, tokenizer),
         pad_id=tokenizer.pad_token_id,
@@ -161,7 +161,7 @@ def test_a_lack_of_memory_costs_the_samples_and_not_the_run(
     remarks: list[str] = []
     assert train(cache, tmp_path / "run", **SAMPLED, log=remarks.append).finished
     assert not (tmp_path / "run" / "samples.jsonl").exists()
-    assert [remark[:6] for remark in remarks if "memory does not suffice to sample" in remark] == [
+    assert [remark[:6] for remark in remarks if "there is not enough memory to sample" in remark] == [
         "step 0",
         "step 2",
         "step 4",
