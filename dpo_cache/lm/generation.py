@@ -6,7 +6,7 @@ attention for the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
+from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.types import TokenIds
 
@@ -32,9 +33,8 @@ class Answer:
 
 @torch.no_grad()
 def write_answers(
-    model: PreTrainedModel,
+    policy: PolicyModel,
     prompts: Sequence[TokenIds],
-    attention: AttentionChoice,
     *,
     max_length: int,
     end_ids: Sequence[int],
@@ -52,6 +52,7 @@ def write_answers(
     Every prompt is shorter than `max_length`.
     """
     assert all(0 < len(prompt) < max_length for prompt in prompts)
+    model, attention = policy.model, policy.attention
     answers: list[Answer] = []
     at_once = min(MOST_AT_ONCE, attention.max_rows or MOST_AT_ONCE)
     with original_attention(model, attention), _plain_generation(model):
@@ -59,7 +60,7 @@ def write_answers(
             batch = prompts[len(answers) : len(answers) + at_once]
             try:
                 with _random_state(model.device, [*seed, len(answers)]):
-                    answers += _write_batch(model, batch, max_length, end_ids, pad_id)
+                    answers += _write_batch(policy, batch, max_length, end_ids, pad_id)
             except RuntimeError as error:
                 if len(batch) == 1 or not is_out_of_memory(error, model.device):
                     raise
@@ -122,10 +123,10 @@ class _AtLength(StoppingCriteria):
 
 
 def _write_batch(
-    model: PreTrainedModel, prompts: Sequence[TokenIds], max_length: int, end_ids: Sequence[int], pad_id: int
+    policy: PolicyModel, prompts: Sequence[TokenIds], max_length: int, end_ids: Sequence[int], pad_id: int
 ) -> list[Answer]:
     """Answers to left-padded prompts, by one call of `generate`."""
-    width = max(map(len, prompts))
+    model, width = policy.model, max(map(len, prompts))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or np.inf
     room = [int(min(max_length - len(prompt), positions - width)) for prompt in prompts]
     ids, mask = np.full((len(prompts), width), pad_id, np.int64), np.zeros((len(prompts), width), np.int64)
@@ -141,12 +142,14 @@ def _write_batch(
         pad_token_id=pad_id,
         use_cache=True,
     )
-    generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
-    output = generate(
-        input_ids=torch.from_numpy(ids).to(model.device),
-        attention_mask=torch.from_numpy(mask).to(model.device),
-        generation_config=config,
-        stopping_criteria=StoppingCriteriaList([_AtLength(width, torch.tensor(room, device=model.device))]),
+    stop = _AtLength(width, torch.tensor(room, device=model.device))
+    output = policy(
+        generate={
+            "input_ids": torch.from_numpy(ids).to(model.device),
+            "attention_mask": torch.from_numpy(mask).to(model.device),
+            "generation_config": config,
+            "stopping_criteria": StoppingCriteriaList([stop]),
+        }
     )
     written = output[:, width:].cpu().numpy().astype(np.uint32)
     return [_answer(tokens[:most], end_ids) for tokens, most in zip(written, room, strict=True)]

@@ -107,7 +107,8 @@ class PolicyModel(torch.nn.Module):
         too.
         """
         if generate is not None:
-            return self.model.generate(**generate)  # type: ignore[operator]  # mypy: Tensor | Module
+            with autocast(self.model.device, self.precision, keeps_copies=True):
+                return self.model.generate(**generate)  # type: ignore[operator]  # mypy: Tensor | Module
         with autocast(self.model.device, self.precision):
             return [completion_logps(self.model, part, self.attention, **self._outputs) for part in parts]
 

@@ -100,8 +100,9 @@ class _Run:
         self.on_metrics, self.started = on_metrics, started
         self.position, self.output, self.log = setup.position, setup.output, setup.log
         self.best = Best(**(setup.position.best or {"measure": setup.options.best}))
+        policy = setup.policy_model()
         self.step = TrainingStep(
-            policy=setup.policy_model(),
+            policy=policy,
             trained=setup.policy,
             objective=setup.objective,
             memory=setup.step_memory,
@@ -130,6 +131,7 @@ class _Run:
             setup.options.sample,
             setup.data,
             setup.policy,
+            policy,
             output=self.output,
             seed=setup.options.seed,
             log=setup.log,

@@ -10,7 +10,7 @@ from dpo_cache.lm.forest.attention import FOREST_ATTENTION
 from dpo_cache.lm.generation import original_attention, write_answers
 from dpo_cache.lm.kernels.onednn_linear import _forward, use_fast_linear
 from dpo_cache.lm.memory.recompute import Recomputation
-from dpo_cache.lm.policy import completion_logps
+from dpo_cache.lm.policy import PolicyModel, completion_logps
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from tests.conftest import make_completions, make_llama
 from tests.lm.families import FAMILIES, make_model
@@ -27,9 +27,8 @@ def write(
     model: PreTrainedModel, texts: list[np.ndarray], attention: AttentionChoice, **changes
 ) -> list[generation.Answer]:
     return write_answers(
-        model,
+        PolicyModel(model, attention),
         texts,
-        attention,
         **{"max_length": 30, "end_ids": [END], "pad_id": PAD, "seed": [3, 5], **changes},
     )
 
