@@ -36,7 +36,7 @@ ALLOWED = {
     "planning": {"lm", "store", "files"} | LEAVES,
     "upkeep": {"store", "precomputing"} | LEAVES,
     "options": {"errors", "log", "losses"},
-    "losses": {"errors", "types", "options", "lm"},
+    "losses": {"errors"},
     "store": {"errors", "log", "types", "files"},
     "data": {"errors", "types", "files"},
     "lm": {"errors", "log", "types", "files"},

@@ -11,6 +11,8 @@ from dpo_cache.evaluation import EvalReport
 from dpo_cache.evaluation import loss_inputs as loss_inputs_module
 from dpo_cache.options.run_losses import with_run
 from dpo_cache.store import open_cache
+from tests.conftest import chat_rows, make_tokenizer, write_rows
+from tests.lm.families import make_model
 from tests.training.test_loop_losses import sum_alone
 
 LOSSES = {
@@ -113,6 +115,22 @@ def test_a_folder_that_is_no_run_is_refused(cache: str, run: dpo_cache.TrainRepo
         evaluate(cache, run=tmp_path, model=run.model)
     with pytest.raises(OptionError, match="--model is needed"):
         evaluate(cache)
+
+
+def test_the_router_loss_of_a_run_is_left_out_with_a_remark(tmp_path: Path) -> None:
+    make_model("mixtral").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    cache = str(tmp_path / "cache")
+    for name, rows in (("pairs", chat_rows(8)), ("heldout", chat_rows(8, seed=9))):
+        dpo_cache.precompute(tmp_path / "model", write_rows(tmp_path / f"{name}.jsonl", rows), cache)
+    trained = train(cache, tmp_path / "run", router_aux_loss_coef=0.5)
+    remarks: list[str] = []
+    report = evaluate(cache, run=tmp_path / "run", log=remarks.append)
+    assert sum("0.5 times the router loss" in remark for remark in remarks) == 1
+    expected = trained.eval_after or {}
+    assert report.metrics["rewards/margins"] == pytest.approx(expected["eval/rewards/margins"], abs=1e-5)
+    router = 0.5 * expected["eval/aux_loss"]
+    assert report.metrics["loss"] == pytest.approx(expected["eval/loss"] - router, rel=1e-5)
 
 
 def test_a_config_of_an_older_version_is_read(cache: str, tmp_path: Path) -> None:
