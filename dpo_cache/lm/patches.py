@@ -27,10 +27,6 @@ class Patches:
         """Let `hook(module, args)` give the module's positional arguments."""
         self._undo.append(module.register_forward_pre_hook(hook).remove)
 
-    def on_undo(self, function: Callable[[], None]) -> None:
-        """Call the function when the changes are undone."""
-        self._undo.append(function)
-
     def undo(self) -> None:
         """Leave every module as it was before the first change."""
         while self._undo:

@@ -13,10 +13,10 @@ import torch
 
 import dpo_cache
 from dpo_cache.errors import DpoCacheError, OptionError, TrainingError
+from dpo_cache.lm import policy
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.options.run_config import with_config
 from dpo_cache.store import open_cache
-from dpo_cache.lm import policy
 from dpo_cache.training.batches import completions_of, longest_pairs
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.output.report import Clock

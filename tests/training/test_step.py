@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.lm import policy
+from dpo_cache.lm.forest.layout import count_forest_tokens
 from tests.training.test_loop import assert_alike, metrics, train
 
 

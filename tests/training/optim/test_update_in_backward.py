@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_cache.errors import TrainingError
+from dpo_cache.lm import policy
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
-from dpo_cache.lm import policy
 from dpo_cache.training.optim.optimizers import make_optimizer
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.step_zero import StepZero
