@@ -3,14 +3,9 @@
 from dpo_cache.data.formats import Example, check_format, detect_format, parse_row, unused_columns
 from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset, take_rows
 from dpo_cache.data.survey import Survey
-from dpo_cache.data.tokenize import (
-    load_tokenizer,
-    set_chat_template,
-    tokenize_rows,
-    tokenized_windows,
-    tokenizer_digest,
-)
+from dpo_cache.data.tokenize import tokenize_rows, tokenized_windows
 from dpo_cache.data.truncate import Dropped, Outcome, Truncation, make_pair, make_pairs
+from dpo_cache.tokenizer import load_tokenizer, set_chat_template, tokenizer_digest
 
 __all__ = [
     "Dropped",

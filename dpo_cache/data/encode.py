@@ -9,14 +9,14 @@ words of the prompt instead, where the tokenizer is one of those for which that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from dpo_cache.data.boundary import can_be_cut, last_cut
+from dpo_cache.tokenizer import without_padding
 
 
 def encode_texts(
@@ -93,21 +93,6 @@ def encode_continuations(
         head = before + next(part_ids)
         found.append([head + tail + after for tail in islice(part_ids, len(group))])
     return found
-
-
-@contextmanager
-def without_padding(backend: Tokenizer) -> Iterator[None]:
-    """Padding and truncation are what the last call happened to set: they are put aside."""
-    padding, truncation = backend.padding, backend.truncation
-    backend.no_padding()
-    backend.no_truncation()
-    try:
-        yield
-    finally:
-        if padding is not None:
-            backend.enable_padding(**padding)
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
 
 
 def _is_plainly_fast(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -22,14 +22,14 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value, config, load_from_disk
 from datasets import Sequence as ListOf
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from dpo_cache.data.encode import encode_continuations, encode_dialogues, without_padding
+from dpo_cache.data.encode import encode_continuations, encode_dialogues
 from dpo_cache.data.formats import Example, RowProblem, parse_row
 from dpo_cache.data.read import STREAM_ERRORS, Rows, not_readable, not_utf8
 from dpo_cache.data.survey import rows_by_reason
 from dpo_cache.errors import DataError, ModelError, first_line
+from dpo_cache.tokenizer import tokenizer_digest
 
 BATCH_ROWS = 256  # rows tokenized at once: a thousand long dialogues would take 250 MB
 IDS_VERSION = 3  # raised when the same text would get other ids or columns from us
@@ -41,57 +41,6 @@ FEATURES = Features(
     }
 )  # fmt: skip
 RANKED_ALIKE = "answers all ranked alike"
-
-
-def load_tokenizer(
-    location: str,
-    *,
-    revision: str | None = None,
-    chat_template: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedTokenizerBase:
-    """The tokenizer, with another chat template (a file's path) if one is given. Raises `ModelError`."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            location, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"{location}: no tokenizer can be loaded from it ({first_line(error)}).\n"
-            "Say where it is with --tokenizer."
-        ) from error
-    if chat_template is not None:
-        set_chat_template(tokenizer, chat_template)
-    return tokenizer
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Give the tokenizer the chat template in a file. Raises `DataError`."""
-    try:
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--chat-template {path}: not readable ({error}).") from error
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex sha256 of what decides the ids: vocabulary, rules, special tokens and template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = str(sorted(tokenizer.get_vocab().items())) if backend is None else _rules_of(backend)
-    splits = str(getattr(tokenizer, "split_special_tokens", False))
-    parts = [
-        type(tokenizer).__name__,
-        rules,
-        str(tokenizer.special_tokens_map),
-        splits,
-        str(tokenizer.chat_template),
-    ]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _rules_of(backend: Tokenizer) -> str:
-    """The fast tokenizer as JSON, without padding and truncation."""
-    with without_padding(backend):
-        return backend.to_str()
 
 
 def tokenized_windows(

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from dpo_cache import data
 from dpo_cache.errors import ModelError, NotInCacheError
 from dpo_cache.lm.device import choose_device, choose_dtype
 from dpo_cache.lm.model.identity import reference_identity
@@ -20,6 +19,7 @@ from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.checks import check_details
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document
+from dpo_cache.tokenizer import load_tokenizer, tokenizer_digest
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _compare_tokenizers(options: EvalOptions, made_with: Document, log: Log) -> 
     if not expected:
         return
     try:
-        own = data.load_tokenizer(
+        own = load_tokenizer(
             options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
     except ModelError:
@@ -129,7 +129,7 @@ def _compare_tokenizers(options: EvalOptions, made_with: Document, log: Log) -> 
             "taken to be the same."
         )
         return
-    if data.tokenizer_digest(own) != expected:
+    if tokenizer_digest(own) != expected:
         log(
             f"the tokenizer of {options.model} is not the one that made the pairs' ids "
             f"({made_with['tokenizer']}): another vocabulary, other "

@@ -336,6 +336,18 @@ def _check_suited(config: PeftConfig) -> None:
 def _import_peft() -> Any:
     try:
         import peft
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise _broken_peft(error) from error
         raise OptionError("adapters need the package peft.\nRun `pip install peft`.") from error
+    except ImportError as error:
+        raise _broken_peft(error) from error
     return peft
+
+
+def _broken_peft(error: ImportError) -> OptionError:
+    """The error for a peft that is installed but does not work with the packages around it."""
+    return OptionError(
+        f"peft is installed, but importing it failed: {first_line(error)}\n"
+        "Run `pip install --upgrade peft accelerate transformers`, so that their versions fit."
+    )

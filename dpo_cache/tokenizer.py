@@ -1,0 +1,82 @@
+"""Tokenizers: loading one, and the digest that tells two of them apart.
+
+`data` makes ids with a tokenizer; `evaluation` compares a policy's tokenizer with the one that made the ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dpo_cache.errors import DataError, ModelError, first_line
+
+
+def load_tokenizer(
+    location: str,
+    *,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer, with another chat template (a file's path) if one is given. Raises `ModelError`."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{location}: no tokenizer can be loaded from it ({first_line(error)}).\n"
+            "Say where it is with --tokenizer."
+        ) from error
+    if chat_template is not None:
+        set_chat_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Give the tokenizer the chat template in a file. Raises `DataError`."""
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--chat-template {path}: not readable ({error}).") from error
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex sha256 of what decides the ids: vocabulary, rules, special tokens and template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = str(sorted(tokenizer.get_vocab().items())) if backend is None else _rules_of(backend)
+    splits = str(getattr(tokenizer, "split_special_tokens", False))
+    parts = [
+        type(tokenizer).__name__,
+        rules,
+        str(tokenizer.special_tokens_map),
+        splits,
+        str(tokenizer.chat_template),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@contextmanager
+def without_padding(backend: Tokenizer) -> Iterator[None]:
+    """Switch padding and truncation off: both depend on the last call."""
+    padding, truncation = backend.padding, backend.truncation
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        yield
+    finally:
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+
+
+def _rules_of(backend: Tokenizer) -> str:
+    """The fast tokenizer as JSON, without padding and truncation."""
+    with without_padding(backend):
+        return backend.to_str()
