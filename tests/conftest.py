@@ -29,6 +29,14 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests for a GPU run wherever there is one, and are skipped in sight elsewhere."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA, and torch finds no such device here"))
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Every byte a token, and a few special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

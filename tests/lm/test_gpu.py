@@ -1,0 +1,94 @@
+"""What only a CUDA device runs: its kernels, its copies on streams, and pinned host memory.
+
+The tests are skipped, with the reason, where torch finds no CUDA device.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_cache.lm.budget import Budget
+from dpo_cache.lm.memory import offload
+from dpo_cache.lm.memory.offload import CudaTransfer, offload_activations
+from dpo_cache.lm.memory.recompute import Recomputation
+from dpo_cache.lm.policy import completion_logps
+from dpo_cache.lm.self_check import AttentionChoice, choose_attention, score_completions
+from dpo_cache.types import Completion
+from tests.conftest import make_completions, make_llama, naive_token_logps
+from tests.lm.families import make_model
+
+pytestmark = pytest.mark.gpu
+COMPLETIONS = make_completions()
+
+
+def cuda_scores(model, attention: AttentionChoice, tokens: int) -> list[np.ndarray]:
+    budget = Budget(tokens, torch.device("cuda"), lambda _: None)
+    found = dict(
+        entry
+        for progress in score_completions(model, COMPLETIONS, attention, budget)
+        for entry in progress.scores
+    )
+    return [found[index].token_logps for index in range(len(COMPLETIONS))]
+
+
+def gradients(model, completions: list[Completion], attention: AttentionChoice) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    logps = completion_logps(model, completions, attention).sums()
+    (logps * torch.linspace(0.5, 1.5, len(logps), device=logps.device)).sum().backward()
+    return {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_forest_and_rows_score_alike_and_as_exactly_as_plain_code(family: str) -> None:
+    found = {}
+    for name in ("rows", "forest"):
+        model = make_model(family).cuda()
+        found[name] = cuda_scores(model, choose_attention(model, name, max_length=64), 4096)
+    naive_model, exact_model = make_model(family).cuda(), make_model(family).double()
+    for index, completion in enumerate(COMPLETIONS):
+        exact = naive_token_logps(exact_model, completion)
+        naive = naive_token_logps(naive_model, completion, torch.float32).cpu().double()
+        for name, scores in found.items():
+            error = (torch.from_numpy(scores[index]).double() - exact).abs()
+            assert (error <= (naive - exact).abs() + 3e-5).all(), name
+
+
+@pytest.mark.parametrize("tokens", [7, 50])
+def test_scores_that_leave_the_gpu_one_chunk_late_are_those_of_one_chunk(tokens: int) -> None:
+    """A chunk's values are copied to pinned memory beside the next chunk's computation."""
+    model = make_llama().cuda()
+    attention = choose_attention(model, max_length=64)
+    whole = cuda_scores(model, attention, 100_000)
+    for one, other in zip(cuda_scores(model, attention, tokens), whole, strict=True):
+        assert np.abs(one - other).max() < 1e-5
+
+
+def test_gradients_are_those_of_the_cpu() -> None:
+    model = make_llama()
+    expected = gradients(model, COMPLETIONS, choose_attention(model, max_length=64))
+    on_gpu = make_llama().cuda()
+    found = gradients(on_gpu, COMPLETIONS, choose_attention(on_gpu, max_length=64))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-6, name
+
+
+def test_what_goes_to_pinned_memory_comes_back() -> None:
+    transfer = CudaTransfer(torch.device("cuda"))
+    content = torch.arange(2**20, device="cuda").to(torch.uint8)
+    on_host = transfer.to_host(content)
+    assert on_host[0].is_pinned()
+    assert torch.equal(transfer.wait(transfer.to_device(on_host)), content)
+
+
+@pytest.mark.parametrize("mode", ["none", "cheap", "full"])
+def test_offloaded_activations_change_no_gradient(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST_BYTES", 4096)
+    model = make_llama().cuda()
+    attention = choose_attention(model, max_length=64)
+    Recomputation(model).mode = mode
+    expected = gradients(model, COMPLETIONS, attention)
+    assert offload_activations(model, pytest.fail) == 2
+    for _ in range(2):
+        found = gradients(model, COMPLETIONS, attention)
+        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
