@@ -1,8 +1,10 @@
 """Which room may import which, and what the command line may not load to show its help."""
 
 import ast
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,54 +13,60 @@ import dpo_cache
 from dpo_cache.cli.app import command_names
 
 PACKAGE = Path(dpo_cache.__file__).parent
+CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
 
-LEAVES = {"errors", "log", "progress", "types", "options", "losses"}
+# Every edge between rooms, for `if TYPE_CHECKING` too. A room is a folder or a file at the top of the package.
+# Imports run down this table and never up; CONTRIBUTING.md shows the same one.
 ALLOWED = {
-    "cli": {
-        "precomputing",
-        "training",
-        "sweeping",
-        "planning",
-        "reporting",
-        "integrations",
-        "exchange",
-        "evaluation",
-        "store",
-    }
-    | LEAVES,
-    "integrations": {"precomputing", "training", "data", "lm", "store"} | LEAVES,
-    "sweeping": {"training", "reporting", "store", "files"} | LEAVES,
-    "reporting": {"lm", "store"} | LEAVES,
-    "evaluation": {"data", "lm", "store", "training", "files"} | LEAVES,
-    "training": {"lm", "store", "files"} | LEAVES,
-    "precomputing": {"data", "lm", "store", "planning"} | LEAVES,
-    "exchange": {"data", "lm", "store", "files"} | LEAVES,
-    "planning": {"lm", "store", "files"} | LEAVES,
-    "upkeep": {"store", "precomputing"} | LEAVES,
-    "options": {"errors", "log", "losses"},
-    "losses": {"errors"},
-    "store": {"errors", "log", "types", "files"},
-    "data": {"errors", "types", "files"},
-    "lm": {"errors", "log", "types", "files"},
-    "files": {"errors"},
-    "progress": set(),
-    "log": set(),
-    "types": set(),
-    "errors": set(),
+    "cli": "data errors evaluation exchange log options planning precomputing progress reporting store sweeping training",
+    "upkeep": "log options precomputing progress store",
+    "sweeping": "errors files log options progress reporting store training",
+    "reporting": "errors losses options",
+    "evaluation": "errors files lm log losses options progress store tokenizer training types",
+    "exchange": "data errors files lm log options progress store types",
+    "training": "errors files lm log losses options progress store types",
+    "precomputing": "data errors lm log options planning progress store types",
+    "planning": "errors files lm options store types",
+    "options": "errors log losses",
+    "data": "errors files tokenizer types",
+    "lm": "errors files log types",
+    "store": "errors files log types",
+    "losses": "errors",
+    "files": "errors",
+    "tokenizer": "errors",
+    "progress": "",
+    "log": "",
+    "types": "",
+    "errors": "",
 }
-PACKAGES_OF_ROOMS = {
+EDGES = {room: set(below.split()) for room, below in ALLOWED.items()}
+
+# Rooms, or single files, and the packages that they never import.
+WITHOUT = {
     "store": {"torch", "transformers", "datasets"},
-    "training": {"datasets"},
+    "options": {"torch", "transformers", "datasets", "pyarrow", "numpy"},
+    "losses/table.py": {"torch", "transformers", "numpy"},
     "sweeping": {"torch", "transformers", "datasets"},
+    "training": {"datasets"},
     "lm": {"datasets", "pyarrow"},
+    "types.py": {"torch"},
 }
+# The only places that may import these.
+ONLY_IN = {
+    "trl": {"integrations"},
+    "ray": {"integrations"},
+    "accelerate.commands": {"training/distributed.py"},
+    "accelerate.launchers": {"training/distributed.py"},
+}
+STRANGERS = ("data", "lm", "store", "losses")  # do not know each other
 
 
 def modules() -> list[Path]:
+    """Every file of every room; `__init__` and `__main__` of the package are above the rooms."""
     return [
         path
         for path in sorted(PACKAGE.rglob("*.py"))
-        if path.name not in ("__main__.py",) and path != PACKAGE / "__init__.py"
+        if path not in (PACKAGE / "__init__.py", PACKAGE / "__main__.py")
     ]
 
 
@@ -66,41 +74,67 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Every module that the file imports when it runs; what stands under `if TYPE_CHECKING` is for readers
-    alone.
-    """
+@cache
+def imported_modules(path: Path) -> frozenset[str]:
     found = set()
-    tree = ast.parse(path.read_text())
-    unread = [
-        child
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for child in node.body
-    ]
-    skipped = {id(node) for child in unread for node in ast.walk(child)} if room_of(path) == "cli" else set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide which room is meant"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_one_way(path: Path) -> None:
-    room = room_of(path)
-    rooms = {name.split(".")[1] for name in imported_modules(path) if name.startswith("dpo_cache.")}
-    assert rooms - {room} <= ALLOWED[room] | ({"__version__"} if room == "cli" else set())
+def imported_rooms(path: Path) -> set[str]:
+    names = {name.split(".")[1] for name in imported_modules(path) if name.startswith("dpo_cache.")}
+    return names - {room_of(path), "__version__"}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def is_within(path: Path, place: str) -> bool:
+    return path == PACKAGE / place or PACKAGE / place in path.parents
+
+
+FILES = pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+@FILES
+def test_a_room_imports_only_rooms_that_the_table_allows(path: Path) -> None:
+    assert imported_rooms(path) <= EDGES[room_of(path)]
+
+
+def test_every_allowed_edge_is_in_use() -> None:
+    used: dict[str, set[str]] = {room: set() for room in EDGES}
+    for path in modules():
+        used[room_of(path)] |= imported_rooms(path)
+    assert {room: sorted(EDGES[room] - used[room]) for room in EDGES if EDGES[room] - used[room]} == {}
+
+
+def test_imports_run_down_the_table() -> None:
+    order = list(EDGES)
+    up = [(room, other) for room in order for other in EDGES[room] if order.index(other) <= order.index(room)]
+    assert up == []  # so that no rooms can import each other in a circle
+
+
+def test_the_rooms_at_the_bottom_do_not_know_each_other() -> None:
+    assert {room: EDGES[room] & set(STRANGERS) for room in STRANGERS} == {room: set() for room in STRANGERS}
+    for room in ("training", "evaluation"):
+        assert not EDGES[room] & {"precomputing", "data"}
+
+
+def test_contributing_shows_the_same_table() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|$", CONTRIBUTING.read_text(), re.MULTILINE)
+    assert [(room, " ".join(below.split())) for room, below in rows] == list(ALLOWED.items())
+
+
+@FILES
 def test_rooms_stay_clear_of_packages_they_have_no_use_for(path: Path) -> None:
     packages = {name.split(".")[0] for name in imported_modules(path)}
-    assert not packages & PACKAGES_OF_ROOMS.get(room_of(path), set())
+    for place, unwanted in WITHOUT.items():
+        assert not (is_within(path, place) and packages & unwanted)
+    for package, places in ONLY_IN.items():
+        if any(f"{name}.".startswith(f"{package}.") for name in imported_modules(path)):
+            assert any(is_within(path, place) for place in places), package
 
 
 @pytest.mark.parametrize(
