@@ -98,7 +98,7 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _random_state(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
     """Random numbers that depend on the seed only; afterwards the random state is as it was before."""
-    number = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> 1)
+    number = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]) >> 1
     with torch.random.fork_rng(
         devices=[] if device.type == "cpu" else [device],
         device_type="cuda" if device.type == "cpu" else device.type,
