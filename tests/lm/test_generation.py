@@ -40,7 +40,7 @@ def naive_answers(
     """The definition: softmax of the last logits of each sequence by itself, without a cache. All rows are
     drawn for until the last one ends; what is drawn for an ended one is dropped.
     """
-    number = int(np.random.SeedSequence([3, 5, first]).generate_state(1, np.uint64)[0] >> 1)
+    number = int(np.random.SeedSequence([3, 5, first]).generate_state(1, np.uint64)[0]) >> 1
     rows, has_ended = [[int(token) for token in text] for text in texts], [False] * len(texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(number)
