@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from dpo_cache.cli import app as app_module
 from dpo_cache.losses.table import LOSSES
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
+from tests.waiting import wait_until
 
 
 class Done:
@@ -256,8 +256,10 @@ def test_ctrl_c_while_training_saves_and_resumes(model_folder: str, tmp_path: Pa
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        time.sleep(0.02)
+    wait_until(
+        lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 3),
+        "three lines of metrics.jsonl",
+    )
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors

@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.cli.test_commands import run  # noqa: F401
 from tests.sweeping.conftest import cache, started  # noqa: F401
+from tests.waiting import wait_until
 
 OPTIONS = ["--pairs", "pairs", "--eval-pairs", "heldout", "--batch-size", "2", "--lr", "1e-3"]
 
@@ -124,8 +124,10 @@ def test_ctrl_c_saves_the_run_at_work_and_the_same_command_goes_on(
             stderr=said,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-            time.sleep(0.02)
+        wait_until(
+            lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 3),
+            "three lines of metrics.jsonl",
+        )
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
     text = log.read_text()
@@ -167,8 +169,10 @@ def test_a_run_that_is_killed_does_not_end_the_others(cache: str, tmp_path: Path
             stderr=said,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        while process.poll() is None and not (first / "metrics.jsonl").exists():
-            time.sleep(0.05)
+        wait_until(
+            lambda: process.poll() is not None or (first / "metrics.jsonl").exists(),
+            "the first line of metrics.jsonl",
+        )
         victims = [
             entry
             for entry in Path("/proc").iterdir()

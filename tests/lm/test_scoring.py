@@ -180,7 +180,7 @@ def test_the_search_for_a_chunk_takes_the_first_that_a_larger_one_does_not_beat(
     speeds = {512: 100.0, 1024: 130.0, 2048: 131.0, 4096: 500.0}  # tokens/s
     budget = Budget(None, torch.device("cpu"), lambda _: None)
     tried = []
-    while not budget.has_stopped:
+    while not budget.has_stopped and len(tried) < 20:
         tried.append(budget.tokens)
         budget.note(budget.tokens, budget.tokens / speeds[budget.tokens])
     assert tried == [512, 512, 1024, 1024, 2048, 2048] and budget.tokens == 1024

@@ -124,9 +124,12 @@ def test_2_killed_at_random_moments_it_ends_with_the_same_rows_and_scores_nothin
     expected, keys = rows_of(whole), kept_keys(whole)
     kills = finished = 0
     while kills < num_kills:
+        assert finished < 1000, f"{kills} kills in {finished} runs"
         cache, before = bench.folder / f"cut{finished}", set[str]()
         status = -signal.SIGKILL
-        while status == -signal.SIGKILL:
+        for _ in range(1000):
+            if status != -signal.SIGKILL:
+                break
             by_step = chance.random() < 0.5
             job = bench.job(
                 cache,
@@ -145,6 +148,8 @@ def test_2_killed_at_random_moments_it_ends_with_the_same_rows_and_scores_nothin
             assert len(set(scored)) == len(scored) and not before & set(scored)
             assert set(scored) - after <= unflushed(read_log(bench.log))
             before = after
+        else:
+            pytest.fail("killed 1000 times without an end")
         finished += 1
         assert same_rows(rows_of(cache), expected) and before == keys
 

@@ -134,9 +134,11 @@ def test_3_a_reader_beside_a_writer_sees_one_whole_pair_set_or_the_other(tmp_pat
 
     def write() -> None:
         cache = open_cache(tmp_path / "cache")
-        for number in range(40):
-            publish_pairs(cache, "pairs", sets[number % 2])
-        is_done.set()
+        try:
+            for number in range(40):
+                publish_pairs(cache, "pairs", sets[number % 2])
+        finally:
+            is_done.set()  # or the readers would read forever
 
     def read() -> None:
         while not is_done.is_set():

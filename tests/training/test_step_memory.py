@@ -38,7 +38,7 @@ def test_memory_that_runs_out_takes_the_next_mode_that_keeps_less(precision: str
     model = make_llama()
     step_memory = StepMemory(model, Recomputation(model), None, "auto", remarks.append, precision=precision)
     seen = [step_memory.mode]
-    while step_memory.mode != "full":
+    while step_memory.mode != "full" and len(seen) < 10:
         step_memory.save_more(torch.OutOfMemoryError())
         seen.append(step_memory.mode)
     assert seen == modes and len(remarks) == len(modes) - 1
