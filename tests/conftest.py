@@ -30,11 +30,12 @@ CHAT_TEMPLATE = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests for a GPU run wherever there is one, and are skipped in sight elsewhere."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs CUDA, and torch finds no such device here"))
+    """Tests for a GPU run wherever there is one, and are skipped in sight elsewhere. Whole loops get more time."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs CUDA, and torch finds no such device here"))
+        if item.get_closest_marker("slow") or item.get_closest_marker("real_model"):
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
