@@ -106,6 +106,9 @@ def _bars_of(library: str) -> tuple[Callable[[], bool], Callable[[], None], Call
     return logging.is_progress_bar_enabled, logging.disable_progress_bar, logging.enable_progress_bar
 
 
+Line = TypeVar("Line", bound="ProgressLine")
+
+
 class ProgressLine:
     """A bar on a terminal, and a line every few seconds elsewhere.
 
@@ -154,7 +157,7 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.stop()
 
-    def __enter__(self) -> ProgressLine:
+    def __enter__(self: Line) -> Line:
         return self
 
     def __exit__(self, *_: object) -> None:

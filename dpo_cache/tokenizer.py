@@ -31,7 +31,7 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"{location}: no tokenizer can be loaded from it ({first_line(error)}).\n"
-            "Say where it is with --tokenizer."
+            "Say where it is with `tokenizer`."
         ) from error
     if chat_template is not None:
         set_chat_template(tokenizer, chat_template)
@@ -43,7 +43,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     try:
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--chat-template {path}: not readable ({error}).") from error
+        raise DataError(f"`chat_template` {path}: not readable ({error}).") from error
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -19,7 +19,7 @@ TokenIds = np.ndarray  # uint32 [num_tokens]
 # model is deeper. A wrong mask gives gaps of whole nats.
 TOKEN_TOLERANCES = {"float32": (1e-3, 1e-4), "float16": (0.1, 0.01), "bfloat16": (0.5, 0.05)}
 
-# How `--quantize` changes weights, as fields of a reference's identity. 4-bit weights are multiplied in the
+# How `quantize` changes weights, as fields of a reference's identity. 4-bit weights are multiplied in the
 # identity's dtype.
 # 8-bit: the threshold is 0. Otherwise the columns that are kept in 16 bits, and with them the log-prob of a
 # token, would depend on the other tokens of the batch.
@@ -35,7 +35,7 @@ QUANTIZATION_FIELDS: dict[str, dict[str, Any]] = {
 
 
 def quantization_name(identity: dict[str, Any]) -> str:
-    """The `--quantize` value of a reference with this identity; also `none` for a checkpoint that was saved
+    """The `quantize` value of a reference with this identity; also `none` for a checkpoint that was saved
     quantized.
     """
     return next(

@@ -60,7 +60,7 @@ def test_a_chat_template_that_cannot_be_read_is_told(tmp_path: Path, content: by
         template.write_bytes(content)
     with pytest.raises(DataError) as caught:
         load_tokenizer(str(tmp_path), chat_template=str(template))
-    assert str(caught.value).startswith(f"--chat-template {template}: not readable (")
+    assert str(caught.value).startswith(f"`chat_template` {template}: not readable (")
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}"], ids=["nothing", "broken", "empty"])
@@ -71,4 +71,4 @@ def test_a_folder_without_a_tokenizer_says_how_to_give_one(tmp_path: Path, conte
     with pytest.raises(ModelError) as caught:
         load_tokenizer(str(tmp_path))
     assert str(caught.value).startswith(f"{tmp_path}: no tokenizer can be loaded from it (")
-    assert str(caught.value).endswith(").\nSay where it is with --tokenizer.")
+    assert str(caught.value).endswith(").\nSay where it is with `tokenizer`.")

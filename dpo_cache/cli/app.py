@@ -19,7 +19,7 @@ from dpo_cache.cli.gc import gc_command
 from dpo_cache.cli.import_ import import_command
 from dpo_cache.cli.ls import ls_command
 from dpo_cache.cli.merge import merge_command
-from dpo_cache.cli.output import remark
+from dpo_cache.cli.output import remark, with_flags
 from dpo_cache.cli.parameters import command_class
 from dpo_cache.cli.precompute import precompute_command
 from dpo_cache.cli.process import process_settings
@@ -100,5 +100,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {with_flags(message)}", file=sys.stderr)
     sys.exit(code)

@@ -6,15 +6,54 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from functools import cache
 from typing import Any
 
-from dpo_cache.progress import ProgressLine as ProgressLine
+from dpo_cache import progress
+from dpo_cache.options.base import Options
 from dpo_cache.progress import format_bytes as format_bytes
 from dpo_cache.progress import format_seconds as format_seconds
-from dpo_cache.progress import remark as remark
 from dpo_cache.progress import show_scoring as show_scoring
 
 NUMBER = re.compile(r"[\d,]{1,11}|[\d.]+ [kMG]?B|[+-]?\d+\.\d+|[+-]?[\d.]+%|")
+
+
+class ProgressLine(progress.ProgressLine):
+    """The progress line of a command, whose remarks name options by their flags."""
+
+    def remark(self, text: str) -> None:
+        super().remark(with_flags(text))
+
+
+def remark(text: str) -> None:
+    """Write a remark, which names options by their flags, to stderr."""
+    progress.remark(with_flags(text))
+
+
+def with_flags(text: str) -> str:
+    """The library's text with the flags of options in place of their names: `max_length` is --max-length."""
+
+    def flag(match: re.Match[str]) -> str:
+        name, is_off = match[1], match[2]
+        if name not in _option_names():
+            return match[0]
+        return f"--{'no-' if is_off else ''}{name.replace('_', '-')}"
+
+    return re.sub(r"`([a-z][a-z0-9_]*)(=False)?`", flag, text)
+
+
+@cache
+def _option_names() -> set[str]:
+    def classes(kind: type[Options]) -> list[type[Options]]:
+        return [kind, *(found for child in kind.__subclasses__() for found in classes(child))]
+
+    return {
+        entry.name
+        for kind in classes(Options)
+        if "__dataclass_fields__" in vars(kind)
+        for entry in fields(kind)  # type: ignore[arg-type]
+    }
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dpo_cache.cli.output import ProgressLine, command_line, format_columns, format_seconds, print_json
+from dpo_cache.cli.output import (
+    ProgressLine,
+    command_line,
+    format_columns,
+    format_seconds,
+    print_json,
+    with_flags,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
 from dpo_cache.errors import OptionError, TrainingError
@@ -89,7 +96,7 @@ def _print_report(report: SweepReport) -> None:
     )
     print(_table(report))
     for note in report.notes:
-        print(note)
+        print(with_flags(note))
     for row in report.rows:
         if row.error:
             print(f"{row.name} failed: {row.error}")

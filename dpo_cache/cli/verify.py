@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, print_json, print_table
+from dpo_cache.cli.output import (
+    ProgressLine,
+    command_line,
+    count,
+    format_bytes,
+    print_json,
+    print_table,
+    with_flags,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.options.upkeep import VerifyOptions
@@ -106,7 +114,7 @@ def _print_report(
         rows.append(("files of no known kind", f"{count(len(report.unknown))} ({shown})"))
     print_table(f"{report.cache}: {'whole' if report.is_whole else 'damaged'}", rows)
     for problem in report.problems:
-        print(problem)
+        print(with_flags(str(problem)))
     for entry in rescored:
         _print_rescored(entry)
     if repaired:

@@ -92,7 +92,7 @@ def detect_format(columns: Sequence[str], first_row: dict[str, Any], place: str 
     raise DataError(
         f"{place} is not preference data: found the columns {', '.join(columns) or '(none)'}; accepted "
         f"are\n{ACCEPTED}\n"
-        "Name the columns that correspond with --map, for example --map prompt=question, or rename them."
+        "Name the columns that correspond with `map`, for example `map` prompt=question, or rename them."
     )
 
 
@@ -101,9 +101,9 @@ def check_format(name: str, columns: Sequence[str], place: str = "the data") -> 
     missing = [column for column in NEEDED[name] if column not in columns]
     if missing:
         raise DataError(
-            f"--format {name} needs the columns {', '.join(NEEDED[name])}; {place} has no "
+            f"`format` {name} needs the columns {', '.join(NEEDED[name])}; {place} has no "
             f"{', '.join(missing)}, but {', '.join(columns)}.\n"
-            "Name the columns that correspond with --map, for example --map prompt=question."
+            "Name the columns that correspond with `map`, for example `map` prompt=question."
         )
     return name
 

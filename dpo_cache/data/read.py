@@ -210,7 +210,7 @@ def _default_split(location: str, found: list[str]) -> list[str]:
     if len(found) == 1:
         return found
     raise DataError(
-        f"{location}: has the splits {', '.join(found)}.\nSay which with --split (it may be repeated)."
+        f"{location}: has the splits {', '.join(found)}.\nSay which with `split` (it may be repeated)."
     )
 
 
@@ -226,6 +226,6 @@ def _renamed(rows: Rows, rename: Mapping[str, str], place: str) -> Rows:
     columns = rows.column_names or list(first_row(rows, place))
     absent = [name for name in rename.values() if name not in columns]
     if absent:
-        raise DataError(f"--map: {place} has no column {', '.join(absent)}.\nIt has: {', '.join(columns)}.")
+        raise DataError(f"`map`: {place} has no column {', '.join(absent)}.\nIt has: {', '.join(columns)}.")
     rows = rows.remove_columns([name for name in rename if name in columns and name not in rename.values()])
     return rows.rename_columns({old: new for new, old in rename.items() if old != new})

@@ -199,12 +199,12 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exam
         raise ModelError(
             f"the data holds conversations, but the tokenizer {tokenizer.name_or_path} has no chat "
             "template.\n"
-            "Give one with --chat-template FILE (Jinja), or a tokenizer that has one with --tokenizer."
+            "Give one with `chat_template` FILE (Jinja), or a tokenizer that has one with `tokenizer`."
         )
     if tokenizer.eos_token is None and any(example.is_text for example in examples):
         raise ModelError(
             f"the tokenizer {tokenizer.name_or_path} has no EOS token to end an answer with.\n"
-            "Give another with --tokenizer."
+            "Give another with `tokenizer`."
         )
 
 
@@ -249,7 +249,7 @@ def _render(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> 
         is_lost = any(name not in "".join(rendered) for name in _called(example))
         texts.append(
             RowProblem(
-                "the chat template leaves its tool calls out; give one that writes them with --chat-template"
+                "the chat template leaves its tool calls out; give one that writes them with `chat_template`"
             )
             if is_lost
             else rendered

@@ -22,8 +22,8 @@ from dpo_cache.types import Completion, Pair, TokenIds, split_lists
 
 EQUAL = "chosen equals rejected"
 EQUAL_AFTER_CUT = "chosen equals rejected after truncation"
-PROMPT_FILLS = "prompt leaves no room for an answer within --max-length"
-TOO_LONG = "longer than --max-length"
+PROMPT_FILLS = "prompt leaves no room for an answer within max_length"
+TOO_LONG = "longer than max_length"
 NO_ANSWER = "no answer tokens"
 NO_PROMPT = "no prompt tokens to predict the answers from"
 

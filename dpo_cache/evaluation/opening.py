@@ -55,9 +55,9 @@ def check_token_logps(options: LossOptions, pairs: PairSet) -> None:
     """
     if options.ld_alpha is not None and options.ld_reference and not pairs.has_token_logps:
         raise NotInCacheError(
-            f"{pairs.name} holds only sums of log-probs, and --ld-alpha weights the reference's tokens, "
+            f"{pairs.name} holds only sums of log-probs, and `ld_alpha` weights the reference's tokens, "
             "too.\n"
-            "Use --no-ld-reference, or score the pairs with `dpo-cache precompute`."
+            "Use `ld_reference=False`, or score the pairs with `dpo-cache precompute`."
         )
 
 

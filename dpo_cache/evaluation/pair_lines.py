@@ -33,7 +33,7 @@ WritePairs = Callable[[PairColumns, Rewards], None]
 
 @contextmanager
 def open_pair_lines(options: EvalOptions) -> Iterator[WritePairs]:
-    """What writes the pairs to `--output`, if that is given: opened before the scoring, so that a place that
+    """What writes the pairs to `output`, if that is given: opened before the scoring, so that a place that
     cannot be written is told at once; the file is there when the block ends, and not at all if it raises.
     Raises `OptionError`,
     `StorageError`."""

@@ -145,7 +145,7 @@ def describe_gap(gap: ReferenceGap, imported: str | None) -> str:
     if gap.is_reference and gap.num_beyond:
         return (
             f"the model is the reference, but its log-probs are not the cached ones: {beyond}.\n"
-            "The cache is stale or was made on a faulty machine: score again into a new --cache, and compare."
+            "The cache is stale or was made on a faulty machine: score again into a new `cache`, and compare."
         )
     if gap.is_reference:
         return (

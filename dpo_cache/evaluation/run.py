@@ -135,6 +135,6 @@ def _open_runner(
         trust_remote_code=options.trust_remote_code,
         attention=options.attention,
         max_length=max_length,
-        budget_tokens=number_or_auto("--budget-tokens", options.budget_tokens),
+        budget_tokens=number_or_auto("budget_tokens", options.budget_tokens),
         log=log,
     )

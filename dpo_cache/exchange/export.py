@@ -85,7 +85,7 @@ def export_pairs(
     check_details(pair_set.manifest, f"{chosen.cache}/pairs/{pair_set.name}/manifest.json")
     if chosen.token_logps and not pair_set.has_token_logps:
         raise NotInCacheError(
-            f"{chosen.cache}: {pair_set.name} was imported with sums only.\nLeave out --token-logps."
+            f"{chosen.cache}: {pair_set.name} was imported with sums only.\nLeave out `token_logps`."
         )
     report = ExportReport(pair_set.name, chosen.output, chosen.output_format)
     check_output(chosen.output, report.format, overwrite=chosen.overwrite)
@@ -116,7 +116,7 @@ def _find_text(options: ExportOptions, pair_set: PairSet, report: ExportReport) 
 
 def _note_losses(options: ExportOptions, pair_set: PairSet, report: ExportReport) -> None:
     if pair_set.has_token_logps and not options.token_logps:
-        report.left_out.append("the log-prob of each token (--token-logps adds it)")
+        report.left_out.append("the log-prob of each token (`token_logps` adds it)")
     report.left_out.append(
         "which reference, tokenizer and truncation made the values (they stay in the cache)"
     )

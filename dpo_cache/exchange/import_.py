@@ -39,7 +39,7 @@ from dpo_cache.store.format.pair_tables import PairsDigest
 from dpo_cache.types import Pair, ScoredPair
 
 BATCH_PAIRS = 2048
-UNCUT = 2**31 - 1  # tokens: no --max-length
+UNCUT = 2**31 - 1  # tokens: no `max_length`
 
 
 @dataclass
@@ -153,7 +153,7 @@ class _Import:
         if len({split.rows.has_token_logps for split in splits}) > 1:
             raise DataError(
                 f"{options.dataset}: some splits have log-probs per token, others do not.\n"
-                "Import them one by one, with --split."
+                "Import them one by one, with `split`."
             )
         self.report.has_token_logps = splits[0].rows.has_token_logps
         return splits
@@ -165,8 +165,8 @@ class _Import:
         has_ids = set(ID_COLUMNS) <= set(columns)
         if wanted == "ids" and not has_ids:
             raise DataError(
-                f"--format ids needs the columns {', '.join(ID_COLUMNS)}; {place} has "
-                f"{', '.join(columns)}.\nName them with --map."
+                f"`format` ids needs the columns {', '.join(ID_COLUMNS)}; {place} has "
+                f"{', '.join(columns)}.\nName them with `map`."
             )
         if wanted == "ids" or (wanted == "auto" and has_ids):
             return "ids"
@@ -188,7 +188,7 @@ class _Import:
         if location is None:
             if needed:
                 raise OptionError(
-                    "--tokenizer (or --model) is needed: the data holds text, and the log-probs are those "
+                    "`tokenizer` (or `model`) is needed: the data holds text, and the log-probs are those "
                     "of token ids."
                 )
             return None
@@ -258,14 +258,14 @@ class _Import:
             if survey.truncated.count:
                 length = split.rows.truncation.max_length
                 self.log(
-                    f"{place}: {_rows_found(survey.truncated)} cut to --max-length {length}; "
+                    f"{place}: {_rows_found(survey.truncated)} cut to `max_length` {length}; "
                     "their imported values are right only if they were computed on the same cut."
                 )
         for warning in self.findings.warnings():
             self.log(warning)
         if self.options.model is None:
             self.log(
-                "no --model: training cannot start from the reference by default, and needs --model itself."
+                "no `model`: training cannot start from the reference by default, and needs `model` itself."
             )
 
     # -- publishing ------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def check_columns(columns: Sequence[str], place: str) -> None:
     alike = [name for name in columns if "logp" in name.lower()]
     raise DataError(
         f"{place} has no column {' or '.join(missing)}, but {', '.join(alike or columns)}.\n"
-        "Name the columns that hold sums of log-probs with --map, for example --map "
+        "Name the columns that hold sums of log-probs with `map`, for example `map` "
         f"{missing[0]}={alike[0] if alike else 'COLUMN'}."
     )
 
@@ -149,7 +149,7 @@ def _pair_of_ids(
         return "a list of token ids is empty"
     pair = Pair(row, Completion(prompt, chosen), Completion(own, rejected))
     if max(len(pair.chosen), len(pair.rejected)) > truncation.max_length:
-        return "it is longer than --max-length, but its two prompts are cut already"
+        return "it is longer than `max_length`, but its two prompts are cut already"
     return data.Outcome(place, pair, False, False)
 
 

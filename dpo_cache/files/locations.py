@@ -36,7 +36,7 @@ def check_tokenizer(location: str) -> None:
     if is_path(location) and not Path(location).exists():
         raise ModelError(
             f"{location}: no tokenizer can be loaded from it (no such folder).\n"
-            "Say where it is with --tokenizer."
+            "Say where it is with `tokenizer`."
         )
 
 
@@ -62,7 +62,7 @@ def check_output(output: str, kind: str, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OptionError(
-            f"{target} is there already.\nChoose another output, or replace it with --overwrite."
+            f"{target} is there already.\nChoose another output, or replace it with `overwrite`."
         )
     is_ours = (target / "state.json").is_file() if kind == "datasets" else target.is_file()
     if not is_ours:

@@ -56,7 +56,7 @@ class Budget:
         if self.tokens // 2 < MIN_TOKENS:
             raise ModelError(
                 f"{problem} even with {self.tokens} tokens at once.\n"
-                "Use --dtype bfloat16, a shorter --max-length, or a device with more memory; what is "
+                "Use `dtype` bfloat16, a shorter `max_length`, or a device with more memory; what is "
                 "scored is kept."
             ) from error
         self._log(

@@ -24,7 +24,7 @@ def choose_device(name: str = "auto") -> torch.device:
         name = next(device for device, there in available.items() if there)
     if not available.get(name, False):
         usable = ", ".join(device for device, there in available.items() if there)
-        raise OptionError(f"--device {name}: not available here.\nAvailable: {usable}.")
+        raise OptionError(f"`device` {name}: not available here.\nAvailable: {usable}.")
     return torch.device(name)
 
 

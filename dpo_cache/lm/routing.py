@@ -36,7 +36,7 @@ def router_coefficient(model: PreTrainedModel, requested: float | None) -> float
     has_router = hasattr(config, "output_router_logits")
     if requested and not has_router:
         raise OptionError(
-            f"--router-aux-loss-coef {requested}: {type(model).__name__} returns no router logits.\n"
+            f"`router_aux_loss_coef` {requested}: {type(model).__name__} returns no router logits.\n"
             "Leave it out."
         )
     coefficient = getattr(config, "router_aux_loss_coef", 0.0) if requested is None else requested

@@ -39,7 +39,7 @@ def score_rows(
             if len(batch) == 1:
                 raise ModelError(
                     f"out of memory on a row of {length} tokens.\n"
-                    "Run with a shorter --max-length, or on a larger device."
+                    "Run with a shorter `max_length`, or on a larger device."
                 ) from error
             budget.halve(error)
             continue

@@ -69,7 +69,7 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
     if not all(bool(logps.isfinite().all()) for logps in expected):
         raise ModelError(
             f"{type(model).__name__} gives log-probs that are NaN or infinite.\n"
-            "Its weights may be damaged, or the dtype too small for it: try --dtype float32."
+            "Its weights may be damaged, or the dtype too small for it: try `dtype` float32."
         )
     length_problem = _length_dependent(model, max_length)
     if not length_problem:
@@ -92,7 +92,7 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
             model.set_attn_implementation(original)
     if requested == "forest":
         raise ModelError(
-            f"{type(model).__name__} cannot use forest attention: {problem}.\nUse --attention auto or rows."
+            f"{type(model).__name__} cannot use forest attention: {problem}.\nUse `attention` auto or rows."
         )
     if length_problem:
         return AttentionChoice("rows", f"{length_problem}, so one row at a time", max_rows=1)
@@ -146,7 +146,7 @@ def _forest_problem(
         if is_out_of_memory(error, model.device):
             raise ModelError(
                 "out of memory on a few short sequences, before anything was scored.\n"
-                "Use --dtype bfloat16, or a device with more memory."
+                "Use `dtype` bfloat16, or a device with more memory."
             ) from error
         # whatever a model's code makes of an attention it does not know, plain rows still serve it
         return f"its code does not take forest attention ({type(error).__name__})", largest

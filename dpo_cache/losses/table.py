@@ -1,4 +1,4 @@
-"""The losses that `--loss` takes, and their settings, each once.
+"""The losses that `loss` takes, and their settings, each once.
 
 To add a loss, add an entry to `LOSSES` and a function of its name to `reference_losses.py` or
 `policy_losses.py`. The command line, its checks, `train`, `eval`, `sweep`, model cards and the table in
@@ -187,7 +187,7 @@ _ENTRIES = (
         limits={
             "label_smoothing": Limit(
                 lambda value: value > 0,
-                "--loss exo_pair needs a --label-smoothing above 0; its paper takes 0.001.",
+                "`loss` exo_pair needs a `label_smoothing` above 0; its paper takes 0.001.",
             )
         },
     ),
@@ -205,7 +205,7 @@ _ENTRIES = (
         elsewhere={TRL: "`robust`"},
         limits={
             "label_smoothing": Limit(
-                lambda value: value < 0.5, "{flag} {value}: --loss robust expects less than 0.5."
+                lambda value: value < 0.5, "{flag} {value}: `loss` robust expects less than 0.5."
             )
         },
     ),
@@ -213,7 +213,7 @@ _ENTRIES = (
         name="discopop",
         inputs=("margins",),
         settings=("beta", "discopop_tau"),
-        formula="`-log s(z) (1 - s(z/t)) + exp(-z) s(z/t)`, `z = b m`, `t` is `--discopop-tau`",
+        formula="`-log s(z) (1 - s(z/t)) + exp(-z) s(z/t)`, `z = b m`, `t` is `discopop_tau`",
         paper=arxiv(
             "DiscoPOP",
             "2406.08414",
@@ -323,7 +323,7 @@ _ENTRIES = (
         name="simpo",
         inputs=("chosen_logps", "rejected_logps", "chosen_lengths", "rejected_lengths"),
         settings=("beta", "simpo_gamma", "label_smoothing"),
-        formula="`-log s(b (pc/|c| - pr/|r|) - g)`, `g` is `--simpo-gamma`; smoothed as `sigmoid`",
+        formula="`-log s(b (pc/|c| - pr/|r|) - g)`, `g` is `simpo_gamma`; smoothed as `sigmoid`",
         paper=arxiv(
             "SimPO",
             "2405.14734",
@@ -350,7 +350,7 @@ _ENTRIES = (
         name="cpo",
         inputs=("chosen_logps", "rejected_logps", "chosen_sums", "mean_chosen_tokens"),
         settings=("beta", "label_smoothing", "cpo_alpha"),
-        formula="`-log s(b (pc - pr))`, smoothed as `sigmoid`, plus `--cpo-alpha` times `sft`",
+        formula="`-log s(b (pc - pr))`, smoothed as `sigmoid`, plus `cpo_alpha` times `sft`",
         paper=arxiv(
             "CPO",
             "2401.08417",

@@ -1,4 +1,4 @@
-"""The losses of a run: read from what `--loss` was given, with the settings that serve them and the papers
+"""The losses of a run: read from what `loss` was given, with the settings that serve them and the papers
 behind them.
 """
 
@@ -25,23 +25,23 @@ def loss_terms(entries: Sequence[str]) -> dict[str, float]:
         name, _, weight = entry.partition(":")
         if name not in LOSSES:
             hint = (
-                "\nRepeat --loss for a weighted sum, as in --loss sigmoid:0.8 --loss sft:0.2."
+                "\nRepeat `loss` for a weighted sum, as in `loss` sigmoid:0.8 `loss` sft:0.2."
                 if "," in entry
                 else ""
             )
-            raise OptionError(f"--loss {entry}: expected one of {', '.join(LOSSES)}; sigmoid is DPO.{hint}")
+            raise OptionError(f"`loss` {entry}: expected one of {', '.join(LOSSES)}; sigmoid is DPO.{hint}")
         if name in terms:
-            raise OptionError(f"--loss {entry}: {name} is given twice.")
+            raise OptionError(f"`loss` {entry}: {name} is given twice.")
         try:
             terms[name] = float(weight or 1)
         except ValueError:
             terms[name] = math.nan
         if not 0 < terms[name] < math.inf:
             raise OptionError(
-                f"--loss {entry}: expected NAME or NAME:WEIGHT with a number above 0, for example {name}:0.8."
+                f"`loss` {entry}: expected NAME or NAME:WEIGHT with a number above 0, for example {name}:0.8."
             )
     if not terms:
-        raise OptionError("--loss is needed.")
+        raise OptionError("`loss` is needed.")
     return terms
 
 

@@ -110,9 +110,9 @@ class Options:
             _check_type(entry, value)
             choices, is_required = entry.metadata["choices"], entry.metadata["required"]
             if choices and value not in choices and (value is not None or is_required):
-                raise OptionError(f"{flag_of(entry)} {value}: expected one of {', '.join(choices)}.")
+                raise OptionError(f"`{entry.name}` {value}: expected one of {', '.join(choices)}.")
             if is_required and value in (None, "", ()):
-                raise OptionError(f"{flag_of(entry)} is needed.")
+                raise OptionError(f"`{entry.name}` is needed.")
         self.check()
 
     def check(self) -> None:
@@ -131,7 +131,7 @@ def _normalized(entry: Field[Any], value: Any) -> Any:
         several = (value,) if isinstance(value, str) else value
         is_text = isinstance(several, (tuple, list)) and all(isinstance(one, str) for one in several)
         if not is_text and entry.type == "tuple[str, ...]":
-            raise OptionError(f"{flag_of(entry)} {value!r}: expected text, or a list of texts.")
+            raise OptionError(f"`{entry.name}` {value!r}: expected text, or a list of texts.")
         return tuple(several)
     if entry.type in ("str", "str | None") and type(value) is int:
         return str(value)
@@ -143,7 +143,7 @@ def _check_type(entry: Field[Any], value: Any) -> None:
     kind, _, may_be_none = str(entry.type).partition(" | ")
     if value is None:
         if not (may_be_none or entry.metadata["required"]) and kind in ("int", "float", "str", "bool"):
-            raise OptionError(f"{flag_of(entry)} None: expected a value.")
+            raise OptionError(f"`{entry.name}` None: expected a value.")
         return
     is_right, expected = {
         "int": (type(value) is int, "a whole number"),
@@ -152,7 +152,7 @@ def _check_type(entry: Field[Any], value: Any) -> None:
         "str": (isinstance(value, str), "text"),
     }.get(kind, (True, ""))
     if may_be_none in ("", "None") and not is_right:
-        raise OptionError(f"{flag_of(entry)} {value!r}: expected {expected}.")
+        raise OptionError(f"`{entry.name}` {value!r}: expected {expected}.")
 
 
 def old_names(options_class: type[Options]) -> dict[str, str]:
@@ -200,10 +200,10 @@ def flag_of(entry: Any) -> str:
     return entry.metadata["flag"].split("/")[0] or "--" + entry.name.replace("_", "-")
 
 
-def number_or_auto(flag: str, value: str) -> int | None:
+def number_or_auto(name: str, value: str) -> int | None:
     """The number, or None for `auto`. Raises `OptionError`."""
     if value == "auto":
         return None
     if not str(value).isdecimal() or int(value) < 1:
-        raise OptionError(f"{flag} {value}: expected auto or a positive number.")
+        raise OptionError(f"`{name}` {value}: expected auto or a positive number.")
     return int(value)

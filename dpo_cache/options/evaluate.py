@@ -70,14 +70,14 @@ class EvalOptions(LossOptions):
     def check(self) -> None:
         self._require(
             self.limit is None or self.limit > 0,
-            f"--limit {self.limit}: expected a positive number of pairs.",
+            f"`limit` {self.limit}: expected a positive number of pairs.",
         )
         self.check_losses()
-        number_or_auto("--budget-tokens", self.budget_tokens)
+        number_or_auto("budget_tokens", self.budget_tokens)
         self._require(
             self.output is None or self.output_format is not None,
-            f"--output {self.output}: no format has this ending.\nEnd it in .jsonl or .parquet.",
+            f"`output` {self.output}: no format has this ending.\nEnd it in .jsonl or .parquet.",
         )
         self._require(
-            self.output is not None or not self.overwrite, "--overwrite is used only with --output."
+            self.output is not None or not self.overwrite, "`overwrite` is used only with `output`."
         )

@@ -62,15 +62,15 @@ class ExportOptions(Options):
 
     def check(self) -> None:
         self._require(
-            self.text or not self.dataset, "--dataset is used only for the text: leave out --no-text."
+            self.text or not self.dataset, "`dataset` is used only for the text: leave out `text=False`."
         )
         self._require(
-            self.text or not self.tokenizer, "--tokenizer is used only for the text: leave out --no-text."
+            self.text or not self.tokenizer, "`tokenizer` is used only for the text: leave out `text=False`."
         )
         self._require(
             self.format != "auto" or PurePath(self.output).suffix.lower() in (".parquet", ".jsonl", ""),
             f"{self.output}: no format has this ending.\n"
-            "End it in .parquet or .jsonl, in nothing for a folder, or name one with --format.",
+            "End it in .parquet or .jsonl, in nothing for a folder, or name one with `format`.",
         )
 
 
@@ -124,17 +124,17 @@ class ImportOptions(Options):
     def check(self) -> None:
         self._require(
             self.max_length is None or self.max_length >= 2,
-            f"--max-length {self.max_length}: expected at least 2.",
+            f"`max_length` {self.max_length}: expected at least 2.",
         )
         if self.max_prompt_length is not None:
             self._require(
                 self.truncation == "prompt-left",
-                "--max-prompt-length is used only by --truncation prompt-left.",
+                "`max_prompt_length` is used only by `truncation` prompt-left.",
             )
             longest = self.max_length or 1024
             self._require(
                 0 < self.max_prompt_length < longest,
-                f"--max-prompt-length {self.max_prompt_length}: expected 1 to {longest - 1}, below "
-                "--max-length.",
+                f"`max_prompt_length` {self.max_prompt_length}: expected 1 to {longest - 1}, below "
+                "`max_length`.",
             )
         renamed_columns(self.map)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from dpo_cache.errors import OptionError
 from dpo_cache.losses.table import LOSSES, LossSettings
 from dpo_cache.losses.terms import SETTINGS, is_served, loss_terms, losses_served_by
-from dpo_cache.options.base import Options, flag_of, option
+from dpo_cache.options.base import Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class _LossNames(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions(LossSettings, _LossNames):
-    """`--loss` and the settings of losses."""
+    """`loss` and the settings of losses."""
 
     groups: ClassVar[dict[str, str]] = {"loss": "Loss", "beta": "Loss"}
 
@@ -36,26 +36,26 @@ class LossOptions(LossSettings, _LossNames):
             self._check_setting(entry, names)
         self._require(
             self.ld_reference or self.ld_alpha is not None,
-            "--no-ld-reference is used only with --ld-alpha.",
+            "`ld_reference=False` is used only with `ld_alpha`.",
         )
         self._require(
             self.f_alpha == SETTINGS["f_alpha"].default or self.f_divergence == "alpha_divergence",
-            "--f-alpha is used only by --f-divergence alpha_divergence.",
+            "`f_alpha` is used only by `f_divergence` alpha_divergence.",
         )
         self._require(
             not (self.reference_free and self.f_divergence != "reverse_kl"),
-            "--reference-free and --f-divergence: there is nothing to diverge from.",
+            "`reference_free` and `f_divergence`: there is nothing to diverge from.",
         )
 
     def _check_setting(self, entry: Field[Any], names: Sequence[str]) -> None:
-        value, flag = getattr(self, entry.name), flag_of(entry)
+        value, flag = getattr(self, entry.name), f"`{entry.name}`"
         if isinstance(value, float):
             self._require(math.isfinite(value), f"{flag} {value}: expected a finite number.")
         if value != entry.default and not is_served(entry.name, names):
             serving = losses_served_by(entry.name)
             idle = [name for name in names if name not in serving]
             raise OptionError(
-                f"{_given(entry, value)} has no meaning under --loss {', '.join(idle)}.\n"
+                f"{_given(entry, value)} has no meaning under `loss` {', '.join(idle)}.\n"
                 f"Leave it out; it serves {', '.join(serving)}."
             )
         limits = [entry.metadata["limit"], *(LOSSES[name].limits.get(entry.name) for name in names)]
@@ -67,7 +67,11 @@ class LossOptions(LossSettings, _LossNames):
 
 
 def _given(entry: Field[Any], value: Any) -> str:
-    """The option and its value, as on the command line."""
-    if isinstance(value, bool):
-        return flag_of(entry) if value else entry.metadata["flag"].split("/")[1]  # type: ignore[no-any-return]
-    return f"{flag_of(entry)} {value}"
+    """The option and its value."""
+    return (
+        f"`{entry.name}`"
+        if value is True
+        else f"`{entry.name}={value}`"
+        if value is False
+        else f"`{entry.name}` {value}"
+    )

@@ -92,25 +92,25 @@ class PrecomputeOptions(Options):
 
     def check(self) -> None:
         self._require(
-            self.limit is None or self.limit > 0, f"--limit {self.limit}: expected a positive number of rows."
+            self.limit is None or self.limit > 0, f"`limit` {self.limit}: expected a positive number of rows."
         )
         self._require(
             self.max_length >= 2,
-            f"--max-length {self.max_length}: a prompt token and an answer token need at least 2.",
+            f"`max_length` {self.max_length}: a prompt token and an answer token need at least 2.",
         )
         if self.max_prompt_length is not None:
             self._require(
                 self.truncation == "prompt-left",
-                "--max-prompt-length is used only by --truncation prompt-left.",
+                "`max_prompt_length` is used only by `truncation` prompt-left.",
             )
             self._require(
                 0 < self.max_prompt_length < self.max_length,
-                f"--max-prompt-length {self.max_prompt_length}: expected 1 to {self.max_length - 1}, "
-                "below --max-length.",
+                f"`max_prompt_length` {self.max_prompt_length}: expected 1 to {self.max_length - 1}, "
+                "below `max_length`.",
             )
-        self._require(self.window > 0, f"--window {self.window}: expected a positive number of pairs.")
+        self._require(self.window > 0, f"`window` {self.window}: expected a positive number of pairs.")
         renamed_columns(self.map)
-        number_or_auto("--budget-tokens", self.budget_tokens)
+        number_or_auto("budget_tokens", self.budget_tokens)
 
 
 def renamed_columns(entries: tuple[str, ...]) -> dict[str, str]:
@@ -120,12 +120,12 @@ def renamed_columns(entries: tuple[str, ...]) -> dict[str, str]:
     parts = [entry.partition("=") for entry in entries]
     for entry, (expected, _, column) in zip(entries, parts, strict=True):
         if not expected or not column:
-            raise OptionError(f"--map {entry}: expected NAME=COLUMN, for example prompt=question.")
+            raise OptionError(f"`map` {entry}: expected NAME=COLUMN, for example prompt=question.")
     renamed: dict[str, str] = {}
     for expected, _, column in parts:
         if expected in renamed:
             raise OptionError(
-                f"--map {expected}={column}: {expected} is {renamed[expected]} already.\n"
+                f"`map` {expected}={column}: {expected} is {renamed[expected]} already.\n"
                 "Give each name one column."
             )
         renamed[expected] = column

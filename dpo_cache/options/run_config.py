@@ -32,7 +32,7 @@ def with_config(given: dict[str, Any], log: Callable[[str], None] = lambda _: No
         return _with_config_of_run(given, Path(given["resume"]))
     if given.get("config") is None:
         return given
-    return _completed(given, Path(given["config"]), f"--config {given['config']}")
+    return _completed(given, Path(given["config"]), f"`config` {given['config']}")
 
 
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -51,17 +51,17 @@ def _with_config_of_run(given: dict[str, Any], run: Path) -> dict[str, Any]:
     output = given.get("output")
     if output is not None and Path(output) != run:
         raise OptionError(
-            f"--resume {run} and --output {output}: a run is resumed in its own folder.\nGive one of them."
+            f"`resume` {run} and `output` {output}: a run is resumed in its own folder.\nGive one of them."
         )
     if given.get("config") is not None:
         raise OptionError(
-            f"--resume {run} and --config {given['config']}: a run is resumed with its own config.json.\n"
-            "Leave --config out."
+            f"`resume` {run} and `config` {given['config']}: a run is resumed with its own config.json.\n"
+            "Leave `config` out."
         )
     if not (run / "config.json").is_file():
         raise TrainingError(
             f"{run}: there is no run to resume (no config.json).\n"
-            "Give the folder of a run, or start one without --resume."
+            "Give the folder of a run, or start one without `resume`."
         )
     completed = _completed(given, run / "config.json", str(run / "config.json"))
     return {**completed, "output": str(run), "resume": True}

@@ -45,13 +45,13 @@ def with_run(given: dict[str, Any], log: Callable[[str], None] = lambda _: None)
     run = Path(given["run"])
     if read_run(run) is None:
         raise OptionError(
-            f"--run {run}: not the folder of a training run (no config.json of `dpo-cache train`).\n"
-            "Give the folder that was the --output of `dpo-cache train`."
+            f"`run` {run}: not the folder of a training run (no config.json of `dpo-cache train`).\n"
+            "Give the folder that was the `output` of `dpo-cache train`."
         )
     if "model" not in given and not (run / "model").is_dir():
         raise OptionError(
-            f"--run {run}: it has no model yet.\n"
-            f"Finish it with `dpo-cache train --resume {run}`, or give --model."
+            f"`run` {run}: it has no model yet.\n"
+            f"Finish it with `dpo-cache train --resume {run}`, or give `model`."
         )
     return {"model": str(run / "model"), **_settings_of(run, given), **given}
 

@@ -15,7 +15,7 @@ NOT_IN_A_SWEEP = (
     "resume",
     "dry_run",
     "config",
-)  # of `train`: a sweep has a --resume of its own, no dry run, and no config file
+)  # of `train`: a sweep has a `resume` of its own, no dry run, and no config file
 PLACES = ("cache", "output")  # of the sweep as a whole
 TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", tuple: "str"}
 
@@ -146,5 +146,5 @@ class SweepOptions(make_dataclass("_SweepFields", _fields(), bases=(Options,), f
 
     def check(self) -> None:
         self._require(
-            type(self.jobs) is int and self.jobs > 0, f"--jobs {self.jobs}: expected a whole number above 0."
+            type(self.jobs) is int and self.jobs > 0, f"`jobs` {self.jobs}: expected a whole number above 0."
         )

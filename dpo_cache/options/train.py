@@ -186,35 +186,31 @@ class TrainOptions(LossOptions):
         self.check_losses()
         for name in ("epochs", "lr", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            self._require(
-                math.isfinite(value), f"--{name.replace('_', '-')} {value}: expected a finite number."
-            )
-        self._require(self.seed >= 0, f"--seed {self.seed}: expected 0 or more.")
+            self._require(math.isfinite(value), f"`{name}` {value}: expected a finite number.")
+        self._require(self.seed >= 0, f"`seed` {self.seed}: expected 0 or more.")
         self._require(
             self.router_aux_loss_coef is None or 0 <= self.router_aux_loss_coef < math.inf,
-            f"--router-aux-loss-coef {self.router_aux_loss_coef}: expected 0 or more.",
+            f"`router_aux_loss_coef` {self.router_aux_loss_coef}: expected 0 or more.",
         )
         self._require(
             self.eval_pairs is None or self.eval_fraction is None,
-            "--eval-pairs and --eval-fraction: give one of them.",
+            "`eval_pairs` and `eval_fraction`: give one of them.",
         )
         self._require(
             self.eval_fraction is None or 0 < self.eval_fraction < 1,
-            f"--eval-fraction {self.eval_fraction}: expected above 0 and below 1.",
+            f"`eval_fraction` {self.eval_fraction}: expected above 0 and below 1.",
         )
-        self._require(self.epochs > 0, f"--epochs {self.epochs}: expected a number above 0.")
+        self._require(self.epochs > 0, f"`epochs` {self.epochs}: expected a number above 0.")
         for name in ("max_steps", "batch_size", "patience", "keep", "lora_r"):
             value = getattr(self, name)
-            self._require(
-                value is None or value > 0, f"--{name.replace('_', '-')} {value}: expected a number above 0."
-            )
-        self._require(self.lr > 0, f"--lr {self.lr}: expected a number above 0.")
-        self._require(0 <= self.warmup_ratio <= 1, f"--warmup-ratio {self.warmup_ratio}: expected 0 to 1.")
-        self._require(self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: expected 0 or more.")
+            self._require(value is None or value > 0, f"`{name}` {value}: expected a number above 0.")
+        self._require(self.lr > 0, f"`lr` {self.lr}: expected a number above 0.")
+        self._require(0 <= self.warmup_ratio <= 1, f"`warmup_ratio` {self.warmup_ratio}: expected 0 to 1.")
+        self._require(self.weight_decay >= 0, f"`weight_decay` {self.weight_decay}: expected 0 or more.")
         self._require(
-            self.max_grad_norm >= 0, f"--max-grad-norm {self.max_grad_norm}: expected 0 (never clip) or more."
+            self.max_grad_norm >= 0, f"`max_grad_norm` {self.max_grad_norm}: expected 0 (never clip) or more."
         )
-        number_or_auto("--budget-tokens", self.budget_tokens)
+        number_or_auto("budget_tokens", self.budget_tokens)
         self._check_adapter()
         self._check_run()
 
@@ -223,72 +219,71 @@ class TrainOptions(LossOptions):
             value = getattr(self, name)
             self._require(
                 value in (None, "all-linear") or self.lora_r is not None,
-                f"--{name.replace('_', '-')} {value} is used only with --lora-r.",
+                f"`{name}` {value} is used only with `lora_r`.",
             )
         self._require(
             self.lora_alpha is None or 0 < self.lora_alpha < math.inf,
-            f"--lora-alpha {self.lora_alpha}: expected a number above 0.",
+            f"`lora_alpha` {self.lora_alpha}: expected a number above 0.",
         )
         self._require(
             all(self.lora_targets.split(",")),
-            f"--lora-targets {self.lora_targets}: expected all-linear, or names with commas.",
+            f"`lora_targets` {self.lora_targets}: expected all-linear, or names with commas.",
         )
         self._require(
-            self.lora_r is None or self.peft_config is None, "--lora-r and --peft-config: give one of them."
+            self.lora_r is None or self.peft_config is None, "`lora_r` and `peft_config`: give one of them."
         )
         self._require(
             not self.merge_adapter or self.quantize == "none",
-            f"--merge-adapter and --quantize {self.quantize}: quantized weights cannot take an adapter "
+            f"`merge_adapter` and `quantize` {self.quantize}: quantized weights cannot take an adapter "
             "without loss.\n"
-            "Leave --merge-adapter out, and merge the adapter into the whole model afterwards (peft: "
+            "Leave `merge_adapter` out, and merge the adapter into the whole model afterwards (peft: "
             "`merge_and_unload`).",
         )
 
     def _check_run(self) -> None:
-        period("--eval-every", self.eval_every)
-        period("--save-every", self.save_every)
+        period("`eval_every`", self.eval_every)
+        period("`save_every`", self.save_every)
         has_eval = self.eval_pairs is not None or self.eval_fraction is not None
         for name in ("eval_every", "patience", "sample"):
             value = getattr(self, name)
             self._require(
                 not value or has_eval,
-                f"--{name.replace('_', '-')} {value}: there is nothing to evaluate on.\n"
-                "Give --eval-pairs or --eval-fraction.",
+                f"`{name}` {value}: there is nothing to evaluate on.\nGive `eval_pairs` or `eval_fraction`.",
             )
         self._require(
             self.best == "loss" or has_eval,
-            f"--best {self.best}: there is nothing to evaluate on.\nGive --eval-pairs or --eval-fraction.",
+            f"`best` {self.best}: there is nothing to evaluate on.\nGive `eval_pairs` or `eval_fraction`.",
         )
         self._require(
             self.keep == 1 or self.save_every is not None,
-            f"--keep {self.keep}: set how often to save with --save-every.",
+            f"`keep` {self.keep}: set how often to save with `save_every`.",
         )
-        self._require(self.sample >= 0, f"--sample {self.sample}: expected 0 or more.")
+        self._require(self.sample >= 0, f"`sample` {self.sample}: expected 0 or more.")
         self._require(
             self.patience is None or self.eval_every is not None,
-            f"--patience {self.patience}: set how often to evaluate with --eval-every.",
+            f"`patience` {self.patience}: set how often to evaluate with `eval_every`.",
         )
         self._require(
             self.rounding == "auto" or self.precision == "bf16",
-            f"--rounding {self.rounding} is used only with --precision bf16, which updates in bf16.",
+            f"`rounding` {self.rounding} is used only with `precision` bf16, which updates in bf16.",
         )
         self._require(
             not self.free_gradients or self.max_grad_norm == 0,
-            f"--free-gradients and --max-grad-norm {self.max_grad_norm}: the norm needs all gradients at "
-            "once.\nGive --max-grad-norm 0.",
+            f"`free_gradients` and `max_grad_norm` {self.max_grad_norm}: the norm needs all gradients at "
+            "once.\nGive `max_grad_norm` 0.",
         )
         for name in self.log_to:
-            self._require(name in TRACKERS, f"--log-to {name}: expected one of {', '.join(TRACKERS)}.")
+            self._require(name in TRACKERS, f"`log_to` {name}: expected one of {', '.join(TRACKERS)}.")
         self._require(
-            len(set(self.log_to)) == len(self.log_to), f"--log-to {' '.join(self.log_to)}: each tracker once."
+            len(set(self.log_to)) == len(self.log_to), f"`log_to` {' '.join(self.log_to)}: each tracker once."
         )
         self._require(
             self.log_names == "trl" or bool(self.log_to),
-            f"--log-names {self.log_names} is used only with --log-to.",
+            f"`log_names` {self.log_names} is used only with `log_to`.",
         )
         self._require(
             not (self.dry_run and self.resume),
-            "--dry-run and --resume: a dry run starts at the beginning.\nGive one of them.",
+            "`dry_run` and `resume`: a dry run starts at the beginning.\nGive one of them.",
         )
 
 

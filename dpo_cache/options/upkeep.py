@@ -45,18 +45,18 @@ class VerifyOptions(Options):
 
     def check(self) -> None:
         self._require(
-            (self.rescore is None) == (self.model is None), "--rescore N and --model MODEL go together."
+            (self.rescore is None) == (self.model is None), "`rescore` N and `model` MODEL go together."
         )
         self._require(
             self.rescore is None or self.rescore > 0,
-            f"--rescore {self.rescore}: expected a positive number of completions.",
+            f"`rescore` {self.rescore}: expected a positive number of completions.",
         )
         for flag, is_given in (
-            ("--revision", self.revision is not None),
-            ("--device", self.device != "auto"),
-            ("--trust-remote-code", self.trust_remote_code),
+            ("`revision`", self.revision is not None),
+            ("`device`", self.device != "auto"),
+            ("`trust_remote_code`", self.trust_remote_code),
         ):
-            self._require(self.rescore is not None or not is_given, f"{flag} is used only by --rescore.")
+            self._require(self.rescore is not None or not is_given, f"{flag} is used only by `rescore`.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class GcOptions(Options):
     yes: bool = option(False, "Remove the files. Without --yes they are only listed.", flag="--yes")
 
     def check(self) -> None:
-        self._require(self.grace >= 0, f"--grace {self.grace}: expected 0 or more seconds.")
+        self._require(self.grace >= 0, f"`grace` {self.grace}: expected 0 or more seconds.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class MergeOptions(Options):
     )
 
     def check(self) -> None:
-        self._require(not (self.prefer and self.rename), "--prefer and --rename: give one of them.")
+        self._require(not (self.prefer and self.rename), "`prefer` and `rename`: give one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class RmOptions(Options):
     def check(self) -> None:
         self._require(
             self.kind == "reference" or not self.with_pairs,
-            "--with-pairs goes with `reference`: `pairs` are removed anyway.",
+            "`with_pairs` goes with `reference`: `pairs` are removed anyway.",
         )
 
 

@@ -33,7 +33,7 @@ from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.types import Completion
 
-# Bytes that `--quantize` leaves of each weight of a linear layer: 4-bit NF4 in blocks of 64 whose scales are
+# Bytes that `quantize` leaves of each weight of a linear layer: 4-bit NF4 in blocks of 64 whose scales are
 # quantized themselves,
 # in blocks of 256 (Section 3, arXiv:2305.14314); 8 bits with one float16 scale a row, which is left out.
 # Embeddings and head stay as they are.
@@ -76,7 +76,7 @@ def config_footprint(
     its config.
 
     `dtype` is the weights', `precision` that of `dpo-cache train`, `recomputation` its
-    --gradient-checkpointing; the completions are run in one forest, with gradients of earlier ones standing.
+    `gradient_checkpointing`; the completions are run in one forest, with gradients of earlier ones standing.
     Takes seconds, and no memory to speak of.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type(device_type):

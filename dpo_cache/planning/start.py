@@ -18,7 +18,7 @@ from dpo_cache.store import open_cache
 
 
 def check_precompute(options: PrecomputeOptions) -> None:
-    """Raise `DpoCacheError` where a path is wrong, or no cache can be made at `--cache`."""
+    """Raise `DpoCacheError` where a path is wrong, or no cache can be made at `cache`."""
     open_cache(options.cache, create=True)
     check_model(options.model)
     check_dataset(options.dataset)
@@ -38,7 +38,7 @@ def check_train(options: TrainOptions) -> None:
         check_model(options.model)
     if options.peft_config and not Path(options.peft_config).is_file():
         raise OptionError(
-            f"--peft-config {options.peft_config}: no PEFT config can be read from it (no such file).\n"
+            f"`peft_config` {options.peft_config}: no PEFT config can be read from it (no such file).\n"
             "Give a file like adapter_config.json."
         )
 
@@ -55,7 +55,7 @@ def check_eval(options: EvalOptions) -> None:
 
 
 def check_verify(options: VerifyOptions) -> None:
-    """Raise `DpoCacheError` where there is no cache or, with `--rescore`, no model."""
+    """Raise `DpoCacheError` where there is no cache or, with `rescore`, no model."""
     open_cache(options.cache)
     if options.model:
         check_model(options.model)
@@ -68,7 +68,7 @@ def check_export(options: ExportOptions) -> None:
 
 
 def check_import(options: ImportOptions) -> None:
-    """Raise `DpoCacheError` where a path is wrong, or no cache can be made at `--cache`."""
+    """Raise `DpoCacheError` where a path is wrong, or no cache can be made at `cache`."""
     open_cache(options.cache, create=True)
     check_dataset(options.dataset)
     if options.model:
@@ -80,4 +80,4 @@ def _check_tokenizer(tokenizer: str | None, chat_template: str | None) -> None:
     if tokenizer:
         check_tokenizer(tokenizer)
     if chat_template and not Path(chat_template).is_file():
-        raise DataError(f"--chat-template {chat_template}: not readable (no such file).")
+        raise DataError(f"`chat_template` {chat_template}: not readable (no such file).")

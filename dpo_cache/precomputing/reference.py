@@ -84,7 +84,7 @@ def open_reference(inputs: Inputs, reference: Reference, log: Log) -> Iterator[R
     from dpo_cache.lm.runner import open_runner, run_loaded  # not imported where nothing is scored
 
     options = inputs.options
-    budget_tokens = number_or_auto("--budget-tokens", options.budget_tokens)
+    budget_tokens = number_or_auto("budget_tokens", options.budget_tokens)
     if inputs.model is not None:
         opened = run_loaded(
             inputs.model,
@@ -121,7 +121,7 @@ def _check_expected(cache: Cache, reference: Reference, prefix: str) -> None:
         f"{reference.name} is not reference {expected[:12]} of {cache}: they differ in\n"
         + "".join(f"  {line}\n" for line in differing)
         + "Give the model, dtype and quantization that it was scored with, or leave "
-        "--reference out to score another reference."
+        "`reference` out to score another reference."
     )
 
 

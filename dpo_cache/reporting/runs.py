@@ -155,7 +155,7 @@ def table_notes(rows: Sequence[RunRow], objective: set[str]) -> list[str]:
         )
     else:
         notes.append(
-            "No pairs were held out (--eval-pairs, --eval-fraction): accuracy, margin, mean loss and "
+            "No pairs were held out (`eval_pairs`, `eval_fraction`): accuracy, margin, mean loss and "
             f"rewards are means of the last {LAST_STEPS} "
             "training steps, each before its update; in the order of the grid."
         )
@@ -208,14 +208,14 @@ def check_plot(path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise OptionError(
-            "--plot needs matplotlib.\nInstall it with `pip install 'dpo-cache[plot]'`, or leave --plot out."
+            "`plot` needs matplotlib.\nInstall it with `pip install 'dpo-cache[plot]'`, or leave `plot` out."
         ) from error
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:] not in known:
-        raise OptionError(f"--plot {path}: expected a file that ends in .svg, .png or .pdf.")
+        raise OptionError(f"`plot` {path}: expected a file that ends in .svg, .png or .pdf.")
     if not path.absolute().parent.is_dir():
         raise OptionError(
-            f"--plot {path}: there is no folder {path.parent}.\nMake it, or choose another file."
+            f"`plot` {path}: there is no folder {path.parent}.\nMake it, or choose another file."
         )
 
 
@@ -244,7 +244,7 @@ def plot_accuracy(runs: Sequence[tuple[str, Path]], path: Path) -> None:
 
 
 def _evaluation_of_policy(run: Path, evaluations: Sequence[Line], report: dict[str, Any] | None) -> Line:
-    """The evaluation after training of the policy that was saved: the last one, or under --patience one
+    """The evaluation after training of the policy that was saved: the last one, or under `patience` one
     before.
     """
     if report and report["finished"]:

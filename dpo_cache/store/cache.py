@@ -142,10 +142,10 @@ class Cache:
             return self.pairs(known[0])
         if known:
             raise NotInCacheError(
-                f"{self}: several pair sets {purpose}.\nSay which with --pairs: {', '.join(known)}."
+                f"{self}: several pair sets {purpose}.\nSay which with `pairs`: {', '.join(known)}."
             )
         if besides:
-            raise NotInCacheError(f"{self}: no pair set {purpose} besides {besides}.\nName one with --pairs.")
+            raise NotInCacheError(f"{self}: no pair set {purpose} besides {besides}.\nName one with `pairs`.")
         raise NotInCacheError(
             f"{self}: no pair set {purpose}.\nRun `dpo-cache precompute --cache {self} …` first."
         )
@@ -164,7 +164,7 @@ class Cache:
             f"pair set {pairs.name} was scored by reference {pairs.reference_id[:12]}, not by "
             f"{reference}; they differ in\n"
             + "".join(f"  {line}\n" for line in differing_fields(*identities))
-            + "Leave --reference out, or run `dpo-cache precompute` with that model and another --name."
+            + "Leave `reference` out, or run `dpo-cache precompute` with that model and another `name`."
         )
 
     def holds_pairs(self, name: str) -> bool:
@@ -202,7 +202,7 @@ class Cache:
             shown = ", ".join(present[:5])
             raise FormatError(
                 f"{self}: the folder holds other things ({shown}) and no format.json.\n"
-                "Choose an empty or new folder for --cache."
+                "Choose an empty or new folder for `cache`."
             )
         return True
 
@@ -218,7 +218,7 @@ class Cache:
             raise NewerFormatError(
                 f"{self}: made by a newer dpo-cache (cache format {found['version']}, this one reads "
                 f"{FORMAT['version']}).\n"
-                "Run `pip install --upgrade dpo-cache`, or choose another --cache."
+                "Run `pip install --upgrade dpo-cache`, or choose another `cache`."
             )
         raise FormatError(f"{self}/format.json: expected {FORMAT}, found {found}.")
 

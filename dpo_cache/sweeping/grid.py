@@ -23,7 +23,6 @@ from numbers import Real
 from typing import Any
 
 from dpo_cache.errors import OptionError
-from dpo_cache.options.base import flag_of
 from dpo_cache.options.sweep import SweepOptions, default_of, shown_value, swept_fields, type_of
 from dpo_cache.options.train import TrainOptions
 
@@ -74,7 +73,7 @@ def read_values(entry: Field[Any], given: tuple[Any, ...]) -> tuple[Any, ...]:
     for value, number in Counter(map(json.dumps, values)).items():
         if number > 1:
             raise OptionError(
-                f"{flag_of(entry)} {shown_value(json.loads(value))}: given {number} times.\n"
+                f"`{entry.name}` {shown_value(json.loads(value))}: given {number} times.\n"
                 "Give each value once."
             )
     return tuple(values)
@@ -130,20 +129,20 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _parse(entry: Field[Any], text: str) -> Any:
-    flag, kind, text = flag_of(entry), type_of(entry), text.strip()
+    name, kind, text = f"`{entry.name}`", type_of(entry), text.strip()
     if not text:
-        raise OptionError(f"{flag}: one of its values is empty.\nSeparate values with one comma each.")
+        raise OptionError(f"{name}: one of its values is empty.\nSeparate values with one comma each.")
     if text == "none" and default_of(entry) in (None, ()):
         return default_of(entry)
     if kind is tuple:
         return tuple(part.strip() for part in _split(text, "+"))
     if kind is bool:
-        raise OptionError(f"{flag} {text}: expected True or False.")
+        raise OptionError(f"{name} {text}: expected True or False.")
     try:
         return kind(text)
     except ValueError as error:
         raise OptionError(
-            f"{flag} {text}: expected {'a whole number' if kind is int else 'a number'}."
+            f"{name} {text}: expected {'a whole number' if kind is int else 'a number'}."
         ) from error
 
 
@@ -161,7 +160,7 @@ def _as_it_is(entry: Field[Any], value: Any) -> Any:
     if value is None and default_of(entry) is None:
         return None
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise OptionError(f"{flag_of(entry)} {value!r}: expected {kind.__name__}.")
+        raise OptionError(f"`{entry.name}` {value!r}: expected {kind.__name__}.")
     return value
 
 

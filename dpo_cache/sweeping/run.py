@@ -310,7 +310,7 @@ def _check_inputs(cache: str, grid: Grid) -> None:
         raise NotInCacheError(
             f"{cache}: {'no pair set' if not known else 'several pair sets'} to train on.\n"
             + (
-                f"Say which with --pairs: {', '.join(known)}."
+                f"Say which with `pairs`: {', '.join(known)}."
                 if known
                 else f"Run `dpo-cache precompute --cache {cache} …` first."
             )
@@ -321,8 +321,8 @@ def _check_plot(path: Path, grid: Grid) -> None:
     """Raise `OptionError` before anything runs whose plot would be empty, or could not be drawn."""
     if all(grid.values(option) == (None,) for option in ("eval_pairs", "eval_fraction")):
         raise OptionError(
-            "--plot draws held-out accuracy, and nothing is held out.\n"
-            "Give --eval-pairs or --eval-fraction, or leave --plot out."
+            "`plot` draws held-out accuracy, and nothing is held out.\n"
+            "Give `eval_pairs` or `eval_fraction`, or leave `plot` out."
         )
     check_plot(path)
 

@@ -101,7 +101,7 @@ def with_plan(given: dict[str, Any]) -> dict[str, Any]:
     folder, output = Path(given["resume"]), given.get("output")
     if output is not None and Path(output) != folder:
         raise OptionError(
-            f"--resume {folder} and --output {output}: a sweep is resumed in its own folder.\n"
+            f"`resume` {folder} and `output` {output}: a sweep is resumed in its own folder.\n"
             "Give one of them."
         )
     plan = _read_plan(folder, resume=True)
@@ -119,14 +119,14 @@ def hold_folder(output: Path, log: Log) -> Iterator[int | None]:
     None where the system or the file system has no locks. Raises `TrainingError`.
     """
     if output.exists() and not output.is_dir():
-        raise TrainingError(f"{output}: not a folder.\nChoose another --output.")
+        raise TrainingError(f"{output}: not a folder.\nChoose another `output`.")
     is_new = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise TrainingError(
-            f"cannot write {output}: {error.strerror or error}.\nChoose another --output."
+            f"cannot write {output}: {error.strerror or error}.\nChoose another `output`."
         ) from error
     try:
         yield descriptor if _lock(output, descriptor, log) else None
@@ -165,7 +165,7 @@ def _lock(output: Path, descriptor: int, log: Log) -> bool:
     except BlockingIOError as error:
         raise TrainingError(
             f"{output}: another sweep is at work here, or a run that one left behind when it was killed.\n"
-            "Wait for it, or choose another --output."
+            "Wait for it, or choose another `output`."
         ) from error
     except OSError as error:
         log(
@@ -181,11 +181,11 @@ def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
     path = output / "sweep.json"
     if not path.exists():
         if resume:
-            raise TrainingError(f"{output}: there is no sweep to resume.\nRun without --resume to start one.")
+            raise TrainingError(f"{output}: there is no sweep to resume.\nRun without `resume` to start one.")
         if others := sorted(entry.name for entry in output.iterdir() if entry.name != LOCK):
             raise TrainingError(
                 f"{output}: not an empty folder, nor that of a sweep; it holds {', '.join(others[:5])}.\n"
-                "Choose another --output."
+                "Choose another `output`."
             )
         return None
     try:
@@ -196,15 +196,15 @@ def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
         names = [run["name"] for run in plan["runs"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrainingError(
-            f"{path}: not readable ({type(error).__name__}: {error}).\nChoose another --output."
+            f"{path}: not readable ({type(error).__name__}: {error}).\nChoose another `output`."
         ) from error
     if version != FORMAT["version"]:
         raise TrainingError(
             f"{path}: made by a newer dpo-cache (version {version}, this one reads 1).\n"
-            "Choose another --output."
+            "Choose another `output`."
         )
     if wrong := [name for name in names if Path(name).name != name]:
-        raise TrainingError(f"{path}: {wrong[0]!r} is no name of a folder.\nChoose another --output.")
+        raise TrainingError(f"{path}: {wrong[0]!r} is no name of a folder.\nChoose another `output`.")
     defaults = {entry.name: default_of(entry) for entry in swept_fields() if entry.name not in plan["varied"]}
     return {**plan, "shared": json.loads(json.dumps(defaults)) | plan["shared"]}
 
@@ -239,7 +239,7 @@ def _check_extends(output: Path, before: dict[str, Any], grid: Grid) -> None:
         raise TrainingError(
             f"{output}: this sweep was started otherwise:\n" + "\n".join(changed) + "\n"
             "More values add runs, but those of before must be given, too. Give them, or choose another "
-            "--output."
+            "`output`."
         )
 
 

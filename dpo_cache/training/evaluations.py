@@ -14,7 +14,7 @@ from dpo_cache.training.batches import stream_pairs
 from dpo_cache.training.inputs import TrainingPairs
 from dpo_cache.training.step import TrainingStep
 
-# Option --best -> the metric, and whether more of it is better.
+# Option `best` -> the metric, and whether more of it is better.
 MEASURES = {
     "loss": ("eval/loss", False),
     "accuracy": ("eval/rewards/accuracies", True),
@@ -68,7 +68,7 @@ def evaluate(training_step: TrainingStep, data: TrainingPairs, *, at_once: int, 
             rows = shown_rows(training_step.rows_with_nonfinite_loss(pairs))
             raise TrainingError(
                 f"the evaluation after step {step} gives a loss that is not finite, by row {rows} of the "
-                "data.\nNo model was saved. Lower --lr."
+                "data.\nNo model was saved. Lower `lr`."
             )
         metrics.merge(values)
         if training_step.step_zero is not None:

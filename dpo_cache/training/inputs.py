@@ -113,7 +113,7 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
         selected = ~eval_selected
         if not selected.any() or not eval_selected.any():
             raise TrainingError(
-                f"--eval-fraction {options.eval_fraction} leaves one side without pairs (of "
+                f"`eval_fraction` {options.eval_fraction} leaves one side without pairs (of "
                 f"{len(pairs)}).\nTry another fraction."
             )
     return TrainingPairs(pairs, selected, eval_pairs, eval_selected, cache.read_reference(reference_id))
@@ -145,7 +145,7 @@ def open_policy(
         and not os.path.isdir(location)
     ):
         raise ModelError(
-            f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with --model."
+            f"the reference's checkpoint {location} is gone.\nSay where the policy starts from with `model`."
         )
     # a checkpoint holds all that is needed, but for an adapter's base: where a whole policy started from may
     # be gone
@@ -231,7 +231,7 @@ def _start_of(options: TrainOptions, data: TrainingPairs) -> tuple[str, str | No
             if imported
             else "the reference was a model in memory, not a checkpoint"
         )
-        raise ModelError(f"{problem}.\nSay where the policy starts from with --model.")
+        raise ModelError(f"{problem}.\nSay where the policy starts from with `model`.")
     return source["model"], source.get("revision")
 
 
@@ -246,17 +246,17 @@ def _check_adapter(
     if is_new and is_own and not is_resumed:
         raise TrainingError(
             f"{location} is an adapter already, which would be trained on.\n"
-            "Leave --lora-r and --peft-config out, or merge it into its base first (peft: "
+            "Leave `lora_r` and `peft_config` out, or merge it into its base first (peft: "
             "`merge_and_unload`)."
         )
     for flag, is_given in (
-        ("--merge-adapter", options.merge_adapter),
-        (f"--quantize {options.quantize}", options.quantize != "none"),
+        ("`merge_adapter`", options.merge_adapter),
+        (f"`quantize` {options.quantize}", options.quantize != "none"),
     ):
         if is_given and not (is_new or is_own):
             raise TrainingError(
                 f"{flag} needs an adapter, and all weights of {location} would be trained.\n"
-                "Add --lora-r 16, for example."
+                "Add `lora_r` 16, for example."
             )
     return is_new or is_own
 
@@ -323,9 +323,9 @@ def _check_token_logps(options: TrainOptions, pairs: PairSet) -> None:
     """
     if options.ld_alpha is not None and options.ld_reference and not pairs.has_token_logps:
         raise TrainingError(
-            f"{pairs.name} holds sums of log-probs alone, and --ld-alpha weights the reference's tokens, "
+            f"{pairs.name} holds sums of log-probs alone, and `ld_alpha` weights the reference's tokens, "
             "too.\n"
-            "Use --no-ld-reference, or score the pairs with `dpo-cache precompute`."
+            "Use `ld_reference=False`, or score the pairs with `dpo-cache precompute`."
         )
 
 

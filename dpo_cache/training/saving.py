@@ -70,7 +70,7 @@ class Saver:
     def _check_weights(self, step: int, what: str) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in self.setup.policy.model.parameters()):
             raise TrainingError(
-                f"step {step}: the update left weights that are not finite; {what} was saved.\nLower --lr."
+                f"step {step}: the update left weights that are not finite; {what} was saved.\nLower `lr`."
             )
 
     def _check_values(self, step: int, newest: list[ScoredPair]) -> None:
@@ -81,7 +81,7 @@ class Saver:
             raise TrainingError(
                 f"step {step}: after the update the loss of row {newest[0].pair.row} is not finite; no "
                 "model was "
-                "saved.\nLower --lr."
+                "saved.\nLower `lr`."
             )
 
     def _card(self, step: int, evaluation: Metrics | None) -> str:

@@ -52,7 +52,7 @@ class Setup:
     optimizer: Updater
     in_backward: (
         OptimizerInBackward | None
-    )  # where --free-gradients updates the weights inside the backward pass
+    )  # where `free_gradients` updates the weights inside the backward pass
     total_steps: int
     evaluates: Schedule
     saves: Schedule
@@ -141,12 +141,12 @@ class Setup:
             )
         if self.checkpoint is None and not any(self.lr(step) for step in range(min(self.total_steps, 1000))):
             self.log(
-                f"nothing will be learned: the warm-up (--warmup-ratio {options.warmup_ratio}) takes all "
+                f"nothing will be learned: the warm-up (`warmup_ratio` {options.warmup_ratio}) takes all "
                 f"{self.total_steps} steps."
             )
         periods = {
-            "--eval-every": (options.eval_every, self.evaluates),
-            "--save-every": (options.save_every, self.saves),
+            "`eval_every`": (options.eval_every, self.evaluates),
+            "`save_every`": (options.save_every, self.saves),
         }
         for flag, (value, schedule) in periods.items():
             if value is not None and not schedule.count(1, self.total_steps):
@@ -196,7 +196,7 @@ def _set_up(
     step_memory = StepMemory(
         model,
         policy.recomputation,
-        number_or_auto("--budget-tokens", options.budget_tokens),
+        number_or_auto("budget_tokens", options.budget_tokens),
         options.gradient_checkpointing,
         log,
         precision=policy.precision,
@@ -225,8 +225,8 @@ def _set_up(
         optimizer=optimizer,
         in_backward=OptimizerInBackward(optimizer) if options.free_gradients else None,
         total_steps=total_steps,
-        evaluates=schedule_of("--eval-every", options.eval_every, steps_per_epoch),
-        saves=schedule_of("--save-every", options.save_every, steps_per_epoch),
+        evaluates=schedule_of("`eval_every`", options.eval_every, steps_per_epoch),
+        saves=schedule_of("`save_every`", options.save_every, steps_per_epoch),
         num_parameters=sum(map(num_values, model.parameters())),
         num_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         checkpoint=checkpoint,
@@ -238,14 +238,14 @@ def _count_steps(options: TrainOptions, steps_per_epoch: int) -> int:
     total_steps = options.max_steps or math.ceil(options.epochs * steps_per_epoch - 1e-9)
     if not total_steps:
         raise OptionError(
-            f"--epochs {options.epochs}: not a single step of {steps_per_epoch} an epoch.\n"
-            "Use more, or --max-steps."
+            f"`epochs` {options.epochs}: not a single step of {steps_per_epoch} an epoch.\n"
+            "Use more, or `max_steps`."
         )
     return total_steps
 
 
 def _decided_linear(resumed: Path | None, *, is_deterministic: bool) -> bool | None:
-    """Whether oneDNN multiplies: as before in a resumed run, by rule under --deterministic; None: measure
+    """Whether oneDNN multiplies: as before in a resumed run, by rule under `deterministic`; None: measure
     it.
     """
     if resumed is not None:

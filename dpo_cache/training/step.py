@@ -151,7 +151,7 @@ class TrainingStep:
         if self.objective.needs_whole_step and parts[0].runs_twice:
             self._log_once(
                 "this loss compares the pairs of a step with each other: steps that need several forests "
-                "(--budget-tokens) run each of them twice."
+                "(`budget_tokens`) run each of them twice."
             )
         return parts
 
@@ -224,7 +224,7 @@ class TrainingStep:
         if group.num_tokens <= self.memory.pair_tokens or len(group.pairs) > 1:
             return [completions]
         self._log_once(
-            f"pairs of more than {self.memory.pair_tokens:,} tokens do not fit at once (--budget-tokens): "
+            f"pairs of more than {self.memory.pair_tokens:,} tokens do not fit at once (`budget_tokens`): "
             "they are run "
             "one answer at a time, and twice, with the same gradient."
         )
@@ -249,10 +249,10 @@ class TrainingStep:
         has_begun = self.in_backward is not None and self.in_backward.has_begun
         if has_begun and is_out_of_memory(error, self.trained.model.device):
             raise TrainingError(
-                f"{first_line(error)} while weights were being updated (--free-gradients): this step "
+                f"{first_line(error)} while weights were being updated (`free_gradients`): this step "
                 "cannot be "
-                "repeated.\nContinue from the last checkpoint with --resume and a smaller --budget-tokens or "
-                "--gradient-checkpointing full."
+                "repeated.\nContinue from the last checkpoint with `resume` and a smaller `budget_tokens` or "
+                "`gradient_checkpointing` full."
             ) from error
 
     # -- reporting --------------------------------------------------------------------------------------
@@ -277,11 +277,11 @@ class TrainingStep:
         saved = find_checkpoints(self.output)
         kept = f" {saved[-1]} holds an earlier state." if saved else ""
         weights = (
-            "were updated with it (--free-gradients): continue from the last checkpoint"
+            "were updated with it (`free_gradients`): continue from the last checkpoint"
             if has_changed
             else "were not updated"
         )
-        lower = "Lower --lr" + ("." if self.trained.precision == "fp32" else ", or use --precision fp32.")
+        lower = "Lower `lr`" + ("." if self.trained.precision == "fp32" else ", or use `precision` fp32.")
         return TrainingError(
             f"step {number}: loss {loss}, gradient norm {grad_norm}; {which}. The weights "
             f"{weights}.{kept}\n{lower}"

@@ -55,7 +55,7 @@ class StepMemory:
         )
         if not self._recomputation.num_layers and requested not in ("auto", "none"):
             log(
-                f"--gradient-checkpointing {requested} has no effect: {type(model).__name__} has no "
+                f"`gradient_checkpointing` {requested} has no effect: {type(model).__name__} has no "
                 "layers that take it."
             )
 
@@ -87,7 +87,7 @@ class StepMemory:
         if is_kept_changed(error):
             self._recomputation.mode = "full"
             self._log(
-                "--gradient-checkpointing selective does not suit this model, which changes in place what "
+                "`gradient_checkpointing` selective does not suit this model, which changes in place what "
                 "is kept; going on with full."
             )
             return
@@ -98,18 +98,18 @@ class StepMemory:
         less = [mode for mode in self._ladder if MODES.index(mode) > MODES.index(self.mode)]
         if not self._is_fixed and self._recomputation.num_layers and less:
             self._recomputation.mode = less[0]
-            change = f"--gradient-checkpointing {self.mode}"
+            change = f"`gradient_checkpointing` {self.mode}"
         elif self.pair_tokens > self.micro_tokens:
             self.pair_tokens = self.micro_tokens
             change = f"pairs of more than {self.micro_tokens:,} tokens one answer at a time"
         elif self.micro_tokens // 2 >= MIN_TOKENS:
             self.micro_tokens //= 2
             self.pair_tokens = self.micro_tokens
-            change = f"--budget-tokens {self.micro_tokens}"
+            change = f"`budget_tokens` {self.micro_tokens}"
         else:
             raise TrainingError(
                 f"{problem} even with one answer at once.\n"
-                "Use --precision bf16, score with a shorter --max-length, or a device with more "
+                "Use `precision` bf16, score with a shorter `max_length`, or a device with more "
                 "memory."
             ) from error
         self._log(f"{problem}; the step is taken again, and the run goes on, with {change}. Nothing is lost.")

@@ -204,7 +204,7 @@ class StepZero:
             f"where the cache has {cached:.4f} (allowed gap {allowed:.2g} nats); {len(beyond)} of "
             f"{len(self.sums)} completions differ.\n"
             f"{self._likely(beyond)}\n"
-            "Give the --model, precision and pairs that belong together; --step-zero warn goes on all the "
+            "Give the `model`, precision and pairs that belong together; `step_zero` warn goes on all the "
             "same."
         )
 

@@ -69,7 +69,7 @@ class RunWarnings:
                 "saturated",
                 f"margins are saturated: the loss was {self._mean('loss'):.1e} over the last {WINDOW} "
                 "steps, so there is almost no gradient left. "
-                "A smaller --beta, --label-smoothing or fewer --epochs keep it from running away.",
+                "A smaller `beta`, `label_smoothing` or fewer `epochs` keep it from running away.",
             )
 
     def _note_likelihoods(self) -> None:
@@ -100,7 +100,7 @@ class RunWarnings:
                 "stuck",
                 f"accuracy stays at 50% (of {self._pairs:.0f} pairs so far "
                 f"{self._wins / self._pairs:.1%}): nothing is learned that carries over "
-                "to new pairs. A larger --lr may help, or the labels are noise.",
+                "to new pairs. A larger `lr` may help, or the labels are noise.",
             )
 
     def _mean(self, name: str) -> float:

@@ -176,7 +176,7 @@ def test_train_resumes_from_python(cache: Path, tmp_path: Path) -> None:
     assert dpo_cache.train(resume=tmp_path / "run").finished
     with pytest.raises(OptionError, match="a run is resumed in its own folder"):
         dpo_cache.train(resume=tmp_path / "run", output=tmp_path / "other")
-    with pytest.raises(OptionError, match="Leave --config out"):
+    with pytest.raises(OptionError, match="Leave `config` out"):
         dpo_cache.train(resume=tmp_path / "run", config=tmp_path / "run" / "config.json")
 
 

@@ -302,7 +302,7 @@ def test_what_is_no_preference_data_is_told_what_is_accepted(columns: list[str],
         "  instruction, input, chosen, rejected        (Alpaca)\n"
         "  system, question, chosen, rejected\n"
         "  prompt, responses, scores or ranks          (ranked answers)\n"
-        "Name the columns that correspond with --map, for example --map prompt=question, or rename them."
+        "Name the columns that correspond with `map`, for example `map` prompt=question, or rename them."
     )
 
 
@@ -634,7 +634,7 @@ def test_a_named_format_needs_its_columns() -> None:
     with pytest.raises(DataError) as caught:
         check_format("question", ["prompt", "chosen", "rejected"])
     assert str(caught.value) == (
-        "--format question needs the columns question, chosen, rejected; the data has no question, but "
+        "`format` question needs the columns question, chosen, rejected; the data has no question, but "
         "prompt, chosen, rejected.\n"
-        "Name the columns that correspond with --map, for example --map prompt=question."
+        "Name the columns that correspond with `map`, for example `map` prompt=question."
     )

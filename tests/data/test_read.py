@@ -76,7 +76,7 @@ def test_several_splits_without_train_must_be_chosen_from(tmp_path: Path) -> Non
     write_lines(tmp_path / "data/test.jsonl", ROWS)
     assert (
         error_of(tmp_path / "data")
-        == f"{tmp_path}/data: has the splits validation, test.\nSay which with --split (it may be repeated)."
+        == f"{tmp_path}/data: has the splits validation, test.\nSay which with `split` (it may be repeated)."
     )
 
 
@@ -167,7 +167,7 @@ def test_columns_are_given_other_names(tmp_path: Path) -> None:
         found = read_dataset(path, rename={"prompt": "q"}, streaming=streaming)["train"]
         assert list(found) == [{"prompt": "a", "chosen": "b", "rejected": "c"}]
         with pytest.raises(
-            DataError, match=r"--map: .* has no column absent.\nIt has: q, prompt, chosen, rejected"
+            DataError, match=r"`map`: .* has no column absent.\nIt has: q, prompt, chosen, rejected"
         ):
             read_dataset(path, rename={"prompt": "absent"}, streaming=streaming)
 

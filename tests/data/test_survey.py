@@ -24,12 +24,12 @@ def test_counts_rows_and_names_the_first_three() -> None:
     for row in range(10):
         survey.add(outcome(row, 4, 2, 3, was_cut=row % 2 == 1, moved=row == 7))
     for row in range(10, 15):
-        survey.add(Outcome(row, Dropped("longer than --max-length"), True, True))
+        survey.add(Outcome(row, Dropped("longer than max_length"), True, True))
     assert (survey.rows_read, survey.pairs_kept) == (15, 10)
     assert asdict(survey.truncated) == {"count": 5, "rows": [1, 3, 5]}
     assert asdict(survey.moved_boundary) == {"count": 1, "rows": [7]}
     assert {reason: asdict(finding) for reason, finding in survey.dropped.items()} == {
-        "longer than --max-length": {"count": 5, "rows": [10, 11, 12]}
+        "longer than max_length": {"count": 5, "rows": [10, 11, 12]}
     }
     assert survey.data_tokens == 10 * (4 + 2 + 4 + 3)
 

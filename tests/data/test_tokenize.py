@@ -255,7 +255,7 @@ def test_conversations_without_a_chat_template_say_how_to_give_one(tmp_path: Pat
         tokenize(CHAT_ROWS, load_tokenizer(str(tmp_path)))
     assert str(caught.value) == (
         f"the data holds conversations, but the tokenizer {tmp_path} has no chat template.\n"
-        "Give one with --chat-template FILE (Jinja), or a tokenizer that has one with --tokenizer."
+        "Give one with `chat_template` FILE (Jinja), or a tokenizer that has one with `tokenizer`."
     )
 
 
@@ -270,7 +270,7 @@ def test_text_without_an_eos_token_is_refused() -> None:
     tokenizer.eos_token = None
     with pytest.raises(
         ModelError,
-        match=r"^the tokenizer .* has no EOS token to end an answer with.\nGive another with --tokenizer.$",
+        match=r"^the tokenizer .* has no EOS token to end an answer with.\nGive another with `tokenizer`.$",
     ):
         tokenize(TEXT_ROWS, tokenizer)
 
@@ -369,7 +369,7 @@ def test_a_template_that_leaves_tool_calls_out_is_told() -> None:
     with pytest.raises(
         DataError,
         match="the chat template leaves its tool calls out; give one that writes them with "
-        "--chat-template: 1 row, number 0",
+        "`chat_template`: 1 row, number 0",
     ):
         tokenize(rows, make_byte_tokenizer())
 

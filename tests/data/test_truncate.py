@@ -246,10 +246,10 @@ DROPPED = {
     "long prompt": (
         (PROMPT, CHOSEN, REJECTED),
         Truncation(4),
-        "prompt leaves no room for an answer within --max-length",
+        "prompt leaves no room for an answer within max_length",
         False,
     ),
-    "long row": ((PROMPT, CHOSEN, REJECTED), Truncation(7, "drop"), "longer than --max-length", False),
+    "long row": ((PROMPT, CHOSEN, REJECTED), Truncation(7, "drop"), "longer than max_length", False),
 }
 
 

@@ -270,7 +270,7 @@ def test_pairs_of_another_reference_than_asked_for_are_refused(
     ).reference
     with pytest.raises(
         NotInCacheError,
-        match=r"scored by reference \w+, not by \w+; they differ in\n  dtype: float32 and bfloat16\nLeave --reference",
+        match=r"scored by reference \w+, not by \w+; they differ in\n  dtype: float32 and bfloat16\nLeave `reference`",
     ):
         evaluate(str(tmp_path / "cache"), model_folder, "pairs", reference=other)
 
@@ -282,7 +282,7 @@ def test_pairs_of_another_reference_than_asked_for_are_refused(
 def test_one_of_several_pair_sets_must_be_named(cache: str, model_folder: str, tmp_path: Path) -> None:
     with pytest.raises(
         NotInCacheError,
-        match="several pair sets to evaluate on.\nSay which with --pairs: heldout/train, pairs/train",
+        match="several pair sets to evaluate on.\nSay which with `pairs`: heldout/train, pairs/train",
     ):
         evaluate(cache, model_folder, None)
     open_cache(tmp_path / "empty", create=True).publish_format()
@@ -366,20 +366,20 @@ def test_an_adapter_that_says_nothing_of_itself_is_refused(cache: str, tmp_path:
 
 
 WRONG_OPTIONS = {
-    "no pairs": ({"limit": 0}, "--limit 0: expected a positive number of pairs."),
-    "no loss": ({"loss": "dpo"}, "--loss dpo: expected one of"),
+    "no pairs": ({"limit": 0}, "`limit` 0: expected a positive number of pairs."),
+    "no loss": ({"loss": "dpo"}, "`loss` dpo: expected one of"),
     "idle": (
         {"loss": "ipo", "label_smoothing": 0.1},
-        "--label-smoothing 0.1 has no meaning under --loss ipo.",
+        "`label_smoothing` 0.1 has no meaning under `loss` ipo.",
     ),
-    "idle gamma": ({"simpo_gamma": 1.0}, "--simpo-gamma 1.0 has no meaning under --loss sigmoid."),
-    "beta": ({"beta": 0.0}, "--beta 0.0: expected a number above 0."),
-    "nan": ({"beta": float("nan")}, "--beta nan: expected a finite number."),
-    "exo": ({"loss": "exo_pair"}, "needs a --label-smoothing above 0"),
-    "ending": ({"output": "pairs.csv"}, "--output pairs.csv: no format has this ending."),
-    "overwrite": ({"overwrite": True}, "--overwrite is used only with --output."),
-    "dtype": ({"dtype": "float8"}, "--dtype float8: expected one of"),
-    "budget": ({"budget_tokens": "many"}, "--budget-tokens many: expected auto or a positive number."),
+    "idle gamma": ({"simpo_gamma": 1.0}, "`simpo_gamma` 1.0 has no meaning under `loss` sigmoid."),
+    "beta": ({"beta": 0.0}, "`beta` 0.0: expected a number above 0."),
+    "nan": ({"beta": float("nan")}, "`beta` nan: expected a finite number."),
+    "exo": ({"loss": "exo_pair"}, "needs a `label_smoothing` above 0"),
+    "ending": ({"output": "pairs.csv"}, "`output` pairs.csv: no format has this ending."),
+    "overwrite": ({"overwrite": True}, "`overwrite` is used only with `output`."),
+    "dtype": ({"dtype": "float8"}, "`dtype` float8: expected one of"),
+    "budget": ({"budget_tokens": "many"}, "`budget_tokens` many: expected auto or a positive number."),
 }
 
 

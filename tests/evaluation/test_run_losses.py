@@ -103,17 +103,17 @@ def test_a_setting_that_hangs_on_another_is_left_out_with_it(tmp_path: Path, cac
 
 
 def test_a_folder_that_is_no_run_is_refused(cache: str, run: dpo_cache.TrainReport, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=f"--run {tmp_path}: not the folder of a training run"):
+    with pytest.raises(OptionError, match=f"`run` {tmp_path}: not the folder of a training run"):
         evaluate(cache, run=tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(OptionError, match="not the folder of a training run"):
         evaluate(cache, run=tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"loss": "newer", "resolved": {}}))
-    with pytest.raises(OptionError, match=f"--run {tmp_path}: it has no model yet"):
+    with pytest.raises(OptionError, match=f"`run` {tmp_path}: it has no model yet"):
         evaluate(cache, run=tmp_path)
-    with pytest.raises(OptionError, match="config.json: --loss newer: expected one of"):
+    with pytest.raises(OptionError, match="config.json: `loss` newer: expected one of"):
         evaluate(cache, run=tmp_path, model=run.model)
-    with pytest.raises(OptionError, match="--model is needed"):
+    with pytest.raises(OptionError, match="`model` is needed"):
         evaluate(cache)
 
 
@@ -176,7 +176,9 @@ def test_pairs_with_only_sums_are_refused_where_tokens_are_weighted(
     details = {key: value for key, value in manifest.items() if key not in ("num_pairs", "parts", "format")}
     writer.finish({**details, "name": "sums", "split": "train", "token_logps": False})
     given = {"model": run.model, "f_divergence": "reverse_kl", "ld_alpha": 0.5, "log": lambda _: None}
-    with pytest.raises(NotInCacheError, match="sums/train holds only sums .*--ld-alpha .*\nUse --no-ld-ref"):
+    with pytest.raises(
+        NotInCacheError, match="sums/train holds only sums .*`ld_alpha` .*\nUse `ld_reference=False`"
+    ):
         dpo_cache.evaluate(cache, "sums", **given)
     plain = dpo_cache.evaluate(cache, "sums", **given, ld_reference=False)
     assert plain.metrics == dpo_cache.evaluate(cache, "heldout", **given, ld_reference=False).metrics

@@ -186,7 +186,7 @@ def test_renamed_columns_are_found_again(model_folder: str, tmp_path: Path) -> N
 
 def test_what_is_left_out_is_said(source: Path, tmp_path: Path) -> None:
     assert export(source, "chat", tmp_path / "a.jsonl").left_out == [
-        "the log-prob of each token (--token-logps adds it)",
+        "the log-prob of each token (`token_logps` adds it)",
         "which reference, tokenizer and truncation made the values (they stay in the cache)",
         "the types of the columns (JSON has only numbers; no value is changed)",
     ]
@@ -202,7 +202,7 @@ def test_an_output_is_replaced_only_when_asked(source: Path, tmp_path: Path, kin
     out = tmp_path / OUTS[kind]
     export(source, "text", out)
     with pytest.raises(
-        OptionError, match="is there already.\nChoose another output, or replace it with --overwrite"
+        OptionError, match="is there already.\nChoose another output, or replace it with `overwrite`"
     ):
         export(source, "chat", out)
     assert len(read(out)) == 5
@@ -235,7 +235,7 @@ def test_an_export_that_fails_leaves_nothing(
 def test_wrong_options_are_told(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no format has this ending"):
         export(source, "chat", tmp_path / "out.csv")
-    with pytest.raises(OptionError, match="leave out --no-text"):
+    with pytest.raises(OptionError, match="leave out `text=False`"):
         export(source, "chat", tmp_path / "out.jsonl", text=False, dataset="x")
     with pytest.raises(NotInCacheError, match="no pair set 'nothing'"):
         export(source, "nothing", tmp_path / "out.jsonl")
@@ -244,7 +244,7 @@ def test_wrong_options_are_told(source: Path, tmp_path: Path) -> None:
 def test_sums_alone_have_no_token_logps_to_export(source: Path, tmp_path: Path, model_folder: str) -> None:
     export(source, "chat", tmp_path / "chat.jsonl")
     import_pairs(tmp_path / "cache", tmp_path / "chat.jsonl", reference="x", model=model_folder)
-    with pytest.raises(NotInCacheError, match="was imported with sums only.\nLeave out --token-logps"):
+    with pytest.raises(NotInCacheError, match="was imported with sums only.\nLeave out `token_logps`"):
         export_pairs(tmp_path / "cache", "chat", tmp_path / "again.jsonl", token_logps=True)
     said: list[str] = []
     export_pairs(tmp_path / "cache", "chat", tmp_path / "again.jsonl", log=said.append)

@@ -76,7 +76,7 @@ def test_text_is_tokenized_as_precompute_does(
     ]
     assert after.manifest["tokenization"] == before.manifest["tokenization"]
     assert any(
-        "cut to --max-length 30; their imported values are right only if" in text for text in said
+        "cut to `max_length` 30; their imported values are right only if" in text for text in said
     ) == bool(options)
 
 
@@ -205,7 +205,7 @@ def test_likely_mistakes_are_told_with_figures(tmp_path: Path) -> None:
     said.clear()
     bring_in(tmp_path / "sums", write_rows(tmp_path / "sums.jsonl", id_rows(sums, sums)), said)
     assert said == [
-        "no --model: training cannot start from the reference by default, and needs --model itself."
+        "no `model`: training cannot start from the reference by default, and needs `model` itself."
     ]
 
 
@@ -244,7 +244,7 @@ def test_ids_are_cut_only_when_asked(tmp_path: Path) -> None:
     assert bring_in(tmp_path / "cut", data, said, max_length=10).rows_truncated == 1
     assert next(iter(pairs_of(tmp_path / "cut", "long"))).pair.chosen.num_tokens == 7
     assert said[0].endswith(
-        "1 row (0) is cut to --max-length 10; their imported values are right only if they were computed "
+        "1 row (0) is cut to `max_length` 10; their imported values are right only if they were computed "
         "on the same cut."
     )
 
@@ -311,22 +311,22 @@ def test_wrong_options_are_told(tmp_path: Path, model_folder: str, data_file: st
         ],
     )
     for error, match, path, options in (
-        (OptionError, "--tokenizer \\(or --model\\) is needed", text, {}),
+        (OptionError, "`tokenizer` \\(or `model`\\) is needed", text, {}),
         (
             DataError,
-            "--format ids needs the columns prompt_ids",
+            "`format` ids needs the columns prompt_ids",
             text,
             {"format": "ids", "tokenizer": model_folder},
         ),
         (DataError, "ranked answers cannot be imported", ranked, {"tokenizer": model_folder}),
         (
             DataError,
-            "--format text needs the columns prompt, chosen",
+            "`format` text needs the columns prompt, chosen",
             data,
             {"format": "text", "tokenizer": model_folder},
         ),
-        (OptionError, "--max-prompt-length is used only by", data, {"max_prompt_length": 3}),
-        (OptionError, "--reference is needed", data, {"reference": ""}),
+        (OptionError, "`max_prompt_length` is used only by", data, {"max_prompt_length": 3}),
+        (OptionError, "`reference` is needed", data, {"reference": ""}),
         (
             DataError,
             "has no column ref_chosen_logps or ref_rejected_logps, but prompt",
@@ -435,7 +435,7 @@ def test_without_a_checkpoint_training_asks_for_one(source: Path, tmp_path: Path
     with pytest.raises(
         ModelError,
         match="the reference 'peer' was imported without a checkpoint.\n"
-        "Say where the policy starts from with --model",
+        "Say where the policy starts from with `model`",
     ):
         trained(tmp_path / "cache", tmp_path / "run")
     report, said = trained(tmp_path / "cache", tmp_path / "run", model=model_folder)

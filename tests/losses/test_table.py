@@ -148,7 +148,7 @@ def test_options_are_checked_for_a_new_loss(new_loss: None) -> None:
         return read_grid(SweepOptions(cache="cache", output="out", loss="pull,sigmoid", **options))
 
     grid(label_smoothing="0.1,0.2")
-    with pytest.raises(OptionError, match=r"--label-smoothing 0.3: pull expects less\."):
+    with pytest.raises(OptionError, match=r"`label_smoothing` 0.3: pull expects less\."):
         grid(label_smoothing="0.3")
-    with pytest.raises(OptionError, match="--simpo-gamma 1.0 has no meaning under --loss pull"):
+    with pytest.raises(OptionError, match="`simpo_gamma` 1.0 has no meaning under `loss` pull"):
         dpo_cache.train("cache", "run", loss="pull", simpo_gamma=1.0)

@@ -173,7 +173,7 @@ def test_dropped_rows_are_counted_by_reason(model_folder: str, tmp_path: Path, c
     )
     assert dict(report.dropped) == {
         "chosen equals rejected": 1,
-        "prompt leaves no room for an answer within --max-length": 1,
+        "prompt leaves no room for an answer within max_length": 1,
     }
     assert report.pairs_kept == 4
     assert dpo_cache.open_cache(cache).pairs("pairs").manifest["source"]["rows_dropped"] == dict(
@@ -272,7 +272,7 @@ def test_columns_may_be_renamed_and_the_format_named(model_folder: str, tmp_path
     with pytest.raises(OptionError, match="expected NAME=COLUMN"):
         dpo_cache.precompute(model_folder, path, cache, map=("question",))
     with pytest.raises(
-        OptionError, match="--map question=r: question is q already.\nGive each name one column"
+        OptionError, match="`map` question=r: question is q already.\nGive each name one column"
     ):
         dpo_cache.precompute(model_folder, path, cache, map=("question=q", "question=r"))
 
@@ -352,7 +352,7 @@ def test_columns_and_options_without_use_are_said(model_folder: str, tmp_path: P
     )
     dpo_cache.precompute(model_folder, path, cache, ranked_pairs="best", log=remarks.append)
     assert any("the columns system are not used by the format text" in remark for remark in remarks)
-    assert any("--ranked-pairs best has no effect on the format text" in remark for remark in remarks)
+    assert any("`ranked_pairs` best has no effect on the format text" in remark for remark in remarks)
 
 
 def test_a_log_prob_that_is_no_number_names_its_row_and_stores_nothing_of_its_batch(
@@ -445,7 +445,7 @@ def test_a_data_set_of_which_nothing_is_left_is_an_error(
 ) -> None:
     with pytest.raises(
         DataError,
-        match=r"no row of pairs/train makes a pair: longer than --max-length \(12; row 0, 1, 2, …\)",
+        match=r"no row of pairs/train makes a pair: longer than max_length \(12; row 0, 1, 2, …\)",
     ):
         dpo_cache.precompute(model_folder, data_file, cache, max_length=4, truncation="drop")
 

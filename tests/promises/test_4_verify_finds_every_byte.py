@@ -1,7 +1,7 @@
 """Promise 4, the side of `verify`: every flipped byte and every truncation is found, in every file of the
 cache.
 
-`make test` takes every few bytes, `make test-slow` all of them. Afterwards `--repair` and `precompute` give
+`make test` takes every few bytes, `make test-slow` all of them. Afterwards `repair` and `precompute` give
 the same rows.
 """
 

@@ -65,9 +65,7 @@ def test_the_same_weights_are_recognised(
     again, cache: Path, model_folder: str, data_file: str, tmp_path: Path
 ) -> None:
     folder = again(tmp_path / "again", model_folder)
-    report = dpo_cache.precompute(
-        folder, data_file, cache, name="pairs", reference=reference_of(cache)
-    )
+    report = dpo_cache.precompute(folder, data_file, cache, name="pairs", reference=reference_of(cache))
     assert (report.reference, report.scored_now, report.attention) == (reference_of(cache), 0, None)
     remarks: list[str] = []
     dpo_cache.train(cache, tmp_path / "run", model=str(folder), max_steps=1, log=remarks.append)

@@ -74,7 +74,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
         open_cache(tmp_path, create=True)
     assert str(caught.value) == (
         f"{tmp_path}: the folder holds other things (b, c, d, e, f) and no format.json.\n"
-        "Choose an empty or new folder for --cache."
+        "Choose an empty or new folder for `cache`."
     )
 
 
@@ -82,7 +82,7 @@ def test_a_file_is_no_cache(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FormatError, match="no dpo-cache here"):
         open_cache(tmp_path / "file")
-    with pytest.raises(StorageError, match="Something in this path is a file: choose another --cache"):
+    with pytest.raises(StorageError, match="Something in this path is a file: choose another `cache`"):
         open_cache(tmp_path / "file", create=True)
 
 
@@ -99,7 +99,7 @@ def test_a_newer_format_says_to_upgrade(tmp_path: Path, create: bool) -> None:
         open_cache(tmp_path / "cache", create=create)
     assert str(caught.value) == (
         f"{tmp_path}/cache: made by a newer dpo-cache (cache format 2, this one reads 1).\n"
-        "Run `pip install --upgrade dpo-cache`, or choose another --cache."
+        "Run `pip install --upgrade dpo-cache`, or choose another `cache`."
     )
 
 

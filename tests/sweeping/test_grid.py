@@ -61,16 +61,16 @@ def test_values(name: str, given: Any, values: tuple[Any, ...]) -> None:
 
 
 WRONG = [
-    ({"beta": "0.1,abc"}, "--beta abc: expected a number."),
-    ({"seed": "1,1.5"}, "--seed 1.5: expected a whole number."),
-    ({"seed": [1, 1.5]}, "--seed 1.5: expected int."),
-    ({"seed": [True, 2]}, "--seed True: expected int."),
-    ({"beta": "0.1,0.10"}, "--beta 0.1: given 2 times.\nGive each value once."),
-    ({"beta": "0.1,"}, "--beta: one of its values is empty.\nSeparate values with one comma each."),
-    ({"beta": "none"}, "--beta none: expected a number."),
-    ({"shuffle": "yes"}, "--shuffle yes: expected True or False."),
+    ({"beta": "0.1,abc"}, "`beta` abc: expected a number."),
+    ({"seed": "1,1.5"}, "`seed` 1.5: expected a whole number."),
+    ({"seed": [1, 1.5]}, "`seed` 1.5: expected int."),
+    ({"seed": [True, 2]}, "`seed` True: expected int."),
+    ({"beta": "0.1,0.10"}, "`beta` 0.1: given 2 times.\nGive each value once."),
+    ({"beta": "0.1,"}, "`beta`: one of its values is empty.\nSeparate values with one comma each."),
+    ({"beta": "none"}, "`beta` none: expected a number."),
+    ({"shuffle": "yes"}, "`shuffle` yes: expected True or False."),
     ({"wpo": "on,full"}, "1 of 2 combinations make no sense"),
-    ({"jobs": 0}, "--jobs 0: expected a whole number above 0."),
+    ({"jobs": 0}, "`jobs` 0: expected a whole number above 0."),
 ]
 
 
@@ -99,9 +99,9 @@ def test_all_combinations_that_make_no_sense_are_named_at_once() -> None:
         grid_of(label_smoothing="0,0.1", loss="sigmoid,ipo,exo_pair")
     assert str(caught.value) == (
         "2 of 6 combinations make no sense, so nothing was run:\n"
-        "  label_smoothing=0.0, loss=exo_pair: --loss exo_pair needs a --label-smoothing above 0; its "
+        "  label_smoothing=0.0, loss=exo_pair: `loss` exo_pair needs a `label_smoothing` above 0; its "
         "paper takes 0.001.\n"
-        "  label_smoothing=0.1, loss=ipo: --label-smoothing 0.1 has no meaning under --loss ipo. "
+        "  label_smoothing=0.1, loss=ipo: `label_smoothing` 0.1 has no meaning under `loss` ipo. "
         "Leave it out; it serves sigmoid, exo_pair, robust, aot, aot_unpaired, simpo, cpo.\n"
         "Leave such values out, or run them as a sweep of their own."
     )
@@ -110,7 +110,7 @@ def test_all_combinations_that_make_no_sense_are_named_at_once() -> None:
 def test_what_all_combinations_are_refused_for_is_said_as_train_does() -> None:
     with pytest.raises(OptionError) as caught:
         grid_of(lr=-1, loss="sigmoid,ipo")
-    assert str(caught.value) == "--lr -1.0: expected a number above 0."
+    assert str(caught.value) == "`lr` -1.0: expected a number above 0."
 
 
 def test_names_are_told_apart() -> None:

@@ -135,7 +135,7 @@ def test_what_every_run_would_fail_of_is_said_before(cache: str, tmp_path: Path,
         ({"pairs": "nope,pairs"}, "no pair set 'nope'"),
         (
             {"pairs": None, "eval_pairs": None},
-            "several pair sets to train on.\nSay which with --pairs: heldout/train, pairs/train.",
+            "several pair sets to train on.\nSay which with `pairs`: heldout/train, pairs/train.",
         ),
     ):
         with pytest.raises(NotInCacheError) as caught:

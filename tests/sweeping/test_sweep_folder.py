@@ -45,7 +45,7 @@ def test_another_grid_is_refused_and_changes_nothing(tmp_path: Path) -> None:
         f"{tmp_path}: this sweep was started otherwise:\n"
         "  beta: 0.1, 0.2 before, 0.1, 0.3 now\n"
         "  epochs: 2.0 before, 3.0 now\n"
-        "More values add runs, but those of before must be given, too. Give them, or choose another --output."
+        "More values add runs, but those of before must be given, too. Give them, or choose another `output`."
     )
     assert (tmp_path / "sweep.json").read_bytes() == before
 
@@ -106,7 +106,7 @@ def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
         names(tmp_path, beta="0.1,0.2")
     assert (
         str(caught.value)
-        == f"{tmp_path}: not an empty folder, nor that of a sweep; it holds notes.\nChoose another --output."
+        == f"{tmp_path}: not an empty folder, nor that of a sweep; it holds notes.\nChoose another `output`."
     )
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
     with pytest.raises(TrainingError, match="notes: not a folder"), hold_folder(tmp_path / "notes", print):
@@ -118,7 +118,7 @@ def test_there_must_be_a_sweep_to_resume(tmp_path: Path) -> None:
         names(tmp_path / "new", beta="0.1,0.2", resume=True)
     assert (
         str(caught.value)
-        == f"{tmp_path / 'new'}: there is no sweep to resume.\nRun without --resume to start one."
+        == f"{tmp_path / 'new'}: there is no sweep to resume.\nRun without `resume` to start one."
     )
     assert not (tmp_path / "new").exists()
 

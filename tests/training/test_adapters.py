@@ -177,9 +177,9 @@ def test_what_does_not_suit_an_adapter_is_refused(cache: str, tmp_path: Path) ->
         train(cache, tmp_path / "run", peft_config=str(tmp_path / "broken.json"))
     with pytest.raises(OptionError, match="cannot take this adapter: Target modules"):
         train(cache, tmp_path / "run", lora_r=2, lora_targets="absent_proj")
-    with pytest.raises(TrainingError, match="--merge-adapter needs an adapter"):
+    with pytest.raises(TrainingError, match="`merge_adapter` needs an adapter"):
         train(cache, tmp_path / "run", merge_adapter=True)
-    with pytest.raises(TrainingError, match="--quantize 4bit needs an adapter"):
+    with pytest.raises(TrainingError, match="`quantize` 4bit needs an adapter"):
         train(cache, tmp_path / "run", quantize="4bit")
     assert not (tmp_path / "run").exists()
     trained = train(cache, tmp_path / "run", max_steps=1, **LORA)
@@ -240,7 +240,7 @@ def test_an_adapter_on_one_place_of_a_shared_weight_is_not_merged(tmp_path: Path
         tmp_path / "model", write_rows(tmp_path / "pairs.jsonl", chat_rows(6)), tmp_path / "cache"
     )
     options = {"lora_r": 2, "lora_targets": f"q_proj,{target}", "max_steps": 1, "lr": 1e-2}
-    with pytest.raises(OptionError, match="--merge-adapter: embeddings and LM head share one weight"):
+    with pytest.raises(OptionError, match="`merge_adapter`: embeddings and LM head share one weight"):
         train(str(tmp_path / "cache"), tmp_path / "run", merge_adapter=True, **options)
     assert train(str(tmp_path / "cache"), tmp_path / "run", **options).finished
 

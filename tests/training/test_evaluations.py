@@ -29,7 +29,7 @@ LEARNING = {
     ],
 )  # fmt: skip
 def test_evaluations_are_due_by_steps_or_epochs(value: str | None, due: list[int]) -> None:
-    schedule = schedule_of("--eval-every", value, steps_per_epoch=4)
+    schedule = schedule_of("`eval_every`", value, steps_per_epoch=4)
     assert [step for step in range(1, 10) if schedule.is_due(step)] == due
     assert schedule.count(1, 9) == len(due)
 
@@ -38,9 +38,9 @@ def test_evaluations_are_due_by_steps_or_epochs(value: str | None, due: list[int
 def test_periods_without_sense_are_refused(value: str) -> None:
     with pytest.raises(
         OptionError,
-        match=r"--eval-every .*: expected a number of steps above 0, or of epochs as in 0.5epochs",
+        match=r"`eval_every` .*: expected a number of steps above 0, or of epochs as in 0.5epochs",
     ):
-        schedule_of("--eval-every", value, 4)
+        schedule_of("`eval_every`", value, 4)
 
 
 def test_the_best_is_strictly_better_and_counts_what_came_since() -> None:

@@ -252,8 +252,8 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(
         if "memory" in remark
     ]
     assert said[:2] == [
-        "--gradient-checkpointing full. Nothing is lost.",
-        "--budget-tokens 500. Nothing is lost.",
+        "`gradient_checkpointing` full. Nothing is lost.",
+        "`budget_tokens` 500. Nothing is lost.",
     ]
     for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "tight"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -378,7 +378,7 @@ def test_a_warm_up_that_takes_every_step_is_said(cache: str, tmp_path: Path) -> 
     remarks: list[str] = []
     train(cache, tmp_path / "run", batch_size=32, log=remarks.append)
     assert any(
-        "nothing will be learned: the warm-up (--warmup-ratio 0.1) takes all 1 steps" in remark
+        "nothing will be learned: the warm-up (`warmup_ratio` 0.1) takes all 1 steps" in remark
         for remark in remarks
     )
 
@@ -455,7 +455,7 @@ def test_a_run_cut_off_before_its_first_checkpoint_starts_again(cache: str, tmp_
     remarks: list[str] = []
     train(cache, tmp_path / "whole")
     cut_off(cache, tmp_path / "cut", 2)
-    with pytest.raises(TrainingError, match="Continue its run with --resume"):
+    with pytest.raises(TrainingError, match="Continue its run with `resume`"):
         train(cache, tmp_path / "cut")
     assert train(cache, tmp_path / "cut", resume=True, log=remarks.append).finished
     assert "cut off before its first checkpoint" in remarks[0]
@@ -554,7 +554,7 @@ def test_neither_data_set_nor_reference_is_needed_given_a_model(model_folder: st
     dpo_cache.precompute(str(folder), data, str(tmp_path / "cache"))
     folder.rename(tmp_path / "gone")
     Path(data).unlink()
-    with pytest.raises(ModelError, match="is gone.\nSay where the policy starts from with --model"):
+    with pytest.raises(ModelError, match="is gone.\nSay where the policy starts from with `model`"):
         train(str(tmp_path / "cache"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert train(str(tmp_path / "cache"), tmp_path / "run", model=model_folder).finished
@@ -608,7 +608,7 @@ def test_a_last_update_that_ruins_the_model_saves_none(cache: str, tmp_path: Pat
 
 
 def test_a_run_without_a_step_is_refused(cache: str, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--epochs 1e-12: not a single step"):
+    with pytest.raises(OptionError, match="`epochs` 1e-12: not a single step"):
         train(cache, tmp_path / "run", epochs=1e-12)
     assert not (tmp_path / "run").exists()
 
@@ -623,7 +623,7 @@ def test_folders_that_do_not_fit_are_refused(cache: str, tmp_path: Path) -> None
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(
-        TrainingError, match="not the folder of a run; it holds notes.txt.\nChoose another --output"
+        TrainingError, match="not the folder of a run; it holds notes.txt.\nChoose another `output`"
     ):
         train(cache, tmp_path / "full")
     with pytest.raises(TrainingError, match="there is no run to resume"):
@@ -640,7 +640,7 @@ def test_pair_sets_and_references_that_do_not_fit_are_refused(
         train(cache, tmp_path / "run", pairs="absent")
     with pytest.raises(
         NotInCacheError,
-        match="several pair sets to train on.\nSay which with --pairs: heldout/train, pairs/train",
+        match="several pair sets to train on.\nSay which with `pairs`: heldout/train, pairs/train",
     ):
         train(cache, tmp_path / "run", pairs=None)
     with pytest.raises(NotInCacheError, match="no reference whose id starts with 'ffff'"):

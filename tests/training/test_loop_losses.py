@@ -139,7 +139,7 @@ def test_pairs_with_sums_alone_serve_every_loss_that_needs_no_more(
     assert not open_cache(folder).pairs("pairs").has_token_logps
     with pytest.raises(
         TrainingError,
-        match="pairs/train holds sums of log-probs alone, and --ld-alpha weights .*\nUse --no-ld-reference",
+        match="pairs/train holds sums of log-probs alone, and `ld_alpha` weights .*\nUse `ld_reference=False`",
     ):
         train(str(folder), tmp_path / "run", ld_alpha=0.5)
     assert not (tmp_path / "run").exists()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from dpo_cache.training.output.report import Clock
 from dpo_cache.training.warnings import WINDOW, RunWarnings
 from tests.conftest import make_llama
 from tests.training.test_loop import FAST, Killed, comparable, cut_off, forest_sizes, metrics, train, weights
+from tests.waiting import wait_until
 
 
 def test_the_last_checkpoints_are_kept(cache: str, tmp_path: Path) -> None:
@@ -258,11 +258,11 @@ def test_what_is_given_beside_a_config_replaces_its_rival(cache: str, tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"beta": None}, "--beta None: expected a value"), ({"epochs": "two"}, "--epochs 'two': expected "
+        ({"beta": None}, "`beta` None: expected a value"), ({"epochs": "two"}, "`epochs` 'two': expected "
             "a number"),
-        ({"loss": 5}, "--loss 5: expected text, or a list of texts"), ({"log_to": None}, "--log-to None: "
+        ({"loss": 5}, "`loss` 5: expected text, or a list of texts"), ({"log_to": None}, "`log_to` None: "
             "expected text, or a list of texts"),
-        ({"save_every": [2]}, r"--save-every \[2\]: expected text"), ({"shuffle": "no"}, "--shuffle 'no': "
+        ({"save_every": [2]}, r"`save_every` \[2\]: expected text"), ({"shuffle": "no"}, "`shuffle` 'no': "
             "expected true or false"),
     ],
 )  # fmt: skip
@@ -272,7 +272,7 @@ def test_a_config_that_was_edited_wrongly_is_told(
     train(cache, tmp_path / "one", max_steps=1)
     config = json.loads((tmp_path / "one/config.json").read_text())
     (tmp_path / "edited.json").write_text(json.dumps({**config, **changes}))
-    with pytest.raises(OptionError, match=f"--config .*edited.json: {text}"):
+    with pytest.raises(OptionError, match=f"`config` .*edited.json: {text}"):
         dpo_cache.train(output=tmp_path / "two", config=tmp_path / "edited.json")
 
 
@@ -297,7 +297,7 @@ def test_the_opposite_is_seen_without_a_reference_too() -> None:
 def test_a_period_that_never_triggers_is_reported(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
     train(cache, tmp_path / "run", save_every="100epochs", max_steps=2, log=remarks.append)
-    assert "--save-every 100epochs never triggers: the run has 2 steps." in remarks
+    assert "`save_every` 100epochs never triggers: the run has 2 steps." in remarks
 
 
 def step(number: int, **values: float) -> dict:
@@ -424,8 +424,8 @@ def test_sigterm_saves_first(cache: str, tmp_path: Path) -> None:
         [*command, "--output", str(tmp_path / "run")], env=environment, stderr=subprocess.PIPE, text=True
     )
     try:
-        while process.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
-            time.sleep(0.05)
+        started = (tmp_path / "run/metrics.jsonl").exists
+        wait_until(lambda: process.poll() is not None or started(), "the first line of metrics.jsonl")
         process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=240)[1]
     finally:

@@ -50,13 +50,13 @@ def offload_activations(
     """
     if transfer is None and model.device.type != "cuda":
         log(
-            f"--offload-activations has no effect on {model.device.type}, whose activations are in host "
+            f"`offload_activations` has no effect on {model.device.type}, whose activations are in host "
             "memory already."
         )
         return 0
     layers = decoder_layers(model)
     if not layers:
-        log(f"--offload-activations has no effect: {type(model).__name__} has no layers that take it.")
+        log(f"`offload_activations` has no effect: {type(model).__name__} has no layers that take it.")
         return 0
     offload = _Offload(transfer or CudaTransfer(model.device))
     patches = patches or Patches()

@@ -129,7 +129,7 @@ def read_adapter_config(path: str) -> PeftConfig:
             error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
         )
         raise OptionError(
-            f"--peft-config {path}: no PEFT config can be read from it ({detail}).\n"
+            f"`peft_config` {path}: no PEFT config can be read from it ({detail}).\n"
             "Give a file like adapter_config.json."
         ) from error
 
@@ -159,11 +159,11 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int) -> Pef
             if is_out_of_memory(error, model.device):
                 raise OptionError(
                     f"the adapter does not fit into memory: {first_line(error)}\n"
-                    "Use a smaller --lora-r or fewer --lora-targets."
+                    "Use a smaller `lora_r` or fewer `lora_targets`."
                 ) from error
             raise OptionError(
                 f"{type(model).__name__} cannot take this adapter: {first_line(error)}\n"
-                "See --lora-targets or --peft-config."
+                "See `lora_targets` or `peft_config`."
             ) from error
     _check_names(model, config)
     return adapted.eval()
@@ -225,9 +225,9 @@ def check_mergeable(adapted: PeftModel) -> None:
         isinstance(end, BaseTunerLayer) for end in ends
     ):
         raise OptionError(
-            "--merge-adapter: embeddings and LM head share one weight, and the adapter is on one of them "
+            "`merge_adapter`: embeddings and LM head share one weight, and the adapter is on one of them "
             "alone; merged, it would change both.\n"
-            "Leave --merge-adapter out, or take embeddings and head out of --lora-targets."
+            "Leave `merge_adapter` out, or take embeddings and head out of `lora_targets`."
         )
 
 

@@ -2,7 +2,7 @@
 
     {"scoring": 1, "weights": <hex>, "config": {...}, "dtype": "float32"}
     {..., "quantization": {...}}    where the weights were quantized: how, as the checkpoint says or as
-                                    `--quantize` does it
+                                    `quantize` does it
     {..., "adapter": {...}}         where an adapter is over them: the digest of its tensors, and what of its
                                     config changes the computation
 

@@ -35,8 +35,8 @@ def check_quantizable(config: PreTrainedConfig, location: str, name: str) -> Non
         method = saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method
         raise ModelError(
             f"{location}: its weights were saved quantized ({getattr(method, 'value', method)}), and "
-            f"--quantize {name} would quantize them again.\n"
-            "Leave --quantize out: the checkpoint is loaded as it is. Or give the model that it was made "
+            f"`quantize` {name} would quantize them again.\n"
+            "Leave `quantize` out: the checkpoint is loaded as it is. Or give the model that it was made "
             "from."
         )
     missing = [
@@ -44,7 +44,7 @@ def check_quantizable(config: PreTrainedConfig, location: str, name: str) -> Non
     ]
     if missing:
         raise ModelError(
-            f"--quantize {name} needs {' and '.join(missing)}, which is not installed.\n"
+            f"`quantize` {name} needs {' and '.join(missing)}, which is not installed.\n"
             "Run `pip install 'dpo-cache[quantize]'`."
         )
 

@@ -8,20 +8,20 @@ from typing import Any
 from dpo_cache.errors import MissingFileError, StorageError
 
 _AGAIN = "run the same command again; what was published is kept."
-_CHOOSE = "choose another --cache or change its permissions."
+_CHOOSE = "choose another `cache` or change its permissions."
 _MOUNT = f"Its disk went away: mount it again and {_AGAIN}"
 
 ADVICE = {
     errno.ENOSPC: f"The disk is full: free some space and {_AGAIN}",
     errno.EDQUOT: f"The quota is used up: free some space and {_AGAIN}",
     errno.EFBIG: f"A file may not be this large here: raise the limit (`ulimit -f`) and {_AGAIN}",
-    errno.EROFS: "The file system is read-only: choose another --cache.",
+    errno.EROFS: "The file system is read-only: choose another `cache`.",
     errno.EACCES: f"Permission denied: {_CHOOSE}",
     errno.EPERM: f"Permission denied: {_CHOOSE}",
-    errno.ENOTDIR: "Something in this path is a file: choose another --cache.",
-    errno.EEXIST: "Something in this path is a file: choose another --cache.",
-    errno.ENAMETOOLONG: "The file system has no room for a path this long: choose a shorter --cache or "
-    "--name.",
+    errno.ENOTDIR: "Something in this path is a file: choose another `cache`.",
+    errno.EEXIST: "Something in this path is a file: choose another `cache`.",
+    errno.ENAMETOOLONG: "The file system has no room for a path this long: choose a shorter `cache` or "
+    "`name`.",
     errno.ENOENT: f"It is gone, or its disk was unmounted: check the path and {_AGAIN}",
     errno.ESTALE: _MOUNT,
     errno.ENOTCONN: _MOUNT,

@@ -99,7 +99,7 @@ def copy_cache(
     if changed and not overwrite:
         raise CacheError(
             f"{target}: {', '.join(changed)} is there already with other content.\n"
-            "Overwrite it (--overwrite), or copy other pair sets (--pairs)."
+            "Overwrite it (`overwrite`), or copy other pair sets (`pairs`)."
         )
     sender = _Sender(source, target, report, on_progress or (lambda _: None), started)
     for attempt in range(1, PLANS + 1):

@@ -83,7 +83,7 @@ def find_garbage(
         ]
     for file, size in folder.hidden().items():
         if file.startswith(f"{QUARANTINE}/"):
-            found.append(Garbage(file, size, "set aside by verify --repair"))
+            found.append(Garbage(file, size, "set aside by `dpo-cache verify --repair`"))
         elif file.endswith(".tmp") and _is_scratch(file):
             found.append(Garbage(file, size, "scratch of a writer that was killed"))
     return [entry for entry in found if not _is_young(folder, entry.file, grace_s)]
@@ -125,7 +125,7 @@ def _is_scratch(file: str) -> bool:
 
 
 def _reference_kept(cache: Cache, name: str) -> str:
-    """The reference that `--keep` names, by its id or by a pair set scored by it."""
+    """The reference that `keep` names, by its id or by a pair set scored by it."""
     if any(entry == name or entry.startswith(f"{name}/") for entry in cache.pair_sets()):
         return cache.pairs(find_pair_sets(cache, name)[0]).reference_id
     return cache.find_reference(name)

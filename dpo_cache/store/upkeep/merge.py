@@ -237,9 +237,9 @@ def _describe_conflicts(conflicts: list[tuple[str, list[tuple[Cache, Document]]]
             lines.append(f"  {name} in {cache}: {scored}, {manifest['source'].get('created', 'undated')}")
     count = f"{len(conflicts)} pair sets have" if len(conflicts) > 1 else "one pair set has"
     lines.append(
-        "The destination has none to prefer: keep all with --rename, or the last source's with --prefer src."
+        "The destination has none to prefer: keep all with `rename`, or the last source's with `prefer` src."
         if prefer
-        else "Keep all with --rename, or one with --prefer src or --prefer dest."
+        else "Keep all with `rename`, or one with `prefer` src or `prefer` dest."
     )
     return f"{count} another content in another cache; nothing was copied:\n" + "\n".join(lines)
 

@@ -40,7 +40,7 @@ def plan_removal(cache: Cache, kind: str, name: str, *, with_pairs: bool = False
         if pair_sets and not with_pairs:
             raise CacheError(
                 f"{cache}: reference {references[0][:12]} has pair sets: {', '.join(pair_sets)}.\n"
-                "Remove them first, or add --with-pairs to remove them with it."
+                "Remove them first, or add `with_pairs` to remove them with it."
             )
     folders = [f"references/{entry}" for entry in references] + [f"pairs/{entry}" for entry in pair_sets]
     files = {file: size for folder in folders for file, size in cache.folder.files(folder).items()}

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 SCORE_AGAIN = "Run the `dpo-cache precompute` that made it: it scores only what is missing."
 AGAIN = (
-    "Run with --repair to move it aside, then the `dpo-cache precompute` that made it: it scores only "
+    "Run with `repair` to move it aside, then the `dpo-cache precompute` that made it: it scores only "
     "what is missing."
 )
 
@@ -151,7 +151,7 @@ class _Verification:
         expected = render_document(FORMAT)
         if "format.json" not in self.files:
             self._note(
-                "format.json", "missing", str(FORMAT), "no such file", "Run with --repair to write it again."
+                "format.json", "missing", str(FORMAT), "no such file", "Run with `repair` to write it again."
             )
         elif (content := self._read("format.json")) is not None and content != expected:
             found = content[:80].decode(errors="backslashreplace").replace("\n", " ").strip()
@@ -160,7 +160,7 @@ class _Verification:
                 "damaged",
                 str(FORMAT),
                 found or "an empty file",
-                "Run with --repair to write it again.",
+                "Run with `repair` to write it again.",
             )
 
     def _check_reference(self, reference_id: str) -> None:
@@ -281,7 +281,7 @@ class _Verification:
             )
             found = f"{gap} in {apart.num_completions} of them"
             remedy = (
-                "Either may be wrong: `--rescore N --model MODEL` tells which; --repair moves both aside."
+                "Either may be wrong: `--rescore N --model MODEL` tells which; `repair` moves both aside."
             )
             self._note(
                 file,

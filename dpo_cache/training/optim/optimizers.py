@@ -6,7 +6,7 @@ bytes a parameter  adamw 8, adamw-8bit 2 (and 1/32 for scales), adafactor about 
 The paged ones hold as much, in memory that the CUDA driver moves to the host where the GPU needs the room.
 Adafactor is transformers', with an absolute learning rate: what trainers on transformers run under that name,
 and
-`--lr` means what it means for AdamW; torch's own scales it by each weight's size and by the step.
+`lr` means what it means for AdamW; torch's own scales it by each weight's size and by the step.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def _check_available(name: str, device: torch.device) -> None:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise OptionError(
-            f"--optimizer {name} needs bitsandbytes, which is not installed.\n"
+            f"`optimizer` {name} needs bitsandbytes, which is not installed.\n"
             "Run `pip install 'dpo-cache[quantize]'`."
         )
     if name.endswith("paged") and device.type != "cuda":
         raise OptionError(
-            f"--optimizer {name}: pages move between a CUDA GPU and its host, and the policy is on "
+            f"`optimizer` {name}: pages move between a CUDA GPU and its host, and the policy is on "
             f"{device.type}.\n"
-            f"Use --optimizer {name.removesuffix('-paged')}."
+            f"Use `optimizer` {name.removesuffix('-paged')}."
         )

@@ -56,7 +56,7 @@ def save_checkpoint(
         (scratch / "state.json").write_text(json.dumps(asdict(position)) + "\n")
 
     write_policy(
-        target, policy, write, remedy="Free some space, then resume from the last checkpoint with --resume."
+        target, policy, write, remedy="Free some space, then resume from the last checkpoint with `resume`."
     )
     for older in find_checkpoints(run)[:-keep]:
         shutil.rmtree(older)
@@ -110,5 +110,5 @@ def damaged(path: Path, error: BaseException) -> TrainingError:
     """What is raised for a file of a run that cannot be read."""
     return TrainingError(
         f"{path}: not readable ({first_line(error)}).\n"
-        "The run cannot be resumed: choose another --output and start it again."
+        "The run cannot be resumed: choose another `output` and start it again."
     )

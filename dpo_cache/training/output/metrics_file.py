@@ -71,7 +71,7 @@ class MetricsFile:
     def _cannot_write(self, error: OSError) -> TrainingError:
         return TrainingError(
             f"cannot write {self.path}: {error.strerror or error}.\n"
-            "Free some space, then resume the run with --resume."
+            "Free some space, then resume the run with `resume`."
         )
 
 

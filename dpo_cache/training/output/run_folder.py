@@ -52,7 +52,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
         write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise TrainingError(
-            f"cannot write {folder / 'config.json'}: {error.strerror or error}.\nChoose another --output."
+            f"cannot write {folder / 'config.json'}: {error.strerror or error}.\nChoose another `output`."
         ) from error
 
 
@@ -86,7 +86,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
         raise TrainingError(
             "this run was started otherwise:\n"
             + "\n".join(changed)
-            + "\nGive the same options, or choose another --output."
+            + "\nGive the same options, or choose another `output`."
         )
 
 
@@ -122,7 +122,7 @@ def check_disk(
         raise TrainingError(
             f"{folder}: {needed / 1e9:.3g} GB are needed for the model and its checkpoints, "
             f"{free / 1e9:.3g} GB are free.\n"
-            "Free some space or choose another --output."
+            "Free some space or choose another `output`."
         )
 
 
@@ -137,7 +137,7 @@ def save_best(folder: Path, policy: TrainedModel, found: dict[str, Any], card: s
         folder / "best",
         policy,
         write,
-        remedy="Free some space, then resume from the last checkpoint with --resume.",
+        remedy="Free some space, then resume from the last checkpoint with `resume`.",
     )
 
 
@@ -159,7 +159,7 @@ def save_model(folder: Path, policy: TrainedModel, card: str, *, takes_best: boo
             folder / "model",
             policy,
             lambda scratch: write_card(scratch, card),
-            remedy="Free some space, then resume the run with --resume.",
+            remedy="Free some space, then resume the run with `resume`.",
         )
     drop_checkpoints(folder)
 

@@ -46,8 +46,8 @@ def open_sampler(
         return None
     if not policy.model.can_generate():
         raise TrainingError(
-            f"--sample {num_prompts}: {type(policy.model).__name__} has no way to write answers.\n"
-            "Leave --sample out."
+            f"`sample` {num_prompts}: {type(policy.model).__name__} has no way to write answers.\n"
+            "Leave `sample` out."
         )
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     longest = data.eval_pairs.manifest["tokenization"]["max_length"]
@@ -59,7 +59,7 @@ def open_sampler(
     )
     if len(prompts) < num_prompts:
         log(
-            f"--sample {num_prompts}: the evaluation pairs have {len(prompts)} distinct prompts shorter "
+            f"`sample` {num_prompts}: the evaluation pairs have {len(prompts)} distinct prompts shorter "
             f"than {max_length} tokens; those are answered."
         )
     return Sampler(MetricsFile(output / FILE), prompts, policy, policy_model, max_length, seed, log)

@@ -50,7 +50,7 @@ def check_trackers(names: Sequence[str]) -> None:
     missing = [PACKAGES[name] for name in names if not _is_installed(name)]
     if missing:
         raise TrainingError(
-            f"--log-to {' --log-to '.join(names)} needs {', '.join(missing)}.\n"
+            f"`log_to` {' `log_to` '.join(names)} needs {', '.join(missing)}.\n"
             f"Run `pip install {' '.join(missing)}`."
         )
 
@@ -106,10 +106,10 @@ class Trackers:
                 tracker.store_init_configuration(flat_config(config))
         except Exception as error:  # each tracker's package has its own errors
             raise TrainingError(
-                f"--log-to {name} cannot be opened: {first_line(error)}\nCorrect that, or leave it out."
+                f"`log_to` {name} cannot be opened: {first_line(error)}\nCorrect that, or leave it out."
             ) from error
         if known and id != known_id:
-            self._log(f"--log-to {name}: its previous run no longer exists; started a new one.")
+            self._log(f"`log_to` {name}: its previous run no longer exists; started a new one.")
         return id
 
     def log(self, line: Metrics) -> None:
@@ -126,7 +126,7 @@ class Trackers:
             except Exception as error:  # whatever a tracker raises, the training continues
                 self._failed.add(name)
                 self._log(
-                    f"--log-to {name} failed: {first_line(error)}. It gets no more lines of this run; "
+                    f"`log_to` {name} failed: {first_line(error)}. It gets no more lines of this run; "
                     "metrics.jsonl has all of them."
                 )
 
@@ -137,7 +137,7 @@ class Trackers:
                 _finish(name, tracker, state)
             except Exception as error:  # the run's result does not depend on it
                 if name not in self._failed:
-                    self._log(f"--log-to {name}: not closed properly ({first_line(error)}).")
+                    self._log(f"`log_to` {name}: not closed properly ({first_line(error)}).")
         if self._made_state:
             PartialState._reset_state()
 

@@ -154,7 +154,7 @@ def test_a_cpu_is_told_that_it_has_no_use_for_it() -> None:
     before = [module.forward for module in model.modules()]
     assert offload_activations(model, remarks.append) == 0
     assert remarks == [
-        "--offload-activations has no effect on cpu, whose activations are in host memory already."
+        "`offload_activations` has no effect on cpu, whose activations are in host memory already."
     ]
     assert [module.forward for module in model.modules()] == before
 
@@ -162,4 +162,4 @@ def test_a_cpu_is_told_that_it_has_no_use_for_it() -> None:
 def test_a_model_without_such_layers_is_told() -> None:
     remarks: list[str] = []
     assert offload_activations(torch.nn.Linear(2, 2), remarks.append, FakeTransfer()) == 0
-    assert remarks == ["--offload-activations has no effect: Linear has no layers that take it."]
+    assert remarks == ["`offload_activations` has no effect: Linear has no layers that take it."]

@@ -157,8 +157,8 @@ def test_a_checkpoint_that_was_saved_quantized_is_loaded_but_not_quantized_again
         == "bitsandbytes"
     )
     message = (
-        "were saved quantized \\(bitsandbytes\\), and --quantize 4bit would quantize them again.\n"
-        "Leave --quantize out"
+        "were saved quantized \\(bitsandbytes\\), and `quantize` 4bit would quantize them again.\n"
+        "Leave `quantize` out"
     )
     with pytest.raises(ModelError, match=message):
         load(str(tmp_path), "4bit")

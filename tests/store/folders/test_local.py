@@ -205,14 +205,14 @@ def test_a_full_disk_is_told_with_what_to_do(folder: LocalFolder, monkeypatch: p
         (
             "os.mkdir",
             errno.EROFS,
-            "Read-only file system.\nThe file system is read-only: choose another --cache.",
+            "Read-only file system.\nThe file system is read-only: choose another `cache`.",
         ),
         (
             "os.mkdir",
             errno.EACCES,
-            "Permission denied.\nPermission denied: choose another --cache or change its permissions.",
+            "Permission denied.\nPermission denied: choose another `cache` or change its permissions.",
         ),
-        ("os.replace", errno.EPERM, "Operation not permitted.\nPermission denied: choose another --cache"),
+        ("os.replace", errno.EPERM, "Operation not permitted.\nPermission denied: choose another `cache`"),
         (
             "os.fsync",
             errno.EIO,

@@ -137,7 +137,7 @@ def test_a_conflict_is_listed_and_nothing_is_copied(conflict: tuple[Path, Path],
         "one pair set has another content in another cache; nothing was copied:\n"
         f"  demo/train in {conflict[0]}: 2 pairs of reference {reference}, 2025-01-01T00:00:00+00:00\n"
         f"  demo/train in {conflict[1]}: 2 pairs of reference {reference}, 2025-01-01T00:00:00+00:00\n"
-        "Keep all with --rename, or one with --prefer src or --prefer dest."
+        "Keep all with `rename`, or one with `prefer` src or `prefer` dest."
     )
     assert not (tmp_path / "all").exists()
 
@@ -156,7 +156,7 @@ def test_prefer_dest_cannot_choose_between_sources(conflict: tuple[Path, Path], 
     with pytest.raises(
         CacheError,
         match="nothing was copied(.|\n"
-        ")*The destination has none to prefer: keep all with --rename, or the last source's",
+        ")*The destination has none to prefer: keep all with `rename`, or the last source's",
     ):
         merge_caches(conflict, tmp_path / "all", prefer="dest")
 

@@ -268,7 +268,7 @@ def test_scratch_and_what_was_set_aside_go_after_the_grace(cache: Cache, root: P
     age(root)
     assert {entry.why for entry in find_garbage(cache)} == {
         "scratch of a writer that was killed",
-        "set aside by verify --repair",
+        "set aside by `dpo-cache verify --repair`",
     }
     collect_garbage(cache)
     assert not scratch.exists() and cache.folder.hidden() == {}
@@ -318,7 +318,7 @@ def test_a_pair_set_is_removed_whole_and_alone(cache: Cache, root: Path) -> None
 def test_a_reference_with_pair_sets_is_refused_and_they_are_listed(cache: Cache, root: Path) -> None:
     reference = reference_of(cache)
     with pytest.raises(
-        CacheError, match=rf"reference {reference[:12]} has pair sets: demo/train\.\n.*--with-pairs"
+        CacheError, match=rf"reference {reference[:12]} has pair sets: demo/train\.\n.*`with_pairs`"
     ):
         plan_removal(cache, "reference", reference[:6])
     removal = plan_removal(cache, "reference", reference[:6], with_pairs=True)

@@ -236,7 +236,7 @@ def test_nothing_is_held_for_a_stand_in_between_updates() -> None:
 def test_paged_state_needs_cuda(name: str) -> None:
     with pytest.raises(
         OptionError,
-        match=f"--optimizer {name}: pages move between a CUDA GPU and its host, and the policy is on cpu",
+        match=f"`optimizer` {name}: pages move between a CUDA GPU and its host, and the policy is on cpu",
     ):
         make(name, torch.float32, "auto")
 
@@ -245,7 +245,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(
         OptionError,
-        match=r"--optimizer adamw-8bit needs bitsandbytes, .*\nRun `pip install 'dpo-cache\[quantize\]'`",
+        match=r"`optimizer` adamw-8bit needs bitsandbytes, .*\nRun `pip install 'dpo-cache\[quantize\]'`",
     ):
         make("adamw-8bit", torch.float32, "auto")
 

@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_rows(
         use(self, place, parameter)
 
     monkeypatch.setattr(OptimizerInBackward, "_use", spoil)
-    message = r"step 1: loss 0.69\d+, gradient norm inf; rows of the data in this step: \d.* The weights were updated with it \(--free-gradients\): "
+    message = r"step 1: loss 0.69\d+, gradient norm inf; rows of the data in this step: \d.* The weights were updated with it \(`free_gradients`\): "
     with pytest.raises(TrainingError, match=message):
         train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0)
 

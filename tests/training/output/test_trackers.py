@@ -1,4 +1,4 @@
-"""`--log-to`: trackers hold what metrics.jsonl holds. Everything is local; nothing is sent anywhere."""
+"""`log_to`: trackers hold what metrics.jsonl holds. Everything is local; nothing is sent anywhere."""
 
 import importlib
 import json
@@ -369,7 +369,7 @@ def test_a_tracker_that_is_new_or_lost_its_run_begins_one_at_the_checkpoint(
         train(cache, tmp_path / name, **options, resume=True, log=remarks.append)
         loss = READERS[tracker](tmp_path / name)["loss" if tracker == "mlflow" else "train/loss"]
         assert [step for step, _ in loss] == [3, 4]
-    found = f"--log-to {tracker}: its previous run no longer exists; started a new one."
+    found = f"`log_to` {tracker}: its previous run no longer exists; started a new one."
     assert remarks.count(found) == 1
 
 
@@ -428,11 +428,11 @@ def test_trackers_are_told_how_a_run_ended(
 @pytest.mark.parametrize(
     ("absent", "asked", "problem"),
     [
-        ({"wandb"}, ["wandb"], "--log-to wandb needs wandb.\nRun `pip install wandb`."),
+        ({"wandb"}, ["wandb"], "`log_to` wandb needs wandb.\nRun `pip install wandb`."),
         (
             {"tensorboard", "mlflow"},
             ["tensorboard", "mlflow"],
-            "--log-to tensorboard --log-to mlflow needs tensorboard, mlflow-skinny.\n"
+            "`log_to` tensorboard `log_to` mlflow needs tensorboard, mlflow-skinny.\n"
             "Run `pip install tensorboard mlflow-skinny`.",
         ),
     ],
@@ -462,7 +462,7 @@ def test_a_tracker_that_cannot_be_opened_stops_the_run_before_training(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://store")
     seen: list[dict] = []
     with pytest.raises(
-        TrainingError, match="--log-to mlflow cannot be opened: .*nonsense.*\nCorrect that, or leave it out."
+        TrainingError, match="`log_to` mlflow cannot be opened: .*nonsense.*\nCorrect that, or leave it out."
     ):
         train(cache, tmp_path / "run", log_to="mlflow", on_metrics=seen.append)
     assert not seen and not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -486,8 +486,8 @@ def test_a_tracker_that_fails_is_dropped_with_one_remark(
     remarks: list[str] = []
     report = train(cache, tmp_path / "run", **EVALUATED, log_to=["tensorboard", "mlflow"], log=remarks.append)
     assert report.finished and len(tries) == 2
-    assert [remark for remark in remarks if "--log-to" in remark] == [
-        "--log-to tensorboard failed: no route to host. It gets no more lines of this run; metrics.jsonl has "
+    assert [remark for remark in remarks if "`log_to`" in remark] == [
+        "`log_to` tensorboard failed: no route to host. It gets no more lines of this run; metrics.jsonl has "
         "all of them."
     ]
     assert_tracked(tmp_path / "run", "mlflow")
@@ -501,7 +501,7 @@ def test_a_tracker_that_cannot_be_closed_is_a_remark(
     monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: 1 / 0)
     remarks: list[str] = []
     assert train(cache, tmp_path / "run", max_steps=1, log_to="tensorboard", log=remarks.append).finished
-    assert "--log-to tensorboard: not closed properly (division by zero)." in remarks
+    assert "`log_to` tensorboard: not closed properly (division by zero)." in remarks
 
 
 def test_a_caller_with_a_process_state_keeps_it(cache: str, tmp_path: Path) -> None:
