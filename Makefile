@@ -11,23 +11,24 @@ DEMO ?= demo
 
 BIN := $(VENV)/bin
 
-# Tests run side by side, one torch thread each; WORKERS= runs them one after another.
+# Tests run in parallel, each with one torch thread; WORKERS= runs them one after another.
 WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
-# The oldest and the newest versions get environments of their own and the tests of VERSION_TESTS. OLDEST_TORCH is the
-# lowest torch that pyproject.toml allows; give another where that one cannot be had.
+# The tests of VERSION_TESTS run with the oldest and with the newest versions, each in its own environment. OLDEST_TORCH
+# is the lowest torch that pyproject.toml allows; set another if that one is not available.
 OLDEST_VENV ?= .venv-oldest
 NEWEST_VENV ?= .venv-newest
 OLDEST_TORCH ?= $(shell sed -n 's/^ *"torch>=\([0-9.]*\)",/torch==\1/p' pyproject.toml)
 VERSION_TESTS ?= tests/lm tests/training/test_loop.py tests/store/test_cache.py tests/cli/test_commands.py
-# Old versions warn of what later ones do otherwise. Gemma 2's own attention left its soft cap out under SDPA, so that the
-# self-check chooses rows where these tests count on the forest; old datasets cannot read fixed-size binary columns.
+# Old versions raise warnings that new ones do not, so warnings are not errors there.
+# Tests that fail with old versions: in old transformers, Gemma 2's attention omits its soft cap under SDPA, so the
+# self-check chooses rows, while these tests expect the forest; old datasets cannot read fixed-size binary columns.
 ONLY_NEW := --deselect 'tests/lm/forest/test_flex.py::test_the_flex_plan_gives_the_log_probs_of_the_segments[gemma2]' \
 	--deselect 'tests/lm/test_scoring.py::test_training_logps_and_gradients_equal_the_plain_computation[gemma2]' \
 	--deselect tests/store/test_cache.py::test_the_datasets_library_alone_reads_the_same_numbers
 
-# Benchmarks run TRL in an environment of its own, TRL_VENV. Both sides read ROWS rows of DATA; TURNS runs of each in turn.
+# Benchmarks run TRL in a separate environment, TRL_VENV. Both sides read ROWS rows of DATA and run TURNS times, alternately.
 TRL_VENV ?= .venv-trl
 TRL_PYTHON ?= $(TRL_VENV)/bin/python
 ROWS ?=
@@ -37,22 +38,22 @@ TURNS ?= 3
 .PHONY: bench-token-ids bench-store clean
 
 help:
-	@echo "make demo       install, fetch a small real model, score it and train on it"
-	@echo "make test       install and run the tests"
-	@echo "make test-slow  the tests, whole loops and those on the real model included"
-	@echo "make test-oldest  some of the tests with the lowest versions that pyproject.toml allows"
-	@echo "make test-newest  the same with the newest release of everything"
-	@echo "make check      format, lint and types"
-	@echo "make bench-precompute DATA=FILE [MODEL=FOLDER] [ROWS=N]   scoring beside TRL 1.16 and beside the machine's limit"
-	@echo "make bench-train DATA=FILE [MODEL=FOLDER] [ROWS=N]        training beside TRL 1.16 and beside the machine's limit;"
-	@echo "                                                          LORA_R=16 for an adapter, LIVE_ONLY=1 to compare losses over many rows"
-	@echo "make bench-learning DATA=FILE [MODEL=FOLDER] [ROWS=N]     accuracy on held-out pairs while training; the curve goes to docs/"
-	@echo "make bench-memory DATA=FILE [MODEL=FOLDER]                memory and time as the rows grow, and a very long row"
-	@echo "make bench-memory-options DATA=FILE [MODEL=FOLDER] [ROWS=N]       what each way to save memory saves and costs in training"
-	@echo "make bench-memory-table [MODEL=FOLDER]                     GPU memory of training beside a live reference, counted: docs/memory.md"
-	@echo "make bench-token-ids DATA='FILE...' [MODEL=FOLDER]        token ids beside TRL 1.16"
-	@echo "make bench-store                                          publishing, opening, looking up and streaming at scale"
-	@echo "make clean      remove what the above made"
+	@echo "make demo         install, fetch a small real model, score the example pairs with it and train it on them"
+	@echo "make test         install and run the tests without whole training loops and without the real model"
+	@echo "make test-slow    all tests"
+	@echo "make test-oldest  a part of the tests with the lowest versions that pyproject.toml allows"
+	@echo "make test-newest  the same tests with the newest versions"
+	@echo "make check        format, lint and types"
+	@echo "make bench-precompute DATA=FILE [MODEL=FOLDER] [ROWS=N]      speed of scoring compared with TRL 1.16 and with the machine's limit"
+	@echo "make bench-train DATA=FILE [MODEL=FOLDER] [ROWS=N]           speed and memory of training compared with TRL 1.16 and with the machine's limit;"
+	@echo "                                                             LORA_R=16 trains an adapter, LIVE_ONLY=1 compares losses over many rows"
+	@echo "make bench-learning DATA=FILE [MODEL=FOLDER] [ROWS=N]        accuracy on held-out pairs during training; writes the curve to docs/"
+	@echo "make bench-memory DATA=FILE [MODEL=FOLDER]                   memory and time for more rows, and for a very long row"
+	@echo "make bench-memory-options DATA=FILE [MODEL=FOLDER] [ROWS=N]  memory and speed of training with each option that saves memory"
+	@echo "make bench-memory-table [MODEL=FOLDER]                       the tables of docs/memory.md: counted GPU memory of training, compared with TRL"
+	@echo "make bench-token-ids DATA='FILE...' [MODEL=FOLDER]           token ids compared with TRL 1.16"
+	@echo "make bench-store                                             publishing, opening, looking up and streaming at scale"
+	@echo "make clean        remove the environments, models, demo and build files"
 
 install: $(VENV)/installed
 

@@ -134,9 +134,9 @@ def main() -> None:
     hf.utils.logging.set_verbosity_error()
     print(f"""# How each model family is run
 
-`forest` computes each distinct prefix once; `rows` are plain padded rows, slower and as exact. The engine chooses for itself, by scoring a few
-sequences both ways. A test runs each family below, as a tiny random model with windows shorter than the sequences, and
-compares its log-probs with the model's own forward pass; this table is made by it (`python -m tests.lm.families`), with transformers {release()}.
+`forest` computes each distinct prefix once; `rows` are plain padded rows, which are slower and just as exact. A self-check scores a few
+sequences in both ways and chooses one. A test runs a tiny random model of each family below, with windows shorter than the sequences, and
+compares its log-probs with the model's own forward pass. `python -m tests.lm.families` wrote this table with transformers {release()}.
 
 | family | run as | why not the forest |
 |---|---|---|""")
