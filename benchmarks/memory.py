@@ -1,26 +1,24 @@
-"""What does not grow: memory with the rows, the time per row of a second run, and the memory of a very long
-row.
+"""Memory of scoring for more rows and for a very long row, and the time per row of a second run.
 
     memory.py --model MODEL --data FILE [--only rows|second|long]
 
-rows    300 against 3,000 short rows (FILE's, made distinct), and 3,000 in windows of 300: most memory above
-        the loaded model
-second  1,000 against 100,000 rows, on a tiny random model: time of a run that finds everything in the cache
-long    one pair of 32,768 tokens on MODEL, its positions extended: memory beside what its path of keys and
-        values takes
+rows    300 and 3,000 short rows (FILE's, made distinct), and 3,000 in windows of 300: peak memory above the
+        loaded model
+second  1,000 and 100,000 rows, on a tiny random model: time of a run that finds everything in the cache
+long    one pair of 32,768 tokens on MODEL with more positions: peak memory compared with its keys and values
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from rows import columns, parse_rows, read_rows, run, write_lines
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 LONG = 32_768
@@ -35,14 +33,14 @@ def main() -> None:
     parser.add_argument("--only", choices=("rows", "second", "long"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        for case, run in (("rows", grow_rows), ("second", grow_second_run), ("long", run_long)):
+        for case, measure in (("rows", grow_rows), ("second", grow_second_run), ("long", run_long)):
             if arguments.only in (None, case):
-                run(arguments.model, arguments.data, Path(name))
+                measure(arguments.model, arguments.data, Path(name))
 
 
 def grow_rows(model: str, data: str, folder: Path) -> None:
     for num_rows, *window in ((300,), (3000,), (3000, "--window", "300")):
-        found = score(model, write(folder, distinct_rows(data, num_rows)), folder, *window)
+        found = score(model, distinct_rows(data, num_rows), folder, *window)
         first = found["first"]
         above = first["peak_bytes"] - first["loaded_bytes"]
         print(
@@ -67,7 +65,7 @@ def grow_second_run(model: str, _: str, folder: Path) -> None:
             }
             for row in range(num_rows)
         ]
-        found = score(str(tiny), write(folder, rows), folder)
+        found = score(str(tiny), rows, folder)
         seconds = found["second"]["elapsed_s"]
         print(
             f"{num_rows:>7,} rows: second run {seconds:.2f} s, {seconds / num_rows * 1e6:.0f} µs a row",
@@ -91,7 +89,7 @@ def run_long(model: str, _: str, folder: Path) -> None:
             "rejected": " and there it ends.",
         }
     ]
-    found = score(str(long_model), write(folder, rows), folder, "--max-length", str(LONG))
+    found = score(str(long_model), rows, folder, "--max-length", str(LONG))
     first, longest = found["first"], found["shapes"]["longest"]
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     path = 2 * 4 * longest * config.num_hidden_layers * config.num_key_value_heads * head_size
@@ -100,44 +98,25 @@ def run_long(model: str, _: str, folder: Path) -> None:
     print(
         f"a row of {longest:,} tokens: {above / 1e9:.2f} GB above the loaded model, of which keys and "
         f"values of its path {path / 1e9:.2f} GB;\n"
-        f"  its logits alone would take {logits / 1e9:.1f} GB; scored in {first['scoring_s']:.0f} s, "
+        f"  its logits would take {logits / 1e9:.1f} GB; scored in {first['scoring_s']:.0f} s, "
         f"{first['model_tokens']:,} tokens",
         flush=True,
     )
 
 
 def distinct_rows(data: str, num_rows: int) -> Iterator[dict[str, Any]]:
-    """Rows of the file, again and again, each time with another number in the prompt."""
-    from dpo_cache.data import detect_format, read_dataset
-    from dpo_cache.data.formats import Example, parse_row
-
-    rows = list(read_dataset(data)["train"])
-    data_format = detect_format(list(rows[0]), rows[0])
-    examples = [
-        example for example in (parse_row(row, data_format) for row in rows) if isinstance(example, Example)
-    ]
-    examples = [example for example in examples if example.answers[0] != example.answers[1]]
-    for number in range(num_rows):
-        example = examples[number % len(examples)]
-        prompt = [dict(message) for message in example.prompt]  # type: ignore[arg-type]
-        prompt[-1]["content"] = f"{number}. {prompt[-1]['content']}"
-        yield {"prompt": prompt, "chosen": example.answers[0], "rejected": example.answers[1]}
+    """Yield rows of the file repeatedly, each with a different number in its prompt."""
+    examples = islice(cycle(parse_rows(read_rows(data)).values()), num_rows)
+    for number, row in enumerate(map(columns, examples)):
+        *earlier, last = row["prompt"]
+        yield {**row, "prompt": [*earlier, {**last, "content": f"{number}. {last['content']}"}]}
 
 
-def write(folder: Path, rows: Any) -> str:
+def score(model: str, rows: Iterable[dict[str, Any]], folder: Path, *options: str) -> dict[str, Any]:
+    """The JSON of `our_side.py` about a first and a second run over the rows."""
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def score(model: str, rows: str, folder: Path, *options: str) -> dict[str, Any]:
-    """What `our_side.py` writes of a first and a second run, in a process of its own."""
-    out = folder / "out.json"
-    command = [sys.executable, str(Path(__file__).with_name("our_side.py")), model, rows, str(out), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr[-4000:])
-    return json.loads(out.read_text())
+    write_lines(rows, path)
+    return run(sys.executable, "our_side.py", [model, str(path)], folder / "out.json", list(options))
 
 
 if __name__ == "__main__":

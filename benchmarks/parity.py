@@ -1,13 +1,12 @@
-"""Whether dpo-cache computes what TRL 1.16 computes: reference log-probs and, with --train, losses and
-gradient norms.
+"""Compare dpo-cache with TRL 1.16: reference log-probs and, with --train, losses and gradient norms.
 
 Both sides read one JSONL file, made from the first rows of a data set, in float32 on the CPU:
 
-    sums     log-prob of every completion under the reference, beside TRL's `precompute_ref_log_probs`
-    train    one epoch of policy-only training from the cache, beside TRL's DPOTrainer with its live reference
+    sums     the log-prob of every completion under the reference, and TRL's `precompute_ref_log_probs`
+    train    one epoch of policy-only training from the cache, and TRL's DPOTrainer with its live reference
 
-TRL runs in `trl_side.py`, with an interpreter of its own (`--trl-python`). Exit 1 where a figure is further
-off than its limit, or where one side keeps a row that the other drops.
+TRL runs in `trl_side.py`, with a separate interpreter (`--trl-python`). The exit code is 1 if a difference
+exceeds its limit, or if one side keeps a row that the other drops.
 """
 
 from __future__ import annotations
@@ -22,14 +21,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rows import columns, parse_rows, read_rows, write_lines
+
 import dpo_cache
-from dpo_cache.data import detect_format, read_dataset
-from dpo_cache.data.formats import Example, parse_row
+from dpo_cache.data import detect_format
 from dpo_cache.lm import prepare
 
 SUM_LIMIT = 5e-6  # relative, of a completion's summed log-prob
 STEP_LIMIT = 1e-3  # relative, of a step's loss and gradient norm
-BATCH_SIZE = 8  # and every other setting of the steps, as in trl_side.py
+BATCH_SIZE = 8  # all settings of the steps are the same as in trl_side.py
 
 Sums = dict[int, tuple[float, float]]  # line of the JSONL file -> log-probs of chosen and rejected, in nats
 
@@ -40,15 +40,15 @@ def main() -> int:
     )
     parser.add_argument("--model", required=True, help="a local folder or a Hub id")
     parser.add_argument("--data", required=True, help="preference data in any format that dpo-cache reads")
-    parser.add_argument("--rows", type=int, required=True, help="how many rows, from the first")
+    parser.add_argument("--rows", type=int, required=True, help="number of rows, from the first")
     parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL 1.16")
     parser.add_argument("--max-length", type=int, default=1024, help="longest prompt + answer, in tokens")
     parser.add_argument(
         "--same-library",
         action="store_true",
-        help="run our linear layers by the library that torch takes, as TRL does",
+        help="run dpo-cache's linear layers with torch's library, as TRL does",
     )
-    parser.add_argument("--train", action="store_true", help="compare the steps of a training run too")
+    parser.add_argument("--train", action="store_true", help="also compare the steps of a training run")
     arguments = parser.parse_args()
     if arguments.same_library:
         prepare.use_fast_linear = lambda *_, **__: False
@@ -63,41 +63,32 @@ def main() -> int:
 
 
 class _Check:
-    """One comparison: a model, and a folder with the rows and what each side made of them."""
+    """One comparison: a model, and a folder with the rows and the results of both sides."""
 
     def __init__(self, model: str, trl_python: str, max_length: int, folder: Path):
         self.model, self.trl_python, self.max_length, self.folder = model, trl_python, max_length, folder
         self.rows, self.cache = folder / "rows.jsonl", str(folder / "cache")
 
     def write_rows(self, data: str, num_rows: int) -> list[int]:
-        """Write the JSONL file; the row of the data set behind each of its lines. Rows with equal answers
-        make no line.
+        """Write the JSONL file, and return the row number of each of its lines. Rows with equal answers are
+        left out.
         """
-        rows = list(next(iter(read_dataset(data, limit=num_rows).values())))
-        data_format = detect_format(list(rows[0]), rows[0])
-        examples = {number: parse_row(row, data_format) for number, row in enumerate(rows)}
-        kept = {
-            number: _columns(example) for number, example in examples.items() if isinstance(example, Example)
-        }
-        kept = {
-            number: columns for number, columns in kept.items() if columns["chosen"] != columns["rejected"]
-        }
-        self.rows.write_text(
-            "".join(json.dumps(columns) + "\n" for columns in kept.values()), encoding="utf-8"
-        )
+        rows = read_rows(data, num_rows)
+        kept = parse_rows(rows)
+        write_lines(map(columns, kept.values()), self.rows)
         print(
-            f"rows: {len(examples)} of {Path(data).name} ({data_format}), {len(examples) - len(kept)} "
-            "skipped: chosen equals rejected"
+            f"rows: {len(rows)} of {Path(data).name} ({detect_format(list(rows[0]), rows[0])}), "
+            f"{len(rows) - len(kept)} skipped: chosen equals rejected"
         )
         return list(kept)
 
     def compare_sums(self, numbers: list[int]) -> bool:
-        """Print how far the summed log-probs lie apart; whether they agree."""
+        """Print the largest difference of the summed log-probs, and return whether they agree."""
         ours, theirs = self._our_sums(), self._trl_sums()
         for name, lines in (("dpo-cache", ours.keys() - theirs.keys()), ("TRL", theirs.keys() - ours.keys())):
             if lines:
                 print(
-                    f"rows that {name} alone keeps: {', '.join(str(numbers[line]) for line in sorted(lines))}"
+                    f"rows that only {name} keeps: {', '.join(str(numbers[line]) for line in sorted(lines))}"
                 )
         places = [(line, side) for line in sorted(ours.keys() & theirs.keys()) for side in (0, 1)]
         our_sums, trl_sums = ([sums[line][side] for line, side in places] for sums in (ours, theirs))
@@ -115,7 +106,7 @@ class _Check:
         return differences[worst] <= SUM_LIMIT and ours.keys() == theirs.keys()
 
     def compare_steps(self, num_pairs: int) -> bool:
-        """Print losses and gradient norms of both sides; whether they agree. Needs the cache that
+        """Print losses and gradient norms of both sides, and return whether they agree. Needs the cache that
         `compare_sums` fills.
         """
         ours, theirs = self._our_steps(num_pairs), self._run_trl("train")
@@ -178,14 +169,8 @@ class _Check:
         return json.loads(out.read_text())
 
 
-def _columns(example: Example) -> dict[str, Any]:
-    return {"prompt": example.prompt, "chosen": example.answers[0], "rejected": example.answers[1]}
-
-
 def relative_differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """`|ours - theirs| / |theirs|` of each; infinite where that is not a number, so that no limit admits
-    it.
-    """
+    """`|ours - theirs| / |theirs|` of each; infinite if that is not finite, so that it exceeds every limit."""
     differences = (abs(one - other) / abs(other) for one, other in zip(ours, theirs, strict=True))
     return [difference if math.isfinite(difference) else math.inf for difference in differences]
 

@@ -1,11 +1,11 @@
-"""Whether dpo-cache's token ids are those of TRL 1.16, and how much faster they are made, in one process
-each.
+"""Compare dpo-cache's token ids with those of TRL 1.16, and the speed of tokenizing, in one process each.
 
     token_ids.py --tokenizer MODEL --data FILE... --trl-python PYTHON [--rows N]
 
 Every row is read as text, as a conversation and as whole dialogues, with the given tokenizer and with two
-made here (byte-level BPE, and one with a space before the text and a BOS token as SentencePiece models have),
-and cut to a short maximum length from either end. Exit 1 where an id differs.
+that are trained here (byte-level BPE, and one with a space before the text and a BOS token as in
+SentencePiece models), and truncated to a short maximum length from either end. The exit code is 1 if an id
+differs.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ def main() -> int:
     )
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--data", required=True, nargs="+")
-    parser.add_argument("--rows", type=int, help="of each file")
+    parser.add_argument("--rows", type=int, help="number of rows of each file; default: all")
     parser.add_argument("--trl-python", required=True)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ["HF_HOME"] = str(folder / "hf")  # nothing tokenized earlier is found
+        os.environ["HF_HOME"] = str(
+            folder / "hf"
+        )  # an empty cache: `datasets` must not reuse earlier results
         num_rows = write_rows(folder, arguments.data, arguments.rows)
         texts = [
             text
@@ -88,14 +90,16 @@ def main() -> int:
 
 
 def compare(folder: Path, case: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Print one case; whether all ids agree."""
+    """Print one case, and return whether all ids agree."""
     from dpo_cache import data
     from dpo_cache.types import Pair
 
     rows = data.read_dataset(str(folder / case["rows"]))["train"]
     tokenizer = data.load_tokenizer(str(folder / case["model"]))
-    rows = rows.add_column("case", [case["name"]] * len(rows))  # another case's ids are not this one's
-    gc.freeze()  # what TRL's side wrote lies in this process, and is not to be searched meanwhile
+    rows = rows.add_column(
+        "case", [case["name"]] * len(rows)
+    )  # `datasets` must not reuse the ids of another case
+    gc.freeze()  # keeps TRL's results out of garbage collection during the measurement
     started = time.perf_counter()
     tokenized = data.tokenize_rows(rows, data.detect_format(rows.column_names, rows[0]), tokenizer)
     elapsed_s = time.perf_counter() - started
@@ -109,7 +113,7 @@ def compare(folder: Path, case: dict[str, Any], theirs: dict[str, Any]) -> bool:
     wrong, kept = [], 0
     for row in theirs["rows"]:
         pair = ours.pop(row["index"], None)
-        if pair is None:  # we drop what has no answer token left, or two equal answers: TRL trains on it
+        if pair is None:  # dpo-cache drops pairs without answer tokens or with equal answers; TRL keeps them
             continue
         kept += 1
         mine = [[side.sequence_ids.tolist(), len(side.prompt_ids)] for side in (pair.chosen, pair.rejected)]
@@ -117,7 +121,11 @@ def compare(folder: Path, case: dict[str, Any], theirs: dict[str, Any]) -> bool:
             wrong.append(row["index"])
     ratio = theirs["elapsed_s"] / elapsed_s
     agrees = not wrong and not ours
-    verdict = "same ids" if agrees else f"{len(wrong)} rows DIFFER, first {wrong[:3]}; {len(ours)} only here"
+    verdict = (
+        "same ids"
+        if agrees
+        else f"{len(wrong)} rows DIFFER, first {wrong[:3]}; {len(ours)} only in dpo-cache"
+    )
     print(
         f"  {case['name']:44} {kept:5} rows, {moved:4} moved: {verdict}; {ratio:.1f} times as fast "
         f"({elapsed_s:.2f} s)",
@@ -127,38 +135,26 @@ def compare(folder: Path, case: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 
 def is_same(mine: list[Any], theirs: list[Any]) -> bool:
-    """A sequence that keep-end left without a prompt lends its first token, which nothing predicts, to be
-    one.
+    """Whether the ids and the prompt lengths agree. If keep-end leaves no prompt, dpo-cache counts the first
+    token, which nothing predicts, as the prompt.
     """
     return mine[0] == theirs[0] and (mine[1] == theirs[1] or (theirs[1] == 0 and mine[1] == 1))
 
 
 def write_rows(folder: Path, files: list[str], limit: int | None) -> int:
-    """The rows in three shapes: text.jsonl, conversation.jsonl, implicit.jsonl."""
-    from dpo_cache import data
-    from dpo_cache.data.formats import Example, parse_row
+    """Write the rows in three formats: text.jsonl, conversation.jsonl, implicit.jsonl."""
+    from rows import columns, parse_rows, read_rows, write_lines  # after HF_HOME is set
 
-    lines: dict[str, list[str]] = {"text": [], "conversation": [], "implicit": []}
-    for file in files:
-        rows = list(data.read_dataset(file, limit=limit)["train"])
-        data_format = data.detect_format(list(rows[0]), rows[0])
-        for example in (parse_row(row, data_format) for row in rows):
-            if not isinstance(example, Example) or example.answers[0] == example.answers[1]:
-                continue
-            prompt, (chosen, rejected) = example.prompt, example.answers
-            text = "\n".join(message["content"] for message in prompt)
-            lines["text"].append(
-                json.dumps(
-                    {"prompt": text, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
-                )
-            )
-            lines["conversation"].append(
-                json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-            )
-            lines["implicit"].append(json.dumps({"chosen": prompt + chosen, "rejected": prompt + rejected}))
-    for name, written in lines.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(written) + "\n", encoding="utf-8")
-    return len(lines["text"])
+    examples = [example for file in files for example in parse_rows(read_rows(file, limit)).values()]
+    texts, dialogues = [], []
+    for example in examples:
+        prompt, (chosen, rejected) = example.prompt, example.answers
+        text = "\n".join(message["content"] for message in prompt)
+        texts.append({"prompt": text, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]})
+        dialogues.append({"chosen": prompt + chosen, "rejected": prompt + rejected})
+    write_lines(texts, folder / "text.jsonl")
+    write_lines(dialogues, folder / "implicit.jsonl")
+    return write_lines(map(columns, examples), folder / "conversation.jsonl")
 
 
 def make_tokenizers(given: str, texts: list[str]) -> dict[str, PreTrainedTokenizerBase]:
@@ -199,7 +195,7 @@ def make_tokenizers(given: str, texts: list[str]) -> dict[str, PreTrainedTokeniz
 
 
 def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The tokenizer beside the smallest model that TRL's trainer takes."""
+    """Save the tokenizer with the smallest model that TRL's trainer accepts."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=8,

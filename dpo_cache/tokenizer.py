@@ -1,4 +1,4 @@
-"""Tokenizers: loading one, and the digest that tells two of them apart.
+"""Tokenizers: loading one, and the digest that identifies one.
 
 `data` makes ids with a tokenizer; `evaluation` compares a policy's tokenizer with the one that made the ids.
 """
@@ -47,7 +47,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex sha256 of what decides the ids: vocabulary, rules, special tokens and template."""
+    """Hex sha256 of all that determines the ids: vocabulary, rules, special tokens and template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = str(sorted(tokenizer.get_vocab().items())) if backend is None else _rules_of(backend)
     splits = str(getattr(tokenizer, "split_special_tokens", False))
@@ -63,7 +63,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @contextmanager
 def without_padding(backend: Tokenizer) -> Iterator[None]:
-    """Switch padding and truncation off: both depend on the last call."""
+    """Switch padding and truncation off in this block: both depend on the last call."""
     padding, truncation = backend.padding, backend.truncation
     backend.no_padding()
     backend.no_truncation()

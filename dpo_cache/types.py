@@ -15,14 +15,13 @@ if TYPE_CHECKING:
 TokenIds = np.ndarray  # uint32 [num_tokens]
 
 # Largest and mean gap in nats per token that rounding explains between two ways to compute one log-prob, by
-# dtype of the forward pass: about ten times what ten tiny models show (docs/measurements.md), because a real
+# dtype of the forward pass: about ten times the gaps of ten tiny models (docs/measurements.md), as a real
 # model is deeper. A wrong mask gives gaps of whole nats.
 TOKEN_TOLERANCES = {"float32": (1e-3, 1e-4), "float16": (0.1, 0.01), "bfloat16": (0.5, 0.05)}
 
 # How `quantize` changes weights, as fields of a reference's identity. 4-bit weights are multiplied in the
-# identity's dtype.
-# 8-bit: the threshold is 0. Otherwise the columns that are kept in 16 bits, and with them the log-prob of a
-# token, would depend on the other tokens of the batch.
+# identity's dtype. With 8 bits the threshold is 0: otherwise the columns that are kept in 16 bits, and with
+# them the log-prob of a token, would depend on the other tokens of the batch.
 QUANTIZATION_FIELDS: dict[str, dict[str, Any]] = {
     "8bit": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0},
     "4bit": {

@@ -53,7 +53,7 @@ def test_a_given_chat_template_takes_the_place_of_the_tokenizers(tmp_path: Path)
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "not UTF-8"])
-def test_a_chat_template_that_cannot_be_read_is_told(tmp_path: Path, content: bytes | None) -> None:
+def test_a_chat_template_that_cannot_be_read_is_reported(tmp_path: Path, content: bytes | None) -> None:
     make_byte_tokenizer().save_pretrained(tmp_path)
     template = tmp_path / "other.jinja"
     if content is not None:

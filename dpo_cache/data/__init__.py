@@ -1,10 +1,11 @@
 """Rows of any preference data set -> token ids."""
 
-from dpo_cache.data.formats import Example, check_format, detect_format, parse_row, unused_columns
+from dpo_cache.data.examples import Example, parse_row
+from dpo_cache.data.formats import check_format, detect_format, unused_columns
 from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset, take_rows
 from dpo_cache.data.survey import Survey
 from dpo_cache.data.tokenize import tokenize_rows, tokenized_windows
-from dpo_cache.data.truncate import Dropped, Outcome, Truncation, make_pair, make_pairs
+from dpo_cache.data.truncate import Dropped, Outcome, Truncation, kept_pairs, make_pair, make_pairs
 from dpo_cache.tokenizer import load_tokenizer, set_chat_template, tokenizer_digest
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "dataset_name",
     "detect_format",
     "first_row",
+    "kept_pairs",
     "load_tokenizer",
     "make_pair",
     "make_pairs",

@@ -1,23 +1,21 @@
-"""Where a text can be cut in two so that the parts have the ids of the whole: between a letter and a space
-before a letter.
+"""A cut of a text that changes no id: before a space between two letters.
 
-A tokenizer normalizes, parts the text at its added tokens, parts it into words, and encodes each word by
-itself. The ids of `A + B` are those of `A` and of `B` if each of these steps leaves nothing that spans the
-cut. Let `A` end in an ASCII letter and `B` begin with a space and an ASCII letter:
+A tokenizer normalizes a text, splits it at its added tokens, splits the rest into words, and encodes each
+word independently. The ids of `A + B` are the ids of `A` and then those of `B` if no step joins the two sides
+of the cut. Let `A` end in an ASCII letter and `B` begin with a space and an ASCII letter:
 
-- Normalizers: none, or NFC. Nothing composes with the letter before it across a space.
-- Added tokens: none has a space in it or takes spaces or words beside it, so none spans the cut, and since
-  they are found from left to right those in `A` and in `B` are those of the whole.
-- Words by one of the expressions below: no alternative goes on after a letter with a space, so a word ends at
-  the cut, and none looks behind, so the words of `B` are found as they are in the whole. Of lookaheads there
-  is
-  `\\s+(?!\\S)`, which at the end of `A` has a letter before it.
+- Normalizers: none, or NFC. Nothing composes with a letter across a space.
+- Added tokens: none contains a space or takes neighbouring spaces or words, so none spans the cut. They are
+  matched from left to right, so `A` and `B` have the same matches as the whole.
+- Words by one of the expressions below: no alternative continues a letter with a space, so a word ends at the
+  cut. None looks behind, so `B` has the same words as in the whole. The only lookahead is `\\s+(?!\\S)`; the
+  end of `A` is a letter.
 - No words (Metaspace without split): a text is one word of a BPE model, in which spaces are `▁`. If no token
-  of its vocabulary has a `▁` after something else, no merge spans the cut, and the merges on either side do
-  not see each other. A `▁` that is in the vocabulary is not fused with unknown letters before it.
-  A space that `Metaspace` puts before a text that begins with none is put before `A` alone.
+  of its vocabulary has a `▁` after another character, no merge spans the cut, and merges on the two sides are
+  independent. A `▁` that is in the vocabulary is not fused with unknown letters before it. A space that
+  `Metaspace` puts before a text that begins with none comes only before `A`.
 
-Any other tokenizer is left whole.
+With any other tokenizer, texts are not cut.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ LETTERS = frozenset(string.ascii_letters)
 
 
 def last_cut(text: str) -> int:
-    """Where the last cut of this kind can be made: the place of its space; 0 where there is none."""
+    """The position of the space of the last such cut; 0 if there is none."""
     place = text.rfind(" ", 0, len(text) - 1)
     while place > 0 and not (text[place - 1] in LETTERS and text[place + 1] in LETTERS):
         place = text.rfind(" ", 0, place)
@@ -49,9 +47,7 @@ def last_cut(text: str) -> int:
 
 
 def can_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether such a cut changes no id, for certain; of a tokenizer whose call does no more than its Rust
-    backend.
-    """
+    """Whether such a cut changes no id with this tokenizer, whose call does no more than its Rust backend."""
     backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     if tokenizer.split_special_tokens or getattr(backend.model, "dropout", None):
         return False
@@ -60,20 +56,18 @@ def can_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
     added = backend.get_added_tokens_decoder().values()
     if any(" " in token.content or token.lstrip or token.rstrip or token.single_word for token in added):
         return False
-    return _parts_words(backend.pre_tokenizer) or _keeps_words_apart(backend)
+    return _splits_words(backend.pre_tokenizer) or _keeps_words_apart(backend)
 
 
-def _parts_words(pre_tokenizer: Any) -> bool:
-    """Whether it parts the text as it stands into words by one of the expressions; ByteLevel's own is
-    GPT-2's.
-    """
+def _splits_words(pre_tokenizer: Any) -> bool:
+    """Whether it splits unchanged text into words by one of the expressions or by ByteLevel's (GPT-2's)."""
     state = _state(pre_tokenizer)
     steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
-    parted = False
+    is_split = False
     for step in steps:
         if step["type"] == "ByteLevel":
-            parted |= step.get("use_regex", True)
-            if not parted:  # spaces are letters to the expressions behind it
+            is_split |= step.get("use_regex", True)
+            if not is_split:  # the expressions of later steps take spaces for letters
                 return False
         elif (
             step["type"] == "Split"
@@ -81,10 +75,10 @@ def _parts_words(pre_tokenizer: Any) -> bool:
             and step["behavior"] == "Isolated"
             and not step["invert"]
         ):
-            parted = True
-        elif step["type"] != "Digits":  # parts at digits alone, each letter by itself
+            is_split = True
+        elif step["type"] != "Digits":  # splits only at digits
             return False
-    return parted
+    return is_split
 
 
 def _keeps_words_apart(backend: Tokenizer) -> bool:

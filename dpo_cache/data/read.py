@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,8 +26,8 @@ DESCRIPTIONS = (
 )
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
-# what reading a damaged stream raises
-STREAM_ERRORS = (pa.ArrowException, DatasetGenerationError, OSError, ValueError)
+# raised for damaged data
+READ_ERRORS = (pa.ArrowException, DatasetGenerationError, OSError, ValueError)
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -39,7 +40,7 @@ def read_dataset(
     streaming: bool = False,
     rename: Mapping[str, str] | None = None,
 ) -> dict[str, Rows]:
-    """The asked-for splits, cut to their first `limit` rows.
+    """The splits of these names, cut to their first `limit` rows.
 
     `location` is a file (.jsonl, .json, .csv, .parquet), a folder of such files, or a Hub id. Without
     `splits`: train, or the only one there is. `streaming` reads rows as they are needed, never all of them.
@@ -56,10 +57,11 @@ def take_rows(
     rename: Mapping[str, str] | None = None,
     place: str = "the rows",
 ) -> dict[str, Rows]:
-    """The same of rows that are loaded already.
+    """The same splits of rows that are loaded already.
 
     `rows` is a `Dataset` or `IterableDataset`, a list of dicts, a pandas or polars `DataFrame` or a pyarrow
-    `Table`, which make the split train, or a dict of such, as `DatasetDict` is, by split. Raises `DataError`.
+    `Table`, each of which is the split train, or a dict from split to one of these, such as a `DatasetDict`.
+    Raises `DataError`.
     """
     by_split = rows if isinstance(rows, Mapping) else {"train": rows}
     found = {str(name): _as_dataset(part, place) for name, part in by_split.items()}
@@ -67,32 +69,35 @@ def take_rows(
 
 
 def first_row(rows: Rows, place: str) -> dict[str, Any]:
-    """The first row. Raises `DataError` where there is none."""
-    try:
+    """The first row. Raises `DataError` if there is none."""
+    with reading(place):
         found = next(iter(rows), None)
-    except UnicodeDecodeError as error:
-        raise not_utf8(place, error) from error
-    except STREAM_ERRORS as error:
-        raise not_readable(place, error) from error
     if found is None:
         raise DataError(f"{place} has no rows.")
     return found
+
+
+@contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Raise `DataError` for errors that damaged data raises."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise not_utf8(place, error) from error
+    except READ_ERRORS as error:
+        raise DataError(
+            f"{place} is not readable ({first_line(error)}).\n"
+            "Repair the data and run again; the scores so far are kept."
+        ) from error
 
 
 def not_utf8(place: str, error: UnicodeDecodeError) -> DataError:
     return DataError(f"{place} is not UTF-8 text ({error.reason}).\nConvert it to UTF-8 and run again.")
 
 
-def not_readable(place: str, error: Exception) -> DataError:
-    return DataError(
-        f"{place} is not readable ({first_line(error)}).\n"
-        "Mend the data and run again; what is scored so far is kept."
-    )
-
-
 def dataset_name(location: str) -> str:
-    """A short name for a data set: its file, folder or repository, in letters that a pair set's name may
-    have.
+    """The data set's file, folder or repository, with characters that a pair set's name cannot have replaced
+    by hyphens.
     """
     path = Path(location.rstrip("/"))
     stem = path.stem if path.suffix in BUILDERS else path.name
@@ -106,11 +111,11 @@ def _as_dataset(rows: Any, place: str) -> Rows:
     if isinstance(rows, (Dataset, IterableDataset)):
         is_formatted = isinstance(rows, Dataset) and rows.format["type"] not in (None, "custom")
         return rows.with_format(None) if is_formatted else rows
-    package = type(rows).__module__.partition(".")[0]
+    kind = f"{type(rows).__module__.partition('.')[0]}.{type(rows).__name__}"
     try:
-        if package == "pandas" and type(rows).__name__ == "DataFrame":
+        if kind == "pandas.DataFrame":
             return Dataset.from_pandas(rows, preserve_index=False)
-        if package == "polars" and type(rows).__name__ == "DataFrame":
+        if kind == "polars.DataFrame":
             return Dataset.from_polars(rows)
         if isinstance(rows, pa.Table):
             return Dataset(rows)
@@ -119,7 +124,7 @@ def _as_dataset(rows: Any, place: str) -> Rows:
             return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise DataError(
-            f"{place}: they make no table ({first_line(error)}).\nGive each column values of one type."
+            f"{place}: the rows make no table ({first_line(error)}).\nGive each column values of one type."
         ) from error
     raise DataError(
         f"{place}: a {type(rows).__name__} is not read.\nGive a datasets.Dataset, DatasetDict or "
@@ -134,7 +139,7 @@ def _choose(
     limit: int | None,
     rename: Mapping[str, str] | None,
 ) -> dict[str, Rows]:
-    """The splits that are asked for, each cut to its first rows, with its columns renamed."""
+    """The splits of these names, each cut to its first rows, with its columns renamed."""
     names = list(splits) or _default_split(location, list(found))
     unknown = [name for name in names if name not in found]
     if unknown:
@@ -155,7 +160,7 @@ def _load(location: str, streaming: bool) -> Mapping[str, Rows]:
         hint = (
             "One JSON object a line, or a list of objects, is expected in JSON."
             if path.suffix.lower() in JSON
-            else "Mend the file and run again."
+            else "Repair the file and run again."
         )
         raise DataError(
             f"{location}: not readable ({first_line(error.__cause__ or error)}).\n{hint}"
@@ -199,7 +204,7 @@ def _load_folder(path: Path, streaming: bool) -> Mapping[str, Rows]:
     if len({BUILDERS[kind] for kind in kinds}) > 1:
         raise DataError(
             f"{path}: holds files of several kinds ({', '.join(sorted(kinds))}), of which only one would "
-            "be read.\nGive one file, or part them."
+            "be read.\nGive one file, or put them in folders of their own."
         )
     return load_dataset(str(path), streaming=streaming)
 

@@ -1,4 +1,4 @@
-"""What a split of the data holds, found before any model is loaded."""
+"""The survey of a split: its rows, lengths and findings, known before any model is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cache.data.truncate import Dropped, Outcome
-from dpo_cache.errors import shown_rows
+from dpo_cache.errors import DataError, shown_rows
 
 PERCENTILES = (0, 50, 90, 99, 100)
 ROWS_SHOWN = 3
@@ -18,7 +18,7 @@ ROWS_SHOWN = 3
 
 @dataclass
 class Finding:
-    """How many rows something was found in, and the first of them."""
+    """The number of rows with something worth a remark, and the first of them."""
 
     count: int = 0
     rows: list[int] = field(default_factory=list)
@@ -48,13 +48,13 @@ class Survey:
     data_format: str
     rows_read: int = 0
     pairs_kept: int = 0
-    dropped: dict[str, Finding] = field(default_factory=dict)  # by reason
+    data_tokens: int = 0  # prompt + answer of every completion kept, as an unpadded batch would run them
+    forest_tokens: int = 0  # the same with every prefix that completions of a window share counted once
     truncated: Finding = field(default_factory=Finding)
     moved_boundary: Finding = field(default_factory=Finding)
     duplicates: Finding = field(default_factory=Finding)  # the same pair as an earlier row
     contradictory: Finding = field(default_factory=Finding)  # an earlier row prefers the other answer
-    data_tokens: int = 0  # prompt + answer of every completion kept, as an unpadded batch would run them
-    forest_tokens: int = 0  # the same with every prefix that completions of a window share counted once
+    dropped: dict[str, Finding] = field(default_factory=dict)  # by reason
 
     def __post_init__(self) -> None:
         self._last_row = -1
@@ -91,29 +91,24 @@ class Survey:
         """For prompts, answers and both together: the lengths at `PERCENTILES`."""
         return {name: _percentiles(counts) for name, counts in self._lengths.items()}
 
+    def check_pairs(self) -> None:
+        """Raise `DataError` if no row makes a pair."""
+        if not self.pairs_kept:
+            reasons = ", ".join(
+                f"{reason} ({finding.count}; row {finding.shown_rows()})"
+                for reason, finding in self.dropped.items()
+            )
+            raise DataError(f"no row of {self.pair_set} makes a pair: {reasons}.")
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        findings = {
-            name: asdict(getattr(self, name))
-            for name in ("truncated", "moved_boundary", "duplicates", "contradictory")
-        }
-        plain = {
-            name: getattr(self, name)
-            for name in ("pair_set", "data_format", "rows_read", "pairs_kept", "data_tokens", "forest_tokens")
-        }
-        dropped = {reason: asdict(finding) for reason, finding in self.dropped.items()}
-        return {
-            **plain,
-            **findings,
-            "dropped": dropped,
-            "lengths": {"percentiles": list(PERCENTILES), **self.lengths()},
-        }
+        return asdict(self) | {"lengths": {"percentiles": list(PERCENTILES), **self.lengths()}}
 
 
 def rows_by_reason(problems: Sequence[tuple[int, str]]) -> str:
-    """A line for each reason, the most frequent first: how many rows it was found in, and the first of them.
+    """A line for each reason, the most frequent first: the number of its rows, and the first of them.
 
-    Takes a row number and a reason for each row that cannot be used.
+    `problems` holds a row number and a reason for each row that cannot be used.
     """
     rows: dict[str, list[int]] = {}
     for row, reason in problems:
@@ -125,7 +120,7 @@ def rows_by_reason(problems: Sequence[tuple[int, str]]) -> str:
 
 
 def _percentiles(counts: Counter[int]) -> list[int]:
-    """The smallest length that at least this share of the values does not exceed."""
+    """For each of `PERCENTILES`, the smallest length that this share of the values does not exceed."""
     if not counts:
         return []
     lengths = np.array(sorted(counts))

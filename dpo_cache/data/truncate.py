@@ -1,10 +1,10 @@
-"""Token ids of a row -> a pair within `max_length`, or the reason why it is dropped.
+"""Token ids of a row -> a pair within `max_length`, or the reason to drop the row.
 
 keep-start    each sequence keeps its first max_length tokens
 keep-end      each sequence keeps its last max_length tokens, so the two prompts may differ
-prompt-left   where a sequence is too long, the prompt keeps its last max_prompt_length tokens; where one
-              still is, both answers keep their first max_length - max_prompt_length tokens (the original DPO
-              repository's rule)
+prompt-left   if a sequence is too long, the prompt keeps its last max_prompt_length tokens; if a sequence
+              is still too long, both answers keep their first max_length - max_prompt_length tokens (the
+              original DPO repository's rule)
 drop          a row with a sequence that is too long is dropped
 """
 
@@ -30,7 +30,7 @@ NO_PROMPT = "no prompt tokens to predict the answers from"
 
 @dataclass(frozen=True)
 class Truncation:
-    """How long sequences are cut; lengths in tokens, the modes as in the module's docstring."""
+    """How sequences are cut: lengths in tokens, the modes as in the module's docstring."""
 
     max_length: int = 1024
     mode: str = "keep-start"
@@ -39,13 +39,13 @@ class Truncation:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that makes no pair, and why."""
+    """The result of a row that makes no pair."""
 
     reason: str
 
 
 class Outcome(NamedTuple):
-    """What became of one tokenized row."""
+    """The result of one tokenized row."""
 
     row: int
     pair: Pair | Dropped
@@ -65,10 +65,15 @@ def make_pairs(window: Dataset, truncation: Truncation) -> Iterator[Outcome]:
             yield Outcome(row, *make_pair(row, prompt, chosen, rejected, truncation), has_moved)
 
 
+def kept_pairs(window: Dataset, truncation: Truncation) -> list[Pair]:
+    """The pairs that these rows make, in order."""
+    return [outcome.pair for outcome in make_pairs(window, truncation) if isinstance(outcome.pair, Pair)]
+
+
 def make_pair(
     row: int, prompt: TokenIds, chosen: TokenIds, rejected: TokenIds, truncation: Truncation
 ) -> tuple[Pair | Dropped, bool]:
-    """The pair, or why there is none; and whether anything was cut off."""
+    """The pair, or the reason why there is none; and whether anything was cut off."""
     if np.array_equal(chosen, rejected):
         return Dropped(EQUAL), False
     if not len(prompt):
@@ -84,14 +89,11 @@ def make_pair(
         room = truncation.max_prompt_length or truncation.max_length // 2
         prompt = prompt[-room:]
         if len(prompt) + max(len(chosen), len(rejected)) > truncation.max_length:
-            chosen, rejected = (
-                chosen[: truncation.max_length - room],
-                rejected[: truncation.max_length - room],
-            )
-    sides = [_cut(prompt, answer, truncation) for answer in (chosen, rejected)]
-    if any(side is None for side in sides):
+            chosen, rejected = (answer[: truncation.max_length - room] for answer in (chosen, rejected))
+    one, other = (_cut(prompt, answer, truncation) for answer in (chosen, rejected))
+    if one is None or other is None:
         return Dropped(NO_ANSWER), is_long
-    pair = Pair(row, chosen=sides[0], rejected=sides[1])  # type: ignore[arg-type]
+    pair = Pair(row, chosen=one, rejected=other)
     if is_long and np.array_equal(pair.chosen.sequence_ids, pair.rejected.sequence_ids):
         return Dropped(EQUAL_AFTER_CUT), is_long
     return pair, is_long

@@ -1,14 +1,13 @@
-"""store -> a file that other tools read: one row a pair, its text beside its token ids and log-probs.
+"""store -> a file that other tools read: one row a pair, with its text, token ids and log-probs.
 
 Columns, in this order:
 
-    prompt, chosen, rejected      text, or messages with role and content; tools, chat_template_kwargs where
-                                  the rows have them. Only where the source still makes the same pairs; see
-                                  `text.py`
+    prompt, chosen, rejected      text, or messages with role and content; tools, chat_template_kwargs if the
+                                  rows have them. Only if the source still makes the same pairs; see
+                                  `source_text.py`
     row                           int64, row number in the source
     prompt_ids                    list<uint32>
-    rejected_prompt_ids           list<uint32>, prompt of rejected; only in sets where it may be another one
-                                  (keep-end)
+    rejected_prompt_ids           list<uint32>, prompt of rejected; only in sets made with keep-end
     chosen_ids, rejected_ids      list<uint32>
     ref_chosen_logps, ref_rejected_logps               float64, sums in nats
     ref_chosen_token_logps, ref_rejected_token_logps   list<float32>, with `token_logps`
@@ -52,9 +51,7 @@ class ExportReport:
     num_pairs: int = 0
     columns: list[str] = field(default_factory=list)
     has_text: bool = False
-    left_out: list[str] = field(
-        default_factory=list
-    )  # what the pair set holds, or was made of, and the output does not
+    left_out: list[str] = field(default_factory=list)  # facts about the pair set that the output lacks
     bytes_written: int = 0
     remarks: list[str] = field(default_factory=list)
 
@@ -73,11 +70,11 @@ def export_pairs(
     log: Log | None = None,
     **options: Any,
 ) -> ExportReport:
-    """Write a pair set to a Parquet or JSONL file or a folder of `datasets`, in the columns of the module's
+    """Write a pair set to a Parquet or JSONL file or a folder of `datasets`, with the columns of the module's
     docstring.
 
-    The output is streamed, so memory stays flat, and appears under its name when it is whole. `log` gets each
-    remark (default: the logger `dpo_cache`); the report lists them, too. Raises `DpoCacheError`.
+    The output is streamed, so memory stays flat, and appears under its name when it is complete. `log` gets
+    each remark (default: the logger `dpo_cache`); the report lists them, too. Raises `DpoCacheError`.
     """
     given = {"cache": cache, "pairs": pairs, **({} if output is None else {"output": output}), **options}
     chosen = make_options(ExportOptions, given, log)
@@ -94,7 +91,9 @@ def export_pairs(
     for loss in report.left_out:
         (log or log_remark)(f"left out: {loss}.")
     schema = _schema(chosen, pair_set, text)
-    rows = _rows(pair_set, text)
+    rows: Iterator[TextRow] = map(_id_row, pair_set)
+    if text is not None:
+        rows = ({**texts, **ids} for texts, ids in zip(text, rows, strict=True))
     with open_output(chosen.output, report.format, schema, overwrite=chosen.overwrite) as write:
         while batch := list(islice(rows, BATCH_PAIRS)):
             write(batch)
@@ -127,25 +126,13 @@ def _note_losses(options: ExportOptions, pair_set: PairSet, report: ExportReport
 def _schema(options: ExportOptions, pair_set: PairSet, text: SourceText | None) -> pa.Schema:
     fields = [*text.schema] if text else []
     fields += [pa.field("row", pa.int64()), pa.field("prompt_ids", TOKEN_IDS)]
-    if _may_have_own_prompts(pair_set):
+    if pair_set.manifest["tokenization"]["truncation"] == "keep-end":  # then prompts may differ
         fields.append(pa.field("rejected_prompt_ids", TOKEN_IDS))
     fields += [pa.field("chosen_ids", TOKEN_IDS), pa.field("rejected_ids", TOKEN_IDS)]
     fields += [pa.field("ref_chosen_logps", pa.float64()), pa.field("ref_rejected_logps", pa.float64())]
     if options.token_logps:
         fields += [pa.field("ref_chosen_token_logps", LOGPS), pa.field("ref_rejected_token_logps", LOGPS)]
     return pa.schema(fields)
-
-
-def _may_have_own_prompts(pair_set: PairSet) -> bool:
-    return pair_set.manifest["tokenization"]["truncation"] == "keep-end"
-
-
-def _rows(pair_set: PairSet, text: SourceText | None) -> Iterator[dict[str, Any]]:
-    if text is None:
-        yield from map(_id_row, pair_set)
-        return
-    for scored, words in zip(pair_set, text, strict=True):
-        yield {**words, **_id_row(scored)}
 
 
 def _id_row(scored: ScoredPair) -> TextRow:
@@ -164,8 +151,5 @@ def _id_row(scored: ScoredPair) -> TextRow:
 
 
 def _size(path: Path) -> int:
-    return (
-        sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        if path.is_dir()
-        else path.stat().st_size
-    )
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

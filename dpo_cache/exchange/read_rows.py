@@ -1,4 +1,4 @@
-"""Rows with reference log-probs made elsewhere -> pairs with scores, each value checked.
+"""Rows with reference log-probs of another program -> pairs with scores, each value checked.
 
     ref_chosen_logps, ref_rejected_logps               a number a row: sums over the answer's tokens, in nats
     ref_chosen_token_logps, ref_rejected_token_logps   a list a row, one number a token; the sums may then be
@@ -7,9 +7,8 @@
 next to text in any format that `precompute` reads, or next to token ids:
 
     prompt_ids, chosen_ids, rejected_ids               lists of whole numbers
-    rejected_prompt_ids                                where the prompt of rejected is another one
-    row                                                the pair's row number, where the rows have numbers of
-                                                       their own
+    rejected_prompt_ids                                where the prompt of rejected differs from chosen's
+    row                                                the pair's row number, if it is not the row's position
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cache import data
+from dpo_cache.data.messages import describe
 from dpo_cache.errors import DataError
 from dpo_cache.types import Completion, Pair, Score, TokenIds, split_lists
 
@@ -39,10 +39,9 @@ NO_TOKENS = np.empty(0, np.float32)
 
 
 class Entry(NamedTuple):
-    """What became of one row: a pair with its scores, or a row that makes none, or a problem that stops the
-    import.
+    """The result of one row: a pair with its scores, a dropped row, or a problem that stops the import.
 
-    `outcome.row` is the row's place in the data; the pair's own row number may be another one.
+    `outcome.row` is the row's position in the data; `outcome.pair.row` may be another number.
     """
 
     outcome: data.Outcome
@@ -52,11 +51,11 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class ImportedRows:
-    """One split of the data; iterating gives an entry a row, in order, read again each time."""
+    """One split of the data; each iteration reads it again and yields an entry for each row, in order."""
 
     rows: Dataset
     data_format: str
-    tokenizer: PreTrainedTokenizerBase | None  # None: the rows hold token ids
+    tokenizer: PreTrainedTokenizerBase | None  # always there, unless the format is ids
     truncation: data.Truncation
     place: str
 
@@ -71,22 +70,19 @@ class ImportedRows:
             columns = values[first : first + len(outcomes)]
             for place, outcome in enumerate(outcomes):
                 if isinstance(outcome, str):
-                    yield Entry(
-                        data.Outcome(first + place, data.Dropped(outcome), False, False), None, outcome
-                    )
+                    dropped = data.Outcome(first + place, data.Dropped(outcome), False, False)
+                    yield Entry(dropped, None, outcome)
                 else:
-                    yield _make_entry(
-                        outcome,
-                        {name: column[place] for name, column in columns.items()},
-                        self.has_token_logps,
-                    )
+                    row = {name: column[place] for name, column in columns.items()}
+                    yield _make_entry(outcome, row, self.has_token_logps)
 
     def _windows(self) -> Iterator[tuple[int, list[data.Outcome | str]]]:
-        """Number of the first row of each window, and what its rows make, or what is wrong with them."""
-        if self.tokenizer is None:
+        """Position of each window's first row, and each row's outcome or the problem with its token ids."""
+        if self.data_format == "ids":
             for first in range(0, len(self.rows), WINDOW_ROWS):
                 yield first, _pairs_of_ids(self.rows, first, self.truncation)
             return
+        assert self.tokenizer is not None
         tokenized = data.tokenized_windows(
             self.rows,
             self.data_format,
@@ -100,19 +96,16 @@ class ImportedRows:
 
 
 def check_columns(columns: Sequence[str], place: str) -> None:
-    """Raise `DataError` where the log-probs are not there."""
-    missing = [
-        name
-        for name, other in zip(SUMS, TOKEN_LOGPS, strict=True)
-        if name not in columns and other not in columns
-    ]
-    if not missing:
+    """Raise `DataError` unless both answers have sums, or both have log-probs of their tokens."""
+    missing = [name for name in SUMS if name not in columns]
+    if not missing or set(TOKEN_LOGPS) <= set(columns):
         return
     alike = [name for name in columns if "logp" in name.lower()]
+    example = next((name for name in alike if name not in (*SUMS, *TOKEN_LOGPS)), "COLUMN")
     raise DataError(
         f"{place} has no column {' or '.join(missing)}, but {', '.join(alike or columns)}.\n"
         "Name the columns that hold sums of log-probs with `map`, for example `map` "
-        f"{missing[0]}={alike[0] if alike else 'COLUMN'}."
+        f"{missing[0]}={example}."
     )
 
 
@@ -121,27 +114,30 @@ def _pairs_of_ids(rows: Dataset, first: int, truncation: data.Truncation) -> lis
     table: pa.Table = rows.select_columns(names).with_format("arrow")[first : first + WINDOW_ROWS]
     has_rows = "row" in names and pa.types.is_integer(table.schema.field("row").type)
     numbers = table.column("row").to_pylist() if has_rows else range(first, first + len(table))
-    lists = [_id_lists(table.column(name)) for name in names if name != "row"]
-    own = lists[3] if len(lists) > 3 else lists[0]
-    has_own = (
-        table.column("rejected_prompt_ids").is_valid().to_pylist() if len(lists) > 3 else [False] * len(table)
-    )
+    prompts, chosen, rejected = (_id_lists(table.column(name)) for name in ID_COLUMNS)
+    rejected_prompts = prompts
+    if "rejected_prompt_ids" in names:
+        column = table.column("rejected_prompt_ids")
+        own = zip(_id_lists(column), column.is_valid().to_pylist(), prompts, strict=True)
+        rejected_prompts = [ids if is_own else prompt for ids, is_own, prompt in own]
+    rows_of_ids = zip(numbers, prompts, chosen, rejected, rejected_prompts, strict=True)
     return [
-        _pair_of_ids(first + place, number, arrays, other if is_own else arrays[0], truncation)
-        for place, (number, arrays, other, is_own) in enumerate(
-            zip(numbers, zip(*lists[:3], strict=True), own, has_own, strict=True)
-        )
+        _pair_of_ids(place, number, arrays, truncation)
+        for place, (number, *arrays) in enumerate(rows_of_ids, first)
     ]
 
 
 def _pair_of_ids(
-    place: int, row: int, arrays: Sequence[TokenIds | None], own: TokenIds | None, truncation: data.Truncation
+    place: int, row: int, arrays: Sequence[TokenIds | None], truncation: data.Truncation
 ) -> data.Outcome | str:
-    """The outcome of the row at this place of the data, or what is wrong with its token ids."""
-    for name, ids in zip((*ID_COLUMNS, "rejected_prompt_ids"), (*arrays, own), strict=True):
+    """The outcome of the row at this position, or the problem with its token ids.
+
+    `arrays` are the ids of prompt, chosen, rejected and the prompt of rejected.
+    """
+    for name, ids in zip((*ID_COLUMNS, "rejected_prompt_ids"), arrays, strict=True):
         if ids is None:
             return f"`{name}` is not a list of token ids"
-    prompt, chosen, rejected = arrays
+    prompt, chosen, rejected, own = arrays
     assert prompt is not None and chosen is not None and rejected is not None and own is not None
     if np.array_equal(own, prompt):
         return data.Outcome(place, *data.make_pair(row, prompt, chosen, rejected, truncation), False)
@@ -154,11 +150,10 @@ def _pair_of_ids(
 
 
 def _id_lists(column: pa.ChunkedArray) -> list[TokenIds | None]:
-    """Token ids of each row; None for what is no list of whole numbers from 0 to 2^32 - 1."""
+    """Token ids of each row; None if it is no list of whole numbers from 0 to 2^32 - 1."""
     kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(
-        kind.value_type
-    ):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not pa.types.is_integer(kind.value_type):
         return [None] * len(column)
     if any(chunk.values.null_count for chunk in column.chunks):
         return [
@@ -179,51 +174,44 @@ def _make_entry(outcome: data.Outcome, values: dict[str, Any], has_token_logps: 
     pair = outcome.pair
     if not isinstance(pair, Pair):
         return Entry(outcome, None, None)
-    scores = []
-    for completion, sum_name, tokens_name in zip(
-        (pair.chosen, pair.rejected), SUMS, TOKEN_LOGPS, strict=True
-    ):
-        score = (
-            _token_score(completion, values, sum_name, tokens_name)
-            if has_token_logps
-            else _sum_score(values[sum_name], sum_name)
-        )
-        if isinstance(score, str):
-            return Entry(outcome, None, score)
-        scores.append(score)
-    return Entry(outcome, (scores[0], scores[1]), None)
+    chosen, rejected = (
+        _token_score(side, values, sum_name, name)
+        if has_token_logps
+        else _sum_score(values[sum_name], sum_name)
+        for side, sum_name, name in zip((pair.chosen, pair.rejected), SUMS, TOKEN_LOGPS, strict=True)
+    )
+    if isinstance(chosen, str):
+        return Entry(outcome, None, chosen)
+    if isinstance(rejected, str):
+        return Entry(outcome, None, rejected)
+    return Entry(outcome, (chosen, rejected), None)
 
 
 def _sum_score(value: Any, name: str) -> Score | str:
-    problem = _problem_of(value, name)
-    return problem or Score(NO_TOKENS, float(value))
+    return _problem_of(value, name) or Score(NO_TOKENS, float(value))
 
 
 def _token_score(completion: Completion, values: dict[str, Any], sum_name: str, name: str) -> Score | str:
-    """The score of a list of log-probs; the row's sum, if there is one, must be theirs."""
+    """The score of a list of log-probs. If the row has a sum, it must be the sum of the list."""
     tokens = values[name]
     if not isinstance(tokens, list):
-        return (
-            f"`{name}` is {'missing' if tokens is None else f'a {type(tokens).__name__}'}, expected a "
-            "list of numbers"
-        )
+        return f"`{name}` is {describe(tokens)}, expected a list of numbers"
     if len(tokens) != completion.num_tokens:
         return f"`{name}` has another number of values than the answer has tokens"
-    problem = next((found for value in tokens if (found := _problem_of(value, name))), None)
-    if problem:
+    if problem := next(filter(None, (_problem_of(value, name) for value in tokens)), None):
         return problem
     score = Score(np.array(tokens, np.float32))
     if sum_name in values:
-        given = values[sum_name]
-        if found := _problem_of(given, sum_name):
-            return found
+        if problem := _problem_of(values[sum_name], sum_name):
+            return problem
         absolute, relative = SUM_TOLERANCE
-        if abs(given - score.logps) > absolute + relative * abs(score.logps):
+        if abs(values[sum_name] - score.logps) > absolute + relative * abs(score.logps):
             return f"`{sum_name}` is not the sum of `{name}`"
     return score
 
 
 def _problem_of(value: Any, name: str) -> str | None:
+    """The reason why this value is no log-prob, in words that complete 'row 7: ...'."""
     if value is None:
         return f"`{name}` is missing"
     if isinstance(value, list):
@@ -232,7 +220,7 @@ def _problem_of(value: Any, name: str) -> str | None:
             f"`{name.replace('_logps', '_token_logps')}`)"
         )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return f"`{name}` is a {type(value).__name__}, expected a number"
+        return f"`{name}` is {describe(value)}, expected a number"
     if not np.isfinite(value):
         return f"`{name}` is NaN or infinite"
     return f"`{name}` is above 0, which no log-prob is" if value > ROUNDING else None

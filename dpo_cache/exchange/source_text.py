@@ -1,7 +1,7 @@
-"""The text of a pair set, read again from the data it was made of.
+"""The text of a pair set, read again from its source.
 
-Token ids decoded are not the text they came from, so the source is read and tokenized once more (`datasets`
-keeps what was tokenized before), and its text is used only if it makes the very pairs that the set holds.
+Decoding token ids does not give back the text that they came from. So the source is read and tokenized once
+more (`datasets` keeps the tokens of earlier runs), and its text is used only if it makes the same pairs.
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ from dpo_cache.store.format.pair_tables import PairsDigest
 from dpo_cache.types import Pair
 
 WINDOW_ROWS = 4096
-OPTIONAL = ("tools", "chat_template_kwargs")  # what a row hands to the chat template
+OPTIONAL = ("tools", "chat_template_kwargs")  # arguments of the chat template
 
 TextRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class SourceText:
-    """Where the text of a pair set is: iterating gives `prompt`, `chosen`, `rejected` of each pair, in
-    order.
-    """
+    """The source of a pair set; iterating gives `prompt`, `chosen`, `rejected` of each pair, in order."""
 
     rows: Dataset
     tokenized: list[Dataset]
@@ -56,21 +54,16 @@ class SourceText:
                     yield _text_row(row, example, example.pairs[place])
 
     def pairs_digest(self) -> str:
-        """The digest of the pairs that the source makes today."""
+        """The digest of the pairs that the source makes now."""
         digest = PairsDigest()
         for window in self.tokenized:
-            for outcome in data.make_pairs(window, self.truncation):
-                if isinstance(outcome.pair, Pair):
-                    digest.add(
-                        outcome.row,
-                        completion_key(outcome.pair.chosen),
-                        completion_key(outcome.pair.rejected),
-                    )
+            for pair in data.kept_pairs(window, self.truncation):
+                digest.add(pair.row, completion_key(pair.chosen), completion_key(pair.rejected))
         return digest.hexdigest()
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """One Arrow type for each column of all rows. Raises `DataError` where there is none."""
+        """The Arrow type of each column, common to all rows. Raises `DataError` if there is none."""
         rows, merged = iter(self), pa.schema([])
         try:
             while batch := list(islice(rows, WINDOW_ROWS)):
@@ -83,8 +76,8 @@ class SourceText:
 
 
 def find_source_text(manifest: Document, *, dataset: str | None, tokenizer: str | None) -> SourceText | str:
-    """The text of the pair set with this manifest, or why it is not to be had, in words that complete 'no
-    text: ...'.
+    """The text of the pair set with this manifest, or the reason why there is none, in words that complete
+    'no text: ...'.
     """
     source, made_with = manifest["source"], manifest["tokenization"]
     if source["format"] == "ids":
@@ -93,22 +86,21 @@ def find_source_text(manifest: Document, *, dataset: str | None, tokenizer: str 
         return "the rows of the pair set were given in memory"
     try:
         found = _read_source(manifest, dataset or source["dataset"], tokenizer or made_with["tokenizer"])
-        if isinstance(found, str):
-            return found
         if found.pairs_digest() != manifest["pairs_digest"]:
             return f"{dataset or source['dataset']} no longer makes the pairs of this set"
-        found.schema  # noqa: B018  (raises where there is none)
+        found.schema  # noqa: B018  (raises if there is none)
     except (DataError, ModelError, OptionError) as error:
         return first_line(error).rstrip(".:")
     return found
 
 
-def _read_source(manifest: Document, dataset: str, tokenizer_location: str) -> SourceText | str:
+def _read_source(manifest: Document, dataset: str, tokenizer_location: str) -> SourceText:
+    """The source opened and tokenized again. Raises `ModelError` if the tokenizer is another one."""
     source, made_with = manifest["source"], manifest["tokenization"]
     tokenizer = data.load_tokenizer(tokenizer_location)
     tokenizer.chat_template = made_with["chat_template"]
     if data.tokenizer_digest(tokenizer) != made_with["tokenizer_sha256"]:
-        return f"the tokenizer in {tokenizer_location} is not the one that made the token ids"
+        raise ModelError(f"the tokenizer in {tokenizer_location} is not the one that made the token ids")
     rename = dict(entry.split("=", 1) for entry in source.get("map", ()))
     rows = data.read_dataset(dataset, (manifest["split"],), source["rows_read"] or None, rename=rename)[
         manifest["split"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dpo_cache import data
@@ -24,12 +24,12 @@ from dpo_cache.store.cache import check_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IN_MEMORY = "in memory"  # where a manifest names a path or a Hub id
+IN_MEMORY = "in memory"  # in a manifest, in place of a path or a Hub id
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The options, with a name in place of each object that is loaded already, and these objects."""
+    """The options, with a name in place of each object that is loaded already, and the objects."""
 
     options: PrecomputeOptions
     rows: Any = None  # see `data.take_rows`
@@ -40,7 +40,7 @@ class Inputs:
 def take_inputs(model: Any, dataset: Any, cache: Any, tokenizer: Any, options: dict[str, Any]) -> Inputs:
     """Tell paths from loaded objects, and check the options. Raises `OptionError`."""
     loaded_model, loaded_tokenizer, rows = (
-        None if value is None or _is_path(value) else value for value in (model, tokenizer, dataset)
+        None if isinstance(value, (str, os.PathLike)) else value for value in (model, tokenizer, dataset)
     )
     if rows is not None and not options.get("name"):
         raise OptionError(
@@ -48,8 +48,9 @@ def take_inputs(model: Any, dataset: Any, cache: Any, tokenizer: Any, options: d
         )
     if loaded_model is not None:
         _check_loaded_model(loaded_model, tokenizer, options)
+        model = loaded_model.name_or_path or f"{type(loaded_model).__name__} {IN_MEMORY}"
     checked = PrecomputeOptions(
-        model=_name_of(loaded_model) if loaded_model is not None else model,
+        model=model,
         dataset=f"{type(rows).__name__} {IN_MEMORY}" if rows is not None else dataset,
         cache=cache,
         tokenizer=None if loaded_tokenizer is not None else tokenizer,
@@ -71,7 +72,7 @@ def read_config(inputs: Inputs) -> PreTrainedConfig:
 
 
 def read_splits(inputs: Inputs, name: str, log: Log) -> list[SplitPlan]:
-    """Every split opened and its format known; nothing is tokenized yet. Raises `DataError`."""
+    """Open every split and find its format; nothing is tokenized yet. Raises `DataError`."""
     options, rename = inputs.options, renamed_columns(inputs.options.map)
     tables = (
         data.read_dataset(
@@ -84,7 +85,7 @@ def read_splits(inputs: Inputs, name: str, log: Log) -> list[SplitPlan]:
 
 
 def read_tokenizer(inputs: Inputs) -> tuple[PreTrainedTokenizerBase, str]:
-    """The tokenizer with its chat template, and the folder or Hub id that it is from. Raises `ModelError`."""
+    """The tokenizer with its chat template, and its folder or Hub id. Raises `ModelError`."""
     options = inputs.options
     if inputs.tokenizer is not None:
         tokenizer = inputs.tokenizer
@@ -104,11 +105,6 @@ def read_tokenizer(inputs: Inputs) -> tuple[PreTrainedTokenizerBase, str]:
         trust_remote_code=options.trust_remote_code,
     )
     return tokenizer, location
-
-
-def is_streamed(options: PrecomputeOptions, splits: list[SplitPlan]) -> bool:
-    """Whether rows are read as they are scored, not all before the first score."""
-    return options.streaming or any(isinstance(split.rows, IterableDataset) for split in splits)
 
 
 def tokenize_split(
@@ -131,11 +127,10 @@ def _open_split(options: PrecomputeOptions, name: str, split: str, rows: data.Ro
     place = f"{options.dataset}: split {split}"
     first = data.first_row(rows, place)
     columns = list(rows.column_names or first)
-    is_named = options.format != "auto"
     data_format = (
-        data.check_format(options.format, columns, place)
-        if is_named
-        else data.detect_format(columns, first, place)
+        data.detect_format(columns, first, place)
+        if options.format == "auto"
+        else data.check_format(options.format, columns, place)
     )
     if unused := data.unused_columns(data_format, columns, first):
         log(f"{place}: the columns {', '.join(unused)} are not used by the format {data_format}.")
@@ -145,7 +140,7 @@ def _open_split(options: PrecomputeOptions, name: str, split: str, rows: data.Ro
 
 
 def _check_loaded_model(model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
-    """Raise `OptionError` for a model that cannot be run, and for options that only apply to loading one."""
+    """Raise `OptionError` for a model that cannot be run, and for options that apply only to loading one."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -168,11 +163,3 @@ def _check_loaded_model(model: Any, tokenizer: Any, options: dict[str, Any]) -> 
             f"quantize {options['quantize']}: the model is loaded already.\n"
             "Give its path or Hub id, or leave it out."
         )
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, (str, os.PathLike))
-
-
-def _name_of(model: PreTrainedModel) -> str:
-    return model.name_or_path or f"{type(model).__name__} {IN_MEMORY}"

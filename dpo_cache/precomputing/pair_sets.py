@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from datetime import datetime, timezone
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +12,7 @@ from dpo_cache import data
 from dpo_cache.log import Log
 from dpo_cache.precomputing.inputs import Inputs
 from dpo_cache.precomputing.reference import Reference, Target
-from dpo_cache.precomputing.windows import SplitPlan, pairs_of
+from dpo_cache.precomputing.windows import SplitPlan
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document
@@ -23,12 +22,12 @@ from dpo_cache.types import ScoredPair
 def publish_pair_set(
     split: SplitPlan, target: Target, truncation: data.Truncation, details: Document, log: Log
 ) -> int:
-    """Publish the split's pairs with their scores, unless the very same pair set is in the cache.
+    """Publish the split's pairs with their scores, unless the cache has this pair set already.
 
     `details` are the manifest's, see `describe_split`. Returns the bytes written.
     """
     cache, reference = target.cache, target.reference
-    # the entry may be gone: `verify --repair` moves damaged ones aside
+    # the entry may be missing: `verify --repair` moves damaged ones aside
     cache.publish_reference(reference.identity, reference.provenance)
     pair_set = split.survey.pair_set
     if cache.holds_pairs(pair_set):
@@ -42,12 +41,10 @@ def publish_pair_set(
         )
     writer = cache.write_pairs(details["name"], details["split"])
     for window in split.windows:
-        pairs = pairs_of(window, truncation)
+        pairs = data.kept_pairs(window.rows, truncation)
         scores = target.scores.fetch(np.concatenate([window.chosen_keys, window.rejected_keys]))
-        both = zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)
-        writer.add(
-            [ScoredPair(pair, chosen, rejected) for pair, (chosen, rejected) in zip(pairs, both, strict=True)]
-        )
+        chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
+        writer.add([ScoredPair(*entry) for entry in zip(pairs, chosen, rejected, strict=True)])
     writer.finish(details)
     return writer.bytes_written
 
@@ -55,9 +52,10 @@ def publish_pair_set(
 def describe_split(
     inputs: Inputs, split: SplitPlan, name: str, reference: Reference, tokenization: Document
 ) -> Document:
-    """The manifest's details: what the pairs were made of, and how."""
+    """The manifest's details: the source of the pairs, and how it became pairs."""
     options, survey = inputs.options, split.survey
-    source: dict[str, Any] = {
+    in_memory = {} if inputs.rows is None else {"rows_of": "memory"}  # then `dataset` is no path
+    source = {
         "dataset": absolute(options.dataset) if inputs.rows is None else options.dataset,
         "format": survey.data_format,
         "map": list(options.map),
@@ -65,9 +63,8 @@ def describe_split(
         "rows_read": survey.rows_read,
         "rows_dropped": {reason: finding.count for reason, finding in survey.dropped.items()},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **in_memory,
     }
-    if inputs.rows is not None:
-        source["rows_of"] = "memory"  # `dataset` is no path
     return {
         "name": name,
         "split": split.name,
@@ -79,7 +76,7 @@ def describe_split(
 
 
 def describe_tokenization(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, location: str) -> Document:
-    """The manifest's account of how text became ids, and ids were cut."""
+    """The manifest's account of the tokenizer and the truncation."""
     options = inputs.options
     return {
         "tokenizer": absolute(location),

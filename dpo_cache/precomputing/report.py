@@ -1,15 +1,16 @@
-"""The result of `precompute`, counted while it runs."""
+"""The report of `precompute`, counted while it runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cache import data
 from dpo_cache.lm.progress import ScoringProgress, ScoringStep, extrapolate
-from dpo_cache.precomputing.units import OnStep, Unit
+from dpo_cache.precomputing.reference import Target
+from dpo_cache.precomputing.units import OnStep, Scored, Unit
 from dpo_cache.precomputing.windows import Totals
 
 OnProgress = Callable[[ScoringProgress], None]
@@ -33,7 +34,7 @@ class PrecomputeReport:
     distinct_completions: int = 0
     already_cached: int = 0
     scored_now: int = 0
-    missing_tokens: int = 0  # of the forest of what the cache lacked
+    missing_tokens: int = 0  # of the forest of the completions that the cache lacked
     data_tokens: int = 0  # prompt + answer of every completion kept, as an unpadded batch would run them
     model_tokens: int = 0  # actually run
     elapsed_s: float = 0.0
@@ -43,8 +44,7 @@ class PrecomputeReport:
     loaded_bytes: int = 0  # peak when the model had just been loaded
     bytes_written: int = 0
     surveys: list[dict[str, Any]] = field(default_factory=list)
-    start_from: str | None = None  # model to train from, where the reference's entry names one that is gone
-
+    start_from: str | None = None  # model to train from, if the one in the reference's entry no longer exists
     remarks: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -54,7 +54,7 @@ class PrecomputeReport:
         )
 
     def add(self, survey: data.Survey) -> None:
-        """Add what one split holds."""
+        """Add the counts of one split."""
         self.rows_read += survey.rows_read
         self.pairs_kept += survey.pairs_kept
         for reason, finding in survey.dropped.items():
@@ -65,31 +65,26 @@ class PrecomputeReport:
         self.data_tokens += survey.data_tokens
         self.surveys.append(survey.as_dict())
 
-    def add_totals(self, totals: Totals) -> None:
-        """Add what was planned over all splits."""
-        self.distinct_completions, self.already_cached = totals.distinct_completions, totals.already_cached
-        self.missing_tokens = totals.missing_tokens
-
 
 class Meter:
-    """Counts the scoring of unit after unit in the report, and reports the progress of the run."""
+    """Publishes scores and counts them in the report, and reports the progress of the run."""
 
-    def __init__(self, report: PrecomputeReport, totals: Totals, on_progress: OnProgress):
-        self._report, self._totals, self._on_progress = report, totals, on_progress
-        self._run_tokens = self._planned_tokens = 0  # of the units that are finished
+    def __init__(self, report: PrecomputeReport, target: Target, totals: Totals, on_progress: OnProgress):
+        self._report, self._target, self._totals = report, target, totals
+        self._on_progress = on_progress
+        self._planned_tokens = 0  # of the units up to the present one
 
     def watch(self, unit: Unit, pair_set: str) -> OnStep:
-        """What `score_unit` is to call after each step of this unit, whose scoring starts now."""
+        """The callback of `score_unit` for the next unit; the clock of its scoring starts now."""
         report, totals = self._report, self._totals
-        started, scored_before = time.perf_counter(), report.scoring_s
+        started, scored_before, run_before = time.perf_counter(), report.scoring_s, report.model_tokens
+        self._planned_tokens += unit.planned_tokens
 
         def on_step(step: ScoringStep, num_waiting: int) -> None:
             report.model_tokens += step.num_tokens
             report.scoring_s = scored_before + time.perf_counter() - started
             total_tokens = extrapolate(
-                self._run_tokens + step.total_tokens,
-                self._planned_tokens + unit.planned_tokens,
-                totals.missing_tokens,
+                run_before + step.total_tokens, self._planned_tokens, totals.missing_tokens
             )
             num_scored = report.scored_now + num_waiting
             self._on_progress(
@@ -105,12 +100,9 @@ class Meter:
 
         return on_step
 
-    def keep(self, num_scores: int, num_bytes: int) -> None:
-        """Count scores that were published."""
-        self._report.scored_now += num_scores
-        self._report.bytes_written += num_bytes
-
-    def finish(self, unit: Unit) -> None:
-        """Note that a unit is scored: what it ran is known, what later ones will run is expected."""
-        self._run_tokens = self._report.model_tokens
-        self._planned_tokens += unit.planned_tokens
+    def publish(self, scored: Sequence[Scored]) -> None:
+        """Store scores durably, after the entry of their reference."""
+        cache, reference = self._target.cache, self._target.reference
+        cache.publish_reference(reference.identity, reference.provenance)
+        self._report.bytes_written += self._target.scores.publish(scored)
+        self._report.scored_now += len(scored)

@@ -1,4 +1,4 @@
-"""store -> lm: score stored completions again, to show that the cache is of the model that it names."""
+"""store -> lm: score stored completions again, to check that the cache holds the log-probs of a model."""
 
 from __future__ import annotations
 
@@ -50,11 +50,10 @@ def rescore(
     seed: int | None = None,
     log: Log | None = None,
 ) -> list[RescoreReport]:
-    """Score random completions of the pair sets with the live model, one report for each reference that it
-    is.
+    """Score random completions of the pair sets with the live model: a report for each matching reference.
 
-    A model may be several references, one for each dtype and quantization. Raises `ModelError`, with the
-    fields that differ, if it is none, and for a log-prob that is NaN or infinite.
+    A model may be several references, one for each dtype and quantization. Raises `ModelError` with the
+    fields that differ if it is none of them, and for a log-prob that is NaN or infinite.
     """
     location, opened, log = os.fspath(model), open_cache(cache), log or log_remark
     config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
@@ -94,13 +93,12 @@ def _score(runner: Runner, drawn: list[_Drawn]) -> list[Score]:
 
 
 def _pair_sets_by_reference(cache: Cache) -> dict[str, list[PairSet]]:
-    """Token ids are only in pair sets: score shards hold keys and log-probs."""
+    """Pair sets that are not empty. Only they hold token ids: score shards hold keys and log-probs."""
     by_reference: dict[str, list[PairSet]] = {}
     for name in cache.pair_sets():
         pairs = cache.pairs(name)
-        if not len(pairs):
-            continue
-        by_reference.setdefault(pairs.reference_id, []).append(pairs)
+        if len(pairs):
+            by_reference.setdefault(pairs.reference_id, []).append(pairs)
     if not by_reference:
         raise NotInCacheError(
             f"{cache}: no pair set, and only pair sets hold the token ids to score again.\n"
@@ -112,7 +110,7 @@ def _pair_sets_by_reference(cache: Cache) -> dict[str, list[PairSet]]:
 def _matching(
     cache: Cache, reference_ids: list[str], location: str, config: PreTrainedConfig, revision: str | None
 ) -> list[str]:
-    """The references that the model is. Raises `ModelError`, with what differs from each, if it is none."""
+    """The references that the model matches. Raises `ModelError` with all differences if it matches none."""
     lines, matching = [], []
     is_saved_quantized = getattr(config, "quantization_config", None) is not None
     for reference_id in reference_ids:
@@ -143,7 +141,7 @@ def _matching(
 
 
 def _draw(pair_sets: list[PairSet], num_completions: int, generator: np.random.Generator) -> list[_Drawn]:
-    """Distinct random completions with their stored scores: so many, or all there are."""
+    """Distinct random completions with their stored scores: `num_completions`, or all if there are fewer."""
     blocks = [(pairs, block) for pairs in pair_sets for block in range(len(pairs.block_sizes))]
     ends = np.cumsum([2 * pairs.block_sizes[block] for pairs, block in blocks])
     drawn: dict[bytes, _Drawn] = {}

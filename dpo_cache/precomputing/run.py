@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache as call_once
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from dpo_cache import data
 from dpo_cache.lm.device import peak_bytes
@@ -23,7 +25,6 @@ from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.planning.disk import check_disk
 from dpo_cache.precomputing.inputs import (
     Inputs,
-    is_streamed,
     read_config,
     read_splits,
     read_tokenizer,
@@ -44,7 +45,7 @@ from dpo_cache.precomputing.reference import (
     open_target,
 )
 from dpo_cache.precomputing.report import Meter, OnProgress, PrecomputeReport
-from dpo_cache.precomputing.units import Scored, Unit, cut_units, publish, score_unit
+from dpo_cache.precomputing.units import cut_units, score_unit
 from dpo_cache.precomputing.windows import Planner, SplitPlan, Window
 from dpo_cache.progress import bars_hidden, show_scoring, shows_progress
 from dpo_cache.store import open_cache
@@ -53,7 +54,6 @@ from dpo_cache.store.cache import check_name
 if TYPE_CHECKING:
     import pandas as pd
     import polars as pl
-    from datasets import Dataset, DatasetDict, IterableDataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dpo_cache.lm.runner import Runner
@@ -83,22 +83,22 @@ def precompute(
     log: Log | None = None,
     **options: Any,
 ) -> PrecomputeReport:
-    """Score what the cache lacks of the data set's completions and publish its pair sets.
+    """Score the data set's completions that the cache lacks and publish its pair sets.
 
     Only completions that no earlier run scored under the same reference are run through the model, and the
-    model is loaded only if there are any.
-    Scores are published as they come, at the latest every 20 seconds. Interrupted runs resume: make the same
-    call again. The global random state is left alone.
+    model is loaded only if there are any. Scores are published at least every 20 seconds. Interrupted runs
+    resume: make the same call again. The global random state is not changed.
 
-    `dataset` may be rows that are loaded already; then `name=` is needed, and the split is train, or those of
-    a `DatasetDict`. `model` may be a loaded model; then `tokenizer` is needed, too. If its weights and config
-    are those of the checkpoint it was loaded from, it is the same reference as that checkpoint; otherwise it
-    is a reference of its own, and a remark says so. It is scored in eval mode, and is as before when done.
+    `dataset` may be rows that are loaded already; then `name=` is needed, and the split is train, or the
+    splits are those of a `DatasetDict`. `model` may be a loaded model; then `tokenizer` is needed, too. If
+    its weights and config equal those of the checkpoint it was loaded from, it is the same reference as that
+    checkpoint; otherwise it is a reference of its own, and a remark reports it. It is scored in eval mode,
+    and has its former mode afterwards.
 
     With `dry_run` the data is surveyed and nothing else happens: no model is loaded, nothing is written.
 
-    `progress=True` shows on stderr what the command line shows. `on_survey` gets what each split holds before
-    the model is loaded (of a stream: when it has ended), `on_progress` is called after every chunk, and `log`
+    `progress=True` shows on stderr what the command line shows. `on_survey` gets the survey of each split
+    before the model is loaded (of a stream: at its end), `on_progress` is called after every chunk, and `log`
     gets each remark (default: the logger `dpo_cache`); the report lists them, too. Raises `DpoCacheError`;
     nothing that was published before is lost.
     """
@@ -139,36 +139,27 @@ def _run(
         report.add(split.survey)
         on_survey(split.survey)
 
-    streams = is_streamed(options, splits)
+    streams = options.streaming or any(isinstance(split.rows, IterableDataset) for split in splits)
     if options.dry_run or not streams:  # all rows are tokenized, checked and planned before the first score
         for split in splits:
             list(plan(split))
         check_disk(cache, report.data_tokens)
     if not options.dry_run:
-        meter = Meter(report, planner.totals, on_progress)
+        meter = Meter(report, target, planner.totals, on_progress)
         tokenization = describe_tokenization(inputs, tokenizer, tokenizer_location)
         with _opened_if_needed(inputs, reference, report, log) as open_runner:
             for split in splits:
-                units = cut_units(plan(split) if streams else split.windows, truncation)
-                _score(units, open_runner, target, meter, split.survey.pair_set)
+                for unit in cut_units(plan(split) if streams else split.windows, truncation):
+                    runner = open_runner()
+                    score_unit(unit, runner, meter.publish, meter.watch(unit, split.survey.pair_set))
                 details = describe_split(inputs, split, name, reference, tokenization)
                 report.bytes_written += publish_pair_set(split, target, truncation, details, log)
         report.start_from = _start_from(target)
-    report.add_totals(planner.totals)
+    report.distinct_completions = planner.totals.distinct_completions
+    report.already_cached = planner.totals.already_cached
+    report.missing_tokens = planner.totals.missing_tokens
     report.peak_bytes = peak_bytes(reference.device)
     return report
-
-
-def _score(
-    units: Iterable[Unit], open_runner: Callable[[], Runner], target: Target, meter: Meter, pair_set: str
-) -> None:
-    def keep(scored: Sequence[Scored]) -> None:
-        meter.keep(len(scored), publish(scored, target))
-
-    for unit in units:
-        runner = open_runner()
-        score_unit(unit, runner, keep, meter.watch(unit, pair_set))
-        meter.finish(unit)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Windows -> units of work -> scores in the cache: plain functions, each over one unit.
 
-A unit holds all that scoring needs to know, so that any process with the same model can score it.
+A unit is self-contained: any process with the same model can score it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from dpo_cache import data
 from dpo_cache.lm.progress import ScoringStep
-from dpo_cache.precomputing.reference import Target
-from dpo_cache.precomputing.windows import Window, pairs_of
+from dpo_cache.precomputing.windows import Window
 from dpo_cache.store.format.keys import key_bytes
 from dpo_cache.types import Completion, Score
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from dpo_cache.lm.runner import Runner  # imports the code that runs models
 
 FLUSH_S = 20.0  # seconds of scoring that a crash can cost
-ROWS_NAMED = 3  # of those that hold a completion
+ROWS_NAMED = 3  # in an error about a completion
 
 Scored = tuple[bytes, Score]  # key, score
 OnStep = Callable[[ScoringStep, int], None]  # a step, and how many scores are not published yet
@@ -29,11 +28,11 @@ OnStep = Callable[[ScoringStep, int], None]  # a step, and how many scores are n
 
 @dataclass(frozen=True)
 class Unit:
-    """Distinct completions that are scored together, as one forest: entry by entry key, completion, rows."""
+    """Distinct completions that are scored together, as one forest; the lists are parallel."""
 
     keys: list[bytes]
     completions: list[Completion]
-    rows: list[list[int]]  # the first rows of the data set that hold the completion
+    rows: list[list[int]]  # the first rows of the data set with the completion
     planned_tokens: int  # of the forest
 
     def __len__(self) -> int:
@@ -49,7 +48,7 @@ def cut_units(windows: Iterable[Window], truncation: data.Truncation) -> Iterato
         completions: dict[bytes, Completion] = {}
         rows: dict[bytes, list[int]] = {key: [] for key in missing}
         sides = zip(key_bytes(window.chosen_keys), key_bytes(window.rejected_keys), strict=True)
-        for pair, keys in zip(pairs_of(window, truncation), sides, strict=True):
+        for pair, keys in zip(data.kept_pairs(window.rows, truncation), sides, strict=True):
             for key, completion in zip(keys, (pair.chosen, pair.rejected), strict=True):
                 if key in missing:
                     completions.setdefault(key, completion)
@@ -68,8 +67,8 @@ def score_unit(
 ) -> None:
     """Score the unit's completions and hand their scores to `publish`, at the latest every 20 seconds.
 
-    Whatever ends the scoring, Ctrl-C, SIGTERM or an error, also in the middle of `publish`, each score
-    that was computed is published.
+    If Ctrl-C, SIGTERM or an error ends the scoring, even in the middle of `publish`, every score that was
+    computed is still published.
     """
     waiting: list[Scored] = []
 
@@ -90,9 +89,3 @@ def score_unit(
     except BaseException:
         flush()
         raise
-
-
-def publish(scored: Sequence[Scored], target: Target) -> int:
-    """Store scores durably, after the entry of their reference. Returns the bytes written."""
-    target.cache.publish_reference(target.reference.identity, target.reference.provenance)
-    return target.scores.publish(scored)

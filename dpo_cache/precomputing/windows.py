@@ -10,24 +10,24 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from dpo_cache import data
-from dpo_cache.errors import DataError, ModelError
+from dpo_cache.errors import ModelError
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.store import ScoreIndex, completion_key
 from dpo_cache.store.format.keys import key_array, key_bytes
 from dpo_cache.store.format.pair_tables import PairsDigest
 from dpo_cache.store.key_table import KeyTable, keys_of_pairs
-from dpo_cache.types import Pair
+from dpo_cache.types import Completion, Pair
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some tokenized rows of a split, and the keys (dtype S16) of the pairs they make, in order."""
+    """Some tokenized rows of a split, and the keys (dtype S16) of their pairs, in order."""
 
     rows: Dataset
     chosen_keys: np.ndarray
     rejected_keys: np.ndarray
     missing_keys: np.ndarray  # distinct; neither in the cache nor in an earlier window
-    missing_tokens: int  # of the forest that they make
+    missing_tokens: int  # of their forest
 
 
 @dataclass
@@ -42,16 +42,14 @@ class Totals:
 
 @dataclass
 class SplitPlan:
-    """A split that becomes a pair set: its rows, and the survey and windows of those planned so far."""
+    """A split that becomes a pair set: its rows, and the survey and windows of the rows planned so far."""
 
     name: str
     rows: data.Rows
     survey: data.Survey
     windows: list[Window] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.digest = PairsDigest()
-        self.pairs_seen = KeyTable()  # the numbers of both completions -> how many pairs came before
+    digest: PairsDigest = field(default_factory=PairsDigest)
+    pairs_seen: KeyTable = field(default_factory=KeyTable)  # numbers of both completions -> pairs before
 
 
 class Planner:
@@ -61,29 +59,22 @@ class Planner:
         self.totals = Totals()
         self._scores, self._truncation, self._model = scores, truncation, model
         text_config = config.get_text_config()
-        self._vocab_size, self._positions = (
-            text_config.vocab_size,
-            getattr(text_config, "max_position_embeddings", None),
-        )
+        self._vocab_size = text_config.vocab_size
+        self._positions = getattr(text_config, "max_position_embeddings", None)
         self._completions_seen, self._num_seen = KeyTable(), 0
 
     def plan(self, split: SplitPlan, windows: Iterator[Dataset]) -> Iterator[Window]:
         """Yield the plan of each window of tokenized rows, and add it to the split.
 
-        Raises `DataError` if no row of the split makes a pair, `ModelError` for ids or lengths that the model
-        has no embedding for.
+        Raises `DataError` if no row of the split makes a pair, `ModelError` for ids or positions that the
+        model has no embedding for.
         """
         for rows in windows:
             window = self._plan_window(split, rows)
             split.windows.append(window)
             self._check_lengths(split.survey.longest)
             yield window
-        if not split.survey.pairs_kept:
-            reasons = ", ".join(
-                f"{reason} ({finding.count}; row {finding.shown_rows()})"
-                for reason, finding in split.survey.dropped.items()
-            )
-            raise DataError(f"no row of {split.survey.pair_set} makes a pair: {reasons}.")
+        split.survey.check_pairs()
 
     def _plan_window(self, split: SplitPlan, rows: Dataset) -> Window:
         kept: list[Pair] = []
@@ -91,12 +82,12 @@ class Planner:
             split.survey.add(outcome)
             if isinstance(outcome.pair, Pair):
                 kept.append(outcome.pair)
-        self._check_ids(kept)
         completions = [pair.chosen for pair in kept] + [pair.rejected for pair in kept]
+        self._check_ids(completions)
         keys = key_array([completion_key(completion) for completion in completions])
-        chosen_keys, rejected_keys = keys[: len(kept)], keys[len(kept) :]
+        chosen_keys, rejected_keys = np.split(keys, 2)
         numbers, is_new = self._number(keys)
-        _note_repeats(split, [pair.row for pair in kept], numbers[: len(kept)], numbers[len(kept) :])
+        _note_repeats(split, [pair.row for pair in kept], *np.split(numbers, 2))
         for pair, chosen_key, rejected_key in zip(
             kept, key_bytes(chosen_keys), key_bytes(rejected_keys), strict=True
         ):
@@ -105,15 +96,16 @@ class Planner:
         missing = np.flatnonzero(is_new & lacks_score)
         distinct = np.unique(keys, return_index=True)[1]
         forest_tokens = count_forest_tokens([completions[place] for place in distinct])
-        all_missing = len(missing) == len(distinct)
         missing_tokens = (
-            forest_tokens if all_missing else count_forest_tokens([completions[place] for place in missing])
+            forest_tokens
+            if len(missing) == len(distinct)
+            else count_forest_tokens([completions[place] for place in missing])
         )
         split.survey.forest_tokens += forest_tokens
         self.totals.distinct_completions += int(is_new.sum())
         self.totals.already_cached += int((is_new & ~lacks_score).sum())
         self.totals.missing_tokens += missing_tokens
-        self.totals.missing_pairs += int((lacks_score[: len(kept)] | lacks_score[len(kept) :]).sum())
+        self.totals.missing_pairs += int(np.logical_or(*np.split(lacks_score, 2)).sum())
         return Window(rows, chosen_keys, rejected_keys, keys[missing], missing_tokens)
 
     def _number(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,15 +116,8 @@ class Planner:
         numbers = self._completions_seen.find(keys)
         return numbers, numbers == places
 
-    def _check_ids(self, pairs: Sequence[Pair]) -> None:
-        largest = max(
-            (
-                int(ids.max())
-                for pair in pairs
-                for ids in (pair.chosen.sequence_ids, pair.rejected.completion_ids)
-            ),
-            default=0,
-        )
+    def _check_ids(self, completions: Sequence[Completion]) -> None:
+        largest = max((int(completion.sequence_ids.max()) for completion in completions), default=0)
         if largest >= self._vocab_size:
             raise ModelError(
                 f"the tokenizer makes token id {largest}, but {self._model} has {self._vocab_size} "
@@ -149,17 +134,10 @@ class Planner:
             )
 
 
-def pairs_of(window: Window, truncation: data.Truncation) -> list[Pair]:
-    """The pairs that the window's rows make, in order."""
-    return [
-        outcome.pair for outcome in data.make_pairs(window.rows, truncation) if isinstance(outcome.pair, Pair)
-    ]
-
-
 def _note_repeats(
     split: SplitPlan, rows: Sequence[int], chosen_numbers: np.ndarray, rejected_numbers: np.ndarray
 ) -> None:
-    """Count the pairs that an earlier row has already, in the same order or the opposite one."""
+    """Count the pairs that an earlier row has, too, in the same order or the opposite one."""
     pairs = keys_of_pairs(chosen_numbers, rejected_numbers)
     before = split.survey.pairs_kept - len(rows)
     places = before + np.arange(len(rows))

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_cache.data.formats import Example
+from dpo_cache.data.examples import Example
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -56,7 +56,7 @@ def wrap(rules: Tokenizer, **tokens: str) -> PreTrainedTokenizerFast:
 
 
 def byte_rules(merges: Sequence[tuple[str, str]] = ()) -> Tokenizer:
-    """Byte-level BPE with these merges alone, in this order."""
+    """Byte-level BPE with only these merges, in this order."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {
         token: number for number, token in enumerate([*letters, *(one + two for one, two in merges)])

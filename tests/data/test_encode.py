@@ -1,4 +1,4 @@
-"""What is encoded once and put together equals what the tokenizer's own call gives."""
+"""Parts encoded once and joined equal the ids of the tokenizer's own call."""
 
 import pytest
 from hypothesis import given, settings
@@ -99,7 +99,7 @@ def test_special_tokens_that_reach_beyond_themselves_cut_nothing(flaw: str) -> N
     assert encode_dialogues(tokenizer, [group]) == [own_call(tokenizer, group)]
 
 
-def test_tokens_in_reserve_are_not_looked_for() -> None:
+def test_tokens_in_reserve_are_not_searched() -> None:
     tokenizer = make_byte_tokenizer()
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [f"<|reserved_{number}|>" for number in range(500)]}
@@ -278,7 +278,7 @@ def test_other_tokenizers_are_not_cut(kind: str) -> None:
     assert encode_continuations(tokenizer, [group]) == [[tokenizer(text)["input_ids"] for text in group]]
 
 
-def test_what_is_added_around_a_text_stands_around_the_parts() -> None:
+def test_tokens_added_around_a_text_are_around_the_parts() -> None:
     tokenizer = make_split_tokenizer(sorted(EXPRESSIONS)[0])
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A <|im_end|>",

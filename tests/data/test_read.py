@@ -102,7 +102,7 @@ def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs", "a/b/pairs"])
-def test_a_missing_file_is_told(tmp_path: Path, name: str) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path, name: str) -> None:
     assert error_of(tmp_path / name) == f"{tmp_path}/{name}: no such file or folder."
 
 
@@ -114,20 +114,20 @@ def test_a_relative_path_that_is_missing_is_not_looked_for_on_the_hub(
     assert error_of(location) == f"{location}: no such file or folder."
 
 
-def test_a_hub_id_that_cannot_be_reached_is_told() -> None:
+def test_a_hub_id_that_cannot_be_reached_is_reported() -> None:
     message = error_of("nobody/nothing-here")
     assert message.startswith("nobody/nothing-here: cannot be opened (")
     assert message.endswith("\nGive a local file or folder, or the id of a data set on the Hub.")
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_an_empty_file_is_told(tmp_path: Path, suffix: str) -> None:
+def test_an_empty_file_is_reported(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"pairs{suffix}"
     path.touch()
     assert error_of(path) == f"{path}: the file is empty."
 
 
-def test_a_name_that_looks_like_a_pattern_is_taken_as_it_stands(tmp_path: Path) -> None:
+def test_a_name_that_looks_like_a_pattern_is_read_as_a_name(tmp_path: Path) -> None:
     write_lines(tmp_path / "pairs5.jsonl", ROWS[:1])
     path = write_lines(tmp_path / "pairs[0-9].jsonl", ROWS)
     assert read_dataset(path)["train"].to_list() == ROWS
@@ -177,7 +177,7 @@ def test_a_stream_may_be_cut(tmp_path: Path) -> None:
     assert list(read_dataset(path, limit=1, streaming=True)["train"]) == ROWS[:1]
 
 
-def test_an_empty_folder_is_told(tmp_path: Path) -> None:
+def test_an_empty_folder_is_reported(tmp_path: Path) -> None:
     assert error_of(tmp_path).startswith(f"{tmp_path}: cannot be opened (")
 
 
@@ -185,7 +185,7 @@ def test_an_empty_folder_is_told(tmp_path: Path) -> None:
     ("name", "content"),
     [("pairs.csv", "prompt,chosen,rejected\n"), ("pairs.jsonl", "\n"), ("pairs.json", "[]")],
 )
-def test_a_file_without_rows_is_told(tmp_path: Path, name: str, content: str) -> None:
+def test_a_file_without_rows_is_reported(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     assert error_of(tmp_path / name) == f"{tmp_path}/{name}: split train has no rows."
 
@@ -193,7 +193,7 @@ def test_a_file_without_rows_is_told(tmp_path: Path, name: str, content: str) ->
 @pytest.mark.parametrize(
     "content", ['{"prompt": "a", "chosen": \n', '[{"prompt": "a"', "prompt: a"], ids=["line", "list", "yaml"]
 )
-def test_broken_json_is_told(tmp_path: Path, content: str) -> None:
+def test_broken_json_is_reported(tmp_path: Path, content: str) -> None:
     path = tmp_path / "pairs.json"
     path.write_text(content)
     message = error_of(path)
@@ -201,18 +201,18 @@ def test_broken_json_is_told(tmp_path: Path, content: str) -> None:
     assert message.endswith(").\nOne JSON object a line, or a list of objects, is expected in JSON.")
 
 
-def test_a_broken_line_after_good_ones_is_told(tmp_path: Path) -> None:
+def test_a_broken_line_after_good_ones_is_reported(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", ROWS)
     Path(path).write_text(Path(path).read_text() + '{"prompt": \n')
     assert error_of(path).startswith(f"{path}: not readable (")
 
 
-def test_a_parquet_file_that_is_none_is_told(tmp_path: Path) -> None:
+def test_a_parquet_file_that_is_none_is_reported(tmp_path: Path) -> None:
     (tmp_path / "pairs.parquet").write_text("not Parquet")
     assert error_of(tmp_path / "pairs.parquet").startswith(f"{tmp_path}/pairs.parquet: ")
 
 
-def test_text_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
+def test_text_that_is_not_utf_8_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes('{"prompt": "é", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"))
     with pytest.raises(DataError):
@@ -222,7 +222,9 @@ def test_text_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"), [("pairs.txt", ".txt"), ("pairs", "(none)"), ("pairs.jsonl.gz", ".gz")]
 )
-def test_a_file_of_another_kind_is_told_which_are_read(tmp_path: Path, name: str, kind: str) -> None:
+def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(
+    tmp_path: Path, name: str, kind: str
+) -> None:
     (tmp_path / name).write_text("text")
     assert (
         error_of(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Each example in the README's table of formats is read as the table says."""
+"""Each example in the README's table of formats has the format and the pairs of the table."""
 
 import json
 import re

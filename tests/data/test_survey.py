@@ -1,4 +1,4 @@
-"""What is told of the data before a model is loaded."""
+"""The survey of the data, before a model is loaded."""
 
 from dataclasses import asdict
 
@@ -48,7 +48,7 @@ def test_lengths_are_percentiles_that_occur(count: int) -> None:
     prompts = generator.integers(1, 500, count)
     for row, prompt in enumerate(prompts.tolist()):
         survey.add(outcome(row, prompt, 1, 1))
-    both = np.repeat(prompts, 2)  # each prompt stands before two answers
+    both = np.repeat(prompts, 2)  # each prompt has two answers
     expected = [int(np.percentile(both, share, method="inverted_cdf")) for share in PERCENTILES]
     assert survey.lengths()["prompt"] == expected
     assert survey.lengths()["answer"] == [1] * len(PERCENTILES)

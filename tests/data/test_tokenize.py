@@ -282,7 +282,7 @@ def test_text_without_an_eos_token_is_refused() -> None:
         ("{% for %}", "Expected an expression, got 'end of"),
     ],
 )
-def test_a_template_that_refuses_a_conversation_is_told(template: str, reason: str) -> None:
+def test_a_template_that_refuses_a_conversation_is_reported(template: str, reason: str) -> None:
     tokenizer = make_byte_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(DataError) as caught:
@@ -364,7 +364,7 @@ CALLING = [
 ]
 
 
-def test_a_template_that_leaves_tool_calls_out_is_told() -> None:
+def test_a_template_that_leaves_tool_calls_out_is_reported() -> None:
     rows = [{"prompt": CALLING, "chosen": [assistant("Fine.")], "rejected": [assistant("No.")]}]
     with pytest.raises(
         DataError,
@@ -419,3 +419,32 @@ def test_sharegpt_turns_of_tools_make_the_ids_of_tool_messages() -> None:
         for row, kind in ((sharegpt, "sharegpt"), (messages, "conversation"))
     ]
     assert found[0] == found[1]
+
+
+TEXT = {"prompt": "Name a colour.", "chosen": " Red.", "rejected": " Seven."}
+
+
+def test_all_unusable_rows_are_reported_at_once() -> None:
+    rows = [TEXT] * 12
+    for number in (1, 2, 4, 5, 7, 11):
+        rows[number] = {**TEXT, "rejected": " "}
+    for number in (0, 9):
+        rows[number] = {**TEXT, "prompt": None}
+    rows[8] = {**TEXT, "chosen": None, "rejected": ""}
+    with pytest.raises(DataError) as caught:
+        tokenize_rows(Dataset.from_list(rows), "text", make_byte_tokenizer())
+    assert str(caught.value) == (
+        "the data: 9 rows cannot be used (rows are counted from 0, format text):\n"
+        "  `rejected` is empty: 6 rows, number 1, 2, 4, 5, 7, …\n"
+        "  `prompt` is missing, expected text: 2 rows, number 0, 9\n"
+        "  `chosen` is missing, expected text: 1 row, number 8\n"
+        "Correct or remove them and run again."
+    )
+
+
+def test_a_single_unusable_row_is_reported_in_the_singular() -> None:
+    with pytest.raises(
+        DataError,
+        match=r"^the data: 1 row cannot be used \(rows are counted from 0, format text\):\n  `chosen` is empty: 1 row, number 0\n",
+    ):
+        tokenize_rows(Dataset.from_list([{**TEXT, "chosen": ""}]), "text", make_byte_tokenizer())

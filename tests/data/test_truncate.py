@@ -73,9 +73,7 @@ def test_rows_that_fit_are_left_as_they_are(row: Row, mode: str, room: int) -> N
 
 @given(rows, truncations())
 @settings(deadline=None, max_examples=300)
-def test_a_pair_is_told_to_be_cut_exactly_where_a_sequence_lost_tokens(
-    row: Row, truncation: Truncation
-) -> None:
+def test_a_pair_counts_as_cut_exactly_if_a_sequence_lost_tokens(row: Row, truncation: Truncation) -> None:
     prompt, *answers = row
     pair, was_cut = cut(row, truncation)
     if isinstance(pair, Pair):

@@ -114,7 +114,7 @@ def test_what_rows_hand_to_the_template_goes_with_them(model_folder: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    ("change", "reason"),
     [
         (lambda folder: (folder / "chat.jsonl").unlink(), "chat.jsonl: no such file or folder"),
         (
@@ -136,17 +136,17 @@ def test_what_rows_hand_to_the_template_goes_with_them(model_folder: str, tmp_pa
     ],
 )
 def test_text_that_is_not_at_hand_is_left_out_and_said(
-    model_folder: str, tmp_path: Path, spoil: Any, reason: str
+    model_folder: str, tmp_path: Path, change: Any, reason: str
 ) -> None:
     shutil.copytree(model_folder, tmp_path / "model")
     dpo_cache.precompute(
         tmp_path / "model", write_rows(tmp_path / "chat.jsonl", chat_rows()), tmp_path / "cache"
     )
-    spoil(tmp_path)
-    said: list[str] = []
-    report = export_pairs(tmp_path / "cache", "chat", tmp_path / "out.parquet", log=said.append)
+    change(tmp_path)
+    remarks: list[str] = []
+    report = export_pairs(tmp_path / "cache", "chat", tmp_path / "out.parquet", log=remarks.append)
     assert not report.has_text and report.columns == COLUMNS[3:] and report.num_pairs == 12
-    assert said[0].startswith("left out: prompt, chosen and rejected as text: ") and reason in said[0]
+    assert remarks[0].startswith("left out: prompt, chosen and rejected as text: ") and reason in remarks[0]
 
 
 def _change_tokenizer(folder: Path) -> None:
@@ -232,7 +232,7 @@ def test_an_export_that_fails_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_options_are_told(source: Path, tmp_path: Path) -> None:
+def test_wrong_options_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no format has this ending"):
         export(source, "chat", tmp_path / "out.csv")
     with pytest.raises(OptionError, match="leave out `text=False`"):
@@ -241,15 +241,19 @@ def test_wrong_options_are_told(source: Path, tmp_path: Path) -> None:
         export(source, "nothing", tmp_path / "out.jsonl")
 
 
-def test_sums_alone_have_no_token_logps_to_export(source: Path, tmp_path: Path, model_folder: str) -> None:
+def test_sums_without_lists_have_no_token_logps_to_export(
+    source: Path, tmp_path: Path, model_folder: str
+) -> None:
     export(source, "chat", tmp_path / "chat.jsonl")
     import_pairs(tmp_path / "cache", tmp_path / "chat.jsonl", reference="x", model=model_folder)
     with pytest.raises(NotInCacheError, match="was imported with sums only.\nLeave out `token_logps`"):
         export_pairs(tmp_path / "cache", "chat", tmp_path / "again.jsonl", token_logps=True)
-    said: list[str] = []
-    export_pairs(tmp_path / "cache", "chat", tmp_path / "again.jsonl", log=said.append)
-    assert said[0] == "left out: prompt, chosen and rejected as text: the pair set was imported as token ids."
-    assert not any("--token-logps" in text for text in said)
+    remarks: list[str] = []
+    export_pairs(tmp_path / "cache", "chat", tmp_path / "again.jsonl", log=remarks.append)
+    assert (
+        remarks[0] == "left out: prompt, chosen and rejected as text: the pair set was imported as token ids."
+    )
+    assert not any("--token-logps" in text for text in remarks)
 
 
 def test_pairs_are_written_as_they_are_read(

@@ -23,9 +23,12 @@ IDS = {
 }
 
 
-def bring_in(cache: Path, data: object, said: list[str] | None = None, **options: Any):
+def bring_in(cache: Path, data: object, remarks: list[str] | None = None, **options: Any):
     return import_pairs(
-        cache, str(data), log=([] if said is None else said).append, **{"reference": "elsewhere", **options}
+        cache,
+        str(data),
+        log=([] if remarks is None else remarks).append,
+        **{"reference": "elsewhere", **options},
     )
 
 
@@ -60,11 +63,11 @@ def test_text_is_tokenized_as_precompute_does(
     export_pairs(source / "cache", name, tmp_path / "out.jsonl", log=lambda text: None)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if not key.endswith("_ids")} for row in rows]
-    said: list[str] = []
+    remarks: list[str] = []
     report = bring_in(
         tmp_path / "cache",
         write_rows(tmp_path / "text.jsonl", rows),
-        said,
+        remarks,
         name=name,
         tokenizer=model_folder,
         **options,
@@ -76,7 +79,7 @@ def test_text_is_tokenized_as_precompute_does(
     ]
     assert after.manifest["tokenization"] == before.manifest["tokenization"]
     assert any(
-        "cut to `max_length` 30; their imported values are right only if" in text for text in said
+        "cut to `max_length` 30; their imported values are right only if" in text for text in remarks
     ) == bool(options)
 
 
@@ -184,49 +187,61 @@ def test_values_per_token_need_no_sums(tmp_path: Path) -> None:
     assert next(iter(pairs_of(tmp_path / "cache", "tokens"))).ref_chosen.logps == -2.5
 
 
-def test_likely_mistakes_are_told_with_figures(tmp_path: Path) -> None:
+def test_a_sum_of_one_answer_and_a_list_of_the_other_are_refused(tmp_path: Path) -> None:
+    row = {**IDS, **TOKENS}
+    del row["ref_chosen_logps"], row["ref_rejected_token_logps"]
+    with pytest.raises(
+        DataError, match="has no column ref_chosen_logps, but ref_rejected_logps, ref_chosen_token_logps"
+    ):
+        bring_in(tmp_path / "cache", write_rows(tmp_path / "mixed.jsonl", [row]))
+
+
+def test_likely_mistakes_are_reported_with_figures(tmp_path: Path) -> None:
     long = {
         "chosen_ids": list(range(100)),
         "rejected_ids": list(range(50)),
         "ref_chosen_logps": -1.5,
         "ref_rejected_logps": -2.0,
     }
-    said: list[str] = []
+    remarks: list[str] = []
     bring_in(
-        tmp_path / "cache", write_rows(tmp_path / "means.jsonl", id_rows(long, long, long)), said, model=None
+        tmp_path / "cache",
+        write_rows(tmp_path / "means.jsonl", id_rows(long, long, long)),
+        remarks,
+        model=None,
     )
-    assert said[0] == (
+    assert remarks[0] == (
         "these look like averages per token, not sums: of the 6 answers of 20 tokens or more the median "
         "log-prob is -1.75 nats at a median "
         "length of 75 tokens, which would be -0.028 a token.\n"
         "If so, multiply each by its answer's number of tokens and import again."
     )
     sums = {**long, "ref_chosen_logps": -150, "ref_rejected_logps": -100.0}
-    said.clear()
-    bring_in(tmp_path / "sums", write_rows(tmp_path / "sums.jsonl", id_rows(sums, sums)), said)
-    assert said == [
+    remarks.clear()
+    bring_in(tmp_path / "sums", write_rows(tmp_path / "sums.jsonl", id_rows(sums, sums)), remarks)
+    assert remarks == [
         "no `model`: training cannot start from the reference by default, and needs `model` itself."
     ]
 
 
-def test_one_answer_with_two_values_is_told(tmp_path: Path) -> None:
+def test_one_answer_with_two_values_is_reported(tmp_path: Path) -> None:
     rows = id_rows({}, {}, {"ref_chosen_logps": -7.0}, {"ref_chosen_logps": -2.6})
-    said: list[str] = []
+    remarks: list[str] = []
     bring_in(
         tmp_path / "cache",
         write_rows(tmp_path / "twice.jsonl", [{**row, "prompt_ids": [1, 2]} for row in rows]),
-        said,
+        remarks,
     )
-    assert len([text for text in said if "repeated answers have values that differ" in text]) == 1
-    told = next(text for text in said if "repeated answers" in text)
-    assert "-7.0000" in told and "rows" in told
+    assert len([text for text in remarks if "repeated answers have values that differ" in text]) == 1
+    remark = next(text for text in remarks if "repeated answers" in text)
+    assert "-7.0000" in remark and "rows" in remark
 
 
 def test_rows_that_make_no_pair_are_dropped_and_counted(tmp_path: Path) -> None:
     same = {"chosen_ids": [9], "rejected_ids": [9], "ref_chosen_logps": None}
     report = bring_in(tmp_path / "cache", write_rows(tmp_path / "some.jsonl", id_rows({}, same, {})))
     assert report.dropped == {"chosen equals rejected": 1} and report.pairs_kept == 2
-    with pytest.raises(DataError, match=r"makes a pair: chosen equals rejected \(1\)"):
+    with pytest.raises(DataError, match=r"makes a pair: chosen equals rejected \(1; row 0\)"):
         bring_in(
             tmp_path / "other",
             write_rows(tmp_path / "none.jsonl", id_rows({"chosen_ids": [5], "ref_chosen_logps": -1.0})),
@@ -240,10 +255,10 @@ def test_ids_are_cut_only_when_asked(tmp_path: Path) -> None:
         report.rows_truncated == 0
         and pairs_of(tmp_path / "whole", "long").manifest["tokenization"]["max_length"] == 2003
     )
-    said: list[str] = []
-    assert bring_in(tmp_path / "cut", data, said, max_length=10).rows_truncated == 1
+    remarks: list[str] = []
+    assert bring_in(tmp_path / "cut", data, remarks, max_length=10).rows_truncated == 1
     assert next(iter(pairs_of(tmp_path / "cut", "long"))).pair.chosen.num_tokens == 7
-    assert said[0].endswith(
+    assert remarks[0].endswith(
         "1 row (0) is cut to `max_length` 10; their imported values are right only if they were computed "
         "on the same cut."
     )
@@ -271,13 +286,13 @@ def test_the_reference_is_named_by_its_values(tmp_path: Path) -> None:
     assert not len(cache.scores(first.reference))
 
 
-def test_replacing_is_said(tmp_path: Path) -> None:
+def test_replacing_is_reported(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "a.jsonl", id_rows({}, {}))
     bring_in(tmp_path / "cache", data)
-    said: list[str] = []
-    bring_in(tmp_path / "cache", write_rows(tmp_path / "a.jsonl", id_rows({})), said)
+    remarks: list[str] = []
+    bring_in(tmp_path / "cache", write_rows(tmp_path / "a.jsonl", id_rows({})), remarks)
     assert any(
-        text.startswith("pair set a/train is replaced: it held 2 pairs of reference ") for text in said
+        text.startswith("pair set a/train is replaced: it held 2 pairs of reference ") for text in remarks
     )
 
 
@@ -292,7 +307,7 @@ def test_splits_share_one_reference(tmp_path: Path) -> None:
     assert references == {report.reference} and report.pairs_kept == 3
 
 
-def test_wrong_options_are_told(tmp_path: Path, model_folder: str, data_file: str) -> None:
+def test_wrong_options_are_refused(tmp_path: Path, model_folder: str, data_file: str) -> None:
     data = write_rows(tmp_path / "ids.jsonl", id_rows({}))
     text = write_rows(
         tmp_path / "text.jsonl",
@@ -395,37 +410,37 @@ def imported(source: Path, tmp_path: Path, model_folder: str) -> Path:
 
 
 def trained(cache: Path, output: Path, **options: Any) -> tuple[dpo_cache.TrainReport, list[str]]:
-    said: list[str] = []
+    remarks: list[str] = []
     return dpo_cache.train(
-        cache, output, max_steps=1, batch_size=12, lr=1e-3, warmup_ratio=0.0, log=said.append, **options
-    ), said
+        cache, output, max_steps=1, batch_size=12, lr=1e-3, warmup_ratio=0.0, log=remarks.append, **options
+    ), remarks
 
 
 def test_training_on_imported_values_is_training_on_our_own(
     source: Path, imported: Path, tmp_path: Path
 ) -> None:
-    one, said = trained(imported, tmp_path / "one")
+    one, remarks = trained(imported, tmp_path / "one")
     other, _ = trained(source / "cache", tmp_path / "other", pairs="chat")
     differ = {"pairs_per_s", "peak_bytes"}
     assert {key: value for key, value in one.last.items() if key not in differ} == {
         key: value for key, value in other.last.items() if key not in differ
     }
-    assert said == [
+    assert remarks == [
         f"step zero: largest gap {one.step_zero_gap:.2g} nats over 24 completions; "
         "within rounding: the policy starts as the model of the imported reference 'peer'."
     ]
 
 
-def test_a_policy_that_is_not_the_imported_reference_is_told(
+def test_a_policy_that_is_not_the_imported_reference_is_reported(
     imported: Path, tmp_path: Path, model_folder: str
 ) -> None:
     other = tmp_path / "other-model"
     make_llama(seed=7).save_pretrained(other)
-    report, said = trained(imported, tmp_path / "run", model=str(other))
+    report, remarks = trained(imported, tmp_path / "run", model=str(other))
     assert report.finished and report.step_zero_gap > 1
     assert (
         "beyond rounding; the values of the imported reference 'peer' are not those of the policy.\n"
-        "Likely cause: weights, template or truncation" in said[0]
+        "Likely cause: weights, template or truncation" in remarks[0]
     )
 
 
@@ -435,8 +450,8 @@ def test_without_a_checkpoint_training_asks_for_one(source: Path, tmp_path: Path
     with pytest.raises(
         ModelError,
         match="the reference 'peer' was imported without a checkpoint.\n"
-        "Say where the policy starts from with `model`",
+        "Name the model that the policy starts from with `model`",
     ):
         trained(tmp_path / "cache", tmp_path / "run")
-    report, said = trained(tmp_path / "cache", tmp_path / "run", model=model_folder)
-    assert report.finished and "within rounding" in said[0]
+    report, remarks = trained(tmp_path / "cache", tmp_path / "run", model=model_folder)
+    assert report.finished and "within rounding" in remarks[0]

@@ -1,4 +1,4 @@
-"""The live model beside the cache: largest and mean gap, and which model is refused."""
+"""The live model compared with the cache: largest and mean gap, and models that are refused."""
 
 from pathlib import Path
 

@@ -154,7 +154,7 @@ def test_the_same_weights_under_another_name_and_sharding_are_one_reference(
     assert dpo_cache.precompute(str(renamed), data_file, cache, name="renamed").scored_now == 0
 
 
-def test_a_pair_set_of_another_make_is_replaced_and_that_is_said(
+def test_a_pair_set_of_another_make_is_replaced_and_that_is_reported(
     model_folder: str, data_file: str, cache: str
 ) -> None:
     remarks: list[str] = []
@@ -181,7 +181,7 @@ def test_dropped_rows_are_counted_by_reason(model_folder: str, tmp_path: Path, c
     )
 
 
-def test_the_global_random_state_is_left_alone(model_folder: str, data_file: str, cache: str) -> None:
+def test_the_global_random_state_is_not_changed(model_folder: str, data_file: str, cache: str) -> None:
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     dpo_cache.precompute(model_folder, data_file, cache)
@@ -215,7 +215,7 @@ def test_ctrl_c_keeps_what_is_scored(model_folder: str, data_file: str, cache: s
     assert dpo_cache.precompute(model_folder, data_file, cache).already_cached == kept
 
 
-def test_the_survey_tells_what_repeats_and_what_is_shared(
+def test_the_survey_counts_repeated_pairs_and_shared_tokens(
     model_folder: str, tmp_path: Path, cache: str
 ) -> None:
     rows = chat_rows(4)
@@ -335,7 +335,7 @@ def test_progress_ends_at_the_whole_over_several_windows(
 
 @pytest.mark.parametrize("bad", ['{"prompt": \n', '{"prompt": "é'], ids=["broken", "torn"])
 @pytest.mark.parametrize("place", [0, 3])
-def test_a_stream_that_breaks_is_told(
+def test_a_stream_that_breaks_is_reported(
     model_folder: str, tmp_path: Path, cache: str, bad: str, place: int
 ) -> None:
     path = write_rows(tmp_path / "pairs.jsonl", chat_rows(6))
@@ -358,24 +358,24 @@ def test_columns_and_options_without_use_are_said(model_folder: str, tmp_path: P
 def test_a_log_prob_that_is_no_number_names_its_row_and_stores_nothing_of_its_batch(
     model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, spoiled = runner.score_completions, []
+    real, broken = runner.score_completions, []
 
-    def spoil(model, completions, attention, budget):  # type: ignore[no-untyped-def]
+    def score_badly(model, completions, attention, budget):  # type: ignore[no-untyped-def]
         for number, progress in enumerate(real(model, completions, attention, budget)):
             if number == 3:
                 index, score = progress.scores[0]
                 score.token_logps[-1] = np.nan
-                spoiled.append((completions[index], len(progress.scores)))
+                broken.append((completions[index], len(progress.scores)))
             yield progress
 
-    monkeypatch.setattr(runner, "score_completions", spoil)
+    monkeypatch.setattr(runner, "score_completions", score_badly)
     with pytest.raises(
         ModelError, match=r"\nIts weights may be damaged\. .* The scores of this chunk are discarded\.$"
     ) as caught:
         dpo_cache.precompute(model_folder, data_file, cache, budget_tokens="40")
     monkeypatch.setattr(runner, "score_completions", real)
     report = dpo_cache.precompute(model_folder, data_file, cache)
-    completion, num_lost = spoiled[0]
+    completion, num_lost = broken[0]
     rows = [
         entry.pair.row
         for entry in dpo_cache.open_cache(cache).pairs("pairs")

@@ -1,4 +1,4 @@
-"""Units of work: what is cut from windows, and what is published whatever happens."""
+"""Units of work: cut from windows; their scores are published even if scoring fails."""
 
 from collections.abc import Iterator
 from pathlib import Path
