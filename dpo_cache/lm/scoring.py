@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from dpo_cache.lm.budget import Budget, is_out_of_memory, timer
 from dpo_cache.lm.device import planning_device_type
-from dpo_cache.lm.forest.attention import PathPlan, Segment, group_segments, plan_tree
 from dpo_cache.lm.forest.layout import Forest
+from dpo_cache.lm.forest.plans import PathPlan, plan_tree
+from dpo_cache.lm.forest.segments import Segment, group_segments, last_at_each_depth
 from dpo_cache.lm.forest.stream import Chunk, Stream
 from dpo_cache.lm.kernels.head import token_logps
 from dpo_cache.lm.model.parts import decoder_of, head_of
@@ -155,14 +156,10 @@ class _Runner:
         return found
 
     def _carry(self, hidden_CD: torch.Tensor, chunk: Chunk) -> None:
-        """Keep the last hidden states by depth; of several tokens at one depth the last is on the open
-        path.
-        """
+        """Keep the last hidden states by depth."""
         assert self.path_hidden is not None
-        depths, from_the_end = np.unique(chunk.depths_C[::-1], return_index=True)
-        self.path_hidden[_to(depths, hidden_CD.device)] = hidden_CD[
-            _to(len(chunk) - 1 - from_the_end, hidden_CD.device)
-        ]
+        depths, places = last_at_each_depth(chunk.depths_C)
+        self.path_hidden[_to(depths, hidden_CD.device)] = hidden_CD[_to(places, hidden_CD.device)]
 
 
 class _Collector:
@@ -183,9 +180,7 @@ class _Collector:
         logps_C[chunk.targets_T] = logps_T
         scores = []
         for piece in chunk.pieces:
-            self._path_logps[piece.depth : piece.depth + piece.end - piece.start] = logps_C[
-                piece.start : piece.end
-            ]
+            self._path_logps[piece.depth : piece.end_depth] = logps_C[piece.start : piece.end]
             if piece.ends is not None:
                 completion = self._completions[piece.ends]
                 values = self._room[self._used : self._used + completion.num_tokens]
@@ -199,7 +194,7 @@ def _segments(chunk: Chunk) -> list[Segment]:
     """The chunk's pieces, those that continue the one before them joined to it."""
     segments: list[Segment] = []
     for piece in chunk.pieces:
-        if segments and piece.depth == segments[-1].depth + segments[-1].end - segments[-1].start:
+        if segments and piece.depth == segments[-1].end_depth:
             segments[-1] = Segment(segments[-1].start, piece.end, segments[-1].depth)
         elif piece.end > piece.start:
             segments.append(Segment(piece.start, piece.end, piece.depth))

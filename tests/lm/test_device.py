@@ -1,11 +1,12 @@
-"""What a GPU would compute in its own way gives the same numbers on a CPU."""
+"""The ways to compute of a GPU give the same numbers on a CPU."""
 
 import pytest
 import torch
 
 from dpo_cache.lm.device import autocast, planning_device_type, simulate_device_type
-from dpo_cache.lm.forest.attention import plan_tree, use_forest_attention
+from dpo_cache.lm.forest.attention import use_forest_attention
 from dpo_cache.lm.forest.layout import build_forest
+from dpo_cache.lm.forest.plans import plan_tree
 from dpo_cache.lm.policy import completion_logps, default_micro_tokens
 from dpo_cache.lm.self_check import AttentionChoice
 from tests.conftest import make_completions, make_llama
@@ -37,7 +38,7 @@ def test_what_cuda_runs_has_the_same_gradients(family: str) -> None:
 
 
 def test_a_gpu_runs_each_segment_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_cache.lm.forest.attention.QUERY_TOKENS", 4)
+    monkeypatch.setattr("dpo_cache.lm.forest.segments.QUERY_TOKENS", 4)
     forest = build_forest(COMPLETIONS)
     assert (
         len(plan_tree(forest, "cuda").segments) == len(forest.starts) < len(plan_tree(forest, "cpu").segments)

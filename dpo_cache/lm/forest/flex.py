@@ -1,9 +1,9 @@
-"""The plan of `PathPlan` as one FlexAttention block mask: what a GPU runs best.
+"""The plan of `PathPlan` as one FlexAttention block mask, the fastest on a GPU.
 
-The keys of a chunk are the carried path, padded to whole mask blocks, then the chunk's own. A query sees
+The keys of a chunk are the carried path, padded to whole mask blocks, then the chunk's tokens. A query sees
 
     path token at depth d    if d < entry[q], the length of the carried path that the query continues
-    chunk token k            if k <= q < end[k], where end[k] is where the subtree of token k ends
+    chunk token k            if k <= q < end[k], the end of the subtree of token k
 
 C tokens of a chunk, P of the padded path; H query heads, K key heads, E head size.
 """
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from dpo_cache.lm.forest.attention import Rules, Segment
+from dpo_cache.lm.forest.attention import Rules
+from dpo_cache.lm.forest.segments import Segment, last_at_each_depth
 
 MASK_BLOCK = 128
 
@@ -37,14 +38,9 @@ class FlexPlan:
     def __post_init__(self) -> None:
         spans = tree_spans(self.segments)
         self.path_length = -(-self.segments[0].depth // MASK_BLOCK) * MASK_BLOCK
-        self.entry_C, self.end_C, self.depth_C = (
-            torch.from_numpy(values).to(self.device, non_blocking=True) for values in spans
-        )
-        # of several tokens at one depth the last is on the open path
-        depths, from_the_end = np.unique(spans[2][::-1], return_index=True)
-        self.kept_depths = torch.from_numpy(depths).to(self.device, non_blocking=True)
-        self.kept_places = torch.from_numpy(len(spans[2]) - 1 - from_the_end).to(
-            self.device, non_blocking=True
+        self.entry_C, self.end_C, self.depth_C, self.last_depths, self.last_places = (
+            torch.from_numpy(values).to(self.device, non_blocking=True)
+            for values in (*spans, *last_at_each_depth(spans[2]))
         )
 
     def attend(
@@ -79,7 +75,7 @@ class FlexPlan:
             enable_gqa=query_BHCE.shape[1] != key_BKCE.shape[1],
         )
         for path, own in zip(paths, (key_BKCE, value_BKCE), strict=True):
-            path[:, :, self.kept_depths] = own[:, :, self.kept_places]
+            path[:, :, self.last_depths] = own[:, :, self.last_places]
         return output.transpose(1, 2)
 
     def _mask(self, rules: Rules) -> BlockMask:
@@ -116,28 +112,25 @@ class FlexPlan:
 
 
 def tree_spans(segments: list[Segment]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each token of the chunk: carried path tokens it sees, where its subtree ends, its depth; int64 [C]
-    each.
+    """For each token of the chunk the number of carried path tokens that it sees, the end of its subtree and
+    its depth: int64 [C] each.
     """
     length = segments[-1].end
     entry_C, end_C, depth_C = np.zeros(length, np.int64), np.full(length, length), np.zeros(length, np.int64)
-    open_path: list[int] = []  # places of the chunk's tokens on the open path
+    open_path: list[int] = []  # the chunk's tokens on the open path
     for segment in segments:
         first_depth = depth_C[open_path[0]] if open_path else segment.depth
         keep = max(0, segment.depth - first_depth)
-        for place in open_path[keep:]:
-            end_C[place] = segment.start
+        end_C[open_path[keep:]] = segment.start
         open_path = [*open_path[:keep], *range(segment.start, segment.end)]
         entry_C[segment.start : segment.end] = first_depth if keep else segment.depth
-        depth_C[segment.start : segment.end] = np.arange(
-            segment.depth, segment.depth + segment.end - segment.start
-        )
+        depth_C[segment.start : segment.end] = np.arange(segment.depth, segment.end_depth)
     return entry_C, end_C, depth_C
 
 
 @cache
 def _kernel(device_type: str) -> Callable[..., torch.Tensor]:
-    """Compiled on a GPU; elsewhere the plain computation, for tests."""
+    """FlexAttention, compiled on a GPU; uncompiled elsewhere, for tests."""
     kernel: Callable[..., Any] = flex_attention
     return torch.compile(kernel, dynamic=True) if device_type == "cuda" else kernel
 

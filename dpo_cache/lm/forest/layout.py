@@ -1,14 +1,14 @@
-"""The token forest: completions that share prefixes, laid out so that each distinct prefix stands once.
+"""The token forest: completions that share prefixes, laid out so that each distinct prefix occurs once.
 
-Sorted, the sequences are a trie read depth-first. Each adds one segment, the tokens that are not on the
-open path already; the segments in a row are the forest:
+Sorted, the sequences are a trie read depth-first. Each adds one segment: its
+tokens that are not on the open path yet. The segments, one after the other, are the forest:
 
     completions             "A B | C D", "A B | C E", "A F | G"       (| ends the prompt)
     tokens                   A  B  C  D  E  F  G
     depths                   0  1  2  3  3  1  2      position ids
     parents                 -1  0  1  2  2  0  5      the token that predicts this one
     starts                   0           4  5         first tokens of the segments
-    targets                  [2, 3], [2, 4], [6]      where the tokens of each completion stand
+    targets                  [2, 3], [2, 4], [6]      indices of the tokens of each completion
 
 Pure numpy; suffixes name dimensions: L tokens in the forest, T tokens of one completion.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Forest:
     depths_L: np.ndarray
     parents_L: np.ndarray
     starts: np.ndarray
-    targets: list[np.ndarray]  # in the order of the completions given, each [T]
+    targets: list[np.ndarray]  # each [T], in the order of the completions
 
     def __len__(self) -> int:
         return len(self.tokens_L)
@@ -39,15 +40,14 @@ class Forest:
     def is_target_L(self) -> np.ndarray:
         """Which tokens are part of a completion, and so need a log-prob: bool [L]."""
         flags = np.zeros(len(self), bool)
-        for target in self.targets:
-            flags[target] = True
+        flags[concat_int64(self.targets)] = True
         return flags
 
     def uses_L(self) -> np.ndarray:
-        """How many completions each token is a part of, in the prompt or in the answer: int64 [L]."""
+        """How many completions have each token, in the prompt or in the answer: int64 [L]."""
         uses = np.zeros(len(self), np.int64)
         np.add.at(uses, [target[-1] for target in self.targets], 1)
-        # what continues a segment comes after it
+        # backwards: the segments that continue a segment come after it
         for start, end in zip(self.starts[::-1], [len(self), *self.starts[:0:-1]], strict=True):
             uses[start:end] = uses[start:end][::-1].cumsum()[::-1]
             if self.parents_L[start] >= 0:
@@ -58,9 +58,9 @@ class Forest:
 def build_forest(completions: Sequence[Completion]) -> Forest:
     """Lay out the completions, each distinct prefix once."""
     order, shared_lengths = sort_completions(completions)
-    # where each depth of the open path stands
+    # the index of the token at each depth of the open path
     open_path = np.empty(max((len(completion) for completion in completions), default=0), np.int64)
-    pieces, depths, parents, starts = [], [], [], []
+    tokens, depths, parents, starts = [], [], [], []
     targets: list[np.ndarray] = [np.empty(0, np.int64)] * len(completions)
     length = 0
     for index, shared in zip(order, shared_lengths.tolist(), strict=True):
@@ -68,14 +68,16 @@ def build_forest(completions: Sequence[Completion]) -> Forest:
         num_new = len(sequence) - shared
         if num_new:
             starts.append(length)
-            pieces.append(sequence[shared:])
+            tokens.append(sequence[shared:])
             depths.append(np.arange(shared, len(sequence)))
             parents.append(np.arange(length - 1, length + num_new - 1))
             parents[-1][0] = open_path[shared - 1] if shared else -1
             open_path[shared : len(sequence)] = np.arange(length, length + num_new)
             length += num_new
         targets[index] = open_path[len(completions[index].prompt_ids) : len(sequence)].copy()
-    return Forest(_flat(pieces), _flat(depths), _flat(parents), np.array(starts, np.int64), targets)
+    return Forest(
+        concat_int64(tokens), concat_int64(depths), concat_int64(parents), np.array(starts, np.int64), targets
+    )
 
 
 def count_forest_tokens(completions: Sequence[Completion]) -> int:
@@ -85,7 +87,7 @@ def count_forest_tokens(completions: Sequence[Completion]) -> int:
 
 
 def sort_completions(completions: Sequence[Completion]) -> tuple[list[int], np.ndarray]:
-    """The order that makes neighbours share their longest prefixes, and how many tokens each shares with the
+    """The order in which neighbours share their longest prefixes, and how many tokens each shares with the
     one before it.
     """
     keys = [
@@ -94,18 +96,17 @@ def sort_completions(completions: Sequence[Completion]) -> tuple[list[int], np.n
     ]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     shared = np.zeros(len(keys), np.int64)
-    for place in range(1, len(order)):
-        one, other = (np.frombuffer(keys[order[index]], np.uint32) for index in (place - 1, place))
-        shared[place] = shared_prefix(one, other)
+    for place, neighbours in enumerate(pairwise(order), 1):
+        shared[place] = _shared_prefix(*(np.frombuffer(keys[index], np.uint32) for index in neighbours))
     return order, shared
 
 
-def shared_prefix(one: np.ndarray, other: np.ndarray) -> int:
+def concat_int64(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays).astype(np.int64) if arrays else np.empty(0, np.int64)
+
+
+def _shared_prefix(one: np.ndarray, other: np.ndarray) -> int:
     """How many leading tokens two sequences have in common."""
     shortest = min(len(one), len(other))
     differs = one[:shortest] != other[:shortest]
     return int(differs.argmax()) if differs.any() else shortest
-
-
-def _flat(pieces: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, np.int64)

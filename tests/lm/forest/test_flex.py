@@ -1,4 +1,4 @@
-"""FlexAttention's plan sees what the segments see; its kernel is run here as plain computation."""
+"""Under FlexAttention's plan a token sees the keys that it sees by segments; the kernel runs uncompiled."""
 
 import numpy as np
 import pytest

@@ -2,7 +2,6 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cache.lm.forest.attention import plan_tree
 from dpo_cache.lm.forest.layout import build_forest, count_forest_tokens
 from dpo_cache.types import Completion
 
@@ -55,28 +54,13 @@ def test_each_completion_is_read_back_along_its_path(given_completions: list[Com
 
 
 @given(completions)
-def test_each_distinct_prefix_stands_exactly_once(given_completions: list[Completion]) -> None:
+def test_each_distinct_prefix_occurs_exactly_once(given_completions: list[Completion]) -> None:
     forest = build_forest(given_completions)
     sequences = [tuple(completion.sequence_ids.tolist()) for completion in given_completions]
     prefixes = {sequence[: end + 1] for sequence in sequences for end in range(len(sequence))}
     found = [tuple(forest.tokens_L[path_of(forest, position)].tolist()) for position in range(len(forest))]
     assert sorted(found) == sorted(prefixes)
     assert count_forest_tokens(given_completions) == len(forest)
-
-
-@given(completions)
-def test_the_tree_plan_gives_every_segment_its_whole_path(given_completions: list[Completion]) -> None:
-    forest = build_forest(given_completions)
-    plan = plan_tree(forest)
-    atom_ends = np.cumsum(plan.atom_lengths)
-    for segment, atoms in zip(plan.segments, plan.path_atoms, strict=True):
-        keys = [
-            position
-            for atom in atoms
-            for position in range(atom_ends[atom] - plan.atom_lengths[atom], atom_ends[atom])
-        ]
-        assert keys == path_of(forest, segment.end - 1)
-        assert keys[segment.depth :] == list(range(segment.start, segment.end))
 
 
 @given(completions)

@@ -1,13 +1,11 @@
-"""What is computed again in the backward pass changes no gradient, and the gradients are those of the model's
-own forward.
-"""
+"""Recomputation changes no gradient, and the gradients are those of the model's own forward."""
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
-from dpo_cache.lm.forest import attention
+from dpo_cache.lm.forest import segments
 from dpo_cache.lm.memory.recompute import Recomputation, activation_bytes
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
@@ -31,13 +29,8 @@ def gradients(model: torch.nn.Module, logps: torch.Tensor) -> dict[str, torch.Te
 
 def own_logp(model: torch.nn.Module, completion: Completion) -> torch.Tensor:
     ids = torch.from_numpy(completion.sequence_ids.astype(np.int64))[None]
-    logps = (
-        model(input_ids=ids, use_cache=False)
-        .logits[0]
-        .float()
-        .log_softmax(-1)[:-1]
-        .gather(1, ids[0, 1:, None])[:, 0]
-    )
+    logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    logps = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
     return logps[len(completion.prompt_ids) - 1 :].double().sum()
 
 
@@ -48,7 +41,7 @@ def own_logp(model: torch.nn.Module, completion: Completion) -> torch.Tensor:
 def test_every_mode_gives_the_gradients_of_the_models_own_forward(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "QUERY_TOKENS", 3)  # segments in parts, across windows
+    monkeypatch.setattr(segments, "QUERY_TOKENS", 3)  # segments in parts, across windows
     model = make_model(family)
     own = gradients(model, torch.stack([own_logp(model, completion) for completion in COMPLETIONS]))
     chosen = choose_attention(model, max_length=64)
@@ -57,32 +50,26 @@ def test_every_mode_gives_the_gradients_of_the_models_own_forward(
     found = {}
     for recomputation.mode in ("none", "selective", "full"):
         found[recomputation.mode] = gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
+    none, selective, full = found["none"], found["selective"], found["full"]
     for name, expected in own.items():
-        assert (found["none"][name] - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-4, name
-        assert all(torch.equal(found[mode][name], found["none"][name]) for mode in ("selective", "full")), (
-            name
-        )
-    assert found["none"].keys() == own.keys()
+        assert (none[name] - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-4, name
+        assert torch.equal(selective[name], none[name]) and torch.equal(full[name], none[name]), name
+    assert none.keys() == own.keys()
 
 
 def test_products_of_low_rank_are_computed_again() -> None:
     recomputation = Recomputation(make_model("mistral"))
-    product, attention_kernel = (
-        torch.ops.aten.mm.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    )
-    kept = CheckpointPolicy.MUST_SAVE
+    product = torch.ops.aten.mm.default
+    attention_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    kept, again = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
     assert recomputation._choose(None, product, torch.empty(5, 65), torch.empty(65, 7)) == kept
-    assert (
-        recomputation._choose(None, product, torch.empty(5, 64), torch.empty(64, 7))
-        == CheckpointPolicy.PREFER_RECOMPUTE
-    )
+    assert recomputation._choose(None, product, torch.empty(5, 64), torch.empty(64, 7)) == again
     assert recomputation._choose(None, attention_kernel, torch.empty(1, 2, 5, 64)) == kept
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "mixtral", "gpt_oss"])
-def test_what_layers_keep_is_known_where_no_layer_is_called_linear(family: str) -> None:
-    """At least what attention and the chosen experts, or the feed-forward layer, give."""
+def test_activation_bytes_count_layers_that_are_not_linear(family: str) -> None:
+    """At least the outputs of attention and of the chosen experts, or of the feed-forward layer."""
     model = make_model(family)
     config = model.config.get_text_config()
     hidden = config.hidden_size

@@ -1,0 +1,149 @@
+"""Plans of a forest's attention: which keys each segment sees, and where they are kept.
+
+`PathPlan` (scoring, no gradients) keeps the keys and values of the open path in one buffer per layer, so the
+path of a segment is the front of that buffer, and the next chunk continues it. `TreePlan` (training) finds
+every path within one row, by slices through which gradients pass. Neither builds an [L, L] mask.
+
+B = 1 rows, H query heads, K key heads, L row length, N tokens of a block, P path plus block, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_cache.lm.forest.attention import Rules, additive_mask, attend, attend_segment
+from dpo_cache.lm.forest.layout import Forest
+from dpo_cache.lm.forest.segments import Block, Segment, last_at_each_depth, split_segment
+from dpo_cache.lm.memory.recompute_later import recompute_later
+
+
+@dataclass
+class PathPlan:
+    """Plan of one chunk of a stream; `paths` is shared by all chunks of the stream."""
+
+    blocks: Sequence[Block]
+    max_depth: int
+    paths: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        layer: int,
+        query_BHLE: torch.Tensor,
+        key_BKLE: torch.Tensor,
+        value_BKLE: torch.Tensor,
+        rules: Rules,
+    ) -> torch.Tensor:
+        """Attention output [B, L, H, E]."""
+        keys, values = self._path_buffers(layer, key_BKLE, value_BKLE)
+        output = query_BHLE.new_empty(1, query_BHLE.shape[2], query_BHLE.shape[1], value_BKLE.shape[3])
+        for block in self.blocks:
+            here = slice(block.start, block.end)
+            query, key, value = query_BHLE[:, :, here], key_BKLE[:, :, here], value_BKLE[:, :, here]
+            if len(block.segments) == 1:
+                end = block.segments[0].end_depth
+                keys[:, :, block.path_length : end] = key
+                values[:, :, block.path_length : end] = value
+                part = attend_segment(query, keys[:, :, :end], values[:, :, :end], rules, self.masks)
+            else:
+                seen_keys = torch.cat([keys[:, :, : block.path_length], key], dim=2)
+                seen_values = torch.cat([values[:, :, : block.path_length], value], dim=2)
+                part = attend(query, seen_keys, seen_values, rules, self._block_mask(block, query, rules))
+                depths, places = self._last_places(block, query.device)
+                keys[:, :, depths] = key[:, :, places]
+                values[:, :, depths] = value[:, :, places]
+            output[:, here] = part.transpose(1, 2)
+        return output
+
+    def _path_buffers(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer not in self.paths:
+            self.paths[layer] = tuple(  # type: ignore[assignment]
+                tensor.new_empty(1, tensor.shape[1], self.max_depth, tensor.shape[3])
+                for tensor in (key, value)
+            )
+        return self.paths[layer]
+
+    def _block_mask(self, block: Block, like: torch.Tensor, rules: Rules) -> torch.Tensor:
+        """Additive mask [N, P] of a block of several segments."""
+        name = (id(block), rules.reach)
+        if name not in self.masks:
+            depths_N = block.depths_N()
+            depths_P = np.concatenate([np.arange(block.path_length), depths_N])
+            visible = block.visible_NP() & (depths_P >= rules.first_visible(depths_N[:, None]))
+            self.masks[name] = additive_mask(visible, like)
+        return self.masks[name]
+
+    def _last_places(self, block: Block, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        name = (id(block), "last places")
+        if name not in self.masks:
+            last = last_at_each_depth(block.depths_N())
+            self.masks[name] = tuple(torch.from_numpy(values).to(device) for values in last)  # type: ignore[assignment]
+        return self.masks[name]  # type: ignore[return-value]
+
+
+@dataclass
+class TreePlan:
+    """Plan of a whole forest in one row."""
+
+    segments: Sequence[Segment]
+    atom_lengths: list[int]  # the row cut at every segment start and every branching point
+    path_atoms: list[list[int]]  # of each segment: the atoms of its path, then those of the segment
+    masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def attend(
+        self, _: int, query_BHLE: torch.Tensor, key_BKLE: torch.Tensor, value_BKLE: torch.Tensor, rules: Rules
+    ) -> torch.Tensor:
+        """Attention output [B, L, H, E]. One split of q, k and v each: its gradient is one concatenation."""
+        queries = query_BHLE.split([segment.length for segment in self.segments], dim=2)
+        keys, values = key_BKLE.split(self.atom_lengths, dim=2), value_BKLE.split(self.atom_lengths, dim=2)
+        parts = []
+        for query, atoms in zip(queries, self.path_atoms, strict=True):
+            path_keys, path_values = (
+                _join_path([tensors[atom] for atom in atoms]) for tensors in (keys, values)
+            )
+            parts.append(attend_segment(query, path_keys, path_values, rules, self.masks))
+        # laid out as the next product reads it
+        return recompute_later(lambda *parts: torch.cat(parts, dim=2).transpose(1, 2).contiguous(), *parts)
+
+
+def plan_tree(forest: Forest, device_type: str = "cpu") -> TreePlan:
+    """The plan that runs a whole forest at once.
+
+    On a CPU, segments with a path are split, so that less is computed that a mask hides. Each part keeps its
+    path's keys and values for the backward pass. On a GPU that memory is worth more than the time saved, so
+    segments stay whole.
+    """
+    segments = [
+        Segment(start, end, int(forest.depths_L[start]))
+        for start, end in pairwise([*forest.starts.tolist(), len(forest)])
+    ]
+    if device_type == "cpu":
+        segments = [
+            part for segment in segments for part in (split_segment(segment) if segment.depth else [segment])
+        ]
+    starts = [segment.start for segment in segments]
+    branches = forest.parents_L[starts] + 1  # behind the token that each segment continues
+    cuts = np.unique([*starts, *branches, len(forest)])
+    atom_of = np.repeat(np.arange(len(cuts) - 1), np.diff(cuts))
+    atoms_to_root: list[list[int]] = []
+    for first in cuts[:-1]:
+        parent = forest.parents_L[first]
+        above = atoms_to_root[atom_of[parent]] if parent >= 0 else []
+        atoms_to_root.append([*above, len(atoms_to_root)])
+    path_atoms = [atoms_to_root[atom_of[segment.end - 1]] for segment in segments]
+    return TreePlan(segments, np.diff(cuts).tolist(), path_atoms)
+
+
+def _join_path(atoms_BKLE: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Keys or values of a whole path; a copy unless it is in one piece."""
+    if len(atoms_BKLE) == 1:
+        return atoms_BKLE[0]
+    return recompute_later(lambda *atoms: torch.cat(atoms, dim=2), *atoms_BKLE)
