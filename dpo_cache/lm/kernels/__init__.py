@@ -1,1 +1,1 @@
-"""Faster ways to compute what a layer computes; each docstring has the plain line that it equals."""
+"""Faster ways to compute a layer's output; each docstring has the plain line that it equals."""

@@ -1,4 +1,4 @@
-"""Hidden states -> log-probs of given tokens, without ever holding [tokens, vocab].
+"""Hidden states -> log-probs of given tokens, without logits [tokens, vocab] in memory.
 
 T tokens, D hidden size, V vocabulary.
 """
@@ -16,14 +16,13 @@ from dpo_cache.lm.device import autocast_dtype, planning_device_type
 from dpo_cache.lm.kernels.onednn_linear import TORCH, Products, products_of
 from dpo_cache.lm.model.parts import Head
 
-# rows are filled up to a multiple of it: logits of ever new sizes would scatter the heap, which then grows
+# Rows are padded to a multiple of this: logits of ever new sizes would fragment the heap, which then grows.
 ROWS_STEP = 64
 
-
-# Logits at a time: on a CPU few enough that the allocator hands the same memory out again, on a GPU enough to
-# fill it.
+# Logits at a time: on a CPU few enough that the allocator reuses the same memory, on a GPU enough to occupy
+# it.
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**25, "mps": 2**25}
-# of a slice of the vocabulary: on a CPU so few that they stay in the cache
+# The same for a slice of the vocabulary: on a CPU few enough to stay in the cache.
 LOGITS_PER_SLICE = {**LOGITS_PER_CHUNK, "cpu": 2**21}
 
 
@@ -32,9 +31,8 @@ def token_logps(
 ) -> torch.Tensor:
     """Log-probability, in nats, of each target token: float32 [T].
 
-    Equals `log_softmax(head(hidden_TD).float(), -1)` gathered at `targets_T`, but holds the logits of a
-    few hundred tokens at most (LOGITS_PER_CHUNK), once forward and again in the backward pass, where each
-    chunk is recomputed.
+    Equals `log_softmax(head(hidden_TD).float(), -1)` gathered at `targets_T`, but holds the logits of at
+    most a few hundred tokens (LOGITS_PER_CHUNK). The backward pass recomputes each chunk.
     """
     chunk = _rows_at_once(hidden_TD.device, vocab_size)
     chunk -= chunk % ROWS_STEP if chunk > ROWS_STEP else 0
@@ -55,14 +53,13 @@ def token_logps(
 def head_token_logps(
     hidden_TD: torch.Tensor, layer: torch.nn.Linear, targets_T: torch.Tensor
 ) -> torch.Tensor:
-    """Log-probability, in nats, of each target token under a head that is this layer and nothing else:
-    float32 [T].
+    """Log-probability, in nats, of each target token under a head that is only this layer: float32 [T].
 
-    Equals `log_softmax(layer(hidden_TD).float(), -1)` gathered at `targets_T`. The vocabulary is taken in
-    slices of a few thousand entries, once forward and once more backward, so that each slice of the weight's
+    Equals `log_softmax(layer(hidden_TD).float(), -1)` gathered at `targets_T`. Runs through the vocabulary in
+    slices of a few thousand entries, once forward and once backward, so that each slice of the weight's
     gradient is one product, written once.
     """
-    hidden_TD = hidden_TD.to(autocast_dtype(hidden_TD.device) or hidden_TD.dtype)  # as the layer itself would
+    hidden_TD = hidden_TD.to(autocast_dtype(hidden_TD.device) or hidden_TD.dtype)  # as the layer would
     products = products_of(layer) if hidden_TD.dtype == torch.float32 else TORCH
     return _HeadLogps.apply(hidden_TD, layer.weight, targets_T, products)
 
@@ -92,7 +89,7 @@ def _chunk_logps(hidden_TD: torch.Tensor, head: Head, targets_T: torch.Tensor) -
 
 
 def _logps_in_place(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    """What `_TargetLogps` computes, in the memory of the logits, which are used up."""
+    """`_TargetLogps` without gradients, in the memory of the logits, which it overwrites."""
     shifted_TV = logits_TV.float()
     shifted_TV.sub_(shifted_TV.amax(-1, keepdim=True))
     picked_T = shifted_TV.gather(1, targets_T[:, None])[:, 0]
@@ -100,11 +97,11 @@ def _logps_in_place(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.T
 
 
 class _TargetLogps(torch.autograd.Function):
-    """`log_softmax(logits.float(), -1)` at the targets, nearer to the exact value than torch's own.
+    """`log_softmax(logits.float(), -1)` at the targets, nearer to the exact value than torch's function.
 
-    log_softmax adds up the vocabulary in plain fp32 on a CPU, which leaves some 7e-6 nats a token, always of
-    one sign: in a sum over hundreds of tokens that shows. Shifting by the maximum first keeps confident
-    tokens exact.
+    On a CPU log_softmax sums over the vocabulary in plain fp32, with an error of some 7e-6 nats a token that
+    always has the same sign and adds up over hundreds of tokens. Shifting by the maximum first keeps
+    confident tokens exact.
     """
 
     @staticmethod
@@ -120,7 +117,7 @@ class _TargetLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         exponentials_TV, totals_T, targets_T = ctx.saved_tensors
-        # minus softmax; the buffer is used up
+        # minus softmax, in the buffer of the exponentials
         grad_TV = exponentials_TV.mul_((-grads[0] / totals_T)[:, None])
         grad_TV.scatter_add_(1, targets_T[:, None], grads[0][:, None])
         return grad_TV.to(ctx.dtype), None
@@ -129,8 +126,8 @@ class _TargetLogps(torch.autograd.Function):
 class _HeadLogps(torch.autograd.Function):
     """See `head_token_logps`. S entries of a slice of the vocabulary.
 
-    Backward multiplies the head's logits anew, for its weight's gradient. Under a frozen head the gradient of
-    a hidden state is known forward, but for a factor that the loss gives:
+    Backward computes the logits again, for the gradient of the head's weight. Under a frozen head, forward
+    already computes the gradient of a hidden state up to the factor that the loss gives:
     `(1 - p_target) weight_target - sum of p_v weight_v over the others`.
     """
 
@@ -143,29 +140,19 @@ class _HeadLogps(torch.autograd.Function):
         products: Products,
     ) -> torch.Tensor:
         for_hidden, for_weight = ctx.needs_input_grad[:2]
-        others = _Others(hidden_TD) if for_hidden and not for_weight else None
-        peaks, totals, picked_T = (
-            [],
-            [],
-            torch.zeros(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device),
-        )
+        others = _Others(hidden_TD, products) if for_hidden and not for_weight else None
+        picked_T = torch.zeros(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device)
+        peaks, totals = [], []
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
+            for _, weight_SD, inside_T, places_T in _slices(weight_VD, targets_T):
                 weight_SD = weight_SD.to(hidden_TD.dtype)
                 logits_TS = products.output(hidden_TD, weight_SD).float()
-                inside_T, places_T = _places(targets_T, start, start + len(weight_SD))
                 picked_T = torch.where(inside_T, logits_TS.gather(1, places_T[:, None])[:, 0], picked_T)
                 peaks.append(logits_TS.amax(-1))
                 exponentials_TS = logits_TS.sub_(peaks[-1][:, None]).exp_()
                 totals.append(exponentials_TS.sum(-1))
                 if others is not None:
-                    own_T = exponentials_TS.gather(1, places_T[:, None])[:, 0]
-                    exponentials_TS.scatter_(1, places_T[:, None], torch.where(inside_T, 0, own_T)[:, None])
-                    others.add(
-                        peaks[-1],
-                        exponentials_TS.sum(-1),
-                        products.for_inputs(exponentials_TS.to(hidden_TD.dtype), weight_SD),
-                    )
+                    others.add(peaks[-1], exponentials_TS, weight_SD, inside_T, places_T)
         peaks_NT, totals_NT = torch.stack(peaks), torch.stack(totals)
         peak_T = peaks_NT.amax(0)
         total_T = (totals_NT * (peaks_NT - peak_T).exp()).sum(0)
@@ -173,15 +160,12 @@ class _HeadLogps(torch.autograd.Function):
             ctx.products = products
             ctx.save_for_backward(hidden_TD, weight_VD, targets_T, peak_T, total_T)
         else:
-            ctx.save_for_backward(
-                others.unscaled_gradient(weight_VD.index_select(0, targets_T), total_T).to(hidden_TD.dtype)
-            )
+            unscaled_TD = others.unscaled_gradient(weight_VD.index_select(0, targets_T), total_T)
+            ctx.save_for_backward(unscaled_TD.to(hidden_TD.dtype))
         return picked_T - peak_T - total_T.log()
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if not ctx.needs_input_grad[1]:
             (unscaled_TD,) = ctx.saved_tensors
             return (unscaled_TD * grads[0][:, None]).to(unscaled_TD.dtype), None, None, None
@@ -190,61 +174,64 @@ class _HeadLogps(torch.autograd.Function):
         grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.empty_like(weight_VD)
         scale_T1 = (-grads[0] / total_T)[:, None]
-        for start, weight_SD in _slices(weight_VD, len(hidden_TD)):
-            stop, weight_SD = start + len(weight_SD), weight_SD.to(hidden_TD.dtype)
-            # minus softmax
-            grad_TS = (
-                ctx.products.output(hidden_TD, weight_SD).float().sub_(peak_T[:, None]).exp_().mul_(scale_T1)
-            )
-            inside_T, places_T = _places(targets_T, start, stop)
+        for entries, weight_SD, inside_T, places_T in _slices(weight_VD, targets_T):
+            weight_SD = weight_SD.to(hidden_TD.dtype)
+            grad_TS = ctx.products.output(hidden_TD, weight_SD).float()
+            grad_TS.sub_(peak_T[:, None]).exp_().mul_(scale_T1)  # minus softmax
             grad_TS.scatter_add_(1, places_T[:, None], torch.where(inside_T, grads[0], 0)[:, None])
             grad_TS = grad_TS.to(hidden_TD.dtype)
             if grad_hidden_TD is not None:
                 grad_hidden_TD += ctx.products.for_inputs(grad_TS, weight_SD)
-            grad_weight_VD[start:stop] = ctx.products.for_weight(grad_TS, hidden_TD, weight_SD)
-        return (
-            grad_hidden_TD if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype),
-            grad_weight_VD,
-            None,
-            None,
-        )
+            grad_weight_VD[entries] = ctx.products.for_weight(grad_TS, hidden_TD, weight_SD)
+        if grad_hidden_TD is not None:
+            grad_hidden_TD = grad_hidden_TD.to(hidden_TD.dtype)
+        return grad_hidden_TD, grad_weight_VD, None, None
 
 
 class _Others:
-    """Sums over the vocabulary but the target: of exponentials, relative to the largest logit so far, and of
-    those times weights.
+    """Sums over the vocabulary except the target: of exponentials, relative to the largest logit so far, and
+    of weights times these exponentials.
     """
 
-    def __init__(self, hidden_TD: torch.Tensor):
+    def __init__(self, hidden_TD: torch.Tensor, products: Products):
+        self._products = products
         self._sums_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
         self._total_T = torch.zeros_like(self._sums_TD[:, 0])
         self._peak_T = torch.full_like(self._total_T, -torch.inf)
 
-    def add(self, peak_T: torch.Tensor, total_T: torch.Tensor, sums_TD: torch.Tensor) -> None:
-        """A slice's sums, relative to its own largest logit."""
+    def add(
+        self,
+        peak_T: torch.Tensor,
+        exponentials_TS: torch.Tensor,
+        weight_SD: torch.Tensor,
+        inside_T: torch.Tensor,
+        places_T: torch.Tensor,
+    ) -> None:
+        """Add a slice, whose exponentials are relative to its largest logit; those of targets become 0."""
+        own_T = exponentials_TS.gather(1, places_T[:, None])[:, 0]
+        exponentials_TS.scatter_(1, places_T[:, None], torch.where(inside_T, 0, own_T)[:, None])
+        sums_TD = self._products.for_inputs(exponentials_TS.to(weight_SD.dtype), weight_SD)
         before_T, self._peak_T = self._peak_T, torch.maximum(self._peak_T, peak_T)
         old_T, new_T = (before_T - self._peak_T).exp(), (peak_T - self._peak_T).exp()
-        self._total_T = self._total_T * old_T + total_T * new_T
+        self._total_T = self._total_T * old_T + exponentials_TS.sum(-1) * new_T
         self._sums_TD.mul_(old_T[:, None]).addcmul_(sums_TD.float(), new_T[:, None])
 
     def unscaled_gradient(self, target_weights_TD: torch.Tensor, total_T: torch.Tensor) -> torch.Tensor:
-        """Of the targets' log-probs by the hidden states, [T, D], before the loss's factor; `total_T` is
-        relative to the largest logit of all.
+        """Gradient [T, D] of the targets' log-probs by the hidden states, without the loss's factor;
+        `total_T` is relative to the largest logit of all.
         """
         return (target_weights_TD.float() * self._total_T[:, None]).sub_(self._sums_TD).div_(total_T[:, None])
 
 
-def _places(targets_T: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which targets lie in a slice of the vocabulary, and where; any place of it for those that do not, so
-    that no shape hangs on the values.
+def _slices(
+    weight_VD: torch.Tensor, targets_T: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Slices of the vocabulary: the entries, their weights, which targets are among them, and at which place;
+    any place for the other targets, so that no shape depends on values.
     """
-    return (targets_T >= start) & (targets_T < stop), (targets_T - start).clamp(0, stop - start - 1)
-
-
-def _slices(weight_VD: torch.Tensor, num_tokens: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Slices of the vocabulary and where they start."""
-    size = max(
-        1024, LOGITS_PER_SLICE[planning_device_type(weight_VD.device)] // max(1, num_tokens) // 512 * 512
-    )
+    most_logits = LOGITS_PER_SLICE[planning_device_type(weight_VD.device)]
+    size = max(1024, most_logits // max(1, len(targets_T)) // 512 * 512)
     for start in range(0, len(weight_VD), size):
-        yield start, weight_VD[start : start + size]
+        stop = min(start + size, len(weight_VD))
+        inside_T, places_T = (targets_T >= start) & (targets_T < stop), targets_T - start
+        yield slice(start, stop), weight_VD[start:stop], inside_T, places_T.clamp(0, stop - start - 1)

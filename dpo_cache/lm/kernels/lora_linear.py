@@ -3,9 +3,9 @@ forward.
 
     output = base(x) + scaling (x A^T) B^T
 
-PEFT makes each product, sum and cast a tensor of its own, most of which the backward pass keeps: under mixed
-precision a wide copy and a narrow one of every input. Here the update of a layer is one operation that adds
-to the base's output as it multiplies, and keeps the layer's input, as it came, and x A^T.
+PEFT makes each product, sum and cast a separate tensor and keeps most of them for the backward pass: under
+mixed precision a wide and a narrow copy of every input. Here the update of a layer is one operation, which
+adds the product to the base's output and keeps only the layer's input, without a cast, and x A^T.
 
 N tokens, I inputs, O outputs, R rank.
 """
@@ -19,13 +19,13 @@ import torch
 from dpo_cache.lm.device import autocast_dtype
 from dpo_cache.lm.patches import Patches
 
-# of PEFT's layers: the base's weights are plain, or held by bitsandbytes
+# PEFT's layers whose base has plain weights, or weights of bitsandbytes
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
 
 
 def use_fast_lora(model: torch.nn.Module, patches: Patches | None = None) -> int:
-    """Run the model's plain LoRA layers as one operation each; returns their number. DoRA and others stay
-    PEFT's.
+    """Run the model's plain LoRA layers as one operation each; returns their number. PEFT still runs DoRA and
+    other variants.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -37,7 +37,7 @@ def use_fast_lora(model: torch.nn.Module, patches: Patches | None = None) -> int
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether the layer adds what the formula says to a linear layer's output."""
+    """Whether the layer is a linear layer with the update of the formula."""
     is_linear = type(layer).__name__ in KINDS and isinstance(layer.get_base_layer(), torch.nn.Linear)
     return is_linear and all(
         name not in layer.lora_variant
@@ -72,9 +72,8 @@ class _AddUpdate(torch.autograd.Function):
         narrow_NR = _rows(inputs, dtype) @ down_RI.to(dtype).t()
         ctx.save_for_backward(inputs, narrow_NR, down_RI, up_OR)
         ctx.scaling = scaling
-        return torch.addmm(_rows(output, dtype), narrow_NR, up_OR.to(dtype).t(), alpha=scaling).view(
-            output.shape
-        )
+        sums_NO = torch.addmm(_rows(output, dtype), narrow_NR, up_OR.to(dtype).t(), alpha=scaling)
+        return sums_NO.view(output.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

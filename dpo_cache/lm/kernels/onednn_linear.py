@@ -1,17 +1,16 @@
-"""Linear layers on a CPU, through the faster of the two libraries that torch brings.
+"""Linear layers on a CPU, through the faster of the two libraries that torch includes.
 
-In float32 torch takes MKL, which on processors of other makers than its own uses half of what they can do;
-oneDNN does not. Which is faster here is measured on the model's own largest layer, once, and the other is
-left alone. oneDNN adds up a dot product in one run, MKL in several: its rounding error is 1.5 to 2 times as
-large, still fp32's.
+In float32 torch uses MKL, which reaches half of the speed of processors that Intel did not make; oneDNN has
+no such limit. The two are timed once, on the model's largest layer. oneDNN sums a dot product in one run, MKL
+in several: oneDNN's rounding error is 1.5 to 2 times as large, still that of fp32.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ from transformers import PreTrainedModel
 from dpo_cache.lm.patches import Patches
 
 PROBE_TOKENS = 256
-# of a layer: where the largest is smaller, calls cost more than products, and times tell nothing
-LEAST_WEIGHTS = 2**17
-MIN_SPEEDUP = 0.95  # of MKL's time that oneDNN may take to be worth the change
-CLEAR_SPEEDUP = 0.8  # the same where two runs are to decide alike, whatever else the machine does
+# Below this size of the largest layer, calls cost more than products, so timing shows nothing.
+MIN_WEIGHTS = 2**17
+MIN_SPEEDUP = 0.95  # oneDNN is used if it takes at most this share of MKL's time
+CLEAR_SPEEDUP = 0.8  # the same where two runs should decide alike under any other load on the machine
 
 
 def use_fast_linear(
@@ -33,22 +32,24 @@ def use_fast_linear(
     min_speedup: float = MIN_SPEEDUP,
     decided: bool | None = None,
 ) -> bool:
-    """Run the model's linear layers through oneDNN where that takes at most `min_speedup` of MKL's time.
+    """Run the model's linear layers through oneDNN if that takes at most `min_speedup` of MKL's time.
 
-    Returns whether they do. Rounding differs between the two, so a resumed run passes the choice of the run
-    before as `decided`, and nothing is measured.
+    Returns whether they do. Rounding differs between the two, so a resumed run passes the previous run's
+    choice as `decided`, and nothing is timed.
     """
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
     if (
-        model.device.type != "cpu"
+        decided is False
+        or model.device.type != "cpu"
         or model.dtype != torch.float32
         or not layers
         or not torch.backends.mkldnn.is_available()
     ):
         return False
     inner = [layer for layer in layers if layer.out_features < 16 * layer.in_features]  # not the LM head
-    probe = _Probe(max(inner or layers, key=lambda layer: layer.weight.numel()))
-    if decided is False or not probe.agrees() or (decided is None and not probe.is_faster(min_speedup)):
+    weight = max(inner or layers, key=lambda layer: layer.weight.numel()).weight.detach()
+    inputs = torch.linspace(-1, 1, PROBE_TOKENS * weight.shape[1]).view(PROBE_TOKENS, -1)
+    if not _agrees(inputs, weight) or (decided is None and not _is_faster(inputs, weight, min_speedup)):
         return False
     patches = patches or Patches()
     for layer in layers:
@@ -65,9 +66,7 @@ def use_torch_linear(model: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class Products:
-    """The three matrix products of a linear layer, of matrices x [N, in], weight [out, in] and grad [N,
-    out].
-    """
+    """The matrix products of a linear layer, of matrices x [N, in], weight [out, in] and grad [N, out]."""
 
     output: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x, weight -> [N, out]
     for_inputs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # grad, weight -> [N, in]
@@ -76,7 +75,7 @@ class Products:
 
 
 def products_of(layer: torch.nn.Module) -> Products:
-    """The products by the library that the layer runs through."""
+    """The products of the library that the layer uses."""
     return ONEDNN if isinstance(layer.forward, partial) and layer.forward.func is _forward else TORCH
 
 
@@ -88,7 +87,7 @@ def onednn_linear(
         tensor is not None and tensor.requires_grad for tensor in (inputs, weight, bias)
     ):
         return _OneDnnLinear.apply(inputs, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    return _onednn_output(inputs, weight, bias)
 
 
 class _OneDnnLinear(torch.autograd.Function):
@@ -96,27 +95,27 @@ class _OneDnnLinear(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        # under an adapter it is frozen
+        # the weight is frozen under an adapter
         ctx.save_for_backward(inputs if weight.requires_grad else None, weight)
         ctx.shape = inputs.shape
-        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return _onednn_output(inputs, weight, bias)
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         for_inputs, for_weight, for_bias = ctx.needs_input_grad
         grad = grads[0].reshape(-1, weight.shape[0])
-        grad_inputs = _onednn_for_inputs(grad, weight).view(ctx.shape) if for_inputs else None
-        grad_weight = (
-            _onednn_for_weight(grad, inputs.reshape(-1, weight.shape[1]), weight) if for_weight else None
+        return (
+            _onednn_for_inputs(grad, weight).view(ctx.shape) if for_inputs else None,
+            _onednn_for_weight(grad, inputs.reshape(-1, weight.shape[1]), weight) if for_weight else None,
+            grad.sum(0) if for_bias else None,
         )
-        return grad_inputs, grad_weight, grad.sum(0) if for_bias else None
 
 
-def _onednn_output(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
+def _onednn_output(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
 def _onednn_for_inputs(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -142,51 +141,32 @@ def _forward(
     return onednn_linear(inputs, layer.weight, layer.bias)
 
 
-class _Probe:
-    """Both libraries on one layer's weight."""
-
-    def __init__(self, layer: torch.nn.Linear):
-        self.inputs = torch.linspace(-1, 1, PROBE_TOKENS * layer.in_features).view(
-            PROBE_TOKENS, layer.in_features
-        )
-        self.weight = layer.weight.detach()
-
-    def agrees(self) -> bool:
-        """Whether oneDNN is there and gives the same numbers and gradients up to rounding."""
-        try:
-            found = self._results(onednn_linear)
-        except (
-            RuntimeError,
-            AttributeError,
-            NotImplementedError,
-            TypeError,
-        ):  # operators of torch's own, which may come and go
-            return False
-        expected = self._results(torch.nn.functional.linear)
-        return all(
-            torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
-            for one, other in zip(found, expected, strict=True)
-        )
-
-    def is_faster(self, min_speedup: float) -> bool:
-        if self.weight.numel() < LEAST_WEIGHTS:
-            return False
-        runs = [
-            partial(linear, self.inputs, self.weight)
-            for linear in (onednn_linear, torch.nn.functional.linear)
-        ]
-        # in turn, so that other load on the machine affects both
-        rounds = [[_time(run) for run in runs] for _ in range(9)]
-        return min(times[0] for times in rounds) < min_speedup * min(times[1] for times in rounds)
-
-    def _results(self, linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-        with torch.enable_grad():
-            leaves = [self.inputs.clone().requires_grad_(), self.weight.clone().requires_grad_()]
-            output = linear(*leaves)
-            return [output.detach(), *torch.autograd.grad(output, leaves, output.detach().cos())]
+def _agrees(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN is there and gives the same output and gradients up to rounding."""
+    try:
+        found = _results(onednn_linear, inputs, weight)
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError):
+        return False  # these operators are internal to torch and may change
+    expected = _results(torch.nn.functional.linear, inputs, weight)
+    return all(
+        torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+        for one, other in zip(found, expected, strict=True)
+    )
 
 
-def _time(run: Callable[[], torch.Tensor]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def _results(
+    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *tensors: torch.Tensor
+) -> list[torch.Tensor]:
+    with torch.enable_grad():
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        output = linear(*leaves)
+        return [output.detach(), *torch.autograd.grad(output, leaves, output.detach().cos())]
+
+
+def _is_faster(inputs: torch.Tensor, weight: torch.Tensor, min_speedup: float) -> bool:
+    if weight.numel() < MIN_WEIGHTS:
+        return False
+    runs = [partial(linear, inputs, weight) for linear in (onednn_linear, torch.nn.functional.linear)]
+    # alternating, so that other load on the machine affects both
+    onednn_s, mkl_s = zip(*([timeit(run, number=1) for run in runs] for _ in range(9)), strict=True)
+    return min(onednn_s) < min_speedup * min(mkl_s)

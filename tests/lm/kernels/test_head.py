@@ -25,7 +25,7 @@ def test_log_probs_of_a_large_vocabulary_err_no_more_than_log_softmax() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 49_152, generator=generator) * 4
     targets = torch.randint(0, 49_152, (40,), generator=generator)
-    hidden[torch.arange(0, 40, 2), targets[::2]] += 30  # every other token is all but certain
+    hidden[torch.arange(0, 40, 2), targets[::2]] += 30  # every other token has a probability near 1
     exact = hidden.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
     naive = hidden.log_softmax(-1).gather(1, targets[:, None])[:, 0].double()
     error = (token_logps(hidden, torch.clone, targets, 49_152).double() - exact).abs()
@@ -53,7 +53,7 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch: pytest.MonkeyP
     hidden = torch.randn(70, 32, requires_grad=True)
     token_logps(hidden, head_of(model), torch.zeros(70, dtype=torch.long), 264).sum().backward()
     assert max(rows) == 16
-    assert sum(rows) == 2 * 70  # once forward, once more in the backward pass
+    assert sum(rows) == 2 * 70  # once forward, once in the backward pass
 
 
 def test_the_head_is_a_view_and_leaves_the_model_as_it_is() -> None:
@@ -78,10 +78,8 @@ def test_the_head_by_slices_is_as_exact_as_log_softmax(
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(24, vocab_size, bias=False)
     layer.weight.data = torch.randn(vocab_size, 24, generator=generator)
-    hidden, outward = (
-        torch.randn(num_tokens, 24, generator=generator) * 3,
-        torch.randn(num_tokens, generator=generator),
-    )
+    hidden = torch.randn(num_tokens, 24, generator=generator) * 3
+    outward = torch.randn(num_tokens, generator=generator)
     targets = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
 
     def plain(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -104,7 +102,7 @@ def test_the_head_by_slices_is_as_exact_as_log_softmax(
 
 
 def unscaled_logits(dtype: torch.dtype) -> tuple[torch.Tensor, torch.nn.Linear, torch.Tensor]:
-    """Hidden states of which some are all but sure of their target and some of another token."""
+    """Hidden states, some with a probability near 1 for their target and some for another token."""
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(24, 5000, bias=False, dtype=dtype).requires_grad_(False)
     layer.weight.copy_(torch.randn(5000, 24, generator=generator))
@@ -116,7 +114,7 @@ def unscaled_logits(dtype: torch.dtype) -> tuple[torch.Tensor, torch.nn.Linear, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_frozen_head_passes_its_gradient_on_alone(
+def test_a_frozen_head_gives_only_the_gradient_of_hidden_states(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "LOGITS_PER_SLICE", {"cpu": 33 * 1024})  # five slices
@@ -137,10 +135,8 @@ def test_a_frozen_head_passes_its_gradient_on_alone(
     (leaf @ weight.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0].backward(outward.double())
     size = leaf.grad.norm(dim=1).clamp(min=1e-6)
     error, usual = ((found[layer] - leaf.grad).norm(dim=1) / size for layer in (frozen, trained))
-    assert (error <= 2 * usual + (1e-5 if dtype == torch.float32 else 1e-2)).all(), (
-        error,
-        usual,
-    )  # of sure tokens, too
+    # also for tokens with a probability near 1
+    assert (error <= 2 * usual + (1e-5 if dtype == torch.float32 else 1e-2)).all(), (error, usual)
 
 
 @pytest.mark.parametrize("is_frozen", [True, False])
@@ -156,7 +152,7 @@ def test_mixed_precision_multiplies_the_head_as_without_gradients(is_frozen: boo
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite", "phi", "qwen2"])
-def test_a_head_is_plain_where_it_is_one_product_alone(family: str) -> None:
+def test_a_head_is_plain_only_where_it_is_one_product(family: str) -> None:
     assert family in FAMILIES
     assert has_plain_head(make_model(family)) == (family in ("llama", "qwen2"))
 

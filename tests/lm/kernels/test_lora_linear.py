@@ -1,6 +1,4 @@
-"""LoRA in one operation a layer: PEFT's outputs and gradients, less kept, and PEFT's own way where it is not
-plain.
-"""
+"""LoRA as one operation per layer has PEFT's outputs and gradients and keeps less; PEFT runs other layers."""
 
 from typing import Any
 
@@ -57,8 +55,8 @@ def test_outputs_and_gradients_are_those_of_peft() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixed_precision_is_no_further_from_the_exact_gradients_than_peft(dtype: torch.dtype) -> None:
-    """Base weights in either dtype, adapters in float32, products in bfloat16; of one model rounding is luck,
-    so several are averaged.
+    """Base weights in either dtype, adapters in float32, products in bfloat16. Averages several models, because
+    rounding in one of them is random.
     """
     distances = {True: 0.0, False: 0.0}
     for seed in range(12):
@@ -73,23 +71,20 @@ def test_mixed_precision_is_no_further_from_the_exact_gradients_than_peft(dtype:
 
 def test_pure_bf16_keeps_its_dtype() -> None:
     def run(dtype: torch.dtype, *, is_fast: bool) -> dict[str, torch.Tensor]:
-        return outcome(adapt(make_llama().to(torch.bfloat16), is_fast=is_fast).to(torch.bfloat16).to(dtype))[
-            1
-        ]
+        adapted = adapt(make_llama().to(torch.bfloat16), is_fast=is_fast)
+        return outcome(adapted.to(torch.bfloat16).to(dtype))[1]
 
     found, exact = run(torch.bfloat16, is_fast=True), run(torch.float32, is_fast=False)
     assert {grad.dtype for grad in found.values()} == {torch.bfloat16}
     assert gaps(found, exact).mean() < 1.1 * gaps(run(torch.bfloat16, is_fast=False), exact).mean()
 
 
-def test_half_of_what_peft_keeps_of_a_layer_under_mixed_precision() -> None:
+def test_a_layer_keeps_less_than_in_peft_under_mixed_precision() -> None:
     kept = {}
     for is_fast in (True, False):
         adapted = adapt(make_llama().to(torch.bfloat16), is_fast=is_fast)
-        layer, inputs = (
-            adapted.base_model.model.model.layers[0].mlp.up_proj,
-            torch.randn(512, 32, requires_grad=True),
-        )
+        layer = adapted.base_model.model.model.layers[0].mlp.up_proj
+        inputs = torch.randn(512, 32, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), LiveBytes() as live:
             output = layer(inputs)
             kept[is_fast] = live.now
@@ -97,7 +92,7 @@ def test_half_of_what_peft_keeps_of_a_layer_under_mixed_precision() -> None:
     assert kept[True] < 0.75 * kept[False]
 
 
-def test_switched_off_merged_and_with_several_adapters_it_is_peft_that_runs() -> None:
+def test_peft_runs_adapters_that_are_switched_off_or_merged() -> None:
     adapted, plain = adapt(make_llama(), is_fast=True), make_llama()
     ids = torch.arange(10)[None]
     with_adapter = adapted(input_ids=ids).logits
@@ -113,7 +108,7 @@ def test_switched_off_merged_and_with_several_adapters_it_is_peft_that_runs() ->
 
 
 @pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}])
-def test_what_is_not_plain_stays_pefts(config: dict[str, Any]) -> None:
+def test_peft_runs_layers_that_are_not_plain(config: dict[str, Any]) -> None:
     model = make_llama(attention_bias=True)
     adapted = get_peft_model(
         model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **config)
@@ -121,7 +116,7 @@ def test_what_is_not_plain_stays_pefts(config: dict[str, Any]) -> None:
     assert use_fast_lora(adapted) == 0
 
 
-def test_a_head_with_an_adapter_is_one_product_no_more() -> None:
+def test_a_head_with_an_adapter_is_not_plain() -> None:
     model = make_llama()
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM"))
     assert use_fast_lora(adapted) == 1 and not has_plain_head(model)

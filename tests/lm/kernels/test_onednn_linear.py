@@ -27,9 +27,8 @@ def test_onednn_gives_the_same_layer(shape: tuple[int, ...], has_bias: bool) -> 
 def test_onednn_gives_the_same_gradients(shape: tuple[int, ...], has_bias: bool) -> None:
     inputs, weight, bias = torch.randn(shape), torch.randn(40, 32), torch.randn(40) if has_bias else None
     leaves = [tensor.requires_grad_() for tensor in (inputs, weight, bias) if tensor is not None]
-    outward = (
-        torch.randn(*shape[:-1], 40).transpose(-1, -2).contiguous().transpose(-1, -2)
-    )  # gradients come in any layout
+    # gradients can have any layout
+    outward = torch.randn(*shape[:-1], 40).transpose(-1, -2).contiguous().transpose(-1, -2)
     found = torch.autograd.grad(onednn_linear(inputs, weight, bias), leaves, outward)
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact = torch.autograd.grad(torch.nn.functional.linear(*doubles), doubles, outward.double())
@@ -45,10 +44,10 @@ def test_what_needs_no_gradient_gets_none() -> None:
 
 
 @needs_onednn
-def test_a_model_whose_layers_are_faster_that_way_is_switched_and_gives_the_same(
+def test_a_model_that_is_faster_that_way_is_switched_and_has_the_same_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(linear._Probe, "is_faster", lambda self, worth: True)
+    monkeypatch.setattr(linear, "_is_faster", lambda *_: True)
     model, plain, ids = make_llama(), make_llama(), torch.arange(40)[None]
     assert use_fast_linear(model)
     expected, found = plain(input_ids=ids).logits, model(input_ids=ids).logits
@@ -61,15 +60,15 @@ def test_a_model_whose_layers_are_faster_that_way_is_switched_and_gives_the_same
 
 
 @needs_onednn
-def test_what_a_run_decided_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear._Probe, "is_faster", lambda self, worth: pytest.fail("timed again"))
+def test_a_run_that_has_decided_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_is_faster", lambda *_: pytest.fail("timed again"))
     assert use_fast_linear(make_llama(), decided=True)
     assert not use_fast_linear(make_llama(), decided=False)
 
 
-def test_a_model_is_left_alone_where_that_is_slower_or_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_unchanged_where_onednn_is_slower_or_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
-    monkeypatch.setattr(linear._Probe, "is_faster", lambda self, worth: False)
+    monkeypatch.setattr(linear, "_is_faster", lambda *_: False)
     assert not use_fast_linear(model)
     monkeypatch.undo()
     monkeypatch.setattr(
@@ -80,15 +79,15 @@ def test_a_model_is_left_alone_where_that_is_slower_or_absent(monkeypatch: pytes
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_numbers_that_differ_are_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_with_other_numbers_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         linear, "onednn_linear", lambda inputs, weight: torch.nn.functional.linear(inputs, weight) * 1.1
     )
-    monkeypatch.setattr(linear._Probe, "is_faster", lambda self, worth: True)
+    monkeypatch.setattr(linear, "_is_faster", lambda *_: True)
     assert not use_fast_linear(make_llama())
 
 
 @needs_onednn
 def test_small_layers_are_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_time", lambda run: pytest.fail("timed"))
+    monkeypatch.setattr(linear, "timeit", lambda *_, **__: pytest.fail("timed"))
     assert not use_fast_linear(make_llama())
