@@ -1,4 +1,4 @@
-"""What only a CUDA device runs: its kernels, its copies on streams, and pinned host memory.
+"""Code that only a CUDA device runs: kernels, copies on streams, and pinned host memory.
 
 The tests are skipped, with the reason, where torch finds no CUDA device.
 """
@@ -55,7 +55,7 @@ def test_forest_and_rows_score_alike_and_as_exactly_as_plain_code(family: str) -
 
 @pytest.mark.parametrize("tokens", [7, 50])
 def test_scores_that_leave_the_gpu_one_chunk_late_are_those_of_one_chunk(tokens: int) -> None:
-    """A chunk's values are copied to pinned memory beside the next chunk's computation."""
+    """A chunk's values are copied to pinned memory during the next chunk's computation."""
     model = make_llama().cuda()
     attention = choose_attention(model, max_length=64)
     whole = cuda_scores(model, attention, 100_000)
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_the_cpu() -> None:
         assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-6, name
 
 
-def test_what_goes_to_pinned_memory_comes_back() -> None:
+def test_values_in_pinned_memory_come_back() -> None:
     transfer = CudaTransfer(torch.device("cuda"))
     content = torch.arange(2**20, device="cuda").to(torch.uint8)
     on_host = transfer.to_host(content)
@@ -83,7 +83,7 @@ def test_what_goes_to_pinned_memory_comes_back() -> None:
 
 @pytest.mark.parametrize("mode", ["none", "cheap", "full"])
 def test_offloaded_activations_change_no_gradient(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "LEAST_BYTES", 4096)
+    monkeypatch.setattr(offload, "MIN_BYTES", 4096)
     model = make_llama().cuda()
     attention = choose_attention(model, max_length=64)
     Recomputation(model).mode = mode

@@ -1,13 +1,13 @@
 """Activations that are computed again in the backward pass instead of kept.
 
     none        keeps all of them
-    cheap       keeps all but what costs next to nothing: the outputs of norms and activation functions,
-                copies of keys (`recipes.py`)
-    selective   keeps what matrix products and attention gave, and computes norms, activations, copies and
-                adapters' products again
-    full        keeps each decoder layer's input alone, and computes the layer again
+    cheap       keeps all but tensors that cost next to nothing: the outputs of norms and activation
+                functions, copies of keys (`recompute_later.py`)
+    selective   keeps the outputs of matrix products and attention, and computes norms, activations, copies
+                and adapters' products again
+    full        keeps only each decoder layer's input, and computes the layer again
 
-transformers' own switch works in train mode alone; the policy stays in eval mode, where no dropout is.
+transformers' own switch works only in train mode; the policy stays in eval mode, which has no dropout.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ MODES = ("none", "cheap", "selective", "full")
 def ladder(precision: str) -> tuple[str, ...]:
     """The modes to try where memory is short, each of which keeps less than the one before.
 
-    *selective* saves over *cheap* under mixed precision alone, where that keeps wide inputs of norms and
-    casts.
+    *selective* keeps less than *cheap* only under mixed precision, where *cheap* keeps wide inputs of norms
+    and casts.
     """
     return ("cheap", "selective", "full") if precision == "bf16-mixed" else ("cheap", "full")
 
 
-# What a layer keeps for the backward pass, in times the outputs of its linear layers; measured on a Llama.
+# Numbers that a layer keeps for the backward pass, per output of its linear layers; measured on a Llama.
 FLOATS_KEPT = {"none": 2.7, "cheap": 1.2, "selective": 1.2, "full": 0.15}
 
 EXPENSIVE = (
@@ -51,12 +51,11 @@ EXPENSIVE = (
     "bitsandbytes.int8_scaled_mm", "bitsandbytes.int8_mixed_scaled_mm",
 )  # fmt: skip
 
-
 # modules whose classes are functions of a value
 ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
-# Products of so few numbers each are cheaper to repeat than to keep: what adapters of low rank give. By
-# operator, which argument they multiply.
+# Products over at most this many numbers, as adapters of low rank compute them, are cheaper to repeat than to
+# keep. By operator, which argument is multiplied.
 NARROW = 64
 NARROW_PRODUCTS = {"aten.mm": 0, "aten.addmm": 1, "mkldnn._linear_pointwise": 0}
 
@@ -66,12 +65,7 @@ class Recomputation:
 
     def __init__(self, model: PreTrainedModel, patches: Patches | None = None):
         self.mode = "none"
-        self._kept = {packet.default for packet in map(_operator, EXPENSIVE) if packet is not None}
-        self._multiplied = {
-            packet.default: place
-            for name, place in NARROW_PRODUCTS.items()
-            if (packet := _operator(name)) is not None
-        }
+        self._kept = {found.default: name for name in EXPENSIVE if (found := _operator(name)) is not None}
         layers = decoder_layers(model)
         self.num_layers = len(layers)
         patches = patches or Patches()
@@ -92,18 +86,16 @@ class Recomputation:
         return checkpoint(forward, *args, **options, **kwargs)
 
     def _choose(self, _: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
-        is_narrow = operator in self._multiplied and args[self._multiplied[operator]].shape[-1] <= NARROW
-        return (
-            CheckpointPolicy.MUST_SAVE
-            if operator in self._kept and not is_narrow
-            else CheckpointPolicy.PREFER_RECOMPUTE
-        )
+        name = self._kept.get(operator)
+        is_narrow = name in NARROW_PRODUCTS and args[NARROW_PRODUCTS[name]].shape[-1] <= NARROW
+        is_kept = name is not None and not is_narrow
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _recompute_cheap_output(module: torch.nn.Module, patches: Patches) -> None:
-    """Let the module's output be recomputed in the backward pass, where that takes next to no time."""
+    """Let the backward pass compute the module's output again, if that takes next to no time."""
     kind = type(module)
-    if _is_gated(kind):  # type: ignore[arg-type]  # mypy takes torch's way to declare __hash__ for another
+    if _is_gated(kind):  # type: ignore[arg-type]  # mypy: __hash__ of torch's modules
         patches.wrap(module, _run_gated)
     elif kind is torch.nn.Linear:
         patches.before_forward(module, _cast_inputs)
@@ -134,8 +126,8 @@ def _run_gated(module: Any, forward: Any, *args: Any) -> Any:
 
 
 def _cast_inputs(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Inputs of a linear layer as autocast would cast them, in a copy that is made again if they are: else
-    the copy takes less than they do.
+    """Cast the inputs of a linear layer as autocast would. If the inputs are recomputed, so is the cast copy;
+    otherwise keeping the copy takes less memory than keeping the inputs.
     """
     (inputs,) = args
     dtype = autocast_dtype(inputs.device)
@@ -146,8 +138,8 @@ def _cast_inputs(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @cache
 def _is_gated(kind: type[torch.nn.Module]) -> bool:
-    """Whether modules of this class compute `down_proj(act_fn(gate_proj(x)) * up_proj(x))` and nothing else,
-    by their code.
+    """Whether the code of this class computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))` and nothing
+    else.
     """
     try:
         (function,) = ast.parse(dedent(inspect.getsource(kind.forward))).body
@@ -159,38 +151,34 @@ def _is_gated(kind: type[torch.nn.Module]) -> bool:
     code = [ast.unparse(line) for line in function.body]
     x = function.args.args[1].arg
     product = f"self.down_proj(self.act_fn(self.gate_proj({x})) * self.up_proj({x}))"
-    is_plain = len(code) == 1 and code[0] == f"return {product}"
-    return is_plain or (
-        len(code) == 2
-        and code[1].startswith("return ")
-        and code[0] == f"{code[1].removeprefix('return ')} = {product}"
-    )
+    result = code[-1].removeprefix("return ")
+    return code in ([f"return {product}"], [f"{result} = {product}", f"return {result}"])
 
 
 def is_kept_changed(error: RuntimeError) -> bool:
-    """Whether a layer changed in place what `selective` had kept of it, as some experts do; torch refuses to
-    go on with that.
+    """Whether torch refused because a layer, as some experts do, changed in place a tensor that `selective`
+    keeps.
     """
     return "cached during selective activation checkpoint has been mutated" in str(error)
 
 
 def activation_bytes(model: PreTrainedModel, num_tokens: int, mode: str) -> float:
-    """About how much the layers keep of a forest of so many tokens until its backward pass has ended."""
+    """Estimate of the memory that the layers keep for the backward pass of a forest."""
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
     modules = [entry for layer in decoder_layers(model) for entry in layer.named_modules()]
-    # those are added to what is kept anyway
+    # adapters' products are added to the outputs of the base
     outputs = sum(_num_outputs(module, chosen) for name, module in modules if "lora_B" not in name)
     return FLOATS_KEPT[mode] * outputs * num_tokens * next(model.parameters()).element_size()
 
 
 def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The layers of which one keeps its input alone under `full`."""
+    """The layers that keep only their input under `full`."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _num_outputs(module: torch.nn.Module, num_chosen: int) -> int:
-    """Numbers that a linear layer gives a token; of experts, whose weights are stacked, what the chosen ones
-    give.
+    """Size of a linear layer's output for a token; of experts with stacked weights, the sum over the chosen
+    ones.
     """
     if isinstance(module, torch.nn.Linear):
         return module.out_features

@@ -1,12 +1,12 @@
-"""Tensors that are made again in the backward pass, from what is kept anyway, where that costs next to
+"""Tensors that the backward pass computes again, from others that are kept anyway, where that costs next to
 nothing.
 
-The output of a norm or an activation function, or a copy of keys, takes as much memory as a matrix product's,
-and a hundredth of its time. Within `recording`, what `recompute_later` gives is kept as its recipe, the
-function and its inputs, wherever the backward pass asks for it: by the product that multiplies it, for one.
-It is made again when that is reached, once, and its own gradient is taken of that. The same operations give
-the gradients as if everything were kept; a tensor that is used beside its recipe, too, has its gradients
-added up in another order.
+The output of a norm or an activation function, or a copy of keys, takes as much memory as a matrix product's
+and a hundredth of its time. Within `recording`, the output of `recompute_later` is kept as its call, a
+function and its inputs, by every operation that saves it for its backward pass, such as the product that
+multiplies it. The first of them to run backward repeats the call, and the gradient of the output passes
+through the repeated call. The operations are the same as if everything were kept, and so are the gradients;
+a tensor that is also used in other ways has its gradients added in another order.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,50 +23,48 @@ from dpo_cache.lm.device import autocast_dtype
 
 Pack = Callable[[torch.Tensor], Any]
 Unpack = Callable[[Any], torch.Tensor]
-Hooks = tuple[Pack, Unpack]
 
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-_tape: ContextVar[RecomputeTape | None] = ContextVar("book", default=None)
-_hooks: ContextVar[Hooks] = ContextVar("hooks", default=(_itself, _itself))
+_tape: ContextVar[RecomputeTape | None] = ContextVar("tape", default=None)
+_hooks: ContextVar[tuple[Pack, Unpack]] = ContextVar(
+    "hooks", default=(lambda tensor: tensor, lambda tensor: tensor)
+)
 
 
 def recompute_later(
     function: Callable[..., torch.Tensor], *inputs: torch.Tensor, parameters: Sequence[torch.Tensor] = ()
 ) -> torch.Tensor:
-    """`function(*inputs)`, which uses `parameters`, too; within `recording` it is kept as that call.
+    """`function(*inputs)`, which may also use `parameters`; within `recording` it is kept as this call.
 
-    The function gives one tensor, the same for the same inputs.
+    The function must return one tensor, the same for the same inputs.
     """
-    tape = _tape.get()
-    if tape is None or not torch.is_grad_enabled():
+    tape = _open_tape()
+    if tape is None:
         return function(*inputs)
     call = _RecordedCall(function, inputs, parameters, tape)
     output = _RecomputeLater.apply(call, *inputs, *parameters)
-    tape.enter(output, call, inputs)
+    if _storage(output) not in map(_storage, inputs):  # else it takes no memory of its own
+        # the output is held, so that no other storage gets its address meanwhile
+        tape.calls[_storage(output)] = (call, output.detach(), output._version)
     return output
 
 
 def is_recording() -> bool:
-    """Whether recipes are kept here and now."""
-    return _tape.get() is not None and torch.is_grad_enabled()
+    """Whether `recompute_later` keeps calls at present."""
+    return _open_tape() is not None
 
 
 def is_on_tape(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is kept as a recipe here and now, so that what is made of it can be, too, without
+    """Whether the tensor is kept as a call at present, so that a tensor made of it can be, too, without
     keeping more.
     """
-    tape = _tape.get()
-    return tape is not None and torch.is_grad_enabled() and tape.knows(tensor)
+    tape = _open_tape()
+    return tape is not None and _storage(tensor) in tape.calls
 
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """While open, what `recompute_later` gives is kept as its recipe; the rest as under the `saving` around
-    it.
+    """While open, outputs of `recompute_later` are kept as calls; other tensors as the `saving` around it
+    keeps them.
     """
     tape = RecomputeTape(*_hooks.get())
     token = _tape.set(tape)
@@ -74,12 +73,14 @@ def recording() -> Iterator[None]:
             yield
     finally:
         _tape.reset(token)
-        tape.close()
+        tape.calls.clear()
 
 
 @contextmanager
 def saving(pack: Pack, unpack: Unpack) -> Iterator[None]:
-    """torch's hooks for tensors that are kept, which a `recording` inside uses for all that has no recipe."""
+    """torch's hooks for saved tensors, which a `recording` inside also uses, for tensors that it did not
+    record.
+    """
     token = _hooks.set((pack, unpack))
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -89,48 +90,31 @@ def saving(pack: Pack, unpack: Unpack) -> Iterator[None]:
 
 
 class RecomputeTape:
-    """The recipes of a forward pass, by the storage of what they gave."""
+    """The calls of a forward pass, by the storage of their outputs."""
 
     def __init__(self, pack: Pack, unpack: Unpack):
         self.keep, self.fetch = pack, unpack
-        self._calls: dict[int, tuple[_RecordedCall, torch.Tensor, int]] = {}
-
-    def enter(self, output: torch.Tensor, call: _RecordedCall, inputs: Sequence[torch.Tensor]) -> None:
-        if _storage(output) not in map(_storage, inputs):  # else it takes no memory of its own
-            # held: no other storage gets this address meanwhile
-            self._calls[_storage(output)] = (call, output.detach(), output._version)
+        self.calls: dict[int, tuple[_RecordedCall, torch.Tensor, int]] = {}
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        """The recipe and which part of its output the tensor is, or whatever keeps it."""
-        call, output, version = self._calls.get(_storage(tensor), (None, tensor, 0))
-        # changed in place: what the recipe gives is another
+        """The call with the tensor's view of its output, or whatever `keep` returns."""
+        call, output, version = self.calls.get(_storage(tensor), (None, tensor, 0))
+        # after a change in place, the call no longer returns the tensor
         if call is None or output._version != version or tensor.dtype != output.dtype:
             return self.keep(tensor)
-        return _OutputView(call, tensor)
-
-    def knows(self, tensor: torch.Tensor) -> bool:
-        return _storage(tensor) in self._calls
-
-    def close(self) -> None:
-        self._calls.clear()
+        return partial(call.view, tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
-class _OutputView:
-    """A view of what a recipe gives."""
-
-    def __init__(self, call: _RecordedCall, tensor: torch.Tensor):
-        self._recipe, self._view = call, (tensor.size(), tensor.stride(), tensor.storage_offset())
-
-    def tensor(self) -> torch.Tensor:
-        return self._recipe.output().as_strided(*self._view)
+def _open_tape() -> RecomputeTape | None:
+    return _tape.get() if torch.is_grad_enabled() else None
 
 
 def _unpack(packed: Any, fetch: Unpack) -> torch.Tensor:
-    return packed.tensor() if isinstance(packed, _OutputView) else fetch(packed)
+    return packed() if isinstance(packed, partial) else fetch(packed)
 
 
 class _RecordedCall:
-    """A function and its inputs, each kept as the book keeps it, which may be as a recipe, too."""
+    """A function and its inputs, which the tape keeps, perhaps as calls, too."""
 
     def __init__(
         self,
@@ -143,27 +127,27 @@ class _RecordedCall:
         self._inputs = [
             (tape.pack(tensor.detach()), tensor.requires_grad, tensor._version) for tensor in inputs
         ]
-        self._autocast = _autocast_of(inputs[0].device)
+        device = inputs[0].device
+        dtype = autocast_dtype(device)
+        # brings back the autocast that is on now
+        autocast_now = partial(torch.autocast, device.type, dtype, cache_enabled=False)
+        self._autocast: Callable[[], Any] = nullcontext if dtype is None else autocast_now
         self._made: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
-    def output(self) -> torch.Tensor:
-        """What the function gives, kept from here until `gradients`, if those will be asked for."""
-        has_gradients = any(needs for _, needs, _ in self._inputs) or any(
-            parameter.requires_grad for parameter in self._parameters
-        )
-        made = self._made or self._make()
-        if has_gradients:
+    def view(self, *size_stride_offset: Any) -> torch.Tensor:
+        """A view of the output, which is kept from the first one until `gradients`, if there will be any."""
+        leaves, output = made = self._made or self._make()
+        if any(source.requires_grad for source in (*leaves, *self._parameters)):
             self._made = made
-        return made[1].detach()
+        return output.detach().as_strided(*size_stride_offset)
 
     def gradients(self, grad: torch.Tensor) -> list[torch.Tensor | None]:
-        """Of the inputs, then of the parameters; None where none is needed."""
+        """Gradients of the inputs, then of the parameters; None where none is needed."""
         leaves, output = self._made or self._make()
         self._made = None
         sources = [*leaves, *self._parameters]
-        found = iter(
-            torch.autograd.grad(output, [source for source in sources if source.requires_grad], grad)
-        )
+        needed = [source for source in sources if source.requires_grad]
+        found = iter(torch.autograd.grad(output, needed, grad))
         return [next(found) if source.requires_grad else None for source in sources]
 
     def _make(self) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -171,7 +155,7 @@ class _RecordedCall:
         for packed, needs, version in self._inputs:
             tensor = _unpack(packed, self._fetch)
             if isinstance(packed, torch.Tensor) and packed._version != version:
-                raise RuntimeError("a tensor of which another is to be made again was changed in place")
+                raise RuntimeError("an input of a tensor that is computed again was changed in place")
             leaves.append(tensor.detach().requires_grad_(needs))
         with torch.enable_grad(), self._autocast():
             return leaves, self._function(*leaves)
@@ -185,18 +169,12 @@ class _RecomputeLater(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        call, ctx.call = ctx.call, None  # its inputs go once nobody else needs them
+        call, ctx.call = ctx.call, None  # its inputs are freed once nothing else needs them
         if call is None:
-            raise RuntimeError("what was kept as a recipe has one backward pass")
+            raise RuntimeError("a tensor that is computed again has one backward pass")
         return None, *call.gradients(grads[0])
 
 
-def _autocast_of(device: torch.device) -> Callable[[], Any]:
-    """What brings back the autocast that is on now."""
-    dtype = autocast_dtype(device)
-    return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype, cache_enabled=False)
-
-
 def _storage(tensor: torch.Tensor) -> int:
-    """Tells storages apart, fake ones, too."""
+    """Identifies a storage, also a fake one."""
     return tensor.untyped_storage()._cdata

@@ -1,6 +1,4 @@
-"""Activations in host memory: what is moved, that nothing changes, and that a CPU is told it has no use for
-it.
-"""
+"""Activations in host memory: which are moved, that no number changes, and the remark on a CPU."""
 
 import gc
 import weakref
@@ -17,11 +15,11 @@ from tests.conftest import make_llama
 from tests.lm.families import make_model
 from tests.lm.memory.test_recompute import COMPLETIONS, gradients
 
-MIN_TOKENS = 4096  # bytes: tiny models have tiny activations
+MIN_BYTES = 4096  # tiny models have tiny activations
 
 
 class FakeTransfer:
-    """Host memory that is only called so: everything is copied, and what comes back is another tensor."""
+    """Copies in the same memory: the tensors that come back are others."""
 
     def __init__(self) -> None:
         self.moved: list[torch.Tensor] = []
@@ -45,7 +43,7 @@ class FakeTransfer:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "gpt2", "deepseek_v3", "bloom"])
 def test_gradients_are_the_same_to_the_bit(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "LEAST_BYTES", MIN_TOKENS)
+    monkeypatch.setattr(offload, "MIN_BYTES", MIN_BYTES)
     model = make_model(family)
     chosen = choose_attention(model, max_length=64)
     Recomputation(model).mode = mode
@@ -54,27 +52,22 @@ def test_gradients_are_the_same_to_the_bit(family: str, mode: str, monkeypatch: 
     assert offload_activations(model, pytest.fail, transfer) == 2
     for _ in range(2):
         found = gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
-        assert found.keys() == expected.keys() and all(
-            torch.equal(found[name], expected[name]) for name in expected
-        )
-    assert (
-        transfer.moved
-        and transfer.num_fetched == len(transfer.moved)
-        and transfer.num_waited >= len(transfer.moved)
-    )
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert transfer.moved and transfer.num_fetched == len(transfer.moved) <= transfer.num_waited
 
 
 def test_weights_shared_and_small_tensors_stay_and_all_else_is_moved_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(offload, "LEAST_BYTES", MIN_TOKENS)
+    monkeypatch.setattr(offload, "MIN_BYTES", MIN_BYTES)
     model = make_llama()
     chosen = choose_attention(model, max_length=64)
     seen: list[tuple[int, int]] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         seen.append((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
-        kept.append(tensor)  # so that no address comes twice
+        kept.append(tensor)  # so that no address is reused
         return tensor
 
     kept: list[torch.Tensor] = []
@@ -95,10 +88,10 @@ def test_weights_shared_and_small_tensors_stay_and_all_else_is_moved_once(
     completion_logps(model, COMPLETIONS, chosen)
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     expected = {
-        (address, size) for address, size in seen if size >= MIN_TOKENS and address not in shared | weights
+        (address, size) for address, size in seen if size >= MIN_BYTES and address not in shared | weights
     }
-    for left_alone in (shared, weights):
-        assert any(address in left_alone and size >= MIN_TOKENS for address, size in seen)
+    for staying in (shared, weights):
+        assert any(address in staying and size >= MIN_BYTES for address, size in seen)
 
     for layer, forward in zip(layers, plain, strict=True):
         layer.forward = forward
@@ -106,23 +99,22 @@ def test_weights_shared_and_small_tensors_stay_and_all_else_is_moved_once(
     offload_activations(model, pytest.fail, transfer)
     completion_logps(model, COMPLETIONS, chosen)
     assert sorted(content.numel() for content in transfer.moved) == sorted(size for _, size in expected)
-    assert min(content.numel() for content in transfer.moved) >= MIN_TOKENS and not weights & set(
-        transfer.addresses
-    )
+    assert min(content.numel() for content in transfer.moved) >= MIN_BYTES
+    assert not weights & set(transfer.addresses)
 
 
-def test_what_came_back_goes_as_soon_as_its_layer_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "LEAST_BYTES", MIN_TOKENS)
+def test_fetched_activations_are_freed_after_their_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "MIN_BYTES", MIN_BYTES)
     model = make_llama(num_hidden_layers=6)
     chosen, transfer = choose_attention(model, max_length=64), FakeTransfer()
     alive: list[weakref.ref] = []
-    make = offload._Moved.__init__
+    make = offload._SavedTensors.__init__
 
     def note(self, *args):
         alive.append(weakref.ref(self))
         make(self, *args)
 
-    monkeypatch.setattr(offload._Moved, "__init__", note)
+    monkeypatch.setattr(offload._SavedTensors, "__init__", note)
     offload_activations(model, pytest.fail, transfer)
     gc.collect()
     gc.disable()
@@ -140,7 +132,7 @@ def test_what_came_back_goes_as_soon_as_its_layer_is_done(monkeypatch: pytest.Mo
 
 
 def test_nothing_is_moved_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "MIN_BYTES", 1)
     model, transfer = make_llama(), FakeTransfer()
     chosen = choose_attention(model, max_length=64)
     offload_activations(model, pytest.fail, transfer)
@@ -149,7 +141,7 @@ def test_nothing_is_moved_without_gradients(monkeypatch: pytest.MonkeyPatch) -> 
     assert not transfer.moved
 
 
-def test_a_cpu_is_told_that_it_has_no_use_for_it() -> None:
+def test_on_a_cpu_a_remark_reports_no_effect() -> None:
     model, remarks = make_llama(), []
     before = [module.forward for module in model.modules()]
     assert offload_activations(model, remarks.append) == 0
@@ -159,7 +151,7 @@ def test_a_cpu_is_told_that_it_has_no_use_for_it() -> None:
     assert [module.forward for module in model.modules()] == before
 
 
-def test_a_model_without_such_layers_is_told() -> None:
+def test_on_a_model_without_such_layers_a_remark_reports_no_effect() -> None:
     remarks: list[str] = []
     assert offload_activations(torch.nn.Linear(2, 2), remarks.append, FakeTransfer()) == 0
     assert remarks == ["`offload_activations` has no effect: Linear has no layers that take it."]

@@ -1,6 +1,4 @@
-"""Recipes: gradients as if everything were kept, in less memory, and never from what was changed
-meanwhile.
-"""
+"""Recorded calls: gradients as if everything were kept, in less memory, and never from changed tensors."""
 
 import pytest
 import torch
@@ -59,7 +57,7 @@ def test_less_is_kept(precision: str, most: float) -> None:
     assert found["cheap"] < most * found["none"]
 
 
-def test_a_frozen_norm_under_something_trained_is_made_again() -> None:
+def test_a_frozen_norm_before_a_trained_layer_is_computed_again() -> None:
     norm, layer, inputs = nn.LayerNorm(8).requires_grad_(False), nn.Linear(8, 4), torch.randn(3, 8)
     with recording():
         output = layer(recompute_later(norm, inputs))
@@ -67,11 +65,9 @@ def test_a_frozen_norm_under_something_trained_is_made_again() -> None:
     assert torch.allclose(layer.weight.grad, norm(inputs).sum(0).expand(4, 8))
 
 
-def test_recipes_of_recipes_and_views_of_them() -> None:
-    inputs, weight = (
-        torch.randn(4, 6, dtype=torch.float64, requires_grad=True),
-        torch.randn(3, 2, dtype=torch.float64, requires_grad=True),
-    )
+def test_calls_on_outputs_of_calls_and_on_views_of_them() -> None:
+    inputs = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
 
     def run() -> torch.Tensor:
         hidden = recompute_later(torch.sin, recompute_later(torch.exp, inputs))
@@ -82,23 +78,20 @@ def test_recipes_of_recipes_and_views_of_them() -> None:
     with recording():
         loss = run()
     loss.backward()
-    assert all(
-        torch.allclose(one, other, rtol=1e-12)
-        for one, other in zip(expected, (inputs.grad, weight.grad), strict=True)
-    )
+    for one, other in zip(expected, (inputs.grad, weight.grad), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12)
 
 
-def test_what_was_changed_in_place_is_not_made_again() -> None:
+def test_a_tensor_that_was_changed_in_place_is_not_computed_again() -> None:
     inputs = torch.randn(4, requires_grad=True)
     scale = torch.randn(4, requires_grad=True)
     with recording():
         output = recompute_later(torch.exp, inputs * 1)
-        changed = output.mul_(2)  # no longer what the recipe gives: kept as it is
+        changed = output.mul_(2)  # no longer the output of the call: kept as it is
         loss = (changed * scale).sum()
     loss.backward()
-    assert torch.allclose(scale.grad, 2 * inputs.detach().exp()) and torch.allclose(
-        inputs.grad, 2 * inputs.detach().exp() * scale.detach()
-    )
+    assert torch.allclose(scale.grad, 2 * inputs.detach().exp())
+    assert torch.allclose(inputs.grad, 2 * inputs.detach().exp() * scale.detach())
 
     source = inputs * 1
     with recording():
