@@ -37,7 +37,7 @@ from dpo_cache.types import Score
 SIZES = [(100_000, 200), (1_000_000, 200), (10_000_000, 20)]  # completions, tokens each
 NUM_SHARDS = 1000
 NUM_PAIRS, PROMPT_TOKENS, COMPLETION_TOKENS = 1_000_000, 100, 150
-PUBLISHED = 20_000  # completions of the publishing measurement, 1,000 a shard
+PUBLISHED = 20_000  # completions of the publishing measurement, 1,000 per shard
 SIDES = ("chosen", "rejected")
 
 
@@ -66,11 +66,11 @@ def key_column(keys: np.ndarray) -> pa.Array:
     )
 
 
-# -- measurements, each run in a process of its own ----------------------------------------------------------
+# -- measurements, each in its own process -------------------------------------------------------------------
 
 
 def make_scores(root: Path, count: int, length: int) -> dict[str, float]:
-    """1,000 small shards, written as the store writes them but for the one Python object a score."""
+    """Write 1,000 small shards as the store does, but without a Python object for each score."""
     generator = np.random.default_rng(0)
     place = root / "scores"
     place.mkdir(parents=True)
@@ -91,7 +91,7 @@ def make_scores(root: Path, count: int, length: int) -> dict[str, float]:
 
 
 def publish(root: Path, count: int, length: int) -> dict[str, float]:
-    """Scores published from Python objects, 1,000 a shard, each shard synced to the disk."""
+    """Publish scores from Python objects, 1,000 per shard; each shard is synced to the disk."""
     del count
     generator = np.random.default_rng(1)
     index = ScoreIndex(LocalFolder(root), "scores")
@@ -106,11 +106,13 @@ def publish(root: Path, count: int, length: int) -> dict[str, float]:
 
 
 def compact(root: Path, count: int, length: int) -> dict[str, float]:
-    """All shards merged into few; the old ones removed."""
+    """Merge all shards into few, and remove the old ones."""
     folder = LocalFolder(root)
     names = folder.names("scores")
     before, started = peak_bytes(), time.perf_counter()
-    merged = list(write_sorted_shards(folder, "scores", merge_shards(folder, "scores", names)))
+    merged = list(
+        write_sorted_shards(folder, "scores", merge_shards(folder, [f"scores/{name}" for name in names]))
+    )
     elapsed_s = time.perf_counter() - started
     for name in names:
         (root / "scores" / name).unlink()
@@ -122,23 +124,23 @@ def compact(root: Path, count: int, length: int) -> dict[str, float]:
 
 
 def look_up(root: Path, count: int, length: int) -> dict[str, float]:
-    """The index opened, a million random keys looked up, half of them there; and 10,000 fetched at random."""
+    """Open the index, look up a million random keys, half of which exist, and fetch 10,000 at random."""
     del count, length
     folder = LocalFolder(root)
     before, started = peak_bytes(), time.perf_counter()
     index = ScoreIndex(folder, "scores")
     opened = time.perf_counter()
     generator = np.random.default_rng(2)
-    there = _some_keys(folder, 500_000)
-    wanted = generator.permutation(np.concatenate([there, random_keys(generator, 500_000)]))
+    existing = _some_keys(folder, 500_000)
+    wanted = generator.permutation(np.concatenate([existing, random_keys(generator, 500_000)]))
     ready = time.perf_counter()
     found = index.contains(wanted)
     looked = time.perf_counter()
     open_bytes = peak_bytes() - before
-    assert found.sum() >= len(there)
-    asked = generator.choice(there, min(10_000, len(there)), replace=False)
+    assert found.sum() >= len(existing)
+    wanted_few = generator.choice(existing, min(10_000, len(existing)), replace=False)
     fetching = time.perf_counter()
-    index.fetch(asked)
+    index.fetch(wanted_few)
     fetched = time.perf_counter()
     return {
         "open_s": opened - started, "lookups_per_s": len(wanted) / (looked - ready), "open_and_look_up_bytes": open_bytes,
@@ -147,7 +149,7 @@ def look_up(root: Path, count: int, length: int) -> dict[str, float]:
 
 
 def make_pairs(root: Path, count: int, length: int) -> dict[str, float]:
-    """A pair set of random pairs, part by part."""
+    """Write a pair set of random pairs, part by part."""
     del length
     generator = np.random.default_rng(3)
     cache = open_cache(root, create=True)
@@ -159,7 +161,7 @@ def make_pairs(root: Path, count: int, length: int) -> dict[str, float]:
 
 
 def iterate(root: Path, count: int, length: int) -> dict[str, float]:
-    """Every pair once, its numbers touched."""
+    """Iterate over all pairs and read their numbers."""
     del length
     pairs = open_cache(root).pairs("bench")
     next(iter(pairs))
@@ -183,14 +185,12 @@ def iterate(root: Path, count: int, length: int) -> dict[str, float]:
 
 
 def _some_keys(folder: LocalFolder, count: int) -> np.ndarray:
-    """Keys of the first shards, copied to be looked up."""
-    from dpo_cache.store.format.shards import open_shard, read_keys
+    """Keys of the first shards."""
+    from dpo_cache.store.format.shards import read_keys
 
     keys: list[np.ndarray] = []
     for name in folder.names("scores"):
-        reader = open_shard(folder, "scores", name)
-        keys += list(read_keys(reader))
-        reader.close()
+        keys += read_keys(folder, f"scores/{name}")
         if sum(map(len, keys)) >= count:
             break
     return np.concatenate(keys)[:count]
@@ -200,7 +200,7 @@ def _random_part(generator: np.random.Generator, first: int, size: int) -> pa.Ta
     def ids(length: int) -> pa.Array:
         ranks = np.minimum(
             generator.pareto(0.7, size * length) * 8, 49_151
-        )  # token ids are as uneven as words
+        )  # token frequencies follow a power law
         return lists((ranks.astype(np.uint32) * np.uint32(40_503)) % np.uint32(49_152), length, TOKEN_LIST)
 
     columns: dict[str, pa.Array] = {
@@ -229,7 +229,7 @@ MEASUREMENTS: dict[str, Callable[[Path, int, int], dict[str, float]]] = {
 
 
 def measure(name: str, root: Path, count: int, length: int) -> dict[str, float]:
-    """One measurement in a fresh process."""
+    """Run one measurement in a fresh process."""
     done = subprocess.run(
         [sys.executable, __file__, "--measure", name, str(root), str(count), str(length)],
         capture_output=True,

@@ -13,14 +13,7 @@ from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.folders.local_copies import is_part_name
 from dpo_cache.store.format.keys import KEY_BYTES
 from dpo_cache.store.format.parquet import REMEDY, ParquetReader, ParquetReaders, name_by_content
-from dpo_cache.store.format.shards import (
-    SHARD_SCHEMA,
-    check_scores,
-    encode_shard,
-    keys_of,
-    open_shard,
-    read_keys,
-)
+from dpo_cache.store.format.shards import SHARD_SCHEMA, check_scores, encode_shard, keys_of, read_keys
 from dpo_cache.store.key_table import KeyTable
 from dpo_cache.types import Score
 
@@ -64,9 +57,7 @@ class ScoreIndex:
                 for name in names:
                     keys[name] = self._read_keys(name)
                 break
-            except (
-                MissingFileError
-            ):  # compacted or collected since it was listed: what holds it now is in the next listing
+            except MissingFileError:  # compacted or collected since: the next listing has its replacement
                 if attempt == LISTINGS:
                     raise
         found = list(keys)
@@ -79,7 +70,7 @@ class ScoreIndex:
     def fetch(self, keys: Sequence[bytes] | np.ndarray) -> list[Score]:
         """The scores, in the order of the keys. Each row group that holds one of them is read once.
 
-        A shard that was compacted away since the index was opened is looked for again in what is there now.
+        Where a shard was compacted since the index was opened, the shards are listed anew.
         """
         try:
             return self._fetch(keys)
@@ -99,8 +90,7 @@ class ScoreIndex:
             missing = bytes(keys[int(np.argmin(rows))])
             raise NotInCacheError(
                 f"{self._folder}/{self._place}: {int((rows < 0).sum())} of {len(keys)} completions are "
-                "not scored, "
-                f"the first is {missing.ljust(KEY_BYTES, bytes(1)).hex()}.\n"
+                f"not scored, the first is {missing.ljust(KEY_BYTES, bytes(1)).hex()}.\n"
                 "Run the `dpo-cache precompute` that made this cache again."
             )
         found: list[Score] = [Score(np.empty(0, np.float32))] * len(keys)
@@ -124,9 +114,9 @@ class ScoreIndex:
     def _fetch_shard(
         self, shard: int, wanted: np.ndarray, rows: np.ndarray, places: np.ndarray, found: list[Score]
     ) -> None:
-        """Fill in the scores at these places, which are this shard's rows, ascending."""
+        """Fill in the scores at these positions, whose rows are in this shard, ascending."""
         reader = self._readers.open(self._shards[shard])
-        starts = np.concatenate([[0], np.cumsum(reader.group_rows)])
+        starts = np.concatenate([[0], np.cumsum(reader.footer.group_rows)])
         bounds = np.searchsorted(rows[places], starts)
         if bounds[-1] < len(places):
             raise CorruptShardError(f"{reader.place}: has fewer rows than when it was opened. {REMEDY}")
@@ -153,13 +143,9 @@ class ScoreIndex:
     def _read_keys(self, name: str) -> np.ndarray:
         if not is_part_name(name):
             raise CorruptShardError(f"{self._folder}/{self._place}/{name}: its name is no sha256. {REMEDY}")
-        reader = open_shard(self._folder, self._place, name)
-        try:
-            keys = list(read_keys(reader))
-        finally:
-            reader.close()
+        keys = read_keys(self._folder, f"{self._place}/{name}")
         if not keys:
-            raise CorruptShardError(f"{reader.place}: has no rows. {REMEDY}")
+            raise CorruptShardError(f"{self._folder}/{self._place}/{name}: has no rows. {REMEDY}")
         return np.concatenate(keys)
 
 
@@ -170,6 +156,6 @@ def _read_scores(reader: ParquetReader, group: int, rows: np.ndarray, wanted: np
     if (keys_of(table.column("key"))[rows] != wanted).any():
         raise CorruptShardError(f"{reader.place}: has other keys than when it was opened. {REMEDY}")
     # a view of the row group would keep all of it in memory
-    asked = table.column("token_logps").take(pa.array(rows)).combine_chunks()
-    flat = asked.values.to_numpy().copy()
-    return [flat[start:end] for start, end in pairwise(asked.offsets.to_numpy().tolist())]
+    taken = table.column("token_logps").take(pa.array(rows)).combine_chunks()
+    flat = taken.values.to_numpy().copy()
+    return [flat[start:end] for start, end in pairwise(taken.offsets.to_numpy().tolist())]

@@ -22,7 +22,6 @@ from dpo_cache.store.format.pair_tables import (
     check_pairs,
     decode_pairs,
     pair_table,
-    with_imported_sums,
 )
 from dpo_cache.store.format.parquet import (
     REMEDY,
@@ -130,17 +129,13 @@ class PairSet:
                 f"{table.num_rows}. {REMEDY}"
             )
         check_pairs(table, reader.place, has_token_logps=self.has_token_logps)
-        return decode_pairs(table) if self.has_token_logps else with_imported_sums(table, decode_pairs(table))
+        return decode_pairs(table, has_token_logps=self.has_token_logps)
 
     def read_keys(self) -> Iterator[tuple[bytes, bytes]]:
         """The keys of each pair's chosen and rejected completion, in order."""
         for part, group, _ in self._blocks:
-            table = self._open_part(part).read_group(group, ["chosen_key", "rejected_key"])
-            yield from zip(
-                key_bytes(keys_of(table.column("chosen_key"))),
-                key_bytes(keys_of(table.column("rejected_key"))),
-                strict=True,
-            )
+            columns = self._open_part(part).read_group(group, ["chosen_key", "rejected_key"]).columns
+            yield from zip(*(key_bytes(keys_of(column)) for column in columns), strict=True)
 
     def _read_rows(self, rows: Sequence[int]) -> list[ScoredPair]:
         """The pairs at these positions; each run of positions in one block reads the block once."""
@@ -155,10 +150,10 @@ class PairSet:
 
     def _open_part(self, part: Document) -> ParquetReader:
         reader = self._readers.open(part["file"])
-        if reader.num_rows != part["rows"]:
+        if reader.footer.num_rows != part["rows"]:
             raise CorruptShardError(
-                f"{reader.place}: the manifest promises {part['rows']} pairs, found {reader.num_rows}. "
-                f"{REMEDY}"
+                f"{reader.place}: the manifest promises {part['rows']} pairs, found "
+                f"{reader.footer.num_rows}. {REMEDY}"
             )
         return reader
 

@@ -22,13 +22,8 @@ import pyarrow.parquet as pq
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.store import ScoreIndex
 from dpo_cache.store.folders.local import LocalFolder
-from dpo_cache.store.format.shards import (
-    SHARD_SCHEMA,
-    encode_shard,
-    name_by_content,
-    read_parquet,
-    write_parquet,
-)
+from dpo_cache.store.format.parquet import name_by_content, write_parquet
+from dpo_cache.store.format.shards import SHARD_SCHEMA, encode_shard
 from tests.promises.thrift import (
     BINARY,
     I32,
@@ -40,6 +35,7 @@ from tests.promises.thrift import (
     edit_last_page,
     write_varint,
 )
+from tests.store.caches import read_shard_bytes
 from tests.store.conftest import key, make_scores
 
 NUMBERS = [3, 11, 4]
@@ -147,7 +143,7 @@ def one_long_completion(num_tokens: int) -> Callable[[], bytes]:
 def rewritten(content: bytes = SHARD, **options: object) -> bytes:
     """The shard as another writer would have it."""
     sink = pa.BufferOutputStream()
-    table = read_parquet(content, SHARD_SCHEMA, "there")
+    table = read_shard_bytes(content)
     pq.write_table(
         table,
         sink,
@@ -164,7 +160,7 @@ def rewritten(content: bytes = SHARD, **options: object) -> bytes:
 
 def with_columns(**columns: pa.Array) -> Callable[[], bytes]:
     def make() -> bytes:
-        table = read_parquet(SHARD, SHARD_SCHEMA, "there")
+        table = read_shard_bytes(SHARD)
         for name, values in columns.items():
             position = SHARD_SCHEMA.get_field_index(name)
             table = table.set_column(
@@ -184,7 +180,7 @@ def with_arrow_schema() -> bytes:
         *list(SHARD_SCHEMA)[1:],
     ]
     sink = pa.BufferOutputStream()
-    table = read_parquet(SHARD, SHARD_SCHEMA, "there")
+    table = read_shard_bytes(SHARD)
     pq.write_table(
         table.cast(pa.schema(fields)),
         sink,

@@ -39,7 +39,9 @@ def make_small_cache(root: Path) -> Path:
         place = f"references/{reference}/scores"
         merged = list(
             write_sorted_shards(
-                cache.folder, place, merge_shards(cache.folder, place, cache.folder.names(place))
+                cache.folder,
+                place,
+                merge_shards(cache.folder, [f"{place}/{name}" for name in cache.folder.names(place)]),
             )
         )
         for name in set(cache.folder.names(place)) - set(merged):

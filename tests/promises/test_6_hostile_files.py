@@ -19,7 +19,8 @@ from dpo_cache.store.folders.local import LocalFolder
 from dpo_cache.store.format import parquet
 from dpo_cache.store.format.documents import open_sealed, seal_document
 from dpo_cache.store.format.pair_tables import read_manifest
-from dpo_cache.store.format.shards import encode_shard, name_by_content
+from dpo_cache.store.format.parquet import name_by_content
+from dpo_cache.store.format.shards import encode_shard
 from dpo_cache.store.pairs import PairSet
 from tests.promises.hostile import FILES, READ_ALL_THE_SAME, rewritten
 from tests.promises.small_cache import make_small_cache, read_small_cache

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store.format.pair_tables import PairsDigest
-from dpo_cache.types import Completion, Pair, Score, ScoredPair
+from dpo_cache.store.format.parquet import ParquetReader
+from dpo_cache.store.format.shards import SHARD_SCHEMA, check_scores, keys_of
+from dpo_cache.types import Completion, Pair, Score, ScoredPair, split_lists
 
 PROVENANCE = {"model": "example/tiny", "revision": None, "device": "cpu"}
 SOURCE = {"dataset": "example/pairs", "format": "text", "created": "2025-01-01T00:00:00+00:00"}
@@ -86,6 +89,19 @@ def make_cache(
     if pairs:
         add_pairs(cache, reference, pairs)
     return cache
+
+
+def read_shard_bytes(content: bytes) -> pa.Table:
+    """The rows of a score shard as one table; its digest and its values are not checked."""
+    groups = ParquetReader(pa.BufferReader(content), SHARD_SCHEMA, "there").read_groups()
+    return pa.concat_tables([SHARD_SCHEMA.empty_table(), *groups])
+
+
+def decode_shard(content: bytes) -> tuple[np.ndarray, list[Score]]:
+    """Keys `[N]` (dtype S16) and scores of a shard; `CorruptShardError` where they are not as specified."""
+    table = read_shard_bytes(content)
+    check_scores(table, "there")
+    return keys_of(table.column("key")), list(map(Score, split_lists(table.column("token_logps"))))
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -1,8 +1,10 @@
-"""What a file system refuses, as one clear error."""
+"""A file system's refusals as one clear error each."""
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dpo_cache.errors import MissingFileError, StorageError
@@ -35,17 +37,18 @@ ADVICE = {
 
 
 def storage_error(verb: str, place: Any, error: OSError) -> StorageError:
-    """The error to raise in place of the file system's, with what to do about it: `MissingFileError`
-    for a file to read that is gone.
+    """The error to raise in place of the file system's, with its advice; `MissingFileError` for a file to
+    read that is gone.
     """
     advice = ADVICE.get(error.errno or 0, f"Check the path and {_AGAIN}")
     kind = MissingFileError if verb == "read" and isinstance(error, FileNotFoundError) else StorageError
     return kind(f"cannot {verb} {place}: {error.strerror or error}.\n{advice}")
 
 
-def raise_refusal(place: Any, error: Exception) -> None:
-    """Raise `StorageError` where the file system refused to read on. Does nothing where the content is at
-    fault: that has no errno.
-    """
-    if isinstance(error, OSError) and error.errno:
-        raise storage_error("read", place, error) from error
+@contextmanager
+def storage_errors(verb: str, place: Any) -> Iterator[None]:
+    """Raise `StorageError` for what the file system refuses in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(verb, place, error) from error

@@ -2,11 +2,11 @@
 
 A file is published as a dot-file that is written, synced and renamed, and its folder is synced: after
 `publish` returns it survives a power cut on any file system that honours fsync, and a crash before that
-leaves only a dot-file, which no reader looks at. A folder is a name in the folder above it, so those are
-synced as well, up to the top of the file system, before the first file is published.
+leaves only a dot-file, which no reader opens. A folder is a name in the folder above it, so the folders above
+are synced as well, up to the top of the file system, before the first file is published.
 
-What a file refers to is published before it, and the folder is synced before the file gets its name: no
-power cut leaves a manifest without its parts, be they written here or by another process a moment ago.
+A file is published after the files that it refers to, and its folder is synced before it gets its name: no
+power cut leaves a manifest without its parts, whether this process wrote them or another one just before.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 
 from dpo_cache.errors import CorruptShardError, StorageError
 from dpo_cache.store.folders.disk import Disk
-from dpo_cache.store.folders.failures import storage_error
+from dpo_cache.store.folders.failures import storage_errors
 
 MARKER = "format.json"  # what makes a folder a cache
-ATTEMPTS = 5  # at a file whose folder somebody else removes, found empty, in the moment before
+ATTEMPTS = 5  # to publish a file while another process removes its folder, which it found empty
 
 
 class LocalFolder:
@@ -34,7 +34,7 @@ class LocalFolder:
     def __init__(self, root: Path, disk: Disk | None = None):
         self.root, self.disk = root, disk or Disk()
         self._had_marker = False
-        self._settled: set[Path] = set()  # folders whose own names are on the disk
+        self._synced: set[Path] = set()  # folders whose own names are on the disk
 
     def __str__(self) -> str:
         return str(self.root)
@@ -42,10 +42,10 @@ class LocalFolder:
     def publish(self, name: str, content: bytes) -> None:
         """Write the whole file, so that it is either absent or complete and durable.
 
-        Raises `StorageError`; nothing is left behind then where the disk still lets files be removed.
+        Raises `StorageError`; then nothing is left behind, unless the disk refuses to remove files, too.
         """
         target = self.root / name
-        try:
+        with storage_errors("write", target):
             for attempt in range(ATTEMPTS):
                 self._check_marker(target)
                 try:
@@ -53,24 +53,18 @@ class LocalFolder:
                 except FileNotFoundError:
                     if attempt == ATTEMPTS - 1:
                         raise
-        except OSError as error:
-            raise storage_error("write", target, error) from error
 
     def read(self, name: str) -> bytes:
         """The file's bytes."""
-        try:
+        with storage_errors("read", self.root / name):
             return self.disk.read(self.locate(name))
-        except OSError as error:
-            raise storage_error("read", self.root / name, error) from error
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of this name. A disk that does not answer is a `StorageError`,
-        not a no.
+        """Whether there is a file or folder of this name. Raises `StorageError` where the disk does not
+        answer.
         """
-        try:
+        with storage_errors("look for", self.root / name):
             found = self._status(self.root / name) is not None
-        except OSError as error:
-            raise storage_error("look for", self.root / name, error) from error
         self._had_marker |= found and name == MARKER
         return found
 
@@ -78,35 +72,28 @@ class LocalFolder:
         """Names of the published files and folders directly inside, sorted; empty where there is no
         folder.
         """
-        try:
+        with storage_errors("list", self.root / folder), suppress(FileNotFoundError):
             return sorted(name for name in self.disk.names(self.root / folder) if not name.startswith("."))
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise storage_error("list", self.root / folder, error) from error
+        return []
 
     def files(self, folder: str = "") -> dict[str, int]:
         """Every published file below the folder, by its name from the root, with its size in bytes; sorted by
         name.
         """
-        try:
+        with storage_errors("list", self.root / folder):
             return self._sizes(self.root / folder, hidden=False)
-        except OSError as error:
-            raise storage_error("list", self.root / folder, error) from error
 
     def size(self, name: str) -> int:
         """The file's size in bytes."""
-        try:
+        with storage_errors("read", self.root / name):
             return self.disk.status(self.locate(name)).st_size
-        except OSError as error:
-            raise storage_error("read", self.root / name, error) from error
 
     def remove(self, name: str) -> None:
         """Remove the file, durably; nothing happens where it is gone already. Folders left empty are removed
         with it.
         """
         target = self.root / name
-        try:
+        with storage_errors("remove", target):
             try:
                 self.disk.unlink(target)
             except FileNotFoundError:
@@ -115,8 +102,6 @@ class LocalFolder:
             with suppress(FileNotFoundError):
                 self.disk.sync_folder(target.parent)
             self._had_marker &= target != self.root / MARKER
-        except OSError as error:
-            raise storage_error("remove", target, error) from error
         for parent in target.parents:
             if parent == self.root:
                 break
@@ -126,16 +111,14 @@ class LocalFolder:
                 break
 
     def hidden(self) -> dict[str, int]:
-        """What `files` leaves out: scratch of writers at work or killed, and what was set aside; sizes in
-        bytes by name.
+        """Sizes in bytes of the files that `files` leaves out: scratch of writers, and files set aside by
+        `verify --repair`.
         """
-        try:
+        with storage_errors("list", self.root):
             return self._sizes(self.root, hidden=True)
-        except OSError as error:
-            raise storage_error("list", self.root, error) from error
 
     def links(self) -> list[str]:
-        """Symbolic links below the folder: nothing that was published is one."""
+        """Symbolic links below the folder. No published file is one."""
         return sorted(
             path.relative_to(self.root).as_posix()
             for parent, folders, files in os.walk(self.root)
@@ -145,25 +128,18 @@ class LocalFolder:
 
     def modified(self, name: str) -> float | None:
         """When the file was written, in seconds since 1970; None where it is gone."""
-        try:
+        with storage_errors("read", self.root / name), suppress(FileNotFoundError):
             return (self.root / name).lstat().st_mtime
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise storage_error("read", self.root / name, error) from error
+        return None
 
     def open_parquet(self, name: str) -> Any:
-        """What `pyarrow.parquet.ParquetFile` can read single columns and row groups from: an open file, which
-        outlives its name.
-        """
-        try:
+        """An open file for `pyarrow.parquet.ParquetFile`. It outlives its name."""
+        with storage_errors("read", self.root / name):
             return self.disk.open(self.locate(name))
-        except OSError as error:
-            raise storage_error("read", self.root / name, error) from error
 
     def locate(self, name: str) -> Path:
-        """The path of a file to read. Raises `CorruptShardError` for what is no plain file, or lies elsewhere
-        by a link.
+        """The path of a file to read. Raises `CorruptShardError` for a pipe, socket or device, and for a link
+        out of the cache.
         """
         path = self.root / name
         mode = self.disk.status(path).st_mode
@@ -188,15 +164,14 @@ class LocalFolder:
     # -- publishing ------------------------------------------------------------------------------------
 
     def _publish(self, target: Path, content: bytes) -> None:
-        # no longer than any name that is published
-        scratch = target.with_name(f".{secrets.token_hex(8)}.tmp")
+        scratch = target.with_name(f".{secrets.token_hex(8)}.tmp")  # no longer than any published name
         self._make_folder(target.parent)
         try:
             self._write(scratch, content)
-            self._settle(target.parent)
+            self._sync_folders(target.parent)
             self.disk.rename(scratch, target)
         except BaseException:
-            with suppress(OSError):  # the first refusal is the one to tell
+            with suppress(OSError):  # the first refusal is the one to report
                 self.disk.unlink(scratch)
             raise
         self.disk.sync_folder(target.parent)
@@ -219,15 +194,15 @@ class LocalFolder:
             self._make_folder(folder.parent)
         try:
             self.disk.make_folder(folder)
-            self._settled.clear()
+            self._synced.clear()
         except FileExistsError:
             if not folder.is_dir():  # else another writer was faster
                 raise
 
-    def _settle(self, folder: Path) -> None:
-        """Sync the folder and, once, those above it: any of them may be a moment old, whoever made it."""
+    def _sync_folders(self, folder: Path) -> None:
+        """Sync the folder and, the first time, those above it: any process may just have made one of them."""
         self.disk.sync_folder(folder)
-        if folder in self._settled:
+        if folder in self._synced:
             return
         root, place = Path(os.path.realpath(self.root)), Path(os.path.realpath(folder))
         while not os.path.ismount(place) and place != place.parent:
@@ -237,12 +212,10 @@ class LocalFolder:
             except PermissionError:
                 if place.is_relative_to(root):
                     raise  # above the cache it is a folder of others, which may be used but not read
-        self._settled.add(folder)
+        self._synced.add(folder)
 
     def _check_marker(self, target: Path) -> None:
-        """Raise `StorageError` where the cache has vanished: what has its path may now be a folder of another
-        disk.
-        """
+        """Raise `StorageError` where the cache has vanished: another disk's folder may now be at its path."""
         is_there = self._status(self.root / MARKER) is not None
         if self._had_marker and not is_there:
             raise StorageError(
@@ -255,17 +228,14 @@ class LocalFolder:
     # -- looking ---------------------------------------------------------------------------------------
 
     def _status(self, path: Path) -> os.stat_result | None:
-        """None where there is nothing. Other refusals are raised: a disk that does not answer has not denied
-        it.
-        """
-        try:
+        """None where there is no such file or folder. Other refusals are raised: the disk gave no answer."""
+        with suppress(FileNotFoundError, NotADirectoryError):
             return self.disk.status(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return None
 
     def _sizes(self, folder: Path, *, hidden: bool) -> dict[str, int]:
-        """Sizes of the files below the folder by their names, sorted: of those in a dot-folder or with a dot,
-        or of the others.
+        """Sizes of the files below the folder by their names, sorted: either of dot-files and of files in
+        dot-folders, or of all others.
         """
         sizes = {
             path.relative_to(self.root).as_posix(): status.st_size for path, status in self._walk(folder)
@@ -277,9 +247,7 @@ class LocalFolder:
         }
 
     def _walk(self, folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-        """Every file below the folder, without those behind links to folders; what vanishes meanwhile is left
-        out.
-        """
+        """Every file below the folder, without those behind links to folders and those removed meanwhile."""
         try:
             entries = sorted(self.disk.entries(folder), key=lambda entry: entry.name)
         except FileNotFoundError:

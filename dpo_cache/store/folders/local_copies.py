@@ -27,7 +27,7 @@ from dpo_cache.files.atomic import replaced
 
 DEFAULT_LIMIT_GB = 20.0
 STALE_S = 86_400.0  # a download that is this old was cut off
-CHUNK_BYTES = 1 << 20
+HASH_BYTES = 2**20  # read at once while a file is hashed
 
 Download = Callable[[BinaryIO], None]
 
@@ -165,10 +165,14 @@ def is_part_name(name: str) -> bool:
     return dot + suffix == ".parquet" and len(digest) == 64 and set(digest) <= set("0123456789abcdef")
 
 
-def _is_whole(file: pa.OSFile, name: str) -> bool:
-    """Whether the file's bytes hash to its name; it is left at its start."""
+def hash_source(source: pa.NativeFile) -> str:
+    """Hex sha256 of an open file's bytes, read piece by piece; leaves it at its start."""
     digest = hashlib.sha256()
-    while len(chunk := file.read_buffer(CHUNK_BYTES)):
-        digest.update(chunk)
-    file.seek(0)
-    return f"{digest.hexdigest()}.parquet" == name
+    while len(piece := source.read_buffer(HASH_BYTES)):
+        digest.update(piece)
+    source.seek(0)
+    return digest.hexdigest()
+
+
+def _is_whole(file: pa.OSFile, name: str) -> bool:
+    return f"{hash_source(file)}.parquet" == name

@@ -1,6 +1,6 @@
-"""One file of a cache, from its bytes: is it whole, and does it say what its columns promise?
+"""Checks of one file of a cache, from its bytes: its digest, its schema, and that its columns agree.
 
-Each check raises `CorruptShardError` whose first line says what was expected and found.
+Each check raises `CorruptShardError`, whose first line names what was expected and found.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ import pyarrow as pa
 from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.format.documents import REMEDY, Document
 from dpo_cache.store.format.keys import completion_key, key_bytes
-from dpo_cache.store.format.pair_tables import PAIR_SCHEMA, PairsDigest, check_pairs
+from dpo_cache.store.format.pair_tables import (
+    PAIR_SCHEMA,
+    SIDES,
+    PairsDigest,
+    check_pairs,
+    decode_completions,
+)
 from dpo_cache.store.format.parquet import ParquetReader, check_content
 from dpo_cache.store.format.shards import SHARD_SCHEMA, check_scores, keys_of
-from dpo_cache.types import Completion, split_lists
 
 TEXT_OR_NONE = (str, type(None))
-DETAILS: dict[str, dict[str, Any]] = {  # members of a manifest, and the kinds of theirs
+DETAILS: dict[str, dict[str, Any]] = {  # members of a manifest, and the types of their members
     "source": {"dataset": str, "format": str},
     "tokenization": {"tokenizer": TEXT_OR_NONE, "max_length": int, "truncation": str},
 }
@@ -37,7 +42,7 @@ class WholeShard:
 
 
 def check_shard(file: str, content: bytes) -> WholeShard:
-    """Digest, schema, and every row of a score shard."""
+    """Check digest, schema, and every row of a score shard."""
     num_tokens, keys = 0, []
     for table in _groups(file, content, SHARD_SCHEMA):
         check_scores(table, file)
@@ -52,8 +57,8 @@ def check_shard(file: str, content: bytes) -> WholeShard:
 def check_part(
     file: str, content: bytes, promised: Document, digest: PairsDigest, *, has_token_logps: bool = True
 ) -> int:
-    """Digest, schema, and every row of a part of a pair set; its pairs are added to the digest. Returns the
-    number of pairs.
+    """Check digest, schema, and every row of a part of a pair set, and add its pairs to the digest. Returns
+    the number of pairs.
     """
     if len(content) != promised["bytes"]:
         raise CorruptShardError(
@@ -63,7 +68,7 @@ def check_part(
     for table in _groups(file, content, PAIR_SCHEMA):
         num_rows += len(table)
         check_pairs(table, file, has_token_logps=has_token_logps)
-        keys = [_check_keys(file, table, side) for side in ("chosen", "rejected")]
+        keys = [_check_keys(file, table, side) for side in SIDES]
         for row, chosen, rejected in zip(table.column("row").to_pylist(), *keys, strict=True):
             digest.add(row, chosen, rejected)
     if num_rows != promised["rows"]:
@@ -72,8 +77,8 @@ def check_part(
 
 
 def check_details(manifest: Document, place: str) -> Document:
-    """The manifest that lies at this place, if it says how its pairs were made: training, exporting, merging
-    and verifying need that.
+    """The manifest, if it describes how its pairs were made, as training, exporting, merging and verifying
+    require. Raises `CorruptShardError`.
     """
     wrong = [] if isinstance(manifest.get("pairs_digest"), str) else ["pairs_digest"]
     for member, kinds in DETAILS.items():
@@ -90,25 +95,18 @@ def check_details(manifest: Document, place: str) -> Document:
 
 def _groups(file: str, content: bytes, schema: pa.Schema) -> Iterator[pa.Table]:
     """The row groups of a Parquet file whose bytes hash to its name."""
-    check_content(content, file.rpartition("/")[2], file)
-    reader = ParquetReader(pa.BufferReader(content), schema, file)
-    for group in range(len(reader.group_rows)):
-        yield reader.read_group(group)
+    check_content(content, file, file)
+    yield from ParquetReader(pa.BufferReader(content), schema, file).read_groups()
 
 
 def _check_keys(file: str, table: pa.Table, side: str) -> list[bytes]:
-    """That the keys of the chosen or the rejected answers are those of the token ids. Returns them."""
-    prompts, answers = split_lists(table.column("prompt_ids")), split_lists(table.column(f"{side}_ids"))
-    if side == "rejected":
-        own = table.column("rejected_prompt_ids").to_pylist()
-        prompts = [
-            prompt if ids is None else np.array(ids, np.uint32)
-            for prompt, ids in zip(prompts, own, strict=True)
-        ]
+    """Check that the keys of the chosen or the rejected completions are those of their token ids. Returns the
+    keys.
+    """
     stored = key_bytes(keys_of(table.column(f"{side}_key")))
-    for row, (prompt, answer, key) in enumerate(zip(prompts, answers, stored, strict=True)):
-        if completion_key(Completion(prompt, answer)) != key:
+    for row, (completion, key) in enumerate(zip(decode_completions(table, side), stored, strict=True)):
+        if completion_key(completion) != key:
             raise CorruptShardError(
-                f"{file}: pair {row} of a row group has token ids that its {side}_key is not of."
+                f"{file}: pair {row} of a row group has a {side}_key that is not of its token ids."
             )
     return stored

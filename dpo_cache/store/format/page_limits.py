@@ -43,11 +43,15 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Footer:
-    """Where the columns lie."""
+    """The position of each column, and the rows of each row group."""
 
     digest: bytes  # of the footer's bytes
     group_rows: list[int]
     chunks: list[list[Chunk]]  # by row group and column
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.group_rows)
 
 
 def read_footer(source: pa.NativeFile) -> bytes:
@@ -129,8 +133,13 @@ def _chunk(column: Struct, field: pa.Field, num_rows: int, end: int) -> Chunk:
 
 
 def _decoded_bytes(chunk: Chunk, field: pa.Field) -> int:
-    value = field.type.value_type if pa.types.is_list(field.type) else field.type
-    return max(chunk.num_values * value.byte_width, chunk.unpacked_bytes) + LEVEL_BYTES * chunk.num_values
+    decoded_bytes = chunk.num_values * value_type(field).byte_width
+    return max(decoded_bytes, chunk.unpacked_bytes) + LEVEL_BYTES * chunk.num_values
+
+
+def value_type(field: pa.Field) -> pa.DataType:
+    """The type of a column's values: of a list column, of its elements."""
+    return field.type.value_type if pa.types.is_list(field.type) else field.type
 
 
 def _check_pages(source: pa.NativeFile, chunk: Chunk) -> None:

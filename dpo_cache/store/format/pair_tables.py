@@ -43,7 +43,7 @@ from dpo_cache.store.format.shards import (
     FLOAT_LIST,
     KEY,
     TOKEN_LIST,
-    are_sums_alone,
+    are_only_sums,
     key_column,
     list_array,
     list_lengths,
@@ -51,6 +51,7 @@ from dpo_cache.store.format.shards import (
 )
 from dpo_cache.types import Completion, Pair, Score, ScoredPair, split_lists
 
+SIDES = ("chosen", "rejected")
 MOST_PART_PAIRS = 8192
 MANIFEST_FORMAT = "dpo-cache pairs"
 # members, and their kinds
@@ -90,21 +91,22 @@ class PairsDigest:
 
 
 def read_manifest(folder: Folder, place: str) -> Document:
-    """The manifest of a pair set, checked: what it names are files of its own folder, of sizes that a pair
-    set may have.
-    """
+    """The manifest of a pair set, checked: its parts are files of its folder, of sizes within the limits."""
     name = f"{place}/manifest.json"
     manifest = read_sealed(folder, name)
-    problem = _manifest_problem(manifest, place)
-    if problem:
+    if problem := _manifest_problem(manifest, place):
         raise CorruptShardError(f"{folder}/{name}: {problem}")
     return manifest
 
 
+def part_files(manifest: Document) -> dict[str, Document]:
+    """The manifest's parts by their names from the root of the cache."""
+    place = f"pairs/{manifest['name']}/{manifest['split']}"
+    return {f"{place}/{part['file']}": part for part in manifest["parts"]}
+
+
 def check_pairs(table: pa.Table, place: str, *, has_token_logps: bool = True) -> None:
-    """Raise `CorruptShardError` unless the columns of a pair set agree with each other, and all values are as
-    specified.
-    """
+    """Raise `CorruptShardError` unless a part's columns agree with each other and with the format."""
     for batch in table.to_batches():
         if not _columns_agree(batch, has_token_logps):
             raise CorruptShardError(
@@ -113,21 +115,18 @@ def check_pairs(table: pa.Table, place: str, *, has_token_logps: bool = True) ->
 
 
 def _manifest_problem(manifest: Document, place: str) -> str | None:
-    """What is wrong with a manifest, if anything."""
-    parts = manifest.get("parts")
-    if (
-        manifest.get("format") != MANIFEST_FORMAT
-        or not isinstance(parts, list)
-        or not all(map(_is_part, parts))
-    ):
+    """The first thing that is wrong with a manifest, or None."""
+    parts: Any = manifest.get("parts")
+    name, split = manifest.get("name"), manifest.get("split")
+    is_list = isinstance(parts, list) and all(map(_is_part, parts))
+    if manifest.get("format") != MANIFEST_FORMAT or not is_list:
         return (
             f"expected the manifest of a {MANIFEST_FORMAT!r} with parts of at most {MOST_PART_PAIRS} pairs."
         )
-    if f"pairs/{manifest.get('name')}/{manifest.get('split')}" != place:
-        return f"it belongs to {str(manifest.get('name'))[:128]!r}, {str(manifest.get('split'))[:128]!r}."
-    if not isinstance(manifest.get("reference"), str) or not re.fullmatch(
-        "[0-9a-f]{64}", manifest["reference"]
-    ):
+    if f"pairs/{name}/{split}" != place:
+        return f"it belongs to {str(name)[:128]!r}, {str(split)[:128]!r}."
+    reference = manifest.get("reference")
+    if not isinstance(reference, str) or not re.fullmatch("[0-9a-f]{64}", reference):
         return "its reference is no sha256."
     if wrong := [name for name, kind in OPTIONAL.items() if not isinstance(manifest.get(name, kind()), kind)]:
         return f"its member {wrong[0]} is of the wrong kind."
@@ -150,20 +149,17 @@ def _is_part(part: Any) -> bool:
 
 
 def _columns_agree(batch: pa.RecordBatch, has_token_logps: bool) -> bool:
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         num_tokens = batch.column(f"{side}_num_tokens")
         token_logps, logps = batch.column(f"ref_{side}_token_logps"), batch.column(f"ref_{side}_logps")
-        if not (
-            lists_agree(token_logps, num_tokens, logps)
-            if has_token_logps
-            else are_sums_alone(token_logps, num_tokens, logps)
-        ):
+        check_values = lists_agree if has_token_logps else are_only_sums
+        if not check_values(token_logps, num_tokens, logps):
             return False
         if (list_lengths(batch.column(f"{side}_ids")) != num_tokens.to_numpy()).any():
             return False
-    own = batch.column("rejected_prompt_ids")
-    has_own = own.is_valid().to_numpy(zero_copy_only=False)
-    no_prompt = (list_lengths(batch.column("prompt_ids")) == 0) | (has_own & (list_lengths(own) == 0))
+    rejected = batch.column("rejected_prompt_ids")
+    is_empty = rejected.is_valid().to_numpy(zero_copy_only=False) & (list_lengths(rejected) == 0)
+    no_prompt = (list_lengths(batch.column("prompt_ids")) == 0) | is_empty
     return not no_prompt.any() and bool((batch.column("row").to_numpy() >= 0).all())
 
 
@@ -195,59 +191,27 @@ def _own_prompt(chosen: Completion, rejected: Completion) -> np.ndarray | None:
     return None if np.array_equal(chosen.prompt_ids, rejected.prompt_ids) else rejected.prompt_ids
 
 
-def decode_pairs(table: pa.Table) -> list[ScoredPair]:
+def decode_pairs(table: pa.Table, *, has_token_logps: bool = True) -> list[ScoredPair]:
     """One object a row; their arrays are views of the table's memory."""
-    rows = table.column("row").to_pylist()
-    prompts, chosen_ids, rejected_ids, chosen_logps, rejected_logps = (
-        split_lists(table.column(name))
-        for name in (
-            "prompt_ids",
-            "chosen_ids",
-            "rejected_ids",
-            "ref_chosen_token_logps",
-            "ref_rejected_token_logps",
-        )
-    )
-    own = table.column("rejected_prompt_ids")
-    if own.null_count == len(own):
-        rejected_prompts = prompts
-    else:
-        has_own = own.is_valid().to_pylist()
-        rejected_prompts = [
-            mine if has else shared
-            for mine, has, shared in zip(split_lists(own), has_own, prompts, strict=True)
+    pairs = map(Pair, table.column("row").to_pylist(), *(decode_completions(table, side) for side in SIDES))
+    return list(map(ScoredPair, pairs, *(_decode_scores(table, side, has_token_logps) for side in SIDES)))
+
+
+def decode_completions(table: pa.Table, side: str) -> list[Completion]:
+    """The chosen or the rejected completions; their arrays are views of the table's memory."""
+    prompts, others = split_lists(table.column("prompt_ids")), table.column("rejected_prompt_ids")
+    if side == "rejected" and others.null_count < len(others):
+        prompts = [
+            other if differs else prompt
+            for other, differs, prompt in zip(
+                split_lists(others), others.is_valid().to_pylist(), prompts, strict=True
+            )
         ]
-    return [
-        ScoredPair(
-            Pair(row, Completion(prompt, chosen), Completion(rejected_prompt, rejected)),
-            Score(ref_chosen),
-            Score(ref_rejected),
-        )
-        for row, prompt, rejected_prompt, chosen, rejected, ref_chosen, ref_rejected in zip(
-            rows,
-            prompts,
-            rejected_prompts,
-            chosen_ids,
-            rejected_ids,
-            chosen_logps,
-            rejected_logps,
-            strict=True,
-        )
-    ]
+    return list(map(Completion, prompts, split_lists(table.column(f"{side}_ids"))))
 
 
-def with_imported_sums(table: pa.Table, pairs: Sequence[ScoredPair]) -> list[ScoredPair]:
-    """The pairs with the sums that were imported, which nothing else in the file adds up to."""
-    sums = zip(
-        table.column("ref_chosen_logps").to_pylist(),
-        table.column("ref_rejected_logps").to_pylist(),
-        strict=True,
-    )
-    return [
-        ScoredPair(
-            scored.pair,
-            Score(scored.ref_chosen.token_logps, chosen),
-            Score(scored.ref_rejected.token_logps, rejected),
-        )
-        for scored, (chosen, rejected) in zip(pairs, sums, strict=True)
-    ]
+def _decode_scores(table: pa.Table, side: str, has_token_logps: bool) -> list[Score]:
+    values = split_lists(table.column(f"ref_{side}_token_logps"))
+    if has_token_logps:
+        return list(map(Score, values))
+    return list(map(Score, values, table.column(f"ref_{side}_logps").to_pylist()))  # imported sums

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_cache.errors import CorruptShardError
-from dpo_cache.store.folders.failures import raise_refusal, storage_error
+from dpo_cache.store.folders.failures import storage_error, storage_errors
 from dpo_cache.store.folders.folder import Folder
+from dpo_cache.store.folders.local_copies import hash_source
 from dpo_cache.store.format.page_limits import (
     FILE_BYTES,
     FOOTER_BYTES,
     LIST_ITEMS,
-    Footer,
     check_group,
     parse_footer,
     read_footer,
+    value_type,
 )
 
 REMEDY = (
@@ -32,9 +34,8 @@ REMEDY = (
     "Delete it and run the `dpo-cache precompute` that made it again: it scores only what is missing."
 )
 
-# what reading a bad file may raise, in Arrow and in `pages.py`
+# what reading a bad file may raise, in Arrow and in `page_limits.py`
 DAMAGE = (pa.ArrowException, OSError, ValueError, IndexError, OverflowError)
-HASH_BYTES = 2**20  # read at once while a file is hashed
 MOST_OPEN = 64  # files of one index or pair set that are kept open
 
 
@@ -48,8 +49,8 @@ class ParquetBuilder:
         self._writer = pq.ParquetWriter(
             self._sink, schema, compression="zstd", use_dictionary=False, write_page_checksum=True,
             store_schema=False,
-            column_encoding=float_encodings(schema),
-            # key or row; those of lists make the footer twice as long and help nobody
+            column_encoding=_float_encodings(schema),
+            # of key or row only: those of lists make the footer twice as long and help nobody
             write_statistics=schema.names[:1],
         )  # fmt: skip
         self.num_rows = 0
@@ -65,16 +66,13 @@ class ParquetBuilder:
         return self._sink.getvalue().to_pybytes()
 
 
-def float_encodings(schema: pa.Schema) -> dict[str, str]:
+def _float_encodings(schema: pa.Schema) -> dict[str, str]:
     """Floats byte by byte, all first bytes together: zstd then takes 8 % less, and reading is faster."""
-    kinds = {
-        field.name: field.type.value_type if pa.types.is_list(field.type) else field.type for field in schema
-    }
-    paths = {
-        field.name: f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+    return {
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name: "BYTE_STREAM_SPLIT"
         for field in schema
+        if pa.types.is_floating(value_type(field))
     }
-    return {paths[name]: "BYTE_STREAM_SPLIT" for name, kind in kinds.items() if pa.types.is_floating(kind)}
 
 
 def write_parquet(table: pa.Table, row_group_size: int) -> bytes:
@@ -86,47 +84,53 @@ def write_parquet(table: pa.Table, row_group_size: int) -> bytes:
 
 
 class ParquetReader:
-    """One Parquet file, read row group by row group.
+    """One Parquet file, read row group by row group. `with` closes it.
 
-    Opening reads the footer and checks the schema. What a row group would take is checked before it is read
-    (`pages.py`), and its pages against their checksums. Raises `CorruptShardError` where anything is not as
-    it should be.
+    Opening reads the footer and checks the schema. The memory that a row group needs is checked before it is
+    read (`page_limits.py`), and its pages against their checksums. Raises `CorruptShardError` for any damage.
     """
 
     def __init__(self, source: pa.NativeFile, schema: pa.Schema, place: str):
         self._source, self._schema, self.place = source, schema, place
-        self.footer, self._file = open_parquet(source, schema, place)
-
-    @property
-    def num_rows(self) -> int:
-        return sum(self.footer.group_rows)
-
-    @property
-    def group_rows(self) -> list[int]:
-        """Rows of each row group."""
-        return self.footer.group_rows
+        with _damage_raised(place, "not readable as Parquet"):
+            footer = read_footer(source)
+            self._file = pq.ParquetFile(
+                source, page_checksum_verification=True, arrow_extensions_enabled=False,
+                thrift_string_size_limit=FOOTER_BYTES, thrift_container_size_limit=LIST_ITEMS,
+            )  # fmt: skip
+            found = self._file.schema_arrow
+        if not found.equals(schema):
+            raise CorruptShardError(f"{place}: expected the columns\n{schema}\nfound\n{found}")
+        with _damage_raised(place, "its footer is damaged"):
+            self.footer = parse_footer(footer, schema, source.size())
 
     def read_group(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One row group, or some of its columns."""
         names = list(columns or self._schema.names)
-        try:
+        with _damage_raised(self.place, f"row group {group} is not readable"):
             check_group(self._source, self.footer, group, self._schema, names)
             table = self._file.read_row_group(group, columns=names, use_threads=False)
             table.validate(full=True)
-        except DAMAGE as error:
-            raise_refusal(self.place, error)
-            raise CorruptShardError(
-                f"{self.place}: row group {group} is not readable ({error}). {REMEDY}"
-            ) from error
-        if len(table) != self.group_rows[group]:
+        if len(table) != self.footer.group_rows[group]:
             raise CorruptShardError(
                 f"{self.place}: row group {group} does not have the rows that it promises. {REMEDY}"
             )
         return table
 
+    def read_groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Every row group, or some of its columns, one at a time."""
+        for group in range(len(self.footer.group_rows)):
+            yield self.read_group(group, columns)
+
     def close(self) -> None:
         self._file.close()
         self._source.close()
+
+    def __enter__(self) -> ParquetReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class ParquetReaders:
@@ -138,7 +142,7 @@ class ParquetReaders:
         self._folder, self._place, self._schema = folder, place, schema
         self._open: OrderedDict[str, ParquetReader] = OrderedDict()
         self._hashed: dict[str, bytes] = {}  # digest of the footer of each file that was hashed
-        self._held: dict[str, pa.NativeFile] = {}
+        self._held: dict[str, pa.NativeFile] = {}  # files that `keep_open` opened
 
     def keep_open(self, names: Sequence[str]) -> None:
         """Open these files now, and keep them open: an open file outlives its name."""
@@ -159,7 +163,7 @@ class ParquetReaders:
             return open_verified(self._folder, place, self._schema, self._held[name])
         # as before, if its footer is: the pages that this leads to have checksums of their own
         if name in self._hashed:
-            reader = ParquetReader(open_source(self._folder, place), self._schema, f"{self._folder}/{place}")
+            reader = open_unverified(self._folder, place, self._schema)
             if reader.footer.digest == self._hashed[name]:
                 return reader
             reader.close()
@@ -168,27 +172,29 @@ class ParquetReaders:
         return reader
 
 
+def open_unverified(folder: Folder, name: str, schema: pa.Schema) -> ParquetReader:
+    """A file of the cache whose bytes are not hashed: for its keys and its footer, or for comparing."""
+    return ParquetReader(open_source(folder, name), schema, f"{folder}/{name}")
+
+
 def open_verified(
     folder: Folder, name: str, schema: pa.Schema, source: pa.NativeFile | None = None
 ) -> ParquetReader:
-    """A file of the cache, or one that is open already, whose bytes hash to its name. What is hashed and what
-    is read is one open file.
+    """A file of the cache, or one that is open already, whose bytes hash to its name.
+
+    The same open file is hashed and then read.
     """
     place = f"{folder}/{name}"
     source = source or open_source(folder, name)
-    try:
-        check_size(source.size(), place)
+    with storage_errors("read", place):
+        num_bytes = source.size()
+        if num_bytes > FILE_BYTES:
+            raise CorruptShardError(
+                f"{place}: {num_bytes} bytes long, expected at most {FILE_BYTES}. {REMEDY}"
+            )
         found = hash_source(source)
-    except OSError as error:
-        raise storage_error("read", place, error) from error
-    check_digest(found, name.rpartition("/")[2], place)
+    _check_digest(found, name, place)
     return ParquetReader(source, schema, place)
-
-
-def check_size(num_bytes: int, place: str) -> None:
-    """Raise `CorruptShardError` for a file larger than any of the cache."""
-    if num_bytes > FILE_BYTES:
-        raise CorruptShardError(f"{place}: {num_bytes} bytes long, expected at most {FILE_BYTES}. {REMEDY}")
 
 
 def open_source(folder: Folder, name: str) -> pa.NativeFile:
@@ -197,54 +203,27 @@ def open_source(folder: Folder, name: str) -> pa.NativeFile:
     return source if isinstance(source, pa.NativeFile) else pa.PythonFile(source, "r")
 
 
-def hash_source(source: pa.NativeFile) -> str:
-    """Hex sha256 of an open file's bytes, read piece by piece; leaves it at its start."""
-    digest = hashlib.sha256()
-    while len(piece := source.read_buffer(HASH_BYTES)):
-        digest.update(piece)
-    source.seek(0)
-    return digest.hexdigest()
-
-
 def name_by_content(content: bytes) -> str:
     """The file's name: hex sha256 of its bytes."""
     return hashlib.sha256(content).hexdigest() + ".parquet"
 
 
 def check_content(content: bytes, name: str, place: str) -> None:
-    """Raise `CorruptShardError` unless the file's bytes hash to its name."""
-    check_digest(hashlib.sha256(content).hexdigest(), name, place)
+    """Raise `CorruptShardError` unless the file's bytes hash to its name; `name` may be its whole path."""
+    _check_digest(hashlib.sha256(content).hexdigest(), name, place)
 
 
-def check_digest(found: str, name: str, place: str) -> None:
-    """Raise `CorruptShardError` unless this digest is the file's name."""
-    if f"{found}.parquet" != name:
+def _check_digest(found: str, name: str, place: str) -> None:
+    if f"{found}.parquet" != name.rpartition("/")[2]:
         raise CorruptShardError(f"{place}: its bytes hash to {found[:12]}…, not to its name. {REMEDY}")
 
 
-def read_parquet(content: bytes, schema: pa.Schema, place: str) -> pa.Table:
-    """The table, if it has exactly this schema; else `CorruptShardError`."""
-    reader = ParquetReader(pa.BufferReader(content), schema, place)
-    groups = [reader.read_group(group) for group in range(len(reader.group_rows))]
-    return pa.concat_tables(groups) if groups else schema.empty_table()
-
-
-def open_parquet(source: pa.NativeFile, schema: pa.Schema, place: str) -> tuple[Footer, pq.ParquetFile]:
-    """An open Parquet file, its footer and schema checked, its pages checked as they are read."""
+@contextmanager
+def _damage_raised(place: str, problem: str) -> Iterator[None]:
+    """Raise `CorruptShardError` for damage that reading meets in the block, `StorageError` for a refusal."""
     try:
-        content = read_footer(source)
-        file = pq.ParquetFile(
-            source, page_checksum_verification=True, arrow_extensions_enabled=False,
-            thrift_string_size_limit=FOOTER_BYTES, thrift_container_size_limit=LIST_ITEMS,
-        )  # fmt: skip
-        found = file.schema_arrow
+        yield
     except DAMAGE as error:
-        raise_refusal(place, error)
-        raise CorruptShardError(f"{place}: not readable as Parquet ({error}). {REMEDY}") from error
-    if not found.equals(schema):
-        raise CorruptShardError(f"{place}: expected the columns\n{schema}\nfound\n{found}")
-    try:
-        return parse_footer(content, schema, source.size()), file
-    except DAMAGE as error:
-        raise_refusal(place, error)
-        raise CorruptShardError(f"{place}: its footer is damaged ({error}). {REMEDY}") from error
+        if isinstance(error, OSError) and error.errno:  # the file system refused: damage has no errno
+            raise storage_error("read", place, error) from error
+        raise CorruptShardError(f"{place}: {problem} ({error}). {REMEDY}") from error

@@ -18,32 +18,15 @@ import pyarrow as pa
 from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.keys import KEY_BYTES
-from dpo_cache.store.format.parquet import (
-    REMEDY,
-    ParquetBuilder,
-    ParquetReader,
-    check_content,
-    name_by_content,
-    open_parquet,
-    open_source,
-    open_verified,
-    read_parquet,
-    write_parquet,
-)
-from dpo_cache.types import Score, split_lists
-
-__all__ = [
-    "FLOAT_LIST", "KEY", "REMEDY", "SHARD_SCHEMA", "TOKEN_LIST", "check_content", "decode_shard",
-    "encode_shard", "key_column", "keys_of", "list_array", "name_by_content", "open_parquet",
-    "read_parquet", "read_shard", "scores_of", "write_parquet",
-]  # fmt: skip
+from dpo_cache.store.format.parquet import REMEDY, ParquetBuilder, open_unverified, open_verified
+from dpo_cache.types import Score
 
 FLOAT_LIST = pa.list_(pa.field("element", pa.float32(), nullable=False))
 TOKEN_LIST = pa.list_(pa.field("element", pa.uint32(), nullable=False))
 KEY = pa.binary(KEY_BYTES)
 
-ROW_GROUP_BYTES = 4 * 2**20  # in memory, what one look-up has to read
-ROW_BYTES = 32  # of a completion without its token log-probs, roughly
+ROW_GROUP_BYTES = 4 * 2**20  # in memory: the least that a look-up reads
+ROW_BYTES = 32  # in memory, of a completion without its token log-probs, roughly
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -75,49 +58,22 @@ def encode_shard(scores: Sequence[tuple[bytes, Score]]) -> bytes:
     return builder.finish()
 
 
-def decode_shard(content: bytes, place: str) -> tuple[np.ndarray, list[Score]]:
-    """Keys `[N]` (dtype S16) and scores of a shard; `CorruptShardError` where the content is not as
-    specified.
-    """
-    table = read_parquet(content, SHARD_SCHEMA, place)
-    check_scores(table, place)
-    return keys_of(table.column("key")), scores_of(table)
-
-
-def read_shard(folder: Folder, place: str, name: str) -> Iterator[pa.Table]:
-    """The shard's rows, one row group at a time, all checked; its bytes are hashed before the first is handed
-    out.
-    """
-    reader = open_verified(folder, f"{place}/{name}", SHARD_SCHEMA)
-    try:
-        for group in range(len(reader.group_rows)):
-            table = reader.read_group(group)
+def read_shard(folder: Folder, name: str) -> Iterator[pa.Table]:
+    """The shard's rows, one checked row group at a time. The bytes of the whole shard are hashed first."""
+    with open_verified(folder, name, SHARD_SCHEMA) as reader:
+        for table in reader.read_groups():
             check_scores(table, reader.place)
             yield table
-    finally:
-        reader.close()
 
 
-def open_shard(folder: Folder, place: str, name: str) -> ParquetReader:
-    """The shard, open for its keys; its bytes are not hashed, so its values must not be used."""
-    return ParquetReader(open_source(folder, f"{place}/{name}"), SHARD_SCHEMA, f"{folder}/{place}/{name}")
-
-
-def read_keys(reader: ParquetReader) -> Iterator[np.ndarray]:
-    """The shard's keys, S16, one array a row group."""
-    for group in range(len(reader.group_rows)):
-        yield keys_of(reader.read_group(group, ["key"]).column("key"))
-
-
-def scores_of(table: pa.Table) -> list[Score]:
-    """One score a row, views of the table's memory."""
-    return [Score(values) for values in split_lists(table.column("token_logps"))]
+def read_keys(folder: Folder, name: str) -> list[np.ndarray]:
+    """The shard's keys, S16, one array a row group. Its bytes are not hashed."""
+    with open_unverified(folder, name, SHARD_SCHEMA) as reader:
+        return [keys_of(table.column("key")) for table in reader.read_groups(["key"])]
 
 
 def check_scores(table: pa.Table, place: str) -> None:
-    """Raise `CorruptShardError` unless the columns of a shard agree with each other, and all values are
-    finite.
-    """
+    """Raise `CorruptShardError` unless a shard's columns agree with each other and all values are finite."""
     for chunk in table.to_batches():
         lists = chunk.column("token_logps")
         if not lists_agree(lists, chunk.column("num_tokens"), chunk.column("logps")):
@@ -127,7 +83,7 @@ def check_scores(table: pa.Table, place: str) -> None:
 
 
 def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
-    """Whether each list is finite, not empty, as long as promised, and adds up to its `logps` within 1e-9
+    """Whether each list is finite, not empty, `num_tokens` long, and adds up to its `logps` within 1e-9
     relative.
     """
     offsets, sums = token_logps.offsets.to_numpy(), logps.to_numpy()
@@ -143,9 +99,9 @@ def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array
     return bool(np.isfinite(sums).all() and np.allclose(added, sums, rtol=1e-9, atol=1e-9))
 
 
-def are_sums_alone(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
-    """Whether each list is empty and each of the `logps` finite: what a pair set holds that was imported
-    without values per token.
+def are_only_sums(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
+    """Whether each list is empty and each of the `logps` finite, as in a pair set imported without values per
+    token.
     """
     return (
         not list_lengths(token_logps).any()
@@ -154,18 +110,13 @@ def are_sums_alone(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Ar
     )
 
 
-def table_bytes(table: pa.Table) -> int:
-    """Bytes that the rows take in memory, nearly."""
-    return int(row_bytes(table).sum())
-
-
 def row_bytes(table: pa.Table) -> np.ndarray:
     """Bytes that each row takes in memory, nearly: int64 `[len(table)]`."""
     return table.column("num_tokens").to_numpy().astype(np.int64) * 4 + ROW_BYTES
 
 
 def cut(table: pa.Table, most_bytes: int) -> Iterator[pa.Table]:
-    """The table in pieces of at most `most_bytes` (one row at least), each as long as it can be."""
+    """The table in the longest pieces of at most `most_bytes` each, or of one row."""
     ends = np.cumsum(row_bytes(table))
     start = 0
     while start < len(table):

@@ -1,26 +1,28 @@
-"""The same completion's log-probs in several places: do they agree?
+"""Compare the log-probs that several files hold of the same completion.
 
-Files are gone through range by range of the keys. Keys are hashes, so ranges of equal width hold about as
-many completions each, and memory is bounded by the width of a range, whatever the size of the cache.
+Files are read range by range of the keys. Keys are hashes, so ranges of equal width hold about as many
+completions each, and memory is bounded by the width of a range, whatever the size of the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 
 import numpy as np
 import pyarrow as pa
 
 from dpo_cache.store.folders.folder import Folder
-from dpo_cache.store.format.pair_tables import PAIR_SCHEMA
-from dpo_cache.store.format.parquet import ParquetReader, open_source
+from dpo_cache.store.format.keys import key_halves
+from dpo_cache.store.format.pair_tables import PAIR_SCHEMA, SIDES
+from dpo_cache.store.format.parquet import open_unverified
 from dpo_cache.store.format.shards import SHARD_SCHEMA, keys_of
+from dpo_cache.store.upkeep.contents import classify
 from dpo_cache.types import TOKEN_TOLERANCES
 
 RANGE_BYTES = 128 * 2**20  # of token log-probs that are held at once
-KEY_SPACE = 2**64  # values of a key's first 8 bytes
+KEY_SPACE = range(2**64)  # values of a key's first 8 bytes, as a big-endian number
 
 
 @dataclass(frozen=True)
@@ -46,63 +48,41 @@ class Values:
         return Values(self.keys[places], lengths, self.flat[index])
 
 
-@dataclass(frozen=True)
-class KeyRange:
-    """Keys whose first 8 bytes, as a big-endian number, are from `low` to below `high`."""
-
-    low: int = 0
-    high: int = KEY_SPACE
-
-    def select(self, keys: np.ndarray) -> np.ndarray:
-        """Which of the keys (dtype S16) are in the range: bool `[len(keys)]`."""
-        if (self.low, self.high) == (0, KEY_SPACE):
-            return np.ones(len(keys), bool)
-        first = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)[:, 0]
-        return (first >= self.low) & (first <= self.high - 1)
-
-
-def key_ranges(num_bytes: int) -> list[KeyRange]:
-    """As many ranges as keep each at about `RANGE_BYTES` of this many bytes of token log-probs."""
+def key_ranges(num_bytes: int) -> list[range]:
+    """Ranges of a key's first 8 bytes that split this many bytes of token log-probs into `RANGE_BYTES` each,
+    nearly.
+    """
     count = max(1, -(-num_bytes // RANGE_BYTES))
-    bounds = [KEY_SPACE * place // count for place in range(count + 1)]
-    return [KeyRange(low, high) for low, high in pairwise(bounds)]
+    bounds = [KEY_SPACE.stop * place // count for place in range(count + 1)]
+    return [range(low, high) for low, high in pairwise(bounds)]
 
 
-def shard_values(folder: Folder, name: str, keys: KeyRange = KeyRange()) -> Values:
-    """What a score shard holds in the range. Its digest is not checked."""
-    columns = ["key", "token_logps"]
-    return join(
-        _select(values_of(table, *columns), keys)
-        for table in _read_groups(folder, name, SHARD_SCHEMA, columns)
-    )
+def read_values(folder: Folder, files: Iterable[str], keys: range) -> Values:
+    """The values of score shards and of parts of pair sets (both sides of each pair) whose keys are in the
+    range. Digests are not checked.
+    """
+    return join(values for file in files for values in _read_file(folder, file, keys))
 
 
-def part_values(folder: Folder, name: str, keys: KeyRange = KeyRange()) -> Values:
-    """What a part of a pair set holds in the range, both sides of each pair. Its digest is not checked."""
-    sides = [(f"{side}_key", f"ref_{side}_token_logps") for side in ("chosen", "rejected")]
-    tables = _read_groups(folder, name, PAIR_SCHEMA, [column for side in sides for column in side])
-    return join(_select(values_of(table, *side), keys) for table in tables for side in sides)
+def _read_file(folder: Folder, file: str, keys: range) -> Iterator[Values]:
+    if classify(file)[0] == "shard":
+        schema, columns = SHARD_SCHEMA, [("key", "token_logps")]
+    else:
+        schema, columns = PAIR_SCHEMA, [(f"{side}_key", f"ref_{side}_token_logps") for side in SIDES]
+    with open_unverified(folder, file, schema) as reader:
+        for table in reader.read_groups([*chain(*columns)]):
+            for key, token_logps in columns:
+                yield _values_in(table.column(key), table.column(token_logps), keys)
 
 
-def _read_groups(folder: Folder, name: str, schema: pa.Schema, columns: list[str]) -> Iterator[pa.Table]:
-    reader = ParquetReader(open_source(folder, name), schema, f"{folder}/{name}")
-    try:
-        for group in range(len(reader.group_rows)):
-            yield reader.read_group(group, columns)
-    finally:
-        reader.close()
-
-
-def values_of(table: pa.Table, key: str, token_logps: str) -> Values:
-    """The values in two columns of a table."""
-    lists = table.column(token_logps).combine_chunks()
+def _values_in(keys: pa.ChunkedArray, token_logps: pa.ChunkedArray, wanted: range) -> Values:
+    lists = token_logps.combine_chunks()
     offsets = lists.offsets.to_numpy().astype(np.int64)
-    flat = (
-        lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
-        if len(offsets)
-        else np.empty(0, np.float32)
-    )
-    return Values(keys_of(table.column(key)), np.diff(offsets), flat)
+    flat = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+    values = Values(keys_of(keys), np.diff(offsets), flat)
+    first, _ = key_halves(values.keys)
+    is_wanted = (first >= wanted.start) & (first <= wanted.stop - 1)  # 2**64 itself is no uint64
+    return values if is_wanted.all() else values.take(np.flatnonzero(is_wanted))
 
 
 def join(parts: Iterable[Values]) -> Values:
@@ -135,9 +115,7 @@ def largest_gaps(one: Values, other: Values) -> np.ndarray:
 
 
 def matches(known: Values, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the wanted keys stand in `known`, whose keys ascend: places among the wanted, places among the
-    known.
-    """
+    """Positions of the wanted keys that `known` has, whose keys ascend; and their positions in `known`."""
     if not len(known):
         return np.empty(0, np.int64), np.empty(0, np.int64)
     at = np.minimum(np.searchsorted(known.keys, wanted), len(known) - 1)
@@ -147,7 +125,7 @@ def matches(known: Values, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def allowed_gap(identity: dict) -> float:
     """Largest gap in nats per token between two scores of one completion that the reference's dtype explains;
-    the widest where it is unknown.
+    for an unknown dtype that of bfloat16.
     """
     return TOKEN_TOLERANCES.get(str(identity.get("dtype")), TOKEN_TOLERANCES["bfloat16"])[0]
 
@@ -165,32 +143,28 @@ class Disagreement:
 def compare_files(
     folder: Folder, shards: list[str], parts: list[str], allowed: float, num_bytes: int
 ) -> list[Disagreement]:
-    """Where shards of one reference, and parts of pair sets scored by it, differ by more than `allowed` nats
+    """Pairs of files, shards of one reference or parts scored by it, that differ by more than `allowed` nats
     in a token.
 
     Every file must be whole. `num_bytes` is the size of the shards' token log-probs. Each pair of files is
-    told once.
+    reported once.
     """
-    if len(shards) + len(parts) < 2 or not shards:
+    files = [*shards, *parts]
+    if len(files) < 2 or not shards:
         return []
-    told: dict[tuple[str, str], Disagreement] = {}
-    for found in _compare_ranges(folder, shards, parts, allowed, num_bytes):
-        before = told.get((found.file, found.other), Disagreement(found.file, found.other, 0, 0.0))
-        both = before.num_completions + found.num_completions, max(before.largest_gap, found.largest_gap)
-        told[found.file, found.other] = Disagreement(found.file, found.other, *both)
-    return list(told.values())
-
-
-def _compare_ranges(
-    folder: Folder, shards: list[str], parts: list[str], allowed: float, num_bytes: int
-) -> Iterator[Disagreement]:
+    apart: dict[tuple[str, str], Disagreement] = {}
     for keys in key_ranges(num_bytes):
-        known, owner = _first_of_each([shard_values(folder, name, keys) for name in shards])
-        for number, name in enumerate([*shards, *parts]):
-            values = (
-                shard_values(folder, name, keys) if number < len(shards) else part_values(folder, name, keys)
-            )
-            yield from _disagreements(known, owner, values, [*shards, *parts], number, allowed)
+        known, owner = _first_of_each([read_values(folder, [shard], keys) for shard in shards])
+        for number, file in enumerate(files):
+            values = read_values(folder, [file], keys)
+            for found in _disagreements(known, owner, values, files, number, allowed):
+                before = apart.get((found.file, found.other), Disagreement(found.file, found.other, 0, 0.0))
+                apart[found.file, found.other] = replace(
+                    before,
+                    num_completions=before.num_completions + found.num_completions,
+                    largest_gap=max(before.largest_gap, found.largest_gap),
+                )
+    return list(apart.values())
 
 
 def _first_of_each(parts: list[Values]) -> tuple[Values, np.ndarray]:
@@ -202,7 +176,7 @@ def _first_of_each(parts: list[Values]) -> tuple[Values, np.ndarray]:
 
 
 def _disagreements(
-    known: Values, owner: np.ndarray, values: Values, names: list[str], number: int, allowed: float
+    known: Values, owner: np.ndarray, values: Values, files: list[str], number: int, allowed: float
 ) -> Iterator[Disagreement]:
     found, at = matches(known, values.keys)
     elsewhere = owner[at] != number
@@ -211,9 +185,4 @@ def _disagreements(
     apart = ~(gaps <= allowed)
     for other in np.unique(owner[at[apart]]):
         of_other = apart & (owner[at] == other)
-        yield Disagreement(names[number], names[other], int(of_other.sum()), float(gaps[of_other].max()))
-
-
-def _select(values: Values, keys: KeyRange) -> Values:
-    chosen = keys.select(values.keys)
-    return values if chosen.all() else values.take(np.flatnonzero(chosen))
+        yield Disagreement(files[number], files[other], int(of_other.sum()), float(gaps[of_other].max()))

@@ -1,24 +1,26 @@
 """What a cache holds, from its JSON files and the footers of its Parquet files: fast, whatever its size.
 
-Nothing is verified here beyond what has to be read. A file that cannot be read is noted where it stands, and
-the rest is told all the same: see `verify.py` for the proof.
+Only the bytes that are read are checked, unlike in `verify.py`. A file that cannot be read is listed as
+damage of its reference or pair set, and the rest is reported all the same.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-import pyarrow as pa
-
-from dpo_cache.errors import CacheError, NewerFormatError, NotInCacheError, first_line
+from dpo_cache.errors import CacheError, CorruptShardError, NewerFormatError, NotInCacheError, first_line
 from dpo_cache.store.cache import NAME_PATTERN, Cache, open_cache, read_reference
 from dpo_cache.store.folders.folder import Folder, open_folder
 from dpo_cache.store.format.documents import Document
-from dpo_cache.store.format.pair_tables import PAIR_SCHEMA, read_manifest
-from dpo_cache.store.format.parquet import open_parquet, open_source
+from dpo_cache.store.format.pair_tables import PAIR_SCHEMA, part_files, read_manifest
+from dpo_cache.store.format.parquet import open_unverified
 from dpo_cache.store.format.shards import SHARD_SCHEMA
+
+Result = TypeVar("Result")
 
 _DIGEST = r"[0-9a-f]{64}"
 _NAME = NAME_PATTERN.pattern
@@ -36,7 +38,7 @@ class ReferenceEntry:
     """One reference and its scores."""
 
     id: str
-    model: str | None  # as it was named when it was scored; None where its entry cannot be read
+    model: str | None  # its name when it was scored; None where its entry cannot be read
     dtype: str | None
     quantization: str | None
     shards: int
@@ -64,9 +66,7 @@ class PairSetEntry:
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a cache holds. `other` are files that belong to no reference and no pair set, `hidden` scratch
-    and what was set aside.
-    """
+    """All that a cache holds. `other` are files that belong to no reference and no pair set."""
 
     cache: str
     references: list[ReferenceEntry]
@@ -77,8 +77,8 @@ class Contents:
 
 
 def classify(name: str) -> tuple[str, tuple[str, ...]]:
-    """The kind of a file by its name from the root (`unknown` where it has none), and the parts that its name
-    tells.
+    """The kind of a file by its name from the root, `unknown` where none fits; and the id or `NAME/SPLIT` and
+    the file's own name, as far as its kind has them.
     """
     for kind, pattern in KINDS.items():
         if found := pattern.fullmatch(name):
@@ -87,8 +87,7 @@ def classify(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def open_for_upkeep(location: str | os.PathLike[str]) -> tuple[Folder, str | None]:
-    """The folder of a cache, and what is wrong with its format.json: that alone need not stop who looks at
-    the rest.
+    """The folder of a cache, and the problem of a damaged format.json: the rest can still be read.
 
     Raises `FormatError` where there is no cache at all, or one made by a newer dpo-cache.
     """
@@ -146,18 +145,25 @@ def find_pair_sets(cache: Cache, name: str) -> list[str]:
     return found
 
 
-def count_rows(folder: Folder, name: str) -> tuple[int, int]:
-    """Completions and completion tokens of a score shard, from its footer. Raises `CacheError` where that is
+def read_manifests(cache: Cache) -> dict[str, Document]:
+    """The manifest of every pair set by `NAME/SPLIT`. Raises `CorruptShardError` where one is damaged."""
+    return {name: read_manifest(cache.folder, f"pairs/{name}") for name in cache.pair_sets()}
+
+
+def shard_files(folder: Folder, reference_id: str) -> dict[str, int]:
+    """The reference's score shards by their names from the root, with their sizes in bytes."""
+    files = folder.files(f"references/{reference_id}/scores")
+    return {name: size for name, size in files.items() if classify(name)[0] == "shard"}
+
+
+def count_rows(folder: Folder, shard: str) -> tuple[int, int]:
+    """Completions and completion tokens of a score shard, from its footer. Raises `CacheError` where it is
     damaged.
     """
-    return count_footer(open_source(folder, name), f"{folder}/{name}")
-
-
-def count_footer(source: pa.NativeFile, place: str) -> tuple[int, int]:
-    """The same of an open file, whose place is for the error."""
-    footer, _ = open_parquet(source, SHARD_SCHEMA, place)
     values = SHARD_SCHEMA.get_field_index("token_logps")
-    return sum(footer.group_rows), sum(chunks[values].num_values for chunks in footer.chunks)
+    with open_unverified(folder, shard, SHARD_SCHEMA) as reader:
+        footer = reader.footer
+        return footer.num_rows, sum(chunks[values].num_values for chunks in footer.chunks)
 
 
 def describe_quantization(identity: Document) -> str | None:
@@ -165,28 +171,17 @@ def describe_quantization(identity: Document) -> str | None:
     config = identity.get("quantization")
     if not isinstance(config, dict):
         return str(config) if config else None
-    bits = next(
-        (name for flag, name in (("load_in_4bit", "4-bit"), ("load_in_8bit", "8-bit")) if config.get(flag)),
-        config.get("bits"),
-    )
+    flags = {"load_in_4bit": "4-bit", "load_in_8bit": "8-bit"}
+    bits = next((name for flag, name in flags.items() if config.get(flag)), config.get("bits"))
     return " ".join(str(word) for word in (config.get("quant_method"), bits) if word) or "yes"
 
 
 def _read_reference(
     folder: Folder, reference_id: str, shards: list[str], files: dict[str, int]
 ) -> ReferenceEntry:
-    damage, document, completions, tokens = [], {}, 0, 0
-    try:
-        document = read_reference(folder, reference_id)
-    except CacheError as error:
-        damage.append(first_line(error))
-    for name in shards:
-        try:
-            num_rows, num_tokens = count_rows(folder, name)
-        except CacheError as error:
-            damage.append(first_line(error))
-        else:
-            completions, tokens = completions + num_rows, tokens + num_tokens
+    damage: list[str] = []
+    document = _noting(damage, read_reference, folder, reference_id) or {}
+    counts = [count for name in shards if (count := _noting(damage, count_rows, folder, name))]
     identity, provenance = document.get("identity", {}), document.get("provenance", {})
     return ReferenceEntry(
         id=reference_id,
@@ -196,8 +191,8 @@ def _read_reference(
         dtype=_text(identity.get("dtype")),
         quantization=describe_quantization(identity),
         shards=len(shards),
-        completions=completions,
-        tokens=tokens,
+        completions=sum(num_rows for num_rows, _ in counts),
+        tokens=sum(num_tokens for _, num_tokens in counts),
         bytes=sum(files[name] for name in shards) + files.get(f"references/{reference_id}/reference.json", 0),
         damage=damage,
         document=document or None,
@@ -205,17 +200,11 @@ def _read_reference(
 
 
 def _read_pair_set(folder: Folder, name: str, parts: list[str], files: dict[str, int]) -> PairSetEntry:
-    place, damage, manifest = f"pairs/{name}", [], {}
-    try:
-        manifest = read_manifest(folder, place)
-        named = {f"{place}/{part['file']}": part["rows"] for part in manifest["parts"]}
-        damage = [
-            problem
-            for part, num_rows in named.items()
-            if (problem := _part_problem(folder, part, num_rows, files))
-        ]
-    except CacheError as error:
-        damage, named = [first_line(error)], {}
+    damage: list[str] = []
+    manifest = _noting(damage, read_manifest, folder, f"pairs/{name}") or {}
+    named = part_files(manifest) if manifest else {}
+    for file, part in named.items():
+        _noting(damage, _check_part, folder, file, part["rows"], files)
     held = set(parts) & named.keys() if manifest else set(parts)
     source = manifest.get("source", {})
     return PairSetEntry(
@@ -223,7 +212,7 @@ def _read_pair_set(folder: Folder, name: str, parts: list[str], files: dict[str,
         reference=manifest.get("reference"),
         rows=manifest.get("num_pairs", 0),
         parts=len(named),
-        bytes=sum(files[part] for part in held) + files[f"{place}/manifest.json"],
+        bytes=sum(files[part] for part in held) + files[f"pairs/{name}/manifest.json"],
         source=_text(source.get("dataset")),
         created=_text(source.get("created")),
         damage=damage,
@@ -232,20 +221,23 @@ def _read_pair_set(folder: Folder, name: str, parts: list[str], files: dict[str,
 
 
 def _text(value: object) -> str | None:
-    """What a sealed document may say there, whoever sealed it; None for all else."""
+    """A document's text; None for a value of another type, which whoever sealed it may have written."""
     return value if isinstance(value, str) else None
 
 
-def _part_problem(folder: Folder, name: str, num_rows: int, files: dict[str, int]) -> str | None:
-    if name not in files:
-        return f"{folder}/{name}: missing, though the manifest names it"
+def _check_part(folder: Folder, file: str, num_rows: int, files: dict[str, int]) -> None:
+    if file not in files:
+        raise CorruptShardError(f"{folder}/{file}: missing, though the manifest names it")
+    with open_unverified(folder, file, PAIR_SCHEMA) as reader:
+        found = reader.footer.num_rows
+    if found != num_rows:
+        raise CorruptShardError(f"{folder}/{file}: the manifest promises {num_rows} pairs, found {found}")
+
+
+def _noting(damage: list[str], read: Callable[..., Result], *arguments: Any) -> Result | None:
+    """The result of a call; where it raises `CacheError`, None, and the damage gets its first line."""
     try:
-        footer, _ = open_parquet(open_source(folder, name), PAIR_SCHEMA, f"{folder}/{name}")
+        return read(*arguments)
     except CacheError as error:
-        return first_line(error)
-    found = sum(footer.group_rows)
-    return (
-        None
-        if found == num_rows
-        else f"{folder}/{name}: the manifest promises {num_rows} pairs, found {found}"
-    )
+        damage.append(first_line(error))
+        return None

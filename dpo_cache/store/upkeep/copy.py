@@ -1,8 +1,8 @@
 """Copies of a cache, or of some of it, between a local folder and an object store.
 
-Only files that the target lacks are sent, each checked against its digest on the way. They go in the order of
-what refers to what: format.json, reference.json, score shards, parts of pair sets, manifests. So a copy that
-is cut off holds nothing that points into the void, and the same call goes on where it was.
+Only files that the target lacks are sent, each checked against its digest. A file is sent after the files
+that it refers to: format.json, reference.json, score shards, parts of pair sets, manifests. So an interrupted
+copy is a valid cache, and the same call resumes it.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 
 from dpo_cache.errors import CacheError, MissingFileError, NotInCacheError
 from dpo_cache.store.cache import Cache
-from dpo_cache.store.folders.local_copies import is_part_name
 from dpo_cache.store.format.documents import Document
+from dpo_cache.store.format.pair_tables import part_files
 from dpo_cache.store.format.parquet import check_content
+from dpo_cache.store.upkeep.contents import shard_files
 
 THREADS = 8
-LARGE_BYTES = 64 << 20  # a file is held whole: those above are sent one at a time
-PLANS = 3  # of a source that is compacted or collected meanwhile
+LARGE_BYTES = 64 << 20  # larger files are sent one at a time, because each is held in memory
+PLANS = 3  # while the source is compacted or collected
 
 OnProgress = Callable[["TransferProgress"], None]
 
 
 @dataclass(frozen=True)
 class TransferProgress:
-    """How far a copy is."""
+    """Files and bytes that are sent, and in all."""
 
     num_files: int
     total_files: int
@@ -48,7 +50,7 @@ class TransferProgress:
 
 @dataclass
 class TransferReport:
-    """What a copy did."""
+    """The files that a copy sent, and those that were present."""
 
     source: str
     target: str
@@ -106,9 +108,7 @@ def copy_cache(
         try:
             sender.send(_plan(source, target, report, manifests, changed))
             break
-        except (
-            MissingFileError
-        ):  # compacted or collected since it was listed: what holds it now is in the next plan
+        except MissingFileError:  # compacted or collected since: the next plan has its replacement
             if attempt == PLANS:
                 raise
     report.elapsed_s = time.monotonic() - started
@@ -152,19 +152,12 @@ def _plan(
     manifests: dict[str, Document],
     changed: Sequence[str],
 ) -> _Plan:
-    """What to send. Parts are those that the manifests name, whatever a listing says; the rest is listed."""
-    held = target.folder.files()
-    scored = [source.folder.files(f"references/{entry}/scores") for entry in report.scored_references]
-    shards = {
-        name: size
-        for files in scored
-        for name, size in files.items()
-        if is_part_name(name.rsplit("/", 1)[-1])
-    }
-    part_names = [
-        f"pairs/{name}/{part['file']}" for name, manifest in manifests.items() for part in manifest["parts"]
-    ]
-    listed = source.folder.files("pairs")
+    """The files to send. Parts come from the manifests, because a listing may be late; shards are listed."""
+    held, listed = target.folder.files(), source.folder.files("pairs")
+    shards: dict[str, int] = {}
+    for reference_id in report.scored_references:
+        shards |= shard_files(source.folder, reference_id)
+    part_names = chain.from_iterable(map(part_files, manifests.values()))
     parts = {name: listed[name] if name in listed else source.folder.size(name) for name in part_names}
     documents = [f"references/{entry}/reference.json" for entry in report.references]
     ends = [f"pairs/{name}/manifest.json" for name in manifests]
@@ -201,27 +194,21 @@ class _Sender:
 
     def send(self, plan: _Plan) -> None:
         report = self._report
-        files_before, bytes_before = report.files_sent, report.bytes_sent
-        total_files = files_before + sum(len(group) for group in plan.groups)
-        total_bytes = bytes_before + sum(sum(group.values()) for group in plan.groups)
-        report.files_present, report.bytes_present = (
-            len(plan.present) - files_before,
-            sum(plan.present.values()) - bytes_before,
-        )
-        for group in plan.groups:
-            for num_bytes in self._send_group(group):
-                report.files_sent += 1
-                report.bytes_sent += num_bytes
-                elapsed_s = time.monotonic() - self._started
-                self._on_progress(
-                    TransferProgress(
-                        report.files_sent, total_files, report.bytes_sent, total_bytes, elapsed_s
-                    )
-                )
+        total_files = report.files_sent + sum(len(group) for group in plan.groups)
+        total_bytes = report.bytes_sent + sum(sum(group.values()) for group in plan.groups)
+        report.files_present = len(plan.present) - report.files_sent  # that an earlier plan sent
+        report.bytes_present = sum(plan.present.values()) - report.bytes_sent
+        for num_bytes in chain.from_iterable(map(self._send_group, plan.groups)):
+            report.files_sent += 1
+            report.bytes_sent += num_bytes
+            elapsed_s = time.monotonic() - self._started
+            self._on_progress(
+                TransferProgress(report.files_sent, total_files, report.bytes_sent, total_bytes, elapsed_s)
+            )
 
     def _send_group(self, group: dict[str, int]) -> Iterator[int]:
-        """Sizes of the files as they arrive. The first error is raised when the files under way have
-        arrived.
+        """Yield the sizes of the files as they arrive. An error is raised after the files that were being
+        sent.
         """
         with ThreadPoolExecutor(THREADS, thread_name_prefix="transfer") as pool:
             waiting: set[Future[int]] = {
@@ -238,8 +225,7 @@ class _Sender:
     def _send_file(self, name: str, size: int) -> int:
         with self._large if size > LARGE_BYTES else nullcontext():
             content = self._source.folder.read(name)
-            place, base = f"{self._source}/{name}", name.rsplit("/", 1)[-1]
-            if is_part_name(base):
-                check_content(content, base, place)
+            if name.endswith(".parquet"):
+                check_content(content, name, f"{self._source}/{name}")
             self._target.folder.publish(name, content)
             return len(content)

@@ -1,31 +1,27 @@
-"""Two caches side by side: what one has and the other lacks, and what both have but differently."""
+"""Compare two caches: entries that only one of them has, and values in which they differ."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dpo_cache.store.cache import Cache, open_cache
+from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.differing_fields import differing_fields
-from dpo_cache.store.format.documents import Document
-from dpo_cache.store.format.pair_tables import read_manifest
+from dpo_cache.store.format.pair_tables import part_files, read_manifest
 from dpo_cache.store.upkeep.compare import (
-    KeyRange,
-    Values,
     allowed_gap,
     distinct,
-    join,
     key_ranges,
     largest_gaps,
     matches,
-    part_values,
-    shard_values,
+    read_values,
 )
-from dpo_cache.store.upkeep.contents import classify, count_rows
+from dpo_cache.store.upkeep.contents import count_rows, shard_files
 
-# of a manifest; its source and date say where it is from, not what it is
-TOLD = ("num_pairs", "reference", "pairs_digest", "tokenization")
+# members of a manifest; its source and date are provenance, not content
+COMPARED = ("num_pairs", "reference", "pairs_digest", "tokenization")
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class ScoreDifference:
 
 @dataclass
 class DiffReport:
-    """What differs. Empty lists and dicts where nothing does."""
+    """The differences between two caches. Empty lists and dicts where there are none."""
 
     a: str
     b: str
@@ -62,7 +58,7 @@ class DiffReport:
 
 
 def diff_caches(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> DiffReport:
-    """What the caches at two paths or URLs have alike is left out; files, dates and provenance may differ.
+    """The differences between the caches at two paths or URLs, without files, dates and provenance.
 
     Digests are not checked: `verify` does that. Memory does not grow with the caches.
     """
@@ -86,47 +82,25 @@ def _split(one: Sequence[str], other: Sequence[str]) -> tuple[list[str], list[st
     return sorted(set(one) - set(other)), sorted(set(one) & set(other)), sorted(set(other) - set(one))
 
 
-Reader = Callable[[KeyRange], Values]
-
-
 def _compare_scores(one: Cache, other: Cache, reference_id: str) -> ScoreDifference:
-    shards = [_shards(cache, reference_id) for cache in (one, other)]
-    if shards[0] == shards[1]:
+    shards = [(cache.folder, list(shard_files(cache.folder, reference_id))) for cache in (one, other)]
+    if shards[0][1] == shards[1][1]:
         return ScoreDifference(0, 0, 0, 0, 0.0)
-    readers = [
-        lambda keys, cache=cache, names=names: join(shard_values(cache.folder, name, keys) for name in names)
-        for cache, names in zip((one, other), shards, strict=True)
-    ]
-    num_bytes = sum(
-        4 * count_rows(cache.folder, name)[1]
-        for cache, names in zip((one, other), shards, strict=True)
-        for name in names
-    )
-    return _compare(
-        readers[0], readers[1], num_bytes, allowed_gap(one.read_reference(reference_id)["identity"])
-    )
+    num_bytes = sum(4 * count_rows(folder, shard)[1] for folder, files in shards for shard in files)
+    return _compare(shards, num_bytes, allowed_gap(one.read_reference(reference_id)["identity"]))
 
 
-def _shards(cache: Cache, reference_id: str) -> list[str]:
-    return [
-        name
-        for name in cache.folder.files(f"references/{reference_id}/scores")
-        if classify(name)[0] == "shard"
-    ]
-
-
-def _compare(read_one: Reader, read_other: Reader, num_bytes: int, allowed: float) -> ScoreDifference:
+def _compare(files: Sequence[tuple[Folder, list[str]]], num_bytes: int, allowed: float) -> ScoreDifference:
+    """The difference between the values in the first cache's files and in the second's."""
     only_a = only_b = both = differing = 0
     largest = 0.0
     for keys in key_ranges(num_bytes):
-        left, right = distinct(read_one(keys)), distinct(read_other(keys))
+        left, right = (distinct(read_values(folder, names, keys)) for folder, names in files)
         in_right, in_left = matches(left, right.keys)
         gaps = largest_gaps(left.take(in_left), right.take(in_right))
-        only_a, only_b, both = (
-            only_a + len(left) - len(gaps),
-            only_b + len(right) - len(gaps),
-            both + len(gaps),
-        )
+        only_a += len(left) - len(gaps)
+        only_b += len(right) - len(gaps)
+        both += len(gaps)
         differing += int((~(gaps <= allowed)).sum())
         largest = max(largest, float(gaps.max(initial=0.0)))
     return ScoreDifference(only_a, only_b, both, differing, largest)
@@ -135,32 +109,17 @@ def _compare(read_one: Reader, read_other: Reader, num_bytes: int, allowed: floa
 def _compare_pair_sets(one: Cache, other: Cache, name: str) -> list[str]:
     """A line for each thing that differs: rows, reference, tokenization, which pairs they are, and values."""
     left, right = (read_manifest(cache.folder, f"pairs/{name}") for cache in (one, other))
-    lines = differing_fields(*({key: manifest[key] for key in TOLD} for manifest in (left, right)))
-    parts = [[f"pairs/{name}/{part['file']}" for part in manifest["parts"]] for manifest in (left, right)]
-    if parts[0] == parts[1] or left["reference"] != right["reference"]:
+    lines = differing_fields(*({key: manifest[key] for key in COMPARED} for manifest in (left, right)))
+    if left["parts"] == right["parts"] or left["reference"] != right["reference"]:
         return lines
-    readers = [
-        lambda keys, cache=cache, names=names: join(part_values(cache.folder, file, keys) for file in names)
-        for cache, names in zip((one, other), parts, strict=True)
-    ]
-    allowed = allowed_gap(_identity(one, left))
-    found = _compare(
-        readers[0],
-        readers[1],
-        sum(part["bytes"] for manifest in (left, right) for part in manifest["parts"]),
-        allowed,
-    )
+    num_bytes = sum(part["bytes"] for manifest in (left, right) for part in manifest["parts"])
+    is_known = left["reference"] in one.references()
+    allowed = allowed_gap(one.read_reference(left["reference"])["identity"] if is_known else {})
+    parts = [(one.folder, list(part_files(left))), (other.folder, list(part_files(right)))]
+    found = _compare(parts, num_bytes, allowed)
     if found.differing:
         lines.append(
             f"values: {found.differing} completions differ by up to {found.largest_gap:.2g} nats a token "
             f"(allowed {allowed:g})"
         )
     return lines
-
-
-def _identity(cache: Cache, manifest: Document) -> Document:
-    return (
-        cache.read_reference(manifest["reference"])["identity"]
-        if manifest["reference"] in cache.references()
-        else {}
-    )

@@ -2,10 +2,9 @@
 
     merge_caches(["a", "s3://bucket/b"], "all")
 
-Files named by their content are the same wherever they lie, so a union is a copy of what is missing, and its
-order does not matter. Two things have a name that is not their content: a reference's entry, whose identity
-is the same but whose provenance may not be (the destination's is kept, else the one whose bytes hash lowest),
-and a pair set.
+Files named by their content are the same in every cache, so a merge copies the missing ones in any order.
+Two things are not named by their content: a reference's entry, whose provenance may differ (the destination's
+is kept, else the one whose bytes hash lowest), and a pair set.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ from dpo_cache.errors import CacheError, NotInCacheError
 from dpo_cache.store.cache import Cache, open_cache, read_reference
 from dpo_cache.store.format.checks import check_details
 from dpo_cache.store.format.documents import Document, digest_json, seal_document
-from dpo_cache.store.format.pair_tables import read_manifest
+from dpo_cache.store.format.pair_tables import part_files
 from dpo_cache.store.format.parquet import check_content
-from dpo_cache.store.upkeep.contents import classify
+from dpo_cache.store.upkeep.contents import classify, read_manifests
 
 OnProgress = Callable[[int, int], None]  # bytes copied, of how many
+Candidate = tuple[Cache, Document]  # a cache, and the manifest of its pair set
 
 
 @dataclass
@@ -37,25 +37,13 @@ class MergeReport:
     references: list[str] = field(default_factory=list)  # that the destination did not have
     pair_sets: list[str] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
-    kept: list[str] = field(default_factory=list)  # pair sets of which another one of that name was left out
+    kept: list[str] = field(default_factory=list)  # pair sets preferred to others of the same name
 
     def __repr__(self) -> str:
         return (
             f"<MergeReport of {self.cache}: {self.copied_files:,} files copied, {len(self.references):,} new "
             f"references, {len(self.pair_sets):,} new pair sets>"
         )
-
-
-@dataclass
-class _Plan:
-    """Every file that the destination lacks, and where to take it from; what is sealed or renamed comes as
-    bytes.
-    """
-
-    shards: dict[str, Cache] = field(default_factory=dict)
-    references: dict[str, bytes] = field(default_factory=dict)
-    parts: dict[str, tuple[Cache, str]] = field(default_factory=dict)
-    manifests: dict[str, bytes] = field(default_factory=dict)
 
 
 def merge_caches(
@@ -66,170 +54,146 @@ def merge_caches(
     rename: bool = False,
     on_progress: OnProgress | None = None,
 ) -> MergeReport:
-    """Copy to the destination what it lacks of the sources. The sources may stand in any order; a second
-    merge copies nothing.
+    """Copy to the destination what it lacks of the sources. Their order does not matter; a second merge
+    copies nothing.
 
     Pair sets of one name are one pair set where they hold the same pairs under the same reference. Where they
-    do not, nothing is copied and `CacheError` lists them, unless `prefer` says `src` (the last source's is
-    taken) or `dest` (the destination's stays), or `rename` keeps each under its name and the first characters
-    of its digest. The digest of every file is checked as it is copied: raises `CorruptShardError`.
+    do not, nothing is copied and `CacheError` lists them, unless `prefer` is `src` (the last source's is
+    taken) or `dest` (the destination's stays), or `rename` adds to each name the first characters of its
+    digest. The digest of every file is checked as it is copied: raises `CorruptShardError`.
     """
     target, origins = open_cache(destination, create=True), [open_cache(source) for source in sources]
-    report, plan = MergeReport(str(target)), _Plan()
-    present = target.folder.files()
-    _plan_scores(plan, report, origins, present)
-    _plan_pairs(plan, report, origins, target, present, prefer, rename)
-    _copy(plan, report, target, on_progress or (lambda *_: None))
-    return report
+    merge = _Merge(target, target.folder.files(), MergeReport(str(target)))
+    merge.plan_scores(origins)
+    merge.plan_pairs(origins, prefer, rename)
+    merge.copy(on_progress or (lambda *_: None))
+    return merge.report
 
 
-def _plan_scores(plan: _Plan, report: MergeReport, origins: list[Cache], present: dict[str, int]) -> None:
-    for origin in origins:
-        for file in origin.folder.files("references"):
-            kind, parts = classify(file)
-            if kind == "shard" and file not in present:
-                plan.shards[file] = origin
-            elif kind == "reference" and file not in present:
-                read_reference(origin.folder, parts[0])  # raises where it is damaged
-                content = origin.folder.read(file)
-                plan.references[file] = min(content, plan.references.get(file, content), key=_digest)
-            report.present_files += file in present
-    report.references = sorted(classify(file)[1][0] for file in plan.references)
-    for shard, origin in plan.shards.items():
-        entry = f"references/{classify(shard)[1][0]}/reference.json"
-        if entry not in present and entry not in plan.references:
-            raise NotInCacheError(
-                f"{origin}/{shard}: scores of a reference that no cache here describes.\n"
-                f"Run `dpo-cache verify {origin}`."
-            )
+@dataclass
+class _Merge:
+    """The files that the destination lacks, and their sources; references and manifests are held as bytes."""
 
+    target: Cache
+    present: dict[str, int]
+    report: MergeReport
+    files: dict[str, tuple[Cache, str]] = field(
+        default_factory=dict
+    )  # shards, parts: cache, name there
+    references: dict[str, bytes] = field(default_factory=dict)
+    manifests: dict[str, bytes] = field(default_factory=dict)
 
-def _plan_pairs(
-    plan: _Plan,
-    report: MergeReport,
-    origins: list[Cache],
-    target: Cache,
-    present: dict[str, int],
-    prefer: str | None,
-    rename: bool,
-) -> None:
-    """Which pair set each name stands for in the destination, and the files of those it lacks."""
-    offered: dict[str, list[tuple[Cache, Document]]] = {}
-    for cache in [target, *origins]:
-        for name in cache.pair_sets():
-            offered.setdefault(name, []).append(
-                (
-                    cache,
-                    check_details(
-                        read_manifest(cache.folder, f"pairs/{name}"), f"{cache}/pairs/{name}/manifest.json"
-                    ),
+    def plan_scores(self, origins: list[Cache]) -> None:
+        for origin in origins:
+            for file in origin.folder.files("references"):
+                kind, parts = classify(file)
+                if kind == "shard" and file not in self.present:
+                    self.files[file] = origin, file
+                elif kind == "reference" and file not in self.present:
+                    read_reference(origin.folder, parts[0])  # raises where it is damaged
+                    content = origin.folder.read(file)
+                    known = self.references.get(file, content)
+                    self.references[file] = min(content, known, key=_digest)
+                self.report.present_files += file in self.present
+        self.report.references = sorted(classify(file)[1][0] for file in self.references)
+        for shard, (origin, _) in self.files.items():
+            if not self._has_reference(classify(shard)[1][0]):
+                raise NotInCacheError(
+                    f"{origin}/{shard}: scores of a reference that no cache here describes.\n"
+                    f"Run `dpo-cache verify {origin}`."
                 )
+
+    def plan_pairs(self, origins: list[Cache], prefer: str | None, rename: bool) -> None:
+        """Choose the pair set for each name in the destination, and the files to copy for it."""
+        offered: dict[str, list[Candidate]] = {}
+        for cache in [self.target, *origins]:
+            for name, manifest in read_manifests(cache).items():
+                check_details(manifest, f"{cache}/pairs/{name}/manifest.json")
+                offered.setdefault(name, []).append((cache, manifest))
+        conflicts = []
+        for name, candidates in sorted(offered.items()):
+            if len({_identity(manifest) for _, manifest in candidates}) == 1:
+                self._plan_one(*self._first(candidates))
+            elif rename:
+                self._plan_renamed(name, candidates)
+            elif prefer == "src" or (prefer == "dest" and candidates[0][0] is self.target):
+                self.report.kept.append(name)
+                self._plan_one(*candidates[-1 if prefer == "src" else 0])
+            else:
+                conflicts.append((name, candidates))
+        if conflicts:
+            raise CacheError(_describe_conflicts(conflicts, prefer))
+
+    def _plan_renamed(self, name: str, candidates: list[Candidate]) -> None:
+        """Give each its own name, except for the destination's, which keeps its name."""
+        by_identity: dict[str, list[Candidate]] = {}
+        for cache, manifest in candidates:
+            by_identity.setdefault(_identity(manifest), []).append((cache, manifest))
+        for identity, alike in sorted(by_identity.items()):
+            if alike[0][0] is not self.target:
+                cache, manifest = self._first(alike)
+                renamed = {**manifest, "name": f"{manifest['name'][:119]}-{identity[:8]}"}
+                new_name = f"{renamed['name']}/{manifest['split']}"
+                self.report.renamed[f"{name} of {cache}"] = new_name
+                if f"pairs/{new_name}/manifest.json" not in self.present:
+                    self._plan_one(cache, renamed, source_name=name)
+
+    def _plan_one(self, cache: Cache, manifest: Document, source_name: str | None = None) -> None:
+        if cache is self.target:
+            return
+        name = f"{manifest['name']}/{manifest['split']}"
+        if not self._has_reference(manifest["reference"]):
+            raise NotInCacheError(
+                f"{cache}: pair set {name} was scored by a reference that is not there.\n"
+                f"Run `dpo-cache verify {cache}`."
             )
-    conflicts = []
-    for name, candidates in sorted(offered.items()):
-        if len({_identity(manifest) for _, manifest in candidates}) == 1:
-            _plan_one(plan, report, name, *_first(candidates, target), target, present)
-        elif rename:
-            _plan_renamed(plan, report, name, candidates, target, present)
-        elif prefer == "src" or (prefer == "dest" and candidates[0][0] is target):
-            chosen = candidates[-1] if prefer == "src" else candidates[0]
-            report.kept.append(name)
-            _plan_one(plan, report, name, *chosen, target, present)
-        else:
-            conflicts.append((name, candidates))
-    if conflicts:
-        raise CacheError(_describe_conflicts(conflicts, prefer))
+        for file, part in part_files(manifest).items():
+            if file not in self.present:
+                self.files[file] = cache, f"pairs/{source_name or name}/{part['file']}"
+        self.manifests[f"pairs/{name}/manifest.json"] = seal_document(manifest)
+        self.report.pair_sets.append(name)
 
+    def copy(self, on_progress: OnProgress) -> None:
+        """Publish in an order that leaves a valid cache where it is interrupted: entries before scores, parts
+        before manifests.
+        """
+        total = sum(origin.folder.size(source) for origin, source in self.files.values())
+        if self.references or self.manifests or self.files:
+            self.target.publish_format()
+        for file, content in sorted(self.references.items()):
+            self._publish(file, content)
+        done = 0
+        for file in sorted(self.files):
+            origin, source = self.files[file]
+            content = origin.folder.read(source)
+            check_content(content, file, f"{origin}/{source}")
+            self._publish(file, content)
+            done += len(content)
+            on_progress(done, total)
+        for file, content in sorted(self.manifests.items()):
+            self._publish(file, content)
 
-def _plan_renamed(
-    plan: _Plan,
-    report: MergeReport,
-    name: str,
-    candidates: list[tuple[Cache, Document]],
-    target: Cache,
-    present: dict[str, int],
-) -> None:
-    """Each under a name of its own, but for the destination's, which keeps its."""
-    by_identity: dict[str, list[tuple[Cache, Document]]] = {}
-    for cache, manifest in candidates:
-        by_identity.setdefault(_identity(manifest), []).append((cache, manifest))
-    for identity, alike in sorted(by_identity.items()):
-        if alike[0][0] is target:
-            continue
-        cache, manifest = _first(alike, target)
-        renamed = {**manifest, "name": f"{manifest['name'][:119]}-{identity[:8]}"}
-        new_name = f"{renamed['name']}/{manifest['split']}"
-        report.renamed[f"{name} of {cache}"] = new_name
-        _plan_one(plan, report, new_name, cache, renamed, target, present, source_place=f"pairs/{name}")
+    def _publish(self, file: str, content: bytes) -> None:
+        self.target.folder.publish(file, content)
+        self.report.copied_files += 1
+        self.report.copied_bytes += len(content)
 
+    def _has_reference(self, reference_id: str) -> bool:
+        """Whether the destination has the reference's entry, or will have it."""
+        entry = f"references/{reference_id}/reference.json"
+        return entry in self.present or entry in self.references
 
-def _plan_one(
-    plan: _Plan,
-    report: MergeReport,
-    name: str,
-    cache: Cache,
-    manifest: Document,
-    target: Cache,
-    present: dict[str, int],
-    source_place: str | None = None,
-) -> None:
-    place = f"pairs/{name}"
-    if cache is target or (source_place and f"{place}/manifest.json" in present):
-        return
-    reference = f"references/{manifest['reference']}/reference.json"
-    if reference not in present and reference not in plan.references:
-        raise NotInCacheError(
-            f"{cache}: pair set {name} was scored by a reference that is not there.\n"
-            f"Run `dpo-cache verify {cache}`."
-        )
-    for part in manifest["parts"]:
-        if f"{place}/{part['file']}" not in present:
-            plan.parts[f"{place}/{part['file']}"] = cache, f"{source_place or place}/{part['file']}"
-    plan.manifests[f"{place}/manifest.json"] = seal_document(manifest)
-    report.pair_sets.append(name)
-
-
-def _copy(plan: _Plan, report: MergeReport, target: Cache, on_progress: OnProgress) -> None:
-    """Publish in an order that leaves a valid cache wherever it is cut off: entries before scores, parts
-    before manifests.
-    """
-    from_where = [(file, origin, file) for file, origin in plan.shards.items()]
-    from_where += [(file, origin, source) for file, (origin, source) in plan.parts.items()]
-    total = sum(origin.folder.size(source) for _, origin, source in from_where)
-    if plan.references or plan.manifests or from_where:
-        target.publish_format()
-    for file, content in sorted(plan.references.items()):
-        _publish(report, target, file, content)
-    done = 0
-    for file, origin, source in sorted(from_where, key=lambda entry: entry[0]):
-        content = origin.folder.read(source)
-        check_content(content, file.rpartition("/")[2], f"{origin}/{source}")
-        _publish(report, target, file, content)
-        done += len(content)
-        on_progress(done, total)
-    for file, content in sorted(plan.manifests.items()):
-        _publish(report, target, file, content)
-
-
-def _publish(report: MergeReport, target: Cache, file: str, content: bytes) -> None:
-    target.folder.publish(file, content)
-    report.copied_files += 1
-    report.copied_bytes += len(content)
+    def _first(self, candidates: list[Candidate]) -> Candidate:
+        """The destination's, else the one whose manifest hashes lowest, in any order of the sources."""
+        return min(candidates, key=lambda entry: (entry[0] is not self.target, digest_json(entry[1])))
 
 
 def _identity(manifest: Document) -> str:
-    """What makes two pair sets one: the same pairs, in the same order, under the same reference."""
+    """Equal for pair sets of the same pairs, in the same order, under the same reference."""
     return digest_json([manifest["reference"], manifest["pairs_digest"]])
 
 
-def _first(candidates: list[tuple[Cache, Document]], target: Cache) -> tuple[Cache, Document]:
-    """The destination's, else the one whose manifest hashes lowest, wherever its cache stands among the
-    sources.
-    """
-    return min(candidates, key=lambda candidate: (candidate[0] is not target, digest_json(candidate[1])))
-
-
-def _describe_conflicts(conflicts: list[tuple[str, list[tuple[Cache, Document]]]], prefer: str | None) -> str:
+def _describe_conflicts(conflicts: list[tuple[str, list[Candidate]]], prefer: str | None) -> str:
     lines = []
     for name, candidates in conflicts:
         for cache, manifest in candidates:

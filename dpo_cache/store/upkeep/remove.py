@@ -1,4 +1,4 @@
-"""A reference or a pair set, removed with what belongs to it."""
+"""Remove a reference or a pair set, with the files that belong to it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from dpo_cache.errors import CacheError
 from dpo_cache.store.cache import Cache
-from dpo_cache.store.format.pair_tables import read_manifest
-from dpo_cache.store.upkeep.contents import find_pair_sets
+from dpo_cache.store.upkeep.contents import find_pair_sets, read_manifests
 from dpo_cache.store.upkeep.gc import removal_order
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What goes with a reference or a pair set."""
+    """The entries and files to remove."""
 
     references: list[str]
     pair_sets: list[str]
@@ -32,11 +31,8 @@ def plan_removal(cache: Cache, kind: str, name: str, *, with_pairs: bool = False
         references, pair_sets = [], find_pair_sets(cache, name)
     else:
         references = [cache.find_reference(name)]
-        pair_sets = [
-            entry
-            for entry in cache.pair_sets()
-            if read_manifest(cache.folder, f"pairs/{entry}")["reference"] == references[0]
-        ]
+        manifests = read_manifests(cache)
+        pair_sets = [entry for entry in manifests if manifests[entry]["reference"] == references[0]]
         if pair_sets and not with_pairs:
             raise CacheError(
                 f"{cache}: reference {references[0][:12]} has pair sets: {', '.join(pair_sets)}.\n"
@@ -48,6 +44,6 @@ def plan_removal(cache: Cache, kind: str, name: str, *, with_pairs: bool = False
 
 
 def remove_files(cache: Cache, files: Sequence[str]) -> None:
-    """Remove them, in an order that leaves a valid cache wherever it is cut off."""
+    """Remove the files, in an order that leaves a valid cache where it is interrupted."""
     for file in sorted(files, key=removal_order):
         cache.folder.remove(file)

@@ -1,7 +1,7 @@
-"""What `verify` found, moved aside: `CACHE/.quarantine/<first of its sha256>/<its name>`. No content is lost.
+"""Move the bad files that `verify` found to `CACHE/.quarantine/<first of its sha256>/<its name>`.
 
-Completions of a damaged shard that a pair set holds, too, are scored no second time: they are put back from
-there.
+No content is lost. Completions of a damaged shard that a pair set also holds are published again from there,
+and need not be scored again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -19,10 +20,12 @@ from dpo_cache.store.folders.folder import Folder, open_folder
 from dpo_cache.store.format.documents import Document, render_document
 from dpo_cache.store.format.keys import completion_key
 from dpo_cache.store.format.pair_tables import read_manifest
+from dpo_cache.store.format.parquet import ParquetReader
+from dpo_cache.store.format.shards import SHARD_SCHEMA
 from dpo_cache.store.index import ScoreIndex
 from dpo_cache.store.pairs import PairSet
 from dpo_cache.store.upkeep.commands import precompute_line
-from dpo_cache.store.upkeep.contents import classify, count_footer
+from dpo_cache.store.upkeep.contents import classify
 from dpo_cache.store.upkeep.verify import VerifyReport
 from dpo_cache.types import Score
 
@@ -31,99 +34,79 @@ QUARANTINE = ".quarantine"
 
 @dataclass(frozen=True)
 class Moved:
-    """A file that was moved aside; `completions` that it held, None where its footer is not readable or it is
-    no shard.
-    """
+    """A file that was moved aside."""
 
     file: str
-    to: str | None  # None: a link, of which nothing is kept but what it points to
-    completions: int | None = None
+    to: str | None  # None: a link, which was removed; the file that it points to is kept
+    completions: int | None = None  # that it held; None where its footer is not readable or it is no shard
 
 
 @dataclass
 class RepairReport:
-    """What was done, and the commands that score again what was lost."""
+    """The moved files, and the commands that score lost completions again."""
 
     moved: list[Moved] = field(default_factory=list)
-    restored: int = 0  # completions of damaged shards that a pair set held, too
+    restored: int = 0  # completions of damaged shards that a pair set also held
     commands: list[str] = field(default_factory=list)
 
     @property
     def lost(self) -> int | None:
-        """Completions to be scored again, at most; None where a damaged shard does not say how many it
-        held.
-        """
+        """Completions to be scored again, at most; None where a damaged shard's number is unknown."""
         shards = [moved.completions for moved in self.moved if classify(moved.file)[0] == "shard"]
         known = [number for number in shards if number is not None]
         return max(0, sum(known) - self.restored) if len(known) == len(shards) else None
 
 
 def repair_cache(location: str | os.PathLike[str], verified: VerifyReport) -> RepairReport:
-    """Move every file aside that `verify_cache` found bad, and put back what pair sets can give.
+    """Move every file aside that `verify_cache` found bad, and restore scores that pair sets hold.
 
     Of two files that differ either may be wrong, so both are moved. Raises `CacheError` where the folder
     cannot be written.
     """
     folder, report = open_folder(location), RepairReport()
-    affected = _affected(verified)
+    bad, damaged_references = set(), set()
     for problem in verified.problems:
+        kind, parts = classify(problem.file)
         if problem.kind == "link":
             folder.remove(problem.file)
             report.moved.append(Moved(problem.file, None))
-    for file in _files_to_move(verified):
-        report.moved.append(_move(folder, file))
+        elif problem.kind == "differs":
+            bad |= {problem.file, problem.other or problem.file}
+        elif problem.kind == "damaged":
+            bad.add(problem.file)
+            damaged_references |= {parts[0]} if kind == "shard" else set()
+    report.moved += [_move(folder, file) for file in sorted(bad)]
     if any(problem.file == "format.json" for problem in verified.problems):
         folder.publish("format.json", render_document(FORMAT))
-    for reference_id in sorted(
-        {
-            classify(p.file)[1][0]
-            for p in verified.problems
-            if p.kind == "damaged" and classify(p.file)[0] == "shard"
-        }
-    ):
-        report.restored += _restore(folder, reference_id)
-    report.commands = _commands(folder, affected)
+    report.restored = sum(_restore(folder, reference_id) for reference_id in sorted(damaged_references))
+    report.commands = _commands(folder, verified)
     return report
 
 
-def _files_to_move(verified: VerifyReport) -> list[str]:
-    bad = {problem.file for problem in verified.problems if problem.kind in ("damaged", "differs")}
-    return sorted(
-        bad | {problem.other for problem in verified.problems if problem.kind == "differs" and problem.other}
-    )
-
-
 def _move(folder: Folder, file: str) -> Moved:
-    """Keep the content under another name, then remove the file."""
+    """Publish the content under another name, then remove the file."""
     content = folder.read(file)
     to = f"{QUARANTINE}/{hashlib.sha256(content).hexdigest()[:16]}/{file}"
     folder.publish(to, content)
     folder.remove(file)
-    return Moved(file, to, _rows_in(content) if classify(file)[0] == "shard" else None)
-
-
-def _rows_in(content: bytes) -> int | None:
-    try:
-        return count_footer(pa.BufferReader(content), "")[0]
-    except CacheError:
-        return None
+    num_rows = None
+    if classify(file)[0] == "shard":
+        with suppress(CacheError):
+            num_rows = ParquetReader(pa.BufferReader(content), SHARD_SCHEMA, file).footer.num_rows
+    return Moved(file, to, num_rows)
 
 
 def _restore(folder: Folder, reference_id: str) -> int:
-    """Publish the scores that pair sets of this reference hold and its shards lack. Returns how many."""
+    """Publish the scores that pair sets of this reference hold and its shards lack. Returns their number."""
     restored = 0
     try:
         index = ScoreIndex(folder, f"references/{reference_id}/scores")
-    except CacheError:  # another shard cannot be read, nor be moved: then nothing is put back
+    except CacheError:  # another shard can neither be read nor moved: nothing is restored
         return 0
     for pairs in _pair_sets_of(folder, reference_id):
-        if pairs.is_imported:  # such values are in pair sets alone
-            continue
-        try:
-            for block in range(len(pairs.block_sizes)):
+        with suppress(CacheError):  # a damaged pair set: its completions are scored again
+            for block in range(0 if pairs.is_imported else len(pairs.block_sizes)):  # imports have no shards
                 restored += _publish_missing(index, pairs, block)
-        except CacheError:  # damaged itself: what it would have given is scored again
-            continue
     return restored
 
 
@@ -132,8 +115,8 @@ def _publish_missing(index: ScoreIndex, pairs: PairSet, block: int) -> int:
     for scored in pairs.read_block(block):
         scores[completion_key(scored.pair.chosen)] = scored.ref_chosen
         scores[completion_key(scored.pair.rejected)] = scored.ref_rejected
-    keys = list(scores)
-    missing = [(key, scores[key]) for key, there in zip(keys, index.contains(keys), strict=True) if not there]
+    is_there = index.contains(list(scores))
+    missing = [entry for entry, there in zip(scores.items(), is_there, strict=True) if not there]
     if missing:
         index.publish(missing)
     return len(missing)
@@ -143,55 +126,33 @@ def _pair_sets_of(folder: Folder, reference_id: str) -> list[PairSet]:
     found = []
     for file in folder.files("pairs"):
         kind, parts = classify(file)
-        if kind != "manifest":
-            continue
-        try:
-            manifest = read_manifest(folder, f"pairs/{parts[0]}")
-        except CacheError:
-            continue
-        if manifest["reference"] == reference_id:
-            found.append(PairSet(folder, f"pairs/{parts[0]}", manifest))
-    return found
+        if kind == "manifest":
+            with suppress(CacheError):
+                found.append(PairSet(folder, f"pairs/{parts[0]}", read_manifest(folder, f"pairs/{parts[0]}")))
+    return [pairs for pairs in found if pairs.reference_id == reference_id]
 
 
-def _affected(verified: VerifyReport) -> tuple[set[str], set[str]]:
-    """References that lost something, and pair sets that did."""
-    references, pair_sets = set(), set()
-    for problem in verified.problems:
-        for file in filter(None, (problem.file, problem.other)):
-            kind, parts = classify(file)
-            if kind in ("reference", "shard"):
-                references.add(parts[0])
-            elif kind in ("manifest", "part"):
-                pair_sets.add(parts[0])
-    return references, pair_sets
-
-
-def _commands(folder: Folder, affected: tuple[set[str], set[str]]) -> list[str]:
-    """What scores the lost completions again: one command a pair set that needs them, as far as what is left
-    tells.
+def _commands(folder: Folder, verified: VerifyReport) -> list[str]:
+    """The commands that score lost completions again: one for each pair set that needs them, with the options
+    that its manifest and reference still hold.
     """
-    references, pair_sets = affected
-    commands = []
-    for reference_id in sorted(references):
-        pair_sets = pair_sets | {pairs.name for pairs in _pair_sets_of(folder, reference_id)}
-    for name in sorted(pair_sets):
-        try:
-            manifest = read_manifest(folder, f"pairs/{name}")
-        except CacheError:  # moved aside, or gone
-            manifest = {"name": name.partition("/")[0], "split": name.partition("/")[2]}
-        commands.append(precompute_line(str(folder), manifest, _reference_of(folder, manifest)))
-    if references and not commands:
-        commands.append(
-            shlex.join(
-                ["dpo-cache", "precompute", "--cache", str(folder), "--model", "MODEL", "--dataset", "DATA"]
-            )
-        )
-    return commands
+    files = [file for problem in verified.problems for file in (problem.file, problem.other) if file]
+    affected = [classify(file) for file in files]
+    references = {parts[0] for kind, parts in affected if kind in ("reference", "shard")}
+    pair_sets = {parts[0] for kind, parts in affected if kind in ("manifest", "part")}
+    for reference_id in references:
+        pair_sets |= {pairs.name for pairs in _pair_sets_of(folder, reference_id)}
+    if references and not pair_sets:
+        words = ["dpo-cache", "precompute", "--cache", str(folder), "--model", "MODEL", "--dataset", "DATA"]
+        return [shlex.join(words)]
+    return [_command(folder, name) for name in sorted(pair_sets)]
 
 
-def _reference_of(folder: Folder, manifest: Document) -> Document | None:
-    try:
-        return read_reference(folder, manifest["reference"]) if "reference" in manifest else None
-    except CacheError:
-        return None
+def _command(folder: Folder, pair_set: str) -> str:
+    name, split = pair_set.split("/")
+    manifest: Document = {"name": name, "split": split}
+    reference = None
+    with suppress(CacheError):  # either may be moved aside, or gone
+        manifest = read_manifest(folder, f"pairs/{pair_set}")
+        reference = read_reference(folder, manifest["reference"])
+    return precompute_line(str(folder), manifest, reference)

@@ -1,12 +1,12 @@
-"""Is every byte of a cache what was written, and does it agree with itself?
+"""Check that every byte of a cache is as it was written, and that its files agree with each other.
 
     report = verify_cache("cache")
     report.problems                      # each names its file, what was expected and found, and what to do
 
-`repair.py` moves what is bad aside.
+`repair.py` moves bad files aside.
 
 Every file is read for its own digest, schema and values, one in memory at a time; then shards and pair sets
-are read again for their agreement, once for each range of keys (see `comparing.py`).
+are read again and compared, once for each range of keys (see `compare.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from dpo_cache.errors import CacheError, first_line
@@ -21,7 +22,7 @@ from dpo_cache.store.cache import FORMAT, read_reference
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.checks import WholeShard, check_details, check_part, check_shard
 from dpo_cache.store.format.documents import Document, render_document
-from dpo_cache.store.format.pair_tables import PairsDigest, read_manifest
+from dpo_cache.store.format.pair_tables import PairsDigest, part_files, read_manifest
 from dpo_cache.store.upkeep.compare import allowed_gap, compare_files
 from dpo_cache.store.upkeep.contents import classify, open_for_upkeep
 
@@ -37,11 +38,10 @@ AGAIN = (
 
 @dataclass(frozen=True)
 class Problem:
-    """Something is not what was written. `file` is its name from the root of the cache."""
+    """One thing that is wrong with a cache. `file` is the file's name from the root of the cache."""
 
     file: str
-    # damaged: its bytes or what they say; missing; differs: from another file, either may be wrong; link
-    kind: str
+    kind: str  # damaged, missing, link, or differs: from another file, and either may be wrong
     expected: str
     found: str
     remedy: str
@@ -55,7 +55,7 @@ class Problem:
 
 @dataclass
 class VerifyReport:
-    """What was looked at, and what is wrong."""
+    """The counts of what was checked, and the problems."""
 
     cache: str
     files: int = 0
@@ -87,7 +87,7 @@ def verify_cache(location: str | os.PathLike[str], *, on_progress: OnProgress | 
     """Check every byte of the cache at a path or URL. Raises `FormatError` where there is none, or a newer
     one.
 
-    What other processes publish meanwhile is left to the next time; what they remove is not missed.
+    Files that other processes publish meanwhile are not checked, and files that they remove are no problem.
     """
     folder, _ = open_for_upkeep(location)
     return _Verification(folder, on_progress or (lambda *_: None)).run()
@@ -95,11 +95,10 @@ def verify_cache(location: str | os.PathLike[str], *, on_progress: OnProgress | 
 
 @dataclass
 class _Scored:
-    """What is whole of one reference: its identity, and the files that hold its log-probs."""
+    """The undamaged files of one reference: its identity, and the files that hold its log-probs."""
 
     identity: Document = field(default_factory=dict)
-    shards: list[str] = field(default_factory=list)
-    num_tokens: int = 0
+    shards: list[WholeShard] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
 
 
@@ -123,19 +122,12 @@ class _Verification:
     def run(self) -> VerifyReport:
         self.report.files, self.report.bytes = len(self.files), sum(self.files.values())
         for name in self.links:
-            self._note(
-                name,
-                "link",
-                "files alone, none of them a link",
-                "a symbolic link",
-                "Copy what it points to into the cache, or remove it.",
-            )
+            remedy = "Copy what it points to into the cache, or remove it."
+            self._note(name, "link", "only files, none of them a link", "a symbolic link", remedy)
         self._check_format()
-        for reference_id in sorted(
-            {parts[0] for kind, parts in self.kinds.values() if kind in ("reference", "shard")}
-        ):
+        for reference_id in self._names_of("reference", "shard"):
             self._check_reference(reference_id)
-        for name in sorted({parts[0] for kind, parts in self.kinds.values() if kind in ("manifest", "part")}):
+        for name in self._names_of("manifest", "part"):
             self._check_pair_set(name)
         for scored in self.references.values():
             self._compare(scored)
@@ -145,23 +137,19 @@ class _Verification:
         )
         return self.report
 
+    def _names_of(self, *kinds: str) -> list[str]:
+        """References, or pair sets, that have a file of one of these kinds."""
+        return sorted({parts[0] for kind, parts in self.kinds.values() if kind in kinds})
+
     # -- format.json, references -----------------------------------------------------------------------
 
     def _check_format(self) -> None:
-        expected = render_document(FORMAT)
+        remedy = "Run with `repair` to write it again."
         if "format.json" not in self.files:
-            self._note(
-                "format.json", "missing", str(FORMAT), "no such file", "Run with `repair` to write it again."
-            )
-        elif (content := self._read("format.json")) is not None and content != expected:
+            self._note("format.json", "missing", str(FORMAT), "no such file", remedy)
+        elif (content := self._read("format.json")) is not None and content != render_document(FORMAT):
             found = content[:80].decode(errors="backslashreplace").replace("\n", " ").strip()
-            self._note(
-                "format.json",
-                "damaged",
-                str(FORMAT),
-                found or "an empty file",
-                "Run with `repair` to write it again.",
-            )
+            self._note("format.json", "damaged", str(FORMAT), found or "an empty file", remedy)
 
     def _check_reference(self, reference_id: str) -> None:
         self.report.references += 1
@@ -172,130 +160,92 @@ class _Verification:
         else:
             self._count(name)
             identity = self._try(name, lambda: read_reference(self.folder, reference_id)["identity"]) or {}
-        shards = [
-            file for file, (kind, parts) in self.kinds.items() if kind == "shard" and parts[0] == reference_id
-        ]
-        whole = [shard for file in shards if (shard := self._check_shard(file))]
-        self.report.completions += sum(shard.num_rows for shard in whole)
-        self.references[reference_id] = _Scored(
-            identity, [shard.file for shard in whole], sum(shard.num_tokens for shard in whole)
-        )
-
-    def _check_shard(self, file: str) -> WholeShard | None:
-        content = self._read(file)
-        return self._try(file, lambda: check_shard(file, content)) if content is not None else None
+        scored = self.references[reference_id] = _Scored(identity)
+        for file, (kind, parts) in self.kinds.items():
+            if kind == "shard" and parts[0] == reference_id and (content := self._read(file)) is not None:
+                scored.shards += filter(None, [self._try(file, partial(check_shard, file, content))])
+        self.report.completions += sum(shard.num_rows for shard in scored.shards)
 
     # -- pair sets -------------------------------------------------------------------------------------
 
     def _check_pair_set(self, name: str) -> None:
-        """The manifest, every part that it names, and that together they are the pairs it promises."""
-        place = f"pairs/{name}"
-        present = {file for file, (kind, parts) in self.kinds.items() if kind == "part" and parts[0] == name}
-        if f"{place}/manifest.json" not in self.files:
+        """Check the manifest, every part that it names, and that the parts have its pairs."""
+        file = f"pairs/{name}/manifest.json"
+        present = {part for part, (kind, parts) in self.kinds.items() if kind == "part" and parts[0] == name}
+        if file not in self.files:
             self.report.unreferenced += sorted(present)
             return
-        self._count(f"{place}/manifest.json")
+        self._count(file)
         manifest = self._try(
-            f"{place}/manifest.json",
-            lambda: check_details(read_manifest(self.folder, place), f"{self.folder}/{place}/manifest.json"),
+            file, lambda: check_details(read_manifest(self.folder, f"pairs/{name}"), f"{self.folder}/{file}")
         )
-        if manifest is None:  # which parts are its own is not known
+        if manifest is None:  # its parts are unknown
             return
         self.report.pair_sets += 1
-        named = {f"{place}/{part['file']}": part for part in manifest["parts"]}
+        named = part_files(manifest)
         self.report.unreferenced += sorted(present - named.keys())
-        digest, num_problems, has_token_logps = (
-            PairsDigest(),
-            len(self.report.problems),
-            manifest.get("token_logps", True),
-        )
-        for file, part in named.items():
-            if self._check_part(file, part, digest, has_token_logps):
-                if has_token_logps:  # sums alone are imported: there is nothing to hold them against
-                    self.references.setdefault(manifest["reference"], _Scored()).parts.append(file)
-                self.report.pairs += part["rows"]
+        digest, num_problems = PairsDigest(), len(self.report.problems)
+        has_token_logps = manifest.get("token_logps", True)
+        for part, promised in named.items():
+            if self._check_part(part, promised, digest, has_token_logps):
+                if has_token_logps:  # imported sums have no values to compare
+                    self.references.setdefault(manifest["reference"], _Scored()).parts.append(part)
+                self.report.pairs += promised["rows"]
         if len(self.report.problems) == num_problems:
-            self._check_manifest_values(f"{place}/manifest.json", manifest, digest.hexdigest())
+            self._check_manifest_values(file, manifest, digest.hexdigest())
 
     def _check_part(self, file: str, part: Document, digest: PairsDigest, has_token_logps: bool) -> bool:
         if file not in self.files:
-            self._note(
-                file,
-                "missing",
-                f"{part['rows']} pairs, {part['bytes']} bytes, as the manifest says",
-                "no such file",
-                SCORE_AGAIN,
-            )
+            expected = f"{part['rows']} pairs, {part['bytes']} bytes, as the manifest says"
+            self._note(file, "missing", expected, "no such file", SCORE_AGAIN)
             return False
-        content = self._read(file)
-        return (
-            content is not None
-            and self._try(
-                file, lambda: check_part(file, content, part, digest, has_token_logps=has_token_logps)
-            )
-            is not None
-        )
+        if (content := self._read(file)) is None:
+            return False
+        check = partial(check_part, file, content, part, digest, has_token_logps=has_token_logps)
+        return self._try(file, check) is not None
 
     def _check_manifest_values(self, file: str, manifest: Document, digest: str) -> None:
         if digest != manifest["pairs_digest"]:
+            expected = f"pairs whose digest is {manifest['pairs_digest'][:12]}…"
             found = f"parts whose pairs have the digest {digest[:12]}…"
-            self._note(
-                file, "damaged", f"pairs whose digest is {manifest['pairs_digest'][:12]}…", found, AGAIN
-            )
-        if manifest["reference"] not in {
-            parts[0] for kind, parts in self.kinds.values() if kind == "reference"
-        }:
-            reference = f"references/{manifest['reference']}/reference.json"
+            self._note(file, "damaged", expected, found, AGAIN)
+        reference = f"references/{manifest['reference']}/reference.json"
+        if reference not in self.files:
             self._note(reference, "missing", f"the reference that {file} names", "no such file", SCORE_AGAIN)
 
-    # -- files beside each other -----------------------------------------------------------------------
+    # -- files compared with each other ----------------------------------------------------------------
 
     def _compare(self, scored: _Scored) -> None:
-        """Score shards that hold one completion, and pair sets made of them, within the tolerance of the
-        dtype.
-        """
+        """Compare the values that shards and pair sets hold of one completion, with the dtype's tolerance."""
         allowed = allowed_gap(scored.identity)
-        shards, parts = scored.shards, scored.parts
+        num_bytes = sum(4 * shard.num_tokens for shard in scored.shards)
+        shards, parts = [shard.file for shard in scored.shards], scored.parts
         try:
-            found_apart = compare_files(self.folder, shards, parts, allowed, 4 * scored.num_tokens)
+            found_apart = compare_files(self.folder, shards, parts, allowed, num_bytes)
         except CacheError:
-            left = [file for file in [*shards, *parts] if self.folder.exists(file)]
-            if len(left) == len(shards) + len(parts):
+            left = [[file for file in files if self.folder.exists(file)] for files in (shards, parts)]
+            if left == [shards, parts]:
                 raise
-            shards, parts = (
-                [file for file in shards if file in left],
-                [file for file in parts if file in left],
-            )
-            # the rest was compacted meanwhile
-            found_apart = compare_files(self.folder, shards, parts, allowed, 4 * scored.num_tokens)
+            # others were compacted meanwhile
+            found_apart = compare_files(self.folder, left[0], left[1], allowed, num_bytes)
         for apart in found_apart:
-            file = (
-                apart.file
-                if classify(apart.file)[0] == "shard"
-                else f"{apart.file.rpartition('/')[0]}/manifest.json"
-            )
-            gap = (
-                "another number of tokens"
-                if apart.largest_gap == float("inf")
-                else f"a gap of up to {apart.largest_gap:.2g} nats"
-            )
+            file = apart.file
+            if classify(file)[0] == "part":
+                file = f"{file.rpartition('/')[0]}/manifest.json"
+            expected = f"the log-probs that {apart.other} has, within {allowed:g} nats a token"
+            gap = f"a gap of up to {apart.largest_gap:.2g} nats"
+            if apart.largest_gap == float("inf"):
+                gap = "another number of tokens"
             found = f"{gap} in {apart.num_completions} of them"
             remedy = (
-                "Either may be wrong: `--rescore N --model MODEL` tells which; `repair` moves both aside."
+                "Either may be wrong: `--rescore N --model MODEL` finds out which; `repair` moves both aside."
             )
-            self._note(
-                file,
-                "differs",
-                f"the log-probs that {apart.other} has, within {allowed:g} nats a token",
-                found,
-                remedy,
-                apart.other,
-            )
+            self._note(file, "differs", expected, found, remedy, apart.other)
 
     # -- reading ---------------------------------------------------------------------------------------
 
     def _read(self, file: str) -> bytes | None:
-        """The file's bytes; None, with its problem noted, where they cannot be read."""
+        """The file's bytes; None, with the problem noted, where they cannot be read."""
         self._count(file)
         return self._try(file, lambda: self.folder.read(file))
 
@@ -304,20 +254,13 @@ class _Verification:
         self.on_progress(self.done, self.report.bytes)
 
     def _try(self, file: str, check: Callable[[], Result]) -> Result | None:
-        """What the check gives; None, with its problem noted, where it raises `CacheError`."""
+        """The result of the check; None, with its problem noted, where it raises `CacheError`."""
         try:
             return check()
         except CacheError as error:
-            if not self.folder.exists(file):  # gone since the listing: collected or compacted
-                return None
-            place = f"{self.folder}/{file}: "
-            self._note(
-                file,
-                "damaged",
-                "the bytes that were published",
-                first_line(error).removeprefix(place).removeprefix(f"{file}: "),
-                AGAIN,
-            )
+            if self.folder.exists(file):  # else it was collected or compacted since the listing
+                found = first_line(error).removeprefix(f"{self.folder}/{file}: ").removeprefix(f"{file}: ")
+                self._note(file, "damaged", "the bytes that were published", found, AGAIN)
             return None
 
     def _note(

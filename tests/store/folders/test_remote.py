@@ -12,7 +12,7 @@ from dpo_cache.errors import CorruptShardError, MissingFileError, OptionError, S
 from dpo_cache.store import open_cache
 from dpo_cache.store.folders import remote
 from dpo_cache.store.folders.folder import open_folder
-from dpo_cache.store.format.shards import name_by_content
+from dpo_cache.store.format.parquet import name_by_content
 from tests.store.conftest import flip, make_pairs, make_scores, plain
 from tests.store.object_store import Fault, Proxy
 

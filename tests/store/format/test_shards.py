@@ -12,16 +12,10 @@ from hypothesis import strategies as st
 from dpo_cache.errors import CacheError, CorruptShardError, DpoCacheError, NotInCacheError
 from dpo_cache.store import ScoreIndex
 from dpo_cache.store.folders.folder import LocalFolder
-from dpo_cache.store.format.shards import (
-    KEY,
-    SHARD_SCHEMA,
-    decode_shard,
-    encode_shard,
-    name_by_content,
-    read_parquet,
-    write_parquet,
-)
+from dpo_cache.store.format.parquet import name_by_content, write_parquet
+from dpo_cache.store.format.shards import KEY, SHARD_SCHEMA, encode_shard
 from dpo_cache.types import Score
+from tests.store.caches import decode_shard, read_shard_bytes
 from tests.store.conftest import flip, key, make_scores, score
 
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -34,7 +28,7 @@ shards = st.dictionaries(st.binary(min_size=16, max_size=16), scores, min_size=1
 @given(shards)
 @settings(deadline=None)
 def test_what_is_written_is_read_back_exactly(shard: list[tuple[bytes, Score]]) -> None:
-    keys, found = decode_shard(encode_shard(shard), "there")
+    keys, found = decode_shard(encode_shard(shard))
     assert keys.dtype == "S16"
     assert [bytes(value).ljust(16, b"\0") for value in keys] == [name for name, _ in shard]
     for read, (_, written) in zip(found, shard, strict=True):
@@ -46,7 +40,7 @@ def test_what_is_written_is_read_back_exactly(shard: list[tuple[bytes, Score]]) 
 @given(shards)
 @settings(deadline=None, max_examples=30)
 def test_the_stored_sum_is_the_sum_of_the_token_logps(shard: list[tuple[bytes, Score]]) -> None:
-    table = read_parquet(encode_shard(shard), SHARD_SCHEMA, "there")
+    table = read_shard_bytes(encode_shard(shard))
     for logps, num_tokens, token_logps in zip(
         *(table.column(name).to_pylist() for name in ("logps", "num_tokens", "token_logps")), strict=True
     ):
@@ -78,7 +72,7 @@ def shard_of(num_tokens: int, logps: float, token_logps: list[float]) -> bytes:
 
 
 def test_a_shard_built_by_hand_is_read() -> None:
-    _, (found,) = decode_shard(shard_of(2, -3.5, [-1.5, -2.0]), "there")
+    _, (found,) = decode_shard(shard_of(2, -3.5, [-1.5, -2.0]))
     assert found.token_logps.tolist() == [-1.5, -2.0]
 
 
@@ -93,7 +87,7 @@ def test_a_shard_built_by_hand_is_read() -> None:
 )
 def test_columns_that_disagree_are_refused(content: bytes) -> None:
     with pytest.raises(CorruptShardError, match="^there: num_tokens or logps disagree with token_logps"):
-        decode_shard(content, "there")
+        decode_shard(content)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +97,7 @@ def test_columns_that_disagree_are_refused(content: bytes) -> None:
 )
 def test_scores_that_would_not_be_written_are_refused_when_read(content: bytes) -> None:
     with pytest.raises(CorruptShardError):
-        decode_shard(content, "there")
+        decode_shard(content)
 
 
 def with_double_tokens(table: pa.Table) -> pa.Table:
@@ -143,7 +137,7 @@ WRONG_COLUMNS: dict[str, Callable[[pa.Table], pa.Table]] = {
 
 
 def rewrite(change: Callable[[pa.Table], pa.Table]) -> bytes:
-    table = change(read_parquet(encode_shard(make_scores(range(5))), SHARD_SCHEMA, "there"))
+    table = change(read_shard_bytes(encode_shard(make_scores(range(5)))))
     sink = pa.BufferOutputStream()
     pq.write_table(
         table, sink, use_dictionary=False, compression="none", write_page_checksum=True, row_group_size=2
@@ -152,7 +146,7 @@ def rewrite(change: Callable[[pa.Table], pa.Table]) -> bytes:
 
 
 def test_the_same_columns_written_by_someone_else_are_read() -> None:
-    keys, found = decode_shard(rewrite(lambda table: table), "there")
+    keys, found = decode_shard(rewrite(lambda table: table))
     assert len(keys) == len(found) == 5
 
 
@@ -162,7 +156,7 @@ def test_other_columns_are_refused(folder: LocalFolder, change: Callable[[pa.Tab
     name = name_by_content(content)
     folder.publish(f"scores/{name}", content)
     with pytest.raises(CorruptShardError, match="^there: expected the columns\nkey: fixed_size_binary"):
-        decode_shard(content, "there")
+        decode_shard(content)
     with pytest.raises(CorruptShardError, match=f"{name}: expected the columns"):
         ScoreIndex(folder, "scores")
 
@@ -172,7 +166,7 @@ def test_other_columns_are_refused(folder: LocalFolder, change: Callable[[pa.Tab
 )
 def test_what_is_no_parquet_file_is_refused(content: bytes) -> None:
     with pytest.raises(CorruptShardError, match=r"^there: not readable as Parquet \("):
-        decode_shard(content, "there")
+        decode_shard(content)
 
 
 SMALL_SHARD = encode_shard(make_scores([3, 11, 4]))
@@ -247,4 +241,4 @@ def test_every_flipped_byte_is_told_as_damage(
 
 
 def test_keys_are_stored_as_sixteen_bytes() -> None:
-    assert read_parquet(SMALL_SHARD, SHARD_SCHEMA, "there").column("key").type == KEY
+    assert read_shard_bytes(SMALL_SHARD).column("key").type == KEY

@@ -1,3 +1,4 @@
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from dpo_cache.store import ScoreIndex
 from dpo_cache.store.folders.folder import LocalFolder
 from dpo_cache.store.format import shards
 from dpo_cache.store.format.keys import key_array
-from dpo_cache.store.format.shards import SHARD_SCHEMA, encode_shard, read_parquet, read_shard
+from dpo_cache.store.format.shards import SHARD_SCHEMA, encode_shard, read_shard
 from dpo_cache.store.upkeep import merge_shards as merging
 from dpo_cache.store.upkeep.merge_shards import merge_shards, merge_sorted, sort_table, write_sorted_shards
+from tests.store.caches import read_shard_bytes
 from tests.store.conftest import flip_file, key, make_scores, score
 
 
@@ -25,14 +27,18 @@ def publish(folder: LocalFolder, *shards: Sequence[int]) -> list[str]:
 
 
 def compact(folder: LocalFolder, names: Sequence[str], place: str = "merged", **options: int) -> list[str]:
-    return list(write_sorted_shards(folder, place, merge_shards(folder, "scores", names), **options))
+    return list(
+        write_sorted_shards(
+            folder, place, merge_shards(folder, [f"scores/{name}" for name in names]), **options
+        )
+    )
 
 
 def keys_in(folder: LocalFolder, names: Sequence[str], place: str = "merged") -> list[bytes]:
     return [
         value
         for name in names
-        for table in read_shard(folder, place, name)
+        for table in read_shard(folder, f"{place}/{name}")
         for value in table.column("key").to_pylist()
     ]
 
@@ -62,7 +68,12 @@ def test_what_is_compact_compacts_to_itself(folder: LocalFolder, small: None) ->
     names = publish(folder, range(90, 30, -1), range(50))
     merged = compact(folder, names, shard_bytes=900)
     again = list(
-        write_sorted_shards(folder, "merged", merge_shards(folder, "merged", merged[::-1]), shard_bytes=900)
+        write_sorted_shards(
+            folder,
+            "merged",
+            merge_shards(folder, [f"merged/{name}" for name in merged[::-1]]),
+            shard_bytes=900,
+        )
     )
     assert again == merged
     assert folder.names("merged") == sorted(merged)
@@ -88,7 +99,7 @@ def test_how_completions_lie_in_shards_does_not_matter(
 
 def test_of_a_key_in_several_runs_the_first_is_taken() -> None:
     runs = [
-        read_parquet(encode_shard([(key(1), score(-1.0)), (key(3), score(-value))]), SHARD_SCHEMA, "there")
+        read_shard_bytes(encode_shard([(key(1), score(-1.0)), (key(3), score(-value))]))
         for value in (1.0, 2.0)
     ]
     (merged,) = merge_sorted([iter([run]) for run in runs])
@@ -104,7 +115,7 @@ def test_nothing_merges_to_nothing(folder: LocalFolder) -> None:
 
 def test_keys_that_share_their_first_half_are_sorted_by_the_second() -> None:
     keys = [bytes(8) + number.to_bytes(8, "big") for number in (5, 2**63, 0, 5)]
-    table = read_parquet(encode_shard([(name, score(-1.0)) for name in keys]), SHARD_SCHEMA, "there")
+    table = read_shard_bytes(encode_shard([(name, score(-1.0)) for name in keys]))
     assert sort_table(table).column("key").to_pylist() == sorted(set(keys))
     assert key_array(sorted(keys)).tolist() == sorted(key_array(keys).tolist())
 
@@ -117,11 +128,14 @@ def test_a_damaged_shard_is_not_merged(folder: LocalFolder) -> None:
         compact(folder, names)
 
 
-def test_the_temporary_folder_is_left_empty(folder: LocalFolder, small: None, tmp_path: Path) -> None:
+def test_the_temporary_folder_is_left_empty(
+    folder: LocalFolder, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     names = publish(folder, range(100))
-    tables = merge_shards(folder, "scores", names, scratch=scratch)
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    tables = merge_shards(folder, [f"scores/{name}" for name in names])
     next(tables)
     assert len(list(scratch.iterdir())) == 1
     tables.close()

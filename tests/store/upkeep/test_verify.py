@@ -10,7 +10,8 @@ from dpo_cache.errors import CorruptShardError, FormatError, NewerFormatError
 from dpo_cache.exchange import export_pairs
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store.format.documents import digest_json, open_sealed, seal_document
-from dpo_cache.store.format.shards import encode_shard, name_by_content
+from dpo_cache.store.format.parquet import name_by_content
+from dpo_cache.store.format.shards import encode_shard
 from dpo_cache.store.upkeep import compare as comparing_module
 from dpo_cache.store.upkeep.contents import read_contents
 from dpo_cache.store.upkeep.merge import merge_caches
@@ -239,7 +240,7 @@ def test_keys_that_are_not_of_their_token_ids_are_found(root: Path, monkeypatch:
     assert completion_key(completion(0)) != key_of(33)
     (problem,) = verify_cache(root).problems
     assert problem.file.startswith("pairs/false/train/") and problem.file.endswith(".parquet")
-    assert "token ids that its chosen_key is not of" in problem.found
+    assert "a chosen_key that is not of its token ids" in problem.found
 
 
 def test_leftovers_and_strangers_are_told_but_are_no_damage(root: Path) -> None:
