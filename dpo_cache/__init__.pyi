@@ -115,8 +115,8 @@ def compact(
 ) -> list[Compacted]:
     """Merge many score shards into few large ones: one entry of the result for each reference.
 
-    Others may write and read at the same time. A crash loses nothing; what is compact already is not changed.
-    Raises `CorruptShardError` where a shard is damaged.
+    Other processes may read and write during this. A crash loses nothing; a compact cache is not changed.
+    Raises `CorruptShardError` for a damaged shard.
     """
 
 def evaluate(
@@ -179,11 +179,11 @@ def export_pairs(
     overwrite: bool = False,
     log: Log | None = None,
 ) -> ExportReport:
-    """Write a pair set to a Parquet or JSONL file or a folder of `datasets`, in the columns of the module's
+    """Write a pair set to a Parquet or JSONL file or a folder of `datasets`, with the columns of the module's
     docstring.
 
-    The output is streamed, so memory stays flat, and appears under its name when it is whole. `log` gets each
-    remark (default: the logger `dpo_cache`); the report lists them, too. Raises `DpoCacheError`.
+    The output is streamed, so memory stays flat, and appears under its name when it is complete. `log` gets
+    each remark (default: the logger `dpo_cache`); the report lists them, too. Raises `DpoCacheError`.
     """
 
 def import_pairs(
@@ -220,7 +220,7 @@ def merge(
     on_progress: OnBytes | None = None,
     progress: bool = False,
 ) -> MergeReport:
-    """Copy to the destination what it lacks of the sources; it is made where there is none.
+    """Copy everything that the destination lacks from the sources. A missing destination is created.
 
     The order of the sources does not matter, and a second merge copies nothing. Pair sets of one name with
     different pairs raise `CacheError` before anything is copied, unless `prefer` or `rename` decides. Raises
@@ -259,22 +259,22 @@ def precompute(
     log: Log | None = None,
     progress: bool = False,
 ) -> PrecomputeReport:
-    """Score what the cache lacks of the data set's completions and publish its pair sets.
+    """Score the data set's completions that the cache lacks and publish its pair sets.
 
     Only completions that no earlier run scored under the same reference are run through the model, and the
-    model is loaded only if there are any.
-    Scores are published as they come, at the latest every 20 seconds. Interrupted runs resume: make the same
-    call again. The global random state is left alone.
+    model is loaded only if there are any. Scores are published at least every 20 seconds. Interrupted runs
+    resume: make the same call again. The global random state is not changed.
 
-    `dataset` may be rows that are loaded already; then `name=` is needed, and the split is train, or those of
-    a `DatasetDict`. `model` may be a loaded model; then `tokenizer` is needed, too. If its weights and config
-    are those of the checkpoint it was loaded from, it is the same reference as that checkpoint; otherwise it
-    is a reference of its own, and a remark says so. It is scored in eval mode, and is as before when done.
+    `dataset` may be rows that are loaded already; then `name=` is needed, and the split is train, or the
+    splits are those of a `DatasetDict`. `model` may be a loaded model; then `tokenizer` is needed, too. If
+    its weights and config equal those of the checkpoint it was loaded from, it is the same reference as that
+    checkpoint; otherwise it is a reference of its own, and a remark reports it. It is scored in eval mode,
+    and has its former mode afterwards.
 
     With `dry_run` the data is surveyed and nothing else happens: no model is loaded, nothing is written.
 
-    `progress=True` shows on stderr what the command line shows. `on_survey` gets what each split holds before
-    the model is loaded (of a stream: when it has ended), `on_progress` is called after every chunk, and `log`
+    `progress=True` shows on stderr what the command line shows. `on_survey` gets the survey of each split
+    before the model is loaded (of a stream: at its end), `on_progress` is called after every chunk, and `log`
     gets each remark (default: the logger `dpo_cache`); the report lists them, too. Raises `DpoCacheError`;
     nothing that was published before is lost.
     """
@@ -289,7 +289,7 @@ def pull(
     on_progress: OnTransfer | None = None,
     progress: bool = False,
 ) -> TransferReport:
-    """Copy a remote cache, or some of it, to a local folder, which is made where it is missing.
+    """Copy a remote cache, or some of it, to a local folder, which is created if it does not exist.
 
     See `push`, which copies in the other direction.
     """
@@ -307,7 +307,7 @@ def push(
     """Copy a local cache, or some of it, to a remote one, such as `s3://bucket/cache`.
 
     Only files that are missing there are sent, each checked against its digest. Interrupted copies resume:
-    make the same call again. Raises `CacheError` before anything is sent where the target holds other pairs
+    make the same call again. Raises `CacheError` before anything is sent if the target holds other pairs
     under the same name.
     """
 
@@ -496,11 +496,11 @@ def verify(
 ) -> VerifyReport:
     """Check every byte of a cache, and that its files agree with each other.
 
-    `report.is_whole` is False where something is wrong, and `report.problems` names each file, what was
+    If something is wrong, `report.is_whole` is False, and `report.problems` names each file, what was
     expected, what was found, and what to do. With `repair` bad files are moved aside, and `report.repair`
     lists them. With `rescore` and `model` some completions are scored again, and `report.rescored` compares
     them with the cache.
 
-    Problems raise nothing. Raises `FormatError` where there is no cache, and `ModelError` where the model is
-    not the reference: then nothing is returned, and files that were moved aside stay there.
+    Problems raise nothing. Raises `FormatError` if there is no cache, and `ModelError` if the model is not
+    the reference: then nothing is returned, and files that were moved aside stay there.
     """
