@@ -1,6 +1,6 @@
-"""What a function reports while it runs: a progress line and remarks on stderr, only where they are wanted.
+"""A progress line and remarks on stderr, while a function runs.
 
-Library functions write nothing by default. With `progress=True` they show what the command line shows.
+Library functions write nothing by default. With `progress=True` they show the same as the command line.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial, wraps
+from functools import wraps
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from typing_extensions import Self
 
 QUIET_SECONDS = 10.0  # between progress lines off a terminal
 
 _shows_bars: ContextVar[bool] = ContextVar("shows_bars", default=False)
 
 Result = TypeVar("Result")
-Show = Callable[..., None]  # of the line, and of what the callback gets
+Show = Callable[..., None]  # gets the line, then the arguments of the callback
 
 
 def shows_progress(
     title: str, show: Show, *, callback: str = "on_progress"
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Decorator: the function takes `progress` as well. With `progress=True` it shows a progress line.
+    """Decorator: the function also takes `progress`. With `progress=True` it shows a progress line.
 
-    Every value that the function gives to `callback` also goes to `show(line, ...)`. Remarks are written
-    next to the line, unless the caller gives a `log`.
+    `show(line, ...)` gets the arguments of each call of `callback`. Remarks are written next to the line,
+    unless the caller gives a `log`.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -42,37 +44,31 @@ def shows_progress(
         def run(*args: Any, progress: bool = False, **given: Any) -> Result:
             if not progress:
                 return function(*args, **given)
+            other = given.get(callback)
+
+            def report(*values: Any) -> None:
+                show(line, *values)
+                if other is not None:
+                    other(*values)
+
             with bars_shown(), ProgressLine(title) as line:
-                given[callback] = _both(partial(show, line), given.get(callback))
+                given[callback] = report
                 if "log" in signature.parameters:
                     given["log"] = given.get("log") or line.remark
                 return function(*args, **given)
 
-        parameters = list(signature.parameters.values())
-        switch = inspect.Parameter(
-            "progress", inspect.Parameter.KEYWORD_ONLY, default=False, annotation="bool"
-        )
-        place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        run.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*parameters[:place], switch, *parameters[place:]]
-        )
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        switch = inspect.Parameter("progress", keyword, default=False, annotation="bool")
+        parameters = sorted([*signature.parameters.values(), switch], key=lambda parameter: parameter.kind)
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return run
 
     return decorate
 
 
-def _both(one: Callable[..., None], other: Callable[..., None] | None) -> Callable[..., None]:
-    def call(*values: Any) -> None:
-        one(*values)
-        if other is not None:
-            other(*values)
-
-    return call
-
-
 @contextmanager
 def bars_shown() -> Iterator[None]:
-    """Let functions that are called here leave the progress bars of other libraries as they are."""
+    """Switch `bars_hidden` off for the functions that are called inside."""
     token = _shows_bars.set(True)
     try:
         yield
@@ -83,36 +79,21 @@ def bars_shown() -> Iterator[None]:
 @contextmanager
 def bars_hidden(library: str) -> Iterator[None]:
     """Hide the progress bars of `datasets` or `transformers`, except inside `bars_shown`."""
-    is_shown, hide, show = _bars_of(library)
-    if _shows_bars.get() or not is_shown():
+    bars = import_module(f"{library}.utils.logging")
+    if _shows_bars.get() or not bars.is_progress_bar_enabled():
         yield
         return
-    hide()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
-        show()
-
-
-def _bars_of(library: str) -> tuple[Callable[[], bool], Callable[[], None], Callable[[], None]]:
-    """Whether the bars of the library are shown, and how to hide and to show them."""
-    if library == "datasets":
-        import datasets
-
-        is_shown = lambda: not datasets.are_progress_bars_disabled()  # noqa: E731
-        return is_shown, datasets.disable_progress_bars, datasets.enable_progress_bars
-    from transformers.utils import logging
-
-    return logging.is_progress_bar_enabled, logging.disable_progress_bar, logging.enable_progress_bar
-
-
-Line = TypeVar("Line", bound="ProgressLine")
+        bars.enable_progress_bar()
 
 
 class ProgressLine:
     """A bar on a terminal, and a line every few seconds elsewhere.
 
-    DPO_CACHE_PROGRESS=off shows nothing, as in a run whose sweep shows its progress.
+    DPO_CACHE_PROGRESS=off shows nothing: a sweep sets it for its runs, whose progress it shows itself.
     """
 
     def __init__(self, description: str):
@@ -153,15 +134,12 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.start()
 
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __enter__(self: Line) -> Line:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        if self._bar is not None:
+            self._bar.stop()
 
 
 def remark(text: str) -> None:
@@ -170,7 +148,7 @@ def remark(text: str) -> None:
     sys.stderr.flush()
 
 
-# -- what each command shows -----------------------------------------------------------------------------
+# -- how each command shows its progress -----------------------------------------------------------------
 
 
 def show_scoring(line: ProgressLine, progress: Any) -> None:
@@ -193,26 +171,24 @@ def show_training(line: ProgressLine, metrics: dict[str, Any]) -> None:
 
 
 def show_sweep(line: ProgressLine, progress: Any) -> None:
-    """Show a `SweepProgress`."""
-    line.update(progress.done, progress.num_runs, _describe_sweep(progress))
-
-
-def _describe_sweep(progress: Any) -> str:
+    """Show a `SweepProgress`: its active run in full, or only the steps of several."""
     left = "" if progress.seconds_left is None else f"  about {format_seconds(progress.seconds_left)} left"
     if len(progress.active) == 1:
         name, total, metrics = progress.active[0]
-        step = (
-            "starting"
-            if metrics is None
-            else f"step {metrics['step']}/{total}  loss {metrics['loss']:.4f}  "
-            f"{metrics['pairs_per_s']:.2f} pairs/s"
-        )
-        return f"run {progress.num_done + 1}/{progress.num_runs}  {name}  {step}{left}"
-    steps = [
-        f"{name} " + ("starting" if metrics is None else f"{metrics['step']}/{total}")
-        for name, total, metrics in progress.active
-    ]
-    return f"{progress.num_done}/{progress.num_runs} runs done  {'  '.join(steps)}{left}"
+        step = "starting" if metrics is None else _describe_step(metrics, total)
+        text = f"run {progress.num_done + 1}/{progress.num_runs}  {name}  {step}{left}"
+    else:
+        steps = [
+            f"{name} " + ("starting" if metrics is None else f"{metrics['step']}/{total}")
+            for name, total, metrics in progress.active
+        ]
+        text = f"{progress.num_done}/{progress.num_runs} runs done  {'  '.join(steps)}{left}"
+    line.update(progress.done, progress.num_runs, text)
+
+
+def _describe_step(metrics: dict[str, Any], total: int) -> str:
+    pace = f"{metrics['pairs_per_s']:.2f} pairs/s"
+    return f"step {metrics['step']}/{total}  loss {metrics['loss']:.4f}  {pace}"
 
 
 def show_bytes(line: ProgressLine, done: int, total: int) -> None:
@@ -230,10 +206,8 @@ def show_transfer(line: ProgressLine, progress: Any) -> None:
 
 def describe_metrics(metrics: dict[str, Any], prefix: str = "") -> str:
     """Loss, accuracy and margin of a line of metrics."""
-    loss, accuracy, margin = (
-        metrics[prefix + name] for name in ("loss", "rewards/accuracies", "rewards/margins")
-    )
-    return f"loss {loss:.4f}  accuracy {accuracy:.1%}  margin {margin:+.4f}"
+    loss, margin = metrics[f"{prefix}loss"], metrics[f"{prefix}rewards/margins"]
+    return f"loss {loss:.4f}  accuracy {metrics[f'{prefix}rewards/accuracies']:.1%}  margin {margin:+.4f}"
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -1,4 +1,4 @@
-"""The commands that look after caches and copy them, as functions.
+"""The commands that check, clean up and copy caches, as functions.
 
 dpo_cache.verify("cache").is_whole
 dpo_cache.merge(["a", "b"], "all")
@@ -30,7 +30,7 @@ from dpo_cache.store.upkeep.repair import repair_cache
 from dpo_cache.store.upkeep.verify import VerifyReport, verify_cache
 
 Location = str | os.PathLike[str]
-OnBytes = Callable[[int, int], None]  # bytes that are done, of how many
+OnBytes = Callable[[int, int], None]  # bytes done, bytes in total
 OnTransfer = Callable[[TransferProgress], None]
 
 
@@ -42,39 +42,51 @@ def verify(
 ) -> VerifyReport:
     """Check every byte of a cache, and that its files agree with each other.
 
-    `report.is_whole` is False where something is wrong, and `report.problems` names each file, what was
+    If something is wrong, `report.is_whole` is False, and `report.problems` names each file, what was
     expected, what was found, and what to do. With `repair` bad files are moved aside, and `report.repair`
     lists them. With `rescore` and `model` some completions are scored again, and `report.rescored` compares
     them with the cache.
 
-    Problems raise nothing. Raises `FormatError` where there is no cache, and `ModelError` where the model is
-    not the reference: then nothing is returned, and files that were moved aside stay there.
+    Problems raise nothing. Raises `FormatError` if there is no cache, and `ModelError` if the model is not
+    the reference: then nothing is returned, and files that were moved aside stay there.
     """
     chosen = make_options(VerifyOptions, {"cache": cache, **options}, log)
-    report = verify_cache(chosen.cache, on_progress=on_progress)
-    if chosen.repair and not report.is_whole:
-        report.repair = repair_cache(chosen.cache, report)
-    if chosen.rescore is not None and chosen.model is not None:
-        from dpo_cache.precomputing.rescore import rescore  # imports torch
-
-        report.rescored = rescore(
-            chosen.cache,
-            chosen.model,
-            chosen.rescore,
-            revision=chosen.revision,
-            device=chosen.device,
-            trust_remote_code=chosen.trust_remote_code,
-            log=log,
-        )
+    report = check_files(chosen, on_progress)
+    add_rescored(report, chosen, log)
     return report
+
+
+def check_files(options: VerifyOptions, on_progress: OnBytes | None) -> VerifyReport:
+    """The first part of `verify`: check every file and, with `repair`, move bad ones aside."""
+    report = verify_cache(options.cache, on_progress=on_progress)
+    if options.repair and not report.is_whole:
+        report.repair = repair_cache(options.cache, report)
+    return report
+
+
+def add_rescored(report: VerifyReport, options: VerifyOptions, log: Log | None) -> None:
+    """The second part of `verify`: with `rescore`, score some completions again."""
+    if options.rescore is None or options.model is None:
+        return
+    from dpo_cache.precomputing.rescore import rescore  # imports torch
+
+    report.rescored = rescore(
+        options.cache,
+        options.model,
+        options.rescore,
+        revision=options.revision,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        log=log,
+    )
 
 
 @keywords_of(CompactOptions)
 def compact(cache: Location, **options: Any) -> list[Compacted]:
     """Merge many score shards into few large ones: one entry of the result for each reference.
 
-    Others may write and read at the same time. A crash loses nothing; what is compact already is not changed.
-    Raises `CorruptShardError` where a shard is damaged.
+    Other processes may read and write during this. A crash loses nothing; a compact cache is not changed.
+    Raises `CorruptShardError` for a damaged shard.
     """
     chosen = make_options(CompactOptions, {"cache": cache, **options})
     opened = open_cache(chosen.cache)
@@ -91,7 +103,7 @@ def merge(
     on_progress: OnBytes | None = None,
     **options: Any,
 ) -> MergeReport:
-    """Copy to the destination what it lacks of the sources; it is made where there is none.
+    """Copy everything that the destination lacks from the sources. A missing destination is created.
 
     The order of the sources does not matter, and a second merge copies nothing. Pair sets of one name with
     different pairs raise `CacheError` before anything is copied, unless `prefer` or `rename` decides. Raises
@@ -117,7 +129,7 @@ def push(
     """Copy a local cache, or some of it, to a remote one, such as `s3://bucket/cache`.
 
     Only files that are missing there are sent, each checked against its digest. Interrupted copies resume:
-    make the same call again. Raises `CacheError` before anything is sent where the target holds other pairs
+    make the same call again. Raises `CacheError` before anything is sent if the target holds other pairs
     under the same name.
     """
     chosen = make_options(PushOptions, {"local": local, "remote": remote, **options})
@@ -129,7 +141,7 @@ def push(
 def pull(
     remote: str, local: Location, *, on_progress: OnTransfer | None = None, **options: Any
 ) -> TransferReport:
-    """Copy a remote cache, or some of it, to a local folder, which is made where it is missing.
+    """Copy a remote cache, or some of it, to a local folder, which is created if it does not exist.
 
     See `push`, which copies in the other direction.
     """

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import dpo_cache
-from dpo_cache.cli.app import command_names
+from dpo_cache.cli.app import COMMANDS
 from dpo_cache.losses.table import LOSSES
 from tests.cli.write_help import options_page
 
@@ -26,7 +26,7 @@ def test_every_loss_has_its_line_in_the_docs() -> None:
 def test_every_command_is_shown() -> None:
     for command in ("precompute", "train"):
         assert f"dpo-cache {command} --" in README
-    for command in command_names():
+    for command in COMMANDS:
         assert f"(docs/commands/{command}.md)" in README
 
 

@@ -11,25 +11,27 @@ from typing import NoReturn
 
 import typer
 
-from dpo_cache.cli.compact import compact_command
-from dpo_cache.cli.diff import diff_command
-from dpo_cache.cli.eval_ import eval_command
-from dpo_cache.cli.export import export_command
-from dpo_cache.cli.gc import gc_command
-from dpo_cache.cli.import_ import import_command
-from dpo_cache.cli.ls import ls_command
-from dpo_cache.cli.merge import merge_command
+from dpo_cache.cli import (
+    compact,
+    diff,
+    eval_,
+    export,
+    gc,
+    import_,
+    ls,
+    merge,
+    precompute,
+    pull,
+    push,
+    rm,
+    sweep,
+    train,
+    verify,
+)
 from dpo_cache.cli.output import remark, with_flags
 from dpo_cache.cli.parameters import command_class
-from dpo_cache.cli.precompute import precompute_command
 from dpo_cache.cli.process import process_settings
-from dpo_cache.cli.pull import pull_command
-from dpo_cache.cli.push import push_command
-from dpo_cache.cli.rm import rm_command
 from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, Unwinding
-from dpo_cache.cli.sweep import sweep_command
-from dpo_cache.cli.train import train_command
-from dpo_cache.cli.verify import verify_command
 from dpo_cache.errors import DpoCacheError, OptionError
 
 app = typer.Typer(
@@ -40,29 +42,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = {
-    "precompute": precompute_command,
-    "train": train_command,
-    "eval": eval_command,
-    "sweep": sweep_command,
-    "ls": ls_command,
-    "verify": verify_command,
-    "compact": compact_command,
-    "gc": gc_command,
-    "merge": merge_command,
-    "diff": diff_command,
-    "rm": rm_command,
-    "pull": pull_command,
-    "push": push_command,
-    "export": export_command,
-    "import": import_command,
+    "precompute": precompute.precompute_command,
+    "train": train.train_command,
+    "eval": eval_.eval_command,
+    "sweep": sweep.sweep_command,
+    "ls": ls.ls_command,
+    "verify": verify.verify_command,
+    "compact": compact.compact_command,
+    "gc": gc.gc_command,
+    "merge": merge.merge_command,
+    "diff": diff.diff_command,
+    "rm": rm.rm_command,
+    "pull": pull.pull_command,
+    "push": push.push_command,
+    "export": export.export_command,
+    "import": import_.import_command,
 }
 for name, invoke in COMMANDS.items():
     app.command(name, cls=command_class(invoke))(invoke)
-
-
-def command_names() -> list[str]:
-    """Every command, in the order of the help."""
-    return list(COMMANDS)
 
 
 def _version(value: bool) -> None:

@@ -9,18 +9,17 @@ from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import CompactOptions
 
 
-@command(CompactOptions, json_help="Print the report as JSON.")
+@command(CompactOptions)
 def compact_command(options: CompactOptions, as_json: bool) -> None:
     """Merge many score shards into few large ones, sorted by key.
 
     Other processes may read and write during this. A crash loses nothing; a compact cache is not changed.
     """
     from dpo_cache.store import open_cache
-    from dpo_cache.store.upkeep.compact import compact_reference
+    from dpo_cache.upkeep import compact
 
     cache = open_cache(options.cache)
-    references = [cache.find_reference(options.reference)] if options.reference else cache.references()
-    done = [compact_reference(cache, reference_id) for reference_id in references]
+    done = compact(cache, reference=options.reference)
     if as_json:
         print_json({"cache": str(cache), "references": [asdict(entry) for entry in done]})
         return

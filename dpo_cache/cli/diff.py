@@ -26,11 +26,10 @@ def diff_command(options: DiffOptions, as_json: bool) -> None:
 
     report = diff_caches(options.a, options.b)
     if as_json:
-        scores = {
-            name: {**asdict(entry), "largest_gap": _finite(entry.largest_gap)}
-            for name, entry in report.scores.items()
-        }
-        print_json({**asdict(report), "scores": scores, "equal": report.is_equal})
+        content = {**asdict(report), "equal": report.is_equal}
+        for entry in content["scores"].values():  # JSON has no infinity
+            entry["largest_gap"] = entry["largest_gap"] if math.isfinite(entry["largest_gap"]) else None
+        print_json(content)
     else:
         _print_report(report)
     if not report.is_equal:
@@ -55,10 +54,8 @@ def _print_report(report: DiffReport) -> None:
     if report.is_equal:
         print(f"{report.a} and {report.b} hold the same.")
     else:
-        print(
-            f"{report.a} and {report.b} differ. Next, for all of both: "
-            f"{command_line('merge', report.a, report.b, 'DEST')}"
-        )
+        following = command_line("merge", report.a, report.b, "DEST")
+        print(f"{report.a} and {report.b} differ. Next, for all of both: {following}")
 
 
 def _describe(scores: ScoreDifference) -> str:
@@ -68,14 +65,6 @@ def _describe(scores: ScoreDifference) -> str:
     )
     if not scores.differing:
         return text
-    gap = (
-        f"by up to {scores.largest_gap:.2g} nats a token"
-        if math.isfinite(scores.largest_gap)
-        else "in their number of tokens"
-    )
+    is_finite = math.isfinite(scores.largest_gap)
+    gap = f"by up to {scores.largest_gap:.2g} nats a token" if is_finite else "in their number of tokens"
     return f"{text}, {count(scores.differing)} of them differ {gap}"
-
-
-def _finite(gap: float) -> float | None:
-    """JSON has no infinity: None if completions of one key differ in their number of tokens."""
-    return gap if math.isfinite(gap) else None

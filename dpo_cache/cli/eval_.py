@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dpo_cache.evaluation.report import EvalReport
 
 
-@command(EvalOptions, json_help="Print the report as JSON.", complete=lambda given: with_run(given, remark))
+@command(EvalOptions, complete=lambda given: with_run(given, remark))
 def eval_command(options: EvalOptions, as_json: bool) -> None:
     """Measure how well a model separates chosen answers from rejected ones: loss, accuracy, margins,
     calibration, by length.

@@ -15,7 +15,7 @@ READERS = {
 }
 
 
-@command(ExportOptions, json_help="Print the report as JSON.")
+@command(ExportOptions)
 def export_command(options: ExportOptions, as_json: bool) -> None:
     """Write a pair set to a file that other tools read: text, token ids and reference log-probs, one row a
     pair.

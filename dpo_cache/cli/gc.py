@@ -32,12 +32,10 @@ def gc_command(options: GcOptions, as_json: bool) -> None:
             ("file", "size", "why"), [(entry.file, format_bytes(entry.bytes), entry.why) for entry in garbage]
         )
     what = f"{count(len(garbage))} file{'' if len(garbage) == 1 else 's'}, {format_bytes(freed)}"
+    following = command_line("ls", str(cache))
     if options.yes:
-        print(f"{cache}: {what} removed. Next: {command_line('ls', str(cache))}")
+        print(f"{cache}: {what} removed. Next: {following}")
     elif garbage:
         print(f"{cache}: {what} could go. Nothing was removed. Next: the same command with --yes")
     else:
-        print(
-            f"{cache}: nothing to drop that is older than {options.grace:g} s. Next: "
-            f"{command_line('ls', str(cache))}"
-        )
+        print(f"{cache}: nothing to drop that is older than {options.grace:g} s. Next: {following}")

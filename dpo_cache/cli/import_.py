@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cli.output import command_line, count, format_bytes, print_json, print_table, remark
+from dpo_cache.cli.output import count, format_bytes, kept_rows, print_json, print_table, remark, train_line
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.exchange import ImportOptions
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dpo_cache.exchange import ImportReport
 
 
-@command(ImportOptions, json_help="Print the report as JSON.")
+@command(ImportOptions)
 def import_command(options: ImportOptions, as_json: bool) -> None:
     """Import reference log-probs that another program computed, under a reference that you name.
 
@@ -32,13 +32,8 @@ def import_command(options: ImportOptions, as_json: bool) -> None:
 
 
 def _print_report(report: ImportReport, reference: str) -> None:
-    rows = [("rows read", count(report.rows_read)), ("pairs kept", count(report.pairs_kept))]
-    rows += [("rows dropped", count(sum(report.dropped.values())))]
-    rows += [
-        (f"  {reason}", count(number))
-        for reason, number in sorted(report.dropped.items(), key=lambda entry: -entry[1])
-    ]
-    rows += [
+    rows = [
+        *kept_rows(report),
         ("rows truncated", count(report.rows_truncated)),
         ("log-probs", "sums and per token" if report.has_token_logps else "sums only"),
         ("  mean of an answer", f"{report.mean_logps:.2f} nats"),
@@ -53,6 +48,4 @@ def _print_report(report: ImportReport, reference: str) -> None:
     print(f"The pairs are in {report.cache}. Next:")
     for name in report.pair_sets:
         model = [] if report.start_from else ["--model", "MODEL"]
-        print(
-            f"  {command_line('train', '--cache', report.cache, '--pairs', name, '--output', 'RUN', *model)}"
-        )
+        print(f"  {train_line(report.cache, name, *model)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from dpo_cache.cli.output import (
     print_json,
     print_table,
     remark,
+    train_line,
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.errors import NotInCacheError
@@ -74,13 +76,10 @@ def _print_contents(contents: Contents) -> None:
     if pair_sets:
         print_columns(("pair set", "pairs", "reference", "source", "made", "size"), pair_sets)
         print()
-    other = (
-        f", {count(len(contents.other))} other files of {format_bytes(sum(contents.other.values()))}"
-        if contents.other
-        else ""
-    )
     held = f"{_number(contents.references, 'reference')}, {_number(contents.pair_sets, 'pair set')}"
-    print(f"{contents.cache} holds {held}{other}: {format_bytes(contents.bytes)}. Next: {_next(contents)}")
+    if other := contents.other:
+        held += f", {count(len(other))} other files of {format_bytes(sum(other.values()))}"
+    print(f"{contents.cache} holds {held}: {format_bytes(contents.bytes)}. Next: {_next(contents)}")
 
 
 def _model(entry: ReferenceEntry) -> str:
@@ -95,9 +94,7 @@ def _next(contents: Contents) -> str:
     if _damage(contents):
         return command_line("verify", contents.cache)
     if contents.pair_sets:
-        return command_line(
-            "train", "--cache", contents.cache, "--pairs", contents.pair_sets[0].name, "--output", "RUN"
-        )
+        return train_line(contents.cache, contents.pair_sets[0].name)
     return command_line("precompute", "--cache", contents.cache, "--model", "MODEL", "--dataset", "DATA")
 
 
@@ -112,47 +109,39 @@ def _damage(contents: Contents) -> list[str]:
 
 def _show_one(contents: Contents, name: str, as_json: bool) -> None:
     """Print a pair set or a reference with everything in its JSON file."""
-    pair_sets = [
-        entry for entry in contents.pair_sets if entry.name == name or entry.name.startswith(f"{name}/")
-    ]
+    pair_sets = [entry for entry in contents.pair_sets if f"{entry.name}/".startswith(f"{name}/")]
     references = [] if pair_sets else [entry for entry in contents.references if entry.id.startswith(name)]
     found: list[ReferenceEntry | PairSetEntry] = [*references, *pair_sets]
     if not found:
-        known = [entry.name for entry in contents.pair_sets] + [
-            entry.id[:12] for entry in contents.references
-        ]
+        known = [entry.name for entry in contents.pair_sets]
+        known += [entry.id[:12] for entry in contents.references]
         raise NotInCacheError(
             f"{contents.cache}: neither a pair set nor a reference {name!r}.\n"
             f"It holds: {', '.join(known) or 'nothing'}."
         )
     if as_json:
-        found_entries = {
-            "references": [asdict(entry) for entry in references],
-            "pair_sets": [asdict(entry) for entry in pair_sets],
-        }
-        print_json({"cache": contents.cache, **found_entries})
-        return
-    for entry in found:
-        values = {
-            key: value
-            for key, value in asdict(entry).items()
-            if key not in ("document", "manifest", "damage", "id", "name")
-        }
-        document = asdict(entry).get("document") or asdict(entry).get("manifest") or {}
-        rows = [(key, _plain(value)) for key, value in values.items()]
-        rows += [(key, _plain(value)) for key, value in _flatten(document) if key.split(".")[0] not in values]
-        print_table(getattr(entry, "name", None) or entry.id, rows)  # type: ignore[union-attr]
-
-
-def _flatten(document: dict, prefix: str = "") -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = []
-    for key, value in document.items():
-        rows += (
-            _flatten(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else [(prefix + key, value)]
+        print_json(
+            {
+                "cache": contents.cache,
+                "references": [asdict(entry) for entry in references],
+                "pair_sets": [asdict(entry) for entry in pair_sets],
+            }
         )
-    return rows
+        return
+    for values in map(asdict, found):
+        title = values.pop("id", None) or values.pop("name")
+        document = values.pop("document", None) or values.pop("manifest", None) or {}
+        del values["damage"]
+        more = [(key, value) for key, value in _flatten(document) if key.split(".")[0] not in values]
+        print_table(title, [(key, _plain(value)) for key, value in [*values.items(), *more]])
+
+
+def _flatten(document: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in document.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _plain(value: object) -> str:

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import ProgressLine, command_line, count, format_bytes, print_json, print_table
+from dpo_cache.cli.output import command_line, count, format_bytes, print_json, print_table
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import MergeOptions
-from dpo_cache.progress import show_bytes
 
 
-@command(MergeOptions, json_help="Print the report as JSON.")
+@command(MergeOptions)
 def merge_command(options: MergeOptions, as_json: bool) -> None:
     """Copy everything that a cache lacks from other caches: the union of all.
 
     The order of the sources does not matter, and a second merge copies nothing. Every file is checked against
     its digest.
     """
-    from dpo_cache.store.upkeep.merge import merge_caches
+    from dpo_cache.upkeep import merge
 
-    with ProgressLine("merging") as line:
-        report = merge_caches(
-            options.sources,
-            options.destination,
-            prefer=options.prefer,
-            rename=options.rename,
-            on_progress=lambda done, total: show_bytes(line, done, total),
-        )
+    report = merge(**asdict(options), progress=True)
     if as_json:
         print_json(asdict(report))
         return

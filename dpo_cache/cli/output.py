@@ -1,4 +1,4 @@
-"""How results look on stdout. Progress and remarks go to stderr: see `dpo_cache/progress.py`."""
+"""Formats results for stdout. Progress and remarks go to stderr: see `dpo_cache/progress.py`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_cache import progress
 from dpo_cache.options.base import Options
 from dpo_cache.progress import format_bytes as format_bytes
 from dpo_cache.progress import format_seconds as format_seconds
 from dpo_cache.progress import show_scoring as show_scoring
+
+if TYPE_CHECKING:
+    from dpo_cache.exchange import ImportReport
+    from dpo_cache.precomputing.run import PrecomputeReport
+    from dpo_cache.store.upkeep.copy import TransferReport
 
 NUMBER = re.compile(r"[\d,]{1,11}|[\d.]+ [kMG]?B|[+-]?\d+\.\d+|[+-]?[\d.]+%|")
 
@@ -44,16 +49,10 @@ def with_flags(text: str) -> str:
 
 
 @cache
-def _option_names() -> set[str]:
-    def classes(kind: type[Options]) -> list[type[Options]]:
-        return [kind, *(found for child in kind.__subclasses__() for found in classes(child))]
-
-    return {
-        entry.name
-        for kind in classes(Options)
-        if "__dataclass_fields__" in vars(kind)
-        for entry in fields(kind)  # type: ignore[arg-type]
-    }
+def _option_names(kind: type[Options] = Options) -> set[str]:
+    """The names of the options of a class and of its subclasses."""
+    names = {entry.name for entry in fields(kind)}
+    return names.union(*(_option_names(child) for child in kind.__subclasses__()))  # type: ignore[arg-type]
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -87,7 +86,7 @@ def format_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 
 def printable(text: str) -> str:
-    """The text with control characters spelled out: a name that a file gives cannot steer the terminal."""
+    """The text with control characters escaped: a name that comes from a file cannot steer the terminal."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
     )
@@ -98,8 +97,43 @@ def print_json(value: Any) -> None:
 
 
 def command_line(*words: str) -> str:
-    """A command of ours to be copied, its words quoted where a shell needs it."""
+    """A `dpo-cache` command to be copied, its words quoted where a shell needs it."""
     return shlex.join(("dpo-cache", *words))
+
+
+def kept_rows(report: PrecomputeReport | ImportReport) -> list[tuple[str, str]]:
+    """The first rows of the table of a report: how many rows of the data were read, kept and dropped."""
+    dropped = sorted(report.dropped.items(), key=lambda entry: -entry[1])
+    return [
+        ("rows read", count(report.rows_read)),
+        ("pairs kept", count(report.pairs_kept)),
+        ("rows dropped", count(sum(report.dropped.values()))),
+        *((f"  {reason}", count(number)) for reason, number in dropped),
+    ]
+
+
+def print_transfer(report: TransferReport) -> None:
+    """Print the report without the next command."""
+    scored = set(report.scored_references)
+    rows = [
+        ("pair sets", ", ".join(report.pair_sets) or "none"),
+        (
+            "references",
+            ", ".join(
+                entry[:12] + ("" if entry in scored else " (without its scores)")
+                for entry in report.references
+            ),
+        ),
+        ("sent", f"{count(report.files_sent)} files, {format_bytes(report.bytes_sent)}"),
+        ("there already", f"{count(report.files_present)} files, {format_bytes(report.bytes_present)}"),
+        ("time", format_seconds(report.elapsed_s)),
+    ]
+    print_table(f"{report.source} -> {report.target}", rows)
+
+
+def train_line(cache: str, pairs: str, *more: str) -> str:
+    """The command that trains on a pair set."""
+    return command_line("train", "--cache", cache, "--pairs", pairs, "--output", "RUN", *more)
 
 
 def count(number: int) -> str:

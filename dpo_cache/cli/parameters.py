@@ -16,28 +16,28 @@ from typer.core import TyperCommand
 
 from dpo_cache.cli.output import remark
 from dpo_cache.cli.signals import Interrupted
-from dpo_cache.options.base import Options, flag_of, old_names, sections
+from dpo_cache.options.base import Options, flag_of, sections
 
-BY_FLAG = "dpo_cache.by_flag"  # in a context: the positional arguments that were given by their flag
+BY_FLAG = "dpo_cache.by_flag"  # key of a context: the positional arguments that were given by their flag
 FLAG_SUFFIX = "__flag"  # of the parameter that takes such a flag
 
 
 def command(
     options_class: type[Options],
     *,
-    json_help: str,
+    json_help: str = "Print the report as JSON.",
     complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make `run(options, as_json)` a typer command with the fields of the class as its options, and `--json`.
 
-    `complete` gets the options of the command line and adds those that it takes from elsewhere.
+    `complete` gets the options of the command line and adds options from elsewhere.
     """
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         def invoke(**values: Any) -> None:
             as_json, context = values.pop("as_json"), values.pop("context")
-            values = _values(options_class, values, context, only_given=complete is not None)
-            options = options_class(**(complete(values) if complete else values))
+            given = _values(options_class, values, context, only_given=complete is not None)
+            options = options_class(**(complete(given) if complete else given))
             try:
                 run(options, as_json)
             except KeyboardInterrupt as interrupt:
@@ -63,12 +63,13 @@ def command_class(invoke: Callable[..., None]) -> type[TyperCommand]:
 
     class Command(TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-            args = _with_new_flags(options_class, args)
-            args = _with_empty_values(options_class, args)
+            end = args.index("--") if "--" in args else len(args)
+            words = _with_empty_values(options_class, _with_new_flags(options_class, args[:end]))
+            flags = {word.partition("=")[0] for word in words}
             ctx.meta[BY_FLAG] = {
-                entry.name for entry in _either(options_class) if _is_in(args, entry.metadata["flag"])
+                entry.name for entry in _either(options_class) if entry.metadata["flag"] in flags
             }
-            rest = super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, words + args[end:])
             for name in ctx.meta[BY_FLAG]:
                 ctx.params[name] = ctx.params.pop(name + FLAG_SUFFIX)
             return rest
@@ -84,43 +85,32 @@ def command_class(invoke: Callable[..., None]) -> type[TyperCommand]:
     return Command
 
 
-# -- the words of the command line -----------------------------------------------------------------------
+# -- from the words of the command line to the options ---------------------------------------------------
 
 
 def _with_new_flags(options_class: type[Options], words: list[str]) -> list[str]:
-    """The words with the flags of now in place of earlier ones, and a remark for each of those."""
-    flags = {entry.name: flag_of(entry) for entry in fields(options_class)}  # type: ignore[arg-type]
-    renamed = {"--" + old.replace("_", "-"): flags[name] for old, name in old_names(options_class).items()}
+    """The words with current flags in place of earlier ones, and a remark for each of those."""
+    renamed = {
+        "--" + old.replace("_", "-"): flag_of(entry)
+        for entry in fields(options_class)
+        for old in entry.metadata["old"]
+    }
     found = []
-    for word in _before_dashes(words):
+    for word in words:
         flag, equals, value = word.partition("=")
         if flag in renamed:
             remark(f"{flag} is now {renamed[flag]}.")
-            flag = renamed[flag]
-        found.append(flag + equals + value)
-    return found + words[len(found) :]
+        found.append(renamed.get(flag, flag) + equals + value)
+    return found
 
 
 def _with_empty_values(options_class: type[Options], words: list[str]) -> list[str]:
     """`--resume` without a value as `--resume=`."""
-    optional = {flag_of(entry) for entry in fields(options_class) if entry.metadata["value_is_optional"]}  # type: ignore[arg-type]
-    found, length = [], len(_before_dashes(words))
-    for place, word in enumerate(words):
-        is_last = place + 1 >= length or words[place + 1].startswith("-")
-        found.append(f"{word}=" if word in optional and place < length and is_last else word)
-    return found
-
-
-def _is_in(words: list[str], flag: str) -> bool:
-    return any(word.partition("=")[0] == flag for word in _before_dashes(words))
-
-
-def _before_dashes(words: list[str]) -> list[str]:
-    """The words that may be flags: those before `--`."""
-    return words[: words.index("--")] if "--" in words else words
-
-
-# -- from the words to the options -----------------------------------------------------------------------
+    optional = {flag_of(entry) for entry in fields(options_class) if entry.metadata["value_is_optional"]}
+    return [
+        f"{word}=" if word in optional and following.startswith("-") else word
+        for word, following in zip(words, [*words[1:], "--"], strict=True)
+    ]
 
 
 def _values(
@@ -128,7 +118,7 @@ def _values(
 ) -> dict[str, Any]:
     """The value of each option or, with `only_given`, of those on the command line."""
     found = {}
-    for entry in fields(options_class):  # type: ignore[arg-type]
+    for entry in fields(options_class):
         source = getattr(context.get_parameter_source(entry.name), "name", "DEFAULT")
         if only_given and source == "DEFAULT" and entry.name not in context.meta[BY_FLAG]:
             continue
@@ -146,57 +136,48 @@ def _values(
 def _either(options_class: type[Options]) -> list[Field[Any]]:
     """The positional arguments that have a flag, too."""
     return [
-        entry
-        for entry in fields(options_class)  # type: ignore[arg-type]
-        if entry.metadata["positional"] and entry.metadata["flag"]
+        entry for entry in fields(options_class) if entry.metadata["positional"] and entry.metadata["flag"]
     ]
 
 
 def _parameters(options_class: type[Options], *, may_lack: bool) -> list[inspect.Parameter]:
-    hints, parameters = get_type_hints(options_class), []
-    entries = [(group, entry) for group, found in sections(options_class).items() for entry in found]
-    for group, entry in entries:
-        if entry.metadata["positional"]:
-            parameters.append(_positional(entry, hints[entry.name], may_lack=may_lack))
-            if flag := entry.metadata["flag"]:
-                hidden = typer.Option(None, flag, hidden=True)
-                parameters.append(_keyword(entry.name + FLAG_SUFFIX, str | None, hidden))
-        else:
-            parameters.append(_flagged(entry, hints[entry.name], group, may_lack=may_lack))
+    hints = get_type_hints(options_class)
+    parameters = []
+    for group, entries in sections(options_class).items():
+        for entry in entries:
+            default, annotation = _default(entry, hints[entry.name])
+            declared = _declared(
+                entry, group, ... if entry.metadata["required"] and not may_lack else default
+            )
+            parameters.append(_keyword(entry.name, annotation, declared))
+    for entry in _either(options_class):
+        hidden = typer.Option(None, entry.metadata["flag"], hidden=True)
+        parameters.append(_keyword(entry.name + FLAG_SUFFIX, str | None, hidden))
     return parameters
 
 
-def _positional(entry: Field[Any], hint: Any, *, may_lack: bool) -> inspect.Parameter:
-    default, annotation = _default(entry, hint)
-    flag, name = entry.metadata["flag"], entry.metadata["positional"]
-    declared = typer.Argument(
-        ... if entry.metadata["required"] and not may_lack else default,
-        help=entry.metadata["help"] + (f" Also as {flag}." if flag else ""),
-        metavar="|".join(entry.metadata["choices"]) or name,
-        show_default=False,
-    )
-    return _keyword(entry.name, annotation, declared)
-
-
-def _flagged(entry: Field[Any], hint: Any, group: str | None, *, may_lack: bool) -> inspect.Parameter:
-    default, annotation = _default(entry, hint)
-    declared = typer.Option(
-        ... if entry.metadata["required"] and not may_lack else default,
-        entry.metadata["flag"] or flag_of(entry),
-        help=entry.metadata["help"],
-        metavar="|".join(entry.metadata["choices"]) or entry.metadata["metavar"] or None,
-        show_default=not isinstance(default, list) and default is not None,
+def _declared(entry: Field[Any], group: str | None, default: Any) -> Any:
+    """The argument or option of typer."""
+    flag, choices, help = entry.metadata["flag"], "|".join(entry.metadata["choices"]), entry.metadata["help"]
+    if name := entry.metadata["positional"]:
+        help += f" Also as {flag}." if flag else ""
+        return typer.Argument(default, help=help, metavar=choices or name, show_default=False)
+    return typer.Option(
+        default,
+        flag or flag_of(entry),
+        help=help,
+        metavar=choices or entry.metadata["metavar"] or None,
+        show_default=not isinstance(default, list) and default not in (None, ...),
         rich_help_panel=group,
     )
-    return _keyword(entry.name, annotation, declared)
 
 
 def _default(entry: Field[Any], hint: Any) -> tuple[Any, Any]:
     """Default and type as typer takes them."""
     if entry.metadata["value_is_optional"]:
         return None, str | None
-    if callable(entry.default_factory):
-        return list(entry.default_factory()), list[bool] if hint == tuple[bool, ...] else list[str]
+    if isinstance(entry.default, tuple):
+        return list(entry.default), list[bool] if hint == tuple[bool, ...] else list[str]
     return entry.default, hint
 
 

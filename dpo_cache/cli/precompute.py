@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from dpo_cache.cli.output import (
     ProgressLine,
-    command_line,
     count,
     format_bytes,
     format_seconds,
+    kept_rows,
     print_json,
     print_table,
     show_scoring,
+    train_line,
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.precompute import PrecomputeOptions
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from dpo_cache.precomputing.run import PrecomputeReport
 
 
-@command(PrecomputeOptions, json_help="Print the report as JSON.")
+@command(PrecomputeOptions)
 def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
     """Run the frozen reference once over preference data and store its log-probs.
 
@@ -84,38 +85,21 @@ def _print_survey(survey: Survey) -> None:
         "answer starts early": survey.moved_boundary,
     }
     rows += [(name, found(finding)) for name, finding in noted.items() if finding.count]
+    rows += [("", "  ".join(f"{name:>6}" for name in ("least", "median", "90 %", "99 %", "most")))]
     rows += [
         (f"tokens of {name}", "  ".join(f"{length:>6,}" for length in lengths))
         for name, lengths in survey.lengths().items()
     ]
     shared = 1 - survey.forest_tokens / survey.data_tokens
     rows += [("tokens in all", f"{count(survey.data_tokens)}, {shared:.0%} of them shared")]
-    percentiles = "  ".join(f"{name:>6}" for name in ("least", "median", "90 %", "99 %", "most"))
-    width = max(len(label) for label, _ in rows)
-    place = next(place for place, (label, _) in enumerate(rows) if label.startswith("tokens of"))
-    print_table(
-        f"{survey.pair_set}: {survey.data_format} format",
-        [*rows[:place], (" " * width, percentiles), *rows[place:]],
-    )
+    print_table(f"{survey.pair_set}: {survey.data_format} format", rows)
 
 
 def _print_report(report: PrecomputeReport) -> None:
-    names = ", ".join(report.pair_sets)
-    rows = [("rows read", count(report.rows_read)), ("pairs kept", count(report.pairs_kept))]
-    rows += [("rows dropped", count(sum(report.dropped.values())))]
-    rows += [
-        (f"  {reason}", count(number))
-        for reason, number in sorted(report.dropped.items(), key=lambda entry: -entry[1])
-    ]
-    rows += [("rows truncated", count(report.rows_truncated))]
-    if report.rows_moved_boundary:
-        rows += [
-            (
-                "rows whose answer starts earlier",
-                f"{count(report.rows_moved_boundary)} (the prompt's last token merges with the answer's "
-                "first)",
-            )
-        ]
+    rows = [*kept_rows(report), ("rows truncated", count(report.rows_truncated))]
+    if moved := report.rows_moved_boundary:
+        why = "the prompt's last token merges with the answer's first"
+        rows.append(("rows whose answer starts earlier", f"{count(moved)} ({why})"))
     rows += [
         ("completions", count(report.completions)),
         ("  distinct", count(report.distinct_completions)),
@@ -127,25 +111,16 @@ def _print_report(report: PrecomputeReport) -> None:
         ("peak memory", format_bytes(report.peak_bytes)),
         ("written", format_bytes(report.bytes_written)),
     ]
-    what = (
-        "everything was cached, no model was loaded"
-        if report.attention is None
-        else f"attention: {report.attention}"
-    )
-    print_table(f"{names}: reference {report.reference[:12]}, {what}", rows)
+    is_cached = report.attention is None
+    how = "everything was cached, no model was loaded" if is_cached else f"attention: {report.attention}"
+    print_table(f"{', '.join(report.pair_sets)}: reference {report.reference[:12]}, {how}", rows)
     print(f"The pairs are in {report.cache}. Next:")
     for name in report.pair_sets:
         model = ["--model", report.start_from] if report.start_from else []
-        print(
-            f"  {command_line('train', '--cache', report.cache, '--pairs', name, '--output', 'RUN', *model)}"
-        )
+        print(f"  {train_line(report.cache, name, *model)}")
 
 
 def _share(report: PrecomputeReport) -> str:
-    if not report.model_tokens or report.already_cached:
+    if report.already_cached or not 0 < report.model_tokens < report.data_tokens:
         return ""
-    return (
-        f" ({report.data_tokens / report.model_tokens:.1f} times fewer, by sharing prefixes)"
-        if report.model_tokens < report.data_tokens
-        else ""
-    )
+    return f" ({report.data_tokens / report.model_tokens:.1f} times fewer, by sharing prefixes)"

@@ -1,4 +1,4 @@
-"""What the command line sets for its process, and the library does not: logging, limits, progress bars."""
+"""Settings of the process that only the command line makes: logging, limits, progress bars."""
 
 from __future__ import annotations
 

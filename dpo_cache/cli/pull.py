@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from dpo_cache.cli.copying import copy, train_hint
+from dataclasses import asdict
+
+from dpo_cache.cli.output import command_line, print_json, print_transfer, train_line
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import PullOptions
 
 
-@command(PullOptions, json_help="Print the report as JSON.")
+@command(PullOptions)
 def pull_command(options: PullOptions, as_json: bool) -> None:
     """Copy a remote cache, or some of it, into a local folder: only what is missing there, each file checked.
 
     An interrupted pull resumes: give the same command again.
     """
-    report = copy(options, options.remote, options.local, verb="pulling", as_json=as_json)
-    if not as_json:
-        print(f"{report.target} holds the copy. Next:\n  {train_hint(report.target, report)}")
+    from dpo_cache.upkeep import pull
+
+    report = pull(**asdict(options), progress=True)
+    if as_json:
+        print_json(asdict(report))
+        return
+    print_transfer(report)
+    cache, pair_sets = report.target, report.pair_sets
+    following = train_line(cache, pair_sets[0]) if pair_sets else command_line("ls", cache)
+    print(f"{cache} holds the copy. Next:\n  {following}")

@@ -30,7 +30,7 @@ def _with_plan(given: dict[str, Any]) -> dict[str, Any]:
     return with_plan(given)
 
 
-@command(SweepOptions, json_help="Print the report as JSON.", complete=_with_plan)
+@command(SweepOptions, complete=_with_plan)
 def sweep_command(options: SweepOptions, as_json: bool) -> None:
     r"""Train once for each combination of the options' values, from one cache, and compare the runs.
 
@@ -46,14 +46,10 @@ def sweep_command(options: SweepOptions, as_json: bool) -> None:
 
     _refuse_repeated(options)
     with ProgressLine("sweep") as line, StopRequest(line.remark) as request:
-
-        def show_table(report: SweepReport) -> None:
-            line.remark(_table(report))
-
         report = sweep(
             **asdict(options),
             on_progress=lambda progress: show_sweep(line, progress),
-            on_run=show_table,
+            on_run=lambda report: line.remark(_table(report)),
             log=line.remark,
             should_stop=lambda: request.is_asked,
         )
@@ -101,10 +97,9 @@ def _print_report(report: SweepReport) -> None:
         if row.error:
             print(f"{row.name} failed: {row.error}")
     print(f"The table is in {report.table} and .csv, each run in a folder of its name in {report.output}.")
+    best = report.rows[0]
     if not report.finished:
         print(f"Next: {command_line('sweep', '--resume', report.output)}")
-    elif report.rows[0].measured_on == "held out":
-        print(
-            "Next, with the best: "
-            f'AutoModelForCausalLM.from_pretrained("{report.output}/{report.rows[0].name}/model")'
-        )
+    elif best.measured_on == "held out":
+        model = f"{report.output}/{best.name}/model"
+        print(f'Next, with the best: AutoModelForCausalLM.from_pretrained("{model}")')

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dpo_cache.training.output.report import TrainReport
 
 
-@command(TrainOptions, json_help="Print the report as JSON.", complete=with_config)
+@command(TrainOptions, complete=with_config)
 def train_command(options: TrainOptions, as_json: bool) -> None:
     """Train a policy on cached pairs. The reference model is not loaded, and the data set not read.
 
@@ -50,14 +50,7 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
                 should_stop=lambda: request.is_asked,
             )
         except KeyboardInterrupt:
-            saved = find_checkpoints(Path(options.output))
-            line.remark(
-                f"stopped at once; {saved[-1]} has the last state that was saved. "
-                f"Next: {_resume(options.output)}"
-                if saved
-                else "stopped at once, before the first checkpoint (--save-every N makes some): there is "
-                "nothing to resume."
-            )
+            line.remark(_stopped_at_once(options.output, find_checkpoints(Path(options.output))))
             raise
     if as_json:
         print_json(asdict(report))
@@ -73,72 +66,53 @@ def _print_report(report: TrainReport) -> None:
     rows = [("steps", count(report.num_steps)), ("pairs", count(report.num_pairs)), _trained(report)]
     if report.first and report.last:
         rows.append(("loss, first and last step", f"{report.first['loss']:.4f}  {report.last['loss']:.4f}"))
-    if report.eval_before:
-        rows.append(("held out, before", describe_metrics(report.eval_before, "eval/")))
-    if report.eval_after:
-        rows.append(("held out, after", describe_metrics(report.eval_after, "eval/")))
-    if report.best and report.best["step"] != report.num_steps:
-        rows.append(
-            (
-                "best evaluation",
-                f"{report.best['measure']} {report.best['value']:.4f} at step {report.best['step']}",
-            )
-        )
+    for when, metrics in (("before", report.eval_before), ("after", report.eval_after)):
+        if metrics:
+            rows.append((f"held out, {when}", describe_metrics(metrics, "eval/")))
+    best = report.best
+    if best and best["step"] != report.num_steps:
+        rows.append(("best evaluation", f"{best['measure']} {best['value']:.4f} at step {best['step']}"))
     rows += [("time", format_seconds(report.elapsed_s)), ("peak memory", format_bytes(report.peak_bytes))]
-    ended = (
-        "stopped early"
-        if not report.finished
-        else "trained, ended by --patience"
-        if report.stopped_by_patience
-        else "trained"
-    )
-    print_table(f"{report.output}: {ended}", rows)
     if not report.finished:
+        print_table(f"{report.output}: stopped early", rows)
         print(f"Saved after step {report.num_steps}. Next: {_resume(report.output)}")
         return
+    ended = "trained, ended by --patience" if report.stopped_by_patience else "trained"
+    print_table(f"{report.output}: {ended}", rows)
     if report.best_model:
         print(f"The policy of the best evaluation is in {report.best_model}.")
     print(f"The model is in {report.model}, one line a step in {report.output}/metrics.jsonl. Next:")
-    if report.resolved["eval_pairs"]:
-        print(
-            "  "
-            + command_line(
-                "eval",
-                "--cache",
-                report.resolved["cache"],
-                "--pairs",
-                report.resolved["eval_pairs"],
-                "--model",
-                str(report.model),
-            )
-        )
+    if pairs := report.resolved["eval_pairs"]:
+        place = ("--cache", report.resolved["cache"], "--pairs", pairs)
+        print(f"  {command_line('eval', *place, '--model', str(report.model))}")
     print(f'  AutoModelForCausalLM.from_pretrained("{report.model}")')
 
 
 def _print_dry_run(report: TrainReport) -> None:
     resolved = report.resolved
+    names = ("device", "precision", "attention", "gradient_checkpointing", "budget_tokens")
     rows = [
         ("policy", str(resolved["model"])),
         ("pairs", f"{resolved['pairs']}, {count(report.num_pairs)}"),
         _trained(report),
+        *((name.replace("_", " "), str(resolved[name])) for name in names),
+        ("held out", count(resolved["num_eval_pairs"])),
+        ("steps", count(resolved["total_steps"])),
     ]
-    rows += [
-        (name.replace("_", " "), str(resolved[name]))
-        for name in ("device", "precision", "attention", "gradient_checkpointing", "budget_tokens")
-    ]
-    rows.append(("held out", count(resolved["num_eval_pairs"])))
-    rows.append(("steps", count(resolved["total_steps"])))
-    if report.last:
-        rows.append(
-            (
-                "a step on the longest pairs",
-                f"{report.last['num_pairs'] / report.last['pairs_per_s']:.1f} s for "
-                f"{report.last['num_pairs']} pairs",
-            )
-        )
+    if last := report.last:
+        took = f"{last['num_pairs'] / last['pairs_per_s']:.1f} s for {last['num_pairs']} pairs"
+        rows.append(("a step on the longest pairs", took))
     rows.append(("peak memory", f"{format_bytes(report.peak_bytes)}, without evaluation and samples"))
     print_table(f"{report.output}: a dry run", rows)
     print("Nothing was written. Next: the same command without --dry-run.")
+
+
+def _stopped_at_once(output: str, checkpoints: list[Path]) -> str:
+    if checkpoints:
+        saved = f"{checkpoints[-1]} has the last state that was saved"
+        return f"stopped at once; {saved}. Next: {_resume(output)}"
+    before = "before the first checkpoint (--save-every N makes some)"
+    return f"stopped at once, {before}: there is nothing to resume."
 
 
 def _resume(output: str) -> str:

@@ -27,73 +27,45 @@ if TYPE_CHECKING:
     from dpo_cache.store.upkeep.verify import VerifyReport
 
 
-@command(VerifyOptions, json_help="Print the report as JSON.")
+@command(VerifyOptions)
 def verify_command(options: VerifyOptions, as_json: bool) -> None:
     """Check every byte of a cache, and that its files agree with each other.
 
     The exit code is 1 if something is wrong. Reads every file; writes nothing without --repair.
     """
     from dpo_cache.planning.start import check_verify
-    from dpo_cache.store.upkeep.repair import repair_cache
-    from dpo_cache.store.upkeep.verify import verify_cache
+    from dpo_cache.upkeep import add_rescored, check_files
 
     check_verify(options)
     with ProgressLine("verifying") as line:
-        report = verify_cache(
-            options.cache,
-            on_progress=lambda done, total: show_bytes(line, done, total),
-        )
-        repaired = repair_cache(options.cache, report) if options.repair and not report.is_whole else None
+        report = check_files(options, lambda done, total: show_bytes(line, done, total))
         try:
-            rescored = _rescore(options, line) if options.rescore else []
+            add_rescored(report, options, line.remark)
         except DpoCacheError:
             if not report.is_whole:  # first print what was found and moved
-                line.pause(lambda: _print_all(options, report, repaired, [], as_json=as_json))
+                line.pause(lambda: _print(report, options, as_json=as_json))
             raise
-    _print_all(options, report, repaired, rescored, as_json=as_json)
-    if not report.is_whole or not all(entry.agrees for entry in rescored):
+    _print(report, options, as_json=as_json)
+    if not report.is_whole or not all(entry.agrees for entry in report.rescored):
         raise typer.Exit(1)
 
 
-def _rescore(options: VerifyOptions, line: ProgressLine) -> list[RescoreReport]:
-    from dpo_cache.precomputing.rescore import rescore
-
-    assert options.model is not None and options.rescore is not None
-    return rescore(
-        options.cache,
-        options.model,
-        options.rescore,
-        revision=options.revision,
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-        log=line.remark,
-    )
-
-
-def _print_all(
-    options: VerifyOptions,
-    report: VerifyReport,
-    repaired: RepairReport | None,
-    rescored: list[RescoreReport],
-    *,
-    as_json: bool,
-) -> None:
+def _print(report: VerifyReport, options: VerifyOptions, *, as_json: bool) -> None:
     if not as_json:
-        _print_report(options, report, repaired, rescored)
+        _print_report(report, options.cache)
         return
+    repaired = report.repair
     print_json(
         {
             **asdict(report),
             "whole": report.is_whole,
             "repair": {**asdict(repaired), "lost": repaired.lost} if repaired else None,
-            "rescored": [{**asdict(entry), "agrees": entry.agrees} for entry in rescored],
+            "rescored": [{**asdict(entry), "agrees": entry.agrees} for entry in report.rescored],
         }
     )
 
 
-def _print_report(
-    options: VerifyOptions, report: VerifyReport, repaired: RepairReport | None, rescored: list[RescoreReport]
-) -> None:
+def _print_report(report: VerifyReport, cache: str) -> None:
     rows = [
         ("files", f"{count(report.files)} ({format_bytes(report.bytes)})"),
         ("references", count(report.references)),
@@ -102,26 +74,21 @@ def _print_report(
         ("pairs", count(report.pairs)),
         ("problems", count(len(report.problems))),
     ]
-    if report.unreferenced:
-        rows.append(
-            (
-                "unreferenced parts",
-                f"{count(len(report.unreferenced))} (no damage; `dpo-cache gc` drops them)",
-            )
-        )
+    if number := len(report.unreferenced):
+        rows.append(("unreferenced parts", f"{count(number)} (no damage; `dpo-cache gc` drops them)"))
     if report.unknown:
         shown = ", ".join(report.unknown[:3]) + (", …" if len(report.unknown) > 3 else "")
         rows.append(("files of no known kind", f"{count(len(report.unknown))} ({shown})"))
     print_table(f"{report.cache}: {'whole' if report.is_whole else 'damaged'}", rows)
     for problem in report.problems:
         print(with_flags(str(problem)))
-    for entry in rescored:
+    for entry in report.rescored:
         _print_rescored(entry)
-    if repaired:
-        _print_repair(repaired)
+    if report.repair:
+        _print_repair(report.repair)
     elif not report.is_whole:
-        print(f"Nothing was changed. Next: {command_line('verify', options.cache, '--repair')}")
-    elif all(entry.agrees for entry in rescored):
+        print(f"Nothing was changed. Next: {command_line('verify', cache, '--repair')}")
+    elif all(entry.agrees for entry in report.rescored):
         print(f"Every file of {report.cache} is what was written. Next: {command_line('ls', report.cache)}")
 
 

@@ -8,9 +8,10 @@ arguments, and a run writes them as JSON next to its output.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 from dpo_cache.errors import OptionError
@@ -19,13 +20,18 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "8bit", "4bit")
 ATTENTIONS = ("auto", "forest", "rows")
+NO_LIMIT = (lambda _: True, "")
+ABOVE_0 = (lambda value: 0 < value < math.inf, "a number above 0")
+AT_LEAST_0 = (lambda value: 0 <= value < math.inf, "0 or more")
 
 
 def option(
     default: Any,
     help: str,
     *,
+    positional: str = "",
     choices: tuple[str, ...] = (),
+    limit: tuple[Callable[[Any], bool], str] | None = None,
     flag: str = "",
     required: bool = False,
     metavar: str = "",
@@ -33,61 +39,30 @@ def option(
     value_is_optional: bool = False,
 ) -> Any:
     """A dataclass field with its help text, its accepted values, and its flag and metavar where they differ
-    from name and type.
+    from name and type. `limit` is a test of the values, and the values that pass it in words.
 
-    `old` lists earlier names of the option, which still work. With `value_is_optional` the flag works as a
-    switch, too.
+    With `positional` the command line takes the option by its position, under this name in the help, and also
+    by its `flag` if it has one. An option whose default is a tuple may be given several times; a positional
+    tuple takes all positions that are left. `old` lists earlier names of the option, which still work. With
+    `value_is_optional` the flag works as a switch, too.
     """
-    return _field(
-        default,
-        help=help,
-        choices=choices,
-        flag=flag,
-        required=required,
-        positional="",
-        metavar=metavar,
-        old=old,
-        value_is_optional=value_is_optional,
-    )
-
-
-def argument(
-    default: Any,
-    help: str,
-    *,
-    name: str,
-    flag: str = "",
-    choices: tuple[str, ...] = (),
-    required: bool = False,
-    old: tuple[str, ...] = (),
-) -> Any:
-    """A dataclass field that the command line takes by its position, with this name in the help. A tuple
-    takes all positions that are left.
-
-    With a `flag`, the command line takes either: the position or the flag.
-    """
-    return _field(
-        default,
-        help=help,
-        choices=choices,
-        flag=flag,
-        required=required,
-        positional=name,
-        metavar="",
-        old=old,
-        value_is_optional=False,
-    )
+    metadata = {
+        "help": help,
+        "positional": positional,
+        "choices": choices,
+        "range": limit,
+        "flag": flag,
+        "required": required,
+        "metavar": metavar,
+        "old": old,
+        "value_is_optional": value_is_optional,
+    }
+    return field(default=default, metadata=metadata)
 
 
 def cache_argument(help: str) -> Any:
     """The cache of a command: CACHE by its position, or `--cache CACHE`."""
-    return argument(None, help, name="CACHE", flag="--cache", required=True)
-
-
-def _field(default: Any, **metadata: Any) -> Any:
-    if isinstance(default, tuple):
-        return field(default_factory=lambda: default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return option(None, help, positional="CACHE", flag="--cache", required=True)
 
 
 def switch(name: str) -> str:
@@ -95,16 +70,17 @@ def switch(name: str) -> str:
     return f"--{name}/--no-{name}"
 
 
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of the option classes: checks types and choices, then what `check` adds.
+    """Base of the option classes: checks types and choices, then calls `check`.
 
-    `groups` names the parts of a long help: the first option of a part -> its title. See `sections`.
+    `groups` maps the first option of each part of a long help to the title of the part. See `sections`.
     """
 
     groups: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
-        for entry in fields(self):  # type: ignore[arg-type]
+        for entry in fields(self):
             value = _normalized(entry, getattr(self, entry.name))
             object.__setattr__(self, entry.name, value)
             _check_type(entry, value)
@@ -113,6 +89,9 @@ class Options:
                 raise OptionError(f"`{entry.name}` {value}: expected one of {', '.join(choices)}.")
             if is_required and value in (None, "", ()):
                 raise OptionError(f"`{entry.name}` is needed.")
+            allows, expected = entry.metadata.get("range") or NO_LIMIT
+            if value is not None and not allows(value):
+                raise OptionError(f"`{entry.name}` {value}: expected {expected}.")
         self.check()
 
     def check(self) -> None:
@@ -124,10 +103,10 @@ class Options:
 
 
 def _normalized(entry: Field[Any], value: Any) -> Any:
-    """The value as the command line would give it: a path as text, one of several values as a tuple."""
+    """The value as the command line would give it: a path as text, one of several values in a tuple."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if entry.default_factory is not MISSING:  # may be given several times
+    if isinstance(entry.default, tuple):  # may be given several times
         several = (value,) if isinstance(value, str) else value
         is_text = isinstance(several, (tuple, list)) and all(isinstance(one, str) for one in several)
         if not is_text and entry.type == "tuple[str, ...]":
@@ -156,16 +135,16 @@ def _check_type(entry: Field[Any], value: Any) -> None:
 
 
 def old_names(options_class: type[Options]) -> dict[str, str]:
-    """Earlier names of options -> their names now. The earlier ones still work, see `with_new_names`."""
-    return {old: entry.name for entry in fields(options_class) for old in entry.metadata["old"]}  # type: ignore[arg-type]
+    """Earlier names of options -> their current names. The earlier ones still work, see `with_new_names`."""
+    return {old: entry.name for entry in fields(options_class) for old in entry.metadata["old"]}
 
 
 def with_new_names(
     options_class: type[Options], given: dict[str, Any], log: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """The given options under their names of now, with a remark for each that had an earlier one.
+    """The given options under their current names. `log` gets a remark for each option with an earlier name.
 
-    Raises `OptionError` for an option that is given under both.
+    Raises `OptionError` for an option that is given under both names.
     """
     names = old_names(options_class)
     renamed = {names[old]: value for old, value in given.items() if old in names}
@@ -181,9 +160,9 @@ def sections(options_class: type[Options]) -> dict[str | None, list[Field[Any]]]
     """The options in the order of the help, by the title of their part: None, then as in `groups`.
 
     Within the class that defines it, an option belongs to the last title at or before it. Inherited options
-    thus keep together, and `groups` of the inheriting class says where their part comes.
+    thus keep together, and `groups` of the inheriting class decides where their part comes.
     """
-    known = {entry.name: entry for entry in fields(options_class)}  # type: ignore[arg-type]
+    known = {entry.name: entry for entry in fields(options_class)}
     found: dict[str | None, list[Field[Any]]] = {None: []}
     found.update((title, []) for title in options_class.groups.values())
     for definer in reversed(options_class.__mro__):

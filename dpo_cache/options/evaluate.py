@@ -39,7 +39,11 @@ class EvalOptions(LossOptions):
     pairs: str | None = option(
         None, "Pair set to evaluate on, NAME or NAME/SPLIT. Default: the only one in the cache."
     )
-    limit: int | None = option(None, "Take only the first N pairs.")
+    limit: int | None = option(
+        None,
+        "Take only the first N pairs.",
+        limit=(lambda value: value > 0, "a positive number of pairs"),
+    )
     reference: str | None = option(
         None, "Id (or its first characters) of the reference that the pairs must have been scored by."
     )
@@ -68,10 +72,6 @@ class EvalOptions(LossOptions):
         return None if self.output is None else OUTPUT_FORMATS.get(PurePath(self.output).suffix.lower())
 
     def check(self) -> None:
-        self._require(
-            self.limit is None or self.limit > 0,
-            f"`limit` {self.limit}: expected a positive number of pairs.",
-        )
         self.check_losses()
         number_or_auto("budget_tokens", self.budget_tokens)
         self._require(

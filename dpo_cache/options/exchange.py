@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from dpo_cache.options.base import Options, argument, cache_argument, option
-from dpo_cache.options.precompute import FORMATS, TRUNCATIONS, renamed_columns
+from dpo_cache.options.base import Options, cache_argument, option
+from dpo_cache.options.precompute import FORMATS, TRUNCATIONS, check_prompt_length, renamed_columns
 
 EXPORT_FORMATS = ("auto", "parquet", "jsonl", "datasets")
+FORMAT_OF_ENDING = {".parquet": "parquet", ".jsonl": "jsonl"}
 IMPORT_FORMATS = ("auto", "ids", *(name for name in FORMATS if name not in ("auto", "ranked")))
 IMPORT_DTYPES = ("unknown", "float32", "bfloat16", "float16")
 
@@ -18,17 +19,17 @@ class ExportOptions(Options):
     """Options of `dpo-cache export`; see `dpo_cache.exchange.export_pairs`."""
 
     cache: str = cache_argument("Cache with the pair set: a folder or an fsspec URL.")
-    pairs: str = argument(
+    pairs: str = option(
         None,
         "Pair set to export, NAME or NAME/SPLIT.",
-        name="NAME/SPLIT",
+        positional="NAME/SPLIT",
         flag="--pairs",
         required=True,
     )
-    output: str = argument(
+    output: str = option(
         None,
         "File to write, or folder for --format datasets.",
-        name="OUTPUT",
+        positional="OUTPUT",
         flag="--output",
         required=True,
         old=("out",),
@@ -56,19 +57,18 @@ class ExportOptions(Options):
     @property
     def output_format(self) -> str:
         """parquet, jsonl or datasets: `format` or, for auto, by the output's ending."""
-        by_suffix = {".parquet": "parquet", ".jsonl": "jsonl"}
-        is_auto = self.format == "auto"
-        return by_suffix.get(PurePath(self.output).suffix.lower(), "datasets") if is_auto else self.format
+        if self.format != "auto":
+            return self.format
+        return FORMAT_OF_ENDING.get(PurePath(self.output).suffix.lower(), "datasets")
 
     def check(self) -> None:
+        for name in ("dataset", "tokenizer"):
+            self._require(
+                self.text or not getattr(self, name),
+                f"`{name}` is used only for the text: leave out `text=False`.",
+            )
         self._require(
-            self.text or not self.dataset, "`dataset` is used only for the text: leave out `text=False`."
-        )
-        self._require(
-            self.text or not self.tokenizer, "`tokenizer` is used only for the text: leave out `text=False`."
-        )
-        self._require(
-            self.format != "auto" or PurePath(self.output).suffix.lower() in (".parquet", ".jsonl", ""),
+            self.format != "auto" or PurePath(self.output).suffix.lower() in ("", *FORMAT_OF_ENDING),
             f"{self.output}: no format has this ending.\n"
             "End it in .parquet or .jsonl, in nothing for a folder, or name one with `format`.",
         )
@@ -79,10 +79,10 @@ class ImportOptions(Options):
     """Options of `dpo-cache import`; see `dpo_cache.exchange.import_pairs`."""
 
     cache: str = cache_argument("Cache to write to: a folder or an fsspec URL.")
-    dataset: str = argument(
+    dataset: str = option(
         None,
         "Pairs with ref_chosen_logps and ref_rejected_logps: a file, a folder, or a Hub id.",
-        name="DATASET",
+        positional="DATASET",
         flag="--dataset",
         required=True,
     )
@@ -114,7 +114,9 @@ class ImportOptions(Options):
         "unknown", "Dtype of the forward pass that made the log-probs.", choices=IMPORT_DTYPES
     )
     max_length: int | None = option(
-        None, "Longest prompt + answer when they were made. Default: 1024 for text; token ids are not cut."
+        None,
+        "Longest prompt + answer when they were made. Default: 1024 for text; token ids are not cut.",
+        limit=(lambda value: value >= 2, "at least 2"),
     )
     truncation: str = option("keep-start", "What happened to longer rows.", choices=TRUNCATIONS)
     max_prompt_length: int | None = option(
@@ -122,19 +124,5 @@ class ImportOptions(Options):
     )
 
     def check(self) -> None:
-        self._require(
-            self.max_length is None or self.max_length >= 2,
-            f"`max_length` {self.max_length}: expected at least 2.",
-        )
-        if self.max_prompt_length is not None:
-            self._require(
-                self.truncation == "prompt-left",
-                "`max_prompt_length` is used only by `truncation` prompt-left.",
-            )
-            longest = self.max_length or 1024
-            self._require(
-                0 < self.max_prompt_length < longest,
-                f"`max_prompt_length` {self.max_prompt_length}: expected 1 to {longest - 1}, below "
-                "`max_length`.",
-            )
+        check_prompt_length(self.max_prompt_length, self.truncation, self.max_length or 1024)
         renamed_columns(self.map)

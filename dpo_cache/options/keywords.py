@@ -14,7 +14,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -30,12 +30,13 @@ PATHS = {
     "cache", "chat_template", "config", "dataset", "destination", "local", "model", "out", "output",
     "peft_config", "plot", "run", "tokenizer",
 }  # fmt: skip
-PERIODS = {"eval_every", "save_every"}  # numbers of steps, or of epochs as text
+PERIODS = {"eval_every", "save_every"}  # a number of steps, or text with a number of epochs
+# What other libraries call an option
 OTHER_NAMES = {
     "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "loss_type": "loss",
     "train_batch_size": "batch_size", "per_device_train_batch_size": "batch_size", "output_dir": "output",
     "model_name_or_path": "model", "lr_scheduler_type": "lr_schedule",
-}  # fmt: skip  # what other libraries call an option
+}  # fmt: skip
 _FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
 
 
@@ -43,7 +44,7 @@ def keywords_of(options_class: type[Options]) -> Callable[[Callable[..., Result]
     """Decorator: the function takes the options of the class as keyword arguments.
 
     Its signature and docstring show them, and a name that is no option raises `UnknownOptionError`, which
-    suggests the nearest one. Earlier names pass: `make_options` reads them.
+    suggests the nearest one. Earlier names are accepted: `make_options` renames them.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -65,7 +66,7 @@ def keywords_of(options_class: type[Options]) -> Callable[[Callable[..., Result]
 
 
 def make_options(options_class: type[Chosen], given: dict[str, Any], log: Log | None = None) -> Chosen:
-    """The options with these values. Earlier names of options still work; `log` gets a remark for each."""
+    """The options with these values, for which earlier names still work. `log` gets a remark for each."""
     return options_class(**with_new_names(options_class, given, log or log_remark))
 
 
@@ -82,21 +83,17 @@ def _with_options(signature: inspect.Signature, options_class: type[Options]) ->
         entry for entry in signature.parameters.values() if entry.kind is not inspect.Parameter.VAR_KEYWORD
     ]
     num_positional = sum(entry.kind is not inspect.Parameter.KEYWORD_ONLY for entry in own)
-    options = [entry for entry in option_parameters(options_class) if entry.name not in signature.parameters]
-    return signature.replace(parameters=[*own[:num_positional], *options, *own[num_positional:]])
-
-
-def option_parameters(options_class: type[Options]) -> list[inspect.Parameter]:
-    """A keyword parameter for each option."""
-    return [
+    options = [
         inspect.Parameter(
             entry.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if entry.metadata["required"] else _default(entry),
+            default=inspect.Parameter.empty if entry.metadata["required"] else entry.default,
             annotation=Annotation(annotation_of(options_class, entry)),
         )
-        for entry in fields(options_class)  # type: ignore[arg-type]
+        for entry in fields(options_class)
+        if entry.name not in signature.parameters
     ]
+    return signature.replace(parameters=[*own[:num_positional], *options, *own[num_positional:]])
 
 
 class Annotation(str):
@@ -109,9 +106,9 @@ class Annotation(str):
 def annotation_of(options_class: type[Options], entry: Field[Any]) -> str:
     """The values that an option takes, as source text."""
     if options_class is SweepOptions:
-        swept = {one.name: one for one in swept_fields()}
-        if entry.name in swept:
-            return _several(swept[entry.name])
+        for swept in swept_fields():
+            if swept.name == entry.name:
+                return _several(swept)
     kind = entry.type if isinstance(entry.type, str) else getattr(entry.type, "__name__", str(entry.type))
     base, _, rest = kind.partition(" | ")
     if entry.metadata["choices"]:
@@ -135,21 +132,16 @@ def _several(entry: Field[Any]) -> str:
     return f"{one} | Sequence[{several}]"
 
 
-def _default(entry: Field[Any]) -> Any:
-    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
-
-
 def _option_help(options_class: type[Options], function: Callable[..., Any]) -> str:
     """A line for each option with its default, then its help; groups as on the command line."""
     lines, skipped = ["Options:"], inspect.signature(function).parameters
-    shown = None
-    for title, entry in [(title, one) for title, found in sections(options_class).items() for one in found]:
-        if title != shown:
-            lines, shown = [*lines, "", f"{title}:"], title
-        if entry.name in skipped:
-            continue
-        default = "" if entry.metadata["required"] else f" = {_default(entry)!r}"
-        help = _FLAG.sub(lambda flag: flag[1].replace("-", "_"), entry.metadata["help"])
-        lines.append(f"    {entry.name}: {annotation_of(options_class, entry)}{default}")
-        lines.append(textwrap.indent(textwrap.fill(help, 98), 8 * " "))
+    for title, entries in sections(options_class).items():
+        lines += ["", f"{title}:"] if title and entries else []
+        for entry in entries:
+            if entry.name in skipped:
+                continue
+            default = "" if entry.metadata["required"] else f" = {entry.default!r}"
+            help = _FLAG.sub(lambda flag: flag[1].replace("-", "_"), entry.metadata["help"])
+            lines.append(f"    {entry.name}: {annotation_of(options_class, entry)}{default}")
+            lines.append(textwrap.indent(textwrap.fill(help, 98), 8 * " "))
     return "\n".join(lines)

@@ -60,18 +60,12 @@ class LossOptions(LossSettings, _LossNames):
             )
         limits = [entry.metadata["limit"], *(LOSSES[name].limits.get(entry.name) for name in names)]
         for limit in limits:
-            self._require(
-                limit is None or value is None or limit.allows(value),
-                limit.message.format(flag=flag, value=value) if limit else "",
-            )
+            if limit and value is not None and not limit.allows(value):
+                raise OptionError(limit.message.format(flag=flag, value=value))
 
 
 def _given(entry: Field[Any], value: Any) -> str:
-    """The option and its value."""
-    return (
-        f"`{entry.name}`"
-        if value is True
-        else f"`{entry.name}={value}`"
-        if value is False
-        else f"`{entry.name}` {value}"
-    )
+    """The option and its value; a switch that is on has none."""
+    if isinstance(value, bool):
+        return f"`{entry.name}`" if value else f"`{entry.name}=False`"
+    return f"`{entry.name}` {value}"

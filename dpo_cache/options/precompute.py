@@ -36,13 +36,18 @@ class PrecomputeOptions(Options):
     split: tuple[str, ...] = option(
         (), "Split of the data; may be repeated. Default: train, or the only one."
     )
-    limit: int | None = option(None, "Read only the first N rows of each split.")
+    limit: int | None = option(
+        None,
+        "Read only the first N rows of each split.",
+        limit=(lambda value: value > 0, "a positive number of rows"),
+    )
     streaming: bool = option(
         False, "Read the data as a stream, a window at a time, instead of whole.", flag="--streaming"
     )
     window: int = option(
         16384,
         "Pairs that are sorted, scored and joined at once: bounds the memory of everything but the model.",
+        limit=(lambda value: value > 0, "a positive number of pairs"),
     )
     format: str = option("auto", "Format of the data. auto: recognised from the columns.", choices=FORMATS)
     map: tuple[str, ...] = option(
@@ -73,7 +78,11 @@ class PrecomputeOptions(Options):
         choices=QUANTIZATIONS,
     )
     device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
-    max_length: int = option(1024, "Longest prompt + answer, in tokens.")
+    max_length: int = option(
+        1024,
+        "Longest prompt + answer, in tokens.",
+        limit=(lambda value: value >= 2, "at least 2: a token of the prompt and one of the answer"),
+    )
     truncation: str = option("keep-start", "What happens to longer rows.", choices=TRUNCATIONS)
     max_prompt_length: int | None = option(
         None, "Tokens a prompt keeps under prompt-left. Default: half of --max-length."
@@ -91,42 +100,35 @@ class PrecomputeOptions(Options):
     )
 
     def check(self) -> None:
-        self._require(
-            self.limit is None or self.limit > 0, f"`limit` {self.limit}: expected a positive number of rows."
-        )
-        self._require(
-            self.max_length >= 2,
-            f"`max_length` {self.max_length}: a prompt token and an answer token need at least 2.",
-        )
-        if self.max_prompt_length is not None:
-            self._require(
-                self.truncation == "prompt-left",
-                "`max_prompt_length` is used only by `truncation` prompt-left.",
-            )
-            self._require(
-                0 < self.max_prompt_length < self.max_length,
-                f"`max_prompt_length` {self.max_prompt_length}: expected 1 to {self.max_length - 1}, "
-                "below `max_length`.",
-            )
-        self._require(self.window > 0, f"`window` {self.window}: expected a positive number of pairs.")
+        check_prompt_length(self.max_prompt_length, self.truncation, self.max_length)
         renamed_columns(self.map)
         number_or_auto("budget_tokens", self.budget_tokens)
 
 
+def check_prompt_length(max_prompt_length: int | None, truncation: str, max_length: int) -> None:
+    """Raise `OptionError` for a `max_prompt_length` that has no use or leaves no room for the answer."""
+    if max_prompt_length is None:
+        return
+    if truncation != "prompt-left":
+        raise OptionError("`max_prompt_length` is used only by `truncation` prompt-left.")
+    if not 0 < max_prompt_length < max_length:
+        raise OptionError(
+            f"`max_prompt_length` {max_prompt_length}: expected 1 to {max_length - 1}, below `max_length`."
+        )
+
+
 def renamed_columns(entries: tuple[str, ...]) -> dict[str, str]:
-    """`("prompt=question",)` as `{"prompt": "question"}`: the name expected -> the column's own. Raises
+    """`("prompt=question",)` as `{"prompt": "question"}`: the expected name -> the column of the data. Raises
     `OptionError`.
     """
-    parts = [entry.partition("=") for entry in entries]
-    for entry, (expected, _, column) in zip(entries, parts, strict=True):
+    renamed: dict[str, str] = {}
+    for entry in entries:
+        expected, _, column = entry.partition("=")
         if not expected or not column:
             raise OptionError(f"`map` {entry}: expected NAME=COLUMN, for example prompt=question.")
-    renamed: dict[str, str] = {}
-    for expected, _, column in parts:
         if expected in renamed:
             raise OptionError(
-                f"`map` {expected}={column}: {expected} is {renamed[expected]} already.\n"
-                "Give each name one column."
+                f"`map` {entry}: {expected} is {renamed[expected]} already.\nGive each name one column."
             )
         renamed[expected] = column
     return renamed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ NOT_FROM_CONFIG = ("output", "resume", "dry_run", "config", "resolved")
 
 
 def with_config(given: dict[str, Any], log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """The given options. Others come from a run's config.json, if `resume` names a run or `config` a file.
+    """The given options, completed from a run's config.json if `resume` names a run or `config` a file.
 
     `output`, `resume` and `dry_run` are never read from the file. `log` gets a remark for each option that is
     given under an earlier name. Raises `OptionError`, and `TrainingError` where there is no run to resume.
@@ -36,12 +36,10 @@ def with_config(given: dict[str, Any], log: Callable[[str], None] = lambda _: No
 
 
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config.json as this version writes it: options have their names of now, later ones have their
+    """A run's config.json as this version writes it: options have their current names, later options their
     defaults, and `loss` is a list.
     """
-    defaults = {
-        entry.name: None if entry.default is MISSING else entry.default for entry in fields(TrainOptions)
-    }
+    defaults = {entry.name: entry.default for entry in fields(TrainOptions)}
     config = with_new_names(TrainOptions, config)
     loss = config.get("loss", ["sigmoid"])
     return {**defaults, **config, "loss": [loss] if isinstance(loss, str) else loss}
@@ -74,16 +72,14 @@ def _completed(given: dict[str, Any], path: Path, name: str) -> dict[str, Any]:
         TrainOptions(**{**found, "cache": found.get("cache") or "-", "output": "-"})
     except OptionError as error:
         raise OptionError(f"{name}: {error}") from error
-    for one, other in MUTUALLY_EXCLUSIVE:  # the one that is given replaces the other
-        if given.get(one) is not None:
-            found.pop(other, None)
-        if given.get(other) is not None:
-            found.pop(one, None)
+    for pair in MUTUALLY_EXCLUSIVE:  # the given one replaces the other
+        if any(given.get(option) is not None for option in pair):
+            found = {option: value for option, value in found.items() if option not in pair}
     return {**found, **given}
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
-    """The options in the file, under their names of now."""
+    """The options in the file, under their current names."""
     try:
         content = json.loads(path.read_text())
         content.items()

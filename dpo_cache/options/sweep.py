@@ -5,17 +5,14 @@ The options of `train` are read from `TrainOptions`, so a new option of `train` 
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, make_dataclass
-from typing import Any, ClassVar, get_type_hints
+from dataclasses import Field, make_dataclass
+from typing import Any, ClassVar
 
 from dpo_cache.options.base import Options, cache_argument, flag_of, option, sections
 from dpo_cache.options.train import TrainOptions
 
-NOT_IN_A_SWEEP = (
-    "resume",
-    "dry_run",
-    "config",
-)  # of `train`: a sweep has a `resume` of its own, no dry run, and no config file
+# Options of `train`: a sweep has another `resume`, no dry run, and no config file
+NOT_IN_A_SWEEP = ("resume", "dry_run", "config")
 PLACES = ("cache", "output")  # of the sweep as a whole
 TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", tuple: "str"}
 
@@ -25,24 +22,14 @@ def swept_fields() -> list[Field[Any]]:
     return [entry for entries in _sections().values() for entry in entries]
 
 
-def default_of(entry: Field[Any]) -> Any:
-    """What `train` takes where the option is not given."""
-    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
-
-
 def type_of(entry: Field[Any]) -> type:
-    """bool, int, float, str or tuple: what one value of the option is, where it is not None."""
-    hint = get_type_hints(TrainOptions)[entry.name]
-    parts = [part for part in getattr(hint, "__args__", ()) if part is not type(None)]
-    if hint in TYPE_NAMES:
-        return hint
-    if getattr(hint, "__origin__", None) is tuple:
-        return tuple
-    return parts[0] if len(parts) == 1 and parts[0] in TYPE_NAMES else str
+    """The type of one value of the option that is not None: bool, int, float, str or tuple."""
+    name = entry.type.removesuffix(" | None").partition("[")[0]
+    return {kind.__name__: kind for kind in TYPE_NAMES}[name]
 
 
 def loss_settings() -> set[str]:
-    """The options that make up the objective: runs that differ in them have losses that do not compare."""
+    """The options of the objective: the losses of runs that differ in them cannot be compared."""
     return {entry.name for entry in _sections()["Loss"]}
 
 
@@ -50,27 +37,26 @@ def shown_value(value: Any) -> str:
     """A value as the command line takes it."""
     if isinstance(value, (tuple, list)):
         return "+".join(value) or "none"
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "on", False: "off"}[value]
-    return str(value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else str(value)
 
 
 def _sections() -> dict[str | None, list[Field[Any]]]:
     """The options of `train` that a sweep takes values of, by the title of their part of the help."""
-    left_out = (*NOT_IN_A_SWEEP, *PLACES)
     return {
-        title: [entry for entry in entries if entry.name not in left_out]
+        title: [entry for entry in entries if entry.name not in (*NOT_IN_A_SWEEP, *PLACES)]
         for title, entries in sections(TrainOptions).items()
     }
 
 
 def _groups() -> dict[str, str]:
-    """Parts of the help; a part whose first option is not in a sweep starts at its second."""
+    """Parts of the help; a part whose first option is not in a sweep starts at its next one."""
     return {entries[0].name: title for title, entries in _sections().items() if title and entries}
 
 
 def _with_several_values(entry: Field[Any]) -> tuple[str, Any, Any]:
-    kind, default, choices = type_of(entry), default_of(entry), entry.metadata["choices"]
+    kind, default, choices = type_of(entry), entry.default, entry.metadata["choices"]
     if kind is bool:
         positive = flag_of(entry)
         taken = option(
@@ -131,8 +117,8 @@ def _fields() -> list[tuple[str, Any, Any]]:
 
 
 class SweepOptions(make_dataclass("_SweepFields", _fields(), bases=(Options,), frozen=True, kw_only=True)):  # type: ignore[misc]
-    """Options of `dpo-cache sweep`; see `dpo_cache.sweep`. An option of `train` holds its values as they were
-    given; () is train's default.
+    """Options of `dpo-cache sweep`; see `dpo_cache.sweep`. An option of `train` holds its values as given; ()
+    is train's default.
     """
 
     groups: ClassVar[dict[str, str]] = _groups()

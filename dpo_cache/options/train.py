@@ -9,6 +9,8 @@ from typing import ClassVar
 
 from dpo_cache.errors import OptionError
 from dpo_cache.options.base import (
+    ABOVE_0,
+    AT_LEAST_0,
     DEVICES,
     QUANTIZATIONS,
     cache_argument,
@@ -63,9 +65,13 @@ class TrainOptions(LossOptions):
         None,
         "config.json of an earlier run, to start from its options. Options on the command line override it.",
     )
-    lora_r: int | None = option(None, "Rank of a LoRA adapter, which is trained over frozen weights.")
+    lora_r: int | None = option(
+        None, "Rank of a LoRA adapter, which is trained over frozen weights.", limit=ABOVE_0
+    )
     lora_alpha: float | None = option(
-        None, "Scale of the LoRA adapter, before it is divided by its rank. Default: twice the rank."
+        None,
+        "Scale of the LoRA adapter, before it is divided by its rank. Default: twice the rank.",
+        limit=ABOVE_0,
     )
     lora_targets: str = option(
         "all-linear", "Layers that get LoRA: all-linear, or names with commas, as in q_proj,v_proj."
@@ -84,22 +90,32 @@ class TrainOptions(LossOptions):
         choices=QUANTIZATIONS,
     )
     router_aux_loss_coef: float | None = option(
-        None, "Weight of a mixture of experts' router loss; 0: none. Default: the model config's."
+        None,
+        "Weight of a mixture of experts' router loss; 0: none. Default: the model config's.",
+        limit=AT_LEAST_0,
     )
-    epochs: float = option(1.0, "Passes over the pairs.")
-    max_steps: int | None = option(None, "Stop after N steps, whatever --epochs says.")
-    batch_size: int = option(32, "Pairs a step.")
+    epochs: float = option(1.0, "Passes over the pairs.", limit=ABOVE_0)
+    max_steps: int | None = option(None, "Stop after N steps, whatever --epochs says.", limit=ABOVE_0)
+    batch_size: int = option(32, "Pairs a step.", limit=ABOVE_0)
     shuffle: bool = option(True, "Shuffle the pairs each epoch.", flag="--shuffle/--no-shuffle")
-    lr: float = option(1e-6, "Peak learning rate.")
+    lr: float = option(1e-6, "Peak learning rate.", limit=ABOVE_0)
     lr_schedule: str = option("linear", "Decay of the learning rate after the warm-up.", choices=LR_SCHEDULES)
-    warmup_ratio: float = option(0.1, "Share of the steps over which the learning rate rises from 0.")
+    warmup_ratio: float = option(
+        0.1,
+        "Share of the steps over which the learning rate rises from 0.",
+        limit=(lambda value: 0 <= value <= 1, "0 to 1"),
+    )
     optimizer: str = option(
         "adamw",
         "Optimizer; 8bit: its state in 8 bits; paged: its state may move to host memory.",
         choices=OPTIMIZERS,
     )
-    weight_decay: float = option(0.0, "Weight decay.")
-    max_grad_norm: float = option(1.0, "Clip the gradient to this norm; 0: never.")
+    weight_decay: float = option(0.0, "Weight decay.", limit=AT_LEAST_0)
+    max_grad_norm: float = option(
+        1.0,
+        "Clip the gradient to this norm; 0: never.",
+        limit=(lambda value: 0 <= value < math.inf, "0 (never clip) or more"),
+    )
     budget_tokens: str = option(
         "auto",
         "Tokens run through the model at once: auto or a number. Changes memory and speed, not the result.",
@@ -129,7 +145,9 @@ class TrainOptions(LossOptions):
     device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
     eval_pairs: str | None = option(None, "Pair set to evaluate on, NAME or NAME/SPLIT.")
     eval_fraction: float | None = option(
-        None, "Share of the prompts to hold out for evaluation instead, above 0 and below 1."
+        None,
+        "Share of the prompts to hold out for evaluation instead, above 0 and below 1.",
+        limit=(lambda value: 0 < value < 1, "above 0 and below 1"),
     )
     eval_every: str | None = option(
         None, "Evaluate every N steps, or epochs as in 0.5epochs, besides before and after training."
@@ -139,14 +157,18 @@ class TrainOptions(LossOptions):
         "Measure of the best evaluation, whose model is kept in best/. --patience uses the same measure.",
         choices=BEST,
     )
-    patience: int | None = option(None, "Stop after N evaluations in a row that are no better than the best.")
+    patience: int | None = option(
+        None, "Stop after N evaluations in a row that are no better than the best.", limit=ABOVE_0
+    )
     sample: int = option(
-        0, "Let the policy answer N evaluation prompts at each evaluation, into samples.jsonl."
+        0,
+        "Let the policy answer N evaluation prompts at each evaluation, into samples.jsonl.",
+        limit=AT_LEAST_0,
     )
     save_every: str | None = option(
         None, "Save a checkpoint to resume from every N steps, or epochs as in 1epoch."
     )
-    keep: int = option(1, "Keep the last N checkpoints.")
+    keep: int = option(1, "Keep the last N checkpoints.", limit=ABOVE_0)
     resume: bool | str = option(
         False,
         "Continue a run from its last checkpoint, with the options of its config.json. Without a folder: the "
@@ -155,7 +177,9 @@ class TrainOptions(LossOptions):
         value_is_optional=True,
     )
     seed: int = option(
-        0, "Seed of everything random: the order of pairs, a new adapter, stochastic rounding, samples."
+        0,
+        "Seed of everything random: the order of pairs, a new adapter, stochastic rounding, samples.",
+        limit=AT_LEAST_0,
     )
     deterministic: bool = option(
         False,
@@ -184,31 +208,9 @@ class TrainOptions(LossOptions):
 
     def check(self) -> None:
         self.check_losses()
-        for name in ("epochs", "lr", "weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            self._require(math.isfinite(value), f"`{name}` {value}: expected a finite number.")
-        self._require(self.seed >= 0, f"`seed` {self.seed}: expected 0 or more.")
-        self._require(
-            self.router_aux_loss_coef is None or 0 <= self.router_aux_loss_coef < math.inf,
-            f"`router_aux_loss_coef` {self.router_aux_loss_coef}: expected 0 or more.",
-        )
         self._require(
             self.eval_pairs is None or self.eval_fraction is None,
             "`eval_pairs` and `eval_fraction`: give one of them.",
-        )
-        self._require(
-            self.eval_fraction is None or 0 < self.eval_fraction < 1,
-            f"`eval_fraction` {self.eval_fraction}: expected above 0 and below 1.",
-        )
-        self._require(self.epochs > 0, f"`epochs` {self.epochs}: expected a number above 0.")
-        for name in ("max_steps", "batch_size", "patience", "keep", "lora_r"):
-            value = getattr(self, name)
-            self._require(value is None or value > 0, f"`{name}` {value}: expected a number above 0.")
-        self._require(self.lr > 0, f"`lr` {self.lr}: expected a number above 0.")
-        self._require(0 <= self.warmup_ratio <= 1, f"`warmup_ratio` {self.warmup_ratio}: expected 0 to 1.")
-        self._require(self.weight_decay >= 0, f"`weight_decay` {self.weight_decay}: expected 0 or more.")
-        self._require(
-            self.max_grad_norm >= 0, f"`max_grad_norm` {self.max_grad_norm}: expected 0 (never clip) or more."
         )
         number_or_auto("budget_tokens", self.budget_tokens)
         self._check_adapter()
@@ -221,10 +223,6 @@ class TrainOptions(LossOptions):
                 value in (None, "all-linear") or self.lora_r is not None,
                 f"`{name}` {value} is used only with `lora_r`.",
             )
-        self._require(
-            self.lora_alpha is None or 0 < self.lora_alpha < math.inf,
-            f"`lora_alpha` {self.lora_alpha}: expected a number above 0.",
-        )
         self._require(
             all(self.lora_targets.split(",")),
             f"`lora_targets` {self.lora_targets}: expected all-linear, or names with commas.",
@@ -258,7 +256,6 @@ class TrainOptions(LossOptions):
             self.keep == 1 or self.save_every is not None,
             f"`keep` {self.keep}: set how often to save with `save_every`.",
         )
-        self._require(self.sample >= 0, f"`sample` {self.sample}: expected 0 or more.")
         self._require(
             self.patience is None or self.eval_every is not None,
             f"`patience` {self.patience}: set how often to evaluate with `eval_every`.",

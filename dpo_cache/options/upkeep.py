@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpo_cache.options.base import DEVICES, Options, argument, cache_argument, option
+from dpo_cache.options.base import DEVICES, Options, cache_argument, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,10 +12,10 @@ class LsOptions(Options):
     """Options of `dpo-cache ls`."""
 
     cache: str = cache_argument("Cache: a folder or an fsspec URL.")
-    name: str | None = argument(
+    name: str | None = option(
         None,
         "Show one in full: a pair set NAME/SPLIT, or the first characters of a reference's id.",
-        name="NAME",
+        positional="NAME",
     )
 
 
@@ -30,7 +30,9 @@ class VerifyOptions(Options):
         flag="--repair",
     )
     rescore: int | None = option(
-        None, "Score N random completions of the pair sets again, with --model, and compare."
+        None,
+        "Score N random completions of the pair sets again, with --model, and compare.",
+        limit=(lambda value: value > 0, "a positive number of completions"),
     )
     model: str | None = option(
         None, "Model for --rescore: a local folder or a Hub id. It must be the reference."
@@ -46,10 +48,6 @@ class VerifyOptions(Options):
     def check(self) -> None:
         self._require(
             (self.rescore is None) == (self.model is None), "`rescore` N and `model` MODEL go together."
-        )
-        self._require(
-            self.rescore is None or self.rescore > 0,
-            f"`rescore` {self.rescore}: expected a positive number of completions.",
         )
         for flag, is_given in (
             ("`revision`", self.revision is not None),
@@ -80,22 +78,23 @@ class GcOptions(Options):
     scores: bool = option(
         False, "Also remove the scores of completions that are in no pair set.", flag="--scores"
     )
-    grace: float = option(3600.0, "Keep files written in the last N seconds: a run may be about to use them.")
+    grace: float = option(
+        3600.0,
+        "Keep files written in the last N seconds: a run may be about to use them.",
+        limit=(lambda value: value >= 0, "0 or more seconds"),
+    )
     yes: bool = option(False, "Remove the files. Without --yes they are only listed.", flag="--yes")
-
-    def check(self) -> None:
-        self._require(self.grace >= 0, f"`grace` {self.grace}: expected 0 or more seconds.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions(Options):
     """Options of `dpo-cache merge`."""
 
-    sources: tuple[str, ...] = argument(
-        (), "Caches to take from: folders or fsspec URLs.", name="SRC...", required=True
+    sources: tuple[str, ...] = option(
+        (), "Caches to take from: folders or fsspec URLs.", positional="SRC...", required=True
     )
-    destination: str = argument(
-        None, "Cache to copy into; created if it does not exist.", name="DEST", required=True
+    destination: str = option(
+        None, "Cache to copy into; created if it does not exist.", positional="DEST", required=True
     )
     prefer: str | None = option(
         None,
@@ -116,8 +115,8 @@ class MergeOptions(Options):
 class DiffOptions(Options):
     """Options of `dpo-cache diff`."""
 
-    a: str = argument(None, "Cache: a folder or an fsspec URL.", name="A", required=True)
-    b: str = argument(None, "The other cache.", name="B", required=True)
+    a: str = option(None, "Cache: a folder or an fsspec URL.", positional="A", required=True)
+    b: str = option(None, "The other cache.", positional="B", required=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +124,13 @@ class RmOptions(Options):
     """Options of `dpo-cache rm`."""
 
     cache: str = cache_argument("Cache: a folder or an fsspec URL.")
-    kind: str = argument(None, "What to remove.", name="KIND", choices=("reference", "pairs"), required=True)
-    name: str = argument(
+    kind: str = option(
+        None, "What to remove.", positional="KIND", choices=("reference", "pairs"), required=True
+    )
+    name: str = option(
         None,
         "First characters of the reference's id; or NAME (all its splits) or NAME/SPLIT.",
-        name="NAME",
+        positional="NAME",
         required=True,
     )
     with_pairs: bool = option(False, "Remove the reference's pair sets with it.", flag="--with-pairs")
@@ -176,11 +177,14 @@ class CopyOptions(Options):
 class PullOptions(CopyOptions):
     """Options of `dpo-cache pull`."""
 
-    remote: str = argument(
-        None, "Cache to copy from: an fsspec URL such as s3://bucket/cache.", name="REMOTE", required=True
+    remote: str = option(
+        None,
+        "Cache to copy from: an fsspec URL such as s3://bucket/cache.",
+        positional="REMOTE",
+        required=True,
     )
-    local: str = argument(
-        None, "Folder to copy into; created if it does not exist.", name="LOCAL", required=True
+    local: str = option(
+        None, "Folder to copy into; created if it does not exist.", positional="LOCAL", required=True
     )
 
 
@@ -188,7 +192,10 @@ class PullOptions(CopyOptions):
 class PushOptions(CopyOptions):
     """Options of `dpo-cache push`."""
 
-    local: str = argument(None, "Folder of the cache to copy from.", name="LOCAL", required=True)
-    remote: str = argument(
-        None, "Cache to copy into: an fsspec URL such as s3://bucket/cache.", name="REMOTE", required=True
+    local: str = option(None, "Folder of the cache to copy from.", positional="LOCAL", required=True)
+    remote: str = option(
+        None,
+        "Cache to copy into: an fsspec URL such as s3://bucket/cache.",
+        positional="REMOTE",
+        required=True,
     )

@@ -1,4 +1,4 @@
-"""Runs -> tables and plots: what the folders of runs say of them, side by side."""
+"""Compares runs: their folders -> tables and plots."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ ACCURACY = "eval/rewards/accuracies"
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run in the table. Losses and rewards are of the held-out pairs, or where there are none of the last
-    training steps.
+    """A run in the table. Losses and rewards are of the held-out pairs or, without any, of the last training
+    steps.
     """
 
     name: str
@@ -31,7 +31,7 @@ class RunRow:
     num_steps: int
     total_steps: int | None  # None before a run has begun
     measured_on: str | None  # "held out", "training", or None before anything was measured
-    accuracy_before: float | None  # held out alone
+    accuracy_before: float | None  # only of held-out pairs
     accuracy: float | None
     margin: float | None
     mean_loss: float | None
@@ -44,7 +44,7 @@ class RunRow:
 
 
 def read_lines(run: Path) -> list[Line]:
-    """The whole lines of a run's metrics.jsonl; none where there is no such file."""
+    """The whole lines of a run's metrics.jsonl; none if there is no such file."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
@@ -53,7 +53,7 @@ def read_lines(run: Path) -> list[Line]:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """A run's config.json; nothing of one that has not begun."""
+    """A run's config.json; empty for a run that has not started."""
     try:
         return json.loads((run / "config.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
@@ -61,7 +61,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_resolved(run: Path) -> dict[str, Any]:
-    """What became of the defaults of a run; nothing of one that has not begun."""
+    """The resolved defaults of a run; empty for a run that has not started."""
     return read_config(run).get("resolved", {})
 
 
@@ -74,8 +74,8 @@ def read_row(
     report: dict[str, Any] | None = None,
     error: str | None = None,
 ) -> RunRow:
-    """The row of a run, from its folder and, where it ended, from its report, which tells the evaluation of
-    the policy that was saved.
+    """The row of a run, from its folder and, if it has ended, its report, which has the evaluation of the
+    saved policy.
     """
     lines = read_lines(run)
     steps = [line for line in lines if "loss" in line]
@@ -104,67 +104,55 @@ def read_row(
 
 
 def sort_rows(rows: Sequence[RunRow]) -> list[RunRow]:
-    """Finished runs with held-out pairs by their accuracy, the best first; the others after them as they
-    came.
-    """
+    """Finished runs with held-out pairs by their accuracy, the best first; then the others in their order."""
 
     def rank(row: RunRow) -> float:
-        is_ranked = row.state == "finished" and row.measured_on == "held out" and row.accuracy is not None
+        is_ranked = row.state == "finished" and row.measured_on == "held out"
         return -row.accuracy if is_ranked and row.accuracy is not None else 1.0
 
     return sorted(rows, key=rank)
 
 
 def table_cells(rows: Sequence[RunRow]) -> tuple[list[str], list[list[str]]]:
-    """Titles and cells, to be shown: what varies, then what came of it. Beside held-out pairs, values of
-    training pairs are left out.
+    """Titles and cells of the table: the varied options, then the results. If any run has held-out pairs,
+    values of training pairs are left out.
     """
-    varied = list(rows[0].options)
-    held_out = any(row.measured_on == "held out" for row in rows)
     titles = [
-        *varied,
-        "steps",
-        "before",
-        "accuracy",
-        "margin",
-        "mean loss",
-        "chosen",
-        "rejected",
-        "pairs/s",
-        "peak GB",
-        "time s",
-        "state",
-    ]
-    return titles, [
+        "steps", "before", "accuracy", "margin", "mean loss", "chosen", "rejected", "pairs/s", "peak GB",
+        "time s", "state",
+    ]  # fmt: skip
+    shows_training = not _has_held_out(rows)
+    cells = [
         [
-            *(shown_value(row.options[name]) for name in varied),
-            *_measured_cells(row, shows=not held_out or row.measured_on == "held out"),
+            *map(shown_value, row.options.values()),
+            *_measured_cells(row, shows=shows_training or row.measured_on == "held out"),
         ]
         for row in rows
     ]
+    return [*rows[0].options, *titles], cells
 
 
 def table_notes(rows: Sequence[RunRow], objective: set[str]) -> list[str]:
-    """What a reader of the table must know; `objective` names the options that change what a loss is."""
-    held_out = any(row.measured_on == "held out" for row in rows)
+    """Notes below the table; `objective` names the options that change the unit of a loss."""
     notes = []
-    if held_out:
+    if _has_held_out(rows):
         notes.append(
-            "accuracy, margin, mean loss and rewards: of the held-out pairs after training, accuracy "
-            "before it beside; sorted by accuracy."
+            "accuracy, margin, mean loss and rewards: of the held-out pairs after training; before: accuracy "
+            "before it; sorted by accuracy."
         )
     else:
         notes.append(
-            "No pairs were held out (`eval_pairs`, `eval_fraction`): accuracy, margin, mean loss and "
-            f"rewards are means of the last {LAST_STEPS} "
-            "training steps, each before its update; in the order of the grid."
+            "No pairs were held out (`eval_pairs`, `eval_fraction`): accuracy, margin, mean loss and rewards "
+            f"are means of the last {LAST_STEPS} training steps, each before its update; in the order of the "
+            "grid."
         )
     if differing := [name for name in rows[0].options if name in objective]:
         without = [name for name, loss in LOSSES.items() if loss.prefers and not loss.has_reference]
         notes.append(
             f"{', '.join(differing)}: runs that differ in these measure mean loss, margin and rewards in "
-            "other units. Compare those only among equal ones, and runs with each other by accuracy. "
-            f"({', '.join(without[:-1])} and {without[-1]} count it by rewards without the reference.)"
+            "other units. Compare those only between runs that are equal in these, and other runs by "
+            "accuracy. "
+            f"({', '.join(without[:-1])} and {without[-1]} compute it from rewards without the reference.)"
         )
     notes.append("time s: of the training steps, without loading, evaluating and saving.")
     return notes
@@ -183,35 +171,32 @@ def table_markdown(title: str, rows: Sequence[RunRow], notes: Sequence[str]) -> 
 
 
 def table_csv(rows: Sequence[RunRow]) -> str:
-    """The table with every digit, one column a field of `RunRow`; the options that vary have theirs after the
-    name.
+    """The table with every digit, one column for each field of `RunRow`; the varied options have theirs after
+    the name.
     """
-    varied = list(rows[0].options)
-    measured = [name for name in asdict(rows[0]) if name not in ("name", "options")]
     text = io.StringIO()
+    measured = [entry.name for entry in fields(RunRow) if entry.name not in ("name", "options")]
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["name", *varied, *measured])
+    writer.writerow(["name", *rows[0].options, *measured])
     for row in rows:
-        writer.writerow(
-            [
-                row.name,
-                *(shown_value(row.options[name]) for name in varied),
-                *(getattr(row, name) for name in measured),
-            ]
-        )
+        values = (getattr(row, name) for name in measured)
+        writer.writerow([row.name, *map(shown_value, row.options.values()), *values])
     return text.getvalue()
 
 
+def _has_held_out(rows: Sequence[RunRow]) -> bool:
+    return any(row.measured_on == "held out" for row in rows)
+
+
 def check_plot(path: Path) -> None:
-    """Raise `OptionError` before anything runs whose plot could not be drawn."""
+    """Raise `OptionError` if a plot cannot be drawn into the file."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise OptionError(
             "`plot` needs matplotlib.\nInstall it with `pip install 'dpo-cache[plot]'`, or leave `plot` out."
         ) from error
-    known = Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:] not in known:
+    if path.suffix[1:] not in Figure().canvas.get_supported_filetypes():
         raise OptionError(f"`plot` {path}: expected a file that ends in .svg, .png or .pdf.")
     if not path.absolute().parent.is_dir():
         raise OptionError(
@@ -220,53 +205,37 @@ def check_plot(path: Path) -> None:
 
 
 def plot_accuracy(runs: Sequence[tuple[str, Path]], path: Path) -> None:
-    """Held-out accuracy over steps, one line a run (its label and folder); runs without an evaluation have
-    none.
-    """
+    """Plot held-out accuracy over steps, one line for each run (its label and folder) with an evaluation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
-    place = figure.subplots()
+    axes = figure.subplots()
     for number, (label, run) in enumerate(runs):
         evaluations = [line for line in read_lines(run) if ACCURACY in line]
+        steps, accuracies = [[line[name] for line in evaluations] for name in ("step", ACCURACY)]
         style = ("-", "--", ":")[number // 10 % 3]
-        place.plot(
-            [line["step"] for line in evaluations],
-            [line[ACCURACY] for line in evaluations],
-            style,
-            marker=".",
-            label=label,
-        )
-    place.set(xlabel="step", ylabel="held-out accuracy")
-    place.grid(alpha=0.3)
-    place.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+        axes.plot(steps, accuracies, style, marker=".", label=label)
+    axes.set(xlabel="step", ylabel="held-out accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.savefig(path)
 
 
 def _evaluation_of_policy(run: Path, evaluations: Sequence[Line], report: dict[str, Any] | None) -> Line:
-    """The evaluation after training of the policy that was saved: the last one, or under `patience` one
-    before.
-    """
+    """The evaluation of the saved policy after training: the last or, under `patience`, an earlier one."""
     if report and report["finished"]:
         return report["eval_after"] or {}
-    # killed before its report: which one was saved is not known
+    # killed before its report: it is not known which policy was saved
     if evaluations[-1]["step"] == 0 or read_config(run).get("patience"):
         return {}
     return evaluations[-1]
 
 
 def _mean_of_last(steps: Sequence[Line]) -> Line:
-    """Means over the last training steps; nothing where there are none."""
+    """Means over the last training steps; empty without any."""
     last = steps[-LAST_STEPS:]
-    return (
-        {
-            name: sum(line[name] for line in last) / len(last)
-            for name in last[-1]
-            if all(name in line for line in last)
-        }
-        if last
-        else {}
-    )
+    names = [name for name in steps[-1] if all(name in line for line in last)] if steps else []
+    return {name: sum(line[name] for line in last) / len(last) for name in names}
 
 
 def _measured_cells(row: RunRow, *, shows: bool) -> list[str]:

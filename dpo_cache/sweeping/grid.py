@@ -1,13 +1,13 @@
-r"""What a sweep runs: the product of the values that its options are given.
+r"""The grid of a sweep: the product of the values of its options.
 
 Values, on the command line and in Python strings:
 
     0.05,0.1                two values
     a\,b                    one value that holds a comma
-    sigmoid:0.8+sft:0.2     one value of an option that `train` takes several times; `\+` is a plus of its own
-    none                    without the option, where that is train's default
+    sigmoid:0.8+sft:0.2     one value of an option that `train` takes several times; `\+` is a literal plus
+    none                    without the option, if that is train's default
 
-From Python, what is no string is a value as it is, and a list holds several: `beta=[0.05, 0.1]`.
+In Python, anything but a string is one value, and a list holds several: `beta=[0.05, 0.1]`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numbers import Real
 from typing import Any
 
 from dpo_cache.errors import OptionError
-from dpo_cache.options.sweep import SweepOptions, default_of, shown_value, swept_fields, type_of
+from dpo_cache.options.sweep import SweepOptions, shown_value, swept_fields, type_of
 from dpo_cache.options.train import TrainOptions
 
 LONGEST_NAME = 100  # characters; file systems end at 255 bytes
@@ -31,7 +31,7 @@ LONGEST_NAME = 100  # characters; file systems end at 255 bytes
 
 @dataclass(frozen=True)
 class Grid:
-    """Options of `train` that all runs share, and the values of those that vary, by name in alphabetical
+    """Options of `train` that all runs share, and the values of the varied options, by name in alphabetical
     order.
     """
 
@@ -39,7 +39,7 @@ class Grid:
     varied: dict[str, tuple[Any, ...]]
 
     def combinations(self) -> list[dict[str, Any]]:
-        """What varies, of each run: the last option varies fastest."""
+        """The varied options of each run: the last option varies fastest."""
         return [dict(zip(self.varied, values, strict=True)) for values in product(*self.varied.values())]
 
     def values(self, name: str) -> tuple[Any, ...]:
@@ -48,11 +48,11 @@ class Grid:
 
 
 def read_grid(options: SweepOptions) -> Grid:
-    """The grid that the options ask for, every combination checked. Raises `OptionError` naming all that make
-    no sense.
+    """The grid of the options, every combination checked. Raises `OptionError`, which names all combinations
+    that make no sense.
     """
     values = {
-        entry.name: read_values(entry, getattr(options, entry.name)) or (default_of(entry),)
+        entry.name: read_values(entry, getattr(options, entry.name)) or (entry.default,)
         for entry in swept_fields()
     }
     shared = {name: taken[0] for name, taken in values.items() if len(taken) == 1}
@@ -65,11 +65,8 @@ def read_values(entry: Field[Any], given: tuple[Any, ...]) -> tuple[Any, ...]:
     """The values that an option was given, each of the type that `train` takes. Raises `OptionError`."""
     values: list[Any] = []
     for item in given:
-        values += (
-            [_parse(entry, text) for text in _split(item, ",")]
-            if isinstance(item, str)
-            else [_as_it_is(entry, item)]
-        )
+        is_text = isinstance(item, str)
+        values += [_parse(entry, text) for text in _split(item, ",")] if is_text else [_checked(entry, item)]
     for value, number in Counter(map(json.dumps, values)).items():
         if number > 1:
             raise OptionError(
@@ -80,14 +77,14 @@ def read_values(entry: Field[Any], given: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def run_names(combinations: list[dict[str, Any]]) -> list[str]:
-    """A folder's name for each run, of what varies alone, such as `beta=0.05,loss=ipo`; a digest ends those
-    that would be long or equal.
+    """A folder's name for each run, made of the varied options, such as `beta=0.05,loss=ipo`. A digest at the
+    end shortens long names and keeps equal names apart.
     """
     names = [
         ",".join(f"{name}={_safe(shown_value(value))}" for name, value in combination.items()) or "run"
         for combination in combinations
     ]
-    times = Counter(name.lower() for name in names)  # some file systems do not tell case
+    times = Counter(name.lower() for name in names)  # some file systems ignore case
     for place, name in enumerate(names):
         if len(name) > LONGEST_NAME or times[name.lower()] > 1:
             digest = hashlib.blake2b(json.dumps(combinations[place]).encode(), digest_size=4).hexdigest()
@@ -96,30 +93,27 @@ def run_names(combinations: list[dict[str, Any]]) -> list[str]:
 
 
 def describe(combination: dict[str, Any]) -> str:
-    """A combination in words, for messages."""
+    """A combination as text for messages."""
     return ", ".join(f"{name}={shown_value(value)}" for name, value in combination.items())
 
 
 def _check(grid: Grid, options: SweepOptions) -> None:
     combinations = grid.combinations()
-    refused: list[tuple[dict[str, Any], str]] = []
+    messages = []
+    lines = []
     for combination in combinations:
         try:
             TrainOptions(cache=options.cache, output=options.output, **grid.shared, **combination)
         except OptionError as error:
-            refused.append((combination, str(error)))
-    if not refused:
-        return
-    if len(refused) == len(combinations) and len({message for _, message in refused}) == 1:
-        raise OptionError(refused[0][1])
-    lines = [
-        f"  {describe(combination)}: {' '.join(message.splitlines())}" for combination, message in refused
-    ]
-    raise OptionError(
-        f"{len(refused)} of {len(combinations)} combinations make no sense, so nothing was run:\n"
-        + "\n".join(lines)
-        + "\nLeave such values out, or run them as a sweep of their own."
-    )
+            messages.append(str(error))
+            lines.append(f"  {describe(combination)}: {' '.join(str(error).splitlines())}\n")
+    if len(messages) == len(combinations) and len(set(messages)) == 1:
+        raise OptionError(messages[0])
+    if messages:
+        raise OptionError(
+            f"{len(messages)} of {len(combinations)} combinations make no sense, so nothing was run:\n"
+            f"{''.join(lines)}Leave such values out, or run them as another sweep."
+        )
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -132,8 +126,8 @@ def _parse(entry: Field[Any], text: str) -> Any:
     name, kind, text = f"`{entry.name}`", type_of(entry), text.strip()
     if not text:
         raise OptionError(f"{name}: one of its values is empty.\nSeparate values with one comma each.")
-    if text == "none" and default_of(entry) in (None, ()):
-        return default_of(entry)
+    if text == "none" and entry.default in (None, ()):
+        return entry.default
     if kind is tuple:
         return tuple(part.strip() for part in _split(text, "+"))
     if kind is bool:
@@ -146,8 +140,8 @@ def _parse(entry: Field[Any], text: str) -> Any:
         ) from error
 
 
-def _as_it_is(entry: Field[Any], value: Any) -> Any:
-    """A value that Python gave, as the command line would have read it."""
+def _checked(entry: Field[Any], value: Any) -> Any:
+    """A value from Python as the command line would have read it. Raises `OptionError`."""
     kind = type_of(entry)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -157,7 +151,7 @@ def _as_it_is(entry: Field[Any], value: Any) -> Any:
         return str(value)
     if kind is tuple:
         return tuple(value)
-    if value is None and default_of(entry) is None:
+    if value is None and entry.default is None:
         return None
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise OptionError(f"`{entry.name}` {value!r}: expected {kind.__name__}.")

@@ -1,6 +1,4 @@
-"""The runs of a sweep as processes of their own: `python -m dpo_cache train`, its remarks, its steps and its
-end.
-"""
+"""Each run of a sweep in its own process, `python -m dpo_cache train`: its remarks, steps and exit code."""
 
 from __future__ import annotations
 
@@ -12,32 +10,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from dpo_cache.log import Log
 from dpo_cache.options.base import flag_of
-from dpo_cache.options.sweep import default_of, swept_fields
+from dpo_cache.options.sweep import swept_fields
 from dpo_cache.reporting.runs import read_resolved
 from dpo_cache.sweeping.sweep_folder import Run
 
-ENDS_BY_SIGNAL = {130, 143, -signal.SIGINT, -signal.SIGTERM}  # asked to stop: what was done is saved
-
-
-class Process(Protocol):
-    """What is used of `subprocess.Popen`."""
-
-    def poll(self) -> int | None: ...
-
-    def send_signal(self, number: int) -> None: ...
-
-    def kill(self) -> None: ...
+# Exit codes of a run that was stopped by a signal, and saved its state
+ENDS_BY_SIGNAL = {130, 143, -signal.SIGINT, -signal.SIGTERM}
 
 
 def start_process(
     arguments: list[str], out: IO[bytes], log: IO[bytes], environment: dict[str, str], lock: int | None
-) -> Process:
-    """`dpo-cache` with these arguments, in a session of its own: a Ctrl-C reaches the sweep alone, which
-    hands it on.
+) -> subprocess.Popen[bytes]:
+    """`dpo-cache` with these arguments, in another session: a Ctrl-C reaches only the sweep, which passes it
+    on.
     """
     return subprocess.Popen(
         [sys.executable, "-m", "dpo_cache", *arguments],
@@ -51,52 +40,44 @@ def start_process(
 
 
 def train_arguments(cache: str, run: Run) -> list[str]:
-    """The command line of `dpo-cache` that makes the run, or goes on with it; options at their defaults are
-    left out.
-    """
+    """The arguments of `dpo-cache` that start or resume the run, without the options at their defaults."""
     arguments = ["train", f"--cache={cache}", f"--output={run.folder}"]
     for entry in swept_fields():
         value = {**run.shared, **run.varied}[entry.name]
-        if value == default_of(entry):
+        if value == entry.default:
             continue
         if isinstance(value, bool):
             positive, _, negative = (entry.metadata["flag"] or flag_of(entry)).partition("/")
             arguments.append(positive if value else negative)
         else:
-            arguments += [
-                f"{flag_of(entry)}={part}"
-                for part in (value if isinstance(value, (tuple, list)) else [value])
-            ]
+            parts = value if isinstance(value, (tuple, list)) else [value]
+            arguments += [f"{flag_of(entry)}={part}" for part in parts]
     return [*arguments, *(["--resume"] if run.is_begun else []), "--json"]
 
 
 class ActiveRun:
-    """A run whose process lives: its place, and how fast it goes."""
+    """A run with a live process: its slot, its last step and its pace."""
 
     def __init__(self, cache: str, run: Run, slot: int, environment: dict[str, str], lock: int | None):
         self.run, self.slot = run, slot
         self.started = time.monotonic()
         self.last_line: dict[str, Any] | None = None  # of metrics.jsonl, of a training step
-        self.said: list[str] = []
-        self._first: tuple[float, int] | None = (
-            None  # when the first step of this process was seen, and which it was
-        )
+        self.output: list[str] = []
+        self._first: tuple[float, int] | None = None  # when its first step was read, and its number
         self._metrics = _Tail(run.folder / "metrics.jsonl")
-        self._metrics.skip()
         arguments = train_arguments(cache, run)
         run.log.parent.mkdir(exist_ok=True)
         with open(run.report_file, "wb") as out, open(run.log, "ab") as log:
             log.write(f"$ {shlex.join(['dpo-cache', *arguments])}\n".encode())
             log.flush()
             self._log = _Tail(run.log)
-            self._log.skip()
             self.process = start_process(arguments, out, log, environment, lock)
 
     def poll(self, log: Log) -> int | None:
-        """Hand on what the run has said, look how far it is, and give its exit code; None while it lives."""
+        """Log new output of the run and read its new steps. Returns its exit code, None while it lives."""
         code = self.process.poll()
         for line in self._log.lines(all_of_it=code is not None):
-            self.said.append(line)
+            self.output.append(line)
             log(f"{self.run.name}: {line}")
         steps = [entry for entry in map(json.loads, self._metrics.lines()) if "loss" in entry]
         if steps:
@@ -110,8 +91,8 @@ class ActiveRun:
 
     @property
     def seconds_left(self) -> float | None:
-        """By the pace of this process so far, evaluations and checkpoints included; None before its first
-        step.
+        """An estimate by the pace of this process so far, with evaluations and checkpoints; None before its
+        first step.
         """
         if self.last_line is None or self._first is None or self.total_steps is None:
             return None
@@ -122,27 +103,26 @@ class ActiveRun:
 
     @property
     def seconds_in_all(self) -> float | None:
-        """What a whole run takes at this one's pace, its start included."""
+        """The duration of a whole run at the pace of this one, its start included."""
         if (left := self.seconds_left) is None or self._first is None or self.total_steps is None:
             return None
         elapsed_s, before = time.monotonic() - self.started, self._first[1] - 1
         return (elapsed_s + left) * self.total_steps / (self.total_steps - before)
 
     def error(self, code: int) -> str:
-        """Why it failed, in its own last words."""
+        """Why it failed: its signal, its error message or the last line of its output."""
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}" + (
-                " (out of memory?)" if code == -signal.SIGKILL else ""
-            )
-        starts = [place for place, line in enumerate(self.said) if line.startswith("error: ")]
-        if starts:
-            return " ".join(self.said[starts[-1] :]).removeprefix("error: ")
-        return self.said[-1].strip() if self.said else f"ended with exit code {code} and said nothing"
+            reason = " (out of memory?)" if code == -signal.SIGKILL else ""
+            return f"killed by {signal.Signals(-code).name}{reason}"
+        _, marker, message = "\n".join(["", *self.output]).rpartition("\nerror: ")
+        if marker:
+            return " ".join(message.splitlines())
+        return self.output[-1].strip() if self.output else f"ended with exit code {code} without any output"
 
 
 def run_environment(jobs: int, slot: int) -> dict[str, str]:
-    """The environment of a run: its share of the cores, and where CUDA_VISIBLE_DEVICES names several GPUs,
-    one of them for each at once.
+    """The environment of a run: its share of the cores and, if CUDA_VISIBLE_DEVICES names several GPUs, the
+    GPU of its slot.
     """
     environment = {**os.environ, "DPO_CACHE_PROGRESS": "off"}
     if jobs > 1:
@@ -154,30 +134,25 @@ def run_environment(jobs: int, slot: int) -> dict[str, str]:
 
 
 def threads_of_a_run(jobs: int) -> int:
-    """Threads that each of several runs at once has: OMP_NUM_THREADS where that is set, else its share of the
-    cores.
-    """
+    """Threads of each of several runs at once: OMP_NUM_THREADS if it is set, else its share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() else max(1, cores // jobs)
 
 
 class _Tail:
-    """The lines that another process adds to a file."""
+    """The lines that another process adds to a file from now on."""
 
     def __init__(self, path: Path):
-        self._path, self._place = path, 0
-
-    def skip(self) -> None:
-        """Leave aside what is there now."""
-        self._place = self._path.stat().st_size if self._path.exists() else 0
+        self._path = path
+        self._place = path.stat().st_size if path.exists() else 0
 
     def lines(self, *, all_of_it: bool = False) -> list[str]:
-        """What was added since the last call, in whole lines; `all_of_it`: the unfinished last one, too."""
+        """The whole lines added since the last call; with `all_of_it` also an unfinished last line."""
         if not self._path.exists():
             return []
         with open(self._path, "rb") as file:
-            self._place = min(self._place, file.seek(0, os.SEEK_END))  # a resumed run takes lines back
+            self._place = min(self._place, file.seek(0, os.SEEK_END))  # a resumed run removes lines
             file.seek(self._place)
             added = file.read()
         end = len(added) if all_of_it else added.rfind(b"\n") + 1

@@ -1,5 +1,5 @@
-"""One cache, several runs: each combination of the options' values is trained in a process of its own, and
-all stand in one table.
+"""One cache, several runs: each combination of the options' values is trained in its own process, and one
+table compares all runs.
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-from dpo_cache.errors import NotInCacheError, OptionError
+from dpo_cache.errors import OptionError
 from dpo_cache.files.locations import check_model
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.options.base import with_new_names
-from dpo_cache.options.keywords import keywords_of, make_options
+from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.sweep import SweepOptions, loss_settings
 from dpo_cache.progress import show_sweep, shows_progress
 from dpo_cache.reporting.runs import (
@@ -42,20 +43,19 @@ OnRow = Callable[["SweepReport"], None]
 
 @dataclass(frozen=True)
 class SweepProgress:
-    """Where a sweep stands: the runs that are done with, and the last step of each that is at work."""
+    """How far a sweep is: the runs that are done, and the last step of each active run."""
 
     num_done: int
     num_runs: int
-    active: list[
-        tuple[str, int | None, dict[str, Any] | None]
-    ]  # name, steps in all, its last line of metrics.jsonl
-    done: float  # runs, the parts of unfinished ones counted
+    # name, total steps, last line of metrics.jsonl
+    active: list[tuple[str, int | None, dict[str, Any] | None]]
+    done: float  # runs, with the done share of active ones
     seconds_left: float | None  # None before the first step
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What `sweep` did, or has done so far."""
+    """The result of `sweep`, or its state after a run."""
 
     output: str
     num_runs: int
@@ -113,7 +113,7 @@ def sweep(
     log = log or log_remark
     given = {"jobs": jobs, "resume": resume, "plot": plot, **options}
     given |= {name: value for name, value in (("cache", cache), ("output", output)) if value is not None}
-    chosen = make_options(SweepOptions, with_plan(with_new_names(SweepOptions, given, log)))
+    chosen = SweepOptions(**with_plan(with_new_names(SweepOptions, given, log)))
     grid = read_grid(chosen)
     if chosen.plot:
         _check_plot(Path(chosen.plot), grid)
@@ -125,7 +125,7 @@ def sweep(
 
 
 class _Sweep:
-    """The runs of a sweep: those that wait, those at work, and why some failed."""
+    """The runs of a sweep: the waiting and the active ones, and why some failed."""
 
     def __init__(
         self,
@@ -136,81 +136,73 @@ class _Sweep:
         on_run: OnRow,
         log: Log,
     ):
-        self.options, self.runs, self.lock, self.on_progress, self.on_run, self.log = (
-            options,
-            runs,
-            lock,
-            on_progress,
-            on_run,
-            log,
-        )
+        self.options, self.runs, self.lock = options, runs, lock
+        self.on_progress, self.on_run, self.log = on_progress, on_run, log
         self.started = time.monotonic()
         self.output = Path(options.output)
         self.waiting = [run for run in runs if not run.is_finished]
         self.active: list[ActiveRun] = []
         self.errors: dict[str, str] = {}
-        self.seconds_of_runs: list[float] = []  # what a whole run took, of those that ended here
+        self.seconds_of_runs: list[float] = []  # durations of whole runs that have ended
 
     def run(self, should_stop: Callable[[], bool]) -> SweepReport:
-        """Every run that is left, then the table."""
-        self._say_plan()
-        asked = False
+        """Start and watch every waiting run, then write the table."""
+        self._log_plan()
+        stopping = False
         try:
-            while self.active or (self.waiting and not asked):
-                if should_stop() and not asked:
-                    asked = True
-                    self._ask_to_stop()
-                while self.waiting and not asked and len(self.active) < self.options.jobs:
+            while self.active or (self.waiting and not stopping):
+                if should_stop() and not stopping:
+                    stopping = True
+                    self._stop()
+                while self.waiting and not stopping and len(self.active) < self.options.jobs:
                     self._start(self.waiting.pop(0))
                 for active in [*self.active]:
                     if (code := active.poll(self.log)) is not None:
-                        self._end(active, code, asked=asked)
+                        self._end(active, code, stopping=stopping)
                 self.on_progress(self._progress())
                 time.sleep(POLL_S)
         except BaseException:  # Ctrl-C too: no run is left behind without a sweep
-            self._ask_to_stop()
+            self._stop()
             self._wait()
             raise
         return self._report()
 
     def _start(self, run: Run) -> None:
         slot = min(set(range(self.options.jobs)) - {active.slot for active in self.active})
-        self.active.append(
-            ActiveRun(self.options.cache, run, slot, run_environment(self.options.jobs, slot), self.lock)
-        )
+        environment = run_environment(self.options.jobs, slot)
+        self.active.append(ActiveRun(self.options.cache, run, slot, environment, self.lock))
 
-    def _end(self, active: ActiveRun, code: int, *, asked: bool) -> None:
+    def _end(self, active: ActiveRun, code: int, *, stopping: bool) -> None:
         run = active.run
         if (seconds := active.seconds_in_all) is not None and run.is_finished:
             self.seconds_of_runs.append(seconds)
         self.active.remove(active)
-        if not run.is_finished and code in ENDS_BY_SIGNAL:
-            if not asked:
-                self.log(f"{run.name}: stopped from outside, and left; the same command goes on with it.")
-        elif not run.is_finished:
+        if run.is_finished:
+            if code:
+                self.log(f"{run.name}: ended with exit code {code} after its model was saved. Log: {run.log}")
+        elif code not in ENDS_BY_SIGNAL:
             self.errors[run.name] = active.error(code)
-            rest = "; the others go on" if self.waiting or self.active else ""
-            self.log(f"{run.name}: failed with exit code {code}{rest}. All that it said: {run.log}")
-        elif code:
-            self.log(
-                f"{run.name}: ended with exit code {code} after its model was saved. All that it said: "
-                f"{run.log}"
-            )
+            rest = "; the others continue" if self.waiting or self.active else ""
+            self.log(f"{run.name}: failed with exit code {code}{rest}. Log: {run.log}")
+        elif not stopping:
+            self.log(f"{run.name}: stopped from outside; the same command resumes it.")
         report = self._report()
-        if not asked and (self.active or self.waiting):  # else this is the last table, which `run` gives
+        if not stopping and (self.active or self.waiting):  # `run` returns the last report
             self.on_run(report)
 
-    def _ask_to_stop(self) -> None:
-        """As Ctrl-C does: the first time they finish the step and save, the second they end at once."""
+    def _stop(self) -> None:
+        """Stop as Ctrl-C does: on the first call the runs finish their step and save, on the second they end
+        at once.
+        """
         for active in self.active:
             if active.process.poll() is None:
                 active.process.send_signal(SIGTERM)
 
     def _wait(self) -> None:
-        """Until every process has ended; interrupted again, they are killed."""
+        """Wait until every process has ended. Another interrupt kills them."""
         try:
-            while any(active.process.poll() is None for active in self.active):
-                time.sleep(POLL_S)
+            for active in self.active:
+                active.process.wait()
         except BaseException:
             for active in self.active:
                 active.process.kill()
@@ -218,35 +210,27 @@ class _Sweep:
 
     # -- reporting -------------------------------------------------------------------------------------
 
-    def _say_plan(self) -> None:
-        begun, jobs = sum(run.is_begun for run in self.waiting), min(self.options.jobs, len(self.waiting))
-        finished = len(self.runs) - len(self.waiting)
-        parts = [f"{finished} finished before" * bool(finished), f"{begun} to go on with" * bool(begun)]
-        parts.append(f"{len(self.waiting) - begun} to begin" * bool(len(self.waiting) - begun))
-        at_once = (
-            f"; {jobs} at once, each with {_count(threads_of_a_run(self.options.jobs), 'CPU thread')}"
-            if jobs > 1
-            else ""
-        )
-        self.log(f"{_count(len(self.runs), 'run')}: {', '.join(filter(None, parts))}{at_once}.")
+    def _log_plan(self) -> None:
+        num_begun, num_waiting = sum(run.is_begun for run in self.waiting), len(self.waiting)
+        numbers = {
+            "finished before": len(self.runs) - num_waiting,
+            "to resume": num_begun,
+            "to start": num_waiting - num_begun,
+        }
+        plan = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
+        if (jobs := min(self.options.jobs, num_waiting)) > 1:
+            threads = _count(threads_of_a_run(self.options.jobs), "CPU thread")
+            plan += f"; {jobs} at once, each with {threads}"
+        self.log(f"{_count(len(self.runs), 'run')}: {plan}.")
 
     def _progress(self) -> SweepProgress:
         num_done = len(self.runs) - len(self.waiting) - len(self.active)
-        parts = [
-            active.last_line["step"] / active.total_steps
-            for active in self.active
-            if active.last_line and active.total_steps
-        ]
-        return SweepProgress(
-            num_done=num_done,
-            num_runs=len(self.runs),
-            active=[(active.run.name, active.total_steps, active.last_line) for active in self.active],
-            done=num_done + sum(parts),
-            seconds_left=self._seconds_left(),
-        )
+        active = [(active.run.name, active.total_steps, active.last_line) for active in self.active]
+        done = num_done + sum(line["step"] / total for _, total, line in active if line and total)
+        return SweepProgress(num_done, len(self.runs), active, done, self._seconds_left())
 
     def _seconds_left(self) -> float | None:
-        """The runs that wait are taken to last as those whose pace is known do on average."""
+        """An estimate that gives waiting runs the mean duration of the runs with a known pace."""
         known = [
             seconds for active in self.active if (seconds := active.seconds_in_all) is not None
         ] + self.seconds_of_runs
@@ -258,8 +242,20 @@ class _Sweep:
         return max([(sum(of_active) + mean * len(self.waiting)) / at_once, *of_active])
 
     def _report(self) -> SweepReport:
-        """The table of now, written."""
-        rows = sort_rows([self._row(run) for run in self.runs])
+        """Write the table of all runs and return it with the other results."""
+        rows = sort_rows(
+            [
+                read_row(
+                    run.folder,
+                    name=run.name,
+                    options=run.varied,
+                    state=self._state(run),
+                    report=read_report(run),
+                    error=self.errors.get(run.name),
+                )
+                for run in self.runs
+            ]
+        )
         notes = table_notes(rows, loss_settings()) + _other_data(self.runs)
         write_whole(self.output / "table.csv", table_csv(rows))
         write_whole(self.output / "table.md", table_markdown(f"Sweep {self.output.name}", rows, notes))
@@ -277,12 +273,6 @@ class _Sweep:
             elapsed_s=time.monotonic() - self.started,
         )
 
-    def _row(self, run: Run) -> RunRow:
-        report, error = read_report(run), self.errors.get(run.name)
-        return read_row(
-            run.folder, name=run.name, options=run.varied, state=self._state(run), report=report, error=error
-        )
-
     def _state(self, run: Run) -> str:
         if run.is_finished:
             return "finished"
@@ -296,29 +286,16 @@ class _Sweep:
 def _check_inputs(cache: str, grid: Grid) -> None:
     """Raise `DpoCacheError` for a wrong cache, pair set or model, before a run fails on it."""
     opened = open_cache(cache)
-    named = [
-        opened.pairs(name).name
-        for option in ("pairs", "eval_pairs")
-        for name in grid.values(option)
-        if name is not None
-    ]
+    held_out = [opened.pairs(name).name if name else None for name in grid.values("eval_pairs")]
     for model in grid.values("model"):
         if model is not None:
             check_model(model)
-    known = opened.pair_sets()
-    if None in grid.values("pairs") and len(set(known) - set(named)) != 1:
-        raise NotInCacheError(
-            f"{cache}: {'no pair set' if not known else 'several pair sets'} to train on.\n"
-            + (
-                f"Say which with `pairs`: {', '.join(known)}."
-                if known
-                else f"Run `dpo-cache precompute --cache {cache} …` first."
-            )
-        )
+    for name, besides in product(grid.values("pairs"), held_out):
+        opened.choose_pairs(name, "to train on", besides=besides)
 
 
 def _check_plot(path: Path, grid: Grid) -> None:
-    """Raise `OptionError` before anything runs whose plot would be empty, or could not be drawn."""
+    """Raise `OptionError` before anything runs if the plot would be empty or could not be drawn."""
     if all(grid.values(option) == (None,) for option in ("eval_pairs", "eval_fraction")):
         raise OptionError(
             "`plot` draws held-out accuracy, and nothing is held out.\n"
@@ -328,9 +305,7 @@ def _check_plot(path: Path, grid: Grid) -> None:
 
 
 def _other_data(runs: list[Run]) -> list[str]:
-    """A note where runs that name one pair set were given other pairs, because the cache has changed between
-    them.
-    """
+    """A note for each pair set that has changed in the cache between the runs that were trained on it."""
     digests: dict[str, set[str]] = {}
     for run in runs:
         if resolved := read_resolved(run.folder):

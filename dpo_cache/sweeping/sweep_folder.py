@@ -1,15 +1,15 @@
 """The folder of a sweep.
 
 SWEEP/
-  sweep.json              the grid, and which folder each of its runs has
-  table.csv, table.md     the comparison, renewed after every run
-  logs/NAME.log           what each run printed, with the command that began it
-  logs/NAME.json          the report that it ended with
+  sweep.json              the grid, and the folder of each of its runs
+  table.csv, table.md     the comparison, rewritten after every run
+  logs/NAME.log           the output of each run, with its command
+  logs/NAME.json          the report of each run
   NAME/                   a run, as `dpo-cache train` makes it
 
 `sweep.json`: {"format": "dpo-cache sweep", "version": 1, "cache": ..., "shared": {option: value},
 "varied": {option: [values]}, "runs": [{"name": ..., "options": {option: value}}]}; `options` of a run are
-those that vary.
+the varied ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dpo_cache.errors import OptionError, TrainingError
 from dpo_cache.files import atomic
 from dpo_cache.log import Log
 from dpo_cache.options.base import with_new_names
-from dpo_cache.options.sweep import default_of, shown_value, swept_fields
+from dpo_cache.options.sweep import shown_value, swept_fields
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.sweeping.grid import Grid, run_names
 
@@ -41,7 +42,7 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a sweep: its folder, every option that it shares, and those that vary."""
+    """One run of a sweep: its folder, the shared options and the varied ones."""
 
     name: str
     folder: Path
@@ -63,38 +64,34 @@ class Run:
 
 
 def plan_runs(output: Path, cache: str, grid: Grid, *, resume: bool) -> list[Run]:
-    """The runs of the grid, in its order; those that the folder has keep their names. Writes sweep.json.
+    """The runs of the grid, in its order; runs that the folder has keep their names. Writes sweep.json.
 
-    Raises `TrainingError` where the folder is not that of this sweep, or of a part of it.
+    Raises `TrainingError` if the folder is not that of this sweep or of a part of it.
     """
-    before = _read_plan(output, resume=resume)
-    if before:
+    kept = {}
+    if before := _read_plan(output, resume=resume):
         _check_extends(output, before, grid)
+        kept = {_key(grid, {**before["shared"], **run["options"]}): run["name"] for run in before["runs"]}
     combinations = grid.combinations()
-    kept = (
-        {_key(grid, {**before["shared"], **run["options"]}): run["name"] for run in before["runs"]}
-        if before
-        else {}
-    )
-    names = [
-        kept.get(_key(grid, combination), name)
-        for combination, name in zip(combinations, run_names(combinations), strict=True)
-    ]
-    runs = [
-        {"name": name, "options": combination} for name, combination in zip(names, combinations, strict=True)
-    ]
-    content = {**FORMAT, "cache": cache, "shared": grid.shared, "varied": grid.varied, "runs": runs}
+    runs = []
+    for combination, new_name in zip(combinations, run_names(combinations), strict=True):
+        name = kept.get(_key(grid, combination), new_name)
+        runs.append(Run(name, output / name, output / "logs" / f"{name}.log", grid.shared, combination))
+    content = {
+        **FORMAT,
+        "cache": cache,
+        "shared": grid.shared,
+        "varied": grid.varied,
+        "runs": [{"name": run.name, "options": run.varied} for run in runs],
+    }
     write_whole(output / "sweep.json", json.dumps(content, indent=2) + "\n")
-    return [
-        Run(name, output / name, output / "logs" / f"{name}.log", grid.shared, combination)
-        for name, combination in zip(names, combinations, strict=True)
-    ]
+    return runs
 
 
 def with_plan(given: dict[str, Any]) -> dict[str, Any]:
-    """The given options of a sweep and, if `resume` names a folder, the others as its sweep.json has them.
+    """The given options of a sweep, completed from the sweep.json of the folder that `resume` names.
 
-    Raises `TrainingError` where there is no sweep to resume.
+    Raises `TrainingError` if there is no sweep to resume.
     """
     if not isinstance(given.get("resume"), (str, os.PathLike)):
         return given
@@ -106,17 +103,17 @@ def with_plan(given: dict[str, Any]) -> dict[str, Any]:
         )
     plan = _read_plan(folder, resume=True)
     assert plan is not None
-    found = {name: _as_given([value]) for name, value in plan["shared"].items()}
-    found |= {name: _as_given(values) for name, values in plan["varied"].items()}
+    values = {**{name: [value] for name, value in plan["shared"].items()}, **plan["varied"]}
+    found = {name: tuple(map(_escaped, several)) for name, several in values.items()}
     return {**found, "cache": plan["cache"], **given, "output": str(folder), "resume": True}
 
 
 @contextmanager
 def hold_folder(output: Path, log: Log) -> Iterator[int | None]:
-    """Keep other sweeps out of the folder while this one, or a run that it began, lives; gives the descriptor
-    for the runs to inherit.
+    """Keep other sweeps out of the folder while this one, or a run that it started, is alive. Yields the
+    descriptor of the lock, which the runs inherit, or None if the system or file system has no locks.
 
-    None where the system or the file system has no locks. Raises `TrainingError`.
+    Raises `TrainingError`.
     """
     if output.exists() and not output.is_dir():
         raise TrainingError(f"{output}: not a folder.\nChoose another `output`.")
@@ -132,22 +129,22 @@ def hold_folder(output: Path, log: Log) -> Iterator[int | None]:
         yield descriptor if _lock(output, descriptor, log) else None
     finally:
         os.close(descriptor)
-        if not (output / "sweep.json").exists():  # refused before it began
+        if not (output / "sweep.json").exists():  # refused before it started
             (output / LOCK).unlink(missing_ok=True)
             if is_new:
                 output.rmdir()
 
 
 def read_report(run: Run) -> dict[str, Any] | None:
-    """The report that the run ended with; None if it has not ended."""
+    """The report of the run; None if it has not ended."""
     try:
         return json.loads(run.report_file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # empty while it runs, or where it was killed
+    except (FileNotFoundError, json.JSONDecodeError):  # empty while it runs, and after it was killed
         return None
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that readers see whole, before or after. Raises `TrainingError`."""
+    """Write a file atomically. Raises `TrainingError`."""
     try:
         atomic.write_whole(path, text)
     except OSError as error:
@@ -164,20 +161,18 @@ def _lock(output: Path, descriptor: int, log: Log) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise TrainingError(
-            f"{output}: another sweep is at work here, or a run that one left behind when it was killed.\n"
+            f"{output}: another sweep is running here, or a run of a sweep that was killed.\n"
             "Wait for it, or choose another `output`."
         ) from error
     except OSError as error:
-        log(
-            f"{output} cannot be locked ({error.strerror or error}): see to it that no other sweep works "
-            "there."
-        )
+        reason = error.strerror or error
+        log(f"{output} cannot be locked ({reason}): make sure that no other sweep runs there.")
         return False
     return True
 
 
 def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
-    """sweep.json with the options that came later at their defaults; None in a new folder."""
+    """sweep.json, with options of later versions at their defaults; None in a new folder."""
     path = output / "sweep.json"
     if not path.exists():
         if resume:
@@ -194,7 +189,7 @@ def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
             raise ValueError("not that of a sweep")
         version, plan = plan["version"], _with_new_names(plan)
         names = [run["name"] for run in plan["runs"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise TrainingError(
             f"{path}: not readable ({type(error).__name__}: {error}).\nChoose another `output`."
         ) from error
@@ -205,21 +200,18 @@ def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
         )
     if wrong := [name for name in names if Path(name).name != name]:
         raise TrainingError(f"{path}: {wrong[0]!r} is no name of a folder.\nChoose another `output`.")
-    defaults = {entry.name: default_of(entry) for entry in swept_fields() if entry.name not in plan["varied"]}
+    defaults = {entry.name: entry.default for entry in swept_fields() if entry.name not in plan["varied"]}
     return {**plan, "shared": json.loads(json.dumps(defaults)) | plan["shared"]}
 
 
-def _as_given(values: list[Any]) -> tuple[Any, ...]:
-    """Values of an option as `sweep` takes them: a comma in text separates values."""
-    return tuple(value.replace(",", "\\,") if isinstance(value, str) else value for value in values)
+def _escaped(value: Any) -> Any:
+    """The value of an option as `sweep` takes it, where a comma in text separates values."""
+    return value.replace(",", "\\,") if isinstance(value, str) else value
 
 
 def _with_new_names(plan: dict[str, Any]) -> dict[str, Any]:
-    """The plan of an earlier version, with the options' names of now."""
-
-    def renamed(options: dict[str, Any]) -> dict[str, Any]:
-        return with_new_names(TrainOptions, dict(options))
-
+    """The plan of an earlier version with the current names of options."""
+    renamed = partial(with_new_names, TrainOptions)
     runs = [{**run, "options": renamed(run["options"])} for run in plan["runs"]]
     return {**plan, "shared": renamed(plan["shared"]), "varied": renamed(plan["varied"]), "runs": runs}
 
@@ -230,21 +222,20 @@ def _check_extends(output: Path, before: dict[str, Any], grid: Grid) -> None:
     for name in (*before["varied"], *before["shared"]):
         old = before["varied"].get(name, [before["shared"].get(name)])
         new = json.loads(json.dumps(grid.values(name))) if name in grid.shared or name in grid.varied else []
-        if any(value not in new for value in old) and not (
-            len(old) == len(new) == 1 and name in _free_to_change(grid)
-        ):
+        is_free = len(old) == len(new) == 1 and name in _free_to_change(grid)
+        if not is_free and any(value not in new for value in old):
             shown = [", ".join(map(shown_value, values)) or "unknown" for values in (old, new)]
             changed.append(f"  {name}: {shown[0]} before, {shown[1]} now")
     if changed:
         raise TrainingError(
             f"{output}: this sweep was started otherwise:\n" + "\n".join(changed) + "\n"
-            "More values add runs, but those of before must be given, too. Give them, or choose another "
+            "More values add runs, but the earlier ones must be given, too. Give them, or choose another "
             "`output`."
         )
 
 
 def _free_to_change(grid: Grid) -> set[str]:
-    """Options that a resumed run may be given otherwise."""
+    """Options that may have another value in a resumed run."""
     from dpo_cache.training.output.run_folder import FREE_TO_CHANGE
 
     # patience counts evaluations
@@ -252,5 +243,5 @@ def _free_to_change(grid: Grid) -> set[str]:
 
 
 def _key(grid: Grid, options: dict[str, Any]) -> str:
-    """The options by which a run differs from the others of the grid."""
+    """The varied options of a run, as a key."""
     return json.dumps([options[name] for name in grid.varied])

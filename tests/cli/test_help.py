@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import dpo_cache
-from dpo_cache.cli.app import command_names
+from dpo_cache.cli.app import COMMANDS
 from tests.cli.write_help import PAGES, help_block, read_helps, with_help
 
 README = (Path(dpo_cache.__file__).parents[1] / "README.md").read_text()
@@ -16,13 +16,13 @@ def helps() -> dict[str, str]:
     return read_helps()
 
 
-@pytest.mark.parametrize("name", command_names())
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_page_shows_the_help_of_today(name: str, helps: dict[str, str]) -> None:
     page = (PAGES / f"{name}.md").read_text()
     assert help_block(name, helps[name]) in page, "run `python -m tests.cli.write_help`"
 
 
-@pytest.mark.parametrize("name", command_names())
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_page_shows_a_run_and_the_readme_links_it(name: str) -> None:
     page = (PAGES / f"{name}.md").read_text()
     assert page.startswith(f"# dpo-cache {name}\n")
@@ -36,7 +36,7 @@ def test_the_page_shows_a_run_and_the_readme_links_it(name: str) -> None:
 
 
 def test_no_page_is_left_of_a_command_that_is_gone() -> None:
-    assert {path.stem for path in PAGES.glob("*.md")} == set(command_names())
+    assert {path.stem for path in PAGES.glob("*.md")} == set(COMMANDS)
 
 
 def test_help_is_plain_text_of_fixed_width(helps: dict[str, str]) -> None:

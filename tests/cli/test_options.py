@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 
 import dpo_cache.options
+from dpo_cache import upkeep
 from dpo_cache.cli import (
     compact,
-    copying,
     diff,
     eval_,
     export,
@@ -54,14 +54,14 @@ COMMANDS = {
     EvalOptions: [eval_],
     SweepOptions: [sweep],
     LsOptions: [ls],
-    VerifyOptions: [verify],
+    VerifyOptions: [verify, upkeep],
     CompactOptions: [compact],
     GcOptions: [gc],
     MergeOptions: [merge],
     DiffOptions: [diff],
     RmOptions: [rm],
-    PullOptions: [pull, copying],
-    PushOptions: [push, copying],
+    PullOptions: [pull],
+    PushOptions: [push],
     ExportOptions: [export],
     ImportOptions: [import_],
 }

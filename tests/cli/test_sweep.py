@@ -69,7 +69,7 @@ def test_the_result_is_one_table(run, cache: str, tmp_path: Path, started: list[
         started_name.removeprefix("shuffle=") for started_name in sorted_by_table(tmp_path / "out")
     ]
     assert rest[-1].startswith("Next, with the best: AutoModelForCausalLM.from_pretrained(")
-    assert "2 runs: 2 to begin.\n" in done.err and "shuffle=on: eval at step 0: " in done.err
+    assert "2 runs: 2 to start.\n" in done.err and "shuffle=on: eval at step 0: " in done.err
     told = json.loads(run(*command, "--json").out)
     assert told["finished"] is True and told["rows"][0]["options"] in ({"shuffle": True}, {"shuffle": False})
 
@@ -132,7 +132,7 @@ def test_ctrl_c_saves_the_run_at_work_and_the_same_command_goes_on(
         process.wait(timeout=60)
     text = log.read_text()
     assert process.returncode == 130, text
-    assert "2 runs: 2 to begin.\n" in text and "0 of 2 runs finished" in text
+    assert "2 runs: 2 to start.\n" in text and "0 of 2 runs finished" in text
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert [path.name for path in (metrics.parent / "checkpoints").iterdir()] == [
         f"step-{last:06d}"
@@ -142,7 +142,7 @@ def test_ctrl_c_saves_the_run_at_work_and_the_same_command_goes_on(
     begun = request.getfixturevalue("started")  # from here on in this process
     done = run("sweep", "--resume", output)
     assert done.code == 0, done.err
-    assert begun == ["beta=0.1", "beta=0.2"] and "2 runs: 1 to go on with, 1 to begin.\n" in done.err
+    assert begun == ["beta=0.1", "beta=0.2"] and "2 runs: 1 to resume, 1 to start.\n" in done.err
     steps = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
     assert steps == list(range(1, 151))
 
@@ -183,7 +183,7 @@ def test_a_run_that_is_killed_does_not_end_the_others(cache: str, tmp_path: Path
         process.wait(timeout=100)
     text = log.read_text()
     assert process.returncode == 1, text
-    assert "2 runs: 2 to begin; 2 at once, each with 1 CPU thread.\n" in text
+    assert "2 runs: 2 to start; 2 at once, each with 1 CPU thread.\n" in text
     assert (
         "max_steps=100 failed: killed by SIGKILL (out of memory?)" in text and "1 of 2 runs finished" in text
     )

@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import MISSING, Field
+from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ WIDTH = 100
 _PRINT_HELPS = """
 import json
 from typer.testing import CliRunner
-from dpo_cache.cli.app import app, command_names
-helps = {name: CliRunner().invoke(app, [name, "--help"], prog_name="dpo-cache").stdout for name in command_names()}
+from dpo_cache.cli.app import app, COMMANDS
+helps = {name: CliRunner().invoke(app, [name, "--help"], prog_name="dpo-cache").stdout for name in COMMANDS}
 print(json.dumps(helps))
 """
 
@@ -97,7 +97,7 @@ _TABLE = ("", "| option | default | |", "|---|---|---|")
 def _row(entry: Field[Any]) -> str:
     flag = entry.metadata["flag"] if "/" in entry.metadata["flag"] else flag_of(entry)
     choices = "\\|".join(entry.metadata["choices"])
-    default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+    default = entry.default
     if entry.metadata["required"]:
         shown = "needed"
     elif isinstance(default, bool):

@@ -103,7 +103,7 @@ def test_all_combinations_that_make_no_sense_are_named_at_once() -> None:
         "paper takes 0.001.\n"
         "  label_smoothing=0.1, loss=ipo: `label_smoothing` 0.1 has no meaning under `loss` ipo. "
         "Leave it out; it serves sigmoid, exo_pair, robust, aot, aot_unpaired, simpo, cpo.\n"
-        "Leave such values out, or run them as a sweep of their own."
+        "Leave such values out, or run them as another sweep."
     )
 
 

@@ -86,7 +86,7 @@ def test_a_failure_is_told_the_others_go_on_and_it_is_tried_again(
         and failed.error.endswith("The weights were not updated. Lower --lr.")
     )
     assert (
-        "beta=1e-30: failed with exit code 1; the others go on. All that it said: "
+        "beta=1e-30: failed with exit code 1; the others continue. Log: "
         f"{tmp_path}/out/logs/beta=1e-30.log" in said
     )
     assert (
@@ -210,7 +210,7 @@ def test_the_time_left_is_that_of_the_pace_seen(active: ActiveRun, monkeypatch: 
         (-signal.SIGSEGV, "", "killed by SIGSEGV"),
         (1, "a remark\nerror: it is so.\nDo this.\n", "it is so. Do this."),
         (1, "Traceback:\n  File x\nKeyError: 'y'\n", "KeyError: 'y'"),
-        (3, "", "ended with exit code 3 and said nothing"),
+        (3, "", "ended with exit code 3 without any output"),
     ],
 )
 def test_why_a_run_ended(active: ActiveRun, code: int, said: str, error: str) -> None:

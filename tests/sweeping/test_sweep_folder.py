@@ -45,7 +45,7 @@ def test_another_grid_is_refused_and_changes_nothing(tmp_path: Path) -> None:
         f"{tmp_path}: this sweep was started otherwise:\n"
         "  beta: 0.1, 0.2 before, 0.1, 0.3 now\n"
         "  epochs: 2.0 before, 3.0 now\n"
-        "More values add runs, but those of before must be given, too. Give them, or choose another `output`."
+        "More values add runs, but the earlier ones must be given, too. Give them, or choose another `output`."
     )
     assert (tmp_path / "sweep.json").read_bytes() == before
 
@@ -129,7 +129,7 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path) -> None:
         assert lock is not None
         names(tmp_path, beta="0.1,0.2")
         with (
-            pytest.raises(TrainingError, match="another sweep is at work here"),
+            pytest.raises(TrainingError, match="another sweep is running here"),
             hold_folder(tmp_path, said.append),
         ):
             raise AssertionError("not reached")
