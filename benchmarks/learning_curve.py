@@ -1,4 +1,4 @@
-"""What a policy learns: accuracy, margin and loss on held-out pairs while it trains.
+"""Accuracy, margin and loss on held-out pairs during training.
 
     learning_curve.py --model MODEL --data FILE [--rows N] [--plot FILE.svg] [option=value ...]
 
@@ -68,22 +68,22 @@ def main() -> None:
 
 
 def plot(evaluations: list[dict[str, Any]], path: Path) -> None:
-    """The three curves side by side."""
+    """Draw the three curves in one row."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, places = pyplot.subplots(1, len(CURVES), figsize=(11, 3), layout="constrained")
-    for place, (name, label) in zip(places, CURVES.items(), strict=True):
-        place.plot(
+    figure, panels = pyplot.subplots(1, len(CURVES), figsize=(11, 3), layout="constrained")
+    for panel, (name, label) in zip(panels, CURVES.items(), strict=True):
+        panel.plot(
             [line["step"] for line in evaluations],
             [line[name] for line in evaluations],
             marker=".",
             color="#1f6f8b",
         )
-        place.set(xlabel="step", title=label)
-        place.grid(alpha=0.3)
+        panel.set(xlabel="step", title=label)
+        panel.grid(alpha=0.3)
     figure.savefig(path)
 
 

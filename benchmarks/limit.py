@@ -1,22 +1,21 @@
-"""The limit of scoring: the time of the matrix products that no exact method can leave out.
+"""The limit of scoring: the time of the matrix products that every exact method needs.
 
-    for every distinct token of the trie     the linear layers, and attention to its own ancestors
-    for every answer token that is distinct  the LM head
+    for every distinct token of the trie     the linear layers, and attention to its ancestors
+    for every distinct answer token          the LM head
 
-each at the speed that this machine reaches for it here and now, by the faster of torch's libraries: the
-linear layers on a chunk of tokens, the attention products on blocks of 128 queries against the mean path, the
-head on 256 tokens. Everything else (norms, activations, softmax, copies, planning) is left out, so 100 %
-cannot be reached.
+Each product counts at its speed on this machine at the time of the run, with the faster of torch's libraries:
+the linear layers on a chunk of tokens, the attention products on blocks of 128 queries and a path of mean
+length, the head on 256 tokens. Everything else (norms, activations, softmax, copies, planning) is left out,
+so no program can reach 100 %.
 
     limit.py MODEL SHAPES.json OUT.json [--train] [--lora-r N]
 
-With --train, of training: the same products and those of their two gradients, each at the speed of its own
-kind; of attention, whose gradients are five products more, two and a half times as much again. With --lora-r,
-of training LoRA adapters on all linear layers but the head: no gradients of other weights, and the adapters'
-own products.
+--train gives the limit of training: the same products and those of their two gradients, each at the speed of
+its kind; attention counts 3.5 times, because its gradients need five more products. --lora-r gives the limit
+of training LoRA adapters on all linear layers but the head: no gradients of other weights, but the products
+of the adapters.
 
-SHAPES.json is what `our_side.py` wrote of the data. Written for Llama-like models; MODEL is read for its
-weights' shapes.
+SHAPES.json is the `shapes` of `our_side.py`. MODEL is a Llama-like model, of which only the config is read.
 """
 
 from __future__ import annotations
@@ -41,17 +40,18 @@ QUERY_BLOCK = 128
 HEAD_TOKENS = 256
 
 
+# Products of a layer; a layer with frozen weights only passes gradients on.
 SCORE, TRAIN, PASS_ON = (
     ("output",),
     ("output", "for_inputs", "for_weight"),
     ("output", "for_inputs"),
-)  # products of a layer; the last is frozen
+)
 
 
 def main(
     model: str, shapes: dict[str, Any], *, train: bool = False, lora_r: int | None = None
 ) -> dict[str, float]:
-    """Seconds of each part and in all, and the speeds they follow from."""
+    """Seconds of each part and in total, and the measured speeds."""
     config = AutoConfig.from_pretrained(model).get_text_config()
     kinds = SCORE if not train else PASS_ON if lora_r else TRAIN
     linear = linear_seconds_per_token(config, kinds, lora_r)
@@ -72,7 +72,7 @@ def main(
 
 
 def linear_seconds_per_token(config: Any, kinds: Sequence[str], lora_r: int | None) -> float:
-    """All linear layers of the decoder, on `CHUNK_TOKENS` tokens at once, and their adapters."""
+    """Seconds of all linear layers and their adapters per token, on `CHUNK_TOKENS` tokens at once."""
     hidden, inner = config.hidden_size, config.intermediate_size
     head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head_size, config.num_key_value_heads * head_size
@@ -85,7 +85,7 @@ def linear_seconds_per_token(config: Any, kinds: Sequence[str], lora_r: int | No
         (hidden, inner),
         (inner, hidden),
     ]
-    # as many weights as the model: caches as cold
+    # as many weights as the model, so that they do not stay in the processor's caches
     weights = [torch.randn(out, into) for _ in range(config.num_hidden_layers) for into, out in sizes]
     adapters = (
         [torch.randn(*shape) for into, out in sizes for shape in ((lora_r, into), (out, lora_r))]
@@ -99,7 +99,7 @@ def linear_seconds_per_token(config: Any, kinds: Sequence[str], lora_r: int | No
 
 
 def seconds_of_products(weights: list[torch.Tensor], num_tokens: int, kinds: Sequence[str]) -> float:
-    """These products of each weight with that many tokens, by whichever library is faster for each kind."""
+    """Seconds of these products of each weight for that many tokens, with the faster library for each kind."""
     inputs = {size: torch.randn(num_tokens, size) for weight in weights for size in weight.shape}
 
     def run(name: str, products: Products) -> None:
@@ -116,7 +116,7 @@ def seconds_of_products(weights: list[torch.Tensor], num_tokens: int, kinds: Seq
 
 
 def attention_seconds_per_pair(config: Any, path: int) -> float:
-    """Both products of attention, all layers, per pair of a query and a key."""
+    """Seconds of both products of attention in all layers, per pair of a query and a key."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     groups = config.num_attention_heads // config.num_key_value_heads
     query = torch.randn(config.num_key_value_heads, groups * QUERY_BLOCK, head_size)
@@ -129,7 +129,7 @@ def attention_seconds_per_pair(config: Any, path: int) -> float:
 
 
 def head_seconds_per_token(config: Any, kinds: Sequence[str]) -> float:
-    """The LM head on `HEAD_TOKENS` tokens."""
+    """Seconds of the LM head per token, on `HEAD_TOKENS` tokens at once."""
     return (
         seconds_of_products([torch.randn(config.vocab_size, config.hidden_size)], HEAD_TOKENS, kinds)
         / HEAD_TOKENS

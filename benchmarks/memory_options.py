@@ -1,11 +1,11 @@
-"""What each way to save memory saves and costs: a few steps of real training each, in fresh processes.
+"""Memory and speed of training with each option that saves memory: a few real steps, in fresh processes.
 
     memory_options.py --model MODEL --data FILE [--rows N] [--batch-size N] [--steps N] [--only WORD ...]
     [--bf16]
 
-For every configuration: pairs/s, most memory (resident; on CUDA what its allocator held), the first losses
-and gradient norms, as a table in Markdown. The rows are scored once for each quantization of the base.
-bfloat16 is left out on a CPU, where it is hundreds of times slower, unless --bf16 asks for it.
+Prints a table in Markdown with pairs/s, peak memory (resident; on CUDA that of its allocator), the losses and
+gradient norms of each configuration. The rows are scored once for each quantization of the base. On a CPU,
+bfloat16 runs only with --bf16, because it is hundreds of times slower there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 Options = dict[str, Any]
 
-ONE_FOREST = {"budget_tokens": "100000"}  # a step of one backward pass, which is where gradients can be freed
+ONE_FOREST = {"budget_tokens": "100000"}  # one backward pass per step, so that gradients can be freed
 FREED = {"free_gradients": True}
 LORA = {"lora_r": 16, "lr": 1e-4}
 
@@ -70,7 +70,7 @@ def main() -> None:
         run_child(json.loads(arguments.child))
         return
     if not arguments.model or not arguments.data:
-        parser.error("--model and --data are needed")
+        parser.error("--model and --data are required")
     compare(arguments)
 
 
@@ -82,7 +82,7 @@ def compare(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         scored: set[str] = set()
         for title, changes in CONFIGURATIONS.items():
-            if not is_asked_for(title, changes, arguments):
+            if not is_selected(title, changes, arguments):
                 continue
             quantize = changes.get("quantize", "none")
             cache = str(Path(name, f"cache-{quantize}"))
@@ -109,8 +109,8 @@ def compare(arguments: argparse.Namespace) -> None:
             print(row(title, found), flush=True)
 
 
-def is_asked_for(title: str, changes: Options, arguments: argparse.Namespace) -> bool:
-    """Whether the configuration is named, or all are and this machine can show something with it."""
+def is_selected(title: str, changes: Options, arguments: argparse.Namespace) -> bool:
+    """Whether --only names the configuration; without --only, whether it is useful on this machine."""
     if arguments.only:
         return any(word in title for word in arguments.only)
     import torch
@@ -132,7 +132,7 @@ def row(title: str, found: dict[str, Any]) -> str:
 
 
 def in_child(task: dict[str, Options]) -> dict[str, Any]:
-    """What `run_child` prints, in a process of its own."""
+    """Run `run_child` in its own process, and return the JSON that it prints."""
     done = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps(task)], capture_output=True, text=True
     )

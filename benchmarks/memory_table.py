@@ -1,13 +1,13 @@
-"""GPU memory of a training step, ours and DPO with a live reference, counted without a GPU: the tables of
-docs/memory.md.
+"""The tables of docs/memory.md: GPU memory of a training step, of dpo-cache and of DPO with a live reference,
+counted without a GPU.
 
     memory_table.py --model MODEL [--trl-python PYTHON] [--only validation|tables] [--models 1B 3B 8B]
 
-validation  on MODEL, a small real one, in float32 on the CPU: what is counted from its config alone beside
-            what torch's allocator gave out when the same passes were computed, TRL's own step among them
-tables      Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B, of which nothing but the config below is needed
+validation  on MODEL, a small real one, in float32 on the CPU: the count from its config, compared with the
+            memory of torch's allocator when the same passes are computed, and with TRL's own step
+tables      Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B, of which only the configs below are needed
 
-See `dpo_cache/planning/footprint.py` for what is counted, and `padded_step.py` for the other side.
+`dpo_cache/planning/footprint.py` describes what is counted, `padded_step.py` is TRL's side.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs at once, and their lengths in tokens."""
+    """Number of pairs that run at once, and their lengths in tokens."""
 
     prompt: int
     answer: int
@@ -97,7 +97,7 @@ VALIDATION = Batch(400, 150, 1)
 
 @dataclass(frozen=True)
 class Setup:
-    """A way to fine-tune. `dtype` is the weights'; adapters and their autocast are float32 weights and
+    """A way to fine-tune. `dtype` is that of the weights; adapters have float32 weights and, under autocast,
     bfloat16 products.
     """
 
@@ -123,7 +123,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
-    parser.add_argument("--trl-python", help="an interpreter that has trl==1.16.0")
+    parser.add_argument("--trl-python", help="interpreter of an environment with trl==1.16.0")
     parser.add_argument("--only", choices=("validation", "tables"))
     parser.add_argument("--models", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     arguments = parser.parse_args()
@@ -137,7 +137,7 @@ def main() -> None:
 
 
 def validate(location: str, trl_python: str | None) -> None:
-    """Counted against allocated, of one pair, with gradients standing from before."""
+    """Compare counted with allocated memory for one pair, while gradients of earlier pairs exist."""
     config = AutoConfig.from_pretrained(location)
     pair = VALIDATION.completions()
     theirs_allocated = trl_bytes(location, trl_python) if trl_python else {}
@@ -198,7 +198,7 @@ def compare(
     *,
     fast: bool = False,
 ) -> int:
-    """Bytes counted, shown beside those allocated."""
+    """Print counted and allocated bytes, and return the counted ones."""
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32).eval()
@@ -235,7 +235,7 @@ def show_tables(models: list[str]) -> None:
 
 
 def show(size: str, batch: Batch, modes: tuple[str, ...]) -> None:
-    """Every setup: GB of ours, of TRL 1.16, and of whole logits."""
+    """Print GB of dpo-cache, of TRL 1.16, and of whole logits, for every setup."""
     print(
         "\n"
         f"Llama {size}, {batch.pairs} pairs at once, prompt {batch.prompt:,}, answers "
@@ -257,7 +257,7 @@ def show(size: str, batch: Batch, modes: tuple[str, ...]) -> None:
 
 
 def show_parts(size: str, batch: Batch) -> None:
-    print(f"\nLlama {size}, the same, by what it is for, recomputation full, GB\n")
+    print(f"\nLlama {size}, the same, by use, recomputation full, GB\n")
     print("| | | weights | gradients | optimizer | activations | total |\n|---|---|---|---|---|---|---|")
     for setup in SETUPS:
         for name, side in (("dpo-cache", "ours"), ("TRL 1.16", "tiled")):
@@ -282,7 +282,7 @@ def show_sizes(size: str) -> None:
 
 
 def peer(mode: str) -> str:
-    """What TRL has of a mode: checkpointing of whole layers, or none."""
+    """The mode of TRL to compare with: checkpointing of whole layers, or none."""
     return "full" if mode == "full" else "none"
 
 
@@ -301,12 +301,13 @@ def footprint(size: str, batch: Batch, setup: Setup, mode: str, side: str = "our
 def activations_of(
     size: str, batch: Batch, dtype: torch.dtype, precision: str, lora_r: int | None, mode: str, side: str
 ) -> int:
-    """Ours counted on 2, 3 and 4 layers and continued along the line that these make; where they make none,
-    and TRL's, on all layers.
+    """Bytes of activations: dpo-cache's are counted on 2, 3 and 4 layers and extrapolated if they grow
+    linearly; otherwise, and for TRL, all layers are counted.
 
-    What lives at a moment in layer k of n is the same for all n, but for what each layer below k keeps. So
-    the peak is the larger of a constant, for moments in the first layer, and a line, for those in the last;
-    once on the line, it stays there. A reference adds lines of its own.
+    The live memory at a moment in layer k of n depends on n only through the activations that the layers
+    below k keep. So the peak is the larger one of a constant, for moments in the first layer, and a linear
+    function of n, for moments in the last; once the linear function is larger, it remains so. A live
+    reference adds more such functions.
     """
     num_layers = CONFIGS[size].num_hidden_layers
     if side == "ours":
@@ -327,7 +328,7 @@ def count(
     mode: str,
     side: str,
 ) -> int:
-    """Activations of the model with so many layers."""
+    """Bytes of activations of the model with that number of layers."""
     config = copy.deepcopy(CONFIGS[size])
     config.num_hidden_layers = layers
     with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type("cuda"):

@@ -1,10 +1,10 @@
-"""dpo-cache's side of `precompute.py`, in a process of its own.
+"""dpo-cache's side of `precompute.py` and `memory.py`, in its own process.
 
-    our_side.py MODEL ROWS.jsonl OUT.json [--max-length N] [--budget-tokens N]
+    our_side.py MODEL ROWS.jsonl OUT.json [--max-length N] [--budget-tokens N] [--window N]
 
-OUT.json: the report of a first run and of a second one over the same cache, the sums of every row in order,
-and the shapes of the work: distinct tokens, pairs of a token and one of its ancestors or itself, answer
-tokens.
+OUT.json has the reports of a first run and of a second one over the same cache, the sums of every row in
+order, and the amount of work: distinct tokens, pairs of a token with itself or one of its ancestors, distinct
+answer tokens, and the longest sequence.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
                     max_length=arguments.max_length, budget_tokens=arguments.budget_tokens, window=arguments.window,
                 )
             )  # fmt: skip
-            gc.collect()  # what the first run leaves behind is not to be collected in the time of the second
+            gc.collect()  # otherwise Python would collect the first run's garbage during the second
         first, second = reports
         pairs = list(dpo_cache.open_cache(cache).pairs("rows"))
     sums = [(scored.pair.row, scored.ref_chosen.logps, scored.ref_rejected.logps) for scored in pairs]
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def work(stream: Stream) -> dict[str, Any]:
-    """What must be multiplied, whatever the method."""
+    """The amount of work that every exact method needs."""
     ancestor_pairs = num_targets = 0
     for chunk in stream.chunks(lambda: 8192):
         ancestor_pairs += int((chunk.depths_C + 1).sum())

@@ -22,7 +22,7 @@ from dpo_cache.lm.model.adapter import add_adapter, lora_config
 from dpo_cache.lm.model.load import load_model
 from dpo_cache.lm.self_check import choose_attention
 from dpo_cache.planning.footprint import pass_bytes
-from dpo_cache.training import loop  # noqa: F401  (with all imports: a part of the process's memory)
+from dpo_cache.training import loop  # noqa: F401  (imported before the process's memory is measured)
 from dpo_cache.training.batches import completions_of, split_step
 from dpo_cache.types import ScoredPair
 
@@ -70,7 +70,7 @@ def floor(
     process_bytes: int,
     lora_r: int | None,
 ) -> dict[str, int]:
-    """What a step cannot do without, in bytes; activations of the forest that holds most, under the run's
+    """The bytes that a step needs at least; activations are those of the largest forest, under the run's
     recomputation.
     """
     model = load_model(report.resolved["model"], dtype=torch.float32, device=torch.device("cpu"))
@@ -82,7 +82,7 @@ def floor(
     groups = [group for step in steps for group in split_step(step, report.resolved["budget_tokens"])]
     largest = max(groups, key=lambda group: group.num_tokens)
     weights, trained = 4 * report.num_parameters, 4 * report.num_trained
-    for parameter in model.parameters():  # those of other forests stand, and count among the gradients
+    for parameter in model.parameters():  # gradients of earlier forests exist, and are counted as gradients
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     passes = pass_bytes(model, completions_of(largest.pairs), attention)
     return {
@@ -95,8 +95,8 @@ def floor(
 
 
 def shapes(pairs: list[ScoredPair], batch_size: int) -> dict[str, int]:
-    """What must be multiplied: of each step's distinct tokens, their ancestors, and the distinct answer
-    tokens.
+    """The amount of work: distinct tokens of each step, pairs of a token with itself or an ancestor, and
+    distinct answer tokens.
     """
     sums = {"tokens": 0, "ancestor_pairs": 0, "targets": 0}
     rest = iter(pairs)

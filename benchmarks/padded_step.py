@@ -1,14 +1,14 @@
-"""One step of DPO as others take it, in a few lines, for `memory_table.py` to count: padded rows and a live
-reference.
+"""A short version of the DPO step of TRL 1.16 on one GPU, for `memory_table.py` to count: padded rows and a
+live reference.
 
-What TRL 1.16's DPOTrainer does on one GPU. Chosen rows, then rejected rows, each prompt and answer, padded to
-the longest; the policy runs them in train mode, under autocast, with its own attention; then the reference,
-without gradients: a second model, or for adapters the same one with the adapters off. Its head takes the
-answers' positions in tiles of 4,096 tokens by 32,768 entries of the vocabulary, forward and backward, where
-kernels work inside a tile, and adds gradients up in float32.
+The rows are the chosen, then the rejected sequences of prompt and answer, padded to the longest. The policy
+runs them in train mode, under autocast, with its own attention; then the reference runs them without
+gradients: a second model, or for adapters the same model with the adapters off. The head computes the logits
+of the answers' positions in tiles of 4,096 tokens by 32,768 entries of the vocabulary, forward and backward,
+and accumulates gradients in float32.
 
-`whole_logits` is the step before there was such a head, as the original repository and others take it: logits
-in float32 [rows, length, vocabulary], and their log_softmax.
+`whole_logits` is the step of the original repository and of others without such a head: logits in float32
+[rows, length, vocabulary], and their log_softmax.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dpo_cache.types import Completion
 
 TILE_TOKENS, TILE_ENTRIES = 4096, 32_768
 UNMASKED = "benchmark_sdpa_unmasked"
-INSIDE = 64  # rows and entries within a tile that are worked on at once: what a kernel does without memory
+INSIDE = 64  # rows and entries of a tile at once: kernels need no memory for them, this code a little
 
 
 def padded_loss(
@@ -38,7 +38,7 @@ def padded_loss(
     with_adapters: bool = False,
     whole_logits: bool = False,
 ) -> Callable[[Any], torch.Tensor]:
-    """What gives a model's DPO loss over pairs: chosen, rejected, chosen, rejected, ..."""
+    """A function from a model to its DPO loss; the completions alternate: chosen, rejected, chosen, ..."""
     rows = [*completions[::2], *completions[1::2]]
     answer_logps = _whole_answer_logps if whole_logits else _answer_logps
 
@@ -57,7 +57,7 @@ def padded_loss(
 
 
 def prepare(model: Any, *, checkpointing: bool) -> Any:
-    """The model as TRL trains it."""
+    """Put the model into the state in which TRL trains it."""
     model.train()
     if checkpointing:
         options = {"use_reentrant": False}
@@ -81,10 +81,10 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def _inputs(model: Any, rows: Sequence[Completion]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Ids, with a mask where there is padding, and where the answers' tokens stand in the flat rows.
+    """The model's inputs, and the positions of the answers' tokens in the flattened rows.
 
-    transformers looks at the values of a mask and drops one that hides nothing, which it cannot do on fake
-    tensors.
+    There is a mask only if there is padding: transformers reads a mask's values to drop one that hides
+    nothing, which fails on fake tensors.
     """
     length = max(map(len, rows))
     ids = np.zeros((len(rows), length), np.int64)
@@ -103,7 +103,7 @@ def _inputs(model: Any, rows: Sequence[Completion]) -> tuple[dict[str, torch.Ten
 
 
 def _answer_logps(model: Any, rows: Sequence[Completion], autocast: bool) -> torch.Tensor:
-    """Log-prob of each row's answer [rows], by the tiled head."""
+    """Log-prob of each row's answer [rows], with the tiled head."""
     inputs, answers = _inputs(model, rows)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
@@ -116,11 +116,11 @@ def _answer_logps(model: Any, rows: Sequence[Completion], autocast: bool) -> tor
 
 
 def _whole_answer_logps(model: Any, rows: Sequence[Completion], autocast: bool) -> torch.Tensor:
-    """The same by whole logits; accelerate hands a model's outputs over in float32."""
+    """Log-prob of each row's answer [rows], with whole logits; accelerate converts them to float32."""
     inputs, answers = _inputs(model, rows)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(**inputs, use_cache=False).logits
-    logits = logits.float()[:, :-1].contiguous()  # a copy that log_softmax would make itself, out of sight
+    logits = logits.float()[:, :-1].contiguous()  # log_softmax would make this copy internally, uncounted
     logps = logits.log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None])[:, :, 0]
     return _sums(F.pad(logps, (1, 0)).flatten().index_select(0, answers), rows)
 

@@ -1,8 +1,7 @@
-"""How far bf16 and fp16 stray from fp32, in nats per token, on tiny random models: what the tolerances are
-read off.
+"""Errors of bf16 and fp16 in nats per token, on tiny random models: the basis of the tolerances.
 
-forest - rows    the engine's self-check: the same dtype, another order of the sums
-forest - fp32    what is stored, against the same model's fp32 log-probs
+forest - rows    the comparison of the self-check: the same dtype, another order of the sums
+forest - fp32    the stored log-probs, compared with the same model's fp32 log-probs
 """
 
 from __future__ import annotations

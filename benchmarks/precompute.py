@@ -1,11 +1,11 @@
-"""How fast dpo-cache scores, beside TRL 1.16 with `precompute_ref_log_probs=True` and beside the machine's
+"""The speed of scoring, compared with TRL 1.16 with `precompute_ref_log_probs=True` and with the machine's
 limit.
 
     precompute.py --model MODEL --data FILE [--rows N] --trl-python PYTHON [--repeats 3]
 
-Both sides read the same rows, in float32 on the CPU with the same threads and maximum length, each time as a
-fresh process, in turn; TRL in batches of 8 pairs. pairs/s are those of the scoring alone: tokenizing and
-loading the model are left out on both sides. The limit is measured between them (`limit.py`).
+Both sides score the same rows, in float32 on the CPU with the same threads and maximum length; TRL takes
+batches of 8 pairs. They run alternately, each time in a fresh process, and `limit.py` measures the limit
+between them. pairs/s do not include tokenizing and loading the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="preference data in any format that dpo-cache reads")
-    parser.add_argument("--rows", type=int, help="how many rows, from the first; default: all")
+    parser.add_argument("--rows", type=int, help="number of rows, from the first; default: all")
     parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL 1.16")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=1024)
@@ -36,7 +36,7 @@ def main() -> None:
         folder = Path(name)
         rows = write_rows(arguments.data, arguments.rows, folder / "rows.jsonl")
         print(
-            f"{Path(arguments.data).name}: {rows} rows, {arguments.repeats} runs of each side in turn, "
+            f"{Path(arguments.data).name}: {rows} rows, {arguments.repeats} alternating runs of each side, "
             f"maximum length {arguments.max_length}"
         )
         length = ["--max-length", str(arguments.max_length)]
@@ -71,7 +71,7 @@ def main() -> None:
                 )
             )
             print(
-                f"  turn {turn + 1}: {pairs_per_s(ours[-1]):.2f} against "
+                f"  turn {turn + 1}: {pairs_per_s(ours[-1]):.2f}, TRL "
                 f"{trl_pairs_per_s(theirs[-1]):.3f} pairs/s",
                 flush=True,
             )
@@ -129,7 +129,7 @@ def report(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], limits: lis
 
 
 def largest_difference(sums: list[tuple[int, float, float]], theirs: dict[str, Any]) -> float:
-    """Over the rows that both sides keep; exits where one keeps a row that the other does not."""
+    """The largest relative difference of a sum; exits if the sides keep different rows."""
     other_sums = dict(
         zip(theirs["rows"], zip(theirs["chosen"], theirs["rejected"], strict=True), strict=True)
     )

@@ -1,20 +1,18 @@
-"""How fast and in how much memory dpo-cache trains, beside TRL 1.16 and beside the machine's limit.
+"""Speed and memory of training, compared with TRL 1.16 and with the machine's limit.
 
     train.py --model MODEL --data FILE [--rows N] --trl-python PYTHON [--repeats 3] [--batch-size 4]
-    [--max-length 1024]
-             [--live-only] [--lora-r N] [option=value ...]
+             [--max-length 1024] [--live-only] [--lora-r N] [option=value ...]
 
-Three ways to take one epoch through the same rows in the same order, full fine-tuning with AdamW in float32
-on the CPU, each time as a fresh process, in turn: ours from a cache, TRL with a live reference, and TRL with
-`precompute_ref_log_probs=True`. pairs/s are those of the steps alone: loading, tokenizing and scoring the
-reference are left out on all sides. `--live-only` leaves the third way out, where many steps are to be
-compared rather than timed. `--lora-r` trains a LoRA adapter on all linear layers instead, from the same
-random start on all sides.
-`option=value` are options of `dpo_cache.train`.
+Three programs train one epoch on the same rows in the same order, full fine-tuning with AdamW in float32 on
+the CPU: dpo-cache from a cache, TRL with a live reference, and TRL with `precompute_ref_log_probs=True`. They
+run alternately, each time in a fresh process. pairs/s do not include loading, tokenizing and scoring the
+reference. `--live-only` leaves out the third program, to compare many steps. `--lora-r` trains a LoRA adapter
+on all linear layers instead, with the same random initialization on all sides. `option=value` are options of
+`dpo_cache.train`.
 
-The floor of memory is what cannot be spared under the recomputation that was chosen: the process with its
-imports, weights, gradients, optimizer state, and the activations of the largest forest, counted
-(`dpo_cache/planning/footprint.py`).
+The floor of memory is the least that a run needs under the chosen recomputation: the process with its
+imports, weights, gradients, optimizer state, and the activations of the largest forest, counted by
+`dpo_cache/planning/footprint.py`.
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ def main() -> None:
         num_rows = write_rows(arguments.data, arguments.rows, folder / "rows.jsonl")
         print(
             f"{Path(arguments.data).name}: {num_rows} rows, batches of {arguments.batch_size}, "
-            f"{arguments.repeats} runs of each side in turn"
+            f"{arguments.repeats} alternating runs of each side"
         )
         precompute(arguments.model, folder, arguments.max_length)
         adapter = ["--lora-r", str(arguments.lora_r)] if arguments.lora_r else []
@@ -152,7 +150,7 @@ def report(runs: dict[str, list[dict[str, Any]]], limits: list[float]) -> None:
         pairs = list(zip(ours[0][entry], live[entry], strict=True))
         gap = max(abs(one - other) / abs(other) for one, other in pairs)
         print(
-            f"  {entry}, largest relative difference to TRL with a live reference over {len(pairs)} "
+            f"  {entry}, largest relative difference from TRL with a live reference over {len(pairs)} "
             f"steps: {gap:.2e}"
         )
         print(

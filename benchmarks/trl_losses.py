@@ -1,9 +1,9 @@
-"""Runs TRL's own loss code on given log-probs: `python trl_losses.py CASES.json OUT.json`, where TRL is
+"""Run TRL's own loss code on given log-probs: `python trl_losses.py CASES.json OUT.json`, where TRL is
 installed.
 
-`DPOTrainer._compute_loss` is called on a trainer without its `__init__`, whose model hands over the token
-log-probs of the case instead of computing any. CPO's and ORPO's losses are methods of log-probs and are
-called as they are. Imports nothing of dpo-cache.
+`DPOTrainer._compute_loss` is called on a trainer without its `__init__`, whose model returns the token
+log-probs of the case instead of computing any. The losses of CPO and ORPO are methods that take log-probs and
+are called directly. This file imports nothing from dpo-cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 
 class GivenLogps(torch.nn.Module):
-    """A model that answers with the log-probs it was made of."""
+    """A model that returns given log-probs."""
 
     is_gradient_checkpointing = False
 
@@ -44,7 +44,7 @@ class GivenLogps(torch.nn.Module):
 
 
 def run_dpo(case: dict[str, Any]) -> dict[str, Any]:
-    """Loss, its gradient by every token log-prob of the policy, and the metrics of the pairs."""
+    """Loss, its gradient with respect to every token log-prob of the policy, and the metrics of the pairs."""
     dtype, settings = getattr(torch, case["dtype"]), {**DEFAULTS, **case["trl"]}
     policy, reference, squares = (padded(case[name], dtype) for name in ("policy", "reference", "squares"))
     lengths = torch.tensor([len(tokens) for tokens in case["policy"]])
@@ -120,8 +120,8 @@ def run_cpo(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_orpo(case: dict[str, Any]) -> dict[str, Any]:
-    """ORPOTrainer's odds ratio loss, to which the mean NLL a token of each chosen completion is added (TRL
-    takes it over the prompt, too).
+    """ORPOTrainer's odds ratio loss plus the mean NLL per token of each chosen completion (TRL's NLL also
+    includes the prompt).
     """
     policy = padded(case["policy"], getattr(torch, case["dtype"])).requires_grad_()
     lengths = torch.tensor([len(tokens) for tokens in case["policy"]])
@@ -148,7 +148,7 @@ def _policy_only(
 
 
 def padded(rows: list[list[float]], dtype: torch.dtype) -> torch.Tensor:
-    """Rows of unequal length, filled up with zeros as TRL's fused head does."""
+    """Rows of unequal length, padded with zeros as in TRL's fused head."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
 
 

@@ -1,12 +1,12 @@
-"""What TRL 1.16's own DPO step takes of torch's CPU allocator, for `memory_table.py`, which runs this with an
-interpreter that has TRL.
+"""Peak memory of TRL 1.16's own DPO step in torch's CPU allocator, for `memory_table.py`, which runs this file
+with an interpreter that has TRL.
 
     trl_memory.py MODEL OUT.json    with the repository in PYTHONPATH
 
-`DPOTrainer._compute_loss` and its backward pass on the pair of `memory_table.validate`, in float32, with a
-live reference. On a GPU its head takes the answers' positions alone, and kernels work inside a tile of
-logits; here it is told to do the first, and its own stand-in for those kernels is called on a few rows of a
-tile at a time, which takes next to no memory of its own.
+It runs `DPOTrainer._compute_loss` and its backward pass on the pair of `memory_table.validate`, in float32,
+with a live reference. On a GPU, TRL's head computes only the answers' positions, with kernels that work
+inside a tile of logits. Here TRL is made to do the same: its fallback for these kernels is called on a few
+rows of a tile at a time, which needs almost no memory.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def main(location: str, out: Path) -> None:
 
 
 def by_rows(fold: Callable[..., None]) -> Callable[..., None]:
-    """The same, on a few rows of the tile at a time: whatever is given one value or one row a token is cut
-    alike.
+    """The same function on a few rows of the tile at a time; tensor arguments, which have one entry per row,
+    are split in the same way.
     """
 
     def run(tile: torch.Tensor, stride: int, *arguments: Any, **flags: Any) -> None:
@@ -69,7 +69,7 @@ def by_rows(fold: Callable[..., None]) -> Callable[..., None]:
 
 
 def step_bytes(location: str, *, checkpointing: bool) -> int:
-    """Most bytes above weights and gradients, which stand."""
+    """Peak bytes of the step, without weights and gradients, which exist before."""
     trainer = DPOTrainer.__new__(DPOTrainer)
     trainer.accelerator, trainer.model, trainer.ref_model = (
         Accelerator(cpu=True),

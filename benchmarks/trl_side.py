@@ -1,16 +1,15 @@
-"""What TRL 1.16 makes of preference rows. `parity.py` runs this with an interpreter that has TRL, not
-dpo-cache.
+"""TRL 1.16's side of the benchmarks, which run this file with an interpreter that has TRL, not dpo-cache.
 
-    trl_side.py logps MODEL ROWS.jsonl OUT.json    precomputed reference log-probs in nats, their seconds and
+    trl_side.py logps MODEL ROWS.jsonl OUT.json    precomputed reference log-probs in nats, with seconds and
                                                    memory
-    trl_side.py ids    -     FOLDER     OUT.json    token ids of every case in FOLDER/cases.json, and the
-                       seconds of tokenizing
-    trl_side.py train MODEL ROWS.jsonl OUT.json    {"losses", "grad_norms"} of each step of one epoch, its
-                                                   seconds and memory, against a live reference or, with
+    trl_side.py ids   -     FOLDER     OUT.json    token ids of every case in FOLDER/cases.json, and the
+                                                   seconds of tokenizing
+    trl_side.py train MODEL ROWS.jsonl OUT.json    {"losses", "grad_norms"} of each step of one epoch, with
+                                                   seconds and memory; with a live reference or, with
                                                    --precompute, TRL's own precomputed log-probs
 
 ROWS.jsonl has prompt, chosen and rejected. `rows` are the numbers (from 0) of the lines that TRL keeps, in
-its order; no number is rounded. Everything is computed in float32 on the CPU.
+its order; no value is rounded. Everything is computed in float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -64,15 +63,15 @@ def main() -> None:
 
 
 def read_rows(path: Path) -> Dataset:
-    """The lines of a JSONL file with their numbers, in memory: TRL would reuse the log-probs of an earlier
-    run beside a file.
+    """The lines of a JSONL file with their numbers, in memory: for rows from a file, TRL would reuse the
+    log-probs of an earlier run.
     """
     with path.open(encoding="utf-8") as lines:
         return Dataset.from_list([{"index": index, **json.loads(line)} for index, line in enumerate(lines)])
 
 
 def reference_logps(model: str, rows: Dataset, max_length: int, folder: str) -> dict[str, Any]:
-    """Summed log-probs of every row that TRL keeps, the seconds that took, and the most memory before and
+    """Summed log-probs of every row that TRL keeps, the seconds of scoring, and the peak memory before and
     during it.
     """
     measured: dict[str, Any] = {}
@@ -97,7 +96,7 @@ def reference_logps(model: str, rows: Dataset, max_length: int, folder: str) -> 
 
 
 def peak_bytes() -> int:
-    """Most memory that was resident in this process so far (Linux)."""
+    """Peak resident memory of this process so far (Linux)."""
     return next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -106,8 +105,8 @@ def peak_bytes() -> int:
 
 
 def token_ids(folder: Path) -> dict[str, Any]:
-    """For each case in the folder's cases.json: ids as TRL's collator cuts them, where the answers start, and
-    the seconds of preparing.
+    """For each case in the folder's cases.json: ids as TRL's collator truncates them, the position where each
+    answer starts, and the seconds of tokenizing.
     """
     found = {}
     for case in json.loads((folder / "cases.json").read_text()):
@@ -138,7 +137,7 @@ def token_ids(folder: Path) -> dict[str, Any]:
 
 
 def collated(trainer: DPOTrainer, row: dict[str, Any]) -> dict[str, Any]:
-    """Ids and first answer token (by its place) of both sides."""
+    """Ids, and position of the first answer token, of both sides."""
     batch = trainer.data_collator([row])
     sides = []
     for ids, mask, answer in zip(
@@ -152,7 +151,7 @@ def train(
     model: str, rows: Dataset, max_length: int, folder: str, lora_r: int | None, **options: Any
 ) -> dict[str, Any]:
     """Loss and gradient norm (before clipping) of each step; the seconds of the steps, without loading and
-    precomputing, and the most memory.
+    precomputing, and the peak memory.
     """
     trainer = make_trainer(
         model if lora_r is None else with_adapter(model, lora_r), rows, max_length, folder, **options
@@ -171,7 +170,7 @@ def train(
 
 
 def with_adapter(model: str, lora_r: int) -> Any:
-    """The model with a fresh adapter, whose random part is that of seed 0, and its tokenizer's place kept."""
+    """The model with a new adapter, initialized with seed 0."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -191,7 +190,7 @@ def with_adapter(model: str, lora_r: int) -> Any:
 
 
 def make_trainer(model: Any, rows: Dataset, max_length: int, folder: str, **options: Any) -> DPOTrainer:
-    """A trainer that takes the rows in their order, 8 a step, without dropout, warm-up or decay."""
+    """A trainer that takes the rows in order, 8 per step, without dropout, warm-up or decay."""
     config = DPOConfig(
         output_dir=folder,
         model_init_kwargs={"dtype": "float32"} if isinstance(model, str) else None,
