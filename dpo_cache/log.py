@@ -1,4 +1,4 @@
-"""Remarks: what a run reports to its user besides its result.
+"""Remarks: messages of a run to its user, besides its result.
 
 A remark goes to the caller's `log` function, otherwise to the logger `dpo_cache`, which writes nothing unless
 the program configures logging. `progress=True` writes remarks to stderr, and reports list them in `remarks`.

@@ -23,7 +23,7 @@ def test_the_digest_outlives_saving_and_loading(
     assert tokenizer_digest(loaded) == digest
 
 
-def test_the_digest_tells_apart_whatever_decides_the_ids() -> None:
+def test_the_digest_changes_with_everything_that_decides_the_ids() -> None:
     variants = {name: make_byte_tokenizer() for name in ("same", "again", "template", "eos", "token")}
     variants["merge"] = make_byte_tokenizer([("a", "b")])
     variants["template"].chat_template = MERGED_TEMPLATE

@@ -1,4 +1,4 @@
-"""A command's parameters, generated from its option class, so that each option is written down once.
+"""A command's parameters, generated from its option class, so that each option is defined once.
 
 Earlier names of options still work, with a remark. A positional argument with a flag takes either: `ls CACHE`
 is `ls --cache CACHE`.

@@ -15,7 +15,7 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class Interrupted(BaseException):
-    """Ctrl-C, out of reach of the command-line library, which would exit with 1."""
+    """Ctrl-C, as an exception that typer does not catch: it would exit with 1."""
 
 
 class Terminated(BaseException):

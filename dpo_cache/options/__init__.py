@@ -1,1 +1,1 @@
-"""Every option of every command, written down once. Nothing in this room imports torch."""
+"""Every option of every command, defined once. Nothing in this room imports torch."""

@@ -1,4 +1,4 @@
-"""The options that make up a loss: those of `train`, which `eval` has as well, with their checks."""
+"""The options of the loss, which `train` and `eval` share, with their checks."""
 
 from __future__ import annotations
 

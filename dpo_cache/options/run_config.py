@@ -25,7 +25,7 @@ def with_config(given: dict[str, Any], log: Callable[[str], None] = lambda _: No
     """The given options, completed from a run's config.json if `resume` names a run or `config` a file.
 
     `output`, `resume` and `dry_run` are never read from the file. `log` gets a remark for each option that is
-    given under an earlier name. Raises `OptionError`, and `TrainingError` where there is no run to resume.
+    given under an earlier name. Raises `OptionError`, and `TrainingError` if there is no run to resume.
     """
     given = with_new_names(TrainOptions, given, log)
     if isinstance(given.get("resume"), (str, os.PathLike)):
@@ -66,7 +66,7 @@ def _with_config_of_run(given: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def _completed(given: dict[str, Any], path: Path, name: str) -> dict[str, Any]:
-    """The given options, then those of the file. Messages call the file `name`."""
+    """The given options, completed from the file. Messages call the file `name`."""
     found = _read(path, name)
     try:
         TrainOptions(**{**found, "cache": found.get("cache") or "-", "output": "-"})

@@ -21,10 +21,9 @@ DEPENDS_ON = {"f_alpha": "f_divergence", "ld_reference": "ld_alpha"}  # meaningl
 
 
 def with_run(given: dict[str, Any], log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """The given options of `eval`, and those that are not given from the run that `run` names: its loss
-    settings, and its model.
+    """The given options of `eval`, completed with loss settings and model of the run that `run` names.
 
-    Without `run`, a run whose model/ or best/ is the model is found, with a remark. Raises `OptionError`.
+    Without `run`, the run is found if the model is its model/ or best/, with a remark. Raises `OptionError`.
     """
     given = {
         name: value
@@ -57,7 +56,7 @@ def with_run(given: dict[str, Any], log: Callable[[str], None] = lambda _: None)
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """A run's config.json with the names and defaults of this version; None where the folder has none."""
+    """A run's config.json with the names and defaults of this version; None if the folder has none."""
     try:
         found = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -86,7 +85,7 @@ def _run_of(model: Any) -> Path | None:
 
 
 def _settings_of(run: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The loss settings of the run, without those that mean nothing together with the given options."""
+    """The loss settings of the run, except settings that have no meaning with the given options."""
     config = read_run(run) or {}
     settings = {entry.name: config[entry.name] for entry in fields(LossOptions)}
     try:

@@ -1,6 +1,6 @@
-"""Every option of `sweep`: its own, and those of `train`, each of which takes several values here.
+"""Every option of `sweep`: a few only here, and the options of `train`, each with several values.
 
-The options of `train` are read from `TrainOptions`, so a new option of `train` is one of `sweep`, too.
+The options of `train` are read from `TrainOptions`, so a new option of `train` is also one of `sweep`.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def test_a_model_without_a_causal_head_is_refused(run, data_file: str, tmp_path:
     )
 
 
-def test_a_missing_model_is_said_so(run, data_file: str, tmp_path: Path, cache: Path) -> None:
+def test_a_missing_model_is_an_error(run, data_file: str, tmp_path: Path, cache: Path) -> None:
     done = precompute(run, tmp_path / "nowhere", data_file, cache)
     assert done.code == 1
     assert done.err.startswith(f"error: {tmp_path}/nowhere: no model can be loaded from it")

@@ -94,7 +94,7 @@ def test_json_is_all_of_stdout(run, cache: Path, model_folder: str) -> None:
     )
 
 
-def test_mistakes_are_told_in_one_error(run, cache: Path, model_folder: str, tmp_path: Path) -> None:
+def test_mistakes_give_one_error(run, cache: Path, model_folder: str, tmp_path: Path) -> None:
     def told(*arguments: object) -> tuple[int, str, str]:
         done = run("eval", *arguments)
         return done.code, done.err, done.out

@@ -54,7 +54,7 @@ def test_json_is_all_of_stdout(run, cache: Path, tmp_path: Path) -> None:
     )
 
 
-def test_mistakes_are_told_in_one_error(run, cache: Path, tmp_path: Path, data_file: str) -> None:
+def test_mistakes_give_one_error(run, cache: Path, tmp_path: Path, data_file: str) -> None:
     (tmp_path / "out.jsonl").write_text("mine")
     there = run("export", cache, "pairs", tmp_path / "out.jsonl")
     assert (there.code, there.err.splitlines()) == (

@@ -138,7 +138,7 @@ def stopped_run(cache: Path, output: Path, **options: Any) -> None:
     rename_in_file(output / "config.json", "micro_tokens", "budget_tokens")
 
 
-def test_a_run_is_resumed_by_its_folder_alone(run, cache: Path, tmp_path: Path) -> None:
+def test_a_run_is_resumed_by_only_its_folder(run, cache: Path, tmp_path: Path) -> None:
     output, whole = tmp_path / "run", tmp_path / "whole"
     stopped_run(cache, output, beta=0.3, seed=5)
     done = run("train", "--resume", output)

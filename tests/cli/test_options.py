@@ -1,4 +1,4 @@
-"""No command takes an option and leaves it aside."""
+"""Every command reads each of its options."""
 
 import ast
 import inspect
@@ -68,7 +68,7 @@ COMMANDS = {
 
 
 def read_from_options(modules: list[ModuleType]) -> set[str]:
-    """Attributes of `options` that the modules read; `*` where they hand on all of it."""
+    """Attributes of `options` that the modules read; `*` if they pass on all of it."""
     nodes = [node for module in modules for node in ast.walk(ast.parse(inspect.getsource(module)))]
     attributes = {
         node.attr

@@ -1,4 +1,4 @@
-"""`dpo-cache sweep` as a user meets it: what is refused, and runs that are processes of their own."""
+"""`dpo-cache sweep` as a user sees it: its errors, and runs in other processes."""
 
 import json
 import os
@@ -31,9 +31,7 @@ OPTIONS = ["--pairs", "pairs", "--eval-pairs", "heldout", "--batch-size", "2", "
         (["--pairs", "nope"], 1, "{cache}: no pair set 'nope'.\nIt holds: heldout/train, pairs/train."),
     ],
 )
-def test_what_is_refused(
-    run, cache: str, tmp_path: Path, arguments: list[str], code: int, message: str
-) -> None:
+def test_errors(run, cache: str, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
     output = tmp_path / "out"
     done = run("sweep", "--cache", cache, "--output", output, *OPTIONS, *arguments)
     assert (done.code, done.out, done.err) == (
@@ -100,7 +98,7 @@ def test_a_failed_run_makes_it_end_with_1(run, cache: str, tmp_path: Path, start
     assert "beta=1e-30 failed: step 1: loss " in done.out
 
 
-def test_ctrl_c_saves_the_run_at_work_and_the_same_command_goes_on(
+def test_ctrl_c_saves_the_active_run_and_the_same_command_resumes(
     run, cache: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     output, log = tmp_path / "out", tmp_path / "said"

@@ -21,7 +21,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> Path:
     return folder / "cache"
 
 
-def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(run, cache: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(run, cache: Path, tmp_path: Path) -> None:
     done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON, "--lora-r", 2, "--dry-run")
     assert done.code == 0, done.err
     lines = {line[2:].split("  ")[0]: line.split("  ")[-1].strip() for line in done.out.splitlines()[1:-1]}
@@ -143,7 +143,7 @@ def test_options_that_do_not_go_together_are_usage_errors(
         ),
     ],
 )
-def test_a_run_that_is_stopped_at_once_says_what_is_left_of_it(
+def test_a_run_that_is_stopped_at_once_names_its_last_checkpoint(
     run, cache, tmp_path, monkeypatch, options, expected
 ) -> None:
     forward, calls = policy.completion_logps, []

@@ -82,9 +82,7 @@ def test_ls_marks_a_reference_that_was_imported(run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "shown"), [("\x1b[2Jgone", "\\x1b[2Jgone"), (["a"], "?"), (1.5, "?")], ids=repr
 )
-def test_ls_shows_what_a_hostile_entry_says_and_does_not_obey_it(
-    run, tmp_path: Path, model: object, shown: str
-) -> None:
+def test_ls_escapes_control_characters(run, tmp_path: Path, model: object, shown: str) -> None:
     cache = dpo_cache.open_cache(tmp_path / "cache", create=True)
     cache.publish_reference({"weights": "0" * 64, "dtype": 1.5}, {"model": model})
     done = run("ls", tmp_path / "cache")
@@ -112,7 +110,7 @@ def test_ls_of_an_empty_cache_and_of_none(run, tmp_path: Path) -> None:
     assert run("ls", tmp_path / "none").code == 1
 
 
-def test_verify_exits_0_where_all_is_whole_and_1_where_it_is_not(run, root: Path) -> None:
+def test_verify_exits_with_1_if_anything_is_damaged(run, root: Path) -> None:
     done = run("verify", root)
     assert (done.code, done.err) == (0, "") and done.out.splitlines()[0] == f"{root}: whole"
     shard = next(root.rglob("scores/*.parquet"))
@@ -130,7 +128,7 @@ def test_verify_exits_0_where_all_is_whole_and_1_where_it_is_not(run, root: Path
     assert (found["whole"], found["problems"][0]["kind"]) == (False, "damaged")
 
 
-def test_verify_repair_says_what_was_moved_and_what_to_run(run, root: Path) -> None:
+def test_verify_repair_prints_the_moved_files_and_the_next_commands(run, root: Path) -> None:
     part = next(root.glob("pairs/demo/train/*.parquet"))
     flip_file(part, 40)
     done = run("verify", root, "--repair")
@@ -155,7 +153,7 @@ def test_verify_rescore(run, model_folder: str, data_file: str, tmp_path: Path) 
     assert run("verify", tmp_path / "cache", "--rescore", 5).code == 2
 
 
-def test_verify_tells_what_it_found_where_the_rescoring_then_fails(
+def test_verify_prints_its_report_before_a_rescoring_error(
     run, model_folder: str, data_file: str, tmp_path: Path
 ) -> None:
     root = tmp_path / "cache"
@@ -212,7 +210,7 @@ def test_gc_shows_first_and_drops_with_yes(run, root: Path) -> None:
     assert Cache(root).references() != [] and lonely not in Cache(root).references()
 
 
-def test_gc_drops_unused_scores_and_young_files_only_where_told(run, root: Path) -> None:
+def test_gc_drops_unused_scores_and_young_files_only_with_their_options(run, root: Path) -> None:
     assert json.loads(run("gc", root, "--grace", 0, "--json").out)["garbage"] == []
     assert json.loads(run("gc", root, "--scores", "--json").out)["garbage"] == []  # all is young
     done = run("gc", root, "--scores", "--grace", 0, "--yes")
@@ -220,7 +218,7 @@ def test_gc_drops_unused_scores_and_young_files_only_where_told(run, root: Path)
     assert len(Cache(root).scores(reference_of(root))) == 4
 
 
-def test_merge_prefers_or_renames_as_told(run, root: Path, tmp_path: Path) -> None:
+def test_merge_prefers_or_renames(run, root: Path, tmp_path: Path) -> None:
     make_cache(tmp_path / "other", pairs=((2, 4),))
     refused = run("merge", tmp_path / "other", root)
     assert refused.code == 1 and refused.err.startswith(

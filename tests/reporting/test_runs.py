@@ -1,4 +1,4 @@
-"""What the table says of runs, and what it must not say."""
+"""The table of runs, its notes and its plot."""
 
 import csv
 import io
@@ -122,7 +122,7 @@ def test_a_line_that_is_being_written_waits(tmp_path: Path) -> None:
     assert [line["step"] for line in read_lines(run)] == [1]
 
 
-def test_the_best_of_the_finished_stand_first(tmp_path: Path) -> None:
+def test_the_best_finished_runs_come_first(tmp_path: Path) -> None:
     found = {
         "middle": ("finished", 0.7),
         "failed": ("failed", 0.99),
@@ -136,7 +136,7 @@ def test_the_best_of_the_finished_stand_first(tmp_path: Path) -> None:
     assert [row.name for row in sort_rows(rows)] == ["best", "middle", "tie", "failed"]
 
 
-def test_what_does_not_compare_is_said(tmp_path: Path) -> None:
+def test_notes_name_what_cannot_be_compared(tmp_path: Path) -> None:
     row = row_of(make_run(tmp_path / "a", [evaluation(0, 0.5), step(1), evaluation(1, 0.6)]))
     assert any(
         note.startswith(

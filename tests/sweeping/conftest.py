@@ -1,6 +1,4 @@
-"""Runs of a sweep in this process instead of their own: loading torch anew for each would take most of the
-time.
-"""
+"""Runs of a sweep in this process: in separate processes, importing torch would take most of the time."""
 
 import contextlib
 import io

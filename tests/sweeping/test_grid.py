@@ -1,4 +1,4 @@
-"""What values mean, what combinations are refused, and what the runs are called."""
+"""Values of options, refused combinations, and the names of runs."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -107,13 +107,13 @@ def test_all_combinations_that_make_no_sense_are_named_at_once() -> None:
     )
 
 
-def test_what_all_combinations_are_refused_for_is_said_as_train_does() -> None:
+def test_one_error_for_all_combinations_is_that_of_train() -> None:
     with pytest.raises(OptionError) as caught:
         grid_of(lr=-1, loss="sigmoid,ipo")
     assert str(caught.value) == "`lr` -1.0: expected a number above 0."
 
 
-def test_names_are_told_apart() -> None:
+def test_names_differ() -> None:
     names = run_names([{"model": "a/b"}, {"model": "a-b"}, {"model": "A-B"}, {"model": "c" * 300}])
     assert len({name.lower() for name in names}) == 4
     assert [

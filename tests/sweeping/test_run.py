@@ -1,6 +1,4 @@
-"""Whole sweeps: each run equals one that `train` makes alone, and whatever happens to one leaves the
-others.
-"""
+"""Whole sweeps: each run equals the same run by `train`, and a failure does not affect the others."""
 
 import csv
 import json
@@ -25,9 +23,7 @@ def sweep(cache: str, output: Path, **options: Any) -> SweepReport:
     return dpo_cache.sweep(cache, output, log=lambda _: None, **{**OPTIONS, **options})
 
 
-def test_a_grid_is_trained_compared_and_left_alone_when_finished(
-    cache: str, tmp_path: Path, started: list[str]
-) -> None:
+def test_a_grid_is_trained_once_and_compared(cache: str, tmp_path: Path, started: list[str]) -> None:
     grid = {"beta": [0.05, 0.5], "loss": "sigmoid:0.8+sft:0.2,ipo"}
     reports: list[SweepReport] = []
     seen: list[SweepProgress] = []
@@ -71,7 +67,7 @@ def test_a_grid_is_trained_compared_and_left_alone_when_finished(
     )
 
 
-def test_a_failure_is_told_the_others_go_on_and_it_is_tried_again(
+def test_the_others_continue_after_a_failure_and_it_is_tried_again(
     cache: str, tmp_path: Path, started: list[str]
 ) -> None:
     said: list[str] = []
@@ -107,7 +103,7 @@ def test_a_stop_begins_nothing_more_and_the_rest_is_done_later(
     assert sweep(cache, tmp_path / "out", beta=[0.1, 0.2]).finished and started == ["beta=0.1", "beta=0.2"]
 
 
-def test_a_run_that_was_cut_off_goes_on(cache: str, tmp_path: Path, started: list[str]) -> None:
+def test_a_run_that_was_stopped_is_resumed(cache: str, tmp_path: Path, started: list[str]) -> None:
     output = tmp_path / "out"
     steps: list[int] = []
     dpo_cache.train(
@@ -130,7 +126,9 @@ def test_a_run_that_was_cut_off_goes_on(cache: str, tmp_path: Path, started: lis
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
 
 
-def test_what_every_run_would_fail_of_is_said_before(cache: str, tmp_path: Path, started: list[str]) -> None:
+def test_errors_of_every_run_are_raised_before_any_starts(
+    cache: str, tmp_path: Path, started: list[str]
+) -> None:
     for options, message in (
         ({"pairs": "nope,pairs"}, "no pair set 'nope'"),
         (
@@ -146,7 +144,7 @@ def test_what_every_run_would_fail_of_is_said_before(cache: str, tmp_path: Path,
     assert not started and not (tmp_path / "out").exists()
 
 
-def test_pairs_that_change_between_the_runs_are_told(
+def test_a_note_names_pairs_that_changed_between_the_runs(
     model_folder: str, tmp_path: Path, started: list[str]
 ) -> None:
     where = str(tmp_path / "cache")
@@ -213,7 +211,7 @@ def test_the_time_left_is_that_of_the_pace_seen(active: ActiveRun, monkeypatch: 
         (3, "", "ended with exit code 3 without any output"),
     ],
 )
-def test_why_a_run_ended(active: ActiveRun, code: int, said: str, error: str) -> None:
+def test_the_error_of_a_run(active: ActiveRun, code: int, said: str, error: str) -> None:
     with open(active.run.log, "a") as file:
         file.write(said)
     active.process.code = code  # type: ignore[attr-defined]
@@ -223,7 +221,7 @@ def test_why_a_run_ended(active: ActiveRun, code: int, said: str, error: str) ->
     assert active.error(code) == error
 
 
-def test_what_runs_at_once_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_runs_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")

@@ -1,4 +1,4 @@
-"""What a sweep's folder may hold before, and what an extension keeps."""
+"""Planning a sweep in a folder: new, extended, resumed or refused."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_another_grid_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.json").read_bytes() == before
 
 
-def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
+def test_options_without_effect_on_results_may_change(tmp_path: Path) -> None:
     assert names(tmp_path, beta="0.1,0.2") == names(
         tmp_path, beta="0.1,0.2", budget_tokens=512, save_every="10"
     )
