@@ -1,5 +1,5 @@
-"""How good a policy is on a pair set: its log-probs beside the cached ones. This room never loads a
-reference, and never trains.
+"""How good a policy is on a pair set: its log-probs compared with the cached ones. This package never loads
+a reference, and never trains.
 """
 
 from dpo_cache.evaluation.report import EvalReport

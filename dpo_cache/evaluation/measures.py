@@ -1,4 +1,4 @@
-"""What is told of many pairs: pure functions of numpy arrays, one entry a pair.
+"""Measures over many pairs: pure functions of numpy arrays, one entry a pair.
 
 `margins` are those of rewards, chosen minus rejected. A pair is right where its margin is above 0; a tie is
 not right, as in the metrics of training.
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Z_95 = 1.959963984540054  # 97.5 % of a standard normal lie below
+Z_95 = 1.959963984540054  # 97.5 % of a standard normal distribution is below
 PERCENTILES = (5, 25, 50, 75, 95)
 NUM_BINS = 10
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of `count` pairs are right, and the 95 % interval of the share that they are a sample of."""
+    """How many of `count` pairs are right, and the 95 % interval of the share in the whole population."""
 
     share: float
     low: float
@@ -56,7 +56,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Whether `sigmoid(margin)` is the probability that it claims to be; see `measure_calibration`."""
+    """How well `sigmoid(margin)` agrees with the observed shares; see `measure_calibration`."""
 
     expected_error: float  # 0: calibrated
     brier: float  # 0: certain and right, 0.25: knows nothing, 1: certain and wrong
@@ -102,7 +102,7 @@ def measure_spread(values: np.ndarray) -> Spread:
 
 
 def logratio_per_token(policy_logps: np.ndarray, reference_logps: np.ndarray, lengths: np.ndarray) -> float:
-    """Mean over all tokens of log policy minus log reference, in nats: of sums a completion, and their
+    """Mean over all tokens of log policy minus log reference, in nats, from sums of completions and their
     lengths.
     """
     return float((policy_logps - reference_logps).sum() / lengths.sum())
@@ -111,15 +111,15 @@ def logratio_per_token(policy_logps: np.ndarray, reference_logps: np.ndarray, le
 def measure_calibration(margins: np.ndarray, num_bins: int = NUM_BINS) -> Calibration:
     """Calibration of `p = sigmoid(margin)`, the probability that the chosen answer is the better one.
 
-    The label is the same for every pair: in bins of p the observed share would be 1 in each. But which answer
-    stands first is a convention, and turning a pair round turns p into 1 - p. So each pair counts as what the
-    model prefers, with the confidence `max(p, 1 - p)`, 0.5 to 1, against whether that is the chosen answer; a
-    tie prefers neither and counts half. This is the reliability of p over all pairs, each taken both ways
-    round.
+    The label is the same for every pair, so the observed share would be 1 in every bin of p. But which answer
+    comes first is a convention, and swapping the answers turns p into 1 - p. So each pair counts by the
+    answer that the model prefers: its confidence is `max(p, 1 - p)`, 0.5 to 1, and its label is whether the
+    preferred answer is the chosen one; a tie counts half. This is the reliability of p over all pairs, each
+    taken in both orders.
 
     The expected calibration error is the mean over pairs of their bin's `|predicted - observed|`, in bins of
     equal width (Guo et al., arXiv:1706.04599, Eq. 3). The Brier score is the mean of `(1 - p)^2`, the same
-    for both ways round.
+    in both orders.
     """
     confidence = _sigmoid(np.abs(margins))
     right = np.where(margins == 0, 0.5, margins > 0)
@@ -140,32 +140,24 @@ def measure_calibration(margins: np.ndarray, num_bins: int = NUM_BINS) -> Calibr
 def by_longer_answer(
     chosen_lengths: np.ndarray, rejected_lengths: np.ndarray, margins: np.ndarray
 ) -> list[LengthGroup]:
-    """The pairs whose chosen answer is the longer one, the shorter one, or as long; lengths told are of both
-    answers.
+    """The pairs whose chosen answer is the longer one, the shorter one, or as long; a group's lengths are of
+    both answers together.
     """
-    groups = {
+    masks = {
         "chosen is longer": chosen_lengths > rejected_lengths,
         "chosen is shorter": chosen_lengths < rejected_lengths,
         "equally long": chosen_lengths == rejected_lengths,
     }
-    return [
-        _group(name, chosen_lengths + rejected_lengths, margins, where)
-        for name, where in groups.items()
-        if where.any()
-    ]
+    return _groups(masks, chosen_lengths + rejected_lengths, margins)
 
 
 def by_quartile(lengths: np.ndarray, margins: np.ndarray) -> list[LengthGroup]:
-    """The shortest quarter of the pairs to the longest. Pairs of one length stay together, so quarters may
-    differ in size or be missing.
+    """Quarters of the pairs by length. Pairs of one length stay together, so quarters may differ in size or
+    be missing.
     """
-    places = np.searchsorted(np.quantile(lengths, (0.25, 0.5, 0.75)), lengths, side="left")
+    quarters = np.searchsorted(np.quantile(lengths, (0.25, 0.5, 0.75)), lengths, side="left")
     names = ("shortest quarter", "second quarter", "third quarter", "longest quarter")
-    return [
-        _group(name, lengths, margins, places == place)
-        for place, name in enumerate(names)
-        if (places == place).any()
-    ]
+    return _groups({name: quarters == index for index, name in enumerate(names)}, lengths, margins)
 
 
 def _bin(low: float, high: float, confidence: np.ndarray, right: np.ndarray) -> Bin:
@@ -174,11 +166,18 @@ def _bin(low: float, high: float, confidence: np.ndarray, right: np.ndarray) -> 
     return Bin(float(low), float(high), len(confidence), float(confidence.mean()), float(right.mean()))
 
 
-def _group(name: str, lengths: np.ndarray, margins: np.ndarray, where: np.ndarray) -> LengthGroup:
-    own = lengths[where]
-    return LengthGroup(
-        name, int(own.min()), int(own.max()), measure_accuracy(margins[where]), float(margins[where].mean())
-    )
+def _groups(masks: dict[str, np.ndarray], lengths: np.ndarray, margins: np.ndarray) -> list[LengthGroup]:
+    return [
+        LengthGroup(
+            name,
+            int(lengths[mask].min()),
+            int(lengths[mask].max()),
+            measure_accuracy(margins[mask]),
+            float(margins[mask].mean()),
+        )
+        for name, mask in masks.items()
+        if mask.any()
+    ]
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:

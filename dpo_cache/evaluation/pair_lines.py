@@ -28,15 +28,14 @@ SCHEMA = pa.schema(
     [pa.field(name, pa.int64() if name in COUNTS else pa.float64(), nullable=False) for name in NAMES]
 )
 
-WritePairs = Callable[[PairColumns, Rewards], None]
-
 
 @contextmanager
-def open_pair_lines(options: EvalOptions) -> Iterator[WritePairs]:
-    """What writes the pairs to `output`, if that is given: opened before the scoring, so that a place that
-    cannot be written is told at once; the file is there when the block ends, and not at all if it raises.
-    Raises `OptionError`,
-    `StorageError`."""
+def open_pair_lines(options: EvalOptions) -> Iterator[Callable[[PairColumns, Rewards], None]]:
+    """Yield a function that writes the pairs to `output`, if that is given.
+
+    The file is opened before the scoring, so that a path that cannot be written fails at once. It exists when
+    the block ends, and not at all if the block raises. Raises `OptionError` or `StorageError`.
+    """
     if not options.output or not options.output_format:
         yield lambda *_: None
         return

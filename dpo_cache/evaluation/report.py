@@ -1,4 +1,4 @@
-"""What `evaluate` tells, made from the columns of scored pairs."""
+"""The report of `evaluate`, computed from the columns of scored pairs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dpo_cache.evaluation.measures import (
     measure_calibration,
     measure_spread,
 )
+from dpo_cache.evaluation.opening import EvaluatedModel
 from dpo_cache.evaluation.scoring import PairColumns
 from dpo_cache.losses.metrics import Metrics, PairMetrics
 from dpo_cache.losses.objective import Objective, PairLogps
@@ -54,9 +55,7 @@ class ReferenceGap:
 
 @dataclass
 class EvalReport:
-    """What `evaluate` found. Rewards and margins are those that training reports under the same loss and
-    beta.
-    """
+    """The results of `evaluate`. Rewards and margins are those of training under the same loss and beta."""
 
     cache: str
     pairs: str
@@ -74,7 +73,7 @@ class EvalReport:
     gap: ReferenceGap
     metrics: Metrics  # named as in training: loss, rewards/accuracies, rewards/margins, ...
     accuracy: Accuracy
-    comparisons: dict[str, Accuracy]  # what the pairs would be called by other rewards
+    comparisons: dict[str, Accuracy]  # by other rewards
     margin: Spread
     chosen_reward: Spread
     rejected_reward: Spread
@@ -106,13 +105,10 @@ def find_rewards(pairs: PairLogps, objective: Objective, at_once: int | None = N
     Losses that depend on other pairs are computed over `at_once` pairs at a time, by default over all of
     them.
     """
-    means, sides = PairMetrics(), []
-    for start in range(0, len(pairs.chosen), at_once or len(pairs.chosen)):
+    means, sides, size = PairMetrics(), [], at_once or len(pairs.chosen)
+    for start in range(0, len(pairs.chosen), size):
         group = PairLogps(
-            **{
-                entry.name: getattr(pairs, entry.name)[start : start + at_once if at_once else None]
-                for entry in fields(PairLogps)
-            }
+            **{entry.name: getattr(pairs, entry.name)[start : start + size] for entry in fields(PairLogps)}
         )
         losses = objective.pair_losses(group, float(group.chosen_lengths.mean()))
         means.add(losses.metrics)
@@ -121,25 +117,18 @@ def find_rewards(pairs: PairLogps, objective: Objective, at_once: int | None = N
     return Rewards(chosen, rejected, means.means())
 
 
-def find_gap(
-    columns: PairColumns,
-    is_reference: bool,
-    differing: tuple[str, ...],
-    *,
-    policy_dtype: str,
-    reference_dtype: str | None,
-) -> ReferenceGap:
-    """Policy beside cache, with the tolerance that step zero of a training has."""
+def find_gap(columns: PairColumns, model: EvaluatedModel, reference_dtype: str | None) -> ReferenceGap:
+    """The policy's log-probs compared with the cached ones, with the tolerance of training's step zero."""
     policy = np.concatenate([columns.policy_chosen_logps, columns.policy_rejected_logps])
     reference = np.concatenate([columns.ref_chosen_logps, columns.ref_rejected_logps])
-    absolute, relative = max(TOLERANCES[reference_dtype or UNKNOWN_DTYPE], TOLERANCES[policy_dtype])
+    absolute, relative = max(TOLERANCES[reference_dtype or UNKNOWN_DTYPE], TOLERANCES[model.dtype_name])
     gaps = np.abs(policy - reference)
     num_beyond = int((gaps > absolute + relative * np.abs(reference)).sum())
-    return ReferenceGap(is_reference, differing, float(gaps.max()), num_beyond, len(gaps))
+    return ReferenceGap(model.is_reference, model.differing, float(gaps.max()), num_beyond, len(gaps))
 
 
 def describe_gap(gap: ReferenceGap, imported: str | None) -> str:
-    """What the gap says of the policy, in one remark; `imported` is the name of an imported reference."""
+    """A remark on the policy's gap; `imported` is the name of an imported reference."""
     where = f"largest gap {gap.largest:.2g} nats over {gap.num_completions} answers"
     beyond = f"{where}, {gap.num_beyond} of them beyond rounding"
     if gap.is_reference and gap.num_beyond:
@@ -168,8 +157,8 @@ def describe_gap(gap: ReferenceGap, imported: str | None) -> str:
 
 
 def compare_rewards(columns: PairColumns) -> dict[str, Accuracy]:
-    """Accuracy of plain log-probs, summed and per token, of the policy and of the reference: what preferences
-    need no training for.
+    """Accuracy of plain log-probs, summed and per token, of the policy and of the reference: how far they
+    prefer the chosen answers without a reward.
     """
     sides = {
         "policy": (columns.policy_chosen_logps, columns.policy_rejected_logps),
@@ -185,7 +174,7 @@ def compare_rewards(columns: PairColumns) -> dict[str, Accuracy]:
 
 
 def measure_pairs(columns: PairColumns, rewards: Rewards) -> dict[str, Any]:
-    """The fields of `EvalReport` that are measured of the pairs."""
+    """The fields of `EvalReport` that are measured over the pairs."""
     margins = rewards.margins
     return {
         "metrics": rewards.metrics,

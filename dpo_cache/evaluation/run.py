@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_cache.evaluation.opening import EvaluatedModel, check_token_logps, identify_policy, open_pairs
+from dpo_cache.evaluation.opening import EvaluatedModel, identify_policy, open_pairs
 from dpo_cache.evaluation.pair_lines import open_pair_lines
-from dpo_cache.evaluation.report import EvalReport, describe_gap, find_gap, find_rewards, measure_pairs
-from dpo_cache.evaluation.scoring import OnProgress, score_pairs
+from dpo_cache.evaluation.report import (
+    EvalReport,
+    Rewards,
+    describe_gap,
+    find_gap,
+    find_rewards,
+    measure_pairs,
+)
+from dpo_cache.evaluation.scoring import OnProgress, PairColumns, score_pairs
 from dpo_cache.lm.device import peak_bytes
-from dpo_cache.lm.runner import Runner, open_runner
+from dpo_cache.lm.runner import open_runner
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.losses.objective import Objective
 from dpo_cache.losses.terms import SETTINGS
@@ -28,7 +34,7 @@ from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.run_losses import read_run, with_run
 from dpo_cache.progress import show_scoring, shows_progress
-from dpo_cache.store import open_cache
+from dpo_cache.store import PairSet, open_cache
 from dpo_cache.training.pair_logps import evaluated_at_once, objective_of
 
 
@@ -60,58 +66,84 @@ def evaluate(
     """
     started = time.perf_counter()
     log = log or log_remark
-    given = {"cache": cache, "pairs": pairs, "model": model, **options}
-    chosen = EvalOptions(**with_run(given, log))
+    chosen = EvalOptions(**with_run({"cache": cache, "pairs": pairs, "model": model, **options}, log))
     objective = objective_of(chosen)
     opened = open_cache(chosen.cache)
-    pair_set = open_pairs(opened, chosen.pairs, chosen.reference)
-    check_token_logps(chosen, pair_set)
-    num_pairs = min(chosen.limit or len(pair_set), len(pair_set))
+    pair_set = open_pairs(opened, chosen)
     reference = opened.read_reference(pair_set.reference_id)
     with open_pair_lines(chosen) as write:
         policy = identify_policy(chosen, pair_set, reference, log)
-        max_length = pair_set.manifest["tokenization"]["max_length"]
-        with _open_runner(chosen, policy, max_length, log) as runner:
-            report_progress = on_progress or (lambda _: None)
-            columns, logps, work = score_pairs(runner, pair_set, num_pairs, objective, report_progress)
-            attention = runner.attention.name
-        rewards = find_rewards(logps, objective, _pairs_at_once(chosen.run, objective, log))
+        columns, rewards, work = _score(chosen, policy, pair_set, objective, on_progress, log)
         write(columns, rewards)
-    gap = find_gap(
-        columns,
-        policy.is_reference,
-        policy.differing,
-        policy_dtype=policy.dtype_name,
-        reference_dtype=reference["identity"]["dtype"],
-    )
+    gap = find_gap(columns, policy, reference["identity"]["dtype"])
     log(describe_gap(gap, reference["identity"].get("imported")))
-    elapsed_s = time.perf_counter() - started
-    return EvalReport(
+    return _report(
+        chosen,
+        pair_set,
+        policy,
+        started,
         cache=str(opened),
-        pairs=pair_set.name,
-        reference=pair_set.reference_id,
-        model=chosen.model,
-        num_pairs=num_pairs,
-        pairs_in_set=len(pair_set),
-        attention=attention,
-        dtype=policy.dtype_name,
-        device=str(policy.device),
-        run=chosen.run,
-        loss=list(chosen.loss),
-        beta=chosen.beta,
-        loss_settings={name: getattr(chosen, name) for name in SETTINGS},
         gap=gap,
         **measure_pairs(columns, rewards),
-        **asdict(work),
+        **work,
+    )
+
+
+def _score(
+    options: EvalOptions,
+    policy: EvaluatedModel,
+    pairs: PairSet,
+    objective: Objective,
+    on_progress: OnProgress | None,
+    log: Log,
+) -> tuple[PairColumns, Rewards, dict[str, Any]]:
+    """The scored pairs, their rewards, and the fields of the report about the scoring."""
+    num_pairs = min(options.limit or len(pairs), len(pairs))
+    with open_runner(
+        options.model,
+        dtype=policy.dtype,
+        device=policy.device,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        attention=options.attention,
+        max_length=pairs.manifest["tokenization"]["max_length"],
+        budget_tokens=number_or_auto("budget_tokens", options.budget_tokens),
+        log=log,
+    ) as runner:
+        columns, logps, work = score_pairs(
+            runner, pairs, num_pairs, objective, on_progress or (lambda _: None)
+        )
+        attention = runner.attention.name
+    rewards = find_rewards(logps, objective, _pairs_at_once(options.run, objective, log))
+    return columns, rewards, {"attention": attention, **asdict(work)}
+
+
+def _report(
+    options: EvalOptions, pairs: PairSet, policy: EvaluatedModel, started: float, **measured: Any
+) -> EvalReport:
+    num_pairs, elapsed_s = measured["accuracy"].count, time.perf_counter() - started
+    return EvalReport(
+        pairs=pairs.name,
+        reference=pairs.reference_id,
+        model=options.model,
+        num_pairs=num_pairs,
+        pairs_in_set=len(pairs),
+        dtype=policy.dtype_name,
+        device=str(policy.device),
+        run=options.run,
+        loss=list(options.loss),
+        beta=options.beta,
+        loss_settings={name: getattr(options, name) for name in SETTINGS},
         elapsed_s=elapsed_s,
         pairs_per_s=num_pairs / elapsed_s,
         peak_bytes=peak_bytes(policy.device),
-        output=chosen.output,
+        output=options.output,
+        **measured,
     )
 
 
 def _pairs_at_once(run: str | None, objective: Objective, log: Log) -> int | None:
-    """How many pairs the evaluations of the run computed losses over; None without a run: all pairs."""
+    """How many pairs at a time the evaluations of the run computed losses over; None without a run."""
     config = read_run(Path(run)) if run else None
     if config is None:
         return None
@@ -122,19 +154,3 @@ def _pairs_at_once(run: str | None, objective: Objective, log: Log) -> int | Non
         )
         objective = replace(objective, router_coefficient=coefficient)
     return evaluated_at_once(objective, config["batch_size"])
-
-
-def _open_runner(
-    options: EvalOptions, policy: EvaluatedModel, max_length: int, log: Log
-) -> AbstractContextManager[Runner]:
-    return open_runner(
-        options.model,
-        dtype=policy.dtype,
-        device=policy.device,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-        attention=options.attention,
-        max_length=max_length,
-        budget_tokens=number_or_auto("budget_tokens", options.budget_tokens),
-        log=log,
-    )

@@ -10,14 +10,18 @@ from dataclasses import dataclass, fields
 from itertools import islice
 
 import numpy as np
+import torch
 
-from dpo_cache.evaluation.loss_inputs import loss_inputs
-from dpo_cache.evaluation.opening import check_room
+from dpo_cache.errors import ModelError
+from dpo_cache.lm.budget import is_out_of_memory
+from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.progress import ScoringProgress, extrapolate
 from dpo_cache.lm.runner import Runner
 from dpo_cache.losses.objective import Objective, PairLogps
+from dpo_cache.losses.reference_losses import wpo_weights
 from dpo_cache.store import PairSet, completion_key
-from dpo_cache.training.pair_logps import join_pairs
+from dpo_cache.training.batches import completions_of, split_step
+from dpo_cache.training.pair_logps import join_pairs, reference_logps, summed_logps
 from dpo_cache.types import Completion, Score, ScoredPair
 
 WINDOW_PAIRS = 16384  # sorted and scored at once, as in `precompute`
@@ -40,13 +44,10 @@ class PairColumns:
     ref_chosen_logps: np.ndarray
     ref_rejected_logps: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.row)
-
 
 @dataclass
 class Work:
-    """Counts what the scoring has run."""
+    """Counts of the scoring so far."""
 
     data_tokens: int = 0  # prompt + answer of every completion, as an unpadded batch would run them
     model_tokens: int = 0  # actually run
@@ -63,15 +64,25 @@ def score_pairs(
     share; token ids and token log-probs of only one window are in memory at a time. Raises `ModelError` for a
     log-prob that is NaN or infinite.
     """
-    windows, inputs, work, num_done = [], [], Work(), 0
+    windows, inputs, work, num_read = [], [], Work(), 0
+
+    def report(known_tokens: int, num_completions: int) -> None:
+        """Later windows are expected to run as many tokens a pair as those so far."""
+        total_tokens = extrapolate(known_tokens, num_read, num_pairs)
+        on_progress(
+            ScoringProgress(
+                pairs.name, work.model_tokens, total_tokens, num_pairs, num_completions, work.scoring_s
+            )
+        )
+
     stream = iter(islice(pairs, num_pairs))
     while window := list(islice(stream, WINDOW_PAIRS)):
-        _check_window(runner, window)
-        progress = _Progress(pairs.name, num_pairs, num_done + len(window), on_progress)
-        scores = _score_window(runner, window, work, progress)
-        windows.append(_columns(window, scores))
-        inputs.append(loss_inputs(objective, window, scores, runner))
-        num_done += len(window)
+        for scored in window:
+            _check_fits(runner, scored)
+        num_read += len(window)
+        policy = _score_window(runner, window, work, report)
+        windows.append(_columns(window, policy))
+        inputs.append(_loss_inputs(objective, window, policy, windows[-1], runner))
     columns = PairColumns(
         **{
             entry.name: np.concatenate([getattr(part, entry.name) for part in windows])
@@ -81,30 +92,32 @@ def score_pairs(
     return columns, join_pairs(inputs), work
 
 
-@dataclass(frozen=True)
-class _Progress:
-    """Reports the progress of a run; later windows are expected to run as many tokens a pair as those so
-    far.
-    """
-
-    pair_set: str
-    num_pairs: int
-    num_known: int  # pairs of the windows read so far
-    report: OnProgress
-
-    def __call__(self, work: Work, known_tokens: int, num_completions: int) -> None:
-        total = extrapolate(known_tokens, self.num_known, self.num_pairs)
-        self.report(
-            ScoringProgress(
-                self.pair_set, work.model_tokens, total, self.num_pairs, num_completions, work.scoring_s
-            )
+def _check_fits(runner: Runner, scored: ScoredPair) -> None:
+    """Raise `ModelError` for a pair with ids or a length that the model has no embeddings for."""
+    config, row = runner.model.config.get_text_config(), scored.pair.row
+    largest_id = max(int(side.sequence_ids.max()) for side in _sides(scored))
+    if largest_id >= config.vocab_size:
+        raise ModelError(
+            f"row {row} holds token id {largest_id}, but {runner.name} has {config.vocab_size} embeddings: "
+            "it reads other tokens.\n"
+            "Give a model with the tokenizer of the pairs, or score the data with `dpo-cache precompute` "
+            "for this one."
+        )
+    longest, positions = max(map(len, _sides(scored))), getattr(config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise ModelError(
+            f"row {row} has a sequence of {longest} tokens, but {runner.name} was made for {positions} at "
+            "most.\n"
+            f"Score the data with `dpo-cache precompute --max-length {positions}` and evaluate on that."
         )
 
 
 def _score_window(
-    runner: Runner, window: Sequence[ScoredPair], work: Work, progress: _Progress
-) -> dict[bytes, Score]:
-    """The score of each distinct completion of the window, by its key."""
+    runner: Runner, window: Sequence[ScoredPair], work: Work, report: Callable[[int, int], None]
+) -> list[Score]:
+    """The scores of all chosen completions of the window, then of all rejected ones; equal completions are
+    scored once.
+    """
     distinct = {completion_key(completion): completion for scored in window for completion in _sides(scored)}
     keys, completions = list(distinct), list(distinct.values())
 
@@ -122,33 +135,68 @@ def _score_window(
         scores.update((keys[index], score) for index, score in step.scores)
         work.model_tokens += step.num_tokens
         work.scoring_s = scored_before + time.perf_counter() - started
-        progress(work, run_before + step.total_tokens, work.num_completions + len(scores))
+        report(run_before + step.total_tokens, work.num_completions + len(scores))
     work.num_completions += len(scores)
-    return scores
+    return [scores[completion_key(completion)] for completion in completions_of(window)]
 
 
-def _columns(window: Sequence[ScoredPair], scores: dict[bytes, Score]) -> PairColumns:
+def _columns(window: Sequence[ScoredPair], policy: Sequence[Score]) -> PairColumns:
+    policy_chosen, policy_rejected = np.split(summed_logps(policy), 2)
+    ref_chosen, ref_rejected = np.split(reference_logps(window), 2)
     return PairColumns(
         row=np.array([scored.pair.row for scored in window]),
         prompt_tokens=np.array([len(scored.pair.chosen.prompt_ids) for scored in window]),
         chosen_tokens=np.array([scored.pair.chosen.num_tokens for scored in window]),
         rejected_tokens=np.array([scored.pair.rejected.num_tokens for scored in window]),
-        policy_chosen_logps=np.array([scores[completion_key(scored.pair.chosen)].logps for scored in window]),
-        policy_rejected_logps=np.array(
-            [scores[completion_key(scored.pair.rejected)].logps for scored in window]
-        ),
-        ref_chosen_logps=np.array([scored.ref_chosen.logps for scored in window]),
-        ref_rejected_logps=np.array([scored.ref_rejected.logps for scored in window]),
+        policy_chosen_logps=policy_chosen,
+        policy_rejected_logps=policy_rejected,
+        ref_chosen_logps=ref_chosen,
+        ref_rejected_logps=ref_rejected,
     )
 
 
-def _check_window(runner: Runner, window: Sequence[ScoredPair]) -> None:
-    for scored in window:
-        largest = max(
-            int(ids.max()) for side in _sides(scored) for ids in (side.prompt_ids, side.completion_ids)
-        )
-        longest = max(map(len, _sides(scored)))
-        check_room(runner.model.config, runner.name, largest, longest, scored.pair.row)
+def _loss_inputs(
+    objective: Objective,
+    window: Sequence[ScoredPair],
+    policy: Sequence[Score],
+    columns: PairColumns,
+    runner: Runner,
+) -> PairLogps:
+    """The result of training's `pair_logps`, as float64 on the CPU."""
+    chosen, rejected = torch.from_numpy(summed_logps(policy, objective.ld_alpha)).chunk(2)
+    reference = reference_logps(window, objective.ld_alpha if objective.ld_reference else None)
+    ref_chosen, ref_rejected = torch.from_numpy(reference).chunk(2)
+    return PairLogps(
+        chosen=chosen,
+        rejected=rejected,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+        chosen_sums=torch.from_numpy(columns.policy_chosen_logps),
+        chosen_lengths=torch.from_numpy(columns.chosen_tokens).double(),
+        rejected_lengths=torch.from_numpy(columns.rejected_tokens).double(),
+        weights=_weights(objective, window, runner),
+    )
+
+
+@torch.no_grad()
+def _weights(objective: Objective, window: Sequence[ScoredPair], runner: Runner) -> torch.Tensor:
+    """Weights of the pairs under WPO, from another forward pass, for WPO needs whole distributions."""
+    if objective.wpo == "off":
+        return torch.ones(len(window), dtype=torch.float64)
+    policy = PolicyModel(runner.model, runner.attention, with_squares=True)
+    found: dict[int, torch.Tensor] = {}  # by the identity of the pair
+    while left := [scored for scored in window if id(scored) not in found]:
+        try:
+            for group in split_step(left, runner.budget.tokens, policy.count_tokens):
+                (logps,) = policy([completions_of(group.pairs)])
+                means = logps.excess_means().to("cpu", torch.float64).chunk(2)
+                weights = wpo_weights(*means, clipped=objective.wpo == "clipped")
+                found.update(zip(map(id, group.pairs), weights, strict=True))
+        except RuntimeError as error:
+            if not is_out_of_memory(error, runner.model.device):
+                raise
+            runner.budget.halve(error)
+    return torch.stack([found[id(scored)] for scored in window])
 
 
 def _sides(scored: ScoredPair) -> tuple[Completion, Completion]:

@@ -1,16 +1,15 @@
-"""How many tokens are run at once: found by trying, and halved where memory runs out."""
+"""How many tokens are run at once: found by trials, and halved where memory runs out."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 
 from dpo_cache.errors import ModelError, first_line
 from dpo_cache.log import Log
 
-# Sizes that are tried, in this order: the first is safe anywhere, the last fills the device.
+# Sizes to try, in this order: the first is safe anywhere, the last fills the device.
 SIZES = {"cpu": (512, 1024), "cuda": (4096, 8192, 16384, 32768), "mps": (1024, 2048, 4096)}
 MIN_SPEEDUP = 1.03  # how much faster a larger chunk must be to be worth its memory
 TRIALS_PER_SIZE = 2  # chunks of each size; the first of all also warms up
@@ -18,24 +17,22 @@ MIN_TOKENS = 32
 
 
 class Budget:
-    """Tokens of the next chunk. Say how long each took with `note`, and that one did not fit with `halve`."""
+    """How many tokens the next chunk has. `note` records a chunk's time, `halve` one that did not fit."""
 
     def __init__(self, tokens: int | None, device: torch.device, log: Log):
         """A fixed number of tokens, or None to find a good one in the first chunks."""
         sizes = SIZES.get(device.type, SIZES["cpu"])
         self.tokens = tokens or sizes[0]
         self._log = log
-        self.has_stopped = tokens is not None
+        self.has_stopped = tokens is not None  # the search
         self._untried = list(sizes[1:])
-        self._speeds: list[float] = []  # of the size that is tried
+        self._speeds: list[float] = []  # of the current size
         self._best = (0.0, self.tokens)
 
-    def stop_search(self) -> None:
-        """End the search where chunks have no size of their own: rows are batched by their lengths."""
-        self.has_stopped = True
-
     def note(self, num_tokens: int, elapsed_s: float) -> None:
-        """A chunk was run; while searching, the times must have waited for the device."""
+        """Record that a chunk was run. During the search, `elapsed_s` must include the device's work: see
+        `now`.
+        """
         if self.has_stopped or num_tokens < self.tokens:
             return
         self._speeds.append(num_tokens / elapsed_s)
@@ -51,36 +48,28 @@ class Budget:
             self.tokens = self._untried.pop(0)
 
     def halve(self, error: BaseException) -> None:
-        """Memory ran out: go on with half. Raises `ModelError` where there is no half."""
+        """Continue with half the tokens, for memory ran out. Raises `ModelError` where half is too few."""
+        half = self.tokens // 2
         problem = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
-        if self.tokens // 2 < MIN_TOKENS:
+        if half < MIN_TOKENS:
             raise ModelError(
                 f"{problem} even with {self.tokens} tokens at once.\n"
-                "Use `dtype` bfloat16, a shorter `max_length`, or a device with more memory; what is "
-                "scored is kept."
+                "Use `dtype` bfloat16, a shorter `max_length`, or a device with more memory; scores so far "
+                "are kept."
             ) from error
-        self._log(
-            f"{problem} with {self.tokens} tokens at once; going on with {self.tokens // 2}. Nothing is lost."
-        )
-        self.tokens //= 2
-        self.has_stopped = True
+        self._log(f"{problem} with {self.tokens} tokens at once; continuing with {half}. Nothing is lost.")
+        self.tokens, self.has_stopped = half, True
 
 
 def is_out_of_memory(error: BaseException, device: torch.device) -> bool:
-    """Whether a smaller chunk may help. MPS has no error of its own for it, so what it says is passed on by
-    `halve`.
-    """
+    """Whether a smaller chunk may help. MPS raises a plain `RuntimeError`, so `halve` shows its message."""
     return isinstance(error, torch.OutOfMemoryError) or (device.type == "mps" and type(error) is RuntimeError)
 
 
-def timer(device: torch.device, *, waits: bool) -> Callable[[], float]:
-    """A clock; with `waits`, one that first waits for what the device has been given."""
-
-    def now() -> float:
-        if waits and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif waits and device.type == "mps":
-            torch.mps.synchronize()
-        return time.perf_counter()
-
-    return now
+def now(device: torch.device, *, waits: bool) -> float:
+    """The clock's time in seconds; with `waits`, after the device has finished its queued work."""
+    if waits and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif waits and device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()

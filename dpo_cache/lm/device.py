@@ -18,21 +18,19 @@ CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device; `auto` takes CUDA, then MPS, then the CPU. Raises `OptionError` where it is not there."""
+    """The device; `auto` takes CUDA, then MPS, then the CPU. Raises `OptionError` if it is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available.get(name, False):
-        usable = ", ".join(device for device, there in available.items() if there)
-        raise OptionError(f"`device` {name}: not available here.\nAvailable: {usable}.")
-    return torch.device(name)
+    usable = [device for device, is_available in available.items() if is_available]
+    if name not in (*usable, "auto"):
+        raise OptionError(f"`device` {name}: not available here.\nAvailable: {', '.join(usable)}.")
+    return torch.device(usable[0] if name == "auto" else name)
 
 
 def choose_dtype(name: str, device: torch.device, checkpoint_dtype: torch.dtype | None) -> torch.dtype:
     """Dtype of the forward pass; `auto` is the checkpoint's on a GPU and float32 on a CPU.
 
-    A CPU without bf16 instructions runs bf16 matrix products hundreds of times slower than fp32, and the
-    ones that claim to have them differ widely, so a CPU gets bf16 only when it is asked for by name.
+    A CPU without bf16 instructions runs bf16 matrix products hundreds of times slower than fp32, and CPUs
+    that report such instructions differ widely, so a CPU gets bf16 only where the name is given.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -48,8 +46,8 @@ _counted_as: ContextVar[str | None] = ContextVar("counted_as", default=None)
 
 @contextmanager
 def simulate_device_type(device_type: str) -> Iterator[None]:
-    """Within it, `planning_device_type` every device is this type: to count, or to test, on a CPU what would
-    be held elsewhere.
+    """While open, `planning_device_type` returns this type for every device: to count or test on a CPU what
+    another device would hold.
     """
     token = _counted_as.set(device_type)
     try:
@@ -59,7 +57,7 @@ def simulate_device_type(device_type: str) -> Iterator[None]:
 
 
 def planning_device_type(device: torch.device) -> str:
-    """The type of a device, by which sizes and ways to compute are chosen."""
+    """The type of a device, which decides sizes and ways to compute."""
     return _counted_as.get() or device.type
 
 
@@ -68,9 +66,9 @@ def autocast(
 ) -> AbstractContextManager[object]:
     """Mixed precision where `precision` is bf16-mixed.
 
-    A bf16 copy of a weight goes once it is used: in a pass none is used twice. With `keeps_copies` they stay
-    to the end, as where tokens are written one by one: half the weights' fp32 memory, for not being made anew
-    for each token.
+    The bf16 copy of a weight is freed after its use, for a pass uses each weight once. With `keeps_copies`
+    the copies stay to the end, for generation, which would make them anew for each token; they take half the
+    memory of the fp32 weights.
     """
     return (
         torch.autocast(device.type, torch.bfloat16, cache_enabled=keeps_copies)
@@ -80,7 +78,7 @@ def autocast(
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Dtype in which mixed precision multiplies here and now; None where it is off."""
+    """Dtype in which mixed precision multiplies at present; None where it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
@@ -91,26 +89,25 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 @contextmanager
 def deterministic_algorithms(is_on: bool) -> Iterator[None]:
-    """While open, torch takes algorithms that give the same bits each time, or fails where it has none."""
+    """While open, torch uses algorithms that give the same bits each time, or fails where it has none."""
     before = torch.are_deterministic_algorithms_enabled()
-    sets_variable = is_on and CUBLAS_VARIABLE not in os.environ
-    if sets_variable:
-        os.environ[CUBLAS_VARIABLE] = ":4096:8"  # read when cuBLAS starts
+    had_variable = CUBLAS_VARIABLE in os.environ
     if is_on:
+        os.environ.setdefault(CUBLAS_VARIABLE, ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        if sets_variable:
+        if not had_variable:
             os.environ.pop(CUBLAS_VARIABLE, None)
 
 
 def release_free_bytes(device: torch.device) -> None:
-    """Hand memory that is free, but still resident in this process, back to the system.
+    """Return memory that is free, but still resident in this process, to the system.
 
-    A host's heap keeps what passes of other sizes have left between blocks that live on: up to a third of all
-    it holds. On a CPU with glibc; elsewhere nothing is done. Costs the page faults of using it again: some 4
+    The heap keeps free blocks of passes of other sizes between blocks in use: up to a third of its size.
+    Works on a CPU with glibc; elsewhere it does nothing. Using the memory again costs page faults: some 4
     microseconds for each 4 KiB.
     """
     if device.type == "cpu" and (trim := _malloc_trim()) is not None:
@@ -126,18 +123,15 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held so far: by the CUDA allocator, else resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_resident_bytes()
+    """Peak memory so far: of the CUDA allocator, else resident in this process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:
-    """Most memory that was resident in this process so far."""
+    """Peak memory that was resident in this process so far."""
     try:
-        with open(
-            "/proc/self/status"
-        ) as status:  # ru_maxrss may be inherited from the parent process on Linux
+        # on Linux, ru_maxrss may be inherited from the parent process
+        with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         import resource  # not on Windows

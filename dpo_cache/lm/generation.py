@@ -1,4 +1,4 @@
-"""Answers that a model writes: each token is drawn from the model's own probabilities.
+"""Answers that a model generates: each token is drawn from the model's own probabilities.
 
 `model.generate` passes no forest plan, so a model that was switched to forest attention gets its original
 attention for the call.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
@@ -43,10 +43,10 @@ def write_answers(
 ) -> list[Answer]:
     """One answer to each prompt, until an end token or `max_length` tokens of prompt and answer.
 
-    Each token is drawn from `softmax(logits)`, whatever generation config the model brings. The same model,
+    Each token is drawn from `softmax(logits)`, whatever the model's generation config. The same model,
     prompts and seed give the same answers on the same machine, and no other random state changes. If memory
-    runs out, fewer are written at once, which draws other answers; if a single one does not fit, the device's
-    error is raised. An answer is cut earlier where a longer prompt written with it reaches the last position
+    runs out, batches become smaller, which draws other answers; if a single answer does not fit, the device's
+    error is raised. An answer is cut earlier where a longer prompt of its batch reaches the last position
     that the model has an embedding for.
 
     Every prompt is shorter than `max_length`.
@@ -55,7 +55,7 @@ def write_answers(
     model, attention = policy.model, policy.attention
     answers: list[Answer] = []
     at_once = min(MOST_AT_ONCE, attention.max_rows or MOST_AT_ONCE)
-    with original_attention(model, attention), _plain_generation(model):
+    with ready_to_generate(model, attention):
         while len(answers) < len(prompts):
             batch = prompts[len(answers) : len(answers) + at_once]
             try:
@@ -66,38 +66,31 @@ def write_answers(
                     raise
                 at_once = len(batch) // 2
             if model.device.type == "cuda":
-                torch.cuda.empty_cache()  # keys and values took odd sizes, which training cannot use
+                torch.cuda.empty_cache()  # the odd sizes of keys and values are of no use to training
     return answers
 
 
 @contextmanager
-def original_attention(model: PreTrainedModel, attention: AttentionChoice) -> Iterator[None]:
-    """The model with its original attention, for calls without a forest plan."""
-    if model.config._attn_implementation != FOREST_ATTENTION:
-        yield
-        return
-    assert attention.original is not None
-    model.set_attn_implementation(attention.original)
-    try:
-        yield
-    finally:
-        use_forest_attention(model)
-
-
-@contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Without repetition penalties, suppressed tokens and the like from the model's own config."""
-    original = model.generation_config
+def ready_to_generate(model: PreTrainedModel, attention: AttentionChoice) -> Iterator[None]:
+    """The model with its original attention, and without the repetition penalties, suppressed tokens and the
+    like of its own generation config.
+    """
+    config, has_forest = model.generation_config, model.config._attn_implementation == FOREST_ATTENTION
+    if has_forest:
+        assert attention.original is not None
+        model.set_attn_implementation(attention.original)
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = original
+        model.generation_config = config
+        if has_forest:
+            use_forest_attention(model)
 
 
 @contextmanager
 def _random_state(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
-    """Random numbers that depend on the seed only; afterwards the random state is as it was before."""
+    """Random numbers that depend only on the seed; afterwards the random state is as before."""
     number = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]) >> 1
     with torch.random.fork_rng(
         devices=[] if device.type == "cpu" else [device],
@@ -110,16 +103,6 @@ def _random_state(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
         elif device.type == "mps":
             torch.mps.manual_seed(number)
         yield
-
-
-class _AtLength(StoppingCriteria):
-    """Ends each row after its own number of new tokens."""
-
-    def __init__(self, prompt_width: int, room_B: torch.Tensor):
-        self.prompt_width, self.room_B = prompt_width, room_B
-
-    def __call__(self, input_ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:  # type: ignore[override]
-        return input_ids.shape[1] - self.prompt_width >= self.room_B
 
 
 def _write_batch(
@@ -142,13 +125,14 @@ def _write_batch(
         pad_token_id=pad_id,
         use_cache=True,
     )
-    stop = _AtLength(width, torch.tensor(room, device=model.device))
+    room_B = torch.tensor(room, device=model.device)
     output = policy(
         generate={
             "input_ids": torch.from_numpy(ids).to(model.device),
             "attention_mask": torch.from_numpy(mask).to(model.device),
             "generation_config": config,
-            "stopping_criteria": StoppingCriteriaList([stop]),
+            # each row ends after its own number of new tokens
+            "stopping_criteria": StoppingCriteriaList([lambda ids, *_, **__: ids.shape[1] - width >= room_B]),
         }
     )
     written = output[:, width:].cpu().numpy().astype(np.uint32)
@@ -156,6 +140,6 @@ def _write_batch(
 
 
 def _answer(tokens: np.ndarray, end_ids: Sequence[int]) -> Answer:
-    """The tokens up to the first end token; what follows it is padding."""
+    """The tokens up to the first end token; those after it are padding."""
     ends = np.flatnonzero(np.isin(tokens, end_ids))
     return Answer(tokens[: ends[0] + 1] if len(ends) else tokens, bool(len(ends)))

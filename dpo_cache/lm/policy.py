@@ -14,7 +14,7 @@ from dpo_cache.lm.forest.layout import build_forest, count_forest_tokens
 from dpo_cache.lm.kernels.head import head_token_logps, log_squared_probs, token_logps
 from dpo_cache.lm.model.parts import head_of
 from dpo_cache.lm.routing import Routing, add_routings, measure_routing
-from dpo_cache.lm.rows import run_rows
+from dpo_cache.lm.rows import RunOutput, run_rows
 from dpo_cache.lm.scoring import run_forest
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.types import Completion
@@ -23,7 +23,7 @@ from dpo_cache.types import Completion
 class CompletionLogps(NamedTuple):
     """Log-probs of N completions under the policy: T tokens, in nats, completion after completion.
 
-    A tuple, so that what wraps a module (DDP, FSDP2) finds the tensors in it.
+    A tuple, so that wrappers of modules (DDP, FSDP2) find the tensors in it.
     """
 
     tokens_T: torch.Tensor  # float32, with gradients
@@ -34,8 +34,7 @@ class CompletionLogps(NamedTuple):
 
     def sums(self, weights_T: torch.Tensor | None = None) -> torch.Tensor:
         """Log-prob of each completion, [N], float64 (float32 on MPS); `weights_T` weights its tokens."""
-        shares_T = self.tokens_T.to(sum_dtype(self.tokens_T.device))
-        return self._add_up(shares_T if weights_T is None else shares_T * weights_T)
+        return self._add_up(self.tokens_T if weights_T is None else self.tokens_T * weights_T)
 
     def excess_means(self) -> torch.Tensor:
         """Mean over each completion's tokens of `log p - log sum_v p(v)^2`, [N], detached.
@@ -43,8 +42,8 @@ class CompletionLogps(NamedTuple):
         Needs `squares_T`.
         """
         assert self.squares_T is not None
-        excess_T = (self.tokens_T.detach() - self.squares_T).to(sum_dtype(self.tokens_T.device))
-        return self._add_up(excess_T) / torch.tensor(self.lengths, device=excess_T.device)
+        sums = self._add_up(self.tokens_T.detach() - self.squares_T)
+        return sums / torch.tensor(self.lengths, device=sums.device)
 
     def detach(self) -> CompletionLogps:
         """The same values as leaves, which collect gradients for `backward`."""
@@ -54,9 +53,7 @@ class CompletionLogps(NamedTuple):
         )
 
     def backward(self, detached: CompletionLogps) -> None:
-        """Continue into the model with the gradients that `detached`, of the same completions, has
-        collected.
-        """
+        """Continue into the model with the gradients of `detached`, which has the same completions."""
         sides = [(self.tokens_T, detached.tokens_T)]
         if self.routing and detached.routing:
             sides.append((self.routing.probs_E, detached.routing.probs_E))
@@ -64,20 +61,21 @@ class CompletionLogps(NamedTuple):
 
     def _add_up(self, values_T: torch.Tensor) -> torch.Tensor:
         owners_T = torch.from_numpy(np.repeat(np.arange(len(self.lengths)), self.lengths)).to(values_T.device)
+        values_T = values_T.to(sum_dtype(values_T.device))
         return values_T.new_zeros(len(self.lengths)).index_add(0, owners_T, values_T)
 
 
 class PolicyModel(torch.nn.Module):
     """A causal LM that maps completions to the log-probs of their tokens, its head included.
 
-    Training calls the model through this module and in no other way, so whatever wraps a module can wrap the
-    policy: DDP reduces its gradients, FSDP2 shards it.
+    Training calls the model only through this module, so anything that wraps a module can wrap the policy:
+    DDP reduces its gradients, FSDP2 shards it.
 
     Args:
         model: the causal LM, set to the attention that was chosen for it.
-        attention: how the model is run, as `choose_attention` returned it.
+        attention: how the model is run, from `choose_attention`.
         precision: fp32, bf16-mixed or bf16; bf16-mixed runs the model under autocast.
-        with_squares: also return `squares_T`, which costs another product with the head.
+        with_squares: also return `squares_T`, at the cost of another product with the head.
         with_routing: also return the routing of a mixture of experts, which must return router logits.
     """
 
@@ -101,10 +99,8 @@ class PolicyModel(torch.nn.Module):
     ) -> Any:
         """Log-probs of the completions of each part, `[CompletionLogps, ...]`.
 
-        A part is run at once: as one forest, or as rows. One part of a step or all of its parts may be given.
-        With
-        `generate`, the output of `model.generate(**generate)` instead: answers are written through this call,
-        too.
+        A part is run at once, as one forest or as rows; it is a step or a piece of a step. With `generate`,
+        returns the output of `model.generate(**generate)` instead, so that generation is wrapped, too.
         """
         if generate is not None:
             with autocast(self.model.device, self.precision, keeps_copies=True):
@@ -113,9 +109,7 @@ class PolicyModel(torch.nn.Module):
             return [completion_logps(self.model, part, self.attention, **self._outputs) for part in parts]
 
     def count_tokens(self, completions: Sequence[Completion]) -> int:
-        """Tokens that a part of these completions runs: those of its forest, or of its rows with their
-        padding.
-        """
+        """Tokens that a part of these completions runs: of its forest, or of its rows with their padding."""
         if self.attention.name == "forest":
             return count_forest_tokens(completions)
         lengths = [len(completion) for completion in completions]
@@ -130,58 +124,54 @@ def completion_logps(
     with_squares: bool = False,
     with_routing: bool = False,
 ) -> CompletionLogps:
-    """Log-probs of each completion's tokens, as `log_softmax(logits.float(), -1)` has them.
+    """Log-probs of each completion's tokens: `log_softmax(logits.float(), -1)` at the tokens.
 
-    Prefixes that completions share are run once, in one flat row without padding, where the model takes the
-    forest.
+    If the model takes the forest, shared prefixes are run once, in one flat row without padding.
     """
-    if attention.name == "forest":
-        hidden_TD, targets_T, places_T, routing = _run_forest(model, completions, with_routing)
-        tokens_T = _target_logps(model, hidden_TD, targets_T, attention).index_select(0, places_T)
-        squares_T = _log_squares(model, hidden_TD).index_select(0, places_T) if with_squares else None
-        return CompletionLogps(
-            tokens_T, [completion.num_tokens for completion in completions], squares_T, routing
-        )
     size = attention.max_rows or len(completions)
     batches = [completions[start : start + size] for start in range(0, len(completions), size)]
-    return join_logps([_row_logps(model, batch, with_squares, with_routing) for batch in batches])
+    return join_logps([_run(model, batch, attention, with_squares, with_routing) for batch in batches])
 
 
-def _run_forest(
-    model: PreTrainedModel, completions: Sequence[Completion], with_routing: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Routing | None]:
-    """Hidden states that predict the forest's T targets, the targets, and for each completion's tokens their
-    places among them.
-    """
-    forest, device = build_forest(completions), model.device
-    outputs = run_forest(model, forest, **({"output_router_logits": True} if with_routing else {}))
-    targets = np.flatnonzero(forest.is_target_L())
-    hidden_TD = outputs[0][0].index_select(0, torch.from_numpy(forest.parents_L[targets]).to(device))
-    places = np.searchsorted(targets, np.concatenate(forest.targets))
-    routing = (
-        _routing(model, outputs.router_logits, torch.from_numpy(forest.uses_L()).to(device))
-        if with_routing
-        else None
-    )
-    return (
-        hidden_TD,
-        torch.from_numpy(forest.tokens_L[targets]).to(device),
-        torch.from_numpy(places).to(device),
-        routing,
-    )
-
-
-def _row_logps(
-    model: PreTrainedModel, completions: Sequence[Completion], with_squares: bool, with_routing: bool
+def _run(
+    model: PreTrainedModel,
+    completions: Sequence[Completion],
+    attention: AttentionChoice,
+    with_squares: bool,
+    with_routing: bool,
 ) -> CompletionLogps:
-    rows = run_rows(model, completions, **({"output_router_logits": True} if with_routing else {}))
-    tokens_T = token_logps(
-        rows.predictors_TD, head_of(model), rows.targets_T, model.config.get_text_config().vocab_size
-    )
-    squares_T = _log_squares(model, rows.predictors_TD) if with_squares else None
-    routing = _routing(model, rows.outputs.router_logits, rows.mask.flatten()) if with_routing else None
+    """Run the completions as one forest, or as one batch of rows."""
+    config, arguments = model.config.get_text_config(), {"output_router_logits": True} if with_routing else {}
+    run = (_run_forest if attention.name == "forest" else run_rows)(model, completions, **arguments)
+    if attention.has_plain_head and torch.is_grad_enabled():
+        tokens_T = head_token_logps(run.predictors_TD, model.get_output_embeddings(), run.targets_T)
+    else:
+        tokens_T = token_logps(run.predictors_TD, head_of(model), run.targets_T, config.vocab_size)
+    squares_T = None
+    if with_squares:
+        squares_T = log_squared_probs(run.predictors_TD, head_of(model), config.vocab_size)
+    if run.places_T is not None:
+        tokens_T = tokens_T.index_select(0, run.places_T)
+        squares_T = None if squares_T is None else squares_T.index_select(0, run.places_T)
+    routing = None
+    if with_routing:
+        routing = measure_routing(run.router_logits, run.uses.flatten(), config.num_experts_per_tok)
     return CompletionLogps(
         tokens_T, [completion.num_tokens for completion in completions], squares_T, routing
+    )
+
+
+def _run_forest(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> RunOutput:
+    forest, device = build_forest(completions), model.device
+    outputs = run_forest(model, forest, **arguments)
+    targets = np.flatnonzero(forest.is_target_L())
+    places = np.searchsorted(targets, np.concatenate(forest.targets))
+    return RunOutput(
+        getattr(outputs, "router_logits", None),
+        uses=torch.from_numpy(forest.uses_L()).to(device),
+        predictors_TD=outputs[0][0].index_select(0, torch.from_numpy(forest.parents_L[targets]).to(device)),
+        targets_T=torch.from_numpy(forest.tokens_L[targets]).to(device),
+        places_T=torch.from_numpy(places).to(device),
     )
 
 
@@ -200,26 +190,8 @@ def join_logps(parts: Sequence[CompletionLogps]) -> CompletionLogps:
     )
 
 
-def _routing(
-    model: PreTrainedModel, router_logits: Sequence[torch.Tensor], weights_L: torch.Tensor
-) -> Routing:
-    return measure_routing(router_logits, weights_L, model.config.get_text_config().num_experts_per_tok)
-
-
-def _log_squares(model: PreTrainedModel, hidden_TD: torch.Tensor) -> torch.Tensor:
-    return log_squared_probs(hidden_TD, head_of(model), model.config.get_text_config().vocab_size)
-
-
-def _target_logps(
-    model: PreTrainedModel, hidden_TD: torch.Tensor, targets_T: torch.Tensor, attention: AttentionChoice
-) -> torch.Tensor:
-    if attention.has_plain_head and torch.is_grad_enabled():
-        return head_token_logps(hidden_TD, model.get_output_embeddings(), targets_T)
-    return token_logps(hidden_TD, head_of(model), targets_T, model.config.get_text_config().vocab_size)
-
-
 def default_micro_tokens(device: torch.device) -> int:
-    """Tokens run at once with gradients: enough for matrix products at full speed; their activations are what
-    memory holds.
+    """Tokens run at once with gradients: enough for matrix products at full speed, and no more, for their
+    activations fill the memory.
     """
     return 1024 if planning_device_type(device) == "cpu" else 4096

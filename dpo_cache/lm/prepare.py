@@ -1,6 +1,4 @@
-"""The one place where a loaded model is changed to run faster or in less memory; every change is undone on
-leaving.
-"""
+"""Change a loaded model to run faster or in less memory; every change is undone on leaving."""
 
 from __future__ import annotations
 
@@ -33,6 +31,18 @@ _prepared: WeakKeyDictionary[torch.nn.Module, Prepared] = WeakKeyDictionary()
 
 
 @contextmanager
+def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Run the model without dropout, as the reference is scored; then restore the mode of every module."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in before.items():
+            module.training = was_training
+
+
+@contextmanager
 def prepared(
     model: PreTrainedModel,
     *,
@@ -45,11 +55,10 @@ def prepared(
     """While open, the model's plain LoRA layers and linear layers run through faster functions.
 
     With `trains`, decoder layers can compute activations again in the backward pass, as `recomputation.mode`
-    says; with
-    `offloads`, they keep activations in host memory. `is_onednn` decides which library multiplies instead of
-    a measurement, see `use_fast_linear`. A model that is prepared already keeps what it has, gets what it
-    lacks, and on leaving loses only that. A model that was switched to forest attention gets its original
-    attention back.
+    says; with `offloads`, they keep activations in host memory. `is_onednn` decides which library multiplies
+    instead of a measurement, see `use_fast_linear`. A model that is prepared already keeps its changes; the
+    block adds the missing ones, and undoes only these. A model that was switched to forest attention gets its
+    original attention back.
     """
     patches, before = Patches(), _prepared.get(model)
     now = Prepared() if before is None else Prepared(before.linear, before.recomputation)

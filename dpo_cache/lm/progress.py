@@ -1,4 +1,4 @@
-"""How much of the scoring is done."""
+"""The progress of scoring."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from dpo_cache.types import Score
 
 @dataclass(frozen=True)
 class ScoringStep:
-    """The result of one chunk or batch: tokens that were run, of how many in all, and the completions that it
-    finished.
+    """The result of one chunk or batch: its tokens, of how many in all, and the completions that it finished.
 
-    Log-probs may be NaN or infinite if the model's are; `Runner.score` refuses them.
+    Log-probs may be NaN or infinite; `Runner.score` refuses them.
     """
 
     num_tokens: int
@@ -22,12 +21,10 @@ class ScoringStep:
 
 @dataclass(frozen=True)
 class ScoringProgress:
-    """How much of a run is scored: tokens that were run through the model, and the pairs they are scored
-    for.
-    """
+    """How much of a run is scored."""
 
     pair_set: str
-    num_tokens: int
+    num_tokens: int  # run through the model
     total_tokens: int  # of the whole run, known beforehand; of a stream, of the windows read so far
     total_pairs: int
     num_completions: int
@@ -48,8 +45,8 @@ class ScoringProgress:
 
 
 def extrapolate(known_tokens: int, known: int, total: int) -> int:
-    """Tokens of a whole run, if each unit of work that is left takes as many as the known ones on average.
+    """Tokens of a whole run, if each unit of work left takes as many as the known ones on average.
 
-    Work is counted in any unit: pairs, or planned tokens, of which padded rows run more than planned.
+    The unit of work is any: pairs, or planned tokens (padded rows run more tokens than planned).
     """
     return known_tokens + round((total - known) * known_tokens / known)

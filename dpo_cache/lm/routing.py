@@ -15,22 +15,22 @@ from dpo_cache.errors import OptionError
 
 
 class Routing(NamedTuple):
-    """Sums over tokens and layers, each token as often as it stands in a completion's sequence."""
+    """Sums over tokens and layers, each token once for every completion that contains it."""
 
     choices_E: torch.Tensor  # float32, times that an expert was among the K chosen; no gradients
     probs_E: torch.Tensor  # float32, router probabilities; with gradients
     num_rows: torch.Tensor  # tokens times layers
 
     def detach(self) -> Routing:
-        """The same with probabilities that collect a gradient of their own."""
+        """The same values as leaves, whose probabilities collect gradients."""
         return self._replace(probs_E=self.probs_E.detach().requires_grad_())
 
 
 def router_coefficient(model: PreTrainedModel, requested: float | None) -> float:
     """Weight of the router loss in the training loss; 0 for a model that has none.
 
-    That is `requested`, or what the model's config declares. Raises `OptionError` where it is asked for in
-    vain.
+    The weight is `requested`, or the one in the model's config. Raises `OptionError` where it is requested
+    for a model without routers.
     """
     config = model.config.get_text_config()
     has_router = hasattr(config, "output_router_logits")
@@ -48,8 +48,8 @@ def measure_routing(
 ) -> Routing:
     """Routing of the tokens of one forward pass.
 
-    `router_logits` is one tensor [L, E] a layer; a token counts `weights_L` times, so a prompt that several
-    completions share counts as in a batch where it stands in each row, and padding counts 0 times.
+    `router_logits` is one tensor [L, E] a layer; a token counts `weights_L` times, so a shared prompt counts
+    as in a batch that repeats it in each row, and padding counts 0 times.
     """
     weights_L = weights_L.to(torch.float32)
     choices_E = torch.zeros(router_logits[0].shape[-1], device=weights_L.device)
@@ -63,9 +63,5 @@ def measure_routing(
 
 
 def add_routings(routings: Sequence[Routing]) -> Routing:
-    """The routing of all their tokens."""
-    return Routing(
-        torch.stack([routing.choices_E for routing in routings]).sum(0),
-        torch.stack([routing.probs_E for routing in routings]).sum(0),
-        torch.stack([routing.num_rows for routing in routings]).sum(),
-    )
+    """The sums over the tokens of all of them."""
+    return Routing(*(torch.stack(values).sum(0) for values in zip(*routings, strict=True)))

@@ -22,12 +22,12 @@ from dpo_cache.types import Completion, Score
 def score_rows(
     model: PreTrainedModel, completions: Sequence[Completion], budget: Budget, max_rows: int | None = None
 ) -> Iterator[ScoringStep]:
-    """Score as padded rows with the model's own attention, longest first, at most the budget with padding at
-    once.
+    """Score as padded rows with the model's own attention, longest first; with padding, a batch has at most
+    the budget's tokens.
     """
     waiting = sorted(range(len(completions)), key=lambda index: -len(completions[index]))
     tokens_left, num_run = sum(map(len, completions)), 0
-    budget.stop_search()
+    budget.has_stopped = True  # batches depend on the lengths of rows, so their times do not compare
     while waiting:
         length = len(completions[waiting[0]])
         batch = waiting[: min(max(1, budget.tokens // length), max_rows or len(waiting))]
@@ -51,21 +51,18 @@ def score_rows(
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A batch of padded rows that was run: the model's own output, where it is not padding, and what predicts
-    the T completion tokens.
-    """
+class RunOutput:
+    """Completions that were run at once: T target tokens, and the hidden states that predict them."""
 
-    outputs: Any
-    mask: torch.Tensor  # [rows, length]
+    router_logits: Any  # None for a model that returns none
+    uses: torch.Tensor  # how many completions use each position that was run: 0 at padding
     predictors_TD: torch.Tensor
     targets_T: torch.Tensor
+    places_T: torch.Tensor | None = None  # place of each completion token among the targets; None: in order
 
 
 def row_logps(model: PreTrainedModel, completions: Sequence[Completion]) -> list[torch.Tensor]:
-    """Token log-probs float32 [T] of each completion, as one batch of right-padded rows; with gradients if
-    they are on.
-    """
+    """Token log-probs float32 [T] of each completion, from one batch of right-padded rows."""
     rows = run_rows(model, completions)
     logps = token_logps(
         rows.predictors_TD, head_of(model), rows.targets_T, model.config.get_text_config().vocab_size
@@ -73,17 +70,14 @@ def row_logps(model: PreTrainedModel, completions: Sequence[Completion]) -> list
     return list(logps.split([completion.num_tokens for completion in completions]))
 
 
-def run_rows(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> Rows:
-    """Run the completions as one batch of right-padded rows; further arguments go to the model."""
+def run_rows(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> RunOutput:
+    """Run the completions as one batch of right-padded rows; further arguments are the model's."""
     sequences = [torch.from_numpy(completion.sequence_ids.astype(np.int64)) for completion in completions]
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    lengths = torch.tensor([*map(len, sequences)])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(model.device)
     outputs = decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False, **arguments)
-    starts = [len(completion.prompt_ids) for completion in completions]
-    spans = [
-        (row, start, start + completion.num_tokens)
-        for row, (start, completion) in enumerate(zip(starts, completions, strict=True))
-    ]
+    spans = [(row, len(completion.prompt_ids), len(completion)) for row, completion in enumerate(completions)]
     predictors_TD = torch.cat([outputs[0][row, start - 1 : end - 1] for row, start, end in spans])
-    return Rows(outputs, mask, predictors_TD, torch.cat([ids[row, start:end] for row, start, end in spans]))
+    targets_T = torch.cat([ids[row, start:end] for row, start, end in spans])
+    return RunOutput(getattr(outputs, "router_logits", None), mask, predictors_TD, targets_T)

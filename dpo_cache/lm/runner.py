@@ -4,7 +4,7 @@
         for step in runner.score(completions, rows_of=lambda index: [index]):
             step.scores  # [(position among the completions, Score), ...]
 
-load -> prove the attention -> choose the chunk size -> score -> refuse what is not finite
+load -> check the attention -> choose the chunk size -> score -> refuse log-probs that are not finite
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ from transformers import PreTrainedModel
 from dpo_cache.errors import ModelError, shown_rows
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.model.load import load_model
-from dpo_cache.lm.prepare import prepared
+from dpo_cache.lm.prepare import in_eval_mode, prepared
 from dpo_cache.lm.progress import ScoringStep
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention, score_completions
 from dpo_cache.log import Log, log_remark
 from dpo_cache.types import Completion, Score
+
+CAUSE = "Its weights may be damaged. Download or save the model again."
+CAUSES_BY_DTYPE = {
+    torch.float16: "float16 overflows beyond 65,504, or its weights are damaged. Use bfloat16 or float32.",
+    torch.bfloat16: "Its weights may be damaged, or bfloat16 too coarse for it. Use float32.",
+}
 
 RowsOf = Callable[[int], Sequence[object]]  # position of a completion -> the rows that hold it, for errors
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A model that is ready to score: its attention is proved, its chunk size is found while it runs."""
+    """A model that is ready to score: its attention is checked, its chunk size is found while it runs."""
 
     model: PreTrainedModel
     name: str  # of the model, for errors
@@ -41,28 +47,26 @@ class Runner:
     def score(self, completions: Sequence[Completion], *, rows_of: RowsOf) -> Iterator[ScoringStep]:
         """Yield the scores chunk by chunk, each completion's once, in any order.
 
-        Raises `ModelError`, which names the rows, for a log-prob that is NaN or infinite: the chunk that has
-        it is not yielded. Raises `ModelError` also where memory runs out even for small chunks.
+        Raises `ModelError`, which names the rows, for a log-prob that is NaN or infinite, instead of yielding
+        its chunk. Raises `ModelError` also where memory runs out even for small chunks.
         """
         for step in score_completions(self.model, completions, self.attention, self.budget):
-            self._check_finite(step.scores, completions, rows_of)
+            if broken := [index for index, score in step.scores if not _is_finite(score)]:
+                raise self._not_finite(broken, completions, rows_of)
             yield step
 
-    def _check_finite(
-        self, scores: Sequence[tuple[int, Score]], completions: Sequence[Completion], rows_of: RowsOf
-    ) -> None:
-        broken = [index for index, score in scores if not _is_finite(score)]
-        if not broken:
-            return
+    def _not_finite(
+        self, broken: list[int], completions: Sequence[Completion], rows_of: RowsOf
+    ) -> ModelError:
         # one completion's NaN can spread to others of its chunk
         culprits = [index for index in broken if self._is_broken_by_itself(completions[index])]
-        rows = list(dict.fromkeys(row for index in culprits or broken for row in rows_of(index)))
-        rows.sort()  # type: ignore[type-var]
+        found = {row for index in culprits or broken for row in rows_of(index)}
+        rows = sorted(found)  # type: ignore[type-var]
         where = f"row{'s' if len(rows) > 1 else ''} {shown_rows(rows)}"
-        raise ModelError(
+        return ModelError(
             f"{self.name} gives a log-prob that is NaN or infinite for {where}"
             f"{'' if culprits else ', or for a row that was computed in the same chunk'}.\n"
-            f"{_likely_cause(self.model.dtype)} The scores of this chunk are discarded."
+            f"{CAUSES_BY_DTYPE.get(self.model.dtype, CAUSE)} The scores of this chunk are discarded."
         )
 
     def _is_broken_by_itself(self, completion: Completion) -> bool:
@@ -121,27 +125,14 @@ def run_loaded(
     """Make a loaded model ready to score; on leaving, it is as it was before.
 
     `attention` is auto, forest or rows, see `choose_attention`; `budget_tokens` are run at once, None finds a
-    good number in the first chunks. `log` gets a remark if auto has to take padded rows.
+    good number in the first chunks. `log` gets a remark if auto chooses padded rows.
     """
-    training = {module: module.training for module in model.modules()}
-    try:
-        with prepared(model.eval(), log=log):
-            choice = choose_attention(model, attention, max_length=max_length)
-            if choice.name == "rows" and attention == "auto":
-                log(f"{type(model).__name__} is run as plain padded rows, which is slower: {choice.reason}.")
-            yield Runner(model, name, choice, Budget(budget_tokens, model.device, log))
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
+    with in_eval_mode(model), prepared(model, log=log):
+        choice = choose_attention(model, attention, max_length=max_length)
+        if choice.name == "rows" and attention == "auto":
+            log(f"{type(model).__name__} is run as plain padded rows, which is slower: {choice.reason}.")
+        yield Runner(model, name, choice, Budget(budget_tokens, model.device, log))
 
 
 def _is_finite(score: Score) -> bool:
     return bool(np.isfinite(score.token_logps).all())
-
-
-def _likely_cause(dtype: torch.dtype) -> str:
-    if dtype == torch.float16:
-        return "float16 overflows beyond 65,504, or its weights are damaged. Use bfloat16 or float32."
-    if dtype == torch.bfloat16:
-        return "Its weights may be damaged, or bfloat16 too coarse for it. Use float32."
-    return "Its weights may be damaged. Download or save the model again."

@@ -1,10 +1,8 @@
 """Completions -> scores, in one pass over a stream of tokens.
 
-The sorted completions are one long forest, cut into equal chunks wherever the budget falls. Keys, values
-and last hidden states of the open path are carried into the next chunk, so every distinct prefix is
-computed once, and memory depends on the chunk and the longest path, on nothing else.
-
-`rows` is the plain way, for models that cannot take a forest: padded rows with the model's own attention.
+The sorted completions are one long forest, cut into equal chunks of the budget's tokens. Keys, values and
+last hidden states of the open path are carried into the next chunk, so every distinct prefix is computed
+once, and memory depends only on the chunk and the longest path.
 
 C tokens of a chunk, T of them targets, D hidden size.
 """
@@ -12,14 +10,15 @@ C tokens of a chunk, T of them targets, D hidden size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.lm.budget import Budget, is_out_of_memory, timer
+from dpo_cache.lm.budget import Budget, is_out_of_memory, now
 from dpo_cache.lm.device import planning_device_type
 from dpo_cache.lm.forest.layout import Forest
 from dpo_cache.lm.forest.plans import PathPlan, plan_tree
@@ -35,32 +34,30 @@ from dpo_cache.types import Completion, Score
 def score_forest(
     model: PreTrainedModel, completions: Sequence[Completion], budget: Budget, kernel: str = "segments"
 ) -> Iterator[ScoringStep]:
-    """Score through forest attention, to which the model must be set, chunk by chunk as the budget says.
+    """Score with forest attention, to which the model must be set, in chunks of the budget's tokens.
 
-    Where memory runs out, what is not scored yet is laid out again and goes on in smaller chunks.
+    Where memory runs out, the completions that are left are laid out again, in smaller chunks.
     """
-    waiting, run_before = list(range(len(completions))), 0
+    waiting, num_run = list(range(len(completions))), 0
     while waiting:
-        stream = Stream([completions[index] for index in waiting])
-        done: set[int] = set()
-        total_tokens = run_before + len(stream)
+        stream, left = Stream([completions[index] for index in waiting]), set(waiting)
+        total_tokens = num_run + len(stream)
         try:
-            for num_tokens, scores in _run_stream(_Runner(model, stream, kernel), budget):
-                run_before += num_tokens
-                done.update(place for place, _ in scores)
-                yield ScoringStep(
-                    num_tokens, total_tokens, [(waiting[place], score) for place, score in scores]
-                )
+            for num_tokens, found in _run_stream(_ChunkRunner(model, stream, kernel), budget):
+                scores = [(waiting[place], score) for place, score in found]
+                num_run += num_tokens
+                left -= dict(scores).keys()
+                yield ScoringStep(num_tokens, total_tokens, scores)
         except RuntimeError as error:
             if not is_out_of_memory(error, model.device):
                 raise
             budget.halve(error)
-        waiting = [index for place, index in enumerate(waiting) if place not in done]
+        waiting = sorted(left)
 
 
 def run_forest(model: PreTrainedModel, forest: Forest, **arguments: Any) -> Any:
-    """What the decoder gives for a whole forest in one row, hidden states first; further arguments go to the
-    model, set to forest attention.
+    """The decoder's output for a whole forest in one row, hidden states first; further arguments are the
+    model's, which must be set to forest attention.
     """
     return decoder_of(model)(
         input_ids=torch.from_numpy(forest.tokens_L).to(model.device)[None],
@@ -71,45 +68,41 @@ def run_forest(model: PreTrainedModel, forest: Forest, **arguments: Any) -> Any:
     )
 
 
-def _run_stream(runner: _Runner, budget: Budget) -> Iterator[tuple[int, list[tuple[int, Score]]]]:
-    """Per chunk: its tokens, and the completions that end in it. A GPU is given the next chunk before the
-    last one is read.
+def _run_stream(runner: _ChunkRunner, budget: Budget) -> Iterator[tuple[int, list[tuple[int, Score]]]]:
+    """Yield for each chunk its number of tokens and the completions that end in it. A GPU gets the next chunk
+    before the scores of the last one are read.
     """
     collector, device = _Collector(runner.stream), runner.model.device
     ahead = 1 if device.type == "cuda" else 0
-    running: deque[tuple[Chunk, _Fetched]] = deque()
+    running: deque[tuple[Chunk, Callable[[], np.ndarray]]] = deque()
     for chunk in runner.stream.chunks(lambda: budget.tokens):
-        clock = timer(device, waits=not budget.has_stopped)
-        started = clock()
-        running.append((chunk, _Fetched(runner.run(chunk) if len(chunk) else torch.empty(0))))
-        budget.note(len(chunk), clock() - started)
+        searches = not budget.has_stopped
+        started = now(device, waits=searches)
+        running.append((chunk, _copy_to_host(runner.run(chunk) if len(chunk) else torch.empty(0))))
+        budget.note(len(chunk), now(device, waits=searches) - started)
         if len(running) > ahead:
-            first, fetched = running.popleft()
-            yield len(first), collector.collect(first, fetched.wait())
-    for chunk, fetched in running:
-        yield len(chunk), collector.collect(chunk, fetched.wait())
+            first, wait = running.popleft()
+            yield len(first), collector.collect(first, wait())
+    for chunk, wait in running:
+        yield len(chunk), collector.collect(chunk, wait())
 
 
-class _Fetched:
-    """A tensor on its way to the host; on CUDA the copy is waited for when it is needed."""
+def _copy_to_host(values: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Start to copy a tensor to the host; the returned function waits for the copy and returns it."""
+    if values.device.type != "cuda":
+        return values.cpu().numpy
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    pinned.copy_(values, non_blocking=True)
+    event = torch.cuda.current_stream(values.device).record_event()
 
-    def __init__(self, values: torch.Tensor):
-        self._event = None
-        if values.device.type == "cuda":
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._values = values.cpu()
+    def wait() -> np.ndarray:
+        event.synchronize()
+        return pinned.numpy()
 
-    def wait(self) -> np.ndarray:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._values.numpy()
+    return wait
 
 
-class _Runner:
+class _ChunkRunner:
     """Runs chunks; carries keys, values and last hidden states of the open path from one to the next."""
 
     def __init__(self, model: PreTrainedModel, stream: Stream, kernel: str):
@@ -121,21 +114,24 @@ class _Runner:
 
     def run(self, chunk: Chunk) -> torch.Tensor:
         """Log-probs [T] of the chunk's targets, on the device."""
-        device = self.model.device
-        plan = self._plan(_segments(chunk))
+        to_device = partial(_to, device=self.model.device)
         hidden_CD = self.decoder(
-            input_ids=_to(chunk.tokens_C, device)[None],
-            position_ids=_to(chunk.depths_C, device)[None],
+            input_ids=to_device(chunk.tokens_C)[None],
+            position_ids=to_device(chunk.depths_C)[None],
             use_cache=False,
-            forest_plan=plan,
+            forest_plan=self._plan(_segments(chunk)),
         )[0][0]
         if self.path_hidden is None:
             self.path_hidden = hidden_CD.new_empty(self.stream.max_depth, hidden_CD.shape[1])
-        predictors = self._predictors(hidden_CD, chunk.predictors_T)
-        self._carry(hidden_CD, chunk)
-        return token_logps(
-            predictors, self.head, _to(chunk.tokens_C[chunk.targets_T], device), self.vocab_size
-        )
+        predictors_TD = hidden_CD[to_device(np.maximum(chunk.predictors_T, 0))]
+        carried = np.flatnonzero(chunk.predictors_T < 0)  # predicted by the carried path
+        if len(carried):
+            depths = -1 - chunk.predictors_T[carried]
+            predictors_TD[to_device(carried)] = self.path_hidden[to_device(depths)]
+        depths, places = last_at_each_depth(chunk.depths_C)
+        self.path_hidden[to_device(depths)] = hidden_CD[to_device(places)]
+        targets_T = to_device(chunk.tokens_C[chunk.targets_T])
+        return token_logps(predictors_TD, self.head, targets_T, self.vocab_size)
 
     def _plan(self, segments: list[Segment]) -> Any:
         if self.kernel == "flex":
@@ -144,34 +140,17 @@ class _Runner:
             return FlexPlan(segments, self.stream.max_depth, self.paths, self.model.device)
         return PathPlan(group_segments(segments), self.stream.max_depth, self.paths)
 
-    def _predictors(self, hidden_CD: torch.Tensor, predictors_T: np.ndarray) -> torch.Tensor:
-        """Hidden states [T, D] that predict the targets, from this chunk or the carried path."""
-        carried = np.flatnonzero(predictors_T < 0)
-        found = hidden_CD[_to(np.maximum(predictors_T, 0), hidden_CD.device)]
-        if len(carried):
-            assert self.path_hidden is not None
-            found[_to(carried, hidden_CD.device)] = self.path_hidden[
-                _to(-1 - predictors_T[carried], hidden_CD.device)
-            ]
-        return found
-
-    def _carry(self, hidden_CD: torch.Tensor, chunk: Chunk) -> None:
-        """Keep the last hidden states by depth."""
-        assert self.path_hidden is not None
-        depths, places = last_at_each_depth(chunk.depths_C)
-        self.path_hidden[_to(depths, hidden_CD.device)] = hidden_CD[_to(places, hidden_CD.device)]
-
 
 class _Collector:
-    """Puts the log-probs of chunks together to those of completions."""
+    """Joins the log-probs of chunks to those of completions."""
 
     def __init__(self, stream: Stream):
         self._completions = stream.completions
         # along the open path; NaN for prompt tokens
         self._path_logps = np.full(stream.max_depth, np.nan, np.float32)
-        # One array for all scores: small ones between the large tensors of each chunk would scatter the heap,
-        # which then grows.
-        self._room = np.empty(sum(completion.num_tokens for completion in stream.completions), np.float32)
+        # One array for all scores: small arrays between the large tensors of each chunk would fragment the
+        # heap.
+        self._room = np.empty(sum(completion.num_tokens for completion in self._completions), np.float32)
         self._used = 0
 
     def collect(self, chunk: Chunk, logps_T: np.ndarray) -> list[tuple[int, Score]]:
@@ -191,7 +170,7 @@ class _Collector:
 
 
 def _segments(chunk: Chunk) -> list[Segment]:
-    """The chunk's pieces, those that continue the one before them joined to it."""
+    """The chunk's pieces, each joined to the one before if it continues that one."""
     segments: list[Segment] = []
     for piece in chunk.pieces:
         if segments and piece.depth == segments[-1].end_depth:

@@ -1,7 +1,7 @@
-"""Which attention a model is run with, proved on the model itself before anything is stored.
+"""Choose the attention that a model is run with, and check it on the model before anything is stored.
 
-Of the families that transformers ships, most are exact under forest attention, some refuse it, and a few
-take it and are silently wrong. So a small forest and the same sequences as plain rows are scored first,
+Of the model families in transformers, most are exact under forest attention, some refuse it, and a few
+accept it and are silently wrong. So a small forest and the same sequences as plain rows are scored first,
 and the forest is used only where they agree.
 """
 
@@ -32,21 +32,16 @@ TOLERANCES = {getattr(torch, name): gaps for name, gaps in TOKEN_TOLERANCES.item
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The way a model is run: `forest` or `rows`, why, and how many rows fit in a batch (None: any
-    number).
-    """
+    """How a model is run, and why."""
 
-    name: str
+    name: str  # forest or rows
     reason: str
     gap: float = 0.0  # largest difference to plain rows in the self-check, nats per token
-    max_rows: int | None = None
-    has_plain_head: bool = (
-        False  # the LM head is one matrix product, whose gradients are computed slice by slice
-    )
-    kernel: str = (
-        "segments"  # how the forest's attention is computed: segment by segment, or by FlexAttention
-    )
-    original: str | None = None  # the attention that the model came with, where it was switched to the forest
+    max_rows: int | None = None  # in a batch; None: any number
+    # the LM head is one matrix product, whose gradients are computed slice by slice
+    has_plain_head: bool = False
+    kernel: str = "segments"  # of the forest's attention: segments, or flex for FlexAttention
+    original: str | None = None  # the model's own attention, if it was switched to the forest
 
 
 @torch.no_grad()
@@ -59,30 +54,18 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
     original = model.config._attn_implementation
     assert original != FOREST_ATTENTION, "a model's attention is chosen once"
     completions = _check_completions(model, max_length)
-    try:
-        expected = [row_logps(model, [completion])[0].cpu() for completion in completions]
-    except (KeyError, AttributeError, TypeError, NotImplementedError) as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be run as a decoder and a head ({first_line(error)}).\n"
-            "Give a text-only causal LM of another family."
-        ) from error
-    if not all(bool(logps.isfinite().all()) for logps in expected):
-        raise ModelError(
-            f"{type(model).__name__} gives log-probs that are NaN or infinite.\n"
-            "Its weights may be damaged, or the dtype too small for it: try `dtype` float32."
-        )
+    expected = _plain_logps(model, completions)
     length_problem = _length_dependent(model, max_length)
     if not length_problem:
         _check_causality(expected, model)
-    problem: str | None = "asked for" if requested == "rows" else length_problem
-    if problem is None:
+    problem = "requested" if requested == "rows" else length_problem
+    if not problem:
         for kernel in ("flex", "segments") if model.device.type == "cuda" else ("segments",):
             problem, gap = _forest_problem(model, completions, expected, kernel)
-            if problem is None:
-                reason = f"agrees with plain rows within {gap:.1e} nats per token"
+            if not problem:
                 return AttentionChoice(
                     "forest",
-                    reason,
+                    f"agrees with plain rows within {gap:.1e} nats per token",
                     gap,
                     has_plain_head=has_plain_head(model),
                     kernel=kernel,
@@ -96,7 +79,10 @@ def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_len
         )
     if length_problem:
         return AttentionChoice("rows", f"{length_problem}, so one row at a time", max_rows=1)
-    return _rows_attention(model, completions, expected, problem or "")
+    if _compare(row_logps(model, completions), expected, model)[0]:
+        reason = f"{problem}; padding changes its results, so one row at a time"
+        return AttentionChoice("rows", reason, max_rows=1)
+    return AttentionChoice("rows", problem)
 
 
 def score_completions(
@@ -108,55 +94,62 @@ def score_completions(
     return score_rows(model, completions, budget, attention.max_rows)
 
 
-def _rows_attention(
-    model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], reason: str
-) -> AttentionChoice:
-    padded = row_logps(model, completions)
-    if _gap_problem(padded, expected, rounding_dtype(model)) is None:
-        return AttentionChoice("rows", reason)
-    return AttentionChoice("rows", f"{reason}; padding changes its results, so one row at a time", max_rows=1)
+def _plain_logps(model: PreTrainedModel, completions: list[Completion]) -> list[torch.Tensor]:
+    """Token log-probs of each completion, run as one row by itself. Raises `ModelError`."""
+    try:
+        logps = [row_logps(model, [completion])[0].cpu() for completion in completions]
+    except (KeyError, AttributeError, TypeError, NotImplementedError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be run as a decoder and a head ({first_line(error)}).\n"
+            "Give a text-only causal LM of another family."
+        ) from error
+    if not torch.cat(logps).isfinite().all():
+        raise ModelError(
+            f"{type(model).__name__} gives log-probs that are NaN or infinite.\n"
+            "Its weights may be damaged, or the dtype too small for it: try `dtype` float32."
+        )
+    return logps
 
 
 def _forest_problem(
     model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], kernel: str
-) -> tuple[str | None, float]:
-    """Why the forest cannot be used (None if it can), and the largest gap seen."""
+) -> tuple[str, float]:
+    """Why the forest cannot be used (empty if it can), and the largest gap to the expected log-probs."""
     if not use_forest_attention(model):
         return "its code does not take another attention function", 0.0
-    num_tokens = sum(len(completion.sequence_ids) for completion in completions)
     largest = 0.0
     try:
-        for size in (7, num_tokens) if num_tokens < 400 else (97, num_tokens):
-            budget = Budget(size, model.device, lambda _: None)
-            found = dict(
-                entry
-                for progress in score_forest(model, completions, budget, kernel)
-                for entry in progress.scores
-            )
-            streamed = [torch.from_numpy(found[index].token_logps) for index in range(len(completions))]
-            problem, gap = _compare(streamed, expected, rounding_dtype(model))
+        for logps in _forest_logps(model, completions, kernel):
+            problem, gap = _compare(logps, expected, model)
             largest = max(largest, gap)
             if problem:
-                return problem, gap
-        problem, gap = _compare(_tree_logps(model, completions), expected, rounding_dtype(model))
-        return problem, max(largest, gap)
+                return problem, largest
+        return "", largest
     except PlanLostError:
-        return "its code does not hand the plan of the forest on to its attention", largest
+        return "its code does not pass the plan of the forest to its attention", largest
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         if is_out_of_memory(error, model.device):
             raise ModelError(
                 "out of memory on a few short sequences, before anything was scored.\n"
                 "Use `dtype` bfloat16, or a device with more memory."
             ) from error
-        # whatever a model's code makes of an attention it does not know, plain rows still serve it
+        # a model's code may fail in any way on an attention it does not know; plain rows still work
         return f"its code does not take forest attention ({type(error).__name__})", largest
 
 
-def _tree_logps(model: PreTrainedModel, completions: list[Completion]) -> list[torch.Tensor]:
+def _forest_logps(
+    model: PreTrainedModel, completions: list[Completion], kernel: str
+) -> Iterator[list[torch.Tensor]]:
+    """Token log-probs of each completion: streamed in small chunks, in one chunk, and as one forest."""
+    num_tokens = sum(map(len, completions))
+    for size in (7 if num_tokens < 400 else 97, num_tokens):
+        steps = score_forest(model, completions, Budget(size, model.device, lambda _: None), kernel)
+        found = dict(entry for step in steps for entry in step.scores)
+        yield [torch.from_numpy(found[index].token_logps) for index in range(len(completions))]
     forest = build_forest(completions)
     hidden = run_forest(model, forest)[0][0]
     head, vocab_size = head_of(model), model.config.get_text_config().vocab_size
-    return [
+    yield [
         token_logps(
             hidden[forest.parents_L[target]],
             head,
@@ -168,25 +161,22 @@ def _tree_logps(model: PreTrainedModel, completions: list[Completion]) -> list[t
 
 
 def _compare(
-    found: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype
-) -> tuple[str | None, float]:
-    gaps = torch.cat([(one.cpu() - other.cpu()).abs() for one, other in zip(found, expected, strict=True)])
-    largest_allowed, mean_allowed = TOLERANCES[dtype]
+    found: list[torch.Tensor], expected: list[torch.Tensor], model: PreTrainedModel
+) -> tuple[str, float]:
+    """How they differ beyond the model's rounding (empty if they do not), and the largest gap."""
+    gaps = torch.cat([(one.cpu() - other).abs() for one, other in zip(found, expected, strict=True)])
+    largest_allowed, mean_allowed = TOLERANCES[rounding_dtype(model)]
     largest, mean = float(gaps.max()), float(gaps.mean())
     if largest <= largest_allowed and mean <= mean_allowed:  # false for NaN
-        return None, largest
+        return "", largest
     return f"it differs from plain rows by up to {largest:.2g} nats per token", largest
 
 
-def _gap_problem(found: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> str | None:
-    return _compare(found, expected, dtype)[0]
-
-
 def _check_causality(expected: list[torch.Tensor], model: PreTrainedModel) -> None:
-    """The first two check completions begin alike: what follows must not change the log-probs of what is
-    shared.
+    """Raise `ModelError` where the first two check completions, which share their first 4 tokens, have other
+    log-probs there.
     """
-    if _gap_problem([expected[0][:4]], [expected[1][:4]], rounding_dtype(model)):
+    if _compare([expected[0][:4]], [expected[1][:4]], model)[0]:
         raise ModelError(
             f"{type(model).__name__} is not causal: the log-prob of a token changes with the tokens after "
             "it.\n"
@@ -194,24 +184,26 @@ def _check_causality(expected: list[torch.Tensor], model: PreTrainedModel) -> No
         )
 
 
-def _length_dependent(model: PreTrainedModel, max_length: int) -> str | None:
-    """Rotary embeddings that change with the length of the row: a forest's row is not a sequence's row."""
+def _length_dependent(model: PreTrainedModel, max_length: int) -> str:
+    """Why rows of other lengths have other log-probs (empty if they do not): the rotary embedding depends on
+    the row's length.
+    """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer_type = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     if not any(entry.get("rope_type") in ("dynamic", "longrope") for entry in by_layer_type):
-        return None
+        return ""
     trained = [entry.get("original_max_position_embeddings") for entry in by_layer_type] + [
         config.max_position_embeddings
     ]
     if max_length <= min(length for length in trained if length):
-        return None
+        return ""
     return "its rotary embedding depends on the length of the row"
 
 
 def _check_completions(model: PreTrainedModel, max_length: int) -> list[Completion]:
-    """A few made-up completions: shared prompts, a shared start of the answer, a lone tree, one past the
-    window.
+    """A few random completions: shared prompts, a shared start of the answer, a tree of its own, one longer
+    than the window.
     """
     config = model.config.get_text_config()
     generator = np.random.default_rng(0)
@@ -230,7 +222,7 @@ def _check_completions(model: PreTrainedModel, max_length: int) -> list[Completi
         length = min(longest, window + 24)
         sequence = np.resize(rest, length)
         completions.append(Completion(sequence[: length - 20], sequence[length - 20 :]))
-    # alike for all, so that they share what they shared
+    # the same cut for all, so that shared prefixes stay shared
     room = max(1, longest - max(completion.num_tokens for completion in completions))
     return [
         Completion(

@@ -1,1 +1,1 @@
-"""What will fit, before it runs: memory counted without weights, and disk space."""
+"""Whether a run will fit, before it starts: memory counted without weights, and disk space."""

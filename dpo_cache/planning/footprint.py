@@ -1,14 +1,13 @@
-"""What a training step holds in memory, counted without computing it and without a GPU.
+"""The memory of a training step, counted without computing it and without a GPU.
 
-    weights      what the parameters take, quantized ones included
-    gradients    one a trainable parameter
+    weights      all parameters, quantized ones included
+    gradients    one for each trainable parameter
     optimizer    its state
-    activations  what forward and backward pass hold at most above those
+    activations  the peak of the forward and backward pass above the others
 
-Activations are counted by running the package's own passes on fake tensors, which have shapes and dtypes and
-no values, and adding up what lives (`lm/live_bytes.py`). The rest is arithmetic. Not counted: what a device's
-runtime takes for itself (a CUDA context is some 0.3 to 0.6 GB), workspaces of its libraries, and what its
-allocator loses to fragmentation.
+Activations are counted by running the package's own passes on fake tensors, which have shapes and dtypes but
+no values, and adding up the live ones (`planning/live_bytes.py`). The rest is arithmetic. Not counted: the
+device's runtime (a CUDA context is some 0.3 to 0.6 GB), workspaces of its libraries, and fragmentation.
 """
 
 from __future__ import annotations
@@ -33,22 +32,20 @@ from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.types import Completion
 
-# Bytes that `quantize` leaves of each weight of a linear layer: 4-bit NF4 in blocks of 64 whose scales are
-# quantized themselves,
-# in blocks of 256 (Section 3, arXiv:2305.14314); 8 bits with one float16 scale a row, which is left out.
-# Embeddings and head stay as they are.
+# Bytes of each weight of a quantized linear layer: 4-bit NF4 in blocks of 64 whose scales are quantized in
+# blocks of 256 (Section 3, arXiv:2305.14314); 8 bits with one float16 scale a row, which is not counted.
+# Embeddings and head are not quantized.
 QUANTIZED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 
-# Bytes of state a weight: two moments of its own dtype; in 8 bits two bytes and two float32 scales a block of
-# 256 weights, where a tensor
-# has at least 4,096 of them, else two float32.
+# State of a weight: two moments of its own dtype; in 8 bits, two bytes, and two float32 scales for each block
+# of 256 weights, but two float32 moments in a tensor of fewer than 4,096 weights.
 OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor", "none")
-LEAST_FOR_8BIT = 4096
+MIN_8BIT_WEIGHTS = 4096
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Most bytes that a training step holds, by what they are for."""
+    """Peak bytes of a training step, by their use."""
 
     weights: int
     gradients: int
@@ -72,18 +69,16 @@ def config_footprint(
     quantize: str | None = None,
     device_type: str = "cuda",
 ) -> Footprint:
-    """The footprint of this package's step on a device of that type, of a model of which there is nothing but
-    its config.
+    """The footprint of this package's step on a device of that type, from nothing but a model's config.
 
     `dtype` is the weights', `precision` that of `dpo-cache train`, `recomputation` its
-    `gradient_checkpointing`; the completions are run in one forest, with gradients of earlier ones standing.
-    Takes seconds, and no memory to speak of.
+    `gradient_checkpointing`; the completions are run in one forest, while gradients of earlier ones exist.
+    Takes seconds, and hardly any memory.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type(device_type):
         model = policy_of(build_fake(config, dtype, lora_r=lora_r), recomputation)
-        return step_footprint(
-            model, pass_loss(completions, precision=precision), optimizer=optimizer, quantize=quantize
-        )
+        run = pass_loss(completions, precision=precision)
+        return step_footprint(model, run, optimizer=optimizer, quantize=quantize)
 
 
 def step_footprint(
@@ -94,12 +89,11 @@ def step_footprint(
     quantize: str | None = None,
     others: Sequence[PreTrainedModel] = (),
 ) -> Footprint:
-    """The footprint of a step that has gradients of earlier forests already, where `run` gives the loss of
-    the next one.
+    """The footprint of a step that already has gradients of earlier forests; `run` returns the loss of the
+    next one.
 
-    Model and `others`, which hold weights and nothing else, are fake (`build_fake`, `fake_copy`). With
-    `quantize`, the linear layers are counted as quantized, and one of them at a time, the largest, as its
-    weights again, which its products need.
+    The model and `others`, of which only the weights count, are fake (`build_fake`). With `quantize`, linear
+    layers count as quantized, plus the whole weights of the largest one, which its products need.
     """
     return standing_footprint(
         model, activation_bytes(model, run), optimizer=optimizer, quantize=quantize, others=others
@@ -107,13 +101,13 @@ def step_footprint(
 
 
 def activation_bytes(model: PreTrainedModel, run: Callable[[PreTrainedModel], torch.Tensor]) -> int:
-    """Most bytes that forward and backward pass hold above the weights and gradients that stand already; fake
-    or real, the latter computed.
-    """
+    """Peak bytes of the forward and backward pass above weights and gradients, of a fake or a real model."""
     for parameter in _trainable(model):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    return peak_bytes_of(lambda: run(model).backward())
+    with LiveBytes() as live:
+        run(model).backward()
+    return live.peak
 
 
 def standing_footprint(
@@ -124,7 +118,7 @@ def standing_footprint(
     quantize: str | None = None,
     others: Sequence[PreTrainedModel] = (),
 ) -> Footprint:
-    """What stands throughout a step, beside what was counted of its passes; see `step_footprint`."""
+    """The footprint of a step whose activations are counted already; see `step_footprint`."""
     if quantize is not None:
         activations += max(_bytes([layer.weight]) for layer in _quantizable(model))
     return Footprint(
@@ -138,9 +132,7 @@ def standing_footprint(
 def pass_loss(
     completions: Sequence[Completion], *, precision: str = "fp32", attention: AttentionChoice | None = None
 ) -> Callable[[PreTrainedModel], torch.Tensor]:
-    """What `step_footprint` runs for this package: a loss of the completions' log-probs, all in one
-    forest.
-    """
+    """The `run` of `step_footprint` for this package: a loss of the completions' log-probs, in one forest."""
     attention = attention or AttentionChoice(
         "forest", "nothing is computed, so nothing is compared", has_plain_head=True
     )
@@ -159,24 +151,18 @@ def pass_bytes(
     *,
     precision: str = "fp32",
 ) -> int:
-    """Most bytes above its weights that a loaded model's forward and backward pass over the completions will
-    hold, new gradients included.
+    """Peak bytes above its weights of a loaded model's forward and backward pass over the completions, new
+    gradients included.
 
-    Gradients that stand already, of forests before, count nothing and get no copy. Nothing is computed, and
-    the model stays as it is; what `Recomputation` was set to is taken over. On a CPU, linear layers are
-    counted as torch's own.
+    Gradients of earlier forests do not count and get no copy. Nothing is computed, and the model does not
+    change; its mode of `Recomputation` applies. On a CPU, linear layers are counted as torch's own.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = fake_copy(model)
-        return peak_bytes_of(
-            lambda: pass_loss(completions, precision=precision, attention=attention)(fake).backward()
-        )
-
-
-def peak_bytes_of(run: Callable[[], Any]) -> int:
-    """Most bytes that live at once of what `run` makes, on fake tensors or on real ones."""
-    with LiveBytes() as live:
-        run()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with FakeCopyMode(mode):
+            fake = copy.deepcopy(model)
+        use_torch_linear(fake)
+        with LiveBytes() as live:
+            pass_loss(completions, precision=precision, attention=attention)(fake).backward()
     return live.peak
 
 
@@ -191,9 +177,7 @@ def build_fake(config: PreTrainedConfig, dtype: torch.dtype, *, lora_r: int | No
 
 
 def policy_of(model: PreTrainedModel, mode: str) -> PreTrainedModel:
-    """The fake model as this package trains it: forest attention, a mode of recomputation, and its own way
-    through LoRA.
-    """
+    """The model as this package trains it: forest attention, a mode of recomputation, fast LoRA layers."""
     use_forest_attention(model)
     if any("lora_" in name for name, _ in model.named_parameters()):
         use_fast_lora(model)
@@ -201,31 +185,20 @@ def policy_of(model: PreTrainedModel, mode: str) -> PreTrainedModel:
     return model
 
 
-def fake_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with fake tensors in place of its own, to be called under a `FakeTensorMode`."""
-    mode = torch._guards.detect_fake_mode()
-    assert mode is not None
-    with FakeCopyMode(mode):
-        fake = copy.deepcopy(model)
-    use_torch_linear(fake)
-    return fake
-
-
 def weight_bytes(model: PreTrainedModel, quantize: str | None = None) -> int:
-    """Bytes of all parameters, those of linear layers but the head as quantized."""
+    """Bytes of all parameters, with frozen linear layers, except the head, as quantized."""
     whole = _bytes(model.parameters())
     if quantize is None:
         return whole
     if quantize not in QUANTIZED_BYTES:
         raise OptionError(f"quantize {quantize!r}: not known.\nUse one of {', '.join(QUANTIZED_BYTES)}.")
     weights = [layer.weight for layer in _quantizable(model)]
-    return (
-        whole - _bytes(weights) + round(QUANTIZED_BYTES[quantize] * sum(weight.numel() for weight in weights))
-    )
+    quantized = QUANTIZED_BYTES[quantize] * sum(weight.numel() for weight in weights)
+    return whole - _bytes(weights) + round(quantized)
 
 
 def optimizer_bytes(parameters: Iterable[torch.nn.Parameter], optimizer: str) -> int:
-    """Bytes of an optimizer's state for these parameters. Raises `OptionError` for one that is not known."""
+    """Bytes of an optimizer's state for these parameters. Raises `OptionError` for an unknown one."""
     if optimizer not in OPTIMIZERS:
         raise OptionError(
             f"optimizer {optimizer!r}: its state is not known.\nUse one of {', '.join(OPTIMIZERS)}."
@@ -239,7 +212,7 @@ def _state_bytes(parameter: torch.nn.Parameter, optimizer: str) -> int:
         case "adamw":
             return 2 * count * parameter.element_size()
         case "adamw-8bit":
-            return 2 * (count + 4 * -(-count // 256)) if count >= LEAST_FOR_8BIT else 8 * count
+            return 2 * (count + 4 * -(-count // 256)) if count >= MIN_8BIT_WEIGHTS else 8 * count
         case "adafactor":
             return 4 * (
                 count if parameter.ndim < 2 else count // parameter.shape[-1] + count // parameter.shape[-2]
@@ -252,7 +225,7 @@ def _trainable(model: PreTrainedModel) -> list[torch.nn.Parameter]:
 
 
 def _quantizable(model: PreTrainedModel) -> Iterable[torch.nn.Linear]:
-    """The linear layers whose weights are frozen, without the head."""
+    """The frozen linear layers, without the head."""
     head = model.get_output_embeddings()
     return (
         module
@@ -270,8 +243,8 @@ def _add_adapters(model: PreTrainedModel, rank: int) -> None:
 
 
 def _off_meta(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with new tensors on the CPU, fake under a `FakeTensorMode`, in place of those on the meta
-    device, which takes no autocast.
+    """The model with new tensors on the CPU, fake under a `FakeTensorMode`, for autocast does not work on the
+    meta device. `to_empty` cannot swap fake tensors.
     """
     made: dict[int, Any] = {}
     for module in model.modules():
@@ -279,11 +252,9 @@ def _off_meta(model: PreTrainedModel) -> PreTrainedModel:
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) not in made:
                     new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    made[id(tensor)] = (
-                        torch.nn.Parameter(new, tensor.requires_grad)
-                        if tensors is module._parameters
-                        else new
-                    )
+                    if isinstance(tensor, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, tensor.requires_grad)
+                    made[id(tensor)] = new
                 tensors[name] = made.get(id(tensor))
     return model
 

@@ -1,10 +1,8 @@
-"""How many bytes of tensors are alive at once: counted operation by operation, on real tensors or on fake
-ones that hold nothing.
+"""How many bytes of tensors are alive at once: counted operation by operation, on real or on fake tensors.
 
-Every operation of torch, forward and backward, passes through a dispatch mode. What it returns in storage of
-its own counts from then on, and no longer once that storage is freed, whoever held it: a variable, the graph,
-a cache. What stood before counts nothing. So the peak is the allocator's, but for what an operation takes and
-gives back within itself.
+Every operation of torch, forward and backward, passes through a dispatch mode. A result with new storage
+counts until that storage is freed, whether a variable, the graph or a cache held it. Tensors from before do
+not count. So the peak is the allocator's, except for memory that an operation takes and frees within itself.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -22,9 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, `now` is what the operations since its beginning have made and is still alive, `peak` the
-    most of that at once, in bytes.
-    """
+    """While open, `now` is how many bytes of results are alive, `peak` the most of them at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +31,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if operation.namespace == "prim":  # asks of a fake tensor what it is
+        if operation.namespace == "prim":  # queries about a fake tensor, such as its device
             return operation(*args, **(kwargs or {}))
         self.peak = max(self.peak, self.now)
         for tensor in tree_leaves((args, kwargs)):
@@ -44,8 +41,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(results):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor, None)
-        # Two gradients of one tensor are added in place, but not under a dispatch mode: here the first of
-        # them counts until it is let go of.
+        # Outside a dispatch mode, the engine adds two gradients of one tensor in place; inside, the first of
+        # them stays alive a moment longer.
         if operation is not torch.ops.aten.add.Tensor or torch._C._current_graph_task_id() == -1:
             self.peak = max(self.peak, self.now)
         return results
@@ -59,15 +56,13 @@ class LiveBytes(TorchDispatchMode):
         if id(holder) in self._alive and self._alive[id(holder)]() is holder:
             return
         size = own_size if size is None else size
-        self._alive[id(holder)] = weakref.ref(holder, _Forgetting(weakref.ref(self), id(holder), size))
+        self._alive[id(holder)] = weakref.ref(holder, partial(_forget, weakref.ref(self), id(holder), size))
         self.now += size
 
 
 def allocated_peak(run: Callable[[], Any]) -> int:
-    """Most bytes above those before that torch's CPU allocator had given out at once while `run` computed;
-    what `LiveBytes` is checked against.
-    """
-    gc.collect()  # what goes while `run` computes counts as given back, whoever held it
+    """Peak bytes of torch's CPU allocator during `run`, above those before: the measure for `LiveBytes`."""
+    gc.collect()  # garbage that is freed during `run` would count as negative
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     waiting, changes = list(profiler.profiler.kineto_results.experimental_event_tree()), []  # type: ignore[union-attr]
@@ -79,24 +74,17 @@ def allocated_peak(run: Callable[[], Any]) -> int:
     return max(accumulate(size for _, size in sorted(changes)), default=0)
 
 
-class _Forgetting:
-    """What a freed storage does to its counter."""
-
-    def __init__(self, counter: weakref.ref[LiveBytes], name: int, size: int):
-        self.counter, self.name, self.size = counter, name, size
-
-    def __call__(self, gone: weakref.ref[Any]) -> None:
-        counter = self.counter()
-        if counter is None:
-            return
-        counter.now -= self.size
-        if counter._alive.get(self.name) is gone:
-            del counter._alive[self.name]
+def _forget(counter: weakref.ref[LiveBytes], name: int, size: int, freed: weakref.ref[Any]) -> None:
+    """Subtract a freed storage from its counter."""
+    if (live := counter()) is not None:
+        live.now -= size
+        if live._alive.get(name) is freed:
+            del live._alive[name]
 
 
 def _holder_of(tensor: torch.Tensor) -> tuple[Any, int]:
-    """What keeps a tensor's memory, and its bytes: its storage, or the tensor itself where a library lays it
-    out in its own way.
+    """The object that holds a tensor's memory, and its bytes: the storage, or the tensor itself in a layout
+    without storage.
     """
     if tensor.layout is torch.strided:
         storage = tensor.untyped_storage()

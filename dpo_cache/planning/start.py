@@ -1,6 +1,6 @@
-"""Check what a command's options name before torch is imported: the cache and its pair sets, models, files.
+"""Check the cache, pair sets, models and files of a command's options before torch is imported.
 
-The functions that do the work check again, with the same errors; here a wrong path costs no start-up.
+The functions that do the work check again, with the same errors; these checks fail without a slow import.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def check_precompute(options: PrecomputeOptions) -> None:
 
 
 def check_train(options: TrainOptions) -> None:
-    """Raise `DpoCacheError` where the cache lacks what is named, or a path is wrong."""
+    """Raise `DpoCacheError` where the cache lacks a pair set or reference, or a path is wrong."""
     cache = open_cache(options.cache)
     eval_pairs = cache.pairs(options.eval_pairs) if options.eval_pairs else None
     pairs = cache.choose_pairs(
@@ -34,7 +34,7 @@ def check_train(options: TrainOptions) -> None:
     )
     if options.reference:
         cache.check_scored_by(pairs, options.reference)
-    if options.model and not options.resume:  # a checkpoint has the model
+    if options.model and not options.resume:  # the checkpoint of a resumed run has the model
         check_model(options.model)
     if options.peft_config and not Path(options.peft_config).is_file():
         raise OptionError(
@@ -44,7 +44,7 @@ def check_train(options: TrainOptions) -> None:
 
 
 def check_eval(options: EvalOptions) -> None:
-    """Raise `DpoCacheError` where the cache lacks what is named, or a path is wrong."""
+    """Raise `DpoCacheError` where the cache lacks a pair set or reference, or a path is wrong."""
     cache = open_cache(options.cache)
     pairs = cache.choose_pairs(options.pairs, "to evaluate on")
     if options.reference:

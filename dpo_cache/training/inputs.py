@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cache.errors import ModelError, TrainingError
+from dpo_cache.errors import DpoCacheError, ModelError, TrainingError
 from dpo_cache.lm.kernels.onednn_linear import CLEAR_SPEEDUP
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.adapter import (
@@ -30,16 +30,17 @@ from dpo_cache.lm.model.adapter import (
 )
 from dpo_cache.lm.model.identity import reference_identity
 from dpo_cache.lm.model.load import load_base, load_config
-from dpo_cache.lm.prepare import prepared
+from dpo_cache.lm.prepare import in_eval_mode, prepared
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.log import Log
+from dpo_cache.options.losses import LossOptions
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.checks import check_details
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document
 from dpo_cache.training.batches import held_out
-from dpo_cache.training.loaded import LoadedPolicy, check_options, in_eval_mode, with_template
+from dpo_cache.training.loaded import LoadedPolicy, check_options, with_template
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -92,7 +93,7 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
     )
     check_details(pairs.manifest, f"{cache}/pairs/{pairs.name}/manifest.json")
     pairs.keep_open()
-    _check_token_logps(options, pairs)
+    check_token_logps(options, pairs, TrainingError)
     reference_id = pairs.reference_id
     if options.reference:
         cache.check_scored_by(pairs, options.reference)
@@ -100,7 +101,7 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
     eval_selected = np.zeros(0, bool)
     if eval_pairs is not None:
         eval_pairs.keep_open()
-        _check_token_logps(options, eval_pairs)
+        check_token_logps(options, eval_pairs, TrainingError)
         eval_selected = np.ones(len(eval_pairs), bool)
         if eval_pairs.reference_id != reference_id:
             raise TrainingError(
@@ -317,13 +318,14 @@ def _compare(reference: Document, policy: Document) -> list[str]:
     return differing_fields(reference, {**policy, "dtype": reference["dtype"]})
 
 
-def _check_token_logps(options: TrainOptions, pairs: PairSet) -> None:
-    """Raise `TrainingError` where a loss needs the reference's log-prob of each token, and an import brought
-    sums alone.
+def check_token_logps(options: LossOptions, pairs: PairSet, error: type[DpoCacheError]) -> None:
+    """Raise the error where a loss needs the reference's token log-probs, and the pairs have only sums.
+
+    Only an import makes such pairs.
     """
     if options.ld_alpha is not None and options.ld_reference and not pairs.has_token_logps:
-        raise TrainingError(
-            f"{pairs.name} holds sums of log-probs alone, and `ld_alpha` weights the reference's tokens, "
+        raise error(
+            f"{pairs.name} holds only sums of log-probs, and `ld_alpha` weights the reference's tokens, "
             "too.\n"
             "Use `ld_reference=False`, or score the pairs with `dpo-cache precompute`."
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,18 +82,6 @@ def check_options(options: TrainOptions) -> None:
         raise OptionError(
             f"quantize {options.quantize}: the model is in memory already.\nGive its path or Hub id instead."
         )
-
-
-@contextmanager
-def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Run the model without dropout, as the reference was scored; then restore the mode of every module."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in before.items():
-            module.training = was_training
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, made_with: dict[str, Any]) -> PreTrainedTokenizerBase:

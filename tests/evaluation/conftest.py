@@ -18,7 +18,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
 
 @pytest.fixture(scope="module")
 def trained(cache: str, tmp_path_factory: pytest.TempPathFactory) -> dpo_cache.TrainReport:
-    """A policy that has moved away from the reference, and what its training said of the held-out pairs."""
+    """A policy that differs from the reference, and its training's report on the held-out pairs."""
     run = Path(tmp_path_factory.mktemp("runs"), "run")
     return dpo_cache.train(
         cache,

@@ -1,4 +1,4 @@
-"""Each measure by numbers worked by hand."""
+"""Each measure on numbers computed by hand."""
 
 import math
 from itertools import pairwise
@@ -18,9 +18,8 @@ from dpo_cache.evaluation.measures import (
     wilson_interval,
 )
 
-LOGIT = {
-    share: math.log(share / (1 - share)) for share in (0.52, 0.58, 0.8, 0.95)
-}  # margins whose sigmoid is the share
+# margins whose sigmoid is the share
+LOGIT = {share: math.log(share / (1 - share)) for share in (0.52, 0.58, 0.8, 0.95)}
 
 
 def test_a_tie_is_not_right_and_is_counted() -> None:
@@ -48,20 +47,16 @@ def test_the_interval_holds_the_share_and_is_narrower_with_more_pairs(count: int
 def test_a_spread_has_mean_deviation_and_percentiles() -> None:
     found = measure_spread(np.array([1.0, 2.0, 3.0, 4.0, 10.0]))
     assert (found.mean, found.median, found.p25, found.p75) == (4.0, 3.0, 2.0, 4.0)
-    assert found.deviation == pytest.approx(
-        math.sqrt(10)
-    )  # deviations -3, -2, -1, 0, 6: squares add up to 50
-    assert (found.p5, found.p95) == (
-        pytest.approx(1.2),
-        pytest.approx(8.8),
-    )  # a fifth of the way from the ends
+    # deviations -3, -2, -1, 0, 6: squares add up to 50
+    assert found.deviation == pytest.approx(math.sqrt(10))
+    # a fifth of the way from the ends
+    assert (found.p5, found.p95) == (pytest.approx(1.2), pytest.approx(8.8))
 
 
 def test_log_ratios_are_means_over_tokens_not_over_answers() -> None:
     policy, reference, lengths = np.array([-8.0, -1.0]), np.array([-10.0, -2.0]), np.array([9, 1])
-    assert logratio_per_token(policy, reference, lengths) == pytest.approx(
-        0.3
-    )  # 3 nats over 10 tokens; by answers 0.61
+    # 3 nats over 10 tokens; by answers 0.61
+    assert logratio_per_token(policy, reference, lengths) == pytest.approx(0.3)
 
 
 def test_calibration_of_six_pairs() -> None:
@@ -79,10 +74,9 @@ def test_calibration_of_six_pairs() -> None:
     assert found.brier == pytest.approx((0.05**2 + 0.95**2 + 2 * 0.42**2 + 0.52**2 + 0.5**2) / 6)
 
 
-def test_a_model_that_knows_what_it_knows_is_calibrated() -> None:
-    margins = np.repeat(LOGIT[0.8], 10) * np.where(
-        np.arange(10) < 8, 1, -1
-    )  # certain to 0.8, right in 8 of 10
+def test_a_model_that_is_right_as_often_as_it_is_confident_is_calibrated() -> None:
+    # certain to 0.8, right in 8 of 10
+    margins = np.repeat(LOGIT[0.8], 10) * np.where(np.arange(10) < 8, 1, -1)
     found = measure_calibration(margins)
     assert found.expected_error == pytest.approx(0, abs=1e-12)
     assert found.brier == pytest.approx(0.8 * 0.04 + 0.2 * 0.64)
@@ -93,12 +87,12 @@ def test_calibration_at_the_ends() -> None:
     assert (certain.expected_error, certain.brier, certain.bins[-1].count) == (0.0, 0.0, 2)
     wrong = measure_calibration(np.array([-1e4]))
     assert (wrong.expected_error, wrong.brier) == (1.0, 1.0)
-    knows_nothing = measure_calibration(np.zeros(3))
-    assert (knows_nothing.expected_error, knows_nothing.brier) == (0.0, 0.25)
+    uncertain = measure_calibration(np.zeros(3))
+    assert (uncertain.expected_error, uncertain.brier) == (0.0, 0.25)
 
 
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=40))
-def test_folding_is_the_reliability_of_pairs_taken_both_ways_round(values: list[float]) -> None:
+def test_folding_is_the_reliability_of_pairs_taken_in_both_orders(values: list[float]) -> None:
     margins = np.array(values)
     found = measure_calibration(margins)
     both, labels = np.concatenate([margins, -margins]), np.repeat([1.0, 0.0], len(margins))

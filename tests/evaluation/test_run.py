@@ -1,6 +1,4 @@
-"""A policy beside its cached reference: the numbers of a naive loop, those of training, and what is
-refused.
-"""
+"""A policy compared with its cached reference: the numbers of a naive loop and of training, and every refusal."""
 
 import json
 from pathlib import Path
@@ -123,9 +121,8 @@ def test_metrics_are_those_that_training_ends_with(cache: str, tmp_path: Path, o
     expected = {
         name.removeprefix("eval/"): value for name, value in (run.eval_after or {}).items() if name != "step"
     }
-    assert (
-        run.eval_before and abs(expected["loss"] - run.eval_before["eval/loss"]) > 1e-3
-    )  # it has learned something
+    # it has learned something
+    assert run.eval_before and abs(expected["loss"] - run.eval_before["eval/loss"]) > 1e-3
     assert report.metrics.keys() == expected.keys()
     assert report.metrics == {
         name: pytest.approx(value, rel=1e-5, abs=1e-5) for name, value in expected.items()
@@ -152,9 +149,8 @@ def test_rows_windows_and_chunks_change_nothing(
             lines(tmp_path / "whole.jsonl"), lines(tmp_path / f"{name}.jsonl"), strict=True
         ):
             assert one == {key: pytest.approx(value, rel=1e-5, abs=1e-4) for key, value in other.items()}
-    assert (
-        whole.model_tokens < windows.model_tokens < rows.model_tokens
-    )  # what pairs of two windows share is run twice
+    # prefixes that pairs of two windows share are run twice
+    assert whole.model_tokens < windows.model_tokens < rows.model_tokens
     assert whole.data_tokens == windows.data_tokens == rows.data_tokens > whole.model_tokens
     done = [progress.num_tokens for progress in seen]
     assert done == sorted(done) and done[-1] == seen[-1].total_tokens == windows.model_tokens
@@ -186,13 +182,13 @@ def test_a_limit_takes_the_first_pairs(cache: str, trained: dpo_cache.TrainRepor
 # ---------------------------------------------------------------------------------------------
 
 
-def test_the_reference_itself_is_told_with_its_gap(cache: str, model_folder: str) -> None:
-    said: list[str] = []
-    report = evaluate(cache, model_folder, log=said.append)
+def test_a_remark_names_the_reference_itself_and_its_gap(cache: str, model_folder: str) -> None:
+    remarks: list[str] = []
+    report = evaluate(cache, model_folder, log=remarks.append)
     assert report.gap.is_reference and report.gap.differing == () and report.gap.num_beyond == 0
     assert 0 <= report.gap.largest < 1e-4 and report.gap.num_completions == 80
     assert report.metrics["loss"] == pytest.approx(np.log(2), abs=1e-5) and abs(report.margin.mean) < 1e-5
-    assert said == [
+    assert remarks == [
         f"the model is the reference (largest gap {report.gap.largest:.2g} nats over 80 answers): its "
         "rewards are zero up to rounding, "
         "so its accuracy, margins and calibration say nothing."
@@ -202,17 +198,17 @@ def test_the_reference_itself_is_told_with_its_gap(cache: str, model_folder: str
 def test_a_trained_model_is_another_and_its_rewards_are_against_the_cache(
     cache: str, trained: dpo_cache.TrainReport
 ) -> None:
-    said: list[str] = []
-    report = evaluate(cache, trained.model, log=said.append)
+    remarks: list[str] = []
+    report = evaluate(cache, trained.model, log=remarks.append)
     assert not report.gap.is_reference and [line.split(":")[0] for line in report.gap.differing] == [
         "weights"
     ]
     assert report.gap.largest > 1 and report.gap.num_beyond > 0 and report.margin.deviation > 0.01
-    assert [remark.partition(" is the model of a run")[0] for remark in said[:-1]] == [str(trained.model)]
-    assert said[-1].startswith("the model is another than the reference (largest gap ")
+    assert [remark.partition(" is the model of a run")[0] for remark in remarks[:-1]] == [str(trained.model)]
+    assert remarks[-1].startswith("the model is another than the reference (largest gap ")
 
 
-def test_a_stale_cache_is_told(cache: str, model_folder: str, data_file: str, tmp_path: Path) -> None:
+def test_a_stale_cache_gives_a_remark(cache: str, model_folder: str, data_file: str, tmp_path: Path) -> None:
     dpo_cache.precompute(model_folder, data_file, tmp_path / "cache")
     opened = open_cache(tmp_path / "cache")
     pairs = opened.pairs("pairs")
@@ -226,12 +222,12 @@ def test_a_stale_cache_is_told(cache: str, model_folder: str, data_file: str, tm
     writer.finish(
         {key: value for key, value in pairs.manifest.items() if key not in ("parts", "num_pairs", "format")}
     )
-    said: list[str] = []
-    report = evaluate(str(tmp_path / "cache"), model_folder, None, log=said.append)
+    remarks: list[str] = []
+    report = evaluate(str(tmp_path / "cache"), model_folder, None, log=remarks.append)
     assert report.gap.is_reference and report.gap.num_beyond == 12
     assert (
-        said[-1].startswith("the model is the reference, but its log-probs are not the cached ones")
-        and "12 of them beyond rounding" in said[-1]
+        remarks[-1].startswith("the model is the reference, but its log-probs are not the cached ones")
+        and "12 of them beyond rounding" in remarks[-1]
     )
 
 
@@ -247,16 +243,16 @@ def test_an_imported_reference_is_known_by_its_values(
         model=model_folder,
         log=lambda _: None,
     )
-    said: list[str] = []
-    same = evaluate(str(tmp_path / "cache"), model_folder, None, log=said.append)
+    remarks: list[str] = []
+    same = evaluate(str(tmp_path / "cache"), model_folder, None, log=remarks.append)
     assert not same.gap.is_reference and same.gap.num_beyond == 0
-    assert said[-1].startswith("the model repeats the log-probs of the imported reference 'peer'")
-    other = evaluate(str(tmp_path / "cache"), trained.model, None, log=said.append)
-    assert said[-1].startswith("the model is not what the imported reference 'peer' was made with")
+    assert remarks[-1].startswith("the model repeats the log-probs of the imported reference 'peer'")
+    other = evaluate(str(tmp_path / "cache"), trained.model, None, log=remarks.append)
+    assert remarks[-1].startswith("the model is not what the imported reference 'peer' was made with")
     assert other.metrics == pytest.approx(evaluate(cache, trained.model).metrics, rel=1e-5, abs=1e-5)
 
 
-def test_pairs_of_another_reference_than_asked_for_are_refused(
+def test_pairs_of_another_reference_than_the_named_one_are_refused(
     cache: str, model_folder: str, data_file: str, tmp_path: Path
 ) -> None:
     pairs = open_cache(cache).pairs("heldout")
@@ -303,20 +299,22 @@ def test_a_model_of_other_tokens_is_refused_with_the_row(cache: str, tmp_path: P
         evaluate(cache, short)
 
 
-def test_another_tokenizer_of_as_many_tokens_is_told(cache: str, model_folder: str, tmp_path: Path) -> None:
+def test_another_tokenizer_of_as_many_tokens_gives_a_remark(
+    cache: str, model_folder: str, tmp_path: Path
+) -> None:
     folder = save(tmp_path / "other", make_llama())
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(folder)
-    said: list[str] = []
-    evaluate(cache, folder, limit=2, log=said.append)
-    assert said[0].startswith(f"the tokenizer of {folder} is not the one that made the pairs' ids")
+    remarks: list[str] = []
+    evaluate(cache, folder, limit=2, log=remarks.append)
+    assert remarks[0].startswith(f"the tokenizer of {folder} is not the one that made the pairs' ids")
     make_llama().save_pretrained(tmp_path / "bare")
-    evaluate(cache, tmp_path / "bare", limit=2, log=said.append)
-    assert said[-2].startswith(f"{tmp_path}/bare has no tokenizer to compare")
+    evaluate(cache, tmp_path / "bare", limit=2, log=remarks.append)
+    assert remarks[-2].startswith(f"{tmp_path}/bare has no tokenizer to compare")
 
 
-def test_log_probs_that_are_no_numbers_name_their_rows(model_folder: str, tmp_path: Path) -> None:
+def test_log_probs_that_are_not_finite_name_their_rows(model_folder: str, tmp_path: Path) -> None:
     checked = {
         int(token)
         for completion in _check_completions(make_llama(), 1024)
@@ -343,7 +341,7 @@ def test_log_probs_that_are_no_numbers_name_their_rows(model_folder: str, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "cache", "pairs.jsonl"]
 
 
-def test_the_folder_of_a_run_is_told_from_its_model(
+def test_the_folder_of_a_run_is_distinguished_from_its_model(
     cache: str, trained: dpo_cache.TrainReport, tmp_path: Path
 ) -> None:
     with pytest.raises(
@@ -358,7 +356,7 @@ def test_the_folder_of_a_run_is_told_from_its_model(
         evaluate(cache, tmp_path / "run")
 
 
-def test_an_adapter_that_says_nothing_of_itself_is_refused(cache: str, tmp_path: Path) -> None:
+def test_an_adapter_without_a_usable_config_is_refused(cache: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "adapter", make_llama())
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match=f"^{folder}"):
@@ -406,9 +404,7 @@ def test_parquet_and_json_lines_hold_the_same(
         assert one == {key: pytest.approx(value, rel=1e-5, abs=1e-4) for key, value in other.items()}
 
 
-def test_a_file_that_is_there_is_kept_unless_told_otherwise(
-    cache: str, model_folder: str, tmp_path: Path
-) -> None:
+def test_an_existing_file_is_kept_without_overwrite(cache: str, model_folder: str, tmp_path: Path) -> None:
     out = tmp_path / "pairs.jsonl"
     out.write_text("mine")
     with pytest.raises(OptionError, match="is there already"):
@@ -418,9 +414,7 @@ def test_a_file_that_is_there_is_kept_unless_told_otherwise(
     assert len(lines(out)) == 3
 
 
-def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(
-    cache: str, tmp_path: Path
-) -> None:
+def test_a_path_that_cannot_be_written_fails_before_the_model_is_loaded(cache: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         evaluate(cache, tmp_path / "no model", output=tmp_path / "file" / "pairs.jsonl")

@@ -7,13 +7,12 @@ import pytest
 
 import dpo_cache
 from dpo_cache.errors import NotInCacheError, OptionError
-from dpo_cache.evaluation import EvalReport
-from dpo_cache.evaluation import loss_inputs as loss_inputs_module
+from dpo_cache.evaluation import EvalReport, scoring
 from dpo_cache.options.run_losses import with_run
 from dpo_cache.store import open_cache
 from tests.conftest import chat_rows, make_tokenizer, write_rows
 from tests.lm.families import make_model
-from tests.training.test_loop_losses import sum_alone
+from tests.training.test_loop_losses import only_sum
 
 LOSSES = {
     "sigmoid": {"beta": 0.3},
@@ -148,14 +147,14 @@ def test_weights_of_pairs_do_not_depend_on_how_many_are_run_at_once(
 ) -> None:
     train(cache, tmp_path / "run", wpo="on")
     sizes: list[int] = []
-    split = loss_inputs_module.split_step
+    split = scoring.split_step
 
     def count(pairs: object, budget_tokens: int, count_tokens: object) -> object:
         groups = split(pairs, budget_tokens, count_tokens)
         sizes.append(len(groups))
         return groups
 
-    monkeypatch.setattr(loss_inputs_module, "split_step", count)
+    monkeypatch.setattr(scoring, "split_step", count)
     whole = evaluate(cache, run=tmp_path / "run", budget_tokens="100000")
     split_up = evaluate(cache, run=tmp_path / "run", budget_tokens="100", attention="rows")
     assert sizes[0] == 1 < sizes[1]
@@ -169,7 +168,7 @@ def test_pairs_with_only_sums_are_refused_where_tokens_are_weighted(
     pairs, manifest = list(opened.pairs("heldout")), opened.pairs("heldout").manifest
     writer = opened.write_pairs("sums", "train")
     sums = [
-        dpo_cache.ScoredPair(entry.pair, sum_alone(entry.ref_chosen), sum_alone(entry.ref_rejected))
+        dpo_cache.ScoredPair(entry.pair, only_sum(entry.ref_chosen), only_sum(entry.ref_rejected))
         for entry in pairs
     ]
     writer.add(sums)

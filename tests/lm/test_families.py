@@ -1,4 +1,4 @@
-"""Every family: the way the engine chooses for itself gives the log-probs of the model's own forward pass."""
+"""Every family: the chosen attention gives the log-probs of the model's own forward pass."""
 
 from pathlib import Path
 

@@ -7,7 +7,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dpo_cache.lm import generation
 from dpo_cache.lm.forest.attention import FOREST_ATTENTION
-from dpo_cache.lm.generation import original_attention, write_answers
+from dpo_cache.lm.generation import ready_to_generate, write_answers
 from dpo_cache.lm.kernels.onednn_linear import _forward, use_fast_linear
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import PolicyModel, completion_logps
@@ -65,7 +65,7 @@ def test_each_family_draws_from_its_own_probabilities(family: str) -> None:
     model = make_model(family)
     attention, texts = choose_attention(model, max_length=64), prompts(9, 3, 14)
     found = write(model, texts, attention, max_length=24)
-    with original_attention(model, attention):
+    with ready_to_generate(model, attention):
         batches = [texts] if attention.max_rows is None else [[text] for text in texts]
         expected = [
             answer for first, batch in enumerate(batches) for answer in naive_answers(model, batch, 24, first)
@@ -92,7 +92,7 @@ def test_answers_end_with_an_end_token_or_at_the_length() -> None:
         assert answer.is_finished == (answer.token_ids[-1] % 8 == 0) and (answer.token_ids[:-1] % 8).all()
 
 
-def test_the_models_own_generation_config_has_no_say_and_comes_back() -> None:
+def test_the_models_own_generation_config_has_no_effect_and_comes_back() -> None:
     model, texts = make_llama(), prompts(6, 4)
     attention = choose_attention(model, max_length=64)
     expected = write(model, texts, attention)
@@ -123,7 +123,7 @@ def test_the_forest_is_back_afterwards_even_after_an_error(monkeypatch: pytest.M
     assert model.config._attn_implementation == FOREST_ATTENTION
 
 
-def test_the_seed_alone_decides_and_no_other_random_state_moves() -> None:
+def test_only_the_seed_decides_and_no_other_random_state_changes() -> None:
     model, texts = make_llama(), prompts(6, 4, 9)
     attention = choose_attention(model, max_length=64)
 
@@ -139,11 +139,11 @@ def test_the_seed_alone_decides_and_no_other_random_state_moves() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_wrappers_of_training_do_not_stand_in_the_way(autocast: bool) -> None:
+def test_answers_are_the_same_under_the_wrappers_of_training(autocast: bool) -> None:
     plain, texts = make_llama(), prompts(6, 4)
     wrapped = make_llama()
     attention = choose_attention(wrapped, max_length=64)
-    if not autocast:  # there float32 layers are cast, so that oneDNN's would not be asked
+    if not autocast:  # autocast casts float32 layers, so oneDNN's would not run
         assert use_fast_linear(wrapped, decided=True) and wrapped.lm_head.forward.func is _forward
     Recomputation(wrapped).mode = "full"
     own = choose_attention(plain, "rows", max_length=64)

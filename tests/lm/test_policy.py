@@ -25,10 +25,8 @@ def make_policy() -> PolicyModel:
 
 
 def backward(policy: torch.nn.Module, completions: list[Completion]) -> None:
-    for part in (
-        completions[:3],
-        completions[3:],
-    ):  # two forward and backward passes, as in a step of two parts
+    # two forward and backward passes, as in a step of two parts
+    for part in (completions[:3], completions[3:]):
         (logps,) = policy([part])
         (logps.sums().sum() / len(completions)).backward()
 

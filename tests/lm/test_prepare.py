@@ -48,7 +48,7 @@ def test_a_model_that_is_prepared_already_is_left_as_it_is() -> None:
     assert products_of(model.lm_head) is TORCH
 
 
-def test_what_is_lacking_is_added_and_only_that_is_undone() -> None:
+def test_missing_changes_are_added_and_only_these_are_undone() -> None:
     model = make_llama()
     with prepared(model, is_onednn=True):
         once = changes(model)

@@ -1,4 +1,4 @@
-"""The router loss, beside transformers' own on padded rows."""
+"""The router loss, compared with transformers' own on padded rows."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
 def test_the_router_loss_and_its_gradient_are_those_of_a_padded_batch(family: str, how: str) -> None:
     completions, plain, model = make_completions(num_prompts=4), make_model(family), make_model(family)
     rows = run_rows(plain, completions, output_router_logits=True)
-    expected = load_balancing_loss_func(rows.outputs.router_logits, 4, 2, rows.mask)
+    expected = load_balancing_loss_func(rows.router_logits, 4, 2, rows.uses)
     expected.backward()
     attention = (
         choose_attention(model, max_length=64)

@@ -29,13 +29,12 @@ def test_half_precision_takes_the_forest_and_stays_near_float32(dtype: torch.dty
             for one, other in zip(scores(model, completions, attention, 64), exact, strict=True)
         ]
     )
-    assert (
-        0 < gaps.max() < {torch.bfloat16: 0.6, torch.float16: 0.07}[dtype]
-    )  # twice what docs/measurements.md states
+    # twice the gaps in docs/measurements.md
+    assert 0 < gaps.max() < {torch.bfloat16: 0.6, torch.float16: 0.07}[dtype]
     assert all(score.dtype == np.float32 for score in scores(model, completions[:1], attention, 64))
 
 
-def test_a_forest_that_is_asked_for_but_inexact_is_refused() -> None:
+def test_a_requested_forest_that_is_inexact_is_refused() -> None:
     with pytest.raises(ModelError, match="BloomForCausalLM cannot use forest attention"):
         choose_attention(make_model("bloom"), "forest", max_length=64)
 
@@ -105,8 +104,8 @@ def test_memory_that_runs_out_halves_the_chunk_and_loses_nothing(
         for entry in progress.scores
     )
     assert remarks == [
-        "out of memory with 300 tokens at once; going on with 150. Nothing is lost.",
-        "out of memory with 150 tokens at once; going on with 75. Nothing is lost.",
+        "out of memory with 300 tokens at once; continuing with 150. Nothing is lost.",
+        "out of memory with 150 tokens at once; continuing with 75. Nothing is lost.",
     ]
     assert sorted(found) == list(range(len(completions)))
     assert all(np.abs(found[index].token_logps - values).max() < 1e-5 for index, values in enumerate(whole))
@@ -134,18 +133,20 @@ def test_memory_that_runs_out_in_the_middle_scores_only_what_is_left(monkeypatch
     assert sum(step.num_tokens for step in steps) == steps[-1].total_tokens
 
 
-def test_memory_that_never_suffices_is_told() -> None:
+def test_memory_that_never_suffices_is_an_error() -> None:
     budget = Budget(100, torch.device("cpu"), lambda _: None)
     budget.halve(torch.OutOfMemoryError())
     with pytest.raises(ModelError, match="out of memory even with 50 tokens at once"):
         budget.halve(torch.OutOfMemoryError())
 
 
-def test_what_a_device_without_an_error_of_its_own_says_is_passed_on() -> None:
-    said: list[str] = []
-    Budget(100, torch.device("cpu"), said.append).halve(RuntimeError("MPS backend ran out of memory\nmore"))
-    assert said == [
-        "MPS backend ran out of memory with 100 tokens at once; going on with 50. Nothing is lost."
+def test_the_message_of_a_device_without_an_error_of_its_own_is_shown() -> None:
+    remarks: list[str] = []
+    Budget(100, torch.device("cpu"), remarks.append).halve(
+        RuntimeError("MPS backend ran out of memory\nmore")
+    )
+    assert remarks == [
+        "MPS backend ran out of memory with 100 tokens at once; continuing with 50. Nothing is lost."
     ]
 
 
@@ -160,7 +161,7 @@ def test_memory_that_ends_in_the_self_check_is_no_reason_for_plain_rows(
         choose_attention(make_llama(), max_length=64)
 
 
-def test_a_model_that_drops_the_plan_is_run_as_rows_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_drops_the_plan_is_run_as_rows_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     plain = model.model.forward
     monkeypatch.setattr(
@@ -169,7 +170,7 @@ def test_a_model_that_drops_the_plan_is_run_as_rows_and_says_why(monkeypatch: py
     attention = choose_attention(model, max_length=64)
     assert (attention.name, attention.reason) == (
         "rows",
-        "its code does not hand the plan of the forest on to its attention",
+        "its code does not pass the plan of the forest to its attention",
     )
 
 

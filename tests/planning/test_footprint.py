@@ -1,6 +1,4 @@
-"""The memory of a step, counted from a config alone, against what torch's allocator gives out when the step
-is computed.
-"""
+"""The memory of a step, counted only from a config, compared with torch's allocator when the step is computed."""
 
 import sys
 from collections.abc import Callable
@@ -33,8 +31,8 @@ SIZES = {
 }
 
 
-# A mask comes from numpy, whose memory the allocator does not know: at most 0.4 MB here, which is counted and
-# never allocated.
+# A mask comes from numpy, whose memory torch's allocator does not see: at most 0.4 MB here, counted but never
+# allocated.
 
 
 def pairs(num_pairs: int, prompt: int = 60, answer: int = 40) -> list[Completion]:
@@ -104,7 +102,7 @@ def test_adapters_are_counted_as_they_are_allocated(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_loaded_model_is_counted_without_being_touched(mode: str) -> None:
+def test_a_loaded_model_is_counted_without_a_change(mode: str) -> None:
     model, completions = make_llama(**SIZES), pairs(2)
     attention = choose_attention(model, max_length=200)
     Recomputation(model).mode = mode
@@ -139,7 +137,7 @@ def test_a_loaded_model_with_adapters_is_counted(mode: str) -> None:
     )
 
 
-def test_a_config_alone_is_enough() -> None:
+def test_a_config_is_enough() -> None:
     config = make_llama(**SIZES).config
     found = {
         mode: footprint.config_footprint(config, pairs(4), recomputation=mode, precision="bf16-mixed")
@@ -238,8 +236,8 @@ def test_unknown_quantization_is_refused() -> None:
 
 
 def test_recipes_never_keep_more_than_everything() -> None:
-    """An adapter in mixed precision casts up and down again: a recipe must not keep the wide copy for want of
-    the narrow one.
+    """An adapter in mixed precision casts up and down again: a recipe must not keep the wide copy because the
+    narrow one is missing.
     """
     config = make_llama(**SIZES).config
     for lora_r in (None, 4):

@@ -1,4 +1,4 @@
-"""What is counted is what the allocator gives out."""
+"""The counted bytes are those of the allocator."""
 
 import gc
 
@@ -26,7 +26,7 @@ def test_a_tensor_counts_while_anything_holds_its_memory() -> None:
     assert live.peak == 4000 and len(second) == 500
 
 
-def test_what_the_graph_holds_counts_until_its_backward_pass() -> None:
+def test_tensors_of_the_graph_count_until_its_backward_pass() -> None:
     weight = torch.ones(250, requires_grad=True)
     with LiveBytes() as live:
         loss = (weight.exp().exp()).sum()
@@ -57,9 +57,8 @@ def test_the_peak_is_the_allocators() -> None:
         layers.zero_grad(set_to_none=True)
         shared.zero_grad(set_to_none=True)
         hidden = layers(inputs)
-        (
-            shared(hidden) * shared(hidden.sin())
-        ).sum().backward()  # gradients of one tensor from two places, which the engine adds in place
+        # gradients of one tensor from two places, which the engine adds in place
+        (shared(hidden) * shared(hidden.sin())).sum().backward()
 
     with LiveBytes() as live:
         run()

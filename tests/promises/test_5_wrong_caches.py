@@ -119,7 +119,7 @@ def test_an_adapter_beside_the_weights_is_refused(
     shutil.copytree(model_folder, tmp_path / "adapted")
     (tmp_path / "adapted" / "adapter_config.json").write_text("{}")
     with pytest.raises(
-        ModelError, match="holds an adapter and whole weights; which of the two is meant cannot be told"
+        ModelError, match="holds an adapter and whole weights, so it is not clear which is meant"
     ):
         dpo_cache.precompute(tmp_path / "adapted", data_file, cache)
 

@@ -66,7 +66,7 @@ def test_a_mixture_of_experts_trains_with_its_router_loss(
     model, pairs = make_model("mixtral"), list(open_cache(expert_cache).pairs("pairs"))
     completions = completions_of(pairs)
     rows = run_rows(model, completions, output_router_logits=True)
-    aux = load_balancing_loss_func(rows.outputs.router_logits, 4, 2, rows.mask)
+    aux = load_balancing_loss_func(rows.router_logits, 4, 2, rows.uses)
     sums = torch.stack([logps.double().sum() for logps in row_logps(model, completions)])
     margins = torch.stack(list(sums - torch.from_numpy(reference_logps(pairs)))).chunk(2)
     loss = -torch.nn.functional.logsigmoid(0.1 * (margins[0] - margins[1])).mean() + 0.5 * aux
@@ -80,7 +80,9 @@ def test_a_mixture_of_experts_trains_with_its_router_loss(
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
 
 
-def test_the_router_loss_is_weighted_as_the_model_says(expert_cache: str, cache: str, tmp_path: Path) -> None:
+def test_the_router_loss_has_the_weight_of_the_model_config(
+    expert_cache: str, cache: str, tmp_path: Path
+) -> None:
     train(expert_cache, tmp_path / "default", max_steps=1)
     assert (
         json.loads((tmp_path / "default" / "config.json").read_text())["resolved"]["router_coefficient"]
@@ -114,7 +116,7 @@ def test_a_run_of_an_older_version_is_resumed(cache: str, tmp_path: Path) -> Non
     assert train(cache, tmp_path / "run", resume=True, loss="ipo").finished
 
 
-def test_pairs_with_sums_alone_serve_every_loss_that_needs_no_more(
+def test_pairs_with_only_sums_serve_every_loss_that_needs_no_more(
     cache: str, model_folder: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "sums"
@@ -125,7 +127,7 @@ def test_pairs_with_sums_alone_serve_every_loss_that_needs_no_more(
     writer.add(
         [
             dpo_cache.ScoredPair(
-                entry.pair, *(sum_alone(score) for score in (entry.ref_chosen, entry.ref_rejected))
+                entry.pair, *(only_sum(score) for score in (entry.ref_chosen, entry.ref_rejected))
             )
             for entry in pairs
         ]
@@ -139,7 +141,7 @@ def test_pairs_with_sums_alone_serve_every_loss_that_needs_no_more(
     assert not open_cache(folder).pairs("pairs").has_token_logps
     with pytest.raises(
         TrainingError,
-        match="pairs/train holds sums of log-probs alone, and `ld_alpha` weights .*\nUse `ld_reference=False`",
+        match="pairs/train holds only sums of log-probs, and `ld_alpha` weights .*\nUse `ld_reference=False`",
     ):
         train(str(folder), tmp_path / "run", ld_alpha=0.5)
     assert not (tmp_path / "run").exists()
@@ -147,5 +149,5 @@ def test_pairs_with_sums_alone_serve_every_loss_that_needs_no_more(
     assert train(str(folder), tmp_path / "run", ld_alpha=0.5, ld_reference=False, max_steps=1).finished
 
 
-def sum_alone(score: dpo_cache.Score) -> dpo_cache.Score:
+def only_sum(score: dpo_cache.Score) -> dpo_cache.Score:
     return dpo_cache.Score(score.token_logps[:0], score.logps)

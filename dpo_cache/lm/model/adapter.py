@@ -1,8 +1,7 @@
-"""Adapters (PEFT): few trained weights beside frozen ones.
+"""Adapters (PEFT): few trained weights on top of frozen ones.
 
-A folder with `adapter_config.json` is a checkpoint whose weights lie elsewhere, in its base. A fresh adapter
-changes
-nothing: the policy starts as its base, and with the adapter switched off it always is its base.
+A folder with `adapter_config.json` is a checkpoint whose other weights are in its base. A fresh adapter
+changes nothing: the policy starts as its base, and with the adapter switched off it is always its base.
 """
 
 from __future__ import annotations
@@ -31,19 +30,22 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
-# Methods whose adapter is no part of the layers (virtual tokens), or that must be told of each step or task.
+# Methods whose adapter is not part of the layers (virtual tokens), or that need a call for each step or task.
 UNSUITED = ("ADALORA", "POLY", "XLORA", "ADAPTION_PROMPT", "CPT", "CARTRIDGE", "OSF")
 
 UNSUITED_FIELDS = {
-    "alora_invocation_tokens": "it acts from a token on that must be told of each step",
-    "layer_replication": "it makes another model of its base, which the reference is not",
-    "megatron_config": "layers of Megatron are not in models of transformers",
+    "alora_invocation_tokens": "it acts from a certain token on, which differs from step to step",
+    "layer_replication": "it changes the base, so that the base is not the reference",
+    "megatron_config": "models of transformers have no Megatron layers",
 }
 
-# of LoRA; PiSSA, OLoRA, LoftQ and kin move a part of the base into the adapter
+# Errors of PEFT for a config that does not fit the model
+PEFT_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, re.error)
+
+# of LoRA; PiSSA, OLoRA, LoftQ and the like move a part of the base into the adapter
 PLAIN_STARTS = (True, False, "gaussian")
 
-# Fields of an adapter's config that cannot change what it computes, or that its tensors' names tell.
+# Fields of an adapter's config that cannot change its computation, or that follow from its tensors' names.
 # fmt: off
 INERT_FIELDS = frozenset(
     {
@@ -59,7 +61,7 @@ INERT_FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class CheckpointLocation:
-    """Where the weights of a checkpoint lie, and those of the adapter over them, if there is one."""
+    """The location of a checkpoint's weights, and of the adapter on top of them, if there is one."""
 
     base: str
     base_revision: str | None
@@ -67,23 +69,23 @@ class CheckpointLocation:
 
     @property
     def tokenizer(self) -> tuple[str, str | None]:
-        """Where the tokenizer lies, and its revision: beside the adapter, if it was saved there."""
+        """Location and revision of the tokenizer: the adapter's folder, if the tokenizer was saved there."""
         if self.adapter is not None and Path(self.adapter, "tokenizer_config.json").is_file():
             return self.adapter, None
         return self.base, self.base_revision
 
 
 def locate_checkpoint(location: str, revision: str | None = None) -> CheckpointLocation:
-    """The base and the adapter of a local folder or Hub id. Raises `ModelError` for an adapter whose base is
-    not there.
+    """The base and the adapter of a local folder or Hub id. Raises `ModelError` for an adapter without its
+    base.
     """
     folder = _adapter_folder(location, revision)
     if folder is None:
         return CheckpointLocation(location, revision)
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         raise ModelError(
-            f"{location}: holds an adapter and whole weights; which of the two is meant cannot be told.\n"
-            "Move one of them to a folder of its own."
+            f"{location}: holds an adapter and whole weights, so it is not clear which is meant.\n"
+            "Move one of them to another folder."
         )
     config = _read_json(folder)
     base, base_revision = config.get("base_model_name_or_path"), config.get("revision")
@@ -105,25 +107,22 @@ def lora_config(rank: int, alpha: float | None, targets: str) -> PeftConfig:
     alpha is twice the rank unless given.
     """
     peft = _import_peft()
-    modules: str | list[str] = targets if targets == "all-linear" else targets.split(",")
-    scale = 2 * rank if alpha is None else alpha
     return peft.LoraConfig(
-        r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=modules, task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=0.0,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        task_type="CAUSAL_LM",
     )
 
 
 def read_adapter_config(path: str) -> PeftConfig:
-    """The config in a file, as PEFT writes its `adapter_config.json`. Raises `OptionError`."""
+    """The config in a file like PEFT's `adapter_config.json`. Raises `OptionError`."""
     peft = _import_peft()
     try:
-        fields = json.loads(Path(path).read_text())
-        kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]]
-        return kind(
-            **{
-                **{name: value for name, value in fields.items() if name != "peft_type"},
-                "inference_mode": False,
-            }
-        )
+        fields = dict(json.loads(Path(path).read_text()))
+        make_config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[fields.pop("peft_type")]
+        return make_config(**{**fields, "inference_mode": False})
     except (OSError, ValueError, KeyError, TypeError) as error:
         detail = (
             error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
@@ -135,11 +134,11 @@ def read_adapter_config(path: str) -> PeftConfig:
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int) -> PeftModel:
-    """Put a fresh adapter into the model, whose own weights are frozen; its random part depends on the seed
-    alone.
+    """Put a fresh adapter into the model and freeze the other weights; its random part depends only on the
+    seed.
 
-    The model is changed in place and stays the one to be run; what is returned saves the adapter, switches it
-    off and merges it.
+    The model is changed in place and is still the one to call; the returned object saves the adapter,
+    switches it off and merges it.
     """
     peft = _import_peft()
     _check_suited(config)
@@ -147,15 +146,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int) -> Pef
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, config)
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            ImportError,
-            RuntimeError,
-            re.error,
-        ) as error:
+        except PEFT_ERRORS as error:
             if is_out_of_memory(error, model.device):
                 raise OptionError(
                     f"the adapter does not fit into memory: {first_line(error)}\n"
@@ -173,11 +164,6 @@ def load_adapter(model: PreTrainedModel, folder: str, *, is_trainable: bool = Fa
     """Put a saved adapter into the model; see `add_adapter`. Raises `ModelError`."""
     peft = _import_peft()
     _check_suited(read_config(folder))
-    if not Path(folder, WEIGHTS_FILE).is_file():
-        raise ModelError(
-            f"{folder}: {WEIGHTS_FILE} is missing.\n"
-            "Save the adapter again as safetensors; pickled files can run code and are not read."
-        )
     try:
         with _without_deprecations():
             adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
@@ -210,13 +196,14 @@ def is_identity_at_init(adapted: PeftModel) -> bool:
 
 
 def can_be_switched_off(adapted: PeftModel | None) -> bool:
-    """Whether `disable_adapter` gives the base again: PEFT leaves biases trained."""
+    """Whether `disable_adapter` restores the base: PEFT does not restore trained biases."""
     return adapted is not None and getattr(adapted.peft_config["default"], "bias", "none") == "none"
 
 
 def check_mergeable(adapted: PeftModel) -> None:
-    """Raise `OptionError` where merging would change another model than the one that was trained: a weight
-    that embeddings and head share has an adapter in one of the two places."""
+    """Raise `OptionError` where the merged model would differ from the trained one: embeddings and head share
+    a weight, and only one of them has an adapter.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model: Any = adapted.get_base_model()
@@ -225,8 +212,8 @@ def check_mergeable(adapted: PeftModel) -> None:
         isinstance(end, BaseTunerLayer) for end in ends
     ):
         raise OptionError(
-            "`merge_adapter`: embeddings and LM head share one weight, and the adapter is on one of them "
-            "alone; merged, it would change both.\n"
+            "`merge_adapter`: embeddings and LM head share one weight, and the adapter is on only one of "
+            "them; merged, it would change both.\n"
             "Leave `merge_adapter` out, or take embeddings and head out of `lora_targets`."
         )
 
@@ -240,7 +227,7 @@ def _adapter_folder(location: str, revision: str | None) -> Path | None:
         return Path(location) if Path(location, CONFIG_FILE).is_file() else None
     try:
         found = find_adapter_config_file(location, revision=revision)
-    except OSError:  # not there, or not to be reached: what loads the config says so
+    except OSError:  # missing or not reachable: loading the config raises an error that says so
         return None
     if found is None:
         return None
@@ -261,7 +248,12 @@ def _read_json(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: str) -> PeftConfig:
-    """The config of a saved adapter. Raises `ModelError`."""
+    """The config of a saved adapter. Raises `ModelError`, also where it has no weights that can be loaded."""
+    if not Path(folder, WEIGHTS_FILE).is_file():
+        raise ModelError(
+            f"{folder}: {WEIGHTS_FILE} is missing.\n"
+            "Save the adapter again as safetensors; pickled files can run code and are not read."
+        )
     peft = _import_peft()
     try:
         return peft.PeftConfig.from_pretrained(folder)
@@ -273,24 +265,22 @@ def read_config(folder: str) -> PeftConfig:
 
 @contextmanager
 def _without_deprecations() -> Iterator[None]:
-    """peft asks models for what a later transformers calls otherwise; no user can change that."""
+    """Ignore warnings that peft uses deprecated names of transformers; no user can change that."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
 def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
-    """Raise `OptionError` for a name among several that no layer has: PEFT asks only that any of them be
-    found.
-    """
+    """Raise `OptionError` if any of several names fits no layer: PEFT accepts them if one of them fits."""
     layers = {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
         if "lora_" not in name
     }
     for field in ("target_modules", "modules_to_save"):
-        asked = getattr(config, field, None)
-        several = [] if asked is None or isinstance(asked, str) else sorted(asked)
+        names = getattr(config, field, None)
+        several = sorted(names) if names and not isinstance(names, str) else []
         missing = [
             one for one in several if not any(name == one or name.endswith(f".{one}") for name in layers)
         ]
@@ -309,10 +299,10 @@ def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
 
 def _check_suited(config: PeftConfig) -> None:
     kind = _kind(config)
-    for field, what in UNSUITED_FIELDS.items():
+    for field, reason in UNSUITED_FIELDS.items():
         if getattr(config, field, None):
             raise OptionError(
-                f"an adapter with {field} is not supported: {what}.\nTake it out of the adapter's config."
+                f"an adapter with {field} is not supported: {reason}.\nTake it out of the adapter's config."
             )
     if config.task_type not in (None, "CAUSAL_LM"):
         raise OptionError(
@@ -322,32 +312,25 @@ def _check_suited(config: PeftConfig) -> None:
     start = getattr(config, "init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise OptionError(
-            f"init_lora_weights {start!r}: such an adapter changes the weights under it, so that they are "
-            "the reference's no more.\n"
+            f"init_lora_weights {start!r}: such an adapter changes the weights under it, so that they are no "
+            "longer the reference's.\n"
             "Use true or gaussian."
         )
     if config.is_prompt_learning or kind in UNSUITED:
         raise OptionError(
-            f"adapters of the kind {kind} are not supported: they are no part of the layers, or must be "
-            "told of each step.\nUse LoRA."
+            f"adapters of the kind {kind} are not supported: they are not part of the layers, or need a call "
+            "for each step.\nUse LoRA."
         )
 
 
 def _import_peft() -> Any:
     try:
         import peft
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise _broken_peft(error) from error
-        raise OptionError("adapters need the package peft.\nRun `pip install peft`.") from error
     except ImportError as error:
-        raise _broken_peft(error) from error
+        if isinstance(error, ModuleNotFoundError) and error.name == "peft":
+            raise OptionError("adapters need the package peft.\nRun `pip install peft`.") from error
+        raise OptionError(
+            f"peft is installed, but importing it failed: {first_line(error)}\n"
+            "Run `pip install --upgrade peft accelerate transformers`, so that their versions fit."
+        ) from error
     return peft
-
-
-def _broken_peft(error: ImportError) -> OptionError:
-    """The error for a peft that is installed but does not work with the packages around it."""
-    return OptionError(
-        f"peft is installed, but importing it failed: {first_line(error)}\n"
-        "Run `pip install --upgrade peft accelerate transformers`, so that their versions fit."
-    )

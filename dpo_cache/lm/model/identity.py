@@ -1,15 +1,14 @@
-"""What a reference is: the canonical description whose sha256 names it.
+"""The identity of a reference: the canonical description whose sha256 names it.
 
     {"scoring": 1, "weights": <hex>, "config": {...}, "dtype": "float32"}
-    {..., "quantization": {...}}    where the weights were quantized: how, as the checkpoint says or as
-                                    `quantize` does it
-    {..., "adapter": {...}}         where an adapter is over them: the digest of its tensors, and what of its
-                                    config changes the computation
+    {..., "quantization": {...}}    for quantized weights: the settings in the checkpoint, or of `quantize`
+    {..., "adapter": {...}}         for weights with an adapter: the digest of its tensors, and the fields of
+                                    its config that change the computation
 
 `weights` is the sha256 over the lines `name dtype shape sha256-of-bytes` of all tensors, sorted by name: it
 does not depend on how a checkpoint is split into files. `config` holds the fields that differ from the
 defaults of the model's class, less those that cannot change a log-prob. A model's name, revision, library
-versions, device and attention kernel are provenance: recorded beside the identity, not hashed.
+versions, device and attention kernel are provenance: recorded with the identity, not hashed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
@@ -34,7 +32,7 @@ from dpo_cache.lm.model.adapter import INERT_FIELDS as INERT_ADAPTER_FIELDS
 from dpo_cache.lm.model.quantization import check_quantizable
 from dpo_cache.types import QUANTIZATION_FIELDS
 
-SCORING_VERSION = 1  # raised when the same model and ids would get another stored value
+SCORING_VERSION = 1  # raised when the same model and ids would get other stored values
 
 # Fields of a config that cannot change the log-probs of a forward pass without dropout.
 # fmt: off
@@ -49,6 +47,7 @@ INERT_FIELDS = frozenset(
         "chunk_size_feed_forward", "tokenizer_class", "prefix", "is_encoder_decoder",
         "router_aux_loss_coef", "output_router_logits", "pretraining_tp", "_attn_implementation",
         "_attn_implementation_autoset", "gradient_checkpointing",
+        "quantization_config",  # an entry of its own
     }
 )
 # fmt: on
@@ -62,38 +61,37 @@ def reference_identity(
     revision: str | None = None,
     quantize: str = "none",
 ) -> dict[str, Any]:
-    """The identity of the model at a local folder or Hub id, from its files alone. Raises `ModelError`.
+    """The identity of the model at a local folder or Hub id, from its files. Raises `ModelError`.
 
-    `quantize` is what `load_model` makes of its weights: none, 8bit or 4bit.
+    `quantize` is that of `load_model`: none, 8bit or 4bit.
     """
     check_quantizable(config, location, quantize)
     parts = locate_checkpoint(location, revision)
-    identity: dict[str, Any] = {
+    identity = identity_without_weights(config, dtype)
+    identity["weights"] = weights_digest(checkpoint_files(parts.base, revision=parts.base_revision))
+    if quantize != "none":
+        identity["quantization"] = dict(QUANTIZATION_FIELDS[quantize])
+    if parts.adapter is not None:
+        identity["adapter"] = _adapter_identity(parts.adapter)
+    return identity
+
+
+def identity_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The entries of an identity that follow from the config and the dtype."""
+    identity = {
         "scoring": SCORING_VERSION,
-        "weights": weights_digest(checkpoint_files(parts.base, revision=parts.base_revision)),
         "config": computing_fields(config),
         "dtype": str(dtype).removeprefix("torch."),
     }
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        identity["quantization"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    elif quantize != "none":
-        identity["quantization"] = dict(QUANTIZATION_FIELDS[quantize])
-    if parts.adapter is not None:
-        identity["adapter"] = adapter_identity(parts.adapter)
+        is_plain = isinstance(quantization, dict)
+        identity["quantization"] = dict(quantization) if is_plain else quantization.to_dict()
     return identity
 
 
-def adapter_identity(folder: str) -> dict[str, Any]:
-    """What an adapter adds: the digest of its tensors, and the fields of its config that change what it
-    computes.
-    """
-    path = Path(folder, WEIGHTS_FILE)
-    if not path.is_file():
-        raise ModelError(
-            f"{folder}: {WEIGHTS_FILE} is missing.\n"
-            "Save the adapter again as safetensors; pickled files can run code and are not read."
-        )
+def _adapter_identity(folder: str) -> dict[str, Any]:
+    """The digest of an adapter's tensors, and the fields of its config that change the computation."""
     config = read_config(folder)
     fields, defaults = config.to_dict(), type(config)().to_dict()
     kept = {
@@ -101,16 +99,18 @@ def adapter_identity(folder: str) -> dict[str, Any]:
         for name, value in fields.items()
         if name not in INERT_ADAPTER_FIELDS and value != defaults.get(name)
     }
-    return {"weights": weights_digest([path]), "config": _plain({**kept, "peft_type": fields["peft_type"]})}
+    return {
+        "weights": weights_digest([Path(folder, WEIGHTS_FILE)]),
+        "config": _plain({**kept, "peft_type": fields["peft_type"]}),
+    }
 
 
 def provenance(
     location: str, *, revision: str | None, device: torch.device, attention: str, tokenizer: str
 ) -> dict[str, Any]:
-    """Where the reference came from and what computed it: recorded, not hashed."""
-    is_local = os.path.isdir(location)
+    """The source of the reference and the machine that computed it: recorded, not hashed."""
     return {
-        "model": os.path.abspath(location) if is_local else location,
+        "model": os.path.abspath(location) if os.path.isdir(location) else location,
         "revision": revision,
         "tokenizer": os.path.abspath(tokenizer) if os.path.isdir(tokenizer) else tokenizer,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -129,11 +129,10 @@ def computing_fields(config: PreTrainedConfig) -> dict[str, Any]:
         defaults = _plain(type(config)().to_dict())
     except (TypeError, ValueError, AttributeError):  # a class that cannot be made without arguments
         defaults = {}
-    skipped = INERT_FIELDS | {"quantization_config"}
     kept = {
         name: value
         for name, value in fields.items()
-        if name not in skipped and (name not in defaults or value != defaults[name])
+        if name not in INERT_FIELDS and (name not in defaults or value != defaults[name])
     }
     return {**kept, "model_type": config.model_type}
 
@@ -154,7 +153,7 @@ def checkpoint_files(location: str, *, revision: str | None = None) -> list[Path
                     allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
                 )
             )
-        except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        except (OSError, ValueError) as error:
             raise ModelError(
                 f"{location}: no such folder, and the Hub does not have it or cannot be reached."
             ) from error
@@ -163,10 +162,10 @@ def checkpoint_files(location: str, *, revision: str | None = None) -> list[Path
             f"{location}: holds an adapter, where a base with weights of its own is expected.\n"
             "Merge it into its base (peft)."
         )
-    index = folder / "model.safetensors.index.json"
-    # transformers takes it before the index
-    names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
-    if not names and index.is_file():
+    names, index = [], folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():  # before the index, as in transformers
+        names = ["model.safetensors"]
+    elif index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -186,24 +185,23 @@ def checkpoint_files(location: str, *, revision: str | None = None) -> list[Path
 
 def weights_digest(files: list[Path]) -> str:
     """Hex sha256 over all tensors by name, dtype, shape and bytes."""
-    lines: dict[str, str] = {}
-    for path in files:
-        lines.update(_tensor_lines(path))
+    lines = dict(entry for path in files for entry in _tensor_lines(path).items())
     return hashlib.sha256("\n".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
 
 
 def _tensor_lines(path: Path) -> dict[str, str]:
     """One line a tensor, memoized by path, size, times and inode as git's index does."""
-    path = path.resolve()
-    status = path.stat()
-    memo = _memo_folder() / (hashlib.sha256(str(path).encode()).hexdigest()[:32] + ".json")
+    path, status = path.resolve(), path.stat()
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(str(path).encode()).hexdigest()[:32] + ".json"
+    memo = caches / "dpo-cache" / "digests" / name
     stamp = [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     try:
         remembered = json.loads(memo.read_text())
         if remembered["stamp"] == stamp:
             return remembered["lines"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # no memo, or one of another make: hash again
+        pass  # no memo, or one of another version: hash again
     lines = _hash_tensors(path)
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +224,3 @@ def _hash_tensors(path: Path) -> dict[str, str]:
             f"{path}: not a whole safetensors file ({error}).\nDownload or save the model again."
         ) from error
     return lines
-
-
-def _memo_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-cache" / "digests"

@@ -1,7 +1,9 @@
-"""A checkpoint -> a causal LM that is known to be whole."""
+"""A checkpoint -> a causal LM without missing weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +28,7 @@ def load_config(
 
 
 def _config_of(parts: CheckpointLocation, location: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config of a base that is found; errors name `location`, which was asked for."""
+    """The config of a located base; errors name `location`, the user's option."""
     try:
         return AutoConfig.from_pretrained(
             parts.base, revision=parts.base_revision, trust_remote_code=trust_remote_code
@@ -39,7 +41,7 @@ def _config_of(parts: CheckpointLocation, location: str, trust_remote_code: bool
 
 
 def check_causal(config: PreTrainedConfig, location: str) -> None:
-    """Raise `ModelError` unless the config, and the checkpoint it came with, are of a causal LM."""
+    """Raise `ModelError` unless the config is of a causal LM."""
     names = config.architectures or []
     if names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         raise ModelError(
@@ -61,11 +63,11 @@ def load_model(
     """The causal LM in eval mode on the device, of an adapter its base with the adapter in it. Raises
     `ModelError`, also where a weight is missing.
 
-    `quantize` 8bit or 4bit holds the linear layers of the decoder in so many bits, frozen; what is left has
-    `dtype`. 4-bit weights are multiplied in `compute_dtype` (default: `dtype`).
+    `quantize` 8bit or 4bit holds the linear layers of the decoder in so many bits, frozen; all other weights
+    have `dtype`. 4-bit weights are multiplied in `compute_dtype` (default: `dtype`).
 
-    Only safetensors are read: a pickled checkpoint can run code. Eval mode is kept while training too:
-    the reference is scored without dropout, so the policy is trained without it.
+    Only safetensors are read: a pickled checkpoint can run code. Training keeps eval mode: the reference is
+    scored without dropout, so the policy is trained without it.
     """
     parts = locate_checkpoint(location, revision)
     model = load_base(
@@ -90,31 +92,27 @@ def load_base(
     quantize: str = "none",
     compute_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """See `load_model`: the weights alone, without an adapter over them."""
+    """The base of `load_model`, without an adapter."""
     location, revision = parts.base, parts.base_revision
     config = _config_of(parts, location, trust_remote_code)
     check_causal(config, location)
     check_quantizable(config, location, quantize)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+    }
     if quantize != "none":
         options |= {"quantization_config": loading_config(quantize, compute_dtype or dtype)}
     if quantize != "none" or getattr(config, "quantization_config", None) is not None:
-        options |= {"device_map": {"": device}}  # quantized where it is to stay: such weights are not moved
-    bars_shown = transformers_logging.is_progress_bar_enabled()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    # what its report says in many lines, the check below says in one
-    transformers_logging.set_verbosity_error()
+        options |= {"device_map": {"": device}}  # quantized on its final device: such weights are not moved
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        with _quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{location}: no causal LM can be loaded from it ({first_line(error)}).") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars_shown:
-            transformers_logging.enable_progress_bar()
     model, report = loaded
     lacking = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report["mismatched_keys"])
     if lacking:
@@ -125,5 +123,21 @@ def load_base(
         )
     if is_quantized(model):
         prepare_layers(model)
-        return model.eval()
-    return model.to(device).eval()
+    else:
+        model.to(device)
+    return model.eval()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide transformers' progress bars, and its report on missing weights, which `load_base` checks."""
+    bars_shown = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars_shown:
+            transformers_logging.enable_progress_bar()

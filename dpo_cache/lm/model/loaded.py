@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from dpo_cache.errors import ModelError, first_line
 from dpo_cache.lm.model.identity import (
-    SCORING_VERSION,
     checkpoint_files,
     computing_fields,
+    identity_without_weights,
     reference_identity,
 )
 from dpo_cache.lm.model.load import load_config
@@ -37,30 +37,8 @@ def identify_loaded(
 
     Raises `ModelError` for a model whose weights are not in memory, or that has an adapter in it.
     """
-    _check_whole(model)
     location = model.name_or_path or ""
-    try:
-        difference = _find_difference(model, location, revision, trust_remote_code)
-    except ModelError as error:
-        difference = first_line(error)
-    if difference is None:
-        return reference_identity(location, model.config, model.dtype, revision=revision), None
-    identity: dict[str, Any] = {
-        "scoring": SCORING_VERSION,
-        "weights": _digest_tensors(model),
-        "weights_of": "memory",
-        "config": computing_fields(model.config),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    if quantization := getattr(model.config, "quantization_config", None):
-        identity["quantization"] = (
-            dict(quantization) if isinstance(quantization, Mapping) else quantization.to_dict()
-        )
-    return identity, difference
-
-
-def _check_whole(model: PreTrainedModel) -> None:
-    name = model.name_or_path or type(model).__name__
+    name = location or type(model).__name__
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ModelError(f"{name}: some of its weights are not in memory.\nLoad it whole, on one device.")
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
@@ -68,12 +46,21 @@ def _check_whole(model: PreTrainedModel) -> None:
             f"{name}: it has an adapter in it, which cannot be identified.\n"
             "Merge the adapter (peft), or give the folder of the adapter."
         )
+    try:
+        difference = _find_difference(model, location, revision, trust_remote_code)
+    except ModelError as error:
+        difference = first_line(error)
+    if difference is None:
+        return reference_identity(location, model.config, model.dtype, revision=revision), None
+    weights = {"weights": _digest_tensors(model), "weights_of": "memory"}
+    identity = {**weights, **identity_without_weights(model.config, model.dtype)}
+    return identity, difference
 
 
 def _find_difference(
     model: PreTrainedModel, location: str, revision: str | None, trust_remote_code: bool
 ) -> str | None:
-    """The first thing in which the model differs from its checkpoint, in words; None if there is nothing."""
+    """The first difference between the model and its checkpoint, in words; None if there is none."""
     if not location:
         return "it names no checkpoint"
     if is_quantized(model):
@@ -86,9 +73,7 @@ def _find_difference(
 
 
 def _structure_difference(model: PreTrainedModel) -> str | None:
-    """Compare with a fresh model of the same config: the shapes of its tensors, and its buffers that no file
-    holds.
-    """
+    """Compare tensors' shapes, and buffers that are in no file, with a fresh model of the same config."""
     with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
         fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
     shapes, expected = ({name: t.shape for name, t in one.state_dict().items()} for one in (model, fresh))
@@ -104,7 +89,8 @@ def _structure_difference(model: PreTrainedModel) -> str | None:
 
 def _tensor_difference(model: PreTrainedModel, files: list[Path]) -> str | None:
     """Compare the model's tensors with those in the files, one in memory at a time."""
-    live = _as_saved(model)
+    # by the names, and in the shapes, that they have in a checkpoint
+    live: dict[str, torch.Tensor] = revert_weight_conversion(model, model.state_dict())
     for name, tensor in model.named_parameters():
         if tensor.dtype != (torch.float32 if _loads_in_float32(model, name) else model.dtype):
             return f"its tensor {name} has another dtype than the model"
@@ -130,32 +116,17 @@ def _loads_in_float32(model: PreTrainedModel, name: str) -> bool:
     return any(f".{part}." in f".{name}." for part in kept)
 
 
-def _as_saved(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The model's tensors by the names, and in the shapes, that they have in a checkpoint."""
-    tensors: dict[str, torch.Tensor] = dict(model.state_dict())
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # an earlier transformers, where most models have the names of their checkpoints
-        return tensors
-    return dict(revert_weight_conversion(model, tensors))
-
-
 def _equal(one: torch.Tensor, other: torch.Tensor | None) -> bool:
-    if other is None or one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(one.cpu(), other.detach().cpu())
+    return other is not None and one.dtype == other.dtype and torch.equal(one.cpu(), other.detach().cpu())
 
 
 def _digest_tensors(model: PreTrainedModel) -> str:
-    """Hex sha256 over the tensors in memory, those that no checkpoint has among them."""
-    lines = []
-    for name, tensor in sorted(_all_tensors(model)):
+    """Hex sha256 over the tensors in memory, including buffers that no checkpoint has."""
+    lines, tensors = [], {**dict(model.named_buffers()), **model.state_dict()}
+    for name, tensor in sorted(tensors.items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest = hashlib.sha256(values.data).hexdigest()
         lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {digest}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _all_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    tensors = {**dict(model.named_buffers()), **model.state_dict()}
-    yield from ((name, tensor) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor))

@@ -1,4 +1,4 @@
-"""A causal LM taken apart: a decoder that ends in hidden states, and a head that turns them into logits."""
+"""The two parts of a causal LM: a decoder that ends in hidden states, and a head that computes logits."""
 
 from __future__ import annotations
 
@@ -16,15 +16,11 @@ Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [T, D] -> logits [T, V]
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether what the model does to hidden states is one linear layer without a bias, and nothing else."""
+    """Whether the model computes logits from hidden states by one linear layer without a bias."""
     layer = model.get_output_embeddings()
     if type(layer) is not torch.nn.Linear or layer.bias is not None:
         return False
-    probe_TD = (
-        torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device)
-        .view(2, -1)
-        .to(layer.weight.dtype)
-    )
+    probe_TD = torch.linspace(-1, 1, 2 * layer.in_features).view(2, -1).to(layer.weight)
     with torch.no_grad():
         return torch.equal(head_of(model)(probe_TD), layer(probe_TD[None])[0])
 
@@ -35,10 +31,9 @@ def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The rest of a causal LM: what its own `forward` does to hidden states, scaling, caps and biases
-    included.
+    """The rest of a causal LM: its own `forward` from hidden states on, with scaling, caps and biases.
 
-    A view of the model that shares its modules but whose decoder hands over the given hidden states.
+    Calls a view of the model that shares its modules, but whose decoder returns the given hidden states.
     """
     decoder = _GivenHidden()
     view = copy.copy(model)
@@ -78,8 +73,8 @@ class _GivenHidden(torch.nn.Module):
 
 
 class _HiddenOnly(BaseModelOutputWithPast):
-    """A decoder's output of which nothing but the hidden states is there; each family looks for other
-    fields.
+    """A decoder's output with nothing but the hidden states; other fields, which some families read, are
+    None.
     """
 
     def __getattr__(self, name: str) -> None:

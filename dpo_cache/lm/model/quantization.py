@@ -1,14 +1,13 @@
-"""Base weights in 4 or 8 bits, by bitsandbytes: how they are named, loaded, and what rounding they bring.
+"""Base weights in 4 or 8 bits, by bitsandbytes: their names, how they load, and their rounding.
 
     4bit    NF4 with its scales quantized once more (Sec. 3, arXiv:2305.14314); matrix products in the compute
             dtype
     8bit    weights in 8 bits a row, activations in 8 bits a token: LLM.int8() (arXiv:2208.07339) without its
-            outliers in 16 bits, which are chosen by looking at all tokens of a batch: a model with them is
-            not causal
+            outliers in 16 bits, which depend on all tokens of a batch: a model with them is not causal
 
 Embeddings, norms and the LM head keep the dtype of the model. The policy stays in eval mode, as everywhere:
-in train mode bitsandbytes takes another way through an 8-bit layer on a CPU, and the policy would not be its
-reference.
+in train mode bitsandbytes computes an 8-bit layer on a CPU in another way, and the policy would differ from
+its reference.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def check_quantizable(config: PreTrainedConfig, location: str, name: str) -> None:
-    """Raise `ModelError` where the checkpoint cannot be quantized to `name`, or nothing is there to do it."""
+    """Raise `ModelError` where the checkpoint cannot be quantized to `name`, or a package is missing."""
     if name == "none":
         return
     saved = getattr(config, "quantization_config", None)
@@ -50,17 +49,17 @@ def check_quantizable(config: PreTrainedConfig, location: str, name: str) -> Non
 
 
 def loading_config(name: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What `from_pretrained` takes as `quantization_config`."""
+    """The `quantization_config` for `from_pretrained`."""
     fields = {key: value for key, value in QUANTIZATION_FIELDS[name].items() if key != "quant_method"}
-    return BitsAndBytesConfig(
-        **fields, **({"bnb_4bit_compute_dtype": compute_dtype} if name == "4bit" else {})
-    )
+    if name == "4bit":
+        fields["bnb_4bit_compute_dtype"] = compute_dtype
+    return BitsAndBytesConfig(**fields)
 
 
 def prepare_layers(model: PreTrainedModel) -> None:
     """Make freshly loaded bitsandbytes layers fit for training on any device."""
     for module in model.modules():
-        # it would repack the weights for inference, in a form that has no backward pass
+        # otherwise the layer repacks its weights for inference, in a form that has no backward pass
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
@@ -79,20 +78,15 @@ def num_values(parameter: torch.nn.Parameter) -> int:
 def rounding_dtype(model: PreTrainedModel) -> torch.dtype:
     """The dtype whose rounding explains gaps between two ways to run the model; see `TOKEN_TOLERANCES`.
 
-    An 8-bit layer rounds its inputs to 8 bits, so that a difference in the last bit before it can become one
-    of a
-    hundredth: as coarse as bfloat16, whatever dtype surrounds it. A 4-bit layer computes in the compute
-    dtype.
+    An 8-bit layer rounds its inputs to 8 bits, so that a difference in the last bit of an input can become a
+    hundredth: as coarse as bfloat16, in a model of any dtype. A 4-bit layer computes in the compute dtype.
     """
-    return torch.bfloat16 if any(_is_int8(module) for module in model.modules()) else model.dtype
+    is_int8 = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
+    return torch.bfloat16 if is_int8 else model.dtype
 
 
 def rounding_dtype_of(identity: dict[str, Any]) -> str:
-    """The same, of a reference that is known by its identity alone."""
+    """The same, from the identity of a reference."""
     quantization = identity.get("quantization")
     is_int8 = isinstance(quantization, dict) and bool(quantization.get("load_in_8bit"))
     return "bfloat16" if is_int8 else identity["dtype"]
-
-
-def _is_int8(module: torch.nn.Module) -> bool:
-    return type(module).__name__ == "Linear8bitLt"

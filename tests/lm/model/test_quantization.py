@@ -36,7 +36,7 @@ def load(folder: str, quantize: str, **changes: object) -> torch.nn.Module:
 
 
 @BOTH
-def test_a_quantized_model_takes_the_forest_and_gives_what_rows_give(
+def test_a_quantized_model_has_the_same_log_probs_in_the_forest_as_in_rows(
     model_folder: str, quantize: str
 ) -> None:
     model, completions = load(model_folder, quantize), make_completions()
@@ -53,9 +53,8 @@ def test_a_quantized_model_takes_the_forest_and_gives_what_rows_give(
         )
         assert gaps.max() <= largest and gaps.mean() <= mean
     whole = np.concatenate(scores(make_llama(), completions, AttentionChoice("rows", ""), 4096))
-    assert (
-        np.abs(np.concatenate(plain) - whole).mean() > {"4bit": 0.1, "8bit": 0.01}[quantize]
-    )  # it is another model
+    # it is another model
+    assert np.abs(np.concatenate(plain) - whole).mean() > {"4bit": 0.1, "8bit": 0.01}[quantize]
 
 
 @BOTH
@@ -166,7 +165,7 @@ def test_a_checkpoint_that_was_saved_quantized_is_loaded_but_not_quantized_again
         reference_identity(str(tmp_path), config, torch.float32, quantize="4bit")
 
 
-def test_what_is_not_installed_is_named(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
