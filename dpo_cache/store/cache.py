@@ -92,7 +92,7 @@ class Cache:
         return read_reference(self.folder, reference_id)
 
     def publish_reference(self, identity: Document, provenance: Document) -> str:
-        """Enter a reference, unless it is here already. Returns its id."""
+        """Publish a reference's entry, unless it is here already. Returns its id."""
         reference_id = digest_json(identity)
         name = f"references/{reference_id}/reference.json"
         if not self.folder.exists(name):
@@ -119,11 +119,10 @@ class Cache:
 
     def pairs(self, name: str) -> PairSet:
         """The pair set `NAME/SPLIT`; `NAME` is enough where it has one split, or a split called train."""
-        for place in (f"pairs/{name}", f"pairs/{name}/train"):  # opened by its name: a listing may lag behind
-            if is_pair_set_name(place) and self.folder.exists(f"{place}/manifest.json"):
-                return PairSet(self.folder, place, read_manifest(self.folder, place))
-        known = self.pair_sets()
-        matches = [pair_set for pair_set in known if pair_set == name or pair_set.startswith(f"{name}/")]
+        # by its name first: a listing may lag behind
+        matches = [pair_set for pair_set in (name, f"{name}/train") if self.holds_pairs(pair_set)][:1]
+        known = [] if matches else self.pair_sets()
+        matches += [pair_set for pair_set in known if pair_set.startswith(f"{name}/")]
         if len(matches) != 1:
             problem = f"no pair set {name!r}" if not matches else f"{name!r} has several splits"
             raise NotInCacheError(f"{self}: {problem}.\nIt holds: {', '.join(known) or 'no pair sets'}.")
@@ -151,9 +150,7 @@ class Cache:
         )
 
     def check_scored_by(self, pairs: PairSet, reference: str) -> None:
-        """Raise `CacheError` where a pair set was scored by another reference than the one whose id begins
-        so.
-        """
+        """Raise `CacheError` unless the reference whose id begins with `reference` scored a pair set."""
         expected = self.find_reference(reference)
         if expected == pairs.reference_id:
             return
@@ -169,7 +166,9 @@ class Cache:
 
     def holds_pairs(self, name: str) -> bool:
         """Whether the pair set `NAME/SPLIT` is here."""
-        return is_pair_set_name(f"pairs/{name}") and self.folder.exists(f"pairs/{name}/manifest.json")
+        parts = name.split("/")
+        is_allowed = len(parts) == 2 and all(map(NAME_PATTERN.fullmatch, parts))
+        return is_allowed and self.folder.exists(f"pairs/{name}/manifest.json")
 
     def write_pairs(self, name: str, split: str) -> PairSetWriter:
         """A writer for the pair set `name/split`; it replaces one of that name when it finishes."""
@@ -237,12 +236,6 @@ def read_reference(folder: Folder, reference_id: str) -> Document:
     if not is_shaped or digest_json(document["identity"]) != reference_id:
         raise CorruptShardError(f"{folder}/{name}: its identity does not hash to {reference_id}.")
     return document
-
-
-def is_pair_set_name(place: str) -> bool:
-    """Whether a path is `pairs/NAME/SPLIT`, with names that are allowed there."""
-    parts = place.split("/")
-    return len(parts) == 3 and all(NAME_PATTERN.fullmatch(part) for part in parts)
 
 
 def check_name(name: str) -> str:

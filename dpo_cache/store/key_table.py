@@ -12,7 +12,7 @@ from dpo_cache.store.format.keys import key_halves
 
 
 class KeyTable:
-    """Row numbers by key. A key that is added again keeps its first row.
+    """Row numbers by key. A key that is added again keeps its first row number.
 
     Entries are in segments, each sorted, no key in two of them, and each at least four times as long as the
     next: adding a few keys to many does not sort the many again.
@@ -75,7 +75,7 @@ class _Segment:
         same_half = self.high[inside] == high
         same = same_half & (self.low[inside] == low)
         found = np.where(same, inside, -1)
-        # others share its first half: hardly ever, unless someone means it
+        # others share its first half: by chance hardly ever, but keys may be made so
         later = np.flatnonzero(same_half & ~same)
         if len(later):
             found[later] = self._find_low(high[later], low[later])
@@ -97,8 +97,7 @@ def _sorted_segment(high: np.ndarray, low: np.ndarray, rows: np.ndarray | None) 
     """These entries by key; of equal keys the one with the smallest row. Without rows they are numbered from
     0.
 
-    Careful with memory: what is sorted takes 24 bytes a key, and nothing else as large is kept with it for
-    long.
+    Careful with memory: sorting takes 24 bytes a key, and no other array of that size may be kept meanwhile.
     """
     order = np.arange(len(high)) if (high[1:] > high[:-1]).all() else np.argsort(high)
     if (high[order[1:]] == high[order[:-1]]).any():

@@ -8,10 +8,8 @@ from dpo_cache.types import ScoredPair
 from tests.store.conftest import make_pairs, make_scores, plain
 
 DETAILS = {"name": "pairs", "split": "train", "reference": "0" * 64, "pairs_digest": "1" * 64}
-FIRST, SECOND = (
-    make_pairs(5),
-    [*make_pairs(2), *make_pairs(3, first_row=50)],
-)  # in parts of two they share the first
+# in parts of two pairs these share the first part
+FIRST, SECOND = make_pairs(5), [*make_pairs(2), *make_pairs(3, first_row=50)]
 
 
 def live(folder: LocalFolder) -> None:

@@ -1,6 +1,4 @@
-"""Whether what can be seen of a cache is whole: the promises' own check, which trusts nothing but the
-files.
-"""
+"""Check that all visible files of a cache are whole, with code of its own that reads only the files."""
 
 from __future__ import annotations
 

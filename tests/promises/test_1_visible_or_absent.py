@@ -68,9 +68,8 @@ class Checker:
         root = self._room / PLACE
         found = faults(root)
         if not found:
-            live(
-                LocalFolder(root, FastDisk())
-            )  # a reopened cache takes the same scores and pairs, and gives them back
+            # a reopened cache takes the same scores and pairs, and returns them
+            live(LocalFolder(root, FastDisk()))
             read_back(LocalFolder(root))
             assert open_cache(root).pair_sets() == ["pairs/train"]
             found = faults(root)

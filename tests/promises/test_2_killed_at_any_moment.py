@@ -89,7 +89,7 @@ def rows_of(cache: Path) -> list[tuple]:
 
 
 def same_rows(one: list[tuple], other: list[tuple]) -> bool:
-    """Equal ids, and log-probs equal up to rounding: a run that goes on cuts its chunks elsewhere."""
+    """Equal ids, and log-probs equal up to rounding: a resumed run cuts its chunks elsewhere."""
     return len(one) == len(other) and all(
         left[:3] == right[:3]
         and all(
@@ -115,9 +115,8 @@ def test_2_killed_at_random_moments_it_ends_with_the_same_rows_and_scores_nothin
     """
     chance = random.Random(num_kills)
     whole = bench.folder / "whole"
-    assert bench.runs.run(bench.job(bench.folder / "first")) == [0], (
-        bench.output.read_text()
-    )  # until all is imported
+    # the first run imports everything
+    assert bench.runs.run(bench.job(bench.folder / "first")) == [0], bench.output.read_text()
     started = time.monotonic()
     assert bench.runs.run(bench.job(whole, flush_s=0.0)) == [0], bench.output.read_text()
     whole_s, num_steps = time.monotonic() - started, int(bench.logged("steps")[0])

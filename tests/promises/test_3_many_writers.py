@@ -67,10 +67,8 @@ def test_3_four_processes_at_once_make_the_union_of_what_each_would(
         assert [len(opened.pairs(name)) for name in ("same", "two", "three")] == [18, 18, 18]
         lines = [line for job in jobs for line in read_log(Path(job["log"])) if line[0] == "kept"]
         kept = {bytes.fromhex(key) for line in lines for key in line[1:]}
-        assert (
-            len(kept) == len(opened.scores(reference))
-            and opened.scores(reference).contains(sorted(kept)).all()
-        )  # all, and nothing else
+        scores = opened.scores(reference)
+        assert len(kept) == len(scores) and scores.contains(sorted(kept)).all()
 
 
 def at_once(acts: list[Callable[[], None]]) -> None:

@@ -1,5 +1,5 @@
-"""Promise 4, where a cache is read: a flipped byte or a shortened file, whichever it is, is told as damage
-and never as other numbers.
+"""Promise 4, on reading: any flipped byte and any shortened file raises an error about damage, and never gives
+other numbers.
 """
 
 import random
@@ -31,7 +31,7 @@ def file_names(root: Path) -> list[str]:
 def unnoticed(
     root: Path, name: str, contents: Iterable[tuple[object, bytes]]
 ) -> list[tuple[str, object, str]]:
-    """The changes of one file after which reading everything is not told as damage of it."""
+    """The changes of one file after which reading everything does not raise an error about that file."""
     path = root / name
     whole = path.read_bytes()
     expected = (CorruptShardError, FormatError) if name == "format.json" else (CorruptShardError,)
@@ -43,9 +43,8 @@ def unnoticed(
                 read_small_cache(root)
                 found.append((name, change, "read"))
             except expected as error:
-                if path.name not in str(error) and not isinstance(
-                    error, FormatError
-                ):  # that one names the cache
+                # a FormatError names the cache
+                if path.name not in str(error) and not isinstance(error, FormatError):
                     found.append((name, change, f"another place: {error}"))
             except DpoCacheError as error:
                 found.append((name, change, f"{type(error).__name__}: {error}"))

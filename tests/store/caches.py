@@ -30,7 +30,7 @@ def identity(weights: str = "a", dtype: str = "float32") -> dict:
 
 
 def completion(number: int) -> Completion:
-    """Token ids that follow from the number alone: prompts are shared by neighbours."""
+    """Token ids that depend only on the number; neighbours share prompts."""
     generator = np.random.default_rng(number)
     prompt = np.random.default_rng(number // 2).integers(0, 100, 4).astype(np.uint32)
     return Completion(prompt, generator.integers(0, 100, int(generator.integers(1, 6))).astype(np.uint32))

@@ -27,7 +27,7 @@ def key(number: int) -> bytes:
 
 
 def make_scores(numbers: Sequence[int]) -> list[tuple[bytes, Score]]:
-    """Scores that follow from their numbers alone, of 1 to 5 tokens."""
+    """Scores of 1 to 5 tokens that depend only on their numbers."""
     return [
         (key(number), Score(-np.random.default_rng(number).random(1 + number % 5, np.float32)))
         for number in numbers

@@ -44,7 +44,7 @@ def place_of(cache: Cache) -> Path:
 
 
 def reseal(cache: Cache, changes: dict[str, Any]) -> None:
-    """Publish a manifest that is sealed correctly and says something else."""
+    """Publish a manifest with other members, sealed correctly."""
     manifest = {**cache.pairs("dialogues").manifest, **changes}
     (place_of(cache) / "manifest.json").write_bytes(seal_document(manifest))
 

@@ -1,7 +1,7 @@
-"""Every step that the store takes on a file system, one method a step.
+"""Every step that the store takes on a file system, one method each.
 
-A step can be refused, and the power can fail after it. The tests put a disk in this one's place that refuses
-a step or forgets what was not synced, so nothing else in the store changes a file system.
+A step can be refused, and the power can fail after it. Tests replace this disk by one that refuses a step or
+forgets unsynced data, so no other code of the store changes a file system.
 """
 
 from __future__ import annotations
@@ -31,22 +31,20 @@ class Disk:
         return os.open(path, NEW_FILE, 0o666)
 
     def write(self, descriptor: int, content: bytes) -> None:
-        """Append all of the content: a file system that is nearly full takes a part first and refuses the
-        rest.
-        """
+        """Append all of the content. A nearly full file system takes a part first and refuses the rest."""
         left = memoryview(content)
         while left:
             left = left[os.write(descriptor, left) :]
 
     def sync_file(self, descriptor: int) -> None:
-        """Wait until the file's bytes are on the disk; its name is in the folder's care."""
+        """Wait until the file's bytes are on the disk; for its name see `sync_folder`."""
         os.fsync(descriptor)
 
     def close(self, descriptor: int) -> None:
         os.close(descriptor)  # NFS reports a full disk here
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give the file its name in one step, in place of what has it."""
+        """Give the file its name in one step, replacing a file of that name."""
         os.replace(old, new)
 
     def sync_folder(self, path: Path) -> None:
@@ -77,9 +75,7 @@ class Disk:
         return path.read_bytes()
 
     def open(self, path: Path) -> Any:
-        """An open file, to be read at any place. It stays whole when its name is removed or given to another
-        file.
-        """
+        """An open file, readable at any position, even after its name is removed or given to another file."""
         try:
             return pa.OSFile(str(path))
         except OSError as error:  # pyarrow's message repeats the path

@@ -7,8 +7,8 @@ The folder is `$DPO_CACHE_PARTS`, else `dpo-cache/parts` in the user's cache fol
 `~/.cache`). It holds at most `$DPO_CACHE_PARTS_GB` gigabytes (default 20): the copies that were not used for
 longest go first. Any number of processes share it without locks: a copy appears by a rename, and one that is
 removed while it is read stays readable through the open file. A copy is hashed when a process first opens it,
-so damage is never read: the copy is dropped and fetched again. It is hashed again when its size or time have
-changed since.
+so damage is never read: the copy is dropped and fetched again. It is hashed again when its size or time has
+changed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,8 +37,7 @@ def open_local_copies() -> LocalCopies:
     """The folder and its limit, from the environment. Nothing is created before something is kept."""
     text = os.environ.get("DPO_CACHE_PARTS_GB", "") or str(DEFAULT_LIMIT_GB)
     try:
-        limit_gb = float(text)
-        limit_bytes = int(limit_gb * 1e9)
+        limit_bytes = int(float(text) * 1e9)
     except (ValueError, OverflowError):
         limit_bytes = -1
     if limit_bytes < 0:
@@ -57,26 +57,23 @@ class LocalCopies:
 
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
-        self._whole: dict[
-            str, tuple[int, int, int]
-        ] = {}  # name -> what its file was when its digest was found right
-        self._held_bytes: int | None = None  # as last counted, and what this process has kept since
+        self._whole: dict[str, tuple[int, int, int]] = {}  # inode, size and time of each file with its digest
+        self._held_bytes: int | None = None  # as last counted, and those that this process added since
 
     def open(self, name: str, download: Download) -> pa.OSFile:
-        """The part, open for reading and of the digest that its name promises.
+        """The part, open for reading; its bytes hash to its name.
 
         It is downloaded where there is no copy, or where the copy is damaged. Raises `WrongDigestError` when
-        a second download has another digest than the name, too, `StorageError` when the copy cannot be kept,
-        and whatever else `download` raises.
+        the digest of a second download is wrong, too, `StorageError` when the copy cannot be kept, and all
+        errors of `download`.
         """
         try:
             copy = self._open_copy(name)
-            if copy is None:
-                try:
-                    copy = self._fetch(name, download)
-                except WrongDigestError:
-                    copy = self._fetch(name, download)
-            return copy
+            if copy is not None:
+                return copy
+            with suppress(WrongDigestError):
+                return self._fetch(name, download)
+            return self._fetch(name, download)
         except OSError as error:
             raise StorageError(
                 f"cannot keep a copy of a remote part in {self.folder}: {error.strerror or error}.\n"
@@ -101,17 +98,9 @@ class LocalCopies:
                 path.unlink(missing_ok=True)
                 return None
             self._whole[name] = mark
-        self._touch(path, status.st_mtime_ns)
+        with suppress(OSError):  # removed by another process, or another user's: it then only seems older
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))  # for mounts that record no access times
         return file
-
-    def _touch(self, path: Path, mtime_ns: int) -> None:
-        """Note the use in the access time, which mounts that keep none by themselves do take."""
-        try:
-            os.utime(path, ns=(time.time_ns(), mtime_ns))
-        except (
-            OSError
-        ):  # removed by another process, or kept by another user: it is only taken for older than it is
-            return
 
     def _fetch(self, name: str, download: Download) -> pa.OSFile:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -128,11 +117,11 @@ class LocalCopies:
         return opened
 
     def _make_room(self, added_bytes: int) -> None:
-        """Drop what was not used for longest, down to the limit."""
-        if self._held_bytes is not None:
-            self._held_bytes += added_bytes
-        if self._held_bytes is None or self._held_bytes > self.limit_bytes:
+        """Remove the copies that were not used for longest, down to the limit."""
+        if self._held_bytes is None or self._held_bytes + added_bytes > self.limit_bytes:
             self._held_bytes = self._sweep()
+        else:
+            self._held_bytes += added_bytes
 
     def _sweep(self) -> int:
         """Bytes held after removing stale downloads and, oldest use first, what is above the limit."""

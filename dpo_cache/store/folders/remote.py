@@ -2,12 +2,12 @@
 
 - A file is published by one PUT, which a reader sees wholly or not at all, and its size is checked
   afterwards. A part that is there already, with its size, is not sent again: its name is its content.
-- A file that is named is looked for by its name, never in a listing: stores and the caches before them list
-  late. What this process published or removed itself counts, whatever a listing says. fsspec's memory of
+- A named file is requested by its name and not searched in a listing, because listings may be late. Files
+  that this process published or removed are requested by name before a listing is used. fsspec's cache of
   listings is off.
-- Calls that fail in passing are repeated, see `retries.py`; connecting and reading have time-outs.
-- Parts are read through copies on the local disk, checked by their digest, see `local_copies.py`; `read`
-  always reads from the store.
+- Calls that fail for a moment are repeated (`retries.py`); connecting and reading have time-outs.
+- Parts are read through copies on the local disk, checked by their digest (`local_copies.py`); `read` always
+  reads from the store.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from dpo_cache.store.folders.retries import remote_error, with_retries
 Result = TypeVar("Result")
 
 CONNECT_S, READ_S = 10, 60
-# a whole call: some waits have no time-out of their own, as that before the body of a PUT is sent
-CALL_S, SLOWEST_BYTES_PER_S = (120.0, 100_000)
+# of a whole call: some waits have no time-out, such as the one before the body of a PUT is sent
+CALL_S, SLOWEST_BYTES_PER_S = 120.0, 100_000
 LISTING_S = 1800.0
 CHUNK_BYTES = 32 << 20  # fetched by one request: what a broken connection costs
 THREADS = 8
@@ -46,9 +46,8 @@ PACKAGES = {
     "az": "adlfs",
 }
 
-_own_changes: dict[
-    str, dict[str, bool]
-] = {}  # by URL: what this process published (True) or removed (False) there
+# by URL and name: whether this process published (True) or removed (False) the file
+_own_changes: dict[str, dict[str, bool]] = {}
 
 
 def open_remote(url: str) -> RemoteFolder:
@@ -76,11 +75,12 @@ def open_remote(url: str) -> RemoteFolder:
             f"{url}: no file system for this URL ({first_line(error)}).\n"
             f"Use a folder, {known} or another URL of fsspec."
         ) from error
-    except Exception as error:  # some reach out, or look for credentials, when they are made
+    except Exception as error:  # some connect, or look for credentials, when they are made
         raise remote_error("open", url, error, 1, 0.0) from error
     if protocol in PACKAGES and not root.strip("/"):
         raise OptionError(
-            f"{url}: names no {'repository' if protocol == 'hf' else 'bucket'}.\nExpected for example {protocol}://NAME/cache."
+            f"{url}: names no {'repository' if protocol == 'hf' else 'bucket'}.\n"
+            f"Expected for example {protocol}://NAME/cache."
         )
     if protocol in ("s3", "s3a"):
         filesystem.retries = 1  # type: ignore[attr-defined]  # see retries.py
@@ -113,17 +113,10 @@ class RemoteFolder:
         """Write the whole file in one PUT."""
         if is_part_name(_base(name)) and self._find_size(name) == len(content):
             return
-        # s3fs cuts up what is larger
-        options = (
-            {"chunksize": min(max(len(content), 1), 2 << 30)} if "s3" in self.filesystem.protocol else {}
-        )
-        self._call(
-            "write",
-            name,
-            lambda: self.filesystem.pipe_file(
-                self._path(name), content, **options, **self._limit(len(content))
-            ),
-        )
+        path, options = self._path(name), self._limit(len(content))
+        if "s3" in self.filesystem.protocol:
+            options["chunksize"] = min(max(len(content), 1), 2 << 30)  # s3fs splits larger content
+        self._call("write", name, lambda: self.filesystem.pipe_file(path, content, **options))
         self._own[name] = True
         found = self._find_size(name)
         if found != len(content):
@@ -139,11 +132,8 @@ class RemoteFolder:
             file = io.BytesIO()
             self._download(name, file)
             return file.getvalue()
-        return bytes(
-            self._call(
-                "read", name, lambda: self.filesystem.cat_file(self._path(name), **self._limit(CHUNK_BYTES))
-            )
-        )
+        path, limit = self._path(name), self._limit(CHUNK_BYTES)
+        return bytes(self._call("read", name, lambda: self.filesystem.cat_file(path, **limit)))
 
     def open_parquet(self, name: str) -> pa.NativeFile:
         """The local copy of a part, open for reading; it is fetched first where there is none.
@@ -162,15 +152,11 @@ class RemoteFolder:
             ) from error
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Copy the parts that have no local copy, several at once. One that is missing is left for
-        `open_parquet` to tell.
-        """
+        """Copy the parts that have no local copy, several at once; `open_parquet` raises for missing ones."""
 
         def fetch(name: str) -> None:
-            try:
+            with suppress(MissingFileError):
                 self.open_parquet(name).close()
-            except MissingFileError:
-                return
 
         with ThreadPoolExecutor(THREADS, thread_name_prefix="parts") as pool:
             for _ in pool.map(fetch, [name for name in names if not self._parts.holds(_base(name))]):
@@ -182,26 +168,18 @@ class RemoteFolder:
 
     def names(self, folder: str) -> list[str]:
         """Names of the files and folders directly inside, sorted; empty where there is no folder."""
-        path = self._path(folder)
-        found = self._list(
-            folder, lambda: self.filesystem.ls(path, detail=False, **self._limit(seconds=LISTING_S))
-        )
+        path, limit = self._path(folder), self._limit(seconds=LISTING_S)
+        found = self._look("list", folder, lambda: self.filesystem.ls(path, detail=False, **limit))
         listed = {_base(entry.rstrip("/")) for entry in found or () if entry.rstrip("/") != path}
         prefix = f"{folder}/" if folder else ""
-        # a listing may be late, so these files are looked for by name
+        # a listing may be late, so these files are requested by name
         for name, is_published in list(self._own.items()):
-            if not name.startswith(prefix):
-                continue
             child = name[len(prefix) :].split("/")[0]
-            if is_published and child not in listed and self._find_size(name) is not None:
-                listed.add(child)
-            elif (
-                not is_published
-                and name == prefix + child
-                and child in listed
-                and self._find_size(name) is None
-            ):
-                listed.discard(child)
+            # a folder stays when one of its files is removed
+            may_differ = is_published or name == prefix + child
+            if name.startswith(prefix) and may_differ and is_published is not (child in listed):
+                change = listed.discard if self._find_size(name) is None else listed.add
+                change(child)
         return sorted(name for name in listed if _is_safe(name))
 
     def files(self, folder: str = "") -> dict[str, int]:
@@ -218,7 +196,7 @@ class RemoteFolder:
         return {name: sizes[name] for name in sorted(sizes) if _is_safe(name)}
 
     def hidden(self) -> dict[str, int]:
-        """What `files` leaves out: here, what was set aside; sizes in bytes by name."""
+        """Sizes in bytes of the files that `files` leaves out: those set aside by `verify --repair`."""
         sizes = self._sizes("")
         return {name: sizes[name] for name in sorted(sizes) if _is_below(name) and not _is_safe(name)}
 
@@ -227,17 +205,13 @@ class RemoteFolder:
         return []
 
     def modified(self, name: str) -> float | None:
-        """When the file was written, in seconds since 1970; None where it is gone or the store does not
-        say.
-        """
+        """When the file was written, in seconds since 1970; None where it is gone or the time is unknown."""
         try:
-            return with_retries(
-                "read", f"{self.url}/{name}", lambda: self.filesystem.modified(self._path(name))
-            ).timestamp()
-        except FileNotFoundError:
-            return None
+            return self._call("read", name, lambda: self.filesystem.modified(self._path(name))).timestamp()
         except StorageError as error:
-            if isinstance(error.__cause__, NotImplementedError | KeyError):
+            if isinstance(error, MissingFileError) or isinstance(
+                error.__cause__, NotImplementedError | KeyError
+            ):
                 return None
             raise
 
@@ -250,26 +224,19 @@ class RemoteFolder:
 
     def remove(self, name: str) -> None:
         """Remove the file; nothing happens where it is gone already."""
-        with suppress(FileNotFoundError):
-            with_retries(
-                "remove",
-                f"{self.url}/{name}",
-                lambda: self.filesystem.rm_file(self._path(name), **self._limit()),
-            )
+        with suppress(MissingFileError):
+            self._call("remove", name, lambda: self.filesystem.rm_file(self._path(name), **self._limit()))
         self._own[name] = False
 
     def free_bytes(self) -> int | None:
-        """Unknown: an object store does not say."""
+        """None: an object store reports no free space."""
         return None
 
     def _limit(self, num_bytes: int = 0, seconds: float | None = None) -> dict[str, float]:
         """The longest that a call may take, for a file system that runs its calls on fsspec's own loop."""
-        is_async = isinstance(self.filesystem, AsyncFileSystem)
-        return (
-            {"timeout": (CALL_S if seconds is None else seconds) + num_bytes / SLOWEST_BYTES_PER_S}
-            if is_async
-            else {}
-        )
+        if not isinstance(self.filesystem, AsyncFileSystem):
+            return {}
+        return {"timeout": (CALL_S if seconds is None else seconds) + num_bytes / SLOWEST_BYTES_PER_S}
 
     # -- one call each ---------------------------------------------------------------------------------
 
@@ -284,50 +251,37 @@ class RemoteFolder:
 
     def _call(self, verb: str, name: str, call: Callable[[], Result]) -> Result:
         try:
-            return with_retries(verb, f"{self.url}/{name}", call)
+            return with_retries(verb, f"{self.url}/{name}".rstrip("/"), call)
         except FileNotFoundError as error:
             raise self._missing(verb, name) from error
 
+    def _look(self, verb: str, name: str, call: Callable[[], Result]) -> Result | None:
+        """The result of a call that no cache of listings answers; None where there is no such name."""
+
+        def fresh() -> Result:
+            self.filesystem.invalidate_cache()
+            return call()
+
+        with suppress(MissingFileError):
+            return self._call(verb, name, fresh)
+        return None
+
     def _find(self, name: str) -> dict[str, Any] | None:
         """The store's entry for the file or folder of this name; None if there is neither."""
-        try:
-            self.filesystem.invalidate_cache()
-            return with_retries(
-                "look for",
-                f"{self.url}/{name}",
-                lambda: self.filesystem.info(self._path(name), **self._limit()),
-            )
-        except FileNotFoundError:
-            return None
+        path = self._path(name)
+        return self._look("look for", name, lambda: self.filesystem.info(path, **self._limit()))
 
     def _find_size(self, name: str) -> int | None:
         found = self._find(name)
         return int(found["size"] or 0) if found is not None and found["type"] == "file" else None
 
-    def _list(self, folder: str, call: Callable[[], Result]) -> Result | None:
-        def fresh() -> Result:
-            self.filesystem.invalidate_cache()
-            return call()
-
-        try:
-            return with_retries("list", f"{self.url}/{folder}".rstrip("/"), fresh)
-        except FileNotFoundError:
-            return None
-
     def _sizes(self, folder: str) -> dict[str, int]:
-        found = (
-            self._list(
-                folder,
-                lambda: self.filesystem.find(
-                    self._path(folder), detail=True, **self._limit(seconds=LISTING_S)
-                ),
-            )
-            or {}
-        )
+        path, limit = self._path(folder), self._limit(seconds=LISTING_S)
+        found = self._look("list", folder, lambda: self.filesystem.find(path, detail=True, **limit))
         start = len(self.root) + 1
         return {
             path[start:]: int(details["size"])
-            for path, details in found.items()
+            for path, details in (found or {}).items()
             if path.startswith(f"{self.root}/")
         }
 

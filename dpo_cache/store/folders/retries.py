@@ -1,8 +1,8 @@
 """Calls to an object store: transient failures are retried, lasting ones become one error with its fix.
 
 Time-outs, broken connections, throttling and faults of the server are transient; a missing bucket, refused
-access, a wrong region or a missing package are not. The libraries behind fsspec raise errors of their own
-kinds, which are classified by the status and code of the answer, and by type if there was no answer.
+access, a wrong region or a missing package are not. The libraries behind fsspec raise their own kinds of
+errors, which are classified by the status and code of the response, and by type if there was no response.
 
 The loop here replaces the retries of botocore and s3fs, which are switched off so that tries do not multiply:
 with both on, a store that keeps answering 503 is given up after 140 s, here after 25 s. Of the faults that
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 # Between the tries; up to half of each is subtracted at random, so that writers do not collide again.
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-REMARK_AFTER_S = 3.0  # of trying in vain
+REMARK_AFTER_S = 3.0  # of failed tries
 
 PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 PASSING_CODES = {
@@ -104,7 +104,7 @@ def with_retries(verb: str, place: str, call: Callable[[], Result]) -> Result:
     """The result of the call, which must be harmless to repeat.
 
     Raises `FileNotFoundError` if the file does not exist, and `StorageError` for any other failure that is
-    lasting, or still there after seven tries: these take half a minute besides the time-outs.
+    lasting, or that still occurs at the seventh try: the waits add up to half a minute, without time-outs.
     """
     started, is_logged = time.monotonic(), False
     for tries, wait_s in enumerate((*WAITS_S, None), start=1):
@@ -129,33 +129,30 @@ def with_retries(verb: str, place: str, call: Callable[[], Result]) -> Result:
 def may_pass(error: BaseException) -> bool:
     """Whether the same call may work a little later."""
     for link in _chain(error):
-        if isinstance(link, FileNotFoundError | PermissionError | ImportError) or LASTING_NAMES & _names(
-            link
-        ):
+        names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(link).__mro__}
+        if isinstance(link, FileNotFoundError | PermissionError | ImportError) or LASTING_NAMES & names:
             return False
         status, code = _answer(link)
         if status or code:
             return status in PASSING_STATUS or code in PASSING_CODES
-        is_passing_type = isinstance(link, PASSING_TYPES) or bool(PASSING_NAMES & _names(link))
-        if is_passing_type or (
+        has_passing_errno = (
             isinstance(link, OSError) and link.errno in PASSING_ERRNO and link.__cause__ is None
-        ):
+        )
+        if isinstance(link, PASSING_TYPES) or PASSING_NAMES & names or has_passing_errno:
             return True
     return False
 
 
 def remote_error(verb: str, place: str, error: BaseException, tries: int, elapsed_s: float) -> StorageError:
     """The error with its fix: what failed, how often it was tried, what to do."""
-    kind = advice_kind(error)
     tried = f"Tried {tries} times in {elapsed_s:.0f} s. " if tries > 1 else ""
-    return StorageError(f"cannot {verb} {place}: {describe(error)}.\n{tried}{ADVICE[kind]}")
+    return StorageError(f"cannot {verb} {place}: {describe(error)}.\n{tried}{ADVICE[advice_kind(error)]}")
 
 
 def describe(error: BaseException) -> str:
     """What happened, in one line: the store's own code before its message where there is one."""
     code = next((code for link in _chain(error) for code in [_answer(link)[1]] if code), "")
-    message = (isinstance(error, OSError) and error.strerror) or first_line(error)
-    message = message.rstrip(".")
+    message = ((isinstance(error, OSError) and error.strerror) or first_line(error)).rstrip(".")
     return message if not code or code in message else f"{code}: {message}"
 
 
@@ -189,7 +186,3 @@ def _answer(error: BaseException) -> tuple[int | None, str]:
         if str(status).isdecimal():
             return int(str(status)), ""
     return None, ""
-
-
-def _names(error: BaseException) -> set[str]:
-    return {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}

@@ -1,4 +1,4 @@
-"""Two descriptions side by side: the fields in which they differ, for people to read."""
+"""The fields in which two descriptions differ, for people to read."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 from dpo_cache.store.format.documents import Document
 
-LONG = 40  # characters of a value that are shown; of a digest the first 12 say enough
+LONG = 40  # characters of a value that are shown; of a digest the first 12
 
 
 def differing_fields(one: Document, other: Document) -> list[str]:
-    """A line for each field that differs, such as `dtype: float32 and bfloat16`; a field that one lacks is
-    `none` there.
+    """A line for each field that differs, such as `dtype: float32 and bfloat16`; a missing field is shown as
+    `none`.
 
-    Two identities (see `lm/identity.py`) without such a line are of one reference.
+    Two identities (see `lm/model/identity.py`) without such a line are of one reference.
     """
     left, right = _flatten(one), _flatten(other)
     names = [name for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)]

@@ -67,10 +67,7 @@ def open_sealed(content: bytes, place: str) -> Document:
     seal = document.pop("sha256", None)
     try:
         is_whole = seal == digest_json(document) and seal_document(document) == content
-    except (
-        ValueError,
-        RecursionError,
-    ):  # NaN, infinity or a lone surrogate: json reads what JSON does not have
+    except (ValueError, RecursionError):  # NaN, infinity or a lone surrogate, which json reads but JSON lacks
         is_whole = False
     if not is_whole:
         raise CorruptShardError(f"{place}: its content does not match its own digest.\n{REMEDY}")

@@ -14,7 +14,7 @@ KEY_BYTES = 16
 
 
 def completion_key(completion: Completion) -> bytes:
-    """16 bytes that name a completion under its prompt, whatever data set, row or side it stands in.
+    """16 bytes that name a completion under its prompt, in any data set, row or side.
 
     Equals `blake2b(n + prompt + completion, digest_size=16, person=b"dpo-cache/1")`, where `n` is the
     number of prompt tokens and every number is an unsigned 32-bit little-endian integer. The ids are
@@ -33,15 +33,15 @@ def key_array(keys: Sequence[bytes]) -> np.ndarray:
 
 
 def key_halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys of such an array as two uint64 arrays, high and low: numbers that order as the bytes do, and sort
-    far faster.
+    """Keys of such an array as two uint64 arrays, high and low. They order as the bytes do, and sort far
+    faster.
     """
     halves = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)
     return halves[:, 0].astype(np.uint64), halves[:, 1].astype(np.uint64)
 
 
 def key_order(keys: np.ndarray) -> np.ndarray:
-    """Positions that sort such an array, equal keys in the order they stand: int64 `[len(keys)]`."""
+    """Positions that sort such an array, equal keys in their order: int64 `[len(keys)]`."""
     high, low = key_halves(keys)
     order = np.argsort(high)
     in_order = high[order]

@@ -1,9 +1,8 @@
-"""What a Parquet row group would take to read, found out before anything is allocated for it.
+"""Checks of the memory that reading a Parquet row group needs, before any of it is allocated.
 
 The footer and every page header of the columns to be read are compared with each other and with the limits
-below. Both are parsed here: the library that decodes the pages allocates what they promise, and some of its
-own accessors end the process on a number that they do not know. Numbers are those of Apache's
-`parquet.thrift`.
+below. Both are parsed here: the library that decodes the pages allocates the sizes that they declare, and
+some of its accessors end the process on an unknown number. Numbers are those of Apache's `parquet.thrift`.
 """
 
 from __future__ import annotations
@@ -143,7 +142,7 @@ def value_type(field: pa.Field) -> pa.DataType:
 
 
 def _check_pages(source: pa.NativeFile, chunk: Chunk) -> None:
-    """Raise `PageError` unless the pages of a column are exactly what the footer says of them together."""
+    """Raise `PageError` unless a column's pages have exactly the values and bytes that the footer has."""
     at, stop = chunk.start, chunk.start + chunk.packed_bytes
     unpacked_bytes = num_values = 0
     while at < stop:

@@ -4,10 +4,10 @@ log-probs.
 Each `<sha256>.parquet` part has one row a pair, in the order of the data set:
 
     row                        int64                   row number in the data set, from 0
-    prompt_ids                 list<uint32>            prompt of chosen, and of rejected unless the next says
-                               otherwise
-    rejected_prompt_ids        list<uint32> or null    prompt of rejected where `keep-end` truncation left
-                               another one
+    prompt_ids                 list<uint32>            prompt of chosen, and of rejected where the next is
+                               null
+    rejected_prompt_ids        list<uint32> or null    prompt of rejected where `keep-end` truncation made
+                               it differ
     chosen_ids, rejected_ids                           list<uint32>, completion tokens
     chosen_key, rejected_key                           fixed_size_binary(16), see `keys.py`
     chosen_num_tokens, rejected_num_tokens             uint32
@@ -15,11 +15,11 @@ Each `<sha256>.parquet` part has one row a pair, in the order of the data set:
     ref_chosen_token_logps, ref_rejected_token_logps   list<float32>, nats; one a token, or all empty: see
                                                        below
 
-A pair set made by `dpo-cache import` has `"imported": true` in its manifest. Where it was given sums alone,
-the manifest says `"token_logps": false` and the lists of token log-probs are empty, every one.
+A pair set made by `dpo-cache import` has `"imported": true` in its manifest. If only sums were imported, the
+manifest has `"token_logps": false` and all lists of token log-probs are empty.
 
 `manifest.json` (a sealed document, see `documents.py`) is published last and names the parts, so a pair
-set is wholly there or absent, and a reader keeps the parts it started with whatever is published later.
+set is complete or absent, and a reader keeps the parts it started with whatever is published later.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Thrift's compact protocol, as much of it as Parquet's footers and page headers use, read without trusting
-it.
+"""A reader of Thrift's compact protocol, as far as Parquet's footers and page headers use it.
 
-What is built is bounded by the bytes that are there: a length is never believed beforehand.
+The input is not trusted: the size of the result is bounded by the bytes that are read, and no length is used
+before it is checked.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _value(content: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
         return _integer(content, at)
     if kind == _BINARY:
         length, at = _varint(content, at)
-        content[at + length]  # a struct goes on behind it: IndexError where that is cut off
+        content[at + length]  # a struct continues after it: IndexError where the content ends before
         return content[at : at + length], at + length
     if kind == _STRUCT:
         return _struct(content, at, depth + 1)

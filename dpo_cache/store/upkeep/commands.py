@@ -1,4 +1,4 @@
-"""Manifest and reference of a pair set -> the command that makes it again."""
+"""The command that makes a pair set again, from its manifest and its reference."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dpo_cache.types import quantization_name
 
 
 def precompute_line(cache: str, manifest: Document, reference: Document | None) -> str:
-    """The command that makes a pair set again, as far as its manifest and its reference tell.
+    """The command that makes a pair set again, with the options that its manifest and its reference hold.
 
-    They do not hold a chat template of the user's own, nor which splits were imported together. Of rows or a
-    model that were given in memory it is a call in Python, with a name in capitals for each.
+    They hold no chat template of the user's, and not which splits were imported together. For rows or a model
+    in memory it is a call in Python, with a name in capitals for each.
     """
     source = manifest.get("source", {})
     identity, provenance = ((reference or {}).get(member, {}) for member in ("identity", "provenance"))

@@ -77,9 +77,7 @@ class _Merge:
     target: Cache
     present: dict[str, int]
     report: MergeReport
-    files: dict[str, tuple[Cache, str]] = field(
-        default_factory=dict
-    )  # shards, parts: cache, name there
+    files: dict[str, tuple[Cache, str]] = field(default_factory=dict)  # shards, parts: cache, name there
     references: dict[str, bytes] = field(default_factory=dict)
     manifests: dict[str, bytes] = field(default_factory=dict)
 

@@ -1,5 +1,5 @@
-"""A reader of the golden caches written from docs/format.md alone, and other programs on them. Nothing here
-imports dpo_cache.
+"""A reader of the golden caches that follows only docs/format.md, and other programs that read them. Nothing
+here imports dpo_cache.
 
 (The fixtures that every test file shares do; none is used.)
 """

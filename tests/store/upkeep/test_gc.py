@@ -68,13 +68,12 @@ def test_keep_names_what_is_there(cache: Cache) -> None:
         find_garbage(cache, keep=["nothing"])
 
 
-def test_scores_that_no_pair_set_holds_go_only_where_that_is_asked_for(cache: Cache, root: Path) -> None:
+def test_scores_that_no_pair_set_holds_go_only_with_scores(cache: Cache, root: Path) -> None:
     age(root)
     assert find_garbage(cache) == []
     found = find_garbage(cache, scores=True)
-    assert (
-        len(found) == 8 and sum(entry.unused_rows is not None for entry in found) == 1
-    )  # 0 to 3 of the first shard are used
+    # completions 0 to 3 of the first shard are used
+    assert len(found) == 8 and sum(entry.unused_rows is not None for entry in found) == 1
     before = values(cache, range(4))
     collect_garbage(cache, scores=True)
     assert values(cache, range(4)) == before

@@ -78,9 +78,8 @@ def test_any_order_gives_the_same_files_and_a_second_merge_none(recipes: list) -
         one_by_one = Path(folder, "one-by-one")
         for source in sources:
             merge_caches([source], one_by_one)
-        assert (
-            contents(one_by_one).keys() == results[0].keys()
-        )  # whose provenance came first may differ, nothing else
+        # only the provenance may differ, because the first source's is kept
+        assert contents(one_by_one).keys() == results[0].keys()
         if any(recipes):
             assert verify_cache(one_by_one).is_whole
             assert diff_caches(one_by_one, Path(folder, "all0")).is_equal
@@ -99,9 +98,8 @@ def test_every_digest_is_checked_on_the_way(tmp_path: Path) -> None:
         flip_file(next((tmp_path / f"bad{number}").glob(pattern)), 60)
         with pytest.raises(CorruptShardError):
             merge_caches([tmp_path / f"bad{number}"], tmp_path / f"all{number}")
-        merge_caches(
-            [tmp_path / "a"], tmp_path / f"all{number}"
-        )  # what was copied before is of use, and the rest follows
+        # the files that were copied before are used, and the others follow
+        merge_caches([tmp_path / "a"], tmp_path / f"all{number}")
         assert (
             diff_caches(tmp_path / "a", tmp_path / f"all{number}").is_equal
             and verify_cache(tmp_path / f"all{number}").is_whole

@@ -15,7 +15,7 @@ from tests.store.caches import add_pairs, contents, key_of
 from tests.store.upkeep.conftest import reference_of
 
 
-def test_a_pair_set_is_removed_whole_and_alone(cache: Cache, root: Path) -> None:
+def test_a_pair_set_is_removed_whole_and_no_other(cache: Cache, root: Path) -> None:
     add_pairs(cache, reference_of(cache), [(4, 5)], name="other")
     removal = plan_removal(cache, "pairs", "demo")
     assert removal.pair_sets == ["demo/train"] and len(removal.files) == 2
@@ -38,7 +38,7 @@ def test_a_reference_with_pair_sets_is_refused_and_they_are_listed(cache: Cache,
     assert list(contents(root)) == ["format.json"]
 
 
-def test_what_is_not_there_is_said_so(cache: Cache) -> None:
+def test_a_missing_entry_is_named(cache: Cache) -> None:
     with pytest.raises(NotInCacheError, match="no pair set 'nothing'"):
         plan_removal(cache, "pairs", "nothing")
     with pytest.raises(NotInCacheError, match="no reference whose id starts with 'zz'"):
@@ -67,7 +67,7 @@ def test_a_removal_cut_off_anywhere_leaves_a_valid_cache(
         assert verify_cache(root).is_whole and len(contents(root)) == len(contents(spare)) - length
 
 
-def test_the_index_of_a_reference_that_is_gone_says_what_it_misses(cache: Cache) -> None:
+def test_the_index_of_a_removed_reference_names_the_missing_file(cache: Cache) -> None:
     index: ScoreIndex = cache.scores(reference_of(cache))
     remove_files(cache, list(plan_removal(cache, "reference", reference_of(cache), with_pairs=True).files))
     with pytest.raises(StorageError, match="cannot read"):

@@ -1,4 +1,4 @@
-"""`verify` names the file, and tells what is damage from what is not."""
+"""`verify` names each damaged file, and no others."""
 
 from pathlib import Path
 
@@ -111,7 +111,7 @@ def test_a_file_of_another_name_is_found_though_its_bytes_are_whole(root: Path) 
 
 
 def write_shard(root: Path, scores: list) -> str:
-    """A shard of valid bytes, whatever it says."""
+    """A shard of valid bytes, whatever its values."""
     content = encode_shard(scores)
     path = next(root.glob("references/*/scores")) / name_by_content(content)
     path.write_bytes(content)
@@ -151,10 +151,7 @@ def test_a_gap_within_rounding_is_none_a_larger_one_is_found_in_any_range(
         int(problem.found.split(" in ")[1].split()[0])
         for problem in report.problems
         if "0.25" in problem.found
-    ) in (
-        2,
-        4,
-    )  # beside one other file or both
+    ) in (2, 4)  # compared with one other file or with both
 
 
 def test_bfloat16_allows_what_float32_does_not(tmp_path: Path) -> None:
@@ -302,7 +299,7 @@ def test_values_that_were_put_back_are_the_same(root: Path) -> None:
     for shard in shards(root):
         flip_file(shard, 60)
     repaired = repair_cache(root, verify_cache(root))
-    assert (repaired.restored, repaired.lost) == (4, 1)  # the fifth stands in no pair set
+    assert (repaired.restored, repaired.lost) == (4, 1)  # the fifth is in no pair set
     after = [
         score.token_logps.tolist()
         for score in Cache(root).scores(reference).fetch([key_of(number) for number in numbers])
