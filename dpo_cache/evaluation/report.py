@@ -111,8 +111,8 @@ def find_rewards(pairs: PairLogps, objective: Objective, at_once: int | None = N
             **{entry.name: getattr(pairs, entry.name)[start : start + size] for entry in fields(PairLogps)}
         )
         losses = objective.pair_losses(group, float(group.chosen_lengths.mean()))
-        means.add(losses.metrics)
-        sides.append(torch.stack([losses.metrics["rewards/chosen"], losses.metrics["rewards/rejected"]]))
+        means.add(losses)
+        sides.append(torch.stack([losses["rewards/chosen"], losses["rewards/rejected"]]))
     chosen, rejected = torch.cat(sides, 1).numpy()
     return Rewards(chosen, rejected, means.means())
 

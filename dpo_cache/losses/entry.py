@@ -1,5 +1,6 @@
-"""The kinds of entries that `table.py` is made of: a loss, a setting, a paper. The command line reads them
-for its help, so nothing here imports torch.
+"""The kinds of entries in `table.py`: a loss, a setting, a paper.
+
+The command line reads them for its help, so nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# What a loss function can take of a batch of pairs, by the name of its parameter.
+# The parameters of loss functions that are computed from a batch of pairs.
 INPUTS = {
     "margins": "score of the chosen minus score of the rejected completion, summed over tokens",
     "mean_margins": "the same with each score divided by its completion's length",
@@ -58,7 +59,7 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A loss: its function is `NAME_losses` in `reference_losses.py` or `policy_losses.py`, whose parameters
+    """A loss. Its function is `NAME_losses` in `reference_losses.py` or `policy_losses.py`; its parameters
     are the inputs, then the settings.
     """
 
@@ -82,7 +83,7 @@ class Loss:
 
     @property
     def has_reference(self) -> bool:
-        """Whether the reference's log-probs enter into it."""
+        """Whether it depends on the reference's log-probs."""
         return bool(REFERENCE_INPUTS & set(self.inputs))
 
     @property
@@ -113,7 +114,7 @@ def setting(
 ) -> Any:
     """A field of `LossSettings`, with the metadata of an option.
 
-    `serves` holds for the losses that a setting changes the inputs or weights of; without it the setting is a
+    `serves` is true for the losses whose inputs or weights the setting changes; without it the setting is a
     parameter of loss functions. `paper` is cited where the value is not the default.
     """
     metadata = {

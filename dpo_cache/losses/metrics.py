@@ -1,4 +1,4 @@
-"""Means over pairs of what a step or an evaluation measures."""
+"""Means over pairs of the losses and metrics of a step or an evaluation."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ class PairMetrics:
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         """Add a group of pairs: values of shape (group_size,) by name."""
-        sums = torch.stack(
-            [value.detach().sum() for value in values.values()]
-        ).tolist()  # waits for the GPU once
-        for name, value in zip(values, sums, strict=True):
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._num_pairs += len(next(iter(values.values())))
+        sums = torch.stack([value.detach().sum() for value in values.values()])
+        # tolist waits for the GPU: once for all of them
+        self._add(dict(zip(values, sums.tolist(), strict=True)), len(next(iter(values.values()))))
 
     def merge(self, other: PairMetrics) -> None:
         """Add the pairs of another."""
-        for name, value in other._sums.items():
+        self._add(other._sums, other._num_pairs)
+
+    def _add(self, sums: dict[str, float], num_pairs: int) -> None:
+        for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-        self._num_pairs += other._num_pairs
+        self._num_pairs += num_pairs
 
     def means(self) -> Metrics:
-        """Mean of each over all pairs added, and their number."""
+        """The mean of each value over all pairs, and their number."""
         return {
             **{name: value / self._num_pairs for name, value in self._sums.items()},
             "num_pairs": self._num_pairs,

@@ -15,14 +15,15 @@ MOST_CERTAIN = -1e-7  # nats a token; nearer to 0 the odds of a completion are i
 
 
 def sft_losses(chosen_sums: torch.Tensor, mean_chosen_tokens: torch.Tensor | float) -> torch.Tensor:
-    """Negative log-likelihood of the chosen completion, over the mean length in the step: the mean of a step
-    is the mean over its tokens, as in TRL.
+    """Negative log-likelihood of the chosen completion, divided by the mean length in the step.
+
+    So the mean over the step's pairs is the mean over their tokens, as in TRL.
     """
     return -chosen_sums / mean_chosen_tokens
 
 
 def sft_norm_losses(chosen_sums: torch.Tensor, chosen_lengths: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of the chosen completion, over its own length, as LLaMA-Factory's `pref_ftx`
+    """Negative log-likelihood of the chosen completion, divided by its length, as LLaMA-Factory's `pref_ftx`
     and the NLL term of RPO (Eq. 1, arXiv:2404.19733).
     """
     return -chosen_sums / chosen_lengths
@@ -85,8 +86,8 @@ def orpo_losses(
 
 
 def router_loss(choices_E: torch.Tensor, probs_E: torch.Tensor, num_rows: torch.Tensor) -> torch.Tensor:
-    """Load-balancing loss of a mixture of experts: `E sum_e f_e P_e` (Eqs. 4 to 6, arXiv:2101.03961); K where
-    all is even.
+    """Load-balancing loss of a mixture of experts: `E sum_e f_e P_e` (Eqs. 4 to 6, arXiv:2101.03961); K if
+    the load is even.
 
     `choices_E` counts how often each of E experts was among the K chosen, `probs_E` adds up its router
     probabilities, both over `num_rows` tokens times layers; f_e and P_e are their means. Equals transformers'

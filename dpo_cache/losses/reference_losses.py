@@ -41,19 +41,18 @@ def preference_loss(
     - conservative DPO, `label_smoothing > 0`: the expectation of that loss when a share `label_smoothing` of
       the labels is flipped (Eq. 3, https://ericmitchell.ai/cdpo.pdf);
     - IPO, `ipo=True`: `(h - 1 / (2 beta))^2`, where beta is the paper's tau (Eq. 17, arXiv:2310.12036); label
-      smoothing is left aside.
+      smoothing is ignored.
 
     Same arguments, defaults and numbers as the function of this name in the original DPO repository.
 
     Args:
         policy_chosen_logps: log-probs of the chosen completions under the policy, summed over tokens, in
-        nats.
-            Shape (batch_size,), like the next three.
+            nats. Shape (batch_size,), like the next three.
         policy_rejected_logps: the same of the rejected completions.
         reference_chosen_logps: the same of the chosen completions under the reference.
         reference_rejected_logps: the same of the rejected completions.
         beta: temperature, usually 0.1 to 0.5; the smaller, the further the policy may move from the
-        reference.
+            reference.
         label_smoothing: share of flipped labels that is assumed, 0 to 0.5.
         ipo: take the IPO loss.
         reference_free: take a uniform reference in the losses; the rewards still subtract the values given.
@@ -70,8 +69,7 @@ def preference_loss(
 
         >>> import torch
         >>> chosen, rejected = torch.tensor([-8.0, -20.0]), torch.tensor([-10.0, -19.0])
-        >>> losses, chosen_rewards, rejected_rewards = preference_loss(chosen, rejected, chosen, rejected,
-        beta=0.1)
+        >>> losses, chosen_rewards, _ = preference_loss(chosen, rejected, chosen, rejected, beta=0.1)
         >>> losses
         tensor([0.6931, 0.6931])
         >>> chosen_rewards
@@ -79,8 +77,9 @@ def preference_loss(
 
         Conservative: one label in ten may be wrong, so certainty is punished.
 
-        >>> losses, _, _ = preference_loss(chosen + 30, rejected, chosen, rejected, beta=0.1,
-        label_smoothing=0.1)
+        >>> losses, _, _ = preference_loss(
+        ...     chosen + 30, rejected, chosen, rejected, beta=0.1, label_smoothing=0.1
+        ... )
         >>> losses
         tensor([0.3486, 0.3486])
 
@@ -107,12 +106,14 @@ def preference_loss(
     return losses, chosen_rewards, rejected_rewards
 
 
-# -- of the margin
-# ---------------------------------------------------------------------------------------------
+# -- of the margin ---------------------------------------------------------------------------------------
 
 
 def sigmoid_losses(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
-    """DPO: `-log sigmoid(beta m)` (Eq. 7, arXiv:2305.18290), smoothed: conservative DPO (Eq. 3, https://ericmitchell.ai/cdpo.pdf)."""
+    """DPO: `-log sigmoid(beta m)` (Eq. 7, arXiv:2305.18290).
+
+    With label smoothing: conservative DPO (Eq. 3, https://ericmitchell.ai/cdpo.pdf).
+    """
     kept, flipped = -F.logsigmoid(beta * margins), F.logsigmoid(-beta * margins)
     return kept * (1 - label_smoothing) - flipped * label_smoothing
 
@@ -130,8 +131,8 @@ def hinge_losses(margins: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 def ipo_losses(margins: torch.Tensor, beta: float) -> torch.Tensor:
-    """IPO: `(m - 1 / (2 beta))^2`, where beta is the paper's tau (Eq. 17, arXiv:2310.12036); of summed
-    margins, as in the original DPO repository.
+    """IPO: `(m - 1 / (2 beta))^2`, where beta is the paper's tau (Eq. 17, arXiv:2310.12036); here of
+    summed margins, as in the original DPO repository.
     """
     return (margins - 1 / (2 * beta)) ** 2
 
@@ -176,8 +177,7 @@ def discopop_losses(margins: torch.Tensor, beta: float, discopop_tau: float = 0.
     return logistic + (F.logsigmoid(logits / discopop_tau) - logits).exp()
 
 
-# -- of the two log-ratios
-# -------------------------------------------------------------------------------------
+# -- of the two log-ratios -------------------------------------------------------------------------------
 
 
 def nca_pair_losses(
@@ -255,8 +255,7 @@ def aot_unpaired_losses(
     return aot_losses(chosen_logratios, rejected_logratios, beta, label_smoothing)
 
 
-# -- inputs and weights
-# --------------------------------------------------------------------
+# -- inputs and weights ----------------------------------------------------------------------------------
 
 
 def divergence_scores(
@@ -283,20 +282,17 @@ def divergence_scores(
 
 
 def wpo_weights(chosen_means: torch.Tensor, rejected_means: torch.Tensor, *, clipped: bool) -> torch.Tensor:
-    """WPO's weight of each pair, how likely the policy itself is to write its answers (Eq. 2,
-    arXiv:2406.11827).
+    """WPO's weight of each pair: how likely the policy is to write its answers (Eq. 2, arXiv:2406.11827).
 
-    `exp(chosen) exp(rejected)` of the means over tokens of `log p(token) - log sum_v p(v)^2`; clipped: at
-    most 1. Detached.
+    `exp(chosen) exp(rejected)` of the means over tokens of `log p(token) - log sum_v p(v)^2`, detached. With
+    `clipped` it is at most 1.
     """
     weights = (chosen_means + rejected_means).detach().exp()
     return weights.clamp(max=1.0) if clipped else weights
 
 
 def _check_shapes(**values: Any) -> None:
-    """Plain numbers and tensors without dimensions mean the same for every pair; all else must have one
-    shape.
-    """
+    """Raise `ShapeError` unless all have one shape; a number, or a tensor without dimensions, fits any."""
     shapes = {name: tuple(value.shape) for name, value in values.items() if getattr(value, "shape", ())}
     if len(set(shapes.values())) > 1:
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())

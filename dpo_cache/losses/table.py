@@ -1,4 +1,4 @@
-"""The losses that `loss` takes, and their settings, each once.
+"""The losses that the option `loss` accepts, and their settings, each defined once.
 
 To add a loss, add an entry to `LOSSES` and a function of its name to `reference_losses.py` or
 `policy_losses.py`. The command line, its checks, `train`, `eval`, `sweep`, model cards and the table in

@@ -1,6 +1,4 @@
-"""The losses of a run: read from what `loss` was given, with the settings that serve them and the papers
-behind them.
-"""
+"""The losses of a run as the option `loss` names them, the settings that they use, and their papers."""
 
 from __future__ import annotations
 
@@ -24,12 +22,11 @@ def loss_terms(entries: Sequence[str]) -> dict[str, float]:
     for entry in entries:
         name, _, weight = entry.partition(":")
         if name not in LOSSES:
-            hint = (
-                "\nRepeat `loss` for a weighted sum, as in `loss` sigmoid:0.8 `loss` sft:0.2."
-                if "," in entry
-                else ""
+            hint = "\nRepeat `loss` for a weighted sum, as in `loss` sigmoid:0.8 `loss` sft:0.2."
+            raise OptionError(
+                f"`loss` {entry}: expected one of {', '.join(LOSSES)}; sigmoid is DPO."
+                f"{hint if ',' in entry else ''}"
             )
-            raise OptionError(f"`loss` {entry}: expected one of {', '.join(LOSSES)}; sigmoid is DPO.{hint}")
         if name in terms:
             raise OptionError(f"`loss` {entry}: {name} is given twice.")
         try:
@@ -46,9 +43,7 @@ def loss_terms(entries: Sequence[str]) -> dict[str, float]:
 
 
 def losses_served_by(setting: str) -> list[str]:
-    """The losses that a setting changes: those with it as a parameter, or with inputs or weights that it
-    changes.
-    """
+    """The losses that a setting changes: it is their parameter, or it changes their inputs or weights."""
     serves = SETTINGS[setting].metadata["serves"]
     return [name for name, loss in LOSSES.items() if (serves(loss) if serves else setting in loss.settings)]
 
@@ -56,13 +51,11 @@ def losses_served_by(setting: str) -> list[str]:
 def is_served(setting: str, names: Sequence[str]) -> bool:
     """Whether a setting has a meaning under a sum of these losses.
 
-    A parameter of loss functions must serve one of them. A setting that changes what is compared must serve
-    each loss that compares.
+    It must serve one of them. A setting that changes the compared inputs must serve each loss that compares.
     """
     idle = set(names) - set(losses_served_by(setting))
-    if SETTINGS[setting].metadata["serves"] is None:
-        return len(idle) < len(names)
-    return len(idle) < len(names) and not any(LOSSES[name].prefers for name in idle)
+    is_parameter = SETTINGS[setting].metadata["serves"] is None
+    return len(idle) < len(names) and (is_parameter or not any(LOSSES[name].prefers for name in idle))
 
 
 def papers_of(config: Mapping[str, Any]) -> list[Paper]:

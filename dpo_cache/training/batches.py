@@ -1,6 +1,4 @@
-"""Batches of a pair set: the order of an epoch, tensors for a loop of your own, and how `train` splits a step
-to fit in memory.
-"""
+"""Batches of a pair set: the order of an epoch, tensors for a user's own loop, and the groups of a step."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import compress, islice
 
 import numpy as np
 import torch
@@ -139,17 +137,16 @@ def held_out(pair_set: PairSet, fraction: float, seed: int) -> np.ndarray:
 
 
 def longest_pairs(pair_set: PairSet, selected: np.ndarray, number: int) -> list[ScoredPair]:
-    """The selected pairs with the most tokens, longest first: the largest step that has to fit."""
-    found: list[tuple[int, int, ScoredPair]] = []
-    for place, scored in enumerate(pair_set):
-        if selected[place]:
-            entry = (len(scored.pair.chosen) + len(scored.pair.rejected), -place, scored)
-            (heapq.heappush if len(found) < number else heapq.heappushpop)(found, entry)
-    return [scored for _, _, scored in sorted(found, reverse=True)]
+    """The selected pairs with the most tokens, longest first: the largest step that must fit into memory."""
+    return heapq.nlargest(
+        number,
+        compress(pair_set, selected),
+        key=lambda scored: len(scored.pair.chosen) + len(scored.pair.rejected),
+    )
 
 
 def count_shared(pair_set: PairSet, other: PairSet) -> int:
-    """How many pairs of the second set are also in the first, token for token."""
+    """The number of pairs of the second set that are also in the first, token for token."""
     wanted = Counter(other.read_keys())
     found = {keys for keys in pair_set.read_keys() if keys in wanted}
     return sum(count for keys, count in wanted.items() if keys in found)
@@ -157,7 +154,7 @@ def count_shared(pair_set: PairSet, other: PairSet) -> int:
 
 @dataclass
 class Group:
-    """Pairs of a step that are run at once, and the number of tokens that this runs."""
+    """Pairs of a step that are run at once, and the number of tokens of that run."""
 
     pairs: list[ScoredPair]
     num_tokens: int

@@ -1,43 +1,35 @@
-"""When a run evaluates and saves, what an evaluation gives, and which was the best."""
+"""When a run evaluates and saves, and which evaluation was the best."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import Any
+from dataclasses import dataclass
 
-from dpo_cache.errors import TrainingError, shown_rows
-from dpo_cache.losses.metrics import Metrics, PairMetrics
+from dpo_cache.losses.metrics import Metrics
 from dpo_cache.options.train import period
-from dpo_cache.training.batches import stream_pairs
-from dpo_cache.training.inputs import TrainingPairs
-from dpo_cache.training.step import TrainingStep
 
-# Option `best` -> the metric, and whether more of it is better.
+# Option `best` -> the metric, and 1 if more of it is better, otherwise -1.
 MEASURES = {
-    "loss": ("eval/loss", False),
-    "accuracy": ("eval/rewards/accuracies", True),
-    "margin": ("eval/rewards/margins", True),
+    "loss": ("eval/loss", -1),
+    "accuracy": ("eval/rewards/accuracies", 1),
+    "margin": ("eval/rewards/margins", 1),
 }
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Every so many steps or epochs, counted from the start; neither: never."""
+    """Every `steps` steps or `epochs` epochs, counted from the start; never if both are None."""
 
     steps: int | None
     epochs: float | None
     steps_per_epoch: int
 
     def is_due(self, step: int) -> bool:
-        """Whether the step, numbered from 1, is the first at or past the next time."""
-        if self.epochs is not None:
-            return self._num_passed(step) > self._num_passed(step - 1)
-        return self.steps is not None and step % self.steps == 0
+        """Whether the step, numbered from 1, is the first one at or past a multiple of the period."""
+        return self._num_passed(step) > self._num_passed(step - 1)
 
     def count(self, first: int, last: int) -> int:
-        """How often it is due from one step to another, both included."""
+        """How many steps are due from one step to another, both included."""
         if self.epochs is not None and self.epochs * self.steps_per_epoch < 1:
             return max(0, last - first + 1)
         return max(0, self._num_passed(last) - self._num_passed(first - 1))
@@ -53,32 +45,9 @@ def schedule_of(flag: str, value: str | None, steps_per_epoch: int) -> Schedule:
     return Schedule(*period(flag, value), steps_per_epoch)
 
 
-def evaluate(training_step: TrainingStep, data: TrainingPairs, *, at_once: int, step: int) -> Metrics:
-    """Means over the evaluation pairs under the policy as it is after a step, against the cached reference;
-    `at_once` pairs at a time.
-
-    Raises `TrainingError` naming the rows whose loss is not finite, and where step zero is wrong.
-    """
-    assert data.eval_pairs is not None
-    metrics = PairMetrics()
-    stream = stream_pairs(data.eval_pairs, data.eval_selected, shuffle=False, seed=0, epoch=0)
-    while pairs := list(islice(stream, at_once)):
-        values = training_step.measure(pairs)
-        if not math.isfinite(values.means()["loss"]):
-            rows = shown_rows(training_step.rows_with_nonfinite_loss(pairs))
-            raise TrainingError(
-                f"the evaluation after step {step} gives a loss that is not finite, by row {rows} of the "
-                "data.\nNo model was saved. Lower `lr`."
-            )
-        metrics.merge(values)
-        if training_step.step_zero is not None:
-            training_step.step_zero.stop_if_wrong()
-    return metrics.means()
-
-
 @dataclass
 class Best:
-    """The best evaluation after an update so far; a value that is equal is no better."""
+    """The best evaluation after an update so far; an equal value is no better."""
 
     measure: str = "loss"
     step: int | None = None
@@ -86,10 +55,10 @@ class Best:
     num_worse: int = 0  # evaluations since
 
     def note(self, evaluation: Metrics) -> bool:
-        """Take an evaluation in; whether it is the best."""
-        name, more_is_better = MEASURES[self.measure]
+        """Count an evaluation, and return whether it is the best."""
+        name, sign = MEASURES[self.measure]
         value = float(evaluation[name])
-        if self.value is not None and (value <= self.value if more_is_better else value >= self.value):
+        if self.value is not None and sign * value <= sign * self.value:
             self.num_worse += 1
             return False
         self.step, self.value, self.num_worse = int(evaluation["step"]), value, 0
@@ -97,11 +66,5 @@ class Best:
 
     def is_better_than(self, evaluation: Metrics | None) -> bool:
         """Whether the best is better than another evaluation, such as that of the untrained policy."""
-        name, more_is_better = MEASURES[self.measure]
-        if evaluation is None or self.value is None:
-            return True
-        return self.value > evaluation[name] if more_is_better else self.value < evaluation[name]
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return asdict(self)
+        name, sign = MEASURES[self.measure]
+        return evaluation is None or self.value is None or sign * self.value > sign * evaluation[name]

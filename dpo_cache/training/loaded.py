@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +40,17 @@ class LoadedPolicy:
         lowest = min((saved, dtype), key=lambda one: torch.finfo(one).bits)
         return torch.promote_types(self.model.dtype, lowest) != self.model.dtype
 
-    def location(self, checkpoint: Path | None, *, is_adapted: bool) -> CheckpointLocation:
-        """Where the weights are that a resumed run reads: whole ones, or an adapter for the model."""
-        if checkpoint is None or is_adapted:
+    def locate(self, options: TrainOptions, checkpoint: Path | None) -> CheckpointLocation:
+        """The model, with a resumed run's adapter if it has one; otherwise the checkpoint of a resumed run.
+
+        Raises `OptionError` for options that only apply to loading a model.
+        """
+        if options.quantize != "none":
+            raise OptionError(
+                f"quantize {options.quantize}: the model is in memory already.\n"
+                "Give its path or Hub id instead."
+            )
+        if checkpoint is None or adds_adapter(options):
             return CheckpointLocation(self.name, None, str(checkpoint) if checkpoint else None)
         return CheckpointLocation(str(checkpoint), None)
 
@@ -76,17 +83,6 @@ def take_loaded(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Loaded
     return LoadedPolicy(model, name, tokenizer)
 
 
-def check_options(options: TrainOptions) -> None:
-    """Raise `OptionError` for options that only apply to loading a model."""
-    if options.quantize != "none":
-        raise OptionError(
-            f"quantize {options.quantize}: the model is in memory already.\nGive its path or Hub id instead."
-        )
-
-
-def with_template(tokenizer: PreTrainedTokenizerBase, made_with: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer with the chat template that the pairs were made with, if that is known."""
-    tokenizer = copy.deepcopy(tokenizer)
-    if made_with["tokenizer"] is not None:
-        tokenizer.chat_template = made_with["chat_template"]
-    return tokenizer
+def adds_adapter(options: TrainOptions) -> bool:
+    """Whether the options put a fresh adapter into the model."""
+    return options.lora_r is not None or options.peft_config is not None

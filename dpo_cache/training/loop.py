@@ -1,11 +1,11 @@
-"""store -> lm -> optimizer: the policy-only loop. No reference model is loaded, and no data set read."""
+"""store -> lm -> optimizer: the policy-only loop. No reference model is loaded, and no data set is read."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +18,14 @@ from dpo_cache.options.run_config import with_config
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.progress import bars_hidden, show_training, shows_progress
 from dpo_cache.training.batches import longest_pairs, stream_pairs
-from dpo_cache.training.evaluations import Best, evaluate
+from dpo_cache.training.evaluations import Best
 from dpo_cache.training.loaded import take_loaded
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.output.report import Clock, TrainReport
-from dpo_cache.training.output.run_folder import (
-    check_config,
-    discard,
-    write_config,
-)
+from dpo_cache.training.output.run_folder import check_config, check_disk, discard, write_config
 from dpo_cache.training.output.run_start import check_output
 from dpo_cache.training.output.samples import open_sampler
 from dpo_cache.training.output.trackers import Trackers, open_trackers
-from dpo_cache.training.pair_logps import evaluated_at_once
 from dpo_cache.training.saving import Saver
 from dpo_cache.training.setup import Setup, open_setup
 from dpo_cache.training.step import TrainingStep
@@ -93,7 +88,9 @@ def train(
 
 
 class _Run:
-    """One training run: its position, and what it writes."""
+    """One training run: its position, its steps and its files."""
+
+    trackers: Trackers  # opened by `train`; a dry run has none
 
     def __init__(self, setup: Setup, on_metrics: OnMetrics, on_checkpoint: OnCheckpoint, started: float):
         self.setup, self.options, self.data, self.policy = setup, setup.options, setup.data, setup.policy
@@ -101,41 +98,23 @@ class _Run:
         self.position, self.output, self.log = setup.position, setup.output, setup.log
         self.best = Best(**(setup.position.best or {"measure": setup.options.best}))
         policy = setup.policy_model()
+        checked = setup.policy, setup.data, setup.options
         self.step = TrainingStep(
-            policy=policy,
-            trained=setup.policy,
-            objective=setup.objective,
-            memory=setup.step_memory,
-            optimizer=setup.optimizer,
-            in_backward=setup.in_backward,
-            max_grad_norm=setup.options.max_grad_norm,
-            step_zero=open_step_zero(
-                setup.policy, setup.data, setup.options, is_resumed=setup.checkpoint is not None
-            ),
-            output=setup.output,
-            log=setup.log,
+            setup, policy, open_step_zero(*checked, is_resumed=setup.checkpoint is not None)
         )
+        self.base_check = open_base_check(*checked)
+        objective = setup.objective
         self.warnings = RunWarnings(
             setup.log,
-            is_logistic=setup.objective.is_logistic,
-            has_reference=setup.objective.has_reference,
-            prefers=setup.objective.prefers,
+            is_logistic=objective.is_logistic,
+            has_reference=objective.has_reference,
+            prefers=objective.prefers,
         )
         self.clock = Clock()
-        self.trackers: Trackers | None = None  # opened by `train`
-        self.base_check = open_base_check(setup.policy, setup.data, setup.options)
         self.newest: list[ScoredPair] = []  # a pair of the last step
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
         self.saver = Saver(setup, self.step, self.metrics_file, self.best, on_checkpoint)
-        self.sampler = open_sampler(
-            setup.options.sample,
-            setup.data,
-            setup.policy,
-            policy,
-            output=self.output,
-            seed=setup.options.seed,
-            log=setup.log,
-        )
+        self.sampler = open_sampler(setup, policy)
 
     # -- the main path ---------------------------------------------------------------------------------
 
@@ -151,8 +130,7 @@ class _Run:
                 history=self.metrics_file.lines(),
                 is_resumed=self.setup.checkpoint is not None,
                 log=self.log,
-            ) as trackers:
-                self.trackers = trackers
+            ) as self.trackers:
                 return self._run_steps(should_stop)
         except BaseException:  # Ctrl-C too: a run without an update leaves nothing behind
             if self.setup.checkpoint is None and not self.step.has_updated:
@@ -160,52 +138,43 @@ class _Run:
             raise
 
     def _run_steps(self, should_stop: Callable[[], bool]) -> TrainReport:
-        # of the part before a resumption
-        first, before = self.metrics_file.first("loss"), self.metrics_file.first("eval/loss")
-        last = None
         if self.setup.checkpoint is None:
-            before = self._evaluate()
+            self._evaluate()
             if self.step.step_zero is not None:
                 self.step.step_zero.begin_training()
-        after = before
         for pairs in self._steps():
             self.newest = pairs[:1]
-            last = self._step(pairs)
-            first = first or last
+            self._step(pairs)
             step, is_last = self.position.step, self.position.step == self.setup.total_steps
             if is_last or self.setup.evaluates.is_due(step):
-                after = self._evaluate() or after
-                self.saver.keep_best(after, step)
+                self.saver.keep_best(self._evaluate(), step)
             if self._is_out_of_patience():
                 break
             stops = not is_last and should_stop()
             if stops or (self.setup.saves.is_due(step) and not is_last):
                 self.saver.save_checkpoint(self.position)
             if stops:
-                assert self.trackers is not None
                 self.trackers.state = "stopped"
-                return self._report(first, last, before, None, finished=False)
-        return self._finish(first, last, before, after)
+                return self._report(finished=False)
+        return self._finish()
 
     def try_step(self) -> TrainReport:
         """Take two whole steps on the longest pairs, to measure their memory; nothing is written."""
         check_output(self.output)
-        self.setup.check_disk()
+        check_disk(self.output, self.policy.model, self.options)
         self.setup.log_remarks()
         pairs = longest_pairs(self.data.pairs, self.data.selected, self.options.batch_size)
         for number in (1, 2):  # in the second the optimizer's state exists next to the activations
             self.position = replace(self.position, step=number)
             metrics = self._update(pairs)
         self.on_metrics({**metrics, "total_steps": self.setup.total_steps, "left_s": None})
-        return self._report(metrics, metrics, None, None, finished=False)
+        return replace(self._report(finished=False), first=metrics, last=metrics, eval_before=None)
 
-    def _finish(
-        self, first: Metrics | None, last: Metrics | None, before: Metrics | None, after: Metrics | None
-    ) -> TrainReport:
-        if not self.best.is_better_than(before):
+    def _finish(self) -> TrainReport:
+        if not self.best.is_better_than(self.metrics_file.first("eval/loss")):
             self.log("no evaluation was better than the one before training.")
-        after = self.saver.save_model(self.position.step, after, self.newest)
-        return self._report(first, last, before, after, finished=True)
+        evaluation = self.saver.save_model(self.position.step, self.newest)
+        return replace(self._report(finished=True), eval_after=evaluation)
 
     # -- steps -----------------------------------------------------------------------------------------
 
@@ -218,8 +187,8 @@ class _Run:
             if self.sampler:
                 self.sampler.file.keep_until(self.position.step)
         else:
-            self.setup.check_disk()
-            discard(self.output)  # of a run that was cut off before its first checkpoint
+            check_disk(self.output, self.policy.model, self.options)
+            discard(self.output)  # the files of a run that was cut off before its first checkpoint
             write_config(self.output, self.setup.config())
         self.setup.log_remarks()
 
@@ -247,12 +216,12 @@ class _Run:
             if self.position.step < self.setup.total_steps:
                 self.position = replace(self.position, epoch=self.position.epoch + 1, pairs_seen=0)
 
-    def _step(self, pairs: list[ScoredPair]) -> Metrics:
+    def _step(self, pairs: list[ScoredPair]) -> None:
         """Take a step and record its metrics."""
         metrics = self._update(pairs)
-        self.clock.note_step(metrics["num_pairs"] / metrics["pairs_per_s"])
+        self.clock.steps_s.append(metrics["num_pairs"] / metrics["pairs_per_s"])
         self.warnings.note(metrics)
-        return self._record(metrics)
+        self._record(metrics)
 
     def _update(self, pairs: list[ScoredPair]) -> Metrics:
         """Update the weights once; returns the metrics of the step."""
@@ -273,70 +242,54 @@ class _Run:
         }
 
     def _evaluate(self) -> Metrics | None:
-        """Evaluate the policy as it is and record the means; None where there are no evaluation pairs."""
+        """Evaluate the policy and record the means; None if there are no evaluation pairs."""
         if self.data.eval_pairs is None:
             return None
         started = time.perf_counter()
-        at_once = evaluated_at_once(self.setup.objective, self.options.batch_size)
-        means = evaluate(self.step, self.data, at_once=at_once, step=self.position.step)
+        means = self.step.evaluate(self.position.step)
         if self.sampler:
             self.sampler.write(self.position.step)
-        self.clock.note_evaluation(time.perf_counter() - started)
-        return self._record(
-            {"step": self.position.step, **{f"eval/{name}": value for name, value in means.items()}}
-        )
+        self.clock.evaluations_s.append(time.perf_counter() - started)
+        metrics = {"step": self.position.step, **{f"eval/{name}": value for name, value in means.items()}}
+        self._record(metrics)
+        return metrics
 
     def _is_out_of_patience(self) -> bool:
-        return (
-            self.options.patience is not None
-            and self.best.num_worse >= self.options.patience
-            and self.position.step < self.setup.total_steps
-        )
+        patience = self.options.patience
+        return patience is not None and self.best.num_worse >= patience
 
     # -- reporting -------------------------------------------------------------------------------------
 
-    def _record(self, metrics: Metrics) -> Metrics:
+    def _record(self, metrics: Metrics) -> None:
         self.metrics_file.append(metrics)
-        if self.trackers is not None:
-            self.trackers.log(metrics)
-        step = self.position.step
-        num_evaluations = (
-            self.setup.evaluates.count(step + 1, self.setup.total_steps)
-            if self.data.eval_pairs is not None
-            else 0
-        )
-        left_s = self.clock.left_s(self.setup.total_steps - step, num_evaluations)
-        self.on_metrics({**metrics, "total_steps": self.setup.total_steps, "left_s": left_s})
-        return metrics
+        self.trackers.log(metrics)
+        step, total_steps = self.position.step, self.setup.total_steps
+        has_evaluations = self.data.eval_pairs is not None
+        num_evaluations = self.setup.evaluates.count(step + 1, total_steps) if has_evaluations else 0
+        left_s = self.clock.left_s(total_steps - step, num_evaluations)
+        self.on_metrics({**metrics, "total_steps": total_steps, "left_s": left_s})
 
-    def _report(
-        self,
-        first: Metrics | None,
-        last: Metrics | None,
-        before: Metrics | None,
-        after: Metrics | None,
-        *,
-        finished: bool,
-    ) -> TrainReport:
-        has_best = (self.output / "best").exists() and not self.options.dry_run
+    def _report(self, *, finished: bool) -> TrainReport:
+        is_dry_run, lines = self.options.dry_run, self.metrics_file
+        has_best = (self.output / "best").exists() and not is_dry_run
         return TrainReport(
             output=str(self.output),
-            model=None if self.options.dry_run else str(self.output / "model"),
+            model=None if is_dry_run else str(self.output / "model"),
             num_steps=self.position.step,
             num_pairs=self.data.num_pairs,
             finished=finished,
             step_zero_gap=self.step.step_zero_gap,
-            first=first,
-            last=last,
-            eval_before=before,
-            eval_after=after,
+            first=lines.first("loss"),
+            last=lines.last("loss"),
+            eval_before=lines.first("eval/loss"),
+            eval_after=None,
             elapsed_s=time.perf_counter() - self.started,
             peak_bytes=peak_bytes(self.setup.device),
             num_trained=self.setup.num_trained,
             num_parameters=self.setup.num_parameters,
-            best=None if self.best.step is None else self.best.state(),
+            best=None if self.best.step is None else asdict(self.best),
             best_model=str(self.output / "best") if has_best else None,
             stopped_by_patience=finished and self.position.step < self.setup.total_steps,
-            is_dry_run=self.options.dry_run,
+            is_dry_run=is_dry_run,
             resolved=self.setup.resolved(),
         )

@@ -10,7 +10,7 @@ import torch
 
 from dpo_cache.lm.policy import CompletionLogps
 from dpo_cache.lm.routing import add_routings
-from dpo_cache.losses.objective import Objective, PairLogps, PairLosses
+from dpo_cache.losses.objective import Objective, PairLogps
 from dpo_cache.losses.policy_losses import router_loss
 from dpo_cache.losses.reference_losses import wpo_weights
 from dpo_cache.losses.table import LossSettings
@@ -18,7 +18,8 @@ from dpo_cache.losses.terms import loss_terms
 from dpo_cache.options.losses import LossOptions
 from dpo_cache.types import Score, ScoredPair
 
-Part = tuple[Sequence[ScoredPair], CompletionLogps]  # the policy's log-probs: all chosen, then all rejected
+# Pairs, and the policy's log-probs of all chosen, then all rejected completions.
+RunPairs = tuple[Sequence[ScoredPair], CompletionLogps]
 
 
 def objective_of(options: LossOptions, router_coefficient: float = 0.0) -> Objective:
@@ -28,14 +29,14 @@ def objective_of(options: LossOptions, router_coefficient: float = 0.0) -> Objec
 
 
 def evaluated_at_once(objective: Objective, batch_size: int) -> int:
-    """How many pairs an evaluation during training takes at a time: those of a step, where a loss depends on
-    all of them.
-    """
+    """How many pairs training evaluates at a time: as many as in a step, if a loss depends on all of them."""
     return batch_size if objective.needs_whole_step else 64
 
 
-def policy_losses(objective: Objective, parts: Sequence[Part], mean_chosen_tokens: float) -> PairLosses:
-    """Losses of all pairs of the parts, with gradients by the policy's token log-probs.
+def policy_losses(
+    objective: Objective, parts: Sequence[RunPairs], mean_chosen_tokens: float
+) -> dict[str, torch.Tensor]:
+    """The `loss` of each pair of the parts, with gradients by the policy's token log-probs, and its metrics.
 
     `mean_chosen_tokens` is the mean length of the step's chosen completions: `sft` is a mean over tokens.
     """
@@ -44,19 +45,16 @@ def policy_losses(objective: Objective, parts: Sequence[Part], mean_chosen_token
     if not objective.router_coefficient:
         return losses
     routing = add_routings([policy.routing for _, policy in parts if policy.routing])
-    return objective.with_router_loss(
-        losses, router_loss(routing.choices_E, routing.probs_E, routing.num_rows)
-    )
+    aux = router_loss(routing.choices_E, routing.probs_E, routing.num_rows)
+    return objective.with_router_loss(losses, aux)
 
 
 def pair_logps(objective: Objective, scored: Sequence[ScoredPair], policy: CompletionLogps) -> PairLogps:
     """The inputs of the losses for these pairs, in the dtype and on the device of the policy's sums."""
-    sums, ld_alpha = policy.sums(), objective.ld_alpha
-    weighted = (
-        sums
-        if ld_alpha is None
-        else policy.sums(_to(np.concatenate(token_weights(policy.lengths, ld_alpha)), sums))
-    )
+    sums = weighted = policy.sums()
+    ld_alpha = objective.ld_alpha
+    if ld_alpha is not None:
+        weighted = policy.sums(_to(np.concatenate(token_weights(policy.lengths, ld_alpha)), sums))
     chosen, rejected = weighted.chunk(2)
     reference = reference_logps(scored, ld_alpha if objective.ld_reference else None)
     ref_chosen, ref_rejected = _to(reference, sums).chunk(2)
@@ -103,10 +101,10 @@ def mean_chosen_tokens(scored: Sequence[ScoredPair]) -> float:
 
 
 def token_weights(lengths: Sequence[int], ld_alpha: float) -> list[np.ndarray]:
-    """LD-DPO (arXiv:2409.06411): the tokens past the length of a pair's shorter completion count `ld_alpha`,
-    all others 1.
+    """The weight of each token under LD-DPO (arXiv:2409.06411): `ld_alpha` past the length of the pair's
+    shorter completion, otherwise 1.
 
-    `lengths` are those of P chosen, then P rejected completions; one float64 array each.
+    `lengths` are those of P chosen, then P rejected completions; the result is one float64 array for each.
     """
     num_pairs = len(lengths) // 2
     shared = [min(pair) for pair in zip(lengths[:num_pairs], lengths[num_pairs:], strict=True)] * 2
@@ -118,12 +116,8 @@ def token_weights(lengths: Sequence[int], ld_alpha: float) -> list[np.ndarray]:
 
 def join_pairs(parts: Sequence[PairLogps]) -> PairLogps:
     """The pairs of all parts, in their order."""
-    return PairLogps(
-        **{
-            entry.name: torch.cat([getattr(part, entry.name) for part in parts])
-            for entry in fields(PairLogps)
-        }
-    )
+    names = [entry.name for entry in fields(PairLogps)]
+    return PairLogps(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def _to(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""What a run saves of its policy: checkpoints, the best evaluation's policy, and in the end the model."""
+"""Save the policy of a run: its checkpoints, the policy of the best evaluation, and at the end the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dpo_cache.errors import TrainingError
@@ -32,23 +32,21 @@ class Saver:
         """Save the state after a step, from which `resume` continues."""
         self._check_weights(position.step, "no checkpoint")
         self.metrics_file.fsync()
-        position = replace(position, step_memory=self.setup.step_memory.state(), best=self.best.state())
+        position = replace(position, step_memory=self.setup.step_memory.state(), best=asdict(self.best))
         keep = self.setup.options.keep
         self.on_checkpoint(
             save_checkpoint(self.setup.output, self.setup.policy, self.setup.optimizer, position, keep=keep)
         )
 
     def keep_best(self, evaluation: Metrics | None, step: int) -> None:
-        """Save the policy of the best evaluation so far, unless it is the last one, which model/ will
-        hold.
-        """
+        """Save the policy of the best evaluation so far; that of the last step will be in model/."""
         if evaluation is None or not self.best.note(evaluation):
             return
         if self.setup.options.eval_every is not None and step != self.setup.total_steps:
-            found = {name: value for name, value in self.best.state().items() if name != "num_worse"}
+            found = {name: value for name, value in asdict(self.best).items() if name != "num_worse"}
             save_best(self.setup.output, self.setup.policy, found, self._card(step, evaluation))
 
-    def save_model(self, step: int, evaluation: Metrics | None, newest: list[ScoredPair]) -> Metrics | None:
+    def save_model(self, step: int, newest: list[ScoredPair]) -> Metrics | None:
         """Save the model: the last one or, with `patience`, the best; returns its evaluation.
 
         `newest` are pairs of the last step: the loss of one of them must be finite.
@@ -59,8 +57,7 @@ class Saver:
             self._check_values(step, newest)
         is_best_elsewhere = self.best.step not in (None, step)
         takes_best = bool(options.patience) and is_best_elsewhere
-        if takes_best:
-            evaluation = self.metrics_file.last("eval/loss", step=self.best.step)
+        evaluation = self.metrics_file.last("eval/loss", step=self.best.step if takes_best else None)
         card = self._card(self.best.step if takes_best and self.best.step else step, evaluation)
         save_model(output, self.setup.policy, card, takes_best=takes_best, is_merged=options.merge_adapter)
         if takes_best or not is_best_elsewhere:
@@ -74,14 +71,11 @@ class Saver:
             )
 
     def _check_values(self, step: int, newest: list[ScoredPair]) -> None:
-        """Raise `TrainingError` where the weights are finite, but the loss of a pair of the last step is
-        not.
-        """
+        """Raise `TrainingError` if the loss of a pair of the last step is not finite with these weights."""
         if newest and self.step.rows_with_nonfinite_loss(newest):
             raise TrainingError(
                 f"step {step}: after the update the loss of row {newest[0].pair.row} is not finite; no "
-                "model was "
-                "saved.\nLower `lr`."
+                "model was saved.\nLower `lr`."
             )
 
     def _card(self, step: int, evaluation: Metrics | None) -> str:

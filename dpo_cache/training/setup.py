@@ -1,4 +1,4 @@
-"""All that a training run needs, opened and checked before its output folder is touched."""
+"""Open and check everything that a training run needs, before its output folder is changed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.device import choose_device
@@ -31,7 +32,7 @@ from dpo_cache.training.optim.schedule import learning_rate
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.optim.updates import Updater
 from dpo_cache.training.output.checkpoint import RunPosition, read_position, restore_optimizer
-from dpo_cache.training.output.run_folder import check_disk, read_resolved
+from dpo_cache.training.output.run_folder import read_config
 from dpo_cache.training.output.run_start import find_start
 from dpo_cache.training.output.trackers import check_trackers
 from dpo_cache.training.pair_logps import objective_of
@@ -40,7 +41,7 @@ from dpo_cache.training.step_memory import StepMemory
 
 @dataclass(frozen=True)
 class Setup:
-    """The pairs, the policy and what updates it; where a run is resumed, as its checkpoint has them."""
+    """The pairs, the policy and its optimizer; in a resumed run, in the state of its checkpoint."""
 
     options: TrainOptions
     log: Log
@@ -50,16 +51,14 @@ class Setup:
     objective: Objective
     step_memory: StepMemory
     optimizer: Updater
-    in_backward: (
-        OptimizerInBackward | None
-    )  # where `free_gradients` updates the weights inside the backward pass
+    in_backward: OptimizerInBackward | None  # under `free_gradients`
     total_steps: int
     evaluates: Schedule
     saves: Schedule
     num_parameters: int
     num_trained: int
-    checkpoint: Path | None  # what the run goes on from
-    position: RunPosition  # where it stands at its start
+    checkpoint: Path | None  # of a resumed run
+    position: RunPosition  # at the start
 
     @property
     def output(self) -> Path:
@@ -77,7 +76,7 @@ class Setup:
         )
 
     def policy_model(self) -> PolicyModel:
-        """The policy as one module, with what the objective needs of it."""
+        """The policy as one module that computes what the objective needs."""
         return PolicyModel(
             self.policy.model,
             self.policy.attention,
@@ -86,38 +85,22 @@ class Setup:
             with_routing=bool(self.objective.router_coefficient),
         )
 
-    def check_disk(self) -> None:
-        """Raise `TrainingError` where what the run writes has no room."""
-        options = self.options
-        num_checkpoints, keeps_best = (
-            options.keep if options.save_every else 0,
-            options.eval_every is not None,
-        )
-        check_disk(
-            self.output,
-            self.policy.model,
-            num_checkpoints=num_checkpoints,
-            keeps_best=keeps_best,
-            is_merged=options.merge_adapter,
-        )
-
     def config(self) -> dict[str, Any]:
-        """What config.json holds: every option, and what became of the defaults."""
+        """The content of config.json: every option, and the resolved values."""
         return {**asdict(self.options), "resolved": self.resolved()}
 
     def resolved(self) -> dict[str, Any]:
-        """What became of the defaults."""
+        """The values that the run uses in place of `auto` and other defaults, and the ids of its inputs."""
         data, policy = self.data, self.policy
+        eval_pairs = data.eval_pairs if self.options.eval_pairs else None
         return {
             "model": policy.location,
             "adapter": describe(policy.adapted) if policy.adapted else None,
-            "base_weights": policy.base_weights,
+            "base_weights": policy.origin.base_weights,
             "reference": data.pairs.reference_id,
             "cache": self.options.cache,
             "pairs": data.pairs.name,
-            "eval_pairs": data.eval_pairs.name
-            if data.eval_pairs is not None and self.options.eval_pairs
-            else None,
+            "eval_pairs": None if eval_pairs is None else eval_pairs.name,
             "pairs_digest": data.pairs.manifest["pairs_digest"],
             "num_pairs": data.num_pairs,
             "num_eval_pairs": int(data.eval_selected.sum()),
@@ -127,35 +110,30 @@ class Setup:
             "device": str(self.device),
             "budget_tokens": self.step_memory.micro_tokens,
             "gradient_checkpointing": self.step_memory.mode,
-            "linear": self.policy.linear,
+            "linear": policy.linear,
             "router_coefficient": self.objective.router_coefficient,
         }
 
     def log_remarks(self) -> None:
-        """Log what a user should know before the first step."""
-        model, data, options = self.policy.model, self.data, self.options
-        if self.policy.attention.name == "rows":
+        """Log remarks on slow or useless choices before the first step."""
+        policy, data, options = self.policy, self.data, self.options
+        if policy.attention.name == "rows":
             self.log(
-                f"{type(model).__name__} is trained on plain padded rows, which is slower: "
-                f"{self.policy.attention.reason}."
+                f"{type(policy.model).__name__} is trained on plain padded rows, which is slower: "
+                f"{policy.attention.reason}."
             )
         if self.checkpoint is None and not any(self.lr(step) for step in range(min(self.total_steps, 1000))):
             self.log(
                 f"nothing will be learned: the warm-up (`warmup_ratio` {options.warmup_ratio}) takes all "
                 f"{self.total_steps} steps."
             )
-        periods = {
-            "`eval_every`": (options.eval_every, self.evaluates),
-            "`save_every`": (options.save_every, self.saves),
-        }
-        for flag, (value, schedule) in periods.items():
+        for name, schedule in (("eval_every", self.evaluates), ("save_every", self.saves)):
+            value = getattr(options, name)
             if value is not None and not schedule.count(1, self.total_steps):
-                self.log(f"{flag} {value} never triggers: the run has {self.total_steps} steps.")
-        if (
-            data.eval_pairs is not None
-            and data.eval_pairs is not data.pairs
-            and (shared := count_shared(data.pairs, data.eval_pairs))
-        ):
+                self.log(f"`{name}` {value} never triggers: the run has {self.total_steps} steps.")
+        if data.eval_pairs is None or data.eval_pairs is data.pairs:
+            return
+        if shared := count_shared(data.pairs, data.eval_pairs):
             self.log(
                 f"{shared:,} of {len(data.eval_pairs):,} evaluation pairs are also "
                 "training pairs: those are not held out."
@@ -164,10 +142,10 @@ class Setup:
 
 @contextmanager
 def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = None) -> Iterator[Setup]:
-    """Find, check and load all that the options name; nothing is written. Raises `DpoCacheError`.
+    """Find, check and load the inputs that the options name; nothing is written. Raises `DpoCacheError`.
 
-    A `loaded` policy takes the place of the model that the options name.
-    When the block ends, the model is as it was before it was prepared for training.
+    A `loaded` policy replaces the model that the options name. When the block ends, the model is as it was
+    before it was prepared for training.
     """
     check_trackers(options.log_to)
     output = Path(options.output)
@@ -175,26 +153,37 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
     position = read_position(checkpoint) if checkpoint else RunPosition()
     device = choose_device(options.device)
     data = open_pairs(options, open_cache(options.cache))
+    steps_per_epoch = math.ceil(data.num_pairs / options.batch_size)
     is_onednn = _decided_linear(output if checkpoint else None, is_deterministic=options.deterministic)
     with open_policy(
         options, data, device, checkpoint, is_onednn=is_onednn, log=log, loaded=loaded
     ) as policy:
-        yield _set_up(options, data, policy, device, checkpoint, position, log)
+        parameters = list(policy.model.parameters())
+        optimizer = _make_optimizer(options, policy.model, checkpoint)
+        coefficient = router_coefficient(policy.model, options.router_aux_loss_coef)
+        yield Setup(
+            options=options,
+            log=log,
+            device=device,
+            data=data,
+            policy=policy,
+            objective=objective_of(options, coefficient),
+            step_memory=_plan_memory(options, policy, position, log),
+            optimizer=optimizer,
+            in_backward=OptimizerInBackward(optimizer) if options.free_gradients else None,
+            total_steps=_count_steps(options, steps_per_epoch),
+            evaluates=schedule_of("`eval_every`", options.eval_every, steps_per_epoch),
+            saves=schedule_of("`save_every`", options.save_every, steps_per_epoch),
+            num_parameters=sum(map(num_values, parameters)),
+            num_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            checkpoint=checkpoint,
+            position=position,
+        )
 
 
-def _set_up(
-    options: TrainOptions,
-    data: TrainingPairs,
-    policy: TrainedModel,
-    device: torch.device,
-    checkpoint: Path | None,
-    position: RunPosition,
-    log: Log,
-) -> Setup:
-    model, steps_per_epoch = policy.model, math.ceil(data.num_pairs / options.batch_size)
-    total_steps = _count_steps(options, steps_per_epoch)
-    step_memory = StepMemory(
-        model,
+def _plan_memory(options: TrainOptions, policy: TrainedModel, position: RunPosition, log: Log) -> StepMemory:
+    memory = StepMemory(
+        policy.model,
         policy.recomputation,
         number_or_auto("budget_tokens", options.budget_tokens),
         options.gradient_checkpointing,
@@ -203,7 +192,11 @@ def _set_up(
         is_deterministic=options.deterministic,
     )
     if position.step_memory:
-        step_memory.restore(position.step_memory)
+        memory.restore(position.step_memory)
+    return memory
+
+
+def _make_optimizer(options: TrainOptions, model: PreTrainedModel, checkpoint: Path | None) -> Updater:
     optimizer = make_optimizer(
         model,
         options.optimizer,
@@ -214,24 +207,7 @@ def _set_up(
     )
     if checkpoint:
         restore_optimizer(checkpoint, optimizer)
-    return Setup(
-        options=options,
-        log=log,
-        device=device,
-        data=data,
-        policy=policy,
-        objective=objective_of(options, router_coefficient(model, options.router_aux_loss_coef)),
-        step_memory=step_memory,
-        optimizer=optimizer,
-        in_backward=OptimizerInBackward(optimizer) if options.free_gradients else None,
-        total_steps=total_steps,
-        evaluates=schedule_of("`eval_every`", options.eval_every, steps_per_epoch),
-        saves=schedule_of("`save_every`", options.save_every, steps_per_epoch),
-        num_parameters=sum(map(num_values, model.parameters())),
-        num_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        checkpoint=checkpoint,
-        position=position,
-    )
+    return optimizer
 
 
 def _count_steps(options: TrainOptions, steps_per_epoch: int) -> int:
@@ -245,9 +221,7 @@ def _count_steps(options: TrainOptions, steps_per_epoch: int) -> int:
 
 
 def _decided_linear(resumed: Path | None, *, is_deterministic: bool) -> bool | None:
-    """Whether oneDNN multiplies: as before in a resumed run, by rule under `deterministic`; None: measure
-    it.
-    """
+    """Whether oneDNN multiplies: as before in a resumed run, always if deterministic; None: measure it."""
     if resumed is not None:
-        return read_resolved(resumed).get("linear", "torch") == "onednn"
+        return read_config(resumed)["resolved"].get("linear", "torch") == "onednn"
     return True if is_deterministic else None

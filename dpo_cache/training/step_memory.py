@@ -1,6 +1,4 @@
-"""How a step fits into memory: the size of its forests, whether a pair is run whole, and what is computed
-again in the backward pass.
-"""
+"""How a step fits into memory: small forests, long pairs in two runs, and recomputed activations."""
 
 from __future__ import annotations
 
@@ -19,14 +17,14 @@ from dpo_cache.lm.policy import default_micro_tokens
 from dpo_cache.log import Log
 
 MIN_TOKENS = 64
-SHARE_OF_FREE = 0.5  # of a host's free memory that activations may take before they are computed again
+SHARE_OF_FREE = 0.5  # of a host's free memory that activations may take; more are recomputed
 
 
 class StepMemory:
-    """`micro_tokens` at once, a pair of more than `pair_tokens` one answer at a time, under `mode`.
+    """Steps run `micro_tokens` at once, pairs of more than `pair_tokens` one answer at a time, under `mode`.
 
-    All three change when memory runs out, never the result of a step. `micro_tokens` None: as many as keep
-    the device busy; then a longer pair is run whole as long as memory suffices, which is faster.
+    All three change when memory runs out, but not the result of the step. `micro_tokens` None: as many as
+    keep the device busy; then a longer pair is run whole as long as memory suffices, which is faster.
     """
 
     def __init__(
@@ -45,14 +43,13 @@ class StepMemory:
         self._is_fixed, self._log, self._device = requested != "auto", log, model.device
         self._recomputation = recomputation
         self._ladder = ladder(precision)
-        # modes round otherwise, and free memory changes
-        first = (
-            self._ladder[0] if is_deterministic else _mode_that_fits(model, self.micro_tokens, self._ladder)
-        )
-        self._recomputation.mode = requested if self._is_fixed else first
-        self.pair_tokens: float = micro_tokens or (
-            math.inf if is_deterministic else max(self.micro_tokens, _tokens_that_fit(model, self.mode))
-        )
+        # modes differ in rounding, and free memory changes
+        modes = self._ladder[:1] if is_deterministic else self._ladder
+        fitting = _mode_that_fits(model, self.micro_tokens, modes)
+        self._recomputation.mode = requested if self._is_fixed else fitting
+        self.pair_tokens: float = micro_tokens or math.inf
+        if not micro_tokens and not is_deterministic:
+            self.pair_tokens = max(self.micro_tokens, _tokens_that_fit(model, self.mode))
         if not self._recomputation.num_layers and requested not in ("auto", "none"):
             log(
                 f"`gradient_checkpointing` {requested} has no effect: {type(model).__name__} has no "
@@ -60,17 +57,16 @@ class StepMemory:
             )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: a resumed run splits its steps as the one before, to the last bit."""
-        pair_tokens = None if math.isinf(self.pair_tokens) else self.pair_tokens
+        """The values in a checkpoint, with which a resumed run splits its steps alike, to the last bit."""
         return {
             "requested": self._requested,
             "micro_tokens": self.micro_tokens,
-            "pair_tokens": pair_tokens,
+            "pair_tokens": None if math.isinf(self.pair_tokens) else self.pair_tokens,
             "mode": self.mode,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave, unless something else is asked for now."""
+        """Continue with the values of `state`, unless other options are given now."""
         if state["requested"] == self._requested:
             self.micro_tokens = state["micro_tokens"]
             self.pair_tokens = math.inf if state["pair_tokens"] is None else state["pair_tokens"]
@@ -78,22 +74,24 @@ class StepMemory:
 
     @property
     def mode(self) -> str:
-        """What is computed again: one of `recomputation.MODES`."""
+        """Which activations are recomputed: one of `recompute.MODES`."""
         return self._recomputation.mode
 
     def save_more(self, error: RuntimeError) -> None:
-        """After a step ran out of memory: what to change before it is tried again. Raises the error where it
-        is another one, and `TrainingError` where nothing is left to change."""
+        """After a step ran out of memory, change one value for the next try.
+
+        Raises the error if it has another cause, and `TrainingError` if no value is left to change.
+        """
         if is_kept_changed(error):
             self._recomputation.mode = "full"
             self._log(
-                "`gradient_checkpointing` selective does not suit this model, which changes in place what "
-                "is kept; going on with full."
+                "`gradient_checkpointing` selective does not suit this model, which changes the kept values "
+                "in place; continuing with full."
             )
             return
         if not is_out_of_memory(error, self._device):
             raise error
-        # MPS: whatever it says
+        # of MPS, its own message
         problem = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
         less = [mode for mode in self._ladder if MODES.index(mode) > MODES.index(self.mode)]
         if not self._is_fixed and self._recomputation.num_layers and less:
@@ -109,18 +107,15 @@ class StepMemory:
         else:
             raise TrainingError(
                 f"{problem} even with one answer at once.\n"
-                "Use `precision` bf16, score with a shorter `max_length`, or a device with more "
-                "memory."
+                "Use `precision` bf16, score with a shorter `max_length`, or a device with more memory."
             ) from error
-        self._log(f"{problem}; the step is taken again, and the run goes on, with {change}. Nothing is lost.")
+        self._log(f"{problem}; the step is repeated, and the run continues, with {change}. Nothing is lost.")
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Free memory of a host, where running out of it ends the process; elsewhere infinite, until memory runs
-    out.
-    """
+    """Free memory of a host, where running out ends the process; infinite elsewhere, where it is an error."""
     return psutil.virtual_memory().available if device.type == "cpu" else math.inf
 
 
@@ -130,10 +125,7 @@ def _tokens_that_fit(model: PreTrainedModel, mode: str) -> float:
 
 
 def _mode_that_fits(model: PreTrainedModel, micro_tokens: int, modes: Sequence[str]) -> str:
-    """The first of the modes that fits into free memory."""
-    fits = (
-        mode
-        for mode in modes
-        if activation_bytes(model, micro_tokens, mode) < SHARE_OF_FREE * _free_bytes(model.device)
-    )
-    return next(fits, modes[-1])
+    """The first of the modes that fits into free memory, or the last one."""
+    most = SHARE_OF_FREE * _free_bytes(model.device)
+    fitting = (mode for mode in modes if activation_bytes(model, micro_tokens, mode) < most)
+    return next(fitting, modes[-1])

@@ -1,8 +1,7 @@
-"""Signs in the metrics that a run goes wrong, each said once, in words.
+"""Remarks on metrics that show a run going wrong, each logged once.
 
-What is looked at are means over windows of steps, not single steps: a step of a few pairs is noise.
-Log-ratios to the reference (the rewards) are compared rather than log-probs, which differ from pair to pair
-by the answers' lengths.
+They are based on means over windows of steps: the metrics of one step of a few pairs are noise. Rewards are
+compared, which are log-ratios to the reference, because log-probs depend on the lengths of the answers.
 """
 
 from __future__ import annotations
@@ -16,40 +15,36 @@ from dpo_cache.losses.metrics import Metrics
 
 WINDOW = 20  # steps
 SIDES = ("rewards/chosen", "rewards/rejected")
-LEAST_PAIRS = 400  # that an accuracy is judged by
+LEAST_PAIRS = 400  # for a remark on the accuracy
 STANDARD_ERRORS = 2.0
 SATURATED_LOSS = 1e-3  # a sigmoid loss whose gradient is a thousandth of the one at the start
 
 
 class RunWarnings:
-    """Looks at each step's metrics.
+    """Logs remarks on the metrics of steps.
 
-    `is_logistic`: the loss is ln 2 where nothing is learned and falls to 0 where margins are large.
-    `has_reference`: rewards are against the reference, and so 0 at the start; else they are compared with
-    those of the first window. `prefers`: answers are compared at all.
+    `is_logistic`: the loss is ln 2 for an untrained policy and falls to 0 as margins grow. `has_reference`:
+    rewards are against the reference, and so 0 at the start; otherwise they are compared with those of the
+    first window. `prefers`: the loss compares answers.
     """
 
     def __init__(self, log: Log, *, is_logistic: bool, has_reference: bool = True, prefers: bool = True):
-        self._log, self._is_logistic, self._has_reference, self._prefers = (
-            log,
-            is_logistic,
-            has_reference,
-            prefers,
-        )
+        self._log, self._is_logistic = log, is_logistic
+        self._has_reference, self._prefers = has_reference, prefers
         self._start: dict[str, float] = {}
         self._steps: deque[Metrics] = deque(maxlen=WINDOW)
         self._logged: set[str] = set()
         self._wins = self._pairs = 0.0
 
     def resume(self, steps: Iterable[Metrics]) -> None:
-        """Know what a run has said before it was stopped, by its steps until then."""
+        """Note the steps of a stopped run without logging; its remarks are not repeated."""
         log, self._log = self._log, lambda _: None
         for step in steps:
             self.note(step)
         self._log = log
 
     def note(self, step: Metrics) -> None:
-        """Take a step's metrics in; say what is new."""
+        """Note the metrics of a step, and log new remarks."""
         if step.get("grad_norm") == 0 and not self._pairs:
             self._once(
                 "still",
@@ -82,13 +77,12 @@ class RunWarnings:
             self._once(
                 "swapped",
                 f"the rejected answers become likelier (reward {rejected:+.3f} over {WINDOW} steps) and "
-                "the chosen ones less likely "
-                f"({chosen:+.3f}): the policy learns the opposite. Are chosen and rejected swapped in the "
-                "data?",
+                f"the chosen ones less likely ({chosen:+.3f}): the policy learns the opposite. Are chosen "
+                "and rejected swapped in the data?",
             )
 
     def _note_accuracy(self) -> None:
-        """Of pairs seen before an update on them: a policy that learns anything of use leaves 50 %."""
+        """The pairs are new to the policy: if it learns anything that generalizes, accuracy leaves 50 %."""
         recent = sum(step["num_pairs"] for step in self._steps)
         if self._pairs < LEAST_PAIRS or recent < LEAST_PAIRS / 8:
             return
@@ -98,9 +92,9 @@ class RunWarnings:
         ) < 0.5 / math.sqrt(recent):
             self._once(
                 "stuck",
-                f"accuracy stays at 50% (of {self._pairs:.0f} pairs so far "
-                f"{self._wins / self._pairs:.1%}): nothing is learned that carries over "
-                "to new pairs. A larger `lr` may help, or the labels are noise.",
+                f"accuracy stays at 50% (of {self._pairs:.0f} pairs so far {self._wins / self._pairs:.1%}): "
+                "nothing is learned that carries over to new pairs. A larger `lr` may help, or the labels "
+                "are noise.",
             )
 
     def _mean(self, name: str) -> float:

@@ -64,31 +64,31 @@ def test_sigmoid_and_ipo_are_those_of_the_original_repository(
     expected = preference_loss(
         *sides, **{"beta": 0.1, **settings}, ipo=name == "ipo", reference_free=reference_free
     )
-    assert torch.allclose(found.total, expected[0], rtol=1e-12)
+    assert torch.allclose(found["loss"], expected[0], rtol=1e-12)
     for metric, values in (("rewards/chosen", expected[1]), ("rewards/rejected", expected[2])):
-        assert torch.allclose(found.metrics[metric], values, rtol=1e-12, atol=1e-14)
+        assert torch.allclose(found[metric], values, rtol=1e-12, atol=1e-14)
 
 
 def test_a_weighted_sum_is_reported_by_its_parts() -> None:
     both = losses_of(objective("sigmoid:0.8", "sft:0.2"))
     parts = [losses_of(objective(name)) for name in ("sigmoid", "sft")]
-    assert torch.allclose(both.total, 0.8 * parts[0].total + 0.2 * parts[1].total)
-    assert torch.equal(both.metrics["loss/sigmoid"], parts[0].total) and torch.equal(
-        both.metrics["loss/sft"], parts[1].total
+    assert torch.allclose(both["loss"], 0.8 * parts[0]["loss"] + 0.2 * parts[1]["loss"])
+    assert torch.equal(both["loss/sigmoid"], parts[0]["loss"]) and torch.equal(
+        both["loss/sft"], parts[1]["loss"]
     )
-    assert not any(name.startswith("loss/") for name in parts[0].metrics)
+    assert not any(name.startswith("loss/") for name in parts[0])
 
 
 def test_sft_is_a_mean_over_tokens_and_sft_norm_over_pairs() -> None:
     chosen = policy_logps().sums()[:3]
-    assert losses_of(objective("sft")).total.mean().item() == pytest.approx(-chosen.sum().item() / 9)
-    assert losses_of(objective("sft_norm")).total.mean().item() == pytest.approx(
+    assert losses_of(objective("sft"))["loss"].mean().item() == pytest.approx(-chosen.sum().item() / 9)
+    assert losses_of(objective("sft_norm"))["loss"].mean().item() == pytest.approx(
         -(chosen / torch.tensor([3, 5, 1])).mean().item()
     )
 
 
 @pytest.mark.parametrize("weighs_reference", [True, False])
-def test_ld_dpo_weights_what_is_past_the_shorter_answer(weighs_reference: bool) -> None:
+def test_ld_dpo_weights_tokens_past_the_shorter_answer(weighs_reference: bool) -> None:
     alpha, pairs, policy = 0.25, scored_pairs(), policy_logps()
     ld_dpo = objective("sigmoid", ld_alpha=alpha, ld_reference=weighs_reference)
     found = pair_logps(ld_dpo, pairs, policy)
@@ -111,7 +111,7 @@ def test_ld_dpo_weights_what_is_past_the_shorter_answer(weighs_reference: bool) 
 
 def test_ld_dpo_that_weights_nothing_changes_nothing() -> None:
     assert torch.allclose(
-        losses_of(objective("sigmoid", ld_alpha=1.0)).total, losses_of(objective("sigmoid")).total
+        losses_of(objective("sigmoid", ld_alpha=1.0))["loss"], losses_of(objective("sigmoid"))["loss"]
     )
 
 
@@ -125,15 +125,13 @@ def test_wpo_weights_the_preference_losses_without_a_gradient(mode: str) -> None
         weights = weights.clamp(max=1)
     found = policy_losses(objective("sigmoid", "sft", wpo=mode), [(pairs, policy)], 3.0)
     plain = losses_of(objective("sigmoid", "sft"))
-    assert torch.allclose(
-        found.metrics["loss/sigmoid"].float(), plain.metrics["loss/sigmoid"].float() * weights
-    )
-    assert torch.equal(found.metrics["loss/sft"], plain.metrics["loss/sft"])
+    assert torch.allclose(found["loss/sigmoid"].float(), plain["loss/sigmoid"].float() * weights)
+    assert torch.equal(found["loss/sft"], plain["loss/sft"])
     policy.tokens_T.grad = None
-    found.metrics["loss/sigmoid"].sum().backward()
+    found["loss/sigmoid"].sum().backward()
     reference = policy_logps()
     plain = policy_losses(objective("sigmoid"), [(pairs, reference)], 3.0)
-    (plain.total * weights).sum().backward()
+    (plain["loss"] * weights).sum().backward()
     assert torch.allclose(policy.tokens_T.grad, reference.tokens_T.grad)
 
 
@@ -144,14 +142,12 @@ def test_rewards_are_the_policys_own_only_where_no_loss_looks_at_the_reference()
         (("cpo",), sums), (("slic", "sft"), sums), (("simpo",), sums / lengths), (("orpo",), sums / lengths), (("sft",), sums - reference),
         (("simpo", "sigmoid"), sums - reference),
     ]:  # fmt: skip
-        assert torch.allclose(
-            losses_of(objective(*losses, beta=0.5)).metrics["rewards/chosen"], 0.5 * expected
-        )
+        assert torch.allclose(losses_of(objective(*losses, beta=0.5))["rewards/chosen"], 0.5 * expected)
 
 
 def test_cpo_adds_the_likelihood_of_the_chosen_answer() -> None:
     alone, both, sft = (
-        losses_of(objective(name, **more)).total
+        losses_of(objective(name, **more))["loss"]
         for name, more in (("cpo", {"cpo_alpha": 0.0}), ("cpo", {"cpo_alpha": 0.5}), ("sft", {}))
     )
     assert torch.allclose(both, alone + 0.5 * sft)
@@ -169,9 +165,9 @@ def test_pairs_in_parts_are_the_pairs_together(name: str) -> None:
         )
         for index in range(3)
     ]
-    joined = policy_losses(whole, parts, 3.0).total
-    assert torch.allclose(joined, policy_losses(whole, [(pairs, policy)], 3.0).total, rtol=1e-12)
-    apart = torch.cat([policy_losses(whole, [part], 3.0).total for part in parts])
+    joined = policy_losses(whole, parts, 3.0)["loss"]
+    assert torch.allclose(joined, policy_losses(whole, [(pairs, policy)], 3.0)["loss"], rtol=1e-12)
+    apart = torch.cat([policy_losses(whole, [part], 3.0)["loss"] for part in parts])
     assert torch.allclose(apart.mean(), joined.mean()) is not whole.needs_whole_step
 
 
@@ -233,7 +229,7 @@ def test_options_that_do_not_go_with_the_loss_are_refused(changes: dict, message
         options(**changes)
 
 
-def test_what_serves_one_loss_of_a_sum_is_allowed() -> None:
+def test_a_setting_that_serves_one_loss_of_a_sum_is_allowed() -> None:
     options(
         loss=("sigmoid", "sft"),
         beta=0.5,
@@ -248,8 +244,8 @@ def test_what_serves_one_loss_of_a_sum_is_allowed() -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_is_run_by_its_name(name: str) -> None:
     found = losses_of(objective(name, label_smoothing=0.1))
-    assert found.total.shape == (3,) and found.total.isfinite().all()
-    assert LOSSES[name].has_reference != torch.equal(found.total, _with_another_reference(name))
+    assert found["loss"].shape == (3,) and found["loss"].isfinite().all()
+    assert LOSSES[name].has_reference != torch.equal(found["loss"], _with_another_reference(name))
 
 
 def _with_another_reference(name: str) -> torch.Tensor:
@@ -260,7 +256,7 @@ def _with_another_reference(name: str) -> torch.Tensor:
         for pair in scored_pairs()
     ]
     parts = [(pairs, policy_logps())]
-    return policy_losses(objective(name, label_smoothing=0.1), parts, mean_chosen_tokens(pairs)).total
+    return policy_losses(objective(name, label_smoothing=0.1), parts, mean_chosen_tokens(pairs))["loss"]
 
 
 def test_the_config_of_an_older_run_is_read_as_it_was_meant() -> None:

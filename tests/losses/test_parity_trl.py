@@ -198,12 +198,12 @@ def run_ours(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     lengths = [len(row) for row in case["policy"]]
     parts = [(pairs, CompletionLogps(flat, lengths, squares))]
     found = policy_losses(Objective(**settings), parts, mean_chosen_tokens(pairs))
-    found.total.mean().backward()
+    found["loss"].mean().backward()
     assert flat.grad is not None
     return {
-        "loss": found.total.mean().item(),
+        "loss": found["loss"].mean().item(),
         "grads": [row.tolist() for row in flat.grad.split(lengths)],
-        "metrics": {name: value.mean().item() for name, value in found.metrics.items()},
+        "metrics": {name: value.mean().item() for name, value in found.items()},
     }
 
 

@@ -1,4 +1,4 @@
-"""The table of losses agrees with the functions beside it, and is all that a new loss needs."""
+"""The table of losses agrees with its functions, and a new loss needs only an entry and a function."""
 
 import inspect
 import subprocess
@@ -81,7 +81,7 @@ def test_settings_serve_the_losses_that_they_change(setting: str) -> None:
     assert sorted(SERVED) == sorted(SETTINGS)
 
 
-def test_a_setting_that_changes_what_is_compared_must_serve_each_loss_that_compares() -> None:
+def test_a_setting_that_changes_compared_inputs_must_serve_each_loss_that_compares() -> None:
     assert is_served("wpo", ["sigmoid", "sft"]) and not is_served("wpo", ["sigmoid", "aot"])
     assert is_served("label_smoothing", ["sigmoid", "ipo"]) and not is_served("wpo", ["sft"])
 

@@ -1,4 +1,4 @@
-"""Adapters: trained over frozen weights, saved alone, merged, resumed, and part of a reference."""
+"""Adapters: trained over frozen weights, saved without them, merged, resumed, and part of a reference."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def adapter_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return load_file(Path(folder, "adapter_model.safetensors"))
 
 
-def test_a_fresh_adapter_starts_as_the_reference_and_is_saved_alone(
+def test_only_a_fresh_adapter_is_saved_and_it_starts_as_the_reference(
     cache: str, tmp_path: Path, model_folder: str
 ) -> None:
     remarks: list[str] = []
@@ -168,7 +168,7 @@ def test_any_peft_config_serves(cache: str, tmp_path: Path) -> None:
         assert report.last is not None and report.last["grad_norm"] > 0
 
 
-def test_what_does_not_suit_an_adapter_is_refused(cache: str, tmp_path: Path) -> None:
+def test_unsuitable_options_of_an_adapter_are_refused(cache: str, tmp_path: Path) -> None:
     PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM").save_pretrained(tmp_path / "prompt")
     with pytest.raises(OptionError, match="adapters of the kind PROMPT_TUNING are not supported"):
         train(cache, tmp_path / "run", peft_config=str(tmp_path / "prompt/adapter_config.json"))
@@ -202,7 +202,7 @@ def test_what_does_not_suit_an_adapter_is_refused(cache: str, tmp_path: Path) ->
         ({"modules_to_save": ["nope"]}, r"no layer called nope \(modules_to_save"),
     ],
 )
-def test_configs_that_ask_for_what_is_not_there_are_refused(
+def test_configs_with_unknown_layers_or_kinds_are_refused(
     cache: str, tmp_path: Path, fields: dict, text: str
 ) -> None:
     config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **fields}
@@ -228,9 +228,8 @@ def test_starts_that_move_the_base_are_refused(cache: str, tmp_path: Path, start
         train(cache, tmp_path / "run", peft_config=str(tmp_path / "lora.json"))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Model has `tie_word_embeddings=True`:UserWarning"
-)  # peft says so to whoever does it
+# peft's warning to everyone who trains tied embeddings
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_adapter_on_one_place_of_a_shared_weight_is_not_merged(tmp_path: Path, target: str) -> None:
@@ -264,7 +263,7 @@ def test_an_adapter_that_trains_biases_is_resumed(tmp_path: Path) -> None:
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 
 
-def test_the_report_of_a_merged_adapter_counts_what_was_trained(cache: str, tmp_path: Path) -> None:
+def test_the_report_of_a_merged_adapter_counts_the_trained_parameters(cache: str, tmp_path: Path) -> None:
     plain = train(cache, tmp_path / "plain", max_steps=1, **LORA)
     merged = train(cache, tmp_path / "merged", max_steps=1, merge_adapter=True, **LORA)
     assert (merged.num_trained, merged.num_parameters) == (
@@ -284,7 +283,7 @@ def test_the_card_of_an_adapter_that_is_trained_on_is_an_adapters(cache: str, tm
     )
 
 
-def test_an_adapter_whose_base_or_weights_are_gone_is_told(cache: str, tmp_path: Path) -> None:
+def test_an_adapter_whose_base_or_weights_are_gone_is_an_error(cache: str, tmp_path: Path) -> None:
     trained = Path(train(cache, tmp_path / "run", max_steps=1, **LORA).model)
     config = json.loads((trained / "adapter_config.json").read_text())
     (trained / "adapter_config.json").write_text(
@@ -298,7 +297,7 @@ def test_an_adapter_whose_base_or_weights_are_gone_is_told(cache: str, tmp_path:
         train(cache, tmp_path / "next", model=str(trained))
 
 
-def test_the_random_part_of_an_adapter_is_of_the_seed_alone(cache: str, tmp_path: Path) -> None:
+def test_the_random_part_of_an_adapter_depends_only_on_the_seed(cache: str, tmp_path: Path) -> None:
     found = []
     for name, global_seed in (("a", 0), ("b", 99)):
         torch.manual_seed(global_seed)

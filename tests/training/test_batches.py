@@ -59,7 +59,7 @@ def test_an_epoch_has_every_pair_once(pair_set: PairSet) -> None:
     assert rows(pair_set, shuffle=False) == list(range(47))
 
 
-def test_order_depends_on_seed_and_epoch_alone(pair_set: PairSet) -> None:
+def test_order_depends_only_on_seed_and_epoch(pair_set: PairSet) -> None:
     np.random.seed(5)
     first = rows(pair_set)
     np.random.seed(6)

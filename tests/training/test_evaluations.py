@@ -1,5 +1,6 @@
 """When a run evaluates, which evaluation is the best, and when it has had enough."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_periods_without_sense_are_refused(value: str) -> None:
         schedule_of("`eval_every`", value, 4)
 
 
-def test_the_best_is_strictly_better_and_counts_what_came_since() -> None:
+def test_the_best_is_strictly_better_and_counts_later_evaluations() -> None:
     best = Best("accuracy")
     noted = [
         best.note({"step": step, "eval/rewards/accuracies": value})
@@ -61,7 +62,7 @@ def test_the_best_is_strictly_better_and_counts_what_came_since() -> None:
     assert lower.is_better_than({"step": 0, "eval/loss": 0.41}) and not lower.is_better_than(
         {"step": 0, "eval/loss": 0.4}
     )
-    assert Best(**best.state()) == best
+    assert Best(**asdict(best)) == best
 
 
 def test_the_model_of_the_best_evaluation_is_kept_beside_the_last(cache: str, tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_another_rhythm_of_evaluations_would_find_another_best(cache: str, tmp_p
     train(cache, tmp_path / "run", resume=True, save_every=2, **LEARNING)
 
 
-def test_a_run_that_only_got_worse_says_so(cache: str, tmp_path: Path) -> None:
+def test_a_run_that_only_got_worse_logs_it(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
     train(cache, tmp_path / "run", log=remarks.append, **{**LEARNING, "lr": 1e-2, "max_steps": 2})
     assert "no evaluation was better than the one before training." in remarks

@@ -43,10 +43,8 @@ def comparable(output: Path) -> list[dict]:
 
 def assert_alike(ones: list[dict], others: list[dict]) -> None:
     """The lines of two runs of the same steps agree up to rounding."""
-    signs_of_zero = {
-        "rewards/accuracies",
-        "eval/rewards/accuracies",
-    }  # before the first update margins are zero up to rounding
+    # before the first update margins are zero up to rounding
+    signs_of_zero = {"rewards/accuracies", "eval/rewards/accuracies"}
     for one, other in zip(ones, others, strict=True):
         for name in set(one) - {"pairs_per_s", "peak_bytes", "num_tokens"} - signs_of_zero:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
@@ -196,9 +194,8 @@ def test_a_step_is_run_in_as_many_forests_as_its_budget_needs(
     sizes = forest_sizes(monkeypatch)
     report = train(cache, tmp_path / "run", max_steps=1, batch_size=8, budget_tokens="100")
     assert len(sizes) > 1 and max(sizes) <= 100
-    assert report.last is not None and report.last["num_tokens"] == sum(
-        sizes[:-1]
-    )  # the last one looks at the model before it is saved
+    # the last forest checks the model before it is saved
+    assert report.last is not None and report.last["num_tokens"] == sum(sizes[:-1])
 
 
 def test_checkpointing_recomputes_the_layers(
@@ -247,7 +244,7 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(
     remarks: list[str] = []
     train(cache, tmp_path / "tight", log=remarks.append, **options)
     said = [
-        remark.removeprefix("out of memory; the step is taken again, and the run goes on, with ")
+        remark.removeprefix("out of memory; the step is repeated, and the run continues, with ")
         for remark in remarks
         if "memory" in remark
     ]
@@ -283,7 +280,7 @@ def test_a_step_begun_anew_is_counted_once(
         assert {key: one[key] for key in exact} == {key: other[key] for key in exact}
 
 
-def test_memory_that_never_suffices_is_told(
+def test_memory_that_never_suffices_is_an_error(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_out(*_, **__):
@@ -488,7 +485,7 @@ def test_a_resumed_run_needs_nothing_but_the_cache(model_folder: str, tmp_path: 
 @pytest.mark.parametrize("name", ["config.json", "checkpoints/step-000002/state.json", "checkpoints/step-000002/optimizer.safetensors",
                                   "checkpoints/step-000002/model.safetensors"])  # fmt: skip
 @pytest.mark.parametrize("damage", ["gone", "torn", "empty"])
-def test_a_damaged_run_is_told(cache: str, tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_run_is_an_error(cache: str, tmp_path: Path, name: str, damage: str) -> None:
     cut_off(cache, tmp_path / "run", 3, save_every=2)
     path = tmp_path / "run" / name
     content = path.read_bytes()
@@ -501,7 +498,7 @@ def test_a_damaged_run_is_told(cache: str, tmp_path: Path, name: str, damage: st
         train(cache, tmp_path / "run", save_every=2, resume=True)
 
 
-def test_a_full_disk_while_saving_is_told_and_leaves_nothing_half_written(
+def test_a_full_disk_while_saving_is_an_error_and_leaves_nothing_half_written(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -533,7 +530,7 @@ def test_resuming_with_other_options_names_them(cache: str, tmp_path: Path) -> N
         train(cache, tmp_path / "run", resume=True, beta=0.5)
 
 
-def test_training_order_depends_on_the_seed_alone(cache: str, tmp_path: Path) -> None:
+def test_training_order_depends_only_on_the_seed(cache: str, tmp_path: Path) -> None:
     losses = []
     for name, seed, global_seed in (("a", 1, 0), ("b", 1, 99), ("c", 2, 0)):
         torch.manual_seed(global_seed)
@@ -554,7 +551,7 @@ def test_neither_data_set_nor_reference_is_needed_given_a_model(model_folder: st
     dpo_cache.precompute(str(folder), data, str(tmp_path / "cache"))
     folder.rename(tmp_path / "gone")
     Path(data).unlink()
-    with pytest.raises(ModelError, match="is gone.\nSay where the policy starts from with `model`"):
+    with pytest.raises(ModelError, match="is gone.\nName the model that the policy starts from with `model`"):
         train(str(tmp_path / "cache"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert train(str(tmp_path / "cache"), tmp_path / "run", model=model_folder).finished
@@ -576,7 +573,7 @@ def test_a_stale_cache_is_caught_at_step_zero_before_any_update(model_folder: st
     )
     with pytest.raises(
         StepZeroError,
-        match=r"the policy is the reference, but its log-prob of a completion of row 2 is (?s:.*)Likely cause: cache: the values of row 2 alone",
+        match=r"the policy is the reference, but its log-prob of a completion of row 2 is (?s:.*)Likely cause: cache: only the values of row 2 differ",
     ):
         train(str(tmp_path / "cache"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

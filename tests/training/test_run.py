@@ -1,4 +1,4 @@
-"""What a run keeps, what it can be begun from, and what it says of itself."""
+"""The files of a run, how it can start, its reports and remarks."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_a_dry_run_takes_a_step_on_the_longest_pairs_and_writes_nothing(
     pairs = list(open_cache(cache).pairs("pairs"))
     longest = sorted(pairs, key=lambda scored: -len(scored.pair.chosen) - len(scored.pair.rejected))[:4]
     assert sum(sizes) == 2 * count_forest_tokens(completions_of(longest)), (
-        "the second step has the optimizer's state beside its activations"
+        "the second step has the optimizer's state and its activations"
     )
     assert sum("step zero" in remark for remark in remarks) == 1
 
@@ -151,7 +151,7 @@ def run_out_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_a_resumed_run_splits_its_steps_as_before(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that ran out of memory goes on as it ended, also after a resumption."""
+    """A run that ran out of memory continues with its last values, also when it is resumed."""
     full = run_out_once(monkeypatch)
     options = {"gradient_checkpointing": "none", "budget_tokens": "auto", "max_steps": 3}
     monkeypatch.setattr("dpo_cache.training.step_memory.default_micro_tokens", lambda device: 200)
@@ -248,7 +248,7 @@ def test_a_split_that_ran_out_of_memory_is_kept_also_where_it_was_asked_for(
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_what_is_given_beside_a_config_replaces_its_rival(cache: str, tmp_path: Path) -> None:
+def test_a_given_option_replaces_its_exclusive_one_of_the_config(cache: str, tmp_path: Path) -> None:
     train(cache, tmp_path / "one", eval_fraction=0.4, max_steps=1, lora_r=2)
     config = tmp_path / "one/config.json"
     found = with_config({"config": config, "eval_pairs": "heldout", "peft_config": "lora.json"})
@@ -266,7 +266,7 @@ def test_what_is_given_beside_a_config_replaces_its_rival(cache: str, tmp_path: 
             "expected true or false"),
     ],
 )  # fmt: skip
-def test_a_config_that_was_edited_wrongly_is_told(
+def test_a_config_that_was_edited_wrongly_is_an_error(
     cache: str, tmp_path: Path, changes: dict, text: str
 ) -> None:
     train(cache, tmp_path / "one", max_steps=1)
@@ -278,10 +278,10 @@ def test_a_config_that_was_edited_wrongly_is_told(
 
 def test_the_opposite_is_seen_without_a_reference_too() -> None:
     remarks: list[str] = []
-    signs = RunWarnings(remarks.append, is_logistic=False, has_reference=False)
+    warnings = RunWarnings(remarks.append, is_logistic=False, has_reference=False)
     for number in range(3 * WINDOW):
         drift = 0.02 * number
-        signs.note(
+        warnings.note(
             step(
                 number,
                 **{
@@ -326,18 +326,18 @@ def step(number: int, **values: float) -> dict:
 )
 def test_signs_of_trouble_are_said_once_in_words(values: dict, text: str) -> None:
     remarks: list[str] = []
-    signs = RunWarnings(remarks.append, is_logistic=True)
+    warnings = RunWarnings(remarks.append, is_logistic=True)
     for number in range(3 * WINDOW):
-        signs.note(step(number, **values))
+        warnings.note(step(number, **values))
         assert bool(remarks) == (number >= WINDOW - 1)
     assert len(remarks) == 1 and text in remarks[0]
 
 
 def test_a_run_that_goes_well_hears_nothing() -> None:
     remarks: list[str] = []
-    signs = RunWarnings(remarks.append, is_logistic=True)
+    warnings = RunWarnings(remarks.append, is_logistic=True)
     for number in range(100):  # the usual picture: both likelihoods fall, the rejected one faster
-        signs.note(
+        warnings.note(
             step(
                 number,
                 **{
@@ -353,18 +353,18 @@ def test_a_run_that_goes_well_hears_nothing() -> None:
 
 def test_a_gradient_of_nothing_is_said() -> None:
     remarks: list[str] = []
-    signs = RunWarnings(remarks.append, is_logistic=True)
+    warnings = RunWarnings(remarks.append, is_logistic=True)
     for number in range(3):
-        signs.note({**step(number, loss=0.69), "grad_norm": 0.0 if number == 0 else 1.0})
+        warnings.note({**step(number, loss=0.69), "grad_norm": 0.0 if number == 0 else 1.0})
     assert len(remarks) == 1 and "the gradient of the first step is 0" in remarks[0]
 
 
-def test_a_resumed_run_says_nothing_twice(cache: str, tmp_path: Path) -> None:
+def test_a_resumed_run_logs_no_remark_twice(cache: str, tmp_path: Path) -> None:
     options = {"epochs": 30.0, "lr": 3e-3, "batch_size": 5}
     remarks: dict[str, list[str]] = {"whole": []}
     train(cache, tmp_path / "whole", log=remarks["whole"].append, **options)
     last = len(metrics(tmp_path / "whole"))
-    for stop in (10, last - 2):  # before and after it is said
+    for stop in (10, last - 2):  # before and after the remark is logged
         seen: list[int] = []
         log = remarks.setdefault(f"stopped at {stop}", []).append
         watch = {
@@ -387,13 +387,12 @@ def test_signs_come_through_a_run(cache: str, tmp_path: Path) -> None:
 def test_remaining_time_counts_steps_and_evaluations() -> None:
     clock = Clock()
     assert clock.left_s(10, 1) is None
-    clock.note_step(2.0)
-    clock.note_step(4.0)
-    clock.note_evaluation(5.0)
+    clock.steps_s += [2.0, 4.0]
+    clock.evaluations_s.append(5.0)
     assert clock.left_s(10, 2) == 40.0
 
 
-def test_progress_tells_what_is_left(cache: str, tmp_path: Path) -> None:
+def test_progress_has_the_remaining_steps_and_time(cache: str, tmp_path: Path) -> None:
     seen: list[dict] = []
     train(cache, tmp_path / "run", on_metrics=seen.append, eval_pairs="heldout", eval_every=2)
     steps = [line for line in seen if "loss" in line]
@@ -451,7 +450,7 @@ def test_no_parameter_of_the_reference_is_ever_made(
     assert made == ["model"]
 
 
-def test_callbacks_that_raise_end_the_run_and_keep_what_was_saved(cache: str, tmp_path: Path) -> None:
+def test_callbacks_that_raise_end_the_run_and_keep_its_checkpoints(cache: str, tmp_path: Path) -> None:
     def fail(path: Path) -> None:
         raise RuntimeError("mine")
 

@@ -13,7 +13,7 @@ from tests.lm.families import make_model
 from tests.lm.memory.test_recompute import COMPLETIONS, gradients
 
 
-def test_a_model_that_changes_what_is_kept_recomputes_in_full() -> None:
+def test_a_model_that_changes_kept_values_recomputes_in_full() -> None:
     model, remarks = make_model("gpt_oss"), []
     chosen = choose_attention(model, max_length=64)
     expected = gradients(model, completion_logps(model, COMPLETIONS, chosen).sums())
@@ -51,12 +51,12 @@ def test_adapters_are_not_taken_for_wide_layers() -> None:
     assert most < activation_bytes(model, 100, "cheap") < 1.3 * most
 
 
-def test_what_mps_says_is_passed_on() -> None:
+def test_the_message_of_mps_is_passed_on() -> None:
     remarks: list[str] = []
     model = make_llama()
     step_memory = StepMemory(model, Recomputation(model), 1000, "none", remarks.append)
     step_memory._device = torch.device("mps")
     step_memory.save_more(RuntimeError("MPS backend is tired\nand more"))
     assert step_memory.micro_tokens == 500 and remarks[0].startswith(
-        "MPS backend is tired; the step is taken again"
+        "MPS backend is tired; the step is repeated"
     )

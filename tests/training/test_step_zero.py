@@ -1,4 +1,4 @@
-"""Faults planted between cache and policy: step zero stops the run, or says so, and names the cause."""
+"""Faults between cache and policy: step zero stops the run or logs a remark, and names the cause."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ def test_values_of_another_dtype_under_the_same_identity(place: Path) -> None:
     assert "Likely cause: dtype or quantization: all tokens differ a little" in stop(place)
 
 
-def test_a_reference_of_another_dtype_is_told_and_has_its_tolerance(place: Path) -> None:
+def test_a_reference_of_another_dtype_is_named_and_has_its_tolerance(place: Path) -> None:
     remarks: list[str] = []
     dpo_cache.precompute(
         place / "model", place / "pairs.jsonl", place / "cache", name="coarse", dtype="bfloat16"
@@ -105,21 +105,17 @@ def test_a_reference_of_another_dtype_is_told_and_has_its_tolerance(place: Path)
 
 
 def test_values_under_another_template(place: Path) -> None:
-    model = make_llama(
-        num_hidden_layers=1, initializer_range=0.12
-    )  # looks at what is near: the prompt matters most to the first tokens
+    # attention mostly to near tokens: the prompt matters most to the first tokens
+    model = make_llama(num_hidden_layers=1, initializer_range=0.12)
     model.save_pretrained(place / "model")
     dpo_cache.precompute(place / "model", place / "pairs.jsonl", place / "cache")
 
     def elsewhere(completion: Completion) -> np.ndarray:
         exact = naive_token_logps(model, completion).float().numpy()
-        ids = np.concatenate(
-            [completion.prompt_ids[:-1], np.array([7], np.uint32)]
-        )  # another token before the answer
+        # another token before the answer, whose effect fades as in a trained model
+        ids = np.concatenate([completion.prompt_ids[:-1], np.array([7], np.uint32)])
         other = naive_token_logps(model, Completion(ids, completion.completion_ids)).float().numpy()
-        return np.concatenate(
-            [other[:3], exact[3:] + 0.02 * (other[3:] - exact[3:])]
-        )  # as a trained model would forget it
+        return np.concatenate([other[:3], exact[3:] + 0.02 * (other[3:] - exact[3:])])
 
     rescored(place, elsewhere)
     assert "Likely cause: template: the first tokens of the answers differ" in stop(place)
@@ -182,8 +178,7 @@ def test_a_row_of_the_cache_that_was_changed(place: Path) -> None:
     )
     message = stop(place)
     assert (
-        "completion of row 3" in message
-        and "Likely cause: cache: the values of row 3 alone differ" in message
+        "completion of row 3" in message and "Likely cause: cache: only the values of row 3 differ" in message
     )
 
 
@@ -202,7 +197,7 @@ def test_an_adapter_that_does_not_start_at_nothing(place: Path) -> None:
     assert "Likely cause: " in stop(place, peft_config=str(place / "lora/adapter_config.json"))
 
 
-def test_warn_says_and_goes_on_and_off_says_nothing(place: Path) -> None:
+def test_warn_logs_and_continues_and_off_logs_nothing(place: Path) -> None:
     rescored(place, of(make_llama(seed=5)))
     remarks: list[str] = []
     assert train(
@@ -236,11 +231,11 @@ def test_a_changed_row_is_named_though_the_dtypes_differ(place: Path) -> None:
     scores = [Score(values) for values in exact]
     scores[3] = Score(np.full(4, -9.0, np.float32))
     step_zero.check(exact, scores, list(range(10)))
-    with pytest.raises(StepZeroError, match="Likely cause: cache: the values of row 3 alone differ"):
+    with pytest.raises(StepZeroError, match="Likely cause: cache: only the values of row 3 differ"):
         step_zero.conclude()
 
 
-def test_training_pairs_are_looked_at_after_a_large_evaluation(
+def test_training_pairs_are_compared_after_a_large_evaluation(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dpo_cache.training.step_zero.MOST_COMPLETIONS", 4)
@@ -251,7 +246,7 @@ def test_training_pairs_are_looked_at_after_a_large_evaluation(
     monkeypatch.setattr(
         StepZero, "__init__", lambda self, *args, **kwargs: init(self, *args, **{"most": 4, **kwargs})
     )
-    assert "Likely cause: cache: the values of row" in stop(place, eval_pairs="heldout"), (
+    assert "Likely cause: cache: only the values of row" in stop(place, eval_pairs="heldout"), (
         "the evaluation pairs agree: it is not the weights"
     )
 
@@ -283,7 +278,7 @@ def test_a_quantized_base_is_the_reference_that_was_quantized_alike(place: Path,
     assert report.step_zero_gap is not None and report.step_zero_gap < (1e-3 if quantize == "4bit" else 0.5)
 
 
-def test_a_quantized_policy_under_a_whole_reference_is_told(place: Path) -> None:
+def test_a_quantized_policy_under_a_whole_reference_is_logged(place: Path) -> None:
     remarks: list[str] = []
     options = {"quantize": "4bit", "lora_r": 2, "max_steps": 1}
     assert train(str(place / "cache"), place / "run", log=remarks.append, **options).finished
@@ -292,7 +287,7 @@ def test_a_quantized_policy_under_a_whole_reference_is_told(place: Path) -> None
     assert "Likely cause: quantization (quantization.bnb_4bit" in stop(place, step_zero="strict", **options)
 
 
-def test_a_resumed_adapter_over_another_base_is_told(place: Path) -> None:
+def test_a_resumed_adapter_over_another_base_is_an_error(place: Path) -> None:
     options = {"lora_r": 2, "max_steps": 3, "lr": 1e-2}
     train(str(place / "cache"), place / "run", should_stop=lambda: True, **options)
     make_llama(seed=5).save_pretrained(place / "model")

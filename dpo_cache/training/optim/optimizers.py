@@ -1,12 +1,10 @@
-"""What turns gradients into updates: AdamW, in 8 bits or paged by bitsandbytes, and Adafactor.
+"""The optimizers: AdamW, in 8 bits or paged by bitsandbytes, and Adafactor.
 
-bytes a parameter  adamw 8, adamw-8bit 2 (and 1/32 for scales), adafactor about 0: a row and a column of each
-                   matrix
+Bytes per parameter: adamw 8; adamw-8bit 2, and 1/32 for scales; adafactor about 0, a row and a column of each
+matrix. Paged ones take as much, in memory that the CUDA driver moves to the host if the GPU needs the room.
 
-The paged ones hold as much, in memory that the CUDA driver moves to the host where the GPU needs the room.
-Adafactor is transformers', with an absolute learning rate: what trainers on transformers run under that name,
-and
-`lr` means what it means for AdamW; torch's own scales it by each weight's size and by the step.
+Adafactor is that of transformers with an absolute learning rate, as in trainers based on transformers, so
+`lr` means the same as for AdamW; torch's own scales it by each weight's size and by the step.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ def make_optimizer(
     """The optimizer of the parameters that are trained; weight decay spares biases and norms.
 
     `rounding` is how updated bfloat16 weights are rounded: stochastic (also auto), compensated or nearest;
-    others need none. Raises `OptionError` where the optimizer is not to be had here.
+    others need none. Raises `OptionError` if the optimizer is not available here.
     """
     _check_available(name, model.device)
     return Updater(

@@ -1,11 +1,10 @@
 """float32 values -> bfloat16 weights, which keep 8 of 24 significant bits.
 
 A bfloat16 weight of 0.1 has neighbours 0.0005 away. An update of 1e-6 is lost if the result is rounded to the
-nearest, in every step anew, and nothing is learned. Two ways out:
+nearest, in every step, and nothing is learned. Two ways to round avoid that:
 
-    stochastic    up or down by chance, with the odds that make the mean right: no memory
-    compensated   what rounding leaves over is kept in 16 bits beside the weight: together the exact float32
-                  value
+    stochastic    up or down at random, with odds that make the mean exact; needs no memory
+    compensated   to the nearest; the rest is kept in 16 bits, and both together give the exact float32 value
 
 Both work on the bits: the upper half of a float32 is the bfloat16 below it in magnitude.
 """
@@ -17,17 +16,16 @@ from collections.abc import Iterator
 
 import torch
 
-SLICE = 2**22  # values rounded at once: bounds what is needed beside them
+SLICE = 2**22  # values rounded at once: bounds the memory for temporary values
 BITS = 16  # of a float32 that a bfloat16 lacks
 QUIET_NAN = 0x7FC00000
 
 
 def stochastic_bf16(values: torch.Tensor, *draw: int) -> torch.Tensor:
-    """The values in bfloat16, each rounded up or down in magnitude with odds by which the mean of many draws
-    is the value.
+    """The values in bfloat16, each rounded up or down in magnitude; the mean of many draws is the value.
 
-    The draw depends on the integers `draw` and the device's kind alone, and leaves the global random state as
-    it was. Values that bfloat16 has, zeros, infinities and NaN among them, stay what they are.
+    The draw depends only on the integers `draw` and the device's kind, and does not change the global random
+    state. Values that bfloat16 can represent are kept, such as zeros, infinities and NaN.
     """
     generator = torch.Generator(values.device).manual_seed(_seed(draw))
     rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
@@ -41,8 +39,9 @@ def stochastic_bf16(values: torch.Tensor, *draw: int) -> torch.Tensor:
 
 
 def split_float(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest bfloat16 of each float32 value (of two, the larger in magnitude), and an int16 that gives
-    the value back with `join_float`.
+    """The nearest bfloat16 of each float32 value (of two, the larger in magnitude), and the rest as int16.
+
+    `join_float` computes the value from the two.
     """
     rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
     rest = torch.empty(values.shape, dtype=torch.int16, device=values.device)
@@ -65,7 +64,7 @@ def join_float(rounded: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
 
 
 def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same few values of each of some contiguous tensors of one shape, again and again."""
+    """Yield the same slice of each of several contiguous tensors of one shape."""
     return zip(*(tensor.view(-1).split(SLICE) for tensor in tensors), strict=True)
 
 

@@ -1,8 +1,8 @@
-"""Gradients that are used as soon as they are there, and freed: most of them never exist at the same time.
+"""Updates within the backward pass, which free each gradient at once: few gradients exist at the same time.
 
-The last backward pass of a step finishes one parameter's gradient after another. Each is used for the
-parameter's update at once and dropped. Earlier backward passes of the step leave theirs to be added to, so a
-step of several forests still holds all gradients until its last one begins; a step of one forest holds a few.
+The last backward pass of a step completes one parameter's gradient after another. Each one updates its
+parameter and is freed. Earlier backward passes of the step accumulate gradients, so a step of several forests
+holds all gradients until its last backward pass begins; a step of one forest holds a few.
 """
 
 from __future__ import annotations
@@ -17,41 +17,38 @@ from dpo_cache.training.optim.updates import Updater
 
 
 class OptimizerInBackward:
-    """Runs the last backward pass of each step so that parameters are updated within it.
+    """Updates the parameters within the last backward pass of each step.
 
-    A parameter of several places in the model is updated once, when the gradients of all of them have been
-    added up.
+    A parameter that the model uses in several places is updated once, with the sum of their gradients.
     """
 
     def __init__(self, updater: Updater):
         self._updater = updater
-        self._norms: dict[
-            int, torch.Tensor
-        ] = {}  # by place in the model's order, of the gradients that are used and gone
+        self._norms: dict[int, torch.Tensor] = {}  # of freed gradients, by place in the model's order
         self._is_last = False
         for place, parameter in enumerate(updater.parameters):
             parameter.register_post_accumulate_grad_hook(partial(self._take, place))
 
     @property
     def has_begun(self) -> bool:
-        """Whether weights of this step are updated: then it cannot be taken again."""
+        """Whether weights are updated in this step; then it cannot be repeated."""
         return bool(self._norms)
 
     @contextmanager
     def last_backward(self) -> Iterator[None]:
-        """Around the backward pass after which all gradients of the step are whole."""
+        """Wrap the backward pass that completes the gradients of the step."""
         self._is_last = True
         try:
             yield
         finally:
             self._is_last = False
-        # what only earlier passes of the step gave a gradient
+        # parameters with gradients of earlier passes only
         for place, parameter in enumerate(self._updater.parameters):
             if parameter.grad is not None:
                 self._use(place, parameter)
 
     def end_step(self) -> torch.Tensor:
-        """Norm of the step's gradient, as `clip_grad_norm_` gives it; the next step may begin."""
+        """Return the norm of the step's gradient, as `clip_grad_norm_` does; the next step may begin."""
         norms = [self._norms[place] for place in sorted(self._norms)]
         self._norms = {}
         # nothing was updated

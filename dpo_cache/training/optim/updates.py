@@ -1,9 +1,7 @@
-"""Updates of parameters, all at once or one as soon as its gradient is there, and their state as plain
-tensors.
+"""Updates of parameters, all at once or each as soon as it has its gradient, and the state as plain tensors.
 
-A bfloat16 parameter is updated in float32: the optimizer works on a stand-in, which holds the parameter's
-value and gradient for the time of its own update and nothing in between. The result is rounded back as
-`rounding.py` says.
+A bfloat16 parameter is updated in float32: the optimizer works on a stand-in, which has the parameter's value
+and gradient during its update, and is empty in between. The result is rounded as `rounding.py` describes.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import torch
 from dpo_cache.errors import TrainingError
 from dpo_cache.training.optim.rounding import join_float, split_float, stochastic_bf16
 
-# from leaves and how many dimensions they stand for
+# makes an optimizer of leaves, from them and the numbers of dimensions of their parameters
 Build = Callable[[Sequence[torch.nn.Parameter], Sequence[int]], torch.optim.Optimizer]
 
 REST, UPDATES = "rest", "updates"  # what a bfloat16 parameter's state holds besides the optimizer's
@@ -26,17 +24,13 @@ REST, UPDATES = "rest", "updates"  # what a bfloat16 parameter's state holds bes
 
 @dataclass
 class _Slot:
-    """A parameter, what the optimizer works on in its place, and where that stands in the optimizer's
-    groups.
-    """
+    """A parameter, and the leaf that the optimizer updates: the parameter, or its float32 stand-in."""
 
     name: str
     parameter: torch.nn.Parameter
     leaf: torch.nn.Parameter
-    group: int = 0
-    num_updates: int = (
-        0  # of a bfloat16 parameter: with its place, what its stochastic rounding is drawn from
-    )
+    group: int = 0  # the leaf's among the optimizer's groups
+    num_updates: int = 0  # of a bfloat16 parameter: with its place, the seed of its stochastic rounding
     rest: torch.Tensor | None = None  # int16, under compensated rounding
 
     @property
@@ -45,9 +39,9 @@ class _Slot:
 
 
 class Updater:
-    """An optimizer, with the interface of torch's as far as a training loop needs it.
+    """An optimizer, with the part of torch's interface that a training loop needs.
 
-    Updating the parameters one by one, in any order, gives bit for bit what updating them at once gives.
+    Updating the parameters one by one, in any order, gives the same bits as updating them at once.
     """
 
     def __init__(
@@ -70,7 +64,7 @@ class Updater:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What is trained, in the model's order."""
+        """The trained parameters, in the model's order."""
         return [slot.parameter for slot in self._slots]
 
     def step(self) -> None:
@@ -84,17 +78,16 @@ class Updater:
 
     @torch.no_grad()
     def update(self, parameter: torch.nn.Parameter) -> None:
-        """Update one parameter by its gradient, which is left as it is."""
+        """Update one parameter by its gradient, which is kept."""
         slot = self._slots[self._place[parameter]]
-        with self._alone(slot), self._filled(slot):
+        with self._only(slot), self._filled(slot):
             self._base.step()
             if slot.stands_in:
                 slot.num_updates += 1
                 self._write_back(slot)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients."""
-        assert set_to_none, "a gradient of zeros costs memory and makes an update"
+    def zero_grad(self) -> None:
+        """Drop all gradients: a gradient of zeros would cost memory and make an update."""
         for slot in self._slots:
             slot.parameter.grad = None
 
@@ -104,29 +97,28 @@ class Updater:
         """All state, `<parameter>/<state>` each, that `restore` takes. A Python int is an int64 without
         dimensions.
         """
-        found: dict[str, Any] = {}
+        found: dict[str, torch.Tensor] = {}
         for slot in self._slots:
-            # a constant
-            state = {
-                key: value
-                for key, value in self._base.state.get(slot.leaf, {}).items()
-                if not key.startswith("qmap")
-            }
+            state = dict(self._base.state.get(slot.leaf, {}))
             if slot.stands_in and slot.num_updates:
-                state |= {UPDATES: slot.num_updates} | ({REST: slot.rest} if slot.rest is not None else {})
-            found |= {f"{slot.name}/{key}": _as_tensor(value) for key, value in state.items()}
+                state |= {UPDATES: slot.num_updates, REST: slot.rest}
+            found |= {
+                f"{slot.name}/{key}": _as_tensor(value)
+                for key, value in state.items()
+                if value is not None and not key.startswith("qmap")  # which is a constant
+            }
         return found
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take up the state of another one of the same kind: what follows equals, bit for bit, what would
-        have followed there.
+        """Continue from the state of an updater of the same kind: later updates equal its own, bit for bit.
 
-        Raises `TrainingError` where the state is of other parameters.
+        Raises `TrainingError` if the state is of other parameters.
         """
         by_name: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            by_name.setdefault(name.rpartition("/")[0], {})[name.rpartition("/")[2]] = tensor
+        for path, tensor in tensors.items():
+            name, _, key = path.rpartition("/")
+            by_name.setdefault(name, {})[key] = tensor
         if unknown := by_name.keys() - {slot.name for slot in self._slots}:
             raise TrainingError(
                 f"the saved optimizer has state for {len(unknown)} weights that are not trained now, "
@@ -141,7 +133,7 @@ class Updater:
         if slot.stands_in:
             slot.num_updates = int(saved.pop(UPDATES))
             slot.rest = saved.pop(REST).to(slot.parameter.device) if REST in saved else None
-        with self._alone(slot), self._filled(slot):
+        with self._only(slot), self._filled(slot):
             # bitsandbytes: makes buffers of its own, some of them paged
             if hasattr(self._base, "init_state"):
                 self._base.init_state(self._base.param_groups[0], slot.leaf, 0, 0)
@@ -165,8 +157,8 @@ class Updater:
     # -- one parameter ---------------------------------------------------------------------------------
 
     @contextmanager
-    def _alone(self, slot: _Slot) -> Iterator[None]:
-        """The optimizer with nothing but this parameter in it."""
+    def _only(self, slot: _Slot) -> Iterator[None]:
+        """The optimizer with only this parameter in it."""
         groups = self._base.param_groups
         self._base.param_groups = [{**groups[slot.group], "params": [slot.leaf]}]
         try:
@@ -181,9 +173,8 @@ class Updater:
             yield
             return
         parameter, leaf = slot.parameter, slot.leaf
-        leaf.data = (
-            parameter.detach().float() if slot.rest is None else join_float(parameter.detach(), slot.rest)
-        )
+        value = parameter.detach()
+        leaf.data = value.float() if slot.rest is None else join_float(value, slot.rest)
         leaf.grad = None if parameter.grad is None else parameter.grad.float()
         try:
             yield

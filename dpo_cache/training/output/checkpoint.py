@@ -2,8 +2,8 @@
 
     model files            as `save_pretrained` writes them (safetensors); of an adapter, only its weights
     optimizer.safetensors  `<parameter>/<state>` per optimizer state, e.g. `model.norm.weight/exp_avg`
-    tokenizer files        so that a resumed run needs nothing but the cache, and an adapter its base
-    state.json             where the run stood: see `RunPosition`
+    tokenizer files        so that a resumed run needs only the cache, and an adapter its base
+    state.json             see `RunPosition`
 
 A checkpoint is written under a dot-name and renamed, so it is whole or absent. Nothing is pickled.
 """
@@ -28,27 +28,19 @@ from dpo_cache.training.output.run_start import find_checkpoints
 
 @dataclass(frozen=True)
 class RunPosition:
-    """How far a run is: steps done, the epoch it is in (from 0), pairs of that epoch already used, and what
-    is to be gone on with.
-    """
+    """The position of a run: steps done, its epoch (from 0), pairs of that epoch already used, and state."""
 
     step: int = 0
     epoch: int = 0
     pairs_seen: int = 0
-    step_memory: dict[str, Any] | None = (
-        None  # how steps were split when it was saved: another split rounds otherwise
-    )
-    best: dict[str, Any] | None = (
-        None  # the best evaluation so far: its step and value, and how many since were no better
-    )
+    step_memory: dict[str, Any] | None = None  # how steps are split: another split rounds differently
+    best: dict[str, Any] | None = None  # the best evaluation so far, see `Best`
 
 
 def save_checkpoint(
     run: Path, policy: TrainedModel, optimizer: Updater, position: RunPosition, *, keep: int
 ) -> Path:
-    """Publish the state after a step, then drop all but the last `keep`. Raises `TrainingError` where the
-    disk refuses.
-    """
+    """Publish the state after a step, then remove all but the last `keep`. Raises `TrainingError`."""
     target = run / "checkpoints" / f"step-{position.step:06d}"
 
     def write(scratch: Path) -> None:
@@ -66,8 +58,9 @@ def save_checkpoint(
 def write_policy(
     target: Path, policy: TrainedModel, write_more: Any = lambda _: None, *, remedy: str
 ) -> None:
-    """Publish a folder with the policy's weights (only an adapter's, if there is one), its tokenizer and what
-    `write_more` adds: whole or absent.
+    """Publish a folder with the policy's weights, its tokenizer and the files of `write_more`.
+
+    It is whole or absent. Of a policy with an adapter, only the adapter is written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,9 +70,7 @@ def write_policy(
                 policy.model.save_pretrained(scratch)
             else:
                 policy.adapted.save_pretrained(str(scratch))
-                (scratch / "README.md").unlink(
-                    missing_ok=True
-                )  # peft's own card, which does not know the run
+                (scratch / "README.md").unlink(missing_ok=True)  # peft's own card
             policy.tokenizer.save_pretrained(scratch)
             write_more(scratch)
     except (OSError, SafetensorError) as error:
@@ -87,10 +78,10 @@ def write_policy(
 
 
 def read_position(checkpoint: Path) -> RunPosition:
-    """Where the run stood when the checkpoint was saved."""
+    """The position of the run when the checkpoint was saved."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
-        if "thrift" in state:  # what earlier versions called it
+        if "thrift" in state:  # the key of earlier versions
             state["step_memory"] = state.pop("thrift")
         return RunPosition(**state)
     except (OSError, ValueError, TypeError) as error:
@@ -98,7 +89,7 @@ def read_position(checkpoint: Path) -> RunPosition:
 
 
 def restore_optimizer(checkpoint: Path, optimizer: Updater) -> None:
-    """Put the saved optimizer state back, bit for bit."""
+    """Restore the saved optimizer state, bit for bit."""
     try:
         saved = load_file(checkpoint / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
@@ -107,7 +98,7 @@ def restore_optimizer(checkpoint: Path, optimizer: Updater) -> None:
 
 
 def damaged(path: Path, error: BaseException) -> TrainingError:
-    """What is raised for a file of a run that cannot be read."""
+    """The error for a file of a run that cannot be read."""
     return TrainingError(
         f"{path}: not readable ({first_line(error)}).\n"
         "The run cannot be resumed: choose another `output` and start it again."

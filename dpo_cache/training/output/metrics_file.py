@@ -1,4 +1,4 @@
-"""What a step or an evaluation reports, and `RUN/metrics.jsonl`."""
+"""`RUN/metrics.jsonl`: the metrics of steps and evaluations."""
 
 from __future__ import annotations
 
@@ -14,17 +14,13 @@ from dpo_cache.losses.metrics import Metrics
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line a step or evaluation, on disk as soon as it is written. `samples.jsonl` is
-    one, too.
-    """
+    """One line a step or evaluation, written to disk at once; `samples.jsonl` is such a file, too."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def keep_until(self, step: int) -> None:
-        """Drop the lines after a step, and any torn one: what a run that was cut off wrote past its
-        checkpoint.
-        """
+        """Drop a torn line and the lines after a step, which a run has written after its checkpoint."""
         content = _render([entry for entry in self.lines() if entry["step"] <= step])
         if self.path.exists() and self.path.read_text() == content:
             return
@@ -42,7 +38,7 @@ class MetricsFile:
             raise self._cannot_write(error) from error
 
     def fsync(self) -> None:
-        """Wait until what was written is on the disk: a checkpoint must not outlive the lines before it."""
+        """Wait until the lines are on the disk: a checkpoint must not outlive the lines before it."""
         if self.path.exists():
             sync(self.path)
 

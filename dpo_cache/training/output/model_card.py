@@ -1,6 +1,6 @@
-"""The model card that lies beside a trained model: what it was made from, how, and how well it does.
+"""The model card in the folder of a trained model: its base, data, training and results.
 
-A card is written to be published, so it names no folder of the machine it was made on but by its last part.
+A card may be published, so of a folder on this machine it names only the last part.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ from dpo_cache.store.format.documents import Document
 LOSS_SETTINGS = (*SETTINGS, "router_aux_loss_coef")
 SHOWN_IN_SECTIONS = {"model", "pairs", "eval_pairs", "loss", "reference", *LOSS_SETTINGS}
 MACHINE_ONLY = {"cache", "output", "config", "resume", "dry_run", "log_to", "log_names", "trust_remote_code"}
+FLAGS = {entry.name: flag_of(entry) for entry in fields(TrainOptions)}
+DEFAULTS = {
+    entry.name: entry.default_factory() if entry.default_factory is not MISSING else entry.default
+    for entry in fields(TrainOptions)
+}
 
 
 def model_card(
@@ -79,9 +84,7 @@ def card_data(config: Mapping[str, Any], manifest: Document, reference: Document
 
 
 def write_card(folder: Path, card: str) -> None:
-    """README.md in a model's folder, whole, in place of the one that a library may have put there. Raises
-    `TrainingError`.
-    """
+    """Write README.md in a model's folder, in place of a library's. Raises `TrainingError`."""
     try:
         write_whole(folder / "README.md", card)
     except OSError as error:
@@ -108,10 +111,8 @@ def shown_name(location: str) -> str:
     if not is_local(location):
         return location
     path = PureWindowsPath(location.rstrip("/\\"))
-    last = (
-        path.parent.name if path.name in ("model", "best") else path.name
-    )  # every run's policy lies in a folder of that name
-    return last or path.name or "a local folder"
+    is_of_run = path.name in ("model", "best")  # every run has folders of these names
+    return (path.parent.name if is_of_run else "") or path.name or "a local folder"
 
 
 # -- sections --------------------------------------------------------------------------------------------
@@ -177,14 +178,14 @@ def _reference(reference: Document, manifest: Document) -> str:
 
 
 def _loss(config: Mapping[str, Any]) -> str:
-    names, defaults = list(loss_terms(config["loss"])), _defaults()
+    terms = loss_terms(config["loss"])
     used = [
         name
         for name in LOSS_SETTINGS
-        if config[name] != defaults[name] or (name == "beta" and is_served("beta", names))
+        if config[name] != DEFAULTS[name] or (name == "beta" and is_served("beta", list(terms)))
     ]
-    rows = [(f"`{name}`", f"weight {weight:g}") for name, weight in loss_terms(config["loss"]).items()]
-    rows += [(f"`{_flags()[name]}`", _shown(config[name])) for name in used]
+    rows = [(f"`{name}`", f"weight {weight:g}") for name, weight in terms.items()]
+    rows += [(f"`{FLAGS[name]}`", _shown(config[name])) for name in used]
     cited = "\n".join(f"- {paper.cite()}" for paper in papers_of(dict(config)))
     return f"## Loss\n\n{_table(rows)}" + (f"\n\n{cited}" if cited else "")
 
@@ -192,6 +193,8 @@ def _loss(config: Mapping[str, Any]) -> str:
 def _procedure(config: Mapping[str, Any], num_steps: int | None, last: Metrics | None) -> str:
     resolved = config["resolved"]
     steps = num_steps if num_steps is not None else resolved["total_steps"]
+    largest = config["max_grad_norm"]
+    clipping = f"gradient norm clipped to {largest:g}" if largest else "gradient never clipped"
     rows = [
         (
             "steps",
@@ -204,7 +207,7 @@ def _procedure(config: Mapping[str, Any], num_steps: int | None, last: Metrics |
             f"{config['lr']:g}, {config['lr_schedule']} after a warm-up over {config['warmup_ratio']:.0%} "
             "of the steps",
         ),
-        ("optimizer", f"{config['optimizer']}, weight decay {config['weight_decay']:g}, {_clipping(config)}"),
+        ("optimizer", f"{config['optimizer']}, weight decay {config['weight_decay']:g}, {clipping}"),
         ("precision", resolved["precision"]),
         ("trained weights", _trained(config)),
         ("seed", str(config["seed"])),
@@ -213,53 +216,37 @@ def _procedure(config: Mapping[str, Any], num_steps: int | None, last: Metrics |
 
 
 def _options(config: Mapping[str, Any]) -> str:
-    defaults = _defaults()
-    changed = [
-        name
-        for name in defaults
-        if name not in SHOWN_IN_SECTIONS | MACHINE_ONLY and _listed(config[name]) != _listed(defaults[name])
+    rows = [
+        (f"`{FLAGS[name]}`", _shown(config[name]))
+        for name, default in DEFAULTS.items()
+        if name not in SHOWN_IN_SECTIONS | MACHINE_ONLY and _shown(config[name]) != _shown(default)
     ]
-    if not changed:
-        return ""
-    return "## Options that differ from their defaults\n\n" + _table(
-        [(f"`{_flags()[name]}`", _shown(config[name])) for name in changed]
-    )
+    return f"## Options that differ from their defaults\n\n{_table(rows)}" if rows else ""
 
 
 def _results(
     before: Metrics | None, after: Metrics | None, first: Metrics | None, last: Metrics | None
 ) -> str:
-    columns = [
+    lines = [
         ("held out, before", before, "eval/"),
         ("held out, after", after, "eval/"),
         ("first step", first, ""),
         ("last step", last, ""),
     ]
+    columns = [("loss", ".4f"), ("rewards/accuracies", ".1%"), ("rewards/margins", "+.4f")]
     rows = [
-        (
-            title,
-            *(
-                f"{line[prefix + name]:{style}}"
-                for name, style in (
-                    ("loss", ".4f"),
-                    ("rewards/accuracies", ".1%"),
-                    ("rewards/margins", "+.4f"),
-                )
-            ),
-        )
-        for title, line, prefix in columns
+        (title, *(f"{line[prefix + name]:{style}}" for name, style in columns))
+        for title, line, prefix in lines
         if line
     ]
     if not rows:
         return ""
     note = (
-        "\n\n"
-        "Before training a policy that starts as the reference has rewards of zero, up to rounding: "
+        "\n\nBefore training a policy that starts as the reference has rewards of zero, up to rounding: "
         "its accuracy says nothing."
-        if before
-        else ""
     )
-    return f"## Results\n\n{_table(rows, ('', 'loss', 'accuracy', 'reward margin'))}{note}"
+    table = _table(rows, ("", "loss", "accuracy", "reward margin"))
+    return f"## Results\n\n{table}{note if before else ''}"
 
 
 def _loading(config: Mapping[str, Any]) -> str:
@@ -284,7 +271,7 @@ def _versions(versions: Mapping[str, str]) -> str:
     )
 
 
-# -- beside them -----------------------------------------------------------------------------------------
+# -- helpers ---------------------------------------------------------------------------------------------
 
 
 def _base_model(config: Mapping[str, Any], reference: Document) -> str | None:
@@ -299,14 +286,6 @@ def _loss_tags(config: Mapping[str, Any]) -> list[str]:
     losses = [LOSSES[name] for name in loss_terms(config["loss"])]
     shared = ["preference-optimization"] if any(loss.prefers for loss in losses) else []
     return list(dict.fromkeys([*(loss.tag or loss.name for loss in losses), *shared]))
-
-
-def _clipping(config: Mapping[str, Any]) -> str:
-    return (
-        f"gradient norm clipped to {config['max_grad_norm']:g}"
-        if config["max_grad_norm"]
-        else "gradient never clipped"
-    )
 
 
 def _trained(config: Mapping[str, Any]) -> str:
@@ -335,21 +314,6 @@ def _shown(value: Any) -> str:
         return ", ".join(map(_shown, value))
     is_path = isinstance(value, str) and (os.path.isabs(value) or "/" in value or "\\" in value)
     return f"`{PureWindowsPath(value.rstrip('/')).name if is_path else value}`"
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _defaults() -> dict[str, Any]:
-    return {
-        entry.name: entry.default_factory() if entry.default_factory is not MISSING else entry.default
-        for entry in fields(TrainOptions)
-    }
-
-
-def _flags() -> dict[str, str]:
-    return {entry.name: flag_of(entry) for entry in fields(TrainOptions)}
 
 
 def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ("", "")) -> str:

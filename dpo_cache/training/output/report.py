@@ -1,9 +1,10 @@
-"""What a run tells of itself: its report, its config.json, and how long it will take."""
+"""The report of a run, and an estimate of the time that it will take."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from dpo_cache.losses.metrics import Metrics
@@ -13,14 +14,14 @@ RECENT_STEPS = 50
 
 @dataclass
 class TrainReport:
-    """What `train` did."""
+    """The result of `train`."""
 
     output: str
-    model: str | None  # where the trained policy lies; None after a dry run
+    model: str | None  # folder of the trained policy; None after a dry run
     num_steps: int
     num_pairs: int
     finished: bool  # False: stopped early, to be resumed
-    step_zero_gap: float | None  # nats; None where nothing was compared
+    step_zero_gap: float | None  # nats; None if nothing was compared
     first: Metrics | None
     last: Metrics | None
     eval_before: Metrics | None
@@ -30,10 +31,10 @@ class TrainReport:
     num_trained: int = 0  # parameters
     num_parameters: int = 0
     best: dict[str, Any] | None = None  # the best evaluation after an update: "step" and "value" of "measure"
-    best_model: str | None = None  # where that policy lies, if it is not the one in `model`
+    best_model: str | None = None  # folder of that policy, if it is not the one in `model`
     stopped_by_patience: bool = False
     is_dry_run: bool = False
-    resolved: dict[str, Any] = field(default_factory=dict)  # what became of the defaults
+    resolved: dict[str, Any] = field(default_factory=dict)  # the values in place of `auto` and other defaults
     remarks: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -43,22 +44,16 @@ class TrainReport:
         return f"<TrainReport of {self.output}: {ended}, {self.num_steps:,} steps{losses}>"
 
 
+@dataclass
 class Clock:
-    """How long what is left will take, from what steps and evaluations took of late."""
+    """Estimates the time that is left, from the durations of recent steps and evaluations."""
 
-    def __init__(self) -> None:
-        self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._evaluations: deque[float] = deque(maxlen=3)
-
-    def note_step(self, elapsed_s: float) -> None:
-        self._steps.append(elapsed_s)
-
-    def note_evaluation(self, elapsed_s: float) -> None:
-        self._evaluations.append(elapsed_s)
+    steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    evaluations_s: deque[float] = field(default_factory=lambda: deque(maxlen=3))
 
     def left_s(self, num_steps: int, num_evaluations: int) -> float | None:
         """Seconds for so many steps and evaluations; None before the first step."""
-        if not self._steps:
+        if not self.steps_s:
             return None
-        evaluation_s = sum(self._evaluations) / len(self._evaluations) if self._evaluations else 0.0
-        return num_steps * sum(self._steps) / len(self._steps) + num_evaluations * evaluation_s
+        evaluation_s = fmean(self.evaluations_s) if self.evaluations_s else 0.0
+        return num_steps * fmean(self.steps_s) + num_evaluations * evaluation_s

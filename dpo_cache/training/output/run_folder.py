@@ -1,7 +1,7 @@
-"""The run's folder: what may be in it before, its config.json, and its model.
+"""The run's folder: its config.json, its models, and when it can be resumed.
 
 RUN/
-  config.json      every option, and under `resolved` what became of the defaults
+  config.json      every option, and under `resolved` the values in place of `auto` and other defaults
   metrics.jsonl    one line a step or evaluation
   samples.jsonl    the policy's answers, see `samples.py`
   trackers.json    which run of which tracker this is, see `trackers.py`; and tensorboard/
@@ -26,14 +26,14 @@ from dpo_cache.files.atomic import is_scratch, remove, write_whole
 from dpo_cache.files.sync import sync
 from dpo_cache.lm.model.adapter import restore_adapter
 from dpo_cache.options.run_config import complete_config
+from dpo_cache.options.train import TrainOptions
 from dpo_cache.store.folders.local import free_bytes
 from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.output.checkpoint import damaged, write_policy
 from dpo_cache.training.output.model_card import write_card
 from dpo_cache.training.output.run_start import BEFORE_MODEL
 
-# What may differ between a run and its resumption: it changes speed, memory or what is reported, not the
-# result.
+# Options that may differ when a run is resumed: they change speed, memory or reports, but not the result.
 # fmt: off
 FREE_TO_CHANGE = {
     "resume", "config", "trust_remote_code", "cache", "output", "device", "budget_tokens",
@@ -46,7 +46,7 @@ FIXED_RESOLVED = ("base_weights", "reference", "pairs_digest", "num_pairs", "tot
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """RUN/config.json of a new run."""
+    """Write RUN/config.json of a new run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -57,9 +57,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Empty the folder of a run that did not come to its first update or checkpoint, so that it can be
-    started anew.
-    """
+    """Empty the folder of a run that ended before its first update or checkpoint; it can start again."""
     if not folder.exists():
         return
     for path in list(folder.iterdir()):
@@ -70,16 +68,13 @@ def discard(folder: Path) -> None:
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Raise `TrainingError` naming what a resumed run changes, if that would change its result."""
-    before, config = complete_config(_read_config(folder)), json.loads(json.dumps(config))
+    """Raise `TrainingError` naming the options of a resumed run that would change its result."""
+    before, config = complete_config(read_config(folder)), json.loads(json.dumps(config))
     resolved = before["resolved"]
-    is_judged = (
-        config["patience"] or before.get("eval_every") is not None
-    )  # patience counts evaluations, and best/ is of one of them
-    free = FREE_TO_CHANGE - {"eval_every"} if is_judged else FREE_TO_CHANGE
-    both = [
-        (name, before.get(name), config[name]) for name in config if name not in free and name != "resolved"
-    ]
+    free = FREE_TO_CHANGE | {"resolved"}
+    if config["patience"] or before.get("eval_every") is not None:
+        free -= {"eval_every"}  # patience counts evaluations, and best/ is of one of them
+    both = [(name, before.get(name), config[name]) for name in config if name not in free]
     both += [(name, resolved.get(name), config["resolved"][name]) for name in FIXED_RESOLVED]
     changed = [f"  {name}: {old} before, {new} now" for name, old, new in both if old != new]
     if changed:
@@ -90,12 +85,8 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def read_resolved(folder: Path) -> dict[str, Any]:
-    """What became of the defaults of a run that was begun."""
-    return _read_config(folder)["resolved"]
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """RUN/config.json. Raises `TrainingError`."""
     try:
         config = json.loads((folder / "config.json").read_text())
         dict(config["resolved"])
@@ -104,19 +95,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_disk(
-    folder: Path, model: PreTrainedModel, *, num_checkpoints: int, keeps_best: bool, is_merged: bool
-) -> None:
+def check_disk(folder: Path, model: PreTrainedModel, options: TrainOptions) -> None:
     """Raise `TrainingError` before a training whose result could not be written."""
-    sizes = [
-        (parameter.numel() * parameter.element_size(), parameter.requires_grad)
-        for parameter in model.parameters()
-    ]
-    whole, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-    checkpoints = (
-        3 * (num_checkpoints + 1) if num_checkpoints else 0
-    )  # weights and two moments, and one more for a moment
-    needed = trained * (checkpoints + keeps_best) + (whole if is_merged else trained)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    # A checkpoint is weights and two moments; for a moment there is one more than are kept.
+    num_checkpoints = options.keep + 1 if options.save_every and options.keep else 0
+    keeps_best = options.eval_every is not None
+    needed = trained * (3 * num_checkpoints + keeps_best) + (whole if options.merge_adapter else trained)
     free = free_bytes(folder)
     if needed > free:
         raise TrainingError(
@@ -127,7 +113,7 @@ def check_disk(
 
 
 def save_best(folder: Path, policy: TrainedModel, found: dict[str, Any], card: str) -> None:
-    """RUN/best with its model card, which replaces an earlier one."""
+    """Write RUN/best with its model card, in place of an earlier one."""
 
     def write(scratch: Path) -> None:
         write_card(scratch, card)
@@ -142,9 +128,7 @@ def save_best(folder: Path, policy: TrainedModel, found: dict[str, Any], card: s
 
 
 def save_model(folder: Path, policy: TrainedModel, card: str, *, takes_best: bool, is_merged: bool) -> None:
-    """RUN/model with its card, whole or absent: the policy as it is or, with `takes_best`, as it was at the
-    best evaluation.
-    """
+    """Write RUN/model with its card, whole or not at all; `takes_best`: with the best weights."""
     best = folder / "best"
     if takes_best and policy.adapted is not None:
         restore_adapter(policy.adapted, str(best))
@@ -170,5 +154,5 @@ def drop_best(folder: Path) -> None:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Remove what only a resumption needs."""
+    """Remove the checkpoints, which only a resumed run needs."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Where a run may start, decided without torch: in a new folder, or from a stopped run's last checkpoint."""
+"""The start of a run, found without torch: a new folder, or the last checkpoint of a stopped run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def find_start(folder: Path, log: Log, *, resume: bool) -> Path | None:
 
 
 def check_output(folder: Path) -> None:
-    """Raise `TrainingError` where a run could not write; nothing is written."""
+    """Raise `TrainingError` if a run could not write its folder; nothing is written."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent

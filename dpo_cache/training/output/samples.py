@@ -1,17 +1,15 @@
 """Answers that the policy writes under evaluation prompts, and `RUN/samples.jsonl`.
 
 One line an answer: `step`, `row` of the evaluation data, `prompt`, the `chosen` answer, the policy's
-`sample`, its
-`num_tokens` with the end token, and `finished`: whether it wrote an end token, or was cut at the pair set's
-longest prompt + answer. The prompt is as the model reads it, with its special tokens; the answers are without
-them.
+`sample`, its `num_tokens` with the end token, and `finished`: whether the policy wrote an end token, or was
+cut at the pair set's longest prompt + answer. The prompt has its special tokens, as the model reads it; the
+answers are without them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,103 +17,82 @@ from dpo_cache.errors import TrainingError
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.generation import Answer, write_answers
 from dpo_cache.lm.policy import PolicyModel
-from dpo_cache.log import Log
 from dpo_cache.training.batches import stream_pairs
-from dpo_cache.training.inputs import TrainedModel, TrainingPairs
 from dpo_cache.training.output.metrics_file import MetricsFile
+from dpo_cache.training.setup import Setup
 from dpo_cache.types import ScoredPair
 
 FILE = "samples.jsonl"
 SHOWN = 80  # characters of a prompt's end, and of an answer's start, in a remark
 
 
-def open_sampler(
-    num_prompts: int,
-    data: TrainingPairs,
-    policy: TrainedModel,
-    policy_model: PolicyModel,
-    *,
-    output: Path,
-    seed: int,
-    log: Log,
-) -> Sampler | None:
-    """A sampler for the first distinct evaluation prompts; None if `num_prompts` is 0.
-    Raises `TrainingError`.
-    """
+def open_sampler(setup: Setup, policy: PolicyModel) -> Sampler | None:
+    """A sampler for the first distinct evaluation prompts; None if `sample` is 0. Raises `TrainingError`."""
+    data, model, num_prompts = setup.data, setup.policy.model, setup.options.sample
     if not num_prompts or data.eval_pairs is None:
         return None
-    if not policy.model.can_generate():
+    if not model.can_generate():
         raise TrainingError(
-            f"`sample` {num_prompts}: {type(policy.model).__name__} has no way to write answers.\n"
+            f"`sample` {num_prompts}: {type(model).__name__} has no way to write answers.\n"
             "Leave `sample` out."
         )
-    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = data.eval_pairs.manifest["tokenization"]["max_length"]
     max_length = min(longest, positions or longest)
-    prompts = _distinct_prompts(
-        stream_pairs(data.eval_pairs, data.eval_selected, shuffle=False, seed=0, epoch=0),
-        num_prompts,
-        max_length,
-    )
+    pairs = stream_pairs(data.eval_pairs, data.eval_selected, shuffle=False, seed=0, epoch=0)
+    prompts = _distinct_prompts(pairs, num_prompts, max_length)
     if len(prompts) < num_prompts:
-        log(
+        setup.log(
             f"`sample` {num_prompts}: the evaluation pairs have {len(prompts)} distinct prompts shorter "
             f"than {max_length} tokens; those are answered."
         )
-    return Sampler(MetricsFile(output / FILE), prompts, policy, policy_model, max_length, seed, log)
+    return Sampler(setup, policy, MetricsFile(setup.output / FILE), prompts, max_length)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Writes the policy's answers to the same prompts, under it as it is; what is drawn depends on seed and
-    step only.
-    """
+    """Writes the policy's answers to the same prompts; the random draws depend only on seed and step."""
 
+    setup: Setup
+    policy: PolicyModel
     file: MetricsFile
     prompts: list[ScoredPair]
-    policy: TrainedModel
-    policy_model: PolicyModel
     max_length: int  # tokens of prompt and answer
-    seed: int
-    log: Log
 
     def write(self, step: int) -> None:
-        """Let the policy answer, after a step. If not even one answer fits into memory, that is logged, and
-        none are written.
-        """
-        model, tokenizer = self.policy.model, self.policy.tokenizer
+        """Write the policy's answers after a step; if not even one fits into memory, log a remark instead."""
+        model, tokenizer = self.setup.policy.model, self.setup.policy.tokenizer
         end_ids = end_tokens(model, tokenizer)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
         try:
             answers = write_answers(
-                self.policy_model,
+                self.policy,
                 [scored.pair.chosen.prompt_ids for scored in self.prompts],
                 max_length=self.max_length,
                 end_ids=end_ids,
                 pad_id=pad_id,
-                seed=[self.seed, step],
+                seed=[self.setup.options.seed, step],
             )
         except RuntimeError as error:
             if not is_out_of_memory(error, model.device):
                 raise
-            self.log(
+            self.setup.log(
                 f"step {step}: there is not enough memory to sample an answer during the training; "
                 f"none is in {FILE}. The run continues."
             )
             return
-        lines = [
-            self._line(step, scored, answer) for scored, answer in zip(self.prompts, answers, strict=True)
-        ]
+        both = zip(self.prompts, answers, strict=True)
+        lines = [self._line(step, scored, answer) for scored, answer in both]
         for line in lines:
             self.file.append(line)
         if lines:
-            self.log(
-                f"step {step}, sample of row {lines[0]['row']}: {_end_of(lines[0]['prompt'])} -> "
-                f"{_start_of(lines[0]['sample'])}"
-            )
+            prompt, sample = lines[0]["prompt"], lines[0]["sample"]
+            end = prompt if len(prompt) <= SHOWN else f"…{prompt[-SHOWN:]}"
+            start = sample if len(sample) <= SHOWN else f"{sample[:SHOWN]}…"
+            self.setup.log(f"step {step}, sample of row {lines[0]['row']}: {end!r} -> {start!r}")
 
     def _line(self, step: int, scored: ScoredPair, answer: Answer) -> dict:
-        tokenizer, chosen = self.policy.tokenizer, scored.pair.chosen
+        tokenizer, chosen = self.setup.policy.tokenizer, scored.pair.chosen
         return {
             "step": step,
             "row": scored.pair.row,
@@ -128,7 +105,7 @@ class Sampler:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those that the model's generation config adds, as the
+    """Tokens that end an answer: the tokenizer's, and those of the model's generation config, such as the
     end of a turn.
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
@@ -146,11 +123,3 @@ def _distinct_prompts(pairs: Iterable[ScoredPair], num_prompts: int, max_length:
         if len(found) == num_prompts:
             break
     return list(found.values())
-
-
-def _end_of(text: str) -> str:
-    return repr(text if len(text) <= SHOWN else f"…{text[-SHOWN:]}")
-
-
-def _start_of(text: str) -> str:
-    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}…")

@@ -1,6 +1,6 @@
-"""What metrics are called in trackers: as TRL's trainer calls them, or as the original DPO repository does.
+"""The names of metrics in trackers: those of TRL's trainer, or those of the original DPO repository.
 
-`docs/tracking.md` has both in a table. A metric that the other program does not have keeps its name here.
+`docs/tracking.md` has a table of both. A metric that the other program does not have keeps its own name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ EVAL = "eval/"
 # TRL's num_tokens is another count: tokens read since the start
 TRL_NAMES = {"lr": "learning_rate", "num_tokens": "tokens_run"}
 ORIGINAL_NAMES = {"pairs_per_s": "examples_per_second"}
-# their names say train or eval: rewards_train/chosen, loss/train
+# these have train or eval in their names: rewards_train/chosen, loss/train
 ORIGINAL_GROUPS = ("rewards", "logps", "loss")
 
 
@@ -35,18 +35,13 @@ def tracked_names(line: Metrics, log_names: str, tracker: str, *, epoch: float, 
 
 def _trl_names(values: Metrics, tracker: str, *, is_eval: bool, step: int, epoch: float) -> Metrics:
     """As transformers: bare names for MLflow; for Weights & Biases and Trackio also the step."""
-    plain, renamed = tracker == "mlflow", {TRL_NAMES.get(name, name): value for name, value in values.items()}
-    evaluated, trained = ("eval_", "") if plain else ("eval/", "train/")
+    evaluated, trained = ("eval_", "") if tracker == "mlflow" else ("eval/", "train/")
+    prefix = evaluated if is_eval else trained
     named = {
-        f"{evaluated if is_eval else trained}{name}": value
-        for name, value in renamed.items()
-        if name != "epoch"
+        f"{prefix}{TRL_NAMES.get(name, name)}": value for name, value in values.items() if name != "epoch"
     }
-    return {
-        **named,
-        f"{trained}epoch": epoch,
-        **({"train/global_step": step} if tracker in ("wandb", "trackio") else {}),
-    }
+    global_step = {"train/global_step": step} if tracker in ("wandb", "trackio") else {}
+    return {**named, f"{trained}epoch": epoch, **global_step}
 
 
 def _original_names(values: Metrics, phase: str, *, step: int, num_examples: int) -> Metrics:

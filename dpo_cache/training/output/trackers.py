@@ -1,13 +1,13 @@
 """TensorBoard, Weights & Biases, Trackio and MLflow, through accelerate's trackers.
 
-Each line of metrics.jsonl is sent as it is written. `RUN/trackers.json` keeps which run of which tracker that
-is, so that a resumed training continues it:
+Each line of metrics.jsonl is sent once it is written. `RUN/trackers.json` has the id of the run in each
+tracker, so that a resumed training continues it:
 
     {"wandb": {"id": "3f0c…"}, "mlflow": {"id": "…"}, "trackio": {"id": "…"},
      "tensorboard": {"id": "RUN/tensorboard"}}
 
 A tracker that cannot be opened stops the run before anything is trained. A tracker that fails later is
-dropped for the rest of the run; metrics.jsonl is complete in any case. `docs/tracking.md` says what each
+dropped for the rest of the run; metrics.jsonl is complete in any case. `docs/tracking.md` describes what each
 tracker does with the lines of a resumed run.
 """
 
@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from accelerate import tracking
@@ -55,6 +55,7 @@ def check_trackers(names: Sequence[str]) -> None:
         )
 
 
+@contextmanager
 def open_trackers(
     names: Sequence[str],
     output: Path,
@@ -64,10 +65,10 @@ def open_trackers(
     history: Sequence[Metrics],
     is_resumed: bool,
     log: Log,
-) -> Trackers:
-    """The trackers, opened; those of a new run have its config. Raises `TrainingError`.
+) -> Iterator[Trackers]:
+    """The trackers, open until the block ends; those of a new run have its config. Raises `TrainingError`.
 
-    `history` is what metrics.jsonl holds: of a resumed run the lines up to its checkpoint.
+    `history` are the lines of metrics.jsonl: of a resumed run up to its checkpoint.
     """
     known = _read_ids(output) if is_resumed else {}
     trackers = Trackers(log_names, history, log)
@@ -75,14 +76,15 @@ def open_trackers(
         ids = {name: {"id": trackers.open(name, output, config, known.get(name))} for name in names}
         if names:
             _write_ids(output, {**known, **ids})
-    except BaseException:
-        trackers.close("failed")
+        yield trackers
+    except BaseException as error:
+        trackers.close("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
-    return trackers
+    trackers.close(trackers.state)
 
 
 class Trackers:
-    """The trackers of a run, which are closed with it: `with open_trackers(...) as trackers`."""
+    """The trackers of a run."""
 
     def __init__(self, log_names: str, history: Sequence[Metrics], log: Log):
         self.state = "finished"  # or "stopped": what the trackers record if no exception ends the run
@@ -140,16 +142,6 @@ class Trackers:
                     self._log(f"`log_to` {name}: not closed properly ({first_line(error)}).")
         if self._made_state:
             PartialState._reset_state()
-
-    def __enter__(self) -> Trackers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(
-            self.state if kind is None else "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
-        )
 
     def _count(self, line: Metrics) -> None:
         if "loss" in line:

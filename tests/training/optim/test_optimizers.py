@@ -48,9 +48,8 @@ class Small(torch.nn.Module):
 
 def make(name: str, dtype: torch.dtype, rounding: str, **changes: float) -> tuple[Small, Updater]:
     model = Small(dtype)
-    return model, make_optimizer(
-        model, name, **{"lr": 1e-3, "weight_decay": 0.1, "seed": 5, **changes}, rounding=rounding
-    )  # type: ignore[arg-type]
+    options = {"lr": 1e-3, "weight_decay": 0.1, "seed": 5, **changes}
+    return model, make_optimizer(model, name, **options, rounding=rounding)  # type: ignore[arg-type]
 
 
 def train(model: Small, optimizer: Updater, steps: range) -> None:
@@ -164,9 +163,8 @@ def test_the_others_go_where_adamw_goes(name: str) -> None:
 def test_small_updates_are_lost_in_bfloat16_unless_rounding_is_stochastic_or_compensated(name: str) -> None:
     def run(dtype: torch.dtype, rounding: str) -> torch.Tensor:
         model, optimizer = make(name, dtype, rounding, lr=1e-6, weight_decay=0.0)
-        model.matrix.data.fill_(0.3).copy_(
-            Small(torch.bfloat16).matrix
-        )  # the same start everywhere: values that bfloat16 has
+        # the same start in each dtype: values that bfloat16 can represent
+        model.matrix.data.fill_(0.3).copy_(Small(torch.bfloat16).matrix)
         start = model.matrix.detach().clone()
         for step in range(40):
             generator = torch.Generator().manual_seed(step)
@@ -193,13 +191,11 @@ def test_small_updates_are_lost_in_bfloat16_unless_rounding_is_stochastic_or_com
         optimizer.step(), exact_optimizer.step()
         optimizer.zero_grad()
     for one, other in zip(exact_model.parameters(), model.parameters(), strict=True):
-        assert (
-            torch.equal(one.bfloat16(), other) or (one - other.float()).abs().max() <= one.abs().max() * 2**-8
-        )  # ties apart
+        is_near = (one - other.float()).abs().max() <= one.abs().max() * 2**-8
+        assert torch.equal(one.bfloat16(), other) or is_near  # ties may differ
     for entry, value in exact_optimizer.tensors().items():
-        assert torch.equal(optimizer.tensors()[entry], value), (
-            entry
-        )  # the state is that of the float32 run, bit for bit
+        # the state is that of the float32 run, bit for bit
+        assert torch.equal(optimizer.tensors()[entry], value), entry
 
 
 def test_compensated_weights_with_their_rest_are_the_float32_weights() -> None:
@@ -241,7 +237,7 @@ def test_paged_state_needs_cuda(name: str) -> None:
         make(name, torch.float32, "auto")
 
 
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(
         OptionError,

@@ -16,7 +16,7 @@ def bits(values: torch.Tensor) -> torch.Tensor:
     return values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
 
 
-def test_what_bfloat16_has_stays_what_it_is_bit_for_bit() -> None:
+def test_values_that_bfloat16_has_are_kept_bit_for_bit() -> None:
     numbers = ALL_BF16[~ALL_BF16.isnan()]
     for draw in range(3):
         assert torch.equal(bits(stochastic_bf16(numbers.float(), draw)), bits(numbers))
@@ -44,13 +44,12 @@ def test_the_mean_of_many_draws_is_the_value(value: float) -> None:
     drawn = stochastic_bf16(exact.expand(200_000).contiguous(), 3).double()
     assert set(drawn.unique().tolist()) == {low.double().item(), high.double().item()}
     step = (high.double() - low.double()).abs().item()
-    assert (
-        abs(drawn.mean().item() - exact.double().item()) < 5 * step * 0.5 / 200_000**0.5
-    )  # five standard deviations
+    standard_deviation = step * 0.5 / 200_000**0.5
+    assert abs(drawn.mean().item() - exact.double().item()) < 5 * standard_deviation
     assert rest.item() and below.double().item() in (low.double().item(), high.double().item())
 
 
-def test_a_draw_is_decided_by_its_numbers_alone_and_moves_no_global_state(
+def test_a_draw_depends_only_on_its_numbers_and_changes_no_global_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     values = torch.linspace(-1, 1, 5000)

@@ -181,7 +181,7 @@ def test_memory_that_runs_out_amid_the_update_ends_the_run_and_before_it_does_no
     left[0] = 1
     remarks: list[str] = []
     train(cache, tmp_path / "again", free_gradients=True, max_grad_norm=0.0, max_steps=1, log=remarks.append)
-    assert any("the step is taken again" in remark for remark in remarks)
+    assert any("the step is repeated" in remark for remark in remarks)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -1,4 +1,4 @@
-"""The model card: what it says of a run, that it is valid, and that it tells nothing of the machine."""
+"""The model card: its content, its validity, and that it names nothing of the machine."""
 
 import json
 from dataclasses import asdict
@@ -189,7 +189,7 @@ def test_tags_are_the_names_that_people_look_for() -> None:
     ]
 
 
-def test_no_folder_of_the_machine_is_told() -> None:
+def test_no_folder_of_the_machine_is_named() -> None:
     manifest = {**MANIFEST, "source": {"dataset": "/home/ann/secret/pairs.jsonl", "format": "text"}}
     reference = {
         **REFERENCE,
@@ -223,7 +223,7 @@ def test_no_folder_of_the_machine_is_told() -> None:
     ("gpt2", False, "gpt2"), ("org/model-1.5", False, "org/model-1.5"), ("/a/b/c", True, "c"), ("./b/c/", True, "c"), ("~/c", True, "c"),
     ("a/b/c", True, "c"), ("C:\\a\\c", True, "c"), ("s3://user:key@bucket/c.jsonl", True, "c.jsonl"), ("/", True, "a local folder"),
 ])  # fmt: skip
-def test_what_is_an_id_and_what_a_folder(location: str, local: bool, shown: str) -> None:
+def test_ids_and_folders_are_distinguished(location: str, local: bool, shown: str) -> None:
     assert is_local(location) is local and shown_name(location) == shown
 
 
@@ -350,7 +350,7 @@ def test_an_adapter_has_our_card_and_not_that_of_its_library(cache: str, tmp_pat
     assert str(tmp_path.parent) not in text
 
 
-def test_a_card_replaces_what_a_library_wrote_and_says_where_it_cannot(tmp_path: Path) -> None:
+def test_a_card_replaces_that_of_a_library_or_names_the_file_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("another")
     write_card(tmp_path, "card")
     assert (tmp_path / "README.md").read_text() == "card" and [path.name for path in tmp_path.iterdir()] == [

@@ -42,9 +42,8 @@ def test_each_evaluation_answers_the_first_distinct_prompts(cache: str, tmp_path
     assert [(line["step"], line["row"]) for line in found] == [
         (step, pair.row) for step in (0, 2, 4) for pair in expected
     ]
-    assert (
-        len({pair.row for pair in expected}) == 3 and expected[-1].row > 2
-    )  # every third row repeats a prompt
+    # every third row repeats a prompt
+    assert len({pair.row for pair in expected}) == 3 and expected[-1].row > 2
     for line, pair in zip(found, expected * 3, strict=True):
         assert list(line) == ["step", "row", "prompt", "chosen", "sample", "num_tokens", "finished"]
         assert line["prompt"] == tokenizer.decode(pair.chosen.prompt_ids.tolist()) and line[
@@ -58,7 +57,7 @@ def test_each_evaluation_answers_the_first_distinct_prompts(cache: str, tmp_path
     assert max(len(remark) for remark in remarks if "sample of row" in remark) < 400
 
 
-def test_a_sample_is_what_the_policy_at_that_step_writes(cache: str, tmp_path: Path) -> None:
+def test_a_sample_is_the_answer_of_the_policy_at_that_step(cache: str, tmp_path: Path) -> None:
     report = train(cache, tmp_path / "run", **SAMPLED, seed=5)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(report.model), make_tokenizer()
     prompts = [pair.chosen.prompt_ids for pair in distinct_prompts(cache)[:3]]

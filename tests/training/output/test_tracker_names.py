@@ -79,7 +79,7 @@ def test_original_names() -> None:
     }  # fmt: skip
 
 
-def test_what_is_no_number_is_not_sent() -> None:
+def test_only_numbers_are_sent() -> None:
     assert "train/note" not in names({**STEP, "note": "text"}, "trl")
 
 

@@ -206,7 +206,7 @@ def assert_tracked(output: Path, tracker: str) -> None:
 
 
 @pytest.mark.parametrize("tracker", NAMES)
-def test_a_tracker_holds_what_metrics_jsonl_holds(cache: str, tmp_path: Path, tracker: str) -> None:
+def test_a_tracker_has_the_lines_of_metrics_jsonl(cache: str, tmp_path: Path, tracker: str) -> None:
     remarks: list[str] = []
     train(cache, tmp_path / "run", **EVALUATED, log_to=tracker, log=remarks.append)
     assert_tracked(tmp_path / "run", tracker)
@@ -395,7 +395,7 @@ def test_an_unreadable_list_of_tracker_runs_is_an_error(cache: str, tmp_path: Pa
         ("failed", "FAILED", 1),
     ],
 )
-def test_trackers_are_told_how_a_run_ended(
+def test_trackers_record_how_a_run_ended(
     cache: str, tmp_path: Path, ending: str, status: str, exit_code: int
 ) -> None:
     def end(line: dict) -> None:
@@ -437,7 +437,7 @@ def test_trackers_are_told_how_a_run_ended(
         ),
     ],
 )
-def test_a_tracker_that_is_not_installed_is_told_before_anything_is_done(
+def test_a_missing_tracker_is_an_error_before_anything_is_done(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: set, asked: list, problem: str
 ) -> None:
     find_spec = trackers.find_spec
