@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+
+
+class Patch(partial[Any]):
+    """A replaced `forward`: `partial(function, module, forward)`."""
+
+    __slots__ = ()
 
 
 class Patches:
@@ -20,7 +27,7 @@ class Patches:
         is_replaced = "forward" in module.__dict__
         restore = partial(setattr, module, "forward", module.forward)
         self._undo.append(restore if is_replaced else partial(delattr, module, "forward"))
-        module.forward = partial(function, module, module.forward)  # type: ignore[method-assign]
+        module.forward = Patch(function, module, module.forward)  # type: ignore[method-assign]
 
     def before_forward(self, module: torch.nn.Module, hook: Callable[..., Any]) -> None:
         """Let `hook(module, args)` return the module's positional arguments."""
@@ -30,3 +37,23 @@ class Patches:
         """Leave every module as it was before the first change."""
         while self._undo:
             self._undo.pop()()
+
+
+@contextmanager
+def without_patches(model: torch.nn.Module) -> Iterator[None]:
+    """The model with each `forward` that `Patches` replaced as it was; hooks stay."""
+    replaced = [(module, module.__dict__["forward"]) for module in model.modules() if is_patched(module)]
+    for module, forward in replaced:
+        while isinstance(forward, Patch):
+            forward = forward.args[1]
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in replaced:
+            module.forward = forward
+
+
+def is_patched(module: torch.nn.Module) -> bool:
+    """Whether its `forward` was replaced."""
+    return isinstance(module.__dict__.get("forward"), Patch)

@@ -1,0 +1,89 @@
+"""Token log-probs from the model's own `forward` on one plain row: the answer that any other way must give.
+
+No forest, no padding, no split into decoder and head, none of the faster kernels, and the model's original
+attention. T tokens of a completion, N of them measured, L row length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
+from dpo_cache.lm.patches import without_patches
+from dpo_cache.types import Completion
+
+MOST_LOGITS = {"cpu": 2**25, "cuda": 2**27, "mps": 2**26}  # that one run may return: 128 MB on a CPU
+CHUNK_TOKENS = 64  # whose logits are copied to float32 at once
+
+
+def own_logps(model: PreTrainedModel, completion: Completion, *, original: str | None = None) -> torch.Tensor:
+    """Log-probability, in nats, of each completion token under the model's own forward: float32 [T], on the
+    CPU.
+
+    Equals `log_softmax(model(input_ids=row[None]).logits.float(), -1)` gathered at the completion's tokens.
+    Logits of prompt tokens are not computed where the model's code takes `logits_to_keep`; a completion with
+    more logits than `MOST_LOGITS` is run several times. `original` is the attention to run with instead of
+    the forest's, see `AttentionChoice.original`.
+    """
+    size = most_places(model)
+    parts = [
+        own_logps_at(model, completion, np.arange(start, min(start + size, completion.num_tokens)), original)
+        for start in range(0, completion.num_tokens, size)
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def own_logps_at(
+    model: PreTrainedModel, completion: Completion, places_N: np.ndarray, original: str | None = None
+) -> torch.Tensor:
+    """The same for some of the completion's tokens, by one run: float32 [N]; `places_N` ascend."""
+    ids_L = torch.from_numpy(completion.sequence_ids.astype(np.int64))
+    with original_attention(model, original), without_patches(model):
+        logits_NV = _logits(model, ids_L.to(model.device), len(completion.prompt_ids) - 1 + places_N)
+    targets_N = torch.from_numpy(completion.completion_ids[places_N].astype(np.int64)).to(logits_NV.device)
+    parts = [
+        logits.float().gather(1, targets[:, None])[:, 0] - logits.float().logsumexp(-1)
+        for logits, targets in zip(logits_NV.split(CHUNK_TOKENS), targets_N.split(CHUNK_TOKENS), strict=True)
+    ]
+    return torch.cat(parts).cpu()
+
+
+def most_places(model: PreTrainedModel) -> int:
+    """The number of tokens whose logits one run may return."""
+    return max(16, MOST_LOGITS.get(model.device.type, 2**25) // model.config.get_text_config().vocab_size)
+
+
+@contextmanager
+def original_attention(model: PreTrainedModel, original: str | None) -> Iterator[None]:
+    """The model with its original attention, if it was switched to the forest's."""
+    has_forest = model.config._attn_implementation == FOREST_ATTENTION
+    if has_forest:
+        assert original is not None, "a model that was switched to the forest has an original attention"
+        model.set_attn_implementation(original)
+    try:
+        yield
+    finally:
+        if has_forest:
+            use_forest_attention(model)
+
+
+def _logits(model: PreTrainedModel, ids_L: torch.Tensor, predictors_N: np.ndarray) -> torch.Tensor:
+    """Logits [N, V] at the places of a row that predict."""
+    accepted = inspect.signature(type(model).forward).parameters
+    arguments = {"use_cache": False} if "use_cache" in accepted else {}
+    if "logits_to_keep" not in accepted:
+        return model(input_ids=ids_L[None], **arguments).logits[0, predictors_N]
+    length, first = len(ids_L), int(predictors_N[0])
+    if length - first <= len(predictors_N) + 1:  # all from the first on
+        kept = model(input_ids=ids_L[None], logits_to_keep=length - first, **arguments).logits[0]
+        return kept[predictors_N - (length - len(kept))]
+    places = torch.from_numpy(predictors_N).to(ids_L.device)
+    kept = model(input_ids=ids_L[None], logits_to_keep=places, **arguments).logits[0]
+    return kept if len(kept) == len(places) else kept[places]
