@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
-from dpo_cache.lm.memory.recompute import MODES, Recomputation, activation_bytes, is_kept_changed, ladder
+from dpo_cache.lm.memory.recompute import MODES, Recomputation, activation_bytes, ladder
 from dpo_cache.lm.policy import default_micro_tokens
 from dpo_cache.log import Log
 
@@ -82,13 +82,6 @@ class StepMemory:
 
         Raises the error if it has another cause, and `TrainingError` if no value is left to change.
         """
-        if is_kept_changed(error):
-            self._recomputation.mode = "full"
-            self._log(
-                "`gradient_checkpointing` selective does not suit this model, which changes the kept values "
-                "in place; continuing with full."
-            )
-            return
         if not is_out_of_memory(error, self._device):
             raise error
         # of MPS, its own message

@@ -55,10 +55,13 @@ def _run(layer: Any, forward: Any, inputs: torch.Tensor, *args: Any, **kwargs: A
     down, up = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
     dtype = autocast_dtype(inputs.device) or down.dtype
     with torch.autocast(inputs.device.type, enabled=False):
-        return _AddUpdate.apply(output, inputs, down, up, layer.scaling[names[0]], dtype).to(output.dtype)
+        sums_NO = _AddUpdate.apply(output, inputs, down, up, layer.scaling[names[0]], dtype)
+        return sums_NO.view(output.shape).to(output.dtype)
 
 
 class _AddUpdate(torch.autograd.Function):
+    """`output + scaling (inputs A^T) B^T` as [N, O]; not a view, so that the model's code may change it."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -71,9 +74,8 @@ class _AddUpdate(torch.autograd.Function):
     ) -> torch.Tensor:
         narrow_NR = _rows(inputs, dtype) @ down_RI.to(dtype).t()
         ctx.save_for_backward(inputs, narrow_NR, down_RI, up_OR)
-        ctx.scaling = scaling
-        sums_NO = torch.addmm(_rows(output, dtype), narrow_NR, up_OR.to(dtype).t(), alpha=scaling)
-        return sums_NO.view(output.shape)
+        ctx.scaling, ctx.shape = scaling, output.shape
+        return torch.addmm(_rows(output, dtype), narrow_NR, up_OR.to(dtype).t(), alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -83,7 +85,7 @@ class _AddUpdate(torch.autograd.Function):
         grad_NO = _rows(grads[0], dtype)
         grad_NR = (grad_NO @ up_OR.to(dtype)).mul_(ctx.scaling)
         return (
-            grads[0] if for_output else None,
+            grads[0].reshape(ctx.shape) if for_output else None,
             (grad_NR @ down_RI.to(dtype)).view(inputs.shape).to(inputs.dtype) if for_inputs else None,
             (grad_NR.t() @ _rows(inputs, dtype)).to(down_RI.dtype) if for_down else None,
             (grad_NO.t() @ narrow_NR).mul_(ctx.scaling).to(up_OR.dtype) if for_up else None,

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import ast
 import inspect
-from functools import cache, partial
+from functools import cache
 from textwrap import dedent
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cache.lm.device import autocast_dtype
 from dpo_cache.lm.memory.recompute_later import is_on_tape, is_recording, recompute_later, recording
+from dpo_cache.lm.memory.selective import KeptOutputs
 from dpo_cache.lm.patches import Patches
 
 MODES = ("none", "cheap", "selective", "full")
@@ -81,15 +82,17 @@ class Recomputation:
             with recording():
                 return forward(*args, **kwargs)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        if self.mode == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, self._choose)
-        return checkpoint(forward, *args, **options, **kwargs)
+        if self.mode == "full":
+            return checkpoint(forward, *args, **options, **kwargs)
+        kept = KeptOutputs(self._is_kept)
+        output = checkpoint(forward, *args, context_fn=kept.contexts, **options, **kwargs)
+        kept.end_forward(output)
+        return output
 
-    def _choose(self, _: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    def _is_kept(self, operator: Any, args: tuple[Any, ...]) -> bool:
         name = self._kept.get(operator)
         is_narrow = name in NARROW_PRODUCTS and args[NARROW_PRODUCTS[name]].shape[-1] <= NARROW
-        is_kept = name is not None and not is_narrow
-        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return name is not None and not is_narrow
 
 
 def _recompute_cheap_output(module: torch.nn.Module, patches: Patches) -> None:
@@ -153,13 +156,6 @@ def _is_gated(kind: type[torch.nn.Module]) -> bool:
     product = f"self.down_proj(self.act_fn(self.gate_proj({x})) * self.up_proj({x}))"
     result = code[-1].removeprefix("return ")
     return code in ([f"return {product}"], [f"{result} = {product}", f"return {result}"])
-
-
-def is_kept_changed(error: RuntimeError) -> bool:
-    """Whether torch refused because a layer, as some experts do, changed in place a tensor that `selective`
-    keeps.
-    """
-    return "cached during selective activation checkpoint has been mutated" in str(error)
 
 
 def activation_bytes(model: PreTrainedModel, num_tokens: int, mode: str) -> float:

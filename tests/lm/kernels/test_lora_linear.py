@@ -120,3 +120,25 @@ def test_a_head_with_an_adapter_is_not_plain() -> None:
     model = make_llama()
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM"))
     assert use_fast_lora(adapted) == 1 and not has_plain_head(model)
+
+
+def test_the_output_may_be_changed_in_place() -> None:
+    """As the code of Falcon and RoCBert does, with a layer's output and with a view of it."""
+
+    def run(*, is_fast: bool) -> dict[str, torch.Tensor]:
+        adapted = adapt(make_llama(), is_fast=is_fast)
+        layer = adapted.base_model.model.model.layers[0].mlp.up_proj
+        inputs = torch.linspace(-1, 1, 2 * 3 * 32).view(2, 3, 32).requires_grad_()
+        output = layer(inputs)
+        output += 1
+        output.view(6, -1)[2:].mul_(3)
+        output[0, 0].zero_()
+        output.cos().sum().backward()
+        assert inputs.grad is not None
+        grads = {
+            name: parameter.grad for name, parameter in layer.named_parameters() if parameter.requires_grad
+        }
+        return {**grads, "inputs": inputs.grad}
+
+    found, expected = run(is_fast=True), run(is_fast=False)
+    assert len(found) == 3 and gaps(found, expected).max() < 1e-5

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.checkpoint import CheckpointPolicy
 
 from dpo_cache.lm.forest import segments
 from dpo_cache.lm.memory.recompute import Recomputation, activation_bytes
@@ -61,10 +60,9 @@ def test_products_of_low_rank_are_computed_again() -> None:
     recomputation = Recomputation(make_model("mistral"))
     product = torch.ops.aten.mm.default
     attention_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    kept, again = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
-    assert recomputation._choose(None, product, torch.empty(5, 65), torch.empty(65, 7)) == kept
-    assert recomputation._choose(None, product, torch.empty(5, 64), torch.empty(64, 7)) == again
-    assert recomputation._choose(None, attention_kernel, torch.empty(1, 2, 5, 64)) == kept
+    assert recomputation._is_kept(product, (torch.empty(5, 65), torch.empty(65, 7)))
+    assert not recomputation._is_kept(product, (torch.empty(5, 64), torch.empty(64, 7)))
+    assert recomputation._is_kept(attention_kernel, (torch.empty(1, 2, 5, 64),))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "mixtral", "gpt_oss"])
