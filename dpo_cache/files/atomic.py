@@ -16,7 +16,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dpo_cache.errors import DpoCacheError
 from dpo_cache.files.sync import sync
+
+
+@contextmanager
+def refused_writes(path: Path, kind: type[DpoCacheError], advice: str) -> Iterator[None]:
+    """Raise an error of this kind, with the advice, where the file system refuses to write the path."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"cannot write {path}: {error.strerror or error}.\n{advice}") from error
 
 
 def write_whole(path: Path, content: str | bytes, *, is_shared: bool = False) -> None:

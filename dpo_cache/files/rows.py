@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from dpo_cache.errors import StorageError
-from dpo_cache.files.atomic import replaced
+from dpo_cache.files.atomic import refused_writes, replaced
 from dpo_cache.files.locations import check_output
 
 Row = dict[str, Any]
@@ -31,15 +31,11 @@ def open_output(out: str, kind: str, schema: pa.Schema, *, overwrite: bool) -> I
     """
     target = Path(out).expanduser()
     check_output(out, kind, overwrite=overwrite)
-    try:
+    advice = "Free some space or choose another output; nothing was left there."
+    with refused_writes(target, StorageError, advice):
         target.parent.mkdir(parents=True, exist_ok=True)
         with replaced(target, is_shared=True) as scratch, WRITERS[kind](scratch, schema) as write:
             yield write
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {target}: {error.strerror or error}.\n"
-            "Free some space or choose another output; nothing was left there."
-        ) from error
 
 
 @contextmanager

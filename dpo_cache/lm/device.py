@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from dpo_cache.errors import OptionError
+from dpo_cache.errors import ModelError, OptionError
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -24,6 +24,22 @@ def choose_device(name: str = "auto") -> torch.device:
     if name not in (*usable, "auto"):
         raise OptionError(f"`device` {name}: not available here.\nAvailable: {', '.join(usable)}.")
     return torch.device(usable[0] if name == "auto" else name)
+
+
+def check_one_device(model: torch.nn.Module) -> None:
+    """Raise `ModelError` for a model whose weights are on several devices or not in memory, as `device_map`
+    places them.
+    """
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) < 2 and devices != ["meta"]:
+        return
+    problem = f"is spread over {', '.join(name for name in devices if name != 'meta')}"
+    if "meta" in devices:
+        problem = "has weights that are not in memory: `device_map` offloaded them to the CPU or to disk"
+    raise ModelError(
+        f"{type(model).__name__} {problem}; it can only be run on one device.\n"
+        "Load it without `device_map`, or with `dtype` bfloat16 or quantized if it does not fit."
+    )
 
 
 def choose_dtype(name: str, device: torch.device, checkpoint_dtype: torch.dtype | None) -> torch.dtype:
@@ -41,7 +57,7 @@ def choose_dtype(name: str, device: torch.device, checkpoint_dtype: torch.dtype 
     return checkpoint_dtype
 
 
-_counted_as: ContextVar[str | None] = ContextVar("counted_as", default=None)
+_simulated_type: ContextVar[str | None] = ContextVar("simulated_type", default=None)
 
 
 @contextmanager
@@ -49,16 +65,16 @@ def simulate_device_type(device_type: str) -> Iterator[None]:
     """While open, `planning_device_type` returns this type for every device: to count or test on a CPU what
     another device would hold.
     """
-    token = _counted_as.set(device_type)
+    token = _simulated_type.set(device_type)
     try:
         yield
     finally:
-        _counted_as.reset(token)
+        _simulated_type.reset(token)
 
 
 def planning_device_type(device: torch.device) -> str:
     """The type of a device, which decides sizes and ways to compute."""
-    return _counted_as.get() or device.type
+    return _simulated_type.get() or device.type
 
 
 def autocast(

@@ -118,13 +118,9 @@ def hold_folder(output: Path, log: Log) -> Iterator[int | None]:
     if output.exists() and not output.is_dir():
         raise TrainingError(f"{output}: not a folder.\nChoose another `output`.")
     is_new = not output.exists()
-    try:
+    with atomic.refused_writes(output, TrainingError, "Choose another `output`."):
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise TrainingError(
-            f"cannot write {output}: {error.strerror or error}.\nChoose another `output`."
-        ) from error
     try:
         yield descriptor if _lock(output, descriptor, log) else None
     finally:
@@ -145,13 +141,8 @@ def read_report(run: Run) -> dict[str, Any] | None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file atomically. Raises `TrainingError`."""
-    try:
+    with atomic.refused_writes(path, TrainingError, "Free some space, then give the same command again."):
         atomic.write_whole(path, text)
-    except OSError as error:
-        raise TrainingError(
-            f"cannot write {path}: {error.strerror or error}.\n"
-            "Free some space, then give the same command again."
-        ) from error
 
 
 def _lock(output: Path, descriptor: int, log: Log) -> bool:

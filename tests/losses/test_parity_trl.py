@@ -1,4 +1,4 @@
-"""Losses, gradients and metrics beside TRL 1.16's own trainers: live where TRL is installed, from golden
+"""Losses, gradients and metrics compared with TRL 1.16's own trainers: live where TRL is installed, from golden
 values elsewhere.
 
 DPO_CACHE_TRL_PYTHON=.venv-trl/bin/python python -m pytest tests.losses.test_parity_trl.py

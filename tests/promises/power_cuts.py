@@ -29,7 +29,7 @@ class Dead(BaseException):
 
 
 class RecordingDisk(Disk):
-    """Takes each step and notes it. Syncs are noted alone: nobody pulls the plug of the tests' machine.
+    """Takes each step and notes it. Only syncs are noted: nobody pulls the plug of the tests' machine.
 
     `drops` says of a step and the one before whether it is left out, as in a program that forgot it.
     """

@@ -126,7 +126,7 @@ def test_1_a_power_cut_after_any_step_leaves_whole_files_and_all_that_was_publis
 
 
 def steps_of(log: list[Step]) -> list[Step]:
-    """Those of the disk alone."""
+    """Only those of the disk."""
     return [step for step in log if step[0] not in ("publishing", "published", "removing", "removed")]
 
 

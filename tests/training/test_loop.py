@@ -563,8 +563,8 @@ def test_a_stale_cache_is_caught_at_step_zero_before_any_update(model_folder: st
         model_folder, write_rows(tmp_path / "pairs.jsonl", chat_rows(6)), str(tmp_path / "cache")
     )
     pairs = list(cache.pairs("pairs"))
-    spoiled = dpo_cache.Score(pairs[2].ref_rejected.token_logps + 0.01)
-    pairs[2] = dpo_cache.ScoredPair(pairs[2].pair, pairs[2].ref_chosen, spoiled)
+    changed = dpo_cache.Score(pairs[2].ref_rejected.token_logps + 0.01)
+    pairs[2] = dpo_cache.ScoredPair(pairs[2].pair, pairs[2].ref_chosen, changed)
     manifest = cache.pairs("pairs").manifest
     writer = cache.write_pairs("pairs", "train")
     writer.add(pairs)

@@ -168,7 +168,7 @@ def test_a_row_whose_loss_is_not_finite_is_named_and_the_checkpoint_kept(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = policy.completion_logps
-    spoiled = next(scored for scored in open_cache(cache).pairs("pairs") if scored.pair.row == 6).pair.chosen
+    changed = next(scored for scored in open_cache(cache).pairs("pairs") if scored.pair.row == 6).pair.chosen
 
     def spoil(model, completions, attention, **options):  # type: ignore[no-untyped-def]
         found = real(model, completions, attention, **options)
@@ -176,7 +176,7 @@ def test_a_row_whose_loss_is_not_finite_is_named_and_the_checkpoint_kept(
             return found
         hits = [
             any(
-                completion.sequence_ids.tolist() == spoiled.sequence_ids.tolist()
+                completion.sequence_ids.tolist() == changed.sequence_ids.tolist()
                 for completion in completions
             )
         ]

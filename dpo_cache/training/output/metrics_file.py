@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.files.atomic import write_whole
+from dpo_cache.files.atomic import refused_writes, write_whole
 from dpo_cache.files.sync import sync
 from dpo_cache.losses.metrics import Metrics
+
+ADVICE = "Free some space, then resume the run with `resume`."  # if the file cannot be written
 
 
 class MetricsFile:
@@ -24,18 +26,13 @@ class MetricsFile:
         content = _render([entry for entry in self.lines() if entry["step"] <= step])
         if self.path.exists() and self.path.read_text() == content:
             return
-        try:
+        with refused_writes(self.path, TrainingError, ADVICE):
             write_whole(self.path, content)
-        except OSError as error:
-            raise self._cannot_write(error) from error
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line, which has a `step`."""
-        try:
-            with open(self.path, "a") as file:
-                file.write(_render([line]))
-        except OSError as error:
-            raise self._cannot_write(error) from error
+        with refused_writes(self.path, TrainingError, ADVICE), open(self.path, "a") as file:
+            file.write(_render([line]))
 
     def fsync(self) -> None:
         """Wait until the lines are on the disk: a checkpoint must not outlive the lines before it."""
@@ -63,12 +60,6 @@ class MetricsFile:
                 break
             entries.append(entry)
         return entries
-
-    def _cannot_write(self, error: OSError) -> TrainingError:
-        return TrainingError(
-            f"cannot write {self.path}: {error.strerror or error}.\n"
-            "Free some space, then resume the run with `resume`."
-        )
 
 
 def _render(entries: Sequence[Mapping[str, Any]]) -> str:

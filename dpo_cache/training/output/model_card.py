@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.files.atomic import write_whole
+from dpo_cache.files.atomic import refused_writes, write_whole
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.losses.table import LOSSES
 from dpo_cache.losses.terms import SETTINGS, is_served, loss_terms, papers_of
@@ -85,13 +85,9 @@ def card_data(config: Mapping[str, Any], manifest: Document, reference: Document
 
 def write_card(folder: Path, card: str) -> None:
     """Write README.md in a model's folder, in place of a library's. Raises `TrainingError`."""
-    try:
-        write_whole(folder / "README.md", card)
-    except OSError as error:
-        raise TrainingError(
-            f"cannot write {folder / 'README.md'}: {error.strerror or error}.\n"
-            f"The model in {folder} is whole."
-        ) from error
+    path = folder / "README.md"
+    with refused_writes(path, TrainingError, f"The model in {folder} is whole."):
+        write_whole(path, card)
 
 
 def library_versions(config: Mapping[str, Any]) -> dict[str, str]:

@@ -22,9 +22,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.files.atomic import is_scratch, remove, write_whole
+from dpo_cache.files.atomic import is_scratch, refused_writes, remove, write_whole
 from dpo_cache.files.sync import sync
-from dpo_cache.lm.model.adapter import restore_adapter
+from dpo_cache.lm.model.adapter_weights import restore_adapter
 from dpo_cache.options.run_config import complete_config
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store.folders.local import free_bytes
@@ -47,13 +47,10 @@ FIXED_RESOLVED = ("base_weights", "reference", "pairs_digest", "num_pairs", "tot
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write RUN/config.json of a new run."""
-    try:
+    path = folder / "config.json"
+    with refused_writes(path, TrainingError, "Choose another `output`."):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    except OSError as error:
-        raise TrainingError(
-            f"cannot write {folder / 'config.json'}: {error.strerror or error}.\nChoose another `output`."
-        ) from error
+        write_whole(path, json.dumps(config, indent=2) + "\n")
 
 
 def discard(folder: Path) -> None:

@@ -26,7 +26,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from dpo_cache.errors import TrainingError, first_line
-from dpo_cache.files.atomic import write_whole
+from dpo_cache.files.atomic import refused_writes, write_whole
 from dpo_cache.log import Log
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.training.output.tracker_names import tracked_names
@@ -271,9 +271,5 @@ def _read_ids(output: Path) -> dict[str, dict[str, str]]:
 
 def _write_ids(output: Path, ids: dict[str, dict[str, str]]) -> None:
     path = output / FILE
-    try:
+    with refused_writes(path, TrainingError, "Free some space, then resume the run."):
         write_whole(path, json.dumps(ids, indent=2) + "\n")
-    except OSError as error:
-        raise TrainingError(
-            f"cannot write {path}: {error.strerror or error}.\nFree some space, then resume the run."
-        ) from error
