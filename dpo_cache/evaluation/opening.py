@@ -9,7 +9,7 @@ import torch
 
 from dpo_cache.errors import ModelError, NotInCacheError
 from dpo_cache.lm.device import choose_device, choose_dtype
-from dpo_cache.lm.model.identity import reference_identity
+from dpo_cache.lm.model.identity import identity_as_recorded
 from dpo_cache.lm.model.load import check_causal, load_config
 from dpo_cache.log import Log
 from dpo_cache.options.evaluate import EvalOptions
@@ -61,9 +61,19 @@ def identify_policy(options: EvalOptions, pairs: PairSet, reference: Document, l
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device, getattr(config, "dtype", None))
     identity = reference["identity"]
-    live = reference_identity(location, config, dtype, revision=options.revision)
     is_imported = "imported" in identity  # it has no weights to compare with
-    differing = () if is_imported else tuple(differing_fields(identity, {**live, "dtype": identity["dtype"]}))
+    differing: tuple[str, ...] = ()
+    if not is_imported:
+        scored_in = getattr(torch, identity["dtype"])
+        live = identity_as_recorded(
+            identity,
+            location,
+            config,
+            scored_in,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+        )
+        differing = tuple(differing_fields(identity, live))
     _compare_tokenizers(options, pairs.manifest["tokenization"], log)
     return EvaluatedModel(dtype, device, not is_imported and not differing, differing)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.device import choose_device, choose_dtype
+from dpo_cache.lm.device import check_one_device, choose_device, choose_dtype
+from dpo_cache.lm.model.adapter import locate_checkpoint
+from dpo_cache.lm.model.former_identity import former_identity
 from dpo_cache.lm.model.identity import provenance, reference_identity
-from dpo_cache.log import Log
+from dpo_cache.log import Log, log_remark
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.precomputing.inputs import Inputs
 from dpo_cache.store import Cache, ScoreIndex
@@ -35,6 +38,7 @@ class Reference:
     dtype: torch.dtype
     identity: Document
     provenance: Document
+    former: Callable[[], Document] | None = None  # computes its identity in the former form
 
     @cached_property
     def id(self) -> str:
@@ -50,8 +54,11 @@ class Target:
     scores: ScoreIndex
 
 
-def open_target(cache: Cache, reference: Reference, expected: str | None) -> Target:
-    """The reference's scores in the cache. Raises `ModelError` if its id does not start with `expected`."""
+def open_target(cache: Cache, reference: Reference, expected: str | None, log: Log = log_remark) -> Target:
+    """The reference's scores in the cache. Raises `ModelError` if its id does not start with `expected`.
+
+    `log` gets a remark if the cache holds scores of the model under the id that it formerly had.
+    """
     if expected and not reference.id.startswith(expected):
         other = cache.find_reference(expected)
         differing = differing_fields(cache.read_reference(other)["identity"], reference.identity)
@@ -61,7 +68,28 @@ def open_target(cache: Cache, reference: Reference, expected: str | None) -> Tar
             + "Give the model, dtype and quantization that it was scored with, or leave "
             "`reference` out to score another reference."
         )
+    _log_new_id(cache, reference, log)
     return Target(cache, reference, cache.scores(reference.id))
+
+
+def _log_new_id(cache: Cache, reference: Reference, log: Log) -> None:
+    known = cache.references()
+    if reference.former is None or not known or reference.id in known:
+        return
+    former = digest_json(reference.former())
+    if former == reference.id or former not in known:
+        return
+    if "code" in reference.identity:
+        reason = "its own code, which `trust_remote_code` runs, is a part of the id now"
+    elif "adapter" in reference.identity:
+        reason = "which modules its adapter is applied to, and how, is a part of the id now"
+    else:
+        reason = "weights that the model does not load, and their form in the files, do not count any more"
+    log(
+        f"{reference.name} has another id than before ({former[:12]}, now {reference.id[:12]}): {reason}. "
+        "The scores under its former id could be those of another model, so they are made anew; "
+        "`dpo-cache rm` removes them."
+    )
 
 
 def identify_reference(inputs: Inputs, config: PreTrainedConfig, tokenizer: str, log: Log) -> Reference:
@@ -71,12 +99,18 @@ def identify_reference(inputs: Inputs, config: PreTrainedConfig, tokenizer: str,
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device, getattr(config, "dtype", None))
         identity = reference_identity(
-            options.model, config, dtype, revision=options.revision, quantize=options.quantize
+            options.model,
+            config,
+            dtype,
+            revision=options.revision,
+            quantize=options.quantize,
+            trust_remote_code=options.trust_remote_code,
         )
         difference = None
     else:
         from dpo_cache.lm.model.loaded import identify_loaded
 
+        check_one_device(model)
         device, dtype = model.device, model.dtype
         identity, difference = identify_loaded(
             model, revision=options.revision, trust_remote_code=options.trust_remote_code
@@ -92,11 +126,21 @@ def identify_reference(inputs: Inputs, config: PreTrainedConfig, tokenizer: str,
         origin |= _describe_in_memory(model, origin["model"])
         checkpoint = f", not the one at {options.model}" if model.name_or_path else ""
         log(f"the model is a reference of its own{checkpoint}: {difference}.")
-    return Reference(options.model, config, device, dtype, identity, origin)
+
+    def former() -> Document:
+        parts = locate_checkpoint(options.model, options.revision)
+        return former_identity(parts, config, dtype, options.quantize)
+
+    from_files = model is None or difference is None
+    return Reference(options.model, config, device, dtype, identity, origin, former if from_files else None)
 
 
-def open_reference(inputs: Inputs, reference: Reference, log: Log) -> AbstractContextManager[Runner]:
-    """Load the model, unless it is loaded already, and prepare it for scoring."""
+def open_reference(
+    inputs: Inputs, reference: Reference, log: Log, *, longest: int, run_tokens: int
+) -> AbstractContextManager[Runner]:
+    """Load the model, unless it is loaded already, and prepare it for rows up to the longest, with about so
+    many tokens in all.
+    """
     from dpo_cache.lm.runner import open_runner, run_loaded  # only imported if anything is scored
 
     options = inputs.options
@@ -106,8 +150,9 @@ def open_reference(inputs: Inputs, reference: Reference, log: Log) -> AbstractCo
             inputs.model,
             name=reference.name,
             attention=options.attention,
-            max_length=options.max_length,
+            max_length=longest,
             budget_tokens=budget_tokens,
+            run_tokens=run_tokens,
             log=log,
         )
     return open_runner(
@@ -118,8 +163,9 @@ def open_reference(inputs: Inputs, reference: Reference, log: Log) -> AbstractCo
         trust_remote_code=options.trust_remote_code,
         quantize=options.quantize,
         attention=options.attention,
-        max_length=options.max_length,
+        max_length=longest,
         budget_tokens=budget_tokens,
+        run_tokens=run_tokens,
         log=log,
     )
 

@@ -11,9 +11,10 @@ from transformers import PreTrainedConfig
 
 from dpo_cache.errors import ModelError, NotInCacheError
 from dpo_cache.lm.device import choose_device
-from dpo_cache.lm.model.identity import reference_identity
+from dpo_cache.lm.model.identity import identity_as_recorded
 from dpo_cache.lm.model.load import load_config
 from dpo_cache.lm.model.quantization import rounding_dtype_of
+from dpo_cache.lm.model.unchanged import one_checkpoint
 from dpo_cache.lm.runner import Runner, open_runner
 from dpo_cache.log import Log, log_remark
 from dpo_cache.store import Cache, PairSet, completion_key, open_cache
@@ -39,6 +40,7 @@ class RescoreReport:
         return self.largest_gap <= self.largest_allowed and self.mean_gap <= self.mean_allowed
 
 
+@one_checkpoint()
 def rescore(
     cache: str | os.PathLike[str],
     model: str | os.PathLike[str],
@@ -59,7 +61,7 @@ def rescore(
     config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
     by_reference = _pair_sets_by_reference(opened)
     reports = []
-    for reference_id in _matching(opened, list(by_reference), location, config, revision):
+    for reference_id in _matching(opened, list(by_reference), location, config, revision, trust_remote_code):
         identity = opened.read_reference(reference_id)["identity"]
         drawn = _draw(by_reference[reference_id], num_completions, np.random.default_rng(seed))
         with open_runner(
@@ -70,6 +72,7 @@ def rescore(
             trust_remote_code=trust_remote_code,
             quantize=quantization_name(identity),
             max_length=max(len(one.completion) for one in drawn),
+            run_tokens=sum(len(one.completion) for one in drawn),
             log=log,
         ) as runner:
             found = _score(runner, drawn)
@@ -108,7 +111,12 @@ def _pair_sets_by_reference(cache: Cache) -> dict[str, list[PairSet]]:
 
 
 def _matching(
-    cache: Cache, reference_ids: list[str], location: str, config: PreTrainedConfig, revision: str | None
+    cache: Cache,
+    reference_ids: list[str],
+    location: str,
+    config: PreTrainedConfig,
+    revision: str | None,
+    trust_remote_code: bool,
 ) -> list[str]:
     """The references that the model matches. Raises `ModelError` with all differences if it matches none."""
     lines, matching = [], []
@@ -118,12 +126,14 @@ def _matching(
         stored, name = document["identity"], document["provenance"].get("model") or "unnamed"
         dtype = stored.get("dtype")
         quantize = "none" if is_saved_quantized else quantization_name(stored)
-        live = reference_identity(
+        live = identity_as_recorded(
+            stored,
             location,
             config,
             getattr(torch, dtype if dtype in TOKEN_TOLERANCES else "float32"),
             revision=revision,
             quantize=quantize,
+            trust_remote_code=trust_remote_code,
         )
         if differing := differing_fields(stored, live):
             lines.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import ModelError, OptionError
+from dpo_cache.lm.device import check_one_device
 from dpo_cache.lm.model.adapter import CheckpointLocation
 from dpo_cache.lm.model.load import check_causal, load_base, load_config
 from dpo_cache.lm.model.loaded import identify_loaded
@@ -26,9 +28,20 @@ class LoadedPolicy:
     name: str
     tokenizer: PreTrainedTokenizerBase | None
 
-    def identify(self, dtype: torch.dtype, *, trust_remote_code: bool) -> dict[str, Any]:
-        """The model's identity: that of its checkpoint only where its weights are the checkpoint's."""
-        identity, difference = identify_loaded(self.model, trust_remote_code=trust_remote_code)
+    def identify(
+        self,
+        dtype: torch.dtype,
+        recorded: Mapping[str, Any],
+        scored_in: torch.dtype,
+        *,
+        trust_remote_code: bool,
+    ) -> dict[str, Any]:
+        """The model's identity, to compare with the `recorded` one of a reference in the dtype `scored_in`:
+        that of its checkpoint only where its weights are the checkpoint's.
+        """
+        identity, difference = identify_loaded(
+            self.model, dtype=scored_in, recorded=recorded, trust_remote_code=trust_remote_code
+        )
         if difference is None and self._was_rounded(dtype, trust_remote_code=trust_remote_code):
             rounded = str(self.model.dtype).removeprefix("torch.")
             return {**identity, "weights": f"{identity['weights']}, rounded to {rounded}"}
@@ -75,6 +88,7 @@ def take_loaded(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Loaded
             "Give a causal LM of transformers, or the path or Hub id of one; of an adapter, its folder."
         )
     name = model.name_or_path or f"{type(model).__name__} in memory"
+    check_one_device(model)
     check_causal(model.config, name)
     if is_quantized(model):
         raise ModelError(

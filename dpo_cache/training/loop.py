@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cache.lm.device import deterministic_algorithms, peak_bytes
+from dpo_cache.lm.model.unchanged import one_checkpoint
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.options.keywords import keywords_of
@@ -44,6 +45,7 @@ OnCheckpoint = Callable[[Path], None]
 @shows_progress("training", show_training, callback="on_metrics")
 @keeps_remarks
 @bars_hidden("transformers")
+@one_checkpoint()
 def train(
     cache: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,

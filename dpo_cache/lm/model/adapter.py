@@ -17,18 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from dpo_cache.errors import ModelError, OptionError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
+from dpo_cache.lm.model.lora_targets import without_unsuited_layers
+from dpo_cache.lm.model.unchanged import commit_of
+from dpo_cache.log import Log, log_remark
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+CHANGES_BASE = "dpo_cache_changes_base"  # an attribute of models whose adapter came with weights of the base
 
 # Methods whose adapter is not part of the layers (virtual tokens), or that need a call for each step or task.
 UNSUITED = ("ADALORA", "POLY", "XLORA", "ADAPTION_PROMPT", "CPT", "CARTRIDGE", "OSF")
@@ -44,19 +48,6 @@ PEFT_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ImportError, 
 
 # of LoRA; PiSSA, OLoRA, LoftQ and the like move a part of the base into the adapter
 PLAIN_STARTS = (True, False, "gaussian")
-
-# Fields of an adapter's config that cannot change its computation, or that follow from its tensors' names.
-# fmt: off
-INERT_FIELDS = frozenset(
-    {
-        "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type",
-        "peft_version", "lora_dropout", "module_dropout", "init_weights", "init_ia3_weights",
-        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
-        "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-        "ensure_weight_tying",
-    }
-)
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -76,9 +67,11 @@ class CheckpointLocation:
 
 
 def locate_checkpoint(location: str, revision: str | None = None) -> CheckpointLocation:
-    """The base and the adapter of a local folder or Hub id. Raises `ModelError` for an adapter without its
-    base.
+    """The base and the adapter of a local folder or Hub id, each of a Hub at a commit.
+
+    Raises `ModelError` for an adapter without its base.
     """
+    revision = commit_of(location, revision)
     folder = _adapter_folder(location, revision)
     if folder is None:
         return CheckpointLocation(location, revision)
@@ -99,14 +92,14 @@ def locate_checkpoint(location: str, revision: str | None = None) -> CheckpointL
             f"{location}: its base {base} is gone.\n"
             f"Correct base_model_name_or_path in {folder / CONFIG_FILE}."
         )
-    return CheckpointLocation(base, base_revision, str(folder))
+    return CheckpointLocation(base, commit_of(base, base_revision), str(folder))
 
 
 def lora_config(rank: int, alpha: float | None, targets: str) -> PeftConfig:
     """LoRA of this rank (arXiv:2106.09685) on `targets`, names with commas between them or `all-linear`;
     alpha is twice the rank unless given.
     """
-    peft = _import_peft()
+    peft = import_peft()
     return peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
@@ -118,7 +111,7 @@ def lora_config(rank: int, alpha: float | None, targets: str) -> PeftConfig:
 
 def read_adapter_config(path: str) -> PeftConfig:
     """The config in a file like PEFT's `adapter_config.json`. Raises `OptionError`."""
-    peft = _import_peft()
+    peft = import_peft()
     try:
         fields = dict(json.loads(Path(path).read_text()))
         make_config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[fields.pop("peft_type")]
@@ -133,16 +126,17 @@ def read_adapter_config(path: str) -> PeftConfig:
         ) from error
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int) -> PeftModel:
+def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int, log: Log = log_remark) -> PeftModel:
     """Put a fresh adapter into the model and freeze the other weights; its random part depends only on the
     seed.
 
     The model is changed in place and is still the one to call; the returned object saves the adapter,
-    switches it off and merges it.
+    switches it off and merges it. `log` gets a remark if `all-linear` leaves layers out.
     """
-    peft = _import_peft()
-    _check_suited(config)
-    with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else None), _without_deprecations():
+    peft = import_peft()
+    check_suited(config)
+    config = without_unsuited_layers(model, config, log)
+    with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else None), without_deprecations():
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, config)
@@ -160,44 +154,30 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int) -> Pef
     return adapted.eval()
 
 
-def load_adapter(model: PreTrainedModel, folder: str, *, is_trainable: bool = False) -> PeftModel:
-    """Put a saved adapter into the model; see `add_adapter`. Raises `ModelError`."""
-    peft = _import_peft()
-    _check_suited(read_config(folder))
-    try:
-        with _without_deprecations():
-            adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{folder}: the adapter does not fit {type(model).__name__} ({first_line(error)})."
-        ) from error
-    return adapted.eval()
-
-
-def restore_adapter(adapted: PeftModel, folder: str) -> None:
-    """Give the adapter the weights that were saved in the folder."""
-    peft = _import_peft()
-    peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(folder, device="cpu"))
-
-
 def describe(adapted: PeftModel) -> str:
     """An adapter's kind, with its rank if it has one, such as `LORA, rank 16`."""
     config = adapted.peft_config["default"]
     rank = getattr(config, "r", None)
-    return _kind(config) + (f", rank {rank}" if isinstance(rank, int) else "")
+    return kind_of(config) + (f", rank {rank}" if isinstance(rank, int) else "")
 
 
 def is_identity_at_init(adapted: PeftModel) -> bool:
     """Whether a fresh adapter is known to leave the model's log-probs as they are."""
     config = adapted.peft_config["default"]
-    return _kind(config) == "IA3" or (
-        _kind(config) == "LORA" and getattr(config, "init_lora_weights", True) is not False
+    return kind_of(config) == "IA3" or (
+        kind_of(config) == "LORA" and getattr(config, "init_lora_weights", True) is not False
     )
 
 
 def can_be_switched_off(adapted: PeftModel | None) -> bool:
-    """Whether `disable_adapter` restores the base: PEFT does not restore trained biases."""
-    return adapted is not None and getattr(adapted.peft_config["default"], "bias", "none") == "none"
+    """Whether `disable_adapter` restores the base: PEFT restores neither trained biases nor weights of the
+    base that came with the adapter, such as resized embeddings.
+    """
+    return (
+        adapted is not None
+        and getattr(adapted.peft_config["default"], "bias", "none") == "none"
+        and not getattr(adapted, CHANGES_BASE, False)
+    )
 
 
 def check_mergeable(adapted: PeftModel) -> None:
@@ -218,7 +198,7 @@ def check_mergeable(adapted: PeftModel) -> None:
         )
 
 
-def _kind(config: PeftConfig) -> str:
+def kind_of(config: PeftConfig) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
@@ -249,12 +229,8 @@ def _read_json(folder: Path) -> dict[str, Any]:
 
 def read_config(folder: str) -> PeftConfig:
     """The config of a saved adapter. Raises `ModelError`, also where it has no weights that can be loaded."""
-    if not Path(folder, WEIGHTS_FILE).is_file():
-        raise ModelError(
-            f"{folder}: {WEIGHTS_FILE} is missing.\n"
-            "Save the adapter again as safetensors; pickled files can run code and are not read."
-        )
-    peft = _import_peft()
+    weights_file(folder)
+    peft = import_peft()
     try:
         return peft.PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -263,8 +239,19 @@ def read_config(folder: str) -> PeftConfig:
         ) from error
 
 
+def weights_file(folder: str) -> Path:
+    """The file with an adapter's tensors. Raises `ModelError` if it is missing."""
+    path = Path(folder, WEIGHTS_FILE)
+    if not path.is_file():
+        raise ModelError(
+            f"{folder}: {WEIGHTS_FILE} is missing.\n"
+            "Save the adapter again as safetensors; pickled files can run code and are not read."
+        )
+    return path
+
+
 @contextmanager
-def _without_deprecations() -> Iterator[None]:
+def without_deprecations() -> Iterator[None]:
     """Ignore warnings that peft uses deprecated names of transformers; no user can change that."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -297,8 +284,8 @@ def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
             )
 
 
-def _check_suited(config: PeftConfig) -> None:
-    kind = _kind(config)
+def check_suited(config: PeftConfig) -> None:
+    kind = kind_of(config)
     for field, reason in UNSUITED_FIELDS.items():
         if getattr(config, field, None):
             raise OptionError(
@@ -323,7 +310,7 @@ def _check_suited(config: PeftConfig) -> None:
         )
 
 
-def _import_peft() -> Any:
+def import_peft() -> Any:
     try:
         import peft
     except ImportError as error:

@@ -2,55 +2,38 @@
 
     {"scoring": 1, "weights": <hex>, "config": {...}, "dtype": "float32"}
     {..., "quantization": {...}}    for quantized weights: the settings in the checkpoint, or of `quantize`
-    {..., "adapter": {...}}         for weights with an adapter: the digest of its tensors, and the fields of
-                                    its config that change the computation
+    {..., "adapter": {...}}         for weights with an adapter, see `adapter_identity.py`
+    {..., "code": <hex>}            where the checkpoint's own code makes the model, see `code_digest.py`
 
-`weights` is the sha256 over the lines `name dtype shape sha256-of-bytes` of all tensors, sorted by name: it
-does not depend on how a checkpoint is split into files. `config` holds the fields that differ from the
-defaults of the model's class, less those that cannot change a log-prob. A model's name, revision, library
-versions, device and attention kernel are provenance: recorded with the identity, not hashed.
+`weights` is a sha256 over all tensors that the model loads (`tensor_digest.py`): it does not depend on how a
+checkpoint is split into files. `config` holds the fields that differ from the defaults of the model's class,
+less those that cannot change a log-prob (`config_fields.py`). A model's name, revision, library versions,
+device and attention kernel are provenance: recorded with the identity, not hashed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from dpo_cache.errors import ModelError, first_line
-from dpo_cache.files.atomic import write_whole
-from dpo_cache.lm.model.adapter import CONFIG_FILE, WEIGHTS_FILE, locate_checkpoint, read_config
-from dpo_cache.lm.model.adapter import INERT_FIELDS as INERT_ADAPTER_FIELDS
+from dpo_cache.lm.model.adapter import CheckpointLocation, locate_checkpoint
+from dpo_cache.lm.model.adapter_identity import adapter_identity
+from dpo_cache.lm.model.checkpoint_files import checkpoint_files
+from dpo_cache.lm.model.code_digest import remote_code_digest, uses_remote_code
+from dpo_cache.lm.model.config_fields import computing_fields
+from dpo_cache.lm.model.former_identity import former_identity
 from dpo_cache.lm.model.quantization import check_quantizable
+from dpo_cache.lm.model.tensor_digest import weights_digest
+from dpo_cache.lm.model.tensor_names import find_tensor_names
+from dpo_cache.lm.model.unchanged import commit_of
 from dpo_cache.types import QUANTIZATION_FIELDS
 
 SCORING_VERSION = 1  # raised when the same model and ids would get other stored values
-
-# Fields of a config that cannot change the log-probs of a forward pass without dropout.
-# fmt: off
-INERT_FIELDS = frozenset(
-    {
-        "_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype",
-        "torch_dtype", "use_cache", "return_dict", "output_hidden_states", "output_attentions",
-        "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
-        "sep_token_id", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
-        "finetuning_task", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop",
-        "hidden_dropout", "attention_dropout_prob", "hidden_dropout_prob", "dropout", "layerdrop",
-        "chunk_size_feed_forward", "tokenizer_class", "prefix", "is_encoder_decoder",
-        "router_aux_loss_coef", "output_router_logits", "pretraining_tp", "_attn_implementation",
-        "_attn_implementation_autoset", "gradient_checkpointing",
-        "quantization_config",  # an entry of its own
-    }
-)
-# fmt: on
 
 
 def reference_identity(
@@ -60,6 +43,7 @@ def reference_identity(
     *,
     revision: str | None = None,
     quantize: str = "none",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """The identity of the model at a local folder or Hub id, from its files. Raises `ModelError`.
 
@@ -68,12 +52,35 @@ def reference_identity(
     check_quantizable(config, location, quantize)
     parts = locate_checkpoint(location, revision)
     identity = identity_without_weights(config, dtype)
-    identity["weights"] = weights_digest(checkpoint_files(parts.base, revision=parts.base_revision))
+    identity["weights"] = _base_digest(parts, config, trust_remote_code)
     if quantize != "none":
         identity["quantization"] = dict(QUANTIZATION_FIELDS[quantize])
+    if uses_remote_code(config, trust_remote_code):
+        identity["code"] = remote_code_digest(parts.base, parts.base_revision, config)
+        identity["config"].pop("auto_map", None)  # its names of classes are in the digest
     if parts.adapter is not None:
-        identity["adapter"] = _adapter_identity(parts.adapter)
+        identity["adapter"] = adapter_identity(parts.adapter, config)
     return identity
+
+
+def identity_as_recorded(
+    recorded: Mapping[str, Any],
+    location: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    revision: str | None = None,
+    quantize: str = "none",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """The identity of the model, in its former form if a recorded one is that: they are of one model then."""
+    if recorded:
+        former = former_identity(locate_checkpoint(location, revision), config, dtype, quantize)
+        if recorded == former:
+            return former
+    return reference_identity(
+        location, config, dtype, revision=revision, quantize=quantize, trust_remote_code=trust_remote_code
+    )
 
 
 def identity_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -90,28 +97,13 @@ def identity_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> di
     return identity
 
 
-def _adapter_identity(folder: str) -> dict[str, Any]:
-    """The digest of an adapter's tensors, and the fields of its config that change the computation."""
-    config = read_config(folder)
-    fields, defaults = config.to_dict(), type(config)().to_dict()
-    kept = {
-        name: value
-        for name, value in fields.items()
-        if name not in INERT_ADAPTER_FIELDS and value != defaults.get(name)
-    }
-    return {
-        "weights": weights_digest([Path(folder, WEIGHTS_FILE)]),
-        "config": _plain({**kept, "peft_type": fields["peft_type"]}),
-    }
-
-
 def provenance(
     location: str, *, revision: str | None, device: torch.device, attention: str, tokenizer: str
 ) -> dict[str, Any]:
     """The source of the reference and the machine that computed it: recorded, not hashed."""
     return {
         "model": os.path.abspath(location) if os.path.isdir(location) else location,
-        "revision": revision,
+        "revision": commit_of(location, revision),
         "tokenizer": os.path.abspath(tokenizer) if os.path.isdir(tokenizer) else tokenizer,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "attention": attention,
@@ -119,108 +111,14 @@ def provenance(
     }
 
 
-def computing_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The config's fields that decide the computation and differ from the defaults of its class, JSON-ready.
+def _base_digest(parts: CheckpointLocation, config: PreTrainedConfig, trust_remote_code: bool) -> str:
+    """The digest of the base's weights.
 
-    Defaults are left out so that a field which a later transformers adds does not rename every reference.
+    Where they are saved quantized, or loaded by code of the checkpoint, all tensors count as they are stored.
     """
-    fields = _plain(config.to_dict())
-    try:
-        defaults = _plain(type(config)().to_dict())
-    except (TypeError, ValueError, AttributeError):  # a class that cannot be made without arguments
-        defaults = {}
-    kept = {
-        name: value
-        for name, value in fields.items()
-        if name not in INERT_FIELDS and (name not in defaults or value != defaults[name])
-    }
-    return {**kept, "model_type": config.model_type}
-
-
-def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(fields, default=str, sort_keys=True))
-
-
-def checkpoint_files(location: str, *, revision: str | None = None) -> list[Path]:
-    """The safetensors files of a local folder or Hub id. Raises `ModelError` where there are none."""
-    folder = Path(location)
-    if not folder.is_dir():
-        try:
-            folder = Path(
-                snapshot_download(
-                    location,
-                    revision=revision,
-                    allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"],
-                )
-            )
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{location}: no such folder, and the Hub does not have it or cannot be reached."
-            ) from error
-    if (folder / CONFIG_FILE).is_file():
-        raise ModelError(
-            f"{location}: holds an adapter, where a base with weights of its own is expected.\n"
-            "Merge it into its base (peft)."
-        )
-    names, index = [], folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():  # before the index, as in transformers
-        names = ["model.safetensors"]
-    elif index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"{index}: not an index of safetensors files ({first_line(error)}).\n"
-                "Download or save the model again."
-            ) from error
-    missing = [name for name in names if not (folder / name).is_file()]
-    if not names or missing:
-        raise ModelError(
-            f"{location}: {'no safetensors weights' if not names else f'{missing[0]} is missing'}.\n"
-            "Pickled checkpoints (.bin) can run code and are not read: load and `save_pretrained` the "
-            "model once to convert it."
-        )
-    return [folder / name for name in names]
-
-
-def weights_digest(files: list[Path]) -> str:
-    """Hex sha256 over all tensors by name, dtype, shape and bytes."""
-    lines = dict(entry for path in files for entry in _tensor_lines(path).items())
-    return hashlib.sha256("\n".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
-
-
-def _tensor_lines(path: Path) -> dict[str, str]:
-    """One line a tensor, memoized by path, size, times and inode as git's index does."""
-    path, status = path.resolve(), path.stat()
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(str(path).encode()).hexdigest()[:32] + ".json"
-    memo = caches / "dpo-cache" / "digests" / name
-    stamp = [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    try:
-        remembered = json.loads(memo.read_text())
-        if remembered["stamp"] == stamp:
-            return remembered["lines"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no memo, or one of another version: hash again
-    lines = _hash_tensors(path)
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(memo, json.dumps({"stamp": stamp, "lines": lines}), is_shared=True)
-    except OSError:
-        pass  # a home that cannot be written costs the next run a second hashing, nothing else
-    return lines
-
-
-def _hash_tensors(path: Path) -> dict[str, str]:
-    lines = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                tensor, entry = file.get_tensor(name), file.get_slice(name)
-                digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
-                lines[name] = f"{name} {entry.get_dtype()} {entry.get_shape()} {digest}"
-    except SafetensorError as error:
-        raise ModelError(
-            f"{path}: not a whole safetensors file ({error}).\nDownload or save the model again."
-        ) from error
-    return lines
+    weights_file = getattr(config, "transformers_weights", None)
+    files = checkpoint_files(parts.base, revision=parts.base_revision, weights_file=weights_file)
+    is_saved_quantized = getattr(config, "quantization_config", None) is not None
+    if is_saved_quantized or uses_remote_code(config, trust_remote_code):
+        return weights_digest(files)
+    return weights_digest(files, find_tensor_names(config, files))

@@ -3,13 +3,16 @@
 Its tensors are compared one by one with those in the checkpoint's files, cast to the dtype that the model
 has; so a model that was trained, merged, quantized or built by hand is never taken for its checkpoint. The
 identity of such a model has `"weights_of": "memory"`, and `weights` is the sha256 over its tensors in memory,
-so that it is never that of a checkpoint. The code of a model is not compared, in memory as on disk.
+so that it is never that of a checkpoint. Classes that are not of a library have their source in the identity,
+as `code`. A model whose computation was changed from outside, by hooks or by a method of one module, cannot
+be identified.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +23,29 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dpo_cache.errors import ModelError, first_line
-from dpo_cache.lm.model.identity import (
-    checkpoint_files,
-    computing_fields,
-    identity_without_weights,
-    reference_identity,
-)
+from dpo_cache.lm.model.adapter import locate_checkpoint
+from dpo_cache.lm.model.checkpoint_files import checkpoint_files
+from dpo_cache.lm.model.code_digest import class_code_digest, is_remote_code
+from dpo_cache.lm.model.config_fields import computing_fields
+from dpo_cache.lm.model.identity import identity_as_recorded, identity_without_weights
 from dpo_cache.lm.model.load import load_config
 from dpo_cache.lm.model.quantization import is_quantized
+from dpo_cache.lm.model.tensor_digest import TensorNames
+from dpo_cache.lm.model.tensor_names import find_tensor_names
 
 
 def identify_loaded(
-    model: PreTrainedModel, *, revision: str | None = None, trust_remote_code: bool = False
+    model: PreTrainedModel,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], str | None]:
     """The model's identity, and why it is not that of the checkpoint it was loaded from; None if it is.
+
+    As the checkpoint it is identified in `dtype` (default: the model's), in the former form if the `recorded`
+    identity is that.
 
     Raises `ModelError` for a model whose weights are not in memory, or that has an adapter in it.
     """
@@ -46,15 +58,47 @@ def identify_loaded(
             f"{name}: it has an adapter in it, which cannot be identified.\n"
             "Merge the adapter (peft), or give the folder of the adapter."
         )
+    _check_untouched(model, name)
+    has_own_code = type(model).__module__.startswith("transformers_modules.")
     try:
-        difference = _find_difference(model, location, revision, trust_remote_code)
+        difference = _find_difference(model, location, revision, trust_remote_code or has_own_code)
     except ModelError as error:
         difference = first_line(error)
     if difference is None:
-        return reference_identity(location, model.config, model.dtype, revision=revision), None
+        identity = identity_as_recorded(
+            recorded or {},
+            location,
+            load_config(location, revision=revision, trust_remote_code=trust_remote_code or has_own_code),
+            dtype or model.dtype,
+            revision=revision,
+            trust_remote_code=has_own_code,
+        )
+        return identity, None
     weights = {"weights": _digest_tensors(model), "weights_of": "memory"}
     identity = {**weights, **identity_without_weights(model.config, model.dtype)}
+    if (code := class_code_digest({type(module) for module in model.modules()})) is not None:
+        identity["code"] = code
     return identity, difference
+
+
+def _check_untouched(model: PreTrainedModel, name: str) -> None:
+    """Raise `ModelError` for a model in which hooks, or methods of single modules, may change the numbers.
+
+    Those of accelerate, which move tensors between devices, change none.
+    """
+    for path, module in model.named_modules():
+        is_moved = hasattr(module, "_hf_hook")
+        place = path or "the model"
+        if not is_moved and "forward" in vars(module):
+            raise ModelError(
+                f"{name}: the method forward of {place} was replaced, and such code cannot be identified.\n"
+                "Define a class in a file, or give the model as it was loaded."
+            )
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ModelError(
+                f"{name}: {place} has hooks on its forward pass, and what they do cannot be identified.\n"
+                "Remove them (the handle that registering one returned has `remove()`)."
+            )
 
 
 def _find_difference(
@@ -68,8 +112,14 @@ def _find_difference(
     config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
     if computing_fields(model.config) != computing_fields(config):
         return "its config was changed"
-    files = checkpoint_files(location, revision=revision)
-    return _structure_difference(model) or _tensor_difference(model, files)
+    parts = locate_checkpoint(location, revision)
+    code = class_code_digest({type(module) for module in model.modules()})
+    if code is not None and not is_remote_code(type(model), location, parts.base_revision, config):
+        return "its code is not that of the checkpoint"
+    weights_file = getattr(config, "transformers_weights", None)
+    files = checkpoint_files(location, revision=parts.base_revision, weights_file=weights_file)
+    names = TensorNames() if code else find_tensor_names(model.config, files)
+    return _structure_difference(model) or _tensor_difference(model, files, names)
 
 
 def _structure_difference(model: PreTrainedModel) -> str | None:
@@ -87,7 +137,7 @@ def _structure_difference(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _tensor_difference(model: PreTrainedModel, files: list[Path]) -> str | None:
+def _tensor_difference(model: PreTrainedModel, files: list[Path], names: TensorNames) -> str | None:
     """Compare the model's tensors with those in the files, one in memory at a time."""
     # by the names, and in the shapes, that they have in a checkpoint
     live: dict[str, torch.Tensor] = revert_weight_conversion(model, model.state_dict())
@@ -98,8 +148,11 @@ def _tensor_difference(model: PreTrainedModel, files: list[Path]) -> str | None:
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in set(file.keys()) & live.keys():
-                    if not _equal(file.get_tensor(name).to(live[name].dtype), live[name]):
+                for stored in file.keys():  # noqa: SIM118  (not a dict)
+                    name = names.renamed.get(stored, stored)
+                    if name not in live:
+                        continue
+                    if not _equal(file.get_tensor(stored).to(live[name].dtype), live[name]):
                         return f"its tensor {name} was changed"
                     found.add(live[name].data_ptr())
         except SafetensorError as error:

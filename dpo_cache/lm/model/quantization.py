@@ -12,6 +12,7 @@ its reference.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,28 @@ from dpo_cache.types import QUANTIZATION_FIELDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Method of a quantized checkpoint -> the packages, besides transformers, that read it
+PACKAGES = {
+    "bitsandbytes": ("bitsandbytes", "accelerate"),
+    "bitsandbytes_4bit": ("bitsandbytes", "accelerate"),
+    "bitsandbytes_8bit": ("bitsandbytes", "accelerate"),
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("gptqmodel", "accelerate"),
+    "compressed-tensors": ("compressed-tensors",),
+    "fp8": ("accelerate",),
+    "torchao": ("torchao",),
+    "quanto": ("optimum-quanto", "accelerate"),
+    "hqq": ("hqq",),
+    "aqlm": ("aqlm", "accelerate"),
+    "auto-round": ("auto-round",),
+    "eetq": ("kernels", "accelerate"),
+    "mxfp4": ("kernels", "accelerate"),
+    "quark": ("amd-quark",),
+    "spqr": ("spqr-quant", "accelerate"),
+    "vptq": ("vptq", "accelerate"),
+}
 
 
 def check_quantizable(config: PreTrainedConfig, location: str, name: str) -> None:
@@ -46,6 +69,30 @@ def check_quantizable(config: PreTrainedConfig, location: str, name: str) -> Non
             f"`quantize` {name} needs {' and '.join(missing)}, which is not installed.\n"
             "Run `pip install 'dpo-cache[quantize]'`."
         )
+
+
+def check_saved_quantization(config: PreTrainedConfig, location: str) -> None:
+    """Raise `ModelError` where the package is missing that reads the checkpoint's quantized weights."""
+    saved = getattr(config, "quantization_config", None)
+    if saved is None:
+        return
+    method = saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method
+    method = str(getattr(method, "value", method))
+    missing = [package for package in PACKAGES.get(method, ()) if not _is_installed(package)]
+    if missing:
+        raise ModelError(
+            f"{location}: its weights are quantized ({method}), and {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not installed.\n"
+            f"Run `pip install {' '.join(missing)}`, or give the model that it was made from."
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def loading_config(name: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
