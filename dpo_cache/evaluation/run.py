@@ -24,7 +24,10 @@ from dpo_cache.evaluation.report import (
     measure_pairs,
 )
 from dpo_cache.evaluation.scoring import OnProgress, PairColumns, score_pairs
+from dpo_cache.lm.check_logps import FOREST, STREAM
 from dpo_cache.lm.device import peak_bytes
+from dpo_cache.lm.model.load import load_config
+from dpo_cache.lm.model.unchanged import one_checkpoint
 from dpo_cache.lm.runner import open_runner
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.losses.objective import Objective
@@ -35,12 +38,14 @@ from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.run_losses import read_run, with_run
 from dpo_cache.progress import show_scoring, shows_progress
 from dpo_cache.store import PairSet, open_cache
+from dpo_cache.training.lengths import measure_rows
 from dpo_cache.training.pair_logps import evaluated_at_once, objective_of
 
 
 @keywords_of(EvalOptions)
 @shows_progress("evaluating", show_scoring)
 @keeps_remarks
+@one_checkpoint()
 def evaluate(
     cache: str | os.PathLike[str],
     pairs: str | None = None,
@@ -99,6 +104,10 @@ def _score(
 ) -> tuple[PairColumns, Rewards, dict[str, Any]]:
     """The scored pairs, their rewards, and the fields of the report about the scoring."""
     num_pairs = min(options.limit or len(pairs), len(pairs))
+    config = load_config(
+        options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    rows = measure_rows([pairs], config)
     with open_runner(
         options.model,
         dtype=policy.dtype,
@@ -106,7 +115,9 @@ def _score(
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         attention=options.attention,
-        max_length=pairs.manifest["tokenization"]["max_length"],
+        max_length=rows.longest,
+        run_tokens=int(rows.pair_tokens * num_pairs),
+        ways=(STREAM,) if objective.wpo == "off" else (STREAM, FOREST),
         budget_tokens=number_or_auto("budget_tokens", options.budget_tokens),
         log=log,
     ) as runner:

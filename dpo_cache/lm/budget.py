@@ -29,6 +29,14 @@ class Budget:
         self._speeds: list[float] = []  # of the current size
         self._best = (0.0, self.tokens)
 
+    def keep_below(self, most_tokens: int | None) -> None:
+        """Run no larger chunks than these from now on; None: no limit."""
+        if most_tokens is None:
+            return
+        self.tokens = min(self.tokens, most_tokens)
+        self._untried = [size for size in self._untried if size <= most_tokens]
+        self._best = self._best[0], min(self._best[1], most_tokens)
+
     def note(self, num_tokens: int, elapsed_s: float) -> None:
         """Record that a chunk was run. During the search, `elapsed_s` must include the device's work: see
         `now`.

@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -19,6 +21,7 @@ from dpo_cache.lm.patches import without_patches
 from dpo_cache.types import Completion
 
 MOST_LOGITS = {"cpu": 2**25, "cuda": 2**27, "mps": 2**26}  # that one run may return: 128 MB on a CPU
+EAGER_COPIES = 4  # of the attention scores of a layer, in float32
 CHUNK_TOKENS = 64  # whose logits are copied to float32 at once
 
 
@@ -46,7 +49,7 @@ def own_logps_at(
     """The same for some of the completion's tokens, by one run: float32 [N]; `places_N` ascend."""
     ids_L = torch.from_numpy(completion.sequence_ids.astype(np.int64))
     with original_attention(model, original), without_patches(model):
-        logits_NV = _logits(model, ids_L.to(model.device), len(completion.prompt_ids) - 1 + places_N)
+        _, logits_NV = own_logits(model, ids_L.to(model.device), len(completion.prompt_ids) - 1 + places_N)
     targets_N = torch.from_numpy(completion.completion_ids[places_N].astype(np.int64)).to(logits_NV.device)
     parts = [
         logits.float().gather(1, targets[:, None])[:, 0] - logits.float().logsumexp(-1)
@@ -74,16 +77,35 @@ def original_attention(model: PreTrainedModel, original: str | None) -> Iterator
             use_forest_attention(model)
 
 
-def _logits(model: PreTrainedModel, ids_L: torch.Tensor, predictors_N: np.ndarray) -> torch.Tensor:
-    """Logits [N, V] at the places of a row that predict."""
+def fits_into_memory(model: PreTrainedModel, length: int, original: str | None = None) -> bool:
+    """Whether a row of so many tokens can be run on a CPU, where running out of memory ends the process.
+
+    Eager attention holds the scores of all pairs of tokens; other attention functions do not.
+    """
+    attention = original or model.config._attn_implementation
+    if model.device.type != "cpu" or attention != "eager":
+        return True
+    config = model.config.get_text_config()
+    scores = getattr(config, "num_attention_heads", 1) * length**2
+    return EAGER_COPIES * 4 * scores < psutil.virtual_memory().available / 2
+
+
+def own_logits(
+    model: PreTrainedModel, ids_L: torch.Tensor, predictors_N: np.ndarray, **arguments: Any
+) -> tuple[Any, torch.Tensor]:
+    """The output of the model's own forward on a row, and its logits [N, V] at the places that predict, which
+    ascend; further arguments are the model's.
+    """
     accepted = inspect.signature(type(model).forward).parameters
-    arguments = {"use_cache": False} if "use_cache" in accepted else {}
-    if "logits_to_keep" not in accepted:
-        return model(input_ids=ids_L[None], **arguments).logits[0, predictors_N]
+    if "use_cache" in accepted:
+        arguments["use_cache"] = False
     length, first = len(ids_L), int(predictors_N[0])
-    if length - first <= len(predictors_N) + 1:  # all from the first on
-        kept = model(input_ids=ids_L[None], logits_to_keep=length - first, **arguments).logits[0]
-        return kept[predictors_N - (length - len(kept))]
     places = torch.from_numpy(predictors_N).to(ids_L.device)
-    kept = model(input_ids=ids_L[None], logits_to_keep=places, **arguments).logits[0]
-    return kept if len(kept) == len(places) else kept[places]
+    if "logits_to_keep" in accepted:
+        is_end = length - first <= len(predictors_N) + 1  # all from the first on
+        arguments["logits_to_keep"] = length - first if is_end else places
+    outputs = model(input_ids=ids_L[None], **arguments)
+    logits_NV = outputs.logits[0]
+    if len(logits_NV) == length:  # a family may ignore what is to be kept
+        return outputs, logits_NV[places]
+    return outputs, logits_NV[: len(places)]

@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.lm.device import autocast, planning_device_type, sum_dtype
-from dpo_cache.lm.forest.layout import build_forest, count_forest_tokens
+from dpo_cache.lm.forest.layout import build_forest, count_forest_tokens, split_by_tokens
 from dpo_cache.lm.kernels.head import head_token_logps, log_squared_probs, token_logps
-from dpo_cache.lm.model.parts import head_of
+from dpo_cache.lm.model.parts import Head, head_of
 from dpo_cache.lm.routing import Routing, add_routings, measure_routing
-from dpo_cache.lm.rows import RunOutput, run_rows
+from dpo_cache.lm.rows import RunOutput, run_rows, run_whole
 from dpo_cache.lm.scoring import run_forest
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.types import Completion
@@ -130,6 +130,8 @@ def completion_logps(
     """
     size = attention.max_rows or len(completions)
     batches = [completions[start : start + size] for start in range(0, len(completions), size)]
+    if attention.max_tokens is not None:
+        batches = split_by_tokens(completions, attention.max_tokens)
     return join_logps([_run(model, batch, attention, with_squares, with_routing) for batch in batches])
 
 
@@ -140,16 +142,18 @@ def _run(
     with_squares: bool,
     with_routing: bool,
 ) -> CompletionLogps:
-    """Run the completions as one forest, or as one batch of rows."""
+    """Run the completions as one forest, as one batch of rows, or one of them by the model's own forward."""
     config, arguments = model.config.get_text_config(), {"output_router_logits": True} if with_routing else {}
-    run = (_run_forest if attention.name == "forest" else run_rows)(model, completions, **arguments)
+    runner = _run_forest if attention.name == "forest" else run_whole if attention.is_whole else run_rows
+    run = runner(model, completions, **arguments)
+    head: Head = _as_given if attention.is_whole else head_of(model)
     if attention.has_plain_head and torch.is_grad_enabled():
         tokens_T = head_token_logps(run.predictors_TD, model.get_output_embeddings(), run.targets_T)
     else:
-        tokens_T = token_logps(run.predictors_TD, head_of(model), run.targets_T, config.vocab_size)
+        tokens_T = token_logps(run.predictors_TD, head, run.targets_T, config.vocab_size)
     squares_T = None
     if with_squares:
-        squares_T = log_squared_probs(run.predictors_TD, head_of(model), config.vocab_size)
+        squares_T = log_squared_probs(run.predictors_TD, head, config.vocab_size)
     if run.places_T is not None:
         tokens_T = tokens_T.index_select(0, run.places_T)
         squares_T = None if squares_T is None else squares_T.index_select(0, run.places_T)
@@ -159,6 +163,11 @@ def _run(
     return CompletionLogps(
         tokens_T, [completion.num_tokens for completion in completions], squares_T, routing
     )
+
+
+def _as_given(logits_TV: torch.Tensor) -> torch.Tensor:
+    """The head of a model whose own forward computed the logits."""
+    return logits_TV
 
 
 def _run_forest(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> RunOutput:

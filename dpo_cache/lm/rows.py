@@ -1,4 +1,7 @@
-"""Plain padded rows with the model's own attention, for models that cannot take a forest."""
+"""Plain rows with the model's own attention, for models that cannot take a forest.
+
+B rows of L tokens, T completion tokens in all of them, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,22 @@ from dpo_cache.errors import ModelError
 from dpo_cache.lm.budget import Budget, is_out_of_memory
 from dpo_cache.lm.kernels.head import token_logps
 from dpo_cache.lm.model.parts import decoder_of, head_of
+from dpo_cache.lm.own_forward import own_logits, own_logps
 from dpo_cache.lm.progress import ScoringStep
 from dpo_cache.types import Completion, Score
 
 
 @torch.no_grad()
 def score_rows(
-    model: PreTrainedModel, completions: Sequence[Completion], budget: Budget, max_rows: int | None = None
+    model: PreTrainedModel,
+    completions: Sequence[Completion],
+    budget: Budget,
+    max_rows: int | None = None,
+    *,
+    is_whole: bool = False,
 ) -> Iterator[ScoringStep]:
     """Score as padded rows with the model's own attention, longest first; with padding, a batch has at most
-    the budget's tokens.
+    the budget's tokens. With `is_whole`, the model's own forward runs each row.
     """
     waiting = sorted(range(len(completions)), key=lambda index: -len(completions[index]))
     tokens_left, num_run = sum(map(len, completions)), 0
@@ -32,7 +41,10 @@ def score_rows(
         length = len(completions[waiting[0]])
         batch = waiting[: min(max(1, budget.tokens // length), max_rows or len(waiting))]
         try:
-            logps = row_logps(model, [completions[index] for index in batch])
+            if is_whole:
+                logps = [own_logps(model, completions[index]) for index in batch]
+            else:
+                logps = row_logps(model, [completions[index] for index in batch])
         except RuntimeError as error:
             if not is_out_of_memory(error, model.device):
                 raise
@@ -56,7 +68,7 @@ class RunOutput:
 
     router_logits: Any  # None for a model that returns none
     uses: torch.Tensor  # how many completions use each position that was run: 0 at padding
-    predictors_TD: torch.Tensor
+    predictors_TD: torch.Tensor  # of `run_whole`: logits
     targets_T: torch.Tensor
     places_T: torch.Tensor | None = None  # place of each completion token among the targets; None: in order
 
@@ -68,6 +80,20 @@ def row_logps(model: PreTrainedModel, completions: Sequence[Completion]) -> list
         rows.predictors_TD, head_of(model), rows.targets_T, model.config.get_text_config().vocab_size
     )
     return list(logps.split([completion.num_tokens for completion in completions]))
+
+
+def run_whole(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> RunOutput:
+    """Run one completion by the model's own forward; its logits [T, V] take the place of hidden states.
+
+    The model's head is then the identity.
+    """
+    (completion,) = completions
+    ids_L = torch.from_numpy(completion.sequence_ids.astype(np.int64)).to(model.device)
+    start, end = len(completion.prompt_ids), len(completion)
+    outputs, logits_TV = own_logits(model, ids_L, np.arange(start - 1, end - 1), **arguments)
+    return RunOutput(
+        getattr(outputs, "router_logits", None), torch.ones_like(ids_L)[None], logits_TV, ids_L[start:end]
+    )
 
 
 def run_rows(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> RunOutput:

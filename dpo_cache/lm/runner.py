@@ -19,10 +19,16 @@ from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError, shown_rows
 from dpo_cache.lm.budget import Budget
+from dpo_cache.lm.device import check_one_device
 from dpo_cache.lm.model.load import load_model
 from dpo_cache.lm.prepare import in_eval_mode, prepared
 from dpo_cache.lm.progress import ScoringStep
-from dpo_cache.lm.self_check import AttentionChoice, choose_attention, score_completions
+from dpo_cache.lm.self_check import (
+    STREAM,
+    AttentionChoice,
+    choose_attention,
+    score_completions,
+)
 from dpo_cache.log import Log, log_remark
 from dpo_cache.types import Completion, Score
 
@@ -87,6 +93,8 @@ def open_runner(
     attention: str = "auto",
     max_length: int,
     budget_tokens: int | None = None,
+    run_tokens: int | None = None,
+    ways: Sequence[str] = (STREAM,),
     log: Log = log_remark,
 ) -> Iterator[Runner]:
     """Load the model at a local folder or Hub id and make it ready to score sequences up to `max_length`.
@@ -107,6 +115,8 @@ def open_runner(
         attention=attention,
         max_length=max_length,
         budget_tokens=budget_tokens,
+        run_tokens=run_tokens,
+        ways=ways,
         log=log,
     ) as runner:
         yield runner
@@ -120,17 +130,28 @@ def run_loaded(
     attention: str = "auto",
     max_length: int,
     budget_tokens: int | None = None,
+    run_tokens: int | None = None,
+    ways: Sequence[str] = (STREAM,),
     log: Log = log_remark,
 ) -> Iterator[Runner]:
     """Make a loaded model ready to score; on leaving, it is as it was before.
 
-    `attention` is auto, forest or rows, see `choose_attention`; `budget_tokens` are run at once, None finds a
-    good number in the first chunks. `log` gets a remark if auto chooses padded rows.
+    `attention` is auto, forest or rows, see `choose_attention`, as for `run_tokens` and `ways`;
+    `budget_tokens` are run at once, None finds a good number in the first chunks. `log` gets a remark if auto
+    chooses plain rows, and if chunks must be smaller than the budget. Raises `ModelError`.
     """
+    check_one_device(model)
     with in_eval_mode(model), prepared(model, log=log):
-        choice = choose_attention(model, attention, max_length=max_length)
-        if choice.name == "rows" and attention == "auto":
-            log(f"{type(model).__name__} is run as plain padded rows, which is slower: {choice.reason}.")
+        choice = choose_attention(
+            model,
+            attention,
+            max_length=max_length,
+            chunk_tokens=budget_tokens,
+            run_tokens=run_tokens,
+            ways=ways,
+        )
+        if remark := choice.remark(model, is_requested=attention == "rows"):
+            log(remark)
         yield Runner(model, name, choice, Budget(budget_tokens, model.device, log))
 
 

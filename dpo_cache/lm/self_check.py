@@ -1,33 +1,48 @@
-"""Choose the attention that a model is run with, and check it on the model before anything is stored.
+"""Choose the way that a model is run, and check it on the model before anything is stored.
 
 Of the model families in transformers, most are exact under forest attention, some refuse it, and a few
-accept it and are silently wrong. So a small forest and the same sequences as plain rows are scored first,
-and the forest is used only where they agree.
+accept it and are silently wrong; padding changes the results of some; and a model's `forward` may do more
+than its decoder and head. So some rows are run by the model's own forward, one at a time and without padding,
+and then in each way, fastest first, until one gives the same log-probs:
+
+    forest        every distinct prefix once
+    rows          padded rows
+    one row       one row at a time, by decoder and head
+    own forward   one row at a time, by the model's own `forward`: true by definition
+
+`check_rows.py` says which rows these are, and what they cost; `config_limits.py` which lengths they pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.errors import ModelError, first_line
-from dpo_cache.lm.budget import Budget, is_out_of_memory
-from dpo_cache.lm.forest.attention import FOREST_ATTENTION, PlanLostError, use_forest_attention
-from dpo_cache.lm.forest.layout import build_forest
-from dpo_cache.lm.kernels.head import token_logps
-from dpo_cache.lm.model.parts import has_plain_head, head_of
-from dpo_cache.lm.model.quantization import rounding_dtype
+from dpo_cache.errors import ModelError
+from dpo_cache.lm.budget import SIZES, Budget, is_out_of_memory
+from dpo_cache.lm.check_logps import (
+    FOREST,
+    STREAM,
+    check_causality,
+    depends_on_length,
+    expect,
+    forest_problem,
+    rows_problem,
+)
+from dpo_cache.lm.check_rows import CheckRows, Run, plan_rows
+from dpo_cache.lm.config_limits import TOP_K, Limit, limits_of, rope_limit
+from dpo_cache.lm.device import check_one_device
+from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
+from dpo_cache.lm.model.parts import has_plain_head
+from dpo_cache.lm.own_forward import fits_into_memory
+from dpo_cache.lm.patches import is_patched
 from dpo_cache.lm.progress import ScoringStep
-from dpo_cache.lm.rows import row_logps, score_rows
-from dpo_cache.lm.scoring import run_forest, score_forest
-from dpo_cache.types import TOKEN_TOLERANCES, Completion
-
-# between forest and rows
-TOLERANCES = {getattr(torch, name): gaps for name, gaps in TOKEN_TOLERANCES.items()}
+from dpo_cache.lm.rows import score_rows
+from dpo_cache.lm.scoring import score_forest
+from dpo_cache.types import Completion
 
 
 @dataclass(frozen=True)
@@ -36,53 +51,65 @@ class AttentionChoice:
 
     name: str  # forest or rows
     reason: str
-    gap: float = 0.0  # largest difference to plain rows in the self-check, nats per token
+    gap: float = 0.0  # largest difference to the model's own forward in the self-check, nats per token
     max_rows: int | None = None  # in a batch; None: any number
     # the LM head is one matrix product, whose gradients are computed slice by slice
     has_plain_head: bool = False
     kernel: str = "segments"  # of the forest's attention: segments, or flex for FlexAttention
     original: str | None = None  # the model's own attention, if it was switched to the forest
+    max_tokens: int | None = None  # of a chunk or a forest; None: any number
+    limited_by: str = ""  # why chunks are smaller than the run's, if they are
+    is_whole: bool = False  # rows are run by the model's own forward, not by its decoder and head
+
+    def remark(self, model: PreTrainedModel, verb: str = "run", *, is_requested: bool = False) -> str | None:
+        """One line for the log, where the model runs slower than in the forest; padded rows may be
+        requested.
+        """
+        what = f"{type(model).__name__} is {verb}"
+        if self.name == "forest":
+            return f"{what} with smaller chunks: {self.limited_by}." if self.limited_by else None
+        if self.max_rows == 1:
+            return f"{what} as plain rows, which is slower: {self.reason}."
+        return None if is_requested else f"{what} as plain padded rows, which is slower: {self.reason}."
 
 
-@torch.no_grad()
-def choose_attention(model: PreTrainedModel, requested: str = "auto", *, max_length: int) -> AttentionChoice:
+def choose_attention(
+    model: PreTrainedModel,
+    requested: str = "auto",
+    *,
+    max_length: int,
+    chunk_tokens: int | None = None,
+    run_tokens: int | None = None,
+    ways: Sequence[str] = (STREAM, FOREST),
+) -> AttentionChoice:
     """Switch the model to the forest if it is exact there for sequences up to `max_length`; else to plain
     rows.
 
-    Raises `ModelError` for a model that is not causal, and where `requested` is `forest` but it is not exact.
+    `chunk_tokens` are the most that the run has in a chunk or a forest, `run_tokens` those of the whole run,
+    which limit the cost of the check (see `check_rows.py`), and `ways` how it uses the forest. Lengths that
+    the config names and no row of the check reaches are in the reason; such a model is run one row at a time.
+    Raises `ModelError` for a model that is not causal, that fails on a plain row or is not on one device, and
+    where `requested` is `forest` but it is not exact.
     """
+    check_one_device(model)
     original = model.config._attn_implementation
     assert original != FOREST_ATTENTION, "a model's attention is chosen once"
-    completions = _check_completions(model, max_length)
-    expected = _plain_logps(model, completions)
-    length_problem = _length_dependent(model, max_length)
-    if not length_problem:
-        _check_causality(expected, model)
-    problem = "requested" if requested == "rows" else length_problem
-    if not problem:
-        for kernel in ("flex", "segments") if model.device.type == "cuda" else ("segments",):
-            problem, gap = _forest_problem(model, completions, expected, kernel)
-            if not problem:
-                return AttentionChoice(
-                    "forest",
-                    f"agrees with plain rows within {gap:.1e} nats per token",
-                    gap,
-                    has_plain_head=has_plain_head(model),
-                    kernel=kernel,
-                    original=original,
-                )
-        if model._can_set_attn_implementation():
-            model.set_attn_implementation(original)
-    if requested == "forest":
-        raise ModelError(
-            f"{type(model).__name__} cannot use forest attention: {problem}.\nUse `attention` auto or rows."
-        )
-    if length_problem:
-        return AttentionChoice("rows", f"{length_problem}, so one row at a time", max_rows=1)
-    if _compare(row_logps(model, completions), expected, model)[0]:
-        reason = f"{problem}; padding changes its results, so one row at a time"
-        return AttentionChoice("rows", reason, max_rows=1)
-    return AttentionChoice("rows", problem)
+    longest = min(max_length, _positions(model) or max_length)
+    chunk = chunk_tokens or SIZES.get(model.device.type, SIZES["cpu"])[-1]
+    run, most_length = Run(longest, chunk, run_tokens, len(ways)), longest
+    while True:
+        rows = _plan(model, run, most_length)
+        try:
+            return _choose(model, requested, _Check(rows, run, ways, _limits(model), original))
+        except RuntimeError as error:
+            if not is_out_of_memory(error, model.device):
+                raise
+            if not rows.long and not rows.filler:
+                raise ModelError(
+                    "out of memory on a few short sequences, before anything was scored.\n"
+                    "Use `dtype` bfloat16, or a device with more memory."
+                ) from error
+            most_length, run = rows.longest // 2, replace(run, chunk_tokens=max(1, run.chunk_tokens // 2))
 
 
 def score_completions(
@@ -90,144 +117,171 @@ def score_completions(
 ) -> Iterator[ScoringStep]:
     """Scores as they come, about as many tokens at a time as the budget says."""
     if attention.name == "forest":
+        budget.keep_below(attention.max_tokens)
         return score_forest(model, completions, budget, attention.kernel)
-    return score_rows(model, completions, budget, attention.max_rows)
+    return score_rows(model, completions, budget, attention.max_rows, is_whole=attention.is_whole)
 
 
-def _plain_logps(model: PreTrainedModel, completions: list[Completion]) -> list[torch.Tensor]:
-    """Token log-probs of each completion, run as one row by itself. Raises `ModelError`."""
+@dataclass(frozen=True)
+class _Check:
+    """What is checked, for which run."""
+
+    rows: CheckRows
+    run: Run
+    ways: Sequence[str]
+    limits: Sequence[Limit]
+    original: str  # attention
+
+
+def _plan(model: PreTrainedModel, run: Run, most_length: int) -> CheckRows:
+    """The rows of the check; none is so long that the model's own forward would not fit into memory."""
+    while most_length > 1 and not fits_into_memory(model, most_length):
+        most_length //= 2
+    return plan_rows(
+        model.config.get_text_config().vocab_size,
+        _limits(model),
+        run,
+        is_known_code=_is_known_code(model),
+        most_length=most_length,
+    )
+
+
+@torch.no_grad()
+def _choose(model: PreTrainedModel, requested: str, check: _Check) -> AttentionChoice:
+    expected = expect(model, check.rows.compared)
+    check_causality(model, check.rows.short[0], expected[0])
+    one_row = _why_one_row(model, check, expected)
+    problem = "requested" if requested == "rows" else one_row
+    if not problem:
+        found = _try_forest(model, check, expected)
+        if isinstance(found, AttentionChoice):
+            return found
+        problem = found
+    if requested == "forest":
+        raise ModelError(
+            f"{type(model).__name__} cannot use forest attention: {problem}.\nUse `attention` auto or rows."
+        )
+    return _choose_rows(model, check, expected, problem, one_row)
+
+
+def _why_one_row(model: PreTrainedModel, check: _Check, expected: Sequence[torch.Tensor]) -> str:
+    """Why rows cannot be run with others, whatever the way (empty if they may): their log-probs depend on
+    their own length, or are not checked at the lengths of the data.
+    """
+    rope = rope_limit(model.config)
+    if rope is not None and check.run.longest > rope.tokens:
+        return "its rotary embedding depends on the length of the row"
+    if unreached := check.rows.unreached:
+        names = ", ".join(map(str, unreached))
+        return (
+            f"rows of the data pass {names}, and a check of rows that long would cost more than it may, or "
+            "not fit into memory"
+        )
+    if depends_on_length(model, check.rows.short, expected[: len(check.rows.short)]):
+        named = [str(limit) for limit in check.limits if limit.kind == TOP_K]
+        because = f" (its config names {', '.join(named)})" if named else ""
+        return f"the log-prob of a token changes with the length of its row{because}"
+    return ""
+
+
+def _try_forest(
+    model: PreTrainedModel, check: _Check, expected: Sequence[torch.Tensor]
+) -> AttentionChoice | str:
+    """The forest with the largest chunks in which it is exact, or why it is not. Then the model has its own
+    attention again.
+    """
+    problem, limits, longest = "", check.limits, check.run.longest
+    largest = check.rows.chunk_tokens
+    # no chunk passes a length that the config names, and no row does
+    below = [limit.tokens - 1 for limit in limits if longest < limit.tokens <= largest]
+    is_chosen = False
     try:
-        logps = [row_logps(model, [completion])[0].cpu() for completion in completions]
-    except (KeyError, AttributeError, TypeError, NotImplementedError) as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be run as a decoder and a head ({first_line(error)}).\n"
-            "Give a text-only causal LM of another family."
-        ) from error
-    if not torch.cat(logps).isfinite().all():
-        raise ModelError(
-            f"{type(model).__name__} gives log-probs that are NaN or infinite.\n"
-            "Its weights may be damaged, or the dtype too small for it: try `dtype` float32."
-        )
-    return logps
+        if not use_forest_attention(model):
+            return "its code does not take another attention function"
+        for kernel in ("flex", "segments") if model.device.type == "cuda" else ("segments",):
+            for chunk in [largest, *below[:1]]:
+                failed, gap = forest_problem(model, check.rows, expected, check.ways, kernel, chunk)
+                if not failed:
+                    is_chosen = True
+                    return _forest_choice(model, check, gap, kernel, chunk)
+                problem = failed
+        return problem
+    finally:
+        if not is_chosen and model._can_set_attn_implementation():
+            model.set_attn_implementation(check.original)
 
 
-def _forest_problem(
-    model: PreTrainedModel, completions: list[Completion], expected: list[torch.Tensor], kernel: str
-) -> tuple[str, float]:
-    """Why the forest cannot be used (empty if it can), and the largest gap to the expected log-probs."""
-    if not use_forest_attention(model):
-        return "its code does not take another attention function", 0.0
-    largest = 0.0
-    try:
-        for logps in _forest_logps(model, completions, kernel):
-            problem, gap = _compare(logps, expected, model)
-            largest = max(largest, gap)
-            if problem:
-                return problem, largest
-        return "", largest
-    except PlanLostError:
-        return "its code does not pass the plan of the forest to its attention", largest
-    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
-        if is_out_of_memory(error, model.device):
-            raise ModelError(
-                "out of memory on a few short sequences, before anything was scored.\n"
-                "Use `dtype` bfloat16, or a device with more memory."
-            ) from error
-        # a model's code may fail in any way on an attention it does not know; plain rows still work
-        return f"its code does not take forest attention ({type(error).__name__})", largest
+def _forest_choice(
+    model: PreTrainedModel, check: _Check, gap: float, kernel: str, chunk: int
+) -> AttentionChoice:
+    """The forest, in chunks below each length that the config names and no chunk of the check passed."""
+    beyond = next((limit for limit in check.limits if limit.tokens > chunk), None)
+    max_tokens, cause = None, ""
+    if not _is_known_code(model):
+        max_tokens, cause = chunk, "its code is not that of transformers"
+    elif beyond is not None:
+        max_tokens, cause = beyond.tokens - 1, f"its config names {beyond}"
+    is_limited = max_tokens is not None and max_tokens < check.run.chunk_tokens
+    if is_limited:
+        cause += f", and more than {max_tokens:,} tokens at once are not exact, or not checked"
+    return AttentionChoice(
+        "forest",
+        f"agrees with plain rows within {gap:.1e} nats per token",
+        gap,
+        has_plain_head=has_plain_head(model),
+        kernel=kernel,
+        original=check.original,
+        max_tokens=max_tokens,
+        limited_by=cause if is_limited else "",
+    )
 
 
-def _forest_logps(
-    model: PreTrainedModel, completions: list[Completion], kernel: str
-) -> Iterator[list[torch.Tensor]]:
-    """Token log-probs of each completion: streamed in small chunks, in one chunk, and as one forest."""
-    num_tokens = sum(map(len, completions))
-    for size in (7 if num_tokens < 400 else 97, num_tokens):
-        steps = score_forest(model, completions, Budget(size, model.device, lambda _: None), kernel)
-        found = dict(entry for step in steps for entry in step.scores)
-        yield [torch.from_numpy(found[index].token_logps) for index in range(len(completions))]
-    forest = build_forest(completions)
-    hidden = run_forest(model, forest)[0][0]
-    head, vocab_size = head_of(model), model.config.get_text_config().vocab_size
-    yield [
-        token_logps(
-            hidden[forest.parents_L[target]],
-            head,
-            torch.from_numpy(forest.tokens_L[target]).to(model.device),
-            vocab_size,
-        )
-        for target in forest.targets
-    ]
+def _choose_rows(
+    model: PreTrainedModel, check: _Check, expected: Sequence[torch.Tensor], problem: str, one_row: str
+) -> AttentionChoice:
+    """Padded rows, one row at a time, or the model's own forward: the first that is exact."""
+    rows = check.rows.compared
+    top_k = [str(limit) for limit in check.limits if limit.kind == TOP_K and limit.tokens < check.run.longest]
+    if not one_row and top_k:
+        one_row = f"{problem}; it attends to few keys of a row ({', '.join(top_k)}), which padding may change"
+    if not one_row:
+        batches = [[*range(len(check.rows.short))]]
+        if check.rows.long:  # other rows padded to the longest
+            batches.append([len(rows) - 1, 0, len(check.rows.short) - 1])
+        if not any(rows_problem(model, rows, expected, batch)[0] for batch in batches):
+            return AttentionChoice("rows", problem)
+        one_row = f"{problem}; padding changes its results"
+    for index in range(len(rows)):
+        failed, _ = rows_problem(model, rows, expected, [index])
+        if failed:
+            reason = f"its forward is more than a decoder and a head: as these two, {failed}"
+            return AttentionChoice(
+                "rows",
+                f"{reason}; so its forward is run as a whole, one row at a time",
+                max_rows=1,
+                is_whole=True,
+            )
+    return AttentionChoice("rows", f"{one_row}, so one row at a time", max_rows=1)
 
 
-def _compare(
-    found: list[torch.Tensor], expected: list[torch.Tensor], model: PreTrainedModel
-) -> tuple[str, float]:
-    """How they differ beyond the model's rounding (empty if they do not), and the largest gap."""
-    gaps = torch.cat([(one.cpu() - other).abs() for one, other in zip(found, expected, strict=True)])
-    largest_allowed, mean_allowed = TOLERANCES[rounding_dtype(model)]
-    largest, mean = float(gaps.max()), float(gaps.mean())
-    if largest <= largest_allowed and mean <= mean_allowed:  # false for NaN
-        return "", largest
-    return f"it differs from plain rows by up to {largest:.2g} nats per token", largest
+def _limits(model: PreTrainedModel) -> list[Limit]:
+    return limits_of(model.config)
 
 
-def _check_causality(expected: list[torch.Tensor], model: PreTrainedModel) -> None:
-    """Raise `ModelError` where the first two check completions, which share their first 4 tokens, have other
-    log-probs there.
-    """
-    if _compare([expected[0][:4]], [expected[1][:4]], model)[0]:
-        raise ModelError(
-            f"{type(model).__name__} is not causal: the log-prob of a token changes with the tokens after "
-            "it.\n"
-            "Give a decoder-only model (for BERT-like checkpoints, one with is_decoder=true)."
-        )
+def _positions(model: PreTrainedModel) -> int | None:
+    """The most tokens of a row; None without a limit, for which some configs have -1."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None
 
 
-def _length_dependent(model: PreTrainedModel, max_length: int) -> str:
-    """Why rows of other lengths have other log-probs (empty if they do not): the rotary embedding depends on
-    the row's length.
-    """
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_layer_type = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    if not any(entry.get("rope_type") in ("dynamic", "longrope") for entry in by_layer_type):
-        return ""
-    trained = [entry.get("original_max_position_embeddings") for entry in by_layer_type] + [
-        config.max_position_embeddings
-    ]
-    if max_length <= min(length for length in trained if length):
-        return ""
-    return "its rotary embedding depends on the length of the row"
-
-
-def _check_completions(model: PreTrainedModel, max_length: int) -> list[Completion]:
-    """A few random completions: shared prompts, a shared start of the answer, a tree of its own, one longer
-    than the window.
-    """
-    config = model.config.get_text_config()
-    generator = np.random.default_rng(0)
-    ids = generator.integers(0, config.vocab_size, 4096 * 4).astype(np.uint32)
-    prompt, answer, other, rest = ids[:20], ids[20:32], ids[40:49], ids[100:]
-    longest = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
-    completions = [
-        Completion(prompt, answer),
-        Completion(prompt, np.concatenate([answer[:4], other])),
-        Completion(prompt[:9], rest[:15]),
-        Completion(prompt[:15], np.concatenate([prompt[15:], answer[:2]])),
-        Completion(rest[:3], rest[50:51]),
-    ]
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    for window in (window for window in windows if isinstance(window, int) and window < longest):
-        length = min(longest, window + 24)
-        sequence = np.resize(rest, length)
-        completions.append(Completion(sequence[: length - 20], sequence[length - 20 :]))
-    # the same cut for all, so that shared prefixes stay shared
-    room = max(1, longest - max(completion.num_tokens for completion in completions))
-    return [
-        Completion(
-            completion.prompt_ids[-room:],
-            completion.completion_ids[: longest - min(room, len(completion.prompt_ids))],
-        )
-        for completion in completions
-    ]
+def _is_known_code(model: PreTrainedModel) -> bool:
+    """Whether the model and its parts are transformers' own classes, with their own `forward`."""
+    modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    kinds = {type(module) for module in modules}
+    places = {place for kind in kinds for place in (kind.__module__, kind.forward.__module__)}
+    is_replaced = any(
+        # not by this package, and not by accelerate, which calls the old one
+        "forward" in module.__dict__ and not is_patched(module) and not hasattr(module, "_hf_hook")
+        for module in modules
+    )
+    return not is_replaced and all(place.startswith("transformers.") for place in places)

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import DpoCacheError, ModelError, TrainingError
+from dpo_cache.lm.check_logps import FOREST
 from dpo_cache.lm.kernels.onednn_linear import CLEAR_SPEEDUP
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.adapter import (
@@ -24,16 +25,18 @@ from dpo_cache.lm.model.adapter import (
     can_be_switched_off,
     check_mergeable,
     is_identity_at_init,
-    load_adapter,
     locate_checkpoint,
     lora_config,
     read_adapter_config,
 )
-from dpo_cache.lm.model.identity import reference_identity
+from dpo_cache.lm.model.adapter_weights import load_adapter
+from dpo_cache.lm.model.identity import identity_as_recorded
 from dpo_cache.lm.model.load import load_base, load_config
+from dpo_cache.lm.policy import default_micro_tokens
 from dpo_cache.lm.prepare import in_eval_mode, prepared
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.log import Log
+from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.losses import LossOptions
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import Cache, PairSet
@@ -41,6 +44,7 @@ from dpo_cache.store.format.checks import check_details
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document
 from dpo_cache.training.batches import held_out
+from dpo_cache.training.lengths import measure_rows
 from dpo_cache.training.loaded import LoadedPolicy, adds_adapter
 
 if TYPE_CHECKING:
@@ -170,7 +174,7 @@ def open_policy(
         model = loaded.place(dtype, device, None if is_adapted else checkpoint)
     else:
         model = _load_model(options, parts, precision, dtype, device)
-    adapted = _adapt(options, model, parts) if is_adapted else None
+    adapted = _adapt(options, model, parts, log) if is_adapted else None
     offloads = options.offload_activations
     with (
         in_eval_mode(model),
@@ -183,7 +187,7 @@ def open_policy(
             model=model,
             location=location,
             tokenizer=tokenizer,
-            attention=choose_attention(model, "auto", max_length=made_with["max_length"]),
+            attention=_choose_attention(options, data, model),
             precision=precision,
             linear=run.linear,
             recomputation=run.recomputation,
@@ -191,6 +195,27 @@ def open_policy(
             adapted=adapted,
             remarks=() if checkpoint else _find_remarks(options, made_with, adapted, parts),
         )
+
+
+def _choose_attention(options: TrainOptions, data: TrainingPairs, model: PreTrainedModel) -> AttentionChoice:
+    """How the model is run over the rows of both pair sets, in forests as large as the run's."""
+    pair_sets = [data.pairs]
+    if data.eval_pairs is not None and data.eval_pairs is not data.pairs:
+        pair_sets.append(data.eval_pairs)
+    rows = measure_rows(pair_sets, model.config)
+    budget = number_or_auto("budget_tokens", options.budget_tokens)
+    num_pairs = options.epochs * data.num_pairs
+    if options.max_steps is not None:
+        num_pairs = min(num_pairs, options.max_steps * options.batch_size)
+    return choose_attention(
+        model,
+        max_length=rows.longest,
+        chunk_tokens=max(budget, rows.longest)
+        if budget
+        else max(default_micro_tokens(model.device), 2 * rows.longest),  # a pair is not split
+        run_tokens=int(rows.pair_tokens * num_pairs),
+        ways=(FOREST,),
+    )
 
 
 def _load_model(
@@ -221,23 +246,31 @@ def _compare_origin(
     is_imported = "imported" in reference
 
     @call_once
-    def identify(location: str, revision: str | None) -> Document:
+    def identify(location: str, revision: str | None, scored_in: torch.dtype) -> Document:
+        trusted = options.trust_remote_code
         if loaded is not None:
-            return loaded.identify(dtype, trust_remote_code=options.trust_remote_code)
-        config = load_config(location, revision=revision, trust_remote_code=options.trust_remote_code)
-        return reference_identity(
-            location, config, torch.float32, revision=revision, quantize=options.quantize
+            return loaded.identify(dtype, reference, scored_in, trust_remote_code=trusted)
+        config = load_config(location, revision=revision, trust_remote_code=trusted)
+        return identity_as_recorded(
+            reference,
+            location,
+            config,
+            scored_in,
+            revision=revision,
+            quantize=options.quantize,
+            trust_remote_code=trusted,
         )
 
     def compare(model: tuple[str, str | None]) -> tuple[str, ...]:  # the dtype is a choice of the run
-        return tuple(differing_fields(reference, {**identify(*model), "dtype": reference["dtype"]}))
+        live = identify(*model, getattr(torch, reference["dtype"]))
+        return tuple(differing_fields(reference, {**live, "dtype": reference["dtype"]}))
 
     differing = compare(start) if start and not is_imported else ()
     return Origin(
         is_reference=start is not None and not is_imported and not differing,
         differing=differing,
         base_is_reference=base is not None and not is_imported and not compare(base),
-        base_weights=identify(*base)["weights"] if base else None,
+        base_weights=identify(*base, torch.float32)["weights"] if base else None,
     )
 
 
@@ -286,7 +319,9 @@ def _check_adapter(
     return is_new or is_saved
 
 
-def _adapt(options: TrainOptions, model: PreTrainedModel, parts: CheckpointLocation) -> PeftModel:
+def _adapt(
+    options: TrainOptions, model: PreTrainedModel, parts: CheckpointLocation, log: Log
+) -> PeftModel:
     """Put the saved adapter into the model, or a fresh one."""
     if parts.adapter is not None:
         adapted = load_adapter(model, parts.adapter, is_trainable=True)
@@ -296,7 +331,7 @@ def _adapt(options: TrainOptions, model: PreTrainedModel, parts: CheckpointLocat
         else:
             config = read_adapter_config(str(options.peft_config))
         config.revision = parts.base_revision
-        adapted = add_adapter(model, config, seed=options.seed)
+        adapted = add_adapter(model, config, seed=options.seed, log=log)
     if options.merge_adapter:
         check_mergeable(adapted)
     return adapted

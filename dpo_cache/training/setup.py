@@ -25,6 +25,7 @@ from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import open_cache
 from dpo_cache.training.batches import count_shared
 from dpo_cache.training.evaluations import Schedule, schedule_of
+from dpo_cache.training.gradient_check import GradientCheck
 from dpo_cache.training.inputs import TrainedModel, TrainingPairs, open_pairs, open_policy
 from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.optim.optimizers import make_optimizer
@@ -77,13 +78,7 @@ class Setup:
 
     def policy_model(self) -> PolicyModel:
         """The policy as one module that computes what the objective needs."""
-        return PolicyModel(
-            self.policy.model,
-            self.policy.attention,
-            precision=self.policy.precision,
-            with_squares=self.objective.wpo != "off",
-            with_routing=bool(self.objective.router_coefficient),
-        )
+        return _policy_model(self.policy, self.objective)
 
     def config(self) -> dict[str, Any]:
         """The content of config.json: every option, and the resolved values."""
@@ -117,11 +112,8 @@ class Setup:
     def log_remarks(self) -> None:
         """Log remarks on slow or useless choices before the first step."""
         policy, data, options = self.policy, self.data, self.options
-        if policy.attention.name == "rows":
-            self.log(
-                f"{type(policy.model).__name__} is trained on plain padded rows, which is slower: "
-                f"{policy.attention.reason}."
-            )
+        if remark := policy.attention.remark(policy.model, "trained"):
+            self.log(remark)
         if self.checkpoint is None and not any(self.lr(step) for step in range(min(self.total_steps, 1000))):
             self.log(
                 f"nothing will be learned: the warm-up (`warmup_ratio` {options.warmup_ratio}) takes all "
@@ -161,14 +153,15 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
         parameters = list(policy.model.parameters())
         optimizer = _make_optimizer(options, policy.model, checkpoint)
         coefficient = router_coefficient(policy.model, options.router_aux_loss_coef)
+        objective = objective_of(options, coefficient)
         yield Setup(
             options=options,
             log=log,
             device=device,
             data=data,
             policy=policy,
-            objective=objective_of(options, coefficient),
-            step_memory=_plan_memory(options, policy, position, log),
+            objective=objective,
+            step_memory=_plan_memory(options, policy, objective, position, log),
             optimizer=optimizer,
             in_backward=OptimizerInBackward(optimizer) if options.free_gradients else None,
             total_steps=_count_steps(options, steps_per_epoch),
@@ -181,7 +174,9 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
         )
 
 
-def _plan_memory(options: TrainOptions, policy: TrainedModel, position: RunPosition, log: Log) -> StepMemory:
+def _plan_memory(
+    options: TrainOptions, policy: TrainedModel, objective: Objective, position: RunPosition, log: Log
+) -> StepMemory:
     memory = StepMemory(
         policy.model,
         policy.recomputation,
@@ -190,10 +185,23 @@ def _plan_memory(options: TrainOptions, policy: TrainedModel, position: RunPosit
         log,
         precision=policy.precision,
         is_deterministic=options.deterministic,
+        most_tokens=policy.attention.max_tokens,
     )
     if position.step_memory:
         memory.restore(position.step_memory)
+    memory.use_right_modes(GradientCheck(_policy_model(policy, objective), policy.recomputation).problem)
     return memory
+
+
+def _policy_model(policy: TrainedModel, objective: Objective) -> PolicyModel:
+    """The policy as one module that computes what the objective needs."""
+    return PolicyModel(
+        policy.model,
+        policy.attention,
+        precision=policy.precision,
+        with_squares=objective.wpo != "off",
+        with_routing=bool(objective.router_coefficient),
+    )
 
 
 def _make_optimizer(options: TrainOptions, model: PreTrainedModel, checkpoint: Path | None) -> Updater:

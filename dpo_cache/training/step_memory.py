@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
@@ -24,7 +24,8 @@ class StepMemory:
     """Steps run `micro_tokens` at once, pairs of more than `pair_tokens` one answer at a time, under `mode`.
 
     All three change when memory runs out, but not the result of the step. `micro_tokens` None: as many as
-    keep the device busy; then a longer pair is run whole as long as memory suffices, which is faster.
+    keep the device busy; then a longer pair is run whole as long as memory suffices, which is faster. No
+    forest has more than `most_tokens`.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class StepMemory:
         *,
         precision: str = "fp32",
         is_deterministic: bool = False,
+        most_tokens: int | None = None,
     ):
-        self.micro_tokens = micro_tokens or default_micro_tokens(model.device)
+        self._most_tokens = math.inf if most_tokens is None else most_tokens
+        self.micro_tokens = int(min(micro_tokens or default_micro_tokens(model.device), self._most_tokens))
         self._requested = [micro_tokens, requested]
         self._is_fixed, self._log, self._device = requested != "auto", log, model.device
         self._recomputation = recomputation
@@ -50,6 +53,8 @@ class StepMemory:
         self.pair_tokens: float = micro_tokens or math.inf
         if not micro_tokens and not is_deterministic:
             self.pair_tokens = max(self.micro_tokens, _tokens_that_fit(model, self.mode))
+        self.pair_tokens = min(self.pair_tokens, self._most_tokens)
+        self._problem_of: Callable[[str], str] = lambda _: ""
         if not self._recomputation.num_layers and requested not in ("auto", "none"):
             log(
                 f"`gradient_checkpointing` {requested} has no effect: {type(model).__name__} has no "
@@ -68,9 +73,24 @@ class StepMemory:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue with the values of `state`, unless other options are given now."""
         if state["requested"] == self._requested:
-            self.micro_tokens = state["micro_tokens"]
-            self.pair_tokens = math.inf if state["pair_tokens"] is None else state["pair_tokens"]
+            self.micro_tokens = int(min(state["micro_tokens"], self._most_tokens))
+            pair_tokens = math.inf if state["pair_tokens"] is None else state["pair_tokens"]
+            self.pair_tokens = min(pair_tokens, self._most_tokens)
             self._recomputation.mode = state["mode"]
+
+    def use_right_modes(self, problem_of: Callable[[str], str]) -> None:
+        """From now on recompute only in modes of which `problem_of` finds no problem; if it finds one of the
+        present mode, continue with another, and log that.
+        """
+        self._problem_of = problem_of
+        if problem := problem_of(self.mode):
+            place = MODES.index(self.mode)
+            others = [*MODES[place + 1 :], *reversed(MODES[:place])]
+            right = next(mode for mode in others if mode == "none" or not problem_of(mode))
+            self._log(
+                f"`gradient_checkpointing` {self.mode} {problem} on a short pair; continuing with {right}."
+            )
+            self._recomputation.mode = right
 
     @property
     def mode(self) -> str:
@@ -87,8 +107,10 @@ class StepMemory:
         # of MPS, its own message
         problem = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
         less = [mode for mode in self._ladder if MODES.index(mode) > MODES.index(self.mode)]
-        if not self._is_fixed and self._recomputation.num_layers and less:
-            self._recomputation.mode = less[0]
+        if self._is_fixed or not self._recomputation.num_layers:
+            less = []
+        if right := next((mode for mode in less if not self._problem_of(mode)), None):
+            self._recomputation.mode = right
             change = f"`gradient_checkpointing` {self.mode}"
         elif self.pair_tokens > self.micro_tokens:
             self.pair_tokens = self.micro_tokens

@@ -13,8 +13,8 @@ import dpo_cache
 from dpo_cache.errors import ModelError, NotInCacheError, OptionError, StorageError
 from dpo_cache.evaluation import EvalReport, scoring
 from dpo_cache.exchange import export_pairs, import_pairs
+from dpo_cache.lm.check_rows import short_rows
 from dpo_cache.lm.progress import ScoringProgress
-from dpo_cache.lm.self_check import _check_completions
 from dpo_cache.store import open_cache
 from dpo_cache.types import Score, ScoredPair
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
@@ -317,7 +317,7 @@ def test_another_tokenizer_of_as_many_tokens_gives_a_remark(
 def test_log_probs_that_are_not_finite_name_their_rows(model_folder: str, tmp_path: Path) -> None:
     checked = {
         int(token)
-        for completion in _check_completions(make_llama(), 1024)
+        for completion in short_rows(make_llama().config.vocab_size, 1024)
         for token in completion.sequence_ids
     }
     letter = next(

@@ -9,7 +9,8 @@ from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.self_check import TOLERANCES, AttentionChoice, choose_attention, score_completions
+from dpo_cache.lm.check_logps import TOLERANCES
+from dpo_cache.lm.self_check import AttentionChoice, choose_attention, score_completions
 from dpo_cache.types import Completion
 from tests.conftest import make_completions, make_llama, naive_token_logps
 from tests.lm.families import TINY, make_model
@@ -156,7 +157,7 @@ def test_memory_that_ends_in_the_self_check_is_no_reason_for_plain_rows(
     def run_out(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("dpo_cache.lm.self_check.score_forest", run_out)
+    monkeypatch.setattr("dpo_cache.lm.check_logps.score_forest", run_out)
     with pytest.raises(ModelError, match="out of memory on a few short sequences"):
         choose_attention(make_llama(), max_length=64)
 

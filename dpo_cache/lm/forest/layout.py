@@ -86,6 +86,19 @@ def count_forest_tokens(completions: Sequence[Completion]) -> int:
     return sum(map(len, completions)) - int(shared.sum())
 
 
+def split_by_tokens(completions: Sequence[Completion], most_tokens: int) -> list[Sequence[Completion]]:
+    """The completions, in their order, in parts whose forests have at most so many tokens; a completion that
+    has more is a part by itself.
+    """
+    parts: list[Sequence[Completion]] = []
+    start = 0
+    for end in range(1, len(completions) + 1):
+        if end - start > 1 and count_forest_tokens(completions[start:end]) > most_tokens:
+            parts.append(completions[start : end - 1])
+            start = end - 1
+    return [*parts, completions[start:]]
+
+
 def sort_completions(completions: Sequence[Completion]) -> tuple[list[int], np.ndarray]:
     """The order in which neighbours share their longest prefixes, and how many tokens each shares with the
     one before it.
@@ -97,16 +110,16 @@ def sort_completions(completions: Sequence[Completion]) -> tuple[list[int], np.n
     order = sorted(range(len(keys)), key=keys.__getitem__)
     shared = np.zeros(len(keys), np.int64)
     for place, neighbours in enumerate(pairwise(order), 1):
-        shared[place] = _shared_prefix(*(np.frombuffer(keys[index], np.uint32) for index in neighbours))
+        shared[place] = shared_prefix(*(np.frombuffer(keys[index], np.uint32) for index in neighbours))
     return order, shared
 
 
-def concat_int64(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays).astype(np.int64) if arrays else np.empty(0, np.int64)
-
-
-def _shared_prefix(one: np.ndarray, other: np.ndarray) -> int:
+def shared_prefix(one: np.ndarray, other: np.ndarray) -> int:
     """How many leading tokens two sequences have in common."""
     shortest = min(len(one), len(other))
     differs = one[:shortest] != other[:shortest]
     return int(differs.argmax()) if differs.any() else shortest
+
+
+def concat_int64(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays).astype(np.int64) if arrays else np.empty(0, np.int64)

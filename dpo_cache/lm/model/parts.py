@@ -35,9 +35,11 @@ def head_of(model: PreTrainedModel) -> Head:
 
     Calls a view of the model that shares its modules, but whose decoder returns the given hidden states.
     """
-    decoder = _GivenHidden()
+    decoder = _GivenHidden(decoder_of(model))
     view = copy.copy(model)
     view._modules = {**model._modules, _decoder_name(model): decoder}
+    # a `forward` that was set on the model, as accelerate does, would call the model instead of the view
+    view.__dict__.pop("forward", None)
 
     def head(hidden_TD: torch.Tensor) -> torch.Tensor:
         decoder.hidden = hidden_TD[None]
@@ -62,7 +64,18 @@ def _decoder_name(model: PreTrainedModel) -> str:
 
 
 class _GivenHidden(torch.nn.Module):
+    """In place of a decoder: returns the hidden states that it is given. Its other attributes are those of the
+    decoder, where some heads find a factor.
+    """
+
     hidden: torch.Tensor | None = None
+
+    def __init__(self, decoder: torch.nn.Module):
+        super().__init__()
+        self.__dict__["_decoder"] = decoder  # not as a module of this one
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_decoder"], name)
 
     @property
     def decoder(self) -> _GivenHidden:  # some families call `self.model.decoder`
@@ -80,3 +93,8 @@ class _HiddenOnly(BaseModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, int) and key > 0:
+            raise IndexError("its LM head reads more than the last hidden states of its decoder")
+        return super().__getitem__(key)

@@ -18,7 +18,8 @@ from dpo_cache.lm.model.load import load_config, load_model
 from dpo_cache.lm.model.parts import has_plain_head
 from dpo_cache.lm.model.quantization import rounding_dtype
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.self_check import TOLERANCES, AttentionChoice, choose_attention
+from dpo_cache.lm.check_logps import TOLERANCES
+from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.precomputing.rescore import rescore
 from dpo_cache.store.upkeep.commands import precompute_line
 from dpo_cache.types import QUANTIZATION_FIELDS, quantization_name

@@ -1,0 +1,190 @@
+"""Log-probs of the self-check's rows: by the model's own forward, in each other way, and how they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from dpo_cache.errors import ModelError, first_line
+from dpo_cache.lm.budget import Budget, is_out_of_memory
+from dpo_cache.lm.check_rows import CheckRows
+from dpo_cache.lm.forest.attention import PlanLostError
+from dpo_cache.lm.forest.layout import build_forest, shared_prefix, split_by_tokens
+from dpo_cache.lm.kernels.head import token_logps
+from dpo_cache.lm.model.parts import head_of
+from dpo_cache.lm.model.quantization import rounding_dtype
+from dpo_cache.lm.own_forward import own_logps
+from dpo_cache.lm.rows import row_logps
+from dpo_cache.lm.scoring import run_forest, score_forest
+from dpo_cache.types import TOKEN_TOLERANCES, Completion
+
+# between the model's own forward and any other way
+TOLERANCES = {getattr(torch, name): gaps for name, gaps in TOKEN_TOLERANCES.items()}
+
+STREAM, FOREST = "stream", "forest"  # how a run uses the forest: in chunks to score, in one row to train
+SMALL_CHUNK, MEDIUM_CHUNK = 23, 97  # tokens: short rows are cut into several chunks
+NEAR_TOKENS = 256  # rows up to this length, too
+
+# What a model's code may raise on an attention, a mask or a shape that it does not know; a lack of memory is
+# a `RuntimeError`, too.
+FAILURES = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError)
+
+Problem = tuple[str, float]  # why a way cannot be used (empty if it can), and the largest gap, nats a token
+
+
+def expect(model: PreTrainedModel, completions: Sequence[Completion]) -> list[torch.Tensor]:
+    """Token log-probs of each completion by the model's own forward, one plain row each. Raises
+    `ModelError`.
+    """
+    try:
+        logps = [own_logps(model, completion) for completion in completions]
+    except FAILURES as error:
+        raise_out_of_memory(error, model)
+        raise ModelError(
+            f"{type(model).__name__} fails on a row of plain tokens ({type(error).__name__}: "
+            f"{first_line(error)}).\nGive a text-only causal LM of another family."
+        ) from error
+    if not torch.cat(logps).isfinite().all():
+        raise ModelError(
+            f"{type(model).__name__} gives log-probs that are NaN or infinite.\n"
+            "Its weights may be damaged, or the dtype too small for it: try `dtype` float32."
+        )
+    return logps
+
+
+def check_causality(model: PreTrainedModel, completion: Completion, expected: torch.Tensor) -> None:
+    """Raise `ModelError` where other tokens at the end of the row change log-probs at the start of its
+    answer. The length of the row stays the same: see `depends_on_length`.
+    """
+    kept = min(4, completion.num_tokens - 1)
+    if not kept:
+        return
+    others = np.concatenate([completion.completion_ids[:kept], completion.completion_ids[kept:][::-1]])
+    others[-1] = completion.prompt_ids[0]
+    (changed,) = expect(model, [Completion(completion.prompt_ids, others)])
+    if not compare([changed[:kept]], [expected[:kept]], model)[0]:
+        return
+    if compare(expect(model, [completion]), [expected], model)[0]:
+        raise ModelError(
+            f"{type(model).__name__} gives other log-probs for the same row each time.\n"
+            "Give a model whose forward draws no random numbers, or set its seed in the config."
+        )
+    raise ModelError(
+        f"{type(model).__name__} is not causal: the log-prob of a token changes with the tokens after it.\n"
+        "Give a decoder-only model (for BERT-like checkpoints, one with is_decoder=true)."
+    )
+
+
+def depends_on_length(
+    model: PreTrainedModel, rows: Sequence[Completion], expected: Sequence[torch.Tensor]
+) -> bool:
+    """Whether rows that begin alike, and are longer or shorter, have other log-probs at the same tokens."""
+    for (one, one_logps), (other, other_logps) in combinations(zip(rows, expected, strict=True), 2):
+        starts = len(one.prompt_ids), len(other.prompt_ids)
+        first, end = max(starts), shared_prefix(one.sequence_ids, other.sequence_ids)
+        if first < end and len(one) != len(other):
+            both = (
+                [one_logps[first - starts[0] : end - starts[0]]],
+                [other_logps[first - starts[1] : end - starts[1]]],
+            )
+            if compare(*both, model)[0]:
+                return True
+    return False
+
+
+def forest_problem(
+    model: PreTrainedModel,
+    rows: CheckRows,
+    expected: Sequence[torch.Tensor],
+    ways: Sequence[str],
+    kernel: str,
+    chunk_tokens: int,
+) -> Problem:
+    """Why a model that is switched to forest attention cannot be run with it, in chunks up to this size."""
+    largest = 0.0
+    try:
+        for logps in _forest_logps(model, rows, ways, kernel, chunk_tokens):
+            problem, gap = compare(logps, expected[: len(logps)], model)
+            largest = max(largest, gap)
+            if problem:
+                return problem, largest
+        return "", largest
+    except PlanLostError:
+        return "its code does not pass the plan of the forest to its attention", largest
+    except FAILURES as error:
+        raise_out_of_memory(error, model)
+        return f"its code does not take forest attention ({type(error).__name__})", largest
+
+
+def rows_problem(
+    model: PreTrainedModel,
+    rows: Sequence[Completion],
+    expected: Sequence[torch.Tensor],
+    batch: Sequence[int],
+) -> Problem:
+    """Why the decoder and the head cannot run these rows as one padded batch."""
+    try:
+        found = row_logps(model, [rows[index] for index in batch])
+    except (*FAILURES, ModelError) as error:
+        raise_out_of_memory(error, model)
+        return f"it cannot be run as a decoder and a head ({first_line(error)})", 0.0
+    return compare(found, [expected[index] for index in batch], model)
+
+
+def compare(
+    found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], model: PreTrainedModel
+) -> Problem:
+    """How they differ beyond the model's rounding."""
+    gaps = torch.cat([(one.cpu() - other).abs() for one, other in zip(found, expected, strict=True)])
+    largest_allowed, mean_allowed = TOLERANCES[rounding_dtype(model)]
+    largest, mean = float(gaps.max()), float(gaps.mean())
+    if largest <= largest_allowed and mean <= mean_allowed:  # false for NaN
+        return "", largest
+    return f"it differs from plain rows by up to {largest:.2g} nats per token", largest
+
+
+def raise_out_of_memory(error: BaseException, model: PreTrainedModel) -> None:
+    """Raise the error again if it is a lack of memory, which says nothing about the model's code."""
+    if is_out_of_memory(error, model.device):
+        raise error
+
+
+def _forest_logps(
+    model: PreTrainedModel, rows: CheckRows, ways: Sequence[str], kernel: str, chunk_tokens: int
+) -> Iterator[list[torch.Tensor]]:
+    """Token log-probs of the first rows of the check: streamed in small chunks, in chunks as large as the
+    run's, and as whole forests of that size. Long rows are run only in the ways that the run uses.
+    """
+    near = [*rows.short, *(row for row in rows.long if len(row) <= NEAR_TOKENS)]
+    small = SMALL_CHUNK if sum(map(len, near)) < 4 * MEDIUM_CHUNK else MEDIUM_CHUNK
+    yield _streamed(model, near, small, kernel=kernel)
+    for way, run in ((STREAM, partial(_streamed, kernel=kernel)), (FOREST, _as_forests)):
+        front, compared = (rows.filler, rows.compared) if way in ways else ([], near)
+        yield run(model, [*front, *compared], chunk_tokens)[len(front) :]
+
+
+def _streamed(
+    model: PreTrainedModel, completions: list[Completion], chunk_tokens: int, *, kernel: str
+) -> list[torch.Tensor]:
+    steps = score_forest(model, completions, Budget(chunk_tokens, model.device, lambda _: None), kernel)
+    found = dict(entry for step in steps for entry in step.scores)
+    return [torch.from_numpy(found[index].token_logps) for index in range(len(completions))]
+
+
+def _as_forests(
+    model: PreTrainedModel, completions: list[Completion], most_tokens: int
+) -> list[torch.Tensor]:
+    head, vocab_size = head_of(model), model.config.get_text_config().vocab_size
+    logps = []
+    for part in split_by_tokens(completions, most_tokens):
+        forest = build_forest(part)
+        hidden_LD = run_forest(model, forest)[0][0]
+        for target in forest.targets:
+            targets_T = torch.from_numpy(forest.tokens_L[target]).to(model.device)
+            logps.append(token_logps(hidden_LD[forest.parents_L[target]], head, targets_T, vocab_size))
+    return logps

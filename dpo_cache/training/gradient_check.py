@@ -1,0 +1,119 @@
+"""Whether recomputed activations give the gradient that kept ones give, on one short pair.
+
+A model's code may do something in its forward pass that a second one does not repeat, such as changing a
+tensor in place or keeping a value for a later layer. Then the loss is right, and the gradient is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import torch
+
+from dpo_cache.errors import first_line
+from dpo_cache.lm.budget import is_out_of_memory
+from dpo_cache.lm.check_rows import short_rows
+from dpo_cache.lm.memory.recompute import Recomputation
+from dpo_cache.lm.policy import PolicyModel
+
+# Largest gap between two gradients of a parameter that rounding explains, relative to its norm, and relative
+# to that of all parameters (for gradients that are nothing but rounding): in float32, and in 16 bits.
+TOLERANCES = {"fp32": (1e-3, 1e-5), "16 bits": (5e-2, 1e-3)}
+
+
+@dataclass
+class Sketch:
+    """A parameter's gradient, in the numbers that are compared: its norm, and its sums over all dimensions
+    but one.
+    """
+
+    norm: float
+    sums: torch.Tensor
+
+    def gap(self, other: Sketch) -> float:
+        return float((self.sums - other.sums).norm())
+
+
+@dataclass
+class GradientCheck:
+    """Compares modes of recomputation on a pair of made-up answers; no gradient is left behind."""
+
+    policy: PolicyModel
+    recomputation: Recomputation
+    _problems: dict[str, str] = field(default_factory=dict)
+
+    def problem(self, mode: str) -> str:
+        """How the mode's gradient is wrong; empty if it is that of *none*, or if memory does not suffice for
+        the pair.
+        """
+        if mode == "none" or not self.recomputation.num_layers:
+            return ""
+        if mode not in self._problems:
+            try:
+                self._problems[mode] = self._compare(self._gradient(mode))
+            except RuntimeError as error:
+                is_memory = is_out_of_memory(error, self.policy.model.device)
+                self._problems[mode] = "" if is_memory else f"fails ({first_line(error)})"
+        return self._problems[mode]
+
+    def _compare(self, found: dict[str, Sketch]) -> str:
+        dtype = self.policy.model.dtype
+        is_fp32 = self.policy.precision == "fp32" and dtype == torch.float32
+        of_own, of_all = TOLERANCES["fp32" if is_fp32 else "16 bits"]
+        norm = sum(sketch.norm**2 for sketch in self._expected.values()) ** 0.5
+        for name, expected in self._expected.items():
+            gap = found[name].gap(expected) if name in found else expected.norm
+            if not gap <= of_own * expected.norm + of_all * norm:
+                return f"gives another gradient than none ({name}: by {gap:.2g} of {expected.norm:.2g})"
+        return ""
+
+    @cached_property
+    def _expected(self) -> dict[str, Sketch]:
+        return self._gradient("none")
+
+    def _gradient(self, mode: str) -> dict[str, Sketch]:
+        """Sketches of the gradient of a loss that raises one answer and lowers the other, by parameter."""
+        model, before = self.policy.model, self.recomputation.mode
+        found: dict[str, Sketch] = {}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(_take, name, found))
+            for name, parameter in trained.items()
+        ]
+        self.recomputation.mode = mode
+        try:
+            rows = short_rows(model.config.get_text_config().vocab_size, 64)[:2]
+            (logps,) = self.policy([rows])
+            loss = (logps.sums() * torch.tensor([0.5, -0.4], device=logps.tokens_T.device)).sum()
+            if logps.routing is not None:
+                loss = loss + logps.routing.probs_E.square().sum()
+            loss.backward()
+        finally:
+            self.recomputation.mode = before
+            for hook in hooks:
+                hook.remove()
+            for parameter in trained.values():
+                parameter.grad = None
+        return found
+
+
+@torch.no_grad()
+def _take(name: str, found: dict[str, Sketch], parameter: torch.Tensor) -> None:
+    """Replace the gradient by its sketch, and add that to an earlier one."""
+    assert parameter.grad is not None
+    gradient = parameter.grad.float()
+    sums = [
+        gradient.sum([other for other in range(gradient.ndim) if other != dim])
+        if gradient.ndim > 1
+        else gradient
+        for dim in range(gradient.ndim)
+    ]
+    sketch = Sketch(
+        float(gradient.norm()), torch.cat([one.flatten() for one in sums] or [gradient.flatten()])
+    )
+    parameter.grad = None
+    if name in found:
+        before = found[name]
+        sketch = Sketch(before.norm + sketch.norm, before.sums + sketch.sums)
+    found[name] = sketch
