@@ -253,6 +253,7 @@ def precompute(
     budget_tokens: int | str = 'auto',
     dry_run: bool = False,
     attention: Literal["auto", "forest", "rows"] = 'auto',
+    audit: int | str = 'auto',
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
     on_survey: OnSurvey | None = None,
     on_progress: OnProgress | None = None,

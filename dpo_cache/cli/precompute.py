@@ -105,6 +105,7 @@ def _print_report(report: PrecomputeReport) -> None:
         ("  distinct", count(report.distinct_completions)),
         ("  already cached", count(report.already_cached)),
         ("  scored now", count(report.scored_now)),
+        ("  audited", _audited(report)),
         ("tokens in the data", count(report.data_tokens)),
         ("tokens run", f"{count(report.model_tokens)}{_share(report)}"),
         ("time", f"{format_seconds(report.elapsed_s)} ({report.pairs_per_s:.1f} pairs/s)"),
@@ -118,6 +119,12 @@ def _print_report(report: PrecomputeReport) -> None:
     for name in report.pair_sets:
         model = ["--model", report.start_from] if report.start_from else []
         print(f"  {train_line(report.cache, name, *model)}")
+
+
+def _audited(report: PrecomputeReport) -> str:
+    if report.audit_largest_gap is None:
+        return "0"
+    return f"{count(report.audited)} (largest gap {report.audit_largest_gap:.1e} nats a token)"
 
 
 def _share(report: PrecomputeReport) -> str:

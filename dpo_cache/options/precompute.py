@@ -19,6 +19,7 @@ from dpo_cache.options.base import (
 TRUNCATIONS = ("keep-start", "keep-end", "prompt-left", "drop")
 FORMATS = ("auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "ranked")
 RANKED_PAIRS = ("all", "best")
+AUDIT_INTERVAL = 500  # under auto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +100,30 @@ class PrecomputeOptions(Options):
         choices=ATTENTIONS,
     )
 
+    audit: str = option(
+        "auto",
+        "Completions that are scored a second time, by the model's own forward on one row, before scores are "
+        "kept: auto (the longest, and 1 in 500 but at least 8), 1 in how many, or off.",
+    )
+
     def check(self) -> None:
+        audit_interval(self.audit)
         check_prompt_length(self.max_prompt_length, self.truncation, self.max_length)
         renamed_columns(self.map)
         number_or_auto("budget_tokens", self.budget_tokens)
+
+
+def audit_interval(value: str) -> int | None:
+    """One in how many completions is audited at random; None for `off`. Raises `OptionError`."""
+    if value == "off":
+        return None
+    if value == "auto":
+        return AUDIT_INTERVAL
+    if not value.isdecimal() or int(value) < 1:
+        raise OptionError(
+            f"`audit` {value}: expected auto, off or a number N, to audit one completion in N (1: all)."
+        )
+    return int(value)
 
 
 def check_prompt_length(max_prompt_length: int | None, truncation: str, max_length: int) -> None:

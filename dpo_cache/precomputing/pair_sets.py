@@ -10,21 +10,29 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_cache import data
 from dpo_cache.log import Log
+from dpo_cache.precomputing.audit import AuditTotals
 from dpo_cache.precomputing.inputs import Inputs
 from dpo_cache.precomputing.reference import Reference, Target
 from dpo_cache.precomputing.windows import SplitPlan
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document
+from dpo_cache.store.upkeep.run_record import RunRecord
 from dpo_cache.types import ScoredPair
 
 
 def publish_pair_set(
-    split: SplitPlan, target: Target, truncation: data.Truncation, details: Document, log: Log
+    split: SplitPlan,
+    target: Target,
+    truncation: data.Truncation,
+    details: Document,
+    record: RunRecord,
+    log: Log,
 ) -> int:
     """Publish the split's pairs with their scores, unless the cache has this pair set already.
 
-    `details` are the manifest's, see `describe_split`. Returns the bytes written.
+    `details` are the manifest's, see `describe_split`; the `record` is written first. Returns the bytes
+    written.
     """
     cache, reference = target.cache, target.reference
     # the entry may be missing: `verify --repair` moves damaged ones aside
@@ -45,14 +53,22 @@ def publish_pair_set(
         scores = target.scores.fetch(np.concatenate([window.chosen_keys, window.rejected_keys]))
         chosen, rejected = scores[: len(pairs)], scores[len(pairs) :]
         writer.add([ScoredPair(*entry) for entry in zip(pairs, chosen, rejected, strict=True)])
+    record.add_pair_set(pair_set, details)
     writer.finish(details)
     return writer.bytes_written
 
 
 def describe_split(
-    inputs: Inputs, split: SplitPlan, name: str, reference: Reference, tokenization: Document
+    inputs: Inputs,
+    split: SplitPlan,
+    name: str,
+    reference: Reference,
+    tokenization: Document,
+    audited: AuditTotals | None,
 ) -> Document:
-    """The manifest's details: the source of the pairs, and how it became pairs."""
+    """The manifest's details: the source of the pairs, how it became pairs, and what the run audited so
+    far.
+    """
     options, survey = inputs.options, split.survey
     in_memory = {} if inputs.rows is None else {"rows_of": "memory"}  # then `dataset` is no path
     source = {
@@ -72,6 +88,7 @@ def describe_split(
         "pairs_digest": split.digest.hexdigest(),
         "source": source,
         "tokenization": tokenization,
+        **({"audit": audited.as_document()} if audited and audited.completions else {}),
     }
 
 

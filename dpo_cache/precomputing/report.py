@@ -9,9 +9,11 @@ from typing import Any
 
 from dpo_cache import data
 from dpo_cache.lm.progress import ScoringProgress, ScoringStep, extrapolate
+from dpo_cache.precomputing.audit import Audit, AuditTotals
 from dpo_cache.precomputing.reference import Target
 from dpo_cache.precomputing.units import OnStep, Scored, Unit
 from dpo_cache.precomputing.windows import Totals
+from dpo_cache.store.upkeep.run_record import RunRecord
 
 OnProgress = Callable[[ScoringProgress], None]
 
@@ -41,6 +43,12 @@ class PrecomputeReport:
     scoring_s: float = 0.0  # the part of it spent in the model
     pairs_per_s: float = 0.0
     peak_bytes: int = 0
+    audited: int = 0  # completions whose scores were compared with the model's own forward
+    audited_tokens: int = 0
+    audit_largest_gap: float | None = None  # nats a token; None: nothing was audited
+    audit_mean_gap: float | None = None
+    audit_too_long: int = 0  # completions that were left out, because their own forward needs too much memory
+    audit_s: float = 0.0
     loaded_bytes: int = 0  # peak when the model had just been loaded
     bytes_written: int = 0
     surveys: list[dict[str, Any]] = field(default_factory=list)
@@ -65,13 +73,28 @@ class PrecomputeReport:
         self.data_tokens += survey.data_tokens
         self.surveys.append(survey.as_dict())
 
+    def add_audit(self, totals: AuditTotals) -> None:
+        """Add what was audited."""
+        self.audited, self.audited_tokens = totals.completions, totals.tokens
+        self.audit_too_long, self.audit_s = totals.too_long, totals.elapsed_s
+        if totals.completions:
+            self.audit_largest_gap, self.audit_mean_gap = totals.largest_gap, totals.mean_gap
+
 
 class Meter:
-    """Publishes scores and counts them in the report, and reports the progress of the run."""
+    """Audits scores, publishes them and counts them in the report, and reports the progress of the run."""
 
-    def __init__(self, report: PrecomputeReport, target: Target, totals: Totals, on_progress: OnProgress):
+    def __init__(
+        self,
+        report: PrecomputeReport,
+        target: Target,
+        totals: Totals,
+        on_progress: OnProgress,
+        record: RunRecord,
+        audit: Audit | None,
+    ):
         self._report, self._target, self._totals = report, target, totals
-        self._on_progress = on_progress
+        self._on_progress, self._record, self._audit = on_progress, record, audit
         self._planned_tokens = 0  # of the units up to the present one
 
     def watch(self, unit: Unit, pair_set: str) -> OnStep:
@@ -101,8 +124,10 @@ class Meter:
         return on_step
 
     def publish(self, scored: Sequence[Scored]) -> None:
-        """Store scores durably, after the entry of their reference."""
+        """Audit scores and store them durably, after the entry of their reference. Raises `ModelError`."""
+        if self._audit:
+            self._audit.check(scored)
         cache, reference = self._target.cache, self._target.reference
         cache.publish_reference(reference.identity, reference.provenance)
-        self._report.bytes_written += self._target.scores.publish(scored)
+        self._report.bytes_written += self._target.scores.publish(scored, self._record.add_shard)
         self._report.scored_now += len(scored)

@@ -18,11 +18,13 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from dpo_cache import data
 from dpo_cache.lm.device import peak_bytes
+from dpo_cache.lm.model.unchanged import one_checkpoint
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.options.base import with_new_names
 from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.planning.disk import check_disk
+from dpo_cache.precomputing.audit import open_audit
 from dpo_cache.precomputing.inputs import (
     Inputs,
     read_config,
@@ -46,10 +48,11 @@ from dpo_cache.precomputing.reference import (
 )
 from dpo_cache.precomputing.report import Meter, OnProgress, PrecomputeReport
 from dpo_cache.precomputing.units import cut_units, score_unit
-from dpo_cache.precomputing.windows import Planner, SplitPlan, Window
+from dpo_cache.precomputing.windows import Entry, Planner, SplitPlan, Window
 from dpo_cache.progress import bars_hidden, show_scoring, shows_progress
 from dpo_cache.store import open_cache
 from dpo_cache.store.cache import check_name
+from dpo_cache.store.upkeep.run_record import RunRecord, end_killed_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +68,7 @@ OnSurvey = Callable[[data.Survey], None]
 @shows_progress("scoring", show_scoring)
 @keeps_remarks
 @bars_hidden("datasets")
+@one_checkpoint()
 def precompute(
     model: str | os.PathLike[str] | PreTrainedModel,
     dataset: str
@@ -129,7 +133,10 @@ def _run(
     splits = read_splits(inputs, name, log)
     tokenizer, tokenizer_location = read_tokenizer(inputs)
     reference = identify_reference(inputs, config, tokenizer_location, log)
-    target = open_target(cache, reference, options.reference)
+    if not options.dry_run:
+        for remark in end_killed_runs(cache, reference.id):
+            log(remark)
+    target = open_target(cache, reference, options.reference, log)
     planner = Planner(target.scores, truncation, config, reference.name)
     report = PrecomputeReport([split.survey.pair_set for split in splits], str(cache), reference.id)
 
@@ -139,21 +146,36 @@ def _run(
         report.add(split.survey)
         on_survey(split.survey)
 
+    def extent() -> tuple[int, int]:
+        """The longest row, and the tokens to score as far as they are planned."""
+        longest = options.max_length if streams else max(split.survey.longest for split in splits)
+        return longest, planner.totals.missing_tokens
+
     streams = options.streaming or any(isinstance(split.rows, IterableDataset) for split in splits)
     if options.dry_run or not streams:  # all rows are tokenized, checked and planned before the first score
         for split in splits:
             list(plan(split))
         check_disk(cache, report.data_tokens)
     if not options.dry_run:
-        meter = Meter(report, target, planner.totals, on_progress)
         tokenization = describe_tokenization(inputs, tokenizer, tokenizer_location)
-        with _opened_if_needed(inputs, reference, report, log) as open_runner:
+        longest = _longest(splits)
+        with (
+            RunRecord(cache, reference.id) as record,
+            _opened_if_needed(inputs, reference, report, log, extent) as open_runner,
+        ):
+            audit = open_audit(options.audit, record, log)
+            meter = Meter(report, target, planner.totals, on_progress, record, audit)
             for split in splits:
                 for unit in cut_units(plan(split) if streams else split.windows, truncation):
                     runner = open_runner()
+                    if audit:
+                        audit.begin(unit, runner, longest)
                     score_unit(unit, runner, meter.publish, meter.watch(unit, split.survey.pair_set))
-                details = describe_split(inputs, split, name, reference, tokenization)
-                report.bytes_written += publish_pair_set(split, target, truncation, details, log)
+                totals = audit.totals if audit else None
+                details = describe_split(inputs, split, name, reference, tokenization, totals)
+                report.bytes_written += publish_pair_set(split, target, truncation, details, record, log)
+            if audit:
+                report.add_audit(audit.totals)
         report.start_from = _start_from(target)
     report.distinct_completions = planner.totals.distinct_completions
     report.already_cached = planner.totals.already_cached
@@ -164,20 +186,32 @@ def _run(
 
 @contextmanager
 def _opened_if_needed(
-    inputs: Inputs, reference: Reference, report: PrecomputeReport, log: Log
+    inputs: Inputs,
+    reference: Reference,
+    report: PrecomputeReport,
+    log: Log,
+    extent: Callable[[], tuple[int, int]],
 ) -> Iterator[Callable[[], Runner]]:
     """Yield a function that loads the model when it is first called."""
     with ExitStack() as stack:
 
         @call_once
         def open_runner() -> Runner:
-            runner = stack.enter_context(open_reference(inputs, reference, log))
+            longest, run_tokens = extent()
+            opened = open_reference(inputs, reference, log, longest=longest, run_tokens=run_tokens)
+            runner = stack.enter_context(opened)
             report.attention = runner.attention.name
             report.loaded_bytes = peak_bytes(reference.device)
             stack.callback(lambda: setattr(report, "budget_tokens", runner.budget.tokens))
             return runner
 
         yield open_runner
+
+
+def _longest(splits: Sequence[SplitPlan]) -> list[Entry]:
+    """The longest completion that the cache lacks, as far as the splits are planned."""
+    longest = [window.longest for split in splits for window in split.windows if window.longest]
+    return sorted(longest, key=lambda entry: len(entry[1]))[-1:]
 
 
 def _start_from(target: Target) -> str | None:

@@ -12,11 +12,14 @@ from transformers import PreTrainedConfig
 from dpo_cache import data
 from dpo_cache.errors import ModelError
 from dpo_cache.lm.forest.layout import count_forest_tokens
+from dpo_cache.lm.positions import most_positions
 from dpo_cache.store import ScoreIndex, completion_key
 from dpo_cache.store.format.keys import key_array, key_bytes
 from dpo_cache.store.format.pair_tables import PairsDigest
 from dpo_cache.store.key_table import KeyTable, keys_of_pairs
 from dpo_cache.types import Completion, Pair
+
+Entry = tuple[bytes, Completion, Sequence[int]]  # a completion's key, itself, and rows that have it
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Window:
     rejected_keys: np.ndarray
     missing_keys: np.ndarray  # distinct; neither in the cache nor in an earlier window
     missing_tokens: int  # of their forest
+    longest: Entry | None = None  # of the missing completions
 
 
 @dataclass
@@ -60,7 +64,7 @@ class Planner:
         self._scores, self._truncation, self._model = scores, truncation, model
         text_config = config.get_text_config()
         self._vocab_size = text_config.vocab_size
-        self._positions = getattr(text_config, "max_position_embeddings", None)
+        self._positions = most_positions(config)
         self._completions_seen, self._num_seen = KeyTable(), 0
 
     def plan(self, split: SplitPlan, windows: Iterator[Dataset]) -> Iterator[Window]:
@@ -106,7 +110,14 @@ class Planner:
         self.totals.already_cached += int((is_new & ~lacks_score).sum())
         self.totals.missing_tokens += missing_tokens
         self.totals.missing_pairs += int(np.logical_or(*np.split(lacks_score, 2)).sum())
-        return Window(rows, chosen_keys, rejected_keys, keys[missing], missing_tokens)
+        return Window(
+            rows,
+            chosen_keys,
+            rejected_keys,
+            keys[missing],
+            missing_tokens,
+            _longest([(keys[place], completions[place], kept[place % len(kept)].row) for place in missing]),
+        )
 
     def _number(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A number for each distinct completion, and whether this is the first place that has it."""
@@ -132,6 +143,15 @@ class Planner:
                 "most.\n"
                 f"Cut sequences to a max_length of {self._positions}."
             )
+
+
+def _longest(missing: Sequence[tuple[np.bytes_, Completion, int]]) -> Entry | None:
+    """The entry of the longest completion, if there is one; its arrays are copies."""
+    if not missing:
+        return None
+    key, completion, row = max(missing, key=lambda entry: len(entry[1]))
+    copied = Completion(completion.prompt_ids.copy(), completion.completion_ids.copy())
+    return key_bytes(np.array([key]))[0], copied, [row]
 
 
 def _note_repeats(

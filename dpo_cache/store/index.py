@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -102,10 +102,17 @@ class ScoreIndex:
                 self._fetch_shard(shard, wanted, rows - self._starts[shard], places, found)
         return found
 
-    def publish(self, scores: Sequence[tuple[bytes, Score]]) -> int:
-        """Store the scores as one new shard, durably, and index it. Returns the bytes written."""
+    def publish(
+        self, scores: Sequence[tuple[bytes, Score]], record: Callable[[str], None] = lambda _: None
+    ) -> int:
+        """Store the scores as one new shard, durably, and index it. Returns the bytes written.
+
+        `record` is called before a shard is published that was not there, with its name from the root.
+        """
         content = encode_shard(scores)
         name = name_by_content(content)
+        if not self._folder.exists(f"{self._place}/{name}"):
+            record(f"{self._place}/{name}")
         self._folder.publish(f"{self._place}/{name}", content)
         if name not in self._shards:
             self._add([name], [np.array([key for key, _ in scores], KEY_DTYPE)])

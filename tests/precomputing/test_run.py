@@ -372,7 +372,7 @@ def test_a_log_prob_that_is_no_number_names_its_row_and_stores_nothing_of_its_ba
     with pytest.raises(
         ModelError, match=r"\nIts weights may be damaged\. .* The scores of this chunk are discarded\.$"
     ) as caught:
-        dpo_cache.precompute(model_folder, data_file, cache, budget_tokens="40")
+        dpo_cache.precompute(model_folder, data_file, cache, budget_tokens="40", audit="off")
     monkeypatch.setattr(runner, "score_completions", real)
     report = dpo_cache.precompute(model_folder, data_file, cache)
     completion, num_lost = broken[0]

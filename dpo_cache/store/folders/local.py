@@ -76,6 +76,12 @@ class LocalFolder:
             return sorted(name for name in self.disk.names(self.root / folder) if not name.startswith("."))
         return []
 
+    def hidden_names(self, folder: str) -> list[str]:
+        """Names of the dot-files directly inside, sorted."""
+        with storage_errors("list", self.root / folder), suppress(FileNotFoundError):
+            return sorted(name for name in self.disk.names(self.root / folder) if name.startswith("."))
+        return []
+
     def files(self, folder: str = "") -> dict[str, int]:
         """Every published file below the folder, by its name from the root, with its size in bytes; sorted by
         name.

@@ -182,6 +182,13 @@ class RemoteFolder:
                 change(child)
         return sorted(name for name in listed if _is_safe(name))
 
+    def hidden_names(self, folder: str) -> list[str]:
+        """Names of the dot-files directly inside, sorted."""
+        path, limit = self._path(folder), self._limit(seconds=LISTING_S)
+        found = self._look("list", folder, lambda: self.filesystem.ls(path, detail=False, **limit))
+        names = {_base(entry) for entry in found or ()}
+        return sorted(name for name in names if name.startswith(".") and _is_below(name))
+
     def files(self, folder: str = "") -> dict[str, int]:
         """Every published file below the folder, by its name from the root, with its size in bytes; sorted by
         name.

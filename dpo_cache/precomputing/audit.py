@@ -1,0 +1,217 @@
+"""A run audits itself: some real completions are scored again, alone, by the model's own forward.
+
+The longest completion and a first sample are audited before any score is published: they are scored twice
+beforehand, each way. Later, the scores of chosen completions are compared just before they are published.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dpo_cache.errors import ModelError, shown_rows
+from dpo_cache.log import Log
+from dpo_cache.options.precompute import audit_interval
+from dpo_cache.precomputing.sampling import Sampler
+from dpo_cache.precomputing.units import Scored, Unit
+from dpo_cache.precomputing.windows import Entry
+from dpo_cache.store.format.documents import Document
+from dpo_cache.store.upkeep.run_record import RunRecord
+from dpo_cache.types import TOKEN_TOLERANCES
+
+if TYPE_CHECKING:
+    from dpo_cache.lm.runner import Runner  # imports the code that runs models
+
+FIRST_SAMPLE = 8  # completions that are audited, with the longest, before any score is published
+
+
+@dataclass
+class AuditTotals:
+    """What was audited so far; gaps in nats a token."""
+
+    completions: int = 0
+    tokens: int = 0
+    largest_gap: float = 0.0
+    mean_gap: float = 0.0  # absolute
+    too_long: int = 0  # completions that were left out: their own forward does not fit into memory
+    elapsed_s: float = 0.0
+
+    def add(self, gaps_N: np.ndarray) -> None:
+        """Add the gaps of a completion's tokens."""
+        sizes_N = np.abs(gaps_N.astype(np.float64))
+        sums = self.mean_gap * self.tokens + float(sizes_N.sum())
+        self.completions += 1
+        self.tokens += len(sizes_N)
+        self.mean_gap = sums / self.tokens
+        self.largest_gap = max(self.largest_gap, float(sizes_N.max()))
+
+    def as_document(self) -> Document:
+        """The member `audit` of a manifest."""
+        return {
+            "completions": self.completions,
+            "tokens": self.tokens,
+            "largest_gap": self.largest_gap,
+            "mean_gap": self.mean_gap,
+        }
+
+
+@dataclass(frozen=True)
+class OwnLogps:
+    """Log-probs of a completion by the model's own forward."""
+
+    places_N: np.ndarray  # of the tokens that are compared, among the completion's
+    logps_N: np.ndarray  # float32, nats
+
+
+@dataclass
+class Audit:
+    """Audits the scores of a run; `totals` counts those that agreed."""
+
+    sampler: Sampler
+    record: RunRecord
+    log: Log
+    totals: AuditTotals = field(default_factory=AuditTotals)
+    _runner: Runner | None = None  # from the first unit on
+    _sample: dict[bytes, Entry] = field(default_factory=dict)  # whose scores are not published yet
+    _own: dict[bytes, OwnLogps | None] = field(default_factory=dict)  # of some of these; None: too long
+    _failure: str | None = None
+
+    def begin(self, unit: Unit, runner: Runner, longest: Sequence[Entry]) -> None:
+        """Choose the sample of a unit. In the first one, audit the run's longest completions and the first
+        ones of the sample before any score is published. Raises `ModelError`.
+        """
+        entries = list(zip(unit.keys, unit.completions, unit.rows, strict=True))
+        chosen = [entries[place] for place in self.sampler.choose(unit)]
+        is_first, self._runner = self._runner is None, runner
+        self._sample |= {entry[0]: entry for entry in chosen}
+        if is_first:
+            with self._timed():
+                self._audit_first({entry[0]: entry for entry in [*longest, *chosen[:FIRST_SAMPLE]]})
+
+    def check(self, scored: Sequence[Scored]) -> None:
+        """Compare the scores that were chosen, before they are published.
+
+        Raises `ModelError` where one differs from the model's own forward; then the record says that all
+        files of the run are to be withdrawn.
+        """
+        if self._failure:
+            raise ModelError(self._failure)
+        chosen = {key: score.token_logps for key, score in scored if key in self._sample}
+        if not chosen:
+            return
+        with self._timed():
+            self.record.begin_audit()
+            gaps = self._compare(chosen)
+            self.record.end_audit()
+        for key in chosen:
+            del self._sample[key]
+            if self._own.pop(key) is None:
+                self.totals.too_long += 1
+        for gaps_N in gaps:
+            self.totals.add(gaps_N)
+
+    def _audit_first(self, entries: dict[bytes, Entry]) -> None:
+        """Score these completions by the run's way and by the model's own forward, whose results are kept."""
+        from dpo_cache.lm.budget import Budget
+
+        assert self._runner is not None
+        self._sample |= entries
+        keys, completions, rows = zip(*entries.values(), strict=True)
+        budget = Budget(self._runner.budget.tokens, self._runner.model.device, self.log)
+        steps = replace(self._runner, budget=budget).score(completions, rows_of=rows.__getitem__)
+        self._compare({keys[place]: score.token_logps for step in steps for place, score in step.scores})
+
+    def _compare(self, chosen: dict[bytes, np.ndarray]) -> list[np.ndarray]:
+        """Gaps to the model's own forward. Raises `ModelError` where one is beyond rounding."""
+        assert self._runner is not None
+        gaps: list[np.ndarray] = []
+        wrong: dict[bytes, float] = {}
+        for key, token_logps in chosen.items():
+            if key not in self._own:
+                self._own[key] = self._run_own(self._sample[key])
+            own = self._own[key]
+            if own is not None:
+                gaps.append(token_logps[own.places_N].astype(np.float64) - own.logps_N)
+                if is_beyond_rounding(gaps[-1], self._dtype):
+                    wrong[key] = float(np.abs(gaps[-1]).max())
+        if wrong:
+            self._fail(wrong, len(gaps))
+        return gaps
+
+    def _run_own(self, entry: Entry) -> OwnLogps | None:
+        """Log-probs of the completion's tokens; of some of them, spread over it, if they have many logits."""
+        from dpo_cache.lm import own_forward
+        from dpo_cache.lm.budget import is_out_of_memory
+
+        assert self._runner is not None
+        model, original, completion = self._runner.model, self._runner.attention.original, entry[1]
+        num_places = min(completion.num_tokens, own_forward.most_places(model))
+        places_N = np.linspace(0, completion.num_tokens - 1, num_places).round().astype(np.int64)
+        if own_forward.fits_into_memory(model, len(completion), original):
+            try:
+                logps_N = own_forward.own_logps_at(model, completion, places_N, original)
+                return OwnLogps(places_N, logps_N.numpy())
+            except RuntimeError as error:
+                if not is_out_of_memory(error, model.device):
+                    raise
+        self.log(
+            f"the audit leaves out a completion of row {shown_rows(entry[2])}: the model's own forward of "
+            f"its {len(completion):,} tokens does not fit into memory."
+        )
+        return None
+
+    def _fail(self, wrong: dict[bytes, float], num_compared: int) -> None:
+        assert self._runner is not None
+        rows = sorted({row for key in wrong for row in self._sample[key][2]})
+        attention = self._runner.attention.name
+        shards, pair_sets = self.record.fail()
+        withdrawn = (
+            f"The {shards} score files and {pair_sets} pair sets that this run had published are withdrawn."
+            if shards or pair_sets
+            else "Nothing was published."
+        )
+        advice = (
+            "Run again with `attention` rows, and report the model."
+            if attention == "forest"
+            else "This model cannot be scored; report it, with its name and the row."
+        )
+        self._failure = (
+            f"{self._runner.name}, run as {attention}, gives other log-probs for row {shown_rows(rows)} than "
+            f"its own forward on the row alone: by up to {max(wrong.values()):.2g} nats a token, in "
+            f"{len(wrong)} of {num_compared} audited completions, where rounding in {self._dtype} explains "
+            f"{TOKEN_TOLERANCES[self._dtype][0]:g}.\n{withdrawn} {advice}"
+        )
+        raise ModelError(self._failure)
+
+    @property
+    def _dtype(self) -> str:
+        from dpo_cache.lm.model.quantization import rounding_dtype
+
+        assert self._runner is not None
+        return str(rounding_dtype(self._runner.model)).removeprefix("torch.")
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.totals.elapsed_s += time.perf_counter() - started
+
+
+def open_audit(option: str, record: RunRecord, log: Log) -> Audit | None:
+    """The audit that `audit` names; None for off."""
+    interval = audit_interval(option)
+    return None if interval is None else Audit(Sampler(interval), record, log)
+
+
+def is_beyond_rounding(gaps_N: np.ndarray, dtype: str) -> bool:
+    """Whether gaps between two ways to compute one completion's token log-probs are more than rounding."""
+    largest, mean = TOKEN_TOLERANCES[dtype]
+    sizes_N = np.abs(gaps_N)
+    return not (sizes_N.max() <= largest and sizes_N.mean() <= mean)  # NaN is beyond

@@ -1,0 +1,239 @@
+"""The record of a run of `precompute`: what it published, so that all of it can be withdrawn.
+
+`references/<id>/.run-<token>.json` is a sealed document. It is written before each file that it names, and
+removed at the end of the run, so one that is left belongs to a run that is at work or was killed.
+
+    host, pid, started   the process of the run
+    state                scoring; auditing: the run compares scores, and publishes none meanwhile; withdrawing
+    shards               names of the score shards that the run published, or was about to publish
+    pair_sets            NAME/SPLIT -> {"digest", "created", "before"}: the pairs_digest and date of the run's
+                         manifest, and the manifest that it replaced, or null
+    is_new               whether the run published the entry of its reference
+    manifests, files     once it is withdrawing: see `_plan`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import socket
+import time
+from typing import Any
+
+import psutil
+
+from dpo_cache.errors import CorruptShardError
+from dpo_cache.store.cache import Cache
+from dpo_cache.store.folders.folder import Folder
+from dpo_cache.store.format.documents import Document, read_sealed, seal_document
+from dpo_cache.store.format.pair_tables import part_files, read_manifest
+from dpo_cache.store.upkeep.contents import classify
+from dpo_cache.store.upkeep.gc import removal_order
+
+PATTERN = re.compile(r"\.run-[0-9a-f]{16}\.json")
+GRACE_S = 3600.0  # a record of another machine that is older belongs to a run that was killed
+STARTS_ALIKE_S = 1.0  # a process's start as two look-ups report it
+
+STATES = ("scoring", "auditing", "withdrawing")
+KINDS = {
+    "host": str,
+    "pid": int,
+    "started": str,
+    "process_started": int,
+    "state": str,
+    "shards": list,
+    "pair_sets": dict,
+    "is_new": bool,
+}
+
+_at_work: set[str] = set()  # records of this process's runs
+
+
+class RunRecord:
+    """Records what a run publishes under one reference; `with` ends the record, whatever ends the run.
+
+    A run that fails its audit calls `fail`; then the end of the block withdraws what the run published.
+    Nothing is written before something is published.
+    """
+
+    def __init__(self, cache: Cache, reference_id: str):
+        self.cache = cache
+        self._reference = f"references/{reference_id}"
+        self._name = f"{self._reference}/.run-{secrets.token_hex(8)}.json"
+        self._content: Document = {
+            **_this_process(),
+            "state": "scoring",
+            "shards": [],
+            "pair_sets": {},
+            "is_new": not cache.folder.exists(f"{self._reference}/reference.json"),
+        }
+
+    def __enter__(self) -> RunRecord:
+        _at_work.add(self._name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._content["state"] == "withdrawing":
+                _withdraw(self.cache, self._name, self._content)
+            elif self.has_published:
+                self.cache.folder.remove(self._name)
+        finally:
+            _at_work.discard(self._name)
+
+    @property
+    def has_published(self) -> bool:
+        return bool(self._content["shards"] or self._content["pair_sets"])
+
+    def add_shard(self, name: str) -> None:
+        """Record a score shard, by its name from the root, before it is published."""
+        self._content["shards"].append(name)
+        self._write("scoring")
+
+    def add_pair_set(self, name: str, details: Document) -> None:
+        """Record the pair set `NAME/SPLIT` before its manifest with these details is published."""
+        before = read_manifest(self.cache.folder, f"pairs/{name}") if self.cache.holds_pairs(name) else None
+        self._content["pair_sets"][name] = {
+            "digest": details["pairs_digest"],
+            "created": details["source"]["created"],
+            "before": before,
+        }
+        self._write("scoring")
+
+    def begin_audit(self) -> None:
+        """Record that scores are being compared. If the run is killed now, the next one withdraws this one's
+        files, since nobody knows what the audit would have found.
+        """
+        if self.has_published:
+            self._write("auditing")
+
+    def end_audit(self) -> None:
+        """Record that the scores agreed."""
+        if self.has_published:
+            self._write("scoring")
+
+    def fail(self) -> tuple[int, int]:
+        """Record, durably, that everything is to be withdrawn; returns the number of shards and of pair
+        sets.
+        """
+        self._content |= _plan(self.cache, self._reference, self._content)
+        if self.has_published:
+            self._write("withdrawing")
+        return len(self._content["shards"]), len(self._content["manifests"])
+
+    def _write(self, state: str) -> None:
+        self._content["state"] = state
+        self.cache.publish_format()
+        self.cache.folder.publish(self._name, seal_document(self._content))
+
+
+def end_killed_runs(cache: Cache, reference_id: str) -> list[str]:
+    """Withdraw the files of runs under the reference that were killed while they compared or withdrew scores.
+
+    Returns a remark for each. The records of runs that were killed otherwise are removed, and their scores
+    stay; runs that are at work are left alone.
+    """
+    folder, remarks = cache.folder, []
+    place = f"references/{reference_id}"
+    for name in folder.hidden_names(place):
+        record = f"{place}/{name}"
+        if not PATTERN.fullmatch(name) or record in _at_work:
+            continue
+        content = _read(folder, record)
+        if content["state"] != "withdrawing" and _is_at_work(cache, record, content):
+            continue
+        if content["state"] == "scoring":
+            folder.remove(record)
+            continue
+        if content["state"] == "auditing":
+            content |= _plan(cache, place, content)
+            folder.publish(record, seal_document({**content, "state": "withdrawing"}))
+        _withdraw(cache, record, content)
+        remarks.append(
+            f"an earlier run of {content['started']} ended while it audited its scores: the "
+            f"{len(content['shards'])} score files and {len(content['manifests'])} pair sets that it had "
+            "published were withdrawn, and are made again."
+        )
+    return remarks
+
+
+def _read(folder: Folder, record: str) -> Document:
+    """A record, checked: everything that it names is a file of the cache."""
+    content = read_sealed(folder, record)
+    kinds = {name: type(value) for name, value in content.items()}
+    is_shaped = {**kinds, **KINDS} == kinds and content["state"] in STATES
+    if is_shaped:
+        files = [*content["shards"], *content.get("files", [])]
+        is_shaped = all(isinstance(file, str) and classify(file)[0] in ("shard", "part") for file in files)
+    if not is_shaped or (content["state"] == "withdrawing") != ("manifests" in content):
+        raise CorruptShardError(f"{folder}/{record}: is no record of a run.\nDelete it.")
+    return content
+
+
+def _plan(cache: Cache, reference: str, content: Document) -> Document:
+    """The files to remove, and the pair sets to remove or restore if they are still the run's own."""
+    manifests: dict[str, Any] = {}
+    files = set(content["shards"])
+    for name, entry in content["pair_sets"].items():
+        if not cache.holds_pairs(name):
+            continue
+        manifest = read_manifest(cache.folder, f"pairs/{name}")
+        found = manifest.get("pairs_digest"), manifest.get("source", {}).get("created")
+        if f"references/{manifest['reference']}" != reference or found != (entry["digest"], entry["created"]):
+            continue  # another run has replaced it
+        manifests[name] = {"sha256": _digest(seal_document(manifest)), "before": entry["before"]}
+        files |= part_files(manifest).keys()
+    return {"manifests": manifests, "files": sorted(files, key=removal_order)}
+
+
+def _withdraw(cache: Cache, record: str, content: Document) -> None:
+    """Do what the plan says; repeated after an interruption, it does the rest."""
+    folder, reference = cache.folder, record.rpartition("/")[0]
+    needed: set[str] = set()
+    for name, entry in content["manifests"].items():
+        file = f"pairs/{name}/manifest.json"
+        if cache.holds_pairs(name) and _digest(folder.read(file)) == entry["sha256"]:
+            if entry["before"] is None:
+                folder.remove(file)
+            else:
+                folder.publish(file, seal_document(entry["before"]))
+        if cache.holds_pairs(name):
+            needed |= part_files(read_manifest(folder, f"pairs/{name}")).keys()
+    for file in content["files"]:
+        if file not in needed:
+            folder.remove(file)
+    is_used = folder.names(f"{reference}/scores") or any(
+        f"references/{cache.pairs(name).reference_id}" == reference for name in cache.pair_sets()
+    )
+    if content["is_new"] and not is_used:
+        folder.remove(f"{reference}/reference.json")
+    folder.remove(record)
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+        "process_started": round(psutil.Process().create_time()),
+    }
+
+
+def _is_at_work(cache: Cache, record: str, content: Document) -> bool:
+    """Whether the record's run may still be at work."""
+    if content["host"] != socket.gethostname():
+        modified = cache.folder.modified(record)
+        return modified is None or time.time() - modified < GRACE_S
+    if content["pid"] == os.getpid():
+        return False  # a run of this process that is at work is in `_at_work`
+    try:
+        started = psutil.Process(content["pid"]).create_time()
+    except psutil.Error:
+        return False
+    return abs(started - content["process_started"]) <= STARTS_ALIKE_S
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
