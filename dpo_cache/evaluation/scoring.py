@@ -15,6 +15,7 @@ import torch
 from dpo_cache.errors import ModelError
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.policy import PolicyModel
+from dpo_cache.lm.positions import most_positions
 from dpo_cache.lm.progress import ScoringProgress, extrapolate
 from dpo_cache.lm.runner import Runner
 from dpo_cache.losses.objective import Objective, PairLogps
@@ -103,7 +104,7 @@ def _check_fits(runner: Runner, scored: ScoredPair) -> None:
             "Give a model with the tokenizer of the pairs, or score the data with `dpo-cache precompute` "
             "for this one."
         )
-    longest, positions = max(map(len, _sides(scored))), getattr(config, "max_position_embeddings", None)
+    longest, positions = max(map(len, _sides(scored))), most_positions(config)
     if positions and longest > positions:
         raise ModelError(
             f"row {row} has a sequence of {longest} tokens, but {runner.name} was made for {positions} at "

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
 from dpo_cache.lm.policy import PolicyModel
+from dpo_cache.lm.positions import most_positions
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.types import TokenIds
 
@@ -110,7 +111,7 @@ def _write_batch(
 ) -> list[Answer]:
     """Answers to left-padded prompts, by one call of `generate`."""
     model, width = policy.model, max(map(len, prompts))
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or np.inf
+    positions = most_positions(model.config) or np.inf
     room = [int(min(max_length - len(prompt), positions - width)) for prompt in prompts]
     ids, mask = np.full((len(prompts), width), pad_id, np.int64), np.zeros((len(prompts), width), np.int64)
     for row, prompt in enumerate(prompts):

@@ -27,6 +27,7 @@ from dpo_cache.lm.forest.attention import use_forest_attention
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.kernels.onednn_linear import use_torch_linear
 from dpo_cache.lm.memory.recompute import Recomputation
+from dpo_cache.lm.model.lora_targets import without_unsuited_layers
 from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.planning.live_bytes import LiveBytes
@@ -238,7 +239,8 @@ def _add_adapters(model: PreTrainedModel, rank: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    inject_adapter_in_model(LoraConfig(r=rank, target_modules="all-linear"), model)
+    config = without_unsuited_layers(model, LoraConfig(r=rank, target_modules="all-linear"), lambda _: None)
+    inject_adapter_in_model(config, model)
     cast_adapter_dtype(model, "default")
 
 

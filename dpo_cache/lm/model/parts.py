@@ -64,8 +64,8 @@ def _decoder_name(model: PreTrainedModel) -> str:
 
 
 class _GivenHidden(torch.nn.Module):
-    """In place of a decoder: returns the hidden states that it is given. Its other attributes are those of the
-    decoder, where some heads find a factor.
+    """In place of a decoder: returns the hidden states that it is given. Its other attributes are
+    the decoder's, where some heads find a factor.
     """
 
     hidden: torch.Tensor | None = None

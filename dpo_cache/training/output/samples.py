@@ -17,6 +17,7 @@ from dpo_cache.errors import TrainingError
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.generation import Answer, write_answers
 from dpo_cache.lm.policy import PolicyModel
+from dpo_cache.lm.positions import most_positions
 from dpo_cache.training.batches import stream_pairs
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.setup import Setup
@@ -36,7 +37,7 @@ def open_sampler(setup: Setup, policy: PolicyModel) -> Sampler | None:
             f"`sample` {num_prompts}: {type(model).__name__} has no way to write answers.\n"
             "Leave `sample` out."
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = most_positions(model.config)
     longest = data.eval_pairs.manifest["tokenization"]["max_length"]
     max_length = min(longest, positions or longest)
     pairs = stream_pairs(data.eval_pairs, data.eval_selected, shuffle=False, seed=0, epoch=0)
