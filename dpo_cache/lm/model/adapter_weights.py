@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,8 @@ def put_adapter(
     config.inference_mode = not is_trainable
     make = peft.PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else peft.PeftModel
     with without_deprecations(), torch.random.fork_rng(devices=[]):
+        if is_empty:
+            warnings.simplefilter("ignore")  # the same warnings come when the adapter is loaded
         adapted = make(model, config, "default", low_cpu_mem_usage=is_empty)
         tensors = (
             {name: torch.empty(shape, device="meta") for name, shape in _shapes(folder).items()}
@@ -86,7 +89,8 @@ def put_adapter(
         for name in found.missing_keys
         if prefix in name and ".default" in name and not any(part in name for part in SHARED)
     ]
-    _raise_for(folder, type(model).__name__, missing, found.unexpected_keys)
+    unexpected = set(found.unexpected_keys) - _saved_names(adapted, with_base=True)
+    _raise_for(folder, type(model).__name__, missing, sorted(unexpected))
     if _changes_base(adapted, folder):
         setattr(adapted, CHANGES_BASE, True)
     return adapted
@@ -94,10 +98,13 @@ def put_adapter(
 
 def _changes_base(adapted: PeftModel, folder: str) -> bool:
     """Whether the file holds weights of the base, such as resized embeddings. Switched off, they stay."""
-    peft = import_peft()
+    return bool(_shapes(folder).keys() - _saved_names(adapted, with_base=False))
+
+
+def _saved_names(adapted: PeftModel, *, with_base: bool) -> set[str]:
+    """The names of the tensors that PEFT saves of this adapter, with the ends of the base or not."""
     with without_deprecations():
-        saved = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    return bool(_shapes(folder).keys() - saved.keys())
+        return set(import_peft().get_peft_model_state_dict(adapted, save_embedding_layers=with_base))
 
 
 def fit_vocabulary(model: PreTrainedModel, folder: str) -> None:
@@ -187,10 +194,10 @@ def _check_wrapped(adapted: PeftModel, found: Iterable[str], folder: str) -> Non
 def _raise_for(folder: str, model: str, missing: list[str], unexpected: list[str]) -> None:
     """Raise `ModelError` if there are any such tensors."""
     parts = [
-        f"{len(names)} tensors {problem}: {_listed(names)}"
+        f"{problem}: {_listed(names)}"
         for names, problem in (
-            (missing, "are missing, which would be random"),
-            (unexpected, f"match nothing in {model} with this adapter_config.json"),
+            (missing, f"{len(missing)} of the adapter's tensors missing, which would be random"),
+            (unexpected, f"{len(unexpected)} without a place in {model} under its adapter_config.json"),
         )
         if names
     ]

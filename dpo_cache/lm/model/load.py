@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from dpo_cache.errors import ModelError, first_line
-from dpo_cache.lm.model.adapter import CheckpointLocation, load_adapter, locate_checkpoint
-from dpo_cache.lm.model.quantization import check_quantizable, is_quantized, loading_config, prepare_layers
+from dpo_cache.lm.model.adapter import CheckpointLocation, locate_checkpoint
+from dpo_cache.lm.model.adapter_weights import (
+    fit_vocabulary,
+    load_adapter,
+    may_resize,
+    vocabulary_size,
+)
+from dpo_cache.lm.model.code_digest import remote_code_revision
+from dpo_cache.lm.model.quantization import (
+    check_quantizable,
+    check_saved_quantization,
+    is_quantized,
+    loading_config,
+    prepare_layers,
+)
+from dpo_cache.lm.model.tensor_names import FAILURES, make_empty
+from dpo_cache.lm.model.unchanged import check_unchanged, note_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,27 +40,55 @@ if TYPE_CHECKING:
 def load_config(
     location: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """The model's config, without its weights; of an adapter, its base's. Raises `ModelError`."""
-    return _config_of(locate_checkpoint(location, revision), location, trust_remote_code)
+    """The model's config, without its weights; of an adapter, its base's, with as many tokens as the adapter
+    has. Raises `ModelError`.
+    """
+    parts = locate_checkpoint(location, revision)
+    config = _config_of(parts, location, trust_remote_code)
+    text = config.get_text_config()
+    if parts.adapter is not None and may_resize(parts.adapter, text.vocab_size):
+        text.vocab_size = _adapted_vocabulary(config, parts.adapter)
+    return config
+
+
+def _adapted_vocabulary(config: PreTrainedConfig, adapter: str) -> int:
+    """The number of tokens of the base with the adapter."""
+    try:
+        model = make_empty(config)
+        fit_vocabulary(model, adapter)
+    except FAILURES:  # loading the model raises an error, or needs its weights
+        return config.get_text_config().vocab_size
+    return vocabulary_size(model)
 
 
 def _config_of(parts: CheckpointLocation, location: str, trust_remote_code: bool) -> PreTrainedConfig:
     """The config of a located base; errors name `location`, the user's option."""
+    if Path(parts.base).is_dir():
+        note_files([Path(parts.base, "config.json")])
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             parts.base, revision=parts.base_revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (*FAILURES, StrictDataclassError) as error:
         raise ModelError(
             f"{location}: no model can be loaded from it ({first_line(error)}).\n"
             "Give a local folder with config.json, or a Hub id."
         ) from error
+    for one in (config, config.get_text_config()):
+        one.return_dict = True  # outputs are read by name
+    return config
 
 
 def check_causal(config: PreTrainedConfig, location: str) -> None:
-    """Raise `ModelError` unless the config is of a causal LM."""
+    """Raise `ModelError` unless transformers loads a causal LM from such a checkpoint: one saved as a
+    causal LM, or one of images and text, say, of which it loads the part for text.
+    """
     names = config.architectures or []
-    if names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+    mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    suffixes: tuple[str, ...] = ("ForCausalLM", "LMHeadModel")
+    if mapped is not None and "text_config" in config.sub_configs:
+        suffixes += ("ForConditionalGeneration",)
+    if names and not any(name.endswith(suffixes) or name == mapped for name in names):
         raise ModelError(
             f"{location}: its architecture is {', '.join(names)}, which has no causal LM head.\n"
             "Give a model whose architecture ends in ForCausalLM or LMHeadModel."
@@ -92,11 +137,15 @@ def load_base(
     quantize: str = "none",
     compute_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """The base of `load_model`, without an adapter."""
+    """The base of `load_model`, without an adapter.
+
+    Raises `ModelError` also for files that changed since they were hashed, in a block of `one_checkpoint`.
+    """
     location, revision = parts.base, parts.base_revision
     config = _config_of(parts, location, trust_remote_code)
     check_causal(config, location)
     check_quantizable(config, location, quantize)
+    check_saved_quantization(config, location)
     options: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
@@ -104,6 +153,8 @@ def load_base(
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
     }
+    if (code_revision := remote_code_revision(location, config)) is not None:
+        options |= {"code_revision": code_revision}
     if quantize != "none":
         options |= {"quantization_config": loading_config(quantize, compute_dtype or dtype)}
     if quantize != "none" or getattr(config, "quantization_config", None) is not None:
@@ -111,7 +162,7 @@ def load_base(
     try:
         with _quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*FAILURES, SafetensorError) as error:
         raise ModelError(f"{location}: no causal LM can be loaded from it ({first_line(error)}).") from error
     model, report = loaded
     lacking = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report["mismatched_keys"])
@@ -125,6 +176,7 @@ def load_base(
         prepare_layers(model)
     else:
         model.to(device)
+    check_unchanged()
     return model.eval()
 
 

@@ -26,8 +26,18 @@ from dpo_cache.lm.model.tensor_digest import TensorNames, tensor_names_in
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Errors of models that cannot be made without weights, and of a transformers whose internals differ
-FAILURES = (ImportError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError)
+# Errors of transformers for a config that makes no model, or none without weights
+FAILURES = (
+    ImportError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+    OSError,
+    ArithmeticError,
+    AssertionError,
+)
 
 
 def find_tensor_names(config: PreTrainedConfig, files: list[Path]) -> TensorNames:

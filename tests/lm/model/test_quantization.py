@@ -11,6 +11,7 @@ import torch
 
 import dpo_cache
 from dpo_cache.errors import ModelError
+from dpo_cache.lm.check_logps import TOLERANCES
 from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
 from dpo_cache.lm.memory.recompute import Recomputation, activation_bytes
 from dpo_cache.lm.model.identity import reference_identity
@@ -18,7 +19,6 @@ from dpo_cache.lm.model.load import load_config, load_model
 from dpo_cache.lm.model.parts import has_plain_head
 from dpo_cache.lm.model.quantization import rounding_dtype
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.check_logps import TOLERANCES
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.precomputing.rescore import rescore
 from dpo_cache.store.upkeep.commands import precompute_line
