@@ -176,6 +176,14 @@ def drop_layer(model: PreTrainedModel) -> None:
     del model.model.layers[-1]
 
 
+def replace_activation(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+
+
+def change_scaling(model: PreTrainedModel) -> None:
+    model.model.layers[0].self_attn.scaling *= 2
+
+
 def forget_folder(model: PreTrainedModel) -> None:
     model.name_or_path = model.config._name_or_path = ""
 
@@ -188,6 +196,8 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "rounded buffers": (round_buffers, "its buffer model.rotary_emb.inv_freq was changed"),
     "tied": (tie_weights, "its tensor lm_head.weight was changed"),
     "layer": (drop_layer, "its tensor model.layers.1.* was added, removed or has another shape"),
+    "activation": (replace_activation, "its module model.layers.1.mlp.act_fn was changed"),
+    "scaling": (change_scaling, "its module model.layers.0.self_attn was changed"),
     "no folder": (forget_folder, "it names no checkpoint"),
 }
 
@@ -201,6 +211,27 @@ def test_a_changed_model_is_a_reference_of_its_own(model_folder: str, change: st
     identity, difference = identify_loaded(model)
     assert identity["weights_of"] == "memory" and difference is not None
     assert re.fullmatch(reason, difference)
+
+
+@pytest.mark.parametrize("change", [replace_activation, change_scaling, change_config])
+def test_changes_of_modules_that_no_tensor_shows_give_another_identity(
+    model_folder: str, change: Any
+) -> None:
+    """Also where neither model is its checkpoint."""
+    model, other = load(model_folder), load(model_folder)
+    for one in (model, other):
+        change_weight(one)
+    change(other)
+    assert identify_loaded(model)[0] != identify_loaded(other)[0]
+
+
+def test_a_config_that_was_changed_after_loading_is_not_that_of_a_model_built_from_it(
+    model_folder: str,
+) -> None:
+    model, built = load(model_folder), load(model_folder, rms_norm_eps=1e-3)
+    change_config(model)
+    assert model.config.rms_norm_eps == built.config.rms_norm_eps
+    assert identify_loaded(model)[0] != identify_loaded(built)[0]
 
 
 def test_scores_of_a_changed_model_are_its_own_and_are_found_again(
@@ -264,7 +295,7 @@ def test_what_only_applies_to_loading_is_refused_for_a_loaded_model(
         dpo_cache.precompute(model, data_file, cache, tokenizer=tokenizer, quantize="4bit")
     with pytest.raises(OptionError, match="a Linear cannot be the reference"):
         dpo_cache.precompute(torch.nn.Linear(1, 1), data_file, cache, tokenizer=tokenizer)  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match="some of its weights are not in memory"):
+    with pytest.raises(ModelError, match="weights that are not in memory"):
         dpo_cache.precompute(model.to("meta"), data_file, cache, tokenizer=tokenizer, device="auto")
 
 

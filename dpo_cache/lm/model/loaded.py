@@ -4,14 +4,15 @@ Its tensors are compared one by one with those in the checkpoint's files, cast t
 has; so a model that was trained, merged, quantized or built by hand is never taken for its checkpoint. The
 identity of such a model has `"weights_of": "memory"`, and `weights` is the sha256 over its tensors in memory,
 so that it is never that of a checkpoint. Classes that are not of a library have their source in the identity,
-as `code`. A model whose computation was changed from outside, by hooks or by a method of one module, cannot
-be identified.
+as `code`; if its modules are not those that its config describes, they are in the identity, as `modules`. A
+model whose computation was changed from outside, by hooks or by a method of one module, cannot be identified.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from dpo_cache.lm.model.load import load_config
 from dpo_cache.lm.model.quantization import is_quantized
 from dpo_cache.lm.model.tensor_digest import TensorNames
 from dpo_cache.lm.model.tensor_names import find_tensor_names
+
+INERT_ATTRIBUTES = {"training", "gradient_checkpointing", "name_or_path"}
 
 
 def identify_loaded(
@@ -78,6 +81,9 @@ def identify_loaded(
     identity = {**weights, **identity_without_weights(model.config, model.dtype)}
     if (code := class_code_digest({type(module) for module in model.modules()})) is not None:
         identity["code"] = code
+    if _modules_difference(model, _fresh(model)) is not None:
+        described = json.dumps(_describe_modules(model), sort_keys=True)
+        identity["modules"] = hashlib.sha256(described.encode()).hexdigest()
     return identity, difference
 
 
@@ -123,9 +129,8 @@ def _find_difference(
 
 
 def _structure_difference(model: PreTrainedModel) -> str | None:
-    """Compare tensors' shapes, and buffers that are in no file, with a fresh model of the same config."""
-    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-        fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    """Compare shapes, buffers that are in no file, and modules with a fresh model of the same config."""
+    fresh = _fresh(model)
     shapes, expected = ({name: t.shape for name, t in one.state_dict().items()} for one in (model, fresh))
     if shapes != expected:
         changed = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
@@ -134,7 +139,37 @@ def _structure_difference(model: PreTrainedModel) -> str | None:
     for name, buffer in fresh.named_buffers():
         if name not in expected and not buffer.is_meta and not _equal(buffer, buffers.get(name)):
             return f"its buffer {name} was changed"
-    return None
+    return _modules_difference(model, fresh)
+
+
+def _fresh(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and config, without weights."""
+    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+        return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+
+
+def _modules_difference(model: PreTrainedModel, fresh: PreTrainedModel) -> str | None:
+    """The first module whose class or settings are not those of the fresh model."""
+    found, expected = _describe_modules(model), _describe_modules(fresh)
+    changed = [path for path in [*found, *expected] if found.get(path) != expected.get(path)]
+    return f"its module {changed[0] or type(model).__name__} was changed" if changed else None
+
+
+def _describe_modules(model: PreTrainedModel) -> dict[str, list[Any]]:
+    """Each module's class, and its numbers and texts, which can decide what it computes."""
+    return {
+        path: [
+            f"{type(module).__module__}.{type(module).__qualname__}",
+            {
+                name: value
+                for name, value in sorted(vars(module).items())
+                if isinstance(value, (bool, int, float, str, tuple))
+                and not name.startswith("_")
+                and name not in INERT_ATTRIBUTES
+            },
+        ]
+        for path, module in model.named_modules()
+    }
 
 
 def _tensor_difference(model: PreTrainedModel, files: list[Path], names: TensorNames) -> str | None:
