@@ -103,8 +103,8 @@ def plan_rows(
     is_limited = not is_known_code or any(num_tokens <= limit.tokens < run.chunk_tokens for limit in limits)
     left = (run.needed_tokens if is_limited else run.optional_tokens) - _cost(marks, run.num_ways)
     missing = max(0, run.chunk_tokens - num_tokens)
-    filler = _filler(short, min(missing, left // run.num_ways), most)
-    num_tokens += sum(map(len, filler))
+    filler = _filler(short, max(0, min(missing, left // run.num_ways)), most)
+    num_tokens = count_forest_tokens([*filler, *short, *long])
     return CheckRows(short, long, filler, min(num_tokens, run.chunk_tokens), unreached)
 
 
@@ -150,13 +150,16 @@ def _long_rows(short: Sequence[Completion], marks: Sequence[int]) -> list[Comple
 
 
 def _filler(short: Sequence[Completion], num_tokens: int, most_length: int) -> list[Completion]:
-    """Rows of so many tokens in all, with one token to score each, that sort before the other rows."""
+    """Rows that sort before the others, with one token to score each; so many tokens as a forest, in which
+    they share their first one.
+    """
     known = np.unique(np.concatenate([completion.sequence_ids for completion in short]))
-    lengths = [most_length] * (num_tokens // most_length) + [num_tokens % most_length]
     generator, rows = np.random.default_rng(2), []
-    for length in lengths:
-        if length > 1:
-            sequence = generator.choice(known, length).astype(np.uint32)
-            sequence[0] = 0
-            rows.append(Completion(sequence[:-1], sequence[-1:]))
+    while num_tokens > 0 and most_length > 3:
+        length = min(most_length, num_tokens + bool(rows))
+        sequence = generator.choice(known, max(4, length)).astype(np.uint32)
+        turn, place = divmod(len(rows) % len(known) ** 2, len(known))
+        sequence[:3] = 0, known[place], known[turn]
+        rows.append(Completion(sequence[:-1], sequence[-1:]))
+        num_tokens -= len(sequence) - (len(rows) > 1)
     return rows

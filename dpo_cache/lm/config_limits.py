@@ -69,7 +69,7 @@ WORDS = {
 
 # Fields with one of these words that are no lengths: counts, sizes of experts, rates of sampling.
 NO_LENGTHS = re.compile(
-    r"^(num|n)_|_(num|n)_|layer|expert|moe|router|centroid|topk_(group|method|prob)|^top_k$|sampling|penalty"
+    r"^(num|n)_|_num_|layer|expert|moe|router|centroid|topk_(group|method|prob)|^top_k$|sampling|penalty"
     r"|head|dim$|hidden|vocab|token_id|types$|rope_theta|feed_forward|pattern|time_step|mask_|prompt_length"
     r"|limit$|multiple_of|^(min|max|model_max)_length$|^max_(position_embeddings|seq_len)$"
 )

@@ -39,6 +39,7 @@ from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
 from dpo_cache.lm.model.parts import has_plain_head
 from dpo_cache.lm.own_forward import fits_into_memory
 from dpo_cache.lm.patches import is_patched
+from dpo_cache.lm.positions import most_positions
 from dpo_cache.lm.progress import ScoringStep
 from dpo_cache.lm.rows import score_rows
 from dpo_cache.lm.scoring import score_forest
@@ -94,7 +95,7 @@ def choose_attention(
     check_one_device(model)
     original = model.config._attn_implementation
     assert original != FOREST_ATTENTION, "a model's attention is chosen once"
-    longest = min(max_length, _positions(model) or max_length)
+    longest = min(max_length, most_positions(model.config) or max_length)
     chunk = chunk_tokens or SIZES.get(model.device.type, SIZES["cpu"])[-1]
     run, most_length = Run(longest, chunk, run_tokens, len(ways)), longest
     while True:
@@ -266,12 +267,6 @@ def _choose_rows(
 
 def _limits(model: PreTrainedModel) -> list[Limit]:
     return limits_of(model.config)
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """The most tokens of a row; None without a limit, for which some configs have -1."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions if positions is not None and positions > 0 else None
 
 
 def _is_known_code(model: PreTrainedModel) -> bool:

@@ -6,10 +6,10 @@ import transformers as hf
 from dpo_cache.errors import ModelError
 from dpo_cache.lm import budget as budget_module
 from dpo_cache.lm.budget import Budget
+from dpo_cache.lm.check_logps import TOLERANCES
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.check_logps import TOLERANCES
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention, score_completions
 from dpo_cache.types import Completion
 from tests.conftest import make_completions, make_llama, naive_token_logps
