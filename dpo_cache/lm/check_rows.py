@@ -154,7 +154,8 @@ def _filler(short: Sequence[Completion], num_tokens: int, most_length: int) -> l
     they share their first one.
     """
     known = np.unique(np.concatenate([completion.sequence_ids for completion in short]))
-    generator, rows = np.random.default_rng(2), []
+    generator = np.random.default_rng(2)
+    rows: list[Completion] = []
     while num_tokens > 0 and most_length > 3:
         length = min(most_length, num_tokens + bool(rows))
         sequence = generator.choice(known, max(4, length)).astype(np.uint32)
