@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 
 from dpo_cache.cli.output import remark
 from dpo_cache.cli.signals import Interrupted
+from dpo_cache.errors import OptionError
 from dpo_cache.options.base import Options, flag_of, sections
 
 BY_FLAG = "dpo_cache.by_flag"  # key of a context: the positional arguments that were given by their flag
@@ -89,16 +90,22 @@ def command_class(invoke: Callable[..., None]) -> type[TyperCommand]:
 
 
 def _with_new_flags(options_class: type[Options], words: list[str]) -> list[str]:
-    """The words with current flags in place of earlier ones, and a remark for each of those."""
+    """The words with current flags in place of earlier ones, and a remark for each of those.
+
+    Raises `OptionError` where an option is given by both flags.
+    """
     renamed = {
         "--" + old.replace("_", "-"): flag_of(entry)
         for entry in fields(options_class)
         for old in entry.metadata["old"]
     }
+    flags = {word.partition("=")[0] for word in words}
     found = []
     for word in words:
         flag, equals, value = word.partition("=")
         if flag in renamed:
+            if renamed[flag] in flags:
+                raise OptionError(f"{flag} is now {renamed[flag]}: give one of them.")
             remark(f"{flag} is now {renamed[flag]}.")
         found.append(renamed.get(flag, flag) + equals + value)
     return found

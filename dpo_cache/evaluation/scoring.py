@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from dpo_cache.errors import ModelError
 from dpo_cache.lm.budget import is_out_of_memory
-from dpo_cache.lm.policy import PolicyModel
+from dpo_cache.lm.policy import PolicyModel, count_tokens
 from dpo_cache.lm.positions import most_positions
 from dpo_cache.lm.progress import ScoringProgress, extrapolate
 from dpo_cache.lm.runner import Runner
@@ -185,10 +186,11 @@ def _weights(objective: Objective, window: Sequence[ScoredPair], runner: Runner)
     if objective.wpo == "off":
         return torch.ones(len(window), dtype=torch.float64)
     policy = PolicyModel(runner.model, runner.attention, with_squares=True)
+    count = partial(count_tokens, runner.attention)
     found: dict[int, torch.Tensor] = {}  # by the identity of the pair
     while left := [scored for scored in window if id(scored) not in found]:
         try:
-            for group in split_step(left, runner.budget.tokens, policy.count_tokens):
+            for group in split_step(left, runner.budget.tokens, count):
                 (logps,) = policy([completions_of(group.pairs)])
                 means = logps.excess_means().to("cpu", torch.float64).chunk(2)
                 weights = wpo_weights(*means, clipped=objective.wpo == "clipped")

@@ -106,15 +106,18 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 @contextmanager
 def deterministic_algorithms(is_on: bool) -> Iterator[None]:
     """While open, torch uses algorithms that give the same bits each time, or fails where it has none."""
+    if not is_on:
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     had_variable = CUBLAS_VARIABLE in os.environ
-    if is_on:
-        os.environ.setdefault(CUBLAS_VARIABLE, ":4096:8")  # read when cuBLAS starts
-        torch.use_deterministic_algorithms(True)
+    os.environ.setdefault(CUBLAS_VARIABLE, ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
         if not had_variable:
             os.environ.pop(CUBLAS_VARIABLE, None)
 

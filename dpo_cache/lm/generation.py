@@ -16,7 +16,6 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
-from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.positions import most_positions
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.types import TokenIds
@@ -34,9 +33,11 @@ class Answer:
 
 @torch.no_grad()
 def write_answers(
-    policy: PolicyModel,
+    policy: torch.nn.Module,
     prompts: Sequence[TokenIds],
     *,
+    model: PreTrainedModel,
+    attention: AttentionChoice,
     max_length: int,
     end_ids: Sequence[int],
     pad_id: int,
@@ -50,10 +51,10 @@ def write_answers(
     error is raised. An answer is cut earlier where a longer prompt of its batch reaches the last position
     that the model has an embedding for.
 
-    Every prompt is shorter than `max_length`.
+    `policy` is the `PolicyModel` of `model` and `attention`, or what wraps it. Every prompt is shorter than
+    `max_length`.
     """
     assert all(0 < len(prompt) < max_length for prompt in prompts)
-    model, attention = policy.model, policy.attention
     answers: list[Answer] = []
     at_once = min(MOST_AT_ONCE, attention.max_rows or MOST_AT_ONCE)
     with ready_to_generate(model, attention):
@@ -61,7 +62,7 @@ def write_answers(
             batch = prompts[len(answers) : len(answers) + at_once]
             try:
                 with _random_state(model.device, [*seed, len(answers)]):
-                    answers += _write_batch(policy, batch, max_length, end_ids, pad_id)
+                    answers += _write_batch(policy, model, batch, max_length, end_ids, pad_id)
             except RuntimeError as error:
                 if len(batch) == 1 or not is_out_of_memory(error, model.device):
                     raise
@@ -107,10 +108,15 @@ def _random_state(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
 
 
 def _write_batch(
-    policy: PolicyModel, prompts: Sequence[TokenIds], max_length: int, end_ids: Sequence[int], pad_id: int
+    policy: torch.nn.Module,
+    model: PreTrainedModel,
+    prompts: Sequence[TokenIds],
+    max_length: int,
+    end_ids: Sequence[int],
+    pad_id: int,
 ) -> list[Answer]:
     """Answers to left-padded prompts, by one call of `generate`."""
-    model, width = policy.model, max(map(len, prompts))
+    width = max(map(len, prompts))
     positions = most_positions(model.config) or np.inf
     room = [int(min(max_length - len(prompt), positions - width)) for prompt in prompts]
     ids, mask = np.full((len(prompts), width), pad_id, np.int64), np.zeros((len(prompts), width), np.int64)

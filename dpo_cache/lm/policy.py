@@ -68,8 +68,8 @@ class CompletionLogps(NamedTuple):
 class PolicyModel(torch.nn.Module):
     """A causal LM that maps completions to the log-probs of their tokens, its head included.
 
-    Training calls the model only through this module, so anything that wraps a module can wrap the policy:
-    DDP reduces its gradients, FSDP2 shards it.
+    Training calls the model only through this module's forward, so anything that wraps a module can wrap the
+    policy: DDP reduces its gradients, FSDP2 shards it. A wrapper has no other attribute of this class.
 
     Args:
         model: the causal LM, set to the attention that was chosen for it.
@@ -108,12 +108,13 @@ class PolicyModel(torch.nn.Module):
         with autocast(self.model.device, self.precision):
             return [completion_logps(self.model, part, self.attention, **self._outputs) for part in parts]
 
-    def count_tokens(self, completions: Sequence[Completion]) -> int:
-        """Tokens that a part of these completions runs: of its forest, or of its rows with their padding."""
-        if self.attention.name == "forest":
-            return count_forest_tokens(completions)
-        lengths = [len(completion) for completion in completions]
-        return sum(lengths) if self.attention.max_rows == 1 else max(lengths) * len(lengths)
+
+def count_tokens(attention: AttentionChoice, completions: Sequence[Completion]) -> int:
+    """Tokens that a part of these completions runs: of its forest, or of its rows with their padding."""
+    if attention.name == "forest":
+        return count_forest_tokens(completions)
+    lengths = [len(completion) for completion in completions]
+    return sum(lengths) if attention.max_rows == 1 else max(lengths) * len(lengths)
 
 
 def completion_logps(

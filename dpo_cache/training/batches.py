@@ -57,7 +57,7 @@ def training_batches(
     drop_last: bool = False,
     pad_id: int = 0,
 ) -> Iterator[TrainingBatch]:
-    """Yield one epoch of a pair set as batches with the reference's log-probs, for a loop of your own.
+    """One epoch of a pair set as batches with the reference's log-probs, for a loop of your own.
 
     The order is that of `train` with the same `seed` and `epoch`; without `shuffle` it is the data set's.
     `skip` leaves out the first pairs of the epoch, which resumes a loop without reading them. The last batch
@@ -65,14 +65,17 @@ def training_batches(
 
         for batch in training_batches(pair_set, 8):
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+
+    Raises `OptionError`.
     """
-    if batch_size < 1:
-        raise OptionError(f"batch_size {batch_size}: expected a number of pairs above 0.")
+    least = {"batch_size": (batch_size, 1), "seed": (seed, 0), "epoch": (epoch, 0), "skip": (skip, 0)}
+    for name, (value, smallest) in least.items():
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < smallest:
+            raise OptionError(f"`{name}` {value!r}: expected a whole number of {smallest} or more.")
     every = np.ones(len(pair_set), bool)
     stream = stream_pairs(pair_set, every, shuffle=shuffle, seed=seed, epoch=epoch, skip=skip)
-    while pairs := list(islice(stream, batch_size)):
-        if len(pairs) == batch_size or not drop_last:
-            yield _tensors(pairs, pad_id)
+    batches = iter(lambda: list(islice(stream, batch_size)), [])
+    return (_tensors(pairs, pad_id) for pairs in batches if len(pairs) == batch_size or not drop_last)
 
 
 def _tensors(pairs: Sequence[ScoredPair], pad_id: int) -> TrainingBatch:

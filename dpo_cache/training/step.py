@@ -22,7 +22,7 @@ import torch
 from dpo_cache.errors import TrainingError, first_line, shown_rows
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.device import release_free_bytes
-from dpo_cache.lm.policy import CompletionLogps, PolicyModel, join_logps
+from dpo_cache.lm.policy import CompletionLogps, count_tokens, join_logps
 from dpo_cache.losses.metrics import Metrics, PairMetrics
 from dpo_cache.training.batches import Group, completions_of, split_step, stream_pairs
 from dpo_cache.training.output.run_start import find_checkpoints
@@ -44,7 +44,7 @@ class TrainingStep:
     """
 
     setup: Setup
-    policy: PolicyModel
+    policy: torch.nn.Module  # of `setup.policy_model()`, which it may wrap
     step_zero: StepZero | None
     step_zero_gap: float | None = None
     has_updated: bool = False
@@ -97,6 +97,13 @@ class TrainingStep:
             )
         )
         return metrics
+
+    @torch.no_grad()
+    def compare(self, pairs: list[ScoredPair]) -> None:
+        """Compare the policy with the cache on these pairs. Raises `StepZeroError`."""
+        assert self.step_zero is not None
+        self._until_it_fits(lambda: self._run_all(pairs))
+        self.step_zero.stop_if_wrong()
 
     @torch.no_grad()
     def check_base(self, pairs: list[ScoredPair], step_zero: StepZero) -> str:
@@ -203,7 +210,8 @@ class TrainingStep:
     # -- what fits --------------------------------------------------------------------------------------
 
     def _groups(self, pairs: list[ScoredPair]) -> list[Group]:
-        return split_step(pairs, self.setup.step_memory.micro_tokens, self.policy.count_tokens)
+        count = partial(count_tokens, self.setup.policy.attention)
+        return split_step(pairs, self.setup.step_memory.micro_tokens, count)
 
     def _pieces(self, part: list[Group]) -> list[list[Completion]]:
         """The completions of each group; for a group of one pair that is too long, each of its answers."""

@@ -198,3 +198,23 @@ def test_resume_takes_a_folder_or_none(command: str) -> None:
     assert parse(command, "--resume", "folder", "--beta", "1")["resume"] == "folder"
     assert parse(command, "--resume", "--json")["resume"] == ""
     assert parse(command, "--json")["resume"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "old", "new"),
+    [
+        (["train", "c", "--output", "o", "--budget-tokens", 500, "--micro-tokens", 60],
+         "--micro-tokens", "--budget-tokens"),
+        (["train", "c", "--output", "o", "--micro-tokens=60", "--budget-tokens=500"],
+         "--micro-tokens", "--budget-tokens"),
+        (["sweep", "c", "--output", "o", "--micro-tokens", "60,70", "--budget-tokens", 500],
+         "--micro-tokens", "--budget-tokens"),
+        (["precompute", "--model", "m", "--dataset", "d", "--cache", "c", "--reference", "a",
+          "--expect-reference", "b"], "--expect-reference", "--reference"),
+        (["export", "c", "p", "--output", "o.jsonl", "--out", "p.jsonl"], "--out", "--output"),
+        (["push", "c", "d", "--replace", "--overwrite"], "--replace", "--overwrite"),
+    ],
+)  # fmt: skip
+def test_both_flags_of_an_option_are_refused(run, words: list, old: str, new: str) -> None:
+    done = run(*words)
+    assert (done.code, done.err) == (2, f"error: {old} is now {new}: give one of them.\n")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_cache.lm.device import autocast, planning_device_type, simulate_device_type
+from dpo_cache.lm.device import autocast, deterministic_algorithms, planning_device_type, simulate_device_type
 from dpo_cache.lm.forest.attention import use_forest_attention
 from dpo_cache.lm.forest.layout import build_forest
 from dpo_cache.lm.forest.plans import plan_tree
@@ -61,3 +61,34 @@ def test_mixed_precision_without_kept_copies_has_the_same_gradients() -> None:
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
     exact = run(autocast(torch.device("cpu"), "fp32"))
     assert any(not torch.equal(found[name], gradient) for name, gradient in exact.items())
+
+
+@pytest.mark.parametrize("before", ["off", "warn", "on"])
+@pytest.mark.parametrize("is_on", [False, True])
+def test_a_users_own_determinism_comes_back(before: str, is_on: bool) -> None:
+    def state() -> tuple[bool, bool]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+
+    torch.use_deterministic_algorithms(before != "off", warn_only=before == "warn")
+    try:
+        own = state()
+        with deterministic_algorithms(is_on):
+            assert state() == ((True, False) if is_on else own)
+        assert state() == own
+        with pytest.raises(RuntimeError, match="inside"), deterministic_algorithms(is_on):
+            raise RuntimeError("inside")
+        assert state() == own
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_determinism_that_is_off_keeps_what_the_block_sets() -> None:
+    try:
+        with deterministic_algorithms(False):
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

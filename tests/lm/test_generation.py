@@ -29,6 +29,8 @@ def write(
     return write_answers(
         PolicyModel(model, attention),
         texts,
+        model=model,
+        attention=attention,
         **{"max_length": 30, "end_ids": [END], "pad_id": PAD, "seed": [3, 5], **changes},
     )
 

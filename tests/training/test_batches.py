@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,23 @@ def test_a_batch_is_the_pairs_padded_on_the_right(pair_set: PairSet) -> None:
         assert batch.to("meta").input_ids.device.type == "meta" and len(batch) == len(pairs)
 
 
-def test_an_empty_batch_is_refused(pair_set: PairSet) -> None:
-    with pytest.raises(OptionError, match="^batch_size 0: expected a number of pairs above 0.$"):
-        next(training_batches(pair_set, 0))
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        *(("batch_size", value, 1) for value in (0, -1, 2.5, "8", True, None)),
+        *((name, value, 0) for name in ("seed", "epoch", "skip") for value in (-1, 0.5, "1", False)),
+    ],
+)
+def test_batches_of_numbers_that_make_no_sense_are_refused(
+    pair_set: PairSet, name: str, value: object, least: int
+) -> None:
+    expected = re.escape(f"`{name}` {value!r}: expected a whole number of {least} or more.")
+    with pytest.raises(OptionError, match=f"^{expected}$"):
+        training_batches(pair_set, **{name: value})
+
+
+def test_batches_take_numbers_of_numpy(pair_set: PairSet) -> None:
+    given = {"batch_size": 6, "seed": 3, "epoch": 1, "skip": 12}
+    expected = [batch.rows.tolist() for batch in training_batches(pair_set, **given)]
+    numbers = {name: np.int64(value) for name, value in given.items()}
+    assert [batch.rows.tolist() for batch in training_batches(pair_set, **numbers)] == expected

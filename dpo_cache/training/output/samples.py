@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.generation import Answer, write_answers
-from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.positions import most_positions
 from dpo_cache.training.batches import stream_pairs
 from dpo_cache.training.output.metrics_file import MetricsFile
@@ -27,7 +27,7 @@ FILE = "samples.jsonl"
 SHOWN = 80  # characters of a prompt's end, and of an answer's start, in a remark
 
 
-def open_sampler(setup: Setup, policy: PolicyModel) -> Sampler | None:
+def open_sampler(setup: Setup, policy: torch.nn.Module) -> Sampler | None:
     """A sampler for the first distinct evaluation prompts; None if `sample` is 0. Raises `TrainingError`."""
     data, model, num_prompts = setup.data, setup.policy.model, setup.options.sample
     if not num_prompts or data.eval_pairs is None:
@@ -55,20 +55,23 @@ class Sampler:
     """Writes the policy's answers to the same prompts; the random draws depend only on seed and step."""
 
     setup: Setup
-    policy: PolicyModel
+    policy: torch.nn.Module
     file: MetricsFile
     prompts: list[ScoredPair]
     max_length: int  # tokens of prompt and answer
 
     def write(self, step: int) -> None:
         """Write the policy's answers after a step; if not even one fits into memory, log a remark instead."""
-        model, tokenizer = self.setup.policy.model, self.setup.policy.tokenizer
+        trained = self.setup.policy
+        model, tokenizer = trained.model, trained.tokenizer
         end_ids = end_tokens(model, tokenizer)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids or [0])[0]
         try:
             answers = write_answers(
                 self.policy,
                 [scored.pair.chosen.prompt_ids for scored in self.prompts],
+                model=model,
+                attention=trained.attention,
                 max_length=self.max_length,
                 end_ids=end_ids,
                 pad_id=pad_id,

@@ -65,6 +65,8 @@ def test_a_sample_is_the_answer_of_the_policy_at_that_step(cache: str, tmp_path:
     answers = write_answers(
         PolicyModel(model, rows),
         prompts,
+        model=model,
+        attention=rows,
         max_length=256,
         end_ids=end_tokens(model, tokenizer),
         pad_id=tokenizer.pad_token_id,
