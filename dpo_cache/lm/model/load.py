@@ -76,6 +76,7 @@ def _config_of(parts: CheckpointLocation, location: str, trust_remote_code: bool
         ) from error
     for one in (config, config.get_text_config()):
         one.return_dict = True  # outputs are read by name
+        one.output_hidden_states = one.output_attentions = False  # in falcon they change the numbers
     return config
 
 
