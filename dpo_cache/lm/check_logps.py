@@ -97,6 +97,7 @@ def depends_on_length(
     return False
 
 
+@torch.no_grad()
 def forest_problem(
     model: PreTrainedModel,
     rows: CheckRows,
@@ -121,6 +122,7 @@ def forest_problem(
         return f"its code does not take forest attention ({type(error).__name__})", largest
 
 
+@torch.no_grad()
 def rows_problem(
     model: PreTrainedModel,
     rows: Sequence[Completion],

@@ -12,6 +12,7 @@ from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.runner import Runner, open_runner, run_loaded
 from dpo_cache.types import Score
 from tests.conftest import make_completions, make_llama, naive_token_logps
+from tests.families.tiny import make_tiny
 from tests.lm.families import make_model
 
 CPU = torch.device("cpu")
@@ -121,3 +122,33 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         open_runner(str(tmp_path), dtype=torch.float32, device=CPU, max_length=64),
     ):
         pass
+
+
+def test_the_budget_and_the_run_bound_the_chunks_that_are_checked_and_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    remarks: list[str] = []
+    model = make_model("llama4")
+    for budget, run_tokens, expected in ((300, None, 300), (20_000, 10_000, 8191)):
+        with run_loaded(
+            model, name="mine", max_length=64, budget_tokens=budget, run_tokens=run_tokens, log=remarks.append
+        ) as runner:
+            score(runner, make_completions())
+            assert runner.attention.name == "forest" and runner.budget.tokens == expected
+    assert remarks == [
+        "Llama4ForCausalLM is run with smaller chunks: its config names `floor_scale` 8,192, and more than 8,191 "
+        "tokens at once are not exact, or not checked."
+    ]
+
+
+def test_rows_that_run_one_at_a_time_are_remarked_even_if_rows_were_requested() -> None:
+    remarks: list[str] = []
+    model = make_tiny("deepseek_v32")
+    with run_loaded(model, name="mine", attention="rows", max_length=64, log=remarks.append) as runner:
+        found = score(runner, make_completions())
+        assert runner.attention.max_rows == 1
+    assert len(remarks) == 1 and remarks[0].startswith(
+        "DeepseekV32ForCausalLM is run as plain rows, which is"
+    )
+    for index, completion in enumerate(make_completions()):
+        assert np.abs(found[index].token_logps - naive_token_logps(model, completion).numpy()).max() < 1e-4
