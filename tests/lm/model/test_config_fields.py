@@ -69,7 +69,6 @@ def test_a_field_that_a_later_library_adds_changes_nothing_at_its_default(
     ],
 )
 def test_rates_of_dropout_do_not_count(make: Any, rates: dict[str, float]) -> None:
-    assert computing_fields(make()) == computing_fields(make(**dict.fromkeys(rates, 0.0)))
     known = {name: rate for name, rate in rates.items() if hasattr(make(), name)}
     assert computing_fields(make()) == computing_fields(make(**known))
     assert computing_fields(make(**rates)) == computing_fields(make(**dict.fromkeys(rates, 0.1)))

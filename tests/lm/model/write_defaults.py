@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from typing import Any
 
 import transformers
@@ -45,7 +46,8 @@ def _adapter_defaults() -> dict[str, dict[str, Any]]:
 
     found = {}
     for kind, make in PEFT_TYPE_TO_CONFIG_MAPPING.items():
-        with contextlib.suppress(*UNMADE, ImportError):
+        with contextlib.suppress(*UNMADE, ImportError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             fields = plain(make().to_dict())
             fields.pop("peft_version", None)
             found[f"adapter {kind.value}"] = fields
