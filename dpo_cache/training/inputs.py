@@ -30,7 +30,7 @@ from dpo_cache.lm.model.adapter import (
     read_adapter_config,
 )
 from dpo_cache.lm.model.adapter_weights import load_adapter
-from dpo_cache.lm.model.identity import identity_as_recorded
+from dpo_cache.lm.model.identity import identity_as_recorded, reference_identity
 from dpo_cache.lm.model.load import load_base, load_config
 from dpo_cache.lm.policy import default_micro_tokens
 from dpo_cache.lm.prepare import in_eval_mode, prepared
@@ -77,6 +77,7 @@ class Origin:
     differing: tuple[str, ...]  # fields of their identities, otherwise
     base_is_reference: bool  # the same of the base under an adapter
     base_weights: str | None  # digest of the base's weights
+    is_named: bool = False  # the model is the one that `import` named as that of the imported log-probs
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,39 @@ def _compare_origin(
         differing=differing,
         base_is_reference=base is not None and not is_imported and not compare(base),
         base_weights=identify(*base, torch.float32)["weights"] if base else None,
+        is_named=is_imported and start is not None and _is_named(options, data, start, dtype, loaded),
     )
+
+
+def _is_named(
+    options: TrainOptions,
+    data: TrainingPairs,
+    start: tuple[str, str | None],
+    dtype: torch.dtype,
+    loaded: LoadedPolicy | None,
+) -> bool:
+    """Whether the model at the start is the one that `import --model` named: the same place, or the same
+    identity.
+    """
+    source, trusted = data.reference["provenance"], options.trust_remote_code
+    named = source.get("model"), source.get("revision")
+    if named[0] is None or options.quantize != "none":
+        return False
+    if loaded is None and start == named:
+        return True
+    if not os.path.isdir(named[0]):
+        return False
+
+    def identify(location: str, revision: str | None) -> Document:
+        config = load_config(location, revision=revision, trust_remote_code=trusted)
+        return reference_identity(
+            location, config, torch.float32, revision=revision, trust_remote_code=trusted
+        )
+
+    expected = identify(*named)
+    if loaded is not None:
+        return loaded.identify(dtype, expected, torch.float32, trust_remote_code=trusted) == expected
+    return identify(*start) == expected
 
 
 def _start_of(options: TrainOptions, data: TrainingPairs, *, is_resumed: bool) -> tuple[str, str | None]:
@@ -319,9 +352,7 @@ def _check_adapter(
     return is_new or is_saved
 
 
-def _adapt(
-    options: TrainOptions, model: PreTrainedModel, parts: CheckpointLocation, log: Log
-) -> PeftModel:
+def _adapt(options: TrainOptions, model: PreTrainedModel, parts: CheckpointLocation, log: Log) -> PeftModel:
     """Put the saved adapter into the model, or a fresh one."""
     if parts.adapter is not None:
         adapted = load_adapter(model, parts.adapter, is_trainable=True)

@@ -27,6 +27,7 @@ from dpo_cache.training.output.run_folder import check_config, check_disk, disca
 from dpo_cache.training.output.run_start import check_output
 from dpo_cache.training.output.samples import open_sampler
 from dpo_cache.training.output.trackers import Trackers, open_trackers
+from dpo_cache.training.sample import sample_pairs, sample_size
 from dpo_cache.training.saving import Saver
 from dpo_cache.training.setup import Setup, open_setup
 from dpo_cache.training.step import TrainingStep
@@ -227,8 +228,8 @@ class _Run:
 
     def _update(self, pairs: list[ScoredPair]) -> Metrics:
         """Update the weights once; returns the metrics of the step."""
-        if not self.step.has_updated and (check := self.base_check):
-            self.log(self.step.check_base(pairs, check))
+        if not self.step.has_updated:
+            self._check_start(pairs)
         started, number = time.perf_counter(), self.position.step
         lr = self.setup.lr(number - 1)
         metrics, num_tokens, grad_norm = self.step.take(pairs, number, lr)
@@ -242,6 +243,20 @@ class _Run:
             "pairs_per_s": len(pairs) / (time.perf_counter() - started),
             "peak_bytes": peak_bytes(self.setup.device),
         }
+
+    def _check_start(self, pairs: list[ScoredPair]) -> None:
+        """Before the first update, compare pairs from the whole training set with the cache; see `step_zero`.
+
+        The pairs of the first step are compared as well: with these here, or in the step itself.
+        """
+        sample: list[ScoredPair] = []
+        if (self.step.step_zero or self.base_check) and not self.options.dry_run:
+            num_trained = self.setup.total_steps * self.options.batch_size
+            sample = sample_pairs(self.data.pairs, self.data.selected, sample_size(num_trained))
+        if self.base_check:
+            self.log(self.step.check_base([*sample, *pairs], self.base_check))
+        if self.step.step_zero and sample:
+            self.step.compare(sample)
 
     def _evaluate(self) -> Metrics | None:
         """Evaluate the policy and record the means; None if there are no evaluation pairs."""

@@ -40,6 +40,7 @@ class Expectation:
     is_reference: bool  # by their identities they are one model
     differing: Sequence[str] = ()  # fields of their identities, otherwise
     imported: str | None = None  # name of an imported reference, which has no identity to compare with
+    is_named: bool = False  # the import named the policy's model as its own
     is_default: bool = False  # no model was named: the policy starts from the reference's checkpoint
     remarks: Sequence[str] = ()  # other known differences, such as of templates
     what: str = "the policy"
@@ -51,7 +52,7 @@ class Expectation:
     @property
     def stops(self) -> bool:
         """Whether a gap stops the run under `auto`: where policy and reference should be one model."""
-        return self.is_reference or (self.is_default and self.imported is None)
+        return self.is_reference or self.is_named or (self.is_default and self.imported is None)
 
 
 def expectation_of(policy: TrainedModel, data: TrainingPairs, options: TrainOptions) -> Expectation:
@@ -65,6 +66,7 @@ def expectation_of(policy: TrainedModel, data: TrainingPairs, options: TrainOpti
         is_reference=policy.origin.is_reference,
         differing=policy.origin.differing,
         imported=identity.get("imported"),
+        is_named=policy.origin.is_named,
         is_default=options.model is None and options.quantize == "none",
         remarks=policy.remarks,
     )

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import dpo_cache
 from dpo_cache.errors import StepZeroError, TrainingError
 from dpo_cache.store import open_cache
+from dpo_cache.training.step import TrainingStep
 from dpo_cache.training.step_zero import Expectation, StepZero
 from dpo_cache.types import Completion, Score, ScoredPair
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
@@ -152,12 +154,11 @@ def test_sums_over_truncated_answers(place: Path) -> None:
         dtype="float32",
         log=lambda text: None,
     )
-    message = stop(place, pairs="imported", step_zero="strict")
+    message = stop(place, pairs="imported")
     assert "Likely cause: truncation: the cached sums are of fewer tokens than the answers have" in message
     remarks: list[str] = []
-    assert train(
-        str(place / "cache"), place / "run", pairs="imported", log=remarks.append, max_steps=1
-    ).finished
+    options = {"pairs": "imported", "step_zero": "warn", "max_steps": 1}
+    assert train(str(place / "cache"), place / "run", log=remarks.append, **options).finished
     assert any(
         "the values of the imported reference 'elsewhere' are not those of the policy.\n"
         "Likely cause: truncation" in remark
@@ -246,9 +247,13 @@ def test_training_pairs_are_compared_after_a_large_evaluation(
     monkeypatch.setattr(
         StepZero, "__init__", lambda self, *args, **kwargs: init(self, *args, **{"most": 4, **kwargs})
     )
-    assert "Likely cause: cache: only the values of row" in stop(place, eval_pairs="heldout"), (
-        "the evaluation pairs agree: it is not the weights"
+    numbers: list[int] = []
+    begin = StepZero.begin_training
+    monkeypatch.setattr(
+        StepZero, "begin_training", lambda self: (numbers.append(len(self.compared)), begin(self))
     )
+    assert "its log-prob of a completion of row" in stop(place, eval_pairs="heldout")
+    assert numbers and numbers[0] >= 4, "the evaluation pairs, which agree"
 
 
 def test_log_probs_that_are_no_numbers_are_a_gap(place: Path) -> None:
@@ -297,3 +302,167 @@ def test_a_resumed_adapter_over_another_base_is_an_error(place: Path) -> None:
     ):
         train(str(place / "cache"), place / "run", resume=True, **options)
     assert (place / "run/checkpoints").exists(), "the checkpoint is kept"
+
+
+# -- the whole training set --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A reference and the cache of a hundred pairs."""
+    make_llama().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    data = write_rows(tmp_path / "pairs.jsonl", chat_rows(100))
+    dpo_cache.precompute(tmp_path / "model", data, tmp_path / "cache", audit="off")
+    return tmp_path
+
+
+def damage(place: Path, row: int, nats: float = 30.0) -> None:
+    """Add to the cached log-prob of one answer of one row."""
+
+    def change(scored: ScoredPair) -> ScoredPair:
+        if scored.pair.row != row:
+            return scored
+        values = scored.ref_rejected.token_logps.copy()
+        return ScoredPair(scored.pair, scored.ref_chosen, Score(values + np.float32(nats / len(values))))
+
+    rewrite(place, change)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_r": 2}, {"shuffle": False}, {"eval_fraction": 0.1}])
+def test_a_row_beyond_the_first_batch_is_found_before_the_first_update(large: Path, options: dict) -> None:
+    damage(large, 60)
+    message = stop(large, batch_size=4, max_steps=4, **options)
+    assert "completion of row 60" in message and "only the values of row 60 differ" in message
+
+
+def test_the_base_of_a_resumed_adapter_is_compared_on_the_whole_set(large: Path) -> None:
+    options = {"lora_r": 2, "max_steps": 3, "lr": 1e-2, "batch_size": 4}
+    train(str(large / "cache"), large / "run", should_stop=lambda: True, **options)
+    damage(large, 60)
+    with pytest.raises(
+        StepZeroError, match="with its adapter switched off is the reference, but .* of row 60 "
+    ):
+        train(str(large / "cache"), large / "run", resume=True, **options)
+    assert (large / "run/checkpoints").exists(), "the checkpoint is kept"
+
+
+def test_an_adapter_that_is_trained_further_is_compared_on_the_whole_set(large: Path) -> None:
+    options = {"max_steps": 2, "lr": 1e-2, "batch_size": 4}
+    train(str(large / "cache"), large / "first", lora_r=2, **options)
+    damage(large, 60)
+    message = stop(large, model=str(large / "first/model"), **options)
+    assert "with its adapter switched off is the reference" in message and "of row 60" in message
+
+
+def test_a_loaded_policy_is_compared_on_the_whole_set(large: Path) -> None:
+    damage(large, 60)
+    model = LlamaForCausalLM.from_pretrained(large / "model")
+    message = stop(large, model=model, tokenizer=make_tokenizer(), batch_size=4, max_steps=2)
+    assert "completion of row 60" in message
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_r": 2}])
+def test_the_sample_changes_no_bit_of_the_run(large: Path, options: dict) -> None:
+    found = []
+    for step_zero in ("auto", "off"):
+        lines: list[dict] = []
+        train(
+            str(large / "cache"),
+            large / step_zero,
+            step_zero=step_zero,
+            batch_size=4,
+            max_steps=3,
+            lr=1e-3,
+            on_metrics=lines.append,
+            log=lambda text: None,
+            **options,
+        )
+        values = ("loss", "grad_norm", "logps/chosen", "rewards/margins")
+        found.append([[line[name] for name in values if name in line] for line in lines])
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
+def test_the_sample_is_small_and_a_dry_run_takes_none(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[int] = []
+    compare = TrainingStep.compare
+
+    def count(self: TrainingStep, pairs: list[ScoredPair]) -> None:
+        numbers.append(len(pairs))
+        compare(self, pairs)
+
+    monkeypatch.setattr(TrainingStep, "compare", count)
+    for steps, most in ((2, 17), (60, 33)):
+        train(
+            str(large / "cache"), large / f"run{steps}", batch_size=4, max_steps=steps, log=lambda text: None
+        )
+        assert len(numbers) == 1 and most - 3 <= numbers.pop() <= most
+    train(str(large / "cache"), large / "dry", batch_size=4, dry_run=True)
+    train(str(large / "cache"), large / "off", batch_size=4, max_steps=1, step_zero="off")
+    assert not numbers
+
+
+# -- imported references -----------------------------------------------------------------------------------
+
+
+def import_values(place: Path, scorer: torch.nn.Module, **options: object) -> None:
+    """Log-probs by a model, as another program's."""
+    rows = [
+        {
+            "prompt_ids": scored.pair.chosen.prompt_ids.tolist(),
+            "chosen_ids": scored.pair.chosen.completion_ids.tolist(),
+            "rejected_ids": scored.pair.rejected.completion_ids.tolist(),
+            "ref_chosen_logps": float(naive_token_logps(scorer, scored.pair.chosen).sum()),
+            "ref_rejected_logps": float(naive_token_logps(scorer, scored.pair.rejected).sum()),
+        }
+        for scored in open_cache(place / "cache").pairs("pairs")
+    ]
+    (place / "imported.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dpo_cache.import_pairs(
+        place / "cache", place / "imported.jsonl", reference="elsewhere", log=lambda text: None, **options
+    )
+
+
+def test_a_gap_to_an_imported_reference_stops_where_the_import_named_the_policy(place: Path) -> None:
+    import_values(place, make_llama(seed=5), model=str(place / "model"), dtype="float32")
+    expected = "the policy should start as the reference, but its log-prob"
+    assert expected in stop(place, pairs="imported")
+    assert expected in stop(place, pairs="imported", model=str(place / "model"))
+    shutil.copytree(place / "model", place / "copy")
+    assert expected in stop(place, pairs="imported", model=str(place / "copy")), "its identity is the same"
+    model = LlamaForCausalLM.from_pretrained(place / "copy")
+    assert expected in stop(place, pairs="imported", model=model, tokenizer=make_tokenizer())
+    assert expected in stop(place, pairs="imported", lora_r=2)
+    remarks: list[str] = []
+    options = {"pairs": "imported", "step_zero": "warn", "max_steps": 1}
+    assert train(str(place / "cache"), place / "warned", log=remarks.append, **options).finished
+    assert any("the values of the imported reference 'elsewhere' are not those" in text for text in remarks)
+
+
+def test_a_gap_to_an_imported_reference_is_logged_where_the_policy_is_another_model(place: Path) -> None:
+    make_llama(seed=7).save_pretrained(place / "other")
+    make_tokenizer().save_pretrained(place / "other")
+    import_values(place, make_llama(seed=5), model=str(place / "model"), dtype="float32")
+    options = {"pairs": "imported", "max_steps": 1}
+    model = LlamaForCausalLM.from_pretrained(place / "model")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)  # no longer the named one, though its name is
+    for number, other in enumerate(
+        ({"model": str(place / "other")}, {"model": model, "tokenizer": make_tokenizer()})
+    ):
+        remarks: list[str] = []
+        given = {**options, **other}
+        assert train(str(place / "cache"), place / f"run{number}", log=remarks.append, **given).finished
+        assert any(
+            "the values of the imported reference 'elsewhere' are not those" in text for text in remarks
+        )
+
+
+def test_values_of_the_named_model_pass(place: Path) -> None:
+    import_values(place, make_llama(), model=str(place / "model"), dtype="float32")
+    remarks: list[str] = []
+    options = {"pairs": "imported", "max_steps": 1}
+    assert train(str(place / "cache"), place / "run", log=remarks.append, **options).finished
+    assert any(
+        "the policy starts as the model of the imported reference 'elsewhere'" in text for text in remarks
+    )
