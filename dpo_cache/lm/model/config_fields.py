@@ -43,8 +43,23 @@ INERT_FIELDS = frozenset(
 )
 # fmt: on
 
-# Model types whose code computes with a field that is inert in the others
-COUNTED_FIELDS: dict[str, frozenset[str]] = {}
+# Model types whose code computes with a field that is inert in the others: positions are counted from the id
+# of the padding token on, or the vector of one position is zero.
+COUNTED_FIELDS = dict.fromkeys(
+    (
+        "camembert",
+        "cohere_compass_text",
+        "data2vec-text",
+        "prophetnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xglm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ),
+    frozenset({"pad_token_id"}),
+)
 
 # Parts of the names of sub-configs for what a row of text never reaches
 OTHER_MEDIA = ("vision", "audio", "image", "video", "speech", "vq_config")
@@ -54,7 +69,7 @@ def computing_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The config's fields that decide the computation and differ from the pinned defaults, JSON-ready."""
     config = config_for_text(config)
     fields, defaults = plain(config.to_dict()), _defaults_of(config)
-    inert = INERT_FIELDS - COUNTED_FIELDS.get(config.model_type, frozenset())
+    inert = inert_fields(config.model_type)
     kept = {
         name: value
         for name, value in fields.items()
@@ -64,6 +79,11 @@ def computing_fields(config: PreTrainedConfig) -> dict[str, Any]:
     }
     dropouts = {name: 0.0 for name, value in kept.items() if _is_dropout(name, value)}
     return {**kept, **dropouts, "model_type": config.model_type}
+
+
+def inert_fields(model_type: str) -> frozenset[str]:
+    """The fields that cannot change the log-probs of a model of this type."""
+    return INERT_FIELDS - COUNTED_FIELDS.get(model_type, frozenset())
 
 
 def config_for_text(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -95,7 +95,7 @@ def test_pairs_that_were_scored_under_a_former_id_are_those_of_their_model(
     before = score_formerly(adapter, data, cache, monkeypatch)
     reports = rescore(cache, str(adapter), 4)
     assert [report.reference for report in reports] == [before] and reports[0].agrees
-    found = dpo_cache.evaluate(cache, str(adapter), pairs="pairs")
+    found = dpo_cache.evaluate(cache, model=str(adapter), pairs="pairs")
     assert not [text for text in found.remarks if "differ" in text or "another model" in text]
     run = train(cache, tmp_path / "run", pairs="pairs", max_steps=1, batch_size=2, precision="fp32")
     assert run.step_zero_gap is not None and run.step_zero_gap < 1e-3

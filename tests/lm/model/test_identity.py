@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, RobertaConfig, RobertaForCausalLM
 
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.lm.model.adapter import locate_checkpoint
@@ -320,6 +320,21 @@ def test_an_identity_is_compared_in_the_form_in_which_it_was_recorded(saved: Pat
     assert identity_as_recorded(former, location, config, torch.float32) == former
     assert identity_as_recorded(live, location, config, torch.float32) == live
     assert identity_as_recorded({**former, "weights": "other"}, location, config, torch.float32) == live
+
+
+@pytest.mark.parametrize(("pad_token_id", "is_same"), [(1, True), (0, False), (5, False)])
+def test_the_id_of_the_padding_token_counts_where_positions_are_counted_from_it(
+    tmp_path: Path, pad_token_id: int, is_same: bool
+) -> None:
+    fields = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"intermediate_size": 48, "max_position_embeddings": 256, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    model = RobertaForCausalLM(RobertaConfig(**fields, **sizes, is_decoder=True))  # its padding token is 1
+    for name in ("one", "other"):
+        model.save_pretrained(tmp_path / name)
+    edit(tmp_path / "other", pad_token_id=pad_token_id)
+    assert (identify(tmp_path / "one") == identify(tmp_path / "other")) is is_same
+    assert torch.equal(logps(tmp_path / "one"), logps(tmp_path / "other")) is is_same
 
 
 def test_architectures_without_a_causal_head_are_refused() -> None:

@@ -16,7 +16,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dpo_cache.lm.model.config_fields import DEFAULTS_FILE, INERT_FIELDS, UNMADE, plain
+from dpo_cache.lm.model.config_fields import DEFAULTS_FILE, UNMADE, inert_fields, plain
 
 
 def installed_defaults() -> dict[str, dict[str, Any]]:
@@ -34,9 +34,8 @@ def _model_defaults() -> dict[str, dict[str, Any]]:
     found = {}
     for kind in classes:
         with contextlib.suppress(*UNMADE, ImportError):  # as where identities are made
-            found[kind.model_type] = {
-                name: value for name, value in plain(kind().to_dict()).items() if name not in INERT_FIELDS
-            }
+            inert, fields = inert_fields(kind.model_type), plain(kind().to_dict())
+            found[kind.model_type] = {name: value for name, value in fields.items() if name not in inert}
     found.pop("", None)
     return found
 
