@@ -34,13 +34,14 @@ TRL_PYTHON ?= $(TRL_VENV)/bin/python
 ROWS ?=
 TURNS ?= 3
 
-.PHONY: help install model demo test test-slow test-oldest test-newest check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options
+.PHONY: help install model demo test test-slow test-families test-oldest test-newest check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options
 .PHONY: bench-token-ids bench-store clean
 
 help:
 	@echo "make demo         install, fetch a small real model, score the example pairs with it and train it on them"
 	@echo "make test         install and run the tests without whole training loops and without the real model"
 	@echo "make test-slow    all tests"
+	@echo "make test-families [FAMILY=NAME]  every model family; make test runs a tenth of them, another one each day"
 	@echo "make test-oldest  a part of the tests with the lowest versions that pyproject.toml allows"
 	@echo "make test-newest  the same tests with the newest versions"
 	@echo "make check        format, lint and types"
@@ -79,6 +80,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed $(MODEL)/config.json
 	DPO_CACHE_REAL_MODEL=$(abspath $(MODEL)) $(PYTEST)
+
+test-families: $(VENV)/installed
+	$(PYTEST) tests/families $(if $(FAMILY),-k '[$(FAMILY)]')
 
 test-oldest:
 	$(PYTHON) -m venv --clear $(OLDEST_VENV)

@@ -20,6 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_cache.types import Completion
+from tests.families.rotation import set_part
+
+FAMILY_PART = set_part()  # before workers start, so that all choose the same
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
@@ -27,6 +30,10 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def pytest_report_header() -> str:
+    return FAMILY_PART
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 import transformers as hf
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = 264
 SPREAD = 0.3  # of random weights: log-probs are far from uniform, so a wrong mask shows
-FAMILIES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+FAMILIES: tuple[str, ...] = tuple(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+# families with towers for images or sounds; older versions of transformers have another mapping
+MULTIMODAL: dict[str, str] = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
 
 # fields that list the kind of each layer
 LAYER_LISTS = (
@@ -93,6 +95,13 @@ SHARED_KEYS = {  # the last two layers take keys and values from the first two
     "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": MIXED * 2,
 }  # fmt: skip
 
+ASSISTED = {  # without layers that an assistant does not have
+    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 2, "num_hidden_layers": 2,
+    "layer_types": MIXED, "hidden_size": 32, "head_dim": 8, "global_head_dim": 16,
+}  # fmt: skip
+# Without these, a family has no default config.
+REQUIRED = {"gemma4_assistant": {"text_config": {**ASSISTED, "model_type": "gemma4_text"}}}
+
 # Values that differ: fields that mean something else in a family, and kinds of layers that are not default.
 OTHER: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -115,9 +124,12 @@ OTHER: dict[str, dict[str, Any]] = {
             "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "head_dim": 16, "qk_nope_head_dim": 8,
             "qk_rope_head_dim": 8, "v_head_dim": 8}.items()}, "head_dim": 16,
     },
+    "emu3": {"vocabulary_map": {"<image>": 5}},
+    "falcon_h1": {"lm_head_multiplier": 0.7, "key_multiplier": 0.9, "attention_out_multiplier": 1.2},
     "gemma3n_text": {**SHARED_KEYS, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]},
     "gemma4_text": {**SHARED_KEYS, "global_head_dim": 16, "num_global_key_value_heads": 1, "head_dim": 8},
     "gemma4_unified_text": {**SHARED_KEYS, "global_head_dim": 16, "num_global_key_value_heads": 1, "head_dim": 8},
+    "gemma4_assistant": {"text_config": {**ASSISTED, "model_type": "gemma4_text"}},
     "got_ocr2_vision": {"image_size": 64, "mlp_dim": 48, "output_channels": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
@@ -129,6 +141,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "laguna": KINDS_OF_LAYERS,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"no_rope_layers": [1, 0], "floor_scale": 128},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mellum": KINDS_OF_LAYERS,
     "minicpm3": {"dim_model_base": 16},
@@ -155,8 +168,43 @@ OTHER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Other settings of families, which may be run in another way.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert, not a decoder": ("bert", {"is_decoder": False}),
+    "bloom, residual after norm": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    "cohere, normed queries": ("cohere", {"use_qk_norm": True}),
+    "falcon, alibi": ("falcon", {"alibi": True}),
+    "falcon, new architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gemma3_text, both directions": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "gemma4_text, experts": (
+        "gemma4_text",
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24, "attention_k_eq_v": True},
+    ),
+    "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    "gpt_bigcode, all heads": ("gpt_bigcode", {"multi_query": False}),
+    "llama4_text, rows past the floor of its tuning": ("llama4_text", {"floor_scale": 16}),
+    "mixtral, no window": ("mixtral", {"sliding_window": None}),
+    "olmo, clipped": ("olmo", {"clip_qkv": 0.5}),
+    "opt, narrow embeddings": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "phi3, rows past its long rope": ("phi3", {
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {
+            "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0,
+            "original_max_position_embeddings": 32,
+        },
+    }),
+    "phimoe, no window": ("phimoe", {"sliding_window": None}),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "xlm, causal": ("xlm", {"causal": True}),
+    "xlnet, one direction": ("xlnet", {"attn_type": "uni"}),
+}  # fmt: skip
+CASES: tuple[str, ...] = (*sorted(FAMILIES), *sorted(VARIANTS))
+
+
 def make_config(family: str, **changes: Any) -> hf.PreTrainedConfig:
-    """The family's tiny config."""
+    """The family's tiny config, or a variant's."""
+    family, more = VARIANTS.get(family, (family, {}))
+    changes = {**more, **changes}
     kind = getattr(hf, CONFIG_MAPPING_NAMES[family])
     return kind(**_merged(_small_fields(kind), {**OTHER.get(family, {}), **changes}))
 
@@ -165,11 +213,11 @@ def make_tiny(family: str, **changes: Any) -> hf.PreTrainedModel:
     """The family's tiny model in eval mode, its weights random but the same each time; biases and norms, too,
     which start as zeros and ones.
     """
-    config = make_config(family, **changes)
+    config, family = make_config(family, **changes), VARIANTS.get(family, (family,))[0]
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = hf.AutoModelForCausalLM.from_config(config).eval()
+        model = _build(family, config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -177,10 +225,18 @@ def make_tiny(family: str, **changes: Any) -> hf.PreTrainedModel:
     return model
 
 
+def _build(family: str, config: hf.PreTrainedConfig) -> hf.PreTrainedModel:
+    """The model that is in checkpoints of the family: with its towers for images and sounds, if it has them."""
+    whole = MULTIMODAL.get(family)
+    if whole is not None and "text_config" in config.sub_configs:
+        return getattr(hf, whole)(config)
+    return hf.AutoModelForCausalLM.from_config(config)
+
+
 def _small_fields(kind: type[hf.PreTrainedConfig]) -> dict[str, Any]:
     """Small values for the fields that configs of this kind have, and for those of the configs inside."""
-    names = {field.name for field in dataclasses.fields(kind)} & _declared(kind)
-    default = kind()
+    names = _names(kind)
+    default = kind(**REQUIRED.get(kind.model_type, {}))
     small = {name: value for name, value in SMALL.items() if name in names}
     if "kv_lora_rank" in names:
         small["num_key_value_heads"] = small["num_attention_heads"]  # one latent key for all heads
@@ -190,10 +246,13 @@ def _small_fields(kind: type[hf.PreTrainedConfig]) -> dict[str, Any]:
     return {**small, **_layers(default, names)}
 
 
-def _declared(kind: type[hf.PreTrainedConfig]) -> set[str]:
+def _names(kind: type[hf.PreTrainedConfig]) -> set[str]:
     """The fields that the family's classes declare, without those of all configs."""
+    if not dataclasses.is_dataclass(kind):  # older versions of transformers
+        return {*inspect.signature(kind.__init__).parameters} - {"self", "kwargs"}
     classes = kind.__mro__[: kind.__mro__.index(hf.PreTrainedConfig)]
-    return {name for one in classes for name in inspect.get_annotations(one)}
+    declared = {name for one in classes for name in inspect.get_annotations(one)}
+    return declared & {field.name for field in dataclasses.fields(kind)}
 
 
 def _value(config: hf.PreTrainedConfig, name: str) -> Any:

@@ -1,19 +1,14 @@
-"""Tiny random models of the families that people fine-tune, and the table of how each is run.
+"""Tiny random models of the families that people fine-tune, also for the oldest transformers.
 
-    python -m tests.lm.families > docs/families.md
-
-Windows and chunks are shorter than the sequences, so that a wrong mask shows.
+`tests/families/tiny.py` has all families of today's. Windows and chunks are shorter than the sequences, so that a wrong mask shows.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
 import transformers as hf
-
-from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 
 VOCAB = 264
 BASE = {
@@ -112,37 +107,3 @@ def make_model(family: str) -> hf.PreTrainedModel:
             if parameter.dim() == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
     return model
-
-
-def release() -> str:
-    """The version of transformers that runs here, less its patches: another may let more families, or fewer,
-    take another attention.
-    """
-    return ".".join(hf.__version__.split(".")[:2])
-
-
-def table_row(family: str, attention: AttentionChoice) -> str:
-    """The family's line in the docs."""
-    reason = (
-        "" if attention.name == "forest" else attention.reason.split(" by up to ")[0]
-    )  # the figure is the machine's
-    return f"| {family} | {attention.name} | {reason} |"
-
-
-def main() -> None:
-    warnings.simplefilter("ignore")
-    hf.utils.logging.set_verbosity_error()
-    print(f"""# How each model family is run
-
-`forest` computes each distinct prefix once; `rows` are plain padded rows, which are slower and just as exact. A self-check scores a few
-sequences in both ways and chooses one. A test runs a tiny random model of each family below, with windows shorter than the sequences, and
-compares its log-probs with the model's own forward pass. `python -m tests.lm.families` wrote this table with transformers {release()}.
-
-| family | run as | why not the forest |
-|---|---|---|""")
-    for family in FAMILIES:
-        print(table_row(family, choose_attention(make_model(family), max_length=64)))
-
-
-if __name__ == "__main__":
-    main()

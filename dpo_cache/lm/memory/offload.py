@@ -5,8 +5,8 @@ back during the backward pass of the layer above. Weights, tensors that layers s
 and small tensors stay on the device. A storage that several operators have saved is moved once, and its
 tensors get their strides back, so that the gradients are the same to the bit.
 
-Under recomputation `full` a layer saves only its input. Under `selective` torch keeps the matrix products in
-a store of its own, which stays on the device; only the input is moved.
+Under recomputation `full` a layer saves only its input. Under `selective` the kept matrix products stay on
+the device (`selective.py`); only the input is moved.
 """
 
 from __future__ import annotations

@@ -24,10 +24,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-# checkpointing itself calls these, more often in the forward pass than in its repetition
-IGNORED = (torch.ops.aten.detach.default, torch.ops.prim.device.default)
-
-# operator, its positional arguments -> whether its output is kept
+# operator, its positional arguments -> whether its output is kept; the same for the same shapes
 IsKept = Callable[[Any, tuple[Any, ...]], bool]
 
 
@@ -98,7 +95,7 @@ class _Keep(TorchDispatchMode):
         for tensor in _changed(operator, args, kwargs):
             self._kept.before_change(tensor)
         output = operator(*args, **kwargs)
-        if operator not in IGNORED and self._kept.is_kept(operator, args):
+        if self._kept.is_kept(operator, args):
             self._kept.keep(operator, output)
         return output
 
@@ -115,7 +112,7 @@ class _Reuse(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if operator not in IGNORED and self._kept.is_kept(operator, args):
+        if self._kept.is_kept(operator, args):
             return self._kept.reuse(operator)
         return operator(*args, **(kwargs or {}))
 

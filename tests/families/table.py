@@ -1,0 +1,106 @@
+"""The expected outcome of each family, `expected.json`, and docs/families.md, which is made from it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import transformers as hf
+
+import dpo_cache
+from tests.families.check import Outcome
+from tests.families.tiny import VARIANTS
+
+EXPECTED = Path(__file__).with_name("expected.json")
+DOCS = Path(dpo_cache.__file__).parents[1] / "docs" / "families.md"
+RUNS = ("forest", "rows", "one row at a time", "refused")
+
+Entry = dict[str, str]
+
+VARIANTS_HEAD = """
+Other settings of some families:
+
+| family | run as | why not the forest, or why refused |
+|---|---|---|
+"""
+
+HEAD = """# How each model family is run
+
+These are all {total} families that `AutoModelForCausalLM` of transformers {release} knows. A test makes a tiny random model of each, with
+windows, chunks and top-k shorter than the rows, saves it, loads it and compares it with the model's own forward on one unpadded row each:
+log-probs in chunks or batches of 100 and of 2,048 tokens, and the gradient of a preference loss under each `--gradient-checkpointing`, for
+all weights and for LoRA on all linear layers. Whatever is not refused is exact.
+
+| run as | families | |
+|---|---|---|
+| forest | {forest} | each distinct prefix is computed once |
+| rows | {rows} | plain padded rows, which are slower |
+| one row at a time | {one} | plain rows without padding, which are slower still |
+| refused | {refused} | with the reason below |
+
+The self-check at the start of each run makes the choice on the model itself; other settings of a family may give another one.
+`python -m tests.families` wrote this page.
+
+| family | run as | why not the forest, or why refused |
+|---|---|---|
+"""
+
+
+def release() -> str:
+    """The version of transformers, less its patches: another one may run families in other ways."""
+    return ".".join(hf.__version__.split(".")[:2])
+
+
+def entry_of(outcome: Outcome) -> Entry:
+    """The part of an outcome that is the same on every machine."""
+    return {
+        "run": outcome.run,
+        "reason": without_figures(outcome.reason),
+        "training": without_figures(outcome.training),
+        "lora": without_figures(outcome.lora),
+    }
+
+
+def without_figures(reason: str) -> str:
+    """The reason without gaps, whose last digits are the machine's."""
+    return re.sub(r" by up to [^ ]+ nats per token", "", reason)
+
+
+def read_expected() -> tuple[str, dict[str, Entry]]:
+    """The version of transformers, and the entries by family."""
+    document = json.loads(EXPECTED.read_text())
+    return document["transformers"], document["families"]
+
+
+def write_expected(entries: dict[str, Entry]) -> None:
+    document = {"transformers": release(), "families": dict(sorted(entries.items()))}
+    EXPECTED.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def count_runs(entries: dict[str, Entry]) -> Counter[str]:
+    return Counter(entry["run"] for entry in entries.values())
+
+
+def page(version: str, entries: dict[str, Entry]) -> str:
+    """The content of docs/families.md."""
+    families = {name: entry for name, entry in entries.items() if name not in VARIANTS}
+    counts = count_runs(families)
+    head = HEAD.format(
+        total=len(families),
+        release=version,
+        forest=counts["forest"],
+        rows=counts["rows"],
+        one=counts["one row at a time"],
+        refused=counts["refused"],
+    )
+    lines = [_line(name, entry) for name, entry in sorted(families.items())]
+    variants = [_line(name, entry) for name, entry in sorted(entries.items()) if name in VARIANTS]
+    return "".join([head, *lines, VARIANTS_HEAD, *variants])
+
+
+def _line(family: str, entry: Entry) -> str:
+    notes = [entry["reason"]] if entry["reason"] else []
+    notes += [f"{name}: {entry[name]}" for name in ("training", "lora") if entry[name] not in ("", "exact")]
+    return f"| {family} | {entry['run']} | {'; '.join(notes).replace('|', '/')} |\n"

@@ -1,0 +1,50 @@
+"""Every family of transformers' causal LMs is exact in each way that it is run, or refused with a true reason."""
+
+from importlib.util import find_spec
+
+import pytest
+import transformers as hf
+
+from tests.families.check import check_family
+from tests.families.rotation import NUM_PARTS, VARIABLE, is_in_part
+from tests.families.table import DOCS, count_runs, entry_of, page, read_expected, release
+from tests.families.tiny import CASES, FAMILIES
+
+PARAMETERS = [
+    pytest.param(family, marks=() if is_in_part(family, CASES) else pytest.mark.slow) for family in CASES
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about their own code
+@pytest.mark.parametrize("family", PARAMETERS)
+def test_a_family_is_exact_or_refused(family: str) -> None:
+    hf.utils.logging.set_verbosity_error()
+    outcome = check_family(family)
+    assert not outcome.wrong
+    version, entries = read_expected()
+    expected = entries[family] if version == release() else entry_of(outcome)
+    needs_package = "timm" in expected["reason"] and find_spec("timm") is not None
+    assert needs_package or entry_of(outcome) == expected, "python -m tests.families writes what is expected"
+
+
+def test_the_page_shows_what_is_expected() -> None:
+    version, expected = read_expected()
+    assert DOCS.read_text() == page(version, expected)
+    if version == release():
+        assert expected.keys() == set(CASES)
+
+
+def test_no_family_leaves_the_forest() -> None:
+    """The least that earlier versions ran: 99 families by forest, 63 by rows, 1 row at a time."""
+    expected = read_expected()[1]
+    counts = count_runs({family: expected[family] for family in FAMILIES if family in expected})
+    assert counts["forest"] >= 99
+    assert counts["forest"] + counts["rows"] + counts["one row at a time"] >= 163
+
+
+def test_all_parts_together_are_all_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for part in range(NUM_PARTS):
+        monkeypatch.setenv(VARIABLE, str(part))
+        seen += [family for family in CASES if is_in_part(family, CASES)]
+    assert sorted(seen) == sorted(CASES)
