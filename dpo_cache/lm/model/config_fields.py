@@ -44,8 +44,8 @@ INERT_FIELDS = frozenset(
 # fmt: on
 
 # Model types whose code computes with a field that is inert in the others: positions are counted from the id
-# of the padding token on, or the vector of one position is zero.
-COUNTED_FIELDS = dict.fromkeys(
+# of the padding token on, or its vector is set to zero; embeddings of earlier tokens end at the last one.
+COUNTED_FIELDS = {"qwen4_exp_text": frozenset({"eos_token_id"})} | dict.fromkeys(
     (
         "camembert",
         "cohere_compass_text",
@@ -57,6 +57,7 @@ COUNTED_FIELDS = dict.fromkeys(
         "xlm-roberta",
         "xlm-roberta-xl",
         "xmod",
+        "youtu",
     ),
     frozenset({"pad_token_id"}),
 )
@@ -69,6 +70,8 @@ def computing_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The config's fields that decide the computation and differ from the pinned defaults, JSON-ready."""
     config = config_for_text(config)
     fields, defaults = plain(config.to_dict()), _defaults_of(config)
+    if (text := config.get_text_config()) is not config and "text_config" in fields:
+        fields["text_config"] = computing_fields(text)
     inert = inert_fields(config.model_type)
     kept = {
         name: value

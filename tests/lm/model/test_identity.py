@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedConfig, RobertaConfig, RobertaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedConfig,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.lm.model.adapter import locate_checkpoint
@@ -341,3 +348,44 @@ def test_architectures_without_a_causal_head_are_refused() -> None:
     with pytest.raises(DpoCacheError, match="T5ForConditionalGeneration, which has no causal LM head"):
         check_causal(make_llama().config.__class__(architectures=["T5ForConditionalGeneration"]), "here")
     check_causal(PreTrainedConfig(architectures=["GPT2LMHeadModel"]), "here")
+
+
+def test_a_tower_for_images_does_not_count_and_the_text_does(tmp_path: Path) -> None:
+    text = {
+        "vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "pad_token_id": 0,
+    }  # fmt: skip
+    images = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    tokens = {
+        "image_token_index": 263,
+        "boi_token_index": 262,
+        "eoi_token_index": 261,
+        "mm_tokens_per_image": 4,
+    }
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=images, **tokens))
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    before, expected, written = identify(folder), logps(folder), (folder / "config.json").read_text()
+
+    def shift(part: str) -> None:
+        rewrite(folder, lambda tensors: {name: one + (part in name) for name, one in tensors.items()})
+
+    for part in ("vision", "projector"):
+        shift(part)
+        assert identify(folder) == before and torch.equal(logps(folder), expected)
+    edit(folder, vision_config={**json.loads(written)["vision_config"], "hidden_act": "relu"})
+    assert identify(folder) == before and torch.equal(logps(folder), expected)
+    save_again(folder)
+    assert identify(folder) == before
+    edit(folder, text_config={**json.loads(written)["text_config"], "rms_norm_eps": 0.1})
+    assert identify(folder) != before
+    edit(folder, text_config=json.loads(written)["text_config"])
+    shift("layers.1.")
+    assert identify(folder) != before

@@ -3,17 +3,20 @@ twice.
 """
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dpo_cache
 from dpo_cache.errors import ModelError
 from dpo_cache.lm.check_logps import TOLERANCES
 from dpo_cache.lm.kernels.onednn_linear import use_fast_linear
 from dpo_cache.lm.memory.recompute import Recomputation, activation_bytes
+from dpo_cache.lm.model import quantization
 from dpo_cache.lm.model.identity import reference_identity
 from dpo_cache.lm.model.load import load_config, load_model
 from dpo_cache.lm.model.parts import has_plain_head
@@ -22,8 +25,8 @@ from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.precomputing.rescore import rescore
 from dpo_cache.store.upkeep.commands import precompute_line
-from dpo_cache.types import QUANTIZATION_FIELDS, quantization_name
-from tests.conftest import chat_rows, make_completions, make_llama, write_rows
+from dpo_cache.types import QUANTIZATION_FIELDS, TOKEN_TOLERANCES, quantization_name
+from tests.conftest import chat_rows, make_completions, make_llama, naive_token_logps, write_rows
 from tests.lm.test_families import scores
 
 pytest.importorskip("bitsandbytes")
@@ -215,3 +218,138 @@ def test_the_command_that_makes_a_pair_set_again_quantizes_too(model_folder: str
     cache = dpo_cache.open_cache(tmp_path / "cache")
     line = precompute_line("elsewhere", cache.pairs("pairs").manifest, cache.read_reference(report.reference))
     assert "--quantize 8bit" in line
+
+
+# -- checkpoints as people download them -------------------------------------------------------------------
+
+
+def pack_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Blocks of 32 by 32 in 8-bit floats, each with its scale."""
+    rows, columns = weight.shape
+    blocks = weight.reshape(rows // 32, 32, columns // 32, 32)
+    scale = blocks.abs().amax((1, 3)) / 448
+    packed = (blocks / scale[:, None, :, None]).reshape(rows, columns).to(torch.float8_e4m3fn)
+    return {"weight": packed, "weight_scale_inv": scale}
+
+
+def unpack_fp8(weight: torch.Tensor) -> torch.Tensor:
+    packed, scale = pack_fp8(weight).values()
+    rows, columns = weight.shape
+    blocks = packed.float().reshape(rows // 32, 32, columns // 32, 32)
+    return (blocks * scale[:, None, :, None]).reshape(rows, columns)
+
+
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values from 0 to 15 [columns, rows], where 8 is zero, and a scale for each group of 64 columns."""
+    groups = weight.t().reshape(weight.shape[1] // 64, 64, -1)
+    scale = groups.abs().amax(1) / 7
+    values = (groups / scale[:, None]).round().clamp(-8, 7) + 8
+    return values.reshape(weight.shape[1], -1).to(torch.int32), scale
+
+
+def unpack_rows(weight: torch.Tensor) -> torch.Tensor:
+    values, scale = quantize_rows(weight)
+    groups = (values - 8).reshape(len(scale), 64, -1) * scale.half()[:, None].float()
+    return groups.reshape(values.shape).t()
+
+
+def pack_gptq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    values, scale = quantize_rows(weight)
+    columns, rows = values.shape
+    eights = values.reshape(columns // 8, 8, rows)
+    packed = sum((eights[:, place] << (4 * place)) for place in range(8))
+    zeros = torch.full((len(scale), rows // 8), 0x77777777, dtype=torch.int32)  # one less, in this format
+    groups = (torch.arange(columns) // 64).to(torch.int32)
+    return {"qweight": packed.to(torch.int32), "qzeros": zeros, "scales": scale.half(), "g_idx": groups}
+
+
+def pack_awq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    values, scale = quantize_rows(weight)
+    eights = values.reshape(len(values), -1, 8)
+    packed = sum(
+        (eights[:, :, source] << (4 * place)) for place, source in enumerate((0, 2, 4, 6, 1, 3, 5, 7))
+    )
+    zeros = torch.full((len(scale), eights.shape[1]), 0x88888888 - 2**32).to(torch.int32)
+    return {"qweight": packed.to(torch.int32), "qzeros": zeros, "scales": scale.half()}
+
+
+FORMATS = {
+    "fp8": (pack_fp8, unpack_fp8, {"activation_scheme": "dynamic", "weight_block_size": [32, 32]}),
+    "gptq": (pack_gptq, unpack_rows, {"bits": 4, "group_size": 64, "desc_act": False, "sym": True}),
+    "awq": (pack_awq, unpack_rows, {"bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}),
+}
+
+
+def save_packed(folder: Path, method: str) -> Path:
+    """A tiny checkpoint as it is published in this format."""
+    pack, _, fields = FORMATS[method]
+    make_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            layer = name.removesuffix("weight")
+            tensors |= {f"{layer}{part}": value.contiguous() for part, value in pack(tensor).items()}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, **fields}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("method", FORMATS)
+@pytest.mark.filterwarnings("ignore")  # of the packages that read them
+def test_a_checkpoint_that_is_published_quantized_is_loaded_and_identified(
+    tmp_path: Path, method: str
+) -> None:
+    if method != "fp8":
+        pytest.importorskip("gptqmodel")
+    folder = save_packed(tmp_path / "packed", method)
+    completion, unpacked = make_completions()[0], make_llama(hidden_size=64, intermediate_size=128)
+    with torch.no_grad():
+        for name, parameter in unpacked.named_parameters():
+            if name.endswith("proj.weight"):
+                parameter.copy_(FORMATS[method][1](parameter))
+    found, expected = (
+        naive_token_logps(model, completion) for model in (load(str(folder), "none"), unpacked)
+    )
+    dtype = "float32" if method == "fp8" else "float16"  # in which gptqmodel multiplies
+    assert (found - expected).abs().max() <= TOKEN_TOLERANCES[dtype][0]
+    config = load_config(str(folder))
+    identity = reference_identity(str(folder), config, torch.float32)
+    assert identity["quantization"]["quant_method"] == method
+    assert quantization_name(identity) == "none"  # as it is loaded: not quantized again
+    other = make_llama(hidden_size=64, intermediate_size=128)
+    other.save_pretrained(tmp_path / "plain")
+    assert (
+        identity["weights"]
+        != reference_identity(str(tmp_path / "plain"), load_config(str(tmp_path / "plain")), torch.float32)[
+            "weights"
+        ]
+    )
+    tensors = load_file(folder / "model.safetensors")
+    scale = next(name for name in tensors if "scale" in name)
+    save_file({**tensors, scale: tensors[scale] * 1.5}, folder / "model.safetensors", {"format": "pt"})
+    assert reference_identity(str(folder), config, torch.float32) != identity
+
+
+@pytest.mark.parametrize(
+    ("method", "packages"),
+    [
+        ("gptq", "optimum gptqmodel"), ("awq", "gptqmodel"), ("compressed-tensors", "compressed-tensors"), ("torchao", "torchao"),
+        ("hqq", "hqq"), ("quanto", "optimum-quanto"), ("mxfp4", "kernels"), ("bitsandbytes", "bitsandbytes"),
+    ],
+)  # fmt: skip
+def test_a_quantized_checkpoint_names_the_packages_that_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, packages: str
+) -> None:
+    make_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(quantization, "_is_installed", lambda package: package == "accelerate")
+    names = " and ".join(packages.split())
+    message = rf"its weights are quantized \({method}\), and {names} (is|are) not installed.\nRun `pip install {packages}`"
+    with pytest.raises(ModelError, match=message):
+        load(str(tmp_path), "none")
