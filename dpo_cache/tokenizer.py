@@ -31,7 +31,7 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"{location}: no tokenizer can be loaded from it ({first_line(error)}).\n"
-            "Say where it is with `tokenizer`."
+            "Give a folder with a tokenizer, or a Hub id, as `tokenizer`."
         ) from error
     if chat_template is not None:
         set_chat_template(tokenizer, chat_template)

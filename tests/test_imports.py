@@ -25,7 +25,7 @@ ALLOWED = {
     "evaluation": "errors files lm log losses options progress store tokenizer training types",
     "exchange": "data errors files lm log options progress store types",
     "training": "errors files lm log losses options progress store types",
-    "precomputing": "data errors lm log options planning progress store types",
+    "precomputing": "data errors files lm log options planning progress store types",
     "planning": "errors files lm options store types",
     "options": "errors log losses",
     "data": "errors files tokenizer types",

@@ -71,4 +71,4 @@ def test_a_folder_without_a_tokenizer_says_how_to_give_one(tmp_path: Path, conte
     with pytest.raises(ModelError) as caught:
         load_tokenizer(str(tmp_path))
     assert str(caught.value).startswith(f"{tmp_path}: no tokenizer can be loaded from it (")
-    assert str(caught.value).endswith(").\nSay where it is with `tokenizer`.")
+    assert str(caught.value).endswith(").\nGive a folder with a tokenizer, or a Hub id, as `tokenizer`.")

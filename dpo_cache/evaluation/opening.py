@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dpo_cache.errors import ModelError, NotInCacheError
+from dpo_cache.files.locations import check_revision
 from dpo_cache.lm.device import choose_device, choose_dtype
 from dpo_cache.lm.model.identity import identity_as_recorded
 from dpo_cache.lm.model.load import check_causal, load_config
@@ -56,6 +57,7 @@ def identify_policy(options: EvalOptions, pairs: PairSet, reference: Document, l
     """
     location = options.model
     _check_no_run(Path(location))
+    check_revision(location, options.revision)
     config = load_config(location, revision=options.revision, trust_remote_code=options.trust_remote_code)
     check_causal(config, location)
     device = choose_device(options.device)

@@ -9,6 +9,7 @@ removes it, unless the path is shared: then each writer has a scratch of its own
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -19,14 +20,30 @@ from pathlib import Path
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.files.sync import sync
 
+REMEDIES = {
+    errno.ENOSPC: "Free some space.",
+    errno.EDQUOT: "Free some space: the quota is used up.",
+    errno.EFBIG: "Raise the limit on the size of a file (`ulimit -f`).",
+}
+
 
 @contextmanager
 def refused_writes(path: Path, kind: type[DpoCacheError], advice: str) -> Iterator[None]:
-    """Raise an error of this kind, with the advice, where the file system refuses to write the path."""
+    """Raise an error of this kind where the file system refuses to write the path: what to do, then the
+    advice.
+    """
     try:
         yield
     except OSError as error:
-        raise kind(f"cannot write {path}: {error.strerror or error}.\n{advice}") from error
+        raise kind(f"cannot write {path}: {error.strerror or error}.\n{remedy_of(error)} {advice}") from error
+
+
+def remedy_of(error: Exception) -> str:
+    """What to do about a refused write, as a sentence; safetensors names the error's number in its text."""
+    for number, remedy in REMEDIES.items():
+        if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
+            return remedy
+    return "Check the path and its permissions."
 
 
 def write_whole(path: Path, content: str | bytes, *, is_shared: bool = False) -> None:

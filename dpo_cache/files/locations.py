@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from dpo_cache.errors import DataError, ModelError, OptionError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 MODEL_FILES = ("config.json", "adapter_config.json")
+TOKENIZER_FILES = ("tokenizer_config.json", "config.json")  # the first that is there names the class
 
 
 def is_path(location: str) -> bool:
@@ -16,10 +18,11 @@ def is_path(location: str) -> bool:
 
 
 def check_model(location: str) -> None:
-    """Raise `ModelError` for a path without a model or an adapter."""
+    """Raise `ModelError` for a path without a model or an adapter, and for a config that is not JSON."""
     folder = Path(location)
     if folder.is_dir():
-        problem = "" if any((folder / name).is_file() for name in MODEL_FILES) else "no config.json in it"
+        present = [folder / name for name in MODEL_FILES if (folder / name).is_file()]
+        problem = next(filter(None, map(json_problem, present)), "") if present else "no config.json in it"
     elif folder.exists():
         problem = "not a folder"
     else:
@@ -31,13 +34,53 @@ def check_model(location: str) -> None:
         )
 
 
-def check_tokenizer(location: str) -> None:
-    """Raise `ModelError` for a path that does not exist."""
-    if is_path(location) and not Path(location).exists():
-        raise ModelError(
-            f"{location}: no tokenizer can be loaded from it (no such folder).\n"
-            "Say where it is with `tokenizer`."
+def check_revision(location: str, revision: str | None) -> None:
+    """Raise `OptionError` for a revision of a local folder, which has none."""
+    if revision is not None and Path(location).is_dir():
+        raise OptionError(
+            f"`revision` {revision}: {location} is a local folder, and only models of the Hub have one.\n"
+            "Leave it out, or give a Hub id."
         )
+
+
+def check_tokenizer(location: str) -> None:
+    """Raise `ModelError` for a path that does not exist, and for a config that is not JSON."""
+    folder, problem = Path(location), ""
+    if folder.is_dir():
+        present = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        problem = json_problem(present[0]) if present else ""
+    elif is_path(location) and not folder.exists():
+        problem = "no such folder"
+    if problem:
+        raise ModelError(
+            f"{location}: no tokenizer can be loaded from it ({problem}).\n"
+            "Give a folder with a tokenizer, or a Hub id, as `tokenizer`."
+        )
+
+
+def check_peft_config(location: str) -> None:
+    """Raise `OptionError` for a file that is no PEFT config; PEFT itself checks its fields."""
+    path, problem = Path(location), "no such file"
+    if path.is_file():
+        problem = json_problem(path) or (
+            "" if "peft_type" in json.loads(path.read_text()) else "no peft_type"
+        )
+    if problem:
+        raise OptionError(
+            f"`peft_config` {location}: no PEFT config can be read from it ({problem}).\n"
+            "Give a file like adapter_config.json."
+        )
+
+
+def json_problem(path: Path) -> str:
+    """Why a file is not a JSON object; empty if it is one."""
+    try:
+        is_object = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
+    except (ValueError, RecursionError):
+        return f"{path.name} is not JSON"
+    return "" if is_object else f"{path.name} is not a JSON object"
 
 
 def check_dataset(location: str) -> None:

@@ -31,7 +31,7 @@ def open_output(out: str, kind: str, schema: pa.Schema, *, overwrite: bool) -> I
     """
     target = Path(out).expanduser()
     check_output(out, kind, overwrite=overwrite)
-    advice = "Free some space or choose another output; nothing was left there."
+    advice = "Or choose another `output`. Nothing was left there."
     with refused_writes(target, StorageError, advice):
         target.parent.mkdir(parents=True, exist_ok=True)
         with replaced(target, is_shared=True) as scratch, WRITERS[kind](scratch, schema) as write:

@@ -84,6 +84,8 @@ class Options:
             value = _normalized(entry, getattr(self, entry.name))
             object.__setattr__(self, entry.name, value)
             _check_type(entry, value)
+            if (entry.type == "str | None" and value == "") or (isinstance(value, tuple) and "" in value):
+                raise OptionError(f"`{entry.name}` is empty.\nGive a value, or leave it out.")
             choices, is_required = entry.metadata["choices"], entry.metadata["required"]
             if choices and value not in choices and (value is not None or is_required):
                 raise OptionError(f"`{entry.name}` {value}: expected one of {', '.join(choices)}.")

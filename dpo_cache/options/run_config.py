@@ -30,6 +30,11 @@ def with_config(given: dict[str, Any], log: Callable[[str], None] = lambda _: No
     given = with_new_names(TrainOptions, given, log)
     if isinstance(given.get("resume"), (str, os.PathLike)):
         return _with_config_of_run(given, Path(given["resume"]))
+    if given.get("resume") and given.get("output") is None:
+        raise OptionError(
+            "`resume` without a folder continues the run in `output`, which is not given.\n"
+            "Give the folder of the run, as in `dpo-cache train --resume RUN`."
+        )
     if given.get("config") is None:
         return given
     return _completed(given, Path(given["config"]), f"`config` {given['config']}")

@@ -79,9 +79,10 @@ def _run_of(model: Any) -> Path | None:
     """The run that the model is from, if it is the model/ or best/ of one."""
     if not isinstance(model, (str, os.PathLike)):
         return None
-    folder = Path(model)
-    is_of_run = folder.name in MODEL_FOLDERS and folder.is_dir() and read_run(folder.parent) is not None
-    return folder.parent if is_of_run else None
+    for folder in (Path(model), Path(model).resolve()):  # it may be "." or a link
+        if folder.name in MODEL_FOLDERS and folder.is_dir() and read_run(folder.parent) is not None:
+            return folder.parent
+    return None
 
 
 def _settings_of(run: Path, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,20 +7,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_cache.errors import DataError, OptionError
-from dpo_cache.files.locations import check_dataset, check_model, check_output, check_tokenizer
+from dpo_cache.errors import DataError
+from dpo_cache.files.locations import (
+    check_dataset,
+    check_model,
+    check_output,
+    check_peft_config,
+    check_revision,
+    check_tokenizer,
+)
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.exchange import ExportOptions, ImportOptions
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.options.upkeep import VerifyOptions
 from dpo_cache.store import open_cache
+from dpo_cache.store.cache import check_name
 
 
 def check_precompute(options: PrecomputeOptions) -> None:
-    """Raise `DpoCacheError` where a path is wrong, or no cache can be made at `cache`."""
-    open_cache(options.cache, create=True)
+    """Raise `DpoCacheError` for a wrong path or name, an unusable `cache`, or one without the reference."""
+    if options.name:
+        check_name(options.name)
+    cache = open_cache(options.cache, create=True)
+    if not options.dry_run:
+        cache.check_writable()
+    if options.reference:
+        cache.find_reference(options.reference)
     check_model(options.model)
+    check_revision(options.model, options.revision)
     check_dataset(options.dataset)
     _check_tokenizer(options.tokenizer, options.chat_template)
 
@@ -36,11 +51,8 @@ def check_train(options: TrainOptions) -> None:
         cache.check_scored_by(pairs, options.reference)
     if options.model and not options.resume:  # the checkpoint of a resumed run has the model
         check_model(options.model)
-    if options.peft_config and not Path(options.peft_config).is_file():
-        raise OptionError(
-            f"`peft_config` {options.peft_config}: no PEFT config can be read from it (no such file).\n"
-            "Give a file like adapter_config.json."
-        )
+    if options.peft_config and not options.resume:
+        check_peft_config(options.peft_config)
 
 
 def check_eval(options: EvalOptions) -> None:
@@ -50,6 +62,7 @@ def check_eval(options: EvalOptions) -> None:
     if options.reference:
         cache.check_scored_by(pairs, options.reference)
     check_model(options.model)
+    check_revision(options.model, options.revision)
     if options.output and options.output_format:
         check_output(options.output, options.output_format, overwrite=options.overwrite)
 
@@ -59,6 +72,7 @@ def check_verify(options: VerifyOptions) -> None:
     open_cache(options.cache)
     if options.model:
         check_model(options.model)
+        check_revision(options.model, options.revision)
 
 
 def check_export(options: ExportOptions) -> None:
@@ -69,7 +83,9 @@ def check_export(options: ExportOptions) -> None:
 
 def check_import(options: ImportOptions) -> None:
     """Raise `DpoCacheError` where a path is wrong, or no cache can be made at `cache`."""
-    open_cache(options.cache, create=True)
+    if options.name:
+        check_name(options.name)
+    open_cache(options.cache, create=True).check_writable()
     check_dataset(options.dataset)
     if options.model:
         check_model(options.model)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dpo_cache import data
 from dpo_cache.errors import OptionError
+from dpo_cache.files.locations import check_revision
 from dpo_cache.lm.model.adapter import locate_checkpoint
 from dpo_cache.lm.model.load import check_causal, load_config
 from dpo_cache.log import Log
@@ -64,6 +65,7 @@ def read_config(inputs: Inputs) -> PreTrainedConfig:
     options = inputs.options
     if inputs.model is not None:
         return inputs.model.config
+    check_revision(options.model, options.revision)
     config = load_config(
         options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
     )

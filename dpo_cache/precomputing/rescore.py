@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from dpo_cache.errors import ModelError, NotInCacheError
+from dpo_cache.files.locations import check_revision
 from dpo_cache.lm.device import choose_device
 from dpo_cache.lm.model.identity import identity_as_recorded
 from dpo_cache.lm.model.load import load_config
@@ -58,6 +59,7 @@ def rescore(
     fields that differ if it is none of them, and for a log-prob that is NaN or infinite.
     """
     location, opened, log = os.fspath(model), open_cache(cache), log or log_remark
+    check_revision(location, revision)
     config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
     by_reference = _pair_sets_by_reference(opened)
     reports = []

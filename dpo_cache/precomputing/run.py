@@ -157,6 +157,7 @@ def _run(
             list(plan(split))
         check_disk(cache, report.data_tokens)
     if not options.dry_run:
+        cache.check_writable()
         tokenization = describe_tokenization(inputs, tokenizer, tokenizer_location)
         longest = _longest(splits)
         with (

@@ -185,6 +185,11 @@ class Cache:
             self.folder.publish("format.json", render_document(FORMAT))
             self._is_new = False
 
+    def check_writable(self) -> None:
+        """Raise `StorageError` for a new cache in a place where nothing can be written."""
+        if self._is_new:
+            self.folder.check_writable()
+
     def _may_create(self, create: bool) -> bool:
         """Raise `FormatError` where no cache may be made here; False where another writer has just made
         it.

@@ -14,7 +14,7 @@ from signal import SIGTERM
 from typing import Any
 
 from dpo_cache.errors import OptionError
-from dpo_cache.files.locations import check_model
+from dpo_cache.files.locations import check_model, check_peft_config
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.options.base import with_new_names
 from dpo_cache.options.keywords import keywords_of
@@ -284,14 +284,19 @@ class _Sweep:
 
 
 def _check_inputs(cache: str, grid: Grid) -> None:
-    """Raise `DpoCacheError` for a wrong cache, pair set or model, before a run fails on it."""
+    """Raise `DpoCacheError` for a wrong cache, pair set, reference or file, before a run fails on it."""
     opened = open_cache(cache)
     held_out = [opened.pairs(name).name if name else None for name in grid.values("eval_pairs")]
     for model in grid.values("model"):
         if model is not None:
             check_model(model)
+    for path in grid.values("peft_config"):
+        if path is not None:
+            check_peft_config(path)
     for name, besides in product(grid.values("pairs"), held_out):
-        opened.choose_pairs(name, "to train on", besides=besides)
+        pairs = opened.choose_pairs(name, "to train on", besides=besides)
+        for reference in filter(None, grid.values("reference")):
+            opened.check_scored_by(pairs, reference)
 
 
 def _check_plot(path: Path, grid: Grid) -> None:

@@ -91,9 +91,14 @@ def plan_runs(output: Path, cache: str, grid: Grid, *, resume: bool) -> list[Run
 def with_plan(given: dict[str, Any]) -> dict[str, Any]:
     """The given options of a sweep, completed from the sweep.json of the folder that `resume` names.
 
-    Raises `TrainingError` if there is no sweep to resume.
+    Raises `OptionError`, and `TrainingError` if there is no sweep to resume.
     """
     if not isinstance(given.get("resume"), (str, os.PathLike)):
+        if given.get("resume") and given.get("output") is None:
+            raise OptionError(
+                "`resume` without a folder continues the sweep in `output`, which is not given.\n"
+                "Give the folder of the sweep, as in `dpo-cache sweep --resume SWEEP`."
+            )
         return given
     folder, output = Path(given["resume"]), given.get("output")
     if output is not None and Path(output) != folder:
@@ -118,7 +123,7 @@ def hold_folder(output: Path, log: Log) -> Iterator[int | None]:
     if output.exists() and not output.is_dir():
         raise TrainingError(f"{output}: not a folder.\nChoose another `output`.")
     is_new = not output.exists()
-    with atomic.refused_writes(output, TrainingError, "Choose another `output`."):
+    with atomic.refused_writes(output, TrainingError, "Or choose another `output`."):
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -141,7 +146,7 @@ def read_report(run: Run) -> dict[str, Any] | None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file atomically. Raises `TrainingError`."""
-    with atomic.refused_writes(path, TrainingError, "Free some space, then give the same command again."):
+    with atomic.refused_writes(path, TrainingError, "Then give the same command again."):
         atomic.write_whole(path, text)
 
 

@@ -34,6 +34,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "data.xml").write_text("<a/>")
     (root / "model").mkdir()
     (root / "model" / "config.json").write_text("{}")
+    (root / "broken").mkdir()
+    (root / "broken" / "config.json").write_text("{not json")
+    (root / "list.json").write_text("[1, 2]")
+    (root / "object.json").write_text('{"r": 4}')
     return root
 
 
@@ -52,6 +56,7 @@ SWEEP = ["sweep", "{root}/cache", "--output", "{root}/sweep", "--beta", "0.1,0.2
 IMPORT = ["import", "{root}/new", "{root}/data.jsonl", "--reference", "peer"]
 NO_CACHE = "{root}/none: no dpo-cache here (no format.json)."
 NO_MODEL = "{root}/none: no model can be loaded from it (no such folder)."
+BROKEN = "{root}/broken: no model can be loaded from it (config.json is not JSON)."
 NO_PAIRS = "{root}/cache: no pair set 'other'."
 WRONG = {
     "precompute option": ([*PRECOMPUTE, "--budget-tokens", "lots"], 2, "--budget-tokens lots: expected"),
@@ -69,6 +74,25 @@ WRONG = {
     "precompute empty": ([*PRECOMPUTE, "--dataset", "{root}/empty.jsonl"], 1, "{root}/empty.jsonl: the file is"),
     "precompute kind": ([*PRECOMPUTE, "--dataset", "{root}/data.xml"], 1, "{root}/data.xml: files of kind .xml"),
     "precompute cache": ([*PRECOMPUTE, "--cache", "{root}/notes"], 1, "{root}/notes: the folder holds other things"),
+    "precompute config": ([*PRECOMPUTE, "--model", "{root}/broken"], 1, BROKEN),
+    "precompute name": ([*PRECOMPUTE, "--name", "a/b/c"], 2, "'a/b/c' cannot name a pair set"),
+    "precompute empty name": ([*PRECOMPUTE, "--name", ""], 2, "--name is empty.\nGive a value, or leave it out."),
+    "precompute reference": (
+        [*PRECOMPUTE, "--cache", "{root}/cache", "--expect-reference", "zz"], 1, "{root}/cache: no reference whose id"
+    ),
+    "precompute revision": (
+        [*PRECOMPUTE, "--revision", "main"], 2, "--revision main: {root}/model is a local folder, and only models"
+    ),
+    "precompute tokenizer config": (
+        [*PRECOMPUTE, "--tokenizer", "{root}/broken"],
+        1,
+        "{root}/broken: no tokenizer can be loaded from it (config.json is not JSON).\nGive a folder with a "
+        "tokenizer, or a Hub id, as --tokenizer.",
+    ),
+    "precompute place": (
+        [*PRECOMPUTE, "--cache", "/proc/none"], 1, "cannot write /proc/none: No such file or directory.\n"
+    ),
+    "import place": (["import", "/proc/none", "{root}/data.jsonl", "--reference", "peer"], 1, "cannot write /proc/none"),
     "precompute tokenizer": ([*PRECOMPUTE, "--tokenizer", "./none"], 1, "./none: no tokenizer can be loaded"),
     "precompute template": ([*PRECOMPUTE, "--chat-template", "none"], 1, "--chat-template none: not readable"),
     "train option": ([*TRAIN, "--beta", "0"], 2, "--beta 0.0: expected a number above 0."),
@@ -80,17 +104,31 @@ WRONG = {
     "train reference": ([*TRAIN, "--reference", "zz"], 1, "{root}/cache: no reference whose id starts with 'zz'."),
     "train output": (["train", "{root}/cache", "--output", "{root}/notes"], 1, "{root}/notes: not the folder of a run"),
     "train peft config": ([*TRAIN, "--peft-config", "none.json"], 2, "--peft-config none.json: no PEFT config"),
+    "train peft list": ([*TRAIN, "--peft-config", "{root}/list.json"], 2, "(list.json is not a JSON object)"),
+    "train peft type": ([*TRAIN, "--peft-config", "{root}/object.json"], 2, "can be read from it (no peft_type)"),
+    "train model config": ([*TRAIN, "--model", "{root}/broken"], 1, BROKEN),
+    "train resume nothing": (
+        ["train", "--resume"], 2, "--resume without a folder continues the run in --output, which is not given.\n"
+        "Give the folder of the run, as in `dpo-cache train --resume RUN`."
+    ),
     "train config": (["train", "--config", "none.json"], 2, "--config none.json: not readable"),
     "train resume": (["train", "--resume", "{root}/notes"], 1, "{root}/notes: there is no run to resume"),
     "eval option": ([*EVAL, "--limit", "0"], 2, "--limit 0: expected"),
     "eval cache": (["eval", "{root}/none", "--model", "{root}/model"], 1, NO_CACHE),
     "eval model": (["eval", "{root}/cache", "--model", "{root}/none"], 1, NO_MODEL),
+    "eval config": (["eval", "{root}/cache", "--model", "{root}/broken"], 1, BROKEN),
+    "eval revision": ([*EVAL, "--revision", "main"], 2, "--revision main: {root}/model is a local folder"),
     "eval pairs": ([*EVAL, "--pairs", "other"], 1, NO_PAIRS),
     "eval output": ([*EVAL, "--output", "{root}/empty.jsonl"], 2, "{root}/empty.jsonl is there already."),
     "sweep option": ([*SWEEP, "--jobs", "0"], 2, "--jobs 0: expected a whole number above 0."),
     "sweep cache": (["sweep", "{root}/none", "--output", "{root}/sweep"], 1, NO_CACHE),
     "sweep model": ([*SWEEP, "--model", "{root}/none"], 1, NO_MODEL),
     "sweep pairs": ([*SWEEP, "--pairs", "other"], 1, NO_PAIRS),
+    "sweep reference": ([*SWEEP, "--reference", "zz"], 1, "{root}/cache: no reference whose id starts with"),
+    "sweep peft config": ([*SWEEP, "--peft-config", "{root}/list.json"], 2, "--peft-config {root}/list.json: no PEFT"),
+    "sweep resume nothing": (
+        ["sweep", "--resume"], 2, "--resume without a folder continues the sweep in --output, which is not given."
+    ),
     "sweep output": (["sweep", "{root}/cache", "--output", "{root}/notes"], 1, "{root}/notes: not an empty folder"),
     "sweep resume": (["sweep", "--resume", "{root}/notes"], 1, "{root}/notes: there is no sweep to resume."),
     "export pairs": (["export", "{root}/cache", "other", "{root}/out.jsonl"], 1, NO_PAIRS),
@@ -102,6 +140,13 @@ WRONG = {
     "import dataset": (["import", "{root}/new", "{root}/none.jsonl", "--reference", "peer"], 1, "{root}/none.jsonl: no"),
     "import model": ([*IMPORT, "--model", "{root}/none"], 1, NO_MODEL),
     "verify cache": (["verify", "{root}/none"], 1, NO_CACHE),
+    "import name": ([*IMPORT, "--name", "a/b/c"], 2, "'a/b/c' cannot name a pair set"),
+    "verify config": (["verify", "{root}/cache", "--rescore", "5", "--model", "{root}/broken"], 1, BROKEN),
+    "verify revision": (
+        ["verify", "{root}/cache", "--rescore", "5", "--model", "{root}/model", "--revision", "main"],
+        2,
+        "--revision main: {root}/model is a local folder",
+    ),
     "verify model": (["verify", "{root}/cache", "--rescore", "5", "--model", "{root}/none"], 1, NO_MODEL),
     **{name: ([name, "{root}/none"], 1, NO_CACHE) for name in ("ls", "compact", "gc")},
     "rm": (["rm", "{root}/cache", "pairs", "other"], 1, NO_PAIRS),

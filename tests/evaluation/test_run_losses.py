@@ -67,6 +67,21 @@ def run(cache: str, tmp_path_factory: pytest.TempPathFactory) -> dpo_cache.Train
     return train(cache, tmp_path_factory.mktemp("found") / "run", **options)
 
 
+def test_the_run_is_found_from_inside_its_model_and_through_links(
+    run: dpo_cache.TrainReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(run.model)
+    (tmp_path / "runs").symlink_to(run.output)
+    monkeypatch.chdir(run.model)
+    for model in (".", "./", tmp_path / "link", tmp_path / "runs" / "model", "../best/../model"):
+        found = with_run({"model": model})
+        assert Path(found["run"]).resolve() == Path(run.output).resolve(), model
+        assert found["model"] == model and found["beta"] == 0.3
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    assert with_run({"model": "."}) == {"model": "."} and with_run({"model": "model"}) == {"model": "model"}
+
+
 def test_the_run_of_a_model_is_found_with_one_remark(cache: str, run: dpo_cache.TrainReport) -> None:
     remarks: list[str] = []
     report = evaluate(cache, model=run.model, log=remarks.append)

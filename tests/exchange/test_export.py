@@ -232,6 +232,21 @@ def test_an_export_that_fails_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("number", "advice"), [(28, "Free some space."), (2, "Check the path"), (13, "Check the")]
+)
+def test_the_advice_fits_what_the_disk_refuses(
+    source: Path, tmp_path: Path, number: int, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, "reason")
+
+    monkeypatch.setattr(atomic, "_rename", refuse)
+    with pytest.raises(StorageError) as caught:
+        export(source, "chat", tmp_path / "out.jsonl")
+    assert str(caught.value).startswith(f"cannot write {tmp_path / 'out.jsonl'}: reason.\n{advice}")
+
+
 def test_wrong_options_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no format has this ending"):
         export(source, "chat", tmp_path / "out.csv")

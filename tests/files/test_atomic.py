@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cache.files import atomic
-from dpo_cache.files.atomic import is_scratch, replaced, write_whole
+from dpo_cache.files.atomic import is_scratch, remedy_of, replaced, write_whole
 
 
 class Killed(BaseException):
@@ -94,3 +94,12 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
         write_whole(tmp_path / "file" / "a", "text")
+
+
+def test_only_a_full_disk_is_to_be_emptied() -> None:
+    full = [OSError(28, "x"), OSError(122, "x"), RuntimeError("No space left on device (os error 28)")]
+    assert {remedy_of(error)[:15] for error in full} == {"Free some space"}
+    large = [OSError(27, "x"), RuntimeError("I/O error: File too large (os error 27)")]
+    assert {remedy_of(error) for error in large} == {"Raise the limit on the size of a file (`ulimit -f`)."}
+    others = [OSError(2, "x"), OSError(13, "x"), RuntimeError("Permission denied (os error 13)")]
+    assert {remedy_of(error) for error in others} == {"Check the path and its permissions."}

@@ -131,6 +131,7 @@ def test_errors_of_every_run_are_raised_before_any_starts(
 ) -> None:
     for options, message in (
         ({"pairs": "nope,pairs"}, "no pair set 'nope'"),
+        ({"reference": "zz"}, "no reference whose id starts with 'zz'"),
         (
             {"pairs": None, "eval_pairs": None},
             "several pair sets to train on.\nSay which with `pairs`: heldout/train, pairs/train.",

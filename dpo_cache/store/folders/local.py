@@ -167,6 +167,14 @@ class LocalFolder:
         """Bytes left on the disk that holds (or will hold) the folder; None where unknown."""
         return free_bytes(self.root)
 
+    def check_writable(self) -> None:
+        """Raise `StorageError` where nothing can be made: a folder is made there, as a test, and removed."""
+        existing = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
+        probe = existing / f".{secrets.token_hex(8)}.tmp"
+        with storage_errors("write", self.root):
+            self.disk.make_folder(probe)
+            self.disk.remove_folder(probe)
+
     # -- publishing ------------------------------------------------------------------------------------
 
     def _publish(self, target: Path, content: bytes) -> None:
@@ -266,9 +274,12 @@ class LocalFolder:
                     yield folder / entry.name, entry.stat(follow_symlinks=False)
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes left on the disk that holds (or will hold) the folder."""
+def free_bytes(folder: Path) -> int | None:
+    """Bytes left on the disk that holds (or will hold) the folder; None of a file system without a size, such
+    as /proc.
+    """
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
-    return shutil.disk_usage(existing).free
+    usage = shutil.disk_usage(existing)
+    return usage.free if usage.total else None

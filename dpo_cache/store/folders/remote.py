@@ -239,6 +239,9 @@ class RemoteFolder:
         """None: an object store reports no free space."""
         return None
 
+    def check_writable(self) -> None:
+        """Nothing: only a write shows what an object store allows."""
+
     def _limit(self, num_bytes: int = 0, seconds: float | None = None) -> dict[str, float]:
         """The longest that a call may take, for a file system that runs its calls on fsspec's own loop."""
         if not isinstance(self.filesystem, AsyncFileSystem):

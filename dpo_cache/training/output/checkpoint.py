@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpo_cache.errors import TrainingError, first_line
-from dpo_cache.files.atomic import replaced
+from dpo_cache.files.atomic import remedy_of, replaced
 from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.optim.updates import Updater
 from dpo_cache.training.output.run_start import find_checkpoints
@@ -47,9 +47,7 @@ def save_checkpoint(
         save_file(optimizer.tensors(), scratch / "optimizer.safetensors")
         (scratch / "state.json").write_text(json.dumps(asdict(position)) + "\n")
 
-    write_policy(
-        target, policy, write, remedy="Free some space, then resume from the last checkpoint with `resume`."
-    )
+    write_policy(target, policy, write, remedy="Then resume from the last checkpoint with `resume`.")
     for older in find_checkpoints(run)[:-keep]:
         shutil.rmtree(older)
     return target
@@ -74,7 +72,9 @@ def write_policy(
             policy.tokenizer.save_pretrained(scratch)
             write_more(scratch)
     except (OSError, SafetensorError) as error:
-        raise TrainingError(f"cannot save {target}: {first_line(error)}.\n{remedy}") from error
+        raise TrainingError(
+            f"cannot save {target}: {first_line(error)}.\n{remedy_of(error)} {remedy}"
+        ) from error
 
 
 def read_position(checkpoint: Path) -> RunPosition:

@@ -12,7 +12,7 @@ from dpo_cache.files.atomic import refused_writes, write_whole
 from dpo_cache.files.sync import sync
 from dpo_cache.losses.metrics import Metrics
 
-ADVICE = "Free some space, then resume the run with `resume`."  # if the file cannot be written
+ADVICE = "Then resume the run with `resume`."  # if the file cannot be written
 
 
 class MetricsFile:

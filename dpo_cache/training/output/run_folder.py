@@ -48,7 +48,7 @@ FIXED_RESOLVED = ("base_weights", "reference", "pairs_digest", "num_pairs", "tot
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write RUN/config.json of a new run."""
     path = folder / "config.json"
-    with refused_writes(path, TrainingError, "Choose another `output`."):
+    with refused_writes(path, TrainingError, "Or choose another `output`."):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(config, indent=2) + "\n")
 
@@ -101,7 +101,7 @@ def check_disk(folder: Path, model: PreTrainedModel, options: TrainOptions) -> N
     keeps_best = options.eval_every is not None
     needed = trained * (3 * num_checkpoints + keeps_best) + (whole if options.merge_adapter else trained)
     free = free_bytes(folder)
-    if needed > free:
+    if free is not None and needed > free:
         raise TrainingError(
             f"{folder}: {needed / 1e9:.3g} GB are needed for the model and its checkpoints, "
             f"{free / 1e9:.3g} GB are free.\n"
@@ -120,7 +120,7 @@ def save_best(folder: Path, policy: TrainedModel, found: dict[str, Any], card: s
         folder / "best",
         policy,
         write,
-        remedy="Free some space, then resume from the last checkpoint with `resume`.",
+        remedy="Then resume from the last checkpoint with `resume`.",
     )
 
 
@@ -140,7 +140,7 @@ def save_model(folder: Path, policy: TrainedModel, card: str, *, takes_best: boo
             folder / "model",
             policy,
             lambda scratch: write_card(scratch, card),
-            remedy="Free some space, then resume the run with `resume`.",
+            remedy="Then resume the run with `resume`.",
         )
     drop_checkpoints(folder)
 

@@ -271,5 +271,5 @@ def _read_ids(output: Path) -> dict[str, dict[str, str]]:
 
 def _write_ids(output: Path, ids: dict[str, dict[str, str]]) -> None:
     path = output / FILE
-    with refused_writes(path, TrainingError, "Free some space, then resume the run."):
+    with refused_writes(path, TrainingError, "Then resume the run."):
         write_whole(path, json.dumps(ids, indent=2) + "\n")

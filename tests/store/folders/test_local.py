@@ -250,3 +250,14 @@ def test_a_refusal_of_the_object_store_names_the_url(monkeypatch: pytest.MonkeyP
 def test_a_path_that_the_file_system_cannot_have_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         open_folder(tmp_path / ("x" * 300)).exists("format.json")
+
+
+def test_a_place_is_tried_before_anything_is_made_there(tmp_path: Path) -> None:
+    folder = LocalFolder(tmp_path / "a" / "b")
+    folder.check_writable()
+    assert not any(tmp_path.iterdir())
+    folder.disk.make_folder = fail_with(errno.EACCES)  # type: ignore[method-assign]
+    with pytest.raises(
+        StorageError, match=f"^cannot write {tmp_path}/a/b: Permission denied.\nPermission denied: "
+    ):
+        folder.check_writable()
