@@ -27,7 +27,7 @@ from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.options.sweep import SweepOptions
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.options.upkeep import CompactOptions, MergeOptions, PullOptions, PushOptions, VerifyOptions
-from tests.conftest import chat_rows, write_rows
+from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
 from tests.write_stub import STUB, stub
 
 ROOT = Path(dpo_cache.__file__).parents[1]
@@ -129,6 +129,25 @@ def test_an_option_that_the_stub_lacks_is_found(monkeypatch: pytest.MonkeyPatch)
     [
         (lambda: dpo_cache.train("c", "r", bata=0.1), "train() has no option bata.\nDid you mean beta?"),
         (lambda: dpo_cache.train("c", "r", learning_rate=1), "train() has no option learning_rate.\nDid you mean lr?"),
+        (lambda: dpo_cache.train("c", "r", micro_token=1), "train() has no option micro_token.\nDid you mean budget_tokens?"),
+        (
+            lambda: dpo_cache.precompute("m", "d", "c", expect_refernce="r"),
+            "precompute() has no option expect_refernce.\nDid you mean reference?",
+        ),
+        (
+            lambda: dpo_cache.train("c", "r", gradient_accumulation_steps=4),
+            "train() has no option gradient_accumulation_steps.\nGive batch_size, the pairs of one update: "
+            "budget_tokens, which is found by itself, decides how many of them are run at once.",
+        ),
+        (lambda: dpo_cache.open_cache("c", creat=True), "open_cache() has no option creat.\nDid you mean create?"),
+        (
+            lambda: dpo_cache.open_cache("c", zzz=True),
+            "open_cache() has no option zzz.\n`help(dpo_cache.open_cache)` lists the options.",
+        ),
+        (
+            lambda: dpo_cache.training_batches(None, bach_size=1),
+            "training_batches() has no option bach_size.\nDid you mean batch_size?",
+        ),
         (lambda: dpo_cache.train("c", "r", on_metric=1), "train() has no option on_metric.\nDid you mean on_metrics?"),
         (lambda: dpo_cache.train("c", "r", progres=1), "train() has no option progres.\nDid you mean progress?"),
         (
@@ -438,3 +457,30 @@ def test_the_examples_of_the_docs_run(
 def test_the_docs_name_every_field_of_a_batch() -> None:
     text = (ROOT / "docs" / "python.md").read_text()
     assert all(f"`{entry.name}`" in text for entry in fields(dpo_cache.TrainingBatch))
+
+
+def test_dir_shows_only_public_names() -> None:
+    shown = dir(dpo_cache)
+    assert {name for name in shown if not name.startswith("__")} == set(dpo_cache.__all__)
+    assert {"__version__", "__doc__"} <= set(shown)
+
+
+def test_a_loaded_model_in_float64_is_refused(tmp_path: Path) -> None:
+    model = make_llama().double()
+    with pytest.raises(
+        dpo_cache.ModelError, match="the model's weights are float64: log-probs are scored in"
+    ):
+        dpo_cache.precompute(model, chat_rows(2), tmp_path / "cache", name="a", tokenizer=make_tokenizer())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_unreadable_data_is_reported_once(tmp_path: Path, model_folder: str) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": \n{not json}\n')
+    script = (
+        "import sys, dpo_cache\n"
+        "try:\n    dpo_cache.precompute(*sys.argv[1:])\n"
+        "except dpo_cache.DataError as error:\n    print(error)\n"
+    )
+    words = [model_folder, str(tmp_path / "bad.jsonl"), str(tmp_path / "cache")]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert "bad.jsonl: not readable (" in done.stdout and done.stderr == "", done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,9 +154,12 @@ def _load(location: str, streaming: bool) -> Mapping[str, Rows]:
     path = Path(location).expanduser()
     try:
         check_dataset(location)
-        if path.is_file():
-            return _load_file(BUILDERS[path.suffix.lower()], path, location, streaming)
-        return _load_folder(path, streaming) if path.is_dir() else load_dataset(location, streaming=streaming)
+        with _no_second_report():
+            if path.is_file():
+                return _load_file(BUILDERS[path.suffix.lower()], path, location, streaming)
+            if path.is_dir():
+                return _load_folder(path, streaming)
+            return load_dataset(location, streaming=streaming)
     except DatasetGenerationError as error:
         hint = (
             "One JSON object a line, or a list of objects, is expected in JSON."
@@ -170,6 +174,27 @@ def _load(location: str, streaming: bool) -> Mapping[str, Rows]:
             f"{location}: cannot be opened ({first_line(error)}).\n"
             "Give a local file or folder, or the id of a data set on the Hub."
         ) from error
+
+
+@contextmanager
+def _no_second_report() -> Iterator[None]:
+    """While open, the builders of `datasets` do not log the error that they also raise."""
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Failed to ")
+
+    loggers = [logging.getLogger(name) for name in [*logging.root.manager.loggerDict] if _is_builder(name)]
+    for logger in loggers:
+        logger.addFilter(is_kept)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_kept)
+
+
+def _is_builder(name: str) -> bool:
+    return name.startswith("datasets.packaged_modules.")
 
 
 def _load_file(builder: str, path: Path, location: str, streaming: bool) -> Mapping[str, Rows]:

@@ -9,7 +9,6 @@ editors and type checkers (`python -m tests.write_stub` writes it).
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import textwrap
@@ -18,10 +17,10 @@ from dataclasses import Field, fields
 from functools import wraps
 from typing import Any, TypeVar
 
-from dpo_cache.errors import UnknownOptionError
 from dpo_cache.log import Log, log_remark
 from dpo_cache.options.base import Options, old_names, sections, with_new_names
 from dpo_cache.options.sweep import SweepOptions, swept_fields, type_of
+from dpo_cache.suggestions import unknown_option
 
 Result = TypeVar("Result")
 Chosen = TypeVar("Chosen", bound=Options)
@@ -31,12 +30,6 @@ PATHS = {
     "peft_config", "plot", "run", "tokenizer",
 }  # fmt: skip
 PERIODS = {"eval_every", "save_every"}  # a number of steps, or text with a number of epochs
-# What other libraries call an option
-OTHER_NAMES = {
-    "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "loss_type": "loss",
-    "train_batch_size": "batch_size", "per_device_train_batch_size": "batch_size", "output_dir": "output",
-    "model_name_or_path": "model", "lr_scheduler_type": "lr_schedule",
-}  # fmt: skip
 _FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
 
 
@@ -49,13 +42,13 @@ def keywords_of(options_class: type[Options]) -> Callable[[Callable[..., Result]
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         signature = _with_options(inspect.signature(function), options_class)
-        names = {*signature.parameters, *old_names(options_class)}
+        names, old = list(signature.parameters), old_names(options_class)
 
         @wraps(function)
         def run(*args: Any, **given: Any) -> Result:
             for name in given:
-                if name not in names:
-                    raise UnknownOptionError(_unknown(name, function.__name__, list(signature.parameters)))
+                if name not in names and name not in old:
+                    raise unknown_option(name, function.__name__, names, old)
             return function(*args, **given)
 
         run.__signature__ = signature  # type: ignore[attr-defined]
@@ -68,13 +61,6 @@ def keywords_of(options_class: type[Options]) -> Callable[[Callable[..., Result]
 def make_options(options_class: type[Chosen], given: dict[str, Any], log: Log | None = None) -> Chosen:
     """The options with these values, for which earlier names still work. `log` gets a remark for each."""
     return options_class(**with_new_names(options_class, given, log or log_remark))
-
-
-def _unknown(name: str, function: str, names: list[str]) -> str:
-    other = OTHER_NAMES.get(name)
-    near = [other] if other in names else difflib.get_close_matches(name, names, n=1)
-    advice = f"Did you mean {near[0]}?" if near else f"`help(dpo_cache.{function})` lists the options."
-    return f"{function}() has no option {name}.\n{advice}"
 
 
 def _with_options(signature: inspect.Signature, options_class: type[Options]) -> inspect.Signature:

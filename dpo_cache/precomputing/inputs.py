@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dpo_cache import data
-from dpo_cache.errors import OptionError
+from dpo_cache.errors import ModelError, OptionError
 from dpo_cache.files.locations import check_revision
 from dpo_cache.lm.model.adapter import locate_checkpoint
 from dpo_cache.lm.model.load import check_causal, load_config
@@ -142,7 +143,7 @@ def _open_split(options: PrecomputeOptions, name: str, split: str, rows: data.Ro
 
 
 def _check_loaded_model(model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
-    """Raise `OptionError` for a model that cannot be run, and for options that apply only to loading one."""
+    """Raise `DpoCacheError` for a model that cannot be run, and for options that apply only to loading."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -153,6 +154,11 @@ def _check_loaded_model(model: Any, tokenizer: Any, options: dict[str, Any]) -> 
     if tokenizer is None:
         raise OptionError(
             "a model that is loaded already comes without its tokenizer.\nGive it: tokenizer=tokenizer."
+        )
+    if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ModelError(
+            f"the model's weights are {str(model.dtype).removeprefix('torch.')}: log-probs are scored in "
+            "float32, bfloat16 or float16.\nConvert it first: model.float()."
         )
     here = {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
     for name, live in here.items():

@@ -29,11 +29,13 @@ from dpo_cache.store.format.documents import (
 from dpo_cache.store.format.pair_tables import read_manifest
 from dpo_cache.store.index import ScoreIndex
 from dpo_cache.store.pairs import PairSet, PairSetWriter
+from dpo_cache.suggestions import checks_keywords
 
 FORMAT = {"format": "dpo-cache", "version": 1}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
+@checks_keywords
 def open_cache(location: str | os.PathLike[str], *, create: bool = False) -> Cache:
     """The cache at a path or fsspec URL. With `create`, an empty or missing folder becomes one when it is
     first written.

@@ -15,6 +15,7 @@ import torch
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.store import PairSet
+from dpo_cache.suggestions import checks_keywords
 from dpo_cache.types import Completion, ScoredPair
 
 CountTokens = Callable[[Sequence[Completion]], int]
@@ -46,6 +47,7 @@ class TrainingBatch:
         return TrainingBatch(**{entry.name: getattr(self, entry.name).to(device) for entry in fields(self)})
 
 
+@checks_keywords
 def training_batches(
     pair_set: PairSet,
     batch_size: int = 32,

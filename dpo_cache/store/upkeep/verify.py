@@ -237,9 +237,7 @@ class _Verification:
             if apart.largest_gap == float("inf"):
                 gap = "another number of tokens"
             found = f"{gap} in {apart.num_completions} of them"
-            remedy = (
-                "Either may be wrong: `--rescore N --model MODEL` finds out which; `repair` moves both aside."
-            )
+            remedy = "Either may be wrong: `rescore` with `model` finds out which; `repair` moves both aside."
             self._note(file, "differs", expected, found, remedy, apart.other)
 
     # -- reading ---------------------------------------------------------------------------------------

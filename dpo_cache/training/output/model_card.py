@@ -148,8 +148,8 @@ def _data(config: Mapping[str, Any], manifest: Document) -> str:
         rows.append(
             (
                 "held-out pairs",
-                f"{resolved['num_eval_pairs']:,} of the same set, by prompt (`--eval-fraction "
-                f"{config['eval_fraction']}`)",
+                f"{resolved['num_eval_pairs']:,} of the same set, a share of "
+                f"{config['eval_fraction']} of its prompts",
             )
         )
     return f"## Data\n\n{_table(rows)}"

@@ -63,7 +63,7 @@ The log-probs of the reference were computed once, before, and read from a cache
 | pairs to train on | 900 of 1,000 |
 | digest of the pairs | `cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd` |
 | longest prompt + answer | 1,024 tokens, truncation keep-start |
-| held-out pairs | 100 of the same set, by prompt (`--eval-fraction 0.1`) |
+| held-out pairs | 100 of the same set, a share of 0.1 of its prompts |
 
 ## Reference
 
