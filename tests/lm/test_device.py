@@ -2,8 +2,16 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dpo_cache.lm.device import autocast, deterministic_algorithms, planning_device_type, simulate_device_type
+from dpo_cache.errors import ModelError
+from dpo_cache.lm.device import (
+    autocast,
+    check_one_device,
+    deterministic_algorithms,
+    planning_device_type,
+    simulate_device_type,
+)
 from dpo_cache.lm.forest.attention import use_forest_attention
 from dpo_cache.lm.forest.layout import build_forest
 from dpo_cache.lm.forest.plans import plan_tree
@@ -92,3 +100,14 @@ def test_determinism_that_is_off_keeps_what_the_block_sets() -> None:
         assert torch.is_deterministic_algorithms_warn_only_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_model_on_several_devices_is_refused_by_their_names() -> None:
+    with FakeTensorMode():
+        weights = [torch.nn.Parameter(torch.empty(2, device=name)) for name in ("cuda:0", "cuda:1")]
+        with pytest.raises(ModelError, match="ParameterList is spread over cuda:0, cuda:1; it can only be"):
+            check_one_device(torch.nn.ParameterList(weights))
+        check_one_device(torch.nn.ParameterList(weights[:1]))
+    with pytest.raises(ModelError, match="has weights that are not in memory"):
+        check_one_device(torch.nn.Linear(2, 2, device="meta"))
+    check_one_device(torch.nn.Linear(2, 2))
