@@ -34,7 +34,7 @@ TRL_PYTHON ?= $(TRL_VENV)/bin/python
 ROWS ?=
 TURNS ?= 3
 
-.PHONY: help install model demo test test-slow test-families test-oldest test-newest check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options
+.PHONY: help install model demo docs test test-slow test-families test-oldest test-newest check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options
 .PHONY: bench-token-ids bench-store clean
 
 help:
@@ -45,6 +45,7 @@ help:
 	@echo "make test-oldest  a part of the tests with the lowest versions that pyproject.toml allows"
 	@echo "make test-newest  the same tests with the newest versions"
 	@echo "make check        format, lint and types"
+	@echo "make docs         write the pages and the stub that come from the code"
 	@echo "make bench-precompute DATA=FILE [MODEL=FOLDER] [ROWS=N]      speed of scoring compared with TRL 1.16 and with the machine's limit"
 	@echo "make bench-train DATA=FILE [MODEL=FOLDER] [ROWS=N]           speed and memory of training compared with TRL 1.16 and with the machine's limit;"
 	@echo "                                                             LORA_R=16 trains an adapter, LIVE_ONLY=1 compares losses over many rows"
@@ -98,6 +99,11 @@ test-newest:
 	$(NEWEST_VENV)/bin/pip install --quiet $(if $(findstring --,$(TORCH)),$(TORCH),'$(TORCH)')
 	$(NEWEST_VENV)/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[test]' $(if $(findstring --,$(TORCH)),$(TORCH),'$(TORCH)')
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest $(WORKERS) -m "not real_model and not slow" $(VERSION_TESTS)
+
+docs: $(VENV)/installed
+	$(BIN)/python -m tests.losses.write_table
+	$(BIN)/python -m tests.write_stub
+	$(BIN)/python -m tests.cli.write_help
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

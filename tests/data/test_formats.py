@@ -3,8 +3,10 @@ from typing import Any
 import pytest
 
 from dpo_cache.data.examples import Example
-from dpo_cache.data.formats import check_format, detect_format, unused_columns
+from dpo_cache.data.formats import NEEDED, check_format, detect_format, unused_columns
 from dpo_cache.errors import DataError
+from dpo_cache.options.exchange import IMPORT_FORMATS
+from dpo_cache.options.precompute import FORMATS as PRECOMPUTE_FORMATS
 from tests.data.conftest import assistant, user
 from tests.data.test_examples import FORMATS, TEXT
 
@@ -83,3 +85,9 @@ def test_a_named_format_needs_its_columns() -> None:
         "prompt, chosen, rejected.\n"
         "Name the columns that correspond with `map`, for example `map` prompt=question."
     )
+
+
+def test_the_options_name_every_format() -> None:
+    assert sorted(PRECOMPUTE_FORMATS) == sorted(["auto", *NEEDED])
+    assert set(IMPORT_FORMATS) == {"auto", *NEEDED, "ids"} - {"ranked"}
+    assert {data_format for data_format, _, _ in FORMATS.values()} == set(NEEDED)
