@@ -267,6 +267,8 @@ def test_ids_are_cut_only_when_asked(tmp_path: Path) -> None:
 def test_the_reference_is_named_by_its_values(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "a.jsonl", id_rows({}, {}))
     first = bring_in(tmp_path / "cache", data, dtype="bfloat16")
+    # golden: an imported reference keeps its id
+    assert first.reference == "b66f96f4b06c6e3e4bdc34dc1a2da653aef7f0fcf1b4a6ae4ccc36470043b955"
     again = bring_in(tmp_path / "cache", data, dtype="bfloat16")
     assert again.reference == first.reference and again.bytes_written == 0
     cache = dpo_cache.open_cache(tmp_path / "cache")
