@@ -240,7 +240,7 @@ def _default_split(location: str, found: list[str]) -> list[str]:
     if len(found) == 1:
         return found
     raise DataError(
-        f"{location}: has the splits {', '.join(found)}.\nSay which with `split` (it may be repeated)."
+        f"{location}: has the splits {', '.join(found)}.\nName one or more with `split`."
     )
 
 

@@ -139,7 +139,7 @@ def describe_gap(gap: ReferenceGap, imported: str | None) -> str:
     if gap.is_reference:
         return (
             f"the model is the reference ({where}): its rewards are zero up to rounding, so its "
-            "accuracy, margins and calibration say nothing."
+            "accuracy, margins and calibration mean nothing."
         )
     if imported is None:
         return (
@@ -148,7 +148,7 @@ def describe_gap(gap: ReferenceGap, imported: str | None) -> str:
     if not gap.num_beyond:
         return (
             f"the model repeats the log-probs of the imported reference {imported!r} ({where}): "
-            "rewards that small say nothing."
+            "rewards that small mean nothing."
         )
     return (
         f"the model is not what the imported reference {imported!r} was made with ({beyond}), or its "

@@ -143,7 +143,7 @@ class Cache:
             return self.pairs(known[0])
         if known:
             raise NotInCacheError(
-                f"{self}: several pair sets {purpose}.\nSay which with `pairs`: {', '.join(known)}."
+                f"{self}: several pair sets {purpose}.\nName one with `pairs`: {', '.join(known)}."
             )
         if besides:
             raise NotInCacheError(f"{self}: no pair set {purpose} besides {besides}.\nName one with `pairs`.")

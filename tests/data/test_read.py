@@ -76,7 +76,7 @@ def test_several_splits_without_train_must_be_chosen_from(tmp_path: Path) -> Non
     write_lines(tmp_path / "data/test.jsonl", ROWS)
     assert (
         error_of(tmp_path / "data")
-        == f"{tmp_path}/data: has the splits validation, test.\nSay which with `split` (it may be repeated)."
+        == f"{tmp_path}/data: has the splits validation, test.\nName one or more with `split`."
     )
 
 

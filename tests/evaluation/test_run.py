@@ -191,7 +191,7 @@ def test_a_remark_names_the_reference_itself_and_its_gap(cache: str, model_folde
     assert remarks == [
         f"the model is the reference (largest gap {report.gap.largest:.2g} nats over 80 answers): its "
         "rewards are zero up to rounding, "
-        "so its accuracy, margins and calibration say nothing."
+        "so its accuracy, margins and calibration mean nothing."
     ]
 
 
@@ -278,7 +278,7 @@ def test_pairs_of_another_reference_than_the_named_one_are_refused(
 def test_one_of_several_pair_sets_must_be_named(cache: str, model_folder: str, tmp_path: Path) -> None:
     with pytest.raises(
         NotInCacheError,
-        match="several pair sets to evaluate on.\nSay which with `pairs`: heldout/train, pairs/train",
+        match="several pair sets to evaluate on.\nName one with `pairs`: heldout/train, pairs/train",
     ):
         evaluate(cache, model_folder, None)
     open_cache(tmp_path / "empty", create=True).publish_format()

@@ -134,7 +134,7 @@ def test_errors_of_every_run_are_raised_before_any_starts(
         ({"reference": "zz"}, "no reference whose id starts with 'zz'"),
         (
             {"pairs": None, "eval_pairs": None},
-            "several pair sets to train on.\nSay which with `pairs`: heldout/train, pairs/train.",
+            "several pair sets to train on.\nName one with `pairs`: heldout/train, pairs/train.",
         ),
     ):
         with pytest.raises(NotInCacheError) as caught:
