@@ -637,7 +637,7 @@ def test_pair_sets_and_references_that_do_not_fit_are_refused(
         train(cache, tmp_path / "run", pairs="absent")
     with pytest.raises(
         NotInCacheError,
-        match="several pair sets to train on.\nSay which with `pairs`: heldout/train, pairs/train",
+        match="several pair sets to train on.\nName one with `pairs`: heldout/train, pairs/train",
     ):
         train(cache, tmp_path / "run", pairs=None)
     with pytest.raises(NotInCacheError, match="no reference whose id starts with 'ffff'"):
