@@ -37,7 +37,9 @@ class Sketch:
 
 @dataclass
 class GradientCheck:
-    """Compares modes of recomputation on a pair of made-up answers; no gradient is left behind."""
+    """Compares modes of recomputation on a pair of made-up answers; no gradient is left behind, not even those
+    that were there before.
+    """
 
     policy: PolicyModel
     recomputation: Recomputation
@@ -82,6 +84,7 @@ class GradientCheck:
             for name, parameter in trained.items()
         ]
         self.recomputation.mode = mode
+        model.zero_grad(set_to_none=True)  # of a step that did not fit, which is repeated
         try:
             rows = short_rows(model.config.get_text_config().vocab_size, 64)[:2]
             (logps,) = self.policy([rows])

@@ -73,6 +73,16 @@ def test_a_small_part_of_a_gradient_that_is_missing_is_found(
     assert name in check._compare(found)
 
 
+def test_gradients_of_a_step_that_did_not_fit_do_not_count() -> None:
+    model = make_llama()
+    check = open_check(model)
+    assert check.problem("cheap") == ""
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert check.problem("full") == ""
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_routers_count_if_the_objective_has_their_loss() -> None:
     model = make_tiny("qwen3_moe", output_router_logits=True)
     check = open_check(model, attention=choose_attention(model, max_length=64), with_routing=True)

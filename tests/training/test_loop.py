@@ -214,7 +214,8 @@ def test_checkpointing_recomputes_the_layers(
         calls.clear()
         train(cache, tmp_path / mode, max_steps=1, gradient_checkpointing=mode)
         counts.append(len(calls))
-    assert counts[1] == counts[2] == counts[0] + 2  # both layers of the one forest once more
+    # both layers once more: of the one forest, and of the short pair on which both gradients are compared
+    assert counts[1] == counts[2] == counts[0] + 2 + (2 + 2 + 2)
 
 
 def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(
@@ -226,14 +227,15 @@ def test_a_step_that_runs_out_of_memory_is_taken_again_with_less(
     forward = policy.completion_logps
 
     def run_out(model, completions, attention, **extra):
-        mode = run_out.run.setup.step_memory.mode
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and run_out.run is not None:
+            mode = run_out.run.setup.step_memory.mode
             modes.append(mode)
             if mode != "full" or len(completions) > 8:
                 raise torch.OutOfMemoryError
         return forward(model, completions, attention, **extra)
 
     init = loop._Run.__init__
+    run_out.run = None
 
     def note(self, *arguments):
         init(self, *arguments)
@@ -264,16 +266,17 @@ def test_a_step_begun_anew_is_counted_once(
     forward, calls = policy.completion_logps, []
 
     def run_out(model, completions, attention, **options):
-        calls.append(len(completions))
-        if len(calls) == 2:
-            raise torch.OutOfMemoryError
+        if torch.is_grad_enabled():
+            calls.append(len(completions))
+            if len(calls) == 4:  # the first two are those of the gradient check
+                raise torch.OutOfMemoryError
         return forward(model, completions, attention, **options)
 
     once, again = [], []
     train(cache, tmp_path / "once", **options, log=once.append)
     monkeypatch.setattr(policy, "completion_logps", run_out)
     train(cache, tmp_path / "again", **options, log=again.append)
-    assert len(calls) > 3 and "over 16 completions" in once[-1]
+    assert len(calls) > 5 and once[-1].startswith("step zero: ")
     assert [remark for remark in again if remark.startswith("step zero")] == once[-1:]
     exact = [key for key in comparable(tmp_path / "once")[0] if key != "grad_norm"]
     for one, other in zip(comparable(tmp_path / "once"), comparable(tmp_path / "again"), strict=True):
