@@ -37,8 +37,8 @@ class Sketch:
 
 @dataclass
 class GradientCheck:
-    """Compares modes of recomputation on a pair of made-up answers; no gradient is left behind, not even those
-    that were there before.
+    """Compares modes of recomputation on a pair of made-up answers; no gradient is left behind, not even one
+    that was there before.
     """
 
     policy: PolicyModel
