@@ -164,7 +164,10 @@ def test_a_sweep_is_resumed_with_its_own_options(tmp_path: Path) -> None:
     assert read_grid(SweepOptions(**resumed)) == grid
     more = with_plan({"resume": str(tmp_path), "beta": "0.1,0.2,0.3"})
     assert read_grid(SweepOptions(**more)).varied["beta"] == (0.1, 0.2, 0.3)
-    assert with_plan({"resume": True, "beta": "1"}) == {"resume": True, "beta": "1"}
+    given = {"resume": True, "output": "o", "beta": "1"}
+    assert with_plan(given) == given
+    with pytest.raises(OptionError, match="^`resume` without a folder continues the sweep in `output`"):
+        with_plan({"resume": True, "beta": "1"})
     with pytest.raises(OptionError, match="a sweep is resumed in its own folder"):
         with_plan({"resume": str(tmp_path), "output": "other"})
     with pytest.raises(TrainingError, match="there is no sweep to resume"):
