@@ -19,6 +19,13 @@ TokenIds = np.ndarray  # uint32 [num_tokens]
 # model is deeper. A wrong mask gives gaps of whole nats.
 TOKEN_TOLERANCES = {"float32": (1e-3, 1e-4), "float16": (0.1, 0.01), "bfloat16": (0.5, 0.05)}
 
+# Root mean square of the gaps of many tokens that rounding explains, as a share of the spread S (standard
+# deviation, in nats) of their log-probs: the first number, and the second times the lesser of S and 1. Gaps
+# by rounding and by noise on the weights both grow with S, so a limit in nats cannot tell them apart in every
+# model. docs/measurements.md has the figures.
+SPREAD_TOLERANCES = {"bfloat16": (0.02, 0.025)}
+LEAST_TOKENS = 64  # for these shares to be known well enough
+
 # How `quantize` changes weights, as fields of a reference's identity. 4-bit weights are multiplied in the
 # identity's dtype. With 8 bits the threshold is 0: otherwise the columns that are kept in 16 bits, and with
 # them the log-prob of a token, would depend on the other tokens of the batch.
@@ -109,6 +116,47 @@ class Score:
     def __repr__(self) -> str:
         tokens = f"{len(self.token_logps)} tokens" if self.imported_sum is None else "an imported sum"
         return f"<Score: {self.logps:.4f} nats, {tokens}>"
+
+
+@dataclass
+class GapSums:
+    """Sums over tokens whose log-probs were computed in two ways; gaps and log-probs in nats."""
+
+    tokens: int = 0
+    gaps: float = 0.0  # signed
+    squared_gaps: float = 0.0
+    logps: float = 0.0
+    squared_logps: float = 0.0
+
+    def add(self, gaps_N: np.ndarray, logps_N: np.ndarray) -> None:
+        """Add the gaps of tokens, and their log-probs by one of the ways."""
+        gaps_N, logps_N = gaps_N.astype(np.float64), logps_N.astype(np.float64)
+        self.tokens += len(gaps_N)
+        self.gaps += float(gaps_N.sum())
+        self.squared_gaps += float((gaps_N**2).sum())
+        self.logps += float(logps_N.sum())
+        self.squared_logps += float((logps_N**2).sum())
+
+    def problem(self, dtype: str) -> str:
+        """How the gaps are larger than rounding in the dtype explains; empty if they are not, or too few.
+
+        Their root mean square is at most a share of the spread of the log-probs, A nats. Their mean is at
+        most `5 A / sqrt(tokens) + A^2`: chance, and the bias that rounding has because noise in logits raises
+        the sum over the vocabulary.
+        """
+        if dtype not in SPREAD_TOLERANCES or self.tokens < LEAST_TOKENS:
+            return ""
+        mean, mean_logp = self.gaps / self.tokens, self.logps / self.tokens
+        root = (self.squared_gaps / self.tokens) ** 0.5
+        spread = max(self.squared_logps / self.tokens - mean_logp**2, 0.0) ** 0.5
+        share, more = SPREAD_TOLERANCES[dtype]
+        allowed = spread * (share + more * min(spread, 1.0))
+        if not root <= allowed:  # NaN is a problem
+            return f"{root:.2g} nats (root mean square), where rounding in {dtype} explains {allowed:.2g}"
+        allowed = 5 * allowed / self.tokens**0.5 + allowed**2
+        if abs(mean) > allowed:
+            return f"{mean:+.2g} nats on average, where rounding in {dtype} explains {allowed:.2g}"
+        return ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from dpo_cache.precomputing.units import Scored, Unit
 from dpo_cache.precomputing.windows import Entry
 from dpo_cache.store.format.documents import Document
 from dpo_cache.store.upkeep.run_record import RunRecord
-from dpo_cache.types import TOKEN_TOLERANCES
+from dpo_cache.types import TOKEN_TOLERANCES, GapSums
 
 if TYPE_CHECKING:
     from dpo_cache.lm.runner import Runner  # imports the code that runs models
@@ -38,11 +38,13 @@ class AuditTotals:
     tokens: int = 0
     largest_gap: float = 0.0
     mean_gap: float = 0.0  # absolute
+    sums: GapSums = field(default_factory=GapSums)
     too_long: int = 0  # completions that were left out: their own forward does not fit into memory
     elapsed_s: float = 0.0
 
-    def add(self, gaps_N: np.ndarray) -> None:
-        """Add the gaps of a completion's tokens."""
+    def add(self, gaps_N: np.ndarray, logps_N: np.ndarray) -> None:
+        """Add the gaps of a completion's tokens, and their log-probs."""
+        self.sums.add(gaps_N, logps_N)
         sizes_N = np.abs(gaps_N.astype(np.float64))
         sums = self.mean_gap * self.tokens + float(sizes_N.sum())
         self.completions += 1
@@ -107,13 +109,18 @@ class Audit:
         with self._timed():
             self.record.begin_audit()
             gaps = self._compare(chosen)
+            sums = replace(self.totals.sums)
+            for gaps_N, logps_N in gaps:
+                sums.add(gaps_N, logps_N)
+            if problem := sums.problem(self._dtype):
+                self._fail(list(chosen), f"the tokens of all audited completions differ by {problem}")
             self.record.end_audit()
         for key in chosen:
             del self._sample[key]
             if self._own.pop(key) is None:
                 self.totals.too_long += 1
-        for gaps_N in gaps:
-            self.totals.add(gaps_N)
+        for gaps_N, logps_N in gaps:
+            self.totals.add(gaps_N, logps_N)
 
     def _audit_first(self, entries: dict[bytes, Entry]) -> None:
         """Score these completions by the run's way and by the model's own forward, whose results are kept."""
@@ -126,21 +133,29 @@ class Audit:
         steps = replace(self._runner, budget=budget).score(completions, rows_of=rows.__getitem__)
         self._compare({keys[place]: score.token_logps for step in steps for place, score in step.scores})
 
-    def _compare(self, chosen: dict[bytes, np.ndarray]) -> list[np.ndarray]:
-        """Gaps to the model's own forward. Raises `ModelError` where one is beyond rounding."""
+    def _compare(self, chosen: dict[bytes, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Gaps to the log-probs of the model's own forward, and these. Raises `ModelError` where a completion
+        has gaps beyond rounding.
+        """
         assert self._runner is not None
-        gaps: list[np.ndarray] = []
+        gaps: list[tuple[np.ndarray, np.ndarray]] = []
         wrong: dict[bytes, float] = {}
         for key, token_logps in chosen.items():
             if key not in self._own:
                 self._own[key] = self._run_own(self._sample[key])
             own = self._own[key]
             if own is not None:
-                gaps.append(token_logps[own.places_N].astype(np.float64) - own.logps_N)
-                if is_beyond_rounding(gaps[-1], self._dtype):
-                    wrong[key] = float(np.abs(gaps[-1]).max())
+                gaps_N = token_logps[own.places_N].astype(np.float64) - own.logps_N
+                gaps.append((gaps_N, own.logps_N))
+                if is_beyond_rounding(gaps_N, self._dtype):
+                    wrong[key] = float(np.abs(gaps_N).max())
         if wrong:
-            self._fail(wrong, len(gaps))
+            self._fail(
+                list(wrong),
+                f"by up to {max(wrong.values()):.2g} nats a token, in {len(wrong)} of {len(gaps)} audited "
+                f"completions, where rounding in {self._dtype} explains "
+                f"{TOKEN_TOLERANCES[self._dtype][0]:g}",
+            )
         return gaps
 
     def _run_own(self, entry: Entry) -> OwnLogps | None:
@@ -165,7 +180,8 @@ class Audit:
         )
         return None
 
-    def _fail(self, wrong: dict[bytes, float], num_compared: int) -> None:
+    def _fail(self, wrong: Sequence[bytes], how: str) -> None:
+        """Record that all is withdrawn, and raise `ModelError`."""
         assert self._runner is not None
         rows = sorted({row for key in wrong for row in self._sample[key][2]})
         attention = self._runner.attention.name
@@ -182,9 +198,7 @@ class Audit:
         )
         self._failure = (
             f"{self._runner.name}, run as {attention}, gives other log-probs for row {shown_rows(rows)} than "
-            f"its own forward on the row alone: by up to {max(wrong.values()):.2g} nats a token, in "
-            f"{len(wrong)} of {num_compared} audited completions, where rounding in {self._dtype} explains "
-            f"{TOKEN_TOLERANCES[self._dtype][0]:g}.\n{withdrawn} {advice}"
+            f"its own forward on the row alone: {how}.\n{withdrawn} {advice}"
         )
         raise ModelError(self._failure)
 

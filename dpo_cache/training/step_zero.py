@@ -18,7 +18,7 @@ from dpo_cache.lm.model.quantization import rounding_dtype, rounding_dtype_of
 from dpo_cache.lm.policy import CompletionLogps
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.training.inputs import TrainedModel, TrainingPairs
-from dpo_cache.types import TOKEN_TOLERANCES, Score, ScoredPair
+from dpo_cache.types import TOKEN_TOLERANCES, GapSums, Score, ScoredPair
 
 # Gap per completion in nats that rounding explains: (absolute, relative to its log-prob), by dtype.
 TOLERANCES = {"float32": (5e-3, 1e-5), "float16": (5e-2, 5e-3), "bfloat16": (0.5, 2e-2)}
@@ -28,6 +28,7 @@ MOST_COMPLETIONS = 1024  # that are compared
 FIRST_TOKENS = 3  # of an answer, which differ most if the template before it is another
 CLEARLY = 4.0  # times as large
 FEW = 0.5  # share of the completions
+ADVICE = "Give the `model`, precision and pairs that belong together; `step_zero` warn only logs the gap."
 QUANTIZED_GAP = 0.5  # mean nats a token that coarser numbers explain; other weights give whole nats
 
 
@@ -47,7 +48,12 @@ class Expectation:
 
     @property
     def tolerance(self) -> tuple[float, float]:
-        return max(TOLERANCES[self.reference_dtype or UNKNOWN_DTYPE], TOLERANCES[self.policy_dtype])
+        return TOLERANCES[self.dtype]
+
+    @property
+    def dtype(self) -> str:
+        """The coarser of the two dtypes."""
+        return max(self.reference_dtype or UNKNOWN_DTYPE, self.policy_dtype, key=TOLERANCES.__getitem__)
 
     @property
     def stops(self) -> bool:
@@ -101,7 +107,8 @@ class Compared:
     policy: float
     cached: float
     allowed: float  # the gap that rounding explains
-    token_gaps: np.ndarray  # empty if the cache has only the sum
+    token_gaps: np.ndarray  # signed; empty if the cache has only the sum
+    cached_tokens: np.ndarray  # the cache's log-probs of the same tokens
     partial_gap: float  # the smallest gap between the cached sum and the policy's sum over fewer tokens
 
     @property
@@ -138,7 +145,8 @@ class StepZero:
                     policy=float(exact.sum()),
                     cached=score.logps,
                     allowed=absolute + relative * abs(score.logps),
-                    token_gaps=np.abs(exact - score.token_logps) if len(score.token_logps) else np.empty(0),
+                    token_gaps=exact - score.token_logps if len(score.token_logps) else np.empty(0),
+                    cached_tokens=score.token_logps,
                     partial_gap=float(np.abs(np.cumsum(exact)[:-1] - score.logps).min(initial=np.inf)),
                 )
             )
@@ -153,8 +161,22 @@ class StepZero:
 
     @property
     def beyond(self) -> list[Compared]:
-        """The completions whose gap rounding does not explain."""
-        return [completion for completion in self.compared if completion.gap > completion.allowed]
+        """The completions whose gap rounding does not explain; all, if their tokens differ too much
+        together.
+        """
+        beyond = [completion for completion in self.compared if completion.gap > completion.allowed]
+        return beyond or (self.compared if self.noise else [])
+
+    @property
+    def noise(self) -> str:
+        """How the tokens of all completions together differ by more than rounding explains; mostly empty."""
+        if self.expectation.imported is not None:  # other programs round otherwise
+            return ""
+        sums = GapSums()
+        for completion in self.compared:
+            if len(completion.token_gaps):
+                sums.add(completion.token_gaps, completion.cached_tokens)
+        return sums.problem(self.expectation.dtype)
 
     def conclude(self) -> str:
         """One line for the log. Raises `StepZeroError` if the run must stop."""
@@ -195,12 +217,16 @@ class StepZero:
         worst = max(beyond, key=lambda completion: completion.gap - completion.allowed)
         expected = self.expectation
         should = "is the reference" if expected.is_reference else "should start as the reference"
+        if worst.gap <= worst.allowed:
+            return (
+                f"step zero: {expected.what} {should}, but its token log-probs differ from the cache's by "
+                f"{self.noise}, over {len(self.compared)} completions.\n{self._likely(beyond)}\n{ADVICE}"
+            )
         return (
             f"step zero: {expected.what} {should}, but its log-prob of a completion of row {worst.row} is "
             f"{worst.policy:.4f} where the cache has {worst.cached:.4f} (allowed gap {worst.allowed:.2g} "
             f"nats); {len(beyond)} of {len(self.compared)} completions differ.\n"
-            f"{self._likely(beyond)}\n"
-            "Give the `model`, precision and pairs that belong together; `step_zero` warn only logs the gap."
+            f"{self._likely(beyond)}\n{ADVICE}"
         )
 
     def _likely(self, beyond: list[Compared]) -> str:
@@ -245,7 +271,7 @@ def _guess(beyond: Sequence[Compared], num_compared: int) -> str:
             f"cache: only the values of row {rows} differ, so they were changed or come from another model; "
             "`dpo-cache verify` checks them"
         )
-    gaps = [completion.token_gaps for completion in beyond if len(completion.token_gaps)]
+    gaps = [np.abs(completion.token_gaps) for completion in beyond if len(completion.token_gaps)]
     if not gaps:
         return "weights, template or truncation: the cache has no token log-probs to tell them apart"
     first = float(np.mean(np.concatenate([gap[:FIRST_TOKENS] for gap in gaps])))

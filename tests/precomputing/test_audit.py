@@ -4,12 +4,12 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import dpo_cache
 from dpo_cache.cli.app import main
@@ -17,7 +17,7 @@ from dpo_cache.errors import ModelError, OptionError
 from dpo_cache.lm import own_forward, runner
 from dpo_cache.precomputing import units
 from dpo_cache.precomputing.audit import Audit
-from dpo_cache.store import completion_key, open_cache
+from dpo_cache.store import open_cache
 from dpo_cache.store.folders.local import LocalFolder
 from dpo_cache.store.upkeep import run_record
 from dpo_cache.types import Completion, Score
@@ -359,11 +359,13 @@ def test_nothing_is_left_of_a_failure_in_a_stream(
 def test_values_that_are_no_numbers_fail(
     model_folder: str, many_rows: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        own_forward,
-        "own_logps_at",
-        lambda model, completion, places, original: torch.full([len(places)], torch.nan),
-    )
+    run = Audit._run_own
+
+    def run_badly(self: Audit, entry: Any) -> Any:
+        own = run(self, entry)
+        return replace(own, logps_N=np.full_like(own.logps_N, np.nan))
+
+    monkeypatch.setattr(Audit, "_run_own", run_badly)
     with pytest.raises(ModelError, match="gives other log-probs"):
         dpo_cache.precompute(model_folder, many_rows, cache)
 
@@ -440,15 +442,15 @@ def test_ctrl_c_in_the_audit_keeps_only_scores_that_were_audited(
     model_folder: str, many_rows: str, cache: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish_each_step(monkeypatch)
-    run, keys = own_forward.own_logps_at, list[bytes]()
+    run, keys = Audit._run_own, list[bytes]()
 
-    def interrupt(model: Any, completion: Completion, *rest: Any) -> Any:
-        keys.append(completion_key(completion))
+    def interrupt(self: Audit, entry: Any) -> Any:
+        keys.append(entry[0])
         if len(keys) == number:
             raise KeyboardInterrupt
-        return run(model, completion, *rest)
+        return run(self, entry)
 
-    monkeypatch.setattr(own_forward, "own_logps_at", interrupt)
+    monkeypatch.setattr(Audit, "_run_own", interrupt)
     with pytest.raises(KeyboardInterrupt):
         dpo_cache.precompute(model_folder, many_rows, cache, audit=EVERY, budget_tokens="64")
     assert not cache.exists() or not any("/.run-" in name for name in files(cache))
@@ -513,3 +515,27 @@ def test_the_command_line_shows_the_audit(
     assert re.search(
         r"\n +audited +1?\d \(largest gap \d\.\de-\d\d nats a token\)\n", capsys.readouterr().out
     )
+
+
+def test_noise_on_all_tokens_is_found_by_all_of_them_together(
+    tmp_path: Path, many_rows: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16; no token and no completion has a gap beyond rounding by itself."""
+    make_llama(initializer_range=0.02).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"dtype": "bfloat16", "attention": "rows", "limit": 8}
+    dpo_cache.precompute(tmp_path / "model", many_rows, tmp_path / "honest", **options)
+    noise, real = np.random.default_rng(0), runner.score_completions
+
+    def score(*arguments: Any) -> Iterator[Any]:
+        for step in real(*arguments):
+            for _, scored in step.scores:
+                scored.token_logps[:] += noise.normal(0, 0.02, len(scored.token_logps))
+            yield step
+
+    monkeypatch.setattr(runner, "score_completions", score)
+    with pytest.raises(
+        ModelError, match=r"the tokens of all audited completions differ by 0.02 nats \(root mean"
+    ):
+        dpo_cache.precompute(tmp_path / "model", many_rows, cache, **options)
+    assert not cache.exists() or files(cache) == {}
