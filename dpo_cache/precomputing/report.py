@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cache import data
+from dpo_cache.lm.model.unchanged import check_not_rewritten
 from dpo_cache.lm.progress import ScoringProgress, ScoringStep, extrapolate
 from dpo_cache.precomputing.audit import Audit, AuditTotals
 from dpo_cache.precomputing.reference import Target
@@ -125,6 +126,7 @@ class Meter:
 
     def publish(self, scored: Sequence[Scored]) -> None:
         """Audit scores and store them durably, after the entry of their reference. Raises `ModelError`."""
+        check_not_rewritten()
         if self._audit:
             self._audit.check(scored)
         cache, reference = self._target.cache, self._target.reference

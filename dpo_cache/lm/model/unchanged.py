@@ -86,6 +86,23 @@ def check_unchanged() -> None:
         )
 
 
+def check_not_rewritten() -> None:
+    """Raise `ModelError` if the content of a noted file was overwritten.
+
+    A model on a CPU may read its weights from the file itself as long as it runs. A file that replaces
+    another one does no harm.
+    """
+    run = _run.get()
+    for path, noted in run.stamps.items() if run else ():
+        found = _stamp(path)
+        if noted and found and found[-1] == noted[-1] and found[:3] != noted[:3]:
+            raise ModelError(
+                f"{path} was overwritten while the model ran, and its weights with it. The scores since the "
+                "last ones that were stored are discarded.\n"
+                "Save into another folder, or copy this one, and run again."
+            )
+
+
 def _stamp(path: Path) -> Stamp | None:
     try:
         real = path.resolve()

@@ -14,7 +14,7 @@ from dpo_cache.errors import ModelError
 from dpo_cache.lm.model import unchanged
 from dpo_cache.lm.model.identity import provenance, reference_identity
 from dpo_cache.lm.model.load import load_config, load_model
-from dpo_cache.lm.model.unchanged import check_unchanged, commit_of, one_checkpoint
+from dpo_cache.lm.model.unchanged import check_not_rewritten, check_unchanged, commit_of, one_checkpoint
 from dpo_cache.store import open_cache
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
 from tests.lm.model.adapters import edit_config, save_adapter
@@ -109,6 +109,47 @@ def test_precompute_publishes_nothing_of_a_model_that_changes(
     with pytest.raises(ModelError, match="was changed while the model was read"):
         dpo_cache.precompute(str(saved), data, tmp_path / "cache", name="pairs")
     assert not (tmp_path / "cache" / "references").exists() and not (tmp_path / "cache" / "pairs").exists()
+
+
+def overwrite(path: Path) -> None:
+    """Change the content of the file that is there, as safetensors does when it saves."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    with path.open("r+b") as file:
+        file.write(content)
+
+
+def test_a_file_that_is_overwritten_under_a_model_is_refused_and_one_that_is_replaced_is_not(
+    saved: Path,
+) -> None:
+    path = saved / "model.safetensors"
+    with one_checkpoint():
+        identify(saved)
+        load(saved)
+        check_not_rewritten()
+        shutil.copy(path, saved / "copy")
+        (saved / "copy").replace(path)
+        check_not_rewritten()
+    with one_checkpoint():
+        identify(saved)
+        overwrite(path)
+        with pytest.raises(ModelError, match="model.safetensors was overwritten while the model ran"):
+            check_not_rewritten()
+    check_not_rewritten()
+
+
+def test_scores_of_weights_that_are_overwritten_meanwhile_are_not_published(
+    saved: Path, tmp_path: Path
+) -> None:
+    data, changed = write_rows(tmp_path / "pairs.jsonl", chat_rows(4)), []
+
+    def change_once(_: object) -> None:
+        if not changed:
+            changed.append(overwrite(saved / "model.safetensors"))
+
+    with pytest.raises(ModelError, match="was overwritten while the model ran"):
+        dpo_cache.precompute(str(saved), data, tmp_path / "cache", name="pairs", on_progress=change_once)
+    assert changed and not (tmp_path / "cache" / "pairs").exists()
 
 
 # -- the Hub -----------------------------------------------------------------------------------------------
