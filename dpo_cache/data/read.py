@@ -239,9 +239,7 @@ def _default_split(location: str, found: list[str]) -> list[str]:
         return ["train"]
     if len(found) == 1:
         return found
-    raise DataError(
-        f"{location}: has the splits {', '.join(found)}.\nName one or more with `split`."
-    )
+    raise DataError(f"{location}: has the splits {', '.join(found)}.\nName one or more with `split`.")
 
 
 def _cut(rows: Rows, limit: int | None) -> Rows:
