@@ -404,37 +404,37 @@ def test_a_run_that_is_killed_while_it_withdraws_is_withdrawn_by_the_next(
         reference = open_cache(killed).references()[0]
         remarks += run_record.end_killed_runs(open_cache(killed), reference)
         assert files(killed) == before
-        assert len(remarks) == 1 and "ended while it audited its scores" in remarks[0]
+        assert len(remarks) == 1 and "failed its audit and was ended before" in remarks[0]
     dpo_cache.precompute(model_folder, data, snapshots[0], **options, log=lambda text: None)
     check_values(snapshots[0], "many/train")
 
 
-def test_a_run_that_is_killed_in_an_audit_is_withdrawn_and_one_between_audits_stays(
+def test_scores_of_a_run_that_was_killed_in_an_audit_depend_on_the_next_audit(
     model_folder: str, many_rows: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish_each_step(monkeypatch)
-    compare, inside, outside = Audit._compare, tmp_path / "inside", tmp_path / "outside"
+    compare, killed, again = Audit._compare, tmp_path / "killed", tmp_path / "again"
 
     def snapshot(self: Any, chosen: Any) -> Any:
-        if cache.exists() and len(files(cache)) > 6 and not inside.exists():
-            shutil.copytree(cache, inside)
+        if cache.exists() and len(files(cache)) > 6 and not killed.exists():
+            shutil.copytree(cache, killed)
         return compare(self, chosen)
 
-    def between(progress: Any) -> None:
-        if inside.exists() and not outside.exists():
-            shutil.copytree(cache, outside)
-
-    monkeypatch.setattr(Audit, "_compare", snapshot)
-    dpo_cache.precompute(model_folder, many_rows, cache, audit=EVERY, budget_tokens="64", on_progress=between)
+    with monkeypatch.context() as patch:
+        patch.setattr(Audit, "_compare", snapshot)
+        dpo_cache.precompute(model_folder, many_rows, cache, audit=EVERY, budget_tokens="64")
     assert not any("/.run-" in name for name in files(cache)), "a run that ends removes its record"
-    for killed, stays in ((inside, False), (outside, True)):
-        assert any("/.run-" in name for name in files(killed))
-        remarks: list[str] = []
-        report = dpo_cache.precompute(model_folder, many_rows, killed, log=remarks.append)
-        assert (report.already_cached > 0) is stays
-        assert any("ended while it audited its scores" in remark for remark in remarks) is not stays
-        assert not any("/.run-" in name for name in files(killed))
-        check_values(killed)
+    assert any("/.run-" in name for name in files(killed))
+    shutil.copytree(killed, again)
+    with monkeypatch.context() as patch:
+        plant(patch, lambda completion: True)
+        with pytest.raises(ModelError, match=r"The \d+ score files and 0 pair sets .* are withdrawn"):
+            dpo_cache.precompute(model_folder, many_rows, killed)
+    assert files(killed) == {}
+    report = dpo_cache.precompute(model_folder, many_rows, again)
+    assert report.already_cached > 0 and report.audited > 0
+    assert not any("/.run-" in name for name in files(again))
+    check_values(again)
 
 
 @pytest.mark.parametrize("number", [1, 3, 12, 20])

@@ -116,6 +116,7 @@ def _run(job: dict[str, Any]) -> None:
     from dpo_cache.cli import app
     from dpo_cache.lm import runner
     from dpo_cache.precomputing import units
+    from dpo_cache.precomputing.audit import Audit
     from dpo_cache.store import ScoreIndex, completion_key
     from dpo_cache.store.folders import local
     from tests.promises.refusals import TroubledDisk
@@ -132,16 +133,26 @@ def _run(job: dict[str, Any]) -> None:
             note("writing")
             time.sleep(job["writing_s"])
 
+    auditing: list[bool] = []
+
+    def audit_first(self: Any, entries: Any, real: Any = Audit._audit_first) -> None:
+        auditing.append(True)
+        real(self, entries)
+        auditing.clear()
+
     def scored(
         model: Any, completions: Any, *arguments: Any, real: Any = runner.score_completions
     ) -> Iterator[Any]:
+        if auditing:  # the first sample, which is scored again later
+            yield from real(model, completions, *arguments)
+            return
         for progress in real(model, completions, *arguments):
             time.sleep(job.get("chunk_s", 0.0))
             yield progress
             note("scored", *(completion_key(completions[index]).hex() for index, _ in progress.scores))
 
-    def published(self: Any, scores: Any, real: Any = ScoreIndex.publish) -> int:
-        size = real(self, scores)
+    def published(self: Any, scores: Any, *rest: Any, real: Any = ScoreIndex.publish) -> int:
+        size = real(self, scores, *rest)
         note("kept", *(key.hex() for key, _ in scores))
         return size
 
@@ -154,6 +165,7 @@ def _run(job: dict[str, Any]) -> None:
     local.Disk = lambda: disk  # type: ignore[assignment,misc]
     runner.score_completions, runner.load_model = scored, loaded  # type: ignore[assignment]
     units.FLUSH_S = job.get("flush_s", units.FLUSH_S)
+    Audit._audit_first = audit_first  # type: ignore[method-assign]
     ScoreIndex.publish = published  # type: ignore[method-assign]
     sys.argv = ["dpo-cache", "precompute", *job["arguments"]]
     try:

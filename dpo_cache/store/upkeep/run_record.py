@@ -54,7 +54,8 @@ _at_work: set[str] = set()  # records of this process's runs
 class RunRecord:
     """Records what a run publishes under one reference; `with` ends the record, whatever ends the run.
 
-    A run that fails its audit calls `fail`; then the end of the block withdraws what the run published.
+    A run that fails its audit calls `fail`; then the end of the block withdraws what the run published, and
+    what runs published that were killed in the middle of an audit: nobody knows what theirs would have found.
     Nothing is written before something is published.
     """
 
@@ -69,17 +70,25 @@ class RunRecord:
             "pair_sets": {},
             "is_new": not cache.folder.exists(f"{self._reference}/reference.json"),
         }
+        self._killed: dict[str, Document] = {}  # records of runs that were killed in an audit
+        self._has_audited = False
 
     def __enter__(self) -> RunRecord:
         _at_work.add(self._name)
+        records = _records_of_killed_runs(self.cache, self._reference)
+        self._killed = {name: content for name, content in records if content["state"] == "auditing"}
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
-            if self._content["state"] == "withdrawing":
-                _withdraw(self.cache, self._name, self._content)
-            elif self.has_published:
-                self.cache.folder.remove(self._name)
+            if "manifests" in self._content:
+                for name, content in {**self._killed, self._name: self._content}.items():
+                    _withdraw(self.cache, name, content)
+            else:
+                for name in self._killed if self._has_audited else ():
+                    self.cache.folder.remove(name)
+                if self.has_published:
+                    self.cache.folder.remove(self._name)
         finally:
             _at_work.discard(self._name)
 
@@ -103,14 +112,15 @@ class RunRecord:
         self._write("scoring")
 
     def begin_audit(self) -> None:
-        """Record that scores are being compared. If the run is killed now, the next one withdraws this one's
-        files, since nobody knows what the audit would have found.
+        """Record that scores are being compared. If the run is killed now, and the next one fails its audit,
+        this one's files are withdrawn, too.
         """
         if self.has_published:
             self._write("auditing")
 
     def end_audit(self) -> None:
         """Record that the scores agreed."""
+        self._has_audited = True
         if self.has_published:
             self._write("scoring")
 
@@ -118,10 +128,17 @@ class RunRecord:
         """Record, durably, that everything is to be withdrawn; returns the number of shards and of pair
         sets.
         """
+        for name, content in self._killed.items():
+            content |= {**_plan(self.cache, self._reference, content), "state": "withdrawing"}
+            self.cache.folder.publish(name, seal_document(content))
         self._content |= _plan(self.cache, self._reference, self._content)
         if self.has_published:
             self._write("withdrawing")
-        return len(self._content["shards"]), len(self._content["manifests"])
+        withdrawn = [self._content, *self._killed.values()]
+        return (
+            sum(len(content["shards"]) for content in withdrawn),
+            sum(len(content["manifests"]) for content in withdrawn),
+        )
 
     def _write(self, state: str) -> None:
         self._content["state"] = state
@@ -130,33 +147,35 @@ class RunRecord:
 
 
 def end_killed_runs(cache: Cache, reference_id: str) -> list[str]:
-    """Withdraw the files of runs under the reference that were killed while they compared or withdrew scores.
+    """Withdraw the files of runs under the reference that were killed while they withdrew them.
 
-    Returns a remark for each. The records of runs that were killed otherwise are removed, and their scores
-    stay; runs that are at work are left alone.
+    Returns a remark for each. Scores of runs that were killed otherwise stay; if one was killed in the middle
+    of an audit, its record stays for the next audit, see `RunRecord`. Runs at work are left alone.
     """
-    folder, remarks = cache.folder, []
-    place = f"references/{reference_id}"
-    for name in folder.hidden_names(place):
-        record = f"{place}/{name}"
-        if not PATTERN.fullmatch(name) or record in _at_work:
-            continue
-        content = _read(folder, record)
-        if content["state"] != "withdrawing" and _is_at_work(cache, record, content):
-            continue
+    remarks = []
+    for record, content in _records_of_killed_runs(cache, f"references/{reference_id}"):
         if content["state"] == "scoring":
-            folder.remove(record)
-            continue
-        if content["state"] == "auditing":
-            content |= _plan(cache, place, content)
-            folder.publish(record, seal_document({**content, "state": "withdrawing"}))
-        _withdraw(cache, record, content)
-        remarks.append(
-            f"an earlier run of {content['started']} ended while it audited its scores: the "
-            f"{len(content['shards'])} score files and {len(content['manifests'])} pair sets that it had "
-            "published were withdrawn, and are made again."
-        )
+            cache.folder.remove(record)
+        elif content["state"] == "withdrawing":
+            _withdraw(cache, record, content)
+            remarks.append(
+                f"an earlier run of {content['started']} failed its audit and was ended before it had "
+                f"withdrawn its files: the {len(content['shards'])} score files and "
+                f"{len(content['manifests'])} pair sets that it had published were withdrawn now."
+            )
     return remarks
+
+
+def _records_of_killed_runs(cache: Cache, place: str) -> list[tuple[str, Document]]:
+    """Records of runs that are not at work, by their names from the root; all that are withdrawing."""
+    found = []
+    for name in cache.folder.hidden_names(place):
+        record = f"{place}/{name}"
+        if PATTERN.fullmatch(name) and record not in _at_work:
+            content = _read(cache.folder, record)
+            if content["state"] == "withdrawing" or not _is_at_work(cache, record, content):
+                found.append((record, content))
+    return found
 
 
 def _read(folder: Folder, record: str) -> Document:

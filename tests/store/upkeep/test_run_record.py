@@ -117,21 +117,43 @@ def test_a_pair_set_that_another_run_has_replaced_since_stays(cache: Cache) -> N
     assert pairs.manifest["pairs_digest"] == "2" * 64 and len(list(pairs)) == 3
 
 
-@pytest.mark.parametrize("state", ["auditing", "withdrawing"])
-def test_a_killed_run_is_withdrawn_by_the_next(
-    cache: Cache, state: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_killed_while_it_withdrew_is_withdrawn_by_the_next(cache: Cache) -> None:
     with RunRecord(cache, reference_of(cache)) as earlier:
         publish(cache, earlier, [1], "pairs", "1")
     before = files(cache)
     record = RunRecord(cache, reference_of(cache))  # not entered: as by another process, which is gone
     publish(cache, record, [2], "pairs", "2")
-    record.begin_audit() if state == "auditing" else record.fail()
+    record.fail()
     assert len(files(cache)) > len(before)
     (remark,) = end_killed_runs(cache, reference_of(cache))
     assert files(cache) == before
-    assert "the 1 score files and 1 pair sets that it had published were withdrawn" in remark
+    assert "the 1 score files and 1 pair sets that it had published were withdrawn now" in remark
     assert end_killed_runs(cache, reference_of(cache)) == []
+
+
+@pytest.mark.parametrize("outcome", ["fails", "agrees", "audits nothing"])
+def test_files_of_a_run_that_was_killed_in_an_audit_depend_on_the_next_audit(
+    cache: Cache, outcome: str
+) -> None:
+    with RunRecord(cache, reference_of(cache)) as earlier:
+        publish(cache, earlier, [1], "pairs", "1")
+    before = files(cache)
+    killed = RunRecord(cache, reference_of(cache))
+    publish(cache, killed, [2], "pairs", "2")
+    killed.begin_audit()
+    kept = {name: content for name, content in files(cache).items() if "/.run-" not in name}
+    assert end_killed_runs(cache, reference_of(cache)) == [] and len(records(cache)) == 1
+    with RunRecord(cache, reference_of(cache)) as record:
+        record.begin_audit()
+        if outcome == "fails":
+            assert record.fail() == (1, 1)
+        elif outcome == "agrees":
+            record.end_audit()
+    if outcome == "fails":
+        assert files(cache) == before
+    else:
+        assert {name: content for name, content in files(cache).items() if "/.run-" not in name} == kept
+        assert len(records(cache)) == (outcome == "audits nothing")
 
 
 def test_scores_of_a_run_that_was_killed_between_audits_stay(cache: Cache) -> None:
@@ -155,8 +177,7 @@ def test_runs_that_may_be_at_work_are_left_alone(cache: Cache, process: dict[str
     record = RunRecord(cache, reference_of(cache))
     record._content |= process
     publish(cache, record, [2])
-    record.begin_audit()
-    assert bool(end_killed_runs(cache, reference_of(cache))) is ends
+    assert end_killed_runs(cache, reference_of(cache)) == []
     assert bool(records(cache)) is not ends
 
 
@@ -167,7 +188,6 @@ def test_a_process_that_lives_is_at_work(cache: Cache) -> None:
     record = RunRecord(cache, reference_of(cache))
     record._content |= {"pid": parent.pid, "process_started": round(parent.create_time())}
     publish(cache, record, [2])
-    record.begin_audit()
     assert end_killed_runs(cache, reference_of(cache)) == [] and records(cache)
 
 
@@ -175,10 +195,9 @@ def test_an_old_record_of_another_machine_is_a_killed_runs(cache: Cache) -> None
     record = RunRecord(cache, reference_of(cache))
     record._content["host"] = "elsewhere"
     publish(cache, record, [2])
-    record.begin_audit()
     (name,) = records(cache)
     os.utime(cache.folder.root / name, (0, 0))
-    assert len(end_killed_runs(cache, reference_of(cache))) == 1 and files(cache) == {}
+    assert end_killed_runs(cache, reference_of(cache)) == [] and records(cache) == []
 
 
 def test_a_withdrawal_is_finished_after_any_interruption(
@@ -259,6 +278,6 @@ def test_in_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.folder.files() == kept and cache.folder.hidden() == {}
     record = RunRecord(cache, reference_of(cache))
     publish(cache, record, [2], "more", "2")
-    record.begin_audit()
+    record.fail()
     assert len(end_killed_runs(cache, reference_of(cache))) == 1
     assert cache.folder.files() == kept and cache.folder.hidden() == {}
