@@ -428,7 +428,7 @@ def test_training_on_imported_values_is_training_on_our_own(
         key: value for key, value in other.last.items() if key not in differ
     }
     assert remarks == [
-        f"step zero: largest gap {one.step_zero_gap:.2g} nats over 24 completions; "
+        f"step zero: largest gap {one.step_zero_gap:.2g} nats over 48 completions; "
         "within rounding: the policy starts as the model of the imported reference 'peer'."
     ]
 

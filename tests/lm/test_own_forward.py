@@ -41,7 +41,7 @@ def test_the_attention_is_switched_back_after_an_error(monkeypatch: pytest.Monke
     model = make_llama()
     with run_loaded(model, name="mine", max_length=64, budget_tokens=40) as runner:
         switched = model.config._attn_implementation
-        monkeypatch.setattr(own_forward, "_logits", lambda *_: 1 / 0)
+        monkeypatch.setattr(own_forward, "own_logits", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             own_logps(model, make_completions()[0], original=runner.attention.original)
         assert model.config._attn_implementation == switched
@@ -61,14 +61,14 @@ def test_a_completion_with_many_logits_is_run_in_pieces(monkeypatch: pytest.Monk
     completion = max(make_completions(), key=lambda one: one.num_tokens)
     whole = own_logps(model, completion)
     seen: list[int] = []
-    run = own_forward._logits
+    run = own_forward.own_logits
 
     def count(*arguments: object) -> torch.Tensor:
         seen.append(len(arguments[2]))
         return run(*arguments)
 
     monkeypatch.setattr(own_forward, "most_places", lambda _: 7)
-    monkeypatch.setattr(own_forward, "_logits", count)
+    monkeypatch.setattr(own_forward, "own_logits", count)
     assert (own_logps(model, completion) - whole).abs().max() < TIGHT
     assert sum(seen) == completion.num_tokens and max(seen) == 7
 

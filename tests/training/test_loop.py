@@ -674,7 +674,9 @@ def test_options_without_sense_are_refused(cache: str, tmp_path: Path, options: 
 def test_a_full_disk_is_found_before_training(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(
+        folder_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000, "total": 2000})
+    )
     with pytest.raises(TrainingError, match="are needed for the model and its checkpoints"):
         train(cache, tmp_path / "run")
 

@@ -7,6 +7,7 @@ import torch
 
 from dpo_cache.lm import policy
 from dpo_cache.lm.forest.layout import count_forest_tokens
+from dpo_cache.training.gradient_check import GradientCheck
 from tests.training.test_loop import assert_alike, metrics, train
 
 
@@ -23,6 +24,8 @@ def test_a_pair_that_is_too_long_is_run_one_answer_at_a_time(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict
 ) -> None:
     shared = {"batch_size": 5, "max_steps": 2, "lr": 1e-4, "eval_pairs": "heldout", **options}
+    shared["step_zero"] = "off"  # its sample is run, too, and so is the pair of the gradient check
+    monkeypatch.setattr(GradientCheck, "problem", lambda *_: "")
     remarks: list[str] = []
     train(cache, tmp_path / "whole", budget_tokens="100000", **shared)
     run, sizes = policy.completion_logps, []
