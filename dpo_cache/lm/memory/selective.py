@@ -79,14 +79,16 @@ class KeptOutputs:
         self._by_storage.clear()
 
 
-class _Keep(TorchDispatchMode):
-    """Keeps outputs while a layer runs."""
-
+class _WithKept(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, kept: KeptOutputs):
         super().__init__()
         self._kept = kept
+
+
+class _Keep(_WithKept):
+    """Keeps outputs while a layer runs."""
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -100,14 +102,8 @@ class _Keep(TorchDispatchMode):
         return output
 
 
-class _Reuse(TorchDispatchMode):
+class _Reuse(_WithKept):
     """Returns the kept outputs while the layer runs again."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, kept: KeptOutputs):
-        super().__init__()
-        self._kept = kept
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
