@@ -191,6 +191,12 @@ class Audit:
             if shards or pair_sets
             else "Nothing was published."
         )
+        if self.record.num_lost:
+            withdrawn += (
+                f" {self.record.num_lost} of the score files were not found: an older version of `dpo-cache "
+                "compact` or `gc` may have copied them into other files. If one ran meanwhile, remove the "
+                "reference with `dpo-cache rm`, too."
+            )
         advice = (
             "Run again with `attention` rows, and report the model."
             if attention == "forest"

@@ -10,45 +10,22 @@ removed at the end of the run, so one that is left belongs to a run that is at w
                          manifest, and the manifest that it replaced, or null
     is_new               whether the run published the entry of its reference
     manifests, files     once it is withdrawing: see `_plan`
+
+Files are withdrawn by their names, so `compact` and `gc` leave the shards of such a record as they are
+(`open_runs.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 import secrets
-import socket
-import time
 from typing import Any
 
-import psutil
-
-from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.cache import Cache
-from dpo_cache.store.folders.folder import Folder
-from dpo_cache.store.format.documents import Document, read_sealed, seal_document
+from dpo_cache.store.format.documents import Document, seal_document
 from dpo_cache.store.format.pair_tables import part_files, read_manifest
-from dpo_cache.store.upkeep.contents import classify
-from dpo_cache.store.upkeep.gc import removal_order
-
-PATTERN = re.compile(r"\.run-[0-9a-f]{16}\.json")
-GRACE_S = 3600.0  # a record of another machine that is older belongs to a run that was killed
-STARTS_ALIKE_S = 1.0  # a process's start as two look-ups report it
-
-STATES = ("scoring", "auditing", "withdrawing")
-KINDS = {
-    "host": str,
-    "pid": int,
-    "started": str,
-    "process_started": int,
-    "state": str,
-    "shards": list,
-    "pair_sets": dict,
-    "is_new": bool,
-}
-
-_at_work: set[str] = set()  # records of this process's runs
+from dpo_cache.store.upkeep.open_runs import at_work, records_of_killed_runs, this_process
+from dpo_cache.store.upkeep.removal import removal_order
 
 
 class RunRecord:
@@ -64,7 +41,7 @@ class RunRecord:
         self._reference = f"references/{reference_id}"
         self._name = f"{self._reference}/.run-{secrets.token_hex(8)}.json"
         self._content: Document = {
-            **_this_process(),
+            **this_process(),
             "state": "scoring",
             "shards": [],
             "pair_sets": {},
@@ -72,10 +49,11 @@ class RunRecord:
         }
         self._killed: dict[str, Document] = {}  # records of runs that were killed in an audit
         self._has_audited = False
+        self.num_lost = 0  # once it failed: its shards that others have removed
 
     def __enter__(self) -> RunRecord:
-        _at_work.add(self._name)
-        records = _records_of_killed_runs(self.cache, self._reference)
+        at_work.add(self._name)
+        records = records_of_killed_runs(self.cache.folder, self._reference)
         self._killed = {name: content for name, content in records if content["state"] == "auditing"}
         return self
 
@@ -90,7 +68,7 @@ class RunRecord:
                 if self.has_published:
                     self.cache.folder.remove(self._name)
         finally:
-            _at_work.discard(self._name)
+            at_work.discard(self._name)
 
     @property
     def has_published(self) -> bool:
@@ -126,8 +104,10 @@ class RunRecord:
 
     def fail(self) -> tuple[int, int]:
         """Record, durably, that everything is to be withdrawn; returns the number of shards and of pair
-        sets.
+        sets. Then `num_lost` of this run's shards were not found: other files may hold their scores.
         """
+        exists = self.cache.folder.exists
+        self.num_lost = sum(not exists(shard) for shard in self._content["shards"])
         for name, content in self._killed.items():
             content |= {**_plan(self.cache, self._reference, content), "state": "withdrawing"}
             self.cache.folder.publish(name, seal_document(content))
@@ -153,7 +133,7 @@ def end_killed_runs(cache: Cache, reference_id: str) -> list[str]:
     of an audit, its record stays for the next audit, see `RunRecord`. Runs at work are left alone.
     """
     remarks = []
-    for record, content in _records_of_killed_runs(cache, f"references/{reference_id}"):
+    for record, content in records_of_killed_runs(cache.folder, f"references/{reference_id}"):
         if content["state"] == "scoring":
             cache.folder.remove(record)
         elif content["state"] == "withdrawing":
@@ -164,31 +144,6 @@ def end_killed_runs(cache: Cache, reference_id: str) -> list[str]:
                 f"{len(content['manifests'])} pair sets that it had published were withdrawn now."
             )
     return remarks
-
-
-def _records_of_killed_runs(cache: Cache, place: str) -> list[tuple[str, Document]]:
-    """Records of runs that are not at work, by their names from the root; all that are withdrawing."""
-    found = []
-    for name in cache.folder.hidden_names(place):
-        record = f"{place}/{name}"
-        if PATTERN.fullmatch(name) and record not in _at_work:
-            content = _read(cache.folder, record)
-            if content["state"] == "withdrawing" or not _is_at_work(cache, record, content):
-                found.append((record, content))
-    return found
-
-
-def _read(folder: Folder, record: str) -> Document:
-    """A record, checked: everything that it names is a file of the cache."""
-    content = read_sealed(folder, record)
-    kinds = {name: type(value) for name, value in content.items()}
-    is_shaped = {**kinds, **KINDS} == kinds and content["state"] in STATES
-    if is_shaped:
-        files = [*content["shards"], *content.get("files", [])]
-        is_shaped = all(isinstance(file, str) and classify(file)[0] in ("shard", "part") for file in files)
-    if not is_shaped or (content["state"] == "withdrawing") != ("manifests" in content):
-        raise CorruptShardError(f"{folder}/{record}: is no record of a run.\nDelete it.")
-    return content
 
 
 def _plan(cache: Cache, reference: str, content: Document) -> Document:
@@ -229,29 +184,6 @@ def _withdraw(cache: Cache, record: str, content: Document) -> None:
     if content["is_new"] and not is_used:
         folder.remove(f"{reference}/reference.json")
     folder.remove(record)
-
-
-def _this_process() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
-        "process_started": round(psutil.Process().create_time()),
-    }
-
-
-def _is_at_work(cache: Cache, record: str, content: Document) -> bool:
-    """Whether the record's run may still be at work."""
-    if content["host"] != socket.gethostname():
-        modified = cache.folder.modified(record)
-        return modified is None or time.time() - modified < GRACE_S
-    if content["pid"] == os.getpid():
-        return False  # a run of this process that is at work is in `_at_work`
-    try:
-        started = psutil.Process(content["pid"]).create_time()
-    except psutil.Error:
-        return False
-    return abs(started - content["process_started"]) <= STARTS_ALIKE_S
 
 
 def _digest(content: bytes) -> str:

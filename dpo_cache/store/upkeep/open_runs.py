@@ -1,0 +1,106 @@
+"""The records of runs of `precompute` that are at work, or were killed before they had ended.
+
+`run_record.py` specifies the record and writes it. Upkeep leaves the score shards that it names as they are:
+a run whose audit fails withdraws them by their names, and must find them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from typing import Any
+
+import psutil
+
+from dpo_cache.errors import CorruptShardError
+from dpo_cache.store.folders.folder import Folder
+from dpo_cache.store.format.documents import Document, read_sealed
+from dpo_cache.store.upkeep.contents import classify
+
+PATTERN = re.compile(r"\.run-[0-9a-f]{16}\.json")
+GRACE_S = 3600.0  # a record of another machine that is older belongs to a run that was killed
+STARTS_ALIKE_S = 1.0  # a process's start as two look-ups report it
+
+STATES = ("scoring", "auditing", "withdrawing")
+KINDS = {
+    "host": str,
+    "pid": int,
+    "started": str,
+    "process_started": int,
+    "state": str,
+    "shards": list,
+    "pair_sets": dict,
+    "is_new": bool,
+}
+
+at_work: set[str] = set()  # records of this process's runs
+
+
+def shards_of_runs(folder: Folder, reference_id: str) -> set[str]:
+    """Score shards, by their names from the root, that a failed audit may yet withdraw: of runs that are at
+    work, were killed in the middle of an audit, or are withdrawing them.
+
+    A run records a shard before it publishes it. So list the shards first and call this afterwards: then no
+    shard of the list that is not in the result will be withdrawn.
+    """
+    place = f"references/{reference_id}"
+    found: set[str] = set()
+    for name in folder.hidden_names(place):
+        if PATTERN.fullmatch(name):
+            content = read_record(folder, f"{place}/{name}")
+            if content["state"] != "scoring" or is_at_work(folder, f"{place}/{name}", content):
+                found |= {*content["shards"], *content.get("files", [])}
+    return found
+
+
+def records_of_killed_runs(folder: Folder, place: str) -> list[tuple[str, Document]]:
+    """Records of runs that are not at work, by their names from the root; all that are withdrawing."""
+    found = []
+    for name in folder.hidden_names(place):
+        record = f"{place}/{name}"
+        if PATTERN.fullmatch(name) and record not in at_work:
+            content = read_record(folder, record)
+            if content["state"] == "withdrawing" or not is_at_work(folder, record, content):
+                found.append((record, content))
+    return found
+
+
+def read_record(folder: Folder, record: str) -> Document:
+    """A record, checked: everything that it names is a file of the cache."""
+    content = read_sealed(folder, record)
+    kinds = {name: type(value) for name, value in content.items()}
+    is_shaped = {**kinds, **KINDS} == kinds and content["state"] in STATES
+    if is_shaped:
+        files = [*content["shards"], *content.get("files", [])]
+        is_shaped = all(isinstance(file, str) and classify(file)[0] in ("shard", "part") for file in files)
+    if not is_shaped or (content["state"] == "withdrawing") != ("manifests" in content):
+        raise CorruptShardError(f"{folder}/{record}: is no record of a run.\nDelete it.")
+    return content
+
+
+def this_process() -> dict[str, Any]:
+    """The members of a record that identify the process."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+        "process_started": round(psutil.Process().create_time()),
+    }
+
+
+def is_at_work(folder: Folder, record: str, content: Document) -> bool:
+    """Whether the record's run may still be at work."""
+    if record in at_work:
+        return True
+    if content["host"] != socket.gethostname():
+        modified = folder.modified(record)
+        return modified is None or time.time() - modified < GRACE_S
+    if content["pid"] == os.getpid():
+        return False  # a run of this process that is at work is in `at_work`
+    try:
+        started = psutil.Process(content["pid"]).create_time()
+    except psutil.Error:
+        return False
+    return abs(started - content["process_started"]) <= STARTS_ALIKE_S
