@@ -10,6 +10,7 @@ Adafactor is that of transformers with an absolute learning rate, as in trainers
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,9 @@ from dpo_cache.training.optim.updates import Updater
 
 Groups = list[dict[str, Any]]
 
+# in lower case, of parameters that are not decayed
+SPARED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
 
 def make_optimizer(
     model: PreTrainedModel,
@@ -31,7 +35,7 @@ def make_optimizer(
     rounding: str = "auto",
     seed: int = 0,
 ) -> Updater:
-    """The optimizer of the parameters that are trained; weight decay spares biases and norms.
+    """The optimizer of the parameters that are trained; weight decay is for those of `decayed_names`.
 
     `rounding` is how updated bfloat16 weights are rounded: stochastic (also auto), compensated or nearest;
     others need none. Raises `OptionError` if the optimizer is not available here.
@@ -39,19 +43,34 @@ def make_optimizer(
     _check_available(name, model.device)
     return Updater(
         [(entry, parameter) for entry, parameter in model.named_parameters() if parameter.requires_grad],
-        lambda leaves, shapes: _build(name, _groups(leaves, shapes, weight_decay), lr, model.device),
+        lambda leaves, names: _build(
+            name, _groups(leaves, names, decayed_names(model), weight_decay), lr, model.device
+        ),
         rounding="stochastic" if rounding == "auto" else rounding,
         seed=seed,
     )
 
 
+def decayed_names(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters that are decayed: the same as in transformers, for every family.
+
+    Equals `transformers.Trainer.get_decay_parameter_names(None, model)`. What spares a parameter is its name
+    or its module, and not its number of dimensions: biases of experts are matrices, and the decay rates of
+    state space models are vectors.
+    """
+    norms = (name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm))
+    inside = tuple(f"{name}." for name in norms)
+    names = [name for name, _ in model.named_parameters()]
+    return {name for name in names if not SPARED.search(name.lower()) and not name.startswith(inside)}
+
+
 def _groups(
-    leaves: Iterable[torch.nn.Parameter], num_dimensions: Iterable[int], weight_decay: float
+    leaves: Iterable[torch.nn.Parameter], names: Iterable[str], decayed: set[str], weight_decay: float
 ) -> Groups:
-    both = list(zip(leaves, num_dimensions, strict=True))
+    both = list(zip(leaves, names, strict=True))
     groups: Groups = [
-        {"params": [leaf for leaf, dimensions in both if dimensions >= 2], "weight_decay": weight_decay},
-        {"params": [leaf for leaf, dimensions in both if dimensions < 2], "weight_decay": 0.0},
+        {"params": [leaf for leaf, name in both if name in decayed], "weight_decay": weight_decay},
+        {"params": [leaf for leaf, name in both if name not in decayed], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

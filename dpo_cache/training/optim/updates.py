@@ -16,8 +16,8 @@ import torch
 from dpo_cache.errors import TrainingError
 from dpo_cache.training.optim.rounding import join_float, split_float, stochastic_bf16
 
-# makes an optimizer of leaves, from them and the numbers of dimensions of their parameters
-Build = Callable[[Sequence[torch.nn.Parameter], Sequence[int]], torch.optim.Optimizer]
+# makes an optimizer of leaves, from them and the names of their parameters
+Build = Callable[[Sequence[torch.nn.Parameter], Sequence[str]], torch.optim.Optimizer]
 
 REST, UPDATES = "rest", "updates"  # what a bfloat16 parameter's state holds besides the optimizer's
 
@@ -50,7 +50,7 @@ class Updater:
         self.rounding, self.seed = rounding, seed
         self._slots = [_Slot(name, parameter, _leaf(parameter)) for name, parameter in parameters]
         self._place = {slot.parameter: place for place, slot in enumerate(self._slots)}
-        self._base = build([slot.leaf for slot in self._slots], [slot.parameter.ndim for slot in self._slots])
+        self._base = build([slot.leaf for slot in self._slots], [slot.name for slot in self._slots])
         group_of = {
             leaf: place for place, group in enumerate(self._base.param_groups) for leaf in group["params"]
         }

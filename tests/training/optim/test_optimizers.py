@@ -1,15 +1,20 @@
 """Every optimizer: state that comes back bit for bit, and updates one by one that equal updates at once."""
 
 import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Trainer
 
 from dpo_cache.errors import OptionError, TrainingError
-from dpo_cache.training.optim.optimizers import make_optimizer
+from dpo_cache.training.optim.optimizers import decayed_names, make_optimizer
 from dpo_cache.training.optim.updates import Updater
+from tests.families.rotation import is_in_part
+from tests.families.tiny import FAMILIES, _build, make_config
 
 OPTIMIZERS = ["adamw", "adafactor", *(["adamw-8bit"] if importlib.util.find_spec("bitsandbytes") else [])]
 ROUNDED = ["nearest", "stochastic", "compensated"]
@@ -223,8 +228,8 @@ def test_nothing_is_held_for_a_stand_in_between_updates() -> None:
     train(model, optimizer, range(2))
     assert all(slot.leaf.numel() == 0 and slot.leaf.grad is None for slot in optimizer._slots)
     assert [group["params"] for group in optimizer.param_groups] == [
-        [slot.leaf for slot in optimizer._slots if slot.parameter.ndim >= 2],
-        [slot.leaf for slot in optimizer._slots if slot.parameter.ndim < 2],
+        [slot.leaf for slot in optimizer._slots if slot.name in ("matrix", "expert")],
+        [slot.leaf for slot in optimizer._slots if slot.name in ("bias", "norm")],
     ]
 
 
@@ -250,3 +255,99 @@ def test_the_state_of_other_weights_is_refused() -> None:
     _, optimizer = make("adamw", torch.float32, "auto")
     with pytest.raises(TrainingError, match="state for 1 weights that are not trained now, first lora_A"):
         optimizer.restore({"lora_A/step": torch.tensor(1.0)})
+
+
+# -- which weights are decayed ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_meta() -> Callable[[str], torch.nn.Module]:
+    """A tiny model of a family, without values."""
+
+    def build(family: str) -> torch.nn.Module:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _build(family, make_config(family))
+
+    return build
+
+
+def by_transformers(model: torch.nn.Module) -> set[str]:
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    return {name for name, _ in model.named_parameters() if name in decayed}
+
+
+PART = [family for family in FAMILIES if is_in_part(family, FAMILIES)]
+
+
+@pytest.mark.parametrize(
+    "families",
+    [pytest.param(PART, id="a tenth"), pytest.param(FAMILIES, id="all", marks=pytest.mark.slow)],
+)
+def test_the_same_weights_of_every_family_are_decayed_as_in_transformers(
+    on_meta: Callable[[str], torch.nn.Module], families: Sequence[str]
+) -> None:
+    others: dict[str, set[str]] = {}
+    num_compared = 0
+    for family in families:
+        try:
+            model = on_meta(family)
+        except (ImportError, AttributeError):  # a tower needs timm; no causal LM by itself (musicgen)
+            continue
+        num_compared += 1
+        if differing := decayed_names(model) ^ by_transformers(model):
+            others[family] = differing
+    assert not others and num_compared > 0.9 * len(families)
+
+
+@pytest.mark.parametrize(
+    ("family", "decayed", "spared"),
+    [
+        (
+            "gpt_oss",
+            ["sinks", "down_proj"],
+            ["down_proj_bias", "gate_up_proj_bias", "input_layernorm.weight"],
+        ),
+        ("mamba2", ["A_log", "D", "in_proj.weight"], ["dt_bias", "conv1d.bias", "mixer.norm.weight"]),
+        ("mamba", ["A_log", "D"], ["dt_proj.bias"]),
+        ("rwkv", ["time_decay", "time_mix_key"], ["ln1.weight", "ln2.bias"]),
+        ("gpt2", ["wte.weight", "c_attn.weight"], ["ln_1.weight", "c_attn.bias"]),
+    ],
+)
+def test_names_and_modules_spare_weights_not_their_dimensions(
+    on_meta: Callable[[str], torch.nn.Module], family: str, decayed: list[str], spared: list[str]
+) -> None:
+    model = on_meta(family)
+    found, every = decayed_names(model), [name for name, _ in model.named_parameters()]
+    for ending, is_decayed in [*((one, True) for one in decayed), *((one, False) for one in spared)]:
+        named = [name for name in every if name.endswith(ending)]
+        assert named and all((name in found) is is_decayed for name in named), ending
+
+
+def test_an_adapter_is_decayed_as_in_transformers(on_meta: Callable[[str], torch.nn.Module]) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = on_meta("llama")
+    settings = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    with torch.device("meta"):
+        inject_adapter_in_model(settings, model)
+    found = {name for name in decayed_names(model) if "lora" in name}
+    assert found == {name for name in by_transformers(model) if "lora" in name}
+    kinds = {name.partition(".lora_")[2].partition(".")[0] for name in found}
+    assert kinds == {"A", "B", "magnitude_vector"} and not any("bias" in name for name in found)
+
+
+def test_a_matrix_of_biases_is_not_moved_by_decay_and_a_vector_of_rates_is() -> None:
+    class Rates(Small):
+        def __init__(self, dtype: torch.dtype):
+            super().__init__(dtype)
+            self.experts_bias = torch.nn.Parameter(torch.full((4, 8), 0.5, dtype=dtype))
+            self.A_log = torch.nn.Parameter(torch.full((8,), 0.5, dtype=dtype))
+
+    model = Rates(torch.float32)
+    optimizer = make_optimizer(model, lr=0.1, weight_decay=0.5)  # type: ignore[arg-type]
+    for parameter in optimizer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(model.experts_bias, torch.full((4, 8), 0.5))
+    assert torch.allclose(model.A_log, torch.full((8,), 0.5 * 0.95))
