@@ -20,7 +20,7 @@ from dpo_cache.lm.runner import Runner, open_runner
 from dpo_cache.log import Log, log_remark
 from dpo_cache.store import Cache, PairSet, completion_key, open_cache
 from dpo_cache.store.format.differing_fields import differing_fields
-from dpo_cache.types import TOKEN_TOLERANCES, Completion, Score, ScoredPair, quantization_name
+from dpo_cache.types import TOKEN_TOLERANCES, Completion, GapSums, Score, ScoredPair, quantization_name
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,12 @@ class RescoreReport:
     largest_allowed: float  # by rounding, for the dtype of the reference
     mean_allowed: float
     worst: str  # key of the completion with the largest gap
+    together: str = ""  # how all tokens together differ by more than rounding explains; mostly empty
 
     @property
     def agrees(self) -> bool:
-        return self.largest_gap <= self.largest_allowed and self.mean_gap <= self.mean_allowed
+        is_near = self.largest_gap <= self.largest_allowed and self.mean_gap <= self.mean_allowed
+        return is_near and not self.together
 
 
 @one_checkpoint()
@@ -181,12 +183,13 @@ def _sides(scored: ScoredPair, pair_set: str) -> list[_Drawn]:
 
 
 def _report(reference_id: str, dtype: str, drawn: list[_Drawn], found: list[Score]) -> RescoreReport:
-    gaps = [
-        np.abs(one.stored.token_logps.astype(np.float64) - other.token_logps)
-        for one, other in zip(drawn, found, strict=True)
-    ]
-    worst = int(np.argmax([gap.max() for gap in gaps]))
-    together = np.concatenate(gaps)
+    sums, sizes = GapSums(), []
+    for one, other in zip(drawn, found, strict=True):
+        gaps_N = one.stored.token_logps.astype(np.float64) - other.token_logps
+        sums.add(gaps_N, other.token_logps)
+        sizes.append(np.abs(gaps_N))
+    worst = int(np.argmax([size.max() for size in sizes]))
+    together = np.concatenate(sizes)
     largest_allowed, mean_allowed = TOKEN_TOLERANCES[dtype]
     return RescoreReport(
         reference=reference_id,
@@ -197,4 +200,5 @@ def _report(reference_id: str, dtype: str, drawn: list[_Drawn], found: list[Scor
         largest_allowed=largest_allowed,
         mean_allowed=mean_allowed,
         worst=completion_key(drawn[worst].completion).hex(),
+        together=sums.problem(dtype),
     )

@@ -7,6 +7,7 @@ import pytest
 
 import dpo_cache
 from dpo_cache.errors import ModelError, NotInCacheError
+from dpo_cache.precomputing import rescore as rescoring
 from dpo_cache.precomputing.rescore import rescore
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.types import Score, ScoredPair
@@ -81,3 +82,24 @@ def test_a_cache_without_pair_sets_has_nothing_to_score(tmp_path: Path, model_fo
     open_cache(tmp_path / "cache", create=True).publish_format()
     with pytest.raises(NotInCacheError, match="only pair sets hold the token ids"):
         rescore(tmp_path / "cache", model_folder, 5)
+
+
+def test_noise_on_all_tokens_that_no_single_token_shows_is_found(
+    data_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, whose limit for a token is 0.5 nats."""
+    make_llama(initializer_range=0.02).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    dpo_cache.precompute(tmp_path / "model", data_file, tmp_path / "cache", dtype="bfloat16", audit="off")
+    (honest,) = rescore(tmp_path / "cache", tmp_path / "model", 10_000)
+    assert honest.agrees and honest.together == "" and honest.tokens > 100
+    noise, real = np.random.default_rng(0), rescoring._score
+
+    def score(*given: object) -> list[Score]:
+        found = real(*given)  # type: ignore[arg-type]
+        return [Score(one.token_logps + noise.normal(0, 0.02, len(one.token_logps))) for one in found]
+
+    monkeypatch.setattr(rescoring, "_score", score)
+    (report,) = rescore(tmp_path / "cache", tmp_path / "model", 10_000)
+    assert report.largest_gap < report.largest_allowed and report.mean_gap < report.mean_allowed
+    assert not report.agrees and report.together.startswith("0.02 nats (root mean square), where rounding in")
