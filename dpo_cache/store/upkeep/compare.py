@@ -64,15 +64,29 @@ def read_values(folder: Folder, files: Iterable[str], keys: range) -> Values:
     return join(values for file in files for values in _read_file(folder, file, keys))
 
 
+def read_file_keys(folder: Folder, file: str) -> np.ndarray:
+    """The keys of a score shard, or of a part (both sides of each pair): S16. The digest is not checked."""
+    schema, columns = _columns_of(file)
+    names = [key for key, _ in columns]
+    with open_unverified(folder, file, schema) as reader:
+        tables = list(reader.read_groups(names))
+    keys = [keys_of(table.column(name)) for table in tables for name in names]
+    return np.concatenate([*keys, np.empty(0, "S16")])
+
+
 def _read_file(folder: Folder, file: str, keys: range) -> Iterator[Values]:
-    if classify(file)[0] == "shard":
-        schema, columns = SHARD_SCHEMA, [("key", "token_logps")]
-    else:
-        schema, columns = PAIR_SCHEMA, [(f"{side}_key", f"ref_{side}_token_logps") for side in SIDES]
+    schema, columns = _columns_of(file)
     with open_unverified(folder, file, schema) as reader:
         for table in reader.read_groups([*chain(*columns)]):
             for key, token_logps in columns:
                 yield _values_in(table.column(key), table.column(token_logps), keys)
+
+
+def _columns_of(file: str) -> tuple[pa.Schema, list[tuple[str, str]]]:
+    """The schema of a shard or part, and its columns of keys with those of their values."""
+    if classify(file)[0] == "shard":
+        return SHARD_SCHEMA, [("key", "token_logps")]
+    return PAIR_SCHEMA, [(f"{side}_key", f"ref_{side}_token_logps") for side in SIDES]
 
 
 def _values_in(keys: pa.ChunkedArray, token_logps: pa.ChunkedArray, wanted: range) -> Values:

@@ -4,7 +4,9 @@
 
 Files named by their content are the same in every cache, so a merge copies the missing ones in any order.
 Two things are not named by their content: a reference's entry, whose provenance may differ (the destination's
-is kept, else the one whose bytes hash lowest), and a pair set.
+is kept, else the one whose bytes hash lowest), and a pair set. And two files may hold one completion with
+values further apart than rounding explains: such caches are merged only with `prefer`, and files with other
+values than the preferred ones are written anew.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from dpo_cache.errors import CacheError, NotInCacheError
@@ -19,8 +22,19 @@ from dpo_cache.store.cache import Cache, open_cache, read_reference
 from dpo_cache.store.format.checks import check_details
 from dpo_cache.store.format.documents import Document, digest_json, seal_document
 from dpo_cache.store.format.pair_tables import part_files
-from dpo_cache.store.format.parquet import check_content
+from dpo_cache.store.format.parquet import check_content, name_by_content
+from dpo_cache.store.upkeep.compare import allowed_gap
 from dpo_cache.store.upkeep.contents import classify, read_manifests
+from dpo_cache.store.upkeep.disagreements import (
+    Disagreement,
+    Holder,
+    describe_disagreement,
+    describe_undecided,
+    files_with_values,
+    find_disagreement,
+)
+from dpo_cache.store.upkeep.open_runs import shards_of_runs
+from dpo_cache.store.upkeep.preferred_values import rewrite_part, rewrite_shard
 
 OnProgress = Callable[[int, int], None]  # bytes copied, of how many
 Candidate = tuple[Cache, Document]  # a cache, and the manifest of its pair set
@@ -38,6 +52,8 @@ class MergeReport:
     pair_sets: list[str] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)  # pair sets preferred to others of the same name
+    # completions by reference of which another cache's value was preferred
+    overruled: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -58,14 +74,17 @@ def merge_caches(
     copies nothing.
 
     Pair sets of one name are one pair set where they hold the same pairs under the same reference. Where they
-    do not, nothing is copied and `CacheError` lists them, unless `prefer` is `src` (the last source's is
-    taken) or `dest` (the destination's stays), or `rename` adds to each name the first characters of its
+    do not, or where values of one completion differ by more than the dtype's rounding explains, nothing is
+    copied and `CacheError` lists them, unless `prefer` is `src` (the last source's is taken) or `dest` (the
+    destination's stays). For pair sets, `rename` instead adds to each name the first characters of its
     digest. The digest of every file is checked as it is copied: raises `CorruptShardError`.
     """
     target, origins = open_cache(destination, create=True), [open_cache(source) for source in sources]
     merge = _Merge(target, target.folder.files(), MergeReport(str(target)))
     merge.plan_scores(origins)
-    merge.plan_pairs(origins, prefer, rename)
+    manifests = [_read_checked_manifests(cache) for cache in (target, *origins)]
+    merge.compare_values([target, *origins], manifests, prefer)
+    merge.plan_pairs([target, *origins], manifests, prefer, rename)
     merge.copy(on_progress or (lambda *_: None))
     return merge.report
 
@@ -80,6 +99,9 @@ class _Merge:
     files: dict[str, tuple[Cache, str]] = field(default_factory=dict)  # shards, parts: cache, name there
     references: dict[str, bytes] = field(default_factory=dict)
     manifests: dict[str, bytes] = field(default_factory=dict)
+    disagreements: dict[str, Disagreement] = field(default_factory=dict)  # by reference
+    # pair sets with values that are not preferred: cache, their manifest there, and their new one
+    rewritten: list[tuple[Cache, Document, Document]] = field(default_factory=list)
 
     def plan_scores(self, origins: list[Cache]) -> None:
         for origin in origins:
@@ -101,12 +123,38 @@ class _Merge:
                     f"Run `dpo-cache verify {origin}`."
                 )
 
-    def plan_pairs(self, origins: list[Cache], prefer: str | None, rename: bool) -> None:
+    def compare_values(
+        self, caches: list[Cache], manifests: list[dict[str, Document]], prefer: str | None
+    ) -> None:
+        """Find the completions on which the caches disagree. Raises `CacheError` unless `prefer` decides."""
+        ranked = list(zip(caches, manifests, strict=True))[:: -1 if prefer == "src" else 1]
+        files: dict[str, list[Holder]] = {}
+        for cache, of_cache in ranked:
+            for reference, held in files_with_values(cache, of_cache).items():
+                files.setdefault(reference, []).append(Holder(cache, held))
+        undecided = []
+        for reference, holders in sorted(files.items()):
+            found = find_disagreement(holders, allowed_gap(self._identity_of(reference, holders)))
+            if not len(found):
+                continue
+            self.disagreements[reference] = found
+            self.report.overruled[reference] = len(found)
+            is_decided = prefer == "src" or (
+                prefer == "dest" and all(holders[first].cache is self.target for first, _ in found.between)
+            )
+            if not is_decided:
+                undecided.append(describe_disagreement(reference, found, holders))
+        if undecided:
+            raise CacheError(describe_undecided(undecided, prefer))
+        self._check_no_run_at_work()
+
+    def plan_pairs(
+        self, caches: list[Cache], manifests: list[dict[str, Document]], prefer: str | None, rename: bool
+    ) -> None:
         """Choose the pair set for each name in the destination, and the files to copy for it."""
         offered: dict[str, list[Candidate]] = {}
-        for cache in [self.target, *origins]:
-            for name, manifest in read_manifests(cache).items():
-                check_details(manifest, f"{cache}/pairs/{name}/manifest.json")
+        for cache, of_cache in zip(caches, manifests, strict=True):
+            for name, manifest in of_cache.items():
                 offered.setdefault(name, []).append((cache, manifest))
         conflicts = []
         for name, candidates in sorted(offered.items()):
@@ -137,26 +185,32 @@ class _Merge:
                     self._plan_one(cache, renamed, source_name=name)
 
     def _plan_one(self, cache: Cache, manifest: Document, source_name: str | None = None) -> None:
+        name = f"{manifest['name']}/{manifest['split']}"
+        original = {**manifest, "name": (source_name or name).partition("/")[0]}
+        has_other_values = self._has_other_values(original)
+        if has_other_values:
+            self.rewritten.append((cache, original, manifest))
         if cache is self.target:
             return
-        name = f"{manifest['name']}/{manifest['split']}"
         if not self._has_reference(manifest["reference"]):
             raise NotInCacheError(
                 f"{cache}: pair set {name} was scored by a reference that is not there.\n"
                 f"Run `dpo-cache verify {cache}`."
             )
+        self.report.pair_sets.append(name)
+        if has_other_values:
+            return
         for file, part in part_files(manifest).items():
             if file not in self.present:
                 self.files[file] = cache, f"pairs/{source_name or name}/{part['file']}"
         self.manifests[f"pairs/{name}/manifest.json"] = seal_document(manifest)
-        self.report.pair_sets.append(name)
 
     def copy(self, on_progress: OnProgress) -> None:
         """Publish in an order that leaves a valid cache where it is interrupted: entries before scores, parts
         before manifests.
         """
         total = sum(origin.folder.size(source) for origin, source in self.files.values())
-        if self.references or self.manifests or self.files:
+        if self.references or self.manifests or self.files or self.rewritten:
             self.target.publish_format()
         for file, content in sorted(self.references.items()):
             self._publish(file, content)
@@ -165,11 +219,73 @@ class _Merge:
             origin, source = self.files[file]
             content = origin.folder.read(source)
             check_content(content, file, f"{origin}/{source}")
-            self._publish(file, content)
+            if self._is_overruled_shard(file):
+                self._rewrite_shard(origin, source)
+            else:
+                self._publish(file, content)
             done += len(content)
             on_progress(done, total)
+        overruled = [file for file in self.present if self._is_overruled_shard(file)]
+        for file in overruled:
+            self._rewrite_shard(self.target, file)
+        for cache, original, manifest in self.rewritten:
+            self._rewrite_parts(cache, original, manifest)
         for file, content in sorted(self.manifests.items()):
             self._publish(file, content)
+        for file in overruled:  # its other values are durable in new files by now
+            self.target.folder.remove(file)
+
+    def _rewrite_shard(self, cache: Cache, file: str) -> None:
+        reference = classify(file)[1][0]
+        content = rewrite_shard(cache.folder, file, self.disagreements[reference].preferred)
+        if content is not None:
+            new = f"references/{reference}/scores/{name_by_content(content)}"
+            if new not in self.present:
+                self._publish(new, content)
+
+    def _rewrite_parts(self, cache: Cache, original: Document, manifest: Document) -> None:
+        """Publish a pair set's parts with the preferred values, and plan its manifest."""
+        found = self.disagreements[manifest["reference"]]
+        place, parts = f"pairs/{manifest['name']}/{manifest['split']}", []
+        for file, part in part_files(original).items():
+            if found.is_in(file):
+                content = rewrite_part(cache.folder, file, found.preferred)
+            else:
+                content = cache.folder.read(file)
+                check_content(content, file, f"{cache}/{file}")
+            new = {**part, "file": name_by_content(content), "bytes": len(content)}
+            if f"{place}/{new['file']}" not in self.present:
+                self._publish(f"{place}/{new['file']}", content)
+            parts.append(new)
+        renewed = {name: value for name, value in manifest.items() if name != "audit"} | {"parts": parts}
+        self.manifests[f"{place}/manifest.json"] = seal_document(renewed)
+
+    def _is_overruled_shard(self, file: str) -> bool:
+        """Whether the file is a shard with other values than the preferred ones."""
+        kind, names = classify(file)
+        return kind == "shard" and names[0] in self.disagreements and self.disagreements[names[0]].is_in(file)
+
+    def _has_other_values(self, manifest: Document) -> bool:
+        found = self.disagreements.get(manifest["reference"])
+        return found is not None and any(map(found.is_in, part_files(manifest)))
+
+    def _check_no_run_at_work(self) -> None:
+        """Raise `CacheError` if a run of `precompute` may yet withdraw a shard that would be written anew."""
+        for reference in self.disagreements:
+            for file in shards_of_runs(self.target.folder, reference) & self.present.keys():
+                if self._is_overruled_shard(file):
+                    raise CacheError(
+                        f"{self.target}/{file}: a run of `dpo-cache precompute` is at work on these scores, "
+                        "or was killed in its audit; nothing was copied.\n"
+                        "Let it end, or give its command again, and then merge."
+                    )
+
+    def _identity_of(self, reference: str, holders: list[Holder]) -> Document:
+        """The reference's identity, from the first cache that has its entry; empty where none has."""
+        for holder in holders:
+            with suppress(NotInCacheError):
+                return read_reference(holder.cache.folder, reference)["identity"]
+        return {}
 
     def _publish(self, file: str, content: bytes) -> None:
         self.target.folder.publish(file, content)
@@ -184,6 +300,13 @@ class _Merge:
     def _first(self, candidates: list[Candidate]) -> Candidate:
         """The destination's, else the one whose manifest hashes lowest, in any order of the sources."""
         return min(candidates, key=lambda entry: (entry[0] is not self.target, digest_json(entry[1])))
+
+
+def _read_checked_manifests(cache: Cache) -> dict[str, Document]:
+    manifests = read_manifests(cache)
+    for name, manifest in manifests.items():
+        check_details(manifest, f"{cache}/pairs/{name}/manifest.json")
+    return manifests
 
 
 def _identity(manifest: Document) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -14,8 +15,11 @@ from hypothesis import strategies as st
 from dpo_cache.errors import CacheError, CorruptShardError, FormatError
 from dpo_cache.store import Cache, open_cache
 from dpo_cache.store import pairs as pairs_module
+from dpo_cache.store.folders.disk import Disk
+from dpo_cache.store.upkeep import compare
 from dpo_cache.store.upkeep.diff import diff_caches
 from dpo_cache.store.upkeep.merge import merge_caches
+from dpo_cache.store.upkeep.run_record import RunRecord
 from dpo_cache.store.upkeep.verify import verify_cache
 from dpo_cache.types import Pair, Score, ScoredPair
 from tests.store.caches import (
@@ -27,7 +31,9 @@ from tests.store.caches import (
     add_scores,
     completion,
     contents,
+    key_of,
     make_cache,
+    value,
 )
 from tests.store.conftest import flip_file
 
@@ -204,6 +210,217 @@ def test_a_source_that_is_no_cache_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no dpo-cache here"):
         merge_caches([tmp_path / "a", tmp_path / "nothing"], tmp_path / "all")
     assert not (tmp_path / "all").exists()
+
+
+# -- values that disagree --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> tuple[Path, Path]:
+    """Two caches with scores and a pair set each, that disagree on the completions 2 and 3 of 0 to 5."""
+    for name, numbers, shift in (("a", (0, 1), 0.0), ("b", (4, 5), 0.25)):
+        cache = open_cache(tmp_path / name, create=True)
+        reference = add_reference(cache)
+        add_scores(cache, reference, numbers)
+        add_scores(cache, reference, (2, 3), shift=shift)
+        add_pairs(cache, reference, [(2, 3)], name=f"of-{name}", shift=shift)
+    return tmp_path / "a", tmp_path / "b"
+
+
+def read_all(root: Path) -> tuple[dict[int, float], dict[str, list[float]]]:
+    """The first token's log-prob of every completion, as any reader finds it; and those in the pair sets."""
+    cache = Cache(root)
+    (reference,) = cache.references()
+    scores = cache.scores(reference).fetch([key_of(number) for number in range(6)])
+    pairs = {
+        name: [
+            float(side.token_logps[0])
+            for one in cache.pairs(name)
+            for side in (one.ref_chosen, one.ref_rejected)
+        ]
+        for name in cache.pair_sets()
+    }
+    return {number: float(score.token_logps[0]) for number, score in enumerate(scores)}, pairs
+
+
+def first_logp(number: int, shift: float = 0.0) -> float:
+    return float(value(number, shift).token_logps[0])
+
+
+def test_values_that_disagree_are_refused_and_nothing_is_copied(
+    apart: tuple[Path, Path], tmp_path: Path
+) -> None:
+    a, b = apart
+    for sources, destination, caches in (
+        ([b], a, (a, b)),
+        (apart, tmp_path / "all", (a, b)),
+        ([a], b, (b, a)),
+    ):
+        before = contents(tmp_path)
+        with pytest.raises(CacheError) as caught:
+            merge_caches(sources, destination)
+        reference = Cache(a).references()[0][:12]
+        assert str(caught.value) == (
+            "caches hold other values of the same completions; nothing was copied:\n"
+            f"  reference {reference}: 2 completions differ by up to 0.25 nats a token (allowed 0.001) between "
+            f"{caches[0]} and {caches[1]}\n"
+            "Keep the destination's values with `prefer` dest, or the last source's with `prefer` src; "
+            "`dpo-cache verify CACHE --rescore N --model MODEL` shows whose are right."
+        )
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("prefer", "shift"), [("dest", 0.0), ("src", 0.25)])
+def test_prefer_decides_what_every_reader_finds(apart: tuple[Path, Path], prefer: str, shift: float) -> None:
+    a, b = apart
+    report = merge_caches([b], a, prefer=prefer)
+    assert report.overruled == {Cache(a).references()[0]: 2}
+    scores, pairs = read_all(a)
+    expected = {number: first_logp(number, shift if number in (2, 3) else 0.0) for number in range(6)}
+    assert scores == expected
+    assert pairs == {name: [expected[2], expected[3]] for name in ("of-a/train", "of-b/train")}
+    assert not verify_cache(a).problems
+    after = contents(a)
+    assert merge_caches([b], a, prefer=prefer).copied_files == 0 and contents(a) == after
+    # with the same preference any later merge of the result agrees
+    assert merge_caches([a], b, prefer="src").copied_files > 0
+    assert read_all(b) == (scores, pairs)
+
+
+def test_of_several_sources_the_last_is_preferred(apart: tuple[Path, Path], tmp_path: Path) -> None:
+    for order, shift in ((apart, 0.25), (apart[::-1], 0.0)):
+        merge_caches(order, tmp_path / f"all{shift}", prefer="src")
+        scores, pairs = read_all(tmp_path / f"all{shift}")
+        assert [scores[2], scores[3]] == [first_logp(2, shift), first_logp(3, shift)]
+        assert pairs["of-a/train"] == pairs["of-b/train"] == [scores[2], scores[3]]
+        assert verify_cache(tmp_path / f"all{shift}").is_whole
+
+
+def test_a_destination_without_values_cannot_be_preferred(apart: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="has no values to prefer for some of them: take the last source's"):
+        merge_caches(apart, tmp_path / "all", prefer="dest")
+    assert not (tmp_path / "all").exists()
+
+
+def test_values_within_the_dtypes_tolerance_are_merged(tmp_path: Path) -> None:
+    for dtype, shift, is_allowed in (
+        ("float32", 5e-4, True), ("float32", 2e-3, False),
+        ("bfloat16", 0.4, True), ("bfloat16", 0.6, False),
+        ("float16", 0.09, True), ("float16", 0.2, False),
+    ):  # fmt: skip
+        folder = tmp_path / f"{dtype}-{shift}"
+        for name, change in (("a", 0.0), ("b", shift)):
+            cache = open_cache(folder / name, create=True)
+            add_scores(cache, add_reference(cache, dtype=dtype), [1, 2], shift=change)
+        if is_allowed:
+            assert merge_caches([folder / "b"], folder / "a").copied_files == 1
+        else:
+            with pytest.raises(CacheError, match=f"2 completions differ by up to {shift} nats"):
+                merge_caches([folder / "b"], folder / "a")
+
+
+def test_pair_sets_of_one_name_and_other_values_are_refused(tmp_path: Path) -> None:
+    """Also without scores, as `pull --pairs` leaves them; and where only one cache has scores."""
+    for name, shift in (("a", 0.0), ("b", 0.5), ("c", 0.0)):
+        cache = open_cache(tmp_path / name, create=True)
+        add_pairs(cache, add_reference(cache), [(0, 1), (2, 3)], shift=shift)
+    with pytest.raises(CacheError, match="4 completions differ by up to 0.5 nats"):
+        merge_caches([tmp_path / "b"], tmp_path / "a")
+    merge_caches([tmp_path / "b"], tmp_path / "a", prefer="src")
+    assert [one.ref_chosen.token_logps[0] for one in Cache(tmp_path / "a").pairs("demo")] == [
+        value(0, 0.5).token_logps[0], value(2, 0.5).token_logps[0],
+    ]  # fmt: skip
+    scored = open_cache(tmp_path / "c")
+    add_scores(scored, scored.references()[0], [0, 1])
+    with pytest.raises(CacheError, match="4 completions differ"):
+        merge_caches([tmp_path / "b"], tmp_path / "c")
+    merge_caches([tmp_path / "b"], tmp_path / "c", prefer="src")
+    assert verify_cache(tmp_path / "c").is_whole
+    scores = scored.scores(scored.references()[0]).fetch([key_of(0), key_of(1)])
+    assert [score.token_logps[0] for score in scores] == [first_logp(0, 0.5), first_logp(1, 0.5)]
+
+
+def test_a_value_in_many_shards_and_ranges_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "RANGE_BYTES", 3000)
+    for name, wrong in (("a", -1), ("b", 37)):
+        cache = open_cache(tmp_path / name, create=True)
+        reference = add_reference(cache)
+        for start in range(0, 40, 8):
+            numbers = range(start, start + 8) if name == "a" else range(start // 8, 40, 5)
+            scores = [(key_of(number), value(number, 0.1 if number == wrong else 1e-5)) for number in numbers]
+            cache.scores(reference).publish(scores)
+    with pytest.raises(CacheError, match="1 completions differ by up to 0.1 nats"):
+        merge_caches([tmp_path / "b"], tmp_path / "a")
+    report = merge_caches([tmp_path / "b"], tmp_path / "a", prefer="dest")
+    assert report.overruled == {reference: 1} and verify_cache(tmp_path / "a").is_whole
+
+
+def test_equal_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cache(tmp_path / "a")
+    merge_caches([tmp_path / "a"], tmp_path / "b")
+    opened: list[str] = []
+    real = compare.open_unverified
+    monkeypatch.setattr(
+        compare,
+        "open_unverified",
+        lambda folder, name, schema: opened.append(name) or real(folder, name, schema),
+    )
+    merge_caches([tmp_path / "a"], tmp_path / "b")
+    assert opened == []
+
+
+def test_scores_of_a_run_at_work_are_not_written_anew(apart: tuple[Path, Path]) -> None:
+    a, b = apart
+    cache = Cache(a)
+    (reference,) = cache.references()
+    with RunRecord(cache, reference) as record:
+        cache.scores(reference).publish([(key_of(4), value(4, 0.7))], record.add_shard)
+        before = contents(a)
+        with pytest.raises(CacheError, match="a run of `dpo-cache precompute` is at work on these scores"):
+            merge_caches([b], a, prefer="src")
+        assert contents(a) == before
+    merge_caches([b], a, prefer="src")
+    assert read_all(a)[0][4] == first_logp(4)
+
+
+def test_a_merge_killed_at_any_file_is_finished_by_the_next(
+    apart: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every completion has a value of one of the caches all the time, and the preferred one at the end."""
+    a, b = apart
+    whole = tmp_path / "whole"
+    shutil.copytree(a, whole)
+    merge_caches([b], whole, prefer="src")
+    result = read_all(whole)
+    for steps in itertools.count():
+        target = tmp_path / f"killed-after-{steps}"
+        shutil.copytree(a, target)
+        left = iter(range(steps))
+        with monkeypatch.context() as patch:
+            for step in ("rename", "unlink"):
+                patch.setattr(Disk, step, _limited(getattr(Disk, step), left))
+            try:
+                merge_caches([b], target, prefer="src")
+                is_killed = False
+            except KeyboardInterrupt:
+                is_killed = True
+        scores = Cache(target).scores(Cache(target).references()[0])
+        assert scores.contains([key_of(number) for number in range(4)]).all()
+        merge_caches([b], target, prefer="src")
+        assert read_all(target) == result
+        if not is_killed:
+            break
+    assert steps > 5
+
+
+def _limited(method: object, left: Iterator[int]) -> object:
+    def limited(disk: Disk, path: Path, *more: Path) -> None:
+        is_scratch = path.suffix == ".tmp" and not more  # which its writer removes all the same
+        if not is_scratch and next(left, None) is None:
+            raise KeyboardInterrupt("killed")
+        return method(disk, path, *more)  # type: ignore[operator]
+
+    return limited
 
 
 # -- diff ----------------------------------------------------------------------------------------------
