@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from dpo_cache.errors import DataError, first_line
+from dpo_cache.errors import DataError, OptionError, first_line
 from dpo_cache.files.locations import check_dataset
 
 JSON = (".jsonl", ".json")
@@ -26,6 +28,7 @@ DESCRIPTIONS = (
     "config.json",
 )
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")  # of a pair set's name
 
 # raised for damaged data
 READ_ERRORS = (pa.ArrowException, DatasetGenerationError, OSError, ValueError)
@@ -99,13 +102,21 @@ def not_utf8(place: str, error: UnicodeDecodeError) -> DataError:
 def dataset_name(location: str) -> str:
     """The data set's file, folder or repository, with characters that a pair set's name cannot have replaced
     by hyphens.
+
+    Raises `OptionError` where too little of it is left to tell one name from another: `日本` and `中国` would
+    both be hyphens.
     """
-    path = Path(location.rstrip("/"))
+    path = Path(os.path.abspath(location))  # `.` and `..` have the names of their folders
     stem = path.stem if path.suffix in BUILDERS else path.name
-    cleaned = "".join(
-        letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in stem
-    )
-    return cleaned.lstrip(".-")[:128] or "data"
+    cleaned = "".join(letter if letter in NAME_LETTERS else "-" for letter in stem).lstrip(".-")[:128]
+    has_other_letters = any(letter.isalnum() and not letter.isascii() for letter in stem)
+    has_own_letters = any(letter.isalpha() for letter in cleaned)
+    if not cleaned.strip("-._") or (has_other_letters and not has_own_letters):
+        raise OptionError(
+            f"{location}: its name has no letters that the name of a pair set can have (a-z, A-Z).\n"
+            "Give the pair set a `name`."
+        )
+    return cleaned
 
 
 def _as_dataset(rows: Any, place: str) -> Rows:

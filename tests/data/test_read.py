@@ -1,4 +1,5 @@
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_cache.data import dataset_name, first_row, read_dataset
-from dpo_cache.errors import DataError
+from dpo_cache.errors import DataError, OptionError
 from dpo_cache.store.cache import check_name
 from tests.data.conftest import assistant, user, write_lines
 
@@ -243,8 +244,9 @@ def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(
         ("my pairs (new).csv", "my-pairs--new-"),
         (".hidden.json", "hidden"),
         ("déjà.jsonl", "d-j-"),
-        ("..", "data"),
-        ("/", "data"),
+        ("日本-de.jsonl", "de"),
+        ("2024-01.jsonl", "2024-01"),
+        ("org/..", Path.cwd().name),
         ("x" * 200, "x" * 128),
     ],
 )
@@ -252,7 +254,20 @@ def test_a_data_set_is_named_after_its_last_part(location: str, name: str) -> No
     assert dataset_name(location) == name
 
 
+@pytest.mark.parametrize(
+    "location", ["日本.jsonl", "中国.jsonl", "org/данные", "日本1.csv", "🎉.json", "/", "--.csv"]
+)
+def test_a_data_set_without_letters_for_a_name_needs_one(location: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        dataset_name(location)
+    assert str(caught.value) == (
+        f"{location}: its name has no letters that the name of a pair set can have (a-z, A-Z).\n"
+        "Give the pair set a `name`."
+    )
+
+
 @given(st.text(max_size=20) | st.text("./-_aé ", max_size=140))
 @settings(deadline=None)
-def test_every_name_can_name_a_pair_set(location: str) -> None:
-    assert check_name(dataset_name(location))
+def test_every_name_can_name_a_pair_set_or_is_refused(location: str) -> None:
+    with suppress(OptionError):
+        assert check_name(dataset_name(location))
