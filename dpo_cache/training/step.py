@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -232,13 +231,14 @@ class TrainingStep:
     def _until_it_fits(self, run: Callable[[], Result]) -> Result:
         """Call `run`, and again with less at once where memory runs out."""
         while True:
-            step_zero = deepcopy(self.step_zero)
+            num_compared = len(self.step_zero.compared) if self.step_zero else 0
             try:
                 return run()
             except RuntimeError as error:
                 self._check_unchanged(error)
                 self.setup.step_memory.save_more(error)
-            self.step_zero = step_zero  # without the gaps of a part of the step
+            if self.step_zero:
+                del self.step_zero.compared[num_compared:]  # of a part of the step
             self.setup.policy.model.zero_grad(set_to_none=True)
 
     def _check_unchanged(self, error: RuntimeError) -> None:

@@ -7,7 +7,10 @@ import torch
 
 from dpo_cache.lm import policy
 from dpo_cache.lm.forest.layout import count_forest_tokens
+from dpo_cache.lm.policy import count_tokens
+from dpo_cache.store import open_cache
 from dpo_cache.training.gradient_check import GradientCheck
+from dpo_cache.training.step_zero import StepZero
 from tests.training.test_loop import assert_alike, metrics, train
 
 
@@ -88,3 +91,75 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_less(
     assert whole["eval/num_pairs"] == tight["eval/num_pairs"] and whole["eval/loss"] == pytest.approx(
         tight["eval/loss"], abs=1e-6
     )
+
+
+# -- before the first update -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of each forward pass that no gradient follows: completions and tokens, in the order of the passes."""
+    monkeypatch.setattr(GradientCheck, "problem", lambda *_: "")
+    run, found = policy.completion_logps, list[tuple[int, int]]()
+
+    def note(model, completions, attention, **extra):
+        if not torch.is_grad_enabled():
+            found.append((len(completions), count_tokens(attention, completions)))
+        return run(model, completions, attention, **extra)
+
+    monkeypatch.setattr(policy, "completion_logps", note)
+    return found
+
+
+BUDGET = 64  # of these pairs, some fit
+SHARED = {"budget_tokens": str(BUDGET), "batch_size": 2, "max_steps": 2, "lr": 1e-3, "log": lambda text: None}
+
+
+def longest_answer(cache: str) -> int:
+    pairs = open_cache(cache).pairs("pairs")
+    return max(len(side) for scored in pairs for side in (scored.pair.chosen, scored.pair.rejected))
+
+
+def check_sizes(forwards: list[tuple[int, int]], longest: int) -> None:
+    """Each pass fits into the budget, or is one answer."""
+    assert forwards and all(tokens <= BUDGET or number == 1 for number, tokens in forwards)
+    assert max(tokens for _, tokens in forwards) <= max(BUDGET, longest)
+    assert {number for number, _ in forwards} >= {1, 2}, "pairs that fit are run whole"
+
+
+def test_the_sample_of_step_zero_is_run_within_the_budget(
+    cache: str, tmp_path: Path, forwards: list[tuple[int, int]]
+) -> None:
+    train(cache, tmp_path / "run", **SHARED)
+    check_sizes(forwards, longest_answer(cache))
+
+
+def test_the_base_of_an_adapter_is_run_within_the_budget(
+    cache: str, tmp_path: Path, forwards: list[tuple[int, int]]
+) -> None:
+    train(cache, tmp_path / "first", lora_r=2, **SHARED)
+    forwards.clear()
+    train(cache, tmp_path / "further", model=str(tmp_path / "first/model"), **SHARED)
+    check_sizes(forwards, longest_answer(cache))
+
+
+def test_a_sample_that_runs_out_of_memory_is_split_and_compared_once(
+    cache: str, tmp_path: Path, forwards: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note, compared, conclude = policy.completion_logps, list[int](), StepZero.conclude
+
+    def run_out(model, completions, attention, **extra):
+        if len(forwards) > 2 and count_tokens(attention, completions) > BUDGET:
+            raise torch.OutOfMemoryError
+        return note(model, completions, attention, **extra)
+
+    monkeypatch.setattr(policy, "completion_logps", run_out)
+    monkeypatch.setattr(
+        StepZero, "conclude", lambda self: (compared.append(len(self.compared)), conclude(self))[1]
+    )
+    monkeypatch.setattr("dpo_cache.training.step_memory.default_micro_tokens", lambda _: BUDGET)
+    train(cache, tmp_path / "run", **{**SHARED, "budget_tokens": "auto", "gradient_checkpointing": "full"})
+    assert max(tokens for _, tokens in forwards) > BUDGET and all(
+        tokens <= BUDGET for _, tokens in forwards[3:]
+    )
+    assert compared == [2 * len(open_cache(cache).pairs("pairs")) + 4], "the sample, and the first step"
