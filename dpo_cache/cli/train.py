@@ -37,7 +37,8 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
     from dpo_cache.training.output.run_start import find_checkpoints, find_start
 
     check_train(options)
-    find_start(Path(options.output), lambda _: None, resume=bool(options.resume))
+    resume, clears = bool(options.resume), not options.dry_run
+    find_start(Path(options.output), lambda _: None, resume=resume, clears=clears)
     from dpo_cache.training.loop import train
 
     without_prints = redirect_stdout(sys.stderr)  # some trackers print, and stdout carries the report only

@@ -38,8 +38,15 @@ def refused_writes(path: Path, kind: type[DpoCacheError], advice: str) -> Iterat
         raise kind(f"cannot write {path}: {error.strerror or error}.\n{remedy_of(error)} {advice}") from error
 
 
-def remedy_of(error: Exception) -> str:
-    """What to do about a refused write, as a sentence; safetensors names the error's number in its text."""
+def is_refused_write(error: BaseException) -> bool:
+    """Whether the file system refused; safetensors and tokenizers have errors of their own, which name the
+    number of the system's error in their text.
+    """
+    return isinstance(error, OSError) or "(os error " in str(error)
+
+
+def remedy_of(error: BaseException) -> str:
+    """What to do about a refused write, as a sentence."""
     for number, remedy in REMEDIES.items():
         if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
             return remedy

@@ -44,12 +44,20 @@ class RunRow:
 
 
 def read_lines(run: Path) -> list[Line]:
-    """The whole lines of a run's metrics.jsonl; none if there is no such file."""
+    """The lines of a run's metrics.jsonl that are whole; none if there is no such file."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
-    *whole, _ = path.read_text().split("\n")  # the last is empty, or being written
-    return [json.loads(line) for line in whole]
+    *whole, _ = path.read_bytes().split(b"\n")  # the last is empty, or being written
+    return [entry for entry in map(_parsed, whole) if entry]
+
+
+def _parsed(line: bytes) -> Line | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:  # damaged: the run reports it when it is resumed
+        return None
+    return entry if isinstance(entry, dict) and "step" in entry else None
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from dpo_cache.errors import TrainingError
+from dpo_cache.files.atomic import refused_writes
 from dpo_cache.log import Log
 from dpo_cache.options.base import flag_of
 from dpo_cache.options.sweep import swept_fields
@@ -66,11 +68,12 @@ class ActiveRun:
         self._first: tuple[float, int] | None = None  # when its first step was read, and its number
         self._metrics = _Tail(run.folder / "metrics.jsonl")
         arguments = train_arguments(cache, run)
-        run.log.parent.mkdir(exist_ok=True)
+        with refused_writes(run.log, TrainingError, "Then give the same command again."):
+            run.log.parent.mkdir(exist_ok=True)
+            with open(run.log, "ab") as log:
+                log.write(f"$ {shlex.join(['dpo-cache', *arguments])}\n".encode())
+        self._log = _Tail(run.log)
         with open(run.report_file, "wb") as out, open(run.log, "ab") as log:
-            log.write(f"$ {shlex.join(['dpo-cache', *arguments])}\n".encode())
-            log.flush()
-            self._log = _Tail(run.log)
             self.process = start_process(arguments, out, log, environment, lock)
 
     def poll(self, log: Log) -> int | None:
@@ -79,7 +82,7 @@ class ActiveRun:
         for line in self._log.lines(all_of_it=code is not None):
             self.output.append(line)
             log(f"{self.run.name}: {line}")
-        steps = [entry for entry in map(json.loads, self._metrics.lines()) if "loss" in entry]
+        steps = [entry for entry in map(_parsed, self._metrics.lines()) if {"loss", "step"} <= set(entry)]
         if steps:
             self._first = self._first or (time.monotonic(), steps[0]["step"])
             self.last_line = steps[-1]
@@ -138,6 +141,15 @@ def threads_of_a_run(jobs: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() else max(1, cores // jobs)
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """The line of a metrics file; empty if it is damaged."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
 
 
 class _Tail:

@@ -13,7 +13,9 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-from dpo_cache.errors import OptionError
+from dpo_cache.errors import OptionError, TrainingError
+from dpo_cache.files.atomic import refused_writes
+from dpo_cache.files.claim import Claim
 from dpo_cache.files.locations import check_model, check_peft_config
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.options.base import with_new_names
@@ -35,6 +37,7 @@ from dpo_cache.store import open_cache
 from dpo_cache.sweeping.grid import Grid, read_grid
 from dpo_cache.sweeping.processes import ENDS_BY_SIGNAL, ActiveRun, run_environment, threads_of_a_run
 from dpo_cache.sweeping.sweep_folder import Run, hold_folder, plan_runs, read_report, with_plan, write_whole
+from dpo_cache.training.output.run_start import clear_finished
 
 POLL_S = 0.2
 
@@ -118,9 +121,9 @@ def sweep(
     if chosen.plot:
         _check_plot(Path(chosen.plot), grid)
     _check_inputs(chosen.cache, grid)
-    with hold_folder(Path(chosen.output), log) as lock:
+    with hold_folder(Path(chosen.output), log) as claim:
         runs = plan_runs(Path(chosen.output), chosen.cache, grid, resume=bool(chosen.resume))
-        work = _Sweep(chosen, runs, lock, on_progress or (lambda _: None), on_run or (lambda _: None), log)
+        work = _Sweep(chosen, runs, claim, on_progress or (lambda _: None), on_run or (lambda _: None), log)
         return work.run(should_stop or (lambda: False))
 
 
@@ -131,12 +134,12 @@ class _Sweep:
         self,
         options: SweepOptions,
         runs: list[Run],
-        lock: int | None,
+        claim: Claim,
         on_progress: Callable[[SweepProgress], None],
         on_run: OnRow,
         log: Log,
     ):
-        self.options, self.runs, self.lock = options, runs, lock
+        self.options, self.runs, self.claim = options, runs, claim
         self.on_progress, self.on_run, self.log = on_progress, on_run, log
         self.started = time.monotonic()
         self.output = Path(options.output)
@@ -148,6 +151,7 @@ class _Sweep:
     def run(self, should_stop: Callable[[], bool]) -> SweepReport:
         """Start and watch every waiting run, then write the table."""
         self._log_plan()
+        self._clear_finished()
         stopping = False
         try:
             while self.active or (self.waiting and not stopping):
@@ -161,16 +165,24 @@ class _Sweep:
                         self._end(active, code, stopping=stopping)
                 self.on_progress(self._progress())
                 time.sleep(POLL_S)
+                self.claim.check()
         except BaseException:  # Ctrl-C too: no run is left behind without a sweep
             self._stop()
             self._wait()
             raise
         return self._report()
 
+    def _clear_finished(self) -> None:
+        """Remove what finished runs left behind that were killed while they ended."""
+        for run in self.runs:
+            if run.is_finished and (removed := clear_finished(run.folder, self.log)):
+                self.log(f"{run.name}: it was killed while it ended; {', '.join(removed)} removed.")
+
     def _start(self, run: Run) -> None:
         slot = min(set(range(self.options.jobs)) - {active.slot for active in self.active})
         environment = run_environment(self.options.jobs, slot)
-        self.active.append(ActiveRun(self.options.cache, run, slot, environment, self.lock))
+        descriptor = self.claim.descriptor
+        self.active.append(ActiveRun(self.options.cache, run, slot, environment, descriptor))
 
     def _end(self, active: ActiveRun, code: int, *, stopping: bool) -> None:
         run = active.run
@@ -260,7 +272,9 @@ class _Sweep:
         write_whole(self.output / "table.csv", table_csv(rows))
         write_whole(self.output / "table.md", table_markdown(f"Sweep {self.output.name}", rows, notes))
         if self.options.plot:
-            plot_accuracy([(run.name, run.folder) for run in self.runs], Path(self.options.plot))
+            path = Path(self.options.plot)
+            with refused_writes(path, TrainingError, "Then give the same command again."):
+                plot_accuracy([(run.name, run.folder) for run in self.runs], path)
         states = [row.state for row in rows]
         return SweepReport(
             output=str(self.output),

@@ -6,6 +6,7 @@ SWEEP/
   logs/NAME.log           the output of each run, with its command
   logs/NAME.json          the report of each run
   NAME/                   a run, as `dpo-cache train` makes it
+  .claim.tmp              of the sweep that works here, see `files/claim.py`
 
 `sweep.json`: {"format": "dpo-cache sweep", "version": 1, "cache": ..., "shared": {option: value},
 "varied": {option: [values]}, "runs": [{"name": ..., "options": {option: value}}]}; `options` of a run are
@@ -25,19 +26,17 @@ from typing import Any
 
 from dpo_cache.errors import OptionError, TrainingError
 from dpo_cache.files import atomic
+from dpo_cache.files.claim import Claim, claimed
 from dpo_cache.log import Log
 from dpo_cache.options.base import with_new_names
 from dpo_cache.options.sweep import shown_value, swept_fields
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.sweeping.grid import Grid, run_names
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from dpo_cache.training.output.run_start import is_begun
 
 FORMAT = {"format": "dpo-cache sweep", "version": 1}
-LOCK = ".lock"
+HOLDER = "another sweep is running here, or a run of a sweep that was killed"
+OLD_LOCK = ".lock"  # of earlier versions
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Run:
 
     @property
     def is_begun(self) -> bool:
-        return self.folder.is_dir() and any(self.folder.iterdir())
+        return is_begun(self.folder)
 
 
 def plan_runs(output: Path, cache: str, grid: Grid, *, resume: bool) -> list[Run]:
@@ -114,26 +113,15 @@ def with_plan(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def hold_folder(output: Path, log: Log) -> Iterator[int | None]:
-    """Keep other sweeps out of the folder while this one, or a run that it started, is alive. Yields the
-    descriptor of the lock, which the runs inherit, or None if the system or file system has no locks.
+def hold_folder(output: Path, log: Log) -> Iterator[Claim]:
+    """Keep other sweeps out of the folder while this one is alive, or a run that inherited its claim.
 
     Raises `TrainingError`.
     """
     if output.exists() and not output.is_dir():
         raise TrainingError(f"{output}: not a folder.\nChoose another `output`.")
-    is_new = not output.exists()
-    with atomic.refused_writes(output, TrainingError, "Or choose another `output`."):
-        output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        yield descriptor if _lock(output, descriptor, log) else None
-    finally:
-        os.close(descriptor)
-        if not (output / "sweep.json").exists():  # refused before it started
-            (output / LOCK).unlink(missing_ok=True)
-            if is_new:
-                output.rmdir()
+    with claimed(output, TrainingError, HOLDER, log) as claim:
+        yield claim
 
 
 def read_report(run: Run) -> dict[str, Any] | None:
@@ -150,30 +138,14 @@ def write_whole(path: Path, text: str) -> None:
         atomic.write_whole(path, text)
 
 
-def _lock(output: Path, descriptor: int, log: Log) -> bool:
-    try:
-        if fcntl is None:
-            raise OSError("no such locks on this system")
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise TrainingError(
-            f"{output}: another sweep is running here, or a run of a sweep that was killed.\n"
-            "Wait for it, or choose another `output`."
-        ) from error
-    except OSError as error:
-        reason = error.strerror or error
-        log(f"{output} cannot be locked ({reason}): make sure that no other sweep runs there.")
-        return False
-    return True
-
-
 def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
     """sweep.json, with options of later versions at their defaults; None in a new folder."""
     path = output / "sweep.json"
     if not path.exists():
         if resume:
             raise TrainingError(f"{output}: there is no sweep to resume.\nRun without `resume` to start one.")
-        if others := sorted(entry.name for entry in output.iterdir() if entry.name != LOCK):
+        names = sorted(entry.name for entry in output.iterdir())
+        if others := [name for name in names if name != OLD_LOCK and not atomic.is_scratch(name)]:
             raise TrainingError(
                 f"{output}: not an empty folder, nor that of a sweep; it holds {', '.join(others[:5])}.\n"
                 "Choose another `output`."

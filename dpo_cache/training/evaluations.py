@@ -64,6 +64,10 @@ class Best:
         self.step, self.value, self.num_worse = int(evaluation["step"]), value, 0
         return True
 
+    def forget(self) -> None:
+        """Compare only with later evaluations from now on, as the policy of the best one is lost."""
+        self.step = self.value = None
+
     def is_better_than(self, evaluation: Metrics | None) -> bool:
         """Whether the best is better than another evaluation, such as that of the untrained policy."""
         name, sign = MEASURES[self.measure]

@@ -23,8 +23,9 @@ from dpo_cache.training.evaluations import Best
 from dpo_cache.training.loaded import take_loaded
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.output.report import Clock, TrainReport
-from dpo_cache.training.output.run_folder import check_config, check_disk, discard, write_config
-from dpo_cache.training.output.run_start import check_output
+from dpo_cache.training.output.run_folder import begin_folder, check_disk, discard, restore_best
+from dpo_cache.training.output.run_start import check_output, hold_run, remove_scratch
+from dpo_cache.training.output.samples import FILE as SAMPLES
 from dpo_cache.training.output.samples import open_sampler
 from dpo_cache.training.output.trackers import Trackers, open_trackers
 from dpo_cache.training.sample import sample_pairs, sample_size
@@ -83,10 +84,11 @@ def train(
     given = {**options, **{name: value for name, value in named.items() if value is not None}}
     chosen = TrainOptions(**with_config(given, log or log_remark))
     nothing: Callable[[Any], None] = lambda _: None  # noqa: E731
-    started = time.perf_counter()
-    opened = open_setup(chosen, log or log_remark, loaded)
-    with opened as setup, deterministic_algorithms(chosen.deterministic):
-        run = _Run(setup, on_metrics or nothing, on_checkpoint or nothing, started)
+    started, log = time.perf_counter(), log or log_remark
+    held = hold_run(Path(chosen.output), log, resume=bool(chosen.resume), is_dry_run=chosen.dry_run)
+    opened = open_setup(chosen, log, loaded)
+    with held as check_claim, opened as setup, deterministic_algorithms(chosen.deterministic):
+        run = _Run(setup, on_metrics or nothing, on_checkpoint or nothing, check_claim, started)
         return run.try_step() if chosen.dry_run else run.train(should_stop or (lambda: False))
 
 
@@ -95,7 +97,15 @@ class _Run:
 
     trackers: Trackers  # opened by `train`; a dry run has none
 
-    def __init__(self, setup: Setup, on_metrics: OnMetrics, on_checkpoint: OnCheckpoint, started: float):
+    def __init__(
+        self,
+        setup: Setup,
+        on_metrics: OnMetrics,
+        on_checkpoint: OnCheckpoint,
+        check_claim: Callable[[], None],
+        started: float,
+    ):
+        self.check_claim = check_claim  # raises if another process has the run's folder
         self.setup, self.options, self.data, self.policy = setup, setup.options, setup.data, setup.policy
         self.on_metrics, self.started = on_metrics, started
         self.position, self.output, self.log = setup.position, setup.output, setup.log
@@ -116,7 +126,9 @@ class _Run:
         self.clock = Clock()
         self.newest: list[ScoredPair] = []  # a pair of the last step
         self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
-        self.saver = Saver(setup, self.step, self.metrics_file, self.best, on_checkpoint)
+        self.samples_file = MetricsFile(self.output / SAMPLES)
+        files = (self.metrics_file, self.samples_file)
+        self.saver = Saver(setup, self.step, files, self.best, on_checkpoint)
         self.sampler = open_sampler(setup, policy)
 
     # -- the main path ---------------------------------------------------------------------------------
@@ -176,6 +188,7 @@ class _Run:
     def _finish(self) -> TrainReport:
         if not self.best.is_better_than(self.metrics_file.first("eval/loss")):
             self.log("no evaluation was better than the one before training.")
+        self.check_claim()
         evaluation = self.saver.save_model(self.position.step, self.newest)
         return replace(self._report(finished=True), eval_after=evaluation)
 
@@ -183,16 +196,22 @@ class _Run:
 
     def _prepare_folder(self) -> None:
         """Begin the run's folder, or cut it back to the checkpoint."""
-        if self.setup.checkpoint:
-            check_config(self.output, self.setup.config())
-            self.metrics_file.keep_until(self.position.step)
-            self.warnings.resume(line for line in self.metrics_file.lines() if "loss" in line)
-            if self.sampler:
-                self.sampler.file.keep_until(self.position.step)
-        else:
+        self.check_claim()
+        checkpoint = self.setup.checkpoint
+        if checkpoint is None:
             check_disk(self.output, self.policy.model, self.options)
-            discard(self.output)  # the files of a run that was cut off before its first checkpoint
-            write_config(self.output, self.setup.config())
+            begin_folder(self.output, self.setup.config())
+        else:
+            remove_scratch(self.output)
+            for file in (self.metrics_file, self.samples_file):
+                file.keep_until(self.position.step, self.log)
+            self.warnings.resume(line for line in self.metrics_file.lines() if "loss" in line)
+            if not restore_best(self.output, checkpoint, asdict(self.best)):
+                self.log(
+                    f"{self.output / 'best'}: the policy of the best evaluation, step {self.best.step}, is "
+                    "lost. The run continues; its best is that of the later evaluations."
+                )
+                self.best.forget()
         self.setup.log_remarks()
 
     def _steps(self) -> Iterator[list[ScoredPair]]:
@@ -278,6 +297,7 @@ class _Run:
     # -- reporting -------------------------------------------------------------------------------------
 
     def _record(self, metrics: Metrics) -> None:
+        self.check_claim()
         self.metrics_file.append(metrics)
         self.trackers.log(metrics)
         step, total_steps = self.position.step, self.setup.total_steps

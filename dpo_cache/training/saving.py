@@ -12,7 +12,8 @@ from dpo_cache.training.evaluations import Best
 from dpo_cache.training.output.checkpoint import RunPosition, save_checkpoint
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.output.model_card import library_versions, model_card
-from dpo_cache.training.output.run_folder import drop_best, save_best, save_model
+from dpo_cache.training.output.run_folder import save_best, save_model
+from dpo_cache.training.output.run_start import remove_leftovers
 from dpo_cache.training.setup import Setup
 from dpo_cache.training.step import TrainingStep
 from dpo_cache.types import ScoredPair
@@ -24,14 +25,15 @@ class Saver:
 
     setup: Setup
     step: TrainingStep
-    metrics_file: MetricsFile
+    files: tuple[MetricsFile, ...]  # metrics.jsonl and samples.jsonl
     best: Best
     on_checkpoint: Callable[[Path], None]
 
     def save_checkpoint(self, position: RunPosition) -> None:
         """Save the state after a step, from which `resume` continues."""
         self._check_weights(position.step, "no checkpoint")
-        self.metrics_file.fsync()
+        for file in self.files:
+            file.fsync()
         position = replace(position, step_memory=self.setup.step_memory.state(), best=asdict(self.best))
         keep = self.setup.options.keep
         self.on_checkpoint(
@@ -57,11 +59,21 @@ class Saver:
             self._check_values(step, newest)
         is_best_elsewhere = self.best.step not in (None, step)
         takes_best = bool(options.patience) and is_best_elsewhere
-        evaluation = self.metrics_file.last("eval/loss", step=self.best.step if takes_best else None)
+        evaluation = self.files[0].last("eval/loss", step=self.best.step if takes_best else None)
         card = self._card(self.best.step if takes_best and self.best.step else step, evaluation)
-        save_model(output, self.setup.policy, card, takes_best=takes_best, is_merged=options.merge_adapter)
-        if takes_best or not is_best_elsewhere:
-            drop_best(output)  # its policy is the one in model/
+        save_model(
+            output,
+            self.setup.policy,
+            card,
+            best_step=self.best.step if takes_best else None,
+            # the best policy is then the one in model/
+            drops_best=takes_best or not is_best_elsewhere,
+            is_merged=options.merge_adapter,
+        )
+        try:
+            remove_leftovers(output)
+        except TrainingError as error:  # the model is published
+            self.setup.log(str(error))
         return evaluation
 
     def _check_weights(self, step: int, what: str) -> None:
@@ -80,7 +92,7 @@ class Saver:
 
     def _card(self, step: int, evaluation: Metrics | None) -> str:
         """The model card of the policy as it was after a step."""
-        lines, config, data = self.metrics_file, self.setup.config(), self.setup.data
+        lines, config, data = self.files[0], self.setup.config(), self.setup.data
         return model_card(
             config,
             data.pairs.manifest,

@@ -33,7 +33,7 @@ from dpo_cache.training.optim.schedule import learning_rate
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.optim.updates import Updater
 from dpo_cache.training.output.checkpoint import RunPosition, read_position, restore_optimizer
-from dpo_cache.training.output.run_folder import read_config
+from dpo_cache.training.output.run_folder import check_config, read_config
 from dpo_cache.training.output.run_start import find_start
 from dpo_cache.training.output.trackers import check_trackers
 from dpo_cache.training.pair_logps import objective_of
@@ -86,20 +86,12 @@ class Setup:
 
     def resolved(self) -> dict[str, Any]:
         """The values that the run uses in place of `auto` and other defaults, and the ids of its inputs."""
-        data, policy = self.data, self.policy
-        eval_pairs = data.eval_pairs if self.options.eval_pairs else None
+        policy = self.policy
         return {
             "model": policy.location,
             "adapter": describe(policy.adapted) if policy.adapted else None,
             "base_weights": policy.origin.base_weights,
-            "reference": data.pairs.reference_id,
-            "cache": self.options.cache,
-            "pairs": data.pairs.name,
-            "eval_pairs": None if eval_pairs is None else eval_pairs.name,
-            "pairs_digest": data.pairs.manifest["pairs_digest"],
-            "num_pairs": data.num_pairs,
-            "num_eval_pairs": int(data.eval_selected.sum()),
-            "total_steps": self.total_steps,
+            **resolved_inputs(self.options, self.data, self.total_steps),
             "attention": policy.attention.name,
             "precision": policy.precision,
             "device": str(self.device),
@@ -146,10 +138,14 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
     device = choose_device(options.device)
     data = open_pairs(options, open_cache(options.cache))
     steps_per_epoch = math.ceil(data.num_pairs / options.batch_size)
+    total_steps = _count_steps(options, steps_per_epoch)
+    _check_resumed(options, checkpoint, resolved_inputs(options, data, total_steps))
     is_onednn = _decided_linear(output if checkpoint else None, is_deterministic=options.deterministic)
     with open_policy(
         options, data, device, checkpoint, is_onednn=is_onednn, log=log, loaded=loaded
     ) as policy:
+        found = {"base_weights": policy.origin.base_weights, "precision": policy.precision}
+        _check_resumed(options, checkpoint, found)  # before its state is restored
         parameters = list(policy.model.parameters())
         optimizer = _make_optimizer(options, policy.model, checkpoint)
         coefficient = router_coefficient(policy.model, options.router_aux_loss_coef)
@@ -164,7 +160,7 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
             step_memory=_plan_memory(options, policy, objective, position, log),
             optimizer=optimizer,
             in_backward=OptimizerInBackward(optimizer) if options.free_gradients else None,
-            total_steps=_count_steps(options, steps_per_epoch),
+            total_steps=total_steps,
             evaluates=schedule_of("`eval_every`", options.eval_every, steps_per_epoch),
             saves=schedule_of("`save_every`", options.save_every, steps_per_epoch),
             num_parameters=sum(map(num_values, parameters)),
@@ -172,6 +168,28 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
             checkpoint=checkpoint,
             position=position,
         )
+
+
+def resolved_inputs(options: TrainOptions, data: TrainingPairs, total_steps: int) -> dict[str, Any]:
+    """The resolved values that are known before the model is loaded."""
+    eval_pairs = data.eval_pairs if options.eval_pairs else None
+    return {
+        "reference": data.pairs.reference_id,
+        "cache": options.cache,
+        "pairs": data.pairs.name,
+        "eval_pairs": None if eval_pairs is None else eval_pairs.name,
+        "pairs_digest": data.pairs.manifest["pairs_digest"],
+        "eval_pairs_digest": None if eval_pairs is None else eval_pairs.manifest["pairs_digest"],
+        "num_pairs": data.num_pairs,
+        "num_eval_pairs": int(data.eval_selected.sum()),
+        "total_steps": total_steps,
+    }
+
+
+def _check_resumed(options: TrainOptions, checkpoint: Path | None, resolved: dict[str, Any]) -> None:
+    """Raise `TrainingError` where a resumed run would have another result, as far as these values show."""
+    if checkpoint is not None:
+        check_config(Path(options.output), {**asdict(options), "resolved": resolved})
 
 
 def _plan_memory(

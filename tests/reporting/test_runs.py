@@ -122,6 +122,13 @@ def test_a_line_that_is_being_written_waits(tmp_path: Path) -> None:
     assert [line["step"] for line in read_lines(run)] == [1]
 
 
+@pytest.mark.parametrize("line", [b"torn", b"[1]", b'{"loss": 1}', b"\xff\xfe", bytes(9)])
+def test_a_damaged_line_costs_only_itself(tmp_path: Path, line: bytes) -> None:
+    lines = [json.dumps(step(1)).encode(), line, json.dumps(step(3)).encode(), b""]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert [entry["step"] for entry in read_lines(tmp_path)] == [1, 3]
+
+
 def test_the_best_finished_runs_come_first(tmp_path: Path) -> None:
     found = {
         "middle": ("finished", 0.7),

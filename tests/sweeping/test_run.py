@@ -15,6 +15,7 @@ from dpo_cache.sweeping import SweepProgress, SweepReport, processes
 from dpo_cache.sweeping.processes import ActiveRun, run_environment
 from dpo_cache.sweeping.sweep_folder import Run
 from tests.conftest import chat_rows, write_rows
+from tests.training.test_loop import cut_off
 
 OPTIONS = {"pairs": "pairs", "eval_pairs": "heldout", "batch_size": 5, "lr": 1e-3}
 
@@ -200,6 +201,11 @@ def test_the_time_left_is_that_of_the_pace_seen(active: ActiveRun, monkeypatch: 
     active.poll(print)
     assert active.seconds_left == 7 * 3.0  # by the time between the steps
     assert active.seconds_in_all == 5 + 6 + 21
+    with open(active.run.folder / "metrics.jsonl", "a") as file:
+        file.write('damaged\n[1]\n{"loss": 1}\n')
+    write(4)
+    active.poll(print)
+    assert active.last_line and active.last_line["step"] == 4
 
 
 @pytest.mark.parametrize(
@@ -235,3 +241,28 @@ def test_parallel_runs_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in shared] == ["2", "5", "2"]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert run_environment(3, 0)["OMP_NUM_THREADS"] == "5"
+
+
+def test_a_run_that_was_killed_after_its_first_best_does_not_stop_the_sweep_for_ever(
+    cache: str, tmp_path: Path, started: list[str]
+) -> None:
+    output, options = (
+        tmp_path / "out",
+        {"beta": [0.1, 0.2], "eval_every": 1, "epochs": 2.0, "step_zero": "off"},
+    )
+    sweep(cache, output, **options, should_stop=lambda: True)  # only the plan
+    cut_off(
+        cache,
+        output / "beta=0.1",
+        4,
+        **{**OPTIONS, "beta": 0.1, "eval_every": 1, "epochs": 2.0, "step_zero": "off"},
+    )
+    assert (output / "beta=0.1/best").exists() and not (output / "beta=0.1/checkpoints").exists()
+    (output / "beta=0.2").mkdir()  # killed before it wrote its config
+    (output / "beta=0.2/.claim.tmp").touch()
+    assert sweep(cache, output, **options).finished and started == ["beta=0.1", "beta=0.2"]
+    (output / "beta=0.1/checkpoints/step-000002").mkdir(parents=True)  # killed after it had published model/
+    remarks: list[str] = []
+    assert dpo_cache.sweep(cache, output, log=remarks.append, **OPTIONS, **options).finished
+    assert "beta=0.1: it was killed while it ended; checkpoints removed." in remarks
+    assert not (output / "beta=0.1/checkpoints").exists()

@@ -125,8 +125,8 @@ def test_there_must_be_a_sweep_to_resume(tmp_path: Path) -> None:
 
 def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path) -> None:
     said: list[str] = []
-    with hold_folder(tmp_path, said.append) as lock:
-        assert lock is not None
+    with hold_folder(tmp_path, said.append) as claim:
+        assert claim.descriptor is not None
         names(tmp_path, beta="0.1,0.2")
         with (
             pytest.raises(TrainingError, match="another sweep is running here"),
@@ -172,3 +172,20 @@ def test_a_sweep_is_resumed_with_its_own_options(tmp_path: Path) -> None:
         with_plan({"resume": str(tmp_path), "output": "other"})
     with pytest.raises(TrainingError, match="there is no sweep to resume"):
         with_plan({"resume": str(tmp_path / "none")})
+
+
+def test_a_folder_in_which_a_sweep_was_killed_before_it_wrote_its_plan_is_a_new_one(tmp_path: Path) -> None:
+    for name in (".lock", ".claim.tmp", ".sweep.json.tmp"):
+        (tmp_path / name).write_text("{")
+    assert names(tmp_path, beta="0.1,0.2") == ["beta=0.1", "beta=0.2"]
+
+
+def test_a_run_is_begun_once_it_has_its_config(tmp_path: Path) -> None:
+    names(tmp_path, beta="0.1,0.2")
+    (run, _) = plan_runs(tmp_path, "cache", grid_of(beta="0.1,0.2"), resume=False)
+    run.folder.mkdir()
+    for name in (".claim.tmp", ".config.json.tmp"):
+        (run.folder / name).write_text("{")
+    assert not run.is_begun
+    (run.folder / "config.json").write_text("{}")
+    assert run.is_begun

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from dpo_cache.store import open_cache
 from dpo_cache.training import loop
 from dpo_cache.training import step_memory as step_memory
 from dpo_cache.training.output import checkpoint
-from dpo_cache.training.output import run_folder as folder_module
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
 
 FAST = {"batch_size": 4, "lr": 1e-3, "log": lambda text: None}
@@ -466,7 +466,7 @@ def test_a_run_killed_after_its_model_was_saved_is_finished(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "drop_checkpoints", lambda folder: None)
+        patch.setattr("dpo_cache.training.saving.remove_leftovers", lambda folder: None)
         train(cache, tmp_path / "run", save_every=1)
     assert (tmp_path / "run" / "checkpoints").exists()
     with pytest.raises(TrainingError, match="this run is finished"):
@@ -674,9 +674,7 @@ def test_options_without_sense_are_refused(cache: str, tmp_path: Path, options: 
 def test_a_full_disk_is_found_before_training(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        folder_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000, "total": 2000})
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000, "total": 2000}))
     with pytest.raises(TrainingError, match="are needed for the model and its checkpoints"):
         train(cache, tmp_path / "run")
 

@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cache.errors import TrainingError
+from dpo_cache.errors import TrainingError, shown_rows
 from dpo_cache.files.atomic import refused_writes, write_whole
 from dpo_cache.files.sync import sync
+from dpo_cache.log import Log
 from dpo_cache.losses.metrics import Metrics
 
 ADVICE = "Then resume the run with `resume`."  # if the file cannot be written
 
 
 class MetricsFile:
-    """One line a step or evaluation, written to disk at once; `samples.jsonl` is such a file, too."""
+    """One line a step or evaluation, written to disk at once; `samples.jsonl` is such a file, too.
+
+    A line that is torn or damaged is skipped, wherever it is.
+    """
 
     def __init__(self, path: Path):
         self.path = path
 
-    def keep_until(self, step: int) -> None:
-        """Drop a torn line and the lines after a step, which a run has written after its checkpoint."""
-        content = _render([entry for entry in self.lines() if entry["step"] <= step])
-        if self.path.exists() and self.path.read_text() == content:
+    def keep_until(self, step: int, log: Log) -> None:
+        """Drop the lines after a step, which a run has written after its checkpoint, and damaged lines.
+
+        `log` gets a remark for damaged lines up to that step: no later step writes them again. The last line
+        may be torn, as its writer was killed.
+        """
+        entries = list(self._entries())
+        kept = [entry for _, entry in entries if entry and entry["step"] <= step]
+        content = _render(kept)
+        if not self.path.exists() or self.path.read_bytes() == content.encode():
             return
+        later = [number for number, entry in entries if entry and entry["step"] > step]
+        end = later[0] if later else max((number for number, _ in entries), default=0)
+        if damaged := [number for number, entry in entries if not entry and number < end]:
+            log(
+                f"{self.path}: line {shown_rows(damaged)} not readable, dropped; the other {len(kept)} lines "
+                f"up to step {step} are kept."
+            )
         with refused_writes(self.path, TrainingError, ADVICE):
             write_whole(self.path, content)
 
@@ -37,7 +54,8 @@ class MetricsFile:
     def fsync(self) -> None:
         """Wait until the lines are on the disk: a checkpoint must not outlive the lines before it."""
         if self.path.exists():
-            sync(self.path)
+            with refused_writes(self.path, TrainingError, ADVICE):
+                sync(self.path)
 
     def first(self, name: str) -> Metrics | None:
         """The first line that has this entry."""
@@ -49,18 +67,26 @@ class MetricsFile:
         return found[-1] if found else None
 
     def lines(self) -> list[Metrics]:
-        """The lines up to the first that is torn."""
-        entries: list[Metrics] = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        """Every line that is whole."""
+        return [entry for _, entry in self._entries() if entry]
+
+    def _entries(self) -> Iterator[tuple[int, Metrics | None]]:
+        """The number of each line, from 1, and what it holds; None if it is torn or damaged."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if not line:
+                continue
             try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if not isinstance(entry, dict) or "step" not in entry:
-                break
-            entries.append(entry)
-        return entries
+                entry = json.loads(line, parse_constant=_refuse)
+            except (ValueError, RecursionError):
+                entry = None
+            is_whole = isinstance(entry, dict) and isinstance(entry.get("step"), int)
+            yield number, entry if is_whole else None
 
 
 def _render(entries: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of a run")

@@ -9,12 +9,18 @@ RUN/
   best/            the policy at the best evaluation, where that was not the last one, and `best.json`: its
                    step and value
   model/           the trained policy with its tokenizer: a model, or an adapter with its config
+  .claim.tmp       of the process that works here, see `files/claim.py`
+
+config.json is written first and removed last. best/ may be newer than the last checkpoint; then the policy
+that the checkpoint names as the best is in the checkpoint, from where a resumed run takes it back. While
+model/ contains a best.json, the run has not ended: best/ is still to be removed.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +28,21 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.files.atomic import is_scratch, refused_writes, remove, write_whole
+from dpo_cache.files.atomic import refused_writes, remove, write_whole
 from dpo_cache.files.sync import sync
 from dpo_cache.lm.model.adapter_weights import restore_adapter
 from dpo_cache.options.run_config import complete_config
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store.folders.local import free_bytes
 from dpo_cache.training.inputs import TrainedModel
-from dpo_cache.training.output.checkpoint import damaged, write_policy
+from dpo_cache.training.output.checkpoint import damaged, read_position, write_policy
 from dpo_cache.training.output.model_card import write_card
-from dpo_cache.training.output.run_start import BEFORE_MODEL
+from dpo_cache.training.output.run_start import (
+    BEFORE_MODEL,
+    BEST_FILE,
+    find_checkpoints,
+    remove_scratch,
+)
 
 # Options that may differ when a run is resumed: they change speed, memory or reports, but not the result.
 # fmt: off
@@ -41,45 +52,65 @@ FREE_TO_CHANGE = {
     "sample", "log_to", "log_names", "step_zero", "dry_run",
 }
 # fmt: on
-BEST_FILE = "best.json"
-FIXED_RESOLVED = ("base_weights", "reference", "pairs_digest", "num_pairs", "total_steps", "precision")
+FIXED_RESOLVED = (
+    "base_weights",
+    "reference",
+    "pairs_digest",
+    "num_pairs",
+    "eval_pairs_digest",
+    "total_steps",
+    "precision",
+)
+RESUME = "Then resume the run with `resume`."
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write RUN/config.json of a new run."""
+def begin_folder(folder: Path, config: dict[str, Any]) -> None:
+    """Write RUN/config.json of a new run, in place of a run that ended before its first checkpoint.
+
+    Its best/ stays until the first evaluation replaces it, unless the new run has other options.
+    """
     path = folder / "config.json"
     with refused_writes(path, TrainingError, "Or choose another `output`."):
+        if (folder / "best").exists() and _is_other(folder, config):
+            remove(folder / "best")
+        _empty(folder, keep={"best", "config.json"})
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(config, indent=2) + "\n")
 
 
 def discard(folder: Path) -> None:
-    """Empty the folder of a run that ended before its first update or checkpoint; it can start again."""
-    if not folder.exists():
-        return
-    for path in list(folder.iterdir()):
-        if path.name in BEFORE_MODEL or is_scratch(path.name):
-            remove(path)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    """Empty the folder of a run that ends before its first update; best/ of an earlier attempt stays."""
+    with suppress(OSError):  # the error that ended the run is the one to report
+        has_best = (folder / "best").exists()
+        _empty(folder, keep={"best", "config.json"})
+        if not has_best:
+            remove(folder / "config.json")
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Raise `TrainingError` naming the options of a resumed run that would change its result."""
-    before, config = complete_config(read_config(folder)), json.loads(json.dumps(config))
-    resolved = before["resolved"]
-    free = FREE_TO_CHANGE | {"resolved"}
-    if config["patience"] or before.get("eval_every") is not None:
-        free -= {"eval_every"}  # patience counts evaluations, and best/ is of one of them
-    both = [(name, before.get(name), config[name]) for name in config if name not in free]
-    both += [(name, resolved.get(name), config["resolved"][name]) for name in FIXED_RESOLVED]
-    changed = [f"  {name}: {old} before, {new} now" for name, old, new in both if old != new]
-    if changed:
+    """Raise `TrainingError` naming the options of a resumed run that would change its result.
+
+    `config["resolved"]` may have a part of the resolved values, as far as they are known.
+    """
+    if changed := changed_options(folder, config):
         raise TrainingError(
             "this run was started otherwise:\n"
             + "\n".join(changed)
             + "\nGive the same options, or choose another `output`."
         )
+
+
+def changed_options(folder: Path, config: dict[str, Any]) -> list[str]:
+    """A line for each option of the run that the config has otherwise. Raises `TrainingError`."""
+    before, config = complete_config(read_config(folder)), json.loads(json.dumps(config))
+    resolved, now = before["resolved"], config["resolved"]
+    free = FREE_TO_CHANGE | {"resolved"}
+    if config["patience"] or before.get("eval_every") is not None:
+        free -= {"eval_every"}  # patience counts evaluations, and best/ is of one of them
+    both = [(name, before.get(name), config[name]) for name in config if name not in free]
+    # earlier versions recorded fewer of them
+    both += [(name, resolved[name], now[name]) for name in FIXED_RESOLVED if name in resolved and name in now]
+    return [f"  {name}: {old} before, {new} now" for name, old, new in both if old != new]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -98,7 +129,8 @@ def check_disk(folder: Path, model: PreTrainedModel, options: TrainOptions) -> N
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     # A checkpoint is weights and two moments; for a moment there is one more than are kept.
     num_checkpoints = options.keep + 1 if options.save_every and options.keep else 0
-    keeps_best = options.eval_every is not None
+    # of best/ there are two if the last checkpoint names another policy as the best
+    keeps_best = 2 * (options.eval_every is not None)
     needed = trained * (3 * num_checkpoints + keeps_best) + (whole if options.merge_adapter else trained)
     free = free_bytes(folder)
     if free is not None and needed > free:
@@ -109,47 +141,102 @@ def check_disk(folder: Path, model: PreTrainedModel, options: TrainOptions) -> N
         )
 
 
-def save_best(folder: Path, policy: TrainedModel, found: dict[str, Any], card: str) -> None:
-    """Write RUN/best with its model card, in place of an earlier one."""
+def save_best(folder: Path, policy: TrainedModel, found: Mapping[str, Any], card: str) -> None:
+    """Write RUN/best with its model card. An earlier one that the last checkpoint names moves into that."""
 
     def write(scratch: Path) -> None:
         write_card(scratch, card)
         (scratch / BEST_FILE).write_text(json.dumps(found) + "\n")
 
-    write_policy(
-        folder / "best",
-        policy,
-        write,
-        remedy="Then resume from the last checkpoint with `resume`.",
-    )
+    best, checkpoints = folder / "best", find_checkpoints(folder)
+    named = read_position(checkpoints[-1]).best if checkpoints else None
+    if named and named.get("step") is not None and _best_step(best) == named["step"]:
+        with refused_writes(best, TrainingError, RESUME):
+            _move(best, checkpoints[-1] / "best")
+    write_policy(best, policy, write, remedy="Then resume from the last checkpoint with `resume`.")
 
 
-def save_model(folder: Path, policy: TrainedModel, card: str, *, takes_best: bool, is_merged: bool) -> None:
-    """Write RUN/model with its card, whole or not at all; `takes_best`: with the best weights."""
-    best = folder / "best"
-    if takes_best and policy.adapted is not None:
+def restore_best(folder: Path, checkpoint: Path, named: Mapping[str, Any]) -> bool:
+    """Make best/ the policy that the checkpoint names as the best; False if that is lost.
+
+    A best/ that was saved after the checkpoint is replaced, but only by the one that the checkpoint names.
+    """
+    best, kept = folder / "best", checkpoint / "best"
+    if named["step"] is None or _best_step(best) == named["step"]:
+        return True
+    with refused_writes(best, TrainingError, RESUME):
+        if _best_step(kept) == named["step"]:
+            remove(best)
+            _move(kept, best)
+            return True
+        if best.is_dir() and not (best / BEST_FILE).exists():  # earlier versions removed it too early
+            found = {name: value for name, value in named.items() if name != "num_worse"}
+            write_whole(best / BEST_FILE, json.dumps(found) + "\n")
+            return True
+    return False
+
+
+def save_model(
+    folder: Path,
+    policy: TrainedModel,
+    card: str,
+    *,
+    best_step: int | None,
+    drops_best: bool,
+    is_merged: bool,
+) -> None:
+    """Write RUN/model with its card, whole or not at all, with the weights of best/ if `best_step` is given.
+
+    With `drops_best`, `remove_leftovers` then removes best/. Raises `TrainingError`.
+    """
+    best, target = folder / "best", folder / "model"
+    if best_step is not None and _best_step(best) != best_step:
+        raise TrainingError(
+            f"{best}: expected the policy of the best evaluation, after step {best_step}; it is not there.\n"
+            "Resume the run with `resume`: it then takes the best of the evaluations from there on."
+        )
+    if best_step is not None and policy.adapted is not None:
         restore_adapter(policy.adapted, str(best))
+    elif best_step is not None:
+        with refused_writes(target, TrainingError, RESUME):
+            _move(best, target)
+        return
     if is_merged and policy.adapted is not None:
         policy = replace(policy, model=policy.adapted.merge_and_unload(), adapted=None)
-    if takes_best and policy.adapted is None and not is_merged:
-        (best / BEST_FILE).unlink()
-        best.rename(folder / "model")
-        sync(folder)
-    else:
-        write_policy(
-            folder / "model",
-            policy,
-            lambda scratch: write_card(scratch, card),
-            remedy="Then resume the run with `resume`.",
-        )
-    drop_checkpoints(folder)
+
+    def write(scratch: Path) -> None:
+        write_card(scratch, card)
+        if drops_best and best.exists():
+            (scratch / BEST_FILE).write_text("{}\n")
+
+    write_policy(target, policy, write, remedy=RESUME)
 
 
-def drop_best(folder: Path) -> None:
-    """Remove best/, whose policy is the one in model/."""
-    shutil.rmtree(folder / "best", ignore_errors=True)
+def _best_step(best: Path) -> int | None:
+    """The step of the policy in a best/; None if there is none, or if its best.json is not readable."""
+    try:
+        return json.loads((best / BEST_FILE).read_text())["step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
-def drop_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints, which only a resumed run needs."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+def _is_other(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the folder's run had other options; True if its config.json cannot be read."""
+    try:
+        return bool(changed_options(folder, config))
+    except TrainingError:
+        return True
+
+
+def _empty(folder: Path, *, keep: set[str]) -> None:
+    """Remove the files of a run without a model, except for some."""
+    if folder.exists():
+        for name in sorted(BEFORE_MODEL - keep):
+            remove(folder / name)
+        remove_scratch(folder)
+
+
+def _move(old: Path, new: Path) -> None:
+    old.rename(new)
+    sync(new.parent)
+    sync(old.parent)

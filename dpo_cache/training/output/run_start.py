@@ -1,12 +1,21 @@
-"""The start of a run, found without torch: a new folder, or the last checkpoint of a stopped run."""
+"""The start of a run, found without torch: a new folder, or the last checkpoint of a stopped run.
+
+One process at a time works in the folder, see `files/claim.py`. Whenever that process is killed, `resume`
+continues from the last checkpoint; without a checkpoint the run starts again; a folder without config.json
+is that of no run yet. Once model/ is published, the run is finished, and only leftovers are to be removed.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.files.atomic import is_scratch
+from dpo_cache.files.atomic import is_scratch, refused_writes, remove
+from dpo_cache.files.claim import CLAIM, claimed
+from dpo_cache.files.sync import sync
 from dpo_cache.log import Log
 
 BEFORE_MODEL = {
@@ -19,12 +28,15 @@ BEFORE_MODEL = {
     "tensorboard",
 }  # fmt: skip
 RUN_FILES = {*BEFORE_MODEL, "model"}
+BEST_FILE = "best.json"
+HOLDER = "another process is training here"
 
 
-def find_start(folder: Path, log: Log, *, resume: bool) -> Path | None:
+def find_start(folder: Path, log: Log, *, resume: bool, clears: bool = False) -> Path | None:
     """The checkpoint from which the run continues; None for a run that starts at the beginning.
 
     Raises `TrainingError` for a folder of something else, a finished run, and one that is not to be resumed.
+    With `clears`, what a finished run no longer needs is removed.
     """
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder}: not a folder.\nChoose another `output`.")
@@ -39,16 +51,67 @@ def find_start(folder: Path, log: Log, *, resume: bool) -> Path | None:
             f"{folder}: not the folder of a run; it holds {', '.join(sorted(present - RUN_FILES)[:5])}.\n"
             "Choose another `output`."
         )
+    if "model" in present:
+        removed = clear_finished(folder, log) if clears else []
+        note = f" It was killed while it ended: {', '.join(removed)} removed." if removed else ""
+        raise TrainingError(
+            f"{folder}: this run is finished; its model is in {folder / 'model'}.{note}\n"
+            "Choose another `output` to train again."
+        )
     if not resume:
         raise TrainingError(
             f"{folder}: not an empty folder.\nContinue its run with `resume`, or choose another `output`."
         )
-    if "model" in present:
-        raise TrainingError(
-            f"{folder}: this run is finished; its model is in {folder / 'model'}.\n"
-            "Choose another `output` to train again."
-        )
     return _last_checkpoint(folder, log, has_best="best" in present)
+
+
+@contextmanager
+def hold_run(folder: Path, log: Log, *, resume: bool, is_dry_run: bool) -> Iterator[Callable[[], None]]:
+    """Keep other processes out of the run's folder until the block ends. Yields a function that raises
+    `TrainingError` if another process has it all the same; a dry run, which writes nothing, needs neither.
+
+    Raises `TrainingError` if another process has it, and as `find_start` does, before anything is written.
+    """
+    find_start(folder, lambda _: None, resume=resume, clears=not is_dry_run)
+    if is_dry_run:
+        yield lambda: None
+        return
+    with claimed(folder, TrainingError, HOLDER, log) as claim:
+        yield claim.check
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether the folder has a run, which `resume` continues, or starts again if it has no checkpoint."""
+    return (folder / "config.json").exists()
+
+
+def clear_finished(folder: Path, log: Log) -> list[str]:
+    """Remove what a finished run no longer needs, if it was killed before it did so; returns the names.
+
+    Raises `TrainingError` if another process is still in the folder, or if something cannot be removed.
+    """
+    if not _leftovers(folder):
+        return []
+    with claimed(folder, TrainingError, HOLDER, log):
+        return remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove what a finished run no longer needs, and return the names. Raises `TrainingError`."""
+    removed = []
+    for path in _leftovers(folder):
+        with refused_writes(path, TrainingError, "The run is finished; remove this yourself."):
+            remove(path)
+        removed.append(path.relative_to(folder).as_posix())
+    if removed:
+        sync(folder)
+    return removed
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what killed writers left in the folder of a run, which this process has claimed."""
+    for path in (*_scratch(folder), *_scratch(folder / "checkpoints")):
+        remove(path)
 
 
 def check_output(folder: Path) -> None:
@@ -68,11 +131,19 @@ def find_checkpoints(run: Path) -> list[Path]:
 def _last_checkpoint(folder: Path, log: Log, *, has_best: bool) -> Path | None:
     if checkpoints := find_checkpoints(folder):
         return checkpoints[-1]
-    if has_best:
-        raise TrainingError(
-            f"{folder}: cut off before its first checkpoint, so there is nothing to resume from; "
-            f"{folder / 'best'} holds its best policy so far.\n"
-            "Choose another `output`, and `save_every` N for checkpoints."
-        )
-    log(f"{folder}: cut off before its first checkpoint (`save_every` N makes some); it starts again.")
+    best = "; best/ stays until the first evaluation replaces it" if has_best else ""
+    log(f"{folder}: cut off before its first checkpoint (`save_every` N makes some); it starts again{best}.")
     return None
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """What a finished run has to remove, in this order: while model/best.json exists, best/ is not needed."""
+    marker = folder / "model" / BEST_FILE
+    best = [folder / "best", marker] if marker.exists() else []
+    checkpoints = folder / "checkpoints"
+    return [path for path in (checkpoints, *best, *_scratch(folder)) if os.path.lexists(path)]
+
+
+def _scratch(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if is_scratch(path.name) and path.name != CLAIM]
