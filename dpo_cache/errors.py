@@ -91,6 +91,15 @@ def shown_rows(rows: Sequence[object], *, most: int = 8, count: int | None = Non
     return ", ".join(map(str, rows[:most])) + (", …" if is_cut else "")
 
 
+def shown_bytes(num_bytes: float) -> str:
+    """A number of bytes with a unit in which it has one to three digits before the point: `12.3 kB`."""
+    for unit, digits in (("B", 0), ("kB", 1), ("MB", 1), ("GB", 2)):
+        if round(num_bytes, digits) < 1000:
+            return f"{num_bytes:.{digits}f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} TB"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error message, or the error's type where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 
-from dpo_cache.errors import DataError, ModelError, OptionError
+from dpo_cache.errors import DataError, ModelError, OptionError, StorageError
+from dpo_cache.files.atomic import refused_writes
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 MODEL_FILES = ("config.json", "adapter_config.json")
@@ -99,8 +101,12 @@ def check_dataset(location: str) -> None:
 
 
 def check_output(output: str, kind: str, *, overwrite: bool) -> None:
-    """Raise `OptionError` where something is at the output that may not be replaced."""
+    """Raise `OptionError` where something is at the output that may not be replaced, and for a URL;
+    `StorageError` where nothing can be written.
+    """
+    check_no_url(output)
     target = Path(output).expanduser()
+    _check_writable(target)
     if not target.exists():
         return
     if not overwrite:
@@ -114,3 +120,18 @@ def check_output(output: str, kind: str, *, overwrite: bool) -> None:
             f"{target}: is {found}, which output in the format {kind} is not; it is not replaced.\n"
             "Choose another output."
         )
+
+
+def check_no_url(output: str) -> None:
+    """Raise `OptionError` for an output that is a URL, which would be a folder of that name here."""
+    if "://" in output:
+        raise OptionError(f"`output` {output}: expected a path, found a URL.\nOnly caches may be at a URL.")
+
+
+def _check_writable(target: Path) -> None:
+    """Make a folder where the target would be, as a test, and remove it."""
+    existing = next(folder for folder in target.absolute().parents if folder.exists())
+    probe = existing / f".{secrets.token_hex(8)}.tmp"
+    with refused_writes(target, StorageError, "Or choose another `output`."):
+        probe.mkdir()
+        probe.rmdir()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_cache.errors import StorageError
+from dpo_cache.errors import StorageError, shown_bytes
 from dpo_cache.store import Cache
 
 BYTES_PER_TOKEN = 13  # 4 for the id, 4 for the log-prob twice (scores and pairs), and some slack
@@ -14,6 +14,6 @@ def check_disk(cache: Cache, data_tokens: int) -> None:
     needed = BYTES_PER_TOKEN * data_tokens
     if free is not None and needed > free:
         raise StorageError(
-            f"{cache}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.\n"
+            f"{cache}: about {shown_bytes(needed)} are needed, {shown_bytes(free)} are free.\n"
             "Free some space, choose another cache, or score fewer rows at once."
         )

@@ -151,6 +151,12 @@ def _run(
         longest = options.max_length if streams else max(split.survey.longest for split in splits)
         return longest, planner.totals.missing_tokens
 
+    def check_writable() -> None:
+        """Raise `StorageError` where the scores or the pair sets could not be published."""
+        folder = f"references/{reference.id}"
+        pair_sets = [f"pairs/{name}/{split.name}/manifest.json" for split in splits]
+        cache.check_writable([f"{folder}/run", f"{folder}/scores/shard", *pair_sets])
+
     streams = options.streaming or any(isinstance(split.rows, IterableDataset) for split in splits)
     if options.dry_run or not streams:  # all rows are tokenized, checked and planned before the first score
         for split in splits:
@@ -162,7 +168,7 @@ def _run(
         longest = _longest(splits)
         with (
             RunRecord(cache, reference.id) as record,
-            _opened_if_needed(inputs, reference, report, log, extent) as open_runner,
+            _opened_if_needed(inputs, reference, report, log, extent, check_writable) as open_runner,
         ):
             audit = open_audit(options.audit, record, log)
             meter = Meter(report, target, planner.totals, on_progress, record, audit)
@@ -192,12 +198,14 @@ def _opened_if_needed(
     report: PrecomputeReport,
     log: Log,
     extent: Callable[[], tuple[int, int]],
+    check_writable: Callable[[], None],
 ) -> Iterator[Callable[[], Runner]]:
-    """Yield a function that loads the model when it is first called."""
+    """Yield a function that loads the model when it is first called, if what it scores can be published."""
     with ExitStack() as stack:
 
         @call_once
         def open_runner() -> Runner:
+            check_writable()
             longest, run_tokens = extent()
             opened = open_reference(inputs, reference, log, longest=longest, run_tokens=run_tokens)
             runner = stack.enter_context(opened)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 
 from dpo_cache.errors import CorruptShardError, FormatError, NewerFormatError, NotInCacheError, OptionError
 from dpo_cache.store.folders.folder import Folder, open_folder
@@ -187,10 +188,11 @@ class Cache:
             self.folder.publish("format.json", render_document(FORMAT))
             self._is_new = False
 
-    def check_writable(self) -> None:
-        """Raise `StorageError` for a new cache in a place where nothing can be written."""
-        if self._is_new:
-            self.folder.check_writable()
+    def check_writable(self, names: Iterable[str] = ()) -> None:
+        """Raise `StorageError` where files of these names, or a new cache, cannot be written."""
+        wanted = [*(["format.json"] if self._is_new else []), *names]
+        if wanted:
+            self.folder.check_writable(wanted)
 
     def _may_create(self, create: bool) -> bool:
         """Raise `FormatError` where no cache may be made here; False where another writer has just made

@@ -52,16 +52,15 @@ class ScoreIndex:
                 for name in self._folder.names(self._place)
                 if name.endswith(".parquet") and name not in known and name not in keys
             ]
-            self._folder.prefetch([f"{self._place}/{name}" for name in names])
             try:
-                for name in names:
-                    keys[name] = self._read_keys(name)
+                for name, found in zip(names, self._folder.each(self._read_keys, names), strict=True):
+                    keys[name] = found
                 break
             except MissingFileError:  # compacted or collected since: the next listing has its replacement
                 if attempt == LISTINGS:
                     raise
-        found = list(keys)
-        self._add(found, [keys.pop(name) for name in found])
+        added = list(keys)
+        self._add(added, [keys.pop(name) for name in added])
 
     def contains(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
         """Which of the keys are scored: bool `[len(keys)]`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,11 @@ def flip_file(path: Path, position: int, mask: int = 0x01) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> LocalFolder:
     return LocalFolder(tmp_path / "cache")
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A folder that other users can reach, unlike `tmp_path`."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)

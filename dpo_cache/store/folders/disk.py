@@ -7,7 +7,9 @@ forgets unsynced data, so no other code of the store changes a file system.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,26 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | 
 
 
 class Disk:
-    """The file system itself. Files and folders get the permissions that the umask leaves, so that a group
-    can share a cache.
+    """The file system itself. Files and folders get the permissions that the umask leaves.
+
+    In a folder with the set-group-ID bit that its group may write, whose files have that folder's group, the
+    group may write new folders and read new files, too, whatever the umask: members share a cache.
     """
 
     def make_folder(self, path: Path) -> None:
         path.mkdir()
+        if _is_shared(path.parent):
+            with suppress(PermissionError):  # the file system has no such permissions
+                path.chmod(path.stat().st_mode | stat.S_IRWXG | stat.S_ISGID)
 
     def create(self, path: Path) -> int:
         """Descriptor of a new, empty file."""
-        return os.open(path, NEW_FILE, 0o666)
+        is_shared = _is_shared(path.parent)
+        descriptor = os.open(path, NEW_FILE, 0o666)
+        if is_shared:
+            with suppress(PermissionError):
+                os.fchmod(descriptor, os.fstat(descriptor).st_mode | stat.S_IRGRP)
+        return descriptor
 
     def write(self, descriptor: int, content: bytes) -> None:
         """Append all of the content. A nearly full file system takes a part first and refuses the rest."""
@@ -80,3 +92,9 @@ class Disk:
             return pa.OSFile(str(path))
         except OSError as error:  # pyarrow's message repeats the path
             raise OSError(error.errno, os.strerror(error.errno or 0)) from error
+
+
+def _is_shared(folder: Path) -> bool:
+    """Whether new files get the group of this folder, whose members may write in it."""
+    shared = stat.S_ISGID | stat.S_IWGRP
+    return os.name == "posix" and folder.stat().st_mode & shared == shared

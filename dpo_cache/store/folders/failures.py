@@ -34,6 +34,7 @@ ADVICE = {
     f"and {_AGAIN}",
     errno.ENFILE: f"Too many files are open on this machine: close some and {_AGAIN}",
 }
+TOO_MANY_OPEN = {errno.EMFILE, errno.ENFILE}
 
 
 def storage_error(verb: str, place: Any, error: OSError) -> StorageError:

@@ -11,18 +11,22 @@ power cut leaves a manifest without its parts, whether this process wrote them o
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo_cache.errors import CorruptShardError, StorageError
 from dpo_cache.store.folders.disk import Disk
 from dpo_cache.store.folders.failures import storage_errors
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 MARKER = "format.json"  # what makes a folder a cache
 ATTEMPTS = 5  # to publish a file while another process removes its folder, which it found empty
@@ -143,6 +147,22 @@ class LocalFolder:
         with storage_errors("read", self.root / name):
             return self.disk.open(self.locate(name))
 
+    def open_pinned(self, name: str) -> Any:
+        """The same, to be open for long: a file here takes no more space for it."""
+        return self.open_parquet(name)
+
+    def open_ranges(self, name: str, *, is_brief: bool = False) -> Any:  # noqa: ARG002 (for remote folders)
+        """The same, to read some of it."""
+        return self.open_parquet(name)
+
+    def keeps(self, name: str) -> bool:  # noqa: ARG002
+        """Whether an open file may stay open: True."""
+        return True
+
+    def each(self, call: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """The call's result for each item, in order, one call after the other."""
+        return map(call, items)
+
     def locate(self, name: str) -> Path:
         """The path of a file to read. Raises `CorruptShardError` for a pipe, socket or device, and for a link
         out of the cache.
@@ -160,20 +180,25 @@ class LocalFolder:
             )
         return path
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Nothing: the files are here."""
-
     def free_bytes(self) -> int | None:
         """Bytes left on the disk that holds (or will hold) the folder; None where unknown."""
         return free_bytes(self.root)
 
-    def check_writable(self) -> None:
-        """Raise `StorageError` where nothing can be made: a folder is made there, as a test, and removed."""
-        existing = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
-        probe = existing / f".{secrets.token_hex(8)}.tmp"
-        with storage_errors("write", self.root):
-            self.disk.make_folder(probe)
-            self.disk.remove_folder(probe)
+    def check_writable(self, names: Iterable[str] = ("format.json",)) -> None:
+        """Raise `StorageError` unless files of these names can be published.
+
+        Where each would be, a folder is made, as a test, and removed. A file that is there already and
+        belongs to another user cannot be replaced in a folder with the sticky bit.
+        """
+        for name in names:
+            target = self.root / name
+            with storage_errors("write", self.root if name == MARKER else target):
+                existing = next(folder for folder in target.absolute().parents if folder.exists())
+                probe = existing / f".{secrets.token_hex(8)}.tmp"
+                self.disk.make_folder(probe)
+                self.disk.remove_folder(probe)
+                if existing == target.parent.absolute() and not _may_replace(target):
+                    raise PermissionError(errno.EPERM, "another user's file, in a folder with the sticky bit")
 
     # -- publishing ------------------------------------------------------------------------------------
 
@@ -272,6 +297,14 @@ class LocalFolder:
             elif not entry.is_dir():
                 with suppress(FileNotFoundError):
                     yield folder / entry.name, entry.stat(follow_symlinks=False)
+
+
+def _may_replace(path: Path) -> bool:
+    """Whether the folder's sticky bit lets this user replace the file, if there is one."""
+    if not hasattr(os, "geteuid") or not os.path.lexists(path):
+        return True
+    file, folder = path.lstat(), path.parent.stat()
+    return not folder.st_mode & stat.S_ISVTX or os.geteuid() in (0, file.st_uid, folder.st_uid)
 
 
 def free_bytes(folder: Path) -> int | None:

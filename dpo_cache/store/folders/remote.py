@@ -6,28 +6,31 @@
   that this process published or removed are requested by name before a listing is used. fsspec's cache of
   listings is off.
 - Calls that fail for a moment are repeated (`retries.py`); connecting and reading have time-outs.
-- Parts are read through copies on the local disk, checked by their digest (`local_copies.py`); `read` always
-  reads from the store.
+- Whole parts are read through copies on the local disk, checked by their digest (`local_copies.py`). Footers
+  and keys are read by ranges (`ranges.py`). `read` always reads from the store.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterable
+import secrets
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import split_protocol
 
-from dpo_cache.errors import CorruptShardError, MissingFileError, OptionError, StorageError, first_line
-from dpo_cache.store.folders.local_copies import WrongDigestError, is_part_name, open_local_copies
+from dpo_cache.errors import MissingFileError, OptionError, StorageError, first_line
+from dpo_cache.store.folders.local_copies import is_part_name
+from dpo_cache.store.folders.ranges import RangeFile
+from dpo_cache.store.folders.remote_parts import RemoteParts
 from dpo_cache.store.folders.retries import remote_error, with_retries
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CONNECT_S, READ_S = 10, 60
@@ -77,6 +80,8 @@ def open_remote(url: str) -> RemoteFolder:
         ) from error
     except Exception as error:  # some connect, or look for credentials, when they are made
         raise remote_error("open", url, error, 1, 0.0) from error
+    if {".", ".."} & set(root.split("/")):
+        raise OptionError(f"{url}: a cache's URL has no '.' or '..' in it.\nWrite it without them.")
     if protocol in PACKAGES and not root.strip("/"):
         raise OptionError(
             f"{url}: names no {'repository' if protocol == 'hf' else 'bucket'}.\n"
@@ -103,7 +108,7 @@ class RemoteFolder:
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, url: str):
         self.filesystem, self.root, self.url = filesystem, root.rstrip("/"), url.rstrip("/") if root else url
-        self._parts = open_local_copies()
+        self.parts = RemoteParts(self.url, self.size, self._pieces)
         self._own = _own_changes.setdefault(self.url, {})
 
     def __str__(self) -> str:
@@ -129,38 +134,44 @@ class RemoteFolder:
     def read(self, name: str) -> bytes:
         """The file's bytes, as the store has them now. Raises `MissingFileError` where it is not there."""
         if is_part_name(_base(name)):
-            file = io.BytesIO()
-            self._download(name, file)
-            return file.getvalue()
+            return b"".join(self._pieces(name, 0, self.size(name)))
         path, limit = self._path(name), self._limit(CHUNK_BYTES)
         return bytes(self._call("read", name, lambda: self.filesystem.cat_file(path, **limit)))
 
     def open_parquet(self, name: str) -> pa.NativeFile:
-        """The local copy of a part, open for reading; it is fetched first where there is none.
+        """The part, open for reading: its local copy, which is fetched first where there is none.
 
         Raises `CorruptShardError` where the store's bytes do not hash to the name.
         """
         if not is_part_name(_base(name)):
             return pa.BufferReader(self.read(name))
-        try:
-            return self._parts.open(_base(name), lambda file: self._download(name, file))
-        except WrongDigestError as error:
-            raise CorruptShardError(
-                f"{self.url}/{name}: its bytes do not hash to its name.\n"
-                "The file was changed or damaged. Delete it and run the `dpo-cache precompute` that made "
-                "it again: it scores only what is missing."
-            ) from error
+        return self.parts.open_whole(name)
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Copy the parts that have no local copy, several at once; `open_parquet` raises for missing ones."""
+    def open_pinned(self, name: str) -> pa.NativeFile | None:
+        """The same, to be open for long: None where there is no room for a local copy."""
+        if not is_part_name(_base(name)):
+            return pa.BufferReader(self.read(name))
+        return self.parts.open_pinned(name)
 
-        def fetch(name: str) -> None:
-            with suppress(MissingFileError):
-                self.open_parquet(name).close()
+    def open_ranges(self, name: str, *, is_brief: bool = False) -> pa.NativeFile | RangeFile:
+        """The part, to read some of it: its local copy where there is one, else ranges from the store, which
+        are not hashed. With `is_brief`, for a footer, no copy is hashed for it.
+        """
+        if not is_part_name(_base(name)):
+            return pa.BufferReader(self.read(name))
+        return self.parts.open_ranges(name, is_brief=is_brief)
 
+    def keeps(self, name: str) -> bool:
+        """Whether an open file of this name may stay open: it is a local copy."""
+        return self.parts.keeps(name)
+
+    def each(self, call: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """The call's result for each item, in order; several calls are under way at once."""
         with ThreadPoolExecutor(THREADS, thread_name_prefix="parts") as pool:
-            for _ in pool.map(fetch, [name for name in names if not self._parts.holds(_base(name))]):
-                pass
+            try:
+                yield from pool.map(call, items)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def exists(self, name: str) -> bool:
         """Whether the file is there, or files below a folder of this name."""
@@ -169,8 +180,10 @@ class RemoteFolder:
     def names(self, folder: str) -> list[str]:
         """Names of the files and folders directly inside, sorted; empty where there is no folder."""
         path, limit = self._path(folder), self._limit(seconds=LISTING_S)
-        found = self._look("list", folder, lambda: self.filesystem.ls(path, detail=False, **limit))
-        listed = {_base(entry.rstrip("/")) for entry in found or () if entry.rstrip("/") != path}
+        found = self._look("list", folder, lambda: self.filesystem.ls(path, detail=True, **limit))
+        sizes = {entry["name"].rstrip("/"): entry.get("size") for entry in found or ()}
+        self._note_sizes(sizes)
+        listed = {_base(entry) for entry in sizes if entry != path}
         prefix = f"{folder}/" if folder else ""
         # a listing may be late, so these files are requested by name
         for name, is_published in list(self._own.items()):
@@ -211,6 +224,13 @@ class RemoteFolder:
         """None: an object store has no links."""
         return []
 
+    def closed_folders(self) -> list[str]:
+        """None: a store lists all or nothing."""
+        return []
+
+    def check_inside(self, name: str) -> None:
+        """Nothing: an object store has no links."""
+
     def modified(self, name: str) -> float | None:
         """When the file was written, in seconds since 1970; None where it is gone or the time is unknown."""
         try:
@@ -234,13 +254,34 @@ class RemoteFolder:
         with suppress(MissingFileError):
             self._call("remove", name, lambda: self.filesystem.rm_file(self._path(name), **self._limit()))
         self._own[name] = False
+        self.parts.forget(name)
+
+    def move(self, name: str, to: str) -> bool:
+        """Copy the file to another name, then remove it; False where it is gone."""
+        source, target = self._path(name), self._path(to)
+        try:
+            self._call("move", name, lambda: self.filesystem.cp_file(source, target, **self._limit()))
+        except MissingFileError:
+            return False
+        self._own[to] = True
+        self.remove(name)
+        return True
 
     def free_bytes(self) -> int | None:
         """None: an object store reports no free space."""
         return None
 
-    def check_writable(self) -> None:
-        """Nothing: only a write shows what an object store allows."""
+    def check_writable(self, names: Iterable[str] = ()) -> None:  # noqa: ARG002 (for local folders)
+        """Raise `StorageError` where nothing can be written: a small file is, and is removed again.
+
+        Nothing where this process has written before. It does not matter whether files can be removed.
+        """
+        if not self._own:
+            probe = f".{secrets.token_hex(8)}.tmp"
+            self.publish(probe, b"dpo-cache")
+            with suppress(StorageError):
+                self.remove(probe)
+            self._own[probe] = False
 
     def _limit(self, num_bytes: int = 0, seconds: float | None = None) -> dict[str, float]:
         """The longest that a call may take, for a file system that runs its calls on fsspec's own loop."""
@@ -288,19 +329,22 @@ class RemoteFolder:
     def _sizes(self, folder: str) -> dict[str, int]:
         path, limit = self._path(folder), self._limit(seconds=LISTING_S)
         found = self._look("list", folder, lambda: self.filesystem.find(path, detail=True, **limit))
+        sizes = {path: int(details["size"]) for path, details in (found or {}).items()}
+        self._note_sizes(sizes)
         start = len(self.root) + 1
-        return {
-            path[start:]: int(details["size"])
-            for path, details in (found or {}).items()
-            if path.startswith(f"{self.root}/")
-        }
+        return {path[start:]: size for path, size in sizes.items() if path.startswith(f"{self.root}/")}
 
-    def _download(self, name: str, file: BinaryIO) -> None:
-        """Write the file's bytes, by ranges: a connection that breaks costs one of them."""
-        size = self.size(name)
-        for start in range(0, size, CHUNK_BYTES):
-            end = min(start + CHUNK_BYTES, size)
-            file.write(self._call("read", name, partial(self._read_range, name, start, end)))
+    def _note_sizes(self, sizes: dict[str, Any]) -> None:
+        """Remember the sizes of parts by their whole paths, so that reading them needs no request for it."""
+        for path, size in sizes.items():
+            if isinstance(size, int) and is_part_name(_base(path)):
+                self.parts.sizes[path[len(self.root) + 1 :]] = size
+
+    def _pieces(self, name: str, start: int, end: int) -> Iterator[bytes]:
+        """The file's bytes from `start` to `end`: a connection that breaks costs one of the ranges."""
+        for at in range(start, end, CHUNK_BYTES):
+            request = partial(self._read_range, name, at, min(at + CHUNK_BYTES, end))
+            yield self._call("read", name, request)
 
     def _read_range(self, name: str, start: int, end: int) -> bytes:
         content = self.filesystem.cat_file(self._path(name), start=start, end=end, **self._limit(end - start))

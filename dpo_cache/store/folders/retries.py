@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import http.client
+import os
 import random
 import socket
 import time
@@ -23,6 +24,8 @@ from typing import Any, TypeVar
 
 from dpo_cache.errors import StorageError, first_line
 from dpo_cache.log import log_remark
+from dpo_cache.store.folders.failures import ADVICE as DISK_ADVICE
+from dpo_cache.store.folders.failures import TOO_MANY_OPEN
 
 Result = TypeVar("Result")
 
@@ -71,6 +74,7 @@ ADVICE = {
     "access": "Access was refused: check that these credentials may list, read and write there.",
     "region": "The bucket is in another region or behind another endpoint: set AWS_DEFAULT_REGION or "
     "AWS_ENDPOINT_URL.",
+    "readonly": "This kind of URL can only be read: choose another `cache`, such as a folder or s3://….",
     "offline": "HF_HUB_OFFLINE is set: unset it to reach hf://.",
     "passing": "The store or the way to it fails: check the network and the endpoint, then run the same "
     "command again; what was published is kept.",
@@ -97,6 +101,7 @@ KINDS = {
     "IllegalLocationConstraintException": "region",
     "301": "region",
     "OfflineModeIsEnabled": "offline",
+    "NotImplementedError": "readonly",
 }
 
 
@@ -114,7 +119,7 @@ def with_retries(verb: str, place: str, call: Callable[[], Result]) -> Result:
             if isinstance(error, FileNotFoundError) and advice_kind(error) == "other":
                 raise
             waited_s = time.monotonic() - started
-            if wait_s is None or not may_pass(error):
+            if wait_s is None or not may_pass(error) or too_many_open(error):
                 raise remote_error(verb, place, error, tries, waited_s) from error
             if not is_logged and waited_s + wait_s > REMARK_AFTER_S:
                 is_logged = True
@@ -146,7 +151,25 @@ def may_pass(error: BaseException) -> bool:
 def remote_error(verb: str, place: str, error: BaseException, tries: int, elapsed_s: float) -> StorageError:
     """The error with its fix: what failed, how often it was tried, what to do."""
     tried = f"Tried {tries} times in {elapsed_s:.0f} s. " if tries > 1 else ""
+    if number := too_many_open(error):
+        return StorageError(f"cannot {verb} {place}: {os.strerror(number)}.\n{DISK_ADVICE[number]}")
     return StorageError(f"cannot {verb} {place}: {describe(error)}.\n{tried}{ADVICE[advice_kind(error)]}")
+
+
+def too_many_open(error: BaseException) -> int | None:
+    """The error's number if a connection failed because too many files are open.
+
+    The libraries report that as a connection that fails or a host without an address, often without the
+    number, so it is tried whether a file can be opened.
+    """
+    for link in _chain(error):
+        if isinstance(link, OSError) and link.errno in TOO_MANY_OPEN:
+            return link.errno
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as refusal:
+        return refusal.errno if refusal.errno in TOO_MANY_OPEN else None
+    return None
 
 
 def describe(error: BaseException) -> str:

@@ -24,6 +24,9 @@ HEADER_BYTES = 512  # of a page, at most
 UNCOMPRESSED, ZSTD = 0, 6  # codecs
 PLAIN, RLE, BYTE_STREAM_SPLIT = 0, 3, 9  # encodings
 DATA_PAGE = 0
+PHYSICAL_TYPES = {pa.int64(): 2, pa.uint32(): 1, pa.float32(): 4, pa.float64(): 5}  # other columns: 7, bytes
+FIXED_BYTES = 7
+REPETITIONS, CONVERTED_TYPES = range(3), range(22)  # the values that Parquet has
 LEVEL_BYTES = 4  # of a value's two levels, while it is decoded
 
 
@@ -53,14 +56,17 @@ class Footer:
         return sum(self.group_rows)
 
 
-def read_footer(source: pa.NativeFile) -> bytes:
-    """The footer's bytes; `PageError` unless the file and its footer have sizes that they may have."""
+def read_footer(source: pa.NativeFile, *, has_start: bool = True) -> bytes:
+    """The footer's bytes; `PageError` unless the file and its footer have sizes that they may have.
+
+    Without `has_start`, the bytes at the file's start are not read: of a remote file only the end is here.
+    """
     size = source.size()
     if not 12 <= size <= FILE_BYTES:
         raise PageError(f"{size} bytes long, expected 12 to {FILE_BYTES}")
     tail = source.read_at(8, size - 8)
     length = int.from_bytes(tail[:4], "little")
-    if tail[4:] != b"PAR1" or source.read_at(4, 0) != b"PAR1":
+    if tail[4:] != b"PAR1" or (has_start and source.read_at(4, 0) != b"PAR1"):
         raise PageError("no Parquet magic bytes at both ends")
     if length > min(FOOTER_BYTES, size - 12):
         raise PageError(f"its footer claims {length} bytes, expected at most {min(FOOTER_BYTES, size - 12)}")
@@ -74,6 +80,7 @@ def parse_footer(content: bytes, schema: pa.Schema, size: int) -> Footer:
     Else `PageError` or `ThriftError`.
     """
     fields, _ = parse_struct(content)
+    _check_schema([_struct(element) for element in _list(fields, 2)], schema)
     groups = [_struct(group) for group in _list(fields, 4)]
     rows = [_number(group, 3) for group in groups]
     if 0 in rows or sum(rows) != _number(fields, 3):
@@ -98,6 +105,23 @@ def check_group(
         _check_pages(source, chunk)
 
 
+def _check_schema(elements: list[Struct], schema: pa.Schema) -> None:
+    """Raise `PageError` for an element of a kind that Parquet does not have, or a column of another type.
+
+    The library that decodes the pages takes some unknown kinds for others.
+    """
+    types = [_physical_type(field) for field in schema]
+    if [element[1] for element in elements if 1 in element] != types or any(
+        element.get(3, 0) not in REPETITIONS or element.get(6, 0) not in CONVERTED_TYPES
+        for element in elements
+    ):
+        raise PageError("a schema with a type that the format does not have")
+
+
+def _physical_type(field: pa.Field) -> int:
+    return PHYSICAL_TYPES.get(value_type(field), FIXED_BYTES)
+
+
 def _chunks(group: Struct, schema: pa.Schema, end: int) -> list[Chunk]:
     columns = _list(group, 1)
     if len(columns) != len(schema):
@@ -112,6 +136,8 @@ def _chunk(column: Struct, field: pa.Field, num_rows: int, end: int) -> Chunk:
     details = _struct(column.get(3))
     found = Chunk(_number(details, 9), _number(details, 7), _number(details, 6), _number(details, 5))
     is_list = pa.types.is_list(field.type)
+    if details.get(1) != _physical_type(field):
+        raise PageError(f"column {field.name} is of another type than in the schema")
     if 1 in column or _list(details, 3) != (
         [field.name.encode(), b"list", b"element"] if is_list else [field.name.encode()]
     ):

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_cache.errors import CorruptShardError
+from dpo_cache.log import log_remark
 from dpo_cache.store.folders.failures import storage_error, storage_errors
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.folders.local_copies import hash_source
+from dpo_cache.store.folders.ranges import Range, RangeFile
 from dpo_cache.store.format.page_limits import (
     FILE_BYTES,
     FOOTER_BYTES,
@@ -36,6 +39,7 @@ REMEDY = (
 
 # what reading a bad file may raise, in Arrow and in `page_limits.py`
 DAMAGE = (pa.ArrowException, OSError, ValueError, IndexError, OverflowError)
+Load = Callable[[Sequence[Range]], None]
 MOST_OPEN = 64  # files of one index or pair set that are kept open
 
 
@@ -90,10 +94,11 @@ class ParquetReader:
     read (`page_limits.py`), and its pages against their checksums. Raises `CorruptShardError` for any damage.
     """
 
-    def __init__(self, source: pa.NativeFile, schema: pa.Schema, place: str):
-        self._source, self._schema, self.place = source, schema, place
+    def __init__(self, source: pa.NativeFile, schema: pa.Schema, place: str, load: Load | None = None):
+        """`load` requests the ranges that are read next, of a file that has only its end here."""
+        self._source, self._schema, self.place, self._load = source, schema, place, load
         with _damage_raised(place, "not readable as Parquet"):
-            footer = read_footer(source)
+            footer = read_footer(source, has_start=load is None)
             self._file = pq.ParquetFile(
                 source, page_checksum_verification=True, arrow_extensions_enabled=False,
                 thrift_string_size_limit=FOOTER_BYTES, thrift_container_size_limit=LIST_ITEMS,
@@ -107,6 +112,11 @@ class ParquetReader:
     def read_group(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One row group, or some of its columns."""
         names = list(columns or self._schema.names)
+        if self._load:
+            chunks = zip(self.footer.chunks[group], self._schema.names, strict=True)
+            self._load(
+                [(chunk.start, chunk.start + chunk.packed_bytes) for chunk, name in chunks if name in names]
+            )
         with _damage_raised(self.place, f"row group {group} is not readable"):
             check_group(self._source, self.footer, group, self._schema, names)
             table = self._file.read_row_group(group, columns=names, use_threads=False)
@@ -136,6 +146,9 @@ class ParquetReader:
 class ParquetReaders:
     """The files of one folder in the cache, each hashed when it is first opened; few are kept open at a
     time.
+
+    Of a remote folder, a file without a local copy is open only until the next one is opened. Opened again,
+    it is read by ranges.
     """
 
     def __init__(self, folder: Folder, place: str, schema: pa.Schema):
@@ -143,24 +156,39 @@ class ParquetReaders:
         self._open: OrderedDict[str, ParquetReader] = OrderedDict()
         self._hashed: dict[str, bytes] = {}  # digest of the footer of each file that was hashed
         self._held: dict[str, pa.NativeFile] = {}  # files that `keep_open` opened
+        self._unkept: str | None = None  # the open file of which there is no local copy
 
     def keep_open(self, names: Sequence[str]) -> None:
-        """Open these files now, and keep them open: an open file outlives its name."""
-        self._held = {name: open_source(self._folder, f"{self._place}/{name}") for name in names}
+        """Open these files now, and keep them open: an open file outlives its name.
+
+        Of a remote folder, those for whose local copies there is no room are only looked for.
+        """
+        places = [f"{self._place}/{name}" for name in names]
+        opened = self._folder.each(self._folder.open_pinned, places)
+        self._held = {name: file for name, file in zip(names, opened, strict=True) if file is not None}
+        if missing := len(names) - len(self._held):
+            log_remark(
+                f"{self._folder}/{self._place}: there is no room for local copies of {missing} of "
+                f"{len(names)} files, so these are read from the store again and again. "
+                "DPO_CACHE_PARTS_GB is the limit."
+            )
 
     def open(self, name: str) -> ParquetReader:
         """The file, open; its bytes hash to its name."""
         if name not in self._open:
+            if self._unkept is not None and self._unkept in self._open:
+                self._open.pop(self._unkept).close()
             self._open[name] = self._open_file(name)
-            if len(self._open) > MOST_OPEN and not self._held:
-                self._open.popitem(last=False)[1].close()
+            closable = [other for other in self._open if other not in self._held]
+            if len(closable) > MOST_OPEN:
+                self._open.pop(closable[0]).close()
         self._open.move_to_end(name)
         return self._open[name]
 
     def _open_file(self, name: str) -> ParquetReader:
         place = f"{self._place}/{name}"
         if name in self._held:
-            return open_verified(self._folder, place, self._schema, self._held[name])
+            return open_verified(self._folder, place, self._schema, _native(self._held[name]))
         # as before, if its footer is: the pages that this leads to have checksums of their own
         if name in self._hashed:
             reader = open_unverified(self._folder, place, self._schema)
@@ -169,12 +197,17 @@ class ParquetReaders:
             reader.close()
         reader = open_verified(self._folder, place, self._schema)
         self._hashed[name] = reader.footer.digest
+        self._unkept = None if self._folder.keeps(place) else name
         return reader
 
 
-def open_unverified(folder: Folder, name: str, schema: pa.Schema) -> ParquetReader:
-    """A file of the cache whose bytes are not hashed: for its keys and its footer, or for comparing."""
-    return ParquetReader(open_source(folder, name), schema, f"{folder}/{name}")
+def open_unverified(folder: Folder, name: str, schema: pa.Schema, *, is_brief: bool = False) -> ParquetReader:
+    """A file of the cache whose bytes are not hashed: for its keys, or for comparing; with `is_brief` only
+    for its footer. Of a remote file, only the columns are read that are needed.
+    """
+    source = folder.open_ranges(name, is_brief=is_brief)
+    load = source.load if isinstance(source, RangeFile) else None
+    return ParquetReader(_native(source), schema, f"{folder}/{name}", load)
 
 
 def open_verified(
@@ -185,7 +218,7 @@ def open_verified(
     The same open file is hashed and then read.
     """
     place = f"{folder}/{name}"
-    source = source or open_source(folder, name)
+    source = source or _native(folder.open_parquet(name))
     with storage_errors("read", place):
         num_bytes = source.size()
         if num_bytes > FILE_BYTES:
@@ -197,9 +230,8 @@ def open_verified(
     return ParquetReader(source, schema, place)
 
 
-def open_source(folder: Folder, name: str) -> pa.NativeFile:
+def _native(source: Any) -> pa.NativeFile:
     """The open file, which closes with its last reader."""
-    source = folder.open_parquet(name)
     return source if isinstance(source, pa.NativeFile) else pa.PythonFile(source, "r")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -161,7 +161,7 @@ def count_rows(folder: Folder, shard: str) -> tuple[int, int]:
     damaged.
     """
     values = SHARD_SCHEMA.get_field_index("token_logps")
-    with open_unverified(folder, shard, SHARD_SCHEMA) as reader:
+    with open_unverified(folder, shard, SHARD_SCHEMA, is_brief=True) as reader:
         footer = reader.footer
         return footer.num_rows, sum(chunks[values].num_values for chunks in footer.chunks)
 
@@ -181,7 +181,7 @@ def _read_reference(
 ) -> ReferenceEntry:
     damage: list[str] = []
     document = _noting(damage, read_reference, folder, reference_id) or {}
-    counts = [count for name in shards if (count := _noting(damage, count_rows, folder, name))]
+    counts = _noting_each(folder, damage, count_rows, [(folder, name) for name in shards])
     identity, provenance = document.get("identity", {}), document.get("provenance", {})
     return ReferenceEntry(
         id=reference_id,
@@ -203,8 +203,8 @@ def _read_pair_set(folder: Folder, name: str, parts: list[str], files: dict[str,
     damage: list[str] = []
     manifest = _noting(damage, read_manifest, folder, f"pairs/{name}") or {}
     named = part_files(manifest) if manifest else {}
-    for file, part in named.items():
-        _noting(damage, _check_part, folder, file, part["rows"], files)
+    calls = [(folder, file, part["rows"], files) for file, part in named.items()]
+    _noting_each(folder, damage, _check_part, calls)
     held = set(parts) & named.keys() if manifest else set(parts)
     source = manifest.get("source", {})
     return PairSetEntry(
@@ -228,7 +228,7 @@ def _text(value: object) -> str | None:
 def _check_part(folder: Folder, file: str, num_rows: int, files: dict[str, int]) -> None:
     if file not in files:
         raise CorruptShardError(f"{folder}/{file}: missing, though the manifest names it")
-    with open_unverified(folder, file, PAIR_SCHEMA) as reader:
+    with open_unverified(folder, file, PAIR_SCHEMA, is_brief=True) as reader:
         found = reader.footer.num_rows
     if found != num_rows:
         raise CorruptShardError(f"{folder}/{file}: the manifest promises {num_rows} pairs, found {found}")
@@ -241,3 +241,22 @@ def _noting(damage: list[str], read: Callable[..., Result], *arguments: Any) -> 
     except CacheError as error:
         damage.append(first_line(error))
         return None
+
+
+def _noting_each(
+    folder: Folder, damage: list[str], read: Callable[..., Result], calls: Sequence[tuple[Any, ...]]
+) -> list[Result]:
+    """The results of calls with these arguments, several at once in an object store; those that raise
+    `CacheError` are left out, and the damage gets its first line.
+    """
+
+    def attempt(arguments: tuple[Any, ...]) -> tuple[Result | None, list[str]]:
+        problems: list[str] = []
+        return _noting(problems, read, *arguments), problems
+
+    results = []
+    for result, problems in folder.each(attempt, calls):
+        damage += problems
+        if result is not None:
+            results.append(result)
+    return results

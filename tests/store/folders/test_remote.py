@@ -384,7 +384,7 @@ def test_a_file_damaged_in_the_store_is_told_and_not_kept(s3: Proxy, tmp_path: P
     folder.filesystem.pipe_file(f"bucket/cache/{name}", flip(content, 17))
     with pytest.raises(CorruptShardError, match="do not hash to its name"):
         folder.open_parquet(name)
-    assert not any(folder._parts.folder.iterdir())
+    assert not any(folder.parts._copies.folder.iterdir())
     assert folder.read(name) == flip(content, 17), (
         "what is read is what the store has, so that verify sees it"
     )
