@@ -202,13 +202,16 @@ def import_pairs(
     max_length: int | None = None,
     truncation: Literal["keep-start", "keep-end", "prompt-left", "drop"] = 'keep-start',
     max_prompt_length: int | None = None,
+    overwrite: bool = False,
     reference: str,
     log: Log | None = None,
 ) -> ImportReport:
     """Enter pairs whose reference log-probs were computed elsewhere, under a reference of this name.
 
-    Every row is read and checked before anything is written. `log` gets each remark (default: the logger
-    `dpo_cache`); the report lists them, too. Raises `DpoCacheError`: `DataError` names each unusable row.
+    Every row is read and checked before anything is written. A pair set of that name is replaced if it was
+    imported from the same source under the same name; another one only with `overwrite`.
+    `log` gets each remark (default: the logger `dpo_cache`); the report lists them, too. Raises
+    `DpoCacheError`: `DataError` names each unusable row.
     """
 
 def merge(
@@ -251,6 +254,7 @@ def precompute(
     truncation: Literal["keep-start", "keep-end", "prompt-left", "drop"] = 'keep-start',
     max_prompt_length: int | None = None,
     budget_tokens: int | str = 'auto',
+    overwrite: bool = False,
     dry_run: bool = False,
     attention: Literal["auto", "forest", "rows"] = 'auto',
     audit: int | str = 'auto',

@@ -3,8 +3,9 @@
 read and check every row -> name the reference by the values -> publish pairs
 
 The reference's identity is `{"imported": NAME, "dtype": DTYPE or null, "values": sha256}`. The digest is over
-row, completion keys and sums of all pairs: two imports under one name are one reference only if they are the
-same import. Such a reference has no scores folder: its values are only in its pair sets.
+row, completion keys, sums and, where there are any, log-probs of the tokens of all pairs: two imports under
+one name are one reference only if they are the same import. Such a reference has no scores folder: its values
+are only in its pair sets.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ from dpo_cache.options.keywords import keywords_of, make_options
 from dpo_cache.progress import bars_hidden
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store.cache import check_name
-from dpo_cache.store.format.documents import Document
+from dpo_cache.store.format.differing_fields import differing_fields
+from dpo_cache.store.format.documents import Document, digest_json
+from dpo_cache.store.replacing import (
+    check_replaceable,
+    differing_settings,
+    has_same_pairs,
+    renewed_manifest,
+)
 from dpo_cache.types import Pair, ScoredPair
 
 BATCH_PAIRS = 2048
@@ -83,33 +91,41 @@ def import_pairs(
 ) -> ImportReport:
     """Enter pairs whose reference log-probs were computed elsewhere, under a reference of this name.
 
-    Every row is read and checked before anything is written. `log` gets each remark (default: the logger
-    `dpo_cache`); the report lists them, too. Raises `DpoCacheError`: `DataError` names each unusable row.
+    Every row is read and checked before anything is written. A pair set of that name is replaced if it was
+    imported from the same source under the same name; another one only with `overwrite`.
+    `log` gets each remark (default: the logger `dpo_cache`); the report lists them, too. Raises
+    `DpoCacheError`: `DataError` names each unusable row.
     """
     given = {"cache": cache, "dataset": dataset, "reference": reference, **options}
     chosen, log = make_options(ImportOptions, given, log), log or log_remark
     name = check_name(chosen.name or data.dataset_name(chosen.dataset))
     opened = open_cache(chosen.cache, create=True)
     splits = open_splits(chosen, name)
-    values, vocab_size = ImportedValues(), _vocab_size(chosen)
+    opened.check_writable(f"pairs/{split.survey.pair_set}/manifest.json" for split in splits)
+    values = ImportedValues(has_token_logps=splits[0].rows.has_token_logps)
+    vocab_size = _vocab_size(chosen)
     for split in splits:
         _check_rows(split, values, vocab_size)
     for remark in _remarks(chosen, splits, values):
         log(remark)
     dtype = None if chosen.dtype == "unknown" else chosen.dtype
     identity = {"imported": chosen.reference, "dtype": dtype, "values": values.hexdigest()}
+    described = [_describe_split(chosen, split, name, digest_json(identity)) for split in splits]
+    for details in described:
+        check_replaceable(opened, details, identity, overwrite=chosen.overwrite)
     report = ImportReport(
         cache=str(opened),
-        reference=opened.publish_reference(identity, _provenance(chosen)),
+        reference=_publish_reference(opened, identity, _provenance(chosen), log),
         format=", ".join(sorted({split.rows.data_format for split in splits})),
         has_token_logps=splits[0].rows.has_token_logps,
         start_from=_absolute(chosen.model),
     )
     report.mean_logps, report.mean_token_logps = values.means()
-    for split in splits:
-        details = _describe_split(chosen, split, name, report.reference)
+    for split, details in zip(splits, described, strict=True):
         report.bytes_written += _publish(opened, split, details, log)
         report.add(split.survey)
+    # again: others may have removed the entry before a manifest named it
+    opened.publish_reference(identity, _provenance(chosen))
     return report
 
 
@@ -168,14 +184,32 @@ def _remarks(options: ImportOptions, splits: list[Split], values: ImportedValues
         yield "no `model`: training cannot start from the reference by default, and needs `model` itself."
 
 
+def _publish_reference(cache: Cache, identity: Document, provenance: Document, log: Log) -> str:
+    """Publish the reference's entry; also if it is here, but with another model than is named now."""
+    reference_id = cache.publish_reference(identity, provenance)
+    before = cache.read_reference(reference_id)["provenance"]
+    places = [{name: origin.get(name) for name in ("model", "tokenizer")} for origin in (before, provenance)]
+    if provenance["model"] is not None and places[0] != places[1]:
+        cache.replace_provenance(reference_id, provenance)
+        log(f"reference {reference_id[:12]} has another origin now: {'; '.join(differing_fields(*places))}.")
+    return reference_id
+
+
 def _publish(cache: Cache, split: Split, details: Document, log: Log) -> int:
-    """Publish the split's pairs, unless the cache has this pair set already. Returns the bytes written."""
+    """Publish the split's pairs. If the cache has them already, publish only settings that differ. Returns
+    the bytes written.
+    """
     pair_set = split.survey.pair_set
     if cache.holds_pairs(pair_set):  # by its name: a listing may lag behind
         old = cache.pairs(pair_set)
-        same = all(old.manifest.get(name) == details[name] for name in ("reference", "pairs_digest"))
-        if same and old.is_complete():
-            return 0
+        if has_same_pairs(old, details) and old.is_complete():
+            differing = differing_settings(old, details)
+            if not differing:
+                return 0
+            log(f"pair set {pair_set} has the same pairs, with other settings now: {'; '.join(differing)}.")
+            written = cache.publish_manifest(renewed_manifest(old, details))
+            if old.is_complete():  # else others removed them before this manifest was published
+                return written
         log(
             f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}."
         )

@@ -23,8 +23,10 @@ ROWS_SHOWN = 3
 class ImportedValues:
     """Keys, lengths and sums of every completion imported: 40 bytes each."""
 
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256(b"dpo-cache imported values/1")
+    def __init__(self, *, has_token_logps: bool) -> None:
+        self._has_token_logps = has_token_logps
+        version = b"2" if has_token_logps else b"1"
+        self._digest = hashlib.sha256(b"dpo-cache imported values/" + version)
         self._keys = bytearray()
         self._rows, self._lengths, self._sums = array("q"), array("q"), array("d")
 
@@ -36,9 +38,14 @@ class ImportedValues:
         self._lengths.extend([pair.chosen.num_tokens, pair.rejected.num_tokens])
         self._sums.extend(sums)
         self._digest.update(struct.pack("<q", pair.row) + b"".join(keys) + struct.pack("<dd", *sums))
+        if self._has_token_logps:
+            for score in scores:
+                self._digest.update(score.token_logps.astype("<f4").tobytes())
 
     def hexdigest(self) -> str:
-        """Sha256 over row number, completion keys and sums of all pairs."""
+        """Sha256 over row number, completion keys, sums and log-probs of the tokens, if there are any, of all
+        pairs.
+        """
         return self._digest.hexdigest()
 
     def means(self) -> tuple[float, float]:

@@ -122,6 +122,12 @@ class ImportOptions(Options):
     max_prompt_length: int | None = option(
         None, "Tokens a prompt kept under prompt-left. Default: half of --max-length."
     )
+    overwrite: bool = option(
+        False,
+        "Replace a pair set of that name that was made from another source or by another reference.",
+        flag="--overwrite",
+        old=("replace",),
+    )
 
     def check(self) -> None:
         check_prompt_length(self.max_prompt_length, self.truncation, self.max_length or 1024)

@@ -89,6 +89,12 @@ class PrecomputeOptions(Options):
         None, "Tokens a prompt keeps under prompt-left. Default: half of --max-length."
     )
     budget_tokens: str = option("auto", "Tokens run through the model at once: auto or a number.")
+    overwrite: bool = option(
+        False,
+        "Replace a pair set of that name that was made from another source or by another reference.",
+        flag="--overwrite",
+        old=("replace",),
+    )
     dry_run: bool = option(
         False,
         "Survey the data and report what would be scored; load no model, write nothing.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import datetime, timezone
 
 import numpy as np
@@ -16,9 +17,30 @@ from dpo_cache.precomputing.reference import Reference, Target
 from dpo_cache.precomputing.windows import SplitPlan
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.differing_fields import differing_fields
-from dpo_cache.store.format.documents import Document
+from dpo_cache.store.format.documents import Document, digest_json
+from dpo_cache.store.replacing import (
+    check_replaceable,
+    differing_reference,
+    differing_settings,
+    has_same_pairs,
+    renewed_manifest,
+)
 from dpo_cache.store.upkeep.run_record import RunRecord
 from dpo_cache.types import ScoredPair
+
+
+def check_names(
+    inputs: Inputs, splits: Sequence[SplitPlan], name: str, target: Target, *, are_planned: bool
+) -> None:
+    """Raise `CacheError` for a pair set of that name that may not be replaced; see `check_replaceable`.
+
+    Before the splits are planned, their pairs are not known, and another source counts as other pairs.
+    """
+    for split in splits:
+        details = describe_split(inputs, split, name, target.reference, {}, None)
+        if not are_planned:
+            del details["pairs_digest"]
+        _check_replaceable(target, details, overwrite=inputs.options.overwrite)
 
 
 def publish_pair_set(
@@ -28,11 +50,15 @@ def publish_pair_set(
     details: Document,
     record: RunRecord,
     log: Log,
+    *,
+    overwrite: bool,
 ) -> int:
-    """Publish the split's pairs with their scores, unless the cache has this pair set already.
+    """Publish the split's pairs with their scores. If the cache has them already, publish only settings that
+    differ.
 
     `details` are the manifest's, see `describe_split`; the `record` is written first. Returns the bytes
-    written.
+    written. Raises `CacheError` if another run has published another pair set of that name meanwhile, unless
+    `overwrite`.
     """
     cache, reference = target.cache, target.reference
     # the entry may be missing: `verify --repair` moves damaged ones aside
@@ -40,9 +66,11 @@ def publish_pair_set(
     pair_set = split.survey.pair_set
     if cache.holds_pairs(pair_set):
         old = cache.pairs(pair_set)
-        same = all(old.manifest.get(name) == details[name] for name in ("reference", "pairs_digest"))
-        if same and old.is_complete():
-            return 0
+        _check_replaceable(target, details, overwrite=overwrite)
+        if has_same_pairs(old, details) and old.is_complete():
+            written = _renew_settings(cache, old, details, record, log)
+            if old.is_complete():  # else others removed them before this manifest was published
+                return written
         log(
             f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference "
             f"{old.reference_id[:12]}{_describe_change(cache, old, reference, details)}."
@@ -55,6 +83,8 @@ def publish_pair_set(
         writer.add([ScoredPair(*entry) for entry in zip(pairs, chosen, rejected, strict=True)])
     record.add_pair_set(pair_set, details)
     writer.finish(details)
+    # again: others may have removed the entry before the manifest named it
+    cache.publish_reference(reference.identity, reference.provenance)
     return writer.bytes_written
 
 
@@ -110,11 +140,31 @@ def absolute(location: str) -> str:
     return os.path.abspath(location) if os.path.exists(location) else location
 
 
+def _check_replaceable(target: Target, details: Document, *, overwrite: bool) -> None:
+    cache, reference = target.cache, target.reference
+    name = f"{details['name']}/{details['split']}"
+    former_id = None
+    if reference.former is not None and not overwrite and cache.holds_pairs(name):
+        is_other = cache.pairs(name).reference_id != reference.id
+        former_id = digest_json(reference.former()) if is_other else None
+    check_replaceable(cache, details, reference.identity, overwrite=overwrite, former_id=former_id)
+
+
+def _renew_settings(cache: Cache, old: PairSet, details: Document, record: RunRecord, log: Log) -> int:
+    """Publish the details with the parts that are there, if a setting differs. Returns the bytes written."""
+    differing = differing_settings(old, details)
+    if not differing:
+        return 0
+    log(f"pair set {old.name} has the same pairs, with other settings now: {'; '.join(differing)}.")
+    record.add_pair_set(old.name, details)
+    return cache.publish_manifest(renewed_manifest(old, details))
+
+
 def _describe_change(cache: Cache, old: PairSet, reference: Reference, details: Document) -> str:
     """The fields of the identities that differ; under one reference, those of the tokenization."""
-    if old.reference_id != reference.id:
-        before, now = cache.read_reference(old.reference_id)["identity"], reference.identity
-    else:
-        before, now = old.manifest.get("tokenization", {}), details["tokenization"]
-    differing = differing_fields(before, now)
+    differing = (
+        differing_reference(cache, old.reference_id, reference.identity)
+        if old.reference_id != reference.id
+        else differing_fields(old.manifest.get("tokenization", {}), details["tokenization"])
+    )
     return f"; before and now differ in {'; '.join(differing)}" if differing else ""

@@ -35,6 +35,7 @@ from dpo_cache.precomputing.inputs import (
 )
 from dpo_cache.precomputing.pair_sets import (
     absolute,
+    check_names,
     describe_split,
     describe_tokenization,
     publish_pair_set,
@@ -158,10 +159,12 @@ def _run(
         cache.check_writable([f"{folder}/run", f"{folder}/scores/shard", *pair_sets])
 
     streams = options.streaming or any(isinstance(split.rows, IterableDataset) for split in splits)
-    if options.dry_run or not streams:  # all rows are tokenized, checked and planned before the first score
+    is_planned = options.dry_run or not streams
+    if is_planned:  # all rows are tokenized, checked and planned before the first score
         for split in splits:
             list(plan(split))
         check_disk(cache, report.data_tokens)
+    check_names(inputs, splits, name, target, are_planned=is_planned)
     if not options.dry_run:
         cache.check_writable()
         tokenization = describe_tokenization(inputs, tokenizer, tokenizer_location)
@@ -180,7 +183,9 @@ def _run(
                     score_unit(unit, runner, meter.publish, meter.watch(unit, split.survey.pair_set))
                 totals = audit.totals if audit else None
                 details = describe_split(inputs, split, name, reference, tokenization, totals)
-                report.bytes_written += publish_pair_set(split, target, truncation, details, record, log)
+                report.bytes_written += publish_pair_set(
+                    split, target, truncation, details, record, log, overwrite=options.overwrite
+                )
             if audit:
                 report.add_audit(audit.totals)
         report.start_from = _start_from(target)

@@ -105,6 +105,11 @@ class Cache:
             self.read_reference(reference_id)  # raises where it is damaged
         return reference_id
 
+    def replace_provenance(self, reference_id: str, provenance: Document) -> None:
+        """Publish the entry of a reference that is here with other details of where it came from."""
+        document = {**self.read_reference(reference_id), "provenance": provenance}
+        self.folder.publish(f"references/{reference_id}/reference.json", seal_document(document))
+
     def scores(self, reference_id: str) -> ScoreIndex:
         """The scores of a reference; empty for one that is not here."""
         return ScoreIndex(self.folder, f"references/{reference_id}/scores")
@@ -172,6 +177,12 @@ class Cache:
         parts = name.split("/")
         is_allowed = len(parts) == 2 and all(map(NAME_PATTERN.fullmatch, parts))
         return is_allowed and self.folder.exists(f"pairs/{name}/manifest.json")
+
+    def publish_manifest(self, manifest: Document) -> int:
+        """Publish the manifest of a pair set whose parts are here; returns its size in bytes."""
+        content = seal_document(manifest)
+        self.folder.publish(f"pairs/{manifest['name']}/{manifest['split']}/manifest.json", content)
+        return len(content)
 
     def write_pairs(self, name: str, split: str) -> PairSetWriter:
         """A writer for the pair set `name/split`; it replaces one of that name when it finishes."""

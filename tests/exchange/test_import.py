@@ -1,13 +1,17 @@
+import hashlib
 import json
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import dpo_cache
-from dpo_cache.errors import CorruptShardError, DataError, ModelError, OptionError
+from dpo_cache.errors import CacheError, CorruptShardError, DataError, ModelError, OptionError
 from dpo_cache.exchange import export_pairs, import_pairs
+from dpo_cache.store import completion_key
 from dpo_cache.store.format.documents import seal_document
 from dpo_cache.store.upkeep.contents import read_contents
 from dpo_cache.store.upkeep.verify import verify_cache
@@ -276,8 +280,8 @@ def test_the_reference_is_named_by_its_values(tmp_path: Path) -> None:
     assert document["identity"]["imported"] == "elsewhere" and document["identity"]["dtype"] == "bfloat16"
     assert document["provenance"]["imported_from"] == data and document["provenance"]["model"] is None
     others = [
-        bring_in(tmp_path / "cache", data),  # another dtype
-        bring_in(tmp_path / "cache", data, dtype="bfloat16", reference="another"),
+        bring_in(tmp_path / "cache", data, overwrite=True),  # another dtype
+        bring_in(tmp_path / "cache", data, dtype="bfloat16", reference="another", overwrite=True),
         bring_in(
             tmp_path / "cache",
             write_rows(tmp_path / "b.jsonl", id_rows({}, {"ref_chosen_logps": -2.6})),
@@ -296,6 +300,119 @@ def test_replacing_is_reported(tmp_path: Path) -> None:
     assert any(
         text.startswith("pair set a/train is replaced: it held 2 pairs of reference ") for text in remarks
     )
+
+
+def test_another_pair_set_of_that_name_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
+    mine = write_rows(tmp_path / "mine.jsonl", id_rows({}, {}))
+    other = write_rows(tmp_path / "other.jsonl", id_rows({}, {"ref_chosen_logps": -2.6}, {}))
+    bring_in(tmp_path / "cache", mine, name="demo", dtype="float32")
+    before = pairs_of(tmp_path / "cache", "demo").manifest
+    for path, options, lines in (
+        (other, {"dtype": "float32"}, f"  source: {mine} and {other}\n"),
+        (mine, {"dtype": "float32", "reference": "another"}, "  imported: elsewhere and another\n"),
+        (mine, {"dtype": "bfloat16"}, "  dtype: float32 and bfloat16\n"),
+        (other, {}, f"  source: {mine} and {other}\n  dtype: float32 and none\n"),
+    ):
+        with pytest.raises(CacheError) as caught:
+            bring_in(tmp_path / "cache", path, name="demo", **options)
+        assert str(caught.value) == (
+            f"{tmp_path}/cache: there is another pair set demo/train, of 2 pairs; it and the new one differ in\n"
+            f"{lines}Give the new one another `name`, or replace the other one with `overwrite`."
+        )
+        assert pairs_of(tmp_path / "cache", "demo").manifest == before
+        assert len(dpo_cache.open_cache(tmp_path / "cache").references()) == 1
+    report = bring_in(tmp_path / "cache", other, name="demo", overwrite=True)
+    assert len(pairs_of(tmp_path / "cache", "demo")) == 3
+    assert any("pair set demo/train is replaced: it held 2 pairs" in remark for remark in report.remarks)
+
+
+def test_corrected_and_added_values_per_token_are_imported(tmp_path: Path) -> None:
+    """The sums stay the same: other values per token are another reference all the same."""
+    data = tmp_path / "tokens.jsonl"
+    swapped = {**TOKENS, "ref_chosen_token_logps": [-1.5, -1.0]}
+    references = []
+    for rows in (id_rows({}, {}), id_rows(TOKENS, TOKENS), id_rows(TOKENS, swapped), id_rows(TOKENS, TOKENS)):
+        report = bring_in(tmp_path / "cache", write_rows(data, rows))
+        references.append(report.reference)
+        stored = [scored.ref_chosen.token_logps.tolist() for scored in pairs_of(tmp_path / "cache", "tokens")]
+        assert stored == [row.get("ref_chosen_token_logps", []) for row in rows]
+        assert pairs_of(tmp_path / "cache", "tokens").has_token_logps == ("ref_chosen_token_logps" in rows[0])
+        assert report.bytes_written > 0
+        assert verify_cache(tmp_path / "cache").is_whole
+    assert len(set(references)) == 3 and references[1] == references[3]
+    assert bring_in(tmp_path / "cache", data).bytes_written == 0
+
+
+def test_the_smallest_change_of_a_value_per_token_is_another_reference(tmp_path: Path) -> None:
+    data = tmp_path / "tokens.jsonl"
+    first = bring_in(tmp_path / "cache", write_rows(data, id_rows(TOKENS)))
+    # golden: an imported reference with values per token keeps its id
+    assert first.reference == "814fd2264257b513048c0f449a30f89f73587fa64b188d829da8cfee08a4d701"
+    (scored,) = pairs_of(tmp_path / "cache", "tokens")  # the digest as docs/format.md describes it
+    keys = completion_key(scored.pair.chosen) + completion_key(scored.pair.rejected)
+    content = b"dpo-cache imported values/2" + struct.pack("<q", 0) + keys
+    content += struct.pack("<dd", -2.5, -1.0) + struct.pack("<fff", -1.0, -1.5, -1.0)
+    identity = dpo_cache.open_cache(tmp_path / "cache").read_reference(first.reference)["identity"]
+    assert identity["values"] == hashlib.sha256(content).hexdigest()
+    near = {**TOKENS, "ref_rejected_token_logps": [float(np.nextafter(np.float32(-1), np.float32(0)))]}
+    assert bring_in(tmp_path / "cache", write_rows(data, id_rows(near))).reference != first.reference
+
+
+def test_other_settings_of_the_same_pairs_are_written(tmp_path: Path, model_folder: str) -> None:
+    data = write_rows(tmp_path / "a.jsonl", id_rows(TOKENS, TOKENS))
+    first = bring_in(tmp_path / "cache", data, name="demo")
+    place = tmp_path / "cache/pairs/demo/train"
+    parts = {path.name for path in place.glob("*.parquet")}
+    moved = write_rows(tmp_path / "moved.jsonl", id_rows(TOKENS, TOKENS))
+    remarks: list[str] = []
+    report = bring_in(
+        tmp_path / "cache",
+        moved,
+        remarks,
+        name="demo",
+        max_length=50,
+        truncation="drop",
+        tokenizer=model_folder,
+    )
+    assert report.reference == first.reference and {path.name for path in place.glob("*.parquet")} == parts
+    manifest = pairs_of(tmp_path / "cache", "demo").manifest
+    tokenization = manifest["tokenization"]
+    assert (tokenization["max_length"], tokenization["truncation"]) == (50, "drop")
+    assert (tokenization["tokenizer"], manifest["source"]["dataset"]) == (model_folder, moved)
+    assert any(
+        remark.startswith("pair set demo/train has the same pairs, with other settings now: ")
+        and "tokenization.max_length: 5 and 50" in remark
+        for remark in remarks
+    )
+    assert report.bytes_written > 0 and verify_cache(tmp_path / "cache").is_whole
+
+
+def test_a_model_that_is_named_later_is_where_training_starts(tmp_path: Path, model_folder: str) -> None:
+    data = write_rows(tmp_path / "a.jsonl", id_rows({}))
+    cache = dpo_cache.open_cache(tmp_path / "cache", create=True)
+    remarks: list[str] = []
+    reference = bring_in(tmp_path / "cache", data).reference
+    assert bring_in(tmp_path / "cache", data, remarks, model=model_folder).reference == reference
+    assert cache.read_reference(reference)["provenance"]["model"] == model_folder
+    assert any(
+        remark
+        == f"reference {reference[:12]} has another origin now: model: none and {_short(model_folder)}; "
+        f"tokenizer: none and {_short(model_folder)}."
+        for remark in remarks
+    )
+    bring_in(tmp_path / "cache", data)  # one that is not named is not forgotten
+    assert cache.read_reference(reference)["provenance"]["model"] == model_folder
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def test_a_name_without_letters_is_needed(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "日本.jsonl", id_rows({}))
+    with pytest.raises(OptionError, match="Give the pair set a `name`"):
+        bring_in(tmp_path / "cache", data)
+    assert bring_in(tmp_path / "cache", data, name="japan").pair_sets == ["japan/train"]
 
 
 def test_splits_share_one_reference(tmp_path: Path) -> None:

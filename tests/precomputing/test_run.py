@@ -1,15 +1,17 @@
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 import dpo_cache
 from dpo_cache import data
 from dpo_cache.data import Survey
-from dpo_cache.errors import DataError, ModelError, OptionError, StorageError
+from dpo_cache.errors import CacheError, DataError, ModelError, OptionError, StorageError
 from dpo_cache.lm import runner
 from dpo_cache.lm.progress import ScoringProgress
 from dpo_cache.store import Cache, completion_key
@@ -162,6 +164,116 @@ def test_a_pair_set_of_another_make_is_replaced_and_that_is_reported(
     dpo_cache.precompute(model_folder, data_file, cache, limit=5, log=remarks.append)
     assert len(dpo_cache.open_cache(cache).pairs("pairs")) == 5
     assert any("pair set pairs/train is replaced: it held 12 pairs" in remark for remark in remarks)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_another_pair_set_of_that_name_is_refused_before_the_model_is_loaded(
+    model_folder: str, tmp_path: Path, cache: str, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = (
+        write_rows(tmp_path / f"{name}.jsonl", chat_rows(6, seed)) for seed, name in enumerate("ab")
+    )
+    dpo_cache.precompute(model_folder, mine, cache, name="demo")
+    before = dpo_cache.open_cache(cache).pairs("demo").manifest
+    with monkeypatch.context() as patch:
+        refuse_models(patch)
+        for dataset, options, lines in (
+            (other, {}, f"  source: {mine} and {other}\n"),
+            (mine, {"dtype": "bfloat16"}, "  dtype: float32 and bfloat16\n"),
+            (
+                other,
+                {"dtype": "bfloat16", "dry_run": True},
+                f"  source: {mine} and {other}\n  dtype: float32 and bfloat16\n",
+            ),
+        ):
+            with pytest.raises(CacheError) as caught:
+                dpo_cache.precompute(
+                    model_folder, dataset, cache, name="demo", streaming=streaming, **options
+                )
+            assert str(caught.value) == (
+                f"{cache}: there is another pair set demo/train, of 6 pairs; it and the new one differ in\n"
+                f"{lines}Give the new one another `name`, or replace the other one with `overwrite`."
+            )
+    opened = dpo_cache.open_cache(cache)
+    assert opened.pairs("demo").manifest == before and opened.pair_sets() == ["demo/train"]
+    report = dpo_cache.precompute(
+        model_folder, other, cache, name="demo", streaming=streaming, overwrite=True
+    )
+    assert any("pair set demo/train is replaced: it held 6 pairs" in remark for remark in report.remarks)
+    assert opened.pairs("demo").manifest["source"]["dataset"] == other
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_same_source_with_other_rows_or_settings_needs_no_overwrite(
+    model_folder: str, tmp_path: Path, cache: str, streaming: bool
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    for rows, options in (
+        (chat_rows(4), {}),
+        (chat_rows(6), {}),
+        (chat_rows(6), {"max_length": 40}),
+        (chat_rows(3, seed=1), {}),
+    ):
+        write_rows(path, rows)
+        dpo_cache.precompute(model_folder, path, cache, streaming=streaming, audit="off", **options)
+        assert len(dpo_cache.open_cache(cache).pairs("pairs")) == len(rows)
+    (tmp_path / "link.jsonl").symlink_to(path)  # another name of the same file
+    write_rows(path, chat_rows(5))
+    dpo_cache.precompute(model_folder, tmp_path / "link.jsonl", cache, name="pairs", streaming=streaming)
+    assert len(dpo_cache.open_cache(cache).pairs("pairs")) == 5
+
+
+def test_rows_in_memory_are_another_source_than_a_file(model_folder: str, data_file: str, cache: str) -> None:
+    for rows in (chat_rows(4), Dataset.from_list(chat_rows(5))):
+        dpo_cache.precompute(model_folder, rows, cache, name="pairs")
+    with pytest.raises(CacheError, match=f"\n  source: Dataset in memory and {data_file}\n"):
+        dpo_cache.precompute(model_folder, data_file, cache)
+
+
+def test_settings_that_give_the_same_pairs_are_written(
+    model_folder: str, data_file: str, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dpo_cache.precompute(model_folder, data_file, cache)
+    refuse_models(monkeypatch)
+    before = scored(cache)
+    parts = sorted(Path(cache).rglob("*.parquet"))
+    audit = dpo_cache.open_cache(cache).pairs("pairs").manifest["audit"]
+    template = tmp_path / "template.jinja"
+    template.write_text("{# the same ids #}" + make_tokenizer().chat_template)
+    copied = shutil.copy(data_file, tmp_path / "copy.jsonl")
+    for dataset, options, member, expected in (
+        (data_file, {"max_length": 200}, "max_length", 200),
+        (data_file, {"truncation": "keep-end"}, "truncation", "keep-end"),
+        (data_file, {"chat_template": str(template)}, "chat_template", template.read_text()),
+        (copied, {}, "dataset", str(copied)),
+    ):
+        report = dpo_cache.precompute(model_folder, dataset, cache, name="pairs", **options)
+        manifest = dpo_cache.open_cache(cache).pairs("pairs").manifest
+        assert {**manifest["source"], **manifest["tokenization"]}[member] == expected
+        assert manifest["audit"] == audit and report.bytes_written > 0
+        (remark,) = (
+            text for text in report.remarks if "has the same pairs, with other settings now: " in text
+        )
+        assert f"{member}: " in remark
+        assert scored(cache) == before and sorted(Path(cache).rglob("*.parquet")) == parts
+        assert dpo_cache.precompute(model_folder, dataset, cache, name="pairs", **options).bytes_written == 0
+        assert dpo_cache.verify(cache).is_whole
+
+
+def test_a_pair_set_that_another_run_publishes_meanwhile_is_not_replaced(
+    model_folder: str, tmp_path: Path, cache: str
+) -> None:
+    mine, other = (
+        write_rows(tmp_path / f"{name}.jsonl", chat_rows(6, seed)) for seed, name in enumerate("ab")
+    )
+
+    def publish_other(_: ScoringProgress) -> None:
+        if not dpo_cache.open_cache(cache, create=True).pair_sets():
+            dpo_cache.precompute(model_folder, other, cache, name="demo")
+
+    with pytest.raises(CacheError, match=f"\n  source: {other} and {mine}\n"):
+        dpo_cache.precompute(model_folder, mine, cache, name="demo", on_progress=publish_other)
+    assert dpo_cache.precompute(model_folder, mine, cache, name="mine").scored_now == 0
 
 
 def test_dropped_rows_are_counted_by_reason(model_folder: str, tmp_path: Path, cache: str) -> None:

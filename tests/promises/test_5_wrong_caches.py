@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import dpo_cache
-from dpo_cache.errors import ModelError, NewerFormatError, NotInCacheError
+from dpo_cache.errors import CacheError, ModelError, NewerFormatError, NotInCacheError
 from dpo_cache.store import Cache
 from tests.conftest import make_llama, make_tokenizer
 
@@ -128,7 +128,10 @@ def test_a_pair_set_that_is_replaced_says_which_fields_differ(
     cache: Path, data_file: str, tmp_path: Path
 ) -> None:
     remarks: list[str] = []
-    dpo_cache.precompute(save(tmp_path / "other", seed=1), data_file, cache, name="pairs", log=remarks.append)
+    other = save(tmp_path / "other", seed=1)
+    with pytest.raises(CacheError, match="there is another pair set pairs/train, of 12 pairs.*\n  weights: "):
+        dpo_cache.precompute(other, data_file, cache, name="pairs")
+    dpo_cache.precompute(other, data_file, cache, name="pairs", overwrite=True, log=remarks.append)
     (remark,) = (remark for remark in remarks if "is replaced" in remark)
     assert "pair set pairs/train is replaced: it held 12 pairs of reference" in remark
     assert "; before and now differ in weights: " in remark
