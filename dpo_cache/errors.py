@@ -16,7 +16,8 @@
     └── TrainingError          the run cannot start or continue
         └── StepZeroError      the policy that starts as the reference does not repeat its log-probs
 
-Every message names the place, what was expected, what was found, and what to do next.
+Every message names the place, what was expected, what was found, and what to do next. Names from files that
+others made may be in it, so characters that could steer a terminal are escaped in every message.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ from collections.abc import Sequence
 
 class DpoCacheError(Exception):
     """Base of every error that this package raises on purpose."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable_lines(str(message)))
 
 
 class OptionError(DpoCacheError, ValueError):
@@ -101,5 +105,26 @@ def shown_bytes(num_bytes: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error message, or the error's type where the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of another library's error message, or the error's type where the message is empty.
+
+    A line that ends with a colon announces the next one, which is added: `Validation error for field 'n':`.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    end = next((place for place, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: end + 1])
+
+
+def printable(text: object) -> str:
+    """The text on one line, with all that is no visible character escaped, such as `\\x1b` and `\\n`.
+
+    Every name or text that comes from a file passes through here or `printable_lines` on its way to a
+    terminal: escape sequences, line breaks and reversed writing in it have no effect.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text)
+    )
+
+
+def printable_lines(text: str) -> str:
+    """The same of a text of several lines: its line feeds stay."""
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))

@@ -2,6 +2,7 @@
 
 A remark goes to the caller's `log` function, otherwise to the logger `dpo_cache`, which writes nothing unless
 the program configures logging. `progress=True` writes remarks to stderr, and reports list them in `remarks`.
+Characters that could steer a terminal are escaped in every remark.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
 
+from dpo_cache.errors import printable_lines
+
 Log = Callable[[str], None]
 Report = TypeVar("Report")
 
 _logger = logging.getLogger("dpo_cache")
 # without one, Python prints warnings where logging is not configured
 _logger.addHandler(logging.NullHandler())
-log_remark: Log = _logger.warning
+
+
+def log_remark(text: str) -> None:
+    """Log the remark as a warning of the logger `dpo_cache`."""
+    _logger.warning("%s", printable_lines(text))
 
 
 def keeps_remarks(function: Callable[..., Report]) -> Callable[..., Report]:
@@ -30,8 +37,8 @@ def keeps_remarks(function: Callable[..., Report]) -> Callable[..., Report]:
         write = log or log_remark
 
         def note(text: str) -> None:
-            remarks.append(text)
-            write(text)
+            remarks.append(printable_lines(text))
+            write(remarks[-1])
 
         report = function(*args, log=note, **given)
         return replace(report, remarks=remarks)  # type: ignore[type-var]

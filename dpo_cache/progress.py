@@ -16,6 +16,8 @@ from functools import wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dpo_cache.errors import printable, printable_lines, shown_bytes
+
 if TYPE_CHECKING:
     from rich.progress import Progress
     from typing_extensions import Self
@@ -105,13 +107,18 @@ class ProgressLine:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}")
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[detail]}", markup=False),
+            )
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
             self._task = self._bar.add_task(description, detail="")
 
     def update(self, done: float, total: float, detail: str) -> None:
         """Show how far the work is."""
+        detail = printable(detail)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, detail=detail)
         elif not self._is_off and time.monotonic() - self._printed >= QUIET_SECONDS:
@@ -121,7 +128,7 @@ class ProgressLine:
     def remark(self, text: str) -> None:
         """Write a remark that does not tear the bar."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._bar.console.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
         else:
             remark(text)
 
@@ -143,8 +150,8 @@ class ProgressLine:
 
 
 def remark(text: str) -> None:
-    """Write one line to stderr."""
-    sys.stderr.write(f"{text}\n")
+    """Write a remark to stderr."""
+    sys.stderr.write(f"{printable_lines(text)}\n")
     sys.stderr.flush()
 
 
@@ -166,7 +173,7 @@ def show_training(line: ProgressLine, metrics: dict[str, Any]) -> None:
         line.remark(f"eval at step {step}: {describe_metrics(metrics, 'eval/')}")
         return
     left = "" if metrics["left_s"] is None else f"  {format_seconds(metrics['left_s'])} left"
-    pace = f"{metrics['pairs_per_s']:.2f} pairs/s  {format_bytes(metrics['peak_bytes'])}{left}"
+    pace = f"{metrics['pairs_per_s']:.2f} pairs/s  {shown_bytes(metrics['peak_bytes'])}{left}"
     line.update(step, total, f"step {step}/{total}  {describe_metrics(metrics)}  {pace}")
 
 
@@ -193,14 +200,14 @@ def _describe_step(metrics: dict[str, Any], total: int) -> str:
 
 def show_bytes(line: ProgressLine, done: int, total: int) -> None:
     """Show how many bytes were read or copied."""
-    line.update(done, max(total, 1), f"{format_bytes(done)} of {format_bytes(total)}")
+    line.update(done, max(total, 1), f"{shown_bytes(done)} of {shown_bytes(total)}")
 
 
 def show_transfer(line: ProgressLine, progress: Any) -> None:
     """Show a `TransferProgress`."""
     files = f"{progress.num_files:,}/{progress.total_files:,} files"
-    done = f"{format_bytes(progress.num_bytes)} of {format_bytes(progress.total_bytes)}"
-    rate = f"{progress.bytes_per_s / 1e6:.1f} MB/s  {format_seconds(progress.seconds_left)} left"
+    done = f"{shown_bytes(progress.num_bytes)} of {shown_bytes(progress.total_bytes)}"
+    rate = f"{shown_bytes(progress.bytes_per_s)}/s  {format_seconds(progress.seconds_left)} left"
     line.update(progress.num_bytes, max(progress.total_bytes, 1), f"{files}  {done}  {rate}")
 
 
@@ -208,15 +215,6 @@ def describe_metrics(metrics: dict[str, Any], prefix: str = "") -> str:
     """Loss, accuracy and margin of a line of metrics."""
     loss, margin = metrics[f"{prefix}loss"], metrics[f"{prefix}rewards/margins"]
     return f"loss {loss:.4f}  accuracy {metrics[f'{prefix}rewards/accuracies']:.1%}  margin {margin:+.4f}"
-
-
-def format_bytes(num_bytes: float) -> str:
-    """A number of bytes with a unit."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.2f} GB"
 
 
 def format_seconds(seconds: float) -> str:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 TokenIds = np.ndarray  # uint32 [num_tokens]
 
+# Bounds of a token's log-prob in nats; what is outside of them is no log-prob. Logits in half precision reach
+# 65,504, so no model that works gets near the lower one. Rounding takes values above 0, but never by so much.
+LOWEST_LOGP, HIGHEST_LOGP = -1e6, 1.0
+
 # Largest and mean gap in nats per token that rounding explains between two ways to compute one log-prob, by
 # dtype of the forward pass: about ten times the gaps of ten tiny models (docs/measurements.md), as a real
 # model is deeper. A wrong mask gives gaps of whole nats.
@@ -182,3 +186,10 @@ def split_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
         offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)
         rows.extend(values[start:end] for start, end in pairwise(offsets.tolist()))
     return rows
+
+
+def are_logps(values: np.ndarray, num_tokens: np.ndarray | int = 1) -> bool:
+    """Whether all values are log-probs of a token, or sums of those of `num_tokens`: neither NaN nor
+    infinite, and within the bounds above.
+    """
+    return bool(((values >= LOWEST_LOGP * num_tokens) & (values <= HIGHEST_LOGP * num_tokens)).all())

@@ -28,7 +28,7 @@ from dpo_cache.cli import (
     train,
     verify,
 )
-from dpo_cache.cli.output import remark, with_flags
+from dpo_cache.cli.output import print_text, remark
 from dpo_cache.cli.parameters import command_class
 from dpo_cache.cli.process import process_settings
 from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, Unwinding
@@ -66,7 +66,7 @@ def _version(value: bool) -> None:
     if value:
         from dpo_cache import __version__
 
-        print(f"dpo-cache {__version__}")
+        print_text(f"dpo-cache {__version__}")
         raise typer.Exit
 
 
@@ -97,5 +97,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {with_flags(message)}", file=sys.stderr)
+    remark(f"error: {message}")
     sys.exit(code)

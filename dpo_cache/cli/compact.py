@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json
+from dpo_cache.cli.output import (
+    command_line,
+    count,
+    format_bytes,
+    print_columns,
+    print_json,
+    print_text,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import CompactOptions
 
@@ -43,4 +50,4 @@ def compact_command(options: CompactOptions, as_json: bool) -> None:
         if changed
         else "nothing to do, all is compact"
     )
-    print(f"{cache}: {what}. Next: {command_line('ls', str(cache))}")
+    print_text(f"{cache}: {what}. Next: {command_line('ls', str(cache))}")

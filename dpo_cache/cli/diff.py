@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dpo_cache.cli.output import command_line, count, print_json
+from dpo_cache.cli.output import command_line, count, print_json, print_text
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import DiffOptions
 
@@ -42,20 +42,20 @@ def _print_report(report: DiffReport) -> None:
         ("B", report.b, report.references_only_b, report.pair_sets_only_b),
     ):
         for reference_id in references:
-            print(f"only in {name} ({cache}): reference {reference_id[:12]}")
+            print_text(f"only in {name} ({cache}): reference {reference_id[:12]}")
         for pair_set in pair_sets:
-            print(f"only in {name} ({cache}): pair set {pair_set}")
+            print_text(f"only in {name} ({cache}): pair set {pair_set}")
     for reference_id, scores in report.scores.items():
-        print(f"reference {reference_id[:12]}: {_describe(scores)}")
+        print_text(f"reference {reference_id[:12]}: {_describe(scores)}")
     for pair_set, lines in report.pair_sets.items():
-        print(f"pair set {pair_set} differs (A and B):")
+        print_text(f"pair set {pair_set} differs (A and B):")
         for line in lines:
-            print(f"  {line}")
+            print_text(f"  {line}")
     if report.is_equal:
-        print(f"{report.a} and {report.b} hold the same.")
+        print_text(f"{report.a} and {report.b} hold the same.")
     else:
         following = command_line("merge", report.a, report.b, "DEST")
-        print(f"{report.a} and {report.b} differ. Next, for all of both: {following}")
+        print_text(f"{report.a} and {report.b} differ. Next, for all of both: {following}")
 
 
 def _describe(scores: ScoreDifference) -> str:

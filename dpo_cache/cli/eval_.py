@@ -13,6 +13,7 @@ from dpo_cache.cli.output import (
     print_columns,
     print_json,
     print_table,
+    print_text,
     remark,
     show_scoring,
 )
@@ -87,9 +88,9 @@ def _print_report(report: EvalReport) -> None:
     _print_bins(report)
     _print_groups(report)
     if report.output:
-        print(f"One line a pair is in {report.output}.")
+        print_text(f"One line a pair is in {report.output}.")
     else:
-        print("Next, for one line a pair: the same command with --output PAIRS.jsonl")
+        print_text("Next, for one line a pair: the same command with --output PAIRS.jsonl")
 
 
 def _describe(accuracy: Accuracy) -> str:
@@ -107,7 +108,7 @@ def _print_spreads(report: EvalReport) -> None:
             *(f"{value:+.4f}" for value in percentiles),
         )
 
-    print()
+    print_text()
     spreads = {"chosen": report.chosen_reward, "rejected": report.rejected_reward, "margin": report.margin}
     print_columns(
         ("reward", "mean", "deviation", "5%", "25%", "median", "75%", "95%"),
@@ -125,7 +126,7 @@ def _print_bins(report: EvalReport) -> None:
         )
         for entry in report.calibration.bins
     ]
-    print()
+    print_text()
     print_columns(("confidence", "pairs", "predicted", "right"), rows)
 
 
@@ -148,7 +149,7 @@ def _print_groups(report: EvalReport) -> None:
         ("by both answers", report.by_answer_tokens),
         ("by prompt", report.by_prompt_tokens),
     ):
-        print()
+        print_text()
         print_columns(
             (title, "tokens", "pairs", "accuracy", "95% interval", "margin"), [row(entry) for entry in groups]
         )

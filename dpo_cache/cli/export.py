@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import count, format_bytes, print_json, print_table, remark
+from dpo_cache.cli.output import (
+    count,
+    format_bytes,
+    print_json,
+    print_table,
+    print_text,
+    remark,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.exchange import ExportOptions
 
@@ -35,4 +42,4 @@ def export_command(options: ExportOptions, as_json: bool) -> None:
         ("written", format_bytes(report.bytes_written)),
     ]
     print_table(f"{report.pairs}: exported as {report.format}", rows)
-    print(f"The rows are in {report.out}. Next: {READERS[report.format].format(out=report.out)}")
+    print_text(f"The rows are in {report.out}. Next: {READERS[report.format].format(out=report.out)}")

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json
+from dpo_cache.cli.output import (
+    command_line,
+    count,
+    format_bytes,
+    print_columns,
+    print_json,
+    print_text,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import GcOptions
 
@@ -34,8 +41,8 @@ def gc_command(options: GcOptions, as_json: bool) -> None:
     what = f"{count(len(garbage))} file{'' if len(garbage) == 1 else 's'}, {format_bytes(freed)}"
     following = command_line("ls", str(cache))
     if options.yes:
-        print(f"{cache}: {what} removed. Next: {following}")
+        print_text(f"{cache}: {what} removed. Next: {following}")
     elif garbage:
-        print(f"{cache}: {what} could go. Nothing was removed. Next: the same command with --yes")
+        print_text(f"{cache}: {what} could go. Nothing was removed. Next: the same command with --yes")
     else:
-        print(f"{cache}: nothing to drop that is older than {options.grace:g} s. Next: {following}")
+        print_text(f"{cache}: nothing to drop that is older than {options.grace:g} s. Next: {following}")

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dpo_cache.cli.output import count, format_bytes, kept_rows, print_json, print_table, remark, train_line
+from dpo_cache.cli.output import (
+    count,
+    format_bytes,
+    kept_rows,
+    print_json,
+    print_table,
+    print_text,
+    remark,
+    train_line,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.exchange import ImportOptions
 
@@ -45,7 +54,7 @@ def _print_report(report: ImportReport, reference: str) -> None:
         f"({reference})",
         rows,
     )
-    print(f"The pairs are in {report.cache}. Next:")
+    print_text(f"The pairs are in {report.cache}. Next:")
     for name in report.pair_sets:
         model = [] if report.start_from else ["--model", "MODEL"]
-        print(f"  {train_line(report.cache, name, *model)}")
+        print_text(f"  {train_line(report.cache, name, *model)}")

@@ -14,6 +14,7 @@ from dpo_cache.cli.output import (
     print_columns,
     print_json,
     print_table,
+    print_text,
     remark,
     train_line,
 )
@@ -61,7 +62,7 @@ def _print_contents(contents: Contents) -> None:
     ]
     if references:
         print_columns(("reference", "model", "dtype", "completions", "tokens", "size", "shards"), references)
-        print()
+        print_text()
     pair_sets = [
         (
             entry.name,
@@ -75,11 +76,11 @@ def _print_contents(contents: Contents) -> None:
     ]
     if pair_sets:
         print_columns(("pair set", "pairs", "reference", "source", "made", "size"), pair_sets)
-        print()
+        print_text()
     held = f"{_number(contents.references, 'reference')}, {_number(contents.pair_sets, 'pair set')}"
     if other := contents.other:
         held += f", {count(len(other))} other files of {format_bytes(sum(other.values()))}"
-    print(f"{contents.cache} holds {held}: {format_bytes(contents.bytes)}. Next: {_next(contents)}")
+    print_text(f"{contents.cache} holds {held}: {format_bytes(contents.bytes)}. Next: {_next(contents)}")
 
 
 def _model(entry: ReferenceEntry) -> str:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import command_line, count, format_bytes, print_json, print_table
+from dpo_cache.cli.output import (
+    command_line,
+    count,
+    format_bytes,
+    print_json,
+    print_table,
+    print_text,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import MergeOptions
 
@@ -30,4 +37,4 @@ def merge_command(options: MergeOptions, as_json: bool) -> None:
     rows += [("renamed", f"{before} -> {after}") for before, after in report.renamed.items()]
     rows += [("other of that name left out", name) for name in report.kept]
     print_table(f"{report.cache}: merged from {', '.join(options.sources)}", rows)
-    print(f"{report.cache} holds all of them. Next: {command_line('ls', report.cache)}")
+    print_text(f"{report.cache} holds all of them. Next: {command_line('ls', report.cache)}")

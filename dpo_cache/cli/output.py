@@ -11,8 +11,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dpo_cache import progress
+from dpo_cache.errors import printable, printable_lines
+from dpo_cache.errors import shown_bytes as format_bytes
 from dpo_cache.options.base import Options
-from dpo_cache.progress import format_bytes as format_bytes
 from dpo_cache.progress import format_seconds as format_seconds
 from dpo_cache.progress import show_scoring as show_scoring
 
@@ -55,19 +56,24 @@ def _option_names(kind: type[Options] = Options) -> set[str]:
     return names.union(*(_option_names(child) for child in kind.__subclasses__()))  # type: ignore[arg-type]
 
 
+def print_text(text: str = "") -> None:
+    """Print a text, which may hold names from files that others made."""
+    print(printable_lines(text))
+
+
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Two columns, the same on a terminal and in a file."""
-    rows = [(label, printable(value)) for label, value in rows]
+    rows = [(printable(label), printable(value)) for label, value in rows]
     width = max(len(label) for label, _ in rows)
-    print(title)
+    print_text(title)
     for label, value in rows:
-        print(f"  {label:<{width}}  {value}")
+        print_text(f"  {label:<{width}}  {value}")
 
 
 def print_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table, one line a row; columns of numbers and sizes are aligned to the right."""
     for line in format_columns(titles, rows):
-        print(line)
+        print_text(line)
 
 
 def format_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -85,15 +91,9 @@ def format_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list
     return ["  ".join(row).rstrip() for row in cells]
 
 
-def printable(text: str) -> str:
-    """The text with control characters escaped: a name that comes from a file cannot steer the terminal."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
-    )
-
-
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    """Print the value as JSON, in which everything but ASCII is escaped."""
+    print_text(json.dumps(value, indent=2))
 
 
 def command_line(*words: str) -> str:

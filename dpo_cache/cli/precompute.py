@@ -13,6 +13,7 @@ from dpo_cache.cli.output import (
     kept_rows,
     print_json,
     print_table,
+    print_text,
     show_scoring,
     train_line,
 )
@@ -66,7 +67,7 @@ def _print_plan(report: PrecomputeReport) -> None:
         ("tokens to be run", f"{count(report.missing_tokens)} of {count(report.data_tokens)} in the data"),
     ]
     print_table(f"{', '.join(report.pair_sets)}: reference {report.reference[:12]}, a dry run", rows)
-    print("Nothing was scored or written. Next: the same command without --dry-run.")
+    print_text("Nothing was scored or written. Next: the same command without --dry-run.")
 
 
 def _print_survey(survey: Survey) -> None:
@@ -115,10 +116,10 @@ def _print_report(report: PrecomputeReport) -> None:
     is_cached = report.attention is None
     how = "everything was cached, no model was loaded" if is_cached else f"attention: {report.attention}"
     print_table(f"{', '.join(report.pair_sets)}: reference {report.reference[:12]}, {how}", rows)
-    print(f"The pairs are in {report.cache}. Next:")
+    print_text(f"The pairs are in {report.cache}. Next:")
     for name in report.pair_sets:
         model = ["--model", report.start_from] if report.start_from else []
-        print(f"  {train_line(report.cache, name, *model)}")
+        print_text(f"  {train_line(report.cache, name, *model)}")
 
 
 def _audited(report: PrecomputeReport) -> str:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import command_line, print_json, print_transfer, train_line
+from dpo_cache.cli.output import (
+    command_line,
+    print_json,
+    print_text,
+    print_transfer,
+    train_line,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import PullOptions
 
@@ -24,4 +30,4 @@ def pull_command(options: PullOptions, as_json: bool) -> None:
     print_transfer(report)
     cache, pair_sets = report.target, report.pair_sets
     following = train_line(cache, pair_sets[0]) if pair_sets else command_line("ls", cache)
-    print(f"{cache} holds the copy. Next:\n  {following}")
+    print_text(f"{cache} holds the copy. Next:\n  {following}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import command_line, print_json, print_transfer
+from dpo_cache.cli.output import command_line, print_json, print_text, print_transfer
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import PushOptions
 
@@ -23,4 +23,4 @@ def push_command(options: PushOptions, as_json: bool) -> None:
         return
     print_transfer(report)
     following = command_line("pull", report.target, "LOCAL")
-    print(f"{report.target} holds the copy. Next, on another machine:\n  {following}")
+    print_text(f"{report.target} holds the copy. Next, on another machine:\n  {following}")

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json
+from dpo_cache.cli.output import (
+    command_line,
+    count,
+    format_bytes,
+    print_columns,
+    print_json,
+    print_text,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import RmOptions
 
@@ -35,6 +42,6 @@ def rm_command(options: RmOptions, as_json: bool) -> None:
     print_columns(("", "name", "files", "size"), rows)
     what = f"{count(len(removal.files))} files, {format_bytes(freed)}"
     if options.yes:
-        print(f"{cache}: {what} removed. Next: {command_line('ls', str(cache))}")
+        print_text(f"{cache}: {what} removed. Next: {command_line('ls', str(cache))}")
     else:
-        print(f"{cache}: {what} would go. Nothing was removed. Next: the same command with --yes")
+        print_text(f"{cache}: {what} would go. Nothing was removed. Next: the same command with --yes")

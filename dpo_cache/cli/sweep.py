@@ -11,6 +11,7 @@ from dpo_cache.cli.output import (
     format_columns,
     format_seconds,
     print_json,
+    print_text,
     with_flags,
 )
 from dpo_cache.cli.parameters import command
@@ -86,20 +87,22 @@ def _table(report: SweepReport) -> str:
 
 
 def _print_report(report: SweepReport) -> None:
-    print(
+    print_text(
         f"{report.output}: {report.num_finished} of {report.num_runs} runs finished, in "
         f"{format_seconds(report.elapsed_s)}"
     )
-    print(_table(report))
+    print_text(_table(report))
     for note in report.notes:
-        print(with_flags(note))
+        print_text(with_flags(note))
     for row in report.rows:
         if row.error:
-            print(f"{row.name} failed: {row.error}")
-    print(f"The table is in {report.table} and .csv, each run in a folder of its name in {report.output}.")
+            print_text(f"{row.name} failed: {row.error}")
+    print_text(
+        f"The table is in {report.table} and .csv, each run in a folder of its name in {report.output}."
+    )
     best = report.rows[0]
     if not report.finished:
-        print(f"Next: {command_line('sweep', '--resume', report.output)}")
+        print_text(f"Next: {command_line('sweep', '--resume', report.output)}")
     elif best.measured_on == "held out":
         model = f"{report.output}/{best.name}/model"
-        print(f'Next, with the best: AutoModelForCausalLM.from_pretrained("{model}")')
+        print_text(f'Next, with the best: AutoModelForCausalLM.from_pretrained("{model}")')

@@ -16,6 +16,8 @@ from dpo_cache.cli.output import (
     format_seconds,
     print_json,
     print_table,
+    print_text,
+    remark,
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from dpo_cache.training.output.report import TrainReport
 
 
-@command(TrainOptions, complete=with_config)
+@command(TrainOptions, complete=lambda given: with_config(given, remark))
 def train_command(options: TrainOptions, as_json: bool) -> None:
     """Train a policy on cached pairs. The reference model is not loaded, and the data set not read.
 
@@ -76,17 +78,17 @@ def _print_report(report: TrainReport) -> None:
     rows += [("time", format_seconds(report.elapsed_s)), ("peak memory", format_bytes(report.peak_bytes))]
     if not report.finished:
         print_table(f"{report.output}: stopped early", rows)
-        print(f"Saved after step {report.num_steps}. Next: {_resume(report.output)}")
+        print_text(f"Saved after step {report.num_steps}. Next: {_resume(report.output)}")
         return
     ended = "trained, ended by --patience" if report.stopped_by_patience else "trained"
     print_table(f"{report.output}: {ended}", rows)
     if report.best_model:
-        print(f"The policy of the best evaluation is in {report.best_model}.")
-    print(f"The model is in {report.model}, one line a step in {report.output}/metrics.jsonl. Next:")
+        print_text(f"The policy of the best evaluation is in {report.best_model}.")
+    print_text(f"The model is in {report.model}, one line a step in {report.output}/metrics.jsonl. Next:")
     if pairs := report.resolved["eval_pairs"]:
         place = ("--cache", report.resolved["cache"], "--pairs", pairs)
-        print(f"  {command_line('eval', *place, '--model', str(report.model))}")
-    print(f'  AutoModelForCausalLM.from_pretrained("{report.model}")')
+        print_text(f"  {command_line('eval', *place, '--model', str(report.model))}")
+    print_text(f'  AutoModelForCausalLM.from_pretrained("{report.model}")')
 
 
 def _print_dry_run(report: TrainReport) -> None:
@@ -105,7 +107,7 @@ def _print_dry_run(report: TrainReport) -> None:
         rows.append(("a step on the longest pairs", took))
     rows.append(("peak memory", f"{format_bytes(report.peak_bytes)}, without evaluation and samples"))
     print_table(f"{report.output}: a dry run", rows)
-    print("Nothing was written. Next: the same command without --dry-run.")
+    print_text("Nothing was written. Next: the same command without --dry-run.")
 
 
 def _stopped_at_once(output: str, checkpoints: list[Path]) -> str:

@@ -14,10 +14,11 @@ from dpo_cache.cli.output import (
     format_bytes,
     print_json,
     print_table,
+    print_text,
     with_flags,
 )
 from dpo_cache.cli.parameters import command
-from dpo_cache.errors import DpoCacheError
+from dpo_cache.errors import DpoCacheError, printable
 from dpo_cache.options.upkeep import VerifyOptions
 from dpo_cache.progress import show_bytes
 
@@ -81,15 +82,17 @@ def _print_report(report: VerifyReport, cache: str) -> None:
         rows.append(("files of no known kind", f"{count(len(report.unknown))} ({shown})"))
     print_table(f"{report.cache}: {'whole' if report.is_whole else 'damaged'}", rows)
     for problem in report.problems:
-        print(with_flags(str(problem)))
+        print_text(with_flags(str(problem)))
     for entry in report.rescored:
         _print_rescored(entry)
     if report.repair:
         _print_repair(report.repair)
     elif not report.is_whole:
-        print(f"Nothing was changed. Next: {command_line('verify', cache, '--repair')}")
+        print_text(f"Nothing was changed. Next: {command_line('verify', cache, '--repair')}")
     elif all(entry.agrees for entry in report.rescored):
-        print(f"Every file of {report.cache} is what was written. Next: {command_line('ls', report.cache)}")
+        print_text(
+            f"Every file of {report.cache} is what was written. Next: {command_line('ls', report.cache)}"
+        )
 
 
 def _print_rescored(entry: RescoreReport) -> None:
@@ -105,7 +108,7 @@ def _print_rescored(entry: RescoreReport) -> None:
     )
     print_table(f"reference {entry.reference[:12]}: {verdict}", rows)
     if not entry.agrees:
-        print(
+        print_text(
             "Its scores are stale or were made on a faulty machine: remove the reference with `dpo-cache "
             "rm` and score again."
         )
@@ -113,7 +116,7 @@ def _print_rescored(entry: RescoreReport) -> None:
 
 def _print_repair(repaired: RepairReport) -> None:
     for moved in repaired.moved:
-        print(
+        print_text(
             f"moved aside: {moved.file}"
             + (f"\n  to {moved.to}" if moved.to else " (a link: what it pointed to is left alone)")
         )
@@ -121,6 +124,6 @@ def _print_repair(repaired: RepairReport) -> None:
     restored = (
         f"{count(repaired.restored)} completions were put back from pair sets; " if repaired.restored else ""
     )
-    print(f"{restored}{lost} completions are to be scored again. Next:")
+    print_text(f"{restored}{lost} completions are to be scored again. Next:")
     for line in repaired.commands:
-        print(f"  {line}")
+        print_text(f"  {printable(line)}")  # on one line, whatever the cache's files name

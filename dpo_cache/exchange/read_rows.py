@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cache import data
 from dpo_cache.data.messages import describe
 from dpo_cache.errors import DataError
-from dpo_cache.types import Completion, Pair, Score, TokenIds, split_lists
+from dpo_cache.types import LOWEST_LOGP, Completion, Pair, Score, TokenIds, split_lists
 
 SUMS = ("ref_chosen_logps", "ref_rejected_logps")
 TOKEN_LOGPS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
@@ -177,7 +177,7 @@ def _make_entry(outcome: data.Outcome, values: dict[str, Any], has_token_logps: 
     chosen, rejected = (
         _token_score(side, values, sum_name, name)
         if has_token_logps
-        else _sum_score(values[sum_name], sum_name)
+        else _sum_score(side, values[sum_name], sum_name)
         for side, sum_name, name in zip((pair.chosen, pair.rejected), SUMS, TOKEN_LOGPS, strict=True)
     )
     if isinstance(chosen, str):
@@ -187,8 +187,8 @@ def _make_entry(outcome: data.Outcome, values: dict[str, Any], has_token_logps: 
     return Entry(outcome, (chosen, rejected), None)
 
 
-def _sum_score(value: Any, name: str) -> Score | str:
-    return _problem_of(value, name) or Score(NO_TOKENS, float(value))
+def _sum_score(completion: Completion, value: Any, name: str) -> Score | str:
+    return _problem_of(value, name, completion.num_tokens) or Score(NO_TOKENS, float(value))
 
 
 def _token_score(completion: Completion, values: dict[str, Any], sum_name: str, name: str) -> Score | str:
@@ -202,7 +202,7 @@ def _token_score(completion: Completion, values: dict[str, Any], sum_name: str, 
         return problem
     score = Score(np.array(tokens, np.float32))
     if sum_name in values:
-        if problem := _problem_of(values[sum_name], sum_name):
+        if problem := _problem_of(values[sum_name], sum_name, completion.num_tokens):
             return problem
         absolute, relative = SUM_TOLERANCE
         if abs(values[sum_name] - score.logps) > absolute + relative * abs(score.logps):
@@ -210,8 +210,8 @@ def _token_score(completion: Completion, values: dict[str, Any], sum_name: str, 
     return score
 
 
-def _problem_of(value: Any, name: str) -> str | None:
-    """The reason why this value is no log-prob, in words that complete 'row 7: ...'."""
+def _problem_of(value: Any, name: str, num_tokens: int = 1) -> str | None:
+    """The reason why this value is no log-prob of so many tokens, in words that complete 'row 7: ...'."""
     if value is None:
         return f"`{name}` is missing"
     if isinstance(value, list):
@@ -223,4 +223,6 @@ def _problem_of(value: Any, name: str) -> str | None:
         return f"`{name}` is {describe(value)}, expected a number"
     if not np.isfinite(value):
         return f"`{name}` is NaN or infinite"
+    if value < LOWEST_LOGP * num_tokens:
+        return f"`{name}` is below {LOWEST_LOGP:,.0f} nats a token, which no model gives"
     return f"`{name}` is above 0, which no log-prob is" if value > ROUNDING else None

@@ -30,7 +30,7 @@ from dpo_cache.lm.self_check import (
     score_completions,
 )
 from dpo_cache.log import Log, log_remark
-from dpo_cache.types import Completion, Score
+from dpo_cache.types import LOWEST_LOGP, Completion, Score, are_logps
 
 CAUSE = "Its weights may be damaged. Download or save the model again."
 CAUSES_BY_DTYPE = {
@@ -57,20 +57,22 @@ class Runner:
         its chunk. Raises `ModelError` also where memory runs out even for small chunks.
         """
         for step in score_completions(self.model, completions, self.attention, self.budget):
-            if broken := [index for index, score in step.scores if not _is_finite(score)]:
-                raise self._not_finite(broken, completions, rows_of)
+            if broken := {index: score for index, score in step.scores if not are_logps(score.token_logps)}:
+                raise self._unusable(broken, completions, rows_of)
             yield step
 
-    def _not_finite(
-        self, broken: list[int], completions: Sequence[Completion], rows_of: RowsOf
+    def _unusable(
+        self, broken: dict[int, Score], completions: Sequence[Completion], rows_of: RowsOf
     ) -> ModelError:
+        is_finite = all(np.isfinite(score.token_logps).all() for score in broken.values())
+        what = f"below {LOWEST_LOGP:,.0f} nats" if is_finite else "NaN or infinite"
         # one completion's NaN can spread to others of its chunk
         culprits = [index for index in broken if self._is_broken_by_itself(completions[index])]
         found = {row for index in culprits or broken for row in rows_of(index)}
         rows = sorted(found)  # type: ignore[type-var]
         where = f"row{'s' if len(rows) > 1 else ''} {shown_rows(rows)}"
         return ModelError(
-            f"{self.name} gives a log-prob that is NaN or infinite for {where}"
+            f"{self.name} gives a log-prob that is {what} for {where}"
             f"{'' if culprits else ', or for a row that was computed in the same chunk'}.\n"
             f"{CAUSES_BY_DTYPE.get(self.model.dtype, CAUSE)} The scores of this chunk are discarded."
         )
@@ -78,7 +80,7 @@ class Runner:
     def _is_broken_by_itself(self, completion: Completion) -> bool:
         budget = Budget(self.budget.tokens, self.model.device, lambda _: None)
         steps = score_completions(self.model, [completion], self.attention, budget)
-        return not all(_is_finite(score) for step in steps for _, score in step.scores)
+        return not all(are_logps(score.token_logps) for step in steps for _, score in step.scores)
 
 
 @contextmanager
@@ -153,7 +155,3 @@ def run_loaded(
         if remark := choice.remark(model, is_requested=attention == "rows"):
             log(remark)
         yield Runner(model, name, choice, Budget(budget_tokens, model.device, log))
-
-
-def _is_finite(score: Score) -> bool:
-    return bool(np.isfinite(score.token_logps).all())

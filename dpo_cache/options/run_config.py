@@ -24,7 +24,8 @@ NOT_FROM_CONFIG = ("output", "resume", "dry_run", "config", "resolved")
 def with_config(given: dict[str, Any], log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """The given options, completed from a run's config.json if `resume` names a run or `config` a file.
 
-    `output`, `resume` and `dry_run` are never read from the file. `log` gets a remark for each option that is
+    `output`, `resume` and `dry_run` are never read from the file, and `trust_remote_code` only from that of
+    the run to resume: somebody else may have written a `config`. `log` gets a remark for each option that is
     given under an earlier name. Raises `OptionError`, and `TrainingError` if there is no run to resume.
     """
     given = with_new_names(TrainOptions, given, log)
@@ -37,7 +38,12 @@ def with_config(given: dict[str, Any], log: Callable[[str], None] = lambda _: No
         )
     if given.get("config") is None:
         return given
-    return _completed(given, Path(given["config"]), f"`config` {given['config']}")
+    name = f"`config` {given['config']}"
+    completed = _completed(given, Path(given["config"]), name)
+    if completed.get("trust_remote_code") and not given.get("trust_remote_code"):
+        log(f"{name}: its `trust_remote_code` is not used. Give it again to run Python code of the model.")
+        completed["trust_remote_code"] = False
+    return completed
 
 
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ RECOMPUTATIONS = ("auto", "none", "cheap", "selective", "full")
 PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16")
 STEP_ZERO = ("auto", "strict", "warn", "off")
 BEST = ("loss", "accuracy", "margin")
+TEMPLATES = ("pairs", "model")  # or a file
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 LOG_NAMES = ("trl", "original")
 
@@ -56,7 +57,13 @@ class TrainOptions(LossOptions):
         None, "Pair set to train on, NAME or NAME/SPLIT. Default: the only one in the cache."
     )
     trust_remote_code: bool = option(
-        False, "Run Python code that comes with the model.", flag="--trust-remote-code"
+        False, "Run Python code that comes with --model, and from no other place.", flag="--trust-remote-code"
+    )
+    chat_template: str = option(
+        "pairs",
+        "Chat template to save with the trained model: the one the pairs were made with, the model's own, or "
+        "that in a file.",
+        metavar="pairs|model|FILE",
     )
     reference: str | None = option(
         None, "Id (or its first characters) of the reference that the pairs must have been scored by."

@@ -19,10 +19,11 @@ from dpo_cache.files.locations import (
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.exchange import ExportOptions, ImportOptions
 from dpo_cache.options.precompute import PrecomputeOptions
-from dpo_cache.options.train import TrainOptions
+from dpo_cache.options.train import TEMPLATES, TrainOptions
 from dpo_cache.options.upkeep import VerifyOptions
 from dpo_cache.store import open_cache
 from dpo_cache.store.cache import check_name
+from dpo_cache.store.starting_model import default_start
 
 
 def check_precompute(options: PrecomputeOptions) -> None:
@@ -49,8 +50,13 @@ def check_train(options: TrainOptions) -> None:
     )
     if options.reference:
         cache.check_scored_by(pairs, options.reference)
-    if options.model and not options.resume:  # the checkpoint of a resumed run has the model
-        check_model(options.model)
+    if not options.resume:  # the checkpoint of a resumed run has the model
+        if options.model:
+            check_model(options.model)
+        else:
+            default_start(cache.read_reference(pairs.reference_id))
+        if options.chat_template not in TEMPLATES and not Path(options.chat_template).is_file():
+            raise DataError(f"`chat_template` {options.chat_template}: not readable (no such file).")
     if options.peft_config and not options.resume:
         check_peft_config(options.peft_config)
 

@@ -29,10 +29,13 @@ from dpo_cache.store.format.documents import (
 )
 from dpo_cache.store.format.pair_tables import read_manifest
 from dpo_cache.store.index import ScoreIndex
+from dpo_cache.store.own_documents import note_own
 from dpo_cache.store.pairs import PairSet, PairSetWriter
 from dpo_cache.suggestions import checks_keywords
 
 FORMAT = {"format": "dpo-cache", "version": 1}
+ID_PATTERN = re.compile("[0-9a-f]{64}")  # of a reference
+NAMED_PLACES = ("model", "revision", "tokenizer")  # in a provenance
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
@@ -74,7 +77,7 @@ class Cache:
         return [
             name
             for name in self.folder.names("references")
-            if self.folder.exists(f"references/{name}/reference.json")
+            if ID_PATTERN.fullmatch(name) and self.folder.exists(f"references/{name}/reference.json")
         ]
 
     def find_reference(self, prefix: str) -> str:
@@ -95,14 +98,22 @@ class Cache:
         return read_reference(self.folder, reference_id)
 
     def publish_reference(self, identity: Document, provenance: Document) -> str:
-        """Publish a reference's entry, unless it is here already. Returns its id."""
+        """Publish a reference's entry, unless it is here already. Returns its id.
+
+        Either way the entry counts as this user's own, see `own_documents.py`; one that is here only if it
+        names the same model.
+        """
         reference_id = digest_json(identity)
         name = f"references/{reference_id}/reference.json"
+        document = {"identity": identity, "provenance": provenance}
         if not self.folder.exists(name):
             self.publish_format()
-            self.folder.publish(name, seal_document({"identity": identity, "provenance": provenance}))
+            self.folder.publish(name, seal_document(document))
+            note_own(document)
         else:
-            self.read_reference(reference_id)  # raises where it is damaged
+            present = self.read_reference(reference_id)  # raises where it is damaged
+            if all(present["provenance"].get(place) == provenance.get(place) for place in NAMED_PLACES):
+                note_own(present)
         return reference_id
 
     def replace_provenance(self, reference_id: str, provenance: Document) -> None:
@@ -117,11 +128,11 @@ class Cache:
     # -- pair sets -------------------------------------------------------------------------------------
 
     def pair_sets(self) -> list[str]:
-        """`NAME/SPLIT` of every pair set."""
+        """`NAME/SPLIT` of every pair set; folders of other names than the format allows are none."""
         return [
             f"{name}/{split}"
-            for name in self.folder.names("pairs")
-            for split in self.folder.names(f"pairs/{name}")
+            for name in filter(NAME_PATTERN.fullmatch, self.folder.names("pairs"))
+            for split in filter(NAME_PATTERN.fullmatch, self.folder.names(f"pairs/{name}"))
             if self.folder.exists(f"pairs/{name}/{split}/manifest.json")
         ]
 

@@ -16,6 +16,7 @@ from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.documents import Document, seal_document
 from dpo_cache.store.format.keys import key_bytes
+from dpo_cache.store.format.model_limits import ModelLimits
 from dpo_cache.store.format.pair_tables import (
     MANIFEST_FORMAT,
     PAIR_SCHEMA,
@@ -31,6 +32,7 @@ from dpo_cache.store.format.parquet import (
     write_parquet,
 )
 from dpo_cache.store.format.shards import keys_of
+from dpo_cache.store.own_documents import note_own
 from dpo_cache.types import ScoredPair
 
 ROW_GROUP_PAIRS = 256  # the unit that is read, and shuffled, at once
@@ -57,6 +59,7 @@ class PairSet:
             for group in range(-(-part["rows"] // ROW_GROUP_PAIRS))
         ]
         self._last_block: tuple[int, list[ScoredPair]] | None = None  # the block that indexing read last
+        self._limits: ModelLimits | None = None
 
     @property
     def name(self) -> str:
@@ -118,6 +121,10 @@ class PairSet:
         """
         self._readers.keep_open([part["file"] for part in self.manifest["parts"]])
 
+    def limit_to(self, limits: ModelLimits) -> None:
+        """From now on, reading a pair that the model cannot read raises `ModelError`."""
+        self._limits, self._last_block = limits, None
+
     def read_block(self, block: int) -> list[ScoredPair]:
         """The pairs of one block. A part's digest is checked when it is first read."""
         part, group, num_pairs = self._blocks[block]
@@ -129,6 +136,8 @@ class PairSet:
                 f"{table.num_rows}. {REMEDY}"
             )
         check_pairs(table, reader.place, has_token_logps=self.has_token_logps)
+        if self._limits is not None:
+            self._limits.check(table, reader.place)
         return decode_pairs(table, has_token_logps=self.has_token_logps)
 
     def read_keys(self) -> Iterator[tuple[bytes, bytes]]:
@@ -190,6 +199,7 @@ class PairSetWriter:
         }
         content = seal_document(manifest)
         self._folder.publish(f"{self._place}/manifest.json", content)
+        note_own(manifest)
         self.bytes_written += len(content)
         return manifest
 

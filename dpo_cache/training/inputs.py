@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache as call_once
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cache.errors import DpoCacheError, ModelError, TrainingError
+from dpo_cache.errors import DpoCacheError, TrainingError
 from dpo_cache.lm.check_logps import FOREST
 from dpo_cache.lm.kernels.onednn_linear import CLEAR_SPEEDUP
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.adapter import (
     CheckpointLocation,
-    add_adapter,
     can_be_switched_off,
-    check_mergeable,
     is_identity_at_init,
     locate_checkpoint,
-    lora_config,
-    read_adapter_config,
 )
-from dpo_cache.lm.model.adapter_weights import load_adapter
-from dpo_cache.lm.model.identity import identity_as_recorded, reference_identity
-from dpo_cache.lm.model.load import load_base, load_config
+from dpo_cache.lm.model.load import load_base
 from dpo_cache.lm.policy import default_micro_tokens
+from dpo_cache.lm.positions import most_positions
 from dpo_cache.lm.prepare import in_eval_mode, prepared
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.log import Log
@@ -40,12 +32,16 @@ from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.losses import LossOptions
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import Cache, PairSet
-from dpo_cache.store.format.checks import check_details
-from dpo_cache.store.format.differing_fields import differing_fields
+from dpo_cache.store.format.checks import check_details, check_identity
 from dpo_cache.store.format.documents import Document
+from dpo_cache.store.format.model_limits import ModelLimits
+from dpo_cache.training.adapters import has_adapter, put_adapter
 from dpo_cache.training.batches import held_out
 from dpo_cache.training.lengths import measure_rows
-from dpo_cache.training.loaded import LoadedPolicy, adds_adapter
+from dpo_cache.training.loaded import LoadedPolicy
+from dpo_cache.training.origin import Origin, compare_origin
+from dpo_cache.training.saved_tokenizer import choose_tokenizer, restore_tokenizer
+from dpo_cache.training.start import find_start, trusts_code
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -65,19 +61,13 @@ class TrainingPairs:
     def num_pairs(self) -> int:
         return int(self.selected.sum())
 
-
-@dataclass(frozen=True)
-class Origin:
-    """How the model that a run starts from compares with the one that scored the pairs, by their identities.
-
-    An imported reference has no weights to compare with; step zero compares the log-probs.
-    """
-
-    is_reference: bool  # both are known to be one model
-    differing: tuple[str, ...]  # fields of their identities, otherwise
-    base_is_reference: bool  # the same of the base under an adapter
-    base_weights: str | None  # digest of the base's weights
-    is_named: bool = False  # the model is the one that `import` named as that of the imported log-probs
+    def limit_to(self, model: PreTrainedModel, name: str) -> None:
+        """From now on, reading a pair that the model cannot read raises `ModelError`."""
+        config = model.config.get_text_config()
+        limits = ModelLimits(name, config.vocab_size, most_positions(config))
+        self.pairs.limit_to(limits)
+        if self.eval_pairs is not None:
+            self.eval_pairs.limit_to(limits)
 
 
 @dataclass(frozen=True)
@@ -118,6 +108,7 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
         cache.check_scored_by(pairs, options.reference)
     selected, eval_selected = np.ones(len(pairs), bool), np.zeros(0, bool)
     if eval_pairs is not None:
+        check_details(eval_pairs.manifest, f"{cache}/pairs/{eval_pairs.name}/manifest.json")
         eval_pairs.keep_open()
         check_token_logps(options, eval_pairs, TrainingError)
         eval_selected = np.ones(len(eval_pairs), bool)
@@ -135,7 +126,10 @@ def open_pairs(options: TrainOptions, cache: Cache) -> TrainingPairs:
                 f"`eval_fraction` {options.eval_fraction} leaves one side without pairs (of "
                 f"{len(pairs)}).\nTry another fraction."
             )
-    return TrainingPairs(pairs, selected, eval_pairs, eval_selected, cache.read_reference(pairs.reference_id))
+    reference = check_identity(
+        cache.read_reference(pairs.reference_id), f"{cache}/references/{pairs.reference_id}/reference.json"
+    )
+    return TrainingPairs(pairs, selected, eval_pairs, eval_selected, reference)
 
 
 @contextmanager
@@ -154,28 +148,40 @@ def open_policy(
     It is prepared until the block ends; `is_onednn` decides which library multiplies, see `prepared`. Raises
     `ModelError`, `TrainingError` or `OptionError`.
     """
-    made_with = data.pairs.manifest["tokenization"]
-    location, revision = _start_of(options, data, is_resumed=checkpoint is not None)
+    is_resumed = checkpoint is not None
+    start = find_start(options, data.reference, log, is_resumed=is_resumed)
+    trusted = trusts_code(options, start)
     if loaded is not None:
         parts = loaded.locate(options, checkpoint)
     elif checkpoint is not None:  # which has everything but an adapter's base
         parts = locate_checkpoint(str(checkpoint))
     else:
-        parts = locate_checkpoint(location, revision)
-    is_adapted = _check_adapter(options, parts, location, is_resumed=checkpoint is not None)
-    places = [str(checkpoint)] if checkpoint else [made_with["tokenizer"], location, parts.base]
-    tokenizer = _choose_tokenizer(loaded, places, made_with, options.trust_remote_code)
+        parts = locate_checkpoint(start.location, start.revision)
+    is_adapted = has_adapter(options, parts, start.location, is_resumed=is_resumed)
+    given = loaded.tokenizer if loaded is not None else None
+    if checkpoint is not None and given is None:
+        saved = restore_tokenizer(str(checkpoint), trusted=trusted)
+    else:
+        places = [(start.location, start.revision), (parts.base, parts.base_revision)]
+        saved = choose_tokenizer(options, data.pairs.manifest, places, given, log, trusted=trusted)
     precision = _choose_precision(options.precision, device)
     is_bf16 = precision == "bf16" or (precision == "bf16-mixed" and is_adapted)
     dtype = torch.bfloat16 if is_bf16 else torch.float32
-    start = None if checkpoint else (location, revision)
-    base = (parts.base, parts.base_revision) if is_adapted else None
-    origin = _compare_origin(options, data, start, base, dtype, loaded)
+    origin = compare_origin(
+        options,
+        data.reference,
+        None if is_resumed else start,
+        (parts.base, parts.base_revision) if is_adapted else None,
+        dtype,
+        loaded,
+        trusted=trusted,
+    )
     if loaded is not None:
         model = loaded.place(dtype, device, None if is_adapted else checkpoint)
     else:
-        model = _load_model(options, parts, precision, dtype, device)
-    adapted = _adapt(options, model, parts, log) if is_adapted else None
+        model = _load_model(options, parts, precision, dtype, device, trusted=trusted)
+    adapted = put_adapter(options, model, parts, log) if is_adapted else None
+    data.limit_to(model, start.location)
     offloads = options.offload_activations
     with (
         in_eval_mode(model),
@@ -186,15 +192,17 @@ def open_policy(
         assert run.recomputation is not None
         yield TrainedModel(
             model=model,
-            location=location,
-            tokenizer=tokenizer,
+            location=start.location,
+            tokenizer=saved.tokenizer,
             attention=_choose_attention(options, data, model),
             precision=precision,
             linear=run.linear,
             recomputation=run.recomputation,
             origin=origin,
             adapted=adapted,
-            remarks=() if checkpoint else _find_remarks(options, made_with, adapted, parts),
+            remarks=()
+            if is_resumed
+            else _find_remarks(options, adapted, parts, has_other_template=saved.has_other_template),
         )
 
 
@@ -220,165 +228,30 @@ def _choose_attention(options: TrainOptions, data: TrainingPairs, model: PreTrai
 
 
 def _load_model(
-    options: TrainOptions, parts: CheckpointLocation, precision: str, dtype: torch.dtype, device: torch.device
+    options: TrainOptions,
+    parts: CheckpointLocation,
+    precision: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    trusted: bool,
 ) -> PreTrainedModel:
     return load_base(
         parts,
         dtype=dtype,
         device=device,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=trusted,
         quantize=options.quantize,
         compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
     )
 
 
-def _compare_origin(
-    options: TrainOptions,
-    data: TrainingPairs,
-    start: tuple[str, str | None] | None,
-    base: tuple[str, str | None] | None,
-    dtype: torch.dtype,
-    loaded: LoadedPolicy | None,
-) -> Origin:
-    """Compare the model at `start` and the `base` of an adapter, each a location and revision, with the
-    reference.
-    """
-    reference = data.reference["identity"]
-    is_imported = "imported" in reference
-
-    @call_once
-    def identify(location: str, revision: str | None, scored_in: torch.dtype) -> Document:
-        trusted = options.trust_remote_code
-        if loaded is not None:
-            return loaded.identify(dtype, reference, scored_in, trust_remote_code=trusted)
-        config = load_config(location, revision=revision, trust_remote_code=trusted)
-        return identity_as_recorded(
-            reference,
-            location,
-            config,
-            scored_in,
-            revision=revision,
-            quantize=options.quantize,
-            trust_remote_code=trusted,
-        )
-
-    def compare(model: tuple[str, str | None]) -> tuple[str, ...]:  # the dtype is a choice of the run
-        live = identify(*model, getattr(torch, reference["dtype"]))
-        return tuple(differing_fields(reference, {**live, "dtype": reference["dtype"]}))
-
-    differing = compare(start) if start and not is_imported else ()
-    return Origin(
-        is_reference=start is not None and not is_imported and not differing,
-        differing=differing,
-        base_is_reference=base is not None and not is_imported and not compare(base),
-        base_weights=identify(*base, torch.float32)["weights"] if base else None,
-        is_named=is_imported and start is not None and _is_named(options, data, start, dtype, loaded),
-    )
-
-
-def _is_named(
-    options: TrainOptions,
-    data: TrainingPairs,
-    start: tuple[str, str | None],
-    dtype: torch.dtype,
-    loaded: LoadedPolicy | None,
-) -> bool:
-    """Whether the model at the start is the one that `import --model` named: the same place, or the same
-    identity.
-    """
-    source, trusted = data.reference["provenance"], options.trust_remote_code
-    named = source.get("model"), source.get("revision")
-    if named[0] is None or options.quantize != "none":
-        return False
-    if loaded is None and start == named:
-        return True
-    if not os.path.isdir(named[0]):
-        return False
-
-    def identify(location: str, revision: str | None) -> Document:
-        config = load_config(location, revision=revision, trust_remote_code=trusted)
-        return reference_identity(
-            location, config, torch.float32, revision=revision, trust_remote_code=trusted
-        )
-
-    expected = identify(*named)
-    if loaded is not None:
-        return loaded.identify(dtype, expected, torch.float32, trust_remote_code=trusted) == expected
-    return identify(*start) == expected
-
-
-def _start_of(options: TrainOptions, data: TrainingPairs, *, is_resumed: bool) -> tuple[str, str | None]:
-    """Location and revision of the model that the policy starts from."""
-    if options.model is not None:
-        return options.model, None
-    source = data.reference["provenance"]
-    location = source["model"]
-    if location is None:
-        imported = data.reference["identity"].get("imported")
-        problem = (
-            f"the reference {imported!r} was imported without a checkpoint"
-            if imported
-            else "the reference was a model in memory, not a checkpoint"
-        )
-        raise ModelError(f"{problem}.\nName the model that the policy starts from with `model`.")
-    if not is_resumed and os.path.isabs(location) and not os.path.isdir(location):
-        raise ModelError(
-            f"the reference's checkpoint {location} is gone.\n"
-            "Name the model that the policy starts from with `model`."
-        )
-    return location, source.get("revision")
-
-
-def _check_adapter(
-    options: TrainOptions, parts: CheckpointLocation, location: str, *, is_resumed: bool
-) -> bool:
-    """Whether an adapter is trained. Raises `TrainingError` for options that need one or add a second one."""
-    is_new, is_saved = adds_adapter(options), parts.adapter is not None
-    if is_new and is_saved and not is_resumed:
-        raise TrainingError(
-            f"{location} is an adapter already, which would be trained on.\n"
-            "Leave `lora_r` and `peft_config` out, or merge it into its base first (peft: "
-            "`merge_and_unload`)."
-        )
-    for flag, is_given in (
-        ("`merge_adapter`", options.merge_adapter),
-        (f"`quantize` {options.quantize}", options.quantize != "none"),
-    ):
-        if is_given and not (is_new or is_saved):
-            raise TrainingError(
-                f"{flag} needs an adapter, and all weights of {location} would be trained.\n"
-                "Add `lora_r` 16, for example."
-            )
-    return is_new or is_saved
-
-
-def _adapt(options: TrainOptions, model: PreTrainedModel, parts: CheckpointLocation, log: Log) -> PeftModel:
-    """Put the saved adapter into the model, or a fresh one."""
-    if parts.adapter is not None:
-        adapted = load_adapter(model, parts.adapter, is_trainable=True)
-    else:
-        if options.lora_r is not None:
-            config = lora_config(options.lora_r, options.lora_alpha, options.lora_targets)
-        else:
-            config = read_adapter_config(str(options.peft_config))
-        config.revision = parts.base_revision
-        adapted = add_adapter(model, config, seed=options.seed, log=log)
-    if options.merge_adapter:
-        check_mergeable(adapted)
-    return adapted
-
-
 def _find_remarks(
-    options: TrainOptions, made_with: Document, adapted: PeftModel | None, parts: CheckpointLocation
+    options: TrainOptions, adapted: PeftModel | None, parts: CheckpointLocation, *, has_other_template: bool
 ) -> tuple[str, ...]:
     """Differences that `Origin` does not cover: of a named model's chat template, and of a fresh adapter."""
-    remarks, template = [], None
-    if options.model is not None and made_with["tokenizer"] is not None:
-        with suppress(OSError, ValueError):
-            template = AutoTokenizer.from_pretrained(
-                options.model, trust_remote_code=options.trust_remote_code
-            ).chat_template
-    if template is not None and template != made_with["chat_template"]:
+    remarks = []
+    if options.model is not None and has_other_template:
         remarks.append(
             f"template (the chat template of {options.model} is not the one that the pairs were made with)"
         )
@@ -400,32 +273,6 @@ def check_token_logps(options: LossOptions, pairs: PairSet, error: type[DpoCache
             "too.\n"
             "Use `ld_reference=False`, or score the pairs with `dpo-cache precompute`."
         )
-
-
-def _choose_tokenizer(
-    loaded: LoadedPolicy | None,
-    locations: list[str | None],
-    made_with: Document,
-    trust_remote_code: bool,
-) -> PreTrainedTokenizerBase:
-    """The tokenizer to save with the model: a copy of the given one, or the first that a location has.
-
-    Its template is the one that the pairs were made with, unless their token ids were imported.
-    """
-    known = [location for location in locations if location is not None]
-    tokenizer = copy.deepcopy(loaded.tokenizer) if loaded is not None else None
-    for location in known if tokenizer is None else ():
-        with suppress(OSError, ValueError):
-            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
-            break
-    if tokenizer is None:
-        raise ModelError(
-            f"no tokenizer in {' or '.join(known)}; the trained model would be saved without one.\n"
-            "Put its files there."
-        )
-    if made_with["tokenizer"] is not None:
-        tokenizer.chat_template = made_with["chat_template"]
-    return tokenizer
 
 
 def _choose_precision(name: str, device: torch.device) -> str:

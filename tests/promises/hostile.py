@@ -1,7 +1,7 @@
-"""Parquet files made by hand to harm their reader, and a reader of them with little memory. Run as a script,
-it reads each.
+"""Parquet files made by hand to harm their reader, and a reader of them with little memory.
 
-Prints a line of JSON a file: its name, the error it met (null where it was read), and the memory that took.
+`main` reads each and prints a line of JSON a file: its name, the error it met (null where it was read), and the
+memory that took.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import re
 import resource
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -245,9 +244,13 @@ FILES: dict[str, Callable[[], bytes]] = {
     "infinite": with_columns(num_tokens=pa.array([1] * 3), token_logps=pa.array([[float("-inf")]] * 3), logps=pa.array([float("-inf")] * 3)),
     "empty lists": with_columns(num_tokens=pa.array([0] * 3), token_logps=pa.array([[], [], []], pa.list_(pa.float32())), logps=pa.array([0.0] * 3)),
 }  # fmt: skip
-READ_ALL_THE_SAME = {
-    "a hundred row groups of the same bytes"
-}  # the same keys over and over: what is read is what was scored
+READ_ALL_THE_SAME = {  # what is read is what was scored
+    "a hundred row groups of the same bytes",  # the same keys over and over
+    "the levels as they should be",
+    "too many repetition levels",  # nothing reads what is behind the levels and values of a page
+    "a run of a million levels",
+    "more values than levels",
+}
 
 
 def read_with_little_memory(content: bytes) -> str | None:
@@ -276,9 +279,10 @@ def status_bytes(name: str) -> int:
     return int(match[1]) * 1024
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str], files: dict[str, Callable[[], bytes]]) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
     for name in names:
-        content = FILES[name]()
+        content = files[name]()
         Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak of reading
         before = status_bytes("VmRSS")
         error = read_with_little_memory(content)
@@ -286,8 +290,3 @@ def main(names: list[str]) -> None:
             json.dumps({"file": name, "error": error, "rise_bytes": status_bytes("VmHWM") - before}),
             flush=True,
         )
-
-
-if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
-    main(sys.argv[1:])

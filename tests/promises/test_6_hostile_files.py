@@ -22,7 +22,8 @@ from dpo_cache.store.format.pair_tables import read_manifest
 from dpo_cache.store.format.parquet import name_by_content
 from dpo_cache.store.format.shards import encode_shard
 from dpo_cache.store.pairs import PairSet
-from tests.promises.hostile import FILES, READ_ALL_THE_SAME, rewritten
+from tests.promises.bad_data import ALL
+from tests.promises.hostile import READ_ALL_THE_SAME, rewritten
 from tests.promises.small_cache import make_small_cache, read_small_cache
 from tests.store.conftest import key, make_pairs, make_scores, plain
 
@@ -39,7 +40,7 @@ needs_proc = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, dict[str, Any]]:
     """What reading each file came to, in a process that may take a gigabyte more and no further."""
-    command = [sys.executable, "-m", "tests.promises.hostile", *FILES]
+    command = [sys.executable, "-m", "tests.promises.bad_data", *ALL]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -52,7 +53,7 @@ def outcomes() -> dict[str, dict[str, Any]]:
 
 
 @needs_proc
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_file_made_by_hand_is_refused_in_little_memory(
     outcomes: dict[str, dict[str, Any]], name: str
 ) -> None:

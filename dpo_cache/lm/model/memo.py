@@ -3,21 +3,21 @@
     ~/.cache/dpo-cache/digests/<name>.json
         {"version": 2, "stamp": [...], "content": {...}, "sha256": <hex>}
 
-`$XDG_CACHE_HOME` replaces `~/.cache`. `sha256` is that of the file's own canonical JSON without this entry. A
-memo that is missing, damaged, of another version or of another stamp counts as none: its content is computed
-again. It never decides more than time.
+See `files/user_cache.py` for the folder. `sha256` is that of the file's own canonical JSON without this
+entry. A memo that is missing, damaged, of another version or of another stamp counts as none: its content is
+computed again. It never decides more than time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dpo_cache.files.atomic import write_whole
+from dpo_cache.files.user_cache import user_cache
 
 VERSION = 2
 
@@ -52,13 +52,11 @@ def write_memo(name: str, stamp: list[Any], content: dict[str, Any]) -> None:
 
 def _path(name: str) -> Path | None:
     """The memo's file; None for a user without a home."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    try:
-        caches = Path(home) if home else Path.home() / ".cache"
-    except RuntimeError:  # neither HOME nor an entry in the list of users
+    folder = user_cache()
+    if folder is None:
         return None
     hashed = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:32]
-    return caches / "dpo-cache" / "digests" / f"{hashed}.json"
+    return folder / "digests" / f"{hashed}.json"
 
 
 def _digest(document: dict[str, Any]) -> str:

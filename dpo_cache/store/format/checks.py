@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dpo_cache.errors import CorruptShardError
+from dpo_cache.errors import CorruptShardError, printable
 from dpo_cache.store.format.documents import REMEDY, Document
 from dpo_cache.store.format.keys import completion_key, key_bytes
 from dpo_cache.store.format.pair_tables import (
@@ -30,6 +30,11 @@ DETAILS: dict[str, dict[str, Any]] = {  # members of a manifest, and the types o
     "source": {"dataset": str, "format": str},
     "tokenization": {"tokenizer": TEXT_OR_NONE, "max_length": int, "truncation": str},
 }
+OPTIONAL_DETAILS: dict[str, dict[str, Any]] = {
+    "tokenization": {"chat_template": (*TEXT_OR_NONE, dict), "tokenizer_sha256": TEXT_OR_NONE},
+}
+LONGEST = 2**31  # tokens of a row, which no manifest may promise
+DTYPES = ("float32", "float16", "bfloat16")  # of a reference that was scored here
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,33 @@ def check_details(manifest: Document, place: str) -> Document:
             for name, kind in kinds.items()
             if name not in found or not isinstance(found[name], kind)
         ]
+    for member, kinds in OPTIONAL_DETAILS.items():
+        found = manifest.get(member, {})
+        wrong += [
+            f"{member}.{name}"
+            for name, kind in kinds.items()
+            if name in found and not isinstance(found[name], kind)
+        ]
+    length = manifest.get("tokenization", {}).get("max_length")
+    if isinstance(length, bool) or (isinstance(length, int) and not 0 < length < LONGEST):
+        wrong.append("tokenization.max_length")
     if wrong:
         raise CorruptShardError(f"{place}: {', '.join(wrong)}: missing, or of the wrong kind.\n{REMEDY}")
     return manifest
+
+
+def check_identity(reference: Document, place: str) -> Document:
+    """The reference's entry, if its identity has a dtype that log-probs are computed in; an imported one may
+    have none. Raises `CorruptShardError`.
+    """
+    identity = reference["identity"]
+    found = identity.get("dtype")
+    if found not in DTYPES and not ("imported" in identity and found is None):
+        raise CorruptShardError(
+            f"{place}: expected a dtype of {', '.join(DTYPES)} in its identity, found "
+            f"{printable(repr(found)):.80}.\n{REMEDY}"
+        )
+    return reference
 
 
 def _groups(file: str, content: bytes, schema: pa.Schema) -> Iterator[pa.Table]:

@@ -110,7 +110,7 @@ def check_pairs(table: pa.Table, place: str, *, has_token_logps: bool = True) ->
     for batch in table.to_batches():
         if not _columns_agree(batch, has_token_logps):
             raise CorruptShardError(
-                f"{place}: its columns disagree with each other, or are no numbers. {REMEDY}"
+                f"{place}: its columns disagree with each other, or values are no log-probs. {REMEDY}"
             )
 
 

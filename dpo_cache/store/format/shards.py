@@ -3,7 +3,7 @@
     key          fixed_size_binary(16)   completion key (see `keys.py`); distinct within a shard
     num_tokens   uint32                  completion tokens, at least 1
     logps        float64                 sum of token_logps, in nats
-    token_logps  list<float32>           natural-log probability of each completion token, all finite
+    token_logps  list<float32>           log-probability of each completion token, see `types.are_logps`
 
 Plain Parquet with page checksums; the file's name is the sha256 of its bytes (see `parquet.py`).
 """
@@ -19,7 +19,7 @@ from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.keys import KEY_BYTES
 from dpo_cache.store.format.parquet import REMEDY, ParquetBuilder, open_unverified, open_verified
-from dpo_cache.types import Score
+from dpo_cache.types import Score, are_logps
 
 FLOAT_LIST = pa.list_(pa.field("element", pa.float32(), nullable=False))
 TOKEN_LIST = pa.list_(pa.field("element", pa.uint32(), nullable=False))
@@ -39,10 +39,10 @@ SHARD_SCHEMA = pa.schema(
 
 
 def encode_shard(scores: Sequence[tuple[bytes, Score]]) -> bytes:
-    """The file for these completions' scores. Raises `ValueError` for a score that is empty or not finite."""
+    """The file for these completions' scores. Raises `ValueError` for one that is empty or no log-prob."""
     for key, score in scores:
-        if not len(score.token_logps) or not np.isfinite(score.token_logps).all():
-            raise ValueError(f"completion {key.hex()}: token log-probs are empty or not finite")
+        if not len(score.token_logps) or not are_logps(score.token_logps):
+            raise ValueError(f"completion {key.hex()}: token log-probs are empty or no log-probs")
     table = pa.table(
         [
             key_column([key for key, _ in scores]),
@@ -73,18 +73,20 @@ def read_keys(folder: Folder, name: str) -> list[np.ndarray]:
 
 
 def check_scores(table: pa.Table, place: str) -> None:
-    """Raise `CorruptShardError` unless a shard's columns agree with each other and all values are finite."""
+    """Raise `CorruptShardError` unless a shard's columns agree with each other and all values are
+    log-probs.
+    """
     for chunk in table.to_batches():
         lists = chunk.column("token_logps")
         if not lists_agree(lists, chunk.column("num_tokens"), chunk.column("logps")):
             raise CorruptShardError(
-                f"{place}: num_tokens or logps disagree with token_logps, or are no numbers. {REMEDY}"
+                f"{place}: num_tokens or logps disagree with token_logps, or are no log-probs. {REMEDY}"
             )
 
 
 def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
-    """Whether each list is finite, not empty, `num_tokens` long, and adds up to its `logps` within 1e-9
-    relative.
+    """Whether each list has only log-probs, is not empty, is `num_tokens` long, and adds up to its `logps`
+    within 1e-9 relative.
     """
     offsets, sums = token_logps.offsets.to_numpy(), logps.to_numpy()
     lengths = np.diff(offsets)
@@ -93,20 +95,21 @@ def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array
     if (lengths != num_tokens.to_numpy()).any() or not lengths.all():
         return False
     values = token_logps.values.to_numpy()[offsets[0] : offsets[-1]]
-    if not np.isfinite(values).all():
+    if not are_logps(values):
         return False
     added = np.add.reduceat(values, offsets[:-1] - offsets[0], dtype=np.float64)
     return bool(np.isfinite(sums).all() and np.allclose(added, sums, rtol=1e-9, atol=1e-9))
 
 
 def are_only_sums(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
-    """Whether each list is empty and each of the `logps` finite, as in a pair set imported without values per
-    token.
+    """Whether each list is empty and each of the `logps` a sum of log-probs, as in a pair set imported
+    without values per token.
     """
+    lengths = num_tokens.to_numpy()
     return (
         not list_lengths(token_logps).any()
-        and bool(num_tokens.to_numpy().all())
-        and bool(np.isfinite(logps.to_numpy()).all())
+        and bool(lengths.all())
+        and are_logps(logps.to_numpy(), lengths.astype(np.float64))
     )
 
 

@@ -1,6 +1,7 @@
 """The model card in the folder of a trained model: its base, data, training and results.
 
-A card may be published, so of a folder on this machine it names only the last part.
+A card may be published, so of a folder on this machine it names only the last part. Texts of the cache are
+shown as they are: Markdown and HTML in them have no effect.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dpo_cache.options.base import flag_of
 from dpo_cache.options.run_config import complete_config
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store.format.documents import Document
+from dpo_cache.training.output.markdown import code, plain
 
 LOSS_SETTINGS = (*SETTINGS, "router_aux_loss_coef")
 SHOWN_IN_SECTIONS = {"model", "pairs", "eval_pairs", "loss", "reference", *LOSS_SETTINGS}
@@ -132,14 +134,14 @@ def _data(config: Mapping[str, Any], manifest: Document) -> str:
         ("pair set", f"`{manifest['name']}/{manifest['split']}`"),
         (
             "source",
-            f"{_named(source['dataset'], 'datasets/')}, {source['format']} "
+            f"{_named(source['dataset'], 'datasets/')}, {plain(source['format'])} "
             f"format{', log-probs imported' if manifest.get('imported') else ''}",
         ),
         ("pairs to train on", f"{resolved['num_pairs']:,} of {manifest['num_pairs']:,}"),
-        ("digest of the pairs", f"`{manifest['pairs_digest']}`"),
+        ("digest of the pairs", code(manifest["pairs_digest"])),
         (
             "longest prompt + answer",
-            f"{made_with['max_length']:,} tokens, truncation {made_with['truncation']}",
+            f"{made_with['max_length']:,} tokens, truncation {plain(made_with['truncation'])}",
         ),
     ]
     if config["eval_pairs"]:
@@ -157,19 +159,19 @@ def _data(config: Mapping[str, Any], manifest: Document) -> str:
 
 def _reference(reference: Document, manifest: Document) -> str:
     identity, source = reference["identity"], reference["provenance"]
-    model, revision = source.get("model"), source.get("revision")
+    model, revision = _model_of(reference), source.get("revision")
     rows = [
-        ("id", f"`{manifest['reference']}`"),
+        ("id", code(manifest["reference"])),
         (
             "model",
-            (_named(model) if model else "not known") + (f", revision `{revision}`" if revision else ""),
+            (_named(model) if model else "not known") + (f", revision {code(revision)}" if revision else ""),
         ),
-        ("dtype", str(identity.get("dtype") or "not known")),
+        ("dtype", plain(identity.get("dtype") or "not known")),
     ]
     if "imported" in identity:
-        rows.append(("imported as", f"`{identity['imported']}`"))
+        rows.append(("imported as", code(identity["imported"])))
     elif "weights" in identity:
-        rows.append(("sha256 over its tensors", f"`{identity['weights']}`"))
+        rows.append(("sha256 over its tensors", code(identity["weights"])))
     return f"## Reference\n\n{_table(rows)}"
 
 
@@ -271,7 +273,13 @@ def _versions(versions: Mapping[str, str]) -> str:
 
 
 def _base_model(config: Mapping[str, Any], reference: Document) -> str | None:
-    return config["model"] or reference["provenance"].get("model") or config["resolved"].get("model")
+    return config["model"] or _model_of(reference) or config["resolved"].get("model")
+
+
+def _model_of(reference: Document) -> str | None:
+    """The model that the reference's entry names, if it is a text."""
+    model = reference["provenance"].get("model")
+    return model if isinstance(model, str) else None
 
 
 def _is_adapter(config: Mapping[str, Any]) -> bool:
@@ -300,7 +308,9 @@ def _named(location: str | None, kind: str = "") -> str:
         return "a model that is not known"
     name = shown_name(location)
     return (
-        f"`{name}`, a local copy" if is_local(location) else f"[{name}](https://huggingface.co/{kind}{name})"
+        f"{code(name)}, a local copy"
+        if is_local(location)
+        else f"[{name}](https://huggingface.co/{kind}{name})"
     )
 
 
@@ -309,7 +319,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_shown, value))
     is_path = isinstance(value, str) and (os.path.isabs(value) or "/" in value or "\\" in value)
-    return f"`{PureWindowsPath(value.rstrip('/')).name if is_path else value}`"
+    return code(PureWindowsPath(value.rstrip("/")).name if is_path else value)
 
 
 def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ("", "")) -> str:

@@ -14,11 +14,11 @@ from dpo_cache.store import ScoreIndex
 from dpo_cache.store.folders.folder import LocalFolder
 from dpo_cache.store.format.parquet import name_by_content, write_parquet
 from dpo_cache.store.format.shards import KEY, SHARD_SCHEMA, encode_shard
-from dpo_cache.types import Score
+from dpo_cache.types import HIGHEST_LOGP, LOWEST_LOGP, Score
 from tests.store.caches import decode_shard, read_shard_bytes
 from tests.store.conftest import flip, key, make_scores, score
 
-float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
+float32s = st.floats(LOWEST_LOGP, HIGHEST_LOGP, width=32)
 scores = st.lists(float32s, min_size=1, max_size=9).map(lambda values: score(*values))
 shards = st.dictionaries(st.binary(min_size=16, max_size=16), scores, min_size=1, max_size=8).map(
     lambda by_key: list(by_key.items())
@@ -54,11 +54,15 @@ def test_the_same_scores_make_the_same_file() -> None:
     assert encode_shard(make_scores(range(20))) == encode_shard(make_scores(range(20)))
 
 
-@pytest.mark.parametrize("values", [[], [float("nan")], [-1.0, float("-inf")], [float("inf"), -1.0]])
-def test_a_score_that_is_empty_or_not_finite_is_not_written(folder: LocalFolder, values: list[float]) -> None:
+@pytest.mark.parametrize(
+    "values", [[], [float("nan")], [-1.0, float("-inf")], [float("inf"), -1.0], [-3e38], [-1.0, 2.0]]
+)
+def test_a_score_that_is_empty_or_no_log_prob_is_not_written(
+    folder: LocalFolder, values: list[float]
+) -> None:
     index = ScoreIndex(folder, "scores")
     with pytest.raises(
-        ValueError, match=f"^completion {key(7).hex()}: token log-probs are empty or not finite$"
+        ValueError, match=f"^completion {key(7).hex()}: token log-probs are empty or no log-probs$"
     ):
         index.publish([*make_scores(range(3)), (key(7), score(*values))])
     assert folder.names("scores") == []
@@ -158,7 +162,7 @@ def test_other_columns_are_refused(folder: LocalFolder, change: Callable[[pa.Tab
     with pytest.raises(CorruptShardError, match="^there: expected the columns\nkey: fixed_size_binary"):
         decode_shard(content)
     with pytest.raises(CorruptShardError, match=f"{name}: expected the columns"):
-        ScoreIndex(folder, "scores")
+        ScoreIndex(folder, "scores").fetch([key(0)])
 
 
 @pytest.mark.parametrize(

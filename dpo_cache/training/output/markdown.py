@@ -1,0 +1,30 @@
+"""Text from files that others made, as Markdown that shows it and does nothing else: no HTML, no links."""
+
+from __future__ import annotations
+
+import re
+
+from dpo_cache.errors import printable
+
+FENCE = re.compile("`+")
+PUNCTUATION = re.compile(r"([!-+./:-@\[-`{}~])")  # of ASCII, but for , - and |
+
+
+def code(text: object) -> str:
+    """The text as a code span, in which nothing has a meaning; also for a cell of a table."""
+    shown = _on_one_line(text)
+    longest = max(map(len, FENCE.findall(shown)), default=0)
+    if not longest:
+        return f"`{shown}`"
+    fence = "`" * (longest + 1)
+    return f"{fence} {shown} {fence}"
+
+
+def plain(text: object) -> str:
+    """The text between other words, with all that Markdown or HTML would read as more escaped."""
+    return PUNCTUATION.sub(r"\\\1", _on_one_line(text))
+
+
+def _on_one_line(text: object) -> str:
+    """The text without line breaks, and without the bar that ends a cell of a table."""
+    return printable(text).replace("|", "\\x7c") or "-"
