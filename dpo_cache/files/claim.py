@@ -77,8 +77,13 @@ class Claim:
         self._write()
         threading.Thread(target=self._keep_renewing, name="claim", daemon=True).start()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process had claimed the folder at the last beat."""
+        return self._is_lost
+
     def check(self) -> None:
-        """Raise if another process has claimed the folder since."""
+        """Raise if another process had claimed the folder at the last beat."""
         if self._is_lost:
             raise self._kind(
                 f"{self._path.parent}: another process works here now, as this one was silent for too long; "

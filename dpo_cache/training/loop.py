@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_cache.files.claim import Claim
 from dpo_cache.lm.device import deterministic_algorithms, peak_bytes
 from dpo_cache.lm.model.unchanged import one_checkpoint
 from dpo_cache.log import Log, keeps_remarks, log_remark
@@ -87,8 +88,8 @@ def train(
     started, log = time.perf_counter(), log or log_remark
     held = hold_run(Path(chosen.output), log, resume=bool(chosen.resume), is_dry_run=chosen.dry_run)
     opened = open_setup(chosen, log, loaded)
-    with held as check_claim, opened as setup, deterministic_algorithms(chosen.deterministic):
-        run = _Run(setup, on_metrics or nothing, on_checkpoint or nothing, check_claim, started)
+    with held as claim, opened as setup, deterministic_algorithms(chosen.deterministic):
+        run = _Run(setup, on_metrics or nothing, on_checkpoint or nothing, claim, started)
         return run.try_step() if chosen.dry_run else run.train(should_stop or (lambda: False))
 
 
@@ -102,10 +103,10 @@ class _Run:
         setup: Setup,
         on_metrics: OnMetrics,
         on_checkpoint: OnCheckpoint,
-        check_claim: Callable[[], None],
+        claim: Claim | None,
         started: float,
     ):
-        self.check_claim = check_claim  # raises if another process has the run's folder
+        self.claim = claim  # on the folder; a dry run has none
         self.setup, self.options, self.data, self.policy = setup, setup.options, setup.data, setup.policy
         self.on_metrics, self.started = on_metrics, started
         self.position, self.output, self.log = setup.position, setup.output, setup.log
@@ -148,7 +149,7 @@ class _Run:
             ) as self.trackers:
                 return self._run_steps(should_stop)
         except BaseException:  # Ctrl-C too: a run without an update leaves nothing behind
-            if self.setup.checkpoint is None and not self.step.has_updated:
+            if self.setup.checkpoint is None and not self.step.has_updated and self._has_folder():
                 discard(self.output)
             raise
 
@@ -188,7 +189,7 @@ class _Run:
     def _finish(self) -> TrainReport:
         if not self.best.is_better_than(self.metrics_file.first("eval/loss")):
             self.log("no evaluation was better than the one before training.")
-        self.check_claim()
+        self._check_claim()
         evaluation = self.saver.save_model(self.position.step, self.newest)
         return replace(self._report(finished=True), eval_after=evaluation)
 
@@ -196,7 +197,8 @@ class _Run:
 
     def _prepare_folder(self) -> None:
         """Begin the run's folder, or cut it back to the checkpoint."""
-        self.check_claim()
+        self._has_folder()
+        self._check_claim()
         checkpoint = self.setup.checkpoint
         if checkpoint is None:
             check_disk(self.output, self.policy.model, self.options)
@@ -294,10 +296,21 @@ class _Run:
         patience = self.options.patience
         return patience is not None and self.best.num_worse >= patience
 
+    def _check_claim(self) -> None:
+        """Raise `TrainingError` if another process has claimed the folder."""
+        if self.claim:
+            self.claim.check()
+
+    def _has_folder(self) -> bool:
+        """Whether the folder is still claimed by this process, at this moment."""
+        if self.claim:
+            self.claim.renew()
+        return not (self.claim and self.claim.is_lost)
+
     # -- reporting -------------------------------------------------------------------------------------
 
     def _record(self, metrics: Metrics) -> None:
-        self.check_claim()
+        self._check_claim()
         self.metrics_file.append(metrics)
         self.trackers.log(metrics)
         step, total_steps = self.position.step, self.setup.total_steps

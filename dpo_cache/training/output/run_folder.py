@@ -27,7 +27,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dpo_cache.errors import TrainingError
+from dpo_cache.errors import TrainingError, shown_bytes
 from dpo_cache.files.atomic import refused_writes, remove, write_whole
 from dpo_cache.files.sync import sync
 from dpo_cache.lm.model.adapter_weights import restore_adapter
@@ -135,8 +135,8 @@ def check_disk(folder: Path, model: PreTrainedModel, options: TrainOptions) -> N
     free = free_bytes(folder)
     if free is not None and needed > free:
         raise TrainingError(
-            f"{folder}: {needed / 1e9:.3g} GB are needed for the model and its checkpoints, "
-            f"{free / 1e9:.3g} GB are free.\n"
+            f"{folder}: {shown_bytes(needed)} are needed for the model and its checkpoints, "
+            f"{shown_bytes(free)} are free.\n"
             "Free some space or choose another `output`."
         )
 

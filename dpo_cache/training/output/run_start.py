@@ -8,13 +8,13 @@ is that of no run yet. Once model/ is published, the run is finished, and only l
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.files.atomic import is_scratch, refused_writes, remove
-from dpo_cache.files.claim import CLAIM, claimed
+from dpo_cache.files.claim import CLAIM, Claim, claimed
 from dpo_cache.files.sync import sync
 from dpo_cache.log import Log
 
@@ -66,18 +66,18 @@ def find_start(folder: Path, log: Log, *, resume: bool, clears: bool = False) ->
 
 
 @contextmanager
-def hold_run(folder: Path, log: Log, *, resume: bool, is_dry_run: bool) -> Iterator[Callable[[], None]]:
-    """Keep other processes out of the run's folder until the block ends. Yields a function that raises
-    `TrainingError` if another process has it all the same; a dry run, which writes nothing, needs neither.
+def hold_run(folder: Path, log: Log, *, resume: bool, is_dry_run: bool) -> Iterator[Claim | None]:
+    """Keep other processes out of the run's folder until the block ends. Yields None for a dry run, which
+    writes nothing, and so needs no claim.
 
     Raises `TrainingError` if another process has it, and as `find_start` does, before anything is written.
     """
     find_start(folder, lambda _: None, resume=resume, clears=not is_dry_run)
     if is_dry_run:
-        yield lambda: None
+        yield None
         return
     with claimed(folder, TrainingError, HOLDER, log) as claim:
-        yield claim.check
+        yield claim
 
 
 def is_begun(folder: Path) -> bool:
