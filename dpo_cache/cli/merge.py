@@ -36,5 +36,9 @@ def merge_command(options: MergeOptions, as_json: bool) -> None:
     ]
     rows += [("renamed", f"{before} -> {after}") for before, after in report.renamed.items()]
     rows += [("other of that name left out", name) for name in report.kept]
+    rows += [
+        ("other values left out", f"of {count(number)} completions of reference {reference[:12]}")
+        for reference, number in report.overruled.items()
+    ]
     print_table(f"{report.cache}: merged from {', '.join(options.sources)}", rows)
     print_text(f"{report.cache} holds all of them. Next: {command_line('ls', report.cache)}")

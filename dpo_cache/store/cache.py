@@ -15,7 +15,14 @@ import os
 import re
 from collections.abc import Iterable
 
-from dpo_cache.errors import CorruptShardError, FormatError, NewerFormatError, NotInCacheError, OptionError
+from dpo_cache.errors import (
+    CorruptShardError,
+    FormatError,
+    MissingFileError,
+    NewerFormatError,
+    NotInCacheError,
+    OptionError,
+)
 from dpo_cache.store.folders.folder import Folder, open_folder
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import (
@@ -106,12 +113,13 @@ class Cache:
         reference_id = digest_json(identity)
         name = f"references/{reference_id}/reference.json"
         document = {"identity": identity, "provenance": provenance}
-        if not self.folder.exists(name):
+        try:
+            present = self.read_reference(reference_id)  # raises where it is damaged
+        except (NotInCacheError, MissingFileError):  # the second if it was removed in this moment
             self.publish_format()
             self.folder.publish(name, seal_document(document))
             note_own(document)
         else:
-            present = self.read_reference(reference_id)  # raises where it is damaged
             if all(present["provenance"].get(place) == provenance.get(place) for place in NAMED_PLACES):
                 note_own(present)
         return reference_id
@@ -120,6 +128,7 @@ class Cache:
         """Publish the entry of a reference that is here with other details of where it came from."""
         document = {**self.read_reference(reference_id), "provenance": provenance}
         self.folder.publish(f"references/{reference_id}/reference.json", seal_document(document))
+        note_own(document)
 
     def scores(self, reference_id: str) -> ScoreIndex:
         """The scores of a reference; empty for one that is not here."""
@@ -193,6 +202,7 @@ class Cache:
         """Publish the manifest of a pair set whose parts are here; returns its size in bytes."""
         content = seal_document(manifest)
         self.folder.publish(f"pairs/{manifest['name']}/{manifest['split']}/manifest.json", content)
+        note_own(manifest)
         return len(content)
 
     def write_pairs(self, name: str, split: str) -> PairSetWriter:

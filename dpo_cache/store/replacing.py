@@ -27,9 +27,11 @@ def check_replaceable(
     that of its reference, which may have had a `former_id`.
     """
     name = f"{details['name']}/{details['split']}"
-    if overwrite or not cache.holds_pairs(name):
+    if not cache.holds_pairs(name):
         return
-    old = cache.pairs(name)
+    old = cache.pairs(name)  # raises where its manifest is damaged
+    if overwrite:
+        return
     differing = _differing_source(old.manifest, details)
     if old.reference_id not in (details["reference"], former_id):
         differing += differing_reference(cache, old.reference_id, identity)

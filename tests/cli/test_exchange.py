@@ -54,6 +54,23 @@ def test_json_is_all_of_stdout(run, cache: Path, tmp_path: Path) -> None:
     )
 
 
+def test_another_pair_set_is_replaced_only_with_overwrite(run, cache: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run("export", cache, "pairs", tmp_path / f"{name}.jsonl")
+    words = ("import", tmp_path / "other", "--reference", "peer", "--name", "p", "--dataset")
+    assert run(*words, tmp_path / "one.jsonl").code == 0
+    refused = run(*words, tmp_path / "two.jsonl", "--dtype", "float16")
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err.splitlines()[-4:] == [
+        f"error: {tmp_path}/other: there is another pair set p/train, of 12 pairs; it and the new one differ in",
+        f"  source: {tmp_path}/one.jsonl and {tmp_path}/two.jsonl",
+        "  dtype: none and float16",
+        "Give the new one another --name, or replace the other one with --overwrite.",
+    ]
+    for flag in ("--overwrite", "--replace"):
+        assert run(*words, tmp_path / "two.jsonl", "--dtype", "float16", flag).code == 0
+
+
 def test_mistakes_give_one_error(run, cache: Path, tmp_path: Path, data_file: str) -> None:
     (tmp_path / "out.jsonl").write_text("mine")
     there = run("export", cache, "pairs", tmp_path / "out.jsonl")

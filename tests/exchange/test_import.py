@@ -536,7 +536,7 @@ def trained(cache: Path, output: Path, **options: Any) -> tuple[dpo_cache.TrainR
 
 
 def test_training_on_imported_values_is_training_on_our_own(
-    source: Path, imported: Path, tmp_path: Path
+    source: Path, imported: Path, tmp_path: Path, model_folder: str
 ) -> None:
     one, remarks = trained(imported, tmp_path / "one")
     other, _ = trained(source / "cache", tmp_path / "other", pairs="chat")
@@ -545,8 +545,9 @@ def test_training_on_imported_values_is_training_on_our_own(
         key: value for key, value in other.last.items() if key not in differ
     }
     assert remarks == [
+        f"the policy starts from {model_folder}, which the cache names; `model` chooses another.",
         f"step zero: largest gap {one.step_zero_gap:.2g} nats over 48 completions; "
-        "within rounding: the policy starts as the model of the imported reference 'peer'."
+        "within rounding: the policy starts as the model of the imported reference 'peer'.",
     ]
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import random
 import shutil
@@ -11,10 +12,11 @@ from datasets import Dataset
 import dpo_cache
 from dpo_cache import data
 from dpo_cache.data import Survey
-from dpo_cache.errors import CacheError, DataError, ModelError, OptionError, StorageError
+from dpo_cache.errors import CacheError, CorruptShardError, DataError, ModelError, OptionError, StorageError
 from dpo_cache.lm import runner
 from dpo_cache.lm.progress import ScoringProgress
 from dpo_cache.store import Cache, completion_key
+from dpo_cache.store.folders.disk import Disk
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
 
 
@@ -201,6 +203,19 @@ def test_another_pair_set_of_that_name_is_refused_before_the_model_is_loaded(
     )
     assert any("pair set demo/train is replaced: it held 6 pairs" in remark for remark in report.remarks)
     assert opened.pairs("demo").manifest["source"]["dataset"] == other
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_manifest_is_found_before_the_model_is_loaded(
+    model_folder: str, data_file: str, cache: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_models(monkeypatch)
+    manifest = Path(cache, "pairs/pairs/train/manifest.json")
+    Cache(cache, create=True).publish_format()
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    with pytest.raises(CorruptShardError, match="manifest.json: its content does not match its own digest"):
+        dpo_cache.precompute(model_folder, data_file, cache, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -539,9 +554,31 @@ def test_a_full_disk_is_found_before_scoring(
     model_folder: str, data_file: str, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dpo_cache.store.folders.folder.LocalFolder.free_bytes", lambda self: 100)
-    with pytest.raises(StorageError, match="are needed, 0.0 GB are free"):
+    with pytest.raises(StorageError, match="about .* kB are needed, 100 B are free"):
         dpo_cache.precompute(model_folder, data_file, cache)
     assert not Path(cache).exists()
+
+
+@pytest.mark.parametrize("closed", ["pairs/demo", "references", "scores"])
+def test_a_folder_of_others_is_found_before_the_model_is_loaded(
+    model_folder: str, tmp_path: Path, cache: str, closed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = (
+        write_rows(tmp_path / f"{name}.jsonl", chat_rows(2, seed)) for seed, name in enumerate("ab")
+    )
+    dpo_cache.precompute(model_folder, other, cache, name="demo")
+    refuse_models(monkeypatch)
+    make_folder = Disk.make_folder
+
+    def refuse(disk: Disk, path: Path) -> None:
+        if closed in str(path.parent):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        make_folder(disk, path)
+
+    monkeypatch.setattr(Disk, "make_folder", refuse)
+    with pytest.raises(StorageError, match=f"^cannot write {cache}/.*{closed}.*: Permission denied"):
+        dpo_cache.precompute(model_folder, mine, cache, name="demo", overwrite=True)
+    assert dpo_cache.precompute(model_folder, other, cache, name="demo").scored_now == 0  # writes nothing
 
 
 def test_wrong_rows_leave_nothing_behind(model_folder: str, tmp_path: Path, cache: str) -> None:

@@ -110,7 +110,7 @@ def test_values_under_another_template(place: Path) -> None:
     # attention mostly to near tokens: the prompt matters most to the first tokens
     model = make_llama(num_hidden_layers=1, initializer_range=0.12)
     model.save_pretrained(place / "model")
-    dpo_cache.precompute(place / "model", place / "pairs.jsonl", place / "cache")
+    dpo_cache.precompute(place / "model", place / "pairs.jsonl", place / "cache", overwrite=True)
 
     def elsewhere(completion: Completion) -> np.ndarray:
         exact = naive_token_logps(model, completion).float().numpy()
