@@ -15,7 +15,7 @@ from dpo_cache.lm.model.load import check_causal, load_config
 from dpo_cache.log import Log
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.store import Cache, PairSet
-from dpo_cache.store.format.checks import check_details
+from dpo_cache.store.format.checks import check_details, check_identity
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document
 from dpo_cache.tokenizer import load_tokenizer, tokenizer_digest
@@ -62,7 +62,7 @@ def identify_policy(options: EvalOptions, pairs: PairSet, reference: Document, l
     check_causal(config, location)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device, getattr(config, "dtype", None))
-    identity = reference["identity"]
+    identity = check_identity(reference, f"reference {pairs.reference_id[:12]} of {pairs.name}")["identity"]
     is_imported = "imported" in identity  # it has no weights to compare with
     differing: tuple[str, ...] = ()
     if not is_imported:

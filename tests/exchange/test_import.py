@@ -114,6 +114,10 @@ WRONG_VALUES = {
     ),
     "infinite": ({"ref_chosen_logps": -math.inf}, "`ref_chosen_logps` is NaN or infinite"),
     "NaN": ({"ref_rejected_logps": math.nan}, "`ref_rejected_logps` is NaN or infinite"),
+    "below all bounds": (
+        {"ref_chosen_logps": -1e308},
+        "`ref_chosen_logps` is below -1,000,000 nats a token, which no model gives",
+    ),
     "positive": ({"ref_chosen_logps": 2.5}, "`ref_chosen_logps` is above 0, which no log-prob is"),
     "no ids": ({"chosen_ids": None}, "`chosen_ids` is not a list of token ids"),
     "negative id": ({"prompt_ids": [1, -2]}, "`prompt_ids` is not a list of token ids"),

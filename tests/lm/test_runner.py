@@ -108,6 +108,23 @@ def test_a_log_prob_that_is_not_finite_names_the_rows_that_cause_it(
     assert second.startswith(cause) and second.endswith(" The scores of this chunk are discarded.")
 
 
+def test_a_log_prob_below_all_bounds_names_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = runner_module.score_completions
+
+    def poisoned(model, several, attention, budget):  # type: ignore[no-untyped-def]
+        for step in real(model, several, attention, budget):
+            for _, one in step.scores:
+                one.token_logps[:1] = -3e38
+            yield step
+
+    monkeypatch.setattr(runner_module, "score_completions", poisoned)
+    with (
+        run_loaded(make_llama(), name="mine", max_length=64, budget_tokens=64) as runner,
+        pytest.raises(ModelError, match="^mine gives a log-prob that is below -1,000,000 nats for row 0"),
+    ):
+        list(runner.score(make_completions()[:1], rows_of=lambda index: [index]))
+
+
 def test_a_budget_that_is_given_is_kept_and_one_that_is_not_is_found(model_folder: str) -> None:
     for given, expected in ((48, 48), (None, Budget(None, CPU, lambda _: None).tokens)):
         with open_runner(

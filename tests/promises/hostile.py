@@ -242,6 +242,8 @@ FILES: dict[str, Callable[[], bytes]] = {
         token_logps=pa.array([[float("nan")] * 4, [float("nan")] * 2, [float("nan")] * 5]), logps=pa.array([float("nan")] * 3)
     ),
     "infinite": with_columns(num_tokens=pa.array([1] * 3), token_logps=pa.array([[float("-inf")]] * 3), logps=pa.array([float("-inf")] * 3)),
+    "below all bounds": with_columns(num_tokens=pa.array([1] * 3), token_logps=pa.array([[-3e38]] * 3), logps=pa.array([float(np.float32(-3e38))] * 3)),
+    "far above zero": with_columns(num_tokens=pa.array([1] * 3), token_logps=pa.array([[9.0]] * 3), logps=pa.array([9.0] * 3)),
     "empty lists": with_columns(num_tokens=pa.array([0] * 3), token_logps=pa.array([[], [], []], pa.list_(pa.float32())), logps=pa.array([0.0] * 3)),
 }  # fmt: skip
 READ_ALL_THE_SAME = {  # what is read is what was scored

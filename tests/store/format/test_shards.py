@@ -13,8 +13,8 @@ from dpo_cache.errors import CacheError, CorruptShardError, DpoCacheError, NotIn
 from dpo_cache.store import ScoreIndex
 from dpo_cache.store.folders.folder import LocalFolder
 from dpo_cache.store.format.parquet import name_by_content, write_parquet
-from dpo_cache.store.format.shards import KEY, SHARD_SCHEMA, encode_shard
-from dpo_cache.types import HIGHEST_LOGP, LOWEST_LOGP, Score
+from dpo_cache.store.format.shards import KEY, SHARD_SCHEMA, are_only_sums, encode_shard
+from dpo_cache.types import HIGHEST_LOGP, LOWEST_LOGP, Score, are_logps
 from tests.store.caches import decode_shard, read_shard_bytes
 from tests.store.conftest import flip, key, make_scores, score
 
@@ -67,6 +67,25 @@ def test_a_score_that_is_empty_or_no_log_prob_is_not_written(
         index.publish([*make_scores(range(3)), (key(7), score(*values))])
     assert folder.names("scores") == []
     assert len(index) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "num_tokens", "expected"),
+    [
+        ([0.0, -0.5, 1e-3, -1e6], 1, True), ([-1.1e6], 1, False), ([1.1], 1, False), ([math.nan], 1, False), ([-math.inf], 1, False),
+        ([-1e308], 4, False), ([-1e308], np.array([2**31]), False), ([-3e6, -1.0], np.array([3, 1]), True), ([-3.1e6, -1.0], np.array([3, 1]), False),
+    ],
+)  # fmt: skip
+def test_log_probs_have_bounds(values: list[float], num_tokens: object, expected: bool) -> None:
+    assert are_logps(np.array(values), num_tokens) is expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("logps", "expected"), [(-40.0, True), (-1e308, False), (3.0, False), (math.nan, False)]
+)
+def test_imported_sums_have_bounds(logps: float, expected: bool) -> None:
+    lists = pa.array([[]], pa.list_(pa.float32()))
+    assert are_only_sums(lists, pa.array([2], pa.uint32()), pa.array([logps])) is expected
 
 
 def shard_of(num_tokens: int, logps: float, token_logps: list[float]) -> bytes:

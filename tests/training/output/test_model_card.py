@@ -1,6 +1,7 @@
 """The model card: its content, its validity, and that it names nothing of the machine."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -173,6 +174,33 @@ def test_the_front_matter_is_valid_yaml(options: dict) -> None:
     assert data.library_name == ("peft" if options.get("lora_r") else "transformers")
     assert data.tags[0] == "dpo-cache" and all(isinstance(tag, str) and tag for tag in data.tags)
     assert len(set(data.tags)) == len(data.tags)
+
+
+HOSTILE = "x` <script>alert(1)</script> ![a](http://evil)\n\n# you | won\x1b[2J"
+
+
+def test_texts_of_a_cache_are_shown_and_do_nothing_else() -> None:
+    manifest = {
+        **MANIFEST,
+        "pairs_digest": HOSTILE,
+        "source": {"dataset": HOSTILE, "format": HOSTILE},
+        "tokenization": {"max_length": 1024, "truncation": HOSTILE},
+    }
+    for identity in ({"weights": HOSTILE, "dtype": HOSTILE}, {"imported": HOSTILE, "dtype": None}):
+        reference = {"identity": identity, "provenance": {"model": HOSTILE, "revision": HOSTILE}}
+        found = card(manifest, reference)
+        assert ModelCard(found).data.library_name == "transformers"
+        assert all(line.isprintable() for line in found.split("\n"))
+        body = without_code(found)
+        assert "<script>" not in body and "](http://" not in body
+        assert "\n# you" not in found
+        rows = [line for line in found.splitlines() if line.startswith("|")]
+        assert {line.replace(r"\|", "").count("|") for line in rows} <= {3, 5}
+
+
+def without_code(text: str) -> str:
+    """The text without its code spans and escaped characters, as CommonMark reads them."""
+    return re.sub(r"\\[!-/:-@\[-`{-~]|(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", text, flags=re.DOTALL)
 
 
 def test_tags_are_the_names_that_people_look_for() -> None:
