@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_cache.errors import DataError
+from dpo_cache.errors import DataError, OptionError
 from dpo_cache.files.locations import (
     check_dataset,
     check_model,
+    check_no_url,
     check_output,
     check_peft_config,
     check_revision,
@@ -21,7 +22,7 @@ from dpo_cache.options.exchange import ExportOptions, ImportOptions
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.options.train import TEMPLATES, TrainOptions
 from dpo_cache.options.upkeep import VerifyOptions
-from dpo_cache.store import open_cache
+from dpo_cache.store import Cache, open_cache
 from dpo_cache.store.cache import check_name
 from dpo_cache.store.starting_model import default_start
 
@@ -32,7 +33,7 @@ def check_precompute(options: PrecomputeOptions) -> None:
         check_name(options.name)
     cache = open_cache(options.cache, create=True)
     if not options.dry_run:
-        cache.check_writable()
+        _check_new(cache)
     if options.reference:
         cache.find_reference(options.reference)
     check_model(options.model)
@@ -43,6 +44,8 @@ def check_precompute(options: PrecomputeOptions) -> None:
 
 def check_train(options: TrainOptions) -> None:
     """Raise `DpoCacheError` where the cache lacks a pair set or reference, or a path is wrong."""
+    if options.output:
+        check_no_url(options.output)
     cache = open_cache(options.cache)
     eval_pairs = cache.pairs(options.eval_pairs) if options.eval_pairs else None
     pairs = cache.choose_pairs(
@@ -91,11 +94,21 @@ def check_import(options: ImportOptions) -> None:
     """Raise `DpoCacheError` where a path is wrong, or no cache can be made at `cache`."""
     if options.name:
         check_name(options.name)
-    open_cache(options.cache, create=True).check_writable()
+    _check_new(open_cache(options.cache, create=True))
     check_dataset(options.dataset)
     if options.model:
         check_model(options.model)
     _check_tokenizer(options.tokenizer, options.chat_template)
+
+
+def _check_new(cache: Cache) -> None:
+    """Raise `DpoCacheError` where a new cache cannot be made, or would end with this process."""
+    if str(cache).startswith("memory://"):
+        raise OptionError(
+            f"`cache` {cache}: would be lost when this command ends.\n"
+            "Give a folder, or another URL of fsspec."
+        )
+    cache.check_writable()
 
 
 def _check_tokenizer(tokenizer: str | None, chat_template: str | None) -> None:

@@ -89,6 +89,15 @@ WRONG = {
         "{root}/broken: no tokenizer can be loaded from it (config.json is not JSON).\nGive a folder with a "
         "tokenizer, or a Hub id, as --tokenizer.",
     ),
+    "precompute url": ([*PRECOMPUTE, "--cache", "file://cache"], 2, "file://cache: expected the URL of a folder of this"),
+    "precompute mistyped url": ([*PRECOMPUTE, "--cache", "s3:/b/c"], 2, "s3:/b/c: neither a path nor a URL."),
+    "precompute kind of url": ([*PRECOMPUTE, "--cache", "none://c"], 1, "none://c: no file system for this URL"),
+    "precompute unusable url": ([*PRECOMPUTE, "--cache", "data://c"], 1, "cannot look for data://c/format.json: "),
+    "precompute memory": ([*PRECOMPUTE, "--cache", "memory://c"], 2, "--cache memory://c: would be lost"),
+    "import memory": (["import", "memory://c", "{root}/data.jsonl", "--reference", "peer"], 2, "memory://c: would be lost"),
+    "train output url": (["train", "{root}/cache", "--output", "s3://b/run"], 2, "--output s3://b/run: expected a path"),
+    "eval output url": ([*EVAL, "--output", "s3://b/out.jsonl"], 2, "--output s3://b/out.jsonl: expected a path"),
+    "eval output place": ([*EVAL, "--output", "/proc/none/out.jsonl"], 1, "cannot write /proc/none/out.jsonl: No such"),
     "precompute place": (
         [*PRECOMPUTE, "--cache", "/proc/none"], 1, "cannot write /proc/none: No such file or directory.\n"
     ),

@@ -4,8 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cache.errors import ModelError, OptionError
-from dpo_cache.files.locations import check_model, check_peft_config, check_revision, check_tokenizer
+from dpo_cache.errors import ModelError, OptionError, StorageError
+from dpo_cache.files.locations import (
+    check_model,
+    check_output,
+    check_peft_config,
+    check_revision,
+    check_tokenizer,
+)
+from tests.store.other_user import as_other_user, needs_root
 
 
 @pytest.mark.parametrize(
@@ -49,3 +56,27 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
 def test_a_local_folder_has_no_revision(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=f"^`revision` main: {tmp_path} is a local folder"):
         check_revision(str(tmp_path), "main")
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/out.jsonl", "file:///tmp/out.jsonl", "hf://datasets/a/b"])
+def test_an_output_is_no_url(output: str) -> None:
+    with pytest.raises(OptionError, match="^`output` .*: expected a path, found a URL"):
+        check_output(output, "jsonl", overwrite=False)
+
+
+def test_an_output_may_be_in_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    check_output(str(tmp_path / "new" / "out.jsonl"), "jsonl", overwrite=False)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("parent", ["file", "/proc/none"])
+def test_an_output_that_cannot_be_written_is_found_before_it_is_computed(tmp_path: Path, parent: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="^cannot write .*out.jsonl: .*\n.*choose another `output`"):
+        check_output(str(tmp_path / parent / "out.jsonl"), "jsonl", overwrite=False)
+
+
+@needs_root
+def test_an_output_in_another_users_folder_is_refused() -> None:
+    found = as_other_user(lambda: check_output("/root/out.jsonl", "jsonl", overwrite=False))
+    assert "cannot write /root/out.jsonl: Permission denied" in found

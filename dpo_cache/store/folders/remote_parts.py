@@ -6,11 +6,13 @@ ends of the parts that were read last are kept in memory; of a small part that i
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import BinaryIO, cast
+from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -102,14 +104,26 @@ class RemoteParts:
         copy = self._copies.open(_base(name), size, lambda file: self._download(name, size, file))
         if copy is not None:
             return copy
-        file = tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115 (closed by its reader)
-        self._download(name, size, cast(BinaryIO, file))
-        file.seek(0)
-        source = pa.PythonFile(file, "r")
+        source = self._open_unkept(name, size)
         if f"{hash_source(source)}.parquet" != _base(name):
             source.close()
             raise WrongDigestError(name)
         return source
+
+    def _open_unkept(self, name: str, size: int) -> pa.NativeFile:
+        """The part's bytes, in memory or in a temporary file without a name."""
+        if size <= MEMORY_BYTES:
+            content = io.BytesIO()
+            self._download(name, size, content)
+            return pa.BufferReader(content.getvalue())
+        descriptor, path = tempfile.mkstemp(prefix="dpo-cache-", suffix=".parquet")
+        try:
+            with open(descriptor, "wb") as file:
+                self._download(name, size, file)
+            return pa.OSFile(path)
+        finally:
+            with suppress(OSError):  # Windows removes no open file
+                Path(path).unlink()
 
     def _download(self, name: str, size: int, file: BinaryIO) -> None:
         tail = self._tails.get(name, b"")

@@ -1,6 +1,7 @@
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dpo_cache.errors import StorageError
+from dpo_cache.errors import OptionError, StorageError
 from dpo_cache.store.folders.folder import Folder, LocalFolder, RemoteFolder, open_folder
+from tests.store.other_user import as_other_user, needs_root
 
 KILLED_WRITER = """
 import os, sys
@@ -134,6 +136,55 @@ def test_paths_and_urls_open_their_kind_of_folder(tmp_path: Path) -> None:
     assert open_folder("~/cache").root == Path.home() / "cache"
     assert isinstance(open_folder("memory://cache"), RemoteFolder)
     assert str(open_folder("memory://cache")) == "memory://cache"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///x/a b",
+        "file://localhost/x/a%20b",
+        "FILE:///x/a%20b",
+        "file://LOCALHOST/x/a b",
+        "local:///x/a b",
+    ],
+)
+def test_a_file_url_is_its_path(url: str) -> None:
+    folder = open_folder(url)
+    assert isinstance(folder, LocalFolder) and folder.root == Path("/x/a b")
+
+
+@pytest.mark.parametrize(
+    ("location", "problem"),
+    [
+        ("file://cache", "file:///PATH.\ncache would be the name of a host"),
+        ("file://host/x", "file:///PATH.\nhost would be the name of a host"),
+        ("file://~/x", "file:///PATH.\n~ would be"),
+        ("file://", "file:///PATH."),
+        ("file:///x?mode=w", "no query"),
+        ("file:///x#1", "no query .* and no fragment"),
+        ("file:/x", "neither a path nor a URL.\nWrite file://…, or ./file:/x"),
+        ("s3:/bucket/x", "neither a path nor a URL.\nWrite s3://…"),
+        ("S3:bucket/x", "neither a path nor a URL.\nWrite s3://…"),
+        ("hf:datasets/a/b", "neither a path nor a URL"),
+        ("https:/host/x", "neither a path nor a URL"),
+        ("memory://a/../b", "no '.' or '..' in it"),
+    ],
+)
+def test_a_url_that_is_no_folder_is_refused_and_makes_none_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, problem: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match=problem):
+        open_folder(location)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_here_may_have_a_colon_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("s3:old").mkdir()
+    assert [str(open_folder(name)) for name in ("s3:old", "./s3:new", "run:1", "c:x")] == [
+        "s3:old", "s3:new", "run:1", "c:x"
+    ]  # fmt: skip
 
 
 def test_a_url_of_no_known_kind_is_a_storage_error() -> None:
@@ -261,3 +312,83 @@ def test_a_place_is_tried_before_anything_is_made_there(tmp_path: Path) -> None:
         StorageError, match=f"^cannot write {tmp_path}/a/b: Permission denied.\nPermission denied: "
     ):
         folder.check_writable()
+
+
+# -- other users --------------------------------------------------------------------------------------
+
+NAMES = ("references/r/scores/a", "pairs/p/train/manifest.json")
+
+
+def is_refused(root: Path) -> str:
+    """The first line of the refusal to write what `NAMES` are; empty where they can be written."""
+    folder = LocalFolder(root)
+    try:
+        folder.check_writable(NAMES)
+    except StorageError as error:
+        return str(error).split("\n")[0]
+    for name in NAMES:
+        folder.publish(name, b"mine")
+    return ""
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("closed", "mode", "place"),
+    [
+        (".", 0o755, NAMES[1]),  # without a folder `pairs`
+        ("references/r/scores", 0o755, NAMES[0]),
+        ("references/r", 0o755, None),
+        ("pairs/p/train", 0o555, NAMES[1]),
+        ("pairs/p/train", 0o1777, NAMES[1]),  # another user's manifest cannot be replaced there
+    ],
+)
+def test_what_another_users_folders_refuse_is_found_before_anything_is_written(
+    open_path: Path, closed: str, mode: int, place: str | None
+) -> None:
+    root = open_path / "cache"
+    LocalFolder(root).publish(NAMES[0] + "0", b"")
+    LocalFolder(root).publish(NAMES[1], b"theirs")
+    for folder in [root, *filter(Path.is_dir, root.rglob("*"))]:
+        folder.chmod(0o777)
+    (root / closed).chmod(mode)
+    if closed == ".":
+        shutil.rmtree(root / "pairs")
+    before = sorted(root.rglob("*"))
+    found = as_other_user(lambda: is_refused(root))
+    if place is None:
+        assert found == "" and (root / NAMES[1]).read_bytes() == b"mine"
+    else:
+        assert found.startswith(f"cannot write {root}/{place}: "), found
+        assert sorted(root.rglob("*")) == before
+
+
+@needs_root
+def test_the_members_of_a_group_share_a_folder_that_is_theirs_whatever_their_umask(open_path: Path) -> None:
+    root, group = open_path / "cache", 54000
+    root.mkdir()
+    os.chown(root, -1, group)
+    root.chmod(0o2770)
+
+    def write(user: int) -> str:
+        folder = LocalFolder(root)
+        folder.publish(f"references/r/scores/{user}", b"x")
+        folder.publish("pairs/p/train/manifest.json", str(user).encode())
+        return ",".join(folder.files())
+
+    assert (
+        as_other_user(lambda: write(54321), groups=(group,), umask=0o077)
+        == f"{NAMES[1]},references/r/scores/54321"
+    )
+    assert as_other_user(lambda: write(54322), user=54322, groups=(group,), umask=0o077).count("scores") == 2
+    assert as_other_user(lambda: LocalFolder(root).read(NAMES[1]), groups=(group,)) == "b'54322'"
+    assert "Permission denied" in as_other_user(lambda: write(54323), user=54323)
+
+
+def test_a_folder_of_one_user_has_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        LocalFolder(tmp_path / "cache").publish("scores/a", b"x")
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / "cache" / name).stat().st_mode & 0o7777 for name in (".", "scores", "scores/a")]
+    assert modes == [0o750, 0o750, 0o640]
