@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_cache.errors import ModelError, NotInCacheError
+from dpo_cache.errors import ModelError, NotInCacheError, printable
 from dpo_cache.files.locations import check_revision
 from dpo_cache.lm.device import choose_device, choose_dtype
 from dpo_cache.lm.model.identity import identity_as_recorded
@@ -110,7 +110,7 @@ def _compare_tokenizers(options: EvalOptions, made_with: Document, log: Log) -> 
     if tokenizer_digest(own) != expected:
         log(
             f"the tokenizer of {options.model} is not the one that made the pairs' ids "
-            f"({made_with['tokenizer']}): another vocabulary, other "
+            f"({printable(made_with['tokenizer'])}): another vocabulary, other "
             "rules, special tokens or another chat template. If its ids mean other tokens, nothing below "
             "has a meaning."
         )

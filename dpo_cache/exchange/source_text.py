@@ -18,7 +18,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from dpo_cache import data
-from dpo_cache.errors import DataError, ModelError, OptionError, first_line
+from dpo_cache.errors import DataError, ModelError, OptionError, first_line, printable
 from dpo_cache.store import completion_key
 from dpo_cache.store.format.documents import Document
 from dpo_cache.store.format.pair_tables import PairsDigest
@@ -87,7 +87,7 @@ def find_source_text(manifest: Document, *, dataset: str | None, tokenizer: str 
     try:
         found = _read_source(manifest, dataset or source["dataset"], tokenizer or made_with["tokenizer"])
         if found.pairs_digest() != manifest["pairs_digest"]:
-            return f"{dataset or source['dataset']} no longer makes the pairs of this set"
+            return f"{printable(dataset or source['dataset'])} no longer makes the pairs of this set"
         found.schema  # noqa: B018  (raises if there is none)
     except (DataError, ModelError, OptionError) as error:
         return first_line(error).rstrip(".:")
@@ -100,7 +100,9 @@ def _read_source(manifest: Document, dataset: str, tokenizer_location: str) -> S
     tokenizer = data.load_tokenizer(tokenizer_location)
     tokenizer.chat_template = made_with["chat_template"]
     if data.tokenizer_digest(tokenizer) != made_with["tokenizer_sha256"]:
-        raise ModelError(f"the tokenizer in {tokenizer_location} is not the one that made the token ids")
+        raise ModelError(
+            f"the tokenizer in {printable(tokenizer_location)} is not the one that made the token ids"
+        )
     rename = dict(entry.split("=", 1) for entry in source.get("map", ()))
     rows = data.read_dataset(dataset, (manifest["split"],), source["rows_read"] or None, rename=rename)[
         manifest["split"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from dpo_cache.errors import CacheError, NotInCacheError
+from dpo_cache.errors import CacheError, NotInCacheError, printable
 from dpo_cache.store.cache import Cache
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document
@@ -92,7 +92,7 @@ def _differing_source(manifest: Document, details: Document) -> list[str]:
         return []  # rows in memory have no name by which they could be compared
     places = [str(source.get("dataset", "none")) for source in (before, now)]
     one, other = (os.path.realpath(place) if os.path.isabs(place) else place for place in places)
-    return [] if one == other else [f"source: {places[0]} and {places[1]}"]
+    return [] if one == other else [f"source: {printable(places[0])} and {printable(places[1])}"]
 
 
 def _undated(source: Document) -> Document:

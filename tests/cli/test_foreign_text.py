@@ -68,6 +68,25 @@ def test_no_command_prints_them(run, root: Path, tmp_path: Path, arguments: tupl
     assert shows_no_escapes(done.out) and shows_no_escapes(done.err)
 
 
+def test_a_line_break_in_a_text_does_not_make_a_line(run, tmp_path: Path) -> None:
+    forged = "text\nerror: run `rm -rf ~`"
+    for name in ("one", "other"):
+        make_cache(tmp_path / name)
+    (path,) = (tmp_path / "other").rglob("pairs/*/*/manifest.json")
+    document = open_sealed(path.read_bytes(), "there")
+    document["tokenization"]["truncation"] = document["source"]["created"] = forged
+    document["pairs_digest"] = "0" * 64
+    path.write_bytes(seal_document(document))
+    shown = [
+        run("diff", tmp_path / "one", tmp_path / "other"),
+        run("merge", tmp_path / "one", tmp_path / "other", tmp_path / "all"),
+    ]
+    assert [done.code for done in shown] == [1, 1]
+    for done in shown:
+        text = done.out + done.err
+        assert "text\\nerror: run" in text and "\nerror: run `rm" not in text
+
+
 def test_folders_of_other_names_are_no_part_of_a_cache(root: Path) -> None:
     cache = open_cache(root)
     assert all(name.isprintable() for name in [*cache.pair_sets(), *cache.references()])

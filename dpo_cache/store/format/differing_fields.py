@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dpo_cache.errors import printable
 from dpo_cache.store.format.documents import Document
 
 LONG = 40  # characters of a value that are shown; of a digest the first 12
@@ -18,7 +19,7 @@ def differing_fields(one: Document, other: Document) -> list[str]:
     left, right = _flatten(one), _flatten(other)
     names = [name for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)]
     return [
-        f"{name}: {_show(left.get(name))} and {_show(right.get(name))}"
+        f"{printable(name)}: {_show(left.get(name))} and {_show(right.get(name))}"
         for name in sorted(names, key=lambda name: (name.count("."), name))
     ]
 
@@ -36,6 +37,6 @@ def _flatten(value: Document, prefix: str = "") -> dict[str, Any]:
 def _show(value: Any) -> str:
     if value is None:
         return "none"
-    text = str(value)
+    text = printable(value)
     is_digest = len(text) == 64 and not set(text) - set("0123456789abcdef")
     return f"{text[:12]}…" if is_digest else text if len(text) <= LONG else f"{text[: LONG - 1]}…"

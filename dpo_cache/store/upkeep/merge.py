@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from dpo_cache.errors import CacheError, NotInCacheError
+from dpo_cache.errors import CacheError, NotInCacheError, printable
 from dpo_cache.store.cache import Cache, open_cache, read_reference
 from dpo_cache.store.format.checks import check_details
 from dpo_cache.store.format.documents import Document, digest_json, seal_document
@@ -319,7 +319,8 @@ def _describe_conflicts(conflicts: list[tuple[str, list[Candidate]]], prefer: st
     for name, candidates in conflicts:
         for cache, manifest in candidates:
             scored = f"{manifest['num_pairs']:,} pairs of reference {manifest['reference'][:12]}"
-            lines.append(f"  {name} in {cache}: {scored}, {manifest['source'].get('created', 'undated')}")
+            created = printable(manifest["source"].get("created", "undated"))
+            lines.append(f"  {name} in {cache}: {scored}, {created}")
     count = f"{len(conflicts)} pair sets have" if len(conflicts) > 1 else "one pair set has"
     lines.append(
         "The destination has none to prefer: keep all with `rename`, or the last source's with `prefer` src."
