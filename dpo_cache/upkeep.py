@@ -26,8 +26,9 @@ from dpo_cache.store import open_cache
 from dpo_cache.store.upkeep.compact import Compacted, compact_reference
 from dpo_cache.store.upkeep.copy import TransferProgress, TransferReport, copy_cache
 from dpo_cache.store.upkeep.merge import MergeReport, merge_caches
+from dpo_cache.store.upkeep.problems import VerifyReport
 from dpo_cache.store.upkeep.repair import repair_cache
-from dpo_cache.store.upkeep.verify import VerifyReport, verify_cache
+from dpo_cache.store.upkeep.verify import verify_cache
 
 Location = str | os.PathLike[str]
 OnBytes = Callable[[int, int], None]  # bytes done, bytes in total
@@ -44,8 +45,9 @@ def verify(
 
     If something is wrong, `report.is_whole` is False, and `report.problems` names each file, what was
     expected, what was found, and what to do. With `repair` bad files are moved aside, and `report.repair`
-    lists them. With `rescore` and `model` some completions are scored again, and `report.rescored` compares
-    them with the cache.
+    lists them; files that could not be read are left. With `subset`, such as `10%`, so many of the files are
+    read, and others the next time. With `rescore` and `model` some completions are scored again, and
+    `report.rescored` compares them with the cache.
 
     Problems raise nothing. Raises `FormatError` if there is no cache, and `ModelError` if the model is not
     the reference: then nothing is returned, and files that were moved aside stay there.
@@ -58,7 +60,7 @@ def verify(
 
 def check_files(options: VerifyOptions, on_progress: OnBytes | None) -> VerifyReport:
     """The first part of `verify`: check every file and, with `repair`, move bad ones aside."""
-    report = verify_cache(options.cache, on_progress=on_progress)
+    report = verify_cache(options.cache, subset=options.share, on_progress=on_progress)
     if options.repair and not report.is_whole:
         report.repair = repair_cache(options.cache, report)
     return report
@@ -106,7 +108,8 @@ def merge(
     """Copy everything that the destination lacks from the sources. A missing destination is created.
 
     The order of the sources does not matter, and a second merge copies nothing. Pair sets of one name with
-    different pairs raise `CacheError` before anything is copied, unless `prefer` or `rename` decides. Raises
+    different pairs raise `CacheError` before anything is copied, unless `prefer` or `rename` decides; so do
+    values of one completion that differ by more than rounding, unless `prefer` decides. Raises
     `CorruptShardError` for a damaged file.
     """
     several = [sources] if isinstance(sources, (str, os.PathLike)) else sources

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from dpo_cache.cli.output import (
     command_line,
@@ -15,6 +17,9 @@ from dpo_cache.cli.output import (
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import GcOptions
 
+if TYPE_CHECKING:
+    from dpo_cache.store.upkeep.gc import Garbage
+
 
 @command(GcOptions, json_help="Print what goes as JSON.")
 def gc_command(options: GcOptions, as_json: bool) -> None:
@@ -24,25 +29,49 @@ def gc_command(options: GcOptions, as_json: bool) -> None:
     killed writers, and what `verify --repair` moved aside. Pair sets stay: `rm` removes those.
     """
     from dpo_cache.store import open_cache
-    from dpo_cache.store.upkeep.gc import collect_garbage, find_garbage
+    from dpo_cache.store.upkeep.gc import collect_garbage, find_unneeded
 
     cache = open_cache(options.cache)
-    act = collect_garbage if options.yes else find_garbage
-    garbage = act(cache, keep=options.keep, scores=options.scores, grace_s=options.grace)
+    chosen: dict[str, Any] = {"keep": options.keep, "scores": options.scores, "grace_s": options.grace}
+    removed = collect_garbage(cache, **chosen) if options.yes else []
+    unneeded = find_unneeded(cache, **chosen)
+    garbage = removed if options.yes else unneeded.garbage
     freed = sum(entry.bytes for entry in garbage)
     if as_json:
-        entries = [asdict(entry) for entry in garbage]
-        print_json({"cache": str(cache), "removed": options.yes, "bytes": freed, "garbage": entries})
+        entries, recent = ([asdict(entry) for entry in found] for found in (garbage, unneeded.recent))
+        outcome = {"cache": str(cache), "removed": options.yes, "bytes": freed}
+        print_json({**outcome, "garbage": entries, "recent": recent})
         return
-    if garbage:
-        print_columns(
-            ("file", "size", "why"), [(entry.file, format_bytes(entry.bytes), entry.why) for entry in garbage]
+    _print_files("file", garbage)
+    _print_files("recent, stays", unneeded.recent)
+    _print_outcome(str(cache), garbage, unneeded.recent, options)
+
+
+def _print_files(title: str, entries: Sequence[Garbage]) -> None:
+    if entries:
+        rows = [(entry.file, format_bytes(entry.bytes), entry.why) for entry in entries]
+        print_columns((title, "size", "why"), rows)
+
+
+def _print_outcome(
+    cache: str, garbage: Sequence[Garbage], recent: Sequence[Garbage], options: GcOptions
+) -> None:
+    if recent:
+        print_text(
+            f"{_sum(recent)} that nothing needs {'is' if len(recent) == 1 else 'are'} younger than "
+            f"{options.grace:g} s: a run may be about to use {'it' if len(recent) == 1 else 'them'}."
         )
-    what = f"{count(len(garbage))} file{'' if len(garbage) == 1 else 's'}, {format_bytes(freed)}"
-    following = command_line("ls", str(cache))
+    following = command_line("ls", cache)
     if options.yes:
-        print_text(f"{cache}: {what} removed. Next: {following}")
+        print_text(f"{cache}: {_sum(garbage)} removed. Next: {following}")
     elif garbage:
-        print_text(f"{cache}: {what} could go. Nothing was removed. Next: the same command with --yes")
+        print_text(
+            f"{cache}: {_sum(garbage)} could go. Nothing was removed. Next: the same command with --yes"
+        )
     else:
         print_text(f"{cache}: nothing to drop that is older than {options.grace:g} s. Next: {following}")
+
+
+def _sum(entries: Sequence[Garbage]) -> str:
+    size = format_bytes(sum(entry.bytes for entry in entries))
+    return f"{count(len(entries))} file{'' if len(entries) == 1 else 's'}, {size}"

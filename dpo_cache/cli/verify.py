@@ -24,8 +24,8 @@ from dpo_cache.progress import show_bytes
 
 if TYPE_CHECKING:
     from dpo_cache.precomputing.rescore import RescoreReport
+    from dpo_cache.store.upkeep.problems import VerifyReport
     from dpo_cache.store.upkeep.repair import RepairReport
-    from dpo_cache.store.upkeep.verify import VerifyReport
 
 
 @command(VerifyOptions)
@@ -67,8 +67,13 @@ def _print(report: VerifyReport, options: VerifyOptions, *, as_json: bool) -> No
 
 
 def _print_report(report: VerifyReport, cache: str) -> None:
-    rows = [
-        ("files", f"{count(report.files)} ({format_bytes(report.bytes)})"),
+    rows = [("files", f"{count(report.files)} ({format_bytes(report.bytes)})")]
+    if report.subset is not None:
+        shown = f"{count(report.files_read)} ({format_bytes(report.bytes_read)})"
+        rows.append(
+            ("files read now", f"{shown}, about {report.subset:.4g} of all; the next run reads others")
+        )
+    rows += [
         ("references", count(report.references)),
         ("completions", count(report.completions)),
         ("pair sets", count(report.pair_sets)),
@@ -80,19 +85,26 @@ def _print_report(report: VerifyReport, cache: str) -> None:
     if report.unknown:
         shown = ", ".join(report.unknown[:3]) + (", …" if len(report.unknown) > 3 else "")
         rows.append(("files of no known kind", f"{count(len(report.unknown))} ({shown})"))
-    print_table(f"{report.cache}: {'whole' if report.is_whole else 'damaged'}", rows)
+    print_table(f"{report.cache}: {_verdict(report)}", rows)
     for problem in report.problems:
         print_text(with_flags(str(problem)))
     for entry in report.rescored:
         _print_rescored(entry)
     if report.repair:
         _print_repair(report.repair)
+    elif report.problems and len(report.unreadable) == len(report.problems):
+        print_text("Nothing is known to be damaged. Next: the same command, once all of it can be read")
     elif not report.is_whole:
         print_text(f"Nothing was changed. Next: {command_line('verify', cache, '--repair')}")
     elif all(entry.agrees for entry in report.rescored):
-        print_text(
-            f"Every file of {report.cache} is what was written. Next: {command_line('ls', report.cache)}"
-        )
+        which = "Every file" if report.subset is None else "Every file that was read"
+        print_text(f"{which} of {report.cache} is what was written. Next: {command_line('ls', report.cache)}")
+
+
+def _verdict(report: VerifyReport) -> str:
+    if report.is_whole:
+        return "whole" if report.subset is None else "whole, as far as it was read"
+    return "damaged" if len(report.unreadable) < len(report.problems) else "not all of it could be read"
 
 
 def _print_rescored(entry: RescoreReport) -> None:
@@ -101,6 +113,8 @@ def _print_rescored(entry: RescoreReport) -> None:
         ("largest gap", f"{entry.largest_gap:.2g} nats a token (allowed {entry.largest_allowed:g})"),
         ("mean gap", f"{entry.mean_gap:.2g} nats a token (allowed {entry.mean_allowed:g})"),
     ]
+    if entry.together:
+        rows.append(("all tokens together", entry.together))
     verdict = (
         "the live model agrees"
         if entry.agrees
@@ -117,9 +131,15 @@ def _print_rescored(entry: RescoreReport) -> None:
 def _print_repair(repaired: RepairReport) -> None:
     for moved in repaired.moved:
         print_text(
-            f"moved aside: {moved.file}"
-            + (f"\n  to {moved.to}" if moved.to else " (a link: what it pointed to is left alone)")
+            f"moved aside: {moved.file}\n  to {moved.to}"
+            if moved.to
+            else f"removed: {moved.file} (a link or a pipe: what it pointed to is left alone)"
         )
+    for left in repaired.left:
+        print_text(f"left: {left.file} ({left.why})")
+    if not repaired.commands:
+        print_text("No completions are to be scored again. Files that could not be read were left alone.")
+        return
     lost = "an unknown number of" if repaired.lost is None else f"at most {count(repaired.lost)}"
     restored = (
         f"{count(repaired.restored)} completions were put back from pair sets; " if repaired.restored else ""

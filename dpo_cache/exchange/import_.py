@@ -208,7 +208,7 @@ def _publish(cache: Cache, split: Split, details: Document, log: Log) -> int:
                 return 0
             log(f"pair set {pair_set} has the same pairs, with other settings now: {'; '.join(differing)}.")
             written = cache.publish_manifest(renewed_manifest(old, details))
-            if old.is_complete():  # else others removed them before this manifest was published
+            if old.has_parts():  # else others removed them before this manifest was published
                 return written
         log(
             f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}."

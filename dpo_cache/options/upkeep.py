@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from dpo_cache.options.base import DEVICES, Options, cache_argument, option
@@ -29,6 +30,12 @@ class VerifyOptions(Options):
         "Move bad files to CACHE/.quarantine, and print the commands that score lost completions again.",
         flag="--repair",
     )
+    subset: str | None = option(
+        None,
+        "Read only this share of the shards and parts, such as 10%; the next run reads others, until all are "
+        "read.",
+        metavar="PERCENT",
+    )
     rescore: int | None = option(
         None,
         "Score N random completions of the pair sets again, with --model, and compare.",
@@ -45,7 +52,16 @@ class VerifyOptions(Options):
         False, "Run Python code that comes with the model.", flag="--trust-remote-code"
     )
 
+    @property
+    def share(self) -> float | None:
+        """`subset` as a number above 0 and at most 1."""
+        return None if self.subset is None else parse_share(self.subset)
+
     def check(self) -> None:
+        self._require(
+            self.subset is None or parse_share(self.subset) is not None,
+            f"`subset` {self.subset}: expected a percentage above 0% and up to 100%, such as 10%.",
+        )
         self._require(
             (self.rescore is None) == (self.model is None), "`rescore` N and `model` MODEL go together."
         )
@@ -55,6 +71,13 @@ class VerifyOptions(Options):
             ("`trust_remote_code`", self.trust_remote_code),
         ):
             self._require(self.rescore is not None or not is_given, f"{flag} is used only by `rescore`.")
+
+
+def parse_share(text: str) -> float | None:
+    """`10%` as 0.1; None for anything but a percentage above 0 and at most 100."""
+    number = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*%\s*", text)
+    share = float(number[1]) / 100 if number else 0.0
+    return share if 0 < share <= 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +102,8 @@ class GcOptions(Options):
         False, "Also remove the scores of completions that are in no pair set.", flag="--scores"
     )
     grace: float = option(
-        3600.0,
-        "Keep files written in the last N seconds: a run may be about to use them.",
+        86_400.0,
+        "Keep files written in the last N seconds: a run may be about to use them. Default: a day.",
         limit=(lambda value: value >= 0, "0 or more seconds"),
     )
     yes: bool = option(False, "Remove the files. Without --yes they are only listed.", flag="--yes")
@@ -98,7 +121,8 @@ class MergeOptions(Options):
     )
     prefer: str | None = option(
         None,
-        "For pair sets with the same name and other pairs: keep DEST's, or take the last SRC's.",
+        "For pair sets with the same name and other pairs, and for values that differ by more than rounding: "
+        "keep DEST's, or take the last SRC's.",
         choices=("src", "dest"),
     )
     rename: bool = option(

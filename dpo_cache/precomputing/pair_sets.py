@@ -69,7 +69,7 @@ def publish_pair_set(
         _check_replaceable(target, details, overwrite=overwrite)
         if has_same_pairs(old, details) and old.is_complete():
             written = _renew_settings(cache, old, details, record, log)
-            if old.is_complete():  # else others removed them before this manifest was published
+            if old.has_parts():  # else others removed them before this manifest was published
                 return written
         log(
             f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference "

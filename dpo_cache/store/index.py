@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 
-from dpo_cache.errors import CorruptShardError, MissingFileError, NotInCacheError, StorageError
+from dpo_cache.errors import (
+    CacheError,
+    CorruptShardError,
+    MissingFileError,
+    NotInCacheError,
+    StorageError,
+    first_line,
+)
+from dpo_cache.log import log_remark
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.folders.local_copies import is_part_name
 from dpo_cache.store.format.keys import KEY_BYTES
@@ -26,10 +35,14 @@ class ScoreIndex:
 
     Opening reads only the keys (16 bytes a completion in memory, plus 8 for its row); values are
     read, and their file's digest checked, when they are fetched.
+
+    A shard that is damaged, or that this user may not read, is left out with a remark: completions that only
+    it holds count as not scored, and fetching them raises its error.
     """
 
     def __init__(self, folder: Folder, place: str):
         self._folder, self._place = folder, place
+        self._left_out: dict[str, CacheError] = {}  # shards, and why
         self._begin()
         self.refresh()
 
@@ -45,7 +58,7 @@ class ScoreIndex:
 
     def refresh(self) -> None:
         """See the shards that were published, by anyone, since the index was opened."""
-        known, keys = set(self._shards), dict[str, np.ndarray]()
+        known, keys = {*self._shards, *self._left_out}, dict[str, np.ndarray]()
         for attempt in range(1, LISTINGS + 1):
             names = [
                 name
@@ -53,14 +66,13 @@ class ScoreIndex:
                 if name.endswith(".parquet") and name not in known and name not in keys
             ]
             try:
-                for name, found in zip(names, self._folder.each(self._read_keys, names), strict=True):
-                    keys[name] = found
+                self._read_each(names, keys)
                 break
             except MissingFileError:  # compacted or collected since: the next listing has its replacement
                 if attempt == LISTINGS:
                     raise
-        added = list(keys)
-        self._add(added, [keys.pop(name) for name in added])
+        found = list(keys)
+        self._add(found, [keys.pop(name) for name in found])
 
     def contains(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
         """Which of the keys are scored: bool `[len(keys)]`."""
@@ -69,37 +81,59 @@ class ScoreIndex:
     def fetch(self, keys: Sequence[bytes] | np.ndarray) -> list[Score]:
         """The scores, in the order of the keys. Each row group that holds one of them is read once.
 
-        Where a shard was compacted since the index was opened, the shards are listed anew.
+        If a shard was compacted since the index was opened, or cannot be read now, other shards are searched
+        for its completions. Raises `NotInCacheError` for completions that are not scored, and the error of a
+        shard that was left out where it may hold them.
         """
-        try:
-            return self._fetch(keys)
-        except StorageError:
-            if all(self._folder.exists(f"{self._place}/{name}") for name in self._shards):
-                raise
+        before, first = {**vars(self), "_left_out": dict(self._left_out)}, None
+        for _ in range(len(self._shards) + LISTINGS):
+            try:
+                return self._fetch(keys)
+            except (StorageError, CorruptShardError) as error:
+                if not isinstance(error, MissingFileError) and not _is_of_one_file(error):
+                    raise
+                first, last = first or error, error
+            if isinstance(last, MissingFileError):
+                before = {}  # compacted: the old table is of no use, and takes memory
             self._begin()
             self.refresh()
             if not self.contains(keys).all():
-                raise
-        return self._fetch(keys)
+                break
+            if not isinstance(last, MissingFileError):
+                self._log_left_out([last])
+        vars(self).update(before)  # the next call may find the shard readable again
+        assert first is not None
+        raise first
 
     def _fetch(self, keys: Sequence[bytes] | np.ndarray) -> list[Score]:
         wanted = np.array(keys, KEY_DTYPE)
         rows = self._table.find(wanted)
         if (rows < 0).any():
-            missing = bytes(keys[int(np.argmin(rows))])
-            raise NotInCacheError(
-                f"{self._folder}/{self._place}: {int((rows < 0).sum())} of {len(keys)} completions are "
-                f"not scored, the first is {missing.ljust(KEY_BYTES, bytes(1)).hex()}.\n"
-                "Run the `dpo-cache precompute` that made this cache again."
-            )
+            raise self._not_scored(keys, rows)
         found: list[Score] = [Score(np.empty(0, np.float32))] * len(keys)
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows[order], self._starts)
         for shard, (start, end) in enumerate(pairwise(bounds.tolist())):
             if start < end:
                 places = order[start:end]
-                self._fetch_shard(shard, wanted, rows - self._starts[shard], places, found)
+                try:
+                    self._fetch_shard(shard, wanted, rows - self._starts[shard], places, found)
+                except (StorageError, CorruptShardError) as error:
+                    if _is_of_one_file(error):
+                        self._left_out[self._shards[shard]] = error
+                    raise
         return found
+
+    def _not_scored(self, keys: Sequence[bytes] | np.ndarray, rows: np.ndarray) -> CacheError:
+        """The error for keys without a row."""
+        for error in self._left_out.values():
+            return error
+        missing = bytes(keys[int(np.argmin(rows))])
+        return NotInCacheError(
+            f"{self._folder}/{self._place}: {int((rows < 0).sum())} of {len(keys)} completions are "
+            f"not scored, the first is {missing.ljust(KEY_BYTES, bytes(1)).hex()}.\n"
+            "Run the `dpo-cache precompute` that made this cache again."
+        )
 
     def publish(
         self, scores: Sequence[tuple[bytes, Score]], record: Callable[[str], None] = lambda _: None
@@ -113,6 +147,7 @@ class ScoreIndex:
         if not self._folder.exists(f"{self._place}/{name}"):
             record(f"{self._place}/{name}")
         self._folder.publish(f"{self._place}/{name}", content)
+        self._left_out.pop(name, None)
         if name not in self._shards:
             self._add([name], [np.array([key for key, _ in scores], KEY_DTYPE)])
         return len(content)
@@ -146,6 +181,38 @@ class ScoreIndex:
         keys.clear()
         self._table.add(together, first)
 
+    def _read_each(self, names: list[str], keys: dict[str, np.ndarray]) -> None:
+        """Enter the keys of the shards that can be read; the others are left out."""
+        failed = dict[str, CacheError]()
+        for name, found in zip(names, self._folder.each(self._try_keys, names), strict=True):
+            if isinstance(found, CacheError):
+                failed[name] = found
+            else:
+                keys[name] = found
+        for error in failed.values():
+            if _errno(error) == errno.EIO and not keys and not self._shards:
+                raise error  # no shard can be read: it is the disk
+        if failed:
+            self._left_out |= failed
+            self._log_left_out(list(failed.values()))
+
+    def _log_left_out(self, errors: list[CacheError]) -> None:
+        shards = "a score shard is" if len(errors) == 1 else f"{len(errors)} score shards are"
+        log_remark(
+            f"{self._folder}/{self._place}: {shards} left out, and completions that no other shard holds "
+            f"count as not scored: {first_line(errors[0])}\n"
+            f"`dpo-cache verify {self._folder}` lists all that is damaged or cannot be read."
+        )
+
+    def _try_keys(self, name: str) -> np.ndarray | CacheError:
+        """The keys of a shard, or why this one file cannot be read; other errors are raised."""
+        try:
+            return self._read_keys(name)
+        except (StorageError, CorruptShardError) as error:
+            if not _is_of_one_file(error):
+                raise
+            return error
+
     def _read_keys(self, name: str) -> np.ndarray:
         if not is_part_name(name):
             raise CorruptShardError(f"{self._folder}/{self._place}/{name}: its name is no sha256. {REMEDY}")
@@ -153,6 +220,18 @@ class ScoreIndex:
         if not keys:
             raise CorruptShardError(f"{self._folder}/{self._place}/{name}: has no rows. {REMEDY}")
         return np.concatenate(keys)
+
+
+def _is_of_one_file(error: CacheError) -> bool:
+    """Whether the error is of this file and no other: damage, a refused permission, a bad sector. A disk or a
+    store that is gone, or too many open files, would make every shard look unreadable.
+    """
+    is_refused = isinstance(error.__cause__, PermissionError)
+    return isinstance(error, CorruptShardError) or is_refused or _errno(error) == errno.EIO
+
+
+def _errno(error: CacheError) -> int | None:
+    return error.__cause__.errno if isinstance(error.__cause__, OSError) else None
 
 
 def _read_scores(reader: ParquetReader, group: int, rows: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:

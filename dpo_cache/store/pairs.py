@@ -12,7 +12,7 @@ from typing import SupportsIndex, overload
 
 import pyarrow as pa
 
-from dpo_cache.errors import CorruptShardError
+from dpo_cache.errors import CorruptShardError, MissingFileError, StorageError
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.documents import Document, seal_document
 from dpo_cache.store.format.keys import key_bytes
@@ -33,11 +33,13 @@ from dpo_cache.store.format.parquet import (
 )
 from dpo_cache.store.format.shards import keys_of
 from dpo_cache.store.own_documents import note_own
+from dpo_cache.store.parts import KeptParts, has_part, holds_part
 from dpo_cache.types import ScoredPair
 
 ROW_GROUP_PAIRS = 256  # the unit that is read, and shuffled, at once
 PART_PAIRS = 8192
 BLOCK_TOKENS = 8 * 2**20  # a part ends where the tokens of its last block reach this: some 64 MB in memory
+ATTEMPTS = 5  # to publish what other processes remove
 
 
 class PairSet:
@@ -109,8 +111,15 @@ class PairSet:
         return [num_pairs for _, _, num_pairs in self._blocks]
 
     def is_complete(self) -> bool:
-        """Whether every part that the manifest names is there."""
-        return all(self._folder.exists(f"{self._place}/{part['file']}") for part in self.manifest["parts"])
+        """Whether every part that the manifest names is there and readable, as it was written.
+
+        Of a cache on a disk every byte is read; of a remote one the sizes are compared.
+        """
+        return all(holds_part(self._folder, self._place, part) for part in self.manifest["parts"])
+
+    def has_parts(self) -> bool:
+        """Whether every part that the manifest names is there, of the size that it should have."""
+        return all(has_part(self._folder, self._place, part) for part in self.manifest["parts"])
 
     def keep_open(self) -> None:
         """Keep the set readable to the end, whatever is published, removed or collected meanwhile.
@@ -168,13 +177,19 @@ class PairSet:
 
 
 class PairSetWriter:
-    """Publishes a pair set part by part; nothing is visible before `finish`."""
+    """Publishes a pair set part by part; nothing is visible before `finish`.
+
+    Other processes may remove a part before the manifest names it: `gc` takes leftovers of earlier writers,
+    and this one may reuse them. So the bytes of all parts are kept until `finish` has found each in its
+    place.
+    """
 
     def __init__(self, folder: Folder, place: str):
         self._folder, self._place = folder, place
         self._waiting: list[ScoredPair] = []
         self._block_tokens = 0  # of the waiting pairs in the last row group
         self._parts: list[Document] = []
+        self._kept = KeptParts()
         self.bytes_written = 0
 
     def add(self, pairs: Sequence[ScoredPair]) -> None:
@@ -188,7 +203,13 @@ class PairSetWriter:
                 self._write_part()
 
     def finish(self, details: Document) -> Document:
-        """Publish the last part, then the manifest with these details. Returns the manifest."""
+        """Publish the last part, then the manifest with these details, then parts that other processes have
+        removed meanwhile. Returns the manifest.
+
+        Whoever removes a part hides it first and then looks for a manifest that names it; here the manifest
+        is published first. So one of the two notices the other. Raises `StorageError` if a removed part was
+        not kept, because no temporary file could be written; then the manifest is removed, too.
+        """
         if self._waiting:
             self._write_part()
         manifest = {
@@ -201,17 +222,42 @@ class PairSetWriter:
         self._folder.publish(f"{self._place}/manifest.json", content)
         note_own(manifest)
         self.bytes_written += len(content)
+        self._publish_removed_parts(content)
+        self._kept.close()
         return manifest
 
     def add_part(self, table: pa.Table) -> None:
         """Publish rows of `PAIR_SCHEMA`, at most `PART_PAIRS` of them, as one part."""
         content = write_parquet(table, row_group_size=ROW_GROUP_PAIRS)
-        name = name_by_content(content)
-        if not self._folder.exists(f"{self._place}/{name}"):
-            self._folder.publish(f"{self._place}/{name}", content)
+        part: Document = {"file": name_by_content(content), "rows": len(table), "bytes": len(content)}
+        if not holds_part(self._folder, self._place, part):
+            self._folder.publish(f"{self._place}/{part['file']}", content)
             self.bytes_written += len(content)
-        self._parts.append({"file": name, "rows": len(table), "bytes": len(content)})
+        self._kept.add(part["file"], content)
+        self._parts.append(part)
 
     def _write_part(self) -> None:
         self.add_part(pair_table(self._waiting))
         self._waiting = []
+
+    def _publish_removed_parts(self, manifest: bytes) -> None:
+        for _ in range(ATTEMPTS):
+            removed = [part["file"] for part in self._parts if not has_part(self._folder, self._place, part)]
+            if not removed or not self._is_published(manifest):
+                return
+            if not all(file in self._kept for file in removed):
+                break
+            for file in removed:
+                self._folder.publish(f"{self._place}/{file}", self._kept.read(file))
+        self._folder.remove(f"{self._place}/manifest.json")
+        raise StorageError(
+            f"{self._folder}/{self._place}: other processes removed parts while the pair set was written, "
+            f"such as {removed[0]}.\nNo pair set of this name is left: run the same command again."
+        )
+
+    def _is_published(self, manifest: bytes) -> bool:
+        """Whether the manifest is still this writer's: it may be removed, or replaced by another writer's."""
+        try:
+            return self._folder.read(f"{self._place}/manifest.json") == manifest
+        except MissingFileError:
+            return False

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import dpo_cache
-from dpo_cache.store import Cache
+from dpo_cache.store import Cache, open_cache
 from tests.cli.test_commands import run  # noqa: F401  (a fixture)
 from tests.store.caches import add_pairs, add_reference, add_scores, contents, make_cache
 from tests.store.conftest import flip_file
@@ -26,7 +26,7 @@ def reference_of(root: Path) -> str:
 def age(root: Path) -> None:
     for path in root.rglob("*"):
         if path.is_file():
-            os.utime(path, (0, path.stat().st_mtime - 7200))
+            os.utime(path, (0, path.stat().st_mtime - 2 * 86_400))
 
 
 def test_ls_lists_references_and_pair_sets(run, root: Path) -> None:
@@ -193,10 +193,12 @@ def test_compact(run, root: Path) -> None:
 def test_gc_shows_first_and_drops_with_yes(run, root: Path) -> None:
     lonely = add_reference(Cache(root), "b")
     add_scores(Cache(root), lonely, range(3))
-    assert (
-        run("gc", root).out
-        == f"{root}: nothing to drop that is older than 3600 s. Next: dpo-cache ls {root}\n"
+    shown = run("gc", root).out.splitlines()
+    assert shown[0].split() == ["recent,", "stays", "size", "why"] and lonely in shown[1]
+    assert shown[-2].startswith("2 files, ") and shown[-2].endswith(
+        "that nothing needs are younger than 86400 s: a run may be about to use them."
     )
+    assert shown[-1] == f"{root}: nothing to drop that is older than 86400 s. Next: dpo-cache ls {root}"
     age(root)
     before = contents(root)
     shown = run("gc", root)
@@ -234,6 +236,20 @@ def test_merge_prefers_or_renames(run, root: Path, tmp_path: Path) -> None:
         run("merge", tmp_path / "other", root, "--prefer", "src").code == 0
         and len(Cache(root).pairs("demo/train")) == 1
     )
+
+
+def test_merge_names_values_that_disagree(run, tmp_path: Path) -> None:
+    for name, shift in (("a", 0.0), ("b", 0.5)):
+        cache = open_cache(tmp_path / name, create=True)
+        add_scores(cache, add_reference(cache), [1, 2], shift=shift)
+    refused = run("merge", tmp_path / "b", tmp_path / "a")
+    assert refused.code == 1 and refused.err.splitlines()[2] == (
+        "Keep the destination's values with --prefer dest, or the last source's with --prefer src; "
+        "`dpo-cache verify CACHE --rescore N --model MODEL` shows whose are right."
+    )
+    merged = run("merge", tmp_path / "b", tmp_path / "a", "--prefer", "src")
+    reference = Cache(tmp_path / "a").references()[0][:12]
+    assert f"  other values left out  of 2 completions of reference {reference}\n" in merged.out
 
 
 def test_merge_and_diff(run, root: Path, tmp_path: Path) -> None:

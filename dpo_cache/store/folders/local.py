@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_cache.errors import CorruptShardError, StorageError
+from dpo_cache.log import log_remark
 from dpo_cache.store.folders.disk import Disk
 from dpo_cache.store.folders.failures import storage_errors
 
@@ -39,6 +40,7 @@ class LocalFolder:
         self.root, self.disk = root, disk or Disk()
         self._had_marker = False
         self._synced: set[Path] = set()  # folders whose own names are on the disk
+        self._closed: set[Path] = set()  # folders that a remark has named, because they cannot be listed
 
     def __str__(self) -> str:
         return str(self.root)
@@ -49,6 +51,7 @@ class LocalFolder:
         Raises `StorageError`; then nothing is left behind, unless the disk refuses to remove files, too.
         """
         target = self.root / name
+        self.check_inside(name)
         with storage_errors("write", target):
             for attempt in range(ATTEMPTS):
                 self._check_marker(target)
@@ -103,6 +106,7 @@ class LocalFolder:
         with it.
         """
         target = self.root / name
+        self.check_inside(name)
         with storage_errors("remove", target):
             try:
                 self.disk.unlink(target)
@@ -112,13 +116,27 @@ class LocalFolder:
             with suppress(FileNotFoundError):
                 self.disk.sync_folder(target.parent)
             self._had_marker &= target != self.root / MARKER
-        for parent in target.parents:
-            if parent == self.root:
-                break
+        self._remove_empty_folders(target)
+
+    def move(self, name: str, to: str) -> bool:
+        """Give the file another name in one step, durably; False where it is gone. Folders left empty are
+        removed.
+        """
+        source, target = self.root / name, self.root / to
+        self.check_inside(name)
+        with storage_errors("move", source):
+            self._make_folder(target.parent)
             try:
-                self.disk.remove_folder(parent)  # not synced: that an empty folder comes back does no harm
-            except OSError:  # not empty, or gone
-                break
+                self.disk.rename(source, target)
+            except FileNotFoundError:
+                if self._status(source) is not None:
+                    raise
+                return False
+            self._sync_folders(target.parent)
+            if source.parent != target.parent:
+                self.disk.sync_folder(source.parent)
+        self._remove_empty_folders(source)
+        return True
 
     def hidden(self) -> dict[str, int]:
         """Sizes in bytes of the files that `files` leaves out: scratch of writers, and files set aside by
@@ -135,6 +153,13 @@ class LocalFolder:
             for path in (Path(parent, name) for name in folders + files)
             if path.is_symlink()
         )
+
+    def closed_folders(self) -> list[str]:
+        """Folders below that this user may not list; `files` leaves out what is in them."""
+        closed: list[str] = []
+        for _ in os.walk(self.root, onerror=lambda error: closed.append(str(error.filename))):
+            pass
+        return sorted(Path(path).relative_to(self.root).as_posix() for path in closed if os.path.exists(path))
 
     def modified(self, name: str) -> float | None:
         """When the file was written, in seconds since 1970; None where it is gone."""
@@ -180,6 +205,17 @@ class LocalFolder:
             )
         return path
 
+    def check_inside(self, name: str) -> None:
+        """Raise `CorruptShardError` where the folder of this file is a link that leads out of the cache: what
+        is written there would be refused when it is read.
+        """
+        folder = (self.root / name).parent
+        if not folder.resolve().is_relative_to(self.root.resolve()):
+            raise CorruptShardError(
+                f"{folder}: a link that leads out of the cache, to {folder.resolve()}.\n"
+                "Move the folder here in its place, or delete the link."
+            )
+
     def free_bytes(self) -> int | None:
         """Bytes left on the disk that holds (or will hold) the folder; None where unknown."""
         return free_bytes(self.root)
@@ -192,6 +228,7 @@ class LocalFolder:
         """
         for name in names:
             target = self.root / name
+            self.check_inside(name)
             with storage_errors("write", self.root if name == MARKER else target):
                 existing = next(folder for folder in target.absolute().parents if folder.exists())
                 probe = existing / f".{secrets.token_hex(8)}.tmp"
@@ -238,6 +275,16 @@ class LocalFolder:
             if not folder.is_dir():  # else another writer was faster
                 raise
 
+    def _remove_empty_folders(self, file: Path) -> None:
+        """Remove the folders above a file that is gone, as far as they are empty."""
+        for parent in file.parents:
+            if parent == self.root:
+                break
+            try:
+                self.disk.remove_folder(parent)  # not synced: that an empty folder comes back does no harm
+            except OSError:  # not empty, or gone
+                break
+
     def _sync_folders(self, folder: Path) -> None:
         """Sync the folder and, the first time, those above it: any process may just have made one of them."""
         self.disk.sync_folder(folder)
@@ -272,6 +319,11 @@ class LocalFolder:
             return self.disk.status(path)
         return None
 
+    def _log_closed(self, folder: Path, error: OSError) -> None:
+        if folder not in self._closed:
+            self._closed.add(folder)
+            log_remark(f"{folder} is left out: it cannot be listed ({error.strerror or error}).")
+
     def _sizes(self, folder: Path, *, hidden: bool) -> dict[str, int]:
         """Sizes of the files below the folder by their names, sorted: either of dot-files and of files in
         dot-folders, or of all others.
@@ -286,10 +338,17 @@ class LocalFolder:
         }
 
     def _walk(self, folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-        """Every file below the folder, without those behind links to folders and those removed meanwhile."""
+        """Every file below the folder, without those behind links to folders, those removed meanwhile, and
+        those in folders below that this user may not list.
+        """
         try:
             entries = sorted(self.disk.entries(folder), key=lambda entry: entry.name)
         except FileNotFoundError:
+            return
+        except PermissionError as error:
+            if folder == self.root:
+                raise
+            self._log_closed(folder, error)
             return
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):

@@ -123,6 +123,7 @@ class RemoteFolder:
             options["chunksize"] = min(max(len(content), 1), 2 << 30)  # s3fs splits larger content
         self._call("write", name, lambda: self.filesystem.pipe_file(path, content, **options))
         self._own[name] = True
+        self.parts.forget(name)
         found = self._find_size(name)
         if found != len(content):
             raise StorageError(

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_cache.errors import CorruptShardError, printable
-from dpo_cache.store.format.documents import REMEDY, Document
+from dpo_cache.store.format.documents import DOCUMENT_BYTES, REMEDY, Document
 from dpo_cache.store.format.keys import completion_key, key_bytes
+from dpo_cache.store.format.page_limits import FILE_BYTES
 from dpo_cache.store.format.pair_tables import (
     PAIR_SCHEMA,
     SIDES,
@@ -44,6 +45,11 @@ class WholeShard:
     file: str
     num_rows: int
     num_tokens: int
+
+
+def most_bytes_of(file: str) -> int:
+    """The most bytes that a file of this name may have."""
+    return FILE_BYTES if file.endswith(".parquet") else DOCUMENT_BYTES
 
 
 def check_shard(file: str, content: bytes) -> WholeShard:

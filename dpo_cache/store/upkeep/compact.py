@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from dpo_cache.errors import CorruptShardError
+from dpo_cache.errors import CorruptShardError, MissingFileError, NotInCacheError, StorageError, first_line
+from dpo_cache.log import log_remark
 from dpo_cache.store.cache import Cache
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.keys import is_sorted
@@ -15,6 +16,10 @@ from dpo_cache.store.format.shards import ROW_BYTES, read_keys
 from dpo_cache.store.upkeep.compare import allowed_gap, compare_files
 from dpo_cache.store.upkeep.contents import count_rows, shard_files
 from dpo_cache.store.upkeep.merge_shards import SHARD_BYTES, merge_shards, write_sorted_shards
+from dpo_cache.store.upkeep.open_runs import shards_of_runs
+from dpo_cache.store.upkeep.removal import remove_unneeded
+
+PLANS = 3  # while others compact or collect the same shards
 
 
 @dataclass(frozen=True)
@@ -28,23 +33,41 @@ class Compacted:
     bytes_after: int
     completions: int
     duplicates: int  # rows of completions that another shard held, too
+    left: int = 0  # shards of runs that are at work, or were killed in an audit; counted nowhere else
 
 
 def compact_reference(cache: Cache, reference_id: str) -> Compacted:
     """Merge the reference's score shards into few large ones, sorted by key; a compact cache is not changed.
 
     The new shards are durable before the old ones are removed; a crash leaves both, which is legal, and the
-    next run finishes the work. Shards that others publish meanwhile stay as they are. Memory: 16 bytes a
-    completion, and a shard. Raises `CorruptShardError` where a shard is damaged, or where shards disagree on
-    a completion.
+    next run finishes the work. Shards that others publish meanwhile stay as they are, and so do those of runs
+    of `precompute` that may yet withdraw them. Shards that this user may not read or not remove are left,
+    with a remark. Memory: 16 bytes a completion, and a shard. Raises `CorruptShardError` where a shard is
+    damaged, or where shards disagree on a completion.
     """
+    for attempt in range(1, PLANS + 1):
+        try:
+            return _compact(cache, reference_id)
+        except MissingFileError:  # compacted or collected by others since they were listed
+            if attempt == PLANS:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _compact(cache: Cache, reference_id: str) -> Compacted:
     folder, place = cache.folder, f"references/{reference_id}/scores"
-    sizes = shard_files(folder, reference_id)
+    every = shard_files(folder, reference_id)
+    held = shards_of_runs(folder, reference_id) & every.keys()
+    sizes = {shard: size for shard, size in every.items() if shard not in held}
+    keys = _read_keys(folder, sorted(sizes))
+    sizes = {shard: sizes[shard] for shard in keys}
     shards, bytes_before = sorted(sizes), sum(sizes.values())
-    keys = {shard: keys_in(folder, shard) for shard in shards}
     num_rows = sum(map(len, keys.values()))
     if _is_compact(folder, keys):
-        return Compacted(reference_id, len(shards), len(shards), bytes_before, bytes_before, num_rows, 0)
+        num_shards = len(shards)
+        return Compacted(
+            reference_id, num_shards, num_shards, bytes_before, bytes_before, num_rows, 0, len(held)
+        )
     distinct = len(np.unique(np.concatenate(list(keys.values()))))
     if distinct < num_rows:
         _check_agreement(cache, reference_id, shards)
@@ -56,16 +79,50 @@ def compact_reference(cache: Cache, reference_id: str) -> Compacted:
             f"{folder}/{place}: {distinct} completions to merge, {written} written. Nothing was removed: "
             "run `dpo-cache verify`."
         )
-    for shard in sizes.keys() - set(merged):
-        folder.remove(shard)
+    _check_entry(folder, reference_id, set(merged) - every.keys())
+    replaced = sizes.keys() - set(merged)
+    remove_unneeded(folder, replaced, always=replaced).log(folder)
     bytes_after = sum(map(folder.size, merged))
     duplicates = num_rows - distinct
-    return Compacted(reference_id, len(shards), len(merged), bytes_before, bytes_after, distinct, duplicates)
+    return Compacted(
+        reference_id,
+        len(shards),
+        len(merged),
+        bytes_before,
+        bytes_after,
+        distinct,
+        duplicates,
+        len(held),
+    )
+
+
+def _check_entry(folder: Folder, reference_id: str, new: set[str]) -> None:
+    """Raise `NotInCacheError`, and remove the new shards, if others removed the reference meanwhile."""
+    if not folder.exists(f"references/{reference_id}/reference.json"):
+        for shard in new:
+            folder.remove(shard)
+        raise NotInCacheError(
+            f"{folder}: reference {reference_id} was removed while it was compacted.\n"
+            "Run `dpo-cache ls` to see what is left."
+        )
 
 
 def keys_in(folder: Folder, shard: str) -> np.ndarray:
     """Keys of a shard's rows, S16, in their order."""
     return np.concatenate([*read_keys(folder, shard), np.empty(0, "S16")])
+
+
+def _read_keys(folder: Folder, shards: list[str]) -> dict[str, np.ndarray]:
+    """The keys of the shards that this user may read."""
+    keys: dict[str, np.ndarray] = {}
+    for shard in shards:
+        try:
+            keys[shard] = keys_in(folder, shard)
+        except StorageError as error:
+            if not isinstance(error.__cause__, PermissionError):
+                raise
+            log_remark(f"{folder}/{shard} is not compacted: {first_line(error)}")
+    return keys
 
 
 def _is_compact(folder: Folder, keys: dict[str, np.ndarray]) -> bool:

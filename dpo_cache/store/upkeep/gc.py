@@ -1,18 +1,21 @@
 """Garbage: unneeded files of a cache, found, shown and removed. Others may read and write meanwhile.
 
-A file is removed only after its replacement is durable, and a file younger than a grace period is no garbage:
-a writer publishes parts before the manifest that names them, and scores before the pair set that needs them.
+A file younger than a grace period is no garbage: a writer publishes parts before the manifest that names
+them, and an interrupted `precompute` leaves scores that its next run needs. A writer that names an older file
+is noticed, or notices that the file is gone (see `removal.py`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
+from dpo_cache.errors import StorageError, first_line
+from dpo_cache.log import log_remark
 from dpo_cache.store.cache import Cache
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.documents import Document
@@ -20,11 +23,18 @@ from dpo_cache.store.format.pair_tables import PAIR_SCHEMA, part_files
 from dpo_cache.store.format.parquet import name_by_content, open_unverified, write_parquet
 from dpo_cache.store.format.shards import SHARD_SCHEMA, keys_of, read_shard
 from dpo_cache.store.upkeep.compact import keys_in
-from dpo_cache.store.upkeep.contents import classify, read_manifests, shard_files
+from dpo_cache.store.upkeep.contents import classify, shard_files
+from dpo_cache.store.upkeep.named_files import NamedFiles, read_named_files
+from dpo_cache.store.upkeep.open_runs import shards_of_runs
+from dpo_cache.store.upkeep.removal import (
+    name_before_hiding,
+    put_back_needed,
+    removal_order,
+    remove_unneeded,
+)
 from dpo_cache.store.upkeep.repair import QUARANTINE
 
-GRACE_S = 3600.0
-REMOVAL_ORDER = ["manifest", "part", "shard", "unknown", "reference"]
+GRACE_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,15 @@ class Garbage:
     bytes: int
     why: str
     unused_rows: int | None = None
+    is_unused: bool = False  # scores that no pair set holds, of a reference that a manifest may name
+
+
+@dataclass
+class Unneeded:
+    """Files that nothing needs: garbage, and those that are too recent to be sure."""
+
+    garbage: list[Garbage] = field(default_factory=list)
+    recent: list[Garbage] = field(default_factory=list)
 
 
 def find_garbage(
@@ -49,32 +68,38 @@ def find_garbage(
     Files written less than `grace_s` seconds ago are left out. Raises `CorruptShardError` where a manifest is
     damaged, because its parts are unknown.
     """
-    folder, files, manifests = cache.folder, cache.folder.files(), read_manifests(cache)
-    named = {file for manifest in manifests.values() for file in part_files(manifest)}
-    needed = {manifest["reference"] for manifest in manifests.values()} | {
-        cache.find_reference(name)
-        for name in keep
-        if not any(pair_set == name or pair_set.startswith(f"{name}/") for pair_set in manifests)
-    }
-    found, unneeded = [], dict[str, list[str]]()
-    for file in files:
+    return find_unneeded(cache, keep=keep, scores=scores, grace_s=grace_s).garbage
+
+
+def find_unneeded(
+    cache: Cache, *, keep: Sequence[str] = (), scores: bool = False, grace_s: float = GRACE_S
+) -> Unneeded:
+    """The same, and the files that are left out only because they are recent.
+
+    Where this user cannot read a manifest, all that it may need stays, with a remark.
+    """
+    folder = cache.folder
+    files, named = folder.files(), read_named_files(folder)  # in this order: what appears later is not listed
+    if named.unreadable:
+        _log_unreadable(folder, named)
+    kept = {*named.references, *_kept_references(cache, keep, named)}
+    found, unneeded = Unneeded(), dict[str, list[Garbage]]()
+    for file, size in files.items():
         kind, parts = classify(file)
-        if kind == "part" and file not in named:
-            found.append(Garbage(file, files[file], "no manifest names it"))
-        elif kind in ("reference", "shard") and parts[0] not in needed:
-            unneeded.setdefault(parts[0], []).append(file)
-    for of_reference in unneeded.values():
-        if not any(_is_young(folder, file, grace_s) for file in of_reference):
-            why = "no pair set was scored by its reference"
-            found += [Garbage(file, files[file], why) for file in of_reference]
-    for reference_id in sorted(needed) if scores else ():
-        found += _unused_scores(folder, reference_id, manifests)
-    for file, size in folder.hidden().items():
-        if file.startswith(f"{QUARANTINE}/"):
-            found.append(Garbage(file, size, "set aside by `dpo-cache verify --repair`"))
-        elif file.endswith(".tmp") and ("/" not in file or file.startswith(("references/", "pairs/"))):
-            found.append(Garbage(file, size, "scratch of a writer that was killed"))
-    return [entry for entry in found if not _is_young(folder, entry.file, grace_s)]
+        if kind == "part" and not named.may_need(file):
+            _add(found, folder, [Garbage(file, size, "no manifest names it")], grace_s)
+        elif kind in ("reference", "shard") and parts[0] not in kept and not named.may_need(file):
+            entry = Garbage(file, size, "no pair set was scored by its reference")
+            unneeded.setdefault(parts[0], []).append(entry)
+    for reference_id, entries in unneeded.items():
+        if not _has_run(folder, reference_id):
+            _add(found, folder, entries, grace_s)
+    for reference_id in sorted(kept) if scores and not named.unreadable else ():
+        for entry in _unused_scores(folder, reference_id, named.manifests):
+            _add(found, folder, [entry], grace_s)
+    for entry in _hidden_garbage(folder, named):
+        _add(found, folder, [entry], grace_s)
+    return found
 
 
 def collect_garbage(
@@ -82,24 +107,43 @@ def collect_garbage(
 ) -> list[Garbage]:
     """Remove the files that `find_garbage` finds twice in a row: a file that is needed by then stays. Returns
     the removed ones.
+
+    Files of other users that this one may not remove stay, with a remark.
     """
+    folder = cache.folder
+    put_back_needed(folder, folder.hidden())
     planned = find_garbage(cache, keep=keep, scores=scores, grace_s=grace_s)
     again = find_garbage(cache, keep=keep, scores=scores, grace_s=grace_s)
     going = sorted({*planned} & {*again}, key=lambda entry: removal_order(entry.file))
-    in_part = {classify(entry.file)[1][0] for entry in going if entry.unused_rows is not None}
-    used = {entry: _used_keys(cache.folder, entry, read_manifests(cache)) for entry in in_part}
-    for entry in going:
-        if entry.unused_rows is not None:
-            _publish_used(cache.folder, entry.file, used[classify(entry.file)[1][0]])
-        cache.folder.remove(entry.file)
-    return going
+    _publish_used_rows(folder, [entry for entry in going if entry.unused_rows is not None])
+    always = [entry.file for entry in going if entry.is_unused]
+    removed = remove_unneeded(folder, [entry.file for entry in going], always=always)
+    removed.log(folder)
+    return [entry for entry in going if entry.file in {*removed.files}]
 
 
-def removal_order(file: str) -> tuple[int, str]:
-    """Sorts files so that an interrupted removal leaves a valid cache: manifests first, entries of references
-    last.
-    """
-    return REMOVAL_ORDER.index(classify(file)[0]), file
+def _kept_references(cache: Cache, keep: Sequence[str], named: NamedFiles) -> set[str]:
+    """Ids of the references in `keep`, of which some are pair sets."""
+    pair_sets = named.manifests
+    return {
+        cache.find_reference(name)
+        for name in keep
+        if not any(pair_set == name or pair_set.startswith(f"{name}/") for pair_set in pair_sets)
+    }
+
+
+def _add(found: Unneeded, folder: Folder, entries: Sequence[Garbage], grace_s: float) -> None:
+    """Add files that go together: all of them are recent if one is."""
+    is_recent = any(_is_young(folder, entry.file, grace_s) for entry in entries)
+    (found.recent if is_recent else found.garbage).extend(entries)
+
+
+def _has_run(folder: Folder, reference_id: str) -> bool:
+    """Whether a run of `precompute` is at work under the reference, or was killed in its audit."""
+    try:
+        return bool(shards_of_runs(folder, reference_id))
+    except StorageError:  # another user's record, which this one may not read
+        return True
 
 
 def _is_young(folder: Folder, file: str, grace_s: float) -> bool:
@@ -112,16 +156,41 @@ def _is_young(folder: Folder, file: str, grace_s: float) -> bool:
     return modified is None or time.time() - modified < grace_s
 
 
+def _hidden_garbage(folder: Folder, named: NamedFiles) -> Iterator[Garbage]:
+    for file, size in folder.hidden().items():
+        before = name_before_hiding(file)
+        if file.startswith(f"{QUARANTINE}/"):
+            yield Garbage(file, size, "set aside by `dpo-cache verify --repair`")
+        elif file.endswith(".tmp") and ("/" not in file or file.startswith(("references/", "pairs/"))):
+            yield Garbage(file, size, "scratch of a writer that was killed")
+        elif before and not named.may_need(before):
+            yield Garbage(file, size, "left by a removal that was killed")
+
+
+# -- scores ------------------------------------------------------------------------------------------------
+
+
 def _unused_scores(folder: Folder, reference_id: str, manifests: dict[str, Document]) -> Iterator[Garbage]:
-    used = _used_keys(folder, reference_id, manifests)
-    for shard, size in shard_files(folder, reference_id).items():
-        keys = keys_in(folder, shard)
-        num_unused = int((~np.isin(keys, used)).sum())
+    shards = shard_files(folder, reference_id)
+    try:
+        held = shards_of_runs(folder, reference_id)  # after the shards were listed
+        used = _used_keys(folder, reference_id, manifests)
+    except StorageError as error:
+        _log_left(folder, f"all scores of reference {reference_id[:12]} stay", error)
+        return
+    for shard in sorted(shards.keys() - held):
+        try:
+            keys = keys_in(folder, shard)
+        except StorageError as error:
+            if folder.exists(shard):  # else it was compacted meanwhile
+                _log_left(folder, f"{shard} stays", error)
+            continue
+        num_unused, size = int((~np.isin(keys, used)).sum()), shards[shard]
         if num_unused == len(keys):
-            yield Garbage(shard, size, f"no pair set holds its {num_unused} completions")
+            yield Garbage(shard, size, f"no pair set holds its {num_unused} completions", is_unused=True)
         elif num_unused:
             why = f"no pair set holds {num_unused} of its {len(keys)} completions (the rest is kept)"
-            yield Garbage(shard, size * num_unused // len(keys), why, num_unused)
+            yield Garbage(shard, size * num_unused // len(keys), why, num_unused, is_unused=True)
 
 
 def _used_keys(folder: Folder, reference_id: str, manifests: dict[str, Document]) -> np.ndarray:
@@ -135,8 +204,18 @@ def _used_keys(folder: Folder, reference_id: str, manifests: dict[str, Document]
     return np.unique(np.concatenate(found))
 
 
+def _publish_used_rows(folder: Folder, entries: Sequence[Garbage]) -> None:
+    """Publish the rows that stay of these shards, as new shards."""
+    manifests = read_named_files(folder).manifests if entries else {}
+    used: dict[str, np.ndarray] = {}
+    for entry in entries:
+        reference_id = classify(entry.file)[1][0]
+        if reference_id not in used:
+            used[reference_id] = _used_keys(folder, reference_id, manifests)
+        _publish_used(folder, entry.file, used[reference_id])
+
+
 def _publish_used(folder: Folder, shard: str, used: np.ndarray) -> None:
-    """Publish the rows of a shard whose keys are used, as a new shard."""
     tables = [
         table.filter(pa.array(np.isin(keys_of(table.column("key")), used)))
         for table in read_shard(folder, shard)
@@ -144,3 +223,18 @@ def _publish_used(folder: Folder, shard: str, used: np.ndarray) -> None:
     kept = pa.concat_tables(tables)
     content = write_parquet(kept.cast(SHARD_SCHEMA), row_group_size=max(map(len, tables)))
     folder.publish(f"{shard.rpartition('/')[0]}/{name_by_content(content)}", content)
+
+
+# -- what cannot be read -----------------------------------------------------------------------------------
+
+
+def _log_unreadable(folder: Folder, named: NamedFiles) -> None:
+    place, why = next(iter(named.unreadable.items()))
+    log_remark(
+        f"{folder}: the manifests of {len(named.unreadable)} pair sets or folders cannot be read, such as "
+        f"{place}: {why}\nSo all references stay, and the parts in these folders."
+    )
+
+
+def _log_left(folder: Folder, what: str, error: StorageError) -> None:
+    log_remark(f"{folder}: {what}: {first_line(error)}")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from dpo_cache.errors import CacheError
 from dpo_cache.store.cache import Cache
-from dpo_cache.store.upkeep.contents import find_pair_sets, read_manifests
-from dpo_cache.store.upkeep.gc import removal_order
+from dpo_cache.store.folders.folder import Folder
+from dpo_cache.store.upkeep.contents import classify, find_pair_sets, read_manifests, shard_files
+from dpo_cache.store.upkeep.removal import remove_unneeded
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,20 @@ def plan_removal(cache: Cache, kind: str, name: str, *, with_pairs: bool = False
 
 
 def remove_files(cache: Cache, files: Sequence[str]) -> None:
-    """Remove the files, in an order that leaves a valid cache where it is interrupted."""
-    for file in sorted(files, key=removal_order):
-        cache.folder.remove(file)
+    """Remove the files, in an order that leaves a valid cache where it is interrupted.
+
+    What a pair set needs that was published meanwhile stays, and so do files of other users that this one may
+    not remove, both with a remark.
+    """
+    remove_unneeded(cache.folder, files).log(cache.folder)
+    for kind, parts in map(classify, files):
+        if kind == "reference":
+            _remove_later_scores(cache.folder, parts[0])
+
+
+def _remove_later_scores(folder: Folder, reference_id: str) -> None:
+    """Remove scores that others published under the reference while it was removed, such as `compact`."""
+    shards = shard_files(folder, reference_id)  # listed first: an entry is published before its scores
+    if not folder.exists(f"references/{reference_id}/reference.json"):
+        for shard in shards:
+            folder.remove(shard)

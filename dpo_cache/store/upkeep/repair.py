@@ -1,7 +1,8 @@
 """Move the bad files that `verify` found to `CACHE/.quarantine/<first of its sha256>/<its name>`.
 
-No content is lost. Completions of a damaged shard that a pair set also holds are published again from there,
-and need not be scored again.
+No content is lost. A file is moved only if its bytes are still those that `verify` found bad: others may have
+published it again. What could not be read is left where it is. Completions of a damaged shard that a pair set
+also holds are published again from there, and need not be scored again.
 """
 
 from __future__ import annotations
@@ -9,27 +10,31 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 
-from dpo_cache.errors import CacheError
+from dpo_cache.errors import CacheError, CorruptShardError, MissingFileError, StorageError, first_line
 from dpo_cache.store.cache import FORMAT, read_reference
 from dpo_cache.store.folders.folder import Folder, open_folder
+from dpo_cache.store.format.checks import most_bytes_of
 from dpo_cache.store.format.documents import Document, render_document
 from dpo_cache.store.format.keys import completion_key
 from dpo_cache.store.format.pair_tables import read_manifest
-from dpo_cache.store.format.parquet import ParquetReader
-from dpo_cache.store.format.shards import SHARD_SCHEMA
-from dpo_cache.store.index import ScoreIndex
+from dpo_cache.store.format.parquet import ParquetReader, name_by_content
+from dpo_cache.store.format.shards import SHARD_SCHEMA, encode_shard, read_keys
 from dpo_cache.store.pairs import PairSet
 from dpo_cache.store.upkeep.commands import precompute_line
-from dpo_cache.store.upkeep.contents import classify
-from dpo_cache.store.upkeep.verify import VerifyReport
+from dpo_cache.store.upkeep.contents import classify, shard_files
+from dpo_cache.store.upkeep.problems import VerifyReport
+from dpo_cache.store.upkeep.removal import put_back_needed
 from dpo_cache.types import Score
 
 QUARANTINE = ".quarantine"
+REWRITTEN = ("damaged", "missing")  # kinds of problems for which format.json is written again
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,20 @@ class Moved:
     completions: int | None = None  # that it held; None where its footer is not readable or it is no shard
 
 
+@dataclass(frozen=True)
+class Left:
+    """A bad file that was not moved, and why."""
+
+    file: str
+    why: str
+
+
 @dataclass
 class RepairReport:
     """The moved files, and the commands that score lost completions again."""
 
     moved: list[Moved] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
     restored: int = 0  # completions of damaged shards that a pair set also held
     commands: list[str] = field(default_factory=list)
 
@@ -60,35 +74,67 @@ class RepairReport:
 def repair_cache(location: str | os.PathLike[str], verified: VerifyReport) -> RepairReport:
     """Move every file aside that `verify_cache` found bad, and restore scores that pair sets hold.
 
-    Of two files that differ either may be wrong, so both are moved. Raises `CacheError` where the folder
-    cannot be written.
+    Of two files that differ either may be wrong, so both are moved. Files that cannot be read any more, have
+    other bytes by now, or belong to another user who does not let this one move them, are left and listed.
+    Raises `CacheError` where the folder cannot be written.
     """
     folder, report = open_folder(location), RepairReport()
-    bad, damaged_references = set(), set()
+    put_back_needed(folder, folder.hidden())
+    shards = _damaged_shards(verified)
+    # first: once they are moved, a repair after an interruption would not know what they held
+    report.restored = _restore_scores(folder, [file for file in shards if shards[file]], shards)
     for problem in verified.problems:
-        kind, parts = classify(problem.file)
         if problem.kind == "link":
             folder.remove(problem.file)
             report.moved.append(Moved(problem.file, None))
-        elif problem.kind == "differs":
-            bad |= {problem.file, problem.other or problem.file}
-        elif problem.kind == "damaged":
-            bad.add(problem.file)
-            damaged_references |= {parts[0]} if kind == "shard" else set()
-    report.moved += [_move(folder, file) for file in sorted(bad)]
-    if any(problem.file == "format.json" for problem in verified.problems):
+    for file, sha256 in sorted(_bad_files(verified).items()):
+        try:
+            outcome = _move(folder, file, sha256)
+        except StorageError as error:
+            if not _is_of_the_file(error):
+                raise
+            outcome = Left(file, first_line(error))
+        if isinstance(outcome, Moved):
+            report.moved.append(outcome)
+        else:
+            report.left.append(outcome)
+    if any(problem.file == "format.json" and problem.kind in REWRITTEN for problem in verified.problems):
         folder.publish("format.json", render_document(FORMAT))
-    report.restored = sum(_restore(folder, reference_id) for reference_id in sorted(damaged_references))
-    report.commands = _commands(folder, verified)
+    moved = {moved.file for moved in report.moved}
+    report.restored += _restore_scores(
+        folder, [file for file in shards if not shards[file] and file in moved], {}
+    )
+    report.commands = _commands(folder, verified, report)
     return report
 
 
-def _move(folder: Folder, file: str) -> Moved:
-    """Publish the content under another name, then remove the file."""
-    content = folder.read(file)
-    to = f"{QUARANTINE}/{hashlib.sha256(content).hexdigest()[:16]}/{file}"
-    folder.publish(to, content)
-    folder.remove(file)
+def _bad_files(verified: VerifyReport) -> dict[str, str | None]:
+    """The files to move, with the digests of their bad bytes; None for one that was not read whole."""
+    bad: dict[str, str | None] = {}
+    for problem in verified.problems:
+        if problem.kind in ("damaged", "differs"):
+            bad[problem.file] = problem.sha256
+        if problem.kind == "differs" and problem.other:  # a shard or part, whose bytes hash to its name
+            bad.setdefault(problem.other, problem.other.rpartition("/")[2].partition(".")[0])
+    return bad
+
+
+def _move(folder: Folder, file: str, sha256: str | None) -> Moved | Left:
+    """Give the file a name in the quarantine, if it has the bytes that were found bad."""
+    if sha256 is None:
+        return _move_unread(folder, file)
+    changed = Left(file, "its bytes are others by now: verify again")
+    to = _quarantined(file, sha256)
+    if _digest(folder.read(file)) == sha256:
+        if not folder.move(file, to):
+            return changed
+    elif not folder.exists(to):  # else it was kept aside when its scores were put back
+        return changed
+    content = folder.read(to)
+    if _digest(content) != sha256:  # a writer has just published the file again
+        if not folder.exists(file):
+            folder.move(to, file)
+        return changed
     num_rows = None
     if classify(file)[0] == "shard":
         with suppress(CacheError):
@@ -96,30 +142,99 @@ def _move(folder: Folder, file: str) -> Moved:
     return Moved(file, to, num_rows)
 
 
-def _restore(folder: Folder, reference_id: str) -> int:
-    """Publish the scores that pair sets of this reference hold and its shards lack. Returns their number."""
-    restored = 0
+def _move_unread(folder: Folder, file: str) -> Moved | Left:
+    """The same for a file that is larger than any of a cache; a pipe or a device holds nothing, and is
+    removed.
+    """
     try:
-        index = ScoreIndex(folder, f"references/{reference_id}/scores")
-    except CacheError:  # another shard can neither be read nor moved: nothing is restored
-        return 0
-    for pairs in _pair_sets_of(folder, reference_id):
-        with suppress(CacheError):  # a damaged pair set: its completions are scored again
-            for block in range(0 if pairs.is_imported else len(pairs.block_sizes)):  # imports have no shards
-                restored += _publish_missing(index, pairs, block)
+        num_bytes = folder.size(file)
+    except MissingFileError as error:
+        return Left(file, first_line(error))
+    except CorruptShardError:
+        folder.remove(file)
+        return Moved(file, None)
+    if num_bytes <= most_bytes_of(file):
+        return Left(file, "its bytes are others by now: verify again")
+    to = f"{QUARANTINE}/{num_bytes}-bytes/{file}"
+    folder.move(file, to)
+    return Moved(file, to)
+
+
+def _is_of_the_file(error: StorageError) -> bool:
+    """Whether a disk or store refused this file to this user, or failed to read it."""
+    cause = error.__cause__
+    return isinstance(cause, PermissionError) or str(error).startswith("cannot read ")
+
+
+def _quarantined(file: str, sha256: str) -> str:
+    """The name of a bad file that is moved aside, by the digest of its bytes."""
+    return f"{QUARANTINE}/{sha256[:16]}/{file}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _damaged_shards(verified: VerifyReport) -> dict[str, str | None]:
+    """The damaged shards, with the digests of their bytes; None for one that was not read whole. Of shards
+    that differ nothing is restored.
+    """
+    damaged = {problem.file: problem.sha256 for problem in verified.problems if problem.kind == "damaged"}
+    return {file: sha256 for file, sha256 in damaged.items() if classify(file)[0] == "shard"}
+
+
+def _restore_scores(folder: Folder, files: Sequence[str], damaged: dict[str, str | None]) -> int:
+    """Publish the scores that pair sets hold and whole shards lack, of the references of these files.
+
+    Returns their number. `damaged` are bad shards that are not moved yet.
+    """
+    restored = 0
+    for reference_id in sorted({classify(file)[1][0] for file in files}):
+        known = _keys_of_whole_shards(folder, reference_id, damaged)
+        for pairs in _pair_sets_of(folder, reference_id):
+            if pairs.is_imported:  # imports have no shards
+                continue
+            with suppress(CacheError):  # a damaged pair set: its completions are scored again
+                for block in range(len(pairs.block_sizes)):
+                    published = _publish_missing(folder, known, pairs, block, damaged)
+                    known, restored = np.union1d(known, published), restored + len(published)
     return restored
 
 
-def _publish_missing(index: ScoreIndex, pairs: PairSet, block: int) -> int:
+def _keys_of_whole_shards(folder: Folder, reference_id: str, damaged: dict[str, str | None]) -> np.ndarray:
+    """Keys in the reference's shards without the damaged ones and those that cannot be read, S16, sorted."""
+    found = [np.empty(0, "S16")]
+    for shard in sorted(shard_files(folder, reference_id).keys() - {*damaged}):
+        with suppress(CacheError):
+            found += read_keys(folder, shard)
+    return np.unique(np.concatenate(found))
+
+
+def _publish_missing(
+    folder: Folder, known: np.ndarray, pairs: PairSet, block: int, damaged: dict[str, str | None]
+) -> np.ndarray:
+    """Publish the block's scores whose keys are not known, as a shard. Returns their keys, S16.
+
+    The same scores make the same shard: if it takes the place of the damaged one, that is kept aside before;
+    if that was not read whole, nothing is published before it is moved.
+    """
     scores: dict[bytes, Score] = {}
     for scored in pairs.read_block(block):
         scores[completion_key(scored.pair.chosen)] = scored.ref_chosen
         scores[completion_key(scored.pair.rejected)] = scored.ref_rejected
-    is_there = index.contains(list(scores))
-    missing = [entry for entry, there in zip(scores.items(), is_there, strict=True) if not there]
+    keys = np.array(list(scores), "S16")
+    is_known = np.isin(keys, known)
+    missing = [entry for entry, there in zip(scores.items(), is_known, strict=True) if not there]
     if missing:
-        index.publish(missing)
-    return len(missing)
+        content = encode_shard(missing)
+        file = f"references/{pairs.reference_id}/scores/{name_by_content(content)}"
+        if file in damaged and damaged[file] is None:
+            return keys[:0]
+        if file in damaged:
+            bad = folder.read(file)
+            folder.publish(_quarantined(file, _digest(bad)), bad)
+        folder.publish(file, content)
+    return keys[~is_known]
 
 
 def _pair_sets_of(folder: Folder, reference_id: str) -> list[PairSet]:
@@ -132,11 +247,13 @@ def _pair_sets_of(folder: Folder, reference_id: str) -> list[PairSet]:
     return [pairs for pairs in found if pairs.reference_id == reference_id]
 
 
-def _commands(folder: Folder, verified: VerifyReport) -> list[str]:
-    """The commands that score lost completions again: one for each pair set that needs them, with the options
-    that its manifest and reference still hold.
+def _commands(folder: Folder, verified: VerifyReport, report: RepairReport) -> list[str]:
+    """The commands that make again what was moved or is missing: one for each pair set that needs it, with
+    the options that its manifest and reference still hold.
     """
-    files = [file for problem in verified.problems for file in (problem.file, problem.other) if file]
+    files = [moved.file for moved in report.moved]
+    missing = [problem.file for problem in verified.problems if problem.kind == "missing"]
+    files += [file for file in missing if not folder.exists(file)]
     affected = [classify(file) for file in files]
     references = {parts[0] for kind, parts in affected if kind in ("reference", "shard")}
     pair_sets = {parts[0] for kind, parts in affected if kind in ("manifest", "part")}

@@ -6,25 +6,35 @@
 `repair.py` moves bad files aside.
 
 Every file is read for its own digest, schema and values, one in memory at a time; then shards and pair sets
-are read again and compared, once for each range of keys (see `compare.py`).
+are read again and compared, once for each range of keys (see `compare.py`). A file is damaged only if it was
+read, twice, and is not what was published. What the disk or the store does not let us read is unreadable.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from dpo_cache.errors import CacheError, first_line
+from dpo_cache.errors import CacheError, CorruptShardError, MissingFileError, StorageError, first_line
 from dpo_cache.store.cache import FORMAT, read_reference
 from dpo_cache.store.folders.folder import Folder
-from dpo_cache.store.format.checks import WholeShard, check_details, check_part, check_shard
+from dpo_cache.store.format.checks import (
+    WholeShard,
+    check_details,
+    check_part,
+    check_shard,
+    most_bytes_of,
+)
 from dpo_cache.store.format.documents import Document, render_document
 from dpo_cache.store.format.pair_tables import PairsDigest, part_files, read_manifest
 from dpo_cache.store.upkeep.compare import allowed_gap, compare_files
 from dpo_cache.store.upkeep.contents import classify, open_for_upkeep
+from dpo_cache.store.upkeep.problems import Problem, VerifyReport
+from dpo_cache.store.upkeep.subset import Subset, choose_subset, record_subset
 
 OnProgress = Callable[[int, int], None]  # bytes read, of how many
 Result = TypeVar("Result")
@@ -34,63 +44,31 @@ AGAIN = (
     "Run with `repair` to move it aside, then the `dpo-cache precompute` that made it: it scores only "
     "what is missing."
 )
+READ_AGAIN = (
+    "Run the same command again. If that does not help, check the disk and the memory of this machine."
+)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong with a cache. `file` is the file's name from the root of the cache."""
-
-    file: str
-    kind: str  # damaged, missing, link, or differs: from another file, and either may be wrong
-    expected: str
-    found: str
-    remedy: str
-    other: str | None = None  # the file that it differs from
-
-    def __str__(self) -> str:
-        return (
-            f"{self.file}: {self.kind}\n  expected {self.expected}\n  found    {self.found}\n  {self.remedy}"
-        )
-
-
-@dataclass
-class VerifyReport:
-    """The counts of what was checked, and the problems."""
-
-    cache: str
-    files: int = 0
-    bytes: int = 0
-    references: int = 0
-    completions: int = 0  # rows of score shards that are whole
-    pair_sets: int = 0
-    pairs: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    # parts that no manifest names: of replaced pair sets, or of a writer at work
-    unreferenced: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)  # files of no kind that a cache has
-    repair: Any = None  # the `RepairReport` of `dpo_cache.verify(..., repair=True)`
-    rescored: list[Any] = field(default_factory=list)  # its `RescoreReport`s, one for each reference
-    remarks: list[str] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        return (
-            f"<VerifyReport of {self.cache}: {self.files:,} files, {self.pairs:,} pairs, "
-            f"{len(self.problems):,} problems>"
-        )
-
-    @property
-    def is_whole(self) -> bool:
-        return not self.problems
-
-
-def verify_cache(location: str | os.PathLike[str], *, on_progress: OnProgress | None = None) -> VerifyReport:
+def verify_cache(
+    location: str | os.PathLike[str],
+    *,
+    subset: float | None = None,
+    on_progress: OnProgress | None = None,
+) -> VerifyReport:
     """Check every byte of the cache at a path or URL. Raises `FormatError` where there is none, or a newer
     one.
 
-    Files that other processes publish meanwhile are not checked, and files that they remove are no problem.
+    With `subset`, a share from 0 to 1, only so many of the shards and parts are read, others each time (see
+    `subset.py`); of all others the sizes are checked. Files that other processes publish meanwhile are not
+    checked, and files that they remove are no problem.
     """
     folder, _ = open_for_upkeep(location)
-    return _Verification(folder, on_progress or (lambda *_: None)).run()
+    chosen = None if subset is None else choose_subset(folder, subset)
+    report = _Verification(folder, on_progress or (lambda *_: None), chosen).run()
+    if chosen:
+        report.subset = subset
+        record_subset(folder, chosen)
+    return report
 
 
 @dataclass
@@ -105,8 +83,8 @@ class _Scored:
 class _Verification:
     """One pass over a cache."""
 
-    def __init__(self, folder: Folder, on_progress: OnProgress):
-        self.folder, self.on_progress = folder, on_progress
+    def __init__(self, folder: Folder, on_progress: OnProgress, subset: Subset | None):
+        self.folder, self.on_progress, self.subset = folder, on_progress, subset
         self.report = VerifyReport(str(folder))
         self.links = folder.links()
         beyond = tuple(f"{link}/" for link in self.links)
@@ -116,7 +94,8 @@ class _Verification:
             if name not in self.links and not name.startswith(beyond)
         }
         self.kinds = {name: classify(name) for name in self.files}
-        self.done = 0
+        self.total = sum(size for name, size in self.files.items() if self._is_read_now(name))
+        self.digests: dict[str, str] = {}  # of the bytes that were read last
         self.references: dict[str, _Scored] = {}
 
     def run(self) -> VerifyReport:
@@ -124,13 +103,15 @@ class _Verification:
         for name in self.links:
             remedy = "Copy what it points to into the cache, or remove it."
             self._note(name, "link", "only files, none of them a link", "a symbolic link", remedy)
+        for name in self.folder.closed_folders():
+            self._note_unreadable(name, "permission denied", "Ask its owner to let you list it.")
         self._check_format()
         for reference_id in self._names_of("reference", "shard"):
             self._check_reference(reference_id)
         for name in self._names_of("manifest", "part"):
             self._check_pair_set(name)
-        for scored in self.references.values():
-            self._compare(scored)
+        for reference_id, scored in self.references.items():
+            self._compare(reference_id, scored)
         self.report.unknown = [name for name, (kind, _) in self.kinds.items() if kind == "unknown"]
         self.report.problems = sorted(
             set(self.report.problems), key=lambda problem: (problem.file, problem.kind, problem.expected)
@@ -141,43 +122,51 @@ class _Verification:
         """References, or pair sets, that have a file of one of these kinds."""
         return sorted({parts[0] for kind, parts in self.kinds.values() if kind in kinds})
 
+    def _is_read_now(self, file: str) -> bool:
+        """Whether this run reads the file: of shards and parts only those of the subset."""
+        kind = self.kinds[file][0]
+        is_left = kind in ("shard", "part") and self.subset is not None and file not in self.subset
+        return kind != "unknown" and not is_left
+
     # -- format.json, references -----------------------------------------------------------------------
 
     def _check_format(self) -> None:
         remedy = "Run with `repair` to write it again."
         if "format.json" not in self.files:
             self._note("format.json", "missing", str(FORMAT), "no such file", remedy)
-        elif (content := self._read("format.json")) is not None and content != render_document(FORMAT):
+            return
+        content = self._try("format.json", lambda content: content)
+        if content is not None and content != render_document(FORMAT):
             found = content[:80].decode(errors="backslashreplace").replace("\n", " ").strip()
             self._note("format.json", "damaged", str(FORMAT), found or "an empty file", remedy)
 
     def _check_reference(self, reference_id: str) -> None:
         self.report.references += 1
         name = f"references/{reference_id}/reference.json"
-        identity: Document = {}
-        if name not in self.files:
+        scored = self.references[reference_id] = _Scored()
+        shards = [
+            file for file, (kind, parts) in self.kinds.items() if kind == "shard" and parts[0] == reference_id
+        ]
+        if self._exists(name):
+            entry = self._try(name, lambda _: read_reference(self.folder, reference_id)) or {}
+            scored.identity = entry.get("identity", {})
+        elif any(map(self._exists, shards)):  # else all of it was collected since it was listed
             self._note(name, "missing", "the reference that these scores are of", "no such file", SCORE_AGAIN)
-        else:
-            self._count(name)
-            identity = self._try(name, lambda: read_reference(self.folder, reference_id)["identity"]) or {}
-        scored = self.references[reference_id] = _Scored(identity)
-        for file, (kind, parts) in self.kinds.items():
-            if kind == "shard" and parts[0] == reference_id and (content := self._read(file)) is not None:
-                scored.shards += filter(None, [self._try(file, partial(check_shard, file, content))])
+        for file in filter(self._is_read_now, shards):
+            scored.shards += filter(None, [self._try(file, partial(check_shard, file))])
         self.report.completions += sum(shard.num_rows for shard in scored.shards)
 
     # -- pair sets -------------------------------------------------------------------------------------
 
     def _check_pair_set(self, name: str) -> None:
         """Check the manifest, every part that it names, and that the parts have its pairs."""
-        file = f"pairs/{name}/manifest.json"
+        place, file = f"pairs/{name}", f"pairs/{name}/manifest.json"
         present = {part for part, (kind, parts) in self.kinds.items() if kind == "part" and parts[0] == name}
         if file not in self.files:
             self.report.unreferenced += sorted(present)
             return
-        self._count(file)
         manifest = self._try(
-            file, lambda: check_details(read_manifest(self.folder, f"pairs/{name}"), f"{self.folder}/{file}")
+            file, lambda _: check_details(read_manifest(self.folder, place), f"{self.folder}/{file}")
         )
         if manifest is None:  # its parts are unknown
             return
@@ -185,24 +174,33 @@ class _Verification:
         named = part_files(manifest)
         self.report.unreferenced += sorted(present - named.keys())
         digest, num_problems = PairsDigest(), len(self.report.problems)
-        has_token_logps = manifest.get("token_logps", True)
-        for part, promised in named.items():
-            if self._check_part(part, promised, digest, has_token_logps):
-                if has_token_logps:  # imported sums have no values to compare
-                    self.references.setdefault(manifest["reference"], _Scored()).parts.append(part)
-                self.report.pairs += promised["rows"]
-        if len(self.report.problems) == num_problems:
+        whole = [self._check_part(part, promised, manifest, digest) for part, promised in named.items()]
+        if all(whole) and len(self.report.problems) == num_problems:
             self._check_manifest_values(file, manifest, digest.hexdigest())
 
-    def _check_part(self, file: str, part: Document, digest: PairsDigest, has_token_logps: bool) -> bool:
-        if file not in self.files:
-            expected = f"{part['rows']} pairs, {part['bytes']} bytes, as the manifest says"
-            self._note(file, "missing", expected, "no such file", SCORE_AGAIN)
+    def _check_part(self, file: str, part: Document, manifest: Document, digest: PairsDigest) -> bool:
+        """Check a part that the manifest names. Returns whether it was read and is whole."""
+        is_listed = self.files.get(file) == part["bytes"]
+        if file in self.links or (is_listed and not self._is_read_now(file)):
             return False
-        if (content := self._read(file)) is None:
+        has_token_logps = manifest.get("token_logps", True)
+        check = partial(check_part, promised=part, digest=digest, has_token_logps=has_token_logps)
+        if self._try(file, lambda content: check(file, content)) is None:
+            if not self._exists(file) and self._is_named(file):
+                expected = f"{part['rows']} pairs, {part['bytes']} bytes, as the manifest says"
+                self._note(file, "missing", expected, "no such file", SCORE_AGAIN)
             return False
-        check = partial(check_part, file, content, part, digest, has_token_logps=has_token_logps)
-        return self._try(file, check) is not None
+        if has_token_logps:  # imported sums have no values to compare
+            self.references.setdefault(manifest["reference"], _Scored()).parts.append(file)
+        self.report.pairs += part["rows"]
+        return True
+
+    def _is_named(self, part: str) -> bool:
+        """Whether the manifest of the part's pair set names it now: it may have been replaced meanwhile."""
+        try:
+            return part in part_files(read_manifest(self.folder, part.rpartition("/")[0]))
+        except CacheError:
+            return False
 
     def _check_manifest_values(self, file: str, manifest: Document, digest: str) -> None:
         if digest != manifest["pairs_digest"]:
@@ -210,22 +208,25 @@ class _Verification:
             found = f"parts whose pairs have the digest {digest[:12]}…"
             self._note(file, "damaged", expected, found, AGAIN)
         reference = f"references/{manifest['reference']}/reference.json"
-        if reference not in self.files:
+        if not self._exists(reference):
             self._note(reference, "missing", f"the reference that {file} names", "no such file", SCORE_AGAIN)
 
     # -- files compared with each other ----------------------------------------------------------------
 
-    def _compare(self, scored: _Scored) -> None:
+    def _compare(self, reference_id: str, scored: _Scored) -> None:
         """Compare the values that shards and pair sets hold of one completion, with the dtype's tolerance."""
         allowed = allowed_gap(scored.identity)
         num_bytes = sum(4 * shard.num_tokens for shard in scored.shards)
         shards, parts = [shard.file for shard in scored.shards], scored.parts
         try:
             found_apart = compare_files(self.folder, shards, parts, allowed, num_bytes)
-        except CacheError:
-            left = [[file for file in files if self.folder.exists(file)] for files in (shards, parts)]
+        except CacheError as error:
+            left = [[file for file in files if self._exists(file)] for files in (shards, parts)]
             if left == [shards, parts]:
-                raise
+                # each file was whole when it was read the first time
+                place = f"references/{reference_id}"
+                self._note_unreadable(place, f"its values were not compared: {first_line(error)}", READ_AGAIN)
+                return
             # others were compacted meanwhile
             found_apart = compare_files(self.folder, left[0], left[1], allowed, num_bytes)
         for apart in found_apart:
@@ -242,26 +243,65 @@ class _Verification:
 
     # -- reading ---------------------------------------------------------------------------------------
 
-    def _read(self, file: str) -> bytes | None:
-        """The file's bytes; None, with the problem noted, where they cannot be read."""
+    def _try(self, file: str, check: Callable[[bytes], Result]) -> Result | None:
+        """The result of a check of the file's bytes; None, with the problem noted, where it raises
+        `CacheError`, and where the file was collected or compacted since it was listed.
+
+        A check that fails is repeated on bytes that are read again: a fault in reading is no damage.
+        """
         self._count(file)
-        return self._try(file, lambda: self.folder.read(file))
+        failed: list[tuple[CacheError, str | None]] = []
+        for _ in range(2):
+            try:
+                result = check(self._read(file))
+            except MissingFileError:
+                return None
+            except StorageError as error:
+                found, _, remedy = str(error).partition("\n")
+                self._note_unreadable(file, found, remedy)
+                return None
+            except CacheError as error:
+                failed.append((error, self.digests.get(file)))
+            else:
+                break
+        if not failed:
+            return result
+        found = first_line(failed[0][0]).removeprefix(f"{self.folder}/{file}: ").removeprefix(f"{file}: ")
+        if len(failed) == 1 or failed[0][1] != failed[1][1]:
+            self._note_unreadable(file, f"other bytes each time it is read ({found.rstrip('.')})", READ_AGAIN)
+        elif self._exists(file):
+            self._note(file, "damaged", "the bytes that were published", found, AGAIN)
+        return None
+
+    def _read(self, file: str) -> bytes:
+        self.digests.pop(file, None)
+        num_bytes = self.files[file] if file in self.files else self.folder.size(file)
+        most_bytes = most_bytes_of(file)
+        if num_bytes > most_bytes:
+            raise CorruptShardError(f"{file}: {num_bytes} bytes long, expected at most {most_bytes}.")
+        content = self.folder.read(file)
+        self.digests[file] = hashlib.sha256(content).hexdigest()
+        return content
+
+    def _exists(self, file: str) -> bool:
+        """Whether the file is there, or may be there: a folder that gives no answer is noted."""
+        try:
+            return self.folder.exists(file)
+        except StorageError as error:
+            found, _, remedy = str(error).partition("\n")
+            self._note_unreadable(file, found, remedy)
+            return True
 
     def _count(self, file: str) -> None:
-        self.done += self.files[file]
-        self.on_progress(self.done, self.report.bytes)
+        self.report.files_read += 1
+        self.report.bytes_read += self.files.get(file, 0)
+        self.on_progress(self.report.bytes_read, max(self.total, self.report.bytes_read))
 
-    def _try(self, file: str, check: Callable[[], Result]) -> Result | None:
-        """The result of the check; None, with its problem noted, where it raises `CacheError`."""
-        try:
-            return check()
-        except CacheError as error:
-            if self.folder.exists(file):  # else it was collected or compacted since the listing
-                found = first_line(error).removeprefix(f"{self.folder}/{file}: ").removeprefix(f"{file}: ")
-                self._note(file, "damaged", "the bytes that were published", found, AGAIN)
-            return None
+    def _note_unreadable(self, file: str, found: str, remedy: str) -> None:
+        self._note(file, "unreadable", "a file or folder that can be read", found, remedy)
 
     def _note(
         self, file: str, kind: str, expected: str, found: str, remedy: str, other: str | None = None
     ) -> None:
-        self.report.problems.append(Problem(file, kind, expected, found.rstrip("."), remedy, other))
+        sha256 = self.digests.get(file) if kind in ("damaged", "differs") else None
+        self.report.problems.append(Problem(file, kind, expected, found.rstrip("."), remedy, other, sha256))

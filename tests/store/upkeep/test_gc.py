@@ -16,8 +16,8 @@ from tests.store.conftest import flip_file
 from tests.store.upkeep.conftest import reference_of, values
 
 
-def age(root: Path, seconds: float = 7200.0) -> None:
-    """Everything was written two hours ago."""
+def age(root: Path, seconds: float = 2 * 86_400.0) -> None:
+    """Everything was written two days ago."""
     for path in root.rglob("*"):
         if path.is_file():
             os.utime(path, (path.stat().st_atime, path.stat().st_mtime - seconds))

@@ -1,0 +1,81 @@
+"""Which files of a cache its manifests name: their parts, and the entries and scores of their references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from dpo_cache.errors import MissingFileError, StorageError, first_line
+from dpo_cache.store.cache import NAME_PATTERN
+from dpo_cache.store.folders.folder import Folder
+from dpo_cache.store.format.documents import Document
+from dpo_cache.store.format.pair_tables import part_files, read_manifest
+from dpo_cache.store.upkeep.contents import classify
+
+
+@dataclass
+class NamedFiles:
+    """The manifests, by `NAME/SPLIT`, and those that this user cannot read."""
+
+    manifests: dict[str, Document] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)  # folder of pair sets or manifest -> why
+
+    @property
+    def references(self) -> set[str]:
+        """Ids of the references by which the pair sets were scored, as far as manifests can be read."""
+        return {manifest["reference"] for manifest in self.manifests.values()}
+
+    def parts(self, pair_set: str) -> set[str]:
+        """The parts of the pair set, by their names from the root."""
+        return {*part_files(self.manifests[pair_set])} if pair_set in self.manifests else set()
+
+    def may_need(self, file: str) -> bool:
+        """Whether a manifest names the file, which is a part, a shard or an entry of a reference, or its
+        reference; a manifest that cannot be read may do so.
+        """
+        kind, (owner, *_) = classify(file)
+        if kind == "part":
+            is_unknown = any(f"pairs/{owner}/".startswith(f"{place}/") for place in self.unreadable)
+            return is_unknown or file in self.parts(owner)
+        return bool(self.unreadable) or owner in self.references
+
+
+def read_named_files(folder: Folder) -> NamedFiles:
+    """What the manifests of the cache name now. Raises `CorruptShardError` where a manifest is damaged."""
+    found = NamedFiles()
+    for pair_set in _folders(folder, found):
+        _read_manifest(folder, pair_set, found)
+    return found
+
+
+def read_named_parts(folder: Folder, pair_set: str) -> NamedFiles:
+    """The same of one pair set, `NAME/SPLIT`."""
+    found = NamedFiles()
+    _read_manifest(folder, pair_set, found)
+    return found
+
+
+def _folders(folder: Folder, found: NamedFiles) -> Iterator[str]:
+    """`NAME/SPLIT` of each folder that may hold a pair set."""
+    for name in _names(folder, "pairs", found):
+        for split in _names(folder, f"pairs/{name}", found):
+            yield f"{name}/{split}"
+
+
+def _names(folder: Folder, place: str, found: NamedFiles) -> Iterator[str]:
+    try:
+        yield from filter(NAME_PATTERN.fullmatch, folder.names(place))
+    except StorageError as error:
+        if not isinstance(error.__cause__, NotADirectoryError):  # a stray file is no folder of pair sets
+            found.unreadable[place] = first_line(error)
+
+
+def _read_manifest(folder: Folder, pair_set: str, found: NamedFiles) -> None:
+    place = f"pairs/{pair_set}"
+    try:
+        if folder.exists(f"{place}/manifest.json"):
+            found.manifests[pair_set] = read_manifest(folder, place)
+    except MissingFileError:  # removed meanwhile
+        return
+    except StorageError as error:
+        found.unreadable[place] = first_line(error)
