@@ -27,7 +27,7 @@ TOKEN_TOLERANCES = {"float32": (1e-3, 1e-4), "float16": (0.1, 0.01), "bfloat16":
 # deviation, in nats) of their log-probs: the first number, and the second times the lesser of S and 1. Gaps
 # by rounding and by noise on the weights both grow with S, so a limit in nats cannot tell them apart in every
 # model. docs/measurements.md has the figures.
-SPREAD_TOLERANCES = {"bfloat16": (0.02, 0.025)}
+SPREAD_TOLERANCES = {"bfloat16": (0.02, 0.025), "float16": (0.0025, 0.0035)}
 LEAST_TOKENS = 64  # for these shares to be known well enough
 
 # How `quantize` changes weights, as fields of a reference's identity. 4-bit weights are multiplied in the

@@ -21,7 +21,7 @@ from dpo_cache.lm.model.quantization import rounding_dtype
 from dpo_cache.lm.own_forward import own_logps
 from dpo_cache.lm.rows import row_logps
 from dpo_cache.lm.scoring import run_forest, score_forest
-from dpo_cache.types import TOKEN_TOLERANCES, Completion
+from dpo_cache.types import TOKEN_TOLERANCES, Completion, GapSums
 
 # between the model's own forward and any other way
 TOLERANCES = {getattr(torch, name): gaps for name, gaps in TOKEN_TOLERANCES.items()}
@@ -141,13 +141,17 @@ def rows_problem(
 def compare(
     found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], model: PreTrainedModel
 ) -> Problem:
-    """How they differ beyond the model's rounding."""
-    gaps = torch.cat([(one.cpu() - other).abs() for one, other in zip(found, expected, strict=True)])
-    largest_allowed, mean_allowed = TOLERANCES[rounding_dtype(model)]
+    """How they differ beyond the model's rounding: in a token, on average, or in all tokens together."""
+    signed = torch.cat([one.cpu() - other for one, other in zip(found, expected, strict=True)])
+    gaps, dtype = signed.abs(), rounding_dtype(model)
+    largest_allowed, mean_allowed = TOLERANCES[dtype]
     largest, mean = float(gaps.max()), float(gaps.mean())
-    if largest <= largest_allowed and mean <= mean_allowed:  # false for NaN
-        return "", largest
-    return f"it differs from plain rows by up to {largest:.2g} nats per token", largest
+    if not (largest <= largest_allowed and mean <= mean_allowed):  # true for NaN
+        return f"it differs from plain rows by up to {largest:.2g} nats per token", largest
+    sums = GapSums()
+    sums.add(signed.numpy(), torch.cat(list(expected)).numpy())
+    together = sums.problem(str(dtype).removeprefix("torch."))
+    return f"it differs from plain rows by {together}" if together else "", largest
 
 
 def raise_out_of_memory(error: BaseException, model: PreTrainedModel) -> None:

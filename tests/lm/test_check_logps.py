@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.check_logps import check_causality, compare, depends_on_length, expect, rows_problem
+from dpo_cache.lm.check_logps import (
+    TOLERANCES,
+    check_causality,
+    compare,
+    depends_on_length,
+    expect,
+    rows_problem,
+)
 from dpo_cache.lm.check_rows import short_rows
 from dpo_cache.types import Completion
 from tests.conftest import make_completions, make_llama, naive_token_logps
@@ -25,6 +32,21 @@ def test_a_gap_beyond_rounding_or_nan_is_a_problem() -> None:
     assert compare([values + 5e-5], [values], model) == ("", pytest.approx(5e-5))
     for wrong in (values + 2e-4, values + 2e-3 * (torch.arange(10) == 3), values + torch.nan):
         assert compare([wrong], [values], model)[0].startswith("it differs from plain rows by up to")
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [(torch.bfloat16, 0.007), (torch.float16, 0.001)])
+def test_gaps_of_all_tokens_together_are_a_problem_where_no_token_has_one(
+    dtype: torch.dtype, noise: float
+) -> None:
+    model, generator = make_llama().to(dtype), torch.Generator().manual_seed(0)
+    values = torch.randn(2000, generator=generator) - 5
+    rounding = noise * torch.randn(2000, generator=generator)
+    assert compare([values + rounding], [values], model)[0] == ""
+    for wrong in (values + 8 * rounding, values + rounding + 2 * noise):
+        problem, largest = compare([wrong], [values], model)
+        assert problem.startswith("it differs from plain rows by ") and "nats" in problem
+        assert largest < TOLERANCES[dtype][0] and (wrong - values).abs().mean() < TOLERANCES[dtype][1]
+    assert compare([values[:9] + 3 * rounding[:9]], [values[:9]], model)[0] == "", "too few to know"
 
 
 def test_only_content_after_a_token_makes_a_model_not_causal() -> None:

@@ -1,4 +1,4 @@
-"""Step zero in bfloat16: noise on the weights is caught, and honest rounding is not.
+"""Step zero in 16 bits: noise on the weights is caught, and honest rounding is not.
 
 The models are tiny and random, with weights of four spreads: some amplify rounding, some hardly do.
 """
@@ -15,8 +15,10 @@ from dpo_cache.types import Completion, GapSums, Score
 from tests.conftest import make_llama
 
 SPREADS = (0.3, 0.1, 0.05, 0.02)
-NOISE = 0.02  # of each tensor's spread
+NOISE = {"bfloat16": 0.02, "float16": 0.0025}  # of each tensor's spread
 Logps = list[np.ndarray]
+
+each_dtype = pytest.mark.parametrize("dtype", NOISE)
 
 
 def make_pairs(seed: int, num_pairs: int = 16) -> list[Completion]:
@@ -39,17 +41,17 @@ def score_padded(model: torch.nn.Module, completions: list[Completion]) -> Logps
         return [logps.float().numpy() for logps in row_logps(model, completions)]
 
 
-def make_noisy(seed: int, noise: float) -> torch.nn.Module:
+def make_noisy(seed: int, noise: float, dtype: str = "bfloat16") -> torch.nn.Module:
     model = make_llama(seed, initializer_range=SPREADS[seed % 4])
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn(weight.shape, generator=generator) * noise * weight.std())
-    return model.to(torch.bfloat16)
+    return model.to(getattr(torch, dtype))
 
 
-def is_refused(policy: Logps, cached: Logps, reference_dtype: str) -> bool:
-    step_zero = StepZero(Expectation("bfloat16", reference_dtype, True))
+def is_refused(policy: Logps, cached: Logps, dtype: str, reference_dtype: str) -> bool:
+    step_zero = StepZero(Expectation(dtype, reference_dtype, True))
     step_zero.check(policy, [*map(Score, cached)], [*range(len(cached))])
     try:
         step_zero.conclude()
@@ -58,35 +60,39 @@ def is_refused(policy: Logps, cached: Logps, reference_dtype: str) -> bool:
     return False
 
 
-def alarms_of_honest_runs(seed: int) -> int:
+def alarms_of_honest_runs(seed: int, dtype: str) -> int:
     """Of two runs: a reference scored in float32, and one scored in other batches."""
     completions = make_pairs(seed)
     model = make_llama(seed, initializer_range=SPREADS[seed % 4])
     exact = score(model, completions)
-    policy = score(model.to(torch.bfloat16), completions)
+    policy = score(model.to(getattr(torch, dtype)), completions)
     padded = score_padded(model, completions)
-    return is_refused(policy, exact, "float32") + is_refused(policy, padded, "bfloat16")
+    return is_refused(policy, exact, dtype, "float32") + is_refused(policy, padded, dtype, dtype)
 
 
-def noise_is_caught(seed: int, noise: float = NOISE) -> bool:
+def noise_is_caught(seed: int, dtype: str) -> bool:
     completions = make_pairs(seed)
     model = make_llama(seed, initializer_range=SPREADS[seed % 4])
-    return is_refused(score(make_noisy(seed, noise), completions), score(model, completions), "float32")
+    noisy = make_noisy(seed, NOISE[dtype], dtype)
+    return is_refused(score(noisy, completions), score(model, completions), dtype, "float32")
 
 
+@each_dtype
 @pytest.mark.parametrize("seed", range(4))
-def test_noise_is_caught_and_rounding_is_not(seed: int) -> None:
-    assert noise_is_caught(seed) and alarms_of_honest_runs(seed) == 0
+def test_noise_is_caught_and_rounding_is_not(seed: int, dtype: str) -> None:
+    assert noise_is_caught(seed, dtype) and alarms_of_honest_runs(seed, dtype) == 0
 
 
 @pytest.mark.slow
-def test_noise_of_two_percent_is_caught_for_at_least_thirty_of_thirty_two_seeds() -> None:
-    assert sum(map(noise_is_caught, range(32))) >= 30
+@each_dtype
+def test_noise_is_caught_for_at_least_thirty_of_thirty_two_seeds(dtype: str) -> None:
+    assert sum(noise_is_caught(seed, dtype) for seed in range(32)) >= 30
 
 
 @pytest.mark.slow
-def test_two_hundred_honest_runs_raise_no_alarm() -> None:
-    assert sum(map(alarms_of_honest_runs, range(100))) == 0
+@each_dtype
+def test_two_hundred_honest_runs_raise_no_alarm(dtype: str) -> None:
+    assert sum(alarms_of_honest_runs(seed, dtype) for seed in range(100)) == 0
 
 
 def test_the_message_says_how_the_tokens_differ() -> None:
@@ -131,3 +137,31 @@ def test_few_tokens_and_other_dtypes_have_no_limit_together(num: int, dtype: str
 def test_gaps_that_are_no_numbers_are_a_problem() -> None:
     logps = np.random.default_rng(0).normal(-2, 2, 100)
     assert sums_of(np.full(100, np.nan), logps).problem("bfloat16")
+
+
+# -- values of other programs --------------------------------------------------------------------------------
+
+
+def is_stopped(gaps: np.ndarray, exact: np.ndarray, **known: bool) -> bool:
+    expectation = Expectation("bfloat16", "bfloat16", False, imported="elsewhere", **known)
+    step_zero = StepZero(expectation)
+    step_zero.check([exact + gaps], [Score(exact)], [0])
+    try:
+        step_zero.conclude()
+    except StepZeroError as error:
+        assert "but its token log-probs differ from the cache's by 0.05" in str(error)
+        assert "nats (root mean square)" in str(error)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_imported_values_of_the_named_model_have_the_limit_unless_they_were_rounded(
+    dtype: torch.dtype,
+) -> None:
+    generator = np.random.default_rng(0)
+    values = torch.from_numpy(generator.normal(-5, 0.5, 300).astype(np.float32)).to(dtype).float().numpy()
+    gaps = generator.normal(0, 0.051, 300).astype(np.float32)
+    assert is_stopped(gaps, values, is_named=True) is (dtype == torch.float32)
+    assert not is_stopped(gaps, values), "another model is expected to differ"
+    assert not is_stopped(gaps / 50, values, is_named=True)
