@@ -6,6 +6,8 @@ does. At the end nothing is left over.
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import dpo_cache
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
 from tests.promises.killed_runs import KilledRuns
+from tests.promises.test_7_failing_disks import can_mount
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="runs are forked")
 
@@ -143,3 +146,21 @@ def test_11_a_sweep_that_is_killed_at_any_file_operation_ends_with_the_same_runs
             differing.append(f"{die_at}: {operations[die_at - 1]}")
     print(f"sweep: {len(operations)} operations, {len(places)} kills")
     assert differing == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="no disk can be mounted here")
+def test_11_a_run_on_a_disk_that_becomes_full_at_any_place_goes_on_once_it_has_room(
+    runs: KilledRuns, tmp_path: Path
+) -> None:
+    command = [
+        "unshare",
+        "-rm",
+        sys.executable,
+        "-m",
+        "tests.promises.small_disks",
+        runs.cache,
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert "KiB suffice; refused: step-000001 model" in done.stdout, done.stderr
