@@ -42,6 +42,11 @@ def compact_command(options: CompactOptions, as_json: bool) -> None:
     ]
     if rows:
         print_columns(("reference", "shards", "size", "completions", "duplicates dropped"), rows)
+    if num_left := sum(entry.left for entry in done):
+        print_text(
+            f"{count(num_left)} shards of runs of `dpo-cache precompute` stay as they are: the runs are at "
+            "work, or were killed in an audit. Compact again when the next one has ended."
+        )
     changed = sum(
         entry.shards_before != entry.shards_after or entry.bytes_before != entry.bytes_after for entry in done
     )

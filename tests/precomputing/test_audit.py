@@ -19,7 +19,7 @@ from dpo_cache.precomputing import units
 from dpo_cache.precomputing.audit import Audit
 from dpo_cache.store import open_cache
 from dpo_cache.store.folders.local import LocalFolder
-from dpo_cache.store.upkeep import run_record
+from dpo_cache.store.upkeep import compact, run_record
 from dpo_cache.types import Completion, Score
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
 
@@ -305,6 +305,31 @@ def test_what_another_writer_publishes_meanwhile_stays(
     (reference,) = open_cache(cache).references()
     assert files(cache).keys() == {theirs[0], f"references/{reference}/reference.json"}
     assert open_cache(cache).scores(reference).contains([b"k" * 16]).all()
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_a_failure_after_another_process_compacted_the_cache(
+    model_folder: str, many_rows: str, cache: Path, is_older: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left; or, if an older version compacted, the error says what is left."""
+    publish_each_step(monkeypatch)
+    plant(monkeypatch, Late(60))
+    left: list[int] = []
+    if is_older:
+        monkeypatch.setattr(compact, "shards_of_runs", lambda *_: set())
+
+    def compact_once(progress: Any) -> None:
+        if (cache / "format.json").exists() and progress.num_completions > 30 and not left:
+            (done,) = dpo_cache.compact(cache)
+            left.append(done.left)
+
+    with pytest.raises(ModelError, match="are withdrawn") as caught:
+        dpo_cache.precompute(
+            model_folder, many_rows, cache, audit=EVERY, budget_tokens="64", on_progress=compact_once
+        )
+    advice = " of the score files were not found: an older version of `dpo-cache compact` or `gc` may have"
+    assert (advice in str(caught.value)) is is_older
+    assert (files(cache) == {}) is not is_older and bool(left[0]) is not is_older
 
 
 def write_splits(tmp_path: Path) -> str:
