@@ -226,7 +226,8 @@ def merge(
     """Copy everything that the destination lacks from the sources. A missing destination is created.
 
     The order of the sources does not matter, and a second merge copies nothing. Pair sets of one name with
-    different pairs raise `CacheError` before anything is copied, unless `prefer` or `rename` decides. Raises
+    different pairs raise `CacheError` before anything is copied, unless `prefer` or `rename` decides; so do
+    values of one completion that differ by more than rounding, unless `prefer` decides. Raises
     `CorruptShardError` for a damaged file.
     """
 
@@ -492,6 +493,7 @@ def verify(
     cache: Location,
     *,
     repair: bool = False,
+    subset: str | None = None,
     rescore: int | None = None,
     model: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -505,8 +507,9 @@ def verify(
 
     If something is wrong, `report.is_whole` is False, and `report.problems` names each file, what was
     expected, what was found, and what to do. With `repair` bad files are moved aside, and `report.repair`
-    lists them. With `rescore` and `model` some completions are scored again, and `report.rescored` compares
-    them with the cache.
+    lists them; files that could not be read are left. With `subset`, such as `10%`, so many of the files are
+    read, and others the next time. With `rescore` and `model` some completions are scored again, and
+    `report.rescored` compares them with the cache.
 
     Problems raise nothing. Raises `FormatError` if there is no cache, and `ModelError` if the model is not
     the reference: then nothing is returned, and files that were moved aside stay there.

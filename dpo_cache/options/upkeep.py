@@ -103,7 +103,7 @@ class GcOptions(Options):
     )
     grace: float = option(
         86_400.0,
-        "Keep files written in the last N seconds: a run may be about to use them. Default: a day.",
+        "Keep files written in the last N seconds, by default a day: a run may be about to use them.",
         limit=(lambda value: value >= 0, "0 or more seconds"),
     )
     yes: bool = option(False, "Remove the files. Without --yes they are only listed.", flag="--yes")
