@@ -1,5 +1,6 @@
 """The commands that keep a cache up, as a user sees them: exit codes, stdout, and what --json gives."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from dpo_cache.store import Cache, open_cache
 from tests.cli.test_commands import run  # noqa: F401  (a fixture)
 from tests.store.caches import add_pairs, add_reference, add_scores, contents, make_cache
 from tests.store.conftest import flip_file
+from tests.store.refusing_disk import refuse
 
 
 @pytest.fixture
@@ -138,6 +140,30 @@ def test_verify_repair_prints_the_moved_files_and_the_next_commands(run, root: P
     assert done.out.splitlines()[-1].startswith(
         "  dpo-cache precompute --model example/tiny --dataset example/pairs --cache "
     )
+
+
+def test_verify_of_a_share_says_what_it_read(run, root: Path) -> None:
+    done = run("verify", root, "--subset", "10%")
+    assert done.code == 0 and "whole, as far as it was read" in done.out.splitlines()[0]
+    assert "about 0.1 of all; the next run reads others" in done.out
+    assert done.out.splitlines()[-1].startswith(f"Every file that was read of {root} is what was written.")
+    assert json.loads(run("verify", root, "--subset", "50%", "--json").out)["subset"] == 0.5
+    refused = run("verify", root, "--subset", "10")
+    assert refused.code == 2 and refused.err.startswith("error: --subset 10: expected a percentage above 0%")
+
+
+def test_verify_says_of_what_cannot_be_read_that_it_may_be_whole(
+    run, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = min(root.rglob("scores/*.parquet"))
+    refuse(monkeypatch, errno.EIO, lambda path: path == shard)
+    done = run("verify", root)
+    assert done.code == 1 and done.out.splitlines()[0] == f"{root}: not all of it could be read"
+    assert f"{shard.name}: unreadable" in done.out and "Input/output error" in done.out
+    assert done.out.splitlines()[-1].startswith("Nothing is known to be damaged.")
+    repaired = run("verify", root, "--repair")
+    assert repaired.code == 1 and "Files that could not be read were left alone." in repaired.out
+    assert "moved aside" not in repaired.out and shard.exists()
 
 
 def test_verify_rescore(run, model_folder: str, data_file: str, tmp_path: Path) -> None:

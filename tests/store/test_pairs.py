@@ -1,4 +1,5 @@
 import hashlib
+import os
 import random
 import re
 import struct
@@ -13,6 +14,7 @@ import torch
 from dpo_cache.errors import CorruptShardError, NotInCacheError, StorageError
 from dpo_cache.store import Cache, PairSet, completion_key, open_cache
 from dpo_cache.store import pairs as pairs_module
+from dpo_cache.store import parts as parts_module
 from dpo_cache.store.format.documents import seal_document
 from dpo_cache.store.format.pair_tables import PAIR_SCHEMA, PairsDigest
 from dpo_cache.types import ScoredPair
@@ -346,3 +348,76 @@ def test_reprs_are_one_line_with_counts(cache: Cache) -> None:
     pair_set = cache.pairs("dialogues")
     assert repr(pair_set) == "<PairSet dialogues/train: 3 pairs, reference 000000000000>"
     assert repr(cache) == f"<Cache {cache}>"
+
+
+# -- other processes that remove parts -----------------------------------------------------------------------
+
+
+def remove_parts_at(monkeypatch: pytest.MonkeyPatch, cache: Cache, moments: int) -> None:
+    """All parts are removed each time that a manifest was published, or parts after it, so many times."""
+    left, real = [moments], cache.folder.publish
+
+    def publish(name: str, content: bytes) -> None:
+        real(name, content)
+        if left[0] and (name.endswith("manifest.json") or (place_of(cache) / "manifest.json").exists()):
+            left[0] -= 1
+            for part in place_of(cache).glob("*.parquet"):
+                part.unlink()
+
+    monkeypatch.setattr(cache.folder, "publish", publish)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2**20], ids=["in a file", "in memory"])
+@pytest.mark.parametrize("moments", [1, 3])
+def test_parts_that_others_remove_are_published_again(
+    cache: Cache, small_parts: None, monkeypatch: pytest.MonkeyPatch, kept_bytes: int, moments: int
+) -> None:
+    monkeypatch.setattr(parts_module, "KEPT_BYTES", kept_bytes)
+    remove_parts_at(monkeypatch, cache, moments)
+    pairs = make_pairs(20)
+    write(cache, pairs)
+    assert read(cache.pairs("dialogues")) == [plain(scored) for scored in pairs]
+
+
+def test_a_pair_set_whose_parts_are_lost_is_not_left_half(
+    cache: Cache, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts_module, "KEPT_BYTES", 0)
+    monkeypatch.setattr("tempfile.tempdir", "/nonexistent")  # so nothing is kept
+    remove_parts_at(monkeypatch, cache, 1)
+    with pytest.raises(StorageError, match="other processes removed parts while the pair set was written"):
+        write(cache, make_pairs(20))
+    assert cache.pair_sets() == []
+
+
+def test_a_pair_set_that_others_removed_meanwhile_stays_removed(
+    cache: Cache, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cache.folder.publish
+
+    def publish(name: str, content: bytes) -> None:
+        real(name, content)
+        if name.endswith("manifest.json"):
+            for path in place_of(cache).iterdir():
+                path.unlink()
+
+    monkeypatch.setattr(cache.folder, "publish", publish)
+    write(cache, make_pairs(20))
+    assert cache.pair_sets() == [] and not any(place_of(cache).iterdir())
+
+
+@pytest.mark.parametrize("spoil", ["cut", "flipped", "pipe"])
+def test_a_leftover_that_is_not_whole_is_written_again(cache: Cache, small_parts: None, spoil: str) -> None:
+    pairs = make_pairs(10)
+    write(cache, pairs)
+    part = place_of(cache) / cache.pairs("dialogues").manifest["parts"][0]["file"]
+    if spoil == "flipped":
+        flip_file(part, 200)
+    else:
+        content = part.read_bytes()
+        part.unlink()
+        os.mkfifo(part) if spoil == "pipe" else part.write_bytes(content[:-9])
+    assert not cache.pairs("dialogues").is_complete()
+    write(cache, pairs)
+    assert cache.pairs("dialogues").is_complete()
+    assert read(cache.pairs("dialogues")) == [plain(scored) for scored in pairs]

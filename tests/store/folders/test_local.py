@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dpo_cache.errors import OptionError, StorageError
+from dpo_cache.errors import CorruptShardError, OptionError, StorageError
 from dpo_cache.store.folders.folder import Folder, LocalFolder, RemoteFolder, open_folder
 from tests.store.other_user import as_other_user, needs_root
 
@@ -392,3 +392,38 @@ def test_a_folder_of_one_user_has_the_permissions_that_the_umask_leaves(tmp_path
         os.umask(before)
     modes = [(tmp_path / "cache" / name).stat().st_mode & 0o7777 for name in (".", "scores", "scores/a")]
     assert modes == [0o750, 0o750, 0o640]
+
+
+# -- links -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("link", ["pairs", "pairs/demo", "pairs/demo/train"])
+def test_a_folder_that_is_a_link_out_of_the_cache_is_neither_written_nor_emptied(
+    tmp_path: Path, link: str
+) -> None:
+    folder, name, outside = LocalFolder(tmp_path / "cache"), "pairs/demo/train/a", tmp_path / "outside"
+    below = Path(name).relative_to(link)
+    (outside / below).parent.mkdir(parents=True)
+    (outside / below).write_bytes(b"theirs")
+    (folder.root / link).parent.mkdir(parents=True)
+    (folder.root / link).symlink_to(outside)
+    acts = [
+        lambda: folder.publish(name, b"x"),
+        lambda: folder.publish("pairs/demo/train/b", b"x"),
+        lambda: folder.remove(name),
+        lambda: folder.move(name, "elsewhere"),
+        lambda: folder.check_writable([name]),
+    ]
+    for act in acts:
+        with pytest.raises(CorruptShardError, match="a link that leads out of the cache, to "):
+            act()
+    assert [path for path in outside.rglob("*") if path.is_file()] == [outside / below]
+    assert (outside / below).read_bytes() == b"theirs"
+
+
+def test_a_folder_that_is_a_link_inside_the_cache_is_written(tmp_path: Path) -> None:
+    folder = LocalFolder(tmp_path / "cache")
+    (folder.root / "stored").mkdir(parents=True)
+    (folder.root / "pairs").symlink_to("stored")
+    folder.publish("pairs/a", b"x")
+    assert folder.read("pairs/a") == b"x" and (folder.root / "stored/a").exists()

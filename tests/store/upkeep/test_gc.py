@@ -8,8 +8,9 @@ import pytest
 from dpo_cache.errors import CorruptShardError, NotInCacheError
 from dpo_cache.store import Cache
 from dpo_cache.store.upkeep import gc as gc_module
-from dpo_cache.store.upkeep.gc import Garbage, collect_garbage, find_garbage
+from dpo_cache.store.upkeep.gc import Garbage, collect_garbage, find_garbage, find_unneeded
 from dpo_cache.store.upkeep.repair import repair_cache
+from dpo_cache.store.upkeep.run_record import RunRecord
 from dpo_cache.store.upkeep.verify import verify_cache
 from tests.store.caches import add_pairs, add_reference, key_of, value
 from tests.store.conftest import flip_file
@@ -120,3 +121,26 @@ def test_what_a_pair_set_came_to_need_meanwhile_stays(
     monkeypatch.setattr(gc_module, "find_garbage", find_then_let_another_publish)
     assert collect_garbage(cache) == [] and len(calls[0]) == 2
     assert verify_cache(root).is_whole and lonely in cache.references()
+
+
+def test_what_is_recent_is_found_apart_and_stays_for_a_day(cache: Cache, root: Path) -> None:
+    lonely = add_reference(cache, "b")
+    add_scores_of(cache, lonely, range(5))  # of an interrupted run
+    age(root, 23 * 3600.0)
+    found = find_unneeded(cache)
+    assert found.garbage == [] and {entry.why for entry in found.recent} == {
+        "no pair set was scored by its reference"
+    }
+    assert collect_garbage(cache) == [] and lonely in cache.references()
+    age(root, 2 * 3600.0)
+    assert len(find_unneeded(cache).garbage) == 2 and find_unneeded(cache).recent == []
+
+
+def test_a_reference_under_which_a_run_is_at_work_stays_whatever_its_age(cache: Cache, root: Path) -> None:
+    lonely = add_reference(cache, "b")
+    with RunRecord(cache, lonely) as record:
+        cache.scores(lonely).publish(
+            [(key_of(number), value(number)) for number in range(3)], record.add_shard
+        )
+        assert collect_garbage(cache, grace_s=0) == []
+    assert len(collect_garbage(cache, grace_s=0)) == 2
