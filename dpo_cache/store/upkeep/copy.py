@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 
-from dpo_cache.errors import CacheError, MissingFileError, NotInCacheError
+from dpo_cache.errors import CacheError, MissingFileError, NotInCacheError, StorageError
 from dpo_cache.store.cache import Cache
-from dpo_cache.store.format.documents import Document
+from dpo_cache.store.format.documents import Document, seal_document
 from dpo_cache.store.format.pair_tables import part_files
 from dpo_cache.store.format.parquet import check_content
 from dpo_cache.store.upkeep.contents import shard_files
@@ -72,10 +72,13 @@ class TransferReport:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Files to send, with their sizes, in groups: one is finished before the next is begun."""
+    """Files to send, with their sizes, in groups: one is finished before the next is begun. The last group
+    are `manifests`, with their bytes.
+    """
 
     groups: list[dict[str, int]]
     present: dict[str, int]
+    manifests: dict[str, bytes]
 
 
 def copy_cache(
@@ -91,26 +94,31 @@ def copy_cache(
     these references (with their scores); everything where neither is named.
 
     Raises `CacheError` before anything is sent where the target holds another pair set of the same name,
-    unless
-    `overwrite`; `CorruptShardError` for a file of the source that is damaged: it is not sent.
+    unless `overwrite`; `CorruptShardError` for a file of the source that is damaged: it is not sent. Others
+    may change both caches meanwhile: a pair set is sent as it was when it was chosen, and if they removed
+    files that the target had and a sent manifest names, those are sent, too.
     """
     started = time.monotonic()
     report = TransferReport(str(source), str(target))
-    manifests = _choose(source, report, pairs, references)
-    changed = [name for name, manifest in manifests.items() if _is_other(target, name, manifest)]
-    if changed and not overwrite:
-        raise CacheError(
-            f"{target}: {', '.join(changed)} is there already with other content.\n"
-            "Overwrite it (`overwrite`), or copy other pair sets (`pairs`)."
-        )
     sender = _Sender(source, target, report, on_progress or (lambda _: None), started)
+    manifests = _choose(source, report, pairs, references)
+    sent: set[str] = set()
     for attempt in range(1, PLANS + 1):
         try:
-            sender.send(_plan(source, target, report, manifests, changed))
-            break
-        except MissingFileError:  # compacted or collected since: the next plan has its replacement
+            plan = _plan(source, target, report, manifests, _changed(target, manifests, sent, overwrite))
+            sent |= plan.manifests.keys()
+            sender.send(plan)
+            if not plan.manifests:  # else the next plan sees whether all that they name is still there
+                break
+        except MissingFileError:  # compacted, collected or replaced since
             if attempt == PLANS:
                 raise
+            manifests = _choose(source, report, pairs, references)
+    else:
+        raise StorageError(
+            f"{target}: other processes remove or replace pair sets as fast as they are copied.\n"
+            "Run the same command again."
+        )
     report.elapsed_s = time.monotonic() - started
     return report
 
@@ -134,6 +142,22 @@ def _choose(
     for reference_id in report.references:
         source.read_reference(reference_id)  # raises where it is damaged
     return {pair_set.name: pair_set.manifest for pair_set in chosen}
+
+
+def _changed(
+    target: Cache, manifests: dict[str, Document], sent: Collection[str], overwrite: bool
+) -> list[str]:
+    """Pair sets to be replaced at the target. Raises `CacheError` if one of them is not of the manifests that
+    were sent, unless `overwrite`.
+    """
+    changed = [name for name, manifest in manifests.items() if _is_other(target, name, manifest)]
+    others = [name for name in changed if f"pairs/{name}/manifest.json" not in sent]
+    if others and not overwrite:
+        raise CacheError(
+            f"{target}: {', '.join(others)} is there already with other content.\n"
+            "Overwrite it (`overwrite`), or copy other pair sets (`pairs`)."
+        )
+    return changed
 
 
 def _is_other(target: Cache, name: str, manifest: Document) -> bool:
@@ -160,26 +184,28 @@ def _plan(
     part_names = chain.from_iterable(map(part_files, manifests.values()))
     parts = {name: listed[name] if name in listed else source.folder.size(name) for name in part_names}
     documents = [f"references/{entry}/reference.json" for entry in report.references]
-    ends = [f"pairs/{name}/manifest.json" for name in manifests]
+    sealed = {f"pairs/{name}/manifest.json": seal_document(manifests[name]) for name in manifests}
+    replaced = {f"pairs/{name}/manifest.json" for name in changed}
+    sent_manifests = {
+        name: content
+        for name, content in sealed.items()
+        if name in replaced or not target.folder.exists(name)
+    }
     groups = [
-        _missing_documents(source, target, ["format.json"], []),
-        _missing_documents(source, target, documents, []),
+        _missing_documents(source, target, ["format.json"]),
+        _missing_documents(source, target, documents),
         {name: size for name, size in shards.items() if held.get(name) != size},
         {name: size for name, size in parts.items() if held.get(name) != size},
-        _missing_documents(source, target, ends, [f"pairs/{name}/manifest.json" for name in changed]),
+        {name: len(content) for name, content in sent_manifests.items()},
     ]
     sent = {name for group in groups for name in group}
     present = {name: size for name, size in (shards | parts).items() if name not in sent}
-    present |= {name: held.get(name, 0) for name in ("format.json", *documents, *ends) if name not in sent}
-    return _Plan(groups, present)
+    present |= {name: held.get(name, 0) for name in ("format.json", *documents, *sealed) if name not in sent}
+    return _Plan(groups, present, sent_manifests)
 
 
-def _missing_documents(
-    source: Cache, target: Cache, names: Sequence[str], changed: Sequence[str]
-) -> dict[str, int]:
-    return {
-        name: source.folder.size(name) for name in names if name in changed or not target.folder.exists(name)
-    }
+def _missing_documents(source: Cache, target: Cache, names: Sequence[str]) -> dict[str, int]:
+    return {name: source.folder.size(name) for name in names if not target.folder.exists(name)}
 
 
 class _Sender:
@@ -191,9 +217,10 @@ class _Sender:
         self._source, self._target, self._report = source, target, report
         self._on_progress, self._started = on_progress, started
         self._large = threading.Lock()
+        self._manifests: dict[str, bytes] = {}
 
     def send(self, plan: _Plan) -> None:
-        report = self._report
+        report, self._manifests = self._report, plan.manifests
         total_files = report.files_sent + sum(len(group) for group in plan.groups)
         total_bytes = report.bytes_sent + sum(sum(group.values()) for group in plan.groups)
         report.files_present = len(plan.present) - report.files_sent  # that an earlier plan sent
@@ -224,7 +251,8 @@ class _Sender:
 
     def _send_file(self, name: str, size: int) -> int:
         with self._large if size > LARGE_BYTES else nullcontext():
-            content = self._source.folder.read(name)
+            # a manifest that was replaced meanwhile names parts that were not sent
+            content = self._manifests.get(name) or self._source.folder.read(name)
             if name.endswith(".parquet"):
                 check_content(content, name, f"{self._source}/{name}")
             self._target.folder.publish(name, content)

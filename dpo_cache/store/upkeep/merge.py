@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from dpo_cache.errors import CacheError, NotInCacheError, printable
+from dpo_cache.errors import CacheError, MissingFileError, NotInCacheError, printable
 from dpo_cache.store.cache import Cache, open_cache, read_reference
 from dpo_cache.store.format.checks import check_details
 from dpo_cache.store.format.documents import Document, digest_json, seal_document
@@ -38,6 +38,8 @@ from dpo_cache.store.upkeep.preferred_values import rewrite_part, rewrite_shard
 
 OnProgress = Callable[[int, int], None]  # bytes copied, of how many
 Candidate = tuple[Cache, Document]  # a cache, and the manifest of its pair set
+
+PLANS = 3  # while others compact or collect
 
 
 @dataclass
@@ -77,16 +79,26 @@ def merge_caches(
     do not, or where values of one completion differ by more than the dtype's rounding explains, nothing is
     copied and `CacheError` lists them, unless `prefer` is `src` (the last source's is taken) or `dest` (the
     destination's stays). For pair sets, `rename` instead adds to each name the first characters of its
-    digest. The digest of every file is checked as it is copied: raises `CorruptShardError`.
+    digest. The digest of every file is checked as it is copied: raises `CorruptShardError`. Others may change
+    the caches meanwhile: what they removed although a manifest of this merge names it is copied again.
     """
     target, origins = open_cache(destination, create=True), [open_cache(source) for source in sources]
-    merge = _Merge(target, target.folder.files(), MergeReport(str(target)))
-    merge.plan_scores(origins)
-    manifests = [_read_checked_manifests(cache) for cache in (target, *origins)]
-    merge.compare_values([target, *origins], manifests, prefer)
-    merge.plan_pairs([target, *origins], manifests, prefer, rename)
-    merge.copy(on_progress or (lambda *_: None))
-    return merge.report
+    copied_files = copied_bytes = 0
+    for attempt in range(1, PLANS + 1):
+        report = MergeReport(str(target), copied_files, copied_bytes)
+        merge = _Merge(target, target.folder.files(), report)
+        try:
+            merge.plan_scores(origins)
+            manifests = [_read_checked_manifests(cache) for cache in (target, *origins)]
+            merge.compare_values([target, *origins], manifests, prefer)
+            merge.plan_pairs([target, *origins], manifests, prefer, rename)
+            merge.copy(on_progress or (lambda *_: None))
+            return report
+        except MissingFileError:  # compacted or collected by others: the next plan has its replacement
+            if attempt == PLANS:
+                raise
+        copied_files, copied_bytes = report.copied_files, report.copied_bytes
+    raise AssertionError("the last attempt returns or raises")
 
 
 @dataclass
@@ -99,6 +111,8 @@ class _Merge:
     files: dict[str, tuple[Cache, str]] = field(default_factory=dict)  # shards, parts: cache, name there
     references: dict[str, bytes] = field(default_factory=dict)
     manifests: dict[str, bytes] = field(default_factory=dict)
+    # what these manifests name, though the destination may have it: cache, name there
+    named: dict[str, tuple[Cache, str]] = field(default_factory=dict)
     disagreements: dict[str, Disagreement] = field(default_factory=dict)  # by reference
     # pair sets with values that are not preferred: cache, their manifest there, and their new one
     rewritten: list[tuple[Cache, Document, Document]] = field(default_factory=list)
@@ -200,9 +214,12 @@ class _Merge:
         self.report.pair_sets.append(name)
         if has_other_values:
             return
+        entry = f"references/{manifest['reference']}/reference.json"
+        self.named[entry] = cache, entry
         for file, part in part_files(manifest).items():
+            self.named[file] = cache, f"pairs/{source_name or name}/{part['file']}"
             if file not in self.present:
-                self.files[file] = cache, f"pairs/{source_name or name}/{part['file']}"
+                self.files[file] = self.named[file]
         self.manifests[f"pairs/{name}/manifest.json"] = seal_document(manifest)
 
     def copy(self, on_progress: OnProgress) -> None:
@@ -232,8 +249,17 @@ class _Merge:
             self._rewrite_parts(cache, original, manifest)
         for file, content in sorted(self.manifests.items()):
             self._publish(file, content)
+        self._publish_removed()
         for file in overruled:  # its other values are durable in new files by now
             self.target.folder.remove(file)
+
+    def _publish_removed(self) -> None:
+        """Publish what others removed before the manifests named it. Whoever removes a file looks at the
+        manifests afterwards, see `removal.py`, so one of the two notices the other.
+        """
+        for file, (origin, source) in self.named.items():
+            if not self.target.folder.exists(file):
+                self._publish(file, origin.folder.read(source))
 
     def _rewrite_shard(self, cache: Cache, file: str) -> None:
         reference = classify(file)[1][0]
