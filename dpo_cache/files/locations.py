@@ -130,8 +130,8 @@ def check_no_url(output: str) -> None:
 
 def _check_writable(target: Path) -> None:
     """Make a folder where the target would be, as a test, and remove it."""
-    existing = next(folder for folder in target.absolute().parents if folder.exists())
-    probe = existing / f".{secrets.token_hex(8)}.tmp"
     with refused_writes(target, StorageError, "Or choose another `output`."):
+        existing = next(folder for folder in target.absolute().parents if folder.exists())
+        probe = existing / f".{secrets.token_hex(8)}.tmp"
         probe.mkdir()
         probe.rmdir()

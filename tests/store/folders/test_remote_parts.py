@@ -14,7 +14,7 @@ import pytest
 
 from dpo_cache.errors import CorruptShardError, MissingFileError, OptionError, StorageError
 from dpo_cache.store import open_cache
-from dpo_cache.store.folders import ranges
+from dpo_cache.store.folders import ranges, remote_parts
 from dpo_cache.store.folders.folder import open_folder
 from dpo_cache.store.format.parquet import name_by_content
 from dpo_cache.store.upkeep.contents import read_contents
@@ -190,6 +190,17 @@ def test_what_changed_since_it_was_listed_is_read_as_it_is(s3: Proxy, reference:
     assert len(folder.names("scores")) == 1
     folder.filesystem.pipe_file(f"bucket/cache/{name}", content)
     assert folder.open_parquet(name).read() == content
+
+
+def test_what_this_process_repaired_is_read_as_it_is(s3: Proxy, reference: str) -> None:
+    folder = open_folder(CACHE)
+    content = b"x" * 9000
+    name = f"scores/{name_by_content(content)}"
+    folder.filesystem.pipe_file(f"bucket/cache/{name}", content[:500])
+    folder.names("scores")
+    folder.open_ranges(name).close()
+    folder.publish(name, content)
+    assert folder.open_ranges(name).read() == content
 
 
 def test_a_copy_that_is_held_serves_keys_and_is_not_hashed_for_a_footer(s3: Proxy, reference: str) -> None:
