@@ -43,6 +43,7 @@ class KilledRuns:
         assert self._process.stdin and self._process.stdout
         result = self.folder / "result.json"
         result.unlink(missing_ok=True)
+        output.parent.mkdir(exist_ok=True)  # else its making adds an operation
         job = {
             "cache": self.cache,
             "output": str(output),

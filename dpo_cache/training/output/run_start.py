@@ -90,9 +90,9 @@ def clear_finished(folder: Path, log: Log) -> list[str]:
 
     Raises `TrainingError` if another process is still in the folder, or if something cannot be removed.
     """
-    if not _leftovers(folder):
+    if not _leftovers(folder) and not (folder / CLAIM).exists():
         return []
-    with claimed(folder, TrainingError, HOLDER, log):
+    with claimed(folder, TrainingError, HOLDER, log):  # which in the end removes the claim of a dead process
         return remove_leftovers(folder)
 
 

@@ -244,6 +244,9 @@ def test_leftovers_stay_while_another_process_is_ending_the_run(tmp_path: Path) 
     assert clear_finished(run, print) == ["checkpoints", "best", "model/best.json", ".best.tmp"]
     assert sorted(path.name for path in run.iterdir()) == ["config.json", "model"]
     assert clear_finished(run, print) == []
+    (run / CLAIM).touch()  # of a process that was killed when all else was done
+    assert clear_finished(run, print) == []
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "model"]
 
 
 def test_a_dry_run_removes_nothing(tmp_path: Path) -> None:
