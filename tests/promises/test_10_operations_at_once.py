@@ -2,10 +2,10 @@
 what they would leave one after the other.
 
 precompute, compact, gc, rm, merge, push, pull and repair, in pairs and in both orders: the second operation
-runs before a step of the first on the disk. At every moment each pair set that a manifest names is
-complete and readable (but see `Interleaving`); in the end, after each operation that was killed or refused has been given again, no
-value, score or pair set is lost or another one, and `verify` finds nothing. An outside reader (DuckDB) sees to
-that, see `outside_reader.py`.
+runs before a step of the first on the disk. At every moment each pair set that a manifest names is complete
+and readable (but see `Interleaving`). In the end, after each operation that was killed or refused has been
+given again, no value, score or pair set is lost or another one, and `verify` finds nothing. An outside reader
+(DuckDB) compares, see `outside_reader.py`.
 """
 
 import itertools
@@ -58,7 +58,7 @@ def test_10_some_interleavings_of_two_operations_end_as_in_series(stage: Stage) 
         stage.play(plans[number * 37 % len(plans)])
     differences, stage.tally.differences = stage.tally.differences, []
     assert differences == []
-    assert stage.tally.interleavings >= len(PAIRS[::SAMPLE]) and stage.tally.kills > 10
+    assert stage.tally.interleavings >= len(PAIRS[::SAMPLE]) and stage.tally.kills > 5
 
 
 def test_10_the_second_just_before_the_first_names_or_removes_its_last_file(stage: Stage) -> None:
