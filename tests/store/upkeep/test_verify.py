@@ -138,7 +138,7 @@ def test_shards_that_disagree_are_both_named(root: Path) -> None:
 def test_a_gap_within_rounding_is_none_a_larger_one_is_found_in_any_range(
     root: Path, monkeypatch: pytest.MonkeyPatch, ranges: int
 ) -> None:
-    monkeypatch.setattr(comparing_module, "RANGE_BYTES", max(1, 4 * 15 // ranges))
+    monkeypatch.setattr(comparing_module, "RANGE_BYTES", 600 // ranges)
     reference = next(root.glob("references/*")).name
     cache = Cache(root)
     add_scores(cache, reference, range(10, 30))
