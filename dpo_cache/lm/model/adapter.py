@@ -47,7 +47,9 @@ UNSUITED_FIELDS = {
 PEFT_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, re.error)
 
 # of LoRA; PiSSA, OLoRA, LoftQ and the like move a part of the base into the adapter
-PLAIN_STARTS = (True, False, "gaussian")
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+# of LoRA; the others start with a product of random matrices
+STARTS_AT_ZERO = (True, "gaussian")
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def is_identity_at_init(adapted: PeftModel) -> bool:
     """Whether a fresh adapter is known to leave the model's log-probs as they are."""
     config = adapted.peft_config["default"]
     return kind_of(config) == "IA3" or (
-        kind_of(config) == "LORA" and getattr(config, "init_lora_weights", True) is not False
+        kind_of(config) == "LORA" and getattr(config, "init_lora_weights", True) in STARTS_AT_ZERO
     )
 
 
@@ -298,11 +300,12 @@ def check_suited(config: PeftConfig) -> None:
         )
     start = getattr(config, "init_lora_weights", True)
     if start not in PLAIN_STARTS:
-        raise OptionError(
-            f"init_lora_weights {start!r}: such an adapter changes the weights under it, so that they are no "
-            "longer the reference's.\n"
-            "Use true or gaussian."
+        reason = (
+            "such an adapter starts from data or from the weights under it, which needs a step of its own"
+            if str(start).lower() in ("eva", "mica")
+            else "such an adapter changes the weights under it, so that they are no longer the reference's"
         )
+        raise OptionError(f"init_lora_weights {start!r}: {reason}.\nUse true or gaussian.")
     if config.is_prompt_learning or kind in UNSUITED:
         raise OptionError(
             f"adapters of the kind {kind} are not supported: they are not part of the layers, or need a call "

@@ -24,7 +24,8 @@ from transformers import PreTrainedConfig
 
 from dpo_cache.lm.model.adapter import CONFIG_FILE, kind_of, read_config, weights_file
 from dpo_cache.lm.model.adapter_weights import describe_modules, fit_vocabulary, put_adapter
-from dpo_cache.lm.model.config_fields import pinned_defaults, plain
+from dpo_cache.lm.model.code_digest import code_options
+from dpo_cache.lm.model.config_fields import is_dropout, pinned_defaults, plain
 from dpo_cache.lm.model.memo import read_memo, write_memo
 from dpo_cache.lm.model.tensor_digest import float32_digest, tensor_shapes
 from dpo_cache.lm.model.tensor_names import FAILURES, make_empty
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 INERT_FIELDS = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version",
-        "lora_dropout", "module_dropout", "rank_dropout", "init_weights", "init_ia3_weights",
+        "rank_dropout_scale", "init_weights", "init_ia3_weights",
         "init_lora_weights", "megatron_config", "megatron_core", "loftq_config", "eva_config",
         "corda_config", "lora_ga_config", "runtime_config", "peft_type",
     }
@@ -54,10 +55,13 @@ CHOOSING_FIELDS = frozenset(
 SCALING_FIELDS = frozenset({"r", "alpha", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"})
 
 
-def adapter_identity(folder: str, base: PreTrainedConfig) -> dict[str, Any]:
-    """What an adapter adds to the identity of its base. Raises `ModelError` for tensors that do not fit."""
+def adapter_identity(folder: str, base: PreTrainedConfig, location: str, code: str | None) -> dict[str, Any]:
+    """What an adapter adds to the identity of its base. Raises `ModelError` for tensors that do not fit.
+
+    `location` is that of the base, and `code` the digest of the base's own code, if that makes it.
+    """
     config = read_config(folder)
-    applied, hidden, found = _find_applied(folder, base, config), INERT_FIELDS, {}
+    applied, hidden, found = _find_applied(folder, base, config, location, code), INERT_FIELDS, {}
     if applied is not None:
         hidden |= CHOOSING_FIELDS
         found = {name: _one_or_all(applied.pop(name)) for name in ("r", "scaling")}
@@ -86,10 +90,16 @@ def _fields(config: PeftConfig) -> dict[str, Any]:
 
     kind, fields = kind_of(config), fields_of(config)
     defaults = fields_of(type(config)()) | pinned_defaults().get(f"adapter {kind}", {})
-    return {name: value for name, value in fields.items() if value != defaults.get(name)}
+    return {
+        name: value
+        for name, value in fields.items()
+        if value != defaults.get(name) and not is_dropout(name, value)
+    }
 
 
-def _find_applied(folder: str, base: PreTrainedConfig, config: PeftConfig) -> dict[str, Any] | None:
+def _find_applied(
+    folder: str, base: PreTrainedConfig, config: PeftConfig, location: str, code: str | None
+) -> dict[str, Any] | None:
     """The entries of an identity for the modules that PEFT puts the adapter into.
 
     None where that cannot be found without weights; then the fields that choose them count.
@@ -98,13 +108,15 @@ def _find_applied(folder: str, base: PreTrainedConfig, config: PeftConfig) -> di
 
     note_files([Path(folder, CONFIG_FILE)])
     shapes = tensor_shapes([weights_file(folder)])
-    key = json.dumps([kind_of(config), _fields(config), base.to_dict(), shapes], default=str, sort_keys=True)
+    key = json.dumps(
+        [kind_of(config), _fields(config), base.to_dict(), shapes, code], default=str, sort_keys=True
+    )
     stamp = [transformers.__version__, peft.__version__, hashlib.sha256(key.encode()).hexdigest()]
     memo = f"adapter {Path(folder).resolve()}"
     known = read_memo(memo, stamp)
     if known.keys() != {"modules", "applied", "r", "scaling"}:
         try:
-            model = make_empty(base)
+            model = make_empty(base, **code_options(location, base, code is not None))
             fit_vocabulary(model, folder)
             lines = describe_modules(put_adapter(model, folder, is_empty=True))
         except FAILURES:

@@ -35,6 +35,7 @@ MISFITS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeE
 
 # Parts of the names of parameters that layers share, and that are in a file only once
 SHARED = (".tinylora_v.", "vblora_vector_bank", ".unilora_theta_d.")
+PLACES = "shira_indices"  # not a parameter: set_peft_model_state_dict does not report it
 
 
 def load_adapter(model: PreTrainedModel, folder: str, *, is_trainable: bool = False) -> PeftModel:
@@ -82,6 +83,7 @@ def put_adapter(
             else peft.load_peft_weights(folder, device="cpu")
         )
         _check_wrapped(adapted, tensors.keys(), folder)
+        shared = _shared_names(adapted)
         found = peft.set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=is_empty)
     prefix = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
     missing = [
@@ -89,11 +91,32 @@ def put_adapter(
         for name in found.missing_keys
         if prefix in name and ".default" in name and not any(part in name for part in SHARED)
     ]
+    absent = {*found.missing_keys}
+    missing += [min(names, key=len) for names in shared if names <= absent]
+    missing += _missing_indices(adapted, tensors.keys())
     unexpected = set(found.unexpected_keys) - _saved_names(adapted, with_base=True)
     _raise_for(folder, type(model).__name__, missing, sorted(unexpected))
     if _changes_base(adapted, folder):
         setattr(adapted, CHANGES_BASE, True)
     return adapted
+
+
+def _shared_names(adapted: PeftModel) -> list[set[str]]:
+    """The names of each parameter that layers share: one of them has to be in the file."""
+    names: dict[str, set[str]] = {}
+    for name, _ in adapted.named_parameters(remove_duplicate=False):
+        for part in SHARED:
+            _, found, after = name.partition(part)
+            if found:
+                names.setdefault(found + after, set()).add(name)
+    return list(names.values())
+
+
+def _missing_indices(adapted: PeftModel, found: Iterable[str]) -> list[str]:
+    """The names of tables of places in a matrix (SHiRA) that the file lacks: PEFT would choose others."""
+    names = set(found)
+    expected = [f"{name}.{PLACES}" for name, module in adapted.named_modules() if hasattr(module, PLACES)]
+    return [name for name in expected if name not in names]
 
 
 def _changes_base(adapted: PeftModel, folder: str) -> bool:

@@ -33,6 +33,8 @@ def checkpoint_files(
     else:
         present = [name for name in (WHOLE, INDEX) if (folder / name).is_file()]
         chosen = folder / present[0] if present else None
+    # one that appears meanwhile is loaded in place of the other
+    note_files([folder / WHOLE, folder / INDEX, *([chosen] if chosen else [])])
     if chosen is None:
         names = []
     elif chosen.name.endswith(".index.json"):
@@ -46,7 +48,6 @@ def checkpoint_files(
             "Pickled checkpoints (.bin) can run code and are not read: load and `save_pretrained` the "
             "model once to convert it."
         )
-    note_files([folder / WHOLE, folder / INDEX])  # one that appears meanwhile is loaded in place of the other
     return [folder / name for name in names]
 
 
@@ -78,7 +79,10 @@ def _named_file(folder: Path, name: str) -> Path:
 def _names_in(index: Path) -> list[str]:
     """The names of the files in an index, sorted."""
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        if strange := [name for name in names if not isinstance(name, str)]:
+            raise TypeError(f"weight_map holds {strange[0]!r} in place of the name of a file")
+        return sorted(names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{index}: not an index of safetensors files ({first_line(error)}).\n"

@@ -1,27 +1,32 @@
-"""The digest of a model's own code, where it brings some: `trust_remote_code`, or a class of the caller's.
+"""The digest of a checkpoint's own code, which `trust_remote_code` runs.
 
-Of a checkpoint, it covers the files that `auto_map` names for the config and the causal LM, and all modules
-that they import relatively, recursively. Data files that such code opens by itself are not covered.
+It covers the files that `auto_map` names, also that of a config inside, for configs and for models of every
+kind, since a causal LM may make its parts by `AutoModel`, and all modules that they import relatively,
+recursively. Names of classes and contents count, the name of a file only where another one imports it. Code
+for tokenizers and processors does not count. Data files that such code opens by itself, and modules that it
+finds in another way than by an import statement or `auto_map`, are not covered.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import inspect
 import os
-import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import cached_file
 
 from dpo_cache.errors import ModelError, first_line
+from dpo_cache.lm.model.class_code import code_files, foreign_classes
 from dpo_cache.lm.model.unchanged import commit_of, note_files
 
-ENTRIES = ("AutoConfig", "AutoModelForCausalLM")
-LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
+CAUSAL_LM = "AutoModelForCausalLM"
+ENTRIES = ("AutoConfig", CAUSAL_LM)  # what transformers asks for when it loads a causal LM
+INERT_ENTRIES = ("Tokenizer", "Processor", "FeatureExtractor")  # in names of classes that make no model
 
 
 def uses_remote_code(config: PreTrainedConfig, trust_remote_code: bool) -> bool:
@@ -31,83 +36,87 @@ def uses_remote_code(config: PreTrainedConfig, trust_remote_code: bool) -> bool:
 
 def remote_code_digest(location: str, revision: str | None, config: PreTrainedConfig) -> str:
     """Hex sha256 over the classes and files that make the model. Raises `ModelError` for a missing file."""
-    lines = []
-    for entry, reference in _references(config).items():
-        repository, _, name = reference.rpartition("--")
-        is_own = repository in ("", location)
-        place = location if is_own else repository
-        commit = revision if is_own else commit_of(repository, None)
-        lines.append(f"{entry} {name}")
-        lines += _file_lines(place, commit, f"{name.partition('.')[0]}.py")
-    if not lines:
+    if not _references(config):
         raise ModelError(f"{location}: its auto_map in config.json names no class of a causal LM.")
+    lines = []
+    for entry, reference in _all_references(config):
+        files = _files_of(location, revision, reference, is_needed=entry in ENTRIES)
+        first, *imported = files.items()
+        lines.append(f"{entry} {reference.rpartition('.')[2]} {first[1]}")
+        lines += [f"{name} {digest}" for name, digest in imported]
     return hashlib.sha256("\n".join(sorted(set(lines))).encode()).hexdigest()
 
 
-def remote_code_revision(location: str, config: PreTrainedConfig) -> str | None:
-    """The commit of the code, where another repository than that of the weights holds it."""
+def code_options(location: str, config: PreTrainedConfig, trust_remote_code: bool) -> dict[str, Any]:
+    """The keywords for transformers that choose the code: whether to run the checkpoint's own, and its commit
+    where another repository than that of the weights holds it.
+    """
     repositories = {reference.rpartition("--")[0] for reference in _references(config).values()}
     others = sorted(repositories - {"", location})
-    return commit_of(others[0], None) if others and not os.path.isdir(others[0]) else None
+    commit = commit_of(others[0], None) if others and not os.path.isdir(others[0]) else None
+    return {"trust_remote_code": trust_remote_code} | ({"code_revision": commit} if commit else {})
 
 
-def is_remote_code(kind: type, location: str, revision: str | None, config: PreTrainedConfig) -> bool:
-    """Whether a class in memory is the causal LM of the checkpoint's code, as that is on disk now."""
-    reference = _references(config).get("AutoModelForCausalLM", "")
-    repository, _, name = reference.rpartition("--")
-    if not kind.__module__.startswith("transformers_modules.") or not reference:
-        return False
-    if name != f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}":
-        return False
-    is_own = repository in ("", location)
-    place, commit = (location, revision) if is_own else (repository, commit_of(repository, None))
-    return _file_lines(place, commit, f"{name.partition('.')[0]}.py") == _lines_of_module(kind.__module__)
-
-
-def class_code_digest(classes: set[type]) -> str | None:
-    """Hex sha256 over the source of the classes that no library holds; None if there are none.
-
-    Raises `ModelError` for a class whose source cannot be read.
+def is_remote_code(
+    kind: type, classes: Iterable[type], location: str, revision: str | None, config: PreTrainedConfig
+) -> bool:
+    """Whether a class in memory is the causal LM of the checkpoint's code, as that is on disk now, and the
+    classes of its modules are of that code, too.
     """
-    foreign = {one for kind in classes for one in kind.__mro__ if not _is_of_library(one)}
-    lines = {f"{one.__qualname__} {line}" for one in foreign for line in _source_lines(one)}
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() if lines else None
-
-
-def _source_lines(kind: type) -> list[str]:
-    """Lines for the file of a class and what that imports relatively; without a file, for the class."""
-    if getattr(sys.modules.get(kind.__module__), "__file__", None):
-        return _lines_of_module(kind.__module__)
-    try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError) as error:
-        raise ModelError(
-            f"{kind.__module__}.{kind.__qualname__}: its source cannot be read ({first_line(error)}), so the "
-            "model cannot be identified.\nDefine the class in a file."
-        ) from error
-    return [hashlib.sha256(source.encode()).hexdigest()]
-
-
-def _lines_of_module(module: str) -> list[str]:
-    path = Path(str(sys.modules[module].__file__))
-    return _file_lines(str(path.parent), None, path.name)
+    reference = _references(config).get(CAUSAL_LM, "")
+    modules = {one.__module__ for one in foreign_classes(classes)}
+    if not reference or not all(module.startswith("transformers_modules.") for module in modules):
+        return False
+    if reference.rpartition("--")[2] != f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}":
+        return False
+    known = {
+        digest
+        for entry, one in _all_references(config)
+        for digest in _files_of(location, revision, one, is_needed=entry in ENTRIES).values()
+    }
+    return all(digest in known for module in modules for digest in code_files(module).values())
 
 
 def _references(config: PreTrainedConfig) -> dict[str, str]:
-    """`file.Class` or `repository--file.Class`, by the class of transformers that asks for it."""
-    mapped = getattr(config, "auto_map", None) or {}
-    return {entry: mapped[entry] for entry in ENTRIES if isinstance(mapped.get(entry), str)}
+    """`file.Class` or `repository--file.Class`, by the class of transformers that asks for it first."""
+    mapped = _auto_map(getattr(config, "auto_map", None))
+    return {entry: mapped[entry] for entry in ENTRIES if entry in mapped}
 
 
-def _is_of_library(kind: type) -> bool:
-    return kind.__module__ == "builtins" or kind.__module__.partition(".")[0] in (
-        *LIBRARIES,
-        *sys.stdlib_module_names,
+def _all_references(config: PreTrainedConfig) -> list[tuple[str, str]]:
+    """Class of transformers, and what it is to find, for everything of which a model may be made."""
+    found = {entry for fields in _configs_in(config.to_dict()) for entry in _auto_map(fields).items()}
+    return sorted(
+        {(entry, one) for entry, one in found if not entry.endswith(INERT_ENTRIES)}
+        | {*_references(config).items()}
     )
 
 
-def _file_lines(location: str, revision: str | None, first: str) -> list[str]:
-    """`path sha256` for a file of a checkpoint, and for all that it imports from the same checkpoint."""
+def _configs_in(fields: Any) -> Iterator[Any]:
+    """Every `auto_map` in a config and in the configs inside."""
+    if isinstance(fields, dict):
+        yield fields.get("auto_map")
+        for name, value in fields.items():
+            if name != "auto_map":
+                yield from _configs_in(value)
+
+
+def _auto_map(mapped: Any) -> dict[str, str]:
+    """The entries of an `auto_map` that name a class in a file."""
+    entries = mapped.items() if isinstance(mapped, dict) else ()
+    return {str(entry): one for entry, one in entries if isinstance(one, str) and "." in one}
+
+
+def _files_of(location: str, revision: str | None, reference: str, *, is_needed: bool) -> dict[str, str]:
+    """Path -> sha256 of the file of a class, first, and of what it imports."""
+    repository, _, name = reference.rpartition("--")
+    is_own = repository in ("", location)
+    place, commit = (location, revision) if is_own else (repository, commit_of(repository, None))
+    return _digests(place, commit, f"{name.partition('.')[0]}.py", is_needed=is_needed)
+
+
+def _digests(location: str, revision: str | None, first: str, *, is_needed: bool) -> dict[str, str]:
+    """Path -> sha256 of a file of a checkpoint, and of all that it imports from the same checkpoint."""
     found: dict[str, str] = {}
     waiting = [first]
     while waiting:
@@ -116,6 +125,8 @@ def _file_lines(location: str, revision: str | None, first: str) -> list[str]:
             continue
         path = _locate(location, revision, name)
         if path is None:
+            if name == first and not is_needed:
+                return {first: "missing"}
             if name == first:
                 raise ModelError(
                     f"{location}: {name}, which auto_map in its config.json names, is missing.\n"
@@ -126,7 +137,7 @@ def _file_lines(location: str, revision: str | None, first: str) -> list[str]:
         content = path.read_bytes()
         found[name] = hashlib.sha256(content).hexdigest()
         waiting += _imported_files(path, content, Path(name).parent)
-    return [f"{name} {digest}" for name, digest in found.items()]
+    return found
 
 
 def _imported_files(path: Path, content: bytes, folder: Path) -> list[str]:

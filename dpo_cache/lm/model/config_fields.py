@@ -39,13 +39,18 @@ INERT_FIELDS = frozenset(
         "_attn_implementation_autoset", "gradient_checkpointing",
         "quantization_config",  # an entry of its own
         "transformers_weights",  # the name of a file, whose content counts
+        "auto_map",  # names of code, whose content counts where it runs
     }
 )
 # fmt: on
 
 # Model types whose code computes with a field that is inert in the others: positions are counted from the id
 # of the padding token on, or its vector is set to zero; embeddings of earlier tokens end at the last one.
-COUNTED_FIELDS = {"qwen4_exp_text": frozenset({"eos_token_id"})} | dict.fromkeys(
+# Dory divides by the spread of its first weights.
+COUNTED_FIELDS = {
+    "qwen4_exp_text": frozenset({"eos_token_id"}),
+    "dory": frozenset({"initializer_range"}),
+} | dict.fromkeys(
     (
         "camembert",
         "cohere_compass_text",
@@ -54,6 +59,7 @@ COUNTED_FIELDS = {"qwen4_exp_text": frozenset({"eos_token_id"})} | dict.fromkeys
         "roberta",
         "roberta-prelayernorm",
         "xglm",
+        "xlm",
         "xlm-roberta",
         "xlm-roberta-xl",
         "xmod",
@@ -78,9 +84,9 @@ def computing_fields(config: PreTrainedConfig) -> dict[str, Any]:
         for name, value in fields.items()
         if name not in inert
         and not _is_other_medium(name, value)
-        and not (name in defaults and (value == defaults[name] or _is_dropout(name, value)))
+        and not (name in defaults and (value == defaults[name] or is_dropout(name, value)))
     }
-    dropouts = {name: 0.0 for name, value in kept.items() if _is_dropout(name, value)}
+    dropouts = {name: 0.0 for name, value in kept.items() if is_dropout(name, value)}
     return {**kept, **dropouts, "model_type": config.model_type}
 
 
@@ -118,7 +124,7 @@ def _defaults_of(config: PreTrainedConfig) -> dict[str, Any]:
     return defaults | (pinned_defaults().get(config.model_type, {}) if is_known else {})
 
 
-def _is_dropout(name: str, value: Any) -> bool:
+def is_dropout(name: str, value: Any) -> bool:
     """Whether the field is a rate of dropout, which is off in every forward pass here.
 
     A rate that the class does not know counts as 0.0, as such fields are usually written; this keeps the

@@ -57,7 +57,7 @@ def _former_fields(config: PreTrainedConfig) -> dict[str, Any]:
         defaults = plain(type(config)().to_dict())
     except UNMADE:
         defaults = {}
-    inert = INERT_FIELDS - {"transformers_weights"}
+    inert = INERT_FIELDS - {"transformers_weights", "auto_map"}
     kept = {
         name: value
         for name, value in fields.items()

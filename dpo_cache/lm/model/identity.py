@@ -57,9 +57,8 @@ def reference_identity(
         identity["quantization"] = dict(QUANTIZATION_FIELDS[quantize])
     if uses_remote_code(config, trust_remote_code):
         identity["code"] = remote_code_digest(parts.base, parts.base_revision, config)
-        identity["config"].pop("auto_map", None)  # its names of classes are in the digest
     if parts.adapter is not None:
-        identity["adapter"] = adapter_identity(parts.adapter, config)
+        identity["adapter"] = adapter_identity(parts.adapter, config, parts.base, identity.get("code"))
     return identity
 
 

@@ -22,7 +22,7 @@ from dpo_cache.lm.model.adapter_weights import (
     may_resize,
     vocabulary_size,
 )
-from dpo_cache.lm.model.code_digest import remote_code_revision
+from dpo_cache.lm.model.code_digest import code_options
 from dpo_cache.lm.model.quantization import (
     check_quantizable,
     check_saved_quantization,
@@ -47,14 +47,16 @@ def load_config(
     config = _config_of(parts, location, trust_remote_code)
     text = config.get_text_config()
     if parts.adapter is not None and may_resize(parts.adapter, text.vocab_size):
-        text.vocab_size = _adapted_vocabulary(config, parts.adapter)
+        text.vocab_size = _adapted_vocabulary(
+            config, parts.adapter, code_options(parts.base, config, trust_remote_code)
+        )
     return config
 
 
-def _adapted_vocabulary(config: PreTrainedConfig, adapter: str) -> int:
+def _adapted_vocabulary(config: PreTrainedConfig, adapter: str, code: dict[str, Any]) -> int:
     """The number of tokens of the base with the adapter."""
     try:
-        model = make_empty(config)
+        model = make_empty(config, **code)
         fit_vocabulary(model, adapter)
     except FAILURES:  # loading the model raises an error, or needs its weights
         return config.get_text_config().vocab_size
@@ -151,11 +153,9 @@ def load_base(
         "config": config,
         "dtype": dtype,
         "revision": revision,
-        "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
+        **code_options(location, config, trust_remote_code),
     }
-    if (code_revision := remote_code_revision(location, config)) is not None:
-        options |= {"code_revision": code_revision}
     if quantize != "none":
         options |= {"quantization_config": loading_config(quantize, compute_dtype or dtype)}
     if quantize != "none" or getattr(config, "quantization_config", None) is not None:

@@ -5,14 +5,16 @@ has; so a model that was trained, merged, quantized or built by hand is never ta
 identity of such a model has `"weights_of": "memory"`, and `weights` is the sha256 over its tensors in memory,
 so that it is never that of a checkpoint. Classes that are not of a library have their source in the identity,
 as `code`; if its modules are not those that its config describes, they are in the identity, as `modules`. A
-model whose computation was changed from outside, by hooks or by a method of one module, cannot be identified.
+model whose computation was changed from outside (`untouched.py`) cannot be identified.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from dpo_cache.errors import ModelError, first_line
 from dpo_cache.lm.model.adapter import locate_checkpoint
 from dpo_cache.lm.model.checkpoint_files import checkpoint_files
-from dpo_cache.lm.model.code_digest import class_code_digest, is_remote_code
+from dpo_cache.lm.model.class_code import class_code_digest, describe_callable
+from dpo_cache.lm.model.code_digest import is_remote_code
 from dpo_cache.lm.model.config_fields import computing_fields
 from dpo_cache.lm.model.identity import identity_as_recorded, identity_without_weights
 from dpo_cache.lm.model.load import load_config
 from dpo_cache.lm.model.quantization import is_quantized
 from dpo_cache.lm.model.tensor_digest import TensorNames
 from dpo_cache.lm.model.tensor_names import find_tensor_names
+from dpo_cache.lm.model.untouched import check_untouched, configs_of
 
 INERT_ATTRIBUTES = {"training", "gradient_checkpointing", "name_or_path"}
 
@@ -61,7 +65,7 @@ def identify_loaded(
             f"{name}: it has an adapter in it, which cannot be identified.\n"
             "Merge the adapter (peft), or give the folder of the adapter."
         )
-    _check_untouched(model, name)
+    check_untouched(model, name)
     has_own_code = type(model).__module__.startswith("transformers_modules.")
     try:
         difference = _find_difference(model, location, revision, trust_remote_code or has_own_code)
@@ -81,30 +85,16 @@ def identify_loaded(
     identity = {**weights, **identity_without_weights(model.config, model.dtype)}
     if (code := class_code_digest({type(module) for module in model.modules()})) is not None:
         identity["code"] = code
-    if _modules_difference(model, _fresh(model)) is not None:
-        described = json.dumps(_describe_modules(model), sort_keys=True)
-        identity["modules"] = hashlib.sha256(described.encode()).hexdigest()
+    fresh = _fresh(model)
+    if _modules_difference(model, fresh) is not None:
+        described: Any = _describe_modules(model)
+        settings, usual = _describe_settings(model), _describe_settings(fresh)
+        if settings != usual:
+            changed = {path: value for path, value in settings.items() if value != usual.get(path)}
+            described = [described, changed]
+        text = json.dumps(described, sort_keys=True)
+        identity["modules"] = hashlib.sha256(text.encode()).hexdigest()
     return identity, difference
-
-
-def _check_untouched(model: PreTrainedModel, name: str) -> None:
-    """Raise `ModelError` for a model in which hooks, or methods of single modules, may change the numbers.
-
-    Those of accelerate, which move tensors between devices, change none.
-    """
-    for path, module in model.named_modules():
-        is_moved = hasattr(module, "_hf_hook")
-        place = path or "the model"
-        if not is_moved and "forward" in vars(module):
-            raise ModelError(
-                f"{name}: the method forward of {place} was replaced, and such code cannot be identified.\n"
-                "Define a class in a file, or give the model as it was loaded."
-            )
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise ModelError(
-                f"{name}: {place} has hooks on its forward pass, and what they do cannot be identified.\n"
-                "Remove them (the handle that registering one returned has `remove()`)."
-            )
 
 
 def _find_difference(
@@ -119,8 +109,9 @@ def _find_difference(
     if computing_fields(model.config) != computing_fields(config):
         return "its config was changed"
     parts = locate_checkpoint(location, revision)
-    code = class_code_digest({type(module) for module in model.modules()})
-    if code is not None and not is_remote_code(type(model), location, parts.base_revision, config):
+    classes = {type(module) for module in model.modules()}
+    code = class_code_digest(classes)
+    if code is not None and not is_remote_code(type(model), classes, location, parts.base_revision, config):
         return "its code is not that of the checkpoint"
     weights_file = getattr(config, "transformers_weights", None)
     files = checkpoint_files(location, revision=parts.base_revision, weights_file=weights_file)
@@ -150,9 +141,12 @@ def _fresh(model: PreTrainedModel) -> PreTrainedModel:
 
 def _modules_difference(model: PreTrainedModel, fresh: PreTrainedModel) -> str | None:
     """The first module whose class or settings are not those of the fresh model."""
-    found, expected = _describe_modules(model), _describe_modules(fresh)
-    changed = [path for path in [*found, *expected] if found.get(path) != expected.get(path)]
-    return f"its module {changed[0] or type(model).__name__} was changed" if changed else None
+    for describe in (_describe_modules, _describe_settings):
+        found, expected = describe(model), describe(fresh)
+        changed = [path for path in [*found, *expected] if found.get(path) != expected.get(path)]
+        if changed:
+            return f"its module {changed[0] or type(model).__name__} was changed"
+    return None
 
 
 def _describe_modules(model: PreTrainedModel) -> dict[str, list[Any]]:
@@ -170,6 +164,31 @@ def _describe_modules(model: PreTrainedModel) -> dict[str, list[Any]]:
         ]
         for path, module in model.named_modules()
     }
+
+
+def _describe_settings(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """Each module's lists, functions, and configs that are not those of the model, which can decide, too."""
+    shared = {id(one) for one in (model.config, *vars(model.config).values())}
+    usual = [computing_fields(one) for one in configs_of(model) if id(one) in shared]
+    others = {id(one): computing_fields(one) for one in configs_of(model) if id(one) not in shared}
+    configs = {key: fields for key, fields in others.items() if fields not in usual}  # not mere copies
+    found: dict[str, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        for name, value in sorted(vars(module).items()):
+            if id(value) in configs:
+                found.setdefault(path, {})[name] = configs[id(value)]
+            elif name.startswith("_") or name in INERT_ATTRIBUTES:
+                continue
+            elif isinstance(value, list | dict) and not hasattr(module, "_hf_hook"):
+                found.setdefault(path, {})[name] = json.dumps(value, default=_name_of, sort_keys=True)
+            elif isinstance(value, types.FunctionType | functools.partial):
+                found.setdefault(path, {})[name] = describe_callable(value)
+    return found
+
+
+def _name_of(value: Any) -> str:
+    """In place of what JSON has no word for."""
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 def _tensor_difference(model: PreTrainedModel, files: list[Path], names: TensorNames) -> str | None:

@@ -5,8 +5,8 @@ of one model that differ in form get one digest:
 
 - names: each tensor has the name under which transformers saves it, and a tensor that the model does not load
   is left out (see `tensor_names.py`);
-- dtypes: where all tensors are stored in one dtype, but a narrower one (BF16, or else F16) holds all of their
-  values exactly, they count in that. So a float32 copy of a bfloat16 checkpoint has its digest.
+- dtypes: where all tensors are stored in one dtype, but a narrower one (BF16, or else F16, or else F32) holds
+  all of their values exactly, they count in that. So a float32 copy of a bfloat16 checkpoint has its digest.
 
 For a checkpoint as transformers saves it, and which is no such copy, this is the digest of its tensors as
 they are stored. It does not depend on the dtype of the forward pass, an entry of its own in an identity: a
@@ -29,10 +29,15 @@ from dpo_cache.errors import ModelError
 from dpo_cache.lm.model.memo import read_memo, write_memo
 from dpo_cache.lm.model.unchanged import stamp
 
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-NARROWER = {"F32": ("BF16", "F16"), "F16": ("BF16",)}
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+NARROWER = {"F64": ("BF16", "F16", "F32"), "F32": ("BF16", "F16"), "F16": ("BF16",)}
 WITHOUT_FRACTION = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
-BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+BITS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 Entry = tuple[str, list[int], str]  # dtype, shape, sha256 of the bytes
 

@@ -58,13 +58,16 @@ def find_tensor_names(config: PreTrainedConfig, files: list[Path]) -> TensorName
     return known
 
 
-def make_empty(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal LM of this config without weights, on the meta device."""
+def make_empty(config: PreTrainedConfig, **code: Any) -> PreTrainedModel:
+    """The causal LM of this config without weights, on the meta device.
+
+    By transformers' code, unless `code` has `trust_remote_code`, and `code_revision` if needed.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+            copy.deepcopy(config), dtype=torch.float32, **{"trust_remote_code": False, **code}
         )
 
 

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.model.code_digest import class_code_digest, uses_remote_code
+from dpo_cache.lm.model.class_code import class_code_digest
+from dpo_cache.lm.model.code_digest import uses_remote_code
 from dpo_cache.lm.model.identity import reference_identity
 from dpo_cache.lm.model.load import load_config, load_model
 from dpo_cache.lm.model.loaded import identify_loaded
@@ -126,6 +130,123 @@ def test_a_missing_file_is_named(custom: Path) -> None:
         ModelError, match=r"modeling_scaled.py, which auto_map in its config.json names, is missing"
     ):
         identify(custom)
+
+
+OUTER = """
+from transformers import AutoModel, LlamaForCausalLM
+
+class Outer(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = AutoModel.from_config(config, trust_remote_code=True)
+        self.post_init()
+"""
+INNER = """
+from transformers import LlamaModel
+from .factors import FACTOR
+
+class Inner(LlamaModel):
+    def forward(self, *given, **options):
+        found = super().forward(*given, **options)
+        found.last_hidden_state = found.last_hidden_state * FACTOR
+        return found
+"""
+
+
+def set_config(folder: Path, **fields: object) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return folder
+
+
+def test_code_of_a_part_that_the_causal_lm_makes_by_automodel_counts(custom: Path) -> None:
+    write(custom, {"outer.py": OUTER, "inner.py": INNER})
+    set_config(custom, auto_map={"AutoModelForCausalLM": "outer.Outer", "AutoModel": "inner.Inner"})
+    others = [
+        copy(custom, "inner", {"inner.py": INNER.replace("* FACTOR", "* 3")}),
+        copy(custom, "factors", {"factors.py": "FACTOR = 5.0\n"}),
+    ]
+    assert len({identify(folder)["code"] for folder in (custom, *others)}) == 3
+    assert not torch.equal(logps(custom), logps(others[0]))
+    model = load_model(str(custom), dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=True)
+    assert identify_loaded(model, trust_remote_code=True) == (identify(custom), None)
+    write(custom, {"inner.py": INNER.replace("* FACTOR", "* 3")})
+    assert identify_loaded(model, trust_remote_code=True)[1] == "its code is not that of the checkpoint"
+
+
+def test_code_that_a_config_inside_names_counts(custom: Path) -> None:
+    write(custom, {"inner.py": INNER})
+    set_config(custom, part={"auto_map": {"AutoModel": "inner.Inner"}})
+    other = copy(custom, "other", {"inner.py": INNER.replace("* FACTOR", "* 3")})
+    assert identify(custom)["code"] != identify(other)["code"]
+
+
+def test_code_for_a_tokenizer_does_not_count_nor_need_to_be_there(custom: Path) -> None:
+    before = identify(custom)
+    entries = {"AutoModelForCausalLM": "modeling_scaled.ScaledLlama"}
+    more = {"AutoTokenizer": ["tokens.Own", None], "AutoProcessor": "processing.Own"}
+    set_config(custom, auto_map={**entries, **more})
+    assert identify(custom) == before
+
+
+def test_the_name_of_the_file_that_auto_map_names_does_not_count(custom: Path) -> None:
+    other = copy(custom, "renamed", {"mine.py": MODELING})
+    (other / "modeling_scaled.py").unlink()
+    set_config(other, auto_map={"AutoModelForCausalLM": "mine.ScaledLlama"})
+    assert identify(custom) == identify(other)
+    assert torch.equal(logps(custom), logps(other))
+
+
+def test_another_class_of_the_same_file_counts(custom: Path) -> None:
+    write(custom, {"modeling_scaled.py": f"{MODELING}\nclass Other(LlamaForCausalLM):\n    pass\n"})
+    other = set_config(copy(custom, "other", {}), auto_map={"AutoModelForCausalLM": "modeling_scaled.Other"})
+    assert identify(custom)["code"] != identify(other)["code"]
+
+
+@pytest.mark.parametrize(
+    "auto_map", [{"AutoModelForCausalLM": "m.M"}, {"AutoModelForCausalLM": "org/repo--m.M"}, {}]
+)
+def test_a_map_of_code_that_does_not_run_does_not_count(custom: Path, auto_map: dict) -> None:
+    plain = copy(custom, "plain", {})
+    fields = json.loads((plain / "config.json").read_text())
+    del fields["auto_map"]
+    (plain / "config.json").write_text(json.dumps(fields))
+    assert identify(set_config(custom, auto_map=auto_map), False) == identify(plain, False)
+
+
+EXTRA = """
+import torch
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+class WithExtra(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = torch.nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, **options):
+        options.pop("logits_to_keep", None)
+        hidden = self.model(input_ids=input_ids, **options).last_hidden_state
+        return CausalLMOutputWithPast(logits=self.lm_head(self.extra(hidden)))
+"""
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
+def test_an_adapter_on_a_layer_that_only_the_own_code_has(custom: Path, tmp_path: Path) -> None:
+    write(custom, {"modeling_extra.py": EXTRA})
+    set_config(custom, auto_map={"AutoModelForCausalLM": "modeling_extra.WithExtra"})
+    tensors = load_file(custom / "model.safetensors")
+    save_file({**tensors, "extra.weight": torch.eye(32)}, custom / "model.safetensors", {"format": "pt"})
+    found = []
+    for targets in (["q_proj", "extra"], ["q_proj"]):
+        folder = tmp_path / f"adapter of {len(targets)}"
+        model = AutoModelForCausalLM.from_pretrained(custom, trust_remote_code=True)
+        config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+        get_peft_model(model, config).save_pretrained(folder)
+        found.append(identify(folder)["adapter"])
+    assert [adapter["modules"] for adapter in found] == [3, 2]
+    assert torch.isfinite(logps(tmp_path / "adapter of 2")).all()
 
 
 def test_code_that_changes_between_hashing_and_loading_is_refused(custom: Path) -> None:
