@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -623,3 +624,21 @@ def test_keys_in_the_pair_set_are_those_of_its_completions(
     ):
         assert key == completion_key(entry.pair.chosen)
     assert json.loads(Path(cache, "format.json").read_text()) == {"format": "dpo-cache", "version": 1}
+
+
+@pytest.mark.parametrize("spoil", ["cut", "flipped", "pipe"])
+def test_a_part_that_is_not_what_was_written_is_written_again(
+    model_folder: str, data_file: str, tmp_path: Path, spoil: str
+) -> None:
+    dpo_cache.precompute(model_folder, data_file, tmp_path / "cache")
+    (part,) = (tmp_path / "cache/pairs").rglob("*.parquet")
+    whole = part.read_bytes()
+    part.unlink()
+    if spoil == "pipe":
+        os.mkfifo(part)
+    else:
+        part.write_bytes(
+            whole[:-9] if spoil == "cut" else bytes([*whole[:300], whole[300] ^ 1, *whole[301:]])
+        )
+    report = dpo_cache.precompute(model_folder, data_file, tmp_path / "cache")
+    assert part.read_bytes() == whole and report.scored_now == 0 and report.bytes_written > len(whole)
