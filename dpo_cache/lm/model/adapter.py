@@ -235,7 +235,7 @@ def read_config(folder: str) -> PeftConfig:
     peft = import_peft()
     try:
         return peft.PeftConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (*PEFT_ERRORS, OSError) as error:
         raise ModelError(
             f"{folder}: no adapter can be read from it ({first_line(error)}).\nSave the adapter again."
         ) from error

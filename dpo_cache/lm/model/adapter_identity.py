@@ -67,7 +67,7 @@ def adapter_identity(folder: str, base: PreTrainedConfig, location: str, code: s
         found = {name: _one_or_all(applied.pop(name)) for name in ("r", "scaling")}
         if found["r"] and found["scaling"]:
             hidden |= SCALING_FIELDS
-    fields = {name: value for name, value in _fields(config).items() if name not in hidden}
+    fields = {name: value for name, value in counted_fields(config).items() if name not in hidden}
     fields |= {name: value for name, value in found.items() if value}
     return {
         "weights": float32_digest([weights_file(folder)]),
@@ -81,7 +81,7 @@ def _one_or_all(values: list[float]) -> float | list[float]:
     return values[0] if len(values) == 1 else values
 
 
-def _fields(config: PeftConfig) -> dict[str, Any]:
+def counted_fields(config: PeftConfig) -> dict[str, Any]:
     """The fields that differ from the pinned defaults, JSON-ready, sets as sorted lists."""
 
     def fields_of(one: PeftConfig) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _find_applied(
     note_files([Path(folder, CONFIG_FILE)])
     shapes = tensor_shapes([weights_file(folder)])
     key = json.dumps(
-        [kind_of(config), _fields(config), base.to_dict(), shapes, code], default=str, sort_keys=True
+        [kind_of(config), counted_fields(config), base.to_dict(), shapes, code], default=str, sort_keys=True
     )
     stamp = [transformers.__version__, peft.__version__, hashlib.sha256(key.encode()).hexdigest()]
     memo = f"adapter {Path(folder).resolve()}"

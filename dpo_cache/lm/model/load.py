@@ -22,7 +22,7 @@ from dpo_cache.lm.model.adapter_weights import (
     may_resize,
     vocabulary_size,
 )
-from dpo_cache.lm.model.code_digest import code_options
+from dpo_cache.lm.model.code_digest import ENTRIES, code_options
 from dpo_cache.lm.model.quantization import (
     check_quantizable,
     check_saved_quantization,
@@ -76,10 +76,51 @@ def _config_of(parts: CheckpointLocation, location: str, trust_remote_code: bool
             f"{location}: no model can be loaded from it ({first_line(error)}).\n"
             "Give a local folder with config.json, or a Hub id."
         ) from error
+    _check_kinds(config, location)
     for one in (config, config.get_text_config()):
         one.return_dict = True  # outputs are read by name
         one.output_hidden_states = one.output_attentions = False  # in falcon they change the numbers
     return config
+
+
+def _check_kinds(config: PreTrainedConfig, location: str) -> None:
+    """Raise `ModelError` for fields whose values are of a kind that transformers takes, but cannot use."""
+    names, mapped = config.architectures, getattr(config, "auto_map", None)
+    entries = mapped if isinstance(mapped, dict) else {}
+    wrong = [
+        (field, value, expected)
+        for field, value, expected, is_right in (
+            ("architectures", names, "a list of names of classes", _is_list_of_texts(names or [])),
+            (
+                "auto_map",
+                mapped,
+                "an object that names classes in files",
+                mapped is None or isinstance(mapped, dict),
+            ),
+            *(
+                (f"{entry} in auto_map", entries[entry], "a class in a file", isinstance(entries[entry], str))
+                for entry in ENTRIES
+                if entry in entries
+            ),
+            (
+                "text_config",
+                getattr(config, "text_config", None),
+                f"the config of a model of text, which {config.model_type} has none of",
+                isinstance(config.get_text_config(), PreTrainedConfig),
+            ),
+        )
+        if not is_right
+    ]
+    if wrong:
+        field, value, expected = wrong[0]
+        raise ModelError(
+            f"{location}: no model can be loaded from it ({field} in its config.json is {value!r}; expected "
+            f"{expected}).\nCorrect the field, or take it out."
+        )
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
 
 
 def check_causal(config: PreTrainedConfig, location: str) -> None:

@@ -1,15 +1,18 @@
 """What PEFT applies counts, in whichever words a config says it; and nothing else."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 
 from dpo_cache.errors import DpoCacheError
+from dpo_cache.lm.model.adapter import UNSUITED
+from dpo_cache.lm.model.adapter_identity import counted_fields
 from tests.conftest import make_llama
 from tests.lm.model.adapters import CONFIG, LORA, edit_config, edit_tensors, identity, logps, save_adapter
 
@@ -123,6 +126,24 @@ def test_a_set_in_a_config_has_one_order(base: Path, tmp_path: Path) -> None:
     )
     assert identity(saved) == identity(turned)
     assert identity(edit_config(saved, tmp_path / "third", feedforward_modules=[])) != identity(saved)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of values that were not given
+@pytest.mark.parametrize("kind", [kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind.value not in UNSUITED])
+def test_rates_of_dropout_of_any_adapter_do_not_count(kind: PeftType) -> None:
+    make = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    rates = {
+        field.name: 0.25
+        for field in dataclasses.fields(make)
+        if "dropout" in field.name and isinstance(field.default, float)
+    }
+    if kind.value == "ADAMSS":
+        pytest.importorskip("sklearn")
+    config = make()
+    before = counted_fields(config)
+    for name, rate in rates.items():
+        setattr(config, name, rate)
+    assert counted_fields(config) == before and not rates.keys() & before.keys()
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's, of fields that do not go together

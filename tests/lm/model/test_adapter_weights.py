@@ -4,14 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.model.adapter import can_be_switched_off
+from dpo_cache.lm.model.adapter import add_adapter, can_be_switched_off, is_identity_at_init
 from dpo_cache.lm.model.adapter_weights import load_adapter
 from dpo_cache.lm.model.load import load_base, load_config, load_model, locate_checkpoint
 from tests.conftest import make_llama
 from tests.lm.model.adapters import (
+    LORA,
     WEIGHTS,
     edit_config,
     edit_tensors,
@@ -94,6 +97,46 @@ def test_all_lines_of_pefts_error_are_shown(adapter: Path, tmp_path: Path) -> No
     assert "the adapter does not fit LlamaForCausalLM: Error(s) in loading state_dict" in problem
     assert "q_proj.lora_A.default.weight: copying a param with shape torch.Size([4, 32])" in problem
     assert "more lines)" in problem and advice.startswith("Give the base that it was trained on")
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+@pytest.mark.parametrize(
+    ("kind", "tensor", "fields"),
+    [
+        ("UNILORA", "unilora_theta_d", {"r": 4}),
+        ("VBLORA", "vblora_vector_bank", {"r": 4, "vector_length": 8, "num_vectors": 16}),
+        ("TINYLORA", "tinylora_v.3", {"r": 4}),
+        ("SHIRA", "v_proj.shira_indices", {"r": 4}),
+    ],
+)
+def test_a_tensor_that_layers_share_is_needed_once(
+    base: Path, tmp_path: Path, kind: str, tensor: str, fields: dict
+) -> None:
+    make = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    config = make(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **fields)
+    whole = save_adapter(base, tmp_path / "whole", config)
+    assert torch.equal(logps(whole), logps_by_peft(base, whole))
+    identity(whole)
+    dropped = [name for name in load_file(whole / WEIGHTS) if name.endswith(tensor)][-1]
+    half = edit_tensors(
+        whole, tmp_path / "half", lambda kept: {k: v for k, v in kept.items() if k != dropped}
+    )
+    message = rf"1 of the adapter's tensors missing, which would be random: .*{tensor}"
+    if kind == "SHIRA":  # PEFT cannot put it into a model without weights: only loading looks
+        with pytest.raises(ModelError, match=message):
+            load_model(str(half), dtype=torch.float32, device=CPU)
+    else:
+        refused(half, message)
+
+
+def test_an_adapter_whose_first_weights_were_orthogonal_is_loaded(base: Path, tmp_path: Path) -> None:
+    """PEFT leaves the base as it is there; the fresh adapter is not zero."""
+    folder = save_adapter(base, tmp_path / "adapter", init_lora_weights="orthogonal")
+    assert torch.equal(logps(folder), logps_by_peft(base, folder))
+    assert identity(folder) == identity(edit_config(folder, tmp_path / "other", init_lora_weights=True))
+    for start, is_zero in (("orthogonal", False), ("gaussian", True), (True, True), (False, False)):
+        fresh = add_adapter(make_llama(), LoraConfig(**{**LORA, "init_lora_weights": start}), seed=0)
+        assert is_identity_at_init(fresh) is is_zero
 
 
 # -- a vocabulary of another size --------------------------------------------------------------------------

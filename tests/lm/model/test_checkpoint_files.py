@@ -11,6 +11,7 @@ from dpo_cache.errors import ModelError
 from dpo_cache.lm.model.checkpoint_files import checkpoint_files
 from dpo_cache.lm.model.identity import reference_identity
 from dpo_cache.lm.model.load import load_config, load_model
+from dpo_cache.lm.model.unchanged import one_checkpoint
 from tests.conftest import make_completions, make_llama, naive_token_logps
 
 
@@ -81,9 +82,29 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         checkpoint_files(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": null}', '{"weight_map": [1]}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"weight_map": null}', '{"weight_map": [1]}', '{"weight_map": {"a": 3}}', "null"],
+)
 def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     make_llama().save_pretrained(tmp_path, max_shard_size="20KB")
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ModelError, match=r"not an index of safetensors files|no safetensors weights"):
         checkpoint_files(str(tmp_path))
+
+
+def test_a_named_index_that_is_written_again_between_hashing_and_loading_is_noticed(tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "other")):
+        make_llama(seed=seed).save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").rename(tmp_path / f"{name}.safetensors")
+    names = load_file(tmp_path / "one.safetensors")
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "one.safetensors")}))
+    name_weights(tmp_path, index.name)
+    with one_checkpoint():
+        identify(tmp_path)
+        index.write_text(index.read_text().replace("one.", "other."))
+        with pytest.raises(
+            ModelError, match=r"x.safetensors.index.json was changed while the model was read"
+        ):
+            logps(tmp_path)

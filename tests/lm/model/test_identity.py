@@ -271,6 +271,14 @@ def test_the_dtype_of_storage_does_not_count_if_the_values_are_the_same(
     assert torch.equal(logps(tmp_path / "bfloat16"), logps(tmp_path / "float32"))
 
 
+def test_a_copy_in_float64_keeps_the_id(saved: Path, tmp_path: Path) -> None:
+    before, expected = identify(saved), logps(saved)
+    rewrite(saved, lambda tensors: {name: one.double() for name, one in tensors.items()})
+    assert identify(saved) == before and torch.equal(logps(saved), expected)
+    rewrite(saved, lambda tensors: {name: one + 1e-12 for name, one in tensors.items()})
+    assert identify(saved) != before
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "llama"])
 def test_names_of_older_checkpoints_count_as_the_saved_ones(
     families: Path, tmp_path: Path, family: str
