@@ -7,6 +7,7 @@ tensor and no config shows them. They cannot be identified.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -38,6 +39,8 @@ SHARED_MODULES = (
     "transformers.integrations.sdpa_attention",
     "transformers.integrations.moe",
 )
+CAPTURER = "transformers.utils.output_capturing"
+MOVERS = ("accelerate.hooks", "accelerate.big_modeling")
 RUN_WITHOUT = "Define a class of your own in a file, or run without what replaced it."
 DEFINE_A_CLASS = "Define a class in a file, or give the model as it was loaded."
 
@@ -78,7 +81,8 @@ def _check_hooks(model: PreTrainedModel, name: str) -> None:
             "`remove()`)."
         )
     for path, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if not all(map(_only_captures, hooks)):
             raise ModelError(
                 f"{name}: {path or 'the model'} has hooks on its forward pass, and what they do cannot be "
                 "identified.\nRemove them (the handle that registering one returned has `remove()`)."
@@ -90,20 +94,30 @@ def _check_instances(model: PreTrainedModel, name: str) -> None:
     own = {kind.__module__ for kind in foreign_classes({type(module) for module in model.modules()})}
     for path, module in model.named_modules():
         place = path or "the model"
-        is_moved = hasattr(module, "_hf_hook")
         for key, value in vars(module).items():
             if not callable(value) or isinstance(value, Module | torch.Tensor | type):
                 continue
             if key == "_compiled_call_impl" and _is_compiled(value, module):
                 continue
-            is_method = hasattr(type(module), key) and not (is_moved and key == "forward")
             foreign = foreign_function(value)
+            is_method = hasattr(type(module), key) and not (foreign is None and _only_moves(value))
             if is_method or (foreign is not None and home_of(foreign) not in own):
                 kind = "method" if hasattr(type(module), key) else "function"
                 raise ModelError(
                     f"{name}: the {kind} {key} of {place} was replaced, and such code cannot be "
                     f"identified.\n{DEFINE_A_CLASS}"
                 )
+
+
+def _only_captures(hook: Any) -> bool:
+    """Whether it is a hook of transformers' own, which keeps the outputs that a caller wants."""
+    return isinstance(hook, types.FunctionType) and home_of(hook) == CAPTURER
+
+
+def _only_moves(value: Any) -> bool:
+    """Whether it is one of accelerate's methods for models on several devices."""
+    function = value.func if isinstance(value, functools.partial) else value
+    return isinstance(function, types.FunctionType) and home_of(function) in MOVERS
 
 
 def _is_compiled(value: Any, module: Module) -> bool:

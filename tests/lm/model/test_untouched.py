@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -98,6 +99,20 @@ def test_a_function_of_one_module_that_shadows_a_method_is_refused() -> None:
     model = make_llama()
     model.model.norm.helper = lambda hidden: hidden
     refused(model, r"the function helper of model\.norm was replaced")
+
+
+def test_hooks_of_accelerate_that_move_tensors_are_no_change() -> None:
+    model = dispatch_model(make_llama(), {"model": "cpu", "lm_head": "cpu"}, force_hooks=True)
+    assert "forward" in vars(model.model) and "to" in vars(model)
+    check_untouched(model, "here")
+    model.lm_head._old_forward = lambda hidden: hidden
+    refused(model, r"the function _old_forward of lm_head was replaced")
+
+
+def test_outputs_that_were_captured_are_no_change() -> None:
+    model = make_llama()
+    model(torch.arange(3, 9)[None], output_hidden_states=True, output_attentions=False)
+    check_untouched(model, "here")
 
 
 def test_a_bound_function_is_refused_too() -> None:
