@@ -84,7 +84,10 @@ def _log_new_id(cache: Cache, reference: Reference, log: Log) -> None:
     elif "adapter" in reference.identity:
         reason = "which modules its adapter is applied to, and how, is a part of the id now"
     else:
-        reason = "weights that the model does not load, and their form in the files, do not count any more"
+        reason = (
+            "weights that the model does not load, their form in the files, and an `auto_map` whose code "
+            "does not run do not count any more"
+        )
     log(
         f"{reference.name} has another id than before ({former[:12]}, now {reference.id[:12]}): {reason}. "
         "The scores under its former id could be those of another model, so they are made anew; "

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from transformers import Gemma3Config, GPT2Config, LlamaConfig, OPTConfig
+from transformers import CONFIG_MAPPING, Gemma3Config, GPT2Config, LlamaConfig, OPTConfig
 
 from dpo_cache.lm.model import config_fields
 from dpo_cache.lm.model.config_fields import computing_fields, config_for_text, pinned_defaults
@@ -72,6 +72,26 @@ def test_rates_of_dropout_do_not_count(make: Any, rates: dict[str, float]) -> No
     known = {name: rate for name, rate in rates.items() if hasattr(make(), name)}
     assert computing_fields(make()) == computing_fields(make(**known))
     assert computing_fields(make(**rates)) == computing_fields(make(**dict.fromkeys(rates, 0.1)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "is_counted"),
+    [
+        ("dory", "initializer_range", True),  # it divides by it
+        ("llama", "initializer_range", False),
+        ("xlm", "pad_token_id", True),  # it counts tokens that are not padding
+        ("llama", "pad_token_id", False),
+        ("llama", "auto_map", False),
+    ],
+)
+def test_a_field_counts_where_the_code_of_the_family_computes_with_it(
+    model_type: str, field: str, is_counted: bool
+) -> None:
+    values = {"auto_map": {"AutoModel": "m.M"}, "initializer_range": 0.5}
+    make, value = CONFIG_MAPPING[model_type], values.get(field, 0)
+    assert (computing_fields(make(**{field: value})) != computing_fields(make())) is is_counted
+    pinned = pinned_defaults()[model_type].get(field)
+    assert not is_counted or pinned == getattr(make(), field)
 
 
 def test_a_switch_that_is_named_after_dropout_counts() -> None:
