@@ -71,8 +71,10 @@ def check_causality(model: PreTrainedModel, completion: Completion, expected: to
         return
     if compare(expect(model, [completion]), [expected], model)[0]:
         raise ModelError(
-            f"{type(model).__name__} gives other log-probs for the same row each time.\n"
-            "Give a model whose forward draws no random numbers, or set its seed in the config."
+            f"{type(model).__name__} gives other log-probs when the same row is run again.\n"
+            "Its forward draws random numbers, or rows before it have changed the model, as BigBird's "
+            "block-sparse attention does. Set a seed or another attention in the config, or give another "
+            "model."
         )
     raise ModelError(
         f"{type(model).__name__} is not causal: the log-prob of a token changes with the tokens after it.\n"

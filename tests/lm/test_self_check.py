@@ -130,7 +130,7 @@ def test_a_model_that_fails_on_a_plain_row_is_refused(monkeypatch: pytest.Monkey
 def test_a_forward_that_draws_random_numbers_is_refused_for_that() -> None:
     model = make_llama()
     model.model.layers[0].mlp.register_forward_hook(lambda *args: args[2] + torch.randn(32))
-    with pytest.raises(ModelError, match="gives other log-probs for the same row each time"):
+    with pytest.raises(ModelError, match="gives other log-probs when the same row is run again"):
         choose_attention(model, max_length=64)
 
 
