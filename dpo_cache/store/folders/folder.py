@@ -54,7 +54,5 @@ def path_of_url(url: str) -> Path:
             f"{parts.netloc or 'Nothing'} would be the name of a host; a relative path is written without file://."
         )
     if parts.query or parts.fragment:
-        raise OptionError(
-            f"{url}: a cache's URL has no query (?…) and no fragment (#…).\nGive its path."
-        )
+        raise OptionError(f"{url}: a cache's URL has no query (?…) and no fragment (#…).\nGive its path.")
     return Path(url2pathname(parts.path))
