@@ -20,6 +20,7 @@ from dpo_cache.options.upkeep import (
     PullOptions,
     PushOptions,
     VerifyOptions,
+    parse_share,
 )
 from dpo_cache.progress import show_bytes, show_transfer, shows_progress
 from dpo_cache.store import open_cache
@@ -60,7 +61,8 @@ def verify(
 
 def check_files(options: VerifyOptions, on_progress: OnBytes | None) -> VerifyReport:
     """The first part of `verify`: check every file and, with `repair`, move bad ones aside."""
-    report = verify_cache(options.cache, subset=options.share, on_progress=on_progress)
+    share = None if options.subset is None else parse_share(options.subset)
+    report = verify_cache(options.cache, subset=share, on_progress=on_progress)
     if options.repair and not report.is_whole:
         report.repair = repair_cache(options.cache, report)
     return report

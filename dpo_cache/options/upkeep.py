@@ -52,11 +52,6 @@ class VerifyOptions(Options):
         False, "Run Python code that comes with the model.", flag="--trust-remote-code"
     )
 
-    @property
-    def share(self) -> float | None:
-        """`subset` as a number above 0 and at most 1."""
-        return None if self.subset is None else parse_share(self.subset)
-
     def check(self) -> None:
         self._require(
             self.subset is None or parse_share(self.subset) is not None,

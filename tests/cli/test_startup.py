@@ -1,6 +1,7 @@
 """What is wrong with a command is found before torch, transformers or datasets is imported."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +10,36 @@ import pytest
 
 from tests.store.caches import make_cache
 
+# One process has imported the command line, and forks one more for each command.
 RUN = """
-import json, sys
-sys.argv = ["dpo-cache", *json.loads(sys.stdin.read())]
+import contextlib, io, json, os, sys, tempfile
+import dpo_cache.planning.start
 from dpo_cache.cli.app import main
-try:
+sys.argv = ["dpo-cache", "--help"]
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     main()
-except SystemExit as leaving:
-    code = leaving.code
-heavy = sorted({"torch", "transformers", "datasets"} & set(sys.modules))
-print(json.dumps([code, heavy]))
+found = {}
+for case, words in json.loads(sys.stdin.read()).items():
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as result:
+        child = os.fork()
+        if not child:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            sys.argv, code = ["dpo-cache", *words], None
+            try:
+                main()
+            except SystemExit as leaving:
+                code = leaving.code
+            sys.stdout.flush()
+            heavy = sorted({"torch", "transformers", "datasets"} & set(sys.modules))
+            json.dump([code, heavy], result)
+            result.flush()
+            os._exit(0)
+        os.waitpid(child, 0)
+        output.seek(0)
+        result.seek(0)
+        found[case] = [json.loads(result.read() or "null"), output.read()]
+print(json.dumps(found))
 """
 
 
@@ -165,13 +186,23 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_a_mistake_is_found_before_torch_is_imported(root: Path, case: str) -> None:
-    arguments, code, message = WRONG[case]
-    words = [word.format(root=root) for word in arguments]
+@pytest.fixture(scope="module")
+def found(root: Path) -> dict[str, tuple[object, str]]:
+    """Of each wrong command: its exit code and the heavy modules that it imported, and what it printed."""
+    words = {case: [word.format(root=root) for word in arguments] for case, (arguments, _, _) in WRONG.items()}
     done = subprocess.run(
-        [sys.executable, "-c", RUN], input=json.dumps(words), capture_output=True, text=True
+        [sys.executable, "-c", RUN], input=json.dumps(words), capture_output=True, text=True, check=True
     )
-    assert json.loads(done.stdout.splitlines()[-1]) == [code, []], done.stderr
-    assert message.format(root=root) in done.stderr, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are forked")
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_found_before_torch_is_imported(
+    root: Path, found: dict[str, tuple[object, str]], case: str
+) -> None:
+    _, code, message = WRONG[case]
+    result, output = found[case]
+    assert result == [code, []], output
+    assert message.format(root=root) in output, output
     assert not any((root / name).exists() for name in ("new", "run", "sweep"))

@@ -90,12 +90,13 @@ def may_pass(step: str, arguments: tuple, number: int, root: Path) -> bool:
     """Whether this refusal may go by without an error: it is answered by trying again, or nothing depends on
     the step.
     """
+    is_part = "/pairs/" in str(arguments[0]) and str(arguments[0]).endswith(".parquet")
     is_above = step == "sync_folder" and not Path(arguments[0]).is_relative_to(root)
     return (
         step == "remove_folder"
         or number == errno.ENOENT
         # a part that may not be read is written again
-        or (step in ("open", "read on") and number in (errno.EACCES, errno.EPERM))
+        or (step in ("status", "open", "read on") and is_part and number in (errno.EACCES, errno.EPERM))
         or (is_above and number in (errno.EACCES, errno.EPERM))
     )
 
@@ -127,9 +128,9 @@ def meet_refusal(root: Path, at: int, number: int, *, forever: bool) -> None:
 def test_7_a_step_that_is_refused_is_one_clear_error_and_nothing_published_is_lost(
     tmp_path: Path, num_steps: int, forever: bool
 ) -> None:
-    """Every other step, with the refusals in turn; the next test takes every refusal at each step."""
-    for at in range(1 + forever, num_steps + 1, 2):
-        meet_refusal(tmp_path / "cache", at, REFUSALS[at % len(REFUSALS)], forever=forever)
+    """Every fifth step, with the refusals in turn; the next test takes every refusal at each step."""
+    for turn, at in enumerate(range(1 + 2 * forever, num_steps + 1, 5)):
+        meet_refusal(tmp_path / "cache", at, REFUSALS[turn % len(REFUSALS)], forever=forever)
 
 
 @pytest.mark.slow
@@ -145,7 +146,8 @@ def test_7_a_cache_whose_mount_vanishes_is_not_begun_anew_on_the_disk_below(
 ) -> None:
     root, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
     num_met = 0
-    for at in range(1, num_steps + 1):
+    tried = range(1, num_steps + 1, 4)
+    for at in tried:
         root.mkdir()
         folder = WatchedFolder(root, TroubledDisk(Unmounting(at, root, elsewhere)))
         had_begun = False
@@ -160,7 +162,7 @@ def test_7_a_cache_whose_mount_vanishes_is_not_begun_anew_on_the_disk_below(
             assert faults(elsewhere) == [] and folder.lost(elsewhere) == []
         shutil.rmtree(root)
         shutil.rmtree(elsewhere, ignore_errors=True)  # the last steps may not be reached
-    assert num_met > num_steps // 2
+    assert num_met > len(tried) // 2
 
 
 def test_7_a_vanished_mount_is_said_so(tmp_path: Path) -> None:
