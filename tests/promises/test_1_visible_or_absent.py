@@ -157,7 +157,7 @@ def problems_beside_a_killed_writer(
 @pytest.mark.parametrize(
     "kinds",
     [["rename"], pytest.param(None, marks=pytest.mark.slow)],
-    ids=["after each rename", "after each step"],
+    ids=["after every other rename", "after each step"],
 )
 def test_1_what_another_writer_left_unsynced_is_synced_by_the_one_who_builds_on_it(
     tmp_path: Path, checker: Checker, kinds: list[str] | None
@@ -167,7 +167,8 @@ def test_1_what_another_writer_left_unsynced_is_synced_by_the_one_who_builds_on_
         for number, step in enumerate(steps_of(record(tmp_path / "whole")), start=1)
         if kinds is None or step[0] in kinds
     ]
-    assert list(problems_beside_a_killed_writer(tmp_path, checker, steps[:-1], never)) == []
+    tried = steps[:-1:2] if kinds else steps[:-1]
+    assert list(problems_beside_a_killed_writer(tmp_path, checker, tried, never)) == []
 
 
 FORGOTTEN = {
