@@ -189,7 +189,9 @@ WRONG = {
 @pytest.fixture(scope="module")
 def found(root: Path) -> dict[str, tuple[object, str]]:
     """Of each wrong command: its exit code and the heavy modules that it imported, and what it printed."""
-    words = {case: [word.format(root=root) for word in arguments] for case, (arguments, _, _) in WRONG.items()}
+    words = {
+        case: [word.format(root=root) for word in arguments] for case, (arguments, _, _) in WRONG.items()
+    }
     done = subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps(words), capture_output=True, text=True, check=True
     )
