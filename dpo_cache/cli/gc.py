@@ -16,6 +16,7 @@ from dpo_cache.cli.output import (
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import GcOptions
+from dpo_cache.progress import format_seconds
 
 if TYPE_CHECKING:
     from dpo_cache.store.upkeep.gc import Garbage
@@ -59,7 +60,7 @@ def _print_outcome(
     if recent:
         print_text(
             f"{_sum(recent)} that nothing needs {'is' if len(recent) == 1 else 'are'} younger than "
-            f"{options.grace:g} s: a run may be about to use {'it' if len(recent) == 1 else 'them'}."
+            f"{format_seconds(options.grace)}: a run may be about to use {'it' if len(recent) == 1 else 'them'}."
         )
     following = command_line("ls", cache)
     if options.yes:
@@ -69,7 +70,9 @@ def _print_outcome(
             f"{cache}: {_sum(garbage)} could go. Nothing was removed. Next: the same command with --yes"
         )
     else:
-        print_text(f"{cache}: nothing to drop that is older than {options.grace:g} s. Next: {following}")
+        print_text(
+            f"{cache}: nothing to drop that is older than {format_seconds(options.grace)}. Next: {following}"
+        )
 
 
 def _sum(entries: Sequence[Garbage]) -> str:

@@ -71,7 +71,7 @@ def _print_report(report: VerifyReport, cache: str) -> None:
     if report.subset is not None:
         shown = f"{count(report.files_read)} ({format_bytes(report.bytes_read)})"
         rows.append(
-            ("files read now", f"{shown}, about {report.subset:.4g} of all; the next run reads others")
+            ("files read now", f"{shown}, about {100 * report.subset:.4g}% of all; the next run reads others")
         )
     rows += [
         ("references", count(report.references)),

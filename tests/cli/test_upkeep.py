@@ -145,7 +145,7 @@ def test_verify_repair_prints_the_moved_files_and_the_next_commands(run, root: P
 def test_verify_of_a_share_says_what_it_read(run, root: Path) -> None:
     done = run("verify", root, "--subset", "10%")
     assert done.code == 0 and "whole, as far as it was read" in done.out.splitlines()[0]
-    assert "about 0.1 of all; the next run reads others" in done.out
+    assert "about 10% of all; the next run reads others" in done.out
     assert done.out.splitlines()[-1].startswith(f"Every file that was read of {root} is what was written.")
     assert json.loads(run("verify", root, "--subset", "50%", "--json").out)["subset"] == 0.5
     refused = run("verify", root, "--subset", "10")
@@ -222,9 +222,9 @@ def test_gc_shows_first_and_drops_with_yes(run, root: Path) -> None:
     shown = run("gc", root).out.splitlines()
     assert shown[0].split() == ["recent,", "stays", "size", "why"] and lonely in shown[1]
     assert shown[-2].startswith("2 files, ") and shown[-2].endswith(
-        "that nothing needs are younger than 86400 s: a run may be about to use them."
+        "that nothing needs are younger than 24 h 0 min: a run may be about to use them."
     )
-    assert shown[-1] == f"{root}: nothing to drop that is older than 86400 s. Next: dpo-cache ls {root}"
+    assert shown[-1] == f"{root}: nothing to drop that is older than 24 h 0 min. Next: dpo-cache ls {root}"
     age(root)
     before = contents(root)
     shown = run("gc", root)
