@@ -58,9 +58,10 @@ def _print_outcome(
     cache: str, garbage: Sequence[Garbage], recent: Sequence[Garbage], options: GcOptions
 ) -> None:
     if recent:
+        verb, pronoun = ("is", "it") if len(recent) == 1 else ("are", "them")
         print_text(
-            f"{_sum(recent)} that nothing needs {'is' if len(recent) == 1 else 'are'} younger than "
-            f"{format_seconds(options.grace)}: a run may be about to use {'it' if len(recent) == 1 else 'them'}."
+            f"{_sum(recent)} that nothing needs {verb} younger than {format_seconds(options.grace)}: a run may "
+            f"be about to use {pronoun}."
         )
     following = command_line("ls", cache)
     if options.yes:
