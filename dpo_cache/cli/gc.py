@@ -60,8 +60,8 @@ def _print_outcome(
     if recent:
         verb, pronoun = ("is", "it") if len(recent) == 1 else ("are", "them")
         print_text(
-            f"{_sum(recent)} that nothing needs {verb} younger than {format_seconds(options.grace)}: a run may "
-            f"be about to use {pronoun}."
+            f"{_sum(recent)} that nothing needs {verb} younger than {format_seconds(options.grace)}: a run "
+            f"may be about to use {pronoun}."
         )
     following = command_line("ls", cache)
     if options.yes:
