@@ -73,6 +73,11 @@ class NotInCacheError(CacheError):
 class StorageError(CacheError):
     """The file system refused to read or write."""
 
+    @property
+    def is_denied(self) -> bool:
+        """Whether this user lacks the permission, as for a file of another user."""
+        return isinstance(self.__cause__, PermissionError)
+
 
 class MissingFileError(StorageError):
     """A file of the cache does not exist; another process may have removed it since it was listed."""

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import (
-    count,
-    format_bytes,
-    print_json,
-    print_table,
-    print_text,
-    remark,
-)
+from dpo_cache.cli.output import count, format_bytes, print_json, print_table, print_text, remark
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.exchange import ExportOptions
 

@@ -6,14 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dpo_cache.cli.output import (
-    command_line,
-    count,
-    format_bytes,
-    print_columns,
-    print_json,
-    print_text,
-)
+from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json, print_text
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import GcOptions
 from dpo_cache.progress import format_seconds

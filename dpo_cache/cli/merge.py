@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import (
-    command_line,
-    count,
-    format_bytes,
-    print_json,
-    print_table,
-    print_text,
-)
+from dpo_cache.cli.output import command_line, count, format_bytes, print_json, print_table, print_text
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import MergeOptions
 

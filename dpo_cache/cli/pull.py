@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import (
-    command_line,
-    print_json,
-    print_text,
-    print_transfer,
-    train_line,
-)
+from dpo_cache.cli.output import command_line, print_json, print_text, print_transfer, train_line
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import PullOptions
 

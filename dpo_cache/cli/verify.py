@@ -133,12 +133,12 @@ def _print_repair(repaired: RepairReport) -> None:
         print_text(
             f"moved aside: {moved.file}\n  to {moved.to}"
             if moved.to
-            else f"removed: {moved.file} (a link or a pipe: what it pointed to is left alone)"
+            else f"removed: {moved.file} (a link or a pipe: what it pointed to is not changed)"
         )
     for left in repaired.left:
         print_text(f"left: {left.file} ({left.why})")
     if not repaired.commands:
-        print_text("No completions are to be scored again. Files that could not be read were left alone.")
+        print_text("No completions are to be scored again. Files that could not be read were not moved.")
         return
     lost = "an unknown number of" if repaired.lost is None else f"at most {count(repaired.lost)}"
     restored = (

@@ -226,8 +226,8 @@ def _is_of_one_file(error: CacheError) -> bool:
     """Whether the error is of this file and no other: damage, a refused permission, a bad sector. A disk or a
     store that is gone, or too many open files, would make every shard look unreadable.
     """
-    is_refused = isinstance(error.__cause__, PermissionError)
-    return isinstance(error, CorruptShardError) or is_refused or _errno(error) == errno.EIO
+    is_denied = isinstance(error, StorageError) and error.is_denied
+    return isinstance(error, CorruptShardError) or is_denied or _errno(error) == errno.EIO
 
 
 def _errno(error: CacheError) -> int | None:

@@ -39,7 +39,7 @@ def holds_part(folder: Folder, place: str, part: Document) -> bool:
     except (MissingFileError, CorruptShardError):
         return False
     except StorageError as error:
-        if isinstance(error.__cause__, PermissionError):  # another user's file: one's own replaces it
+        if error.is_denied:  # another user's file: one's own replaces it
             return False
         raise
 

@@ -162,7 +162,7 @@ def test_verify_says_of_what_cannot_be_read_that_it_may_be_whole(
     assert f"{shard.name}: unreadable" in done.out and "Input/output error" in done.out
     assert done.out.splitlines()[-1].startswith("Nothing is known to be damaged.")
     repaired = run("verify", root, "--repair")
-    assert repaired.code == 1 and "Files that could not be read were left alone." in repaired.out
+    assert repaired.code == 1 and "Files that could not be read were not moved." in repaired.out
     assert "moved aside" not in repaired.out and shard.exists()
 
 

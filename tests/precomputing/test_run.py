@@ -40,6 +40,14 @@ def scored(cache: str, pair_set: str = "pairs") -> list[tuple]:
     ]
 
 
+def two_data_files(folder: Path, num_rows: int) -> tuple[str, str]:
+    """Files a.jsonl and b.jsonl with other rows each."""
+    first, second = (
+        write_rows(folder / f"{name}.jsonl", chat_rows(num_rows, seed)) for seed, name in enumerate("ab")
+    )
+    return first, second
+
+
 def refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
@@ -173,9 +181,7 @@ def test_a_pair_set_of_another_make_is_replaced_and_that_is_reported(
 def test_another_pair_set_of_that_name_is_refused_before_the_model_is_loaded(
     model_folder: str, tmp_path: Path, cache: str, streaming: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine, other = (
-        write_rows(tmp_path / f"{name}.jsonl", chat_rows(6, seed)) for seed, name in enumerate("ab")
-    )
+    mine, other = two_data_files(tmp_path, num_rows=6)
     dpo_cache.precompute(model_folder, mine, cache, name="demo")
     before = dpo_cache.open_cache(cache).pairs("demo").manifest
     with monkeypatch.context() as patch:
@@ -279,9 +285,7 @@ def test_settings_that_give_the_same_pairs_are_written(
 def test_a_pair_set_that_another_run_publishes_meanwhile_is_not_replaced(
     model_folder: str, tmp_path: Path, cache: str
 ) -> None:
-    mine, other = (
-        write_rows(tmp_path / f"{name}.jsonl", chat_rows(6, seed)) for seed, name in enumerate("ab")
-    )
+    mine, other = two_data_files(tmp_path, num_rows=6)
 
     def publish_other(_: ScoringProgress) -> None:
         if not dpo_cache.open_cache(cache, create=True).pair_sets():
@@ -564,9 +568,7 @@ def test_a_full_disk_is_found_before_scoring(
 def test_a_folder_of_others_is_found_before_the_model_is_loaded(
     model_folder: str, tmp_path: Path, cache: str, closed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine, other = (
-        write_rows(tmp_path / f"{name}.jsonl", chat_rows(2, seed)) for seed, name in enumerate("ab")
-    )
+    mine, other = two_data_files(tmp_path, num_rows=2)
     dpo_cache.precompute(model_folder, other, cache, name="demo")
     refuse_models(monkeypatch)
     make_folder = Disk.make_folder

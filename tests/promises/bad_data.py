@@ -14,7 +14,6 @@ from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tests.promises.hostile import (
     FILES,
@@ -27,6 +26,7 @@ from tests.promises.hostile import (
     put,
     rewritten,
     row_group,
+    written,
 )
 from tests.promises.thrift import BINARY, I32, I64, LIST, Value, edit_footer, edit_last_page, write_varint
 from tests.store.caches import read_shard_bytes
@@ -80,7 +80,7 @@ def nulls_in_a_required_column() -> bytes:
     """A column of `logps` with a null, and with it definition levels, which the schema says is required."""
     table = read_shard_bytes(SHARD)
     optional = table.set_column(2, pa.field("logps", pa.float64()), pa.array([None, -1.0, -2.0]))
-    return edit_footer(_written(optional), put(3, of=schema_element(3), value=Value(I32, 0)))
+    return edit_footer(written(optional), put(3, of=schema_element(3), value=Value(I32, 0)))
 
 
 def hidden_dictionary() -> bytes:
@@ -99,7 +99,9 @@ def dictionary_of_another_type() -> bytes:
     """Keys from a dictionary, whose values have lengths before them though the schema gives them one."""
     table = read_shard_bytes(SHARD)
     keys = table.column("key").cast(pa.binary())
-    content = _written(table.set_column(0, pa.field("key", pa.binary(), nullable=False), keys), ["key"])
+    content = written(
+        table.set_column(0, pa.field("key", pa.binary(), nullable=False), keys), use_dictionary=["key"]
+    )
     element = both(
         put(1, of=schema_element(1), value=Value(I32, 7)), put(2, of=schema_element(1), value=Value(I32, 16))
     )
@@ -111,20 +113,7 @@ def column_group() -> bytes:
     """A column that is a group of two, as a Variant is stored."""
     table = read_shard_bytes(SHARD)
     group = pa.StructArray.from_arrays([pa.array([b""] * 3), pa.array([b"\xff"] * 3)], ["metadata", "value"])
-    return _written(table.set_column(2, "logps", group))
-
-
-def _written(table: pa.Table, use_dictionary: list[str] | bool = False) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        compression="zstd",
-        use_dictionary=use_dictionary,
-        write_page_checksum=True,
-        store_schema=False,
-    )
-    return sink.getvalue().to_pybytes()
+    return written(table.set_column(2, "logps", group))
 
 
 BAD_DATA: dict[str, Callable[[], bytes]] = {

@@ -170,6 +170,22 @@ def with_columns(**columns: pa.Array) -> Callable[[], bytes]:
     return make
 
 
+def written(
+    table: pa.Table, *, use_dictionary: list[str] | bool = False, store_schema: bool = False
+) -> bytes:
+    """A Parquet file as a shard is written, of any columns."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=use_dictionary,
+        write_page_checksum=True,
+        store_schema=store_schema,
+    )
+    return sink.getvalue().to_pybytes()
+
+
 def with_arrow_schema() -> bytes:
     """The hidden Arrow schema asks for an extension type."""
     fields = [
@@ -178,17 +194,7 @@ def with_arrow_schema() -> bytes:
         ),
         *list(SHARD_SCHEMA)[1:],
     ]
-    sink = pa.BufferOutputStream()
-    table = read_shard_bytes(SHARD)
-    pq.write_table(
-        table.cast(pa.schema(fields)),
-        sink,
-        compression="zstd",
-        use_dictionary=False,
-        write_page_checksum=True,
-        store_schema=True,
-    )
-    return sink.getvalue().to_pybytes()
+    return written(read_shard_bytes(SHARD).cast(pa.schema(fields)), store_schema=True)
 
 
 FILES: dict[str, Callable[[], bytes]] = {

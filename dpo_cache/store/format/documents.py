@@ -27,9 +27,14 @@ def canonical_json(value: Any) -> bytes:
     ).encode()
 
 
+def digest_bytes(content: bytes) -> str:
+    """Hex sha256."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def digest_json(value: Any) -> str:
     """Hex sha256 of the canonical JSON."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
+    return digest_bytes(canonical_json(value))
 
 
 def render_document(document: Document) -> bytes:

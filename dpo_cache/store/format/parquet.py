@@ -7,7 +7,6 @@ allocated.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from dpo_cache.store.folders.failures import storage_error, storage_errors
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.folders.local_copies import hash_source
 from dpo_cache.store.folders.ranges import Range, RangeFile
+from dpo_cache.store.format.documents import digest_bytes
 from dpo_cache.store.format.page_limits import (
     FILE_BYTES,
     FOOTER_BYTES,
@@ -237,12 +237,12 @@ def _native(source: Any) -> pa.NativeFile:
 
 def name_by_content(content: bytes) -> str:
     """The file's name: hex sha256 of its bytes."""
-    return hashlib.sha256(content).hexdigest() + ".parquet"
+    return digest_bytes(content) + ".parquet"
 
 
 def check_content(content: bytes, name: str, place: str) -> None:
     """Raise `CorruptShardError` unless the file's bytes hash to its name; `name` may be its whole path."""
-    _check_digest(hashlib.sha256(content).hexdigest(), name, place)
+    _check_digest(digest_bytes(content), name, place)
 
 
 def _check_digest(found: str, name: str, place: str) -> None:

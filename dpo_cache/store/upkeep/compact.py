@@ -7,19 +7,17 @@ from itertools import pairwise
 
 import numpy as np
 
-from dpo_cache.errors import CorruptShardError, MissingFileError, NotInCacheError, StorageError, first_line
+from dpo_cache.errors import CorruptShardError, NotInCacheError, StorageError, first_line
 from dpo_cache.log import log_remark
 from dpo_cache.store.cache import Cache
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.keys import is_sorted
 from dpo_cache.store.format.shards import ROW_BYTES, read_keys
 from dpo_cache.store.upkeep.compare import allowed_gap, compare_files
-from dpo_cache.store.upkeep.contents import count_rows, shard_files
+from dpo_cache.store.upkeep.contents import count_rows, shard_files, with_new_plans
 from dpo_cache.store.upkeep.merge_shards import SHARD_BYTES, merge_shards, write_sorted_shards
 from dpo_cache.store.upkeep.open_runs import shards_of_runs
 from dpo_cache.store.upkeep.removal import remove_unneeded
-
-PLANS = 3  # while others compact or collect the same shards
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,7 @@ def compact_reference(cache: Cache, reference_id: str) -> Compacted:
     with a remark. Memory: 16 bytes a completion, and a shard. Raises `CorruptShardError` where a shard is
     damaged, or where shards disagree on a completion.
     """
-    for attempt in range(1, PLANS + 1):
-        try:
-            return _compact(cache, reference_id)
-        except MissingFileError:  # compacted or collected by others since they were listed
-            if attempt == PLANS:
-                raise
-    raise AssertionError("the last attempt returns or raises")
+    return with_new_plans(lambda: _compact(cache, reference_id))
 
 
 def _compact(cache: Cache, reference_id: str) -> Compacted:
@@ -119,7 +111,7 @@ def _read_keys(folder: Folder, shards: list[str]) -> dict[str, np.ndarray]:
         try:
             keys[shard] = keys_in(folder, shard)
         except StorageError as error:
-            if not isinstance(error.__cause__, PermissionError):
+            if not error.is_denied:
                 raise
             log_remark(f"{folder}/{shard} is not compacted: {first_line(error)}")
     return keys

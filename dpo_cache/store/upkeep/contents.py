@@ -9,10 +9,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from dpo_cache.errors import CacheError, CorruptShardError, NewerFormatError, NotInCacheError, first_line
+from dpo_cache.errors import (
+    CacheError,
+    CorruptShardError,
+    MissingFileError,
+    NewerFormatError,
+    NotInCacheError,
+    first_line,
+)
 from dpo_cache.store.cache import NAME_PATTERN, Cache, open_cache, read_reference
 from dpo_cache.store.folders.folder import Folder, open_folder
 from dpo_cache.store.format.documents import Document
@@ -21,6 +29,8 @@ from dpo_cache.store.format.parquet import open_unverified
 from dpo_cache.store.format.shards import SHARD_SCHEMA
 
 Result = TypeVar("Result")
+
+PLANS = 3  # of one task, while others compact or collect the files that it needs
 
 _DIGEST = r"[0-9a-f]{64}"
 _NAME = NAME_PATTERN.pattern
@@ -260,3 +270,13 @@ def _noting_each(
         if result is not None:
             results.append(result)
     return results
+
+
+def with_new_plans(act: Callable[[], Result]) -> Result:
+    """What `act` returns, which lists files and reads them. If others compacted or collected a file since it
+    was listed, it is called again, up to `PLANS` times in all.
+    """
+    for _ in range(PLANS - 1):
+        with suppress(MissingFileError):
+            return act()
+    return act()

@@ -11,20 +11,19 @@ values than the preferred ones are written anew.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from dpo_cache.errors import CacheError, MissingFileError, NotInCacheError, printable
+from dpo_cache.errors import CacheError, NotInCacheError, printable
 from dpo_cache.store.cache import Cache, open_cache, read_reference
 from dpo_cache.store.format.checks import check_details
-from dpo_cache.store.format.documents import Document, digest_json, seal_document
+from dpo_cache.store.format.documents import Document, digest_bytes, digest_json, seal_document
 from dpo_cache.store.format.pair_tables import part_files
 from dpo_cache.store.format.parquet import check_content, name_by_content
 from dpo_cache.store.upkeep.compare import allowed_gap
-from dpo_cache.store.upkeep.contents import classify, read_manifests
+from dpo_cache.store.upkeep.contents import classify, read_manifests, with_new_plans
 from dpo_cache.store.upkeep.disagreements import (
     Disagreement,
     Holder,
@@ -38,8 +37,6 @@ from dpo_cache.store.upkeep.preferred_values import rewrite_part, rewrite_shard
 
 OnProgress = Callable[[int, int], None]  # bytes copied, of how many
 Candidate = tuple[Cache, Document]  # a cache, and the manifest of its pair set
-
-PLANS = 3  # while others compact or collect
 
 
 @dataclass
@@ -83,22 +80,20 @@ def merge_caches(
     the caches meanwhile: what they removed although a manifest of this merge names it is copied again.
     """
     target, origins = open_cache(destination, create=True), [open_cache(source) for source in sources]
-    copied_files = copied_bytes = 0
-    for attempt in range(1, PLANS + 1):
-        report = MergeReport(str(target), copied_files, copied_bytes)
-        merge = _Merge(target, target.folder.files(), report)
-        try:
-            merge.plan_scores(origins)
-            manifests = [_read_checked_manifests(cache) for cache in (target, *origins)]
-            merge.compare_values([target, *origins], manifests, prefer)
-            merge.plan_pairs([target, *origins], manifests, prefer, rename)
-            merge.copy(on_progress or (lambda *_: None))
-            return report
-        except MissingFileError:  # compacted or collected by others: the next plan has its replacement
-            if attempt == PLANS:
-                raise
-        copied_files, copied_bytes = report.copied_files, report.copied_bytes
-    raise AssertionError("the last attempt returns or raises")
+    report = MergeReport(str(target))
+
+    def merge() -> MergeReport:
+        nonlocal report
+        report = MergeReport(str(target), report.copied_files, report.copied_bytes)
+        plan = _Merge(target, target.folder.files(), report)
+        plan.plan_scores(origins)
+        manifests = [_read_checked_manifests(cache) for cache in (target, *origins)]
+        plan.compare_values([target, *origins], manifests, prefer)
+        plan.plan_pairs([target, *origins], manifests, prefer, rename)
+        plan.copy(on_progress or (lambda *_: None))
+        return report
+
+    return with_new_plans(merge)
 
 
 @dataclass
@@ -127,7 +122,7 @@ class _Merge:
                     read_reference(origin.folder, parts[0])  # raises where it is damaged
                     content = origin.folder.read(file)
                     known = self.references.get(file, content)
-                    self.references[file] = min(content, known, key=_digest)
+                    self.references[file] = min(content, known, key=digest_bytes)
                 self.report.present_files += file in self.present
         self.report.references = sorted(classify(file)[1][0] for file in self.references)
         for shard, (origin, _) in self.files.items():
@@ -354,7 +349,3 @@ def _describe_conflicts(conflicts: list[tuple[str, list[Candidate]]], prefer: st
         else "Keep all with `rename`, or one with `prefer` src or `prefer` dest."
     )
     return f"{count} another content in another cache; nothing was copied:\n" + "\n".join(lines)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -147,7 +147,7 @@ def _is_allowed(removed: Removed, file: str, act: Callable[[], object]) -> bool:
     try:
         act()
     except StorageError as error:
-        if not isinstance(error.__cause__, PermissionError):
+        if not error.is_denied:
             raise
         removed.refused[file] = first_line(error)
         return False

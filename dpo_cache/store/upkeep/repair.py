@@ -7,7 +7,6 @@ also holds are published again from there, and need not be scored again.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from dpo_cache.errors import CacheError, CorruptShardError, MissingFileError, St
 from dpo_cache.store.cache import FORMAT, read_reference
 from dpo_cache.store.folders.folder import Folder, open_folder
 from dpo_cache.store.format.checks import most_bytes_of
-from dpo_cache.store.format.documents import Document, render_document
+from dpo_cache.store.format.documents import Document, digest_bytes, render_document
 from dpo_cache.store.format.keys import completion_key
 from dpo_cache.store.format.pair_tables import read_manifest
 from dpo_cache.store.format.parquet import ParquetReader, name_by_content
@@ -125,13 +124,13 @@ def _move(folder: Folder, file: str, sha256: str | None) -> Moved | Left:
         return _move_unread(folder, file)
     changed = Left(file, "its bytes are others by now: verify again")
     to = _quarantined(file, sha256)
-    if _digest(folder.read(file)) == sha256:
+    if digest_bytes(folder.read(file)) == sha256:
         if not folder.move(file, to):
             return changed
     elif not folder.exists(to):  # else it was kept aside when its scores were put back
         return changed
     content = folder.read(to)
-    if _digest(content) != sha256:  # a writer has just published the file again
+    if digest_bytes(content) != sha256:  # a writer has just published the file again
         if not folder.exists(file):
             folder.move(to, file)
         return changed
@@ -162,17 +161,12 @@ def _move_unread(folder: Folder, file: str) -> Moved | Left:
 
 def _is_of_the_file(error: StorageError) -> bool:
     """Whether a disk or store refused this file to this user, or failed to read it."""
-    cause = error.__cause__
-    return isinstance(cause, PermissionError) or str(error).startswith("cannot read ")
+    return error.is_denied or str(error).startswith("cannot read ")
 
 
 def _quarantined(file: str, sha256: str) -> str:
     """The name of a bad file that is moved aside, by the digest of its bytes."""
     return f"{QUARANTINE}/{sha256[:16]}/{file}"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _damaged_shards(verified: VerifyReport) -> dict[str, str | None]:
@@ -232,7 +226,7 @@ def _publish_missing(
             return keys[:0]
         if file in damaged:
             bad = folder.read(file)
-            folder.publish(_quarantined(file, _digest(bad)), bad)
+            folder.publish(_quarantined(file, digest_bytes(bad)), bad)
         folder.publish(file, content)
     return keys[~is_known]
 

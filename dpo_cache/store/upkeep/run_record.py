@@ -17,12 +17,11 @@ Files are withdrawn by their names, so `compact` and `gc` leave the shards of su
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from typing import Any
 
 from dpo_cache.store.cache import Cache
-from dpo_cache.store.format.documents import Document, seal_document
+from dpo_cache.store.format.documents import Document, digest_bytes, seal_document
 from dpo_cache.store.format.pair_tables import part_files, read_manifest
 from dpo_cache.store.upkeep.open_runs import at_work, records_of_killed_runs, this_process
 from dpo_cache.store.upkeep.removal import removal_order
@@ -130,7 +129,7 @@ def end_killed_runs(cache: Cache, reference_id: str) -> list[str]:
     """Withdraw the files of runs under the reference that were killed while they withdrew them.
 
     Returns a remark for each. Scores of runs that were killed otherwise stay; if one was killed in the middle
-    of an audit, its record stays for the next audit, see `RunRecord`. Runs at work are left alone.
+    of an audit, its record stays for the next audit, see `RunRecord`. Runs at work are not changed.
     """
     remarks = []
     for record, content in records_of_killed_runs(cache.folder, f"references/{reference_id}"):
@@ -157,7 +156,7 @@ def _plan(cache: Cache, reference: str, content: Document) -> Document:
         found = manifest.get("pairs_digest"), manifest.get("source", {}).get("created")
         if f"references/{manifest['reference']}" != reference or found != (entry["digest"], entry["created"]):
             continue  # another run has replaced it
-        manifests[name] = {"sha256": _digest(seal_document(manifest)), "before": entry["before"]}
+        manifests[name] = {"sha256": digest_bytes(seal_document(manifest)), "before": entry["before"]}
         files |= part_files(manifest).keys()
     return {"manifests": manifests, "files": sorted(files, key=removal_order)}
 
@@ -168,7 +167,7 @@ def _withdraw(cache: Cache, record: str, content: Document) -> None:
     needed: set[str] = set()
     for name, entry in content["manifests"].items():
         file = f"pairs/{name}/manifest.json"
-        if cache.holds_pairs(name) and _digest(folder.read(file)) == entry["sha256"]:
+        if cache.holds_pairs(name) and digest_bytes(folder.read(file)) == entry["sha256"]:
             if entry["before"] is None:
                 folder.remove(file)
             else:
@@ -184,7 +183,3 @@ def _withdraw(cache: Cache, record: str, content: Document) -> None:
     if content["is_new"] and not is_used:
         folder.remove(f"{reference}/reference.json")
     folder.remove(record)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

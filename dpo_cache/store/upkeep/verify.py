@@ -12,7 +12,6 @@ read, twice, and is not what was published. What the disk or the store does not 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from dpo_cache.store.format.checks import (
     check_shard,
     most_bytes_of,
 )
-from dpo_cache.store.format.documents import Document, render_document
+from dpo_cache.store.format.documents import Document, digest_bytes, render_document
 from dpo_cache.store.format.pair_tables import PairsDigest, part_files, read_manifest
 from dpo_cache.store.upkeep.compare import allowed_gap, compare_files
 from dpo_cache.store.upkeep.contents import classify, open_for_upkeep
@@ -280,7 +279,7 @@ class _Verification:
         if num_bytes > most_bytes:
             raise CorruptShardError(f"{file}: {num_bytes} bytes long, expected at most {most_bytes}.")
         content = self.folder.read(file)
-        self.digests[file] = hashlib.sha256(content).hexdigest()
+        self.digests[file] = digest_bytes(content)
         return content
 
     def _exists(self, file: str) -> bool:
