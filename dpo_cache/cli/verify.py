@@ -81,7 +81,7 @@ def _print_report(report: VerifyReport, cache: str) -> None:
         ("problems", count(len(report.problems))),
     ]
     if number := len(report.unreferenced):
-        rows.append(("unreferenced parts", f"{count(number)} (no damage; `dpo-cache gc` drops them)"))
+        rows.append(("unreferenced files", f"{count(number)} (no damage; `dpo-cache gc` drops them)"))
     if report.unknown:
         shown = ", ".join(report.unknown[:3]) + (", …" if len(report.unknown) > 3 else "")
         rows.append(("files of no known kind", f"{count(len(report.unknown))} ({shown})"))

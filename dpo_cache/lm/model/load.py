@@ -71,6 +71,7 @@ def _config_of(parts: CheckpointLocation, location: str, trust_remote_code: bool
         config = AutoConfig.from_pretrained(
             parts.base, revision=parts.base_revision, trust_remote_code=trust_remote_code
         )
+        config.get_text_config()  # raises where several models of text are in it
     except (*FAILURES, StrictDataclassError) as error:
         raise ModelError(
             f"{location}: no model can be loaded from it ({first_line(error)}).\n"

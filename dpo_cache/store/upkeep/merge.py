@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from dpo_cache.errors import CacheError, NotInCacheError, printable
+from dpo_cache.log import log_remark
 from dpo_cache.store.cache import Cache, open_cache, read_reference
 from dpo_cache.store.format.checks import check_details
 from dpo_cache.store.format.documents import Document, digest_bytes, digest_json, seal_document
@@ -125,12 +126,14 @@ class _Merge:
                     self.references[file] = min(content, known, key=digest_bytes)
                 self.report.present_files += file in self.present
         self.report.references = sorted(classify(file)[1][0] for file in self.references)
-        for shard, (origin, _) in self.files.items():
-            if not self._has_reference(classify(shard)[1][0]):
-                raise NotInCacheError(
-                    f"{origin}/{shard}: scores of a reference that no cache here describes.\n"
-                    f"Run `dpo-cache verify {origin}`."
-                )
+        leftovers = [file for file in self.files if not self._has_reference(classify(file)[1][0])]
+        if leftovers:
+            log_remark(
+                f"{len(leftovers)} files of scores are not copied, because no cache here has the entry of "
+                f"their reference, such as {leftovers[0]}: they are left by a command that was killed."
+            )
+        for file in leftovers:
+            del self.files[file]
 
     def compare_values(
         self, caches: list[Cache], manifests: list[dict[str, Document]], prefer: str | None
@@ -168,7 +171,7 @@ class _Merge:
         conflicts = []
         for name, candidates in sorted(offered.items()):
             if len({_identity(manifest) for _, manifest in candidates}) == 1:
-                self._plan_one(*self._first(candidates))
+                self._plan_one(*self._first([*filter(self._has_parts, candidates)] or candidates))
             elif rename:
                 self._plan_renamed(name, candidates)
             elif prefer == "src" or (prefer == "dest" and candidates[0][0] is self.target):
@@ -317,6 +320,11 @@ class _Merge:
         """Whether the destination has the reference's entry, or will have it."""
         entry = f"references/{reference_id}/reference.json"
         return entry in self.present or entry in self.references
+
+    def _has_parts(self, candidate: Candidate) -> bool:
+        """False where the destination lacks a part of its pair set, which another cache may have."""
+        cache, manifest = candidate
+        return cache is not self.target or part_files(manifest).keys() <= self.present.keys()
 
     def _first(self, candidates: list[Candidate]) -> Candidate:
         """The destination's, else the one whose manifest hashes lowest, in any order of the sources."""

@@ -40,7 +40,8 @@ class VerifyReport:
     pair_sets: int = 0
     pairs: int = 0  # in parts that are whole
     problems: list[Problem] = field(default_factory=list)
-    # parts that no manifest names: of replaced pair sets, or of a writer at work
+    # parts that no manifest names, and scores of references without an entry: of replaced pair sets, of a
+    # writer at work, or of a command that was killed
     unreferenced: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)  # files of no kind that a cache has
     subset: float | None = None  # the share of shards and parts that was to be read; None: all of them

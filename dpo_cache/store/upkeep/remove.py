@@ -9,7 +9,7 @@ from dpo_cache.errors import CacheError
 from dpo_cache.store.cache import Cache
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.upkeep.contents import classify, find_pair_sets, read_manifests, shard_files
-from dpo_cache.store.upkeep.removal import remove_unneeded
+from dpo_cache.store.upkeep.removal import put_back_needed, remove_unneeded
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,12 @@ class Removal:
 
 def plan_removal(cache: Cache, kind: str, name: str, *, with_pairs: bool = False) -> Removal:
     """The files of a reference (by the first characters of its id) or of pair sets (`NAME`: all its splits,
-    or `NAME/SPLIT`).
+    or `NAME/SPLIT`). What a killed removal hid and a pair set needs gets its name back first.
 
     Raises `NotInCacheError` where there is none, `CacheError` for a reference that pair sets still name,
     unless `with_pairs`.
     """
+    put_back_needed(cache.folder, cache.folder.hidden())
     if kind == "pairs":
         references, pair_sets = [], find_pair_sets(cache, name)
     else:

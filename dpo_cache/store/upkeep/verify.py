@@ -149,8 +149,8 @@ class _Verification:
         if self._exists(name):
             entry = self._try(name, lambda _: read_reference(self.folder, reference_id)) or {}
             scored.identity = entry.get("identity", {})
-        elif any(map(self._exists, shards)):  # else all of it was collected since it was listed
-            self._note(name, "missing", "the reference that these scores are of", "no such file", SCORE_AGAIN)
+        else:  # a removal or `compact` was killed; where a pair set needs the entry, it is noted there
+            self.report.unreferenced += filter(self._exists, shards)
         for file in filter(self._is_read_now, shards):
             scored.shards += filter(None, [self._try(file, partial(check_shard, file))])
         self.report.completions += sum(shard.num_rows for shard in scored.shards)
