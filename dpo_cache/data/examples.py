@@ -39,6 +39,7 @@ class Example:
     answers: Answers
     pairs: Pairs = ((0, 1),)  # none if all answers rank alike
     template_options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the chat template
+    notes: tuple[str, ...] = ()  # what happened to the row and is worth a remark, such as what it lost
 
     @property
     def is_text(self) -> bool:

@@ -55,6 +55,7 @@ class Survey:
     duplicates: Finding = field(default_factory=Finding)  # the same pair as an earlier row
     contradictory: Finding = field(default_factory=Finding)  # an earlier row prefers the other answer
     dropped: dict[str, Finding] = field(default_factory=dict)  # by reason
+    notes: dict[str, Finding] = field(default_factory=dict)  # by what happened to the row
 
     def __post_init__(self) -> None:
         self._last_row = -1
@@ -64,9 +65,11 @@ class Survey:
 
     def add(self, outcome: Outcome) -> None:
         """Count one tokenized row."""
-        row, pair, was_cut, has_moved = outcome
+        row, pair, was_cut, has_moved, notes = outcome
         self.rows_read += row != self._last_row  # a ranked row makes several pairs
         self._last_row = row
+        for note in notes:
+            self.notes.setdefault(note, Finding()).add(row)
         if isinstance(pair, Dropped):
             self.dropped.setdefault(pair.reason, Finding()).add(row)
             return
@@ -90,6 +93,14 @@ class Survey:
     def lengths(self) -> dict[str, list[int]]:
         """For prompts, answers and both together: the lengths at `PERCENTILES`."""
         return {name: _percentiles(counts) for name, counts in self._lengths.items()}
+
+    def remarks(self) -> list[str]:
+        """A remark for each note, the most frequent first."""
+        return [
+            f"{self.pair_set}: {note}: {finding.count:,} of {self.rows_read:,} rows "
+            f"(row {finding.shown_rows()})."
+            for note, finding in sorted(self.notes.items(), key=lambda entry: -entry[1].count)
+        ]
 
     def check_pairs(self) -> None:
         """Raise `DataError` if no row makes a pair."""

@@ -10,6 +10,8 @@ Each tokenized row is one pair:
     dropped                               string         why the row makes no pair; null if it makes one
     problem                               string         why the row cannot be used, which stops the run;
                                                          null if it can
+    notes                                 list<string>   what happened to the row and is worth a remark; the
+                                                         survey counts the rows of each note
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ from dpo_cache.errors import DataError, ModelError, first_line
 from dpo_cache.tokenizer import tokenizer_digest
 
 BATCH_ROWS = 256  # rows tokenized at once: a thousand long dialogues would take 250 MB
-IDS_VERSION = 3  # raised when the same text would get other ids or columns from us
+IDS_VERSION = 4  # raised when the same text would get other ids or columns from us
 IDS = ListOf(Value("uint32"))
 FEATURES = Features(
     {
         "row": Value("int64"), "prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS,
         "moved_boundary": Value("bool"), "dropped": Value("string"), "problem": Value("string"),
+        "notes": ListOf(Value("string")),
     }
 )  # fmt: skip
 RANKED_ALIKE = "answers all ranked alike"
@@ -154,17 +157,26 @@ def _tokenize_examples(
     rows: list[tuple[Any, ...]] = []
     for number, example, ids in zip(numbers, examples, _encode(examples, tokenizer), strict=True):
         if isinstance(ids, RowProblem):
-            rows.append((number, [], [], [], False, None, ids.reason))
+            rows.append((number, [], [], [], False, None, ids.reason, []))
             continue
         assert isinstance(example, Example)
         if not example.pairs:
-            rows.append((number, [], [], [], False, RANKED_ALIKE, None))
+            rows.append((number, [], [], [], False, RANKED_ALIKE, None, []))
             continue
         prompt, *answers = ids
         cut = min(shared_prefix(prompt, answer) for answer in answers)
         ends = [answer[cut:] for answer in answers]
         rows += [
-            (number, prompt[:cut], ends[chosen], ends[rejected], cut < len(prompt), None, None)
+            (
+                number,
+                prompt[:cut],
+                ends[chosen],
+                ends[rejected],
+                cut < len(prompt),
+                None,
+                None,
+                list(example.notes),
+            )
             for chosen, rejected in example.pairs
         ]
     return {name: list(column) for name, column in zip(FEATURES, zip(*rows, strict=True), strict=True)}

@@ -51,18 +51,25 @@ class Outcome(NamedTuple):
     pair: Pair | Dropped
     was_cut: bool
     moved_boundary: bool
+    notes: tuple[str, ...] = ()
 
 
 def make_pairs(window: Dataset, truncation: Truncation) -> Iterator[Outcome]:
     """One outcome for each row that `tokenize_rows` made, in order."""
     table: pa.Table = window.with_format("arrow")[:]
-    rows, moved, dropped = (table.column(name).to_pylist() for name in ("row", "moved_boundary", "dropped"))
+    rows, moved, dropped, notes = (
+        table.column(name).to_pylist() for name in ("row", "moved_boundary", "dropped", "notes")
+    )
     ids = (split_lists(table.column(name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    for row, has_moved, reason, prompt, chosen, rejected in zip(rows, moved, dropped, *ids, strict=True):
+    for row, has_moved, reason, of_row, prompt, chosen, rejected in zip(
+        rows, moved, dropped, notes, *ids, strict=True
+    ):
         if reason is not None:
-            yield Outcome(row, Dropped(reason), False, False)
+            yield Outcome(row, Dropped(reason), False, False, tuple(of_row))
         else:
-            yield Outcome(row, *make_pair(row, prompt, chosen, rejected, truncation), has_moved)
+            yield Outcome(
+                row, *make_pair(row, prompt, chosen, rejected, truncation), has_moved, tuple(of_row)
+            )
 
 
 def kept_pairs(window: Dataset, truncation: Truncation) -> list[Pair]:

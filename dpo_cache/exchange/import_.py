@@ -124,6 +124,8 @@ def import_pairs(
     for split, details in zip(splits, described, strict=True):
         report.bytes_written += _publish(opened, split, details, log)
         report.add(split.survey)
+        for remark in split.survey.remarks():
+            log(remark)
     # again: others may have removed the entry before a manifest named it
     opened.publish_reference(identity, _provenance(chosen))
     return report

@@ -145,6 +145,8 @@ def _run(
         """Yield the split's windows, then report its survey."""
         yield from planner.plan(split, tokenize_split(split, tokenizer, options, spool))
         report.add(split.survey)
+        for remark in split.survey.remarks():
+            log(remark)
         on_survey(split.survey)
 
     def extent() -> tuple[int, int]:

@@ -34,6 +34,15 @@ def test_counts_rows_and_names_the_first_three() -> None:
     assert survey.data_tokens == 10 * (4 + 2 + 4 + 3)
 
 
+def test_a_note_counts_each_of_its_rows_once_also_where_the_row_is_dropped() -> None:
+    survey = Survey("pairs/train", "ranked")
+    for row in (0, 0, 1):
+        survey.add(outcome(row, 4, 2, 3)._replace(notes=("its images are left out",)))
+    survey.add(Outcome(2, Dropped("longer than max_length"), False, False, ("its images are left out",)))
+    assert asdict(survey.notes["its images are left out"]) == {"count": 3, "rows": [0, 1, 2]}
+    assert survey.remarks() == ["pairs/train: its images are left out: 3 of 3 rows (row 0, 1, 2)."]
+
+
 def test_a_ranked_row_is_one_row_of_several_pairs() -> None:
     survey = Survey("pairs/train", "ranked")
     for row in (0, 0, 0, 1):

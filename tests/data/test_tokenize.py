@@ -90,6 +90,7 @@ def naive_row(number: int, row: dict[str, Any], tokenizer: PreTrainedTokenizerFa
         "moved_boundary": cut < len(prompt),
         "dropped": None,
         "problem": None,
+        "notes": [],
     }
 
 
@@ -244,6 +245,7 @@ def test_only_the_columns_of_ids_are_kept() -> None:
         "moved_boundary",
         "dropped",
         "problem",
+        "notes",
     ]
 
 
