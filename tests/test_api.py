@@ -27,6 +27,7 @@ from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.options.sweep import SweepOptions
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.options.upkeep import CompactOptions, MergeOptions, PullOptions, PushOptions, VerifyOptions
+from tests import programs
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
 from tests.write_stub import STUB, stub
 
@@ -234,6 +235,7 @@ assert any("largest gap" in remark for remark in judged.remarks), judged.remarks
 
 
 def _run_script(tmp_path: Path, model: str, data: str, *, before: str = "", progress: str = "") -> str:
+    """What it writes to stderr. In a fresh interpreter: tqdm reads its variable when it is imported."""
     script = SCRIPT.format(model=model, data=data, before=before, progress=progress)
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     done = subprocess.run(
@@ -309,11 +311,9 @@ def test_the_loop_in_examples_is_a_program_of_about_30_lines(
     script = ROOT / "examples" / "own_loop.py"
     body = [line for line in script.read_text().split('"""', 2)[2].splitlines() if line.strip()]
     assert len(body) <= 32
-    done = subprocess.run(
-        [sys.executable, script, model_folder, cache, "pairs"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == "step 0: loss 0.6931"
+    done = programs.run(model_folder, cache, "pairs", script=script.read_text(), cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[0] == "step 0: loss 0.6931"
     AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
 
 
@@ -482,5 +482,5 @@ def test_unreadable_data_is_reported_once(tmp_path: Path, model_folder: str) -> 
         "except dpo_cache.DataError as error:\n    print(error)\n"
     )
     words = [model_folder, str(tmp_path / "bad.jsonl"), str(tmp_path / "cache")]
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
-    assert "bad.jsonl: not readable (" in done.stdout and done.stderr == "", done.stderr
+    done = programs.run(*words, script=script)
+    assert "bad.jsonl: not readable (" in done.out and done.err == "", done.err

@@ -1,10 +1,8 @@
 """What a user sees: exit codes, exact error texts, results on stdout, remarks on stderr."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 from dpo_cache.cli import app as app_module
 from dpo_cache.losses.table import LOSSES
+from tests import programs
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
 from tests.waiting import wait_until
 
@@ -238,7 +237,7 @@ def test_unknown_options_and_missing_ones_exit_with_2(run, cache: Path) -> None:
 
 
 def test_ctrl_c_while_training_saves_and_resumes(model_folder: str, tmp_path: Path, run, cache: Path) -> None:
-    precompute(run, model_folder, write_rows(tmp_path / "pairs.jsonl", chat_rows(60)), cache)
+    precompute(run, model_folder, write_rows(tmp_path / "pairs.jsonl", chat_rows(20)), cache)
     command = [
         "train",
         "--cache",
@@ -248,25 +247,21 @@ def test_ctrl_c_while_training_saves_and_resumes(model_folder: str, tmp_path: Pa
         "--batch-size",
         "2",
         "--epochs",
-        "10",
+        "6",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dpo_cache", *command],
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    program = programs.start(*command)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(
-        lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 3),
+        lambda: program.has_ended() or (metrics.exists() and metrics.read_text().count("\n") >= 3),
         "three lines of metrics.jsonl",
     )
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert b"stopping after this step, then saving" in errors
+    program.send_signal(signal.SIGINT)
+    done = program.wait()
+    assert done.code == 130, done.err
+    assert "stopping after this step, then saving" in done.err
     steps = metrics.read_text().count("\n")
     assert re.findall(r"step-(\d+)", str(sorted((tmp_path / "run" / "checkpoints").iterdir()))) == [
         f"{steps:06d}"
     ]
     assert run(*command, "--resume").code == 0
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 301))
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 61))

@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import programs
 from tests.cli.test_commands import run  # noqa: F401
 from tests.sweeping.conftest import cache, started  # noqa: F401
 from tests.waiting import wait_until
@@ -101,7 +100,7 @@ def test_a_failed_run_makes_it_end_with_1(run, cache: str, tmp_path: Path, start
 def test_ctrl_c_saves_the_active_run_and_the_same_command_resumes(
     run, cache: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    output, log = tmp_path / "out", tmp_path / "said"
+    output = tmp_path / "out"
     command = [
         "sweep",
         "--cache",
@@ -110,31 +109,25 @@ def test_ctrl_c_saves_the_active_run_and_the_same_command_resumes(
         str(output),
         *OPTIONS,
         "--max-steps",
-        "150",
+        "60",
         "--beta",
         "0.1,0.2",
     ]
     metrics = output / "beta=0.1" / "metrics.jsonl"
-    with open(log, "wb") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dpo_cache", *command],
-            stdout=said,
-            stderr=said,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        wait_until(
-            lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 3),
-            "three lines of metrics.jsonl",
-        )
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
-    text = log.read_text()
-    assert process.returncode == 130, text
+    program = programs.start(*command)
+    wait_until(
+        lambda: program.has_ended() or (metrics.exists() and metrics.read_text().count("\n") >= 3),
+        "three lines of metrics.jsonl",
+    )
+    program.send_signal(signal.SIGINT)
+    done = program.wait()
+    text = done.out + done.err
+    assert done.code == 130, text
     assert "2 runs: 2 to start.\n" in text and "0 of 2 runs finished" in text
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert [path.name for path in (metrics.parent / "checkpoints").iterdir()] == [
         f"step-{last:06d}"
-    ] and last < 150
+    ] and last < 60
     assert not (output / "beta=0.2").exists()
 
     begun = request.getfixturevalue("started")  # from here on in this process
@@ -142,11 +135,11 @@ def test_ctrl_c_saves_the_active_run_and_the_same_command_resumes(
     assert done.code == 0, done.err
     assert begun == ["beta=0.1", "beta=0.2"] and "2 runs: 1 to resume, 1 to start.\n" in done.err
     steps = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
-    assert steps == list(range(1, 151))
+    assert steps == list(range(1, 61))
 
 
 def test_a_run_that_is_killed_does_not_end_the_others(cache: str, tmp_path: Path) -> None:
-    output, log = tmp_path / "out", tmp_path / "said"
+    output = tmp_path / "out"
     command = [
         "sweep",
         "--cache",
@@ -160,27 +153,20 @@ def test_a_run_that_is_killed_does_not_end_the_others(cache: str, tmp_path: Path
         "2",
     ]
     first = output / "max_steps=100"
-    with open(log, "wb") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dpo_cache", *command],
-            stdout=said,
-            stderr=said,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        wait_until(
-            lambda: process.poll() is not None or (first / "metrics.jsonl").exists(),
-            "the first line of metrics.jsonl",
-        )
-        victims = [
-            entry
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdecimal() and child_of(entry, process.pid) and is_run(entry, first)
-        ]
-        assert len(victims) == 1
-        os.kill(int(victims[0].name), signal.SIGKILL)
-        process.wait(timeout=100)
-    text = log.read_text()
-    assert process.returncode == 1, text
+    program = programs.start(*command)
+    wait_until(
+        lambda: program.has_ended() or (first / "metrics.jsonl").exists(), "the first line of metrics.jsonl"
+    )
+    victims = [
+        entry
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdecimal() and child_of(entry, program.pid) and is_run(entry, first)
+    ]
+    assert len(victims) == 1
+    os.kill(int(victims[0].name), signal.SIGKILL)
+    done = program.wait()
+    text = done.out + done.err
+    assert done.code == 1, text
     assert "2 runs: 2 to start; 2 at once, each with 1 CPU thread.\n" in text
     assert (
         "max_steps=100 failed: killed by SIGKILL (out of memory?)" in text and "1 of 2 runs finished" in text

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dpo_cache.lm.policy import PolicyModel, completion_logps
 from dpo_cache.lm.self_check import choose_attention
 from dpo_cache.types import Completion
+from tests import programs
 from tests.conftest import make_completions, make_llama
 
 COMPLETIONS = make_completions(num_prompts=4)
@@ -97,7 +98,7 @@ def run_rank(rank: int, folder: str) -> None:
 def by_wrapper(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Gradients]]:
     """The gradients on two ranks, by what wraps the policy."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(run_rank, args=(str(folder),), nprocs=2, start_method="spawn")
+    mp.start_processes(run_rank, args=(str(folder),), nprocs=2, start_method=programs.START_METHOD)
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
         for name in WRAPPERS

@@ -1,10 +1,7 @@
 """The files of a run, how it can start, its reports and remarks."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from dpo_cache.training.batches import completions_of, longest_pairs
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.output.report import Clock
 from dpo_cache.training.warnings import WINDOW, RunWarnings
+from tests import programs
 from tests.conftest import make_llama
 from tests.training.test_loop import FAST, Killed, comparable, cut_off, forest_sizes, metrics, train, weights
 from tests.waiting import wait_until
@@ -395,9 +393,6 @@ def test_progress_has_the_remaining_steps_and_time(cache: str, tmp_path: Path) -
 def test_sigterm_saves_first(cache: str, tmp_path: Path) -> None:
     """A real process, stopped from outside, resumed to the same bits as one that was not."""
     command = [
-        sys.executable,
-        "-m",
-        "dpo_cache",
         "train",
         "--cache",
         cache,
@@ -410,18 +405,15 @@ def test_sigterm_saves_first(cache: str, tmp_path: Path) -> None:
         "--lr",
         "1e-4",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--output", str(tmp_path / "run")], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    program = programs.start(*command, "--output", str(tmp_path / "run"))
     try:
         started = (tmp_path / "run/metrics.jsonl").exists
-        wait_until(lambda: process.poll() is not None or started(), "the first line of metrics.jsonl")
-        process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=240)[1]
+        wait_until(lambda: program.has_ended() or started(), "the first line of metrics.jsonl")
+        program.send_signal(signal.SIGTERM)
+        done = program.wait()
     finally:
-        process.kill()
-    assert process.returncode == 143, errors
+        program.kill()
+    assert done.code == 143, done.err
     checkpoints = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
     assert len(checkpoints) == 1 and len(metrics(tmp_path / "run")) == int(
         checkpoints[0].removeprefix("step-")

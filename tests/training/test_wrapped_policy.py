@@ -16,6 +16,7 @@ from dpo_cache.training.batches import stream_pairs
 from dpo_cache.training.output.samples import open_sampler
 from dpo_cache.training.setup import open_setup
 from dpo_cache.training.step import TrainingStep
+from tests import programs
 
 WORLD = 2
 BUDGETS = {"one part": "100000", "several parts": "150", "a pair in two pieces": "20"}
@@ -65,7 +66,7 @@ def run_rank(rank: int, folder: str, cache: str) -> None:
 def ranks(cache: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     """What each of two processes has after its step, by the number of parts."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(run_rank, args=(str(folder), cache), nprocs=WORLD, start_method="spawn")
+    mp.start_processes(run_rank, args=(str(folder), cache), nprocs=WORLD, start_method=programs.START_METHOD)
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(WORLD)]
         for name in BUDGETS

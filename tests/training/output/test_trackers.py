@@ -17,6 +17,7 @@ import torch
 from dpo_cache.errors import TrainingError
 from dpo_cache.training.output import trackers
 from dpo_cache.training.output.trackers import check_trackers, flat_config
+from tests import programs
 from tests.training.test_loop import comparable, metrics, train, weights
 
 EVALUATED = {"eval_pairs": "heldout", "eval_every": 2, "lr": 1e-2}
@@ -215,11 +216,10 @@ def test_a_tracker_has_the_lines_of_metrics_jsonl(cache: str, tmp_path: Path, tr
 
 def test_stdout_of_the_command_carries_the_report_only(cache: str, tmp_path: Path) -> None:
     place = ["--cache", cache, "--pairs", "pairs", "--output", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "dpo_cache", "train", *place, "--max-steps", "1", "--json"]
-    done = subprocess.run([*command, "--log-to", "trackio"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["num_steps"] == 1
-    assert "Trackio" in done.stderr
+    done = programs.run("train", *place, "--max-steps", "1", "--json", "--log-to", "trackio")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["num_steps"] == 1
+    assert "Trackio" in done.err
 
 
 def test_names_of_the_original_repository(cache: str, tmp_path: Path) -> None:
