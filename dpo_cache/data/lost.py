@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 NOUNS = {"image": "images", "video": "videos", "audio": "audio", "file": "files"}
@@ -39,6 +40,7 @@ FULL_WEIGHT = (1, "1", "1.0", "true", "True")
 TURNS_AFTER = "the turns after its answer are left out"
 
 
+@lru_cache(maxsize=1024)
 def media_of(name: str) -> str | None:
     """The medium that a column, or a member of a message, holds by its name: image, video, audio or none."""
     return next((medium for medium, names in NAMES.items() if names.fullmatch(name)), None)
