@@ -25,7 +25,7 @@ from tests.conftest import make_llama, naive_token_logps
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 192,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
