@@ -1,0 +1,34 @@
+"""Fields of a row: text, blanks, and the reason why one cannot be used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class BadRow(Exception):
+    """A row cannot be used; the message completes 'row 7: ...'."""
+
+
+def is_null(value: Any) -> bool:
+    """Whether a value is null, which pandas also writes as NaN."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a field is missing, or text of nothing but spaces."""
+    return is_null(value) or (isinstance(value, str) and not value.strip())
+
+
+def describe(value: Any) -> str:
+    """The type of a field, for an error message."""
+    return "missing" if value is None else f"a {type(value).__name__}"
+
+
+def read_text(row: dict[str, Any], name: str) -> str:
+    """The text of a field. Raises `BadRow` for anything else, and for a blank."""
+    value = row[name]
+    if not isinstance(value, str):
+        raise BadRow(f"`{name}` is {describe(value)}, expected text")
+    if is_blank(value):
+        raise BadRow(f"`{name}` is empty")
+    return value

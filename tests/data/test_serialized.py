@@ -1,0 +1,167 @@
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpo_cache.data.fields import BadRow
+from dpo_cache.data.serialized import (
+    NOT_JSON,
+    READ_AS_TEXT,
+    find_messages,
+    parse_columns,
+    parse_json,
+    parse_messages,
+)
+from tests.data.conftest import assistant, message, user
+
+ASK, YES, NO = [user("Well?")], [assistant("Yes.")], [assistant("No.")]
+
+
+@pytest.mark.parametrize(
+    "write", [json.dumps, str, lambda value: json.dumps(value, indent=1), lambda v: f" {v}\n"]
+)
+@pytest.mark.parametrize(
+    "value",
+    [
+        ASK,
+        [*ASK, *YES],
+        {"messages": ASK},
+        {"conversations": [{"from": "human", "value": 'It\'s "so"\n\\é?'}]},
+        user("Well?"),
+        {"from": "gpt", "value": "Yes."},
+        [{"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}],
+        [{"content": [{"type": "text", "text": "Well?"}], "role": "user"}],
+        [message("critic", "Hm.")],  # refused later, by name
+    ],
+)
+def test_messages_in_text_are_found(value: Any, write: Any) -> None:
+    assert parse_messages(write(value)) == find_messages(value) != []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"action": "REFUSE"}',
+        "[1, 2]",
+        "[]",
+        "{}",
+        '[{"role": "user"}]',
+        '[{"role": 3, "content": "x"}]',
+        '[{"content": "x"}]',
+        '[{"from": "Oslo", "to": "Bergen"}]',
+        '{"from": "EUR", "value": 5}',
+        '[{"role": "user", "content": "x"}, 3]',
+        '{"messages": []}',
+        '"role": "user"',
+        'He wrote [{"role": "user", "content": "x"}]',
+        '[{"role": "user", "content": "x"}] is JSON',
+        '[{"role": "user", "content": "x"',
+        "[{'role': user()}]",
+        "[role]",
+    ],
+)
+def test_other_text_is_no_messages(text: str) -> None:
+    assert parse_messages(text) is None
+
+
+def test_objects_of_lists_are_messages() -> None:
+    assert find_messages({"role": ["user", "assistant"], "content": ["Well?", "Yes."]}) == [*ASK, *YES]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"a": null, "b": NaN}', None),
+        ("{'a': None, 'b': (1, True)}", {"a": None, "b": [1, True]}),
+        ("{'\\d': 1}", {"\\d": 1}),
+        ("a, b", NOT_JSON),
+        ("{1, 2}", NOT_JSON),
+        ("{'a': b'c'}", NOT_JSON),
+        ("[" * 100_000, NOT_JSON),
+        ("", NOT_JSON),
+    ],
+)
+def test_json_and_python_literals_are_parsed(text: str, value: Any) -> None:
+    found = parse_json(text)
+    assert (found == value and value is not None) or (found["a"] is None and found["b"] != found["b"])
+
+
+def columns(**row: Any) -> Any:
+    """The columns with each value that is no text as JSON."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.items()}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ASK, "chosen": YES, "rejected": NO},
+        {"prompt": "Well?", "chosen": YES, "rejected": NO},
+        {"prompt": "Well?", "chosen": YES, "rejected": "No."},
+        {"prompt": ASK, "chosen": "Yes.", "rejected": "No."},
+        {"prompt": "Well?", "chosen": ASK + YES, "rejected": ASK + NO},
+        {"prompt": "Well?", "chosen": [message("system", "Hm."), *ASK, *YES], "rejected": NO},
+        {"chosen": ASK + YES, "rejected": ASK + NO},
+        {"question": "Well?", "chosen": YES, "rejected": NO},
+        {"instruction": "Well?", "history": [["Hi.", "Hi!"]], "chosen": "Yes.", "rejected": "No."},
+        {"prompt": ASK, "responses": ["Yes.", "No."], "scores": [1, 2.5]},
+        {"prompt": ASK, "responses": [YES, NO], "ranks": [1, 2]},
+    ],
+)
+def test_every_column_is_parsed(row: dict[str, Any]) -> None:
+    assert parse_columns(columns(**row)) == (row, ())
+    assert parse_columns(row) == (row, ())
+
+
+def test_each_ranked_answer_is_parsed() -> None:
+    row = {"prompt": "Well?", "responses": [json.dumps(YES), "No."], "scores": [2, 1]}
+    assert parse_columns(row) == ({**row, "responses": [YES, "No."]}, ())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"action": "REFUSE"}, [1, 2], [{"role": "x"}], {"from": "Oslo", "to": "Bergen"}, {}, [], 3, None],
+)
+def test_an_answer_that_is_other_json_stays_text(answer: Any) -> None:
+    row = columns(prompt="What now?", chosen=answer, rejected="No.")
+    assert parse_columns(row) == (row, ())
+    as_messages = {**row, "prompt": ASK}
+    assert parse_columns(as_messages) == (as_messages, ())
+
+
+@pytest.mark.parametrize("prompt", ["Write a dialogue as JSON.", [user("Write a dialogue as JSON.")]])
+def test_an_answer_that_is_another_dialogue_stays_text_and_is_noted(prompt: Any) -> None:
+    row = {"prompt": prompt, "chosen": json.dumps([user("Hi."), assistant("Hi!")]), "rejected": "No."}
+    assert parse_columns(row) == (row, (READ_AS_TEXT,))
+
+
+def test_an_answer_about_money_stays_text_and_is_noted() -> None:
+    row = columns(prompt="Five euros?", chosen={"from": "EUR", "value": "5"}, rejected="No.")
+    assert parse_columns(row) == (row, (READ_AS_TEXT,))
+
+
+PRINTED = str(np.array([*ASK, *YES], dtype=object))
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"prompt": PRINTED, "chosen": "Yes.", "rejected": "No."}, "prompt"),
+        ({"chosen": PRINTED, "rejected": PRINTED}, "chosen"),
+        (
+            {"prompt": json.dumps(ASK), "chosen": "Yes.", "rejected": '[{"role": "assistant", "con'},
+            "rejected",
+        ),
+    ],
+)
+def test_messages_that_are_no_json_are_refused(row: dict[str, Any], name: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        parse_columns(row)
+    assert str(caught.value) == (
+        f"`{name}` begins like a list of messages but is no JSON, expected what `json.dumps` writes"
+    )
+
+
+def test_a_broken_answer_to_a_question_in_text_stays_text() -> None:
+    row = {"prompt": "Write it as JSON.", "chosen": '[{"role": "assistant", "con', "rejected": "No."}
+    assert parse_columns(row) == (row, ())
