@@ -1,7 +1,7 @@
 """Rows of any preference data set -> token ids."""
 
 from dpo_cache.data.examples import Example, parse_row
-from dpo_cache.data.formats import check_format, detect_format, unused_columns
+from dpo_cache.data.formats import RANKED, check_format, detect_format, unused_columns
 from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset, take_rows
 from dpo_cache.data.survey import Survey
 from dpo_cache.data.tokenize import tokenize_rows, tokenized_windows
@@ -9,6 +9,7 @@ from dpo_cache.data.truncate import Dropped, Outcome, Truncation, kept_pairs, ma
 from dpo_cache.tokenizer import load_tokenizer, set_chat_template, tokenizer_digest
 
 __all__ = [
+    "RANKED",
     "Dropped",
     "Example",
     "Outcome",

@@ -6,29 +6,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_cache.data.messages import (
-    BadRow,
-    Message,
-    describe,
-    is_blank,
-    read_answer,
-    read_history,
-    read_messages,
-    read_prompt,
-    read_sharegpt_answer,
-    read_sharegpt_turn,
-    read_system,
-    read_text,
-)
+from dpo_cache.data import two_sides
+from dpo_cache.data.compared import parse_compared
+from dpo_cache.data.lost import without_turns_after
+from dpo_cache.data.messages import BadRow, describe
+from dpo_cache.data.parsed import Answers, Content, Pairs, Parsed, shared_prefix
+from dpo_cache.data.prompt_end import end_prompt
+from dpo_cache.data.ranked import parse_completions, parse_ranked
 
-Content = str | list[Message]
-Answers = tuple[Content, ...]
-Pairs = tuple[tuple[int, int], ...]  # (chosen, rejected), as positions among the answers
-SIDES = ("chosen", "rejected")
+__all__ = ["Example", "RowProblem", "parse_row", "shared_prefix"]
 
 
 @dataclass(frozen=True)
@@ -59,120 +49,43 @@ def parse_row(row: dict[str, Any], data_format: str, ranked_pairs: str = "all") 
 
     `ranked_pairs`: pair each of the ranked answers with each lower one (all), or only the best (best).
     """
-    pairs: Pairs = ((0, 1),)
-    names: Sequence[str] = SIDES
     try:
-        if data_format == "ranked":
-            prompt, answers, pairs = _parse_ranked(row, ranked_pairs)
-            names = ("responses",) * len(answers)
-        else:
-            prompt, answers = PARSERS[data_format](row)
-        options = {} if isinstance(prompt, str) else _template_options(row)
+        parsed = _parse(row, data_format, ranked_pairs)
+        spoken, cut = without_turns_after(parsed.answers)
+        prompt, answers, notes = end_prompt(parsed.prompt, spoken, parsed.columns)
+        given = row if parsed.tools is None else {**row, "tools": parsed.tools}
+        options = {} if isinstance(prompt, str) else _template_options(given)
     except BadRow as problem:
         return RowProblem(str(problem))
-    for name, content in (("prompt", prompt), *zip(names, answers, strict=True)):
+    for column, content in (("prompt", prompt), *zip(parsed.columns, answers, strict=True)):
         if not content:
-            return RowProblem(f"`{name}` is empty")
-    return Example(prompt, answers, pairs, options)
+            return RowProblem(f"`{column}` is empty")
+    return Example(prompt, answers, parsed.pairs, options, parsed.notes + cut + notes)
 
 
-def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Number of items at the start that two sequences share."""
-    if other[: len(one)] == one:
-        return len(one)
-    differing = (place for place, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
-    return next(differing, len(other))
+def _parse(row: dict[str, Any], data_format: str, ranked_pairs: str) -> Parsed:
+    if data_format in RANKED_PARSERS:
+        return RANKED_PARSERS[data_format](row, ranked_pairs)
+    return PARSERS[data_format](row)
 
 
-def _parse_text(row: dict[str, Any]) -> tuple[Content, Answers]:
-    return read_text(row, "prompt"), tuple(read_text(row, side) for side in SIDES)
-
-
-def _parse_conversation(row: dict[str, Any]) -> tuple[Content, Answers]:
-    prompt = read_prompt(row)
-    return prompt, tuple(read_answer(row, side, prompt) for side in SIDES)
-
-
-def _parse_implicit(row: dict[str, Any]) -> tuple[Content, Answers]:
-    read = read_text if any(isinstance(row[side], str) for side in SIDES) else read_messages
-    chosen, rejected = read(row, "chosen"), read(row, "rejected")
-    shared = shared_prefix(chosen, rejected)
-    # Where one dialogue continues the other, or both are equal, the last turn or letter is the answer.
-    # Answers that are text keep the space before them.
-    if shared and (shared == min(len(chosen), len(rejected)) or chosen[shared - 1] == " "):
-        shared -= 1
-    return chosen[:shared], (chosen[shared:], rejected[shared:])
-
-
-def _parse_sharegpt(row: dict[str, Any]) -> tuple[Content, Answers]:
-    turns = row["conversations"]
-    if not isinstance(turns, list):
-        raise BadRow("`conversations` is not a list of turns")
-    prompt = [*read_system(row), *(read_sharegpt_turn(turn, "conversations") for turn in turns)]
-    if turns and prompt[-1]["role"] == "assistant":
-        raise BadRow(
-            f"`conversations` ends with a turn from {turns[-1]['from']!r}, expected what the answers reply to"
-        )
-    return prompt, tuple(read_sharegpt_answer(row, side) for side in SIDES)
-
-
-def _parse_alpaca(row: dict[str, Any]) -> tuple[Content, Answers]:
-    question = read_text(row, "instruction")
-    if row.get("input") and not is_blank(row["input"]):
-        question += "\n\n" + read_text(row, "input")
-    prompt = [*read_system(row), *read_history(row), {"role": "user", "content": question}]
-    return prompt, _text_answers(row)
-
-
-def _parse_question(row: dict[str, Any]) -> tuple[Content, Answers]:
-    prompt = [*read_system(row), {"role": "user", "content": read_text(row, "question")}]
-    return prompt, _text_answers(row)
-
-
-PARSERS = {
-    "text": _parse_text,
-    "conversation": _parse_conversation,
-    "implicit": _parse_implicit,
-    "sharegpt": _parse_sharegpt,
-    "alpaca": _parse_alpaca,
-    "question": _parse_question,
+PARSERS: dict[str, Callable[[dict[str, Any]], Parsed]] = {
+    "text": two_sides.parse_text,
+    "conversation": two_sides.parse_conversation,
+    "implicit": two_sides.parse_implicit,
+    "sharegpt": two_sides.parse_sharegpt,
+    "alpaca": two_sides.parse_alpaca,
+    "question": two_sides.parse_question,
+    "messages": two_sides.parse_messages,
+    "swift": two_sides.parse_swift,
+    "openai": two_sides.parse_openai,
+    "output": two_sides.parse_output,
+    "compared": parse_compared,
 }
-
-
-def _parse_ranked(row: dict[str, Any], ranked_pairs: str) -> tuple[Content, Answers, Pairs]:
-    responses = row["responses"]
-    if not isinstance(responses, list) or len(responses) < 2:
-        raise BadRow("`responses` is not a list of two answers or more")
-    merits = _merits(row, len(responses))
-    order = sorted(range(len(responses)), key=lambda place: -merits[place])
-    better = [place for place in order if ranked_pairs == "all" or merits[place] == merits[order[0]]]
-    pairs = tuple((one, other) for one in better for other in order if merits[one] > merits[other])
-    rows = [{"responses": response} for response in responses]
-    if isinstance(row["prompt"], str) and all(isinstance(response, str) for response in responses):
-        return read_text(row, "prompt"), tuple(read_text(entry, "responses") for entry in rows), pairs
-    prompt = read_prompt(row)
-    return prompt, tuple(read_answer(entry, "responses", prompt) for entry in rows), pairs
-
-
-def _merits(row: dict[str, Any], num_responses: int) -> list[float]:
-    """One number for each answer, the higher the better."""
-    name, sign = ("scores", 1.0) if row.get("scores") is not None else ("ranks", -1.0)
-    values = row.get(name)
-    if values is None:
-        raise BadRow("it has neither `scores` nor `ranks`")
-    if not isinstance(values, list):
-        raise BadRow(f"`{name}` is {describe(values)}, expected a list of numbers")
-    for value in values:
-        if not isinstance(value, (int, float)) or value != value:
-            wrong = "null" if value is None else "NaN" if value != value else describe(value)
-            raise BadRow(f"`{name}` holds {wrong}, expected numbers")
-    if len(values) != num_responses:
-        raise BadRow(f"`{name}` has {len(values)} numbers for {num_responses} responses")
-    return [sign * value for value in values]
-
-
-def _text_answers(row: dict[str, Any]) -> Answers:
-    return tuple([{"role": "assistant", "content": read_text(row, side)}] for side in SIDES)
+RANKED_PARSERS: dict[str, Callable[[dict[str, Any], str], Parsed]] = {
+    "ranked": parse_ranked,
+    "completions": parse_completions,
+}
 
 
 def _template_options(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,83 +1,160 @@
 """The format of preference data, recognised from its columns and the types in its first row.
 
-    text             prompt, chosen, rejected: strings
-    conversation     prompt: string or messages; chosen, rejected: messages, with or without the prompt
-                     repeated
-    implicit         chosen, rejected: whole dialogues, as messages or text; the prompt is what they share
-    sharegpt         conversations (from, value); chosen, rejected: one turn each; system: optional. A turn
-                     from function_call is JSON, {"name": ..., "arguments": ...} or a list of these; one from
-                     observation or tool is its result
-    alpaca           instruction, input (may be missing or empty); chosen, rejected: strings; system, history:
-                     optional
-    question         question; chosen, rejected: strings; system: optional
-    ranked           prompt; responses: a list of strings or of message lists; scores (higher is better) or
-                     ranks (1 is best)
+    sharegpt       conversations (from, value); chosen, rejected: strings or turns; system: optional. A turn
+                   from function_call is JSON, {"name": ..., "arguments": ...} or a list of these; one from
+                   observation or tool is its result
+    text           prompt, chosen, rejected: strings
+    conversation   prompt: string or messages; chosen, rejected: messages, with or without the prompt
+                   repeated; system: optional
+    alpaca         instruction, input (may be missing or empty); chosen, rejected; system, history: optional
+    openai         input: {"messages": ..., "tools": ...}; preferred_output, non_preferred_output: messages
+    question       question (or query, user_input, input); chosen, rejected; system, history: optional
+    messages       messages (or prompt_messages, context), to be answered; chosen, rejected; system: optional
+    implicit       chosen, rejected: whole dialogues, as messages or text; the prompt is what they share
+    swift          messages, of which the last is the chosen answer; rejected_response: string, or
+                   rejected_messages: the other dialogue; system: optional
+    output         a prompt; output: a list of two, the chosen answer and the rejected one
+    completions    a prompt; completions: a list of objects, each with an answer and its rank (the lower the
+                   better) or score (the higher the better)
+    ranked         a prompt; responses: a list of answers; scores (higher is better) or ranks (1 is best)
+    compared       a prompt, or whole dialogues; two answers, such as response_a and response_b; the better
+                   one in a column such as preference, better_response_id, winner
 
-Messages are `{"role": ..., "content": ...}`. All rows but text are rendered by the chat template, which also
-gets a column `tools` (a list, or JSON) and a column `chat_template_kwargs` (an object).
+Formats are tried in this order; `columns.py` lists other names of their columns. "A prompt" is the first of
+conversations, prompt, messages, prompt_messages, context, instruction (with input), question, query,
+user_input, input, history. An answer is a string or messages. `chosen` and `rejected` may be lists of several
+answers; then each chosen answer makes a pair with each rejected one.
+
+Messages are `{"role": ..., "content": ...}`. A prompt in `prompt` and answers that are all strings are text.
+All other rows are rendered by the chat template, which also gets a column `tools` (a list, or JSON) and a
+column `chat_template_kwargs` (an object).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from dpo_cache.data.examples import Example, parse_row
+from dpo_cache.data.columns import (
+    DIALOGUES,
+    LISTS,
+    PROMPTS,
+    QUESTIONS,
+    RANKS,
+    RESPONSES,
+    SCORES,
+    SIDES,
+    find_first,
+    find_sides,
+)
+from dpo_cache.data.compared import has_verdict
+from dpo_cache.data.examples import RANKED_PARSERS, Example, parse_row
+from dpo_cache.data.prompts import is_several, is_whole_dialogue
+from dpo_cache.data.ranked import is_scored
+from dpo_cache.data.refusals import refusal
 from dpo_cache.errors import DataError
 
-# Columns that a format needs, in the order in which formats are tried; text and conversation differ by their
-# values.
-NEEDED = {
-    "sharegpt": ("conversations", "chosen", "rejected"),
-    "text": ("prompt", "chosen", "rejected"),
-    "conversation": ("prompt", "chosen", "rejected"),
-    "alpaca": ("instruction", "chosen", "rejected"),
-    "question": ("question", "chosen", "rejected"),
-    "implicit": ("chosen", "rejected"),
-    "ranked": ("prompt", "responses"),
+Row = dict[str, Any]
+Names = tuple[str, ...]  # columns that belong together
+
+PROMPT, SWIFT = tuple((name,) for name in PROMPTS), (("rejected_response",), ("rejected_messages",))
+QUESTION, DIALOGUE, LIST = (tuple((name,) for name in names) for names in (QUESTIONS, DIALOGUES, LISTS))
+RANKING = tuple((name,) for name in (*SCORES, *RANKS))
+
+
+@dataclass(frozen=True)
+class Format:
+    """What tells a format from those after it."""
+
+    columns: tuple[tuple[Names, ...], ...]  # for each part of a row, the columns that may hold it
+    fits: Callable[[Row], bool] = bool  # whether the first row has values of the format's types
+
+    def lacks(self, columns: Sequence[str]) -> list[Names]:
+        """The parts that none of these columns hold, each by its first names."""
+        return [part[0] for part in self.columns if not any(set(names) <= set(columns) for names in part)]
+
+
+def _is_text(row: Row) -> bool:
+    values = (row.get(column) for column in ("prompt", *find_sides(row)))
+    return not any(isinstance(value, (list, dict)) and not is_several(value) for value in values)
+
+
+def _has_messages_to_answer(row: Row) -> bool:
+    column = find_first(row, DIALOGUES)
+    is_given = column is not None and isinstance(row[column], (list, dict))
+    return is_given and not any(is_whole_dialogue(row.get(side)) for side in find_sides(row))
+
+
+def _is_answered(row: Row) -> bool:
+    return "chosen_response" not in row and isinstance(row.get("messages"), (list, dict))
+
+
+def _first_list(row: Row) -> Any:
+    return row.get(find_first(row, LISTS) or LISTS[0])
+
+
+FORMATS = {
+    "sharegpt": Format(((("conversations",),), SIDES)),
+    "text": Format(((("prompt",),), SIDES), _is_text),
+    "conversation": Format(((("prompt",),), SIDES)),
+    "alpaca": Format(((("instruction",),), SIDES)),
+    "openai": Format(
+        ((("input",),), (("preferred_output", "non_preferred_output"),)),
+        lambda row: isinstance(row.get("input"), (dict, list)),
+    ),
+    "question": Format((QUESTION, SIDES)),
+    "messages": Format((DIALOGUE, SIDES), _has_messages_to_answer),
+    "implicit": Format((SIDES,)),
+    "swift": Format(((("messages",),), SWIFT), _is_answered),
+    "output": Format((PROMPT, (("output",),)), lambda row: isinstance(row.get("output"), list)),
+    "completions": Format((LIST,), lambda row: is_scored(_first_list(row))),
+    "ranked": Format((PROMPT, LIST, RANKING), lambda row: isinstance(_first_list(row), list)),
+    "compared": Format((RESPONSES,), lambda row: has_verdict(tuple(row))),
+}
+RANKED = tuple(RANKED_PARSERS)  # formats whose rows may make several pairs, by merit
+
+# Columns that not every format reads, with values that change a row wherever they are read
+OPTIONAL: Row = {
+    "system": "-",
+    "history": [["-", "-"]],
+    "input": "-",
+    "context": "-",
+    "tools": [{"type": "function", "function": {"name": "-", "parameters": {}}}],
+    "chat_template_kwargs": {"-": "-"},
 }
 
-ACCEPTED = """\
-  prompt, chosen, rejected                    (text, or messages with role and content)
-  chosen, rejected                            (whole dialogues that share the prompt)
-  conversations, chosen, rejected             (ShareGPT: from and value)
-  instruction, input, chosen, rejected        (Alpaca)
-  system, question, chosen, rejected
-  prompt, responses, scores or ranks          (ranked answers)"""
 
-OPTIONAL = ("system", "history", "tools", "chat_template_kwargs")
-
-
-def detect_format(columns: Sequence[str], first_row: dict[str, Any], place: str = "the data") -> str:
+def detect_format(columns: Sequence[str], first_row: Row, place: str = "the data") -> str:
     """The format's name. Raises `DataError` naming the columns found and those accepted."""
-    name = next((name for name, needed in NEEDED.items() if set(needed) <= set(columns)), None)
-    if name is None:
-        raise DataError(
-            f"{place} is not preference data: found the columns {', '.join(columns) or '(none)'}; accepted "
-            f"are\n{ACCEPTED}\n"
-            "Name the columns that correspond with `map`, for example `map` prompt=question, or rename them."
-        )
-    if name == "text" and any(isinstance(first_row[column], list) for column in NEEDED["text"]):
-        return "conversation"
-    return name
+    row = {**dict.fromkeys(columns), **first_row}
+    for name, data_format in FORMATS.items():
+        if not data_format.lacks(columns) and data_format.fits(row):
+            return name
+    raise refusal(columns, row, place)
 
 
 def check_format(name: str, columns: Sequence[str], place: str = "the data") -> str:
     """The format that the user named. Raises `DataError` if a column that it needs is missing."""
-    missing = [column for column in NEEDED[name] if column not in columns]
+    missing = [column for names in FORMATS[name].lacks(columns) for column in names if column not in columns]
     if missing:
+        needed = dict.fromkeys(column for part in FORMATS[name].columns for column in part[0])
         raise DataError(
-            f"`format` {name} needs the columns {', '.join(NEEDED[name])}; {place} has no "
+            f"`format` {name} needs the columns {', '.join(needed)}; {place} has no "
             f"{', '.join(missing)}, but {', '.join(columns)}.\n"
             "Name the columns that correspond with `map`, for example `map` prompt=question."
         )
     return name
 
 
-def unused_columns(data_format: str, columns: Sequence[str], first_row: dict[str, Any]) -> list[str]:
+def unused_columns(data_format: str, columns: Sequence[str], first_row: Row) -> list[str]:
     """Optional columns that other formats or a chat template use, but not rows like the first."""
-    example = parse_row({**dict.fromkeys(columns), **first_row}, data_format)
-    is_text = isinstance(example, Example) and example.is_text
-    by_format = {"alpaca": ("system", "history"), "implicit": ()}.get(data_format, ("system",))
-    used = () if is_text else ("tools", "chat_template_kwargs", *by_format)
-    return [name for name in OPTIONAL if name in columns and name not in used]
+    row = {**dict.fromkeys(columns), **first_row}
+    if not isinstance(parse_row(row, data_format), Example):
+        return []
+    return [
+        name
+        for name, value in OPTIONAL.items()
+        if name in columns
+        and parse_row({**row, name: None}, data_format) == parse_row({**row, name: value}, data_format)
+    ]

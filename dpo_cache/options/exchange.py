@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from dpo_cache.options.base import Options, cache_argument, option
-from dpo_cache.options.precompute import FORMATS, TRUNCATIONS, check_prompt_length, renamed_columns
+from dpo_cache.options.precompute import (
+    FORMATS,
+    RANKED_FORMATS,
+    TRUNCATIONS,
+    check_prompt_length,
+    renamed_columns,
+)
 
 EXPORT_FORMATS = ("auto", "parquet", "jsonl", "datasets")
 FORMAT_OF_ENDING = {".parquet": "parquet", ".jsonl": "jsonl"}
-IMPORT_FORMATS = ("auto", "ids", *(name for name in FORMATS if name not in ("auto", "ranked")))
+IMPORT_FORMATS = ("auto", "ids", *(name for name in FORMATS if name not in ("auto", *RANKED_FORMATS)))
 IMPORT_DTYPES = ("unknown", "float32", "bfloat16", "float16")
 
 

@@ -17,7 +17,11 @@ from dpo_cache.options.base import (
 )
 
 TRUNCATIONS = ("keep-start", "keep-end", "prompt-left", "drop")
-FORMATS = ("auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "ranked")
+RANKED_FORMATS = ("ranked", "completions")  # a row may make several pairs
+FORMATS = (
+    "auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "messages", "swift",
+    "openai", "output", "compared", *RANKED_FORMATS,
+)  # fmt: skip
 RANKED_PAIRS = ("all", "best")
 AUDIT_INTERVAL = 500  # under auto
 

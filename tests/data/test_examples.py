@@ -70,7 +70,14 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
             "chosen": [assistant("Yes."), user("Sure?"), assistant("Yes!")],
             "rejected": "No.",
         },
-        pair([user("Well?")], [assistant("Yes."), user("Sure?"), assistant("Yes!")], [assistant("No.")]),
+        Example(
+            [user("Well?")],
+            ([assistant("Yes."), user("Sure?"), assistant("Yes!")], [assistant("No.")]),
+            notes=(
+                "its dialogues differ before their last turn, so turns from user are scored as parts of its "
+                "answers",
+            ),
+        ),
     ),
     "fields that are null in this row": (
         "conversation",
@@ -380,7 +387,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "dialogues that share nothing": (
         "implicit",
         {"chosen": [user("Well?")], "rejected": [user("Who?")]},
-        "`prompt` is empty",
+        "`chosen` and `rejected` share no prompt: they differ before the first answer",
     ),
     "texts that share nothing": ("implicit", {"chosen": "Well?", "rejected": "No."}, "`prompt` is empty"),
     "a text and a dialogue": (
@@ -399,11 +406,6 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"conversations": [{"from": "critic", "value": "7"}], "chosen": {}, "rejected": {}},
         "`conversations` has a turn from 'critic', expected one of human, gpt, user, assistant, system, "
         "function_call, observation, tool",
-    ),
-    "answer that is no turn": (
-        "sharegpt",
-        {"conversations": [{"from": "human", "value": "Well?"}], "chosen": "Yes.", "rejected": "No."},
-        "`chosen` has a message without `from`",
     ),
     "turn without value": (
         "sharegpt",

@@ -3,12 +3,24 @@ from typing import Any
 import pytest
 
 from dpo_cache.data.examples import Example
-from dpo_cache.data.formats import NEEDED, check_format, detect_format, unused_columns
+from dpo_cache.data.formats import FORMATS as ALL_FORMATS
+from dpo_cache.data.formats import RANKED, check_format, detect_format, unused_columns
+from dpo_cache.data.refusals import ACCEPTED
 from dpo_cache.errors import DataError
 from dpo_cache.options.exchange import IMPORT_FORMATS
 from dpo_cache.options.precompute import FORMATS as PRECOMPUTE_FORMATS
+from dpo_cache.options.precompute import RANKED_FORMATS
+from tests.data import test_compared, test_ranked, test_two_sides
 from tests.data.conftest import assistant, user
-from tests.data.test_examples import FORMATS, TEXT
+from tests.data.test_examples import FORMATS as COMMON_FORMATS
+from tests.data.test_examples import TEXT
+
+FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
+    **COMMON_FORMATS,
+    **test_two_sides.SHAPES,
+    **test_ranked.SHAPES,
+    **{name: ("compared", row, example) for name, (row, example) in test_compared.SHAPES.items()},
+}
 
 
 @pytest.mark.parametrize(("data_format", "row", "_"), FORMATS.values(), ids=FORMATS)
@@ -33,13 +45,7 @@ def test_other_data_is_refused_with_the_formats_that_are_accepted(columns: list[
     with pytest.raises(DataError) as caught:
         detect_format(columns, {})
     assert str(caught.value) == (
-        f"the data is not preference data: found the columns {shown}; accepted are\n"
-        "  prompt, chosen, rejected                    (text, or messages with role and content)\n"
-        "  chosen, rejected                            (whole dialogues that share the prompt)\n"
-        "  conversations, chosen, rejected             (ShareGPT: from and value)\n"
-        "  instruction, input, chosen, rejected        (Alpaca)\n"
-        "  system, question, chosen, rejected\n"
-        "  prompt, responses, scores or ranks          (ranked answers)\n"
+        f"the data is not preference data: found the columns {shown}; accepted are\n{ACCEPTED}\n"
         "Name the columns that correspond with `map`, for example `map` prompt=question, or rename them."
     )
 
@@ -88,6 +94,7 @@ def test_a_named_format_needs_its_columns() -> None:
 
 
 def test_the_options_name_every_format() -> None:
-    assert sorted(PRECOMPUTE_FORMATS) == sorted(["auto", *NEEDED])
-    assert set(IMPORT_FORMATS) == {"auto", *NEEDED, "ids"} - {"ranked"}
-    assert {data_format for data_format, _, _ in FORMATS.values()} == set(NEEDED)
+    assert sorted(PRECOMPUTE_FORMATS) == sorted(["auto", *ALL_FORMATS])
+    assert set(IMPORT_FORMATS) == {"auto", *ALL_FORMATS, "ids"} - {*RANKED}
+    assert RANKED == RANKED_FORMATS
+    assert {data_format for data_format, _, _ in FORMATS.values()} == set(ALL_FORMATS)

@@ -1,0 +1,158 @@
+"""A row's prompt, in whichever column it is, and answers as messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dpo_cache.data.columns import DIALOGUES, PROMPTS, QUESTIONS, find_first, find_sides
+from dpo_cache.data.messages import (
+    BadRow,
+    Message,
+    is_blank,
+    read_history,
+    read_messages,
+    read_prompt,
+    read_sharegpt_answer,
+    read_sharegpt_turn,
+    read_system,
+    read_text,
+)
+from dpo_cache.data.parsed import Content, Parsed
+
+Row = dict[str, Any]
+
+OPENING_ROLES = ("user", "human", "prompter", "system", "developer")  # of turns that begin a dialogue
+
+
+def find_prompt(row: Row) -> str | None:
+    """The column that holds the prompt. `context` counts only where it holds messages."""
+    return find_first(row, (name for name in PROMPTS if name != "context" or is_list(row.get(name))))
+
+
+def read_any_prompt(row: Row) -> Content:
+    """The prompt: text where the column `prompt` is text, messages otherwise."""
+    column = find_prompt(row)
+    if column is None:
+        raise BadRow(f"it has no prompt, expected one of {', '.join(PROMPTS)}")
+    if column == "conversations":
+        return read_sharegpt_prompt(row)
+    if column == "prompt":
+        return read_text(row, "prompt") if isinstance(row["prompt"], str) else read_prompt(row)
+    if column in DIALOGUES:
+        return read_dialogue_prompt(row)
+    return read_instruction(row) if column == "instruction" else read_question(row, column)
+
+
+def read_sharegpt_prompt(row: Row) -> list[Message]:
+    turns = row["conversations"]
+    if not isinstance(turns, list):
+        raise BadRow("`conversations` is not a list of turns")
+    prompt = [*read_system(row), *(read_sharegpt_turn(turn, "conversations") for turn in turns)]
+    if turns and prompt[-1]["role"] == "assistant":
+        raise BadRow(
+            f"`conversations` ends with a turn from {sender(turns[-1])!r}, expected what the answers reply to"
+        )
+    return prompt
+
+
+def read_dialogue_prompt(row: Row) -> list[Message]:
+    """Messages to answer. Where they end with the chosen answer, it is left out."""
+    column = find_first(row, DIALOGUES) or DIALOGUES[0]
+    prompt = read_messages(row, column)
+    sides = find_sides(row)
+    if prompt and prompt[-1]["role"] == "assistant":
+        if prompt[-1]["content"] != row.get(sides[0]):
+            raise BadRow(f"`{column}` ends with a message from assistant, expected what the answers reply to")
+        prompt = prompt[:-1]
+    return with_system(row, prompt)
+
+
+def with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages after the column `system`, unless they begin with a system message."""
+    return messages if messages and messages[0]["role"] == "system" else [*read_system(row), *messages]
+
+
+def read_instruction(row: Row) -> list[Message]:
+    """The prompt of Alpaca's columns: earlier turns, and an instruction with its input."""
+    question = read_text(row, "instruction")
+    if row.get("input") and not is_blank(row["input"]):
+        question += "\n\n" + read_text(row, "input")
+    return [*read_system(row), *read_history(row), {"role": "user", "content": question}]
+
+
+def read_question(row: Row, column: str | None = None) -> list[Message]:
+    column = column or find_first(row, QUESTIONS) or QUESTIONS[0]
+    question = row.get(column)
+    if isinstance(question, dict):  # webgpt_comparisons
+        row = {**row, column: question.get("full_text")}
+    earlier = [] if column == "history" else read_history(row)
+    return [*read_system(row), *earlier, {"role": "user", "content": read_text(row, column)}]
+
+
+def read_reply(row: Row, column: str) -> list[Message]:
+    """An answer: text, a message, or messages that may repeat the prompt."""
+    if isinstance(row[column], str):
+        return [{"role": "assistant", "content": read_text(row, column)}]
+    return read_messages(row, column)
+
+
+def read_sharegpt_reply(row: Row, column: str) -> list[Message]:
+    """The same, from turns with `from` and `value`."""
+    if isinstance(row[column], dict):
+        return read_sharegpt_answer(row, column)
+    return read_reply(row, column)
+
+
+def read_prompt_and_answers(
+    row: Row, answers: Sequence[tuple[str, Any]]
+) -> tuple[Content, tuple[Content, ...]]:
+    """The prompt and the answers (each a column's name and a value): all text, or all messages."""
+    is_text = all(isinstance(value, str) for _, value in answers)
+    prompt = [] if find_prompt(row) is None and not is_text else read_any_prompt(row)
+    if isinstance(prompt, str) and is_text:
+        return prompt, tuple(read_text({column: value}, column) for column, value in answers)
+    if isinstance(prompt, str):
+        prompt = read_prompt(row)
+    return prompt, tuple(read_reply({column: value}, column) for column, value in answers)
+
+
+def with_sides(
+    row: Row, prompt: Content, read: Callable[[Row, str], Content], columns: tuple[str, str] | None = None
+) -> Parsed:
+    """The chosen answer and the rejected one, or each pair of several of them."""
+    columns = columns or find_sides(row)
+    chosen, rejected = (_read_answers(row, column, read) for column in columns)
+    if len(chosen) == len(rejected) == 1:
+        return Parsed(prompt, (chosen[0], rejected[0]), columns)
+    pairs = tuple((one, len(chosen) + other) for one in range(len(chosen)) for other in range(len(rejected)))
+    names = (columns[0],) * len(chosen) + (columns[1],) * len(rejected)
+    return Parsed(prompt, (*chosen, *rejected), names, pairs)
+
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def is_whole_dialogue(value: Any) -> bool:
+    """Whether a column holds messages that begin with a turn that no answer begins with."""
+    messages = value.get("messages") if isinstance(value, dict) else value
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return isinstance(first, dict) and sender(first).lower() in OPENING_ROLES
+
+
+def is_several(value: Any) -> bool:
+    """Whether a column holds a list of answers: texts, or lists of messages."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, (str, list)) for item in value)
+
+
+def _read_answers(row: Row, column: str, read: Callable[[Row, str], Content]) -> list[Content]:
+    value = row[column]
+    if is_several(value):
+        return [read({column: answer}, column) for answer in value]
+    return [read(row, column)]
+
+
+def sender(turn: Row) -> str:
+    """The role of a message, as the row has it."""
+    return str(turn.get("role") or turn.get("from"))
