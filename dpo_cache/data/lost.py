@@ -40,6 +40,17 @@ FULL_WEIGHT = (1, "1", "1.0", "true", "True")
 TURNS_AFTER = "the turns after its answer are left out"
 
 
+def row_notes(row: Mapping[str, Any], parts: Sequence[str | Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Notes on what a row holds that is not scored.
+
+    `row` is as it was read; `parts` are the prompt and answers that it makes, as text or messages.
+    """
+    messages = [part for part in parts if not isinstance(part, str)]
+    texts = [part for part in parts if isinstance(part, str)]
+    texts += [message["content"] for part in messages for message in part]
+    return [*media_notes(row, texts), *weight_notes(messages[1:])]
+
+
 @lru_cache(maxsize=1024)
 def media_of(name: str) -> str | None:
     """The medium that a column, or a member of a message, holds by its name: image, video, audio or none."""
@@ -88,10 +99,13 @@ def weight_notes(answers: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     ]
 
 
-def without_turns_after(answer: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages of an answer up to the last one from the assistant; all of them if there is none."""
-    ends = [place for place, message in enumerate(answer, 1) if message["role"] == "assistant"]
-    return answer[: ends[-1]] if ends else answer
+def without_turns_after(answers: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """The answers, each up to its last message from the assistant, and a note if that cuts one.
+
+    Answers that are text, or have no message from the assistant, are not cut.
+    """
+    ended = tuple(answer if isinstance(answer, str) else _up_to_assistant(answer) for answer in answers)
+    return ended, () if ended == answers else (TURNS_AFTER,)
 
 
 def is_filled(value: Any) -> bool:
@@ -103,6 +117,11 @@ def is_filled(value: Any) -> bool:
     if isinstance(value, float):
         return not math.isnan(value)
     return value is not None and value is not False and not (isinstance(value, (str, bytes)) and not value)
+
+
+def _up_to_assistant(answer: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    ends = [place for place, message in enumerate(answer, 1) if message["role"] == "assistant"]
+    return answer[: ends[-1]] if ends else answer
 
 
 def _media_in(name: str, value: Any) -> Iterator[str]:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from dpo_cache.data.lost import (
+    TURNS_AFTER,
     differing_media,
     media_notes,
     media_of,
@@ -140,6 +141,6 @@ def test_weights_of_messages_that_are_not_used_are_noted(field: str, value: Any,
 
 def test_turns_after_the_answer_are_cut() -> None:
     both = [assistant("a"), user("b"), assistant("c")]
-    assert without_turns_after([*both, user("d"), {"role": "tool", "content": "e"}]) == both
-    assert without_turns_after(both) == both
-    assert without_turns_after([user("d")]) == [user("d")]
+    cut = without_turns_after(([*both, user("d"), {"role": "tool", "content": "e"}], both))
+    assert cut == ((both, both), (TURNS_AFTER,))
+    assert without_turns_after((both, [user("d")], "a")) == ((both, [user("d")], "a"), ())
