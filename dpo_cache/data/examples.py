@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cache.data import two_sides
+from dpo_cache.data.columns import PROMPTS
 from dpo_cache.data.compared import parse_compared
+from dpo_cache.data.fields import BadRow, describe, is_null
 from dpo_cache.data.lost import without_turns_after
-from dpo_cache.data.messages import BadRow, describe
 from dpo_cache.data.parsed import Answers, Content, Pairs, Parsed, shared_prefix
 from dpo_cache.data.prompt_end import end_prompt
 from dpo_cache.data.ranked import parse_completions, parse_ranked
+from dpo_cache.data.serialized import parse_columns, parse_json
+from dpo_cache.data.tool_calls import ARGUMENTS_AS_TEXT, has_text_arguments, read_tools
 
 __all__ = ["Example", "RowProblem", "parse_row", "shared_prefix"]
 
@@ -50,17 +52,20 @@ def parse_row(row: dict[str, Any], data_format: str, ranked_pairs: str = "all") 
     `ranked_pairs`: pair each of the ranked answers with each lower one (all), or only the best (best).
     """
     try:
+        row, read_as_text = parse_columns(row, is_text=data_format == "text")
         parsed = _parse(row, data_format, ranked_pairs)
         spoken, cut = without_turns_after(parsed.answers)
         prompt, answers, notes = end_prompt(parsed.prompt, spoken, parsed.columns)
-        given = row if parsed.tools is None else {**row, "tools": parsed.tools}
-        options = {} if isinstance(prompt, str) else _template_options(given)
+        options = {} if isinstance(prompt, str) else _template_options(row, parsed.tools)
     except BadRow as problem:
         return RowProblem(str(problem))
+    call_notes = () if isinstance(prompt, str) else _call_notes((prompt, *answers))
     for column, content in (("prompt", prompt), *zip(parsed.columns, answers, strict=True)):
         if not content:
             return RowProblem(f"`{column}` is empty")
-    return Example(prompt, answers, parsed.pairs, options, parsed.notes + cut + notes)
+    return Example(
+        prompt, answers, parsed.pairs, options, parsed.notes + cut + notes + read_as_text + call_notes
+    )
 
 
 def _parse(row: dict[str, Any], data_format: str, ranked_pairs: str) -> Parsed:
@@ -88,15 +93,31 @@ RANKED_PARSERS: dict[str, Callable[[dict[str, Any], str], Parsed]] = {
 }
 
 
-def _template_options(row: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the chat template from the columns `tools` and `chat_template_kwargs`."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
-            raise BadRow("`tools` is not JSON") from error
-    extra = row.get("chat_template_kwargs") or {}
+def _template_options(row: dict[str, Any], tools: Any) -> dict[str, Any]:
+    """Keyword arguments of the chat template: the tools given, or those of the row, and the column
+    `chat_template_kwargs`.
+    """
+    tools = read_tools(_find_tools(row) if tools is None else tools)
+    extra = row.get("chat_template_kwargs")
+    if isinstance(extra, str) and isinstance(parsed := parse_json(extra), dict):
+        extra = parsed
+    extra = {} if is_null(extra) or extra == "" else extra
     if not isinstance(extra, dict):
         raise BadRow(f"`chat_template_kwargs` is {describe(extra)}, expected an object")
     return {**({"tools": tools} if tools else {}), **extra}
+
+
+def _find_tools(row: dict[str, Any]) -> Any:
+    """The column `tools`, or `tools` next to the messages of a prompt that is an object."""
+    if row.get("tools"):
+        return row["tools"]
+    prompts = (row.get(name) for name in PROMPTS)
+    return next((value["tools"] for value in prompts if isinstance(value, dict) and value.get("tools")), None)
+
+
+def _call_notes(contents: Iterable[Content]) -> tuple[str, ...]:
+    messages = (message for content in contents for message in content if isinstance(message, dict))
+    has_text = any(
+        has_text_arguments(message["tool_calls"]) for message in messages if "tool_calls" in message
+    )
+    return (ARGUMENTS_AS_TEXT,) if has_text else ()

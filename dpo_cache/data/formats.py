@@ -33,6 +33,7 @@ column `chat_template_kwargs` (an object).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +51,11 @@ from dpo_cache.data.columns import (
 )
 from dpo_cache.data.compared import has_verdict
 from dpo_cache.data.examples import RANKED_PARSERS, Example, parse_row
+from dpo_cache.data.fields import BadRow
 from dpo_cache.data.prompts import is_several, is_whole_dialogue
 from dpo_cache.data.ranked import is_scored
 from dpo_cache.data.refusals import refusal
+from dpo_cache.data.serialized import parse_columns
 from dpo_cache.errors import DataError
 
 Row = dict[str, Any]
@@ -127,7 +130,9 @@ OPTIONAL: Row = {
 
 def detect_format(columns: Sequence[str], first_row: Row, place: str = "the data") -> str:
     """The format's name. Raises `DataError` naming the columns found and those accepted."""
-    row = {**dict.fromkeys(columns), **first_row}
+    row: Row = {**dict.fromkeys(columns), **first_row}
+    with suppress(BadRow):  # of text that cannot be read, which its row is refused for
+        row, _ = parse_columns(row)
     for name, data_format in FORMATS.items():
         if not data_format.lacks(columns) and data_format.fits(row):
             return name

@@ -1,46 +1,66 @@
-"""Fields of a row as text or messages. `BadRow` names the first field that cannot be used, and why."""
+"""Messages of every kind as chat templates read them: `role` and `content`, with fields of their own.
+
+A message of a row may have `from` and `value` for `role` and `content`, a role under another name, content
+in parts, and tool calls as OpenAI writes them, in text or as an object. `BadRow` names the first field that
+cannot be used, and why.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+from dpo_cache.data.fields import BadRow as BadRow
+from dpo_cache.data.fields import describe as describe
+from dpo_cache.data.fields import is_blank as is_blank
+from dpo_cache.data.fields import is_null
+from dpo_cache.data.fields import read_text as read_text
+from dpo_cache.data.lost import media_of_part
+from dpo_cache.data.roles import FUNCTION_CALL, known_roles, standard_role
+from dpo_cache.data.serialized import CALL_KEYS, CONTENT_KEYS, ROLE_KEYS, find_messages
+from dpo_cache.data.tool_calls import read_call_turn, read_calls
+
 Message = dict[str, Any]
 
-SHAREGPT_ROLES = {
-    "human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system",
-    "function_call": "assistant", "observation": "tool", "tool": "tool",
-}  # fmt: skip
-
-
-class BadRow(Exception):
-    """A row cannot be used; the message completes 'row 7: ...'."""
-
-
-def is_blank(value: Any) -> bool:
-    """Whether a field is missing, or text of nothing but spaces."""
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def describe(value: Any) -> str:
-    """The type of a field, for an error message."""
-    return "missing" if value is None else f"a {type(value).__name__}"
-
-
-def read_text(row: dict[str, Any], name: str) -> str:
-    value = row[name]
-    if not isinstance(value, str):
-        raise BadRow(f"`{name}` is {describe(value)}, expected text")
-    if is_blank(value):
-        raise BadRow(f"`{name}` is empty")
-    return value
+TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
 def read_messages(row: dict[str, Any], name: str) -> list[Message]:
+    """The messages of a column: a list, one message, or an object around a list."""
     value = row[name]
     if not isinstance(value, list):
-        raise BadRow(f"`{name}` is {describe(value)}, expected messages")
-    return [_message(message, name, "role", "content") for message in value]
+        found = find_messages(value)
+        if found is None:
+            raise BadRow(f"`{name}` is {describe(value)}, expected messages")
+        value = found
+    return [read_message(message, name) for message in value]
+
+
+def read_message(message: Any, name: str, role_key: str = "role") -> Message:
+    """The message as chat templates read it. `role_key` is the one that an error names. Raises `BadRow`."""
+    found = next(
+        (key for key in ROLE_KEYS if isinstance(message, dict) and isinstance(message.get(key), str)), None
+    )
+    if found is None:
+        raise BadRow(f"`{name}` has a message without `{role_key}`")
+    role = standard_role(message[found])
+    if role is None:
+        raise BadRow(f"`{name}` has a turn from {message[found]!r}, expected one of {known_roles()}")
+    content_key = next((key for key in CONTENT_KEYS if not is_null(message.get(key))), None)
+    extras = {
+        key: value for key, value in message.items() if key not in (found, content_key) and not is_null(value)
+    }
+    content = message[content_key] if content_key else None
+    if not isinstance(content, str):
+        shown = content_key or ("content" if role_key == "role" else "value")
+        content = _read_content(content, name, shown, {**extras, "role": role})
+    if role == FUNCTION_CALL:
+        calls = read_call_turn(content, name)
+        return {**extras, "role": "assistant", "content": "", "tool_calls": calls}
+    extras = _with_calls(extras, name)
+    if is_blank(content) and role not in ("system", "developer") and not extras.get("tool_calls"):
+        raise BadRow(f"`{name}` has a message whose `{content_key}` is empty")
+    return {**extras, "role": role, "content": content}
 
 
 def read_system(row: dict[str, Any]) -> list[Message]:
@@ -76,84 +96,61 @@ def read_prompt(row: dict[str, Any]) -> list[Message]:
     return [*read_system(row), *messages]
 
 
-def read_answer(row: dict[str, Any], name: str, prompt: list[Message]) -> list[Message]:
-    """The answer's messages, without the prompt where they repeat it."""
-    if isinstance(row[name], str):
-        return [{"role": "assistant", "content": read_text(row, name)}]
-    messages = read_messages(row, name)
-    if [_stripped(message) for message in messages[: len(prompt)]] == [*map(_stripped, prompt)]:
-        messages = messages[len(prompt) :]
-    if messages and messages[0]["role"] in ("user", "system"):
-        raise BadRow(
-            f"`{name}` starts with a message from {messages[0]['role']}, expected the answer, or the "
-            "whole prompt before it"
-        )
-    return messages
-
-
 def read_sharegpt_turn(turn: Any, name: str) -> Message:
-    message = _message(turn, name, "from", "value")
-    if message["role"] not in SHAREGPT_ROLES:
-        raise BadRow(
-            f"`{name}` has a turn from {message['role']!r}, expected one of {', '.join(SHAREGPT_ROLES)}"
-        )
-    role = SHAREGPT_ROLES[message["role"]]
-    if message["role"] == "function_call":
-        return {**message, "role": role, "content": "", "tool_calls": _tool_calls(message["content"], name)}
-    return {**message, "role": role}
+    """The message that a turn with `from` and `value` is."""
+    return read_message(turn, name, "from")
 
 
 def read_sharegpt_answer(row: dict[str, Any], name: str) -> list[Message]:
-    answer = read_sharegpt_turn(row[name], name)
-    if answer["role"] != "assistant":
-        raise BadRow(f"`{name}` is a turn from {row[name]['from']!r}, expected one from gpt or function_call")
-    return [answer]
+    """The answer that is one turn, or a list of turns."""
+    turns = row[name] if isinstance(row[name], list) and row[name] else [row[name]]
+    answer = [read_sharegpt_turn(turn, name) for turn in turns]
+    if answer[0]["role"] != "assistant":
+        sender = next(turns[0][key] for key in ROLE_KEYS if isinstance(turns[0].get(key), str))
+        raise BadRow(f"`{name}` is a turn from {sender!r}, expected one from gpt or function_call")
+    return answer
 
 
-def _message(message: Any, name: str, role_field: str, content_field: str) -> Message:
-    """The message with `role` and `content` in place of its own names, and without fields that are null."""
-    if not isinstance(message, dict) or not isinstance(message.get(role_field), str):
-        raise BadRow(f"`{name}` has a message without `{role_field}`")
-    role, content = message[role_field], message.get(content_field)
-    extras = {
-        key: value
-        for key, value in message.items()
-        if key not in (role_field, content_field) and value is not None
-    }
-    if content is None and extras.get("tool_calls"):
-        content = ""
-    elif not isinstance(content, str):
-        raise BadRow(f"`{name}` has a message whose `{content_field}` is {describe(content)}, expected text")
-    elif is_blank(content) and role != "system" and not extras.get("tool_calls"):
-        raise BadRow(f"`{name}` has a message whose `{content_field}` is empty")
-    return {**extras, "role": role, "content": content}
+def _read_content(content: Any, name: str, key: str, message: Message) -> str:
+    """The text of content that is no string; media are left out, see `lost.media_notes`."""
+    if is_null(content) and any(message.get(calls) for calls in CALL_KEYS):
+        return ""
+    place = f"`{name}` has a message whose `{key}`"
+    if not isinstance(content, (list, dict)):
+        raise BadRow(f"{place} is {describe(None if is_null(content) else content)}, expected text")
+    parts = content if isinstance(content, list) else [content]
+    texts = [_text_of_part(part) for part in parts]
+    unknown = [part for part, text in zip(parts, texts, strict=True) if text is None and not _is_media(part)]
+    if not unknown and (any(text is not None for text in texts) or not parts):
+        return "".join(text for text in texts if text is not None)
+    if not unknown:
+        raise BadRow(f"{place} has no text, and only text is scored")
+    if standard_role(message["role"]) == "tool":
+        return json.dumps(content, ensure_ascii=False)  # a result that is data
+    kind = unknown[0].get("type") if isinstance(unknown[0], dict) else None
+    shown = f"the type {kind!r}" if kind else f"the form {describe(unknown[0]).removeprefix('a ')}"
+    raise BadRow(f"{place} has a part of {shown}, expected text")
 
 
-def _stripped(message: Message) -> Message:
-    """The message without spaces around it, to be compared."""
-    return {**message, "content": message["content"].strip()}
+def _text_of_part(part: Any) -> str | None:
+    """The text of a content part: a string, or an object with `text`, `value` or `content`."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS:
+        return None
+    keys = ("text", "value", "content") if part.get("type") else ("text",)
+    return next((part[key] for key in keys if isinstance(part.get(key), str)), None)
 
 
-def _tool_calls(value: str, name: str) -> list[dict[str, Any]]:
-    """Calls as chat templates read them, from the JSON in a ShareGPT turn; arguments may be JSON in it."""
-    try:
-        found = json.loads(value)
-        calls = [
-            {"name": call["name"], "arguments": _parsed(call["arguments"])}
-            for call in (found if isinstance(found, list) else [found])
-        ]
-    except (ValueError, KeyError, TypeError):
-        calls = []
-    if not calls or not all(
-        call["name"] and isinstance(call["name"], str) and isinstance(call["arguments"], dict)
-        for call in calls
-    ):
-        raise BadRow(
-            f"`{name}` has a turn from 'function_call' that is no JSON object with `name` and "
-            "`arguments`, nor a list of these"
-        )
-    return [{"type": "function", "function": call} for call in calls]
+def _is_media(part: Any) -> bool:
+    return isinstance(part, dict) and media_of_part(part) is not None
 
 
-def _parsed(arguments: Any) -> Any:
-    return json.loads(arguments) if isinstance(arguments, str) else arguments
+def _with_calls(extras: Message, name: str) -> Message:
+    """The fields of a message with its tool calls in one form, as `tool_calls`; none if it has no calls."""
+    found = {key: extras[key] for key in CALL_KEYS if key in extras}
+    if not found:
+        return extras
+    others = {key: value for key, value in extras.items() if key not in CALL_KEYS}
+    calls = next((read_calls(value, name) for value in found.values() if value and value != "null"), [])
+    return {**others, "tool_calls": calls} if calls else others

@@ -13,6 +13,7 @@ import re
 import warnings
 from typing import Any
 
+from dpo_cache.data.columns import DIALOGUES, LISTS, PROMPTS, RANKS, RESPONSES, SCORES, SIDES
 from dpo_cache.data.fields import BadRow
 from dpo_cache.data.roles import FUNCTION_CALL, standard_role
 
@@ -22,9 +23,8 @@ ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value")
 CALL_KEYS = ("tool_calls", "function_call")
 WRAPPERS = ("messages", "conversations", "conversation")
-QUESTIONS = ("prompt", "question", "instruction", "conversations", "messages")
-ANSWERS = ("chosen", "rejected")
-STRUCTURED = ("conversations", "messages", "responses", "completions", "history", "scores", "ranks")
+STRUCTURED = {*DIALOGUES, "conversations", "history", *LISTS, *SCORES, *RANKS}  # columns that are never text
+ANSWERS = {name for pair in (*SIDES, *RESPONSES) for name in pair}
 READ_AS_TEXT = "JSON that looks like messages is read as text"
 
 _MAY_BE_MESSAGES = re.compile(r"""\s*[\[{].*?["'](?:role|from)["']\s*:""", re.DOTALL)
@@ -60,54 +60,59 @@ def find_messages(value: Any) -> list[Any] | None:
     return None
 
 
-def parse_messages(text: str) -> list[Any] | None:
-    """The messages that text holds, or None."""
+def parse_messages(text: str) -> Any:
+    """The messages that text holds, or the object around them; None if it holds none."""
     if not _MAY_BE_MESSAGES.match(text):
         return None
-    return find_messages(parse_json(text))
+    value = parse_json(text)
+    return None if find_messages(value) is None else value
 
 
-def parse_columns(row: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def parse_columns(row: dict[str, Any], *, is_text: bool = False) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The row with messages and lists in place of the text that holds them, and notes on the row.
 
     An answer is messages only if it begins with a turn of the assistant or repeats a text of the question;
-    else it is an answer that happens to be such JSON. Raises `BadRow` for text that begins like messages and
-    cannot be read, where it can be nothing else.
+    else it is an answer that happens to be such JSON. Rows of text (`is_text`) stay text. Raises `BadRow` for
+    text that begins like messages and cannot be read, where it can be nothing else.
     """
-    found = {name: parsed for name, value in row.items() if (parsed := _parsed(name, value)) is not None}
-    question = next((name for name in QUESTIONS if row.get(name) is not None), None)
-    if question is not None:
-        _check_not_broken(question, row[question])
-    if question is None or question in found:
-        for name in ANSWERS:
-            _check_not_broken(name, row.get(name))
-    if not found:
-        return row, ()
-    kept = found
-    if question is not None:
-        texts = _texts(found.get(question, row[question]))
-        kept = {
-            name: value
-            for name, value in found.items()
-            if name in QUESTIONS or not _holds_messages(value) or _is_answer(value, texts)
-        }
-    return type(row)({**row, **kept}), (READ_AS_TEXT,) if len(kept) < len(found) else ()
+    question = next((name for name in PROMPTS if row.get(name) is not None), None)
+    asked = None if question is None else _parsed(row[question], question in STRUCTURED, None)[0]
+    texts = None if question is None else _texts(row[question] if asked is None else asked)
+    found, unused = {}, []
+    for name in row:
+        if name in PROMPTS or name in STRUCTURED or name in ANSWERS:
+            is_prompt = name in PROMPTS
+            value, is_refused = _parsed(row[name], name in STRUCTURED, None if is_prompt else texts)
+            if value is not None:
+                found[name] = value
+            elif not is_text and (name == question or (name in ANSWERS and (asked or not question))):
+                _check_not_broken(name, row[name])
+            if is_refused or (is_text and value is not None and (name == question or not is_prompt)):
+                unused.append(name)
+    notes = (READ_AS_TEXT,) if unused else ()
+    return (type(row)({**row, **found}) if found and not is_text else row), notes
 
 
-def _parsed(name: str, value: Any) -> Any:
-    """The list or messages in a column that holds text or texts; None if it holds none."""
+def _parsed(value: Any, is_structured: bool, texts: set[str] | None) -> tuple[Any, bool]:
+    """The messages or the list in a column that holds text or texts, and whether some stay text.
+
+    None if it holds none. `texts` are those of the question that they answer, or None.
+    """
     if isinstance(value, str):
         if (messages := parse_messages(value)) is not None:
-            return messages
-        listed = parse_json(value) if name in STRUCTURED and value.lstrip()[:1] == "[" else None
+            is_used = texts is None or _is_answer(messages, texts)
+            return (messages, False) if is_used else (None, True)
+        listed = parse_json(value) if is_structured and value.lstrip()[:1] == "[" else None
         if not isinstance(listed, list):
-            return None
-        return _parsed(name, listed) or listed
+            return None, False
+        entries, is_refused = _parsed(listed, False, texts)
+        return entries or listed, is_refused
     if isinstance(value, list) and value and isinstance(value[0], str):
-        entries = [parse_messages(entry) if isinstance(entry, str) else None for entry in value]
-        if any(entry is not None for entry in entries):
-            return [text if entry is None else entry for entry, text in zip(entries, value, strict=True)]
-    return None
+        found = [_parsed(entry, False, texts) for entry in value]
+        is_any = any(entry is not None for entry, _ in found)
+        entries = [text if entry is None else entry for (entry, _), text in zip(found, value, strict=True)]
+        return entries if is_any else None, any(is_refused for _, is_refused in found)
+    return None, False
 
 
 def _is_message(value: Any) -> bool:
@@ -115,13 +120,6 @@ def _is_message(value: Any) -> bool:
         return False
     has_content = any(isinstance(value.get(key), (str, list)) for key in CONTENT_KEYS)
     return has_content or any(value.get(key) for key in CALL_KEYS)
-
-
-def _holds_messages(value: Any) -> bool:
-    """Whether a list has messages or lists of them, and not only texts or numbers."""
-    return any(
-        _is_message(entry) or (isinstance(entry, list) and entry and _is_message(entry[0])) for entry in value
-    )
 
 
 def _texts(question: Any) -> set[str]:
@@ -132,14 +130,12 @@ def _texts(question: Any) -> set[str]:
     return {content.strip() for content in contents if isinstance(content, str)}
 
 
-def _is_answer(messages: list[Any], question_texts: set[str]) -> bool:
-    """Whether messages (or one of several lists of them) can answer a question with these texts."""
-    if isinstance(messages[0], (list, str)):  # ranked answers
-        return any(isinstance(entry, list) and _is_answer(entry, question_texts) for entry in messages)
+def _is_answer(value: Any, question_texts: set[str]) -> bool:
+    """Whether messages can answer a question with these texts."""
+    messages = find_messages(value) or []
     role = next(messages[0][key] for key in ROLE_KEYS if isinstance(messages[0].get(key), str))
-    return standard_role(role) in ("assistant", FUNCTION_CALL) or not question_texts.isdisjoint(
-        _texts(messages)
-    )
+    is_reply = standard_role(role) in ("assistant", FUNCTION_CALL)
+    return is_reply or not question_texts.isdisjoint(_texts(messages))
 
 
 def _is_broken(value: Any) -> bool:

@@ -26,6 +26,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import pyarrow as pa
+from datasets import Dataset
 
 from dpo_cache.data.examples import Example, RowProblem, parse_row
 from dpo_cache.data.fields import is_null
@@ -73,7 +74,12 @@ def parse_arrow_row(
     return replace(example, notes=(*example.notes, *notes))
 
 
-def nested_columns(schema: pa.Schema) -> dict[str, Shape]:
+def nested_columns(rows: object) -> dict[str, Shape]:
+    """The `nested_fields` of a `Dataset`; none for rows that have no Arrow types."""
+    return nested_fields(rows.features.arrow_schema) if isinstance(rows, Dataset) else {}
+
+
+def nested_fields(schema: pa.Schema) -> dict[str, Shape]:
     """The shapes of the columns whose objects may have nulls from Arrow that matter.
 
     Messages whose members are all plain values are not among them.

@@ -245,7 +245,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
         },
         pair(
             [user("Well?")],
-            [{"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}],
+            [calling("look", {})],
             [assistant("No.")],
         ),
     ),
@@ -377,7 +377,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
             "chosen": "Yes.",
             "rejected": [{"role": "assistant", "content": [{"type": "image"}]}],
         },
-        "`rejected` has a message whose `content` is a list, expected text",
+        "`rejected` has a message whose `content` has no text, and only text is scored",
     ),
     "message of spaces": (
         "conversation",
@@ -404,8 +404,9 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "turn of a stranger": (
         "sharegpt",
         {"conversations": [{"from": "critic", "value": "7"}], "chosen": {}, "rejected": {}},
-        "`conversations` has a turn from 'critic', expected one of human, gpt, user, assistant, system, "
-        "function_call, observation, tool",
+        "`conversations` has a turn from 'critic', expected one of user, human, prompter, assistant, gpt, "
+        "bot, model, chatbot, ai, chatgpt, system, tool, function, observation, ipython, tool_response, "
+        "function_response, developer, function_call, tool_call",
     ),
     "turn without value": (
         "sharegpt",
@@ -485,8 +486,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
             "chosen": {},
             "rejected": {},
         },
-        "`conversations` has a turn from 'function_call' that is no JSON object with `name` and "
-        "`arguments`, nor a list of these",
+        "`conversations` has a tool call whose `arguments` are a int, expected an object",
     ),
     "an answer of the user": (
         "sharegpt",

@@ -36,7 +36,8 @@ ASK, YES, NO = [user("Well?")], [assistant("Yes.")], [assistant("No.")]
     ],
 )
 def test_messages_in_text_are_found(value: Any, write: Any) -> None:
-    assert parse_messages(write(value)) == find_messages(value) != []
+    assert parse_messages(write(value)) == value
+    assert find_messages(value)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,28 @@ def test_an_answer_that_is_another_dialogue_stays_text_and_is_noted(prompt: Any)
 def test_an_answer_about_money_stays_text_and_is_noted() -> None:
     row = columns(prompt="Five euros?", chosen={"from": "EUR", "value": "5"}, rejected="No.")
     assert parse_columns(row) == (row, (READ_AS_TEXT,))
+
+
+def test_a_ranked_answer_that_is_another_dialogue_stays_text() -> None:
+    other = json.dumps([user("Hi."), assistant("Hi!")])
+    row = {"prompt": "Write it as JSON.", "responses": [other, json.dumps(YES)], "scores": [2, 1]}
+    assert parse_columns(row) == ({**row, "responses": [other, YES]}, (READ_AS_TEXT,))
+    as_text = {**row, "responses": json.dumps(row["responses"])}
+    assert parse_columns(as_text) == ({**row, "responses": [other, YES]}, (READ_AS_TEXT,))
+
+
+def test_rows_of_text_stay_text_and_are_noted() -> None:
+    row = columns(prompt=ASK, chosen="Yes.", rejected="No.")
+    assert parse_columns(row, is_text=True) == (row, (READ_AS_TEXT,))
+    for plain in ({**row, "prompt": "Well?"}, {**row, "prompt": PRINTED}):
+        assert parse_columns(plain, is_text=True) == (plain, ())
+
+
+@pytest.mark.parametrize("column", ["meta", "id", "score_chosen"])
+def test_other_columns_are_not_read(column: str) -> None:
+    for value in (json.dumps(ASK), PRINTED):
+        row = {"prompt": "Well?", "chosen": "Yes.", "rejected": "No.", column: value}
+        assert parse_columns(row) == (row, ())
 
 
 PRINTED = str(np.array([*ASK, *YES], dtype=object))

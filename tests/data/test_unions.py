@@ -9,7 +9,14 @@ import pytest
 from datasets import Dataset
 
 from dpo_cache.data.examples import Example
-from dpo_cache.data.unions import KEPT, LEFT_OUT, nested_columns, parse_arrow_row, without_union_nulls
+from dpo_cache.data.unions import (
+    KEPT,
+    LEFT_OUT,
+    nested_columns,
+    nested_fields,
+    parse_arrow_row,
+    without_union_nulls,
+)
 from tests.data.conftest import assistant, user
 
 ROW = {"prompt": [user("Well?")], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}
@@ -31,7 +38,7 @@ def through_parquet(rows: list[dict[str, Any]], folder: Path) -> tuple[list[Any]
     table = pa.Table.from_pydict({name: [row.get(name) for row in rows] for name in names})
     pq.write_table(table, folder / "rows.parquet")
     table = pq.read_table(folder / "rows.parquet")
-    shapes = nested_columns(table.schema)
+    shapes = nested_fields(table.schema)
     found = [without_union_nulls(row, shapes) for row in table.to_pylist()]
     return [row for row, _ in found], [notes for _, notes in found]
 
@@ -196,20 +203,20 @@ def test_values_of_the_type_json_keep_their_nulls() -> None:
     tools = [[tool("look", city={"default": None})], [tool("pay", amount={"default": 3})]]
     for kind in (datasets.Json(), datasets.List(datasets.Json())):
         dataset = Dataset.from_dict({"tools": tools}, features=datasets.Features({"tools": kind}))
-        assert nested_columns(dataset.features.arrow_schema) == {}
+        assert nested_columns(dataset) == {}
         assert dataset["tools"][:] == tools
 
 
 def test_rows_of_plain_messages_are_not_searched() -> None:
     rows = [{**ROW, "meta": {"a": 1}, "chosen": [{**assistant("Yes."), "name": "Bo"}]}, ROW]
-    assert nested_columns(pa.Table.from_pylist(rows).schema) == {}
+    assert nested_fields(pa.Table.from_pylist(rows).schema) == {}
 
 
 def test_the_notes_are_those_of_the_example() -> None:
     rows = [{**ROW, "chosen": [call("look", city="Oslo")]}, {**ROW, "chosen": [call("pay", amount=5)]}]
     table = pa.Table.from_pylist(rows)
     for row, original in zip(table.to_pylist(), rows, strict=True):
-        example = parse_arrow_row(row, nested_columns(table.schema), "conversation")
+        example = parse_arrow_row(row, nested_fields(table.schema), "conversation")
         assert isinstance(example, Example)
         assert example.answers[0] == original["chosen"]
         assert LEFT_OUT in example.notes
