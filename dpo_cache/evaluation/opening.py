@@ -10,8 +10,9 @@ import torch
 from dpo_cache.errors import ModelError, NotInCacheError, printable
 from dpo_cache.files.locations import check_revision
 from dpo_cache.lm.device import choose_device, choose_dtype
+from dpo_cache.lm.model.architecture import check_causal
 from dpo_cache.lm.model.identity import identity_as_recorded
-from dpo_cache.lm.model.load import check_causal, load_config
+from dpo_cache.lm.model.load import load_config
 from dpo_cache.log import Log
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.store import Cache, PairSet

@@ -28,6 +28,7 @@ from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.kernels.onednn_linear import use_torch_linear
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.lora_targets import without_unsuited_layers
+from dpo_cache.lm.model.towers import loading_class, make_empty_whole
 from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.planning.live_bytes import LiveBytes
@@ -171,7 +172,11 @@ def build_fake(config: PreTrainedConfig, dtype: torch.dtype, *, lora_r: int | No
     """A fake causal LM of this config in eval mode, to be called under a `FakeTensorMode`; with `lora_r`,
     frozen, with trainable float32 adapters at all linear layers but the head."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        kind = loading_class(config)
+        if kind is None:
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        else:
+            model = make_empty_whole(kind, config, dtype)
         if lora_r is not None:
             _add_adapters(model, lora_r)
     return _off_meta(model).eval()

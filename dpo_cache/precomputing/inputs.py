@@ -17,7 +17,8 @@ from dpo_cache import data
 from dpo_cache.errors import ModelError, OptionError
 from dpo_cache.files.locations import check_revision
 from dpo_cache.lm.model.adapter import locate_checkpoint
-from dpo_cache.lm.model.load import check_causal, load_config
+from dpo_cache.lm.model.architecture import check_causal
+from dpo_cache.lm.model.load import load_config
 from dpo_cache.log import Log
 from dpo_cache.options.precompute import PrecomputeOptions, renamed_columns
 from dpo_cache.precomputing.windows import SplitPlan

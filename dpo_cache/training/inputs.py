@@ -22,7 +22,9 @@ from dpo_cache.lm.model.adapter import (
     is_identity_at_init,
     locate_checkpoint,
 )
+from dpo_cache.lm.model.left_out import LeftOut, find_left_out
 from dpo_cache.lm.model.load import load_base
+from dpo_cache.lm.model.towers import frozen_towers
 from dpo_cache.lm.policy import default_micro_tokens
 from dpo_cache.lm.positions import most_positions
 from dpo_cache.lm.prepare import in_eval_mode, prepared
@@ -84,6 +86,7 @@ class TrainedModel:
     origin: Origin
     adapted: PeftModel | None  # saves, switches off and merges the adapter inside the model
     remarks: tuple[str, ...]  # differences from the model that made the pairs, besides `origin.differing`
+    left_out: LeftOut | None = None  # what else its checkpoint has, which is saved with a whole model
 
     @property
     def base_is_reference(self) -> bool:
@@ -180,10 +183,13 @@ def open_policy(
         model = loaded.place(dtype, device, None if is_adapted else checkpoint)
     else:
         model = _load_model(options, parts, precision, dtype, device, trusted=trusted)
+    is_whole = not is_adapted or options.merge_adapter  # what is saved
+    left_out = find_left_out(model, parts.base, parts.base_revision) if is_whole else None
     adapted = put_adapter(options, model, parts, log) if is_adapted else None
     data.limit_to(model, start.location)
     offloads = options.offload_activations
     with (
+        frozen_towers(model),
         in_eval_mode(model),
         prepared(
             model, trains=True, offloads=offloads, min_speedup=CLEAR_SPEEDUP, is_onednn=is_onednn, log=log
@@ -203,6 +209,7 @@ def open_policy(
             remarks=()
             if is_resumed
             else _find_remarks(options, adapted, parts, has_other_template=saved.has_other_template),
+            left_out=left_out,
         )
 
 

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_cache.errors import ModelError, OptionError
 from dpo_cache.lm.device import check_one_device
 from dpo_cache.lm.model.adapter import CheckpointLocation
-from dpo_cache.lm.model.load import check_causal, load_base, load_config
+from dpo_cache.lm.model.architecture import check_causal
+from dpo_cache.lm.model.load import load_base, load_config
 from dpo_cache.lm.model.loaded import identify_loaded
 from dpo_cache.lm.model.quantization import is_quantized
+from dpo_cache.lm.model.towers import text_filter
 from dpo_cache.options.train import TrainOptions
 
 
@@ -72,7 +74,10 @@ class LoadedPolicy:
         self.model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
         if checkpoint is not None:
             saved = load_base(CheckpointLocation(str(checkpoint), None), dtype=dtype, device=device)
-            self.model.load_state_dict(saved.state_dict())
+            # a checkpoint is loaded without its towers, which were not trained
+            found = self.model.load_state_dict(saved.state_dict(), strict=False)
+            is_for_text = text_filter(self.model)
+            assert not found.unexpected_keys and not any(map(is_for_text, found.missing_keys))
         return self.model
 
 

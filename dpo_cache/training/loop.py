@@ -177,7 +177,7 @@ class _Run:
     def try_step(self) -> TrainReport:
         """Take two whole steps on the longest pairs, to measure their memory; nothing is written."""
         check_output(self.output)
-        check_disk(self.output, self.policy.model, self.options)
+        check_disk(self.output, self.policy, self.options)
         self.setup.log_remarks()
         pairs = longest_pairs(self.data.pairs, self.data.selected, self.options.batch_size)
         for number in (1, 2):  # in the second the optimizer's state exists next to the activations
@@ -201,7 +201,7 @@ class _Run:
         self._check_claim()
         checkpoint = self.setup.checkpoint
         if checkpoint is None:
-            check_disk(self.output, self.policy.model, self.options)
+            check_disk(self.output, self.policy, self.options)
             begin_folder(self.output, self.setup.config())
         else:
             remove_scratch(self.output)

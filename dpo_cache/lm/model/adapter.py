@@ -22,7 +22,7 @@ from transformers.utils import find_adapter_config_file
 
 from dpo_cache.errors import ModelError, OptionError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
-from dpo_cache.lm.model.lora_targets import without_unsuited_layers
+from dpo_cache.lm.model.lora_targets import name_layers_of_text, without_unsuited_layers
 from dpo_cache.lm.model.unchanged import commit_of
 from dpo_cache.log import Log, log_remark
 
@@ -153,6 +153,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int, log: L
                 "See `lora_targets` or `peft_config`."
             ) from error
     _check_names(model, config)
+    name_layers_of_text(adapted)
     return adapted.eval()
 
 

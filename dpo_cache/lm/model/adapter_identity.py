@@ -28,7 +28,7 @@ from dpo_cache.lm.model.code_digest import code_options
 from dpo_cache.lm.model.config_fields import is_dropout, pinned_defaults, plain
 from dpo_cache.lm.model.memo import read_memo, write_memo
 from dpo_cache.lm.model.tensor_digest import float32_digest, tensor_shapes
-from dpo_cache.lm.model.tensor_names import FAILURES, make_empty
+from dpo_cache.lm.model.tensor_names import FAILURES, make_empty_for
 from dpo_cache.lm.model.unchanged import note_files
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ def _find_applied(
     known = read_memo(memo, stamp)
     if known.keys() != {"modules", "applied", "r", "scaling"}:
         try:
-            model = make_empty(base, **code_options(location, base, code is not None))
+            options = code_options(location, base, code is not None)
+            model = make_empty_for(base, weights_file(folder), **options)
             fit_vocabulary(model, folder)
             lines = describe_modules(put_adapter(model, folder, is_empty=True))
         except FAILURES:

@@ -1,4 +1,4 @@
-"""A checkpoint -> a causal LM without missing weights."""
+"""A checkpoint -> a causal LM, or a language model less its towers, without missing weights."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from dpo_cache.errors import ModelError, first_line
-from dpo_cache.lm.model.adapter import CheckpointLocation, locate_checkpoint
+from dpo_cache.lm.model.adapter import WEIGHTS_FILE, CheckpointLocation, locate_checkpoint
 from dpo_cache.lm.model.adapter_weights import (
     fit_vocabulary,
     load_adapter,
     may_resize,
     vocabulary_size,
 )
+from dpo_cache.lm.model.architecture import check_causal, check_one_text_model
 from dpo_cache.lm.model.code_digest import ENTRIES, code_options
 from dpo_cache.lm.model.quantization import (
     check_quantizable,
@@ -30,7 +30,8 @@ from dpo_cache.lm.model.quantization import (
     loading_config,
     prepare_layers,
 )
-from dpo_cache.lm.model.tensor_names import FAILURES, make_empty
+from dpo_cache.lm.model.tensor_names import FAILURES, make_empty_for
+from dpo_cache.lm.model.towers import as_whole, loading_class
 from dpo_cache.lm.model.unchanged import check_unchanged, note_files
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def load_config(
 def _adapted_vocabulary(config: PreTrainedConfig, adapter: str, code: dict[str, Any]) -> int:
     """The number of tokens of the base with the adapter."""
     try:
-        model = make_empty(config, **code)
+        model = make_empty_for(config, Path(adapter, WEIGHTS_FILE), **code)
         fit_vocabulary(model, adapter)
     except FAILURES:  # loading the model raises an error, or needs its weights
         return config.get_text_config().vocab_size
@@ -71,7 +72,7 @@ def _config_of(parts: CheckpointLocation, location: str, trust_remote_code: bool
         config = AutoConfig.from_pretrained(
             parts.base, revision=parts.base_revision, trust_remote_code=trust_remote_code
         )
-        config.get_text_config()  # raises where several models of text are in it
+        check_one_text_model(config, location)
     except (*FAILURES, StrictDataclassError) as error:
         raise ModelError(
             f"{location}: no model can be loaded from it ({first_line(error)}).\n"
@@ -124,22 +125,6 @@ def _is_list_of_texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
 
 
-def check_causal(config: PreTrainedConfig, location: str) -> None:
-    """Raise `ModelError` unless transformers loads a causal LM from such a checkpoint: one saved as a
-    causal LM, or one of images and text, say, of which it loads the part for text.
-    """
-    names = config.architectures or []
-    mapped = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    suffixes: tuple[str, ...] = ("ForCausalLM", "LMHeadModel")
-    if mapped is not None and "text_config" in config.sub_configs:
-        suffixes += ("ForConditionalGeneration",)
-    if names and not any(name.endswith(suffixes) or name == mapped for name in names):
-        raise ModelError(
-            f"{location}: its architecture is {', '.join(names)}, which has no causal LM head.\n"
-            "Give a model whose architecture ends in ForCausalLM or LMHeadModel."
-        )
-
-
 def load_model(
     location: str,
     *,
@@ -151,7 +136,8 @@ def load_model(
     compute_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The causal LM in eval mode on the device, of an adapter its base with the adapter in it. Raises
-    `ModelError`, also where a weight is missing.
+    `ModelError`, also where a weight is missing. A checkpoint with towers is loaded in its own class, without
+    them.
 
     `quantize` 8bit or 4bit holds the linear layers of the decoder in so many bits, frozen; all other weights
     have `dtype`. 4-bit weights are multiplied in `compute_dtype` (default: `dtype`).
@@ -203,11 +189,15 @@ def load_base(
     if quantize != "none" or getattr(config, "quantization_config", None) is not None:
         options |= {"device_map": {"": device}}  # quantized on its final device: such weights are not moved
     try:
+        adapter = Path(parts.adapter, WEIGHTS_FILE) if parts.adapter is not None else None
+        kind = loading_class(config, adapter)
         with _quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
+            source: Any = AutoModelForCausalLM if kind is None else kind
+            loaded: Any = source.from_pretrained(location, output_loading_info=True, **options)
     except (*FAILURES, SafetensorError) as error:
         raise ModelError(f"{location}: no causal LM can be loaded from it ({first_line(error)}).") from error
-    model, report = loaded
+    model: Any = as_whole(loaded[0])
+    report = loaded[1]
     lacking = sorted(report["missing_keys"]) + sorted(str(entry) for entry in report["mismatched_keys"])
     if lacking:
         raise ModelError(

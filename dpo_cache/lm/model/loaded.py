@@ -27,6 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dpo_cache.errors import ModelError, first_line
 from dpo_cache.lm.model.adapter import locate_checkpoint
+from dpo_cache.lm.model.architecture import whole_name
 from dpo_cache.lm.model.checkpoint_files import checkpoint_files
 from dpo_cache.lm.model.class_code import class_code_digest, describe_callable
 from dpo_cache.lm.model.code_digest import is_remote_code
@@ -34,8 +35,8 @@ from dpo_cache.lm.model.config_fields import computing_fields
 from dpo_cache.lm.model.identity import identity_as_recorded, identity_without_weights
 from dpo_cache.lm.model.load import load_config
 from dpo_cache.lm.model.quantization import is_quantized
-from dpo_cache.lm.model.tensor_digest import TensorNames
-from dpo_cache.lm.model.tensor_names import find_tensor_names
+from dpo_cache.lm.model.tensor_digest import TensorNames, tensor_names_in
+from dpo_cache.lm.model.tensor_names import find_tensor_names, names_in_model
 from dpo_cache.lm.model.untouched import check_untouched, configs_of
 
 INERT_ATTRIBUTES = {"training", "gradient_checkpointing", "name_or_path"}
@@ -116,6 +117,8 @@ def _find_difference(
     weights_file = getattr(config, "transformers_weights", None)
     files = checkpoint_files(location, revision=parts.base_revision, weights_file=weights_file)
     names = TensorNames() if code else find_tensor_names(model.config, files)
+    if whole_name(model.config) == type(model).__name__:  # the names are those of its part for text
+        names = names_in_model(model, tensor_names_in(files)) or names
     return _structure_difference(model) or _tensor_difference(model, files, names)
 
 

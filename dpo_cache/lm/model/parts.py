@@ -27,7 +27,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
     """The part of a causal LM that ends in hidden states."""
-    return model._modules[_decoder_name(model)]  # type: ignore[return-value]
+    return model.get_submodule(_decoder_name(model))
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -36,10 +36,7 @@ def head_of(model: PreTrainedModel) -> Head:
     Calls a view of the model that shares its modules, but whose decoder returns the given hidden states.
     """
     decoder = _GivenHidden(decoder_of(model))
-    view = copy.copy(model)
-    view._modules = {**model._modules, _decoder_name(model): decoder}
-    # a `forward` that was set on the model, as accelerate does, would call the model instead of the view
-    view.__dict__.pop("forward", None)
+    view = _view(model, _decoder_name(model).split("."), decoder)
 
     def head(hidden_TD: torch.Tensor) -> torch.Tensor:
         decoder.hidden = hidden_TD[None]
@@ -51,7 +48,18 @@ def head_of(model: PreTrainedModel) -> Head:
     return head
 
 
+def _view(module: Any, path: list[str], decoder: _GivenHidden) -> Any:
+    """A shallow copy of the module with the decoder at the path."""
+    view = copy.copy(module)
+    inner = decoder if len(path) == 1 else _view(module._modules[path[0]], path[1:], decoder)
+    view._modules = {**module._modules, path[0]: inner}
+    # a `forward` that was set on the module, as accelerate does, would call the module instead of the view
+    view.__dict__.pop("forward", None)
+    return view
+
+
 def _decoder_name(model: PreTrainedModel) -> str:
+    """The path of the decoder; a model may have a whole causal LM inside, as Llama 4 does."""
     if model.base_model_prefix in model._modules:
         return model.base_model_prefix
     names = [name for name, module in model.named_children() if isinstance(module, PreTrainedModel)]
@@ -60,7 +68,10 @@ def _decoder_name(model: PreTrainedModel) -> str:
             f"{type(model).__name__} is not built as one decoder and a head; it cannot be used.\n"
             "Give a text-only causal LM."
         )
-    return names[0]
+    inner: Any = model._modules[names[0]]
+    if inner.get_output_embeddings() is None:
+        return names[0]
+    return f"{names[0]}.{_decoder_name(inner)}"
 
 
 class _GivenHidden(torch.nn.Module):

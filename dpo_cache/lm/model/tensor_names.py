@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
+from dpo_cache.lm.model.architecture import CAUSAL, whole_name
 from dpo_cache.lm.model.memo import read_memo, write_memo
 from dpo_cache.lm.model.tensor_digest import TensorNames, tensor_names_in
 
@@ -47,38 +48,65 @@ def find_tensor_names(config: PreTrainedConfig, files: list[Path]) -> TensorName
     found = tensor_names_in(files)
     key = json.dumps([found, config.to_dict(), type(config).__name__], default=str, sort_keys=True)
     stamp = [transformers.__version__, hashlib.sha256(key.encode()).hexdigest()]
-    memo = f"names {files[0].parent.resolve()} {stamp[1]}"
+    memo = f"names of whole {files[0].parent.resolve()} {stamp[1]}"
     known = _parsed(read_memo(memo, stamp))
     if known is None:
         try:
-            known = _ask_model(make_empty(config), found)
+            known = names_in_model(make_empty(config), found)
+            if known is None and whole_name(config) is not None:
+                known = names_in_model(_make_whole(config), found)
         except FAILURES:
             return TensorNames()
+        known = known or TensorNames(unused=frozenset(found))
         write_memo(memo, stamp, _plain(known))
     return known
 
 
 def make_empty(config: PreTrainedConfig, **code: Any) -> PreTrainedModel:
-    """The causal LM of this config without weights, on the meta device.
+    """The causal LM of this config without weights, on the meta device; or a language model less its towers,
+    where transformers has no causal LM for it.
 
     By transformers' code, unless `code` has `trust_remote_code`, and `code_revision` if needed.
     """
     from transformers import AutoModelForCausalLM
 
+    if whole_name(config) is not None and config.model_type not in CAUSAL:
+        return _make_whole(config)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=torch.float32, **{"trust_remote_code": False, **code}
         )
 
 
-def _ask_model(model: PreTrainedModel, found: list[str]) -> TensorNames:
+def make_empty_for(config: PreTrainedConfig, adapter_file: Path, **code: Any) -> PreTrainedModel:
+    """The same for an adapter, in the class that has its modules."""
+    from dpo_cache.lm.model.towers import loading_class, make_empty_whole
+
+    kind = loading_class(config, adapter_file)
+    return make_empty(config, **code) if kind is None else make_empty_whole(kind, config)
+
+
+def _make_whole(config: PreTrainedConfig) -> PreTrainedModel:
+    from dpo_cache.lm.model.towers import loading_class, make_empty_whole
+
+    kind = loading_class(config)
+    assert kind is not None
+    return make_empty_whole(kind, config)
+
+
+def names_in_model(model: PreTrainedModel, found: list[str]) -> TensorNames | None:
+    """The names by a model; None if it is another part of the checkpoint, which has none of its tensors."""
     from transformers.core_model_loading import revert_weight_conversion
+
+    from dpo_cache.lm.model.towers import text_filter
 
     state = model.state_dict()
     saved = revert_weight_conversion(model, dict(state))
     saved_name = {id(tensor): name for name, tensor in saved.items()}
-    loaded_as = _loaded_names(model, state, found)
-    for_text = _names_for_text(model)
+    loaded_as = loaded_names(model, state, found)
+    if not state.keys() & {*loaded_as.values()}:
+        return None
+    for_text = text_filter(model)
     renamed, unused = {}, set()
     for name in found:
         target = loaded_as[name]
@@ -95,7 +123,7 @@ def _ask_model(model: PreTrainedModel, found: list[str]) -> TensorNames:
     return TensorNames(renamed, frozenset(unused), tied)
 
 
-def _loaded_names(model: PreTrainedModel, state: dict[str, torch.Tensor], found: list[str]) -> dict[str, str]:
+def loaded_names(model: PreTrainedModel, state: dict[str, torch.Tensor], found: list[str]) -> dict[str, str]:
     """Name in the files -> name in the model, as `from_pretrained` finds it; not in `state` if not loaded."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -115,20 +143,6 @@ def _loaded_names(model: PreTrainedModel, state: dict[str, torch.Tensor], found:
             renamed, _ = rename_source_key(name, [], [], prefix, state)
         names[name] = renamed
     return names
-
-
-def _names_for_text(model: PreTrainedModel) -> Any:
-    """A function of a tensor's name: whether a row of text can reach it.
-
-    In a model of text and something else, these are the tensors of its language model and its head.
-    """
-    if model.config.get_text_config() is model.config:
-        return lambda _: True
-    ends = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
-    parts = [name for name, module in model.named_modules() if any(module is end for end in ends)]
-    if len(parts) < 2 or "" in parts:
-        return lambda _: True
-    return lambda name: any(name.startswith(f"{part}.") for part in parts)
 
 
 def _plain(names: TensorNames) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A training run's state on disk: `RUN/checkpoints/step-000010/`.
 
-    model files            as `save_pretrained` writes them (safetensors); of an adapter, only its weights
+    model files            as `save_pretrained` writes them (safetensors), with the towers of the checkpoint; of
+                           an adapter, only its weights
     optimizer.safetensors  `<parameter>/<state>` per optimizer state, e.g. `model.norm.weight/exp_avg`
     tokenizer files        so that a resumed run needs only the cache, and an adapter its base
     state.json             see `RunPosition`
@@ -73,6 +74,8 @@ def write_policy(
             with _failed_saves():
                 if policy.adapted is None:
                     policy.model.save_pretrained(scratch)
+                    if policy.left_out is not None:
+                        policy.left_out.add_to(scratch)
                 else:
                     policy.adapted.save_pretrained(str(scratch))
                     (scratch / "README.md").unlink(missing_ok=True)  # peft's own card

@@ -25,8 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from dpo_cache.errors import TrainingError, shown_bytes
 from dpo_cache.files.atomic import refused_writes, remove, write_whole
 from dpo_cache.files.sync import sync
@@ -123,8 +121,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_disk(folder: Path, model: PreTrainedModel, options: TrainOptions) -> None:
+def check_disk(folder: Path, policy: TrainedModel, options: TrainOptions) -> None:
     """Raise `TrainingError` before a training whose result could not be written."""
+    model, towers = policy.model, policy.left_out.num_bytes if policy.left_out else 0
     whole = sum(parameter.nbytes for parameter in model.parameters())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     # A checkpoint is weights and two moments; for a moment there is one more than are kept.
@@ -132,6 +131,7 @@ def check_disk(folder: Path, model: PreTrainedModel, options: TrainOptions) -> N
     # of best/ there are two if the last checkpoint names another policy as the best
     keeps_best = 2 * (options.eval_every is not None)
     needed = trained * (3 * num_checkpoints + keeps_best) + (whole if options.merge_adapter else trained)
+    needed += towers * (1 if options.merge_adapter else 1 + num_checkpoints + keeps_best)
     free = free_bytes(folder)
     if free is not None and needed > free:
         raise TrainingError(

@@ -20,9 +20,10 @@ from transformers import (
 
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.lm.model.adapter import locate_checkpoint
+from dpo_cache.lm.model.architecture import check_causal
 from dpo_cache.lm.model.former_identity import former_identity
 from dpo_cache.lm.model.identity import identity_as_recorded, reference_identity
-from dpo_cache.lm.model.load import check_causal, load_config, load_model
+from dpo_cache.lm.model.load import load_config, load_model
 from dpo_cache.store.format.documents import digest_json
 from tests.conftest import make_completions, make_llama, naive_token_logps
 from tests.lm.families import make_model
@@ -358,7 +359,7 @@ def test_the_id_of_the_padding_token_counts_where_positions_are_counted_from_it(
 
 
 def test_architectures_without_a_causal_head_are_refused() -> None:
-    with pytest.raises(DpoCacheError, match="T5ForConditionalGeneration, which has no causal LM head"):
+    with pytest.raises(DpoCacheError, match="T5ForConditionalGeneration, an encoder-decoder"):
         check_causal(make_llama().config.__class__(architectures=["T5ForConditionalGeneration"]), "here")
     check_causal(PreTrainedConfig(architectures=["GPT2LMHeadModel"]), "here")
 

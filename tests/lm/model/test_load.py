@@ -1,4 +1,4 @@
-"""Which checkpoints are causal LMs, by their config; and configs that transformers refuses."""
+"""Configs that transformers refuses."""
 
 import json
 from pathlib import Path
@@ -10,42 +10,9 @@ import transformers as hf
 
 from dpo_cache.errors import DpoCacheError, ModelError
 from dpo_cache.lm.model.identity import reference_identity
-from dpo_cache.lm.model.load import check_causal, load_config
+from dpo_cache.lm.model.load import load_config
 from tests.conftest import make_llama
 from tests.lm.model.adapters import save_adapter
-
-
-@pytest.mark.parametrize(
-    ("config", "architecture"),
-    [
-        (hf.LlamaConfig, "LlamaForCausalLM"),
-        (hf.GPT2Config, "GPT2LMHeadModel"),
-        (hf.BertGenerationConfig, "BertGenerationDecoder"),
-        (hf.ReformerConfig, "ReformerModelWithLMHead"),
-        (hf.XLMConfig, "XLMWithLMHeadModel"),
-        (hf.Gemma3Config, "Gemma3ForConditionalGeneration"),
-        (hf.Llama4Config, "Llama4ForConditionalGeneration"),  # of which transformers loads the part for text
-    ],
-)
-def test_transformers_loads_a_causal_lm_from_it(config: type[hf.PreTrainedConfig], architecture: str) -> None:
-    check_causal(config(architectures=[architecture]), "here")
-
-
-@pytest.mark.parametrize(
-    ("config", "architecture"),
-    [
-        (hf.LlamaConfig, "LlamaModel"),
-        (hf.BertConfig, "BertForMaskedLM"),
-        (hf.T5Config, "T5ForConditionalGeneration"),
-        (hf.BartConfig, "BartForConditionalGeneration"),  # its decoder by itself would have random weights
-        (hf.LlavaConfig, "LlavaForConditionalGeneration"),
-    ],
-)
-def test_it_has_no_causal_lm_head(config: type[hf.PreTrainedConfig], architecture: str) -> None:
-    with pytest.raises(
-        ModelError, match=f"here: its architecture is {architecture}, which has no causal LM head"
-    ):
-        check_causal(config(architectures=[architecture]), "here")
 
 
 @pytest.mark.parametrize(
