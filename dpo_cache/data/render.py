@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cache.data.encode import encode_continuations, encode_dialogues
 from dpo_cache.data.examples import Example, RowProblem
+from dpo_cache.data.left_out import find_left_out
 from dpo_cache.errors import ModelError, first_line
+
+HAS_BOS = "its prompt begins with the BOS token, so no second one is added"
+
+
+class Encoded(NamedTuple):
+    """Ids of an example's texts: the prompt, then prompt + answer for each answer; and notes on what the
+    tokenizer and its chat template left out.
+    """
+
+    ids: list[list[int]]
+    notes: tuple[str, ...] = ()
 
 
 def encode_examples(
     examples: Sequence[Example | RowProblem], tokenizer: PreTrainedTokenizerBase
-) -> list[list[list[int]] | RowProblem]:
-    """Ids of each example's texts: the prompt, then prompt + answer for each answer.
+) -> list[Encoded | RowProblem]:
+    """The ids of each example, or the problem with it.
 
     Raises `ModelError` for conversations without a chat template, or text without an EOS token.
     """
@@ -35,12 +49,22 @@ def encode_examples(
             f"the tokenizer {tokenizer.name_or_path} has no EOS token to end an answer with.\n"
             "Give another with `tokenizer`."
         )
-    texts = [_plain_texts(example, tokenizer.eos_token) for example in plain]
-    plain_ids, chat_ids = iter(encode_continuations(tokenizer, texts)), iter(_encode_chats(chats, tokenizer))
+    plain_ids = iter(_encode_plain(plain, tokenizer))
+    chat_ids = iter(_encode_chats(chats, tokenizer))
     return [
         example if isinstance(example, RowProblem) else next(plain_ids if example.is_text else chat_ids)
         for example in examples
     ]
+
+
+def _encode_plain(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Encoded]:
+    """Ids of examples that are text. Text that begins with the BOS token already gets no second one."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token
+    for ids in encode_continuations(tokenizer, [_plain_texts(example, eos) for example in examples]):
+        if bos is not None and all(text[:2] == [bos, bos] for text in ids):
+            yield Encoded([text[1:] for text in ids], (HAS_BOS,))
+        else:
+            yield Encoded(ids)
 
 
 def _plain_texts(example: Example, eos: str) -> list[str]:
@@ -51,11 +75,20 @@ def _plain_texts(example: Example, eos: str) -> list[str]:
 
 def _encode_chats(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> list[list[list[int]] | RowProblem]:
+) -> list[Encoded | RowProblem]:
     """Ids of the texts of conversations; the chat template writes the special tokens."""
-    rendered = _render(examples, tokenizer)
+
+    def render(others: Sequence[Example]) -> Sequence[list[str] | RowProblem]:
+        return _render(others, tokenizer)
+
+    rendered = render(examples)
+    notes = find_left_out(examples, rendered, tokenizer, render)
     ids = iter(encode_dialogues(tokenizer, [texts for texts in rendered if isinstance(texts, list)]))
-    return [texts if isinstance(texts, RowProblem) else next(ids) for texts in rendered]
+    encoded = [texts if isinstance(texts, RowProblem) else next(ids) for texts in rendered]
+    return [
+        found if isinstance(found, RowProblem) else Encoded(each, tuple(found))  # type: ignore[arg-type]
+        for each, found in zip(encoded, notes, strict=True)
+    ]
 
 
 def _render(
@@ -64,21 +97,31 @@ def _render(
     """Texts of conversations: rendered in one call, unless an example has template options or calls tools, or
     the call fails.
     """
-    if examples and not any(example.template_options or _called_tools(example) for example in examples):
+    if examples and not any(example.template_options or _arguments(example) for example in examples):
         with suppress(Exception):  # a template is a program and may raise anything; see `_render_one`
             return _render_alike(examples, tokenizer)
     return [_render_one(example, tokenizer) for example in examples]
 
 
 def _render_one(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str] | RowProblem:
+    """Texts of a conversation. Its tool calls have their arguments as objects, or as JSON for a template that
+    fails on objects or writes them as Python does.
+    """
+    rendered = _try_to_render(example, tokenizer)
+    objects = [value for value in _arguments(example) if isinstance(value, dict)]
+    in_python = [str(value) for value in objects if str(value) != to_json(value)]
+    if not objects or not (isinstance(rendered, RowProblem) or _has_any(rendered, in_python)):
+        return rendered
+    as_text = _try_to_render(_with_text_arguments(example), tokenizer)
+    is_written = isinstance(as_text, list) and _has_any(as_text, map(to_json, objects))
+    return as_text if is_written else rendered
+
+
+def _try_to_render(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str] | RowProblem:
     try:
         (rendered,) = _render_alike([example], tokenizer)
     except Exception as error:
         return RowProblem(f"the chat template refuses it ({first_line(error)})")
-    if any(name not in "".join(rendered) for name in _called_tools(example)):
-        return RowProblem(
-            "the chat template leaves its tool calls out; give one that writes them with `chat_template`"
-        )
     return rendered
 
 
@@ -96,8 +139,36 @@ def _render_alike(examples: Sequence[Example], tokenizer: Any) -> list[list[str]
     ]
 
 
-def _called_tools(example: Example) -> set[str]:
-    """Names of the tools that the example's messages call."""
-    messages = [message for content in (example.prompt, *example.answers) for message in content]
+def to_json(value: Any) -> str:
+    """JSON as the filter `tojson` of chat templates writes it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _arguments(example: Example) -> list[Any]:
+    """The arguments of all tool calls of the example."""
+    messages = [message for part in (example.prompt, *example.answers) for message in part]
     calls = [call for message in messages for call in message.get("tool_calls") or ()]  # type: ignore[union-attr]
-    return {str((call.get("function") or call).get("name") or "") for call in calls if isinstance(call, dict)}
+    return [(call.get("function") or call).get("arguments") for call in calls if isinstance(call, dict)]
+
+
+def _with_text_arguments(example: Example) -> Example:
+    """The example with the arguments of its tool calls as JSON."""
+    prompt, *answers = ([*map(_with_text, part)] for part in (example.prompt, *example.answers))
+    return replace(example, prompt=prompt, answers=tuple(answers))
+
+
+def _with_text(message: Any) -> Any:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function") or call
+        arguments = function.get("arguments")
+        text = arguments if isinstance(arguments, str) else to_json(arguments)
+        changed = {**function, "arguments": text}
+        calls.append({**call, "function": changed} if call.get("function") else changed)
+    return {**message, "tool_calls": calls}
+
+
+def _has_any(texts: Sequence[str], parts: Iterable[str]) -> bool:
+    return any(part in text for part in parts for text in texts)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ from datasets import Dataset, Features, IterableDataset, Value, config, load_fro
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
+from dpo_cache.data.equal_answers import explain_equal_ids
 from dpo_cache.data.examples import Example, RowProblem, parse_row, shared_prefix
+from dpo_cache.data.lost import row_notes
 from dpo_cache.data.read import Rows, not_utf8, reading
 from dpo_cache.data.render import encode_examples
 from dpo_cache.data.survey import rows_by_reason
+from dpo_cache.data.template_date import with_template_date
 from dpo_cache.errors import DataError, first_line
 from dpo_cache.tokenizer import tokenizer_digest
 
@@ -52,6 +56,7 @@ def tokenized_windows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     ranked_pairs: str = "all",
+    template_date: date | None = None,
     window_rows: int,
     spool: Path,
     place: str,
@@ -63,7 +68,14 @@ def tokenized_windows(
     `tokenize_rows`.
     """
     if isinstance(rows, Dataset):
-        tokenized = tokenize_rows(rows, data_format, tokenizer, ranked_pairs=ranked_pairs, place=place)
+        tokenized = tokenize_rows(
+            rows,
+            data_format,
+            tokenizer,
+            ranked_pairs=ranked_pairs,
+            template_date=template_date,
+            place=place,
+        )
         for start in range(0, len(tokenized), window_rows):
             yield tokenized.select(range(start, min(start + window_rows, len(tokenized))))
         return
@@ -74,6 +86,7 @@ def tokenized_windows(
             data_format,
             tokenizer,
             ranked_pairs=ranked_pairs,
+            template_date=template_date,
             first_row=number * window_rows,
             place=place,
         )
@@ -87,6 +100,7 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     ranked_pairs: str = "all",
+    template_date: date | None = None,
     first_row: int = 0,
     place: str = "the data",
 ) -> Dataset:
@@ -95,18 +109,20 @@ def tokenize_rows(
     Text is tokenized as prompt and prompt + answer, the answer ending in the EOS token; conversations are
     rendered by the chat template, the prompt with its generation prompt. The answers start where the ids of
     prompt and prompt + answer begin to differ, so no answer token is lost where tokens merge across the
-    boundary; `moved_boundary` marks those rows. Kept in the cache of `datasets`, keyed by data and tokenizer.
+    boundary; `moved_boundary` marks those rows. A template that depends on the day writes `template_date`,
+    by default today. Kept in the cache of `datasets`, keyed by data, tokenizer and that day.
 
     Raises one `DataError` for all rows that cannot be used, and `ModelError` for conversations without a chat
     template, or text without an EOS token.
     """
+    tokenizer = with_template_date(tokenizer, template_date)
     made_from = [dataset._fingerprint, data_format, ranked_pairs, str(first_row)]
     made_from += [tokenizer_digest(tokenizer), str(IDS_VERSION)]
 
     def tokenize_batch(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         examples = [parse_row(row, data_format, ranked_pairs) for row in rows]
-        return _tokenize_examples(examples, [first_row + number for number in numbers], tokenizer)
+        return _tokenize_examples(examples, rows, [first_row + number for number in numbers], tokenizer)
 
     try:
         tokenized = dataset.map(
@@ -150,32 +166,28 @@ def _check_problems(tokenized: Dataset, data_format: str, place: str) -> None:
 
 
 def _tokenize_examples(
-    examples: Sequence[Example | RowProblem], numbers: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[Example | RowProblem],
+    source: Sequence[Any],
+    numbers: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, list[Any]]:
-    """The columns of `FEATURES` for these rows."""
+    """The columns of `FEATURES` for these rows, which were read as `source`."""
     rows: list[tuple[Any, ...]] = []
-    for number, example, ids in zip(numbers, examples, encode_examples(examples, tokenizer), strict=True):
-        if isinstance(ids, RowProblem):
-            rows.append((number, [], [], [], False, None, ids.reason, []))
+    encoded = encode_examples(examples, tokenizer)
+    for number, example, read, found in zip(numbers, examples, source, encoded, strict=True):
+        if isinstance(found, RowProblem):
+            rows.append((number, [], [], [], False, None, found.reason, []))
             continue
         assert isinstance(example, Example)
         if not example.pairs:
             rows.append((number, [], [], [], False, RANKED_ALIKE, None, []))
             continue
-        prompt, *answers = ids
+        prompt, *answers = found.ids
         cut = min(shared_prefix(prompt, answer) for answer in answers)
         ends = [answer[cut:] for answer in answers]
-        rows += [
-            (
-                number,
-                prompt[:cut],
-                ends[chosen],
-                ends[rejected],
-                cut < len(prompt),
-                None,
-                None,
-                list(example.notes),
-            )
-            for chosen, rejected in example.pairs
-        ]
+        notes = [*example.notes, *row_notes(read, [example.prompt, *example.answers]), *found.notes]
+        for pair in example.pairs:
+            chosen, rejected = (ends[place] for place in pair)
+            lost = explain_equal_ids(example, pair, read) if chosen == rejected else None
+            rows.append((number, prompt[:cut], chosen, rejected, cut < len(prompt), lost, None, notes))
     return {name: list(column) for name, column in zip(FEATURES, zip(*rows, strict=True), strict=True)}

@@ -16,7 +16,7 @@ README = (Path(dpo_cache.__file__).parents[1] / "README.md").read_text()
 ROWS = re.findall(r"^\| (.*) \| `(\{.*\})` \|$", README[README.index("| columns | example |") :], re.M)
 
 USER, BEGIN, END = "<|im_start|>user\n2+2?<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n"
-CALL = "<|im_start|>assistant\nadd({'a': 2})<|im_end|>\n<|im_start|>tool\n4<|im_end|>\n"
+CALL = '<|im_start|>assistant\nadd({"a": 2})<|im_end|>\n<|im_start|>tool\n4<|im_end|>\n'
 EXPECTED = {
     "`prompt`, `chosen`, `rejected` as text": ("text", "2+2?", [(" 4.<|im_end|>", " It depends.<|im_end|>")]),
     "the same as messages": ("conversation", USER + BEGIN, [("4." + END, "5." + END)]),
@@ -63,7 +63,7 @@ TEMPLATE = (
     "endif %}{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}{% for call in message['tool_calls'] %}{{ call['function']['name'] }}"
-    "({{ call['function']['arguments'] }}){% endfor %}<|im_end|>\n"
+    "({{ call['function']['arguments'] | tojson }}){% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
