@@ -126,7 +126,7 @@ class _Run:
         )
         self.clock = Clock()
         self.newest: list[ScoredPair] = []  # a pair of the last step
-        self.metrics_file = MetricsFile(self.output / "metrics.jsonl")
+        self.metrics_file = MetricsFile(self.output / "metrics.jsonl", has_steps=True)
         self.samples_file = MetricsFile(self.output / SAMPLES)
         files = (self.metrics_file, self.samples_file)
         self.saver = Saver(setup, self.step, files, self.best, on_checkpoint)

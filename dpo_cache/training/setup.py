@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.errors import OptionError
+from dpo_cache.errors import ModelError, OptionError
 from dpo_cache.lm.device import choose_device
 from dpo_cache.lm.model.adapter import describe
+from dpo_cache.lm.model.architecture import auto_class
+from dpo_cache.lm.model.code_digest import CAUSAL_LM
 from dpo_cache.lm.model.quantization import num_values
 from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.routing import router_coefficient
@@ -32,7 +34,12 @@ from dpo_cache.training.optim.optimizers import make_optimizer
 from dpo_cache.training.optim.schedule import learning_rate
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.optim.updates import Updater
-from dpo_cache.training.output.checkpoint import RunPosition, read_position, restore_optimizer
+from dpo_cache.training.output.checkpoint import (
+    RunPosition,
+    damaged,
+    read_position,
+    restore_optimizer,
+)
 from dpo_cache.training.output.run_folder import check_config, read_config
 from dpo_cache.training.output.run_start import find_start
 from dpo_cache.training.output.trackers import check_trackers
@@ -99,6 +106,9 @@ class Setup:
             "gradient_checkpointing": self.step_memory.mode,
             "linear": policy.linear,
             "router_coefficient": self.objective.router_coefficient,
+            **(
+                {"auto_class": loads_by} if (loads_by := auto_class(policy.model.config)) != CAUSAL_LM else {}
+            ),
         }
 
     def log_remarks(self) -> None:
@@ -141,9 +151,11 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
     total_steps = _count_steps(options, steps_per_epoch)
     _check_resumed(options, checkpoint, resolved_inputs(options, data, total_steps))
     is_onednn = _decided_linear(output if checkpoint else None, is_deterministic=options.deterministic)
-    with open_policy(
-        options, data, device, checkpoint, is_onednn=is_onednn, log=log, loaded=loaded
-    ) as policy:
+    with ExitStack() as stack:
+        with _reading(checkpoint):
+            policy = stack.enter_context(
+                open_policy(options, data, device, checkpoint, is_onednn=is_onednn, log=log, loaded=loaded)
+            )
         found = {"base_weights": policy.origin.base_weights, "precision": policy.precision}
         _check_resumed(options, checkpoint, found)  # before its state is restored
         parameters = list(policy.model.parameters())
@@ -184,6 +196,17 @@ def resolved_inputs(options: TrainOptions, data: TrainingPairs, total_steps: int
         "num_eval_pairs": int(data.eval_selected.sum()),
         "total_steps": total_steps,
     }
+
+
+@contextmanager
+def _reading(checkpoint: Path | None) -> Iterator[None]:
+    """Raise the error of a damaged checkpoint for a `ModelError` about its files."""
+    try:
+        yield
+    except ModelError as error:
+        if checkpoint is None or str(checkpoint) not in str(error):
+            raise
+        raise damaged(checkpoint, error) from error
 
 
 def _check_resumed(options: TrainOptions, checkpoint: Path | None, resolved: dict[str, Any]) -> None:

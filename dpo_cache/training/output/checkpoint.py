@@ -1,7 +1,7 @@
 """A training run's state on disk: `RUN/checkpoints/step-000010/`.
 
-    model files            as `save_pretrained` writes them (safetensors), with the towers of the checkpoint; of
-                           an adapter, only its weights
+    model files            as `save_pretrained` writes them (safetensors), with the base's towers for images;
+                           of an adapter, only its weights
     optimizer.safetensors  `<parameter>/<state>` per optimizer state, e.g. `model.norm.weight/exp_avg`
     tokenizer files        so that a resumed run needs only the cache, and an adapter its base
     state.json             see `RunPosition`
@@ -129,7 +129,11 @@ def restore_optimizer(checkpoint: Path, optimizer: Updater) -> None:
 
 def damaged(path: Path, error: BaseException) -> TrainingError:
     """The error for a file of a run that cannot be read."""
-    return TrainingError(
-        f"{path}: not readable ({first_line(error)}).\n"
-        "The run cannot be resumed: choose another `output` and start it again."
-    )
+    place = next((folder for folder in (path, *path.parents) if folder.parent.name == "checkpoints"), None)
+    others = [other for other in find_checkpoints(place.parents[1]) if other != place] if place else []
+    advice = "The run cannot be resumed: choose another `output` and start it again."
+    if others:
+        advice = f"Remove {place}, and `resume` continues from {others[-1].name}."
+    elif place:
+        advice = f"Remove {place}, and `resume` starts the run again."
+    return TrainingError(f"{path}: not readable ({first_line(error)}).\n{advice}")

@@ -13,17 +13,26 @@ from dpo_cache.files.sync import sync
 from dpo_cache.log import Log
 from dpo_cache.losses.metrics import Metrics
 
+MEASURED = (
+    "loss",
+    "num_pairs",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+)  # numbers in the line of a step and, after `eval/`, of an evaluation
 ADVICE = "Then resume the run with `resume`."  # if the file cannot be written
 
 
 class MetricsFile:
     """One line a step or evaluation, written to disk at once; `samples.jsonl` is such a file, too.
 
-    A line that is torn or damaged is skipped, wherever it is.
+    A line that is torn or damaged is skipped, wherever it is. With `has_steps`, every step has a line, and a
+    line without the metrics of a step or an evaluation is damaged.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, *, has_steps: bool = False):
+        self.path, self._has_steps = path, has_steps
 
     def keep_until(self, step: int, log: Log) -> None:
         """Drop the lines after a step, which a run has written after its checkpoint, and damaged lines.
@@ -34,6 +43,7 @@ class MetricsFile:
         entries = list(self._entries())
         kept = [entry for _, entry in entries if entry and entry["step"] <= step]
         content = _render(kept)
+        self._log_gaps(step, kept, log)
         if not self.path.exists() or self.path.read_bytes() == content.encode():
             return
         later = [number for number, entry in entries if entry and entry["step"] > step]
@@ -81,7 +91,25 @@ class MetricsFile:
             except (ValueError, RecursionError):
                 entry = None
             is_whole = isinstance(entry, dict) and isinstance(entry.get("step"), int)
-            yield number, entry if is_whole else None
+            yield number, entry if is_whole and (not self._has_steps or _is_measured(entry)) else None
+
+    def _log_gaps(self, step: int, kept: Sequence[Metrics], log: Log) -> None:
+        """Log a remark for steps that have no line, if every step should have one."""
+        if not self._has_steps:
+            return
+        absent = sorted({*range(1, step + 1)} - {entry["step"] for entry in kept if "loss" in entry})
+        if absent:
+            log(
+                f"{self.path}: no line of step {shown_rows(absent)}, {len(absent)} of {step} in all; the run "
+                "continues, and tables and plots lack them."
+            )
+
+
+def _is_measured(entry: Mapping[str, Any]) -> bool:
+    return any(
+        all(isinstance(entry.get(prefix + name), int | float) for name in MEASURED)
+        for prefix in ("", "eval/")
+    )
 
 
 def _render(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -249,10 +249,19 @@ def _results(
 
 def _loading(config: Mapping[str, Any]) -> str:
     name = shown_name(config["output"])
+    kind = config["resolved"].get("auto_class", "AutoModelForCausalLM")
+    if _is_adapter(config) and kind != "AutoModelForCausalLM":
+        base = shown_name(str(config["resolved"]["model"]))
+        return (
+            "## Use\n\n```python\nfrom peft import PeftModel\n"
+            f"from transformers import AutoTokenizer, {kind}\n\n"
+            f'model = PeftModel.from_pretrained({kind}.from_pretrained("{base}"), "{name}/model")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}/model")\n```'
+        )
     load = (
         "from peft import AutoPeftModelForCausalLM as Model"
         if _is_adapter(config)
-        else "from transformers import AutoModelForCausalLM as Model"
+        else f"from transformers import {kind} as Model"
     )
     return (
         f"## Use\n\n```python\nfrom transformers import AutoTokenizer\n{load}\n\n"

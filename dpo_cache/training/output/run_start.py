@@ -7,6 +7,7 @@ is that of no run yet. Once model/ is published, the run is finished, and only l
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def find_start(folder: Path, log: Log, *, resume: bool, clears: bool = False) ->
         if resume:
             raise TrainingError(f"{folder}: there is no run to resume.\nRun without `resume` to start one.")
         return None
-    if not present <= RUN_FILES:
+    if not present <= RUN_FILES and not _is_run(folder):
         raise TrainingError(
             f"{folder}: not the folder of a run; it holds {', '.join(sorted(present - RUN_FILES)[:5])}.\n"
             "Choose another `output`."
@@ -83,6 +84,16 @@ def hold_run(folder: Path, log: Log, *, resume: bool, is_dry_run: bool) -> Itera
 def is_begun(folder: Path) -> bool:
     """Whether the folder has a run, which `resume` continues, or starts again if it has no checkpoint."""
     return (folder / "config.json").exists()
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether config.json is that of a run, not of a model, say; users keep other files with it, such as
+    logs.
+    """
+    try:
+        return "resolved" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def clear_finished(folder: Path, log: Log) -> list[str]:
@@ -125,7 +136,8 @@ def check_output(folder: Path) -> None:
 
 def find_checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def _last_checkpoint(folder: Path, log: Log, *, has_best: bool) -> Path | None:

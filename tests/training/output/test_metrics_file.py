@@ -93,3 +93,34 @@ def test_a_disk_that_refuses_to_sync_is_one_clear_error(
         TrainingError, match=r"cannot write .*metrics.jsonl(?s:.*)the quota is used up(?s:.*)`resume`"
     ):
         file.fsync()
+
+
+STEP = {"loss": 0.5, "num_pairs": 4, **{f"rewards/{name}": 0.1 for name in ("chosen", "rejected", "accuracies", "margins")}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"step": 3, "loss": 0.5}', b'{"step": 3, "loss": "low"}', b'{"step": 3, "note": 1}'],
+)
+def test_a_line_without_the_metrics_of_its_step_is_damaged(tmp_path: Path, line: bytes) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", has_steps=True)
+    for number in range(1, 6):
+        file.append({"step": number, **STEP})
+    file.append({"step": 5, **{f"eval/{name}": value for name, value in STEP.items()}})
+    damage(file, 3, line)
+    remarks: list[str] = []
+    file.keep_until(5, remarks.append)
+    assert steps(file) == [1, 2, 4, 5, 5]
+    assert "line 3 not readable" in remarks[1] and "no line of step 3, 1 of 5 in all" in remarks[0]
+
+
+def test_steps_whose_lines_are_gone_are_named(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", has_steps=True)
+    for number in (1, 2, 5, 6):
+        file.append({"step": number, **STEP})
+    remarks: list[str] = []
+    file.keep_until(5, remarks.append)
+    assert steps(file) == [1, 2, 5]
+    assert remarks == [
+        f"{file.path}: no line of step 3, 4, 2 of 5 in all; the run continues, and tables and plots lack them."
+    ]

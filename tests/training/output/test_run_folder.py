@@ -15,13 +15,14 @@ from dpo_cache.files.claim import CLAIM, Claim, claimed
 from dpo_cache.training.gradient_check import GradientCheck
 from dpo_cache.training.output import checkpoint as checkpoint_module
 from dpo_cache.training.output import run_folder
-from dpo_cache.training.output.run_start import clear_finished, find_start, hold_run
+from dpo_cache.training.output.run_start import clear_finished, find_checkpoints, find_start, hold_run
 from tests.conftest import chat_rows, write_rows
 from tests.training.test_evaluations import LEARNING
 from tests.training.test_loop import Killed, comparable, cut_off, train, weights
 
 # the best evaluation is that of step 4, and each before it is better than those before
 BEST = {**LEARNING, "step_zero": "off", "deterministic": True}
+KEPT = {"save_every": 2, "keep": 5, "max_steps": 6}
 
 
 @pytest.fixture(autouse=True)
@@ -489,3 +490,48 @@ def test_disk_space_is_counted_for_both_policies_of_best(
             train(cache, tmp_path / "run", eval_pairs="heldout", **options)
         needed.append(int(str(caught.value).split(" are needed")[0].split()[-1]))
     assert needed[1] == 3 * needed[0]
+
+
+# -- damaged checkpoints, and files of users ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints after its steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    cut_off(cache, folder, 5, **KEPT)
+    assert [path.name for path in find_checkpoints(folder)] == ["step-000002", "step-000004"]
+    return folder
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "model.safetensors", "config.json"])
+def test_a_damaged_checkpoint_can_be_removed_to_resume_from_the_one_before(
+    cache: str, tmp_path: Path, stopped: Path, name: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    last = run / "checkpoints/step-000004"
+    (last / name).write_bytes(b"damaged")
+    with pytest.raises(TrainingError, match=f"Remove {last}, and `resume` continues from step-000002"):
+        train(cache, run, resume=True, **KEPT)
+    shutil.rmtree(last)
+    assert train(cache, run, resume=True, **KEPT).num_steps == 6
+
+
+def test_files_of_users_in_the_folder_of_a_run_do_not_stop_it(
+    cache: str, tmp_path: Path, stopped: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    (run / "train.log").write_text("notes")
+    shutil.copytree(run / "checkpoints/step-000002", run / "checkpoints/step-000003.bak")
+    assert train(cache, run, resume=True, **KEPT).num_steps == 6
+    assert (run / "train.log").read_text() == "notes"
+
+
+def test_a_folder_of_something_else_is_no_run(cache: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "run/notes.txt").write_text("notes")
+    with pytest.raises(TrainingError, match=r"not the folder of a run; it holds notes\.txt"):
+        train(cache, tmp_path / "run", resume=True)
