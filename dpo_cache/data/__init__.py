@@ -1,7 +1,7 @@
 """Rows of any preference data set -> token ids."""
 
 from dpo_cache.data.examples import Example, parse_row
-from dpo_cache.data.formats import RANKED, check_format, detect_format, unused_columns
+from dpo_cache.data.formats import RANKED, check_format, columns_read, detect_format, unused_columns
 from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset, take_rows
 from dpo_cache.data.survey import Survey
 from dpo_cache.data.tokenize import tokenize_rows, tokenized_windows
@@ -17,6 +17,7 @@ __all__ = [
     "Survey",
     "Truncation",
     "check_format",
+    "columns_read",
     "dataset_name",
     "detect_format",
     "first_row",

@@ -33,7 +33,6 @@ column `chat_template_kwargs` (an object).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,15 +46,15 @@ from dpo_cache.data.columns import (
     SCORES,
     SIDES,
     find_first,
+    find_responses,
     find_sides,
 )
-from dpo_cache.data.compared import has_verdict
+from dpo_cache.data.compared import find_verdict, has_verdict
 from dpo_cache.data.examples import RANKED_PARSERS, Example, parse_row
-from dpo_cache.data.fields import BadRow
-from dpo_cache.data.prompts import is_several, is_whole_dialogue
+from dpo_cache.data.prompts import bare_answer, is_several, is_whole_dialogue
 from dpo_cache.data.ranked import is_scored
 from dpo_cache.data.refusals import refusal
-from dpo_cache.data.serialized import parse_columns
+from dpo_cache.data.serialized import with_parsed_columns
 from dpo_cache.errors import DataError
 
 Row = dict[str, Any]
@@ -79,7 +78,7 @@ class Format:
 
 
 def _is_text(row: Row) -> bool:
-    values = (row.get(column) for column in ("prompt", *find_sides(row)))
+    values = (bare_answer(row.get(column)) for column in ("prompt", *find_sides(row)))
     return not any(isinstance(value, (list, dict)) and not is_several(value) for value in values)
 
 
@@ -130,9 +129,7 @@ OPTIONAL: Row = {
 
 def detect_format(columns: Sequence[str], first_row: Row, place: str = "the data") -> str:
     """The format's name. Raises `DataError` naming the columns found and those accepted."""
-    row: Row = {**dict.fromkeys(columns), **first_row}
-    with suppress(BadRow):  # of text that cannot be read, which its row is refused for
-        row, _ = parse_columns(row)
+    row = with_parsed_columns({**dict.fromkeys(columns), **first_row})
     for name, data_format in FORMATS.items():
         if not data_format.lacks(columns) and data_format.fits(row):
             return name
@@ -163,3 +160,15 @@ def unused_columns(data_format: str, columns: Sequence[str], first_row: Row) -> 
         if name in columns
         and parse_row({**row, name: None}, data_format) == parse_row({**row, name: value}, data_format)
     ]
+
+
+def columns_read(data_format: str, columns: Sequence[str]) -> str | None:
+    """What the columns are read as, where their names do not tell it: words after 'the data: '."""
+    names = tuple(columns)
+    if data_format == "compared" and has_verdict(names) and (found := find_responses(names)):
+        verdict = " and ".join(f"`{name}`" for name in find_verdict(names, found).columns)
+        one, other = found.columns
+        return f"the better of `{one}` and `{other}` is chosen, by {verdict}"
+    if SIDES in FORMATS[data_format].columns and (sides := find_sides(names)) != SIDES[0]:
+        return f"`{sides[0]}` is read as chosen, `{sides[1]}` as rejected"
+    return None

@@ -19,10 +19,12 @@ from dpo_cache.data.messages import (
     read_text,
 )
 from dpo_cache.data.parsed import Content, Parsed
+from dpo_cache.data.roles import standard_role
+from dpo_cache.data.serialized import find_messages
 
 Row = dict[str, Any]
 
-OPENING_ROLES = ("user", "human", "prompter", "system", "developer")  # of turns that begin a dialogue
+ANSWER_FIELDS = ("response", "completion", "answer", "text", "generation", "output")  # of an object
 
 
 def find_prompt(row: Row) -> str | None:
@@ -136,9 +138,8 @@ def is_list(value: Any) -> bool:
 
 def is_whole_dialogue(value: Any) -> bool:
     """Whether a column holds messages that begin with a turn that no answer begins with."""
-    messages = value.get("messages") if isinstance(value, dict) else value
-    first = messages[0] if isinstance(messages, list) and messages else None
-    return isinstance(first, dict) and sender(first).lower() in OPENING_ROLES
+    messages = find_messages(value)
+    return messages is not None and standard_role(sender(messages[0])) in ("user", "system", "developer")
 
 
 def is_several(value: Any) -> bool:
@@ -146,8 +147,18 @@ def is_several(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, (str, list)) for item in value)
 
 
+def bare_answer(value: Any) -> Any:
+    """The text of an answer that is an object without a role, such as `{"answer": "4.", "rank": 1}`."""
+    if not isinstance(value, dict) or any(value.get(name) is not None for name in ("role", "from")):
+        return value
+    field = next((name for name in ANSWER_FIELDS if isinstance(value.get(name), str)), None)
+    return value if field is None else value[field]
+
+
 def _read_answers(row: Row, column: str, read: Callable[[Row, str], Content]) -> list[Content]:
     value = row[column]
+    if isinstance(value, dict):
+        return [read({column: bare_answer(value)}, column)]
     if is_several(value):
         return [read({column: answer}, column) for answer in value]
     return [read(row, column)]

@@ -8,20 +8,10 @@ from typing import Any
 from dpo_cache.data.columns import LISTS, RANKS, SCORES, find_first
 from dpo_cache.data.messages import BadRow, describe
 from dpo_cache.data.parsed import Parsed, ranked_pairs
-from dpo_cache.data.prompts import Row, read_prompt_and_answers
+from dpo_cache.data.prompts import ANSWER_FIELDS, Row, read_prompt_and_answers
 
 # Fields of an answer that is an object; the first that each answer of a row has
-ANSWER = (
-    "response",
-    "completion",
-    "answer",
-    "text",
-    "generation",
-    "output",
-    "messages",
-    "message",
-    "content",
-)
+ANSWER = (*ANSWER_FIELDS, "messages", "message", "content")
 RANK = ("rank",)  # the lower the better
 SCORE = (
     "fine-grained_score", "overall_score", "score", "rating", "reward", "pm_score",

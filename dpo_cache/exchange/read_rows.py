@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,18 @@ class ImportedRows:
             place=self.place,
         )
         for number, window in enumerate(tokenized):
-            yield number * WINDOW_ROWS, list(data.make_pairs(window, self.truncation))
+            outcomes = list(data.make_pairs(window, self.truncation))
+            self._check_single(outcomes)
+            yield number * WINDOW_ROWS, outcomes  # type: ignore[misc]
+
+    def _check_single(self, outcomes: Sequence[data.Outcome]) -> None:
+        """Raise `DataError` for a row of several pairs."""
+        several = [one.row for one, other in pairwise(outcomes) if one.row == other.row]
+        if several:
+            raise DataError(
+                f"{self.place}: row {several[0]} has more than two answers, which cannot be imported: "
+                f"{' and '.join(SUMS)} name two answers.\nWrite one row a pair."
+            )
 
 
 def check_columns(columns: Sequence[str], place: str) -> None:

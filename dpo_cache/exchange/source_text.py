@@ -135,6 +135,7 @@ def _text_row(row: dict[str, Any], example: data.Example, pair: tuple[int, int])
     if example.is_text:
         return columns
     handed = {name: row.get(name) or None for name in OPTIONAL}
+    handed["tools"] = handed["tools"] or example.template_options.get("tools")
     if handed["tools"] is not None and not isinstance(handed["tools"], str):
         handed["tools"] = json.dumps(handed["tools"], ensure_ascii=False)
     return {**columns, **handed}

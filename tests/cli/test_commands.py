@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cache.cli import app as app_module
+from dpo_cache.data.refusals import ACCEPTED
 from dpo_cache.losses.table import LOSSES
 from tests import programs
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
@@ -96,12 +97,7 @@ WRONG_DATA = {
         '{"question": "a", "answer": "b"}\n',
         "error: {path}: split train is not preference data: found the columns question, answer; accepted "
         "are\n"
-        "  prompt, chosen, rejected                    (text, or messages with role and content)\n"
-        "  chosen, rejected                            (whole dialogues that share the prompt)\n"
-        "  conversations, chosen, rejected             (ShareGPT: from and value)\n"
-        "  instruction, input, chosen, rejected        (Alpaca)\n"
-        "  system, question, chosen, rejected\n"
-        "  prompt, responses, scores or ranks          (ranked answers)\n"
+        f"{ACCEPTED}\n"
         "Name the columns that correspond with --map, for example --map prompt=question, or rename them.\n",
     ),
     "empty field": (

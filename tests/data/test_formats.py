@@ -4,7 +4,7 @@ import pytest
 
 from dpo_cache.data.examples import Example
 from dpo_cache.data.formats import FORMATS as ALL_FORMATS
-from dpo_cache.data.formats import RANKED, check_format, detect_format, unused_columns
+from dpo_cache.data.formats import RANKED, check_format, columns_read, detect_format, unused_columns
 from dpo_cache.data.refusals import ACCEPTED
 from dpo_cache.errors import DataError
 from dpo_cache.options.exchange import IMPORT_FORMATS
@@ -98,3 +98,85 @@ def test_the_options_name_every_format() -> None:
     assert set(IMPORT_FORMATS) == {"auto", *ALL_FORMATS, "ids"} - {*RANKED}
     assert RANKED == RANKED_FORMATS
     assert {data_format for data_format, _, _ in FORMATS.values()} == set(ALL_FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("data_format", "columns", "read_as"),
+    [
+        ("text", ["prompt", "chosen", "rejected"], None),
+        ("ranked", ["prompt", "responses", "scores"], None),
+        (
+            "question",
+            ["question", "response_j", "response_k"],
+            "`response_j` is read as chosen, `response_k` as rejected",
+        ),
+        (
+            "compared",
+            ["prompt", "response_0", "response_1", "better_response_id", "safer_response_id", "preference"],
+            "the better of `response_0` and `response_1` is chosen, by `preference`",
+        ),
+        (
+            "compared",
+            ["question", "answer_0", "answer_1", "score_0", "score_1"],
+            "the better of `answer_0` and `answer_1` is chosen, by `score_0` and `score_1`",
+        ),
+    ],
+)
+def test_names_that_do_not_tell_what_is_chosen_are_explained(
+    data_format: str, columns: list[str], read_as: str | None
+) -> None:
+    assert detect_format(columns, ROWS_OF_TYPES) == data_format
+    assert columns_read(data_format, columns) == read_as
+
+
+ROWS_OF_TYPES = {"responses": [" a", " b"]}
+
+REFUSED = {
+    "KTO": (
+        {"prompt": "a", "completion": "b", "label": True},
+        "the data is not paired: a row has one answer (`completion`) and a judgement of it (`label`), as for KTO. DPO "
+        "compares two answers to one prompt.\n"
+        "Put two answers into a row, as `chosen` and `rejected`, or more, as lists `responses` and `scores`.",
+    ),
+    "KTO as messages": (
+        {"messages": [user("a"), assistant("b")], "label": False},
+        "the data is not paired: a row has one answer (`messages`) and a judgement of it (`label`), as for KTO. DPO "
+        "compares two answers to one prompt.\n"
+        "Put two answers into a row, as `chosen` and `rejected`, or more, as lists `responses` and `scores`.",
+    ),
+    "two answers without a verdict": (
+        {"prompt": "a", "response_a": "b", "response_b": "c", "label": 1},
+        "the data: no column tells which of `response_a` and `response_b` is better: name one that holds a or b with "
+        "`map`, for example `map` preference=choice.\n"
+        "It has the columns prompt, response_a, response_b, label.",
+    ),
+    "three answers": (
+        {"prompt": "a", "response_0": "b", "response_1": "c", "response_2": "d", "better_response_id": 1},
+        "the data: its answers are in 3 columns (response_0, response_1, response_2), expected two.\n"
+        "Put them into a list `responses`, with a list `scores` or `ranks`.",
+    ),
+    "answers without ranks": (
+        {"question": "a", "answers": ["b", "c"]},
+        "the data: nothing ranks the answers in `answers`, expected a list `scores` or `ranks`, or answers that are "
+        "objects with a score or rank.\n"
+        "It has the columns question, answers. Name one with `map`, for example `map` scores=ratings.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), REFUSED.values(), ids=REFUSED)
+def test_data_that_holds_no_preferences_is_refused_with_its_reason(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        detect_format(list(row), row)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("row", [{"instruction": "a", "input": "", "output": "b"}, {"messages": [user("a")]}])
+def test_rows_of_one_answer_are_no_preference_data(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="the data is not preference data: found the columns"):
+        detect_format(list(row), row)
+
+
+def test_messages_in_text_are_recognised() -> None:
+    row = {"prompt": "a", "chosen": '[{"role": "assistant", "content": "b"}]', "rejected": "c"}
+    assert detect_format(list(row), row) == "conversation"

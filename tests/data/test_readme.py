@@ -1,4 +1,4 @@
-"""Each example in the README's table of formats has the format and the pairs of the table."""
+"""Each example in the tables of formats (README, docs/data.md) has the format and the pairs of the table."""
 
 import json
 import re
@@ -10,10 +10,14 @@ from datasets import Dataset
 
 import dpo_cache
 from dpo_cache.data import detect_format, tokenize_rows
+from dpo_cache.data.formats import FORMATS
 from tests.data.conftest import make_byte_tokenizer
 
 README = (Path(dpo_cache.__file__).parents[1] / "README.md").read_text()
 ROWS = re.findall(r"^\| (.*) \| `(\{.*\})` \|$", README[README.index("| columns | example |") :], re.M)
+
+DATA_PAGE = (Path(dpo_cache.__file__).parents[1] / "docs" / "data.md").read_text()
+PAGE_ROWS = re.findall(r"^\| `(\w+)` \| .* \| `(\{.*\})` \|$", DATA_PAGE, re.M)
 
 USER, BEGIN, END = "<|im_start|>user\n2+2?<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n"
 CALL = '<|im_start|>assistant\nadd({"a": 2})<|im_end|>\n<|im_start|>tool\n4<|im_end|>\n'
@@ -84,3 +88,20 @@ def test_an_example_of_the_readme_is_read_as_it_says(columns: str, example: str)
     assert [
         (tokenizer.decode(made["chosen_ids"]), tokenizer.decode(made["rejected_ids"])) for made in tokenized
     ] == pairs
+
+
+def test_the_page_shows_every_format_in_the_order_in_which_they_are_tried() -> None:
+    assert list(dict.fromkeys(name for name, _ in PAGE_ROWS)) == list(FORMATS)
+    named = re.findall(r"^\| `(\w+)` \|", DATA_PAGE[DATA_PAGE.index("## Public data sets") :], re.M)
+    assert set(named) == set(FORMATS)
+
+
+@pytest.mark.parametrize(("data_format", "example"), PAGE_ROWS, ids=[name for name, _ in PAGE_ROWS])
+def test_an_example_of_the_page_is_the_same_pair_in_each_format(data_format: str, example: str) -> None:
+    row: dict[str, Any] = json.loads(example)
+    assert detect_format(list(row), row) == data_format
+    tokenizer = make_byte_tokenizer()
+    (made,) = tokenize_rows(Dataset.from_list([row]), data_format, tokenizer).to_list()
+    shown = tuple(tokenizer.decode(made[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    text, dialogue = ("2+2?", " 4.<|im_end|>", " 5.<|im_end|>"), (USER + BEGIN, "4." + END, "5." + END)
+    assert shown == (text if "2+2?" == row.get("prompt") and "role" not in example else dialogue)

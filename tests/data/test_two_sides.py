@@ -158,6 +158,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any], Example]] = {
         },
         BRIEF,
     ),
+    "answers as objects (Nectar-Ranked-DPO)": (
+        "text",
+        {
+            "prompt": "Well?",
+            "chosen": {"answer": "Yes.", "model": "m", "rank": 1.0},
+            "rejected": {"answer": "No.", "model": "m", "rank": 7.0},
+        },
+        pair("Well?", "Yes.", "No."),
+    ),
     "stack-exchange-paired": (
         "question",
         {"qid": 7, "question": "Well?", "response_j": "Yes.", "response_k": "No."},

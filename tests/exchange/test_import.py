@@ -448,6 +448,19 @@ def test_wrong_options_are_refused(tmp_path: Path, model_folder: str, data_file:
             }
         ],
     )
+    several = write_rows(
+        tmp_path / "several.jsonl",
+        [
+            {
+                "prompt": "x",
+                "chosen": "a",
+                "rejected": rejected,
+                "ref_chosen_logps": -1.0,
+                "ref_rejected_logps": -1.0,
+            }
+            for rejected in (["b"], ["b", "c"])
+        ],
+    )
     for error, match, path, options in (
         (OptionError, "`tokenizer` \\(or `model`\\) is needed", text, {}),
         (
@@ -457,6 +470,7 @@ def test_wrong_options_are_refused(tmp_path: Path, model_folder: str, data_file:
             {"format": "ids", "tokenizer": model_folder},
         ),
         (DataError, "ranked answers cannot be imported", ranked, {"tokenizer": model_folder}),
+        (DataError, "row 1 has more than two answers", several, {"tokenizer": model_folder}),
         (
             DataError,
             "`format` text needs the columns prompt, chosen",
