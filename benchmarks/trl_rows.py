@@ -1,6 +1,6 @@
 """Token ids that TRL 1.16 makes of rows: `python trl_rows.py FOLDER OUT.json`, where TRL is installed.
 
-FOLDER/cases.json is a list of {"name", "tokenizer": a folder, "rows": a list}. TRL's own `_prepare_dataset` is
+FOLDER/cases.json is a list of {"name", "tokenizer": a folder, "rows": a list}; those of one name are joined. TRL's own `_prepare_dataset` is
 called on a trainer without its `__init__`, and on rows that are plain objects: in a `Dataset`, fields that only
 some messages have would become nulls in all of them. This file imports nothing from dpo-cache.
 """
@@ -43,7 +43,7 @@ def main(folder: Path, out: Path) -> None:
     found: dict[str, Any] = {"date": date.today().isoformat(), "cases": {}}
     for case in json.loads((folder / "cases.json").read_text(encoding="utf-8")):
         tokenizer = AutoTokenizer.from_pretrained(case["tokenizer"])
-        found["cases"][case["name"]] = [prepare(row, tokenizer) for row in case["rows"]]
+        found["cases"].setdefault(case["name"], []).extend(prepare(row, tokenizer) for row in case["rows"])
     out.write_text(json.dumps(found), encoding="utf-8")
 
 
