@@ -88,7 +88,8 @@ def _print_report(report: TrainReport) -> None:
     if pairs := report.resolved["eval_pairs"]:
         place = ("--cache", report.resolved["cache"], "--pairs", pairs)
         print_text(f"  {command_line('eval', *place, '--model', str(report.model))}")
-    print_text(f'  AutoModelForCausalLM.from_pretrained("{report.model}")')
+    kind = report.resolved.get("auto_class", "AutoModelForCausalLM")
+    print_text(f'  {kind}.from_pretrained("{report.model}")')
 
 
 def _print_dry_run(report: TrainReport) -> None:

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from dpo_cache.lm.budget import is_out_of_memory
-from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
+from dpo_cache.lm.forest.attention import FOREST_ATTENTION, set_attention, use_forest_attention
 from dpo_cache.lm.positions import most_positions
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.types import TokenIds
@@ -80,7 +80,7 @@ def ready_to_generate(model: PreTrainedModel, attention: AttentionChoice) -> Ite
     config, has_forest = model.generation_config, model.config._attn_implementation == FOREST_ATTENTION
     if has_forest:
         assert attention.original is not None
-        model.set_attn_implementation(attention.original)
+        set_attention(model, attention.original)
     model.generation_config = GenerationConfig()
     try:
         yield

@@ -16,7 +16,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
+from dpo_cache.lm.forest.attention import FOREST_ATTENTION, set_attention, use_forest_attention
 from dpo_cache.lm.patches import without_patches
 from dpo_cache.types import Completion
 
@@ -69,7 +69,7 @@ def original_attention(model: PreTrainedModel, original: str | None) -> Iterator
     has_forest = model.config._attn_implementation == FOREST_ATTENTION
     if has_forest:
         assert original is not None, "a model that was switched to the forest has an original attention"
-        model.set_attn_implementation(original)
+        set_attention(model, original)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.lm.forest.attention import FOREST_ATTENTION
+from dpo_cache.lm.forest.attention import FOREST_ATTENTION, set_attention
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.kernels.onednn_linear import MIN_SPEEDUP, use_fast_linear
 from dpo_cache.lm.memory.offload import offload_activations
@@ -82,4 +82,4 @@ def prepared(
         else:
             _prepared[model] = before
         if model.config._attn_implementation == FOREST_ATTENTION != original:
-            model.set_attn_implementation(original)
+            set_attention(model, original)

@@ -35,7 +35,7 @@ from dpo_cache.lm.check_logps import (
 from dpo_cache.lm.check_rows import CheckRows, Run, plan_rows
 from dpo_cache.lm.config_limits import TOP_K, Limit, limits_of, rope_limit
 from dpo_cache.lm.device import check_one_device
-from dpo_cache.lm.forest.attention import FOREST_ATTENTION, use_forest_attention
+from dpo_cache.lm.forest.attention import FOREST_ATTENTION, set_attention, use_forest_attention
 from dpo_cache.lm.model.parts import has_plain_head
 from dpo_cache.lm.own_forward import fits_into_memory
 from dpo_cache.lm.patches import is_patched
@@ -209,7 +209,7 @@ def _try_forest(
         return problem
     finally:
         if not is_chosen and model._can_set_attn_implementation():
-            model.set_attn_implementation(check.original)
+            set_attention(model, check.original)
 
 
 def _forest_choice(

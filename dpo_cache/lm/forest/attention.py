@@ -10,6 +10,7 @@ B = 1 rows, H query heads, K key heads, L row length, N queries, P keys, E head 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,22 @@ def use_forest_attention(model: PreTrainedModel) -> bool:
     """Switch the model to forest attention; False where its code does not allow another attention."""
     if not model._can_set_attn_implementation():
         return False
-    model.set_attn_implementation(FOREST_ATTENTION)
+    set_attention(model, FOREST_ATTENTION)
     return model.config._attn_implementation == FOREST_ATTENTION
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """`model.set_attn_implementation(name)` without its warnings on the configs of towers without a tower."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_has_its_model)
+    try:
+        model.set_attn_implementation(name)
+    finally:
+        logger.removeFilter(_has_its_model)
+
+
+def _has_its_model(record: logging.LogRecord) -> bool:
+    return "without finding the associated sub-model" not in record.getMessage()
 
 
 def forest_attention(

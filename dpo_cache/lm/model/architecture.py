@@ -30,6 +30,15 @@ def whole_name(config: PreTrainedConfig) -> str | None:
     return next((name for name in config.architectures or [] if name in known), None)
 
 
+def auto_class(config: PreTrainedConfig) -> str:
+    """The name of transformers' class that loads a model with this config as it was saved."""
+    name = whole_name(config)
+    if name is None:
+        return "AutoModelForCausalLM"
+    is_of_images = WITH_TOWERS[0].get(config.model_type) == name
+    return "AutoModelForImageTextToText" if is_of_images else "AutoModelForMultimodalLM"
+
+
 def check_causal(config: PreTrainedConfig, location: str) -> None:
     """Raise `ModelError` unless it was saved as a causal LM, or as a language model with towers."""
     names = config.architectures or []

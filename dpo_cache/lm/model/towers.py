@@ -29,18 +29,17 @@ def text_filter(model: PreTrainedModel) -> Callable[[str], bool]:
     In a model of text and something else, these are its language model and its head.
     """
     parts = _text_parts(model)
-    return lambda name: not parts or any(f"{name}.".startswith(f"{part}.") for part in parts)
+    return lambda name: not parts or any(_is_in(name, part) for part in parts)
 
 
 def towers_of(model: PreTrainedModel) -> list[str]:
     """The names of the models inside that no row of text reaches."""
     parts, towers = _text_parts(model), list[str]()
     for name, module in model.named_modules() if parts else ():
-        is_beside = not any(
-            f"{part}.".startswith(f"{name}.") or f"{name}.".startswith(f"{part}.") for part in parts
-        )
-        if name and is_beside and isinstance(module, PreTrainedModel):
-            towers += [] if any(name.startswith(f"{one}.") for one in towers) else [name]
+        is_outermost = not any(_is_in(name, one) for one in towers)
+        is_apart = not any(_is_in(part, name) or _is_in(name, part) for part in parts)
+        if is_outermost and is_apart and isinstance(module, PreTrainedModel):
+            towers.append(name)
     return towers
 
 
@@ -94,6 +93,11 @@ def frozen_towers(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def _is_in(name: str, module: str) -> bool:
+    """Whether a tensor or module is a part of a module, or that module; "" is the model."""
+    return not module or f"{name}.".startswith(f"{module}.")
+
+
 def _text_parts(model: PreTrainedModel) -> list[str]:
     """The names of the decoder, the embeddings and the head; none if all of the model is for text."""
     if model.config.get_text_config() is model.config:
@@ -130,6 +134,6 @@ def _has_modules_of(model: Module, tensors: Iterable[str]) -> bool:
     return all(map(is_in_one, tensors))
 
 
-def _with_image_outputs(module: Module, arguments: Any, output: Any) -> None:
+def _with_image_outputs(_: Module, __: Any, output: Any) -> None:
     if isinstance(output, ModelOutput) and not hasattr(output, "image_outputs"):
         output.image_outputs = None  # type: ignore[attr-defined]
