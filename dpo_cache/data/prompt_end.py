@@ -50,6 +50,8 @@ def end_prompt(
     """
     if isinstance(prompt, str):
         return _without_repeated_text(prompt, answers)
+    if prompt and prompt[-1]["role"] != "assistant" and all(map(_is_one_turn, answers)):
+        return prompt, answers, ()  # most rows
     own_system, turns = _split_system(prompt)
     split = [_split_system(answer) for answer in answers]
     system = own_system or _shared_system(split, names, has_prompt=bool(turns))
@@ -148,6 +150,10 @@ def _note_parted(answers: Sequence[Dialogue]) -> Notes:
         f"its dialogues differ before their last turn, so turns from {' and '.join(sorted(roles))} are "
         "scored as parts of its answers",
     )
+
+
+def _is_one_turn(answer: Dialogue) -> bool:
+    return len(answer) == 1 and answer[0]["role"] == "assistant"
 
 
 def _opens(dialogue: Dialogue) -> bool:

@@ -261,6 +261,34 @@ SAME_ROW: dict[str, tuple[str, dict[str, Any]]] = {
             "rejected": turn("gpt", "No."),
         },
     ),
+    "sharegpt, first message and whole dialogues": (
+        "sharegpt",
+        {
+            "conversations": [turn("human", "Hi.")],
+            **{
+                side: [turn("human", "Hi."), turn("gpt", "Hello."), turn("human", "Well?"), turn("gpt", answer)]
+                for side, answer in (("chosen", "Yes."), ("rejected", "No."))
+            },
+        },
+    ),
+    "messages": ("messages", {"messages": [P], **WHOLE}),
+    "openai": (
+        "openai",
+        {"input": {"messages": [P]}, "preferred_output": [A, Q, X], "non_preferred_output": [A, Q, Y]},
+    ),
+    "swift": ("swift", {"messages": [P, A, Q, X], "rejected_messages": [P, A, Q, Y]}),
+    "output": ("output", {"instruction": "Hi.", "output": [[P, A, Q, X], [P, A, Q, Y]]}),
+    "completions": (
+        "completions",
+        {
+            "context": [P],
+            "completions": [{"rank": 1, "completion": [A, Q, Y]}, {"rank": 0, "completion": [A, Q, X]}],
+        },
+    ),
+    "compared": (
+        "compared",
+        {"prompt": "Hi.", "response_a": [P, A, Q, Y], "response_b": [P, A, Q, X], "winner": "b"},
+    ),
     "alpaca": (
         "alpaca",
         {"history": [["Hi.", "Hello."]], "instruction": "Well?", "chosen": "Yes.", "rejected": "No."},
