@@ -93,6 +93,14 @@ def parse_columns(row: dict[str, Any], *, is_text: bool = False) -> tuple[dict[s
     return (type(row)({**row, **found}) if found and not is_text else row), notes
 
 
+def with_parsed_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of `parse_columns`, or the row itself where text cannot be read."""
+    try:
+        return parse_columns(row)[0]
+    except BadRow:
+        return row
+
+
 def _parsed(value: Any, is_structured: bool, texts: set[str] | None) -> tuple[Any, bool]:
     """The messages or the list in a column that holds text or texts, and whether some stay text.
 
