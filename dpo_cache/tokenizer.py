@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_cache.errors import DataError, ModelError, first_line
 
+PROBE = "The  cat's É e\u0301 ﬁ 世界 12345\n\n\tdon't  "
+
 
 def load_tokenizer(
     location: str,
@@ -23,7 +25,10 @@ def load_tokenizer(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, with another chat template (a file's path) if one is given. Raises `ModelError`."""
+    """The tokenizer. `chat_template` is a file with another template, or the name of one of its own.
+
+    Raises `ModelError`, and `DataError` for the template.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code
@@ -38,25 +43,35 @@ def load_tokenizer(
     return tokenizer
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Give the tokenizer the chat template in a file. Raises `DataError`."""
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> None:
+    """Give the tokenizer the chat template in a file, or the one of its own that has this name. Raises
+    `DataError`.
+    """
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if choice in own and not Path(choice).is_file():
+        tokenizer.chat_template = own[choice]
+        return
     try:
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"`chat_template` {path}: not readable ({error}).") from error
+        names = f"\nThe tokenizer's own templates are {', '.join(sorted(own))}." if own else ""
+        raise DataError(f"`chat_template` {choice}: not readable ({error}).{names}") from error
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex sha256 of all that determines the ids: vocabulary, rules, special tokens and template."""
+    """Hex sha256 of all that determines the ids: vocabulary, rules, special tokens and templates."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = str(sorted(tokenizer.get_vocab().items())) if backend is None else _rules_of(backend)
+    rules = _python_rules_of(tokenizer) if backend is None else _rules_of(backend)
     splits = str(getattr(tokenizer, "split_special_tokens", False))
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # the order of its files in a folder has no meaning
+        template = dict(sorted(template.items()))
     parts = [
         type(tokenizer).__name__,
         rules,
         str(tokenizer.special_tokens_map),
         splits,
-        str(tokenizer.chat_template),
+        str(template),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -74,6 +89,15 @@ def without_padding(backend: Tokenizer) -> Iterator[None]:
             backend.enable_padding(**padding)
         if truncation is not None:
             backend.enable_truncation(**truncation)
+
+
+def _python_rules_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The vocabulary and added tokens of a tokenizer in Python, whose rules are code, and what it makes of a
+    text that rules differ in.
+    """
+    added = sorted((number, repr(token)) for number, token in tokenizer.added_tokens_decoder.items())
+    ids = tokenizer(PROBE)["input_ids"]
+    return str([sorted(tokenizer.get_vocab().items()), added, ids])
 
 
 def _rules_of(backend: Tokenizer) -> str:

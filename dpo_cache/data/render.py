@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -44,6 +45,12 @@ def encode_examples(
             "template.\n"
             "Give one with `chat_template` FILE (Jinja), or a tokenizer that has one with `tokenizer`."
         )
+    if any(map(partial(_has_no_template, tokenizer), chats)):
+        raise ModelError(
+            f"the tokenizer {tokenizer.name_or_path} has the chat templates "
+            f"{', '.join(sorted(tokenizer.chat_template))}, and none of them is the default.\n"
+            "Choose one with `chat_template` NAME."
+        )
     if plain and tokenizer.eos_token is None:
         raise ModelError(
             f"the tokenizer {tokenizer.name_or_path} has no EOS token to end an answer with.\n"
@@ -55,6 +62,16 @@ def encode_examples(
         example if isinstance(example, RowProblem) else next(plain_ids if example.is_text else chat_ids)
         for example in examples
     ]
+
+
+def _has_no_template(tokenizer: PreTrainedTokenizerBase, example: Example) -> bool:
+    """Whether the tokenizer has named templates, and none for this example: `tool_use` is for rows with
+    tools, `default` for all others.
+    """
+    names, options = tokenizer.chat_template, example.template_options
+    if not isinstance(names, dict) or "default" in names or "chat_template" in options:
+        return False
+    return not ("tools" in options and "tool_use" in names)
 
 
 def _encode_plain(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Encoded]:

@@ -16,6 +16,7 @@ from dpo_cache.files.locations import (
     check_peft_config,
     check_revision,
     check_tokenizer,
+    is_path,
 )
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.exchange import ExportOptions, ImportOptions
@@ -58,8 +59,8 @@ def check_train(options: TrainOptions) -> None:
             check_model(options.model)
         else:
             default_start(cache.read_reference(pairs.reference_id))
-        if options.chat_template not in TEMPLATES and not Path(options.chat_template).is_file():
-            raise DataError(f"`chat_template` {options.chat_template}: not readable (no such file).")
+        if options.chat_template not in TEMPLATES:
+            _check_template(options.chat_template)
     if options.peft_config and not options.resume:
         check_peft_config(options.peft_config)
 
@@ -114,5 +115,13 @@ def _check_new(cache: Cache) -> None:
 def _check_tokenizer(tokenizer: str | None, chat_template: str | None) -> None:
     if tokenizer:
         check_tokenizer(tokenizer)
-    if chat_template and not Path(chat_template).is_file():
-        raise DataError(f"`chat_template` {chat_template}: not readable (no such file).")
+    if chat_template:
+        _check_template(chat_template)
+
+
+def _check_template(choice: str) -> None:
+    """Raise `DataError` for a path without a file. A word may be the name of one of the tokenizer's own
+    templates, which are known when the tokenizer is loaded.
+    """
+    if not Path(choice).is_file() and (is_path(choice) or Path(choice).suffix):
+        raise DataError(f"`chat_template` {choice}: not readable (no such file).")

@@ -124,7 +124,7 @@ WRONG = {
     ),
     "import place": (["import", "/proc/none", "{root}/data.jsonl", "--reference", "peer"], 1, "cannot write /proc/none"),
     "precompute tokenizer": ([*PRECOMPUTE, "--tokenizer", "./none"], 1, "./none: no tokenizer can be loaded"),
-    "precompute template": ([*PRECOMPUTE, "--chat-template", "none"], 1, "--chat-template none: not readable"),
+    "precompute template": ([*PRECOMPUTE, "--chat-template", "no.jinja"], 1, "--chat-template no.jinja: not readable"),
     "train option": ([*TRAIN, "--beta", "0"], 2, "--beta 0.0: expected a number above 0."),
     "train no cache": (["train", "{root}/none", "--output", "{root}/run"], 1, NO_CACHE),
     "train not a cache": (["train", "{root}/notes", "--output", "{root}/run"], 1, "{root}/notes: no dpo-cache here"),

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_cache.data import tokenize_rows
 from dpo_cache.data.examples import Example, RowProblem
 from dpo_cache.data.render import HAS_BOS, Encoded, encode_examples
+from dpo_cache.errors import ModelError
 from tests.data.conftest import CHATML, assistant, make_byte_tokenizer, message, pair, user
 
 # Thoughts as Qwen 3 renders them: those of earlier turns are cut, those of the answer are written in `<think>`.
@@ -368,3 +369,40 @@ def test_answers_that_differ_only_in_what_is_lost_are_reported_as_that(
 ) -> None:
     row = {"prompt": [user("Is it?")], "chosen": chosen, "rejected": rejected}
     assert drop_reason(template, row) == reason
+
+
+# -- several named templates -----------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "look"}}]
+
+
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [({}, "default"), ({"tools": TOOLS}, "tool_use"), ({"chat_template": "rag"}, "rag")],
+    ids=["default", "tools", "named"],
+)
+def test_the_template_of_a_row_is_chosen_by_its_tools_or_its_name(
+    options: dict[str, Any], written: str
+) -> None:
+    tokenizer = make_byte_tokenizer()
+    names = ("default", "tool_use", "rag")
+    tokenizer.chat_template = {name: f"{name}{{{{ tools | tojson }}}}" + CHATML for name in names}
+    example = Example([user("a")], ([assistant("b")], [assistant("c")]), template_options=options)
+    (encoded,) = encode_examples([example], tokenizer)
+    assert isinstance(encoded, Encoded)
+    assert [tokenizer.decode(ids).startswith(written) for ids in encoded.ids] == [True] * 3
+
+
+def test_templates_without_a_default_are_named() -> None:
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = {"tool_use": "{{ tools | tojson }}" + CHATML, "rag": CHATML}
+    example = Example([user("a")], ([assistant("b")], [assistant("c")]))
+    with_tools = Example(example.prompt, example.answers, template_options={"tools": TOOLS})
+    (encoded,) = encode_examples([with_tools], tokenizer)
+    assert isinstance(encoded, Encoded)
+    with pytest.raises(ModelError) as caught:
+        encode_examples([with_tools, example], tokenizer)
+    assert str(caught.value) == (
+        f"the tokenizer {tokenizer.name_or_path} has the chat templates rag, tool_use, and none of them is the "
+        "default.\nChoose one with `chat_template` NAME."
+    )

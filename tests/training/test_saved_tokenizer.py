@@ -8,14 +8,14 @@ import pytest
 from dpo_cache.errors import ModelError
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store.own_documents import note_own
-from dpo_cache.tokenizer import tokenizer_digest
+from dpo_cache.tokenizer import load_tokenizer, tokenizer_digest
 from dpo_cache.training.saved_tokenizer import choose_tokenizer
 from tests.conftest import make_tokenizer
 
 OWN, OTHER = "{{ messages }}own", "{{ messages }}other"
 
 
-def save(folder: Path, template: str | None = OWN, **more: Any) -> str:
+def save(folder: Path, template: str | dict[str, str] | None = OWN, **more: Any) -> str:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     if more:
@@ -24,7 +24,9 @@ def save(folder: Path, template: str | None = OWN, **more: Any) -> str:
     return str(folder)
 
 
-def made_with(location: str | None, template: str | None, digest: str | None = None) -> dict[str, Any]:
+def made_with(
+    location: str | None, template: str | dict[str, str] | None, digest: str | None = None
+) -> dict[str, Any]:
     tokenization = {"tokenizer": location, "chat_template": template, "tokenizer_sha256": digest}
     return {"name": location, "tokenization": tokenization}
 
@@ -98,3 +100,18 @@ def test_no_tokenizer_at_all_is_an_error(tmp_path: Path) -> None:
         ModelError, match="no tokenizer in .*gone or .*empty; the trained model would be saved w"
     ):
         choose(made_with(str(tmp_path / "gone"), None), str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    "templates",
+    [{"default": OWN, "tool_use": OTHER}, {"rag": OWN, "tool_use": OTHER}],
+    ids=["with a default", "without"],
+)
+def test_named_templates_are_saved_by_their_names(tmp_path: Path, templates: dict[str, str]) -> None:
+    model = save(tmp_path / "m", templates)
+    saved, remarks = choose(made_with(model, templates), model)
+    assert (saved.tokenizer.chat_template, saved.has_other_template, remarks) == (templates, False, [])
+    saved.tokenizer.save_pretrained(tmp_path / "out")
+    assert load_tokenizer(str(tmp_path / "out")).chat_template == templates
+    saved, _ = choose(made_with(model, templates), model, chat_template="tool_use")
+    assert saved.tokenizer.chat_template == OTHER
