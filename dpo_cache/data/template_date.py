@@ -8,7 +8,9 @@ template's own text, takes its place. Jinja has no `strftime`, so the macro repl
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from datetime import date, datetime, time
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -36,6 +38,21 @@ def with_template_date(tokenizer: PreTrainedTokenizerBase, day: date | None) -> 
         {name: head + text for name, text in template.items()} if is_named else head + template
     )
     return dated
+
+
+def template_date_of(manifest: Mapping[str, Any]) -> date | None:
+    """The day that a pair set's chat template wrote, from its manifest; None if it did not write the day.
+
+    Manifests made before days were recorded have the day on which they were made.
+    """
+    made_with = manifest.get("tokenization") or {}
+    written = made_with.get("template_date")
+    if written is None and CLOCK in str(made_with.get("chat_template")):
+        written = str(manifest.get("source", {}).get("created"))[: len("2026-11-28")]
+    try:
+        return date.fromisoformat(written) if written else None
+    except (TypeError, ValueError):
+        return None
 
 
 def _clock_macro(day: date) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 
 import numpy as np
 from datasets import Dataset
@@ -53,6 +54,7 @@ class SplitPlan:
     survey: data.Survey
     windows: list[Window] = field(default_factory=list)
     digest: PairsDigest = field(default_factory=PairsDigest)
+    template_date: date | None = None  # the day that the chat template writes, if it writes one
     pairs_seen: KeyTable = field(default_factory=KeyTable)  # numbers of both completions -> pairs before
 
 

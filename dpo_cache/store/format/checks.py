@@ -32,7 +32,11 @@ DETAILS: dict[str, dict[str, Any]] = {  # members of a manifest, and the types o
     "tokenization": {"tokenizer": TEXT_OR_NONE, "max_length": int, "truncation": str},
 }
 OPTIONAL_DETAILS: dict[str, dict[str, Any]] = {
-    "tokenization": {"chat_template": (*TEXT_OR_NONE, dict), "tokenizer_sha256": TEXT_OR_NONE},
+    "tokenization": {
+        "chat_template": (*TEXT_OR_NONE, dict),
+        "tokenizer_sha256": TEXT_OR_NONE,
+        "template_date": str,
+    },
 }
 LONGEST = 2**31  # tokens of a row, which no manifest may promise
 DTYPES = ("float32", "float16", "bfloat16")  # of a reference that was scored here
