@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 # One user turn, in a prompt that the chat template renders
-QUESTIONS = ("question", "query", "user_input", "input")
+QUESTIONS = ("question", "query", "problem", "user_prompt", "user_input", "input")
 # Messages to answer; `context` only where it holds messages
 DIALOGUES = ("messages", "prompt_messages", "context")
 PROMPTS = ("conversations", "prompt", *DIALOGUES, "instruction", *QUESTIONS, "history")
@@ -44,6 +44,9 @@ SIDES = (
     ("output", "rejected_output"),
 )
 
+# Dialogues that end with the chosen answer
+ANSWERED = ("messages", "conversations", "conversation")
+
 # Several answers in one column
 LISTS = (
     "responses", "completions", "generations", "answers", "candidates", "outputs", "samples",
@@ -53,7 +56,10 @@ SCORES = ("scores", "ratings", "rewards")  # the higher the better
 RANKS = ("ranks",)  # the lower the better
 
 # Two answers, neither named the better one: their numbers or letters
-STEMS = ("response", "output", "answer", "completion", "generation", "conversation", "conv", "human_ref")
+STEMS = (
+    "response", "output", "answer", "completion", "generation", "candidate", "summary", "reply",
+    "conversation", "conv", "human_ref",
+)  # fmt: skip
 NUMBERS = (("a", "b"), ("0", "1"), ("1", "2"), ("A", "B"))
 RESPONSES = tuple(
     (f"{stem}{separator}{one}", f"{stem}{separator}{other}")

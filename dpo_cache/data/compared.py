@@ -15,8 +15,10 @@ from dpo_cache.data.two_sides import dialogues
 # Columns whose value is the number, the letter or the model of the better answer. Where a row has several,
 # `preference` counts, so that `map` can choose one.
 NAMED = (
-    "preference", "better_response_id", "safer_response_id", "winner", "preferred", "preferred_response",
-    "preferred_response_id", "better", "better_response", "choice", "chosen",
+    "preference", "better_response_id", "safer_response_id", "preferred_response_id", "chosen_response_id",
+    "best_response_id", "preferred_id", "better_id", "winner_id", "chosen_id", "winner", "preferred",
+    "better", "preferred_response", "better_response", "best_response", "preferred_answer", "better_answer",
+    "choice", "chosen",
 )  # fmt: skip
 SIGNED = ("overall_preference", "preference_strength")  # HelpSteer 2 and 3: below zero, the first is better
 SCORES = ("score_{number}", "rating_{number}", "{column}_score", "{column}_rating", "{column}_reward")

@@ -8,11 +8,12 @@
                    repeated; system: optional
     alpaca         instruction, input (may be missing or empty); chosen, rejected; system, history: optional
     openai         input: {"messages": ..., "tools": ...}; preferred_output, non_preferred_output: messages
-    question       question (or query, user_input, input); chosen, rejected; system, history: optional
+    question       question (or query, problem, user_prompt, user_input, input); chosen, rejected; system,
+                   history: optional
     messages       messages (or prompt_messages, context), to be answered; chosen, rejected; system: optional
     implicit       chosen, rejected: whole dialogues, as messages or text; the prompt is what they share
-    swift          messages, of which the last is the chosen answer; rejected_response: string, or
-                   rejected_messages: the other dialogue; system: optional
+    swift          messages (or conversations), of which the last is the chosen answer; rejected_response:
+                   string, or rejected_messages: the other dialogue; system: optional
     output         a prompt; output: a list of two, the chosen answer and the rejected one
     completions    a prompt; completions: a list of objects, each with an answer and its rank (the lower the
                    better) or score (the higher the better)
@@ -21,9 +22,9 @@
                    one in a column such as preference, better_response_id, winner
 
 Formats are tried in this order; `columns.py` lists other names of their columns. "A prompt" is the first of
-conversations, prompt, messages, prompt_messages, context, instruction (with input), question, query,
-user_input, input, history. An answer is a string or messages. `chosen` and `rejected` may be lists of several
-answers; then each chosen answer makes a pair with each rejected one.
+conversations, prompt, messages, prompt_messages, context, instruction (with input), question, query, problem,
+user_prompt, user_input, input, history. An answer is a string or messages. `chosen` and
+`rejected` may be lists of several answers; then each chosen answer makes a pair with each rejected one.
 
 Messages are `{"role": ..., "content": ...}`. A prompt in `prompt` and answers that are all strings are text.
 All other rows are rendered by the chat template, which also gets a column `tools` (a list, or JSON) and a
@@ -37,6 +38,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_cache.data.columns import (
+    ANSWERED,
     DIALOGUES,
     LISTS,
     PROMPTS,
@@ -62,6 +64,7 @@ Names = tuple[str, ...]  # columns that belong together
 
 PROMPT, SWIFT = tuple((name,) for name in PROMPTS), (("rejected_response",), ("rejected_messages",))
 QUESTION, DIALOGUE, LIST = (tuple((name,) for name in names) for names in (QUESTIONS, DIALOGUES, LISTS))
+DIALOGUE_ANSWERED = tuple((name,) for name in ANSWERED)
 RANKING = tuple((name,) for name in (*SCORES, *RANKS))
 
 
@@ -89,7 +92,7 @@ def _has_messages_to_answer(row: Row) -> bool:
 
 
 def _is_answered(row: Row) -> bool:
-    return "chosen_response" not in row and isinstance(row.get("messages"), (list, dict))
+    return isinstance(row.get(find_first(row, ANSWERED) or ""), (list, dict))
 
 
 def _first_list(row: Row) -> Any:
@@ -108,7 +111,7 @@ FORMATS = {
     "question": Format((QUESTION, SIDES)),
     "messages": Format((DIALOGUE, SIDES), _has_messages_to_answer),
     "implicit": Format((SIDES,)),
-    "swift": Format(((("messages",),), SWIFT), _is_answered),
+    "swift": Format((DIALOGUE_ANSWERED, SWIFT), _is_answered),
     "output": Format((PROMPT, (("output",),)), lambda row: isinstance(row.get("output"), list)),
     "completions": Format((LIST,), lambda row: is_scored(_first_list(row))),
     "ranked": Format((PROMPT, LIST, RANKING), lambda row: isinstance(_first_list(row), list)),
@@ -162,9 +165,17 @@ def unused_columns(data_format: str, columns: Sequence[str], first_row: Row) -> 
     ]
 
 
-def columns_read(data_format: str, columns: Sequence[str]) -> str | None:
+def columns_read(data_format: str, columns: Sequence[str], first_row: Row) -> str | None:
     """What the columns are read as, where their names do not tell it: words after 'the data: '."""
     names = tuple(columns)
+    others = [
+        name for name in names if name not in find_sides(names) and isinstance(first_row.get(name), str)
+    ]
+    if data_format == "implicit" and others and isinstance(first_row.get(find_sides(names)[0]), str):
+        return (
+            f"the prompt is the text that the answers share. If it is in {' or '.join(others)}, name it with "
+            f"`map`, for example `map` prompt={others[0]}"
+        )
     if data_format == "compared" and has_verdict(names) and (found := find_responses(names)):
         verdict = " and ".join(f"`{name}`" for name in find_verdict(names, found).columns)
         one, other = found.columns

@@ -24,7 +24,8 @@ from dpo_cache.data.serialized import find_messages
 
 Row = dict[str, Any]
 
-ANSWER_FIELDS = ("response", "completion", "answer", "text", "generation", "output")  # of an object
+# of an answer that is an object
+ANSWER_FIELDS = ("response", "completion", "answer", "text", "generation", "output", "content")
 
 
 def find_prompt(row: Row) -> str | None:
@@ -124,7 +125,8 @@ def with_sides(
 ) -> Parsed:
     """The chosen answer and the rejected one, or each pair of several of them."""
     columns = columns or find_sides(row)
-    chosen, rejected = (_read_answers(row, column, read) for column in columns)
+    is_bare = any(isinstance(row[column], dict) for column in columns)  # so a list holds several answers
+    chosen, rejected = (_read_answers(row, column, read, is_bare) for column in columns)
     if len(chosen) == len(rejected) == 1:
         return Parsed(prompt, (chosen[0], rejected[0]), columns)
     pairs = tuple((one, len(chosen) + other) for one in range(len(chosen)) for other in range(len(rejected)))
@@ -155,8 +157,10 @@ def bare_answer(value: Any) -> Any:
     return value if field is None else value[field]
 
 
-def _read_answers(row: Row, column: str, read: Callable[[Row, str], Content]) -> list[Content]:
+def _read_answers(row: Row, column: str, read: Callable[[Row, str], Content], is_bare: bool) -> list[Content]:
     value = row[column]
+    if is_bare and isinstance(value, list) and len(value) > 1 and all(map(_is_reply, value)):
+        return [read({column: bare_answer(answer)}, column) for answer in value]
     if isinstance(value, dict):
         return [read({column: bare_answer(value)}, column)]
     if is_several(value):
@@ -167,3 +171,10 @@ def _read_answers(row: Row, column: str, read: Callable[[Row, str], Content]) ->
 def sender(turn: Row) -> str:
     """The role of a message, as the row has it."""
     return str(turn.get("role") or turn.get("from"))
+
+
+def _is_reply(value: Any) -> bool:
+    """Whether it is an answer that is an object: a message from the assistant, or text in an object."""
+    if not isinstance(value, dict):
+        return False
+    return isinstance(bare_answer(value), str) or standard_role(sender(value)) == "assistant"

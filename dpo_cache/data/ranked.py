@@ -11,13 +11,14 @@ from dpo_cache.data.parsed import Parsed, ranked_pairs
 from dpo_cache.data.prompts import ANSWER_FIELDS, Row, read_prompt_and_answers
 
 # Fields of an answer that is an object; the first that each answer of a row has
-ANSWER = (*ANSWER_FIELDS, "messages", "message", "content")
+ANSWER = (*ANSWER_FIELDS, "messages", "message")
 RANK = ("rank",)  # the lower the better
 SCORE = (
-    "fine-grained_score", "overall_score", "score", "rating", "reward", "pm_score",
-    "average_rating", "avg_rating", "annotations", "evals", "scores",
+    "fine-grained_score", "overall_score", "score", "overall_rating", "rating", "reward", "pm_score",
+    "rm_score", "reward_score", "average_score", "average_rating", "avg_score", "avg_rating", "mean_score", "annotations",
+    "evals", "evaluation", "scores",
 )  # fmt: skip
-INNER_SCORES = ("score", "rating", "Rating", "value")
+INNER_SCORES = ("score", "overall_score", "overall", "rating", "Rating", "value")
 SYSTEM = "custom_system_prompt"  # UltraFeedback asked each model in another way
 
 

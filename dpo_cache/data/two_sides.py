@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_cache.data.columns import find_sides
+from dpo_cache.data.columns import ANSWERED, find_first, find_sides
 from dpo_cache.data.messages import BadRow, describe, read_messages, read_prompt, read_text
 from dpo_cache.data.parsed import Parsed, split_texts
 from dpo_cache.data.prompts import (
@@ -56,17 +56,18 @@ def parse_messages(row: Row) -> Parsed:
 
 def parse_swift(row: Row) -> Parsed:
     """The chosen answer is the last message; the rejected one is text, or the end of another dialogue."""
-    messages = with_system(row, read_messages(row, "messages"))
+    column = find_first(row, ANSWERED) or ANSWERED[0]
+    messages = with_system(row, read_messages(row, column))
     if not messages or messages[-1]["role"] != "assistant":
         last = f"a message from {messages[-1]['role']}" if messages else "nothing"
-        raise BadRow(f"`messages` ends with {last}, expected the chosen answer, from assistant")
+        raise BadRow(f"`{column}` ends with {last}, expected the chosen answer, from assistant")
     if row.get("rejected_messages") is None:
-        given = {"messages": messages[-1:], "rejected_response": row.get("rejected_response")}
-        return with_sides(given, messages[:-1], read_reply, ("messages", "rejected_response"))
+        given = {column: messages[-1:], "rejected_response": row.get("rejected_response")}
+        return with_sides(given, messages[:-1], read_reply, (column, "rejected_response"))
     rejected = read_messages(row, "rejected_messages")
     if rejected and rejected[0]["role"] != "assistant":
-        rejected = with_system(row, rejected)
-    return Parsed([], (messages, rejected), ("messages", "rejected_messages"))
+        return Parsed([], (messages, with_system(row, rejected)), (column, "rejected_messages"))
+    return Parsed(messages[:-1], (messages[-1:], rejected), (column, "rejected_messages"))
 
 
 def parse_openai(row: Row) -> Parsed:

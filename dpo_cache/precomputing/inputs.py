@@ -136,7 +136,7 @@ def _open_split(options: PrecomputeOptions, name: str, split: str, rows: data.Ro
         if options.format == "auto"
         else data.check_format(options.format, columns, place)
     )
-    if read_as := data.columns_read(data_format, columns):
+    if read_as := data.columns_read(data_format, columns, first):
         log(f"{place}: {read_as}.")
     if unused := data.unused_columns(data_format, columns, first):
         log(f"{place}: the columns {', '.join(unused)} are not used by the format {data_format}.")

@@ -1,8 +1,13 @@
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
-from dpo_cache.data.examples import Example
+from dpo_cache.data import read_dataset, take_rows, tokenize_rows, tokenized_windows
+from dpo_cache.data.examples import Example, parse_row
 from dpo_cache.data.formats import FORMATS as ALL_FORMATS
 from dpo_cache.data.formats import RANKED, check_format, columns_read, detect_format, unused_columns
 from dpo_cache.data.refusals import ACCEPTED
@@ -11,9 +16,10 @@ from dpo_cache.options.exchange import IMPORT_FORMATS
 from dpo_cache.options.precompute import FORMATS as PRECOMPUTE_FORMATS
 from dpo_cache.options.precompute import RANKED_FORMATS
 from tests.data import test_compared, test_ranked, test_two_sides
-from tests.data.conftest import assistant, user
+from tests.data.conftest import assistant, make_byte_tokenizer, user, write_lines
 from tests.data.test_examples import FORMATS as COMMON_FORMATS
 from tests.data.test_examples import TEXT
+from tests.data.test_two_sides import SHAPES
 
 FORMATS: dict[str, tuple[str, dict[str, Any], Example]] = {
     **COMMON_FORMATS,
@@ -115,6 +121,13 @@ def test_the_options_name_every_format() -> None:
             ["prompt", "response_0", "response_1", "better_response_id", "safer_response_id", "preference"],
             "the better of `response_0` and `response_1` is chosen, by `preference`",
         ),
+        ("implicit", ["chosen", "rejected", "id"], None),
+        (
+            "implicit",
+            ["task", "chosen", "rejected"],
+            "the prompt is the text that the answers share. If it is in task, name it with `map`, for example `map` "
+            "prompt=task",
+        ),
         (
             "compared",
             ["question", "answer_0", "answer_1", "score_0", "score_1"],
@@ -126,10 +139,10 @@ def test_names_that_do_not_tell_what_is_chosen_are_explained(
     data_format: str, columns: list[str], read_as: str | None
 ) -> None:
     assert detect_format(columns, ROWS_OF_TYPES) == data_format
-    assert columns_read(data_format, columns) == read_as
+    assert columns_read(data_format, columns, ROWS_OF_TYPES) == read_as
 
 
-ROWS_OF_TYPES = {"responses": [" a", " b"]}
+ROWS_OF_TYPES = {"responses": [" a", " b"], "chosen": "a", "rejected": "b", "task": "Well?", "id": 7}
 
 REFUSED = {
     "KTO": (
@@ -180,3 +193,63 @@ def test_rows_of_one_answer_are_no_preference_data(row: dict[str, Any]) -> None:
 def test_messages_in_text_are_recognised() -> None:
     row = {"prompt": "a", "chosen": '[{"role": "assistant", "content": "b"}]', "rejected": "c"}
     assert detect_format(list(row), row) == "conversation"
+
+
+@pytest.mark.parametrize(("data_format", "row", "example"), FORMATS.values(), ids=FORMATS)
+def test_rows_as_arrow_gives_them_are_the_same(
+    data_format: str, row: dict[str, Any], example: Example
+) -> None:
+    (made,) = pa.Table.from_pylist([row]).to_pylist()
+    assert detect_format(list(made), made) == data_format
+    assert parse_row(made, data_format) == example
+
+
+# A shape of each kind, as it is odd, and the rows of its pairs in the formats that TRL reads
+CHAT = {"prompt": [user("Well?")], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}
+LATER = {**CHAT, "prompt": [user("Hi."), assistant("Hi!"), user("Well?")]}
+ODD: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "sharegpt with text": (SHAPES["sharegpt with answers as text (MedicalGPT)"][1], [CHAT]),
+    "swift": (SHAPES["messages and rejected_messages (ms-swift)"][1], [LATER]),
+    "output": (SHAPES["output with two answers (older LLaMA-Factory)"][1], [CHAT]),
+    "NeMo": (test_ranked.SHAPES["context and completions (NeMo)"][1], [CHAT]),
+    "UltraFeedback": (test_ranked.SHAPES["UltraFeedback"][1], [CHAT]),
+    "two answers": (test_compared.SHAPES["HelpSteer 3"][0], [CHAT]),
+    "several rejected answers": (
+        SHAPES["messages with several rejected answers"][1],
+        [CHAT, {**CHAT, "rejected": [assistant("Eh.")]}],
+    ),
+    "several rejected texts": (
+        SHAPES["text with several rejected answers"][1],
+        [{"prompt": "Well?", "chosen": " Yes.", "rejected": text} for text in (" No.", " Eh.")],
+    ),
+}
+IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+
+
+@pytest.mark.parametrize("source", ["rows.jsonl", "rows.parquet", "stream", "memory"])
+@pytest.mark.parametrize("shape", ODD)
+def test_ids_of_a_shape_are_those_of_its_clean_form(shape: str, source: str, tmp_path: Path) -> None:
+    odd, clean = ODD[shape]
+    path = tmp_path / ("rows.jsonl" if source == "stream" else source)
+    if source == "rows.parquet":
+        pq.write_table(pa.Table.from_pylist([odd, odd]), path)
+    elif source != "memory":
+        write_lines(path, [odd, odd])
+    given = (
+        take_rows([odd, odd]) if source == "memory" else read_dataset(str(path), streaming=source == "stream")
+    )
+    tokenizer = make_byte_tokenizer()
+    windows = tokenized_windows(
+        given["train"], detect_format(list(odd), odd), tokenizer, window_rows=4, spool=tmp_path, place="rows"
+    )
+    found = [{name: made[name] for name in IDS} for window in windows for made in window]
+    kind = "text" if isinstance(clean[0]["prompt"], str) else "conversation"
+    wanted = tokenize_rows(Dataset.from_list(clean), kind, tokenizer).select_columns(IDS).to_list()
+    assert found == wanted * 2
+
+
+def test_a_row_of_another_shape_is_named(tmp_path: Path) -> None:
+    rows = [TEXT, {"question": "Well?", "chosen": "Yes.", "rejected": "No."}, TEXT]
+    read = read_dataset(write_lines(tmp_path / "rows.jsonl", rows))["train"]
+    with pytest.raises(DataError, match="`prompt` is missing, expected text: 1 row, line 2"):
+        tokenize_rows(read, "text", make_byte_tokenizer())

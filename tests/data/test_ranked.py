@@ -102,7 +102,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], Example]] = {
         {
             "user_input": "Well?",
             "responses_and_scores": [
-                {"response": "No.", "source": "opt", "score": 2.0},
+                {"response": "No.", "source": "opt", "score": "2.0"},
                 {"response": "Yes.", "source": "gpt4", "score": "10.0"},
             ],
         },
@@ -200,7 +200,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "an answer without text": (
         {"prompt": "Well?", "completions": [{"text": "a", "score": 1}, {"score": 2}]},
         "`completions` has an answer without text: expected one of response, completion, answer, text, generation, "
-        "output, messages, message, content",
+        "output, content, messages, message",
     ),
     "an empty answer": (
         {"prompt": "Well?", "completions": [{"text": "a", "score": 1}, {"text": " ", "score": 2}]},

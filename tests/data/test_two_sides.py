@@ -158,6 +158,37 @@ SHAPES: dict[str, tuple[str, dict[str, Any], Example]] = {
         },
         BRIEF,
     ),
+    "one message and several rejected ones": (
+        "conversation",
+        {
+            "prompt": [user("Well?")],
+            "chosen": assistant("Yes."),
+            "rejected": [assistant("No."), assistant("Eh.")],
+        },
+        SEVERAL,
+    ),
+    "one turn and several rejected ones": (
+        "sharegpt",
+        {
+            "conversations": [{"from": "human", "value": "Well?"}],
+            "chosen": {"from": "gpt", "value": "Yes."},
+            "rejected": [{"from": "gpt", "value": "No."}, {"from": "gpt", "value": "Eh."}],
+        },
+        SEVERAL,
+    ),
+    "conversations with the chosen answer and rejected_response": (
+        "swift",
+        {
+            "conversations": [{"from": "human", "value": "Well?"}, {"from": "gpt", "value": "Yes."}],
+            "rejected_response": "No.",
+        },
+        YES_OR_NO,
+    ),
+    "rejected_messages that do not repeat the prompt": (
+        "swift",
+        {"messages": [user("Well?"), assistant("Yes.")], "rejected_messages": [assistant("No.")]},
+        YES_OR_NO,
+    ),
     "answers as objects (Nectar-Ranked-DPO)": (
         "text",
         {
