@@ -18,6 +18,7 @@ from dpo_cache.cli.output import (
     train_line,
 )
 from dpo_cache.cli.parameters import command
+from dpo_cache.cli.shown_rows import print_rows
 from dpo_cache.options.precompute import PrecomputeOptions
 
 if TYPE_CHECKING:
@@ -43,8 +44,13 @@ def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
             if not as_json:
                 line.pause(lambda: _print_survey(survey))
 
+        def show_rows(survey: Survey) -> None:
+            if not as_json:
+                line.pause(lambda: print_rows(survey.pair_set, survey.shown))
+
         report = precompute(
             **asdict(options),
+            on_show=show_rows,
             on_survey=show_survey,
             on_progress=lambda progress: show_scoring(line, progress),
             log=line.remark,

@@ -3,6 +3,7 @@
 from dpo_cache.data.examples import Example, parse_row
 from dpo_cache.data.formats import RANKED, check_format, columns_read, detect_format, unused_columns
 from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset, take_rows
+from dpo_cache.data.shown_rows import ShownRow, show_rows
 from dpo_cache.data.survey import Survey
 from dpo_cache.data.tokenize import tokenize_rows, tokenized_windows
 from dpo_cache.data.truncate import Dropped, Outcome, Truncation, kept_pairs, make_pair, make_pairs
@@ -14,6 +15,7 @@ __all__ = [
     "Example",
     "Outcome",
     "Rows",
+    "ShownRow",
     "Survey",
     "Truncation",
     "check_format",
@@ -28,6 +30,7 @@ __all__ = [
     "parse_row",
     "read_dataset",
     "set_chat_template",
+    "show_rows",
     "take_rows",
     "tokenize_rows",
     "tokenized_windows",

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpo_cache.data.early_answers import NORMAL
 from dpo_cache.data.truncate import Dropped, Outcome
 from dpo_cache.errors import DataError, shown_rows
 
+if TYPE_CHECKING:
+    from dpo_cache.data.shown_rows import ShownRow
+
 PERCENTILES = (0, 50, 90, 99, 100)
 ROWS_SHOWN = 3
+MIN_EARLY = 4  # pairs whose answers start early, to tell the sign of a wrong format from chance
 
 
 @dataclass
@@ -56,9 +61,11 @@ class Survey:
     contradictory: Finding = field(default_factory=Finding)  # an earlier row prefers the other answer
     dropped: dict[str, Finding] = field(default_factory=dict)  # by reason
     notes: dict[str, Finding] = field(default_factory=dict)  # by what happened to the row
+    shown: list[ShownRow] = field(default_factory=list)  # some rows as text, see `show_rows`
 
     def __post_init__(self) -> None:
         self._last_row = -1
+        self._early_pairs = 0
         self._lengths: dict[str, Counter[int]] = {
             name: Counter() for name in ("prompt", "answer", "prompt + answer")
         }
@@ -77,6 +84,7 @@ class Survey:
             self.truncated.add(row)
         if has_moved:
             self.moved_boundary.add(row)
+            self._early_pairs += NORMAL.isdisjoint(notes)
         self.pairs_kept += 1
         for side in (pair.chosen, pair.rejected):
             prompt, answer = len(side.prompt_ids), len(side.completion_ids)
@@ -110,6 +118,26 @@ class Survey:
                 for reason, finding in self.dropped.items()
             )
             raise DataError(f"no row of {self.pair_set} makes a pair: {reasons}.")
+
+    @property
+    def starts_early(self) -> bool:
+        """Whether the answers of most pairs start early, in a way that is not normal."""
+        return self._early_pairs >= MIN_EARLY and self._early_pairs > self.pairs_kept / 2
+
+    def check_boundary(self) -> None:
+        """Raise `DataError` if the answers of most pairs start early."""
+        if not self.starts_early:
+            return
+        raise DataError(
+            f"the answers of {self._early_pairs:,} of {self.pairs_kept:,} pairs of {self.pair_set} (row "
+            f"{self.moved_boundary.shown_rows()}) start early: the ids of prompt + answer do not begin with "
+            "the ids of the prompt, so its end would be scored as a part of the answer. In most rows of a "
+            "set, that is the sign of a wrong format.\n"
+            "Look at some rows with `show` 3. If the prompts are text, end them before the space, or the "
+            "word, that the answers go on with, and begin the answers with it; if they are messages, give "
+            "the `chat_template` that the model was trained with. If the rows are right as they are, use "
+            "them with `early_answers` keep."
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""

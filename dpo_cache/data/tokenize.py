@@ -27,6 +27,7 @@ from datasets import Dataset, Features, IterableDataset, Value, config, load_fro
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
+from dpo_cache.data.early_answers import early_notes
 from dpo_cache.data.equal_answers import explain_equal_ids
 from dpo_cache.data.examples import Example, RowProblem, parse_row, shared_prefix
 from dpo_cache.data.lost import row_notes
@@ -186,6 +187,7 @@ def _tokenize_examples(
         cut = min(shared_prefix(prompt, answer) for answer in answers)
         ends = [answer[cut:] for answer in answers]
         notes = [*example.notes, *row_notes(read, [example.prompt, *example.answers]), *found.notes]
+        notes += early_notes(example, prompt[cut:], tokenizer)
         for pair in example.pairs:
             chosen, rejected = (ends[place] for place in pair)
             lost = explain_equal_ids(example, pair, read) if chosen == rejected else None

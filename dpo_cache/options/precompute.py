@@ -23,6 +23,7 @@ FORMATS = (
     "openai", "output", "compared", *RANKED_FORMATS,
 )  # fmt: skip
 RANKED_PAIRS = ("all", "best")
+EARLY_ANSWERS = ("stop", "keep")
 AUDIT_INTERVAL = 500  # under auto
 
 
@@ -103,6 +104,17 @@ class PrecomputeOptions(Options):
         False,
         "Survey the data and report what would be scored; load no model, write nothing.",
         flag="--dry-run",
+    )
+    show: int = option(
+        0,
+        "Print so many rows of each split before they are scored: decoded, with the end of the prompt, and "
+        "what is cut off or dropped.",
+        limit=(lambda value: value >= 0, "0 or more rows"),
+    )
+    early_answers: str = option(
+        "stop",
+        "What happens if tokens of the prompt merge with the answer in most rows: a sign of a wrong format.",
+        choices=EARLY_ANSWERS,
     )
     attention: str = option(
         "auto",

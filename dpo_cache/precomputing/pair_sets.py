@@ -108,6 +108,7 @@ def describe_split(
         "ranked_pairs": options.ranked_pairs,
         "rows_read": survey.rows_read,
         "rows_dropped": {reason: finding.count for reason, finding in survey.dropped.items()},
+        **({"early_answers": options.early_answers} if survey.starts_early else {}),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **in_memory,
     }

@@ -83,6 +83,7 @@ def precompute(
     cache: str | os.PathLike[str],
     *,
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+    on_show: OnSurvey | None = None,
     on_survey: OnSurvey | None = None,
     on_progress: OnProgress | None = None,
     log: Log | None = None,
@@ -104,8 +105,9 @@ def precompute(
 
     `progress=True` shows on stderr what the command line shows. `on_survey` gets the survey of each split
     before the model is loaded (of a stream: at its end), `on_progress` is called after every chunk, and `log`
-    gets each remark (default: the logger `dpo_cache`); the report lists them, too. Raises `DpoCacheError`;
-    nothing that was published before is lost.
+    gets each remark (default: the logger `dpo_cache`); the report lists them, too. With `show`, `on_show`
+    gets each survey before anything is scored, with that many rows as text in `shown` (of a stream: rows of
+    its first window). Raises `DpoCacheError`; nothing that was published before is lost.
     """
     started = time.perf_counter()
     options = with_new_names(PrecomputeOptions, options, log or log_remark)
@@ -114,6 +116,7 @@ def precompute(
         report = _run(
             inputs,
             Path(spool),
+            on_show or (lambda _: None),
             on_survey or (lambda _: None),
             on_progress or (lambda _: None),
             log or log_remark,
@@ -124,7 +127,7 @@ def precompute(
 
 
 def _run(
-    inputs: Inputs, spool: Path, on_survey: OnSurvey, on_progress: OnProgress, log: Log
+    inputs: Inputs, spool: Path, on_show: OnSurvey, on_survey: OnSurvey, on_progress: OnProgress, log: Log
 ) -> PrecomputeReport:
     options = inputs.options
     name = check_name(options.name or data.dataset_name(options.dataset))
@@ -143,11 +146,24 @@ def _run(
 
     def plan(split: SplitPlan) -> Iterator[Window]:
         """Yield the split's windows, then report its survey."""
-        yield from planner.plan(split, tokenize_split(split, tokenizer, options, spool))
+        for window in planner.plan(split, tokenize_split(split, tokenizer, options, spool)):
+            if not is_planned:  # the window is scored before the next one is planned
+                inspect(split)
+            yield window
+        inspect(split)
         report.add(split.survey)
         for remark in split.survey.remarks():
             log(remark)
         on_survey(split.survey)
+
+    def inspect(split: SplitPlan) -> None:
+        """Show some rows, once. Raise `DataError` if most answers start early."""
+        survey, windows = split.survey, [window.rows for window in split.windows]
+        if options.show and not survey.shown:
+            survey.shown = data.show_rows(windows, survey, tokenizer, truncation, options.show)
+            on_show(survey)
+        if options.early_answers == "stop":
+            survey.check_boundary()
 
     def extent() -> tuple[int, int]:
         """The longest row, and the tokens to score as far as they are planned."""

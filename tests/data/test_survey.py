@@ -5,8 +5,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+from dpo_cache.data.early_answers import GENERATION_PROMPT, LINE_BREAKS
 from dpo_cache.data.survey import PERCENTILES, Survey
 from dpo_cache.data.truncate import Dropped, Outcome
+from dpo_cache.errors import DataError
 from dpo_cache.types import Completion, Pair
 
 
@@ -62,3 +64,39 @@ def test_lengths_are_percentiles_that_occur(count: int) -> None:
     assert survey.lengths()["prompt"] == expected
     assert survey.lengths()["answer"] == [1] * len(PERCENTILES)
     assert survey.longest == int(prompts.max()) + 1
+
+
+EARLY = (
+    "the answers of 5 of 8 pairs of pairs/train (row 0, 1, 2, …) start early: the ids of prompt + answer do not "
+    "begin with the ids of the prompt, so its end would be scored as a part of the answer. In most rows of a "
+    "set, that is the sign of a wrong format.\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("num_early", "num_rows", "notes", "stops"),
+    [
+        (5, 8, (), True),
+        (4, 8, (), False),
+        (3, 3, (), False),
+        (4, 4, (), True),
+        (8, 8, (GENERATION_PROMPT,), False),
+        (8, 8, (LINE_BREAKS,), False),
+        (8, 8, ("another note",), True),
+    ],
+)
+def test_answers_that_start_early_in_most_rows_stop(
+    num_early: int, num_rows: int, notes: tuple[str, ...], stops: bool
+) -> None:
+    survey = Survey("pairs/train", "text")
+    for row in range(num_rows):
+        survey.add(outcome(row, 4, 2, 3, moved=row < num_early)._replace(notes=notes))
+    assert survey.starts_early == stops
+    if not stops:
+        survey.check_boundary()
+        return
+    with pytest.raises(DataError) as raised:
+        survey.check_boundary()
+    if (num_early, num_rows) == (5, 8):
+        assert str(raised.value).startswith(EARLY)
+    assert "`show` 3" in str(raised.value) and "`early_answers` keep" in str(raised.value)

@@ -90,14 +90,16 @@ def naive_row(number: int, row: dict[str, Any], tokenizer: PreTrainedTokenizerFa
         "moved_boundary": cut < len(prompt),
         "dropped": None,
         "problem": None,
-        "notes": [],
     }
 
 
 def tokenize(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
-    return tokenize_rows(
-        Dataset.from_list(rows), "text" if isinstance(rows[0]["prompt"], str) else "conversation", tokenizer
-    ).to_list()
+    data_format = "text" if isinstance(rows[0]["prompt"], str) else "conversation"
+    return without_notes(tokenize_rows(Dataset.from_list(rows), data_format, tokenizer))
+
+
+def without_notes(tokenized: Dataset) -> list[dict[str, Any]]:
+    return tokenized.remove_columns("notes").to_list()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -315,7 +317,7 @@ def test_another_template_gives_other_ids(tmp_path: Path) -> None:
     ):
         tokenizer = make_byte_tokenizer()
         tokenizer.chat_template = template
-        found = tokenize_rows(read_dataset(path)["train"], "conversation", tokenizer).to_list()
+        found = without_notes(tokenize_rows(read_dataset(path)["train"], "conversation", tokenizer))
         assert found == [naive_row(number, row, tokenizer) for number, row in enumerate(CHAT_ROWS)]
 
 
@@ -323,7 +325,7 @@ def test_another_vocabulary_gives_other_ids(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", TEXT_ROWS)
     for merges in ([], [("t", "h")], [("t", "h"), ("th", "e")]):
         tokenizer = make_byte_tokenizer(merges)
-        found = tokenize_rows(read_dataset(path)["train"], "text", tokenizer).to_list()
+        found = without_notes(tokenize_rows(read_dataset(path)["train"], "text", tokenizer))
         assert found == [naive_row(number, row, tokenizer) for number, row in enumerate(TEXT_ROWS)]
 
 
@@ -331,7 +333,7 @@ def test_changed_rows_give_other_ids(tmp_path: Path) -> None:
     tokenizer = make_byte_tokenizer()
     for rows in (TEXT_ROWS, TEXT_ROWS[::-1], TEXT_ROWS[:2]):
         dataset = read_dataset(write_lines(tmp_path / "pairs.jsonl", rows))["train"]
-        assert tokenize_rows(dataset, "text", tokenizer).to_list() == [
+        assert without_notes(tokenize_rows(dataset, "text", tokenizer)) == [
             naive_row(number, row, tokenizer) for number, row in enumerate(rows)
         ]
 
@@ -339,7 +341,7 @@ def test_changed_rows_give_other_ids(tmp_path: Path) -> None:
 def test_a_limit_gives_the_first_ids(tmp_path: Path) -> None:
     path, tokenizer = write_lines(tmp_path / "pairs.jsonl", TEXT_ROWS), make_byte_tokenizer()
     for limit in (5, 2, None):
-        found = tokenize_rows(read_dataset(path, limit=limit)["train"], "text", tokenizer).to_list()
+        found = without_notes(tokenize_rows(read_dataset(path, limit=limit)["train"], "text", tokenizer))
         assert found == [naive_row(number, row, tokenizer) for number, row in enumerate(TEXT_ROWS[:limit])]
 
 
@@ -348,7 +350,7 @@ def test_special_tokens_that_are_split_give_other_ids(tmp_path: Path) -> None:
     for split in (False, True):
         tokenizer = make_byte_tokenizer()
         tokenizer.split_special_tokens = split
-        found = tokenize_rows(read_dataset(path)["train"], "text", tokenizer).to_list()
+        found = without_notes(tokenize_rows(read_dataset(path)["train"], "text", tokenizer))
         assert found == [naive_row(number, row, tokenizer) for number, row in enumerate(TEXT_ROWS)]
 
 
