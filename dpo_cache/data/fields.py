@@ -16,7 +16,7 @@ def is_null(value: Any) -> bool:
 
 def is_blank(value: Any) -> bool:
     """Whether a field is missing, or text of nothing but spaces."""
-    return is_null(value) or (isinstance(value, str) and not value.strip())
+    return (not value or value.isspace()) if isinstance(value, str) else is_null(value)
 
 
 def describe(value: Any) -> str:

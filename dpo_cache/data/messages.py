@@ -22,6 +22,7 @@ from dpo_cache.data.tool_calls import read_call_turn, read_calls
 
 Message = dict[str, Any]
 
+CLEAN_ROLES = ("user", "assistant", "system", "tool", "developer")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
@@ -38,6 +39,8 @@ def read_messages(row: dict[str, Any], name: str) -> list[Message]:
 
 def read_message(message: Any, name: str, role_key: str = "role") -> Message:
     """The message as chat templates read it. `role_key` is the one that an error names. Raises `BadRow`."""
+    if _is_clean(message):
+        return message
     found = next(
         (key for key in ROLE_KEYS if isinstance(message, dict) and isinstance(message.get(key), str)), None
     )
@@ -109,6 +112,14 @@ def read_sharegpt_answer(row: dict[str, Any], name: str) -> list[Message]:
         sender = next(turns[0][key] for key in ROLE_KEYS if isinstance(turns[0].get(key), str))
         raise BadRow(f"`{name}` is a turn from {sender!r}, expected one from gpt or function_call")
     return answer
+
+
+def _is_clean(message: Any) -> bool:
+    """Whether a message is as chat templates read it: a role and text, and nothing else."""
+    if not isinstance(message, dict) or len(message) != 2 or message.get("role") not in CLEAN_ROLES:
+        return False
+    content = message.get("content")
+    return isinstance(content, str) and not is_blank(content)
 
 
 def _read_content(content: Any, name: str, key: str, message: Message) -> str:

@@ -25,9 +25,10 @@ CALL_KEYS = ("tool_calls", "function_call")
 WRAPPERS = ("messages", "conversations", "conversation")
 STRUCTURED = {*DIALOGUES, "conversations", "history", *LISTS, *SCORES, *RANKS}  # columns that are never text
 ANSWERS = {name for pair in (*SIDES, *RESPONSES) for name in pair}
+COLUMNS = {*PROMPTS, *STRUCTURED, *ANSWERS}
 READ_AS_TEXT = "JSON that looks like messages is read as text"
 
-_MAY_BE_MESSAGES = re.compile(r"""\s*[\[{].*?["'](?:role|from)["']\s*:""", re.DOTALL)
+_MAY_BE_MESSAGES = re.compile(r"""\s*(?:\[\s*)?\{.*?["'](?:role|from)["']\s*:""", re.DOTALL)
 _STARTS_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|from|content|value)["']\s*:\s*["']""")
 
 
@@ -75,12 +76,14 @@ def parse_columns(row: dict[str, Any], *, is_text: bool = False) -> tuple[dict[s
     else it is an answer that happens to be such JSON. Rows of text (`is_text`) stay text. Raises `BadRow` for
     text that begins like messages and cannot be read, where it can be nothing else.
     """
+    if not any(name in COLUMNS and _may_be_parsed(value) for name, value in row.items()):
+        return row, ()
     question = next((name for name in PROMPTS if row.get(name) is not None), None)
     asked = None if question is None else _parsed(row[question], question in STRUCTURED, None)[0]
     texts = None if question is None else _texts(row[question] if asked is None else asked)
     found, unused = {}, []
     for name in row:
-        if name in PROMPTS or name in STRUCTURED or name in ANSWERS:
+        if name in COLUMNS:
             is_prompt = name in PROMPTS
             value, is_refused = _parsed(row[name], name in STRUCTURED, None if is_prompt else texts)
             if value is not None:
@@ -91,6 +94,13 @@ def parse_columns(row: dict[str, Any], *, is_text: bool = False) -> tuple[dict[s
                 unused.append(name)
     notes = (READ_AS_TEXT,) if unused else ()
     return (type(row)({**row, **found}) if found and not is_text else row), notes
+
+
+def _may_be_parsed(value: Any) -> bool:
+    """Whether a column may hold messages or a list as text; quick for text that begins with a letter."""
+    if isinstance(value, str):
+        return value[:1] in ("[", "{") or (value[:1].isspace() and value.lstrip()[:1] in ("[", "{"))
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str)
 
 
 def with_parsed_columns(row: dict[str, Any]) -> dict[str, Any]:
