@@ -129,6 +129,7 @@ def _findings(example: Example, texts: list[str], template: _Template) -> Iterat
         yield from _field_findings(example, parts, texts, template)
     for place, text in enumerate(texts):
         yield from _content_findings(example, place, text, _shared_start(texts[0], text) if place else 0)
+    yield from _prompt_findings(example, texts)
 
 
 def _option_findings(example: Example, template: _Template) -> Iterator[str | _Claim]:
@@ -180,15 +181,32 @@ def _content_findings(example: Example, place: int, text: str, start: int) -> It
             if place and thoughts.replace(START_OF_THOUGHTS, "").strip():
                 yield ANSWER_THOUGHTS
             continue
-        changed = [*parts[place]]
-        changed[number] = {**message, "content": f"{PROBE} {content} {PROBE}"}
-        others = [changed if place == other else part for other, part in enumerate(parts)]
-        yield _Claim(
-            f"the chat template leaves out the text of messages from {message['role']}",
-            _with_parts(example, others),
-            [place],
-            ANSWER_CHANGED if place else None,
-        )
+        yield _without_content(example, place, number, place, ANSWER_CHANGED if place else None)
+
+
+def _prompt_findings(example: Example, texts: list[str]) -> Iterator[_Claim]:
+    """A claim for each message of the prompt that is written only while no answer follows, as Mistral's
+    templates do with the system message.
+    """
+    for number, message in enumerate(example.prompt):
+        content = str(message["content"])  # type: ignore[call-overload]
+        rest = content.rpartition(END_OF_THOUGHTS)[2]
+        if not _is_written(rest, texts[1]) and _is_written(content, texts[0]):
+            yield _without_content(example, 0, number, 1, None)
+
+
+def _without_content(example: Example, place: int, number: int, text: int, if_not: str | None) -> _Claim:
+    """A claim for the content of one message, by its part and its position there, and by the text with it."""
+    parts = _parts(example)
+    changed = [*parts[place]]
+    message = changed[number]
+    changed[number] = {**message, "content": f"{PROBE} {message['content']} {PROBE}"}
+    return _Claim(
+        f"the chat template leaves out the text of messages from {message['role']}",
+        _with_parts(example, [changed if place == other else part for other, part in enumerate(parts)]),
+        [text],
+        if_not,
+    )
 
 
 def _counted_calls(parts: list[Any], texts: list[str]) -> Iterator[tuple[str, str, int]]:
@@ -260,6 +278,8 @@ def _is_written(content: str, text: str, start: int = 0) -> bool:
 
 def _shared_start(one: str, other: str) -> int:
     """Number of characters at the start that two texts share, by bisection."""
+    if other.startswith(one):
+        return len(one)
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

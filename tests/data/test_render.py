@@ -58,6 +58,13 @@ DEEPSEEK = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}
 """
+# As Mistral 7B v0.3: the system message in the last turn, if that is the user's.
+SYSTEM_LAST = (
+    "{% for message in messages %}{% if message.role != 'system' %}[{{ message.role }}] "
+    "{% if loop.last and message.role == 'user' and messages[0].role == 'system' %}{{ messages[0].content }} "
+    "{% endif %}"
+    "{{ message.content }}{% endif %}{% endfor %}"
+)
 IN_PYTHON = CHATML.replace(
     "{{ message['content'] }}",
     "{{ message.content }}{% for call in message.tool_calls or [] %}{{ call.function.name ~ call.function.arguments }}"
@@ -127,6 +134,14 @@ CASES: dict[str, tuple[str, Example, list[str] | str]] = {
     "trimmed": (CHATML.replace("message['content']", "message['content'] | trim"), example(user(" a ")), []),
     "system": (DEEPSEEK, example(message("system", "Be brief."), user("a")), [text_out("system")]),
     "developer": (DEEPSEEK, example(message("developer", "Be brief."), user("a")), [text_out("developer")]),
+    "system, while no answer follows": (
+        SYSTEM_LAST, example(message("system", "Be brief."), user("a")), [text_out("system")],
+    ),
+    "system, also when an answer follows": (
+        SYSTEM_LAST.replace("loop.last and", ""),
+        example(message("system", "Be brief."), user("a")),
+        [],
+    ),
     "a tool's result as JSON": (
         CHATML.replace("message['content']", "message['content'] | tojson"),
         example(user('say "é"\n'), chosen=assistant('"é"\n\\')),
