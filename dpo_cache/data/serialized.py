@@ -13,7 +13,7 @@ import re
 import warnings
 from typing import Any
 
-from dpo_cache.data.columns import DIALOGUES, LISTS, PROMPTS, RANKS, RESPONSES, SCORES, SIDES
+from dpo_cache.data.columns import LISTS, PROMPTS, RANKS, RESPONSES, SCORES, SIDES
 from dpo_cache.data.fields import BadRow
 from dpo_cache.data.roles import FUNCTION_CALL, standard_role
 
@@ -23,7 +23,7 @@ ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value")
 CALL_KEYS = ("tool_calls", "function_call")
 WRAPPERS = ("messages", "conversations", "conversation")
-STRUCTURED = {*DIALOGUES, "conversations", "history", *LISTS, *SCORES, *RANKS}  # columns that are never text
+STRUCTURED = {"history", *LISTS, *SCORES, *RANKS}  # columns in which a JSON list is never text
 ANSWERS = {name for pair in (*SIDES, *RESPONSES) for name in pair}
 COLUMNS = {*PROMPTS, *STRUCTURED, *ANSWERS}
 READ_AS_TEXT = "JSON that looks like messages is read as text"

@@ -156,6 +156,11 @@ def test_rows_of_text_stay_text_and_are_noted() -> None:
         assert parse_columns(plain, is_text=True) == (plain, ())
 
 
+def test_a_context_that_is_a_list_as_json_stays_text() -> None:
+    row = {"question": "Which?", "context": "[1, 2]", "chosen": "1", "rejected": "2"}
+    assert parse_columns(row) == (row, ())
+
+
 @pytest.mark.parametrize("column", ["meta", "id", "score_chosen"])
 def test_other_columns_are_not_read(column: str) -> None:
     for value in (json.dumps(ASK), PRINTED):
