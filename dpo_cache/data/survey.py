@@ -121,8 +121,12 @@ class Survey:
 
     @property
     def starts_early(self) -> bool:
-        """Whether the answers of most pairs start early, in a way that is not normal."""
-        return self._early_pairs >= MIN_EARLY and self._early_pairs > self.pairs_kept / 2
+        """Whether the answers of most pairs start early, in a way that is not normal.
+
+        Where the prompt is found as the text that two dialogues share, it may end anywhere in a word.
+        """
+        is_found = self.data_format in ("implicit", "compared")
+        return not is_found and self._early_pairs >= MIN_EARLY and self._early_pairs > self.pairs_kept / 2
 
     def check_boundary(self) -> None:
         """Raise `DataError` if the answers of most pairs start early."""

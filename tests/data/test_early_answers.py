@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -5,9 +6,11 @@ from datasets import Dataset
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from dpo_cache.data import tokenize_rows
+from dpo_cache.data import load_tokenizer, tokenize_rows
 from dpo_cache.data.early_answers import END_TOKEN, GENERATION_PROMPT, LINE_BREAKS
+from tests.data.checkpoints import FAMILIES, save_checkpoint
 from tests.data.conftest import CHATML, assistant, make_byte_tokenizer, user
+from tests.data.kinds import KINDS
 
 GENERATION_AND_THOUGHT = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
 # the answer begins with an empty thought, whose line breaks are one token
@@ -88,3 +91,19 @@ def test_a_token_that_is_added_after_each_text_is_normal() -> None:
         single="$A <|im_end|>", special_tokens=[end]
     )
     assert notes_and_boundary(tokenizer, "a:", " b", " c") == ([END_TOKEN], True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_clean_rows_are_normal_under_the_template_of_each_family(family: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_checkpoint(family, tmp_path))
+    for prompt in ([user("Hi")], [user("Hi"), assistant("Hello."), user("And now?")]):
+        notes, has_moved = notes_and_boundary(tokenizer, prompt, [assistant("Yes.")], [assistant("No.")])
+        assert notes == ([GENERATION_PROMPT] if has_moved else [])
+        assert has_moved == (family == "deepseek-r1")  # it ends a prompt with <think>
+
+
+@pytest.mark.filterwarnings("ignore:This sequence already has </s>")  # transformers, for a Python tokenizer
+@pytest.mark.parametrize("kind", KINDS)
+def test_clean_text_is_normal_with_each_kind_of_tokenizer(kind: str) -> None:
+    notes, has_moved = notes_and_boundary(KINDS[kind](), "Question: what?\nAnswer:", " the cat", " the dog")
+    assert notes == ([END_TOKEN] if has_moved else [])
