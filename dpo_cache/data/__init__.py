@@ -5,6 +5,7 @@ from dpo_cache.data.formats import RANKED, check_format, columns_read, detect_fo
 from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset, take_rows
 from dpo_cache.data.shown_rows import ShownRow, show_rows
 from dpo_cache.data.survey import Survey
+from dpo_cache.data.template_date import template_date_of, writes_day
 from dpo_cache.data.tokenize import tokenize_rows, tokenized_windows
 from dpo_cache.data.truncate import Dropped, Outcome, Truncation, kept_pairs, make_pair, make_pairs
 from dpo_cache.tokenizer import load_tokenizer, set_chat_template, tokenizer_digest
@@ -32,8 +33,10 @@ __all__ = [
     "set_chat_template",
     "show_rows",
     "take_rows",
+    "template_date_of",
     "tokenize_rows",
     "tokenized_windows",
     "tokenizer_digest",
     "unused_columns",
+    "writes_day",
 ]

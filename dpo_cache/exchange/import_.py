@@ -22,7 +22,7 @@ import numpy as np
 from dpo_cache import data
 from dpo_cache.data.survey import rows_by_reason
 from dpo_cache.errors import DataError
-from dpo_cache.exchange.import_splits import UNCUT, Split, open_splits
+from dpo_cache.exchange.import_splits import UNCUT, Split, open_splits, set_template_dates
 from dpo_cache.exchange.values import ImportedValues
 from dpo_cache.lm.model.load import load_config
 from dpo_cache.log import Log, keeps_remarks, log_remark
@@ -101,6 +101,7 @@ def import_pairs(
     name = check_name(chosen.name or data.dataset_name(chosen.dataset))
     opened = open_cache(chosen.cache, create=True)
     splits = open_splits(chosen, name)
+    set_template_dates(splits, opened, chosen.template_date, log)
     opened.check_writable(f"pairs/{split.survey.pair_set}/manifest.json" for split in splits)
     values = ImportedValues(has_token_logps=splits[0].rows.has_token_logps)
     vocab_size = _vocab_size(chosen)
@@ -254,6 +255,7 @@ def _describe_split(options: ImportOptions, split: Split, name: str, reference: 
             # no other truncation leaves two prompts
             "truncation": "keep-end" if split.has_own_prompts else truncation.mode,
             "max_prompt_length": truncation.max_prompt_length,
+            **({"template_date": split.rows.template_date.isoformat()} if split.rows.template_date else {}),
         },
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -10,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cache import data
 from dpo_cache.errors import DataError, OptionError
 from dpo_cache.exchange.read_rows import ID_COLUMNS, SUMS, ImportedRows, check_columns
+from dpo_cache.log import Log
 from dpo_cache.options.exchange import ImportOptions
 from dpo_cache.options.precompute import renamed_columns
-from dpo_cache.store.cache import check_name
+from dpo_cache.store.cache import Cache, check_name
 from dpo_cache.store.format.pair_tables import PairsDigest
 
 UNCUT = 2**31 - 1  # tokens: no `max_length`
@@ -49,6 +52,22 @@ def open_splits(options: ImportOptions, name: str) -> list[Split]:
             "Import them one by one, with `split`."
         )
     return splits
+
+
+def set_template_dates(splits: Sequence[Split], cache: Cache, given: str | None, log: Log) -> None:
+    """Give splits whose chat template writes the day the one `given`, that of the first import, or today."""
+    for split in splits:
+        tokenizer, pair_set = split.rows.tokenizer, split.survey.pair_set
+        if tokenizer is None or not data.writes_day(tokenizer):
+            continue
+        day = date.fromisoformat(given) if given else None
+        if day is None and cache.holds_pairs(pair_set):
+            day = data.template_date_of(cache.pairs(pair_set).manifest)
+        split.rows = replace(split.rows, template_date=day or date.today())
+        log(
+            f"the chat template writes the day: {split.rows.template_date}. If the log-probs were made on "
+            "another, give it as `template_date`."
+        )
 
 
 def _find_format(rows: data.Rows, wanted: str, place: str) -> str:

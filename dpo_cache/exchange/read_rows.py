@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ class ImportedRows:
     tokenizer: PreTrainedTokenizerBase | None  # always there, unless the format is ids
     truncation: data.Truncation
     place: str
+    template_date: date | None = None  # the day that the chat template writes, if it writes one
 
     @property
     def has_token_logps(self) -> bool:
@@ -88,6 +90,7 @@ class ImportedRows:
             self.rows,
             self.data_format,
             self.tokenizer,
+            template_date=self.template_date,
             window_rows=WINDOW_ROWS,
             spool=Path(),
             place=self.place,

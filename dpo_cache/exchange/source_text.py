@@ -115,6 +115,7 @@ def _read_source(manifest: Document, dataset: str, tokenizer_location: str) -> S
         source["format"],
         tokenizer,
         ranked_pairs=ranked_pairs,
+        template_date=data.template_date_of(manifest),
         window_rows=WINDOW_ROWS,
         spool=Path(),
         place=place,

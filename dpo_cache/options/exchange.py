@@ -11,6 +11,7 @@ from dpo_cache.options.precompute import (
     RANKED_FORMATS,
     TRUNCATIONS,
     check_prompt_length,
+    check_template_date,
     renamed_columns,
 )
 
@@ -113,6 +114,11 @@ class ImportOptions(Options):
         None, "Tokenizer that makes (or made) the token ids: a folder or a Hub id. Default: the model's."
     )
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
+    template_date: str | None = option(
+        None,
+        "Day that the chat template wrote, as in 2026-11-28, if it writes one. Default: that of the pair "
+        "set's first import, or today.",
+    )
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the tokenizer.", flag="--trust-remote-code"
     )
@@ -138,3 +144,4 @@ class ImportOptions(Options):
     def check(self) -> None:
         check_prompt_length(self.max_prompt_length, self.truncation, self.max_length or 1024)
         renamed_columns(self.map)
+        check_template_date(self.template_date)

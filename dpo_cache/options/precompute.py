@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 
 from dpo_cache.errors import OptionError
 from dpo_cache.options.base import (
@@ -70,6 +71,11 @@ class PrecomputeOptions(Options):
     )
     tokenizer: str | None = option(None, "Tokenizer, if it is not the model's own: a folder or a Hub id.")
     chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
+    template_date: str | None = option(
+        None,
+        "Day that the chat template writes, as in 2026-11-28, if it writes one. Default: that of the pair "
+        "set's first run, or today.",
+    )
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the model.", flag="--trust-remote-code"
     )
@@ -132,6 +138,7 @@ class PrecomputeOptions(Options):
         audit_interval(self.audit)
         check_prompt_length(self.max_prompt_length, self.truncation, self.max_length)
         renamed_columns(self.map)
+        check_template_date(self.template_date)
         number_or_auto("budget_tokens", self.budget_tokens)
 
 
@@ -158,6 +165,14 @@ def check_prompt_length(max_prompt_length: int | None, truncation: str, max_leng
         raise OptionError(
             f"`max_prompt_length` {max_prompt_length}: expected 1 to {max_length - 1}, below `max_length`."
         )
+
+
+def check_template_date(value: str | None) -> None:
+    """Raise `OptionError` for a `template_date` that is no day."""
+    try:
+        date.fromisoformat(value or "2026-11-28")
+    except ValueError as error:
+        raise OptionError(f"`template_date` {value}: expected a day, such as 2026-11-28.") from error
 
 
 def renamed_columns(entries: tuple[str, ...]) -> dict[str, str]:

@@ -120,6 +120,7 @@ def tokenize_split(
         split.survey.data_format,
         tokenizer,
         ranked_pairs=options.ranked_pairs,
+        template_date=split.template_date,
         window_rows=options.window,
         spool=spool / split.name,
         place=f"{options.dataset}: split {split.name}",

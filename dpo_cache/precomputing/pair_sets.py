@@ -14,6 +14,7 @@ from dpo_cache.log import Log
 from dpo_cache.precomputing.audit import AuditTotals
 from dpo_cache.precomputing.inputs import Inputs
 from dpo_cache.precomputing.reference import Reference, Target
+from dpo_cache.precomputing.template_days import describe_day
 from dpo_cache.precomputing.windows import SplitPlan
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.differing_fields import differing_fields
@@ -118,7 +119,7 @@ def describe_split(
         "reference": reference.id,
         "pairs_digest": split.digest.hexdigest(),
         "source": source,
-        "tokenization": tokenization,
+        "tokenization": {**tokenization, **describe_day(split.template_date)},
         **({"audit": audited.as_document()} if audited and audited.completions else {}),
     }
 

@@ -48,6 +48,7 @@ from dpo_cache.precomputing.reference import (
     open_target,
 )
 from dpo_cache.precomputing.report import Meter, OnProgress, PrecomputeReport
+from dpo_cache.precomputing.template_days import choose_template_dates, forget_day, record_day
 from dpo_cache.precomputing.units import cut_units, score_unit
 from dpo_cache.precomputing.windows import Entry, Planner, SplitPlan, Window
 from dpo_cache.progress import bars_hidden, show_scoring, shows_progress
@@ -143,6 +144,9 @@ def _run(
     target = open_target(cache, reference, options.reference, log)
     planner = Planner(target.scores, truncation, config, reference.name)
     report = PrecomputeReport([split.survey.pair_set for split in splits], str(cache), reference.id)
+    days = choose_template_dates(cache, report.pair_sets, tokenizer, options.template_date, log)
+    for split, day in zip(splits, days, strict=True):
+        split.template_date = day
 
     def plan(split: SplitPlan) -> Iterator[Window]:
         """Yield the split's windows, then report its survey."""
@@ -185,6 +189,8 @@ def _run(
     check_names(inputs, splits, name, target, are_planned=is_planned)
     if not options.dry_run:
         cache.check_writable()
+        for split in splits:
+            record_day(cache, split.survey.pair_set, split.template_date)
         tokenization = describe_tokenization(inputs, tokenizer, tokenizer_location)
         longest = _longest(splits)
         with (
@@ -204,6 +210,7 @@ def _run(
                 report.bytes_written += publish_pair_set(
                     split, target, truncation, details, record, log, overwrite=options.overwrite
                 )
+                forget_day(cache, split.survey.pair_set, split.template_date)
             if audit:
                 report.add_audit(audit.totals)
         report.start_from = _start_from(target)

@@ -281,3 +281,38 @@ def test_pairs_are_written_as_they_are_read(
     file = pq.ParquetFile(tmp_path / "out.parquet")
     assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [5, 5, 2]
     assert [row["row"] for row in read(tmp_path / "out.parquet")] == list(range(12))
+
+
+def test_a_template_that_writes_the_day_writes_that_of_the_pair_set(
+    model_folder: str, tmp_path: Path
+) -> None:
+    template, day = tmp_path / "dated.jinja", {"template_date": "2024-07-26"}
+    template.write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+        "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    given = {"chat_template": str(template)}
+    rows, cache, out = (
+        write_rows(tmp_path / "dated.jsonl", chat_rows(2)),
+        tmp_path / "cache",
+        tmp_path / "out.jsonl",
+    )
+    dpo_cache.precompute(model_folder, rows, cache, audit="off", **given, **day)
+    assert export_pairs(cache, "dated", out, log=lambda text: None).columns[:3] == [
+        "prompt",
+        "chosen",
+        "rejected",
+    ]
+    remarks: list[str] = []
+    wanted = {"reference": "x", "model": model_folder, "format": "conversation", "log": remarks.append}
+    import_pairs(tmp_path / "same", out, **wanted, **given, **day)
+    assert remarks[0].startswith(
+        "the chat template writes the day: 2024-07-26. If the log-probs were made on"
+    )
+    again, other = tmp_path / "same", tmp_path / "other"
+    import_pairs(again, out, **wanted, **given)  # with the day of the first import
+    import_pairs(other, out, **wanted, **given)  # with today
+    before = pairs_of(cache, "dated").manifest
+    assert pairs_of(again, "out").manifest["pairs_digest"] == before["pairs_digest"]
+    assert pairs_of(again, "out").manifest["tokenization"]["template_date"] == "2024-07-26"
+    assert pairs_of(other, "out").manifest["pairs_digest"] != before["pairs_digest"]

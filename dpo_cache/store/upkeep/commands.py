@@ -75,6 +75,7 @@ def _pair_set_options(manifest: Document, model: str | None) -> dict[str, Any]:
         "max_length": made.get("max_length"),
         "truncation": made.get("truncation"),
         "max_prompt_length": made.get("max_prompt_length"),
+        "template_date": made.get("template_date"),
     }
     if "tokenizer" in made and made["tokenizer"] != model:
         options["tokenizer"] = made["tokenizer"]
