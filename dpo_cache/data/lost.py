@@ -33,6 +33,7 @@ MARK = re.compile(
 )
 MEDIUM_OF_MARK = {"img": "image", "vision": "image", "speech": "audio"}
 NO_MEDIA = ("tools", "tool_calls", "function_call", "functions", "arguments", "chat_template_kwargs")
+PLAIN = {"role", "content", "from", "value"}  # fields of an ordinary message
 WEIGHTS = ("weight", "loss_weight", "train", "trainable", "loss", "loss_mask", "mask")
 AMBIGUOUS = "mask"  # libraries mean opposite things by its values
 FULL_WEIGHT = (1, "1", "1.0", "true", "True")
@@ -135,6 +136,8 @@ def _media_in(name: str, value: Any) -> Iterator[str]:
             if isinstance(member, (list, Mapping)):
                 yield from _media_in("", member)
     elif isinstance(value, Mapping):
+        if value.keys() <= PLAIN and all(isinstance(member, str) for member in value.values()):
+            return
         if kind := media_of_part(value):
             yield kind
         for key, member in value.items():
