@@ -48,6 +48,7 @@ def check_causal(config: PreTrainedConfig, location: str) -> None:
         suffixes += ("ForConditionalGeneration",)
     is_causal = not names or any(name.endswith(suffixes) or name == mapped for name in names)
     has_towers = whole_name(config) is not None and not _is_encoder_decoder(config)
+    has_towers = has_towers and hasattr(config.get_text_config(), "vocab_size")  # not of actions of a robot
     if not is_causal and not has_towers:
         kind = _kind_of(config, names[0])
         raise ModelError(f"{location}: its architecture is {', '.join(names)}, {kind}.\n{GIVE_ANOTHER}.")

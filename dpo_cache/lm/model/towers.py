@@ -10,14 +10,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch.nn import Module
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from dpo_cache.lm.model.architecture import whole_name
 from dpo_cache.lm.model.tensor_digest import tensor_names_in
@@ -111,7 +113,8 @@ def _without_towers(whole: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A class whose models are those of `whole` with None in place of their towers."""
 
     def initialize(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        whole.__init__(self, config, *args, **kwargs)
+        with _without_timm():
+            whole.__init__(self, config, *args, **kwargs)
         for name in towers_of(self):
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, None)
@@ -121,6 +124,25 @@ def _without_towers(whole: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     members = {"__init__": initialize, "__module__": whole.__module__, "_dpo_cache_whole": True}
     return type(whole.__name__, (whole,), members)
+
+
+@contextmanager
+def _without_timm() -> Iterator[None]:
+    """In this block, `AutoModel` makes None of a tower of timm where timm is not installed."""
+    if find_spec("timm") is not None:
+        yield
+        return
+    make = AutoModel.from_config
+
+    def from_config(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
+        is_of_timm = MODEL_MAPPING_NAMES.get(config.model_type) == "TimmWrapperModel"
+        return None if is_of_timm else make(config, *args, **kwargs)
+
+    AutoModel.from_config = from_config  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del AutoModel.from_config  # type: ignore[misc]  # it is in the base class
 
 
 def _has_modules_of(model: Module, tensors: Iterable[str]) -> bool:
