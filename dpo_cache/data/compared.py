@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
-from dpo_cache.data.columns import Responses, find_responses
+from dpo_cache.data.columns import LISTS, Responses, find_first, find_responses
 from dpo_cache.data.messages import BadRow, Message, describe
 from dpo_cache.data.parsed import Pairs, Parsed
 from dpo_cache.data.prompts import Row, find_prompt, is_list, read_prompt_and_answers
@@ -22,6 +22,7 @@ NAMED = (
 )  # fmt: skip
 SIGNED = ("overall_preference", "preference_strength")  # HelpSteer 2 and 3: below zero, the first is better
 SCORES = ("score_{number}", "rating_{number}", "{column}_score", "{column}_rating", "{column}_reward")
+KINDS = ("model", "assistant", "response", "answer")
 TIES = frozenset(("tie", "tie (bothbad)", "bothbad", "both_bad", "both bad", "both", "equal", "same", "draw"))
 
 
@@ -33,41 +34,52 @@ class Verdict(NamedTuple):
 
 
 def parse_compared(row: Row) -> Parsed:
-    names = tuple(row)
-    found = find_responses(names)
+    found = find_pair(row)
     if found is None:
-        raise BadRow("it has no two columns of answers, such as response_a and response_b")
-    place = _better(row, found, find_verdict(names, found))
+        raise BadRow("it has no two answers, such as response_a and response_b")
+    place = _better(row, found, find_verdict(row, found))
     pairs: Pairs = () if place is None else ((place, 1 - place),)
+    if len({*found.columns}) == 1:  # a list of two
+        (column, _) = found.columns
+        answers = [(column, answer) for answer in row[column]]
+        return Parsed(*read_prompt_and_answers(row, answers), found.columns, pairs)
     if find_prompt(row) is None:
         return dialogues(row, found.columns)._replace(pairs=pairs)
     questions, one, other = (text_turns(row.get(column)) for column in ("prompt", *found.columns))
     if questions and one and other:
-        return dialogues(_interleaved(questions, one, other, found.columns), found.columns)._replace(
-            pairs=pairs
-        )
+        spoken = _interleaved(questions, one, other, found.columns)
+        return dialogues(spoken, found.columns)._replace(pairs=pairs)
     answers = [(column, row[column]) for column in found.columns]
     return Parsed(*read_prompt_and_answers(row, answers), found.columns, pairs)
 
 
-def has_verdict(columns: tuple[str, ...]) -> bool:
-    """Whether the columns hold two answers and tell which is better."""
-    found = find_responses(columns)
+def find_pair(row: Row) -> Responses | None:
+    """The columns of two answers, or twice the column of a list of two, which are numbered from 0."""
+    found = find_responses(tuple(row))
+    column = find_first(row, LISTS)
+    if found is None and column is not None and is_list(row[column]) and len(row[column]) == 2:
+        return Responses((column, column), ("0", "1"))
+    return found
+
+
+def has_verdict(row: Row) -> bool:
+    """Whether the row holds two answers and tells which is better."""
+    found = find_pair(row)
     try:
-        return found is not None and bool(find_verdict(columns, found))
+        return found is not None and bool(find_verdict(row, found))
     except BadRow:
         return False
 
 
-def find_verdict(columns: tuple[str, ...], responses: Responses) -> Verdict:
+def find_verdict(row: Row, responses: Responses) -> Verdict:
     """The columns that compare the answers.
 
     Raises `BadRow` where there are none, or several that may differ.
     """
     one, other = responses.numbers
-    if responses.columns == ("human_ref_A", "human_ref_B") and "labels" in columns:
+    if responses.columns == ("human_ref_A", "human_ref_B") and "labels" in row:
         return Verdict("shp", ("labels",))
-    named = [name for name in NAMED if name in columns] or [name for name in SIGNED if name in columns]
+    named = [name for name in NAMED if name in row] or [name for name in SIGNED if name in row]
     if len(named) > 1 and named[0] != NAMED[0]:
         raise BadRow(
             f"{' and '.join(f'`{name}`' for name in named)} may prefer different answers: choose one with "
@@ -76,24 +88,20 @@ def find_verdict(columns: tuple[str, ...], responses: Responses) -> Verdict:
     if named:
         return Verdict("named" if named[0] in NAMED else "signed", (named[0],))
     for stem in ("winner_model_", "winner_"):
-        if {stem + one, stem + other} <= set(columns):
+        if {stem + one, stem + other} <= row.keys():
             return Verdict("flags", (stem + one, stem + other))
-    for pattern in (
-        "score_{number}",
-        "rating_{number}",
-        "{column}_score",
-        "{column}_rating",
-        "{column}_reward",
-    ):
+    for pattern in SCORES:
         scores = tuple(
             pattern.format(number=number, column=column)
             for column, number in zip(responses.columns, responses.numbers, strict=True)
         )
-        if set(scores) <= set(columns):
+        if scores[0] != scores[1] and {*scores} <= row.keys():
             return Verdict("scores", scores)
+    if isinstance(row.get("label"), str) and _as_number(row["label"]) is None:  # numbers mean many things
+        return Verdict("named", ("label",))
     raise BadRow(
-        f"no column tells which of `{responses.columns[0]}` and `{responses.columns[1]}` is better: name one "
-        f"that holds {one} or {other} with `map`, for example `map` {NAMED[0]}=choice"
+        f"no column tells which of {_shown(responses)} is better: name one that holds {one} or {other} with "
+        f"`map`, for example `map` {NAMED[0]}=choice"
     )
 
 
@@ -153,17 +161,24 @@ def _named(row: Row, responses: Responses, column: str) -> int | None:
     text = str(int(number)) if number is not None and number == int(number) else str(value).strip()
     if text.lower() in TIES:
         return None
-    for place, (name, answer) in enumerate(zip(responses.numbers, responses.columns, strict=True)):
-        models = [f"{kind}_{name}" for kind in ("model", "assistant", "response", "answer")]
-        if text.lower() in (name.lower(), answer.lower(), *(model.lower() for model in models)):
+    one, other = responses.numbers
+    if text.lower() == f"{one}={other}".lower():
+        return None
+    for place, (name, loser) in enumerate(((one, other), (other, one))):
+        known = [name, f"{name}>{loser}", f"{name}>>{loser}", *(f"{kind}_{name}" for kind in KINDS)]
+        if text.lower() in (word.lower() for word in (*known, responses.columns[place])):
             return place
-    models_of_row = [row.get(f"model_{name}") for name in responses.numbers]
-    if models_of_row.count(value) == 1:
-        return models_of_row.index(value)
+    models = [row.get(f"model_{name}") for name in responses.numbers]
+    if models.count(value) == 1:
+        return models.index(value)
     raise BadRow(
-        f"`{column}` is {str(value)[:40]!r}, expected {' or '.join(responses.numbers)} "
-        f"(for {' and '.join(responses.columns)}), or tie"
+        f"`{column}` is {str(value)[:40]!r}, expected {one} or {other} (for {_shown(responses)}), or tie"
     )
+
+
+def _shown(responses: Responses) -> str:
+    one, other = responses.columns
+    return f"`{one}` and `{other}`" if one != other else f"the answers in `{one}`"
 
 
 def _as_number(value: Any) -> float | None:

@@ -48,10 +48,9 @@ from dpo_cache.data.columns import (
     SCORES,
     SIDES,
     find_first,
-    find_responses,
     find_sides,
 )
-from dpo_cache.data.compared import find_verdict, has_verdict
+from dpo_cache.data.compared import find_pair, find_verdict, has_verdict
 from dpo_cache.data.examples import RANKED_PARSERS, Example, parse_row
 from dpo_cache.data.prompts import bare_answer, is_several, is_whole_dialogue
 from dpo_cache.data.ranked import is_scored
@@ -115,7 +114,7 @@ FORMATS = {
     "output": Format((PROMPT, (("output",),)), lambda row: isinstance(row.get("output"), list)),
     "completions": Format((LIST,), lambda row: is_scored(_first_list(row))),
     "ranked": Format((PROMPT, LIST, RANKING), lambda row: isinstance(_first_list(row), list)),
-    "compared": Format((RESPONSES,), lambda row: has_verdict(tuple(row))),
+    "compared": Format(((*RESPONSES, *LIST),), has_verdict),
 }
 RANKED = tuple(RANKED_PARSERS)  # formats whose rows may make several pairs, by merit
 
@@ -176,10 +175,12 @@ def columns_read(data_format: str, columns: Sequence[str], first_row: Row) -> st
             f"the prompt is the text that the answers share. If it is in {' or '.join(others)}, name it with "
             f"`map`, for example `map` prompt={others[0]}"
         )
-    if data_format == "compared" and has_verdict(names) and (found := find_responses(names)):
-        verdict = " and ".join(f"`{name}`" for name in find_verdict(names, found).columns)
+    row = {name: first_row.get(name) for name in names}
+    if data_format == "compared" and has_verdict(row) and (found := find_pair(row)):
+        verdict = " and ".join(f"`{name}`" for name in find_verdict(row, found).columns)
         one, other = found.columns
-        return f"the better of `{one}` and `{other}` is chosen, by {verdict}"
+        shown = f"`{one}` and `{other}`" if one != other else f"the two in `{one}`"
+        return f"the better of {shown} is chosen, by {verdict}"
     if SIDES in FORMATS[data_format].columns and (sides := find_sides(names)) != SIDES[0]:
         return f"`{sides[0]}` is read as chosen, `{sides[1]}` as rejected"
     return None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpo_cache.data.columns import DIALOGUES, PROMPTS, QUESTIONS, find_first, find_sides
+from dpo_cache.data.fields import is_null
 from dpo_cache.data.messages import (
     BadRow,
     Message,
@@ -51,21 +52,23 @@ def read_sharegpt_prompt(row: Row) -> list[Message]:
     turns = row["conversations"]
     if not isinstance(turns, list):
         raise BadRow("`conversations` is not a list of turns")
-    prompt = [*read_system(row), *(read_sharegpt_turn(turn, "conversations") for turn in turns)]
-    if turns and prompt[-1]["role"] == "assistant":
-        raise BadRow(
-            f"`conversations` ends with a turn from {sender(turns[-1])!r}, expected what the answers reply to"
-        )
-    return prompt
+    prompt = [read_sharegpt_turn(turn, "conversations") for turn in turns]
+    if prompt and prompt[-1]["role"] == "assistant":
+        if not _is_chosen(prompt[-1], row):
+            last = sender(turns[-1])
+            raise BadRow(
+                f"`conversations` ends with a turn from {last!r}, expected what the answers reply to"
+            )
+        prompt = prompt[:-1]
+    return with_system(row, prompt)
 
 
 def read_dialogue_prompt(row: Row) -> list[Message]:
     """Messages to answer. Where they end with the chosen answer, it is left out."""
     column = find_first(row, DIALOGUES) or DIALOGUES[0]
     prompt = read_messages(row, column)
-    sides = find_sides(row)
     if prompt and prompt[-1]["role"] == "assistant":
-        if prompt[-1]["content"] != row.get(sides[0]):
+        if not _is_chosen(prompt[-1], row):
             raise BadRow(f"`{column}` ends with a message from assistant, expected what the answers reply to")
         prompt = prompt[:-1]
     return with_system(row, prompt)
@@ -125,7 +128,10 @@ def with_sides(
 ) -> Parsed:
     """The chosen answer and the rejected one, or each pair of several of them."""
     columns = columns or find_sides(row)
-    is_bare = any(isinstance(row[column], dict) for column in columns)  # so a list holds several answers
+    one, other = (row[column] for column in columns)
+    if isinstance(one, str) and isinstance(other, str):
+        return Parsed(prompt, (read(row, columns[0]), read(row, columns[1])), columns)
+    is_bare = isinstance(one, dict) or isinstance(other, dict)  # so a list holds several answers
     chosen, rejected = (_read_answers(row, column, read, is_bare) for column in columns)
     if len(chosen) == len(rejected) == 1:
         return Parsed(prompt, (chosen[0], rejected[0]), columns)
@@ -146,7 +152,9 @@ def is_whole_dialogue(value: Any) -> bool:
 
 def is_several(value: Any) -> bool:
     """Whether a column holds a list of answers: texts, or lists of messages."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, (str, list)) for item in value)
+    if not isinstance(value, list) or not value or not isinstance(value[0], (str, list)):
+        return False
+    return all(isinstance(item, (str, list)) for item in value)
 
 
 def bare_answer(value: Any) -> Any:
@@ -178,3 +186,10 @@ def _is_reply(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     return isinstance(bare_answer(value), str) or standard_role(sender(value)) == "assistant"
+
+
+def _is_chosen(message: Message, row: Row) -> bool:
+    """Whether a message is the row's chosen answer."""
+    column = find_sides(row)[0]
+    value = row.get(column)
+    return not is_null(value) and not is_several(value) and read_reply(row, column) == [message]

@@ -15,8 +15,8 @@ ANSWER = (*ANSWER_FIELDS, "messages", "message")
 RANK = ("rank",)  # the lower the better
 SCORE = (
     "fine-grained_score", "overall_score", "score", "overall_rating", "rating", "reward", "pm_score",
-    "rm_score", "reward_score", "average_score", "average_rating", "avg_score", "avg_rating", "mean_score", "annotations",
-    "evals", "evaluation", "scores",
+    "rm_score", "reward_score", "average_score", "average_rating", "avg_score", "avg_rating", "mean_score",
+    "annotations", "evals", "evaluation", "scores",
 )  # fmt: skip
 INNER_SCORES = ("score", "overall_score", "overall", "rating", "Rating", "value")
 SYSTEM = "custom_system_prompt"  # UltraFeedback asked each model in another way

@@ -31,7 +31,7 @@ JUDGEMENTS = ("label", "labels", "kto_tag", "is_safe", "desirable", "score", "ra
 def refusal(columns: Sequence[str], first_row: dict[str, Any], place: str) -> DataError:
     """The error for data with these columns."""
     return DataError(
-        _of_two_answers(columns, place)
+        _of_two_answers(columns, first_row, place)
         or _of_several_answers(columns, first_row, place)
         or _of_one_answer(columns, place)
         or f"{place} is not preference data: found the columns {', '.join(columns) or '(none)'}; accepted "
@@ -40,11 +40,11 @@ def refusal(columns: Sequence[str], first_row: dict[str, Any], place: str) -> Da
     )
 
 
-def _of_two_answers(columns: Sequence[str], place: str) -> str | None:
+def _of_two_answers(columns: Sequence[str], first_row: dict[str, Any], place: str) -> str | None:
     found = find_responses(tuple(columns))
     if found is not None:
         try:
-            find_verdict(tuple(columns), found)
+            find_verdict(first_row, found)
         except BadRow as problem:
             return f"{place}: {problem}.\nIt has the columns {', '.join(columns)}."
     stem, numbers = next(iter(numbered_columns(tuple(columns)).items()), ("", []))

@@ -90,6 +90,11 @@ SHAPES: dict[str, tuple[dict[str, Any], Example]] = {
         {"context": [user("Well?")], "response1": "No.", "response2": "Yes.", "overall_preference": 1},
         CHAT,
     ),
+    "a list of two answers": (
+        {"prompt": "Well?", "responses": ["No.", "Yes."], "better_response_id": 1},
+        TEXT,
+    ),
+    "a list of two dialogues": ({"responses": [NO, YES], "chosen": 1}, CHAT),
     "SHP": (
         {
             "history": "Well?",
@@ -138,6 +143,10 @@ def numbers(**verdict: Any) -> dict[str, Any]:
         (letters(winner="model_a"), ((0, 1),)),
         (letters(winner="A"), ((0, 1),)),
         (letters(winner="tie"), ()),
+        (letters(label="model_a"), ((0, 1),)),
+        (letters(label="B>A"), ((1, 0),)),
+        (letters(label="A>>B"), ((0, 1),)),
+        (letters(label="A=B"), ()),
         (letters(winner="tie (bothbad)"), ()),
         (letters(winner_model_a=1, winner_model_b=0, winner_tie=0), ((0, 1),)),
         (letters(winner_model_a=0, winner_model_b=0, winner_tie=1), ()),
@@ -160,14 +169,23 @@ def test_verdicts_of_every_kind_are_read(row: dict[str, Any], pairs: tuple[tuple
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (letters(winner=1), "`winner` is '1', expected a or b (for response_a and response_b), or tie"),
+        (letters(winner=1), "`winner` is '1', expected a or b (for `response_a` and `response_b`), or tie"),
         (
             numbers(preference=0),
-            "`preference` is '0', expected 1 or 2 (for response_1 and response_2), or tie",
+            "`preference` is '0', expected 1 or 2 (for `response_1` and `response_2`), or tie",
         ),
         (
             numbers(preference=1.5),
-            "`preference` is '1.5', expected 1 or 2 (for response_1 and response_2), or tie",
+            "`preference` is '1.5', expected 1 or 2 (for `response_1` and `response_2`), or tie",
+        ),
+        (
+            {"prompt": "Well?", "responses": ["No.", "Yes."], "chosen": 2},
+            "`chosen` is '2', expected 0 or 1 (for the answers in `responses`), or tie",
+        ),
+        (
+            letters(label=1),
+            "no column tells which of `response_a` and `response_b` is better: name one that holds a or b with "
+            "`map`, for example `map` preference=choice",
         ),
         (letters(winner=None), "`winner` is missing, expected a or b"),
         (letters(winner=True), "`winner` is a bool, expected a or b"),

@@ -103,6 +103,24 @@ SHAPES: dict[str, tuple[str, dict[str, Any], Example]] = {
         {"messages": [user("Well?"), assistant("Yes.")], "chosen": "Yes.", "rejected": "No."},
         YES_OR_NO,
     ),
+    "messages that end with the chosen message": (
+        "messages",
+        {
+            "messages": [user("Well?"), assistant("Yes.")],
+            "chosen": assistant("Yes."),
+            "rejected": assistant("No."),
+        },
+        YES_OR_NO,
+    ),
+    "turns that end with the chosen turn": (
+        "sharegpt",
+        {
+            "conversations": [{"from": "human", "value": "Well?"}, {"from": "gpt", "value": "Yes."}],
+            "chosen": {"from": "gpt", "value": "Yes."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+        YES_OR_NO,
+    ),
     "whole dialogues next to messages": (
         "implicit",
         {
