@@ -395,6 +395,33 @@ def test_answers_all_ranked_alike_are_dropped_and_counted(
     assert (report.pairs_kept, report.dropped) == (1, {"answers all ranked alike": 1})
 
 
+def test_one_of_two_verdicts_is_chosen_and_ties_are_counted(
+    model_folder: str, tmp_path: Path, cache: str
+) -> None:
+    rows = [
+        {
+            "prompt": "which?",
+            "response_0": " a",
+            "response_1": " b",
+            "better_response_id": 0,
+            "safer_response_id": safer,
+        }
+        for safer in (1, "tie")
+    ]
+    path, remarks = write_rows(tmp_path / "compared.jsonl", rows), list[str]()
+    with pytest.raises(DataError, match="may prefer different answers: choose one with `map`"):
+        dpo_cache.precompute(model_folder, path, cache, dry_run=True)
+    report = dpo_cache.precompute(
+        model_folder, path, cache, map=("preference=safer_response_id",), dry_run=True, log=remarks.append
+    )
+    (survey,) = report.surveys
+    assert (survey["data_format"], survey["pairs_kept"]) == ("compared", 1)
+    assert survey["dropped"]["answers all ranked alike"]["rows"] == [1]
+    assert any(
+        "the better of `response_0` and `response_1` is chosen, by `preference`" in text for text in remarks
+    )
+
+
 def test_columns_may_be_renamed_and_the_format_named(model_folder: str, tmp_path: Path, cache: str) -> None:
     rows = [{"q": "which?", "good": " a", "bad": " b"}]
     path = write_rows(tmp_path / "named.jsonl", rows)
