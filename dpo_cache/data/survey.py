@@ -66,6 +66,7 @@ class Survey:
     def __post_init__(self) -> None:
         self._last_row = -1
         self._early_pairs = 0
+        self._announced: set[str] = set()
         self._lengths: dict[str, Counter[int]] = {
             name: Counter() for name in ("prompt", "answer", "prompt + answer")
         }
@@ -101,6 +102,15 @@ class Survey:
     def lengths(self) -> dict[str, list[int]]:
         """For prompts, answers and both together: the lengths at `PERCENTILES`."""
         return {name: _percentiles(counts) for name, counts in self._lengths.items()}
+
+    def first_remarks(self) -> list[str]:
+        """A remark for each note that no earlier call has returned: of a stream, they are not counted yet."""
+        new = [note for note in self.notes if note not in self._announced]
+        self._announced.update(new)
+        return [
+            f"{self.pair_set}: {note}: row {self.notes[note].rows[0]} is the first; the end has the count."
+            for note in new
+        ]
 
     def remarks(self) -> list[str]:
         """A remark for each note, the most frequent first."""

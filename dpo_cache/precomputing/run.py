@@ -153,6 +153,8 @@ def _run(
         for window in planner.plan(split, tokenize_split(split, tokenizer, options, spool)):
             if not is_planned:  # the window is scored before the next one is planned
                 inspect(split)
+                for remark in split.survey.first_remarks():
+                    log(remark)
             yield window
         inspect(split)
         report.add(split.survey)

@@ -45,6 +45,19 @@ def test_a_note_counts_each_of_its_rows_once_also_where_the_row_is_dropped() -> 
     assert survey.remarks() == ["pairs/train: its images are left out: 3 of 3 rows (row 0, 1, 2)."]
 
 
+def test_notes_of_a_stream_are_announced_once_before_they_are_counted() -> None:
+    survey = Survey("pairs/train", "text")
+    announced = []
+    for row, note in enumerate(["a", "a", "b", "a"]):
+        survey.add(outcome(row, 4, 2, 3)._replace(notes=(note,)))
+        announced.append(survey.first_remarks())
+    first, second = (
+        f"pairs/train: {note}: row {row} is the first; the end has the count."
+        for note, row in (("a", 0), ("b", 2))
+    )
+    assert announced == [[first], [], [second], []]
+
+
 def test_a_ranked_row_is_one_row_of_several_pairs() -> None:
     survey = Survey("pairs/train", "ranked")
     for row in (0, 0, 0, 1):

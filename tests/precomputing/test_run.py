@@ -671,3 +671,19 @@ def test_a_part_that_is_not_what_was_written_is_written_again(
         )
     report = dpo_cache.precompute(model_folder, data_file, tmp_path / "cache")
     assert part.read_bytes() == whole and report.scored_now == 0 and report.bytes_written > len(whole)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_rows_lose_is_reported_before_anything_is_scored(
+    model_folder: str, tmp_path: Path, cache: str, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remarks: list[str] = []
+
+    def refuse(*_: object, **__: object) -> None:
+        assert any("its images are left out, because only text is scored: " in remark for remark in remarks)
+        raise ModelError("no model here")
+
+    monkeypatch.setattr(runner, "load_model", refuse)
+    data_file = write_rows(tmp_path / "a.jsonl", [{**row, "images": ["a.png"]} for row in chat_rows(3)])
+    with pytest.raises(ModelError, match="no model here"):
+        dpo_cache.precompute(model_folder, data_file, cache, streaming=streaming, log=remarks.append)
