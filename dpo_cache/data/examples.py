@@ -14,11 +14,12 @@ from dpo_cache.data.columns import PROMPTS
 from dpo_cache.data.compared import parse_compared
 from dpo_cache.data.fields import BadRow, describe, is_null
 from dpo_cache.data.lost import without_turns_after
+from dpo_cache.data.messages import Message
 from dpo_cache.data.parsed import Answers, Content, Pairs, Parsed, shared_prefix
 from dpo_cache.data.prompt_end import end_prompt
 from dpo_cache.data.ranked import parse_completions, parse_ranked
 from dpo_cache.data.serialized import parse_columns, parse_json
-from dpo_cache.data.tool_calls import ARGUMENTS_AS_TEXT, has_text_arguments, read_tools
+from dpo_cache.data.tool_calls import ARGUMENTS_AS_TEXT, has_text_arguments, read_tools, tools_of_functions
 
 __all__ = ["Example", "RowProblem", "parse_row", "shared_prefix"]
 
@@ -63,9 +64,15 @@ def parse_row(row: dict[str, Any], data_format: str, ranked_pairs: str = "all") 
     for column, content in (("prompt", prompt), *zip(parsed.columns, answers, strict=True)):
         if not content:
             return RowProblem(f"`{column}` is empty")
+        if column != "prompt" and not (isinstance(content, str) or _has_assistant(content)):
+            return RowProblem(f"`{column}` has no message from the assistant")
     return Example(
         prompt, answers, parsed.pairs, options, parsed.notes + cut + notes + read_as_text + call_notes
     )
+
+
+def _has_assistant(messages: list[Message]) -> bool:
+    return any(message["role"] == "assistant" for message in messages)
 
 
 def _parse(row: dict[str, Any], data_format: str, ranked_pairs: str) -> Parsed:
@@ -108,11 +115,16 @@ def _template_options(row: dict[str, Any], tools: Any) -> dict[str, Any]:
 
 
 def _find_tools(row: dict[str, Any]) -> Any:
-    """The column `tools`, or `tools` next to the messages of a prompt that is an object."""
+    """The column `tools`, `tools` next to the messages of a prompt that is an object, or the column
+    `functions`.
+    """
     if row.get("tools"):
         return row["tools"]
     prompts = (row.get(name) for name in PROMPTS)
-    return next((value["tools"] for value in prompts if isinstance(value, dict) and value.get("tools")), None)
+    found = next(
+        (value["tools"] for value in prompts if isinstance(value, dict) and value.get("tools")), None
+    )
+    return found or tools_of_functions(row.get("functions"))
 
 
 def _call_notes(contents: Iterable[Content]) -> tuple[str, ...]:

@@ -52,6 +52,16 @@ def read_tools(value: Any) -> list[Any]:
     return [_tool(tool) for tool in tools]
 
 
+def tools_of_functions(value: Any) -> list[Any]:
+    """The tools in the column `functions`, as OpenAI wrote them before `tools`; none if it holds others."""
+    functions = parse_json(value) if isinstance(value, str) else value
+    if not isinstance(functions, list) or not all(
+        isinstance(one, dict) and "name" in one for one in functions
+    ):
+        return []
+    return [{"type": "function", "function": function} for function in functions]
+
+
 def has_text_arguments(calls: list[Call]) -> bool:
     """Whether the arguments of a call are text that is no JSON; see `ARGUMENTS_AS_TEXT`."""
     return any(isinstance(call["function"]["arguments"], str) for call in calls)
@@ -69,6 +79,8 @@ def _call(value: Any, name: str) -> Call:
     if not isinstance(value, dict):
         raise BadRow(f"`{name}` has a tool call that is no object with `name` and `arguments`")
     function = value.get("function")
+    if isinstance(function, str):
+        function = parse_json(function)
     if isinstance(function, dict):
         outside = {key: entry for key, entry in value.items() if key != "function" and not is_null(entry)}
     else:

@@ -26,6 +26,7 @@ CALLS: dict[str, Any] = {
     "one call": BARE,
     "one call as JSON": json.dumps(BARE),
     "calls as JSON": json.dumps([CALL]),
+    "function as JSON": [{"type": "function", "function": json.dumps(BARE)}],
     "each call as JSON": [json.dumps(BARE)],
 }
 
