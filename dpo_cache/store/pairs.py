@@ -4,6 +4,7 @@ files.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -154,6 +155,21 @@ class PairSet:
         for part, group, _ in self._blocks:
             columns = self._open_part(part).read_group(group, ["chosen_key", "rejected_key"]).columns
             yield from zip(*(key_bytes(keys_of(column)) for column in columns), strict=True)
+
+    def values_digest(self, *, with_tokens: bool = False) -> str:
+        """Hex sha256 over the reference's sums of all pairs, in order; `with_tokens`, also over the log-probs
+        of the tokens. The same values have the same digest, however they are divided into parts.
+        """
+        names = ["ref_chosen_logps", "ref_rejected_logps"]
+        names += ["ref_chosen_token_logps", "ref_rejected_token_logps"] if with_tokens else []
+        digests = [hashlib.sha256() for _ in names]
+        for part, group, _ in self._blocks:
+            table = self._open_part(part).read_group(group, names)
+            for digest, name in zip(digests, names, strict=True):
+                for chunk in table.column(name).chunks:
+                    values = chunk.flatten() if pa.types.is_list(chunk.type) else chunk
+                    digest.update(values.to_numpy().tobytes())
+        return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
     def _read_rows(self, rows: Sequence[int]) -> list[ScoredPair]:
         """The pairs at these positions; each run of positions in one block reads the block once."""

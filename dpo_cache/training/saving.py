@@ -9,10 +9,11 @@ from pathlib import Path
 from dpo_cache.errors import TrainingError
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.training.evaluations import Best
-from dpo_cache.training.output.checkpoint import RunPosition, save_checkpoint
+from dpo_cache.training.output.checkpoint import save_checkpoint
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.output.model_card import library_versions, model_card
 from dpo_cache.training.output.run_folder import save_best, save_model
+from dpo_cache.training.output.run_position import RunPosition
 from dpo_cache.training.output.run_start import remove_leftovers
 from dpo_cache.training.setup import Setup
 from dpo_cache.training.step import TrainingStep

@@ -25,6 +25,7 @@ from dpo_cache.losses.objective import Objective
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import open_cache
+from dpo_cache.store.format.documents import digest_json
 from dpo_cache.training.batches import count_shared
 from dpo_cache.training.evaluations import Schedule, schedule_of
 from dpo_cache.training.gradient_check import GradientCheck
@@ -35,12 +36,13 @@ from dpo_cache.training.optim.schedule import learning_rate
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.optim.updates import Updater
 from dpo_cache.training.output.checkpoint import (
-    RunPosition,
+    check_files,
     damaged,
     read_position,
     restore_optimizer,
 )
 from dpo_cache.training.output.run_folder import check_config, read_config
+from dpo_cache.training.output.run_position import RunPosition
 from dpo_cache.training.output.run_start import find_start
 from dpo_cache.training.output.trackers import check_trackers
 from dpo_cache.training.pair_logps import objective_of
@@ -55,6 +57,7 @@ class Setup:
     log: Log
     device: torch.device
     data: TrainingPairs
+    inputs: dict[str, Any]  # see `resolved_inputs`
     policy: TrainedModel
     objective: Objective
     step_memory: StepMemory
@@ -98,7 +101,7 @@ class Setup:
             "model": policy.location,
             "adapter": describe(policy.adapted) if policy.adapted else None,
             "base_weights": policy.origin.base_weights,
-            **resolved_inputs(self.options, self.data, self.total_steps),
+            **self.inputs,
             "attention": policy.attention.name,
             "precision": policy.precision,
             "device": str(self.device),
@@ -149,7 +152,10 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
     data = open_pairs(options, open_cache(options.cache))
     steps_per_epoch = math.ceil(data.num_pairs / options.batch_size)
     total_steps = _count_steps(options, steps_per_epoch)
-    _check_resumed(options, checkpoint, resolved_inputs(options, data, total_steps))
+    inputs = resolved_inputs(options, data, total_steps)
+    _check_resumed(options, checkpoint, inputs)
+    if checkpoint is not None:
+        check_files(checkpoint)
     is_onednn = _decided_linear(output if checkpoint else None, is_deterministic=options.deterministic)
     with ExitStack() as stack:
         with _reading(checkpoint):
@@ -167,6 +173,7 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
             log=log,
             device=device,
             data=data,
+            inputs=inputs,
             policy=policy,
             objective=objective,
             step_memory=_plan_memory(options, policy, objective, position, log),
@@ -185,13 +192,20 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
 def resolved_inputs(options: TrainOptions, data: TrainingPairs, total_steps: int) -> dict[str, Any]:
     """The resolved values that are known before the model is loaded."""
     eval_pairs = data.eval_pairs if options.eval_pairs else None
+    with_tokens = options.ld_alpha is not None and options.ld_reference  # else the sums are all that counts
     return {
         "reference": data.pairs.reference_id,
         "cache": options.cache,
         "pairs": data.pairs.name,
         "eval_pairs": None if eval_pairs is None else eval_pairs.name,
         "pairs_digest": data.pairs.manifest["pairs_digest"],
+        # the blocks in which the pairs are shuffled: very long pairs are in smaller ones
+        "shuffled_blocks": digest_json(data.pairs.block_sizes) if options.shuffle else None,
+        "reference_values": data.pairs.values_digest(with_tokens=with_tokens),
         "eval_pairs_digest": None if eval_pairs is None else eval_pairs.manifest["pairs_digest"],
+        "eval_reference_values": None
+        if eval_pairs is None
+        else eval_pairs.values_digest(with_tokens=with_tokens),
         "num_pairs": data.num_pairs,
         "num_eval_pairs": int(data.eval_selected.sum()),
         "total_steps": total_steps,

@@ -4,7 +4,7 @@
                            of an adapter, only its weights
     optimizer.safetensors  `<parameter>/<state>` per optimizer state, e.g. `model.norm.weight/exp_avg`
     tokenizer files        so that a resumed run needs only the cache, and an adapter its base
-    state.json             see `RunPosition`
+    state.json             see `RunPosition`; and a CRC-32 of each file above, and of state.json itself
     best/                  the best policy that state.json names, if RUN/best has a later one
 
 A checkpoint is written under a dot-name and renamed, so it is whole or absent. Nothing is pickled.
@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +30,11 @@ from dpo_cache.files.atomic import is_refused_write, remedy_of, replaced
 from dpo_cache.training.evaluations import Best
 from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.optim.updates import Updater
+from dpo_cache.training.output.run_position import RunPosition, problem_of
 from dpo_cache.training.output.run_start import find_checkpoints
 
-
-@dataclass(frozen=True)
-class RunPosition:
-    """The position of a run: steps done, its epoch (from 0), pairs of that epoch already used, and state."""
-
-    step: int = 0
-    epoch: int = 0
-    pairs_seen: int = 0
-    step_memory: dict[str, Any] | None = None  # how steps are split: another split rounds differently
-    best: dict[str, Any] | None = None  # the best evaluation so far, see `Best`
+READ_BYTES = 2**24  # of a file, at once
+READERS = 4  # of files, at once
 
 
 def save_checkpoint(
@@ -51,7 +46,10 @@ def save_checkpoint(
     def write(scratch: Path) -> None:
         with _failed_saves():
             save_file(optimizer.tensors(), scratch / "optimizer.safetensors")
-        (scratch / "state.json").write_text(json.dumps(asdict(position)) + "\n")
+        files = [path for path in scratch.rglob("*") if path.is_file()]
+        sums = zip(files, _checksums(files), strict=True)
+        state = {**asdict(position), "files": {str(path.relative_to(scratch)): crc for path, crc in sums}}
+        (scratch / "state.json").write_text(json.dumps({**state, "crc": _state_checksum(state)}) + "\n")
 
     write_policy(target, policy, write, remedy="Then resume from the last checkpoint with `resume`.")
     for older in find_checkpoints(run)[:-keep]:
@@ -103,19 +101,62 @@ def _failed_saves() -> Iterator[None]:
 
 
 def read_position(checkpoint: Path) -> RunPosition:
-    """The position of the run when the checkpoint was saved."""
+    """The position of the run when the checkpoint was saved. Raises `TrainingError`."""
+    return _read_state(checkpoint)[0]
+
+
+def check_files(checkpoint: Path) -> None:
+    """Raise `TrainingError` for a file that is not as it was saved. Checkpoints of earlier versions have no
+    checksums.
+    """
+    files = _read_state(checkpoint)[1]
+    paths = [checkpoint / name for name in files]
+    for path, found, saved in zip(paths, _checksums(paths), files.values(), strict=True):
+        if found != saved:
+            reason = "its content is not what was saved" if isinstance(found, int) else found
+            raise damaged(path, ValueError(reason))
+
+
+def _read_state(checkpoint: Path) -> tuple[RunPosition, dict[str, int]]:
+    """The position in state.json, and the checksums of the other files by name."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
+        if "crc" in state and state.pop("crc") != _state_checksum(state):
+            raise ValueError("its content is not what was saved")
+        files = state.pop("files", {})
         if "thrift" in state:  # the key of earlier versions
             state["step_memory"] = state.pop("thrift")
         position = RunPosition(**state)
-        for number in (position.step, position.epoch, position.pairs_seen):
-            range(number)  # raises `TypeError` for anything but a whole number
+        if problem := problem_of(position):
+            raise ValueError(problem)
+        if checkpoint.name.startswith("step-") and int(checkpoint.name[5:]) != position.step:
+            raise ValueError(f"it is of step {position.step}")
         Best(**(position.best or {}))
-        dict(position.step_memory or {})
+        dict.items(files)
     except (OSError, ValueError, TypeError) as error:
         raise damaged(checkpoint / "state.json", error) from error
-    return position
+    return position, files
+
+
+def _checksums(paths: Sequence[Path]) -> list[int | OSError]:
+    """The CRC-32 of each file, or the error with which it cannot be read."""
+    with ThreadPoolExecutor(READERS) as readers:
+        return list(readers.map(_checksum, paths))
+
+
+def _checksum(path: Path) -> int | OSError:
+    crc = 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(READ_BYTES):
+                crc = zlib.crc32(block, crc)
+    except OSError as error:
+        return error
+    return crc
+
+
+def _state_checksum(state: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 def restore_optimizer(checkpoint: Path, optimizer: Updater) -> None:

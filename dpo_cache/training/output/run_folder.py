@@ -54,8 +54,11 @@ FIXED_RESOLVED = (
     "base_weights",
     "reference",
     "pairs_digest",
+    "shuffled_blocks",
+    "reference_values",
     "num_pairs",
     "eval_pairs_digest",
+    "eval_reference_values",
     "total_steps",
     "precision",
 )
