@@ -192,7 +192,7 @@ def import_pairs(
     *,
     name: str | None = None,
     split: str | Sequence[str] = (),
-    format: Literal["auto", "ids", "text", "conversation", "implicit", "sharegpt", "alpaca", "question"] = 'auto',
+    format: Literal["auto", "ids", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "messages", "swift", "openai", "output", "compared"] = 'auto',
     map: str | Sequence[str] = (),
     model: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -241,7 +241,7 @@ def precompute(
     limit: int | None = None,
     streaming: bool = False,
     window: int = 16384,
-    format: Literal["auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "ranked"] = 'auto',
+    format: Literal["auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "messages", "swift", "openai", "output", "compared", "ranked", "completions"] = 'auto',
     map: str | Sequence[str] = (),
     ranked_pairs: Literal["all", "best"] = 'all',
     revision: str | None = None,
@@ -257,9 +257,12 @@ def precompute(
     budget_tokens: int | str = 'auto',
     overwrite: bool = False,
     dry_run: bool = False,
+    show: int = 0,
+    early_answers: Literal["stop", "keep"] = 'stop',
     attention: Literal["auto", "forest", "rows"] = 'auto',
     audit: int | str = 'auto',
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+    on_show: OnSurvey | None = None,
     on_survey: OnSurvey | None = None,
     on_progress: OnProgress | None = None,
     log: Log | None = None,
@@ -281,8 +284,9 @@ def precompute(
 
     `progress=True` shows on stderr what the command line shows. `on_survey` gets the survey of each split
     before the model is loaded (of a stream: at its end), `on_progress` is called after every chunk, and `log`
-    gets each remark (default: the logger `dpo_cache`); the report lists them, too. Raises `DpoCacheError`;
-    nothing that was published before is lost.
+    gets each remark (default: the logger `dpo_cache`); the report lists them, too. With `show`, `on_show`
+    gets each survey before anything is scored, with that many rows as text in `shown` (of a stream: rows of
+    its first window). Raises `DpoCacheError`; nothing that was published before is lost.
     """
 
 def pull(
