@@ -521,6 +521,11 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"prompt": "a", "chosen": "b", "rejected": "c", "chat_template_kwargs": "x"},
         "`chat_template_kwargs` is a str, expected an object",
     ),
+    "an answer of others than the assistant": (
+        "conversation",
+        {"prompt": "a", "chosen": [message("tool", "4")], "rejected": "c"},
+        "`chosen` has no message from the assistant",
+    ),
     "history that is a number": (
         "alpaca",
         {"history": 7, "instruction": "Well?", "chosen": "Yes.", "rejected": "No."},
