@@ -66,15 +66,9 @@ def parse_row(row: dict[str, Any], data_format: str, ranked_pairs: str = "all") 
             return RowProblem(f"`{column}` is empty")
         if column != "prompt" and not (isinstance(content, str) or _has_assistant(content)):
             return RowProblem(f"`{column}` has no message from the assistant")
-        if column != "prompt" and not (isinstance(content, str) or _has_assistant(content)):
-            return RowProblem(f"`{column}` has no message from the assistant")
     return Example(
         prompt, answers, parsed.pairs, options, parsed.notes + cut + notes + read_as_text + call_notes
     )
-
-
-def _has_assistant(messages: list[Message]) -> bool:
-    return any(message["role"] == "assistant" for message in messages)
 
 
 def _has_assistant(messages: list[Message]) -> bool:
