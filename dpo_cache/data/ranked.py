@@ -34,7 +34,7 @@ def parse_ranked(row: Row, which: str) -> Parsed:
 def parse_completions(row: Row, which: str) -> Parsed:
     """Answers as objects that hold their rank (the lower the better) or score (the higher the better)."""
     column = find_first(row, LISTS) or LISTS[0]
-    items = row.get(column)
+    items = _as_list(row.get(column))
     if not isinstance(items, list) or len(items) < 2 or not all(isinstance(item, dict) for item in items):
         raise BadRow(f"`{column}` is not a list of two answers or more, each with its rank or score")
     field = _shared_field(items, ANSWER)
@@ -51,9 +51,19 @@ def parse_completions(row: Row, which: str) -> Parsed:
 
 def is_scored(value: Any) -> bool:
     """Whether it is a list of answers, each an object with its rank or score."""
-    items = value if isinstance(value, list) else []
+    items = _as_list(value)
+    items = items if isinstance(items, list) else []
     is_objects = bool(items) and all(isinstance(item, dict) for item in items)
     return is_objects and None not in (_shared_field(items, ANSWER), _shared_field(items, (*RANK, *SCORE)))
+
+
+def _as_list(value: Any) -> Any:
+    """A list of objects, where the value is an object of lists, as `Sequence` of `datasets` makes them."""
+    if not isinstance(value, dict) or not all(isinstance(entry, list) for entry in value.values()):
+        return value
+    if len({len(entry) for entry in value.values()}) != 1:
+        return value
+    return [dict(zip(value, entries, strict=True)) for entries in zip(*value.values(), strict=True)]
 
 
 def _parsed(row: Row, column: str, answers: Sequence[Any], merits: Sequence[float], which: str) -> Parsed:

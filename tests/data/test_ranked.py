@@ -108,6 +108,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any], Example]] = {
         },
         YES_OR_NO,
     ),
+    "an object of lists (ELI5)": (
+        "completions",
+        {
+            "question": "Well?",
+            "answers": {"a_id": ["c1", "c2"], "text": ["No.", "Yes."], "score": [3, 9]},
+        },
+        YES_OR_NO,
+    ),
     "messages with a score": (
         "completions",
         {
