@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from dpo_cache.data.undecoded import without_decoding
 from dpo_cache.errors import DataError, OptionError, first_line
 from dpo_cache.files.locations import check_dataset
 
@@ -157,7 +158,8 @@ def _choose(
     if unknown:
         raise DataError(f"{location}: no split {', '.join(unknown)}.\nIt has: {', '.join(found)}.")
     return {
-        name: _renamed(_cut(found[name], limit), rename or {}, f"{location}: split {name}") for name in names
+        name: _renamed(_cut(without_decoding(found[name]), limit), rename or {}, f"{location}: split {name}")
+        for name in names
     }
 
 
