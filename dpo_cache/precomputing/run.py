@@ -157,6 +157,7 @@ def _run(
                     log(remark)
             yield window
         inspect(split)
+        split.survey.check_pairs()
         report.add(split.survey)
         for remark in split.survey.remarks():
             log(remark)
@@ -257,6 +258,6 @@ def _longest(splits: Sequence[SplitPlan]) -> list[Entry]:
 
 def _start_from(target: Target) -> str | None:
     """The checkpoint to train from, if the one that the reference's entry names is gone."""
-    recorded = target.cache.read_reference(target.reference.id)["provenance"]["model"]
+    recorded = target.cache.read_reference(target.reference.id)["provenance"].get("model")
     is_gone = recorded is not None and os.path.isabs(recorded) and not os.path.isdir(recorded)
     return absolute(target.reference.name) if is_gone else None

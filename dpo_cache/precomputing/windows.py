@@ -72,15 +72,13 @@ class Planner:
     def plan(self, split: SplitPlan, windows: Iterator[Dataset]) -> Iterator[Window]:
         """Yield the plan of each window of tokenized rows, and add it to the split.
 
-        Raises `DataError` if no row of the split makes a pair, `ModelError` for ids or positions that the
-        model has no embedding for.
+        Raises `ModelError` for ids or positions that the model has no embedding for.
         """
         for rows in windows:
             window = self._plan_window(split, rows)
             split.windows.append(window)
             self._check_lengths(split.survey.longest)
             yield window
-        split.survey.check_pairs()
 
     def _plan_window(self, split: SplitPlan, rows: Dataset) -> Window:
         kept: list[Pair] = []

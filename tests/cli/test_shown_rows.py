@@ -162,6 +162,13 @@ def test_the_rows_are_in_json_and_in_the_report(run: Any, model_folder: str, tmp
     assert len(report.surveys[0]["shown"]) == 1
 
 
+def test_rows_are_shown_where_none_makes_a_pair(run: Any, model_folder: str, tmp_path: Path) -> None:
+    rows = [{**row, "rejected": row["chosen"]} for row in chat_rows()]
+    done = precompute(run, model_folder, rows, tmp_path, "--show", 1, "--dry-run")
+    assert done.code == 1 and "no row of pairs/train makes a pair" in done.err
+    assert done.out.startswith("pairs/train, row 0: dropped, chosen equals rejected\n")
+
+
 def test_no_rows_are_shown_by_default(run: Any, model_folder: str, tmp_path: Path) -> None:
     done = precompute(run, model_folder, chat_rows(), tmp_path, "--dry-run", "--json")
     assert json.loads(done.out)["surveys"][0]["shown"] == []
