@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cache.data.examples import Example
 
 GENERATION_PROMPT = (
-    "the chat template begins its answers otherwise than its generation prompt ends, so they start early"
+    "its answers do not begin with the whole generation prompt of the chat template, and start early"
 )
 LINE_BREAKS = "line breaks at the end of its prompt merge with its answers, which start early"
 END_TOKEN = "the tokenizer adds a token after its prompt, which is left out where an answer follows"

@@ -32,11 +32,11 @@ OPENING_ROLES = ("user", *SYSTEM_ROLES)  # begin a dialogue, never an answer
 OTHERS = (*OPENING_ROLES, "tool", "function", "ipython")  # all roles but that of the model
 MIN_WORDS = 3  # of a text prompt, to tell an answer that repeats it from one that begins with the same words
 
-ENDS_LATER = "turns that its answers share are counted to the prompt"
-BEGINS_EARLIER = "its answers hold messages before the prompt, which are counted to it"
-IS_RENDERED = "its prompt is the text of the messages that its answers repeat, which are used instead"
+ENDS_LATER = "turns that its answers share are part of the prompt"
+BEGINS_EARLIER = "messages that its answers have before the prompt are part of it"
+IS_RENDERED = "its prompt is the text of messages that its answers repeat, and the messages are used"
 REPEATED = "its answers repeat the text of the prompt, which is used once"
-REPEATED_SHORT = "its answers begin with the text of the prompt, which is kept in them because it is short"
+REPEATED_SHORT = "its answers begin with the text of the prompt, which stays in them because it is short"
 INSIDE = "its answers hold the text of the prompt, so the model reads it twice"
 
 
