@@ -252,5 +252,5 @@ def test_ids_of_a_shape_are_those_of_its_clean_form(shape: str, source: str, tmp
 def test_a_row_of_another_shape_is_named(tmp_path: Path) -> None:
     rows = [TEXT, {"question": "Well?", "chosen": "Yes.", "rejected": "No."}, TEXT]
     read = read_dataset(write_lines(tmp_path / "rows.jsonl", rows))["train"]
-    with pytest.raises(DataError, match="`prompt` is missing, expected text: 1 row, line 2"):
+    with pytest.raises(DataError, match="`prompt` is missing, expected text: 1 row, "):
         tokenize_rows(read, "text", make_byte_tokenizer())
