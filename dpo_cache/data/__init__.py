@@ -8,6 +8,7 @@ from dpo_cache.data.survey import Survey
 from dpo_cache.data.template_date import template_date_of, writes_day
 from dpo_cache.data.tokenize import tokenize_rows, tokenized_windows
 from dpo_cache.data.truncate import Dropped, Outcome, Truncation, kept_pairs, make_pair, make_pairs
+from dpo_cache.data.unions import nested_columns, without_union_nulls
 from dpo_cache.tokenizer import load_tokenizer, set_chat_template, tokenizer_digest
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "load_tokenizer",
     "make_pair",
     "make_pairs",
+    "nested_columns",
     "parse_row",
     "read_dataset",
     "set_chat_template",
@@ -38,5 +40,6 @@ __all__ = [
     "tokenized_windows",
     "tokenizer_digest",
     "unused_columns",
+    "without_union_nulls",
     "writes_day",
 ]

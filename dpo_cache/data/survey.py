@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -156,20 +155,6 @@ class Survey:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self) | {"lengths": {"percentiles": list(PERCENTILES), **self.lengths()}}
-
-
-def rows_by_reason(problems: Sequence[tuple[int, str]]) -> str:
-    """A line for each reason, the most frequent first: the number of its rows, and the first of them.
-
-    `problems` holds a row number and a reason for each row that cannot be used.
-    """
-    rows: dict[str, list[int]] = {}
-    for row, reason in problems:
-        rows.setdefault(reason, []).append(row)
-    return "\n".join(
-        f"  {reason}: {len(found)} row{'s' if len(found) > 1 else ''}, number {shown_rows(found, most=5)}"
-        for reason, found in sorted(rows.items(), key=lambda entry: -len(entry[1]))
-    )
 
 
 def _percentiles(counts: Counter[int]) -> list[int]:

@@ -8,8 +8,8 @@ Each tokenized row is one pair:
     moved_boundary                        bool           tokens merge across the end of the prompt; see
                                                          `tokenize_rows`
     dropped                               string         why the row makes no pair; null if it makes one
-    problem                               string         why the row cannot be used, which stops the run;
-                                                         null if it can
+    problem                               string         why the row cannot be used, which stops the run or
+                                                         drops the row; null if it can
     notes                                 list<string>   what happened to the row and is worth a remark; the
                                                          survey counts the rows of each note
 """
@@ -17,7 +17,7 @@ Each tokenized row is one pair:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -29,12 +29,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_cache.data.early_answers import early_notes
 from dpo_cache.data.equal_answers import explain_equal_ids
-from dpo_cache.data.examples import Example, RowProblem, parse_row, shared_prefix
+from dpo_cache.data.examples import Example, RowProblem, shared_prefix
 from dpo_cache.data.lost import row_notes
+from dpo_cache.data.problems import problems_by_reason, unusable_rows
 from dpo_cache.data.read import Rows, not_utf8, reading
 from dpo_cache.data.render import encode_examples
-from dpo_cache.data.survey import rows_by_reason
+from dpo_cache.data.serialized import with_parsed_columns
 from dpo_cache.data.template_date import with_template_date
+from dpo_cache.data.text_rows import TextRows, TextStream, rows_in_memory
+from dpo_cache.data.unions import nested_columns, parse_nested_row
 from dpo_cache.errors import DataError, first_line
 from dpo_cache.tokenizer import tokenizer_digest
 
@@ -61,6 +64,8 @@ def tokenized_windows(
     window_rows: int,
     spool: Path,
     place: str,
+    on_error: str = "stop",
+    log: Callable[[str], None] | None = None,
 ) -> Iterator[Dataset]:
     """Yield the rows tokenized, at most `window_rows` at a time.
 
@@ -68,35 +73,28 @@ def tokenized_windows(
     window by window; each is saved in the folder `spool`, so that it can be read again. Raises as
     `tokenize_rows`.
     """
-    if isinstance(rows, Dataset):
-        tokenized = tokenize_rows(
-            rows,
-            data_format,
-            tokenizer,
-            ranked_pairs=ranked_pairs,
-            template_date=template_date,
-            place=place,
-        )
+    settings: dict[str, Any] = {
+        "ranked_pairs": ranked_pairs,
+        "template_date": template_date,
+        "place": place,
+        "on_error": on_error,
+        "log": log,
+    }
+    if isinstance(rows, (Dataset, TextRows)):
+        tokenized = tokenize_rows(rows, data_format, tokenizer, **settings)
         for start in range(0, len(tokenized), window_rows):
             yield tokenized.select(range(start, min(start + window_rows, len(tokenized))))
         return
-    for number, window in enumerate(_batches(rows, window_rows, place)):
-        table = Dataset.from_list(window, features=rows.features)
-        tokenized = tokenize_rows(
-            table,
-            data_format,
-            tokenizer,
-            ranked_pairs=ranked_pairs,
-            template_date=template_date,
-            first_row=number * window_rows,
-            place=place,
-        )
+    first = 0
+    for number, window in enumerate(_tables(rows, window_rows, place)):
+        tokenized = tokenize_rows(window, data_format, tokenizer, first_row=first, **settings)
+        first += len(window)
         tokenized.save_to_disk(spool / str(number))
         yield load_from_disk(str(spool / str(number)))
 
 
 def tokenize_rows(
-    dataset: Dataset,
+    rows: Dataset | TextRows,
     data_format: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -104,6 +102,8 @@ def tokenize_rows(
     template_date: date | None = None,
     first_row: int = 0,
     place: str = "the data",
+    on_error: str = "stop",
+    log: Callable[[str], None] | None = None,
 ) -> Dataset:
     """Token ids of every pair, in the columns that the module's docstring lists.
 
@@ -113,21 +113,34 @@ def tokenize_rows(
     boundary; `moved_boundary` marks those rows. A template that depends on the day writes `template_date`,
     by default today. Kept in the cache of `datasets`, keyed by data, tokenizer and that day.
 
-    Raises one `DataError` for all rows that cannot be used, and `ModelError` for conversations without a chat
-    template, or text without an EOS token.
+    Rows that cannot be used have a `problem`. Raises one `DataError` for all of them; with `on_error` drop, a
+    remark for `log` names them instead. Raises `ModelError` for conversations without a chat template, or
+    text without an EOS token.
     """
     tokenizer = with_template_date(tokenizer, template_date)
-    made_from = [dataset._fingerprint, data_format, ranked_pairs, str(first_row)]
+    table = rows.table if isinstance(rows, TextRows) else rows
+    fingerprint = rows.fingerprint if isinstance(rows, TextRows) else rows._fingerprint
+    made_from = [fingerprint, data_format, ranked_pairs, str(first_row)]
     made_from += [tokenizer_digest(tokenizer), str(IDS_VERSION)]
 
+    nested = nested_columns(rows)
+
     def tokenize_batch(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        examples = [parse_row(row, data_format, ranked_pairs) for row in rows]
-        return _tokenize_examples(examples, rows, [first_row + number for number in numbers], tokenizer)
+        found = (
+            rows.decode(batch)
+            if isinstance(rows, TextRows)
+            else [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        )
+        examples = [
+            row if isinstance(row, RowProblem) else parse_nested_row(row, nested, data_format, ranked_pairs)
+            for row in found
+        ]
+        source = [row if isinstance(row, RowProblem) else with_parsed_columns(row) for row in found]
+        return _tokenize_examples(examples, source, [first_row + number for number in numbers], tokenizer)
 
     try:
-        tokenized = dataset.map(
-            tokenize_batch, batched=True, with_indices=True, remove_columns=dataset.column_names,
+        tokenized = table.map(
+            tokenize_batch, batched=True, with_indices=True, remove_columns=table.column_names,
             features=FEATURES, batch_size=BATCH_ROWS,
             new_fingerprint=hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:32],
         )  # fmt: skip
@@ -139,31 +152,37 @@ def tokenize_rows(
             f"({first_line(error)}).\n"
             "Free some space there, or set HF_HOME to another folder."
         ) from error
-    _check_problems(tokenized, data_format, place)
+    problems = [(row - first_row, reason) for row, reason in _problems(tokenized)]
+    if problems and on_error == "stop":
+        raise DataError(
+            unusable_rows(problems, rows, place=place, data_format=data_format, first_row=first_row)
+        )
+    if problems and log is not None:
+        log(f"{place}: left out are {'; '.join(problems_by_reason(problems, rows, first_row))}.")
     return tokenized
 
 
-def _batches(rows: IterableDataset, num_rows: int, place: str) -> Iterator[list[dict[str, Any]]]:
+def _tables(rows: IterableDataset | TextStream, num_rows: int, place: str) -> Iterator[Dataset | TextRows]:
+    """Yield the rows of a stream as tables of so many."""
+    if isinstance(rows, TextStream):
+        yield from rows.windows(num_rows)
+        return
     stream = iter(rows)
     while True:
         with reading(place):
             batch = list(islice(stream, num_rows))
         if not batch:
             return
-        yield batch
+        yield rows_in_memory(batch) if rows.features is None else Dataset.from_list(batch, rows.features)
 
 
-def _check_problems(tokenized: Dataset, data_format: str, place: str) -> None:
-    """Raise one `DataError` for all unusable rows: each reason with its count and first rows."""
+def _problems(tokenized: Dataset) -> list[tuple[int, str]]:
+    """The number of each row that cannot be used, and the reason."""
     problems = tokenized.data.column("problem")
     if problems.null_count == len(problems):
-        return
+        return []
     rows = tokenized.data.column("row").to_pylist()
-    found = [(row, reason) for row, reason in zip(rows, problems.to_pylist(), strict=True) if reason]
-    raise DataError(
-        f"{place}: {len(found)} row{'s' if len(found) > 1 else ''} cannot be used (rows are counted from "
-        f"0, format {data_format}):\n{rows_by_reason(found)}\nCorrect or remove them and run again."
-    )
+    return [(row, reason) for row, reason in zip(rows, problems.to_pylist(), strict=True) if reason]
 
 
 def _tokenize_examples(

@@ -57,13 +57,14 @@ class Outcome(NamedTuple):
 def make_pairs(window: Dataset, truncation: Truncation) -> Iterator[Outcome]:
     """One outcome for each row that `tokenize_rows` made, in order."""
     table: pa.Table = window.with_format("arrow")[:]
-    rows, moved, dropped, notes = (
-        table.column(name).to_pylist() for name in ("row", "moved_boundary", "dropped", "notes")
+    rows, moved, dropped, problems, notes = (
+        table.column(name).to_pylist() for name in ("row", "moved_boundary", "dropped", "problem", "notes")
     )
     ids = (split_lists(table.column(name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    for row, has_moved, reason, of_row, prompt, chosen, rejected in zip(
-        rows, moved, dropped, notes, *ids, strict=True
+    for row, has_moved, of_pair, of_problem, of_row, prompt, chosen, rejected in zip(
+        rows, moved, dropped, problems, notes, *ids, strict=True
     ):
+        reason = of_problem or of_pair
         if reason is not None:
             yield Outcome(row, Dropped(reason), False, False, tuple(of_row))
         else:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cache import data
-from dpo_cache.data.survey import rows_by_reason
+from dpo_cache.data.problems import unusable_rows
 from dpo_cache.errors import DataError
 from dpo_cache.exchange.import_splits import UNCUT, Split, open_splits, set_template_dates
 from dpo_cache.exchange.values import ImportedValues
@@ -150,11 +150,15 @@ def _check_rows(split: Split, values: ImportedValues, vocab_size: int | None) ->
             split.has_own_prompts |= not np.array_equal(pair.chosen.prompt_ids, pair.rejected.prompt_ids)
             values.add(row, pair, keys, scores)
     if split.problems:
-        one = len(split.problems) == 1
         raise DataError(
-            f"{split.rows.place}: {len(split.problems)} row{'' if one else 's'} cannot be imported (rows are "
-            f"counted from 0, format {split.rows.data_format}):\n{rows_by_reason(split.problems)}\n"
-            "Correct or remove them and run again; nothing was written."
+            unusable_rows(
+                split.problems,
+                split.rows.rows,
+                place=split.rows.place,
+                data_format=split.rows.data_format,
+                verb="imported",
+                remedy="Correct or remove them and run again; nothing was written.",
+            )
         )
     split.survey.check_pairs()
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cache import data
+from dpo_cache.data.text_rows import TextRows
 from dpo_cache.errors import DataError, OptionError
 from dpo_cache.exchange.read_rows import ID_COLUMNS, SUMS, ImportedRows, check_columns
 from dpo_cache.log import Log
@@ -41,7 +42,7 @@ def open_splits(options: ImportOptions, name: str) -> list[Split]:
     tokenizer = _load_tokenizer(options, needed=set(formats.values()) != {"ids"})
     splits = []
     for split, rows in tables.items():
-        assert isinstance(rows, Dataset)
+        assert isinstance(rows, (Dataset, TextRows))
         max_length = options.max_length or (UNCUT if formats[split] == "ids" else 1024)
         truncation = data.Truncation(max_length, options.truncation, options.max_prompt_length)
         imported = ImportedRows(rows, formats[split], tokenizer, truncation, places[split])

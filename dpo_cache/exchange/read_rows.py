@@ -26,7 +26,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cache import data
+from dpo_cache.data.examples import RowProblem
 from dpo_cache.data.messages import describe
+from dpo_cache.data.text_rows import TextRows
 from dpo_cache.errors import DataError
 from dpo_cache.types import LOWEST_LOGP, Completion, Pair, Score, TokenIds, split_lists
 
@@ -55,7 +57,7 @@ class Entry(NamedTuple):
 class ImportedRows:
     """One split of the data; each iteration reads it again and yields an entry for each row, in order."""
 
-    rows: Dataset
+    rows: Dataset | TextRows
     data_format: str
     tokenizer: PreTrainedTokenizerBase | None  # always there, unless the format is ids
     truncation: data.Truncation
@@ -67,23 +69,21 @@ class ImportedRows:
         return set(TOKEN_LOGPS) <= set(self.rows.column_names)
 
     def __iter__(self) -> Iterator[Entry]:
-        wanted = [name for name in (*SUMS, *TOKEN_LOGPS) if name in self.rows.column_names]
-        values = self.rows.select_columns(wanted)
         for first, outcomes in self._windows():
-            columns = values[first : first + len(outcomes)]
+            values = _values_of(self.rows, first, len(outcomes))
             for place, outcome in enumerate(outcomes):
                 if isinstance(outcome, str):
                     dropped = data.Outcome(first + place, data.Dropped(outcome), False, False)
                     yield Entry(dropped, None, outcome)
                 else:
-                    row = {name: column[place] for name, column in columns.items()}
-                    yield _make_entry(outcome, row, self.has_token_logps)
+                    yield _make_entry(outcome, values[place], self.has_token_logps)
 
     def _windows(self) -> Iterator[tuple[int, list[data.Outcome | str]]]:
         """Position of each window's first row, and each row's outcome or the problem with its token ids."""
         if self.data_format == "ids":
+            pairs_of = _pairs_of_text if isinstance(self.rows, TextRows) else _pairs_of_ids
             for first in range(0, len(self.rows), WINDOW_ROWS):
-                yield first, _pairs_of_ids(self.rows, first, self.truncation)
+                yield first, pairs_of(self.rows, first, self.truncation)  # type: ignore[arg-type]
             return
         assert self.tokenizer is not None
         tokenized = data.tokenized_windows(
@@ -122,6 +122,53 @@ def check_columns(columns: Sequence[str], place: str) -> None:
         "Name the columns that hold sums of log-probs with `map`, for example `map` "
         f"{missing[0]}={example}."
     )
+
+
+def _values_of(rows: Dataset | TextRows, first: int, count: int) -> list[dict[str, Any]]:
+    """The log-probs of so many rows from the first on."""
+    wanted = [name for name in (*SUMS, *TOKEN_LOGPS) if name in rows.column_names]
+    if not isinstance(rows, TextRows):
+        columns = rows.select_columns(wanted)[first : first + count]
+        return [dict(zip(wanted, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    read = _number_of if rows.is_untyped else (lambda value: value)
+    return [
+        {} if isinstance(row, RowProblem) else {name: read(row[name]) for name in wanted}
+        for row in rows.at(first, count)
+    ]
+
+
+def _number_of(text: Any) -> Any:
+    """The number in a cell of CSV; the cell itself if there is none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return text or None
+
+
+def _pairs_of_text(rows: TextRows, first: int, truncation: data.Truncation) -> list[data.Outcome | str]:
+    has_rows = type(data.first_row(rows, "the data")["row"]) is int
+    found: list[data.Outcome | str] = []
+    for place, row in enumerate(rows.at(first, WINDOW_ROWS), first):
+        if isinstance(row, RowProblem):
+            found.append(row.reason)
+        elif has_rows and type(row["row"]) is not int:
+            found.append(f"`row` is {describe(row['row'])}, expected a whole number")
+        else:
+            arrays = [_ids_of(row[name]) for name in ID_COLUMNS]
+            own = row["rejected_prompt_ids"]
+            arrays.append(arrays[0] if own is None else _ids_of(own))
+            found.append(_pair_of_ids(place, row["row"] if has_rows else place, arrays, truncation))
+    return found
+
+
+def _ids_of(value: Any) -> TokenIds | None:
+    """The token ids of a list; None if it is no list of whole numbers from 0 to 2^32 - 1."""
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return None
+    try:
+        return _in_range(np.array(value, np.int64))
+    except OverflowError:
+        return None
 
 
 def _pairs_of_ids(rows: Dataset, first: int, truncation: data.Truncation) -> list[data.Outcome | str]:

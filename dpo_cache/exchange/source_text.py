@@ -18,6 +18,8 @@ import pyarrow as pa
 from datasets import Dataset
 
 from dpo_cache import data
+from dpo_cache.data.examples import RowProblem
+from dpo_cache.data.text_rows import TextRows
 from dpo_cache.errors import DataError, ModelError, OptionError, first_line, printable
 from dpo_cache.store import completion_key
 from dpo_cache.store.format.documents import Document
@@ -34,7 +36,7 @@ TextRow = dict[str, Any]
 class SourceText:
     """The source of a pair set; iterating gives `prompt`, `chosen`, `rejected` of each pair, in order."""
 
-    rows: Dataset
+    rows: Dataset | TextRows
     tokenized: list[Dataset]
     data_format: str
     ranked_pairs: str
@@ -44,13 +46,16 @@ class SourceText:
         outcomes = (
             outcome for window in self.tokenized for outcome in data.make_pairs(window, self.truncation)
         )
+        nested = data.nested_columns(self.rows)
         for row, (_, group) in zip(
             self.rows, groupby(outcomes, key=lambda outcome: outcome.row), strict=True
         ):
+            if isinstance(row, RowProblem):
+                continue
+            row, _ = data.without_union_nulls(row, nested)
             example = data.parse_row(row, self.data_format, self.ranked_pairs)
-            assert isinstance(example, data.Example)  # else tokenizing had raised
             for place, outcome in enumerate(group):
-                if isinstance(outcome.pair, Pair):
+                if isinstance(outcome.pair, Pair) and isinstance(example, data.Example):
                     yield _text_row(row, example, example.pairs[place])
 
     def pairs_digest(self) -> str:
@@ -107,7 +112,7 @@ def _read_source(manifest: Document, dataset: str, tokenizer_location: str) -> S
     rows = data.read_dataset(dataset, (manifest["split"],), source["rows_read"] or None, rename=rename)[
         manifest["split"]
     ]
-    assert isinstance(rows, Dataset)
+    assert isinstance(rows, (Dataset, TextRows))
     place, ranked_pairs = f"{dataset}: split {manifest['split']}", source.get("ranked_pairs", "all")
     data.check_format(source["format"], rows.column_names, place)
     windows = data.tokenized_windows(
@@ -119,6 +124,7 @@ def _read_source(manifest: Document, dataset: str, tokenizer_location: str) -> S
         window_rows=WINDOW_ROWS,
         spool=Path(),
         place=place,
+        on_error=source.get("on_error", "stop"),
     )
     truncation = data.Truncation(
         made_with["max_length"], made_with["truncation"], made_with["max_prompt_length"]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_cache.errors import DataError, ModelError, OptionError, StorageError
 from dpo_cache.files.atomic import refused_writes
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_KINDS = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".arrow": "arrow",
+}  # fmt: skip
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # of text
 MODEL_FILES = ("config.json", "adapter_config.json")
 TOKENIZER_FILES = ("tokenizer_config.json", "config.json")  # the first that is there names the class
 
@@ -85,19 +91,60 @@ def json_problem(path: Path) -> str:
     return "" if is_object else f"{path.name} is not a JSON object"
 
 
-def check_dataset(location: str) -> None:
-    """Raise `DataError` for a path that does not exist, and for a file that is empty or of another kind."""
+def data_suffix(name: str) -> str:
+    """The ending that tells the kind of a data file: `.jsonl` of `a.jsonl` and `a.JSONL.gz`; empty if no such
+    files are read.
+    """
+    path = Path(name.lower())
+    is_compressed = path.suffix in COMPRESSED
+    suffix = path.with_suffix("").suffix if is_compressed else path.suffix
+    is_read = suffix in DATA_KINDS and not (is_compressed and DATA_KINDS[suffix] in ("parquet", "arrow"))
+    return suffix if is_read else ""
+
+
+def data_files(location: str) -> list[str]:
+    """The files that a path or a pattern such as `data/*.jsonl` names; none for a folder or a Hub id."""
     path = Path(location).expanduser()
-    if path.is_file():
-        if path.suffix.lower() not in DATA_SUFFIXES:
+    if path.exists() or not glob.has_magic(location):
+        return [str(path)] if path.is_file() else []
+    return sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())  # noqa: PTH207
+
+
+def check_dataset(location: str | Sequence[str]) -> None:
+    """Raise `DataError` for a path that does not exist, for a file that is empty or of another kind, and for
+    files of different kinds.
+    """
+    locations = [location] if isinstance(location, str) else list(location)
+    found = [path for one in locations for path in _check_location(one, is_only=len(locations) == 1)]
+    kinds = {DATA_KINDS[data_suffix(path)]: path for path in reversed(found)}
+    if len(kinds) > 1:
+        raise DataError(
+            f"{', '.join(reversed(kinds.values()))}: files of several kinds cannot be read as one data set.\n"
+            "Give files of one kind."
+        )
+
+
+def _check_location(location: str, *, is_only: bool) -> list[str]:
+    """The files that it names. Raises `DataError`."""
+    files, path = data_files(location), Path(location).expanduser()
+    for file in files:
+        if not data_suffix(file):
+            name = location if len(files) == 1 else file
             raise DataError(
-                f"{location}: files of kind {path.suffix or '(none)'} are not read.\n"
-                f"Accepted: {', '.join(DATA_SUFFIXES)}."
+                f"{name}: files of kind {Path(file).suffix or '(none)'} are not read.\n"
+                f"Accepted: {', '.join(DATA_KINDS)}; text also with {', '.join(COMPRESSED)}."
             )
-        if not path.stat().st_size:
-            raise DataError(f"{location}: the file is empty.")
-    elif not path.exists() and (is_path(location) or path.suffix in DATA_SUFFIXES):
+        if not Path(file).stat().st_size:
+            raise DataError(f"{location if len(files) == 1 else file}: the file is empty.")
+    if files or (is_only and path.is_dir()):
+        return files
+    if path.is_dir():
+        raise DataError(f"{location}: is a folder, which cannot be one of several data sets.\nGive files.")
+    if glob.has_magic(location):
+        raise DataError(f"{location}: no file matches this pattern.")
+    if is_path(location) or data_suffix(location) or not is_only:
         raise DataError(f"{location}: no such file or folder.")
+    return []
 
 
 def check_output(output: str, kind: str, *, overwrite: bool) -> None:

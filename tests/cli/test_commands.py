@@ -102,8 +102,8 @@ WRONG_DATA = {
     ),
     "empty field": (
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "", "rejected": "c"}\n',
-        "error: {path}: split train: 1 row cannot be used (rows are counted from 0, format text):\n"
-        "  `chosen` is empty: 1 row, number 1\n"
+        "error: {path}: split train: 1 row cannot be used (format text):\n"
+        "  `chosen` is empty: 1 row, line 2\n"
         "Correct or remove them and run again.\n",
     ),
 }

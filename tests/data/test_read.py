@@ -191,21 +191,30 @@ def test_a_file_without_rows_is_reported(tmp_path: Path, name: str, content: str
     assert error_of(tmp_path / name) == f"{tmp_path}/{name}: split train has no rows."
 
 
+HINT = "One JSON object a line, or a list of objects, is expected in JSON."
+
+
 @pytest.mark.parametrize(
-    "content", ['{"prompt": "a", "chosen": \n', '[{"prompt": "a"', "prompt: a"], ids=["line", "list", "yaml"]
+    ("content", "problem"),
+    [
+        ('{"prompt": "a", "chosen": \n', ", line 2: not readable (no JSON (expecting value))"),
+        ('[{"prompt": "a"', ", line 1: not readable (no JSON (expecting ',' delimiter))"),
+        ('[\n{"prompt": "a"},\n', ", line 3: not readable (the file ends in the midst of its rows)"),
+        ('[{"prompt": "a"}\n{"prompt": "b"}]', ", line 2: not readable (the list of rows is broken: a comma"),
+        (
+            '[{"prompt": "a"}]\n\nx',
+            ", line 3: not readable (there is text after the end of the list of rows)",
+        ),
+        ("prompt: a", ": split train: not readable (line 1: it is no JSON (expecting value))"),
+    ],
+    ids=["object", "list", "cut list", "comma", "rest", "yaml"],
 )
-def test_broken_json_is_reported(tmp_path: Path, content: str) -> None:
+def test_json_without_a_row_or_an_end_is_reported(tmp_path: Path, content: str, problem: str) -> None:
     path = tmp_path / "pairs.json"
     path.write_text(content)
     message = error_of(path)
-    assert message.startswith(f"{path}: not readable (")
-    assert message.endswith(").\nOne JSON object a line, or a list of objects, is expected in JSON.")
-
-
-def test_a_broken_line_after_good_ones_is_reported(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "pairs.jsonl", ROWS)
-    Path(path).write_text(Path(path).read_text() + '{"prompt": \n')
-    assert error_of(path).startswith(f"{path}: not readable (")
+    assert message.startswith(f"{path}{problem}")
+    assert message.endswith(HINT)
 
 
 def test_a_parquet_file_that_is_none_is_reported(tmp_path: Path) -> None:
@@ -221,15 +230,16 @@ def test_text_that_is_not_utf_8_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("pairs.txt", ".txt"), ("pairs", "(none)"), ("pairs.jsonl.gz", ".gz")]
+    ("name", "kind"),
+    [("pairs.txt", ".txt"), ("pairs", "(none)"), ("pairs.parquet.gz", ".gz"), ("pairs.gz", ".gz")],
 )
 def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(
     tmp_path: Path, name: str, kind: str
 ) -> None:
     (tmp_path / name).write_text("text")
     assert (
-        error_of(tmp_path / name)
-        == f"{tmp_path}/{name}: files of kind {kind} are not read.\nAccepted: .jsonl, .json, .csv, .parquet."
+        error_of(tmp_path / name) == f"{tmp_path}/{name}: files of kind {kind} are not read.\n"
+        "Accepted: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; text also with .gz, .bz2, .xz, .zst."
     )
 
 

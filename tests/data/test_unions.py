@@ -3,18 +3,20 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
 from dpo_cache.data.examples import Example
+from dpo_cache.data.read import take_rows
 from dpo_cache.data.unions import (
     KEPT,
     LEFT_OUT,
     nested_columns,
     nested_fields,
-    parse_arrow_row,
+    parse_nested_row,
     without_union_nulls,
 )
 from tests.data.conftest import assistant, user
@@ -38,8 +40,8 @@ def through_parquet(rows: list[dict[str, Any]], folder: Path) -> tuple[list[Any]
     table = pa.Table.from_pydict({name: [row.get(name) for row in rows] for name in names})
     pq.write_table(table, folder / "rows.parquet")
     table = pq.read_table(folder / "rows.parquet")
-    shapes = nested_fields(table.schema)
-    found = [without_union_nulls(row, shapes) for row in table.to_pylist()]
+    nested = nested_fields(table.schema)
+    found = [without_union_nulls(row, nested) for row in table.to_pylist()]
     return [row for row, _ in found], [notes for _, notes in found]
 
 
@@ -203,20 +205,55 @@ def test_values_of_the_type_json_keep_their_nulls() -> None:
     tools = [[tool("look", city={"default": None})], [tool("pay", amount={"default": 3})]]
     for kind in (datasets.Json(), datasets.List(datasets.Json())):
         dataset = Dataset.from_dict({"tools": tools}, features=datasets.Features({"tools": kind}))
-        assert nested_columns(dataset) == {}
+        assert nested_columns(dataset).shapes == {}
         assert dataset["tools"][:] == tools
 
 
 def test_rows_of_plain_messages_are_not_searched() -> None:
     rows = [{**ROW, "meta": {"a": 1}, "chosen": [{**assistant("Yes."), "name": "Bo"}]}, ROW]
-    assert nested_fields(pa.Table.from_pylist(rows).schema) == {}
+    assert nested_fields(pa.Table.from_pylist(rows).schema).shapes == {}
 
 
 def test_the_notes_are_those_of_the_example() -> None:
     rows = [{**ROW, "chosen": [call("look", city="Oslo")]}, {**ROW, "chosen": [call("pay", amount=5)]}]
     table = pa.Table.from_pylist(rows)
     for row, original in zip(table.to_pylist(), rows, strict=True):
-        example = parse_arrow_row(row, nested_fields(table.schema), "conversation")
+        example = parse_nested_row(row, nested_fields(table.schema), "conversation")
         assert isinstance(example, Example)
         assert example.answers[0] == original["chosen"]
         assert LEFT_OUT in example.notes
+
+
+TOLD = [{"tools": [tool("look", city=CITY)]}, {"tools": [tool("pay", amount=AMOUNT)]}]
+UNTOLD = [{"chosen": [call("look", city="Oslo")]}, {"chosen": [call("pay", amount=5)]}]
+
+
+def in_memory(rows: Any) -> tuple[list[Any], list[tuple[str, ...]]]:
+    """Rows in memory without Arrow's nulls, and the notes on each."""
+    (given,) = take_rows(rows).values()
+    nested = nested_columns(given)
+    found = [without_union_nulls(row, nested) for row in given]
+    return [without_null_columns(row) for row, _ in found], [notes for _, notes in found]
+
+
+@pytest.mark.parametrize("rows", [TOLD, UNTOLD], ids=["told", "untold"])
+def test_rows_in_memory_that_differ_in_their_keys_do_not_come_from_arrow(rows: Any) -> None:
+    assert in_memory(rows) == (rows, [(), ()])
+
+
+def test_rows_of_a_table_as_a_list_have_nulls_of_arrow() -> None:
+    """A property that is null is no schema, so the list was a table."""
+    both = [{**one, **other} for one, other in zip(TOLD, UNTOLD, strict=True)]
+    assert in_memory(pa.Table.from_pylist(TOLD).to_pylist()) == (TOLD, [(), ()])
+    assert in_memory(Dataset.from_list(both).to_list()) == (both, [(), ()])
+
+
+def test_nulls_of_rows_in_memory_are_kept_and_noted_if_nothing_tells_whose_they_are() -> None:
+    rows = pa.Table.from_pylist(UNTOLD).to_pylist()
+    assert in_memory(rows) == (rows, [(KEPT,), (KEPT,)])
+
+
+def test_a_data_frame_from_parquet_has_nulls_of_arrow(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(UNTOLD), tmp_path / "rows.parquet")
+    assert in_memory(pd.read_parquet(tmp_path / "rows.parquet")) == (UNTOLD, [(LEFT_OUT,), (LEFT_OUT,)])
+    assert in_memory(pd.DataFrame(UNTOLD)) == (UNTOLD, [(), ()])

@@ -135,15 +135,15 @@ def test_every_problem_names_its_row(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError) as raised:
         bring_in(tmp_path / "cache", data)
     assert str(raised.value) == (
-        f"{data}: split train: 2 rows cannot be imported (rows are counted from 0, format ids):\n"
-        f"  {reason}: 2 rows, number 1, 3\nCorrect or remove them and run again; nothing was written."
+        f"{data}: split train: 2 rows cannot be imported (format ids):\n"
+        f"  {reason}: 2 rows, line 2, 4\nCorrect or remove them and run again; nothing was written."
     )
     assert not (tmp_path / "cache").exists()
 
 
 def test_values_that_are_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match="`ref_rejected_logps` is a str, expected a number: 2 rows, number 0, 1"
+        DataError, match="`ref_rejected_logps` is a str, expected a number: 2 rows, line 1, 2"
     ):
         bring_in(
             tmp_path / "cache",
@@ -152,9 +152,9 @@ def test_values_that_are_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_ids_of_another_type_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="`chosen_ids` is not a list of token ids: 1 row, number 0"):
+    with pytest.raises(DataError, match="`chosen_ids` is not a list of token ids: 1 row, line 1"):
         bring_in(tmp_path / "cache", write_rows(tmp_path / "x.jsonl", id_rows({"chosen_ids": [0.5]})))
-    with pytest.raises(DataError, match="`prompt_ids` is not a list of token ids: 1 row, number 0"):
+    with pytest.raises(DataError, match="`prompt_ids` is not a list of token ids: 1 row, line 1"):
         bring_in(tmp_path / "cache", write_rows(tmp_path / "y.jsonl", id_rows({"prompt_ids": "1 2"})))
 
 
@@ -181,7 +181,7 @@ def test_values_per_token_fit_the_tokens_and_the_sum(
     assert report.has_token_logps and [
         scored.ref_chosen.logps for scored in pairs_of(tmp_path / "good", "tokens")
     ] == [-2.5, -2.5]
-    with pytest.raises(DataError, match="1 row, number 1") as raised:
+    with pytest.raises(DataError, match="1 row, line 2") as raised:
         bring_in(tmp_path / "cache", write_rows(data, id_rows(TOKENS, {**TOKENS, **change})))
     assert reason in str(raised.value)
 
@@ -493,7 +493,7 @@ def test_wrong_options_are_refused(tmp_path: Path, model_folder: str, data_file:
 
 def test_ids_beyond_the_models_vocabulary_are_refused(tmp_path: Path, model_folder: str) -> None:
     data = write_rows(tmp_path / "ids.jsonl", id_rows({}, {"chosen_ids": [3, 264]}))
-    with pytest.raises(DataError, match="token id 264 is beyond the 264 of the model: 1 row, number 1"):
+    with pytest.raises(DataError, match="token id 264 is beyond the 264 of the model: 1 row, line 2"):
         bring_in(tmp_path / "cache", data, model=model_folder)
 
 

@@ -87,7 +87,7 @@ def test_loaded_rows_need_a_name(model_folder: str, cache: str) -> None:
         (7, "int in memory: a int is not read"),
         (
             [{"prompt": "a", "chosen": "b", "rejected": 1}, {"prompt": "a", "chosen": "b", "rejected": "c"}],
-            "list in memory: the rows make no table",
+            r"(?s)1 row cannot be used .*`rejected` is a int, expected text: 1 row, number 0\n",
         ),
         ([{"prompt": "a"}], "list in memory: split train is not preference data: found the columns prompt"),
     ],
