@@ -27,7 +27,6 @@ from dpo_cache.store.format.pair_tables import PairsDigest
 from dpo_cache.types import Pair
 
 WINDOW_ROWS = 4096
-OPTIONAL = ("tools", "chat_template_kwargs")  # arguments of the chat template
 
 TextRow = dict[str, Any]
 
@@ -56,7 +55,7 @@ class SourceText:
             example = data.parse_row(row, self.data_format, self.ranked_pairs)
             for place, outcome in enumerate(group):
                 if isinstance(outcome.pair, Pair) and isinstance(example, data.Example):
-                    yield _text_row(row, example, example.pairs[place])
+                    yield _text_row(example, example.pairs[place])
 
     def pairs_digest(self) -> str:
         """The digest of the pairs that the source makes now."""
@@ -132,7 +131,7 @@ def _read_source(manifest: Document, dataset: str, tokenizer_location: str) -> S
     return SourceText(rows, list(windows), source["format"], ranked_pairs, truncation)
 
 
-def _text_row(row: dict[str, Any], example: data.Example, pair: tuple[int, int]) -> TextRow:
+def _text_row(example: data.Example, pair: tuple[int, int]) -> TextRow:
     """The columns that TRL reads: text as text, dialogues as messages, tools as JSON."""
     columns = {
         "prompt": example.prompt,
@@ -141,8 +140,7 @@ def _text_row(row: dict[str, Any], example: data.Example, pair: tuple[int, int])
     }
     if example.is_text:
         return columns
-    handed = {name: row.get(name) or None for name in OPTIONAL}
-    handed["tools"] = handed["tools"] or example.template_options.get("tools")
-    if handed["tools"] is not None and not isinstance(handed["tools"], str):
-        handed["tools"] = json.dumps(handed["tools"], ensure_ascii=False)
-    return {**columns, **handed}
+    options = dict(example.template_options)
+    tools = options.pop("tools", None)
+    tools = json.dumps(tools, ensure_ascii=False) if tools else None
+    return {**columns, "tools": tools, "chat_template_kwargs": options or None}
