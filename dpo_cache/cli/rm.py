@@ -16,12 +16,11 @@ def rm_command(options: RmOptions, as_json: bool) -> None:
     A reference with pair sets is not removed, except together with them (--with-pairs).
     """
     from dpo_cache.store import open_cache
-    from dpo_cache.store.upkeep.remove import plan_removal, remove_files
+    from dpo_cache.store.upkeep.remove import plan_removal, remove
 
     cache = open_cache(options.cache)
-    removal = plan_removal(cache, options.kind, options.name, with_pairs=options.with_pairs)
-    if options.yes:
-        remove_files(cache, list(removal.files))
+    act = remove if options.yes else plan_removal
+    removal = act(cache, options.kind, options.name, with_pairs=options.with_pairs)
     freed = sum(removal.files.values())
     if as_json:
         print_json({"cache": str(cache), "removed": options.yes, "bytes": freed, **asdict(removal)})

@@ -139,7 +139,8 @@ def describe_tokenization(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, lo
 
 def absolute(location: str) -> str:
     """A path that exists as an absolute one; a Hub id as it is."""
-    return os.path.abspath(location) if os.path.exists(location) else location
+    path = os.path.expanduser(location)
+    return os.path.abspath(path) if os.path.exists(path) else location
 
 
 def _check_replaceable(target: Target, details: Document, *, overwrite: bool) -> None:

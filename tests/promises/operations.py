@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -33,7 +34,7 @@ from dpo_cache.store import completion_key, open_cache
 from dpo_cache.store import pairs as pairs_module
 from dpo_cache.store.upkeep import copy
 from dpo_cache.store.upkeep.gc import collect_garbage
-from dpo_cache.store.upkeep.remove import plan_removal, remove_files
+from dpo_cache.store.upkeep.remove import remove
 from dpo_cache.types import Completion, Score
 
 OLD_S = 3 * 24 * 3600.0
@@ -131,8 +132,7 @@ def reference_of(world: World) -> str:
 
 
 def _remove(world: World, kind: str, name: str, *, with_pairs: bool) -> None:
-    cache = open_cache(world.cache)
-    remove_files(cache, list(plan_removal(cache, kind, name, with_pairs=with_pairs).files))
+    remove(open_cache(world.cache), kind, name, with_pairs=with_pairs)
 
 
 # -- the caches at the start -------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def stubbed_scoring() -> Iterator[None]:
         patch.setattr(pair_sets, "datetime", _Noon, raising=False)  # or each second has manifests of its own
         patch.setattr(units, "FLUSH_S", 0.0)
         patch.setattr(pairs_module, "PART_PAIRS", 2)
-        patch.setattr(copy, "THREADS", 1)  # steps in one order
+        patch.setattr(copy, "ThreadPoolExecutor", _InOrder)  # steps in one order, all of them
         yield
 
 
@@ -246,6 +246,30 @@ def _without_former_identity(open_target: Callable[..., Any]) -> Callable[..., A
         return open_target(cache, replace(reference, former=None), *rest, **options)
 
     return opened
+
+
+class _InOrder:
+    """An executor that does each task when it is submitted."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __enter__(self) -> _InOrder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(task(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_: Any) -> None:
+        pass
 
 
 class _Noon(datetime):

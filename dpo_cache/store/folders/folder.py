@@ -29,12 +29,17 @@ def open_folder(location: str | os.PathLike[str]) -> Folder:
     Raises `OptionError` for a URL that names no folder.
     """
     text = os.fspath(location)
+    if not text or "\0" in text:
+        raise OptionError(f"{text!r} is no place of a cache.\nGive a folder's path, or a URL.")
     scheme = text.partition("://")[0] if "://" in text else ""
     if scheme.lower() in LOCAL_SCHEMES:
         return LocalFolder(path_of_url(text))
     if scheme:
         return open_remote(text)
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"{text}: {error}\nGive the folder's whole path.") from error
     if (found := MISTYPED.match(text)) and not path.exists():
         raise OptionError(
             f"{text}: neither a path nor a URL.\n"

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,13 +79,13 @@ class LocalFolder:
         """Names of the published files and folders directly inside, sorted; empty where there is no
         folder.
         """
-        with storage_errors("list", self.root / folder), suppress(FileNotFoundError):
+        with storage_errors("list", self.root / folder), _absent():
             return sorted(name for name in self.disk.names(self.root / folder) if not name.startswith("."))
         return []
 
     def hidden_names(self, folder: str) -> list[str]:
         """Names of the dot-files directly inside, sorted."""
-        with storage_errors("list", self.root / folder), suppress(FileNotFoundError):
+        with storage_errors("list", self.root / folder), _absent():
             return sorted(name for name in self.disk.names(self.root / folder) if name.startswith("."))
         return []
 
@@ -315,7 +315,7 @@ class LocalFolder:
 
     def _status(self, path: Path) -> os.stat_result | None:
         """None where there is no such file or folder. Other refusals are raised: the disk gave no answer."""
-        with suppress(FileNotFoundError, NotADirectoryError):
+        with _absent(), suppress(NotADirectoryError):
             return self.disk.status(path)
         return None
 
@@ -353,9 +353,26 @@ class LocalFolder:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from self._walk(folder / entry.name)
-            elif not entry.is_dir():
+            elif not _leads_to_folder(entry):
                 with suppress(FileNotFoundError):
                     yield folder / entry.name, entry.stat(follow_symlinks=False)
+
+
+@contextmanager
+def _absent() -> Iterator[None]:
+    """Go on after the block where a file or folder is not there, or is a link that leads to itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, or to what this user may not see
+        return False
 
 
 def _may_replace(path: Path) -> bool:

@@ -38,6 +38,7 @@ from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.folders.local_copies import is_part_name
 from dpo_cache.store.format.documents import Document, read_sealed
 from dpo_cache.store.format.keys import completion_key
+from dpo_cache.store.format.member_kinds import MANIFEST, wrong_members
 from dpo_cache.store.format.parquet import REMEDY
 from dpo_cache.store.format.shards import (
     FLOAT_LIST,
@@ -99,6 +100,13 @@ def read_manifest(folder: Folder, place: str) -> Document:
     return manifest
 
 
+def created_of(manifest: Document) -> str:
+    """When the manifest was made, as text that sorts by time; empty where it does not tell."""
+    source = manifest.get("source")
+    created = source.get("created") if isinstance(source, dict) else None
+    return created if isinstance(created, str) else ""
+
+
 def part_files(manifest: Document) -> dict[str, Document]:
     """The manifest's parts by their names from the root of the cache."""
     place = f"pairs/{manifest['name']}/{manifest['split']}"
@@ -129,6 +137,8 @@ def _manifest_problem(manifest: Document, place: str) -> str | None:
     if not isinstance(reference, str) or not re.fullmatch("[0-9a-f]{64}", reference):
         return "its reference is no sha256."
     if wrong := [name for name, kind in OPTIONAL.items() if not isinstance(manifest.get(name, kind()), kind)]:
+        return f"its member {wrong[0]} is of the wrong kind."
+    if wrong := wrong_members(manifest, MANIFEST):
         return f"its member {wrong[0]} is of the wrong kind."
     parts_rows = sum(part["rows"] for part in parts)
     if manifest.get("num_pairs") != parts_rows:

@@ -18,7 +18,7 @@ from itertools import chain
 from dpo_cache.errors import CacheError, MissingFileError, NotInCacheError, StorageError
 from dpo_cache.store.cache import Cache
 from dpo_cache.store.format.documents import Document, seal_document
-from dpo_cache.store.format.pair_tables import part_files
+from dpo_cache.store.format.pair_tables import created_of, part_files
 from dpo_cache.store.format.parquet import check_content
 from dpo_cache.store.upkeep.contents import shard_files
 
@@ -147,17 +147,31 @@ def _choose(
 def _changed(
     target: Cache, manifests: dict[str, Document], sent: Collection[str], overwrite: bool
 ) -> list[str]:
-    """Pair sets to be replaced at the target. Raises `CacheError` if one of them is not of the manifests that
-    were sent, unless `overwrite`.
+    """Pair sets to be replaced at the target, also those whose settings are newer at the source. Raises
+    `CacheError` if one is of other content and not of the manifests that were sent, unless `overwrite`.
     """
     changed = [name for name, manifest in manifests.items() if _is_other(target, name, manifest)]
+    newer = [name for name, manifest in manifests.items() if _is_newer(target, name, manifest)]
     others = [name for name in changed if f"pairs/{name}/manifest.json" not in sent]
     if others and not overwrite:
         raise CacheError(
             f"{target}: {', '.join(others)} is there already with other content.\n"
             "Overwrite it (`overwrite`), or copy other pair sets (`pairs`)."
         )
-    return changed
+    return [*changed, *newer]
+
+
+def _is_newer(target: Cache, name: str, manifest: Document) -> bool:
+    """Whether the manifest says later than that of the target how the same pairs were made."""
+    try:
+        held = target.pairs(name).manifest
+    except NotInCacheError:
+        return False
+    return (
+        held != manifest
+        and not _is_other(target, name, manifest)
+        and created_of(manifest) >= created_of(held)
+    )
 
 
 def _is_other(target: Cache, name: str, manifest: Document) -> bool:

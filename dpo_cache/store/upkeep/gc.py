@@ -7,6 +7,7 @@ is noticed, or notices that the file is gone (see `removal.py`).
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from dpo_cache.errors import StorageError, first_line
+from dpo_cache.errors import CacheError, StorageError, first_line
 from dpo_cache.log import log_remark
 from dpo_cache.store.cache import Cache
 from dpo_cache.store.folders.folder import Folder
@@ -25,7 +26,7 @@ from dpo_cache.store.format.shards import SHARD_SCHEMA, keys_of, read_shard
 from dpo_cache.store.upkeep.compact import keys_in
 from dpo_cache.store.upkeep.contents import classify, shard_files
 from dpo_cache.store.upkeep.named_files import NamedFiles, read_named_files
-from dpo_cache.store.upkeep.open_runs import shards_of_runs
+from dpo_cache.store.upkeep.open_runs import PATTERN, is_at_work, read_record, shards_of_runs
 from dpo_cache.store.upkeep.removal import (
     name_before_hiding,
     put_back_needed,
@@ -35,6 +36,7 @@ from dpo_cache.store.upkeep.removal import (
 from dpo_cache.store.upkeep.repair import QUARANTINE
 
 GRACE_S = 86_400.0
+RUN_FILE = re.compile(rf"(references/[0-9a-f]{{64}})/{PATTERN.pattern}")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,13 @@ def find_unneeded(
             entry = Garbage(file, size, "no pair set was scored by its reference")
             unneeded.setdefault(parts[0], []).append(entry)
     for reference_id, entries in unneeded.items():
-        if not _has_run(folder, reference_id):
+        if _has_run(folder, reference_id):
+            log_remark(
+                f"{folder}: the {len(entries)} files of reference {reference_id[:12]} stay: a run of "
+                "`dpo-cache precompute` is at work on them, or was killed in its audit: then give its "
+                "command again."
+            )
+        else:
             _add(found, folder, entries, grace_s)
     for reference_id in sorted(kept) if scores and not named.unreadable else ():
         for entry in _unused_scores(folder, reference_id, named.manifests):
@@ -165,6 +173,24 @@ def _hidden_garbage(folder: Folder, named: NamedFiles) -> Iterator[Garbage]:
             yield Garbage(file, size, "scratch of a writer that was killed")
         elif before and not named.may_need(before):
             yield Garbage(file, size, "left by a removal that was killed")
+        elif (found := RUN_FILE.fullmatch(file)) and (why := _why_ended(folder, file, found[1])):
+            yield Garbage(file, size, why)
+
+
+def _why_ended(folder: Folder, record: str, reference: str) -> str:
+    """Why a run's record is no longer needed; empty for one that is. A run that was killed in an audit is
+    needed by the next run, as long as its reference has an entry.
+    """
+    try:
+        content = read_record(folder, record)
+    except CacheError:  # `verify` reports it
+        return ""
+    if is_at_work(folder, record, content):
+        return ""
+    if content["state"] == "scoring":
+        return "the record of a run that was killed"
+    has_entry = folder.exists(f"{reference}/reference.json")
+    return "" if has_entry else "the record of a run whose reference was removed"
 
 
 # -- scores ------------------------------------------------------------------------------------------------

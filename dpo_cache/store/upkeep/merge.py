@@ -21,10 +21,10 @@ from dpo_cache.log import log_remark
 from dpo_cache.store.cache import Cache, open_cache, read_reference
 from dpo_cache.store.format.checks import check_details
 from dpo_cache.store.format.documents import Document, digest_bytes, digest_json, seal_document
-from dpo_cache.store.format.pair_tables import part_files
+from dpo_cache.store.format.pair_tables import created_of, part_files
 from dpo_cache.store.format.parquet import check_content, name_by_content
 from dpo_cache.store.upkeep.compare import allowed_gap
-from dpo_cache.store.upkeep.contents import classify, read_manifests, with_new_plans
+from dpo_cache.store.upkeep.contents import classify, with_new_plans
 from dpo_cache.store.upkeep.disagreements import (
     Disagreement,
     Holder,
@@ -33,6 +33,7 @@ from dpo_cache.store.upkeep.disagreements import (
     files_with_values,
     find_disagreement,
 )
+from dpo_cache.store.upkeep.named_files import read_named_files
 from dpo_cache.store.upkeep.open_runs import shards_of_runs
 from dpo_cache.store.upkeep.preferred_values import rewrite_part, rewrite_shard
 
@@ -327,12 +328,29 @@ class _Merge:
         return cache is not self.target or part_files(manifest).keys() <= self.present.keys()
 
     def _first(self, candidates: list[Candidate]) -> Candidate:
-        """The destination's, else the one whose manifest hashes lowest, in any order of the sources."""
-        return min(candidates, key=lambda entry: (entry[0] is not self.target, digest_json(entry[1])))
+        """The destination's, else the one whose manifest hashes lowest, in any order of the sources; of those
+        with the same parts, the one with the newest settings.
+        """
+
+        def rank(entry: Candidate) -> tuple[bool, str]:
+            return entry[0] is not self.target, digest_json(entry[1])
+
+        first = min(candidates, key=rank)
+        alike = [entry for entry in candidates if entry[1]["parts"] == first[1]["parts"]]
+        last = max(created_of(manifest) for _, manifest in alike)
+        return min((entry for entry in alike if created_of(entry[1]) == last), key=rank)
 
 
 def _read_checked_manifests(cache: Cache) -> dict[str, Document]:
-    manifests = read_manifests(cache)
+    """The manifests that this user may read; the others are named in a remark."""
+    named = read_named_files(cache.folder)
+    if named.unreadable:
+        place, why = next(iter(named.unreadable.items()))
+        log_remark(
+            f"{cache}: {len(named.unreadable)} pair sets or folders of them cannot be read and are left out, "
+            f"such as {place}: {why}"
+        )
+    manifests = named.manifests
     for name, manifest in manifests.items():
         check_details(manifest, f"{cache}/pairs/{name}/manifest.json")
     return manifests

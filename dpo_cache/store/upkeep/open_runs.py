@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from dpo_cache.errors import CorruptShardError
+from dpo_cache.errors import CorruptShardError, StorageError
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.documents import Document, read_sealed
 from dpo_cache.store.upkeep.contents import classify
@@ -47,21 +47,31 @@ def shards_of_runs(folder: Folder, reference_id: str) -> set[str]:
     """
     place = f"references/{reference_id}"
     found: set[str] = set()
-    for name in folder.hidden_names(place):
-        if PATTERN.fullmatch(name):
-            content = read_record(folder, f"{place}/{name}")
-            if content["state"] != "scoring" or is_at_work(folder, f"{place}/{name}", content):
-                found |= {*content["shards"], *content.get("files", [])}
+    for record in run_records(folder, place):
+        content = read_record(folder, record)
+        if content["state"] != "scoring" or is_at_work(folder, record, content):
+            found |= {*content["shards"], *content.get("files", [])}
     return found
 
 
+def run_records(folder: Folder, place: str) -> list[str]:
+    """The records in a reference's folder, by their names from the root."""
+    return [f"{place}/{name}" for name in folder.hidden_names(place) if PATTERN.fullmatch(name)]
+
+
 def records_of_killed_runs(folder: Folder, place: str) -> list[tuple[str, Document]]:
-    """Records of runs that are not at work, by their names from the root; all that are withdrawing."""
+    """Records of runs that are not at work, by their names from the root; all that are withdrawing. One that
+    another user does not let this one read is of no run of this one's.
+    """
     found = []
-    for name in folder.hidden_names(place):
-        record = f"{place}/{name}"
-        if PATTERN.fullmatch(name) and record not in at_work:
-            content = read_record(folder, record)
+    for record in run_records(folder, place):
+        if record not in at_work:
+            try:
+                content = read_record(folder, record)
+            except StorageError as error:
+                if not error.is_denied:
+                    raise
+                continue
             if content["state"] == "withdrawing" or not is_at_work(folder, record, content):
                 found.append((record, content))
     return found
@@ -76,7 +86,9 @@ def read_record(folder: Folder, record: str) -> Document:
         files = [*content["shards"], *content.get("files", [])]
         is_shaped = all(isinstance(file, str) and classify(file)[0] in ("shard", "part") for file in files)
     if not is_shaped or (content["state"] == "withdrawing") != ("manifests" in content):
-        raise CorruptShardError(f"{folder}/{record}: is no record of a run.\nDelete it.")
+        raise CorruptShardError(
+            f"{folder}/{record}: is no record of a run.\n`dpo-cache verify --repair` moves it aside."
+        )
     return content
 
 

@@ -93,7 +93,7 @@ def put_back_needed(folder: Folder, hidden: Iterable[str]) -> None:
     if names:
         named = read_named_files(folder)
         for name in sorted(filter(named.may_need, names), key=removal_order, reverse=True):
-            _put_back(folder, name)
+            _is_allowed(Removed(), name, partial(_put_back, folder, name))
 
 
 def _owner(file: str) -> str:
@@ -103,23 +103,27 @@ def _owner(file: str) -> str:
 
 def _remove_group(folder: Folder, owner: str, files: Sequence[str], removed: Removed) -> None:
     """Hide the files of one pair set or reference, read the manifests, and remove what none needs."""
-    hidden = _hidden_by_others(folder, owner)
+    hidden, left = _hidden_by_others(folder, owner), False
     try:
         for file in files:
+            if left and classify(file)[0] == "reference":
+                continue  # of the scores that stay
             if _is_allowed(removed, file, partial(folder.move, file, hidden_name(file))):
                 hidden.append(file)
+            else:
+                left = True
         named = _read_named(folder, owner)
     except BaseException:
         for file in reversed(hidden):
-            _put_back(folder, file)
+            _is_allowed(removed, file, partial(_put_back, folder, file))
         raise
     needed = [file for file in hidden if named.may_need(file)]
     for file in sorted(needed, key=removal_order, reverse=True):
-        _put_back(folder, file)
+        _is_allowed(removed, file, partial(_put_back, folder, file))
     for file in sorted({*hidden} - {*needed}, key=removal_order):
-        folder.remove(hidden_name(file))
+        if _is_allowed(removed, file, partial(folder.remove, hidden_name(file))) and file in files:
+            removed.files.append(file)
     removed.needed += [file for file in needed if file in files]
-    removed.files += [file for file in files if file in {*hidden} - {*needed}]
 
 
 def _read_named(folder: Folder, owner: str) -> NamedFiles:

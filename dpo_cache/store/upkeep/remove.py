@@ -23,12 +23,11 @@ class Removal:
 
 def plan_removal(cache: Cache, kind: str, name: str, *, with_pairs: bool = False) -> Removal:
     """The files of a reference (by the first characters of its id) or of pair sets (`NAME`: all its splits,
-    or `NAME/SPLIT`). What a killed removal hid and a pair set needs gets its name back first.
+    or `NAME/SPLIT`).
 
     Raises `NotInCacheError` where there is none, `CacheError` for a reference that pair sets still name,
     unless `with_pairs`.
     """
-    put_back_needed(cache.folder, cache.folder.hidden())
     if kind == "pairs":
         references, pair_sets = [], find_pair_sets(cache, name)
     else:
@@ -45,6 +44,16 @@ def plan_removal(cache: Cache, kind: str, name: str, *, with_pairs: bool = False
     return Removal(references, pair_sets, files)
 
 
+def remove(cache: Cache, kind: str, name: str, *, with_pairs: bool = False) -> Removal:
+    """Remove what `plan_removal` finds. What a killed removal hid and a pair set needs gets its name back
+    first.
+    """
+    put_back_needed(cache.folder, cache.folder.hidden())
+    removal = plan_removal(cache, kind, name, with_pairs=with_pairs)
+    remove_files(cache, list(removal.files))
+    return removal
+
+
 def remove_files(cache: Cache, files: Sequence[str]) -> None:
     """Remove the files, in an order that leaves a valid cache where it is interrupted.
 
@@ -54,12 +63,11 @@ def remove_files(cache: Cache, files: Sequence[str]) -> None:
     remove_unneeded(cache.folder, files).log(cache.folder)
     for kind, parts in map(classify, files):
         if kind == "reference":
-            _remove_later_scores(cache.folder, parts[0])
+            remove_later_scores(cache.folder, parts[0])
 
 
-def _remove_later_scores(folder: Folder, reference_id: str) -> None:
-    """Remove scores that others published under the reference while it was removed, such as `compact`."""
+def remove_later_scores(folder: Folder, reference_id: str) -> None:
+    """Remove scores that were published under the reference while it was removed, if its entry is gone."""
     shards = shard_files(folder, reference_id)  # listed first: an entry is published before its scores
     if not folder.exists(f"references/{reference_id}/reference.json"):
-        for shard in shards:
-            folder.remove(shard)
+        remove_unneeded(folder, shards, always=shards).log(folder)

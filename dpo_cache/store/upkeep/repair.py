@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ from dpo_cache.store.upkeep.commands import precompute_line
 from dpo_cache.store.upkeep.contents import classify, shard_files
 from dpo_cache.store.upkeep.problems import VerifyReport
 from dpo_cache.store.upkeep.removal import put_back_needed
+from dpo_cache.store.upkeep.remove import remove_later_scores
 from dpo_cache.types import Score
 
 QUARANTINE = ".quarantine"
@@ -62,6 +64,13 @@ class RepairReport:
     restored: int = 0  # completions of damaged shards that a pair set also held
     commands: list[str] = field(default_factory=list)
 
+    def add(self, outcome: Moved | Left) -> None:
+        """Note what became of a file."""
+        if isinstance(outcome, Moved):
+            self.moved.append(outcome)
+        else:
+            self.left.append(outcome)
+
     @property
     def lost(self) -> int | None:
         """Completions to be scored again, at most; None where a damaged shard's number is unknown."""
@@ -84,19 +93,9 @@ def repair_cache(location: str | os.PathLike[str], verified: VerifyReport) -> Re
     report.restored = _restore_scores(folder, [file for file in shards if shards[file]], shards)
     for problem in verified.problems:
         if problem.kind == "link":
-            folder.remove(problem.file)
-            report.moved.append(Moved(problem.file, None))
+            report.add(_unless_refused(problem.file, partial(_remove_link, folder, problem.file)))
     for file, sha256 in sorted(_bad_files(verified).items()):
-        try:
-            outcome = _move(folder, file, sha256)
-        except StorageError as error:
-            if not _is_of_the_file(error):
-                raise
-            outcome = Left(file, first_line(error))
-        if isinstance(outcome, Moved):
-            report.moved.append(outcome)
-        else:
-            report.left.append(outcome)
+        report.add(_unless_refused(file, partial(_move, folder, file, sha256)))
     if any(problem.file == "format.json" and problem.kind in REWRITTEN for problem in verified.problems):
         folder.publish("format.json", render_document(FORMAT))
     moved = {moved.file for moved in report.moved}
@@ -105,6 +104,21 @@ def repair_cache(location: str | os.PathLike[str], verified: VerifyReport) -> Re
     )
     report.commands = _commands(folder, verified, report)
     return report
+
+
+def _unless_refused(file: str, act: Callable[[], Moved | Left]) -> Moved | Left:
+    """What became of the file; it is left where a disk or store refuses it to this user."""
+    try:
+        return act()
+    except StorageError as error:
+        if not _is_of_the_file(error):
+            raise
+        return Left(file, first_line(error))
+
+
+def _remove_link(folder: Folder, file: str) -> Moved:
+    folder.remove(file)
+    return Moved(file, None)
 
 
 def _bad_files(verified: VerifyReport) -> dict[str, str | None]:
@@ -184,6 +198,7 @@ def _restore_scores(folder: Folder, files: Sequence[str], damaged: dict[str, str
     """
     restored = 0
     for reference_id in sorted({classify(file)[1][0] for file in files}):
+        had_entry = folder.exists(f"references/{reference_id}/reference.json")
         known = _keys_of_whole_shards(folder, reference_id, damaged)
         for pairs in _pair_sets_of(folder, reference_id):
             if pairs.is_imported:  # imports have no shards
@@ -192,6 +207,8 @@ def _restore_scores(folder: Folder, files: Sequence[str], damaged: dict[str, str
                 for block in range(len(pairs.block_sizes)):
                     published = _publish_missing(folder, known, pairs, block, damaged)
                     known, restored = np.union1d(known, published), restored + len(published)
+        if had_entry:
+            remove_later_scores(folder, reference_id)
     return restored
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
+from dpo_cache.errors import StorageError, first_line
 from dpo_cache.store.cache import Cache
 from dpo_cache.store.format.documents import Document, digest_bytes, seal_document
 from dpo_cache.store.format.pair_tables import part_files, read_manifest
@@ -63,7 +64,7 @@ class RunRecord:
                     _withdraw(self.cache, name, content)
             else:
                 for name in self._killed if self._has_audited else ():
-                    self.cache.folder.remove(name)
+                    _remove_record(self.cache, name)
                 if self.has_published:
                     self.cache.folder.remove(self._name)
         finally:
@@ -134,15 +135,34 @@ def end_killed_runs(cache: Cache, reference_id: str) -> list[str]:
     remarks = []
     for record, content in records_of_killed_runs(cache.folder, f"references/{reference_id}"):
         if content["state"] == "scoring":
-            cache.folder.remove(record)
+            _remove_record(cache, record)
         elif content["state"] == "withdrawing":
-            _withdraw(cache, record, content)
+            try:
+                _withdraw(cache, record, content)
+            except StorageError as error:
+                if not error.is_denied:
+                    raise
+                remarks.append(
+                    f"a run of another user of {content['started']} failed its audit and was ended before it "
+                    f"had withdrawn its files; this one may not do so ({first_line(error)}). Until its owner "
+                    "runs `dpo-cache precompute` again, scores of this reference may be wrong."
+                )
+                continue
             remarks.append(
                 f"an earlier run of {content['started']} failed its audit and was ended before it had "
                 f"withdrawn its files: the {len(content['shards'])} score files and "
                 f"{len(content['manifests'])} pair sets that it had published were withdrawn now."
             )
     return remarks
+
+
+def _remove_record(cache: Cache, record: str) -> None:
+    """Remove it, unless it is another user's, who does so with the next run."""
+    try:
+        cache.folder.remove(record)
+    except StorageError as error:
+        if not error.is_denied:
+            raise
 
 
 def _plan(cache: Cache, reference: str, content: Document) -> Document:

@@ -32,6 +32,7 @@ from dpo_cache.store.format.documents import Document, digest_bytes, render_docu
 from dpo_cache.store.format.pair_tables import PairsDigest, part_files, read_manifest
 from dpo_cache.store.upkeep.compare import allowed_gap, compare_files
 from dpo_cache.store.upkeep.contents import classify, open_for_upkeep
+from dpo_cache.store.upkeep.open_runs import read_record, run_records
 from dpo_cache.store.upkeep.problems import Problem, VerifyReport
 from dpo_cache.store.upkeep.subset import Subset, choose_subset, record_subset
 
@@ -151,6 +152,8 @@ class _Verification:
             scored.identity = entry.get("identity", {})
         else:  # a removal or `compact` was killed; where a pair set needs the entry, it is noted there
             self.report.unreferenced += filter(self._exists, shards)
+        for record in run_records(self.folder, f"references/{reference_id}"):
+            self._try(record, lambda _, record=record: read_record(self.folder, record))  # type: ignore[misc]
         for file in filter(self._is_read_now, shards):
             scored.shards += filter(None, [self._try(file, partial(check_shard, file))])
         self.report.completions += sum(shard.num_rows for shard in scored.shards)

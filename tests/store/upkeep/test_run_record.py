@@ -249,20 +249,20 @@ def test_a_record_that_names_files_outside_is_refused(cache: Cache, tmp_path: Pa
         {"shards": None},
     ):
         cache.folder.publish(name, seal_document({**content, **changes}))
-        with pytest.raises(CorruptShardError, match=r"\.run-.*: is no record of a run.\nDelete it."):
+        with pytest.raises(CorruptShardError, match=r"\.run-.*: is no record of a run.\n.*verify --repair"):
             end_killed_runs(cache, reference_of(cache))
     assert victim.read_text() == "mine"
 
 
 def test_readers_and_collectors_ignore_a_record(cache: Cache) -> None:
-    record = RunRecord(cache, reference_of(cache))
-    publish(cache, record, [1, 2], "pairs")
-    assert cache.references() == [reference_of(cache)] and cache.pair_sets() == ["pairs/train"]
-    assert len(cache.scores(reference_of(cache))) == 2
-    assert not any("/.run-" in name for name in cache.folder.files())
-    collect_garbage(cache, grace_s=0)
-    assert len(records(cache)) == 1
-    assert PATTERN.fullmatch(records(cache)[0].rpartition("/")[2])
+    with RunRecord(cache, reference_of(cache)) as record:
+        publish(cache, record, [1, 2], "pairs")
+        assert cache.references() == [reference_of(cache)] and cache.pair_sets() == ["pairs/train"]
+        assert len(cache.scores(reference_of(cache))) == 2
+        assert not any("/.run-" in name for name in cache.folder.files())
+        collect_garbage(cache, grace_s=0)
+        assert len(records(cache)) == 1
+        assert PATTERN.fullmatch(records(cache)[0].rpartition("/")[2])
 
 
 def test_in_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
