@@ -188,8 +188,8 @@ def _prompt_findings(example: Example, texts: list[str]) -> Iterator[_Claim]:
     """A claim for each message of the prompt that is written only while no answer follows, as Mistral's
     templates do with the system message.
     """
-    for number, message in enumerate(example.prompt):
-        content = str(message["content"])  # type: ignore[call-overload]
+    for number, message in enumerate(_parts(example)[0]):
+        content = message["content"]
         rest = content.rpartition(END_OF_THOUGHTS)[2]
         if not _is_written(rest, texts[1]) and _is_written(content, texts[0]):
             yield _without_content(example, 0, number, 1, None)
