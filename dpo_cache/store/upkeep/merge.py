@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from dpo_cache.errors import CacheError, NotInCacheError, printable
+from dpo_cache.errors import CacheError, NotInCacheError, StorageError, printable
 from dpo_cache.log import log_remark
 from dpo_cache.store.cache import Cache, open_cache, read_reference
 from dpo_cache.store.format.checks import check_details
@@ -171,6 +171,7 @@ class _Merge:
                 offered.setdefault(name, []).append((cache, manifest))
         conflicts = []
         for name, candidates in sorted(offered.items()):
+            self._check_readable(name, candidates)
             if len({_identity(manifest) for _, manifest in candidates}) == 1:
                 self._plan_one(*self._first([*filter(self._has_parts, candidates)] or candidates))
             elif rename:
@@ -182,6 +183,15 @@ class _Merge:
                 conflicts.append((name, candidates))
         if conflicts:
             raise CacheError(_describe_conflicts(conflicts, prefer))
+
+    def _check_readable(self, name: str, candidates: list[Candidate]) -> None:
+        """Raise `StorageError` if the destination has a pair set of this name that this user cannot read."""
+        is_held = f"pairs/{name}/manifest.json" in self.present
+        if is_held and not any(cache is self.target for cache, _ in candidates):
+            raise StorageError(
+                f"{self.target}: it has a pair set {name} that cannot be read, so it is not known whether it "
+                f"is that of {candidates[0][0]}; nothing was copied.\nAsk its owner to let you read it."
+            )
 
     def _plan_renamed(self, name: str, candidates: list[Candidate]) -> None:
         """Give each its own name, except for the destination's, which keeps its name."""

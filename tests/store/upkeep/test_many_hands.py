@@ -109,6 +109,19 @@ def test_the_record_of_a_killed_run_of_another_user_stops_no_run(
     assert [path.name for path in shared.rglob(".run-*")] == [record._name.rpartition("/")[2]]
 
 
+@needs_root
+def test_a_merge_leaves_out_what_it_cannot_read_but_replaces_nothing_of_that(shared: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        manifest = shared / "pairs/demo/train/manifest.json"
+        manifest.chmod(0o600)
+        merged = at(shared, lambda cache: merge_caches([cache], Path(folder, "all")))
+        assert "0 new pair sets" in merged
+        make_cache(Path(folder, "own"))
+        refused = at(shared, lambda cache: merge_caches([Path(folder, "own")], cache))
+        assert "it has a pair set demo/train that cannot be read" in refused
+
+
 # -- records of runs ---------------------------------------------------------------------------------------
 
 
