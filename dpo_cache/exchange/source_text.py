@@ -19,8 +19,10 @@ from datasets import Dataset
 
 from dpo_cache import data
 from dpo_cache.data.examples import RowProblem
+from dpo_cache.data.formats import FORMATS
 from dpo_cache.data.text_rows import TextRows
 from dpo_cache.errors import DataError, ModelError, OptionError, first_line, printable
+from dpo_cache.exchange.source_places import choose_place, set_template_of
 from dpo_cache.store import completion_key
 from dpo_cache.store.format.documents import Document
 from dpo_cache.store.format.pair_tables import PairsDigest
@@ -83,15 +85,16 @@ def find_source_text(manifest: Document, *, dataset: str | None, tokenizer: str 
     """The text of the pair set with this manifest, or the reason why there is none, in words that complete
     'no text: ...'.
     """
-    source, made_with = manifest["source"], manifest["tokenization"]
+    source = manifest["source"]
     if source["format"] == "ids":
         return "the pair set was imported as token ids"
     if dataset is None and source.get("rows_of") == "memory":
         return "the rows of the pair set were given in memory"
     try:
-        found = _read_source(manifest, dataset or source["dataset"], tokenizer or made_with["tokenizer"])
+        place = choose_place(manifest, "dataset", dataset)
+        found = _read_source(manifest, place, choose_place(manifest, "tokenizer", tokenizer))
         if found.pairs_digest() != manifest["pairs_digest"]:
-            return f"{printable(dataset or source['dataset'])} no longer makes the pairs of this set"
+            return f"{printable(place)} no longer makes the pairs of this set"
         found.schema  # noqa: B018  (raises if there is none)
     except (DataError, ModelError, OptionError) as error:
         return first_line(error).rstrip(".:")
@@ -102,17 +105,20 @@ def _read_source(manifest: Document, dataset: str, tokenizer_location: str) -> S
     """The source opened and tokenized again. Raises `ModelError` if the tokenizer is another one."""
     source, made_with = manifest["source"], manifest["tokenization"]
     tokenizer = data.load_tokenizer(tokenizer_location)
-    tokenizer.chat_template = made_with["chat_template"]
-    if data.tokenizer_digest(tokenizer) != made_with["tokenizer_sha256"]:
+    set_template_of(manifest, tokenizer, tokenizer_location)
+    digest = made_with.get("tokenizer_sha256")  # without it, the digest of the pairs decides
+    if digest is not None and data.tokenizer_digest(tokenizer) != digest:
         raise ModelError(
             f"the tokenizer in {printable(tokenizer_location)} is not the one that made the token ids"
         )
     rename = dict(entry.split("=", 1) for entry in source.get("map", ()))
-    rows = data.read_dataset(dataset, (manifest["split"],), source["rows_read"] or None, rename=rename)[
+    rows = data.read_dataset(dataset, (manifest["split"],), source.get("rows_read") or None, rename=rename)[
         manifest["split"]
     ]
     assert isinstance(rows, (Dataset, TextRows))
     place, ranked_pairs = f"{dataset}: split {manifest['split']}", source.get("ranked_pairs", "all")
+    if source["format"] not in FORMATS:
+        raise DataError(f"the manifest names a format that is not known: {printable(source['format'])[:40]}")
     data.check_format(source["format"], rows.column_names, place)
     windows = data.tokenized_windows(
         rows,
@@ -126,7 +132,7 @@ def _read_source(manifest: Document, dataset: str, tokenizer_location: str) -> S
         on_error=source.get("on_error", "stop"),
     )
     truncation = data.Truncation(
-        made_with["max_length"], made_with["truncation"], made_with["max_prompt_length"]
+        made_with["max_length"], made_with["truncation"], made_with.get("max_prompt_length")
     )
     return SourceText(rows, list(windows), source["format"], ranked_pairs, truncation)
 

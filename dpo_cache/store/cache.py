@@ -26,6 +26,7 @@ from dpo_cache.errors import (
 from dpo_cache.store.folders.folder import Folder, open_folder
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import (
+    REMEDY,
     Document,
     digest_json,
     parse_document,
@@ -34,6 +35,7 @@ from dpo_cache.store.format.documents import (
     render_document,
     seal_document,
 )
+from dpo_cache.store.format.member_kinds import REFERENCE, wrong_members
 from dpo_cache.store.format.pair_tables import read_manifest
 from dpo_cache.store.index import ScoreIndex
 from dpo_cache.store.own_documents import note_own
@@ -276,6 +278,8 @@ def read_reference(folder: Folder, reference_id: str) -> Document:
     )
     if not is_shaped or digest_json(document["identity"]) != reference_id:
         raise CorruptShardError(f"{folder}/{name}: its identity does not hash to {reference_id}.")
+    if wrong := wrong_members(document, REFERENCE):
+        raise CorruptShardError(f"{folder}/{name}: its member {wrong[0]} is of the wrong kind.\n{REMEDY}")
     return document
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ import pyarrow as pa
 from dpo_cache.errors import CorruptShardError, printable
 from dpo_cache.store.format.documents import DOCUMENT_BYTES, REMEDY, Document
 from dpo_cache.store.format.keys import completion_key, key_bytes
+from dpo_cache.store.format.member_kinds import MANIFEST, wrong_members
 from dpo_cache.store.format.page_limits import FILE_BYTES
 from dpo_cache.store.format.pair_tables import (
     PAIR_SCHEMA,
@@ -26,19 +26,10 @@ from dpo_cache.store.format.pair_tables import (
 from dpo_cache.store.format.parquet import ParquetReader, check_content
 from dpo_cache.store.format.shards import SHARD_SCHEMA, check_scores, keys_of
 
-TEXT_OR_NONE = (str, type(None))
-DETAILS: dict[str, dict[str, Any]] = {  # members of a manifest, and the types of their members
-    "source": {"dataset": str, "format": str},
-    "tokenization": {"tokenizer": TEXT_OR_NONE, "max_length": int, "truncation": str},
+REQUIRED = {  # members of a manifest, and those of their members that say how the pairs were made
+    "source": ("dataset", "format"),
+    "tokenization": ("tokenizer", "max_length", "truncation"),
 }
-OPTIONAL_DETAILS: dict[str, dict[str, Any]] = {
-    "tokenization": {
-        "chat_template": (*TEXT_OR_NONE, dict),
-        "tokenizer_sha256": TEXT_OR_NONE,
-        "template_date": str,
-    },
-}
-LONGEST = 2**31  # tokens of a row, which no manifest may promise
 DTYPES = ("float32", "float16", "bfloat16")  # of a reference that was scored here
 
 
@@ -96,23 +87,13 @@ def check_details(manifest: Document, place: str) -> Document:
     require. Raises `CorruptShardError`.
     """
     wrong = [] if isinstance(manifest.get("pairs_digest"), str) else ["pairs_digest"]
-    for member, kinds in DETAILS.items():
-        found = manifest.get(member, {})
-        wrong += [
-            f"{member}.{name}"
-            for name, kind in kinds.items()
-            if name not in found or not isinstance(found[name], kind)
-        ]
-    for member, kinds in OPTIONAL_DETAILS.items():
-        found = manifest.get(member, {})
-        wrong += [
-            f"{member}.{name}"
-            for name, kind in kinds.items()
-            if name in found and not isinstance(found[name], kind)
-        ]
-    length = manifest.get("tokenization", {}).get("max_length")
-    if isinstance(length, bool) or (isinstance(length, int) and not 0 < length < LONGEST):
-        wrong.append("tokenization.max_length")
+    wrong += wrong_members(manifest, MANIFEST)
+    wrong += [
+        f"{member}.{name}"
+        for member, names in REQUIRED.items()
+        for name in names
+        if name not in manifest.get(member, {})
+    ]
     if wrong:
         raise CorruptShardError(f"{place}: {', '.join(wrong)}: missing, or of the wrong kind.\n{REMEDY}")
     return manifest
