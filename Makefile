@@ -35,7 +35,7 @@ ROWS ?=
 TURNS ?= 3
 
 .PHONY: help install model demo docs test test-slow test-families test-oldest test-newest check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options
-.PHONY: bench-token-ids bench-store clean
+.PHONY: bench-token-ids bench-file-ids bench-store clean
 
 help:
 	@echo "make demo         install, fetch a small real model, score the example pairs with it and train it on them"
@@ -54,6 +54,7 @@ help:
 	@echo "make bench-memory-options DATA=FILE [MODEL=FOLDER] [ROWS=N]  memory and speed of training with each option that saves memory"
 	@echo "make bench-memory-table [MODEL=FOLDER]                       the tables of docs/memory.md: counted GPU memory of training, compared with TRL"
 	@echo "make bench-token-ids DATA='FILE...' [MODEL=FOLDER]           token ids compared with TRL 1.16"
+	@echo "make bench-file-ids DATA='FILE...' [MODEL=FOLDER]            token ids of files as they are compared with TRL 1.16's of FILE.clean.jsonl"
 	@echo "make bench-store                                             publishing, opening, looking up and streaming at scale"
 	@echo "make clean        remove the environments, models, demo and build files"
 
@@ -138,6 +139,9 @@ bench-memory-table: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 
 bench-token-ids: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/token_ids.py --tokenizer $(MODEL) --data $(DATA) --trl-python $(TRL_PYTHON)
+
+bench-file-ids: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/file_ids.py --tokenizer $(MODEL) --trl-python $(TRL_PYTHON) $(DATA)
 
 bench-store: $(VENV)/installed
 	$(BIN)/python benchmarks/store.py
