@@ -25,6 +25,7 @@ from dpo_cache.options.upkeep import LsOptions
 if TYPE_CHECKING:
     from dpo_cache.store.upkeep.contents import Contents, PairSetEntry, ReferenceEntry
 
+PROBLEMS = {"damage": "damaged", "unreadable": "unreadable"}  # members of entries, and their words
 LONG = 100  # characters of a value that are shown; --json has all of it
 
 
@@ -43,8 +44,9 @@ def ls_command(options: LsOptions, as_json: bool) -> None:
         print_json(asdict(contents))
     else:
         _print_contents(contents)
-    for problem in _damage(contents):
-        remark(f"damaged: {problem}")
+    for kind in PROBLEMS:
+        for problem in _problems(contents, kind):
+            remark(f"{PROBLEMS[kind]}: {problem}")
 
 
 def _print_contents(contents: Contents) -> None:
@@ -56,7 +58,7 @@ def _print_contents(contents: Contents) -> None:
             count(entry.completions),
             count(entry.tokens),
             format_bytes(entry.bytes),
-            count(entry.shards) + (" damaged" if entry.damage else ""),
+            count(entry.shards) + _mark(entry),
         )
         for entry in contents.references
     ]
@@ -70,7 +72,7 @@ def _print_contents(contents: Contents) -> None:
             (entry.reference or "?")[:12],
             entry.source or "?",
             entry.created or "?",
-            format_bytes(entry.bytes) + (" damaged" if entry.damage else ""),
+            format_bytes(entry.bytes) + _mark(entry),
         )
         for entry in contents.pair_sets
     ]
@@ -92,7 +94,7 @@ def _model(entry: ReferenceEntry) -> str:
 
 
 def _next(contents: Contents) -> str:
-    if _damage(contents):
+    if any(_problems(contents, kind) for kind in PROBLEMS):
         return command_line("verify", contents.cache)
     if contents.pair_sets:
         return train_line(contents.cache, contents.pair_sets[0].name)
@@ -103,9 +105,18 @@ def _number(entries: list, noun: str) -> str:
     return f"{count(len(entries))} {noun}{'' if len(entries) == 1 else 's'}"
 
 
-def _damage(contents: Contents) -> list[str]:
-    entries: list[ReferenceEntry | PairSetEntry] = [*contents.references, *contents.pair_sets]
-    return contents.damage + [problem for entry in entries for problem in entry.damage]
+def _mark(entry: ReferenceEntry | PairSetEntry) -> str:
+    """The word for what is wrong with an entry, as the end of a cell."""
+    return next((f" {word}" for kind, word in PROBLEMS.items() if getattr(entry, kind)), "")
+
+
+def _problems(contents: Contents, kind: str) -> list[str]:
+    entries: list[Contents | ReferenceEntry | PairSetEntry] = [
+        contents,
+        *contents.references,
+        *contents.pair_sets,
+    ]
+    return [problem for entry in entries for problem in getattr(entry, kind)]
 
 
 def _show_one(contents: Contents, name: str, as_json: bool) -> None:
@@ -132,7 +143,8 @@ def _show_one(contents: Contents, name: str, as_json: bool) -> None:
     for values in map(asdict, found):
         title = values.pop("id", None) or values.pop("name")
         document = values.pop("document", None) or values.pop("manifest", None) or {}
-        del values["damage"]
+        for kind in PROBLEMS:
+            del values[kind]
         more = [(key, value) for key, value in _flatten(document) if key.split(".")[0] not in values]
         print_table(title, [(key, _plain(value)) for key, value in [*values.items(), *more]])
 

@@ -106,6 +106,17 @@ def test_ls_marks_what_is_damaged_and_lists_the_rest(run, root: Path) -> None:
     assert done.out.splitlines()[-1].endswith(f"Next: dpo-cache verify {root}")
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_ls_does_not_call_damaged_what_it_may_not_read(
+    run, root: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    refuse(monkeypatch, number, lambda file: file.name == "manifest.json")
+    done = run("ls", root)
+    assert done.code == 0 and done.err.startswith(f"unreadable: cannot read {root}/pairs/demo/train/manifest")
+    assert " unreadable" in done.out and "damaged" not in done.out + done.err
+    assert json.loads(run("ls", root, "--json").out)["pair_sets"][0]["damage"] == []
+
+
 def test_ls_of_an_empty_cache_and_of_none(run, tmp_path: Path) -> None:
     dpo_cache.open_cache(tmp_path / "empty", create=True).publish_format()
     assert run("ls", tmp_path / "empty").out.startswith(f"{tmp_path}/empty holds 0 references, 0 pair sets: ")

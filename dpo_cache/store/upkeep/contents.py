@@ -1,7 +1,7 @@
 """What a cache holds, from its JSON files and the footers of its Parquet files: fast, whatever its size.
 
-Only the bytes that are read are checked, unlike in `verify.py`. A file that cannot be read is listed as
-damage of its reference or pair set, and the rest is reported all the same.
+Only the bytes that are read are checked, unlike in `verify.py`. Damage, and what the disk or the store does
+not let us read, is listed with its reference or pair set, and the rest is reported all the same.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dpo_cache.errors import (
     MissingFileError,
     NewerFormatError,
     NotInCacheError,
+    StorageError,
     first_line,
 )
 from dpo_cache.store.cache import NAME_PATTERN, Cache, open_cache, read_reference
@@ -56,6 +57,7 @@ class ReferenceEntry:
     tokens: int
     bytes: int
     damage: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)  # whatever its bytes are
     document: Document | None = None
 
 
@@ -71,6 +73,7 @@ class PairSetEntry:
     source: str | None
     created: str | None
     damage: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)  # whatever its bytes are
     manifest: Document | None = None
 
 
@@ -84,6 +87,19 @@ class Contents:
     bytes: int
     damage: list[str]
     other: dict[str, int]
+    unreadable: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """First lines of errors, by whether the file system refused to read."""
+
+    damage: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+    def add(self, error: CacheError) -> None:
+        """Note an error. A file that is not there any more counts as one that cannot be read."""
+        (self.unreadable if isinstance(error, StorageError) else self.damage).append(first_line(error))
 
 
 def classify(name: str) -> tuple[str, tuple[str, ...]]:
@@ -125,6 +141,7 @@ def read_contents(location: str | os.PathLike[str]) -> Contents:
         kind, parts = classify(name)
         by_kind[kind].setdefault(parts[0] if parts else "", []).append(name)
     references = sorted(by_kind["reference"].keys() | by_kind["shard"].keys())
+    is_refused = problem is not None and isinstance(_error_of(folder.read, "format.json"), StorageError)
     strays = [names for place, names in by_kind["part"].items() if place not in by_kind["manifest"]]
     other = [name for names in [*by_kind["unknown"].values(), *strays] for name in names]
     return Contents(
@@ -137,8 +154,9 @@ def read_contents(location: str | os.PathLike[str]) -> Contents:
             for entry in sorted(by_kind["manifest"])
         ],
         bytes=sum(files.values()),
-        damage=[problem] if problem else [],
+        damage=[problem] if problem and not is_refused else [],
         other={name: files[name] for name in sorted(other)},
+        unreadable=[problem] if problem and is_refused else [],
     )
 
 
@@ -189,9 +207,9 @@ def describe_quantization(identity: Document) -> str | None:
 def _read_reference(
     folder: Folder, reference_id: str, shards: list[str], files: dict[str, int]
 ) -> ReferenceEntry:
-    damage: list[str] = []
-    document = _noting(damage, read_reference, folder, reference_id) or {}
-    counts = _noting_each(folder, damage, count_rows, [(folder, name) for name in shards])
+    noted = _Noted()
+    document = _noting(noted, read_reference, folder, reference_id) or {}
+    counts = _noting_each(folder, noted, count_rows, [(folder, name) for name in shards])
     identity, provenance = document.get("identity", {}), document.get("provenance", {})
     return ReferenceEntry(
         id=reference_id,
@@ -204,17 +222,18 @@ def _read_reference(
         completions=sum(num_rows for num_rows, _ in counts),
         tokens=sum(num_tokens for _, num_tokens in counts),
         bytes=sum(files[name] for name in shards) + files.get(f"references/{reference_id}/reference.json", 0),
-        damage=damage,
+        damage=noted.damage,
+        unreadable=noted.unreadable,
         document=document or None,
     )
 
 
 def _read_pair_set(folder: Folder, name: str, parts: list[str], files: dict[str, int]) -> PairSetEntry:
-    damage: list[str] = []
-    manifest = _noting(damage, read_manifest, folder, f"pairs/{name}") or {}
+    noted = _Noted()
+    manifest = _noting(noted, read_manifest, folder, f"pairs/{name}") or {}
     named = part_files(manifest) if manifest else {}
     calls = [(folder, file, part["rows"], files) for file, part in named.items()]
-    _noting_each(folder, damage, _check_part, calls)
+    _noting_each(folder, noted, _check_part, calls)
     held = set(parts) & named.keys() if manifest else set(parts)
     source = manifest.get("source", {})
     return PairSetEntry(
@@ -225,7 +244,8 @@ def _read_pair_set(folder: Folder, name: str, parts: list[str], files: dict[str,
         bytes=sum(files[part] for part in held) + files[f"pairs/{name}/manifest.json"],
         source=_text(source.get("dataset")),
         created=_text(source.get("created")),
-        damage=damage,
+        damage=noted.damage,
+        unreadable=noted.unreadable,
         manifest=manifest or None,
     )
 
@@ -244,30 +264,42 @@ def _check_part(folder: Folder, file: str, num_rows: int, files: dict[str, int])
         raise CorruptShardError(f"{folder}/{file}: the manifest promises {num_rows} pairs, found {found}")
 
 
-def _noting(damage: list[str], read: Callable[..., Result], *arguments: Any) -> Result | None:
-    """The result of a call; where it raises `CacheError`, None, and the damage gets its first line."""
+def _error_of(read: Callable[..., Any], *arguments: Any) -> CacheError | None:
+    """The `CacheError` that a call raises; None if it raises none."""
+    try:
+        read(*arguments)
+    except CacheError as error:
+        return error
+    return None
+
+
+def _noting(noted: _Noted, read: Callable[..., Result], *arguments: Any) -> Result | None:
+    """The result of a call; where it raises `CacheError`, None, and the error is noted."""
     try:
         return read(*arguments)
     except CacheError as error:
-        damage.append(first_line(error))
+        noted.add(error)
         return None
 
 
 def _noting_each(
-    folder: Folder, damage: list[str], read: Callable[..., Result], calls: Sequence[tuple[Any, ...]]
+    folder: Folder, noted: _Noted, read: Callable[..., Result], calls: Sequence[tuple[Any, ...]]
 ) -> list[Result]:
     """The results of calls with these arguments, several at once in an object store; those that raise
-    `CacheError` are left out, and the damage gets its first line.
+    `CacheError` are left out, and the errors are noted.
     """
 
-    def attempt(arguments: tuple[Any, ...]) -> tuple[Result | None, list[str]]:
-        problems: list[str] = []
-        return _noting(problems, read, *arguments), problems
+    def attempt(arguments: tuple[Any, ...]) -> Result | CacheError:
+        try:
+            return read(*arguments)
+        except CacheError as error:
+            return error
 
     results = []
-    for result, problems in folder.each(attempt, calls):
-        damage += problems
-        if result is not None:
+    for result in folder.each(attempt, calls):
+        if isinstance(result, CacheError):
+            noted.add(result)
+        elif result is not None:
             results.append(result)
     return results
 

@@ -13,6 +13,7 @@ from dpo_cache.store.folders import retries
 from dpo_cache.store.folders.disk import Disk
 from dpo_cache.store.folders.local import LocalFolder
 from dpo_cache.store.upkeep.compact import compact_reference
+from dpo_cache.store.upkeep.contents import read_contents
 from dpo_cache.store.upkeep.gc import collect_garbage, find_garbage
 from dpo_cache.store.upkeep.repair import Left, repair_cache
 from dpo_cache.store.upkeep.verify import verify_cache
@@ -315,3 +316,17 @@ def test_a_disk_that_reads_no_shard_is_an_error(root: Path, monkeypatch: pytest.
     refuse(monkeypatch, errno.EIO, lambda file: file.parent.name == "scores")
     with pytest.raises(StorageError, match="Input/output error"):
         Cache(root).scores(reference)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("pattern", FILES)
+def test_a_listing_tells_it_from_damage(
+    root: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, number: int
+) -> None:
+    path = the_file(root, pattern)
+    refuse(monkeypatch, number, lambda file: file == path)
+    found = read_contents(root)
+    entries = [found, *found.references, *found.pair_sets]
+    unreadable = [problem for entry in entries for problem in entry.unreadable]
+    assert len(unreadable) == 1 and os.strerror(number) in unreadable[0] and str(path) in unreadable[0]
+    assert not any(name_of(root, path) in problem for entry in entries for problem in entry.damage)
