@@ -3,7 +3,8 @@
     outcome = check_family("mamba2")
 
 The model is saved and loaded as a checkpoint. Expected log-probs come from `model(input_ids=...)` on one
-unpadded row each, expected gradients from a plain loop over such rows.
+unpadded row each, expected gradients from a plain loop over such rows. Of a checkpoint with towers for images,
+it is the whole model; see `towers.py` for what else is checked then.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from safetensors.torch import save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dpo_cache.errors import DpoCacheError, first_line
@@ -29,12 +32,14 @@ from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.memory.recompute import MODES
 from dpo_cache.lm.model.adapter import add_adapter, lora_config
 from dpo_cache.lm.model.load import load_model
+from dpo_cache.lm.model.towers import loading_class
 from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.prepare import in_eval_mode, prepared
 from dpo_cache.lm.runner import Runner
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.types import Completion
-from tests.families.tiny import VOCAB, make_tiny
+from tests.families.tiny import MULTIMODAL, VOCAB, WITH_TOWERS, make_tiny
+from tests.families.towers import saved_architectures, tower_problems
 
 CPU = torch.device("cpu")
 BUDGETS = (100, 2048)
@@ -74,6 +79,9 @@ def check_family(family: str, **changes: object) -> Outcome:
     config.
     """
     outcome = Outcome()
+    reason = _why_not_built(family) if family in WITH_TOWERS else ""
+    if reason:
+        return Outcome(run="not built", reason=reason)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = _save(family, folder, changes)
@@ -88,6 +96,9 @@ def check_family(family: str, **changes: object) -> Outcome:
             with _noting(name, outcome) as refused:
                 _check_training(folder, outcome, name, rank)
             setattr(outcome, name, refused[0] if refused else "exact")
+        if MULTIMODAL.get(family) in saved_architectures(folder):
+            with _noting("saving", outcome):
+                outcome.wrong += tower_problems(folder)
     return outcome
 
 
@@ -169,17 +180,46 @@ def _save(family: str, folder: str, changes: dict[str, object]) -> list[torch.Te
     except Exception:
         _save_config(family, folder)
         return []
+    for kind in _kinds(folder):
+        try:
+            model = kind.from_pretrained(folder).eval()
+            with torch.no_grad():
+                return [own_logps(model, completion) for completion in check_completions()]
+        except Exception:
+            continue
+    return []
+
+
+def _kinds(folder: str) -> list[Any]:
+    """The classes that load a checkpoint: that of the whole, if it has towers, and that of a causal LM."""
+    wholes = [name for name in saved_architectures(folder) if name in MULTIMODAL.values()]
+    lean = [loading_class(hf.AutoConfig.from_pretrained(folder))] if wholes else []  # where timm is missing
+    return [*(getattr(hf, name) for name in wholes), hf.AutoModelForCausalLM, *lean]
+
+
+def _why_not_built(family: str) -> str:
+    """Why there is no tiny model of a family with towers."""
     try:
-        model = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
-        with torch.no_grad():
-            return [own_logps(model, completion) for completion in check_completions()]
-    except Exception:
-        return []
+        make_tiny(family)
+    except Exception as error:
+        kind = getattr(hf, CONFIG_MAPPING_NAMES[family])
+        is_encoder_decoder = bool(getattr(kind, "is_encoder_decoder", False))
+        return (
+            ""
+            if is_encoder_decoder
+            else f"no tiny model of it could be made ({type(error).__name__}: {_in_one_line(error)})"
+        )
+    return ""
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _save_config(family: str, folder: str) -> None:
     """A checkpoint whose config is the family's, for models that transformers cannot make."""
-    fields = {"model_type": family, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]}
+    name = MULTIMODAL[family] if family in WITH_TOWERS else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    fields = {"model_type": family, "architectures": [name]}
     Path(folder, "config.json").write_text(json.dumps(fields))
     save_file({"weight": torch.zeros(1)}, Path(folder, "model.safetensors"), {"format": "pt"})
 
@@ -187,7 +227,7 @@ def _save_config(family: str, folder: str) -> None:
 @torch.no_grad()
 def _is_causal(folder: str) -> bool:
     """Whether the log-probs of a row's first half stay the same under another second half."""
-    model = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = _kinds(folder)[0].from_pretrained(folder).eval()
     one, other = check_completions()[3], check_completions()[6]
     changed = Completion(one.prompt_ids, np.concatenate([one.completion_ids[:17], other.completion_ids]))
     logps = [own_logps(model, completion)[:17] for completion in (one, changed)]

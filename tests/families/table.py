@@ -11,7 +11,7 @@ import transformers as hf
 
 import dpo_cache
 from tests.families.check import Outcome
-from tests.families.tiny import VARIANTS
+from tests.families.tiny import IMAGES_AND_TEXT, VARIANTS, WITH_TOWERS
 
 EXPECTED = Path(__file__).with_name("expected.json")
 DOCS = Path(dpo_cache.__file__).parents[1] / "docs" / "families.md"
@@ -21,6 +21,20 @@ Entry = dict[str, str]
 
 VARIANTS_HEAD = """
 Other settings of some families:
+
+| family | run as | why not the forest, or why refused |
+|---|---|---|
+"""
+
+TOWERS_HEAD = """
+## Models of images and text
+
+These are the other {total} families that `AutoModelForImageTextToText` of transformers {release} knows; {shared} of the first table are
+in its mapping, too: their checkpoints have towers for images as well. Rows of text are run in the class that the checkpoint was saved in,
+without its towers, and are compared with the whole model's own forward on `input_ids`. A test also saves the model: it has the names
+and the tensors of the original, those of the towers to the bit. And tensors that do not count in the identity change no logit.
+
+{counts}.
 
 | family | run as | why not the forest, or why refused |
 |---|---|---|
@@ -85,7 +99,8 @@ def count_runs(entries: dict[str, Entry]) -> Counter[str]:
 
 def page(version: str, entries: dict[str, Entry]) -> str:
     """The content of docs/families.md."""
-    families = {name: entry for name, entry in entries.items() if name not in VARIANTS}
+    families = {name: entry for name, entry in entries.items() if name not in (*VARIANTS, *WITH_TOWERS)}
+    towers = {name: entry for name, entry in entries.items() if name in WITH_TOWERS}
     counts = count_runs(families)
     head = HEAD.format(
         total=len(families),
@@ -97,7 +112,14 @@ def page(version: str, entries: dict[str, Entry]) -> str:
     )
     lines = [_line(name, entry) for name, entry in sorted(families.items())]
     variants = [_line(name, entry) for name, entry in sorted(entries.items()) if name in VARIANTS]
-    return "".join([head, *lines, VARIANTS_HEAD, *variants])
+    towers_head = TOWERS_HEAD.format(
+        total=len(towers),
+        release=version,
+        shared=sum(name in IMAGES_AND_TEXT for name in families),
+        counts=", ".join(f"{number} {run}" for run, number in count_runs(towers).most_common()),
+    )
+    with_towers = [_line(name, entry) for name, entry in sorted(towers.items())]
+    return "".join([head, *lines, VARIANTS_HEAD, *variants, towers_head, *with_towers])
 
 
 def _line(family: str, entry: Entry) -> str:

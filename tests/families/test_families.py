@@ -1,4 +1,6 @@
-"""Every family of transformers' causal LMs is exact in each way that it is run, or refused with a true reason."""
+"""Every family of transformers' causal LMs, and of its models of images and text, is exact in each way that it
+is run, or refused with a true reason.
+"""
 
 from importlib.util import find_spec
 
@@ -10,8 +12,11 @@ from tests.families.rotation import NUM_PARTS, VARIABLE, is_in_part
 from tests.families.table import DOCS, count_runs, entry_of, page, read_expected, release
 from tests.families.tiny import CASES, FAMILIES
 
+# of images and text, run each time
+ALWAYS = ("gemma3", "gemma3n", "gemma4", "llama4", "mistral3", "mllama", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
 PARAMETERS = [
-    pytest.param(family, marks=() if is_in_part(family, CASES) else pytest.mark.slow) for family in CASES
+    pytest.param(family, marks=() if family in ALWAYS or is_in_part(family, CASES) else pytest.mark.slow)
+    for family in CASES
 ]
 
 
@@ -23,8 +28,8 @@ def test_a_family_is_exact_or_refused(family: str) -> None:
     assert not outcome.wrong
     version, entries = read_expected()
     expected = entries[family] if version == release() else entry_of(outcome)
-    needs_package = "timm" in expected["reason"] and find_spec("timm") is not None
-    assert needs_package or entry_of(outcome) == expected, "python -m tests.families writes what is expected"
+    is_present = any(name in expected["reason"] and find_spec(name) for name in ("timm", "scipy"))
+    assert is_present or entry_of(outcome) == expected, "python -m tests.families writes what is expected"
 
 
 def test_the_page_shows_what_is_expected() -> None:

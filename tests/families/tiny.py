@@ -1,4 +1,5 @@
-"""A tiny random model of every family in transformers' mapping of causal LMs.
+"""A tiny random model of every family in transformers' mappings of causal LMs, and of models of images and
+text.
 
     model = make_tiny("qwen3_next")
 
@@ -19,11 +20,19 @@ import transformers as hf
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from dpo_cache.lm.model.towers import as_whole, loading_class
+
 VOCAB = 264
 SPREAD = 0.3  # of random weights: log-probs are far from uniform, so a wrong mask shows
 FAMILIES: tuple[str, ...] = tuple(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 # families with towers for images or sounds; older versions of transformers have another mapping
-MULTIMODAL: dict[str, str] = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
+IMAGES_AND_TEXT: dict[str, str] = dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+MULTIMODAL: dict[str, str] = {
+    **getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {}),
+    **IMAGES_AND_TEXT,
+}
+# those that `AutoModelForCausalLM` does not know
+WITH_TOWERS: tuple[str, ...] = tuple(family for family in IMAGES_AND_TEXT if family not in FAMILIES)
 
 # fields that list the kind of each layer
 LAYER_LISTS = (
@@ -90,6 +99,7 @@ SMALL: dict[str, Any] = {
 
 MIXED = ["sliding_attention", "full_attention"]
 KINDS_OF_LAYERS = {"layer_types": MIXED, "num_hidden_layers": 2}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 TIMM = {"vision_config": None, "audio_config": None}
 SHARED_KEYS = {  # the last two layers take keys and values from the first two
     "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": MIXED * 2,
@@ -168,6 +178,47 @@ OTHER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def _each(names: tuple[str, ...], fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return dict.fromkeys(names, fields)
+
+
+# The same for configs of towers, and of language models that are only in models with towers.
+OTHER |= {
+    **_each(
+        ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text",
+         "cosmos3_edge_text", "hy_v4_vl_text"),
+        {"rope_parameters": MROPE},
+    ),
+    "glm4v_moe_text": {"rope_parameters": {**MROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
+    "qwen2_vl_vision": {"depth": 1, "embed_dim": 32},
+    **_each(
+        ("qwen2_5_vl_vision", "glm4v_vision", "glm4v_moe_vision", "glm_ocr_vision", "qwen2_5_omni_vision_encoder",
+         "granite_docling_vision", "exaone4_5_vision", "glm5_next_vision"),
+        {"depth": 1, "out_hidden_size": 32},
+    ),
+    "inkling2_vision": {"text_hidden_size": 32},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]}, "moe_intermediate_size": [24, 24]},
+    "exaone4_5": {"text_config": {"model_type": "exaone4"}, "vision_config": {"model_type": "exaone4_5_vision"}},
+    "glm5_next_text": {"index_kpool": 4, "qk_rope_head_dim": 0},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]]},
+    "hunyuan_vl_text": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0,
+                                            "mrope_section": [1, 1, 1, 1]}},
+    "janus_vision_model": {"projection_dim": 32},
+    "janus_vqgan": {"num_embeddings": 64, "projection_dim": 32, "base_channels": 32, "channel_multiplier": [1, 1]},
+    **_each(("kosmos_2_text_model", "kosmos_2_5_text_model"), {"embed_dim": 32, "layers": 2}),
+    "kosmos-2.5": {"latent_query_num": 4},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "muse_glimmer": {"out_hidden_size": 32, "projector_hidden_size": 32},
+    "muse_spark_audio": {"patch_sizes": [16, 6], "hidden_sizes": [32, 32], "depths": [1, 1]},
+    **_each(("emu3_vqgan", "chameleon_vqgan"), {"base_channels": 32, "channel_multiplier": [1] * 5}),
+    "nemotron_h_omni": {"projector_hidden_size": 32},
+    "radio": {"video_temporal_patch_size": 2},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "wavtokenizer_encoder": {"codebook_dim": 32},
+}  # fmt: skip
+
+
 # Other settings of families, which may be run in another way.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert, not a decoder": ("bert", {"is_decoder": False}),
@@ -198,7 +249,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "xlm, causal": ("xlm", {"causal": True}),
     "xlnet, one direction": ("xlnet", {"attn_type": "uni"}),
 }  # fmt: skip
-CASES: tuple[str, ...] = (*sorted(FAMILIES), *sorted(VARIANTS))
+CASES: tuple[str, ...] = (*sorted(FAMILIES), *sorted(VARIANTS), *sorted(WITH_TOWERS))
 
 
 def make_config(family: str, **changes: Any) -> hf.PreTrainedConfig:
@@ -228,9 +279,19 @@ def make_tiny(family: str, **changes: Any) -> hf.PreTrainedModel:
 def _build(family: str, config: hf.PreTrainedConfig) -> hf.PreTrainedModel:
     """The model that is in checkpoints of the family: with its towers for images and sounds, if it has them."""
     whole = MULTIMODAL.get(family)
-    if whole is not None and "text_config" in config.sub_configs:
-        return getattr(hf, whole)(config)
+    if family in WITH_TOWERS or (whole is not None and "text_config" in config.sub_configs):
+        try:
+            return getattr(hf, str(whole))(config)
+        except ImportError:  # a tower that needs timm
+            return make_without_towers(str(whole), config)
     return hf.AutoModelForCausalLM.from_config(config)
+
+
+def make_without_towers(whole: str, config: hf.PreTrainedConfig) -> hf.PreTrainedModel:
+    config.architectures = [whole]
+    kind = loading_class(config)
+    assert kind is not None
+    return as_whole(kind(config))
 
 
 def _small_fields(kind: type[hf.PreTrainedConfig]) -> dict[str, Any]:
