@@ -87,7 +87,7 @@ class Planner:
             if isinstance(outcome.pair, Pair):
                 kept.append(outcome.pair)
         completions = [pair.chosen for pair in kept] + [pair.rejected for pair in kept]
-        self._check_ids(completions)
+        self._check_ids(kept)
         keys = key_array([completion_key(completion) for completion in completions])
         chosen_keys, rejected_keys = np.split(keys, 2)
         numbers, is_new = self._number(keys)
@@ -127,14 +127,16 @@ class Planner:
         numbers = self._completions_seen.find(keys)
         return numbers, numbers == places
 
-    def _check_ids(self, completions: Sequence[Completion]) -> None:
-        largest = max((int(completion.sequence_ids.max()) for completion in completions), default=0)
-        if largest >= self._vocab_size:
-            raise ModelError(
-                f"the tokenizer makes token id {largest}, but {self._model} has {self._vocab_size} "
-                "embeddings.\n"
-                "Use the model's own tokenizer."
-            )
+    def _check_ids(self, pairs: Sequence[Pair]) -> None:
+        """Tokens that were added to the tokenizer and not to the model may be in no row; then all is well."""
+        for pair in pairs:
+            largest = max(int(side.sequence_ids.max()) for side in (pair.chosen, pair.rejected))
+            if largest >= self._vocab_size:
+                raise ModelError(
+                    f"row {pair.row}: the tokenizer makes token id {largest}, but {self._model} has "
+                    f"{self._vocab_size} embeddings.\n"
+                    "Use the model's own tokenizer, or, if the token was added to it, a model that has it."
+                )
 
     def _check_lengths(self, longest: int) -> None:
         if self._positions and longest > self._positions:

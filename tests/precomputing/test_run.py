@@ -16,7 +16,7 @@ from dpo_cache.data import Survey
 from dpo_cache.errors import CacheError, CorruptShardError, DataError, ModelError, OptionError, StorageError
 from dpo_cache.lm import runner
 from dpo_cache.lm.progress import ScoringProgress
-from dpo_cache.store import Cache, completion_key
+from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store.folders.disk import Disk
 from tests.conftest import chat_rows, make_llama, make_tokenizer, naive_token_logps, write_rows
 
@@ -561,6 +561,30 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
     assert not list(Path(cache).rglob("*.parquet"))
 
 
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_token_that_only_the_tokenizer_has_is_refused_where_a_row_has_it(
+    is_used: bool, tmp_path: Path, cache: str
+) -> None:
+    folder, tokenizer = tmp_path / "added", make_tokenizer()
+    num_ids = len(tokenizer)
+    make_llama(vocab_size=num_ids).save_pretrained(folder)
+    tokenizer.add_tokens(["<|added|>"])
+    tokenizer.save_pretrained(folder)
+    rows = chat_rows(4)
+    if is_used:
+        rows[2]["rejected"][0]["content"] = "a <|added|> b"
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    if not is_used:
+        assert dpo_cache.precompute(str(folder), data, cache, dry_run=True).pairs_kept == 4
+        return
+    with pytest.raises(ModelError) as caught:
+        dpo_cache.precompute(str(folder), data, cache, dry_run=True)
+    assert str(caught.value) == (
+        f"row 2: the tokenizer makes token id {num_ids}, but {folder} has {num_ids} embeddings.\n"
+        "Use the model's own tokenizer, or, if the token was added to it, a model that has it."
+    )
+
+
 def test_sequences_beyond_the_models_positions_are_refused(
     model_folder: str, tmp_path: Path, cache: str
 ) -> None:
@@ -689,3 +713,39 @@ def test_what_rows_lose_is_reported_before_anything_is_scored(
     data_file = write_rows(tmp_path / "a.jsonl", [{**row, "images": ["a.png"]} for row in chat_rows(3)])
     with pytest.raises(ModelError, match="no model here"):
         dpo_cache.precompute(model_folder, data_file, cache, streaming=streaming, log=remarks.append)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_cannot_be_used_are_dropped_on_demand(
+    model_folder: str, tmp_path: Path, cache: str, streaming: bool
+) -> None:
+    rows = chat_rows(6)
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row) for row in rows]
+    wrong = ["no JSON", *lines[:2], json.dumps({**rows[0], "chosen": 5}), *lines[2:]]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(wrong))
+    remarks: list[str] = []
+    report = dpo_cache.precompute(
+        model_folder,
+        f"{tmp_path}/p*.jsonl",
+        cache,
+        name="mixed",
+        on_error="drop",
+        streaming=streaming,
+        log=remarks.append,
+    )
+    assert (report.rows_read, report.pairs_kept, sum(report.dropped.values())) == (8, 6, 2)
+    assert any("it is no JSON (expecting value): 1 row, line 1" in remark for remark in remarks)
+    manifest = open_cache(cache).pairs("mixed").manifest
+    assert manifest["source"]["on_error"] == "drop" and manifest["source"]["rows_dropped"] == report.dropped
+    assert manifest["source"]["dataset"] == f"{tmp_path}/p*.jsonl"
+    again = dpo_cache.precompute(model_folder, tmp_path / "good.jsonl", cache)
+    assert (again.scored_now, again.pairs_kept) == (0, 6)
+    dpo_cache.export_pairs(cache, "mixed", tmp_path / "out.jsonl")
+    exported = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["chosen"] for row in exported] == [row["chosen"] for row in rows]
+    (tmp_path / "none.jsonl").write_text("\n".join([wrong[3]] * 2))
+    with pytest.raises(DataError, match="no row of none/train makes a pair: .*expected messages"):
+        dpo_cache.precompute(
+            model_folder, tmp_path / "none.jsonl", cache, on_error="drop", streaming=streaming
+        )
