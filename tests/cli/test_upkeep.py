@@ -86,7 +86,7 @@ def test_ls_marks_a_reference_that_was_imported(run, tmp_path: Path) -> None:
 )
 def test_ls_escapes_control_characters(run, tmp_path: Path, model: object, shown: str) -> None:
     cache = dpo_cache.open_cache(tmp_path / "cache", create=True)
-    cache.publish_reference({"weights": "0" * 64, "dtype": 1.5}, {"model": model})
+    cache.publish_reference({"weights": "0" * 64}, {"model": model})
     done = run("ls", tmp_path / "cache")
     assert done.code == 0 and done.out.splitlines()[1].split()[1:3] == [shown, "?"]
 
@@ -107,7 +107,7 @@ def test_ls_marks_what_is_damaged_and_lists_the_rest(run, root: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
-def test_ls_does_not_call_damaged_what_it_may_not_read(
+def test_ls_tells_what_it_may_not_read(
     run, root: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     refuse(monkeypatch, number, lambda file: file.name == "manifest.json")
