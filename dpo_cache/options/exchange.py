@@ -113,7 +113,10 @@ class ImportOptions(Options):
     tokenizer: str | None = option(
         None, "Tokenizer that makes (or made) the token ids: a folder or a Hub id. Default: the model's."
     )
-    chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
+    chat_template: str | None = option(
+        None,
+        "File with a Jinja chat template, instead of the tokenizer's; or the name of one of the tokenizer's own.",
+    )
     template_date: str | None = option(
         None,
         "Day that the chat template wrote, as in 2026-11-28, if it writes one. Default: that of the pair "

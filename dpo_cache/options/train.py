@@ -61,9 +61,9 @@ class TrainOptions(LossOptions):
     )
     chat_template: str = option(
         "pairs",
-        "Chat template to save with the trained model: the one the pairs were made with, the model's own, or "
-        "that in a file.",
-        metavar="pairs|model|FILE",
+        "Chat template to save with the trained model: the one the pairs were made with, the model's own, "
+        "that in a file, or one of the tokenizer's by its name.",
+        metavar="pairs|model|FILE|NAME",
     )
     reference: str | None = option(
         None, "Id (or its first characters) of the reference that the pairs must have been scored by."
