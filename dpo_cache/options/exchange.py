@@ -115,7 +115,8 @@ class ImportOptions(Options):
     )
     chat_template: str | None = option(
         None,
-        "File with a Jinja chat template, instead of the tokenizer's; or the name of one of the tokenizer's own.",
+        "File with a Jinja chat template, instead of the tokenizer's; or the name of one of the tokenizer's "
+        "own.",
     )
     template_date: str | None = option(
         None,
