@@ -59,6 +59,9 @@ def _clock_macro(day: date) -> str:
     moment = datetime.combine(day, time())
     steps = [(directive, moment.strftime(directive)) for directive in DIRECTIVES]
     steps = [("%%", PERCENT), *steps, (PERCENT, "%")]
-    replaced = " | ".join(f"replace({name!r}, {text!r})" for name, text in steps if name != text)
+    # Jinja takes a second to compile 80 filters in one expression, and 0.03 s for a statement each.
+    replaced = "".join(
+        f"{{%- set format = format | replace({name!r}, {text!r}) -%}}" for name, text in steps if name != text
+    )
     # The block ends in a line break, which Jinja removes, so that the template begins at the start of a line.
-    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format | {replaced} }}}}{{%- endmacro %}}\n"
+    return f"{{%- macro {CLOCK}(format) -%}}{replaced}{{{{ format }}}}{{%- endmacro %}}\n"
