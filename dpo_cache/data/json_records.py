@@ -46,9 +46,10 @@ def json_records(stream: BinaryIO) -> Iterator[Record]:
         if head.strip():
             break
     blocks = chain([head], blocks)
-    if head.lstrip()[:1] == b"[":
+    is_list = head.lstrip()[:1] == b"["
+    if is_list and not _is_first_of_lines(head):
         yield from _list_elements(_Values(blocks))
-    elif not _begins_with_a_line(head):
+    elif not is_list and not _begins_with_a_line(head):
         yield from _documents(_Values(blocks))
     else:
         lines = _lines(blocks)
@@ -79,6 +80,8 @@ def checked_record(text: str, number: int | None) -> Record:
     except json.JSONDecodeError as error:
         reason = error.msg[:1].lower() + error.msg[1:].removesuffix(" starting at")
         return Record(number, None, problem=f"it is no JSON ({reason})")
+    except _TwiceError as error:
+        return Record(number, None, problem=str(error))
     except (ValueError, RecursionError) as error:
         return Record(number, None, problem=f"it is no JSON that is read ({error})")
     if not isinstance(row, dict):
@@ -90,7 +93,7 @@ def without_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
     """The blocks without a byte order mark. Raises `BrokenFileError` for text in UTF-16 or UTF-32."""
     first = next(blocks, b"")
     encoding = json.detect_encoding(first[:4])
-    if not encoding.startswith("utf-8"):
+    if not encoding.startswith("utf-8") and _decodes(first[:64], encoding):
         raise BrokenFileError(f"the file is {encoding[:6].upper()} text, expected UTF-8; convert it")
     return chain([first.removeprefix(codecs.BOM_UTF8)], blocks)
 
@@ -132,16 +135,27 @@ KINDS = {list: "a list", str: "text", int: "a number", float: "a number", bool: 
 KINDS[type(None)] = "null"
 
 
+class _TwiceError(ValueError):
+    """An object has a name twice."""
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} is there twice in one object")
+        raise _TwiceError(f"the name {twice!r} is there twice in one object")
     return found
 
 
 CHECKER = json.JSONDecoder(object_pairs_hook=_object, strict=False)
+
+
+def _decodes(text: bytes, encoding: str) -> bool:
+    try:
+        return "\0" not in codecs.getincrementaldecoder(encoding)("strict").decode(text)
+    except UnicodeDecodeError:
+        return False
 
 
 def _is_unicode(row: Any) -> bool:
@@ -159,6 +173,18 @@ def _is_table(value: Any) -> bool:
         and bool(value)
         and all(isinstance(row, dict) and not {"role", "from"} & set(row) for row in value)
     )
+
+
+def _is_first_of_lines(head: bytes) -> bool:
+    """Whether the first line is a whole list and others follow: it is a wrong row, not the list of all."""
+    first, _, rest = head.lstrip().partition(b"\n")
+    if not rest.strip():
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _begins_with_a_line(head: bytes) -> bool:

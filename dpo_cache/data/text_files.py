@@ -150,7 +150,10 @@ def _kept_in(folder: Path, place: str) -> Iterator[None]:
 
 
 def _key_of(files: TextFiles) -> str:
-    """A digest of the files' names, sizes and times, and of how they are read; URLs of the Hub name a commit."""
+    """A digest of the files' names, sizes and times, and of how they are read.
+
+    URLs of the Hub name a commit.
+    """
     stats = [None if "://" in path else Path(path).stat() for path in files.paths]
     made_from = [READER_VERSION, files.kind, files.delimiter, [
         [path] if stat is None else [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]

@@ -252,7 +252,9 @@ def _plain_row(row: Mapping[str, Any]) -> Row | RowProblem:
     try:
         text = json.dumps(row)
     except (TypeError, ValueError):
-        return Row({str(name): _plain(value) for name, value in row.items()})
+        plain = Row({str(name): _plain(value) for name, value in row.items()})
+        record = checked_record(json.dumps(plain, default=str), None)
+        return RowProblem(record.problem) if record.problem else plain
     record = checked_record(text, None)
     return RowProblem(record.problem) if record.problem else Row(DECODER.decode(text))
 

@@ -24,6 +24,7 @@ FORMATS = (
     "openai", "output", "compared", *RANKED_FORMATS,
 )  # fmt: skip
 RANKED_PAIRS = ("all", "best")
+ON_ERROR = ("stop", "drop")
 EARLY_ANSWERS = ("stop", "keep")
 AUDIT_INTERVAL = 500  # under auto
 
@@ -34,7 +35,10 @@ class PrecomputeOptions(Options):
 
     model: str = option(None, "Reference model: a local folder or a Hub id.", required=True)
     dataset: str = option(
-        None, "Preference data: a .jsonl, .json, .csv or .parquet file, a folder, or a Hub id.", required=True
+        None,
+        "Preference data: a file (.jsonl, .json, .csv, .tsv, also compressed; .parquet, .arrow), a pattern in "
+        "quotes for several files, a folder, or a Hub id.",
+        required=True,
     )
     cache: str = cache_argument(
         "Cache to read and write: a folder, or an fsspec URL such as s3://bucket/cache."
@@ -63,6 +67,11 @@ class PrecomputeOptions(Options):
     ranked_pairs: str = option(
         "all", "Pairs made of ranked answers: all, or the best against each.", choices=RANKED_PAIRS
     )
+    on_error: str = option(
+        "stop",
+        "Rows that cannot be used: stop, and name them all; or drop them, and name them in a remark.",
+        choices=ON_ERROR,
+    )
     revision: str | None = option(None, "Branch, tag or commit of a model from the Hub.")
     reference: str | None = option(
         None,
@@ -70,7 +79,11 @@ class PrecomputeOptions(Options):
         old=("expect_reference",),
     )
     tokenizer: str | None = option(None, "Tokenizer, if it is not the model's own: a folder or a Hub id.")
-    chat_template: str | None = option(None, "File with a Jinja chat template, instead of the tokenizer's.")
+    chat_template: str | None = option(
+        None,
+        "File with a Jinja chat template, instead of the tokenizer's; or the name of one of the tokenizer's "
+        "own.",
+    )
     template_date: str | None = option(
         None,
         "Day that the chat template writes, as in 2026-11-28, if it writes one. Default: that of the pair "

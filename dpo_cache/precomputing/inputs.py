@@ -112,7 +112,7 @@ def read_tokenizer(inputs: Inputs) -> tuple[PreTrainedTokenizerBase, str]:
 
 
 def tokenize_split(
-    split: SplitPlan, tokenizer: PreTrainedTokenizerBase, options: PrecomputeOptions, spool: Path
+    split: SplitPlan, tokenizer: PreTrainedTokenizerBase, options: PrecomputeOptions, spool: Path, log: Log
 ) -> Iterator[Dataset]:
     """Yield the split's rows tokenized, a window at a time; see `data.tokenized_windows`."""
     return data.tokenized_windows(
@@ -124,6 +124,8 @@ def tokenize_split(
         window_rows=options.window,
         spool=spool / split.name,
         place=f"{options.dataset}: split {split.name}",
+        on_error=options.on_error,
+        log=log,
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cache import data
+from dpo_cache.files.locations import data_files
 from dpo_cache.log import Log
 from dpo_cache.precomputing.audit import AuditTotals
 from dpo_cache.precomputing.inputs import Inputs
@@ -109,6 +111,7 @@ def describe_split(
         "ranked_pairs": options.ranked_pairs,
         "rows_read": survey.rows_read,
         "rows_dropped": {reason: finding.count for reason, finding in survey.dropped.items()},
+        **({"on_error": "drop"} if options.on_error == "drop" else {}),
         **({"early_answers": options.early_answers} if survey.starts_early else {}),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **in_memory,
@@ -138,9 +141,9 @@ def describe_tokenization(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, lo
 
 
 def absolute(location: str) -> str:
-    """A path that exists as an absolute one; a Hub id as it is."""
-    path = os.path.expanduser(location)
-    return os.path.abspath(path) if os.path.exists(path) else location
+    """A path that exists, or a pattern of such, as an absolute one; a Hub id as it is."""
+    path = str(Path(location).expanduser())
+    return os.path.abspath(path) if os.path.exists(path) or data_files(location) else location
 
 
 def _check_replaceable(target: Target, details: Document, *, overwrite: bool) -> None:

@@ -150,7 +150,7 @@ def _run(
 
     def plan(split: SplitPlan) -> Iterator[Window]:
         """Yield the split's windows, then report its survey."""
-        for window in planner.plan(split, tokenize_split(split, tokenizer, options, spool)):
+        for window in planner.plan(split, tokenize_split(split, tokenizer, options, spool, log)):
             if not is_planned:  # the window is scored before the next one is planned
                 inspect(split)
                 for remark in split.survey.first_remarks():

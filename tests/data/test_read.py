@@ -202,12 +202,13 @@ HINT = "One JSON object a line, or a list of objects, is expected in JSON."
         ('[\n{"prompt": "a"},\n', ", line 3: not readable (the file ends in the midst of its rows)"),
         ('[{"prompt": "a"}\n{"prompt": "b"}]', ", line 2: not readable (the list of rows is broken: a comma"),
         (
-            '[{"prompt": "a"}]\n\nx',
-            ", line 3: not readable (there is text after the end of the list of rows)",
+            '[\n{"prompt": "a"}]\n\nx',
+            ", line 4: not readable (there is text after the end of the list of rows)",
         ),
+        ('[{"prompt": "a"}]\nx', ": split train: not readable (line 1: it is a list, expected an object)"),
         ("prompt: a", ": split train: not readable (line 1: it is no JSON (expecting value))"),
     ],
-    ids=["object", "list", "cut list", "comma", "rest", "yaml"],
+    ids=["object", "list", "cut list", "comma", "rest", "two lines", "yaml"],
 )
 def test_json_without_a_row_or_an_end_is_reported(tmp_path: Path, content: str, problem: str) -> None:
     path = tmp_path / "pairs.json"

@@ -61,6 +61,8 @@ def _scoring_options(source: Document, identity: Document) -> dict[str, Any]:
     options |= {"dtype": identity.get("dtype", "auto"), "limit": source.get("rows_read")}
     if source.get("ranked_pairs", "all") != "all":
         options["ranked_pairs"] = source["ranked_pairs"]
+    if "on_error" in source:
+        options["on_error"] = source["on_error"]
     if "early_answers" in source:
         options["early_answers"] = source["early_answers"]
     return options
