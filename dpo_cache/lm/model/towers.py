@@ -12,17 +12,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch.nn import Module
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from dpo_cache.lm.model.architecture import whole_name
 from dpo_cache.lm.model.tensor_digest import tensor_names_in
+
+if TYPE_CHECKING:  # importing it takes long
+    from transformers import PreTrainedModel
 
 
 def text_filter(model: PreTrainedModel) -> Callable[[str], bool]:
@@ -40,7 +43,7 @@ def towers_of(model: PreTrainedModel) -> list[str]:
     for name, module in model.named_modules() if parts else ():
         is_outermost = not any(_is_in(name, one) for one in towers)
         is_apart = not any(_is_in(part, name) or _is_in(name, part) for part in parts)
-        if is_outermost and is_apart and isinstance(module, PreTrainedModel):
+        if is_outermost and is_apart and isinstance(module, transformers.PreTrainedModel):
             towers.append(name)
     return towers
 
@@ -132,17 +135,17 @@ def _without_timm() -> Iterator[None]:
     if find_spec("timm") is not None:
         yield
         return
-    make = AutoModel.from_config
+    make = transformers.AutoModel.from_config
 
     def from_config(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Any:
         is_of_timm = MODEL_MAPPING_NAMES.get(config.model_type) == "TimmWrapperModel"
         return None if is_of_timm else make(config, *args, **kwargs)
 
-    AutoModel.from_config = from_config  # type: ignore[method-assign]
+    transformers.AutoModel.from_config = from_config  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del AutoModel.from_config  # type: ignore[misc]  # it is in the base class
+        del transformers.AutoModel.from_config  # type: ignore[misc]  # it is in the base class
 
 
 def _has_modules_of(model: Module, tensors: Iterable[str]) -> bool:
