@@ -9,6 +9,9 @@ kernel waits: if the file changes, the holder is alive; if it stays the same for
 has ended. The clocks of two machines are never compared. A holder that finds another's claim in the file, for
 example after its machine was suspended, has lost its own: `check` raises.
 
+Another user's file is locked and read where it can be, and removed once its holder is dead: in a folder that
+several users write, they can write each other's claims.
+
 The name is that of a scratch file, so nothing takes it for a part of the folder's content.
 """
 
@@ -39,6 +42,7 @@ CLAIM = ".claim.tmp"
 BEAT_S = 10.0
 SILENT_S = 60.0  # a holder that is busy may miss some beats
 LOOK_S = 1.0
+UNKNOWN = {"process": "unknown", "host": "unknown"}
 SIZE = 512  # bytes of the file, padded: each beat is one write
 
 _wait = time.sleep
@@ -138,19 +142,48 @@ def _take(folder: Path, kind: type[DpoCacheError], holder: str, log: Callable[[s
         with refused_writes(path, kind, "Or choose another `output`."):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:  # its former holder has removed the folder in this moment
+                descriptor, is_writable = _open(path)
+            except (FileNotFoundError, FileExistsError):  # others have removed or made it in this moment
+                if path.is_symlink():
+                    raise
                 continue
         try:
-            has_lock = _lock(descriptor)
+            has_lock = False if descriptor is None else _lock(descriptor)
             if has_lock is None or _is_alive(path, folder, log, has_lock=has_lock):
                 raise _refusal(path, folder, kind, holder)
-            if _is_at(path, descriptor):
-                return _claim(path, descriptor, kind, has_lock=has_lock)
+            if descriptor is None or _is_at(path, descriptor):
+                if descriptor is not None and is_writable:
+                    return _claim(path, descriptor, kind, has_lock=has_lock)
+                with refused_writes(path, kind, f"Its process has ended: let its owner remove {path}."):
+                    path.unlink(missing_ok=True)
         except BaseException:
-            os.close(descriptor)
+            _close(descriptor)
             raise
-        os.close(descriptor)  # its former holder has removed it in this moment
+        _close(descriptor)  # it has been removed, by its former holder or here
+
+
+def _open(path: Path) -> tuple[int | None, bool]:
+    """The claim's file, made if it is missing, and whether it can be written; None if it cannot even be read,
+    which another user may have chosen. Raises `OSError`.
+    """
+    try:
+        return os.open(path, os.O_RDWR), True  # not to be made: some systems refuse that for others' files
+    except PermissionError:
+        with suppress(PermissionError):
+            return os.open(path, os.O_RDONLY), False
+        return None, False
+    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    with suppress(
+        OSError, AttributeError
+    ):  # whoever may write the folder may end the claim of a dead process
+        os.fchmod(descriptor, 0o600 | (path.parent.stat().st_mode & 0o066))
+    return descriptor, True
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def _claim(path: Path, descriptor: int, kind: type[DpoCacheError], *, has_lock: bool) -> Claim:
@@ -210,16 +243,19 @@ def _read(path: Path) -> dict[str, Any]:
     The file is opened each time: only then network file systems fetch what others have written.
     """
     try:
+        changed = path.stat().st_mtime_ns
         content = path.read_bytes()[:SIZE]
     except FileNotFoundError:
         return {}
+    except PermissionError:  # then its time tells whether it changes
+        return {**UNKNOWN, "kernel": "unknown", "changed": changed}
     try:
         found = json.loads(content)
     except ValueError:
         found = None
     if isinstance(found, dict):
         return found
-    return {"process": "unknown", "host": "unknown", "torn": content.hex()} if content.strip() else {}
+    return {**UNKNOWN, "torn": content.hex()} if content.strip() else {}
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ import pytest
 from dpo_cache.errors import TrainingError
 from dpo_cache.files import claim as claim_module
 from dpo_cache.files.claim import CLAIM, Claim, claimed
+from tests.store.conftest import open_path  # noqa: F401  (a fixture)
+from tests.store.other_user import as_other_user, needs_root
 
 
 @contextmanager
@@ -199,3 +203,71 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         raise AssertionError("not reached")
     assert list(tmp_path.iterdir()) == []
+
+
+# -- other users -------------------------------------------------------------------------------------------
+
+
+def take(folder: Path, wait_s: float) -> str:
+    """Take the claim, and return whether its file names this process; or the error."""
+    claim_module._wait = lambda _: time.sleep(wait_s)
+    try:
+        with held(folder):
+            return str(json.loads((folder / CLAIM).read_text())["process"] == os.getpid())
+    except TrainingError as error:
+        return str(error)
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o644, 0o600], ids=oct)
+@pytest.mark.parametrize("kernel", ["another", claim_module._kernel()], ids=["another", "this"])
+def test_the_claim_of_another_users_dead_process_ends(open_path: Path, mode: int, kernel: str) -> None:
+    (open_path / "run").mkdir()
+    (open_path / "run").chmod(0o777)
+    path = write_foreign(open_path / "run", kernel=kernel)
+    path.chmod(mode)
+    assert as_other_user(lambda: take(open_path / "run", 0.0)) == "True"
+    assert not path.exists()
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o644, 0o600], ids=oct)
+def test_the_claim_of_another_users_living_process_stays(
+    open_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    monkeypatch.setattr(claim_module, "BEAT_S", 0.01)  # of a file that cannot be read, its time shows beats
+    (open_path / "run").mkdir()
+    (open_path / "run").chmod(0o777)
+    with held(open_path / "run") as claim:
+        (open_path / "run" / CLAIM).chmod(mode)
+        found = as_other_user(lambda: take(open_path / "run", 0.1))
+        assert found.startswith(f"{open_path}/run: another process is training here")
+        claim.check()
+
+
+@needs_root
+def test_users_who_write_a_folder_write_each_others_claims_though_none_may_be_removed(
+    open_path: Path,
+) -> None:
+    folder = open_path / "run"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    with held(folder):
+        path = Path(shutil.copy(folder / CLAIM, open_path / "kept"))
+        mode = (folder / CLAIM).stat().st_mode
+    path.rename(folder / CLAIM)  # as after a kill
+    assert oct(mode & 0o777) == "0o666"
+    (folder / CLAIM).chmod(mode)
+    assert as_other_user(lambda: take(folder, 0.0)) == "True"
+    (folder / CLAIM).chmod(0o644)
+    (folder / CLAIM).write_text("")
+    assert as_other_user(lambda: take(folder, 0.0)).splitlines() == [
+        f"cannot write {folder / CLAIM}: Operation not permitted.",
+        f"Check the path and its permissions. Its process has ended: let its owner remove {folder / CLAIM}.",
+    ]
+
+
+def test_a_claim_that_is_a_link_to_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / CLAIM).symlink_to(tmp_path / "gone")
+    with pytest.raises(TrainingError, match=r"cannot write .*claim\.tmp: File exists"), held(tmp_path):
+        raise AssertionError("not reached")
