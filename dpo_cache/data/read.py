@@ -19,7 +19,7 @@ from dpo_cache.data.text_files import TextFiles, first_row_of, read_stream, read
 from dpo_cache.data.text_rows import TextRows, TextStream, memory_rows, rows_in_memory
 from dpo_cache.data.undecoded import without_decoding
 from dpo_cache.errors import DataError, OptionError, first_line
-from dpo_cache.files.locations import data_files, data_suffix
+from dpo_cache.files.locations import data_files, data_suffix, expanded
 
 NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")  # of a pair set's name
 
@@ -129,7 +129,7 @@ def dataset_name(location: str | Sequence[str]) -> str:
     """
     locations = [location] if isinstance(location, str) else list(location)
     files = [file for one in locations for file in data_files(one)]
-    if len(locations) > 1 or files not in ([], [str(Path(locations[0]).expanduser())]):
+    if len(locations) > 1 or files not in ([], [str(expanded(locations[0]))]):
         named = os.path.commonpath([Path(os.path.abspath(file)).parent for file in files])
         path = Path(named)
     else:

@@ -27,7 +27,7 @@ from datasets.packaged_modules.json.json import Json
 from dpo_cache.data.text_files import TextFiles, kept_in
 from dpo_cache.errors import DataError, first_line
 from dpo_cache.files.atomic import write_whole
-from dpo_cache.files.locations import DATA_KINDS, check_dataset, data_files, data_suffix
+from dpo_cache.files.locations import DATA_KINDS, check_dataset, data_files, data_suffix, expanded
 
 # next to the data in a folder
 DESCRIPTIONS = (
@@ -51,7 +51,7 @@ def open_location(location: str | Sequence[str], streaming: bool) -> Sources:
     locations = [location] if isinstance(location, str) else list(location)
     shown = ", ".join(locations)
     files = [path for one in locations for path in data_files(one)]
-    path = Path(locations[0]).expanduser()
+    path = expanded(locations[0])
     try:
         with _no_second_report():
             if files:

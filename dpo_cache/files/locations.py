@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,9 +103,14 @@ def data_suffix(name: str) -> str:
     return suffix if is_read else ""
 
 
+def expanded(location: str) -> Path:
+    """The path with the home folder in place of `~`; as it is for a user that does not exist."""
+    return Path(os.path.expanduser(location))  # noqa: PTH111  (pathlib raises there)
+
+
 def data_files(location: str) -> list[str]:
     """The files that a path or a pattern such as `data/*.jsonl` names; none for a folder or a Hub id."""
-    path = Path(location).expanduser()
+    path = expanded(location)
     if path.exists() or not glob.has_magic(location):
         return [str(path)] if path.is_file() else []
     return sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())  # noqa: PTH207
@@ -126,7 +132,7 @@ def check_dataset(location: str | Sequence[str]) -> None:
 
 def _check_location(location: str, *, is_only: bool) -> list[str]:
     """The files that it names. Raises `DataError`."""
-    files, path = data_files(location), Path(location).expanduser()
+    files, path = data_files(location), expanded(location)
     for file in files:
         if not data_suffix(file):
             name = location if len(files) == 1 else file

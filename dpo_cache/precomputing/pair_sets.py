@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cache import data
-from dpo_cache.files.locations import data_files
+from dpo_cache.files.locations import data_files, expanded
 from dpo_cache.log import Log
 from dpo_cache.precomputing.audit import AuditTotals
 from dpo_cache.precomputing.inputs import Inputs
@@ -142,7 +141,7 @@ def describe_tokenization(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, lo
 
 def absolute(location: str) -> str:
     """A path that exists, or a pattern of such, as an absolute one; a Hub id as it is."""
-    path = str(Path(location).expanduser())
+    path = str(expanded(location))
     return os.path.abspath(path) if os.path.exists(path) or data_files(location) else location
 
 

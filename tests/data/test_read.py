@@ -252,6 +252,7 @@ def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(
         ("data/pairs.v1.2.parquet", "pairs.v1.2"),
         ("org/pairs.v1.2", "pairs.v1.2"),
         ("./data/", "data"),
+        ("~no-such-user/pairs.jsonl", "pairs"),
         ("my pairs (new).csv", "my-pairs--new-"),
         (".hidden.json", "hidden"),
         ("déjà.jsonl", "d-j-"),
