@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from dpo_cache.errors import DataError, ModelError, first_line
 
+PROCESSORS_TEMPLATE = "chat_template.json"
 PROBE = "The  cat's É e\u0301 ﬁ 世界 12345\n\n\tdon't  "
 
 
@@ -38,9 +41,30 @@ def load_tokenizer(
             f"{location}: no tokenizer can be loaded from it ({first_line(error)}).\n"
             "Give a folder with a tokenizer, or a Hub id, as `tokenizer`."
         ) from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processors_template(location, revision)
     if chat_template is not None:
         set_chat_template(tokenizer, chat_template)
     return tokenizer
+
+
+def _processors_template(location: str, revision: str | None) -> str | None:
+    """The chat template in chat_template.json, where older checkpoints of images and text have theirs."""
+    path = cached_file(
+        location,
+        PROCESSORS_TEMPLATE,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if path is None:
+        return None
+    try:
+        template = json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: no chat template can be read from it ({first_line(error)}).") from error
+    return template
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> None:

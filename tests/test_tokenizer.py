@@ -162,3 +162,15 @@ def test_a_file_is_read_where_a_template_has_its_name(
     tokenizer.chat_template = {"default": "a", "rag": "b"}
     set_chat_template(tokenizer, "rag")
     assert tokenizer.chat_template == "of the file"
+
+
+def test_the_template_of_a_processor_is_read_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    tokenizer = make_byte_tokenizer()
+    for name, own, expected in (("none", None, "processor's"), ("own", "own", "own")):
+        tokenizer.chat_template = own
+        tokenizer.save_pretrained(tmp_path / name)
+        (tmp_path / name / "chat_template.json").write_text('{"chat_template": "processor\'s"}')
+        assert load_tokenizer(str(tmp_path / name)).chat_template == expected
+    (tmp_path / "none" / "chat_template.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"chat_template.json: no chat template can be read from it \("):
+        load_tokenizer(str(tmp_path / "none"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,9 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_cache.data.encode import encode_continuations, encode_dialogues
 from dpo_cache.data.examples import Example, RowProblem
-from dpo_cache.data.left_out import find_left_out
+from dpo_cache.data.left_out import PROBE, find_left_out
 from dpo_cache.errors import ModelError, first_line
 
+# A loop over the content of a message
+PARTS = re.compile(r"\bin\s+\w+\s*(?:\.\s*content\b|\[\s*['\"]content['\"]\s*\])")
 HAS_BOS = "its prompt begins with the BOS token, so no second one is added"
 
 
@@ -95,8 +98,10 @@ def _encode_chats(
 ) -> list[Encoded | RowProblem]:
     """Ids of the texts of conversations; the chat template writes the special tokens."""
 
+    in_parts = bool(examples) and _needs_parts(tokenizer)
+
     def render(others: Sequence[Example]) -> Sequence[list[str] | RowProblem]:
-        return _render(others, tokenizer)
+        return _render([_with_parts(other) for other in others] if in_parts else others, tokenizer)
 
     rendered = render(examples)
     notes = find_left_out(examples, rendered, tokenizer, render)
@@ -132,6 +137,31 @@ def _render_one(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[st
     as_text = _try_to_render(_with_text_arguments(example), tokenizer)
     is_written = isinstance(as_text, list) and _has_any(as_text, map(to_json, objects))
     return as_text if is_written else rendered
+
+
+def _needs_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes the content of messages only if it is a list of parts, as templates of
+    some models for images and text do.
+    """
+    if not PARTS.search(str(tokenizer.chat_template)):
+        return False
+    message: dict[str, Any] = {"role": "user", "content": PROBE}
+    one = Example([message], ([{"role": "assistant", "content": "a"}],) * 2)
+    text, parts = (_try_to_render(example, tokenizer) for example in (one, _with_parts(one)))
+    return not _has_probe(text) and _has_probe(parts)
+
+
+def _has_probe(rendered: list[str] | RowProblem) -> bool:
+    return isinstance(rendered, list) and PROBE in rendered[0]
+
+
+def _with_parts(example: Example) -> Example:
+    """The example with each content as a list of one part."""
+    prompt, *answers = (
+        [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in part]  # type: ignore[dict-item, index]
+        for part in (example.prompt, *example.answers)
+    )
+    return replace(example, prompt=prompt, answers=tuple(answers))
 
 
 def _try_to_render(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str] | RowProblem:

@@ -421,3 +421,32 @@ def test_templates_without_a_default_are_named() -> None:
         f"the tokenizer {tokenizer.name_or_path} has the chat templates rag, tool_use, and none of them is the "
         "default.\nChoose one with `chat_template` NAME."
     )
+
+
+# -- templates of models for images and text, which take content in parts ----------------------------------------
+
+ONLY_PARTS = CHATML.replace(
+    "{{ message['content'] }}",
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}",
+)
+TEXT_OR_PARTS = CHATML.replace(
+    "{{ message['content'] }}",
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}",
+)
+
+
+@pytest.mark.parametrize("template", [ONLY_PARTS, TEXT_OR_PARTS], ids=["only parts", "text or parts"])
+def test_templates_that_take_parts_give_the_ids_of_text(template: str) -> None:
+    rows = [
+        example(message("system", "Be brief."), user("Is it?")),
+        example(user("a"), assistant("b"), user(" c "), chosen=assistant("é\n")),
+    ]
+    assert encode(template, *rows) == encode(CHATML, *rows)
+
+
+def test_what_a_template_of_parts_leaves_out_is_noted() -> None:
+    no_system = ONLY_PARTS.replace(
+        "message['content'] %}", "message['content'] if message.role != 'system' %}"
+    )
+    assert notes(no_system, example(message("system", "Be brief."), user("Is it?"))) == [text_out("system")]
