@@ -35,6 +35,7 @@ from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document, digest_json
 from dpo_cache.store.replacing import (
     check_replaceable,
+    describe_replacement,
     differing_settings,
     has_same_pairs,
     renewed_manifest,
@@ -123,7 +124,7 @@ def import_pairs(
     )
     report.mean_logps, report.mean_token_logps = values.means()
     for split, details in zip(splits, described, strict=True):
-        report.bytes_written += _publish(opened, split, details, log)
+        report.bytes_written += _publish(opened, split, details, identity, log)
         report.add(split.survey)
         for remark in split.survey.remarks():
             log(remark)
@@ -202,7 +203,7 @@ def _publish_reference(cache: Cache, identity: Document, provenance: Document, l
     return reference_id
 
 
-def _publish(cache: Cache, split: Split, details: Document, log: Log) -> int:
+def _publish(cache: Cache, split: Split, details: Document, identity: Document, log: Log) -> int:
     """Publish the split's pairs. If the cache has them already, publish only settings that differ. Returns
     the bytes written.
     """
@@ -217,9 +218,7 @@ def _publish(cache: Cache, split: Split, details: Document, log: Log) -> int:
             written = cache.publish_manifest(renewed_manifest(old, details))
             if old.has_parts():  # else others removed them before this manifest was published
                 return written
-        log(
-            f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference {old.reference_id[:12]}."
-        )
+        log(describe_replacement(cache, old, details, identity))
     writer = cache.write_pairs(details["name"], split.name)
     pairs = (
         ScoredPair(outcome.pair, *scores)

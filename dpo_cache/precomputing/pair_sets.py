@@ -18,11 +18,10 @@ from dpo_cache.precomputing.reference import Reference, Target
 from dpo_cache.precomputing.template_days import describe_day
 from dpo_cache.precomputing.windows import SplitPlan
 from dpo_cache.store import Cache, PairSet
-from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document, digest_json
 from dpo_cache.store.replacing import (
     check_replaceable,
-    differing_reference,
+    describe_replacement,
     differing_settings,
     has_same_pairs,
     renewed_manifest,
@@ -73,10 +72,7 @@ def publish_pair_set(
             written = _renew_settings(cache, old, details, record, log)
             if old.has_parts():  # else others removed them before this manifest was published
                 return written
-        log(
-            f"pair set {pair_set} is replaced: it held {len(old)} pairs of reference "
-            f"{old.reference_id[:12]}{_describe_change(cache, old, reference, details)}."
-        )
+        log(describe_replacement(cache, old, details, reference.identity))
     writer = cache.write_pairs(details["name"], details["split"])
     for window in split.windows:
         pairs = data.kept_pairs(window.rows, truncation)
@@ -163,13 +159,3 @@ def _renew_settings(cache: Cache, old: PairSet, details: Document, record: RunRe
     log(f"pair set {old.name} has the same pairs, with other settings now: {'; '.join(differing)}.")
     record.add_pair_set(old.name, details)
     return cache.publish_manifest(renewed_manifest(old, details))
-
-
-def _describe_change(cache: Cache, old: PairSet, reference: Reference, details: Document) -> str:
-    """The fields of the identities that differ; under one reference, those of the tokenization."""
-    differing = (
-        differing_reference(cache, old.reference_id, reference.identity)
-        if old.reference_id != reference.id
-        else differing_fields(old.manifest.get("tokenization", {}), details["tokenization"])
-    )
-    return f"; before and now differ in {'; '.join(differing)}" if differing else ""

@@ -70,6 +70,25 @@ def renewed_manifest(old: PairSet, details: Document) -> Document:
     }
 
 
+def describe_replacement(cache: Cache, old: PairSet, details: Document, identity: Document) -> str:
+    """The remark on a pair set that a new one replaces: what it held, and what differs. The details are those
+    of the new one, the identity is that of its reference.
+    """
+    is_other = old.reference_id != details["reference"]
+    differing = differing_reference(cache, old.reference_id, identity) if is_other else []
+    differing += differing_settings(old, details)
+    if differing:
+        why = f"before and now differ in {'; '.join(differing)}"
+    elif is_other:
+        why = "it has other log-probs now"
+    elif has_same_pairs(old, details):
+        why = "parts of it are gone or damaged"
+    else:
+        why = "its source has other rows now"
+    held = f"{len(old)} pairs of reference {old.reference_id[:12]}"
+    return f"pair set {old.name} is replaced: it held {held}; {why}."
+
+
 def differing_reference(cache: Cache, old_id: str, identity: Document) -> list[str]:
     """A line for each field in which the reference of this id differs from an identity. Values that were
     imported under one name and dtype are of one reference, whatever they are.

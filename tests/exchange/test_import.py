@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import dpo_cache
@@ -139,6 +141,33 @@ def test_every_problem_names_its_row(tmp_path: Path, name: str) -> None:
         f"  {reason}: 2 rows, line 2, 4\nCorrect or remove them and run again; nothing was written."
     )
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("-1", "is a str, expected a number"),
+        (math.inf, "is NaN or infinite"),
+        (-math.inf, "is NaN or infinite"),
+        (math.nan, "is NaN or infinite"),
+        (None, "is missing"),
+    ],
+    ids=repr,
+)
+def test_values_of_tokens_are_numbers(tmp_path: Path, ending: str, value: object, reason: str) -> None:
+    logps = {"ref_chosen_token_logps": [-2.0, -0.5], "ref_rejected_token_logps": [-1.0]}
+    if ending == "parquet" and isinstance(value, str):  # whose columns have one type
+        wrong = {**logps, "ref_chosen_token_logps": [value, value]}
+        rows = id_rows(wrong, wrong)
+        lines = "0, 1"
+    else:
+        rows = id_rows(logps, {**logps, "ref_chosen_token_logps": [value, -1.0]})
+        lines = "line 2" if ending == "jsonl" else "1"
+    path = tmp_path / f"x.{ending}"
+    write_rows(path, rows) if ending == "jsonl" else pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(DataError, match=rf"`ref_chosen_token_logps` {reason}: \d rows?, .*{lines}\n"):
+        bring_in(tmp_path / "cache", path)
 
 
 def test_values_that_are_text_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,7 +175,33 @@ def test_a_pair_set_of_another_make_is_replaced_and_that_is_reported(
     dpo_cache.precompute(model_folder, data_file, cache)
     dpo_cache.precompute(model_folder, data_file, cache, limit=5, log=remarks.append)
     assert len(dpo_cache.open_cache(cache).pairs("pairs")) == 5
-    assert any("pair set pairs/train is replaced: it held 12 pairs" in remark for remark in remarks)
+    (remark,) = (remark for remark in remarks if "is replaced" in remark)
+    assert remark.startswith("pair set pairs/train is replaced: it held 12 pairs of reference ")
+    assert remark.endswith("; before and now differ in source.rows_read: 12 and 5.")
+
+
+def test_the_settings_that_made_another_pair_set_are_named_in_the_remark(
+    model_folder: str, tmp_path: Path, cache: str
+) -> None:
+    data_file = write_rows(tmp_path / "pairs.jsonl", chat_rows(3))
+
+    def remark_on(**options: Any) -> str:
+        remarks: list[str] = []
+        dpo_cache.precompute(model_folder, data_file, cache, log=remarks.append, **options)
+        (remark,) = (remark for remark in remarks if "is replaced" in remark)
+        return remark.partition("; ")[2]
+
+    dpo_cache.precompute(model_folder, data_file, cache)
+    swapped = ("chosen=rejected", "rejected=chosen")
+    assert remark_on(map=swapped) == (
+        "before and now differ in source.map: [] and ['chosen=rejected', 'rejected=chosen']."
+    )
+    assert (
+        remark_on(map=swapped, max_length=40)
+        == "before and now differ in tokenization.max_length: 1024 and 40."
+    )
+    write_rows(tmp_path / "pairs.jsonl", chat_rows(3, seed=5))
+    assert remark_on(map=swapped, max_length=40) == "its source has other rows now."
 
 
 @pytest.mark.parametrize("streaming", [False, True])
