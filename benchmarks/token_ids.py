@@ -94,14 +94,17 @@ def compare(folder: Path, case: dict[str, Any], theirs: dict[str, Any]) -> bool:
     from dpo_cache import data
     from dpo_cache.types import Pair
 
-    rows = data.read_dataset(str(folder / case["rows"]))["train"]
+    place = folder / "case.jsonl"
+    with (folder / case["rows"]).open(encoding="utf-8") as lines:
+        # `datasets` must not reuse the ids of another case
+        marked = [json.dumps({**json.loads(line), "case": case["name"]}) + "\n" for line in lines]
+    place.write_text("".join(marked), encoding="utf-8")
+    (rows,) = data.read_dataset(str(place)).values()
     tokenizer = data.load_tokenizer(str(folder / case["model"]))
-    rows = rows.add_column(
-        "case", [case["name"]] * len(rows)
-    )  # `datasets` must not reuse the ids of another case
+    data_format = data.detect_format(list(rows.column_names), next(iter(rows)))
     gc.freeze()  # keeps TRL's results out of garbage collection during the measurement
     started = time.perf_counter()
-    tokenized = data.tokenize_rows(rows, data.detect_format(rows.column_names, rows[0]), tokenizer)
+    tokenized = data.tokenize_rows(rows, data_format, tokenizer)
     elapsed_s = time.perf_counter() - started
     truncation = data.Truncation(case["max_length"], case["truncation"].replace("_", "-"))
     ours = {
