@@ -52,6 +52,12 @@ def test_commands_that_load_no_model(base: Path, model_folder: str, tmp_path: Pa
     check(base, model_folder, tmp_path, documents(base)[::every], lambda name: name not in WITH_MODEL)
 
 
+def test_a_manifest_without_a_whole_member(base: Path, model_folder: str, tmp_path: Path) -> None:
+    whole = {"manifest source", "manifest tokenization", "manifest pairs_digest"}
+    cases = [case for case in documents(base) if case[0].removesuffix(" = missing") in whole]
+    check(base, model_folder, tmp_path, cases, lambda name: True)
+
+
 @pytest.mark.parametrize("every", [293, pytest.param(1, marks=pytest.mark.slow)])
 def test_commands_that_load_a_model(base: Path, model_folder: str, tmp_path: Path, every: int) -> None:
     check(base, model_folder, tmp_path, documents(base)[::every], lambda name: name in WITH_MODEL)

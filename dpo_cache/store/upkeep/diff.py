@@ -109,7 +109,7 @@ def _compare(files: Sequence[tuple[Folder, list[str]]], num_bytes: int, allowed:
 def _compare_pair_sets(one: Cache, other: Cache, name: str) -> list[str]:
     """A line for each thing that differs: rows, reference, tokenization, which pairs they are, and values."""
     left, right = (read_manifest(cache.folder, f"pairs/{name}") for cache in (one, other))
-    lines = differing_fields(*({key: manifest[key] for key in COMPARED} for manifest in (left, right)))
+    lines = differing_fields(*({key: manifest.get(key) for key in COMPARED} for manifest in (left, right)))
     if left["parts"] == right["parts"] or left["reference"] != right["reference"]:
         return lines
     num_bytes = sum(part["bytes"] for manifest in (left, right) for part in manifest["parts"])
