@@ -450,3 +450,11 @@ def test_what_a_template_of_parts_leaves_out_is_noted() -> None:
         "message['content'] %}", "message['content'] if message.role != 'system' %}"
     )
     assert notes(no_system, example(message("system", "Be brief."), user("Is it?"))) == [text_out("system")]
+
+
+def test_a_special_token_that_the_tokenizer_lacks_is_written_as_nothing_or_reported() -> None:
+    one = example(user("Is it?"))
+    assert encode("{{ bos_token }}" + CHATML, one) == encode(CHATML, one)
+    assert notes("{{ bos_token + 'a' }}" + CHATML, one) == (
+        "the chat template refuses it ('bos_token' is undefined)"
+    )
