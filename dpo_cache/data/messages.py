@@ -15,7 +15,7 @@ from dpo_cache.data.fields import describe as describe
 from dpo_cache.data.fields import is_blank as is_blank
 from dpo_cache.data.fields import is_null
 from dpo_cache.data.fields import read_text as read_text
-from dpo_cache.data.lost import media_of_part
+from dpo_cache.data.lost import media_of, media_of_part
 from dpo_cache.data.roles import FUNCTION_CALL, known_roles, standard_role
 from dpo_cache.data.serialized import CALL_KEYS, CONTENT_KEYS, ROLE_KEYS, find_messages
 from dpo_cache.data.tool_calls import read_call_turn, read_calls
@@ -23,7 +23,20 @@ from dpo_cache.data.tool_calls import read_call_turn, read_calls
 Message = dict[str, Any]
 
 CLEAN_ROLES = ("user", "assistant", "system", "tool", "developer")
-TEXT_PARTS = (None, "text", "input_text", "output_text")
+MAY_BE_EMPTY = ("system", "developer", "tool")
+TEXT_PARTS = ("text", "input_text", "output_text")
+OF_TEXT_PARTS = (
+    "type",
+    "text",
+    "value",
+    "content",
+    "id",
+    "index",
+    "cache_control",
+    "citations",
+    "annotations",
+    "logprobs",
+)
 
 
 def read_messages(row: dict[str, Any], name: str) -> list[Message]:
@@ -61,7 +74,7 @@ def read_message(message: Any, name: str, role_key: str = "role") -> Message:
         calls = read_call_turn(content, name)
         return {**extras, "role": "assistant", "content": "", "tool_calls": calls}
     extras = _with_calls(extras, name)
-    if is_blank(content) and role not in ("system", "developer") and not extras.get("tool_calls"):
+    if is_blank(content) and role not in MAY_BE_EMPTY and not extras.get("tool_calls"):
         raise BadRow(f"`{name}` has a message whose `{content_key}` is empty")
     return {**extras, "role": role, "content": content}
 
@@ -130,31 +143,55 @@ def _read_content(content: Any, name: str, key: str, message: Message) -> str:
     if not isinstance(content, (list, dict)):
         raise BadRow(f"{place} is {describe(None if is_null(content) else content)}, expected text")
     parts = content if isinstance(content, list) else [content]
-    texts = [_text_of_part(part) for part in parts]
-    unknown = [part for part, text in zip(parts, texts, strict=True) if text is None and not _is_media(part)]
+    is_result = standard_role(message["role"]) == "tool"
+    texts = [_text_of_part(part, is_result) for part in parts]
+    unknown = [
+        part
+        for part, text in zip(parts, texts, strict=True)
+        if text is None and not _is_media(part, is_result)
+    ]
     if not unknown and (any(text is not None for text in texts) or not parts):
         return "".join(text for text in texts if text is not None)
     if not unknown:
         raise BadRow(f"{place} has no text, and only text is scored")
-    if standard_role(message["role"]) == "tool":
+    if is_result:
         return json.dumps(content, ensure_ascii=False)  # a result that is data
+    others = _others_of_text(unknown[0])
+    if others:
+        raise BadRow(f"{place} has text in an object with `{'`, `'.join(others)}`, expected text")
     kind = unknown[0].get("type") if isinstance(unknown[0], dict) else None
     shown = f"the type {kind!r}" if kind else f"the form {describe(unknown[0]).removeprefix('a ')}"
     raise BadRow(f"{place} has a part of {shown}, expected text")
 
 
-def _text_of_part(part: Any) -> str | None:
-    """The text of a content part: a string, or an object with `text`, `value` or `content`."""
+def _text_of_part(part: Any, is_result: bool) -> str | None:
+    """The text of a content part: a string, or an object with `text`, `value` or `content`.
+
+    An object with other members is none: these would be lost. Media next to the text are left out, but an
+    object without a type in the result of a tool is data.
+    """
     if isinstance(part, str):
         return part
-    if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS:
+    if not isinstance(part, dict) or part.get("type") not in (None, *TEXT_PARTS):
+        return None
+    others = _others_of_text(part)
+    if others and (is_result or not all(map(media_of, others))):
         return None
     keys = ("text", "value", "content") if part.get("type") else ("text",)
     return next((part[key] for key in keys if isinstance(part.get(key), str)), None)
 
 
-def _is_media(part: Any) -> bool:
-    return isinstance(part, dict) and media_of_part(part) is not None
+def _others_of_text(part: Any) -> list[str]:
+    """The members of an object with text that no text part has."""
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        return []
+    known = OF_TEXT_PARTS if part.get("type") in TEXT_PARTS else ("text", "type")
+    return [key for key, value in part.items() if key not in known and not is_null(value)]
+
+
+def _is_media(part: Any, is_result: bool) -> bool:
+    is_part = isinstance(part, dict) and (not is_result or bool(part.get("type")))
+    return is_part and media_of_part(part) is not None
 
 
 def _with_calls(extras: Message, name: str) -> Message:

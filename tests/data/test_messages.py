@@ -336,12 +336,40 @@ def test_the_result_of_a_tool_may_be_an_object() -> None:
     assert example.prompt[3] == message("tool", '{"sky": "blue", "é": [1, null]}')
 
 
+RESULTS: dict[str, tuple[Any, str]] = {
+    "an object with text": ({"text": "blue", "score": 1}, '{"text": "blue", "score": 1}'),
+    "objects with text": ([{"text": "blue", "url": "b"}], '[{"text": "blue", "url": "b"}]'),
+    "an object with an image": ({"image": "nginx", "up": True}, '{"image": "nginx", "up": true}'),
+    "a part and an object": (
+        [{"type": "text", "text": "a"}, {"text": "b", "at": 1}],
+        '[{"type": "text", "text": "a"}, {"text": "b", "at": 1}]',
+    ),
+    "a part with another member": (
+        {"type": "text", "text": "a", "url": "b"},
+        '{"type": "text", "text": "a", "url": "b"}',
+    ),
+    "only text": ({"text": "blue"}, "blue"),
+    "only text and a null": ([{"text": "blue", "url": None}], "blue"),
+    "parts": ([{"type": "text", "text": "bl", "cache_control": {"type": "ephemeral"}}, "ue"], "blue"),
+    "empty": ("", ""),
+    "no parts": ([], ""),
+}
+
+
+@pytest.mark.parametrize(("content", "text"), RESULTS.values(), ids=RESULTS)
+@pytest.mark.parametrize("role", ["tool", "observation"])
+def test_the_text_of_a_result(role: str, content: Any, text: str) -> None:
+    example = parse_row(changed(result={"role": role, "content": content}), "conversation")
+    assert not isinstance(example, RowProblem)
+    assert example.prompt[3] == message("tool", text)
+
+
 PARTS = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "Well?"}]
 PROBLEMS: dict[str, tuple[Any, str]] = {
-    "a number": (message("user", 5), "`prompt` has a message whose `content` is a int, expected text"),  # type: ignore[arg-type]
+    "a number": (message("user", 5), "`prompt` has a message whose `content` is a number, expected text"),  # type: ignore[arg-type]
     "a value that is a number": (
         {"from": "human", "value": 5},
-        "`prompt` has a message whose `value` is a int, expected text",
+        "`prompt` has a message whose `value` is a number, expected text",
     ),
     "null": (message("user", None), "`prompt` has a message whose `content` is missing, expected text"),  # type: ignore[arg-type]
     "NaN": (
@@ -358,11 +386,19 @@ PROBLEMS: dict[str, tuple[Any, str]] = {
     ),
     "a part that is a number": (
         {"role": "user", "content": [5]},
-        "`prompt` has a message whose `content` has a part of the form int, expected text",
+        "`prompt` has a message whose `content` has a part of the form number, expected text",
     ),
     "no text in parts": (
         {"role": "user", "content": [{"type": "text", "text": " "}]},
         "`prompt` has a message whose `content` is empty",
+    ),
+    "text with other members": (
+        {"role": "user", "content": {"text": "Well?", "context": "The sky."}},
+        "`prompt` has a message whose `content` has text in an object with `context`, expected text",
+    ),
+    "a part with other members": (
+        {"role": "user", "content": [{"type": "text", "text": "Well?", "url": "a"}]},
+        "`prompt` has a message whose `content` has text in an object with `url`, expected text",
     ),
     "no role": ({"content": "Well?"}, "`prompt` has a message without `role`"),
     "a role that is a number": ({"role": 3, "content": "Well?"}, "`prompt` has a message without `role`"),

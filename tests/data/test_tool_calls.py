@@ -23,6 +23,11 @@ CALLS: dict[str, Any] = {
     "bare": [BARE],
     "bare with JSON": [{"name": "look", "arguments": json.dumps(ARGUMENTS)}],
     "parameters for arguments": [{"name": "look", "parameters": ARGUMENTS}],
+    "args, of LangChain": [{"name": "look", "args": ARGUMENTS, "type": "tool_call"}],
+    "input, of Anthropic": [{"name": "look", "input": ARGUMENTS, "type": "tool_use"}],
+    "parameters next to null": [{"function": {"name": "look", "arguments": None, "parameters": ARGUMENTS}}],
+    "arguments next to the function": [{"function": {"name": "look"}, "arguments": ARGUMENTS}],
+    "an object of lists": {"type": ["function"], "function": [BARE], "id": [None]},
     "one call": BARE,
     "one call as JSON": json.dumps(BARE),
     "calls as JSON": json.dumps([CALL]),
@@ -63,6 +68,22 @@ PROBLEMS: dict[str, tuple[Any, str]] = {
     "a number": ([3], "`chosen` has a tool call that is no object with `name` and `arguments`"),
     "no name": ([{"arguments": {}}], "`chosen` has a tool call without the `name` of a function"),
     "an empty name": ([{"name": " "}], "`chosen` has a tool call without the `name` of a function"),
+    "another name of arguments": (
+        [{"id": "1", "function": {"name": "look", "kwargs": {"a": 1}, "strict": True}}],
+        "`chosen` has a tool call without `arguments`, but with `kwargs`",
+    ),
+    "a name twice": (
+        [{"name": "look", "arguments": '{"a": 1, "a": 2}'}],
+        "`chosen` has JSON text in which the name 'a' is there twice in one object",
+    ),
+    "a name twice in Python": (
+        [{"name": "look", "arguments": "{'b': [{'a': 1, 'a': 2}]}"}],
+        "`chosen` has JSON text in which the name 'a' is there twice in one object",
+    ),
+    "lists of other lengths": (
+        {"name": ["look"], "arguments": []},
+        "`chosen` has an object of lists (`name`, `arguments`), expected a list of objects",
+    ),
     "a list": (
         [{"name": "look", "arguments": [1]}],
         "`chosen` has a tool call whose `arguments` are a list, expected an object",
@@ -73,7 +94,7 @@ PROBLEMS: dict[str, tuple[Any, str]] = {
     ),
     "JSON of text": (
         [{"name": "look", "arguments": '"Oslo"'}],
-        "`chosen` has a tool call whose `arguments` are a str, expected an object",
+        "`chosen` has a tool call whose `arguments` are text, expected an object",
     ),
 }
 
@@ -103,6 +124,14 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
         str([TOOL]),
         [json.dumps(TOOL)],
         [{"type": "function", "function": {"name": "look", "parameters": json.dumps(SCHEMA)}}],
+        [{"type": "function", "function": json.dumps(TOOL["function"])}],
+        json.dumps(json.dumps([TOOL])),
+        {"type": ["function"], "function": [TOOL["function"]]},
+        {"tools": [TOOL]},
+        {"look": {"parameters": SCHEMA}},
+        {"look": TOOL},
+        [{"function_declarations": [TOOL["function"]]}],
+        {"function_declarations": [TOOL["function"]]},
     ],
 )
 def test_tools_have_one_form(value: Any) -> None:
@@ -113,6 +142,9 @@ def test_bare_tools_stay_bare() -> None:
     bare = {"name": "look", "parameters": SCHEMA}
     assert read_tools([bare]) == [bare]
     assert read_tools([{"name": "look", "parameters": json.dumps(SCHEMA)}]) == [bare]
+    assert read_tools({"name": ["look", "wait"], "parameters": [SCHEMA, None]}) == [bare, {"name": "wait"}]
+    assert read_tools({"look": bare}) == [bare]
+    assert read_tools([{"type": "web_search", "limit": 3}]) == [{"type": "web_search", "limit": 3}]
 
 
 @pytest.mark.parametrize("value", [None, "", " ", [], "[]", "null", float("nan")])
@@ -125,6 +157,19 @@ def test_no_tools(value: Any) -> None:
     [
         ("look", "`tools` is not JSON"),
         ([3], "`tools` has an entry that is no object"),
+        (
+            [{"uses": "look", "parameters": {}}],
+            "`tools` has an entry without the `name` of a function, but with `uses`, `parameters`",
+        ),
+        ([{"function": [1]}], "`tools` has an entry whose `function` is no object"),
+        (
+            {"type": ["function"], "schema": [{}]},
+            "`tools` has an object of lists (`type`, `schema`), expected a list of objects",
+        ),
+        (
+            '[{"name": "a", "name": "b"}]',
+            "`tools` has JSON text in which the name 'name' is there twice in one object",
+        ),
         ([{"name": "a", "parameters": "x"}], "`tools` has an entry whose `parameters` are no JSON object"),
     ],
 )
