@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cache.cli.output import (
@@ -87,6 +88,8 @@ def _table(report: SweepReport) -> str:
 
 
 def _print_report(report: SweepReport) -> None:
+    from dpo_cache.reporting.runs import read_resolved
+
     print_text(
         f"{report.output}: {report.num_finished} of {report.num_runs} runs finished, in "
         f"{format_seconds(report.elapsed_s)}"
@@ -104,5 +107,6 @@ def _print_report(report: SweepReport) -> None:
     if not report.finished:
         print_text(f"Next: {command_line('sweep', '--resume', report.output)}")
     elif best.measured_on == "held out":
-        model = f"{report.output}/{best.name}/model"
-        print_text(f'Next, with the best: AutoModelForCausalLM.from_pretrained("{model}")')
+        run = Path(report.output, best.name)
+        kind = read_resolved(run).get("auto_class", "AutoModelForCausalLM")
+        print_text(f'Next, with the best: {kind}.from_pretrained("{run}/model")')

@@ -2,7 +2,8 @@
 begins.
 
 A cell is what the file has: `007`, `1.0`, `NA` and an empty cell are text. Cells that a record lacks at its
-end are missing. Columns without a name, and names that are there twice, get those of pandas (`Unnamed: 0`,
+end are missing. Text after the closing quotation mark of a cell is an error: programs differ in what they
+make of it. Columns without a name, and names that are there twice, get those of pandas (`Unnamed: 0`,
 `chosen.1`).
 """
 
@@ -18,6 +19,11 @@ from dpo_cache.data.json_records import BrokenFileError, Record
 
 DELIMITERS = ",;\t|"
 LONGEST_CELL = 2**31 - 1  # letters; the module's own limit is 131,072
+OPEN = "it has a quotation mark that is never closed"
+AFTER_QUOTE = (
+    "it has text after the closing quotation mark of a cell (inside a quoted cell, each of its own quotation "
+    "marks is written twice)"
+)
 
 
 def csv_records(stream: BinaryIO, delimiter: str | None = None) -> Iterator[Record]:
@@ -40,16 +46,17 @@ def csv_records(stream: BinaryIO, delimiter: str | None = None) -> Iterator[Reco
 
 
 def _records(lines: _Lines, delimiter: str) -> Iterator[Record]:
-    reader = csv.reader(lines, delimiter=delimiter)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     names: tuple[str, ...] | None = None
     while True:
         line = reader.line_num + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
+            problem = OPEN if lines.have_ended else AFTER_QUOTE if "expected after" in str(error) else None
             if names is None:
-                raise BrokenFileError(f"no CSV ({error})", line) from error
-            yield Record(line, None, problem=f"it is no CSV ({error})")
+                raise BrokenFileError(f"no CSV ({problem or error})", line) from error
+            yield Record(line, None, problem=problem or f"it is no CSV ({error})")
             continue
         if cells is None:
             return
@@ -58,12 +65,10 @@ def _records(lines: _Lines, delimiter: str) -> Iterator[Record]:
         if names is None:
             names = _column_names(cells)
             continue
-        yield _record(names, cells, line, is_open=lines.have_ended)
+        yield _record(names, cells, line)
 
 
-def _record(names: tuple[str, ...], cells: list[str], line: int, *, is_open: bool) -> Record:
-    if is_open:
-        return Record(line, None, problem="it has a quotation mark that is never closed")
+def _record(names: tuple[str, ...], cells: list[str], line: int) -> Record:
     if len(cells) > len(names):
         problem = f"it has {len(cells)} cells, but the header names {len(names)} columns"
         return Record(line, None, problem=problem)

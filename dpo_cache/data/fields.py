@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any
+
+# Kinds of values in words; the first that fits counts
+WORDS: dict[tuple[type, ...], str] = {
+    (str,): "text",
+    (bool,): "true or false",
+    (int, float, Decimal): "a number",
+    (list, tuple): "a list",
+    (dict,): "an object",
+    (date,): "a date",  # also with a time
+    (time,): "a time",
+    (timedelta,): "a length of time",
+    (bytes, bytearray): "bytes",
+}
 
 
 class BadRow(Exception):
@@ -20,8 +35,11 @@ def is_blank(value: Any) -> bool:
 
 
 def describe(value: Any) -> str:
-    """The type of a field, for an error message."""
-    return "missing" if value is None else f"a {type(value).__name__}"
+    """What a field holds, in words for an error message: what is missing, or is NaN, is `missing`."""
+    if is_null(value):
+        return "missing"
+    words = (words for kinds, words in WORDS.items() if isinstance(value, kinds))
+    return next(words, f"a value of type {type(value).__name__}")
 
 
 def read_text(row: dict[str, Any], name: str) -> str:

@@ -11,6 +11,8 @@ and `a`, `x`, `y` of the assistant:
     q         p a q x   p a q y     p a q    | x | y          the prompt is the last message
               p a q x   p a q y     p a q    | x | y          no prompt: what the answers share
     p         a q x     a q y       p a q    | x | y          the answers go on after the prompt
+    p a       q x       q y         p a q    | x | y
+    p x       x         y           p        | x | y          the prompt ends with an answer: noted
     p         p a q x   p x q y     p        | a q x | x q y  the dialogues differ before the last turn: noted
 
 Text has no turns, so only a prompt that all answers repeat at their start is found.
@@ -37,6 +39,7 @@ BEGINS_EARLIER = "messages that its answers have before the prompt are part of i
 IS_RENDERED = "its prompt is the text of messages that its answers repeat, and the messages are used"
 REPEATED = "its answers repeat the text of the prompt, which is used once"
 REPEATED_SHORT = "its answers begin with the text of the prompt, which stays in them because it is short"
+HELD_ANSWER = "its prompt ends with one of its answers, which is no part of the prompt"
 INSIDE = "its answers hold the text of the prompt, so the model reads it twice"
 
 
@@ -52,6 +55,7 @@ def end_prompt(
         return _without_repeated_text(prompt, answers)
     if prompt and prompt[-1]["role"] != "assistant" and all(map(_is_one_turn, answers)):
         return prompt, answers, ()  # most rows
+    prompt, notes_before = _without_answer(prompt, answers)
     own_system, turns = _split_system(prompt)
     split = [_split_system(answer) for answer in answers]
     system = own_system or _shared_system(split, names, has_prompt=bool(turns))
@@ -60,7 +64,9 @@ def end_prompt(
     context, rests, notes = _after_prompt(turns, [dialogue for _, dialogue in split])
     if turns and len(system) > len(own_system):
         notes = (BEGINS_EARLIER,)
-    if context:
+    if turns and turns[-1]["role"] == "assistant":
+        _check_alternate(rests, names)
+    elif context:
         _check_starts(rests, names)
     shared = _num_shared_turns(rests)
     if context and shared:
@@ -68,7 +74,18 @@ def end_prompt(
     context, rests = context + rests[0][:shared], [rest[shared:] for rest in rests]
     if any(map(_opens, rests)):
         raise BadRow(f"{_listed(names)} share no prompt: they differ before the first answer")
-    return system + context, tuple(rests), notes + _note_parted(rests)
+    return system + context, tuple(rests), notes_before + notes + _note_parted(rests)
+
+
+def _without_answer(prompt: Dialogue, answers: Contents) -> tuple[Dialogue, Notes]:
+    """The prompt without the answer that it ends with, and a note if there is one."""
+    if not prompt or prompt[-1]["role"] != "assistant":
+        return prompt, ()
+    for answer in answers:
+        start = len(prompt) - len(answer)
+        if answer and start >= 0 and _equal(prompt[start:], answer):
+            return prompt[:start], (HELD_ANSWER,)
+    return prompt, ()
 
 
 def _after_prompt(turns: Dialogue, dialogues: list[Dialogue]) -> tuple[Dialogue, list[Dialogue], Notes]:
@@ -138,6 +155,16 @@ def _check_starts(answers: Sequence[Dialogue], names: Sequence[str]) -> None:
             raise BadRow(
                 f"`{name}` starts with a message from {answer[0]['role']}, expected the answer, or the "
                 "whole prompt before it"
+            )
+
+
+def _check_alternate(answers: Sequence[Dialogue], names: Sequence[str]) -> None:
+    """Raise `BadRow` for an answer that begins with a turn of the model after a prompt that ends with one."""
+    for answer, name in zip(answers, names, strict=True):
+        if answer and answer[0]["role"] == "assistant":
+            raise BadRow(
+                f"the prompt ends with a message from assistant, and `{name}` begins with another, expected "
+                "a prompt that ends with what the answers reply to"
             )
 
 

@@ -21,7 +21,7 @@ from dpo_cache.data.messages import (
 )
 from dpo_cache.data.parsed import Content, Parsed
 from dpo_cache.data.roles import standard_role
-from dpo_cache.data.serialized import find_messages
+from dpo_cache.data.serialized import CALL_KEYS, find_messages
 
 Row = dict[str, Any]
 
@@ -131,8 +131,8 @@ def with_sides(
     one, other = (row[column] for column in columns)
     if isinstance(one, str) and isinstance(other, str):
         return Parsed(prompt, (read(row, columns[0]), read(row, columns[1])), columns)
-    is_bare = isinstance(one, dict) or isinstance(other, dict)  # so a list holds several answers
-    chosen, rejected = (_read_answers(row, column, read, is_bare) for column in columns)
+    is_single = _is_single(one) or _is_single(other)  # so replies one after the other are several answers
+    chosen, rejected = (_read_answers(row, column, read, is_single) for column in columns)
     if len(chosen) == len(rejected) == 1:
         return Parsed(prompt, (chosen[0], rejected[0]), columns)
     pairs = tuple((one, len(chosen) + other) for one in range(len(chosen)) for other in range(len(rejected)))
@@ -165,9 +165,11 @@ def bare_answer(value: Any) -> Any:
     return value if field is None else value[field]
 
 
-def _read_answers(row: Row, column: str, read: Callable[[Row, str], Content], is_bare: bool) -> list[Content]:
+def _read_answers(
+    row: Row, column: str, read: Callable[[Row, str], Content], is_single: bool
+) -> list[Content]:
     value = row[column]
-    if is_bare and isinstance(value, list) and len(value) > 1 and all(map(_is_reply, value)):
+    if is_single and isinstance(value, list) and len(value) > 1 and all(map(_is_reply, value)):
         return [read({column: bare_answer(answer)}, column) for answer in value]
     if isinstance(value, dict):
         return [read({column: bare_answer(value)}, column)]
@@ -182,10 +184,21 @@ def sender(turn: Row) -> str:
 
 
 def _is_reply(value: Any) -> bool:
-    """Whether it is an answer that is an object: a message from the assistant, or text in an object."""
-    if not isinstance(value, dict):
+    """Whether it is an answer that is an object: a message from the assistant that calls no tool, or text in
+    an object, which is no content part.
+    """
+    if not isinstance(value, dict) or any(value.get(calls) for calls in CALL_KEYS):
         return False
-    return isinstance(bare_answer(value), str) or standard_role(sender(value)) == "assistant"
+    is_text = isinstance(bare_answer(value), str) and "type" not in value
+    return is_text or standard_role(sender(value)) == "assistant"
+
+
+def _is_single(value: Any) -> bool:
+    """Whether a column holds one reply: text, an object, or messages of which one is from the assistant."""
+    if not isinstance(value, list):
+        return isinstance(value, (str, dict))
+    senders = [standard_role(sender(turn)) for turn in value if isinstance(turn, dict)]
+    return len(senders) == len(value) and senders.count("assistant") == 1
 
 
 def _is_chosen(message: Message, row: Row) -> bool:

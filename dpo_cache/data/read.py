@@ -167,8 +167,8 @@ def _as_rows(rows: Any, place: str) -> Rows:
             f"{place}: the rows make no table ({first_line(error)}).\nGive each column values of one type."
         ) from error
     raise DataError(
-        f"{place}: a {type(rows).__name__} is not read.\nGive a datasets.Dataset, DatasetDict or "
-        "IterableDataset, a list of dicts, a pandas or polars DataFrame, or a path."
+        f"{place}: a value of type {type(rows).__name__} is not read.\nGive a datasets.Dataset, DatasetDict "
+        "or IterableDataset, a list of dicts, a pandas or polars DataFrame, or a path."
     )
 
 

@@ -27,7 +27,7 @@ from dpo_cache.data.text_rows import SCHEMA, Row, TextRows, TextStream, blocks_o
 from dpo_cache.errors import DataError, first_line
 from dpo_cache.files.atomic import replaced
 
-READER_VERSION = 1  # raised when the same files would give other rows
+READER_VERSION = 2  # raised when the same files would give other rows
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
 MAGIC: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo_cache.cli.sweep import _print_report
+from dpo_cache.reporting.runs import RunRow
+from dpo_cache.sweeping.run import SweepReport
 from tests import programs
 from tests.cli.test_commands import run  # noqa: F401
 from tests.sweeping.conftest import cache, started  # noqa: F401
@@ -69,6 +72,18 @@ def test_the_result_is_one_table(run, cache: str, tmp_path: Path, started: list[
     assert "2 runs: 2 to start.\n" in done.err and "shuffle=on: eval at step 0: " in done.err
     told = json.loads(run(*command, "--json").out)
     assert told["finished"] is True and told["rows"][0]["options"] in ({"shuffle": True}, {"shuffle": False})
+
+
+def test_the_best_model_is_loaded_by_its_own_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text('{"resolved": {"auto_class": "AutoModelForImageTextToText"}}')
+    numbers = dict.fromkeys(("accuracy_before", "accuracy", "margin", "mean_loss", "chosen_reward"), 0.5)
+    others = dict.fromkeys(("rejected_reward", "pairs_per_s", "peak_bytes", "steps_s"))
+    row = RunRow("b", {}, "finished", 1, 1, "held out", **numbers, **others)
+    _print_report(SweepReport(str(tmp_path), 1, 1, 0, [row], [], "table.md", 1.0))
+    assert f'AutoModelForImageTextToText.from_pretrained("{tmp_path}/b/model")' in capsys.readouterr().out
 
 
 def sorted_by_table(output: Path) -> list[str]:

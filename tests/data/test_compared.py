@@ -188,7 +188,7 @@ def test_verdicts_of_every_kind_are_read(row: dict[str, Any], pairs: tuple[tuple
             "`map`, for example `map` preference=choice",
         ),
         (letters(winner=None), "`winner` is missing, expected a or b"),
-        (letters(winner=True), "`winner` is a bool, expected a or b"),
+        (letters(winner=True), "`winner` is true or false, expected a or b"),
         (letters(score_a=3, score_b=None), "`score_b` is missing, expected a number"),
         ({**letters(winner="a"), "response_b": " "}, "`response_b` is empty"),
         ({"response_a": "No.", "response_b": "Yes.", "winner": "a"}, "`prompt` is empty"),

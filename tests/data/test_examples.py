@@ -336,13 +336,13 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "whitespace": ("text", {**TEXT, "rejected": " \n\t"}, "`rejected` is empty"),
     "empty prompt": ("text", {**TEXT, "prompt": ""}, "`prompt` is empty"),
     "none": ("text", {**TEXT, "rejected": None}, "`rejected` is missing, expected text"),
-    "number": ("text", {**TEXT, "chosen": 7}, "`chosen` is a int, expected text"),
-    "not a number": ("text", {**TEXT, "chosen": float("nan")}, "`chosen` is a float, expected text"),
+    "number": ("text", {**TEXT, "chosen": 7}, "`chosen` is a number, expected text"),
+    "not a number": ("text", {**TEXT, "chosen": float("nan")}, "`chosen` is missing, expected text"),
     "list in a text row": ("text", {**TEXT, "prompt": [user("Well?")]}, "`prompt` is a list, expected text"),
     "number for messages": (
         "conversation",
         {"prompt": "Well?", "chosen": 7, "rejected": "No."},
-        "`chosen` is a int, expected messages",
+        "`chosen` is a number, expected messages",
     ),
     "none for messages": (
         "conversation",
@@ -432,7 +432,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "scores that are no list": (
         "ranked",
         {"prompt": "a", "responses": ["b", "c"], "scores": "1 2"},
-        "`scores` is a str, expected a list of numbers",
+        "`scores` is text, expected a list of numbers",
     ),
     "a score that is not there": (
         "ranked",
@@ -447,7 +447,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a rank that is text": (
         "ranked",
         {"prompt": "a", "responses": ["b", "c"], "ranks": ["best", 2]},
-        "`ranks` holds a str, expected numbers",
+        "`ranks` holds text, expected numbers",
     ),
     "a call that is no JSON": (
         "sharegpt",
@@ -486,7 +486,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
             "chosen": {},
             "rejected": {},
         },
-        "`conversations` has a tool call whose `arguments` are a int, expected an object",
+        "`conversations` has a tool call whose `arguments` are a number, expected an object",
     ),
     "an answer of the user": (
         "sharegpt",
@@ -519,7 +519,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "template options that are text": (
         "conversation",
         {"prompt": "a", "chosen": "b", "rejected": "c", "chat_template_kwargs": "x"},
-        "`chat_template_kwargs` is a str, expected an object",
+        "`chat_template_kwargs` is text, expected an object",
     ),
     "an answer of others than the assistant": (
         "conversation",
@@ -539,7 +539,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "input that is a number": (
         "alpaca",
         {"instruction": "Well?", "input": 7, "chosen": "Yes.", "rejected": "No."},
-        "`input` is a int, expected text",
+        "`input` is a number, expected text",
     ),
 }
 

@@ -198,11 +198,11 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a score that is text": (
         completions(1, "N/A"),
-        "`score` in `completions` is a str, expected a number",
+        "`score` in `completions` is text, expected a number",
     ),
     "a score that is true": (
         completions(1, True),
-        "`score` in `completions` is a bool, expected a number",
+        "`score` in `completions` is true or false, expected a number",
     ),
     "a score that is NaN": (completions(1, "nan"), "`score` in `completions` is NaN, expected a number"),
     "an answer without text": (

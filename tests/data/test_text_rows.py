@@ -124,10 +124,13 @@ def test_a_column_of_texts_that_look_alike_is_text(tmp_path: Path, suffix: str, 
 
 
 WRONG = {
-    "number": (b'{"prompt": "a", "chosen": 5, "rejected": "c"}', "`chosen` is a int, expected text"),
+    "number": (b'{"prompt": "a", "chosen": 5, "rejected": "c"}', "`chosen` is a number, expected text"),
     "null": (b'{"prompt": "a", "chosen": null, "rejected": "c"}', "`chosen` is missing, expected text"),
     "missing": (b'{"prompt": "a", "rejected": "c"}', "`chosen` is missing, expected text"),
-    "object": (b'{"prompt": "a", "chosen": {"a": 1}, "rejected": "c"}', "`chosen` is a dict, expected text"),
+    "object": (
+        b'{"prompt": "a", "chosen": {"a": 1}, "rejected": "c"}',
+        "`chosen` is an object, expected text",
+    ),
     "cut": (b'{"prompt": "a", "chosen": "b', "it is no JSON (unterminated string)"),
     "no JSON": (b"hello", "it is no JSON (expecting value)"),
     "two": (b'{"prompt": "a"} {"prompt": "b"}', "it is no JSON (extra data)"),
@@ -155,16 +158,20 @@ def test_a_wrong_line_is_named_and_only_that(tmp_path: Path, name: str, place: i
 
 def test_rows_of_a_list_and_records_of_several_lines_are_named_by_their_first_line(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([TEXT, TEXT, {**TEXT, "chosen": 5}], indent=1))
-    assert "`chosen` is a int, expected text: 1 row, line 12\n" in problems_of(
+    assert "`chosen` is a number, expected text: 1 row, line 12\n" in problems_of(
         tmp_path / "a.json", streaming=False
     )
-    (tmp_path / "a.csv").write_text('prompt,chosen,rejected\na,"b\nb",c\n\n"a\na",,c\na,b\na,b,c,d\n"a,b,c\n')
+    (tmp_path / "a.csv").write_text(
+        'prompt,chosen,rejected\na,"b\nb",c\n\n"a\na",,c\na,b\na,b,c,d\n'
+        'a,"Hello" he said,c\na,say "b",c\n"a" ,b,c\n"a,b,c\n'
+    )
     message = problems_of(tmp_path / "a.csv", streaming=True)
     for reason in (
         "`chosen` is empty: 1 row, line 5\n",
         "`rejected` is missing, expected text: 1 row, line 7\n",
         "it has 4 cells, but the header names 3 columns: 1 row, line 8\n",
-        "it has a quotation mark that is never closed: 1 row, line 9\n",
+        "it has a quotation mark that is never closed: 1 row, line 12\n",
+        "marks is written twice): 2 rows, line 9, 11\n",
     ):
         assert reason in message
 
@@ -197,7 +204,7 @@ def test_rows_that_cannot_be_used_are_dropped_and_named(tmp_path: Path, streamin
     rows = [row for window in windows for row in window]
     assert [row["row"] for row in rows if row["problem"] is None] == [1, 3]
     assert remarks == [
-        "p: left out are it is no JSON (expecting value): 1 row, line 1; `chosen` is a int, expected text: "
+        "p: left out are it is no JSON (expecting value): 1 row, line 1; `chosen` is a number, expected text: "
         "1 row, line 3; it is no JSON (unterminated string): 1 row, line 5."
     ]
 
@@ -282,8 +289,8 @@ DAY = datetime.date(2024, 1, 31)
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (5, "`chosen` is a int"), (DAY, "`chosen` is a date"), (b"b", "`chosen` is a bytes"),
-        (None, "`chosen` is missing"), ({"a": DAY}, "`chosen` is a dict"),
+        (5, "`chosen` is a number"), (DAY, "`chosen` is a date"), (b"b", "`chosen` is bytes"),
+        (None, "`chosen` is missing"), ({"a": DAY}, "`chosen` is an object"),
         ("\ud800", "it holds half of a surrogate pair"),
     ],
     ids=["int", "date", "bytes", "None", "dict", "surrogate"],

@@ -15,6 +15,7 @@ LATER = pair([user("Hi."), assistant("Hi!"), user("Well?")], [assistant("Yes.")]
 SEVERAL = Example(
     [user("Well?")], ([assistant("Yes.")], [assistant("No.")], [assistant("Eh.")]), ((0, 1), (0, 2))
 )
+CALLS = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 
 SHAPES: dict[str, tuple[str, dict[str, Any], Example]] = {
@@ -184,6 +185,58 @@ SHAPES: dict[str, tuple[str, dict[str, Any], Example]] = {
             "rejected": [assistant("No."), assistant("Eh.")],
         },
         SEVERAL,
+    ),
+    "a list of one message and several rejected ones": (
+        "conversation",
+        {
+            "prompt": [user("Well?")],
+            "chosen": [assistant("Yes.")],
+            "rejected": [assistant("No."), assistant("Eh.")],
+        },
+        SEVERAL,
+    ),
+    "a dialogue and several rejected messages": (
+        "conversation",
+        {
+            "prompt": [user("Well?")],
+            "chosen": [user("Well?"), assistant("Yes.")],
+            "rejected": [assistant("No."), assistant("Eh.")],
+        },
+        SEVERAL,
+    ),
+    "text and several rejected messages": (
+        "conversation",
+        {"prompt": "Well?", "chosen": "Yes.", "rejected": [assistant("No."), assistant("Eh.")]},
+        SEVERAL,
+    ),
+    "question and several rejected messages": (
+        "question",
+        {"question": "Well?", "chosen": "Yes.", "rejected": [assistant("No."), assistant("Eh.")]},
+        SEVERAL,
+    ),
+    "answers of two messages each": (
+        "conversation",
+        {
+            "prompt": [user("Well?")],
+            "chosen": [assistant("Hm."), assistant("Yes.")],
+            "rejected": [assistant("Eh."), assistant("No.")],
+        },
+        Example(
+            [user("Well?")],
+            ([assistant("Hm."), assistant("Yes.")], [assistant("Eh."), assistant("No.")]),
+        ),
+    ),
+    "an answer that calls a tool": (
+        "conversation",
+        {
+            "prompt": [user("Well?")],
+            "chosen": "Yes.",
+            "rejected": [{**assistant("Eh."), "tool_calls": CALLS}, assistant("No.")],
+        },
+        Example(
+            [user("Well?")],
+            ([assistant("Yes.")], [{**assistant("Eh."), "tool_calls": CALLS}, assistant("No.")]),
+        ),
     ),
     "one turn and several rejected ones": (
         "sharegpt",
@@ -363,7 +416,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "one output": (
         "output",
         {"instruction": "Well?", "output": "a"},
-        "`output` is a str, expected a list of two: the chosen answer and the rejected one",
+        "`output` is text, expected a list of two: the chosen answer and the rejected one",
     ),
     "messages that are answered already": (
         "messages",

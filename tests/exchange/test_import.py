@@ -147,7 +147,7 @@ def test_every_problem_names_its_row(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("-1", "is a str, expected a number"),
+        ("-1", "is text, expected a number"),
         (math.inf, "is NaN or infinite"),
         (-math.inf, "is NaN or infinite"),
         (math.nan, "is NaN or infinite"),
@@ -171,9 +171,7 @@ def test_values_of_tokens_are_numbers(tmp_path: Path, ending: str, value: object
 
 
 def test_values_that_are_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match="`ref_rejected_logps` is a str, expected a number: 2 rows, line 1, 2"
-    ):
+    with pytest.raises(DataError, match="`ref_rejected_logps` is text, expected a number: 2 rows, line 1, 2"):
         bring_in(
             tmp_path / "cache",
             write_rows(tmp_path / "x.jsonl", id_rows(*[{"ref_rejected_logps": "minus one"}] * 2)),

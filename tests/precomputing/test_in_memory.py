@@ -83,11 +83,11 @@ def test_loaded_rows_need_a_name(model_folder: str, cache: str) -> None:
     ("rows", "problem"),
     [
         ([], "list in memory: split train has no rows"),
-        ([1, 2], "list in memory: a list is not read"),
-        (7, "int in memory: a int is not read"),
+        ([1, 2], "list in memory: a value of type list is not read"),
+        (7, "int in memory: a value of type int is not read"),
         (
             [{"prompt": "a", "chosen": "b", "rejected": 1}, {"prompt": "a", "chosen": "b", "rejected": "c"}],
-            r"(?s)1 row cannot be used .*`rejected` is a int, expected text: 1 row, number 0\n",
+            r"(?s)1 row cannot be used .*`rejected` is a number, expected text: 1 row, number 0\n",
         ),
         ([{"prompt": "a"}], "list in memory: split train is not preference data: found the columns prompt"),
     ],

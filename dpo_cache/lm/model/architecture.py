@@ -16,7 +16,8 @@ WITH_TOWERS: tuple[dict[str, str], ...] = (
     dict(getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})),
 )
 ENCODERS = frozenset(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-ENCODER_DECODERS = frozenset(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
+# also has language models that hear, which are no encoder-decoders by their configs (AudioFlamingo3)
+SEQ_TO_SEQ = dict(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 GIVE_ANOTHER = "Give a model whose architecture ends in ForCausalLM or LMHeadModel"
 
 
@@ -27,6 +28,8 @@ def whole_name(config: PreTrainedConfig) -> str | None:
     if not type(config).__module__.startswith("transformers."):
         return None
     known = {mapping.get(config.model_type) for mapping in WITH_TOWERS}
+    if not _is_encoder_decoder(config):
+        known.add(SEQ_TO_SEQ.get(config.model_type))
     return next((name for name in config.architectures or [] if name in known), None)
 
 
@@ -35,8 +38,10 @@ def auto_class(config: PreTrainedConfig) -> str:
     name = whole_name(config)
     if name is None:
         return "AutoModelForCausalLM"
-    is_of_images = WITH_TOWERS[0].get(config.model_type) == name
-    return "AutoModelForImageTextToText" if is_of_images else "AutoModelForMultimodalLM"
+    kinds = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    mappings = zip(kinds, WITH_TOWERS, strict=True)
+    found = (kind for kind, mapping in mappings if mapping.get(config.model_type) == name)
+    return next(found, "AutoModelForSeq2SeqLM")
 
 
 def check_causal(config: PreTrainedConfig, location: str) -> None:
@@ -74,7 +79,7 @@ def _kind_of(config: PreTrainedConfig, name: str) -> str:
         return "which has a head for labels or scores, and no causal LM head"
     if "Encoder" in name and "Decoder" not in name:
         return "an encoder: no token is predicted from those before it"
-    if _is_encoder_decoder(config) or name in ENCODER_DECODERS:
+    if _is_encoder_decoder(config) or name in SEQ_TO_SEQ.values():
         return "an encoder-decoder: it reads the prompt and the answer by two models, not as one row"
     if config.model_type in ENCODERS and not getattr(config, "is_decoder", False):
         return "an encoder: no token is predicted from those before it"

@@ -7,7 +7,7 @@ import pytest
 import transformers as hf
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.model.architecture import check_causal, whole_name
+from dpo_cache.lm.model.architecture import auto_class, check_causal, whole_name
 from dpo_cache.lm.model.load import load_config
 
 
@@ -34,12 +34,28 @@ def test_transformers_loads_a_causal_lm_from_it(config: type[hf.PreTrainedConfig
         (hf.LlavaConfig, "LlavaForConditionalGeneration"),
         (hf.Qwen2_5_VLConfig, "Qwen2_5_VLForConditionalGeneration"),
         (hf.MllamaConfig, "MllamaForConditionalGeneration"),
+        (hf.AudioFlamingo3Config, "AudioFlamingo3ForConditionalGeneration"),
+        (hf.MusicFlamingoConfig, "MusicFlamingoForConditionalGeneration"),
     ],
 )
 def test_a_language_model_with_towers_is_taken(config: type[hf.PreTrainedConfig], architecture: str) -> None:
     found = config(architectures=[architecture])
     check_causal(found, "here")
     assert whole_name(found) == architecture
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "kind"),
+    [
+        (hf.LlamaConfig, "LlamaForCausalLM", "CausalLM"),
+        (hf.T5Config, "T5ForConditionalGeneration", "CausalLM"),
+        (hf.Gemma3Config, "Gemma3ForConditionalGeneration", "ImageTextToText"),
+        (hf.Qwen2AudioConfig, "Qwen2AudioForConditionalGeneration", "MultimodalLM"),
+        (hf.AudioFlamingo3Config, "AudioFlamingo3ForConditionalGeneration", "Seq2SeqLM"),
+    ],
+)
+def test_the_class_that_loads_it(config: type[hf.PreTrainedConfig], architecture: str, kind: str) -> None:
+    assert auto_class(config(architectures=[architecture])) == f"AutoModelFor{kind}"
 
 
 @pytest.mark.parametrize(

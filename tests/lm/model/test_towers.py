@@ -45,6 +45,20 @@ def test_its_class_and_names_stay_and_its_towers_are_not_in_memory(
         assert torch.equal(logits(model), logits(whole))
 
 
+def test_a_language_model_that_hears_is_loaded_without_its_encoder(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**small, "model_type": "qwen2", "num_key_value_heads": 1, "vocab_size": 64}
+    sound = {**small, "model_type": "audioflamingo3_encoder", "num_mel_bins": 8}
+    torch.manual_seed(0)
+    whole = hf.AudioFlamingo3ForConditionalGeneration(
+        hf.AudioFlamingo3Config(audio_config=sound, text_config=text, audio_token_id=63)
+    ).eval()
+    whole.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert type(model) is type(whole) and towers_of(model) == []
+    assert torch.equal(logits(model), logits(whole))
+
+
 def test_llama_4_computes_what_its_language_model_does(tmp_path: Path) -> None:
     whole = make_tiny("llama4")
     whole.save_pretrained(tmp_path)
