@@ -7,18 +7,15 @@ stays text: it may be what the answer is about.
 
 from __future__ import annotations
 
-import ast
-import json
 import re
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
+from dpo_cache.data.broken_messages import find_broken, is_printed
 from dpo_cache.data.columns import LISTS, PROMPTS, RANKS, RESPONSES, SCORES, SIDES
 from dpo_cache.data.fields import BadRow
+from dpo_cache.data.json_text import NOT_JSON as NOT_JSON
+from dpo_cache.data.json_text import parse_json
 from dpo_cache.data.roles import FUNCTION_CALL, standard_role
-
-NOT_JSON = object()
 
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value")
@@ -27,51 +24,10 @@ WRAPPERS = ("messages", "conversations", "conversation")
 STRUCTURED = {"history", *LISTS, *SCORES, *RANKS}  # columns in which a JSON list is never text
 ANSWERS = {name for pair in (*SIDES, *RESPONSES) for name in pair}
 COLUMNS = {*PROMPTS, *STRUCTURED, *ANSWERS}
+ENCODED_TWICE = ('"[', '"{')
 READ_AS_TEXT = "JSON that looks like messages is read as text"
 
 _MAY_BE_MESSAGES = re.compile(r"""\s*(?:\[\s*)?\{.*?["'](?:role|from)["']\s*:""", re.DOTALL)
-_STARTS_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|from|content|value)["']\s*:\s*["']""")
-
-
-def parse_json(text: str) -> Any:
-    """The value of JSON text or of a Python literal in brackets; `NOT_JSON` for other text."""
-    try:
-        return json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        pass
-    if text.lstrip()[:1] not in ("[", "{"):
-        return NOT_JSON
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of strange escapes
-            literal = ast.literal_eval(text.strip())
-        return json.loads(json.dumps(literal))  # tuples as lists
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return NOT_JSON
-
-
-def parse_unique(text: str, name: str) -> Any:
-    """The same for a part of the column `name`. Raises `BadRow` if an object has a name twice."""
-    value = parse_json(text)
-    if value is not NOT_JSON and (twice := _name_twice(text)) is not None:
-        raise BadRow(f"`{name}` has JSON text in which the name {twice!r} is there twice in one object")
-    return value
-
-
-def _name_twice(text: str) -> str | None:
-    """The first name that an object in JSON text, or a dict in a Python literal, has twice."""
-    found: list[str] = []
-
-    def note(names: Sequence[Any]) -> None:
-        found.extend(name for place, name in enumerate(names) if name in names[:place])
-
-    try:
-        json.loads(text, strict=False, object_pairs_hook=lambda pairs: note([name for name, _ in pairs]))
-    except ValueError:
-        for node in ast.walk(ast.parse(text.strip(), mode="eval")):
-            if isinstance(node, ast.Dict):
-                note([key.value for key in node.keys if isinstance(key, ast.Constant)])
-    return found[0] if found else None
 
 
 def find_messages(value: Any) -> list[Any] | None:
@@ -87,7 +43,12 @@ def find_messages(value: Any) -> list[Any] | None:
 
 
 def parse_messages(text: str) -> Any:
-    """The messages that text holds, or the object around them; None if it holds none."""
+    """The messages that text holds, or the object around them; None if it holds none.
+
+    The text may be JSON of such text.
+    """
+    if text[:2] in ENCODED_TWICE and isinstance(inner := parse_json(text), str):
+        return parse_messages(inner)
     if not _MAY_BE_MESSAGES.match(text):
         return None
     value = parse_json(text)
@@ -106,17 +67,25 @@ def parse_columns(row: dict[str, Any], *, is_text: bool = False) -> tuple[dict[s
     question = next((name for name in PROMPTS if row.get(name) is not None), None)
     asked = None if question is None else _parsed(row[question], question in STRUCTURED, None)[0]
     texts = None if question is None else _texts(row[question] if asked is None else asked)
-    found, unused = {}, []
+    is_asked_in_text = question is not None and asked is None and isinstance(row[question], str)
+    found, unused, broken = {}, [], {}
     for name in row:
         if name in COLUMNS:
             is_prompt = name in PROMPTS
             value, is_refused = _parsed(row[name], name in STRUCTURED, None if is_prompt else texts)
             if value is not None:
                 found[name] = value
-            elif not is_text and (name == question or (name in ANSWERS and (asked or not question))):
-                _check_not_broken(name, row[name])
+            elif name == question or name in ANSWERS or name in LISTS:
+                is_question = name == question
+                if kind := find_broken(
+                    row[name], is_sure=not is_text and (is_question or not is_asked_in_text)
+                ):
+                    broken[name] = kind
             if is_refused or (is_text and value is not None and (name == question or not is_prompt)):
                 unused.append(name)
+    if broken:
+        _check_broken(row, broken, question, texts if is_asked_in_text else None, found)
+        unused.extend(broken)
     notes = (READ_AS_TEXT,) if unused else ()
     return (type(row)({**row, **found}) if found and not is_text else row), notes
 
@@ -124,7 +93,10 @@ def parse_columns(row: dict[str, Any], *, is_text: bool = False) -> tuple[dict[s
 def _may_be_parsed(value: Any) -> bool:
     """Whether a column may hold messages or a list as text; quick for text that begins with a letter."""
     if isinstance(value, str):
-        return value[:1] in ("[", "{") or (value[:1].isspace() and value.lstrip()[:1] in ("[", "{"))
+        if value[:1] == '"':
+            return value[:2] in ENCODED_TWICE
+        start = value.lstrip()[:1] if value[:1].isspace() else value[:1]
+        return start in ("[", "{") or value.startswith("array(")
     return isinstance(value, list) and bool(value) and isinstance(value[0], str)
 
 
@@ -162,6 +134,8 @@ def _is_message(value: Any) -> bool:
     if not isinstance(value, dict) or not any(isinstance(value.get(key), str) for key in ROLE_KEYS):
         return False
     has_content = any(isinstance(value.get(key), (str, list)) for key in CONTENT_KEYS)
+    if not has_content and "content" in value and isinstance(value.get("role"), str):
+        has_content = standard_role(value["role"]) is not None  # null or an object, which `messages.py` reads
     return has_content or any(value.get(key) for key in CALL_KEYS)
 
 
@@ -181,20 +155,27 @@ def _is_answer(value: Any, question_texts: set[str]) -> bool:
     return is_reply or not question_texts.isdisjoint(_texts(messages))
 
 
-def _is_broken(value: Any) -> bool:
-    """Whether text begins like messages but is no JSON, for example because numpy printed it."""
-    return (
-        isinstance(value, str)
-        and _STARTS_LIKE_MESSAGES.match(value) is not None
-        and parse_json(value) is NOT_JSON
-    )
+def _check_broken(
+    row: dict[str, Any],
+    broken: dict[str, str],
+    question: str | None,
+    texts: set[str] | None,
+    found: dict[str, Any],
+) -> None:
+    """Raise `BadRow` for the first of the broken columns, unless it may be an answer in text.
 
-
-def _check_not_broken(name: str, value: Any) -> None:
-    if _is_broken(value):
-        raise BadRow(
-            f"`{name}` begins like a list of messages but is no JSON, expected what `json.dumps` writes"
-        )
+    `texts` are those of a question in text, else None. Its answers are broken messages if all of them are and
+    one repeats the question or is quoted as Python prints it.
+    """
+    name = question if question in broken else next(iter(broken))
+    answers = [column for column in found if column in ANSWERS] + [*broken]
+    if name != question and texts is not None:
+        values = [row[column] for column in broken]
+        shown = [value if isinstance(value, str) else str(value[0]) for value in values]
+        is_sure = any(is_printed(text) or any(asked in text for asked in texts) for text in shown)
+        if not is_sure or (len(answers) < 2 and name not in LISTS):
+            return
+    raise BadRow(f"`{name}` looks like messages {broken[name]}, expected what `json.dumps` writes")
 
 
 def _rows_of_lists(value: dict[str, Any]) -> list[Any]:

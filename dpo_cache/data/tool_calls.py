@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_cache.data.fields import BadRow, describe, is_blank, is_null
-from dpo_cache.data.serialized import NOT_JSON, parse_json, parse_unique
+from dpo_cache.data.json_text import NOT_JSON, parse_json, parse_unique
 
 Call = dict[str, Any]
 

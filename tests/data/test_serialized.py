@@ -152,8 +152,8 @@ def test_a_ranked_answer_that_is_another_dialogue_stays_text() -> None:
 def test_rows_of_text_stay_text_and_are_noted() -> None:
     row = columns(prompt=ASK, chosen="Yes.", rejected="No.")
     assert parse_columns(row, is_text=True) == (row, (READ_AS_TEXT,))
-    for plain in ({**row, "prompt": "Well?"}, {**row, "prompt": PRINTED}):
-        assert parse_columns(plain, is_text=True) == (plain, ())
+    plain = {**row, "prompt": "Well?"}
+    assert parse_columns(plain, is_text=True) == (plain, ())
 
 
 def test_a_context_that_is_a_list_as_json_stays_text() -> None:
@@ -169,27 +169,66 @@ def test_other_columns_are_not_read(column: str) -> None:
 
 
 PRINTED = str(np.array([*ASK, *YES], dtype=object))
+NUMPY, LITERALS = (
+    "as numpy prints them, without commas",
+    "as Python prints them, with values that are no literals",
+)
+CUT = "that are cut off"
 
 
 @pytest.mark.parametrize(
-    ("row", "name"),
+    ("row", "name", "kind"),
     [
-        ({"prompt": PRINTED, "chosen": "Yes.", "rejected": "No."}, "prompt"),
-        ({"chosen": PRINTED, "rejected": PRINTED}, "chosen"),
-        (
-            {"prompt": json.dumps(ASK), "chosen": "Yes.", "rejected": '[{"role": "assistant", "con'},
-            "rejected",
-        ),
+        ({"prompt": PRINTED, "chosen": "Yes.", "rejected": "No."}, "prompt", NUMPY),
+        ({"chosen": PRINTED, "rejected": PRINTED}, "chosen", NUMPY),
+        ({"prompt": json.dumps(ASK), "chosen": "Yes.", "rejected": json.dumps(YES)[:20]}, "rejected", CUT),
+        ({"prompt": ASK, "chosen": "Yes.", "rejected": json.dumps(YES)[:20]}, "rejected", CUT),
+        ({"prompt": "Well?", "chosen": PRINTED, "rejected": PRINTED}, "chosen", NUMPY),
+        ({"prompt": "Well?", "responses": [PRINTED, PRINTED], "scores": [1, 2]}, "responses", NUMPY),
+        ({"prompt": json.dumps(json.dumps(ASK))[:-9], "chosen": "Yes.", "rejected": "No."}, "prompt", CUT),
+        ({"question": PRINTED, "chosen": "Yes.", "rejected": "No."}, "question", NUMPY),
     ],
 )
-def test_messages_that_are_no_json_are_refused(row: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize("is_text", [False, True])
+def test_messages_that_are_no_json_are_refused(row: Any, name: str, kind: str, is_text: bool) -> None:
     with pytest.raises(BadRow) as caught:
-        parse_columns(row)
-    assert str(caught.value) == (
-        f"`{name}` begins like a list of messages but is no JSON, expected what `json.dumps` writes"
-    )
+        parse_columns(row, is_text=is_text and isinstance(row.get("prompt"), str))
+    assert str(caught.value) == f"`{name}` looks like messages {kind}, expected what `json.dumps` writes"
 
 
-def test_a_broken_answer_to_a_question_in_text_stays_text() -> None:
+def test_broken_answers_to_a_question_in_text_are_messages_if_both_repeat_it() -> None:
+    both = json.dumps([*ASK, *YES])
+    for prompt, is_refused in (("Well?", True), ("Which?", False)):
+        row = {"prompt": prompt, "chosen": both[:-9], "rejected": both[:-5]}
+        if is_refused:
+            with pytest.raises(BadRow, match="`chosen` looks like messages that are cut off"):
+                parse_columns(row)
+        else:
+            assert parse_columns(row) == (row, (READ_AS_TEXT,))
+
+
+def test_a_broken_answer_to_a_question_in_text_stays_text_and_is_noted() -> None:
     row = {"prompt": "Write it as JSON.", "chosen": '[{"role": "assistant", "con', "rejected": "No."}
-    assert parse_columns(row) == (row, ())
+    assert parse_columns(row) == (row, (READ_AS_TEXT,))
+    assert parse_columns(row, is_text=True) == (row, (READ_AS_TEXT,))
+
+
+def test_messages_that_are_encoded_twice_are_parsed() -> None:
+    twice = {
+        "prompt": json.dumps(json.dumps(ASK)),
+        "chosen": json.dumps(json.dumps(YES)),
+        "rejected": "No.",
+    }
+    assert parse_columns(twice) == ({"prompt": ASK, "chosen": YES, "rejected": "No."}, ())
+    assert parse_columns(twice, is_text=True)[1] == (READ_AS_TEXT,)
+
+
+def test_line_breaks_within_strings_of_json_are_read() -> None:
+    assert parse_messages('[{"role": "user", "content": "a\nb"}]') == [user("a\nb")]
+
+
+def test_messages_without_text_are_messages() -> None:
+    for content in (None, {"sky": "blue"}):
+        messages = [user("Well?"), {"role": "tool", "content": content}]
+        assert parse_messages(json.dumps(messages)) == messages
+    assert parse_messages('{"role": "admin", "content": null}') is None
