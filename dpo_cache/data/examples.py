@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cache.data import two_sides
-from dpo_cache.data.columns import PROMPTS
+from dpo_cache.data.columns import DIALOGUES, PROMPTS
 from dpo_cache.data.compared import parse_compared
 from dpo_cache.data.fields import BadRow, describe, is_null
 from dpo_cache.data.lost import without_turns_after
@@ -53,7 +53,7 @@ def parse_row(row: dict[str, Any], data_format: str, ranked_pairs: str = "all") 
     `ranked_pairs`: pair each of the ranked answers with each lower one (all), or only the best (best).
     """
     try:
-        row, read_as_text = parse_columns(row, is_text=data_format == "text")
+        row, read_as_text = parse_columns(with_system_column(row), is_text=data_format == "text")
         parsed = _parse(row, data_format, ranked_pairs)
         spoken, cut = without_turns_after(parsed.answers)
         prompt, answers, notes = end_prompt(parsed.prompt, spoken, parsed.columns)
@@ -63,12 +63,29 @@ def parse_row(row: dict[str, Any], data_format: str, ranked_pairs: str = "all") 
     call_notes = () if isinstance(prompt, str) else _call_notes((prompt, *answers))
     for column, content in (("prompt", prompt), *zip(parsed.columns, answers, strict=True)):
         if not content:
-            return RowProblem(f"`{column}` is empty")
+            return RowProblem(_empty_prompt(row) if column == "prompt" else f"`{column}` is empty")
         if column != "prompt" and not (isinstance(content, str) or _has_assistant(content)):
             return RowProblem(f"`{column}` has no message from the assistant")
     return Example(
         prompt, answers, parsed.pairs, options, parsed.notes + cut + notes + read_as_text + call_notes
     )
+
+
+def _empty_prompt(row: dict[str, Any]) -> str:
+    """Why a row has no prompt: `messages` may be text that is no messages, so another format reads it."""
+    names = ("conversations", *DIALOGUES)
+    text = next((name for name in names if isinstance(row.get(name), str) and row[name].strip()), None)
+    if row.get("prompt") is not None or text is None:
+        return "`prompt` is empty"
+    return f"`{text}` is text that is no JSON of messages, and the answers share no start as their prompt"
+
+
+def with_system_column(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with a column `system` where it has text under another name, such as `system_prompt`."""
+    name = next((name for name in SYSTEMS if name in row and not is_blank(row[name])), None)
+    if name is None or not is_blank(row.get("system")) or not isinstance(row[name], str):
+        return row
+    return {**row, "system": row[name]}
 
 
 def _has_assistant(messages: list[Message]) -> bool:

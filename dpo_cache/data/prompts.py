@@ -50,7 +50,8 @@ def read_any_prompt(row: Row) -> Content:
 
 def read_sharegpt_prompt(row: Row) -> list[Message]:
     turns = row["conversations"]
-    if not isinstance(turns, list):
+    turns = turns if isinstance(turns, list) else find_messages(turns)
+    if turns is None:
         raise BadRow("`conversations` is not a list of turns")
     prompt = [read_sharegpt_turn(turn, "conversations") for turn in turns]
     if prompt and prompt[-1]["role"] == "assistant":
@@ -65,7 +66,10 @@ def read_sharegpt_prompt(row: Row) -> list[Message]:
 
 def read_dialogue_prompt(row: Row) -> list[Message]:
     """Messages to answer. Where they end with the chosen answer, it is left out."""
-    column = find_first(row, DIALOGUES) or DIALOGUES[0]
+    return _read_dialogue(row, find_first(row, DIALOGUES) or DIALOGUES[0])
+
+
+def _read_dialogue(row: Row, column: str) -> list[Message]:
     prompt = read_messages(row, column)
     if prompt and prompt[-1]["role"] == "assistant":
         if not _is_chosen(prompt[-1], row):
@@ -81,6 +85,10 @@ def with_system(row: Row, messages: list[Message]) -> list[Message]:
 
 def read_instruction(row: Row) -> list[Message]:
     """The prompt of Alpaca's columns: earlier turns, and an instruction with its input."""
+    if find_messages(row["instruction"]) is not None:
+        if not is_blank(row.get("input")):
+            raise BadRow("`input` is next to messages in `instruction`, expected text in `instruction`")
+        return _after_history(row, _read_dialogue(row, "instruction"))
     question = read_text(row, "instruction")
     if row.get("input") and not is_blank(row["input"]):
         question += "\n\n" + read_text(row, "input")
@@ -90,10 +98,18 @@ def read_instruction(row: Row) -> list[Message]:
 def read_question(row: Row, column: str | None = None) -> list[Message]:
     column = column or find_first(row, QUESTIONS) or QUESTIONS[0]
     question = row.get(column)
+    if column != "history" and find_messages(question) is not None:
+        return _after_history(row, _read_dialogue(row, column))
     if isinstance(question, dict):  # webgpt_comparisons
         row = {**row, column: question.get("full_text")}
     earlier = [] if column == "history" else read_history(row)
     return [*read_system(row), *earlier, {"role": "user", "content": read_text(row, column)}]
+
+
+def _after_history(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages after the column `history`, which comes after their system message."""
+    is_system = bool(messages) and messages[0]["role"] == "system"
+    return [*messages[:is_system], *read_history(row), *messages[is_system:]]
 
 
 def read_reply(row: Row, column: str) -> list[Message]:

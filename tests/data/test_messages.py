@@ -147,6 +147,28 @@ ODD: dict[str, dict[str, Any]] = {
         "chosen": json.dumps({"from": "gpt", "value": "Yes."}),
         "rejected": json.dumps({"from": "function_call", "value": json.dumps(TEXT_CALL)}),
     },
+    "sharegpt around messages": {
+        "conversations": json.dumps({"messages": CLEAN["prompt"]}),
+        "chosen": CLEAN["chosen"],
+        "rejected": CLEAN["rejected"],
+    },
+    "messages as a question": {
+        "question": json.dumps(CLEAN["prompt"]),
+        "chosen": CLEAN["chosen"],
+        "rejected": json.dumps(CLEAN["rejected"]),
+    },
+    "messages as a query, with the chosen answer": {
+        "query": [*CLEAN["prompt"], *CLEAN["chosen"]],
+        "chosen": CLEAN["chosen"],
+        "rejected": CLEAN["rejected"],
+    },
+    "messages as an instruction, a system message": {
+        "system": "Be brief.",
+        "instruction": CLEAN["prompt"][1:],
+        "input": "",
+        "chosen": CLEAN["chosen"],
+        "rejected": CLEAN["rejected"],
+    },
     "sharegpt with messages": {"conversations": CLEAN["prompt"], "chosen": CLEAN["chosen"], "rejected": CLEAN["rejected"]},
     "ranked": {"prompt": CLEAN["prompt"], "responses": [CLEAN["rejected"], CLEAN["chosen"]], "scores": [1, 2]},
     "ranked as JSON": {
@@ -408,6 +430,24 @@ PROBLEMS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("entry", "reason"), PROBLEMS.values(), ids=PROBLEMS)
 def test_other_messages_are_refused(entry: Any, reason: str) -> None:
     assert parse_row({**CLEAN, "prompt": [entry]}, "conversation") == RowProblem(reason)
+
+
+def test_messages_as_a_question_come_after_the_history() -> None:
+    row = {"question": [message("system", "Be brief."), user("Well?")], "history": [["a", "b"]]}
+    example = parse_row({**row, "chosen": "Yes.", "rejected": "No."}, "question")
+    assert not isinstance(example, RowProblem)
+    assert example.prompt == [message("system", "Be brief."), user("a"), assistant("b"), user("Well?")]
+    both = {"instruction": [user("Well?")], "input": "x", "chosen": "Yes.", "rejected": "No."}
+    assert parse_row(both, "alpaca") == RowProblem(
+        "`input` is next to messages in `instruction`, expected text in `instruction`"
+    )
+
+
+def test_messages_that_are_text_are_named() -> None:
+    row = {"messages": "<|im_start|>user\nWell?", "chosen": "Yes.", "rejected": "No."}
+    assert parse_row(row, "implicit") == RowProblem(
+        "`messages` is text that is no JSON of messages, and the answers share no start as their prompt"
+    )
 
 
 @pytest.mark.parametrize("role_key", ["role", "from"])
