@@ -483,4 +483,4 @@ def test_unreadable_data_is_reported_once(tmp_path: Path, model_folder: str) -> 
     )
     words = [model_folder, str(tmp_path / "bad.jsonl"), str(tmp_path / "cache")]
     done = programs.run(*words, script=script)
-    assert "bad.jsonl: not readable (" in done.out and done.err == "", done.err
+    assert "bad.jsonl, line 2: not readable (" in done.out and done.err == "", done.err
