@@ -14,13 +14,13 @@ another row has an `amount`. A null that the row itself had looks the same:
     any other in tools, arguments, template options   left out and noted
     in a list                                         kept: Arrow adds none there
 
-Values that are JSON text, or of the type JSON, are never changed. An empty object is one with all members
-null; Arrow tells it from null.
+Values that are JSON text, or of the type JSON, are never changed; see `json_nulls.py`. An empty
+object is one with all members null; Arrow tells it from null.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -30,7 +30,19 @@ from datasets import Dataset
 
 from dpo_cache.data.examples import Example, RowProblem, parse_row
 from dpo_cache.data.fields import is_null
-from dpo_cache.data.serialized import parse_json
+from dpo_cache.data.json_nulls import IN_JSON, has_odd_nulls
+from dpo_cache.data.schemas import (
+    BELOW,
+    CALL,
+    MESSAGE,
+    NAMES,
+    NEVER_NULL,
+    SCHEMA,
+    VALUE,
+    allows_null,
+    property_schema,
+    tool_schemas,
+)
 from dpo_cache.data.text_rows import MemoryRows
 
 Row = dict[str, Any]
@@ -40,27 +52,7 @@ UNKNOWN = "nulls in its tools or tool calls, which Arrow does not tell from abse
 LEFT_OUT = f"{UNKNOWN} are left out (text of JSON keeps them)"
 KEPT = f"{UNKNOWN} are kept"
 
-# Where a value is. Members of `NAMES` are schemas by name; of `VALUE`, anything.
-MESSAGE, CALL, SCHEMA, NAMES, VALUE = "message", "call", "schema", "names", "value"
 PLACES = {"tools": SCHEMA, "functions": SCHEMA, "chat_template_kwargs": VALUE}  # of columns; else `MESSAGE`
-BELOW = {
-    MESSAGE: {"tool_calls": CALL, "function_call": CALL, "tools": SCHEMA, "functions": SCHEMA},
-    CALL: {"arguments": VALUE, "parameters": VALUE},
-    SCHEMA: {
-        **dict.fromkeys(
-            ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"), NAMES
-        ),
-        **dict.fromkeys(("default", "const", "example", "examples"), VALUE),
-    },
-}
-# Keys of a tool or a JSON schema whose value is never null
-NEVER_NULL = {
-    "type", "function", "name", "description", "parameters", "properties", "patternProperties", "$defs",
-    "definitions", "dependentSchemas", "items", "prefixItems", "required", "enum", "title", "format",
-    "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength",
-    "minItems", "maxItems", "uniqueItems", "minProperties", "maxProperties", "multipleOf", "anyOf", "oneOf",
-    "allOf", "not", "if", "then", "else", "additionalProperties", "$ref", "examples",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,6 +69,8 @@ def parse_nested_row(
     """The result of `parse_row` for a row of a table with these nested columns."""
     row, notes = without_union_nulls(row, nested)
     example = parse_row(row, data_format, ranked_pairs)
+    if not nested.shapes and isinstance(example, Example) and has_odd_nulls(example):
+        notes = (IN_JSON,)
     if not notes or isinstance(example, RowProblem) or example.is_text:
         return example
     return replace(example, notes=(*example.notes, *notes))
@@ -214,7 +208,7 @@ class _Cleaner:
         for key, member in value.items():
             if key not in nulls:
                 below = BELOW.get(place, {}).get(key, SCHEMA if place == NAMES else place)
-                inner = schema if place == CALL else _property(schema, key)
+                inner = schema if place == CALL else property_schema(schema, key)
                 cleaned[key] = self.clean(member, shape[key], below, inner)
                 continue
             may_be_own = _may_be_own(key, place, schema)
@@ -229,7 +223,7 @@ class _Cleaner:
     @cached_property
     def _schemas(self) -> dict[str, Any]:
         """The schemas of functions' arguments, from the column `tools`."""
-        return dict(_tool_schemas(self._row.get("tools")))
+        return dict(tool_schemas(self._row.get("tools")))
 
 
 def _may_be_own(key: str, place: str, schema: Any) -> bool:
@@ -241,34 +235,4 @@ def _may_be_own(key: str, place: str, schema: Any) -> bool:
     properties = schema.get("properties") if isinstance(schema, dict) else None
     if not isinstance(properties, dict):
         return True
-    return properties.get(key) is not None and _allows_null(properties[key])
-
-
-def _property(schema: Any, key: str) -> Any:
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    return properties.get(key) if isinstance(properties, dict) else None
-
-
-def _allows_null(schema: Any) -> bool:
-    """Whether a JSON schema allows null. Its own nulls may be Arrow's."""
-    if not isinstance(schema, dict) or schema.get("nullable"):
-        return True
-    options = [option for key in ("anyOf", "oneOf") for option in schema.get(key) or ()]
-    if options:
-        return any(_allows_null(option) for option in options)
-    kinds = schema.get("type")
-    return kinds is None or kinds == "null" or (isinstance(kinds, list) and "null" in kinds)
-
-
-def _tool_schemas(tools: Any) -> Iterator[tuple[str, Any]]:
-    """Name and parameters of each tool, as far as they can be read."""
-    if isinstance(tools, str):
-        tools = parse_json(tools)
-    for tool in tools if isinstance(tools, list) else [tools]:
-        if isinstance(tool, str):
-            tool = parse_json(tool)
-        function = tool.get("function") if isinstance(tool, dict) else None
-        found = function if isinstance(function, dict) else tool
-        if isinstance(found, dict) and isinstance(found.get("name"), str):
-            parameters = found.get("parameters")
-            yield found["name"], parse_json(parameters) if isinstance(parameters, str) else parameters
+    return properties.get(key) is not None and allows_null(properties[key])
