@@ -13,14 +13,9 @@ from dpo_cache.files.sync import sync
 from dpo_cache.log import Log
 from dpo_cache.losses.metrics import Metrics
 
-MEASURED = (
-    "loss",
-    "num_pairs",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-)  # numbers in the line of a step and, after `eval/`, of an evaluation
+# numbers in the line of an evaluation, after `eval/`, and of a step
+OF_EVALUATION = ("loss", "num_pairs", "rewards/accuracies", "rewards/margins")
+OF_STEP = (*OF_EVALUATION, "rewards/chosen", "rewards/rejected")
 ADVICE = "Then resume the run with `resume`."  # if the file cannot be written
 
 
@@ -106,10 +101,8 @@ class MetricsFile:
 
 
 def _is_measured(entry: Mapping[str, Any]) -> bool:
-    return any(
-        all(isinstance(entry.get(prefix + name), int | float) for name in MEASURED)
-        for prefix in ("", "eval/")
-    )
+    needed = OF_STEP if "loss" in entry else [f"eval/{name}" for name in OF_EVALUATION]
+    return all(isinstance(entry.get(name), int | float) for name in needed)
 
 
 def _render(entries: Sequence[Mapping[str, Any]]) -> str:
