@@ -1,4 +1,4 @@
-"""What a row holds that is not scored, as notes: media, weights of messages, turns after the answer.
+"""What a row holds that is not scored, as notes: media, weights of messages, turns after the answer, columns.
 
 What the chat template leaves out is found by rendering; see `left_out.py`.
 """
@@ -6,18 +6,22 @@ What the chat template leaves out is found by rendering; see `left_out.py`.
 from __future__ import annotations
 
 import math
+import mimetypes
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
+
+from dpo_cache.data.fields import is_null
 
 NOUNS = {"image": "images", "video": "videos", "audio": "audio", "file": "files"}
 WORDS = {
-    "image": "image|img|picture|photo|pixel_value",
+    "image": "image|img|picture|photo|pixel_value|screenshot|thumbnail|jpg|jpeg|png|webp",
     "video": "video|video_frame",
-    "audio": "audio|wav|waveform",
+    "audio": "audio|wav|waveform|mp3|flac",
 }
-BEFORE = "(?:input|raw|local|prompt|question|chosen|rejected)_"
+BEFORE = "(?:input|raw|local|prompt|question|query|page|context|chosen|rejected)_"
 AFTER = "path|url|uri|file|filename|file_name|name|byte|base64|b64|data|input|content|chosen|rejected|[0-9]+"
 # names of columns, of members of a message and types of content parts: image, image_urls, input_audio, ...
 NAMES = {
@@ -32,24 +36,57 @@ MARK = re.compile(
     re.IGNORECASE,
 )
 MEDIUM_OF_MARK = {"img": "image", "vision": "image", "speech": "audio"}
-NO_MEDIA = ("tools", "tool_calls", "function_call", "functions", "arguments", "chat_template_kwargs")
+NO_MEDIA = (
+    "tools",
+    "available_tools",
+    "tool_definitions",
+    "tool_calls",
+    "function_call",
+    "functions",
+    "arguments",
+    "chat_template_kwargs",
+)
+STORED_MEDIUM = {"bytes", "path"}  # of an object in which `datasets` keeps an image, a sound or a video
 PLAIN = {"role", "content", "from", "value"}  # fields of an ordinary message
 WEIGHTS = ("weight", "loss_weight", "train", "trainable", "loss", "loss_mask", "mask")
 AMBIGUOUS = "mask"  # libraries mean opposite things by its values
 FULL_WEIGHT = (1, "1", "1.0", "true", "True")
 
+# columns that no format reads, by the end of the note on them
+THOUGHTS_COLUMN = "thoughts are read as `reasoning_content` of a message"
+WEIGHT_COLUMN = "each row counts the same"
+UNREAD = {
+    **{
+        f"{side}{name}": THOUGHTS_COLUMN
+        for side in ("", "chosen_", "rejected_")
+        for name in ("reasoning_content", "reasoning", "thinking")
+        if side or name != "reasoning"  # which is often a judge's
+    },
+    **dict.fromkeys(
+        ("weight", "weights", "loss_weight", "sample_weight", "chosen_weight", "rejected_weight"),
+        WEIGHT_COLUMN,
+    ),
+    **dict.fromkeys(("documents", "enable_thinking"), "templates read it from `chat_template_kwargs`"),
+    **dict.fromkeys(("available_tools", "tool_definitions"), "name it with `map`, as `tools`"),
+}
+
 TURNS_AFTER = "the turns after its answer are left out"
 
 
-def row_notes(row: Mapping[str, Any], parts: Sequence[str | Sequence[Mapping[str, Any]]]) -> list[str]:
+def row_notes(
+    row: Mapping[str, Any],
+    parts: Sequence[str | Sequence[Mapping[str, Any]]],
+    columns: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """Notes on what a row holds that is not scored.
 
-    `row` is as it was read; `parts` are the prompt and answers that it makes, as text or messages.
+    `row` is as it was read; `parts` are the prompt and answers that it makes, as text or messages; `columns`
+    are the media of columns, where their types tell it.
     """
     messages = [part for part in parts if not isinstance(part, str)]
     texts = [part for part in parts if isinstance(part, str)]
     texts += [message["content"] for part in messages for message in part]
-    return [*media_notes(row, texts), *weight_notes(messages[1:])]
+    return [*media_notes(row, texts, columns), *weight_notes(messages[1:]), *column_notes(row)]
 
 
 @lru_cache(maxsize=1024)
@@ -69,12 +106,15 @@ def media_of_part(part: Mapping[str, Any]) -> str | None:
     return media_of(kind) or (None if kind else next(filter(None, named), None))
 
 
-def media_notes(row: Mapping[str, Any], texts: Sequence[str] = ()) -> list[str]:
+def media_notes(
+    row: Mapping[str, Any], texts: Sequence[str] = (), columns: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """A note for each medium that a row holds, and for marks of a medium in the texts that are scored.
 
-    Media are in columns, in members of messages, or in content parts.
+    Media are in columns, in members of messages, or in content parts; those in `columns` are known.
     """
-    held = {medium for name, value in row.items() for medium in _media_in(name, value)}
+    held = {medium for name, value in row.items() if name not in columns for medium in _media_in(name, value)}
+    held |= {medium for name, medium in columns.items() if is_filled(row.get(name))}
     marked = {medium for text in texts if "<" in text or "[IMG" in text for medium in _marks_in(text)}
     return [
         *(f"its {noun} are left out, because only text is scored".replace("audio are", "audio is")
@@ -97,6 +137,18 @@ def weight_notes(answers: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
         f"the `{name}` of its messages is not used: each token of an answer is scored"
         for name in WEIGHTS
         if any(_has_less_weight(name, message.get(name)) for message in messages)
+    ]
+
+
+def column_notes(row: Mapping[str, Any]) -> list[str]:
+    """A note for each column that has a meaning for some trainers, but that no format reads."""
+    return [
+        f"its column `{name}` is not used: {UNREAD[name]}"
+        for name in row
+        if name in UNREAD
+        and row[name] != ""
+        and not is_null(row[name])
+        and not (UNREAD[name] is WEIGHT_COLUMN and row[name] in FULL_WEIGHT)
     ]
 
 
@@ -140,8 +192,17 @@ def _media_in(name: str, value: Any) -> Iterator[str]:
             return
         if kind := media_of_part(value):
             yield kind
+        elif value.keys() == STORED_MEDIUM and is_filled(value):
+            yield _medium_of_file(value["path"])
         for key, member in value.items():
             yield from _media_in(key, member)
+
+
+def _medium_of_file(path: Any) -> str:
+    """The medium by the end of a file's name: file, if it does not tell."""
+    kind = mimetypes.guess_type(path)[0] if isinstance(path, str) else None
+    medium = (kind or "").partition("/")[0]
+    return medium if medium in NOUNS else "file"
 
 
 def _marks_in(text: str) -> Iterator[str]:

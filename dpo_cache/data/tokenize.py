@@ -17,7 +17,7 @@ Each tokenized row is one pair:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -37,6 +37,7 @@ from dpo_cache.data.render import encode_examples
 from dpo_cache.data.serialized import with_parsed_columns
 from dpo_cache.data.template_date import with_template_date
 from dpo_cache.data.text_rows import TextRows, TextStream, rows_in_memory
+from dpo_cache.data.undecoded import media_columns, table_of_rows
 from dpo_cache.data.unions import nested_columns, parse_nested_row
 from dpo_cache.errors import DataError, first_line
 from dpo_cache.tokenizer import tokenizer_digest
@@ -123,7 +124,7 @@ def tokenize_rows(
     made_from = [fingerprint, data_format, ranked_pairs, str(first_row)]
     made_from += [tokenizer_digest(tokenizer), str(IDS_VERSION)]
 
-    nested = nested_columns(rows)
+    nested, media = nested_columns(rows), media_columns(rows)
 
     def tokenize_batch(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         found = (
@@ -136,7 +137,8 @@ def tokenize_rows(
             for row in found
         ]
         source = [row if isinstance(row, RowProblem) else with_parsed_columns(row) for row in found]
-        return _tokenize_examples(examples, source, [first_row + number for number in numbers], tokenizer)
+        places = [first_row + number for number in numbers]
+        return _tokenize_examples(examples, source, places, tokenizer, media)
 
     try:
         tokenized = table.map(
@@ -173,7 +175,7 @@ def _tables(rows: IterableDataset | TextStream, num_rows: int, place: str) -> It
             batch = list(islice(stream, num_rows))
         if not batch:
             return
-        yield rows_in_memory(batch) if rows.features is None else Dataset.from_list(batch, rows.features)
+        yield rows_in_memory(batch) if rows.features is None else table_of_rows(batch, rows.features)
 
 
 def _problems(tokenized: Dataset) -> list[tuple[int, str]]:
@@ -190,8 +192,9 @@ def _tokenize_examples(
     source: Sequence[Any],
     numbers: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
+    media: Mapping[str, str],
 ) -> dict[str, list[Any]]:
-    """The columns of `FEATURES` for these rows, which were read as `source`."""
+    """The columns of `FEATURES` for these rows, which were read as `source`; `media` are those of columns."""
     rows: list[tuple[Any, ...]] = []
     encoded = encode_examples(examples, tokenizer)
     for number, example, read, found in zip(numbers, examples, source, encoded, strict=True):
@@ -205,7 +208,7 @@ def _tokenize_examples(
         prompt, *answers = found.ids
         cut = min(shared_prefix(prompt, answer) for answer in answers)
         ends = [answer[cut:] for answer in answers]
-        notes = [*example.notes, *row_notes(read, [example.prompt, *example.answers]), *found.notes]
+        notes = [*example.notes, *row_notes(read, [example.prompt, *example.answers], media), *found.notes]
         notes += early_notes(example, prompt[cut:], tokenizer)
         for pair in example.pairs:
             chosen, rejected = (ends[place] for place in pair)

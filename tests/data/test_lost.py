@@ -6,10 +6,12 @@ import pytest
 
 from dpo_cache.data.lost import (
     TURNS_AFTER,
+    column_notes,
     differing_media,
     media_notes,
     media_of,
     media_of_part,
+    row_notes,
     weight_notes,
     without_turns_after,
 )
@@ -18,6 +20,7 @@ from tests.data.conftest import assistant, user
 IMAGES = "its images are left out, because only text is scored"
 VIDEOS = "its videos are left out, because only text is scored"
 AUDIO = "its audio is left out, because only text is scored"
+FILES = "its files are left out, because only text is scored"
 MARKS = "its text has marks in place of {}, which are scored as text"
 
 
@@ -25,7 +28,8 @@ MARKS = "its text has marks in place of {}, which are scored as text"
     ("medium", "names"),
     [
         ("image", "image images image_path image_paths image_url images_urls img img_path image_bytes "
-                  "input_image pixel_values image_0 chosen_image image_chosen photo imageUrl IMAGE image_file_name"),
+                  "input_image pixel_values image_0 chosen_image image_chosen photo imageUrl IMAGE image_file_name "
+                  "screenshot jpg png page_image query_image_url"),
         ("video", "video videos video_path video_paths video_url input_video"),
         ("audio", "audio audios audio_path input_audio audio_url wav waveform"),
         (None, "prompt chosen imagery image_caption image_id imagination audience audiobook_title videogame "
@@ -76,6 +80,10 @@ CALL = {"function": {"name": "draw", "arguments": {"image": "a.png"}}}
         ({"prompt": TEXT_PARTS}, []),
         ({"prompt": [{"role": "user", "content": "a", "images": ["a.png"]}]}, [IMAGES]),
         ({"conversations": [{"from": "human", "value": "a", "video": "a.mp4"}]}, [VIDEOS]),
+        ({"prompt": "a", "shot": {"bytes": b"x", "path": "a.png"}}, [IMAGES]),
+        ({"prompt": "a", "shots": [{"bytes": None, "path": "a.mp4"}]}, [VIDEOS]),
+        ({"prompt": "a", "shot": {"bytes": b"x", "path": None}}, [FILES]),
+        ({"prompt": "a", "shot": {"bytes": None, "path": None}}, []),
         ({"prompt": "a", "tools": [TOOL]}, []),
         ({"prompt": [{"role": "assistant", "content": "", "tool_calls": [CALL]}]}, []),
     ],
@@ -137,6 +145,27 @@ def test_weights_of_messages_that_are_not_used_are_noted(field: str, value: Any,
     note = f"the `{field}` of its messages is not used: each token of an answer is scored"
     answers = [[assistant("a")], [{**assistant("b"), field: value}]]
     assert weight_notes(answers) == [note] * is_noted
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"reasoning_content": "Hm."}, ["reasoning_content"]),
+        ({"chosen_reasoning": "Hm.", "rejected_reasoning": ""}, ["chosen_reasoning"]),
+        ({"reasoning": "The second is better."}, []),
+        ({"weight": 0.5, "loss_weight": 0}, ["weight", "loss_weight"]),
+        ({"weight": 1.0, "loss_weight": None, "sample_weight": float("nan")}, []),
+        ({"documents": [{"text": "a"}], "enable_thinking": False}, ["documents", "enable_thinking"]),
+        ({"available_tools": [TOOL]}, ["available_tools"]),
+        ({"margin": 1, "source": "a"}, []),
+    ],
+)
+def test_columns_that_no_format_reads_are_noted(row: dict[str, Any], columns: list[str]) -> None:
+    notes = column_notes(row)
+    assert [note.partition(" is not used: ")[0] for note in notes] == [
+        f"its column `{name}`" for name in columns
+    ]
+    assert row_notes({"prompt": "a", **row}, ["a", "b", "c"]) == notes
 
 
 def test_turns_after_the_answer_are_cut() -> None:

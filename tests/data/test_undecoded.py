@@ -1,12 +1,13 @@
 """Images and audio are not decoded."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Audio, Dataset, Features, Image, IterableDataset, List, Value
 
-from dpo_cache.data import take_rows, tokenize_rows
-from dpo_cache.data.undecoded import without_decoding
+from dpo_cache.data import take_rows, tokenize_rows, tokenized_windows
+from dpo_cache.data.undecoded import media_columns, without_decoding
 from tests.data.conftest import make_byte_tokenizer
 from tests.data.test_lost import AUDIO, IMAGES
 
@@ -46,3 +47,18 @@ def test_rows_with_media_are_tokenized_as_text_with_a_note() -> None:
     found = tokenize_rows(rows, "text", make_byte_tokenizer()).to_list()
     assert [row["notes"] for row in found] == [[IMAGES, AUDIO]] * 2
     assert make_byte_tokenizer().decode(found[0]["prompt_ids"]) == "What?"
+
+
+@pytest.mark.parametrize("kind", [lambda rows: rows, as_stream])
+def test_media_under_any_name_are_known_by_their_type(kind: Any, tmp_path: Path) -> None:
+    types = {**TEXT, "shot": Image(), "pages": List(Image()), "voice": Audio()}
+    stored = {"shot": STORED, "pages": [], "voice": {"bytes": None, "path": None}}
+    rows = [{**{name: ROW[name] for name in TEXT}, **stored}, ROW | stored | {"voice": STORED}]
+    found = take_rows(
+        kind(Dataset.from_list([{n: row[n] for n in types} for row in rows]).cast(Features(types)))
+    )
+    assert media_columns(found["train"]) == {"shot": "image", "pages": "image", "voice": "audio"}
+    (table,) = tokenized_windows(
+        found["train"], "text", make_byte_tokenizer(), window_rows=5, spool=tmp_path, place="the data"
+    )
+    assert [row["notes"] for row in table.to_list()] == [[IMAGES], [IMAGES, AUDIO]]
