@@ -1,5 +1,6 @@
 """Rows of any preference data set -> token ids."""
 
+from dpo_cache.data.deciding import deciding_row
 from dpo_cache.data.examples import Example, parse_row
 from dpo_cache.data.formats import RANKED, check_format, columns_read, detect_format, unused_columns
 from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset, take_rows
@@ -23,6 +24,7 @@ __all__ = [
     "check_format",
     "columns_read",
     "dataset_name",
+    "deciding_row",
     "detect_format",
     "first_row",
     "kept_pairs",

@@ -16,6 +16,9 @@ QUESTIONS = ("question", "query", "problem", "user_prompt", "user_input", "input
 DIALOGUES = ("messages", "prompt_messages", "context")
 PROMPTS = ("conversations", "prompt", *DIALOGUES, "instruction", *QUESTIONS, "history")
 
+# Other names of the column `system`
+SYSTEMS = ("system_prompt", "system_message", "sys_prompt", "system_instruction")
+
 # The chosen answer, and the rejected one
 SIDES = (
     ("chosen", "rejected"),

@@ -17,6 +17,7 @@ from dpo_cache.data.lost import without_turns_after
 from dpo_cache.data.messages import Message
 from dpo_cache.data.parsed import Answers, Content, Pairs, Parsed, shared_prefix
 from dpo_cache.data.prompt_end import end_prompt
+from dpo_cache.data.prompts import with_system_column
 from dpo_cache.data.ranked import parse_completions, parse_ranked
 from dpo_cache.data.serialized import parse_columns, parse_json
 from dpo_cache.data.tool_calls import ARGUMENTS_AS_TEXT, has_text_arguments, read_tools, tools_of_functions
@@ -78,14 +79,6 @@ def _empty_prompt(row: dict[str, Any]) -> str:
     if row.get("prompt") is not None or text is None:
         return "`prompt` is empty"
     return f"`{text}` is text that is no JSON of messages, and the answers share no start as their prompt"
-
-
-def with_system_column(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with a column `system` where it has text under another name, such as `system_prompt`."""
-    name = next((name for name in SYSTEMS if name in row and not is_blank(row[name])), None)
-    if name is None or not is_blank(row.get("system")) or not isinstance(row[name], str):
-        return row
-    return {**row, "system": row[name]}
 
 
 def _has_assistant(messages: list[Message]) -> bool:

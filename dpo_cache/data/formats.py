@@ -47,11 +47,13 @@ from dpo_cache.data.columns import (
     RESPONSES,
     SCORES,
     SIDES,
+    SYSTEMS,
     find_first,
     find_sides,
 )
 from dpo_cache.data.compared import find_pair, find_verdict, has_verdict
 from dpo_cache.data.examples import RANKED_PARSERS, Example, parse_row
+from dpo_cache.data.fields import is_blank
 from dpo_cache.data.prompts import bare_answer, is_several, is_whole_dialogue
 from dpo_cache.data.ranked import is_scored
 from dpo_cache.data.refusals import refusal
@@ -119,6 +121,7 @@ FORMATS = {
 RANKED = tuple(RANKED_PARSERS)  # formats whose rows may make several pairs, by merit
 
 # Columns that not every format reads, with values that change a row wherever they are read
+EMPTY: tuple[Any, ...] = ([], {}, "[]", "{}", "null")
 OPTIONAL: Row = {
     "system": "-",
     "history": [["-", "-"]],
@@ -126,6 +129,9 @@ OPTIONAL: Row = {
     "context": "-",
     "tools": [{"type": "function", "function": {"name": "-", "parameters": {}}}],
     "chat_template_kwargs": {"-": "-"},
+    **dict.fromkeys(SYSTEMS, "-"),
+    **dict.fromkeys(("prompt", "instruction", *(name for name in QUESTIONS if name != "input")), "-"),
+    **{name: [] for name in DIALOGUES if name != "context"},
 }
 
 
@@ -151,17 +157,52 @@ def check_format(name: str, columns: Sequence[str], place: str = "the data") -> 
     return name
 
 
+def has_all_parts(row: Row, columns: Sequence[str]) -> bool:
+    """Whether the row has a value in each part of every format whose columns there are."""
+    return all(
+        any(not any(is_blank(row.get(name)) for name in names) for names in part)
+        for data_format in FORMATS.values()
+        if not data_format.lacks(columns)
+        for part in data_format.columns
+    )
+
+
 def unused_columns(data_format: str, columns: Sequence[str], first_row: Row) -> list[str]:
-    """Optional columns that other formats or a chat template use, but not rows like the first."""
+    """Columns that change rows of other formats, but not rows like the first: those that a format or a chat
+    template may use, and those that could be the prompt but hold something else.
+    """
     row = {**dict.fromkeys(columns), **first_row}
-    if not isinstance(parse_row(row, data_format), Example):
+    example = parse_row(row, data_format)
+    if not isinstance(example, Example):
         return []
+    contents = (example.prompt, *example.answers)
+    texts = [one if isinstance(one, str) else " ".join(turn["content"] for turn in one) for one in contents]
     return [
         name
         for name, value in OPTIONAL.items()
         if name in columns
-        and parse_row({**row, name: None}, data_format) == parse_row({**row, name: value}, data_format)
+        and not _is_used(name, value, row, data_format)
+        and not _is_within(row[name], texts)
     ]
+
+
+def _is_used(name: str, value: Any, row: Row, data_format: str) -> bool:
+    """Whether the column changes the row, by its own value or, where it has none, by this one."""
+    own = row[name]
+    given = value if is_blank(own) or own in EMPTY else own
+    if name in DIALOGUES and name != "context" and not isinstance(own, list):
+        return True  # no prompt
+    return parse_row({**row, name: None}, data_format) != parse_row({**row, name: given}, data_format)
+
+
+def _is_within(value: Any, texts: Sequence[str]) -> bool:
+    """Whether text, or that of each message, is a part of one of these."""
+    parts = value if isinstance(value, list) else [value]
+    parts = [part.get("content", part.get("value")) if isinstance(part, dict) else part for part in parts]
+    return bool(parts) and all(
+        isinstance(part, str) and not is_blank(part) and any(part.strip() in text for text in texts)
+        for part in parts
+    )
 
 
 def columns_read(data_format: str, columns: Sequence[str], first_row: Row) -> str | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
-from dpo_cache.data.columns import DIALOGUES, PROMPTS, QUESTIONS, find_first, find_sides
+from dpo_cache.data.columns import DIALOGUES, PROMPTS, QUESTIONS, SYSTEMS, find_first, find_sides
 from dpo_cache.data.fields import is_null
 from dpo_cache.data.messages import (
     BadRow,
@@ -81,6 +82,16 @@ def _read_dialogue(row: Row, column: str) -> list[Message]:
 def with_system(row: Row, messages: list[Message]) -> list[Message]:
     """The messages after the column `system`, unless they begin with a system message."""
     return messages if messages and messages[0]["role"] == "system" else [*read_system(row), *messages]
+
+
+def with_system_column(row: Row) -> Row:
+    """The row with a column `system` where it has text under another name, such as `system_prompt`."""
+    name = next((name for name in SYSTEMS if name in row and not is_blank(row[name])), None)
+    if name is None or not is_blank(row.get("system")) or not isinstance(row[name], str):
+        return row
+    found = copy(row)  # of the row's own class, for columns that it lacks
+    found["system"] = row[name]
+    return found
 
 
 def read_instruction(row: Row) -> list[Message]:

@@ -14,9 +14,10 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
+from dpo_cache.data.frames import rows_of_frame
 from dpo_cache.data.sources import open_location
 from dpo_cache.data.text_files import TextFiles, first_row_of, read_stream, read_whole
-from dpo_cache.data.text_rows import TextRows, TextStream, memory_rows, rows_in_memory
+from dpo_cache.data.text_rows import TextRows, TextStream, rows_in_memory
 from dpo_cache.data.undecoded import without_decoding
 from dpo_cache.errors import DataError, OptionError, first_line
 from dpo_cache.files.locations import data_files, data_suffix, expanded
@@ -155,7 +156,7 @@ def _as_rows(rows: Any, place: str) -> Rows:
     kind = f"{type(rows).__module__.partition('.')[0]}.{type(rows).__name__}"
     try:
         if kind == "pandas.DataFrame":
-            return _rows_of_frame(rows)
+            return rows_of_frame(rows)
         if kind == "polars.DataFrame":
             return Dataset.from_polars(rows)
         if isinstance(rows, pa.Table):
@@ -170,31 +171,6 @@ def _as_rows(rows: Any, place: str) -> Rows:
         f"{place}: a value of type {type(rows).__name__} is not read.\nGive a datasets.Dataset, DatasetDict "
         "or IterableDataset, a list of dicts, a pandas or polars DataFrame, or a path."
     )
-
-
-def _rows_of_frame(frame: Any) -> Rows:
-    """Rows of a pandas frame: as a table, unless a column holds objects other than text, whose types may
-    differ from row to row.
-    """
-    from pandas.api.types import infer_dtype, is_object_dtype
-
-    frame = frame.set_axis(list(map(str, frame.columns)), axis=1)
-    columns = [frame.iloc[:, place] for place in range(frame.shape[1])]
-    if not any(is_object_dtype(one) and infer_dtype(one) not in ("string", "empty") for one in columns):
-        return Dataset.from_pandas(frame, preserve_index=False)
-
-    def take(numbers: list[int]) -> list[Mapping[str, Any]]:
-        found = frame.iloc[numbers]
-        missing = found.isna().to_numpy()
-        return [
-            {
-                name: None if is_missing else value
-                for (name, value), is_missing in zip(row.items(), gone, strict=True)
-            }
-            for row, gone in zip(found.to_dict("records"), missing, strict=True)
-        ]
-
-    return memory_rows(take, frame.columns, len(frame))
 
 
 def _choose(found: Sequence[str], place: str, splits: Sequence[str]) -> list[str]:

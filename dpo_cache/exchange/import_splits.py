@@ -85,7 +85,7 @@ def _find_format(rows: data.Rows, wanted: str, place: str) -> str:
         return "ids"
     if wanted != "auto":
         return data.check_format(wanted, columns, place)
-    data_format = data.detect_format(columns, first, place)
+    data_format = data.detect_format(columns, data.deciding_row(rows, place), place)
     if data_format in data.RANKED:
         raise DataError(
             f"{place}: ranked answers cannot be imported, {' and '.join(SUMS)} name two answers.\n"

@@ -132,7 +132,7 @@ def tokenize_split(
 def _open_split(options: PrecomputeOptions, name: str, split: str, rows: data.Rows, log: Log) -> SplitPlan:
     check_name(split)
     place = f"{options.dataset}: split {split}"
-    first = data.first_row(rows, place)
+    first = data.deciding_row(rows, place, None if options.format == "auto" else options.format)
     columns = list(rows.column_names or first)
     data_format = (
         data.detect_format(columns, first, place)

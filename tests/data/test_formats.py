@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 
 from dpo_cache.data import read_dataset, take_rows, tokenize_rows, tokenized_windows
+from dpo_cache.data.columns import SYSTEMS
 from dpo_cache.data.examples import Example, parse_row
 from dpo_cache.data.formats import FORMATS as ALL_FORMATS
 from dpo_cache.data.formats import RANKED, check_format, columns_read, detect_format, unused_columns
@@ -16,7 +17,7 @@ from dpo_cache.options.exchange import IMPORT_FORMATS
 from dpo_cache.options.precompute import FORMATS as PRECOMPUTE_FORMATS
 from dpo_cache.options.precompute import RANKED_FORMATS
 from tests.data import test_compared, test_ranked, test_two_sides
-from tests.data.conftest import assistant, make_byte_tokenizer, user, write_lines
+from tests.data.conftest import assistant, make_byte_tokenizer, message, user, write_lines
 from tests.data.test_examples import FORMATS as COMMON_FORMATS
 from tests.data.test_examples import TEXT
 from tests.data.test_two_sides import SHAPES
@@ -87,6 +88,56 @@ def test_columns_that_the_rows_do_not_use_are_found(
 ) -> None:
     assert unused_columns(data_format, [*row, *EXTRA], {**row, **EXTRA}) == unused
     assert unused_columns(data_format, list(row), row) == []
+
+
+ANSWERS = {"chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"instruction": "a", "question": "What?", **ANSWERS}, ["question"]),
+        ({"prompt": "a", "query": "What?", "problem": "So?", **ANSWERS}, ["query", "problem"]),
+        ({"question": "a", "user_input": "What?", **ANSWERS}, ["user_input"]),
+        ({"messages": [user("So?")], "question": "What?", **ANSWERS}, ["messages"]),
+        ({"messages": [user("What?")], "question": "What?", **ANSWERS}, []),
+        ({"messages": None, "question": "What?", **ANSWERS}, []),
+        ({"prompt": "Say: What?", "question": "What?", **ANSWERS}, []),  # a part of the prompt
+        ({"prompt": "a", "question": None, **ANSWERS}, ["question"]),  # other rows may have one
+        ({"prompt": [user("a")], "messages": [user("a"), assistant("b")], **ANSWERS}, []),
+        ({"prompt": "a", "context": "What?", **ANSWERS}, ["context"]),
+        ({"prompt": "a", "system_prompt": "Be brief.", **ANSWERS}, ["system_prompt"]),
+        ({"question": "a", "system_prompt": "Be brief.", **ANSWERS}, []),
+        (
+            {"question": "a", "system": "Be kind.", "system_message": "Be brief.", **ANSWERS},
+            ["system_message"],
+        ),
+        ({"context": [user("a")], "response_a": "b", "response_b": "c", "winner": "a"}, []),
+        ({"context": [user("a")], "completions": [{"text": "b", "rank": 1}, {"text": "c", "rank": 2}]}, []),
+        (
+            {"instruction": "a", "context": "What?", "response_a": "b", "response_b": "c", "winner": "a"},
+            ["context"],
+        ),
+    ],
+)
+def test_prompts_and_system_messages_that_are_not_read_are_found(
+    row: dict[str, Any], unused: list[str]
+) -> None:
+    assert unused_columns(detect_format(list(row), row), list(row), row) == unused
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("prompt", [{"question": "a"}, {"instruction": "a"}, {"prompt": [user("a")]},
+                                    {"messages": [user("a")]}, {"conversations": [user("a")]}])  # fmt: skip
+def test_a_system_message_under_another_name(prompt: dict[str, Any], name: str) -> None:
+    row = {**prompt, **ANSWERS}
+    data_format = detect_format(list(row), row)
+    clean = parse_row({**row, "system": "Be brief."}, data_format)
+    assert isinstance(clean, Example) and clean.prompt[0] == message("system", "Be brief.")
+    assert parse_row({**row, name: "Be brief."}, data_format) == clean
+    assert parse_row({**row, "system": "Be brief.", name: "Be kind."}, data_format) == clean
+    assert parse_row({**row, "system": "", name: "Be brief."}, data_format) == clean
+    assert parse_row({**row, name: None}, data_format) == parse_row(row, data_format)
 
 
 def test_a_named_format_needs_its_columns() -> None:
