@@ -9,6 +9,7 @@ from dpo_cache.data import tokenize_rows, tokenized_windows
 from dpo_cache.data.examples import Example, RowProblem, parse_row
 from dpo_cache.data.prompt_end import (
     BEGINS_EARLIER,
+    ENDS_ANSWERED,
     ENDS_LATER,
     HELD_ANSWER,
     INSIDE,
@@ -147,6 +148,8 @@ MESSAGES: dict[str, tuple[list[Any], list[list[Any]], list[Any], list[list[Any]]
     "its system message, too": ([BRIEF, P, X], [[P, X], [P, Y]], [BRIEF, P], [[X], [Y]], [HELD_ANSWER]),
     "an answer of several turns": ([P, CALL, SEEN, X], [[CALL, SEEN, X], [Y]], [P], [[CALL, SEEN, X], [Y]],
                                    [HELD_ANSWER, parted("tool")]),
+    "a prompt that ends with another answer": ([P, A], [[X], [Y]], [P, A], [[X], [Y]], [ENDS_ANSWERED]),
+    "a dialogue that repeats it": ([P, A], [[P, A, X], [P, A, Y]], [P, A], [[X], [Y]], [ENDS_ANSWERED]),
     "a prompt that the user goes on with": ([P, A], [[Q, A], [Q, Y]], [P, A, Q], [[A], [Y]], [ENDS_LATER]),
     "a prompt that ends with a call": ([P, CALL], [[SEEN, X], [SEEN, Y]], [P, CALL, SEEN], [[X], [Y]],
                                        [ENDS_LATER]),
@@ -177,7 +180,6 @@ def test_turns_that_all_answers_share_belong_to_the_prompt(
 
 
 OTHER_SYSTEM = "`chosen` and `rejected` begin with different system messages, or only one of them has one, expected one prompt for all answers"
-ANSWERED = "the prompt ends with a message from assistant, and `chosen` begins with another, expected a prompt that ends with what the answers reply to"
 PROBLEMS: dict[str, tuple[list[Any] | None, list[Any], list[Any], str]] = {
     "a system message in one dialogue": (None, [BRIEF, P, X], [P, Y], OTHER_SYSTEM),
     "two system messages": (None, [BRIEF, P, X], [KIND, P, Y], OTHER_SYSTEM),
@@ -207,8 +209,6 @@ PROBLEMS: dict[str, tuple[list[Any] | None, list[Any], list[Any], str]] = {
         "`chosen` starts with a message from user, expected the answer, or the whole prompt before it",
     ),
     "an answer that is the prompt": ([P], [P], [X], "`chosen` is empty"),
-    "a prompt that ends with another answer": ([P, A], [X], [Y], ANSWERED),
-    "a dialogue that repeats it": ([P, A], [P, A, X], [P, A, Y], ANSWERED),
 }
 
 
