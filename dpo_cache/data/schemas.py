@@ -11,7 +11,7 @@ from dpo_cache.data.json_text import parse_json
 MESSAGE, CALL, SCHEMA, NAMES, VALUE = "message", "call", "schema", "names", "value"
 BELOW = {
     MESSAGE: {"tool_calls": CALL, "function_call": CALL, "tools": SCHEMA, "functions": SCHEMA},
-    CALL: {"arguments": VALUE, "parameters": VALUE},
+    CALL: dict.fromkeys(("arguments", "parameters", "args", "input"), VALUE),
     SCHEMA: {
         **dict.fromkeys(
             ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"), NAMES

@@ -29,6 +29,10 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
 
 
+def named(name: str, **args: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": [{"name": name, "args": args}]}
+
+
 def tool(name: str, **properties: Any) -> dict[str, Any]:
     parameters = {"type": "object", "properties": properties}
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
@@ -67,6 +71,10 @@ SAME: dict[str, list[dict[str, Any]]] = {  # rows that come out as they went in,
         },
         {"tools": [tool("look", city=CITY), tool("pay", amount=AMOUNT)], "chosen": [call("pay", amount=5.5)]},
         {"tools": [tool("look", city=CITY), tool("pay", amount=AMOUNT)], "chosen": [call("pay")]},
+    ],
+    "arguments under another name, told by the schema": [
+        {"tools": [tool("look", city=CITY, day=CITY)], "chosen": [named("look", city="Oslo")]},
+        {"tools": [tool("look", city=CITY, day=CITY)], "chosen": [named("look", day="Monday")]},
     ],
     "nested arguments, told by the schema": [
         {
@@ -133,6 +141,11 @@ def test_nulls_that_may_be_the_row_s_own_are_left_out_and_noted(tmp_path: Path) 
         {"amount": 5, "city": "Oslo"},
     ]
     assert notes == [(LEFT_OUT,), (LEFT_OUT,), (), ()]
+
+
+def test_nulls_in_arguments_under_another_name_are_noted(tmp_path: Path) -> None:
+    rows = [{"chosen": [named("look", city="Oslo")]}, {"chosen": [named("look", day="Monday")]}]
+    assert through_parquet(rows, tmp_path) == (rows, [(LEFT_OUT,), (LEFT_OUT,)])
 
 
 @pytest.mark.parametrize(
