@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dpo_cache.data.fields import is_null
+from dpo_cache.data.roles import standard_role
 
 NOUNS = {"image": "images", "video": "videos", "audio": "audio", "file": "files"}
 WORDS = {
@@ -194,8 +195,16 @@ def _media_in(name: str, value: Any) -> Iterator[str]:
             yield kind
         elif value.keys() == STORED_MEDIUM and is_filled(value):
             yield _medium_of_file(value["path"])
+        is_result = isinstance(value.get("role"), str) and standard_role(value["role"]) == "tool"
         for key, member in value.items():
-            yield from _media_in(key, member)
+            if not (is_result and key == "content" and _is_data(member)):
+                yield from _media_in(key, member)
+
+
+def _is_data(content: Any) -> bool:
+    """Whether the result of a tool is written as JSON: objects that are no content parts."""
+    parts = content if isinstance(content, list) else [content]
+    return any(isinstance(part, Mapping) and not part.get("type") for part in parts)
 
 
 def _medium_of_file(path: Any) -> str:

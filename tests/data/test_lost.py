@@ -85,6 +85,8 @@ CALL = {"function": {"name": "draw", "arguments": {"image": "a.png"}}}
         ({"prompt": "a", "shot": {"bytes": b"x", "path": None}}, [FILES]),
         ({"prompt": "a", "shot": {"bytes": None, "path": None}}, []),
         ({"prompt": "a", "tools": [TOOL]}, []),
+        ({"prompt": [{"role": "tool", "content": {"image": "nginx", "up": True}}]}, []),
+        ({"prompt": [{"role": "tool", "content": [{"type": "image", "image": "a.png"}]}]}, [IMAGES]),
         ({"prompt": [{"role": "assistant", "content": "", "tool_calls": [CALL]}]}, []),
     ],
 )
