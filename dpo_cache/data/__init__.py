@@ -2,7 +2,14 @@
 
 from dpo_cache.data.deciding import deciding_row
 from dpo_cache.data.examples import Example, parse_row
-from dpo_cache.data.formats import RANKED, check_format, columns_read, detect_format, unused_columns
+from dpo_cache.data.formats import (
+    RANKED,
+    check_format,
+    columns_read,
+    detect_format,
+    unused_columns,
+    unused_remark,
+)
 from dpo_cache.data.read import Rows, dataset_name, first_row, read_dataset, take_rows
 from dpo_cache.data.shown_rows import ShownRow, show_rows
 from dpo_cache.data.survey import Survey
@@ -42,6 +49,7 @@ __all__ = [
     "tokenized_windows",
     "tokenizer_digest",
     "unused_columns",
+    "unused_remark",
     "without_union_nulls",
     "writes_day",
 ]

@@ -1,4 +1,4 @@
-"""The format of preference data, recognised from its columns and the types in its first row.
+"""The format of preference data, recognised from its columns and the types in a row (see `deciding.py`).
 
     sharegpt       conversations (from, value); chosen, rejected: strings or turns; system: optional. A turn
                    from function_call is JSON, {"name": ..., "arguments": ...} or a list of these; one from
@@ -184,6 +184,16 @@ def unused_columns(data_format: str, columns: Sequence[str], first_row: Row) -> 
         and not _is_used(name, value, row, data_format)
         and not _is_within(row[name], texts)
     ]
+
+
+def unused_remark(columns: Sequence[str], data_format: str) -> str:
+    """A remark on columns that the format does not use."""
+    shown = f"the columns {', '.join(columns)} are" if len(columns) > 1 else f"the column {columns[0]} is"
+    prompts = [name for name in columns if name in PROMPTS and name != "history"]
+    advice = (
+        f" If {prompts[0]} is the prompt, name it with `map`: `map` prompt={prompts[0]}." if prompts else ""
+    )
+    return f"{shown} not used by the format {data_format}.{advice}"
 
 
 def _is_used(name: str, value: Any, row: Row, data_format: str) -> bool:

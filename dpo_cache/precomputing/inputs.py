@@ -142,7 +142,7 @@ def _open_split(options: PrecomputeOptions, name: str, split: str, rows: data.Ro
     if read_as := data.columns_read(data_format, columns, first):
         log(f"{place}: {read_as}.")
     if unused := data.unused_columns(data_format, columns, first):
-        log(f"{place}: the columns {', '.join(unused)} are not used by the format {data_format}.")
+        log(f"{place}: {data.unused_remark(unused, data_format)}")
     if options.ranked_pairs != "all" and data_format not in data.RANKED:
         log(f"{place}: `ranked_pairs` {options.ranked_pairs} has no effect on the format {data_format}.")
     return SplitPlan(split, rows, data.Survey(f"{name}/{split}", data_format))

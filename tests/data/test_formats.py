@@ -10,7 +10,14 @@ from dpo_cache.data import read_dataset, take_rows, tokenize_rows, tokenized_win
 from dpo_cache.data.columns import SYSTEMS
 from dpo_cache.data.examples import Example, parse_row
 from dpo_cache.data.formats import FORMATS as ALL_FORMATS
-from dpo_cache.data.formats import RANKED, check_format, columns_read, detect_format, unused_columns
+from dpo_cache.data.formats import (
+    RANKED,
+    check_format,
+    columns_read,
+    detect_format,
+    unused_columns,
+    unused_remark,
+)
 from dpo_cache.data.refusals import ACCEPTED
 from dpo_cache.errors import DataError
 from dpo_cache.options.exchange import IMPORT_FORMATS
@@ -124,6 +131,22 @@ def test_prompts_and_system_messages_that_are_not_read_are_found(
     row: dict[str, Any], unused: list[str]
 ) -> None:
     assert unused_columns(detect_format(list(row), row), list(row), row) == unused
+
+
+@pytest.mark.parametrize(
+    ("columns", "remark"),
+    [
+        (["system"], "the column system is not used by the format text."),
+        (["system", "history"], "the columns system, history are not used by the format text."),
+        (
+            ["system", "query"],
+            "the columns system, query are not used by the format text. If query is the prompt, name it with "
+            "`map`: `map` prompt=query.",
+        ),
+    ],
+)
+def test_a_remark_on_columns_that_are_not_used(columns: list[str], remark: str) -> None:
+    assert unused_remark(columns, "text") == remark
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -539,7 +539,7 @@ def test_columns_and_options_without_use_are_said(model_folder: str, tmp_path: P
         tmp_path / "pairs.jsonl", [{"system": "Be brief.", "prompt": "a", "chosen": "b", "rejected": "c"}]
     )
     dpo_cache.precompute(model_folder, path, cache, ranked_pairs="best", log=remarks.append)
-    assert any("the columns system are not used by the format text" in remark for remark in remarks)
+    assert any("the column system is not used by the format text" in remark for remark in remarks)
     assert any("`ranked_pairs` best has no effect on the format text" in remark for remark in remarks)
 
 
