@@ -36,8 +36,8 @@ class PrecomputeOptions(Options):
     model: str = option(None, "Reference model: a local folder or a Hub id.", required=True)
     dataset: str = option(
         None,
-        "Preference data: a file (.jsonl, .json, .csv, .tsv, also compressed; .parquet, .arrow), a pattern in "
-        "quotes for several files, a folder, or a Hub id.",
+        "Preference data: a file (.jsonl, .json, .csv, .tsv, also compressed; .parquet, .arrow), a pattern "
+        "in quotes for several files, a folder, or a Hub id.",
         required=True,
     )
     cache: str = cache_argument(
@@ -144,7 +144,7 @@ class PrecomputeOptions(Options):
     audit: str = option(
         "auto",
         "Completions that are scored a second time, by the model's own forward on one row, before scores are "
-        "kept: auto (the longest, and 1 in 500 but at least 8), 1 in how many, or off.",
+        "kept: auto (the longest, 1 in 500 but at least 8, and a few with rare tokens), 1 in how many, or off.",
     )
 
     def check(self) -> None:

@@ -107,9 +107,7 @@ def test_ls_marks_what_is_damaged_and_lists_the_rest(run, root: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
-def test_ls_tells_what_it_may_not_read(
-    run, root: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_ls_tells_what_it_may_not_read(run, root: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     refuse(monkeypatch, number, lambda file: file.name == "manifest.json")
     done = run("ls", root)
     assert done.code == 0 and done.err.startswith(f"unreadable: cannot read {root}/pairs/demo/train/manifest")

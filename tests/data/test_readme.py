@@ -104,4 +104,4 @@ def test_an_example_of_the_page_is_the_same_pair_in_each_format(data_format: str
     (made,) = tokenize_rows(Dataset.from_list([row]), data_format, tokenizer).to_list()
     shown = tuple(tokenizer.decode(made[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
     text, dialogue = ("2+2?", " 4.<|im_end|>", " 5.<|im_end|>"), (USER + BEGIN, "4." + END, "5." + END)
-    assert shown == (text if "2+2?" == row.get("prompt") and "role" not in example else dialogue)
+    assert shown == (text if row.get("prompt") == "2+2?" and "role" not in example else dialogue)

@@ -140,7 +140,9 @@ def test_a_pair_set_that_is_replaced_says_which_fields_differ(
 def test_a_pair_set_that_is_cut_otherwise_says_so(cache: Path, model_folder: str, data_file: str) -> None:
     remarks: list[str] = []
     dpo_cache.precompute(model_folder, data_file, cache, name="pairs", max_length=40, log=remarks.append)
-    assert any("before and now differ in tokenization.max_length: 1024 and 40." in remark for remark in remarks)
+    assert any(
+        "before and now differ in tokenization.max_length: 1024 and 40." in remark for remark in remarks
+    )
 
 
 def test_training_on_a_reference_that_is_not_the_expected_one_is_refused(
