@@ -144,7 +144,8 @@ class PrecomputeOptions(Options):
     audit: str = option(
         "auto",
         "Completions that are scored a second time, by the model's own forward on one row, before scores are "
-        "kept: auto (the longest, 1 in 500 but at least 8, and a few with rare tokens), 1 in how many, or off.",
+        "kept: auto (the longest, 1 in 500 but at least 8, and a few with rare tokens), 1 in how many, or "
+        "off.",
     )
 
     def check(self) -> None:
