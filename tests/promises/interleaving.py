@@ -253,14 +253,14 @@ class Stage:
     def _compare(
         self, world: World, plan: Interleaving, outcomes: list[tuple[str, type | None]]
     ) -> Iterator[str]:
-        one, other = plan.first, plan.second
+        one, other, after_kill = plan.first, plan.second, plan.kill != "nothing"
         ends = [self._end(plan.is_damaged, order) for order in ((one, other), (other, one))]
         start = self._end(plan.is_damaged, ())
-        found = list(_differences_to(self._look(world), outcomes, ends, start))
+        found = list(_differences_to(self._look(world), outcomes, ends, start, after_kill=after_kill))
         if found:  # one that was given again may have had its effect before
             again = ((one, other, one), (other, one, other))
             ends += [self._end(plan.is_damaged, order) for order in again]
-            found = list(_differences_to(self._look(world), outcomes, ends, start))
+            found = list(_differences_to(self._look(world), outcomes, ends, start, after_kill=after_kill))
         yield from found
         for root in (world.cache, world.target):
             yield from (f"verify: {problem}" for problem in self._problems(root))
@@ -301,21 +301,28 @@ def _differences_to(
     outcomes: list[tuple[str, type | None]],
     ends: list[End],
     start: End,
+    *,
+    after_kill: bool,
 ) -> Iterator[str]:
     with_gc = any(name == "gc" for name, _ in outcomes)
     for name, outcome in outcomes:
         if (name, outcome) not in {entry for end in ends for entry in end.outcomes}:
             yield f"{name} ends with {outcome}, and in no serial order"
-    yield from _differences("cache", found[0], [end.cache for end in ends], start.cache, with_gc=with_gc)
-    yield from _differences("target", found[1], [end.target for end in ends], start.target, with_gc=with_gc)
+    yield from _differences(
+        "cache", found[0], [end.cache for end in ends], start.cache, with_gc=with_gc, after_kill=after_kill
+    )
+    yield from _differences(
+        "target", found[1], [end.target for end in ends], start.target, with_gc=with_gc, after_kill=after_kill
+    )
 
 
 def _differences(
-    place: str, found: Contents, serial: list[Contents], start: Contents, *, with_gc: bool
+    place: str, found: Contents, serial: list[Contents], start: Contents, *, with_gc: bool, after_kill: bool
 ) -> Iterator[str]:
     """Each pair set is that of one of the serial ends. Scores and references are those that all of them have,
-    and none that no one has; leftovers of the start may wait for the next `gc`. After `gc` a score may be
-    left only in a pair set: it removes scores that no pair set held when it looked.
+    and none that no one has; leftovers of the start may wait for the next `gc`, and so may what a `repair`
+    had restored from pair sets when it was killed. After `gc` a score may be left only in a pair set: it
+    removes scores that no pair set held when it looked.
     """
     for name in sorted({name for contents in (found, *serial) for name in contents.pair_sets}):
         if found.pair_sets.get(name) not in [contents.pair_sets.get(name) for contents in serial]:
@@ -329,6 +336,7 @@ def _differences(
         others = [contents.scores.get(reference, {}) for contents in serial]
         possible = {
             **start.scores.get(reference, {}),
+            **(start.scores_in_pairs(reference) if after_kill else {}),
             **(found.scores_in_pairs(reference) if with_gc else {}),
         }
         yield from _outside(f"{place}: score", scores, others, possible)
