@@ -34,6 +34,17 @@ def is_blank(value: Any) -> bool:
     return (not value or value.isspace()) if isinstance(value, str) else is_null(value)
 
 
+def objects_of_lists(value: Any) -> list[dict[str, Any]] | None:
+    """The objects of an object of lists of one length, as `Sequence` of `datasets` makes them; None for any
+    other value.
+    """
+    if not isinstance(value, dict) or not all(isinstance(entry, list) for entry in value.values()):
+        return None
+    if len({len(entry) for entry in value.values()}) != 1:
+        return None
+    return [dict(zip(value, entries, strict=True)) for entries in zip(*value.values(), strict=True)]
+
+
 def describe(value: Any) -> str:
     """What a field holds, in words for an error message: what is missing, or is NaN, is `missing`."""
     if is_null(value):

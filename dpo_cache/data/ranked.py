@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_cache.data.columns import LISTS, RANKS, SCORES, find_first
+from dpo_cache.data.fields import objects_of_lists
 from dpo_cache.data.messages import BadRow, describe
 from dpo_cache.data.parsed import Parsed, ranked_pairs
 from dpo_cache.data.prompts import ANSWER_FIELDS, Row, read_prompt_and_answers
@@ -58,12 +59,9 @@ def is_scored(value: Any) -> bool:
 
 
 def _as_list(value: Any) -> Any:
-    """A list of objects, where the value is an object of lists, as `Sequence` of `datasets` makes them."""
-    if not isinstance(value, dict) or not all(isinstance(entry, list) for entry in value.values()):
-        return value
-    if len({len(entry) for entry in value.values()}) != 1:
-        return value
-    return [dict(zip(value, entries, strict=True)) for entries in zip(*value.values(), strict=True)]
+    """A list of objects, where the value is an object of lists."""
+    found = objects_of_lists(value)
+    return value if found is None else found
 
 
 def _parsed(row: Row, column: str, answers: Sequence[Any], merits: Sequence[float], which: str) -> Parsed:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_cache.data.broken_messages import find_broken, is_printed
 from dpo_cache.data.columns import LISTS, PROMPTS, RANKS, RESPONSES, SCORES, SIDES
-from dpo_cache.data.fields import BadRow
+from dpo_cache.data.fields import BadRow, objects_of_lists
 from dpo_cache.data.json_text import NOT_JSON as NOT_JSON
 from dpo_cache.data.json_text import parse_json
 from dpo_cache.data.roles import FUNCTION_CALL, standard_role
@@ -180,8 +180,5 @@ def _check_broken(
 
 def _rows_of_lists(value: dict[str, Any]) -> list[Any]:
     """Objects of lists as a list of objects: {"role": [...], "content": [...]}; else the object in a list."""
-    lists = [entry for entry in value.values() if isinstance(entry, list)]
-    has_roles = any(isinstance(value.get(key), list) for key in ROLE_KEYS)
-    if has_roles and len(lists) == len(value) and len({len(entry) for entry in lists}) == 1:
-        return [dict(zip(value, entries, strict=True)) for entries in zip(*lists, strict=True)]
-    return [value]
+    found = objects_of_lists(value)
+    return [value] if found is None or value.keys().isdisjoint(ROLE_KEYS) else found

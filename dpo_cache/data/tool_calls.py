@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_cache.data.fields import BadRow, describe, is_blank, is_null
+from dpo_cache.data.fields import BadRow, describe, is_blank, is_null, objects_of_lists
 from dpo_cache.data.json_text import NOT_JSON, parse_json, parse_unique
 
 Call = dict[str, Any]
@@ -173,9 +173,9 @@ def _is_of_lists(value: Any) -> bool:
 def _rows_of_lists(value: dict[str, Any], name: str) -> list[Any]:
     """The objects of a column that is an object of lists, each without its nulls. Raises `BadRow`."""
     lists = {key: entry for key, entry in value.items() if not is_null(entry)}
-    if len({len(entry) for entry in lists.values()}) > 1 or lists.keys().isdisjoint({"function", "name"}):
+    rows = objects_of_lists(lists)
+    if rows is None or lists.keys().isdisjoint({"function", "name"}):
         raise BadRow(f"`{name}` has an object of lists (`{'`, `'.join(lists)}`), expected a list of objects")
-    rows = (dict(zip(lists, entries, strict=True)) for entries in zip(*lists.values(), strict=True))
     return [{key: entry for key, entry in row.items() if not is_null(entry)} for row in rows]
 
 

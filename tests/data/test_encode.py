@@ -7,24 +7,22 @@ from tokenizers import (
     AddedToken,
     Regex,
     Tokenizer,
-    decoders,
     models,
     normalizers,
     pre_tokenizers,
     processors,
-    trainers,
 )
 from transformers import PreTrainedTokenizerFast
 
 from dpo_cache.data.boundary import EXPRESSIONS, can_be_cut, last_cut
 from dpo_cache.data.encode import _cutting_tokens, encode_continuations, encode_dialogues, encode_texts
 from tests.data.conftest import (
-    CORPUS,
     make_byte_tokenizer,
     make_prefix_space_tokenizer,
     make_trained_tokenizer,
     wrap,
 )
+from tests.data.kinds import adding, tiktoken_rules
 
 TOKENIZERS = {
     "bytes": make_byte_tokenizer(),
@@ -124,23 +122,7 @@ def test_split_special_tokens_cut_nothing() -> None:
 
 def make_split_tokenizer(expression: str) -> PreTrainedTokenizerFast:
     """As Llama 3 and Qwen 2 are: words by an expression, then bytes; a BOS token and NFC."""
-    rules = Tokenizer(models.BPE())
-    rules.normalizer = normalizers.NFC()
-    rules.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(expression), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    rules.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    rules.train_from_iterator(CORPUS, trainer)
-    rules.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
-    )
+    rules = adding(tiktoken_rules(expression, normalizer=normalizers.NFC()), before="<s>")
     return wrap(rules, bos_token="<s>")
 
 

@@ -48,14 +48,14 @@ def without_unsuited_layers(model: PreTrainedModel, config: PeftConfig, log: Log
         if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
     }
     is_for_text = text_filter(model)
-    beside = {name for name in linear if not is_for_text(name)}
-    linear = {name: module for name, module in linear.items() if name not in beside}
+    of_towers = {name for name in linear if not is_for_text(name)}
+    linear = {name: module for name, module in linear.items() if name not in of_towers}
     unsuited = {
         name
         for name, module in linear.items()
         if not is_linear_map(module) or _is_refused(model, config, name.rpartition(".")[2])
     }
-    if not unsuited and not beside:
+    if not unsuited and not of_towers:
         return config
     if unsuited:
         _log_unsuited(model, unsuited, log)

@@ -150,8 +150,9 @@ def _changed(
     """Pair sets to be replaced at the target, also those whose settings are newer at the source. Raises
     `CacheError` if one is of other content and not of the manifests that were sent, unless `overwrite`.
     """
-    changed = [name for name, manifest in manifests.items() if _is_other(target, name, manifest)]
-    newer = [name for name, manifest in manifests.items() if _is_newer(target, name, manifest)]
+    held = {name: _held_manifest(target, name) for name in manifests}
+    changed = [name for name, manifest in manifests.items() if _is_other(held[name], manifest)]
+    newer = [name for name, manifest in manifests.items() if _is_newer(held[name], manifest)]
     others = [name for name in changed if f"pairs/{name}/manifest.json" not in sent]
     if others and not overwrite:
         raise CacheError(
@@ -161,26 +162,29 @@ def _changed(
     return [*changed, *newer]
 
 
-def _is_newer(target: Cache, name: str, manifest: Document) -> bool:
-    """Whether the manifest says later than that of the target how the same pairs were made."""
+def _held_manifest(target: Cache, name: str) -> Document | None:
+    """The manifest of the target's pair set of this name, if there is one."""
     try:
-        held = target.pairs(name).manifest
+        return target.pairs(name).manifest
     except NotInCacheError:
-        return False
+        return None
+
+
+def _is_newer(held: Document | None, manifest: Document) -> bool:
+    """Whether the manifest says later than that of the target how the same pairs were made."""
     return (
-        held != manifest
-        and not _is_other(target, name, manifest)
+        held is not None
+        and held != manifest
+        and not _is_other(held, manifest)
         and created_of(manifest) >= created_of(held)
     )
 
 
-def _is_other(target: Cache, name: str, manifest: Document) -> bool:
+def _is_other(held: Document | None, manifest: Document) -> bool:
     """Whether the target holds a pair set of this name with other pairs, scores or reference."""
-    try:
-        held = target.pairs(name).manifest
-    except NotInCacheError:
-        return False
-    return any(held.get(member) != manifest.get(member) for member in ("reference", "pairs_digest", "parts"))
+    return held is not None and any(
+        held.get(member) != manifest.get(member) for member in ("reference", "pairs_digest", "parts")
+    )
 
 
 def _plan(
