@@ -1,0 +1,160 @@
+"""Several passes through a decoder, layer by layer, and back.
+
+    passes = LayerPasses(layers, weights, states)
+    passes.forward([arguments, ...])          every pass through layer 0, then every one through layer 1, ...
+    outputs = passes.finish(0)                the decoder's output for one pass, by its last state
+    loss.backward()
+    passes.backward(when_whole)               every pass back through the last layer, then the one before, ...
+
+Equals `decoder(**arguments)` for each, and the backward pass of a loss of all of them. The device holds one
+layer's activations of one pass; `states` keeps the layers' inputs between. Each layer is computed a second
+time for its gradient. `weights.use(index)` puts a layer's weights on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.autograd.graph import GradientEdge
+
+from dpo_cache.lm.layerwise.record import LayerCall, Layers, finish, record
+from dpo_cache.lm.layerwise.shared import Roots, SharedTensors
+from dpo_cache.lm.layerwise.states import States
+from dpo_cache.lm.layerwise.weights import LayerWeights
+
+BOTTOM = -1  # the place of what is before the first layer
+
+
+class RouterProbe(Protocol):
+    """What collects a layer's routing, for the router loss of mixtures of experts."""
+
+    def collect(self, place: int) -> AbstractContextManager[None]:
+        """While open, a run of a layer for the pass at this place adds its routing."""
+        ...
+
+    def roots(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Tensors of the last run that the loss depends on, each with its gradient."""
+        ...
+
+
+class NoRouters:
+    """For models without routers, and losses without their term."""
+
+    def collect(self, _: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def roots(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return []
+
+
+@dataclass
+class _Pass:
+    arguments: dict[str, Any]
+    calls: list[LayerCall]
+    bottom: GradientEdge | None
+    state: Any  # ticket of the last state, in the backward pass of its gradient
+    inputs: list[Any] = field(default_factory=list)  # tickets of the state before each layer
+    finished: torch.Tensor | None = None  # the last state, a leaf
+    has_ended: bool = False  # its top has: `state` is the gradient of the last state
+    shared: SharedTensors = field(default_factory=SharedTensors)
+
+
+class LayerPasses:
+    """Passes of one step; see the module's docstring."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        weights: LayerWeights,
+        states: States,
+        routers: RouterProbe | None = None,
+    ):
+        self.layers, self._weights, self._states = layers, weights, states
+        self._routers = routers or NoRouters()
+        self._passes: list[_Pass] = []
+
+    def forward(self, arguments: Sequence[dict[str, Any]]) -> None:
+        """Run every pass through all layers, and keep what the backward pass needs."""
+        self._passes = []
+        for given in arguments:
+            recording = record(self.layers, **given)
+            state = self._states.put(recording.state)
+            self._passes.append(_Pass(given, recording.calls, recording.bottom, state))
+        for index in range(len(self.layers)):
+            with self._weights.use(index, then=index + 1 if index + 1 < len(self.layers) else None):
+                self._layer_forward(index)
+
+    @torch.no_grad()
+    def _layer_forward(self, index: int) -> None:
+        for place, one in enumerate(self._passes):
+            state = self._states.get(one.state)
+            for other in self._passes[place + 1 : place + 2]:  # the next one
+                self._states.expect(other.state)
+            with self._routers.collect(place):
+                after = one.shared.run(one.calls[index], state)
+            one.inputs.append(one.state)
+            one.state = self._states.put(after)
+
+    def finish(self, place: int) -> Any:
+        """The decoder's output for a pass, hidden states first; its graph ends at the last state."""
+        one = self._passes[place]
+        one.finished = self._states.get(one.state).detach().requires_grad_(torch.is_grad_enabled())
+        return finish(self.layers, one.finished, **one.arguments)
+
+    def end_top(self, place: int) -> None:
+        """Keep the gradient of a pass's last state, and free the state; it has its whole gradient."""
+        one = self._passes[place]
+        if one.finished is not None:
+            one.state = None if one.finished.grad is None else self._states.put(one.finished.grad)
+            one.finished, one.has_ended = None, True
+        elif not one.has_ended:
+            one.state = None  # the loss does not depend on it
+
+    def backward(self, when_whole: Callable[[int], None]) -> None:
+        """Carry the gradients of the last states back to the parameters.
+
+        `when_whole(index)` is called once the gradients of a layer have all their terms, with the layer's
+        weights in use, and last with `BOTTOM`. A layer that is called several times is whole after its first
+        call; parameters that layers share with others are the caller's to wait for.
+        """
+        for place in range(len(self._passes)):
+            self.end_top(place)
+        for index in reversed(range(len(self.layers))):
+            with self._weights.use(index, then=index - 1 if index else None):
+                for place, one in enumerate(self._passes):
+                    self._layer_backward(index, place, one)
+                if index == self.layers.order.index(self.layers.order[index]):
+                    when_whole(index)
+        for one in self._passes:
+            self._bottom_backward(one)
+        self._passes = []
+        when_whole(BOTTOM)
+
+    def _layer_backward(self, index: int, place: int, one: _Pass) -> None:
+        state = self._states.get(one.inputs.pop()).detach().requires_grad_()
+        grad = None if one.state is None else self._states.get(one.state)
+        for other in self._passes[place + 1 : place + 2]:  # the next one
+            self._states.expect(other.inputs[-1])
+        with torch.enable_grad(), self._routers.collect(place):
+            after, roots, leaves = one.shared.run_again(one.calls[index], state)
+        if grad is not None:
+            roots.append((after, grad))
+        _backward([*roots, *self._routers.roots()])
+        one.state = None if state.grad is None else self._states.put(state.grad)
+        one.shared.collect(leaves)
+
+    def _bottom_backward(self, one: _Pass) -> None:
+        roots = one.shared.roots()
+        if one.state is not None and one.bottom is not None:
+            roots.append((one.bottom, self._states.get(one.state)))
+        _backward(roots)
+
+
+def _backward(roots: Roots) -> None:
+    roots = [(root, grad) for root, grad in roots if isinstance(root, GradientEdge) or root.requires_grad]
+    if roots:
+        torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])  # type: ignore[arg-type]

@@ -1,0 +1,21 @@
+"""Where the weights of a decoder's layers are while other layers run."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+
+class LayerWeights(Protocol):
+    """What puts a layer's weights on the device."""
+
+    def use(self, index: int, *, then: int | None = None) -> AbstractContextManager[None]:
+        """While open, layer `index` has its weights on the device; those of `then` are fetched meanwhile."""
+        ...
+
+
+class ResidentWeights:
+    """All weights are on the device."""
+
+    def use(self, index: int, *, then: int | None = None) -> AbstractContextManager[None]:  # noqa: ARG002
+        return nullcontext()
