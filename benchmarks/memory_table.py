@@ -293,7 +293,12 @@ def footprint(size: str, batch: Batch, setup: Setup, mode: str, side: str = "our
         model = build_fake(CONFIGS[size], setup.dtype, lora_r=setup.lora_r)
         others = [build_fake(CONFIGS[size], setup.dtype)] if side != "ours" and setup.lora_r is None else []
         return standing_footprint(
-            model, activations, optimizer=setup.optimizer, quantize=setup.quantize, others=others
+            model,
+            activations,
+            optimizer=setup.optimizer,
+            rounding="auto" if side == "ours" else None,
+            quantize=setup.quantize,
+            others=others,
         )
 
 

@@ -39,10 +39,13 @@ from dpo_cache.types import Completion
 # Embeddings and head are not quantized.
 QUANTIZED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 
-# State of a weight: two moments of its own dtype; in 8 bits, two bytes, and two float32 scales for each block
-# of 256 weights, but two float32 moments in a tensor of fewer than 4,096 weights.
-OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor", "none")
-MIN_8BIT_WEIGHTS = 4096
+# State is float32, also of bfloat16 weights: two moments of each weight; in 8 bits, two bytes, and two float32
+# scales for each block of 256 weights, but two float32 moments in a tensor of fewer than 4,096 weights; of
+# Adafactor, a row and a column. Each tensor has a float32 scalar as well: the step of AdamW, the root mean
+# square of Adafactor. 8-bit state needs two tables of 256 float32 values once.
+OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor", "none")
+MIN_8BIT_WEIGHTS, BLOCK = 4096, 256
+SCALAR = 4
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,21 @@ def config_footprint(
     precision: str = "fp32",
     recomputation: str = "none",
     optimizer: str = "adamw",
+    rounding: str | None = "auto",
     lora_r: int | None = None,
     quantize: str | None = None,
     device_type: str = "cuda",
 ) -> Footprint:
     """The footprint of this package's step on a device of that type, from nothing but a model's config.
 
-    `dtype` is the weights', `precision` that of `dpo-cache train`, `recomputation` its
-    `gradient_checkpointing`; the completions are run in one forest, while gradients of earlier ones exist.
-    Takes seconds, and hardly any memory.
+    `dtype` is the weights', `precision`, `optimizer` and `rounding` those of `dpo-cache train`,
+    `recomputation` its `gradient_checkpointing`; the completions are run in one forest, while gradients of
+    earlier ones exist. Takes seconds, and hardly any memory.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type(device_type):
         model = policy_of(build_fake(config, dtype, lora_r=lora_r), recomputation)
         run = pass_loss(completions, precision=precision)
-        return step_footprint(model, run, optimizer=optimizer, quantize=quantize)
+        return step_footprint(model, run, optimizer=optimizer, rounding=rounding, quantize=quantize)
 
 
 def step_footprint(
@@ -88,6 +92,7 @@ def step_footprint(
     run: Callable[[PreTrainedModel], torch.Tensor],
     *,
     optimizer: str = "adamw",
+    rounding: str | None = "auto",
     quantize: str | None = None,
     others: Sequence[PreTrainedModel] = (),
 ) -> Footprint:
@@ -98,7 +103,12 @@ def step_footprint(
     layers count as quantized, plus the whole weights of the largest one, which its products need.
     """
     return standing_footprint(
-        model, activation_bytes(model, run), optimizer=optimizer, quantize=quantize, others=others
+        model,
+        activation_bytes(model, run),
+        optimizer=optimizer,
+        rounding=rounding,
+        quantize=quantize,
+        others=others,
     )
 
 
@@ -117,6 +127,7 @@ def standing_footprint(
     activations: int,
     *,
     optimizer: str = "adamw",
+    rounding: str | None = "auto",
     quantize: str | None = None,
     others: Sequence[PreTrainedModel] = (),
 ) -> Footprint:
@@ -126,7 +137,7 @@ def standing_footprint(
     return Footprint(
         weights=sum(weight_bytes(one, quantize) for one in [model, *others]),
         gradients=_bytes(_trainable(model)),
-        optimizer=optimizer_bytes(_trainable(model), optimizer),
+        optimizer=optimizer_bytes(_trainable(model), optimizer, rounding),
         activations=activations,
     )
 
@@ -203,27 +214,41 @@ def weight_bytes(model: PreTrainedModel, quantize: str | None = None) -> int:
     return whole - _bytes(weights) + round(quantized)
 
 
-def optimizer_bytes(parameters: Iterable[torch.nn.Parameter], optimizer: str) -> int:
-    """Bytes of an optimizer's state for these parameters. Raises `OptionError` for an unknown one."""
+def optimizer_bytes(
+    parameters: Iterable[torch.nn.Parameter], optimizer: str, rounding: str | None = "auto"
+) -> int:
+    """Bytes of an optimizer's state for these parameters, after a step in which each had a gradient.
+
+    `rounding` is the way in which bfloat16 weights are updated in float32; None is an optimizer that runs on
+    the weights themselves, as in TRL: the moments of AdamW then have the dtype of the weights. Raises
+    `OptionError` for an unknown optimizer.
+    """
     if optimizer not in OPTIMIZERS:
         raise OptionError(
             f"optimizer {optimizer!r}: its state is not known.\nUse one of {', '.join(OPTIMIZERS)}."
         )
-    return sum(_state_bytes(parameter, optimizer) for parameter in parameters)
+    kept, name = list(parameters), optimizer.removesuffix("-paged")
+    tables = 2 * BLOCK * 4 if name == "adamw-8bit" and any(map(_is_in_8_bits, kept)) else 0
+    return tables + sum(_state_bytes(parameter, name, rounding) for parameter in kept)
 
 
-def _state_bytes(parameter: torch.nn.Parameter, optimizer: str) -> int:
-    count = parameter.numel()
+def _state_bytes(parameter: torch.nn.Parameter, optimizer: str, rounding: str | None) -> int:
+    count, shape = parameter.numel(), parameter.shape
+    has_rest = rounding == "compensated" and parameter.dtype == torch.bfloat16 and optimizer != "none"
+    rest = 2 * count if has_rest else 0
     match optimizer:
         case "adamw":
-            return 2 * count * parameter.element_size()
+            return rest + SCALAR + 2 * count * (parameter.element_size() if rounding is None else 4)
         case "adamw-8bit":
-            return 2 * (count + 4 * -(-count // 256)) if count >= MIN_8BIT_WEIGHTS else 8 * count
+            return rest + (2 * (count + 4 * -(-count // BLOCK)) if _is_in_8_bits(parameter) else 8 * count)
         case "adafactor":
-            return 4 * (
-                count if parameter.ndim < 2 else count // parameter.shape[-1] + count // parameter.shape[-2]
-            )
+            means = count if len(shape) < 2 else count // shape[-1] + count // shape[-2]
+            return rest + SCALAR + 4 * means
     return 0
+
+
+def _is_in_8_bits(parameter: torch.nn.Parameter) -> bool:
+    return parameter.numel() >= MIN_8BIT_WEIGHTS
 
 
 def _trainable(model: PreTrainedModel) -> list[torch.nn.Parameter]:
