@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from dpo_cache.lm.device import autocast, planning_device_type, sum_dtype
 from dpo_cache.lm.forest.layout import build_forest, count_forest_tokens, split_by_tokens
 from dpo_cache.lm.kernels.head import head_token_logps, log_squared_probs, token_logps
-from dpo_cache.lm.model.parts import Head, head_of
+from dpo_cache.lm.model.parts import Head, decoder_of, head_of
 from dpo_cache.lm.routing import Routing, add_routings, measure_routing
-from dpo_cache.lm.rows import RunOutput, run_rows, run_whole
-from dpo_cache.lm.scoring import run_forest
+from dpo_cache.lm.rows import DecoderPass, RunOutput, rows_pass, run_whole
+from dpo_cache.lm.scoring import forest_arguments
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.types import Completion
 
@@ -91,7 +91,7 @@ class PolicyModel(torch.nn.Module):
         super().__init__()
         self.model: PreTrainedModel = model
         self.attention, self.precision = attention, precision
-        self._outputs = {"with_squares": with_squares, "with_routing": with_routing}
+        self.with_squares, self.with_routing = with_squares, with_routing
         self.train(model.training)
 
     def forward(
@@ -106,7 +106,16 @@ class PolicyModel(torch.nn.Module):
             with autocast(self.model.device, self.precision, keeps_copies=True):
                 return self.model.generate(**generate)  # type: ignore[operator]  # mypy: Tensor | Module
         with autocast(self.model.device, self.precision):
-            return [completion_logps(self.model, part, self.attention, **self._outputs) for part in parts]
+            return [
+                completion_logps(
+                    self.model,
+                    part,
+                    self.attention,
+                    with_squares=self.with_squares,
+                    with_routing=self.with_routing,
+                )
+                for part in parts
+            ]
 
 
 def count_tokens(attention: AttentionChoice, completions: Sequence[Completion]) -> int:
@@ -129,11 +138,16 @@ def completion_logps(
 
     If the model takes the forest, shared prefixes are run once, in one flat row without padding.
     """
-    size = attention.max_rows or len(completions)
-    batches = [completions[start : start + size] for start in range(0, len(completions), size)]
-    if attention.max_tokens is not None:
-        batches = split_by_tokens(completions, attention.max_tokens)
+    batches = run_at_once(completions, attention)
     return join_logps([_run(model, batch, attention, with_squares, with_routing) for batch in batches])
+
+
+def run_at_once(completions: Sequence[Completion], attention: AttentionChoice) -> list[Sequence[Completion]]:
+    """The completions in the batches in which the model may run them."""
+    if attention.max_tokens is not None:
+        return split_by_tokens(completions, attention.max_tokens)
+    size = attention.max_rows or len(completions)
+    return [completions[start : start + size] for start in range(0, len(completions), size)]
 
 
 def _run(
@@ -144,26 +158,49 @@ def _run(
     with_routing: bool,
 ) -> CompletionLogps:
     """Run the completions as one forest, as one batch of rows, or one of them by the model's own forward."""
-    config, arguments = model.config.get_text_config(), {"output_router_logits": True} if with_routing else {}
-    runner = _run_forest if attention.name == "forest" else run_whole if attention.is_whole else run_rows
-    run = runner(model, completions, **arguments)
+    arguments = {"output_router_logits": True} if with_routing else {}
+    if attention.is_whole:
+        run = run_whole(model, completions, **arguments)
+    else:
+        one = decoder_pass(model, completions, attention, **arguments)
+        run = one.read(decoder_of(model)(**one.arguments))
+    logps = logps_of_run(model, run, completions, attention, with_squares=with_squares)
+    if not with_routing:
+        return logps
+    num_chosen = model.config.get_text_config().num_experts_per_tok
+    return logps._replace(routing=measure_routing(run.router_logits, run.uses.flatten(), num_chosen))
+
+
+def decoder_pass(
+    model: PreTrainedModel, completions: Sequence[Completion], attention: AttentionChoice, **arguments: Any
+) -> DecoderPass:
+    """The decoder's run of completions that are run at once; further arguments are the model's."""
+    make = _forest_pass if attention.name == "forest" else rows_pass
+    return make(model, completions, **arguments)
+
+
+def logps_of_run(
+    model: PreTrainedModel,
+    run: RunOutput,
+    completions: Sequence[Completion],
+    attention: AttentionChoice,
+    *,
+    with_squares: bool = False,
+) -> CompletionLogps:
+    """The log-probs of the completions from a run of them: what the head makes of its hidden states."""
+    vocab_size = model.config.get_text_config().vocab_size
     head: Head = _as_given if attention.is_whole else head_of(model)
     if attention.has_plain_head and torch.is_grad_enabled():
         tokens_T = head_token_logps(run.predictors_TD, model.get_output_embeddings(), run.targets_T)
     else:
-        tokens_T = token_logps(run.predictors_TD, head, run.targets_T, config.vocab_size)
+        tokens_T = token_logps(run.predictors_TD, head, run.targets_T, vocab_size)
     squares_T = None
     if with_squares:
-        squares_T = log_squared_probs(run.predictors_TD, head, config.vocab_size)
+        squares_T = log_squared_probs(run.predictors_TD, head, vocab_size)
     if run.places_T is not None:
         tokens_T = tokens_T.index_select(0, run.places_T)
         squares_T = None if squares_T is None else squares_T.index_select(0, run.places_T)
-    routing = None
-    if with_routing:
-        routing = measure_routing(run.router_logits, run.uses.flatten(), config.num_experts_per_tok)
-    return CompletionLogps(
-        tokens_T, [completion.num_tokens for completion in completions], squares_T, routing
-    )
+    return CompletionLogps(tokens_T, [completion.num_tokens for completion in completions], squares_T)
 
 
 def _as_given(logits_TV: torch.Tensor) -> torch.Tensor:
@@ -171,18 +208,23 @@ def _as_given(logits_TV: torch.Tensor) -> torch.Tensor:
     return logits_TV
 
 
-def _run_forest(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> RunOutput:
+def _forest_pass(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> DecoderPass:
     forest, device = build_forest(completions), model.device
-    outputs = run_forest(model, forest, **arguments)
     targets = np.flatnonzero(forest.is_target_L())
     places = np.searchsorted(targets, np.concatenate(forest.targets))
-    return RunOutput(
-        getattr(outputs, "router_logits", None),
-        uses=torch.from_numpy(forest.uses_L()).to(device),
-        predictors_TD=outputs[0][0].index_select(0, torch.from_numpy(forest.parents_L[targets]).to(device)),
-        targets_T=torch.from_numpy(forest.tokens_L[targets]).to(device),
-        places_T=torch.from_numpy(places).to(device),
-    )
+    uses = torch.from_numpy(forest.uses_L()).to(device)
+
+    def read(outputs: Any) -> RunOutput:
+        parents = torch.from_numpy(forest.parents_L[targets]).to(device)
+        return RunOutput(
+            getattr(outputs, "router_logits", None),
+            uses=uses,
+            predictors_TD=outputs[0][0].index_select(0, parents),
+            targets_T=torch.from_numpy(forest.tokens_L[targets]).to(device),
+            places_T=torch.from_numpy(places).to(device),
+        )
+
+    return DecoderPass(forest_arguments(model, forest, **arguments), uses, read)
 
 
 def join_logps(parts: Sequence[CompletionLogps]) -> CompletionLogps:

@@ -5,7 +5,7 @@ B rows of L tokens, T completion tokens in all of them, D hidden size, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,14 +96,34 @@ def run_whole(model: PreTrainedModel, completions: Sequence[Completion], **argum
     )
 
 
+@dataclass(frozen=True)
+class DecoderPass:
+    """One run of the decoder: its arguments, and what reads the completions' values from its output."""
+
+    arguments: dict[str, Any]
+    uses: torch.Tensor  # how many completions use each position, [L] or [B, L]
+    read: Callable[[Any], RunOutput]
+
+
 def run_rows(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> RunOutput:
     """Run the completions as one batch of right-padded rows; further arguments are the model's."""
+    rows = rows_pass(model, completions, **arguments)
+    return rows.read(decoder_of(model)(**rows.arguments))
+
+
+def rows_pass(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> DecoderPass:
+    """The decoder's run of the completions as one batch of right-padded rows."""
     sequences = [torch.from_numpy(completion.sequence_ids.astype(np.int64)) for completion in completions]
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)
     lengths = torch.tensor([*map(len, sequences)])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(model.device)
-    outputs = decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False, **arguments)
     spans = [(row, len(completion.prompt_ids), len(completion)) for row, completion in enumerate(completions)]
-    predictors_TD = torch.cat([outputs[0][row, start - 1 : end - 1] for row, start, end in spans])
-    targets_T = torch.cat([ids[row, start:end] for row, start, end in spans])
-    return RunOutput(getattr(outputs, "router_logits", None), mask, predictors_TD, targets_T)
+
+    def read(outputs: Any) -> RunOutput:
+        predictors_TD = torch.cat([outputs[0][row, start - 1 : end - 1] for row, start, end in spans])
+        targets_T = torch.cat([ids[row, start:end] for row, start, end in spans])
+        return RunOutput(getattr(outputs, "router_logits", None), mask, predictors_TD, targets_T)
+
+    return DecoderPass(
+        {"input_ids": ids, "attention_mask": mask, "use_cache": False, **arguments}, mask, read
+    )

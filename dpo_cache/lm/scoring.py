@@ -59,13 +59,18 @@ def run_forest(model: PreTrainedModel, forest: Forest, **arguments: Any) -> Any:
     """The decoder's output for a whole forest in one row, hidden states first; further arguments are the
     model's, which must be set to forest attention.
     """
-    return decoder_of(model)(
-        input_ids=torch.from_numpy(forest.tokens_L).to(model.device)[None],
-        position_ids=torch.from_numpy(forest.depths_L).to(model.device)[None],
-        use_cache=False,
-        forest_plan=plan_tree(forest, planning_device_type(model.device)),
+    return decoder_of(model)(**forest_arguments(model, forest, **arguments))
+
+
+def forest_arguments(model: PreTrainedModel, forest: Forest, **arguments: Any) -> dict[str, Any]:
+    """The decoder's arguments for a whole forest."""
+    return {
+        "input_ids": torch.from_numpy(forest.tokens_L).to(model.device)[None],
+        "position_ids": torch.from_numpy(forest.depths_L).to(model.device)[None],
+        "use_cache": False,
+        "forest_plan": plan_tree(forest, planning_device_type(model.device)),
         **arguments,
-    )
+    }
 
 
 def _run_stream(runner: _ChunkRunner, budget: Budget) -> Iterator[tuple[int, list[tuple[int, Score]]]]:

@@ -25,29 +25,44 @@ from dpo_cache.lm.layerwise.record import LayerCall, Layers, finish, record
 from dpo_cache.lm.layerwise.shared import Roots, SharedTensors
 from dpo_cache.lm.layerwise.states import States
 from dpo_cache.lm.layerwise.weights import LayerWeights
+from dpo_cache.lm.routing import Routing
 
 BOTTOM = -1  # the place of what is before the first layer
 
 
 class RouterProbe(Protocol):
-    """What collects a layer's routing, for the router loss of mixtures of experts."""
+    """What adds up the routing of a mixture of experts over the layers of each pass, for its router loss."""
 
-    def collect(self, place: int) -> AbstractContextManager[None]:
-        """While open, a run of a layer for the pass at this place adds its routing."""
+    def begin(self, uses: Sequence[torch.Tensor]) -> None:
+        """Start with new passes; `uses` is how often each token of a pass counts, [L] or [B, L]."""
         ...
 
-    def roots(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Tensors of the last run that the loss depends on, each with its gradient."""
+    def collect(self, place: int) -> AbstractContextManager[None]:
+        """While open, a layer runs for the pass at this place: forward, or again for its gradient."""
+        ...
+
+    def routing(self, place: int) -> Routing | None:
+        """The sums over all layers after the forward pass; the probabilities are a leaf."""
+        ...
+
+    def roots(self) -> Roots:
+        """The probabilities of the layer that ran last, with the gradient that the leaf has collected."""
         ...
 
 
 class NoRouters:
-    """For models without routers, and losses without their term."""
+    """For losses without a router loss."""
+
+    def begin(self, _: Sequence[torch.Tensor]) -> None:
+        pass
 
     def collect(self, _: int) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def roots(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def routing(self, _: int) -> None:
+        return None
+
+    def roots(self) -> Roots:
         return []
 
 
