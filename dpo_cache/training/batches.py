@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dpo_cache.errors import OptionError
-from dpo_cache.lm.forest.layout import count_forest_tokens
+from dpo_cache.lm.forest.layout import count_forest_tokens, group_by_tokens
 from dpo_cache.store import PairSet
 from dpo_cache.suggestions import checks_keywords
 from dpo_cache.types import Completion, ScoredPair
@@ -174,16 +174,9 @@ def split_step(
     Pairs with similar prompts are in one group, so that a shared prefix is run once. A pair that is longer
     than the budget is a group by itself.
     """
-    groups: list[Group] = []
-    for pair in sorted(pairs, key=lambda scored: scored.pair.chosen.sequence_ids.astype(">u4").tobytes()):
-        if groups:
-            together = [*groups[-1].pairs, pair]
-            num_tokens = count_tokens(completions_of(together))
-            if num_tokens <= budget_tokens:
-                groups[-1] = Group(together, num_tokens)
-                continue
-        groups.append(Group([pair], count_tokens(completions_of([pair]))))
-    return groups
+    ordered = sorted(pairs, key=lambda scored: scored.pair.chosen.sequence_ids.astype(">u4").tobytes())
+    groups = group_by_tokens(ordered, budget_tokens, lambda pairs: count_tokens(completions_of(pairs)))
+    return [Group(found, num_tokens) for found, num_tokens in groups]
 
 
 def completions_of(pairs: Sequence[ScoredPair]) -> list[Completion]:

@@ -15,13 +15,16 @@ Pure numpy; suffixes name dimensions: L tokens in the forest, T tokens of one co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
 from dpo_cache.types import Completion
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +100,24 @@ def split_by_tokens(completions: Sequence[Completion], most_tokens: int) -> list
             parts.append(completions[start : end - 1])
             start = end - 1
     return [*parts, completions[start:]]
+
+
+def group_by_tokens(
+    items: Iterable[Item], budget_tokens: int, count_tokens: Callable[[list[Item]], int]
+) -> list[tuple[list[Item], int]]:
+    """The items, in their order, in groups of at most so many tokens, each with its number of tokens; an item
+    that has more is a group by itself.
+    """
+    groups: list[tuple[list[Item], int]] = []
+    for item in items:
+        if groups:
+            together = [*groups[-1][0], item]
+            num_tokens = count_tokens(together)
+            if num_tokens <= budget_tokens:
+                groups[-1] = together, num_tokens
+                continue
+        groups.append(([item], count_tokens([item])))
+    return groups
 
 
 def sort_completions(completions: Sequence[Completion]) -> tuple[list[int], np.ndarray]:
