@@ -1,0 +1,158 @@
+"""A model whose layers' weights are on the host or on disk, and on the device only while their layer runs.
+
+    with StreamedWeights(model, layers, HostWeights(), device) as weights:
+        with weights.use(0, then=1):
+            state = layers[0](state, ...)
+
+The model's parameters stay where they are and keep their identity; a copy on the device is in the place of
+each while its layer is in use. The copy of a parameter that needs a gradient is a leaf; `leaves` has them.
+
+A plain call of the model works, too: each layer opens its own weights, and the ends theirs (`ends.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dpo_cache.errors import ModelError
+from dpo_cache.lm.layerwise.copies import Copies
+from dpo_cache.lm.layerwise.ends import BOTTOM, TOP, Ends, rewrite
+from dpo_cache.lm.layerwise.held import Held, Layout, held_in, matrices_of
+from dpo_cache.lm.layerwise.sources import WeightSource
+from dpo_cache.lm.layerwise.transfer import Ring, Transfer, transfer_to
+
+
+class StreamedWeights:
+    """Weights of layers that are fetched when their layer runs; see the module's docstring.
+
+    `layers` are in the order of their calls; one that is called twice is there twice. With a `transfer`
+    given, all tensors travel, even where they are on the device already. `embedding` is where
+    the tables of embeddings and the LM head are kept, device or host.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[torch.nn.Module],
+        source: WeightSource,
+        device: torch.device,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        transfer: Transfer | None = None,
+        embedding: str = "device",
+    ):
+        self.layers, self.source, self.device = list(layers), source, device
+        self._copies = Copies(device, compute_dtype, copies_all=transfer is not None)
+        self._transfer = transfer or transfer_to(device)
+        self.ring = Ring(self._transfer)
+        self._open: set[int] = set()
+        names = {module: name for name, module in model.named_modules()}
+        self._names = [names[layer] for layer in self.layers]
+        self._known = {id(held.tensor) for index in range(len(layers)) for held in self._held(index)}
+        self._ends = Ends(model, set(self.layers), self._copies, embedding)
+        self._undo = [
+            rewrite(layer, partial(self._run, index))
+            for index, layer in enumerate(self.layers)
+            if self._first(index) == index
+        ]
+
+    def __enter__(self) -> StreamedWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the model as it was, and free the copies."""
+        while self._undo:
+            self._undo.pop()()
+        self._ends.close()
+        self._transfer.close()
+        self.ring.free()
+
+    @contextmanager
+    def use(self, index: int, *, then: int | None = None) -> Iterator[None]:
+        """While open, layer `index` has its weights on the device; those of `then` are fetched meanwhile."""
+        index = self._first(index)
+        if index in self._open:
+            yield
+            return
+        layout = self._fetch(index)
+        with self._opened(index, layout) as flat:
+            if then is not None and self._first(then) not in self._open:
+                self._fetch(self._first(then))
+            with self._copies.in_place(index, layout, flat):
+                yield
+
+    def use_bottom(self) -> AbstractContextManager[None]:
+        """While open, what runs before the first layer has its weights on the device."""
+        return self._ends.use(BOTTOM)
+
+    def use_top(self) -> AbstractContextManager[None]:
+        """While open, what runs after the last layer has its weights on the device, the LM head's too."""
+        return self._ends.use(TOP)
+
+    def leaves(self, key: int | str) -> dict[str, torch.Tensor]:
+        """The latest copies of the parameters that need a gradient, by the parameter's name in the model.
+
+        `key` is a layer's index, "bottom" or "top". A gradient stays with the name until the caller sets it
+        to None, as that of a parameter does. It has the dtype of the copy. A name is that of
+        `model.named_parameters(remove_duplicate=False)`.
+        """
+        return self._copies.leaves(self._first(key) if isinstance(key, int) else key)
+
+    def refresh(self, key: int | str | None = None) -> None:
+        """Fetch a layer's weights again, or an end's, because they have changed; None: all."""
+        if not isinstance(key, int):
+            self._ends.refresh()
+        for index in range(len(self.layers)) if key is None else [key]:
+            if isinstance(index, int):
+                self.ring.forget(self._first(index))
+
+    @contextmanager
+    def _opened(self, index: int, layout: Layout) -> Iterator[torch.Tensor]:
+        """The copies in flat memory of the device."""
+        flat = self.ring.open(index) if layout.places else torch.empty(0, dtype=torch.uint8)
+        self._open.add(index)
+        try:
+            yield flat
+        finally:
+            self._open.remove(index)
+            if layout.places:
+                self.ring.close(index)
+
+    def _fetch(self, index: int) -> Layout:
+        assert index not in self._open, "the copies of a layer in use are in the place of its tensors"
+        layout = self._layout(index)
+        if layout.places:
+            self.ring.fetch(index, layout.num_bytes, partial(self.source.fill, index, layout))
+        return layout
+
+    def _layout(self, index: int) -> Layout:
+        held = self._held(index)
+        added = [one for one in held if id(one.tensor) not in self._known]  # by an adapter
+        if lost := [one.name for one in added if one.tensor.is_meta]:
+            raise ModelError(
+                f"{lost[0]}: the adapter has a copy of this weight, which is not in memory while weights are "
+                "fetched layer by layer.\nLeave it out of the adapter, or keep the weights on the device."
+            )
+        added_ids = {id(one.tensor) for one in added}
+        return self._copies.layout(held, matrices_of(self.layers[index].modules()) - added_ids)
+
+    def _held(self, index: int) -> list[Held]:
+        return held_in(self.layers[index], self._names[index])
+
+    def _first(self, index: int) -> int:
+        """The index of the first call of a layer."""
+        return self.layers.index(self.layers[index])
+
+    def _run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A layer's forward in a plain call of the model."""
+        with self.use(index, then=(index + 1) % len(self.layers)):
+            return forward(*args, **kwargs)
