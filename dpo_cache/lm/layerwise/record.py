@@ -7,14 +7,14 @@
 
 Equals `decoder(**arguments)`, as long as each layer is given the very tensor that the layer before returned.
 `find_layers` refuses a decoder that computes anything between its layers. The state is what passes from layer
-to layer: hidden states [B, L, D] in most families.
+to layer: hidden states [B, L, D] in most families. A layer may hand on more than the state to the next one,
+such as the indices of the keys that it chose; all calls of a pass share a dict for that, `LayerCall.carried`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,13 +22,19 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dpo_cache.errors import first_line
+from dpo_cache.lm.layerwise.layer_io import (
+    NotLayerMajorError,
+    Returned,
+    Slot,
+    contents_of,
+    entries_of,
+    form_of,
+    replaced_forwards,
+    split_given,
+    version_of,
+)
 from dpo_cache.lm.model.parts import decoder_of
-
-STATE = "hidden_states"  # the name of a layer's first parameter, where it is given by name
-
-
-class NotLayerMajorError(Exception):
-    """Why a decoder cannot be taken apart, in words."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,17 @@ class Layers:
 
     decoder: torch.nn.Module
     order: list[torch.nn.Module]
-    num_outputs: list[int | None]  # of each call: the length of the tuple that it returns; None: a tensor
+    # of what each call returns: tuple or list, and its length; None: a tensor
+    forms: list[tuple[type, int] | None]
+    # of each call: arguments besides the state that the call before returned, and their places in its tuple
+    takes: list[dict[Slot, int]]
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def hands_on(self, place: int) -> frozenset[int]:
+        """The places in a call's tuple that the next call takes."""
+        return frozenset(self.takes[place + 1].values()) if place + 1 < len(self) else frozenset()
 
 
 @dataclass(frozen=True)
@@ -50,14 +63,27 @@ class LayerCall:
     layer: torch.nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    takes: Mapping[Slot, int] = field(default_factory=dict)
+    hands_on: frozenset[int] = frozenset()
+    # what the layer that ran last has handed on, by its place; the same dict for all calls of a pass
+    carried: MutableMapping[int, Any] = field(default_factory=dict)
 
     def run(self, state: torch.Tensor) -> torch.Tensor:
         """The state after the layer."""
-        version = state._version
-        output = self.layer(state, *self.args, **self.kwargs)
-        if state._version != version:
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for slot, place in self.takes.items():
+            if isinstance(slot, int):
+                args[slot] = self.carried[place]
+            else:
+                kwargs[slot] = self.carried[place]
+        version = version_of(state)
+        output = self.layer(state, *args, **kwargs)
+        if version_of(state) != version:
             raise NotLayerMajorError(f"a {type(self.layer).__name__} changes its input in place")
-        return _state_of(output)
+        entries = entries_of(output)
+        self.carried.clear()
+        self.carried.update({place: entries[place] for place in self.hands_on})
+        return entries[0]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -72,31 +98,35 @@ class Recording:
 def find_layers(model: PreTrainedModel, **arguments: Any) -> Layers:
     """The layers of the model's decoder, found in one plain run.
 
-    Raises `NotLayerMajorError` where the state changes between two layers, or a layer returns more than the
-    state.
+    Raises `NotLayerMajorError` where the state changes between two layers, where a layer's output is given to
+    another one than the next, and where layers change what they are given or keep a cache.
     """
     decoder = decoder_of(model)
-    order: list[torch.nn.Module] = []
-    forms: list[int | None] = []
-    returned: list[tuple[torch.Tensor, int]] = []  # the last state, and its version
+    found = Layers(decoder, [], [], [])
+    returned = Returned()
 
     def watch(layer: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        _check_given(layer, _given(layer, args, kwargs)[0], returned)
+        state, others, named = split_given(layer, args, kwargs)
+        returned.check_given(layer, state)
+        found.takes.append(returned.taken(layer, others, named))
+        before = contents_of(layer, (state, others, named))
         output = forward(*args, **kwargs)
-        forms.append(_form_of(layer, output))
-        order.append(layer)
-        state = _state_of(output)
-        returned[:] = [(state, state._version)]
+        if before != contents_of(layer, (state, others, named)):
+            raise NotLayerMajorError(f"a {type(layer).__name__} changes what it is given")
+        found.order.append(layer)
+        found.forms.append(form_of(layer, output))
+        returned.add(entries_of(output))
         return output
 
-    candidates = _outermost(decoder)
+    candidates = outermost_layers(decoder)
     if not candidates:
         raise NotLayerMajorError(f"{type(decoder).__name__} has no layers that are known as such")
-    with _replaced(candidates, watch):
+    with replaced_forwards(candidates, watch):
         decoder(**arguments)
-    if not order:
+    if not found.order:
         raise NotLayerMajorError(f"{type(decoder).__name__} calls none of its layers")
-    return Layers(decoder, order, forms)
+    _check_empty(found, returned.entries[0], arguments)
+    return found
 
 
 def record(layers: Layers, **arguments: Any) -> Recording:
@@ -114,24 +144,29 @@ def finish(layers: Layers, state: torch.Tensor, **arguments: Any) -> Any:
 def _run_empty(layers: Layers, last: torch.Tensor | None, arguments: Any) -> tuple[Recording, Any]:
     calls: list[LayerCall] = []
     states: list[torch.Tensor] = []
-    returned: list[tuple[torch.Tensor, int]] = []
+    returned = Returned()
+    carried: dict[int, Any] = {}
 
     def hand_through(layer: torch.nn.Module, _: Any, *args: Any, **kwargs: Any) -> Any:
         place = len(calls)
         if place >= len(layers) or layer is not layers.order[place]:
             raise NotLayerMajorError(f"{type(layer).__name__} is called in another order than before")
-        given, args, kwargs = _given(layer, args, kwargs)
-        _check_given(layer, given, returned)
+        given, args, kwargs = split_given(layer, args, kwargs)
+        takes, hands_on = layers.takes[place], layers.hands_on(place)
+        returned.check_given(layer, given)
+        if returned.taken(layer, args, kwargs) != takes:
+            raise NotLayerMajorError(f"a {type(layer).__name__} is given other outputs than before")
         states[:] = states or [given]
-        calls.append(LayerCall(layer, args, kwargs))
+        calls.append(LayerCall(layer, args, kwargs, takes, hands_on, carried))
         # a new tensor each time, so that the next layer's is known by its identity
         is_last = place == len(layers) - 1
         state = last if is_last and last is not None else given.view_as(given)
-        returned[:] = [(state, state._version)]
-        size = layers.num_outputs[place]
-        return state if size is None else (state, *[None] * (size - 1))
+        kind, size = layers.forms[place] or (None, 1)
+        others = (given.new_empty(0) if one in hands_on else None for one in range(1, size))
+        returned.add((state, *others))
+        return state if kind is None else kind(returned.entries)
 
-    with _replaced({*layers.order}, hand_through):
+    with replaced_forwards({*layers.order}, hand_through):
         outputs = layers.decoder(**arguments)
     if len(calls) != len(layers):
         raise NotLayerMajorError(f"{len(calls)} layers were called, {len(layers)} before")
@@ -141,77 +176,29 @@ def _run_empty(layers: Layers, last: torch.Tensor | None, arguments: Any) -> tup
     ), outputs
 
 
-def _outermost(decoder: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers that are not inside another one."""
-    if isinstance(decoder, GradientCheckpointingLayer):
-        return [decoder]
-    return [layer for child in decoder.children() for layer in _outermost(child)]
-
-
-@contextmanager
-def _replaced(layers: Sequence[torch.nn.Module] | set[torch.nn.Module], function: Any) -> Iterator[None]:
-    """Let each layer's forward be `function(layer, forward, *args, **kwargs)`."""
-    before = {layer: layer.__dict__.get("forward") for layer in layers}
-    for layer in before:
-        forward = layer.forward
-
-        def replaced(*args: Any, _layer: Any = layer, _forward: Any = forward, **kwargs: Any) -> Any:
-            return function(_layer, _forward, *args, **kwargs)
-
-        layer.forward = replaced  # type: ignore[method-assign]
+def _check_empty(layers: Layers, state: torch.Tensor, arguments: Any) -> None:
     try:
-        yield
-    finally:
-        for layer, own in before.items():
-            if own is None:
-                del layer.forward
-            else:
-                layer.forward = own
+        finish(layers, state, **arguments)
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+        raise NotLayerMajorError(
+            f"its code reads more of its layers than their state ({first_line(error)})"
+        ) from error
 
 
-def _given(
-    layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The state that a layer is given, and the other arguments."""
-    if args and isinstance(args[0], torch.Tensor):
-        return args[0], args[1:], kwargs
-    if not args and isinstance(kwargs.get(STATE), torch.Tensor):
-        return kwargs[STATE], (), {name: value for name, value in kwargs.items() if name != STATE}
-    raise NotLayerMajorError(f"{type(layer).__name__} is not given its hidden states first")
+def outermost_layers(decoder: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that are not inside another one; where the code marks none, the longest list of modules of
+    one class.
+    """
+    marked = _marked(decoder)
+    lists = [
+        [*module]
+        for module in decoder.modules()
+        if isinstance(module, torch.nn.ModuleList) and len({type(one) for one in module}) == 1
+    ]
+    return marked or max(lists, key=len, default=[])
 
 
-def _check_given(
-    layer: torch.nn.Module, given: torch.Tensor, returned: list[tuple[torch.Tensor, int]]
-) -> None:
-    if returned and not (_is_same(given, returned[0][0]) and given._version == returned[0][1]):
-        raise NotLayerMajorError(f"its code changes the hidden states before a {type(layer).__name__}")
-
-
-def _is_same(given: torch.Tensor, returned: torch.Tensor) -> bool:
-    """Whether a tensor is another one, or a slice of all of it, as Gemma 4 takes."""
-    if given is returned:
-        return True
-    return (given.shape, given.stride(), given.storage_offset(), given.untyped_storage()._cdata) == (
-        returned.shape,
-        returned.stride(),
-        returned.storage_offset(),
-        returned.untyped_storage()._cdata,
-    )
-
-
-def _form_of(layer: torch.nn.Module, output: Any) -> int | None:
-    """The length of a layer's tuple, None for a plain tensor."""
-    if isinstance(output, torch.Tensor):
-        return None
-    is_state_only = (
-        type(output) is tuple
-        and isinstance(output[0], torch.Tensor)
-        and all(one is None for one in output[1:])
-    )
-    if not is_state_only:
-        raise NotLayerMajorError(f"{type(layer).__name__} returns more than its hidden states")
-    return len(output)
-
-
-def _state_of(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]  # type: ignore[no-any-return]
+def _marked(module: torch.nn.Module) -> list[torch.nn.Module]:
+    if isinstance(module, GradientCheckpointingLayer):
+        return [module]
+    return [layer for child in module.children() for layer in _marked(child)]

@@ -1,16 +1,17 @@
 """What a layer shares with others besides the state: arguments with gradients, entries of shared dicts.
 
 Gemma 3n's layers are given inputs of their own, which come from the embedding, and write their keys and
-values into a dict from which later layers read. Run again for its gradient, a layer gets leaves in place of
-all these tensors. The gradient of each leaf is added up over the layers, and carried to where the tensor was
-made: to the layer that wrote it, or to the bottom.
+values into a dict from which later layers read. Other layers return more than the state, which the next one
+takes. Run again for its gradient, a layer gets leaves in place of all these tensors. The gradient of each
+leaf is added up over the layers, and carried to where the tensor was made: to the layer that wrote it, or to
+the bottom.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,13 +30,17 @@ class SharedTensors:
 
     _grads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # by the tensor's id
     _contents: list[tuple[Content, Content]] = field(default_factory=list)  # of each layer
+    _made: set[int] = field(default_factory=set)  # ids of the tensors that layers wrote into dicts
 
     def run(self, call: LayerCall, state: torch.Tensor) -> torch.Tensor:
         """Run a layer of the forward pass."""
         before = _content(call)
-        after = call.run(state)
-        self._contents.append((before, _content(call)))
-        return after
+        state = call.run(state)
+        after = _content(call)
+        for filled, written in zip(before, after, strict=True):
+            self._made |= {id(one) for one in tree_leaves(_new_entries(filled, written))}
+        self._contents.append((before, after))
+        return state
 
     def run_again(self, call: LayerCall, state: torch.Tensor) -> tuple[torch.Tensor, Roots, Leaves]:
         """Run the last layer that has not been run again, with leaves in place of what it shares.
@@ -45,13 +50,12 @@ class SharedTensors:
         """
         leaves = Leaves()
         before, after = self._contents.pop()
-        call, given = _with_leaves(call, leaves, before)
+        call = _with_leaves(call, leaves, before, self._made)
         state = call.run(state)
         roots: Roots = []
-        for mapping, filled, written in zip(given, before, after, strict=True):
-            for key, value in mapping.items():
-                if key not in filled or written[key] is not filled[key]:
-                    roots += self._written(written[key], value)
+        for mapping, filled, written in zip(_mappings(call), before, after, strict=True):
+            for key, value in _new_entries(filled, written).items():
+                roots += self._written(value, mapping[key])
         return state, roots, leaves
 
     def collect(self, leaves: Leaves) -> None:
@@ -85,28 +89,32 @@ class Leaves:
         return self.by_id.setdefault(id(tensor), (tensor, tensor.detach().requires_grad_()))[1]
 
 
-def _with_leaves(
-    call: LayerCall, leaves: Leaves, content: Content
-) -> tuple[LayerCall, list[MutableMapping[Any, Any]]]:
-    """The call with leaves in place of tensors with gradients, and with new dicts of that content."""
-    made: dict[int, MutableMapping[Any, Any]] = {}
+def _with_leaves(call: LayerCall, leaves: Leaves, content: Content, made: set[int]) -> LayerCall:
+    """The call with leaves in place of tensors with gradients, and with new dicts of that content.
+
+    Of tensors in dicts, those have gradients that layers wrote, `made`, without a graph.
+    """
+
+    def replaced(one: Any) -> Any:
+        is_leaf = isinstance(one, torch.Tensor) and (
+            one.requires_grad or (id(one) in made and one.is_floating_point())
+        )
+        return leaves.of(one) if is_leaf else one
+
+    new: dict[int, MutableMapping[Any, Any]] = {}
     for mapping, entries in zip(_mappings(call), content, strict=True):
-        new = copy.copy(mapping)
-        new.clear()
-        for key, value in entries.items():
-            new[key] = tree_map(lambda one: leaves.of(one) if _is_float(one) else one, value)
-        made[id(mapping)] = new
-    values, spec = tree_flatten((call.args, call.kwargs), is_leaf=lambda one: id(one) in made)
-    changed = [
-        made[id(value)]
-        if id(value) in made
-        else leaves.of(value)
-        if isinstance(value, torch.Tensor) and value.requires_grad
-        else value
-        for value in values
-    ]
+        new[id(mapping)] = copy.copy(mapping)
+        new[id(mapping)].clear()
+        new[id(mapping)].update({key: tree_map(replaced, value) for key, value in entries.items()})
+    values, spec = tree_flatten((call.args, call.kwargs), is_leaf=lambda one: id(one) in new)
+    changed = [new[id(value)] if id(value) in new else replaced(value) for value in values]
     args, kwargs = tree_unflatten(changed, spec)
-    return LayerCall(call.layer, args, kwargs), list(made.values())
+    return replace(call, args=args, kwargs=kwargs, carried=new[id(call.carried)])
+
+
+def _new_entries(filled: dict[Any, Any], written: dict[Any, Any]) -> dict[Any, Any]:
+    """What a layer wrote into a dict."""
+    return {key: value for key, value in written.items() if key not in filled or value is not filled[key]}
 
 
 def _content(call: LayerCall) -> Content:
@@ -114,8 +122,6 @@ def _content(call: LayerCall) -> Content:
 
 
 def _mappings(call: LayerCall) -> list[MutableMapping[Any, Any]]:
-    return [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, MutableMapping)]
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    """The dicts that a call shares with others: each once."""
+    found = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, MutableMapping)]
+    return [*{id(one): one for one in (*found, call.carried)}.values()]
