@@ -50,12 +50,7 @@ def own_logps_at(
     ids_L = torch.from_numpy(completion.sequence_ids.astype(np.int64))
     with original_attention(model, original), without_patches(model):
         _, logits_NV = own_logits(model, ids_L.to(model.device), len(completion.prompt_ids) - 1 + places_N)
-    targets_N = torch.from_numpy(completion.completion_ids[places_N].astype(np.int64)).to(logits_NV.device)
-    parts = [
-        logits.float().gather(1, targets[:, None])[:, 0] - logits.float().logsumexp(-1)
-        for logits, targets in zip(logits_NV.split(CHUNK_TOKENS), targets_N.split(CHUNK_TOKENS), strict=True)
-    ]
-    return torch.cat(parts).cpu()
+    return gather_logps(logits_NV, completion.completion_ids[places_N])
 
 
 def most_places(model: PreTrainedModel) -> int:
@@ -96,16 +91,37 @@ def own_logits(
     """The output of the model's own forward on a row, and its logits [N, V] at the places that predict, which
     ascend; further arguments are the model's.
     """
+    outputs = model(**own_arguments(model, ids_L, predictors_N, **arguments))
+    return outputs, read_own_logits(outputs, len(ids_L), predictors_N)
+
+
+def own_arguments(
+    model: PreTrainedModel, ids_L: torch.Tensor, predictors_N: np.ndarray, **arguments: Any
+) -> dict[str, Any]:
+    """The arguments of the model's own forward on a row, of whose logits some are needed."""
     accepted = inspect.signature(type(model).forward).parameters
     if "use_cache" in accepted:
         arguments["use_cache"] = False
-    length, first = len(ids_L), int(predictors_N[0])
-    places = torch.from_numpy(predictors_N).to(ids_L.device)
     if "logits_to_keep" in accepted:
-        is_end = length - first <= len(predictors_N) + 1  # all from the first on
-        arguments["logits_to_keep"] = length - first if is_end else places
-    outputs = model(input_ids=ids_L[None], **arguments)
+        kept = len(ids_L) - int(predictors_N[0])  # all from the first on
+        is_end = kept <= len(predictors_N) + 1
+        arguments["logits_to_keep"] = kept if is_end else torch.from_numpy(predictors_N).to(ids_L.device)
+    return {"input_ids": ids_L[None], **arguments}
+
+
+def read_own_logits(outputs: Any, length: int, predictors_N: np.ndarray) -> torch.Tensor:
+    """The logits [N, V] at the places that predict, of a row of this length."""
     logits_NV = outputs.logits[0]
     if len(logits_NV) == length:  # a family may ignore what is to be kept
-        return outputs, logits_NV[places]
-    return outputs, logits_NV[: len(places)]
+        return logits_NV[torch.from_numpy(predictors_N).to(logits_NV.device)]
+    return logits_NV[: len(predictors_N)]
+
+
+def gather_logps(logits_NV: torch.Tensor, targets_N: np.ndarray) -> torch.Tensor:
+    """Log-probability, in nats, of each target token: float32 [N], on the CPU."""
+    targets = torch.from_numpy(targets_N.astype(np.int64)).to(logits_NV.device)
+    parts = [
+        logits.float().gather(1, some[:, None])[:, 0] - logits.float().logsumexp(-1)
+        for logits, some in zip(logits_NV.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+    ]
+    return torch.cat(parts).cpu()

@@ -11,12 +11,14 @@ from dpo_cache.types import Score
 class ScoringStep:
     """The result of one chunk or batch: its tokens, of how many in all, and the completions that it finished.
 
-    Log-probs may be NaN or infinite; `Runner.score` refuses them.
+    Log-probs may be NaN or infinite; `Runner.score` refuses them. Layer by layer, the tokens of a window come
+    with its layers, and its scores at the end.
     """
 
     num_tokens: int
     total_tokens: int
     scores: list[tuple[int, Score]]  # position among the completions given, score
+    is_followed: bool = False  # by the next step at once, which needs no computation
 
 
 @dataclass(frozen=True)

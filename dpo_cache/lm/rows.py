@@ -75,7 +75,13 @@ class RunOutput:
 
 def row_logps(model: PreTrainedModel, completions: Sequence[Completion]) -> list[torch.Tensor]:
     """Token log-probs float32 [T] of each completion, from one batch of right-padded rows."""
-    rows = run_rows(model, completions)
+    return logps_of_rows(model, completions, run_rows(model, completions))
+
+
+def logps_of_rows(
+    model: PreTrainedModel, completions: Sequence[Completion], rows: RunOutput
+) -> list[torch.Tensor]:
+    """The same from the output of the run."""
     logps = token_logps(
         rows.predictors_TD, head_of(model), rows.targets_T, model.config.get_text_config().vocab_size
     )

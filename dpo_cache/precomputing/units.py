@@ -65,7 +65,8 @@ def cut_units(windows: Iterable[Window], truncation: data.Truncation) -> Iterato
 def score_unit(
     unit: Unit, runner: Runner, publish: Callable[[Sequence[Scored]], None], on_step: OnStep
 ) -> None:
-    """Score the unit's completions and hand their scores to `publish`, at the latest every 20 seconds.
+    """Score the unit's completions and hand their scores to `publish`, at the latest every 20 seconds, or at
+    the end of each window where the model runs layer by layer.
 
     If Ctrl-C, SIGTERM or an error ends the scoring, even in the middle of `publish`, every score that was
     computed is still published.
@@ -81,7 +82,7 @@ def score_unit(
     try:
         for step in runner.score(unit.completions, rows_of=unit.rows.__getitem__):
             waiting += [(unit.keys[index], score) for index, score in step.scores]
-            if time.perf_counter() - flushed >= FLUSH_S:
+            if time.perf_counter() - flushed >= FLUSH_S and not step.is_followed:
                 flush()
                 flushed = time.perf_counter()
             on_step(step, len(waiting))
