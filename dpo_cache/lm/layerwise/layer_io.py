@@ -72,8 +72,8 @@ class Returned:
 
     def taken(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Slot, int]:
         """The arguments that the last layer returned, with their places in its tuple."""
-        given = [*enumerate(args), *kwargs.items()]
-        found: dict[Slot, int] = {
+        given: list[tuple[Slot, Any]] = [*enumerate(args), *kwargs.items()]
+        found = {
             slot: place
             for slot, value in given
             for place, entry in enumerate(self.entries)
