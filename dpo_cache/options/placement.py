@@ -46,20 +46,27 @@ FAST = Placement(is_layer_major=False)
 SMALL = Placement(gradients="host", optimizer="host", inputs="host")
 LEAST = Placement(weights="host", gradients="none", optimizer="host", inputs="host")
 PRESETS = {"fast": FAST, "small": SMALL, "least": LEAST}  # from the fastest down
+# An adapter, its gradients and its state are small, and stay on the device
+ADAPTER_PRESETS = {
+    "fast": FAST,
+    "small": Placement(inputs="host"),
+    "least": Placement(weights="host", inputs="host"),
+}
 MEMORY = ("auto", *PRESETS)
 
 
-def placement_of(memory: str, place: str | None) -> Placement | None:
+def placement_of(memory: str, place: str | None = None, *, is_adapted: bool = False) -> Placement | None:
     """The placement of a preset, with the entries of `place` in it; None for auto without entries.
 
     Under `auto` and `fast`, entries start from a layer-major step with everything on the device. Raises
     `OptionError` for entries that are not known, or do not fit together.
     """
+    presets = ADAPTER_PRESETS if is_adapted else PRESETS
     if place is None:
-        return None if memory == "auto" else PRESETS[memory]
-    start = PRESETS.get(memory, FAST)
+        return None if memory == "auto" else presets[memory]
+    start = presets.get(memory, FAST)
     placement = replace(start, is_layer_major=True, **_entries(place))
-    _check(placement, place)
+    _check(placement, place, is_adapted=is_adapted)
     return placement
 
 
@@ -76,10 +83,20 @@ def _entries(place: str) -> dict[str, str]:
     return found
 
 
-def _check(placement: Placement, place: str) -> None:
+def _check(placement: Placement, place: str, *, is_adapted: bool) -> None:
     assert {entry.name for entry in fields(placement)} == {*PLACES, "is_layer_major"}
     if placement.gradients == "device" and placement.optimizer == "host":
         raise OptionError(
             f"`place` {place}: gradients stay on the device, and the optimizer that reads them is on the "
             "host.\nGive gradients=host, or optimizer=device."
+        )
+    if placement.weights == "disk" and not is_adapted:
+        raise OptionError(
+            f"`place` {place}: all weights are trained, and files of a checkpoint do not change.\n"
+            "Give weights=host, or train an adapter (`lora_r`)."
+        )
+    if placement.weights == "host" and placement.optimizer == "device" and not is_adapted:
+        raise OptionError(
+            f"`place` {place}: all weights are trained, and the optimizer on the device updates weights "
+            "there.\nGive optimizer=host, or weights=device."
         )

@@ -19,6 +19,7 @@ from dpo_cache.options.base import (
     switch,
 )
 from dpo_cache.options.losses import LossOptions
+from dpo_cache.options.placement import MEMORY, Placement, placement_of
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor")
@@ -41,7 +42,7 @@ class TrainOptions(LossOptions):
         **LossOptions.groups,
         "router_aux_loss_coef": "Loss",
         "epochs": "Optimization",
-        "budget_tokens": "Memory and speed",
+        "memory": "Memory and speed",
         "eval_pairs": "Evaluation",
         "save_every": "The run",
     }
@@ -123,6 +124,19 @@ class TrainOptions(LossOptions):
         "Clip the gradient to this norm; 0: never.",
         limit=(lambda value: 0 <= value < math.inf, "0 (never clip) or more"),
     )
+    memory: str = option(
+        "auto",
+        "How little device memory a step takes: fast (everything on the device), small (layer by layer, with "
+        "gradients, optimizer state and layer inputs on the host) or least (weights there, too; no "
+        "clipping). auto: the first that fits.",
+        choices=MEMORY,
+    )
+    place: str | None = option(
+        None,
+        "Entries that change the preset of --memory: weights=device|host|disk, gradients=device|host|none "
+        "(none: each layer is updated at once), optimizer=device|host, inputs=device|host, with commas.",
+        metavar="NAME=PLACE,...",
+    )
     budget_tokens: str = option(
         "auto",
         "Tokens run through the model at once: auto or a number. Changes memory and speed, not the result.",
@@ -141,13 +155,10 @@ class TrainOptions(LossOptions):
         choices=RECOMPUTATIONS,
     )
     offload_activations: bool = option(
-        False, "Keep activations in host memory until the backward pass.", flag=switch("offload-activations")
+        False, "Earlier name of --place inputs=host.", flag=switch("offload-activations")
     )
     free_gradients: bool = option(
-        False,
-        "Update each weight as soon as its gradient is computed, then free the gradient; needs "
-        "--max-grad-norm 0.",
-        flag=switch("free-gradients"),
+        False, "Earlier name of --place gradients=none.", flag=switch("free-gradients")
     )
     device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
     eval_pairs: str | None = option(None, "Pair set to evaluate on, NAME or NAME/SPLIT.")
@@ -223,6 +234,22 @@ class TrainOptions(LossOptions):
         self._check_adapter()
         self._check_run()
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the options add an adapter; a model may also have one already."""
+        return self.lora_r is not None or self.peft_config is not None
+
+    def placement(self, *, is_adapted: bool | None = None) -> Placement | None:
+        """Where the run keeps its tensors; None: what fits is to be found. Raises `OptionError`."""
+        is_adapted = self.is_adapted if is_adapted is None else is_adapted
+        return placement_of(self.memory, ",".join(self._places()) or None, is_adapted=is_adapted)
+
+    def _places(self) -> list[str]:
+        """The entries of `place`, and those that earlier names of options map to."""
+        entries = [] if self.place is None else [self.place]
+        entries += ["gradients=none"] if self.free_gradients else []
+        return entries + (["inputs=host"] if self.offload_activations else [])
+
     def _check_adapter(self) -> None:
         for name in ("lora_alpha", "lora_targets"):
             value = getattr(self, name)
@@ -271,10 +298,11 @@ class TrainOptions(LossOptions):
             self.rounding == "auto" or self.precision == "bf16",
             f"`rounding` {self.rounding} is used only with `precision` bf16, which updates in bf16.",
         )
+        placement = self.placement()
         self._require(
-            not self.free_gradients or self.max_grad_norm == 0,
-            f"`free_gradients` and `max_grad_norm` {self.max_grad_norm}: the norm needs all gradients at "
-            "once.\nGive `max_grad_norm` 0.",
+            self.max_grad_norm == 0 or not (self._places() and placement and placement.gradients == "none"),
+            f"`place` gradients=none and `max_grad_norm` {self.max_grad_norm}: the norm needs all gradients "
+            "at once.\nGive `max_grad_norm` 0.",
         )
         for name in self.log_to:
             self._require(name in TRACKERS, f"`log_to` {name}: expected one of {', '.join(TRACKERS)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.log import Log
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.losses import LossOptions
+from dpo_cache.options.placement import FAST, Placement
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.checks import check_details, check_identity
@@ -39,6 +40,7 @@ from dpo_cache.store.format.documents import Document
 from dpo_cache.store.format.model_limits import ModelLimits
 from dpo_cache.training.adapters import has_adapter, put_adapter
 from dpo_cache.training.batches import held_out
+from dpo_cache.training.layer_major import LayerMajorModel, move_trained, open_layer_major
 from dpo_cache.training.lengths import measure_rows
 from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.origin import Origin, compare_origin
@@ -81,12 +83,14 @@ class TrainedModel:
     tokenizer: PreTrainedTokenizerBase
     attention: AttentionChoice
     precision: str
-    linear: str  # the library that multiplies: "torch" or "onednn"
+    linear: str  # the library that multiplies, see `use_fast_linear`
     recomputation: Recomputation
     origin: Origin
     adapted: PeftModel | None  # saves, switches off and merges the adapter inside the model
     remarks: tuple[str, ...]  # differences from the model that made the pairs, besides `origin.differing`
     left_out: LeftOut | None = None  # what else its checkpoint has, which is saved with a whole model
+    placement: Placement = FAST
+    layer_major: LayerMajorModel | None = None  # None: each forest runs through all layers
 
     @property
     def base_is_reference(self) -> bool:
@@ -142,13 +146,13 @@ def open_policy(
     device: torch.device,
     checkpoint: Path | None,
     *,
-    is_onednn: bool | None,
+    linear: str | None,
     log: Log,
     loaded: LoadedPolicy | None = None,
 ) -> Iterator[TrainedModel]:
     """Load the policy, or take a `loaded` one, with its weights at the start or at the checkpoint.
 
-    It is prepared until the block ends; `is_onednn` decides which library multiplies, see `prepared`. Raises
+    It is prepared until the block ends; `linear` decides which library multiplies, see `prepared`. Raises
     `ModelError`, `TrainingError` or `OptionError`.
     """
     is_resumed = checkpoint is not None
@@ -179,23 +183,35 @@ def open_policy(
         loaded,
         trusted=trusted,
     )
+    placement = options.placement(is_adapted=is_adapted) or FAST
+    home = _home(placement, device)
     if loaded is not None:
-        model = loaded.place(dtype, device, None if is_adapted else checkpoint)
+        model = loaded.place(dtype, home, None if is_adapted else checkpoint)
     else:
-        model = _load_model(options, parts, precision, dtype, device, trusted=trusted)
+        model = _load_model(options, parts, precision, dtype, home, trusted=trusted)
     is_whole = not is_adapted or options.merge_adapter  # what is saved
     left_out = find_left_out(model, parts.base, parts.base_revision) if is_whole else None
     adapted = put_adapter(options, model, parts, log) if is_adapted else None
     data.limit_to(model, start.location)
-    offloads = options.offload_activations
+    if is_adapted and placement.optimizer == "device":
+        move_trained(model, device)
+    opened = open_layer_major(model, placement, device, precision) if placement.is_layer_major else None
     with (
         frozen_towers(model),
         in_eval_mode(model),
+        opened or nullcontext("") as found,
         prepared(
-            model, trains=True, offloads=offloads, min_speedup=CLEAR_SPEEDUP, is_onednn=is_onednn, log=log
+            model,
+            trains=True,
+            offloads=isinstance(found, str) and placement.inputs == "host",
+            min_speedup=CLEAR_SPEEDUP,
+            linear=linear,
+            log=log,
         ) as run,
     ):
         assert run.recomputation is not None
+        if isinstance(found, str) and found:
+            log(f"{found}. Each forest runs through all layers instead, as under `memory` fast.")
         yield TrainedModel(
             model=model,
             location=start.location,
@@ -210,7 +226,15 @@ def open_policy(
             if is_resumed
             else _find_remarks(options, adapted, parts, has_other_template=saved.has_other_template),
             left_out=left_out,
+            placement=placement,
+            layer_major=None if isinstance(found, str) else found,
         )
+
+
+def _home(placement: Placement, device: torch.device) -> torch.device:
+    """Where the model's parameters are; the device has copies of them if that is the host."""
+    is_on_host = placement.weights != "device" or placement.optimizer == "host"
+    return torch.device("cpu") if is_on_host else device
 
 
 def _choose_attention(options: TrainOptions, data: TrainingPairs, model: PreTrainedModel) -> AttentionChoice:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError, OptionError
 from dpo_cache.lm.device import choose_device
+from dpo_cache.lm.layerwise.in_order import InOrder
 from dpo_cache.lm.model.adapter import describe
 from dpo_cache.lm.model.architecture import auto_class
 from dpo_cache.lm.model.code_digest import CAUSAL_LM
@@ -30,8 +31,10 @@ from dpo_cache.training.batches import count_shared
 from dpo_cache.training.evaluations import Schedule, schedule_of
 from dpo_cache.training.gradient_check import GradientCheck
 from dpo_cache.training.inputs import TrainedModel, TrainingPairs, open_pairs, open_policy
+from dpo_cache.training.layer_major import LayerMajorSteps
 from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.optim.optimizers import make_optimizer
+from dpo_cache.training.optim.placed_gradients import PlacedGradients
 from dpo_cache.training.optim.schedule import learning_rate
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.optim.updates import Updater
@@ -62,7 +65,8 @@ class Setup:
     objective: Objective
     step_memory: StepMemory
     optimizer: Updater
-    in_backward: OptimizerInBackward | None  # under `free_gradients`
+    in_backward: OptimizerInBackward | None  # if gradients are not kept
+    layer_major: LayerMajorSteps | None  # None: each forest runs through all layers
     total_steps: int
     evaluates: Schedule
     saves: Schedule
@@ -156,11 +160,11 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
     _check_resumed(options, checkpoint, inputs)
     if checkpoint is not None:
         check_files(checkpoint)
-    is_onednn = _decided_linear(output if checkpoint else None, is_deterministic=options.deterministic)
+    linear = _decided_linear(output if checkpoint else None, is_deterministic=options.deterministic)
     with ExitStack() as stack:
         with _reading(checkpoint):
             policy = stack.enter_context(
-                open_policy(options, data, device, checkpoint, is_onednn=is_onednn, log=log, loaded=loaded)
+                open_policy(options, data, device, checkpoint, linear=linear, log=log, loaded=loaded)
             )
         found = {"base_weights": policy.origin.base_weights, "precision": policy.precision}
         _check_resumed(options, checkpoint, found)  # before its state is restored
@@ -168,6 +172,9 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
         optimizer = _make_optimizer(options, policy.model, checkpoint)
         coefficient = router_coefficient(policy.model, options.router_aux_loss_coef)
         objective = objective_of(options, coefficient)
+        in_backward = None
+        if policy.placement.gradients == "none":
+            in_backward = OptimizerInBackward(optimizer, is_hooked=policy.layer_major is None)
         yield Setup(
             options=options,
             log=log,
@@ -178,7 +185,8 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
             objective=objective,
             step_memory=_plan_memory(options, policy, objective, position, log),
             optimizer=optimizer,
-            in_backward=OptimizerInBackward(optimizer) if options.free_gradients else None,
+            in_backward=in_backward,
+            layer_major=_layer_major_steps(policy, objective, in_backward),
             total_steps=total_steps,
             evaluates=schedule_of("`eval_every`", options.eval_every, steps_per_epoch),
             saves=schedule_of("`save_every`", options.save_every, steps_per_epoch),
@@ -210,6 +218,23 @@ def resolved_inputs(options: TrainOptions, data: TrainingPairs, total_steps: int
         "num_eval_pairs": int(data.eval_selected.sum()),
         "total_steps": total_steps,
     }
+
+
+def _layer_major_steps(
+    policy: TrainedModel, objective: Objective, in_backward: OptimizerInBackward | None
+) -> LayerMajorSteps | None:
+    found = policy.layer_major
+    if found is None:
+        return None
+    weights = found.weights
+    gradients = PlacedGradients(
+        policy.model,
+        found.layers,
+        keeps_on_host=found.placement.gradients == "host",
+        in_backward=in_backward,
+        copies=weights if isinstance(weights, InOrder) else None,
+    )
+    return LayerMajorSteps(_policy_model(policy, objective), found, gradients, None)
 
 
 @contextmanager
@@ -283,8 +308,8 @@ def _count_steps(options: TrainOptions, steps_per_epoch: int) -> int:
     return total_steps
 
 
-def _decided_linear(resumed: Path | None, *, is_deterministic: bool) -> bool | None:
-    """Whether oneDNN multiplies: as before in a resumed run, always if deterministic; None: measure it."""
+def _decided_linear(resumed: Path | None, *, is_deterministic: bool) -> str | None:
+    """The library that multiplies: as before in a resumed run, oneDNN if deterministic; None: measure it."""
     if resumed is not None:
-        return read_config(resumed)["resolved"].get("linear", "torch") == "onednn"
-    return True if is_deterministic else None
+        return read_config(resumed)["resolved"].get("linear", "torch")
+    return "onednn" if is_deterministic else None

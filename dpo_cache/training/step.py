@@ -24,6 +24,7 @@ from dpo_cache.lm.device import release_free_bytes
 from dpo_cache.lm.policy import CompletionLogps, count_tokens, join_logps
 from dpo_cache.losses.metrics import Metrics, PairMetrics
 from dpo_cache.training.batches import Group, completions_of, split_step, stream_pairs
+from dpo_cache.training.layer_major import LayerMajorSteps
 from dpo_cache.training.output.run_start import find_checkpoints
 from dpo_cache.training.pair_logps import RunPairs, evaluated_at_once, mean_chosen_tokens, policy_losses
 from dpo_cache.training.setup import Setup
@@ -37,9 +38,9 @@ Result = TypeVar("Result")
 class TrainingStep:
     """Updates the policy of a run, one step at a time.
 
-    `step_zero` compares the first log-probs with the cache; it is None after the first update. Under
-    `free_gradients`, the last backward pass of a step updates the weights; if the step's loss is not finite,
-    no pass does.
+    `step_zero` compares the first log-probs with the cache; it is None after the first update. Where
+    gradients are not kept, the last backward pass of a step updates the weights; if the step's loss is not
+    finite, no pass does.
     """
 
     setup: Setup
@@ -125,6 +126,8 @@ class TrainingStep:
 
     def _accumulate(self, pairs: list[ScoredPair]) -> tuple[PairMetrics, int]:
         """Add the gradient of the mean loss to the parameters', which have none before."""
+        if self.setup.layer_major is not None:
+            return self._accumulate_by_layer(self.setup.layer_major, pairs)
         metrics, mean_tokens = PairMetrics(), mean_chosen_tokens(pairs)
         parts = self._split(pairs)
         for part in parts:
@@ -135,8 +138,38 @@ class TrainingStep:
             self._backward(part, logps, losses["loss"].sum() / len(pairs), updates=updates)
         return metrics, sum(group.num_tokens for part in parts for group in part)
 
+    def _accumulate_by_layer(
+        self, steps: LayerMajorSteps, pairs: list[ScoredPair]
+    ) -> tuple[PairMetrics, int]:
+        """The same, layer by layer: all pieces of the step through one layer before the next."""
+        metrics, mean_tokens = PairMetrics(), mean_chosen_tokens(pairs)
+        parts = self._split(pairs)
+        pieces = [self._pieces(part) for part in parts]
+        steps.forward([piece for of_part in pieces for piece in of_part])
+        places = iter(range(sum(map(len, pieces))))
+        with steps.top() as run:
+            for part, of_part in zip(parts, pieces, strict=True):
+                here = list(islice(places, len(of_part)))
+                logps = [run.logps(place) for place in here]
+                losses = policy_losses(self.setup.objective, self._by_group(part, logps), mean_tokens)
+                metrics.add(losses)
+                (losses["loss"].sum() / len(pairs)).backward()
+                for place in here:
+                    run.end_top(place)
+        if math.isfinite(metrics.means()["loss"]):
+            steps.backward()
+        return metrics, sum(group.num_tokens for part in parts for group in part)
+
     def _run_all(self, pairs: list[ScoredPair]) -> list[RunPairs]:
         parts = [[group] for group in self._groups(pairs)]
+        if self.setup.layer_major is not None:
+            pieces = [piece for part in parts for piece in self._pieces(part)]
+            rest = iter(self.setup.layer_major.logps(pieces))
+            return [
+                entry
+                for part in parts
+                for entry in self._by_group(part, list(islice(rest, len(self._pieces(part)))))
+            ]
         return [entry for part in parts for entry in self._by_group(part, self._run(part))]
 
     def _split(self, pairs: list[ScoredPair]) -> list[list[Group]]:
@@ -204,6 +237,8 @@ class TrainingStep:
             setup.optimizer.step()
         self.has_updated = True
         setup.optimizer.zero_grad()
+        if setup.layer_major is not None:
+            setup.layer_major.gradients.end_step()
         return grad_norm
 
     # -- what fits --------------------------------------------------------------------------------------
@@ -249,8 +284,8 @@ class TrainingStep:
         has_begun = in_backward is not None and in_backward.has_begun
         if has_begun and is_out_of_memory(error, self.setup.policy.model.device):
             raise TrainingError(
-                f"{first_line(error)} while weights were being updated (`free_gradients`): this step cannot "
-                "be repeated.\nContinue from the last checkpoint with `resume` and a smaller "
+                f"{first_line(error)} while weights were being updated (`place` gradients=none): this step "
+                "cannot be repeated.\nContinue from the last checkpoint with `resume` and a smaller "
                 "`budget_tokens` or `gradient_checkpointing` full."
             ) from error
 
@@ -266,7 +301,7 @@ class TrainingStep:
             which = f"row {shown_rows(culprits)} of the data made it"
         weights = "were not updated"
         if has_changed:
-            weights = "were updated with it (`free_gradients`): continue from the last checkpoint"
+            weights = "were updated with it (`place` gradients=none): continue from the last checkpoint"
         saved = find_checkpoints(self.setup.output)
         kept = f" {saved[-1]} holds an earlier state." if saved else ""
         lower = "." if self.setup.policy.precision == "fp32" else ", or use `precision` fp32."

@@ -19,15 +19,22 @@ from dpo_cache.training.optim.updates import Updater
 class OptimizerInBackward:
     """Updates the parameters within the last backward pass of each step.
 
-    A parameter that the model uses in several places is updated once, with the sum of their gradients.
+    A parameter that the model uses in several places is updated once, with the sum of their gradients. With
+    `is_hooked` False nothing is updated until `take` is called.
     """
 
-    def __init__(self, updater: Updater):
+    def __init__(self, updater: Updater, *, is_hooked: bool = True):
         self._updater = updater
         self._norms: dict[int, torch.Tensor] = {}  # of freed gradients, by place in the model's order
         self._is_last = False
-        for place, parameter in enumerate(updater.parameters):
-            parameter.register_post_accumulate_grad_hook(partial(self._take, place))
+        self._places = {parameter: place for place, parameter in enumerate(updater.parameters)}
+        if is_hooked:
+            for place, parameter in enumerate(updater.parameters):
+                parameter.register_post_accumulate_grad_hook(partial(self._take, place))
+
+    def take(self, parameter: torch.nn.Parameter) -> None:
+        """Update a parameter, whose gradient is whole, and drop the gradient."""
+        self._use(self._places[parameter], parameter)
 
     @property
     def has_begun(self) -> bool:

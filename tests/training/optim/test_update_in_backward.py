@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.lm import policy
+from dpo_cache.lm.layerwise import policy
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
@@ -114,8 +114,8 @@ def test_a_run_gives_the_same_bits_with_and_without(cache: str, tmp_path: Path, 
     if "8bit" in options.get("optimizer", ""):
         pytest.importorskip("bitsandbytes")
     shared = {"max_grad_norm": 0.0, "batch_size": 5, **options}
-    plain = train(cache, tmp_path / "plain", **shared)
-    in_backward = train(cache, tmp_path / "freed", free_gradients=True, **shared)
+    plain = train(cache, tmp_path / "plain", place="gradients=device", **shared)
+    in_backward = train(cache, tmp_path / "freed", place="gradients=none", **shared)
     assert comparable(tmp_path / "freed") == comparable(tmp_path / "plain") and in_backward.num_steps == 3
     expected = weights(plain.model)
     assert all(torch.equal(value, expected[name]) for name, value in weights(in_backward.model).items())
@@ -124,7 +124,7 @@ def test_a_run_gives_the_same_bits_with_and_without(cache: str, tmp_path: Path, 
 def test_a_loss_that_is_not_finite_changes_no_weight(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, models = policy.completion_logps, []
+    run, models = policy.logps_of_run, []
 
     def spoil(model, *rest, **extra):
         if not models:
@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(
         found.tokens_T.data[0] = torch.nan
         return found
 
-    monkeypatch.setattr(policy, "completion_logps", spoil)
+    monkeypatch.setattr(policy, "logps_of_run", spoil)
     monkeypatch.setattr(StepZero, "check", lambda *_: None)
     with pytest.raises(
         TrainingError,
@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_rows(
         use(self, place, parameter)
 
     monkeypatch.setattr(OptimizerInBackward, "_use", spoil)
-    message = r"step 1: loss 0.69\d+, gradient norm inf; rows of the data in this step: \d.* The weights were updated with it \(`free_gradients`\): "
+    message = r"step 1: loss 0.69\d+, gradient norm inf; rows of the data in this step: \d.* The weights were updated with it \(`place` gradients=none\): "
     with pytest.raises(TrainingError, match=message):
         train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0)
 
