@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -171,9 +170,9 @@ def _forest_logps(
     near = [*rows.short, *(row for row in rows.long if len(row) <= NEAR_TOKENS)]
     small = SMALL_CHUNK if sum(map(len, near)) < 4 * MEDIUM_CHUNK else MEDIUM_CHUNK
     yield _streamed(model, near, small, kernel=kernel)
-    for way, run in ((STREAM, partial(_streamed, kernel=kernel)), (FOREST, _as_forests)):
+    for way, run in ((STREAM, _streamed), (FOREST, _as_forests)):
         front, compared = (rows.filler, rows.compared) if way in ways else ([], near)
-        yield run(model, [*front, *compared], chunk_tokens)[len(front) :]
+        yield run(model, [*front, *compared], chunk_tokens, kernel=kernel)[len(front) :]
 
 
 def _streamed(
@@ -185,13 +184,13 @@ def _streamed(
 
 
 def _as_forests(
-    model: PreTrainedModel, completions: list[Completion], most_tokens: int
+    model: PreTrainedModel, completions: list[Completion], most_tokens: int, *, kernel: str
 ) -> list[torch.Tensor]:
     head, vocab_size = head_of(model), model.config.get_text_config().vocab_size
     logps = []
     for part in split_by_tokens(completions, most_tokens):
         forest = build_forest(part)
-        hidden_LD = run_forest(model, forest)[0][0]
+        hidden_LD = run_forest(model, forest, kernel)[0][0]
         for target in forest.targets:
             targets_T = torch.from_numpy(forest.tokens_L[target]).to(model.device)
             logps.append(token_logps(hidden_LD[forest.parents_L[target]], head, targets_T, vocab_size))

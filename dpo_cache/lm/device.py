@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 
+import numpy as np
 import torch
 
 from dpo_cache.errors import ModelError, OptionError
@@ -96,6 +97,17 @@ def autocast(
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Dtype in which mixed precision multiplies at present; None where it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array's values on the device. The copy to a CUDA device waits for nothing: it comes from pinned
+    memory, which torch keeps until the copy is done.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor.to(device)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor).to(device, non_blocking=True)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.lm.device import autocast, planning_device_type, sum_dtype
+from dpo_cache.lm.device import autocast, planning_device_type, sum_dtype, to_device
 from dpo_cache.lm.forest.layout import build_forest, count_forest_tokens, split_by_tokens
 from dpo_cache.lm.kernels.head import head_token_logps, log_squared_probs, token_logps
 from dpo_cache.lm.model.parts import Head, decoder_of, head_of
@@ -43,7 +43,7 @@ class CompletionLogps(NamedTuple):
         """
         assert self.squares_T is not None
         sums = self._add_up(self.tokens_T.detach() - self.squares_T)
-        return sums / torch.tensor(self.lengths, device=sums.device)
+        return sums / to_device(np.array(self.lengths), sums.device)
 
     def detach(self) -> CompletionLogps:
         """The same values as leaves, which collect gradients for `backward`."""
@@ -60,7 +60,7 @@ class CompletionLogps(NamedTuple):
         torch.autograd.backward([one for one, _ in sides], [other.grad for _, other in sides])
 
     def _add_up(self, values_T: torch.Tensor) -> torch.Tensor:
-        owners_T = torch.from_numpy(np.repeat(np.arange(len(self.lengths)), self.lengths)).to(values_T.device)
+        owners_T = to_device(np.repeat(np.arange(len(self.lengths)), self.lengths), values_T.device)
         values_T = values_T.to(sum_dtype(values_T.device))
         return values_T.new_zeros(len(self.lengths)).index_add(0, owners_T, values_T)
 
@@ -175,8 +175,9 @@ def decoder_pass(
     model: PreTrainedModel, completions: Sequence[Completion], attention: AttentionChoice, **arguments: Any
 ) -> DecoderPass:
     """The decoder's run of completions that are run at once; further arguments are the model's."""
-    make = _forest_pass if attention.name == "forest" else rows_pass
-    return make(model, completions, **arguments)
+    if attention.name == "forest":
+        return _forest_pass(model, completions, attention.kernel, **arguments)
+    return rows_pass(model, completions, **arguments)
 
 
 def logps_of_run(
@@ -208,23 +209,25 @@ def _as_given(logits_TV: torch.Tensor) -> torch.Tensor:
     return logits_TV
 
 
-def _forest_pass(model: PreTrainedModel, completions: Sequence[Completion], **arguments: Any) -> DecoderPass:
+def _forest_pass(
+    model: PreTrainedModel, completions: Sequence[Completion], kernel: str, **arguments: Any
+) -> DecoderPass:
     forest, device = build_forest(completions), model.device
     targets = np.flatnonzero(forest.is_target_L())
     places = np.searchsorted(targets, np.concatenate(forest.targets))
-    uses = torch.from_numpy(forest.uses_L()).to(device)
+    uses = to_device(forest.uses_L(), device)
 
     def read(outputs: Any) -> RunOutput:
-        parents = torch.from_numpy(forest.parents_L[targets]).to(device)
+        parents = to_device(forest.parents_L[targets], device)
         return RunOutput(
             getattr(outputs, "router_logits", None),
             uses=uses,
             predictors_TD=outputs[0][0].index_select(0, parents),
-            targets_T=torch.from_numpy(forest.tokens_L[targets]).to(device),
-            places_T=torch.from_numpy(places).to(device),
+            targets_T=to_device(forest.tokens_L[targets], device),
+            places_T=to_device(places, device),
         )
 
-    return DecoderPass(forest_arguments(model, forest, **arguments), uses, read)
+    return DecoderPass(forest_arguments(model, forest, kernel, **arguments), uses, read)
 
 
 def join_logps(parts: Sequence[CompletionLogps]) -> CompletionLogps:

@@ -19,10 +19,10 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.lm.budget import Budget, is_out_of_memory, now
-from dpo_cache.lm.device import planning_device_type
+from dpo_cache.lm.device import to_device
+from dpo_cache.lm.forest.kernels import plan_chunk, plan_forest
 from dpo_cache.lm.forest.layout import Forest
-from dpo_cache.lm.forest.plans import PathPlan, plan_tree
-from dpo_cache.lm.forest.segments import Segment, group_segments, last_at_each_depth
+from dpo_cache.lm.forest.segments import Segment, last_at_each_depth
 from dpo_cache.lm.forest.stream import Chunk, Stream
 from dpo_cache.lm.kernels.head import token_logps
 from dpo_cache.lm.model.parts import decoder_of, head_of
@@ -55,20 +55,20 @@ def score_forest(
         waiting = sorted(left)
 
 
-def run_forest(model: PreTrainedModel, forest: Forest, **arguments: Any) -> Any:
+def run_forest(model: PreTrainedModel, forest: Forest, kernel: str, **arguments: Any) -> Any:
     """The decoder's output for a whole forest in one row, hidden states first; further arguments are the
     model's, which must be set to forest attention.
     """
-    return decoder_of(model)(**forest_arguments(model, forest, **arguments))
+    return decoder_of(model)(**forest_arguments(model, forest, kernel, **arguments))
 
 
-def forest_arguments(model: PreTrainedModel, forest: Forest, **arguments: Any) -> dict[str, Any]:
-    """The decoder's arguments for a whole forest."""
+def forest_arguments(model: PreTrainedModel, forest: Forest, kernel: str, **arguments: Any) -> dict[str, Any]:
+    """The decoder's arguments for a whole forest, whose attention this kernel computes."""
     return {
-        "input_ids": torch.from_numpy(forest.tokens_L).to(model.device)[None],
-        "position_ids": torch.from_numpy(forest.depths_L).to(model.device)[None],
+        "input_ids": to_device(forest.tokens_L, model.device)[None],
+        "position_ids": to_device(forest.depths_L, model.device)[None],
         "use_cache": False,
-        "forest_plan": plan_tree(forest, planning_device_type(model.device)),
+        "forest_plan": plan_forest(forest, model.device, kernel),
         **arguments,
     }
 
@@ -119,31 +119,27 @@ class _ChunkRunner:
 
     def run(self, chunk: Chunk) -> torch.Tensor:
         """Log-probs [T] of the chunk's targets, on the device."""
-        to_device = partial(_to, device=self.model.device)
+        place = partial(to_device, device=self.model.device)
         hidden_CD = self.decoder(
-            input_ids=to_device(chunk.tokens_C)[None],
-            position_ids=to_device(chunk.depths_C)[None],
+            input_ids=place(chunk.tokens_C)[None],
+            position_ids=place(chunk.depths_C)[None],
             use_cache=False,
             forest_plan=self._plan(_segments(chunk)),
         )[0][0]
         if self.path_hidden is None:
             self.path_hidden = hidden_CD.new_empty(self.stream.max_depth, hidden_CD.shape[1])
-        predictors_TD = hidden_CD[to_device(np.maximum(chunk.predictors_T, 0))]
+        predictors_TD = hidden_CD[place(np.maximum(chunk.predictors_T, 0))]
         carried = np.flatnonzero(chunk.predictors_T < 0)  # predicted by the carried path
         if len(carried):
             depths = -1 - chunk.predictors_T[carried]
-            predictors_TD[to_device(carried)] = self.path_hidden[to_device(depths)]
+            predictors_TD[place(carried)] = self.path_hidden[place(depths)]
         depths, places = last_at_each_depth(chunk.depths_C)
-        self.path_hidden[to_device(depths)] = hidden_CD[to_device(places)]
-        targets_T = to_device(chunk.tokens_C[chunk.targets_T])
+        self.path_hidden[place(depths)] = hidden_CD[place(places)]
+        targets_T = place(chunk.tokens_C[chunk.targets_T])
         return token_logps(predictors_TD, self.head, targets_T, self.vocab_size)
 
     def _plan(self, segments: list[Segment]) -> Any:
-        if self.kernel == "flex":
-            from dpo_cache.lm.forest.flex import FlexPlan
-
-            return FlexPlan(segments, self.stream.max_depth, self.paths, self.model.device)
-        return PathPlan(group_segments(segments), self.stream.max_depth, self.paths)
+        return plan_chunk(segments, self.stream.max_depth, self.paths, self.model.device, self.kernel)
 
 
 class _Collector:
@@ -183,7 +179,3 @@ def _segments(chunk: Chunk) -> list[Segment]:
         elif piece.end > piece.start:
             segments.append(Segment(piece.start, piece.end, piece.depth))
     return segments
-
-
-def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

@@ -36,6 +36,7 @@ from dpo_cache.lm.check_rows import CheckRows, Run, plan_rows
 from dpo_cache.lm.config_limits import TOP_K, Limit, limits_of, rope_limit
 from dpo_cache.lm.device import check_one_device
 from dpo_cache.lm.forest.attention import FOREST_ATTENTION, set_attention, use_forest_attention
+from dpo_cache.lm.forest.kernels import SEGMENTS, kernels_of
 from dpo_cache.lm.model.parts import has_plain_head
 from dpo_cache.lm.own_forward import fits_into_memory
 from dpo_cache.lm.patches import is_patched
@@ -56,7 +57,7 @@ class AttentionChoice:
     max_rows: int | None = None  # in a batch; None: any number
     # the LM head is one matrix product, whose gradients are computed slice by slice
     has_plain_head: bool = False
-    kernel: str = "segments"  # of the forest's attention: segments, or flex for FlexAttention
+    kernel: str = SEGMENTS  # of the forest's attention: see `forest/kernels.py`
     original: str | None = None  # the model's own attention, if it was switched to the forest
     max_tokens: int | None = None  # of a chunk or a forest; None: any number
     limited_by: str = ""  # why chunks are smaller than the run's, if they are
@@ -199,7 +200,7 @@ def _try_forest(
     try:
         if not use_forest_attention(model):
             return "its code does not take another attention function"
-        for kernel in ("flex", "segments") if model.device.type == "cuda" else ("segments",):
+        for kernel in kernels_of(model.device):
             for chunk in [largest, *below[:1]]:
                 failed, gap = forest_problem(model, check.rows, expected, check.ways, kernel, chunk)
                 if not failed:

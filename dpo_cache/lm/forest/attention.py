@@ -142,7 +142,7 @@ def attend(
     """Attention [B, H, N, E] under an additive mask, which may be missing only under fused kernels."""
     if not rules.is_fused:
         assert mask_NP is not None
-        return _attend_by_formula(query, key, value, rules, mask_NP)
+        return attend_by_formula(query, key, value, rules, mask_NP)
     if mask_NP is not None and planning_device_type(query.device) == "cuda":
         # its fused kernel for masks takes as many key heads as query heads; else all scores would be kept
         key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
@@ -182,7 +182,7 @@ def _tail_mask(
     return masks[exact]
 
 
-def _attend_by_formula(
+def attend_by_formula(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules, mask: torch.Tensor
 ) -> torch.Tensor:
     """Plain torch, for what fused kernels lack: soft-capped scores and attention sinks."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 
 from dpo_cache.lm.forest.attention import Rules, additive_mask, attend, attend_segment
 from dpo_cache.lm.forest.layout import Forest
-from dpo_cache.lm.forest.segments import Block, Segment, last_at_each_depth, split_segment
+from dpo_cache.lm.forest.segments import Block, Segment, last_at_each_depth, segments_of, split_segment
 from dpo_cache.lm.memory.recompute_later import recompute_later
 
 
@@ -121,10 +120,7 @@ def plan_tree(forest: Forest, device_type: str = "cpu") -> TreePlan:
     path's keys and values for the backward pass. On a GPU that memory is worth more than the time saved, so
     segments stay whole.
     """
-    segments = [
-        Segment(start, end, int(forest.depths_L[start]))
-        for start, end in pairwise([*forest.starts.tolist(), len(forest)])
-    ]
+    segments = segments_of(forest)
     if device_type == "cpu":
         segments = [
             part for segment in segments for part in (split_segment(segment) if segment.depth else [segment])

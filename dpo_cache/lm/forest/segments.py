@@ -11,6 +11,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from dpo_cache.lm.forest.layout import Forest
+
 # Longest part of a segment in one call: the causal mask hides half of the scores of a part with itself.
 QUERY_TOKENS = 128
 
@@ -76,6 +78,12 @@ class Block:
             path = np.concatenate([path[: segment.depth], self.path_length + rows])
             visible[rows[:, None], path] = np.tri(segment.length, len(path), segment.depth, dtype=bool)
         return visible
+
+
+def segments_of(forest: Forest) -> list[Segment]:
+    """The segments of a forest: what each completion adds to those before it."""
+    ends = [*forest.starts.tolist(), len(forest)]
+    return [Segment(start, end, int(forest.depths_L[start])) for start, end in pairwise(ends)]
 
 
 def split_segment(segment: Segment) -> list[Segment]:

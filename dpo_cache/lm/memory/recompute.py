@@ -48,7 +48,8 @@ EXPENSIVE = (
     "aten.mm", "aten.addmm", "aten.bmm", "aten._grouped_mm", "mkldnn._linear_pointwise",
     "aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_cudnn_attention",
-    "aten._scaled_dot_product_attention_math_for_mps", "bitsandbytes.gemm_4bit",
+    "aten._scaled_dot_product_attention_math_for_mps", "aten._flash_attention_forward",
+    "aten._efficient_attention_forward", "dpo_cache.flex_attention", "bitsandbytes.gemm_4bit",
     "bitsandbytes.int8_scaled_mm", "bitsandbytes.int8_mixed_scaled_mm",
 )  # fmt: skip
 

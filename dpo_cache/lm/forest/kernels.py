@@ -1,0 +1,62 @@
+"""Which kernel computes a forest's attention, and its plan.
+
+    segments   fused attention, segment by segment or in blocks of neighbouring segments: on every device
+    varlen     torch's kernels for sequences of various lengths, in one call per layer: on CUDA
+    flex       FlexAttention under a block mask, in one call per layer: on CUDA, compiled; every rule
+
+The self-check takes the first that is exact on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dpo_cache.lm.device import planning_device_type
+from dpo_cache.lm.forest.layout import Forest
+from dpo_cache.lm.forest.plans import PathPlan, plan_tree
+from dpo_cache.lm.forest.segments import Segment, group_segments, segments_of
+
+SEGMENTS, VARLEN, FLEX = "segments", "varlen", "flex"
+KERNELS = {"cuda": (VARLEN, FLEX, SEGMENTS)}  # fastest first, by type of device
+
+Paths = dict[int, tuple[torch.Tensor, torch.Tensor]]  # keys and values of the open path, by layer
+
+
+def kernels_of(device: torch.device) -> tuple[str, ...]:
+    """The kernels to try on this device, fastest first."""
+    return KERNELS.get(planning_device_type(device), (SEGMENTS,))
+
+
+def plan_forest(forest: Forest, device: torch.device, kernel: str = SEGMENTS) -> Any:
+    """The plan of a whole forest in one row, with gradients."""
+    if kernel == VARLEN:
+        from dpo_cache.lm.forest.varlen import VarlenPlan
+
+        return VarlenPlan(segments_of(forest), device)
+    if kernel == FLEX:
+        from dpo_cache.lm.forest.flex import FlexPlan
+
+        return FlexPlan(segments_of(forest), device)
+    assert kernel == SEGMENTS, kernel
+    return plan_tree(forest, planning_device_type(device))
+
+
+def plan_chunk(
+    segments: Sequence[Segment], max_depth: int, paths: Paths, device: torch.device, kernel: str = SEGMENTS
+) -> Any:
+    """The plan of one chunk of a stream, whose longest path has `max_depth` tokens and whose chunks share
+    `paths`.
+    """
+    if kernel == VARLEN:
+        from dpo_cache.lm.forest.varlen import VarlenPlan
+
+        return VarlenPlan(segments, device, paths, max_depth)
+    if kernel == FLEX:
+        from dpo_cache.lm.forest.flex import FlexPlan
+
+        return FlexPlan(segments, device, paths, max_depth)
+    assert kernel == SEGMENTS, kernel
+    return PathPlan(group_segments(segments), max_depth, paths)
