@@ -207,7 +207,7 @@ def compare(
         make = partial(build_fake, config, torch.float32)
         counted = activation_bytes(ready(make()), loss(make))
     model = load()
-    if fast and not use_fast_linear(model, decided=True):
+    if fast and use_fast_linear(model, decided="onednn") != "onednn":
         print(f"| {name} | | not on this processor | |", flush=True)
         return counted
     run, model = loss(load), ready(model)

@@ -23,7 +23,7 @@ from dpo_cache.log import Log, log_remark
 class Prepared:
     """How a model runs while it is prepared."""
 
-    linear: str = "torch"  # the library that multiplies: "torch" or "onednn"
+    linear: str = "torch"  # the library that multiplies, see `use_fast_linear`
     recomputation: Recomputation | None = None  # None: the model is only run forward
 
 
@@ -49,13 +49,13 @@ def prepared(
     trains: bool = False,
     offloads: bool = False,
     min_speedup: float = MIN_SPEEDUP,
-    is_onednn: bool | None = None,
+    linear: str | None = None,
     log: Log = log_remark,
 ) -> Iterator[Prepared]:
     """While open, the model's plain LoRA layers and linear layers run through faster functions.
 
     With `trains`, decoder layers can compute activations again in the backward pass, as `recomputation.mode`
-    says; with `offloads`, they keep activations in host memory. `is_onednn` decides which library multiplies
+    says; with `offloads`, they keep activations in host memory. `linear` decides which library multiplies,
     instead of a measurement, see `use_fast_linear`. A model that is prepared already keeps its changes; the
     block adds the missing ones, and undoes only these. A model that was switched to forest attention gets its
     original attention back.
@@ -68,8 +68,9 @@ def prepared(
         if before is None:
             if any("lora_" in name for name, _ in model.named_parameters()):
                 use_fast_lora(model, patches)  # imports peft
-            if use_fast_linear(model, patches, min_speedup=min_speedup, decided=is_onednn):
-                now.linear = "onednn"
+            now.linear = use_fast_linear(
+                model, patches, trains=trains, min_speedup=min_speedup, decided=linear
+            )
         if trains and now.recomputation is None:
             now.recomputation = Recomputation(model, patches)
             if offloads:

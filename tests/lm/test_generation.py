@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from dpo_cache.lm import generation
 from dpo_cache.lm.forest.attention import FOREST_ATTENTION
 from dpo_cache.lm.generation import ready_to_generate, write_answers
-from dpo_cache.lm.kernels.onednn_linear import _forward, use_fast_linear
+from dpo_cache.lm.kernels.onednn_linear import ONEDNN, products_of, use_fast_linear
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import PolicyModel, completion_logps
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
@@ -146,7 +146,8 @@ def test_answers_are_the_same_under_the_wrappers_of_training(autocast: bool) -> 
     wrapped = make_llama()
     attention = choose_attention(wrapped, max_length=64)
     if not autocast:  # autocast casts float32 layers, so oneDNN's would not run
-        assert use_fast_linear(wrapped, decided=True) and wrapped.lm_head.forward.func is _forward
+        assert use_fast_linear(wrapped, decided="onednn") == "onednn"
+        assert products_of(wrapped.lm_head) is ONEDNN
     Recomputation(wrapped).mode = "full"
     own = choose_attention(plain, "rows", max_length=64)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

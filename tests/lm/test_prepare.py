@@ -28,7 +28,7 @@ def test_everything_is_undone_on_leaving_even_after_an_error() -> None:
     before, attention = changes(model), model.config._attn_implementation
     with (
         pytest.raises(KeyError),
-        prepared(model, trains=True, is_onednn=True) as run,
+        prepared(model, trains=True, linear="onednn") as run,
     ):
         choose_attention(model, max_length=64)
         assert changes(model) != before and run.recomputation is not None
@@ -39,9 +39,9 @@ def test_everything_is_undone_on_leaving_even_after_an_error() -> None:
 
 def test_a_model_that_is_prepared_already_is_left_as_it_is() -> None:
     model = make_llama()
-    with prepared(model, is_onednn=True) as outer:
+    with prepared(model, linear="onednn") as outer:
         once = changes(model)
-        with prepared(model, is_onednn=False) as inner:
+        with prepared(model, linear="torch") as inner:
             assert changes(model) == once and inner == outer
             assert products_of(model.lm_head) is ONEDNN
         assert changes(model) == once
@@ -50,7 +50,7 @@ def test_a_model_that_is_prepared_already_is_left_as_it_is() -> None:
 
 def test_missing_changes_are_added_and_only_these_are_undone() -> None:
     model = make_llama()
-    with prepared(model, is_onednn=True):
+    with prepared(model, linear="onednn"):
         once = changes(model)
         with prepared(model, trains=True) as training:
             assert training.linear == "onednn" and training.recomputation is not None
@@ -65,7 +65,7 @@ def test_a_prepared_model_has_the_gradients_of_a_plain_one() -> None:
         return [parameter.grad for parameter in model.parameters()]
 
     expected, model = gradients(make_llama()), make_llama()
-    with prepared(model, trains=True, is_onednn=True) as run:
+    with prepared(model, trains=True, linear="onednn") as run:
         assert run.recomputation is not None
         run.recomputation.mode = "cheap"
         found = gradients(model)

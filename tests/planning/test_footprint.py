@@ -132,7 +132,7 @@ def test_a_loaded_model_is_counted_without_a_change(mode: str) -> None:
     model, completions = make_llama(**SIZES), pairs(2)
     attention = choose_attention(model, max_length=200)
     Recomputation(model).mode = mode
-    use_fast_linear(model, decided=True)
+    use_fast_linear(model, decided="onednn")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     counted = footprint.pass_bytes(model, completions, attention)
     assert all(
