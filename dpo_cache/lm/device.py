@@ -16,6 +16,7 @@ import torch
 from dpo_cache.errors import ModelError, OptionError
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+STREAMED = "_dpo_cache_streamed"  # marks the class of a model whose weights come when they are used
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -29,8 +30,10 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def check_one_device(model: torch.nn.Module) -> None:
     """Raise `ModelError` for a model whose weights are on several devices or not in memory, as `device_map`
-    places them.
+    places them; not for one of `load_streamed`, whose weights are on the device when they are used.
     """
+    if getattr(type(model), STREAMED, False):
+        return
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) < 2 and devices != ["meta"]:
         return

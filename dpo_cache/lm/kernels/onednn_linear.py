@@ -65,7 +65,7 @@ def use_fast_linear(
     ):
         return "torch"
     inner = [layer for layer in layers if layer.out_features < 16 * layer.in_features]  # not the LM head
-    weight = max(inner or layers, key=lambda layer: layer.weight.numel()).weight.detach()
+    weight = _in_memory(max(inner or layers, key=lambda layer: layer.weight.numel()).weight.detach())
     inputs = torch.linspace(-1, 1, PROBE_TOKENS * weight.shape[1]).view(PROBE_TOKENS, -1)
     if not _agrees(inputs, weight):
         return "torch"
@@ -101,6 +101,13 @@ def mixed_products(kinds: Collection[str]) -> Products:
     if set(kinds) == set(KINDS):
         return ONEDNN
     return Products(*(getattr(ONEDNN if kind in kinds else TORCH, kind) for kind in KINDS))
+
+
+def _in_memory(weight: torch.Tensor) -> torch.Tensor:
+    """The weight; where it is read only when it is used, others of its shape, whose products take as long."""
+    if not weight.is_meta:
+        return weight
+    return torch.linspace(0, weight.numel(), weight.numel()).sin().view(weight.shape)
 
 
 def use_torch_linear(model: PreTrainedModel) -> None:

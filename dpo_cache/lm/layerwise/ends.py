@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dpo_cache.errors import ModelError
 from dpo_cache.lm.layerwise.copies import Copies
 from dpo_cache.lm.layerwise.held import Layout, held_directly, held_in, matrices_of
 from dpo_cache.lm.layerwise.sources import copy_all
@@ -34,14 +35,14 @@ class Ends:
         head = model.get_output_embeddings()
         self._head = head if is_apart and isinstance(head, torch.nn.Module) else None
         self._tables = tables_of(model, layers) if is_apart else []
-        self._undo = [rewrite(one, partial(self._run, BOTTOM)) for one in {model, decoder_of(model)}]
+        self._rewritten = [Rewritten(one, partial(self._run, BOTTOM)) for one in {model, decoder_of(model)}]
         if self._head is not None:
-            self._undo.append(rewrite(self._head, partial(self._run, TOP)))
-        self._undo += [rewrite(table, partial(self._look_up, table)) for table in self._tables]
+            self._rewritten.append(Rewritten(self._head, partial(self._run, TOP)))
+        self._rewritten += [Rewritten(table, partial(self._look_up, table)) for table in self._tables]
 
     def close(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        while self._rewritten:
+            self._rewritten.pop().undo()
         self._flat = None
 
     def refresh(self) -> None:
@@ -118,19 +119,30 @@ def sent(layout: Layout, device: torch.device) -> torch.Tensor:
     return flat
 
 
-def rewrite(module: torch.nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
-    """Let `module(*args)` call `function(forward, *args)`; returns what undoes it.
+class Rewritten:
+    """A forward in place of a module's own: `function(forward, *args)`.
 
     Unlike one of `Patches`, it stays when a model is run `without_patches`: without its weights it does not
-    run.
+    run. A copy of the module would call the original.
     """
-    before = module.__dict__.get("forward")
-    module.forward = partial(function, module.forward)  # type: ignore[method-assign]
 
-    def undo() -> None:
-        if before is None:
-            del module.forward
+    def __init__(self, module: torch.nn.Module, function: Callable[..., Any]):
+        self._module, self._function, self._forward = module, function, module.forward
+        self._before = module.__dict__.get("forward")
+        self.__wrapped__ = module.forward  # for its signature
+        module.forward = self  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._forward, *args, **kwargs)
+
+    def __deepcopy__(self, _: Any) -> None:
+        raise ModelError(
+            f"an adapter trains a copy of a whole {type(self._module).__name__}, whose weights are not on "
+            "the device.\nLeave it out of the adapter, or keep the weights on the device."
+        )
+
+    def undo(self) -> None:
+        if self._before is None:
+            del self._module.forward
         else:
-            module.forward = before
-
-    return undo
+            self._module.forward = self._before  # type: ignore[method-assign]

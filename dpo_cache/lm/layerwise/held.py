@@ -30,10 +30,18 @@ class Held:
     tensor: torch.Tensor
 
     def put(self, tensor: torch.Tensor) -> None:
+        """Let another tensor be in its place."""
         if isinstance(self.owner, dict):
             self.owner[self.key] = tensor
         else:
             setattr(self.owner, self.key, tensor)
+
+    def move(self, moved: torch.Tensor) -> None:
+        """Let its home be another device; a parameter keeps its identity, and so do tied ones."""
+        if isinstance(self.tensor, torch.nn.Parameter):
+            self.tensor.data = moved
+        else:
+            self.put(moved)
 
 
 def held_in(module: torch.nn.Module, prefix: str) -> list[Held]:

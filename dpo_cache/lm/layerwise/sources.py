@@ -16,6 +16,10 @@ class WeightSource(Protocol):
         """Write the copies of layer `index` into flat memory of the host, each in its place."""
         ...
 
+    def close(self) -> None:
+        """The weights are not needed any more."""
+        ...
+
 
 class HostWeights:
     """The tensors themselves, in host memory; a copy in another dtype is rounded as `tensor.to(dtype)` is."""
@@ -23,6 +27,9 @@ class HostWeights:
     @torch.no_grad()
     def fill(self, index: int, layout: Layout, flat: torch.Tensor) -> None:  # noqa: ARG002
         copy_all(layout, flat)
+
+    def close(self) -> None:
+        pass
 
 
 def copy_all(layout: Layout, flat: torch.Tensor) -> None:

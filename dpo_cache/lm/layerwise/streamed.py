@@ -21,11 +21,12 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError
+from dpo_cache.lm.device import STREAMED
 from dpo_cache.lm.layerwise.copies import Copies
-from dpo_cache.lm.layerwise.ends import BOTTOM, TOP, Ends, rewrite
-from dpo_cache.lm.layerwise.held import Held, Layout, held_in, matrices_of
+from dpo_cache.lm.layerwise.ends import BOTTOM, TOP, Ends, Rewritten
+from dpo_cache.lm.layerwise.held import Held, Layout, exchanged, held_in, matrices_of
 from dpo_cache.lm.layerwise.sources import WeightSource
-from dpo_cache.lm.layerwise.transfer import Ring, Transfer, transfer_to
+from dpo_cache.lm.layerwise.transfer import Ring, Shelf, Transfer, transfer_to
 
 
 class StreamedWeights:
@@ -50,17 +51,23 @@ class StreamedWeights:
         self.layers, self.source, self.device = list(layers), source, device
         self._copies = Copies(device, compute_dtype, copies_all=transfer is not None)
         self._transfer = transfer or transfer_to(device)
-        self.ring = Ring(self._transfer)
+        self.ring = self._make_ring(self._transfer)
         self._open: set[int] = set()
         names = {module: name for name, module in model.named_modules()}
         self._names = [names[layer] for layer in self.layers]
-        self._known = {id(held.tensor) for index in range(len(layers)) for held in self._held(index)}
+        self._model = model
+        self._known = {id(held.tensor) for held in held_in(model, "")}
+        self._kind = type(model)
+        model.__class__ = _streamed_kind(self)
         self._ends = Ends(model, set(self.layers), self._copies, embedding)
-        self._undo = [
-            rewrite(layer, partial(self._run, index))
+        self._rewritten = [
+            Rewritten(layer, partial(self._run, index))
             for index, layer in enumerate(self.layers)
             if self._first(index) == index
         ]
+
+    def _make_ring(self, transfer: Transfer) -> Ring:
+        return Ring(transfer)
 
     def __enter__(self) -> StreamedWeights:
         return self
@@ -70,10 +77,12 @@ class StreamedWeights:
 
     def close(self) -> None:
         """Leave the model as it was, and free the copies."""
-        while self._undo:
-            self._undo.pop()()
+        while self._rewritten:
+            self._rewritten.pop().undo()
+        self._model.__class__ = self._kind
         self._ends.close()
         self._transfer.close()
+        self.source.close()
         self.ring.free()
 
     @contextmanager
@@ -116,6 +125,29 @@ class StreamedWeights:
                 self.ring.forget(self._first(index))
 
     @contextmanager
+    def adapting(self) -> Iterator[None]:
+        """In this block, PEFT puts an adapter into the model; then its tensors move to the device.
+
+        PEFT moves an adapter to where the weight under it is. A weight that is not in memory has NaN in its
+        place meanwhile, which takes no memory. Raises `ModelError` for an adapter that starts from weights.
+        """
+        empty = [one for one in held_in(self._model, "") if one.tensor.is_meta]
+        shown = [(one, _placeholder(one.tensor)) for one in empty]
+        with exchanged(shown):
+            yield
+        for held, placeholder in shown:
+            held.tensor.requires_grad_(placeholder.requires_grad)
+        added = [one for one in held_in(self._model, "") if id(one.tensor) not in self._known]
+        for held in added:
+            if held.tensor.is_floating_point() and not held.tensor.isfinite().all():
+                raise ModelError(
+                    f"{held.name}: this part of the adapter starts from the weights under it, which are not "
+                    "in memory while they are read layer by layer.\n"
+                    "Use plain LoRA, or keep the weights on the device or the host."
+                )
+            held.move(held.tensor.data.to(self.device))
+
+    @contextmanager
     def _opened(self, index: int, layout: Layout) -> Iterator[torch.Tensor]:
         """The copies in flat memory of the device."""
         flat = self.ring.open(index) if layout.places else torch.empty(0, dtype=torch.uint8)
@@ -137,11 +169,6 @@ class StreamedWeights:
     def _layout(self, index: int) -> Layout:
         held = self._held(index)
         added = [one for one in held if id(one.tensor) not in self._known]  # by an adapter
-        if lost := [one.name for one in added if one.tensor.is_meta]:
-            raise ModelError(
-                f"{lost[0]}: the adapter has a copy of this weight, which is not in memory while weights are "
-                "fetched layer by layer.\nLeave it out of the adapter, or keep the weights on the device."
-            )
         added_ids = {id(one.tensor) for one in added}
         return self._copies.layout(held, matrices_of(self.layers[index].modules()) - added_ids)
 
@@ -156,3 +183,33 @@ class StreamedWeights:
         """A layer's forward in a plain call of the model."""
         with self.use(index, then=(index + 1) % len(self.layers)):
             return forward(*args, **kwargs)
+
+
+def _streamed_kind(weights: StreamedWeights) -> type[Any]:
+    """The class of a streamed model: `model.device` is where it computes, not where its parameters are."""
+    kind: type[Any] = type(weights._model)
+    members = {
+        "device": property(lambda _: weights.device),
+        "__module__": kind.__module__,
+        STREAMED: weights,
+    }
+    return type(kind.__name__, (kind,), members)
+
+
+def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
+    """NaN of the shape and dtype, in the memory of one number."""
+    value = torch.full((), torch.nan if tensor.is_floating_point() else 0, dtype=tensor.dtype)
+    shown = value.expand(tensor.shape)
+    if not isinstance(tensor, torch.nn.Parameter):
+        return shown
+    return torch.nn.Parameter(shown, requires_grad=tensor.requires_grad)
+
+
+class PersistentCopies(StreamedWeights):
+    """The same with copies of all layers on the device, for weights that are trained on the host.
+
+    After each update of a layer's weights, `refresh(index)` lets its next use fetch them again.
+    """
+
+    def _make_ring(self, transfer: Transfer) -> Ring:
+        return Shelf(transfer)

@@ -99,6 +99,41 @@ class Ring:
         self.__init__(self._transfer)  # type: ignore[misc]
 
 
+class Shelf(Ring):
+    """The same with a flat tensor for each content, which stays: it is fetched again only when its home has
+    changed.
+    """
+
+    def __init__(self, transfer: Transfer):
+        super().__init__(transfer)
+        self._kept: dict[Hashable, torch.Tensor] = {}
+        self._fresh: dict[Hashable, Wait] = {}
+
+    def fetch(self, key: Hashable, num_bytes: int, fill: Fill) -> None:
+        if key in self._fresh:
+            return
+        if key not in self._kept or self._kept[key].numel() != num_bytes:
+            self._kept[key] = torch.empty(num_bytes, dtype=torch.uint8, device=self._transfer.device)
+        slot = self.num_fetches % NUM_SLOTS
+        self._fresh[key] = self._transfer.send(slot, self._kept[key], fill)
+        self.num_fetches += 1
+        self.num_bytes += num_bytes
+
+    def open(self, key: Hashable) -> torch.Tensor:
+        try:
+            self._fresh[key]()
+        except BaseException:
+            del self._fresh[key]
+            raise
+        return self._kept[key]
+
+    def close(self, key: Hashable) -> None:
+        pass
+
+    def forget(self, key: Hashable) -> None:
+        self._fresh.pop(key, None)
+
+
 class PlainTransfer:
     """Copies that nothing overlaps: for MPS, and for tensors that only have shapes."""
 

@@ -22,6 +22,7 @@ from transformers.utils import find_adapter_config_file
 
 from dpo_cache.errors import ModelError, OptionError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
+from dpo_cache.lm.layerwise.adapting import adapting
 from dpo_cache.lm.model.lora_targets import name_layers_of_text, without_unsuited_layers
 from dpo_cache.lm.model.unchanged import commit_of
 from dpo_cache.log import Log, log_remark
@@ -141,7 +142,8 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int, log: L
     with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else None), without_deprecations():
         torch.manual_seed(seed)
         try:
-            adapted = peft.get_peft_model(model, config)
+            with adapting(model):
+                adapted = peft.get_peft_model(model, config)
         except PEFT_ERRORS as error:
             if is_out_of_memory(error, model.device):
                 raise OptionError(

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch.nn import Module
 
 from dpo_cache.errors import ModelError
+from dpo_cache.lm.layerwise.adapting import adapting
 from dpo_cache.lm.model.adapter import (
     CHANGES_BASE,
     WEIGHTS_FILE,
@@ -46,7 +47,8 @@ def load_adapter(model: PreTrainedModel, folder: str, *, is_trainable: bool = Fa
     """
     try:
         fit_vocabulary(model, folder)
-        adapted = put_adapter(model, folder, is_trainable=is_trainable).eval()
+        with adapting(model):
+            adapted = put_adapter(model, folder, is_trainable=is_trainable).eval()
     except MISFITS as error:
         raise ModelError(
             f"{folder}: the adapter does not fit {type(model).__name__}: {_in_full(error)}\n"

@@ -172,6 +172,29 @@ def load_base(
 
     Raises `ModelError` also for files that changed since they were hashed, in a block of `one_checkpoint`.
     """
+    model = read_base(
+        parts,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        quantize=quantize,
+        compute_dtype=compute_dtype,
+    )
+    if not is_quantized(model):
+        model.to(device)  # type: ignore[arg-type]  # mypy: the decorator of `to`
+    return model
+
+
+def read_base(
+    parts: CheckpointLocation,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    quantize: str = "none",
+    compute_dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """The same, but only quantized weights are on the device: the others are on the CPU."""
     location, revision = parts.base, parts.base_revision
     config = _config_of(parts, location, trust_remote_code)
     check_causal(config, location)
@@ -207,8 +230,6 @@ def load_base(
         )
     if is_quantized(model):
         prepare_layers(model)
-    else:
-        model.to(device)
     check_unchanged()
     return model.eval()
 

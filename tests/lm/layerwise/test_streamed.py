@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from dpo_cache.lm.layerwise.sources import HostWeights
-from dpo_cache.lm.layerwise.streamed import StreamedWeights
+from dpo_cache.lm.layerwise.streamed import PersistentCopies, StreamedWeights
 from dpo_cache.lm.memory.recompute import decoder_layers
 from tests.conftest import make_llama
 from tests.lm.layerwise.transfers import FakeTransfer
@@ -221,3 +221,18 @@ def test_weights_of_the_ends_that_changed_are_sent_again(llama: PreTrainedModel)
             home = norm.weight
             with weights.use_top():
                 assert torch.equal(norm.weight, home)
+
+
+@torch.no_grad()
+def test_persistent_copies_are_sent_once_and_again_after_an_update(llama: PreTrainedModel) -> None:
+    expected, transfer = llama(IDS).logits, FakeTransfer()
+    layers = decoder_layers(llama)
+    with PersistentCopies(llama, layers, HostWeights(), CPU, transfer=transfer) as weights:
+        for _ in range(2):
+            assert torch.equal(llama(IDS).logits, expected)
+        assert len(transfer.sent) == len(transfer.targets) == 4
+        layers[2].mlp.up_proj.weight.mul_(2)
+        weights.refresh(2)
+        changed = llama(IDS).logits
+        assert len(transfer.sent) == 5 and len(transfer.targets) == 4
+    assert torch.equal(llama(IDS).logits, changed) and not torch.equal(changed, expected)

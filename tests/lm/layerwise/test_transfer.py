@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dpo_cache.lm.layerwise.transfer import PlainTransfer, Ring, ThreadTransfer, Transfer
+from dpo_cache.lm.layerwise.transfer import PlainTransfer, Ring, Shelf, ThreadTransfer, Transfer
 from tests.lm.layerwise.transfers import FakeTransfer
 
 CPU = torch.device("cpu")
@@ -63,9 +63,25 @@ def test_what_is_there_is_not_fetched_again_unless_its_home_changed(transfer: Tr
     assert ring.open("a").tolist() == [7, 7]
 
 
-def test_a_failed_fetch_raises_where_the_content_is_needed_and_can_be_tried_again() -> None:
+def test_a_shelf_keeps_all_and_fetches_again_what_changed(transfer: Transfer) -> None:
+    shelf = Shelf(transfer)
+    for key in range(4):
+        shelf.fetch(key, 3, filler(key))
+    flats = [shelf.open(key) for key in range(4)]
+    assert [flat.tolist() for flat in flats] == [[key] * 3 for key in range(4)]
+    shelf.forget(2)
+    for key in range(4):
+        shelf.close(key)
+        shelf.fetch(key, 3, filler(9))
+    assert [shelf.open(key).tolist() for key in range(4)] == [[0] * 3, [1] * 3, [9] * 3, [3] * 3]
+    assert shelf.open(2).data_ptr() == flats[2].data_ptr()
+    assert (shelf.num_fetches, shelf.num_bytes) == (5, 15)
+
+
+@pytest.mark.parametrize("kind", [Ring, Shelf])
+def test_a_failed_fetch_raises_where_the_content_is_needed_and_can_be_tried_again(kind: type[Ring]) -> None:
     transfer = ThreadTransfer()
-    ring = Ring(transfer)
+    ring = kind(transfer)
     ring.fetch("a", 2, refuse)
     with pytest.raises(OSError, match="the disk is gone"):
         ring.open("a")
