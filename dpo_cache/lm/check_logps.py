@@ -15,6 +15,11 @@ from dpo_cache.lm.check_rows import CheckRows
 from dpo_cache.lm.forest.attention import PlanLostError
 from dpo_cache.lm.forest.layout import build_forest, shared_prefix, split_by_tokens
 from dpo_cache.lm.kernels.head import token_logps
+from dpo_cache.lm.layerwise.check import logps_together
+from dpo_cache.lm.layerwise.own_forward import all_own_logps
+from dpo_cache.lm.layerwise.record import NotLayerMajorError
+from dpo_cache.lm.layerwise.scoring import batch_pass, forest_work, stream_work
+from dpo_cache.lm.layerwise.windows import LayerMajor
 from dpo_cache.lm.model.parts import head_of
 from dpo_cache.lm.model.quantization import rounding_dtype
 from dpo_cache.lm.own_forward import own_logps
@@ -36,12 +41,17 @@ FAILURES = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, As
 Problem = tuple[str, float]  # why a way cannot be used (empty if it can), and the largest gap, nats a token
 
 
-def expect(model: PreTrainedModel, completions: Sequence[Completion]) -> list[torch.Tensor]:
+def expect(
+    model: PreTrainedModel, completions: Sequence[Completion], layer_major: LayerMajor | None = None
+) -> list[torch.Tensor]:
     """Token log-probs of each completion by the model's own forward, one plain row each. Raises
     `ModelError`.
     """
     try:
-        logps = [own_logps(model, completion) for completion in completions]
+        if layer_major is not None:
+            logps = _expect_together(model, completions, layer_major)
+        else:
+            logps = [own_logps(model, completion) for completion in completions]
     except FAILURES as error:
         raise_out_of_memory(error, model)
         raise ModelError(
@@ -56,19 +66,43 @@ def expect(model: PreTrainedModel, completions: Sequence[Completion]) -> list[to
     return logps
 
 
-def check_causality(model: PreTrainedModel, completion: Completion, expected: torch.Tensor) -> None:
-    """Raise `ModelError` where other tokens at the end of the row change log-probs at the start of its
-    answer. The length of the row stays the same: see `depends_on_length`.
-    """
-    kept = min(4, completion.num_tokens - 1)
+def _expect_together(
+    model: PreTrainedModel, completions: Sequence[Completion], layer_major: LayerMajor
+) -> list[torch.Tensor]:
+    """Layer by layer. Raises `NotLayerMajorError` unless a row has the log-probs of a plain call."""
+    if layer_major.witness is None:
+        return all_own_logps(model, completions, layer_major)
+    row, logps_T = layer_major.witness
+    *logps, found_T = all_own_logps(model, [*completions, row], layer_major)
+    if problem := compare([found_T], [logps_T], model)[0]:
+        raise NotLayerMajorError(f"layer by layer, {problem}")
+    return logps
+
+
+def other_end(completion: Completion) -> Completion | None:
+    """The same row with other tokens at the end of its answer; None for an answer of one token."""
+    kept = _num_kept(completion)
     if not kept:
-        return
+        return None
     others = np.concatenate([completion.completion_ids[:kept], completion.completion_ids[kept:][::-1]])
     others[-1] = completion.prompt_ids[0]
-    (changed,) = expect(model, [Completion(completion.prompt_ids, others)])
+    return Completion(completion.prompt_ids, others)
+
+
+def check_causality(
+    model: PreTrainedModel,
+    completion: Completion,
+    expected: torch.Tensor,
+    changed: torch.Tensor,
+    layer_major: LayerMajor | None = None,
+) -> None:
+    """Raise `ModelError` where log-probs at the start of its answer differ from those of its `other_end`. The
+    length of the row stays the same: see `depends_on_length`.
+    """
+    kept = _num_kept(completion)
     if not compare([changed[:kept]], [expected[:kept]], model)[0]:
         return
-    if compare(expect(model, [completion]), [expected], model)[0]:
+    if compare(expect(model, [completion], layer_major), [expected], model)[0]:
         raise ModelError(
             f"{type(model).__name__} gives other log-probs when the same row is run again.\n"
             "Its forward draws random numbers, or rows before it have changed the model, as BigBird's "
@@ -79,6 +113,10 @@ def check_causality(model: PreTrainedModel, completion: Completion, expected: to
         f"{type(model).__name__} is not causal: the log-prob of a token changes with the tokens after it.\n"
         "Give a decoder-only model (for BERT-like checkpoints, one with is_decoder=true)."
     )
+
+
+def _num_kept(completion: Completion) -> int:
+    return min(4, completion.num_tokens - 1)
 
 
 def depends_on_length(
@@ -106,11 +144,12 @@ def forest_problem(
     ways: Sequence[str],
     kernel: str,
     chunk_tokens: int,
+    layer_major: LayerMajor | None = None,
 ) -> Problem:
     """Why a model that is switched to forest attention cannot be run with it, in chunks up to this size."""
     largest = 0.0
     try:
-        for logps in _forest_logps(model, rows, ways, kernel, chunk_tokens):
+        for logps in _forest_logps(model, rows, ways, kernel, chunk_tokens, layer_major):
             problem, gap = compare(logps, expected[: len(logps)], model)
             largest = max(largest, gap)
             if problem:
@@ -118,25 +157,40 @@ def forest_problem(
         return "", largest
     except PlanLostError:
         return "its code does not pass the plan of the forest to its attention", largest
+    except NotLayerMajorError as error:
+        return f"in the forest {error}", largest
     except FAILURES as error:
         raise_out_of_memory(error, model)
         return f"its code does not take forest attention ({type(error).__name__})", largest
 
 
 @torch.no_grad()
-def rows_problem(
+def rows_problems(
     model: PreTrainedModel,
     rows: Sequence[Completion],
     expected: Sequence[torch.Tensor],
-    batch: Sequence[int],
-) -> Problem:
-    """Why the decoder and the head cannot run these rows as one padded batch."""
-    try:
-        found = row_logps(model, [rows[index] for index in batch])
-    except (*FAILURES, ModelError) as error:
-        raise_out_of_memory(error, model)
-        return f"it cannot be run as a decoder and a head ({first_line(error)})", 0.0
-    return compare(found, [expected[index] for index in batch], model)
+    batches: Sequence[Sequence[int]],
+    layer_major: LayerMajor | None = None,
+) -> Iterator[str]:
+    """Yield for each batch why the decoder and the head cannot run it as padded rows; empty if they can.
+
+    Layer by layer, all are run together before the first is yielded.
+    """
+    several = [[rows[index] for index in batch] for batch in batches]
+    together: Iterator[list[torch.Tensor]] | None = None
+    for batch, completions in zip(batches, several, strict=True):
+        try:
+            if layer_major is not None:
+                if together is None:
+                    together = iter(layer_major.results([batch_pass(model, one) for one in several]))
+                found = next(together)
+            else:
+                found = row_logps(model, completions)
+        except (*FAILURES, ModelError) as error:
+            raise_out_of_memory(error, model)
+            yield f"it cannot be run as a decoder and a head ({first_line(error)})"
+        else:
+            yield compare(found, [expected[index] for index in batch], model)[0]
 
 
 def compare(
@@ -162,17 +216,31 @@ def raise_out_of_memory(error: BaseException, model: PreTrainedModel) -> None:
 
 
 def _forest_logps(
-    model: PreTrainedModel, rows: CheckRows, ways: Sequence[str], kernel: str, chunk_tokens: int
+    model: PreTrainedModel,
+    rows: CheckRows,
+    ways: Sequence[str],
+    kernel: str,
+    chunk_tokens: int,
+    layer_major: LayerMajor | None,
 ) -> Iterator[list[torch.Tensor]]:
     """Token log-probs of the first rows of the check: streamed in small chunks, in chunks as large as the
     run's, and as whole forests of that size. Long rows are run only in the ways that the run uses.
     """
     near = [*rows.short, *(row for row in rows.long if len(row) <= NEAR_TOKENS)]
     small = SMALL_CHUNK if sum(map(len, near)) < 4 * MEDIUM_CHUNK else MEDIUM_CHUNK
-    yield _streamed(model, near, small, kernel=kernel)
-    for way, run in ((STREAM, _streamed), (FOREST, _as_forests)):
+    runs = [(STREAM, near, small, 0)]
+    for way in (STREAM, FOREST):
         front, compared = (rows.filler, rows.compared) if way in ways else ([], near)
-        yield run(model, [*front, *compared], chunk_tokens, kernel=kernel)[len(front) :]
+        runs.append((way, [*front, *compared], chunk_tokens, len(front)))
+    if layer_major is None:
+        for way, completions, size, num_front in runs:
+            run = _streamed if way == STREAM else _as_forests
+            yield run(model, completions, size, kernel=kernel)[num_front:]
+        return
+    make = {STREAM: stream_work, FOREST: forest_work}
+    works = [make[way](model, completions, size, kernel) for way, completions, size, _ in runs]
+    for logps, (*_, num_front) in zip(logps_together(works, layer_major), runs, strict=True):
+        yield logps[num_front:]
 
 
 def _streamed(

@@ -10,8 +10,9 @@ load -> check the attention -> choose the chunk size -> score -> refuse log-prob
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,14 @@ from transformers import PreTrainedModel
 from dpo_cache.errors import ModelError, shown_rows
 from dpo_cache.lm.budget import Budget
 from dpo_cache.lm.device import check_one_device
+from dpo_cache.lm.layerwise.check import find_layer_major
+from dpo_cache.lm.layerwise.layer_io import NotLayerMajorError
+from dpo_cache.lm.layerwise.own_forward import Wanted, own_logps_together
+from dpo_cache.lm.layerwise.scoring import score_layer_major
+from dpo_cache.lm.layerwise.windows import LayerMajor
 from dpo_cache.lm.model.load import load_model
+from dpo_cache.lm.model.load_streamed import load_streamed
+from dpo_cache.lm.own_forward import own_logps_at
 from dpo_cache.lm.prepare import in_eval_mode, prepared
 from dpo_cache.lm.progress import ScoringStep
 from dpo_cache.lm.self_check import (
@@ -29,6 +37,7 @@ from dpo_cache.lm.self_check import (
     choose_attention,
     score_completions,
 )
+from dpo_cache.lm.streaming import Streaming
 from dpo_cache.log import Log, log_remark
 from dpo_cache.types import LOWEST_LOGP, Completion, Score, are_logps
 
@@ -37,6 +46,9 @@ CAUSES_BY_DTYPE = {
     torch.float16: "float16 overflows beyond 65,504, or its weights are damaged. Use bfloat16 or float32.",
     torch.bfloat16: "Its weights may be damaged, or bfloat16 too coarse for it. Use float32.",
 }
+
+# Run at once where weights are streamed; the speed of a size cannot be found chunk by chunk
+STREAMED_TOKENS = {"cpu": 512, "cuda": 8192, "mps": 1024}
 
 RowsOf = Callable[[int], Sequence[object]]  # position of a completion -> the rows that hold it, for errors
 
@@ -49,6 +61,7 @@ class Runner:
     name: str  # of the model, for errors
     attention: AttentionChoice
     budget: Budget
+    layer_major: LayerMajor | None = None  # of a model whose weights are streamed
 
     def score(self, completions: Sequence[Completion], *, rows_of: RowsOf) -> Iterator[ScoringStep]:
         """Yield the scores chunk by chunk, each completion's once, in any order.
@@ -56,10 +69,24 @@ class Runner:
         Raises `ModelError`, which names the rows, for a log-prob that is NaN or infinite, instead of yielding
         its chunk. Raises `ModelError` also where memory runs out even for small chunks.
         """
-        for step in score_completions(self.model, completions, self.attention, self.budget):
+        for step in self._steps(completions):
             if broken := {index: score for index, score in step.scores if not are_logps(score.token_logps)}:
                 raise self._unusable(broken, completions, rows_of)
             yield step
+
+    def own_logps(self, wanted: Sequence[Wanted]) -> list[torch.Tensor]:
+        """Log-probs by the model's own forward on one plain row each: float32 [N] of some of its tokens, on
+        the CPU. One reading of the weights where they are streamed.
+        """
+        original = self.attention.original
+        if self.layer_major is not None:
+            return own_logps_together(self.model, wanted, self.layer_major, original)
+        return [own_logps_at(self.model, completion, places_N, original) for completion, places_N in wanted]
+
+    def _steps(self, completions: Sequence[Completion]) -> Iterator[ScoringStep]:
+        if self.layer_major is None:
+            return score_completions(self.model, completions, self.attention, self.budget)
+        return score_layer_major(self.model, completions, self.attention, self.budget, self.layer_major)
 
     def _unusable(
         self, broken: dict[int, Score], completions: Sequence[Completion], rows_of: RowsOf
@@ -67,7 +94,7 @@ class Runner:
         is_finite = all(np.isfinite(score.token_logps).all() for score in broken.values())
         what = f"below {LOWEST_LOGP:,.0f} nats" if is_finite else "NaN or infinite"
         # one completion's NaN can spread to others of its chunk
-        culprits = [index for index in broken if self._is_broken_by_itself(completions[index])]
+        culprits = self._broken_by_themselves({index: completions[index] for index in broken})
         found = {row for index in culprits or broken for row in rows_of(index)}
         rows = sorted(found)  # type: ignore[type-var]
         where = f"row{'s' if len(rows) > 1 else ''} {shown_rows(rows)}"
@@ -76,6 +103,17 @@ class Runner:
             f"{'' if culprits else ', or for a row that was computed in the same chunk'}.\n"
             f"{CAUSES_BY_DTYPE.get(self.model.dtype, CAUSE)} The scores of this chunk are discarded."
         )
+
+    def _broken_by_themselves(self, completions: dict[int, Completion]) -> list[int]:
+        if self.layer_major is not None:
+            wanted = [(one, np.arange(one.num_tokens)) for one in completions.values()]
+            logps = self.own_logps(wanted)
+            return [
+                index
+                for index, values in zip(completions, logps, strict=True)
+                if not are_logps(values.numpy())
+            ]
+        return [index for index, one in completions.items() if self._is_broken_by_itself(one)]
 
     def _is_broken_by_itself(self, completion: Completion) -> bool:
         budget = Budget(self.budget.tokens, self.model.device, lambda _: None)
@@ -97,31 +135,75 @@ def open_runner(
     budget_tokens: int | None = None,
     run_tokens: int | None = None,
     ways: Sequence[str] = (STREAM,),
+    streaming: Streaming | None = None,
     log: Log = log_remark,
 ) -> Iterator[Runner]:
     """Load the model at a local folder or Hub id and make it ready to score sequences up to `max_length`.
 
-    See `load_model` for what is loaded and `run_loaded` for the rest. Raises `ModelError`.
+    See `load_model` for what is loaded and `run_loaded` for the rest. With `streaming`, the weights are read
+    for each window of chunks. Raises `ModelError`.
     """
-    model = load_model(
-        location,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        quantize=quantize,
-    )
-    with run_loaded(
-        model,
-        name=location,
-        attention=attention,
-        max_length=max_length,
-        budget_tokens=budget_tokens,
-        run_tokens=run_tokens,
-        ways=ways,
-        log=log,
-    ) as runner:
+    loading: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "quantize": quantize,
+    }
+    running: dict[str, Any] = {
+        "name": location,
+        "attention": attention,
+        "max_length": max_length,
+        "budget_tokens": budget_tokens,
+        "run_tokens": run_tokens,
+        "ways": ways,
+        "log": log,
+    }
+    with ExitStack() as stack:
+        runner = None
+        if streaming is not None:
+            runner = _open_streamed(stack, location, streaming, loading, running)
+        if runner is None:
+            runner = stack.enter_context(run_loaded(load_model(location, **loading), **running))
         yield runner
+
+
+def _open_streamed(
+    stack: ExitStack,
+    location: str,
+    streaming: Streaming,
+    loading: dict[str, Any],
+    running: dict[str, Any],
+) -> Runner | None:
+    """The runner of a streamed model, until `stack` is closed; None for a model that cannot be streamed, if
+    it need not be.
+    """
+    try:
+        model, weights = load_streamed(
+            location, weights=streaming.place, embedding=streaming.embedding, **loading
+        )
+    except ModelError as error:
+        if streaming.is_required:
+            raise
+        running["log"](f"the weights are kept on the device: {error}")
+        return None
+    with ExitStack() as opened:
+        opened.callback(weights.close)
+        try:
+            layer_major = find_layer_major(model, weights, streaming.window_bytes)
+            runner = opened.enter_context(run_loaded(model, layer_major=layer_major, **running))
+        except NotLayerMajorError as error:
+            if streaming.is_required:
+                raise ModelError(
+                    f"{location} cannot run layer by layer, so its weights cannot be streamed: {error}.\n"
+                    "Leave `stream_weights` out, or set it to off."
+                ) from error
+            running["log"](
+                f"the weights are kept on the device: {location} cannot run layer by layer ({error})."
+            )
+            return None
+        stack.enter_context(opened.pop_all())
+    return runner
 
 
 @contextmanager
@@ -134,15 +216,19 @@ def run_loaded(
     budget_tokens: int | None = None,
     run_tokens: int | None = None,
     ways: Sequence[str] = (STREAM,),
+    layer_major: LayerMajor | None = None,
     log: Log = log_remark,
 ) -> Iterator[Runner]:
     """Make a loaded model ready to score; on leaving, it is as it was before.
 
     `attention` is auto, forest or rows, see `choose_attention`, as for `run_tokens` and `ways`;
-    `budget_tokens` are run at once, None finds a good number in the first chunks. `log` gets a remark if auto
-    chooses plain rows, and if chunks must be smaller than the budget. Raises `ModelError`.
+    `budget_tokens` are run at once, None finds a good number in the first chunks. `layer_major` runs a model
+    whose weights are streamed. `log` gets a remark if auto chooses plain rows, and if chunks must be smaller
+    than the budget. Raises `ModelError`, and `NotLayerMajorError` only with `layer_major`.
     """
     check_one_device(model)
+    if layer_major is not None:
+        budget_tokens = budget_tokens or STREAMED_TOKENS[model.device.type]
     with in_eval_mode(model), prepared(model, log=log):
         choice = choose_attention(
             model,
@@ -151,7 +237,8 @@ def run_loaded(
             chunk_tokens=budget_tokens,
             run_tokens=run_tokens,
             ways=ways,
+            layer_major=layer_major,
         )
         if remark := choice.remark(model, is_requested=attention == "rows"):
             log(remark)
-        yield Runner(model, name, choice, Budget(budget_tokens, model.device, log))
+        yield Runner(model, name, choice, Budget(budget_tokens, model.device, log), layer_major)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from dpo_cache.lm.budget import Budget, is_out_of_memory, now
 from dpo_cache.lm.device import to_device
-from dpo_cache.lm.forest.kernels import plan_chunk, plan_forest
+from dpo_cache.lm.forest.kernels import Paths, plan_chunk, plan_forest
 from dpo_cache.lm.forest.layout import Forest
 from dpo_cache.lm.forest.segments import Segment, last_at_each_depth
 from dpo_cache.lm.forest.stream import Chunk, Stream
@@ -43,7 +43,7 @@ def score_forest(
         stream, left = Stream([completions[index] for index in waiting]), set(waiting)
         total_tokens = num_run + len(stream)
         try:
-            for num_tokens, found in _run_stream(_ChunkRunner(model, stream, kernel), budget):
+            for num_tokens, found in _run_stream(ChunkRunner(model, stream, kernel), budget):
                 scores = [(waiting[place], score) for place, score in found]
                 num_run += num_tokens
                 left -= dict(scores).keys()
@@ -73,11 +73,11 @@ def forest_arguments(model: PreTrainedModel, forest: Forest, kernel: str, **argu
     }
 
 
-def _run_stream(runner: _ChunkRunner, budget: Budget) -> Iterator[tuple[int, list[tuple[int, Score]]]]:
+def _run_stream(runner: ChunkRunner, budget: Budget) -> Iterator[tuple[int, list[tuple[int, Score]]]]:
     """Yield for each chunk its number of tokens and the completions that end in it. A GPU gets the next chunk
     before the scores of the last one are read.
     """
-    collector, device = _Collector(runner.stream), runner.model.device
+    collector, device = Collector(runner.stream), runner.model.device
     ahead = 1 if device.type == "cuda" else 0
     running: deque[tuple[Chunk, Callable[[], np.ndarray]]] = deque()
     for chunk in runner.stream.chunks(lambda: budget.tokens):
@@ -107,25 +107,33 @@ def _copy_to_host(values: torch.Tensor) -> Callable[[], np.ndarray]:
     return wait
 
 
-class _ChunkRunner:
+class ChunkRunner:
     """Runs chunks; carries keys, values and last hidden states of the open path from one to the next."""
 
-    def __init__(self, model: PreTrainedModel, stream: Stream, kernel: str):
+    def __init__(self, model: PreTrainedModel, stream: Stream, kernel: str, paths: Paths | None = None):
         self.model, self.stream, self.kernel = model, stream, kernel
         self.decoder, self.head = decoder_of(model), head_of(model)
         self.vocab_size = model.config.get_text_config().vocab_size
-        self.paths: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.paths: Paths = {} if paths is None else paths
         self.path_hidden: torch.Tensor | None = None  # [max_depth, D], by depth
 
     def run(self, chunk: Chunk) -> torch.Tensor:
         """Log-probs [T] of the chunk's targets, on the device."""
+        return self.logps(chunk, self.decoder(**self.arguments(chunk))[0][0])
+
+    def arguments(self, chunk: Chunk) -> dict[str, Any]:
+        """The decoder's arguments for a chunk."""
         place = partial(to_device, device=self.model.device)
-        hidden_CD = self.decoder(
-            input_ids=place(chunk.tokens_C)[None],
-            position_ids=place(chunk.depths_C)[None],
-            use_cache=False,
-            forest_plan=self._plan(_segments(chunk)),
-        )[0][0]
+        return {
+            "input_ids": place(chunk.tokens_C)[None],
+            "position_ids": place(chunk.depths_C)[None],
+            "use_cache": False,
+            "forest_plan": self._plan(_segments(chunk)),
+        }
+
+    def logps(self, chunk: Chunk, hidden_CD: torch.Tensor) -> torch.Tensor:
+        """Log-probs [T] of the chunk's targets from its last hidden states; chunks come in order."""
+        place = partial(to_device, device=self.model.device)
         if self.path_hidden is None:
             self.path_hidden = hidden_CD.new_empty(self.stream.max_depth, hidden_CD.shape[1])
         predictors_TD = hidden_CD[place(np.maximum(chunk.predictors_T, 0))]
@@ -142,7 +150,7 @@ class _ChunkRunner:
         return plan_chunk(segments, self.stream.max_depth, self.paths, self.model.device, self.kernel)
 
 
-class _Collector:
+class Collector:
     """Joins the log-probs of chunks to those of completions."""
 
     def __init__(self, stream: Stream):

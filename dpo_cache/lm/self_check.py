@@ -30,13 +30,16 @@ from dpo_cache.lm.check_logps import (
     depends_on_length,
     expect,
     forest_problem,
-    rows_problem,
+    other_end,
+    rows_problems,
 )
 from dpo_cache.lm.check_rows import CheckRows, Run, plan_rows
 from dpo_cache.lm.config_limits import TOP_K, Limit, limits_of, rope_limit
 from dpo_cache.lm.device import check_one_device
 from dpo_cache.lm.forest.attention import FOREST_ATTENTION, set_attention, use_forest_attention
 from dpo_cache.lm.forest.kernels import SEGMENTS, kernels_of
+from dpo_cache.lm.layerwise.ends import Rewritten
+from dpo_cache.lm.layerwise.windows import LayerMajor
 from dpo_cache.lm.model.parts import has_plain_head
 from dpo_cache.lm.own_forward import fits_into_memory
 from dpo_cache.lm.patches import is_patched
@@ -83,6 +86,7 @@ def choose_attention(
     chunk_tokens: int | None = None,
     run_tokens: int | None = None,
     ways: Sequence[str] = (STREAM, FOREST),
+    layer_major: LayerMajor | None = None,
 ) -> AttentionChoice:
     """Switch the model to the forest if it is exact there for sequences up to `max_length`; else to plain
     rows.
@@ -90,6 +94,7 @@ def choose_attention(
     `chunk_tokens` are the most that the run has in a chunk or a forest, `run_tokens` those of the whole run,
     which limit the cost of the check (see `check_rows.py`), and `ways` how it uses the forest. Lengths that
     the config names and no row of the check reaches are in the reason; such a model is run one row at a time.
+    With `layer_major`, which runs the model's layers, the rows of each way go through them together.
     Raises `ModelError` for a model that is not causal, that fails on a plain row or is not on one device, and
     where `requested` is `forest` but it is not exact.
     """
@@ -102,7 +107,7 @@ def choose_attention(
     while True:
         rows = _plan(model, run, most_length)
         try:
-            return _choose(model, requested, _Check(rows, run, ways, _limits(model), original))
+            return _choose(model, requested, _Check(rows, run, ways, _limits(model), original, layer_major))
         except RuntimeError as error:
             if not is_out_of_memory(error, model.device):
                 raise
@@ -133,6 +138,7 @@ class _Check:
     ways: Sequence[str]
     limits: Sequence[Limit]
     original: str  # attention
+    layer_major: LayerMajor | None = None
 
 
 def _plan(model: PreTrainedModel, run: Run, most_length: int) -> CheckRows:
@@ -150,8 +156,11 @@ def _plan(model: PreTrainedModel, run: Run, most_length: int) -> CheckRows:
 
 @torch.no_grad()
 def _choose(model: PreTrainedModel, requested: str, check: _Check) -> AttentionChoice:
-    expected = expect(model, check.rows.compared)
-    check_causality(model, check.rows.short[0], expected[0])
+    first, layer_major = check.rows.short[0], check.layer_major
+    changed = other_end(first)
+    expected = expect(model, [*check.rows.compared, *([changed] if changed else [])], layer_major)
+    if changed:
+        check_causality(model, first, expected[0], expected.pop(), layer_major)
     one_row = _why_one_row(model, check, expected)
     problem = "requested" if requested == "rows" else one_row
     if not problem:
@@ -202,7 +211,9 @@ def _try_forest(
             return "its code does not take another attention function"
         for kernel in kernels_of(model.device):
             for chunk in [largest, *below[:1]]:
-                failed, gap = forest_problem(model, check.rows, expected, check.ways, kernel, chunk)
+                failed, gap = forest_problem(
+                    model, check.rows, expected, check.ways, kernel, chunk, check.layer_major
+                )
                 if not failed:
                     is_chosen = True
                     return _forest_choice(model, check, gap, kernel, chunk)
@@ -230,7 +241,8 @@ def _forest_choice(
         "forest",
         f"agrees with plain rows within {gap:.1e} nats per token",
         gap,
-        has_plain_head=has_plain_head(model),
+        # which training needs, and where the head's weights are here
+        has_plain_head=check.layer_major is None and has_plain_head(model),
         kernel=kernel,
         original=check.original,
         max_tokens=max_tokens,
@@ -250,11 +262,11 @@ def _choose_rows(
         batches = [[*range(len(check.rows.short))]]
         if check.rows.long:  # other rows padded to the longest
             batches.append([len(rows) - 1, 0, len(check.rows.short) - 1])
-        if not any(rows_problem(model, rows, expected, batch)[0] for batch in batches):
+        if not any(rows_problems(model, rows, expected, batches, check.layer_major)):
             return AttentionChoice("rows", problem)
         one_row = f"{problem}; padding changes its results"
-    for index in range(len(rows)):
-        failed, _ = rows_problem(model, rows, expected, [index])
+    single = [[index] for index in range(len(rows))]
+    for failed in rows_problems(model, rows, expected, single, check.layer_major):
         if failed:
             reason = f"its forward is more than a decoder and a head: as these two, {failed}"
             return AttentionChoice(
@@ -277,7 +289,10 @@ def _is_known_code(model: PreTrainedModel) -> bool:
     places = {place for kind in kinds for place in (kind.__module__, kind.forward.__module__)}
     is_replaced = any(
         # not by this package, and not by accelerate, which calls the old one
-        "forward" in module.__dict__ and not is_patched(module) and not hasattr(module, "_hf_hook")
+        "forward" in module.__dict__
+        and not is_patched(module)
+        and not isinstance(module.forward, Rewritten)
+        and not hasattr(module, "_hf_hook")
         for module in modules
     )
     return not is_replaced and all(place.startswith("transformers.") for place in places)

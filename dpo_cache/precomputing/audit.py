@@ -22,7 +22,7 @@ from dpo_cache.precomputing.units import Scored, Unit
 from dpo_cache.precomputing.windows import Entry
 from dpo_cache.store.format.documents import Document
 from dpo_cache.store.upkeep.run_record import RunRecord
-from dpo_cache.types import TOKEN_TOLERANCES, GapSums
+from dpo_cache.types import TOKEN_TOLERANCES, Completion, GapSums
 
 if TYPE_CHECKING:
     from dpo_cache.lm.runner import Runner  # imports the code that runs models
@@ -140,6 +140,8 @@ class Audit:
         assert self._runner is not None
         gaps: list[tuple[np.ndarray, np.ndarray]] = []
         wrong: dict[bytes, float] = {}
+        if self._runner.layer_major is not None:
+            self._run_together([key for key in chosen if key not in self._own])
         for key, token_logps in chosen.items():
             if key not in self._own:
                 self._own[key] = self._run_own(self._sample[key])
@@ -158,27 +160,54 @@ class Audit:
             )
         return gaps
 
+    def _run_together(self, keys: Sequence[bytes]) -> None:
+        """Run completions by the model's own forward, for one reading of weights that are streamed."""
+        wanted = {key: self._wanted(self._sample[key][1]) for key in keys}
+        fitting = {key: one for key, one in wanted.items() if one is not None}
+        if not fitting:
+            return
+        assert self._runner is not None
+        with self._unless_out_of_memory():  # then one by one
+            logps = self._runner.own_logps([*fitting.values()])
+            for (key, (_, places_N)), logps_N in zip(fitting.items(), logps, strict=True):
+                self._own[key] = OwnLogps(places_N, logps_N.numpy())
+
     def _run_own(self, entry: Entry) -> OwnLogps | None:
         """Log-probs of the completion's tokens; of some of them, spread over it, if they have many logits."""
+        assert self._runner is not None
+        wanted = self._wanted(entry[1])
+        if wanted is not None:
+            with self._unless_out_of_memory():
+                (logps_N,) = self._runner.own_logps([wanted])
+                return OwnLogps(wanted[1], logps_N.numpy())
+        self.log(
+            f"the audit leaves out a completion of row {shown_rows(entry[2])}: the model's own forward of "
+            f"its {len(entry[1]):,} tokens does not fit into memory."
+        )
+        return None
+
+    def _wanted(self, completion: Completion) -> tuple[Completion, np.ndarray] | None:
+        """The completion and the places of its tokens to compare; None if it does not fit into memory."""
         from dpo_cache.lm import own_forward
+
+        assert self._runner is not None
+        model, original = self._runner.model, self._runner.attention.original
+        if not own_forward.fits_into_memory(model, len(completion), original):
+            return None
+        num_places = min(completion.num_tokens, own_forward.most_places(model))
+        return completion, np.linspace(0, completion.num_tokens - 1, num_places).round().astype(np.int64)
+
+    @contextmanager
+    def _unless_out_of_memory(self) -> Iterator[None]:
+        """Leave the block where memory runs out."""
         from dpo_cache.lm.budget import is_out_of_memory
 
         assert self._runner is not None
-        model, original, completion = self._runner.model, self._runner.attention.original, entry[1]
-        num_places = min(completion.num_tokens, own_forward.most_places(model))
-        places_N = np.linspace(0, completion.num_tokens - 1, num_places).round().astype(np.int64)
-        if own_forward.fits_into_memory(model, len(completion), original):
-            try:
-                logps_N = own_forward.own_logps_at(model, completion, places_N, original)
-                return OwnLogps(places_N, logps_N.numpy())
-            except RuntimeError as error:
-                if not is_out_of_memory(error, model.device):
-                    raise
-        self.log(
-            f"the audit leaves out a completion of row {shown_rows(entry[2])}: the model's own forward of "
-            f"its {len(completion):,} tokens does not fit into memory."
-        )
-        return None
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error, self._runner.model.device):
+                raise
 
     def _fail(self, wrong: Sequence[bytes], how: str) -> None:
         """Record that all is withdrawn, and raise `ModelError`."""

@@ -13,7 +13,8 @@ from dpo_cache.lm.check_logps import (
     compare,
     depends_on_length,
     expect,
-    rows_problem,
+    other_end,
+    rows_problems,
 )
 from dpo_cache.lm.check_rows import short_rows
 from dpo_cache.types import Completion
@@ -53,30 +54,30 @@ def test_only_content_after_a_token_makes_a_model_not_causal() -> None:
     model = make_tiny("deepseek_v32")  # at a top-k of 8, ties make log-probs depend on the row's length
     rows = short_rows(264, 64)
     expected = expect(model, rows)
-    check_causality(model, rows[0], expected[0])
+    changed = other_end(rows[0])
+    assert changed is not None and len(changed) == len(rows[0])
+    check_causality(model, rows[0], expected[0], *expect(model, [changed]))
     assert depends_on_length(model, rows, expected)
     model = make_llama()
     assert not depends_on_length(model, rows, expect(model, rows))
 
 
 def test_rows_of_one_answer_token_have_nothing_to_compare() -> None:
-    model = make_llama()
-    completion = Completion(np.arange(3, dtype=np.uint32), np.arange(1, dtype=np.uint32))
-    check_causality(model, completion, torch.tensor([torch.nan]))
+    assert other_end(Completion(np.arange(3, dtype=np.uint32), np.arange(1, dtype=np.uint32))) is None
 
 
 def test_code_that_fails_on_padded_rows_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = make_llama(), short_rows(264, 64)
     expected = expect(model, rows)
-    assert rows_problem(model, rows, expected, [0, 1])[0] == ""
+    assert [*rows_problems(model, rows, expected, [[0, 1], [2]])] == ["", ""]
 
     def fails(**_: object) -> None:
         raise ValueError("no masks here")
 
     monkeypatch.setattr(model.model, "forward", fails)
-    assert rows_problem(model, rows, expected, [0])[0] == (
+    assert [*rows_problems(model, rows, expected, [[0]])] == [
         "it cannot be run as a decoder and a head (no masks here)"
-    )
+    ]
 
 
 def test_memory_that_ends_is_no_problem_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +88,7 @@ def test_memory_that_ends_is_no_problem_of_the_code(monkeypatch: pytest.MonkeyPa
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(model.model, "forward", runs_out)
-    for run in (lambda: rows_problem(model, rows, expected, [0]), lambda: expect(model, rows)):
+    for run in (lambda: [*rows_problems(model, rows, expected, [[0]])], lambda: expect(model, rows)):
         with pytest.raises(torch.OutOfMemoryError):
             run()
 

@@ -101,8 +101,14 @@ def find_layers(model: PreTrainedModel, **arguments: Any) -> Layers:
     Raises `NotLayerMajorError` where the state changes between two layers, where a layer's output is given to
     another one than the next, and where layers change what they are given or keep a cache.
     """
-    decoder = decoder_of(model)
-    found = Layers(decoder, [], [], [])
+    return watch_layers(decoder_of(model), decoder_of(model), arguments)[0]
+
+
+def watch_layers(
+    module: torch.nn.Module, decoder: torch.nn.Module, arguments: dict[str, Any]
+) -> tuple[Layers, Any]:
+    """The same, and the output of the run, which is that of a module around the decoder."""
+    found = Layers(module, [], [], [])
     returned = Returned()
 
     def watch(layer: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -122,11 +128,11 @@ def find_layers(model: PreTrainedModel, **arguments: Any) -> Layers:
     if not candidates:
         raise NotLayerMajorError(f"{type(decoder).__name__} has no layers that are known as such")
     with replaced_forwards(candidates, watch):
-        decoder(**arguments)
+        outputs = module(**arguments)
     if not found.order:
         raise NotLayerMajorError(f"{type(decoder).__name__} calls none of its layers")
     _check_empty(found, returned.entries[0], arguments)
-    return found
+    return found, outputs
 
 
 def record(layers: Layers, **arguments: Any) -> Recording:

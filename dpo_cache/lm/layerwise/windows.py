@@ -23,6 +23,7 @@ from dpo_cache.lm.layerwise.paths import CarriedPaths
 from dpo_cache.lm.layerwise.record import LayerCall, Layers, Recording, finish, record
 from dpo_cache.lm.layerwise.states import States, states_on
 from dpo_cache.lm.layerwise.weights import LayerWeights
+from dpo_cache.types import Completion
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class LayerMajor:
     device: torch.device
     window_bytes: int
     window_tokens: int | None = None
+    # a row, and its log-probs by a plain call of the model, which the self-check compares
+    witness: tuple[Completion, torch.Tensor] | None = None
     meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
@@ -140,8 +143,8 @@ class _Window:
         """
         with ExitStack() as stack:
             for paths in {one.paths for one in self.passes if one.paths is not None}:
-                is_continued = following is not None and following.paths is paths
-                stack.enter_context(paths.of(index, following.first_depth if is_continued else 0))
+                continues = following if following is not None and following.paths is paths else None
+                stack.enter_context(paths.of(index, continues.first_depth if continues else 0))
             yield
 
     def run_layer(self, index: int) -> None:

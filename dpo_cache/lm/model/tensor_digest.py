@@ -159,9 +159,11 @@ class _TensorFile:
         return known
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor, str]]:
-        """Name, values and dtype of each tensor."""
-        with self.open() as file:
-            for name, dtype in self.dtypes.items():
+        """Name, values and dtype of each tensor. The file is mapped anew for each, so that no more than one
+        tensor's pages count as memory of this process.
+        """
+        for name, dtype in self.dtypes.items():
+            with self.open() as file:
                 yield name, file.get_tensor(name), dtype
 
     def _remember(self, key: str, value: Any) -> None:
