@@ -4,8 +4,9 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.lm.forest.attention import use_forest_attention
+from dpo_cache.lm.layerwise.passes import RouterProbe
 from dpo_cache.lm.layerwise.policy import LayerMajorRun
-from dpo_cache.lm.layerwise.record import find_layers
+from dpo_cache.lm.layerwise.record import Layers, find_layers
 from dpo_cache.lm.layerwise.states import DeviceStates
 from dpo_cache.lm.layerwise.weights import ResidentWeights
 from dpo_cache.lm.policy import CompletionLogps, PolicyModel, decoder_pass
@@ -33,12 +34,15 @@ def two_pieces() -> list[list[Completion]]:
     return [completions[:2], completions[2:]]
 
 
-def run_of(policy: PolicyModel, routers=None) -> LayerMajorRun:
-    """A layer-major run of the policy whose tensors all stay on its device."""
+def layers_of(policy: PolicyModel) -> Layers:
     with torch.no_grad():
         arguments = decoder_pass(policy.model, two_pieces()[1], policy.attention).arguments
-        layers = find_layers(policy.model, **arguments)
-    return LayerMajorRun(policy, layers, ResidentWeights(), DeviceStates(), routers)
+        return find_layers(policy.model, **arguments)
+
+
+def run_of(policy: PolicyModel, routers: RouterProbe | None = None) -> LayerMajorRun:
+    """A layer-major run of the policy whose tensors all stay on its device."""
+    return LayerMajorRun(policy, layers_of(policy), ResidentWeights(), DeviceStates(), routers)
 
 
 def loss_of(logps: CompletionLogps) -> torch.Tensor:
