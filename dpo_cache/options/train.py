@@ -22,7 +22,7 @@ from dpo_cache.options.losses import LossOptions
 from dpo_cache.options.placement import MEMORY, Placement, placement_of
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
-OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor")
+OPTIMIZERS = ("adamw", "adamw-bf16", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor")
 ROUNDINGS = ("auto", "nearest", "stochastic", "compensated")
 RECOMPUTATIONS = ("auto", "none", "cheap", "selective", "full")
 PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16")
@@ -115,7 +115,7 @@ class TrainOptions(LossOptions):
     )
     optimizer: str = option(
         "adamw",
-        "Optimizer; 8bit: its state in 8 bits; paged: its state may move to host memory.",
+        "Optimizer; bf16, 8bit: its state in bfloat16 or 8 bits; paged: its state may move to host memory.",
         choices=OPTIMIZERS,
     )
     weight_decay: float = option(0.0, "Weight decay.", limit=AT_LEAST_0)

@@ -4,6 +4,7 @@
     gradients    one for each trainable parameter
     optimizer    its state
     activations  the peak of the forward and backward pass above the others
+    update       the peak of the optimizer's update above the others, which comes after the activations
 
 Activations are counted by running the package's own passes on fake tensors, which have shapes and dtypes but
 no values, and adding up the live ones (`planning/live_bytes.py`). The rest is arithmetic. Not counted: the
@@ -32,6 +33,7 @@ from dpo_cache.lm.model.towers import loading_class, make_empty_whole
 from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.planning.live_bytes import LiveBytes
+from dpo_cache.planning.optimizer import optimizer_bytes, update_bytes
 from dpo_cache.types import Completion
 
 # Bytes of each weight of a quantized linear layer: 4-bit NF4 in blocks of 64 whose scales are quantized in
@@ -39,27 +41,20 @@ from dpo_cache.types import Completion
 # Embeddings and head are not quantized.
 QUANTIZED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 
-# State is float32, also of bfloat16 weights: two moments of each weight; in 8 bits, two bytes, and two float32
-# scales for each block of 256 weights, but two float32 moments in a tensor of fewer than 4,096 weights; of
-# Adafactor, a row and a column. Each tensor has a float32 scalar as well: the step of AdamW, the root mean
-# square of Adafactor. 8-bit state needs two tables of 256 float32 values once.
-OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor", "none")
-MIN_8BIT_WEIGHTS, BLOCK = 4096, 256
-SCALAR = 4
-
 
 @dataclass(frozen=True)
 class Footprint:
-    """Peak bytes of a training step, by their use."""
+    """Peak bytes of a training step, by their use. The activations are freed before the update begins."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    update: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.update)
 
 
 def config_footprint(
@@ -139,6 +134,7 @@ def standing_footprint(
         gradients=_bytes(_trainable(model)),
         optimizer=optimizer_bytes(_trainable(model), optimizer, rounding),
         activations=activations,
+        update=update_bytes(_trainable(model), optimizer, rounding),
     )
 
 
@@ -212,43 +208,6 @@ def weight_bytes(model: PreTrainedModel, quantize: str | None = None) -> int:
     weights = [layer.weight for layer in _quantizable(model)]
     quantized = QUANTIZED_BYTES[quantize] * sum(weight.numel() for weight in weights)
     return whole - _bytes(weights) + round(quantized)
-
-
-def optimizer_bytes(
-    parameters: Iterable[torch.nn.Parameter], optimizer: str, rounding: str | None = "auto"
-) -> int:
-    """Bytes of an optimizer's state for these parameters, after a step in which each had a gradient.
-
-    `rounding` is the way in which bfloat16 weights are updated in float32; None is an optimizer that runs on
-    the weights themselves, as in TRL: the moments of AdamW then have the dtype of the weights. Raises
-    `OptionError` for an unknown optimizer.
-    """
-    if optimizer not in OPTIMIZERS:
-        raise OptionError(
-            f"optimizer {optimizer!r}: its state is not known.\nUse one of {', '.join(OPTIMIZERS)}."
-        )
-    kept, name = list(parameters), optimizer.removesuffix("-paged")
-    tables = 2 * BLOCK * 4 if name == "adamw-8bit" and any(map(_is_in_8_bits, kept)) else 0
-    return tables + sum(_state_bytes(parameter, name, rounding) for parameter in kept)
-
-
-def _state_bytes(parameter: torch.nn.Parameter, optimizer: str, rounding: str | None) -> int:
-    count, shape = parameter.numel(), parameter.shape
-    has_rest = rounding == "compensated" and parameter.dtype == torch.bfloat16 and optimizer != "none"
-    rest = 2 * count if has_rest else 0
-    match optimizer:
-        case "adamw":
-            return rest + SCALAR + 2 * count * (parameter.element_size() if rounding is None else 4)
-        case "adamw-8bit":
-            return rest + (2 * (count + 4 * -(-count // BLOCK)) if _is_in_8_bits(parameter) else 8 * count)
-        case "adafactor":
-            means = count if len(shape) < 2 else count // shape[-1] + count // shape[-2]
-            return rest + SCALAR + 4 * means
-    return 0
-
-
-def _is_in_8_bits(parameter: torch.nn.Parameter) -> bool:
-    return parameter.numel() >= MIN_8BIT_WEIGHTS
 
 
 def _trainable(model: PreTrainedModel) -> list[torch.nn.Parameter]:

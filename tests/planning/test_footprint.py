@@ -19,8 +19,6 @@ from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
 from dpo_cache.planning import footprint
 from dpo_cache.planning.live_bytes import allocated_peak
-from dpo_cache.training.optim.optimizers import make_optimizer
-from dpo_cache.training.optim.updates import Updater
 from dpo_cache.types import Completion
 from tests.conftest import make_llama, naive_token_logps
 
@@ -31,28 +29,6 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
-
-
-OPTIMIZERS = [name for name in footprint.OPTIMIZERS if name != "none" and not name.endswith("paged")]
-
-
-class Sizes(torch.nn.Module):
-    """Tensors of fewer and of more values than get 8 bits, in several numbers of dimensions, and of sizes that
-    are no multiples of a block."""
-
-    SHAPES = ((64, 64), (63, 65), (70, 131), (3, 40, 50), (2, 3, 5), (64,), (5000,), (1,))
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.weights = torch.nn.ParameterList(torch.zeros(shape, dtype=dtype) for shape in self.SHAPES)
-        self.device = torch.device("cpu")
-
-
-def live_state_bytes(optimizer: Updater) -> int:
-    """Bytes of every tensor of an optimizer's state, each storage once."""
-    states = [*optimizer._base.state.values(), *({"rest": slot.rest} for slot in optimizer._slots)]
-    found = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}.values())
 
 
 # A mask comes from numpy, whose memory torch's allocator does not see: at most 0.4 MB here, counted but never
@@ -244,46 +220,26 @@ def _logp(model: torch.nn.Module, completion: Completion) -> torch.Tensor:
     return logps[len(completion.prompt_ids) - 1 :].sum()
 
 
-def test_optimizer_states() -> None:
-    matrix, bias = torch.nn.Parameter(torch.empty(128, 64)), torch.nn.Parameter(torch.empty(64))
-    half = torch.nn.Parameter(torch.empty(128, 64, dtype=torch.bfloat16))
-    assert footprint.optimizer_bytes([matrix, bias], "adamw") == 8 * (128 * 64 + 64) + 2 * 4
-    assert footprint.optimizer_bytes([half], "adamw") == 8 * 128 * 64 + 4
-    assert footprint.optimizer_bytes([half], "adamw", "compensated") == 10 * 128 * 64 + 4
-    assert footprint.optimizer_bytes([half], "adamw", None) == 4 * 128 * 64 + 4  # as TRL runs it
-    tables = 2 * 256 * 4
-    assert (
-        footprint.optimizer_bytes([matrix, bias], "adamw-8bit") == tables + 2 * (128 * 64 + 4 * 32) + 8 * 64
-    )
-    assert footprint.optimizer_bytes([bias], "adamw-8bit") == 8 * 64
-    assert footprint.optimizer_bytes([matrix, bias], "adafactor") == 4 * (128 + 64) + 4 * 64 + 2 * 4
-    assert footprint.optimizer_bytes([matrix, bias], "none") == 0
-    with pytest.raises(OptionError, match=r"optimizer 'sgd': its state is not known\.\nUse one of adamw, "):
-        footprint.optimizer_bytes([matrix], "sgd")
-
-
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_state_that_an_update_makes_is_counted_to_the_byte(
-    name: str, precision: str, rounding: str
-) -> None:
-    if "8bit" in name:
-        pytest.importorskip("bitsandbytes")
-    model = Sizes(torch.bfloat16 if precision == "bf16" else torch.float32)
-    optimizer = make_optimizer(model, name, lr=1e-3, weight_decay=0.1, rounding=rounding)  # type: ignore[arg-type]
-    for parameter in optimizer.parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    assert footprint.optimizer_bytes(optimizer.parameters, name, rounding) == live_state_bytes(optimizer)
-
-
-def test_paged_state_takes_as_much() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        sizes = list(Sizes(dtype).parameters())
-        for name in ("adamw", "adamw-8bit"):
-            expected = footprint.optimizer_bytes(sizes, name, "compensated")
-            assert footprint.optimizer_bytes(sizes, f"{name}-paged", "compensated") == expected
+def test_an_update_that_needs_more_than_the_activations_is_the_peak() -> None:
+    model, pair = make_llama(**SIZES), pairs(1, 1, 1)
+    found = {
+        rounding: footprint.config_footprint(
+            model.config,
+            pair,
+            dtype=torch.bfloat16,
+            precision="bf16",
+            recomputation="full",
+            rounding=rounding,
+        )
+        for rounding in ("stochastic", None)
+    }
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    ours, plain = found["stochastic"], found[None]
+    # float32 value and noise of the largest tensor while it is rounded
+    assert ours.update == 9 * max(sizes) > ours.activations
+    assert ours.total == (2 + 2 + 8) * sum(sizes) + 4 * len(sizes) + ours.update
+    assert plain.update == 0 < plain.activations
+    assert plain.total == (2 + 2 + 4) * sum(sizes) + 4 * len(sizes) + plain.activations
 
 
 def test_unknown_quantization_is_refused() -> None:

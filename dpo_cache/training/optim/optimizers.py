@@ -1,7 +1,8 @@
-"""The optimizers: AdamW, in 8 bits or paged by bitsandbytes, and Adafactor.
+"""The optimizers: AdamW, its state in float32, in bfloat16, or in 8 bits or paged by bitsandbytes; Adafactor.
 
-Bytes per parameter: adamw 8; adamw-8bit 2, and 1/32 for scales; adafactor about 0, a row and a column of each
-matrix. Paged ones take as much, in memory that the CUDA driver moves to the host if the GPU needs the room.
+Bytes of state per parameter: adamw 8; adamw-bf16 4; adamw-8bit 2, and 1/32 for scales; adafactor about 0, a
+row and a column of each matrix. Paged ones take as much, in memory that the CUDA driver moves to the host if
+the GPU needs the room.
 
 Adafactor is that of transformers with an absolute learning rate, as in trainers based on transformers, so
 `lr` means the same as for AdamW; torch's own scales it by each weight's size and by the step.
@@ -18,9 +19,18 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import OptionError
+from dpo_cache.training.optim.slots import Slicing
+from dpo_cache.training.optim.streaming import Transfer
 from dpo_cache.training.optim.updates import Updater
 
 Groups = list[dict[str, Any]]
+
+# of the optimizers that update values, or blocks of them, independently
+SLICINGS = {
+    "adamw": Slicing(),
+    "adamw-bf16": Slicing(moments=torch.bfloat16, is_for_all=True),
+    "adamw-8bit": Slicing(is_for_all=True),
+}
 
 # in lower case, of parameters that are not decayed
 SPARED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -34,20 +44,29 @@ def make_optimizer(
     weight_decay: float,
     rounding: str = "auto",
     seed: int = 0,
+    compute_device: torch.device | None = None,
+    transfer: Transfer | None = None,
 ) -> Updater:
     """The optimizer of the parameters that are trained; weight decay is for those of `decayed_names`.
 
     `rounding` is how updated bfloat16 weights are rounded: stochastic (also auto), compensated or nearest;
-    others need none. Raises `OptionError` if the optimizer is not available here.
+    others need none. Parameters are updated where they are; but those on the host pass through
+    `compute_device` if it is a GPU, except under Adafactor; `transfer` makes the copies. Raises `OptionError`
+    if the optimizer is not available here.
     """
     _check_available(name, model.device)
+    slicing = SLICINGS.get(name)
+    device = compute_device if compute_device is not None and slicing else model.device
     return Updater(
         [(entry, parameter) for entry, parameter in model.named_parameters() if parameter.requires_grad],
         lambda leaves, names: _build(
-            name, _groups(leaves, names, decayed_names(model), weight_decay), lr, model.device
+            name, _groups(leaves, names, decayed_names(model), weight_decay), lr, device
         ),
         rounding="stochastic" if rounding == "auto" else rounding,
         seed=seed,
+        slicing=slicing,
+        compute_device=compute_device,
+        transfer=transfer,
     )
 
 
@@ -76,7 +95,7 @@ def _groups(
 
 
 def _build(name: str, groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    if name == "adamw":
+    if name in ("adamw", "adamw-bf16"):
         return torch.optim.AdamW(groups, lr=lr, fused=device.type in ("cpu", "cuda"))
     if name == "adafactor":
         from transformers.optimization import Adafactor
@@ -93,7 +112,7 @@ def _build(name: str, groups: Groups, lr: float, device: torch.device) -> torch.
 
 
 def _check_available(name: str, device: torch.device) -> None:
-    if name in ("adamw", "adafactor"):
+    if name in ("adamw", "adamw-bf16", "adafactor"):
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise OptionError(

@@ -16,51 +16,67 @@ from collections.abc import Iterator
 
 import torch
 
-SLICE = 2**22  # values rounded at once: bounds the memory for temporary values
+SLICE = 2**22  # values rounded at once, with a draw of their own: bounds the memory for temporary values
 BITS = 16  # of a float32 that a bfloat16 lacks
 QUIET_NAN = 0x7FC00000
 
 
-def stochastic_bf16(values: torch.Tensor, *draw: int) -> torch.Tensor:
+def stochastic_bf16(
+    values: torch.Tensor, *draw: int, start: int = 0, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The values in bfloat16, each rounded up or down in magnitude; the mean of many draws is the value.
 
     The draw depends only on the integers `draw` and the device's kind, and does not change the global random
-    state. Values that bfloat16 can represent are kept, such as zeros, infinities and NaN.
+    state. Values that bfloat16 can represent are kept, such as zeros, infinities and NaN. `values` may be a
+    part of a tensor from its value number `start` on, a multiple of `SLICE`: the parts round as the whole.
     """
-    generator = torch.Generator(values.device).manual_seed(_seed(draw))
-    rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
-    for part, target in _slices(values.contiguous(), rounded):
-        noise = torch.randint(
-            0, 1 << BITS, part.shape, dtype=torch.int32, device=part.device, generator=generator
-        )
-        bits = part.view(torch.int32).add(noise).bitwise_and_(-1 << BITS)
-        target.copy_(torch.where(part.isfinite(), bits.view(torch.float32), part))
+    assert start % SLICE == 0
+    rounded = _empty(values, torch.bfloat16) if out is None else out
+    for number, (part, target) in enumerate(_slices(values.contiguous(), rounded), start // SLICE):
+        _round(part, target, _seed((*draw, number) if number else draw))
     return rounded
 
 
-def split_float(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def split_float(
+    values: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest bfloat16 of each float32 value (of two, the larger in magnitude), and the rest as int16.
 
     `join_float` computes the value from the two.
     """
-    rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
-    rest = torch.empty(values.shape, dtype=torch.int16, device=values.device)
+    rounded, rest = out or (_empty(values, torch.bfloat16), _empty(values, torch.int16))
     for part, target, left in _slices(values.contiguous(), rounded, rest):
-        bits = torch.where(part.isnan(), QUIET_NAN, part.view(torch.int32))
-        upper = bits.add(1 << (BITS - 1)).bitwise_right_shift_(BITS)
-        target.view(torch.int16).copy_(upper)
-        left.copy_(bits - upper.bitwise_left_shift(BITS))
+        _split(part, target, left)
     return rounded, rest
 
 
 def join_float(rounded: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     """The float32 values that `split_float` has split, bit for bit (of NaN: some NaN)."""
-    values = torch.empty(rounded.shape, dtype=torch.float32, device=rounded.device)
+    values = _empty(rounded, torch.float32)
     for part, left, target in _slices(rounded.contiguous(), rest, values):
-        target.view(torch.int32).copy_(
-            part.view(torch.int16).to(torch.int32).bitwise_left_shift_(BITS).add_(left)
-        )
+        target.view(torch.int32).copy_(part.view(torch.int16)).bitwise_left_shift_(BITS).add_(left)
     return values
+
+
+def _round(values: torch.Tensor, rounded: torch.Tensor, seed: int) -> None:
+    generator = torch.Generator(values.device).manual_seed(seed)
+    bits = torch.randint(
+        0, 1 << BITS, values.shape, dtype=torch.int32, device=values.device, generator=generator
+    )
+    bits.add_(values.view(torch.int32)).bitwise_and_(-1 << BITS)
+    result = bits.view(torch.float32)
+    rounded.copy_(torch.where(values.isnan(), values, result, out=result))
+
+
+def _split(values: torch.Tensor, rounded: torch.Tensor, rest: torch.Tensor) -> None:
+    bits = torch.where(values.isnan(), QUIET_NAN, values.view(torch.int32))
+    upper = bits.add(1 << (BITS - 1)).bitwise_right_shift_(BITS)
+    rounded.view(torch.int16).copy_(upper)
+    rest.copy_(bits.sub_(upper.bitwise_left_shift_(BITS)))
+
+
+def _empty(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
 def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -1,55 +1,66 @@
 """Updates of parameters, all at once or each as soon as it has its gradient, and the state as plain tensors.
 
-A bfloat16 parameter is updated in float32: the optimizer works on a stand-in, which has the parameter's value
-and gradient during its update, and is empty in between. The result is rounded as `rounding.py` describes.
+A parameter and its state have one home, the device of the parameter. It is updated in one of three ways:
+
+    directly    a float32 parameter at home, by an optimizer of torch
+    in slices   by an optimizer that updates each value, or each block of 256, independently. It works on a
+                stand-in, which has the float32 values, gradient and state of one slice during its update, and
+                is empty in between. Slices of a parameter on the host may pass through a device.
+    whole       by other optimizers, on a stand-in for a whole bfloat16 parameter
+
+What is kept in bfloat16 is rounded as `rounding.py` describes: a parameter as `rounding` demands, and state
+always stochastically, since 0.999 times a bfloat16 moment, rounded to the nearest, is the same moment. State
+with its rest would take as much memory as float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.training.optim.rounding import join_float, split_float, stochastic_bf16
+from dpo_cache.training.optim.slots import GRADIENT, REST, TABLE, VALUE, Slicing, Slot, cut, make_slot
+from dpo_cache.training.optim.streaming import Pieces, SliceStream, Transfer, transfer_to
 
 # makes an optimizer of leaves, from them and the names of their parameters
 Build = Callable[[Sequence[torch.nn.Parameter], Sequence[str]], torch.optim.Optimizer]
+Gradients = Mapping[torch.nn.Parameter, torch.Tensor]
 
-REST, UPDATES = "rest", "updates"  # what a bfloat16 parameter's state holds besides the optimizer's
-
-
-@dataclass
-class _Slot:
-    """A parameter, and the leaf that the optimizer updates: the parameter, or its float32 stand-in."""
-
-    name: str
-    parameter: torch.nn.Parameter
-    leaf: torch.nn.Parameter
-    group: int = 0  # the leaf's among the optimizer's groups
-    num_updates: int = 0  # of a bfloat16 parameter: with its place, the seed of its stochastic rounding
-    rest: torch.Tensor | None = None  # int16, under compensated rounding
-
-    @property
-    def stands_in(self) -> bool:
-        return self.leaf is not self.parameter
+UPDATES = "updates"  # with the rest, what a parameter's state has besides the optimizer's
 
 
 class Updater:
     """An optimizer, with the part of torch's interface that a training loop needs.
 
-    Updating the parameters one by one, in any order, gives the same bits as updating them at once.
+    Updating the parameters one by one, in any order, gives the same bits as updating them at once. The state
+    is the same wherever the parameters are and the updates are computed.
     """
 
     def __init__(
-        self, parameters: Sequence[tuple[str, torch.nn.Parameter]], build: Build, *, rounding: str, seed: int
+        self,
+        parameters: Sequence[tuple[str, torch.nn.Parameter]],
+        build: Build,
+        *,
+        rounding: str,
+        seed: int,
+        slicing: Slicing | None = None,
+        compute_device: torch.device | None = None,
+        transfer: Transfer | None = None,
     ):
         self.rounding, self.seed = rounding, seed
-        self._slots = [_Slot(name, parameter, _leaf(parameter)) for name, parameter in parameters]
+        self._moments = slicing.moments if slicing else torch.float32
+        if transfer is None and compute_device is not None and compute_device.type != "cpu":
+            transfer = transfer_to(compute_device)
+        self._transfer = transfer
+        stream_device = compute_device if transfer else None
+        self._slots = [make_slot(name, parameter, slicing, stream_device) for name, parameter in parameters]
         self._place = {slot.parameter: place for place, slot in enumerate(self._slots)}
+        self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}  # of 8-bit values
         self._base = build([slot.leaf for slot in self._slots], [slot.name for slot in self._slots])
         group_of = {
             leaf: place for place, group in enumerate(self._base.param_groups) for leaf in group["params"]
@@ -69,22 +80,35 @@ class Updater:
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
-        if not any(slot.stands_in for slot in self._slots):
-            self._base.step()
-            return
-        for slot in self._slots:
-            if slot.parameter.grad is not None:
-                self.update(slot.parameter)
+        direct = [slot.parameter for slot in self._slots if not slot.stands_in]
+        for parameter in direct:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.contiguous()
+        if direct:
+            self._base.step()  # stand-ins have no gradient now
+        self.update(
+            *(slot.parameter for slot in self._slots if slot.stands_in and slot.parameter.grad is not None)
+        )
 
     @torch.no_grad()
-    def update(self, parameter: torch.nn.Parameter) -> None:
-        """Update one parameter by its gradient, which is kept."""
-        slot = self._slots[self._place[parameter]]
-        with self._only(slot), self._filled(slot):
-            self._base.step()
-            if slot.stands_in:
-                slot.num_updates += 1
-                self._write_back(slot)
+    def update(self, *parameters: torch.nn.Parameter, gradients: Gradients | None = None) -> None:
+        """Update parameters by their gradients, which are kept, and return when that is done.
+
+        `gradients` may give gradients that are not in `parameter.grad`, such as those on the device of a
+        parameter on the host.
+        """
+        stream = SliceStream(self._transfer) if self._transfer else None
+        for parameter in parameters:
+            slot = self._slots[self._place[parameter]]
+            gradient = parameter.grad if gradients is None else gradients[parameter]
+            assert gradient is not None
+            slot.num_updates += 1
+            if slot.is_sliced:
+                self._update_slices(slot, gradient, stream if slot.is_streamed else None)
+            else:
+                self._update_whole(slot, gradient.to(parameter.device))
+        if stream:
+            stream.finish()
 
     def zero_grad(self) -> None:
         """Drop all gradients: a gradient of zeros would cost memory and make an update."""
@@ -100,12 +124,12 @@ class Updater:
         found: dict[str, torch.Tensor] = {}
         for slot in self._slots:
             state = dict(self._base.state.get(slot.leaf, {}))
-            if slot.stands_in and slot.num_updates:
+            if slot.counts and slot.num_updates:
                 state |= {UPDATES: slot.num_updates, REST: slot.rest}
             found |= {
                 f"{slot.name}/{key}": _as_tensor(value)
                 for key, value in state.items()
-                if value is not None and not key.startswith("qmap")  # which is a constant
+                if value is not None and not key.startswith(TABLE)  # which is a constant
             }
         return found
 
@@ -113,7 +137,7 @@ class Updater:
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Continue from the state of an updater of the same kind: later updates equal its own, bit for bit.
 
-        Raises `TrainingError` if the state is of other parameters.
+        Raises `TrainingError` if the state is of other parameters, and `KeyError` if it is not whole.
         """
         by_name: dict[str, dict[str, torch.Tensor]] = {}
         for path, tensor in tensors.items():
@@ -129,35 +153,132 @@ class Updater:
             if saved := by_name.get(slot.name):
                 self._restore(slot, dict(saved))
 
-    def _restore(self, slot: _Slot, saved: dict[str, torch.Tensor]) -> None:
-        if slot.stands_in:
+    def _restore(self, slot: Slot, saved: dict[str, torch.Tensor]) -> None:
+        if slot.counts:
             slot.num_updates = int(saved.pop(UPDATES))
             slot.rest = saved.pop(REST).to(slot.parameter.device) if REST in saved else None
-        with self._only(slot), self._filled(slot):
-            # bitsandbytes: makes buffers of its own, some of them paged
-            if hasattr(self._base, "init_state"):
-                self._base.init_state(self._base.param_groups[0], slot.leaf, 0, 0)
-                state = self._base.state[slot.leaf]
-                for key, value in saved.items():
-                    state[key] = (
-                        state[key].copy_(value)
-                        if isinstance(state[key], torch.Tensor)
-                        else _from_tensor(value)
-                    )
-            else:
-                fused = bool(self._base.defaults.get("fused"))
-                # AdamW counts its steps on the CPU unless it is fused
-                self._base.state[slot.leaf] = {
-                    key: _from_tensor(
-                        value if key == "step" and not fused else value.to(slot.parameter.device)
-                    )
-                    for key, value in saved.items()
-                }
+        if slot.is_sliced or hasattr(self._base, "init_state"):
+            # buffers of the optimizer's own, some of them paged
+            state = self._new_state(slot)
+            for key, value in state.items():
+                if not key.startswith(TABLE):
+                    is_many = isinstance(value, torch.Tensor)
+                    state[key] = value.copy_(saved[key]) if is_many else _from_tensor(saved[key])
+        else:
+            fused = bool(self._base.defaults.get("fused"))
+            # AdamW counts its steps on the CPU unless it is fused
+            state = {
+                key: _from_tensor(value if key == "step" and not fused else value.to(slot.parameter.device))
+                for key, value in saved.items()
+            }
+        self._base.state[slot.leaf] = state
 
-    # -- one parameter ---------------------------------------------------------------------------------
+    def _new_state(self, slot: Slot) -> dict[str, Any]:
+        """The state before the first update, at home."""
+        home = slot.parameter
+        if hasattr(self._base, "init_state"):
+            with self._only(slot):
+                self._base.init_state(self._base.param_groups[0], home, 0, 0)
+            made = self._base.state.pop(home)
+            return {
+                key: value.contiguous() if torch.is_tensor(value) else value for key, value in made.items()
+            }
+        moments = [torch.zeros(home.shape, dtype=self._moments, device=home.device) for _ in range(2)]
+        return {"step": torch.tensor(0.0), "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+
+    # -- in slices -------------------------------------------------------------------------------------
+
+    def _update_slices(self, slot: Slot, gradient: torch.Tensor, stream: SliceStream | None) -> None:
+        """Update a parameter slice by slice, here or in a stream, which then has to be finished."""
+        state = self._base.state.get(slot.leaf) or self._new_state(slot)
+        home, step = slot.parameter.detach(), int(state["step"])
+        if self.rounding == "compensated" and home.dtype == torch.bfloat16 and slot.rest is None:
+            slot.rest = torch.zeros(home.shape, dtype=torch.int16, device=home.device)
+        contiguous = home.contiguous()
+        try:
+            for start, pieces in cut(slot, contiguous.view(-1), gradient, state):
+                constants = self._constants(slot.leaf.device, state, step)
+                if stream is None:
+                    self._change(slot, constants, start, pieces)
+                    continue
+                # a gradient that is on the device is not moved
+                there = {} if gradient.device == home.device else {GRADIENT: pieces.pop(GRADIENT)}
+                change = partial(self._change, slot, constants, start, there=there)
+                stream.run(pieces, change, unchanged=(GRADIENT,))
+        finally:
+            self._base.state[slot.leaf] = state
+        state["step"] = state["step"] + 1
+        if not home.is_contiguous():
+            if stream:
+                stream.finish()
+            slot.parameter.copy_(contiguous)
+
+    def _change(
+        self, slot: Slot, constants: dict[str, Any], start: int, pieces: Pieces, there: Pieces | None = None
+    ) -> None:
+        """Update the tensors of one slice in place, on the leaf's device; `there` are more of them."""
+        leaf, value, rest = slot.leaf, pieces.pop(VALUE), pieces.pop(REST, None)
+        leaf.data = value.float() if rest is None else join_float(value, rest)
+        leaf.grad = (pieces | (there or {})).pop(GRADIENT).to(leaf.device).float()
+        moments = {key: piece for key, piece in pieces.items() if key != GRADIENT}
+        wide = {
+            key: moment.float() if moment.dtype == torch.bfloat16 else moment
+            for key, moment in moments.items()
+        }
+        self._base.state[leaf] = wide | constants
+        with self._only(slot):
+            if hasattr(self._base, "update_step"):  # of bitsandbytes, whose `step` waits for the GPU
+                self._base.update_step(self._base.param_groups[0], leaf, 0, 0)
+            else:
+                self._base.step()
+        leaf.grad = None
+        self._round(slot, leaf.detach(), value, rest, start)
+        leaf.data = _nothing(leaf)
+        for number, (key, moment) in enumerate(moments.items(), 1):
+            if moment.dtype == torch.bfloat16:
+                draw = (self.seed, slot.num_updates, self._place[slot.parameter], -number)
+                stochastic_bf16(wide[key], *draw, start=start, out=moment)
+        self._base.state[leaf] = {}
+
+    def _constants(self, device: torch.device, state: dict[str, Any], step: int) -> dict[str, Any]:
+        """The state that all slices of a parameter share: the step, and the tables of 8-bit values."""
+        if isinstance(state["step"], int):
+            found: dict[str, Any] = {"step": step}
+        else:  # fused, torch counts on the device
+            where = device if self._base.defaults.get("fused") else torch.device("cpu")
+            found = {"step": torch.full((), float(step), device=where)}
+        for key in ("qmap1", "qmap2"):
+            if key in state:
+                if (key, device) not in self._tables:
+                    self._tables[key, device] = state[key].to(device)
+                found[key] = self._tables[key, device]
+        return found
+
+    # -- whole -----------------------------------------------------------------------------------------
+
+    def _update_whole(self, slot: Slot, gradient: torch.Tensor) -> None:
+        """Update a parameter that is not cut, or a stand-in for it."""
+        parameter, leaf = slot.parameter, slot.leaf
+        before, value = parameter.grad, parameter.detach().contiguous()
+        if slot.stands_in:
+            leaf.data = value.float() if slot.rest is None else join_float(value, slot.rest)
+        leaf.grad = gradient.to(leaf.dtype).contiguous()
+        with self._only(slot):
+            self._base.step()
+        leaf.grad = None
+        if slot.stands_in:
+            if self.rounding == "compensated" and slot.rest is None:
+                slot.rest = torch.empty(value.shape, dtype=torch.int16, device=value.device)
+            self._round(slot, leaf.detach(), value, slot.rest, 0)
+            leaf.data = _nothing(leaf)
+            if not parameter.is_contiguous():
+                parameter.copy_(value)
+        parameter.grad = before
+
+    # -- both ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _only(self, slot: _Slot) -> Iterator[None]:
+    def _only(self, slot: Slot) -> Iterator[None]:
         """The optimizer with only this parameter in it."""
         groups = self._base.param_groups
         self._base.param_groups = [{**groups[slot.group], "params": [slot.leaf]}]
@@ -166,39 +287,23 @@ class Updater:
         finally:
             self._base.param_groups = groups
 
-    @contextmanager
-    def _filled(self, slot: _Slot) -> Iterator[None]:
-        """A stand-in with its parameter's value and gradient; emptied again at the end."""
-        if not slot.stands_in:
-            yield
-            return
-        parameter, leaf = slot.parameter, slot.leaf
-        value = parameter.detach()
-        leaf.data = value.float() if slot.rest is None else join_float(value, slot.rest)
-        leaf.grad = None if parameter.grad is None else parameter.grad.float()
-        try:
-            yield
-        finally:
-            leaf.grad = None
-            leaf.data = _nothing(parameter)
-
-    def _write_back(self, slot: _Slot) -> None:
-        values = slot.leaf.detach()
-        if self.rounding == "compensated":
-            rounded, slot.rest = split_float(values)
-        elif self.rounding == "stochastic":
-            rounded = stochastic_bf16(values, self.seed, slot.num_updates, self._place[slot.parameter])
+    def _round(
+        self, slot: Slot, wide: torch.Tensor, value: torch.Tensor, rest: torch.Tensor | None, start: int
+    ) -> None:
+        """Write the updated float32 values into a parameter, or into its slice that begins at `start`."""
+        if value.dtype == torch.float32:
+            return  # updated in place
+        if value.dtype != torch.bfloat16 or self.rounding == "nearest":
+            value.copy_(wide)
+        elif rest is not None:
+            split_float(wide, out=(value, rest))
         else:
-            rounded = values.bfloat16()
-        slot.parameter.copy_(rounded)
+            draw = (self.seed, slot.num_updates, self._place[slot.parameter])
+            stochastic_bf16(wide, *draw, start=start, out=value)
 
 
-def _leaf(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    return torch.nn.Parameter(_nothing(parameter)) if parameter.dtype == torch.bfloat16 else parameter
-
-
-def _nothing(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.float32, device=parameter.device)
+def _nothing(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=leaf.dtype, device=leaf.device)
 
 
 def _as_tensor(value: Any) -> torch.Tensor:

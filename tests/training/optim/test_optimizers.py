@@ -16,7 +16,12 @@ from dpo_cache.training.optim.updates import Updater
 from tests.families.rotation import is_in_part
 from tests.families.tiny import FAMILIES, _build, make_config
 
-OPTIMIZERS = ["adamw", "adafactor", *(["adamw-8bit"] if importlib.util.find_spec("bitsandbytes") else [])]
+OPTIMIZERS = [
+    "adamw",
+    "adamw-bf16",
+    "adafactor",
+    *(["adamw-8bit"] if importlib.util.find_spec("bitsandbytes") else []),
+]
 ROUNDED = ["nearest", "stochastic", "compensated"]
 CASES = [(name, torch.float32, "auto") for name in OPTIMIZERS] + [
     (name, torch.bfloat16, rounding) for name in OPTIMIZERS for rounding in ROUNDED
@@ -144,7 +149,7 @@ def test_adamw_in_float32_is_torchs_own() -> None:
     assert_same(model, expected)
 
 
-@pytest.mark.parametrize("name", ["adamw-8bit", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw-8bit", "adamw-bf16", "adafactor"])
 def test_the_others_go_where_adamw_goes(name: str) -> None:
     """A constant gradient moves every weight by about the learning rate a step, whatever the optimizer."""
     if name not in OPTIMIZERS:
@@ -161,7 +166,7 @@ def test_the_others_go_where_adamw_goes(name: str) -> None:
     kept = sum(
         value.numel() * value.element_size() for key, value in state.items() if key.startswith("matrix/")
     )
-    assert kept < {"adamw-8bit": 2.1, "adafactor": 0.15}[name] * model.matrix.numel()
+    assert kept < {"adamw-8bit": 2.1, "adamw-bf16": 4.01, "adafactor": 0.15}[name] * model.matrix.numel()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -83,3 +83,21 @@ def test_slices_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(one, other)
     assert torch.equal(join_float(*whole), values) and torch.equal(split_float(values.t())[0], whole[0].t())
     assert torch.equal(split_float(torch.tensor(1.001))[0], torch.tensor(1.001).bfloat16())
+
+
+@pytest.mark.parametrize("cut", [64, 128, 320])
+def test_parts_of_a_tensor_are_rounded_as_the_whole(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "SLICE", 64)
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    whole, parts = stochastic_bf16(values, 3, 1), torch.empty(1000, dtype=torch.bfloat16)
+    for start in reversed(range(0, 1000, cut)):
+        place = slice(start, start + cut)
+        stochastic_bf16(values[place], 3, 1, start=start, out=parts[place])
+    assert torch.equal(parts, whole)
+    ups = (whole.float() > values).view(-1)[:960].view(15, 64)
+    assert len({tuple(row.tolist()) for row in ups}) == 15  # every slice has a draw of its own
+    rounded, rest = torch.empty(1000, dtype=torch.bfloat16), torch.empty(1000, dtype=torch.int16)
+    for start in range(0, 1000, cut):
+        place = slice(start, start + cut)
+        split_float(values[place], out=(rounded[place], rest[place]))
+    assert torch.equal(join_float(rounded, rest), values)

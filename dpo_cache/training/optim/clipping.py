@@ -1,0 +1,45 @@
+"""Clipping of the gradient by its norm, wherever the gradients are: on the device, on the host, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+SLICE = 2**22  # values of a bfloat16 gradient that are made float32 at once
+
+
+@torch.no_grad()
+def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale the gradients in place such that their norm is at most `max_norm`; returns the norm before.
+
+    Equals `torch.nn.utils.clip_grad_norm_`, but computes the norm of bfloat16 gradients in float32, where
+    torch rounds it to bfloat16. Makes no copy of a gradient.
+    """
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = gradient_norm(trained)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if norm.device.type == "cpu" and float(scale) == 1.0:
+        return norm  # no pass over gradients on the host that would change nothing
+    by_device: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for parameter in trained:
+        assert parameter.grad is not None
+        by_device.setdefault((parameter.grad.device, parameter.grad.dtype), []).append(parameter.grad)
+    for (device, _), gradients in by_device.items():
+        torch._foreach_mul_(gradients, scale.to(device))
+    return norm
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """The norm of all gradients together, a float32 scalar on the device of the first one; 0 without any."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    norms = torch.stack([_norm(gradient).to(gradients[0].device) for gradient in gradients])
+    return torch.linalg.vector_norm(norms)
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    parts = gradient.reshape(-1).split(SLICE)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part.float()) for part in parts]))

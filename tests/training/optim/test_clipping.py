@@ -1,0 +1,70 @@
+"""Clipping equals torch's, in value and in gradients, without a copy of a gradient."""
+
+import pytest
+import torch
+
+from dpo_cache.planning.live_bytes import LiveBytes
+from dpo_cache.training.optim import clipping
+from dpo_cache.training.optim.clipping import clip_gradient, gradient_norm
+
+SHAPES = ((300, 70), (5,), (1, 1), (40, 3, 2))
+
+
+def parameters(*dtypes: torch.dtype, scale: float = 1.0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for number, shape in enumerate(SHAPES):
+        dtype = dtypes[number % len(dtypes)]
+        parameter = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
+        parameter.grad = (scale * torch.randn(shape, generator=generator)).to(dtype)
+        made.append(parameter)
+    return [*made, torch.nn.Parameter(torch.zeros(3))]  # without a gradient
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9, float("inf")])
+def test_it_is_torchs_own_in_float32(max_norm: float) -> None:
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    assert torch.equal(clip_gradient(ours, max_norm), torch.nn.utils.clip_grad_norm_(theirs, max_norm))
+    for one, other in zip(ours[:-1], theirs, strict=False):
+        assert torch.equal(one.grad, other.grad)
+    assert ours[-1].grad is None
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.float32, torch.bfloat16)])
+def test_bfloat16_gradients_are_summed_in_float32(
+    dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clipping, "SLICE", 1000)
+    ours, theirs = parameters(*dtypes), parameters(*dtypes)
+    exact = torch.cat([one.grad.double().view(-1) for one in ours[:-1]]).norm().item()
+    assert float(gradient_norm(ours)) == pytest.approx(exact, rel=1e-6)
+    assert float(clip_gradient(ours, 1.0)) == pytest.approx(exact, rel=1e-6)
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    for one, other in zip(ours[:-1], theirs, strict=False):
+        # torch's norm is rounded to 8 bits
+        assert torch.allclose(one.grad.float(), other.grad.float(), rtol=2**-7, atol=0)
+    assert float(gradient_norm(ours)) == pytest.approx(1.0, rel=2**-8)
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
+def test_a_norm_that_is_not_finite_is_returned(wrong: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        found = parameters(dtype)
+        found[0].grad[3, 4] = wrong
+        assert str(float(clip_gradient(found, 1.0))) == str(wrong)
+
+
+def test_nothing_to_clip() -> None:
+    assert float(clip_gradient([torch.nn.Parameter(torch.zeros(3))], 1.0)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_norm", [0.1, 1e9])
+def test_no_gradient_is_copied(dtype: torch.dtype, max_norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clipping, "SLICE", 1000)
+    found = parameters(dtype)
+    pointers = [one.grad.data_ptr() for one in found[:-1]]
+    with LiveBytes() as live:
+        clip_gradient(found, max_norm)
+    assert live.peak < 10_000 < found[0].grad.nbytes
+    assert [one.grad.data_ptr() for one in found[:-1]] == pointers
