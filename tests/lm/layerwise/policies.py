@@ -15,7 +15,16 @@ from dpo_cache.types import Completion
 from tests.families.check import check_pairs
 from tests.families.tiny import make_tiny
 
-WITHOUT_FOREST = ("falcon", "falcon_h1", "glm_moe_dsa", "openai-gpt", "qwen3_5_moe", "zamba2", "zaya")
+WITHOUT_FOREST = (
+    "bloom",
+    "falcon",
+    "falcon_h1",
+    "glm_moe_dsa",
+    "openai-gpt",
+    "qwen3_5_moe",
+    "zamba2",
+    "zaya",
+)
 
 
 def policy_of(
