@@ -102,11 +102,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The array's values on the device. The copy to a CUDA device waits for nothing: it comes from pinned
-    memory, which torch keeps until the copy is done.
+def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The values on the device. The host waits for no copy to a CUDA device: it comes from pinned memory,
+    which torch keeps until the copy is done.
     """
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(values))
     if device.type != "cuda":
         return tensor.to(device)
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -1,25 +1,35 @@
-"""Whether recomputed activations give the gradient that kept ones give, on one short pair.
+"""Whether recomputed activations give the gradient that kept ones give, on one short pair; and whether a
+kernel of the forest's attention gives that of fused attention, segment by segment.
 
 A model's code may do something in its forward pass that a second one does not repeat, such as changing a
-tensor in place or keeping a value for a later layer. Then the loss is right, and the gradient is not.
+tensor in place or keeping a value for a later layer. Then the loss is right, and the gradient is not. The
+self-check has compared a kernel's log-probs, and has not run it backward, nor under mixed precision.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
+from transformers import PreTrainedModel
 
 from dpo_cache.errors import first_line
 from dpo_cache.lm.budget import is_out_of_memory
+from dpo_cache.lm.check_logps import FAILURES
 from dpo_cache.lm.check_rows import short_rows
+from dpo_cache.lm.forest.kernels import SEGMENTS, kernels_of
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import PolicyModel
+from dpo_cache.lm.self_check import AttentionChoice
+from dpo_cache.log import Log
 
 # Largest gap between two gradients of a parameter that rounding explains, relative to its norm, and relative
 # to that of all parameters (for gradients that are nothing but rounding): in float32, and in 16 bits.
 TOLERANCES = {"fp32": (1e-3, 1e-5), "16 bits": (5e-2, 1e-3)}
+# Between two kernels in 16 bits, which round differently; on tiny random models up to 0.09 of a norm.
+TOLERANCES_OF_KERNELS = {**TOLERANCES, "16 bits": (0.3, 1e-2)}
 
 
 @dataclass
@@ -59,15 +69,33 @@ class GradientCheck:
                 self._problems[mode] = "" if is_memory else f"fails ({first_line(error)})"
         return self._problems[mode]
 
-    def _compare(self, found: dict[str, Sketch]) -> str:
+    def problem_of_kernel(self, kernel: str) -> str:
+        """How the gradient by this kernel is wrong; empty if it is that of the policy's own, or if memory
+        does not suffice for the pair.
+        """
+        attention = replace(self.policy.attention, kernel=kernel)
+        other = PolicyModel(self.policy.model, attention, precision=self.policy.precision)
+        try:
+            found = GradientCheck(other, self.recomputation)._gradient("none")
+            return self._compare(found, self.policy.attention.kernel, TOLERANCES_OF_KERNELS)
+        except FAILURES as error:
+            is_memory = is_out_of_memory(error, self.policy.model.device)
+            return "" if is_memory else f"fails ({first_line(error)})"
+
+    def _compare(
+        self,
+        found: dict[str, Sketch],
+        other: str = "none",
+        tolerances: Mapping[str, tuple[float, float]] = TOLERANCES,
+    ) -> str:
         dtype = self.policy.model.dtype
         is_fp32 = self.policy.precision == "fp32" and dtype == torch.float32
-        of_own, of_all = TOLERANCES["fp32" if is_fp32 else "16 bits"]
+        of_own, of_all = tolerances["fp32" if is_fp32 else "16 bits"]
         norm = sum(sketch.norm**2 for sketch in self._expected.values()) ** 0.5
         for name, expected in self._expected.items():
             gap = found[name].gap(expected) if name in found else expected.norm
             if not gap <= of_own * expected.norm + of_all * norm:
-                return f"gives another gradient than none ({name}: by {gap:.2g} of {expected.norm:.2g})"
+                return f"gives another gradient than {other} ({name}: by {gap:.2g} of {expected.norm:.2g})"
         return ""
 
     @cached_property
@@ -99,6 +127,28 @@ class GradientCheck:
             for parameter in trained.values():
                 parameter.grad = None
         return found
+
+
+def with_right_kernel(
+    model: PreTrainedModel, attention: AttentionChoice, recomputation: Recomputation, precision: str, log: Log
+) -> AttentionChoice:
+    """The attention with the first kernel, from its own on, that gives the gradient of segments."""
+    if attention.name != "forest" or attention.kernel == SEGMENTS:
+        return attention
+    segments = replace(attention, kernel=SEGMENTS)
+    # float32 weights also without mixed precision, whose rounding hides smaller errors
+    precisions = {precision, "fp32"} if model.dtype == torch.float32 else {precision}
+    checks = [
+        GradientCheck(PolicyModel(model, segments, precision=one), recomputation)
+        for one in sorted(precisions)
+    ]
+    kernels = kernels_of(model.device)
+    for kernel in kernels[kernels.index(attention.kernel) : kernels.index(SEGMENTS)]:
+        problems = [problem for check in checks if (problem := check.problem_of_kernel(kernel))]
+        if not problems:
+            return replace(attention, kernel=kernel)
+        log(f"attention by {kernel} {problems[0]} on a short pair, so it is not used.")
+    return segments
 
 
 @torch.no_grad()

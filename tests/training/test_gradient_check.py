@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from dpo_cache.lm.forest import flex_call, varlen
+from dpo_cache.lm.forest.kernels import KERNELS
 from dpo_cache.lm.memory.recompute import MODES, Recomputation
 from dpo_cache.lm.model.adapter import add_adapter, lora_config
 from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
-from dpo_cache.training.gradient_check import GradientCheck
+from dpo_cache.training.gradient_check import GradientCheck, with_right_kernel
 from dpo_cache.training.step_memory import StepMemory
 from tests.conftest import make_llama
 from tests.families.tiny import make_tiny
@@ -71,6 +75,33 @@ def test_a_small_part_of_a_gradient_that_is_missing_is_found(
     assert name in check._compare(found)
     del found[name]
     assert name in check._compare(found)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+def test_a_kernel_that_gives_another_gradient_is_not_used(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KERNELS, "cpu", ("varlen", "flex", "segments"))
+    model, logged = make_llama(), []
+    recomputation, attention = Recomputation(model), choose_attention(model, max_length=64)
+    assert attention.kernel == "varlen"
+    assert with_right_kernel(model, attention, recomputation, precision, pytest.fail) == attention
+    real = varlen._Gather.backward
+    monkeypatch.setattr(
+        varlen._Gather, "backward", lambda ctx, grad: (real(ctx, grad)[0] * 0.9, None, None, None)
+    )
+    found = with_right_kernel(model, attention, recomputation, precision, logged.append)
+    assert found == replace(attention, kernel="flex")
+    assert len(logged) == 1 and "attention by varlen gives another gradient than segments (" in logged[0]
+    monkeypatch.setattr(flex_call.FlexCall, "compute", fail)
+    found = with_right_kernel(model, attention, recomputation, precision, logged.append)
+    assert found.kernel == "segments"
+    assert logged[2] == "attention by flex fails (no compiler) on a short pair, so it is not used."
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("no compiler")
 
 
 def test_gradients_of_a_step_that_did_not_fit_do_not_count() -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from dpo_cache.lm.device import planning_device_type
+from dpo_cache.lm.device import planning_device_type, to_device
 
 FOREST_ATTENTION = "dpo_cache_forest"
 
@@ -160,7 +160,7 @@ def attend(
 def additive_mask(visible: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     """0 where a query sees a key, -inf elsewhere."""
     mask = torch.from_numpy(np.where(visible, np.float32(0), np.float32("-inf")))
-    return mask.to(dtype=like.dtype, device=like.device)
+    return to_device(mask.to(like.dtype), like.device)
 
 
 def _tail_mask(

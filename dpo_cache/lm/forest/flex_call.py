@@ -68,9 +68,11 @@ class FlexCall:
         zero = torch.tensor(0)
         queries, keys = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])
         is_visible = self.mask.mask_mod(zero, zero, queries, keys)
-        mask_NP = torch.zeros(is_visible.shape, dtype=query.dtype).masked_fill(~is_visible, -torch.inf)
+        mask_NP = torch.zeros(is_visible.shape, dtype=torch.float32).masked_fill(~is_visible, -torch.inf)
         rules = Rules(self.scaling, softcap=self.softcap, sinks_H=sinks_H)
-        return attend_by_formula(query, key, value, rules, mask_NP)
+        # the kernel, too, has scores and weights in float32
+        output = attend_by_formula(query.float(), key.float(), value.float(), rules, mask_NP)
+        return output.to(query.dtype)
 
 
 @torch.library.custom_op("dpo_cache::flex_attention", mutates_args=())

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo_cache.lm.device import to_device
 from dpo_cache.lm.forest.attention import Rules, additive_mask, attend, attend_segment
 from dpo_cache.lm.forest.layout import Forest
 from dpo_cache.lm.forest.segments import Block, Segment, last_at_each_depth, segments_of, split_segment
@@ -84,7 +85,7 @@ class PathPlan:
         name = (id(block), "last places")
         if name not in self.masks:
             last = last_at_each_depth(block.depths_N())
-            self.masks[name] = tuple(torch.from_numpy(values).to(device) for values in last)  # type: ignore[assignment]
+            self.masks[name] = tuple(to_device(values, device) for values in last)  # type: ignore[assignment]
         return self.masks[name]  # type: ignore[return-value]
 
 
