@@ -118,12 +118,11 @@ def version_of(tensor: torch.Tensor) -> int | None:
 
 
 def _is_same(given: torch.Tensor, returned: torch.Tensor) -> bool:
-    """Whether a tensor is another one, or a slice of all of it, as Gemma 4 takes."""
-    if given is returned:
-        return True
-    return (given.shape, given.stride(), given.storage_offset(), given.untyped_storage()._cdata) == (
-        returned.shape,
-        returned.stride(),
-        returned.storage_offset(),
-        returned.untyped_storage()._cdata,
-    )
+    """Whether a tensor is another one, or a slice of all of it, as Gemma 4 takes; not one that is detached."""
+    return given is returned or _memory(given) == _memory(returned)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    memory = tensor.untyped_storage()._cdata
+    layout = tensor.shape, tensor.stride(), tensor.storage_offset()
+    return memory, tensor.dtype, tensor.requires_grad, *layout

@@ -110,6 +110,12 @@ def walk_with_first(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
+def walk_with_state_twice(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+    for layer in self.layers:
+        hidden = layer(hidden, hidden)
+    return hidden
+
+
 def walk_with_parameter(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
     for layer in self.layers:
         hidden = layer(hidden, self.norm.weight)
@@ -161,6 +167,7 @@ class PlainLayer(nn.Module):
         (plain_walk, Layer),
         (plain_walk, PlainLayer),
         (walk_with_first, Layer),
+        (walk_with_state_twice, Layer),
         (walk_with_parameter, Layer),
         (walk_by_pairs, PairLayer),
         (walk_by_named_pairs, PairLayer),
@@ -298,6 +305,23 @@ def test_other_calls_than_before_are_refused() -> None:
         decoder.walk = walk
         with pytest.raises(NotLayerMajorError, match=reason):
             record(layers, **arguments_of(0))
+
+
+def test_a_gradient_that_stops_between_layers_is_refused() -> None:
+    """Without gradients, nothing shows: a detached tensor is a slice of all of its source."""
+    decoder = Decoder(plain_walk)
+    layers = taken_apart(decoder)
+
+    def walk(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden.detach())
+        return hidden
+
+    decoder.walk = walk
+    with torch.no_grad():
+        record(layers, **arguments_of(0))
+    with pytest.raises(NotLayerMajorError, match="changes the hidden states"):
+        record(layers, **arguments_of(0))
 
 
 def test_the_model_is_as_before() -> None:

@@ -107,6 +107,14 @@ def test_a_right_run_of_weights_that_travel_has_no_problem(policies, weights: ty
         assert leaves and all(leaf.grad is None for leaf in leaves)
 
 
+def test_mixed_precision(policies, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = policies("plain").model
+    policy = PolicyModel(model, policies("plain").attention, precision="bf16-mixed")
+    assert problem_of(policy) == ""
+    count_twice(monkeypatch)
+    assert problem_of(policy).startswith(GRADIENT)
+
+
 def drop_arguments(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SharedTensors, "collect", lambda *_: None)
 
