@@ -314,7 +314,7 @@ def test_a_gradient_that_stops_between_layers_is_refused() -> None:
 
     def walk(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            hidden = layer(hidden.detach())
+            hidden = layer(hidden).detach()
         return hidden
 
     decoder.walk = walk
