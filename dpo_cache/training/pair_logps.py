@@ -8,6 +8,7 @@ from dataclasses import fields
 import numpy as np
 import torch
 
+from dpo_cache.lm.device import to_device
 from dpo_cache.lm.policy import CompletionLogps
 from dpo_cache.lm.routing import add_routings
 from dpo_cache.losses.objective import Objective, PairLogps
@@ -121,4 +122,4 @@ def join_pairs(parts: Sequence[PairLogps]) -> PairLogps:
 
 
 def _to(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(values).to(like.dtype).to(like.device)
+    return to_device(torch.from_numpy(values).to(like.dtype), like.device)
