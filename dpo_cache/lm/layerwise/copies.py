@@ -30,6 +30,11 @@ class Copies:
         """
         return self._leaves.setdefault(key, {})
 
+    def is_here(self, tensor: torch.Tensor) -> bool:
+        """Whether it is on the device, which may be without its number."""
+        there = tensor.device
+        return there.type == self.device.type and self.device.index in (None, there.index)
+
     def layout(self, tensors: Sequence[Held], matrices: set[int]) -> Layout:
         """A place for each tensor that is not on the device, or not in the dtype of its copy.
 
@@ -40,7 +45,7 @@ class Copies:
             dtype = held.tensor.dtype
             if id(held.tensor) in matrices and dtype == torch.float32 and self._compute_dtype is not None:
                 dtype = self._compute_dtype
-            if self._copies_all or held.tensor.device != self.device or dtype != held.tensor.dtype:
+            if self._copies_all or not self.is_here(held.tensor) or dtype != held.tensor.dtype:
                 chosen.append((held, dtype))
         return lay_out(chosen)
 

@@ -51,28 +51,25 @@ class DiskWeights:
         assert not places, f"not in the files: {list(places)}"
 
     def _fill(self, piece: Piece, places: dict[str, list[Place]], flat: torch.Tensor) -> None:
-        if piece.converter is None and self._read_in_place(piece, places.get(piece.target, []), flat):
-            del places[piece.target]
+        if piece.converter is None:
+            for place in places.pop(piece.target, []):
+                self._read_to(place.view(flat), piece)
             return
-        made = piece.convert(self._model, self._read if piece.converter is None else StoredTensor.read)
+        made = piece.convert(self._model, StoredTensor.read)
         for name in [*made]:
             for place in places.pop(name, []):
                 place.view(flat).copy_(made[name])
             del made[name]
 
-    def _read_in_place(self, piece: Piece, places: list[Place], flat: torch.Tensor) -> bool:
-        """Read without a buffer between, where the stored bytes are those of the copy."""
+    def _read_to(self, target: torch.Tensor, piece: Piece) -> None:
+        """Read a tensor that only has another name, and cast it into its place without a copy between."""
         ((_, _, stored),) = piece.sources
-        if len(places) != 1 or {piece.dtype, places[0].dtype} != {stored.dtype}:
-            return False
-        view = places[0].view(flat)
-        if not view.is_contiguous() or not stored.num_bytes:
-            return False
-        stored.read(view.view(-1).view(torch.uint8))
-        return True
-
-    def _read(self, stored: StoredTensor) -> torch.Tensor:
-        """In a buffer that serves one tensor after the other."""
+        if stored.dtype == piece.dtype == target.dtype and target.is_contiguous() and target.numel():
+            stored.read(target.view(-1).view(torch.uint8))
+            return
         if self._buffer.numel() < stored.num_bytes:
             self._buffer = torch.empty(stored.num_bytes, dtype=torch.uint8)
-        return stored.read(self._buffer)
+        content = stored.read(self._buffer)
+        if target.dtype != piece.dtype:
+            content = content.to(piece.dtype)  # rounded twice, as a resident weight is under mixed precision
+        target.copy_(content)

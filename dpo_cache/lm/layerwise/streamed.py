@@ -25,6 +25,7 @@ from dpo_cache.lm.device import STREAMED
 from dpo_cache.lm.layerwise.copies import Copies
 from dpo_cache.lm.layerwise.ends import BOTTOM, TOP, Ends, Rewritten
 from dpo_cache.lm.layerwise.held import Held, Layout, exchanged, held_in, matrices_of
+from dpo_cache.lm.layerwise.packed import LayerUse, is_packed, run_packed
 from dpo_cache.lm.layerwise.sources import WeightSource
 from dpo_cache.lm.layerwise.transfer import Ring, Shelf, Transfer, transfer_to
 
@@ -53,6 +54,7 @@ class StreamedWeights:
         self._transfer = transfer or transfer_to(device)
         self.ring = self._make_ring(self._transfer)
         self._open: set[int] = set()
+        self.num_uses = [0] * len(self.layers)
         names = {module: name for name, module in model.named_modules()}
         self._names = [names[layer] for layer in self.layers]
         self._model = model
@@ -60,11 +62,12 @@ class StreamedWeights:
         self._kind = type(model)
         model.__class__ = _streamed_kind(self)
         self._ends = Ends(model, set(self.layers), self._copies, embedding)
-        self._rewritten = [
-            Rewritten(layer, partial(self._run, index))
-            for index, layer in enumerate(self.layers)
-            if self._first(index) == index
-        ]
+        self._rewritten: list[Rewritten] = []
+        for index in sorted({self._first(index) for index in range(len(self.layers))}):
+            self._rewritten.append(Rewritten(self.layers[index], partial(self._run, index)))
+            for module in self.layers[index].modules() if self._layout(index).places else ():
+                if is_packed(module):
+                    self._rewritten.append(Rewritten(module, partial(self._run_packed, index)))
 
     def _make_ring(self, transfer: Transfer) -> Ring:
         return Ring(transfer)
@@ -98,6 +101,10 @@ class StreamedWeights:
                 self._fetch(self._first(then))
             with self._copies.in_place(index, layout, flat):
                 yield
+
+    def is_open(self, index: int) -> bool:
+        """Whether layer `index` has its weights on the device."""
+        return self._first(index) in self._open
 
     def use_bottom(self) -> AbstractContextManager[None]:
         """While open, what runs before the first layer has its weights on the device."""
@@ -152,6 +159,7 @@ class StreamedWeights:
         """The copies in flat memory of the device."""
         flat = self.ring.open(index) if layout.places else torch.empty(0, dtype=torch.uint8)
         self._open.add(index)
+        self.num_uses[index] += 1
         try:
             yield flat
         finally:
@@ -169,8 +177,9 @@ class StreamedWeights:
     def _layout(self, index: int) -> Layout:
         held = self._held(index)
         added = [one for one in held if id(one.tensor) not in self._known]  # by an adapter
-        added_ids = {id(one.tensor) for one in added}
-        return self._copies.layout(held, matrices_of(self.layers[index].modules()) - added_ids)
+        stay = {id(one.tensor) for one in added if self._copies.is_here(one.tensor)}
+        matrices = matrices_of(self.layers[index].modules()) - {id(one.tensor) for one in added}
+        return self._copies.layout([one for one in held if id(one.tensor) not in stay], matrices)
 
     def _held(self, index: int) -> list[Held]:
         return held_in(self.layers[index], self._names[index])
@@ -183,6 +192,12 @@ class StreamedWeights:
         """A layer's forward in a plain call of the model."""
         with self.use(index, then=(index + 1) % len(self.layers)):
             return forward(*args, **kwargs)
+
+    def _run_packed(
+        self, index: int, forward: Callable[..., torch.Tensor], inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """A forward inside a layer that has weights of bitsandbytes."""
+        return run_packed(LayerUse(self, index), forward, inputs)
 
 
 def _streamed_kind(weights: StreamedWeights) -> type[Any]:
