@@ -120,7 +120,7 @@ def _temporary_bytes(
         return 0
     value = gradient = 4 * at_once if _is_bf16(parameter) else 0
     moments = 8 * at_once if optimizer == "adamw-bf16" else 0
-    drawn = 5 * min(at_once, SLICE)
+    drawn = 6 * min(at_once, SLICE)
     split = {"nearest": 0, "compensated": 8 * min(at_once, SLICE)}.get(str(rounding), drawn)
     return max(
         value + moments + max(gradient + computed, split if value else 0), moments + drawn if moments else 0

