@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import DpoCacheError, TrainingError
 from dpo_cache.lm.check_logps import FOREST
+from dpo_cache.lm.device import autocast
 from dpo_cache.lm.kernels.onednn_linear import CLEAR_SPEEDUP
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.adapter import (
@@ -40,7 +41,12 @@ from dpo_cache.store.format.documents import Document
 from dpo_cache.store.format.model_limits import ModelLimits
 from dpo_cache.training.adapters import has_adapter, put_adapter
 from dpo_cache.training.batches import held_out
-from dpo_cache.training.layer_major import LayerMajorModel, move_trained, open_layer_major
+from dpo_cache.training.gradient_check import with_right_kernel
+from dpo_cache.training.layer_major import (
+    LayerMajorModel,
+    has_copies,
+    open_layer_major,
+)
 from dpo_cache.training.lengths import measure_rows
 from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.origin import Origin, compare_origin
@@ -184,39 +190,44 @@ def open_policy(
         trusted=trusted,
     )
     placement = options.placement(is_adapted=is_adapted) or FAST
-    home = _home(placement, device)
+    home = torch.device("cpu") if has_copies(placement, device) else device
     if loaded is not None:
         model = loaded.place(dtype, home, None if is_adapted else checkpoint)
     else:
         model = _load_model(options, parts, precision, dtype, home, trusted=trusted)
     is_whole = not is_adapted or options.merge_adapter  # what is saved
     left_out = find_left_out(model, parts.base, parts.base_revision) if is_whole else None
-    adapted = put_adapter(options, model, parts, log) if is_adapted else None
     data.limit_to(model, start.location)
-    if is_adapted and placement.optimizer == "device":
-        move_trained(model, device)
-    opened = open_layer_major(model, placement, device, precision) if placement.is_layer_major else None
-    with (
-        frozen_towers(model),
-        in_eval_mode(model),
-        opened or nullcontext("") as found,
-        prepared(
-            model,
-            trains=True,
-            offloads=isinstance(found, str) and placement.inputs == "host",
-            min_speedup=CLEAR_SPEEDUP,
-            linear=linear,
-            log=log,
-        ) as run,
-    ):
+    with ExitStack() as stack:
+        found: LayerMajorModel | str = ""
+        if placement.is_layer_major:
+            found = stack.enter_context(open_layer_major(model, placement, device, precision))
+        adapted = put_adapter(options, model, parts, log) if is_adapted else None
+        for context in (frozen_towers(model), in_eval_mode(model)):
+            stack.enter_context(context)
+        run = stack.enter_context(
+            prepared(
+                model,
+                trains=True,
+                offloads=isinstance(found, str) and placement.inputs == "host",
+                min_speedup=CLEAR_SPEEDUP,
+                linear=linear,
+                log=log,
+            )
+        )
         assert run.recomputation is not None
         if isinstance(found, str) and found:
             log(f"{found}. Each forest runs through all layers instead, as under `memory` fast.")
+        # copies of weights may have the dtype of the products, which only mixed precision takes
+        with autocast(device, precision if has_copies(placement, device) else "fp32"):
+            attention = _choose_attention(options, data, model)
+        if isinstance(found, str):  # layer by layer, gradients are compared with those of a plain run
+            attention = with_right_kernel(model, attention, run.recomputation, precision, log)
         yield TrainedModel(
             model=model,
             location=start.location,
             tokenizer=saved.tokenizer,
-            attention=_choose_attention(options, data, model),
+            attention=attention,
             precision=precision,
             linear=run.linear,
             recomputation=run.recomputation,
@@ -229,12 +240,6 @@ def open_policy(
             placement=placement,
             layer_major=None if isinstance(found, str) else found,
         )
-
-
-def _home(placement: Placement, device: torch.device) -> torch.device:
-    """Where the model's parameters are; the device has copies of them if that is the host."""
-    is_on_host = placement.weights != "device" or placement.optimizer == "host"
-    return torch.device("cpu") if is_on_host else device
 
 
 def _choose_attention(options: TrainOptions, data: TrainingPairs, model: PreTrainedModel) -> AttentionChoice:

@@ -10,19 +10,23 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.lm.check_rows import short_rows
+from dpo_cache.lm.device import autocast
 from dpo_cache.lm.layerwise.in_order import InOrder
-from dpo_cache.lm.layerwise.passes import RouterProbe
 from dpo_cache.lm.layerwise.policy import LayerMajorRun
 from dpo_cache.lm.layerwise.record import Layers, NotLayerMajorError, find_layers, outermost_layers
+from dpo_cache.lm.layerwise.routing import CapturedRouters
+from dpo_cache.lm.layerwise.self_check import layer_major_problem
 from dpo_cache.lm.layerwise.sources import HostWeights
 from dpo_cache.lm.layerwise.states import states_on
-from dpo_cache.lm.layerwise.streamed import StreamedWeights
+from dpo_cache.lm.layerwise.streamed import PersistentCopies, StreamedWeights
+from dpo_cache.lm.layerwise.transfer import Transfer
 from dpo_cache.lm.layerwise.weights import LayerWeights, ResidentWeights
 from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.lm.policy import CompletionLogps, PolicyModel
 from dpo_cache.lm.rows import rows_pass
 from dpo_cache.options.placement import Placement
 from dpo_cache.training.optim.placed_gradients import PlacedGradients
+from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.types import Completion
 
 
@@ -34,6 +38,21 @@ class LayerMajorModel:
     weights: LayerWeights
     placement: Placement
 
+    def problem(self, policy: PolicyModel, *, has_routing: bool) -> str:
+        """Why steps of this policy are not right layer by layer, in words; empty if they are."""
+        if policy.attention.is_whole:
+            return "its own forward is run as a whole"
+        try:
+            return layer_major_problem(
+                policy,
+                self.layers,
+                self.weights,
+                states_on(self.placement.inputs, policy.model.device),
+                CapturedRouters(policy.model) if has_routing else None,
+            )
+        except NotLayerMajorError as error:
+            return str(error)
+
 
 class LayerMajorSteps:
     """Runs the pieces of each step of a training run; see `LayerMajorRun`."""
@@ -42,13 +61,21 @@ class LayerMajorSteps:
         self,
         policy: PolicyModel,
         model: LayerMajorModel,
-        gradients: PlacedGradients,
-        routers: RouterProbe | None,
+        *,
+        has_routing: bool,
+        in_backward: OptimizerInBackward | None,
     ):
         states = states_on(model.placement.inputs, policy.model.device)
+        routers = CapturedRouters(policy.model) if has_routing else None
         self._run = LayerMajorRun(policy, model.layers, model.weights, states, routers)
         self._weights = model.weights
-        self.gradients = gradients
+        self.gradients = PlacedGradients(
+            policy.model,
+            model.layers,
+            keeps_on_host=model.placement.gradients == "host",
+            in_backward=in_backward,
+            copies=model.weights if isinstance(model.weights, InOrder) else None,
+        )
 
     def forward(self, pieces: Sequence[Sequence[Completion]]) -> None:
         """Run all pieces of a step through all layers; with gradients, if these are enabled."""
@@ -72,6 +99,11 @@ class LayerMajorSteps:
         """Carry the gradients of the losses to the parameters, and each layer's to its place."""
         self._run.backward(self.gradients.take)
 
+    def drop(self) -> None:
+        """Forget a step that did not fit."""
+        self._run.drop()
+        self.gradients.end_step()
+
 
 @contextmanager
 def open_layer_major(
@@ -84,14 +116,22 @@ def open_layer_major(
     """
     with ExitStack() as stack:
         streamed: StreamedWeights | None = None
-        if model.device != device:
-            modules = outermost_layers(decoder_of(model))
-            mixed = torch.bfloat16 if precision == "bf16-mixed" else None
+        if has_copies(placement, device):
+            kind = PersistentCopies if placement.weights == "device" else StreamedWeights
             streamed = stack.enter_context(
-                StreamedWeights(model, modules, HostWeights(), device, compute_dtype=mixed, embedding="host")
+                kind(
+                    model,
+                    outermost_layers(decoder_of(model)),
+                    HostWeights(),
+                    device,
+                    compute_dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
+                    transfer=make_transfer(),
+                    embedding="host",
+                )
             )
         try:
-            layers = layers_of(model)
+            with autocast(device, precision if streamed else "fp32"):
+                layers = layers_of(model)
         except NotLayerMajorError as error:
             stack.close()
             model.to(device)  # type: ignore[arg-type]
@@ -103,15 +143,18 @@ def open_layer_major(
         yield LayerMajorModel(layers, weights, placement)
 
 
+def has_copies(placement: Placement, device: torch.device) -> bool:
+    """Whether parameters have another home than the device; a CPU has only one memory."""
+    return device.type != "cpu" and (placement.weights != "device" or placement.optimizer == "host")
+
+
+def make_transfer() -> Transfer | None:
+    """What moves the weights to the device; None: what suits the device."""
+    return None
+
+
 def layers_of(model: PreTrainedModel) -> Layers:
     """The layers of the model's decoder, in the order of their calls. Raises `NotLayerMajorError`."""
     rows = short_rows(model.config.get_text_config().vocab_size, 64)[:1]
     with torch.no_grad():
         return find_layers(model, **rows_pass(model, rows).arguments)
-
-
-def move_trained(model: torch.nn.Module, device: torch.device) -> None:
-    """Move the parameters that are trained, an adapter's, to the device."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(device)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError, OptionError
 from dpo_cache.lm.device import choose_device
-from dpo_cache.lm.layerwise.in_order import InOrder
+from dpo_cache.lm.layerwise.weights import ResidentWeights
 from dpo_cache.lm.model.adapter import describe
 from dpo_cache.lm.model.architecture import auto_class
 from dpo_cache.lm.model.code_digest import CAUSAL_LM
@@ -34,7 +34,6 @@ from dpo_cache.training.inputs import TrainedModel, TrainingPairs, open_pairs, o
 from dpo_cache.training.layer_major import LayerMajorSteps
 from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.optim.optimizers import make_optimizer
-from dpo_cache.training.optim.placed_gradients import PlacedGradients
 from dpo_cache.training.optim.schedule import learning_rate
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.optim.updates import Updater
@@ -169,12 +168,10 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
         found = {"base_weights": policy.origin.base_weights, "precision": policy.precision}
         _check_resumed(options, checkpoint, found)  # before its state is restored
         parameters = list(policy.model.parameters())
-        optimizer = _make_optimizer(options, policy.model, checkpoint)
+        optimizer = _make_optimizer(options, policy.model, device, checkpoint)
         coefficient = router_coefficient(policy.model, options.router_aux_loss_coef)
         objective = objective_of(options, coefficient)
-        in_backward = None
-        if policy.placement.gradients == "none":
-            in_backward = OptimizerInBackward(optimizer, is_hooked=policy.layer_major is None)
+        layer_major, in_backward = _choose_steps(policy, objective, optimizer, log)
         yield Setup(
             options=options,
             log=log,
@@ -183,10 +180,12 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
             inputs=inputs,
             policy=policy,
             objective=objective,
-            step_memory=_plan_memory(options, policy, objective, position, log),
+            step_memory=_plan_memory(
+                options, policy, objective, position, log, is_layer_major=layer_major is not None
+            ),
             optimizer=optimizer,
             in_backward=in_backward,
-            layer_major=_layer_major_steps(policy, objective, in_backward),
+            layer_major=layer_major,
             total_steps=total_steps,
             evaluates=schedule_of("`eval_every`", options.eval_every, steps_per_epoch),
             saves=schedule_of("`save_every`", options.save_every, steps_per_epoch),
@@ -220,21 +219,28 @@ def resolved_inputs(options: TrainOptions, data: TrainingPairs, total_steps: int
     }
 
 
-def _layer_major_steps(
-    policy: TrainedModel, objective: Objective, in_backward: OptimizerInBackward | None
-) -> LayerMajorSteps | None:
-    found = policy.layer_major
-    if found is None:
-        return None
-    weights = found.weights
-    gradients = PlacedGradients(
-        policy.model,
-        found.layers,
-        keeps_on_host=found.placement.gradients == "host",
-        in_backward=in_backward,
-        copies=weights if isinstance(weights, InOrder) else None,
-    )
-    return LayerMajorSteps(_policy_model(policy, objective), found, gradients, None)
+def _choose_steps(
+    policy: TrainedModel, objective: Objective, optimizer: Updater, log: Log
+) -> tuple[LayerMajorSteps | None, OptimizerInBackward | None]:
+    """How steps run: layer by layer if the policy is right so, else forest by forest; and what updates within
+    the backward pass, if gradients are not kept.
+    """
+    drops, found = policy.placement.gradients == "none", policy.layer_major
+    if found is not None:
+        model, has_routing = _policy_model(policy, objective), bool(objective.router_coefficient)
+        problem = found.problem(model, has_routing=has_routing)
+        if not problem:
+            in_backward = OptimizerInBackward(optimizer, is_hooked=False) if drops else None
+            return LayerMajorSteps(
+                model, found, has_routing=has_routing, in_backward=in_backward
+            ), in_backward
+        problem = f"{type(policy.model).__name__} cannot run layer by layer: {problem}"
+        if not isinstance(found.weights, ResidentWeights):
+            raise ModelError(
+                f"{problem}.\nUse `memory` fast, or `place` with weights=device and optimizer=device."
+            )
+        log(f"{problem}. Each forest runs through all layers instead, as under `memory` fast.")
+    return None, OptimizerInBackward(optimizer) if drops else None
 
 
 @contextmanager
@@ -255,7 +261,13 @@ def _check_resumed(options: TrainOptions, checkpoint: Path | None, resolved: dic
 
 
 def _plan_memory(
-    options: TrainOptions, policy: TrainedModel, objective: Objective, position: RunPosition, log: Log
+    options: TrainOptions,
+    policy: TrainedModel,
+    objective: Objective,
+    position: RunPosition,
+    log: Log,
+    *,
+    is_layer_major: bool,
 ) -> StepMemory:
     memory = StepMemory(
         policy.model,
@@ -266,10 +278,12 @@ def _plan_memory(
         precision=policy.precision,
         is_deterministic=options.deterministic,
         most_tokens=policy.attention.max_tokens,
+        is_layer_major=is_layer_major,
     )
     if position.step_memory:
         memory.restore(position.step_memory)
-    memory.use_right_modes(GradientCheck(_policy_model(policy, objective), policy.recomputation).problem)
+    if not is_layer_major:  # whose gradients are compared already
+        memory.use_right_modes(GradientCheck(_policy_model(policy, objective), policy.recomputation).problem)
     return memory
 
 
@@ -284,7 +298,9 @@ def _policy_model(policy: TrainedModel, objective: Objective) -> PolicyModel:
     )
 
 
-def _make_optimizer(options: TrainOptions, model: PreTrainedModel, checkpoint: Path | None) -> Updater:
+def _make_optimizer(
+    options: TrainOptions, model: PreTrainedModel, device: torch.device, checkpoint: Path | None
+) -> Updater:
     optimizer = make_optimizer(
         model,
         options.optimizer,
@@ -292,6 +308,7 @@ def _make_optimizer(options: TrainOptions, model: PreTrainedModel, checkpoint: P
         weight_decay=options.weight_decay,
         rounding=options.rounding,
         seed=options.seed,
+        compute_device=device,
     )
     if checkpoint:
         restore_optimizer(checkpoint, optimizer)

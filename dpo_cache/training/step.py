@@ -25,6 +25,7 @@ from dpo_cache.lm.policy import CompletionLogps, count_tokens, join_logps
 from dpo_cache.losses.metrics import Metrics, PairMetrics
 from dpo_cache.training.batches import Group, completions_of, split_step, stream_pairs
 from dpo_cache.training.layer_major import LayerMajorSteps
+from dpo_cache.training.optim.clipping import clip_gradient
 from dpo_cache.training.output.run_start import find_checkpoints
 from dpo_cache.training.pair_logps import RunPairs, evaluated_at_once, mean_chosen_tokens, policy_losses
 from dpo_cache.training.setup import Setup
@@ -228,18 +229,32 @@ class TrainingStep:
         if setup.in_backward:
             has_changed, grad_norm = setup.in_backward.has_begun, float(setup.in_backward.end_step())
         else:
-            largest, parameters = setup.options.max_grad_norm or math.inf, setup.policy.model.parameters()
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, largest))
+            grad_norm = self._clip(setup.options.max_grad_norm or math.inf)
         loss = metrics.means()["loss"]
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise self._not_finite(pairs, number, loss, grad_norm, has_changed=has_changed)
         if not setup.in_backward:
-            setup.optimizer.step()
+            self._apply()
         self.has_updated = True
         setup.optimizer.zero_grad()
         if setup.layer_major is not None:
             setup.layer_major.gradients.end_step()
         return grad_norm
+
+    def _clip(self, max_norm: float) -> float:
+        """Clip the gradient, wherever it is kept; returns its norm before."""
+        steps, optimizer = self.setup.layer_major, self.setup.optimizer
+        if steps is not None and steps.gradients.is_on_host:
+            return steps.gradients.clip(optimizer.parameters, max_norm)
+        return float(clip_gradient(optimizer.parameters, max_norm))
+
+    def _apply(self) -> None:
+        """Update the weights by the gradient, wherever it is kept."""
+        steps, optimizer = self.setup.layer_major, self.setup.optimizer
+        if steps is not None and steps.gradients.is_on_host:
+            steps.gradients.update(optimizer)
+        else:
+            optimizer.step()
 
     # -- what fits --------------------------------------------------------------------------------------
 
@@ -275,6 +290,8 @@ class TrainingStep:
             if self.step_zero:
                 del self.step_zero.compared[num_compared:]  # of a part of the step
             self.setup.policy.model.zero_grad(set_to_none=True)
+            if self.setup.layer_major is not None:
+                self.setup.layer_major.drop()
 
     def _check_unchanged(self, error: RuntimeError) -> None:
         """Raise `TrainingError` where memory ran out while weights were being updated: the step cannot be

@@ -23,6 +23,8 @@ SHARE_OF_FREE = 0.5  # of a host's free memory that activations may take; more a
 class StepMemory:
     """Steps run `micro_tokens` at once, pairs of more than `pair_tokens` one answer at a time, under `mode`.
 
+    In a layer-major step, `mode` is that of each layer while it is run again for its gradient.
+
     All three change when memory runs out, but not the result of the step. `micro_tokens` None: as many as
     keep the device busy; then a longer pair is run whole as long as memory suffices, which is faster. No
     forest has more than `most_tokens`.
@@ -39,20 +41,23 @@ class StepMemory:
         precision: str = "fp32",
         is_deterministic: bool = False,
         most_tokens: int | None = None,
+        is_layer_major: bool = False,
     ):
         self._most_tokens = math.inf if most_tokens is None else most_tokens
         self.micro_tokens = int(min(micro_tokens or default_micro_tokens(model.device), self._most_tokens))
         self._requested = [micro_tokens, requested]
         self._is_fixed, self._log, self._device = requested != "auto", log, model.device
         self._recomputation = recomputation
-        self._ladder = ladder(precision)
+        # a layer-major step recomputes each layer from its input in any case
+        self._ladder = ladder(precision)[:1] if is_layer_major else ladder(precision)
+        share = 1 / max(1, recomputation.num_layers) if is_layer_major else 1.0
         # modes differ in rounding, and free memory changes
         modes = self._ladder[:1] if is_deterministic else self._ladder
-        fitting = _mode_that_fits(model, self.micro_tokens, modes)
+        fitting = _mode_that_fits(model, self.micro_tokens, modes, share)
         self._recomputation.mode = requested if self._is_fixed else fitting
         self.pair_tokens: float = micro_tokens or math.inf
         if not micro_tokens and not is_deterministic:
-            self.pair_tokens = max(self.micro_tokens, _tokens_that_fit(model, self.mode))
+            self.pair_tokens = max(self.micro_tokens, _tokens_that_fit(model, self.mode, share))
         self.pair_tokens = min(self.pair_tokens, self._most_tokens)
         self._problem_of: Callable[[str], str] = lambda _: ""
         if not self._recomputation.num_layers and requested not in ("auto", "none"):
@@ -134,13 +139,14 @@ def _free_bytes(device: torch.device) -> float:
     return psutil.virtual_memory().available if device.type == "cpu" else math.inf
 
 
-def _tokens_that_fit(model: PreTrainedModel, mode: str) -> float:
-    per_token = activation_bytes(model, 1, mode)
+def _tokens_that_fit(model: PreTrainedModel, mode: str, share: float) -> float:
+    """Tokens whose activations fit into free memory, of the share of the layers that keep them at once."""
+    per_token = share * activation_bytes(model, 1, mode)
     return SHARE_OF_FREE * _free_bytes(model.device) // per_token if per_token else math.inf
 
 
-def _mode_that_fits(model: PreTrainedModel, micro_tokens: int, modes: Sequence[str]) -> str:
+def _mode_that_fits(model: PreTrainedModel, micro_tokens: int, modes: Sequence[str], share: float) -> str:
     """The first of the modes that fits into free memory, or the last one."""
     most = SHARE_OF_FREE * _free_bytes(model.device)
-    fitting = (mode for mode in modes if activation_bytes(model, micro_tokens, mode) < most)
+    fitting = (mode for mode in modes if share * activation_bytes(model, micro_tokens, mode) < most)
     return next(fitting, modes[-1])

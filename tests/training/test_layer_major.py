@@ -1,5 +1,6 @@
 """Runs layer by layer end like plain runs: under every placement, for full models and adapters."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,9 @@ import pytest
 import torch
 
 from dpo_cache.errors import OptionError
+from dpo_cache.options.placement import Placement
+from dpo_cache.training import inputs, layer_major
+from tests.lm.layerwise.transfers import FakeTransfer
 from tests.training.test_loop import metrics, train, weights
 
 STEPS = {"max_steps": 3, "budget_tokens": "100", "lr": 1e-4}  # several forests a step
@@ -30,17 +34,74 @@ PLACES: list[dict[str, Any]] = [
     {"memory": "small"},
     {"memory": "least", "max_grad_norm": 0.0},
 ]
+ADAPTERS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_r": 2}}
 
 
-@pytest.mark.parametrize("adapter", [{}, {"lora_r": 2}], ids=["full", "lora"])
+@pytest.fixture(scope="module")
+def plain(cache: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A run with all on the device, of these options; made once."""
+    made: dict[str, Path] = {}
+
+    def run(**options: Any) -> Path:
+        name = repr(sorted(options.items()))
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("plain")
+            train(cache, made[name], memory="fast", **{**STEPS, **options})
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("is_apart", [False, True], ids=["one memory", "two memories"])
 @pytest.mark.parametrize("places", PLACES, ids=str)
 def test_a_run_layer_by_layer_ends_like_a_plain_run(
-    cache: str, tmp_path: Path, places: dict[str, Any], adapter: dict[str, Any]
+    cache: str,
+    tmp_path: Path,
+    plain: Callable[..., Path],
+    places: dict[str, Any],
+    adapter: str,
+    is_apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    norm = {"max_grad_norm": 0.0} if places.get("memory") == "least" else {}
-    train(cache, tmp_path / "plain", memory="fast", **STEPS, **adapter, **norm)
-    train(cache, tmp_path / "layers", **{**STEPS, **adapter, **places})
-    assert_same_runs(tmp_path / "layers", tmp_path / "plain")
+    """On a device that is the host, and on one with a memory of its own, as far as a CPU can show it."""
+    if is_apart:
+        transfers = pretend_two_memories(monkeypatch)
+    expected = plain(
+        **ADAPTERS[adapter], **({"max_grad_norm": 0.0} if places.get("memory") == "least" else {})
+    )
+    train(cache, tmp_path / "layers", **{**STEPS, **ADAPTERS[adapter], **places})
+    assert_same_runs(tmp_path / "layers", expected)
+    if is_apart:
+        has_copies = places.get("memory") == "least" or ("memory" in places and adapter == "full")
+        assert len(transfers) == has_copies
+
+
+def pretend_two_memories(monkeypatch: pytest.MonkeyPatch) -> list[FakeTransfer]:
+    """Let a run copy weights to its device, though that is the host; returns what moves them."""
+    transfers: list[FakeTransfer] = []
+
+    def make() -> FakeTransfer:
+        transfers.append(FakeTransfer())
+        return transfers[-1]
+
+    def has_copies(placement: Placement, _: torch.device) -> bool:
+        return placement.weights != "device" or placement.optimizer == "host"
+
+    monkeypatch.setattr(inputs, "has_copies", has_copies)
+    monkeypatch.setattr(layer_major, "has_copies", has_copies)
+    monkeypatch.setattr(layer_major, "make_transfer", make)
+    return transfers
+
+
+def test_mixed_precision_multiplies_rounded_copies_of_weights_on_the_host(
+    cache: str, tmp_path: Path, plain: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers as autocast, whose copies are made anew for each product."""
+    pretend_two_memories(monkeypatch)
+    options = {"precision": "bf16-mixed", "step_zero": "off", "max_steps": 2}
+    train(cache, tmp_path / "layers", **{**STEPS, **options, "memory": "small"})
+    assert_same_runs(tmp_path / "layers", plain(**options))
 
 
 @pytest.mark.parametrize(
@@ -48,18 +109,20 @@ def test_a_run_layer_by_layer_ends_like_a_plain_run(
     [{"loss": ("ipo",)}, {"loss": ("aot",)}, {"wpo": "clipped"}, {"loss": ("sigmoid:0.5", "sft:0.5")}],
     ids=str,
 )
-def test_every_kind_of_loss(cache: str, tmp_path: Path, loss: dict[str, Any]) -> None:
+def test_every_kind_of_loss(
+    cache: str, tmp_path: Path, plain: Callable[..., Path], loss: dict[str, Any]
+) -> None:
     """Some compare the pairs of a step with each other, and some need more of the head."""
-    train(cache, tmp_path / "plain", memory="fast", **STEPS, **loss)
     train(cache, tmp_path / "layers", place="inputs=host", **STEPS, **loss)
-    assert_same_runs(tmp_path / "layers", tmp_path / "plain")
+    assert_same_runs(tmp_path / "layers", plain(**loss))
 
 
-def test_a_pair_that_is_split_into_its_answers(cache: str, tmp_path: Path) -> None:
+def test_a_pair_that_is_split_into_its_answers(
+    cache: str, tmp_path: Path, plain: Callable[..., Path]
+) -> None:
     options = {**STEPS, "budget_tokens": "20"}
-    train(cache, tmp_path / "plain", memory="fast", **options)
     train(cache, tmp_path / "layers", place="inputs=host", **options)
-    assert_same_runs(tmp_path / "layers", tmp_path / "plain")
+    assert_same_runs(tmp_path / "layers", plain(**options))
 
 
 def test_evaluations_and_a_resumed_run(cache: str, tmp_path: Path) -> None:

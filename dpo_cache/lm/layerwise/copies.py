@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,7 +15,8 @@ class Copies:
     """Those of one model on one device.
 
     `compute_dtype` is the dtype of the copies of float32 weights that mixed precision multiplies: exactly
-    what autocast would make of them. With `copies_all`, tensors that are on the device have copies, too.
+    what autocast would make of them; their gradients are added up in float32. With `copies_all`, tensors that
+    are on the device have copies, too.
     """
 
     def __init__(
@@ -29,6 +31,10 @@ class Copies:
         A gradient stays with the name until the caller sets it to None, as that of a parameter does.
         """
         return self._leaves.setdefault(key, {})
+
+    def forget(self) -> None:
+        """Forget all leaves."""
+        self._leaves.clear()
 
     def is_here(self, tensor: torch.Tensor) -> bool:
         """Whether it is on the device, which may be without its number."""
@@ -59,10 +65,42 @@ class Copies:
             held = place.held
             copy = by_tensor.get(id(held.tensor))
             if copy is None:
-                copy = by_tensor[id(held.tensor)] = copy_of(held.tensor, place.view(flat))
+                copy = copy_of(held.tensor, place.view(flat))
                 if copy.requires_grad:
-                    copy.grad = leaves[held.name].grad if held.name in leaves else None
-                    leaves[held.name] = copy
+                    is_rounded = place.dtype != held.tensor.dtype
+                    leaf = _leaf_in(held.tensor.dtype, copy) if is_rounded else copy
+                    leaf.grad = leaves[held.name].grad if held.name in leaves else None
+                    leaves[held.name] = leaf
+                    copy = _as_function_of(leaf, copy) if is_rounded else copy
+                by_tensor[id(held.tensor)] = copy
             copies.append((held, copy))
         with exchanged(copies):
             yield
+
+
+def leaf_of(copy: torch.Tensor) -> torch.Tensor:
+    """Where the gradient of a copy, or of any parameter, is added up."""
+    return copy if copy.grad_fn is None else copy.grad_fn.next_functions[0][0].variable  # type: ignore[union-attr,no-any-return]
+
+
+def _leaf_in(dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """A leaf of this dtype for the gradient of a tensor; it has no values, and takes no memory."""
+    return torch.empty((), dtype=dtype, device=like.device).expand(like.shape).requires_grad_()
+
+
+@torch.enable_grad()
+def _as_function_of(leaf: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+    """The copy, whose gradient is added up in the leaf, in the leaf's dtype: as autocast does."""
+    copy = _Cast.apply(leaf, copy.detach())
+    return copy
+
+
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = leaf.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0].to(ctx.dtype), None

@@ -91,14 +91,16 @@ class LayerPasses:
         self.layers, self._weights, self._states = layers, weights, states
         self._routers = routers or NoRouters()
         self._passes: list[_Pass] = []
+        self._keeps_inputs = True
 
     def forward(self, arguments: Sequence[dict[str, Any]]) -> None:
-        """Run every pass through all layers, and keep what the backward pass needs."""
-        self._passes = []
-        for given in arguments:
-            recording = record(self.layers, **given)
-            state = self._states.put(recording.state)
-            self._passes.append(_Pass(given, recording.calls, recording.bottom, state))
+        """Run every pass through all layers; with gradients enabled, keep what the backward pass needs."""
+        self._passes, self._keeps_inputs = [], torch.is_grad_enabled()
+        with self._weights.use_bottom():
+            for given in arguments:
+                recording = record(self.layers, **given)
+                state = self._states.put(recording.state)
+                self._passes.append(_Pass(given, recording.calls, recording.bottom, state))
         for index in range(len(self.layers)):
             with self._weights.use(index, then=index + 1 if index + 1 < len(self.layers) else None):
                 self._layer_forward(index)
@@ -111,7 +113,8 @@ class LayerPasses:
                 self._states.expect(other.state)
             with self._routers.collect(place):
                 after = one.shared.run(one.calls[index], state)
-            one.inputs.append(one.state)
+            if self._keeps_inputs:
+                one.inputs.append(one.state)
             one.state = self._states.put(after)
 
     def finish(self, place: int) -> Any:
@@ -132,8 +135,8 @@ class LayerPasses:
     def backward(self, when_whole: Callable[[int], None]) -> None:
         """Carry the gradients of the last states back to the parameters.
 
-        `when_whole(index)` is called once the gradients of a layer have all their terms, with the layer's
-        weights in use, and last with `BOTTOM`. A layer that is called several times is whole after its first
+        `when_whole(index)` is called once the gradients of a layer have all their terms, and last with
+        `BOTTOM`; no weights are in use then. A layer that is called several times is whole after its first
         call; parameters that layers share with others are the caller's to wait for.
         """
         for place in range(len(self._passes)):
@@ -142,12 +145,17 @@ class LayerPasses:
             with self._weights.use(index, then=index - 1 if index else None):
                 for place, one in enumerate(self._passes):
                     self._layer_backward(index, place, one)
-                if index == self.layers.order.index(self.layers.order[index]):
-                    when_whole(index)
+            if index == self.layers.order.index(self.layers.order[index]):
+                when_whole(index)
+        # the bottom's graph has the copies that it was made with; new ones would hide their gradients
         for one in self._passes:
             self._bottom_backward(one)
         self._passes = []
         when_whole(BOTTOM)
+
+    def drop(self) -> None:
+        """Forget the passes."""
+        self._passes = []
 
     def _layer_backward(self, index: int, place: int, one: _Pass) -> None:
         state = self._states.get(one.inputs.pop()).detach().requires_grad_()

@@ -88,6 +88,11 @@ class LayerMajorRun:
             self._passes.backward(when_whole)
         self._batches = []
 
+    def drop(self) -> None:
+        """Forget the pieces."""
+        self._batches = []
+        self._passes.drop()
+
     def _logps_of(self, place: int) -> CompletionLogps:
         batch, policy = self._batches[place], self._policy
         run = batch.decoder.read(self._passes.finish(place))

@@ -27,6 +27,7 @@ from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.check_logps import FAILURES, TOLERANCES
 from dpo_cache.lm.check_rows import short_rows
 from dpo_cache.lm.gradient_sketches import GradientSketches
+from dpo_cache.lm.layerwise.copies import leaf_of
 from dpo_cache.lm.layerwise.layer_io import NotLayerMajorError, replaced_forwards
 from dpo_cache.lm.layerwise.passes import BOTTOM, RouterProbe
 from dpo_cache.lm.layerwise.policy import LayerMajorRun
@@ -182,7 +183,8 @@ class _Hooks:
         for inner, tensor in module.named_parameters(prefix, remove_duplicate=False):
             if tensor.requires_grad and id(tensor) not in self._hooked:
                 take = partial(self.sketches.take, self._names[inner])
-                self._hooked[id(tensor)] = tensor, tensor.register_post_accumulate_grad_hook(take)
+                handle = leaf_of(tensor).register_post_accumulate_grad_hook(take)
+                self._hooked[id(tensor)] = tensor, handle
 
 
 @contextmanager

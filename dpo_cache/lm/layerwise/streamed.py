@@ -153,6 +153,8 @@ class StreamedWeights:
                     "Use plain LoRA, or keep the weights on the device or the host."
                 )
             held.move(held.tensor.data.to(self.device))
+        self.refresh()  # layers have other tensors now, under other names
+        self._copies.forget()
 
     @contextmanager
     def _opened(self, index: int, layout: Layout) -> Iterator[torch.Tensor]:

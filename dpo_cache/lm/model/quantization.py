@@ -20,6 +20,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from dpo_cache.errors import ModelError
+from dpo_cache.lm.device import autocast_dtype
 from dpo_cache.types import QUANTIZATION_FIELDS
 
 if TYPE_CHECKING:
@@ -127,7 +128,10 @@ def rounding_dtype(model: PreTrainedModel) -> torch.dtype:
 
     An 8-bit layer rounds its inputs to 8 bits, so that a difference in the last bit of an input can become a
     hundredth: as coarse as bfloat16, in a model of any dtype. A 4-bit layer computes in the compute dtype.
+    Under mixed precision it is the dtype of the products.
     """
+    if (mixed := autocast_dtype(model.device)) is not None:
+        return mixed
     is_int8 = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
     return torch.bfloat16 if is_int8 else model.dtype
 

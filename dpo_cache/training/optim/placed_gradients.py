@@ -4,19 +4,23 @@
     host     moves to host memory, from where the update reads it
     none     updates its parameter, and is dropped
 
-A parameter whose home is the host has a copy on the device, whose gradient comes home first.
+A parameter whose home is the host has a copy on the device; the copy's gradient is the parameter's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from typing import Protocol
 
 import torch
 
 from dpo_cache.lm.layerwise.passes import BOTTOM
 from dpo_cache.lm.layerwise.record import Layers
+from dpo_cache.lm.layerwise.whole import parameters_when_whole
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
+from dpo_cache.training.optim.updates import Updater
+
+Gradients = dict[torch.nn.Parameter, torch.Tensor]
 
 
 class CopiedWeights(Protocol):
@@ -32,7 +36,7 @@ class CopiedWeights(Protocol):
 
 
 class PlacedGradients:
-    """Those of one run; `take` is called with each index of `LayerPasses.backward`, `take_top` before."""
+    """Those of one run; `take_top` and `take` are called as the backward pass reaches the layers."""
 
     def __init__(
         self,
@@ -46,81 +50,84 @@ class PlacedGradients:
         self._whole = parameters_when_whole(model, layers)
         self._by_name = dict(model.named_parameters(remove_duplicate=False))
         self._in_backward, self._copies, self._keeps_on_host = in_backward, copies, keeps_on_host
-        self.on_host: dict[torch.nn.Parameter, torch.Tensor] = {}  # of parameters on the device
+        self._on_host: Gradients = {}
+        self._norms: list[torch.Tensor] = []  # of the gradients on the host
+        self._buffers: Gradients = {}  # pinned memory, which a step takes over from the one before
 
     def take_top(self) -> None:
-        """Bring home the gradients of the top's copies, whose losses have had their backward pass."""
-        self._bring_home("top")
+        """The losses have had their backward pass: move the gradients of the top's copies home."""
+        for name, leaf in self._leaves("top"):
+            self._add(self._by_name[name], leaf)
 
     def take(self, index: int) -> None:
-        """The gradients of the layer, or of `BOTTOM`, are whole."""
+        """The gradients of the layer at this index, or of `BOTTOM`, are whole."""
+        whole, ready = self._whole[index], Gradients()
         keys: tuple[int | str, ...] = ("bottom", "top") if index == BOTTOM else (index,)
         for key in keys:
-            self._bring_home(key)
-        for parameter in self._whole[index]:
-            if parameter.grad is None:
-                continue
-            if self._in_backward is not None:
-                self._in_backward.take(parameter)
-            elif self._keeps_on_host and parameter.device.type != "cpu":
-                self.on_host[parameter] = to_host(parameter.grad)
-                parameter.grad = None
-        if self._in_backward is not None and self._copies is not None:
-            for key in keys:
-                self._copies.refresh(key)
+            for name, leaf in self._leaves(key):
+                home = self._by_name[name]
+                if home.grad is None and home not in ready and home in set(whole):
+                    ready[home], leaf.grad = leaf.grad, None  # type: ignore[assignment]
+                else:
+                    self._add(home, leaf, ready.pop(home, None))
+        ready |= {one: one.grad for one in whole if one.grad is not None}
+        if self._in_backward is not None:
+            self._in_backward.take(ready)
+            for key in keys if self._copies is not None else ():
+                self._copies.refresh(key)  # type: ignore[union-attr]
+        elif self._keeps_on_host:
+            self._move(ready)
+        else:
+            for home, grad in ready.items():
+                home.grad = grad
 
-    def return_to_device(self, parameter: torch.nn.Parameter) -> None:
-        """Give a parameter on the device its gradient back, for its update."""
-        if parameter in self.on_host:
-            parameter.grad = self.on_host.pop(parameter).to(parameter.device, non_blocking=True)
+    def clip(self, parameters: list[torch.nn.Parameter], max_norm: float) -> float:
+        """Scale the gradients on the host such that their norm is at most `max_norm`; returns it."""
+        norm = float(torch.linalg.vector_norm(torch.stack([one.cpu() for one in self._norms])))
+        if norm > max_norm and math.isfinite(norm):
+            torch._foreach_mul_(list(self._on_host.values()), max_norm / (norm + 1e-6))
+        assert all(one.grad is None for one in parameters), "all gradients are on the host"
+        return norm
+
+    def update(self, optimizer: Updater) -> None:
+        """Update the parameters whose gradients are on the host."""
+        optimizer.update(*self._on_host, gradients=self._on_host)
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether the gradients of the step are on the host."""
+        return self._keeps_on_host
 
     def end_step(self) -> None:
-        """The weights have been updated."""
-        self.on_host.clear()
+        """The weights have been updated, or will not be."""
+        self._on_host, self._norms = {}, []
         if self._copies is not None:
             self._copies.refresh()
 
-    def _bring_home(self, key: int | str) -> None:
-        """Add the gradients of copies to those of their parameters."""
-        if self._copies is None:
-            return
-        for name, leaf in self._copies.leaves(key).items():
-            if leaf.grad is None:
+    def _leaves(self, key: int | str) -> list[tuple[str, torch.Tensor]]:
+        """The copies that have a gradient, by name."""
+        found = {} if self._copies is None else self._copies.leaves(key)
+        return [(name, leaf) for name, leaf in found.items() if leaf.grad is not None]
+
+    @torch.no_grad()
+    def _add(self, home: torch.nn.Parameter, leaf: torch.Tensor, before: torch.Tensor | None = None) -> None:
+        """Add a copy's gradient, and one from before, to the parameter's."""
+        for grad in (before, leaf.grad):
+            if grad is not None:
+                moved = grad.to(home.device, home.dtype)
+                home.grad = moved if home.grad is None else home.grad.add_(moved)
+        leaf.grad = None
+
+    @torch.no_grad()
+    def _move(self, ready: Gradients) -> None:
+        """Start to move gradients to the host."""
+        for home, grad in ready.items():
+            self._norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+            home.grad = None
+            if grad.device.type == "cpu":
+                self._on_host[home] = grad
                 continue
-            home, grad = self._by_name[name], leaf.grad
-            leaf.grad = None
-            moved = to_host(grad) if home.device.type == "cpu" else grad
-            moved = moved.to(home.dtype)
-            home.grad = moved if home.grad is None else home.grad.add_(moved)
-
-
-def parameters_when_whole(model: torch.nn.Module, layers: Layers) -> dict[int, list[torch.nn.Parameter]]:
-    """The trained parameters whose gradients are whole once the backward pass has left each index.
-
-    A layer that is called several times is left at its first call; parameters that anything outside of the
-    layers uses as well (tied ones) are whole at the end, at `BOTTOM`.
-    """
-    inside = {module for layer in layers.order for module in layer.modules()}
-    outside = {id(one) for module in model.modules() if module not in inside for one in _direct(module)}
-    first: dict[int, int] = {}
-    for index, layer in enumerate(layers.order):
-        for parameter in layer.parameters():
-            first.setdefault(id(parameter), index)
-    whole: dict[int, list[torch.nn.Parameter]] = {index: [] for index in range(BOTTOM, len(layers))}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            is_outside = id(parameter) in outside
-            whole[BOTTOM if is_outside else first.get(id(parameter), BOTTOM)].append(parameter)
-    return whole
-
-
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory, pinned where that makes copies faster. Waits for the copy."""
-    if tensor.device.type != "cuda":
-        return tensor.to("cpu")
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor)
-
-
-def _direct(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
-    return module.parameters(recurse=False)
+            if home not in self._buffers:
+                is_pinned = grad.device.type == "cuda"
+                self._buffers[home] = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=is_pinned)
+            self._on_host[home] = self._buffers[home].copy_(grad, non_blocking=True)

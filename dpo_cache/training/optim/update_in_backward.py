@@ -32,9 +32,14 @@ class OptimizerInBackward:
             for place, parameter in enumerate(updater.parameters):
                 parameter.register_post_accumulate_grad_hook(partial(self._take, place))
 
-    def take(self, parameter: torch.nn.Parameter) -> None:
-        """Update a parameter, whose gradient is whole, and drop the gradient."""
-        self._use(self._places[parameter], parameter)
+    @torch.no_grad()
+    def take(self, gradients: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+        """Update parameters, whose gradients are whole, and drop the gradients."""
+        for parameter, gradient in gradients.items():
+            self._norms[self._places[parameter]] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        self._updater.update(*gradients, gradients=gradients)
+        for parameter in gradients:
+            parameter.grad = None
 
     @property
     def has_begun(self) -> bool:
@@ -56,7 +61,7 @@ class OptimizerInBackward:
 
     def end_step(self) -> torch.Tensor:
         """Return the norm of the step's gradient, as `clip_grad_norm_` does; the next step may begin."""
-        norms = [self._norms[place] for place in sorted(self._norms)]
+        norms = [self._norms[place].cpu() for place in sorted(self._norms)]
         self._norms = {}
         # nothing was updated
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(torch.nan)

@@ -14,6 +14,7 @@ from dpo_cache.lm.layerwise import policy
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
+from dpo_cache.training.layer_major import LayerMajorModel
 from dpo_cache.training.optim.optimizers import make_optimizer
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.step_zero import StepZero
@@ -134,6 +135,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(
         return found
 
     monkeypatch.setattr(policy, "logps_of_run", spoil)
+    monkeypatch.setattr(LayerMajorModel, "problem", lambda *_, **__: "")
     monkeypatch.setattr(StepZero, "check", lambda *_: None)
     with pytest.raises(
         TrainingError,
@@ -147,14 +149,13 @@ def test_a_loss_that_is_not_finite_changes_no_weight(
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_rows(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use = OptimizerInBackward._use
+    take = OptimizerInBackward.take
 
-    def spoil(self, place, parameter):
-        if place == 3:
-            parameter.grad[0] = torch.inf
-        use(self, place, parameter)
+    def spoil(self, gradients):
+        next(iter(gradients.values()))[0] = torch.inf
+        take(self, gradients)
 
-    monkeypatch.setattr(OptimizerInBackward, "_use", spoil)
+    monkeypatch.setattr(OptimizerInBackward, "take", spoil)
     message = r"step 1: loss 0.69\d+, gradient norm inf; rows of the data in this step: \d.* The weights were updated with it \(`place` gradients=none\): "
     with pytest.raises(TrainingError, match=message):
         train(cache, tmp_path / "run", free_gradients=True, max_grad_norm=0.0)
@@ -163,15 +164,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_rows(
 def test_memory_that_runs_out_amid_the_update_ends_the_run_and_before_it_does_not(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use, left = OptimizerInBackward._use, [4]
+    take, left = OptimizerInBackward.take, [2]
 
-    def run_out(self, place, parameter):
+    def run_out(self, gradients):
         left[0] -= 1
         if left[0] == 0:
             raise torch.OutOfMemoryError("no memory")
-        use(self, place, parameter)
+        take(self, gradients)
 
-    monkeypatch.setattr(OptimizerInBackward, "_use", run_out)
+    monkeypatch.setattr(OptimizerInBackward, "take", run_out)
     with pytest.raises(
         TrainingError,
         match="no memory while weights were being updated .*cannot be repeated.\n"
