@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from padded_step import padded_loss, prepare
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -42,6 +41,7 @@ from dpo_cache.planning.footprint import (
     standing_footprint,
 )
 from dpo_cache.planning.live_bytes import allocated_peak
+from dpo_cache.planning.padded_step import padded_loss, prepare
 from dpo_cache.types import Completion
 
 LLAMA: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072}

@@ -24,12 +24,12 @@ import trl.kernels.chunked_logprob as kernels
 import trl.trainer.utils as trl_utils
 from accelerate import Accelerator
 from memory_table import VALIDATION
-from padded_step import prepare
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 from trl_losses import DEFAULTS
 
 from dpo_cache.planning.live_bytes import allocated_peak
+from dpo_cache.planning.padded_step import prepare
 
 FEW = 4
 

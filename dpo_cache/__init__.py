@@ -9,7 +9,7 @@
     evaluation    store -> lm -> report: how good a policy is on a pair set
     sweeping      several trainings from one cache, a process each
     reporting     runs -> tables and plots
-    planning      what a training step will hold in memory, counted without running it
+    planning      what a run will need: memory, counted without running it, time and disk
 
 In a few lines:
 
@@ -42,6 +42,8 @@ _MODULES = {
     "dpo_cache.evaluation": ("EvalReport", "evaluate"),
     "dpo_cache.exchange": ("ExportReport", "ImportReport", "export_pairs", "import_pairs"),
     "dpo_cache.losses.reference_losses": ("preference_loss",),
+    "dpo_cache.planning.plan": ("plan",),
+    "dpo_cache.planning.report": ("PlanReport",),
     "dpo_cache.precomputing": ("PrecomputeReport", "precompute"),
     "dpo_cache.store": ("Cache", "PairSet", "open_cache"),
     "dpo_cache.store.upkeep.compact": ("Compacted",),

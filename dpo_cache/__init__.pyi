@@ -41,6 +41,7 @@ from dpo_cache.evaluation import EvalReport as EvalReport
 from dpo_cache.exchange import ExportReport as ExportReport
 from dpo_cache.exchange import ImportReport as ImportReport
 from dpo_cache.losses.reference_losses import preference_loss as preference_loss
+from dpo_cache.planning.report import PlanReport as PlanReport
 from dpo_cache.precomputing import PrecomputeReport as PrecomputeReport
 from dpo_cache.store import Cache as Cache
 from dpo_cache.store import PairSet as PairSet
@@ -79,6 +80,7 @@ __all__ = [
     "OptionError",
     "Pair",
     "PairSet",
+    "PlanReport",
     "PrecomputeReport",
     "Score",
     "ScoredPair",
@@ -98,6 +100,7 @@ __all__ = [
     "import_pairs",
     "merge",
     "open_cache",
+    "plan",
     "precompute",
     "preference_loss",
     "pull",
@@ -232,6 +235,53 @@ def merge(
     `CorruptShardError` for a damaged file.
     """
 
+def plan(
+    model: str | os.PathLike[str],
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    pairs: str | None = None,
+    dataset: str | os.PathLike[str] | None = None,
+    gpu: str | None = None,
+    ram: str | None = None,
+    tflops: float | None = None,
+    link_gbs: float = 25.0,
+    device: Literal["cuda", "mps", "cpu"] = 'cuda',
+    split: str | Sequence[str] = (),
+    limit: int | None = None,
+    format: Literal["auto", "text", "conversation", "implicit", "sharegpt", "alpaca", "question", "messages", "swift", "openai", "output", "compared", "ranked", "completions"] = 'auto',
+    map: str | Sequence[str] = (),
+    tokenizer: str | os.PathLike[str] | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
+    max_length: int = 1024,
+    truncation: Literal["keep-start", "keep-end", "prompt-left", "drop"] = 'keep-start',
+    max_prompt_length: int | None = None,
+    trust_remote_code: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = 'auto',
+    stream_weights: Literal["auto", "on", "off"] = 'auto',
+    lora_r: int | None = None,
+    lora_targets: str = 'all-linear',
+    quantize: Literal["none", "8bit", "4bit"] = 'none',
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    batch_size: int = 32,
+    optimizer: Literal["adamw", "adamw-bf16", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor"] = 'adamw',
+    max_grad_norm: float = 1.0,
+    budget_tokens: int | str = 'auto',
+    precision: Literal["auto", "fp32", "bf16-mixed", "bf16"] = 'auto',
+    rounding: Literal["auto", "nearest", "stochastic", "compensated"] = 'auto',
+    gradient_checkpointing: Literal["auto", "none", "cheap", "selective", "full"] = 'auto',
+    memory: Literal["auto", "fast", "small", "least"] = 'auto',
+    place: str | None = None,
+    log: Log | None = None,
+) -> PlanReport:
+    """Predict the memory, time and disk of scoring and training, without weights and without a GPU.
+
+    Activations are counted by running the package's own passes on tensors without values; weights, gradients
+    and optimizer state are arithmetic. Next to each way to train is DPO with a live reference, as TRL 1.16
+    runs it. Nothing is written. `log` gets each remark (default: the logger `dpo_cache`). Raises
+    `DpoCacheError`.
+    """
+
 def precompute(
     model: str | os.PathLike[str] | PreTrainedModel,
     dataset: str | os.PathLike[str] | Dataset | DatasetDict | IterableDataset | Sequence[dict[str, Any]] | pd.DataFrame | pl.DataFrame,
@@ -263,6 +313,7 @@ def precompute(
     show: int = 0,
     early_answers: Literal["stop", "keep"] = 'stop',
     attention: Literal["auto", "forest", "rows"] = 'auto',
+    stream_weights: Literal["auto", "on", "off"] = 'auto',
     audit: int | str = 'auto',
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
     on_show: OnSurvey | None = None,
@@ -445,7 +496,7 @@ def train(
     lr: float = 1e-06,
     lr_schedule: Literal["constant", "linear", "cosine"] = 'linear',
     warmup_ratio: float = 0.1,
-    optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor"] = 'adamw',
+    optimizer: Literal["adamw", "adamw-bf16", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor"] = 'adamw',
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     memory: Literal["auto", "fast", "small", "least"] = 'auto',

@@ -23,6 +23,7 @@ from dpo_cache import errors
 from dpo_cache.options.base import Options
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.exchange import ExportOptions, ImportOptions
+from dpo_cache.options.plan import PlanOptions
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.options.sweep import SweepOptions
 from dpo_cache.options.train import TrainOptions
@@ -33,7 +34,7 @@ from tests.write_stub import STUB, stub
 
 ROOT = Path(dpo_cache.__file__).parents[1]
 OPTIONS = {
-    "precompute": PrecomputeOptions, "train": TrainOptions, "evaluate": EvalOptions, "sweep": SweepOptions,
+    "plan": PlanOptions, "precompute": PrecomputeOptions, "train": TrainOptions, "evaluate": EvalOptions, "sweep": SweepOptions,
     "export_pairs": ExportOptions, "import_pairs": ImportOptions, "verify": VerifyOptions,
     "compact": CompactOptions, "merge": MergeOptions, "push": PushOptions, "pull": PullOptions,
 }  # fmt: skip

@@ -26,7 +26,7 @@ ALLOWED = {
     "exchange": "data errors files lm log options progress store types",
     "training": "errors files lm log losses options progress store suggestions tokenizer types",
     "precomputing": "data errors files lm log options planning progress store types",
-    "planning": "errors files lm options store types",
+    "planning": "data errors files lm log options store types",
     "options": "errors log losses suggestions",
     "data": "errors files tokenizer types",
     "lm": "errors files log types",

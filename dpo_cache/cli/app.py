@@ -20,6 +20,7 @@ from dpo_cache.cli import (
     import_,
     ls,
     merge,
+    plan,
     precompute,
     pull,
     push,
@@ -42,6 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = {
+    "plan": plan.plan_command,
     "precompute": precompute.precompute_command,
     "train": train.train_command,
     "eval": eval_.eval_command,

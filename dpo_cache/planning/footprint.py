@@ -128,7 +128,7 @@ def standing_footprint(
 ) -> Footprint:
     """The footprint of a step whose activations are counted already; see `step_footprint`."""
     if quantize is not None:
-        activations += max(_bytes([layer.weight]) for layer in _quantizable(model))
+        activations += max(_bytes([layer.weight]) for layer in quantizable(model))
     return Footprint(
         weights=sum(weight_bytes(one, quantize) for one in [model, *others]),
         gradients=_bytes(_trainable(model)),
@@ -175,9 +175,16 @@ def pass_bytes(
     return live.peak
 
 
-def build_fake(config: PreTrainedConfig, dtype: torch.dtype, *, lora_r: int | None = None) -> PreTrainedModel:
+def build_fake(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    lora_r: int | None = None,
+    lora_targets: str = "all-linear",
+) -> PreTrainedModel:
     """A fake causal LM of this config in eval mode, to be called under a `FakeTensorMode`; with `lora_r`,
-    frozen, with trainable float32 adapters at all linear layers but the head."""
+    frozen, with trainable float32 adapters at the layers that `lora_targets` of `dpo-cache train` names:
+    all linear layers but the head, or names with commas."""
     with torch.device("meta"):
         kind = loading_class(config)
         if kind is None:
@@ -185,7 +192,7 @@ def build_fake(config: PreTrainedConfig, dtype: torch.dtype, *, lora_r: int | No
         else:
             model = make_empty_whole(kind, config, dtype)
         if lora_r is not None:
-            _add_adapters(model, lora_r)
+            _add_adapters(model, lora_r, lora_targets)
     return _off_meta(model).eval()
 
 
@@ -205,7 +212,7 @@ def weight_bytes(model: PreTrainedModel, quantize: str | None = None) -> int:
         return whole
     if quantize not in QUANTIZED_BYTES:
         raise OptionError(f"quantize {quantize!r}: not known.\nUse one of {', '.join(QUANTIZED_BYTES)}.")
-    weights = [layer.weight for layer in _quantizable(model)]
+    weights = [layer.weight for layer in quantizable(model)]
     quantized = QUANTIZED_BYTES[quantize] * sum(weight.numel() for weight in weights)
     return whole - _bytes(weights) + round(quantized)
 
@@ -214,7 +221,7 @@ def _trainable(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _quantizable(model: PreTrainedModel) -> Iterable[torch.nn.Linear]:
+def quantizable(model: PreTrainedModel) -> Iterable[torch.nn.Linear]:
     """The frozen linear layers, without the head."""
     head = model.get_output_embeddings()
     return (
@@ -224,11 +231,12 @@ def _quantizable(model: PreTrainedModel) -> Iterable[torch.nn.Linear]:
     )
 
 
-def _add_adapters(model: PreTrainedModel, rank: int) -> None:
+def _add_adapters(model: PreTrainedModel, rank: int, targets: str = "all-linear") -> None:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    config = without_unsuited_layers(model, LoraConfig(r=rank, target_modules="all-linear"), lambda _: None)
+    chosen = targets if targets == "all-linear" else targets.split(",")
+    config = without_unsuited_layers(model, LoraConfig(r=rank, target_modules=chosen), lambda _: None)
     inject_adapter_in_model(config, model)
     cast_adapter_dtype(model, "default")
 

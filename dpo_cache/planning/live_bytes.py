@@ -47,6 +47,11 @@ class LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self.now)
         return results
 
+    def take_peak(self) -> int:
+        """The peak so far; a new one begins with what is alive now."""
+        peak, self.peak = max(self.peak, self.now), self.now
+        return peak
+
     def __exit__(self, *details: Any) -> None:
         self.peak = max(self.peak, self.now)
         super().__exit__(*details)

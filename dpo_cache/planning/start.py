@@ -20,6 +20,7 @@ from dpo_cache.files.locations import (
 )
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.exchange import ExportOptions, ImportOptions
+from dpo_cache.options.plan import PlanOptions
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.options.train import TEMPLATES, TrainOptions
 from dpo_cache.options.upkeep import VerifyOptions
@@ -40,6 +41,16 @@ def check_precompute(options: PrecomputeOptions) -> None:
     check_model(options.model)
     check_revision(options.model, options.revision)
     check_dataset(options.dataset)
+    _check_tokenizer(options.tokenizer, options.chat_template)
+
+
+def check_plan(options: PlanOptions) -> None:
+    """Raise `DpoCacheError` where the model, the pair set or the data set does not exist."""
+    check_model(options.model)
+    if options.cache is not None:
+        open_cache(options.cache).choose_pairs(options.pairs, "to plan for")
+    if options.dataset is not None:
+        check_dataset(options.dataset)
     _check_tokenizer(options.tokenizer, options.chat_template)
 
 

@@ -25,6 +25,7 @@ OLD = [
     for old, new in old_names(invoke.options_class).items()
 ]
 NEEDED = {
+    "plan": ["--model", "m"],
     "precompute": ["--model", "m", "--dataset", "d"],
     "eval": ["--model", "m"],
     "rm": ["pairs", "n"],

@@ -20,6 +20,7 @@ from dpo_cache.cli import (
     import_,
     ls,
     merge,
+    plan,
     precompute,
     pull,
     push,
@@ -32,6 +33,7 @@ from dpo_cache.options.base import Options
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.exchange import ExportOptions, ImportOptions
 from dpo_cache.options.losses import LossOptions
+from dpo_cache.options.plan import PlanOptions
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.options.sweep import SweepOptions
 from dpo_cache.options.train import TrainOptions
@@ -49,6 +51,7 @@ from dpo_cache.options.upkeep import (
 )
 
 COMMANDS = {
+    PlanOptions: [plan],
     PrecomputeOptions: [precompute],
     TrainOptions: [train],
     EvalOptions: [eval_],

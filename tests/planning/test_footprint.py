@@ -1,9 +1,6 @@
 """The memory of a step, counted only from a config, compared with torch's allocator when the step is computed."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,7 +14,7 @@ from dpo_cache.lm.kernels.onednn_linear import ONEDNN, products_of, use_fast_lin
 from dpo_cache.lm.memory.recompute import MODES, Recomputation
 from dpo_cache.lm.policy import completion_logps
 from dpo_cache.lm.self_check import choose_attention
-from dpo_cache.planning import footprint
+from dpo_cache.planning import footprint, padded_step
 from dpo_cache.planning.live_bytes import allocated_peak
 from dpo_cache.types import Completion
 from tests.conftest import make_llama, naive_token_logps
@@ -50,15 +47,6 @@ def allocated(model: Any, run: Callable[[Any], torch.Tensor]) -> int:
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     return allocated_peak(lambda: run(model).backward())
-
-
-@pytest.fixture
-def padded_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import padded_step
-
-    yield padded_step
-    del sys.modules["padded_step"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -160,7 +148,6 @@ def test_a_config_is_enough() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("answer", [40, 33])
 def test_the_step_it_is_compared_with_is_counted_as_it_is_allocated(
-    padded_step: ModuleType,
     checkpointing: bool,
     whole_logits: bool,
     answer: int,
@@ -189,7 +176,7 @@ def test_the_step_it_is_compared_with_is_counted_as_it_is_allocated(
 
 @pytest.mark.parametrize("whole_logits", [False, True])
 def test_the_step_it_is_compared_with_has_dpos_gradient(
-    padded_step: ModuleType, whole_logits: bool, monkeypatch: pytest.MonkeyPatch
+    whole_logits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(padded_step, "TILE_ENTRIES", 100)
     monkeypatch.setattr(padded_step, "TILE_TOKENS", 50)

@@ -1,5 +1,5 @@
-"""A short version of the DPO step of TRL 1.16 on one GPU, for `memory_table.py` to count: padded rows and a
-live reference.
+"""A short version of the DPO step of TRL 1.16 on one GPU, whose memory is counted next to that of this
+package: padded rows and a live reference.
 
 The rows are the chosen, then the rejected sequences of prompt and answer, padded to the longest. The policy
 runs them in train mode, under autocast, with its own attention; then the reference runs them without
@@ -20,14 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.types import Completion
 
 TILE_TOKENS, TILE_ENTRIES = 4096, 32_768
 UNMASKED = "benchmark_sdpa_unmasked"
 INSIDE = 64  # rows and entries of a tile at once: kernels need no memory for them, this code a little
+# With fake tensors, what kernels do inside a tile is left out: it needs no memory.
 
 
 def padded_loss(
@@ -106,11 +109,11 @@ def _answer_logps(model: Any, rows: Sequence[Completion], autocast: bool) -> tor
     """Log-prob of each row's answer [rows], with the tiled head."""
     inputs, answers = _inputs(model, rows)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        hidden = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
         hidden_TD = hidden.flatten(0, 1).index_select(0, answers - 1)
         dtype = torch.bfloat16 if autocast else hidden.dtype
         logps_T = TiledHead.apply(
-            hidden_TD, model.lm_head.weight, inputs["input_ids"].flatten()[answers], dtype
+            hidden_TD, model.get_output_embeddings().weight, inputs["input_ids"].flatten()[answers], dtype
         )
     return _sums(logps_T, rows)
 
@@ -144,7 +147,7 @@ class TiledHead(torch.autograd.Function):
         normalizers = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)
         picked = hidden.new_zeros(len(hidden), dtype=torch.float32)
         for tokens, entries, tile, _, _ in _tiles(hidden, weight, dtype):
-            for part in range(0, len(tile), INSIDE):
+            for part in _parts(tile):
                 here = slice(tokens + part, min(tokens + part + INSIDE, tokens + len(tile)))
                 block = tile[part : part + INSIDE].float()
                 normalizers[here] = torch.logaddexp(normalizers[here], block.logsumexp(-1))
@@ -162,7 +165,7 @@ class TiledHead(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for tokens, entries, tile, hidden_part, weight_part in _tiles(hidden, weight, ctx.dtype):
-            for part in range(0, len(tile), INSIDE):
+            for part in _parts(tile):
                 here = slice(tokens + part, min(tokens + part + INSIDE, tokens + len(tile)))
                 block = (
                     (tile[part : part + INSIDE].float() - normalizers[here, None])
@@ -173,7 +176,7 @@ class TiledHead(torch.autograd.Function):
                 tile[part : part + INSIDE] = block.scatter_add_(
                     1, places, torch.where(inside, grads[0][here], 0)[:, None]
                 )
-            for first in range(0, tile.shape[1], INSIDE * 16):
+            for first in _parts(tile.t(), INSIDE * 16):
                 columns = slice(first, first + INSIDE * 16)
                 if grad_hidden is not None:
                     grad_hidden[tokens : tokens + len(tile)].addmm_(
@@ -203,6 +206,10 @@ def _tiles(
             tile = buffer[: len(hidden_part), : len(weight_part)]
             torch.mm(hidden_part, weight_part.t(), out=tile)
             yield tokens, entries, tile, hidden_part, weight_part
+
+
+def _parts(tile: torch.Tensor, step: int = INSIDE) -> range:
+    return range(0, 0 if isinstance(tile, FakeTensor) else len(tile), step)
 
 
 def _inside(targets: torch.Tensor, first: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

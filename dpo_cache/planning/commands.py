@@ -1,0 +1,51 @@
+"""The commands of a plan, to be copied."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields
+from typing import Any
+
+from dpo_cache.options.base import flag_of
+from dpo_cache.options.plan import FROM_PRECOMPUTE, FROM_TRAIN, PlanOptions
+from dpo_cache.options.precompute import PrecomputeOptions
+from dpo_cache.options.train import TrainOptions
+
+
+def precompute_command(options: PlanOptions, **chosen: Any) -> str:
+    """`dpo-cache precompute` with the given options of the plan, and those that were chosen."""
+    start = ["--model", options.model, "--dataset", options.dataset or "DATA"]
+    start += ["--cache", options.cache or "CACHE"]
+    return _command("precompute", start, _given(options, FROM_PRECOMPUTE) | chosen, PrecomputeOptions)
+
+
+def train_command(options: PlanOptions, **chosen: Any) -> str:
+    """`dpo-cache train` in the same way."""
+    start = ["--model", options.model, "--cache", options.cache or "CACHE"]
+    start += ["--pairs", options.pairs] if options.pairs else []
+    given = _given(options, (*FROM_TRAIN, "trust_remote_code"))
+    return _command("train", [*start, "--output", "RUN"], given | chosen, TrainOptions)
+
+
+def _given(options: PlanOptions, names: tuple[str, ...]) -> dict[str, Any]:
+    """The options of these names that have another value than their default."""
+    known = {entry.name: entry for entry in fields(options)}
+    return {
+        name: getattr(options, name)
+        for name in names
+        if name in known and getattr(options, name) != known[name].default
+    }
+
+
+def _command(name: str, start: list[str], values: dict[str, Any], options_class: Any) -> str:
+    entries = {entry.name: entry for entry in fields(options_class)}
+    words = ["dpo-cache", name, *start]
+    for key, value in values.items():
+        flag = flag_of(entries[key])
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, tuple):
+            words += [word for one in value for word in (flag, one)]
+        elif value is not None and value is not False:
+            words += [flag, str(value)]
+    return shlex.join(words)

@@ -1,0 +1,69 @@
+"""What is counted on fake tensors for a plan, once for all ways that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from dpo_cache.planning.layer_major import PhasePeaks, phase_peaks
+from dpo_cache.planning.live_reference import live_reference_peak
+from dpo_cache.planning.parts import Method
+from dpo_cache.planning.plain_step import passes_peak
+from dpo_cache.planning.workload import Workload
+from dpo_cache.types import Completion
+
+
+@dataclass
+class Counts:
+    """Peaks of passes over the longest step of the workload; quantized weights change none of them."""
+
+    config: PreTrainedConfig
+    workload: Workload
+    device_type: str
+    _known: dict[Any, Any] = field(default_factory=dict)
+
+    def plain(self, method: Method, recomputation: str, tokens: int, *, alike: bool) -> int:
+        """See `passes_peak`."""
+        key = "plain", _counted(method), recomputation, tokens
+        if key not in self._known:
+            self._known[key] = passes_peak(
+                self.config,
+                method,
+                self.forests(tokens),
+                recomputation=recomputation,
+                alike=alike,
+                device_type=self.device_type,
+            )
+        return self._known[key]
+
+    def layer_major(self, method: Method, tokens: int, *, alike: bool) -> PhasePeaks:
+        """See `phase_peaks`."""
+        key = "layer-major", _counted(method), tokens
+        if key not in self._known:
+            self._known[key] = phase_peaks(
+                self.config, method, self.forests(tokens), alike=alike, device_type=self.device_type
+            )
+        return self._known[key]
+
+    def live_reference(self, method: Method, tokens: int, *, alike: bool) -> int:
+        """See `live_reference_peak`; with the pairs of the largest forest at once."""
+        key = "live reference", _counted(method), tokens
+        if key not in self._known:
+            largest = self.forests(tokens)[0]
+            self._known[key] = live_reference_peak(self.config, method, largest, alike=alike)
+        return self._known[key]
+
+    def forests(self, tokens: int) -> Sequence[Sequence[Completion]]:
+        """Those of the longest step, with at most so many tokens each, largest first."""
+        key = "forests", tokens
+        if key not in self._known:
+            self._known[key] = self.workload.forests(tokens)
+        return self._known[key]
+
+
+def _counted(method: Method) -> Method:
+    """The method without what changes no activation."""
+    return replace(method, quantize=None, optimizer="none", rounding="nearest")
