@@ -28,13 +28,17 @@ ONLY_NEW := --deselect 'tests/lm/forest/test_flex.py::test_the_flex_plan_gives_t
 	--deselect 'tests/lm/test_scoring.py::test_training_logps_and_gradients_equal_the_plain_computation[gemma2]' \
 	--deselect tests/store/test_cache.py::test_the_datasets_library_alone_reads_the_same_numbers
 
+# Tests of CUDA's branches on a machine without a GPU need a CUDA build of torch (5.5 GB), in an environment of its own.
+FAKE_CUDA_VENV ?= .venv-fake-cuda
+FAKE_CUDA_TORCH ?= torch==2.14.1
+
 # Benchmarks run TRL in a separate environment, TRL_VENV. Both sides read ROWS rows of DATA and run TURNS times, alternately.
 TRL_VENV ?= .venv-trl
 TRL_PYTHON ?= $(TRL_VENV)/bin/python
 ROWS ?=
 TURNS ?= 3
 
-.PHONY: help install model demo docs test test-slow test-families test-oldest test-newest check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options
+.PHONY: help install model demo docs test test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options
 .PHONY: bench-token-ids bench-file-ids bench-store clean
 
 help:
@@ -44,6 +48,7 @@ help:
 	@echo "make test-families [FAMILY=NAME]  every model family; make test runs a tenth of them, another one each day"
 	@echo "make test-oldest  a part of the tests with the lowest versions that pyproject.toml allows"
 	@echo "make test-newest  the same tests with the newest versions"
+	@echo "make test-fake-cuda  CUDA's branches on a machine without a GPU: operators counted, waits found; installs torch for CUDA"
 	@echo "make check        format, lint and types"
 	@echo "make docs         write the pages and the stub that come from the code"
 	@echo "make bench-precompute DATA=FILE [MODEL=FOLDER] [ROWS=N]      speed of scoring compared with TRL 1.16 and with the machine's limit"
@@ -55,6 +60,7 @@ help:
 	@echo "make bench-memory-table [MODEL=FOLDER]                       the tables of docs/memory.md: counted GPU memory of training, compared with TRL"
 	@echo "make bench-token-ids DATA='FILE...' [MODEL=FOLDER]           token ids compared with TRL 1.16"
 	@echo "make bench-file-ids DATA='FILE...' [MODEL=FOLDER]            token ids of files as they are compared with TRL 1.16's of FILE.clean.jsonl"
+	@echo "python benchmarks/gpu_attention.py   on a machine with a GPU: the kernels of the forest's attention, right and how fast"
 	@echo "make bench-store                                             publishing, opening, looking up and streaming at scale"
 	@echo "make clean        remove the environments, models, demo and build files"
 
@@ -100,6 +106,15 @@ test-newest:
 	$(NEWEST_VENV)/bin/pip install --quiet $(if $(findstring --,$(TORCH)),$(TORCH),'$(TORCH)')
 	$(NEWEST_VENV)/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[test]' $(if $(findstring --,$(TORCH)),$(TORCH),'$(TORCH)')
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest $(WORKERS) -m "not real_model and not slow" $(VERSION_TESTS)
+
+$(FAKE_CUDA_VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(FAKE_CUDA_VENV)
+	$(FAKE_CUDA_VENV)/bin/pip install --quiet '$(FAKE_CUDA_TORCH)'
+	$(FAKE_CUDA_VENV)/bin/pip install --quiet -e '.[test]' '$(FAKE_CUDA_TORCH)'
+	touch $@
+
+test-fake-cuda: $(FAKE_CUDA_VENV)/installed
+	OMP_NUM_THREADS=1 $(FAKE_CUDA_VENV)/bin/python -m pytest $(WORKERS) tests/fake_cuda
 
 docs: $(VENV)/installed
 	$(BIN)/python -m tests.losses.write_table
@@ -147,4 +162,4 @@ bench-store: $(VENV)/installed
 	$(BIN)/python benchmarks/store.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(TRL_VENV) models demo build *.egg-info
+	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(FAKE_CUDA_VENV) $(TRL_VENV) models demo build *.egg-info
