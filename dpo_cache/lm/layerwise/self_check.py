@@ -120,14 +120,15 @@ def _layer_major_run(
 ) -> _Found:
     sketches, logps = GradientSketches(), list[CompletionLogps]()
     names, whole = _names(policy.model), set[str]()
+    homes = [*policy.model.named_parameters()]
+    by_id = {id(parameter): name for name, parameter in homes}
     when_whole = parameters_when_whole(policy.model, layers)
-    by_id = {id(parameter): name for name, parameter in policy.model.named_parameters()}
 
     def take(index: int) -> None:
         """Take the gradients that are there; they are in the parameters, or in their copies."""
         keys = ("bottom", "top") if index == BOTTOM else (index,)
         copies = [one for key in keys for one in _copies(weights, key)]
-        for name, tensor in (*policy.model.named_parameters(remove_duplicate=False), *copies):
+        for name, tensor in (*homes, *copies):
             if tensor.grad is not None and names[name] in whole:
                 raise NotLayerMajorError(f"the gradient of {name} grows after its layer is left")
             sketches.take(names[name], tensor)
