@@ -72,6 +72,8 @@ def _print_plan(report: PrecomputeReport) -> None:
         ("  to be scored", count(missing)),
         ("tokens to be run", f"{count(report.missing_tokens)} of {count(report.data_tokens)} in the data"),
     ]
+    if report.weights_from:
+        rows.append(("weights would be read", _readings(report)))
     print_table(f"{', '.join(report.pair_sets)}: reference {report.reference[:12]}, a dry run", rows)
     print_text("Nothing was scored or written. Next: the same command without --dry-run.")
 
@@ -119,6 +121,8 @@ def _print_report(report: PrecomputeReport) -> None:
         ("peak memory", format_bytes(report.peak_bytes)),
         ("written", format_bytes(report.bytes_written)),
     ]
+    if report.weights_from:
+        rows.append(("weights read", _readings(report)))
     is_cached = report.attention is None
     how = "everything was cached, no model was loaded" if is_cached else f"attention: {report.attention}"
     print_table(f"{', '.join(report.pair_sets)}: reference {report.reference[:12]}, {how}", rows)
@@ -126,6 +130,13 @@ def _print_report(report: PrecomputeReport) -> None:
     for name in report.pair_sets:
         model = ["--model", report.start_from] if report.start_from else []
         print_text(f"  {train_line(report.cache, name, *model)}")
+
+
+def _readings(report: PrecomputeReport) -> str:
+    return (
+        f"{count(report.weight_readings)} times from {report.weights_from}, "
+        f"{format_bytes(report.weight_bytes_read)} ({format_seconds(report.weight_read_s)} by itself)"
+    )
 
 
 def _audited(report: PrecomputeReport) -> str:

@@ -185,7 +185,8 @@ def _open_streamed(
     except ModelError as error:
         if streaming.is_required:
             raise
-        running["log"](f"the weights are kept on the device: {error}")
+        reason, *_ = str(error).splitlines()
+        running["log"](f"the weights are kept on the device: {reason}")
         return None
     with ExitStack() as opened:
         opened.callback(weights.close)

@@ -54,6 +54,14 @@ class Streaming:
     files: tuple[Path, ...]
 
     @property
+    def reason(self) -> str:
+        """Why the weights are streamed."""
+        if self.is_required:
+            return "the weights are read layer by layer"
+        sizes = f"{shown_bytes(self.resident_bytes)}, and {shown_bytes(self.free_bytes)} are free"
+        return f"the weights would take {sizes}; they are read layer by layer"
+
+    @property
     def embedding(self) -> str:
         """Where the table of embeddings and the LM head are kept, see `load_streamed`."""
         return HOST if self.place == HOST else "device"

@@ -26,6 +26,7 @@ FORMATS = (
 RANKED_PAIRS = ("all", "best")
 ON_ERROR = ("stop", "drop")
 EARLY_ANSWERS = ("stop", "keep")
+STREAM_WEIGHTS = ("auto", "on", "off")
 AUDIT_INTERVAL = 500  # under auto
 
 
@@ -140,7 +141,12 @@ class PrecomputeOptions(Options):
         "forest shares prefixes, rows pads. auto: forest if a check shows that it is exact.",
         choices=ATTENTIONS,
     )
-
+    stream_weights: str = option(
+        "auto",
+        "Read the weights layer by layer, each layer for many chunks, instead of keeping them on the device. "
+        "auto: where they are larger than its free memory.",
+        choices=STREAM_WEIGHTS,
+    )
     audit: str = option(
         "auto",
         "Completions that are scored a second time, by the model's own forward on one row, before scores are "

@@ -172,8 +172,9 @@ def _check_loaded_model(model: Any, tokenizer: Any, options: dict[str, Any]) -> 
             raise OptionError(
                 f"{name} {options[name]}: the model is loaded already, with {name} {live}.\nLeave it out."
             )
-    if options.get("quantize", "none") != "none":
-        raise OptionError(
-            f"quantize {options['quantize']}: the model is loaded already.\n"
-            "Give its path or Hub id, or leave it out."
-        )
+    for name, usual in (("quantize", ("none",)), ("stream_weights", ("auto", "off"))):
+        if options.get(name, usual[0]) not in usual:
+            raise OptionError(
+                f"{name} {options[name]}: the model is loaded already.\n"
+                "Give its path or Hub id, or leave it out."
+            )

@@ -15,9 +15,12 @@ from dpo_cache.lm.device import check_one_device, choose_device, choose_dtype
 from dpo_cache.lm.model.adapter import locate_checkpoint
 from dpo_cache.lm.model.former_identity import former_identity
 from dpo_cache.lm.model.identity import provenance, reference_identity
+from dpo_cache.lm.streaming import Readings, Streaming, choose_streaming, count_readings
 from dpo_cache.log import Log, log_remark
 from dpo_cache.options.base import number_or_auto
+from dpo_cache.options.precompute import audit_interval
 from dpo_cache.precomputing.inputs import Inputs
+from dpo_cache.precomputing.windows import Totals
 from dpo_cache.store import Cache, ScoreIndex
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.documents import Document, digest_json
@@ -138,8 +141,42 @@ def identify_reference(inputs: Inputs, config: PreTrainedConfig, tokenizer: str,
     return Reference(options.model, config, device, dtype, identity, origin, former if from_files else None)
 
 
+def choose_reference_streaming(inputs: Inputs, reference: Reference) -> Streaming | None:
+    """How the weights are read, where they are not kept on the device."""
+    if inputs.model is not None:
+        return None
+    options = inputs.options
+    return choose_streaming(
+        options.stream_weights,
+        options.model,
+        reference.config,
+        revision=options.revision,
+        dtype=reference.dtype,
+        device=reference.device,
+        quantize=options.quantize,
+    )
+
+
+def plan_readings(inputs: Inputs, reference: Reference, streaming: Streaming, totals: Totals) -> Readings:
+    """How often a run over these rows reads the weights, and what that costs."""
+    return count_readings(
+        streaming,
+        reference.device,
+        reference.dtype,
+        num_tokens=totals.missing_tokens,
+        num_completions=totals.distinct_completions - totals.already_cached,
+        audit_interval=audit_interval(inputs.options.audit),
+    )
+
+
 def open_reference(
-    inputs: Inputs, reference: Reference, log: Log, *, longest: int, run_tokens: int
+    inputs: Inputs,
+    reference: Reference,
+    log: Log,
+    *,
+    longest: int,
+    run_tokens: int,
+    streaming: Streaming | None = None,
 ) -> AbstractContextManager[Runner]:
     """Load the model, unless it is loaded already, and prepare it for rows up to the longest, with about so
     many tokens in all.
@@ -169,6 +206,7 @@ def open_reference(
         max_length=longest,
         budget_tokens=budget_tokens,
         run_tokens=run_tokens,
+        streaming=streaming,
         log=log,
     )
 

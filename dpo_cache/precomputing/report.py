@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_cache import data
 from dpo_cache.lm.model.unchanged import check_not_rewritten
@@ -15,6 +15,10 @@ from dpo_cache.precomputing.reference import Target
 from dpo_cache.precomputing.units import OnStep, Scored, Unit
 from dpo_cache.precomputing.windows import Totals
 from dpo_cache.store.upkeep.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from dpo_cache.lm.layerwise.windows import LayerMajor
+    from dpo_cache.lm.streaming import Readings
 
 OnProgress = Callable[[ScoringProgress], None]
 
@@ -51,6 +55,12 @@ class PrecomputeReport:
     audit_too_long: int = 0  # completions that were left out, because their own forward needs too much memory
     audit_s: float = 0.0
     loaded_bytes: int = 0  # peak when the model had just been loaded
+    # Where the weights were read from, layer by layer; None: they were kept on the device. In a dry run, how
+    # often they would be read.
+    weights_from: str | None = None
+    weight_readings: int = 0
+    weight_bytes_read: int = 0
+    weight_read_s: float = 0.0  # at the speed that was measured beforehand
     bytes_written: int = 0
     surveys: list[dict[str, Any]] = field(default_factory=list)
     start_from: str | None = None  # model to train from, if the one in the reference's entry no longer exists
@@ -73,6 +83,17 @@ class PrecomputeReport:
         self.completions += 2 * survey.pairs_kept
         self.data_tokens += survey.data_tokens
         self.surveys.append(survey.as_dict())
+
+    def plan_readings(self, readings: Readings) -> None:
+        """Note how often the weights will be read, about."""
+        self.weights_from = readings.place
+        self.weight_readings, self.weight_bytes_read = readings.count, readings.num_bytes
+        self.weight_read_s = readings.elapsed_s
+
+    def add_readings(self, layer_major: LayerMajor, bytes_per_s: float) -> None:
+        """Note how often they have been read."""
+        self.weights_from, self.weight_readings, self.weight_bytes_read = layer_major.readings
+        self.weight_read_s = self.weight_bytes_read / bytes_per_s
 
     def add_audit(self, totals: AuditTotals) -> None:
         """Add what was audited."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from dpo_cache.lm.model.load import load_config
 from dpo_cache.lm.model.quantization import rounding_dtype_of
 from dpo_cache.lm.model.unchanged import one_checkpoint
 from dpo_cache.lm.runner import Runner, open_runner
+from dpo_cache.lm.streaming import choose_streaming
 from dpo_cache.log import Log, log_remark
 from dpo_cache.store import Cache, PairSet, completion_key, open_cache
 from dpo_cache.store.format.differing_fields import differing_fields
@@ -68,13 +70,20 @@ def rescore(
     for reference_id in _matching(opened, list(by_reference), location, config, revision, trust_remote_code):
         identity = opened.read_reference(reference_id)["identity"]
         drawn = _draw(by_reference[reference_id], num_completions, np.random.default_rng(seed))
+        loading: dict[str, Any] = {
+            "dtype": getattr(torch, identity["dtype"]),
+            "device": choose_device(device),
+            "revision": revision,
+            "quantize": quantization_name(identity),
+        }
+        streaming = choose_streaming("auto", location, config, **loading)
+        if streaming:
+            log(f"{streaming.reason}.")
         with open_runner(
             location,
-            dtype=getattr(torch, identity["dtype"]),
-            device=choose_device(device),
-            revision=revision,
+            **loading,
             trust_remote_code=trust_remote_code,
-            quantize=quantization_name(identity),
+            streaming=streaming,
             max_length=max(len(one.completion) for one in drawn),
             run_tokens=sum(len(one.completion) for one in drawn),
             log=log,

@@ -43,9 +43,11 @@ from dpo_cache.precomputing.pair_sets import (
 from dpo_cache.precomputing.reference import (
     Reference,
     Target,
+    choose_reference_streaming,
     identify_reference,
     open_reference,
     open_target,
+    plan_readings,
 )
 from dpo_cache.precomputing.report import Meter, OnProgress, PrecomputeReport
 from dpo_cache.precomputing.template_days import choose_template_dates, forget_day, record_day
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dpo_cache.lm.runner import Runner
+    from dpo_cache.lm.streaming import Readings, Streaming
 
 OnSurvey = Callable[[data.Survey], None]
 
@@ -190,6 +193,14 @@ def _run(
             list(plan(split))
         check_disk(cache, report.data_tokens)
     check_names(inputs, splits, name, target, are_planned=is_planned)
+    streaming = readings = None
+    if streams or planner.totals.missing_tokens:
+        streaming = choose_reference_streaming(inputs, reference)
+    if streaming:
+        readings = plan_readings(inputs, reference, streaming, planner.totals)
+        log(f"{streaming.reason}, {readings if is_planned else 'once for each window of chunks'}.")
+        if options.dry_run:
+            report.plan_readings(readings)
     if not options.dry_run:
         cache.check_writable()
         for split in splits:
@@ -198,7 +209,9 @@ def _run(
         longest = _longest(splits)
         with (
             RunRecord(cache, reference.id) as record,
-            _opened_if_needed(inputs, reference, report, log, extent, check_writable) as open_runner,
+            _opened_if_needed(
+                inputs, reference, report, log, extent, check_writable, streaming, readings
+            ) as open_runner,
         ):
             audit = open_audit(options.audit, record, log)
             meter = Meter(report, target, planner.totals, on_progress, record, audit)
@@ -232,6 +245,8 @@ def _opened_if_needed(
     log: Log,
     extent: Callable[[], tuple[int, int]],
     check_writable: Callable[[], None],
+    streaming: Streaming | None,
+    readings: Readings | None,
 ) -> Iterator[Callable[[], Runner]]:
     """Yield a function that loads the model when it is first called, if what it scores can be published."""
     with ExitStack() as stack:
@@ -240,9 +255,13 @@ def _opened_if_needed(
         def open_runner() -> Runner:
             check_writable()
             longest, run_tokens = extent()
-            opened = open_reference(inputs, reference, log, longest=longest, run_tokens=run_tokens)
+            opened = open_reference(
+                inputs, reference, log, longest=longest, run_tokens=run_tokens, streaming=streaming
+            )
             runner = stack.enter_context(opened)
             report.attention = runner.attention.name
+            if runner.layer_major is not None and readings is not None:
+                stack.callback(report.add_readings, runner.layer_major, readings.bytes_per_s)
             report.loaded_bytes = peak_bytes(reference.device)
             stack.callback(lambda: setattr(report, "budget_tokens", runner.budget.tokens))
             return runner

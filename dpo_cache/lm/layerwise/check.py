@@ -28,8 +28,8 @@ WITNESS_TOKENS = 64  # its length at most
 
 @torch.no_grad()
 def find_layer_major(model: PreTrainedModel, weights: StreamedWeights, window_bytes: int) -> LayerMajor:
-    """What runs the model layer by layer. Its layers are found in one plain call of the model, whose log-probs
-    it keeps for the self-check.
+    """What runs the model layer by layer. Its layers are found in one plain call of the model, and the call's
+    log-probs are kept for the self-check.
 
     Raises `NotLayerMajorError` where the decoder cannot be taken apart at its layers.
     """
@@ -42,7 +42,12 @@ def find_layer_major(model: PreTrainedModel, weights: StreamedWeights, window_by
     layers = replace(layers, decoder=decoder_of(model))
     slots = [weights.layers.index(layer) for layer in layers.order]
     return LayerMajor(
-        layers, InOrder(weights, slots), model.device, window_bytes, witness=(completion, logps_T)
+        layers,
+        InOrder(weights, slots),
+        model.device,
+        window_bytes,
+        witness=(completion, logps_T),
+        streamed=weights,
     )
 
 

@@ -10,6 +10,7 @@ passes as the memory for their states allows, and as the time that a crash may c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from dpo_cache.lm.layerwise.disk import DiskWeights
 from dpo_cache.lm.layerwise.meter import Meter
 from dpo_cache.lm.layerwise.paths import CarriedPaths
 from dpo_cache.lm.layerwise.record import LayerCall, Layers, Recording, finish, record
 from dpo_cache.lm.layerwise.states import States, states_on
+from dpo_cache.lm.layerwise.streamed import StreamedWeights
 from dpo_cache.lm.layerwise.weights import LayerWeights
 from dpo_cache.types import Completion
 
@@ -62,6 +65,7 @@ class LayerMajor:
     window_tokens: int | None = None
     # a row, and its log-probs by a plain call of the model, which the self-check compares
     witness: tuple[Completion, torch.Tensor] | None = None
+    streamed: StreamedWeights | None = None  # of all layers, if they are not on the device
     meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
@@ -70,6 +74,16 @@ class LayerMajor:
     def around(self, module: torch.nn.Module) -> LayerMajor:
         """The same for another module with these layers: the whole model in place of its decoder."""
         return replace(self, layers=replace(self.layers, decoder=module))
+
+    @property
+    def readings(self) -> tuple[str, int, int]:
+        """Where streamed weights are read from, how often that was, and the bytes read."""
+        assert self.streamed is not None
+        ring, source = self.streamed.ring, self.streamed.source
+        count = math.ceil(ring.num_fetches / len({*self.streamed.layers}))
+        if isinstance(source, DiskWeights):
+            return "disk", count, source.num_bytes_read
+        return "host", count, ring.num_bytes
 
     @torch.no_grad()
     def run(self, passes: Iterator[Pass]) -> Iterator[Done]:
