@@ -246,7 +246,7 @@ class Updater:
             found: dict[str, Any] = {"step": step}
         else:  # fused, torch counts on the device
             where = device if self._base.defaults.get("fused") else torch.device("cpu")
-            found = {"step": torch.full((), float(step), device=where)}
+            found = {"step": torch.full((), float(step), dtype=torch.float32, device=where)}
         for key in ("qmap1", "qmap2"):
             if key in state:
                 if (key, device) not in self._tables:

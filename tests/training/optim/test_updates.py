@@ -42,7 +42,7 @@ class Model(torch.nn.Module):
     def gradients(self, step: int) -> dict[torch.nn.Parameter, torch.Tensor]:
         generator = torch.Generator().manual_seed(100 + step)
         return {
-            parameter: torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter: torch.randn(parameter.shape, generator=generator).to(parameter)
             for name, parameter in self.named_parameters()
             if not (name == "expert" and step % 2)
         }
@@ -53,8 +53,17 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "SLICE", 1024)
 
 
-def make(name: str, dtype: torch.dtype, rounding: str, transfer: Any = None) -> tuple[Model, Updater]:
-    model = Model(dtype)
+def make(
+    name: str,
+    dtype: torch.dtype,
+    rounding: str,
+    transfer: Any = None,
+    *,
+    home: torch.device = CPU,
+    compute_device: torch.device = CPU,
+) -> tuple[Model, Updater]:
+    model = Model(dtype).to(home)
+    model.device = home
     return model, make_optimizer(
         model,  # type: ignore[arg-type]
         name,
@@ -62,7 +71,7 @@ def make(name: str, dtype: torch.dtype, rounding: str, transfer: Any = None) -> 
         weight_decay=0.1,
         rounding=rounding,
         seed=5,
-        compute_device=CPU,
+        compute_device=compute_device,
         transfer=transfer,
     )
 
@@ -103,6 +112,27 @@ def test_slices_through_a_device_give_the_bits_of_whole_tensors_at_home(
         assert_same(streamed, whole)
         assert_same_state(there, expected)
         assert transfer.num_copies >= 2 * 3 * (9 + 5 + 1 + 6)  # of each slice, there and back
+
+
+@pytest.mark.gpu
+@each_case
+def test_on_a_gpu_slices_from_the_host_give_the_bits_of_whole_tensors_at_home(
+    name: str, dtype: torch.dtype, rounding: str
+) -> None:
+    cuda = torch.device("cuda")
+    at_home, here = make(name, dtype, rounding, home=cuda)
+    streamed, there = make(name, dtype, rounding, compute_device=cuda)
+    train(at_home, here, range(3))
+    train(streamed, there, range(2))
+    for group in there.param_groups:
+        group["lr"] = 3e-3
+    on_device = {key: value.to(cuda) for key, value in streamed.gradients(2).items()}
+    there.update(*on_device, gradients=on_device)
+    for (entry, one), other in zip(streamed.named_parameters(), at_home.parameters(), strict=True):
+        assert torch.equal(one, other.cpu()), entry
+    found, expected = there.tensors(), here.tensors()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key].cpu(), value.cpu()) for key, value in expected.items())
 
 
 @each_case
@@ -241,3 +271,26 @@ def test_layouts_of_gradients_and_weights_make_no_difference() -> None:
     for one, parameter in zip(first.parameters(), reference, strict=True):
         if parameter.ndim == 2:  # which are decayed
             assert torch.allclose(one, parameter, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "most"), [("adamw-8bit", 0.05), ("adamw-bf16", 0.01)])
+def test_small_state_goes_where_float32_goes_for_gradients_of_all_sizes(name: str, most: float) -> None:
+    """Six decades in one tensor, and blocks that are all zero."""
+    if name not in OPTIMIZERS:
+        pytest.skip("needs bitsandbytes")
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.logspace(-6, 0, 8192) * (torch.arange(8192) % 1024 < 768)
+
+    def run(name: str) -> torch.Tensor:
+        generator.manual_seed(1)
+        model = torch.nn.ParameterDict({"weight": torch.zeros(8192)})
+        model.device = CPU  # type: ignore[assignment]
+        optimizer = make_optimizer(model, name, lr=1e-3, weight_decay=0.01)  # type: ignore[arg-type]
+        for _ in range(30):
+            model["weight"].grad = torch.randn(8192, generator=generator) * sizes
+            optimizer.step()
+        return model["weight"].detach()
+
+    exact, found = run("adamw"), run(name)
+    assert found[sizes == 0].eq(0).all() and exact[sizes > 0].ne(0).all()
+    assert (found - exact).abs().mean() < most * exact.abs().mean()
