@@ -141,10 +141,12 @@ class LayerPasses:
         """
         for place in range(len(self._passes)):
             self.end_top(place)
+        lowest = self._lowest_trained()
         for index in reversed(range(len(self.layers))):
-            with self._weights.use(index, then=index - 1 if index else None):
-                for place, one in enumerate(self._passes):
-                    self._layer_backward(index, place, one)
+            if index >= lowest:
+                with self._weights.use(index, then=index - 1 if index > max(lowest, 0) else None):
+                    for place, one in enumerate(self._passes):
+                        self._layer_backward(index, place, one, continues=index > lowest)
             if index == self.layers.order.index(self.layers.order[index]):
                 when_whole(index)
         # the bottom's graph has the copies that it was made with; new ones would hide their gradients
@@ -157,8 +159,23 @@ class LayerPasses:
         """Forget the passes."""
         self._passes = []
 
-    def _layer_backward(self, index: int, place: int, one: _Pass) -> None:
-        state = self._states.get(one.inputs.pop()).detach().requires_grad_()
+    def _lowest_trained(self) -> int:
+        """The first layer that the backward pass has to reach: nothing before it needs a gradient. `BOTTOM`
+        where what is before the layers needs one.
+        """
+        given = (argument for one in self._passes for call in one.calls for argument in call.tensors())
+        if any(one.bottom is not None for one in self._passes) or any(one.requires_grad for one in given):
+            return BOTTOM
+        trained = (
+            index
+            for index, layer in enumerate(self.layers.order)
+            if any(parameter.requires_grad for parameter in layer.parameters())
+        )
+        return next(trained, len(self.layers))
+
+    def _layer_backward(self, index: int, place: int, one: _Pass, *, continues: bool) -> None:
+        """Carry a pass's gradient through a layer; with `continues`, to the state before it."""
+        state = self._states.get(one.inputs.pop()).detach().requires_grad_(continues)
         grad = None if one.state is None else self._states.get(one.state)
         for other in self._passes[place + 1 : place + 2]:  # the next one
             self._states.expect(other.inputs[-1])

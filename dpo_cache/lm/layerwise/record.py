@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -84,6 +85,10 @@ class LayerCall:
         self.carried.clear()
         self.carried.update({place: entries[place] for place in self.hands_on})
         return entries[0]  # type: ignore[no-any-return]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those among the arguments besides the state, in dicts as well."""
+        return [one for one in tree_leaves((self.args, self.kwargs)) if isinstance(one, torch.Tensor)]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Layer-major passes equal the plain forward and backward pass: hidden states to the bit, gradients by tensor."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,42 @@ def test_layers_are_whole_when_they_are_reported() -> None:
     passes.backward(take)
     assert len(reported) == sum(".layers." in name for name in expected)
     assert largest_gap(reported, {name: expected[name] for name in reported}) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+@pytest.mark.parametrize("trained", [[], [1], [0], [2], [0, 2], ["embed_tokens"], ["norm"]])
+def test_the_backward_pass_ends_at_the_lowest_trained_layer(trained: list[int | str]) -> None:
+    model = make_tiny("llama", num_hidden_layers=3).eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(f"layers.{one}." in name or f"model.{one}." in name for one in trained))
+    layers = find_layers(model, **row_arguments(0))
+    if trained:
+        plain(model, row_arguments)
+    expected = take_gradients(model)
+    weights = CountedWeights()
+    run = LayerPasses(layers, weights, DeviceStates())
+    run.forward([row_arguments(seed) for seed in range(3)])
+    for number in range(3):
+        loss_of(run.finish(number)[0], number).backward()
+        run.end_top(number)
+    whole: list[int] = []
+    weights.used.clear()
+    run.backward(whole.append)
+    assert whole == [2, 1, 0, BOTTOM]
+    numbers = [one for one in trained if isinstance(one, int)]
+    lowest = 0 if "embed_tokens" in trained else min(numbers, default=3)
+    assert weights.used == [*range(lowest, 3)][::-1]
+    if expected:
+        assert largest_gap(take_gradients(model), expected) < 1e-6
+
+
+class CountedWeights(ResidentWeights):
+    def __init__(self) -> None:
+        self.used: list[int] = []
+
+    def use(self, index: int, *, then: int | None = None) -> AbstractContextManager[None]:
+        self.used.append(index)
+        return nullcontext()
 
 
 @contextmanager

@@ -150,9 +150,9 @@ def skip_layer_backward(patch: pytest.MonkeyPatch) -> None:
     """The last layer of one pass has no gradient."""
     original = LayerPasses._layer_backward
 
-    def skipping(self: LayerPasses, index: int, place: int, one: Any) -> None:
+    def skipping(self: LayerPasses, index: int, place: int, one: Any, **options: Any) -> None:
         if (index, place) != (len(self.layers) - 1, 1):
-            return original(self, index, place, one)
+            return original(self, index, place, one, **options)
         one.inputs.pop()
         one.shared._contents.pop()
 
@@ -163,15 +163,15 @@ def count_twice(patch: pytest.MonkeyPatch) -> None:
     """The first layer of the second pass is counted twice."""
     original = LayerPasses._layer_backward
 
-    def twice(self: LayerPasses, index: int, place: int, one: Any) -> None:
+    def twice(self: LayerPasses, index: int, place: int, one: Any, **options: Any) -> None:
         if (index, place) != (0, 1):
-            return original(self, index, place, one)
+            return original(self, index, place, one, **options)
         with patch.context() as inner:
             backward = passes._backward
             inner.setattr(
                 passes, "_backward", lambda roots: backward([(root, 2 * grad) for root, grad in roots])
             )
-            original(self, index, place, one)
+            original(self, index, place, one, **options)
 
     patch.setattr(LayerPasses, "_layer_backward", twice)
 
