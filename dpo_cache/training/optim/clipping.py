@@ -36,10 +36,17 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
-    norms = torch.stack([_norm(gradient).to(gradients[0].device) for gradient in gradients])
+    norms = torch.stack([norm_of(gradient).to(gradients[0].device) for gradient in gradients])
     return torch.linalg.vector_norm(norms)
 
 
-def _norm(gradient: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def norm_of(gradient: torch.Tensor) -> torch.Tensor:
+    """The norm of one gradient, summed in float32: a scalar on its device.
+
+    Makes no float32 copy of it, as `torch.linalg.vector_norm(gradient, dtype=torch.float32)` does on a CPU.
+    """
+    if gradient.dtype == torch.float32:
+        return torch.linalg.vector_norm(gradient)
     parts = gradient.reshape(-1).split(SLICE)
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part.float()) for part in parts]))

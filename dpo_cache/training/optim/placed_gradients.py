@@ -17,6 +17,7 @@ import torch
 from dpo_cache.lm.layerwise.passes import BOTTOM
 from dpo_cache.lm.layerwise.record import Layers
 from dpo_cache.lm.layerwise.whole import parameters_when_whole
+from dpo_cache.training.optim.clipping import norm_of
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.optim.updates import Updater
 
@@ -122,7 +123,7 @@ class PlacedGradients:
     def _move(self, ready: Gradients) -> None:
         """Start to move gradients to the host."""
         for home, grad in ready.items():
-            self._norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+            self._norms.append(norm_of(grad))
             home.grad = None
             if grad.device.type == "cpu":
                 self._on_host[home] = grad

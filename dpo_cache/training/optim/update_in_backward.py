@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from dpo_cache.training.optim.clipping import norm_of
 from dpo_cache.training.optim.updates import Updater
 
 
@@ -36,7 +37,7 @@ class OptimizerInBackward:
     def take(self, gradients: dict[torch.nn.Parameter, torch.Tensor]) -> None:
         """Update parameters, whose gradients are whole, and drop the gradients."""
         for parameter, gradient in gradients.items():
-            self._norms[self._places[parameter]] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+            self._norms[self._places[parameter]] = norm_of(gradient)
         self._updater.update(*gradients, gradients=gradients)
         for parameter in gradients:
             parameter.grad = None
@@ -73,6 +74,6 @@ class OptimizerInBackward:
     @torch.no_grad()
     def _use(self, place: int, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, torch.nn.Parameter) and parameter.grad is not None
-        self._norms[place] = torch.linalg.vector_norm(parameter.grad)
+        self._norms[place] = norm_of(parameter.grad)
         self._updater.update(parameter)
         parameter.grad = None

@@ -5,7 +5,7 @@ import torch
 
 from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.training.optim import clipping
-from dpo_cache.training.optim.clipping import clip_gradient, gradient_norm
+from dpo_cache.training.optim.clipping import clip_gradient, gradient_norm, norm_of
 
 SHAPES = ((300, 70), (5,), (1, 1), (40, 3, 2))
 
@@ -52,6 +52,15 @@ def test_a_norm_that_is_not_finite_is_returned(wrong: float) -> None:
         found = parameters(dtype)
         found[0].grad[3, 4] = wrong
         assert str(float(clip_gradient(found, 1.0))) == str(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_of_one_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clipping, "SLICE", 1000)
+    gradient = parameters(dtype)[0].grad
+    assert norm_of(gradient).dtype == torch.float32
+    assert float(norm_of(gradient)) == pytest.approx(gradient.double().norm().item(), rel=1e-6)
+    assert float(norm_of(torch.zeros(0, dtype=dtype))) == 0.0
 
 
 def test_nothing_to_clip() -> None:
