@@ -49,9 +49,13 @@ FREE = (
 )  # they start nothing on the device, and are no views by their schema
 
 
+_open: list[Operators] = []
+
+
 class FakeEvent:
     def synchronize(self) -> None:
-        raise AssertionError("the host waits for an event")
+        for operators in _open:
+            operators.waits.append("for an event")
 
 
 class FakeStream:
@@ -70,7 +74,8 @@ class FakeStream:
         pass
 
     def synchronize(self) -> None:
-        raise AssertionError("the host waits for a stream")
+        for operators in _open:
+            operators.waits.append("for a stream")
 
 
 @contextmanager
@@ -119,9 +124,11 @@ class Operators(TorchDispatchMode):
     def __enter__(self) -> Operators:
         super().__enter__()
         self._functions.__enter__()
+        _open.append(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
+        _open.remove(self)
         self._functions.__exit__(*error)
         super().__exit__(*error)
 
