@@ -111,9 +111,10 @@ class LayerPasses:
             state = self._states.get(one.state)
             for other in self._passes[place + 1 : place + 2]:  # the next one
                 self._states.expect(other.state)
+            keeps = self._keeps_inputs
             with self._routers.collect(place):
-                after = one.shared.run(one.calls[index], state)
-            if self._keeps_inputs:
+                after = one.shared.run(one.calls[index], state) if keeps else one.calls[index].run(state)
+            if keeps:
                 one.inputs.append(one.state)
             one.state = self._states.put(after)
 
