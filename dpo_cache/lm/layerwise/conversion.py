@@ -35,6 +35,7 @@ class Piece:
     dtype: torch.dtype  # to which the stored tensors are cast before
     converter: WeightConverter | None
     sources: list[tuple[str, str, StoredTensor]] = field(default_factory=list)  # name, pattern, tensor
+    targets: list[str] = field(default_factory=list)  # all of them, once they are known
 
     def convert(self, model: PreTrainedModel, load: Load) -> dict[str, torch.Tensor]:
         """The tensors by their names in the model; `load` reads a stored one."""
@@ -89,8 +90,8 @@ def pieces_by_layer(
     others = list[Piece]()
     for piece in pieces:
         is_made = converts and piece.converter is not None
-        targets = [*piece.convert(model, StoredTensor.on_meta)] if is_made else [piece.target]
-        owners = {_layer_of(target, layers) for target in targets}
+        piece.targets = [*piece.convert(model, StoredTensor.on_meta)] if is_made else [piece.target]
+        owners = {_layer_of(target, layers) for target in piece.targets}
         if len(owners) > 1:
             raise ModelError(
                 f"{piece.sources[0][0]}: the checkpoint stores weights of several layers in this tensor, and "

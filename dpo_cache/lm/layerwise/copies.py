@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
-from dpo_cache.lm.layerwise.held import Held, Layout, copy_of, exchanged, lay_out
+from dpo_cache.lm.layerwise.held import CACHE_LINE, Held, Layout, copy_of, exchanged, lay_out
 
 
 class Copies:
@@ -41,10 +42,16 @@ class Copies:
         there = tensor.device
         return there.type == self.device.type and self.device.index in (None, there.index)
 
-    def layout(self, tensors: Sequence[Held], matrices: set[int]) -> Layout:
+    def layout(
+        self,
+        tensors: Sequence[Held],
+        matrices: set[int],
+        start_of: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr,
+    ) -> Layout:
         """A place for each tensor that is not on the device, or not in the dtype of its copy.
 
-        `matrices` are the ids of the weights that mixed precision multiplies (`matrices_of`).
+        `matrices` are the ids of the weights that mixed precision multiplies (`matrices_of`). On a CPU, the
+        copies start where the tensors start by `start_of`, by the multiples of a cache line.
         """
         chosen = []
         for held in tensors:
@@ -52,7 +59,9 @@ class Copies:
             if id(held.tensor) in matrices and dtype == torch.float32 and self._compute_dtype is not None:
                 dtype = self._compute_dtype
             if self._copies_all or not self.is_here(held.tensor) or dtype != held.tensor.dtype:
-                chosen.append((held, dtype))
+                is_same = self.device.type == "cpu" and dtype == held.tensor.dtype
+                start = start_of(held.tensor) % CACHE_LINE if is_same and not is_fake(held.tensor) else 0
+                chosen.append((held, dtype, 0 if start % dtype.itemsize else start))
         return lay_out(chosen)
 
     @contextmanager

@@ -16,6 +16,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 ALIGNMENT = 512  # bytes; as in the allocator of CUDA
+CACHE_LINE = 64  # bytes; on a CPU some products round by where in it a matrix starts
 
 COMPANIONS = ("absmax", "code", "offset", "CB", "SCB")  # tensors that bitsandbytes keeps as attributes
 
@@ -134,25 +135,28 @@ class Layout:
     num_bytes: int
 
 
-def lay_out(tensors: Sequence[tuple[Held, torch.dtype]]) -> Layout:
-    """A place for each tensor, in its dtype; the same memory has one place."""
+def lay_out(tensors: Sequence[tuple[Held, torch.dtype, int]]) -> Layout:
+    """A place for each tensor, in its dtype; the same memory has one place.
+
+    The last number is how many bytes it starts after a multiple of `ALIGNMENT`.
+    """
     places: list[Place] = []
     starts: dict[Any, int] = {}
     end = 0
-    for held, dtype in tensors:
+    for held, dtype, remainder in tensors:
         key = _memory(held.tensor), dtype
         if key not in starts:
-            starts[key] = end
-            end += -(-_num_elements(held.tensor) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            starts[key] = end + remainder
+            num_bytes = remainder + _num_elements(held.tensor) * dtype.itemsize
+            end += -(-num_bytes // ALIGNMENT) * ALIGNMENT
         places.append(Place(held, dtype, starts[key]))
     return Layout(places, end)
 
 
 def _memory(tensor: torch.Tensor) -> Any:
     """Equal for tensors that are the same memory."""
-    if tensor.is_meta or tensor.numel() == 0:
-        return id(tensor)
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _num_elements(tensor: torch.Tensor) -> int:

@@ -12,8 +12,12 @@ from dpo_cache.lm.layerwise.held import Layout
 class WeightSource(Protocol):
     """Writes the copies of a layer's tensors."""
 
-    def fill(self, index: int, layout: Layout, flat: torch.Tensor) -> None:
+    def fill(self, index: int, /, layout: Layout, flat: torch.Tensor) -> None:
         """Write the copies of layer `index` into flat memory of the host, each in its place."""
+        ...
+
+    def start_of(self, tensor: torch.Tensor) -> int:
+        """The address of a tensor, or where it is stored in its file."""
         ...
 
     def close(self) -> None:
@@ -25,8 +29,11 @@ class HostWeights:
     """The tensors themselves, in host memory; a copy in another dtype is rounded as `tensor.to(dtype)` is."""
 
     @torch.no_grad()
-    def fill(self, index: int, layout: Layout, flat: torch.Tensor) -> None:  # noqa: ARG002
+    def fill(self, _: int, layout: Layout, flat: torch.Tensor) -> None:
         copy_all(layout, flat)
+
+    def start_of(self, tensor: torch.Tensor) -> int:
+        return tensor.data_ptr()
 
     def close(self) -> None:
         pass

@@ -172,6 +172,8 @@ class StreamedWeights:
     def _fetch(self, index: int) -> Layout:
         assert index not in self._open, "the copies of a layer in use are in the place of its tensors"
         layout = self._layout(index)
+        if not self.ring.slot_bytes and not self._open:
+            self.ring.slot_bytes = max(self._layout(one).num_bytes for one in range(len(self.layers)))
         if layout.places:
             self.ring.fetch(index, layout.num_bytes, partial(self.source.fill, index, layout))
         return layout
@@ -181,7 +183,8 @@ class StreamedWeights:
         added = [one for one in held if id(one.tensor) not in self._known]  # by an adapter
         stay = {id(one.tensor) for one in added if self._copies.is_here(one.tensor)}
         matrices = matrices_of(self.layers[index].modules()) - {id(one.tensor) for one in added}
-        return self._copies.layout([one for one in held if id(one.tensor) not in stay], matrices)
+        moving = [one for one in held if id(one.tensor) not in stay]
+        return self._copies.layout(moving, matrices, self.source.start_of)
 
     def _held(self, index: int) -> list[Held]:
         return held_in(self.layers[index], self._names[index])

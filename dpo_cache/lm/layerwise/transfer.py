@@ -54,6 +54,7 @@ class Ring:
         self._waits: list[Wait] = [lambda: None] * NUM_SLOTS
         self._is_open = [False] * NUM_SLOTS
         self._latest = 0  # the slot that was opened last
+        self.slot_bytes = 0  # the size of the slots from the next fetch on; larger ones grow
         self.num_fetches = 0
         self.num_bytes = 0  # fetched so far
 
@@ -66,7 +67,8 @@ class Ring:
         slot = next((one for one in free if one != self._latest), free[0])
         if self._slots[slot].numel() < num_bytes:
             self._waits[slot]()
-            self._slots[slot] = torch.empty(num_bytes, dtype=torch.uint8, device=self._transfer.device)
+            size = max(num_bytes, self.slot_bytes)
+            self._slots[slot] = torch.empty(size, dtype=torch.uint8, device=self._transfer.device)
         self._content[slot], self._sizes[slot] = key, num_bytes
         self._waits[slot] = self._transfer.send(slot, self._slots[slot][:num_bytes], fill)
         self.num_fetches += 1

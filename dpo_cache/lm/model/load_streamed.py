@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.layerwise.conversion import find_pieces, pieces_by_layer
-from dpo_cache.lm.layerwise.disk import DiskWeights
+from dpo_cache.lm.layerwise.conversion import Piece, find_pieces, pieces_by_layer
+from dpo_cache.lm.layerwise.disk import disk_weights
 from dpo_cache.lm.layerwise.ends import tables_of
 from dpo_cache.lm.layerwise.held import held_directly, held_in
 from dpo_cache.lm.layerwise.record import outermost_layers
@@ -64,7 +64,7 @@ def load_streamed(
     """
     parts = locate_checkpoint(location, revision) if isinstance(location, str) else location
     method = None if quantize != "none" else _saved_method(parts, trust_remote_code)
-    found = list[DiskWeights]()
+    found = list[tuple[StoredTensors, list[Piece]]]()
     with ExitStack() as opened:  # closed after an error
         if quantize != "none" or method is not None:
             load: Callable[..., Any] | None = _load_packed
@@ -86,7 +86,7 @@ def load_streamed(
         streamed = StreamedWeights(
             model,
             layers,
-            found[0] if found else HostWeights(),
+            disk_weights(model, *found[0]) if found else HostWeights(),
             device,
             compute_dtype=compute_dtype if dtype == torch.float32 and not is_quantized(model) else None,
             transfer=transfer,
@@ -128,7 +128,7 @@ def _loading(load: Callable[..., Any]) -> Iterator[None]:
 
 
 def _load_ends(
-    found: list[DiskWeights],
+    found: list[tuple[StoredTensors, list[Piece]]],
     opened: ExitStack,
     own: Callable[..., Any],
     model: PreTrainedModel,
@@ -137,7 +137,7 @@ def _load_ends(
     config: Any,
     *args: Any,
 ) -> Any:
-    """Load what is outside the layers; the layers get tensors without values, and `found` what reads them."""
+    """Load what is outside the layers; theirs stay without values, and `found` gets what makes them."""
     stored = StoredTensors([Path(file) for file in files])
     opened.callback(stored.close)
     names = _layer_names(model)
@@ -147,12 +147,11 @@ def _load_ends(
     ends = {name: one for name, one in stored.tensors.items() if name not in in_layers}
     report, *rest = own(model, ends, None, config, *args)
     empty = {name: one.on_meta() for name, one in stored.tensors.items() if name in in_layers}
-    _merge(report, _load_some(model, empty, replace(config, device_map={"": "meta"})))
+    _merge(report, _load_some(model, empty, _on_meta(config)))
     state = model.state_dict(keep_vars=True)
     for piece in pieces:
         piece.dtype = state[piece.target].dtype if piece.target in state else piece.dtype
-    meta = {id(one): name for name, one in state.items() if one.is_meta}
-    found.append(DiskWeights(model, stored, by_layer, meta))
+    found.append((stored, [piece for layer in by_layer for piece in layer]))
     return report, *rest
 
 
@@ -171,6 +170,15 @@ def _load_packed(
             _merge(report, _load_some(model, content, config))
             _move(layer, torch.device("cpu"))
     return report, *rest
+
+
+def _on_meta(config: Any) -> Any:
+    """The config of a load of tensors without values."""
+    mapping = copy.deepcopy(config.weight_mapping or [])
+    for entry in mapping:
+        if getattr(entry, "force_cpu", False):
+            entry.force_cpu = False
+    return replace(config, device_map={"": "meta"}, weight_mapping=mapping)
 
 
 def _load_some(model: PreTrainedModel, content: dict[str, Any], config: Any) -> Any:

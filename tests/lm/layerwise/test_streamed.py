@@ -73,7 +73,7 @@ def test_a_plain_call_gives_the_same_bits_and_holds_two_layers(model: PreTrained
     with streamed(model, transfer) as weights:
         for _ in range(2):
             assert torch.equal(model(IDS).logits, expected)
-        assert len(transfer.targets) == 2 and len(set(transfer.sent)) == 1
+        assert len(transfer.targets) == 2
         assert weights.ring.num_bytes == sum(transfer.sent)
         assert len(transfer.sent) == 4 + 4 + 1  # the first layer is fetched for a third call
     assert all(before[name] is one for name, one in model.named_parameters())
