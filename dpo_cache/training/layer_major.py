@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from dpo_cache.errors import ModelError
 from dpo_cache.lm.check_rows import short_rows
 from dpo_cache.lm.device import autocast
 from dpo_cache.lm.layerwise.in_order import InOrder
@@ -68,7 +69,7 @@ class LayerMajorSteps:
         states = states_on(model.placement.inputs, policy.model.device)
         routers = CapturedRouters(policy.model) if has_routing else None
         self._run = LayerMajorRun(policy, model.layers, model.weights, states, routers)
-        self._weights = model.weights
+        self._weights, self._name = model.weights, type(policy.model).__name__
         self.gradients = PlacedGradients(
             policy.model,
             model.layers,
@@ -78,8 +79,18 @@ class LayerMajorSteps:
         )
 
     def forward(self, pieces: Sequence[Sequence[Completion]]) -> None:
-        """Run all pieces of a step through all layers; with gradients, if these are enabled."""
-        self._run.forward(pieces)
+        """Run all pieces of a step through all layers; with gradients, if these are enabled.
+
+        Raises `ModelError` where the model's code treats them in another way than the rows of the check.
+        """
+        try:
+            self._run.forward(pieces)
+        except NotLayerMajorError as error:
+            longest = max(len(completion) for piece in pieces for completion in piece)
+            raise ModelError(
+                f"{self._name} cannot run layer by layer in a step whose longest row has {longest} tokens, "
+                f"though it can on short rows: {error}.\nUse `memory` fast."
+            ) from error
 
     @contextmanager
     def top(self) -> Iterator[LayerMajorRun]:

@@ -1,5 +1,6 @@
 """Runs layer by layer end like plain runs: under every placement, for full models and adapters."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_cache.errors import OptionError
+from dpo_cache.errors import ModelError, OptionError
+from dpo_cache.lm.layerwise.record import NotLayerMajorError
 from dpo_cache.options.placement import Placement
 from dpo_cache.training import inputs, layer_major
 from tests.lm.layerwise.transfers import FakeTransfer
@@ -144,3 +146,22 @@ def test_evaluations_and_a_resumed_run(cache: str, tmp_path: Path) -> None:
 def test_gradients_that_are_dropped_cannot_be_clipped(cache: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="Give `max_grad_norm` 0"):
         train(cache, tmp_path / "run", place="gradients=none")
+
+
+def test_code_that_treats_long_rows_in_another_way_is_one_clear_error(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check at the start runs short rows."""
+
+    class Refusing(layer_major.LayerMajorRun):
+        def forward(self, pieces: Any) -> None:
+            raise NotLayerMajorError("its code changes the hidden states before a LlamaDecoderLayer")
+
+    monkeypatch.setattr(layer_major, "LayerMajorRun", Refusing)
+    with pytest.raises(ModelError) as caught:
+        train(cache, tmp_path / "run", place="inputs=host", **STEPS)
+    assert re.fullmatch(
+        r"LlamaForCausalLM cannot run layer by layer in a step whose longest row has \d+ tokens, though it can "
+        r"on short rows: its code changes the hidden states before a LlamaDecoderLayer\.\nUse `memory` fast\.",
+        str(caught.value),
+    )
