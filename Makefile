@@ -38,7 +38,7 @@ TRL_PYTHON ?= $(TRL_VENV)/bin/python
 ROWS ?=
 TURNS ?= 3
 
-.PHONY: help install model demo docs test test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options
+.PHONY: help install model demo docs test test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-layers
 .PHONY: bench-token-ids bench-file-ids bench-store clean
 
 help:
@@ -58,6 +58,7 @@ help:
 	@echo "make bench-memory DATA=FILE [MODEL=FOLDER]                   memory and time for more rows, and for a very long row"
 	@echo "make bench-memory-options DATA=FILE [MODEL=FOLDER] [ROWS=N]  memory and speed of training with each option that saves memory"
 	@echo "make bench-memory-table [MODEL=FOLDER]                       the tables of docs/memory.md: counted GPU memory of training, compared with TRL"
+	@echo "make bench-layers [MODEL=FOLDER] [FOLDER=SCRATCH]            speed and memory of scoring layer by layer; a 7B of random weights (13 GB on disk)"
 	@echo "make bench-token-ids DATA='FILE...' [MODEL=FOLDER]           token ids compared with TRL 1.16"
 	@echo "make bench-file-ids DATA='FILE...' [MODEL=FOLDER]            token ids of files as they are compared with TRL 1.16's of FILE.clean.jsonl"
 	@echo "python benchmarks/gpu_attention.py   on a machine with a GPU: the kernels of the forest's attention, right and how fast"
@@ -151,6 +152,9 @@ bench-memory-options: $(VENV)/installed $(MODEL)/config.json
 
 bench-memory-table: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory_table.py --model $(MODEL) --trl-python $(TRL_PYTHON)
+
+bench-layers: $(VENV)/installed $(MODEL)/config.json
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/layers.py --model $(MODEL) $(if $(FOLDER),--folder $(FOLDER)) --turns $(TURNS)
 
 bench-token-ids: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/token_ids.py --tokenizer $(MODEL) --data $(DATA) --trl-python $(TRL_PYTHON)

@@ -11,7 +11,7 @@ from dpo_cache.lm.budget import now
 
 WINDOW_S = 300.0  # seconds that a window may take, which a crash can cost
 READINGS = 10.0  # or so many times the time to read the weights, if that is longer
-FIRST_PASSES = 8  # in a window while the speed is not known
+FIRST_TOKENS = 4096  # of a window while the speed is not known
 
 
 class Meter:
@@ -28,11 +28,10 @@ class Meter:
         """The seconds that a window may take."""
         return max(WINDOW_S, READINGS * self.reading_s)
 
-    def is_too_long(self, num_passes: int, num_tokens: int) -> bool:
-        """Whether a window of so many passes and tokens takes too long."""
-        if not self.tokens_per_s:
-            return num_passes > FIRST_PASSES
-        return num_tokens > self.tokens_per_s * self.window_s
+    @property
+    def most_tokens(self) -> float:
+        """Tokens that a window may have."""
+        return self.tokens_per_s * self.window_s or FIRST_TOKENS
 
     def start(self, device: torch.device) -> Watch:
         """Time a window that goes through all layers."""

@@ -113,9 +113,7 @@ class LayerMajor:
         if window.num_bytes * (1 + 1 / num_passes) > self.window_bytes:
             return True
         num_tokens = window.num_tokens + following.num_tokens
-        if self.window_tokens is not None:
-            return num_tokens > self.window_tokens
-        return self.meter.is_too_long(num_passes + 1, num_tokens)
+        return num_tokens > (self.meter.most_tokens if self.window_tokens is None else self.window_tokens)
 
     def _through_layers(self, window: _Window, following: Pass | None) -> Iterator[Done]:
         num_layers, num_tokens = len(self.layers), window.num_tokens

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from dpo_cache.lm.layerwise import meter
 from dpo_cache.lm.layerwise.meter import Meter
 from dpo_cache.lm.layerwise.record import find_layers
 from dpo_cache.lm.layerwise.windows import LayerMajor, Pass
@@ -91,11 +92,14 @@ def test_a_window_passes_a_layer_after_the_other_and_the_next_one_is_fetched_mea
 
 
 @pytest.mark.parametrize(("window_bytes", "sizes"), [(2**30, [8, 1]), (0, [1] * 9), (None, [3, 3, 3])])
-def test_memory_and_the_unknown_speed_bound_a_window(window_bytes: int | None, sizes: list[int]) -> None:
+def test_memory_and_the_unknown_speed_bound_a_window(
+    window_bytes: int | None, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = LoggedWeights()
     decoder, run = make(weights)
     per_pass = 8 * STATE_BYTES + 2 * 8 * 8 * 4  # state, and the rotary table's two halves
     run.window_bytes = 3 * per_pass + per_pass // 2 if window_bytes is None else window_bytes
+    monkeypatch.setattr(meter, "FIRST_TOKENS", 64)
     run.meter = Meter(lambda _: 0.0)  # no time passes, so no speed becomes known
     passes = (one for one in make_passes(decoder, weights, 10) if one.arguments)
     list(run.run(passes))
