@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.device import simulate_device_type
 from dpo_cache.lm.forest.attention import use_forest_attention
+from dpo_cache.lm.forest.kernels import counted_kernel
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.kernels.onednn_linear import use_torch_linear
 from dpo_cache.lm.memory.recompute import Recomputation
@@ -142,12 +143,15 @@ def pass_loss(
     completions: Sequence[Completion], *, precision: str = "fp32", attention: AttentionChoice | None = None
 ) -> Callable[[PreTrainedModel], torch.Tensor]:
     """The `run` of `step_footprint` for this package: a loss of the completions' log-probs, in one forest."""
-    attention = attention or AttentionChoice(
-        "forest", "nothing is computed, so nothing is compared", has_plain_head=True
-    )
 
     def run(model: PreTrainedModel) -> torch.Tensor:
-        (logps,) = PolicyModel(model, attention, precision=precision)([completions])
+        choice = attention or AttentionChoice(
+            "forest",
+            "nothing is computed, so nothing is compared",
+            has_plain_head=True,
+            kernel=counted_kernel(model),
+        )
+        (logps,) = PolicyModel(model, choice, precision=precision)([completions])
         return logps.sums().sum()
 
     return run

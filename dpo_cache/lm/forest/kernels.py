@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from dpo_cache.lm.device import planning_device_type
 from dpo_cache.lm.forest.layout import Forest
@@ -28,6 +29,15 @@ Paths = dict[int, tuple[torch.Tensor, torch.Tensor]]  # keys and values of the o
 def kernels_of(device: torch.device) -> tuple[str, ...]:
     """The kernels to try on this device, fastest first."""
     return KERNELS.get(planning_device_type(device), (SEGMENTS,))
+
+
+def counted_kernel(model: PreTrainedModel) -> str:
+    """The kernel to count memory by, without values: the first on the model's device, as the self-check is
+    expected to choose it; but segments, which keep more, where it does not take the model's rules.
+    """
+    has_softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    has_sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    return SEGMENTS if has_softcap or has_sinks else kernels_of(model.device)[0]
 
 
 def plan_forest(forest: Forest, device: torch.device, kernel: str = SEGMENTS) -> Any:
