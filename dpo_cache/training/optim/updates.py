@@ -54,11 +54,12 @@ class Updater:
     ):
         self.rounding, self.seed = rounding, seed
         self._moments = slicing.moments if slicing else torch.float32
-        if transfer is None and compute_device is not None and compute_device.type != "cpu":
+        passes = transfer is not None or (compute_device is not None and compute_device.type != "cpu")
+        stream_device = compute_device if passes else None
+        self._slots = [make_slot(name, parameter, slicing, stream_device) for name, parameter in parameters]
+        if transfer is None and compute_device and any(slot.is_streamed for slot in self._slots):
             transfer = transfer_to(compute_device)
         self._transfer = transfer
-        stream_device = compute_device if transfer else None
-        self._slots = [make_slot(name, parameter, slicing, stream_device) for name, parameter in parameters]
         self._place = {slot.parameter: place for place, slot in enumerate(self._slots)}
         self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}  # of 8-bit values
         self._base = build([slot.leaf for slot in self._slots], [slot.name for slot in self._slots])
