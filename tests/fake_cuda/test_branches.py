@@ -85,6 +85,17 @@ def test_training_runs_forward_without_waiting(family: str, kernel: str) -> None
     assert operators.waits == []
 
 
+def test_routing_is_measured_without_waiting() -> None:
+    with fake_cuda():
+        policy = PolicyModel(
+            make_on_cuda("mixtral"), AttentionChoice("forest", "", kernel="varlen"), with_routing=True
+        )
+        with Operators() as operators:
+            (logps,) = policy([make_completions()])
+            assert logps.routing is not None and logps.routing.probs_E.requires_grad
+    assert operators.waits == []
+
+
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kernel", KERNELS)

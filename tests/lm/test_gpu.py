@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from dpo_cache.lm.budget import Budget
+from dpo_cache.lm.forest.attention import use_forest_attention
+from dpo_cache.lm.forest.kernels import KERNELS
 from dpo_cache.lm.memory import offload
 from dpo_cache.lm.memory.offload import CudaTransfer, offload_activations
 from dpo_cache.lm.memory.recompute import Recomputation
@@ -71,6 +73,52 @@ def test_gradients_are_those_of_the_cpu() -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel"),
+    [
+        *((family, kernel) for family in ("llama", "mistral", "llama4") for kernel in KERNELS["cuda"]),
+        ("gemma2", "flex"),
+        ("gpt_oss", "flex"),
+    ],
+)
+def test_each_kernel_gives_the_gradient_of_the_cpu(family: str, kernel: str) -> None:
+    model = make_model(family)
+    expected = gradients(model, COMPLETIONS, choose_attention(model, max_length=64))
+    on_gpu = make_model(family).cuda()
+    assert use_forest_attention(on_gpu)
+    for mode in ("none", "selective"):
+        Recomputation(on_gpu).mode = mode
+        found = gradients(on_gpu, COMPLETIONS, AttentionChoice("forest", "for the test", kernel=kernel))
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-5, name
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_flash_attention_errs_as_much_as_the_segments_in_bf16(family: str) -> None:
+    model = make_model(family).cuda()
+    assert use_forest_attention(model)
+    segments = AttentionChoice("forest", "for the test")
+    exact = completion_logps(model, COMPLETIONS, segments).tokens_T.detach()
+    gaps = {}
+    for kernel in ("segments", "varlen"):
+        in_bf16 = make_model(family).cuda().bfloat16()
+        assert use_forest_attention(in_bf16)
+        choice = AttentionChoice("forest", "for the test", kernel=kernel)
+        gaps[kernel] = (completion_logps(in_bf16, COMPLETIONS, choice).tokens_T.detach() - exact).abs().mean()
+    assert gaps["varlen"] <= 1.5 * gaps["segments"]
+
+
+def test_the_host_waits_for_nothing_in_a_forward_pass() -> None:
+    model = make_llama().cuda()
+    attention = choose_attention(model, max_length=64)
+    completion_logps(model, COMPLETIONS, attention)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        completion_logps(model, COMPLETIONS, attention)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_values_in_pinned_memory_come_back() -> None:
