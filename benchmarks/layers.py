@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 CUT = 4  # layers
-CHUNK, CHUNKS_PER_WINDOW = 128, 8  # of the 7B
+CHUNKS_PER_WINDOW = 8  # of the 7B
 
 
 def main() -> None:
@@ -64,10 +64,11 @@ def main() -> None:
     parser.add_argument("--only", choices=("small", "1b", "7b"))
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--chunk", type=int, default=128, help="tokens of a chunk of the 7B; default: 128")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # in a process of its own
     arguments = parser.parse_args()
     if arguments.run:
-        print(json.dumps(run_large(arguments.run)))
+        print(json.dumps(run_large(arguments.run, arguments.chunk)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
@@ -79,7 +80,7 @@ def main() -> None:
             compare_speed("1B", str(folder / "1b"), arguments.tokens, arguments.turns)
             shutil.rmtree(folder / "1b")
         if arguments.only in (None, "7b"):
-            score_large(folder / "7b")
+            score_large(folder / "7b", arguments.chunk)
 
 
 def make_pairs(num_tokens: int, vocab_size: int) -> list[Completion]:
@@ -150,11 +151,11 @@ def streamed(location: str, linear: str, chunk: int = 512) -> Iterator[Runner]:
             yield runner
 
 
-def score_large(folder: Path) -> None:
+def score_large(folder: Path, chunk: int) -> None:
     write_large(folder)
     cut_large(folder, folder / "cut")
     for name in (folder, folder / "cut"):
-        command = [sys.executable, __file__, "--model", "-", "--run", str(name)]
+        command = [sys.executable, __file__, "--model", "-", "--run", str(name), "--chunk", str(chunk)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(f"{name.name}: {found}", flush=True)
 
@@ -201,30 +202,30 @@ def _write_index(folder: Path, weight_map: dict[str, str]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def run_large(location: str) -> dict[str, Any]:
+def run_large(location: str, chunk: int) -> dict[str, Any]:
     """What streaming the model took; of the cut, also whether its log-probs are those of a resident run."""
     config = load_config(location)
-    completions = make_pairs(2 * CHUNKS_PER_WINDOW * CHUNK, config.vocab_size)
+    completions = make_pairs(2 * CHUNKS_PER_WINDOW * chunk, config.vocab_size)
     streaming = choose_streaming("on", location, config, revision=None, dtype=FP32, device=CPU)
     assert streaming is not None
     options: dict[str, Any] = {
         "dtype": FP32,
         "device": CPU,
         "max_length": 256,
-        "budget_tokens": CHUNK,
+        "budget_tokens": chunk,
         "run_tokens": 0,
     }
     started, before = time.perf_counter(), peak_resident_bytes()
     with open_runner(location, streaming=streaming, **options) as runner:
         layer_major = runner.layer_major
         assert layer_major is not None
-        layer_major.window_tokens = CHUNKS_PER_WINDOW * CHUNK
+        layer_major.window_tokens = CHUNKS_PER_WINDOW * chunk
         checked_s, checked = time.perf_counter() - started, layer_major.readings
         found = score(runner, completions)
         result = {
             "layers": config.num_hidden_layers,
             "checkpoint GB": sum(path.stat().st_size for path in Path(location).glob("*.safetensors")) / 1e9,
-            "tokens": 2 * CHUNKS_PER_WINDOW * CHUNK,
+            "tokens": 2 * CHUNKS_PER_WINDOW * chunk,
             "windows": layer_major.readings[1] - checked[1],
             "check s": round(checked_s, 1),
             "check readings": checked[1],

@@ -23,6 +23,7 @@ PROBE_TOKENS = 256
 PROBE_TURNS, PROBE_S = 9, 1.0  # turns of timing; fewer where they take longer than this
 # Below this size of the largest layer, calls cost more than products, so timing shows nothing.
 MIN_WEIGHTS = 2**17
+MAX_PROBED_WEIGHTS = 2**24  # of the layer; a probe of a whole LM head takes gigabytes
 MIN_SPEEDUP = 0.95  # oneDNN is used if it takes at most this share of MKL's time
 CLEAR_SPEEDUP = 0.8  # the same where two runs should decide alike under any other load on the machine
 
@@ -65,7 +66,8 @@ def use_fast_linear(
     ):
         return "torch"
     inner = [layer for layer in layers if layer.out_features < 16 * layer.in_features]  # not the LM head
-    weight = _in_memory(max(inner or layers, key=lambda layer: layer.weight.numel()).weight.detach())
+    weight = max(inner or layers, key=lambda layer: layer.weight.numel()).weight.detach()
+    weight = _in_memory(weight[: max(1, MAX_PROBED_WEIGHTS // weight.shape[1])])
     inputs = torch.linspace(-1, 1, PROBE_TOKENS * weight.shape[1]).view(PROBE_TOKENS, -1)
     if not _agrees(inputs, weight):
         return "torch"

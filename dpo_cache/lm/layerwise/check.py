@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.lm.check_rows import short_rows
+from dpo_cache.lm.free_memory import free_bytes
 from dpo_cache.lm.layerwise.in_order import InOrder
 from dpo_cache.lm.layerwise.own_forward import own_code, own_pass
 from dpo_cache.lm.layerwise.record import watch_layers
@@ -23,6 +24,7 @@ from dpo_cache.lm.layerwise.streamed import StreamedWeights
 from dpo_cache.lm.layerwise.windows import LayerMajor, Pass
 from dpo_cache.lm.model.parts import decoder_of
 
+DEVICE_SHARE = 0.125  # of the device's free memory: for what a window keeps there between two layers
 WITNESS_TOKENS = 64  # its length at most
 
 
@@ -46,6 +48,7 @@ def find_layer_major(model: PreTrainedModel, weights: StreamedWeights, window_by
         InOrder(weights, slots),
         model.device,
         window_bytes,
+        None if model.device.type == "cpu" else int(DEVICE_SHARE * free_bytes(model.device)),
         witness=(completion, logps_T),
         streamed=weights,
     )

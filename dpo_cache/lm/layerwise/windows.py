@@ -28,6 +28,8 @@ from dpo_cache.lm.layerwise.streamed import StreamedWeights
 from dpo_cache.lm.layerwise.weights import LayerWeights
 from dpo_cache.types import Completion
 
+PLAN_SHARE = 2.0  # memory of a pass on the device, with what its attention's plan keeps; without it: 1
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -54,14 +56,16 @@ class Done:
 class LayerMajor:
     """Runs passes through a decoder, or a whole model, layer by layer.
 
-    `window_bytes` are for the states of a window and what its layers are given. `window_tokens` replaces the
-    bound by time.
+    `window_bytes` of the host are for what a window keeps between two layers, its states above all, and
+    `device_bytes` for what its layers are given, where that is on a device with memory of its own.
+    `window_tokens` replaces the bound by time.
     """
 
     layers: Layers
     weights: LayerWeights
     device: torch.device
     window_bytes: int
+    device_bytes: int | None = None
     window_tokens: int | None = None
     # a row, and its log-probs by a plain call of the model, which the self-check compares
     witness: tuple[Completion, torch.Tensor] | None = None
@@ -110,7 +114,10 @@ class LayerMajor:
         num_passes = len(window.passes)
         if not num_passes:
             return False
-        if window.num_bytes * (1 + 1 / num_passes) > self.window_bytes:
+        growth = 1 + 1 / num_passes
+        if window.num_bytes * growth > self.window_bytes:
+            return True
+        if self.device_bytes is not None and PLAN_SHARE * window.given_bytes * growth > self.device_bytes:
             return True
         num_tokens = window.num_tokens + following.num_tokens
         return num_tokens > (self.meter.most_tokens if self.window_tokens is None else self.window_tokens)
@@ -133,7 +140,7 @@ class _Window:
     def __init__(self, layers: Layers, states: States):
         self._layers, self._states = layers, states
         self.passes: list[Pass] = []
-        self.num_tokens = self.num_bytes = 0
+        self.num_tokens = self.num_bytes = self.given_bytes = 0
         self._calls: list[list[LayerCall]] = []  # of each pass; none where there is nothing to run
         self._tickets: list[Any] = []
 
@@ -143,7 +150,8 @@ class _Window:
         calls, ticket = [], None
         if given.arguments is not None:
             recording = record(self._layers, **given.arguments)
-            self.num_bytes += _bytes_of(recording)
+            self.given_bytes += (given := _bytes_given(recording))
+            self.num_bytes += given + recording.state.nbytes
             calls, ticket = recording.calls, self._states.put(recording.state)
         self._calls.append(calls)
         self._tickets.append(ticket)
@@ -182,12 +190,12 @@ class _Window:
             yield place, state
 
 
-def _bytes_of(recording: Recording) -> int:
-    """Memory that a pass takes between two layers: its state, and what its layers are given."""
+def _bytes_given(recording: Recording) -> int:
+    """Memory of what the layers of a pass are given besides the state: rotary tables, masks and the like."""
     given = tree_leaves([(call.args, call.kwargs) for call in recording.calls])
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-        for tensor in [recording.state, *given]
+        for tensor in given
         if isinstance(tensor, torch.Tensor)
     }
     return sum(storages.values())

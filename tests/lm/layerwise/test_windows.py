@@ -14,6 +14,7 @@ from tests.conftest import make_llama
 
 CPU = torch.device("cpu")
 STATE_BYTES = 4 * 32  # of a token of `make_llama`
+ROTARY_BYTES = 2 * 4 * 8 * 8  # of the two tables of a pass of 8 tokens
 
 
 class LoggedWeights:
@@ -97,13 +98,20 @@ def test_memory_and_the_unknown_speed_bound_a_window(
 ) -> None:
     weights = LoggedWeights()
     decoder, run = make(weights)
-    per_pass = 8 * STATE_BYTES + 2 * 8 * 8 * 4  # state, and the rotary table's two halves
+    per_pass = 8 * STATE_BYTES + ROTARY_BYTES
     run.window_bytes = 3 * per_pass + per_pass // 2 if window_bytes is None else window_bytes
     monkeypatch.setattr(meter, "FIRST_TOKENS", 64)
     run.meter = Meter(lambda _: 0.0)  # no time passes, so no speed becomes known
     passes = (one for one in make_passes(decoder, weights, 10) if one.arguments)
     list(run.run(passes))
     assert [len(one) for one in windows(weights.log)] == sizes
+
+
+def test_what_the_layers_are_given_is_bounded_by_the_memory_of_the_device() -> None:
+    weights = LoggedWeights()
+    decoder, run = make(weights, device_bytes=int(2 * 3.5 * ROTARY_BYTES))
+    list(run.run(one for one in make_passes(decoder, weights, 8) if one.arguments))
+    assert [len(one) for one in windows(weights.log)] == [3, 3, 1]
 
 
 def test_the_speed_bounds_a_window_once_it_is_known() -> None:
