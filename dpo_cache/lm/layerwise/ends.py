@@ -30,6 +30,7 @@ class Ends:
     def __init__(self, model: PreTrainedModel, layers: set[torch.nn.Module], copies: Copies, embedding: str):
         self._model, self._layers, self._copies = model, layers, copies
         self._flat: torch.Tensor | None = None
+        self._tensors: list[torch.Tensor] = []  # whose copies are in it
         self._open: set[str] = set()
         is_apart = embedding == "host"
         head = model.get_output_embeddings()
@@ -72,8 +73,8 @@ class Ends:
         if not layout.places:
             yield
             return
-        if self._flat is None or self._flat.numel() != layout.num_bytes:
-            self._flat = sent(layout, self._copies.device)
+        if self._flat is None or not layout.is_of(self._tensors):
+            self._flat, self._tensors = sent(layout, self._copies.device), layout.tensors
         with self._copies.in_place(end, layout, self._flat):
             yield
 

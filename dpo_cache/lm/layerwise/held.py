@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 from transformers.pytorch_utils import Conv1D
 
 ALIGNMENT = 512  # bytes; as in the allocator of CUDA
@@ -29,6 +30,10 @@ class Held:
     key: str
     name: str  # in the model
     tensor: torch.Tensor
+
+    def get(self) -> Any:
+        """What is in its place now."""
+        return self.owner.get(self.key) if isinstance(self.owner, dict) else getattr(self.owner, self.key)
 
     def put(self, tensor: torch.Tensor) -> None:
         """Let another tensor be in its place."""
@@ -134,6 +139,15 @@ class Layout:
     places: list[Place]
     num_bytes: int
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [place.held.tensor for place in self.places]
+
+    def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are its tensors: a module may have put others in their places."""
+        own = self.tensors
+        return len(own) == len(tensors) and all(one is other for one, other in zip(own, tensors, strict=True))
+
 
 def lay_out(tensors: Sequence[tuple[Held, torch.dtype, int]]) -> Layout:
     """A place for each tensor, in its dtype; the same memory has one place.
@@ -171,7 +185,7 @@ def copy_of(home: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 
     A subclass keeps its attributes: a 4-bit weight finds the state of its quantization there.
     """
-    if type(home) in (torch.Tensor, torch.nn.Parameter):
+    if type(home) in (torch.Tensor, torch.nn.Parameter) or is_fake(home):
         return view.detach().requires_grad_(home.requires_grad)
     copy = torch.Tensor._make_subclass(type(home), view.detach(), home.requires_grad)
     copy.__dict__.update(home.__dict__)
@@ -180,11 +194,15 @@ def copy_of(home: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def exchanged(copies: Sequence[tuple[Held, torch.Tensor]]) -> Iterator[None]:
-    """While open, each tensor's copy is in its place."""
+    """While open, each tensor's copy is in its place.
+
+    What a module puts there itself meanwhile stays: rotary tables that are made anew for longer rows.
+    """
     for held, copy in copies:
         held.put(copy)
     try:
         yield
     finally:
-        for held, _ in copies:
-            held.put(held.tensor)
+        for held, copy in copies:
+            if held.get() is copy:
+                held.put(held.tensor)

@@ -54,6 +54,7 @@ class StreamedWeights:
         self._transfer = transfer or transfer_to(device)
         self.ring = self._make_ring(self._transfer)
         self._open: set[int] = set()
+        self._tensors: list[list[torch.Tensor]] = [[] for _ in self.layers]  # whose copies were fetched last
         self.num_uses = [0] * len(self.layers)
         names = {module: name for name, module in model.named_modules()}
         self._names = [names[layer] for layer in self.layers]
@@ -174,6 +175,9 @@ class StreamedWeights:
         layout = self._layout(index)
         if not self.ring.slot_bytes and not self._open:
             self.ring.slot_bytes = max(self._layout(one).num_bytes for one in range(len(self.layers)))
+        if not layout.is_of(self._tensors[index]):
+            self.ring.forget(index)
+            self._tensors[index] = layout.tensors
         if layout.places:
             self.ring.fetch(index, layout.num_bytes, partial(self.source.fill, index, layout))
         return layout

@@ -236,3 +236,16 @@ def test_persistent_copies_are_sent_once_and_again_after_an_update(llama: PreTra
         changed = llama(IDS).logits
         assert len(transfer.sent) == 5 and len(transfer.targets) == 4
     assert torch.equal(llama(IDS).logits, changed) and not torch.equal(changed, expected)
+
+
+@torch.no_grad()
+def test_tables_that_a_module_makes_anew_stay() -> None:
+    """Dynamic rotary embeddings grow with the longest row, and remember its length."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = make_llama(rope_parameters=rope, max_position_embeddings=16)
+    rows = [torch.arange(length)[None] for length in (8, 40, 40, 8)]
+    expected = [model(row).logits for row in rows]
+    model = make_llama(rope_parameters=rope, max_position_embeddings=16)
+    with streamed(model):
+        for row, logits in zip(rows, expected, strict=True):
+            assert torch.equal(model(row).logits, logits)
