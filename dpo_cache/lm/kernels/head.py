@@ -5,8 +5,9 @@ T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ ROWS_STEP = 64
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**25, "mps": 2**25}
 # The same for a slice of the vocabulary: on a CPU few enough to stay in the cache.
 LOGITS_PER_SLICE = {**LOGITS_PER_CHUNK, "cpu": 2**21}
+# How many logits are kept at once for gradients of the head's weight; others are computed again.
+LOGITS_KEPT = {"cpu": 2**25, "cuda": 0, "mps": 0}
 
 
 def token_logps(
@@ -126,8 +129,9 @@ class _TargetLogps(torch.autograd.Function):
 class _HeadLogps(torch.autograd.Function):
     """See `head_token_logps`. S entries of a slice of the vocabulary.
 
-    Backward computes the logits again, for the gradient of the head's weight. Under a frozen head, forward
-    already computes the gradient of a hidden state up to the factor that the loss gives:
+    Backward computes the logits again, for the gradient of the head's weight, except those of the first
+    slices, which `_KeptSlices` keeps. Under a frozen head, forward already computes the gradient of a hidden
+    state up to the factor that the loss gives:
     `(1 - p_target) weight_target - sum of p_v weight_v over the others`.
     """
 
@@ -143,6 +147,7 @@ class _HeadLogps(torch.autograd.Function):
         others = _Others(hidden_TD, products) if for_hidden and not for_weight else None
         picked_T = torch.zeros(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device)
         peaks, totals = [], []
+        kept = _KeptSlices(LOGITS_KEPT[planning_device_type(hidden_TD.device)] if for_weight else 0)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             for _, weight_SD, inside_T, places_T in _slices(weight_VD, targets_T):
                 weight_SD = weight_SD.to(hidden_TD.dtype)
@@ -151,6 +156,7 @@ class _HeadLogps(torch.autograd.Function):
                 peaks.append(logits_TS.amax(-1))
                 exponentials_TS = logits_TS.sub_(peaks[-1][:, None]).exp_()
                 totals.append(exponentials_TS.sum(-1))
+                kept.add(exponentials_TS)
                 if others is not None:
                     others.add(peaks[-1], exponentials_TS, weight_SD, inside_T, places_T)
         peaks_NT, totals_NT = torch.stack(peaks), torch.stack(totals)
@@ -158,7 +164,8 @@ class _HeadLogps(torch.autograd.Function):
         total_T = (totals_NT * (peaks_NT - peak_T).exp()).sum(0)
         if others is None:
             ctx.products = products
-            ctx.save_for_backward(hidden_TD, weight_VD, targets_T, peak_T, total_T)
+            ctx.kept = kept
+            ctx.save_for_backward(hidden_TD, weight_VD, targets_T, peak_T, total_T, peaks_NT)
         else:
             unscaled_TD = others.unscaled_gradient(weight_VD.index_select(0, targets_T), total_T)
             ctx.save_for_backward(unscaled_TD.to(hidden_TD.dtype))
@@ -169,15 +176,19 @@ class _HeadLogps(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             (unscaled_TD,) = ctx.saved_tensors
             return (unscaled_TD * grads[0][:, None]).to(unscaled_TD.dtype), None, None, None
-        hidden_TD, weight_VD, targets_T, peak_T, total_T = ctx.saved_tensors
+        hidden_TD, weight_VD, targets_T, peak_T, total_T, peaks_NT = ctx.saved_tensors
         # a sum over slices
         grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.empty_like(weight_VD)
-        scale_T1 = (-grads[0] / total_T)[:, None]
-        for entries, weight_SD, inside_T, places_T in _slices(weight_VD, targets_T):
+        scale_T = -grads[0] / total_T
+        slices = _slices(weight_VD, targets_T)
+        for slice_peak_T, (entries, weight_SD, inside_T, places_T) in zip(peaks_NT, slices, strict=True):
             weight_SD = weight_SD.to(hidden_TD.dtype)
-            grad_TS = ctx.products.output(hidden_TD, weight_SD).float()
-            grad_TS.sub_(peak_T[:, None]).exp_().mul_(scale_T1)  # minus softmax
+            grad_TS = ctx.kept.pop()
+            if grad_TS is None:
+                grad_TS = ctx.products.output(hidden_TD, weight_SD).float()
+                grad_TS.sub_(slice_peak_T[:, None]).exp_()
+            grad_TS.mul_((scale_T * (slice_peak_T - peak_T).exp())[:, None])  # minus softmax
             grad_TS.scatter_add_(1, places_T[:, None], torch.where(inside_T, grads[0], 0)[:, None])
             grad_TS = grad_TS.to(hidden_TD.dtype)
             if grad_hidden_TD is not None:
@@ -186,6 +197,38 @@ class _HeadLogps(torch.autograd.Function):
         if grad_hidden_TD is not None:
             grad_hidden_TD = grad_hidden_TD.to(hidden_TD.dtype)
         return grad_hidden_TD, grad_weight_VD, None, None
+
+
+class _KeptSlices:
+    """The exponentials of a head's first slices, relative to each slice's largest logit, for its backward
+    pass.
+
+    `most` limits the numbers that all objects of this class keep together: a step may have many forests whose
+    backward passes have not begun.
+    """
+
+    num_alive: ClassVar[int] = 0
+
+    def __init__(self, most: int):
+        self._most, self._num_own = most, 0
+        self._slices: deque[torch.Tensor] = deque()
+
+    def add(self, exponentials_TS: torch.Tensor) -> None:
+        """Keep the next slice, if it and those before it may be kept."""
+        size = exponentials_TS.numel()
+        if _KeptSlices.num_alive + size > self._most:
+            self._most = 0  # nor any later one
+            return
+        self._slices.append(exponentials_TS)
+        self._num_own += size
+        _KeptSlices.num_alive += size
+
+    def pop(self) -> torch.Tensor | None:
+        """The next slice, which the caller may overwrite; None if it must be computed again."""
+        return self._slices.popleft() if self._slices else None
+
+    def __del__(self) -> None:
+        _KeptSlices.num_alive -= self._num_own
 
 
 class _Others:

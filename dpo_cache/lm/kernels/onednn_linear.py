@@ -122,8 +122,15 @@ def use_torch_linear(model: PreTrainedModel) -> None:
 def products_of(layer: torch.nn.Module) -> Products:
     """The products that the layer uses."""
     forward = layer.forward
-    is_fast = isinstance(forward, partial) and isinstance(forward.func, _FastForward)
-    return forward.func.products if is_fast else TORCH
+    if isinstance(forward, partial) and isinstance(forward.func, _FastForward):
+        return forward.func.products
+    return TORCH
+
+
+def has_own_forward(layer: torch.nn.Linear) -> bool:
+    """Whether another program replaced the layer's `forward` or sees its output."""
+    is_replaced = "forward" in vars(layer) and products_of(layer) is TORCH
+    return is_replaced or bool(layer._forward_hooks)
 
 
 def fast_linear(

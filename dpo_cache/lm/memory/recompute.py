@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from dpo_cache.lm.device import autocast_dtype
+from dpo_cache.lm.device import autocast_dtype, release_free_bytes
 from dpo_cache.lm.memory.recompute_later import is_on_tape, is_recording, recompute_later, recording
 from dpo_cache.lm.memory.selective import KeptOutputs
 from dpo_cache.lm.patches import Patches
@@ -62,6 +62,12 @@ NARROW = 64
 NARROW_PRODUCTS = {"aten.mm": 0, "aten.addmm": 1, "mkldnn._linear_pointwise": 0}
 
 
+# How often a forward pass returns free memory. On a CPU, glibc's heap does not fill the hole of a freed
+# tensor with one of the same size, for its aligned allocation asks for more. So layers that keep tensors
+# leave a hole for every temporary one: as much memory as they keep.
+TRIMS_PER_PASS = 8
+
+
 class Recomputation:
     """Wraps a model's decoder layers; `mode` may change from one forward pass to the next."""
 
@@ -70,6 +76,7 @@ class Recomputation:
         self._kept = {found.default: name for name in EXPENSIVE if (found := _operator(name)) is not None}
         layers = decoder_layers(model)
         self.num_layers = len(layers)
+        self._num_runs = 0  # of layers with gradients
         patches = patches or Patches()
         for layer in layers:
             for module in layer.modules():
@@ -77,7 +84,17 @@ class Recomputation:
             patches.wrap(layer, self._run)
 
     def _run(self, _: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.mode == "none" or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        output = self._run_recorded(forward, *args, **kwargs)
+        self._num_runs += 1
+        if self._num_runs % max(1, self.num_layers // TRIMS_PER_PASS) == 0:
+            release_free_bytes(_device_of(args, kwargs))
+        return output
+
+    def _run_recorded(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output; its activations are kept as `mode` says."""
+        if self.mode == "none":
             return forward(*args, **kwargs)
         if self.mode == "cheap":
             with recording():
@@ -94,6 +111,11 @@ class Recomputation:
         name = self._kept.get(operator)
         is_narrow = name in NARROW_PRODUCTS and args[NARROW_PRODUCTS[name]].shape[-1] <= NARROW
         return name is not None and not is_narrow
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """Where a layer's hidden states are, its first tensor."""
+    return next(value.device for value in (*args, *kwargs.values()) if torch.is_tensor(value))
 
 
 def _recompute_cheap_output(module: torch.nn.Module, patches: Patches) -> None:

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from dpo_cache.lm.kernels import head as logprobs
-from dpo_cache.lm.kernels.head import head_token_logps, log_squared_probs, token_logps
-from dpo_cache.lm.kernels.onednn_linear import ONEDNN, TORCH
+from dpo_cache.lm.kernels.head import _KeptSlices, head_token_logps, log_squared_probs, token_logps
+from dpo_cache.lm.kernels.onednn_linear import ONEDNN, TORCH, Products
 from dpo_cache.lm.model.parts import has_plain_head, head_of
 from tests.conftest import make_llama
 from tests.lm.families import FAMILIES, make_model
@@ -69,9 +69,12 @@ def test_the_head_is_a_view_and_leaves_the_model_as_it_is() -> None:
 
 @pytest.mark.parametrize("products", [TORCH, ONEDNN], ids=["torch", "oneDNN"])
 @pytest.mark.parametrize(("num_tokens", "vocab_size"), [(1, 7), (40, 1024), (33, 5000)])
+@pytest.mark.parametrize("num_kept", [0, 2 * 33 * 1024, 2**20])
 def test_the_head_by_slices_is_as_exact_as_log_softmax(
-    num_tokens: int, vocab_size: int, products, monkeypatch: pytest.MonkeyPatch
+    num_tokens: int, vocab_size: int, products, num_kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logprobs, "LOGITS_PER_SLICE", {"cpu": 33 * 1024})  # up to five slices
+    monkeypatch.setattr(logprobs, "LOGITS_KEPT", {"cpu": num_kept})
     if products is ONEDNN and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(logprobs, "products_of", lambda _: products)
@@ -99,6 +102,34 @@ def test_the_head_by_slices_is_as_exact_as_log_softmax(
     for one, naive, exact in zip(found, plain(torch.float32), plain(torch.float64), strict=True):
         assert one.dtype == torch.float32
         assert ((one.double() - exact).abs() <= (naive - exact).abs() + 1e-5).all()
+
+
+def test_all_heads_whose_backward_pass_has_not_begun_keep_only_so_many_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """8 tokens, 5,000 entries, slices of 1,024: three of the first head's five slices are kept."""
+    monkeypatch.setattr(logprobs, "LOGITS_PER_SLICE", {"cpu": 8 * 1024})
+    monkeypatch.setattr(logprobs, "LOGITS_KEPT", {"cpu": 3 * 8 * 1024})
+    before = _KeptSlices.num_alive
+    layer, calls = torch.nn.Linear(24, 5000, bias=False), []
+    products = Products(
+        lambda *operands: calls.append(1) or TORCH.output(*operands), TORCH.for_inputs, TORCH.for_weight
+    )
+    monkeypatch.setattr(logprobs, "products_of", lambda _: products)
+    hidden, targets = torch.randn(8, 24), torch.arange(8) * 600
+    heads = [head_token_logps(hidden, layer, targets) for _ in range(2)]
+    assert len(calls) == 10 and _KeptSlices.num_alive == before + 3 * 8 * 1024
+    grads = []
+    for number in range(2):
+        grads += torch.autograd.grad(heads[number].sum(), layer.weight)
+        assert len(calls) == 10 + 2 + 5 * number
+    torch.testing.assert_close(*grads)
+    heads.clear()
+    assert _KeptSlices.num_alive == before
+    with torch.no_grad():
+        head_token_logps(hidden, layer, targets)
+    head_token_logps(hidden.requires_grad_(), layer.requires_grad_(False), targets)
+    assert _KeptSlices.num_alive == before
 
 
 def unscaled_logits(dtype: torch.dtype) -> tuple[torch.Tensor, torch.nn.Linear, torch.Tensor]:

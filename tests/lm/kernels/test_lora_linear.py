@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
+from dpo_cache.lm.kernels.onednn_linear import KINDS, name_of, use_fast_linear
 from dpo_cache.lm.model.parts import has_plain_head
 from dpo_cache.planning.live_bytes import LiveBytes
 from tests.conftest import make_llama
@@ -45,10 +46,12 @@ def gaps(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> t
     )
 
 
-def test_outputs_and_gradients_are_those_of_peft() -> None:
-    (logits, grads), (expected, expected_grads) = (
-        outcome(adapt(make_llama(), is_fast=is_fast)) for is_fast in (True, False)
-    )
+@pytest.mark.parametrize("kinds", [(), ("output",), KINDS], ids=name_of)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_outputs_and_gradients_are_those_of_peft(has_bias: bool, kinds: tuple[str, ...]) -> None:
+    fast, plain = (adapt(make_llama(attention_bias=has_bias), is_fast=is_fast) for is_fast in (True, False))
+    assert use_fast_linear(fast.base_model.model, decided=name_of(kinds)) == name_of(kinds)
+    (logits, grads), (expected, expected_grads) = map(outcome, (fast, plain))
     assert torch.allclose(logits, expected, rtol=0, atol=1e-5)
     assert len(grads) == 28 and gaps(grads, expected_grads).max() < 1e-5
 
@@ -77,6 +80,42 @@ def test_pure_bf16_keeps_its_dtype() -> None:
     found, exact = run(torch.bfloat16, is_fast=True), run(torch.float32, is_fast=False)
     assert {grad.dtype for grad in found.values()} == {torch.bfloat16}
     assert gaps(found, exact).mean() < 1.1 * gaps(run(torch.bfloat16, is_fast=False), exact).mean()
+
+
+def test_adding_the_update_takes_no_other_output_and_its_gradient_no_other_input() -> None:
+    adapted = adapt(make_llama(), is_fast=True)
+    layer, inputs = adapted.base_model.model.model.layers[0].mlp.up_proj, torch.randn(512, 32)
+    inputs.requires_grad_()
+    output_bytes, narrow_bytes = 4 * 512 * layer.out_features, 4 * 512 * 4
+    with LiveBytes() as live:
+        output = layer(inputs)
+    assert live.peak == output_bytes + narrow_bytes
+    grad = torch.randn_like(output)
+    with LiveBytes() as live:
+        output.backward(grad)
+    # the gradients of the inputs, of x A^T, of A and B, and one of these before it is accumulated
+    adapters = 4 * 4 * (32 + layer.out_features)
+    assert live.peak <= 4 * inputs.numel() + narrow_bytes + 2 * adapters
+
+
+@pytest.mark.parametrize("change", ["trained base", "hook", "another forward"])
+def test_a_base_that_others_see_is_called(change: str) -> None:
+    fast, plain = (adapt(make_llama(), is_fast=is_fast) for is_fast in (True, False))
+    calls: list[str] = []
+    for adapted in (fast, plain):
+        base = adapted.base_model.model.model.layers[0].mlp.up_proj.base_layer
+        if change == "trained base":
+            base.weight.requires_grad_()
+        elif change == "hook":
+            base.register_forward_hook(lambda *_: calls.append("hook"))
+        else:
+            original = base.forward
+            base.forward = lambda inputs, original=original: 2 * original(inputs)
+    (logits, grads), (expected, expected_grads) = map(outcome, (fast, plain))
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-5)
+    assert gaps(grads, expected_grads).max() < 1e-5
+    assert len(calls) == (2 if change == "hook" else 0)
+    assert len(grads) == (29 if change == "trained base" else 28)
 
 
 def test_a_layer_keeps_less_than_in_peft_under_mixed_precision() -> None:

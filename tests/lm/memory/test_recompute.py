@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from dpo_cache.lm.forest import segments
-from dpo_cache.lm.memory.recompute import Recomputation, activation_bytes
+from dpo_cache.lm.forest.attention import use_forest_attention
+from dpo_cache.lm.memory import recompute
+from dpo_cache.lm.memory.recompute import MODES, Recomputation, activation_bytes
 from dpo_cache.lm.policy import completion_logps
-from dpo_cache.lm.self_check import choose_attention
+from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.types import Completion
-from tests.conftest import make_completions
+from tests.conftest import make_completions, make_llama
 from tests.lm.families import make_model
 
 COMPLETIONS = make_completions()
@@ -54,6 +56,24 @@ def test_every_mode_gives_the_gradients_of_the_models_own_forward(
         assert (none[name] - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-4, name
         assert torch.equal(selective[name], none[name]) and torch.equal(full[name], none[name]), name
     assert none.keys() == own.keys()
+
+
+@pytest.mark.parametrize(("num_layers", "num_trims"), [(2, 2), (17, 8)])
+@pytest.mark.parametrize("mode", MODES)
+def test_free_memory_is_returned_eight_times_in_a_forward_pass_with_gradients(
+    num_layers: int, num_trims: int, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[torch.device] = []
+    monkeypatch.setattr(recompute, "release_free_bytes", trimmed.append)
+    model = make_llama(num_hidden_layers=num_layers)
+    chosen = AttentionChoice("forest", "") if use_forest_attention(model) else pytest.fail("no forest")
+    Recomputation(model).mode = mode
+    logps = completion_logps(model, COMPLETIONS, chosen)
+    assert trimmed == [torch.device("cpu")] * num_trims
+    logps.sums().sum().backward()
+    with torch.no_grad():
+        completion_logps(model, COMPLETIONS, chosen)
+    assert len(trimmed) == num_trims
 
 
 def test_products_of_low_rank_are_computed_again() -> None:
