@@ -118,9 +118,9 @@ def _saved_method(parts: CheckpointLocation, trust_remote_code: bool) -> str | N
 
 @contextmanager
 def _loading(load: Callable[..., Any]) -> Iterator[None]:
-    """While open, `from_pretrained` fills a model by this function of its own one, and of its arguments."""
+    """While open, `from_pretrained` fills a model by this function in place of its own one."""
     own = PreTrainedModel.__dict__["_load_pretrained_model"]
-    PreTrainedModel._load_pretrained_model = staticmethod(partial(load, own.__func__))  # type: ignore[method-assign]
+    PreTrainedModel._load_pretrained_model = staticmethod(load)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -130,12 +130,10 @@ def _loading(load: Callable[..., Any]) -> Iterator[None]:
 def _load_ends(
     found: list[tuple[StoredTensors, list[Piece]]],
     opened: ExitStack,
-    own: Callable[..., Any],
     model: PreTrainedModel,
     _: Any,
     files: list[str],
     config: Any,
-    *args: Any,
 ) -> Any:
     """Load what is outside the layers; theirs stay without values, and `found` gets what makes them."""
     stored = StoredTensors([Path(file) for file in files])
@@ -145,31 +143,29 @@ def _load_ends(
     by_layer, _others = pieces_by_layer(model, pieces, names)
     in_layers = {name for layer in by_layer for piece in layer for name, _, _ in piece.sources}
     ends = {name: one for name, one in stored.tensors.items() if name not in in_layers}
-    report, *rest = own(model, ends, None, config, *args)
+    report = _load_some(model, ends, config)
     empty = {name: one.on_meta() for name, one in stored.tensors.items() if name in in_layers}
     _merge(report, _load_some(model, empty, _on_meta(config)))
     state = model.state_dict(keep_vars=True)
     for piece in pieces:
         piece.dtype = state[piece.target].dtype if piece.target in state else piece.dtype
     found.append((stored, [piece for layer in by_layer for piece in layer]))
-    return report, *rest
+    return report, None
 
 
-def _load_packed(
-    own: Callable[..., Any], model: PreTrainedModel, _: Any, files: list[str], config: Any, *args: Any
-) -> Any:
+def _load_packed(model: PreTrainedModel, _: Any, files: list[str], config: Any) -> Any:
     """Load and quantize layer by layer on the device; each one's packed weights move to the host."""
     with closing(StoredTensors([Path(file) for file in files])) as stored:
         pieces = find_pieces(model, copy.deepcopy(config.weight_mapping or []), stored.tensors)
         by_layer, _others = pieces_by_layer(model, pieces, _layer_names(model), converts=False)
         in_layers = {name for layer in by_layer for piece in layer for name, _, _ in piece.sources}
         ends = {name: one for name, one in stored.tensors.items() if name not in in_layers}
-        report, *rest = own(model, ends, None, config, *args)
+        report = _load_some(model, ends, config)
         for layer, layer_pieces in zip(_layers_of(model), by_layer, strict=True):
             content = {name: one for piece in layer_pieces for name, _, one in piece.sources}
             _merge(report, _load_some(model, content, config))
             _move(layer, torch.device("cpu"))
-    return report, *rest
+    return report, None
 
 
 def _on_meta(config: Any) -> Any:
@@ -182,6 +178,7 @@ def _on_meta(config: Any) -> Any:
 
 
 def _load_some(model: PreTrainedModel, content: dict[str, Any], config: Any) -> Any:
+    """Load these tensors; returns transformers' report, in which all others are missing."""
     report, _ = convert_and_load_state_dict_in_model(
         model=model, state_dict=content, load_config=config, disk_offload_index=None
     )

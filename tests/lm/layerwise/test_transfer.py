@@ -50,6 +50,17 @@ def test_two_slots_serve_any_number_of_layers(transfer: Transfer) -> None:
     assert len(slots) == 2 and ring.num_fetches == 7
 
 
+def test_slots_of_the_size_of_the_largest_layer_are_made_once() -> None:
+    transfer = FakeTransfer()
+    ring = Ring(transfer)
+    ring.slot_bytes = 9
+    for key, num_bytes in enumerate((3, 2, 9, 4)):
+        ring.fetch(key, num_bytes, filler(key))
+        assert ring.open(key).tolist() == [key] * num_bytes
+        ring.close(key)
+    assert len(transfer.targets) == 2 and transfer.sent == [3, 2, 9, 4]
+
+
 def test_what_is_there_is_not_fetched_again_unless_its_home_changed(transfer: Transfer) -> None:
     ring = Ring(transfer)
     ring.fetch("a", 2, filler(1))
