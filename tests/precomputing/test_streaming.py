@@ -241,3 +241,12 @@ def test_verify_streams_the_weights_of_a_model_that_does_not_fit(
     (report,) = rescore(cache, folder, 6, log=remarks.append)
     assert report.agrees and report.completions == 6
     assert len(remarks) == 1 and remarks[0].endswith("; they are read layer by layer.")
+
+
+def test_how_often_is_not_known_of_a_stream_of_rows(folder: str, data_file: str, tmp_path: Path) -> None:
+    remarks: list[str] = []
+    report = dpo_cache.precompute(
+        folder, data_file, tmp_path / "cache", streaming=True, stream_weights="on", log=remarks.append
+    )
+    assert "the weights are read layer by layer, once for each window of chunks." in remarks
+    assert report.weights_from == "disk" and report.weight_readings >= 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 
@@ -17,11 +18,11 @@ FIRST_TOKENS = 4096  # of a window while the speed is not known
 class Meter:
     """Of all windows of a model."""
 
-    def __init__(self, clock: Callable[[torch.device], float] | None = None):
+    def __init__(self, clock: Callable[..., float] = now):
         self.num_readings = 0  # of all weights
         self.tokens_per_s = 0.0  # the best so far, without waiting for weights
         self.reading_s = 0.0  # the longest that a window waited for weights
-        self._clock = clock or (lambda device: now(device, waits=True))
+        self._clock = clock
 
     @property
     def window_s(self) -> float:
@@ -35,26 +36,26 @@ class Meter:
 
     def start(self, device: torch.device) -> Watch:
         """Time a window that goes through all layers."""
-        return Watch(self, lambda: self._clock(device))
+        return Watch(self, partial(self._clock, device))
 
 
 class Watch:
     """The time of one window."""
 
-    def __init__(self, meter: Meter, clock: Callable[[], float]):
+    def __init__(self, meter: Meter, clock: Callable[..., float]):
         self._meter, self._clock = meter, clock
-        self._started, self._waited_s = clock(), 0.0
+        self._started, self._waited_s = clock(waits=True), 0.0
 
     @contextmanager
     def waiting_for(self, weights: AbstractContextManager[None]) -> Iterator[None]:
         """Open the weights; the time until they are there is that of reading."""
-        before = self._clock()
+        before = self._clock(waits=False)  # the device still works
         with weights:
-            self._waited_s += self._clock() - before
+            self._waited_s += self._clock(waits=False) - before
             yield
 
     def stop(self, num_tokens: int) -> None:
-        meter, elapsed_s = self._meter, self._clock() - self._started - self._waited_s
+        meter, elapsed_s = self._meter, self._clock(waits=True) - self._started - self._waited_s
         meter.num_readings += 1
         meter.reading_s = max(meter.reading_s, self._waited_s)
         if elapsed_s > 0:

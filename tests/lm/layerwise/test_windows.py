@@ -101,7 +101,7 @@ def test_memory_and_the_unknown_speed_bound_a_window(
     per_pass = 8 * STATE_BYTES + ROTARY_BYTES
     run.window_bytes = 3 * per_pass + per_pass // 2 if window_bytes is None else window_bytes
     monkeypatch.setattr(meter, "FIRST_TOKENS", 64)
-    run.meter = Meter(lambda _: 0.0)  # no time passes, so no speed becomes known
+    run.meter = Meter(lambda *_, **__: 0.0)  # no time passes, so no speed becomes known
     passes = (one for one in make_passes(decoder, weights, 10) if one.arguments)
     list(run.run(passes))
     assert [len(one) for one in windows(weights.log)] == sizes
