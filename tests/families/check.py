@@ -3,7 +3,8 @@
     outcome = check_family("mamba2")
 
 The model is saved and loaded as a checkpoint. Expected log-probs come from `model(input_ids=...)` on one
-unpadded row each, expected gradients from a plain loop over such rows. Of a checkpoint with towers for images,
+unpadded row each, expected gradients from a plain loop over such rows; a layer-major run is compared with the
+run of the same completions through all layers at once. Of a checkpoint with towers for images,
 it is the whole model; see `towers.py` for what else is checked then.
 """
 
@@ -38,6 +39,7 @@ from dpo_cache.lm.prepare import in_eval_mode, prepared
 from dpo_cache.lm.runner import Runner
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.types import Completion
+from tests.families.layer_major import check_layer_major
 from tests.families.tiny import MULTIMODAL, VOCAB, WITH_TOWERS, make_tiny
 from tests.families.towers import saved_architectures, tower_problems
 
@@ -57,6 +59,7 @@ class Outcome:
     reason: str = ""  # why not the forest, or why refused
     training: str = ""  # exact, or why refused
     lora: str = ""
+    layer_major: str = ""  # yes, or why not
     gap: float = 0.0  # the largest, nats per token
     gradient_gap: float = 0.0  # the largest, relative
     wrong: list[str] = field(default_factory=list)
@@ -283,6 +286,11 @@ def _check_training(folder: str, outcome: Outcome, name: str, rank: int) -> None
         for now.recomputation.mode in MODES:
             found = _gradients(model, lambda: preference_loss(policy([completions])[0].sums(), references))
             outcome.note_gradients(found, own, f"{name}, {now.recomputation.mode}")
+        if not rank:
+            now.recomputation.mode = "none"
+            model.zero_grad(set_to_none=True)
+            outcome.layer_major, wrong = check_layer_major(policy, completions)
+            outcome.wrong += wrong
 
 
 def _add_lora(model: hf.PreTrainedModel, rank: int, outcome: Outcome) -> None:

@@ -22,8 +22,8 @@ Entry = dict[str, str]
 VARIANTS_HEAD = """
 Other settings of some families:
 
-| family | run as | why not the forest, or why refused |
-|---|---|---|
+| family | run as | layer-major | why not the forest, or why refused |
+|---|---|---|---|
 """
 
 TOWERS_HEAD = """
@@ -36,8 +36,8 @@ and the tensors of the original, those of the towers to the bit. And tensors tha
 
 {counts}.
 
-| family | run as | why not the forest, or why refused |
-|---|---|---|
+| family | run as | layer-major | why not the forest, or why refused |
+|---|---|---|---|
 """
 
 HEAD = """# How each model family is run
@@ -54,11 +54,16 @@ all weights and for LoRA on all linear layers. Whatever is not refused is exact.
 | one row at a time | {one} | plain rows without padding, which are slower still |
 | refused | {refused} | with the reason below |
 
+*Layer-major* are families whose layers can run one by one, so that the weights, gradients and states of training need not all be on the
+device ({layer_major} of the {run} that are not refused): log-probs to the bit, the gradient of each tensor within 1e-5. A check at the
+start of such a run compares both on the model itself. A model that cannot run so runs all layers at once, and the log has the reason; the
+run stops if its weights are to be on the host.
+
 The self-check at the start of each run makes the choice on the model itself; other settings of a family may give another one.
 `python -m tests.families` wrote this page.
 
-| family | run as | why not the forest, or why refused |
-|---|---|---|
+| family | run as | layer-major | why not the forest, or why refused |
+|---|---|---|---|
 """
 
 
@@ -74,6 +79,7 @@ def entry_of(outcome: Outcome) -> Entry:
         "reason": without_figures(outcome.reason),
         "training": without_figures(outcome.training),
         "lora": without_figures(outcome.lora),
+        "layer_major": outcome.layer_major,
     }
 
 
@@ -109,6 +115,8 @@ def page(version: str, entries: dict[str, Entry]) -> str:
         rows=counts["rows"],
         one=counts["one row at a time"],
         refused=counts["refused"],
+        run=len(families) - counts["refused"],
+        layer_major=sum(entry["layer_major"] == "yes" for entry in families.values()),
     )
     lines = [_line(name, entry) for name, entry in sorted(families.items())]
     variants = [_line(name, entry) for name, entry in sorted(entries.items()) if name in VARIANTS]
@@ -125,4 +133,5 @@ def page(version: str, entries: dict[str, Entry]) -> str:
 def _line(family: str, entry: Entry) -> str:
     notes = [entry["reason"]] if entry["reason"] else []
     notes += [f"{name}: {entry[name]}" for name in ("training", "lora") if entry[name] not in ("", "exact")]
-    return f"| {family} | {entry['run']} | {'; '.join(notes).replace('|', '/')} |\n"
+    cells = (family, entry["run"], entry["layer_major"], "; ".join(notes))
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n"
