@@ -16,7 +16,8 @@ def precompute_command(options: PlanOptions, **chosen: Any) -> str:
     """`dpo-cache precompute` with the given options of the plan, and those that were chosen."""
     start = ["--model", options.model, "--dataset", options.dataset or "DATA"]
     start += ["--cache", options.cache or "CACHE"]
-    return _command("precompute", start, _given(options, FROM_PRECOMPUTE) | chosen, PrecomputeOptions)
+    given = _given(options, (*FROM_PRECOMPUTE, "budget_tokens"))
+    return _command("precompute", start, given | chosen, PrecomputeOptions)
 
 
 def train_command(options: PlanOptions, **chosen: Any) -> str:

@@ -39,12 +39,17 @@ class Counts:
             )
         return self._known[key]
 
-    def layer_major(self, method: Method, tokens: int, *, alike: bool) -> PhasePeaks:
+    def layer_major(self, method: Method, recomputation: str, tokens: int, *, alike: bool) -> PhasePeaks:
         """See `phase_peaks`."""
-        key = "layer-major", _counted(method), tokens
+        key = "layer-major", _counted(method), recomputation, tokens
         if key not in self._known:
             self._known[key] = phase_peaks(
-                self.config, method, self.forests(tokens), alike=alike, device_type=self.device_type
+                self.config,
+                method,
+                self.forests(tokens),
+                alike=alike,
+                recomputation=recomputation,
+                device_type=self.device_type,
             )
         return self._known[key]
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.device import simulate_device_type
 from dpo_cache.lm.forest.attention import use_forest_attention
-from dpo_cache.lm.forest.kernels import counted_kernel
+from dpo_cache.lm.forest.kernels import SEGMENTS, counted_kernel
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.kernels.onednn_linear import use_torch_linear
 from dpo_cache.lm.memory.recompute import Recomputation
@@ -145,16 +145,21 @@ def pass_loss(
     """The `run` of `step_footprint` for this package: a loss of the completions' log-probs, in one forest."""
 
     def run(model: PreTrainedModel) -> torch.Tensor:
-        choice = attention or AttentionChoice(
-            "forest",
-            "nothing is computed, so nothing is compared",
-            has_plain_head=True,
-            kernel=counted_kernel(model),
-        )
+        choice = attention or counted_attention(model, precision)
         (logps,) = PolicyModel(model, choice, precision=precision)([completions])
         return logps.sums().sum()
 
     return run
+
+
+def counted_attention(model: PreTrainedModel, precision: str) -> AttentionChoice:
+    """How a model runs where no value is computed and so nothing is compared.
+
+    In float32 that is segment by segment: torch's kernel for sequences of various lengths has a backward
+    pass, but no function that makes its gradients without values (torch 2.13).
+    """
+    kernel = SEGMENTS if precision == "fp32" else counted_kernel(model)
+    return AttentionChoice("forest", "nothing is computed", has_plain_head=True, kernel=kernel)
 
 
 def pass_bytes(

@@ -15,8 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dpo_cache.lm.device import simulate_device_type
-from dpo_cache.lm.forest.attention import use_forest_attention
-from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.layerwise.passes import BOTTOM
 from dpo_cache.lm.layerwise.policy import LayerMajorRun
 from dpo_cache.lm.layerwise.record import Layers, find_layers
@@ -24,7 +22,7 @@ from dpo_cache.lm.layerwise.weights import ResidentWeights
 from dpo_cache.lm.policy import PolicyModel, decoder_pass
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.planning.few_layers import num_layers, with_layers
-from dpo_cache.planning.footprint import build_fake
+from dpo_cache.planning.footprint import build_fake, counted_attention, policy_of
 from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.planning.parts import Method
 from dpo_cache.types import Completion
@@ -50,15 +48,17 @@ def phase_peaks(
     forests: Sequence[Sequence[Completion]],
     *,
     alike: bool,
+    recomputation: str = "cheap",
     device_type: str = "cuda",
 ) -> PhasePeaks:
     """The peaks of a step over these forests, largest first.
 
-    `alike`: all layers hold the same tensors, so a few are enough.
+    `recomputation` is that of a layer while it is run again for its gradient. `alike`: all layers hold the
+    same tensors, so a few are enough.
     """
     if alike and num_layers(config) > COUNTED_LAYERS:
         config = with_layers(config, COUNTED_LAYERS)
-    found, waiting = _peaks(config, method, forests[:COUNTED_FORESTS], device_type)
+    found, waiting = _peaks(config, method, forests[:COUNTED_FORESTS], recomputation, device_type)
     more = round(waiting / COUNTED_FORESTS) * max(0, len(forests) - COUNTED_FORESTS)
     return PhasePeaks(
         found.forward + more, found.top + more, found.backward + more, found.bottom + more, found.state
@@ -66,15 +66,17 @@ def phase_peaks(
 
 
 def _peaks(
-    config: PreTrainedConfig, method: Method, forests: Sequence[Sequence[Completion]], device_type: str
+    config: PreTrainedConfig,
+    method: Method,
+    forests: Sequence[Sequence[Completion]],
+    recomputation: str,
+    device_type: str,
 ) -> tuple[PhasePeaks, int]:
     """The peaks of these forests, and what waits on the device between two layers: what they are given."""
-    attention = AttentionChoice("forest", "nothing is computed", has_plain_head=True)
     with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type(device_type):
         model = build_fake(config, method.dtype, lora_r=method.lora_r, lora_targets=method.lora_targets)
-        use_forest_attention(model)
-        if method.lora_r is not None:
-            use_fast_lora(model)
+        model = policy_of(model, recomputation)
+        attention = counted_attention(model, method.precision)
         layers, states = _layers_of(model, forests[-1], attention), _WaitingStates()
         policy = PolicyModel(model, attention, precision=method.precision)
         run = LayerMajorRun(policy, layers, ResidentWeights(), states)

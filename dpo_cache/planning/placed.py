@@ -118,7 +118,15 @@ def placed_footprint(
         )
         return plain_parts(sizes, peak), Parts()
     peaks = phase_peaks(config, method, forests, alike=sizes.alike, device_type=device_type)
-    return placed_parts(sizes, peaks, placement, forests, method)
+    return placed_parts(sizes, peaks, placement_there(placement, device_type), forests, method)
+
+
+def placement_there(placement: Placement, device_type: str) -> Placement:
+    """The placement as a device of this type has it: a CPU has one memory, in which nothing moves."""
+    if device_type != "cpu":
+        return placement
+    gradients = "none" if placement.gradients == "none" else "device"
+    return replace(placement, weights="device", gradients=gradients, optimizer="device", inputs="device")
 
 
 def plain_parts(sizes: ModelBytes, peak: int) -> Parts:
@@ -198,7 +206,7 @@ def _on_device(sizes: ModelBytes, peaks: PhasePeaks, placement: Placement, input
                 gradients=gradients or top_gradients,
             )
         )
-    return max(phases, key=lambda phase: phase.total)
+    return max(phases, key=lambda one: (one.total, one.inputs + one.buffers + one.activations))
 
 
 def _on_host(sizes: ModelBytes, placement: Placement, inputs: int, method: Method) -> Parts:

@@ -14,10 +14,11 @@ from transformers import PreTrainedConfig
 
 from dpo_cache.lm.device import simulate_device_type
 from dpo_cache.lm.forest.attention import use_forest_attention
+from dpo_cache.lm.forest.kernels import SEGMENTS
 from dpo_cache.lm.forest.stream import Stream
 from dpo_cache.lm.scoring import ChunkRunner
 from dpo_cache.planning.few_layers import with_layers
-from dpo_cache.planning.footprint import build_fake
+from dpo_cache.planning.footprint import build_fake, counted_attention
 from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.planning.parts import Parts
 from dpo_cache.planning.placed import RING_SLOTS, ModelBytes
@@ -39,6 +40,7 @@ class ScoringCounts:
     ):
         self._config, self._sizes, self._dtype = config, sizes, dtype
         self._completions, self._device_type = completions, device_type
+        self._precision = "fp32" if dtype == torch.float32 else "bf16"
         small, large = SMALL_CHUNKS
         first = with_layers(config, 1) if sizes.alike else config
         at_small, at_large = self._decoder_peak(first, small), self._decoder_peak(first, large)
@@ -74,7 +76,7 @@ class ScoringCounts:
             use_forest_attention(model)
             stream = Stream(self._completions)
             with LiveBytes() as live:
-                runner = ChunkRunner(model, stream, "segments")
+                runner = ChunkRunner(model, stream, counted_attention(model, self._precision).kernel)
                 chunk = next(stream.chunks(lambda: tokens))
                 runner.decoder(**runner.arguments(chunk))
             return live.peak
@@ -91,5 +93,5 @@ class ScoringCounts:
             with LiveBytes() as live:
                 chunk = next(stream.chunks(lambda: tokens))
                 hidden_CD = torch.empty(len(chunk), config.hidden_size, dtype=self._dtype)
-                ChunkRunner(model, stream, "segments").logps(chunk, hidden_CD)
+                ChunkRunner(model, stream, SEGMENTS).logps(chunk, hidden_CD)
             return live.peak

@@ -25,6 +25,7 @@ from dpo_cache.planning.placed import (
     live_reference_parts,
     measure_model,
     placed_parts,
+    placement_there,
     plain_parts,
     waiting_inputs,
 )
@@ -157,8 +158,11 @@ class Candidates:
             peak = counts.plain(self.method, recomputation, tokens, alike=sizes.alike)
             device, host = plain_parts(sizes, peak), Parts()
         else:
-            peaks = counts.layer_major(self.method, tokens, alike=sizes.alike)
+            chosen = self.options.gradient_checkpointing
+            within = "cheap" if chosen == "auto" else chosen  # a layer that is run again for its gradient
+            peaks = counts.layer_major(self.method, within, tokens, alike=sizes.alike)
             forests = counts.forests(tokens)
+            placement = placement_there(placement, self.options.device)
             device, host = placed_parts(sizes, peaks, placement, forests, self.method)
             step_tokens = batch_size * counts.workload.pair_tokens
             # of the mean step; the memory is that of the longest one

@@ -71,6 +71,7 @@ PRECOMPUTE = [
     "--cache",
     "{root}/new",
 ]
+PLAN = ["plan", "--model", "{root}/model"]
 TRAIN = ["train", "{root}/cache", "--output", "{root}/run"]
 EVAL = ["eval", "{root}/cache", "--model", "{root}/model"]
 SWEEP = ["sweep", "{root}/cache", "--output", "{root}/sweep", "--beta", "0.1,0.2"]
@@ -125,6 +126,19 @@ WRONG = {
     "import place": (["import", "/proc/none", "{root}/data.jsonl", "--reference", "peer"], 1, "cannot write /proc/none"),
     "precompute tokenizer": ([*PRECOMPUTE, "--tokenizer", "./none"], 1, "./none: no tokenizer can be loaded"),
     "precompute template": ([*PRECOMPUTE, "--chat-template", "no.jinja"], 1, "--chat-template no.jinja: not readable"),
+    "plan option": ([*PLAN, "--gpu", "nonsense"], 2, "--gpu nonsense: expected a size such as 24GiB or 24GB."),
+    "plan both": (
+        [*PLAN, "{root}/cache", "--dataset", "{root}/data.jsonl"], 2, "--dataset and --cache: the lengths are those of"
+    ),
+    "plan model": (["plan", "--model", "{root}/none"], 1, NO_MODEL),
+    "plan model config": (["plan", "--model", "{root}/broken"], 1, BROKEN),
+    "plan cache": ([*PLAN, "{root}/none"], 1, NO_CACHE),
+    "plan pairs": ([*PLAN, "{root}/cache", "--pairs", "other"], 1, NO_PAIRS),
+    "plan dataset": ([*PLAN, "--dataset", "{root}/none.jsonl"], 1, "{root}/none.jsonl: no such file or folder."),
+    "plan place": ([*PLAN, "--place", "weights=moon"], 2, "--place weights=moon: not known."),
+    "plan tokenizer": (
+        [*PLAN, "--dataset", "{root}/data.jsonl", "--tokenizer", "./none"], 1, "./none: no tokenizer can be loaded"
+    ),
     "train option": ([*TRAIN, "--beta", "0"], 2, "--beta 0.0: expected a number above 0."),
     "train no cache": (["train", "{root}/none", "--output", "{root}/run"], 1, NO_CACHE),
     "train not a cache": (["train", "{root}/notes", "--output", "{root}/run"], 1, "{root}/notes: no dpo-cache here"),
