@@ -16,7 +16,7 @@ from dpo_cache.lm.forest import flex_call, varlen
 from dpo_cache.lm.forest.attention import Rules, use_forest_attention
 from dpo_cache.lm.forest.flex import FlexPlan
 from dpo_cache.lm.forest.layout import build_forest
-from dpo_cache.lm.forest.segments import segments_of
+from dpo_cache.lm.forest.segments import Segment, segments_of
 from dpo_cache.lm.forest.stream import Stream
 from dpo_cache.lm.forest.varlen import Sequences, lay_out
 from dpo_cache.lm.kernels import head, lora_linear
@@ -109,16 +109,22 @@ def test_activations_leave_for_the_host_without_waiting(kernel: str, mode: str) 
     assert operators.waits == []
 
 
-@pytest.mark.parametrize("cap", [None, 50.0])
-def test_compiled_flex_attention_gets_as_far_as_the_driver(cap: float | None) -> None:
+@pytest.mark.parametrize(
+    "rules", [Rules(0.125), Rules(0.125, softcap=50.0), Rules(0.125, 50), Rules(0.125, chunk=64)]
+)
+@pytest.mark.parametrize("has_path", [False, True])
+def test_compiled_flex_attention_gets_as_far_as_the_driver(rules: Rules, has_path: bool) -> None:
     """A soft cap that is a symbol to the compiler fails earlier, without these words."""
     torch._dynamo.reset()
     with fake_cuda():
         plan = FlexPlan(segments_of(build_forest(make_pairs(4, 60, 40))), CUDA)
-        call = plan._call(Rules(0.125, softcap=cap))
-        query, key, value = (torch.zeros(1, heads, 560, 64, device="cuda") for heads in (4, 2, 2))
+        if has_path:
+            plan = FlexPlan([Segment(0, 300, 200), Segment(300, 560, 100)], CUDA, {}, 600)
+        assert plan.path_length == 256 * has_path
+        query = torch.zeros(1, 4, 560, 64, device="cuda")
+        key, value = (torch.zeros(1, 2, 560 + plan.path_length, 64, device="cuda") for _ in range(2))
         with pytest.raises(Exception, match="Found no NVIDIA driver"):
-            call.compute(query, key, value, None)
+            plan._call(rules).compute(query, key, value, None)
 
 
 # -- backward functions -------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ class FlexPlan:
     def __post_init__(self) -> None:
         self.path_length = -(-self.segments[0].depth // MASK_BLOCK) * MASK_BLOCK
         self._spans = tree_spans(self.segments)
+        # a tensor, for it is another number in each chunk, and the kernel is compiled once
+        self._path_length = to_device(torch.tensor(self.path_length), self.device)
         self._entry_N, self._end_N, self._depth_N = (to_device(one, self.device) for one in self._spans)
         if self.paths is not None:
             last = last_at_each_depth(self._spans[2])
@@ -118,18 +120,22 @@ class FlexPlan:
 
     def visible(self, rules: Rules) -> Callable[..., torch.Tensor]:
         """The mask function: whether a query of the row sees a key of path and row."""
-        entry_N, end_N, depth_N, path_length = self._entry_N, self._end_N, self._depth_N, self.path_length
-        window, chunk = rules.reach
+        entry_N, end_N, depth_N = self._entry_N, self._end_N, self._depth_N
+        has_path, path_length = self.path_length > 0, self._path_length
+        # text is a constant to the compiler; a number that is a symbol is one more input of the kernel
+        window, chunk = (None if limit is None else str(limit) for limit in rules.reach)
 
         def is_visible(_: Any, __: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            own = (key - path_length).clamp(min=0)
-            on_path = key < path_length
-            seen = torch.where(on_path, key < entry_N[query], (own <= query) & (query < end_N[own]))
-            key_depth = torch.where(on_path, key, depth_N[own])
+            own = (key - path_length).clamp(min=0) if has_path else key
+            seen, key_depth = (own <= query) & (query < end_N[own]), depth_N[own]
+            if has_path:
+                on_path = key < path_length
+                seen = torch.where(on_path, key < entry_N[query], seen)
+                key_depth = torch.where(on_path, key, key_depth)
             if window is not None:
-                seen = seen & (key_depth > depth_N[query] - window)
+                seen = seen & (key_depth > depth_N[query] - int(window))
             if chunk is not None:
-                seen = seen & (key_depth >= depth_N[query] // chunk * chunk)
+                seen = seen & (key_depth >= depth_N[query] // int(chunk) * int(chunk))
             return seen
 
         return is_visible
