@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError
@@ -95,11 +96,15 @@ class Ends:
         with self.use(end):
             return forward(*args, **kwargs)
 
-    def _look_up(self, table: Any, forward: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
+    def _look_up(self, table: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The rows of the tokens, from the table on the host."""
-        rows = forward(ids.to(table.weight.device))
-        assert isinstance(rows, torch.Tensor)
-        return rows.to(self._copies.device, non_blocking=True)
+        args, kwargs = _moved((args, kwargs), table.weight.device)
+        return _moved(forward(*args, **kwargs), self._copies.device)
+
+
+def _moved(values: Any, device: torch.device) -> Any:
+    """The values with their tensors on a device."""
+    return tree_map_only(torch.Tensor, lambda one: one.to(device, non_blocking=device.type != "cpu"), values)
 
 
 def tables_of(model: PreTrainedModel, layers: set[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -12,6 +12,7 @@ once, layer by layer on the device, and kept packed in host memory under `disk`,
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
@@ -39,6 +41,7 @@ from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.lm.model.quantization import is_quantized
 from dpo_cache.lm.model.stored_tensors import StoredTensors
 
+LOADER_ARGUMENTS = ["model", "state_dict", "load_config", "disk_offload_index"]
 PACKED = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")  # methods whose packed weights can travel
 
 
@@ -70,6 +73,8 @@ def load_streamed(
             load: Callable[..., Any] | None = _load_packed
         else:
             load = partial(_load_ends, found, opened) if weights == "disk" else None
+        if load is not None:
+            _check_transformers()
         with nullcontext() if load is None else _loading(load):
             model = read_base(
                 parts,
@@ -114,6 +119,18 @@ def _saved_method(parts: CheckpointLocation, trust_remote_code: bool) -> str | N
             "`quantize` if needed."
         )
     return method
+
+
+def _check_transformers() -> None:
+    """Raise `ModelError` where transformers loads weights by functions of another form than is known here."""
+    form = [*inspect.signature(convert_and_load_state_dict_in_model).parameters]
+    own = PreTrainedModel.__dict__.get("_load_pretrained_model")
+    if form != LOADER_ARGUMENTS or not isinstance(own, staticmethod):
+        raise ModelError(
+            f"weights cannot be fetched layer by layer with transformers {transformers.__version__}: it "
+            "loads them in another way than 5.24.\n"
+            "Run `pip install transformers==5.24.0`, or keep the weights on the device."
+        )
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
@@ -181,6 +183,20 @@ def test_a_layer_that_is_called_twice_has_one_slot(llama: PreTrainedModel) -> No
         with weights.use(2):
             assert weights.leaves(2).keys() == weights.leaves(0).keys()
         assert weights.ring.num_fetches == 2
+
+
+def make_bart() -> PreTrainedModel:
+    """Its second table is given tensors by name."""
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48, "decoder_attention_heads": 4}
+    return BartForCausalLM(BartConfig(vocab_size=264, max_position_embeddings=264, is_decoder=True, **sizes))
+
+
+@torch.no_grad()
+def test_tables_with_other_arguments_are_read_on_the_host() -> None:
+    model = make_bart().eval()
+    expected = model(IDS, use_cache=False).logits
+    with streamed(model, embedding="host"):
+        assert torch.equal(model(IDS, use_cache=False).logits, expected)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Models whose layers are read from the host or from disk: the same bits as when they are resident."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from dpo_cache.lm.device import check_one_device
 from dpo_cache.lm.layerwise.streamed import StreamedWeights
 from dpo_cache.lm.layerwise.weights import ResidentWeights
 from dpo_cache.lm.memory.recompute import decoder_layers
+from dpo_cache.lm.model import load_streamed as load_streamed_module
 from dpo_cache.lm.model.adapter import add_adapter, lora_config
 from dpo_cache.lm.model.load import load_model
 from dpo_cache.lm.model.load_streamed import load_streamed
@@ -145,6 +147,16 @@ def test_other_quantized_formats_are_refused_by_name(folders: dict[str, Path], t
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"saved quantized \(fp8\).*layer by layer"):
         load_streamed(str(tmp_path), dtype=torch.float32, device=CPU, weights="disk")
+
+
+@pytest.mark.parametrize(("place", "is_refused"), [("disk", True), ("host", False)])
+def test_a_transformers_that_loads_otherwise_is_refused_where_that_matters(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, place: str, is_refused: bool
+) -> None:
+    monkeypatch.setattr(load_streamed_module, "LOADER_ARGUMENTS", ["model", "state_dict", "tp_plan"])
+    options = {"dtype": torch.float32, "device": CPU, "weights": place}
+    with pytest.raises(ModelError, match="another way than 5.24") if is_refused else nullcontext():
+        load_streamed(str(folders["llama"]), **options)[1].close()
 
 
 def trained(model: PreTrainedModel) -> dict[str, torch.Tensor]:
