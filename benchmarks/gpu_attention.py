@@ -26,7 +26,6 @@ from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.types import Completion
 
 CUDA = torch.device("cuda")
-KERNELS = ("segments", "varlen", "flex")
 SHAPES = ((4, 512, 256), (16, 100, 60), (64, 30, 20))  # pairs, tokens of the prompt and of each answer
 HEADS = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
 SMALL = {
@@ -41,20 +40,26 @@ LARGE = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-MODELS: dict[str, tuple[Callable[[], hf.PreTrainedModel], tuple[str, ...]]] = {
-    "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, **HEADS)), KERNELS),
-    "mistral, window 100": (
-        lambda: hf.MistralForCausalLM(hf.MistralConfig(**SMALL, **HEADS, sliding_window=100)),
-        ("segments", "varlen"),
+MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, **HEADS)),
+    "mistral, window 100": lambda: hf.MistralForCausalLM(
+        hf.MistralConfig(**SMALL, **HEADS, sliding_window=100)
     ),
-    "gemma2, soft cap": (
-        lambda: hf.Gemma2ForCausalLM(
-            hf.Gemma2Config(**{**SMALL, **HEADS}, head_dim=64, sliding_window=100, query_pre_attn_scalar=64)
-        ),
-        ("segments", "flex"),
+    "gemma2, soft cap": lambda: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(**{**SMALL, **HEADS}, head_dim=64, sliding_window=100, query_pre_attn_scalar=64)
     ),
 }
-DTYPES = {"llama": (torch.float32, torch.bfloat16)}
+KERNELS_OF = {
+    "llama": ("rows", "segments", "varlen"),
+    "mistral, window 100": ("rows", "segments", "varlen"),
+    "gemma2, soft cap": ("rows", "segments"),
+}
+PAIRS = [(name, torch.bfloat16) for name in MODELS] + [("llama", torch.float32)]
+
+
+PARITY = "\n| model | dtype | kernel | log-prob: largest gap | mean gap | gradient: largest relative gap | seconds |\n|---|---|---|---|---|---|---|"
+SPEED = "\n| pairs | kernel | ms a step | tokens/s | peak, GB | waits in forward |\n|---|---|---|---|---|---|"
+Task = tuple[float, str, Callable[[], None]]  # seconds that it may take, what it is, and the function
 
 
 def main() -> None:
@@ -62,48 +67,40 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=85)
-    end, skipped = time.monotonic() + parser.parse_args().seconds, []
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {hf.__version__}\n")
-    print(
-        "| model | dtype | kernel | log-prob: largest gap | mean gap | gradient: largest relative gap | seconds |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    # the compiler of FlexAttention takes longest: it comes last
-    plans = sorted(_parity_plans(), key=lambda plan: (plan[2] == "flex", plan[1] == torch.float32))
-    for name, dtype, kernel in [plan for plan in plans if plan[2] != "flex"]:
-        compare(name, dtype, kernel)
-    print(
-        "\n| pairs | kernel | ms a step | tokens/s | peak, GB | waits in forward |\n|---|---|---|---|---|---|"
+    started, limit = time.monotonic(), parser.parse_args().seconds
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {hf.__version__}")
+    skipped = []
+    for header, tasks in _tables():
+        print(header)
+        for seconds, name, run in tasks:
+            if time.monotonic() - started + seconds < limit:
+                run()
+            else:
+                skipped.append(name)
+    print(f"\n{time.monotonic() - started:.0f} s", f"left out: {', '.join(skipped)}" if skipped else "")
+
+
+def _tables() -> Iterator[tuple[str, list[Task]]]:
+    """The compiler of FlexAttention takes longest, so that comes last, the most useful first."""
+    fast = ("rows", "segments", "varlen")
+    yield (
+        PARITY,
+        [_parity(name, dtype, one) for name, dtype in PAIRS for one in fast if one in KERNELS_OF[name]],
     )
     model = make_large()
-    for kernel in ("rows", *KERNELS):
-        for shape in SHAPES:
-            if time.monotonic() < end - (25 if kernel == "flex" else 3):
-                measure(model, shape, kernel)
-            else:
-                skipped.append(f"speed of {kernel}, {shape}")
-    del model
-    torch.cuda.empty_cache()
-    print(
-        "\n| model | dtype | kernel | log-prob: largest gap | mean gap | gradient: largest relative gap | seconds |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for name, dtype, kernel in [plan for plan in plans if plan[2] == "flex"]:
-        if time.monotonic() < end - 25:
-            compare(name, dtype, kernel)
-        else:
-            skipped.append(f"{kernel} on {name} in {dtype}")
-    print(
-        f"\n{time.monotonic() - end + parser.parse_args().seconds:.0f} s",
-        f"left out: {skipped}" if skipped else "",
-    )
+    yield SPEED, [_speed(model, shape, kernel, 3) for kernel in fast for shape in SHAPES]
+    yield PARITY, [_parity(name, torch.bfloat16, "flex") for name in ("llama", "gemma2, soft cap")]
+    yield SPEED, [_speed(model, shape, "flex", 5) for shape in SHAPES]
+    yield PARITY, [_parity("llama", torch.float32, "flex")]
 
 
-def _parity_plans() -> Iterator[tuple[str, torch.dtype, str]]:
-    for name, (_, kernels) in MODELS.items():
-        for dtype in DTYPES.get(name, (torch.bfloat16,)):
-            for kernel in ("rows", *kernels):
-                yield name, dtype, kernel
+def _parity(name: str, dtype: torch.dtype, kernel: str) -> Task:
+    seconds = 20 if kernel == "flex" else 3
+    return seconds, f"{kernel} on {name} in {str(dtype)[6:]}", lambda: compare(name, dtype, kernel)
+
+
+def _speed(model: hf.PreTrainedModel, shape: tuple[int, int, int], kernel: str, seconds: float) -> Task:
+    return seconds, f"speed of {kernel}, {shape}", lambda: measure(model, shape, kernel)
 
 
 def make_pairs(
@@ -124,7 +121,7 @@ def make_pairs(
 def make_small(name: str, dtype: torch.dtype) -> hf.PreTrainedModel:
     torch.manual_seed(0)
     with CUDA:
-        return MODELS[name][0]().eval().to(dtype)
+        return MODELS[name]().eval().to(dtype)
 
 
 def make_large() -> hf.PreTrainedModel:
