@@ -33,14 +33,35 @@ def router_coefficient(model: PreTrainedModel, requested: float | None) -> float
     for a model without routers.
     """
     config = model.config.get_text_config()
-    has_router = hasattr(config, "output_router_logits")
+    has_router = hasattr(config, "output_router_logits") and _may_have_routers(model)
     if requested and not has_router:
         raise OptionError(
             f"`router_aux_loss_coef` {requested}: {type(model).__name__} returns no router logits.\n"
             "Leave it out."
         )
+    if requested and not hasattr(config, "num_experts_per_tok"):
+        raise OptionError(
+            f"`router_aux_loss_coef` {requested}: the config of {type(model).__name__} has no "
+            "`num_experts_per_tok`, so the chosen experts are not known.\nLeave it out."
+        )
     coefficient = getattr(config, "router_aux_loss_coef", 0.0) if requested is None else requested
     return float(coefficient or 0.0) if has_router else 0.0
+
+
+def _may_have_routers(model: PreTrainedModel) -> bool:
+    """Whether a module is of a class whose router logits transformers collects; a family of mixtures may have
+    models without experts. True where the code does not name such classes.
+    """
+    recorders = [
+        recorder
+        for inner in model.modules()
+        for given in [(getattr(inner, "_can_record_outputs", None) or {}).get("router_logits", [])]
+        for recorder in (given if isinstance(given, list) else [given])
+    ]
+    kinds = tuple(getattr(recorder, "target_class", recorder) for recorder in recorders)
+    if not kinds or not all(isinstance(kind, type) for kind in kinds):
+        return True
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def measure_routing(

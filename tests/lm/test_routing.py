@@ -11,6 +11,7 @@ from dpo_cache.lm.rows import run_rows
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.losses.policy_losses import router_loss
 from tests.conftest import make_completions, make_llama
+from tests.families.tiny import make_tiny
 from tests.lm.families import make_model
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
@@ -59,3 +60,21 @@ def test_a_model_without_routers_has_no_router_loss() -> None:
     assert router_coefficient(make_llama(), None) == router_coefficient(make_llama(), 0.0) == 0.0
     with pytest.raises(OptionError, match="LlamaForCausalLM returns no router logits"):
         router_coefficient(make_llama(), 0.1)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+@pytest.mark.parametrize("family", ["doge", "flint"])
+def test_a_model_without_experts_of_a_family_of_mixtures_has_no_router_loss(family: str) -> None:
+    model = make_tiny(family)
+    assert model.config.router_aux_loss_coef > 0 and router_coefficient(model, None) == 0.0
+    with pytest.raises(OptionError, match="ForCausalLM returns no router logits"):
+        router_coefficient(model, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+def test_a_config_that_does_not_name_the_number_of_chosen_experts_is_refused() -> None:
+    with pytest.raises(
+        OptionError, match="has no `num_experts_per_tok`, so the chosen experts are not known"
+    ):
+        router_coefficient(make_tiny("dbrx"), 0.5)
+    assert router_coefficient(make_tiny("dbrx"), None) == 0.0
