@@ -5,11 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from dpo_cache.errors import ModelError
 from dpo_cache.lm import runner as runner_module
 from dpo_cache.lm.budget import Budget
+from dpo_cache.lm.model.load import load_config
 from dpo_cache.lm.runner import Runner, open_runner, run_loaded
+from dpo_cache.lm.streaming import choose_streaming
 from dpo_cache.types import Score
 from tests.conftest import make_completions, make_llama, naive_token_logps
 from tests.families.tiny import make_tiny
@@ -169,3 +173,27 @@ def test_rows_that_run_one_at_a_time_are_remarked_even_if_rows_were_requested() 
     )
     for index, completion in enumerate(make_completions()):
         assert np.abs(found[index].token_logps - naive_token_logps(model, completion).numpy()).max() < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_streamed_adapter_gives_the_scores_of_a_resident_one(dtype: torch.dtype, tmp_path: Path) -> None:
+    make_llama(num_hidden_layers=4).save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0, 0.2)
+    folder = str(tmp_path / "adapter")
+    model.save_pretrained(folder)
+    loading = {"dtype": dtype, "device": CPU, "revision": None}
+    streaming = choose_streaming("on", folder, load_config(folder), **loading)
+    completions, found = make_completions(num_prompts=2), []
+    for chosen in (None, streaming):
+        with open_runner(folder, max_length=64, budget_tokens=40, streaming=chosen, **loading) as runner:
+            assert (runner.layer_major is None) == (chosen is None)
+            found.append(score(runner, completions))
+    for index, one in found[0].items():
+        assert np.array_equal(one.token_logps, found[1][index].token_logps)
