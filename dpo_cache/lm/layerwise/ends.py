@@ -7,9 +7,11 @@ given tokens travel, and its gradient stays there; the LM head is fetched when i
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -108,13 +110,27 @@ def _moved(values: Any, device: torch.device) -> Any:
 
 
 def tables_of(model: PreTrainedModel, layers: set[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The tables of embeddings outside the layers that have a row for each token."""
+    """The tables of embeddings outside the layers that have a row for each token.
+
+    None where the model's code reads rows of a table's weight without calling it, as Gemma 4's does.
+    """
     inner = {module for layer in layers for module in layer.modules()}
+    kinds = {type(one) for one in model.modules() if one not in inner}
+    if any(_reads_rows(kind) for kind in kinds):  # type: ignore[arg-type]  # mypy: __hash__ of modules
+        return []
     tables = [
         module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module not in inner
     ]
     largest = max((table.num_embeddings for table in tables), default=0)
     return [table for table in tables if 2 * table.num_embeddings >= largest]
+
+
+@cache
+def _reads_rows(kind: type[torch.nn.Module]) -> bool:
+    try:
+        return re.search(r"embed\w*\.weight\[", inspect.getsource(kind.forward)) is not None
+    except (OSError, TypeError):
+        return False
 
 
 def sent(layout: Layout, device: torch.device) -> torch.Tensor:

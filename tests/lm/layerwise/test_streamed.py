@@ -14,10 +14,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from dpo_cache.lm.layerwise.ends import tables_of
 from dpo_cache.lm.layerwise.sources import HostWeights
 from dpo_cache.lm.layerwise.streamed import PersistentCopies, StreamedWeights
 from dpo_cache.lm.memory.recompute import decoder_layers
 from tests.conftest import make_llama
+from tests.families.tiny import make_tiny
 from tests.lm.layerwise.transfers import FakeTransfer
 
 CPU = torch.device("cpu")
@@ -197,6 +199,12 @@ def test_tables_with_other_arguments_are_read_on_the_host() -> None:
     expected = model(IDS, use_cache=False).logits
     with streamed(model, embedding="host"):
         assert torch.equal(model(IDS, use_cache=False).logits, expected)
+
+
+def test_a_table_whose_weight_the_code_reads_itself_is_not_apart(llama: PreTrainedModel) -> None:
+    assert tables_of(llama, {*decoder_layers(llama)}) == [llama.model.embed_tokens]
+    model = make_tiny("gemma4")
+    assert tables_of(model, {*decoder_layers(model)}) == []
 
 
 @torch.no_grad()
