@@ -13,6 +13,7 @@ from dpo_cache.errors import ModelError, first_line
 from dpo_cache.lm.budget import Budget, is_out_of_memory
 from dpo_cache.lm.check_rows import CheckRows
 from dpo_cache.lm.forest.attention import PlanLostError
+from dpo_cache.lm.forest.kernels import SEGMENTS
 from dpo_cache.lm.forest.layout import build_forest, shared_prefix, split_by_tokens
 from dpo_cache.lm.kernels.head import token_logps
 from dpo_cache.lm.layerwise.check import logps_together
@@ -161,6 +162,8 @@ def forest_problem(
         return f"in the forest {error}", largest
     except FAILURES as error:
         raise_out_of_memory(error, model)
+        if kernel != SEGMENTS:
+            return f"it fails ({first_line(error)})", largest
         return f"its code does not take forest attention ({type(error).__name__})", largest
 
 

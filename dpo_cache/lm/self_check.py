@@ -64,6 +64,7 @@ class AttentionChoice:
     original: str | None = None  # the model's own attention, if it was switched to the forest
     max_tokens: int | None = None  # of a chunk or a forest; None: any number
     limited_by: str = ""  # why chunks are smaller than the run's, if they are
+    slowed_by: str = ""  # why no kernel takes all segments in one call, if the device has such kernels
     is_whole: bool = False  # rows are run by the model's own forward, not by its decoder and head
 
     def remark(self, model: PreTrainedModel, verb: str = "run", *, is_requested: bool = False) -> str | None:
@@ -72,7 +73,12 @@ class AttentionChoice:
         """
         what = f"{type(model).__name__} is {verb}"
         if self.name == "forest":
-            return f"{what} with smaller chunks: {self.limited_by}." if self.limited_by else None
+            found = []
+            if self.slowed_by:
+                found.append(f"one attention call for each segment, which is slower: {self.slowed_by}")
+            if self.limited_by:
+                found.append(f"smaller chunks: {self.limited_by}")
+            return f"{what} with {', and with '.join(found)}." if found else None
         if self.max_rows == 1:
             return f"{what} as plain rows, which is slower: {self.reason}."
         return None if is_requested else f"{what} as plain padded rows, which is slower: {self.reason}."
@@ -201,7 +207,8 @@ def _try_forest(
     """The forest with the largest chunks in which it is exact, or why it is not. Then the model has its own
     attention again.
     """
-    problem, limits, longest = "", check.limits, check.run.longest
+    problems: dict[str, str] = {}  # by kernel
+    limits, longest = check.limits, check.run.longest
     largest = check.rows.chunk_tokens
     # no chunk passes a length that the config names, and no row does
     below = [limit.tokens - 1 for limit in limits if longest < limit.tokens <= largest]
@@ -216,9 +223,11 @@ def _try_forest(
                 )
                 if not failed:
                     is_chosen = True
-                    return _forest_choice(model, check, gap, kernel, chunk)
-                problem = failed
-        return problem
+                    found = _forest_choice(model, check, gap, kernel, chunk)
+                    others = "; ".join(f"by {name}, {problem}" for name, problem in problems.items())
+                    return replace(found, slowed_by=others if kernel == SEGMENTS else "")
+                problems[kernel] = failed
+        return problems[kernel]
     finally:
         if not is_chosen and model._can_set_attn_implementation():
             set_attention(model, check.original)

@@ -12,13 +12,16 @@ from accelerate import dispatch_model
 
 from dpo_cache.errors import ModelError
 from dpo_cache.lm.check_logps import FOREST, STREAM
+from dpo_cache.lm.forest.flex_call import FlexCall
+from dpo_cache.lm.forest.kernels import KERNELS
+from dpo_cache.lm.forest.varlen import VarlenPlan
 from dpo_cache.lm.policy import PolicyModel, completion_logps
 from dpo_cache.lm.runner import run_loaded
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.types import Completion
 from tests.conftest import make_completions, make_llama, naive_token_logps
 from tests.families.tiny import make_tiny
-from tests.lm.families import TINY, WITH_HEADS
+from tests.lm.families import TINY, WITH_HEADS, make_model
 from tests.lm.test_families import scores
 
 
@@ -363,3 +366,37 @@ def test_llama4_is_exact_past_8191_tokens_at_its_default_config() -> None:
         attention = choose_attention(model, max_length=max(map(len, completions)), chunk_tokens=16384)
         assert (attention.name, attention.max_rows) == expected
         assert_exact(model, completions, attention, budget=16384)
+
+
+# -- kernels ------------------------------------------------------------------------------------------------
+
+
+def test_the_first_kernel_that_is_exact_is_used_in_chunks_and_in_forests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(KERNELS, "cpu", ("varlen", "flex", "segments"))
+    chosen = {family: choose_attention(make_model(family), max_length=64) for family in ("llama", "gemma2")}
+    assert {name: choice.kernel for name, choice in chosen.items()} == {"llama": "varlen", "gemma2": "flex"}
+    assert all(choice.remark(make_llama()) is None for choice in chosen.values())
+
+    real = VarlenPlan.attend
+
+    def wrong_with_gradients(plan: VarlenPlan, *given: object) -> torch.Tensor:
+        return real(plan, *given) * (1 if plan.paths is not None else 1.1)
+
+    monkeypatch.setattr(VarlenPlan, "attend", wrong_with_gradients)
+    assert choose_attention(make_llama(), max_length=64).kernel == "flex"
+
+
+def test_a_kernel_that_is_slower_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setitem(KERNELS, "cpu", ("flex", "segments"))
+    monkeypatch.setattr(FlexCall, "compute", fails)
+    choice = choose_attention(make_llama(), max_length=64)
+    assert choice.kernel == "segments"
+    assert choice.remark(make_llama()) == (
+        "LlamaForCausalLM is run with one attention call for each segment, which is slower: by flex, it fails "
+        "(no compiler)."
+    )
