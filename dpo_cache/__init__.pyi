@@ -314,7 +314,6 @@ def precompute(
     early_answers: Literal["stop", "keep"] = 'stop',
     attention: Literal["auto", "forest", "rows"] = 'auto',
     stream_weights: Literal["auto", "on", "off"] = 'auto',
-    stream_weights: Literal["auto", "on", "off"] = 'auto',
     audit: int | str = 'auto',
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
     on_show: OnSurvey | None = None,

@@ -24,7 +24,7 @@ ALLOWED = {
     "reporting": "errors losses options",
     "evaluation": "errors files lm log losses options progress store tokenizer training types",
     "exchange": "data errors files lm log options progress store types",
-    "training": "errors files lm log losses options progress store suggestions tokenizer types",
+    "training": "errors files lm log losses options planning progress store suggestions tokenizer types",
     "precomputing": "data errors files lm log options planning progress store types",
     "planning": "data errors files lm log options store types",
     "options": "errors log losses suggestions",

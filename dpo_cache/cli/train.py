@@ -21,6 +21,7 @@ from dpo_cache.cli.output import (
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
+from dpo_cache.options.placement import PRESETS, Placement, next_preset, placement_of
 from dpo_cache.options.run_config import with_config
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.progress import describe_metrics, show_training
@@ -107,8 +108,17 @@ def _print_dry_run(report: TrainReport) -> None:
         took = f"{last['num_pairs'] / last['pairs_per_s']:.1f} s for {last['num_pairs']} pairs"
         rows.append(("a step on the longest pairs", took))
     rows.append(("peak memory", f"{format_bytes(report.peak_bytes)}, without evaluation and samples"))
+    if following := next_preset(_placement(str(resolved.get("memory", "fast")))):
+        rows.append(("less memory", f"--memory {following}; `dpo-cache plan` predicts how much less"))
     print_table(f"{report.output}: a dry run", rows)
     print_text("Nothing was written. Next: the same command without --dry-run.")
+
+
+def _placement(memory: str) -> Placement:
+    """The placement of a preset, or of entries."""
+    found = placement_of(memory) if memory in PRESETS else placement_of("auto", memory, is_adapted=True)
+    assert found is not None
+    return found
 
 
 def _stopped_at_once(output: str, checkpoints: list[Path]) -> str:

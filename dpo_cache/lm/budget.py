@@ -62,8 +62,8 @@ class Budget:
         if half < MIN_TOKENS:
             raise ModelError(
                 f"{problem} even with {self.tokens} tokens at once.\n"
-                "Use `dtype` bfloat16, a shorter `max_length`, or a device with more memory; scores so far "
-                "are kept."
+                "Use `dtype` bfloat16, a shorter `max_length`, or a device with more memory; "
+                "`dpo-cache plan` shows what fits. Scores so far are kept."
             ) from error
         self._log(f"{problem} with {self.tokens} tokens at once; continuing with {half}. Nothing is lost.")
         self.tokens, self.has_stopped = half, True

@@ -55,6 +55,13 @@ ADAPTER_PRESETS = {
 MEMORY = ("auto", *PRESETS)
 
 
+def next_preset(placement: Placement) -> str | None:
+    """The preset that keeps less on the device than this placement; None where none does."""
+    if not placement.is_layer_major or (placement.optimizer, placement.inputs) == ("device", "device"):
+        return "small"
+    return "least" if placement.weights == "device" else None
+
+
 def placement_of(memory: str, place: str | None = None, *, is_adapted: bool = False) -> Placement | None:
     """The placement of a preset, with the entries of `place` in it; None for auto without entries.
 

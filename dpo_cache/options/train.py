@@ -115,7 +115,8 @@ class TrainOptions(LossOptions):
     )
     optimizer: str = option(
         "adamw",
-        "Optimizer; bf16, 8bit: its state in bfloat16 or 8 bits; paged: its state may move to host memory.",
+        "Optimizer; bf16, 8bit: its state in bfloat16 or 8 bits. paged: an earlier name of "
+        "--place optimizer=host,gradients=host.",
         choices=OPTIMIZERS,
     )
     weight_decay: float = option(0.0, "Weight decay.", limit=AT_LEAST_0)
@@ -245,9 +246,13 @@ class TrainOptions(LossOptions):
         return placement_of(self.memory, ",".join(self._places()) or None, is_adapted=is_adapted)
 
     def _places(self) -> list[str]:
-        """The entries of `place`, and those that earlier names of options map to."""
-        entries = [] if self.place is None else [self.place]
+        """The entries of `place`; else those that earlier names of options map to."""
+        if self.place is not None:
+            return [self.place]
+        entries: list[str] = []
         entries += ["gradients=none"] if self.free_gradients else []
+        if self.optimizer.endswith("-paged"):
+            entries += ["optimizer=host", *([] if self.free_gradients else ["gradients=host"])]
         return entries + (["inputs=host"] if self.offload_activations else [])
 
     def _check_adapter(self) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+LORA_RANK = 16  # of an adapter whose rank is not given
+
 
 @dataclass(frozen=True)
 class Parts:

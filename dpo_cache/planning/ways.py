@@ -19,7 +19,7 @@ from dpo_cache.options.placement import PRESETS, Placement, placement_of
 from dpo_cache.options.plan import PlanOptions
 from dpo_cache.planning.counts import Counts
 from dpo_cache.planning.footprint import build_fake
-from dpo_cache.planning.parts import Method, Parts
+from dpo_cache.planning.parts import LORA_RANK, Method, Parts
 from dpo_cache.planning.placed import (
     ModelBytes,
     live_reference_parts,
@@ -41,7 +41,6 @@ from dpo_cache.planning.timing import (
 CONTEXT_BYTES = 500_000_000  # of CUDA, in each process
 FRAGMENTATION = 0.1  # of what comes and goes: activations, inputs, buffers
 PROCESS_BYTES = 1_500_000_000  # of Python, torch and its libraries, on the host
-LORA_RANK = 16  # of the adapters that are planned where the options name none
 DEFAULT_TOKENS = {"cpu": 1024}  # at once, as `train` starts; else 4,096
 MORE_TOKENS, FEWER_TOKENS = 4096, 1024
 
@@ -114,9 +113,12 @@ class Candidates:
     def presets(self) -> list[tuple[str, Placement]]:
         """The presets to try, from the fastest down; one where the options fix it."""
         is_adapted = self.method.lora_r is not None
-        fixed = placement_of(self.options.memory, self.options.place, is_adapted=is_adapted)
+        place = self.options.place
+        if place is None and self.options.optimizer.endswith("-paged"):
+            place = "optimizer=host,gradients=host"
+        fixed = placement_of(self.options.memory, place, is_adapted=is_adapted)
         if fixed is not None:
-            return [("place" if self.options.place else self.options.memory, fixed)]
+            return [("place" if place else self.options.memory, fixed)]
         found = [(name, placement_of(name, None, is_adapted=is_adapted)) for name in PRESETS]
         return [(name, placement) for name, placement in found if placement is not None]
 

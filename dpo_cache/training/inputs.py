@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import DpoCacheError, TrainingError
 from dpo_cache.lm.check_logps import FOREST
@@ -24,7 +24,7 @@ from dpo_cache.lm.model.adapter import (
     locate_checkpoint,
 )
 from dpo_cache.lm.model.left_out import LeftOut, find_left_out
-from dpo_cache.lm.model.load import load_base
+from dpo_cache.lm.model.load import load_base, load_config
 from dpo_cache.lm.model.towers import frozen_towers
 from dpo_cache.lm.policy import default_micro_tokens
 from dpo_cache.lm.positions import most_positions
@@ -33,8 +33,10 @@ from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.log import Log
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.losses import LossOptions
-from dpo_cache.options.placement import FAST, Placement
+from dpo_cache.options.placement import ADAPTER_PRESETS, FAST, PRESETS, Placement
 from dpo_cache.options.train import TrainOptions
+from dpo_cache.planning.choose import choose_placement
+from dpo_cache.planning.parts import LORA_RANK, Method
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.checks import check_details, check_identity
 from dpo_cache.store.format.documents import Document
@@ -94,7 +96,9 @@ class TrainedModel:
     origin: Origin
     adapted: PeftModel | None  # saves, switches off and merges the adapter inside the model
     remarks: tuple[str, ...]  # differences from the model that made the pairs, besides `origin.differing`
+    method: Method  # what is trained, for a prediction of its memory
     left_out: LeftOut | None = None  # what else its checkpoint has, which is saved with a whole model
+    memory: str = "fast"  # the preset of the placement, or its entries
     placement: Placement = FAST
     layer_major: LayerMajorModel | None = None  # None: each forest runs through all layers
 
@@ -153,13 +157,14 @@ def open_policy(
     checkpoint: Path | None,
     *,
     linear: str | None,
+    memory: str | None,
     log: Log,
     loaded: LoadedPolicy | None = None,
 ) -> Iterator[TrainedModel]:
     """Load the policy, or take a `loaded` one, with its weights at the start or at the checkpoint.
 
-    It is prepared until the block ends; `linear` decides which library multiplies, see `prepared`. Raises
-    `ModelError`, `TrainingError` or `OptionError`.
+    It is prepared until the block ends; `linear` decides which library multiplies, see `prepared`, and
+    `memory` the preset under `auto`. Raises `ModelError`, `TrainingError` or `OptionError`.
     """
     is_resumed = checkpoint is not None
     start = find_start(options, data.reference, log, is_resumed=is_resumed)
@@ -189,7 +194,12 @@ def open_policy(
         loaded,
         trusted=trusted,
     )
-    placement = options.placement(is_adapted=is_adapted) or FAST
+    if loaded is not None:
+        config = loaded.model.config
+    else:
+        config = load_config(parts.base, revision=parts.base_revision, trust_remote_code=trusted)
+    method = _method(options, precision, is_adapted=is_adapted)
+    memory, placement = _choose_placement(options, method, config, device, memory, log)
     home = torch.device("cpu") if has_copies(placement, device) else device
     if loaded is not None:
         model = loaded.place(dtype, home, None if is_adapted else checkpoint)
@@ -236,10 +246,46 @@ def open_policy(
             remarks=()
             if is_resumed
             else _find_remarks(options, adapted, parts, has_other_template=saved.has_other_template),
+            method=method,
             left_out=left_out,
+            memory=memory,
             placement=placement,
             layer_major=None if isinstance(found, str) else found,
         )
+
+
+def _method(options: TrainOptions, precision: str, *, is_adapted: bool) -> Method:
+    """What is trained, for a prediction of its memory; of a saved adapter the rank is not known yet."""
+    return Method(
+        precision=precision,
+        optimizer=options.optimizer.removesuffix("-paged"),
+        rounding="stochastic" if options.rounding == "auto" else options.rounding,
+        lora_r=(options.lora_r or LORA_RANK) if is_adapted else None,
+        quantize=None if options.quantize == "none" else options.quantize,
+    )
+
+
+def _choose_placement(
+    options: TrainOptions,
+    method: Method,
+    config: PreTrainedConfig,
+    device: torch.device,
+    memory: str | None,
+    log: Log,
+) -> tuple[str, Placement]:
+    """The placement that the options name or a resumed run had; else the first that fits."""
+    is_adapted = method.lora_r is not None
+    if (named := options.placement(is_adapted=is_adapted)) is not None:
+        return options.memory if options.memory != "auto" else str(named), named
+    if memory in PRESETS:
+        return memory, (ADAPTER_PRESETS if is_adapted else PRESETS)[memory]
+    memory, placement = choose_placement(config, method, device)
+    if memory != "fast":
+        log(
+            f"weights, gradients and optimizer state do not fit the free memory of {device}: `memory` "
+            f"{memory} is used ({placement})."
+        )
+    return memory, placement
 
 
 def _choose_attention(options: TrainOptions, data: TrainingPairs, model: PreTrainedModel) -> AttentionChoice:

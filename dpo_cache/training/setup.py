@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dpo_cache.log import Log
 from dpo_cache.losses.objective import Objective
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.train import TrainOptions
+from dpo_cache.planning.advice import less_memory
 from dpo_cache.store import open_cache
 from dpo_cache.store.format.documents import digest_json
 from dpo_cache.training.batches import count_shared
@@ -110,6 +112,7 @@ class Setup:
             "device": str(self.device),
             "budget_tokens": self.step_memory.micro_tokens,
             "gradient_checkpointing": self.step_memory.mode,
+            "memory": policy.memory,
             "linear": policy.linear,
             "router_coefficient": self.objective.router_coefficient,
             **(
@@ -131,6 +134,11 @@ class Setup:
             value = getattr(options, name)
             if value is not None and not schedule.count(1, self.total_steps):
                 self.log(f"`{name}` {value} never triggers: the run has {self.total_steps} steps.")
+        if policy.placement.gradients == "none" and options.max_grad_norm:
+            self.log(
+                f"the gradient is not clipped to `max_grad_norm` {options.max_grad_norm}: under `memory` "
+                f"{policy.memory} each layer is updated before the norm of all is known."
+            )
         if data.eval_pairs is None or data.eval_pairs is data.pairs:
             return
         if shared := count_shared(data.pairs, data.eval_pairs):
@@ -160,10 +168,13 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
     if checkpoint is not None:
         check_files(checkpoint)
     linear = _decided_linear(output if checkpoint else None, is_deterministic=options.deterministic)
+    memory = read_config(output)["resolved"].get("memory") if checkpoint else None
     with ExitStack() as stack:
         with _reading(checkpoint):
             policy = stack.enter_context(
-                open_policy(options, data, device, checkpoint, linear=linear, log=log, loaded=loaded)
+                open_policy(
+                    options, data, device, checkpoint, linear=linear, memory=memory, log=log, loaded=loaded
+                )
             )
         found = {"base_weights": policy.origin.base_weights, "precision": policy.precision}
         _check_resumed(options, checkpoint, found)  # before its state is restored
@@ -279,6 +290,7 @@ def _plan_memory(
         is_deterministic=options.deterministic,
         most_tokens=policy.attention.max_tokens,
         is_layer_major=is_layer_major,
+        less_memory=partial(less_memory, policy.model.config, policy.method, policy.placement),
     )
     if position.step_memory:
         memory.restore(position.step_memory)
@@ -303,7 +315,7 @@ def _make_optimizer(
 ) -> Updater:
     optimizer = make_optimizer(
         model,
-        options.optimizer,
+        options.optimizer.removesuffix("-paged"),  # which is a placement
         lr=options.lr,
         weight_decay=options.weight_decay,
         rounding=options.rounding,

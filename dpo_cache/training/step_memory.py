@@ -42,6 +42,7 @@ class StepMemory:
         is_deterministic: bool = False,
         most_tokens: int | None = None,
         is_layer_major: bool = False,
+        less_memory: Callable[[], str] = lambda: "",
     ):
         self._most_tokens = math.inf if most_tokens is None else most_tokens
         self.micro_tokens = int(min(micro_tokens or default_micro_tokens(model.device), self._most_tokens))
@@ -59,6 +60,7 @@ class StepMemory:
         if not micro_tokens and not is_deterministic:
             self.pair_tokens = max(self.micro_tokens, _tokens_that_fit(model, self.mode, share))
         self.pair_tokens = min(self.pair_tokens, self._most_tokens)
+        self._less_memory = less_memory
         self._problem_of: Callable[[str], str] = lambda _: ""
         if not self._recomputation.num_layers and requested not in ("auto", "none"):
             log(
@@ -125,9 +127,11 @@ class StepMemory:
             self.pair_tokens = self.micro_tokens
             change = f"`budget_tokens` {self.micro_tokens}"
         else:
+            hint = self._less_memory()
             raise TrainingError(
                 f"{problem} even with one answer at once.\n"
-                "Use `precision` bf16, score with a shorter `max_length`, or a device with more memory."
+                f"Use {hint + ', ' if hint else ''}`precision` bf16, score with a shorter `max_length`, or a "
+                "device with more memory; `dpo-cache plan` shows what fits."
             ) from error
         self._log(f"{problem}; the step is repeated, and the run continues, with {change}. Nothing is lost.")
         if self._device.type == "cuda":
