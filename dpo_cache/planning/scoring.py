@@ -1,7 +1,7 @@
 """The device's memory while a reference scores completions, counted on fake tensors.
 
 The decoder's peak grows with a chunk's tokens and, by the keys and values of the open path, with the layers:
-it is counted for two small chunks and two layers. The head's is counted for the chunk itself.
+it is counted for two small chunks, and for two and three layers. The head's is counted for the chunk itself.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dpo_cache.planning.placed import RING_SLOTS, ModelBytes
 from dpo_cache.types import Completion
 
 SMALL_CHUNKS = 512, 1024
+COUNTED_LAYERS = 2
 
 
 class ScoringCounts:
@@ -42,20 +43,23 @@ class ScoringCounts:
         self._completions, self._device_type = completions, device_type
         self._precision = "fp32" if dtype == torch.float32 else "bf16"
         small, large = SMALL_CHUNKS
-        first = with_layers(config, 1) if sizes.alike else config
-        at_small, at_large = self._decoder_peak(first, small), self._decoder_peak(first, large)
+        self._can_cut = sizes.alike and sizes.num_layers > COUNTED_LAYERS
+        few = with_layers(config, COUNTED_LAYERS) if self._can_cut else config
+        at_small, at_large = self._decoder_peak(few, small), self._decoder_peak(few, large)
         self._at_large, self._per_token = at_large, max(0.0, (at_large - at_small) / (large - small))
-        self._per_layer = 0
-        if sizes.alike and sizes.num_layers > 1:
-            self._per_layer = self._decoder_peak(with_layers(config, 2), small) - at_small
+        self._per_layer = 0  # keys and values of the open path
+        if self._can_cut:
+            one_more = with_layers(config, COUNTED_LAYERS + 1)
+            self._per_layer = self._decoder_peak(one_more, small) - at_small
 
     def resident(self, budget_tokens: int) -> Parts:
         """The device's memory while chunks of so many tokens run through all layers."""
-        paths = self._per_layer * (self._sizes.num_layers - 1) if self._sizes.alike else 0
+        paths = self._per_layer * (self._sizes.num_layers - COUNTED_LAYERS) if self._can_cut else 0
+        ahead = self._per_layer * COUNTED_LAYERS  # the paths of the layers that are counted
         return Parts(
             weights=self._sizes.weights,
             buffers=self._sizes.dequantized,
-            activations=max(self._one_layer(budget_tokens) + paths, self._head_peak(budget_tokens) + paths),
+            activations=paths + max(self._few_layers(budget_tokens), self._head_peak(budget_tokens) + ahead),
         )
 
     def streamed(self, budget_tokens: int) -> Parts:
@@ -63,10 +67,10 @@ class ScoringCounts:
         return Parts(
             weights=self._sizes.rest,
             buffers=self._sizes.dequantized + RING_SLOTS * self._sizes.largest_layer + self._sizes.head_copy,
-            activations=max(self._one_layer(budget_tokens), self._head_peak(budget_tokens)),
+            activations=max(self._few_layers(budget_tokens), self._head_peak(budget_tokens)),
         )
 
-    def _one_layer(self, budget_tokens: int) -> int:
+    def _few_layers(self, budget_tokens: int) -> int:
         return round(self._at_large + self._per_token * (budget_tokens - SMALL_CHUNKS[1]))
 
     @torch.no_grad()
