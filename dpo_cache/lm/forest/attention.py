@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -112,22 +112,36 @@ def attend_segment(
 
     `masks` keeps the [N, P] masks of a plan, so that its layers share them.
     """
-    num_queries, length = query_BHNE.shape[2], key_BKPE.shape[2]
+    seen = seen_by_segment(query_BHNE.shape[2], key_BKPE.shape[2], query_BHNE, rules, masks)
+    key_BKPE, value_BKPE = key_BKPE[:, :, seen.first :], value_BKPE[:, :, seen.first :]
+    return attend(query_BHNE, key_BKPE, value_BKPE, rules, seen.mask_NP, is_causal=seen.is_causal)
+
+
+class Seen(NamedTuple):
+    """Which keys of a path the queries at its end see: of those from `first` on, all, or as the mask says."""
+
+    first: int
+    mask_NP: torch.Tensor | None
+    is_causal: bool
+
+
+def seen_by_segment(
+    num_queries: int, length: int, like: torch.Tensor, rules: Rules, masks: dict[Any, torch.Tensor]
+) -> Seen:
+    """What the last `num_queries` positions of a path of this length see; `masks` as in `attend_segment`."""
     first = int(rules.first_visible(length - num_queries))
     is_limited = rules.first_visible(length - 1) > 0
-    key_BKPE, value_BKPE = key_BKPE[:, :, first:], value_BKPE[:, :, first:]
     is_causal = num_queries == length and not is_limited
     if rules.is_fused and (is_causal or num_queries == 1):
-        return attend(query_BHNE, key_BKPE, value_BKPE, rules, is_causal=is_causal)
+        return Seen(first, None, is_causal)
     if not is_limited:
-        mask_NP = _tail_mask(num_queries, length, query_BHNE, masks)
-        return attend(query_BHNE, key_BKPE, value_BKPE, rules, mask_NP)
+        return Seen(first, _tail_mask(num_queries, length, like, masks), False)
     name = (num_queries, length, rules.reach)
     if name not in masks:
         query_depths, key_depths = np.arange(length - num_queries, length)[:, None], np.arange(first, length)
         visible = (key_depths <= query_depths) & (key_depths >= rules.first_visible(query_depths))
-        masks[name] = additive_mask(visible, query_BHNE)
-    return attend(query_BHNE, key_BKPE, value_BKPE, rules, masks[name])
+        masks[name] = additive_mask(visible, like)
+    return Seen(first, masks[name], False)
 
 
 def attend(
@@ -159,22 +173,24 @@ def attend(
 
 def additive_mask(visible: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     """0 where a query sees a key, -inf elsewhere."""
-    mask = torch.from_numpy(np.where(visible, np.float32(0), np.float32("-inf")))
+    mask = torch.where(torch.from_numpy(visible), 0.0, float("-inf"))
     return to_device(mask.to(like.dtype), like.device)
 
 
 def _tail_mask(
     num_queries: int, length: int, like: torch.Tensor, masks: dict[Any, torch.Tensor]
 ) -> torch.Tensor:
-    """Causal mask [N, P] of the last N of P positions: the end of a wider one, so that paths of all lengths
-    share one.
+    """Causal mask [N, P] of the last N of P positions: the end of a higher and wider one, so that parts and
+    paths of all lengths share one.
     """
-    name = (num_queries, "tail")
+    is_cuda = planning_device_type(like.device) == "cuda"
+    height = num_queries if is_cuda else -(-num_queries // 128) * 128
+    name = (height, "tail")
     if name not in masks or masks[name].shape[1] < length:
         width = -(-length // 1024) * 1024
-        masks[name] = additive_mask(np.arange(width) <= np.arange(width - num_queries, width)[:, None], like)
-    tail_NP = masks[name][:, masks[name].shape[1] - length :]
-    if planning_device_type(like.device) != "cuda":
+        masks[name] = additive_mask(np.arange(width) <= np.arange(width - height, width)[:, None], like)
+    tail_NP = masks[name][height - num_queries :, masks[name].shape[1] - length :]
+    if not is_cuda:
         return tail_NP
     exact = (num_queries, length)
     if exact not in masks:

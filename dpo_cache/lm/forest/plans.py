@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from dpo_cache.lm.device import to_device
-from dpo_cache.lm.forest.attention import Rules, additive_mask, attend, attend_segment
+from dpo_cache.lm.forest.attention import Rules, additive_mask, attend, attend_segment, seen_by_segment
 from dpo_cache.lm.forest.layout import Forest
 from dpo_cache.lm.forest.segments import Block, Segment, last_at_each_depth, segments_of, split_segment
+from dpo_cache.lm.kernels.tree_attention import Part, attend_tree, can_attend_tree, has_kernels
 from dpo_cache.lm.memory.recompute_later import recompute_later
 
 
@@ -96,35 +97,55 @@ class TreePlan:
     segments: Sequence[Segment]
     atom_lengths: list[int]  # the row cut at every segment start and every branching point
     path_atoms: list[list[int]]  # of each segment: the atoms of its path, then those of the segment
+    is_one_operation: bool = False  # where rules and tensors allow it, see `tree_attention.py`
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def attend(
         self, _: int, query_BHLE: torch.Tensor, key_BKLE: torch.Tensor, value_BKLE: torch.Tensor, rules: Rules
     ) -> torch.Tensor:
         """Attention output [B, L, H, E]. One split of q, k and v each: its gradient is one concatenation."""
+        if self.is_one_operation and rules.is_fused and can_attend_tree(query_BHLE, key_BKLE, value_BKLE):
+            parts = [
+                self._part(segment, atoms, query_BHLE, rules)
+                for segment, atoms in zip(self.segments, self.path_atoms, strict=True)
+            ]
+            return attend_tree(query_BHLE, key_BKLE, value_BKLE, parts, rules.scaling)
         queries = query_BHLE.split([segment.length for segment in self.segments], dim=2)
         keys, values = key_BKLE.split(self.atom_lengths, dim=2), value_BKLE.split(self.atom_lengths, dim=2)
-        parts = []
+        outputs = []
         for query, atoms in zip(queries, self.path_atoms, strict=True):
             path_keys, path_values = (
                 _join_path([tensors[atom] for atom in atoms]) for tensors in (keys, values)
             )
-            parts.append(attend_segment(query, path_keys, path_values, rules, self.masks))
+            outputs.append(attend_segment(query, path_keys, path_values, rules, self.masks))
         # laid out as the next product reads it
-        return recompute_later(lambda *parts: torch.cat(parts, dim=2).transpose(1, 2).contiguous(), *parts)
+        return recompute_later(lambda *parts: torch.cat(parts, dim=2).transpose(1, 2).contiguous(), *outputs)
+
+    def _part(self, segment: Segment, atoms: list[int], like: torch.Tensor, rules: Rules) -> Part:
+        seen = seen_by_segment(segment.length, segment.end_depth, like, rules, self.masks)
+        path, hidden = [], seen.first
+        for start, end in _ranges(self.atom_lengths, atoms):
+            visible = min(start + hidden, end)
+            hidden -= visible - start
+            if visible < end:
+                path.append((visible, end))
+        return Part(segment.start, segment.end, path, seen.mask_NP, seen.is_causal)
 
 
 def plan_tree(forest: Forest, device_type: str = "cpu") -> TreePlan:
     """The plan that runs a whole forest at once.
 
-    On a CPU, segments with a path are split, so that less is computed that a mask hides. Each part keeps its
-    path's keys and values for the backward pass. On a GPU that memory is worth more than the time saved, so
-    segments stay whole.
+    On a CPU, segments are split, so that less is computed that a mask hides. Where torch lacks the kernels
+    of `tree_attention.py`, each part keeps its path's keys and values for the backward pass, and segments
+    without a path stay whole. On a GPU that memory is worth more than the time saved, so all stay whole.
     """
     segments = segments_of(forest)
+    is_one_operation = device_type == "cpu" and has_kernels()
     if device_type == "cpu":
         segments = [
-            part for segment in segments for part in (split_segment(segment) if segment.depth else [segment])
+            part
+            for segment in segments
+            for part in (split_segment(segment) if segment.depth or is_one_operation else [segment])
         ]
     starts = [segment.start for segment in segments]
     branches = forest.parents_L[starts] + 1  # behind the token that each segment continues
@@ -136,7 +157,19 @@ def plan_tree(forest: Forest, device_type: str = "cpu") -> TreePlan:
         above = atoms_to_root[atom_of[parent]] if parent >= 0 else []
         atoms_to_root.append([*above, len(atoms_to_root)])
     path_atoms = [atoms_to_root[atom_of[segment.end - 1]] for segment in segments]
-    return TreePlan(segments, np.diff(cuts).tolist(), path_atoms)
+    return TreePlan(segments, np.diff(cuts).tolist(), path_atoms, is_one_operation)
+
+
+def _ranges(atom_lengths: Sequence[int], atoms: Sequence[int]) -> list[tuple[int, int]]:
+    """The ranges of the row that the atoms cover, in their order; neighbouring ones are one range."""
+    ends = np.cumsum(atom_lengths)
+    ranges: list[tuple[int, int]] = []
+    for atom in atoms:
+        start, end = int(ends[atom]) - atom_lengths[atom], int(ends[atom])
+        if ranges and ranges[-1][1] == start:
+            start = ranges.pop()[0]
+        ranges.append((start, end))
+    return ranges
 
 
 def _join_path(atoms_BKLE: Sequence[torch.Tensor]) -> torch.Tensor:
