@@ -107,9 +107,12 @@ def _as_function_of(leaf: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
 class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-        ctx.dtype = leaf.dtype
+        ctx.leaf = leaf
         return copy.view_as(copy)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0].to(ctx.dtype), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        if ctx.leaf.grad is None:
+            return grads[0].to(ctx.leaf.dtype), None
+        ctx.leaf.grad.add_(grads[0])  # without a copy in the leaf's dtype, which would be twice as large
+        return None, None
