@@ -38,7 +38,7 @@ TRL_PYTHON ?= $(TRL_VENV)/bin/python
 ROWS ?=
 TURNS ?= 3
 
-.PHONY: help install model demo docs test test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-layers
+.PHONY: help install model demo docs test test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-plan bench-layers
 .PHONY: bench-token-ids bench-file-ids bench-store clean
 
 help:
@@ -57,6 +57,7 @@ help:
 	@echo "make bench-learning DATA=FILE [MODEL=FOLDER] [ROWS=N]        accuracy on held-out pairs during training; writes the curve to docs/"
 	@echo "make bench-memory DATA=FILE [MODEL=FOLDER]                   memory and time for more rows, and for a very long row"
 	@echo "make bench-memory-options DATA=FILE [MODEL=FOLDER] [ROWS=N]  memory and speed of training with each option that saves memory"
+	@echo "make bench-plan DATA=FILE [MODEL=FOLDER] [ROWS=N]            memory that dpo-cache plan predicts, compared with torch's allocator"
 	@echo "make bench-memory-table [MODEL=FOLDER]                       the tables of docs/memory.md: counted GPU memory of training, compared with TRL"
 	@echo "make bench-layers [MODEL=FOLDER] [FOLDER=SCRATCH]            speed and memory of scoring layer by layer; a 7B of random weights (13 GB on disk)"
 	@echo "make bench-token-ids DATA='FILE...' [MODEL=FOLDER]           token ids compared with TRL 1.16"
@@ -146,6 +147,9 @@ bench-learning: $(VENV)/installed $(MODEL)/config.json
 
 bench-memory: $(VENV)/installed $(MODEL)/config.json
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory.py --model $(MODEL) --data $(DATA)
+
+bench-plan: $(VENV)/installed $(MODEL)/config.json
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/plan.py --model $(MODEL) --data $(DATA) $(if $(ROWS),--rows $(ROWS))
 
 bench-memory-options: $(VENV)/installed $(MODEL)/config.json
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/memory_options.py --model $(MODEL) --data $(DATA) $(if $(ROWS),--rows $(ROWS))
