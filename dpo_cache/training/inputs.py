@@ -231,7 +231,8 @@ def open_policy(
         # copies of weights may have the dtype of the products, which only mixed precision takes
         with autocast(device, precision if has_copies(placement, device) else "fp32"):
             attention = _choose_attention(options, data, model)
-        if isinstance(found, str):  # layer by layer, gradients are compared with those of a plain run
+        # copies of weights would be gone before the backward pass of a plain run
+        if isinstance(found, str) or not has_copies(placement, device):
             attention = with_right_kernel(model, attention, run.recomputation, precision, log)
         yield TrainedModel(
             model=model,
