@@ -27,6 +27,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run, cache: Path, tmp_path
     assert done.code == 0, done.err
     lines = {line[2:].split("  ")[0]: line.split("  ")[-1].strip() for line in done.out.splitlines()[1:-1]}
     assert done.out.startswith(f"{tmp_path}/run: a dry run\n")
+    assert "less memory" in done.out and "--memory small; `dpo-cache plan` predicts how much less" in done.out
     assert done.out.endswith("Nothing was written. Next: the same command without --dry-run.\n")
     assert lines["pairs"] == "pairs/train, 12" and lines["steps"] == "2" and lines["precision"] == "fp32"
     assert (
