@@ -161,7 +161,7 @@ def placed_parts(
 ) -> tuple[Parts, Parts]:
     """The parts of a layer-major step on the device and on the host, from what was counted of it."""
     inputs = waiting_inputs(sizes, peaks, forests)
-    return _on_device(sizes, peaks, placement, inputs), _on_host(sizes, placement, inputs, method)
+    return _on_device(sizes, peaks, placement, inputs, method), _on_host(sizes, placement, inputs, method)
 
 
 def waiting_inputs(sizes: ModelBytes, peaks: PhasePeaks, forests: Sequence[Sequence[Completion]]) -> int:
@@ -170,7 +170,9 @@ def waiting_inputs(sizes: ModelBytes, peaks: PhasePeaks, forests: Sequence[Seque
     return round(peaks.state * sum(counts) / max(counts)) * (sizes.num_layers + 1)
 
 
-def _on_device(sizes: ModelBytes, peaks: PhasePeaks, placement: Placement, inputs: int) -> Parts:
+def _on_device(
+    sizes: ModelBytes, peaks: PhasePeaks, placement: Placement, inputs: int, method: Method
+) -> Parts:
     """Of the phases, the one with the highest peak."""
     is_home = placement.optimizer == "device" and placement.weights == "device"
     gradients = sizes.trained if placement.gradients == "device" else 0
@@ -187,11 +189,14 @@ def _on_device(sizes: ModelBytes, peaks: PhasePeaks, placement: Placement, input
         ring = RING_SLOTS * sizes.largest_layer
         standing = replace(standing, buffers=standing.buffers + ring)
     head = 0 if is_home else sizes.head_copy
+    # a rounded copy adds its gradient to the float32 one in place; a plain step, as counted, makes another
+    is_rounded = not is_home and method.lora_r is None and method.dtype != method.compute_dtype
+    top = peaks.top - ((sizes.head or sizes.table) if is_rounded else 0)
     stays = is_home and placement.gradients == "host"  # the ends' gradients, until the end of the pass
     top_gradients = min(sizes.trained, sizes.head or sizes.table) if stays else 0
     phases = [
         replace(standing, activations=peaks.forward),
-        replace(standing, activations=peaks.top, buffers=standing.buffers + head),
+        replace(standing, activations=top, buffers=standing.buffers + head),
         replace(
             standing,
             activations=max(0, peaks.backward - (sizes.layer_gradients if gradients else 0)),
