@@ -150,8 +150,9 @@ class _Window:
         calls, ticket = [], None
         if given.arguments is not None:
             recording = record(self._layers, **given.arguments)
-            self.given_bytes += (given := _bytes_given(recording))
-            self.num_bytes += given + recording.state.nbytes
+            given_bytes = _bytes_given(recording)
+            self.given_bytes += given_bytes
+            self.num_bytes += given_bytes + recording.state.nbytes
             calls, ticket = recording.calls, self._states.put(recording.state)
         self._calls.append(calls)
         self._tickets.append(ticket)
