@@ -104,23 +104,27 @@ def compare_speed(name: str, location: str, num_tokens: int, turns: int) -> None
     """Print the tokens a second of both ways, in turns."""
     completions = make_pairs(num_tokens, load_config(location).vocab_size)
     times: dict[str, list[float]] = {"resident": [], "streamed": []}
+    cpu: dict[str, list[float]] = {
+        "resident": [],
+        "streamed": [],
+    }  # of all threads: other work does not count
     with resident(location) as (whole, linear), streamed(location, linear) as layered:
         for _ in range(turns):
             found = {}
             for way, runner in (("resident", whole), ("streamed", layered)):
-                started = time.perf_counter()
+                started, cpu_started = time.perf_counter(), time.process_time()
                 found[way] = score(runner, completions)
                 times[way].append(time.perf_counter() - started)
+                cpu[way].append(time.process_time() - cpu_started)
             is_equal = all(map(np.array_equal, found["resident"], found["streamed"]))
-    best = {way: min(some) for way, some in times.items()}
-    print(
-        f"{name}, {num_tokens:,} tokens in chunks of 512, linear layers by {linear}: resident "
-        f"{', '.join(f'{one:.1f}' for one in times['resident'])} s, streamed "
-        f"{', '.join(f'{one:.1f}' for one in times['streamed'])} s; streamed at "
-        f"{best['resident'] / best['streamed']:.2f} of the resident speed; log-probs "
-        f"{'equal to the bit' if is_equal else 'DIFFER'}",
-        flush=True,
-    )
+    print(f"{name}, {num_tokens:,} tokens in chunks of 512, linear layers by {linear}:")
+    for kind, taken in (("seconds", times), ("seconds of CPUs", cpu)):
+        shown = {way: ", ".join(f"{one:.1f}" for one in some) for way, some in taken.items()}
+        ratio = min(taken["resident"]) / min(taken["streamed"])
+        print(
+            f"  {kind}: resident {shown['resident']}; streamed {shown['streamed']}: {ratio:.2f} of the speed"
+        )
+    print(f"  log-probs {'equal to the bit' if is_equal else 'DIFFER'}", flush=True)
 
 
 @contextmanager
