@@ -25,7 +25,7 @@ class Counts:
     device_type: str
     _known: dict[Any, Any] = field(default_factory=dict)
 
-    def plain(self, method: Method, recomputation: str, tokens: int, *, alike: bool) -> int:
+    def plain(self, method: Method, recomputation: str, tokens: int, *, alike: bool, gradients: int) -> int:
         """See `passes_peak`."""
         key = "plain", _counted(method), recomputation, tokens
         if key not in self._known:
@@ -35,6 +35,7 @@ class Counts:
                 self.forests(tokens),
                 recomputation=recomputation,
                 alike=alike,
+                gradients=gradients,
                 device_type=self.device_type,
             )
         return self._known[key]

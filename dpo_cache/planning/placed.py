@@ -114,6 +114,7 @@ def placed_footprint(
             forests,
             recomputation=recomputation,
             alike=sizes.alike,
+            gradients=sizes.trained,
             device_type=device_type,
         )
         return plain_parts(sizes, peak), Parts()

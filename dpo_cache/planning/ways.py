@@ -157,7 +157,9 @@ class Candidates:
         operations = step_operations(self.operations, counts.workload, batch_size, passes=passes)
         transfers = None
         if recomputation is not None:
-            peak = counts.plain(self.method, recomputation, tokens, alike=sizes.alike)
+            peak = counts.plain(
+                self.method, recomputation, tokens, alike=sizes.alike, gradients=sizes.trained
+            )
             device, host = plain_parts(sizes, peak), Parts()
         else:
             chosen = self.options.gradient_checkpointing
