@@ -16,7 +16,7 @@ from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.planning.parts import Method
 from dpo_cache.types import Completion
 
-SIMILAR = 0.9  # the second forest's share of the first, from which the second decides the peak
+SIMILAR = 0.9  # the second forest's share of the first, from which the end of the first is no peak
 
 
 def passes_peak(
@@ -34,9 +34,7 @@ def passes_peak(
     The first forest makes the gradients, which take `gradients` bytes; the second runs while they exist.
     `alike`: all layers hold the same tensors.
     """
-    first, second = list(forests[0]), list(forests[1]) if len(forests) > 1 else []
-    if second and count_forest_tokens(second) >= SIMILAR * count_forest_tokens(first):
-        first, second = [], first
+    first, second = forests[0], forests[1] if len(forests) > 1 else []
 
     def peak(completions: Sequence[Completion], one: PreTrainedConfig, *, has_gradients: bool) -> int:
         with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type(device_type):
@@ -48,9 +46,13 @@ def passes_peak(
                 run(model).backward()
             return live.peak
 
-    # Gradients that are made grow with the layers otherwise than activations: all layers are counted.
-    made = peak(first, config, has_gradients=False) if first else 0
-    if not second:
-        return made
-    count = partial(peak, second, has_gradients=True)
-    return max(made, gradients + over_layers(count, config, alike=alike))
+    def above(completions: Sequence[Completion]) -> int:
+        return over_layers(partial(peak, completions, has_gradients=True), config, alike=alike)
+
+    sizes = [count_forest_tokens(forest) for forest in (first, second)]
+    if sizes[1] < SIMILAR * sizes[0]:
+        # gradients that are made grow with the layers otherwise than activations: all layers are counted
+        made = peak(first, config, has_gradients=False)
+    else:
+        made = above(first) if sizes[1] < sizes[0] else 0
+    return max(made, gradients + above(second)) if second else made
