@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_cache.errors import ModelError, OptionError
+from dpo_cache.errors import ModelError, OptionError, TrainingError
+from dpo_cache.lm.layerwise.passes import LayerPasses
 from dpo_cache.lm.layerwise.record import NotLayerMajorError
 from dpo_cache.options.placement import Placement
-from dpo_cache.training import inputs, layer_major
+from dpo_cache.training import inputs, layer_major, step
+from dpo_cache.training.step import TrainingStep
 from tests.lm.layerwise.transfers import FakeTransfer
 from tests.training.test_loop import metrics, train, weights
 
@@ -165,3 +167,47 @@ def test_code_that_treats_long_rows_in_another_way_is_one_clear_error(
         r"on short rows: its code changes the hidden states before a LlamaDecoderLayer\.\nUse `memory` fast\.",
         str(caught.value),
     )
+
+
+@pytest.mark.parametrize("memory", ["small", "least"])
+def test_a_step_that_does_not_fit_is_repeated_without_a_trace(
+    cache: str,
+    tmp_path: Path,
+    plain: Callable[..., Path],
+    memory: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory runs out in the midst of a backward pass, when some copies have gradients already."""
+    pretend_two_memories(monkeypatch)
+    backward, left = LayerPasses._layer_backward, [-1]
+
+    def run_out(self: LayerPasses, *args: Any, **named: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("no memory")
+        backward(self, *args, **named)
+
+    def start(*_: Any) -> None:
+        left[0] = 2  # after the check of the model
+
+    monkeypatch.setattr(LayerPasses, "_layer_backward", run_out)
+    monkeypatch.setattr(TrainingStep, "compare", start)
+    remarks: list[str] = []
+    options = {**STEPS, "max_grad_norm": 0.0, "budget_tokens": "200"}
+    train(cache, tmp_path / "layers", **options, memory=memory, log=remarks.append)
+    assert any("the step is repeated" in remark for remark in remarks)
+    assert_same_runs(tmp_path / "layers", plain(**options))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = step.policy_losses
+
+    def spoil(*args: Any) -> dict[str, torch.Tensor]:
+        found = losses(*args)
+        return {**found, "loss": found["loss"] * torch.nan}
+
+    monkeypatch.setattr(step, "policy_losses", spoil)
+    with pytest.raises(TrainingError, match="step 1: loss nan"):
+        train(cache, tmp_path / "run", place="gradients=host,inputs=host")

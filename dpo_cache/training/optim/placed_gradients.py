@@ -84,6 +84,8 @@ class PlacedGradients:
 
     def clip(self, parameters: list[torch.nn.Parameter], max_norm: float) -> float:
         """Scale the gradients on the host such that their norm is at most `max_norm`; returns it."""
+        if not self._norms:
+            return math.nan  # there was no backward pass, for the loss is not finite
         norm = float(torch.linalg.vector_norm(torch.stack([one.cpu() for one in self._norms])))
         if norm > max_norm and math.isfinite(norm):
             torch._foreach_mul_(list(self._on_host.values()), max_norm / (norm + 1e-6))
@@ -100,9 +102,13 @@ class PlacedGradients:
         return self._keeps_on_host
 
     def end_step(self) -> None:
-        """The weights have been updated, or will not be."""
+        """The weights have been updated, or will not be: drop what is left of the gradients."""
         self._on_host, self._norms = {}, []
         if self._copies is not None:
+            keys: list[int | str] = [index for index in self._whole if index != BOTTOM]
+            for key in (*keys, "bottom", "top"):
+                for _, leaf in self._leaves(key):
+                    leaf.grad = None
             self._copies.refresh()
 
     def _leaves(self, key: int | str) -> list[tuple[str, torch.Tensor]]:
