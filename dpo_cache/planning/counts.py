@@ -23,6 +23,9 @@ class Counts:
     config: PreTrainedConfig
     workload: Workload
     device_type: str
+    auto_tokens: int | None = (
+        None  # at once under `budget_tokens` auto, where no pair is split; None: not auto
+    )
     _known: dict[Any, Any] = field(default_factory=dict)
 
     def plain(self, method: Method, recomputation: str, tokens: int, *, alike: bool, gradients: int) -> int:
@@ -58,7 +61,7 @@ class Counts:
         """See `live_reference_peak`; with the pairs of the largest forest at once."""
         key = "live reference", _counted(method), tokens
         if key not in self._known:
-            largest = self.forests(tokens)[0]
+            largest = self.workload.forests(tokens)[0]
             self._known[key] = live_reference_peak(self.config, method, largest, alike=alike)
         return self._known[key]
 
@@ -66,7 +69,8 @@ class Counts:
         """Those of the longest step, with at most so many tokens each, largest first."""
         key = "forests", tokens
         if key not in self._known:
-            self._known[key] = self.workload.forests(tokens)
+            splits = tokens != self.auto_tokens
+            self._known[key] = self.workload.forests(tokens, splits_pairs=splits)
         return self._known[key]
 
 

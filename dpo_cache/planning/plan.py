@@ -36,7 +36,9 @@ from dpo_cache.planning.scoring import ScoringCounts
 from dpo_cache.planning.timing import EFFICIENCY, count_operations, forward_operations, measure_tflops
 from dpo_cache.planning.ways import (
     CONTEXT_BYTES,
+    DEFAULT_TOKENS,
     FRAGMENTATION,
+    MORE_TOKENS,
     PROCESS_BYTES,
     Candidates,
     Way,
@@ -91,7 +93,9 @@ class _Planner:
         self.options, self.config, self.workload, self.log = options, config, workload, log
         self.cards = _cards(options)
         self.tflops, self._second = tflops, 1 / (tflops * 1e12 * EFFICIENCY)  # per operation
-        self.counts = Counts(config, workload, options.device)
+        is_auto = number_or_auto("budget_tokens", options.budget_tokens) is None
+        auto_tokens = DEFAULT_TOKENS.get(options.device, MORE_TOKENS) if is_auto else None
+        self.counts = Counts(config, workload, options.device, auto_tokens)
         self.is_gpu = options.device == "cuda"
 
     def report(self, tflops_source: str) -> PlanReport:

@@ -44,9 +44,10 @@ class Workload:
     longest_pairs: tuple[Pair, ...]  # as many as a step has, longest first
     scored: tuple[Completion, ...]  # of some pairs with the longest one among them, for the memory of scoring
 
-    def forests(self, budget_tokens: int) -> list[list[Completion]]:
+    def forests(self, budget_tokens: int, *, splits_pairs: bool = False) -> list[list[Completion]]:
         """The completions of the step with the longest pairs in forests of at most so many tokens, as `train`
-        fills them, the largest first; a longer pair is a forest by itself.
+        fills them, the largest first; a longer pair is a forest by itself or, with `splits_pairs`, each of
+        its answers is, as under a given `budget_tokens`.
         """
         ordered = sorted(
             self.longest_pairs, key=lambda pair: pair.chosen.sequence_ids.astype(">u4").tobytes()
@@ -55,7 +56,12 @@ class Workload:
             ordered, budget_tokens, lambda pairs: count_forest_tokens(_completions_of(pairs))
         )
         largest_first = sorted(groups, key=lambda group: group[1], reverse=True)
-        return [_completions_of(pairs) for pairs, _ in largest_first]
+        forests: list[list[Completion]] = []
+        for pairs, num_tokens in largest_first:
+            completions = _completions_of(pairs)
+            is_split = splits_pairs and num_tokens > budget_tokens
+            forests += [[side] for side in completions] if is_split else [completions]
+        return sorted(forests, key=count_forest_tokens, reverse=True)
 
 
 def read_workload(options: PlanOptions, vocab_size: int) -> Workload:

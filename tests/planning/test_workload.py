@@ -57,6 +57,8 @@ def test_typical_lengths() -> None:
     assert [len(forest) for forest in found.forests(4096)] == [8]
     assert [len(forest) for forest in found.forests(2048)] == [4, 4]
     assert [len(forest) for forest in found.forests(100)] == [2] * 4  # a pair is not split
+    assert [len(forest) for forest in found.forests(100, splits_pairs=True)] == [1] * 8
+    assert [len(forest) for forest in found.forests(2048, splits_pairs=True)] == [4, 4]
 
 
 @pytest.fixture(scope="module")
