@@ -51,9 +51,13 @@ class ModelBytes:
 
 
 def measure_model(config: PreTrainedConfig, method: Method) -> ModelBytes:
-    """The sizes of a model of this config. Takes a second, and hardly any memory."""
+    """The sizes of a model of this config, which the optimizer none leaves as it is. Takes a second, and
+    hardly any memory.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build_fake(config, method.dtype, lora_r=method.lora_r, lora_targets=method.lora_targets)
+        if method.optimizer == "none":
+            model.requires_grad_(requires_grad=False)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         quantized = {id(layer.weight) for layer in quantizable(model)} if method.quantize else set()
         copies = _CopySizes(method, quantized)

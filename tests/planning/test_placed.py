@@ -89,6 +89,15 @@ def test_quantized_weights_are_whole_one_at_a_time() -> None:
     assert plain_parts(small, small.trained).buffers == small.dequantized
 
 
+def test_a_reference_is_frozen_and_may_be_quantized() -> None:
+    sizes = [
+        measure_model(make_llama(**SIZES).config, Method("bf16", optimizer="none", quantize=bits))
+        for bits in (None, "8bit", "4bit")
+    ]
+    assert sizes[0].weights > sizes[1].weights > sizes[2].weights
+    assert {one.trained for one in sizes} == {one.optimizer for one in sizes} == {0}
+
+
 def test_a_live_reference_is_a_second_copy_unless_it_is_the_adapters_base() -> None:
     sizes = measure_model(make_llama(**SIZES).config, Method("bf16"))
     assert live_reference_parts(sizes, 5).weights == 2 * sizes.weights
