@@ -80,7 +80,7 @@ def placement_of(memory: str, place: str | None = None, *, is_adapted: bool = Fa
 def _entries(place: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in place.split(","):
-        name, _, value = entry.strip().partition("=")
+        name, value = (part.strip().lower() for part in f"{entry}=".split("=")[:2])
         if name not in PLACES or value not in PLACES[name]:
             known = "; ".join(f"{one}={'|'.join(values)}" for one, values in PLACES.items())
             raise OptionError(f"`place` {entry.strip() or place}: not known.\nGive some of {known}.")
@@ -96,6 +96,11 @@ def _check(placement: Placement, place: str, *, is_adapted: bool) -> None:
         raise OptionError(
             f"`place` {place}: gradients stay on the device, and the optimizer that reads them is on the "
             "host.\nGive gradients=host, or optimizer=device."
+        )
+    if is_adapted and "host" in (placement.optimizer, placement.gradients):
+        raise OptionError(
+            f"`place` {place}: an adapter's gradients and optimizer state are small; they stay on the "
+            "device.\nGive weights and inputs only."
         )
     if placement.weights == "disk" and not is_adapted:
         raise OptionError(

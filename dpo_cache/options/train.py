@@ -245,13 +245,32 @@ class TrainOptions(LossOptions):
         is_adapted = self.is_adapted if is_adapted is None else is_adapted
         return placement_of(self.memory, ",".join(self._places()) or None, is_adapted=is_adapted)
 
+    def _placement_of_any_kind(self) -> Placement | None:
+        """The placement; a model may have an adapter that the options do not name."""
+        try:
+            return self.placement()
+        except OptionError:
+            if self.is_adapted or self.model is None:
+                raise
+            return self.placement(is_adapted=True)
+
+    def earlier_names(self) -> dict[str, str]:
+        """The options given under earlier names, with what they mean now."""
+        used = {
+            "free_gradients": ("gradients=none", self.free_gradients),
+            "offload_activations": ("inputs=host", self.offload_activations),
+            f"optimizer` `{self.optimizer}": (
+                "optimizer=host,gradients=host",
+                self.optimizer.endswith("-paged") and not self.is_adapted,
+            ),
+        }
+        return {name: entry for name, (entry, is_used) in used.items() if is_used}
+
     def _places(self) -> list[str]:
-        """The entries of `place`; else those that earlier names of options map to."""
-        if self.place is not None:
-            return [self.place]
-        entries: list[str] = []
+        """The entries of `place`, and those that earlier names of options map to."""
+        entries = [] if self.place is None else [self.place]
         entries += ["gradients=none"] if self.free_gradients else []
-        if self.optimizer.endswith("-paged"):
+        if self.optimizer.endswith("-paged") and not self.is_adapted:
             entries += ["optimizer=host", *([] if self.free_gradients else ["gradients=host"])]
         return entries + (["inputs=host"] if self.offload_activations else [])
 
@@ -303,7 +322,7 @@ class TrainOptions(LossOptions):
             self.rounding == "auto" or self.precision == "bf16",
             f"`rounding` {self.rounding} is used only with `precision` bf16, which updates in bf16.",
         )
-        placement = self.placement()
+        placement = self._placement_of_any_kind()
         self._require(
             self.max_grad_norm == 0 or not (self._places() and placement and placement.gradients == "none"),
             f"`place` gradients=none and `max_grad_norm` {self.max_grad_norm}: the norm needs all gradients "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cache.errors import DpoCacheError, TrainingError
+from dpo_cache.errors import DpoCacheError, OptionError, TrainingError
 from dpo_cache.lm.check_logps import FOREST
 from dpo_cache.lm.device import autocast
 from dpo_cache.lm.kernels.onednn_linear import CLEAR_SPEEDUP
@@ -25,6 +25,7 @@ from dpo_cache.lm.model.adapter import (
 )
 from dpo_cache.lm.model.left_out import LeftOut, find_left_out
 from dpo_cache.lm.model.load import load_base, load_config
+from dpo_cache.lm.model.load_streamed import load_streamed
 from dpo_cache.lm.model.towers import frozen_towers
 from dpo_cache.lm.policy import default_micro_tokens
 from dpo_cache.lm.positions import most_positions
@@ -33,7 +34,7 @@ from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.log import Log
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.losses import LossOptions
-from dpo_cache.options.placement import ADAPTER_PRESETS, FAST, PRESETS, Placement
+from dpo_cache.options.placement import ADAPTER_PRESETS, FAST, PRESETS, Placement, placement_of
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.planning.choose import choose_placement
 from dpo_cache.planning.parts import LORA_RANK, Method
@@ -47,6 +48,7 @@ from dpo_cache.training.gradient_check import with_right_kernel
 from dpo_cache.training.layer_major import (
     LayerMajorModel,
     has_copies,
+    make_transfer,
     open_layer_major,
 )
 from dpo_cache.training.lengths import measure_rows
@@ -57,6 +59,8 @@ from dpo_cache.training.start import find_start, trusts_code
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from dpo_cache.lm.layerwise.streamed import StreamedWeights
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,10 @@ class TrainedModel:
     memory: str = "fast"  # the preset of the placement, or its entries
     placement: Placement = FAST
     layer_major: LayerMajorModel | None = None  # None: each forest runs through all layers
+
+    def clips(self, options: TrainOptions) -> bool:
+        """Whether the gradient is clipped."""
+        return options.max_grad_norm > 0 and self.placement.gradients != "none"
 
     @property
     def base_is_reference(self) -> bool:
@@ -200,9 +208,11 @@ def open_policy(
         config = load_config(parts.base, revision=parts.base_revision, trust_remote_code=trusted)
     method = _method(options, precision, is_adapted=is_adapted)
     memory, placement = _choose_placement(options, method, config, device, memory, log)
-    home = torch.device("cpu") if has_copies(placement, device) else device
+    home, streamed = torch.device("cpu") if has_copies(placement, device) else device, None
     if loaded is not None:
         model = loaded.place(dtype, home, None if is_adapted else checkpoint)
+    elif placement.weights == "disk" or (is_adapted and home != device):
+        model, streamed = _load_streamed(options, parts, precision, dtype, device, placement, trusted=trusted)
     else:
         model = _load_model(options, parts, precision, dtype, home, trusted=trusted)
     is_whole = not is_adapted or options.merge_adapter  # what is saved
@@ -211,7 +221,7 @@ def open_policy(
     with ExitStack() as stack:
         found: LayerMajorModel | str = ""
         if placement.is_layer_major:
-            found = stack.enter_context(open_layer_major(model, placement, device, precision))
+            found = stack.enter_context(open_layer_major(model, placement, device, precision, streamed))
         adapted = put_adapter(options, model, parts, log) if is_adapted else None
         for context in (frozen_towers(model), in_eval_mode(model)):
             stack.enter_context(context)
@@ -249,7 +259,7 @@ def open_policy(
             else _find_remarks(options, adapted, parts, has_other_template=saved.has_other_template),
             method=method,
             left_out=left_out,
-            memory=memory,
+            memory="fast" if isinstance(found, str) else memory,
             placement=placement,
             layer_major=None if isinstance(found, str) else found,
         )
@@ -276,11 +286,36 @@ def _choose_placement(
 ) -> tuple[str, Placement]:
     """The placement that the options name or a resumed run had; else the first that fits."""
     is_adapted = method.lora_r is not None
+    memory, placement = _first_placement(options, method, config, device, memory, log)
+    if is_adapted and options.merge_adapter and has_copies(placement, device):
+        raise OptionError(
+            f"`merge_adapter` and `memory` {memory}: merging needs the base's weights on the device.\n"
+            "Leave `merge_adapter` out, and merge the adapter afterwards (peft: `merge_and_unload`)."
+        )
+    if options.optimizer == "adafactor" and placement.optimizer == "host" and device.type != "cpu":
+        log("Adafactor's update is computed on the host's cores: it needs whole matrices.")
+    return memory, placement
+
+
+def _first_placement(
+    options: TrainOptions,
+    method: Method,
+    config: PreTrainedConfig,
+    device: torch.device,
+    memory: str | None,
+    log: Log,
+) -> tuple[str, Placement]:
+    is_adapted = method.lora_r is not None
     if (named := options.placement(is_adapted=is_adapted)) is not None:
         return options.memory if options.memory != "auto" else str(named), named
     if memory in PRESETS:
         return memory, (ADAPTER_PRESETS if is_adapted else PRESETS)[memory]
+    if memory and (found := placement_of("auto", memory, is_adapted=is_adapted)):
+        return memory, found
     memory, placement = choose_placement(config, method, device)
+    if placement.gradients == "none" and options.max_grad_norm:  # the gradient is to be clipped
+        placement = replace(placement, gradients="host")
+        memory = str(placement)
     if memory != "fast":
         log(
             f"weights, gradients and optimizer state do not fit the free memory of {device}: `memory` "
@@ -326,6 +361,30 @@ def _load_model(
         trust_remote_code=trusted,
         quantize=options.quantize,
         compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+    )
+
+
+def _load_streamed(
+    options: TrainOptions,
+    parts: CheckpointLocation,
+    precision: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    placement: Placement,
+    *,
+    trusted: bool,
+) -> tuple[PreTrainedModel, StreamedWeights]:
+    """The base of an adapter, whose layers are fetched from the host or from the checkpoint's files."""
+    return load_streamed(
+        replace(parts, adapter=None),
+        dtype=dtype,
+        device=device,
+        weights=placement.weights,
+        trust_remote_code=trusted,
+        quantize=options.quantize,
+        compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        embedding="host",
+        transfer=make_transfer(),
     )
 
 

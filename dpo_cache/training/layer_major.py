@@ -118,16 +118,22 @@ class LayerMajorSteps:
 
 @contextmanager
 def open_layer_major(
-    model: PreTrainedModel, placement: Placement, device: torch.device, precision: str
+    model: PreTrainedModel,
+    placement: Placement,
+    device: torch.device,
+    precision: str,
+    streamed: StreamedWeights | None = None,
 ) -> Iterator[LayerMajorModel | str]:
     """Put the weights of a model where the placement has them, and find its layers; else the reason in words.
 
     A model whose weights are on the host computes on the device while the block is open. One that is refused
-    is moved to the device.
+    is moved to the device. `streamed` are weights that are fetched already. Raises `ModelError` for a model
+    that is refused and has no values in memory.
     """
     with ExitStack() as stack:
-        streamed: StreamedWeights | None = None
-        if has_copies(placement, device):
+        if streamed is not None:
+            stack.callback(streamed.close)
+        elif has_copies(placement, device):
             kind = PersistentCopies if placement.weights == "device" else StreamedWeights
             streamed = stack.enter_context(
                 kind(
@@ -144,9 +150,12 @@ def open_layer_major(
             with autocast(device, precision if streamed else "fp32"):
                 layers = layers_of(model)
         except NotLayerMajorError as error:
+            problem = f"{type(model).__name__} cannot run layer by layer: {error}"
+            if any(tensor.is_meta for tensor in model.parameters()):
+                raise ModelError(f"{problem}.\nUse `memory` fast.") from error
             stack.close()
             model.to(device)  # type: ignore[arg-type]
-            yield f"{type(model).__name__} cannot run layer by layer: {error}"
+            yield problem
             return
         weights: LayerWeights = ResidentWeights()
         if streamed is not None:
@@ -155,8 +164,10 @@ def open_layer_major(
 
 
 def has_copies(placement: Placement, device: torch.device) -> bool:
-    """Whether parameters have another home than the device; a CPU has only one memory."""
-    return device.type != "cpu" and (placement.weights != "device" or placement.optimizer == "host")
+    """Whether parameters have another home than the device; a CPU has only one memory, and the disk."""
+    if device.type == "cpu":
+        return placement.weights == "disk"
+    return placement.weights != "device" or placement.optimizer == "host"
 
 
 def make_transfer() -> Transfer | None:

@@ -78,7 +78,8 @@ class Saver:
         return evaluation
 
     def _check_weights(self, step: int, what: str) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in self.setup.policy.model.parameters()):
+        parameters = self.setup.policy.model.parameters()
+        if not all(one.is_meta or bool(one.isfinite().all()) for one in parameters):  # or frozen, on the disk
             raise TrainingError(
                 f"step {step}: the update left weights that are not finite; {what} was saved.\nLower `lr`."
             )

@@ -113,6 +113,7 @@ class Setup:
             "budget_tokens": self.step_memory.micro_tokens,
             "gradient_checkpointing": self.step_memory.mode,
             "memory": policy.memory,
+            "clips": policy.clips(self.options),
             "linear": policy.linear,
             "router_coefficient": self.objective.router_coefficient,
             **(
@@ -134,7 +135,9 @@ class Setup:
             value = getattr(options, name)
             if value is not None and not schedule.count(1, self.total_steps):
                 self.log(f"`{name}` {value} never triggers: the run has {self.total_steps} steps.")
-        if policy.placement.gradients == "none" and options.max_grad_norm:
+        for name, entry in options.earlier_names().items():
+            self.log(f"`{name}` is an earlier name of `place` {entry}.")
+        if options.max_grad_norm and not policy.clips(options):
             self.log(
                 f"the gradient is not clipped to `max_grad_norm` {options.max_grad_norm}: under `memory` "
                 f"{policy.memory} each layer is updated before the norm of all is known."
@@ -176,7 +179,11 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
                     options, data, device, checkpoint, linear=linear, memory=memory, log=log, loaded=loaded
                 )
             )
-        found = {"base_weights": policy.origin.base_weights, "precision": policy.precision}
+        found = {
+            "base_weights": policy.origin.base_weights,
+            "precision": policy.precision,
+            "clips": policy.clips(options),
+        }
         _check_resumed(options, checkpoint, found)  # before its state is restored
         parameters = list(policy.model.parameters())
         optimizer = _make_optimizer(options, policy.model, device, checkpoint)

@@ -33,7 +33,7 @@ def test_a_step_in_float32_is_that_of_the_cpu(cache: str, tmp_path: Path, option
     [
         {"memory": "small"},
         {"memory": "least", "max_grad_norm": 0.0},
-        {"place": "gradients=host,inputs=host"},
+        {"place": "inputs=host"},
         {"memory": "small", "optimizer": "adamw-bf16"},
     ],
     ids=str,
@@ -43,7 +43,7 @@ def test_a_run_under_every_placement_is_the_plain_run(
 ) -> None:
     shared = {
         "device": "cuda", "precision": precision, "max_steps": 3, "batch_size": 4, "lr": 1e-4, "budget_tokens": "100",
-        "merge_adapter": bool(adapter), "step_zero": "warn", "rounding": "nearest" if precision == "bf16" else "auto",
+        "step_zero": "warn", "rounding": "nearest" if precision == "bf16" else "auto",
     }  # fmt: skip
     rest = {name: value for name, value in places.items() if name not in ("memory", "place")}
     train(cache, tmp_path / "plain", **{**shared, **adapter, **rest, "memory": "fast"})

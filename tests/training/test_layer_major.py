@@ -34,7 +34,7 @@ def assert_same_runs(one: Path, other: Path, *, tolerance: float = 1e-5) -> None
 
 PLACES: list[dict[str, Any]] = [
     {"place": "weights=device"},
-    {"place": "gradients=host,inputs=host"},
+    {"place": "inputs=host"},
     {"memory": "small"},
     {"memory": "least", "max_grad_norm": 0.0},
 ]
@@ -81,6 +81,17 @@ def test_a_run_layer_by_layer_ends_like_a_plain_run(
         assert len(transfers) == has_copies
 
 
+@pytest.mark.parametrize("quantize", ["none", "4bit"])
+def test_a_base_on_disk_is_read_layer_by_layer(
+    cache: str, tmp_path: Path, quantize: str, plain: Callable[..., Path]
+) -> None:
+    if quantize != "none":
+        pytest.importorskip("bitsandbytes")
+    options = {"lora_r": 2, "quantize": quantize, "step_zero": "off"}
+    train(cache, tmp_path / "layers", **STEPS, **options, place="weights=disk")
+    assert_same_runs(tmp_path / "layers", plain(**options))
+
+
 def pretend_two_memories(monkeypatch: pytest.MonkeyPatch) -> list[FakeTransfer]:
     """Let a run copy weights to its device, though that is the host; returns what moves them."""
     transfers: list[FakeTransfer] = []
@@ -94,7 +105,8 @@ def pretend_two_memories(monkeypatch: pytest.MonkeyPatch) -> list[FakeTransfer]:
 
     monkeypatch.setattr(inputs, "has_copies", has_copies)
     monkeypatch.setattr(layer_major, "has_copies", has_copies)
-    monkeypatch.setattr(layer_major, "make_transfer", make)
+    for module in (inputs, layer_major):
+        monkeypatch.setattr(module, "make_transfer", make)
     return transfers
 
 

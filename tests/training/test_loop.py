@@ -290,7 +290,10 @@ def test_memory_that_never_suffices_is_an_error(
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(policy, "completion_logps", run_out)
-    with pytest.raises(TrainingError, match=r"out of memory even with one answer at once\.\nUse `memory` small \([\d.]+ kB of"):
+    with pytest.raises(
+        TrainingError,
+        match=r"out of memory even with one answer at once\.\nUse `memory` small \([\d.]+ kB of",
+    ):
         train(cache, tmp_path / "run", max_steps=1)
     assert not (tmp_path / "run").exists()
 

@@ -185,6 +185,8 @@ def copy_of(home: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 
     A subclass keeps its attributes: a 4-bit weight finds the state of its quantization there.
     """
+    if type(home) is torch.nn.Parameter and not is_fake(home):
+        return torch.nn.Parameter(view.detach(), home.requires_grad)  # code may ask whether it is one
     if type(home) in (torch.Tensor, torch.nn.Parameter) or is_fake(home):
         return view.detach().requires_grad_(home.requires_grad)
     copy = torch.Tensor._make_subclass(type(home), view.detach(), home.requires_grad)

@@ -61,6 +61,7 @@ FIXED_RESOLVED = (
     "eval_reference_values",
     "total_steps",
     "precision",
+    "clips",
 )
 RESUME = "Then resume the run with `resume`."
 
