@@ -197,7 +197,7 @@ def _on_device(
     # a rounded copy adds its gradient to the float32 one in place; a plain step, as counted, makes another
     is_rounded = not is_home and method.lora_r is None and method.dtype != method.compute_dtype
     top = peaks.top - ((sizes.head or sizes.table) if is_rounded else 0)
-    stays = is_home and placement.gradients == "host"  # the ends' gradients, until the end of the pass
+    stays = is_home and placement.gradients != "device"  # the ends' gradients, until the end of the pass
     top_gradients = min(sizes.trained, sizes.head or sizes.table) if stays else 0
     phases = [
         replace(standing, activations=peaks.forward),
