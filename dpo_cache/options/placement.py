@@ -65,8 +65,9 @@ def next_preset(placement: Placement) -> str | None:
 def placement_of(memory: str, place: str | None = None, *, is_adapted: bool = False) -> Placement | None:
     """The placement of a preset, with the entries of `place` in it; None for auto without entries.
 
-    Under `auto` and `fast`, entries start from a layer-major step with everything on the device. Raises
-    `OptionError` for entries that are not known, or do not fit together.
+    Under `auto` and `fast`, entries start from a layer-major step with everything on the device. Gradients
+    and optimizer state of an adapter are small, and stay on the device. Raises `OptionError` for entries that
+    are not known, or do not fit together.
     """
     presets = ADAPTER_PRESETS if is_adapted else PRESETS
     if place is None:
@@ -74,7 +75,9 @@ def placement_of(memory: str, place: str | None = None, *, is_adapted: bool = Fa
     start = presets.get(memory, FAST)
     placement = replace(start, is_layer_major=True, **_entries(place))
     _check(placement, place, is_adapted=is_adapted)
-    return placement
+    if is_adapted and placement.gradients == "host":
+        placement = replace(placement, gradients="device")
+    return replace(placement, optimizer="device") if is_adapted else placement
 
 
 def _entries(place: str) -> dict[str, str]:
@@ -96,11 +99,6 @@ def _check(placement: Placement, place: str, *, is_adapted: bool) -> None:
         raise OptionError(
             f"`place` {place}: gradients stay on the device, and the optimizer that reads them is on the "
             "host.\nGive gradients=host, or optimizer=device."
-        )
-    if is_adapted and "host" in (placement.optimizer, placement.gradients):
-        raise OptionError(
-            f"`place` {place}: an adapter's gradients and optimizer state are small; they stay on the "
-            "device.\nGive weights and inputs only."
         )
     if placement.weights == "disk" and not is_adapted:
         raise OptionError(

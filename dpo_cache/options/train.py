@@ -254,6 +254,11 @@ class TrainOptions(LossOptions):
                 raise
             return self.placement(is_adapted=True)
 
+    def placement_entry(self, name: str) -> str | None:
+        """The value that `place` gives an entry."""
+        entries = (entry.partition("=") for entry in ",".join(self._places()).split(","))
+        return next((value.strip() for key, _, value in entries if key.strip() == name), None)
+
     def earlier_names(self) -> dict[str, str]:
         """The options given under earlier names, with what they mean now."""
         used = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -224,7 +224,9 @@ class _Planner:
         budgets = (fixed,) if fixed else tuple(reversed(CHUNK_SIZES[self.options.device]))
         name = {"4bit": "4 bits", "8bit": "8 bits"}.get(quantize or "", str(dtype).removeprefix("torch."))
         counts = ScoringCounts(self.config, sizes, self.workload.scored, method.dtype, self.options.device)
-        ways = [(tokens, False) for tokens in budgets] + ([(budgets[-1], True)] if _can_stream() else [])
+        streams = self.options.stream_weights
+        ways = [(tokens, False) for tokens in budgets if streams != "on"]
+        ways += [(budgets[-1], True)] if streams != "off" else []
         left = list(self.cards)
         for tokens, is_streamed in ways:
             parts = counts.streamed(tokens) if is_streamed else counts.resident(tokens)
@@ -281,10 +283,6 @@ class _Planner:
                 f"data: {data.num_pairs:,} pairs of typical length; give `dataset`, or `cache` and `pairs`"
             )
         return found
-
-
-def _can_stream() -> bool:
-    return "stream_weights" in {entry.name for entry in fields(PlanOptions)}
 
 
 def _distinct(methods: Sequence[Method]) -> list[str | None]:

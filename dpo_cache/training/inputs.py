@@ -292,6 +292,8 @@ def _choose_placement(
             f"`merge_adapter` and `memory` {memory}: merging needs the base's weights on the device.\n"
             "Leave `merge_adapter` out, and merge the adapter afterwards (peft: `merge_and_unload`)."
         )
+    if is_adapted and "host" in {options.placement_entry("gradients"), options.placement_entry("optimizer")}:
+        log("an adapter's gradients and optimizer state are small: they stay on the device.")
     if options.optimizer == "adafactor" and placement.optimizer == "host" and device.type != "cpu":
         log("Adafactor's update is computed on the host's cores: it needs whole matrices.")
     return memory, placement

@@ -107,13 +107,9 @@ def test_a_placement_is_kept(model_folder: str) -> None:
 
 
 def test_a_paged_optimizer_is_on_the_host(model_folder: str) -> None:
-    report = dpo_cache.plan(
-        model_folder, tflops=1.0, gpu="80GiB", optimizer="adamw-paged", lora_r=8, quantize="4bit"
-    )
-    (way,) = report.train
-    assert (
-        "optimizer=host" in way.place and way.host.optimizer > 0 and "--optimizer adamw-paged" in way.command
-    )
+    way = dpo_cache.plan(model_folder, tflops=1.0, gpu="80GiB", optimizer="adamw-paged").train[0]
+    assert way.method == "full" and "optimizer=host" in way.place
+    assert way.host.optimizer > 0 and "--optimizer adamw-paged" in way.command
 
 
 def test_the_need_has_context_and_fragmentation() -> None:
@@ -144,3 +140,12 @@ def test_a_model_whose_code_needs_values_is_one_error(
     monkeypatch.setattr(Counts, "plain", fail)
     with pytest.raises(ModelError, match=r"its memory cannot be predicted \(needs the value of a tensor\)"):
         dpo_cache.plan(model_folder, tflops=1.0, memory="fast", lora_r=8, quantize="4bit")
+
+
+@pytest.mark.parametrize(("streams", "expected"), [("on", {True}), ("off", {False})])
+def test_streaming_is_planned_as_it_is_asked_for(
+    model_folder: str, streams: str, expected: set[bool]
+) -> None:
+    options = {"tflops": 1.0, "gpu": "1GiB", "lora_r": 8, "quantize": "4bit", "memory": "least"}
+    found = dpo_cache.plan(model_folder, stream_weights=streams, **options)
+    assert {way.is_streamed for way in found.precompute} == expected

@@ -12,6 +12,7 @@ from dpo_cache.errors import ModelError, OptionError, TrainingError
 from dpo_cache.lm.layerwise.passes import LayerPasses
 from dpo_cache.lm.layerwise.record import NotLayerMajorError
 from dpo_cache.options.placement import Placement
+from dpo_cache.options.train import TrainOptions
 from dpo_cache.training import inputs, layer_major, step
 from dpo_cache.training.step import TrainingStep
 from tests.lm.layerwise.transfers import FakeTransfer
@@ -223,3 +224,51 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     monkeypatch.setattr(step, "policy_losses", spoil)
     with pytest.raises(TrainingError, match="step 1: loss nan"):
         train(cache, tmp_path / "run", place="gradients=host,inputs=host")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"optimizer": "adamw-paged", "place": "inputs=host"}, "gradients=host,optimizer=host,inputs=host"),
+        (
+            {"free_gradients": True, "max_grad_norm": 0.0, "place": "Inputs = host"},
+            "gradients=none,optimizer=device,inputs=host",
+        ),
+        ({"offload_activations": True}, "gradients=device,optimizer=device,inputs=host"),
+        (
+            {"optimizer": "adamw-paged", "lora_r": 2, "memory": "least"},
+            "gradients=device,optimizer=device,inputs=host",
+        ),
+        (
+            {"place": "gradients=host,optimizer=host", "lora_r": 2},
+            "gradients=device,optimizer=device,inputs=device",
+        ),
+    ],
+    ids=str,
+)
+def test_earlier_names_are_entries_of_the_placement(options: dict[str, Any], expected: str) -> None:
+    chosen = TrainOptions(cache="cache", output="run", **options)
+    assert str(chosen.placement()).partition(",")[2] == expected
+    is_old = options.keys() & {"free_gradients", "offload_activations"} or options.keys() >= {"optimizer"}
+    assert bool(chosen.earlier_names()) == bool(is_old and "lora_r" not in options)
+
+
+def test_an_entry_is_given_once() -> None:
+    with pytest.raises(OptionError, match="inputs is given twice"):
+        TrainOptions(cache="cache", output="run", place="inputs=device", offload_activations=True)
+
+
+def test_a_model_may_have_an_adapter_that_no_option_names() -> None:
+    assert TrainOptions(cache="cache", output="run", model="adapter", place="weights=host").placement(
+        is_adapted=True
+    )
+    with pytest.raises(OptionError, match="all weights are trained"):
+        TrainOptions(cache="cache", output="run", place="weights=host")
+
+
+def test_a_resumed_run_is_clipped_as_before(cache: str, tmp_path: Path) -> None:
+    remarks: list[str] = []
+    train(cache, tmp_path / "run", **STEPS, memory="least", should_stop=lambda: True, log=remarks.append)
+    assert any("the gradient is not clipped to `max_grad_norm` 1.0" in remark for remark in remarks)
+    with pytest.raises(TrainingError, match="clips: False before, True now"):
+        train(cache, tmp_path / "run", **STEPS, memory="small", resume=True)
