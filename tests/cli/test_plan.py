@@ -28,6 +28,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
     return str(folder / "cache")
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_gpu(run, cache: str, model_folder: str) -> None:
     done = run("plan", cache, "--model", model_folder, "--gpu", "8GiB", "--tflops", 10, "--precision", "bf16")
     assert done.code == 0, done.err

@@ -204,6 +204,7 @@ class StubRunner:
 
     attention = SimpleNamespace(name="stub")
     budget = SimpleNamespace(tokens=1)
+    layer_major = None
 
     def score(self, completions: Sequence[Completion], *, rows_of: Any) -> Iterator[ScoringStep]:
         total = sum(map(len, completions))
