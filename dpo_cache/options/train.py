@@ -262,9 +262,9 @@ class TrainOptions(LossOptions):
     def earlier_names(self) -> dict[str, str]:
         """The options given under earlier names, with what they mean now."""
         used = {
-            "free_gradients": ("gradients=none", self.free_gradients),
-            "offload_activations": ("inputs=host", self.offload_activations),
-            f"optimizer` `{self.optimizer}": (
+            "`free_gradients`": ("gradients=none", self.free_gradients),
+            "`offload_activations`": ("inputs=host", self.offload_activations),
+            f"`optimizer` {self.optimizer}": (
                 "optimizer=host,gradients=host",
                 self.optimizer.endswith("-paged") and not self.is_adapted,
             ),

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cache.errors import DpoCacheError, OptionError, TrainingError
+from dpo_cache.errors import DpoCacheError, TrainingError
 from dpo_cache.lm.check_logps import FOREST
 from dpo_cache.lm.device import autocast
 from dpo_cache.lm.kernels.onednn_linear import CLEAR_SPEEDUP
@@ -34,10 +34,9 @@ from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.log import Log
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.losses import LossOptions
-from dpo_cache.options.placement import ADAPTER_PRESETS, FAST, PRESETS, Placement, placement_of
+from dpo_cache.options.placement import FAST, Placement
 from dpo_cache.options.train import TrainOptions
-from dpo_cache.planning.choose import choose_placement
-from dpo_cache.planning.parts import LORA_RANK, Method
+from dpo_cache.planning.parts import Method
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.checks import check_details, check_identity
 from dpo_cache.store.format.documents import Document
@@ -54,13 +53,12 @@ from dpo_cache.training.layer_major import (
 from dpo_cache.training.lengths import measure_rows
 from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.origin import Origin, compare_origin
+from dpo_cache.training.placing import place_run, planned_method
 from dpo_cache.training.saved_tokenizer import choose_tokenizer, restore_tokenizer
 from dpo_cache.training.start import find_start, trusts_code
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-    from dpo_cache.lm.layerwise.streamed import StreamedWeights
 
 
 @dataclass(frozen=True)
@@ -206,15 +204,28 @@ def open_policy(
         config = loaded.model.config
     else:
         config = load_config(parts.base, revision=parts.base_revision, trust_remote_code=trusted)
-    method = _method(options, precision, is_adapted=is_adapted)
-    memory, placement = _choose_placement(options, method, config, device, memory, log)
+    method = planned_method(options, precision, is_adapted=is_adapted)
+    memory, placement = place_run(options, method, config, device, memory, log)
     home, streamed = torch.device("cpu") if has_copies(placement, device) else device, None
+    loading: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trusted,
+        "quantize": options.quantize,
+        "compute_dtype": torch.float32 if precision == "fp32" else torch.bfloat16,
+    }
     if loaded is not None:
         model = loaded.place(dtype, home, None if is_adapted else checkpoint)
     elif placement.weights == "disk" or (is_adapted and home != device):
-        model, streamed = _load_streamed(options, parts, precision, dtype, device, placement, trusted=trusted)
+        model, streamed = load_streamed(
+            replace(parts, adapter=None),
+            device=device,
+            weights=placement.weights,
+            embedding="host",
+            transfer=make_transfer(),
+            **loading,
+        )
     else:
-        model = _load_model(options, parts, precision, dtype, home, trusted=trusted)
+        model = load_base(parts, device=home, **loading)
     is_whole = not is_adapted or options.merge_adapter  # what is saved
     left_out = find_left_out(model, parts.base, parts.base_revision) if is_whole else None
     data.limit_to(model, start.location)
@@ -265,67 +276,6 @@ def open_policy(
         )
 
 
-def _method(options: TrainOptions, precision: str, *, is_adapted: bool) -> Method:
-    """What is trained, for a prediction of its memory; of a saved adapter the rank is not known yet."""
-    return Method(
-        precision=precision,
-        optimizer=options.optimizer.removesuffix("-paged"),
-        rounding="stochastic" if options.rounding == "auto" else options.rounding,
-        lora_r=(options.lora_r or LORA_RANK) if is_adapted else None,
-        quantize=None if options.quantize == "none" else options.quantize,
-    )
-
-
-def _choose_placement(
-    options: TrainOptions,
-    method: Method,
-    config: PreTrainedConfig,
-    device: torch.device,
-    memory: str | None,
-    log: Log,
-) -> tuple[str, Placement]:
-    """The placement that the options name or a resumed run had; else the first that fits."""
-    is_adapted = method.lora_r is not None
-    memory, placement = _first_placement(options, method, config, device, memory, log)
-    if is_adapted and options.merge_adapter and has_copies(placement, device):
-        raise OptionError(
-            f"`merge_adapter` and `memory` {memory}: merging needs the base's weights on the device.\n"
-            "Leave `merge_adapter` out, and merge the adapter afterwards (peft: `merge_and_unload`)."
-        )
-    if is_adapted and "host" in {options.placement_entry("gradients"), options.placement_entry("optimizer")}:
-        log("an adapter's gradients and optimizer state are small: they stay on the device.")
-    if options.optimizer == "adafactor" and placement.optimizer == "host" and device.type != "cpu":
-        log("Adafactor's update is computed on the host's cores: it needs whole matrices.")
-    return memory, placement
-
-
-def _first_placement(
-    options: TrainOptions,
-    method: Method,
-    config: PreTrainedConfig,
-    device: torch.device,
-    memory: str | None,
-    log: Log,
-) -> tuple[str, Placement]:
-    is_adapted = method.lora_r is not None
-    if (named := options.placement(is_adapted=is_adapted)) is not None:
-        return options.memory if options.memory != "auto" else str(named), named
-    if memory in PRESETS:
-        return memory, (ADAPTER_PRESETS if is_adapted else PRESETS)[memory]
-    if memory and (found := placement_of("auto", memory, is_adapted=is_adapted)):
-        return memory, found
-    memory, placement = choose_placement(config, method, device)
-    if placement.gradients == "none" and options.max_grad_norm:  # the gradient is to be clipped
-        placement = replace(placement, gradients="host")
-        memory = str(placement)
-    if memory != "fast":
-        log(
-            f"weights, gradients and optimizer state do not fit the free memory of {device}: `memory` "
-            f"{memory} is used ({placement})."
-        )
-    return memory, placement
-
-
 def _choose_attention(options: TrainOptions, data: TrainingPairs, model: PreTrainedModel) -> AttentionChoice:
     """How the model is run over the rows of both pair sets, in forests as large as the run's."""
     pair_sets = [data.pairs]
@@ -344,49 +294,6 @@ def _choose_attention(options: TrainOptions, data: TrainingPairs, model: PreTrai
         else max(default_micro_tokens(model.device), 2 * rows.longest),  # a pair is not split
         run_tokens=int(rows.pair_tokens * num_pairs),
         ways=(FOREST,),
-    )
-
-
-def _load_model(
-    options: TrainOptions,
-    parts: CheckpointLocation,
-    precision: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    trusted: bool,
-) -> PreTrainedModel:
-    return load_base(
-        parts,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trusted,
-        quantize=options.quantize,
-        compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
-    )
-
-
-def _load_streamed(
-    options: TrainOptions,
-    parts: CheckpointLocation,
-    precision: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    placement: Placement,
-    *,
-    trusted: bool,
-) -> tuple[PreTrainedModel, StreamedWeights]:
-    """The base of an adapter, whose layers are fetched from the host or from the checkpoint's files."""
-    return load_streamed(
-        replace(parts, adapter=None),
-        dtype=dtype,
-        device=device,
-        weights=placement.weights,
-        trust_remote_code=trusted,
-        quantize=options.quantize,
-        compute_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
-        embedding="host",
-        transfer=make_transfer(),
     )
 
 

@@ -136,7 +136,7 @@ class Setup:
             if value is not None and not schedule.count(1, self.total_steps):
                 self.log(f"`{name}` {value} never triggers: the run has {self.total_steps} steps.")
         for name, entry in options.earlier_names().items():
-            self.log(f"`{name}` is an earlier name of `place` {entry}.")
+            self.log(f"{name} is an earlier name of `place` {entry}.")
         if options.max_grad_norm and not policy.clips(options):
             self.log(
                 f"the gradient is not clipped to `max_grad_norm` {options.max_grad_norm}: under `memory` "

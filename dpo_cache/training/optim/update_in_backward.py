@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
@@ -30,8 +29,8 @@ class OptimizerInBackward:
         self._is_last = False
         self._places = {parameter: place for place, parameter in enumerate(updater.parameters)}
         if is_hooked:
-            for place, parameter in enumerate(updater.parameters):
-                parameter.register_post_accumulate_grad_hook(partial(self._take, place))
+            for parameter in updater.parameters:
+                parameter.register_post_accumulate_grad_hook(self._take)
 
     @torch.no_grad()
     def take(self, gradients: dict[torch.nn.Parameter, torch.Tensor]) -> None:
@@ -56,9 +55,9 @@ class OptimizerInBackward:
         finally:
             self._is_last = False
         # parameters with gradients of earlier passes only
-        for place, parameter in enumerate(self._updater.parameters):
+        for parameter in self._updater.parameters:
             if parameter.grad is not None:
-                self._use(place, parameter)
+                self.take({parameter: parameter.grad})
 
     def end_step(self) -> torch.Tensor:
         """Return the norm of the step's gradient, as `clip_grad_norm_` does; the next step may begin."""
@@ -67,13 +66,7 @@ class OptimizerInBackward:
         # nothing was updated
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(torch.nan)
 
-    def _take(self, place: int, parameter: torch.Tensor) -> None:
-        if self._is_last:
-            self._use(place, parameter)
-
-    @torch.no_grad()
-    def _use(self, place: int, parameter: torch.Tensor) -> None:
+    def _take(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, torch.nn.Parameter) and parameter.grad is not None
-        self._norms[place] = norm_of(parameter.grad)
-        self._updater.update(parameter)
-        parameter.grad = None
+        if self._is_last:
+            self.take({parameter: parameter.grad})

@@ -82,10 +82,10 @@ def test_few_gradients_exist_at_once_in_a_step_of_one_pass() -> None:
     freeing, most = OptimizerInBackward(optimizer), 0
     use = optimizer.update
 
-    def note(parameter: torch.nn.Parameter) -> None:
+    def note(*parameters: torch.nn.Parameter, **named: object) -> None:
         nonlocal most
         most = max(most, sum(other.grad is not None for other in model.parameters()))
-        use(parameter)
+        use(*parameters, **named)
 
     optimizer.update = note  # type: ignore[method-assign]
     with freeing.last_backward():

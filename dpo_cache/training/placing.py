@@ -1,0 +1,77 @@
+"""Where a run keeps its weights, gradients, state and layer inputs: as named, as before, or what fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedConfig
+
+from dpo_cache.errors import OptionError
+from dpo_cache.log import Log
+from dpo_cache.options.placement import ADAPTER_PRESETS, PRESETS, Placement, placement_of
+from dpo_cache.options.train import TrainOptions
+from dpo_cache.planning.choose import choose_placement
+from dpo_cache.planning.parts import LORA_RANK, Method
+from dpo_cache.training.layer_major import has_copies
+
+
+def planned_method(options: TrainOptions, precision: str, *, is_adapted: bool) -> Method:
+    """What is trained, for a prediction of its memory; of a saved adapter the rank is not known yet."""
+    return Method(
+        precision=precision,
+        optimizer=options.optimizer.removesuffix("-paged"),
+        rounding="stochastic" if options.rounding == "auto" else options.rounding,
+        lora_r=(options.lora_r or LORA_RANK) if is_adapted else None,
+        quantize=None if options.quantize == "none" else options.quantize,
+    )
+
+
+def place_run(
+    options: TrainOptions,
+    method: Method,
+    config: PreTrainedConfig,
+    device: torch.device,
+    memory: str | None,
+    log: Log,
+) -> tuple[str, Placement]:
+    """The placement that the options name or a resumed run had; else the first that fits."""
+    is_adapted = method.lora_r is not None
+    memory, placement = _first_placement(options, method, config, device, memory, log)
+    if is_adapted and options.merge_adapter and has_copies(placement, device):
+        raise OptionError(
+            f"`merge_adapter` and `memory` {memory}: merging needs the base's weights on the device.\n"
+            "Leave `merge_adapter` out, and merge the adapter afterwards (peft: `merge_and_unload`)."
+        )
+    if is_adapted and "host" in {options.placement_entry("gradients"), options.placement_entry("optimizer")}:
+        log("an adapter's gradients and optimizer state are small: they stay on the device.")
+    if options.optimizer == "adafactor" and placement.optimizer == "host" and device.type != "cpu":
+        log("Adafactor's update is computed on the host's cores: it needs whole matrices.")
+    return memory, placement
+
+
+def _first_placement(
+    options: TrainOptions,
+    method: Method,
+    config: PreTrainedConfig,
+    device: torch.device,
+    memory: str | None,
+    log: Log,
+) -> tuple[str, Placement]:
+    is_adapted = method.lora_r is not None
+    if (named := options.placement(is_adapted=is_adapted)) is not None:
+        return options.memory if options.memory != "auto" else str(named), named
+    if memory in PRESETS:
+        return memory, (ADAPTER_PRESETS if is_adapted else PRESETS)[memory]
+    if memory and (found := placement_of("auto", memory, is_adapted=is_adapted)):
+        return memory, found
+    memory, placement = choose_placement(config, method, device)
+    if placement.gradients == "none" and options.max_grad_norm:  # the gradient is to be clipped
+        placement = replace(placement, gradients="host")
+        memory = str(placement)
+    if memory != "fast":
+        log(
+            f"weights, gradients and optimizer state do not fit the free memory of {device}: `memory` "
+            f"{memory} is used ({placement})."
+        )
+    return memory, placement
