@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from dpo_cache.training.output.run_position import RunPosition
 from dpo_cache.training.output.run_start import find_start
 from dpo_cache.training.output.trackers import check_trackers
 from dpo_cache.training.pair_logps import objective_of
+from dpo_cache.training.ranks import Ranks
 from dpo_cache.training.step_memory import StepMemory
 
 
@@ -75,6 +76,7 @@ class Setup:
     num_trained: int
     checkpoint: Path | None  # of a resumed run
     position: RunPosition  # at the start
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def output(self) -> Path:
@@ -152,11 +154,13 @@ class Setup:
 
 
 @contextmanager
-def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = None) -> Iterator[Setup]:
+def open_setup(
+    options: TrainOptions, log: Log, loaded: LoadedPolicy | None = None, ranks: Ranks | None = None
+) -> Iterator[Setup]:
     """Find, check and load the inputs that the options name; nothing is written. Raises `DpoCacheError`.
 
-    A `loaded` policy replaces the model that the options name. When the block ends, the model is as it was
-    before it was prepared for training.
+    With several `ranks` each of them calls this. A `loaded` policy replaces the model that the options name.
+    When the block ends, the model is as it was before it was prepared for training.
     """
     check_trackers(options.log_to)
     output = Path(options.output)
@@ -211,6 +215,7 @@ def open_setup(options: TrainOptions, log: Log, loaded: LoadedPolicy | None = No
             num_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
             checkpoint=checkpoint,
             position=position,
+            ranks=ranks or Ranks(),
         )
 
 
