@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 Value = TypeVar("Value")
 
@@ -34,3 +38,6 @@ class Ranks:
     def any(self, flag: Any) -> bool:
         """Whether the flag is true on some rank."""
         return any(self.gather(bool(flag)))
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks; each rank has tensors of the same shapes."""
