@@ -1,35 +1,38 @@
-"""The ranks of a process group of torch.distributed."""
+"""Several processes that train one policy together, over torch.distributed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+import os
+from datetime import timedelta
+from typing import cast
 
-import torch
-from torch import distributed
+import torch.distributed as dist
 
-from dpo_cache.training.ranks import Ranks
+from dpo_cache.training.ranks import Ranks, Value
 
-Value = TypeVar("Value")
+TIMEOUT_S = 1800.0  # a collective call waits so long for other ranks: the main rank may write to a slow disk
+TIMEOUT_VARIABLE = "DPO_CACHE_RANK_TIMEOUT"  # seconds, in place of those
 
 
 class ProcessRanks(Ranks):
-    """The ranks of the default process group, which has been initialised."""
+    """The ranks of the default process group, which is initialised.
 
-    def __init__(self, device: str | None = None):
-        self.index, self.size = distributed.get_rank(), distributed.get_world_size()
-        self.device = device
+    Values travel over a gloo group of their own, whatever the devices: they never mix with the reductions of
+    gradients, and the host does not wait for a GPU.
+    """
+
+    def __init__(self, *, device: str | None = None, shards: bool = False):
+        self.index, self.size = dist.get_rank(), dist.get_world_size()
+        self.device, self.shards = device, shards
+        self._values = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s()))
 
     def gather(self, value: Value) -> list[Value]:
-        found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, value)
-        return found
+        """The value of each rank, in their order."""
+        found: list[Value | None] = [None] * self.size
+        dist.all_gather_object(found, value, group=self._values)
+        return cast("list[Value]", found)
 
-    def share(self, value: Value) -> Value:
-        found: list[Any] = [value]
-        distributed.broadcast_object_list(found, src=0)
-        return cast(Value, found[0])
 
-    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        for tensor in tensors:
-            distributed.all_reduce(tensor)
+def timeout_s() -> float:
+    """Seconds that a collective call waits for other ranks."""
+    return float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT_S))
