@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import Any
 
 GROUP_TIMEOUT_S = 30  # of each collective call, so that a deadlock fails
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo", "TQDM_DISABLE": "1"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "TQDM_DISABLE": "1",
+    "DPO_CACHE_RANK_TIMEOUT": str(GROUP_TIMEOUT_S),
+}
 
 
 class RankError(AssertionError):
