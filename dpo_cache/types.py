@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -140,6 +140,10 @@ class GapSums:
         self.squared_gaps += float((gaps_N**2).sum())
         self.logps += float(logps_N.sum())
         self.squared_logps += float((logps_N**2).sum())
+
+    def plus(self, other: GapSums) -> GapSums:
+        """Both together."""
+        return GapSums(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
     def problem(self, dtype: str) -> str:
         """How the gaps are larger than rounding in the dtype explains; empty if they are not, or too few.

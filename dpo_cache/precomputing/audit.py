@@ -52,6 +52,20 @@ class AuditTotals:
         self.mean_gap = sums / self.tokens
         self.largest_gap = max(self.largest_gap, float(sizes_N.max()))
 
+    def plus(self, other: AuditTotals) -> AuditTotals:
+        """Both together."""
+        tokens = self.tokens + other.tokens
+        gaps = self.mean_gap * self.tokens + other.mean_gap * other.tokens
+        return AuditTotals(
+            self.completions + other.completions,
+            tokens,
+            max(self.largest_gap, other.largest_gap),
+            gaps / max(1, tokens),
+            self.sums.plus(other.sums),
+            self.too_long + other.too_long,
+            self.elapsed_s + other.elapsed_s,
+        )
+
     def as_document(self) -> Document:
         """The member `audit` of a manifest."""
         return {
@@ -60,6 +74,14 @@ class AuditTotals:
             "largest_gap": self.largest_gap,
             "mean_gap": self.mean_gap,
         }
+
+
+class AuditError(ModelError):
+    """Scores differ from the model's own forward: `problem` and `advice` without what was withdrawn."""
+
+    def __init__(self, problem: str, withdrawn: str, advice: str):
+        super().__init__(f"{problem}\n{withdrawn} {advice}")
+        self.problem, self.advice = problem, advice
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,7 @@ class Audit:
     _runner: Runner | None = None  # from the first unit on
     _sample: dict[bytes, Entry] = field(default_factory=dict)  # whose scores are not published yet
     _own: dict[bytes, OwnLogps | None] = field(default_factory=dict)  # of some of these; None: too long
-    _failure: str | None = None
+    _failure: AuditError | None = None
 
     def begin(self, unit: Unit, runner: Runner, longest: Sequence[Entry]) -> None:
         """Choose the sample of a unit. In the first one, audit the run's longest completions and the first
@@ -102,7 +124,7 @@ class Audit:
         files of the run are to be withdrawn.
         """
         if self._failure:
-            raise ModelError(self._failure)
+            raise self._failure
         chosen = {key: score.token_logps for key, score in scored if key in self._sample}
         if not chosen:
             return
@@ -214,28 +236,18 @@ class Audit:
         assert self._runner is not None
         rows = sorted({row for key in wrong for row in self._sample[key][2]})
         attention = self._runner.attention.name
-        shards, pair_sets = self.record.fail()
-        withdrawn = (
-            f"The {shards} score files and {pair_sets} pair sets that this run had published are withdrawn."
-            if shards or pair_sets
-            else "Nothing was published."
-        )
-        if self.record.num_lost:
-            withdrawn += (
-                f" {self.record.num_lost} of the score files were not found: an older version of `dpo-cache "
-                "compact` or `gc` may have copied them into other files. If one ran meanwhile, remove the "
-                "reference with `dpo-cache rm`, too."
-            )
         advice = (
             "Run again with `attention` rows, and report the model."
             if attention == "forest"
             else "This model cannot be scored; report it, with its name and the row."
         )
-        self._failure = (
+        self._failure = AuditError(
             f"{self._runner.name}, run as {attention}, gives other log-probs for row {shown_rows(rows)} than "
-            f"its own forward on the row alone: {how}.\n{withdrawn} {advice}"
+            f"its own forward on the row alone: {how}.",
+            withdraw(self.record),
+            advice,
         )
-        raise ModelError(self._failure)
+        raise self._failure
 
     @property
     def _dtype(self) -> str:
@@ -257,6 +269,22 @@ def open_audit(option: str, record: RunRecord, log: Log) -> Audit | None:
     """The audit that `audit` names; None for off."""
     interval = audit_interval(option)
     return None if interval is None else Audit(Sampler(interval), record, log)
+
+
+def withdraw(record: RunRecord) -> str:
+    """Record that all files of the run are to be withdrawn. Returns how many these are, as a sentence."""
+    shards, pair_sets = record.fail()
+    if not shards and not pair_sets:
+        return "Nothing was published."
+    lost = (
+        f" {record.num_lost} of the score files were not found: an older version of `dpo-cache compact` or "
+        "`gc` may have copied them into other files. If one ran meanwhile, remove the reference with "
+        "`dpo-cache rm`, too."
+    )
+    return (
+        f"The {shards} score files and {pair_sets} pair sets that this run had published are withdrawn."
+        f"{lost if record.num_lost else ''}"
+    )
 
 
 def is_beyond_rounding(gaps_N: np.ndarray, dtype: str) -> bool:

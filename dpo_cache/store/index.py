@@ -21,9 +21,10 @@ from dpo_cache.log import log_remark
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.folders.local_copies import is_part_name
 from dpo_cache.store.format.keys import KEY_BYTES
-from dpo_cache.store.format.parquet import REMEDY, ParquetReader, ParquetReaders, name_by_content
-from dpo_cache.store.format.shards import SHARD_SCHEMA, check_scores, encode_shard, keys_of, read_keys
+from dpo_cache.store.format.parquet import REMEDY, ParquetReader, ParquetReaders
+from dpo_cache.store.format.shards import SHARD_SCHEMA, check_scores, keys_of, read_keys
 from dpo_cache.store.key_table import KeyTable
+from dpo_cache.store.score_writer import publish_scores
 from dpo_cache.types import Score
 
 KEY_DTYPE = f"S{KEY_BYTES}"
@@ -142,15 +143,11 @@ class ScoreIndex:
 
         `record` is called before a shard is published that was not there, with its name from the root.
         """
-        content = encode_shard(scores)
-        name = name_by_content(content)
-        if not self._folder.exists(f"{self._place}/{name}"):
-            record(f"{self._place}/{name}")
-        self._folder.publish(f"{self._place}/{name}", content)
+        name, num_bytes = publish_scores(self._folder, self._place, scores, record)
         self._left_out.pop(name, None)
         if name not in self._shards:
             self._add([name], [np.array([key for key, _ in scores], KEY_DTYPE)])
-        return len(content)
+        return num_bytes
 
     def _fetch_shard(
         self, shard: int, wanted: np.ndarray, rows: np.ndarray, places: np.ndarray, found: list[Score]

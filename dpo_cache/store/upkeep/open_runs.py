@@ -20,6 +20,7 @@ from dpo_cache.store.format.documents import Document, read_sealed
 from dpo_cache.store.upkeep.contents import classify
 
 PATTERN = re.compile(r"\.run-[0-9a-f]{16}\.json")
+RUN_DIGITS = 8  # of the token: the run; the rest tells its workers apart
 GRACE_S = 3600.0  # a record of another machine that is older belongs to a run that was killed
 STARTS_ALIKE_S = 1.0  # a process's start as two look-ups report it
 
@@ -35,7 +36,7 @@ KINDS = {
     "is_new": bool,
 }
 
-at_work: set[str] = set()  # records of this process's runs
+at_work: set[str] = set()  # this process's runs, see `run_of`
 
 
 def shards_of_runs(folder: Folder, reference_id: str) -> set[str]:
@@ -59,13 +60,18 @@ def run_records(folder: Folder, place: str) -> list[str]:
     return [f"{place}/{name}" for name in folder.hidden_names(place) if PATTERN.fullmatch(name)]
 
 
+def run_of(record: str) -> str:
+    """The beginning of the record's name that it has in common with the records of the run's workers."""
+    return record[: -len(".json") - 16 + RUN_DIGITS]
+
+
 def records_of_killed_runs(folder: Folder, place: str) -> list[tuple[str, Document]]:
     """Records of runs that are not at work, by their names from the root; all that are withdrawing. One that
     another user does not let this one read is of no run of this one's.
     """
     found = []
     for record in run_records(folder, place):
-        if record not in at_work:
+        if run_of(record) not in at_work:
             try:
                 content = read_record(folder, record)
             except StorageError as error:
@@ -104,7 +110,7 @@ def this_process() -> dict[str, Any]:
 
 def is_at_work(folder: Folder, record: str, content: Document) -> bool:
     """Whether the record's run may still be at work."""
-    if record in at_work:
+    if run_of(record) in at_work:
         return True
     if content["host"] != socket.gethostname():
         modified = folder.modified(record)

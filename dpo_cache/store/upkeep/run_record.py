@@ -11,6 +11,9 @@ removed at the end of the run, so one that is left belongs to a run that is at w
     is_new               whether the run published the entry of its reference
     manifests, files     once it is withdrawing: see `_plan`
 
+Workers that score for a run in other processes have records of their own, with the run's process in them.
+The first 8 of the 16 digits of their tokens are the run's: what they published is withdrawn with it.
+
 Files are withdrawn by their names, so `compact` and `gc` leave the shards of such a record as they are
 (`open_runs.py`).
 """
@@ -18,13 +21,22 @@ Files are withdrawn by their names, so `compact` and `gc` leave the shards of su
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from dpo_cache.errors import StorageError, first_line
 from dpo_cache.store.cache import Cache
 from dpo_cache.store.format.documents import Document, digest_bytes, seal_document
 from dpo_cache.store.format.pair_tables import part_files, read_manifest
-from dpo_cache.store.upkeep.open_runs import at_work, records_of_killed_runs, this_process
+from dpo_cache.store.upkeep.open_runs import (
+    RUN_DIGITS,
+    at_work,
+    read_record,
+    records_of_killed_runs,
+    run_of,
+    run_records,
+    this_process,
+)
 from dpo_cache.store.upkeep.removal import removal_order
 
 
@@ -36,25 +48,35 @@ class RunRecord:
     Nothing is written before something is published.
     """
 
-    def __init__(self, cache: Cache, reference_id: str):
+    def __init__(self, cache: Cache, reference_id: str, *, run: Document | None = None):
+        """`run` is given to the record of a worker, see `for_workers`. It is used without `with`: the end of
+        the run's own record removes it, or withdraws its files.
+        """
         self.cache = cache
         self._reference = f"references/{reference_id}"
-        self._name = f"{self._reference}/.run-{secrets.token_hex(8)}.json"
+        token = (run["token"] if run else "") + secrets.token_hex(8)
+        self._name = f"{self._reference}/.run-{token[:16]}.json"
         self._content: Document = {
-            **this_process(),
+            **(run["process"] if run else this_process()),
             "state": "scoring",
             "shards": [],
             "pair_sets": {},
-            "is_new": not cache.folder.exists(f"{self._reference}/reference.json"),
+            "is_new": run["is_new"] if run else not cache.folder.exists(f"{self._reference}/reference.json"),
         }
         self._killed: dict[str, Document] = {}  # records of runs that were killed in an audit
-        self._has_audited = False
+        self._has_audited = self._is_written = False
+        self._has_workers = False
         self.num_lost = 0  # once it failed: its shards that others have removed
 
     def __enter__(self) -> RunRecord:
-        at_work.add(self._name)
+        at_work.add(run_of(self._name))
         records = records_of_killed_runs(self.cache.folder, self._reference)
-        self._killed = {name: content for name, content in records if content["state"] == "auditing"}
+        self._killed = {
+            name: content
+            for together in _by_run(records)
+            if any(content["state"] == "auditing" for _, content in together)
+            for name, content in together
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,10 +87,25 @@ class RunRecord:
             else:
                 for name in self._killed if self._has_audited else ():
                     _remove_record(self.cache, name)
-                if self.has_published:
+                for name in self._records_of_workers():
+                    _remove_record(self.cache, name)
+                if self._is_written:
                     self.cache.folder.remove(self._name)
         finally:
-            at_work.discard(self._name)
+            at_work.discard(run_of(self._name))
+
+    def for_workers(self) -> Document:
+        """What the records of this run's workers need, see `__init__`, and the name of this record, which is
+        written now: a worker that does not find it has another folder under the cache's path.
+        """
+        self._has_workers = True
+        self._write("scoring")
+        return {
+            "token": run_of(self._name)[-RUN_DIGITS:],
+            "process": {name: self._content[name] for name in this_process()},
+            "is_new": self._content["is_new"],
+            "record": self._name,
+        }
 
     @property
     def has_published(self) -> bool:
@@ -105,14 +142,19 @@ class RunRecord:
     def fail(self) -> tuple[int, int]:
         """Record, durably, that everything is to be withdrawn; returns the number of shards and of pair
         sets. Then `num_lost` of this run's shards were not found: other files may hold their scores.
+
+        Its workers must have ended before.
         """
         exists = self.cache.folder.exists
-        self.num_lost = sum(not exists(shard) for shard in self._content["shards"])
+        workers = {name: read_record(self.cache.folder, name) for name in self._records_of_workers()}
+        published = [shard for one in (*workers.values(), self._content) for shard in one["shards"]]
+        self.num_lost = sum(not exists(shard) for shard in published)
+        self._killed |= workers
         for name, content in self._killed.items():
             content |= {**_plan(self.cache, self._reference, content), "state": "withdrawing"}
             self.cache.folder.publish(name, seal_document(content))
         self._content |= _plan(self.cache, self._reference, self._content)
-        if self.has_published:
+        if self._is_written:
             self._write("withdrawing")
         withdrawn = [self._content, *self._killed.values()]
         return (
@@ -120,8 +162,15 @@ class RunRecord:
             sum(len(content["manifests"]) for content in withdrawn),
         )
 
+    def _records_of_workers(self) -> list[str]:
+        if not self._has_workers:
+            return []
+        records, run = run_records(self.cache.folder, self._reference), run_of(self._name)
+        return [name for name in records if run_of(name) == run and name != self._name]
+
     def _write(self, state: str) -> None:
         self._content["state"] = state
+        self._is_written = True
         self.cache.publish_format()
         self.cache.folder.publish(self._name, seal_document(self._content))
 
@@ -133,27 +182,47 @@ def end_killed_runs(cache: Cache, reference_id: str) -> list[str]:
     of an audit, its record stays for the next audit, see `RunRecord`. Runs at work are not changed.
     """
     remarks = []
-    for record, content in records_of_killed_runs(cache.folder, f"references/{reference_id}"):
-        if content["state"] == "scoring":
-            _remove_record(cache, record)
-        elif content["state"] == "withdrawing":
-            try:
-                _withdraw(cache, record, content)
-            except StorageError as error:
-                if not error.is_denied:
-                    raise
-                remarks.append(
-                    f"a run of another user of {content['started']} failed its audit and was ended before it "
-                    f"had withdrawn its files; this one may not do so ({first_line(error)}). Until its owner "
-                    "runs `dpo-cache precompute` again, scores of this reference may be wrong."
-                )
-                continue
-            remarks.append(
-                f"an earlier run of {content['started']} failed its audit and was ended before it had "
-                f"withdrawn its files: the {len(content['shards'])} score files and "
-                f"{len(content['manifests'])} pair sets that it had published were withdrawn now."
-            )
+    for together in _by_run(records_of_killed_runs(cache.folder, f"references/{reference_id}")):
+        states = {content["state"] for _, content in together}
+        if states == {"scoring"}:
+            for record, _ in together:
+                _remove_record(cache, record)
+        elif "withdrawing" in states:
+            remarks.append(_end_withdrawal(cache, together))
     return remarks
+
+
+def _end_withdrawal(cache: Cache, together: Sequence[tuple[str, Document]]) -> str:
+    """Withdraw the files of one run, and of its workers. Returns a remark."""
+    started = together[0][1]["started"]
+    try:
+        # the one that makes others finish this comes last
+        for record, content in sorted(together, key=lambda entry: entry[1]["state"] == "withdrawing"):
+            if content["state"] != "withdrawing":
+                content |= {**_plan(cache, record.rpartition("/")[0], content), "state": "withdrawing"}
+            _withdraw(cache, record, content)
+    except StorageError as error:
+        if not error.is_denied:
+            raise
+        return (
+            f"a run of another user of {started} failed its audit and was ended before it "
+            f"had withdrawn its files; this one may not do so ({first_line(error)}). Until its owner "
+            "runs `dpo-cache precompute` again, scores of this reference may be wrong."
+        )
+    return (
+        f"an earlier run of {started} failed its audit and was ended before it had "
+        f"withdrawn its files: the {sum(len(content['shards']) for _, content in together)} score files and "
+        f"{sum(len(content['manifests']) for _, content in together)} pair sets that it had published were "
+        "withdrawn now."
+    )
+
+
+def _by_run(records: Sequence[tuple[str, Document]]) -> list[list[tuple[str, Document]]]:
+    """The records of each run and of its workers together."""
+    runs: dict[str, list[tuple[str, Document]]] = {}
+    for record, content in records:
+        runs.setdefault(run_of(record), []).append((record, content))
+    return [*runs.values()]
 
 
 def _remove_record(cache: Cache, record: str) -> None:
