@@ -36,8 +36,8 @@ __version__ = "0.1.0"
 _MODULES = {
     "dpo_cache.errors": (
         "CacheError", "CorruptShardError", "DataError", "DpoCacheError", "FormatError", "MissingFileError",
-        "ModelError", "NewerFormatError", "NotInCacheError", "OptionError", "ShapeError", "StepZeroError",
-        "StorageError", "TrainingError", "UnknownOptionError",
+        "ModelError", "NewerFormatError", "NotInCacheError", "OptionError", "OtherRankError",
+        "ShapeError", "StepZeroError", "StorageError", "TrainingError", "UnknownOptionError",
     ),
     "dpo_cache.evaluation": ("EvalReport", "evaluate"),
     "dpo_cache.exchange": ("ExportReport", "ImportReport", "export_pairs", "import_pairs"),

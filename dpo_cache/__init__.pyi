@@ -32,6 +32,7 @@ from dpo_cache.errors import ModelError as ModelError
 from dpo_cache.errors import NewerFormatError as NewerFormatError
 from dpo_cache.errors import NotInCacheError as NotInCacheError
 from dpo_cache.errors import OptionError as OptionError
+from dpo_cache.errors import OtherRankError as OtherRankError
 from dpo_cache.errors import ShapeError as ShapeError
 from dpo_cache.errors import StepZeroError as StepZeroError
 from dpo_cache.errors import StorageError as StorageError
@@ -78,6 +79,7 @@ __all__ = [
     "NewerFormatError",
     "NotInCacheError",
     "OptionError",
+    "OtherRankError",
     "Pair",
     "PairSet",
     "PlanReport",

@@ -14,7 +14,8 @@
     │   └── StorageError       the file system refused: full, read-only, gone
     │       └── MissingFileError   a file that was listed or named does not exist (any more)
     └── TrainingError          the run cannot start or continue
-        └── StepZeroError      the policy that starts as the reference does not repeat its log-probs
+        ├── StepZeroError      the policy that starts as the reference does not repeat its log-probs
+        └── OtherRankError     another process of the run failed, and reports why
 
 Every message names the place, what was expected, what was found, and what to do next. Names from files that
 others made may be in it, so characters that could steer a terminal are escaped in every message.
@@ -89,6 +90,14 @@ class TrainingError(DpoCacheError):
 
 class StepZeroError(TrainingError):
     """The policy should start as the reference, but its log-probs differ from the cached ones."""
+
+
+class OtherRankError(TrainingError):
+    """Another process of a run on several devices failed, and reports why; this one ends, too."""
+
+    def __init__(self, message: object = "", code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code  # with which the command line ends
 
 
 def shown_rows(rows: Sequence[object], *, most: int = 8, count: int | None = None) -> str:

@@ -1,21 +1,35 @@
-"""Several processes that train one policy together, over torch.distributed."""
+"""Several processes that train one policy together, over torch.distributed.
+
+accelerate's process state reads what the launcher has set (accelerate launch, torchrun, mpirun; SLURM's
+variables are translated for it), begins the process group and chooses each rank's device.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
+from accelerate.state import PartialState
 from torch import distributed
 
+from dpo_cache.errors import OptionError, TrainingError, first_line
+from dpo_cache.training.launch import RENDEZVOUS, LaunchedRank, launched_rank, num_cores
 from dpo_cache.training.ranks import Ranks
+from dpo_cache.training.watch import Watch
 
 TIMEOUT_S = 1800.0  # a collective call waits so long for other ranks: the main rank may write to a slow disk
 TIMEOUT_VARIABLE = "DPO_CACHE_RANK_TIMEOUT"  # seconds, in place of those
 
+SLURM_PORTS = 20_000, 10_000  # the first port for a job, and how many there are
+
 Value = TypeVar("Value")
+_joined: list[ProcessRanks] = []  # of the run that is open
+_watches = count()
 
 
 class ProcessRanks(Ranks):
@@ -43,6 +57,109 @@ class ProcessRanks(Ranks):
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         for tensor in tensors:
             distributed.all_reduce(tensor)
+
+
+@contextmanager
+def joined_ranks(device: str, *, shards: bool = False) -> Iterator[Ranks]:
+    """The ranks that the launcher has started, or those of the process group that the caller has initialised.
+
+    When one of them leaves the block by an exception, all do; the others raise `OtherRankError`, and those
+    that wait inside a library end within seconds. Within the block, the same ranks are open already.
+    """
+    if _joined:
+        yield _joined[0]
+        return
+    begins = not distributed.is_initialized()
+    ranks = ProcessRanks(_begin(device) if begins else _device(device), shards=shards)
+    store = distributed.distributed_c10d._get_default_store()
+    watch = Watch(distributed.PrefixStore(f"dpo-cache/{next(_watches)}", store), ranks.index, ranks.size)
+    _joined.append(ranks)
+    try:
+        _check_devices(ranks)
+        yield ranks
+        ranks.gather(None)  # the store may end with a rank
+    except BaseException as error:
+        found = watch.report(error)
+        raise found from (None if found is error else error)
+    finally:
+        _joined.clear()
+        watch.end()
+        if begins:
+            distributed.destroy_process_group()
+            PartialState._reset_state()
+
+
+def _begin(device: str) -> str:
+    """Begin the process group of the launched ranks; returns the device of this one. Raises `OptionError`."""
+    launched = launched_rank()
+    assert launched is not None
+    if device == "mps":
+        raise OptionError("`device` mps: several ranks train on CUDA devices, or on CPUs.")
+    _complete_environment(launched)
+    is_cuda = device != "cpu" and torch.cuda.is_available()
+    given: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s())}
+    if rendezvous := os.environ.get(RENDEZVOUS):
+        given |= {"init_method": rendezvous, "rank": launched.index, "world_size": launched.size}
+    try:
+        state = PartialState(cpu=not is_cuda, backend="cuda:nccl,cpu:gloo" if is_cuda else "gloo", **given)
+    except (RuntimeError, ValueError) as error:  # also `DistError`
+        raise TrainingError(
+            f"rank {launched.index}: the {launched.size} ranks did not meet ({first_line(error)}).\n"
+            "Check that all were started, and that MASTER_ADDR and MASTER_PORT are those of the first one."
+        ) from error
+    return str(state.device)
+
+
+def _complete_environment(launched: LaunchedRank) -> None:
+    """Set the variables that accelerate reads, where another launcher has set its own."""
+    values = {
+        "RANK": launched.index,
+        "WORLD_SIZE": launched.size,
+        "LOCAL_RANK": launched.local_index,
+        "LOCAL_WORLD_SIZE": launched.local_size,
+    }
+    if "SLURM_JOB_ID" in os.environ:
+        first, number = SLURM_PORTS
+        values["MASTER_PORT"] = first + int(os.environ["SLURM_JOB_ID"]) % number
+        os.environ.setdefault("MASTER_ADDR", first_node(os.environ.get("SLURM_STEP_NODELIST", "localhost")))
+    for name, value in values.items():
+        os.environ.setdefault(name, str(value))
+    if "OMP_NUM_THREADS" not in os.environ:  # else each process takes all cores
+        os.environ["OMP_NUM_THREADS"] = str(max(1, num_cores() // launched.local_size))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def first_node(nodes: str) -> str:
+    """The first host of SLURM's list: `gpu[07-09,12],login1` is gpu07."""
+    prefix, bracket, numbers = nodes.partition("[")
+    if not bracket or "," in prefix:
+        return prefix.split(",")[0]
+    return prefix + numbers.partition("]")[0].split(",")[0].split("-")[0]
+
+
+def _device(device: str) -> str | None:
+    """The device of a rank whose process group the caller has initialised."""
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', torch.cuda.current_device())}"
+    return None
+
+
+def _check_devices(ranks: Ranks) -> None:
+    """Raise `TrainingError` where two ranks have the same GPU, or one has another kind of device."""
+    name = ranks.device or "cpu"
+    kind = torch.device(name).type
+    gpu = str(torch.cuda.get_device_properties(name).uuid) if kind == "cuda" else None
+    found = ranks.gather((kind, gpu))
+    if len({kind for kind, _ in found}) > 1:
+        devices = ", ".join(f"rank {index} {kind}" for index, (kind, _) in enumerate(found))
+        raise TrainingError(f"the ranks have different devices: {devices}.\nGive `device` cpu or cuda.")
+    gpus = [gpu for _, gpu in found if gpu]
+    for index, gpu in enumerate(gpus):
+        if gpu in gpus[:index]:
+            raise TrainingError(
+                f"ranks {gpus.index(gpu)} and {index} have the same GPU.\n"
+                "Start as many ranks on each machine as it has GPUs."
+            )
 
 
 def timeout_s() -> float:

@@ -1,0 +1,162 @@
+"""`launch` N: N processes of this machine that train together; and what launchers set for their processes.
+
+Works without torch. The processes meet in a file, and talk over loopback: nothing listens on a port that
+other machines reach.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+RENDEZVOUS = "DPO_CACHE_RENDEZVOUS"  # variables that `launch` sets: the file in which the processes meet
+LAUNCHER = "DPO_CACHE_LAUNCHER"  # and its own process id
+END_S = 30.0  # after one process has failed, the others are killed
+LOOK_S = 0.1
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# The variables of each launcher: rank, number of ranks, and both within the machine. In the script of a SLURM
+# job SLURM_PROCID is set, too, but not the number of tasks of a step.
+VARIABLES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # accelerate launch, torchrun, `launch`
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    tuple(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+)
+
+
+@dataclass(frozen=True)
+class LaunchedRank:
+    """Which of a run's processes this one is, by the variables that its launcher has set."""
+
+    index: int
+    size: int
+    local_index: int  # among those of this machine
+    local_size: int
+
+
+def launched_rank(environment: Mapping[str, str] | None = None) -> LaunchedRank | None:
+    """The rank that a launcher gave this process; None if it is the only one."""
+    environment = os.environ if environment is None else environment
+    for names in VARIABLES:
+        index, size, local_index, local_size = (_number(environment, name) for name in names)
+        if index is not None and size is not None and size > 1:
+            return LaunchedRank(
+                index, size, index if local_index is None else local_index, local_size or _tasks(environment)
+            )
+    return None
+
+
+def is_quiet_rank() -> bool:
+    """Whether the run's remarks and its report are written by another process."""
+    launched = launched_rank()
+    return launched is not None and launched.index > 0
+
+
+def reports_early_errors() -> bool:
+    """Whether this process reports errors from before its run has joined the others: one on each machine."""
+    launched = launched_rank()
+    return launched is None or 0 in (launched.index, launched.local_index)
+
+
+def launch(num_ranks: int, arguments: Sequence[str]) -> int:
+    """Run `dpo-cache ARGUMENTS` in `num_ranks` processes that train together; returns the exit code.
+
+    Ctrl-C and SIGTERM are passed on to all of them. After one has failed, the others have `END_S` seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="dpo-cache-ranks-", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-m", "dpo_cache", *arguments]
+        processes: list[subprocess.Popen[bytes]] = []
+        with _signals_passed_on(processes):
+            try:
+                for index in range(num_ranks):
+                    environment = {**os.environ, **_variables(index, num_ranks, Path(folder))}
+                    processes.append(
+                        # a session of its own: the terminal's Ctrl-C arrives once, through this process
+                        subprocess.Popen(
+                            command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+                        )
+                    )
+                return _exit_code(_wait(processes))
+            finally:
+                for process in processes:
+                    if process.poll() is None:
+                        process.kill()
+                        process.wait()
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    value = environment.get(name, "")
+    return int(value) if value.isdecimal() else None
+
+
+def _tasks(environment: Mapping[str, str]) -> int:
+    """Tasks of a SLURM step on the first machine, from `4(x2)` or `4,3`; 1 elsewhere."""
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0]
+    return int(tasks) if tasks.isdecimal() else 1
+
+
+def _variables(index: int, size: int, folder: Path) -> dict[str, str]:
+    rank = dict(zip(VARIABLES[0], map(str, (index, size, index, size)), strict=True))
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, num_cores() // size)),
+        "GLOO_SOCKET_IFNAME": LOOPBACK,
+        "NCCL_SOCKET_IFNAME": LOOPBACK,
+    }
+    defaults = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    return {**rank, **defaults, RENDEZVOUS: f"file://{folder / 'ranks'}", LAUNCHER: str(os.getpid())}
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _signals_passed_on(processes: Sequence[subprocess.Popen[Any]]) -> Iterator[None]:
+    def pass_on(number: int, _: FrameType | None) -> None:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(processes: Sequence[subprocess.Popen[Any]]) -> list[int]:
+    """The exit code of each process; minus a signal's number if that has ended it."""
+    failed_at = None
+    while any(process.poll() is None for process in processes):
+        if failed_at is None and any(process.poll() for process in processes):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > END_S:
+            for process in processes:
+                process.kill()
+        time.sleep(LOOK_S)
+    return [process.returncode for process in processes]
+
+
+def _exit_code(codes: Sequence[int]) -> int:
+    """The code of the run. A process that a signal has ended reports nothing: others do, or else this."""
+    if reported := [code for code in codes if code > 0]:
+        return max(reported)
+    killed = [(index, -code) for index, code in enumerate(codes) if code < 0]
+    for index, number in killed:
+        sys.stderr.write(f"error: rank {index} was ended by {signal.Signals(number).name}.\n")
+    return 1 if killed else 0
