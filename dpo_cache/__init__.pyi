@@ -510,6 +510,8 @@ def train(
     offload_activations: bool = False,
     free_gradients: bool = False,
     device: Literal["auto", "cpu", "cuda", "mps"] = 'auto',
+    parallel: Literal["ddp", "fsdp"] = 'ddp',
+    launch: int | None = None,
     eval_pairs: str | None = None,
     eval_fraction: float | None = None,
     eval_every: int | str | None = None,

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from dpo_cache.options.base import Options, cache_argument, flag_of, option, sections
 from dpo_cache.options.train import TrainOptions
 
-# Options of `train`: a sweep has another `resume`, no dry run, and no config file
-NOT_IN_A_SWEEP = ("resume", "dry_run", "config")
+# Options of `train`: a sweep has another `resume`, no dry run, no config file, and a process a run
+NOT_IN_A_SWEEP = ("resume", "dry_run", "config", "parallel", "launch")
 PLACES = ("cache", "output")  # of the sweep as a whole
 TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", tuple: "str"}
 

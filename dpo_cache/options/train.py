@@ -26,6 +26,8 @@ OPTIMIZERS = ("adamw", "adamw-bf16", "adamw-8bit", "adamw-paged", "adamw-8bit-pa
 ROUNDINGS = ("auto", "nearest", "stochastic", "compensated")
 RECOMPUTATIONS = ("auto", "none", "cheap", "selective", "full")
 PRECISIONS = ("auto", "fp32", "bf16-mixed", "bf16")
+PARALLEL = ("ddp", "fsdp")
+ON_SHARDS = ("adamw", "adamw-bf16")  # optimizers that update shards of weights as they do the whole
 STEP_ZERO = ("auto", "strict", "warn", "off")
 BEST = ("loss", "accuracy", "margin")
 TEMPLATES = ("pairs", "model")  # or a file
@@ -43,6 +45,7 @@ class TrainOptions(LossOptions):
         "router_aux_loss_coef": "Loss",
         "epochs": "Optimization",
         "memory": "Memory and speed",
+        "parallel": "Several devices",
         "eval_pairs": "Evaluation",
         "save_every": "The run",
     }
@@ -162,6 +165,18 @@ class TrainOptions(LossOptions):
         False, "Earlier name of --place gradients=none.", flag=switch("free-gradients")
     )
     device: str = option("auto", "Where to compute. auto: CUDA, then MPS, then the CPU.", choices=DEVICES)
+    parallel: str = option(
+        "ddp",
+        "How processes share the training, each on its own device: ddp (each has the whole policy) or fsdp "
+        "(each has a shard of weights, gradients and optimizer state).",
+        choices=PARALLEL,
+    )
+    launch: int | None = option(
+        None,
+        "Train with N processes of this machine, one a device. Default: with those that accelerate launch, "
+        "torchrun or SLURM has started, or with one.",
+        limit=ABOVE_0,
+    )
     eval_pairs: str | None = option(None, "Pair set to evaluate on, NAME or NAME/SPLIT.")
     eval_fraction: float | None = option(
         None,
@@ -234,6 +249,30 @@ class TrainOptions(LossOptions):
         number_or_auto("budget_tokens", self.budget_tokens)
         self._check_adapter()
         self._check_run()
+
+    def check_ranks(self, num_ranks: int) -> None:
+        """Raise `OptionError` for options that do not work with so many processes."""
+        if num_ranks == 1:
+            return
+        self._require(
+            self.device != "mps",
+            f"`device` mps: {num_ranks} processes train on CUDA devices or on the CPU.\nGive another.",
+        )
+        if self.parallel != "fsdp":
+            return
+        self._require(
+            self.optimizer.removesuffix("-paged") in ON_SHARDS,
+            f"`optimizer` {self.optimizer} and `parallel` fsdp: it is not tested on shards of weights.\n"
+            f"Use {' or '.join(ON_SHARDS)}, or `parallel` ddp.",
+        )
+        placement = self._placement_of_any_kind()
+        kept = {"weights", "optimizer"} | ({"inputs"} if self.memory in ("small", "least") else set())
+        self._require(
+            placement is None or all(getattr(placement, name) == "device" for name in kept),
+            f"`memory` {self.memory}, `place` {self.place} and `parallel` fsdp: a step that runs layer by "
+            "layer needs whole layers, and each process has shards of them.\n"
+            "Leave `memory` and `place` out, or use `parallel` ddp.",
+        )
 
     @property
     def is_adapted(self) -> bool:

@@ -47,7 +47,7 @@ from dpo_cache.training.output.run_start import (
 FREE_TO_CHANGE = {
     "resume", "config", "trust_remote_code", "cache", "output", "device", "budget_tokens",
     "gradient_checkpointing", "memory", "place", "offload_activations", "free_gradients", "eval_every",
-    "save_every", "keep", "sample", "log_to", "log_names", "step_zero", "dry_run",
+    "save_every", "keep", "sample", "log_to", "log_names", "step_zero", "dry_run", "parallel", "launch",
 }
 # fmt: on
 FIXED_RESOLVED = (
