@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 
 Metrics = dict[str, float | int]
@@ -24,6 +27,14 @@ class PairMetrics:
         """Add the pairs of another."""
         self._add(other._sums, other._num_pairs)
 
+    @classmethod
+    def merged(cls, parts: Iterable[PairMetrics]) -> PairMetrics:
+        """Those of the pairs of all parts."""
+        whole = cls()
+        for part in parts:
+            whole.merge(part)
+        return whole
+
     def _add(self, sums: dict[str, float], num_pairs: int) -> None:
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -35,3 +46,8 @@ class PairMetrics:
             **{name: value / self._num_pairs for name, value in self._sums.items()},
             "num_pairs": self._num_pairs,
         }
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no pair so far has a loss that is not finite."""
+        return math.isfinite(self._sums.get("loss", 0.0))

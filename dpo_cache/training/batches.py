@@ -174,9 +174,15 @@ def split_step(
     Pairs with similar prompts are in one group, so that a shared prefix is run once. A pair that is longer
     than the budget is a group by itself.
     """
-    ordered = sorted(pairs, key=lambda scored: scored.pair.chosen.sequence_ids.astype(">u4").tobytes())
-    groups = group_by_tokens(ordered, budget_tokens, lambda pairs: count_tokens(completions_of(pairs)))
+    groups = group_by_tokens(
+        sort_pairs(pairs), budget_tokens, lambda pairs: count_tokens(completions_of(pairs))
+    )
     return [Group(found, num_tokens) for found, num_tokens in groups]
+
+
+def sort_pairs(pairs: Sequence[ScoredPair]) -> list[ScoredPair]:
+    """The pairs such that those with similar prompts are neighbours."""
+    return sorted(pairs, key=lambda scored: scored.pair.chosen.sequence_ids.astype(">u4").tobytes())
 
 
 def completions_of(pairs: Sequence[ScoredPair]) -> list[Completion]:

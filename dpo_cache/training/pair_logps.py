@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
 
 from dpo_cache.lm.device import to_device
 from dpo_cache.lm.policy import CompletionLogps
-from dpo_cache.lm.routing import add_routings
+from dpo_cache.lm.routing import Routing, add_routings
 from dpo_cache.losses.objective import Objective, PairLogps
 from dpo_cache.losses.policy_losses import router_loss
 from dpo_cache.losses.reference_losses import wpo_weights
@@ -29,9 +30,14 @@ def objective_of(options: LossOptions, router_coefficient: float = 0.0) -> Objec
     return Objective(terms=loss_terms(options.loss), router_coefficient=router_coefficient, **settings)
 
 
-def evaluated_at_once(objective: Objective, batch_size: int) -> int:
-    """How many pairs training evaluates at a time: as many as in a step, if a loss depends on all of them."""
-    return batch_size if objective.needs_whole_step else 64
+def evaluated_at_once(objective: Objective, batch_size: int, num_ranks: int = 1) -> int:
+    """How many pairs training evaluates at a time: as many as in a step, if a loss depends on all of them.
+
+    Several ranks take more, unless a loss depends on the mean length of the pairs.
+    """
+    if objective.needs_whole_step:
+        return batch_size
+    return 64 if any("mean_chosen_tokens" in loss.inputs for loss in objective.losses) else 64 * num_ranks
 
 
 def policy_losses(
@@ -41,13 +47,62 @@ def policy_losses(
 
     `mean_chosen_tokens` is the mean length of the step's chosen completions: `sft` is a mean over tokens.
     """
+    return _losses_of(objective, *_inputs_of(objective, parts), mean_chosen_tokens)
+
+
+def policy_losses_of_all(
+    objective: Objective,
+    parts: Sequence[RunPairs],
+    mean_chosen_tokens: float,
+    exchange: Callable[[Any], list[Any]],
+    rank: int,
+    device: torch.device,
+) -> tuple[dict[str, torch.Tensor], slice]:
+    """`policy_losses` of the parts of all ranks together, with gradients by those of this rank; and the place
+    of this rank's pairs among them. The sum of all ranks' gradients is that of the losses on one rank.
+
+    `exchange` returns the values of all ranks. A rank may have no parts.
+    """
+    inputs = _inputs_of(objective, parts) if parts else None
+    values: list[tuple[PairLogps, Routing | None] | None] = exchange(inputs and _moved(*inputs, "cpu"))
+    sizes = [0 if value is None else len(value[0].chosen) for value in values]
+    here = [value and _moved(*value, device) for value in values]
+    here[rank] = inputs
+    known = [value for value in here if value is not None]
+    routings = [routing for _, routing in known if routing is not None]
+    pairs, routing = join_pairs([one for one, _ in known]), add_routings(routings) if routings else None
+    start = sum(sizes[:rank])
+    losses = _losses_of(objective, pairs, routing, mean_chosen_tokens)
+    return losses, slice(start, start + sizes[rank])
+
+
+def _inputs_of(objective: Objective, parts: Sequence[RunPairs]) -> tuple[PairLogps, Routing | None]:
+    """The log-probs of the pairs of all parts and, of a mixture of experts, its routing."""
     pairs = join_pairs([pair_logps(objective, scored, policy) for scored, policy in parts])
+    routings = [policy.routing for _, policy in parts if policy.routing]
+    return pairs, add_routings(routings) if routings else None
+
+
+def _losses_of(
+    objective: Objective, pairs: PairLogps, routing: Routing | None, mean_chosen_tokens: float
+) -> dict[str, torch.Tensor]:
     losses = objective.pair_losses(pairs, mean_chosen_tokens)
     if not objective.router_coefficient:
         return losses
-    routing = add_routings([policy.routing for _, policy in parts if policy.routing])
-    aux = router_loss(routing.choices_E, routing.probs_E, routing.num_rows)
-    return objective.with_router_loss(losses, aux)
+    assert routing is not None
+    return objective.with_router_loss(
+        losses, router_loss(routing.choices_E, routing.probs_E, routing.num_rows)
+    )
+
+
+def _moved(
+    pairs: PairLogps, routing: Routing | None, device: torch.device | str
+) -> tuple[PairLogps, Routing | None]:
+    """The values on a device, without gradients."""
+    moved = {
+        entry.name: getattr(pairs, entry.name).detach().to(device, copy=True) for entry in fields(PairLogps)
+    }
+    return PairLogps(**moved), routing and Routing(*(value.detach().to(device) for value in routing))
 
 
 def pair_logps(objective: Objective, scored: Sequence[ScoredPair], policy: CompletionLogps) -> PairLogps:
