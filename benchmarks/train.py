@@ -1,6 +1,6 @@
 """Speed and memory of training, compared with TRL 1.16 and with the machine's limit.
 
-    train.py --model MODEL --data FILE [--rows N] --trl-python PYTHON [--repeats 3] [--batch-size 4]
+    train.py --model MODEL --data FILE [--rows N] [--trl-python PYTHON] [--repeats 3] [--batch-size 4]
              [--max-length 1024] [--live-only] [--lora-r N] [option=value ...]
 
 Three programs train one epoch on the same rows in the same order, full fine-tuning with AdamW in float32 on
@@ -8,7 +8,7 @@ the CPU: dpo-cache from a cache, TRL with a live reference, and TRL with `precom
 run alternately, each time in a fresh process. pairs/s do not include loading, tokenizing and scoring the
 reference. `--live-only` leaves out the third program, to compare many steps. `--lora-r` trains a LoRA adapter
 on all linear layers instead, with the same random initialization on all sides. `option=value` are options of
-`dpo_cache.train`.
+`dpo_cache.train`. Without `--trl-python`, only dpo-cache and the limit are measured.
 
 The floor of memory is the least that a run needs under the chosen recomputation: the process with its
 imports, weights, gradients, optimizer state, and the activations of the largest forest, counted by
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--rows", type=int, default=12)
-    parser.add_argument("--trl-python", required=True)
+    parser.add_argument("--trl-python", help="default: only the limit is compared")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=1024)
@@ -43,10 +43,11 @@ def main() -> None:
     parser.add_argument("--lora-r", type=int)
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_intermixed_args()
-    peers = {
-        "TRL, live reference": [],
-        **({} if arguments.live_only else {"TRL, own precompute": ["--precompute"]}),
-    }
+    peers: dict[str, list[str]] = {}
+    if arguments.trl_python:
+        peers["TRL, live reference"] = []
+        if not arguments.live_only:
+            peers["TRL, own precompute"] = ["--precompute"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         num_rows = write_rows(arguments.data, arguments.rows, folder / "rows.jsonl")
@@ -145,9 +146,9 @@ def report(runs: dict[str, list[dict[str, Any]]], limits: list[float]) -> None:
             [one["peak_bytes"] / other["peak_bytes"] for one, other in zip(ours, runs[name], strict=True)],
             "{:.3f}",
         )
-    live = runs["TRL, live reference"][0]
-    for entry in ("losses", "grad_norms"):
-        pairs = list(zip(ours[0][entry], live[entry], strict=True))
+    live = runs.get("TRL, live reference")
+    for entry in ("losses", "grad_norms") if live else ():
+        pairs = list(zip(ours[0][entry], live[0][entry], strict=True))
         gap = max(abs(one - other) / abs(other) for one, other in pairs)
         print(
             f"  {entry}, largest relative difference from TRL with a live reference over {len(pairs)} "
