@@ -27,6 +27,8 @@ from collections.abc import Sequence
 class DpoCacheError(Exception):
     """Base of every error that this package raises on purpose."""
 
+    rank: int | None = None  # in a run on several devices: the process that reports it
+
     def __init__(self, message: object = "") -> None:
         super().__init__(printable_lines(str(message)))
 

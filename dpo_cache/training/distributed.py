@@ -58,6 +58,11 @@ class ProcessRanks(Ranks):
         for tensor in tensors:
             distributed.all_reduce(tensor)
 
+    def collect(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        found = [torch.empty_like(tensor) for _ in range(self.size)] if self.is_main else []
+        distributed.gather(tensor, found or None)
+        return found
+
 
 @contextmanager
 def joined_ranks(device: str, *, shards: bool = False) -> Iterator[Ranks]:
@@ -95,6 +100,11 @@ def _begin(device: str) -> str:
     assert launched is not None
     if device == "mps":
         raise OptionError("`device` mps: several ranks train on CUDA devices, or on CPUs.")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise OptionError(
+            "accelerate is configured for DeepSpeed, which this training loop does not use.\n"
+            "Configure it for several GPUs only, and shard with `parallel` fsdp."
+        )
     _complete_environment(launched)
     is_cuda = device != "cpu" and torch.cuda.is_available()
     given: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s())}

@@ -71,6 +71,24 @@ def reports_early_errors() -> bool:
     return launched is None or 0 in (launched.index, launched.local_index)
 
 
+def unused_settings(parallel: str) -> list[str]:
+    """A remark for each setting of `accelerate launch` or its config file that training has an option for."""
+    used = {
+        "ACCELERATE_MIXED_PRECISION": ("no", "mixed_precision", "`precision` decides"),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            "1",
+            "gradient_accumulation_steps",
+            "a step has `batch_size` pairs of all processes",
+        ),
+        "ACCELERATE_USE_FSDP": ("true" if parallel == "fsdp" else "false", "use_fsdp", "`parallel` decides"),
+    }
+    return [
+        f"{setting} {os.environ[name]} of accelerate has no effect: {reason}."
+        for name, (neutral, setting, reason) in used.items()
+        if os.environ.get(name, neutral).lower() != neutral
+    ]
+
+
 def launch(num_ranks: int, arguments: Sequence[str]) -> int:
     """Run `dpo-cache ARGUMENTS` in `num_ranks` processes that train together; returns the exit code.
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch import distributed
+
+from dpo_cache.errors import DpoCacheError, OptionError
+from dpo_cache.options.train import TrainOptions
+from dpo_cache.training.launch import launched_rank
 
 Value = TypeVar("Value")
 
@@ -35,9 +41,61 @@ class Ranks:
         """The value of the main rank."""
         return self.gather(value)[0]
 
+    def on_main(self, function: Callable[[], Value]) -> Value:
+        """What the function returns, called on the main rank. Its `DpoCacheError` is raised on all."""
+        found: tuple[Any, DpoCacheError | None] = None, None
+        if self.is_main:
+            try:
+                found = function(), None
+            except DpoCacheError as error:
+                if self.size == 1:
+                    raise
+                found = None, error
+        value, problem = self.share(found)
+        if problem is not None:
+            raise problem
+        return value  # type: ignore[no-any-return]
+
     def any(self, flag: Any) -> bool:
         """Whether the flag is true on some rank."""
         return any(self.gather(bool(flag)))
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its sum over the ranks; each rank has tensors of the same shapes."""
+
+    def collect(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensor of each rank, on the main rank; nothing on the others. All have the same shape."""
+        return [tensor]
+
+
+@contextmanager
+def open_ranks(options: TrainOptions) -> Iterator[Ranks]:
+    """The ranks of a run: those that a launcher has started or, in a program that has initialised a process
+    group, its processes; else one. Raises `OptionError`.
+    """
+    if launched_rank() is None and not (distributed.is_available() and distributed.is_initialized()):
+        if (options.launch or 1) > 1:
+            raise OptionError(
+                f"`launch` {options.launch}: the command line starts processes, a function does not.\n"
+                "Start the program with `accelerate launch` or torchrun, and leave `launch` out."
+            )
+        yield Ranks()
+        return
+    from dpo_cache.training.distributed import joined_ranks
+
+    with joined_ranks(options.device, shards=options.parallel == "fsdp") as ranks:
+        _check_same(options, ranks)
+        yield ranks
+
+
+def _check_same(options: TrainOptions, ranks: Ranks) -> None:
+    """Raise `OptionError` where another rank has other options."""
+    given = asdict(options)
+    first = ranks.share(given)
+    for name, value in given.items():
+        if value != first[name]:
+            raise OptionError(
+                f"`{name}` {value} here, and {first[name]} on rank 0: processes that a launcher starts train "
+                "one policy together, with the same options.\n"
+                "Start separate trainings one by one, or in jobs of their own."
+            )

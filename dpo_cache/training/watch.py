@@ -80,10 +80,12 @@ class Watch:
         if failure.reporter != self.index:
             return OtherRankError(f"rank {failure.rank} failed: {failure.text}", failure.code)
         if failure.rank != self.index:
-            return TrainingError(failure.text)
-        self._wait_until_noted()
-        if is_known and self.index:
+            error = TrainingError(failure.text)
+        elif isinstance(error, DpoCacheError) and self.index:
             error.args = (f"rank {self.index}: {error}",)
+        if isinstance(error, DpoCacheError):
+            error.rank = self.index
+        self._wait_until_noted()
         return error
 
     def end(self) -> None:
