@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from dpo_cache.lm.routing import Routing, add_routings, measure_routing
 from dpo_cache.lm.rows import DecoderPass, RunOutput, rows_pass, run_whole
 from dpo_cache.lm.scoring import forest_arguments
 from dpo_cache.lm.self_check import AttentionChoice
+from dpo_cache.lm.sharded import ShardedModel
 from dpo_cache.types import Completion
 
 
@@ -69,7 +71,8 @@ class PolicyModel(torch.nn.Module):
     """A causal LM that maps completions to the log-probs of their tokens, its head included.
 
     Training calls the model only through this module's forward, so anything that wraps a module can wrap the
-    policy: DDP reduces its gradients, FSDP2 shards it. A wrapper has no other attribute of this class.
+    policy: DDP reduces its gradients. A wrapper has no other attribute of this class. A model that FSDP2 has
+    cut is run through `sharded`.
 
     Args:
         model: the causal LM, set to the attention that was chosen for it.
@@ -77,6 +80,7 @@ class PolicyModel(torch.nn.Module):
         precision: fp32, bf16-mixed or bf16; bf16-mixed runs the model under autocast.
         with_squares: also return `squares_T`, at the cost of another product with the head.
         with_routing: also return the routing of a mixture of experts, which must return router logits.
+        sharded: what runs the model, if its weights are cut into shards.
     """
 
     def __init__(
@@ -87,11 +91,12 @@ class PolicyModel(torch.nn.Module):
         precision: str = "fp32",
         with_squares: bool = False,
         with_routing: bool = False,
+        sharded: ShardedModel | None = None,
     ):
         super().__init__()
         self.model: PreTrainedModel = model
         self.attention, self.precision = attention, precision
-        self.with_squares, self.with_routing = with_squares, with_routing
+        self.with_squares, self.with_routing, self.sharded = with_squares, with_routing, sharded
         self.train(model.training)
 
     def forward(
@@ -102,9 +107,22 @@ class PolicyModel(torch.nn.Module):
         A part is run at once, as one forest or as rows; it is a step or a piece of a step. With `generate`,
         returns the output of `model.generate(**generate)` instead, so that generation is wrapped, too.
         """
-        if generate is not None:
-            with autocast(self.model.device, self.precision, keeps_copies=True):
-                return self.model.generate(**generate)  # type: ignore[operator]  # mypy: Tensor | Module
+        if generate is None:
+            return self._call(partial(self._run, parts))
+        with torch.no_grad():
+            return self._call(partial(self._generate, generate))
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters by name; of shards, this rank's rows."""
+        if self.sharded is not None:
+            return self.sharded.trained
+        return {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+
+    def _call(self, function: Callable[[], Any]) -> Any:
+        return function() if self.sharded is None else self.sharded.run(function)
+
+    def _run(self, parts: Sequence[Sequence[Completion]]) -> list[CompletionLogps]:
         with autocast(self.model.device, self.precision):
             return [
                 completion_logps(
@@ -116,6 +134,10 @@ class PolicyModel(torch.nn.Module):
                 )
                 for part in parts
             ]
+
+    def _generate(self, arguments: Mapping[str, Any]) -> Any:
+        with autocast(self.model.device, self.precision, keeps_copies=True):
+            return self.model.generate(**arguments)  # type: ignore[operator]  # mypy: Tensor | Module
 
 
 def count_tokens(attention: AttentionChoice, completions: Sequence[Completion]) -> int:

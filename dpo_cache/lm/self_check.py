@@ -93,6 +93,7 @@ def choose_attention(
     run_tokens: int | None = None,
     ways: Sequence[str] = (STREAM, FOREST),
     layer_major: LayerMajor | None = None,
+    may_retry: bool = True,
 ) -> AttentionChoice:
     """Switch the model to the forest if it is exact there for sequences up to `max_length`; else to plain
     rows.
@@ -100,7 +101,8 @@ def choose_attention(
     `chunk_tokens` are the most that the run has in a chunk or a forest, `run_tokens` those of the whole run,
     which limit the cost of the check (see `check_rows.py`), and `ways` how it uses the forest. Lengths that
     the config names and no row of the check reaches are in the reason; such a model is run one row at a time.
-    With `layer_major`, which runs the model's layers, the rows of each way go through them together.
+    With `layer_major`, which runs the model's layers, the rows of each way go through them together. With
+    `may_retry`, a check that runs out of memory is repeated on shorter rows.
     Raises `ModelError` for a model that is not causal, that fails on a plain row or is not on one device, and
     where `requested` is `forest` but it is not exact.
     """
@@ -115,7 +117,7 @@ def choose_attention(
         try:
             return _choose(model, requested, _Check(rows, run, ways, _limits(model), original, layer_major))
         except RuntimeError as error:
-            if not is_out_of_memory(error, model.device):
+            if not may_retry or not is_out_of_memory(error, model.device):
                 raise
             if not rows.long and not rows.filler:
                 raise ModelError(

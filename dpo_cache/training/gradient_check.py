@@ -23,7 +23,9 @@ from dpo_cache.lm.forest.kernels import SEGMENTS, kernels_of
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.self_check import AttentionChoice
+from dpo_cache.lm.sharded import ShardedModel
 from dpo_cache.log import Log
+from dpo_cache.training.ranks import Ranks
 
 # Largest gap between two gradients of a parameter that rounding explains, relative to its norm, and relative
 # to that of all parameters (for gradients that are nothing but rounding): in float32, and in 16 bits.
@@ -48,11 +50,12 @@ class Sketch:
 @dataclass
 class GradientCheck:
     """Compares modes of recomputation on a pair of made-up answers; no gradient is left behind, not even one
-    that was there before.
+    that was there before. All ranks find the same problems.
     """
 
     policy: PolicyModel
     recomputation: Recomputation
+    ranks: Ranks = field(default_factory=Ranks)
     _problems: dict[str, str] = field(default_factory=dict)
 
     def problem(self, mode: str) -> str:
@@ -63,10 +66,10 @@ class GradientCheck:
             return ""
         if mode not in self._problems:
             try:
-                self._problems[mode] = self._compare(self._gradient(mode))
+                problem = self._compare(self._gradient(mode))
             except RuntimeError as error:
-                is_memory = is_out_of_memory(error, self.policy.model.device)
-                self._problems[mode] = "" if is_memory else f"fails ({first_line(error)})"
+                problem = self._failure(error)
+            self._problems[mode] = next(filter(None, self.ranks.gather(problem)), "")
         return self._problems[mode]
 
     def problem_of_kernel(self, kernel: str) -> str:
@@ -74,13 +77,26 @@ class GradientCheck:
         does not suffice for the pair.
         """
         attention = replace(self.policy.attention, kernel=kernel)
-        other = PolicyModel(self.policy.model, attention, precision=self.policy.precision)
+        sharded = self.policy.sharded
+        other = PolicyModel(self.policy.model, attention, precision=self.policy.precision, sharded=sharded)
         try:
             found = GradientCheck(other, self.recomputation)._gradient("none")
-            return self._compare(found, self.policy.attention.kernel, TOLERANCES_OF_KERNELS)
+            problem = self._compare(found, self.policy.attention.kernel, TOLERANCES_OF_KERNELS)
         except FAILURES as error:
-            is_memory = is_out_of_memory(error, self.policy.model.device)
-            return "" if is_memory else f"fails ({first_line(error)})"
+            problem = self._failure(error)
+        return next(filter(None, self.ranks.gather(problem)), "")
+
+    def _failure(self, error: BaseException) -> str:
+        """How a pass has failed; empty if memory did not suffice.
+
+        Raises the error where ranks run a pass together: the others wait for the rest of it.
+        """
+        is_memory = is_out_of_memory(error, self.policy.model.device)
+        if self.policy.sharded is not None:
+            if is_memory:
+                raise error
+            self.policy.sharded.reset()
+        return "" if is_memory else f"fails ({first_line(error)})"
 
     def _compare(
         self,
@@ -106,13 +122,14 @@ class GradientCheck:
         """Sketches of the gradient of a loss that raises one answer and lowers the other, by parameter."""
         model, before = self.policy.model, self.recomputation.mode
         found: dict[str, Sketch] = {}
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = self.policy.trained
         hooks = [
             parameter.register_post_accumulate_grad_hook(partial(_take, name, found))
             for name, parameter in trained.items()
         ]
         self.recomputation.mode = mode
-        model.zero_grad(set_to_none=True)  # of a step that did not fit, which is repeated
+        for parameter in trained.values():
+            parameter.grad = None  # of a step that did not fit, which is repeated
         try:
             rows = short_rows(model.config.get_text_config().vocab_size, 64)[:2]
             (logps,) = self.policy([rows])
@@ -130,7 +147,14 @@ class GradientCheck:
 
 
 def with_right_kernel(
-    model: PreTrainedModel, attention: AttentionChoice, recomputation: Recomputation, precision: str, log: Log
+    model: PreTrainedModel,
+    attention: AttentionChoice,
+    recomputation: Recomputation,
+    precision: str,
+    log: Log,
+    *,
+    sharded: ShardedModel | None = None,
+    ranks: Ranks | None = None,
 ) -> AttentionChoice:
     """The attention with the first kernel, from its own on, that gives the gradient of segments."""
     if attention.name != "forest" or attention.kernel == SEGMENTS:
@@ -139,7 +163,9 @@ def with_right_kernel(
     # float32 weights also without mixed precision, whose rounding hides smaller errors
     precisions = {precision, "fp32"} if model.dtype == torch.float32 else {precision}
     checks = [
-        GradientCheck(PolicyModel(model, segments, precision=one), recomputation)
+        GradientCheck(
+            PolicyModel(model, segments, precision=one, sharded=sharded), recomputation, ranks or Ranks()
+        )
         for one in sorted(precisions)
     ]
     kernels = kernels_of(model.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cache.errors import DpoCacheError, TrainingError
+from dpo_cache.errors import DpoCacheError, ModelError, OptionError, TrainingError
 from dpo_cache.lm.check_logps import FOREST
 from dpo_cache.lm.device import autocast
 from dpo_cache.lm.kernels.onednn_linear import CLEAR_SPEEDUP
@@ -31,6 +31,7 @@ from dpo_cache.lm.policy import default_micro_tokens
 from dpo_cache.lm.positions import most_positions
 from dpo_cache.lm.prepare import in_eval_mode, prepared
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
+from dpo_cache.lm.sharded import ShardedModel
 from dpo_cache.log import Log
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.losses import LossOptions
@@ -53,7 +54,9 @@ from dpo_cache.training.layer_major import (
 from dpo_cache.training.lengths import measure_rows
 from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.origin import Origin, compare_origin
+from dpo_cache.training.parallel import cut, load_to_cut
 from dpo_cache.training.placing import place_run, planned_method
+from dpo_cache.training.ranks import Ranks
 from dpo_cache.training.saved_tokenizer import choose_tokenizer, restore_tokenizer
 from dpo_cache.training.start import find_start, trusts_code
 
@@ -103,6 +106,7 @@ class TrainedModel:
     memory: str = "fast"  # the preset of the placement, or its entries
     placement: Placement = FAST
     layer_major: LayerMajorModel | None = None  # None: each forest runs through all layers
+    sharded: ShardedModel | None = None  # what runs the model, if each rank has shards of its weights
 
     def clips(self, options: TrainOptions) -> bool:
         """Whether the gradient is clipped."""
@@ -166,12 +170,20 @@ def open_policy(
     memory: str | None,
     log: Log,
     loaded: LoadedPolicy | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[TrainedModel]:
     """Load the policy, or take a `loaded` one, with its weights at the start or at the checkpoint.
 
     It is prepared until the block ends; `linear` decides which library multiplies, see `prepared`, and
-    `memory` the preset under `auto`. Raises `ModelError`, `TrainingError` or `OptionError`.
+    `memory` the preset under `auto`. All `ranks` run it alike. Raises `ModelError`, `TrainingError` or
+    `OptionError`.
     """
+    ranks = ranks or Ranks()
+    if ranks.shards and loaded is not None:
+        raise OptionError(
+            f"`parallel` fsdp cuts the weights of the policy, and {loaded.name} is in memory already.\n"
+            "Give its path or Hub id instead, or use `parallel` ddp."
+        )
     is_resumed = checkpoint is not None
     start = find_start(options, data.reference, log, is_resumed=is_resumed)
     trusted = trusts_code(options, start)
@@ -205,7 +217,7 @@ def open_policy(
     else:
         config = load_config(parts.base, revision=parts.base_revision, trust_remote_code=trusted)
     method = planned_method(options, precision, is_adapted=is_adapted)
-    memory, placement = place_run(options, method, config, device, memory, log)
+    memory, placement = place_run(options, method, config, device, memory, log, ranks)
     home, streamed = torch.device("cpu") if has_copies(placement, device) else device, None
     loading: dict[str, Any] = {
         "dtype": dtype,
@@ -215,6 +227,8 @@ def open_policy(
     }
     if loaded is not None:
         model = loaded.place(dtype, home, None if is_adapted else checkpoint)
+    elif ranks.shards:
+        model, streamed = load_to_cut(parts, log, **loading)
     elif placement.weights == "disk" or (is_adapted and home != device):
         model, streamed = load_streamed(
             replace(parts, adapter=None),
@@ -236,6 +250,9 @@ def open_policy(
         adapted = put_adapter(options, model, parts, log) if is_adapted else None
         for context in (frozen_towers(model), in_eval_mode(model)):
             stack.enter_context(context)
+        sharded = cut(model, device, streamed) if ranks.shards else None
+        if not (measures := linear is None and ranks.is_main):
+            linear = linear or ranks.share(None)  # waits until the main rank has measured
         run = stack.enter_context(
             prepared(
                 model,
@@ -246,15 +263,23 @@ def open_policy(
                 log=log,
             )
         )
+        if measures:
+            ranks.share(run.linear)
         assert run.recomputation is not None
         if isinstance(found, str) and found:
             log(f"{found}. Each forest runs through all layers instead, as under `memory` fast.")
         # copies of weights may have the dtype of the products, which only mixed precision takes
-        with autocast(device, precision if has_copies(placement, device) else "fp32"):
-            attention = _choose_attention(options, data, model)
+        with (
+            autocast(device, precision if has_copies(placement, device) else "fp32"),
+            sharded.gathered() if sharded else nullcontext(),
+        ):
+            attention = _choose_attention(options, data, model, may_retry=not sharded)
+        attention = _agreed(ranks, model, attention)
         # copies of weights would be gone before the backward pass of a plain run
         if isinstance(found, str) or not has_copies(placement, device):
-            attention = with_right_kernel(model, attention, run.recomputation, precision, log)
+            attention = with_right_kernel(
+                model, attention, run.recomputation, precision, log, sharded=sharded, ranks=ranks
+            )
         yield TrainedModel(
             model=model,
             location=start.location,
@@ -273,10 +298,28 @@ def open_policy(
             memory="fast" if isinstance(found, str) else memory,
             placement=placement,
             layer_major=None if isinstance(found, str) else found,
+            sharded=sharded,
         )
 
 
-def _choose_attention(options: TrainOptions, data: TrainingPairs, model: PreTrainedModel) -> AttentionChoice:
+def _agreed(ranks: Ranks, model: PreTrainedModel, attention: AttentionChoice) -> AttentionChoice:
+    """The main rank's choice. Raises `ModelError` where another rank has another one: on another device, or
+    with less memory.
+    """
+    choices = ranks.gather(attention)
+    for index, other in enumerate(choices):
+        if (other.name, other.is_whole) != (choices[0].name, choices[0].is_whole):
+            raise ModelError(
+                f"{type(model).__name__} runs as {choices[0].name} on rank 0 ({choices[0].reason}), and as "
+                f"{other.name} on rank {index} ({other.reason}).\n"
+                "Use devices of one kind with the same free memory."
+            )
+    return choices[0]
+
+
+def _choose_attention(
+    options: TrainOptions, data: TrainingPairs, model: PreTrainedModel, *, may_retry: bool
+) -> AttentionChoice:
     """How the model is run over the rows of both pair sets, in forests as large as the run's."""
     pair_sets = [data.pairs]
     if data.eval_pairs is not None and data.eval_pairs is not data.pairs:
@@ -294,6 +337,7 @@ def _choose_attention(options: TrainOptions, data: TrainingPairs, model: PreTrai
         else max(default_micro_tokens(model.device), 2 * rows.longest),  # a pair is not split
         run_tokens=int(rows.pair_tokens * num_pairs),
         ways=(FOREST,),
+        may_retry=may_retry,
     )
 
 

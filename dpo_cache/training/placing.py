@@ -9,11 +9,14 @@ from transformers import PreTrainedConfig
 
 from dpo_cache.errors import OptionError
 from dpo_cache.log import Log
-from dpo_cache.options.placement import ADAPTER_PRESETS, PRESETS, Placement, placement_of
+from dpo_cache.options.placement import ADAPTER_PRESETS, FAST, PRESETS, Placement, placement_of
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.planning.choose import choose_placement
 from dpo_cache.planning.parts import LORA_RANK, Method
 from dpo_cache.training.layer_major import has_copies
+from dpo_cache.training.ranks import Ranks
+
+ELSEWHERE = ("host", "disk")  # than on the device
 
 
 def planned_method(options: TrainOptions, precision: str, *, is_adapted: bool) -> Method:
@@ -34,10 +37,13 @@ def place_run(
     device: torch.device,
     memory: str | None,
     log: Log,
+    ranks: Ranks,
 ) -> tuple[str, Placement]:
-    """The placement that the options name or a resumed run had; else the first that fits."""
+    """The placement that the options name or a resumed run had; else the first that fits all ranks."""
     is_adapted = method.lora_r is not None
-    memory, placement = _first_placement(options, method, config, device, memory, log)
+    if ranks.shards:
+        return _placement_of_shards(options, is_adapted=is_adapted)
+    memory, placement = _first_placement(options, method, config, device, memory, log, ranks)
     if is_adapted and options.merge_adapter and has_copies(placement, device):
         raise OptionError(
             f"`merge_adapter` and `memory` {memory}: merging needs the base's weights on the device.\n"
@@ -50,6 +56,26 @@ def place_run(
     return memory, placement
 
 
+def _placement_of_shards(options: TrainOptions, *, is_adapted: bool) -> tuple[str, Placement]:
+    """The placement that the options name, in steps that run each forest through all layers."""
+    named = options.placement(is_adapted=is_adapted) or FAST
+    elsewhere = [name for name in ("weights", "gradients", "optimizer") if getattr(named, name) in ELSEWHERE]
+    if elsewhere:
+        raise OptionError(
+            f"`memory` {options.memory} and `parallel` fsdp: {elsewhere[0]}="
+            f"{getattr(named, elsewhere[0])} needs steps that run layer by layer, and each rank has only a "
+            "shard of a layer.\n"
+            "Leave `memory` and `place` out, since shards take less memory, or use `parallel` ddp."
+        )
+    if is_adapted and options.merge_adapter:
+        raise OptionError(
+            "`merge_adapter` and `parallel` fsdp: merging needs the base's weights as a whole.\n"
+            "Leave `merge_adapter` out, and merge the adapter afterwards (peft: `merge_and_unload`)."
+        )
+    placement = replace(named, is_layer_major=False)
+    return "fast" if placement == FAST else str(placement), placement
+
+
 def _first_placement(
     options: TrainOptions,
     method: Method,
@@ -57,6 +83,7 @@ def _first_placement(
     device: torch.device,
     memory: str | None,
     log: Log,
+    ranks: Ranks,
 ) -> tuple[str, Placement]:
     is_adapted = method.lora_r is not None
     if (named := options.placement(is_adapted=is_adapted)) is not None:
@@ -65,7 +92,8 @@ def _first_placement(
         return memory, (ADAPTER_PRESETS if is_adapted else PRESETS)[memory]
     if memory and (found := placement_of("auto", memory, is_adapted=is_adapted)):
         return memory, found
-    memory, placement = choose_placement(config, method, device)
+    choices = ranks.gather(choose_placement(config, method, device))
+    memory, placement = max(choices, key=lambda choice: list(PRESETS).index(choice[0]))
     if placement.gradients == "none" and options.max_grad_norm:  # the gradient is to be clipped
         placement = replace(placement, gradients="host")
         memory = str(placement)

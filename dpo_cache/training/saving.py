@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dpo_cache.errors import TrainingError
+from dpo_cache.lm.sharded import local_rows
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.training.evaluations import Best
 from dpo_cache.training.output.checkpoint import save_checkpoint
@@ -33,12 +34,13 @@ class Saver:
     def save_checkpoint(self, position: RunPosition) -> None:
         """Save the state after a step, from which `resume` continues."""
         self._check_weights(position.step, "no checkpoint")
-        for file in self.files:
+        setup = self.setup
+        for file in self.files if setup.ranks.is_main else ():
             file.fsync()
-        position = replace(position, step_memory=self.setup.step_memory.state(), best=asdict(self.best))
-        keep = self.setup.options.keep
+        position = replace(position, step_memory=setup.step_memory.state(), best=asdict(self.best))
+        keep, ranks = setup.options.keep, setup.ranks
         self.on_checkpoint(
-            save_checkpoint(self.setup.output, self.setup.policy, self.setup.optimizer, position, keep=keep)
+            save_checkpoint(setup.output, setup.policy, setup.optimizer, position, keep=keep, ranks=ranks)
         )
 
     def keep_best(self, evaluation: Metrics | None, step: int) -> None:
@@ -47,7 +49,8 @@ class Saver:
             return
         if self.setup.options.eval_every is not None and step != self.setup.total_steps:
             found = {name: value for name, value in asdict(self.best).items() if name != "num_worse"}
-            save_best(self.setup.output, self.setup.policy, found, self._card(step, evaluation))
+            card = self._card(step, evaluation)
+            save_best(self.setup.output, self.setup.policy, found, card, self.setup.ranks)
 
     def save_model(self, step: int, newest: list[ScoredPair]) -> Metrics | None:
         """Save the model: the last one or, with `patience`, the best; returns its evaluation.
@@ -70,16 +73,19 @@ class Saver:
             # the best policy is then the one in model/
             drops_best=takes_best or not is_best_elsewhere,
             is_merged=options.merge_adapter,
+            ranks=self.setup.ranks,
         )
         try:
-            remove_leftovers(output)
+            if self.setup.ranks.is_main:
+                remove_leftovers(output)
         except TrainingError as error:  # the model is published
             self.setup.log(str(error))
         return evaluation
 
     def _check_weights(self, step: int, what: str) -> None:
-        parameters = self.setup.policy.model.parameters()
-        if not all(one.is_meta or bool(one.isfinite().all()) for one in parameters):  # or frozen, on the disk
+        parameters = map(local_rows, self.setup.policy.model.parameters())
+        are_finite = all(one.is_meta or bool(one.isfinite().all()) for one in parameters)  # or on the disk
+        if self.setup.ranks.any(not are_finite):
             raise TrainingError(
                 f"step {step}: the update left weights that are not finite; {what} was saved.\nLower `lr`."
             )
@@ -93,7 +99,9 @@ class Saver:
             )
 
     def _card(self, step: int, evaluation: Metrics | None) -> str:
-        """The model card of the policy as it was after a step."""
+        """The model card of the policy as it was after a step, which the main rank writes."""
+        if not self.setup.ranks.is_main:
+            return ""
         lines, config, data = self.files[0], self.setup.config(), self.setup.data
         return model_card(
             config,

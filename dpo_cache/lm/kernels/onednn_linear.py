@@ -67,7 +67,7 @@ def use_fast_linear(
         return "torch"
     inner = [layer for layer in layers if layer.out_features < 16 * layer.in_features]  # not the LM head
     weight = max(inner or layers, key=lambda layer: layer.weight.numel()).weight.detach()
-    weight = _in_memory(weight[: max(1, MAX_PROBED_WEIGHTS // weight.shape[1])])
+    weight = _in_memory(weight, max(1, MAX_PROBED_WEIGHTS // weight.shape[1]))
     inputs = torch.linspace(-1, 1, PROBE_TOKENS * weight.shape[1]).view(PROBE_TOKENS, -1)
     if not _agrees(inputs, weight):
         return "torch"
@@ -105,11 +105,14 @@ def mixed_products(kinds: Collection[str]) -> Products:
     return Products(*(getattr(ONEDNN if kind in kinds else TORCH, kind) for kind in KINDS))
 
 
-def _in_memory(weight: torch.Tensor) -> torch.Tensor:
-    """The weight; where it is read only when it is used, others of its shape, whose products take as long."""
-    if not weight.is_meta:
-        return weight
-    return torch.linspace(0, weight.numel(), weight.numel()).sin().view(weight.shape)
+def _in_memory(weight: torch.Tensor, most_rows: int) -> torch.Tensor:
+    """The first rows of a weight; where it is read or gathered only when it is used, others of their shape,
+    whose products take as long.
+    """
+    if not weight.is_meta and type(weight) is torch.Tensor:
+        return weight[:most_rows]
+    num_rows, width = min(most_rows, weight.shape[0]), weight.shape[1]
+    return torch.linspace(0, num_rows * width, num_rows * width).sin().view(num_rows, width)
 
 
 def use_torch_linear(model: PreTrainedModel) -> None:

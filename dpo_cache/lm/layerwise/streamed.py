@@ -24,7 +24,7 @@ from dpo_cache.errors import ModelError
 from dpo_cache.lm.device import STREAMED
 from dpo_cache.lm.layerwise.copies import Copies
 from dpo_cache.lm.layerwise.ends import BOTTOM, TOP, Ends, Rewritten
-from dpo_cache.lm.layerwise.held import Held, Layout, exchanged, held_in, matrices_of
+from dpo_cache.lm.layerwise.held import Held, Layout, copy_of, exchanged, held_in, matrices_of
 from dpo_cache.lm.layerwise.packed import LayerUse, is_packed, run_packed
 from dpo_cache.lm.layerwise.sources import WeightSource
 from dpo_cache.lm.layerwise.transfer import Ring, Shelf, Transfer, transfer_to
@@ -131,6 +131,18 @@ class StreamedWeights:
         for index in range(len(self.layers)) if key is None else [key]:
             if isinstance(index, int):
                 self.ring.forget(self._first(index))
+
+    @torch.no_grad()
+    def keep(self, layer: torch.nn.Module) -> None:
+        """Give a layer parameters of its own with its weights, on the host, which stay after `close`."""
+        index = self.layers.index(layer)
+        layout = self._layout(index)
+        flat = torch.empty(layout.num_bytes, dtype=torch.uint8)
+        self.source.fill(index, layout, flat)
+        made: dict[int, torch.Tensor] = {}
+        for place in layout.places:
+            tensor = place.held.tensor
+            place.held.put(made.setdefault(id(tensor), copy_of(tensor, place.view(flat))))
 
     @contextmanager
     def adapting(self) -> Iterator[None]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
+
+from dpo_cache.training.ranks import Ranks
 
 SLICE = 2**22  # values of a bfloat16 gradient that are made float32 at once
 
 
 @torch.no_grad()
-def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+def clip_gradient(
+    parameters: Iterable[torch.nn.Parameter], max_norm: float, ranks: Ranks | None = None
+) -> torch.Tensor:
     """Scale the gradients in place such that their norm is at most `max_norm`; returns the norm before.
 
     Equals `torch.nn.utils.clip_grad_norm_`, but computes the norm of bfloat16 gradients in float32, where
-    torch rounds it to bfloat16. Makes no copy of a gradient.
+    torch rounds it to bfloat16. Makes no copy of a gradient. Of `ranks` that have shards of the gradients, it
+    is the norm of all shards.
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = gradient_norm(trained)
+    norm = norm_over(ranks, gradient_norm(trained))
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if norm.device.type == "cpu" and float(scale) == 1.0:
         return norm  # no pass over gradients on the host that would change nothing
@@ -38,6 +44,13 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
         return torch.nn.utils.get_total_norm(gradients)
     norms = torch.stack([norm_of(gradient).to(gradients[0].device) for gradient in gradients])
     return torch.linalg.vector_norm(norms)
+
+
+def norm_over(ranks: Ranks | None, norm: torch.Tensor) -> torch.Tensor:
+    """The norm of the gradients of all ranks, where each has a shard, from that of this one; on the CPU."""
+    if ranks is None or not ranks.shards:
+        return norm
+    return torch.tensor(math.hypot(*ranks.gather(float(norm))))
 
 
 @torch.no_grad()

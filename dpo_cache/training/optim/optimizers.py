@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import OptionError
+from dpo_cache.lm.sharded import LocalShard
 from dpo_cache.training.optim.slots import Slicing
 from dpo_cache.training.optim.streaming import Transfer
 from dpo_cache.training.optim.updates import Updater
@@ -31,6 +32,9 @@ SLICINGS = {
     "adamw-bf16": Slicing(moments=torch.bfloat16, is_for_all=True),
     "adamw-8bit": Slicing(is_for_all=True),
 }
+
+# which update shards of a parameter as they do the whole, as tests show
+ON_SHARDS = ("adamw", "adamw-bf16")
 
 # in lower case, of parameters that are not decayed
 SPARED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -46,19 +50,29 @@ def make_optimizer(
     seed: int = 0,
     compute_device: torch.device | None = None,
     transfer: Transfer | None = None,
+    shards: Mapping[str, LocalShard] | None = None,
 ) -> Updater:
     """The optimizer of the parameters that are trained; weight decay is for those of `decayed_names`.
 
     `rounding` is how updated bfloat16 weights are rounded: stochastic (also auto), compensated or nearest;
     others need none. Parameters are updated where they are; but those on the host pass through
-    `compute_device` if it is a GPU, except under Adafactor; `transfer` makes the copies. Raises `OptionError`
-    if the optimizer is not available here.
+    `compute_device` if it is a GPU, except under Adafactor; `transfer` makes the copies. Of a model that is
+    cut into `shards`, those of this rank are updated. Raises `OptionError` if the optimizer is not available
+    here.
     """
+    if shards is not None and name not in ON_SHARDS:
+        raise OptionError(
+            f"`optimizer` {name} and `parallel` fsdp: it is not tested on shards of weights.\n"
+            f"Use {' or '.join(ON_SHARDS)}, or `parallel` ddp."
+        )
     _check_available(name, model.device)
     slicing = SLICINGS.get(name)
     device = compute_device if compute_device is not None and slicing else model.device
+    trained = [(entry, one) for entry, one in model.named_parameters() if one.requires_grad]
+    if shards is not None:
+        trained = [(entry, shard.parameter) for entry, shard in shards.items()]
     return Updater(
-        [(entry, parameter) for entry, parameter in model.named_parameters() if parameter.requires_grad],
+        trained,
         lambda leaves, names: _build(
             name, _groups(leaves, names, decayed_names(model), weight_decay), lr, device
         ),
@@ -67,6 +81,7 @@ def make_optimizer(
         slicing=slicing,
         compute_device=compute_device,
         transfer=transfer,
+        first_rows={entry: shard.start for entry, shard in (shards or {}).items()},
     )
 
 

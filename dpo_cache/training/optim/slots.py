@@ -40,6 +40,7 @@ class Slot:
     is_streamed: bool  # the slices pass through a device
     counts: bool  # updates, which give each stochastic rounding a draw of its own
     group: int = 0  # the leaf's among the optimizer's groups
+    first: int = 0  # of a shard, the first row that this rank has
     num_updates: int = 0
     rest: torch.Tensor | None = None  # int16, under compensated rounding
 

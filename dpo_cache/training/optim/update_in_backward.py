@@ -12,19 +12,20 @@ from contextlib import contextmanager
 
 import torch
 
-from dpo_cache.training.optim.clipping import norm_of
+from dpo_cache.training.optim.clipping import norm_of, norm_over
 from dpo_cache.training.optim.updates import Updater
+from dpo_cache.training.ranks import Ranks
 
 
 class OptimizerInBackward:
     """Updates the parameters within the last backward pass of each step.
 
     A parameter that the model uses in several places is updated once, with the sum of their gradients. With
-    `is_hooked` False nothing is updated until `take` is called.
+    `is_hooked` False nothing is updated until `take` is called. `ranks` may have shards of the parameters.
     """
 
-    def __init__(self, updater: Updater, *, is_hooked: bool = True):
-        self._updater = updater
+    def __init__(self, updater: Updater, *, is_hooked: bool = True, ranks: Ranks | None = None):
+        self._updater, self._ranks = updater, ranks
         self._norms: dict[int, torch.Tensor] = {}  # of freed gradients, by place in the model's order
         self._is_last = False
         self._places = {parameter: place for place, parameter in enumerate(updater.parameters)}
@@ -64,7 +65,8 @@ class OptimizerInBackward:
         norms = [self._norms[place].cpu() for place in sorted(self._norms)]
         self._norms = {}
         # nothing was updated
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(torch.nan)
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(torch.nan)
+        return norm_over(self._ranks, norm)
 
     def _take(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, torch.nn.Parameter) and parameter.grad is not None

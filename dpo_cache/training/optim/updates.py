@@ -38,7 +38,8 @@ class Updater:
     """An optimizer, with the part of torch's interface that a training loop needs.
 
     Updating the parameters one by one, in any order, gives the same bits as updating them at once. The state
-    is the same wherever the parameters are and the updates are computed.
+    is the same wherever the parameters are and the updates are computed. Parameters may be this rank's rows
+    of larger ones, which begin at `first_rows`; the ranks then round at random independently.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Updater:
         slicing: Slicing | None = None,
         compute_device: torch.device | None = None,
         transfer: Transfer | None = None,
+        first_rows: Mapping[str, int] | None = None,
     ):
         self.rounding, self.seed = rounding, seed
         self._moments = slicing.moments if slicing else torch.float32
@@ -68,6 +70,7 @@ class Updater:
         }
         for slot in self._slots:
             slot.group = group_of[slot.leaf]
+            slot.first = (first_rows or {}).get(slot.name, 0)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -237,8 +240,7 @@ class Updater:
         leaf.data = _nothing(leaf)
         for number, (key, moment) in enumerate(moments.items(), 1):
             if moment.dtype == torch.bfloat16:
-                draw = (self.seed, slot.num_updates, self._place[slot.parameter], -number)
-                stochastic_bf16(wide[key], *draw, start=start, out=moment)
+                stochastic_bf16(wide[key], *self._draw(slot), -number, start=start, out=moment)
         self._base.state[leaf] = {}
 
     def _constants(self, device: torch.device, state: dict[str, Any], step: int) -> dict[str, Any]:
@@ -299,8 +301,12 @@ class Updater:
         elif rest is not None:
             split_float(wide, out=(value, rest))
         else:
-            draw = (self.seed, slot.num_updates, self._place[slot.parameter])
-            stochastic_bf16(wide, *draw, start=start, out=value)
+            stochastic_bf16(wide, *self._draw(slot), start=start, out=value)
+
+    def _draw(self, slot: Slot) -> tuple[int, ...]:
+        """What a random rounding of the parameter depends on."""
+        draw = self.seed, slot.num_updates, self._place[slot.parameter]
+        return (*draw, slot.first) if slot.first else draw
 
 
 def _nothing(leaf: torch.Tensor) -> torch.Tensor:

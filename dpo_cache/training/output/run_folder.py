@@ -22,6 +22,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from dpo_cache.training.output.run_start import (
     find_checkpoints,
     remove_scratch,
 )
+from dpo_cache.training.ranks import Ranks
 
 # Options that may differ when a run is resumed: they change speed, memory or reports, but not the result.
 # fmt: off
@@ -145,19 +147,29 @@ def check_disk(folder: Path, policy: TrainedModel, options: TrainOptions) -> Non
         )
 
 
-def save_best(folder: Path, policy: TrainedModel, found: Mapping[str, Any], card: str) -> None:
-    """Write RUN/best with its model card. An earlier one that the last checkpoint names moves into that."""
+def save_best(
+    folder: Path, policy: TrainedModel, found: Mapping[str, Any], card: str, ranks: Ranks | None = None
+) -> None:
+    """Write RUN/best with its model card. An earlier one that the last checkpoint names moves into that.
+
+    All `ranks` call this.
+    """
 
     def write(scratch: Path) -> None:
         write_card(scratch, card)
         (scratch / BEST_FILE).write_text(json.dumps(found) + "\n")
 
-    best, checkpoints = folder / "best", find_checkpoints(folder)
-    named = read_position(checkpoints[-1]).best if checkpoints else None
-    if named and named.get("step") is not None and _best_step(best) == named["step"]:
-        with refused_writes(best, TrainingError, RESUME):
-            _move(best, checkpoints[-1] / "best")
-    write_policy(best, policy, write, remedy="Then resume from the last checkpoint with `resume`.")
+    def keep_named() -> None:
+        checkpoints = find_checkpoints(folder)
+        named = read_position(checkpoints[-1]).best if checkpoints else None
+        if named and named.get("step") is not None and _best_step(best) == named["step"]:
+            with refused_writes(best, TrainingError, RESUME):
+                _move(best, checkpoints[-1] / "best")
+
+    ranks, best = ranks or Ranks(), folder / "best"
+    ranks.on_main(keep_named)
+    remedy = "Then resume from the last checkpoint with `resume`."
+    write_policy(best, policy, write, remedy=remedy, ranks=ranks)
 
 
 def restore_best(folder: Path, checkpoint: Path, named: Mapping[str, Any]) -> bool:
@@ -188,23 +200,21 @@ def save_model(
     best_step: int | None,
     drops_best: bool,
     is_merged: bool,
+    ranks: Ranks | None = None,
 ) -> None:
     """Write RUN/model with its card, whole or not at all, with the weights of best/ if `best_step` is given.
 
-    With `drops_best`, `remove_leftovers` then removes best/. Raises `TrainingError`.
+    With `drops_best`, `remove_leftovers` then removes best/. All `ranks` call this. Raises `TrainingError`.
     """
-    best, target = folder / "best", folder / "model"
-    if best_step is not None and _best_step(best) != best_step:
-        raise TrainingError(
-            f"{best}: expected the policy of the best evaluation, after step {best_step}; it is not there.\n"
-            "Resume the run with `resume`: it then takes the best of the evaluations from there on."
-        )
+    ranks, best, target = ranks or Ranks(), folder / "best", folder / "model"
+    if best_step is not None:
+        ranks.on_main(partial(_check_best, best, best_step))
+    # shards cannot take an adapter's weights from a file
+    if best_step is not None and (policy.adapted is None or policy.sharded is not None):
+        ranks.on_main(partial(_publish_best, best, target))
+        return
     if best_step is not None and policy.adapted is not None:
         restore_adapter(policy.adapted, str(best))
-    elif best_step is not None:
-        with refused_writes(target, TrainingError, RESUME):
-            _move(best, target)
-        return
     if is_merged and policy.adapted is not None:
         policy = replace(policy, model=policy.adapted.merge_and_unload(), adapted=None)
 
@@ -213,7 +223,20 @@ def save_model(
         if drops_best and best.exists():
             (scratch / BEST_FILE).write_text("{}\n")
 
-    write_policy(target, policy, write, remedy=RESUME)
+    write_policy(target, policy, write, remedy=RESUME, ranks=ranks)
+
+
+def _check_best(best: Path, step: int) -> None:
+    if _best_step(best) != step:
+        raise TrainingError(
+            f"{best}: expected the policy of the best evaluation, after step {step}; it is not there.\n"
+            "Resume the run with `resume`: it then takes the best of the evaluations from there on."
+        )
+
+
+def _publish_best(best: Path, target: Path) -> None:
+    with refused_writes(target, TrainingError, RESUME):
+        _move(best, target)
 
 
 def _best_step(best: Path) -> int | None:

@@ -1,0 +1,63 @@
+"""A policy on several ranks: a copy on each (DDP), or a shard of every weight on each (FSDP2)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dpo_cache.errors import ModelError, first_line
+from dpo_cache.lm.model.adapter import CheckpointLocation
+from dpo_cache.lm.model.load import load_base
+from dpo_cache.lm.model.load_streamed import load_streamed
+from dpo_cache.lm.policy import PolicyModel
+from dpo_cache.lm.sharded import ShardedModel, shard
+from dpo_cache.log import Log
+from dpo_cache.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from dpo_cache.lm.layerwise.streamed import StreamedWeights
+
+
+def parallelize(policy: PolicyModel, ranks: Ranks, *, is_layer_major: bool = False) -> torch.nn.Module:
+    """The policy as the module that a step runs: one of `DistributedDataParallel` where each rank has a copy.
+
+    Gradients of shards are reduced by the model itself, and those of a layer-major step by `PlacedGradients`.
+    """
+    if ranks.size == 1 or ranks.shards or is_layer_major:
+        return policy
+    return torch.nn.parallel.DistributedDataParallel(
+        policy,
+        broadcast_buffers=False,  # no buffer changes in eval mode
+        gradient_as_bucket_view=True,  # else a second copy of all gradients
+        find_unused_parameters=True,  # some experts may be used on no rank, or on one only
+    )
+
+
+def load_to_cut(
+    parts: CheckpointLocation, log: Log, **loading: Any
+) -> tuple[PreTrainedModel, StreamedWeights | None]:
+    """The model on the host, without an adapter, and what reads its layers' weights for `cut`.
+
+    A layer is in memory only while it is cut. Where a checkpoint does not allow that, the whole model is.
+    """
+    device = torch.device("cpu")
+    parts = replace(parts, adapter=None)
+    try:
+        return load_streamed(parts, device=device, weights="disk", **{**loading, "compute_dtype": None})
+    except ModelError as error:
+        model = load_base(parts, device=device, **loading)  # or what is wrong with the checkpoint
+        log(f"each rank reads all weights into host memory before it keeps its shards: {first_line(error)}")
+        return model, None
+
+
+def cut(model: PreTrainedModel, device: torch.device, streamed: StreamedWeights | None) -> ShardedModel:
+    """Cut a model of `load_to_cut` into shards on the device. Raises `ModelError`."""
+    if streamed is None:
+        return shard(model, device)
+    try:
+        return shard(model, device, streamed.keep)
+    finally:
+        streamed.close()
