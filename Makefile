@@ -38,12 +38,16 @@ TRL_PYTHON ?= $(TRL_VENV)/bin/python
 ROWS ?=
 TURNS ?= 3
 
-.PHONY: help install model demo docs test test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-plan bench-layers
+# Tests of several processes at once, in tests/scale, run one after another: each starts two or three of its own.
+SCALE := tests/scale
+
+.PHONY: help install model demo docs test test-scale test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-plan bench-layers
 .PHONY: bench-token-ids bench-file-ids bench-store clean
 
 help:
 	@echo "make demo         install, fetch a small real model, score the example pairs with it and train it on them"
-	@echo "make test         install and run the tests without whole training loops and without the real model"
+	@echo "make test         install and run the tests without whole training loops, several processes and the real model"
+	@echo "make test-scale   the tests of several processes: workers of precompute, on Ray and without, and ranks of training"
 	@echo "make test-slow    all tests"
 	@echo "make test-families [FAMILY=NAME]  every model family; make test runs a tenth of them, another one each day"
 	@echo "make test-oldest  a part of the tests with the lowest versions that pyproject.toml allows"
@@ -86,10 +90,13 @@ demo: $(VENV)/installed $(MODEL)/config.json
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh $(MODEL) $(DEMO)
 
 test: $(VENV)/installed
-	$(PYTEST) -m "not real_model and not slow"
+	$(PYTEST) --ignore=$(SCALE) -m "not real_model and not slow"
 
-test-slow: $(VENV)/installed $(MODEL)/config.json
-	DPO_CACHE_REAL_MODEL=$(abspath $(MODEL)) $(PYTEST)
+test-scale: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SCALE)
+
+test-slow: $(VENV)/installed $(MODEL)/config.json test-scale
+	DPO_CACHE_REAL_MODEL=$(abspath $(MODEL)) $(PYTEST) --ignore=$(SCALE)
 
 test-families: $(VENV)/installed
 	$(PYTEST) tests/families $(if $(FAMILY),-k '[$(FAMILY)]')
