@@ -28,6 +28,7 @@ from dpo_cache.lm.rows import rows_pass
 from dpo_cache.options.placement import Placement
 from dpo_cache.training.optim.placed_gradients import PlacedGradients
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
+from dpo_cache.training.ranks import Ranks
 from dpo_cache.types import Completion
 
 
@@ -65,6 +66,7 @@ class LayerMajorSteps:
         *,
         has_routing: bool,
         in_backward: OptimizerInBackward | None,
+        ranks: Ranks | None = None,
     ):
         states = states_on(model.placement.inputs, policy.model.device)
         routers = CapturedRouters(policy.model) if has_routing else None
@@ -76,6 +78,7 @@ class LayerMajorSteps:
             keeps_on_host=model.placement.gradients == "host",
             in_backward=in_backward,
             copies=model.weights if isinstance(model.weights, InOrder) else None,
+            ranks=ranks,
         )
 
     def forward(self, pieces: Sequence[Sequence[Completion]]) -> None:
@@ -106,9 +109,11 @@ class LayerMajorSteps:
             with self._weights.use_top():
                 return [self._run.logps(place) for place in range(len(pieces))]
 
-    def backward(self) -> None:
-        """Carry the gradients of the losses to the parameters, and each layer's to its place."""
-        self._run.backward(self.gradients.take)
+    def backward(self, *, is_try: bool = False) -> None:
+        """Carry the gradients of the losses to the parameters, and each layer's to its place; a step that is
+        only tried updates nothing.
+        """
+        self._run.backward(self.gradients.try_take if is_try else self.gradients.take)
 
     def drop(self) -> None:
         """Forget a step that did not fit."""

@@ -73,7 +73,9 @@ class TrainingStep:
         """
         data, metrics = self.setup.data, PairMetrics()
         assert data.eval_pairs is not None
-        at_once = evaluated_at_once(self.setup.objective, self.setup.options.batch_size)
+        at_once = evaluated_at_once(
+            self.setup.objective, self.setup.options.batch_size, self.setup.ranks.size
+        )
         stream = stream_pairs(data.eval_pairs, data.eval_selected, shuffle=False, seed=0, epoch=0)
         while pairs := list(islice(stream, at_once)):
             values = self.measure(pairs)
@@ -246,7 +248,7 @@ class TrainingStep:
         steps, optimizer = self.setup.layer_major, self.setup.optimizer
         if steps is not None and steps.gradients.is_on_host:
             return steps.gradients.clip(optimizer.parameters, max_norm)
-        return float(clip_gradient(optimizer.parameters, max_norm))
+        return float(clip_gradient(optimizer.parameters, max_norm, self.setup.ranks))
 
     def _apply(self) -> None:
         """Update the weights by the gradient, wherever it is kept."""

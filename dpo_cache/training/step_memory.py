@@ -15,6 +15,7 @@ from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.memory.recompute import MODES, Recomputation, activation_bytes, ladder
 from dpo_cache.lm.policy import default_micro_tokens
 from dpo_cache.log import Log
+from dpo_cache.training.ranks import Ranks
 
 MIN_TOKENS = 64
 SHARE_OF_FREE = 0.5  # of a host's free memory that activations may take; more are recomputed
@@ -85,6 +86,12 @@ class StepMemory:
             self.pair_tokens = min(pair_tokens, self._most_tokens)
             self._recomputation.mode = state["mode"]
 
+    def agree(self, ranks: Ranks) -> None:
+        """Continue with the smallest values of all ranks, and the mode that keeps the least."""
+        found = ranks.gather((self.micro_tokens, self.pair_tokens, MODES.index(self.mode)))
+        self.micro_tokens, self.pair_tokens = (min(values) for values in list(zip(*found, strict=True))[:2])
+        self._recomputation.mode = MODES[max(mode for _, _, mode in found)]
+
     def use_right_modes(self, problem_of: Callable[[str], str]) -> None:
         """From now on recompute only in modes of which `problem_of` finds no problem; if it finds one of the
         present mode, continue with another, and log that.
@@ -103,6 +110,16 @@ class StepMemory:
     def mode(self) -> str:
         """Which activations are recomputed: one of `recompute.MODES`."""
         return self._recomputation.mode
+
+    def advice(self, *, shards: bool) -> str:
+        """The options with which a run of several ranks takes less memory on each."""
+        fewer = (
+            f"`budget_tokens` {max(MIN_TOKENS, self.micro_tokens // 2)} with `gradient_checkpointing` full"
+        )
+        if shards:
+            return f"{fewer}, or with more ranks"
+        others = [hint] if (hint := self._less_memory()) else []
+        return ", ".join([*others, "`parallel` fsdp"]) + f", or {fewer}"
 
     def save_more(self, error: RuntimeError) -> None:
         """After a step ran out of memory, change one value for the next try.

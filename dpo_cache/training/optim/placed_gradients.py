@@ -4,7 +4,8 @@
     host     moves to host memory, from where the update reads it
     none     updates its parameter, and is dropped
 
-A parameter whose home is the host has a copy on the device; the copy's gradient is the parameter's.
+A parameter whose home is the host has a copy on the device; the copy's gradient is the parameter's. With
+several ranks a gradient that is whole is first added up over them, once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 from typing import Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from dpo_cache.lm.layerwise.passes import BOTTOM
 from dpo_cache.lm.layerwise.record import Layers
@@ -20,6 +22,7 @@ from dpo_cache.lm.layerwise.whole import parameters_when_whole
 from dpo_cache.training.optim.clipping import norm_of
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.optim.updates import Updater
+from dpo_cache.training.ranks import Ranks
 
 Gradients = dict[torch.nn.Parameter, torch.Tensor]
 
@@ -41,13 +44,15 @@ class PlacedGradients:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: PreTrainedModel,
         layers: Layers,
         *,
         keeps_on_host: bool,
         in_backward: OptimizerInBackward | None,
         copies: CopiedWeights | None,
+        ranks: Ranks | None = None,
     ):
+        self._ranks, self._device = ranks or Ranks(), model.device
         self._whole = parameters_when_whole(model, layers)
         self._by_name = dict(model.named_parameters(remove_duplicate=False))
         self._in_backward, self._copies, self._keeps_on_host = in_backward, copies, keeps_on_host
@@ -62,25 +67,24 @@ class PlacedGradients:
 
     def take(self, index: int) -> None:
         """The gradients of the layer at this index, or of `BOTTOM`, are whole."""
-        whole, ready = self._whole[index], Gradients()
-        keys: tuple[int | str, ...] = ("bottom", "top") if index == BOTTOM else (index,)
-        for key in keys:
-            for name, leaf in self._leaves(key):
-                home = self._by_name[name]
-                if home.grad is None and home not in ready and home in set(whole):
-                    ready[home], leaf.grad = leaf.grad, None  # type: ignore[assignment]
-                else:
-                    self._add(home, leaf, ready.pop(home, None))
-        ready |= {one: one.grad for one in whole if one.grad is not None}
+        ready = self._add_up(self._whole[index], self._ready(index))
         if self._in_backward is not None:
             self._in_backward.take(ready)
-            for key in keys if self._copies is not None else ():
+            for key in _keys(index) if self._copies is not None else ():
                 self._copies.refresh(key)  # type: ignore[union-attr]
         elif self._keeps_on_host:
             self._move(ready)
         else:
             for home, grad in ready.items():
                 home.grad = grad
+
+    def try_take(self, index: int) -> None:
+        """The same in a step that is only tried: as much stays on the device, but nothing is updated, and no
+        other rank takes part.
+        """
+        keeps = self._in_backward is None and not self._keeps_on_host
+        for home, grad in self._ready(index).items():
+            home.grad = grad if keeps else None
 
     def clip(self, parameters: list[torch.nn.Parameter], max_norm: float) -> float:
         """Scale the gradients on the host such that their norm is at most `max_norm`; returns it."""
@@ -111,6 +115,33 @@ class PlacedGradients:
                     leaf.grad = None
             self._copies.refresh()
 
+    def _ready(self, index: int) -> Gradients:
+        """The gradients of this rank that are whole now; those of copies are no longer the copies'."""
+        whole, ready = self._whole[index], Gradients()
+        for key in _keys(index):
+            for name, leaf in self._leaves(key):
+                home = self._by_name[name]
+                if home.grad is None and home not in ready and home in set(whole):
+                    ready[home], leaf.grad = leaf.grad, None  # type: ignore[assignment]
+                else:
+                    self._add(home, leaf, ready.pop(home, None))
+        return ready | {one: one.grad for one in whole if one.grad is not None}
+
+    def _add_up(self, whole: list[torch.nn.Parameter], ready: Gradients) -> Gradients:
+        """The sums of the gradients over the ranks; one that only other ranks have counts 0 on this one."""
+        if self._ranks.size == 1:
+            return ready
+        kinds = self._ranks.gather([_kind(ready.get(one)) for one in whole])
+        for one, of_ranks in zip(whole, zip(*kinds, strict=True), strict=True):
+            known = [kind for kind in of_ranks if kind is not None]
+            if known and one not in ready:
+                dtype, is_on_host = known[0]
+                device = torch.device("cpu") if is_on_host else self._device
+                ready[one] = torch.zeros(one.shape, dtype=dtype, device=device)
+        summed = {one: ready[one].contiguous() for one in whole if one in ready}
+        self._ranks.add_up(list(summed.values()))
+        return summed
+
     def _leaves(self, key: int | str) -> list[tuple[str, torch.Tensor]]:
         """The copies that have a gradient, by name."""
         found = {} if self._copies is None else self._copies.leaves(key)
@@ -138,3 +169,13 @@ class PlacedGradients:
                 is_pinned = grad.device.type == "cuda"
                 self._buffers[home] = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=is_pinned)
             self._on_host[home] = self._buffers[home].copy_(grad, non_blocking=True)
+
+
+def _keys(index: int) -> tuple[int | str, ...]:
+    """The copies whose gradients are whole together."""
+    return ("bottom", "top") if index == BOTTOM else (index,)
+
+
+def _kind(gradient: torch.Tensor | None) -> tuple[torch.dtype, bool] | None:
+    """The dtype of a gradient, and whether it is on the host."""
+    return None if gradient is None else (gradient.dtype, gradient.device.type == "cpu")
