@@ -5,6 +5,9 @@
     program.send_signal(signal.SIGINT)
     code, out, err = program.wait()
 
+    server = Server(serve)                     # or a function that answers: it gets one end of a pipe
+    server.ask({"question": 1})
+
 Each is forked from one process that has imported everything: a start in a fresh interpreter takes seconds. What
 is tested of imports needs a fresh interpreter.
 """
@@ -17,9 +20,11 @@ import runpy
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 START_METHOD = "forkserver"  # for `torch.multiprocessing`, too
 multiprocessing.set_forkserver_preload(
@@ -82,6 +87,27 @@ def start(*arguments: str, script: str = "", cwd: Path | None = None) -> Program
 def run(*arguments: str, script: str = "", cwd: Path | None = None) -> Done:
     """The same, ended."""
     return start(*arguments, script=script, cwd=cwd).wait()
+
+
+class Server:
+    """A process that answers until it is closed: `serve(pipe)` receives a question, sends the answer, and returns
+    at `EOFError`.
+    """
+
+    def __init__(self, serve: Callable[[Connection], None]):
+        context = multiprocessing.get_context(START_METHOD)
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs,))
+        self._process.start()
+        theirs.close()
+
+    def ask(self, question: Any) -> Any:
+        self._pipe.send(question)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
 
 
 def _run(folder: Path, script: str, arguments: list[str], cwd: str) -> None:

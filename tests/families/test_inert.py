@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 from dpo_cache.lm.model.config_fields import computing_fields, inert_fields
-from tests.families.rotation import is_in_part
+from tests.rotation import is_in_part
 from tests.families.tiny import FAMILIES, make_tiny
 
 # Other values of fields that do not count in most families

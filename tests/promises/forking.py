@@ -1,8 +1,8 @@
-"""A process that has imported everything once and forks a run for each line it is given, so that runs that
+"""A process that has imported everything once and forks a run for each job it is given, so that runs that
 are killed cost little.
 
-    {"jobs": [{"arguments": [...], ...}, ...]}   ->  {"pids": [...]}
-    {"jobs": []}                                 ->  {"statuses": [...]} of those, when all have ended
+    ({"arguments": [...], ...}, ...)   ->  the jobs' process ids
+    ()                                 ->  the exit codes of those, when all have ended
 
 Until it is asked, a process that has ended keeps its number, so none but a job can be killed by it.
 A job runs the command line in a process of its own. Its log says, a line each, as it happens: `scored KEY...`
@@ -14,53 +14,40 @@ kills itself).
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.programs import Server
 
 
 class Runs:
     """The forking process, seen from a test."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.promises.forking"]
-        root = Path(__file__).parents[2]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=root, text=True
-        )
+        self._server = Server(serve)
 
     def start(self, *jobs: dict[str, Any]) -> list[int]:
         """Process ids; the jobs start at once."""
-        return self._ask({"jobs": jobs})["pids"]
+        return self._server.ask(jobs)
 
     def wait(self) -> list[int]:
         """Exit codes of the jobs that were started last, when all have ended; minus the signal's number for
         those killed.
         """
-        return self._ask({"jobs": []})["statuses"]
+        return self._server.ask(())
 
     def run(self, *jobs: dict[str, Any]) -> list[int]:
         self.start(*jobs)
         return self.wait()
 
     def close(self) -> None:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        self._server.close()
 
 
 def read_log(path: Path) -> list[list[str]]:
@@ -79,19 +66,18 @@ def wait_for(path: Path, word: str, times: int = 1, limit_s: float = 60.0) -> No
 # -- inside the forking process ----------------------------------------------------------------------------
 
 
-def main() -> None:
-    import dpo_cache.lm.runner  # what takes long
-    import dpo_cache.precomputing.run  # noqa: F401
-    import tests.conftest  # noqa: F401  one thread, no network
-
+def serve(pipe: Connection) -> None:
     pids: list[int] = []
-    for line in sys.stdin:
-        if jobs := json.loads(line)["jobs"]:
+    while True:
+        try:
+            jobs = pipe.recv()
+        except EOFError:
+            return
+        if jobs:
             pids = [_fork(job) for job in jobs]
-            print(json.dumps({"pids": pids}), flush=True)
+            pipe.send(pids)
         else:
-            statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-            print(json.dumps({"statuses": statuses}), flush=True)
+            pipe.send([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
 
 
 def _fork(job: dict[str, Any]) -> int:
@@ -172,7 +158,3 @@ def _run(job: dict[str, Any]) -> None:
         app.main()
     finally:
         note("steps", disk.num_steps)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Training runs in forked processes, which kill themselves at one of their file operations.
 
-A process that has imported everything forks one run for each line that it is given, or a sweep, whose runs are in
+A process that has imported everything forks one run for each job that it is given, or a sweep, whose runs are in
 its own process, if an option is a list:
 
     {"cache": ..., "output": ..., "options": {..., "losses": [...]}, "resume": bool, "die_at": null, "result": FILE}
@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.programs import Server
 
 
 class KilledRuns:
@@ -26,21 +27,12 @@ class KilledRuns:
 
     def __init__(self, cache: str, folder: Path):
         self.cache, self.folder, self.remarks = cache, folder, list[str]()
-        command = [sys.executable, "-m", "tests.promises.killed_runs"]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[2],
-            text=True,
-        )
+        self._server = Server(serve)
 
     def run(
         self, output: Path, options: dict[str, Any], *, resume: bool = False, die_at: int | None = None
     ) -> tuple[int, dict[str, Any]]:
         """The exit code, and a finished run's `operations` and `remarks`, or the `error`."""
-        assert self._process.stdin and self._process.stdout
         result = self.folder / "result.json"
         result.unlink(missing_ok=True)
         output.parent.mkdir(exist_ok=True)  # else its making adds an operation
@@ -52,26 +44,19 @@ class KilledRuns:
             "die_at": die_at,
             "result": str(result),
         }
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        code = json.loads(self._process.stdout.readline())
+        code = self._server.ask(job)
         return code, json.loads(result.read_text()) if result.exists() else {}
 
     def close(self) -> None:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        self._server.close()
 
 
 # -- inside the forking process ----------------------------------------------------------------------------
 
 
-def main() -> None:
+def serve(pipe: Connection) -> None:
     import numpy as np
 
-    import dpo_cache.training.loop  # noqa: F401  what takes long
-    import tests.conftest  # noqa: F401  one thread, no network
     from dpo_cache.lm.generation import Answer
     from dpo_cache.training import gradient_check, inputs
     from dpo_cache.training.output import samples
@@ -90,14 +75,17 @@ def main() -> None:
     samples.write_answers = lambda *_, seed, **__: [Answer(np.array([65 + seed[1]], np.uint32), True)]  # type: ignore[assignment]
     means = {"rewards/accuracies": 0.5, "rewards/margins": 0.0, "num_pairs": 4}
     TrainingStep.evaluate = lambda _, step: {"loss": job["options"]["losses"][step], **means}  # type: ignore[method-assign]
-    for line in sys.stdin:
-        job = json.loads(line)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
         if not first:  # in this process, so that all others have it
             _train({**job, "output": f"{job['output']}-first", "resume": False}, log=lambda _: None)
         pid = os.fork()
         if not pid:
             _child(job)
-        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])), flush=True)
+        pipe.send(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
 def _child(job: dict[str, Any]) -> None:
@@ -131,7 +119,3 @@ def _train(job: dict[str, Any], log: Any) -> None:
     processes.start_process = lambda arguments, *rest: InlineProcess(arguments, *rest)  # type: ignore[assignment]
     report = dpo_cache.sweep(job["cache"], job["output"], **options)
     assert report.finished, report.rows
-
-
-if __name__ == "__main__":
-    main()
