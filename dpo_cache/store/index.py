@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -21,21 +22,26 @@ from dpo_cache.log import log_remark
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.folders.local_copies import is_part_name
 from dpo_cache.store.format.keys import KEY_BYTES
-from dpo_cache.store.format.parquet import REMEDY, ParquetReader, ParquetReaders
-from dpo_cache.store.format.shards import SHARD_SCHEMA, check_scores, keys_of, read_keys
+from dpo_cache.store.format.page_limits import Footer
+from dpo_cache.store.format.parquet import REMEDY, ParquetReader, ParquetReaders, open_unverified
+from dpo_cache.store.format.shards import SHARD_SCHEMA, check_bounds, check_scores, group_bounds, keys_of
 from dpo_cache.store.key_table import KeyTable
+from dpo_cache.store.ranged_keys import RangedKeys, RangedShard
 from dpo_cache.store.score_writer import publish_scores
 from dpo_cache.types import Score
 
 KEY_DTYPE = f"S{KEY_BYTES}"
 LISTINGS = 5  # of a folder that others compact meanwhile
 
+_Keys = np.ndarray | Footer  # of a shard: all of them, S16; or the footer of one whose keys are read later
+
 
 class ScoreIndex:
     """The scores of one reference: a set of shards that only grows.
 
-    Opening reads only the keys (16 bytes a completion in memory, plus 8 for its row); values are
-    read, and their file's digest checked, when they are fetched.
+    Opening reads the footers of compacted shards, whose keys are read when they are looked up (memory: see
+    `RangedKeys`), and the keys of all other shards (16 bytes a completion in memory, plus 8 for its row).
+    Values are read, and their file's digest checked, when they are fetched.
 
     A shard that is damaged, or that this user may not read, is left out with a remark: completions that only
     it holds count as not scored, and fetching them raises its error.
@@ -49,17 +55,18 @@ class ScoreIndex:
 
     def _begin(self) -> None:
         self._readers = ParquetReaders(self._folder, self._place, SHARD_SCHEMA)
-        self._shards: list[str] = []
-        self._starts = np.zeros(1, np.int64)  # rows in the shards before each, and in all
+        self._shards: dict[str, None] = {}  # in their order
+        self._starts = [0]  # rows in the shards before each, and in all
         self._table = KeyTable()
+        self._ranged = RangedKeys(self._read_groups)
 
     def __len__(self) -> int:
-        """Distinct completions."""
-        return len(self._table)
+        """Distinct completions. Reads all keys of compacted shards."""
+        return len(self._table) + self._ranged.count_keys(lambda keys: self._table.find(keys) >= 0)
 
     def refresh(self) -> None:
         """See the shards that were published, by anyone, since the index was opened."""
-        known, keys = {*self._shards, *self._left_out}, dict[str, np.ndarray]()
+        known, keys = self._shards.keys() | self._left_out.keys(), dict[str, _Keys]()
         for attempt in range(1, LISTINGS + 1):
             names = [
                 name
@@ -72,12 +79,37 @@ class ScoreIndex:
             except MissingFileError:  # compacted or collected since: the next listing has its replacement
                 if attempt == LISTINGS:
                     raise
-        found = list(keys)
-        self._add(found, [keys.pop(name) for name in found])
+        self._add(keys)
 
     def contains(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
-        """Which of the keys are scored: bool `[len(keys)]`."""
-        return self._table.find(np.array(keys, KEY_DTYPE)) >= 0
+        """Which of the keys are scored: bool `[len(keys)]`.
+
+        If a shard whose keys are read now was compacted since the index was opened, or cannot be read, it is
+        replaced or left out as in opening.
+        """
+        wanted, listings = np.array(keys, KEY_DTYPE), 0
+        while True:
+            try:
+                return self._find(wanted) >= 0
+            except (StorageError, CorruptShardError) as error:
+                is_missing = isinstance(error, MissingFileError)
+                listings += is_missing
+                if listings == LISTINGS or not (is_missing or _is_of_one_file(error)):
+                    raise
+                if not is_missing:
+                    self._log_left_out([error])
+            self._begin()
+            self.refresh()
+
+    def _find(self, wanted: np.ndarray) -> np.ndarray:
+        """The row of each key, -1 for one that is not scored. A shard whose keys cannot be read is noted in
+        `_left_out`, and its error raised.
+        """
+        rows = self._table.find(wanted)
+        missing = np.flatnonzero(rows < 0)
+        if len(missing):
+            rows[missing] = self._ranged.find(wanted[missing])
+        return rows
 
     def fetch(self, keys: Sequence[bytes] | np.ndarray) -> list[Score]:
         """The scores, in the order of the keys. Each row group that holds one of them is read once.
@@ -108,21 +140,17 @@ class ScoreIndex:
 
     def _fetch(self, keys: Sequence[bytes] | np.ndarray) -> list[Score]:
         wanted = np.array(keys, KEY_DTYPE)
-        rows = self._table.find(wanted)
+        rows = self._find(wanted)
         if (rows < 0).any():
             raise self._not_scored(keys, rows)
         found: list[Score] = [Score(np.empty(0, np.float32))] * len(keys)
         order = np.argsort(rows, kind="stable")
-        bounds = np.searchsorted(rows[order], self._starts)
-        for shard, (start, end) in enumerate(pairwise(bounds.tolist())):
+        bounds = pairwise(np.searchsorted(rows[order], self._starts).tolist())
+        for name, first_row, (start, end) in zip(self._shards, self._starts, bounds, strict=False):
             if start < end:
                 places = order[start:end]
-                try:
-                    self._fetch_shard(shard, wanted, rows - self._starts[shard], places, found)
-                except (StorageError, CorruptShardError) as error:
-                    if _is_of_one_file(error):
-                        self._left_out[self._shards[shard]] = error
-                    raise
+                with self._noting_left_out(name):
+                    self._fetch_shard(name, wanted[places], rows[places] - first_row, places, found)
         return found
 
     def _not_scored(self, keys: Sequence[bytes] | np.ndarray, rows: np.ndarray) -> CacheError:
@@ -144,41 +172,51 @@ class ScoreIndex:
         `record` is called before a shard is published that was not there, with its name from the root.
         """
         name, num_bytes = publish_scores(self._folder, self._place, scores, record)
-        self._left_out.pop(name, None)
-        if name not in self._shards:
-            self._add([name], [np.array([key for key, _ in scores], KEY_DTYPE)])
+        self.add_published(name, np.array([key for key, _ in scores], KEY_DTYPE))
         return num_bytes
 
+    def add_published(self, name: str, keys: np.ndarray) -> None:
+        """Index a shard that was published, by its name and the keys (dtype S16) of its rows. Nothing is
+        read.
+        """
+        self._left_out.pop(name, None)
+        if name not in self._shards:
+            self._add({name: keys})
+
     def _fetch_shard(
-        self, shard: int, wanted: np.ndarray, rows: np.ndarray, places: np.ndarray, found: list[Score]
+        self, name: str, wanted: np.ndarray, rows: np.ndarray, places: np.ndarray, found: list[Score]
     ) -> None:
-        """Fill in the scores at these positions, whose rows are in this shard, ascending."""
-        reader = self._readers.open(self._shards[shard])
+        """Fill in the scores at these positions, which have these keys and rows of this shard, ascending."""
+        reader = self._readers.open(name)
         starts = np.concatenate([[0], np.cumsum(reader.footer.group_rows)])
-        bounds = np.searchsorted(rows[places], starts)
+        bounds = np.searchsorted(rows, starts)
         if bounds[-1] < len(places):
             raise CorruptShardError(f"{reader.place}: has fewer rows than when it was opened. {REMEDY}")
         for group, (start, end) in enumerate(pairwise(bounds.tolist())):
             if start < end:
-                inside = places[start:end]
-                values = _read_scores(reader, group, rows[inside] - starts[group], wanted[inside])
-                for place, token_logps in zip(inside.tolist(), values, strict=True):
+                values = _read_scores(reader, group, rows[start:end] - starts[group], wanted[start:end])
+                for place, token_logps in zip(places[start:end].tolist(), values, strict=True):
                     found[place] = Score(token_logps)
 
-    def _add(self, names: list[str], keys: list[np.ndarray]) -> None:
-        """Enter shards with their keys; the list is emptied, so that no key is held twice."""
-        if not names:
-            return
-        first = int(self._starts[-1])
-        self._shards.extend(names)
-        self._starts = np.concatenate(
-            [self._starts, first + np.cumsum([len(shard_keys) for shard_keys in keys], dtype=np.int64)]
-        )
-        together = np.concatenate(keys)
-        keys.clear()
+    def _add(self, keys: dict[str, _Keys]) -> None:
+        """Enter shards with their keys; the dictionary is emptied, so that no key is held twice."""
+        first, read, ranged = self._starts[-1], [np.empty(0, KEY_DTYPE)], list[RangedShard]()
+        # the rows of keys that were read are adjacent
+        for name in sorted(keys, key=lambda name: isinstance(keys[name], Footer)):
+            found = keys.pop(name)
+            if isinstance(found, Footer):
+                ranged.append(RangedShard(name, self._starts[-1], _bounds_of(found), found.group_rows))
+            else:
+                read.append(found)
+            num_rows = found.num_rows if isinstance(found, Footer) else len(found)
+            self._shards[name] = None
+            self._starts.append(self._starts[-1] + num_rows)
+        together = np.concatenate(read)
+        read.clear()
         self._table.add(together, first)
+        self._ranged.add(ranged)
 
-    def _read_each(self, names: list[str], keys: dict[str, np.ndarray]) -> None:
+    def _read_each(self, names: list[str], keys: dict[str, _Keys]) -> None:
         """Enter the keys of the shards that can be read; the others are left out."""
         failed = dict[str, CacheError]()
         for name, found in zip(names, self._folder.each(self._try_keys, names), strict=True):
@@ -201,7 +239,29 @@ class ScoreIndex:
             f"`dpo-cache verify {self._folder}` lists all that is damaged or cannot be read."
         )
 
-    def _try_keys(self, name: str) -> np.ndarray | CacheError:
+    @contextmanager
+    def _noting_left_out(self, name: str) -> Iterator[None]:
+        """Note an error that is of this shard only, and raise it."""
+        try:
+            yield
+        except (StorageError, CorruptShardError) as error:
+            if _is_of_one_file(error):
+                self._left_out[name] = error
+            raise
+
+    def _read_groups(self, name: str, groups: Sequence[int]) -> list[np.ndarray]:
+        """The keys of these row groups of a compacted shard."""
+        place, found = f"{self._place}/{name}", list[np.ndarray]()
+        with self._noting_left_out(name), open_unverified(self._folder, place, SHARD_SCHEMA) as reader:
+            bounds = group_bounds(reader.footer)
+            if bounds is None or len(bounds) <= max(groups):
+                raise CorruptShardError(f"{reader.place}: has other keys than when it was opened. {REMEDY}")
+            for group in groups:
+                found.append(keys_of(reader.read_group(group, ["key"]).column("key")))
+                check_bounds(found[-1], bounds[group], reader.place)
+        return found
+
+    def _try_keys(self, name: str) -> _Keys | CacheError:
         """The keys of a shard, or why this one file cannot be read; other errors are raised."""
         try:
             return self._read_keys(name)
@@ -210,13 +270,22 @@ class ScoreIndex:
                 raise
             return error
 
-    def _read_keys(self, name: str) -> np.ndarray:
+    def _read_keys(self, name: str) -> _Keys:
         if not is_part_name(name):
             raise CorruptShardError(f"{self._folder}/{self._place}/{name}: its name is no sha256. {REMEDY}")
-        keys = read_keys(self._folder, f"{self._place}/{name}")
+        with open_unverified(self._folder, f"{self._place}/{name}", SHARD_SCHEMA) as reader:
+            if len(reader.footer.group_rows) > 1 and group_bounds(reader.footer) is not None:
+                return reader.footer
+            keys = [keys_of(table.column("key")) for table in reader.read_groups(["key"])]
         if not keys:
             raise CorruptShardError(f"{self._folder}/{self._place}/{name}: has no rows. {REMEDY}")
         return np.concatenate(keys)
+
+
+def _bounds_of(footer: Footer) -> np.ndarray:
+    bounds = group_bounds(footer)
+    assert bounds is not None  # else its keys would have been read
+    return bounds
 
 
 def _is_of_one_file(error: CacheError) -> bool:

@@ -33,7 +33,7 @@ class KeyTable:
         high, low = high[order], low[order]
         rows = np.full(len(keys), -1, np.int64)
         for segment in self._segments:
-            at = segment.find(high, low)
+            at = find_sorted(segment.high, segment.low, high, low)
             rows[order[at >= 0]] = segment.rows[at[at >= 0]]
         return rows
 
@@ -68,29 +68,31 @@ class _Segment:
     def __iter__(self):  # type: ignore[no-untyped-def]
         return iter((self.high, self.low, self.rows))
 
-    def find(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-        """The position of each key, -1 for one that is not there."""
-        at = np.searchsorted(self.high, high)
-        inside = np.minimum(at, len(self.high) - 1)
-        same_half = self.high[inside] == high
-        same = same_half & (self.low[inside] == low)
-        found = np.where(same, inside, -1)
-        # others share its first half: by chance hardly ever, but keys may be made so
-        later = np.flatnonzero(same_half & ~same)
-        if len(later):
-            found[later] = self._find_low(high[later], low[later])
-        return found
 
-    def _find_low(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-        """The position of each key whose first half is there, by bisection among those that share it."""
-        start, end = np.searchsorted(self.high, high), np.searchsorted(self.high, high, side="right")
-        stop = end.copy()
-        while (start < end).any():
-            middle = (start + end) // 2
-            before = (start < end) & (self.low[np.minimum(middle, len(self.low) - 1)] < low)
-            start, end = np.where(before, middle + 1, start), np.where(before | (start >= end), end, middle)
-        at = np.minimum(start, len(self.low) - 1)
-        return np.where((start < stop) & (self.low[at] == low), at, -1)
+def find_sorted(in_high: np.ndarray, in_low: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """The position of each key among keys that ascend, all as halves; -1 for one that is not there."""
+    at = np.searchsorted(in_high, high)
+    inside = np.minimum(at, len(in_high) - 1)
+    same_half = in_high[inside] == high
+    same = same_half & (in_low[inside] == low)
+    found = np.where(same, inside, -1)
+    # others share its first half: by chance hardly ever, but keys may be made so
+    later = np.flatnonzero(same_half & ~same)
+    if len(later):
+        found[later] = _find_low(in_high, in_low, high[later], low[later])
+    return found
+
+
+def _find_low(in_high: np.ndarray, in_low: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """The position of each key whose first half is there, by bisection among those that share it."""
+    start, end = np.searchsorted(in_high, high), np.searchsorted(in_high, high, side="right")
+    stop = end.copy()
+    while (start < end).any():
+        middle = (start + end) // 2
+        before = (start < end) & (in_low[np.minimum(middle, len(in_low) - 1)] < low)
+        start, end = np.where(before, middle + 1, start), np.where(before | (start >= end), end, middle)
+    at = np.minimum(start, len(in_low) - 1)
+    return np.where((start < stop) & (in_low[at] == low), at, -1)
 
 
 def _sorted_segment(high: np.ndarray, low: np.ndarray, rows: np.ndarray | None) -> _Segment:

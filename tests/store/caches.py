@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store.format.pair_tables import PairsDigest
-from dpo_cache.store.format.parquet import ParquetReader
+from dpo_cache.store.format.parquet import ParquetReader, name_by_content
 from dpo_cache.store.format.shards import SHARD_SCHEMA, check_scores, keys_of
 from dpo_cache.types import Completion, Pair, Score, ScoredPair, split_lists
 
@@ -111,3 +111,18 @@ def contents(root: Path) -> dict[str, bytes]:
         for path in sorted(root.rglob("*"))
         if path.is_file()
     }
+
+
+def lie_about_keys(cache: Cache, file: str) -> str:
+    """Replace a shard of several row groups by one whose footer claims a smaller first key. Returns its name."""
+    content = cache.folder.read(file)
+    reader = ParquetReader(pa.BufferReader(content), SHARD_SCHEMA, "there")
+    (first, _) = reader.footer.bounds[1]
+    smaller = (int.from_bytes(first, "big") - 1).to_bytes(16, "big")
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    assert content[start:].count(first) == 1
+    content = content[:start] + content[start:].replace(first, smaller)
+    name = f"{file.rpartition('/')[0]}/{name_by_content(content)}"
+    cache.folder.publish(name, content)
+    cache.folder.remove(file)
+    return name

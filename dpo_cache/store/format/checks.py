@@ -5,7 +5,6 @@ Each check raises `CorruptShardError`, whose first line names what was expected 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,7 @@ import pyarrow as pa
 
 from dpo_cache.errors import CorruptShardError, printable
 from dpo_cache.store.format.documents import DOCUMENT_BYTES, REMEDY, Document
-from dpo_cache.store.format.keys import completion_key, key_bytes
+from dpo_cache.store.format.keys import completion_key, is_sorted, key_bytes, key_order
 from dpo_cache.store.format.member_kinds import MANIFEST, wrong_members
 from dpo_cache.store.format.page_limits import FILE_BYTES
 from dpo_cache.store.format.pair_tables import (
@@ -24,7 +23,7 @@ from dpo_cache.store.format.pair_tables import (
     decode_completions,
 )
 from dpo_cache.store.format.parquet import ParquetReader, check_content
-from dpo_cache.store.format.shards import SHARD_SCHEMA, check_scores, keys_of
+from dpo_cache.store.format.shards import SHARD_SCHEMA, check_bounds, check_scores, keys_of
 
 REQUIRED = {  # members of a manifest, and those of their members that say how the pairs were made
     "source": ("dataset", "format"),
@@ -39,7 +38,6 @@ class WholeShard:
 
     file: str
     num_rows: int
-    num_tokens: int
 
 
 def most_bytes_of(file: str) -> int:
@@ -48,16 +46,17 @@ def most_bytes_of(file: str) -> int:
 
 
 def check_shard(file: str, content: bytes) -> WholeShard:
-    """Check digest, schema, and every row of a score shard."""
-    num_tokens, keys = 0, []
-    for table in _groups(file, content, SHARD_SCHEMA):
+    """Check digest, schema, every row of a score shard, and the keys that its footer claims."""
+    reader, keys = _open(file, content, SHARD_SCHEMA), [np.empty(0, "S16")]
+    for table, claimed in zip(reader.read_groups(), reader.footer.bounds, strict=True):
         check_scores(table, file)
-        num_tokens += int(table.column("num_tokens").to_numpy().sum())
         keys.append(keys_of(table.column("key")))
-    together = np.concatenate(keys) if keys else np.empty(0, "S16")
-    if not len(together) or len(np.unique(together)) != len(together):
+        if claimed is not None:
+            check_bounds(keys[-1], claimed, file)
+    together = np.concatenate(keys)
+    if not len(together) or not is_sorted(together[key_order(together)]):
         raise CorruptShardError(f"{file}: no completions, or one of them twice.")
-    return WholeShard(file, len(together), num_tokens)
+    return WholeShard(file, len(together))
 
 
 def check_part(
@@ -71,7 +70,7 @@ def check_part(
             f"{file}: the manifest promises {promised['bytes']} bytes, found {len(content)}."
         )
     num_rows = 0
-    for table in _groups(file, content, PAIR_SCHEMA):
+    for table in _open(file, content, PAIR_SCHEMA).read_groups():
         num_rows += len(table)
         check_pairs(table, file, has_token_logps=has_token_logps)
         keys = [_check_keys(file, table, side) for side in SIDES]
@@ -113,10 +112,10 @@ def check_identity(reference: Document, place: str) -> Document:
     return reference
 
 
-def _groups(file: str, content: bytes, schema: pa.Schema) -> Iterator[pa.Table]:
-    """The row groups of a Parquet file whose bytes hash to its name."""
+def _open(file: str, content: bytes, schema: pa.Schema) -> ParquetReader:
+    """A Parquet file whose bytes hash to its name."""
     check_content(content, file, file)
-    yield from ParquetReader(pa.BufferReader(content), schema, file).read_groups()
+    return ParquetReader(pa.BufferReader(content), schema, file)
 
 
 def _check_keys(file: str, table: pa.Table, side: str) -> list[bytes]:

@@ -50,6 +50,13 @@ def key_order(keys: np.ndarray) -> np.ndarray:
     return order
 
 
+def key_bounds(keys: np.ndarray) -> np.ndarray:
+    """The smallest and the largest key of such an array, which is not empty: S16 `[2]`."""
+    high, low = key_halves(keys)
+    first, last = np.flatnonzero(high == high.min()), np.flatnonzero(high == high.max())
+    return keys[[first[low[first].argmin()], last[low[last].argmax()]]]
+
+
 def is_sorted(keys: np.ndarray) -> bool:
     """Whether such an array ascends, each key at most once."""
     high, low = key_halves(keys)

@@ -50,6 +50,8 @@ class Footer:
     digest: bytes  # of the footer's bytes
     group_rows: list[int]
     chunks: list[list[Chunk]]  # by row group and column
+    # smallest and largest value of a row group's first column, as the footer claims; None if it has none
+    bounds: list[tuple[bytes, bytes] | None]
 
     @property
     def num_rows(self) -> int:
@@ -86,7 +88,8 @@ def parse_footer(content: bytes, schema: pa.Schema, size: int) -> Footer:
     if 0 in rows or sum(rows) != _number(fields, 3):
         raise PageError(f"{_number(fields, 3)} rows promised, {sum(rows)} in its row groups")
     end = size - 8 - len(content)
-    return Footer(hashlib.sha256(content).digest(), rows, [_chunks(group, schema, end) for group in groups])
+    chunks = [_chunks(group, schema, end) for group in groups]
+    return Footer(hashlib.sha256(content).digest(), rows, chunks, [_bounds(group) for group in groups])
 
 
 def check_group(
@@ -155,6 +158,15 @@ def _chunk(column: Struct, field: pa.Field, num_rows: int, end: int) -> Chunk:
     if not 4 <= found.start < found.start + found.packed_bytes <= end:
         raise PageError(f"column {field.name} lies outside of the file")
     return found
+
+
+def _bounds(group: Struct) -> tuple[bytes, bytes] | None:
+    """The bounds of the first column's values, from its statistics."""
+    statistics = _struct(_struct(_list(group, 1)[0]).get(3)).get(12)
+    if not isinstance(statistics, dict):
+        return None
+    low, high = statistics.get(6), statistics.get(5)
+    return (low, high) if isinstance(low, bytes) and isinstance(high, bytes) else None
 
 
 def _decoded_bytes(chunk: Chunk, field: pa.Field) -> int:

@@ -5,7 +5,9 @@
     logps        float64                 sum of token_logps, in nats
     token_logps  list<float32>           log-probability of each completion token, see `types.are_logps`
 
-Plain Parquet with page checksums; the file's name is the sha256 of its bytes (see `parquet.py`).
+Plain Parquet with page checksums; the file's name is the sha256 of its bytes (see `parquet.py`). The footer
+has the smallest and the largest key of each row group. Where these ascend from group to group, as in shards
+that `compact` made, the keys of a range are read without the others.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import pyarrow as pa
 
 from dpo_cache.errors import CorruptShardError
 from dpo_cache.store.folders.folder import Folder
-from dpo_cache.store.format.keys import KEY_BYTES
+from dpo_cache.store.format.keys import KEY_BYTES, key_array, key_bounds, key_bytes
+from dpo_cache.store.format.page_limits import Footer
 from dpo_cache.store.format.parquet import REMEDY, ParquetBuilder, open_unverified, open_verified
 from dpo_cache.types import Score, are_logps
 
@@ -70,6 +73,25 @@ def read_keys(folder: Folder, name: str) -> list[np.ndarray]:
     """The shard's keys, S16, one array a row group. Its bytes are not hashed."""
     with open_unverified(folder, name, SHARD_SCHEMA) as reader:
         return [keys_of(table.column("key")) for table in reader.read_groups(["key"])]
+
+
+def group_bounds(footer: Footer) -> np.ndarray | None:
+    """The smallest and the largest key of each row group, S16 `[groups, 2]`, as the footer claims. None
+    unless it has them of all groups, and they ascend without overlap.
+    """
+    claimed = [bounds for bounds in footer.bounds if bounds and len(bounds[0]) == len(bounds[1]) == KEY_BYTES]
+    keys = [key for bounds in claimed for key in bounds]
+    if not keys or len(claimed) < len(footer.bounds):
+        return None
+    is_apart = all(last < first for last, first in zip(keys[1::2], keys[2::2], strict=False))
+    is_ordered = all(first <= last for first, last in claimed)
+    return key_array(keys).reshape(-1, 2) if is_apart and is_ordered else None
+
+
+def check_bounds(keys: np.ndarray, claimed: Sequence[bytes] | np.ndarray, place: str) -> None:
+    """Raise `CorruptShardError` unless these are the smallest and the largest of a row group's keys."""
+    if not len(keys) or key_bytes(key_bounds(keys)) != [key.ljust(KEY_BYTES, b"\0") for key in claimed]:
+        raise CorruptShardError(f"{place}: its footer claims other keys than its row groups have. {REMEDY}")
 
 
 def check_scores(table: pa.Table, place: str) -> None:

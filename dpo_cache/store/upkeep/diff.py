@@ -6,19 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from dpo_cache.store.cache import Cache, open_cache
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.differing_fields import differing_fields
 from dpo_cache.store.format.pair_tables import part_files, read_manifest
-from dpo_cache.store.upkeep.compare import (
-    allowed_gap,
-    distinct,
-    key_ranges,
-    largest_gaps,
-    matches,
-    read_values,
-)
-from dpo_cache.store.upkeep.contents import count_rows, shard_files
+from dpo_cache.store.upkeep.compare import allowed_gap, largest_gaps, values_of
+from dpo_cache.store.upkeep.contents import shard_files
+from dpo_cache.store.upkeep.key_ranges import key_starts, rows_by_key
 
 # members of a manifest; its source and date are provenance, not content
 COMPARED = ("num_pairs", "reference", "pairs_digest", "tokenization")
@@ -86,20 +82,23 @@ def _compare_scores(one: Cache, other: Cache, reference_id: str) -> ScoreDiffere
     shards = [(cache.folder, list(shard_files(cache.folder, reference_id))) for cache in (one, other)]
     if shards[0][1] == shards[1][1]:
         return ScoreDifference(0, 0, 0, 0, 0.0)
-    num_bytes = sum(4 * count_rows(folder, shard)[1] for folder, files in shards for shard in files)
-    return _compare(shards, num_bytes, allowed_gap(one.read_reference(reference_id)["identity"]))
+    return _compare(shards, allowed_gap(one.read_reference(reference_id)["identity"]))
 
 
-def _compare(files: Sequence[tuple[Folder, list[str]]], num_bytes: int, allowed: float) -> ScoreDifference:
+def _compare(files: Sequence[tuple[Folder, list[str]]], allowed: float) -> ScoreDifference:
     """The difference between the values in the first cache's files and in the second's."""
     only_a = only_b = both = differing = 0
     largest = 0.0
-    for keys in key_ranges(num_bytes):
-        left, right = (distinct(read_values(folder, names, keys)) for folder, names in files)
-        in_right, in_left = matches(left, right.keys)
-        gaps = largest_gaps(left.take(in_left), right.take(in_right))
-        only_a += len(left) - len(gaps)
-        only_b += len(right) - len(gaps)
+    for table in rows_by_key([(folder, name) for folder, names in files for name in names]):
+        values = values_of(table)
+        is_first, first = key_starts(values.keys)
+        is_of_b = values.source >= len(files[0][1])
+        # a completion's first rows in both caches: those of one cache come before those of the other
+        is_first_of_b = is_of_b & (is_first | ~np.concatenate([[False], is_of_b[:-1]]))
+        here = np.flatnonzero(is_first_of_b & ~is_first)
+        gaps = largest_gaps(values, first[here], here)
+        only_a += int((is_first & ~is_of_b).sum()) - len(gaps)
+        only_b += int((is_first & is_of_b).sum())
         both += len(gaps)
         differing += int((~(gaps <= allowed)).sum())
         largest = max(largest, float(gaps.max(initial=0.0)))
@@ -112,11 +111,10 @@ def _compare_pair_sets(one: Cache, other: Cache, name: str) -> list[str]:
     lines = differing_fields(*({key: manifest.get(key) for key in COMPARED} for manifest in (left, right)))
     if left["parts"] == right["parts"] or left["reference"] != right["reference"]:
         return lines
-    num_bytes = sum(part["bytes"] for manifest in (left, right) for part in manifest["parts"])
     is_known = left["reference"] in one.references()
     allowed = allowed_gap(one.read_reference(left["reference"])["identity"] if is_known else {})
     parts = [(one.folder, list(part_files(left))), (other.folder, list(part_files(right)))]
-    found = _compare(parts, num_bytes, allowed)
+    found = _compare(parts, allowed)
     if found.differing:
         lines.append(
             f"values: {found.differing} completions differ by up to {found.largest_gap:.2g} nats a token "

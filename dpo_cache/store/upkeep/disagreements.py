@@ -1,33 +1,25 @@
 """Completions of which several caches hold values further apart than rounding explains.
 
 The caches come in an order of preference. A completion's preferred value is that of the first cache that has
-one. Memory: 16 bytes for each completion of the caches, a range of values, and the preferred values.
+one. Memory: a range of keys (`key_ranges.py`), and the preferred values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from dpo_cache.store.cache import Cache
-from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.documents import Document
 from dpo_cache.store.format.keys import key_bytes
 from dpo_cache.store.format.pair_tables import part_files
-from dpo_cache.store.upkeep.compare import (
-    Values,
-    join,
-    key_ranges,
-    largest_gaps,
-    matches,
-    read_file_keys,
-    read_values,
-)
+from dpo_cache.store.upkeep.compare import Values, largest_gaps, values_of
 from dpo_cache.store.upkeep.contents import classify
+from dpo_cache.store.upkeep.key_ranges import find_overlap, key_starts, rows_by_key
+from dpo_cache.store.upkeep.row_files import Source
 from dpo_cache.types import Score
 
 
@@ -91,18 +83,12 @@ def find_disagreement(holders: Sequence[Holder], allowed: float) -> Disagreement
     found, own = Disagreement(allowed), _distinct_files(holders)
     if sum(map(bool, own)) < 2:
         return found
-    keys = [
-        {file: read_file_keys(holder.cache.folder, file) for file in files}
-        for holder, files in zip(holders, own, strict=True)
-    ]
-    shared = _shared_keys(keys)
-    overlapping = [
-        {file: files[file] for file in files if np.isin(of_cache[file], shared).any()}
-        for files, of_cache in zip(own, keys, strict=True)
-    ]
-    del keys
-    for span in key_ranges(sum(sum(files.values()) for files in overlapping)) if len(shared) else []:
-        _compare_range(found, holders, overlapping, shared, span)
+    sources = [(number, file) for number, of_cache in enumerate(own) for file in of_cache]
+    files: list[Source] = [(holders[number].cache.folder, file) for number, file in sources]
+    overlap = find_overlap(files, [number for number, _ in sources]).files
+    sources, files = [sources[place] for place in overlap], [files[place] for place in overlap]
+    for table in rows_by_key(files):
+        _compare_rows(found, values_of(table), sources)
     return found
 
 
@@ -142,62 +128,26 @@ def _distinct_files(holders: Sequence[Holder]) -> list[dict[str, int]]:
     return own
 
 
-def _shared_keys(keys: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
-    """Keys that files of several caches hold, ascending."""
-    each = [np.unique(np.concatenate([*files.values(), np.empty(0, "S16")])) for files in keys]
-    distinct, counts = np.unique(np.concatenate(each), return_counts=True)
-    return distinct[counts > 1]
-
-
-def _compare_range(
-    found: Disagreement,
-    holders: Sequence[Holder],
-    files: Sequence[dict[str, int]],
-    shared: np.ndarray,
-    span: range,
-) -> None:
-    """Compare the values of completions whose keys are shared and in the range."""
-    known = join([])
-    owner, in_shard = np.empty(0, np.int64), np.empty(0, bool)
-    for number, (holder, of_cache) in enumerate(zip(holders, files, strict=True)):
-        values = {file: _read_shared(holder.cache.folder, file, shared, span) for file in of_cache}
-        for file, one in values.items():
-            _note_gaps(found, known, owner, in_shard, one, number, file)
-        lengths = [len(one) for one in values.values()]
-        are_shards = [classify(file)[0] == "shard" for file in values]
-        together = join([known, *values.values()])
-        owner = np.concatenate([owner, np.full(sum(lengths), number)])
-        in_shard = np.concatenate([in_shard, np.repeat(np.array(are_shards, bool), lengths)])
-        _, first = np.unique(together.keys, return_index=True)
-        known, owner, in_shard = together.take(first), owner[first], in_shard[first]
-
-
-def _read_shared(folder: Folder, file: str, shared: np.ndarray, span: range) -> Values:
-    """The file's values of shared completions in the range; imported sums have none."""
-    values = read_values(folder, [file], span)
-    return values.take(np.flatnonzero(np.isin(values.keys, shared) & (values.lengths > 0)))
-
-
-def _note_gaps(
-    found: Disagreement,
-    known: Values,
-    owner: np.ndarray,
-    in_shard: np.ndarray,
-    values: Values,
-    number: int,
-    file: str,
-) -> None:
-    """Add the completions of which a file of cache `number` has another value than is known by then."""
-    here, there = matches(known, values.keys)
-    gaps = largest_gaps(known.take(there), values.take(here))
-    apart = np.flatnonzero(~(gaps <= found.allowed))
-    if not len(apart):
-        return
-    found.files.add(PurePosixPath(file).name)
-    found.largest_gap = max(found.largest_gap, float(gaps[apart].max()))
-    kept = known.take(there[apart])
-    bounds = [*kept.starts.tolist(), len(kept.flat)]
-    for key, place, (start, end) in zip(key_bytes(kept.keys), there[apart], pairwise(bounds), strict=True):
-        found.between.setdefault((int(owner[place]), number), set()).add(key)
-        score = Score(kept.flat[start:end].astype(np.float32))
-        found.preferred.setdefault(key, Preferred(score, bool(in_shard[place])))
+def _compare_rows(found: Disagreement, values: Values, sources: list[tuple[int, str]]) -> None:
+    """Add the completions of which a file of another cache has another value than the first cache that has
+    one. `sources` are the files, each with the number of its cache.
+    """
+    has_values = np.flatnonzero(values.lengths > 0)  # imported sums have none
+    _, first = key_starts(values.keys[has_values])
+    first = has_values[first]
+    cache_of = np.array([number for number, _ in sources])[values.source]
+    is_elsewhere = cache_of[first] != cache_of[has_values]
+    first, here = first[is_elsewhere], has_values[is_elsewhere]
+    gaps = largest_gaps(values, first, here)
+    is_apart = ~(gaps <= found.allowed)
+    found.largest_gap = max(found.largest_gap, float(gaps[is_apart].max(initial=0.0)))
+    starts, keys = values.starts, key_bytes(values.keys[first[is_apart]])
+    for key, one, other in zip(keys, first[is_apart].tolist(), here[is_apart].tolist(), strict=True):
+        number, file = sources[values.source[one]]
+        other_number, other_file = sources[values.source[other]]
+        found.files.add(PurePosixPath(other_file).name)
+        found.between.setdefault((number, other_number), set()).add(key)
+        token_logps = values.flat[starts[one] : starts[one] + values.lengths[one]]
+        found.preferred.setdefault(
+            key, Preferred(Score(token_logps.astype(np.float32)), classify(file)[0] == "shard")
+        )

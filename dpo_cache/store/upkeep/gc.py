@@ -12,19 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import pyarrow as pa
-
-from dpo_cache.errors import CacheError, StorageError, first_line
+from dpo_cache.errors import CacheError, StorageError
 from dpo_cache.log import log_remark
 from dpo_cache.store.cache import Cache
 from dpo_cache.store.folders.folder import Folder
-from dpo_cache.store.format.documents import Document
-from dpo_cache.store.format.pair_tables import PAIR_SCHEMA, part_files
-from dpo_cache.store.format.parquet import name_by_content, open_unverified, write_parquet
-from dpo_cache.store.format.shards import SHARD_SCHEMA, keys_of, read_shard
-from dpo_cache.store.upkeep.compact import keys_in
-from dpo_cache.store.upkeep.contents import classify, shard_files
+from dpo_cache.store.upkeep.contents import classify
 from dpo_cache.store.upkeep.named_files import NamedFiles, read_named_files
 from dpo_cache.store.upkeep.open_runs import PATTERN, is_at_work, read_record, shards_of_runs
 from dpo_cache.store.upkeep.removal import (
@@ -34,6 +26,7 @@ from dpo_cache.store.upkeep.removal import (
     remove_unneeded,
 )
 from dpo_cache.store.upkeep.repair import QUARANTINE
+from dpo_cache.store.upkeep.unused_scores import UnusedScores, find_unused_scores, publish_used_rows
 
 GRACE_S = 86_400.0
 RUN_FILE = re.compile(rf"(references/[0-9a-f]{{64}})/{PATTERN.pattern}")
@@ -103,8 +96,8 @@ def find_unneeded(
         else:
             _add(found, folder, entries, grace_s)
     for reference_id in sorted(kept) if scores and not named.unreadable else ():
-        for entry in _unused_scores(folder, reference_id, named.manifests):
-            _add(found, folder, [entry], grace_s)
+        for unused in find_unused_scores(folder, reference_id, named.manifests):
+            _add(found, folder, [_garbage_of(unused)], grace_s)
     for entry in _hidden_garbage(folder, named):
         _add(found, folder, [entry], grace_s)
     return found
@@ -123,11 +116,12 @@ def collect_garbage(
     planned = find_garbage(cache, keep=keep, scores=scores, grace_s=grace_s)
     again = find_garbage(cache, keep=keep, scores=scores, grace_s=grace_s)
     going = sorted({*planned} & {*again}, key=lambda entry: removal_order(entry.file))
-    _publish_used_rows(folder, [entry for entry in going if entry.unused_rows is not None])
+    publish_used_rows(folder, [entry.file for entry in going if entry.unused_rows is not None])
     always = [entry.file for entry in going if entry.is_unused]
     removed = remove_unneeded(folder, [entry.file for entry in going], always=always)
     removed.log(folder)
-    return [entry for entry in going if entry.file in {*removed.files}]
+    files = {*removed.files}
+    return [entry for entry in going if entry.file in files]
 
 
 def _kept_references(cache: Cache, keep: Sequence[str], named: NamedFiles) -> set[str]:
@@ -193,65 +187,13 @@ def _why_ended(folder: Folder, record: str, reference: str) -> str:
     return "" if has_entry else "the record of a run whose reference was removed"
 
 
-# -- scores ------------------------------------------------------------------------------------------------
-
-
-def _unused_scores(folder: Folder, reference_id: str, manifests: dict[str, Document]) -> Iterator[Garbage]:
-    shards = shard_files(folder, reference_id)
-    try:
-        held = shards_of_runs(folder, reference_id)  # after the shards were listed
-        used = _used_keys(folder, reference_id, manifests)
-    except StorageError as error:
-        _log_left(folder, f"all scores of reference {reference_id[:12]} stay", error)
-        return
-    for shard in sorted(shards.keys() - held):
-        try:
-            keys = keys_in(folder, shard)
-        except StorageError as error:
-            if folder.exists(shard):  # else it was compacted meanwhile
-                _log_left(folder, f"{shard} stays", error)
-            continue
-        num_unused, size = int((~np.isin(keys, used)).sum()), shards[shard]
-        if num_unused == len(keys):
-            yield Garbage(shard, size, f"no pair set holds its {num_unused} completions", is_unused=True)
-        elif num_unused:
-            why = f"no pair set holds {num_unused} of its {len(keys)} completions (the rest is kept)"
-            yield Garbage(shard, size * num_unused // len(keys), why, num_unused, is_unused=True)
-
-
-def _used_keys(folder: Folder, reference_id: str, manifests: dict[str, Document]) -> np.ndarray:
-    """Keys of all completions in pair sets scored by the reference, S16, sorted."""
-    found = [np.empty(0, "S16")]
-    for manifest in manifests.values():
-        for file in part_files(manifest) if manifest["reference"] == reference_id else ():
-            with open_unverified(folder, file, PAIR_SCHEMA) as reader:
-                for table in reader.read_groups(["chosen_key", "rejected_key"]):
-                    found += map(keys_of, table.columns)
-    return np.unique(np.concatenate(found))
-
-
-def _publish_used_rows(folder: Folder, entries: Sequence[Garbage]) -> None:
-    """Publish the rows that stay of these shards, as new shards."""
-    manifests = read_named_files(folder).manifests if entries else {}
-    used: dict[str, np.ndarray] = {}
-    for entry in entries:
-        reference_id = classify(entry.file)[1][0]
-        if reference_id not in used:
-            used[reference_id] = _used_keys(folder, reference_id, manifests)
-        _publish_used(folder, entry.file, used[reference_id])
-
-
-def _publish_used(folder: Folder, shard: str, used: np.ndarray) -> None:
-    tables = [
-        table.filter(pa.array(np.isin(keys_of(table.column("key")), used)))
-        for table in read_shard(folder, shard)
-    ]
-    kept = pa.concat_tables(tables)
-    content = write_parquet(kept.cast(SHARD_SCHEMA), row_group_size=max(map(len, tables)))
-    folder.publish(f"{shard.rpartition('/')[0]}/{name_by_content(content)}", content)
-
-
-# -- what cannot be read -----------------------------------------------------------------------------------
+def _garbage_of(unused: UnusedScores) -> Garbage:
+    if unused.num_unused == unused.num_rows:
+        why = f"no pair set holds its {unused.num_unused} completions"
+        return Garbage(unused.shard, unused.bytes, why, is_unused=True)
+    why = f"no pair set holds {unused.num_unused} of its {unused.num_rows} completions (the rest is kept)"
+    num_bytes = unused.bytes * unused.num_unused // unused.num_rows
+    return Garbage(unused.shard, num_bytes, why, unused.num_unused, is_unused=True)
 
 
 def _log_unreadable(folder: Folder, named: NamedFiles) -> None:
@@ -260,7 +202,3 @@ def _log_unreadable(folder: Folder, named: NamedFiles) -> None:
         f"{folder}: the manifests of {len(named.unreadable)} pair sets or folders cannot be read, such as "
         f"{place}: {why}\nSo all references stay, and the parts in these folders."
     )
-
-
-def _log_left(folder: Folder, what: str, error: StorageError) -> None:
-    log_remark(f"{folder}: {what}: {first_line(error)}")

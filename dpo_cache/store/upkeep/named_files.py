@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from dpo_cache.errors import MissingFileError, StorageError, first_line
 from dpo_cache.store.cache import NAME_PATTERN
@@ -15,19 +16,22 @@ from dpo_cache.store.upkeep.contents import classify
 
 @dataclass
 class NamedFiles:
-    """The manifests, by `NAME/SPLIT`, and those that this user cannot read."""
+    """The manifests, by `NAME/SPLIT`, and those that this user cannot read. The other members are computed
+    from them once, when they are first used.
+    """
 
     manifests: dict[str, Document] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)  # folder of pair sets or manifest -> why
 
-    @property
+    @cached_property
     def references(self) -> set[str]:
         """Ids of the references by which the pair sets were scored, as far as manifests can be read."""
         return {manifest["reference"] for manifest in self.manifests.values()}
 
-    def parts(self, pair_set: str) -> set[str]:
-        """The parts of the pair set, by their names from the root."""
-        return {*part_files(self.manifests[pair_set])} if pair_set in self.manifests else set()
+    @cached_property
+    def parts(self) -> set[str]:
+        """The parts of all pair sets, by their names from the root."""
+        return {file for manifest in self.manifests.values() for file in part_files(manifest)}
 
     def may_need(self, file: str) -> bool:
         """Whether a manifest names the file, which is a part, a shard or an entry of a reference, or its
@@ -35,8 +39,8 @@ class NamedFiles:
         """
         kind, (owner, *_) = classify(file)
         if kind == "part":
-            is_unknown = any(f"pairs/{owner}/".startswith(f"{place}/") for place in self.unreadable)
-            return is_unknown or file in self.parts(owner)
+            folders = ("pairs", f"pairs/{owner.partition('/')[0]}", f"pairs/{owner}")
+            return file in self.parts or not self.unreadable.keys().isdisjoint(folders)
         return bool(self.unreadable) or owner in self.references
 
 

@@ -103,7 +103,7 @@ def _owner(file: str) -> str:
 
 def _remove_group(folder: Folder, owner: str, files: Sequence[str], removed: Removed) -> None:
     """Hide the files of one pair set or reference, read the manifests, and remove what none needs."""
-    hidden, left = _hidden_by_others(folder, owner), False
+    hidden, left, going = _hidden_by_others(folder, owner), False, {*files}
     try:
         for file in files:
             if left and classify(file)[0] == "reference":
@@ -117,13 +117,13 @@ def _remove_group(folder: Folder, owner: str, files: Sequence[str], removed: Rem
         for file in reversed(hidden):
             _is_allowed(removed, file, partial(_put_back, folder, file))
         raise
-    needed = [file for file in hidden if named.may_need(file)]
+    needed = {file for file in hidden if named.may_need(file)}
     for file in sorted(needed, key=removal_order, reverse=True):
         _is_allowed(removed, file, partial(_put_back, folder, file))
-    for file in sorted({*hidden} - {*needed}, key=removal_order):
-        if _is_allowed(removed, file, partial(folder.remove, hidden_name(file))) and file in files:
+    for file in sorted({*hidden} - needed, key=removal_order):
+        if _is_allowed(removed, file, partial(folder.remove, hidden_name(file))) and file in going:
             removed.files.append(file)
-    removed.needed += [file for file in needed if file in files]
+    removed.needed += sorted(needed & going)
 
 
 def _read_named(folder: Folder, owner: str) -> NamedFiles:

@@ -218,10 +218,9 @@ class _Verification:
     def _compare(self, reference_id: str, scored: _Scored) -> None:
         """Compare the values that shards and pair sets hold of one completion, with the dtype's tolerance."""
         allowed = allowed_gap(scored.identity)
-        num_bytes = sum(4 * shard.num_tokens for shard in scored.shards)
         shards, parts = [shard.file for shard in scored.shards], scored.parts
         try:
-            found_apart = compare_files(self.folder, shards, parts, allowed, num_bytes)
+            found_apart = compare_files(self.folder, shards, parts, allowed)
         except CacheError as error:
             left = [[file for file in files if self._exists(file)] for files in (shards, parts)]
             if left == [shards, parts]:
@@ -230,7 +229,7 @@ class _Verification:
                 self._note_unreadable(place, f"its values were not compared: {first_line(error)}", READ_AGAIN)
                 return
             # others were compacted meanwhile
-            found_apart = compare_files(self.folder, left[0], left[1], allowed, num_bytes)
+            found_apart = compare_files(self.folder, left[0], left[1], allowed)
         for apart in found_apart:
             file = apart.file
             if classify(file)[0] == "part":

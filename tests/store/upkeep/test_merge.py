@@ -16,7 +16,7 @@ from dpo_cache.errors import CacheError, CorruptShardError, FormatError
 from dpo_cache.store import Cache, open_cache
 from dpo_cache.store import pairs as pairs_module
 from dpo_cache.store.folders.disk import Disk
-from dpo_cache.store.upkeep import compare
+from dpo_cache.store.upkeep import key_ranges, row_files
 from dpo_cache.store.upkeep.diff import diff_caches
 from dpo_cache.store.upkeep.merge import merge_caches
 from dpo_cache.store.upkeep.run_record import RunRecord
@@ -341,7 +341,7 @@ def test_pair_sets_of_one_name_and_other_values_are_refused(tmp_path: Path) -> N
 
 
 def test_a_value_in_many_shards_and_ranges_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "RANGE_BYTES", 3000)
+    monkeypatch.setattr(key_ranges, "RANGE_BYTES", 3000)
     for name, wrong in (("a", -1), ("b", 37)):
         cache = open_cache(tmp_path / name, create=True)
         reference = add_reference(cache)
@@ -359,11 +359,11 @@ def test_equal_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.Monk
     make_cache(tmp_path / "a")
     merge_caches([tmp_path / "a"], tmp_path / "b")
     opened: list[str] = []
-    real = compare.open_unverified
+    real = row_files.open_unverified
     monkeypatch.setattr(
-        compare,
+        row_files,
         "open_unverified",
-        lambda folder, name, schema: opened.append(name) or real(folder, name, schema),
+        lambda folder, name, *given, **options: opened.append(name) or real(folder, name, *given, **options),
     )
     merge_caches([tmp_path / "a"], tmp_path / "b")
     assert opened == []

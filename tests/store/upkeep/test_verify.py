@@ -12,7 +12,7 @@ from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store.format.documents import digest_json, open_sealed, seal_document
 from dpo_cache.store.format.parquet import name_by_content
 from dpo_cache.store.format.shards import encode_shard
-from dpo_cache.store.upkeep import compare as comparing_module
+from dpo_cache.store.upkeep import key_ranges
 from dpo_cache.store.upkeep.contents import read_contents
 from dpo_cache.store.upkeep.merge import merge_caches
 from dpo_cache.store.upkeep.repair import repair_cache
@@ -138,7 +138,7 @@ def test_shards_that_disagree_are_both_named(root: Path) -> None:
 def test_a_gap_within_rounding_is_none_a_larger_one_is_found_in_any_range(
     root: Path, monkeypatch: pytest.MonkeyPatch, ranges: int
 ) -> None:
-    monkeypatch.setattr(comparing_module, "RANGE_BYTES", 600 // ranges)
+    monkeypatch.setattr(key_ranges, "RANGE_BYTES", 6000 // ranges)
     reference = next(root.glob("references/*")).name
     cache = Cache(root)
     add_scores(cache, reference, range(10, 30))
