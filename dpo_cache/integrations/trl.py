@@ -1,0 +1,224 @@
+"""TRL's `DPOTrainer` with reference log-probs from a cache: no reference model is loaded.
+
+    trainer = CachedDPOTrainer("MODEL", args=DPOConfig(...), train_dataset=rows, cache="CACHE")
+    trainer.train()
+
+TRL tokenizes, collates, computes the losses and trains, as always. The reference's log-probs are looked up by
+the very token ids that TRL's collator makes, so another order of rows, another subset or another epoch finds
+them, and other ids (another template, tokenizer or `max_length`) are an error instead of a wrong number.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from trl import DPOConfig, DPOTrainer
+
+from dpo_cache.errors import NotInCacheError, OptionError, StepZeroError, shown_rows
+from dpo_cache.log import log_remark
+from dpo_cache.store import ScoreIndex, completion_key, open_cache
+from dpo_cache.store.format.keys import key_array
+from dpo_cache.training.pair_logps import summed_logps
+from dpo_cache.training.step_zero import TOLERANCES
+from dpo_cache.types import Completion, Score
+
+LOOKED_UP = 1000  # rows at once
+NAMES = ("ref_chosen_logps", "ref_rejected_logps")  # of TRL's columns
+STEP_ZERO = ("stop", "warn", "off")
+
+
+class CachedDPOTrainer(DPOTrainer):
+    """`trl.DPOTrainer` that reads the reference's log-probs from a cache.
+
+    Args:
+        model, args, train_dataset, eval_dataset, processing_class, peft_config, ...: those of `DPOTrainer`.
+        cache: a folder or an fsspec URL.
+        reference: id of the reference in the cache, or its first characters; default: the only one.
+        step_zero: what happens if the policy does not repeat the cached log-probs in the first batch, before
+            any update: stop, warn or off (for a policy that starts from another checkpoint).
+
+    Evaluation sets, also those that are given to `evaluate` after training, streams (`IterableDataset`),
+    adapters and LD-DPO (`ld_alpha`) work. Raises `NotInCacheError` for completions that the cache lacks, and
+    `StepZeroError`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *positional: Any,
+        args: DPOConfig | None = None,
+        cache: str | os.PathLike[str],
+        reference: str | None = None,
+        step_zero: str = "stop",
+        **given: Any,
+    ):
+        if positional or given.get("ref_model") is not None:
+            raise OptionError(
+                "CachedDPOTrainer takes the reference's log-probs from `cache`, not from a model.\n"
+                "Leave `ref_model` out, and give the other arguments by their names."
+            )
+        if step_zero not in STEP_ZERO:
+            raise OptionError(f"`step_zero` {step_zero}: expected {', '.join(STEP_ZERO)}.")
+        self._cache_name = str(cache)
+        self._step_zero, self._is_compared = step_zero, step_zero == "off"
+        self._scores = open_scores(cache, reference)
+        # TRL then reads reference log-probs from columns, and loads no reference
+        args = args or DPOConfig(_output_name(model))
+        args.precompute_ref_log_probs = True
+        super().__init__(model, args=args, **given)
+        _drop_reference_adapter(self.model)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, _: int) -> Any:
+        """The data set with the columns of reference log-probs; TRL calls this for each of its sets."""
+        return self._with_logps(dataset, name)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As `DPOTrainer.evaluate`. A data set that is given here may be new, also after training."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if not isinstance(eval_dataset, dict):
+            return self._evaluate_one(eval_dataset, "eval", ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = {}
+        for name, dataset in eval_dataset.items():
+            metrics |= self._evaluate_one(dataset, name, ignore_keys, f"{metric_key_prefix}_{name}")
+        return metrics
+
+    def _evaluate_one(
+        self, dataset: Any, name: str, ignore_keys: list[str] | None, prefix: str
+    ) -> dict[str, float]:
+        prepared = self._prepare_dataset(dataset, self.processing_class, self.args, name)
+        # not of DPOTrainer, which would compute the reference with the trained policy and so refuses
+        return super(DPOTrainer, self).evaluate(self._with_logps(prepared, name), ignore_keys, prefix)
+
+    def _with_logps(self, dataset: Any, name: str) -> Any:
+        options: dict[str, Any] = (
+            {} if isinstance(dataset, IterableDataset) else {"desc": f"Looking up {name}"}
+        )
+        assert isinstance(dataset, (Dataset, IterableDataset)), type(dataset)
+        return dataset.map(
+            lambda rows, places: self._look_up(rows, places, name),
+            batched=True,
+            batch_size=LOOKED_UP,
+            with_indices=True,
+            **({**options, "load_from_cache_file": False} if options else {}),
+        )
+
+    def _look_up(self, rows: dict[str, list[Any]], places: Sequence[int], name: str) -> dict[str, Any]:
+        """The reference's log-probs of the chosen and the rejected completions of some rows."""
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+        examples = [
+            dict(zip(columns, row, strict=True)) for row in zip(*(rows[one] for one in columns), strict=True)
+        ]
+        completions = completions_in(self.data_collator(examples))
+        keys = key_array([completion_key(one) if one else bytes(16) for one in completions])
+        is_wanted = np.array([one is not None for one in completions])
+        lacks = is_wanted & ~self._scores.contains(keys)
+        if lacks.any():
+            raise self._not_in_cache(
+                sorted({places[place % len(places)] for place in np.flatnonzero(lacks).tolist()}), name
+            )
+        found = iter(self._scores.fetch(keys[is_wanted]))
+        scores = [next(found) if wanted else NOTHING for wanted in is_wanted]
+        sums = summed_logps(scores, self.args.ld_alpha)
+        return dict(zip(NAMES, np.split(sums, 2), strict=True))
+
+    def _not_in_cache(self, rows: list[int], name: str) -> NotInCacheError:
+        return NotInCacheError(
+            f"{self._cache_name}: completions of row{'s' * (len(rows) > 1)} {shown_rows(rows)} of the {name} "
+            "data set have no score: their token ids, as TRL makes them, are not in the cache.\n"
+            f"Run `dpo-cache precompute --cache {self._cache_name} --max-length {self.args.max_length} …` on "
+            "this data with this tokenizer and chat template."
+        )
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        result = super()._compute_loss(model, inputs, return_outputs)
+        if not self._is_compared:
+            self._is_compared = True
+            if self.state.global_step == 0:
+                self._compare(inputs)
+        return result
+
+    def _compare(self, inputs: dict[str, Any]) -> None:
+        """Compare the policy's log-probs of the first batch with the cached ones. Raises `StepZeroError`."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        gaps = []
+        for side, name in zip(("chosen", "rejected"), NAMES, strict=True):
+            cached = float(self.accelerator.gather(inputs[name]).mean())
+            absolute, relative = TOLERANCES[_dtype_of(self)]
+            gaps.append(abs(metrics[f"logps/{side}"][-1] - cached) - absolute - relative * abs(cached))
+        if max(gaps) <= 0:
+            return
+        problem = (
+            f"before any update the policy's log-probs of the first batch differ from the cached ones by "
+            f"{max(gaps):.3g} nats a completion more than rounding explains: the policy is not the reference."
+        )
+        if self._step_zero == "stop":
+            raise StepZeroError(
+                f"{problem}\nGive the model that scored the cache; `step_zero` off is for a policy that "
+                "starts from another one."
+            )
+        log_remark(problem)
+
+
+NOTHING = Score(np.zeros(0, np.float32))  # of a completion that the truncation has cut off
+
+
+def open_scores(cache: str | os.PathLike[str], reference: str | None = None) -> ScoreIndex:
+    """The scores of the reference whose id begins so, or of the cache's only one. Raises `CacheError`."""
+    opened = open_cache(cache)
+    known = opened.references()
+    if reference is None and len(known) != 1:
+        raise NotInCacheError(
+            f"{opened}: {len(known) or 'no'} references.\n"
+            + (
+                f"Name one with `reference`: {', '.join(one[:12] for one in known)}."
+                if known
+                else f"Run `dpo-cache precompute --cache {opened} …` first."
+            )
+        )
+    return opened.scores(opened.find_reference(reference or known[0]))
+
+
+def completions_in(batch: dict[str, Any]) -> list[Completion | None]:
+    """The completions of a collated batch: all chosen, then all rejected ones; None for one without tokens.
+
+    TRL sums the log-probs of the tokens under `completion_mask`, except that of a row's first token, which
+    nothing predicts.
+    """
+    found: list[Completion | None] = []
+    for ids, attention, mask in zip(
+        *(batch[name].cpu().numpy() for name in ("input_ids", "attention_mask", "completion_mask")),
+        strict=True,
+    ):
+        ids, mask = ids[attention == 1].astype(np.uint32), mask[attention == 1]
+        start = max(1, len(mask) - int(mask.sum()))
+        found.append(Completion(ids[:start], ids[start:]) if start < len(ids) else None)
+    return found
+
+
+def _dtype_of(trainer: DPOTrainer) -> str:
+    """The dtype of the policy's products, as a key of the tolerances."""
+    if trainer.args.bf16 or trainer.args.fp16:
+        return "bfloat16"
+    dtype = str(trainer.model.dtype).removeprefix("torch.")
+    return dtype if dtype in TOLERANCES else "bfloat16"
+
+
+def _drop_reference_adapter(model: Any) -> None:
+    """Remove the copy of an adapter that TRL keeps as its reference."""
+    if "ref" in getattr(model, "peft_config", {}):
+        model.delete_adapter("ref")
+
+
+def _output_name(model: Any) -> str:
+    name = model if isinstance(model, str) else model.config.name_or_path
+    return f"{name.rstrip('/').split('/')[-1]}-DPO"
