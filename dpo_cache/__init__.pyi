@@ -317,6 +317,14 @@ def precompute(
     attention: Literal["auto", "forest", "rows"] = 'auto',
     stream_weights: Literal["auto", "on", "off"] = 'auto',
     audit: int | str = 'auto',
+    num_workers: int | None = None,
+    min_workers: int | None = None,
+    max_workers: int | None = None,
+    ray: str | None = None,
+    gpus_per_worker: float | None = None,
+    cpus_per_worker: float | None = None,
+    unit_tokens: int | str = 'auto',
+    device_map: Literal["off", "auto"] = 'off',
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
     on_show: OnSurvey | None = None,
     on_survey: OnSurvey | None = None,
@@ -335,6 +343,10 @@ def precompute(
     its weights and config equal those of the checkpoint it was loaded from, it is the same reference as that
     checkpoint; otherwise it is a reference of its own, and a remark reports it. It is scored in eval mode,
     and has its former mode afterwards.
+
+    With `num_workers`, other processes score, each on a device of its own; with `ray`, on a Ray cluster. Two
+    runs over the same data at the same time share the work: each draws its units in random order, and leaves
+    out what others have published.
 
     With `dry_run` the data is surveyed and nothing else happens: no model is loaded, nothing is written.
 

@@ -161,6 +161,8 @@ def remark(text: str) -> None:
 def show_scoring(line: ProgressLine, progress: Any) -> None:
     """Show a `ScoringProgress`."""
     rates = f"{progress.tokens_per_s:,.0f} tokens/s  {progress.pairs_per_s:.2f} pairs/s"
+    if progress.num_workers:
+        rates += f"  {progress.num_workers} workers"
     line.update(
         progress.num_tokens, progress.total_tokens, f"{rates}  {format_seconds(progress.seconds_left)} left"
     )

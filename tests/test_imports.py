@@ -56,7 +56,7 @@ WITHOUT = {
 # The only places that may import these.
 ONLY_IN = {
     "trl": {"integrations"},
-    "ray": {"integrations"},
+    "ray": {"precomputing/workers"},
     "accelerate.commands": {"training/distributed.py"},
     "accelerate.launchers": {"training/distributed.py"},
 }

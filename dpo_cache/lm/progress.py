@@ -31,6 +31,7 @@ class ScoringProgress:
     total_pairs: int
     num_completions: int
     elapsed_s: float  # of scoring
+    num_workers: int = 0  # at work; 0: this process scores
 
     @property
     def tokens_per_s(self) -> float:

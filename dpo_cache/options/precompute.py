@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import date
+from typing import ClassVar
 
 from dpo_cache.errors import OptionError
 from dpo_cache.options.base import (
+    ABOVE_0,
+    AT_LEAST_0,
     ATTENTIONS,
     DEVICES,
     DTYPES,
@@ -27,12 +30,15 @@ RANKED_PAIRS = ("all", "best")
 ON_ERROR = ("stop", "drop")
 EARLY_ANSWERS = ("stop", "keep")
 STREAM_WEIGHTS = ("auto", "on", "off")
+DEVICE_MAPS = ("off", "auto")
 AUDIT_INTERVAL = 500  # under auto
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecomputeOptions(Options):
     """Options of `dpo-cache precompute`; see `dpo_cache.precompute`."""
+
+    groups: ClassVar[dict[str, str]] = {"num_workers": "Several devices"}
 
     model: str = option(None, "Reference model: a local folder or a Hub id.", required=True)
     dataset: str = option(
@@ -153,6 +159,48 @@ class PrecomputeOptions(Options):
         "kept: auto (the longest, 1 in 500 but at least 8, and a few with rare tokens), 1 in how many, or "
         "off.",
     )
+    num_workers: int | None = option(
+        None,
+        "Processes that score at once, each on a device of its own: on this machine, or in the cluster of "
+        "--ray. Default: this process, or as many as the cluster has room for.",
+        limit=(lambda value: value > 0, "a positive number of workers"),
+    )
+    min_workers: int | None = option(
+        None,
+        "With --ray: workers to start with; more are started while units wait, up to --max-workers.",
+        limit=(lambda value: value > 0, "a positive number of workers"),
+    )
+    max_workers: int | None = option(
+        None,
+        "With --ray: workers at most.",
+        limit=(lambda value: value > 0, "a positive number of workers"),
+    )
+    ray: str | None = option(
+        None,
+        "Score on Ray, which the package's extra `ray` installs: local (a cluster of this machine, for this "
+        "run), auto (the one that runs here) or the address of its head.",
+        metavar="local|auto|ADDRESS",
+    )
+    gpus_per_worker: float | None = option(
+        None,
+        "With --ray: GPUs of each worker. Default: 1 in a cluster that has any.",
+        limit=AT_LEAST_0,
+    )
+    cpus_per_worker: float | None = option(
+        None,
+        "With --ray: cores of each worker. Default: 1, or without GPUs a worker's share of the node.",
+        limit=ABOVE_0,
+    )
+    unit_tokens: str = option(
+        "auto",
+        "Tokens of a unit of work: auto (about 20 s of scoring, at least 8,192; 16 units or more for each of "
+        "several workers) or a number.",
+    )
+    device_map: str = option(
+        "off",
+        "auto: spread the reference's layers over the devices that a process sees, then the CPU, then disk.",
+        choices=DEVICE_MAPS,
+    )
 
     def check(self) -> None:
         audit_interval(self.audit)
@@ -160,6 +208,47 @@ class PrecomputeOptions(Options):
         renamed_columns(self.map)
         check_template_date(self.template_date)
         number_or_auto("budget_tokens", self.budget_tokens)
+        number_or_auto("unit_tokens", self.unit_tokens)
+        self._check_workers()
+
+    @property
+    def uses_workers(self) -> bool:
+        """Whether other processes score."""
+        return self.ray is not None or (self.num_workers or 1) > 1
+
+    def _check_workers(self) -> None:
+        only_ray = ("min_workers", "max_workers", "gpus_per_worker", "cpus_per_worker")
+        given = [name for name in only_ray if getattr(self, name) is not None]
+        self._require(
+            self.ray is not None or not given,
+            f"`{given[0] if given else ''}` is used only with `ray`.\n"
+            "Give `ray`, or leave it out; `num_workers` starts processes on this machine.",
+        )
+        bounds = [name for name in only_ray[:2] if getattr(self, name) is not None]
+        self._require(
+            self.num_workers is None or not bounds,
+            f"`num_workers` and `{bounds[0] if bounds else ''}`: give a fixed number of workers, or bounds.",
+        )
+        least, most = self.min_workers or 1, self.max_workers
+        self._require(
+            most is None or least <= most,
+            f"`min_workers` {least}: expected at most `max_workers`, {most}.",
+        )
+        self._require(
+            not self.gpus_per_worker or self.device in ("auto", "cuda"),
+            f"`device` {self.device} and `gpus_per_worker` {self.gpus_per_worker or 0:g}: workers with a GPU "
+            "compute on it.\nLeave one of them out.",
+        )
+        self._require(
+            self.ray is None or not self.streaming,
+            "`streaming` with `ray`: the units of a run must be known before its workers start.\n"
+            "Leave `streaming` out, or use `num_workers` on one machine.",
+        )
+        self._require(
+            self.device_map == "off" or self.stream_weights != "on",
+            "`device_map` auto and `stream_weights` on: two ways to run a reference that is larger than a "
+            "device.\nGive one of them.",
+        )
 
 
 def audit_interval(value: str) -> int | None:

@@ -98,11 +98,16 @@ def _log_new_id(cache: Cache, reference: Reference, log: Log) -> None:
     )
 
 
-def identify_reference(inputs: Inputs, config: PreTrainedConfig, tokenizer: str, log: Log) -> Reference:
-    """Identify the model by its files or, if it is loaded already, by its tensors. Raises `ModelError`."""
+def identify_reference(
+    inputs: Inputs, config: PreTrainedConfig, tokenizer: str, log: Log, device: torch.device | None = None
+) -> Reference:
+    """Identify the model by its files or, if it is loaded already, by its tensors. Raises `ModelError`.
+
+    `device` is given where other machines score, which may have one that this machine lacks.
+    """
     options, model = inputs.options, inputs.model
     if model is None:
-        device = choose_device(options.device)
+        device = device or choose_device(options.device)
         dtype = choose_dtype(options.dtype, device, getattr(config, "dtype", None))
         identity = reference_identity(
             options.model,

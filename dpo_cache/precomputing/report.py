@@ -11,13 +11,13 @@ from dpo_cache import data
 from dpo_cache.lm.model.unchanged import check_not_rewritten
 from dpo_cache.lm.progress import ScoringProgress, ScoringStep, extrapolate
 from dpo_cache.precomputing.audit import Audit, AuditTotals
+from dpo_cache.precomputing.cutting import Units
 from dpo_cache.precomputing.reference import Target
 from dpo_cache.precomputing.units import OnStep, Scored, Unit
 from dpo_cache.precomputing.windows import Totals
 from dpo_cache.store.upkeep.run_record import RunRecord
 
 if TYPE_CHECKING:
-    from dpo_cache.lm.layerwise.windows import LayerMajor
     from dpo_cache.lm.streaming import Readings
 
 OnProgress = Callable[[ScoringProgress], None]
@@ -47,7 +47,9 @@ class PrecomputeReport:
     elapsed_s: float = 0.0
     scoring_s: float = 0.0  # the part of it spent in the model
     pairs_per_s: float = 0.0
-    peak_bytes: int = 0
+    num_workers: int = 0  # processes that scored at once; 0: this one scored
+    scored_elsewhere: int = 0  # completions that other runs scored since this one was planned
+    peak_bytes: int = 0  # of the largest worker, if there are any
     audited: int = 0  # completions whose scores were compared with the model's own forward
     audited_tokens: int = 0
     audit_largest_gap: float | None = None  # nats a token; None: nothing was audited
@@ -90,9 +92,9 @@ class PrecomputeReport:
         self.weight_readings, self.weight_bytes_read = readings.count, readings.num_bytes
         self.weight_read_s = readings.elapsed_s
 
-    def add_readings(self, layer_major: LayerMajor, bytes_per_s: float) -> None:
-        """Note how often they have been read."""
-        self.weights_from, self.weight_readings, self.weight_bytes_read = layer_major.readings
+    def add_readings(self, readings: tuple[str, int, int], bytes_per_s: float) -> None:
+        """Note how often they have been read: place, count and bytes."""
+        self.weights_from, self.weight_readings, self.weight_bytes_read = readings
         self.weight_read_s = self.weight_bytes_read / bytes_per_s
 
     def add_audit(self, totals: AuditTotals) -> None:
@@ -111,39 +113,44 @@ class Meter:
         report: PrecomputeReport,
         target: Target,
         totals: Totals,
+        units: Units,
         on_progress: OnProgress,
         record: RunRecord,
         audit: Audit | None,
     ):
-        self._report, self._target, self._totals = report, target, totals
+        self._report, self._target, self._totals, self._units = report, target, totals, units
         self._on_progress, self._record, self._audit = on_progress, record, audit
         self._planned_tokens = 0  # of the units up to the present one
+        self._scored_before = 0.0  # seconds of scoring, before the present unit
 
-    def watch(self, unit: Unit, pair_set: str) -> OnStep:
+    def watch(self, unit: Unit) -> OnStep:
         """The callback of `score_unit` for the next unit; the clock of its scoring starts now."""
-        report, totals = self._report, self._totals
+        report = self._report
         started, scored_before, run_before = time.perf_counter(), report.scoring_s, report.model_tokens
         self._planned_tokens += unit.planned_tokens
+        self._scored_before = scored_before
 
         def on_step(step: ScoringStep, num_waiting: int) -> None:
             report.model_tokens += step.num_tokens
             report.scoring_s = scored_before + time.perf_counter() - started
-            total_tokens = extrapolate(
-                run_before + step.total_tokens, self._planned_tokens, totals.missing_tokens
-            )
-            num_scored = report.scored_now + num_waiting
             self._on_progress(
-                ScoringProgress(
-                    pair_set,
-                    report.model_tokens,
-                    total_tokens,
-                    totals.missing_pairs,
-                    num_scored,
-                    report.scoring_s,
+                describe_progress(
+                    report,
+                    self._totals,
+                    self._units,
+                    unit.pair_set,
+                    planned_tokens=self._planned_tokens,
+                    run_tokens=run_before + step.total_tokens,
+                    num_waiting=num_waiting,
                 )
             )
 
         return on_step
+
+    def note_end(self, unit: Unit) -> None:
+        """Record how long the unit took: the next ones are cut by that."""
+        if self._units.size:
+            self._units.size.note(unit.planned_tokens, self._report.scoring_s - self._scored_before)
 
     def publish(self, scored: Sequence[Scored]) -> None:
         """Audit scores and store them durably, after the entry of their reference. Raises `ModelError`."""
@@ -154,3 +161,30 @@ class Meter:
         cache.publish_reference(reference.identity, reference.provenance)
         self._report.bytes_written += self._target.scores.publish(scored, self._record.add_shard)
         self._report.scored_now += len(scored)
+
+
+def describe_progress(
+    report: PrecomputeReport,
+    totals: Totals,
+    units: Units,
+    pair_set: str,
+    *,
+    planned_tokens: int,
+    run_tokens: int,
+    num_waiting: int = 0,
+    num_workers: int = 0,
+) -> ScoringProgress:
+    """How far the run is, if what is left takes as many tokens as the units so far: `run_tokens`, where
+    `planned_tokens` were planned. What others have scored counts neither as done nor as left.
+    """
+    left = max(0, totals.missing_tokens - units.tokens_elsewhere - planned_tokens)
+    share = 1 - units.tokens_elsewhere / max(1, totals.missing_tokens)
+    return ScoringProgress(
+        pair_set,
+        report.model_tokens,
+        extrapolate(run_tokens, planned_tokens, planned_tokens + left),
+        round(totals.missing_pairs * share),
+        report.scored_now + num_waiting,
+        report.scoring_s,
+        num_workers,
+    )

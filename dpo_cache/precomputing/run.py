@@ -9,22 +9,21 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import cache as call_once
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from dpo_cache import data
-from dpo_cache.lm.device import peak_bytes
+from dpo_cache.errors import OptionError
+from dpo_cache.lm.device import choose_device, peak_bytes
 from dpo_cache.lm.model.unchanged import one_checkpoint
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.options.base import with_new_names
 from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.planning.disk import check_disk
-from dpo_cache.precomputing.audit import open_audit
+from dpo_cache.precomputing.here import score_here
 from dpo_cache.precomputing.inputs import (
     Inputs,
     read_config,
@@ -33,26 +32,19 @@ from dpo_cache.precomputing.inputs import (
     take_inputs,
     tokenize_split,
 )
-from dpo_cache.precomputing.pair_sets import (
-    absolute,
-    check_names,
-    describe_split,
-    describe_tokenization,
-    publish_pair_set,
-)
+from dpo_cache.precomputing.pair_sets import absolute, check_names, describe_tokenization
+from dpo_cache.precomputing.planned import PlannedRun
 from dpo_cache.precomputing.reference import (
-    Reference,
     Target,
     choose_reference_streaming,
     identify_reference,
-    open_reference,
     open_target,
     plan_readings,
 )
-from dpo_cache.precomputing.report import Meter, OnProgress, PrecomputeReport
-from dpo_cache.precomputing.template_days import choose_template_dates, forget_day, record_day
-from dpo_cache.precomputing.units import cut_units, score_unit
+from dpo_cache.precomputing.report import OnProgress, PrecomputeReport
+from dpo_cache.precomputing.template_days import choose_template_dates, record_day
 from dpo_cache.precomputing.windows import Entry, Planner, SplitPlan, Window
+from dpo_cache.precomputing.workers.driver import check_for_workers, score_by_workers, workers_device
 from dpo_cache.progress import bars_hidden, show_scoring, shows_progress
 from dpo_cache.store import open_cache
 from dpo_cache.store.cache import check_name
@@ -62,9 +54,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import polars as pl
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from dpo_cache.lm.runner import Runner
-    from dpo_cache.lm.streaming import Readings, Streaming
 
 OnSurvey = Callable[[data.Survey], None]
 
@@ -105,6 +94,10 @@ def precompute(
     checkpoint; otherwise it is a reference of its own, and a remark reports it. It is scored in eval mode,
     and has its former mode afterwards.
 
+    With `num_workers`, other processes score, each on a device of its own; with `ray`, on a Ray cluster. Two
+    runs over the same data at the same time share the work: each draws its units in random order, and leaves
+    out what others have published.
+
     With `dry_run` the data is surveyed and nothing else happens: no model is loaded, nothing is written.
 
     `progress=True` shows on stderr what the command line shows. `on_survey` gets the survey of each split
@@ -137,10 +130,12 @@ def _run(
     name = check_name(options.name or data.dataset_name(options.dataset))
     truncation = data.Truncation(options.max_length, options.truncation, options.max_prompt_length)
     cache = open_cache(options.cache, create=True)
+    if options.uses_workers:
+        check_for_workers(inputs, str(cache))
     config = read_config(inputs)
     splits = read_splits(inputs, name, log)
     tokenizer, tokenizer_location = read_tokenizer(inputs)
-    reference = identify_reference(inputs, config, tokenizer_location, log)
+    reference = identify_reference(inputs, config, tokenizer_location, log, workers_device(options))
     if not options.dry_run:
         for remark in end_killed_runs(cache, reference.id):
             log(remark)
@@ -175,18 +170,12 @@ def _run(
         if options.early_answers == "stop":
             survey.check_boundary()
 
-    def extent() -> tuple[int, int]:
-        """The longest row, and the tokens to score as far as they are planned."""
-        longest = options.max_length if streams else max(split.survey.longest for split in splits)
-        return longest, planner.totals.missing_tokens
-
-    def check_writable() -> None:
-        """Raise `StorageError` where the scores or the pair sets could not be published."""
-        folder = f"references/{reference.id}"
-        pair_sets = [f"pairs/{name}/{split.name}/manifest.json" for split in splits]
-        cache.check_writable([f"{folder}/run", f"{folder}/scores/shard", *pair_sets])
-
     streams = options.streaming or any(isinstance(split.rows, IterableDataset) for split in splits)
+    if streams and options.ray is not None:
+        raise OptionError(
+            "`ray` with a stream of rows: the units of a run must be known before its workers start.\n"
+            "Give the rows as a Dataset or a file, or use `num_workers` on one machine."
+        )
     is_planned = options.dry_run or not streams
     if is_planned:  # all rows are tokenized, checked and planned before the first score
         for split in splits:
@@ -194,7 +183,7 @@ def _run(
         check_disk(cache, report.data_tokens)
     check_names(inputs, splits, name, target, are_planned=is_planned)
     streaming = readings = None
-    if streams or planner.totals.missing_tokens:
+    if (streams or planner.totals.missing_tokens) and options.ray is None:
         streaming = choose_reference_streaming(inputs, reference)
     if streaming:
         readings = plan_readings(inputs, reference, streaming, planner.totals)
@@ -205,68 +194,33 @@ def _run(
         cache.check_writable()
         for split in splits:
             record_day(cache, split.survey.pair_set, split.template_date)
-        tokenization = describe_tokenization(inputs, tokenizer, tokenizer_location)
-        longest = _longest(splits)
-        with (
-            RunRecord(cache, reference.id) as record,
-            _opened_if_needed(
-                inputs, reference, report, log, extent, check_writable, streaming, readings
-            ) as open_runner,
-        ):
-            audit = open_audit(options.audit, record, log)
-            meter = Meter(report, target, planner.totals, on_progress, record, audit)
-            for split in splits:
-                for unit in cut_units(plan(split) if streams else split.windows, truncation):
-                    runner = open_runner()
-                    if audit:
-                        audit.begin(unit, runner, longest)
-                    score_unit(unit, runner, meter.publish, meter.watch(unit, split.survey.pair_set))
-                totals = audit.totals if audit else None
-                details = describe_split(inputs, split, name, reference, tokenization, totals)
-                report.bytes_written += publish_pair_set(
-                    split, target, truncation, details, record, log, overwrite=options.overwrite
-                )
-                forget_day(cache, split.survey.pair_set, split.template_date)
-            if audit:
-                report.add_audit(audit.totals)
+        run = PlannedRun(
+            inputs,
+            name,
+            splits,
+            truncation,
+            describe_tokenization(inputs, tokenizer, tokenizer_location),
+            target,
+            planner.totals,
+            report,
+            _longest(splits),
+            streaming,
+            readings,
+            plan if streams else None,
+            on_progress,
+            log,
+        )
+        with RunRecord(cache, reference.id) as record:
+            audited = (score_by_workers if options.uses_workers else score_here)(run, record)
+        if audited:
+            report.add_audit(audited)
+        report.scored_elsewhere = run.units.completions_elsewhere
         report.start_from = _start_from(target)
     report.distinct_completions = planner.totals.distinct_completions
     report.already_cached = planner.totals.already_cached
     report.missing_tokens = planner.totals.missing_tokens
-    report.peak_bytes = peak_bytes(reference.device)
+    report.peak_bytes = report.peak_bytes or peak_bytes(choose_device() if options.ray else reference.device)
     return report
-
-
-@contextmanager
-def _opened_if_needed(
-    inputs: Inputs,
-    reference: Reference,
-    report: PrecomputeReport,
-    log: Log,
-    extent: Callable[[], tuple[int, int]],
-    check_writable: Callable[[], None],
-    streaming: Streaming | None,
-    readings: Readings | None,
-) -> Iterator[Callable[[], Runner]]:
-    """Yield a function that loads the model when it is first called, if what it scores can be published."""
-    with ExitStack() as stack:
-
-        @call_once
-        def open_runner() -> Runner:
-            check_writable()
-            longest, run_tokens = extent()
-            opened = open_reference(
-                inputs, reference, log, longest=longest, run_tokens=run_tokens, streaming=streaming
-            )
-            runner = stack.enter_context(opened)
-            report.attention = runner.attention.name
-            if runner.layer_major is not None and readings is not None:
-                stack.callback(report.add_readings, runner.layer_major, readings.bytes_per_s)
-            report.loaded_bytes = peak_bytes(reference.device)
-            stack.callback(lambda: setattr(report, "budget_tokens", runner.budget.tokens))
-            return runner
-
-        yield open_runner
 
 
 def _longest(splits: Sequence[SplitPlan]) -> list[Entry]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpo_cache import data
+from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.lm.progress import ScoringStep
 from dpo_cache.precomputing.windows import Window
 from dpo_cache.store.format.keys import key_bytes
@@ -34,12 +35,13 @@ class Unit:
     completions: list[Completion]
     rows: list[list[int]]  # the first rows of the data set with the completion
     planned_tokens: int  # of the forest
+    pair_set: str = ""  # that has the rows
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
-def cut_units(windows: Iterable[Window], truncation: data.Truncation) -> Iterator[Unit]:
+def cut_units(windows: Iterable[Window], truncation: data.Truncation, pair_set: str = "") -> Iterator[Unit]:
     """Yield a unit for each window that lacks scores."""
     for window in windows:
         if not len(window.missing_keys):
@@ -59,7 +61,20 @@ def cut_units(windows: Iterable[Window], truncation: data.Truncation) -> Iterato
             list(completions.values()),
             [rows[key] for key in completions],
             window.missing_tokens,
+            pair_set,
         )
+
+
+def take(unit: Unit, places: Sequence[int]) -> Unit:
+    """A unit with the completions at these places, in this order."""
+    completions = [unit.completions[place] for place in places]
+    return Unit(
+        [unit.keys[place] for place in places],
+        completions,
+        [unit.rows[place] for place in places],
+        count_forest_tokens(completions),
+        unit.pair_set,
+    )
 
 
 def score_unit(

@@ -171,7 +171,7 @@ def test_a_killed_run_keeps_the_windows_that_had_ended(
         # the two of the self-check, and two of the data
         patch.setattr(windows._Window, "finish", interrupt_after(4))
         patch.setattr(units, "score_unit", _score_without_flush)
-        patch.setattr("dpo_cache.precomputing.run.score_unit", _score_without_flush)
+        patch.setattr("dpo_cache.precomputing.here.score_unit", _score_without_flush)
         with pytest.raises(KeyboardInterrupt):
             dpo_cache.precompute(folder, data_file, cache, **options)
     report = dpo_cache.precompute(folder, data_file, cache, **options)
@@ -205,7 +205,7 @@ def test_scores_are_published_at_the_end_of_each_window(
 
         real(unit, runner, count, on_step)
 
-    monkeypatch.setattr("dpo_cache.precomputing.run.score_unit", counted)
+    monkeypatch.setattr("dpo_cache.precomputing.here.score_unit", counted)
     report = dpo_cache.precompute(
         folder, data_file, tmp_path / "cache", stream_weights="on", budget_tokens="64", audit="off"
     )

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 import dpo_cache
 from dpo_cache.errors import OptionError
-from dpo_cache.precomputing import run, template_days
+from dpo_cache.precomputing import planned, template_days
 from dpo_cache.precomputing.template_days import RECORD
 from tests.conftest import chat_rows
 from tests.precomputing.test_run import refuse_models
@@ -79,7 +79,7 @@ def test_an_interrupted_first_run_resumes_on_another_day_with_its_scores(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "publish_pair_set", interrupt)
+        patch.setattr(planned, "publish_pair_set", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score(FIRST)
     refuse_models(monkeypatch)

@@ -104,10 +104,15 @@ def provenance(
         "model": os.path.abspath(location) if os.path.isdir(location) else location,
         "revision": commit_of(location, revision),
         "tokenizer": os.path.abspath(tokenizer) if os.path.isdir(tokenizer) else tokenizer,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if _is_here(device) else device.type,
         "attention": attention,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _is_here(device: torch.device) -> bool:
+    """Whether it is a CUDA device of this machine; other machines may score."""
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
 def _base_digest(parts: CheckpointLocation, config: PreTrainedConfig, trust_remote_code: bool) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.precomputing.audit import AuditTotals
 from dpo_cache.precomputing.units import Unit
@@ -58,8 +60,8 @@ class Receipt:
 
     number: int
     worker: str
-    keys: tuple[bytes, ...] = ()  # of the completions that were published
-    shards: tuple[str, ...] = ()  # names in the reference's folder: sha256 of each file
+    # published score shards: the name, which is the sha256 of the file's bytes, -> the keys of its rows, S16
+    shards: dict[str, np.ndarray] = field(default_factory=dict)
     num_tokens: int = 0  # run through the model
     elapsed_s: float = 0.0  # of scoring, without loading
     load_s: float = 0.0  # of loading the model, for the first unit of a worker
@@ -72,7 +74,13 @@ class Receipt:
     readings: tuple[str, int, int] | None = None  # place, count, bytes so far, where weights are streamed
     remarks: tuple[str, ...] = ()
     num_workers: int = 0  # at work when the receipt came
-    failure: Failure | None = field(default=None)
+    log_file: str = ""  # of the worker
+    failure: Failure | None = None
+
+    @property
+    def num_completions(self) -> int:
+        """Completions that were published."""
+        return sum(map(len, self.shards.values()))
 
 
 def rows_of(unit: Unit) -> tuple[int, ...]:

@@ -22,7 +22,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from dpo_cache.errors import CacheError, DpoCacheError, ModelError, first_line
+import numpy as np
+
+from dpo_cache.errors import CacheError, DpoCacheError, ModelError, first_line, shown_rows
 from dpo_cache.files.node_lock import node_lock
 from dpo_cache.lm.device import peak_bytes
 from dpo_cache.lm.model.unchanged import check_not_rewritten, one_checkpoint
@@ -41,6 +43,7 @@ from dpo_cache.precomputing.workers.job import Failure, Job, Receipt, rows_of
 from dpo_cache.progress import remark
 from dpo_cache.store import Cache, open_cache
 from dpo_cache.store.format.differing_fields import differing_fields
+from dpo_cache.store.format.keys import key_array
 from dpo_cache.store.score_writer import publish_scores
 from dpo_cache.store.upkeep.run_record import RunRecord
 
@@ -85,8 +88,7 @@ class Worker:
         return replace(
             self._describe(),
             number=number,
-            keys=tuple(published.keys),
-            shards=tuple(published.shards),
+            shards=published.shards,
             num_tokens=published.num_tokens,
             elapsed_s=published.elapsed_s,
             bytes_written=published.num_bytes,
@@ -143,8 +145,7 @@ class Worker:
 class _Published:
     """What a worker published of a unit, and what ended it early."""
 
-    keys: list[bytes] = field(default_factory=list)
-    shards: list[str] = field(default_factory=list)
+    shards: dict[str, np.ndarray] = field(default_factory=dict)  # see `Receipt`
     num_tokens: int = 0
     num_bytes: int = 0
     elapsed_s: float = 0.0
@@ -174,8 +175,7 @@ class _Loaded:
             self.cache.publish_reference(job.identity, provenance)
             place = f"references/{job.reference_id}/scores"
             name, num_bytes = publish_scores(self.cache.folder, place, scored, self.record.add_shard)
-            done.keys += [key for key, _ in scored]
-            done.shards.append(name)
+            done.shards[name] = key_array([key for key, _ in scored])
             done.num_bytes += num_bytes
 
         def on_step(step: ScoringStep, _: int) -> None:
@@ -199,7 +199,8 @@ def describe_failure(error: Exception, unit: Unit) -> Failure:
         return Failure("ModelError", error.problem, rows, withdraws=True, advice=error.advice)
     if isinstance(error, DpoCacheError):
         return Failure(type(error).__name__, str(error), rows)
-    return Failure("DpoCacheError", f"{type(error).__name__}: {first_line(error)}", rows)
+    where = f"row{'s' if len(rows) > 1 else ''} {shown_rows(rows)} of {unit.pair_set}"
+    return Failure("DpoCacheError", f"{where}: {type(error).__name__}: {first_line(error)}", rows)
 
 
 def _check_shared(cache: Cache, job: Job) -> None:

@@ -1,0 +1,29 @@
+"""Which completions are scored by now, by this run or by others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dpo_cache.store import ScoreIndex
+
+SHARE = 0.05  # of the time, at most, is spent on listing new shards
+
+
+class FreshKeys:
+    """Looks keys up in an index that is brought up to date before, unless that was done a moment ago."""
+
+    def __init__(self, scores: ScoreIndex, clock: Callable[[], float] = time.perf_counter):
+        self._scores, self._clock = scores, clock
+        self._ended = self._took = 0.0  # of the last refresh
+
+    def contains(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Which of the keys are scored: bool `[len(keys)]`."""
+        started = self._clock()
+        if started - self._ended >= self._took / SHARE:
+            self._scores.refresh()
+            self._ended = self._clock()
+            self._took = self._ended - started
+        return self._scores.contains(keys)
