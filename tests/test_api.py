@@ -30,6 +30,7 @@ from dpo_cache.options.train import TrainOptions
 from dpo_cache.options.upkeep import CompactOptions, MergeOptions, PullOptions, PushOptions, VerifyOptions
 from tests import programs
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
+from tests.sweeping.conftest import started  # noqa: F401  runs of a sweep in this process
 from tests.write_stub import STUB, stub
 
 ROOT = Path(dpo_cache.__file__).parents[1]
@@ -235,29 +236,24 @@ assert any("largest gap" in remark for remark in judged.remarks), judged.remarks
 """
 
 
-def _run_script(tmp_path: Path, model: str, data: str, *, before: str = "", progress: str = "") -> str:
-    """What it writes to stderr. In a fresh interpreter: tqdm reads its variable when it is imported."""
-    script = SCRIPT.format(model=model, data=data, before=before, progress=progress)
-    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    return done.stderr
-
-
 def test_a_plain_script_writes_nothing_and_reports_have_the_remarks(
     tmp_path: Path, model_folder: str, data_file: str
 ) -> None:
-    assert _run_script(tmp_path, model_folder, data_file) == ""
+    script = SCRIPT.format(model=model_folder, data=data_file, before="", progress="")
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run(  # in a fresh interpreter: tqdm reads its variable when it is imported
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_progress_shows_what_the_command_line_shows(
     tmp_path: Path, model_folder: str, data_file: str
 ) -> None:
     before = "import dpo_cache.progress; dpo_cache.progress.QUIET_SECONDS = 0"
-    shown = _run_script(tmp_path, model_folder, data_file, before=before, progress=", progress=True")
+    script = SCRIPT.format(model=model_folder, data=data_file, before=before, progress=", progress=True")
+    done = programs.run(script=script, cwd=tmp_path)
+    assert (done.code, done.out) == (0, ""), done.err
     for pattern in (
         r"^scoring +\d+%  [\d,]+ tokens/s  ",
         r"^training +100%  step 1/1  loss ",
@@ -265,7 +261,7 @@ def test_progress_shows_what_the_command_line_shows(
         r"^step zero: largest gap ",
         r"^evaluating +\d+%  ",
     ):
-        assert re.search(pattern, shown, re.M), (pattern, shown)
+        assert re.search(pattern, done.err, re.M), (pattern, done.err)
 
 
 def test_remarks_reach_configured_logging_and_the_log_function(
@@ -439,7 +435,7 @@ def test_compact_gives_an_entry_for_each_reference(cache: str, tmp_path: Path) -
 
 
 def test_the_examples_of_the_docs_run(
-    model_folder: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, seed in (("pairs", 0), ("heldout", 9)):

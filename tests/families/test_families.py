@@ -8,16 +8,29 @@ import pytest
 import transformers as hf
 
 from tests.families.check import check_family
-from tests.rotation import NUM_PARTS, VARIABLE, is_in_part
 from tests.families.table import DOCS, count_runs, entry_of, page, read_expected, release
 from tests.families.tiny import CASES, FAMILIES
+from tests.rotation import NUM_PARTS, VARIABLE, is_in_part
 
-# of images and text, run each time
-ALWAYS = ("gemma3", "gemma3n", "gemma4", "llama4", "mistral3", "mllama", "qwen2_5_vl", "qwen3_5", "qwen3_vl")
-PARAMETERS = [
-    pytest.param(family, marks=() if family in ALWAYS or is_in_part(family, CASES) else pytest.mark.slow)
-    for family in CASES
-]
+# of images and text, one of them more
+WITH_IMAGES = (
+    "gemma3",
+    "gemma3n",
+    "gemma4",
+    "llama4",
+    "mistral3",
+    "mllama",
+    "qwen2_5_vl",
+    "qwen3_5",
+    "qwen3_vl",
+)
+
+
+def is_due(family: str) -> bool:
+    return is_in_part(family, CASES) or (family in WITH_IMAGES and is_in_part(family, WITH_IMAGES))
+
+
+PARAMETERS = [pytest.param(family, marks=() if is_due(family) else pytest.mark.slow) for family in CASES]
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about their own code

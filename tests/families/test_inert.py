@@ -5,8 +5,8 @@ import torch
 import transformers as hf
 
 from dpo_cache.lm.model.config_fields import computing_fields, inert_fields
-from tests.rotation import is_in_part
 from tests.families.tiny import FAMILIES, make_tiny
+from tests.rotation import is_in_part
 
 # Other values of fields that do not count in most families
 OTHER = {

@@ -41,6 +41,7 @@ def assert_as_exact_as_plain(
             assert (error <= (naive - exact).abs() + 3e-5).all(), f"budget {budget}: {float(error.max())}"
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_gives_the_log_probs_of_its_own_forward(family: str) -> None:
     model, completions = make_model(family), make_completions()

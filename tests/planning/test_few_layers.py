@@ -16,6 +16,7 @@ def activations(config: PreTrainedConfig, mode: str) -> int:
         return activation_bytes(policy_of(build_fake(config, torch.float32), mode), pass_loss(pairs(1)))
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("mode", ["cheap", "full"])
 def test_a_few_alike_layers_give_the_count_of_all(mode: str) -> None:
     config = make_llama(num_hidden_layers=6).config

@@ -49,6 +49,7 @@ def allocated(model: Any, run: Callable[[Any], torch.Tensor]) -> int:
     return allocated_peak(lambda: run(model).backward())
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("num_pairs", "prompt"), [(1, 300), (4, 60)])
 def test_counted_from_a_config_is_what_is_allocated(mode: str, num_pairs: int, prompt: int) -> None:
@@ -64,6 +65,7 @@ def test_counted_from_a_config_is_what_is_allocated(mode: str, num_pairs: int, p
     assert counted.total == 16 * size + steps + counted.activations
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_adapters_are_counted_as_they_are_allocated(mode: str) -> None:
     pytest.importorskip("peft")
@@ -91,6 +93,7 @@ def test_adapters_are_counted_as_they_are_allocated(mode: str) -> None:
     assert counted.weights == pytest.approx(4 * rest + linear * (0.5 + 1 / 64 + 1 / 4096), abs=2)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_loaded_model_is_counted_without_a_change(mode: str) -> None:
     model, completions = make_llama(**SIZES), pairs(2)
@@ -112,6 +115,7 @@ def test_a_loaded_model_is_counted_without_a_change(mode: str) -> None:
     assert counted > sum(4 * parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_loaded_model_with_adapters_is_counted(mode: str) -> None:
     pytest.importorskip("peft")
@@ -144,6 +148,7 @@ def test_a_config_is_enough() -> None:
     assert half.activations < found["none"].activations
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("whole_logits", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("answer", [40, 33])

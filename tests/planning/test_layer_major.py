@@ -71,6 +71,7 @@ def highest(peaks: PhasePeaks) -> int:
     return max(peaks.forward, peaks.top, peaks.backward, peaks.bottom)
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("lora_r", [None, 4])
 @pytest.mark.parametrize("num_forests", [1, 2, 4])
 def test_the_peak_is_the_allocators(num_forests: int, lora_r: int | None) -> None:

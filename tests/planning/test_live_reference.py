@@ -12,6 +12,7 @@ from tests.conftest import make_llama
 from tests.planning.test_footprint import SIZES, pairs
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("answer", [40, 20])
 def test_all_layers_with_a_second_model(answer: int) -> None:
     config = make_llama(**{**SIZES, "num_hidden_layers": 5}).config

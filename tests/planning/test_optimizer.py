@@ -73,6 +73,7 @@ def test_states_by_hand() -> None:
             count([matrix], "sgd")
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("rounding", ROUNDED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -91,6 +92,7 @@ def test_paged_state_takes_as_much() -> None:
             assert optimizer_bytes(sizes, f"{name}-paged", "compensated") == expected
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("rounding", ROUNDED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw-8bit"])

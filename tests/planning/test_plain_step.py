@@ -18,6 +18,7 @@ def trained(lora_r: int | None = None) -> int:
     return measure_model(make_llama(**WIDE).config, Method("fp32", lora_r=lora_r)).trained
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("mode", ["cheap", "full"])
 @pytest.mark.parametrize("lengths", [[60], [60, 60], [300, 60, 30]])
 def test_the_first_forest_makes_the_gradients_and_the_second_adds_to_them(

@@ -24,6 +24,7 @@ def counts(layers: int) -> ScoringCounts:
     )
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("tokens", [1024, 2000])
 def test_counted_from_small_chunks_is_what_is_allocated(tokens: int) -> None:
     model, completions = make_llama(**{**WIDE, "num_hidden_layers": 4}), pairs(12, 300, 100)

@@ -95,6 +95,7 @@ def test_a_merged_adapter_is_a_plain_model(cache: str, tmp_path: Path, model_fol
     )
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_resumed_adapter_ends_as_one_that_never_stopped(
     cache: str, tmp_path: Path, stop_after: int

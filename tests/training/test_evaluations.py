@@ -103,6 +103,7 @@ def test_patience_ends_a_run_with_the_best_model(cache: str, tmp_path: Path) -> 
     assert not (tmp_path / "run/best").exists() and report.best_model is None
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("cut", [1, 3, 4])
 def test_patience_and_the_best_survive_a_crash(cache: str, tmp_path: Path, cut: int) -> None:
     options = {"patience": 2, "save_every": 1, **LEARNING}

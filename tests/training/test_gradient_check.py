@@ -43,6 +43,7 @@ def open_check(model: torch.nn.Module, **options: object) -> GradientCheck:
     return GradientCheck(policy, Recomputation(model))  # type: ignore[arg-type]
 
 
+@pytest.mark.rotating(4)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
 @pytest.mark.parametrize("with_lora", [False, True])
@@ -177,6 +178,7 @@ def test_forests_have_at_most_as_many_tokens_as_are_exact() -> None:
     assert (memory.micro_tokens, memory.pair_tokens) == (100, 100)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("family", ["gemma3n_text", "gpt_oss", "qwen3_moe", "falcon"])
 def test_each_mode_of_these_families_is_right(family: str) -> None:
     model = make_tiny(family)

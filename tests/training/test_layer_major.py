@@ -57,6 +57,7 @@ def plain(cache: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     return run
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("is_apart", [False, True], ids=["one memory", "two memories"])
 @pytest.mark.parametrize("places", PLACES, ids=str)
@@ -121,6 +122,7 @@ def test_mixed_precision_multiplies_rounded_copies_of_weights_on_the_host(
     assert_same_runs(tmp_path / "layers", plain(**options))
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(
     "loss",
     [{"loss": ("ipo",)}, {"loss": ("aot",)}, {"wpo": "clipped"}, {"loss": ("sigmoid:0.5", "sft:0.5")}],

@@ -88,6 +88,7 @@ def test_blocks_of_other_trees_are_left_out_and_blocks_of_the_prompt_are_whole()
     assert is_whole.tolist() == (is_seen & ~np.eye(6, dtype=bool)).tolist()
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "llama4", "phi", "gpt_oss", "deepseek_v3"])
 def test_the_flex_plan_gives_the_log_probs_of_the_segments(family: str) -> None:
     model, given_completions = make_model(family), make_completions()
@@ -101,6 +102,7 @@ def test_the_flex_plan_gives_the_log_probs_of_the_segments(family: str) -> None:
             assert np.abs(one - other).max() < 3e-5
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "llama4", "gpt_oss"])
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_the_flex_plan_gives_the_gradient_of_the_segments(family: str, mode: str) -> None:

@@ -83,6 +83,7 @@ def test_values_and_gradients_are_those_of_the_segments(rule: Rules) -> None:
     assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(*found, strict=True))
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "llama4", "phi", "deepseek_v3"])
 def test_families_are_scored_and_trained_as_by_segments(family: str) -> None:
     given_completions, found = make_completions(num_prompts=3), []

@@ -34,6 +34,7 @@ def test_onednn_gives_the_same_layer(shape: tuple[int, ...], has_bias: bool) -> 
         assert torch.allclose(fast_linear(inputs, weight, bias, ONEDNN).double(), exact, atol=2e-5)
 
 
+@pytest.mark.rotating(3)
 @needs_onednn
 @pytest.mark.parametrize("shape", [(1, 3, 32), (7, 32), (1, 300, 32)])
 @pytest.mark.parametrize("has_bias", [True, False])

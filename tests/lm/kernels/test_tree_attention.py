@@ -50,6 +50,7 @@ def plain(tensors: list[torch.Tensor], rules: Rules) -> list[torch.Tensor]:
     return [output.detach(), *torch.autograd.grad(output, leaves, outward)]
 
 
+@pytest.mark.rotating(2)
 @needs_kernels
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize("is_transposed", [True, False])

@@ -99,6 +99,7 @@ class FakeTransfer:
         return arriving
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.filterwarnings("ignore")  # of transformers
 @pytest.mark.parametrize("place", ["device", "host"])
 @pytest.mark.parametrize("family", [*FAMILIES, "falcon"])

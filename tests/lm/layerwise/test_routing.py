@@ -14,6 +14,7 @@ from tests.lm.layerwise.test_passes import largest_gap, take_gradients
 FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "jetmoe", "qwen3_5_moe")
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.filterwarnings("ignore")  # of transformers
 @pytest.mark.parametrize("family", FAMILIES)
 def test_routing_equals_the_plain_run(family: str) -> None:

@@ -62,6 +62,7 @@ def assert_equal(
     assert not steps[-1].is_followed and not any(step.num_tokens for step in steps if step.is_followed)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.filterwarnings("ignore")  # of transformers
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_are_those_of_the_resident_path(family: str) -> None:
@@ -73,6 +74,7 @@ def test_scores_are_those_of_the_resident_path(family: str) -> None:
         assert_equal(model, completions, attention, tokens, run)
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("window", [1, 40, None])
 @pytest.mark.parametrize("kernel", ["segments", "varlen", "flex"])
 def test_every_kernel_continues_its_path_in_the_next_window(kernel: str, window: int | None) -> None:

@@ -85,6 +85,7 @@ def tight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TOLERANCES, "fp32", (2e-6, 1e-8))
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_right_run_has_no_problem(policies, tight: None, kind: str) -> None:
     policy = policies(kind)
@@ -202,6 +203,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(("fault", "kind", "reason"), FAULTS)
 def test_a_fault_is_seen(policies, monkeypatch: pytest.MonkeyPatch, fault, kind: str, reason: str) -> None:
     policy = policies(kind)

@@ -35,6 +35,7 @@ def own_logp(model: torch.nn.Module, completion: Completion) -> torch.Tensor:
     return logps[len(completion.prompt_ids) - 1 :].double().sum()
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(
     "family",
     ["mistral", "gemma2", "qwen3_moe", "deepseek_v3", "llama4", "gpt2", "granite", "bloom", "qwen3_next"],
@@ -58,6 +59,7 @@ def test_every_mode_gives_the_gradients_of_the_models_own_forward(
     assert none.keys() == own.keys()
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(("num_layers", "num_trims"), [(2, 2), (17, 8)])
 @pytest.mark.parametrize("mode", MODES)
 def test_free_memory_is_returned_eight_times_in_a_forward_pass_with_gradients(

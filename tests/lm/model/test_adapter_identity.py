@@ -36,6 +36,7 @@ def test_an_identity_names_what_is_applied(adapter: Path) -> None:
     assert len(entry["weights"]) == len(entry["applied"]) == 64
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(
     "fields",
     [

@@ -254,6 +254,7 @@ KEPT: dict[str, Change] = {
 }
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("change", KEPT)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "gpt2"])
 def test_what_keeps_the_id_keeps_the_log_probs(

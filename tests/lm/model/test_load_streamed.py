@@ -45,6 +45,7 @@ def resident(folder: str, dtype: torch.dtype = torch.float32, **options: object)
     return load_model(folder, dtype=dtype, device=CPU, **options)
 
 
+@pytest.mark.rotating(3)
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("place", ["host", "disk"])

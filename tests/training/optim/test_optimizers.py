@@ -13,8 +13,8 @@ from transformers import Trainer
 from dpo_cache.errors import OptionError, TrainingError
 from dpo_cache.training.optim.optimizers import decayed_names, make_optimizer
 from dpo_cache.training.optim.updates import Updater
-from tests.rotation import is_in_part
 from tests.families.tiny import FAMILIES, _build, make_config
+from tests.rotation import is_in_part
 
 OPTIMIZERS = [
     "adamw",
