@@ -17,6 +17,9 @@ from dpo_cache.errors import ModelError, OptionError
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 STREAMED = "_dpo_cache_streamed"  # marks the class of a model whose weights come when they are used
+SPREAD = (
+    "_dpo_cache_spread"  # of a model of `load_dispatched`, which runs on "one device" or "several devices"
+)
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -30,9 +33,9 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def check_one_device(model: torch.nn.Module) -> None:
     """Raise `ModelError` for a model whose weights are on several devices or not in memory, as `device_map`
-    places them; not for one of `load_streamed`, whose weights are on the device when they are used.
+    places them; not for one of `load_streamed` or `load_dispatched`, whose weights are where they are used.
     """
-    if getattr(type(model), STREAMED, False):
+    if getattr(type(model), STREAMED, False) or getattr(type(model), SPREAD, False):
         return
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) < 2 and devices != ["meta"]:
@@ -56,7 +59,8 @@ def choose_dtype(name: str, device: torch.device, checkpoint_dtype: torch.dtype 
         return getattr(torch, name)
     if device.type == "cpu" or checkpoint_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return torch.float32
-    if checkpoint_dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    is_here = device.type == "cuda" and torch.cuda.is_available()
+    if checkpoint_dtype == torch.bfloat16 and is_here and not torch.cuda.is_bf16_supported():
         return torch.float32
     return checkpoint_dtype
 
@@ -158,7 +162,8 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 def peak_bytes(device: torch.device) -> int:
     """Peak memory so far: of the CUDA allocator, else resident in this process."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
+    is_cuda = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.max_memory_allocated(device) if is_cuda else peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:

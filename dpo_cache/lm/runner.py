@@ -9,6 +9,7 @@ load -> check the attention -> choose the chunk size -> score -> refuse log-prob
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -136,12 +137,14 @@ def open_runner(
     run_tokens: int | None = None,
     ways: Sequence[str] = (STREAM,),
     streaming: Streaming | None = None,
+    device_map: str = "off",
     log: Log = log_remark,
 ) -> Iterator[Runner]:
     """Load the model at a local folder or Hub id and make it ready to score sequences up to `max_length`.
 
     See `load_model` for what is loaded and `run_loaded` for the rest. With `streaming`, the weights are read
-    for each window of chunks. Raises `ModelError`.
+    for each window of chunks; with `device_map` auto, the model is spread, see `load_dispatched`. Raises
+    `ModelError`.
     """
     loading: dict[str, Any] = {
         "dtype": dtype,
@@ -161,11 +164,28 @@ def open_runner(
     }
     with ExitStack() as stack:
         runner = None
-        if streaming is not None:
+        if device_map == "auto":
+            runner = _open_dispatched(stack, location, loading, running)
+        elif streaming is not None:
             runner = _open_streamed(stack, location, streaming, loading, running)
         if runner is None:
             runner = stack.enter_context(run_loaded(load_model(location, **loading), **running))
         yield runner
+
+
+def _open_dispatched(
+    stack: ExitStack, location: str, loading: dict[str, Any], running: dict[str, Any]
+) -> Runner:
+    """The runner of a model that is spread, until `stack` is closed."""
+    from dpo_cache.lm.model.load_dispatched import (
+        describe_places,
+        load_dispatched,
+    )  # imports accelerate's hooks
+
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dpo-cache-weights-"))
+    model = load_dispatched(location, offload_folder=folder, **loading)
+    running["log"](f"the model is spread: {describe_places(model)}.")
+    return stack.enter_context(run_loaded(model, **running))
 
 
 def _open_streamed(

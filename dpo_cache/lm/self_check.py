@@ -35,7 +35,7 @@ from dpo_cache.lm.check_logps import (
 )
 from dpo_cache.lm.check_rows import CheckRows, Run, plan_rows
 from dpo_cache.lm.config_limits import TOP_K, Limit, limits_of, rope_limit
-from dpo_cache.lm.device import check_one_device
+from dpo_cache.lm.device import SPREAD, check_one_device
 from dpo_cache.lm.forest.attention import FOREST_ATTENTION, set_attention, use_forest_attention
 from dpo_cache.lm.forest.kernels import SEGMENTS, kernels_of
 from dpo_cache.lm.layerwise.ends import Rewritten
@@ -218,7 +218,7 @@ def _try_forest(
     try:
         if not use_forest_attention(model):
             return "its code does not take another attention function"
-        for kernel in kernels_of(model.device):
+        for kernel in _kernels(model):
             for chunk in [largest, *below[:1]]:
                 failed, gap = forest_problem(
                     model, check.rows, expected, check.ways, kernel, chunk, check.layer_major
@@ -287,6 +287,12 @@ def _choose_rows(
                 is_whole=True,
             )
     return AttentionChoice("rows", f"{one_row}, so one row at a time", max_rows=1)
+
+
+def _kernels(model: PreTrainedModel) -> Sequence[str]:
+    """The kernels to try; the plans of some are on one device."""
+    runs_on_several = getattr(type(model), SPREAD, "") == "several devices"
+    return (SEGMENTS,) if runs_on_several else kernels_of(model.device)
 
 
 def _limits(model: PreTrainedModel) -> list[Limit]:

@@ -148,9 +148,10 @@ def identify_reference(
 
 def choose_reference_streaming(inputs: Inputs, reference: Reference) -> Streaming | None:
     """How the weights are read, where they are not kept on the device."""
-    if inputs.model is not None:
-        return None
     options = inputs.options
+    is_elsewhere = reference.device.type == "cuda" and not torch.cuda.is_available()  # workers choose
+    if inputs.model is not None or options.device_map == "auto" or is_elsewhere:
+        return None
     return choose_streaming(
         options.stream_weights,
         options.model,
@@ -212,6 +213,7 @@ def open_reference(
         budget_tokens=budget_tokens,
         run_tokens=run_tokens,
         streaming=streaming,
+        device_map=options.device_map,
         log=log,
     )
 

@@ -31,7 +31,7 @@ class PathPlan:
     blocks: Sequence[Block]
     max_depth: int
     paths: dict[int, tuple[torch.Tensor, torch.Tensor]]
-    masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+    masks: dict[torch.device, dict[Any, Any]] = field(default_factory=dict)
 
     def attend(
         self,
@@ -43,6 +43,7 @@ class PathPlan:
     ) -> torch.Tensor:
         """Attention output [B, L, H, E]."""
         keys, values = self._path_buffers(layer, key_BKLE, value_BKLE)
+        masks = self.masks.setdefault(query_BHLE.device, {})  # layers may be on several devices
         output = query_BHLE.new_empty(1, query_BHLE.shape[2], query_BHLE.shape[1], value_BKLE.shape[3])
         for block in self.blocks:
             here = slice(block.start, block.end)
@@ -51,12 +52,12 @@ class PathPlan:
                 end = block.segments[0].end_depth
                 keys[:, :, block.path_length : end] = key
                 values[:, :, block.path_length : end] = value
-                part = attend_segment(query, keys[:, :, :end], values[:, :, :end], rules, self.masks)
+                part = attend_segment(query, keys[:, :, :end], values[:, :, :end], rules, masks)
             else:
                 seen_keys = torch.cat([keys[:, :, : block.path_length], key], dim=2)
                 seen_values = torch.cat([values[:, :, : block.path_length], value], dim=2)
-                part = attend(query, seen_keys, seen_values, rules, self._block_mask(block, query, rules))
-                depths, places = self._last_places(block, query.device)
+                part = attend(query, seen_keys, seen_values, rules, _block_mask(block, query, rules, masks))
+                depths, places = _last_places(block, query.device, masks)
                 keys[:, :, depths] = key[:, :, places]
                 values[:, :, depths] = value[:, :, places]
             output[:, here] = part.transpose(1, 2)
@@ -71,23 +72,6 @@ class PathPlan:
                 for tensor in (key, value)
             )
         return self.paths[layer]
-
-    def _block_mask(self, block: Block, like: torch.Tensor, rules: Rules) -> torch.Tensor:
-        """Additive mask [N, P] of a block of several segments."""
-        name = (id(block), rules.reach)
-        if name not in self.masks:
-            depths_N = block.depths_N()
-            depths_P = np.concatenate([np.arange(block.path_length), depths_N])
-            visible = block.visible_NP() & (depths_P >= rules.first_visible(depths_N[:, None]))
-            self.masks[name] = additive_mask(visible, like)
-        return self.masks[name]
-
-    def _last_places(self, block: Block, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        name = (id(block), "last places")
-        if name not in self.masks:
-            last = last_at_each_depth(block.depths_N())
-            self.masks[name] = tuple(to_device(values, device) for values in last)  # type: ignore[assignment]
-        return self.masks[name]  # type: ignore[return-value]
 
 
 @dataclass
@@ -158,6 +142,27 @@ def plan_tree(forest: Forest, device_type: str = "cpu") -> TreePlan:
         atoms_to_root.append([*above, len(atoms_to_root)])
     path_atoms = [atoms_to_root[atom_of[segment.end - 1]] for segment in segments]
     return TreePlan(segments, np.diff(cuts).tolist(), path_atoms, is_one_operation)
+
+
+def _block_mask(block: Block, like: torch.Tensor, rules: Rules, masks: dict[Any, Any]) -> torch.Tensor:
+    """Additive mask [N, P] of a block of several segments."""
+    name = (id(block), rules.reach)
+    if name not in masks:
+        depths_N = block.depths_N()
+        depths_P = np.concatenate([np.arange(block.path_length), depths_N])
+        visible = block.visible_NP() & (depths_P >= rules.first_visible(depths_N[:, None]))
+        masks[name] = additive_mask(visible, like)
+    return masks[name]
+
+
+def _last_places(
+    block: Block, device: torch.device, masks: dict[Any, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    name = (id(block), "last places")
+    if name not in masks:
+        depths, places = last_at_each_depth(block.depths_N())
+        masks[name] = to_device(depths, device), to_device(places, device)
+    return masks[name]
 
 
 def _ranges(atom_lengths: Sequence[int], atoms: Sequence[int]) -> list[tuple[int, int]]:

@@ -56,7 +56,8 @@ def use_fast_linear(
     differs between the two, so a resumed run passes the previous run's choice as `decided`, and nothing is
     timed. Unless the model `trains`, the gradients' products are not timed, and are oneDNN's with the output.
     """
-    layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    linear = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    layers = [module for module in linear if not hasattr(module, "_hf_hook")]  # accelerate fetches the weight
     if (
         decided == "torch"
         or model.device.type != "cpu"

@@ -193,8 +193,11 @@ def read_base(
     trust_remote_code: bool = False,
     quantize: str = "none",
     compute_dtype: torch.dtype | None = None,
+    placing: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The same, but only quantized weights are on the device: the others are on the CPU."""
+    """The same, but only quantized weights are on the device: the others are on the CPU, or where the
+    arguments of transformers in `placing` have them.
+    """
     location, revision = parts.base, parts.base_revision
     config = _config_of(parts, location, trust_remote_code)
     check_causal(config, location)
@@ -206,6 +209,7 @@ def read_base(
         "revision": revision,
         "use_safetensors": True,
         **code_options(location, config, trust_remote_code),
+        **(placing or {}),
     }
     if quantize != "none":
         options |= {"quantization_config": loading_config(quantize, compute_dtype or dtype)}

@@ -20,7 +20,9 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     layer = model.get_output_embeddings()
     if type(layer) is not torch.nn.Linear or layer.bias is not None:
         return False
-    probe_TD = torch.linspace(-1, 1, 2 * layer.in_features).view(2, -1).to(layer.weight)
+    # accelerate's hooks may fetch the weight, which is on the meta device until then
+    device = model.device if layer.weight.is_meta else layer.weight.device
+    probe_TD = torch.linspace(-1, 1, 2 * layer.in_features).view(2, -1).to(device, layer.weight.dtype)
     with torch.no_grad():
         return torch.equal(head_of(model)(probe_TD), layer(probe_TD[None])[0])
 
