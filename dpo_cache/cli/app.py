@@ -33,7 +33,8 @@ from dpo_cache.cli.output import print_text, remark
 from dpo_cache.cli.parameters import command_class
 from dpo_cache.cli.process import process_settings
 from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, Unwinding
-from dpo_cache.errors import DpoCacheError, OptionError
+from dpo_cache.errors import DpoCacheError, OptionError, OtherRankError
+from dpo_cache.training.launch import is_quiet_rank, reports_early_errors
 
 app = typer.Typer(
     name="dpo-cache",
@@ -83,21 +84,25 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit."""
+    trains = sys.argv[1:2] == ["train"]  # with other processes, if a launcher has started several
+    is_quiet = trains and is_quiet_rank()
     try:
-        with process_settings(), Unwinding(remark):
+        with process_settings(is_quiet=is_quiet), Unwinding(remark):
             app()
-    except OptionError as error:
-        _fail(str(error), 2)
+    except OtherRankError as error:
+        sys.exit(error.code)
     except DpoCacheError as error:
-        _fail(str(error), 1)
+        is_reported = trains and error.rank is None and not reports_early_errors()
+        _fail(str(error), 2 if isinstance(error, OptionError) else 1, is_quiet=is_reported)
     except Terminated:
-        _fail("terminated; everything published so far is kept.", 143)
+        _fail("terminated; everything published so far is kept.", 143, is_quiet=is_quiet)
     except Interrupted:
-        _fail("interrupted; everything published so far is kept.", 130)
+        _fail("interrupted; everything published so far is kept.", 130, is_quiet=is_quiet)
     except StoppedEarly as stop:
         sys.exit(stop.exit_code)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    remark(f"error: {message}")
+def _fail(message: str, code: int, *, is_quiet: bool) -> NoReturn:
+    if not is_quiet:
+        remark(f"error: {message}")
     sys.exit(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -20,10 +21,17 @@ NOISY = ("bitsandbytes",)  # loggers whose warnings do not help a user of the co
 
 
 @contextmanager
-def process_settings() -> Iterator[None]:
-    """The settings of a command; its loggers are as before when the block ends."""
-    if not sys.stderr.isatty():
+def process_settings(*, is_quiet: bool = False) -> Iterator[None]:
+    """The settings of a command; its loggers are as before when the block ends.
+
+    With `is_quiet`, another process shows the same progress and warnings.
+    """
+    if is_quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # nothing animates off a terminal
+    if is_quiet:
+        os.environ["DPO_CACHE_PROGRESS"] = "off"
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
     raise_file_limit()
     logger, handler = logging.getLogger("dpo_cache"), _Remarks()
     levels = {name: logging.getLogger(name).level for name in NOISY}

@@ -21,10 +21,12 @@ from dpo_cache.cli.output import (
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
+from dpo_cache.log import Log
 from dpo_cache.options.placement import PRESETS, Placement, next_preset, placement_of
 from dpo_cache.options.run_config import with_config
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.progress import describe_metrics, show_training
+from dpo_cache.training.launch import is_quiet_rank, launch, launched_rank
 
 if TYPE_CHECKING:
     from dpo_cache.training.output.report import TrainReport
@@ -36,34 +38,58 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
 
     Ctrl-C or SIGTERM finishes the step and saves it; `dpo-cache train --resume RUN` continues.
     """
-    from dpo_cache.planning.start import check_train
-    from dpo_cache.training.output.run_start import find_checkpoints, find_start
+    num_ranks = options.launch or 1
+    if launched_rank() is None:  # else errors are reported once, when all have joined
+        _check(options, num_ranks)
+        if num_ranks > 1:
+            sys.exit(launch(num_ranks, sys.argv[1:]))
+    report, exit_code = _train(options)
+    if not is_quiet_rank():
+        _show(report, as_json)
+    if exit_code is not None and not report.finished:
+        raise StoppedEarly(exit_code)
 
+
+def _check(options: TrainOptions, num_ranks: int) -> None:
+    """Raise the errors that show without torch."""
+    from dpo_cache.planning.start import check_train
+    from dpo_cache.training.output.run_start import find_start
+
+    options.check_ranks(num_ranks)
     check_train(options)
     resume, clears = bool(options.resume), not options.dry_run
     find_start(Path(options.output), lambda _: None, resume=resume, clears=clears)
+
+
+def _train(options: TrainOptions) -> tuple[TrainReport, int | None]:
+    """The report, and the exit code if a signal has stopped the run."""
     from dpo_cache.training.loop import train
+    from dpo_cache.training.output.run_start import find_checkpoints
 
     without_prints = redirect_stdout(sys.stderr)  # some trackers print, and stdout carries the report only
-    with ProgressLine("training") as line, StopRequest(line.remark) as request, without_prints:
-        try:
-            report = train(
-                **asdict(options),
-                on_metrics=lambda metrics: show_training(line, metrics),
-                log=line.remark,
-                should_stop=lambda: request.is_asked,
-            )
-        except KeyboardInterrupt:
-            line.remark(_stopped_at_once(options.output, find_checkpoints(Path(options.output))))
-            raise
+    with ProgressLine("training") as line:
+        log: Log = (lambda _: None) if is_quiet_rank() else line.remark
+        with StopRequest(log) as request, without_prints:
+            try:
+                report = train(
+                    **asdict(options),
+                    on_metrics=lambda metrics: show_training(line, metrics),
+                    log=log,
+                    should_stop=lambda: request.is_asked,
+                )
+            except KeyboardInterrupt:
+                log(_stopped_at_once(options.output, find_checkpoints(Path(options.output))))
+                raise
+    return report, request.exit_code
+
+
+def _show(report: TrainReport, as_json: bool) -> None:
     if as_json:
         print_json(asdict(report))
     elif report.is_dry_run:
         _print_dry_run(report)
     else:
         _print_report(report)
-    if request.exit_code is not None and not report.finished:
-        raise StoppedEarly(request.exit_code)
 
 
 def _print_report(report: TrainReport) -> None:

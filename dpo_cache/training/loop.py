@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -29,10 +30,12 @@ from dpo_cache.training.output.run_start import check_output, hold_run, remove_s
 from dpo_cache.training.output.samples import FILE as SAMPLES
 from dpo_cache.training.output.samples import open_sampler
 from dpo_cache.training.output.trackers import Trackers, open_trackers
+from dpo_cache.training.parallel import parallelize
+from dpo_cache.training.ranked_step import RankedStep, make_step
+from dpo_cache.training.ranks import open_ranks
 from dpo_cache.training.sample import sample_pairs, sample_size
 from dpo_cache.training.saving import Saver
 from dpo_cache.training.setup import Setup, open_setup
-from dpo_cache.training.step import TrainingStep
 from dpo_cache.training.step_zero import open_base_check, open_step_zero
 from dpo_cache.training.warnings import RunWarnings
 from dpo_cache.types import ScoredPair
@@ -77,6 +80,9 @@ def train(
     - `log` gets each remark (default: the logger `dpo_cache`); the report lists them, too;
     - `should_stop` is called after every step. Where it returns True the state is saved, to be resumed.
 
+    In a program that accelerate launch, torchrun or SLURM has started several times, all processes call this
+    with the same options and train together; the main one calls the callbacks, and all return its report.
+
     An exception in a callback ends the run; what was saved stays. Raises `DpoCacheError`. The model is saved
     in `output/model`, the metrics in `output/metrics.jsonl`. With `dry_run` nothing is written.
     """
@@ -85,12 +91,20 @@ def train(
     given = {**options, **{name: value for name, value in named.items() if value is not None}}
     chosen = TrainOptions(**with_config(given, log or log_remark))
     nothing: Callable[[Any], None] = lambda _: None  # noqa: E731
-    started, log = time.perf_counter(), log or log_remark
-    held = hold_run(Path(chosen.output), log, resume=bool(chosen.resume), is_dry_run=chosen.dry_run)
-    opened = open_setup(chosen, log, loaded)
-    with held as claim, opened as setup, deterministic_algorithms(chosen.deterministic):
-        run = _Run(setup, on_metrics or nothing, on_checkpoint or nothing, claim, started)
-        return run.try_step() if chosen.dry_run else run.train(should_stop or (lambda: False))
+    started = time.perf_counter()
+    with open_ranks(chosen) as ranks:
+        if not ranks.is_main:  # which has no part in files, remarks and progress
+            on_metrics = on_checkpoint = log = nothing
+        log = log or log_remark
+        held = (
+            hold_run(Path(chosen.output), log, resume=bool(chosen.resume), is_dry_run=chosen.dry_run)
+            if ranks.is_main
+            else nullcontext()
+        )
+        opened = open_setup(chosen, log, loaded, ranks)
+        with held as claim, opened as setup, deterministic_algorithms(chosen.deterministic):
+            run = _Run(setup, on_metrics or nothing, on_checkpoint or nothing, claim, started)
+            return run.try_step() if chosen.dry_run else run.train(should_stop or (lambda: False))
 
 
 class _Run:
@@ -108,12 +122,13 @@ class _Run:
     ):
         self.claim = claim  # on the folder; a dry run has none
         self.setup, self.options, self.data, self.policy = setup, setup.options, setup.data, setup.policy
+        self.ranks = setup.ranks
         self.on_metrics, self.started = on_metrics, started
         self.position, self.output, self.log = setup.position, setup.output, setup.log
         self.best = Best(**(setup.position.best or {"measure": setup.options.best}))
-        policy = setup.policy_model()
+        policy = parallelize(setup.policy_model(), setup.ranks, is_layer_major=setup.layer_major is not None)
         checked = setup.policy, setup.data, setup.options
-        self.step = TrainingStep(
+        self.step = make_step(
             setup, policy, open_step_zero(*checked, is_resumed=setup.checkpoint is not None)
         )
         self.base_check = open_base_check(*checked)
@@ -136,15 +151,17 @@ class _Run:
 
     def train(self, should_stop: Callable[[], bool]) -> TrainReport:
         """Take every step that is left."""
-        self._prepare_folder()
+        if self.ranks.is_main:
+            self._prepare_folder()
+        self.ranks.gather(None)  # only now is the folder what the others may read
         try:
             with open_trackers(
-                self.options.log_to,
+                self.options.log_to if self.ranks.is_main else (),
                 self.output,
                 self.setup.config(),
                 log_names=self.options.log_names,
                 history=self.metrics_file.lines(),
-                is_resumed=self.setup.checkpoint is not None,
+                is_resumed=self.setup.checkpoint is not None and self.ranks.is_main,
                 log=self.log,
             ) as self.trackers:
                 return self._run_steps(should_stop)
@@ -166,18 +183,19 @@ class _Run:
                 self.saver.keep_best(self._evaluate(), step)
             if self._is_out_of_patience():
                 break
-            stops = not is_last and should_stop()
+            stops = not is_last and self.ranks.any(should_stop())
             if stops or (self.setup.saves.is_due(step) and not is_last):
                 self.saver.save_checkpoint(self.position)
             if stops:
                 self.trackers.state = "stopped"
-                return self._report(finished=False)
+                return self.ranks.share(self._report(finished=False))
         return self._finish()
 
     def try_step(self) -> TrainReport:
         """Take two whole steps on the longest pairs, to measure their memory; nothing is written."""
-        check_output(self.output)
-        check_disk(self.output, self.policy, self.options)
+        if self.ranks.is_main:
+            check_output(self.output)
+            check_disk(self.output, self.policy, self.options)
         self.setup.log_remarks()
         pairs = longest_pairs(self.data.pairs, self.data.selected, self.options.batch_size)
         for number in (1, 2):  # in the second the optimizer's state exists next to the activations
@@ -187,11 +205,11 @@ class _Run:
         return replace(self._report(finished=False), first=metrics, last=metrics, eval_before=None)
 
     def _finish(self) -> TrainReport:
-        if not self.best.is_better_than(self.metrics_file.first("eval/loss")):
+        if self.ranks.is_main and not self.best.is_better_than(self.metrics_file.first("eval/loss")):
             self.log("no evaluation was better than the one before training.")
         self._check_claim()
         evaluation = self.saver.save_model(self.position.step, self.newest)
-        return replace(self._report(finished=True), eval_after=evaluation)
+        return self.ranks.share(replace(self._report(finished=True), eval_after=evaluation))
 
     # -- steps -----------------------------------------------------------------------------------------
 
@@ -262,14 +280,21 @@ class _Run:
             "lr": lr,
             "num_tokens": num_tokens,
             "pairs_per_s": len(pairs) / (time.perf_counter() - started),
-            "peak_bytes": peak_bytes(self.setup.device),
+            "peak_bytes": self._peak_bytes(),
         }
+
+    def _peak_bytes(self) -> int:
+        """The largest peak of all ranks."""
+        return max(self.ranks.gather(peak_bytes(self.setup.device)))
 
     def _check_start(self, pairs: list[ScoredPair]) -> None:
         """Before the first update, compare pairs from the whole training set with the cache; see `step_zero`.
 
-        The pairs of the first step are compared as well: with these here, or in the step itself.
+        The pairs of the first step are compared as well: with these here, or in the step itself. Several
+        ranks first try the longest pairs: later, none could run out of memory without the others.
         """
+        if isinstance(self.step, RankedStep):
+            self.step.try_step(longest_pairs(self.data.pairs, self.data.selected, self.options.batch_size))
         sample: list[ScoredPair] = []
         if (self.step.step_zero or self.base_check) and not self.options.dry_run:
             num_trained = self.setup.total_steps * self.options.batch_size
@@ -305,11 +330,13 @@ class _Run:
         """Whether the folder is still claimed by this process, at this moment."""
         if self.claim:
             self.claim.renew()
-        return not (self.claim and self.claim.is_lost)
+        return self.ranks.is_main and not (self.claim and self.claim.is_lost)
 
     # -- reporting -------------------------------------------------------------------------------------
 
     def _record(self, metrics: Metrics) -> None:
+        if not self.ranks.is_main:
+            return
         self._check_claim()
         self.metrics_file.append(metrics)
         self.trackers.log(metrics)
@@ -334,7 +361,7 @@ class _Run:
             eval_before=lines.first("eval/loss"),
             eval_after=None,
             elapsed_s=time.perf_counter() - self.started,
-            peak_bytes=peak_bytes(self.setup.device),
+            peak_bytes=self._peak_bytes(),
             num_trained=self.setup.num_trained,
             num_parameters=self.setup.num_parameters,
             best=None if self.best.step is None else asdict(self.best),

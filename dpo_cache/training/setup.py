@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -11,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from dpo_cache.errors import ModelError, OptionError
+from dpo_cache.errors import ModelError, OptionError, TrainingError
 from dpo_cache.lm.device import choose_device
 from dpo_cache.lm.layerwise.weights import ResidentWeights
 from dpo_cache.lm.model.adapter import describe
@@ -33,6 +33,7 @@ from dpo_cache.training.batches import count_shared
 from dpo_cache.training.evaluations import Schedule, schedule_of
 from dpo_cache.training.gradient_check import GradientCheck
 from dpo_cache.training.inputs import TrainedModel, TrainingPairs, open_pairs, open_policy
+from dpo_cache.training.launch import unused_settings
 from dpo_cache.training.layer_major import LayerMajorSteps
 from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.optim.optimizers import make_optimizer
@@ -52,6 +53,11 @@ from dpo_cache.training.output.trackers import check_trackers
 from dpo_cache.training.pair_logps import objective_of
 from dpo_cache.training.ranks import Ranks
 from dpo_cache.training.step_memory import StepMemory
+
+FREED = (
+    "`place` gradients=none: this model does not run layer by layer, so each rank would update its weights "
+    "by its own pairs, before the gradients are added up.\nLeave it out, or use `parallel` fsdp."
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class Setup:
             "attention": policy.attention.name,
             "precision": policy.precision,
             "device": str(self.device),
+            **({"num_ranks": self.ranks.size} if self.ranks.size > 1 else {}),
             "budget_tokens": self.step_memory.micro_tokens,
             "gradient_checkpointing": self.step_memory.mode,
             "memory": policy.memory,
@@ -137,6 +144,12 @@ class Setup:
             value = getattr(options, name)
             if value is not None and not schedule.count(1, self.total_steps):
                 self.log(f"`{name}` {value} never triggers: the run has {self.total_steps} steps.")
+        for text in unused_settings(options.parallel):
+            self.log(text)
+        if options.launch not in (None, self.ranks.size):
+            self.log(f"`launch` {options.launch} has no effect: {self.ranks.size} processes run already.")
+        if options.parallel != "ddp" and self.ranks.size == 1:
+            self.log(f"`parallel` {options.parallel} has no effect: one process trains.")
         for name, entry in options.earlier_names().items():
             self.log(f"{name} is an earlier name of `place` {entry}.")
         if options.max_grad_norm and not policy.clips(options):
@@ -162,11 +175,13 @@ def open_setup(
     With several `ranks` each of them calls this. A `loaded` policy replaces the model that the options name.
     When the block ends, the model is as it was before it was prepared for training.
     """
-    check_trackers(options.log_to)
-    output = Path(options.output)
-    checkpoint = find_start(output, log, resume=bool(options.resume))
+    ranks, output = ranks or Ranks(), Path(options.output)
+    options.check_ranks(ranks.size)
+    if ranks.is_main:
+        check_trackers(options.log_to)
+    checkpoint = _find_start(output, log, ranks, resume=bool(options.resume))
     position = read_position(checkpoint) if checkpoint else RunPosition()
-    device = choose_device(options.device)
+    device = torch.device(ranks.device) if ranks.device else choose_device(options.device)
     data = open_pairs(options, open_cache(options.cache))
     steps_per_epoch = math.ceil(data.num_pairs / options.batch_size)
     total_steps = _count_steps(options, steps_per_epoch)
@@ -180,7 +195,15 @@ def open_setup(
         with _reading(checkpoint):
             policy = stack.enter_context(
                 open_policy(
-                    options, data, device, checkpoint, linear=linear, memory=memory, log=log, loaded=loaded
+                    options,
+                    data,
+                    device,
+                    checkpoint,
+                    linear=linear,
+                    memory=memory,
+                    log=log,
+                    loaded=loaded,
+                    ranks=ranks,
                 )
             )
         found = {
@@ -190,10 +213,10 @@ def open_setup(
         }
         _check_resumed(options, checkpoint, found)  # before its state is restored
         parameters = list(policy.model.parameters())
-        optimizer = _make_optimizer(options, policy.model, device, checkpoint)
+        optimizer = _make_optimizer(options, policy, device, checkpoint)
         coefficient = router_coefficient(policy.model, options.router_aux_loss_coef)
         objective = objective_of(options, coefficient)
-        layer_major, in_backward = _choose_steps(policy, objective, optimizer, log)
+        layer_major, in_backward = _choose_steps(policy, objective, optimizer, log, ranks)
         yield Setup(
             options=options,
             log=log,
@@ -203,7 +226,7 @@ def open_setup(
             policy=policy,
             objective=objective,
             step_memory=_plan_memory(
-                options, policy, objective, position, log, is_layer_major=layer_major is not None
+                options, policy, objective, position, log, ranks, is_layer_major=layer_major is not None
             ),
             optimizer=optimizer,
             in_backward=in_backward,
@@ -215,8 +238,21 @@ def open_setup(
             num_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
             checkpoint=checkpoint,
             position=position,
-            ranks=ranks or Ranks(),
+            ranks=ranks,
         )
+
+
+def _find_start(output: Path, log: Log, ranks: Ranks, *, resume: bool) -> Path | None:
+    """The checkpoint to start from, which the main rank finds: it may already write to the folder when others
+    look. Raises `TrainingError`.
+    """
+    checkpoint = ranks.share(find_start(output, log, resume=resume) if ranks.is_main else None)
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise TrainingError(
+            f"{checkpoint}: not there on {platform.node()}, where this rank is.\n"
+            "Resume the run with `output` on a disk that all machines share."
+        )
+    return checkpoint
 
 
 def resolved_inputs(options: TrainOptions, data: TrainingPairs, total_steps: int) -> dict[str, Any]:
@@ -243,7 +279,7 @@ def resolved_inputs(options: TrainOptions, data: TrainingPairs, total_steps: int
 
 
 def _choose_steps(
-    policy: TrainedModel, objective: Objective, optimizer: Updater, log: Log
+    policy: TrainedModel, objective: Objective, optimizer: Updater, log: Log, ranks: Ranks
 ) -> tuple[LayerMajorSteps | None, OptimizerInBackward | None]:
     """How steps run: layer by layer if the policy is right so, else forest by forest; and what updates within
     the backward pass, if gradients are not kept.
@@ -255,7 +291,7 @@ def _choose_steps(
         if not problem:
             in_backward = OptimizerInBackward(optimizer, is_hooked=False) if drops else None
             return LayerMajorSteps(
-                model, found, has_routing=has_routing, in_backward=in_backward
+                model, found, has_routing=has_routing, in_backward=in_backward, ranks=ranks
             ), in_backward
         problem = f"{type(policy.model).__name__} cannot run layer by layer: {problem}"
         if not isinstance(found.weights, ResidentWeights):
@@ -263,7 +299,9 @@ def _choose_steps(
                 f"{problem}.\nUse `memory` fast, or `place` with weights=device and optimizer=device."
             )
         log(f"{problem}. Each forest runs through all layers instead, as under `memory` fast.")
-    return None, OptimizerInBackward(optimizer) if drops else None
+    if drops and ranks.size > 1 and not ranks.shards:
+        raise OptionError(FREED)
+    return None, OptimizerInBackward(optimizer, ranks=ranks) if drops else None
 
 
 @contextmanager
@@ -289,6 +327,7 @@ def _plan_memory(
     objective: Objective,
     position: RunPosition,
     log: Log,
+    ranks: Ranks,
     *,
     is_layer_major: bool,
 ) -> StepMemory:
@@ -304,10 +343,12 @@ def _plan_memory(
         is_layer_major=is_layer_major,
         less_memory=partial(less_memory, policy.model.config, policy.method, policy.placement),
     )
+    memory.agree(ranks)
     if position.step_memory:
         memory.restore(position.step_memory)
     if not is_layer_major:  # whose gradients are compared already
-        memory.use_right_modes(GradientCheck(_policy_model(policy, objective), policy.recomputation).problem)
+        check = GradientCheck(_policy_model(policy, objective), policy.recomputation, ranks)
+        memory.use_right_modes(check.problem)
     return memory
 
 
@@ -319,23 +360,26 @@ def _policy_model(policy: TrainedModel, objective: Objective) -> PolicyModel:
         precision=policy.precision,
         with_squares=objective.wpo != "off",
         with_routing=bool(objective.router_coefficient),
+        sharded=policy.sharded,
     )
 
 
 def _make_optimizer(
-    options: TrainOptions, model: PreTrainedModel, device: torch.device, checkpoint: Path | None
+    options: TrainOptions, policy: TrainedModel, device: torch.device, checkpoint: Path | None
 ) -> Updater:
+    shards = policy.sharded.shards if policy.sharded else None
     optimizer = make_optimizer(
-        model,
+        policy.model,
         options.optimizer.removesuffix("-paged"),  # which is a placement
         lr=options.lr,
         weight_decay=options.weight_decay,
         rounding=options.rounding,
         seed=options.seed,
         compute_device=device,
+        shards=shards,
     )
     if checkpoint:
-        restore_optimizer(checkpoint, optimizer)
+        restore_optimizer(checkpoint, optimizer, shards)
     return optimizer
 
 

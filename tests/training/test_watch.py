@@ -88,6 +88,8 @@ def test_a_rank_whose_process_is_gone_is_lost() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     watches = _with_process(process.pid)
     process.kill()  # and not reaped: a zombie
+    assert process.stdin is not None
+    process.stdin.close()
     error = watches[0].report(RuntimeError("connection closed"))
     assert type(error) is TrainingError and error.rank == 0
     assert str(error).startswith(f"rank 1, process {process.pid} on ")

@@ -28,9 +28,13 @@ SHOWN = 80  # characters of a prompt's end, and of an answer's start, in a remar
 
 
 def open_sampler(setup: Setup, policy: torch.nn.Module) -> Sampler | None:
-    """A sampler for the first distinct evaluation prompts; None if `sample` is 0. Raises `TrainingError`."""
+    """A sampler for the first distinct evaluation prompts; None if `sample` is 0. Raises `TrainingError`.
+
+    Of several ranks the main one writes the answers, with the others' help where each has a shard.
+    """
     data, model, num_prompts = setup.data, setup.policy.model, setup.options.sample
-    if not num_prompts or data.eval_pairs is None:
+    takes_part = setup.ranks.is_main or setup.ranks.shards
+    if not num_prompts or data.eval_pairs is None or not takes_part:
         return None
     if not model.can_generate():
         raise TrainingError(
@@ -78,12 +82,14 @@ class Sampler:
                 seed=[self.setup.options.seed, step],
             )
         except RuntimeError as error:
-            if not is_out_of_memory(error, model.device):
+            if self.setup.ranks.shards or not is_out_of_memory(error, model.device):
                 raise
             self.setup.log(
                 f"step {step}: there is not enough memory to sample an answer during the training; "
                 f"none is in {FILE}. The run continues."
             )
+            return
+        if not self.setup.ranks.is_main:
             return
         both = zip(self.prompts, answers, strict=True)
         lines = [self._line(step, scored, answer) for scored, answer in both]
