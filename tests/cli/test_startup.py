@@ -15,9 +15,11 @@ RUN = """
 import contextlib, io, json, os, sys, tempfile
 import dpo_cache.planning.start
 from dpo_cache.cli.app import main
-sys.argv = ["dpo-cache", "--help"]
-with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-    main()
+for arguments in (["--help"], ["ls", "/proc/none"]):  # loads what all commands load
+    sys.argv = ["dpo-cache", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            main()
 found = {}
 for case, words in json.loads(sys.stdin.read()).items():
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as result:

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import struct
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -537,5 +536,5 @@ with open_trackers([], None, {}, log_names="trl", history=[], is_resumed=False, 
 loaded = {"wandb", "mlflow", "trackio", "tensorboard"} & set(sys.modules)
 assert not loaded, loaded
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = programs.run(script=code)
+    assert done.code == 0, done.err
