@@ -14,7 +14,7 @@ rank's rows, and gets their gradient.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,35 +178,25 @@ def local_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def _check(model: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
     """Raise `ModelError` for weights that FSDP2 does not take."""
-    name = type(model).__name__
-    advice = "Use `parallel` ddp"
-    if is_quantized(model):
-        raise ModelError(f"`parallel` fsdp: the weights of {name} are quantized.\n{advice}.")
-    inner = {module for layer in layers for module in layer.modules()}
-    ends = [
-        (path, entry)
-        for prefix, module in model.named_modules()
-        if module not in inner
-        for path, entry in module.named_parameters(prefix, recurse=False)
-    ]
-    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    for parameters in [*([*layer.named_parameters()] for layer in layers), ends]:
-        if scalars := [path for path, one in parameters if not one.ndim]:
-            raise ModelError(
-                f"`parallel` fsdp: {scalars[0]} of {name} is one number, which cannot be cut.\n{advice}."
-            )
-        dtypes = {str(one.dtype).removeprefix("torch.") for _, one in parameters if one.requires_grad}
-        if len(dtypes) > 1:
-            raise ModelError(
-                f"`parallel` fsdp: a layer of {name} has trained weights in {' and '.join(sorted(dtypes))}, "
-                f"whose gradients cannot be added up together.\n{advice}, or `precision` bf16-mixed."
-            )
-    shared = [path for path, one in ends if id(one) in in_layers]
-    if shared or sum(map(len, map(list, (layer.parameters() for layer in layers)))) != len(in_layers):
-        what = shared[0] if shared else "a weight of one layer"
+    owners = {inner: layer for layer in layers for inner in layer.modules()}
+    units = defaultdict[torch.nn.Module, dict[str, torch.nn.Parameter]](dict)  # which are gathered together
+    for prefix, module in model.named_modules():
+        units[owners.get(module, model)].update(module.named_parameters(prefix, recurse=False))
+    problem = "its weights are quantized" if is_quantized(model) else ""
+    seen: dict[torch.nn.Parameter, torch.nn.Module] = {}
+    for unit, parameters in units.items():
+        trained = {str(one.dtype).removeprefix("torch.") for one in parameters.values() if one.requires_grad}
+        if len(trained) > 1:
+            problem = f"trained weights that are gathered together are in {' and '.join(sorted(trained))}"
+        for path, parameter in parameters.items():
+            if not parameter.ndim:
+                problem = f"{path} is one number"
+            if seen.setdefault(parameter, unit) is not unit:
+                problem = f"{path} is shared with another layer"
+    if problem:
         raise ModelError(
-            f"`parallel` fsdp: {what} of {name} is also a weight of another layer, and the two would be cut "
-            f"apart.\n{advice}."
+            f"`parallel` fsdp: {type(model).__name__} cannot be cut into shards: {problem}.\n"
+            "Use `parallel` ddp."
         )
 
 

@@ -181,7 +181,7 @@ def open_policy(
     ranks = ranks or Ranks()
     if ranks.shards and loaded is not None:
         raise OptionError(
-            f"`parallel` fsdp cuts the weights of the policy, and {loaded.name} is in memory already.\n"
+            f"{loaded.name}: `parallel` fsdp reads weights from files, and this model is loaded already.\n"
             "Give its path or Hub id instead, or use `parallel` ddp."
         )
     is_resumed = checkpoint is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,14 @@ def parallelize(policy: PolicyModel, ranks: Ranks, *, is_layer_major: bool = Fal
     """
     if ranks.size == 1 or ranks.shards or is_layer_major:
         return policy
-    return torch.nn.parallel.DistributedDataParallel(
-        policy,
-        broadcast_buffers=False,  # no buffer changes in eval mode
-        gradient_as_bucket_view=True,  # else a second copy of all gradients
-        find_unused_parameters=True,  # some experts may be used on no rank, or on one only
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # older torch has no other name
+        return torch.nn.parallel.DistributedDataParallel(
+            policy,
+            broadcast_buffers=False,  # no buffer changes in eval mode
+            gradient_as_bucket_view=True,  # else a second copy of all gradients
+            find_unused_parameters=True,  # some experts may be used on no rank, or on one only
+        )
 
 
 def load_to_cut(

@@ -57,6 +57,7 @@ class RankedStep(TrainingStep):
     """
 
     _reduces: bool = True  # whether backward passes add up gradients over the ranks
+    _is_try: bool = False  # whether no weight is updated
     _remarks: list[str] = field(default_factory=list)  # of this rank, to be logged
 
     def try_step(self, pairs: list[ScoredPair]) -> None:
@@ -64,11 +65,11 @@ class RankedStep(TrainingStep):
         under FSDP2, which cannot, that raises `TrainingError`.
         """
         num_compared = self._num_compared
-        self._reduces = self.setup.ranks.shards  # FSDP2 cannot do without
+        self._reduces, self._is_try = self.setup.ranks.shards, True  # FSDP2 cannot do without
         try:
             self._until_it_fits(lambda: self._accumulate(pairs))
         finally:
-            self._reduces = True
+            self._reduces, self._is_try = True, False
         self._forget(num_compared)
 
     @torch.no_grad()
@@ -226,7 +227,7 @@ class RankedStep(TrainingStep):
 
     def _updates(self, metrics: PairMetrics, *, is_last: bool) -> bool:
         """Whether a backward pass may update the weights; `metrics` are those of the step so far."""
-        if self.setup.in_backward is None or not (is_last and self._reduces):
+        if self.setup.in_backward is None or self._is_try or not is_last:
             return False
         return not any(self._exchange(not metrics.is_finite))
 

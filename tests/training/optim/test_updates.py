@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dpo_cache.errors import OptionError
+from dpo_cache.lm.sharded import LocalShard
 from dpo_cache.training.optim import rounding, slots
 from dpo_cache.training.optim.optimizers import make_optimizer
 from dpo_cache.training.optim.updates import Updater
@@ -294,3 +296,98 @@ def test_small_state_goes_where_float32_goes_for_gradients_of_all_sizes(name: st
     exact, found = run("adamw"), run(name)
     assert found[sizes == 0].eq(0).all() and exact[sizes > 0].ne(0).all()
     assert (found - exact).abs().mean() < most * exact.abs().mean()
+
+
+# -- shards ------------------------------------------------------------------------------------------------
+
+NUM_RANKS = 3
+
+
+def shards_of(model: Model, rank: int) -> dict[str, LocalShard]:
+    """The rows that a rank has, as parameters of their own."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        per_rank = -(-len(parameter) // NUM_RANKS)
+        start, stop = min(rank * per_rank, len(parameter)), min((rank + 1) * per_rank, len(parameter))
+        rows = torch.nn.Parameter(parameter.detach()[start:stop].clone(memory_format=torch.contiguous_format))
+        found[name] = LocalShard(rows, parameter.shape, start, stop)
+    return found
+
+
+def train_shards(name: str, dtype: torch.dtype, rounding: str, seed: int = 5) -> tuple[Model, list[Updater]]:
+    """The model of `train` after three steps, each rank's rows updated by an optimizer of its own."""
+    model, updaters = Model(dtype), list[Updater]()
+    for rank in range(NUM_RANKS):
+        shards = shards_of(model, rank)
+        updater = make_optimizer(
+            model,  # type: ignore[arg-type]
+            name,
+            lr=1e-3,
+            weight_decay=0.1,
+            rounding=rounding,
+            seed=seed,
+            shards=shards,
+        )
+        for step in range(3):
+            gradients = {id(one): gradient for one, gradient in model.gradients(step).items()}
+            for path, parameter in model.named_parameters():
+                shard = shards[path]
+                gradient = gradients.get(id(parameter))
+                shard.parameter.grad = None if gradient is None else gradient[shard.start : shard.stop]
+            for group in updater.param_groups:
+                group["lr"] = 1e-3 * (step + 1)
+            updater.step()
+            updater.zero_grad()
+        updaters.append(updater)
+    with torch.no_grad():
+        for place, parameter in enumerate(model.parameters()):
+            parameter.copy_(torch.cat([updater.parameters[place] for updater in updaters]))
+    return model, updaters
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [(torch.float32, "auto"), (torch.bfloat16, "nearest"), (torch.bfloat16, "compensated")],
+    ids=str,
+)
+def test_ranks_update_their_rows_as_one_updates_all(dtype: torch.dtype, rounding: str) -> None:
+    whole, expected = make("adamw", dtype, rounding)
+    train(whole, expected, range(3))
+    cut, updaters = train_shards("adamw", dtype, rounding)
+    assert_same(cut, whole)
+    for key, value in expected.tensors().items():
+        rows = [updater.tensors()[key] for updater in updaters]
+        found = torch.cat(rows) if value.ndim else rows[0]
+        assert found.dtype == value.dtype
+        # torch's kernel rounds the last values of a tensor in another way
+        torch.testing.assert_close(found.double(), value.double(), rtol=1e-6, atol=key.endswith("rest"))
+
+
+def test_ranks_round_at_random_independently() -> None:
+    """Equal rows of different ranks, with equal gradients, are rounded differently; the mean is right."""
+    values = torch.full((NUM_RANKS * 4, 256), 0.1, dtype=torch.bfloat16)
+    drawn = []
+    for rank in range(NUM_RANKS):
+        model = torch.nn.Module()
+        model.table = torch.nn.Parameter(values.clone())
+        model.device = CPU
+        rows = torch.nn.Parameter(values[:4].clone())
+        shards = {"table": LocalShard(rows, values.shape, rank * 4, rank * 4 + 4)}
+        updater = make_optimizer(model, "adamw", lr=1e-4, weight_decay=0.0, seed=5, shards=shards)  # type: ignore[arg-type]
+        rows.grad = torch.ones_like(rows)
+        updater.step()
+        drawn.append(rows.detach().float().flatten())
+    assert not any(torch.equal(one, other) for one, other in zip(drawn, drawn[1:] + drawn[:1], strict=True))
+    expected = float(values[0, 0]) - 1e-4
+    for one in drawn:
+        assert abs(float(one.mean()) - expected) < 4 * float(one.std()) / len(one) ** 0.5
+    assert abs(float(torch.corrcoef(torch.stack(drawn[:2]))[0, 1])) < 4 / len(drawn[0]) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw-8bit"])
+def test_an_optimizer_that_is_not_tested_on_shards_is_refused(name: str) -> None:
+    model = Model(torch.float32)
+    with pytest.raises(
+        OptionError, match=f"`optimizer` {name} and `parallel` fsdp: it is not tested on shards"
+    ):
+        make_optimizer(model, name, lr=1e-3, weight_decay=0.1, shards=shards_of(model, 0))  # type: ignore[arg-type]
