@@ -27,6 +27,11 @@ def set_day() -> str:
     return f"tests with many cases, and model families: those of day {day} ({VARIABLE}={day} repeats them)"
 
 
+def today() -> int:
+    """The number of the day whose cases are run."""
+    return int(os.environ[VARIABLE])
+
+
 def is_in_part(family: str, families: Sequence[str]) -> bool:
     """Whether the family is in today's tenth of these families."""
     return _is_due(sorted(families).index(family), NUM_PARTS)
@@ -44,4 +49,4 @@ def mark_others_slow(items: Sequence[pytest.Item]) -> None:
 
 
 def _is_due(number: int, num_parts: int) -> bool:
-    return number % num_parts == int(os.environ[VARIABLE]) % num_parts
+    return number % num_parts == today() % num_parts

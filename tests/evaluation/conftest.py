@@ -6,7 +6,7 @@ import dpo_cache
 from tests.conftest import chat_rows, write_rows
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
     folder = tmp_path_factory.mktemp("evaluated")
     dpo_cache.precompute(model_folder, write_rows(folder / "pairs.jsonl", chat_rows(15)), folder / "cache")

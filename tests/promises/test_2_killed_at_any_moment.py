@@ -106,7 +106,7 @@ def unflushed(log: list[list[str]]) -> set[str]:
     return {key for line in log[last + 1 :] if line[0] == "scored" for key in line[1:]}
 
 
-@pytest.mark.parametrize("num_kills", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_2_killed_at_random_moments_it_ends_with_the_same_rows_and_scores_nothing_twice(
     bench: Bench, num_kills: int
 ) -> None:

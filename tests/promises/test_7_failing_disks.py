@@ -24,6 +24,7 @@ from dpo_cache.store.folders.local import LocalFolder
 from tests.promises.life import live, publish_pairs, read_back
 from tests.promises.refusals import Refusal, TroubledDisk, Unmounting
 from tests.promises.soundness import faults, scratch
+from tests.rotation import today
 from tests.store.conftest import make_pairs
 
 pytestmark = pytest.mark.usefixtures("small_parts")
@@ -128,8 +129,10 @@ def meet_refusal(root: Path, at: int, number: int, *, forever: bool) -> None:
 def test_7_a_step_that_is_refused_is_one_clear_error_and_nothing_published_is_lost(
     tmp_path: Path, num_steps: int, forever: bool
 ) -> None:
-    """Every fifth step, with the refusals in turn; the next test takes every refusal at each step."""
-    for turn, at in enumerate(range(1 + 2 * forever, num_steps + 1, 5)):
+    """Every eighth step, others each day, with the refusals in turn; the next test takes every refusal at each
+    step.
+    """
+    for turn, at in enumerate(range(1 + (today() + 2 * forever) % 8, num_steps + 1, 8)):
         meet_refusal(tmp_path / "cache", at, REFUSALS[turn % len(REFUSALS)], forever=forever)
 
 

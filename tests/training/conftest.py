@@ -4,7 +4,7 @@ import dpo_cache
 from tests.conftest import chat_rows, write_rows
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
     folder = tmp_path_factory.mktemp("trained")
     dpo_cache.precompute(

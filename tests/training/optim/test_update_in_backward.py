@@ -61,6 +61,7 @@ def step_by_hand(
     return model, norms, held
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_weights_and_norms_are_those_of_the_plain_step_bit_for_bit(name: str, mode: str) -> None:
@@ -110,6 +111,7 @@ def test_a_weight_that_only_an_earlier_pass_used_is_updated_too() -> None:
     assert all(parameter.grad is None for parameter in layers.parameters())
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(
     "options",
     [{}, {"budget_tokens": "100"}, {"budget_tokens": "20"}, {"loss": "aot", "budget_tokens": "100"}, {"optimizer": "adafactor", "weight_decay": 0.1},
@@ -190,6 +192,7 @@ def test_memory_that_runs_out_amid_the_update_ends_the_run_and_before_it_does_no
     assert any("the step is repeated" in remark for remark in remarks)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("name", "rounding"),
     list(zip(OPTIMIZERS, ["stochastic", "compensated", "stochastic", "compensated"], strict=False)),

@@ -399,6 +399,7 @@ class TokenizersError(Exception):
     """As the library tokenizers raises it: not even an `OSError`."""
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("what", "error", "advice"),
     [

@@ -21,6 +21,18 @@ from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
 from tests.training.test_loop import comparable, train, weights
 
 SAMPLED = {"eval_pairs": "heldout", "eval_every": 2, "sample": 3, "lr": 1e-2}
+LONGEST = 96  # tokens
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
+    """Of short rows, which bound the answers."""
+    folder = tmp_path_factory.mktemp("samples")
+    for name, rows in (("pairs", chat_rows(15)), ("heldout", chat_rows(6, seed=9))):
+        data = write_rows(folder / f"{name}.jsonl", rows)
+        report = dpo_cache.precompute(model_folder, data, folder / "cache", max_length=LONGEST)
+        assert report.rows_truncated == 0
+    return str(folder / "cache")
 
 
 def lines(output: Path) -> list[dict]:
@@ -52,7 +64,7 @@ def test_each_evaluation_answers_the_first_distinct_prompts(cache: str, tmp_path
         assert line["chosen"] and line["chosen"] == tokenizer.decode(
             pair.chosen.completion_ids.tolist(), skip_special_tokens=True
         )
-        assert 0 < line["num_tokens"] <= 1024 - len(pair.chosen.prompt_ids)
+        assert 0 < line["num_tokens"] <= LONGEST - len(pair.chosen.prompt_ids)
     assert sum(remark.startswith("step 2, sample of row 0: '<|user|>") for remark in remarks) == 1
     assert max(len(remark) for remark in remarks if "sample of row" in remark) < 400
 
@@ -61,13 +73,13 @@ def test_a_sample_is_the_answer_of_the_policy_at_that_step(cache: str, tmp_path:
     report = train(cache, tmp_path / "run", **SAMPLED, seed=5)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(report.model), make_tokenizer()
     prompts = [pair.chosen.prompt_ids for pair in distinct_prompts(cache)[:3]]
-    rows = choose_attention(model, "rows", max_length=256)
+    rows = choose_attention(model, "rows", max_length=LONGEST)
     answers = write_answers(
         PolicyModel(model, rows),
         prompts,
         model=model,
         attention=rows,
-        max_length=256,
+        max_length=LONGEST,
         end_ids=end_tokens(model, tokenizer),
         pad_id=tokenizer.pad_token_id,
         seed=[5, 4],
@@ -147,7 +159,7 @@ def test_fewer_prompts_than_asked_for_is_said(cache: str, tmp_path: Path) -> Non
     remarks: list[str] = []
     train(cache, tmp_path / "run", eval_pairs="heldout", sample=50, max_steps=1, log=remarks.append)
     assert (
-        "`sample` 50: the evaluation pairs have 4 distinct prompts shorter than 256 tokens; those are "
+        "`sample` 50: the evaluation pairs have 4 distinct prompts shorter than 96 tokens; those are "
         "answered." in remarks
     )
     assert len(lines(tmp_path / "run")) == 8
