@@ -83,6 +83,7 @@ def test_a_run_layer_by_layer_ends_like_a_plain_run(
         assert len(transfers) == has_copies
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("quantize", ["none", "4bit"])
 def test_a_base_on_disk_is_read_layer_by_layer(
     cache: str, tmp_path: Path, quantize: str, plain: Callable[..., Path]

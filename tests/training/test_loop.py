@@ -96,6 +96,7 @@ NAIVE = {
 }
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("changes", NAIVE.values(), ids=NAIVE)
 def test_metrics_and_weights_are_those_of_a_naive_loop(cache: str, tmp_path: Path, changes: dict) -> None:
     options = {
@@ -386,6 +387,7 @@ def test_a_warm_up_that_takes_every_step_is_said(cache: str, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -403,6 +405,7 @@ def test_how_a_step_is_run_changes_nothing_beyond_rounding(cache: str, tmp_path:
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 5, 7])
 def test_resumed_equals_uninterrupted_bit_for_bit(cache: str, tmp_path: Path, stop_after: int) -> None:
     options = {"epochs": 2.0, "eval_pairs": "heldout", "eval_every": 2, "weight_decay": 0.1}

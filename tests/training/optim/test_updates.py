@@ -95,6 +95,7 @@ def assert_same_state(one: Updater, other: Updater) -> None:
         assert torch.equal(found[key], value) and found[key].dtype == value.dtype, key
 
 
+@pytest.mark.rotating(2)
 @each_case
 def test_slices_through_a_device_give_the_bits_of_whole_tensors_at_home(
     name: str, dtype: torch.dtype, rounding: str, monkeypatch: pytest.MonkeyPatch

@@ -189,6 +189,7 @@ def test_a_best_that_vanishes_while_the_run_needs_it_is_a_clear_error(cache: str
 # -- after the model was published -------------------------------------------------------------------------
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(
     ("options", "resume"),
     [({"patience": 2}, True), ({"patience": 2, "lora_r": 2}, False), ({}, True)],
@@ -506,6 +507,7 @@ def stopped(cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "model.safetensors", "config.json"])
 def test_a_damaged_checkpoint_can_be_removed_to_resume_from_the_one_before(
     cache: str, tmp_path: Path, stopped: Path, name: str

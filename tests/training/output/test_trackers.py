@@ -205,6 +205,7 @@ def assert_tracked(output: Path, tracker: str) -> None:
 # --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("tracker", NAMES)
 def test_a_tracker_has_the_lines_of_metrics_jsonl(cache: str, tmp_path: Path, tracker: str) -> None:
     remarks: list[str] = []
@@ -315,6 +316,7 @@ def test_a_nested_config_is_flat_for_trackers() -> None:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("tracker", NAMES)
 def test_a_resumed_run_continues_in_its_tracker(cache: str, tmp_path: Path, tracker: str) -> None:
     def crash(line: dict) -> None:
@@ -349,6 +351,7 @@ def test_a_resumed_run_continues_in_its_tracker(cache: str, tmp_path: Path, trac
             ], name
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("tracker", ["trackio", "mlflow"])
 def test_a_tracker_that_is_new_or_lost_its_run_begins_one_at_the_checkpoint(
     cache: str, tmp_path: Path, tracker: str
@@ -385,6 +388,7 @@ def test_an_unreadable_list_of_tracker_runs_is_an_error(cache: str, tmp_path: Pa
 # ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("ending", "status", "exit_code"),
     [
