@@ -13,7 +13,8 @@ BIN := $(VENV)/bin
 
 # Tests run in parallel, each with one torch thread; WORKERS= runs them one after another.
 WORKERS ?= -n auto --maxprocesses 4 --dist worksteal
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
+# Bytecode is kept even where PYTHONDONTWRITEBYTECODE is set: many processes are started.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # The tests of VERSION_TESTS run with the oldest and with the newest versions, each in its own environment. OLDEST_TORCH
 # is the lowest torch that pyproject.toml allows; set another if that one is not available.
@@ -90,16 +91,16 @@ demo: $(VENV)/installed $(MODEL)/config.json
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh $(MODEL) $(DEMO)
 
 test: $(VENV)/installed
-	$(PYTEST) --ignore=$(SCALE) -m "not real_model and not slow"
+	$(PYTEST) $(WORKERS) --ignore=$(SCALE) -m "not real_model and not slow"
 
 test-scale: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SCALE)
+	$(PYTEST) $(SCALE)
 
 test-slow: $(VENV)/installed $(MODEL)/config.json test-scale
-	DPO_CACHE_REAL_MODEL=$(abspath $(MODEL)) $(PYTEST) --ignore=$(SCALE)
+	DPO_CACHE_REAL_MODEL=$(abspath $(MODEL)) $(PYTEST) $(WORKERS) --ignore=$(SCALE)
 
 test-families: $(VENV)/installed
-	$(PYTEST) tests/families $(if $(FAMILY),-k '[$(FAMILY)]')
+	$(PYTEST) $(WORKERS) tests/families $(if $(FAMILY),-k '[$(FAMILY)]')
 
 test-oldest:
 	$(PYTHON) -m venv --clear $(OLDEST_VENV)
