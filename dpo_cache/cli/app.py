@@ -34,7 +34,7 @@ from dpo_cache.cli.parameters import command_class
 from dpo_cache.cli.process import process_settings
 from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, Unwinding
 from dpo_cache.errors import DpoCacheError, OptionError, OtherRankError
-from dpo_cache.training.launch import is_quiet_rank, reports_early_errors
+from dpo_cache.training.launch import is_quiet_rank, launched_rank, reports_early_errors
 
 app = typer.Typer(
     name="dpo-cache",
@@ -87,7 +87,8 @@ def main() -> None:
     trains = sys.argv[1:2] == ["train"]  # with other processes, if a launcher has started several
     is_quiet = trains and is_quiet_rank()
     try:
-        with process_settings(is_quiet=is_quiet), Unwinding(remark):
+        is_rank = trains and launched_rank() is not None
+        with process_settings(is_rank=is_rank, is_quiet=is_quiet), Unwinding(remark):
             app()
     except OtherRankError as error:
         sys.exit(error.code)

@@ -21,11 +21,14 @@ NOISY = ("bitsandbytes",)  # loggers whose warnings do not help a user of the co
 
 
 @contextmanager
-def process_settings(*, is_quiet: bool = False) -> Iterator[None]:
+def process_settings(*, is_rank: bool = False, is_quiet: bool = False) -> Iterator[None]:
     """The settings of a command; its loggers are as before when the block ends.
 
-    With `is_quiet`, another process shows the same progress and warnings.
+    With `is_rank`, this is one of several processes that train together; with `is_quiet`, another one of them
+    shows the same progress and warnings.
     """
+    if is_rank:  # torch advises on DDP's options; read when it is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if is_quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # nothing animates off a terminal
     if is_quiet:

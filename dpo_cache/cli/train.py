@@ -39,11 +39,13 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
     Ctrl-C or SIGTERM finishes the step and saves it; `dpo-cache train --resume RUN` continues.
     """
     num_ranks = options.launch or 1
-    if launched_rank() is None:  # else errors are reported once, when all have joined
+    if launched_rank() is not None:
+        report, exit_code = _train_with_others(options)
+    else:
         _check(options, num_ranks)
         if num_ranks > 1:
             sys.exit(launch(num_ranks, sys.argv[1:]))
-    report, exit_code = _train(options)
+        report, exit_code = _train(options)
     if not is_quiet_rank():
         _show(report, as_json)
     if exit_code is not None and not report.finished:
@@ -59,6 +61,15 @@ def _check(options: TrainOptions, num_ranks: int) -> None:
     check_train(options)
     resume, clears = bool(options.resume), not options.dry_run
     find_start(Path(options.output), lambda _: None, resume=resume, clears=clears)
+
+
+def _train_with_others(options: TrainOptions) -> tuple[TrainReport, int | None]:
+    """The same in one of several processes: they join before they check, so that errors are reported once."""
+    from dpo_cache.training.ranks import open_ranks
+
+    with open_ranks(options) as ranks:
+        ranks.on_main(lambda: _check(options, ranks.size))
+        return _train(options)
 
 
 def _train(options: TrainOptions) -> tuple[TrainReport, int | None]:

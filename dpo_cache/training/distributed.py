@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from typing import Any, TypeVar
@@ -83,15 +83,15 @@ def joined_ranks(device: str, *, shards: bool = False) -> Iterator[Ranks]:
         _check_devices(ranks)
         yield ranks
         ranks.gather(None)  # the store may end with a rank
+        watch.end()
     except BaseException as error:
         found = watch.report(error)
         raise found from (None if found is error else error)
     finally:
         _joined.clear()
-        watch.end()
         if begins:
-            distributed.destroy_process_group()
-            PartialState._reset_state()
+            _leave(waits=not watch.failure)
+        watch.end()  # until then, it ends a process that hangs while it leaves
 
 
 def _begin(device: str) -> str:
@@ -113,11 +113,22 @@ def _begin(device: str) -> str:
     try:
         state = PartialState(cpu=not is_cuda, backend="cuda:nccl,cpu:gloo" if is_cuda else "gloo", **given)
     except (RuntimeError, ValueError) as error:  # also `DistError`
+        PartialState._reset_state()
         raise TrainingError(
             f"rank {launched.index}: the {launched.size} ranks did not meet ({first_line(error)}).\n"
             "Check that all were started, and that MASTER_ADDR and MASTER_PORT are those of the first one."
         ) from error
     return str(state.device)
+
+
+def _leave(*, waits: bool) -> None:
+    """End the process group; without `waits`, whatever is still to be done in it."""
+    if not waits and torch.cuda.is_available():
+        with suppress(Exception):  # NCCL may raise what has ended the run
+            distributed.distributed_c10d._abort_process_group()
+    else:
+        distributed.destroy_process_group()
+    PartialState._reset_state()
 
 
 def _complete_environment(launched: LaunchedRank) -> None:
@@ -141,10 +152,11 @@ def _complete_environment(launched: LaunchedRank) -> None:
 
 def first_node(nodes: str) -> str:
     """The first host of SLURM's list: `gpu[07-09,12],login1` is gpu07."""
-    prefix, bracket, numbers = nodes.partition("[")
+    prefix, bracket, rest = nodes.partition("[")
     if not bracket or "," in prefix:
         return prefix.split(",")[0]
-    return prefix + numbers.partition("]")[0].split(",")[0].split("-")[0]
+    numbers, _, suffix = rest.partition("]")
+    return prefix + numbers.split(",")[0].split("-")[0] + suffix.split(",")[0]
 
 
 def _device(device: str) -> str | None:

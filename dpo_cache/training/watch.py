@@ -174,7 +174,7 @@ class Watch:
         return min([self.index, *(rank for rank, one in self._processes.items() if _is_alive(one))])
 
     def _end_process(self, failure: Failure) -> None:
-        if failure.reporter == self.index and failure.rank != self.index:
+        if failure.reporter == self.index:  # the main thread would have done it
             sys.stderr.write(f"error: {printable_lines(failure.text)}\n")
             sys.stderr.flush()
         os._exit(failure.code)
