@@ -491,6 +491,7 @@ def test_a_resumed_run_needs_nothing_but_the_cache(model_folder: str, tmp_path: 
     assert AutoTokenizer.from_pretrained(report.model).chat_template == make_tokenizer().chat_template
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("name", ["config.json", "checkpoints/step-000002/state.json", "checkpoints/step-000002/optimizer.safetensors",
                                   "checkpoints/step-000002/model.safetensors"])  # fmt: skip
 @pytest.mark.parametrize("damage", ["gone", "torn", "empty"])

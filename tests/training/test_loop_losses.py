@@ -18,6 +18,7 @@ from tests.lm.families import make_model
 from tests.training.test_loop import assert_alike, metrics, train
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("options", [
     {"loss": "aot", "beta": 0.5}, {"loss": ("aot_unpaired:0.5", "sft:0.1")}, {"loss": ("sigmoid", "sft")}, {"loss": "cpo"},
     {"loss": "sigmoid", "ld_alpha": 0.3, "wpo": "on"},

@@ -245,6 +245,7 @@ def test_a_given_option_replaces_its_exclusive_one_of_the_config(cache: str, tmp
     assert "eval_fraction" not in found and "lora_r" not in found
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

@@ -14,6 +14,7 @@ from dpo_cache.training.step_zero import StepZero
 from tests.training.test_loop import assert_alike, metrics, train
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     "options",
     [

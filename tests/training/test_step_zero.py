@@ -329,6 +329,7 @@ def damage(place: Path, row: int, nats: float = 30.0) -> None:
     rewrite(place, change)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("options", [{}, {"lora_r": 2}, {"shuffle": False}, {"eval_fraction": 0.1}])
 def test_a_row_beyond_the_first_batch_is_found_before_the_first_update(large: Path, options: dict) -> None:
     damage(large, 60)

@@ -77,6 +77,7 @@ def noise_is_caught(seed: int, dtype: str) -> bool:
     return is_refused(score(noisy, completions), score(model, completions), dtype, "float32")
 
 
+@pytest.mark.rotating(2)
 @each_dtype
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_is_caught_and_rounding_is_not(seed: int, dtype: str) -> None:
