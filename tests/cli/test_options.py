@@ -29,6 +29,7 @@ from dpo_cache.cli import (
     train,
     verify,
 )
+from dpo_cache.errors import OptionError
 from dpo_cache.options.base import Options
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.exchange import ExportOptions, ImportOptions
@@ -98,3 +99,31 @@ def test_every_command_is_checked() -> None:
         if isinstance(kind, type) and issubclass(kind, Options) and not kind.__name__.startswith("_")
     }
     assert set(COMMANDS) == kinds - {Options, CopyOptions, LossOptions}
+
+
+@pytest.mark.parametrize(
+    ("given", "num_ranks", "problem"),
+    [
+        ({"parallel": "fsdp", "optimizer": "adafactor"}, 1, ""),
+        ({"parallel": "fsdp", "optimizer": "adafactor"}, 2, "`optimizer` adafactor and `parallel` fsdp"),
+        ({"parallel": "fsdp", "optimizer": "adamw-8bit-paged"}, 2, "`optimizer` adamw-8bit-paged and `parallel` fsdp"),
+        ({"parallel": "fsdp", "optimizer": "adamw-bf16"}, 2, ""),
+        ({"parallel": "fsdp", "memory": "small"}, 2, "`memory` small, `place` None and `parallel` fsdp"),
+        ({"parallel": "fsdp", "memory": "least", "lora_r": 2}, 2, "`memory` least, `place` None and `parallel` fsdp"),
+        ({"parallel": "fsdp", "place": "weights=host,optimizer=host,gradients=host"}, 2, "and `parallel` fsdp"),
+        ({"parallel": "fsdp", "place": "gradients=none", "max_grad_norm": 0}, 2, ""),
+        ({"parallel": "fsdp", "place": "inputs=host"}, 2, ""),
+        ({"parallel": "fsdp", "memory": "fast"}, 2, ""),
+        ({"parallel": "ddp", "memory": "least", "optimizer": "adafactor"}, 2, ""),
+        ({"device": "mps"}, 1, ""),
+        ({"device": "mps"}, 2, "`device` mps: 2 processes train on CUDA devices or on the CPU"),
+    ],
+)  # fmt: skip
+def test_what_several_processes_can_use(given: dict, num_ranks: int, problem: str) -> None:
+    options = TrainOptions(cache="cache", output="run", **given)
+    if not problem:
+        options.check_ranks(num_ranks)
+        return
+    with pytest.raises(OptionError) as error:
+        options.check_ranks(num_ranks)
+    assert problem in str(error.value)
