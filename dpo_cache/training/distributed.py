@@ -6,6 +6,7 @@ variables are translated for it), begins the process group and chooses each rank
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -185,5 +186,11 @@ def _check_devices(ranks: Ranks) -> None:
 
 
 def timeout_s() -> float:
-    """Seconds that a collective call waits for other ranks."""
-    return float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT_S))
+    """Seconds that a collective call waits for other ranks. Raises `OptionError`."""
+    text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_S))
+    try:
+        if 0 < float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise OptionError(f"{TIMEOUT_VARIABLE}={text}: expected seconds, a number above 0.")

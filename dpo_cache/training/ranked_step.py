@@ -268,6 +268,14 @@ class RankedStep(TrainingStep):
                 self.setup.step_memory.save_more(error)
             self._forget(num_compared)
 
+    def _update(self, pairs: list[ScoredPair], metrics: PairMetrics, number: int) -> float:
+        try:
+            return super()._update(pairs, metrics, number)
+        except RuntimeError as error:  # the optimizer makes its state in the first update
+            if is_out_of_memory(error, self.setup.device):
+                raise self._cannot_repeat(error) from error
+            raise
+
     def _exchange(self, value: Any) -> list[Any]:
         """The value of each rank. Raises an error of memory if another rank has none left."""
         found = self.setup.ranks.gather(("", value))

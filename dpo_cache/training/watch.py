@@ -71,6 +71,7 @@ class Watch:
         """
         if isinstance(error, KeyboardInterrupt):  # each rank gets the signal
             self._claim(Failure(self.index, "interrupted", INTERRUPTED, self.index))
+            self._wait_until_noted()
             return error
         is_known = isinstance(error, DpoCacheError)
         self._known.wait((SAME_S if self.index else 0.0) if is_known else FOLLOWS_S)

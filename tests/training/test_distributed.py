@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_cache.errors import OptionError
 from dpo_cache.training import distributed
 from dpo_cache.training.launch import VARIABLES, LaunchedRank
 from tests import programs
@@ -72,6 +73,18 @@ def test_a_rank_whose_others_do_not_come(tmp_path: Path) -> None:
     assert second == (
         "Check that all were started, and that MASTER_ADDR and MASTER_PORT are those of the first one. None"
     )
+
+
+def test_the_time_that_ranks_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DPO_CACHE_RANK_TIMEOUT", raising=False)
+    assert distributed.timeout_s() == 1800
+    monkeypatch.setenv("DPO_CACHE_RANK_TIMEOUT", "0.5")
+    assert distributed.timeout_s() == 0.5
+    for wrong in ("0", "soon", "inf", ""):
+        monkeypatch.setenv("DPO_CACHE_RANK_TIMEOUT", wrong)
+        with pytest.raises(OptionError) as error:
+            distributed.timeout_s()
+        assert str(error.value) == f"DPO_CACHE_RANK_TIMEOUT={wrong}: expected seconds, a number above 0."
 
 
 @pytest.mark.parametrize(
