@@ -7,9 +7,10 @@ is noticed, or notices that the file is gone (see `removal.py`).
 
 from __future__ import annotations
 
+import functools
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dpo_cache.errors import CacheError, StorageError
@@ -18,7 +19,14 @@ from dpo_cache.store.cache import Cache
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.upkeep.contents import classify
 from dpo_cache.store.upkeep.named_files import NamedFiles, read_named_files
-from dpo_cache.store.upkeep.open_runs import PATTERN, is_at_work, read_record, shards_of_runs
+from dpo_cache.store.upkeep.open_runs import (
+    PATTERN,
+    is_at_work,
+    read_record,
+    run_of,
+    runs_in_audit,
+    shards_of_runs,
+)
 from dpo_cache.store.upkeep.removal import (
     name_before_hiding,
     put_back_needed,
@@ -159,6 +167,7 @@ def _is_young(folder: Folder, file: str, grace_s: float) -> bool:
 
 
 def _hidden_garbage(folder: Folder, named: NamedFiles) -> Iterator[Garbage]:
+    in_audit = functools.cache(functools.partial(runs_in_audit, folder))
     for file, size in folder.hidden().items():
         before = name_before_hiding(file)
         if file.startswith(f"{QUARANTINE}/"):
@@ -167,13 +176,13 @@ def _hidden_garbage(folder: Folder, named: NamedFiles) -> Iterator[Garbage]:
             yield Garbage(file, size, "scratch of a writer that was killed")
         elif before and not named.may_need(before):
             yield Garbage(file, size, "left by a removal that was killed")
-        elif (found := RUN_FILE.fullmatch(file)) and (why := _why_ended(folder, file, found[1])):
+        elif (found := RUN_FILE.fullmatch(file)) and (why := _why_ended(folder, file, found[1], in_audit)):
             yield Garbage(file, size, why)
 
 
-def _why_ended(folder: Folder, record: str, reference: str) -> str:
-    """Why a run's record is no longer needed; empty for one that is. A run that was killed in an audit is
-    needed by the next run, as long as its reference has an entry.
+def _why_ended(folder: Folder, record: str, reference: str, in_audit: Callable[[str], set[str]]) -> str:
+    """Why a run's record is no longer needed; empty for one that is. The records of a run that was killed in
+    an audit, and of its workers, are needed by the next run, as long as the reference has an entry.
     """
     try:
         content = read_record(folder, record)
@@ -181,7 +190,7 @@ def _why_ended(folder: Folder, record: str, reference: str) -> str:
         return ""
     if is_at_work(folder, record, content):
         return ""
-    if content["state"] == "scoring":
+    if run_of(record) not in in_audit(reference):
         return "the record of a run that was killed"
     has_entry = folder.exists(f"{reference}/reference.json")
     return "" if has_entry else "the record of a run whose reference was removed"

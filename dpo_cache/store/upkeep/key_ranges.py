@@ -220,7 +220,12 @@ def _sorted_rows(tables: Sequence[pa.Table]) -> pa.Table:
     table = pa.concat_tables(tables).combine_chunks()
     high, low = key_halves(keys_of(table.column("key")))
     order = np.argsort(high)
-    if (high[order[1:]] == high[order[:-1]]).any():
-        order = np.lexsort((table.column("source").to_numpy(), low, high))
+    in_order = high[order]
+    is_repeated = in_order[1:] == in_order[:-1]
+    if is_repeated.any():  # keys that share their first half: mostly, equal keys
+        places = np.flatnonzero(np.append(is_repeated, False) | np.append(False, is_repeated))
+        tied = order[places]
+        source = table.column("source").to_numpy()
+        order[places] = tied[np.lexsort((source[tied], low[tied], high[tied]))]
     is_sorted = bool((order[1:] > order[:-1]).all())
     return table if is_sorted else table.take(pa.array(order))

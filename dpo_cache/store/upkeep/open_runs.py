@@ -10,11 +10,12 @@ import os
 import re
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 import psutil
 
-from dpo_cache.errors import CorruptShardError, StorageError
+from dpo_cache.errors import CacheError, CorruptShardError, StorageError
 from dpo_cache.store.folders.folder import Folder
 from dpo_cache.store.format.documents import Document, read_sealed
 from dpo_cache.store.upkeep.contents import classify
@@ -47,12 +48,30 @@ def shards_of_runs(folder: Folder, reference_id: str) -> set[str]:
     shard of the list that is not in the result will be withdrawn.
     """
     place = f"references/{reference_id}"
-    found: set[str] = set()
-    for record in run_records(folder, place):
-        content = read_record(folder, record)
-        if content["state"] != "scoring" or is_at_work(folder, record, content):
+    records = {name: read_record(folder, name) for name in run_records(folder, place)}
+    audited, found = _in_audit(records), set[str]()
+    for name, content in records.items():
+        if run_of(name) in audited or is_at_work(folder, name, content):
             found |= {*content["shards"], *content.get("files", [])}
     return found
+
+
+def runs_in_audit(folder: Folder, place: str) -> set[str]:
+    """The runs, as of `run_of`, that are auditing or withdrawing, or were killed in it, as far as their
+    records can be read.
+    """
+    records = dict[str, Document]()
+    for name in run_records(folder, place):
+        with suppress(CacheError):  # `verify` reports it
+            records[name] = read_record(folder, name)
+    return _in_audit(records)
+
+
+def _in_audit(records: dict[str, Document]) -> set[str]:
+    """The runs that are auditing or withdrawing, or were killed in it. The records of a run's workers do not
+    show it: the audit is that of the run.
+    """
+    return {run_of(name) for name, content in records.items() if content["state"] != "scoring"}
 
 
 def run_records(folder: Folder, place: str) -> list[str]:

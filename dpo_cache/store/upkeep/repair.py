@@ -26,6 +26,7 @@ from dpo_cache.store.format.keys import completion_key
 from dpo_cache.store.format.pair_tables import read_manifest
 from dpo_cache.store.format.parquet import ParquetReader, name_by_content
 from dpo_cache.store.format.shards import SHARD_SCHEMA, encode_shard, read_keys
+from dpo_cache.store.key_table import KeyTable
 from dpo_cache.store.pairs import PairSet
 from dpo_cache.store.upkeep.commands import precompute_line
 from dpo_cache.store.upkeep.contents import classify, shard_files
@@ -206,23 +207,25 @@ def _restore_scores(folder: Folder, files: Sequence[str], damaged: dict[str, str
             with suppress(CacheError):  # a damaged pair set: its completions are scored again
                 for block in range(len(pairs.block_sizes)):
                     published = _publish_missing(folder, known, pairs, block, damaged)
-                    known, restored = np.union1d(known, published), restored + len(published)
+                    known.add(published, 0)
+                    restored += len(published)
         if had_entry:
             remove_later_scores(folder, reference_id)
     return restored
 
 
-def _keys_of_whole_shards(folder: Folder, reference_id: str, damaged: dict[str, str | None]) -> np.ndarray:
-    """Keys in the reference's shards without the damaged ones and those that cannot be read, S16, sorted."""
-    found = [np.empty(0, "S16")]
+def _keys_of_whole_shards(folder: Folder, reference_id: str, damaged: dict[str, str | None]) -> KeyTable:
+    """Keys in the reference's shards without the damaged ones and those that cannot be read; no rows."""
+    known = KeyTable()
     for shard in sorted(shard_files(folder, reference_id).keys() - {*damaged}):
         with suppress(CacheError):
-            found += read_keys(folder, shard)
-    return np.unique(np.concatenate(found))
+            for keys in read_keys(folder, shard):
+                known.add(keys, 0)
+    return known
 
 
 def _publish_missing(
-    folder: Folder, known: np.ndarray, pairs: PairSet, block: int, damaged: dict[str, str | None]
+    folder: Folder, known: KeyTable, pairs: PairSet, block: int, damaged: dict[str, str | None]
 ) -> np.ndarray:
     """Publish the block's scores whose keys are not known, as a shard. Returns their keys, S16.
 
@@ -234,7 +237,7 @@ def _publish_missing(
         scores[completion_key(scored.pair.chosen)] = scored.ref_chosen
         scores[completion_key(scored.pair.rejected)] = scored.ref_rejected
     keys = np.array(list(scores), "S16")
-    is_known = np.isin(keys, known)
+    is_known = known.find(keys) >= 0
     missing = [entry for entry, there in zip(scores.items(), is_known, strict=True) if not there]
     if missing:
         content = encode_shard(missing)

@@ -7,7 +7,7 @@ import pytest
 from dpo_cache.errors import CorruptShardError
 from dpo_cache.store import Cache, open_cache
 from dpo_cache.store.upkeep.compact import compact_reference
-from dpo_cache.store.upkeep.gc import collect_garbage
+from dpo_cache.store.upkeep.gc import collect_garbage, find_garbage
 from dpo_cache.store.upkeep.open_runs import shards_of_runs
 from dpo_cache.store.upkeep.run_record import RunRecord, end_killed_runs
 from tests.store.conftest import key
@@ -119,3 +119,20 @@ def test_a_record_that_is_none_is_refused_before_anything_is_merged(cache: Cache
     with pytest.raises(CorruptShardError):
         compact_reference(cache, reference_of(cache))
     assert {**files(cache), name: b""} == {**before, name: b""}
+
+
+def test_shards_of_workers_wait_with_those_of_their_run_that_was_killed_in_an_audit(cache: Cache) -> None:
+    """Their records do not show it."""
+    killed = RunRecord(cache, reference_of(cache))
+    for number in (10, 11):
+        publish(cache, RunRecord(cache, reference_of(cache), run=killed.for_workers()), [number])
+    assert held(cache) == set() and len(find_garbage(cache, grace_s=0)) == 3, "records of a run that is gone"
+    publish(cache, killed, [12])
+    killed.begin_audit()
+    assert len(held(cache)) == 3 and find_garbage(cache, grace_s=0) == []
+    done = compact_reference(cache, reference_of(cache))
+    assert (done.completions, done.left) == (3, 3)
+    with RunRecord(cache, reference_of(cache)) as record:
+        publish(cache, record, [13])
+        record.fail()
+    assert numbers(cache, 0, 1, 2, 10, 11, 12, 13) == [0, 1, 2] and not records(cache)
