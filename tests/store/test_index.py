@@ -22,6 +22,7 @@ from dpo_cache.store.upkeep.merge import merge_caches
 from dpo_cache.store.upkeep.merge_shards import write_sorted_shards
 from dpo_cache.store.upkeep.verify import verify_cache
 from dpo_cache.types import Score
+from tests.programs import START_METHOD
 from tests.store.caches import add_scores, key_of, lie_about_keys, make_cache, value
 from tests.store.conftest import flip_file, key, make_scores, score
 
@@ -198,7 +199,7 @@ def score_what_is_missing(location: str, writer: int, start) -> None:
 
 
 def test_processes_that_write_at_once_lose_nothing(folder: LocalFolder) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     start = context.Barrier(NUM_WRITERS)
     writers = [
         context.Process(target=score_what_is_missing, args=(str(folder), writer, start))

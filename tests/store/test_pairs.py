@@ -302,7 +302,7 @@ def test_indices_and_slices_give_what_a_list_gives(cache: Cache, small_parts: No
     pair_set, expected = cache.pairs("dialogues"), [plain(scored) for scored in pairs]
     for index in range(-23, 23):
         assert plain(pair_set[index]) == expected[index]
-    ends = (None, -30, -23, -4, -1, 0, 2, 3, 6, 7, 22, 23, 30)
+    ends = (None, -30, -23, -4, 0, 3, 7, 22, 30)
     for start in ends:
         for stop in ends:
             for step in (None, 1, 2, 5, -1, -3):

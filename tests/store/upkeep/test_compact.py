@@ -82,6 +82,7 @@ def test_a_damaged_shard_stops_it_with_nothing_lost(cache: Cache, root: Path) ->
     assert before.items() <= contents(root).items()
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("step", range(10))
 def test_a_crash_at_any_step_loses_nothing_and_the_next_run_ends_it(
     cache: Cache, root: Path, monkeypatch: pytest.MonkeyPatch, step: int

@@ -113,6 +113,7 @@ def test_files_go_in_the_order_of_what_refers_to_what(s3: Proxy, tmp_path: Path)
     assert order == sorted(order) and set(order) == {0, 1, 2, 3, 4}
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("puts", range(11))
 def test_a_push_that_dies_anywhere_goes_on_where_it_was(s3: Proxy, tmp_path: Path, puts: int) -> None:
     fill(tmp_path / "here")

@@ -68,6 +68,7 @@ def merge(root: Path, num_shards: int) -> None:
     assert [*report.overruled.values()] == [num_shards * ROWS + 1]
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("operation", [compact, verify, gc, collect, diff, merge])
 def test_reads_grow_with_the_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: Callable[[Path, int], None]
