@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from dpo_cache.store import completion_key
+from dpo_cache.store.format.keys import key_array, key_bounds, key_bytes
 from dpo_cache.types import Completion
 from tests.store.conftest import ids
 
@@ -51,3 +52,10 @@ def test_the_dtype_of_the_arrays_does_not_change_the_key(dtype: str) -> None:
 def test_views_with_a_stride_have_the_key_of_their_values() -> None:
     every_second = np.array([1, 9, 2, 9, 3, 9], np.uint32)[::2]
     assert completion_key(Completion(every_second, ids(4, 5))).hex() == "6db4c57b39fce8c8ea5301eb78ca00ae"
+
+
+def test_the_smallest_and_the_largest_key() -> None:
+    generator = np.random.default_rng(0)
+    keys = [bytes(8) + generator.bytes(8) for _ in range(20)] + [generator.bytes(16) for _ in range(20)]
+    for some in (keys, keys[:20], keys[:1], [b"\xff" * 16, b"\xff" * 8 + bytes(8)]):
+        assert key_bytes(key_bounds(key_array(some))) == [min(some), max(some)]

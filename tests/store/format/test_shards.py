@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 from dpo_cache.errors import CacheError, CorruptShardError, DpoCacheError, NotInCacheError
 from dpo_cache.store import ScoreIndex
 from dpo_cache.store.folders.folder import LocalFolder
-from dpo_cache.store.format.parquet import name_by_content, write_parquet
-from dpo_cache.store.format.shards import KEY, SHARD_SCHEMA, are_only_sums, encode_shard
+from dpo_cache.store.format.keys import key_bytes
+from dpo_cache.store.format.page_limits import Footer
+from dpo_cache.store.format.parquet import ParquetReader, name_by_content, write_parquet
+from dpo_cache.store.format.shards import (
+    KEY,
+    SHARD_SCHEMA,
+    are_only_sums,
+    check_bounds,
+    encode_shard,
+    group_bounds,
+    keys_of,
+)
 from dpo_cache.types import HIGHEST_LOGP, LOWEST_LOGP, Score, are_logps
 from tests.store.caches import decode_shard, read_shard_bytes
 from tests.store.conftest import flip, key, make_scores, score
@@ -265,3 +275,51 @@ def test_every_flipped_byte_is_told_as_damage(
 
 def test_keys_are_stored_as_sixteen_bytes() -> None:
     assert read_shard_bytes(SMALL_SHARD).column("key").type == KEY
+
+
+def footer_of(content: bytes) -> Footer:
+    return ParquetReader(pa.BufferReader(content), SHARD_SCHEMA, "there").footer
+
+
+def groups(monkeypatch: pytest.MonkeyPatch, numbers: list[int]) -> bytes:
+    """A shard whose row groups hold two completions each."""
+    monkeypatch.setattr("dpo_cache.store.format.shards.ROW_GROUP_BYTES", 80)
+    return encode_shard([(key(number), score(-1.0)) for number in numbers])
+
+
+def test_the_footer_has_the_keys_of_row_groups_that_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = groups(monkeypatch, [2, 1, 256, 200, 300])  # in a row group, in any order
+    found = group_bounds(footer_of(content))
+    assert found is not None and found.shape == (3, 2)
+    expected = [key(number) for number in (1, 2, 200, 256, 300, 300)]
+    assert key_bytes(found.reshape(-1)) == expected
+    reader = ParquetReader(pa.BufferReader(content), SHARD_SCHEMA, "there")
+    for table, bounds in zip(reader.read_groups(), found, strict=True):
+        check_bounds(keys_of(table.column("key")), bounds, "there")
+
+
+@pytest.mark.parametrize("numbers", [[1, 5, 3, 7], [1, 3, 3, 7], [5, 7, 1, 3]], ids=repr)
+def test_row_groups_that_overlap_or_descend_are_not_listed(
+    monkeypatch: pytest.MonkeyPatch, numbers: list[int]
+) -> None:
+    assert group_bounds(footer_of(groups(monkeypatch, numbers))) is None
+
+
+def test_a_footer_without_keys_lists_none() -> None:
+    table = read_shard_bytes(encode_shard(make_scores(range(3))))
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table, sink, compression="zstd", store_schema=False, use_dictionary=False, write_statistics=False
+    )
+    footer = footer_of(sink.getvalue().to_pybytes())
+    assert footer.bounds == [None] and group_bounds(footer) is None
+
+
+@pytest.mark.parametrize("claimed", [(b"a", b"c"), (b"b", b"d"), (b"b", b"cc"), (b"b" * 17, b"c")], ids=repr)
+def test_other_keys_than_the_footer_claims_are_damage(claimed: tuple[bytes, bytes]) -> None:
+    keys = np.array([b"c", b"b"], "S16")
+    check_bounds(keys, (b"b", b"c"), "there")
+    with pytest.raises(CorruptShardError, match="there: its footer claims other keys"):
+        check_bounds(keys, claimed, "there")
+    with pytest.raises(CorruptShardError, match="there: its footer claims other keys"):
+        check_bounds(keys[:0], claimed, "there")
