@@ -68,7 +68,7 @@ help:
 	@echo "make bench-token-ids DATA='FILE...' [MODEL=FOLDER]           token ids compared with TRL 1.16"
 	@echo "make bench-file-ids DATA='FILE...' [MODEL=FOLDER]            token ids of files as they are compared with TRL 1.16's of FILE.clean.jsonl"
 	@echo "python benchmarks/gpu_attention.py   on a machine with a GPU: the kernels of the forest's attention, right and how fast"
-	@echo "make bench-store                                             publishing, opening, looking up and streaming at scale"
+	@echo "make bench-store                                             publishing, opening, looking up, streaming and upkeep at scale"
 	@echo "make clean        remove the environments, models, demo and build files"
 
 install: $(VENV)/installed
@@ -176,6 +176,7 @@ bench-file-ids: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 
 bench-store: $(VENV)/installed
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/upkeep.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(FAKE_CUDA_VENV) $(TRL_VENV) models demo build *.egg-info
