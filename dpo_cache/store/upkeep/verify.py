@@ -86,7 +86,7 @@ class _Verification:
     def __init__(self, folder: Folder, on_progress: OnProgress, subset: Subset | None):
         self.folder, self.on_progress, self.subset = folder, on_progress, subset
         self.report = VerifyReport(str(folder))
-        self.links = folder.links()
+        self.links = {*folder.links()}
         beyond = tuple(f"{link}/" for link in self.links)
         self.files = {
             name: size
@@ -94,6 +94,9 @@ class _Verification:
             if name not in self.links and not name.startswith(beyond)
         }
         self.kinds = {name: classify(name) for name in self.files}
+        self.owned: dict[tuple[str, str], list[str]] = {}  # by kind, and reference or pair set
+        for name, (kind, parts) in self.kinds.items():
+            self.owned.setdefault((kind, parts[0] if parts else ""), []).append(name)
         self.total = sum(size for name, size in self.files.items() if self._is_read_now(name))
         self.digests: dict[str, str] = {}  # of the bytes that were read last
         self.references: dict[str, _Scored] = {}
@@ -112,7 +115,7 @@ class _Verification:
             self._check_pair_set(name)
         for reference_id, scored in self.references.items():
             self._compare(reference_id, scored)
-        self.report.unknown = [name for name, (kind, _) in self.kinds.items() if kind == "unknown"]
+        self.report.unknown = self.owned.get(("unknown", ""), [])
         self.report.problems = sorted(
             set(self.report.problems), key=lambda problem: (problem.file, problem.kind, problem.expected)
         )
@@ -120,7 +123,7 @@ class _Verification:
 
     def _names_of(self, *kinds: str) -> list[str]:
         """References, or pair sets, that have a file of one of these kinds."""
-        return sorted({parts[0] for kind, parts in self.kinds.values() if kind in kinds})
+        return sorted({name for kind, name in self.owned if kind in kinds})
 
     def _is_read_now(self, file: str) -> bool:
         """Whether this run reads the file: of shards and parts only those of the subset."""
@@ -144,9 +147,7 @@ class _Verification:
         self.report.references += 1
         name = f"references/{reference_id}/reference.json"
         scored = self.references[reference_id] = _Scored()
-        shards = [
-            file for file, (kind, parts) in self.kinds.items() if kind == "shard" and parts[0] == reference_id
-        ]
+        shards = self.owned.get(("shard", reference_id), [])
         if self._exists(name):
             entry = self._try(name, lambda _: read_reference(self.folder, reference_id)) or {}
             scored.identity = entry.get("identity", {})
@@ -163,7 +164,7 @@ class _Verification:
     def _check_pair_set(self, name: str) -> None:
         """Check the manifest, every part that it names, and that the parts have its pairs."""
         place, file = f"pairs/{name}", f"pairs/{name}/manifest.json"
-        present = {part for part, (kind, parts) in self.kinds.items() if kind == "part" and parts[0] == name}
+        present = {*self.owned.get(("part", name), [])}
         if file not in self.files:
             self.report.unreferenced += sorted(present)
             return
