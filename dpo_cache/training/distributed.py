@@ -78,7 +78,8 @@ def joined_ranks(device: str, *, shards: bool = False) -> Iterator[Ranks]:
     begins = not distributed.is_initialized()
     ranks = ProcessRanks(_begin(device) if begins else _device(device), shards=shards)
     store = distributed.distributed_c10d._get_default_store()
-    watch = Watch(distributed.PrefixStore(f"dpo-cache/{next(_watches)}", store), ranks.index, ranks.size)
+    number = ranks.share(next(_watches))  # of the main rank: another may have had fewer
+    watch = Watch(distributed.PrefixStore(f"dpo-cache/{number}", store), ranks.index, ranks.size)
     _joined.append(ranks)
     try:
         _check_devices(ranks)

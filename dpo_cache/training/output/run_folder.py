@@ -138,6 +138,7 @@ def check_disk(folder: Path, policy: TrainedModel, options: TrainOptions) -> Non
     keeps_best = 2 * (options.eval_every is not None)
     needed = trained * (3 * num_checkpoints + keeps_best) + (whole if options.merge_adapter else trained)
     needed += towers * (1 if options.merge_adapter else 1 + num_checkpoints + keeps_best)
+    needed += trained if policy.sharded is not None else 0  # whole tensors, before they are saved
     free = free_bytes(folder)
     if free is not None and needed > free:
         raise TrainingError(

@@ -1,11 +1,14 @@
 """Clipping equals torch's, in value and in gradients, without a copy of a gradient."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.training.optim import clipping
 from dpo_cache.training.optim.clipping import clip_gradient, gradient_norm, norm_of
+from dpo_cache.training.ranks import Ranks
 
 SHAPES = ((300, 70), (5,), (1, 1), (40, 3, 2))
 
@@ -77,3 +80,35 @@ def test_no_gradient_is_copied(dtype: torch.dtype, max_norm: float, monkeypatch:
         clip_gradient(found, max_norm)
     assert live.peak < 10_000 < found[0].grad.nbytes
     assert [one.grad.data_ptr() for one in found[:-1]] == pointers
+
+
+class Shards(Ranks):
+    """Two ranks, seen from one of them; the other one's gradients have this norm."""
+
+    size, shards = 2, True
+
+    def __init__(self, other: float):
+        self.other = other
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other]
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9, float("inf")])
+def test_the_norm_of_shards_is_that_of_the_whole_gradient(max_norm: float) -> None:
+    whole = [one for one in parameters(torch.float32) if one.grad is not None]
+    rows = [torch.nn.Parameter(one.detach()[:3]) for one in whole]
+    for one, other in zip(rows, whole, strict=True):
+        one.grad = other.grad[:3].clone()
+    others = [one.grad[3:].clone() for one in whole]
+    expected = clip_gradient(whole, max_norm)
+    found = clip_gradient(rows, max_norm, Shards(float(torch.nn.utils.get_total_norm(others))))
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    for one, other in zip(rows, whole, strict=True):
+        torch.testing.assert_close(one.grad, other.grad[:3], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("other", [float("nan"), float("inf")])
+def test_a_shard_that_is_not_finite_makes_the_norm_so(other: float) -> None:
+    found = clip_gradient(parameters(torch.float32), 1.0, Shards(other))
+    assert not found.isfinite()
