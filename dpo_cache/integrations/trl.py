@@ -12,22 +12,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import get_config_model_id
 
 from dpo_cache.errors import NotInCacheError, OptionError, StepZeroError, shown_rows
+from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.log import log_remark
-from dpo_cache.store import ScoreIndex, completion_key, open_cache
-from dpo_cache.store.format.keys import key_array
+from dpo_cache.precomputing.completions import score_completions
+from dpo_cache.precomputing.units import Unit
+from dpo_cache.store import Cache, completion_key, open_cache
+from dpo_cache.store.format.keys import KEY_BYTES, key_array, key_bytes
+from dpo_cache.store.starting_model import default_start
 from dpo_cache.training.pair_logps import summed_logps
 from dpo_cache.training.step_zero import TOLERANCES
 from dpo_cache.types import Completion, Score
 
 LOOKED_UP = 1000  # rows at once
-NAMES = ("ref_chosen_logps", "ref_rejected_logps")  # of TRL's columns
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # of TRL's tokenized rows
+NAMES = ("ref_chosen_logps", "ref_rejected_logps")  # of its columns with log-probs
 STEP_ZERO = ("stop", "warn", "off")
 
 
@@ -38,6 +46,9 @@ class CachedDPOTrainer(DPOTrainer):
         model, args, train_dataset, eval_dataset, processing_class, peft_config, ...: those of `DPOTrainer`.
         cache: a folder or an fsspec URL.
         reference: id of the reference in the cache, or its first characters; default: the only one.
+        score_missing: score completions that the cache lacks before training, with the reference's own
+            checkpoint, or with the policy's where the cache has no reference. The model is loaded for that
+            and released.
         step_zero: what happens if the policy does not repeat the cached log-probs in the first batch, before
             any update: stop, warn or off (for a policy that starts from another checkpoint).
 
@@ -53,6 +64,7 @@ class CachedDPOTrainer(DPOTrainer):
         args: DPOConfig | None = None,
         cache: str | os.PathLike[str],
         reference: str | None = None,
+        score_missing: bool = False,
         step_zero: str = "stop",
         **given: Any,
     ):
@@ -63,11 +75,14 @@ class CachedDPOTrainer(DPOTrainer):
             )
         if step_zero not in STEP_ZERO:
             raise OptionError(f"`step_zero` {step_zero}: expected {', '.join(STEP_ZERO)}.")
-        self._cache_name = str(cache)
+        self._cache = open_cache(cache, create=score_missing)
+        self._reference = choose_reference(self._cache, reference, may_be_new=score_missing)
+        self._scores = self._cache.scores(self._reference) if self._reference else None
+        self._policy_name = model if isinstance(model, str) else get_config_model_id(model.config)
+        self._scores_missing = score_missing
         self._step_zero, self._is_compared = step_zero, step_zero == "off"
-        self._scores = open_scores(cache, reference)
         # TRL then reads reference log-probs from columns, and loads no reference
-        args = args or DPOConfig(_output_name(model))
+        args = args or DPOConfig(f"{self._policy_name.rstrip('/').split('/')[-1]}-DPO")
         args.precompute_ref_log_probs = True
         super().__init__(model, args=args, **given)
         _drop_reference_adapter(self.model)
@@ -100,43 +115,84 @@ class CachedDPOTrainer(DPOTrainer):
         return super(DPOTrainer, self).evaluate(self._with_logps(prepared, name), ignore_keys, prefix)
 
     def _with_logps(self, dataset: Any, name: str) -> Any:
-        options: dict[str, Any] = (
-            {} if isinstance(dataset, IterableDataset) else {"desc": f"Looking up {name}"}
-        )
-        assert isinstance(dataset, (Dataset, IterableDataset)), type(dataset)
+        if isinstance(dataset, IterableDataset):
+            if self._scores_missing:
+                raise OptionError(
+                    f"`score_missing` and a stream ({name}): what the cache lacks is known only at its end.\n"
+                    "Leave `score_missing` out, or give a `Dataset`."
+                )
+            return dataset.map(
+                partial(self._look_up, name), batched=True, batch_size=LOOKED_UP, with_indices=True
+            )
+        if self._scores_missing:
+            self._score_missing(dataset, name)
         return dataset.map(
-            lambda rows, places: self._look_up(rows, places, name),
+            partial(self._look_up, name),
             batched=True,
             batch_size=LOOKED_UP,
             with_indices=True,
-            **({**options, "load_from_cache_file": False} if options else {}),
+            load_from_cache_file=False,  # the values are the cache's
+            desc=f"Looking up the reference's log-probs of {name}",
         )
 
-    def _look_up(self, rows: dict[str, list[Any]], places: Sequence[int], name: str) -> dict[str, Any]:
+    def _look_up(self, name: str, rows: dict[str, list[Any]], places: Sequence[int]) -> dict[str, Any]:
         """The reference's log-probs of the chosen and the rejected completions of some rows."""
-        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-        examples = [
-            dict(zip(columns, row, strict=True)) for row in zip(*(rows[one] for one in columns), strict=True)
-        ]
-        completions = completions_in(self.data_collator(examples))
-        keys = key_array([completion_key(one) if one else bytes(16) for one in completions])
-        is_wanted = np.array([one is not None for one in completions])
-        lacks = is_wanted & ~self._scores.contains(keys)
+        completions = self._completions(rows)
+        keys, is_wanted = keys_of(completions)
+        lacks = is_wanted & ~self._contains(keys)
         if lacks.any():
             raise self._not_in_cache(
                 sorted({places[place % len(places)] for place in np.flatnonzero(lacks).tolist()}), name
             )
-        found = iter(self._scores.fetch(keys[is_wanted]))
+        found = iter(self._scores.fetch(keys[is_wanted]) if self._scores else ())
         scores = [next(found) if wanted else NOTHING for wanted in is_wanted]
-        sums = summed_logps(scores, self.args.ld_alpha)
-        return dict(zip(NAMES, np.split(sums, 2), strict=True))
+        return dict(zip(NAMES, np.split(summed_logps(scores, self.args.ld_alpha), 2), strict=True))
+
+    def _completions(self, rows: dict[str, list[Any]]) -> list[Completion | None]:
+        """All chosen completions of tokenized rows, then all rejected ones, as TRL's collator cuts them."""
+        columns = [rows[name] for name in COLUMNS]
+        examples = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
+        return completions_in(self.data_collator(examples))
+
+    def _contains(self, keys: np.ndarray) -> np.ndarray:
+        return np.zeros(len(keys), bool) if self._scores is None else self._scores.contains(keys)
+
+    def _score_missing(self, dataset: Dataset, name: str) -> None:
+        """Score what the cache lacks of a data set; the main process does."""
+        if self.accelerator.is_main_process and (unit := self._missing(dataset, name)):
+            model, revision, dtype = self._policy_name, None, "auto"
+            if self._reference:
+                entry = self._cache.read_reference(self._reference)
+                model, revision = default_start(entry)
+                dtype = entry["identity"]["dtype"]
+            self._reference = score_completions(
+                self._cache, model, unit, revision=revision, dtype=dtype, expected=self._reference
+            )
+        self._reference = broadcast_object_list([self._reference])[0]
+        self._scores = self._cache.scores(self._reference) if self._reference else None
+
+    def _missing(self, dataset: Dataset, name: str) -> Unit | None:
+        found: dict[bytes, Completion] = {}
+        rows: dict[bytes, list[int]] = {}
+        for start in range(0, len(dataset), LOOKED_UP):
+            completions = self._completions(dataset[start : start + LOOKED_UP])
+            keys, is_wanted = keys_of(completions)
+            for place in np.flatnonzero(is_wanted & ~self._contains(keys)).tolist():
+                key, completion = key_bytes(keys[place : place + 1])[0], completions[place]
+                assert completion is not None
+                found[key] = completion
+                rows.setdefault(key, []).append(start + place % (len(completions) // 2))
+        if not found:
+            return None
+        num_tokens = count_forest_tokens([*found.values()])
+        return Unit([*found], [*found.values()], [rows[key][:3] for key in found], num_tokens, name)
 
     def _not_in_cache(self, rows: list[int], name: str) -> NotInCacheError:
         return NotInCacheError(
-            f"{self._cache_name}: completions of row{'s' * (len(rows) > 1)} {shown_rows(rows)} of the {name} "
+            f"{self._cache}: completions of row{'s' * (len(rows) > 1)} {shown_rows(rows)} of the {name} "
             "data set have no score: their token ids, as TRL makes them, are not in the cache.\n"
-            f"Run `dpo-cache precompute --cache {self._cache_name} --max-length {self.args.max_length} …` on "
-            "this data with this tokenizer and chat template."
+            f"Run `dpo-cache precompute --cache {self._cache} --max-length {self.args.max_length} …` on "
+            "this data with this tokenizer and chat template, or give `score_missing`."
         )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -172,20 +228,28 @@ class CachedDPOTrainer(DPOTrainer):
 NOTHING = Score(np.zeros(0, np.float32))  # of a completion that the truncation has cut off
 
 
-def open_scores(cache: str | os.PathLike[str], reference: str | None = None) -> ScoreIndex:
-    """The scores of the reference whose id begins so, or of the cache's only one. Raises `CacheError`."""
-    opened = open_cache(cache)
-    known = opened.references()
-    if reference is None and len(known) != 1:
-        raise NotInCacheError(
-            f"{opened}: {len(known) or 'no'} references.\n"
-            + (
-                f"Name one with `reference`: {', '.join(one[:12] for one in known)}."
-                if known
-                else f"Run `dpo-cache precompute --cache {opened} …` first."
-            )
-        )
-    return opened.scores(opened.find_reference(reference or known[0]))
+def choose_reference(cache: Cache, reference: str | None, *, may_be_new: bool) -> str | None:
+    """The full id of the reference whose id begins so, or of the cache's only one; None for one that is to be
+    scored now. Raises `CacheError`.
+    """
+    known = cache.references()
+    if reference is not None or len(known) == 1:
+        return cache.find_reference(reference or known[0])
+    if known:
+        shown = ", ".join(one[:12] for one in known)
+        raise NotInCacheError(f"{cache}: {len(known)} references.\nName one with `reference`: {shown}.")
+    if may_be_new:
+        return None
+    raise NotInCacheError(
+        f"{cache}: no references.\nRun `dpo-cache precompute --cache {cache} …` first, or give "
+        "`score_missing`."
+    )
+
+
+def keys_of(completions: Sequence[Completion | None]) -> tuple[np.ndarray, np.ndarray]:
+    """The key of each completion (dtype S16), and whether there is a completion: bool."""
+    keys = [bytes(KEY_BYTES) if one is None else completion_key(one) for one in completions]
+    return key_array(keys), np.array([one is not None for one in completions])
 
 
 def completions_in(batch: dict[str, Any]) -> list[Completion | None]:
@@ -217,8 +281,3 @@ def _drop_reference_adapter(model: Any) -> None:
     """Remove the copy of an adapter that TRL keeps as its reference."""
     if "ref" in getattr(model, "peft_config", {}):
         model.delete_adapter("ref")
-
-
-def _output_name(model: Any) -> str:
-    name = model if isinstance(model, str) else model.config.name_or_path
-    return f"{name.rstrip('/').split('/')[-1]}-DPO"

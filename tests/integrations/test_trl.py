@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import dpo_cache
-from dpo_cache.errors import NotInCacheError, OptionError, StepZeroError
+from dpo_cache.errors import ModelError, NotInCacheError, OptionError, StepZeroError
 from tests.conftest import chat_rows
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
@@ -197,6 +198,36 @@ def test_a_changed_value_changes_the_loss(
     assert abs(found - expected).max() > 1e-3
 
 
+@pytest.mark.parametrize("has_some", [False, True], ids=["new cache", "some rows"])
+def test_missing_completions_are_scored_first(
+    has_some: bool, model_folder: str, cache: str, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "cache")
+    if has_some:
+        dpo_cache.precompute(model_folder, rows(0, 4), folder, name="rows")
+    given = {"train_dataset": rows(), "eval_dataset": rows(12, 18), "score_missing": True}
+    trainer = cached(tmp_path, model_folder, folder, **given)
+    (reference,) = dpo_cache.open_cache(folder).references()
+    assert [reference] == dpo_cache.open_cache(cache).references()
+    torch.testing.assert_close(
+        losses(trainer), losses(live(tmp_path, model_folder, train_dataset=rows())), rtol=1e-5, atol=1e-5
+    )
+    again = dpo_cache.precompute(model_folder, rows(0, 18), folder, name="all")
+    assert again.scored_now == 0
+
+
+def test_the_example_of_the_docs_runs(
+    model_folder: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dpo_cache.merge(cache, "cache")
+    text = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    (example,) = [one for one in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "from trl" in one]
+    names: dict[str, Any] = {"model": model_folder, "rows": rows(0, 4)}
+    exec(compile(example, "docs/python.md", "exec"), names)
+    assert names["trainer"].state.global_step > 0
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------
 
 
@@ -234,6 +265,26 @@ def test_a_reference_is_named_where_there_are_several(model_folder: str, tmp_pat
         ).train_dataset.num_rows
         == 12
     )
+
+
+def test_missing_completions_of_a_stream_are_not_scored(
+    model_folder: str, cache: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match="`score_missing` and a stream"):
+        cached(tmp_path, model_folder, cache, train_dataset=rows().to_iterable_dataset(), score_missing=True)
+
+
+def test_another_model_does_not_score_what_is_missing(model_folder: str, tmp_path: Path) -> None:
+    changed = AutoModelForCausalLM.from_pretrained(model_folder)
+    changed.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "model")
+    cache = str(tmp_path / "cache")
+    dpo_cache.precompute(str(tmp_path / "model"), rows(0, 4), cache, name="rows")
+    with torch.no_grad():
+        changed.lm_head.weight.mul_(2)
+    changed.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="has scores of"):
+        cached(tmp_path, model_folder, cache, train_dataset=rows(), score_missing=True)
 
 
 def test_wrong_arguments(model_folder: str, cache: str, tmp_path: Path) -> None:
