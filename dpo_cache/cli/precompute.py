@@ -114,6 +114,7 @@ def _print_report(report: PrecomputeReport) -> None:
         ("  distinct", count(report.distinct_completions)),
         ("  already cached", count(report.already_cached)),
         ("  scored now", count(report.scored_now)),
+        *([("  scored by other runs", count(others))] if (others := report.scored_elsewhere) else []),
         ("  audited", _audited(report)),
         ("tokens in the data", count(report.data_tokens)),
         ("tokens run", f"{count(report.model_tokens)}{_share(report)}"),
@@ -121,6 +122,8 @@ def _print_report(report: PrecomputeReport) -> None:
         ("peak memory", format_bytes(report.peak_bytes)),
         ("written", format_bytes(report.bytes_written)),
     ]
+    if report.num_workers:
+        rows.append(("workers", count(report.num_workers)))
     if report.weights_from:
         rows.append(("weights read", _readings(report)))
     is_cached = report.attention is None

@@ -16,7 +16,7 @@ from dpo_cache.cli.app import main
 from dpo_cache.errors import ModelError, OptionError
 from dpo_cache.lm import own_forward, runner
 from dpo_cache.precomputing import units
-from dpo_cache.precomputing.audit import Audit
+from dpo_cache.precomputing.audit import Audit, AuditTotals
 from dpo_cache.store import open_cache
 from dpo_cache.store.folders.local import LocalFolder
 from dpo_cache.store.upkeep import compact, run_record
@@ -564,3 +564,15 @@ def test_noise_on_all_tokens_is_found_by_all_of_them_together(
     ):
         dpo_cache.precompute(tmp_path / "model", many_rows, cache, **options)
     assert not cache.exists() or files(cache) == {}
+
+
+def test_what_was_audited_by_several_workers_adds_up() -> None:
+    gaps, logps = np.array([0.1, -0.2, 0.4], np.float32), np.array([-1.0, -2.0, -3.0], np.float32)
+    one, other, both = AuditTotals(), AuditTotals(), AuditTotals()
+    for totals in (one, both):
+        totals.add(gaps, logps)
+    for totals in (other, both):
+        totals.add(gaps[:1] * 5, logps[:1])
+    together = one.plus(other)
+    assert together.as_document() == pytest.approx(both.as_document())
+    assert together.sums == both.sums

@@ -693,6 +693,77 @@ def test_options_without_sense_are_refused(
         dpo_cache.precompute(model_folder, data_file, cache, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_workers": 0}, "`num_workers` 0: expected a positive number of workers."),
+        ({"unit_tokens": "some"}, "`unit_tokens` some: expected auto or a positive number."),
+        ({"min_workers": 2}, "`min_workers` is used only with `ray`.\nGive `ray`, or leave it out;"),
+        ({"num_workers": 2, "gpus_per_worker": 1.0}, "`gpus_per_worker` is used only with `ray`."),
+        (
+            {"ray": "auto", "num_workers": 2, "max_workers": 3},
+            "`num_workers` and `max_workers`: give a fixed number of workers, or bounds.",
+        ),
+        (
+            {"ray": "auto", "min_workers": 4, "max_workers": 3},
+            "`min_workers` 4: expected at most `max_workers`, 3.",
+        ),
+        (
+            {"ray": "auto", "gpus_per_worker": 1.0, "device": "cpu"},
+            "`device` cpu and `gpus_per_worker` 1: workers with a GPU compute on it.",
+        ),
+        ({"ray": "auto", "streaming": True}, "`streaming` with `ray`: the units of a run must be known"),
+        (
+            {"device_map": "auto", "stream_weights": "on"},
+            "`device_map` auto and `stream_weights` on: two ways to run a reference that is larger",
+        ),
+    ],
+)
+def test_options_of_workers_that_do_not_fit_together_are_refused(
+    options: dict, message: str, model_folder: str, data_file: str, cache: str
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        dpo_cache.precompute(model_folder, data_file, cache, **options)
+    assert str(caught.value).startswith(message) and not Path(cache).exists()
+
+
+def test_rays_workers_take_no_stream_of_rows(model_folder: str, data_file: str, cache: str) -> None:
+    rows = Dataset.from_list(chat_rows()).to_iterable_dataset()
+    with pytest.raises(OptionError, match="`ray` with a stream of rows: the units of a run must be known"):
+        dpo_cache.precompute(model_folder, rows, cache, name="rows", ray="auto", device="cpu")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_units_change_nothing(model_folder: str, tmp_path: Path, streaming: bool) -> None:
+    rows = write_rows(tmp_path / "pairs.jsonl", chat_rows(60))
+    whole = dpo_cache.precompute(model_folder, rows, tmp_path / "whole")
+    cut = dpo_cache.precompute(
+        model_folder, rows, tmp_path / "cut", unit_tokens="150", streaming=streaming, window=25
+    )
+    assert cut.scored_now == whole.scored_now == cut.distinct_completions and cut.scored_elsewhere == 0
+    for one, other in zip(scored(str(tmp_path / "cut")), scored(str(tmp_path / "whole")), strict=True):
+        assert one[:3] == other[:3]
+        assert np.allclose(one[3], other[3], atol=3e-5) and np.allclose(one[4], other[4], atol=3e-5)
+    assert len([*(tmp_path / "cut").glob("references/*/scores/*")]) > 10, "each unit is published"
+
+
+def test_what_another_run_publishes_meanwhile_is_not_scored_again(
+    model_folder: str, tmp_path: Path, cache: str
+) -> None:
+    rows = write_rows(tmp_path / "pairs.jsonl", chat_rows(60))
+    other: list[Any] = []
+
+    def publish_the_rest(progress: Any) -> None:
+        if not other:
+            other.append(dpo_cache.precompute(model_folder, rows, cache, name="other"))
+
+    report = dpo_cache.precompute(model_folder, rows, cache, unit_tokens="150", on_progress=publish_the_rest)
+    assert 0 < report.scored_now < report.distinct_completions / 4
+    assert report.scored_now + report.scored_elsewhere == report.distinct_completions
+    assert other[0].scored_now == report.distinct_completions, "the first unit was not published yet"
+    assert [one[1:3] for one in scored(cache)] == [one[1:3] for one in scored(cache, "other")]
+
+
 def test_keys_in_the_pair_set_are_those_of_its_completions(
     model_folder: str, data_file: str, cache: str
 ) -> None:

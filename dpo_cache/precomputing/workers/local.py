@@ -35,7 +35,7 @@ LOOK_S = 0.5  # between looks whether a process has ended without a word
 STOP_S = 60.0  # for a worker to publish what it has computed
 
 Numbered = tuple[int, Unit]
-MakeWorker = Callable[[Job, str], Worker]
+MakeWorker = Callable[[Job], Worker]
 
 
 def score_units(

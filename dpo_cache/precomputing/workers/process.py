@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import closing
 from multiprocessing.connection import Connection
 from types import FrameType
 
@@ -27,10 +28,11 @@ def main() -> None:
     try:
         connection.send(STARTED)
         make_worker, job = connection.recv()
-        worker = make_worker(job, name)
-        while True:
-            number, unit = connection.recv()
-            connection.send(worker.score(number, unit))
+        with closing(make_worker(job)) as worker:
+            worker.name = name
+            while True:
+                number, unit = connection.recv()
+                connection.send(worker.score(number, unit))
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the run has ended
         pass
     except Terminated:

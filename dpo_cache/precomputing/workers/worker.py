@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 class Worker:
     """Scores units of a job, one at a time."""
 
-    def __init__(self, job: Job, name: str = ""):
-        self.name = name or f"{os.getpid()} on {platform.node()}"
+    def __init__(self, job: Job):
+        self.name = f"{os.getpid()} on {platform.node()}"
         self._job = job
         # what is noted of the checkpoint's files lasts from one call to the next, whichever thread makes it
         self._context = contextvars.copy_context()

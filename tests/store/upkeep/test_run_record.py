@@ -10,7 +10,7 @@ from dpo_cache.errors import CorruptShardError
 from dpo_cache.store import Cache, open_cache
 from dpo_cache.store.format.documents import read_sealed, seal_document
 from dpo_cache.store.upkeep.gc import collect_garbage
-from dpo_cache.store.upkeep.open_runs import PATTERN
+from dpo_cache.store.upkeep.open_runs import PATTERN, shards_of_runs
 from dpo_cache.store.upkeep.run_record import RunRecord, end_killed_runs
 from tests.store.conftest import make_pairs, make_scores
 
@@ -280,3 +280,122 @@ def test_in_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
     record.fail()
     assert len(end_killed_runs(cache, reference_of(cache))) == 1
     assert cache.folder.files() == kept and cache.folder.hidden() == {}
+
+
+# -- records of workers ----------------------------------------------------------------------------------
+
+
+def worker_of(record: RunRecord) -> RunRecord:
+    """The record of a worker of this run, in another process."""
+    return RunRecord(record.cache, reference_of(record.cache), run=record.for_workers())
+
+
+def as_of_a_dead_process(record: RunRecord) -> None:
+    record._content["pid"] = 2**22 + 5
+
+
+def without_records(cache: Cache) -> dict[str, bytes]:
+    return {name: content for name, content in files(cache).items() if "/.run-" not in name}
+
+
+def test_records_of_workers_end_with_the_runs_own(cache: Cache) -> None:
+    with RunRecord(cache, reference_of(cache)) as record:
+        workers = [worker_of(record) for _ in range(3)]
+        for number, worker in enumerate(workers):
+            publish(cache, worker, [number])
+        assert len(records(cache)) == 4
+        assert end_killed_runs(cache, reference_of(cache)) == [] and len(records(cache)) == 4
+        kept = without_records(cache)
+        assert len(cache.scores(reference_of(cache))) == 3
+    assert records(cache) == [] and files(cache) == kept
+
+
+def test_a_worker_finds_the_runs_record_before_anything_is_published(cache: Cache) -> None:
+    with RunRecord(cache, reference_of(cache)) as record:
+        assert cache.folder.exists(record.for_workers()["record"])
+    assert files(cache) == {}
+
+
+def test_a_failed_run_leaves_nothing_of_its_workers(cache: Cache) -> None:
+    with RunRecord(cache, reference_of(cache)) as earlier:
+        publish(cache, earlier, [1], "pairs", "1")
+    before = files(cache)
+    with RunRecord(cache, reference_of(cache)) as other:
+        other_worker = worker_of(other)
+        publish(cache, other_worker, [7])
+        theirs = without_records(cache)
+        with RunRecord(cache, reference_of(cache)) as record:
+            for number in (2, 3):
+                publish(cache, worker_of(record), [number])
+            failing = worker_of(record)
+            publish(cache, failing, [4])
+            failing.fail()
+            publish(cache, record, [5], "new", "2")
+            assert record.fail() == (4, 1)
+        assert without_records(cache) == theirs, "files of another run and of its workers stay"
+    assert files(cache) == theirs and theirs.keys() > before.keys()
+
+
+def test_a_run_whose_first_worker_made_the_entry_of_the_reference_removes_it(cache: Cache) -> None:
+    with RunRecord(cache, reference_of(cache)) as record:
+        publish(cache, worker_of(record), [1])
+        publish(cache, worker_of(record), [2])
+        assert record.fail() == (2, 0)
+    assert files(cache) == {}
+
+
+def test_workers_of_a_driver_that_was_killed_while_it_withdrew_are_withdrawn_by_the_next(
+    cache: Cache,
+) -> None:
+    with RunRecord(cache, reference_of(cache)) as earlier:
+        publish(cache, earlier, [1], "pairs", "1")
+    before = files(cache)
+    driver = RunRecord(cache, reference_of(cache))
+    as_of_a_dead_process(driver)
+    workers = [worker_of(driver) for _ in range(2)]
+    for number, worker in enumerate(workers, 2):
+        publish(cache, worker, [number])
+    workers[0].fail()  # and the driver did not come to `fail`
+    (remark,) = end_killed_runs(cache, reference_of(cache))
+    assert "the 2 score files and 0 pair sets that it had published were withdrawn now" in remark
+    assert files(cache) == before
+
+
+def test_scores_of_workers_of_a_driver_that_was_killed_stay(cache: Cache) -> None:
+    driver = RunRecord(cache, reference_of(cache))
+    as_of_a_dead_process(driver)
+    publish(cache, worker_of(driver), [1])
+    publish(cache, worker_of(driver), [2])
+    kept = without_records(cache)
+    assert end_killed_runs(cache, reference_of(cache)) == [] and files(cache) == kept
+
+
+@pytest.mark.parametrize("outcome", ["fails", "agrees"])
+def test_what_a_killed_run_published_depends_on_the_next_audit_if_a_worker_was_auditing(
+    cache: Cache, outcome: str
+) -> None:
+    with RunRecord(cache, reference_of(cache)) as earlier:
+        publish(cache, earlier, [1], "pairs", "1")
+    before = files(cache)
+    driver = RunRecord(cache, reference_of(cache))
+    as_of_a_dead_process(driver)
+    workers = [worker_of(driver) for _ in range(2)]
+    for number, worker in enumerate(workers, 2):
+        publish(cache, worker, [number])
+    workers[0].begin_audit()
+    kept = without_records(cache)
+    assert end_killed_runs(cache, reference_of(cache)) == [] and len(records(cache)) == 3
+    with RunRecord(cache, reference_of(cache)) as record:
+        record.begin_audit()
+        if outcome == "fails":
+            assert record.fail() == (2, 0)
+        else:
+            record.end_audit()
+    assert files(cache) == (before if outcome == "fails" else kept)
+
+
+def test_shards_of_workers_are_left_as_they_are_while_the_run_is_at_work(cache: Cache) -> None:
+    with RunRecord(cache, reference_of(cache)) as record:
+        publish(cache, worker_of(record), [1])
+        assert len(shards_of_runs(cache.folder, reference_of(cache))) == 1
+    assert shards_of_runs(cache.folder, reference_of(cache)) == set()
