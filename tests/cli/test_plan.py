@@ -10,6 +10,8 @@ import pytest
 import dpo_cache
 from dpo_cache.errors import OptionError
 from dpo_cache.options.plan import PlanOptions, size_in_bytes
+from dpo_cache.planning import plan as plan_module
+from dpo_cache.planning.report import PlanReport
 from tests.cli.test_commands import run  # noqa: F401  (a fixture)
 from tests.conftest import chat_rows, write_rows
 
@@ -50,10 +52,18 @@ def test_a_plan_for_a_gpu(run, cache: str, model_folder: str) -> None:
     assert not (Path(cache).parent / "RUN").exists()
 
 
-def test_json_is_the_report(run, cache: str, model_folder: str) -> None:
+def test_json_is_the_report(run, cache: str, model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports, plan = [], plan_module.plan
+
+    def noting(*arguments: Any, **options: Any) -> PlanReport:
+        assert {name: options[name] for name in expected} == expected
+        reports.append(plan(*arguments, **options))
+        return reports[-1]
+
+    expected = {"device": "cpu", "tflops": 1.0, "lora_r": 2, "quantize": "8bit", "memory": "fast"}
+    monkeypatch.setattr(plan_module, "plan", noting)
     done = run("plan", cache, "--model", model_folder, *SMALL, "--json")
-    options = {"device": "cpu", "tflops": 1.0, "lora_r": 2, "quantize": "8bit", "memory": "fast"}
-    report = dpo_cache.plan(model_folder, cache=cache, **options)
+    (report,) = reports
     assert without_remarks(json.loads(done.out)) == json.loads(json.dumps(without_remarks(asdict(report))))
     (way,) = report.train
     assert (way.method, way.memory, way.gradient_checkpointing) == ("LoRA r=2 on 8 bits", "fast", "cheap")
