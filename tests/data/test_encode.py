@@ -56,6 +56,7 @@ def own_call(tokenizer: PreTrainedTokenizerFast, group: list[str]) -> list[list[
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in group]
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(deadline=None, max_examples=300)
 @given(prompt=pieces, answers=st.lists(pieces, min_size=1, max_size=3))
@@ -153,6 +154,7 @@ words = st.lists(
 ).map("".join)  # fmt: skip
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("kind", CUT)
 @settings(deadline=None, max_examples=400)
 @given(prompt=words, answers=st.lists(words, min_size=1, max_size=3))
@@ -163,6 +165,7 @@ def test_a_cut_between_words_changes_no_id(kind: str, prompt: str, answers: list
     assert encode_continuations(tokenizer, [group]) == [[tokenizer(text)["input_ids"] for text in group]]
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("kind", CUT)
 @settings(deadline=None, max_examples=400)
 @given(text=words)
