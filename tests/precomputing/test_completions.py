@@ -43,11 +43,11 @@ def test_another_model_is_not_taken_for_the_reference(model_folder: str, tmp_pat
     assert cache.references() == [first]
 
 
-def test_a_row_without_finite_log_probs_is_named(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_one_error(tmp_path: Path) -> None:
     model = make_llama()
     with torch.no_grad():
         model.lm_head.weight[0] = float("nan")
     model.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match="gives log-probs that are NaN"):
         score_completions(open_cache(tmp_path / "cache", create=True), str(tmp_path / "model"), unit_of())
