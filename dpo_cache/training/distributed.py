@@ -18,7 +18,7 @@ import torch
 from accelerate.state import PartialState
 from torch import distributed
 
-from dpo_cache.errors import OptionError, TrainingError, first_line
+from dpo_cache.errors import OptionError, OtherRankError, TrainingError, first_line
 from dpo_cache.training.launch import RENDEZVOUS, LaunchedRank, launched_rank, num_cores
 from dpo_cache.training.ranks import Ranks
 from dpo_cache.training.watch import Watch
@@ -43,14 +43,17 @@ class ProcessRanks(Ranks):
     def __init__(self, device: str | None = None, *, shards: bool = False):
         self.index, self.size = distributed.get_rank(), distributed.get_world_size()
         self.device, self.shards = device, shards
+        self.watch: Watch | None = None
         self._values = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s()))
 
     def gather(self, value: Value) -> list[Value]:
+        self._check()
         found: list[Any] = [None] * self.size
         distributed.all_gather_object(found, value, group=self._values)
         return found
 
     def share(self, value: Value) -> Value:
+        self._check()
         found: list[Any] = [value]
         distributed.broadcast_object_list(found, src=0, group=self._values)
         return found[0]
@@ -63,6 +66,11 @@ class ProcessRanks(Ranks):
         found = [torch.empty_like(tensor) for _ in range(self.size)] if self.is_main else []
         distributed.gather(tensor, found or None)
         return found
+
+    def _check(self) -> None:
+        """Raise `OtherRankError` if this rank has learned of a failure: the others come no more."""
+        if self.watch is not None and self.watch.failure is not None:
+            raise OtherRankError(self.watch.failure.text)
 
 
 @contextmanager
@@ -79,7 +87,9 @@ def joined_ranks(device: str, *, shards: bool = False) -> Iterator[Ranks]:
     ranks = ProcessRanks(_begin(device) if begins else _device(device), shards=shards)
     store = distributed.distributed_c10d._get_default_store()
     number = ranks.share(next(_watches))  # of the main rank: another may have had fewer
-    watch = Watch(distributed.PrefixStore(f"dpo-cache/{number}", store), ranks.index, ranks.size)
+    watch = ranks.watch = Watch(
+        distributed.PrefixStore(f"dpo-cache/{number}", store), ranks.index, ranks.size
+    )
     _joined.append(ranks)
     try:
         _check_devices(ranks)

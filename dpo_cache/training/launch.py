@@ -82,11 +82,16 @@ def unused_settings(parallel: str) -> list[str]:
         ),
         "ACCELERATE_USE_FSDP": ("true" if parallel == "fsdp" else "false", "use_fsdp", "`parallel` decides"),
     }
-    return [
+    remarks = [
         f"{setting} {os.environ[name]} of accelerate has no effect: {reason}."
         for name, (neutral, setting, reason) in used.items()
         if os.environ.get(name, neutral).lower() != neutral
     ]
+    if launched_rank() is None and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
+        remarks.append(
+            "accelerate has started one process, as it does on CPUs without MPI. `launch` N starts N of them."
+        )
+    return remarks
 
 
 def launch(num_ranks: int, arguments: Sequence[str]) -> int:

@@ -75,12 +75,13 @@ class Watch:
             return error
         is_known = isinstance(error, DpoCacheError)
         self._known.wait((SAME_S if self.index else 0.0) if is_known else FOLLOWS_S)
-        failure = self.failure or self._claim(
+        found = self.failure
+        failure = found or self._claim(
             Failure(self.index, _text(error), 2 if isinstance(error, OptionError) else 1, self.index)
         )
         if failure.reporter != self.index:
             return OtherRankError(f"rank {failure.rank} failed: {failure.text}", failure.code)
-        if failure.rank != self.index:
+        if found is not None:  # by the thread of this rank
             error = TrainingError(failure.text)
         elif isinstance(error, DpoCacheError) and self.index:
             error.args = (f"rank {self.index}: {error}",)

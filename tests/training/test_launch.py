@@ -128,6 +128,18 @@ sys.exit(100 + len(got))
     assert parent.wait(60) == 101
 
 
+def test_accelerate_that_starts_one_process_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert launch.unused_settings("ddp") == []
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert launch.unused_settings("ddp") == [
+        "accelerate has started one process, as it does on CPUs without MPI. `launch` N starts N of them."
+    ]
+    for name, value in TORCH.items():
+        monkeypatch.setenv(name, value)
+    assert launch.unused_settings("ddp") == []
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "parallel", "expected"),
     [

@@ -107,6 +107,17 @@ def _with_process(pid: int) -> list[Watch]:
     return [Watch(store, 0, 2)]
 
 
+def test_ranks_end_with_the_process_that_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_CACHE_LAUNCHER", "999999999")  # not the parent of this process
+    store = distributed.HashStore()
+    main = Watch(store, 0, 1)
+    wait_until(lambda: main.failure is not None, "the failure")
+    error = main.report(OtherRankError("found in a call"))
+    assert type(error) is TrainingError and error.rank == 0
+    assert str(error) == "the process that started the ranks is gone."
+    main.end()
+
+
 def test_a_silent_rank_of_another_machine_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "SILENT_S", 0.5)
     store = distributed.HashStore()
