@@ -244,3 +244,21 @@ def test_another_kind_of_error_than_the_tree_has_is_the_base(
     with pytest.raises(DpoCacheError) as caught:
         dpo_cache.precompute(model_folder, many_rows, tmp_path / "cache", **UNITS)
     assert type(caught.value) is DpoCacheError
+
+
+def test_workers_stream_weights_that_no_device_holds(
+    model_folder: str, many_rows: str, tmp_path: Path, jobs: list[Job]
+) -> None:
+    one = dpo_cache.precompute(model_folder, many_rows, tmp_path / "plain")
+    many = dpo_cache.precompute(
+        model_folder, many_rows, tmp_path / "cache", stream_weights="on", num_workers=2
+    )
+    assert (many.scored_now, many.weights_from) == (one.scored_now, "disk")
+    assert many.weight_readings >= 2 and many.weight_bytes_read > 0, "of both workers"
+    for found, expected in zip(
+        open_cache(tmp_path / "cache").pairs("many"),
+        open_cache(tmp_path / "plain").pairs("many"),
+        strict=True,
+    ):
+        assert np.abs(found.ref_chosen.token_logps - expected.ref_chosen.token_logps).max() < 3e-5
+        assert np.abs(found.ref_rejected.token_logps - expected.ref_rejected.token_logps).max() < 3e-5
