@@ -43,7 +43,7 @@ TURNS ?= 3
 SCALE := tests/scale
 
 .PHONY: help install model demo docs test test-scale test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-plan bench-layers
-.PHONY: bench-token-ids bench-file-ids bench-store clean
+.PHONY: bench-token-ids bench-file-ids bench-store bench-ray clean
 
 help:
 	@echo "make demo         install, fetch a small real model, score the example pairs with it and train it on them"
@@ -68,6 +68,7 @@ help:
 	@echo "make bench-token-ids DATA='FILE...' [MODEL=FOLDER]           token ids compared with TRL 1.16"
 	@echo "make bench-file-ids DATA='FILE...' [MODEL=FOLDER]            token ids of files as they are compared with TRL 1.16's of FILE.clean.jsonl"
 	@echo "python benchmarks/gpu_attention.py   on a machine with a GPU: the kernels of the forest's attention, right and how fast"
+	@echo "make bench-ray DATA=FILE [MODEL=FOLDER] [ROWS=N]             precompute on Ray: overhead compared with one process, and how it scales; idle machine"
 	@echo "make bench-store                                             publishing, opening, looking up, streaming and upkeep at scale"
 	@echo "make clean        remove the environments, models, demo and build files"
 
@@ -173,6 +174,10 @@ bench-token-ids: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 
 bench-file-ids: $(VENV)/installed $(MODEL)/config.json $(TRL_PYTHON)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/file_ids.py --tokenizer $(MODEL) --trl-python $(TRL_PYTHON) $(DATA)
+
+bench-ray: $(VENV)/installed $(MODEL)/config.json
+	$(BIN)/python benchmarks/ray_workers.py overhead --model $(MODEL) --data $(DATA) $(if $(ROWS),--rows $(ROWS)) --turns $(TURNS)
+	$(BIN)/python benchmarks/ray_workers.py scale
 
 bench-store: $(VENV)/installed
 	$(BIN)/python benchmarks/store.py

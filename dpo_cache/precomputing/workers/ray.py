@@ -7,6 +7,7 @@ the `_Ledger` counts that, and after three times the unit's receipt is a failure
 
 from __future__ import annotations
 
+import logging
 import pickle
 import platform
 import re
@@ -42,6 +43,7 @@ IN_FLIGHT = 1  # units of an actor: one that waited behind another could be scor
 RESTARTS = 100  # of an actor in a run, whose node may be taken away often
 NO_PROGRESS_S = 2 * 3600.0  # without a unit; nodes that start and models that load take less
 STOP_S = 10.0  # for actors to end
+LOGS = "/tmp/ray/session_latest/logs"
 
 Numbered = tuple[int, Unit]
 MakeWorker = Callable[[Job], Worker]
@@ -76,7 +78,7 @@ def score_units(
             return
         # largest first, so that all workers end at about the same time
         blocks.sort(key=lambda block: block[0], reverse=True)
-        log(f"{pool.describe()} on Ray; each writes a log file on its node.")
+        log(f"{pool.describe()} on Ray; each writes a log file in {LOGS} on its node.")
         ledger = _open_ledger(ray)
         try:
             with _ray_data_settings(ray):
@@ -191,7 +193,7 @@ def _end_workers(ray: Any, ledger: Any) -> None:
 
 @contextmanager
 def _ray_data_settings(ray: Any) -> Iterator[None]:
-    """While open, Ray Data shows no progress of its own, and adds an actor where all are at work."""
+    """While open, Ray Data writes nothing to the terminal, and adds an actor where all are at work."""
     context = ray.data.DataContext.get_current()
     settings = {
         "enable_progress_bars": False,
@@ -201,13 +203,19 @@ def _ray_data_settings(ray: Any) -> Iterator[None]:
         "autoscaling_config": replace(context.autoscaling_config, actor_pool_util_upscaling_threshold=1.0),
     }
     before = {name: getattr(context, name) for name in settings if hasattr(context, name)}
-    for name in before:
-        setattr(context, name, settings[name])
+    handlers = logging.getLogger("ray.data").handlers
+    consoles = [(one, one.level) for one in handlers if isinstance(one, logging.StreamHandler)]
     try:
+        for name in before:
+            setattr(context, name, settings[name])
+        for handler, _ in consoles:
+            handler.setLevel(logging.CRITICAL + 1)
         yield
     finally:
         for name, value in before.items():
             setattr(context, name, value)
+        for handler, level in consoles:
+            handler.setLevel(level)
 
 
 def _errors_of_ray(ray: Any) -> tuple[type[Exception], ...]:
@@ -220,8 +228,8 @@ def _explain(error: Exception) -> str:
     raised = re.findall(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception): .*)$", str(error), re.MULTILINE)
     return (
         f"Ray ended the run: {raised[-1] if raised else first_line(error)}\n"
-        "Its logs are in /tmp/ray/session_latest/logs on each node, with a file for each worker. What was "
-        "scored before is kept: run again to score the rest."
+        f"Its logs are in {LOGS} on each node, with a file for each worker. Each node needs the dpo-cache, "
+        "Python and Ray of this machine. What was scored before is kept: run again to score the rest."
     )
 
 

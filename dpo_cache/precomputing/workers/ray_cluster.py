@@ -22,7 +22,8 @@ from dpo_cache.options.precompute import PrecomputeOptions
 
 VERSIONS = ((2, 55), (2, 64))  # of Ray: from, below. 2.64 has no actor options in `map_batches`
 LOCAL = "local"
-# Read when Ray is imported. Whoever reaches a Ray cluster can run code there, so this one listens on loopback
+# Read when Ray is imported. Whoever reaches a Ray cluster can run code there, so ours listens on loopback
+ENVIRONMENT = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # else it writes remarks on actors that restart to stderr
 LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -83,8 +84,8 @@ def connected(address: str, *, num_cpus: int | None = None, num_gpus: int | None
             f"`ray` {address}: Ray Data does not run through a Ray client.\nStart dpo-cache on a node of the "
             "cluster with `ray` auto, or submit it with `ray job submit`."
         )
-    if address == LOCAL and "ray" not in sys.modules:
-        for name, value in LOCAL_ENVIRONMENT.items():
+    if "ray" not in sys.modules:
+        for name, value in {**ENVIRONMENT, **(LOCAL_ENVIRONMENT if address == LOCAL else {})}.items():
             os.environ.setdefault(name, value)
     ray = import_ray()
     if ray.is_initialized():
