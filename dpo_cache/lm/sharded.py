@@ -152,6 +152,8 @@ def shard(
             f"`parallel` fsdp: torch {torch.__version__} has an FSDP2 that does not recover from an error.\n"
             "Install torch 2.13 or later, or use `parallel` ddp."
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where FSDP2 puts shards
     layers = [*dict.fromkeys(outermost_layers(decoder_of(model)))]
     _check(model, layers)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))

@@ -229,7 +229,7 @@ def test_running_out_of_memory_in_a_step_of_all_ranks_ends_the_run(caches: Calla
 # -- models that do not take the forest --------------------------------------------------------------------
 
 
-def run_rows(ranks: Ranks, cache: str, options: dict[str, Any]) -> Steps:
+def run_rows(ranks: Ranks, cache: str, options: dict[str, Any], *, shards: bool = False) -> Steps:
     """A model that runs one row at a time: several calls of the decoder in each run."""
     choose = inputs.choose_attention
 
@@ -238,7 +238,7 @@ def run_rows(ranks: Ranks, cache: str, options: dict[str, Any]) -> Steps:
 
     inputs.choose_attention = choose_rows
     try:
-        return run_steps(ranks, cache, options)
+        return run_steps(ranks, cache, options, shards=shards)
     finally:
         inputs.choose_attention = choose
 
