@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +30,7 @@ import pytest
 
 import dpo_cache
 from dpo_cache.lm.progress import ScoringStep
-from dpo_cache.precomputing import pair_sets, run, units
+from dpo_cache.precomputing import cutting, here, pair_sets, run, units
 from dpo_cache.store import completion_key, open_cache
 from dpo_cache.store import pairs as pairs_module
 from dpo_cache.store.upkeep import copy
@@ -231,7 +232,8 @@ def stubbed_scoring() -> Iterator[None]:
         yield StubRunner()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "open_reference", opened)
+        patch.setattr(here, "open_reference", opened)
+        patch.setattr(cutting, "random", SimpleNamespace(Random=lambda: Random(0)))  # steps in one order
         for name in ("read_config", "read_tokenizer", "identify_reference"):
             patch.setattr(run, name, _read_once(getattr(run, name)))
         patch.setattr(run, "open_target", _without_former_identity(run.open_target))

@@ -9,7 +9,7 @@ import dpo_cache
 PACKAGE = Path(dpo_cache.__file__).parent
 WITH_FLAGS = {"cli", "options"}
 TABLES = {PACKAGE / "losses" / "table.py"}  # the help and the flags of loss settings
-COMMAND = re.compile(r"`(?:dpo-cache|pip) [^`]*`?")
+COMMAND = re.compile(r"`(?:dpo-cache|pip|ray) [^`]*`?")
 FLAG = re.compile(r"(?<![\w-])--[a-z]")
 
 
