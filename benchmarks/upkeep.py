@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from store import key_column, lists, peak_bytes, random_keys, random_logps, sums
+from store import key_column, lists, random_keys, random_logps, sums
 
 from dpo_cache.store import Cache, completion_key, open_cache
 from dpo_cache.store.format.pair_tables import PairsDigest
@@ -33,10 +33,9 @@ from dpo_cache.store.upkeep.gc import find_garbage
 from dpo_cache.store.upkeep.verify import verify_cache
 from dpo_cache.types import Completion, Pair, Score, ScoredPair
 
-LENGTH, PROMPT_TOKENS = 20, 10  # tokens of each completion, and of the prompts of the pair set
-SHARD_ROWS = 10_000
-SHARDS = (40, 80, 160, 320)  # of 2,500 completions
-LARGE = (1_000_000, 10_000_000)  # completions
+PROMPT_TOKENS = 10  # of the pairs
+SHARDS, SHARD_ROWS, LENGTH = (40, 80, 160), 5_000, 200  # completions of a shard, and tokens of a completion
+LARGE, LARGE_ROWS, LARGE_LENGTH = (1_000_000, 10_000_000), 10_000, 20
 REFERENCES = (50, 100, 200)  # each with 20 shards and a pair set
 IN_PAIRS = 50  # one completion of so many is in the pair set
 LOOK_UPS = 1_000_000
@@ -45,7 +44,7 @@ SOURCE = {"dataset": "benchmark", "format": "text", "created": "2026-01-01T00:00
 TOKENIZATION = {"tokenizer": None, "chat_template": None, "max_length": 64, "truncation": "keep-start"}
 
 
-def make_cache(root: Path, num_shards: int, shard_rows: int) -> None:
+def make_cache(root: Path, num_shards: int, shard_rows: int, length: int) -> None:
     """A cache of one reference, whose shards are written as the store does, but not synced one by one."""
     generator = np.random.default_rng(0)
     cache = open_cache(root, create=True)
@@ -55,7 +54,7 @@ def make_cache(root: Path, num_shards: int, shard_rows: int) -> None:
     place.mkdir(parents=True)
     first: tuple[np.ndarray, np.ndarray] | None = None
     for number in range(num_shards):
-        values = random_logps(generator, shard_rows * LENGTH).reshape(shard_rows, LENGTH)
+        values = random_logps(generator, shard_rows * length).reshape(shard_rows, length)
         keys = random_keys(generator, shard_rows).copy()
         pairs = _random_pairs(generator, values[: shard_rows // IN_PAIRS // 2 * 2], row)
         sides = [side for scored in pairs for side in (scored.pair.chosen, scored.pair.rejected)]
@@ -100,8 +99,8 @@ def make_many_references(root: Path, count: int) -> None:
 
 
 def _random_pairs(generator: np.random.Generator, values: np.ndarray, row: int) -> list[ScoredPair]:
-    """Pairs of random tokens whose completions have these values, `[2 pairs, LENGTH]`."""
-    ids = generator.integers(0, 50_000, (len(values), PROMPT_TOKENS + LENGTH)).astype(np.uint32)
+    """Pairs of random tokens whose completions have these values, `[2 pairs, tokens]`."""
+    ids = generator.integers(0, 50_000, (len(values), PROMPT_TOKENS + values.shape[1])).astype(np.uint32)
     prompts, completions = ids[::2, :PROMPT_TOKENS], ids[:, PROMPT_TOKENS:]
     return [
         ScoredPair(
@@ -184,6 +183,12 @@ def run_operation(name: str, root: Path) -> None:
     print(json.dumps([seconds, (peak_bytes() - before) / 1e9]))
 
 
+def peak_bytes() -> int:
+    """Since this program began; `ru_maxrss` would count the process that started it, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 # -- tables --------------------------------------------------------------------------------------------------
 
 
@@ -191,9 +196,9 @@ def shard_rows(folder: Path) -> Iterator[list[str]]:
     """CPU seconds by the number of shards; the issue is whether they double with it."""
     for num_shards in SHARDS:
         root = folder / "shards"
-        make_cache(root, num_shards, 2_500)
+        make_cache(root, num_shards, SHARD_ROWS, LENGTH)
         seconds = [measure(name, root)[0] for name in ("verify", "gc", "compact")]
-        yield [f"{num_shards} shards of 2,500", *(f"{value:.2f}" for value in seconds)]
+        yield [f"{num_shards} shards of {SHARD_ROWS} x {LENGTH}", *(f"{value:.2f}" for value in seconds)]
         shutil.rmtree(root)
 
 
@@ -223,11 +228,17 @@ def large_rows(folder: Path, largest: int) -> Iterator[list[str]]:
     size = 0
     for size in (size for size in LARGE if size <= largest):
         root = folder / "large"
-        make_cache(root, size // SHARD_ROWS, SHARD_ROWS)
+        make_cache(root, size // LARGE_ROWS, LARGE_ROWS, LARGE_LENGTH)
         found = [measure(name, root) for name in names]
-        yield [f"{size:.0e} x {LENGTH}", *(f"{seconds:.2f} s, {memory:.2f} GB" for seconds, memory in found)]
+        yield [
+            f"{size:.0e} x {LARGE_LENGTH}",
+            *(f"{seconds:.2f} s, {memory:.2f} GB" for seconds, memory in found),
+        ]
         shutil.rmtree(root)
-    yield [f"{10 * size:.0e} x {LENGTH}, extrapolated", *(f"{10 * seconds:.0f} s" for seconds, _ in found)]
+    yield [
+        f"{10 * size:.0e} x {LARGE_LENGTH}, extrapolated",
+        *(f"{10 * seconds:.0f} s" for seconds, _ in found),
+    ]
 
 
 TABLES: dict[str, tuple[Sequence[str], Callable[..., Iterator[list[str]]]]] = {

@@ -27,7 +27,7 @@ from dpo_cache.store.format.keys import key_halves
 from dpo_cache.store.format.shards import cut, keys_of
 from dpo_cache.store.upkeep.row_files import ROW_SCHEMA, Group, RowFiles, Source, bytes_of
 
-RANGE_BYTES = 128 * 2**20  # of the rows of one range, nearly
+RANGE_BYTES = 64 * 2**20  # of the rows of one range, nearly
 RUN_BYTES = 128 * 2**20  # of rows that are sorted at once
 BLOCK_BYTES = 64 * 2**10  # of sorted rows: the least that is read of a run
 MOST_OVERLAPPING = 4  # shards that are read in place although their ranges overlap
@@ -141,7 +141,7 @@ class _Runs:
         if not self._waiting:
             return
         run = _sorted_rows(self._waiting)
-        self._waiting, self._num_bytes, start = [], 0, 0
+        self._num_bytes = start = 0
         high = key_halves(keys_of(run.column("key")))[0]
         for table in cut(run, BLOCK_BYTES):
             (batch,) = table.to_batches()
@@ -215,9 +215,10 @@ def _rows_within(table: pa.Table, keys: range) -> pa.Table:
     return table if is_within.all() else table.filter(pa.array(is_within))
 
 
-def _sorted_rows(tables: Sequence[pa.Table]) -> pa.Table:
-    """The rows by key and then by source, in one chunk."""
+def _sorted_rows(tables: list[pa.Table]) -> pa.Table:
+    """The rows by key and then by source, in one chunk. The list is emptied, so that no row is held twice."""
     table = pa.concat_tables(tables).combine_chunks()
+    tables.clear()
     high, low = key_halves(keys_of(table.column("key")))
     order = np.argsort(high)
     in_order = high[order]
