@@ -174,7 +174,8 @@ def first_node(nodes: str) -> str:
 def _device(device: str) -> str | None:
     """The device of a rank whose process group the caller has initialised."""
     if device in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', torch.cuda.current_device())}"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+        return f"cuda:{torch.cuda.current_device()}"
     return None
 
 

@@ -102,7 +102,7 @@ class Watch:
         num_errors, next_beat = 0, 0.0
         while not self._ended.wait(LOOK_S):
             try:
-                if time.monotonic() >= next_beat:
+                if self._beats and time.monotonic() >= next_beat:  # whose ranks do not see this process
                     self._store.set(f"beat/{self.index}", str(time.monotonic()))
                     next_beat = time.monotonic() + BEAT_S
                 self.failure, num_errors = self._look(), 0
