@@ -10,6 +10,7 @@ they are added up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,9 +25,11 @@ from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.policy import count_tokens
 from dpo_cache.losses.metrics import PairMetrics
+from dpo_cache.planning.optimizer import optimizer_bytes
 from dpo_cache.training.batches import Group
 from dpo_cache.training.dealing import deal_pairs
 from dpo_cache.training.equal_passes import EqualPasses, filler_of, plan_passes
+from dpo_cache.training.exchange import end_run, exchange
 from dpo_cache.training.layer_major import LayerMajorSteps
 from dpo_cache.training.pair_logps import (
     RunPairs,
@@ -44,10 +47,6 @@ def make_step(setup: Setup, policy: torch.nn.Module, step_zero: StepZero | None)
     """What takes the steps of a run, on one rank or on several."""
     kind = TrainingStep if setup.ranks.size == 1 else RankedStep
     return kind(setup, policy, step_zero)
-
-
-class _OutOfMemoryElsewhere(torch.OutOfMemoryError):
-    """Memory ran out on another rank."""
 
 
 @dataclass
@@ -244,6 +243,11 @@ class RankedStep(TrainingStep):
     def _log_once(self, text: str) -> None:
         self._remarks.append(text)  # which may concern a single rank, and the main rank logs
 
+    def _clip(self, max_norm: float) -> float:
+        norms = self.setup.ranks.gather(super()._clip(max_norm))
+        # a layer-major step whose loss is not finite does not add up gradients
+        return next((norm for norm in norms if not math.isfinite(norm)), norms[self.setup.ranks.index])
+
     # -- what fits ---------------------------------------------------------------------------------------
 
     def _until_it_fits(self, run: Callable[[], Result]) -> Result:
@@ -263,8 +267,7 @@ class RankedStep(TrainingStep):
                     raise
                 if not can_repeat:
                     raise self._cannot_repeat(error) from error
-                if not isinstance(error, _OutOfMemoryElsewhere):
-                    self.setup.ranks.gather((first_line(error), None))
+                end_run(self.setup.ranks, error)
                 self.setup.step_memory.save_more(error)
             self._forget(num_compared)
 
@@ -276,13 +279,17 @@ class RankedStep(TrainingStep):
                 raise self._cannot_repeat(error) from error
             raise
 
+    def _state_to_come(self) -> torch.Tensor | None:
+        """As much of the device's memory as the first update takes for the optimizer's state."""
+        setup, device = self.setup, self.setup.device
+        if device.type == "cpu" or setup.checkpoint is not None:
+            return None
+        here = [one for one in setup.optimizer.parameters if one.device.type == device.type]
+        num_bytes = optimizer_bytes(here, setup.options.optimizer, setup.options.rounding)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
     def _exchange(self, value: Any) -> list[Any]:
-        """The value of each rank. Raises an error of memory if another rank has none left."""
-        found = self.setup.ranks.gather(("", value))
-        for index, (problem, _) in enumerate(found):
-            if problem:
-                raise _OutOfMemoryElsewhere(f"rank {index}: {problem}")
-        return [value for _, value in found]
+        return exchange(self.setup.ranks, value)
 
     @property
     def _num_compared(self) -> int:

@@ -26,7 +26,7 @@ SHARED: dict[str, Any] = {
     "output": "unused",
     "batch_size": 4,
     "max_steps": 3,
-    "lr": 1e-3,
+    "lr": 5e-4,
     "gradient_checkpointing": "none",
 }
 
