@@ -112,6 +112,7 @@ def _score(run: PlannedRun, tally: Tally, record: RunRecord) -> None:
     with closing(receipts):  # type: ignore[type-var]  # a generator: its end is the end of all workers
         for receipt in receipts:
             tally.add(receipt)
+            record.renew()
             if receipt.failure:
                 failed = receipt
                 break

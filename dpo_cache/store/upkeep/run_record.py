@@ -21,6 +21,7 @@ Files are withdrawn by their names, so `compact` and `gc` leave the shards of su
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from dpo_cache.store.cache import Cache
 from dpo_cache.store.format.documents import Document, digest_bytes, seal_document
 from dpo_cache.store.format.pair_tables import part_files, read_manifest
 from dpo_cache.store.upkeep.open_runs import (
+    GRACE_S,
     RUN_DIGITS,
     at_work,
     read_record,
@@ -38,6 +40,8 @@ from dpo_cache.store.upkeep.open_runs import (
     this_process,
 )
 from dpo_cache.store.upkeep.removal import removal_order
+
+RENEW_S = GRACE_S / 6
 
 
 class RunRecord:
@@ -65,7 +69,7 @@ class RunRecord:
         }
         self._killed: dict[str, Document] = {}  # records of runs that were killed in an audit
         self._has_audited = self._is_written = False
-        self._has_workers = False
+        self._has_workers, self._written = False, 0.0
         self.num_lost = 0  # once it failed: its shards that others have removed
 
     def __enter__(self) -> RunRecord:
@@ -110,6 +114,13 @@ class RunRecord:
     @property
     def has_published(self) -> bool:
         return bool(self._content["shards"] or self._content["pair_sets"])
+
+    def renew(self) -> None:
+        """Rewrite the record of a run with workers now and then: on other machines, one that is not rewritten
+        for an hour counts as a killed run's.
+        """
+        if time.monotonic() - self._written >= RENEW_S:
+            self._write(self._content["state"])
 
     def add_shard(self, name: str) -> None:
         """Record a score shard, by its name from the root, before it is published."""
@@ -170,7 +181,7 @@ class RunRecord:
 
     def _write(self, state: str) -> None:
         self._content["state"] = state
-        self._is_written = True
+        self._is_written, self._written = True, time.monotonic()
         self.cache.publish_format()
         self.cache.folder.publish(self._name, seal_document(self._content))
 

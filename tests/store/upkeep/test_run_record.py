@@ -9,6 +9,7 @@ import pytest
 from dpo_cache.errors import CorruptShardError
 from dpo_cache.store import Cache, open_cache
 from dpo_cache.store.format.documents import read_sealed, seal_document
+from dpo_cache.store.upkeep import run_record
 from dpo_cache.store.upkeep.gc import collect_garbage
 from dpo_cache.store.upkeep.open_runs import PATTERN, shards_of_runs
 from dpo_cache.store.upkeep.run_record import RunRecord, end_killed_runs
@@ -399,3 +400,19 @@ def test_shards_of_workers_are_left_as_they_are_while_the_run_is_at_work(cache: 
         publish(cache, worker_of(record), [1])
         assert len(shards_of_runs(cache.folder, reference_of(cache))) == 1
     assert shards_of_runs(cache.folder, reference_of(cache)) == set()
+
+
+def test_a_long_runs_record_is_rewritten_before_other_machines_take_it_for_a_killed_runs(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(run_record.time, "monotonic", lambda: now[0])
+    with RunRecord(cache, reference_of(cache)) as record:
+        name = record.for_workers()["record"]
+        for minutes, is_renewed in ((5, False), (11, True)):
+            cache.folder.remove(name)  # another machine took it for a killed run's
+            now[0] += 60 * minutes
+            record.renew()
+            assert cache.folder.exists(name) is is_renewed
+            if not is_renewed:
+                record._write("scoring")
