@@ -50,7 +50,7 @@ help:
 	@echo "make test         install and run the tests without whole training loops, several processes and the real model"
 	@echo "make test-scale   the tests of several processes: workers of precompute, on Ray and without, and ranks of training"
 	@echo "make test-slow    all tests"
-	@echo "make test-families [FAMILY=NAME]  every model family; make test runs a tenth of them, another one each day"
+	@echo "make test-families [FAMILY=NAME]  every model family; make test runs a twentieth of them, another one each day"
 	@echo "make test-oldest  a part of the tests with the lowest versions that pyproject.toml allows"
 	@echo "make test-newest  the same tests with the newest versions"
 	@echo "make test-fake-cuda  CUDA's branches on a machine without a GPU: operators counted, waits found; installs torch for CUDA"

@@ -84,6 +84,7 @@ def test_only_rotary_embeddings_that_depend_on_the_row_have_a_limit() -> None:
     assert [limit.tokens for limit in limits_of(scaled)] == [100]
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(("longest", "run_tokens"), [(1000, 100_000), (8000, 1_000_000)])
 def test_a_run_of_usual_size_checks_all_lengths_of_every_family(longest: int, run_tokens: int) -> None:
     """At their default configs; shorter data needs no long row at all."""

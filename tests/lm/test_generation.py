@@ -62,7 +62,7 @@ def naive_answers(
     return [row[len(text) :] for row, text in zip(rows, texts, strict=True)]
 
 
-@pytest.mark.rotating(3)
+@pytest.mark.rotating(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_draws_from_its_own_probabilities(family: str) -> None:
     model = make_model(family)

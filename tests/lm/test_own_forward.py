@@ -16,6 +16,7 @@ from tests.lm.families import make_model
 TIGHT = 3e-5
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2", "granite", "gpt_oss", "opt"])
 def test_it_is_the_definition(family: str) -> None:
     model = make_model(family)

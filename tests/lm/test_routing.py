@@ -17,6 +17,7 @@ from tests.lm.families import make_model
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("how", ["forest", "rows", "row by row"])
 def test_the_router_loss_and_its_gradient_are_those_of_a_padded_batch(family: str, how: str) -> None:

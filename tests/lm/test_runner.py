@@ -175,6 +175,7 @@ def test_rows_that_run_one_at_a_time_are_remarked_even_if_rows_were_requested() 
         assert np.abs(found[index].token_logps - naive_token_logps(model, completion).numpy()).max() < 1e-4
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_streamed_adapter_gives_the_scores_of_a_resident_one(dtype: torch.dtype, tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ def test_progress_counts_every_token_of_the_stream_once() -> None:
     assert sorted(index for step in steps for index, _ in step.scores) == list(range(len(completions)))
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "llama4", "deepseek_v3"])
 def test_training_logps_and_gradients_equal_the_plain_computation(family: str) -> None:
     completions = make_completions(num_prompts=3)

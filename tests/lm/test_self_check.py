@@ -277,6 +277,7 @@ def test_long_rows_are_checked_in_the_way_that_the_run_takes(way: tuple[str, ...
 # -- sparse attention, and rows of other lengths ------------------------------------------------------------
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "deepseek_v4"])
 def test_sparse_attention_past_its_top_k_is_run_one_row_at_a_time(family: str) -> None:
     model, completions = make_tiny(family), [*make_completions(num_prompts=2), row(120)]
@@ -286,6 +287,7 @@ def test_sparse_attention_past_its_top_k_is_run_one_row_at_a_time(family: str) -
     assert_exact(model, completions, attention)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4"])
 def test_sparse_attention_below_its_top_k_is_run_as_padded_rows(family: str) -> None:
     model = make_tiny(family, index_topk=64)

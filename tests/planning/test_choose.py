@@ -16,6 +16,7 @@ EIGHT_B = LlamaConfig(
 FULL, LORA = Method(precision="bf16"), Method(precision="bf16", lora_r=16)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("method", "free_gb", "expected"),
     [

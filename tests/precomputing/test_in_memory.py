@@ -50,6 +50,7 @@ KINDS: dict[str, Any] = {
 }
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_loaded_rows_make_the_pairs_that_their_file_makes(
     model_folder: str, data_file: str, cache: str, kind: str
@@ -202,6 +203,7 @@ CHANGES: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_is_a_reference_of_its_own(model_folder: str, change: str) -> None:
     model = load(model_folder)
@@ -260,6 +262,7 @@ def test_scores_of_a_changed_model_are_its_own_and_are_found_again(
         dpo_cache.train(cache, Path(cache).parent / "run", pairs="changed", log=lambda _: None)
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "gemma3", "deepseek_v3", "opt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_families_whose_checkpoints_have_other_names_or_tied_weights_are_known_again(

@@ -213,6 +213,7 @@ def test_configs_with_unknown_layers_or_kinds_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("targets", ["layers.1.self_attn.q_proj,v_proj", "q_proj,mlp.up_proj", "all-linear"])
 def test_names_of_layers_may_be_whole_or_their_ends(cache: str, tmp_path: Path, targets: str) -> None:
     assert train(cache, tmp_path / "run", max_steps=1, lora_r=2, lora_targets=targets).num_trained > 0

@@ -185,6 +185,7 @@ def test_code_that_treats_long_rows_in_another_way_is_one_clear_error(
     )
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("memory", ["small", "least"])
 def test_a_step_that_does_not_fit_is_repeated_without_a_trace(
     cache: str,

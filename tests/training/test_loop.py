@@ -367,6 +367,7 @@ def test_evaluations_come_when_they_are_asked_for_and_after_updates(cache: str, 
     ]
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("epochs", "batch_size", "num_steps"), [(3.0, 32, 3), (2.0, 4, 8), (0.5, 4, 2), (1.0, 15, 1)]
 )

@@ -48,6 +48,7 @@ def expert_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "cache")
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_mixture_of_experts_trains_with_its_router_loss(
     expert_cache: str, tmp_path: Path, mode: str

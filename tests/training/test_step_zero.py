@@ -263,6 +263,7 @@ def test_log_probs_that_are_no_numbers_are_a_gap(place: Path) -> None:
         step_zero.conclude()
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_a_quantized_base_is_the_reference_that_was_quantized_alike(place: Path, quantize: str) -> None:
     data = place / "pairs.jsonl"
@@ -367,6 +368,7 @@ def test_a_loaded_policy_is_compared_on_the_whole_set(large: Path) -> None:
     assert "completion of row 60" in message
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("options", [{}, {"lora_r": 2}])
 def test_the_sample_changes_no_bit_of_the_run(large: Path, options: dict) -> None:
     found = []

@@ -56,6 +56,7 @@ def test_outputs_and_gradients_are_those_of_peft(has_bias: bool, kinds: tuple[st
     assert len(grads) == 28 and gaps(grads, expected_grads).max() < 1e-5
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixed_precision_is_no_further_from_the_exact_gradients_than_peft(dtype: torch.dtype) -> None:
     """Base weights in either dtype, adapters in float32, products in bfloat16. Averages several models, because

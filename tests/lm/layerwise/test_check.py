@@ -28,6 +28,7 @@ def streamed(family: str, folder: Path) -> Iterator[tuple[Any, LayerMajor]]:
         yield model, find_layer_major(model, weights, 2**30)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.filterwarnings("ignore")  # of transformers
 @pytest.mark.parametrize(
     ("family", "name", "num_readings"),

@@ -31,6 +31,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_of_each_layer_are_those_of_the_resident_model(tmp_path: Path, family: str) -> None:
     """In float16, in which some weights of some families stay float32."""

@@ -43,6 +43,7 @@ def problem_of(folder: str, quantize: str) -> str:
         return layer_major_problem(policy, layers_of(policy), weights, DeviceStates())
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_a_layer_runs_again_only_where_its_weights_have_left(
     folder: str, quantize: str, monkeypatch: pytest.MonkeyPatch

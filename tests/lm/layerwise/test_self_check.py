@@ -93,6 +93,7 @@ def test_a_right_run_has_no_problem(policies, tight: None, kind: str) -> None:
     assert all(parameter.grad is None for parameter in policy.model.parameters())
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("weights", "kind"),
     [

@@ -40,7 +40,7 @@ class FakeTransfer:
         return arriving
 
 
-@pytest.mark.rotating(3)
+@pytest.mark.rotating(5)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "gpt2", "deepseek_v3", "bloom"])
 def test_gradients_are_the_same_to_the_bit(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def gradients(model: torch.nn.Module, mode: str, precision: str = "fp32") -> dic
     }
 
 
-@pytest.mark.rotating(3)
+@pytest.mark.rotating(5)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_gradients_are_those_of_keeping_everything(family: str) -> None:
     kept, cheap = (gradients(make_model(family), mode) for mode in ("none", "cheap"))

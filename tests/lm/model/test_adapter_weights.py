@@ -142,6 +142,7 @@ def test_an_adapter_whose_first_weights_were_orthogonal_is_loaded(base: Path, tm
 # -- a vocabulary of another size --------------------------------------------------------------------------
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("rows", [270, 260])
 @pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], None])
 def test_an_adapter_over_a_resized_vocabulary_resizes_its_base(

@@ -148,6 +148,7 @@ def other_values(value: object) -> list[object]:
     return [{}] if isinstance(value, dict) else [1, True]
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("family", BOTH)
 @pytest.mark.filterwarnings("ignore")  # transformers', of values that do not go together
 def test_any_field_of_a_config_gives_another_id_or_a_refusal_or_the_same_log_probs(
@@ -254,7 +255,7 @@ KEPT: dict[str, Change] = {
 }
 
 
-@pytest.mark.rotating(3)
+@pytest.mark.rotating(5)
 @pytest.mark.parametrize("change", KEPT)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "gpt2"])
 def test_what_keeps_the_id_keeps_the_log_probs(

@@ -58,6 +58,7 @@ def with_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about such values
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])

@@ -60,6 +60,7 @@ def test_a_model_over_the_cpu_and_disk_gives_the_same_bits(checkpoint: str, tmp_
     assert any(one.is_meta for one in spread.parameters())  # still
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.usefixtures("half_on_disk")
 def test_scores_of_a_model_that_is_spread_are_those_of_the_whole(checkpoint: str) -> None:
     completions, remarks, found = make_completions(), list[str](), {}

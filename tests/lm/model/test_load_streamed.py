@@ -108,6 +108,7 @@ def test_a_layer_without_a_weight_is_refused(tmp_path: Path, place: str, change,
         load_streamed(str(tmp_path), dtype=torch.float32, device=CPU, weights=place)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_quantized_weights_travel_packed(folders: dict[str, Path], place: str, quantize: str) -> None:

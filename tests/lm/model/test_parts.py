@@ -8,7 +8,7 @@ from tests.families.tiny import make_tiny
 from tests.lm.families import FAMILIES, make_model
 
 
-@pytest.mark.rotating(3)
+@pytest.mark.rotating(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoder_and_head_are_the_models_own_forward(family: str) -> None:
     model, ids = make_model(family), torch.arange(3, 20)[None]

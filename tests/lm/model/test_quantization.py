@@ -39,6 +39,7 @@ def load(folder: str, quantize: str, **changes: object) -> torch.nn.Module:
     return load_model(folder, dtype=torch.float32, device=CPU, quantize=quantize, **changes)
 
 
+@pytest.mark.rotating(2)
 @BOTH
 def test_a_quantized_model_has_the_same_log_probs_in_the_forest_as_in_rows(
     model_folder: str, quantize: str
@@ -181,6 +182,7 @@ def test_missing_packages_are_named(model_folder: str, monkeypatch: pytest.Monke
         load(model_folder, "4bit")
 
 
+@pytest.mark.rotating(2)
 @BOTH
 def test_a_fresh_quantized_base_repeats_what_precompute_cached_of_it(
     model_folder: str, tmp_path: Path, quantize: str

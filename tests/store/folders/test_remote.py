@@ -244,6 +244,7 @@ def test_the_hub_offline_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 # -- URLs and names -----------------------------------------------------------------------------------
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(
     "url", ["s3://bucket", "s3://bucket/", "s3://bucket/a cache//", "s3a://bucket/x/y/", "s3://bucket/ä%20+"]
 )

@@ -105,6 +105,7 @@ def test_opening_an_index_reads_footers_and_keys(s3: Proxy, reference: str) -> N
     assert copies() == []
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("limit_gb", ["0", "0.0003", "20"])
 def test_values_are_downloaded_once_whatever_the_limit(
     s3: Proxy, reference: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit_gb: str
@@ -214,6 +215,7 @@ def test_a_copy_that_is_held_serves_keys_and_is_not_hashed_for_a_footer(s3: Prox
     assert requests(s3)["GET parquet"] == SHARDS + 3
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     "call", ["cache.scores(sys.argv[1]).fetch([(0).to_bytes(16, 'big')])", "list(cache.pairs('pairs'))"]
 )

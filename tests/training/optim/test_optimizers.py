@@ -287,7 +287,7 @@ PART = [family for family in FAMILIES if is_in_part(family, FAMILIES)]
 
 @pytest.mark.parametrize(
     "families",
-    [pytest.param(PART, id="a tenth"), pytest.param(FAMILIES, id="all", marks=pytest.mark.slow)],
+    [pytest.param(PART, id="a twentieth"), pytest.param(FAMILIES, id="all", marks=pytest.mark.slow)],
 )
 def test_the_same_weights_of_every_family_are_decayed_as_in_transformers(
     on_meta: Callable[[str], torch.nn.Module], families: Sequence[str]

@@ -138,6 +138,7 @@ def test_on_a_gpu_slices_from_the_host_give_the_bits_of_whole_tensors_at_home(
     assert all(torch.equal(found[key].cpu(), value.cpu()) for key, value in expected.items())
 
 
+@pytest.mark.rotating(3)
 @each_case
 def test_state_moves_between_placements_without_a_change(
     name: str, dtype: torch.dtype, rounding: str, tmp_path: Path
@@ -182,6 +183,7 @@ def test_gradients_that_are_given_replace_those_of_the_parameters(
     assert_same_state(found, expected)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bfloat16_moments_do_not_freeze(dtype: torch.dtype) -> None:
     """After gradients of 1, those of 0.01: the second moment decays by a thousandth an update, which rounding to
@@ -225,6 +227,7 @@ def fit(name: str, dtype: torch.dtype = torch.float32, steps: int = 150) -> list
     return losses
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_with_bfloat16_moments_follows_that_with_float32_moments(dtype: torch.dtype) -> None:
     exact, found = fit("adamw", dtype), fit("adamw-bf16", dtype)

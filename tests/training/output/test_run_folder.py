@@ -282,6 +282,7 @@ def test_another_evaluation_set_of_the_same_name_is_named(model_folder: str, tmp
     assert train(cache, run, resume=True, max_steps=3, epochs=3.0, **options).finished
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(
     ("started", "resumed"),
     [

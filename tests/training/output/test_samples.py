@@ -125,6 +125,7 @@ def test_sampling_changes_nothing_in_the_training(cache: str, tmp_path: Path) ->
     assert not (tmp_path / "plain" / "samples.jsonl").exists()
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     "options",
     [{"lora_r": 4}, {"precision": "bf16-mixed"}, {"gradient_checkpointing": "full"}, {"deterministic": True}],
