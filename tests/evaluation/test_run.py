@@ -93,6 +93,7 @@ def test_numbers_are_those_of_a_naive_loop(
         )
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -51,6 +51,7 @@ def last_evaluation(run: dpo_cache.TrainReport) -> dict[str, object]:
     }
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_metrics_are_those_that_the_run_ended_with(cache: str, tmp_path: Path, name: str) -> None:
     run = train(cache, tmp_path / "run", **LOSSES[name])

@@ -213,6 +213,7 @@ def trl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_trl(python, tmp_path_factory.mktemp("trl")) if python else json.loads(GOLDEN.read_text())
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("name", all_inputs())
 def test_losses_gradients_and_metrics_are_those_of_trl(trl: dict[str, Any], name: str) -> None:
     expected, found = trl[name], run_ours(all_inputs()[name], CASES[name.split(" / ")[0]]["ours"])

@@ -11,6 +11,7 @@ import pytest
 import dpo_cache
 from dpo_cache.errors import CorruptShardError, DpoCacheError, FormatError
 from tests.promises.small_cache import files_of, make_small_cache, read_small_cache
+from tests.rotation import today
 from tests.store.conftest import flip
 
 
@@ -65,8 +66,10 @@ def truncations(content: bytes, lengths: Iterable[int]) -> Iterable[tuple[object
 
 
 def ends(size: int, step: int) -> list[int]:
-    """The first and last 40 positions, and every so many between them."""
-    return sorted({*range(min(40, size)), *range(0, size, step), *range(max(0, size - 40), size)})
+    """The first and last 16 positions, and every so many between them, others each day."""
+    return sorted(
+        {*range(min(16, size)), *range(today() % step, size, step), *range(max(0, size - 16), size)}
+    )
 
 
 def test_flipped_bytes_are_found(root: Path, file_names: list[str]) -> None:
@@ -74,7 +77,7 @@ def test_flipped_bytes_are_found(root: Path, file_names: list[str]) -> None:
     assert [
         miss
         for name, content in contents.items()
-        for miss in unnoticed(root, name, flips(content, ends(len(content), 97)))
+        for miss in unnoticed(root, name, flips(content, ends(len(content), 127)))
     ] == []
 
 
@@ -83,7 +86,7 @@ def test_truncations_are_found(root: Path, file_names: list[str]) -> None:
     assert [
         miss
         for name, content in contents.items()
-        for miss in unnoticed(root, name, truncations(content, ends(len(content), 211)[:-1]))
+        for miss in unnoticed(root, name, truncations(content, ends(len(content), 257)[:-1]))
     ] == []
 
 
