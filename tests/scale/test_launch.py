@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ from dpo_cache.training.launch import VARIABLES
 from tests import programs
 from tests.conftest import chat_rows, write_rows
 from tests.scale.ranks import ENVIRONMENT
+from tests.waiting import wait_until
 
 OPTIONS = ("--batch-size", "4", "--lr", "1e-3", "--max-steps", "3", "--device", "cpu")
 MAIN = "from dpo_cache.cli.app import main\nmain()\n"
@@ -291,3 +294,49 @@ def test_a_second_ctrl_c_stops_all_ranks_at_once(cache: str, tmp_path: Path) -> 
     assert [end.code for end in ends] == [130, 130], ends
     assert errors_of(ends) == ["error: interrupted; everything published so far is kept."]
     assert "stopped at once, before the first checkpoint" in ends[0].err
+
+
+def test_the_processes_end_with_the_one_that_started_them(cache: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", "--cache", cache, "--pairs", "pairs", "--output", str(run), "--batch-size", "2"]
+    arguments += ["--epochs", "100000", "--device", "cpu", "--launch", "2"]
+    with started(*arguments) as launcher:
+        wait_until(lambda: num_steps(run) > 1, "two steps")
+        launcher.send_signal(signal.SIGINT)
+        out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130, err
+    assert err.count("stopping after this step") == 1 and out.count(f"{run}: stopped early") == 1
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{num_steps(run):06d}"
+
+    before = num_steps(run)
+    with started("train", "--resume", str(run)) as launcher:
+        wait_until(lambda: num_steps(run) > before, "a step")
+        ranks = psutil.Process(launcher.pid).children()
+        launcher.kill()
+        _, err = launcher.communicate(timeout=60)  # once the ranks have closed it, too
+    assert len(ranks) == 2
+    wait_until(lambda: not any(rank.is_running() for rank in ranks), "the end of the ranks")
+    assert err.count("error: ") == 1 and "the process that started the ranks is gone." in err
+
+
+def num_steps(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The command line in a process of its own, ended with the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_cache", *arguments],
+        env={**os.environ, **ENVIRONMENT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
