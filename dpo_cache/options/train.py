@@ -269,8 +269,8 @@ class TrainOptions(LossOptions):
         kept = {"weights", "optimizer"} | ({"inputs"} if self.memory in ("small", "least") else set())
         self._require(
             placement is None or all(getattr(placement, name) == "device" for name in kept),
-            f"`memory` {self.memory}, `place` {self.place} and `parallel` fsdp: a step that runs layer by "
-            "layer needs whole layers, and each process has shards of them.\n"
+            f"`memory` {self.memory}{f', `place` {self.place}' if self.place else ''} and `parallel` fsdp: a "
+            "step that runs layer by layer needs whole layers, and each process has shards of them.\n"
             "Leave `memory` and `place` out, or use `parallel` ddp.",
         )
 

@@ -33,9 +33,6 @@ SLICINGS = {
     "adamw-8bit": Slicing(is_for_all=True),
 }
 
-# which update shards of a parameter as they do the whole, as tests show
-ON_SHARDS = ("adamw", "adamw-bf16")
-
 # in lower case, of parameters that are not decayed
 SPARED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
@@ -60,11 +57,6 @@ def make_optimizer(
     cut into `shards`, those of this rank are updated. Raises `OptionError` if the optimizer is not available
     here.
     """
-    if shards is not None and name not in ON_SHARDS:
-        raise OptionError(
-            f"`optimizer` {name} and `parallel` fsdp: it is not tested on shards of weights.\n"
-            f"Use {' or '.join(ON_SHARDS)}, or `parallel` ddp."
-        )
     _check_available(name, model.device)
     slicing = SLICINGS.get(name)
     device = compute_device if compute_device is not None and slicing else model.device
