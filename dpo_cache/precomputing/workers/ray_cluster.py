@@ -24,11 +24,7 @@ VERSIONS = ((2, 55), (2, 64))  # of Ray: from, below. 2.64 has no actor options 
 LOCAL = "local"
 # Read when Ray is imported. Whoever reaches a Ray cluster can run code there, so ours listens on loopback
 ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # what Ray will do; until then it warns of it
-LOCAL_ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # after which Ray's agents end if the driver was killed
-}
+LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @dataclass(frozen=True)
