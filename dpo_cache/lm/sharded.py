@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError
@@ -162,6 +163,7 @@ def shard(
     for layer in layers:
         fill(layer)
         _make_contiguous(layer)
+        layer.register_forward_hook(_copy_views)
         cut(layer)
     _make_contiguous(model)
     root = _Root(model)
@@ -200,6 +202,17 @@ def _check(model: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
             f"`parallel` fsdp: {type(model).__name__} cannot be cut into shards: {problem}.\n"
             "Use `parallel` ddp."
         )
+
+
+def _copy_views(_layer: torch.nn.Module, _args: Any, output: Any) -> Any:
+    """The output with copies of views: a change of a view in place would lose the hook by which FSDP2 gathers
+    the layer's weights for the backward pass.
+    """
+    return tree_map_only(
+        torch.Tensor,
+        lambda one: one.clone() if one.requires_grad and one._base is not None else one,
+        output,
+    )
 
 
 def _make_contiguous(module: torch.nn.Module) -> None:
