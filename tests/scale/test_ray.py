@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -230,15 +231,15 @@ def test_a_killed_driver_leaves_nothing_running_and_its_scores(
 
 
 def alive(processes: Iterable[psutil.Process]) -> list[str]:
-    """The command lines of those that have not ended, without Ray's agent of its dashboard: it waits for the
-    rest of Ray, and ends after a minute or two.
+    """The command lines of those that have not ended, without Ray's two agents: they wait for the rest of Ray,
+    and end after a minute or two.
     """
     found = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(" ".join(process.cmdline()))
-    return [one for one in found if "DashboardAgent" not in one and "dashboard/agent.py" not in one]
+    return [one for one in found if not re.search(r"ray::\w+Agent\b|agent/main\.py|dashboard/agent\.py", one)]
 
 
 def listening(processes: Iterable[psutil.Process]) -> set[str]:
