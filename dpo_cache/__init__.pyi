@@ -563,6 +563,9 @@ def train(
     - `log` gets each remark (default: the logger `dpo_cache`); the report lists them, too;
     - `should_stop` is called after every step. Where it returns True the state is saved, to be resumed.
 
+    In a program that accelerate launch, torchrun or SLURM has started several times, all processes call this
+    with the same options and train together; the main one calls the callbacks, and all return its report.
+
     An exception in a callback ends the run; what was saved stays. Raises `DpoCacheError`. The model is saved
     in `output/model`, the metrics in `output/metrics.jsonl`. With `dry_run` nothing is written.
     """

@@ -21,7 +21,7 @@ from datasets import Dataset, IterableDataset
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from dpo_cache.errors import NotInCacheError, OptionError, StepZeroError, shown_rows
+from dpo_cache.errors import DpoCacheError, NotInCacheError, OptionError, StepZeroError, shown_rows
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.log import log_remark
 from dpo_cache.precomputing.completions import score_completions
@@ -158,8 +158,20 @@ class CachedDPOTrainer(DPOTrainer):
         return np.zeros(len(keys), bool) if self._scores is None else self._scores.contains(keys)
 
     def _score_missing(self, dataset: Dataset, name: str) -> None:
-        """Score what the cache lacks of a data set; the main process does."""
-        if self.accelerator.is_main_process and (unit := self._missing(dataset, name)):
+        """Score what the cache lacks of a data set; the main process does, and its error is that of all."""
+        error = None
+        if self.accelerator.is_main_process:
+            try:
+                self._score_here(dataset, name)
+            except DpoCacheError as found:
+                error = found
+        self._reference, error = broadcast_object_list([self._reference, error])
+        if error:
+            raise error
+        self._scores = self._cache.scores(self._reference) if self._reference else None
+
+    def _score_here(self, dataset: Dataset, name: str) -> None:
+        if unit := self._missing(dataset, name):
             model, revision, dtype = self._policy_name, None, "auto"
             if self._reference:
                 entry = self._cache.read_reference(self._reference)
@@ -168,8 +180,6 @@ class CachedDPOTrainer(DPOTrainer):
             self._reference = score_completions(
                 self._cache, model, unit, revision=revision, dtype=dtype, expected=self._reference
             )
-        self._reference = broadcast_object_list([self._reference])[0]
-        self._scores = self._cache.scores(self._reference) if self._reference else None
 
     def _missing(self, dataset: Dataset, name: str) -> Unit | None:
         found: dict[bytes, Completion] = {}

@@ -240,6 +240,11 @@ class PrecomputeOptions(Options):
             "compute on it.\nLeave one of them out.",
         )
         self._require(
+            self.gpus_per_worker != 0 or self.device in ("auto", "cpu"),
+            f"`device` {self.device} and `gpus_per_worker` 0: workers without a GPU compute on the CPU.\n"
+            "Leave one of them out.",
+        )
+        self._require(
             self.ray is None or not self.streaming,
             "`streaming` with `ray`: the units of a run must be known before its workers start.\n"
             "Leave `streaming` out, or use `num_workers` on one machine.",

@@ -26,26 +26,31 @@ UNITS_PER_WORKER = 16  # at least, so that all end at about the same time
 
 
 class UnitSize:
-    """The wanted tokens of the next unit: a fixed number, or what was scored in 20 s lately.
+    """The wanted tokens of the next unit: a fixed number, a worker's share of the run (`one_each`), or what
+    was scored in 20 s lately.
 
-    A chosen size gives each of several workers at least 16 units, and starts at `first_tokens`.
+    The last gives each of several workers at least 16 units, and starts at `first_tokens`.
     """
 
     def __init__(
         self,
         fixed: int | None,
         *,
+        one_each: bool = False,
         num_workers: int = 1,
         run_tokens: Callable[[], int] = lambda: 0,
         first_tokens: int = MIN_TOKENS,
     ):
         self.num_workers = num_workers
+        self._one_each = one_each
         self._fixed, self._run_tokens, self._in_time = fixed, run_tokens, first_tokens
 
     @property
     def tokens(self) -> int:
         if self._fixed is not None:
             return self._fixed
+        if self._one_each:
+            return max(1, self._run_tokens() // self.num_workers)
         share = self._run_tokens() // (UNITS_PER_WORKER * self.num_workers)
         return max(MIN_TOKENS, min(self._in_time, share) if self.num_workers > 1 else self._in_time)
 

@@ -86,14 +86,21 @@ class PlannedRun:
         forget_day(self.target.cache, split.survey.pair_set, split.template_date)
 
     def _unit_size(self) -> UnitSize | None:
-        """The size of units; None for whole windows, which streamed weights are read for."""
+        """The size of units; None for whole windows, which streamed weights are read for.
+
+        The driver of workers sets their number once it knows it.
+        """
         options, reference = self.options, self.target.reference
-        fixed, num_workers = number_or_auto("unit_tokens", options.unit_tokens), options.num_workers or 1
-        if fixed is None and (self.streaming is not None or options.stream_weights == "on"):
-            if num_workers == 1 or self.plan:
-                return None
-            fixed = max(1, self.totals.missing_tokens // num_workers)  # one for each
-        size = UnitSize(fixed, num_workers=num_workers, run_tokens=lambda: self.totals.missing_tokens)
+        fixed = number_or_auto("unit_tokens", options.unit_tokens)
+        one_each = fixed is None and (self.streaming is not None or options.stream_weights == "on")
+        if one_each and (self.plan or not options.uses_workers):
+            return None
+        size = UnitSize(
+            fixed,
+            one_each=one_each,
+            num_workers=options.num_workers or 1,
+            run_tokens=lambda: self.totals.missing_tokens,
+        )
         if options.ray is not None and self.totals.missing_tokens:  # all units are cut before the first one
             cores = options.cpus_per_worker or 1
             speed = nominal_tokens_per_s(options.model, options.revision, reference.device.type, cores)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError, first_line
+from dpo_cache.lm.check_rows import short_rows
 from dpo_cache.lm.model.adapter import CheckpointLocation
 from dpo_cache.lm.model.load import load_base
 from dpo_cache.lm.model.load_streamed import load_streamed
@@ -35,8 +36,23 @@ def parallelize(policy: PolicyModel, ranks: Ranks, *, is_layer_major: bool = Fal
             policy,
             broadcast_buffers=False,  # no buffer changes in eval mode
             gradient_as_bucket_view=True,  # else a second copy of all gradients
-            find_unused_parameters=True,  # some experts may be used on no rank, or on one only
+            find_unused_parameters=has_unused_weights(policy),  # torch warns where it is not needed
         )
+
+
+def has_unused_weights(policy: PolicyModel) -> bool:
+    """Whether a backward pass may leave trained weights without a gradient: experts that were not chosen, and
+    what the model never uses. No gradient is left behind.
+    """
+    trained = policy.trained
+    if any("expert" in name for name in trained):
+        return True
+    (logps,) = policy([short_rows(policy.model.config.get_text_config().vocab_size, 64)[:2]])
+    logps.tokens_T.sum().backward()
+    found = any(one.grad is None for one in trained.values())
+    for one in trained.values():
+        one.grad = None
+    return found
 
 
 def load_to_cut(

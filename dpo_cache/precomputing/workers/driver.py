@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
 
 import torch
 
 from dpo_cache import errors
-from dpo_cache.errors import DpoCacheError, OptionError
+from dpo_cache.errors import DpoCacheError, OptionError, StorageError
 from dpo_cache.lm.device import choose_device
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.precomputing.audit import AuditTotals, withdraw
@@ -26,6 +27,12 @@ from dpo_cache.precomputing.report import describe_progress
 from dpo_cache.precomputing.units import Unit
 from dpo_cache.precomputing.workers.job import Job, Receipt
 from dpo_cache.store.upkeep.run_record import RunRecord
+
+RENEW_EVERY_S = 60.0  # the record is looked at
+READS_EACH_TIME = (
+    "the weights do not fit the workers' devices, so they are read for each unit. With `stream_weights` on, "
+    "each worker gets one unit."
+)
 
 
 def score_by_workers(run: PlannedRun, record: RunRecord) -> AuditTotals | None:
@@ -64,6 +71,11 @@ def workers_device(options: PrecomputeOptions) -> torch.device | None:
         return choose_device()
     with connected(options.ray):
         has_gpus = any(node.get("GPU", 0) for node in node_resources(import_ray()))
+    if not has_gpus and (options.min_workers or options.max_workers):
+        raise OptionError(
+            "`ray`: no node has a GPU now, and nodes that the cluster adds may have some; the dtype of the "
+            "forward pass depends on it.\nGive `gpus_per_worker` 1, or `device` cpu."
+        )
     return torch.device("cuda" if has_gpus else "cpu")
 
 
@@ -109,15 +121,33 @@ def _score(run: PlannedRun, tally: Tally, record: RunRecord) -> None:
     run.check_writable()
     failed = None
     receipts = _start(describe_job(run, record), run, tally)
-    with closing(receipts):  # type: ignore[type-var]  # a generator: its end is the end of all workers
+    # receipts are a generator: its end is the end of all workers
+    with _renewed(record), closing(receipts):  # type: ignore[type-var]
         for receipt in receipts:
-            tally.add(receipt)
-            record.renew()
-            if receipt.failure:
+            if tally.add(receipt) and receipt.failure:
                 failed = receipt
                 break
     if failed:
         raise _error(failed, record)
+
+
+@contextmanager
+def _renewed(record: RunRecord) -> Iterator[None]:
+    """While open, the record is rewritten now and then: receipts may be hours apart."""
+    ended = threading.Event()
+
+    def keep_renewing() -> None:
+        while not ended.wait(RENEW_EVERY_S):
+            with suppress(StorageError):  # the next time may succeed
+                record.renew()
+
+    thread = threading.Thread(target=keep_renewing, name="run record", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _start(job: Job, run: PlannedRun, tally: Tally) -> Iterator[Receipt]:
@@ -182,11 +212,11 @@ class Tally:
         found = [*self._readings.values()]
         return (found[0][0], sum(one[1] for one in found), sum(one[2] for one in found)) if found else None
 
-    def add(self, receipt: Receipt) -> None:
-        """Count a receipt, once for each unit."""
+    def add(self, receipt: Receipt) -> bool:
+        """Count a receipt, once for each unit; returns whether it is the unit's first one."""
         unit = self._handed_out.pop(receipt.number, None)
         if unit is None:
-            return
+            return False
         report = self._run.report
         for name, keys in receipt.shards.items():
             self._run.target.scores.add_published(name, keys)
@@ -201,12 +231,16 @@ class Tally:
             self._audited[receipt.worker] = receipt.audited
         if receipt.readings is not None:
             self._readings[receipt.worker] = receipt.readings
-        for text in receipt.remarks:
+        remarks = receipt.remarks
+        if receipt.readings is not None and self._run.streaming is None:
+            remarks += (READS_EACH_TIME,)
+        for text in remarks:
             if text not in self._remarks:  # mostly, each worker has the same ones
                 self._remarks.add(text)
                 self._run.log(text)
         if receipt.failure is None:
             self._show(receipt, *unit)
+        return True
 
     def _show(self, receipt: Receipt, planned_tokens: int, pair_set: str) -> None:
         run, report = self._run, self._run.report

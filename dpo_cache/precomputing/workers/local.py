@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -59,11 +60,16 @@ def score_units(
     if first is None:
         return
     logs = Path(tempfile.mkdtemp(prefix="dpo-cache-workers-"))
-    log(f"{num_workers} workers; each writes a log file in {logs}.")
+    log(f"up to {num_workers} workers; each writes a log file in {logs} until the run has succeeded.")
     slots = [_Slot(number, one, logs / f"worker-{number}.log") for number, one in enumerate(environments)]
+    has_failed = False
     with _ended_at_last(slots):
         pool = _Pool(job, make_worker or Worker, slots, numbered, log, deque([first]))
-        yield from pool.receipts()
+        for receipt in pool.receipts():
+            has_failed |= receipt.failure is not None
+            yield receipt
+    if not has_failed:
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 def worker_environments(device: str, num_workers: int) -> list[dict[str, str]]:
