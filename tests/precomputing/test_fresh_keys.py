@@ -23,7 +23,7 @@ class Index:
         return np.array([key == b"known" for key in keys])
 
 
-def test_a_refresh_takes_at_most_a_twentieth_of_the_time() -> None:
+def test_a_slow_refresh_takes_at_most_a_twentieth_of_the_time() -> None:
     index = Index()
     fresh = FreshKeys(index, clock=lambda: index.now)  # type: ignore[arg-type]
     assert fresh.contains([b"known", b"other"]).tolist() == [True, False] and index.num_refreshed == 1
