@@ -151,6 +151,13 @@ def test_a_fixed_size_stays() -> None:
     assert size.tokens == 100
 
 
+def test_a_share_of_the_run_for_each_worker() -> None:
+    size = UnitSize(None, one_each=True, run_tokens=lambda: 3200)
+    assert size.tokens == 3200
+    size.num_workers = 32  # as the driver learns
+    assert size.tokens == 100
+
+
 # -- drawing ---------------------------------------------------------------------------------------------
 
 

@@ -712,6 +712,10 @@ def test_options_without_sense_are_refused(
             {"ray": "auto", "gpus_per_worker": 1.0, "device": "cpu"},
             "`device` cpu and `gpus_per_worker` 1: workers with a GPU compute on it.",
         ),
+        (
+            {"ray": "auto", "gpus_per_worker": 0.0, "device": "cuda"},
+            "`device` cuda and `gpus_per_worker` 0: workers without a GPU compute on the CPU.",
+        ),
         ({"ray": "auto", "streaming": True}, "`streaming` with `ray`: the units of a run must be known"),
         (
             {"device_map": "auto", "stream_weights": "on"},

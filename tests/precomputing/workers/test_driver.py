@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from dpo_cache import errors
 from dpo_cache.errors import DpoCacheError, ModelError, OptionError
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.precomputing.audit import AuditTotals
-from dpo_cache.precomputing.workers import local
+from dpo_cache.precomputing.workers import local, ray_cluster
 from dpo_cache.precomputing.workers.driver import workers_device
 from dpo_cache.precomputing.workers.job import Failure, Job, Receipt
 from dpo_cache.precomputing.workers.worker import Worker
@@ -235,6 +237,35 @@ def test_the_device_of_rays_workers_is_known_without_them(
 ) -> None:
     device = workers_device(PrecomputeOptions(model="m", dataset="d", cache="c", **options))
     assert (device.type if device else None) == expected
+
+
+def test_a_cluster_that_may_add_gpus_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes: list[dict[str, float]] = [{"CPU": 16.0}]
+    monkeypatch.setattr(ray_cluster, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(ray_cluster, "import_ray", lambda: None)
+    monkeypatch.setattr(ray_cluster, "node_resources", lambda _: nodes)
+    options = PrecomputeOptions(model="m", dataset="d", cache="c", ray="auto", max_workers=32)
+    with pytest.raises(OptionError, match="Give `gpus_per_worker` 1, or `device` cpu"):
+        workers_device(options)
+    assert workers_device(replace(options, max_workers=None)) == torch.device("cpu")
+    nodes.append({"CPU": 8.0, "GPU": 1.0})
+    assert workers_device(options) == torch.device("cuda")
+
+
+def test_a_receipt_that_comes_again_does_not_end_the_run(
+    model_folder: str, many_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    """Ray scores a unit again whose finished block it has lost."""
+    score = local.score_units
+
+    def again(*given: Any, **more: Any) -> Any:
+        for receipt in score(*given, **more):
+            yield receipt
+            yield replace(receipt, failure=Failure("ModelError", "of the second time"))
+
+    monkeypatch.setattr(local, "score_units", again)
+    report = dpo_cache.precompute(model_folder, many_rows, tmp_path / "cache", **UNITS)
+    assert report.scored_now == report.distinct_completions
 
 
 def test_another_kind_of_error_than_the_tree_has_is_the_base(
