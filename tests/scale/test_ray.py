@@ -197,7 +197,7 @@ def test_more_workers_than_fit_are_refused_at_once(model: str, few_rows: str, tm
         )
 
 
-def test_a_killed_driver_leaves_nothing_running_and_its_scores(
+def test_a_killed_driver_leaves_no_worker_and_its_scores(
     model: str, data_file: str, tmp_path: Path
 ) -> None:
     cache, environment = tmp_path / "cache", {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
