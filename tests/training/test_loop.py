@@ -651,6 +651,7 @@ def test_pair_sets_and_references_that_do_not_fit_are_refused(
         train(cache, tmp_path / "run", pairs=None)
     with pytest.raises(NotInCacheError, match="no reference whose id starts with 'ffff'"):
         train(cache, tmp_path / "run", reference="ffff")
+    cache = str(shutil.copytree(cache, tmp_path / "copy"))
     dpo_cache.precompute(
         model_folder, write_rows(tmp_path / "bf16.jsonl", chat_rows(2)), cache, dtype="bfloat16"
     )

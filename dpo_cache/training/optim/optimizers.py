@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.sharded import LocalShard
+from dpo_cache.options.train import ON_SHARDS
 from dpo_cache.training.optim.slots import Slicing
 from dpo_cache.training.optim.streaming import Transfer
 from dpo_cache.training.optim.updates import Updater
@@ -57,6 +58,8 @@ def make_optimizer(
     cut into `shards`, those of this rank are updated. Raises `OptionError` if the optimizer is not available
     here.
     """
+    if shards is not None and name not in ON_SHARDS:
+        raise OptionError(f"`optimizer` {name}: it is not tested on shards of weights.")
     _check_available(name, model.device)
     slicing = SLICINGS.get(name)
     device = compute_device if compute_device is not None and slicing else model.device

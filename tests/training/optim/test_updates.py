@@ -391,7 +391,5 @@ def test_ranks_round_at_random_independently() -> None:
 @pytest.mark.parametrize("name", ["adafactor", "adamw-8bit"])
 def test_an_optimizer_that_is_not_tested_on_shards_is_refused(name: str) -> None:
     model = Model(torch.float32)
-    with pytest.raises(
-        OptionError, match=f"`optimizer` {name} and `parallel` fsdp: it is not tested on shards"
-    ):
+    with pytest.raises(OptionError, match=f"`optimizer` {name}: it is not tested on shards of weights"):
         make_optimizer(model, name, lr=1e-3, weight_decay=0.1, shards=shards_of(model, 0))  # type: ignore[arg-type]

@@ -76,8 +76,10 @@ def read_tensorboard(output: Path) -> Series:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    # by step: the files of two processes that began in the same second are read in the order of their ids
     return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        tag: sorted((event.step, event.value) for event in events.Scalars(tag))
+        for tag in events.Tags()["scalars"]
     }
 
 
