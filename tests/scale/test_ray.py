@@ -197,9 +197,7 @@ def test_more_workers_than_fit_are_refused_at_once(model: str, few_rows: str, tm
         )
 
 
-def test_a_killed_driver_leaves_no_worker_and_its_scores(
-    model: str, data_file: str, tmp_path: Path
-) -> None:
+def test_a_killed_driver_leaves_no_worker_and_its_scores(model: str, data_file: str, tmp_path: Path) -> None:
     cache, environment = tmp_path / "cache", {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "dpo_cache", "precompute", "--model", model, "--dataset", data_file]
     command += ["--cache", str(cache), "--ray", "local", "--num-workers", "2", "--cpus-per-worker", "1"]
