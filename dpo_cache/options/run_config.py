@@ -18,16 +18,15 @@ MUTUALLY_EXCLUSIVE = (
     ("lora_r", "peft_config"),
     ("lora_alpha", "peft_config"),
 )
-NOT_FROM_CONFIG = ("output", "resume", "dry_run", "config", "launch", "resolved")
+NOT_FROM_CONFIG = ("output", "resume", "dry_run", "config", "resolved")
 
 
 def with_config(given: dict[str, Any], log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """The given options, completed from a run's config.json if `resume` names a run or `config` a file.
 
-    `output`, `resume`, `dry_run` and `launch` are never read from the file, and `trust_remote_code` only from
-    that of the run to resume: somebody else may have written a `config`. `log` gets a remark for each option
-    that is given under an earlier name. Raises `OptionError`, and `TrainingError` if there is no run to
-    resume.
+    `output`, `resume` and `dry_run` are never read from the file, and `trust_remote_code` only from that of
+    the run to resume: somebody else may have written a `config`. `log` gets a remark for each option that is
+    given under an earlier name. Raises `OptionError`, and `TrainingError` if there is no run to resume.
     """
     given = with_new_names(TrainOptions, given, log)
     if isinstance(given.get("resume"), (str, os.PathLike)):

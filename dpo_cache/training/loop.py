@@ -88,7 +88,7 @@ def train(
     """
     loaded = take_loaded(model, tokenizer)
     named = {"cache": cache, "output": output, "model": model if loaded is None else loaded.name}
-    given = {**options, **{name: value for name, value in named.items() if value is not None}}
+    given = {"launch": None, **options, **{name: value for name, value in named.items() if value is not None}}
     chosen = TrainOptions(**with_config(given, log or log_remark))
     nothing: Callable[[Any], None] = lambda _: None  # noqa: E731
     started = time.perf_counter()

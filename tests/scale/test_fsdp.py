@@ -226,7 +226,7 @@ def refuse(ranks: Ranks, cache: str, options: dict[str, Any]) -> str:
     [
         (
             {"optimizer": "adafactor"},
-            "OptionError: `optimizer` adafactor and `parallel` fsdp: it is not tested",
+            "OptionError: `optimizer` adafactor: it is not tested on shards of weights",
         ),
         (
             {"place": "gradients=host"},

@@ -245,6 +245,13 @@ def test_a_given_option_replaces_its_exclusive_one_of_the_config(cache: str, tmp
     assert "eval_fraction" not in found and "lora_r" not in found
 
 
+def test_a_config_of_several_processes_is_used_by_one(cache: str, tmp_path: Path) -> None:
+    train(cache, tmp_path / "one", max_steps=1)
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    (tmp_path / "launched.json").write_text(json.dumps({**config, "launch": 2}))
+    assert dpo_cache.train(output=tmp_path / "two", config=tmp_path / "launched.json").finished
+
+
 @pytest.mark.rotating(3)
 @pytest.mark.parametrize(
     ("changes", "text"),

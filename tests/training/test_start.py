@@ -91,15 +91,6 @@ def test_trust_covers_the_model_that_the_user_names() -> None:
     assert not trusts_code(TrainOptions(cache="c", output="o", model="m"), Start("m", None, is_named=True))
 
 
-def test_a_config_does_not_decide_how_many_processes_train(tmp_path: Path) -> None:
-    from dpo_cache.options.run_config import with_config
-
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model": "m", "launch": 8, "parallel": "fsdp"}))
-    found = with_config({"cache": "c", "output": "o", "config": str(path)})
-    assert "launch" not in found and found["parallel"] == "fsdp"
-
-
 def test_a_config_of_another_run_does_not_switch_trust_on(tmp_path: Path) -> None:
     from dpo_cache.options.run_config import with_config
 
