@@ -225,7 +225,7 @@ def measure_scale(arguments: argparse.Namespace) -> None:
     for num_workers in (8, 64, 256, 1024):
         count = arguments.units * num_workers
         seconds = np.random.default_rng(0).uniform(0.75, 1.25, count) * arguments.unit_s
-        found = simulate(seconds.tolist(), num_workers, costs)
+        found = simulate(sorted(seconds.tolist(), reverse=True), num_workers, costs)  # as they are handed out
         print(
             f"{num_workers} workers (simulated): efficiency {found.efficiency:.3f}, driver busy "
             f"{found.driver_share:.1%}, ledger busy {found.ledger_share:.1%}"
