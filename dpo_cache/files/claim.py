@@ -23,15 +23,14 @@ import platform
 import secrets
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dpo_cache.errors import DpoCacheError
 from dpo_cache.files.atomic import refused_writes
+from dpo_cache.files.machine import running_kernel
 
 try:
     import fcntl
@@ -126,7 +125,7 @@ class Claim:
         content = {
             "process": os.getpid(),
             "host": platform.node()[:128],
-            "kernel": _kernel(),
+            "kernel": running_kernel(),
             "token": self._token,
             "beat": self._beat,
         }
@@ -213,7 +212,7 @@ def _is_alive(path: Path, folder: Path, log: Callable[[str], None], *, has_lock:
     kernel, got its lock; otherwise wait for a beat. A torn claim is completed soon, or its writer has died.
     """
     found = _read(path)
-    if not found or (has_lock and found.get("kernel") == _kernel()):
+    if not found or (has_lock and found.get("kernel") == running_kernel()):
         return False
     limit_s = SILENT_S if "kernel" in found else LOOK_S
     log(f"{folder}: claimed by {_shown(found)}; waiting up to {limit_s:.0f} s to see whether that is alive.")
@@ -264,11 +263,3 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-@cache
-def _kernel() -> str:
-    """What tells this running kernel from others: containers of one kernel share its locks."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{platform.node()} {uuid.getnode():x}"

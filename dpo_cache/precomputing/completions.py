@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 
-from dpo_cache import errors
-from dpo_cache.errors import DpoCacheError, ModelError
+from dpo_cache.errors import ModelError
 from dpo_cache.log import Log, log_remark
 from dpo_cache.options.precompute import PrecomputeOptions
-from dpo_cache.precomputing.audit import withdraw
 from dpo_cache.precomputing.inputs import Inputs, read_config
 from dpo_cache.precomputing.reference import Reference, identify_reference
 from dpo_cache.precomputing.units import Unit
+from dpo_cache.precomputing.workers.driver import error_of
 from dpo_cache.precomputing.workers.job import Job
 from dpo_cache.precomputing.workers.worker import Worker
 from dpo_cache.store import Cache
@@ -56,8 +55,7 @@ def score_completions(
         finally:
             worker.close()
         if failure:
-            withdrawn = f"\n{withdraw(record)} {failure.advice}" if failure.withdraws else ""
-            raise getattr(errors, failure.kind, DpoCacheError)(failure.message + withdrawn)
+            raise error_of(failure, record)
     return reference.id
 
 

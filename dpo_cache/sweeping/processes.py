@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.files.atomic import refused_writes
+from dpo_cache.files.machine import num_cores
 from dpo_cache.log import Log
 from dpo_cache.options.base import flag_of
 from dpo_cache.options.sweep import swept_fields
@@ -138,9 +139,8 @@ def run_environment(jobs: int, slot: int) -> dict[str, str]:
 
 def threads_of_a_run(jobs: int) -> int:
     """Threads of each of several runs at once: OMP_NUM_THREADS if it is set, else its share of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() else max(1, cores // jobs)
+    return int(given) if given.isdecimal() else max(1, num_cores() // jobs)
 
 
 def _parsed(line: str) -> dict[str, Any]:

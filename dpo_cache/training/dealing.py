@@ -38,7 +38,7 @@ def deal_pairs(
     return [one.pairs for one in best]
 
 
-# A pair, the tokens of a run of it alone, and the tokens that it adds to a run with the pair before.
+# A pair, the tokens that it takes by itself, and those that it adds to a run with the pair before.
 _Entry = tuple[ScoredPair, int, int]
 
 

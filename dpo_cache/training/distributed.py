@@ -19,7 +19,8 @@ from accelerate.state import PartialState
 from torch import distributed
 
 from dpo_cache.errors import OptionError, OtherRankError, TrainingError, first_line
-from dpo_cache.training.launch import RENDEZVOUS, LaunchedRank, launched_rank, num_cores
+from dpo_cache.files.machine import num_cores
+from dpo_cache.training.launch import RENDEZVOUS, LaunchedRank, launched_rank
 from dpo_cache.training.ranks import Ranks
 from dpo_cache.training.watch import Watch
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dpo_cache.files.machine import num_cores
+
 RENDEZVOUS = "DPO_CACHE_RENDEZVOUS"  # variables that `launch` sets: the file in which the processes meet
 LAUNCHER = "DPO_CACHE_LAUNCHER"  # and its own process id
 END_S = 30.0  # after one process has failed, the others are killed
@@ -140,11 +142,6 @@ def _variables(index: int, size: int, folder: Path) -> dict[str, str]:
     }
     defaults = {name: os.environ.get(name, value) for name, value in defaults.items()}
     return {**rank, **defaults, RENDEZVOUS: f"file://{folder / 'ranks'}", LAUNCHER: str(os.getpid())}
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

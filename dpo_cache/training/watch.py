@@ -16,12 +16,12 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from dpo_cache.errors import DpoCacheError, OptionError, OtherRankError, TrainingError, printable_lines
+from dpo_cache.files.machine import running_kernel
 from dpo_cache.training.launch import LAUNCHER
 
 LOOK_S = 0.5
@@ -189,29 +189,23 @@ def _text(error: BaseException) -> str:
 def _lost(rank: int, name: str) -> str:
     return (
         f"rank {rank}, {name}, ended without reporting an error: it was killed, or its machine is gone. The "
-        "system kills processes for want of memory.\nContinue from the last checkpoint with `resume`."
+        "system kills processes when memory runs out.\nContinue from the last checkpoint with `resume`."
     )
 
 
 def _this_process() -> dict[str, Any]:
     process = psutil.Process()
     return {
-        "kernel": _kernel(),
+        "kernel": running_kernel(),
         "name": platform.node(),
         "pid": process.pid,
         "started": process.create_time(),
     }
 
 
-def _kernel() -> str:
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return platform.node()
-
-
 def _process(described: dict[str, Any]) -> psutil.Process | None:
     """The process, if it can be seen from here: it may be in another container of the same machine."""
-    if described["kernel"] != _kernel():
+    if described["kernel"] != running_kernel():
         return None
     try:
         found = psutil.Process(described["pid"])

@@ -220,7 +220,7 @@ def take(folder: Path, wait_s: float) -> str:
 
 @needs_root
 @pytest.mark.parametrize("mode", [0o644, 0o600], ids=oct)
-@pytest.mark.parametrize("kernel", ["another", claim_module._kernel()], ids=["another", "this"])
+@pytest.mark.parametrize("kernel", ["another", claim_module.running_kernel()], ids=["another", "this"])
 def test_the_claim_of_another_users_dead_process_ends(open_path: Path, mode: int, kernel: str) -> None:
     (open_path / "run").mkdir()
     (open_path / "run").chmod(0o777)

@@ -41,21 +41,8 @@ def processes_import_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "model"
-    make_llama().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", chat_rows(900))
-
-
-@pytest.fixture(scope="module")
-def few_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", chat_rows(12))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from dpo_cache.precomputing.inputs import Inputs
 from dpo_cache.precomputing.planned import PlannedRun
 from dpo_cache.precomputing.report import describe_progress
 from dpo_cache.precomputing.units import Unit
-from dpo_cache.precomputing.workers.job import Job, Receipt
+from dpo_cache.precomputing.workers.job import Failure, Job, Receipt
 from dpo_cache.store.upkeep.run_record import RunRecord
 
 RENEW_EVERY_S = 60.0  # the record is looked at
@@ -127,8 +127,8 @@ def _score(run: PlannedRun, tally: Tally, record: RunRecord) -> None:
             if tally.add(receipt) and receipt.failure:
                 failed = receipt
                 break
-    if failed:
-        raise _error(failed, record)
+    if failed and failed.failure:
+        raise error_of(failed.failure, record, _worker_of(failed))
 
 
 @contextmanager
@@ -167,16 +167,17 @@ def _start(job: Job, run: PlannedRun, tally: Tally) -> Iterator[Receipt]:
     return ray.score_units(job, make_units, log=run.log)
 
 
-def _error(receipt: Receipt, record: RunRecord) -> DpoCacheError:
-    """The error of a failed receipt. Where scores were wrong, all that the run published is withdrawn."""
-    failure = receipt.failure
-    assert failure is not None
+def error_of(failure: Failure, record: RunRecord, where: str = "") -> DpoCacheError:
+    """The error of a failure. Where scores were wrong, all that the run published is withdrawn."""
     message = failure.message
     if failure.withdraws:
         message += f"\n{withdraw(record)} {failure.advice}"
+    return getattr(errors, failure.kind, DpoCacheError)(message + where)
+
+
+def _worker_of(receipt: Receipt) -> str:
     log_file = f" Its log: {receipt.log_file}" if receipt.log_file else ""
-    kind = getattr(errors, failure.kind, DpoCacheError)
-    return kind(f"{message}\n(In worker {receipt.worker}.{log_file})")
+    return f"\n(In worker {receipt.worker}.{log_file})"
 
 
 class Tally:

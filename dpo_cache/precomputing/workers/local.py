@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from dpo_cache.errors import OptionError, shown_rows
+from dpo_cache.files.machine import num_cores
 from dpo_cache.log import Log
 from dpo_cache.precomputing.units import Unit
 from dpo_cache.precomputing.workers.job import Failure, Job, Receipt, rows_of
@@ -76,8 +77,7 @@ def worker_environments(device: str, num_workers: int) -> list[dict[str, str]]:
     """The environment of each worker: its GPU, or its share of the cores. Raises `OptionError`."""
     shared = {**os.environ, "DPO_CACHE_PROGRESS": "off"}
     if device == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_workers)))
+        shared.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_workers)))
         return [shared] * num_workers
     num_devices = torch.cuda.device_count() if device == "cuda" else 1
     if num_workers > num_devices:

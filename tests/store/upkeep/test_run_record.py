@@ -345,17 +345,23 @@ def test_a_run_whose_first_worker_made_the_entry_of_the_reference_removes_it(cac
     assert files(cache) == {}
 
 
+def killed_driver(cache: Cache) -> list[RunRecord]:
+    """The records of two workers, each with a shard, of a driver that was killed after another run."""
+    driver = RunRecord(cache, reference_of(cache))
+    as_of_a_dead_process(driver)
+    workers = [worker_of(driver) for _ in range(2)]
+    for number, worker in enumerate(workers, 2):
+        publish(cache, worker, [number])
+    return workers
+
+
 def test_workers_of_a_driver_that_was_killed_while_it_withdrew_are_withdrawn_by_the_next(
     cache: Cache,
 ) -> None:
     with RunRecord(cache, reference_of(cache)) as earlier:
         publish(cache, earlier, [1], "pairs", "1")
     before = files(cache)
-    driver = RunRecord(cache, reference_of(cache))
-    as_of_a_dead_process(driver)
-    workers = [worker_of(driver) for _ in range(2)]
-    for number, worker in enumerate(workers, 2):
-        publish(cache, worker, [number])
+    workers = killed_driver(cache)
     workers[0].fail()  # and the driver did not come to `fail`
     (remark,) = end_killed_runs(cache, reference_of(cache))
     assert "the 2 score files and 0 pair sets that it had published were withdrawn now" in remark
@@ -378,11 +384,7 @@ def test_what_a_killed_run_published_depends_on_the_next_audit_if_a_worker_was_a
     with RunRecord(cache, reference_of(cache)) as earlier:
         publish(cache, earlier, [1], "pairs", "1")
     before = files(cache)
-    driver = RunRecord(cache, reference_of(cache))
-    as_of_a_dead_process(driver)
-    workers = [worker_of(driver) for _ in range(2)]
-    for number, worker in enumerate(workers, 2):
-        publish(cache, worker, [number])
+    workers = killed_driver(cache)
     workers[0].begin_audit()
     kept = without_records(cache)
     assert end_killed_runs(cache, reference_of(cache)) == [] and len(records(cache)) == 3
