@@ -57,6 +57,10 @@ class CachedDPOTrainer(DPOTrainer):
     `StepZeroError`.
     """
 
+    args: DPOConfig
+    model: Any
+    processing_class: Any
+
     def __init__(
         self,
         model: Any,
@@ -279,7 +283,7 @@ def completions_in(batch: dict[str, Any]) -> list[Completion | None]:
     return found
 
 
-def _dtype_of(trainer: DPOTrainer) -> str:
+def _dtype_of(trainer: CachedDPOTrainer) -> str:
     """The dtype of the policy's products, as a key of the tolerances."""
     if trainer.args.bf16 or trainer.args.fp16:
         return "bfloat16"
