@@ -95,10 +95,11 @@ test: $(VENV)/installed
 	$(PYTEST) $(WORKERS) --ignore=$(SCALE) -m "not real_model and not slow"
 
 test-scale: $(VENV)/installed
-	$(PYTEST) $(SCALE)
+	$(PYTEST) $(SCALE) -m "not slow"
 
-test-slow: $(VENV)/installed $(MODEL)/config.json test-scale
+test-slow: $(VENV)/installed $(MODEL)/config.json
 	DPO_CACHE_REAL_MODEL=$(abspath $(MODEL)) $(PYTEST) $(WORKERS) --ignore=$(SCALE)
+	$(PYTEST) $(SCALE)
 
 test-families: $(VENV)/installed
 	$(PYTEST) $(WORKERS) tests/families $(if $(FAMILY),-k '[$(FAMILY)]')

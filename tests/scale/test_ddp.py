@@ -77,6 +77,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 ON_TWO = ("plain", "fewer pairs than ranks", "some pairs split", "layer by layer", "adapter", "router loss")
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(("case", "size"), [*((case, 3) for case in CASES), *((case, 2) for case in ON_TWO)])
 def test_losses_and_weights_are_those_of_one_rank(
     caches: Callable[[str], str], expected: Callable[[str], Steps], case: str, size: int

@@ -86,6 +86,7 @@ SIZES = [(case, 2 + place % 2) for place, case in enumerate(CASES)]
 SIZES += [("plain", 3), ("several forests", 2), ("some pairs split", 3), ("adapter", 2)]
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(("case", "size"), sorted({*SIZES}))
 def test_losses_and_weights_are_those_of_one_rank(
     caches: Caches, expected: Callable[[str], Steps], case: str, size: int
@@ -106,6 +107,7 @@ def run_rows_of_shards(ranks: Ranks, cache: str, options: dict[str, Any]) -> Ste
     return run_rows(ranks, cache, options, shards=True)
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize(
     "options",
     [{"rounding": "stochastic"}, {"rounding": "compensated"}, {"lora_r": 4, "lr": 1e-2}],
@@ -221,6 +223,7 @@ def refuse(ranks: Ranks, cache: str, options: dict[str, Any]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -309,6 +312,7 @@ def uninterrupted(caches: Caches, tmp_path_factory: pytest.TempPathFactory) -> C
     return run
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
@@ -341,6 +345,7 @@ def test_a_run_resumes_on_another_number_of_ranks(
         AutoModelForCausalLM.from_pretrained(folder / "model")
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize("options", [{}, {"lora_r": 3, "lr": 1e-2}], ids=["whole", "adapter"])
 def test_the_best_policy_is_the_one_in_the_model_folder(
     caches: Caches, tmp_path: Path, options: dict[str, Any]
@@ -367,6 +372,7 @@ def save_again(ranks: Ranks, cache: str, output: str, options: dict[str, Any], t
         save_checkpoint(Path(target), setup.policy, setup.optimizer, position, keep=1, ranks=ranks)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [

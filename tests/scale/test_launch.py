@@ -107,6 +107,7 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.rotating(3)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_train_as_one_does(launcher: str, cache: str, alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -132,6 +133,7 @@ def test_two_processes_train_as_one_does(launcher: str, cache: str, alone: Path,
         assert addresses == {"127.0.0.1"}
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_answers_and_trackers_are_written_once(parallel: str, cache: str, tmp_path: Path) -> None:
@@ -209,6 +211,7 @@ def test_the_main_rank_is_killed(cache: str, tmp_path: Path) -> None:
     assert len(errors_of(killed)) == 1 and "rank 0, process " in killed[1].err
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
@@ -236,6 +239,7 @@ def test_a_rank_that_waits_in_a_library_is_ended(cache: str, tmp_path: Path) -> 
     assert [end.code for end in ends] == [1, 1] and errors_of(ends) == ["error: rank 1: no"]
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("change", "code", "expected"),
     [
@@ -276,6 +280,7 @@ def test_ctrl_c_saves_the_step_and_one_process_continues(cache: str, alone: Path
     assert_same_run(run, alone)
 
 
+@pytest.mark.rotating(2)
 def test_a_run_of_one_process_continues_on_two(cache: str, alone: Path, tmp_path: Path) -> None:
     run, steps = tmp_path / "run", []
     dpo_cache.train(
@@ -296,6 +301,7 @@ def test_a_second_ctrl_c_stops_all_ranks_at_once(cache: str, tmp_path: Path) -> 
     assert "stopped at once, before the first checkpoint" in ends[0].err
 
 
+@pytest.mark.rotating(2)
 def test_the_processes_end_with_the_one_that_started_them(cache: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["train", "--cache", cache, "--pairs", "pairs", "--output", str(run), "--batch-size", "2"]

@@ -141,6 +141,7 @@ def test_workers_that_are_killed_have_their_units_scored_again(
     check_equal(cache, plain[0])
 
 
+@pytest.mark.rotating(2)
 def test_a_unit_that_kills_its_workers_ends_the_run_after_three_attempts(
     model: str, few_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_unit_that_kills_its_workers_ends_the_run_after_three_attempts(
     assert report.already_cached + report.scored_now == report.distinct_completions
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     ("worker", "expected"),
     [
@@ -180,6 +182,7 @@ def test_what_a_worker_raises_is_one_error(
     assert not dpo_cache.open_cache(tmp_path / "cache").references()
 
 
+@pytest.mark.rotating(2)
 def test_a_row_without_finite_log_probs_is_named(tmp_path: Path) -> None:
     broken, tokenizer = make_llama(), make_tokenizer()
     broken.get_input_embeddings().weight.data[tokenizer.encode("~")[0]] = float("nan")
@@ -263,6 +266,7 @@ def test_ctrl_c_keeps_what_was_scored_and_ends_the_workers(
     assert len(scores) > 0
 
 
+@pytest.mark.rotating(2)
 def test_two_runs_begun_by_hand_share_the_work(
     model: str, data_file: str, plain: tuple[str, Any], tmp_path: Path
 ) -> None:

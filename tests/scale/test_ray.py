@@ -94,6 +94,7 @@ def test_two_workers_fill_the_cache_as_one_process_does(model: str, data_file: s
     assert not [*(tmp_path / "ray").rglob(".run-*")]
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.usefixtures("cluster")
 def test_workers_killed_before_and_after_publishing_to_s3(
     model: str,
@@ -116,6 +117,7 @@ def test_workers_killed_before_and_after_publishing_to_s3(
     assert again.scored_now == 0
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.usefixtures("cluster")
 def test_a_unit_that_kills_its_worker_ends_the_run_after_three_attempts(
     model: str, few_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,6 +131,7 @@ def test_a_unit_that_kills_its_worker_ends_the_run_after_three_attempts(
     assert str(DEADLY_ROW) in first.removeprefix("rows ").split(" of ")[0].split(", ")
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.usefixtures("cluster")
 def test_what_a_worker_raises_is_one_error(
     model: str, few_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -146,6 +149,7 @@ def test_what_a_worker_raises_is_one_error(
         assert not dpo_cache.open_cache(tmp_path / "cache").references()
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.usefixtures("cluster")
 def test_a_row_without_finite_log_probs_is_named(few_rows: str, tmp_path: Path) -> None:
     broken, tokenizer = make_llama(), make_tokenizer()
@@ -159,6 +163,7 @@ def test_a_row_without_finite_log_probs_is_named(few_rows: str, tmp_path: Path) 
         dpo_cache.precompute(tmp_path / "model", data_file, tmp_path / "cache", **RAY)
 
 
+@pytest.mark.rotating(2)
 @pytest.mark.usefixtures("cluster")
 def test_a_reference_spread_over_devices_in_a_worker(model: str, few_rows: str, tmp_path: Path) -> None:
     one = {**RAY, "num_workers": 1}
@@ -184,6 +189,7 @@ def test_more_workers_than_fit_are_refused_at_once(model: str, few_rows: str, tm
         )
 
 
+@pytest.mark.rotating(2)
 def test_a_killed_driver_leaves_no_worker_and_its_scores(model: str, data_file: str, tmp_path: Path) -> None:
     cache, environment = tmp_path / "cache", {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "dpo_cache", "precompute", "--model", model, "--dataset", data_file]
