@@ -47,7 +47,9 @@ def last_cut(text: str) -> int:
 
 
 def can_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether such a cut changes no id with this tokenizer, whose call does no more than its Rust backend."""
+    """Return whether such a cut changes no id with this tokenizer, whose call does no more than its Rust
+    backend.
+    """
     backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     if tokenizer.split_special_tokens or getattr(backend.model, "dropout", None):
         return False
@@ -60,7 +62,9 @@ def can_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _splits_words(pre_tokenizer: Any) -> bool:
-    """Whether it splits unchanged text into words by one of the expressions or by ByteLevel's (GPT-2's)."""
+    """Return whether it splits unchanged text into words by one of the expressions or by ByteLevel's
+    (GPT-2's).
+    """
     state = _state(pre_tokenizer)
     steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
     is_split = False
@@ -82,7 +86,7 @@ def _splits_words(pre_tokenizer: Any) -> bool:
 
 
 def _keeps_words_apart(backend: Tokenizer) -> bool:
-    """Whether a text is one word of a BPE model none of whose tokens has a space in its middle."""
+    """Return whether a text is one word of a BPE model none of whose tokens has a space in its middle."""
     state, model = _state(backend.pre_tokenizer), backend.model
     if state["type"] != "Metaspace" or state["replacement"] != MARK or not isinstance(model, models.BPE):
         return False

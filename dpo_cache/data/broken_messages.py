@@ -46,7 +46,7 @@ def find_broken(value: Any, *, is_sure: bool = False) -> str | None:
 
 
 def is_printed(text: str) -> bool:
-    """Whether text in brackets is quoted as Python prints it."""
+    """Return whether text in brackets is quoted as Python prints it."""
     quote = _FIRST_QUOTE.match(text)
     return quote is not None and quote[1] == "'"
 

@@ -63,7 +63,7 @@ def find_pair(row: Row) -> Responses | None:
 
 
 def has_verdict(row: Row) -> bool:
-    """Whether the row holds two answers and tells which is better."""
+    """Return whether the row holds two answers and tells which is better."""
     found = find_pair(row)
     try:
         return found is not None and bool(find_verdict(row, found))

@@ -87,7 +87,7 @@ def encode_continuations(
 
 
 def _is_plainly_fast(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's call does no more than its Rust backend."""
+    """Return whether the tokenizer's call does no more than its Rust backend."""
     return (
         isinstance(tokenizer, TokenizersBackend)
         and type(tokenizer)._encode_plus is TokenizersBackend._encode_plus

@@ -37,7 +37,7 @@ class Example:
 
     @property
     def is_text(self) -> bool:
-        """Whether the tokenizer gets the text as it is, not rendered by the chat template."""
+        """Return whether the tokenizer gets the text as it is, not rendered by the chat template."""
         return isinstance(self.prompt, str)
 
 

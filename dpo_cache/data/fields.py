@@ -25,12 +25,12 @@ class BadRow(Exception):
 
 
 def is_null(value: Any) -> bool:
-    """Whether a value is null, which pandas also writes as NaN."""
+    """Return whether a value is null, which pandas also writes as NaN."""
     return value is None or (isinstance(value, float) and value != value)
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a field is missing, or text of nothing but spaces."""
+    """Return whether a field is missing, or text of nothing but spaces."""
     return (not value or value.isspace()) if isinstance(value, str) else is_null(value)
 
 

@@ -158,7 +158,7 @@ def check_format(name: str, columns: Sequence[str], place: str = "the data") -> 
 
 
 def has_all_parts(row: Row, columns: Sequence[str]) -> bool:
-    """Whether the row has a value in each part of every format whose columns there are."""
+    """Return whether the row has a value in each part of every format whose columns there are."""
     return all(
         any(not any(is_blank(row.get(name)) for name in names) for names in part)
         for data_format in FORMATS.values()
@@ -197,7 +197,7 @@ def unused_remark(columns: Sequence[str], data_format: str) -> str:
 
 
 def _is_used(name: str, value: Any, row: Row, data_format: str) -> bool:
-    """Whether the column changes the row, by its own value or, where it has none, by this one."""
+    """Return whether the column changes the row, by its own value or, where it has none, by this one."""
     own = row[name]
     given = value if is_blank(own) or own in EMPTY else own
     if name in DIALOGUES and name != "context" and not isinstance(own, list):
@@ -206,7 +206,7 @@ def _is_used(name: str, value: Any, row: Row, data_format: str) -> bool:
 
 
 def _is_within(value: Any, texts: Sequence[str]) -> bool:
-    """Whether text, or that of each message, is a part of one of these."""
+    """Return whether text, or that of each message, is a part of one of these."""
     parts = value if isinstance(value, list) else [value]
     parts = [part.get("content", part.get("value")) if isinstance(part, dict) else part for part in parts]
     return bool(parts) and all(

@@ -28,8 +28,8 @@ IN_JSON = (
 
 
 def has_odd_nulls(example: Example) -> bool:
-    """Whether tools have a null where no schema has one, or arguments have one that their schema does not
-    allow. Without a schema, any null is odd.
+    """Return whether tools have a null where no schema has one, or arguments have one that their schema does
+    not allow. Without a schema, any null is odd.
     """
     if example.is_text:
         return False

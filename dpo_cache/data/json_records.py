@@ -167,7 +167,7 @@ def _is_unicode(row: Any) -> bool:
 
 
 def _is_table(value: Any) -> bool:
-    """Whether it is a list of rows, not of messages."""
+    """Return whether it is a list of rows, not of messages."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -176,7 +176,9 @@ def _is_table(value: Any) -> bool:
 
 
 def _is_first_of_lines(head: bytes) -> bool:
-    """Whether the first line is a whole list and others follow: it is a wrong row, not the list of all."""
+    """Return whether the first line is a whole list and others follow: it is a wrong row, not the list of
+    all.
+    """
     first, _, rest = head.lstrip().partition(b"\n")
     if not rest.strip():
         return False
@@ -188,8 +190,8 @@ def _is_first_of_lines(head: bytes) -> bool:
 
 
 def _begins_with_a_line(head: bytes) -> bool:
-    """Whether the file is read line by line: its first line is whole JSON, or no value of several lines
-    begins there.
+    """Return whether the file is read line by line: its first line is whole JSON, or no value of several
+    lines begins there.
     """
     first, newline, _ = head.lstrip().partition(b"\n")
     if not newline or checked_record(first.decode(errors="replace"), 1).text is not None:
@@ -204,7 +206,7 @@ def _begins_with_a_line(head: bytes) -> bool:
 
 
 def _may_be_cut(error: json.JSONDecodeError, num_letters: int) -> bool:
-    """Whether the text may be the beginning of a value."""
+    """Return whether the text may be the beginning of a value."""
     return error.pos >= num_letters - NEAR_END or error.msg.startswith("Unterminated string")
 
 

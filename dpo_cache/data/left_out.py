@@ -99,21 +99,21 @@ class _Template:
         self.arguments = set(inspect.signature(tokenizer.apply_chat_template).parameters)
 
     def names(self, name: str) -> bool:
-        """Whether the text of the template has this name."""
+        """Return whether the text of the template has this name."""
         return re.search(rf"\b{re.escape(name)}\b", self._text) is not None
 
     @cached_property
     def writes_all_fields(self) -> bool:
-        """Whether the template writes fields of messages that it cannot know."""
+        """Return whether the template writes fields of messages that it cannot know."""
         return self._writes({"role": "user", "content": "a", PROBE: PROBE})
 
     @cached_property
     def writes_thoughts(self) -> bool:
-        """Whether the template writes the thoughts of an answer."""
+        """Return whether the template writes the thoughts of an answer."""
         return self._writes({"role": "assistant", "content": "a", **dict.fromkeys(THOUGHTS, PROBE)})
 
     def _writes(self, message: Message) -> bool:
-        """Whether the probe is written; also true where the template refuses the message."""
+        """Return whether the probe is written; also true where the template refuses the message."""
         user = {"role": "user", "content": "a"}
         prompt, answers = ([message], ([user],)) if message["role"] == "user" else ([user], ([message],))
         (texts,) = self._render([Example(prompt, answers)])
@@ -265,7 +265,8 @@ def _field_note(name: str) -> str:
 
 
 def _is_written(content: str, text: str, start: int = 0) -> bool:
-    """Whether content, but for its spaces, is in the text and ends after `start`, as it is or as JSON."""
+    """Return whether content, but for its spaces, is in the text and ends after `start`, as it is or as JSON.
+    """
     bare = content.strip()
     if not bare or text.rfind(bare) + len(bare) > max(start, len(bare) - 1):
         return True

@@ -163,7 +163,9 @@ def without_turns_after(answers: tuple[Any, ...]) -> tuple[tuple[Any, ...], tupl
 
 
 def is_filled(value: Any) -> bool:
-    """Whether a field holds anything: no null, NaN, false or empty text, and no container of only these."""
+    """Return whether a field holds anything: no null, NaN, false or empty text, and no container of only
+    these.
+    """
     if isinstance(value, Mapping):
         return any(is_filled(member) for member in value.values())
     if isinstance(value, (list, tuple)):
@@ -202,7 +204,7 @@ def _media_in(name: str, value: Any) -> Iterator[str]:
 
 
 def _is_data(content: Any) -> bool:
-    """Whether the result of a tool is written as JSON: objects that are no content parts."""
+    """Return whether the result of a tool is written as JSON: objects that are no content parts."""
     parts = content if isinstance(content, list) else [content]
     return any(isinstance(part, Mapping) and not part.get("type") for part in parts)
 

@@ -128,7 +128,7 @@ def read_sharegpt_answer(row: dict[str, Any], name: str) -> list[Message]:
 
 
 def _is_clean(message: Any) -> bool:
-    """Whether a message is as chat templates read it: a role and text, and nothing else."""
+    """Return whether a message is as chat templates read it: a role and text, and nothing else."""
     if not isinstance(message, dict) or len(message) != 2 or message.get("role") not in CLEAN_ROLES:
         return False
     content = message.get("content")

@@ -176,12 +176,14 @@ def _is_one_turn(answer: Dialogue) -> bool:
 
 
 def _opens(dialogue: Dialogue) -> bool:
-    """Whether it begins with a turn that no answer begins with."""
+    """Return whether it begins with a turn that no answer begins with."""
     return bool(dialogue) and dialogue[0]["role"] in OPENING_ROLES
 
 
 def _is_text_of(turns: Dialogue, dialogues: Sequence[Dialogue]) -> bool:
-    """Whether the prompt is one message, whose text holds that of the dialogues' shared turns in order."""
+    """Return whether the prompt is one message, whose text holds that of the dialogues' shared turns in
+    order.
+    """
     if len(turns) != 1 or not all(map(_opens, dialogues)):
         return False
     text, place = turns[0]["content"], 0
@@ -203,7 +205,7 @@ def _split_system(messages: Dialogue) -> tuple[Dialogue, Dialogue]:
 
 
 def _equal(one: Dialogue, other: Dialogue) -> bool:
-    """Whether the messages are the same but for spaces around their content."""
+    """Return whether the messages are the same but for spaces around their content."""
     return len(one) == len(other) and all(
         left == right or _stripped(left) == _stripped(right) for left, right in zip(one, other, strict=True)
     )

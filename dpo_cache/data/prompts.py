@@ -172,13 +172,13 @@ def is_list(value: Any) -> bool:
 
 
 def is_whole_dialogue(value: Any) -> bool:
-    """Whether a column holds messages that begin with a turn that no answer begins with."""
+    """Return whether a column holds messages that begin with a turn that no answer begins with."""
     messages = find_messages(value)
     return messages is not None and standard_role(sender(messages[0])) in ("user", "system", "developer")
 
 
 def is_several(value: Any) -> bool:
-    """Whether a column holds a list of answers: texts, or lists of messages."""
+    """Return whether a column holds a list of answers: texts, or lists of messages."""
     if not isinstance(value, list) or not value or not isinstance(value[0], (str, list)):
         return False
     return all(isinstance(item, (str, list)) for item in value)
@@ -211,8 +211,8 @@ def sender(turn: Row) -> str:
 
 
 def _is_reply(value: Any) -> bool:
-    """Whether it is an answer that is an object: a message from the assistant that calls no tool, or text in
-    an object, which is no content part.
+    """Return whether it is an answer that is an object: a message from the assistant that calls no tool, or
+    text in an object, which is no content part.
     """
     if not isinstance(value, dict) or any(value.get(calls) for calls in CALL_KEYS):
         return False
@@ -221,7 +221,9 @@ def _is_reply(value: Any) -> bool:
 
 
 def _is_single(value: Any) -> bool:
-    """Whether a column holds one reply: text, an object, or messages of which one is from the assistant."""
+    """Return whether a column holds one reply: text, an object, or messages of which one is from the
+    assistant.
+    """
     if not isinstance(value, list):
         return isinstance(value, (str, dict))
     senders = [standard_role(sender(turn)) for turn in value if isinstance(turn, dict)]
@@ -229,7 +231,7 @@ def _is_single(value: Any) -> bool:
 
 
 def _is_chosen(message: Message, row: Row) -> bool:
-    """Whether a message is the row's chosen answer."""
+    """Return whether a message is the row's chosen answer."""
     column = find_sides(row)[0]
     value = row.get(column)
     return not is_null(value) and not is_several(value) and read_reply(row, column) == [message]

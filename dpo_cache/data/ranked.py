@@ -51,7 +51,7 @@ def parse_completions(row: Row, which: str) -> Parsed:
 
 
 def is_scored(value: Any) -> bool:
-    """Whether it is a list of answers, each an object with its rank or score."""
+    """Return whether it is a list of answers, each an object with its rank or score."""
     items = _as_list(value)
     items = items if isinstance(items, list) else []
     is_objects = bool(items) and all(isinstance(item, dict) for item in items)

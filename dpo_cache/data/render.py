@@ -68,8 +68,8 @@ def encode_examples(
 
 
 def _has_no_template(tokenizer: PreTrainedTokenizerBase, example: Example) -> bool:
-    """Whether the tokenizer has named templates, and none for this example: `tool_use` is for rows with
-    tools, `default` for all others.
+    """Return whether the tokenizer has named templates, and none for this example: `tool_use` is for rows
+    with tools, `default` for all others.
     """
     names, options = tokenizer.chat_template, example.template_options
     if not isinstance(names, dict) or "default" in names or "chat_template" in options:
@@ -140,8 +140,8 @@ def _render_one(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[st
 
 
 def _needs_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template writes the content of messages only if it is a list of parts, as templates of
-    some models for images and text do.
+    """Return whether the chat template writes the content of messages only if it is a list of parts, as
+    templates of some models for images and text do.
     """
     if not PARTS.search(str(tokenizer.chat_template)):
         return False

@@ -35,7 +35,7 @@ def property_schema(schema: Any, key: str) -> Any:
 
 
 def allows_null(schema: Any) -> bool:
-    """Whether a JSON schema allows null. Its own nulls may be Arrow's."""
+    """Return whether a JSON schema allows null. Its own nulls may be Arrow's."""
     if not isinstance(schema, dict) or schema.get("nullable"):
         return True
     options = [option for key in ("anyOf", "oneOf") for option in schema.get(key) or ()]

@@ -91,7 +91,8 @@ def parse_columns(row: dict[str, Any], *, is_text: bool = False) -> tuple[dict[s
 
 
 def _may_be_parsed(value: Any) -> bool:
-    """Whether a column may hold messages or a list as text; quick for text that begins with a letter."""
+    """Return whether a column may hold messages or a list as text; quick for text that begins with a letter.
+    """
     if isinstance(value, str):
         if value[:1] == '"':
             return value[:2] in ENCODED_TWICE
@@ -148,7 +149,7 @@ def _texts(question: Any) -> set[str]:
 
 
 def _is_answer(value: Any, question_texts: set[str]) -> bool:
-    """Whether messages can answer a question with these texts."""
+    """Return whether messages can answer a question with these texts."""
     messages = find_messages(value) or []
     role = next(messages[0][key] for key in ROLE_KEYS if isinstance(messages[0].get(key), str))
     is_reply = standard_role(role) in ("assistant", FUNCTION_CALL)

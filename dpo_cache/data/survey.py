@@ -130,7 +130,7 @@ class Survey:
 
     @property
     def starts_early(self) -> bool:
-        """Whether the answers of most pairs start early, in a way that is not normal.
+        """Return whether the answers of most pairs start early, in a way that is not normal.
 
         Where the prompt is found as the text that two dialogues share, it may end anywhere in a word.
         """

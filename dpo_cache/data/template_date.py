@@ -21,7 +21,7 @@ DIRECTIVES = [f"%{flag}{letter}" for flag in ("-", "") for letter in LETTERS]
 
 
 def writes_day(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat template of the tokenizer depends on the day."""
+    """Return whether a chat template of the tokenizer depends on the day."""
     return CLOCK in str(tokenizer.chat_template)
 
 

@@ -70,7 +70,7 @@ def tools_of_functions(value: Any) -> list[Any]:
 
 
 def has_text_arguments(calls: list[Call]) -> bool:
-    """Whether the arguments of a call are text that is no JSON; see `ARGUMENTS_AS_TEXT`."""
+    """Return whether the arguments of a call are text that is no JSON; see `ARGUMENTS_AS_TEXT`."""
     return any(isinstance(call["function"]["arguments"], str) for call in calls)
 
 
@@ -180,7 +180,7 @@ def _rows_of_lists(value: dict[str, Any], name: str) -> list[Any]:
 
 
 def _is_around(value: Any) -> bool:
-    """Whether a value is an object around a list of tools."""
+    """Return whether a value is an object around a list of tools."""
     if not isinstance(value, dict) or not value.keys().isdisjoint({"function", "name"}):
         return False
     found = (value.get(key) for key in TOOL_WRAPPERS)

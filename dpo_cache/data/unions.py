@@ -227,7 +227,7 @@ class _Cleaner:
 
 
 def _may_be_own(key: str, place: str, schema: Any) -> bool:
-    """Whether the row itself may have had this null, in a place where it means something."""
+    """Return whether the row itself may have had this null, in a place where it means something."""
     if place == SCHEMA:
         return key not in NEVER_NULL
     if place != VALUE:

@@ -39,8 +39,8 @@ def refused_writes(path: Path, kind: type[DpoCacheError], advice: str) -> Iterat
 
 
 def is_refused_write(error: BaseException) -> bool:
-    """Whether the file system refused; safetensors and tokenizers have errors of their own, which name the
-    number of the system's error in their text.
+    """Return whether the file system refused; safetensors and tokenizers have errors of their own, which name
+    the number of the system's error in their text.
     """
     return isinstance(error, OSError) or "(os error " in str(error)
 
@@ -81,7 +81,7 @@ def replaced(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
 
 
 def is_scratch(name: str) -> bool:
-    """Whether a file or folder of this name may be what a killed writer left."""
+    """Return whether a file or folder of this name may be what a killed writer left."""
     return name.startswith(".") and name.endswith(".tmp")
 
 

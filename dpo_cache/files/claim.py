@@ -82,7 +82,7 @@ class Claim:
 
     @property
     def is_lost(self) -> bool:
-        """Whether another process had claimed the folder at the last beat."""
+        """Return whether another process had claimed the folder at the last beat."""
         return self._is_lost
 
     def check(self) -> None:
@@ -208,7 +208,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _is_alive(path: Path, folder: Path, log: Callable[[str], None], *, has_lock: bool) -> bool:
-    """Whether the process of the claim in the file is alive. It is not if this process, under the same
+    """Return whether the process of the claim in the file is alive. It is not if this process, under the same
     kernel, got its lock; otherwise wait for a beat. A torn claim is completed soon, or its writer has died.
     """
     found = _read(path)
@@ -258,7 +258,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file is still the one with this name."""
+    """Return whether the open file is still the one with this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -22,7 +22,7 @@ TOKENIZER_FILES = ("tokenizer_config.json", "config.json")  # the first that is 
 
 
 def is_path(location: str) -> bool:
-    """Whether the text is a path in any case: names on the Hub are NAME or OWNER/NAME."""
+    """Return whether the text is a path in any case: names on the Hub are NAME or OWNER/NAME."""
     return location.startswith((".", "/", "~")) or location.count("/") > 1 or Path(location).is_absolute()
 
 

@@ -70,7 +70,9 @@ class Budget:
 
 
 def is_out_of_memory(error: BaseException, device: torch.device) -> bool:
-    """Whether a smaller chunk may help. MPS raises a plain `RuntimeError`, so `halve` shows its message."""
+    """Return whether a smaller chunk may help. MPS raises a plain `RuntimeError`, so `halve` shows its
+    message.
+    """
     return isinstance(error, torch.OutOfMemoryError) or (device.type == "mps" and type(error) is RuntimeError)
 
 

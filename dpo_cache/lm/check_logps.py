@@ -123,7 +123,9 @@ def _num_kept(completion: Completion) -> int:
 def depends_on_length(
     model: PreTrainedModel, rows: Sequence[Completion], expected: Sequence[torch.Tensor]
 ) -> bool:
-    """Whether rows that begin alike, and are longer or shorter, have other log-probs at the same tokens."""
+    """Return whether rows that begin alike, and are longer or shorter, have other log-probs at the same
+    tokens.
+    """
     for (one, one_logps), (other, other_logps) in combinations(zip(rows, expected, strict=True), 2):
         starts = len(one.prompt_ids), len(other.prompt_ids)
         first, end = max(starts), shared_prefix(one.sequence_ids, other.sequence_ids)

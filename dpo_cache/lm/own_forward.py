@@ -73,7 +73,8 @@ def original_attention(model: PreTrainedModel, original: str | None) -> Iterator
 
 
 def fits_into_memory(model: PreTrainedModel, length: int, original: str | None = None) -> bool:
-    """Whether a row of so many tokens can be run on a CPU, where running out of memory ends the process.
+    """Return whether a row of so many tokens can be run on a CPU, where running out of memory ends the
+    process.
 
     Eager attention holds the scores of all pairs of tokens; other attention functions do not.
     """

@@ -55,5 +55,5 @@ def without_patches(model: torch.nn.Module) -> Iterator[None]:
 
 
 def is_patched(module: torch.nn.Module) -> bool:
-    """Whether its `forward` was replaced."""
+    """Return whether its `forward` was replaced."""
     return isinstance(module.__dict__.get("forward"), Patch)

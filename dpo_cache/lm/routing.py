@@ -49,8 +49,8 @@ def router_coefficient(model: PreTrainedModel, requested: float | None) -> float
 
 
 def _may_have_routers(model: PreTrainedModel) -> bool:
-    """Whether a module is of a class whose router logits transformers collects; a family of mixtures may have
-    models without experts. True where the code does not name such classes.
+    """Return whether a module is of a class whose router logits transformers collects; a family of mixtures
+    may have models without experts. True where the code does not name such classes.
     """
     recorders = [
         recorder

@@ -300,7 +300,7 @@ def _limits(model: PreTrainedModel) -> list[Limit]:
 
 
 def _is_known_code(model: PreTrainedModel) -> bool:
-    """Whether the model and its parts are transformers' own classes, with their own `forward`."""
+    """Return whether the model and its parts are transformers' own classes, with their own `forward`."""
     modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     kinds = {type(module) for module in modules}
     places = {place for kind in kinds for place in (kind.__module__, kind.forward.__module__)}

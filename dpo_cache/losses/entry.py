@@ -83,22 +83,22 @@ class Loss:
 
     @property
     def has_reference(self) -> bool:
-        """Whether it depends on the reference's log-probs."""
+        """Return whether it depends on the reference's log-probs."""
         return bool(REFERENCE_INPUTS & set(self.inputs))
 
     @property
     def compares_scores(self) -> bool:
-        """Whether it is a function of the difference of two scores, which an f-divergence changes."""
+        """Return whether it is a function of the difference of two scores, which an f-divergence changes."""
         return bool(SCORE_INPUTS & set(self.inputs))
 
     @property
     def prefers(self) -> bool:
-        """Whether it compares chosen with rejected completions."""
+        """Return whether it compares chosen with rejected completions."""
         return bool(REJECTED_INPUTS & set(self.inputs))
 
     @property
     def per_token(self) -> bool:
-        """Whether it takes averages over tokens and not sums."""
+        """Return whether it takes averages over tokens and not sums."""
         return bool({"mean_margins", "chosen_lengths"} & set(self.inputs))
 
 

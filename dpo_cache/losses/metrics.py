@@ -49,5 +49,5 @@ class PairMetrics:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no pair so far has a loss that is not finite."""
+        """Return whether no pair so far has a loss that is not finite."""
         return math.isfinite(self._sums.get("loss", 0.0))

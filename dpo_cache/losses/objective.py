@@ -44,23 +44,24 @@ class Objective(LossSettings):
 
     @property
     def needs_whole_step(self) -> bool:
-        """Whether a pair's gradient depends on the step's other pairs by more than number and lengths."""
+        """Return whether a pair's gradient depends on the step's other pairs by more than number and lengths.
+        """
         return bool(self.router_coefficient) or any(loss.whole_step for loss in self.losses)
 
     @property
     def has_reference(self) -> bool:
-        """Whether the rewards of its metrics are against the reference."""
+        """Return whether the rewards of its metrics are against the reference."""
         return not self._policy_only
 
     @property
     def prefers(self) -> bool:
-        """Whether any of its losses compares chosen with rejected answers."""
+        """Return whether any of its losses compares chosen with rejected answers."""
         return any(loss.prefers for loss in self.losses)
 
     @property
     def is_logistic(self) -> bool:
-        """Whether the loss is ln 2 for an untrained policy, and near 0 where margins are so large that the
-        gradient is near 0, too.
+        """Return whether the loss is ln 2 for an untrained policy, and near 0 where margins are so large that
+        the gradient is near 0, too.
         """
         return [loss.is_logistic for loss in self.losses] == [True] and not self.label_smoothing
 

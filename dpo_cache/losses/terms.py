@@ -49,7 +49,7 @@ def losses_served_by(setting: str) -> list[str]:
 
 
 def is_served(setting: str, names: Sequence[str]) -> bool:
-    """Whether a setting has a meaning under a sum of these losses.
+    """Return whether a setting has a meaning under a sum of these losses.
 
     It must serve one of them. A setting that changes the compared inputs must serve each loss that compares.
     """

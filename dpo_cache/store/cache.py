@@ -195,7 +195,7 @@ class Cache:
         )
 
     def holds_pairs(self, name: str) -> bool:
-        """Whether the pair set `NAME/SPLIT` is here."""
+        """Return whether the pair set `NAME/SPLIT` is here."""
         parts = name.split("/")
         is_allowed = len(parts) == 2 and all(map(NAME_PATTERN.fullmatch, parts))
         return is_allowed and self.folder.exists(f"pairs/{name}/manifest.json")

@@ -289,8 +289,8 @@ def _bounds_of(footer: Footer) -> np.ndarray:
 
 
 def _is_of_one_file(error: CacheError) -> bool:
-    """Whether the error is of this file and no other: damage, a refused permission, a bad sector. A disk or a
-    store that is gone, or too many open files, would make every shard look unreadable.
+    """Return whether the error is of this file and no other: damage, a refused permission, a bad sector. A
+    disk or a store that is gone, or too many open files, would make every shard look unreadable.
     """
     is_denied = isinstance(error, StorageError) and error.is_denied
     return isinstance(error, CorruptShardError) or is_denied or _errno(error) == errno.EIO

@@ -76,12 +76,12 @@ class PairSet:
 
     @property
     def is_imported(self) -> bool:
-        """Whether the log-probs were made elsewhere and brought in by `dpo-cache import`."""
+        """Return whether the log-probs were made elsewhere and brought in by `dpo-cache import`."""
         return self.manifest.get("imported", False)
 
     @property
     def has_token_logps(self) -> bool:
-        """Whether there is a log-prob for each token; False where only sums were imported."""
+        """Return whether there is a log-prob for each token; False where only sums were imported."""
         return self.manifest.get("token_logps", True)
 
     def __repr__(self) -> str:
@@ -112,14 +112,14 @@ class PairSet:
         return [num_pairs for _, _, num_pairs in self._blocks]
 
     def is_complete(self) -> bool:
-        """Whether every part that the manifest names is there and readable, as it was written.
+        """Return whether every part that the manifest names is there and readable, as it was written.
 
         Of a cache on a disk every byte is read; of a remote one the sizes are compared.
         """
         return all(holds_part(self._folder, self._place, part) for part in self.manifest["parts"])
 
     def has_parts(self) -> bool:
-        """Whether every part that the manifest names is there, of the size that it should have."""
+        """Return whether every part that the manifest names is there, of the size that it should have."""
         return all(has_part(self._folder, self._place, part) for part in self.manifest["parts"])
 
     def keep_open(self) -> None:
@@ -272,7 +272,9 @@ class PairSetWriter:
         )
 
     def _is_published(self, manifest: bytes) -> bool:
-        """Whether the manifest is still this writer's: it may be removed, or replaced by another writer's."""
+        """Return whether the manifest is still this writer's: it may be removed, or replaced by another
+        writer's.
+        """
         try:
             return self._folder.read(f"{self._place}/manifest.json") == manifest
         except MissingFileError:

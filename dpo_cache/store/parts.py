@@ -17,9 +17,9 @@ KEPT_BYTES = 64 * 2**20  # of written parts in memory; more are kept in a tempor
 
 
 def has_part(folder: Folder, place: str, part: Document) -> bool:
-    """Whether the folder `place` has a file of the part's name and size: no pipe, and no link that leads out
-    of the cache. `part` is the manifest's entry. Raises `StorageError` where the disk or store gives no
-    answer.
+    """Return whether the folder `place` has a file of the part's name and size: no pipe, and no link that
+    leads out of the cache. `part` is the manifest's entry. Raises `StorageError` where the disk or store
+    gives no answer.
     """
     try:
         return folder.size(f"{place}/{part['file']}") == part["bytes"]

@@ -52,7 +52,7 @@ def describe_start(location: str, revision: str | None) -> str:
 
 
 def is_ambiguous(location: str, revision: str | None = None) -> bool:
-    """Whether the name means another model elsewhere or later: a relative path, or a Hub id without a
+    """Return whether the name means another model elsewhere or later: a relative path, or a Hub id without a
     commit.
     """
     if os.path.isabs(location):
@@ -73,8 +73,8 @@ def _check_place(location: str, revision: str | None, *, is_own_entry: bool) -> 
 
 
 def _is_relative_path(location: str) -> bool:
-    """Whether a location that is no absolute path is a path: a folder of a Hub id's name is read before the
-    Hub is.
+    """Return whether a location that is no absolute path is a path: a folder of a Hub id's name is read
+    before the Hub is.
     """
     return os.path.exists(location) or not HUB_ID.fullmatch(location)
 

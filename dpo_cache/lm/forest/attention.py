@@ -47,7 +47,7 @@ class Rules:
 
     @property
     def is_fused(self) -> bool:
-        """Whether fused kernels can follow these rules."""
+        """Return whether fused kernels can follow these rules."""
         return self.softcap is None and self.sinks_H is None
 
 

@@ -40,7 +40,7 @@ def use_fast_lora(model: torch.nn.Module, patches: Patches | None = None) -> int
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether the layer is a linear layer with the update of the formula."""
+    """Return whether the layer is a linear layer with the update of the formula."""
     is_linear = type(layer).__name__ in KINDS and isinstance(layer.get_base_layer(), torch.nn.Linear)
     return is_linear and all(
         name not in layer.lora_variant
@@ -68,7 +68,7 @@ def _run(layer: Any, forward: Any, inputs: torch.Tensor, *args: Any, **kwargs: A
 
 
 def _is_one_operation(base: Any, inputs: torch.Tensor, *adapter: torch.Tensor) -> bool:
-    """Whether `_AdaptedLinear` computes the same: a frozen linear layer on a CPU, and one dtype."""
+    """Return whether `_AdaptedLinear` computes the same: a frozen linear layer on a CPU, and one dtype."""
     return (
         type(base) is torch.nn.Linear
         and not has_own_forward(base)

@@ -132,7 +132,7 @@ def products_of(layer: torch.nn.Module) -> Products:
 
 
 def has_own_forward(layer: torch.nn.Linear) -> bool:
-    """Whether another program replaced the layer's `forward` or sees its output."""
+    """Return whether another program replaced the layer's `forward` or sees its output."""
     is_replaced = "forward" in vars(layer) and products_of(layer) is TORCH
     return is_replaced or bool(layer._forward_hooks)
 
@@ -214,7 +214,7 @@ ONEDNN = Products(_onednn_output, _onednn_for_inputs, _onednn_for_weight)
 
 
 def _agrees(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether oneDNN is there and gives the same output and gradients up to rounding."""
+    """Return whether oneDNN is there and gives the same output and gradients up to rounding."""
     try:
         found = _results(ONEDNN, inputs, weight)
     except (RuntimeError, AttributeError, NotImplementedError, TypeError):
@@ -236,7 +236,7 @@ def _results(products: Products, inputs: torch.Tensor, weight: torch.Tensor) -> 
 
 
 def _is_faster(kind: str, inputs: torch.Tensor, weight: torch.Tensor, min_speedup: float) -> bool:
-    """Whether oneDNN computes this kind of product in at most `min_speedup` of MKL's time."""
+    """Return whether oneDNN computes this kind of product in at most `min_speedup` of MKL's time."""
     if weight.numel() < MIN_WEIGHTS:
         return False
     grad = inputs.new_ones(len(inputs), len(weight))

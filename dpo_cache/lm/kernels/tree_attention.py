@@ -35,13 +35,15 @@ class Part:
 
 @cache
 def has_kernels() -> bool:
-    """Whether this torch has both kernels, which are internal to it, and they agree with its attention."""
+    """Return whether this torch has both kernels, which are internal to it, and they agree with its
+    attention.
+    """
     with _disable_current_modes(), torch.autocast("cpu", enabled=False):  # on real tensors, not fake ones
         return _agrees()
 
 
 def can_attend_tree(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `attend_tree` computes the same here as torch's attention."""
+    """Return whether `attend_tree` computes the same here as torch's attention."""
     return (
         planning_device_type(query.device) == "cpu"
         and query.shape[-1] == key.shape[-1] == value.shape[-1]

@@ -38,7 +38,7 @@ class Copies:
         self._leaves.clear()
 
     def is_here(self, tensor: torch.Tensor) -> bool:
-        """Whether it is on the device, which may be without its number."""
+        """Return whether it is on the device, which may be without its number."""
         there = tensor.device
         return there.type == self.device.type and self.device.index in (None, there.index)
 

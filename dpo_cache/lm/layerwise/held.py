@@ -144,7 +144,7 @@ class Layout:
         return [place.held.tensor for place in self.places]
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these are its tensors: a module may have put others in their places."""
+        """Return whether these are its tensors: a module may have put others in their places."""
         own = self.tensors
         return len(own) == len(tensors) and all(one is other for one, other in zip(own, tensors, strict=True))
 

@@ -118,7 +118,7 @@ def version_of(tensor: torch.Tensor) -> int | None:
 
 
 def _is_same(given: torch.Tensor, returned: torch.Tensor) -> bool:
-    """Whether a tensor is another one, or a slice of all of it, as Gemma 4 takes, and not detached."""
+    """Return whether a tensor is another one, or a slice of all of it, as Gemma 4 takes, and not detached."""
     return given is returned or _memory(given) == _memory(returned)
 
 

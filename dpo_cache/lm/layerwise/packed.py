@@ -23,7 +23,7 @@ class LayerUse:
         self._weights, self._index, self._number = weights, index, weights.num_uses[index]
 
     def is_open(self) -> bool:
-        """Whether the copies of this use are still on the device."""
+        """Return whether the copies of this use are still on the device."""
         return self._weights.is_open(self._index) and self._number == self._weights.num_uses[self._index]
 
     def open_again(self) -> AbstractContextManager[None]:
@@ -32,7 +32,7 @@ class LayerUse:
 
 
 def is_packed(module: torch.nn.Module) -> bool:
-    """Whether bitsandbytes holds the module's weights in 4 or 8 bits."""
+    """Return whether bitsandbytes holds the module's weights in 4 or 8 bits."""
     weight = module._parameters.get("weight")
     is_8bit = type(getattr(module, "state", None)).__name__ == "MatmulLtState"
     return is_8bit or getattr(weight, "quant_state", None) is not None

@@ -104,7 +104,7 @@ class StreamedWeights:
                 yield
 
     def is_open(self, index: int) -> bool:
-        """Whether layer `index` has its weights on the device."""
+        """Return whether layer `index` has its weights on the device."""
         return self._first(index) in self._open
 
     def use_bottom(self) -> AbstractContextManager[None]:

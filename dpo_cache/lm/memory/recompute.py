@@ -164,8 +164,8 @@ def _cast_inputs(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @cache
 def _is_gated(kind: type[torch.nn.Module]) -> bool:
-    """Whether the code of this class computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))` and nothing
-    else.
+    """Return whether the code of this class computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))` and
+    nothing else.
     """
     try:
         (function,) = ast.parse(dedent(inspect.getsource(kind.forward))).body

@@ -49,13 +49,13 @@ def recompute_later(
 
 
 def is_recording() -> bool:
-    """Whether `recompute_later` keeps calls at present."""
+    """Return whether `recompute_later` keeps calls at present."""
     return _open_tape() is not None
 
 
 def is_on_tape(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is kept as a call at present, so that a tensor made of it can be, too, without
-    keeping more.
+    """Return whether the tensor is kept as a call at present, so that a tensor made of it can be, too,
+    without keeping more.
     """
     tape = _open_tape()
     return tape is not None and _storage(tensor) in tape.calls

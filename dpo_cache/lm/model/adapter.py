@@ -167,7 +167,7 @@ def describe(adapted: PeftModel) -> str:
 
 
 def is_identity_at_init(adapted: PeftModel) -> bool:
-    """Whether a fresh adapter is known to leave the model's log-probs as they are."""
+    """Return whether a fresh adapter is known to leave the model's log-probs as they are."""
     config = adapted.peft_config["default"]
     return kind_of(config) == "IA3" or (
         kind_of(config) == "LORA" and getattr(config, "init_lora_weights", True) in STARTS_AT_ZERO
@@ -175,8 +175,8 @@ def is_identity_at_init(adapted: PeftModel) -> bool:
 
 
 def can_be_switched_off(adapted: PeftModel | None) -> bool:
-    """Whether `disable_adapter` restores the base: PEFT restores neither trained biases nor weights of the
-    base that came with the adapter, such as resized embeddings.
+    """Return whether `disable_adapter` restores the base: PEFT restores neither trained biases nor weights of
+    the base that came with the adapter, such as resized embeddings.
     """
     return (
         adapted is not None

@@ -122,7 +122,8 @@ def _missing_indices(adapted: PeftModel, found: Iterable[str]) -> list[str]:
 
 
 def _changes_base(adapted: PeftModel, folder: str) -> bool:
-    """Whether the file holds weights of the base, such as resized embeddings. Switched off, they stay."""
+    """Return whether the file holds weights of the base, such as resized embeddings. Switched off, they stay.
+    """
     return bool(_shapes(folder).keys() - _saved_names(adapted, with_base=False))
 
 
@@ -177,7 +178,9 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def may_resize(folder: str, size: int) -> bool:
-    """Whether the adapter may be of a vocabulary of another size: it has a matrix that is not low-rank."""
+    """Return whether the adapter may be of a vocabulary of another size: it has a matrix that is not
+    low-rank.
+    """
     return any(
         len(shape) == 2 and size not in shape and ("lora_" not in name or "embedding" in name)
         for name, shape in _shapes(folder).items()
@@ -262,7 +265,8 @@ def _keys_of_whole(name: str) -> list[str]:
 
 
 def _are_tied(model: PreTrainedModel, whole: Iterable[str], shapes: dict[str, list[int]]) -> bool:
-    """Whether the rows of one end are those of the other: both share a weight, and it is not wrapped."""
+    """Return whether the rows of one end are those of the other: both share a weight, and it is not wrapped.
+    """
     is_tied = bool(model.config.get_text_config().tie_word_embeddings)
     plain_keys = [key for name in whole for key in _keys_of_whole(name)[1:2] if key in shapes]
     return is_tied and bool(plain_keys)

@@ -121,7 +121,7 @@ def _short(module: str) -> str:
 
 
 def _is_followed(name: str, path: Path, own: str) -> bool:
-    """Whether a file counts that is imported: it belongs to no installed package but the own one."""
+    """Return whether a file counts that is imported: it belongs to no installed package but the own one."""
     top = name.partition(".")[0]
     return not is_of_library(name) and (top == own or not INSTALLED & set(path.parts))
 
@@ -286,7 +286,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_code(value: Any) -> bool:
-    """Whether it is a function or a class of the caller's."""
+    """Return whether it is a function or a class of the caller's."""
     if isinstance(value, type):
         return not is_of_library(value.__module__)
     return isinstance(value, types.FunctionType) and foreign_function(value) is not None

@@ -30,7 +30,7 @@ INERT_ENTRIES = ("Tokenizer", "Processor", "FeatureExtractor")  # in names of cl
 
 
 def uses_remote_code(config: PreTrainedConfig, trust_remote_code: bool) -> bool:
-    """Whether the checkpoint's own code makes its model; without trust, transformers' code does."""
+    """Return whether the checkpoint's own code makes its model; without trust, transformers' code does."""
     return trust_remote_code and bool(_references(config))
 
 
@@ -60,8 +60,8 @@ def code_options(location: str, config: PreTrainedConfig, trust_remote_code: boo
 def is_remote_code(
     kind: type, classes: Iterable[type], location: str, revision: str | None, config: PreTrainedConfig
 ) -> bool:
-    """Whether a class in memory is the causal LM of the checkpoint's code, as that is on disk now, and the
-    classes of its modules are of that code, too.
+    """Return whether a class in memory is the causal LM of the checkpoint's code, as that is on disk now, and
+    the classes of its modules are of that code, too.
     """
     reference = _references(config).get(CAUSAL_LM, "")
     modules = {one.__module__ for one in foreign_classes(classes)}

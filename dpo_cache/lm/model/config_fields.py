@@ -125,7 +125,7 @@ def _defaults_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def is_dropout(name: str, value: Any) -> bool:
-    """Whether the field is a rate of dropout, which is off in every forward pass here.
+    """Return whether the field is a rate of dropout, which is off in every forward pass here.
 
     A rate that the class does not know counts as 0.0, as such fields are usually written; this keeps the
     identities of these checkpoints.

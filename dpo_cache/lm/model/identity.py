@@ -111,7 +111,7 @@ def provenance(
 
 
 def _is_here(device: torch.device) -> bool:
-    """Whether it is a CUDA device of this machine; other machines may score."""
+    """Return whether it is a CUDA device of this machine; other machines may score."""
     return device.type == "cuda" and torch.cuda.is_available()
 
 

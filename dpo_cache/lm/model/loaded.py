@@ -219,7 +219,7 @@ def _tensor_difference(model: PreTrainedModel, files: list[Path], names: TensorN
 
 
 def _loads_in_float32(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers keeps this tensor in float32 in a model of 16 bits."""
+    """Return whether transformers keeps this tensor in float32 in a model of 16 bits."""
     kept = {*(model._keep_in_fp32_modules_strict or ())}
     if model.dtype == torch.float16:
         kept |= {*(model._keep_in_fp32_modules or ())}

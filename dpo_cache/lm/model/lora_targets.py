@@ -96,7 +96,7 @@ def _log_unsuited(model: PreTrainedModel, unsuited: set[str], log: Log) -> None:
 
 
 def is_linear_map(module: torch.nn.Module) -> bool:
-    """Whether a layer of a linear class returns one tensor `[N, out]` for `[N, in]`."""
+    """Return whether a layer of a linear class returns one tensor `[N, out]` for `[N, in]`."""
     kind = type(module)
     if not isinstance(module, torch.nn.Linear) or kind.forward is torch.nn.Linear.forward:
         return True
@@ -141,7 +141,7 @@ def _named(model: PreTrainedModel, targets: Any) -> Iterator[tuple[str, torch.nn
 
 
 def _is_refused(model: PreTrainedModel, config: PeftConfig, name: str) -> bool:
-    """Whether PEFT refuses an adapter on layers of this name in this model."""
+    """Return whether PEFT refuses an adapter on layers of this name in this model."""
     try:
         from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
     except ImportError:  # internal to PEFT: it raises its error later

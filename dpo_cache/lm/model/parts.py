@@ -16,7 +16,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]  # hidden [T, D] -> logits [T, V]
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the model computes logits from hidden states by one linear layer without a bias."""
+    """Return whether the model computes logits from hidden states by one linear layer without a bias."""
     layer = model.get_output_embeddings()
     if type(layer) is not torch.nn.Linear or layer.bias is not None:
         return False

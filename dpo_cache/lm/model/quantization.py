@@ -113,7 +113,7 @@ def prepare_layers(model: PreTrainedModel) -> None:
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
-    """Whether the weights are held in fewer bits than their dtype has."""
+    """Return whether the weights are held in fewer bits than their dtype has."""
     return getattr(model, "hf_quantizer", None) is not None
 
 

@@ -145,7 +145,7 @@ class _TensorFile:
         return known
 
     def fits(self, narrower: str, unused: frozenset[str]) -> bool:
-        """Whether the narrower dtype holds all values of the tensors exactly."""
+        """Return whether the narrower dtype holds all values of the tensors exactly."""
         tried = sorted(self.dtypes.keys() - unused)
         key = f"fits {narrower} {hashlib.sha256(repr(tried).encode()).hexdigest()}"
         known = self._memo.get(key)

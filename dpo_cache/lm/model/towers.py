@@ -99,7 +99,7 @@ def frozen_towers(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _is_in(name: str, module: str) -> bool:
-    """Whether a tensor or module is a part of a module, or that module; "" is the model."""
+    """Return whether a tensor or module is a part of a module, or that module; "" is the model."""
     return not module or f"{name}.".startswith(f"{module}.")
 
 
@@ -149,7 +149,7 @@ def _without_timm() -> Iterator[None]:
 
 
 def _has_modules_of(model: Module, tensors: Iterable[str]) -> bool:
-    """Whether the model has the modules of an adapter's tensors."""
+    """Return whether the model has the modules of an adapter's tensors."""
     modules = {name for name, _ in model.named_modules()}
 
     def is_in_one(tensor: str) -> bool:

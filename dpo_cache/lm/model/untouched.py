@@ -110,18 +110,18 @@ def _check_instances(model: PreTrainedModel, name: str) -> None:
 
 
 def _only_captures(hook: Any) -> bool:
-    """Whether it is a hook of transformers' own, which keeps the outputs that a caller wants."""
+    """Return whether it is a hook of transformers' own, which keeps the outputs that a caller wants."""
     return isinstance(hook, types.FunctionType) and home_of(hook) == CAPTURER
 
 
 def _only_moves(value: Any) -> bool:
-    """Whether it is one of accelerate's methods for models on several devices."""
+    """Return whether it is one of accelerate's methods for models on several devices."""
     function = value.func if isinstance(value, functools.partial) else value
     return isinstance(function, types.FunctionType) and home_of(function) in MOVERS
 
 
 def _is_compiled(value: Any, module: Module) -> bool:
-    """Whether it is what `module.compile()` makes of the module's own call."""
+    """Return whether it is what `module.compile()` makes of the module's own call."""
     original = getattr(value, "_torchdynamo_orig_callable", None)
     return isinstance(original, types.MethodType) and (
         original.__func__ is Module._call_impl and original.__self__ is module
@@ -151,7 +151,7 @@ def _function_in(value: Any) -> types.FunctionType | None:
 
 
 def _is_of_another_model(function: types.FunctionType, module: str) -> bool:
-    """Whether a function of this module of transformers comes from the code of another model."""
+    """Return whether a function of this module of transformers comes from the code of another model."""
     home = home_of(inspect.unwrap(function))
     return (
         module.startswith("transformers.models.")
@@ -179,7 +179,7 @@ def _check_functions(module: types.ModuleType, name: str) -> None:
 
 
 def _imports(source: str, module: str) -> bool:
-    """Whether a file imports from the package of a module."""
+    """Return whether a file imports from the package of a module."""
     package = re.escape(module.partition(".")[0])
     return re.search(rf"^\s*(from|import) {package}\b", source, re.MULTILINE) is not None
 

@@ -95,6 +95,6 @@ class Disk:
 
 
 def _is_shared(folder: Path) -> bool:
-    """Whether new files get the group of this folder, whose members may write in it."""
+    """Return whether new files get the group of this folder, whose members may write in it."""
     shared = stat.S_ISGID | stat.S_IWGRP
     return os.name == "posix" and folder.stat().st_mode & shared == shared

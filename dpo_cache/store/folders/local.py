@@ -67,8 +67,8 @@ class LocalFolder:
             return self.disk.read(self.locate(name))
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of this name. Raises `StorageError` where the disk does not
-        answer.
+        """Return whether there is a file or folder of this name. Raises `StorageError` where the disk does
+        not answer.
         """
         with storage_errors("look for", self.root / name):
             found = self._status(self.root / name) is not None
@@ -376,7 +376,7 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _may_replace(path: Path) -> bool:
-    """Whether the folder's sticky bit lets this user replace the file, if there is one."""
+    """Return whether the folder's sticky bit lets this user replace the file, if there is one."""
     if not hasattr(os, "geteuid") or not os.path.lexists(path):
         return True
     file, folder = path.lstat(), path.parent.stat()

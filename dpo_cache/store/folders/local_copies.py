@@ -106,7 +106,7 @@ class LocalCopies:
         return None
 
     def holds(self, name: str) -> bool:
-        """Whether there is a copy that this process has read and found whole."""
+        """Return whether there is a copy that this process has read and found whole."""
         with suppress(OSError):
             return self._hashed.get(name) == _mark((self.folder / name).stat())
         return False
@@ -128,8 +128,8 @@ class LocalCopies:
         return None
 
     def _is_usable(self, file: pa.OSFile, path: Path) -> bool:
-        """Whether the open copy, which is kept from now on, has the bytes that it should have; a damaged one
-        is removed.
+        """Return whether the open copy, which is kept from now on, has the bytes that it should have; a
+        damaged one is removed.
         """
         is_kept = _try_lock(file.fileno(), exclusive=False)
         mark = _mark(os.fstat(file.fileno()))
@@ -251,7 +251,7 @@ class WrongDigestError(Exception):
 
 
 def is_part_name(name: str) -> bool:
-    """Whether a file's name is `<sha256>.parquet`."""
+    """Return whether a file's name is `<sha256>.parquet`."""
     digest, dot, suffix = name.partition(".")
     return dot + suffix == ".parquet" and len(digest) == 64 and set(digest) <= set("0123456789abcdef")
 

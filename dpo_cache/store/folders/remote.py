@@ -163,7 +163,7 @@ class RemoteFolder:
         return self.parts.open_ranges(name, is_brief=is_brief)
 
     def keeps(self, name: str) -> bool:
-        """Whether an open file of this name may stay open: it is a local copy."""
+        """Return whether an open file of this name may stay open: it is a local copy."""
         return self.parts.keeps(name)
 
     def each(self, call: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -175,7 +175,7 @@ class RemoteFolder:
                 pool.shutdown(cancel_futures=True)
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there, or files below a folder of this name."""
+        """Return whether the file is there, or files below a folder of this name."""
         return self._find(name) is not None
 
     def names(self, folder: str) -> list[str]:
@@ -359,8 +359,8 @@ def _base(name: str) -> str:
 
 
 def _is_safe(name: str) -> bool:
-    """Whether a listed name is one that could have been published: below the root on any system, and no
-    dot-file.
+    """Return whether a listed name is one that could have been published: below the root on any system, and
+    no dot-file.
     """
     return _is_below(name) and not any(part.startswith(".") for part in name.split("/"))
 

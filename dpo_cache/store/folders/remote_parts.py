@@ -85,7 +85,7 @@ class RemoteParts:
         return RangeFile(size, tail, lambda start, end: b"".join(self._pieces(name, start, end)))
 
     def keeps(self, name: str) -> bool:
-        """Whether there is a local copy that was found whole."""
+        """Return whether there is a local copy that was found whole."""
         return self._copies.holds(_base(name))
 
     def forget(self, name: str) -> None:

@@ -132,7 +132,7 @@ def with_retries(verb: str, place: str, call: Callable[[], Result]) -> Result:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same call may work a little later."""
+    """Return whether the same call may work a little later."""
     for link in _chain(error):
         names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(link).__mro__}
         if isinstance(link, FileNotFoundError | PermissionError | ImportError) or LASTING_NAMES & names:

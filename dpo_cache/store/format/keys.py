@@ -58,7 +58,7 @@ def key_bounds(keys: np.ndarray) -> np.ndarray:
 
 
 def is_sorted(keys: np.ndarray) -> bool:
-    """Whether such an array ascends, each key at most once."""
+    """Return whether such an array ascends, each key at most once."""
     high, low = key_halves(keys)
     return bool(((high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] > low[:-1]))).all())
 

@@ -57,7 +57,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_map(value: Any) -> bool:
-    """Whether it is a list of texts such as `prompt=question`."""
+    """Return whether it is a list of texts such as `prompt=question`."""
     return isinstance(value, list) and all(isinstance(entry, str) and "=" in entry for entry in value)
 
 

@@ -107,8 +107,8 @@ def check_scores(table: pa.Table, place: str) -> None:
 
 
 def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
-    """Whether each list has only log-probs, is not empty, is `num_tokens` long, and adds up to its `logps`
-    within 1e-9 relative.
+    """Return whether each list has only log-probs, is not empty, is `num_tokens` long, and adds up to its
+    `logps` within 1e-9 relative.
     """
     offsets, sums = token_logps.offsets.to_numpy(), logps.to_numpy()
     lengths = np.diff(offsets)
@@ -124,7 +124,7 @@ def lists_agree(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array
 
 
 def are_only_sums(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Array) -> bool:
-    """Whether each list is empty and each of the `logps` a sum of log-probs, as in a pair set imported
+    """Return whether each list is empty and each of the `logps` a sum of log-probs, as in a pair set imported
     without values per token.
     """
     lengths = num_tokens.to_numpy()

@@ -112,8 +112,8 @@ def _read_footers(folder: Folder, shards: list[str]) -> dict[str, Footer]:
 
 
 def _is_compact(folder: Folder, footers: dict[str, Footer]) -> bool:
-    """Whether every shard is sorted, no two overlap, and all but the last have `SHARD_BYTES`. Keys are read
-    only where the footers do not rule it out, those of one shard at a time.
+    """Return whether every shard is sorted, no two overlap, and all but the last have `SHARD_BYTES`. Keys are
+    read only where the footers do not rule it out, those of one shard at a time.
     """
     bounds = {shard: group_bounds(footer) for shard, footer in footers.items()}
     ends = sorted(

@@ -171,7 +171,7 @@ def _held_manifest(target: Cache, name: str) -> Document | None:
 
 
 def _is_newer(held: Document | None, manifest: Document) -> bool:
-    """Whether the manifest says later than that of the target how the same pairs were made."""
+    """Return whether the manifest says later than that of the target how the same pairs were made."""
     return (
         held is not None
         and held != manifest
@@ -181,7 +181,7 @@ def _is_newer(held: Document | None, manifest: Document) -> bool:
 
 
 def _is_other(held: Document | None, manifest: Document) -> bool:
-    """Whether the target holds a pair set of this name with other pairs, scores or reference."""
+    """Return whether the target holds a pair set of this name with other pairs, scores or reference."""
     return held is not None and any(
         held.get(member) != manifest.get(member) for member in ("reference", "pairs_digest", "parts")
     )

@@ -55,7 +55,7 @@ class Disagreement:
         return len(self.preferred)
 
     def is_in(self, file: str) -> bool:
-        """Whether a file, in any cache, holds a value that is not the preferred one."""
+        """Return whether a file, in any cache, holds a value that is not the preferred one."""
         return PurePosixPath(file).name in self.files
 
 

@@ -149,7 +149,7 @@ def _add(found: Unneeded, folder: Folder, entries: Sequence[Garbage], grace_s: f
 
 
 def _has_run(folder: Folder, reference_id: str) -> bool:
-    """Whether a run of `precompute` is at work under the reference, or was killed in its audit."""
+    """Return whether a run of `precompute` is at work under the reference, or was killed in its audit."""
     try:
         return bool(shards_of_runs(folder, reference_id))
     except StorageError:  # another user's record, which this one may not read
@@ -157,8 +157,8 @@ def _has_run(folder: Folder, reference_id: str) -> bool:
 
 
 def _is_young(folder: Folder, file: str, grace_s: float) -> bool:
-    """Whether a writer may be about to need the file. Without a time of its own, a file is young unless
-    `grace_s` is 0.
+    """Return whether a writer may be about to need the file. Without a time of its own, a file is young
+    unless `grace_s` is 0.
     """
     if grace_s <= 0:
         return False

@@ -296,7 +296,7 @@ class _Merge:
         self.manifests[f"{place}/manifest.json"] = seal_document(renewed)
 
     def _is_overruled_shard(self, file: str) -> bool:
-        """Whether the file is a shard with other values than the preferred ones."""
+        """Return whether the file is a shard with other values than the preferred ones."""
         kind, names = classify(file)
         return kind == "shard" and names[0] in self.disagreements and self.disagreements[names[0]].is_in(file)
 
@@ -328,7 +328,7 @@ class _Merge:
         self.report.copied_bytes += len(content)
 
     def _has_reference(self, reference_id: str) -> bool:
-        """Whether the destination has the reference's entry, or will have it."""
+        """Return whether the destination has the reference's entry, or will have it."""
         entry = f"references/{reference_id}/reference.json"
         return entry in self.present or entry in self.references
 

@@ -34,8 +34,8 @@ class NamedFiles:
         return {file for manifest in self.manifests.values() for file in part_files(manifest)}
 
     def may_need(self, file: str) -> bool:
-        """Whether a manifest names the file, which is a part, a shard or an entry of a reference, or its
-        reference; a manifest that cannot be read may do so.
+        """Return whether a manifest names the file, which is a part, a shard or an entry of a reference, or
+        its reference; a manifest that cannot be read may do so.
         """
         kind, (owner, *_) = classify(file)
         if kind == "part":

@@ -128,7 +128,7 @@ def this_process() -> dict[str, Any]:
 
 
 def is_at_work(folder: Folder, record: str, content: Document) -> bool:
-    """Whether the record's run may still be at work."""
+    """Return whether the record's run may still be at work."""
     if run_of(record) in at_work:
         return True
     if content["host"] != socket.gethostname():

@@ -57,7 +57,8 @@ class VerifyReport:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing was found wrong with the files that were to be read, and all of them were."""
+        """Return whether nothing was found wrong with the files that were to be read, and all of them were.
+        """
         return not self.problems
 
     @property

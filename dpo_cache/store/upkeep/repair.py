@@ -175,7 +175,7 @@ def _move_unread(folder: Folder, file: str) -> Moved | Left:
 
 
 def _is_of_the_file(error: StorageError) -> bool:
-    """Whether a disk or store refused this file to this user, or failed to read it."""
+    """Return whether a disk or store refused this file to this user, or failed to read it."""
     return error.is_denied or str(error).startswith("cannot read ")
 
 

@@ -102,7 +102,9 @@ def _count_unused(folder: Folder, parts: Sequence[str], shards: Sequence[str]) -
 
 
 def _is_used(table: pa.Table, num_parts: int) -> np.ndarray:
-    """Whether each row of `rows_by_key` is of a completion that one of the first `num_parts` files holds."""
+    """Return whether each row of `rows_by_key` is of a completion that one of the first `num_parts` files
+    holds.
+    """
     _, first = key_starts(keys_of(table.column("key")))
     return table.column("source").to_numpy()[first] < num_parts
 

@@ -126,7 +126,7 @@ class _Verification:
         return sorted({name for kind, name in self.owned if kind in kinds})
 
     def _is_read_now(self, file: str) -> bool:
-        """Whether this run reads the file: of shards and parts only those of the subset."""
+        """Return whether this run reads the file: of shards and parts only those of the subset."""
         kind = self.kinds[file][0]
         is_left = kind in ("shard", "part") and self.subset is not None and file not in self.subset
         return kind != "unknown" and not is_left
@@ -199,7 +199,9 @@ class _Verification:
         return True
 
     def _is_named(self, part: str) -> bool:
-        """Whether the manifest of the part's pair set names it now: it may have been replaced meanwhile."""
+        """Return whether the manifest of the part's pair set names it now: it may have been replaced
+        meanwhile.
+        """
         try:
             return part in part_files(read_manifest(self.folder, part.rpartition("/")[0]))
         except CacheError:
@@ -286,7 +288,7 @@ class _Verification:
         return content
 
     def _exists(self, file: str) -> bool:
-        """Whether the file is there, or may be there: a folder that gives no answer is noted."""
+        """Return whether the file is there, or may be there: a folder that gives no answer is noted."""
         try:
             return self.folder.exists(file)
         except StorageError as error:
