@@ -27,7 +27,7 @@ def parsed(words: list[str]) -> Options:
     name, *rest = words
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     with command.make_context(name, rest) as context:
-        values = {key: value for key, value in context.params.items() if key not in ("as_json", "context")}
+        values = {key: value for key, value in context.params.items() if key not in ("as_json", "context", "verbose")}
         options_class = COMMANDS[name].options_class
         given = _values(options_class, values, context, only_given=bool(values.get("resume")))
         return options_class(**given)

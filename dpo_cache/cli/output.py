@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,23 @@ if TYPE_CHECKING:
     from dpo_cache.store.upkeep.copy import TransferReport
 
 NUMBER = re.compile(r"[\d,]{1,11}|[\d.]+ [kMG]?B|[+-]?\d+\.\d+|[+-]?[\d.]+%|")
+
+_verbose: ContextVar[bool] = ContextVar("verbose", default=False)
+
+
+def is_verbose() -> bool:
+    """True in a command with --verbose: it prints everything, not only what a user needs to act."""
+    return _verbose.get()
+
+
+@contextmanager
+def verbosity(is_verbose: bool) -> Iterator[None]:
+    """Inside, `is_verbose()` returns this value."""
+    token = _verbose.set(is_verbose)
+    try:
+        yield
+    finally:
+        _verbose.reset(token)
 
 
 class ProgressLine(progress.ProgressLine):

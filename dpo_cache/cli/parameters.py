@@ -14,12 +14,13 @@ from typing import Any, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from dpo_cache.cli.output import remark
+from dpo_cache.cli.output import remark, verbosity
 from dpo_cache.cli.signals import Interrupted
 from dpo_cache.errors import OptionError
 from dpo_cache.options.base import Options, flag_of, sections
 
 BY_FLAG = "dpo_cache.by_flag"  # key of a context: the positional arguments that were given by their flag
+VERBOSE_HELP = "Print all details."
 FLAG_SUFFIX = "__flag"  # of the parameter that takes such a flag
 
 
@@ -29,18 +30,20 @@ def command(
     json_help: str = "Print the report as JSON.",
     complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make `run(options, as_json)` a typer command with the fields of the class as its options, and `--json`.
+    """Make `run(options, as_json)` a typer command with the fields of the class as its options,
+    `--json` and `--verbose`.
 
     `complete` gets the options of the command line and adds options from elsewhere.
     """
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         def invoke(**values: Any) -> None:
-            as_json, context = values.pop("as_json"), values.pop("context")
+            as_json, context, verbose = (values.pop(name) for name in ("as_json", "context", "verbose"))
             given = _values(options_class, values, context, only_given=complete is not None)
             options = options_class(**(complete(given) if complete else given))
             try:
-                run(options, as_json)
+                with verbosity(verbose):
+                    run(options, as_json)
             except KeyboardInterrupt as interrupt:
                 raise Interrupted from interrupt
 
@@ -48,6 +51,7 @@ def command(
             inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
             *_parameters(options_class, may_lack=complete is not None),
             _keyword("as_json", bool, typer.Option(False, "--json", help=json_help)),
+            _keyword("verbose", bool, typer.Option(False, "--verbose", help=VERBOSE_HELP)),
         ]
         invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         invoke.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
