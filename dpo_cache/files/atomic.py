@@ -46,7 +46,7 @@ def is_refused_write(error: BaseException) -> bool:
 
 
 def remedy_of(error: BaseException) -> str:
-    """What to do about a refused write, as a sentence."""
+    """Advice about a refused write, as a sentence."""
     for number, remedy in REMEDIES.items():
         if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
             return remedy

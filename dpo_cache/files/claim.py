@@ -246,7 +246,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = path.read_bytes()[:SIZE]
     except FileNotFoundError:
         return {}
-    except PermissionError:  # then its time tells whether it changes
+    except PermissionError:  # then its time shows whether it changes
         return {**UNKNOWN, "kernel": "unknown", "changed": changed}
     try:
         found = json.loads(content)

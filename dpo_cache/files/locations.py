@@ -16,7 +16,7 @@ DATA_KINDS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
     ".arrow": "arrow",
 }  # fmt: skip
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # of text
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings of compressed text files
 MODEL_FILES = ("config.json", "adapter_config.json")
 TOKENIZER_FILES = ("tokenizer_config.json", "config.json")  # the first that is there names the class
 
@@ -93,8 +93,8 @@ def json_problem(path: Path) -> str:
 
 
 def data_suffix(name: str) -> str:
-    """The ending that tells the kind of a data file: `.jsonl` of `a.jsonl` and `a.JSONL.gz`; empty if no such
-    files are read.
+    """The ending by which the kind of a data file is known: `.jsonl` of `a.jsonl` and `a.JSONL.gz`; empty if
+    no such files are read.
     """
     path = Path(name.lower())
     is_compressed = path.suffix in COMPRESSED

@@ -17,7 +17,7 @@ def num_cores() -> int:
 
 @cache
 def running_kernel() -> str:
-    """What tells this running kernel from others: containers of one kernel share its locks and processes."""
+    """An id of this running kernel: containers of one kernel share its locks and processes."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{platform.node()} {uuid.getnode():x}"

@@ -44,8 +44,7 @@ class Objective(LossSettings):
 
     @property
     def needs_whole_step(self) -> bool:
-        """Return whether a pair's gradient depends on the step's other pairs by more than number and lengths.
-        """
+        """Return whether a pair's gradient depends on the step's other pairs by more than number and lengths."""
         return bool(self.router_coefficient) or any(loss.whole_step for loss in self.losses)
 
     @property

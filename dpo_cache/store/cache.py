@@ -43,7 +43,7 @@ from dpo_cache.store.pairs import PairSet, PairSetWriter
 from dpo_cache.suggestions import checks_keywords
 
 FORMAT = {"format": "dpo-cache", "version": 1}
-ID_PATTERN = re.compile("[0-9a-f]{64}")  # of a reference
+ID_PATTERN = re.compile("[0-9a-f]{64}")  # the id of a reference
 NAMED_PLACES = ("model", "revision", "tokenizer")  # in a provenance
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 

@@ -1,4 +1,4 @@
-"""Which completions a reference has scored, and their scores."""
+"""An index of the completions that a reference has scored, and of their scores."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from dpo_cache.store.score_writer import publish_scores
 from dpo_cache.types import Score
 
 KEY_DTYPE = f"S{KEY_BYTES}"
-LISTINGS = 5  # of a folder that others compact meanwhile
+LISTINGS = 5  # attempts to list a folder that another process compacts meanwhile
 
-_Keys = np.ndarray | Footer  # of a shard: all of them, S16; or the footer of one whose keys are read later
+_Keys = np.ndarray | Footer  # all keys of a shard, S16; or its footer, if its keys are read later
 
 
 class ScoreIndex:
@@ -82,7 +82,7 @@ class ScoreIndex:
         self._add(keys)
 
     def contains(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
-        """Which of the keys are scored: bool `[len(keys)]`.
+        """A mask of the keys that are scored: bool `[len(keys)]`.
 
         If a shard whose keys are read now was compacted since the index was opened, or cannot be read, it is
         replaced or left out as in opening.

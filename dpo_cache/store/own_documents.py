@@ -27,7 +27,7 @@ def note_own(document: Document) -> None:
 
 
 def is_own(document: Document) -> bool:
-    """Return whether this user published the document, as it is now."""
+    """Return whether this user published the present version of the document."""
     path = _record_of(document)
     return path is not None and path.is_file()
 

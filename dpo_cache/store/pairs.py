@@ -203,7 +203,7 @@ class PairSetWriter:
     def __init__(self, folder: Folder, place: str):
         self._folder, self._place = folder, place
         self._waiting: list[ScoredPair] = []
-        self._block_tokens = 0  # of the waiting pairs in the last row group
+        self._block_tokens = 0  # tokens of the waiting pairs in the last row group
         self._parts: list[Document] = []
         self._kept = KeptParts()
         self.bytes_written = 0
@@ -222,9 +222,9 @@ class PairSetWriter:
         """Publish the last part, then the manifest with these details, then parts that other processes have
         removed meanwhile. Returns the manifest.
 
-        Whoever removes a part hides it first and then looks for a manifest that names it; here the manifest
-        is published first. So one of the two notices the other. Raises `StorageError` if a removed part was
-        not kept, because no temporary file could be written; then the manifest is removed, too.
+        A process that removes a part hides it first and then searches for a manifest that names it; here the
+        manifest is published first. So one of the two notices the other. Raises `StorageError` if a removed
+        part was not kept, because no temporary file could be written; then the manifest is removed, too.
         """
         if self._waiting:
             self._write_part()

@@ -1,4 +1,4 @@
-"""Whether the parts of a pair set are there, and their bytes while it is written."""
+"""The parts of a pair set: checks that they exist, and their bytes while the pair set is written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpo_cache.store.format.documents import Document
 from dpo_cache.store.format.pair_tables import PAIR_SCHEMA
 from dpo_cache.store.format.parquet import open_verified
 
-KEPT_BYTES = 64 * 2**20  # of written parts in memory; more are kept in a temporary file
+KEPT_BYTES = 64 * 2**20  # most bytes of written parts in memory; the rest is in a temporary file
 
 
 def has_part(folder: Folder, place: str, part: Document) -> bool:
@@ -95,5 +95,5 @@ class KeptParts:
     def _open_file(self) -> BinaryIO:
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 (`close` closes it)
-            weakref.finalize(self, self._file.close)  # of a writer that never finishes
+            weakref.finalize(self, self._file.close)  # if the writer never finishes
         return self._file

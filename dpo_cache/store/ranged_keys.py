@@ -15,7 +15,7 @@ import numpy as np
 from dpo_cache.store.format.keys import is_sorted, key_halves, key_order
 from dpo_cache.store.key_table import find_sorted
 
-KEPT_BYTES = 256 * 2**20  # of keys that stay in memory: those of 16 million completions
+KEPT_BYTES = 256 * 2**20  # most bytes of keys in memory: the keys of 16 million completions
 
 ReadKeys = Callable[[str, Sequence[int]], list[np.ndarray]]  # shard, row groups -> their keys, S16
 
@@ -24,7 +24,7 @@ class RangedShard(NamedTuple):
     """A shard whose keys ascend from row group to row group."""
 
     name: str
-    first_row: int  # of the index
+    first_row: int  # its number in the index
     bounds: np.ndarray  # smallest and largest key of each row group, S16 `[groups, 2]`
     group_rows: Sequence[int]
 

@@ -1,6 +1,6 @@
 """The model that a run starts from by default: the one that the reference's entry in the cache names.
 
-Whoever made the cache chose that name. A commit of a Hub repository and an absolute path mean one thing; a
+The maker of the cache chose that name. A commit of a Hub repository and an absolute path mean one thing; a
 relative path means a folder wherever the command is run, and a Hub id without a commit whatever its owner
 puts there tomorrow. Those two are used only from an entry that this user published.
 """

@@ -13,7 +13,6 @@ its reference.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from dpo_cache.errors import ModelError
 from dpo_cache.lm.device import autocast_dtype
+from dpo_cache.packages import check_bitsandbytes
 from dpo_cache.types import QUANTIZATION_FIELDS
 
 if TYPE_CHECKING:
@@ -62,14 +62,7 @@ def check_quantizable(config: PreTrainedConfig, location: str, name: str) -> Non
             "Leave `quantize` out: the checkpoint is loaded as it is. Or give the model that it was made "
             "from."
         )
-    missing = [
-        package for package in ("bitsandbytes", "accelerate") if importlib.util.find_spec(package) is None
-    ]
-    if missing:
-        raise ModelError(
-            f"`quantize` {name} needs {' and '.join(missing)}, which is not installed.\n"
-            "Run `pip install 'dpo-cache[quantize]'`."
-        )
+    check_bitsandbytes(f"`quantize` {name}", ModelError)
 
 
 def check_saved_quantization(config: PreTrainedConfig, location: str) -> None:

@@ -29,7 +29,7 @@ from dpo_cache.store.folders.failures import storage_errors
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MARKER = "format.json"  # what makes a folder a cache
+MARKER = "format.json"  # the file that marks a folder as a cache
 ATTEMPTS = 5  # to publish a file while another process removes its folder, which it found empty
 
 

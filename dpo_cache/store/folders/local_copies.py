@@ -12,9 +12,9 @@ no room is not kept.
 An open copy has a shared lock, and the folder is locked while room is made. Locks end with their process. On
 file systems without locks, open copies may be removed, and each process may exceed the limit by one file.
 
-Users may share the folder. A copy that this user may not read is fetched anew, and one that this user may not
-remove stays and counts; where the folder takes no new files, nothing is kept. A copy is hashed when a process
-first opens it, so damage is never read, and again when its size or time has changed.
+Users may share the folder. A copy that this user may not read is downloaded again, and one that this user may
+not remove stays and counts; where the folder takes no new files, nothing is kept. A copy is hashed when a
+process first opens it, so damage is never read, and again when its size or time has changed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class LocalCopies:
 
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
-        self._hashed: dict[str, Mark] = {}  # of the copies whose bytes this process found to be whole
+        self._hashed: dict[str, Mark] = {}  # the copies that this process has hashed and found whole
         self._has_logged = False
 
     def open(self, name: str, num_bytes: int, download: Download) -> pa.OSFile | None:
@@ -121,7 +121,7 @@ class LocalCopies:
             if error.errno in TOO_MANY_OPEN:
                 raise
             return None  # none there, or another user's
-        with suppress(OSError):  # what cannot be read counts as damaged
+        with suppress(OSError):  # an unreadable copy counts as damaged
             if self._is_usable(file, path):
                 return file
         file.close()
@@ -247,7 +247,7 @@ class LocalCopies:
 
 
 class WrongDigestError(Exception):
-    """What was downloaded does not hash to its name."""
+    """The downloaded bytes do not hash to the file's name."""
 
 
 def is_part_name(name: str) -> bool:

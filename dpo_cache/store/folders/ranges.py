@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 
-TAIL_BYTES = 64 << 10  # of the end, by the first request: has nearly every footer, and all of a small file
+# the first request reads so much of a file's end: nearly every footer, or a whole small file
+TAIL_BYTES = 64 << 10
 GAP_BYTES = 64 << 10  # between two ranges, which are one request
 
 Range = tuple[int, int]  # first byte, and the one after the last

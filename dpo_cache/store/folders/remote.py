@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CONNECT_S, READ_S = 10, 60
-# of a whole call: some waits have no time-out, such as the one before the body of a PUT is sent
+# the limit of a whole call: some waits have no time-out, such as the one before a PUT sends its body
 CALL_S, SLOWEST_BYTES_PER_S = 120.0, 100_000
 LISTING_S = 1800.0
 CHUNK_BYTES = 32 << 20  # fetched by one request: what a broken connection costs

@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 # Between the tries; up to half of each is subtracted at random, so that writers do not collide again.
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-REMARK_AFTER_S = 3.0  # of failed tries
+REMARK_AFTER_S = 3.0  # seconds of failed attempts before the first remark
 
 PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 PASSING_CODES = {
@@ -173,14 +173,14 @@ def too_many_open(error: BaseException) -> int | None:
 
 
 def describe(error: BaseException) -> str:
-    """What happened, in one line: the store's own code before its message where there is one."""
+    """The failure in one line: the store's own code, if there is one, then its message."""
     code = next((code for link in _chain(error) for code in [_answer(link)[1]] if code), "")
     message = ((isinstance(error, OSError) and error.strerror) or first_line(error)).rstrip(".")
     return message if not code or code in message else f"{code}: {message}"
 
 
 def advice_kind(error: BaseException) -> str:
-    """Which advice fits, a key of `ADVICE`."""
+    """The key in `ADVICE` of the advice that fits."""
     for link in _chain(error):
         status, code = _answer(link)
         for mark in (code, *(kind.__name__ for kind in type(link).__mro__), str(status)):

@@ -1,1 +1,1 @@
-"""What the files of a cache hold: written, read and checked."""
+"""The file formats of a cache: how each is written, read and checked."""

@@ -29,7 +29,7 @@ REQUIRED = {  # members of a manifest, and those of their members that say how t
     "source": ("dataset", "format"),
     "tokenization": ("tokenizer", "max_length", "truncation"),
 }
-DTYPES = ("float32", "float16", "bfloat16")  # of a reference that was scored here
+DTYPES = ("float32", "float16", "bfloat16")  # a reference that dpo-cache scores has one of these
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""What a model can read of a pair set: token ids that it has embeddings for, and rows of a length it was made
-for.
+"""The limits of a model for a pair set: token ids that it has embeddings for, and rows of a length it was
+made for.
 """
 
 from __future__ import annotations

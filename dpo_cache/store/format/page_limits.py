@@ -16,10 +16,10 @@ import pyarrow as pa
 from dpo_cache.store.format.thrift import Struct, parse_struct
 
 FOOTER_BYTES = 256 * 2**10  # at most
-GROUP_BYTES = 256 * 2**20  # of the decoded columns of a row group, and of their levels, at most
+GROUP_BYTES = 256 * 2**20  # most bytes of a row group's decoded columns and their levels
 FILE_BYTES = 4 * 2**30  # at most
-LIST_ITEMS = 4096  # of any list in a footer, at most: row groups, columns, encodings
-HEADER_BYTES = 512  # of a page, at most
+LIST_ITEMS = 4096  # most items of any list in a footer: row groups, columns, encodings
+HEADER_BYTES = 512  # most bytes of a page's header
 
 UNCOMPRESSED, ZSTD = 0, 6  # codecs
 PLAIN, RLE, BYTE_STREAM_SPLIT = 0, 3, 9  # encodings
@@ -27,7 +27,7 @@ DATA_PAGE = 0
 PHYSICAL_TYPES = {pa.int64(): 2, pa.uint32(): 1, pa.float32(): 4, pa.float64(): 5}  # other columns: 7, bytes
 FIXED_BYTES = 7
 REPETITIONS, CONVERTED_TYPES = range(3), range(22)  # the values that Parquet has
-LEVEL_BYTES = 4  # of a value's two levels, while it is decoded
+LEVEL_BYTES = 4  # bytes of a value's two levels during decoding
 
 
 class PageError(ValueError):
@@ -47,7 +47,7 @@ class Chunk(NamedTuple):
 class Footer:
     """The position of each column, and the rows of each row group."""
 
-    digest: bytes  # of the footer's bytes
+    digest: bytes  # hash of the footer's bytes
     group_rows: list[int]
     chunks: list[list[Chunk]]  # by row group and column
     # smallest and largest value of a row group's first column, as the footer claims; None if it has none

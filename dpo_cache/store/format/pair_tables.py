@@ -101,7 +101,7 @@ def read_manifest(folder: Folder, place: str) -> Document:
 
 
 def created_of(manifest: Document) -> str:
-    """When the manifest was made, as text that sorts by time; empty where it does not tell."""
+    """When the manifest was made, as text that sorts by time; empty if the manifest has no time."""
     source = manifest.get("source")
     created = source.get("created") if isinstance(source, dict) else None
     return created if isinstance(created, str) else ""

@@ -37,7 +37,7 @@ REMEDY = (
     "Delete it and run the `dpo-cache precompute` that made it again: it scores only what is missing."
 )
 
-# what reading a bad file may raise, in Arrow and in `page_limits.py`
+# Arrow and `page_limits.py` raise one of these on a bad file
 DAMAGE = (pa.ArrowException, OSError, ValueError, IndexError, OverflowError)
 Load = Callable[[Sequence[Range]], None]
 MOST_OPEN = 64  # files of one index or pair set that are kept open
@@ -54,7 +54,7 @@ class ParquetBuilder:
             self._sink, schema, compression="zstd", use_dictionary=False, write_page_checksum=True,
             store_schema=False,
             column_encoding=_float_encodings(schema),
-            # of key or row only: those of lists make the footer twice as long and help nobody
+            # key or row only: statistics of lists double the footer's length, and no reader uses them
             write_statistics=schema.names[:1],
         )  # fmt: skip
         self.num_rows = 0

@@ -136,7 +136,7 @@ def are_only_sums(token_logps: pa.ListArray, num_tokens: pa.Array, logps: pa.Arr
 
 
 def row_bytes(table: pa.Table) -> np.ndarray:
-    """Bytes that each row takes in memory, nearly: int64 `[len(table)]`."""
+    """Approximate bytes that each row takes in memory: int64 `[len(table)]`."""
     return table.column("num_tokens").to_numpy().astype(np.int64) * 4 + ROW_BYTES
 
 

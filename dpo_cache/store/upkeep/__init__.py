@@ -1,1 +1,1 @@
-"""What keeps a cache in order: verify, repair, compact, gc, remove, merge, diff, copy."""
+"""Upkeep of a cache: verify, repair, compact, gc, remove, merge, diff, copy."""

@@ -17,7 +17,7 @@ from dpo_cache.store.format.shards import keys_of
 from dpo_cache.store.upkeep.key_ranges import find_overlap, key_starts, rows_by_key
 from dpo_cache.types import TOKEN_TOLERANCES
 
-GAP_TOKENS = 2**20  # that are compared at once, and those of one completion
+GAP_TOKENS = 2**20  # so many tokens, and one completion, are compared at once
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a cache holds, from its JSON files and the footers of its Parquet files: fast, whatever its size.
+"""The contents of a cache, from its JSON files and the footers of its Parquet files: fast, whatever its size.
 
 Only the bytes that are read are checked, unlike in `verify.py`. Damage, and what the disk or the store does
 not let us read, is listed with its reference or pair set, and the rest is reported all the same.
@@ -31,7 +31,7 @@ from dpo_cache.store.format.shards import SHARD_SCHEMA
 
 Result = TypeVar("Result")
 
-PLANS = 3  # of one task, while others compact or collect the files that it needs
+PLANS = 3  # attempts of one task, if another process compacts or collects the files that it needs
 
 _DIGEST = r"[0-9a-f]{64}"
 _NAME = NAME_PATTERN.pattern
@@ -133,7 +133,7 @@ def open_for_upkeep(location: str | os.PathLike[str]) -> tuple[Folder, str | Non
 
 
 def read_contents(location: str | os.PathLike[str]) -> Contents:
-    """What the cache at a path or URL holds."""
+    """The contents of the cache at a path or URL."""
     folder, problem = open_for_upkeep(location)
     files = folder.files()
     by_kind: dict[str, dict[str, list[str]]] = {kind: {} for kind in [*KINDS, "unknown"]}
@@ -305,8 +305,8 @@ def _noting_each(
 
 
 def with_new_plans(act: Callable[[], Result]) -> Result:
-    """What `act` returns, which lists files and reads them. If others compacted or collected a file since it
-    was listed, it is called again, up to `PLANS` times in all.
+    """Return the result of `act`, which lists files and reads them. If others compacted or collected a file
+    since it was listed, it is called again, up to `PLANS` times in all.
     """
     for _ in range(PLANS - 1):
         with suppress(MissingFileError):

@@ -72,7 +72,7 @@ class TransferReport:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Files to send, with their sizes, in groups: one is finished before the next is begun. The last group
+    """Files to send, with their sizes, in groups: one is finished before the next one starts. The last group
     are `manifests`, with their bytes.
     """
 
@@ -241,7 +241,7 @@ class _Sender:
         report, self._manifests = self._report, plan.manifests
         total_files = report.files_sent + sum(len(group) for group in plan.groups)
         total_bytes = report.bytes_sent + sum(sum(group.values()) for group in plan.groups)
-        report.files_present = len(plan.present) - report.files_sent  # that an earlier plan sent
+        report.files_present = len(plan.present) - report.files_sent  # minus those of earlier plans
         report.bytes_present = sum(plan.present.values()) - report.bytes_sent
         for num_bytes in chain.from_iterable(map(self._send_group, plan.groups)):
             report.files_sent += 1

@@ -27,9 +27,9 @@ from dpo_cache.store.format.keys import key_halves
 from dpo_cache.store.format.shards import cut, keys_of
 from dpo_cache.store.upkeep.row_files import ROW_SCHEMA, Group, RowFiles, Source, bytes_of
 
-RANGE_BYTES = 64 * 2**20  # of the rows of one range, nearly
-RUN_BYTES = 128 * 2**20  # of rows that are sorted at once
-BLOCK_BYTES = 64 * 2**10  # of sorted rows: the least that is read of a run
+RANGE_BYTES = 64 * 2**20  # approximate bytes of the rows of one range
+RUN_BYTES = 128 * 2**20  # bytes of rows that are sorted at once
+BLOCK_BYTES = 64 * 2**10  # smallest read of a run of sorted rows
 MOST_OVERLAPPING = 4  # shards that are read in place although their ranges overlap
 KEY_SPACE = range(2**64)  # values of a key's first 8 bytes, as a big-endian number
 
@@ -62,14 +62,16 @@ def rows_by_key(
 
 
 def key_starts(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of ascending keys: whether each row is the first of its key, and the position of that first row."""
+    """For ascending keys: a mask of the first row of each key, and for each row the position of that first
+    row.
+    """
     is_first = np.concatenate([np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1]])
     return is_first, np.maximum.accumulate(np.where(is_first, np.arange(len(keys)), 0))
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Which of several files hold completions that another one holds, too."""
+    """The files that share completions with another one of them."""
 
     files: list[int]  # positions
     num_rows: int
@@ -179,7 +181,7 @@ class _Blocks:
             column.append(value)
 
     def ranges(self) -> Iterator[tuple[range, list[int]]]:
-        """Ranges that split the rows into `RANGE_BYTES` each, nearly, with the blocks that overlap them."""
+        """Ranges of about `RANGE_BYTES` of rows each, with the blocks that overlap them."""
         first, last = (np.array(column, np.uint64) for column in (self.first, self.last))
         order = np.argsort(first, kind="stable")
         bounds = _split_evenly(first[order], np.array(self.num_bytes, np.int64)[order])

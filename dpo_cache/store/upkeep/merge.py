@@ -6,7 +6,7 @@ Files named by their content are the same in every cache, so a merge copies the 
 Two things are not named by their content: a reference's entry, whose provenance may differ (the destination's
 is kept, else the one whose bytes hash lowest), and a pair set. And two files may hold one completion with
 values further apart than rounding explains: such caches are merged only with `prefer`, and files with other
-values than the preferred ones are written anew.
+values than the preferred ones are rewritten.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ Candidate = tuple[Cache, Document]  # a cache, and the manifest of its pair set
 
 @dataclass
 class MergeReport:
-    """What a merge copied."""
+    """Counts of the files that a merge copied."""
 
     cache: str
     copied_files: int = 0
     copied_bytes: int = 0
     present_files: int = 0
-    references: list[str] = field(default_factory=list)  # that the destination did not have
+    references: list[str] = field(default_factory=list)  # new to the destination
     pair_sets: list[str] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)  # pair sets preferred to others of the same name
@@ -108,7 +108,7 @@ class _Merge:
     files: dict[str, tuple[Cache, str]] = field(default_factory=dict)  # shards, parts: cache, name there
     references: dict[str, bytes] = field(default_factory=dict)
     manifests: dict[str, bytes] = field(default_factory=dict)
-    # what these manifests name, though the destination may have it: cache, name there
+    # files that these manifests name, though the destination may have them: cache, name in it
     named: dict[str, tuple[Cache, str]] = field(default_factory=dict)
     disagreements: dict[str, Disagreement] = field(default_factory=dict)  # by reference
     # pair sets with values that are not preferred: cache, their manifest there, and their new one
@@ -305,7 +305,7 @@ class _Merge:
         return found is not None and any(map(found.is_in, part_files(manifest)))
 
     def _check_no_run_at_work(self) -> None:
-        """Raise `CacheError` if a run of `precompute` may yet withdraw a shard that would be written anew."""
+        """Raise `CacheError` if a run of `precompute` may yet withdraw a shard that the merge would rewrite."""
         for reference in self.disagreements:
             for file in shards_of_runs(self.target.folder, reference) & self.present.keys():
                 if self._is_overruled_shard(file):

@@ -1,4 +1,4 @@
-"""Many shards as few: merged in key order and published anew, in bounded memory.
+"""Merge many shards into few, in key order and in bounded memory.
 
     for name in write_sorted_shards(folder, place, merge_shards(folder, names)):
         ...  # the new shard, which is durable by now

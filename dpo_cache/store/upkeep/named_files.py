@@ -1,4 +1,4 @@
-"""Which files of a cache its manifests name: their parts, and the entries and scores of their references."""
+"""The files that the manifests of a cache name: parts, and the entries and scores of their references."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class NamedFiles:
 
 
 def read_named_files(folder: Folder) -> NamedFiles:
-    """What the manifests of the cache name now. Raises `CorruptShardError` where a manifest is damaged."""
+    """The files that the manifests of the cache name now. Raises `CorruptShardError` where a manifest is
+    damaged.
+    """
     found = NamedFiles()
     for pair_set in _folders(folder, found):
         _read_manifest(folder, pair_set, found)

@@ -21,7 +21,7 @@ from dpo_cache.store.format.documents import Document, read_sealed
 from dpo_cache.store.upkeep.contents import classify
 
 PATTERN = re.compile(r"\.run-[0-9a-f]{16}\.json")
-RUN_DIGITS = 8  # of the token: the run; the rest tells its workers apart
+RUN_DIGITS = 8  # the token's first digits identify the run, the others its worker
 GRACE_S = 3600.0  # a record of another machine that is older belongs to a run that was killed
 STARTS_ALIKE_S = 1.0  # a process's start as two look-ups report it
 

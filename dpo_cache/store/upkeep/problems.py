@@ -1,4 +1,4 @@
-"""What `verify` finds: problems, each of one file, and their report."""
+"""The problems that `verify` finds, each with its file, and their report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Problem:
     found: str
     remedy: str
     other: str | None = None  # the file that it differs from
-    sha256: str | None = None  # of the bytes that were read
+    sha256: str | None = None  # hash of the bytes that were read
 
     def __str__(self) -> str:
         return (
@@ -57,8 +57,7 @@ class VerifyReport:
 
     @property
     def is_whole(self) -> bool:
-        """Return whether nothing was found wrong with the files that were to be read, and all of them were.
-        """
+        """Return whether nothing was found wrong with the files that were to be read, and all of them were."""
         return not self.problems
 
     @property

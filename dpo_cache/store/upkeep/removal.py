@@ -107,7 +107,7 @@ def _remove_group(folder: Folder, owner: str, files: Sequence[str], removed: Rem
     try:
         for file in files:
             if left and classify(file)[0] == "reference":
-                continue  # of the scores that stay
+                continue  # an entry of scores that stay
             if _is_allowed(removed, file, partial(folder.move, file, hidden_name(file))):
                 hidden.append(file)
             else:

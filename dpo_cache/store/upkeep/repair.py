@@ -45,7 +45,7 @@ class Moved:
 
     file: str
     to: str | None  # None: a link, which was removed; the file that it points to is kept
-    completions: int | None = None  # that it held; None where its footer is not readable or it is no shard
+    completions: int | None = None  # None if its footer is unreadable or it is no shard
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def repair_cache(location: str | os.PathLike[str], verified: VerifyReport) -> Re
 
 
 def _unless_refused(file: str, act: Callable[[], Moved | Left]) -> Moved | Left:
-    """What became of the file; it is left where a disk or store refuses it to this user."""
+    """The outcome for the file; it stays in its place if a disk or store refuses this user."""
     try:
         return act()
     except StorageError as error:

@@ -24,13 +24,13 @@ from dpo_cache.store.format.shards import (
 )
 from dpo_cache.store.upkeep.contents import classify
 
-WORK_BYTES = 2 * ROW_BYTES  # of a row without its token log-probs, and of what it takes to sort it, roughly
+WORK_BYTES = 2 * ROW_BYTES  # approximate bytes to sort a row without its token log-probs
 
 Source = tuple[Folder, str]  # a score shard, or a part of a pair set: both sides of each pair
 
 ROW_SCHEMA = pa.schema([*SHARD_SCHEMA, pa.field("source", pa.uint32(), nullable=False)])
 SHARD_COLUMNS = [SHARD_SCHEMA.names]
-PART_COLUMNS = [  # of each side, in the order of `SHARD_SCHEMA`
+PART_COLUMNS = [  # columns of each side, in the order of `SHARD_SCHEMA`
     [f"{side}_key", f"{side}_num_tokens", f"ref_{side}_logps", f"ref_{side}_token_logps"] for side in SIDES
 ]
 
@@ -56,8 +56,8 @@ class RowFiles:
         self._last: tuple[int, ParquetReader] | None = None  # the file of which a row group was read last
 
     def list_groups(self, number: int) -> tuple[int, list[Group]]:
-        """The bytes of a file in memory, nearly, and its row groups if it is a shard whose footer says that
-        their keys ascend from group to group; else no groups.
+        """The approximate bytes of a file in memory, and its row groups if it is a shard whose footer says
+        that their keys ascend from group to group; else no groups.
         """
         folder, file = self._sources[number]
         if _is_part(file):
@@ -140,5 +140,5 @@ def _is_part(file: str) -> bool:
 
 
 def bytes_of(table: pa.Table) -> int:
-    """Bytes that the rows take in memory, nearly, while they are sorted."""
+    """Approximate bytes that the rows take in memory while they are sorted."""
     return int(row_bytes(table).sum()) + (WORK_BYTES - ROW_BYTES) * len(table)

@@ -99,8 +99,8 @@ class RunRecord:
             at_work.discard(run_of(self._name))
 
     def for_workers(self) -> Document:
-        """What the records of this run's workers need, see `__init__`, and the name of this record, which is
-        written now: a worker that does not find it has another folder under the cache's path.
+        """The arguments for the records of this run's workers, see `__init__`, and the name of this record,
+        which is written now: a worker that does not find it has another folder under the cache's path.
         """
         self._has_workers = True
         self._write("scoring")
@@ -262,7 +262,7 @@ def _plan(cache: Cache, reference: str, content: Document) -> Document:
 
 
 def _withdraw(cache: Cache, record: str, content: Document) -> None:
-    """Do what the plan says; repeated after an interruption, it does the rest."""
+    """Carry out the plan; repeated after an interruption, it does the rest."""
     folder, reference = cache.folder, record.rpartition("/")[0]
     needed: set[str] = set()
     for name, entry in content["manifests"].items():

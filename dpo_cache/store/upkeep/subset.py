@@ -1,4 +1,4 @@
-"""Which files `verify` reads if it reads a share of a cache each time, and others the next time.
+"""The files that `verify` reads if it reads only a share of a cache each time, and others the next time.
 
 A file's position is a number from 0 to 999,999, the remainder of a digest of its name, and a run reads the
 files in an interval of positions. The next run begins where the last one ended, which `CACHE/.verified.json`

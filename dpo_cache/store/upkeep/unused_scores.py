@@ -110,7 +110,7 @@ def _is_used(table: pa.Table, num_parts: int) -> np.ndarray:
 
 
 class _RowsOfRank:
-    """Of the shards' completions that a part holds, the row in the first shard (`rank` 0), the second one, …
+    """For the shards' completions that a part holds, the row in the first shard (`rank` 0), the second one, …
     that has the completion, as tables for `write_sorted_shards`.
     """
 

@@ -98,7 +98,7 @@ class _Verification:
         for name, (kind, parts) in self.kinds.items():
             self.owned.setdefault((kind, parts[0] if parts else ""), []).append(name)
         self.total = sum(size for name, size in self.files.items() if self._is_read_now(name))
-        self.digests: dict[str, str] = {}  # of the bytes that were read last
+        self.digests: dict[str, str] = {}  # hashes of the bytes that were read last
         self.references: dict[str, _Scored] = {}
 
     def run(self) -> VerifyReport:
