@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpo_cache.errors import printable, printable_lines, shown_bytes
+from dpo_cache.notebook.display import NotebookProgress, notebook_output
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -93,7 +94,7 @@ def bars_hidden(library: str) -> Iterator[None]:
 
 
 class ProgressLine:
-    """A bar on a terminal, and a line every few seconds elsewhere.
+    """A bar on a terminal or in a notebook, and a line every few seconds elsewhere.
 
     DPO_CACHE_PROGRESS=off shows nothing: a sweep sets it for its runs, whose progress it shows itself.
     """
@@ -103,7 +104,10 @@ class ProgressLine:
         self._started = self._printed = time.monotonic()
         self._is_off = os.environ.get("DPO_CACHE_PROGRESS") == "off"
         self._bar: Progress | None = None
-        if sys.stderr.isatty() and not self._is_off:
+        self._notebook: NotebookProgress | None = None
+        if not self._is_off and (show := notebook_output()):
+            self._notebook = NotebookProgress(description, show)
+        elif sys.stderr.isatty() and not self._is_off:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
@@ -119,7 +123,9 @@ class ProgressLine:
     def update(self, done: float, total: float, detail: str) -> None:
         """Show how far the work is."""
         detail = printable(detail)
-        if self._bar is not None:
+        if self._notebook is not None:
+            self._notebook.update(done / total, detail)
+        elif self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, detail=detail)
         elif not self._is_off and time.monotonic() - self._printed >= QUIET_SECONDS:
             self._printed = time.monotonic()
@@ -127,10 +133,18 @@ class ProgressLine:
 
     def remark(self, text: str) -> None:
         """Write a remark that does not tear the bar."""
-        if self._bar is not None:
+        if self._notebook is not None:
+            self._notebook.remark(text)
+        elif self._bar is not None:
             self._bar.console.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
         else:
             remark(text)
+
+    def note_metrics(self, metrics: dict[str, Any]) -> bool:
+        """Add a line of metrics.jsonl to the table of a notebook; returns False elsewhere."""
+        if self._notebook is not None:
+            self._notebook.note_metrics(metrics)
+        return self._notebook is not None
 
     def pause(self, show: Callable[[], None]) -> None:
         """Print a result while the bar is hidden."""
@@ -145,6 +159,8 @@ class ProgressLine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._notebook is not None:
+            self._notebook.close()
         if self._bar is not None:
             self._bar.stop()
 
@@ -169,10 +185,15 @@ def show_scoring(line: ProgressLine, progress: Any) -> None:
 
 
 def show_training(line: ProgressLine, metrics: dict[str, Any]) -> None:
-    """Show a line of metrics.jsonl: a step on the progress line, an evaluation as a remark."""
+    """Show a line of metrics.jsonl: a step on the progress line, an evaluation as a remark.
+
+    In a notebook both are in a table.
+    """
     step, total = metrics["step"], metrics["total_steps"]
+    is_in_table = line.note_metrics(metrics)
     if "eval/loss" in metrics:
-        line.remark(f"eval at step {step}: {describe_metrics(metrics, 'eval/')}")
+        if not is_in_table:
+            line.remark(f"eval at step {step}: {describe_metrics(metrics, 'eval/')}")
         return
     left = "" if metrics["left_s"] is None else f"  {format_seconds(metrics['left_s'])} left"
     pace = f"{metrics['pairs_per_s']:.2f} pairs/s  {shown_bytes(metrics['peak_bytes'])}{left}"
@@ -216,7 +237,13 @@ def show_transfer(line: ProgressLine, progress: Any) -> None:
 def describe_metrics(metrics: dict[str, Any], prefix: str = "") -> str:
     """Loss, accuracy and margin of a line of metrics."""
     loss, margin = metrics[f"{prefix}loss"], metrics[f"{prefix}rewards/margins"]
-    return f"loss {loss:.4f}  accuracy {metrics[f'{prefix}rewards/accuracies']:.1%}  margin {margin:+.4f}"
+    accuracy = format_share(metrics[f"{prefix}rewards/accuracies"])
+    return f"loss {loss:.4f}  accuracy {accuracy}  margin {margin:+.4f}"
+
+
+def format_share(share: float | None) -> str:
+    """A share in percent; `-` if there is none, such as an accuracy where margins are rounding noise."""
+    return "-" if share is None else f"{share:.1%}"
 
 
 def format_seconds(seconds: float) -> str:

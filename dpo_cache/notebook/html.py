@@ -1,0 +1,89 @@
+"""HTML for `_repr_html_`, by which Jupyter shows the last value of a cell.
+
+    card("Run demo", facts([("steps", "17")]), table(["step", "loss"], [["1", "0.69"]]))
+
+Everything that is shown may come from a file that another person made. So each function escapes its texts;
+only `card` and `folded` take HTML, which the other functions made. Colors are those of the page or
+translucent greys, which suit light and dark themes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from dpo_cache.errors import printable, printable_lines
+
+NUMBER = re.compile(r"[+-]?[\d,.]+( ?(%|[kMGT]?B|s|h|min|nats)|/[\d,?]+)?( \d+ (s|min))?|-|")
+# GitHub and pages that are not trusted leave styles out: then tables look as the page's others do.
+STYLE = (
+    "<style>"
+    ".dpo-cache{line-height:1.4;margin:.3em 0}"
+    ".dpo-cache .wide{overflow-x:auto}"
+    ".dpo-cache table{border:0;border-collapse:collapse;margin:.3em 0;font-size:.95em}"
+    ".dpo-cache th,.dpo-cache td{text-align:left;vertical-align:top;padding:.15em .8em;"
+    "border:0;border-bottom:1px solid rgba(128,128,128,.3)}"
+    ".dpo-cache .facts th{font-weight:normal}"
+    ".dpo-cache .facts td{overflow-wrap:anywhere}"
+    ".dpo-cache .number{text-align:right;font-variant-numeric:tabular-nums}"
+    ".dpo-cache .faint{opacity:.75}"
+    ".dpo-cache .note{font-size:.9em;white-space:pre-wrap;margin:.2em 0}"
+    ".dpo-cache progress{width:16em;max-width:40%}"
+    "</style>"
+)
+
+
+def card(title: str, *parts: str) -> str:
+    """A title above parts, which are HTML."""
+    return f'{STYLE}<div class="dpo-cache"><div><b>{text(title)}</b></div>{"".join(parts)}</div>'
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> str:
+    """A table of names and values; rows without a value are left out."""
+    lines = [
+        f'<tr><th class="faint">{text(name)}</th><td>{text(value)}</td></tr>' for name, value in rows if value
+    ]
+    return f'<table class="facts">{"".join(lines)}</table>' if lines else ""
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a line of titles; columns of numbers are aligned to the right."""
+    columns = zip(*rows, strict=True) if rows else ((),) * len(titles)
+    kinds = [' class="number"' if all(map(NUMBER.fullmatch, column)) else "" for column in columns]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        shown = (f"<{tag}{kind}>{text(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
+        return f"<tr>{''.join(shown)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table><thead>{line("th", titles)}</thead><tbody>{body}</tbody></table></div>'
+
+
+def note(line: str) -> str:
+    """A paragraph in small type; its line breaks stay."""
+    return f'<div class="note faint">{escape(printable_lines(line))}</div>'
+
+
+def folded(summary: str, *parts: str) -> str:
+    """Parts, which are HTML, that a click on the summary shows."""
+    return f"<details><summary>{text(summary)}</summary>{''.join(parts)}</details>"
+
+
+def remarks(lines: Sequence[str]) -> str:
+    """The remarks of a report, which a click shows; nothing without any."""
+    if not lines:
+        return ""
+    return folded(f"{len(lines)} remark{'' if len(lines) == 1 else 's'}", *map(note, lines))
+
+
+def bar(share: float, detail: str) -> str:
+    """A progress bar, filled from 0 to 1, with its percentage and a text."""
+    filled = min(max(share, 0.0), 1.0)
+    shown = f'{filled:.0%} <span class="faint">{text(detail)}</span>'
+    return f'<div><progress value="{filled:.3f}" max="1"></progress> {shown}</div>'
+
+
+def text(value: object) -> str:
+    """The value on one line: HTML and control characters are escaped."""
+    return escape(printable(value))
