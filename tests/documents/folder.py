@@ -1,0 +1,86 @@
+"""The fresh folder in which the blocks of a page run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import dpo_cache
+from tests.conftest import make_llama, make_tokenizer
+
+ROOT = Path(dpo_cache.__file__).parents[1]
+SHOWN_AS = "/home/me/prefs"  # how pages show the folder
+MODELS = ("model", "models/smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
+ROWS = {"train.jsonl": 24, "heldout.jsonl": 12}  # of the example data that a tiny model scores
+
+# What a page can start with, and the commands that make it; a name needs those before it.
+READY: dict[str, list[str]] = {
+    "cache": [
+        "dpo-cache precompute cache --model model --dataset pairs.jsonl",
+        "dpo-cache precompute cache --model model --dataset heldout.jsonl",
+    ],
+    "run": ["dpo-cache train cache --output run --pairs pairs --eval-pairs heldout --batch-size 8 --lr 1e-5"],
+}
+
+
+class Workplace:
+    """Makes fresh folders, always at `path`, because a cache records where its model and data are.
+
+    What pages start with is kept in the folder `kept`. `run` runs a command in the current folder.
+    """
+
+    def __init__(self, path: Path, kept: Path, run: Callable[[str], None], model: str = ""):
+        self.path = path
+        self._ready, self._base, self._run = kept / "ready", kept / "base", run
+        self._fill_base(model)
+
+    def fresh(self, names: list[str]) -> Path:
+        """The folder, with what its page starts with."""
+        states = [name for name in READY if name in names or (name == "cache" and "run" in names)]
+        start = self._ready / "-".join(states) if states else self._base
+        if not start.exists():
+            self.fresh(states[:-1])
+            self._in_folder(READY[states[-1]])
+            _copy(self.path, start)
+        _copy(start, self.path)
+        return self.path
+
+    def _in_folder(self, commands: list[str]) -> None:
+        before = Path.cwd()
+        os.chdir(self.path)
+        try:
+            for command in commands:
+                self._run(command)
+        finally:
+            os.chdir(before)
+
+    def _fill_base(self, model: str) -> None:
+        examples = self._base / "examples"
+        shutil.copytree(ROOT / "examples", examples, ignore=shutil.ignore_patterns("__pycache__"))
+        if model:
+            _copy(Path(model), self._base / "model")
+        else:
+            make_llama(max_position_embeddings=4096).save_pretrained(self._base / "model")
+            make_tokenizer().save_pretrained(self._base / "model")
+            for name, rows in ROWS.items():
+                lines = (examples / "data" / name).read_text().splitlines(keepends=True)
+                (examples / "data" / name).write_text("".join(lines[:rows]))
+        for other in MODELS[1:]:
+            _copy(self._base / "model", self._base / other)
+        shutil.copy(examples / "data" / "train.jsonl", self._base / "pairs.jsonl")
+        shutil.copy(examples / "data" / "heldout.jsonl", self._base / "heldout.jsonl")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a folder over another. Files that nothing writes to are linked."""
+
+    def copy_file(original: str, copy: str) -> None:
+        if original.endswith(".safetensors") and Path(original).stat().st_dev == target.stat().st_dev:
+            os.link(original, copy)
+        else:
+            shutil.copy2(original, copy)
+
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=copy_file)
