@@ -46,11 +46,11 @@ def test_help_is_plain_text_of_fixed_width(helps: dict[str, str]) -> None:
 
 
 def test_a_block_is_renewed_in_place() -> None:
-    page = "# dpo-cache ls\n\n```\n$ dpo-cache ls --help\nold\n\nlines\n```\n\nafter\n\n```\n$ dpo-cache ls CACHE\n```\n"
+    page = "# dpo-cache ls\n\n```console\n$ dpo-cache ls --help\nold\n\nlines\n```\n\nafter\n\n```\n$ dpo-cache ls CACHE\n```\n"
     renewed = with_help(page, "ls", "new")
     assert (
         renewed
-        == "# dpo-cache ls\n\n```\n$ dpo-cache ls --help\nnew\n```\n\nafter\n\n```\n$ dpo-cache ls CACHE\n"
+        == "# dpo-cache ls\n\n```console\n$ dpo-cache ls --help\nnew\n```\n\nafter\n\n```\n$ dpo-cache ls CACHE\n"
         "```\n"
     )
     assert with_help(renewed, "ls", "new") == renewed

@@ -57,12 +57,12 @@ def read_helps() -> dict[str, str]:
 
 def help_block(name: str, text: str) -> str:
     """The fenced block of a page."""
-    return f"```\n$ dpo-cache {name} --help\n{text}\n```"
+    return f"```console\n$ dpo-cache {name} --help\n{text}\n```"
 
 
 def with_help(page: str, name: str, text: str) -> str:
     """The page with its help block renewed. Raises `ValueError` where it has none."""
-    block = re.compile(rf"```\n\$ dpo-cache {re.escape(name)} --help\n(?:.*?\n)??```", re.DOTALL)
+    block = re.compile(rf"```console\n\$ dpo-cache {re.escape(name)} --help\n(?:.*?\n)??```", re.DOTALL)
     renewed, found = block.subn(lambda _: help_block(name, text), page)
     if found != 1:
         raise ValueError(
