@@ -28,7 +28,7 @@ _WITHOUT_COMMA = re.compile(r"\}\s*\{")
 
 
 def find_broken(value: Any, *, is_sure: bool = False) -> str | None:
-    """What broken messages in a text, or in one of several texts, look like; None if there are none.
+    """The look of broken messages in a text, or in one of several texts; None if there are none.
 
     `is_sure`: the column holds messages in other rows or for other reasons, so the start of one is enough.
     """

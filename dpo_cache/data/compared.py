@@ -27,7 +27,7 @@ TIES = frozenset(("tie", "tie (bothbad)", "bothbad", "both_bad", "both bad", "bo
 
 
 class Verdict(NamedTuple):
-    """How a row says which of its two answers is better."""
+    """How the columns of a row name the better of its two answers."""
 
     kind: str  # named, signed, shp, flags or scores
     columns: tuple[str, ...]
@@ -63,7 +63,7 @@ def find_pair(row: Row) -> Responses | None:
 
 
 def has_verdict(row: Row) -> bool:
-    """Return whether the row holds two answers and tells which is better."""
+    """Return whether the row holds two answers and names the better one."""
     found = find_pair(row)
     try:
         return found is not None and bool(find_verdict(row, found))

@@ -13,7 +13,8 @@ BY_TEMPLATE = "{}, which the chat template leaves out"
 
 
 def explain_equal_ids(example: Example, pair: tuple[int, int], row: Mapping[str, Any]) -> str | None:
-    """What the two answers of a pair differ in, if it is lost in their token ids; None if they are equal.
+    """The difference between the two answers of a pair, if it is lost in their token ids; None if they are
+    equal.
 
     `row` is as it was read.
     """
@@ -30,7 +31,7 @@ def explain_equal_ids(example: Example, pair: tuple[int, int], row: Mapping[str,
 
 
 def _rendered_away(one: Any, other: Any) -> str:
-    """What two answers differ in, of which the template makes the same text."""
+    """The difference between two answers of which the template makes the same text."""
     if len(one) != len(other):
         return BY_TEMPLATE.format("messages")
     both = list(zip(one, other, strict=True))

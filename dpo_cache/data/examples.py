@@ -33,7 +33,7 @@ class Example:
     answers: Answers
     pairs: Pairs = ((0, 1),)  # none if all answers rank alike
     template_options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the chat template
-    notes: tuple[str, ...] = ()  # what happened to the row and is worth a remark, such as what it lost
+    notes: tuple[str, ...] = ()  # events of the row that deserve a remark, such as a part that was left out
 
     @property
     def is_text(self) -> bool:

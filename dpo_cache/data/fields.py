@@ -46,7 +46,7 @@ def objects_of_lists(value: Any) -> list[dict[str, Any]] | None:
 
 
 def describe(value: Any) -> str:
-    """What a field holds, in words for an error message: what is missing, or is NaN, is `missing`."""
+    """A description of a field's value for an error message: `missing` for a missing value or NaN."""
     if is_null(value):
         return "missing"
     words = (words for kinds, words in WORDS.items() if isinstance(value, kinds))

@@ -71,10 +71,10 @@ RANKING = tuple((name,) for name in (*SCORES, *RANKS))
 
 @dataclass(frozen=True)
 class Format:
-    """What tells a format from those after it."""
+    """The rule by which a format is recognised before those after it."""
 
     columns: tuple[tuple[Names, ...], ...]  # for each part of a row, the columns that may hold it
-    fits: Callable[[Row], bool] = bool  # whether the first row has values of the format's types
+    fits: Callable[[Row], bool] = bool  # True if the first row has values of the format's types
 
     def lacks(self, columns: Sequence[str]) -> list[Names]:
         """The parts that none of these columns hold, each by its first names."""
@@ -216,7 +216,7 @@ def _is_within(value: Any, texts: Sequence[str]) -> bool:
 
 
 def columns_read(data_format: str, columns: Sequence[str], first_row: Row) -> str | None:
-    """What the columns are read as, where their names do not tell it: words after 'the data: '."""
+    """The reading of columns whose names leave it open: words after 'the data: '."""
     names = tuple(columns)
     others = [
         name for name in names if name not in find_sides(names) and isinstance(first_row.get(name), str)

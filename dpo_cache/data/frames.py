@@ -66,7 +66,7 @@ def with_whole_numbers(value: Any, path: Path, whole: set[Path]) -> Any:
         return {name: with_whole_numbers(one, (*path, str(name)), whole) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [with_whole_numbers(one, path, whole) for one in value]
-    if _is_list(value) and value.dtype == object:  # stays an array, which tells that it comes from Arrow
+    if _is_list(value) and value.dtype == object:  # stays an array, as a sign that it comes from Arrow
         found = value.copy()
         for place, one in enumerate(value):
             found[place] = with_whole_numbers(one, path, whole)

@@ -1,7 +1,7 @@
 """Nulls in the tools and tool calls of JSON rows.
 
 pandas and `datasets` write Arrow's nulls into JSON, too: one for each key that only other rows have. Nothing
-tells them from a row's own, so all are kept. Rows with one that no schema explains are noted.
+distinguishes them from a row's own, so all are kept. Rows with one that no schema explains are noted.
 """
 
 from __future__ import annotations

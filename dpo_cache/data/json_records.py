@@ -286,7 +286,7 @@ class _Values:
     def record(self) -> Record:
         """The next value as a row. Raises `BrokenFileError` where it is no value."""
         if not self.next_letter():
-            raise BrokenFileError("the file ends in the midst of its rows", self.line)
+            raise BrokenFileError("the file ends in the middle of its rows", self.line)
         while True:
             try:
                 found, end = PLAIN.raw_decode(self._text, self._place)

@@ -23,7 +23,7 @@ def parse_json(text: str) -> Any:
         return NOT_JSON
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of strange escapes
+            warnings.simplefilter("ignore")  # about strange escapes
             literal = ast.literal_eval(text.strip())
         return json.loads(json.dumps(literal))  # tuples as lists
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -1,4 +1,4 @@
-"""What the chat template leaves out of conversations, found by rendering them without it.
+"""The parts of conversations that the chat template leaves out, found by rendering them without each part.
 
 A template is a program, so what it writes is known only from what it wrote. If a text is the same without the
 thoughts, tools or field that a row gives, the template has left them out. Text of messages is looked for in
@@ -22,7 +22,7 @@ from dpo_cache.data.examples import Example, RowProblem
 from dpo_cache.data.lost import WEIGHTS, is_filled, media_of
 
 Message = dict[str, Any]
-Rendered = Sequence[list[str] | RowProblem]  # of each example: the prompt, then prompt + answer
+Rendered = Sequence[list[str] | RowProblem]  # for each example: the prompt, then prompt + answer
 Render = Callable[[Sequence[Example]], Rendered]
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # transformers gives a template each for the others
@@ -36,7 +36,7 @@ METADATA = re.compile(
     r"toxic|toxicity|redacted|metadata|meta|annotations|feedback|status|end_turn|user)",
     re.IGNORECASE,
 )
-RENDER_ARGUMENTS = ("tools", "documents")  # of `apply_chat_template`, which no template has to name
+RENDER_ARGUMENTS = ("tools", "documents")  # arguments of `apply_chat_template` that no template has to name
 PROBE = "zq7391"
 
 CALLS_LEFT_OUT = "the chat template leaves its tool calls out; give one that writes them with `chat_template`"
@@ -49,11 +49,11 @@ class _Claim(NamedTuple):
 
     if_same: str | RowProblem
     without: Example
-    places: Sequence[int]  # of the texts that should differ
+    places: Sequence[int]  # indices of the texts that should differ
     if_not: str | None = None
 
     def judge(self, texts: list[str] | RowProblem, other: list[str] | RowProblem) -> str | RowProblem | None:
-        """What is found, from the texts with and without the part."""
+        """The finding, from the texts with and without the part."""
         is_same = (
             isinstance(texts, list)
             and isinstance(other, list)
@@ -90,7 +90,7 @@ def find_left_out(
 
 
 class _Template:
-    """What is known of the chat template from its text, and from one rendering."""
+    """Properties of the chat template, from its text and from one rendering."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, render: Render):
         template = tokenizer.chat_template
@@ -265,8 +265,7 @@ def _field_note(name: str) -> str:
 
 
 def _is_written(content: str, text: str, start: int = 0) -> bool:
-    """Return whether content, but for its spaces, is in the text and ends after `start`, as it is or as JSON.
-    """
+    """Return whether the text has the content, plain or as JSON, but for spaces, ending after `start`."""
     bare = content.strip()
     if not bare or text.rfind(bare) + len(bare) > max(start, len(bare) - 1):
         return True

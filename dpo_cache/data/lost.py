@@ -1,4 +1,5 @@
-"""What a row holds that is not scored, as notes: media, weights of messages, turns after the answer, columns.
+"""Notes on the parts of a row that are not scored: media, weights of messages, turns after the answer,
+columns.
 
 What the chat template leaves out is found by rendering; see `left_out.py`.
 """
@@ -29,7 +30,7 @@ NAMES = {
     medium: re.compile(rf"(?:{BEFORE})?(?:{words})s?(?:_?(?:{AFTER})s?)*", re.IGNORECASE)
     for medium, words in WORDS.items()
 }
-FILE_TYPES = ("file", "input_file", "document")  # of content parts
+FILE_TYPES = ("file", "input_file", "document")  # types of content parts that hold a file
 # marks that a processor replaces by media: <image>, <image_1>, <|image_pad|>, <|AUDIO|>, <start_of_image>
 MARK = re.compile(
     r"<\|?(?:(?:start|begin)_of_)?(image|img|vision|video|audio|speech)"
@@ -47,7 +48,7 @@ NO_MEDIA = (
     "arguments",
     "chat_template_kwargs",
 )
-STORED_MEDIUM = {"bytes", "path"}  # of an object in which `datasets` keeps an image, a sound or a video
+STORED_MEDIUM = {"bytes", "path"}  # keys of the object in which `datasets` keeps an image, a sound or a video
 PLAIN = {"role", "content", "from", "value"}  # fields of an ordinary message
 WEIGHTS = ("weight", "loss_weight", "train", "trainable", "loss", "loss_mask", "mask")
 AMBIGUOUS = "mask"  # libraries mean opposite things by its values
@@ -61,7 +62,7 @@ UNREAD = {
         f"{side}{name}": THOUGHTS_COLUMN
         for side in ("", "chosen_", "rejected_")
         for name in ("reasoning_content", "reasoning", "thinking")
-        if side or name != "reasoning"  # which is often a judge's
+        if side or name != "reasoning"  # a column `reasoning` is often a judge's
     },
     **dict.fromkeys(
         ("weight", "weights", "loss_weight", "sample_weight", "chosen_weight", "rejected_weight"),
@@ -82,7 +83,7 @@ def row_notes(
     """Notes on what a row holds that is not scored.
 
     `row` is as it was read; `parts` are the prompt and answers that it makes, as text or messages; `columns`
-    are the media of columns, where their types tell it.
+    are the media of columns, if their types show them.
     """
     messages = [part for part in parts if not isinstance(part, str)]
     texts = [part for part in parts if isinstance(part, str)]
@@ -126,13 +127,13 @@ def media_notes(
 
 
 def differing_media(one: Any, other: Any) -> str | None:
-    """What two answers of a row, as they were read, differ in if it is media: `images`, for example."""
+    """The medium in which two answers of a row differ as they were read, for example `images`."""
     media = {*_media_in("", one), *_media_in("", other)} if one != other else ()
     return ", ".join(noun for medium, noun in NOUNS.items() if medium in media) or None
 
 
 def weight_notes(answers: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """A note for each field by which messages of the answers ask for less than full weight in the loss."""
+    """A note for each field that gives messages of the answers less than full weight in the loss."""
     messages = [message for answer in answers for message in answer]
     return [
         f"the `{name}` of its messages is not used: each token of an answer is scored"
@@ -210,7 +211,7 @@ def _is_data(content: Any) -> bool:
 
 
 def _medium_of_file(path: Any) -> str:
-    """The medium by the end of a file's name: file, if it does not tell."""
+    """The medium by the end of a file's name; `file` if the name leaves it open."""
     kind = mimetypes.guess_type(path)[0] if isinstance(path, str) else None
     medium = (kind or "").partition("/")[0]
     return medium if medium in NOUNS else "file"

@@ -10,7 +10,7 @@ and `a`, `x`, `y` of the assistant:
     p         p a q x   p a q y     p a q    | x | y          the prompt is the first message
     q         p a q x   p a q y     p a q    | x | y          the prompt is the last message
               p a q x   p a q y     p a q    | x | y          no prompt: what the answers share
-    p         a q x     a q y       p a q    | x | y          the answers go on after the prompt
+    p         a q x     a q y       p a q    | x | y          the answers continue after the prompt
     p a       q x       q y         p a q    | x | y
     p x       x         y           p        | x | y          the prompt ends with an answer: noted
     p         p a q x   p x q y     p        | a q x | x q y  the dialogues differ before the last turn: noted
@@ -32,7 +32,8 @@ Notes = tuple[str, ...]
 SYSTEM_ROLES = ("system", "developer")
 OPENING_ROLES = ("user", *SYSTEM_ROLES)  # begin a dialogue, never an answer
 OTHERS = (*OPENING_ROLES, "tool", "function", "ipython")  # all roles but that of the model
-MIN_WORDS = 3  # of a text prompt, to tell an answer that repeats it from one that begins with the same words
+# a shorter text prompt may be the beginning of an answer by chance, and not its repeated prompt
+MIN_WORDS = 3
 
 ENDS_LATER = "turns that its answers share are part of the prompt"
 BEGINS_EARLIER = "messages that its answers have before the prompt are part of it"

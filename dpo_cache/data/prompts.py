@@ -26,7 +26,7 @@ from dpo_cache.data.serialized import CALL_KEYS, find_messages
 
 Row = dict[str, Any]
 
-# of an answer that is an object
+# keys of an answer that is an object
 ANSWER_FIELDS = ("response", "completion", "answer", "text", "generation", "output", "content")
 
 
@@ -89,7 +89,7 @@ def with_system_column(row: Row) -> Row:
     name = next((name for name in SYSTEMS if name in row and not is_blank(row[name])), None)
     if name is None or not is_blank(row.get("system")) or not isinstance(row[name], str):
         return row
-    found = copy(row)  # of the row's own class, for columns that it lacks
+    found = copy(row)  # keeps the row's class, which answers for missing columns
     found["system"] = row[name]
     return found
 

@@ -20,7 +20,7 @@ SCORE = (
     "annotations", "evals", "evaluation", "scores",
 )  # fmt: skip
 INNER_SCORES = ("score", "overall_score", "overall", "rating", "Rating", "value")
-SYSTEM = "custom_system_prompt"  # UltraFeedback asked each model in another way
+SYSTEM = "custom_system_prompt"  # UltraFeedback prompted each model in another way
 
 
 def parse_ranked(row: Row, which: str) -> Parsed:

@@ -22,7 +22,7 @@ from dpo_cache.data.undecoded import without_decoding
 from dpo_cache.errors import DataError, OptionError, first_line
 from dpo_cache.files.locations import data_files, data_suffix, expanded
 
-NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")  # of a pair set's name
+NAME_LETTERS = frozenset(string.ascii_letters + string.digits + "._-")  # letters of a pair set's name
 
 # raised for damaged data
 READ_ERRORS = (pa.ArrowException, DatasetGenerationError, OSError, ValueError)
@@ -125,7 +125,7 @@ def dataset_name(location: str | Sequence[str]) -> str:
     """The data set's file, folder or repository, with characters that a pair set's name cannot have replaced
     by hyphens; of a pattern or several files, the folder that has them all.
 
-    Raises `OptionError` where too little of it is left to tell one name from another: `日本` and `中国` would
+    Raises `OptionError` where too little of it is left to distinguish two names: `日本` and `中国` would
     both be hyphens.
     """
     locations = [location] if isinstance(location, str) else list(location)

@@ -91,8 +91,7 @@ def parse_columns(row: dict[str, Any], *, is_text: bool = False) -> tuple[dict[s
 
 
 def _may_be_parsed(value: Any) -> bool:
-    """Return whether a column may hold messages or a list as text; quick for text that begins with a letter.
-    """
+    """Return whether a column may hold messages or a list as text; quick if the text begins with a letter."""
     if isinstance(value, str):
         if value[:1] == '"':
             return value[:2] in ENCODED_TWICE

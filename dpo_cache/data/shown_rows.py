@@ -22,7 +22,7 @@ class ShownSide:
     prompt: str
     answer: str
     cut_after: str
-    num_tokens: tuple[int, int, int, int]  # of the parts
+    num_tokens: tuple[int, int, int, int]  # tokens of the parts
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def show_rows(
 
 
 def _findings(survey: Survey) -> Iterator[tuple[str, int]]:
-    """What the survey found, in the words of `_kinds`, and the first row of each finding."""
+    """The findings of the survey, in the words of `_kinds`, and the first row of each finding."""
     for reason, finding in survey.dropped.items():
         yield reason, finding.rows[0]
     for kind, finding in (("cut", survey.truncated), ("early", survey.moved_boundary)):
@@ -73,7 +73,7 @@ def _findings(survey: Survey) -> Iterator[tuple[str, int]]:
 
 
 def _kinds(shown: ShownRow) -> set[str]:
-    """What there is to see in a row."""
+    """The findings in a row."""
     happened = {"cut": shown.was_cut, "early": shown.moved_boundary, shown.dropped: shown.dropped}
     return {*shown.notes, *(kind for kind, has_happened in happened.items() if kind and has_happened)}
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PERCENTILES = (0, 50, 90, 99, 100)
 ROWS_SHOWN = 3
-MIN_EARLY = 4  # pairs whose answers start early, to tell the sign of a wrong format from chance
+MIN_EARLY = 4  # fewest pairs with an early answer that are a sign of a wrong format and not chance
 
 
 @dataclass
@@ -147,7 +147,7 @@ class Survey:
             "the ids of the prompt, so its end would be scored as a part of the answer. In most rows of a "
             "set, that is the sign of a wrong format.\n"
             "Look at some rows with `show` 3. If the prompts are text, end them before the space, or the "
-            "word, that the answers go on with, and begin the answers with it; if they are messages, give "
+            "word, with which answers continue, and begin the answers with it; if they are messages, give "
             "the `chat_template` that the model was trained with. If the rows are right as they are, use "
             "them with `early_answers` keep."
         )

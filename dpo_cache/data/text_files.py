@@ -43,7 +43,7 @@ class TextFiles:
 
     kind: str  # json or csv
     paths: tuple[str, ...]
-    delimiter: str | None = None  # of CSV; None: found in its first line
+    delimiter: str | None = None  # the delimiter of CSV; None: found in its first line
 
     @property
     def names(self) -> tuple[str, ...]:

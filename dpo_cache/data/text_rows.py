@@ -121,7 +121,7 @@ class TextRows:
 
 @dataclass(frozen=True)
 class TextStream:
-    """The same rows as a stream: blocks of the table, read anew for each iteration."""
+    """The same rows as a stream: blocks of the table, read again in each iteration."""
 
     blocks: Callable[[], Iterator[pa.RecordBatch]]
     files: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from dpo_cache.data.json_text import NOT_JSON, parse_json, parse_unique
 Call = dict[str, Any]
 
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
-CALL_TYPES = ("tool_call", "tool_use")  # of calls without `function`; templates know "function"
+CALL_TYPES = ("tool_call", "tool_use")  # types of calls without `function`; templates know "function"
 CALL_FIELDS = ("id", "call_id", "tool_call_id", "type", "index", "name", "description", "strict")
 TOOL_WRAPPERS = ("tools", "functions", "function_declarations")
 
@@ -129,7 +129,7 @@ def _arguments(value: Any, name: str) -> dict[str, Any] | str:
     ):
         parsed = inner
     if is_blank(parsed):
-        return {}  # of a function without parameters
+        return {}  # a function without parameters
     if isinstance(parsed, dict):
         return parsed
     if isinstance(parsed, str) and parsed == value:

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value
 
-MEDIA = {"Image": "image", "Audio": "audio", "Video": "video", "Pdf": "file", "Nifti": "file"}  # of features
+MEDIA = {"Image": "image", "Audio": "audio", "Video": "video", "Pdf": "file", "Nifti": "file"}  # by feature
 
 
 def media_columns(rows: Any) -> dict[str, str]:

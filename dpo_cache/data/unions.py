@@ -15,7 +15,7 @@ another row has an `amount`. A null that the row itself had looks the same:
     in a list                                         kept: Arrow adds none there
 
 Values that are JSON text, or of the type JSON, are never changed; see `json_nulls.py`. An empty
-object is one with all members null; Arrow tells it from null.
+object is one with all members null, which Arrow distinguishes from null.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from dpo_cache.data.text_rows import MemoryRows
 Row = dict[str, Any]
 Shape: TypeAlias = "dict[str, Shape] | list[Shape] | bool"
 
-UNKNOWN = "nulls in its tools or tool calls, which Arrow does not tell from absent keys,"
+UNKNOWN = "nulls in its tools or tool calls, which Arrow does not distinguish from absent keys,"
 LEFT_OUT = f"{UNKNOWN} are left out (text of JSON keeps them)"
 KEPT = f"{UNKNOWN} are kept"
 
-PLACES = {"tools": SCHEMA, "functions": SCHEMA, "chat_template_kwargs": VALUE}  # of columns; else `MESSAGE`
+PLACES = {"tools": SCHEMA, "functions": SCHEMA, "chat_template_kwargs": VALUE}  # by column; else `MESSAGE`
 
 
 @dataclass(frozen=True)

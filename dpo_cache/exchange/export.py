@@ -43,7 +43,7 @@ TOKEN_IDS, LOGPS = pa.list_(pa.uint32()), pa.list_(pa.float32())
 
 @dataclass
 class ExportReport:
-    """What `export_pairs` wrote."""
+    """Counts and places of the files that `export_pairs` wrote."""
 
     pairs: str
     out: str

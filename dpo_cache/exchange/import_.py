@@ -47,7 +47,7 @@ BATCH_PAIRS = 2048
 
 @dataclass
 class ImportReport:
-    """What `import_pairs` did; counts are sums over the splits."""
+    """The report of `import_pairs`; counts are sums over the splits."""
 
     pair_sets: list[str] = field(default_factory=list)
     cache: str = ""

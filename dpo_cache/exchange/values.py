@@ -14,7 +14,7 @@ from dpo_cache.store.format.keys import key_array
 from dpo_cache.types import Pair, Score
 
 LONG = 20  # tokens; from this length on, a sum and an average differ clearly
-SMALL_SUM = 10.0  # nats: sums of long answers are nearly never as small
+SMALL_SUM = 10.0  # nats: sums of long answers are rarely as small
 SMALL_MEAN = 0.1  # nats a token: no reference is as sure of answers that others wrote
 DISAGREEMENT = (0.5, 0.02)  # nats, and relative, that bfloat16 in batches of other shapes explains
 ROWS_SHOWN = 3

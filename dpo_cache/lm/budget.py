@@ -26,7 +26,7 @@ class Budget:
         self._log = log
         self.has_stopped = tokens is not None  # the search
         self._untried = list(sizes[1:])
-        self._speeds: list[float] = []  # of the current size
+        self._speeds: list[float] = []  # speeds at the current size
         self._best = (0.0, self.tokens)
 
     def keep_below(self, most_tokens: int | None) -> None:

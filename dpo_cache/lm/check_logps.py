@@ -35,7 +35,7 @@ STREAM, FOREST = "stream", "forest"  # how a run uses the forest: in chunks to s
 SMALL_CHUNK, MEDIUM_CHUNK = 23, 97  # tokens: short rows are cut into several chunks
 NEAR_TOKENS = 256  # rows up to this length, too
 
-# What a model's code may raise on an attention, a mask or a shape that it does not know; a lack of memory is
+# A model's code may raise these on an attention, a mask or a shape that it does not know; a lack of memory is
 # a `RuntimeError`, too.
 FAILURES = (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError)
 
@@ -215,7 +215,7 @@ def compare(
 
 
 def raise_out_of_memory(error: BaseException, model: PreTrainedModel) -> None:
-    """Raise the error again if it is a lack of memory, which says nothing about the model's code."""
+    """Raise the error again if it is a lack of memory, which is no sign of a fault in the model's code."""
     if is_out_of_memory(error, model.device):
         raise error
 

@@ -26,17 +26,17 @@ SHARE = 0.05
 UNKNOWN_RUN_TOKENS = 16384
 
 MARGIN = 24  # tokens that a row runs past a limit
-ANSWER_TOKENS = 20  # of a long row: the tokens that are compared
+ANSWER_TOKENS = 20  # tokens of a long row that are compared
 FREE_TOKENS = 128  # rows up to this length are always run
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the run will do with the model, as far as it is known."""
+    """The known plans of the run for the model."""
 
     longest: int  # tokens of the longest row
-    chunk_tokens: int  # of the largest chunk or forest that is run at once
-    tokens: int | None = None  # that it runs in all; None: not known
+    chunk_tokens: int  # tokens of the largest chunk or forest that is run at once
+    tokens: int | None = None  # tokens of the whole run; None: not known
     num_ways: int = 1  # ways in which the long rows are run: streamed in chunks, as whole forests, or both
 
     @property
@@ -57,7 +57,7 @@ class CheckRows:
     short: list[Completion]  # shared prompts, a shared start of the answer, a tree of its own
     long: list[Completion]  # prefixes of one sequence, ascending; the last tokens of each are compared
     filler: list[Completion]  # sorted before all others, so that these are at the end of a chunk
-    chunk_tokens: int  # of the largest chunk that is checked
+    chunk_tokens: int  # tokens of the largest chunk that is checked
     # lengths that rows of the data pass, but no row of the check
     unreached: list[Limit] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Which device and dtype to compute on, and how much memory that took."""
+"""The choice of device and dtype, and the memory that a computation took."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from dpo_cache.errors import ModelError, OptionError
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 STREAMED = "_dpo_cache_streamed"  # marks the class of a model whose weights come when they are used
-SPREAD = (
-    "_dpo_cache_spread"  # of a model of `load_dispatched`, which runs on "one device" or "several devices"
-)
+SPREAD = "_dpo_cache_spread"  # attribute of a model: runs on "one device" or "several devices"
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -91,7 +89,7 @@ def autocast(
     """Mixed precision where `precision` is bf16-mixed.
 
     The bf16 copy of a weight is freed after its use, for a pass uses each weight once. With `keeps_copies`
-    the copies stay to the end, for generation, which would make them anew for each token; they take half the
+    the copies stay to the end, for generation, which would make them again for each token; they take half the
     memory of the fp32 weights.
     """
     return (

@@ -33,6 +33,6 @@ def free_host_bytes(cgroup: Path = CGROUP) -> int:
             entries = dict(line.split() for line in (cgroup / stat).read_text().splitlines())
         except (OSError, ValueError):  # no such interface, or "max": no limit
             continue
-        cached = int(entries.get("inactive_file", 0))  # of files: freed when the memory is needed
+        cached = int(entries.get("inactive_file", 0))  # cached files: freed when memory is needed
         available = min(available, max(0, most - used + cached))
     return available

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 NUM_DIRECTIONS = 4
-ROWS_AT_ONCE = 4096  # of a gradient, in float32
+ROWS_AT_ONCE = 4096  # rows of a gradient that are converted to float32 at once
 
 # Largest gap between two gradients of a parameter that rounding explains, relative to its norm, and relative
 # to that of all parameters (for gradients that are nothing but rounding): in float32, and in 16 bits.

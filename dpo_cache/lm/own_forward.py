@@ -20,8 +20,8 @@ from dpo_cache.lm.forest.attention import FOREST_ATTENTION, set_attention, use_f
 from dpo_cache.lm.patches import without_patches
 from dpo_cache.types import Completion
 
-MOST_LOGITS = {"cpu": 2**25, "cuda": 2**27, "mps": 2**26}  # that one run may return: 128 MB on a CPU
-EAGER_COPIES = 4  # of the attention scores of a layer, in float32
+MOST_LOGITS = {"cpu": 2**25, "cuda": 2**27, "mps": 2**26}  # most logits that one run returns: 128 MB on a CPU
+EAGER_COPIES = 4  # copies of a layer's attention scores in memory, in float32
 CHUNK_TOKENS = 64  # whose logits are copied to float32 at once
 
 

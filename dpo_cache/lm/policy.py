@@ -32,7 +32,7 @@ class CompletionLogps(NamedTuple):
     lengths: list[int]  # [N], adding up to T
     # log of the sum over the vocabulary of squared probabilities; no gradients
     squares_T: torch.Tensor | None = None
-    routing: Routing | None = None  # of a mixture of experts
+    routing: Routing | None = None  # only for a mixture of experts
 
     def sums(self, weights_T: torch.Tensor | None = None) -> torch.Tensor:
         """Log-prob of each completion, [N], float64 (float32 on MPS); `weights_T` weights its tokens."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# of configs, and of those of decoders of speech
+# names in configs, and in those of speech decoders
 FIELDS = ("max_position_embeddings", "max_target_positions")
 
 # Families that number the tokens of a row from `pad_token_id` + 1 on, so that the first rows of their table

@@ -27,10 +27,10 @@ class ScoringProgress:
 
     pair_set: str
     num_tokens: int  # run through the model
-    total_tokens: int  # of the whole run, known beforehand; of a stream, of the windows read so far
+    total_tokens: int  # tokens of the whole run; for a stream, those of the windows read so far
     total_pairs: int
     num_completions: int
-    elapsed_s: float  # of scoring
+    elapsed_s: float  # time of scoring
     num_workers: int = 0  # at work; 0: this process scores
 
     @property

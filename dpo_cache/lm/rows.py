@@ -68,7 +68,7 @@ class RunOutput:
 
     router_logits: Any  # None for a model that returns none
     uses: torch.Tensor  # how many completions use each position that was run: 0 at padding
-    predictors_TD: torch.Tensor  # of `run_whole`: logits
+    predictors_TD: torch.Tensor  # in `run_whole`: logits
     targets_T: torch.Tensor
     places_T: torch.Tensor | None = None  # place of each completion token among the targets; None: in order
 

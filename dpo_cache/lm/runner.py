@@ -59,10 +59,10 @@ class Runner:
     """A model that is ready to score: its attention is checked, its chunk size is found while it runs."""
 
     model: PreTrainedModel
-    name: str  # of the model, for errors
+    name: str  # the model's, for errors
     attention: AttentionChoice
     budget: Budget
-    layer_major: LayerMajor | None = None  # of a model whose weights are streamed
+    layer_major: LayerMajor | None = None  # only for a model whose weights are streamed
 
     def score(self, completions: Sequence[Completion], *, rows_of: RowsOf) -> Iterator[ScoringStep]:
         """Yield the scores chunk by chunk, each completion's once, in any order.

@@ -10,7 +10,7 @@ and then in each way, fastest first, until one gives the same log-probs:
     one row       one row at a time, by decoder and head
     own forward   one row at a time, by the model's own `forward`: true by definition
 
-`check_rows.py` says which rows these are, and what they cost; `config_limits.py` which lengths they pass.
+`check_rows.py` chooses these rows and counts their cost; `config_limits.py` lists the lengths they pass.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class AttentionChoice:
     max_rows: int | None = None  # in a batch; None: any number
     # the LM head is one matrix product, whose gradients are computed slice by slice
     has_plain_head: bool = False
-    kernel: str = SEGMENTS  # of the forest's attention: see `forest/kernels.py`
+    kernel: str = SEGMENTS  # the kernel of the forest's attention: see `forest/kernels.py`
     original: str | None = None  # the model's own attention, if it was switched to the forest
-    max_tokens: int | None = None  # of a chunk or a forest; None: any number
+    max_tokens: int | None = None  # most tokens of a chunk or a forest; None: any number
     limited_by: str = ""  # why chunks are smaller than the run's, if they are
     slowed_by: str = ""  # why no kernel takes all segments in one call, if the device has such kernels
     is_whole: bool = False  # rows are run by the model's own forward, not by its decoder and head
@@ -130,7 +130,7 @@ def choose_attention(
 def score_completions(
     model: PreTrainedModel, completions: Sequence[Completion], attention: AttentionChoice, budget: Budget
 ) -> Iterator[ScoringStep]:
-    """Scores as they come, about as many tokens at a time as the budget says."""
+    """Scores as they are computed, about `budget` tokens at a time."""
     if attention.name == "forest":
         budget.keep_below(attention.max_tokens)
         return score_forest(model, completions, budget, attention.kernel)
@@ -139,7 +139,7 @@ def score_completions(
 
 @dataclass(frozen=True)
 class _Check:
-    """What is checked, for which run."""
+    """The subject of a check, and its run."""
 
     rows: CheckRows
     run: Run
@@ -252,7 +252,7 @@ def _forest_choice(
         "forest",
         f"agrees with plain rows within {gap:.1e} nats per token",
         gap,
-        # which training needs, and where the head's weights are here
+        # training needs it, and the head's weights are here
         has_plain_head=check.layer_major is None and has_plain_head(model),
         kernel=kernel,
         original=check.original,

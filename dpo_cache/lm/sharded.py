@@ -38,7 +38,7 @@ class LocalShard:
     """This rank's rows of a trained parameter: `start` to `stop` of the first dimension."""
 
     parameter: torch.nn.Parameter  # plain; shares the memory of the rows
-    shape: torch.Size  # of the whole parameter
+    shape: torch.Size  # shape of the whole parameter
     start: int
     stop: int
 
@@ -183,7 +183,7 @@ def local_rows(tensor: torch.Tensor) -> torch.Tensor:
 def _check(model: PreTrainedModel, layers: list[torch.nn.Module]) -> None:
     """Raise `ModelError` for weights that FSDP2 does not take."""
     owners = {inner: layer for layer in layers for inner in layer.modules()}
-    units = defaultdict[torch.nn.Module, dict[str, torch.nn.Parameter]](dict)  # which are gathered together
+    units = defaultdict[torch.nn.Module, dict[str, torch.nn.Parameter]](dict)  # gathered together
     for prefix, module in model.named_modules():
         units[owners.get(module, model)].update(module.named_parameters(prefix, recurse=False))
     problem = "its weights are quantized" if is_quantized(model) else ""

@@ -1,4 +1,5 @@
-"""Whether a checkpoint's weights are kept on the device, or read for each window of scoring and at what cost.
+"""The decision to keep a checkpoint's weights on the device or to read them for each window of scoring, and
+its cost.
 
 Nothing but the headers of the checkpoint's files is read, and a little of them to measure the speed.
 """
@@ -24,19 +25,18 @@ from dpo_cache.lm.model.checkpoint_files import checkpoint_files
 from dpo_cache.lm.model.stored_tensors import StoredTensor, StoredTensors
 
 DISK, HOST = "disk", "host"
-USABLE = 0.9  # of the free memory of a device: activations need the rest
-HOST_SHARE = 0.7  # of the free memory of the host: for weights that are kept there
-WINDOW_SHARE = 0.25  # of what is left of it: for what a window keeps between two layers
-STATES_PER_TOKEN = 1.5  # of that, in hidden states
-QUANTIZED_BYTES = {"4bit": 0.53, "8bit": 1.01}  # of a weight, with its part of the scales
-CHECK_READINGS = 3  # of the self-check: a plain row, plain rows layer by layer, the forest
-FIRST_AUDIT_READINGS = (
-    2  # of the longest completion and the first sample: their scores, the model's own forward
-)
+USABLE = 0.9  # share of a device's free memory: activations need the rest
+HOST_SHARE = 0.7  # share of the host's free memory for weights that are kept there
+WINDOW_SHARE = 0.25  # share of the remaining host memory for a window's states between two layers
+STATES_PER_TOKEN = 1.5  # memory of a window's token, in hidden states
+QUANTIZED_BYTES = {"4bit": 0.53, "8bit": 1.01}  # bytes of a weight, with its part of the scales
+# readings of all weights by the self-check: a plain row, plain rows layer by layer, the forest
+CHECK_READINGS = 3
+FIRST_AUDIT_READINGS = 2  # scores and own forward of the longest completion and a sample
 PROBE_BYTES, PROBE_S = 2**28, 0.5  # read to measure the speed, at most
 PROBE_TURNS = 5
-PRODUCT_S = 0.02  # of a product that measures the device's speed, at least
-EFFICIENCY = 0.7  # of a model, compared with one product
+PRODUCT_S = 0.02  # shortest product that measures the device's speed
+EFFICIENCY = 0.7  # speed of a model, compared with one product
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Streaming:
 
     place: str
     is_required: bool  # otherwise the weights of a model that cannot be streamed are kept on the device
-    read_bytes: int  # of one reading
-    resident_bytes: int  # of all weights, if they were on the device
-    free_bytes: int  # of the device
+    read_bytes: int  # bytes of one reading
+    resident_bytes: int  # bytes of all weights, if they were on the device
+    free_bytes: int  # free memory of the device
     window_bytes: int  # memory for what a window keeps between two layers
     bytes_per_token: int  # of that
-    num_weights: int  # that a token is multiplied by, about
+    num_weights: int  # approximate number of weights that a token is multiplied by
     files: tuple[Path, ...]
 
     @property

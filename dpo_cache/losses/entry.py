@@ -51,7 +51,7 @@ def arxiv(name: str, number: str, authors: str, title: str) -> Paper:
 
 @dataclass(frozen=True)
 class Limit:
-    """Which values a setting may have; `message` may contain `{flag}` and `{value}`."""
+    """The values that a setting may have; `message` may contain `{flag}` and `{value}`."""
 
     allows: Callable[[Any], bool]
     message: str
@@ -64,15 +64,15 @@ class Loss:
     """
 
     name: str
-    inputs: tuple[str, ...]  # of INPUTS
-    settings: tuple[str, ...] = ("beta",)  # of LossSettings
-    formula: str  # of a pair, in the letters of docs/losses.md, as Markdown
+    inputs: tuple[str, ...]  # keys of INPUTS
+    settings: tuple[str, ...] = ("beta",)  # fields of LossSettings
+    formula: str  # the loss of a pair, in the letters of docs/losses.md, as Markdown
     paper: Paper | None
     equation: str = ""
-    elsewhere: Mapping[str, str] = field(default_factory=dict)  # what other systems call it
+    elsewhere: Mapping[str, str] = field(default_factory=dict)  # its names in other systems
     tag: str = ""  # on the Hub, where that is not the name
-    limits: Mapping[str, Limit] = field(default_factory=dict)  # of a setting under this loss
-    papers: Mapping[str, tuple[Paper, str]] = field(default_factory=dict)  # of a setting under this loss
+    limits: Mapping[str, Limit] = field(default_factory=dict)  # limits of settings under this loss
+    papers: Mapping[str, tuple[Paper, str]] = field(default_factory=dict)  # papers of settings
     whole_step: bool = False  # a pair's loss depends on the other pairs of its step
     is_logistic: bool = False  # ln 2 where the policy is the reference, near 0 where margins are large
 

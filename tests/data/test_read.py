@@ -199,7 +199,7 @@ HINT = "One JSON object a line, or a list of objects, is expected in JSON."
     [
         ('{"prompt": "a", "chosen": \n', ", line 2: not readable (no JSON (expecting value))"),
         ('[{"prompt": "a"', ", line 1: not readable (no JSON (expecting ',' delimiter))"),
-        ('[\n{"prompt": "a"},\n', ", line 3: not readable (the file ends in the midst of its rows)"),
+        ('[\n{"prompt": "a"},\n', ", line 3: not readable (the file ends in the middle of its rows)"),
         ('[{"prompt": "a"}\n{"prompt": "b"}]', ", line 2: not readable (the list of rows is broken: a comma"),
         (
             '[\n{"prompt": "a"}]\n\nx',

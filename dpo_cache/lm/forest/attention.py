@@ -26,7 +26,7 @@ FOREST_ATTENTION = "dpo_cache_forest"
 
 @dataclass(frozen=True)
 class Rules:
-    """What a layer adds to plain causal attention."""
+    """The additions of a layer to plain causal attention."""
 
     scaling: float
     window: int | None = None  # a query sees keys less than this many tokens back
@@ -82,7 +82,7 @@ def forest_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: int | None,  # what `_chunk_of_mask` returns: no mask is built
+    attention_mask: int | None,  # the result of `_chunk_of_mask`: no mask is built
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
@@ -92,7 +92,7 @@ def forest_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What a transformers model calls in place of its own attention; output [B, L, H, E]."""
+    """The attention function that a transformers model calls in place of its own; output [B, L, H, E]."""
     if forest_plan is None:
         raise PlanLostError
     assert dropout == 0.0, "the forest shares prefixes, which dropout forbids"
@@ -118,7 +118,7 @@ def attend_segment(
 
 
 class Seen(NamedTuple):
-    """Which keys of a path the queries at its end see: of those from `first` on, all, or as the mask says."""
+    """The keys of a path that the queries at its end see: all from `first` on, or those of the mask."""
 
     first: int
     mask_NP: torch.Tensor | None
@@ -128,7 +128,9 @@ class Seen(NamedTuple):
 def seen_by_segment(
     num_queries: int, length: int, like: torch.Tensor, rules: Rules, masks: dict[Any, torch.Tensor]
 ) -> Seen:
-    """What the last `num_queries` positions of a path of this length see; `masks` as in `attend_segment`."""
+    """The keys that the last `num_queries` positions of a path of this length see; `masks` as in
+    `attend_segment`.
+    """
     first = int(rules.first_visible(length - num_queries))
     is_limited = rules.first_visible(length - 1) > 0
     is_causal = num_queries == length and not is_limited

@@ -1,4 +1,4 @@
-"""Which kernel computes a forest's attention, and its plan.
+"""The choice of the kernel that computes a forest's attention, and its plan.
 
     segments   fused attention, segment by segment or in blocks of neighbouring segments: on every device
     varlen     torch's kernels for sequences of various lengths, in one call per layer: on CUDA

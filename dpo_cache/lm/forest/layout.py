@@ -41,7 +41,7 @@ class Forest:
         return len(self.tokens_L)
 
     def is_target_L(self) -> np.ndarray:
-        """Which tokens are part of a completion, and so need a log-prob: bool [L]."""
+        """A mask of the tokens of completions, which need a log-prob: bool [L]."""
         flags = np.zeros(len(self), bool)
         flags[concat_int64(self.targets)] = True
         return flags

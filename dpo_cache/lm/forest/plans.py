@@ -80,7 +80,7 @@ class TreePlan:
 
     segments: Sequence[Segment]
     atom_lengths: list[int]  # the row cut at every segment start and every branching point
-    path_atoms: list[list[int]]  # of each segment: the atoms of its path, then those of the segment
+    path_atoms: list[list[int]]  # for each segment: the atoms of its path, then its own
     is_one_operation: bool = False  # where rules and tensors allow it, see `tree_attention.py`
     masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 

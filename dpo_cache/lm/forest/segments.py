@@ -16,7 +16,7 @@ from dpo_cache.lm.forest.layout import Forest
 # Longest part of a segment in one call: the causal mask hides half of the scores of a part with itself.
 QUERY_TOKENS = 128
 
-# What one more call of the attention kernel costs, in pairs of a query and a key that could be computed
+# The cost of one more call of the attention kernel, in pairs of a query and a key that could be computed
 # meanwhile.
 CALL_COST = 4000
 
@@ -69,7 +69,7 @@ class Block:
         return np.concatenate([np.arange(segment.depth, segment.end_depth) for segment in self.segments])
 
     def visible_NP(self) -> np.ndarray:
-        """Which keys each token of the block sees: bool [N, P]."""
+        """A mask of the keys that each token of the block sees: bool [N, P]."""
         length = self.end - self.start
         visible = np.zeros((length, self.path_length + length), bool)
         path = np.arange(self.path_length)  # the keys on the open path, by depth

@@ -32,7 +32,7 @@ class Chunk:
     tokens_C: np.ndarray
     depths_C: np.ndarray
     pieces: list[Piece]
-    targets_T: np.ndarray  # which tokens need a log-prob, by index in the chunk
+    targets_T: np.ndarray  # indices in the chunk of the tokens that need a log-prob
     # the token that predicts each: an index in the chunk, or -1 - depth of a token carried on the open path
     predictors_T: np.ndarray
 

@@ -204,7 +204,7 @@ class _KeptSlices:
     pass.
 
     `most` limits the numbers that all objects of this class keep together: a step may have many forests whose
-    backward passes have not begun.
+    backward passes have not started.
     """
 
     num_alive: ClassVar[int] = 0

@@ -23,7 +23,7 @@ PROBE_TOKENS = 256
 PROBE_TURNS, PROBE_S = 9, 1.0  # turns of timing; fewer where they take longer than this
 # Below this size of the largest layer, calls cost more than products, so timing shows nothing.
 MIN_WEIGHTS = 2**17
-MAX_PROBED_WEIGHTS = 2**24  # of the layer; a probe of a whole LM head takes gigabytes
+MAX_PROBED_WEIGHTS = 2**24  # weights of the largest probed layer; a probe of a whole LM head takes gigabytes
 MIN_SPEEDUP = 0.95  # oneDNN is used if it takes at most this share of MKL's time
 CLEAR_SPEEDUP = 0.8  # the same where two runs should decide alike under any other load on the machine
 
@@ -87,7 +87,7 @@ def use_fast_linear(
 
 
 def name_of(kinds: Collection[str]) -> str:
-    """What `use_fast_linear` returns where oneDNN computes these kinds of products."""
+    """The result of `use_fast_linear` where oneDNN computes these kinds of products."""
     chosen = [kind for kind in KINDS if kind in kinds]
     if len(chosen) in (0, len(KINDS)):
         return "onednn" if chosen else "torch"

@@ -1,4 +1,4 @@
-"""What streams a model's weights, found from the model; importing this takes no time."""
+"""Find the object that streams a model's weights; importing this module takes no time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def streamed_weights_of(model: torch.nn.Module) -> StreamedWeights | None:
-    """What streams the weights of a model; None where all are on the device."""
+    """The object that streams the weights of a model; None if all weights are on the device."""
     found: StreamedWeights | None = getattr(type(model), STREAMED, None)
     return found
 

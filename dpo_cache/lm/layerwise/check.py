@@ -24,14 +24,14 @@ from dpo_cache.lm.layerwise.streamed import StreamedWeights
 from dpo_cache.lm.layerwise.windows import LayerMajor, Pass
 from dpo_cache.lm.model.parts import decoder_of
 
-DEVICE_SHARE = 0.125  # of the device's free memory: for what a window keeps there between two layers
+DEVICE_SHARE = 0.125  # share of the device's free memory for a window's states between two layers
 WITNESS_TOKENS = 64  # its length at most
 
 
 @torch.no_grad()
 def find_layer_major(model: PreTrainedModel, weights: StreamedWeights, window_bytes: int) -> LayerMajor:
-    """What runs the model layer by layer. Its layers are found in one plain call of the model, and the call's
-    log-probs are kept for the self-check.
+    """Build the `LayerMajor` that runs the model layer by layer. Its layers are found in one plain call of
+    the model, and the call's log-probs are kept for the self-check.
 
     Raises `NotLayerMajorError` where the decoder cannot be taken apart at its layers.
     """

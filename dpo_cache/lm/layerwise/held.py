@@ -32,7 +32,7 @@ class Held:
     tensor: torch.Tensor
 
     def get(self) -> Any:
-        """What is in its place now."""
+        """The present object in its place."""
         return self.owner.get(self.key) if isinstance(self.owner, dict) else getattr(self.owner, self.key)
 
     def put(self, tensor: torch.Tensor) -> None:
@@ -198,7 +198,7 @@ def copy_of(home: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 def exchanged(copies: Sequence[tuple[Held, torch.Tensor]]) -> Iterator[None]:
     """While open, each tensor's copy is in its place.
 
-    What a module puts there itself meanwhile stays: rotary tables that are made anew for longer rows.
+    An object that the module itself puts there meanwhile stays, such as rotary tables for longer rows.
     """
     for held, copy in copies:
         held.put(copy)

@@ -1,4 +1,4 @@
-"""What layers are given and what they return, and code in place of their forward."""
+"""Inputs and outputs of layers, and code in place of their forward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import Cache
 
 STATE = "hidden_states"  # the name of a layer's first parameter, where it is given by name
 
-Slot = int | str  # of an argument: its position after the state, or its name
+Slot = int | str  # an argument: its position after the state, or its name
 
 
 class NotLayerMajorError(Exception):
@@ -55,7 +55,7 @@ def split_given(
 
 @dataclass
 class Returned:
-    """What layers have returned so far: the entries of the last one, and the version of its state then."""
+    """The outputs of the layers so far: the entries of the last one, and the version of its state then."""
 
     entries: tuple[Any, ...] = ()
     version: int | None = None

@@ -12,14 +12,14 @@ from dpo_cache.lm.budget import now
 
 WINDOW_S = 300.0  # seconds that a window may take, which a crash can cost
 READINGS = 10.0  # or so many times the time to read the weights, if that is longer
-FIRST_TOKENS = 4096  # of a window while the speed is not known
+FIRST_TOKENS = 4096  # tokens of a window until the speed is known
 
 
 class Meter:
-    """Of all windows of a model."""
+    """Measurements over all windows of a model."""
 
     def __init__(self, clock: Callable[..., float] = now):
-        self.num_readings = 0  # of all weights
+        self.num_readings = 0  # times that all weights were read
         self.tokens_per_s = 0.0  # the best so far, without waiting for weights
         self.reading_s = 0.0  # the longest that a window waited for weights
         self._clock = clock

@@ -31,7 +31,9 @@ BOTTOM = -1  # the place of what is before the first layer
 
 
 class RouterProbe(Protocol):
-    """What adds up the routing of a mixture of experts over the layers of each pass, for its router loss."""
+    """The object that adds up the routing of a mixture of experts over the layers of each pass, for its
+    router loss.
+    """
 
     def begin(self, uses: Sequence[torch.Tensor]) -> None:
         """Start with new passes; `uses` is how often each token of a pass counts, [L] or [B, L]."""

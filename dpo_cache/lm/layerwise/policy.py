@@ -56,7 +56,7 @@ class LayerMajorRun:
         self._weights, self._routers = weights, routers or NoRouters()
         self._passes = LayerPasses(layers, weights, states, self._routers)
         self._batches: list[_Batch] = []
-        self._places: list[range] = []  # of each piece among the batches
+        self._places: list[range] = []  # the batches of each piece
         self._autocast = partial(autocast, self._model.device, policy.precision)
 
     def forward(self, pieces: Sequence[Sequence[Completion]]) -> None:

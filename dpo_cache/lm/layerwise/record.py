@@ -44,9 +44,9 @@ class Layers:
 
     decoder: torch.nn.Module
     order: list[torch.nn.Module]
-    # of what each call returns: tuple or list, and its length; None: a tensor
+    # the output of each call: tuple or list, and its length; None: a tensor
     forms: list[tuple[type, int] | None]
-    # of each call: arguments besides the state that the call before returned, and their places in its tuple
+    # for each call: arguments other than the state that the previous call returned, by place in its tuple
     takes: list[dict[Slot, int]]
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class LayerCall:
     kwargs: dict[str, Any]
     takes: Mapping[Slot, int] = field(default_factory=dict)
     hands_on: frozenset[int] = frozenset()
-    # what the layer that ran last has handed on, by its place; the same dict for all calls of a pass
+    # the outputs of the layer that ran last, by place; the same dict for all calls of a pass
     carried: MutableMapping[int, Any] = field(default_factory=dict)
 
     def run(self, state: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ def watch_layers(
 
 
 def record(layers: Layers, **arguments: Any) -> Recording:
-    """What each layer is given by the decoder's code; no layer runs. Raises `NotLayerMajorError`."""
+    """The arguments that the decoder passes to each layer; no layer runs. Raises `NotLayerMajorError`."""
     recording, _ = _run_empty(layers, None, arguments)
     return recording
 

@@ -20,7 +20,7 @@ from dpo_cache.lm.layerwise.shared import Roots
 from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.lm.routing import Routing, add_routings, measure_routing
 
-KEY = "router_logits"  # of transformers' collectors
+KEY = "router_logits"  # the key in transformers' collectors
 
 
 class CapturedRouters:
@@ -40,7 +40,7 @@ class CapturedRouters:
         self._collector = _active_collector
         maybe_install_capturing_hooks(_model_of_layers(model))
         self._num_chosen: int = model.config.get_text_config().num_experts_per_tok
-        self._weights: list[torch.Tensor] = []  # of each pass: how often each of its tokens counts
+        self._weights: list[torch.Tensor] = []  # for each pass, how often each of its tokens counts
         self._sums: dict[int, Routing] = {}  # by pass
         self._leaves: dict[int, Routing] = {}
         self._roots: Roots = []

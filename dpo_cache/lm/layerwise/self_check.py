@@ -1,4 +1,4 @@
-"""Whether a model that runs layer by layer gives the log-probs and the gradients of its plain run.
+"""A check that a model which runs layer by layer gives the log-probs and the gradients of its plain run.
 
     problem = layer_major_problem(policy, layers, weights, states, routers)
 
@@ -204,7 +204,7 @@ def _opened_layers(layers: Layers, weights: LayerWeights, hooks: _Hooks) -> Iter
 
 
 class _CopiesInUse:
-    """What a graph keeps in place of the copies of a layer's weights, whose memory is used again."""
+    """A placeholder that a graph keeps for the copies of a layer's weights, whose memory is used again."""
 
     def __init__(self, weights: LayerWeights, layer: torch.nn.Module, index: int):
         self._weights, self._layer, self._index = weights, layer, index

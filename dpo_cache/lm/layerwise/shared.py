@@ -1,4 +1,4 @@
-"""What a layer shares with others besides the state: arguments with gradients, entries of shared dicts.
+"""Values other than the state that layers share: arguments with gradients, entries of shared dicts.
 
 Gemma 3n's layers are given inputs of their own, which come from the embedding, and write their keys and
 values into a dict from which later layers read. Other layers return more than the state, which the next one
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from dpo_cache.lm.layerwise.record import LayerCall
 
 Roots = list[tuple[torch.Tensor | GradientEdge, torch.Tensor]]  # tensors, and their gradients
-Content = list[dict[Any, Any]]  # of each shared dict of a call
+Content = list[dict[Any, Any]]  # entries of each shared dict of a call
 
 
 @dataclass
@@ -29,7 +29,7 @@ class SharedTensors:
     """Those of one pass: their gradients so far, and what the dicts held before and after each layer."""
 
     _grads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # by the tensor's id
-    _contents: list[tuple[Content, Content]] = field(default_factory=list)  # of each layer
+    _contents: list[tuple[Content, Content]] = field(default_factory=list)  # one for each layer
     _made: set[int] = field(default_factory=set)  # ids of the tensors that layers wrote into dicts
 
     def run(self, call: LayerCall, state: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def _with_leaves(call: LayerCall, leaves: Leaves, content: Content, made: set[in
 
 
 def _new_entries(filled: dict[Any, Any], written: dict[Any, Any]) -> dict[Any, Any]:
-    """What a layer wrote into a dict."""
+    """The entries that a layer wrote into a dict."""
     return {key: value for key, value in written.items() if key not in filled or value is not filled[key]}
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class LayerWeights(Protocol):
-    """What puts a layer's weights on the device."""
+    """The object that copies a layer's weights to the device."""
 
     def use(self, index: int, *, then: int | None = None) -> AbstractContextManager[None]:
         """While open, layer `index` has its weights on the device; those of `then` are fetched meanwhile."""

@@ -38,7 +38,7 @@ class Pass:
     arguments: dict[str, Any] | None  # None: there is nothing to run, and `read` gets None
     read: Callable[[Any], Any]  # the decoder's output -> the result; the LM head may be used
     num_tokens: int
-    paths: CarriedPaths | None = None  # of the stream that it is a chunk of; its plan uses `paths.current`
+    paths: CarriedPaths | None = None  # paths of its stream; its plan uses `paths.current`
     first_depth: int = 0  # tokens of the open path that the chunk continues
 
 
@@ -47,7 +47,7 @@ class Done:
     """A layer that a window has passed, or a pass that has ended."""
 
     num_tokens: int  # run since the last one; their sum is that of the passes
-    place: int | None = None  # of the pass among all; None: a layer
+    place: int | None = None  # index of the pass; None: a layer
     result: Any = None
     ends_window: bool = False
 
@@ -69,7 +69,7 @@ class LayerMajor:
     window_tokens: int | None = None
     # a row, and its log-probs by a plain call of the model, which the self-check compares
     witness: tuple[Completion, torch.Tensor] | None = None
-    streamed: StreamedWeights | None = None  # of all layers, if they are not on the device
+    streamed: StreamedWeights | None = None  # the weights of all layers, if they are not on the device
     meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ class _Window:
         self._layers, self._states = layers, states
         self.passes: list[Pass] = []
         self.num_tokens = self.num_bytes = self.given_bytes = 0
-        self._calls: list[list[LayerCall]] = []  # of each pass; none where there is nothing to run
+        self._calls: list[list[LayerCall]] = []  # calls of each pass; none if there is nothing to run
         self._tickets: list[Any] = []
 
     def add(self, given: Pass) -> None:

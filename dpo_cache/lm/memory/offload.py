@@ -24,7 +24,7 @@ from dpo_cache.lm.memory.recompute_later import saving
 from dpo_cache.lm.patches import Patches
 from dpo_cache.log import Log
 
-MIN_BYTES = 2**16  # of a storage that is worth a copy
+MIN_BYTES = 2**16  # smallest storage that is worth a copy
 
 
 def offload_activations(

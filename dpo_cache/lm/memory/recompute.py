@@ -76,7 +76,7 @@ class Recomputation:
         self._kept = {found.default: name for name in EXPENSIVE if (found := _operator(name)) is not None}
         layers = decoder_layers(model)
         self.num_layers = len(layers)
-        self._num_runs = 0  # of layers with gradients
+        self._num_runs = 0  # runs of layers with gradients
         patches = patches or Patches()
         for layer in layers:
             for module in layer.modules():
@@ -93,7 +93,7 @@ class Recomputation:
         return output
 
     def _run_recorded(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output; its activations are kept as `mode` says."""
+        """The layer's output; `mode` decides which activations are kept."""
         if self.mode == "none":
             return forward(*args, **kwargs)
         if self.mode == "cheap":

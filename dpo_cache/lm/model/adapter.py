@@ -44,12 +44,18 @@ UNSUITED_FIELDS = {
     "megatron_config": "models of transformers have no Megatron layers",
 }
 
+# Fields of an adapter's config with names of layers, and where a user gives them
+NAMES_OF_LAYERS = {
+    "target_modules": "`lora_targets`, or target_modules of the adapter's config",
+    "modules_to_save": "modules_to_save of the adapter's config",
+}
+
 # Errors of PEFT for a config that does not fit the model
 PEFT_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, re.error)
 
-# of LoRA; PiSSA, OLoRA, LoftQ and the like move a part of the base into the adapter
+# values of LoRA's setting; PiSSA, OLoRA, LoftQ and the like move a part of the base into the adapter
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
-# of LoRA; the others start with a product of random matrices
+# values of LoRA's setting; the others start with a product of random matrices
 STARTS_AT_ZERO = (True, "gaussian")
 
 
@@ -138,8 +144,12 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int, log: L
     """
     peft = import_peft()
     check_suited(config)
+    _check_names(model, config)
     config = without_unsuited_layers(model, config, log)
-    with torch.random.fork_rng(devices=[] if model.device.type == "cpu" else None), without_deprecations():
+    with (
+        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
+        without_deprecations(),
+    ):
         torch.manual_seed(seed)
         try:
             with adapting(model):
@@ -154,7 +164,6 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int, log: L
                 f"{type(model).__name__} cannot take this adapter: {first_line(error)}\n"
                 "See `lora_targets` or `peft_config`."
             ) from error
-    _check_names(model, config)
     name_layers_of_text(adapted)
     return adapted.eval()
 
@@ -212,7 +221,7 @@ def _adapter_folder(location: str, revision: str | None) -> Path | None:
         return Path(location) if Path(location, CONFIG_FILE).is_file() else None
     try:
         found = find_adapter_config_file(location, revision=revision)
-    except OSError:  # missing or not reachable: loading the config raises an error that says so
+    except OSError:  # missing or not reachable: loading the config raises a clear error
         return None
     if found is None:
         return None
@@ -264,13 +273,9 @@ def without_deprecations() -> Iterator[None]:
 
 
 def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
-    """Raise `OptionError` if any of several names fits no layer: PEFT accepts them if one of them fits."""
-    layers = {
-        name.removesuffix(".base_layer"): module
-        for name, module in model.named_modules()
-        if "lora_" not in name
-    }
-    for field in ("target_modules", "modules_to_save"):
+    """Raise `OptionError` if a name fits no layer: PEFT accepts several names if one of them fits."""
+    layers = dict(model.named_modules())
+    for field, source in NAMES_OF_LAYERS.items():
         names = getattr(config, field, None)
         several = sorted(names) if names and not isinstance(names, str) else []
         missing = [
@@ -283,8 +288,7 @@ def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
                 if isinstance(module, (torch.nn.Linear, Conv1D))
             }
             raise OptionError(
-                f"{type(model).__name__} has no layer called {' or '.join(missing)} ({field} of the "
-                "adapter).\n"
+                f"{type(model).__name__} has no layer called {' or '.join(missing)} ({source}).\n"
                 f"Its linear layers: {', '.join(sorted(linear))}."
             )
 

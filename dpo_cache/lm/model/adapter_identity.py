@@ -56,7 +56,8 @@ SCALING_FIELDS = frozenset({"r", "alpha", "lora_alpha", "rank_pattern", "alpha_p
 
 
 def adapter_identity(folder: str, base: PreTrainedConfig, location: str, code: str | None) -> dict[str, Any]:
-    """What an adapter adds to the identity of its base. Raises `ModelError` for tensors that do not fit.
+    """The part of a reference's identity that describes its adapter. Raises `ModelError` for tensors that do
+    not fit.
 
     `location` is that of the base, and `code` the digest of the base's own code, if that makes it.
     """

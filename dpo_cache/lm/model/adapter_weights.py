@@ -122,7 +122,7 @@ def _missing_indices(adapted: PeftModel, found: Iterable[str]) -> list[str]:
 
 
 def _changes_base(adapted: PeftModel, folder: str) -> bool:
-    """Return whether the file holds weights of the base, such as resized embeddings. Switched off, they stay."""
+    """Return whether the file holds weights of the base, such as resized embeddings: always in use."""
     return bool(_shapes(folder).keys() - _saved_names(adapted, with_base=False))
 
 
@@ -264,7 +264,7 @@ def _keys_of_whole(name: str) -> list[str]:
 
 
 def _are_tied(model: PreTrainedModel, whole: Iterable[str], shapes: dict[str, list[int]]) -> bool:
-    """Return whether the rows of one end are those of the other: both share a weight, and it is not wrapped."""
+    """Return whether both ends have the same rows: they share a weight, and it is not wrapped."""
     is_tied = bool(model.config.get_text_config().tie_word_embeddings)
     plain_keys = [key for name in whole for key in _keys_of_whole(name)[1:2] if key in shapes]
     return is_tied and bool(plain_keys)

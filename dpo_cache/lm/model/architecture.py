@@ -1,4 +1,4 @@
-"""What kind of model a checkpoint holds, by its config: a causal LM, a language model with towers for images
+"""The kind of model in a checkpoint, by its config: a causal LM, a language model with towers for images
 and sound, or one that gives no log-probs to a row of tokens.
 """
 
@@ -74,7 +74,7 @@ def check_one_text_model(config: PreTrainedConfig, location: str) -> None:
 
 
 def _kind_of(config: PreTrainedConfig, name: str) -> str:
-    """What an architecture is that is no causal LM, in words."""
+    """A description of an architecture that is no causal LM."""
     if name.endswith(("Classification", "QuestionAnswering", "MultipleChoice", "RewardModel")):
         return "which has a head for labels or scores, and no causal LM head"
     if "Encoder" in name and "Decoder" not in name:

@@ -12,7 +12,7 @@ from dpo_cache.lm.model.adapter import CONFIG_FILE
 from dpo_cache.lm.model.unchanged import note_files
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.py"]  # of the files that a model is read from
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.py"]  # the files that a model is read from
 
 
 def checkpoint_files(

@@ -82,7 +82,9 @@ def home_of(function: types.FunctionType) -> str:
 
 
 def describe_callable(value: Any) -> Any:
-    """What a callable computes with, JSON-ready. Raises `ModelError` where that cannot be described."""
+    """A description of the code and values with which a callable computes, JSON-ready. Raises `ModelError`
+    where that cannot be described.
+    """
     return _Facts().of(value)
 
 

@@ -25,7 +25,7 @@ from dpo_cache.lm.model.class_code import code_files, foreign_classes
 from dpo_cache.lm.model.unchanged import commit_of, note_files
 
 CAUSAL_LM = "AutoModelForCausalLM"
-ENTRIES = ("AutoConfig", CAUSAL_LM)  # what transformers asks for when it loads a causal LM
+ENTRIES = ("AutoConfig", CAUSAL_LM)  # the classes that transformers requests to load a causal LM
 INERT_ENTRIES = ("Tokenizer", "Processor", "FeatureExtractor")  # in names of classes that make no model
 
 
@@ -78,7 +78,7 @@ def is_remote_code(
 
 
 def _references(config: PreTrainedConfig) -> dict[str, str]:
-    """`file.Class` or `repository--file.Class`, by the class of transformers that asks for it first."""
+    """`file.Class` or `repository--file.Class`, by the class of transformers that requests it first."""
     mapped = _auto_map(getattr(config, "auto_map", None))
     return {entry: mapped[entry] for entry in ENTRIES if entry in mapped}
 

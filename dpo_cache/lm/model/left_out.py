@@ -70,7 +70,7 @@ class LeftOut:
 
 
 def find_left_out(model: PreTrainedModel, location: str, revision: str | None = None) -> LeftOut | None:
-    """What the checkpoint at a folder or Hub id has besides the model; None for a plain causal LM.
+    """The parts of the checkpoint at a folder or Hub id other than the model; None for a plain causal LM.
 
     None also for a model in memory whose checkpoint is gone, if the model has towers of its own.
     """
@@ -96,7 +96,7 @@ def find_left_out(model: PreTrainedModel, location: str, revision: str | None = 
 
 def _num_bytes(file: Any, name: str) -> int:
     entry = file.get_slice(name)
-    bits = re.search(r"\d+", entry.get_dtype())  # of F32 or F8_E4M3; BOOL is a byte
+    bits = re.search(r"\d+", entry.get_dtype())  # F32 or F8_E4M3, for example; BOOL is a byte
     return math.prod(entry.get_shape()) * (int(bits[0]) if bits else 8) // 8
 
 

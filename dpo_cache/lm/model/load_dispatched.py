@@ -25,7 +25,7 @@ from dpo_cache.lm.model.adapter import locate_checkpoint
 from dpo_cache.lm.model.load import load_config, read_base
 from dpo_cache.lm.model.parts import decoder_of
 
-USABLE = 0.8  # of the host's free memory: loading and activations need the rest
+USABLE = 0.8  # share of the host's free memory: loading and activations need the rest
 
 MaxMemory = dict[int | str, int]  # bytes, by the number of a GPU or cpu; disk has what does not fit
 
@@ -83,7 +83,9 @@ def describe_places(model: PreTrainedModel) -> str:
 
 
 def usual_limits(device: torch.device) -> MaxMemory | None:
-    """What each place may hold by default; None: what is free there, of each GPU and of the host."""
+    """The memory of each place that may be used by default; None: the free memory of each GPU and of the
+    host.
+    """
     return {"cpu": int(USABLE * free_host_bytes())} if device.type == "cpu" else None
 
 

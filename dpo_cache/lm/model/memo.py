@@ -1,4 +1,4 @@
-"""What is known about files from an earlier run, so that a large checkpoint is hashed once.
+"""A memo of files' hashes from earlier runs, so that a large checkpoint is hashed once.
 
     ~/.cache/dpo-cache/digests/<name>.json
         {"version": 2, "stamp": [...], "content": {...}, "sha256": <hex>}

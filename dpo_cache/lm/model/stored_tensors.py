@@ -22,7 +22,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-LENGTH_BYTES = 8  # of the number that tells how long the header is, little-endian
+LENGTH_BYTES = 8  # bytes of the header's length, a little-endian number
 
 
 class StoredTensors:

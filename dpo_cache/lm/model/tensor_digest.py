@@ -159,7 +159,7 @@ class _TensorFile:
         return known
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor, str]]:
-        """Name, values and dtype of each tensor. The file is mapped anew for each, so that no more than one
+        """Name, values and dtype of each tensor. The file is mapped again for each, so that no more than one
         tensor's pages count as memory of this process.
         """
         for name, dtype in self.dtypes.items():

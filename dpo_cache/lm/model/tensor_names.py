@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint its model loads, and under which names transformers saves them.
+"""The tensors of a checkpoint that its model loads, and the names under which transformers saves them.
 
 A model without weights (on the meta device) knows it: nothing is loaded. Tensors that it does not load are
 not part of an identity, nor are those of towers for images and sound, which rows of text never reach. The

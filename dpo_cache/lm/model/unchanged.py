@@ -58,7 +58,9 @@ def commit_of(location: str, revision: str | None) -> str | None:
 
 
 def stamp(path: Path) -> Stamp:
-    """What changes when a file is written again: its real path, size, times and inode. Noted for the run."""
+    """The properties that change when a file is rewritten: real path, size, times and inode. Noted for the
+    run.
+    """
     found = _stamp(path)
     if (run := _run.get()) is not None:
         run.stamps.setdefault(path, found)

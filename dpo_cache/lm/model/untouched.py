@@ -1,4 +1,5 @@
-"""Whether a model in memory computes with nothing but its classes, and these with nothing but their files.
+"""A check that a model in memory computes with nothing but its classes, and these with nothing but their
+files.
 
 Hooks, a method of one module or of a class of transformers that was replaced, a function of a module of
 transformers that was, and attention functions that a user registered can change every log-prob, and no
