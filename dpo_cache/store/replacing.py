@@ -47,7 +47,7 @@ def check_replaceable(
 
 
 def has_same_pairs(old: PairSet, details: Document) -> bool:
-    """Return whether a pair set holds the pairs of these details, in their order, under the same reference."""
+    """Return whether a pair set holds these pairs in this order, under the same reference."""
     return "pairs_digest" in details and all(
         old.manifest.get(name) == details[name] for name in ("reference", "pairs_digest")
     )

@@ -305,7 +305,7 @@ class _Merge:
         return found is not None and any(map(found.is_in, part_files(manifest)))
 
     def _check_no_run_at_work(self) -> None:
-        """Raise `CacheError` if a run of `precompute` may yet withdraw a shard that the merge would rewrite."""
+        """Raise `CacheError` if a run of `precompute` may yet withdraw a shard to be rewritten."""
         for reference in self.disagreements:
             for file in shards_of_runs(self.target.folder, reference) & self.present.keys():
                 if self._is_overruled_shard(file):

@@ -57,7 +57,7 @@ class VerifyReport:
 
     @property
     def is_whole(self) -> bool:
-        """Return whether nothing was found wrong with the files that were to be read, and all of them were."""
+        """Return whether all files that were to be read were read, and nothing was found wrong with them."""
         return not self.problems
 
     @property
