@@ -33,6 +33,9 @@ ONLY_NEW := --deselect 'tests/lm/forest/test_flex.py::test_the_flex_plan_gives_t
 FAKE_CUDA_VENV ?= .venv-fake-cuda
 FAKE_CUDA_TORCH ?= torch==2.14.1
 
+# Every warning is an error: a link to a page or a heading that does not exist, a page in no part of the navigation.
+SPHINX := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -c docs -q -E -W --keep-going
+
 # Benchmarks run TRL in a separate environment, TRL_VENV. Both sides read ROWS rows of DATA and run TURNS times, alternately.
 TRL_VENV ?= .venv-trl
 TRL_PYTHON ?= $(TRL_VENV)/bin/python
@@ -42,7 +45,7 @@ TURNS ?= 3
 # Tests of several processes at once, in tests/scale, run one after another: each starts two or three of its own.
 SCALE := tests/scale
 
-.PHONY: help install model demo docs test test-scale test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-plan bench-layers
+.PHONY: help install model demo docs docs-links test test-scale test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-plan bench-layers
 .PHONY: bench-token-ids bench-file-ids bench-store bench-ray clean
 
 help:
@@ -55,7 +58,8 @@ help:
 	@echo "make test-newest  the same tests with the newest versions"
 	@echo "make test-fake-cuda  CUDA's branches on a machine without a GPU: operators counted, waits found; installs torch for CUDA"
 	@echo "make check        format, lint and types"
-	@echo "make docs         write the pages and the stub that come from the code"
+	@echo "make docs         write the pages and the stub that come from the code, and build the site in docs/_build/html"
+	@echo "make docs-links   open every address in the docs; needs the network"
 	@echo "make bench-precompute DATA=FILE [MODEL=FOLDER] [ROWS=N]      speed of scoring compared with TRL 1.16 and with the machine's limit"
 	@echo "make bench-train DATA=FILE [MODEL=FOLDER] [ROWS=N]           speed and memory of training compared with TRL 1.16 and with the machine's limit;"
 	@echo "                                                             LORA_R=16 trains an adapter, LIVE_ONLY=1 compares losses over many rows"
@@ -132,6 +136,12 @@ docs: $(VENV)/installed
 	$(BIN)/python -m tests.losses.write_table
 	$(BIN)/python -m tests.write_stub
 	$(BIN)/python -m tests.cli.write_help
+	$(SPHINX) -b html . docs/_build/html
+	@echo "The site is in docs/_build/html/index.html."
+
+# Needs the network: every address outside of the repository is opened.
+docs-links: $(VENV)/installed
+	$(SPHINX) -b linkcheck . docs/_build/links
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -185,4 +195,4 @@ bench-store: $(VENV)/installed
 	$(BIN)/python benchmarks/upkeep.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(FAKE_CUDA_VENV) $(TRL_VENV) models demo build *.egg-info
+	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(FAKE_CUDA_VENV) $(TRL_VENV) models demo build docs/_build *.egg-info
