@@ -496,6 +496,7 @@ def train(
     chat_template: str | os.PathLike[str] = 'pairs',
     reference: str | None = None,
     config: str | os.PathLike[str] | None = None,
+    trl_config: str | os.PathLike[str] | None = None,
     lora_r: int | None = None,
     lora_alpha: float | None = None,
     lora_targets: str = 'all-linear',

@@ -23,16 +23,15 @@ from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
 from dpo_cache.log import Log
 from dpo_cache.options.placement import PRESETS, Placement, next_preset, placement_of
-from dpo_cache.options.run_config import with_config
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.progress import describe_metrics, show_training
-from dpo_cache.training.launch import is_quiet_rank, launch, launched_rank
+from dpo_cache.training.launch import is_quiet_rank, launch, launched_rank, with_launched_config
 
 if TYPE_CHECKING:
     from dpo_cache.training.output.report import TrainReport
 
 
-@command(TrainOptions, complete=lambda given: with_config(given, remark))
+@command(TrainOptions, complete=lambda given: with_launched_config(given, remark))
 def train_command(options: TrainOptions, as_json: bool) -> None:
     """Train a policy on cached pairs. The reference model is not loaded, and the data set not read.
 
@@ -55,12 +54,15 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
 def _check(options: TrainOptions, num_ranks: int) -> None:
     """Raise the errors that show without torch."""
     from dpo_cache.planning.start import check_train
-    from dpo_cache.training.output.run_start import find_start
+    from dpo_cache.training.output.run_start import check_output, find_start
+    from dpo_cache.training.output.tracker_access import check_trackers
 
     options.check_ranks(num_ranks)
     check_train(options)
     resume, clears = bool(options.resume), not options.dry_run
     find_start(Path(options.output), lambda _: None, resume=resume, clears=clears)
+    check_output(Path(options.output))
+    check_trackers(options.log_to, is_dry_run=options.dry_run)
 
 
 def _train_with_others(options: TrainOptions) -> tuple[TrainReport, int | None]:

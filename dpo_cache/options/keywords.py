@@ -27,7 +27,7 @@ Chosen = TypeVar("Chosen", bound=Options)
 
 PATHS = {
     "cache", "chat_template", "config", "dataset", "destination", "local", "model", "out", "output",
-    "peft_config", "plot", "run", "tokenizer",
+    "peft_config", "plot", "run", "tokenizer", "trl_config",
 }  # fmt: skip
 PERIODS = {"eval_every", "save_every"}  # a number of steps, or text with a number of epochs
 _FLAG = re.compile(r"--([a-z][a-z0-9-]*)")

@@ -12,7 +12,7 @@ from dpo_cache.options.base import Options, cache_argument, flag_of, option, sec
 from dpo_cache.options.train import TrainOptions
 
 # Options of `train`: a sweep has another `resume`, no dry run, no config file, and a process a run
-NOT_IN_A_SWEEP = ("resume", "dry_run", "config", "parallel", "launch")
+NOT_IN_A_SWEEP = ("resume", "dry_run", "config", "trl_config", "parallel", "launch")
 PLACES = ("cache", "output")  # of the sweep as a whole
 TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", tuple: "str"}
 

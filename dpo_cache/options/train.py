@@ -76,6 +76,12 @@ class TrainOptions(LossOptions):
         None,
         "config.json of an earlier run, to start from its options. Options on the command line override it.",
     )
+    trl_config: str | None = option(
+        None,
+        "DPOConfig of TRL, as YAML or JSON, to start from its values. Options on the command line override "
+        "it; what has no counterpart is reported.",
+        metavar="FILE",
+    )
     lora_r: int | None = option(
         None, "Rank of a LoRA adapter, which is trained over frozen weights.", limit=ABOVE_0
     )

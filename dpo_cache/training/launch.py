@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from dpo_cache.files.machine import num_cores
+from dpo_cache.options.run_config import with_config
 
 RENDEZVOUS = "DPO_CACHE_RENDEZVOUS"  # variables that `launch` sets: the file in which the processes meet
 LAUNCHER = "DPO_CACHE_LAUNCHER"  # and its own process id
@@ -62,13 +63,24 @@ def launched_rank(environment: Mapping[str, str] | None = None) -> LaunchedRank 
 
 
 def is_quiet_rank() -> bool:
-    """Whether the run's remarks and its report are written by another process."""
+    """Return whether the run's remarks and its report are written by another process."""
     launched = launched_rank()
     return launched is not None and launched.index > 0
 
 
+def with_launched_config(given: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
+    """`with_config` in a process that a launcher may have started; one process of them all logs remarks."""
+    launched = launched_rank()
+    is_quiet = is_quiet_rank() or LAUNCHER in os.environ  # the process that launched this one has logged
+    return with_config(
+        given, (lambda _: None) if is_quiet else log, num_launched=launched.size if launched else 1
+    )
+
+
 def reports_early_errors() -> bool:
-    """Whether this process reports errors from before its run has joined the others: one on each machine."""
+    """Return whether this process reports errors from before its run has joined the others: one on each
+    machine.
+    """
     launched = launched_rank()
     return launched is None or 0 in (launched.index, launched.local_index)
 

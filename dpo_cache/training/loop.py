@@ -17,11 +17,11 @@ from dpo_cache.lm.model.unchanged import one_checkpoint
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.options.keywords import keywords_of
-from dpo_cache.options.run_config import with_config
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.progress import bars_hidden, show_training, shows_progress
 from dpo_cache.training.batches import longest_pairs, stream_pairs
 from dpo_cache.training.evaluations import Best
+from dpo_cache.training.launch import with_launched_config
 from dpo_cache.training.loaded import take_loaded
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.output.report import Clock, TrainReport
@@ -89,7 +89,7 @@ def train(
     loaded = take_loaded(model, tokenizer)
     named = {"cache": cache, "output": output, "model": model if loaded is None else loaded.name}
     given = {"launch": None, **options, **{name: value for name, value in named.items() if value is not None}}
-    chosen = TrainOptions(**with_config(given, log or log_remark))
+    chosen = TrainOptions(**with_launched_config(given, log or log_remark))
     nothing: Callable[[Any], None] = lambda _: None  # noqa: E731
     started = time.perf_counter()
     with open_ranks(chosen) as ranks:
@@ -327,7 +327,7 @@ class _Run:
             self.claim.check()
 
     def _has_folder(self) -> bool:
-        """Whether the folder is still claimed by this process, at this moment."""
+        """Return whether the folder is still claimed by this process, at this moment."""
         if self.claim:
             self.claim.renew()
         return self.ranks.is_main and not (self.claim and self.claim.is_lost)
