@@ -54,12 +54,15 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
 def _check(options: TrainOptions, num_ranks: int) -> None:
     """Raise the errors that show without torch."""
     from dpo_cache.planning.start import check_train
-    from dpo_cache.training.output.run_start import find_start
+    from dpo_cache.training.output.run_start import check_output, find_start
+    from dpo_cache.training.output.tracker_access import check_trackers
 
     options.check_ranks(num_ranks)
     check_train(options)
     resume, clears = bool(options.resume), not options.dry_run
     find_start(Path(options.output), lambda _: None, resume=resume, clears=clears)
+    check_output(Path(options.output))
+    check_trackers(options.log_to, is_dry_run=options.dry_run)
 
 
 def _train_with_others(options: TrainOptions) -> tuple[TrainReport, int | None]:

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_cache.errors import DataError, ModelError, OptionError, StorageError
+from dpo_cache.errors import DataError, DpoCacheError, ModelError, OptionError, StorageError
 from dpo_cache.files.atomic import refused_writes
 
 DATA_KINDS = {
@@ -159,7 +159,7 @@ def check_output(output: str, kind: str, *, overwrite: bool) -> None:
     """
     check_no_url(output)
     target = Path(output).expanduser()
-    _check_writable(target)
+    check_writable(target)
     if not target.exists():
         return
     if not overwrite:
@@ -181,10 +181,20 @@ def check_no_url(output: str) -> None:
         raise OptionError(f"`output` {output}: expected a path, found a URL.\nOnly caches may be at a URL.")
 
 
-def _check_writable(target: Path) -> None:
-    """Make a folder where the target would be, as a test, and remove it."""
-    with refused_writes(target, StorageError, "Or choose another `output`."):
-        existing = next(folder for folder in target.absolute().parents if folder.exists())
+def check_writable(
+    target: Path,
+    kind: type[DpoCacheError] = StorageError,
+    advice: str = "Or choose another `output`.",
+    *,
+    is_folder: bool = False,
+) -> None:
+    """Make a folder where the target would be, or in a target that is a folder, as a test, and remove it.
+
+    Raises an error of this kind, with the advice, where the file system refuses.
+    """
+    with refused_writes(target, kind, advice):
+        inside = target.absolute() / "_" if is_folder else target.absolute()
+        existing = next(folder for folder in inside.parents if folder.exists())
         probe = existing / f".{secrets.token_hex(8)}.tmp"
         probe.mkdir()
         probe.rmdir()

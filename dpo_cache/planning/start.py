@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_cache.errors import DataError, OptionError
+from dpo_cache.errors import DataError, ModelError, OptionError
 from dpo_cache.files.locations import (
     check_dataset,
     check_model,
@@ -24,15 +24,27 @@ from dpo_cache.options.plan import PlanOptions
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.options.train import TEMPLATES, TrainOptions
 from dpo_cache.options.upkeep import VerifyOptions
+from dpo_cache.packages import check_bitsandbytes, check_ray
 from dpo_cache.store import Cache, open_cache
 from dpo_cache.store.cache import check_name
 from dpo_cache.store.starting_model import default_start
 
+# The options of `train` that `check_train` reads
+TRAIN_INPUTS = (
+    "cache", "output", "pairs", "eval_pairs", "reference", "resume", "model", "chat_template", "peft_config",
+    "quantize", "optimizer",
+)  # fmt: skip
+
 
 def check_precompute(options: PrecomputeOptions) -> None:
-    """Raise `DpoCacheError` for a wrong path or name, an unusable `cache`, or one without the reference."""
+    """Raise `DpoCacheError` for a wrong path or name, a package that is missing, an unusable `cache`, or one
+    without the reference.
+    """
     if options.name:
         check_name(options.name)
+    if options.ray is not None:
+        check_ray()
+    _check_quantize(options.quantize)
     cache = open_cache(options.cache, create=True)
     if not options.dry_run:
         _check_new(cache)
@@ -55,9 +67,13 @@ def check_plan(options: PlanOptions) -> None:
 
 
 def check_train(options: TrainOptions) -> None:
-    """Raise `DpoCacheError` where the cache lacks a pair set or reference, or a path is wrong."""
-    if options.output:
-        check_no_url(options.output)
+    """Raise `DpoCacheError` where the cache lacks a pair set or reference, a path is wrong, or a package is
+    missing.
+    """
+    check_no_url(options.output)
+    _check_quantize(options.quantize)
+    if options.optimizer.startswith("adamw-8bit"):
+        check_bitsandbytes(f"`optimizer` {options.optimizer}")
     cache = open_cache(options.cache)
     eval_pairs = cache.pairs(options.eval_pairs) if options.eval_pairs else None
     pairs = cache.choose_pairs(
@@ -121,6 +137,11 @@ def _check_new(cache: Cache) -> None:
             "Give a folder, or another URL of fsspec."
         )
     cache.check_writable()
+
+
+def _check_quantize(quantize: str) -> None:
+    if quantize != "none":
+        check_bitsandbytes(f"`quantize` {quantize}", ModelError)
 
 
 def _check_tokenizer(tokenizer: str | None, chat_template: str | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from dpo_cache.errors import OptionError
 from dpo_cache.losses.table import LOSSES
 from dpo_cache.options.sweep import shown_value
+from dpo_cache.packages import check_matplotlib
 
 Line = dict[str, Any]  # of metrics.jsonl
 LAST_STEPS = 10
@@ -198,12 +199,9 @@ def _has_held_out(rows: Sequence[RunRow]) -> bool:
 
 def check_plot(path: Path) -> None:
     """Raise `OptionError` if a plot cannot be drawn into the file."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OptionError(
-            "`plot` needs matplotlib.\nInstall it with `pip install 'dpo-cache[plot]'`, or leave `plot` out."
-        ) from error
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     if path.suffix[1:] not in Figure().canvas.get_supported_filetypes():
         raise OptionError(f"`plot` {path}: expected a file that ends in .svg, .png or .pdf.")
     if not path.absolute().parent.is_dir():

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -16,11 +15,12 @@ from typing import Any
 from dpo_cache.errors import OptionError, TrainingError
 from dpo_cache.files.atomic import refused_writes
 from dpo_cache.files.claim import Claim
-from dpo_cache.files.locations import check_model, check_peft_config
 from dpo_cache.log import Log, keeps_remarks, log_remark
 from dpo_cache.options.base import with_new_names
 from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.sweep import SweepOptions, loss_settings
+from dpo_cache.options.train import TrainOptions
+from dpo_cache.planning.start import TRAIN_INPUTS, check_train
 from dpo_cache.progress import show_sweep, shows_progress
 from dpo_cache.reporting.runs import (
     RunRow,
@@ -33,14 +33,22 @@ from dpo_cache.reporting.runs import (
     table_markdown,
     table_notes,
 )
-from dpo_cache.store import open_cache
 from dpo_cache.sweeping.grid import Grid, read_grid
 from dpo_cache.sweeping.processes import ENDS_BY_SIGNAL, ActiveRun, run_environment, threads_of_a_run
 from dpo_cache.sweeping.sweep_folder import Run, hold_folder, plan_runs, read_report, with_plan, write_whole
 from dpo_cache.training.output.run_start import clear_finished
 
+from dpo_cache.training.output.tracker_access import check_trackers
 POLL_S = 0.2
 
+# Options whose values are checked with the model's config and torch, unless they are the usual ones
+USUAL = {
+    "lora_targets": "all-linear",
+    "peft_config": None,
+    "merge_adapter": False,
+    "router_aux_loss_coef": None,
+    "device": "auto",
+}
 OnRow = Callable[["SweepReport"], None]
 
 
@@ -120,7 +128,7 @@ def sweep(
     grid = read_grid(chosen)
     if chosen.plot:
         _check_plot(Path(chosen.plot), grid)
-    _check_inputs(chosen.cache, grid)
+    _check_runs(chosen, grid)
     with hold_folder(Path(chosen.output), log) as claim:
         runs = plan_runs(Path(chosen.output), chosen.cache, grid, resume=bool(chosen.resume))
         work = _Sweep(chosen, runs, claim, on_progress or (lambda _: None), on_run or (lambda _: None), log)
@@ -297,20 +305,27 @@ class _Sweep:
         return "stopped" if run.is_begun else "waiting"
 
 
-def _check_inputs(cache: str, grid: Grid) -> None:
-    """Raise `DpoCacheError` for a wrong cache, pair set, reference or file, before a run fails on it."""
-    opened = open_cache(cache)
-    held_out = [opened.pairs(name).name if name else None for name in grid.values("eval_pairs")]
-    for model in grid.values("model"):
-        if model is not None:
-            check_model(model)
-    for path in grid.values("peft_config"):
-        if path is not None:
-            check_peft_config(path)
-    for name, besides in product(grid.values("pairs"), held_out):
-        pairs = opened.choose_pairs(name, "to train on", besides=besides)
-        for reference in filter(None, grid.values("reference")):
-            opened.check_scored_by(pairs, reference)
+def _check_runs(options: SweepOptions, grid: Grid) -> None:
+    """Raise `DpoCacheError` for what a run would fail on before it has loaded a model."""
+    runs = [
+        TrainOptions(cache=options.cache, output=options.output, **grid.shared, **combination)
+        for combination in grid.combinations()
+    ]
+    for run in _distinct(runs, TRAIN_INPUTS):
+        check_train(run)
+    for run in _distinct(runs, ("log_to",)):
+        check_trackers(run.log_to)
+    needs_config = [run for run in runs if any(getattr(run, name) != usual for name, usual in USUAL.items())]
+    if needs_config:
+        from dpo_cache.training.before_loading import check_later_run  # imports torch
+
+        for run in _distinct(needs_config, (*USUAL, "model", "pairs", "eval_pairs", "lora_r", "quantize")):
+            check_later_run(run)
+
+
+def _distinct(runs: list[TrainOptions], names: Sequence[str]) -> list[TrainOptions]:
+    """One of the runs for each combination of values that these options have."""
+    return list({tuple(getattr(run, name) for name in names): run for run in runs}.values())
 
 
 def _check_plot(path: Path, grid: Grid) -> None:

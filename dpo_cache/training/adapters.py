@@ -20,11 +20,13 @@ from dpo_cache.options.train import TrainOptions
 from dpo_cache.training.loaded import adds_adapter
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 
 def has_adapter(options: TrainOptions, parts: CheckpointLocation, location: str, *, is_resumed: bool) -> bool:
-    """Whether an adapter is trained. Raises `TrainingError` for options that need one or add a second one."""
+    """Return whether an adapter is trained. Raises `TrainingError` for options that need one or add a second
+    one.
+    """
     is_new, is_saved = adds_adapter(options), parts.adapter is not None
     if is_new and is_saved and not is_resumed:
         raise TrainingError(
@@ -44,6 +46,16 @@ def has_adapter(options: TrainOptions, parts: CheckpointLocation, location: str,
     return is_new or is_saved
 
 
+def new_adapter_config(options: TrainOptions, parts: CheckpointLocation) -> PeftConfig:
+    """The config of the fresh adapter that the options add. Raises `OptionError`."""
+    if options.lora_r is not None:
+        config = lora_config(options.lora_r, options.lora_alpha, options.lora_targets)
+    else:
+        config = read_adapter_config(str(options.peft_config))
+    config.revision = parts.base_revision
+    return config
+
+
 def put_adapter(
     options: TrainOptions, model: PreTrainedModel, parts: CheckpointLocation, log: Log
 ) -> PeftModel:
@@ -51,12 +63,7 @@ def put_adapter(
     if parts.adapter is not None:
         adapted = load_adapter(model, parts.adapter, is_trainable=True)
     else:
-        if options.lora_r is not None:
-            config = lora_config(options.lora_r, options.lora_alpha, options.lora_targets)
-        else:
-            config = read_adapter_config(str(options.peft_config))
-        config.revision = parts.base_revision
-        adapted = add_adapter(model, config, seed=options.seed, log=log)
+        adapted = add_adapter(model, new_adapter_config(options, parts), seed=options.seed, log=log)
     if options.merge_adapter:
         check_mergeable(adapted)
     return adapted

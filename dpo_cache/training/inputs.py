@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cache.errors import DpoCacheError, ModelError, OptionError, TrainingError
 from dpo_cache.lm.check_logps import FOREST
@@ -44,6 +44,7 @@ from dpo_cache.store.format.documents import Document
 from dpo_cache.store.format.model_limits import ModelLimits
 from dpo_cache.training.adapters import has_adapter, put_adapter
 from dpo_cache.training.batches import held_out
+from dpo_cache.training.before_loading import check_before_loading
 from dpo_cache.training.gradient_check import with_right_kernel
 from dpo_cache.training.layer_major import (
     LayerMajorModel,
@@ -51,11 +52,11 @@ from dpo_cache.training.layer_major import (
     make_transfer,
     open_layer_major,
 )
-from dpo_cache.training.lengths import measure_rows
+from dpo_cache.training.lengths import RowLengths, measure_rows
 from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.origin import Origin, compare_origin
 from dpo_cache.training.parallel import cut, load_to_cut
-from dpo_cache.training.placing import place_run, planned_method
+from dpo_cache.training.placing import choose_precision, place_run, planned_method
 from dpo_cache.training.ranks import Ranks
 from dpo_cache.training.saved_tokenizer import choose_tokenizer, restore_tokenizer
 from dpo_cache.training.start import find_start, trusts_code
@@ -78,10 +79,16 @@ class TrainingPairs:
     def num_pairs(self) -> int:
         return int(self.selected.sum())
 
-    def limit_to(self, model: PreTrainedModel, name: str) -> None:
-        """From now on, reading a pair that the model cannot read raises `ModelError`."""
-        config = model.config.get_text_config()
-        limits = ModelLimits(name, config.vocab_size, most_positions(config))
+    @property
+    def pair_sets(self) -> list[PairSet]:
+        """The sets that are read, each once."""
+        has_others = self.eval_pairs is not None and self.eval_pairs is not self.pairs
+        return [self.pairs, self.eval_pairs] if has_others else [self.pairs]  # type: ignore[list-item]
+
+    def limit_to(self, config: PreTrainedConfig, name: str) -> None:
+        """From now on, reading a pair that a model of this config cannot read raises `ModelError`."""
+        text = config.get_text_config()
+        limits = ModelLimits(name, text.vocab_size, most_positions(text))
         self.pairs.limit_to(limits)
         if self.eval_pairs is not None:
             self.eval_pairs.limit_to(limits)
@@ -109,12 +116,14 @@ class TrainedModel:
     sharded: ShardedModel | None = None  # what runs the model, if each rank has shards of its weights
 
     def clips(self, options: TrainOptions) -> bool:
-        """Whether the gradient is clipped."""
+        """Return whether the gradient is clipped."""
         return options.max_grad_norm > 0 and self.placement.gradients != "none"
 
     @property
     def base_is_reference(self) -> bool:
-        """Whether the policy with its adapter switched off is known to be the model that scored the pairs."""
+        """Return whether the policy with its adapter switched off is known to be the model that scored the
+        pairs.
+        """
         return self.origin.base_is_reference and can_be_switched_off(self.adapted)
 
 
@@ -200,7 +209,7 @@ def open_policy(
     else:
         places = [(start.location, start.revision), (parts.base, parts.base_revision)]
         saved = choose_tokenizer(options, data.pairs.manifest, places, given, log, trusted=trusted)
-    precision = _choose_precision(options.precision, device)
+    precision = choose_precision(options.precision, device)
     is_bf16 = precision == "bf16" or (precision == "bf16-mixed" and is_adapted)
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     origin = compare_origin(
@@ -218,6 +227,10 @@ def open_policy(
         config = load_config(parts.base, revision=parts.base_revision, trust_remote_code=trusted)
     method = planned_method(options, precision, is_adapted=is_adapted)
     memory, placement = place_run(options, method, config, device, memory, log, ranks)
+    data.limit_to(config, start.location)
+    lengths = measure_rows(data.pair_sets, config)
+    if loaded is None and not is_resumed and ranks.is_main:
+        check_before_loading(options, config, parts, dtype, is_adapted=is_adapted, trusted=trusted)
     home, streamed = torch.device("cpu") if has_copies(placement, device) else device, None
     loading: dict[str, Any] = {
         "dtype": dtype,
@@ -242,7 +255,6 @@ def open_policy(
         model = load_base(parts, device=home, **loading)
     is_whole = not is_adapted or options.merge_adapter  # what is saved
     left_out = find_left_out(model, parts.base, parts.base_revision) if is_whole else None
-    data.limit_to(model, start.location)
     with ExitStack() as stack:
         found: LayerMajorModel | str = ""
         if placement.is_layer_major:
@@ -273,7 +285,7 @@ def open_policy(
             autocast(device, precision if has_copies(placement, device) else "fp32"),
             sharded.gathered() if sharded else nullcontext(),
         ):
-            attention = _choose_attention(options, data, model, may_retry=not sharded)
+            attention = _choose_attention(options, data, model, lengths, may_retry=not sharded)
         attention = _agreed(ranks, model, attention)
         # copies of weights would be gone before the backward pass of a plain run
         if isinstance(found, str) or not has_copies(placement, device):
@@ -318,13 +330,9 @@ def _agreed(ranks: Ranks, model: PreTrainedModel, attention: AttentionChoice) ->
 
 
 def _choose_attention(
-    options: TrainOptions, data: TrainingPairs, model: PreTrainedModel, *, may_retry: bool
+    options: TrainOptions, data: TrainingPairs, model: PreTrainedModel, rows: RowLengths, *, may_retry: bool
 ) -> AttentionChoice:
     """How the model is run over the rows of both pair sets, in forests as large as the run's."""
-    pair_sets = [data.pairs]
-    if data.eval_pairs is not None and data.eval_pairs is not data.pairs:
-        pair_sets.append(data.eval_pairs)
-    rows = measure_rows(pair_sets, model.config)
     budget = number_or_auto("budget_tokens", options.budget_tokens)
     num_pairs = options.epochs * data.num_pairs
     if options.max_steps is not None:
@@ -368,9 +376,3 @@ def check_token_logps(options: LossOptions, pairs: PairSet, error: type[DpoCache
             "too.\n"
             "Use `ld_reference=False`, or score the pairs with `dpo-cache precompute`."
         )
-
-
-def _choose_precision(name: str, device: torch.device) -> str:
-    if name != "auto":
-        return name
-    return "bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

@@ -19,6 +19,13 @@ from dpo_cache.training.ranks import Ranks
 ELSEWHERE = ("host", "disk")  # than on the device
 
 
+def choose_precision(name: str, device: torch.device) -> str:
+    """The precision of this name; `auto` is bf16-mixed on CUDA devices that have it, else fp32."""
+    if name != "auto":
+        return name
+    return "bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
 def planned_method(options: TrainOptions, precision: str, *, is_adapted: bool) -> Method:
     """What is trained, for a prediction of its memory; of a saved adapter the rank is not known yet."""
     return Method(

@@ -49,7 +49,7 @@ from dpo_cache.training.output.checkpoint import (
 from dpo_cache.training.output.run_folder import check_config, read_config
 from dpo_cache.training.output.run_position import RunPosition
 from dpo_cache.training.output.run_start import find_start
-from dpo_cache.training.output.trackers import check_trackers
+from dpo_cache.training.output.tracker_access import check_trackers
 from dpo_cache.training.pair_logps import objective_of
 from dpo_cache.training.ranks import Ranks
 from dpo_cache.training.step_memory import StepMemory
@@ -178,7 +178,7 @@ def open_setup(
     ranks, output = ranks or Ranks(), Path(options.output)
     options.check_ranks(ranks.size)
     if ranks.is_main:
-        check_trackers(options.log_to)
+        check_trackers(options.log_to, is_dry_run=options.dry_run)
     checkpoint = _find_start(output, log, ranks, resume=bool(options.resume))
     position = read_position(checkpoint) if checkpoint else RunPosition()
     device = torch.device(ranks.device) if ranks.device else choose_device(options.device)

@@ -12,8 +12,9 @@ from tests.store.caches import make_cache
 
 # One process has imported the command line, and forks one more for each command.
 RUN = """
-import contextlib, io, json, os, sys, tempfile
+import contextlib, importlib.util, io, json, os, sys, tempfile
 import dpo_cache.planning.start
+find_spec = importlib.util.find_spec
 from dpo_cache.cli.app import main
 for arguments in (["--help"], ["ls", "/proc/none"]):  # loads what all commands load
     sys.argv = ["dpo-cache", *arguments]
@@ -28,6 +29,8 @@ for case, words in json.loads(sys.stdin.read()).items():
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
             sys.argv, code = ["dpo-cache", *words], None
+            absent = case.rpartition(" without ")[2]  # a package that is not installed
+            importlib.util.find_spec = lambda name, *rest: None if name == absent else find_spec(name, *rest)
             try:
                 main()
             except SystemExit as leaving:
@@ -61,6 +64,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "broken" / "config.json").write_text("{not json")
     (root / "list.json").write_text("[1, 2]")
     (root / "object.json").write_text('{"r": 4}')
+    (root / "home").mkdir()  # no tracker has a key there
     return root
 
 
@@ -78,6 +82,11 @@ TRAIN = ["train", "{root}/cache", "--output", "{root}/run"]
 EVAL = ["eval", "{root}/cache", "--model", "{root}/model"]
 SWEEP = ["sweep", "{root}/cache", "--output", "{root}/sweep", "--beta", "0.1,0.2"]
 IMPORT = ["import", "{root}/new", "{root}/data.jsonl", "--reference", "peer"]
+NO_BITS = "needs bitsandbytes, which is not installed.\nRun `pip install 'dpo-cache[quantize]'`."
+NO_KEY = (
+    "--log-to wandb cannot be opened: No API key configured. Use `wandb login` to log in.\n"
+    "Correct that, set WANDB_MODE=offline to log without an account, or leave it out."
+)
 NO_CACHE = "{root}/none: no dpo-cache here (no format.json)."
 NO_MODEL = "{root}/none: no model can be loaded from it (no such folder)."
 BROKEN = "{root}/broken: no model can be loaded from it (config.json is not JSON)."
@@ -199,6 +208,38 @@ WRONG = {
     "merge": (["merge", "{root}/none", "{root}/new"], 1, NO_CACHE),
     "diff": (["diff", "{root}/cache", "{root}/none"], 1, NO_CACHE),
     "push": (["push", "{root}/none", "memory://cache"], 1, NO_CACHE),
+    "precompute --quantize without bitsandbytes": ([*PRECOMPUTE, "--quantize", "4bit"], 1, f"--quantize 4bit {NO_BITS}"),
+    "precompute --ray without ray": (
+        [*PRECOMPUTE, "--ray", "local"], 2, "--ray needs Ray, which is not installed.\nInstall it with `pip install"
+    ),
+    "train --quantize without bitsandbytes": (
+        [*TRAIN, "--lora-r", "4", "--quantize", "8bit"], 1, f"--quantize 8bit {NO_BITS}"
+    ),
+    "train --optimizer without bitsandbytes": (
+        [*TRAIN, "--optimizer", "adamw-8bit"], 2, f"--optimizer adamw-8bit {NO_BITS}"
+    ),
+    "train --log-to without mlflow": (
+        [*TRAIN, "--log-to", "mlflow"], 1, "--log-to mlflow needs mlflow-skinny.\nRun `pip install mlflow-skinny`."
+    ),
+    "train key": ([*TRAIN, "--log-to", "wandb"], 1, NO_KEY),
+    "train dry key": ([*TRAIN, "--log-to", "wandb", "--dry-run"], 1, NO_KEY),
+    "train place": (["train", "{root}/cache", "--output", "/proc/none/run"], 1, "cannot write /proc/none/run: No such"),
+    "train file": (["train", "{root}/cache", "--output", "{root}/data.jsonl/run"], 1, "cannot write {root}/data.jsonl/run"),
+    "train template": ([*TRAIN, "--chat-template", "no.jinja"], 1, "--chat-template no.jinja: not readable"),
+    "sweep --quantize without bitsandbytes": (
+        [*SWEEP, "--lora-r", "4", "--quantize", "4bit"], 1, f"--quantize 4bit {NO_BITS}"
+    ),
+    "sweep --optimizer without bitsandbytes": (
+        [*SWEEP, "--optimizer", "adamw,adamw-8bit"], 2, f"--optimizer adamw-8bit {NO_BITS}"
+    ),
+    "sweep --log-to without trackio": (
+        [*SWEEP, "--log-to", "trackio"], 1, "--log-to trackio needs trackio.\nRun `pip install trackio`."
+    ),
+    "sweep key": ([*SWEEP, "--log-to", "wandb"], 1, NO_KEY),
+    "sweep template": ([*SWEEP, "--chat-template", "no.jinja"], 1, "--chat-template no.jinja: not readable"),
+    "sweep --plot without matplotlib": (
+        [*SWEEP, "--eval-fraction", "0.5", "--plot", "{root}/plot.svg"], 2, "--plot needs matplotlib.\nInstall it with"
+    ),
 }  # fmt: skip
 
 
@@ -208,8 +249,16 @@ def found(root: Path) -> dict[str, tuple[object, str]]:
     words = {
         case: [word.format(root=root) for word in arguments] for case, (arguments, _, _) in WRONG.items()
     }
+    keys = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "NETRC")
+    environment = {name: value for name, value in os.environ.items() if name not in keys}
     done = subprocess.run(
-        [sys.executable, "-c", RUN], input=json.dumps(words), capture_output=True, text=True, check=True
+        [sys.executable, "-c", RUN],
+        input=json.dumps(words),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment, "HOME": str(root / "home"), "PYTHONPATH": os.getcwd()},
+        cwd=root,
     )
     return json.loads(done.stdout)
 

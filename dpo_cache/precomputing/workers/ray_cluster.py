@@ -19,8 +19,8 @@ from types import ModuleType
 from dpo_cache.errors import OptionError, first_line
 from dpo_cache.log import Log
 from dpo_cache.options.precompute import PrecomputeOptions
+from dpo_cache.packages import check_ray_version, ray_advice
 
-VERSIONS = ((2, 55), (2, 64))  # of Ray: from, below. 2.64 has no actor options in `map_batches`
 LOCAL = "local"
 # Read when Ray is imported. Whoever reaches a Ray cluster can run code there, so ours listens on loopback
 ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # what Ray will do; until then it warns of it
@@ -59,16 +59,14 @@ class Pool:
 
 def import_ray() -> ModuleType:
     """The module `ray`. Raises `OptionError` where it is missing or of a version that is not supported."""
-    lowest, limit = ("{}.{}".format(*version) for version in VERSIONS)
-    advice = f'Install it with `pip install "dpo-cache[ray]"`: ray[data]>={lowest},<{limit}.'
     try:
         import ray
         import ray.data
     except ImportError as error:
-        raise OptionError(f"`ray`: Ray Data cannot be imported ({first_line(error)}).\n{advice}") from error
-    found = tuple(int(part) for part in ray.__version__.split(".")[:2])
-    if not VERSIONS[0] <= found < VERSIONS[1]:
-        raise OptionError(f"`ray`: Ray {ray.__version__} is not supported.\n{advice}")
+        raise OptionError(
+            f"`ray`: Ray Data cannot be imported ({first_line(error)}).\n{ray_advice()}"
+        ) from error
+    check_ray_version(ray.__version__)
     return ray
 
 

@@ -10,7 +10,6 @@ Adafactor is that of transformers with an absolute learning rate, as in trainers
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.sharded import LocalShard
 from dpo_cache.options.train import ON_SHARDS
+from dpo_cache.packages import check_bitsandbytes
 from dpo_cache.training.optim.slots import Slicing
 from dpo_cache.training.optim.streaming import Transfer
 from dpo_cache.training.optim.updates import Updater
@@ -124,11 +124,7 @@ def _build(name: str, groups: Groups, lr: float, device: torch.device) -> torch.
 def _check_available(name: str, device: torch.device) -> None:
     if name in ("adamw", "adamw-bf16", "adafactor"):
         return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise OptionError(
-            f"`optimizer` {name} needs bitsandbytes, which is not installed.\n"
-            "Run `pip install 'dpo-cache[quantize]'`."
-        )
+    check_bitsandbytes(f"`optimizer` {name}")
     if name.endswith("paged") and device.type != "cuda":
         raise OptionError(
             f"`optimizer` {name}: pages move between a CUDA GPU and its host, and the policy is on "

@@ -26,15 +26,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_cache.errors import TrainingError, shown_bytes
+from dpo_cache.errors import TrainingError
 from dpo_cache.files.atomic import refused_writes, remove, write_whole
 from dpo_cache.files.sync import sync
 from dpo_cache.lm.model.adapter_weights import restore_adapter
 from dpo_cache.options.run_config import complete_config
 from dpo_cache.options.train import TrainOptions
-from dpo_cache.store.folders.local import free_bytes
 from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.output.checkpoint import damaged, read_position, write_policy
+from dpo_cache.training.output.disk import check_space, needed_bytes
 from dpo_cache.training.output.model_card import write_card
 from dpo_cache.training.output.run_start import (
     BEFORE_MODEL,
@@ -127,25 +127,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_disk(folder: Path, policy: TrainedModel, options: TrainOptions) -> None:
-    """Raise `TrainingError` before a training whose result could not be written."""
+def check_disk(folder: Path, policy: TrainedModel, options: TrainOptions) -> int:
+    """The bytes that the run writes. Raises `TrainingError` where they do not fit, before the training."""
     model, towers = policy.model, policy.left_out.num_bytes if policy.left_out else 0
-    whole = sum(parameter.nbytes for parameter in model.parameters())
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    # A checkpoint is weights and two moments; for a moment there is one more than are kept.
-    num_checkpoints = options.keep + 1 if options.save_every and options.keep else 0
-    # of best/ there are two if the last checkpoint names another policy as the best
-    keeps_best = 2 * (options.eval_every is not None)
-    needed = trained * (3 * num_checkpoints + keeps_best) + (whole if options.merge_adapter else trained)
-    needed += towers * (1 if options.merge_adapter else 1 + num_checkpoints + keeps_best)
-    needed += trained if policy.sharded is not None else 0  # whole tensors, before they are saved
-    free = free_bytes(folder)
-    if free is not None and needed > free:
-        raise TrainingError(
-            f"{folder}: {shown_bytes(needed)} are needed for the model and its checkpoints, "
-            f"{shown_bytes(free)} are free.\n"
-            "Free some space or choose another `output`."
-        )
+    needed = needed_bytes(
+        options,
+        trained=sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
+        whole=sum(parameter.nbytes for parameter in model.parameters()),
+        towers=towers,
+        is_sharded=policy.sharded is not None,
+    )
+    check_space(folder, needed)
+    return needed
 
 
 def save_best(

@@ -16,6 +16,7 @@ from pathlib import Path
 from dpo_cache.errors import TrainingError
 from dpo_cache.files.atomic import is_scratch, refused_writes, remove
 from dpo_cache.files.claim import CLAIM, Claim, claimed
+from dpo_cache.files.locations import check_writable
 from dpo_cache.files.sync import sync
 from dpo_cache.log import Log
 
@@ -82,13 +83,14 @@ def hold_run(folder: Path, log: Log, *, resume: bool, is_dry_run: bool) -> Itera
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether the folder has a run, which `resume` continues, or starts again if it has no checkpoint."""
+    """Return whether the folder has a run, which `resume` continues, or starts again if it has no checkpoint.
+    """
     return (folder / "config.json").exists()
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether config.json is that of a run, not of a model, say; users keep other files with it, such as
-    logs.
+    """Return whether config.json is that of a run, not of a model, say; users keep other files with it, such
+    as logs.
     """
     try:
         return "resolved" in json.loads((folder / "config.json").read_text())
@@ -126,12 +128,8 @@ def remove_scratch(folder: Path) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """Raise `TrainingError` if a run could not write its folder; nothing is written."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not os.access(existing, os.W_OK):
-        raise TrainingError(f"{folder}: {existing} cannot be written.\nChoose another `output`.")
+    """Raise `TrainingError` if a run could not write its folder; nothing is left in it."""
+    check_writable(folder, TrainingError, is_folder=True)
 
 
 def find_checkpoints(run: Path) -> list[Path]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cache.errors import TrainingError
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.generation import Answer, write_answers
 from dpo_cache.lm.positions import most_positions
 from dpo_cache.training.batches import stream_pairs
+from dpo_cache.training.before_loading import check_can_answer
 from dpo_cache.training.output.metrics_file import MetricsFile
 from dpo_cache.training.setup import Setup
 from dpo_cache.types import ScoredPair
@@ -36,11 +36,7 @@ def open_sampler(setup: Setup, policy: torch.nn.Module) -> Sampler | None:
     takes_part = setup.ranks.is_main or setup.ranks.shards
     if not num_prompts or data.eval_pairs is None or not takes_part:
         return None
-    if not model.can_generate():
-        raise TrainingError(
-            f"`sample` {num_prompts}: {type(model).__name__} has no way to write answers.\n"
-            "Leave `sample` out."
-        )
+    check_can_answer(model, num_prompts)
     positions = most_positions(model.config)
     longest = data.eval_pairs.manifest["tokenization"]["max_length"]
     max_length = min(longest, positions or longest)

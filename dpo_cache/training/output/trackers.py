@@ -17,7 +17,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +28,12 @@ from dpo_cache.errors import TrainingError, first_line
 from dpo_cache.files.atomic import refused_writes, write_whole
 from dpo_cache.log import Log
 from dpo_cache.losses.metrics import Metrics
+from dpo_cache.training.output.tracker_access import FOLDER_VARIABLE, cannot_open, project_of
 from dpo_cache.training.output.tracker_names import tracked_names
 
 FILE, FOLDER = "trackers.json", "tensorboard"
-# tracker -> its name for pip
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow-skinny"}
-PROJECT = "dpo-cache"
-PROJECT_VARIABLES = {
-    "wandb": "WANDB_PROJECT",
-    "trackio": "TRACKIO_PROJECT",
-    "mlflow": "MLFLOW_EXPERIMENT_NAME",
-}
-FOLDER_VARIABLE = "TENSORBOARD_LOGGING_DIR"
 WANDB_EXIT_CODES = {"finished": 0, "stopped": 130, "failed": 1}
 MLFLOW_STATES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise `TrainingError` with the pip command if a tracker is not installed."""
-    missing = [PACKAGES[name] for name in names if not _is_installed(name)]
-    if missing:
-        raise TrainingError(
-            f"`log_to` {' `log_to` '.join(names)} needs {', '.join(missing)}.\n"
-            f"Run `pip install {' '.join(missing)}`."
-        )
 
 
 @contextmanager
@@ -107,9 +88,7 @@ class Trackers:
             if id != known_id:
                 tracker.store_init_configuration(flat_config(config))
         except Exception as error:  # each tracker's package has its own errors
-            raise TrainingError(
-                f"`log_to` {name} cannot be opened: {first_line(error)}\nCorrect that, or leave it out."
-            ) from error
+            raise cannot_open(name, error) from error
         if known and id != known_id:
             self._log(f"`log_to` {name}: its previous run no longer exists; started a new one.")
         return id
@@ -177,7 +156,9 @@ def _tensorboard(output: Path, known: str | None, next_step: int) -> tuple[Any, 
 
 def _wandb(output: Path, known: str | None, _: int) -> tuple[Any, str]:
     console = {} if "WANDB_CONSOLE" in os.environ else {"settings": {"console": "off"}}  # else it is uploaded
-    tracker = tracking.WandBTracker(_project("wandb"), name=output.name, id=known, resume="allow", **console)
+    tracker = tracking.WandBTracker(
+        project_of("wandb"), name=output.name, id=known, resume="allow", **console
+    )
     tracker.start()
     return tracker, tracker.run.id
 
@@ -185,7 +166,7 @@ def _wandb(output: Path, known: str | None, _: int) -> tuple[Any, str]:
 def _trackio(output: Path, known: str | None, _: int) -> tuple[Any, str]:
     """Trackio resumes the last run of a name: if that is another one by now, a new one begins."""
     for resume in ["allow", "never"] if known else ["never"]:
-        tracker = tracking.TrackioTracker(_project("trackio"), name=output.name, embed=False, resume=resume)
+        tracker = tracking.TrackioTracker(project_of("trackio"), name=output.name, embed=False, resume=resume)
         tracker.start()  # ends a run that was opened before
         if tracker.run.id == known:
             break
@@ -194,7 +175,7 @@ def _trackio(output: Path, known: str | None, _: int) -> tuple[Any, str]:
 
 def _mlflow(output: Path, known: str | None, _: int) -> tuple[Any, str]:
     run_id = known if known and _has_mlflow_run(known) else None
-    tracker = tracking.MLflowTracker(_project("mlflow"), run_id=run_id, run_name=output.name)
+    tracker = tracking.MLflowTracker(project_of("mlflow"), run_id=run_id, run_name=output.name)
     tracker.start()
     return tracker, tracker.active_run.info.run_id
 
@@ -245,16 +226,6 @@ def flat_config(config: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value if value is None or isinstance(value, bool | int | float | str) else str(value)
     return flat
-
-
-def _is_installed(module: str) -> bool:
-    """False where only a folder has the name, for example the one that Weights & Biases writes to."""
-    spec = find_spec(module)
-    return spec is not None and spec.origin is not None
-
-
-def _project(name: str) -> str:
-    return os.environ.get(PROJECT_VARIABLES[name]) or PROJECT
 
 
 def _read_ids(output: Path) -> dict[str, dict[str, str]]:

@@ -14,7 +14,7 @@ from dpo_cache.errors import TrainingError
 from dpo_cache.files.claim import CLAIM, Claim, claimed
 from dpo_cache.training.gradient_check import GradientCheck
 from dpo_cache.training.output import checkpoint as checkpoint_module
-from dpo_cache.training.output import run_folder
+from dpo_cache.training.output import disk
 from dpo_cache.training.output.run_start import clear_finished, find_checkpoints, find_start, hold_run
 from tests.conftest import chat_rows, write_rows
 from tests.training.test_evaluations import LEARNING
@@ -316,7 +316,7 @@ def test_a_precision_that_another_machine_chooses_is_named_before_the_state_is_r
 ) -> None:
     run = tmp_path / "run"
     train(cache, run, should_stop=lambda: True)
-    monkeypatch.setattr("dpo_cache.training.inputs._choose_precision", lambda *_: "bf16")
+    monkeypatch.setattr("dpo_cache.training.inputs.choose_precision", lambda *_: "bf16")
     with pytest.raises(TrainingError, match="otherwise:\n  precision: fp32 before, bf16 now\n"):
         train(cache, run, resume=True)
 
@@ -487,8 +487,8 @@ def test_disk_space_is_counted_for_both_policies_of_best(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed: list[int] = []
-    monkeypatch.setattr(run_folder, "free_bytes", lambda folder: 0)
-    monkeypatch.setattr(run_folder, "shown_bytes", str)
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 0)
+    monkeypatch.setattr(disk, "shown_bytes", str)
     for options in ({}, {"eval_every": 1}):
         with pytest.raises(TrainingError) as caught:
             train(cache, tmp_path / "run", eval_pairs="heldout", **options)
