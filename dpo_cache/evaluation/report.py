@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo_cache.evaluation.html import eval_html
 from dpo_cache.evaluation.measures import (
     Accuracy,
     Calibration,
@@ -97,6 +98,9 @@ class EvalReport:
             f"<EvalReport of {self.model} on {self.pairs}: {self.num_pairs:,} pairs, accuracy "
             f"{self.accuracy.share:.1%}, loss {self.metrics['loss']:.4f}>"
         )
+
+    def _repr_html_(self) -> str:
+        return eval_html(self)
 
 
 def find_rewards(pairs: PairLogps, objective: Objective, at_once: int | None = None) -> Rewards:

@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 
 from dpo_cache.errors import NotInCacheError
+from dpo_cache.exchange.html import export_html
 from dpo_cache.exchange.source_text import SourceText, TextRow, find_source_text
 from dpo_cache.files.locations import check_output
 from dpo_cache.files.rows import open_output
@@ -57,6 +58,9 @@ class ExportReport:
 
     def __repr__(self) -> str:
         return f"<ExportReport of {self.pairs} to {self.out}: {self.num_pairs:,} pairs, {self.format}>"
+
+    def _repr_html_(self) -> str:
+        return export_html(self)
 
 
 @keywords_of(ExportOptions)

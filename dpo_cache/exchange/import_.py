@@ -22,6 +22,7 @@ import numpy as np
 from dpo_cache import data
 from dpo_cache.data.problems import unusable_rows
 from dpo_cache.errors import DataError
+from dpo_cache.exchange.html import import_html
 from dpo_cache.exchange.import_splits import UNCUT, Split, open_splits, set_template_dates
 from dpo_cache.exchange.values import ImportedValues
 from dpo_cache.lm.model.load import load_config
@@ -67,6 +68,9 @@ class ImportReport:
 
     def __repr__(self) -> str:
         return f"<ImportReport of {', '.join(self.pair_sets)}: {self.pairs_kept:,} pairs>"
+
+    def _repr_html_(self) -> str:
+        return import_html(self)
 
     def add(self, survey: data.Survey) -> None:
         """Add the counts of one split."""

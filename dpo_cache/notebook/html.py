@@ -16,20 +16,22 @@ from html import escape
 from dpo_cache.errors import printable, printable_lines
 
 NUMBER = re.compile(r"[+-]?[\d,.]+( ?(%|[kMGT]?B|s|h|min|nats)|/[\d,?]+)?( \d+ (s|min))?|-|")
-# GitHub and pages that are not trusted leave styles out: then tables look as the page's others do.
+# GitHub, and notebooks that are not trusted, leave styles out: then the page's own style is used. The class
+# is doubled to take precedence over Jupyter's style of tables.
+SCOPE = "div.dpo-cache.dpo-cache"
 STYLE = (
     "<style>"
-    ".dpo-cache{line-height:1.4;margin:.3em 0}"
-    ".dpo-cache .wide{overflow-x:auto}"
-    ".dpo-cache table{border:0;border-collapse:collapse;margin:.3em 0;font-size:.95em}"
-    ".dpo-cache th,.dpo-cache td{text-align:left;vertical-align:top;padding:.15em .8em;"
+    f"{SCOPE}{{line-height:1.4;margin:.3em 0}}"
+    f"{SCOPE} .wide{{overflow-x:auto}}"
+    f"{SCOPE} table{{border:0;border-collapse:collapse;margin:.3em 0;font-size:.95em}}"
+    f"{SCOPE} th,{SCOPE} td{{text-align:left;vertical-align:top;padding:.15em .8em;"
     "border:0;border-bottom:1px solid rgba(128,128,128,.3)}"
-    ".dpo-cache .facts th{font-weight:normal}"
-    ".dpo-cache .facts td{overflow-wrap:anywhere}"
-    ".dpo-cache .number{text-align:right;font-variant-numeric:tabular-nums}"
-    ".dpo-cache .faint{opacity:.75}"
-    ".dpo-cache .note{font-size:.9em;white-space:pre-wrap;margin:.2em 0}"
-    ".dpo-cache progress{width:16em;max-width:40%}"
+    f"{SCOPE} .facts th{{font-weight:normal}}"
+    f"{SCOPE} .facts td{{overflow-wrap:anywhere}}"
+    f"{SCOPE} .number{{text-align:right;font-variant-numeric:tabular-nums}}"
+    f"{SCOPE} .faint{{opacity:.75}}"
+    f"{SCOPE} .note{{font-size:.9em;white-space:pre-wrap;margin:.2em 0}}"
+    f"{SCOPE} progress{{width:16em;max-width:40%}}"
     "</style>"
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dpo_cache.planning.html import plan_html
 from dpo_cache.planning.parts import Parts
 from dpo_cache.planning.timing import Transfers
 
@@ -82,3 +83,6 @@ class PlanReport:
     def __repr__(self) -> str:
         fitting = sum(bool(way.fits) for way in self.train)
         return f"<PlanReport of {self.model}: {fitting} of {len(self.train)} ways to train fit>"
+
+    def _repr_html_(self) -> str:
+        return plan_html(self)

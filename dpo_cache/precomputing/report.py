@@ -12,6 +12,7 @@ from dpo_cache.lm.model.unchanged import check_not_rewritten
 from dpo_cache.lm.progress import ScoringProgress, ScoringStep, extrapolate
 from dpo_cache.precomputing.audit import Audit, AuditTotals
 from dpo_cache.precomputing.cutting import Units
+from dpo_cache.precomputing.html import precompute_html
 from dpo_cache.precomputing.reference import Target
 from dpo_cache.precomputing.units import OnStep, Scored, Unit
 from dpo_cache.precomputing.windows import Totals
@@ -73,6 +74,9 @@ class PrecomputeReport:
             f"<PrecomputeReport of {', '.join(self.pair_sets)}: {self.pairs_kept:,} pairs, "
             f"{self.scored_now:,} of {self.distinct_completions:,} completions scored now>"
         )
+
+    def _repr_html_(self) -> str:
+        return precompute_html(self)
 
     def add(self, survey: data.Survey) -> None:
         """Add the counts of one split."""

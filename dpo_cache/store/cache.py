@@ -76,6 +76,11 @@ class Cache:
     def __repr__(self) -> str:  # reads nothing: the folder may be a remote one
         return f"<Cache {self}>"
 
+    def _repr_html_(self) -> str:
+        from dpo_cache.store.html import cache_html  # which imports this module
+
+        return cache_html(self)
+
     def __fspath__(self) -> str:  # an open cache works where a location is expected
         return str(self.folder)
 

@@ -87,6 +87,11 @@ class PairSet:
     def __repr__(self) -> str:
         return f"<PairSet {self.name}: {len(self):,} pairs, reference {self.reference_id[:12]}>"
 
+    def _repr_html_(self) -> str:
+        from dpo_cache.store.html import pair_set_html  # which imports this module
+
+        return pair_set_html(self, self._folder)
+
     def __len__(self) -> int:
         return self.manifest["num_pairs"]
 

@@ -34,6 +34,7 @@ from dpo_cache.reporting.runs import (
     table_notes,
 )
 from dpo_cache.sweeping.grid import Grid, read_grid
+from dpo_cache.sweeping.html import sweep_html
 from dpo_cache.sweeping.processes import ENDS_BY_SIGNAL, ActiveRun, run_environment, threads_of_a_run
 from dpo_cache.sweeping.sweep_folder import Run, hold_folder, plan_runs, read_report, with_plan, write_whole
 from dpo_cache.training.output.run_start import clear_finished
@@ -83,6 +84,9 @@ class SweepReport:
             f"<SweepReport of {self.output}: {self.num_finished:,} of {self.num_runs:,} runs finished, "
             f"{self.num_failed:,} failed>"
         )
+
+    def _repr_html_(self) -> str:
+        return sweep_html(self)
 
     @property
     def finished(self) -> bool:

@@ -21,6 +21,7 @@ from dpo_cache.store.format.documents import Document, seal_document
 from dpo_cache.store.format.pair_tables import created_of, part_files
 from dpo_cache.store.format.parquet import check_content
 from dpo_cache.store.upkeep.contents import shard_files
+from dpo_cache.store.upkeep.html import transfer_html
 
 THREADS = 8
 LARGE_BYTES = 64 << 20  # larger files are sent one at a time, because each is held in memory
@@ -68,6 +69,9 @@ class TransferReport:
             f"<TransferReport {self.source} -> {self.target}: {self.files_sent:,} files sent, "
             f"{self.files_present:,} present>"
         )
+
+    def _repr_html_(self) -> str:
+        return transfer_html(self)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from dpo_cache.store.upkeep.disagreements import (
     files_with_values,
     find_disagreement,
 )
+from dpo_cache.store.upkeep.html import merge_html
 from dpo_cache.store.upkeep.named_files import read_named_files
 from dpo_cache.store.upkeep.open_runs import shards_of_runs
 from dpo_cache.store.upkeep.preferred_values import rewrite_part, rewrite_shard
@@ -61,6 +62,9 @@ class MergeReport:
             f"<MergeReport of {self.cache}: {self.copied_files:,} files copied, {len(self.references):,} new "
             f"references, {len(self.pair_sets):,} new pair sets>"
         )
+
+    def _repr_html_(self) -> str:
+        return merge_html(self)
 
 
 def merge_caches(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_cache.store.upkeep.html import verify_html
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -54,6 +56,9 @@ class VerifyReport:
             f"<VerifyReport of {self.cache}: {self.files_read:,} of {self.files:,} files read, "
             f"{self.pairs:,} pairs, {len(self.problems):,} problems>"
         )
+
+    def _repr_html_(self) -> str:
+        return verify_html(self)
 
     @property
     def is_whole(self) -> bool:

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from dpo_cache.losses.metrics import Metrics
+from dpo_cache.training.output.html import train_html
 
 RECENT_STEPS = 50
 
@@ -42,6 +43,9 @@ class TrainReport:
         losses = ", loss {:.4f} -> {:.4f}".format(*steps) if steps else ""
         ended = "a dry run" if self.is_dry_run else "finished" if self.finished else "stopped early"
         return f"<TrainReport of {self.output}: {ended}, {self.num_steps:,} steps{losses}>"
+
+    def _repr_html_(self) -> str:
+        return train_html(self)
 
 
 @dataclass
