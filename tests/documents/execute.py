@@ -11,14 +11,17 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from unittest.mock import patch
 
 from dpo_cache.cli import app as app_module
 from tests.cli.write_help import read_helps
+from tests.sweeping.conftest import InlineProcess
 
 _SHELL = re.compile(r"[|&;<>$`*?~(){}]|^\w+=")  # what needs a shell
 
@@ -34,10 +37,10 @@ def run_command(text: str) -> Done:
     if words[-1:] == ["--help"] and len(words) == 3:
         return Done(0, _helps()[words[1]])
     if not _SHELL.search(shlex.join(words) if "#" in text else text):
-        if words[0] == "dpo-cache":
-            return _in_process(["dpo-cache", *words[1:]], app_module.main)
-        if words[:3] == ["python", "-m", "dpo_cache"]:
-            return _in_process(["dpo-cache", *words[3:]], app_module.main)
+        if words[0] == "dpo-cache" or words[:3] == ["python", "-m", "dpo_cache"]:
+            arguments = words[1:] if words[0] == "dpo-cache" else words[3:]
+            with patch("dpo_cache.sweeping.processes.start_process", InlineProcess):
+                return _in_process(["dpo-cache", *arguments], app_module.main)
         if words[0] == "python" and words[1].endswith(".py"):
             return _in_process(words[1:], lambda: runpy.run_path(words[1], run_name="__main__"))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -51,7 +54,9 @@ def run_command(text: str) -> Done:
 def run_code(text: str, page: str, number: int, names: dict[str, Any]) -> Done:
     """Run Python code that begins at a line of a page."""
     code = compile("\n" * (number - 1) + text, page, "exec")
-    return _in_process(["python"], lambda: exec(code, names))
+    with warnings.catch_warnings(), patch("dpo_cache.sweeping.processes.start_process", InlineProcess):
+        warnings.simplefilter("ignore")  # of other libraries, about each other
+        return _in_process(["python"], lambda: exec(code, names))
 
 
 @cache

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import urllib.request
+from functools import cache
 
 
-@contextmanager
-def bucket(is_wanted: bool) -> Iterator[None]:
-    """While open, `s3://bucket` is an empty bucket, if it is wanted."""
-    if not is_wanted:
-        yield
-        return
+def make_bucket() -> None:
+    """Make an empty bucket `s3://bucket`, and set this environment's S3 to its server."""
     import boto3
-    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
     os.environ.update(
         {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ENDPOINT_URL": _server(),
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -29,8 +23,17 @@ def bucket(is_wanted: bool) -> Iterator[None]:
             "NO_PROXY": "127.0.0.1",
         }
     )
-    try:
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield
-    finally:
-        server.stop()
+    urllib.request.urlopen(urllib.request.Request(f"{_server()}/moto-api/reset", method="POST")).close()
+    boto3.client("s3").create_bucket(Bucket="bucket")
+
+
+@cache  # one for the process: fsspec keeps its connections
+def _server() -> str:
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    atexit.register(server.stop)
+    host, port = server.get_host_and_port()
+    return f"http://{host}:{port}"

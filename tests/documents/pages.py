@@ -16,7 +16,7 @@ from tests.documents.blocks import Block, Command, PageError, read_blocks, read_
 from tests.documents.compare import difference, matched, renewed, stripped
 from tests.documents.execute import Done, run_code, run_command
 from tests.documents.folder import READY, ROOT, SHOWN_AS, Workplace
-from tests.documents.object_store import bucket
+from tests.documents.object_store import make_bucket
 
 PAGES = (
     "README.md",
@@ -74,7 +74,9 @@ class Page:
         except PageError as error:
             self.problems.append(f"{self.name}: {error}")
             return
-        with _environment(), bucket("bucket" in names):
+        with _environment():
+            if "bucket" in names:
+                make_bucket()
             folder = workplace.fresh(names)
             before = Path.cwd()
             os.chdir(folder)
