@@ -6,7 +6,7 @@ import pytest
 
 import dpo_cache
 from dpo_cache.cli.app import COMMANDS
-from tests.cli.write_help import PAGES, help_block, read_helps, with_help
+from tests.cli.write_help import OPTIONS, PAGES, help_block, options_page, read_helps, with_help
 
 README = (Path(dpo_cache.__file__).parents[1] / "README.md").read_text()
 
@@ -37,6 +37,18 @@ def test_the_page_shows_a_run_and_the_readme_links_it(name: str) -> None:
 
 def test_no_page_is_left_of_a_command_that_is_gone() -> None:
     assert {path.stem for path in PAGES.glob("*.md")} == set(COMMANDS)
+
+
+def test_the_page_of_options_has_every_command() -> None:
+    assert set(OPTIONS) == set(COMMANDS)
+    page = options_page()
+    for name in COMMANDS:
+        assert f"\n## {name}\n\n[The command](commands/{name}.md)." in page
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    assert all(line.replace("\\|", "").count("|") == 4 for line in rows)  # three cells
+    assert "\n| `KIND` | needed |" in page and "\n| `CACHE` or `--cache` | needed |" in page
+    sweep = page.partition("\n## sweep\n")[2].partition("\n## ")[0]
+    assert "`--jobs`" in sweep and "`--lr`" not in sweep
 
 
 def test_help_is_plain_text_of_fixed_width(helps: dict[str, str]) -> None:

@@ -19,8 +19,22 @@ from typing import Any
 import dpo_cache
 from dpo_cache.options.base import flag_of, sections
 from dpo_cache.options.evaluate import EvalOptions
+from dpo_cache.options.exchange import ExportOptions, ImportOptions
+from dpo_cache.options.plan import PlanOptions
 from dpo_cache.options.precompute import PrecomputeOptions
+from dpo_cache.options.sweep import SweepOptions, swept_fields
 from dpo_cache.options.train import TrainOptions
+from dpo_cache.options.upkeep import (
+    CompactOptions,
+    DiffOptions,
+    GcOptions,
+    LsOptions,
+    MergeOptions,
+    PullOptions,
+    PushOptions,
+    RmOptions,
+    VerifyOptions,
+)
 from tests.losses import write_table
 
 DOCS = Path(dpo_cache.__file__).parents[1] / "docs"
@@ -78,17 +92,43 @@ def options_page() -> str:
         "# Options",
         "",
         "As flags of the command line; the Python functions take the same names, with `_` for `-`, as "
-        "keyword arguments.",
+        "keyword arguments. Every command also takes `--json` (print the report as JSON), `--verbose` (print "
+        "all details) and `--help`.",
     ]
-    for command, options in (
-        ("precompute", PrecomputeOptions),
-        ("train", TrainOptions),
-        ("eval", EvalOptions),
-    ):
-        lines += ["", f"## {command}"]
+    for command, options in OPTIONS.items():
+        lines += ["", f"## {command}", "", f"[The command]({PAGES.name}/{command}.md)."]
+        if options is SweepOptions:
+            lines[-1] += " It takes every option of [`train`](#train) as well, each with several values."
         for title, entries in sections(options).items():
-            lines += [*(["", f"### {title}"] if title else []), *_TABLE, *map(_row, entries)]
+            shown = [entry for entry in entries if options is not SweepOptions or not is_swept(entry)]
+            if shown:
+                lines += [*(["", f"### {title}"] if title else []), *_TABLE, *map(_row, shown)]
     return "\n".join(lines) + "\n"
+
+
+OPTIONS = {
+    "precompute": PrecomputeOptions,
+    "train": TrainOptions,
+    "eval": EvalOptions,
+    "sweep": SweepOptions,
+    "plan": PlanOptions,
+    "ls": LsOptions,
+    "verify": VerifyOptions,
+    "compact": CompactOptions,
+    "gc": GcOptions,
+    "rm": RmOptions,
+    "diff": DiffOptions,
+    "merge": MergeOptions,
+    "push": PushOptions,
+    "pull": PullOptions,
+    "export": ExportOptions,
+    "import": ImportOptions,
+}
+
+
+def is_swept(entry: Field[Any]) -> bool:
+    """Whether it is an option of `train`, of which a sweep takes several values."""
+    return entry.name in {swept.name for swept in swept_fields()}
 
 
 _TABLE = ("", "| option | default | |", "|---|---|---|")
@@ -96,7 +136,10 @@ _TABLE = ("", "| option | default | |", "|---|---|---|")
 
 def _row(entry: Field[Any]) -> str:
     flag = entry.metadata["flag"] if "/" in entry.metadata["flag"] else flag_of(entry)
-    choices = "\\|".join(entry.metadata["choices"])
+    names = [f"`{entry.metadata['positional']}`"] if entry.metadata["positional"] else []
+    if entry.metadata["flag"] or not names:
+        choices = "\\|".join(entry.metadata["choices"])
+        names.append(f"`{flag}{' ' + choices if choices else ''}`")
     default = entry.default
     if entry.metadata["required"]:
         shown = "needed"
@@ -106,7 +149,8 @@ def _row(entry: Field[Any]) -> str:
         shown = ", ".join(f"`{value}`" for value in default)
     else:
         shown = "" if default is None else f"`{default}`"
-    return f"| `{flag}{' ' + choices if choices else ''}` | {shown} | {entry.metadata['help']} |"
+    text = entry.metadata["help"].replace("|", "\\|")
+    return f"| {' or '.join(names)} | {shown} | {text} |"
 
 
 def main() -> None:
