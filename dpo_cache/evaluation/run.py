@@ -38,7 +38,7 @@ from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.run_losses import read_run, with_run
 from dpo_cache.progress import show_scoring, shows_progress
 from dpo_cache.store import PairSet, open_cache
-from dpo_cache.training.lengths import measure_rows
+from dpo_cache.training.lengths import measure_rows, model_limits
 from dpo_cache.training.pair_logps import evaluated_at_once, objective_of
 
 
@@ -110,6 +110,7 @@ def _score(
     rows = measure_rows([pairs], config)
     with open_runner(
         options.model,
+    pairs.limit_to(model_limits(config, options.model))
         dtype=policy.dtype,
         device=policy.device,
         revision=options.revision,

@@ -13,10 +13,8 @@ from itertools import islice
 import numpy as np
 import torch
 
-from dpo_cache.errors import ModelError
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.policy import PolicyModel, count_tokens
-from dpo_cache.lm.positions import most_positions
 from dpo_cache.lm.progress import ScoringProgress, extrapolate
 from dpo_cache.lm.runner import Runner
 from dpo_cache.losses.objective import Objective, PairLogps
@@ -79,8 +77,6 @@ def score_pairs(
 
     stream = iter(islice(pairs, num_pairs))
     while window := list(islice(stream, WINDOW_PAIRS)):
-        for scored in window:
-            _check_fits(runner, scored)
         num_read += len(window)
         policy = _score_window(runner, window, work, report)
         windows.append(_columns(window, policy))
@@ -92,26 +88,6 @@ def score_pairs(
         }
     )
     return columns, join_pairs(inputs), work
-
-
-def _check_fits(runner: Runner, scored: ScoredPair) -> None:
-    """Raise `ModelError` for a pair with ids or a length that the model has no embeddings for."""
-    config, row = runner.model.config.get_text_config(), scored.pair.row
-    largest_id = max(int(side.sequence_ids.max()) for side in _sides(scored))
-    if largest_id >= config.vocab_size:
-        raise ModelError(
-            f"row {row} holds token id {largest_id}, but {runner.name} has {config.vocab_size} embeddings: "
-            "it reads other tokens.\n"
-            "Give a model with the tokenizer of the pairs, or score the data with `dpo-cache precompute` "
-            "for this one."
-        )
-    longest, positions = max(map(len, _sides(scored))), most_positions(config)
-    if positions and longest > positions:
-        raise ModelError(
-            f"row {row} has a sequence of {longest} tokens, but {runner.name} was made for {positions} at "
-            "most.\n"
-            f"Score the data with `dpo-cache precompute --max-length {positions}` and evaluate on that."
-        )
 
 
 def _score_window(

@@ -29,6 +29,7 @@ from dpo_cache.lm.forest.kernels import SEGMENTS, counted_kernel
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.kernels.onednn_linear import use_torch_linear
 from dpo_cache.lm.memory.recompute import Recomputation
+from dpo_cache.lm.model.adapter import check_names
 from dpo_cache.lm.model.lora_targets import without_unsuited_layers
 from dpo_cache.lm.model.towers import loading_class, make_empty_whole
 from dpo_cache.lm.policy import PolicyModel
@@ -245,7 +246,9 @@ def _add_adapters(model: PreTrainedModel, rank: int, targets: str = "all-linear"
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     chosen = targets if targets == "all-linear" else targets.split(",")
-    config = without_unsuited_layers(model, LoraConfig(r=rank, target_modules=chosen), lambda _: None)
+    config: Any = LoraConfig(r=rank, target_modules=chosen)
+    check_names(model, config)
+    config = without_unsuited_layers(model, config, lambda _: None)
     inject_adapter_in_model(config, model)
     cast_adapter_dtype(model, "default")
 

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
-from dpo_cache.errors import ModelError, first_line, shown_bytes
+from dpo_cache.errors import DpoCacheError, ModelError, first_line, shown_bytes
 from dpo_cache.lm.budget import SIZES as CHUNK_SIZES
 from dpo_cache.lm.device import choose_device
 from dpo_cache.lm.model.adapter import locate_checkpoint
@@ -67,6 +67,8 @@ def plan(model: str | os.PathLike[str], *, log: Log | None = None, **options: An
     planner = _Planner(chosen, config, workload, tflops, log)
     try:
         return planner.report(source)
+    except DpoCacheError:
+        raise
     except FAILURES as error:
         raise ModelError(
             f"{chosen.model}: its memory cannot be predicted ({first_line(error)}): its code does not run on "
@@ -157,7 +159,7 @@ class _Planner:
         return kept if kept or last is None else [(last, [])]
 
     def _may_fit(self, way: Way, card: _Card) -> bool:
-        """Whether less at once could help: what stays in memory during the whole step fits."""
+        """Return whether less at once could help: what stays in memory during the whole step fits."""
         standing = Parts(way.device.weights, way.device.gradients, way.device.optimizer)
         return card.fits(self._device_need(standing), 0)
 
@@ -208,6 +210,8 @@ class _Planner:
     def _live_reference(self, candidates: Candidates) -> int | None:
         try:
             return self._device_need(candidates.live_reference())
+        except DpoCacheError:
+            raise
         except FAILURES as error:
             self.log(
                 f"DPO with a live reference is not counted for {self.options.model}: {first_line(error)}"

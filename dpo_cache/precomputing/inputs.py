@@ -19,6 +19,8 @@ from dpo_cache.files.locations import check_revision
 from dpo_cache.lm.model.adapter import locate_checkpoint
 from dpo_cache.lm.model.architecture import check_causal
 from dpo_cache.lm.model.load import load_config
+from dpo_cache.lm.model.load_dispatched import check_dispatchable
+from dpo_cache.lm.model.quantization import check_quantizable, check_saved_quantization
 from dpo_cache.log import Log
 from dpo_cache.options.precompute import PrecomputeOptions, renamed_columns
 from dpo_cache.precomputing.windows import SplitPlan
@@ -63,7 +65,9 @@ def take_inputs(model: Any, dataset: Any, cache: Any, tokenizer: Any, options: d
 
 
 def read_config(inputs: Inputs) -> PreTrainedConfig:
-    """The reference's config. Raises `ModelError` unless it is a causal LM's."""
+    """The reference's config. Raises `ModelError` unless it is that of a causal LM which can be loaded as the
+    options say.
+    """
     options = inputs.options
     if inputs.model is not None:
         return inputs.model.config
@@ -72,6 +76,10 @@ def read_config(inputs: Inputs) -> PreTrainedConfig:
         options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
     )
     check_causal(config, options.model)
+    check_quantizable(config, options.model, options.quantize)
+    check_saved_quantization(config, options.model)
+    if options.device_map == "auto":
+        check_dispatchable(options.model, config, options.revision, quantize=options.quantize)
     return config
 
 

@@ -132,10 +132,13 @@ def _run(
     cache = open_cache(options.cache, create=True)
     if options.uses_workers:
         check_for_workers(inputs, str(cache))
+    device = workers_device(options) or choose_device(options.device)
     config = read_config(inputs)
     splits = read_splits(inputs, name, log)
     tokenizer, tokenizer_location = read_tokenizer(inputs)
-    reference = identify_reference(inputs, config, tokenizer_location, log, workers_device(options))
+    reference = identify_reference(inputs, config, tokenizer_location, log, device)
+    if options.stream_weights == "on" and options.ray is None:
+        choose_reference_streaming(inputs, reference)  # raises an error where they cannot be streamed
     if not options.dry_run:
         for remark in end_killed_runs(cache, reference.id):
             log(remark)

@@ -28,7 +28,6 @@ from dpo_cache.lm.model.load import load_base, load_config
 from dpo_cache.lm.model.load_streamed import load_streamed
 from dpo_cache.lm.model.towers import frozen_towers
 from dpo_cache.lm.policy import default_micro_tokens
-from dpo_cache.lm.positions import most_positions
 from dpo_cache.lm.prepare import in_eval_mode, prepared
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.lm.sharded import ShardedModel
@@ -41,7 +40,6 @@ from dpo_cache.planning.parts import Method
 from dpo_cache.store import Cache, PairSet
 from dpo_cache.store.format.checks import check_details, check_identity
 from dpo_cache.store.format.documents import Document
-from dpo_cache.store.format.model_limits import ModelLimits
 from dpo_cache.training.adapters import has_adapter, put_adapter
 from dpo_cache.training.batches import held_out
 from dpo_cache.training.before_loading import check_before_loading
@@ -52,7 +50,7 @@ from dpo_cache.training.layer_major import (
     make_transfer,
     open_layer_major,
 )
-from dpo_cache.training.lengths import RowLengths, measure_rows
+from dpo_cache.training.lengths import RowLengths, measure_rows, model_limits
 from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.origin import Origin, compare_origin
 from dpo_cache.training.parallel import cut, load_to_cut
@@ -87,8 +85,7 @@ class TrainingPairs:
 
     def limit_to(self, config: PreTrainedConfig, name: str) -> None:
         """From now on, reading a pair that a model of this config cannot read raises `ModelError`."""
-        text = config.get_text_config()
-        limits = ModelLimits(name, text.vocab_size, most_positions(text))
+        limits = model_limits(config, name)
         self.pairs.limit_to(limits)
         if self.eval_pairs is not None:
             self.eval_pairs.limit_to(limits)

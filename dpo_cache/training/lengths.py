@@ -9,7 +9,9 @@ from itertools import islice
 from transformers import PreTrainedConfig
 
 from dpo_cache.lm.config_limits import limits_of, rope_limit
+from dpo_cache.lm.positions import most_positions
 from dpo_cache.store import PairSet
+from dpo_cache.store.format.model_limits import ModelLimits
 from dpo_cache.types import ScoredPair
 
 SCANNED_PAIRS = 4096  # of a larger set, only the first are read if no length of the config needs more
@@ -21,6 +23,12 @@ class RowLengths:
 
     longest: int  # at most this
     pair_tokens: float  # mean over the pairs, their shared prompt once
+
+
+def model_limits(config: PreTrainedConfig, name: str) -> ModelLimits:
+    """What a model of this config and name can read, for `PairSet.limit_to`."""
+    text = config.get_text_config()
+    return ModelLimits(name, text.vocab_size, most_positions(text))
 
 
 def measure_rows(pair_sets: Sequence[PairSet], config: PreTrainedConfig) -> RowLengths:

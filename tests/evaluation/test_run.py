@@ -192,7 +192,7 @@ def test_a_remark_names_the_reference_itself_and_its_gap(cache: str, model_folde
     assert remarks == [
         f"the model is the reference (largest gap {report.gap.largest:.2g} nats over 80 answers): its "
         "rewards are zero up to rounding, "
-        "so its accuracy, margins and calibration mean nothing."
+        "so it has no accuracy, and its margins mean nothing."
     ]
 
 
@@ -290,12 +290,14 @@ def test_one_of_several_pair_sets_must_be_named(cache: str, model_folder: str, t
 def test_a_model_of_other_tokens_is_refused_with_the_row(cache: str, tmp_path: Path) -> None:
     small = save(tmp_path / "small", make_llama(vocab_size=100))
     with pytest.raises(
-        ModelError, match=f"row 0 holds token id 26., but {small} has 100 embeddings: it reads other tokens"
+        ModelError,
+        match=f"row 0 of the data holds token id 26., but {small} has 100 embeddings: it reads other tokens",
     ):
         evaluate(cache, small)
     short = save(tmp_path / "short", make_llama(max_position_embeddings=32))
     with pytest.raises(
-        ModelError, match=rf"row \d+ has a sequence of \d+ tokens, but {short} was made for 32 at most"
+        ModelError,
+        match=rf"row \d+ of the data has a sequence of \d+ tokens, but {short} was made for 32 at most",
     ):
         evaluate(cache, short)
 

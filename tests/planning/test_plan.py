@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import dpo_cache
-from dpo_cache.errors import ModelError
+from dpo_cache.errors import ModelError, OptionError
 from dpo_cache.options.plan import PlanOptions
 from dpo_cache.planning import plan as plan_module
 from dpo_cache.planning.counts import Counts
@@ -149,3 +149,9 @@ def test_streaming_is_planned_as_it_is_asked_for(
     options = {"tflops": 1.0, "gpu": "1GiB", "lora_r": 8, "quantize": "4bit", "memory": "least"}
     found = dpo_cache.plan(model_folder, stream_weights=streams, **options)
     assert {way.is_streamed for way in found.precompute} == expected
+
+
+@pytest.mark.parametrize("targets", ["nosuch", "q_proj,nosuch"])
+def test_layers_that_the_model_lacks_are_named(model_folder: str, targets: str) -> None:
+    with pytest.raises(OptionError, match=r"has no layer called nosuch (?s:.*)linear layers: .*q_proj"):
+        dpo_cache.plan(model_folder, tflops=1.0, lora_r=8, lora_targets=targets)

@@ -144,7 +144,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int, log: L
     """
     peft = import_peft()
     check_suited(config)
-    _check_names(model, config)
+    check_names(model, config)
     config = without_unsuited_layers(model, config, log)
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
@@ -272,7 +272,7 @@ def without_deprecations() -> Iterator[None]:
         yield
 
 
-def _check_names(model: PreTrainedModel, config: PeftConfig) -> None:
+def check_names(model: PreTrainedModel, config: PeftConfig) -> None:
     """Raise `OptionError` if a name fits no layer: PEFT accepts several names if one of them fits."""
     layers = dict(model.named_modules())
     for field, source in NAMES_OF_LAYERS.items():

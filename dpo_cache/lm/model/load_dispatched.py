@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from dpo_cache.errors import ModelError
 from dpo_cache.lm.device import SPREAD
@@ -48,13 +48,7 @@ def load_dispatched(
     """
     parts = locate_checkpoint(location, revision)
     config = load_config(location, revision=revision, trust_remote_code=trust_remote_code)
-    is_quantized = quantize != "none" or getattr(config, "quantization_config", None) is not None
-    if parts.adapter is not None or is_quantized:
-        raise ModelError(
-            f"{location}: `device_map` auto spreads plain weights, not "
-            f"{'an adapter on its base' if parts.adapter is not None else 'quantized ones'}.\n"
-            "Leave `device_map` out, or use `stream_weights` on."
-        )
+    check_dispatchable(location, config, revision, quantize=quantize)
     model: Any = read_base(
         parts,
         dtype=dtype,
@@ -78,6 +72,20 @@ def load_dispatched(
 
 def describe_places(model: PreTrainedModel) -> str:
     """How many modules each place has: `3 modules on cuda:0, 2 on cpu`."""
+def check_dispatchable(
+    location: str, config: PreTrainedConfig, revision: str | None, *, quantize: str
+) -> None:
+    """Raise `ModelError` for an adapter or quantized weights, which are not spread."""
+    is_adapter = locate_checkpoint(location, revision).adapter is not None
+    is_quantized = quantize != "none" or getattr(config, "quantization_config", None) is not None
+    if is_adapter or is_quantized:
+        raise ModelError(
+            f"{location}: `device_map` auto spreads plain weights, not "
+            f"{'an adapter on its base' if is_adapter else 'quantized ones'}.\n"
+            "Leave `device_map` out, or use `stream_weights` on."
+        )
+
+
     counts = Counter(f"cuda:{place}" if isinstance(place, int) else str(place) for place in _places(model))
     return ", ".join(f"{count} modules on {place}" for place, count in counts.items())
 

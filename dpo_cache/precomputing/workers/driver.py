@@ -20,11 +20,13 @@ from dpo_cache import errors
 from dpo_cache.errors import DpoCacheError, OptionError, StorageError
 from dpo_cache.lm.device import choose_device
 from dpo_cache.options.precompute import PrecomputeOptions
+from dpo_cache.packages import check_ray
 from dpo_cache.precomputing.audit import AuditTotals, withdraw
 from dpo_cache.precomputing.inputs import Inputs
 from dpo_cache.precomputing.planned import PlannedRun
 from dpo_cache.precomputing.report import describe_progress
 from dpo_cache.precomputing.units import Unit
+from dpo_cache.precomputing.workers.environments import worker_environments
 from dpo_cache.precomputing.workers.job import Failure, Job, Receipt
 from dpo_cache.store.upkeep.run_record import RunRecord
 
@@ -80,7 +82,9 @@ def workers_device(options: PrecomputeOptions) -> torch.device | None:
 
 
 def check_for_workers(inputs: Inputs, cache: str) -> None:
-    """Raise `OptionError` for a model or a cache that other processes cannot have."""
+    """Raise `OptionError` for a model or a cache that other processes cannot have, for more workers than
+    devices, and where Ray is not installed.
+    """
     if inputs.model is not None:
         raise OptionError(
             "workers load the model themselves, and this one is loaded already.\n"
@@ -91,6 +95,10 @@ def check_for_workers(inputs: Inputs, cache: str) -> None:
             f"`cache` {cache}: is in the memory of this process, which workers do not share.\n"
             "Give a folder, or another URL of fsspec."
         )
+    if inputs.options.ray is not None:
+        check_ray()
+    elif inputs.options.num_workers is not None:
+        worker_environments(choose_device(inputs.options.device).type, inputs.options.num_workers)
 
 
 def describe_job(run: PlannedRun, record: RunRecord) -> Job:

@@ -6,7 +6,6 @@ where memory runs out, has its unit scored by another one.
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import signal
@@ -22,12 +21,10 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-import torch
-
-from dpo_cache.errors import OptionError, shown_rows
-from dpo_cache.files.machine import num_cores
+from dpo_cache.errors import shown_rows
 from dpo_cache.log import Log
 from dpo_cache.precomputing.units import Unit
+from dpo_cache.precomputing.workers.environments import worker_environments
 from dpo_cache.precomputing.workers.job import Failure, Job, Receipt, rows_of
 from dpo_cache.precomputing.workers.process import STARTED
 from dpo_cache.precomputing.workers.worker import Worker
@@ -71,23 +68,6 @@ def score_units(
             yield receipt
     if not has_failed:
         shutil.rmtree(logs, ignore_errors=True)
-
-
-def worker_environments(device: str, num_workers: int) -> list[dict[str, str]]:
-    """The environment of each worker: its GPU, or its share of the cores. Raises `OptionError`."""
-    shared = {**os.environ, "DPO_CACHE_PROGRESS": "off"}
-    if device == "cpu":
-        shared.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_workers)))
-        return [shared] * num_workers
-    num_devices = torch.cuda.device_count() if device == "cuda" else 1
-    if num_workers > num_devices:
-        raise OptionError(
-            f"`num_workers` {num_workers}: there are {num_devices} {device} devices here, and each worker "
-            f"needs one.\nGive `num_workers` {num_devices}, or fewer."
-        )
-    visible = [one.strip() for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.strip()]
-    names = visible or [*map(str, range(num_devices))]
-    return [{**shared, "CUDA_VISIBLE_DEVICES": names[number]} for number in range(num_workers)]
 
 
 @dataclass
