@@ -138,8 +138,7 @@ def _row(entry: Field[Any]) -> str:
     flag = entry.metadata["flag"] if "/" in entry.metadata["flag"] else flag_of(entry)
     names = [f"`{entry.metadata['positional']}`"] if entry.metadata["positional"] else []
     if entry.metadata["flag"] or not names:
-        choices = "\\|".join(entry.metadata["choices"])
-        names.append(f"`{flag}{' ' + choices if choices else ''}`")
+        names.append(f"`{flag}`")
     default = entry.default
     if entry.metadata["required"]:
         shown = "needed"
@@ -150,6 +149,8 @@ def _row(entry: Field[Any]) -> str:
     else:
         shown = "" if default is None else f"`{default}`"
     text = entry.metadata["help"].replace("|", "\\|")
+    if choices := entry.metadata["choices"]:
+        text += f" Values: {', '.join(f'`{choice}`' for choice in choices)}."
     return f"| {' or '.join(names)} | {shown} | {text} |"
 
 
