@@ -77,7 +77,7 @@ NAVIGATION = {
     ],
     "Reference": ["commands", "options", "python", "api", "format"],
     "Evidence": ["measurements", "negative-results", "keyed-by-completion"],
-    "Project": ["/README", "/CHANGELOG", "/CONTRIBUTING", "/SECURITY"],
+    "Project": ["README </README>", "/CHANGELOG", "/CONTRIBUTING", "/SECURITY"],
 }
 
 
@@ -104,12 +104,12 @@ def add_generated(_: Sphinx, docname: str, source: list[str]) -> None:
 
 def _toctree(caption: str, pages: list[str]) -> str:
     options = [":hidden:", *([f":caption: {caption}"] if caption else [])]
-    there = [
-        page
-        for page in pages
-        if (DOCS / f"{page.replace('/', '../', 1) if page[0] == '/' else page}.md").exists()
-    ]
-    return "\n".join(["\n", "```{toctree}", *options, "", *there, "```", ""]) if there else ""
+    return "\n".join(["\n", "```{toctree}", *options, "", *filter(_exists, pages), "```", ""])
+
+
+def _exists(page: str) -> bool:
+    name = page.partition("<")[2].rstrip(">") or page  # TITLE <PAGE>
+    return (ROOT / name[1:] if name.startswith("/") else DOCS / name).with_suffix(".md").exists()
 
 
 def _groups() -> dict[str, list[str]]:
