@@ -134,6 +134,7 @@ test-fake-cuda: $(FAKE_CUDA_VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/python -m tests.losses.write_table
+	$(BIN)/python -m tests.options.write_trl_tables
 	$(BIN)/python -m tests.write_stub
 	$(BIN)/python -m tests.cli.write_help
 	$(SPHINX) -b html . docs/_build/html

@@ -11,6 +11,7 @@ them, and other ids (another template, tokenizer or `max_length`) are an error i
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -22,18 +23,26 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from dpo_cache.errors import DpoCacheError, NotInCacheError, OptionError, StepZeroError, shown_rows
+from dpo_cache.integrations.collated import NOTHING, completions_in, keys_of
+from dpo_cache.integrations.trl_reference import (
+    check_reference,
+    choose_reference,
+    drop_reference_adapter,
+    only_the_policy,
+)
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.log import log_remark
 from dpo_cache.precomputing.completions import score_completions
 from dpo_cache.precomputing.units import Unit
-from dpo_cache.store import Cache, completion_key, open_cache
-from dpo_cache.store.format.keys import KEY_BYTES, key_array, key_bytes
+from dpo_cache.store import open_cache
+from dpo_cache.store.format.keys import key_bytes
 from dpo_cache.store.starting_model import default_start
 from dpo_cache.training.pair_logps import summed_logps
 from dpo_cache.training.step_zero import TOLERANCES
-from dpo_cache.types import Completion, Score
+from dpo_cache.types import Completion
 
 LOOKED_UP = 1000  # rows at once
+UNCUT = 1_000_000  # `precompute --max-length` for a `max_length` of None
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # of TRL's tokenized rows
 NAMES = ("ref_chosen_logps", "ref_rejected_logps")  # of its columns with log-probs
 STEP_ZERO = ("stop", "warn", "off")
@@ -50,7 +59,8 @@ class CachedDPOTrainer(DPOTrainer):
             checkpoint, or with the policy's where the cache has no reference. The model is loaded for that
             and released.
         step_zero: what happens if the policy does not repeat the cached log-probs in the first batch, before
-            any update: stop, warn or off (for a policy that starts from another checkpoint).
+            any update: stop, warn or off (for a policy that starts from another checkpoint). A policy with a
+            new adapter (`peft_config`) may also repeat them without the adapter.
 
     Evaluation sets, also those that are given to `evaluate` after training, streams (`IterableDataset`),
     adapters and LD-DPO (`ld_alpha`) work. Raises `NotInCacheError` for completions that the cache lacks, and
@@ -85,11 +95,14 @@ class CachedDPOTrainer(DPOTrainer):
         self._policy_name = model if isinstance(model, str) else get_config_model_id(model.config)
         self._scores_missing = score_missing
         self._step_zero, self._is_compared = step_zero, step_zero == "off"
+        self._has_new_adapter = given.get("peft_config") is not None
         # TRL then reads reference log-probs from columns, and loads no reference
         args = args or DPOConfig(f"{self._policy_name.rstrip('/').split('/')[-1]}-DPO")
+        check_reference(args, given.get("train_dataset"))
         args.precompute_ref_log_probs = True
-        super().__init__(model, args=args, **given)
-        _drop_reference_adapter(self.model)
+        with only_the_policy(is_loaded=not isinstance(model, str)):
+            super().__init__(model, args=args, **given)
+        drop_reference_adapter(self.model)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, _: int) -> Any:
         """The data set with the columns of reference log-probs; TRL calls this for each of its sets."""
@@ -202,11 +215,14 @@ class CachedDPOTrainer(DPOTrainer):
         return Unit([*found], [*found.values()], [rows[key][:3] for key in found], num_tokens, name)
 
     def _not_in_cache(self, rows: list[int], name: str) -> NotInCacheError:
+        cut = {"keep_end": ["--truncation", "keep-end"]}.get(self.args.truncation_mode, [])
+        length = str(self.args.max_length or UNCUT)
+        scored = ["--cache", str(self._cache), "--model", self._policy_name, "--max-length", length, *cut]
         return NotInCacheError(
             f"{self._cache}: completions of row{'s' * (len(rows) > 1)} {shown_rows(rows)} of the {name} "
             "data set have no score: their token ids, as TRL makes them, are not in the cache.\n"
-            f"Run `dpo-cache precompute --cache {self._cache} --max-length {self.args.max_length} …` on "
-            "this data with this tokenizer and chat template, or give `score_missing`."
+            f"Run `dpo-cache precompute {shlex.join(scored)} --dataset DATA`, with this tokenizer "
+            "and chat template on this data, or give `score_missing`."
         )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -214,22 +230,21 @@ class CachedDPOTrainer(DPOTrainer):
         if not self._is_compared:
             self._is_compared = True
             if self.state.global_step == 0:
-                self._compare(inputs)
+                self._compare(model, inputs)
         return result
 
-    def _compare(self, inputs: dict[str, Any]) -> None:
+    def _compare(self, model: Any, inputs: dict[str, Any]) -> None:
         """Compare the policy's log-probs of the first batch with the cached ones. Raises `StepZeroError`."""
         metrics = self._metrics["train" if self.model.training else "eval"]
-        gaps = []
-        for side, name in zip(("chosen", "rejected"), NAMES, strict=True):
-            cached = float(self.accelerator.gather(inputs[name]).mean())
-            absolute, relative = TOLERANCES[_dtype_of(self)]
-            gaps.append(abs(metrics[f"logps/{side}"][-1] - cached) - absolute - relative * abs(cached))
-        if max(gaps) <= 0:
+        gap = self._gap([metrics[f"logps/{side}"][-1] for side in ("chosen", "rejected")], inputs)
+        if gap > 0 and self._has_new_adapter:  # prompt tuning, for one, changes the policy from the start
+            base = self.compute_ref_log_probs(model, inputs)
+            gap = self._gap([float(self.accelerator.gather(logps).mean()) for logps in base], inputs)
+        if gap <= 0:
             return
         problem = (
             f"before any update the policy's log-probs of the first batch differ from the cached ones by "
-            f"{max(gaps):.3g} nats a completion more than rounding explains: the policy is not the reference."
+            f"{gap:.3g} nats a completion more than rounding explains: the policy is not the reference."
         )
         if self._step_zero == "stop":
             raise StepZeroError(
@@ -238,49 +253,16 @@ class CachedDPOTrainer(DPOTrainer):
             )
         log_remark(problem)
 
-
-NOTHING = Score(np.zeros(0, np.float32))  # of a completion that the truncation has cut off
-
-
-def choose_reference(cache: Cache, reference: str | None, *, may_be_new: bool) -> str | None:
-    """The full id of the reference whose id begins so, or of the cache's only one; None for one that is to be
-    scored now. Raises `CacheError`.
-    """
-    known = cache.references()
-    if reference is not None or len(known) == 1:
-        return cache.find_reference(reference or known[0])
-    if known:
-        shown = ", ".join(one[:12] for one in known)
-        raise NotInCacheError(f"{cache}: {len(known)} references.\nName one with `reference`: {shown}.")
-    if may_be_new:
-        return None
-    raise NotInCacheError(
-        f"{cache}: no references.\nRun `dpo-cache precompute --cache {cache} …` first, or give "
-        "`score_missing`."
-    )
-
-
-def keys_of(completions: Sequence[Completion | None]) -> tuple[np.ndarray, np.ndarray]:
-    """The key of each completion (dtype S16), and whether there is a completion: bool."""
-    keys = [bytes(KEY_BYTES) if one is None else completion_key(one) for one in completions]
-    return key_array(keys), np.array([one is not None for one in completions])
-
-
-def completions_in(batch: dict[str, Any]) -> list[Completion | None]:
-    """The completions of a collated batch: all chosen, then all rejected ones; None for one without tokens.
-
-    TRL sums the log-probs of the tokens under `completion_mask`, except that of a row's first token, which
-    nothing predicts.
-    """
-    found: list[Completion | None] = []
-    for ids, attention, mask in zip(
-        *(batch[name].cpu().numpy() for name in ("input_ids", "attention_mask", "completion_mask")),
-        strict=True,
-    ):
-        ids, mask = ids[attention == 1].astype(np.uint32), mask[attention == 1]
-        start = max(1, len(mask) - int(mask.sum()))
-        found.append(Completion(ids[:start], ids[start:]) if start < len(ids) else None)
-    return found
+    def _gap(self, logps: Sequence[float], inputs: dict[str, Any]) -> float:
+        """By how much the batch's mean log-probs, chosen and rejected, differ from the cached ones beyond
+        rounding, in nats; the larger of the two.
+        """
+        absolute, relative = TOLERANCES[_dtype_of(self)]
+        cached = [float(self.accelerator.gather(inputs[name]).mean()) for name in NAMES]
+        return max(
+            abs(one - other) - absolute - relative * abs(other)
+            for one, other in zip(logps, cached, strict=True)
+        )
 
 
 def _dtype_of(trainer: CachedDPOTrainer) -> str:
@@ -289,9 +271,3 @@ def _dtype_of(trainer: CachedDPOTrainer) -> str:
         return "bfloat16"
     dtype = str(trainer.model.dtype).removeprefix("torch.")
     return dtype if dtype in TOLERANCES else "bfloat16"
-
-
-def _drop_reference_adapter(model: Any) -> None:
-    """Remove the copy of an adapter that TRL keeps as its reference."""
-    if "ref" in getattr(model, "peft_config", {}):
-        model.delete_adapter("ref")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from typer.testing import CliRunner
 
 import dpo_cache
+from dpo_cache.cli.app import app
 from dpo_cache.errors import ModelError, NotInCacheError, OptionError, StepZeroError
 from tests.conftest import chat_rows
 
@@ -244,10 +247,34 @@ def test_the_example_of_the_docs_runs(
 def test_rows_that_are_not_cached_are_named(model_folder: str, tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
     dpo_cache.precompute(model_folder, rows(0, 4), cache, name="rows")
-    with pytest.raises(
-        NotInCacheError, match=r"(?s)rows 4, 5 of the train data set.*dpo-cache precompute --cache"
-    ):
+    with pytest.raises(NotInCacheError, match="rows 4, 5 of the train data set") as raised:
         cached(tmp_path, model_folder, cache, train_dataset=rows(0, 6))
+    rows(0, 6).to_json(tmp_path / "more.jsonl")
+    command = re.search(r"`dpo-cache (.*) DATA`", str(raised.value))
+    assert command
+    done = CliRunner().invoke(app, [*shlex.split(command[1]), str(tmp_path / "more.jsonl")])
+    assert done.exit_code == 0, done.output
+    cached(tmp_path, model_folder, cache, train_dataset=rows(0, 6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"max_length": None}, "--max-length 1000000 --dataset"),
+        (
+            {"max_length": 40, "truncation_mode": "keep_end"},
+            "--max-length 40 --truncation keep-end --dataset",
+        ),
+    ],
+    ids=str,
+)
+def test_the_command_for_what_is_missing_cuts_as_the_config_does(
+    changes: dict[str, Any], shown: str, model_folder: str, tmp_path: Path
+) -> None:
+    cache = str(tmp_path / "cache")
+    dpo_cache.precompute(model_folder, rows(0, 1), cache, name="rows")
+    with pytest.raises(NotInCacheError, match=shown):
+        cached(tmp_path, model_folder, cache, train_dataset=rows(0, 6), changes=changes)
 
 
 def test_another_policy_is_refused(model_folder: str, cache: str, tmp_path: Path) -> None:

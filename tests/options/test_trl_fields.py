@@ -12,6 +12,7 @@ from dpo_cache.losses.table import LOSSES
 from dpo_cache.options import trl_config
 from dpo_cache.options.train import LR_SCHEDULES, OPTIMIZERS, TRACKERS, TrainOptions
 from dpo_cache.options.trl_fields import DPO_CONFIG, EARLIER, FIELDS, MODEL_FIELDS
+from tests.options.write_trl_tables import PAGE, with_tables
 
 OPTIONS = {entry.name for entry in dataclasses.fields(TrainOptions)}
 
@@ -35,6 +36,10 @@ def test_each_counterpart_is_an_option_of_train() -> None:
     for name, field in FIELDS.items():
         assert not field.equal or field.equal in OPTIONS, name
         assert field.equal or field.note, name  # a reason where there is no option
+
+
+def test_the_tables_of_the_docs_are_these() -> None:
+    assert PAGE.read_text() == with_tables(PAGE.read_text()), "run `python -m tests.options.write_trl_tables`"
 
 
 def test_no_field_is_in_two_parts() -> None:

@@ -1,0 +1,74 @@
+"""The cache in place of TRL's reference model: which one it is, and how TRL's trainer loads none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from trl import DPOConfig
+from trl.trainer import dpo_trainer
+
+from dpo_cache.errors import NotInCacheError, OptionError
+from dpo_cache.store import Cache
+
+
+def choose_reference(cache: Cache, reference: str | None, *, may_be_new: bool) -> str | None:
+    """The full id of the reference whose id begins so, or of the cache's only one; None for one that is to be
+    scored now. Raises `CacheError`.
+    """
+    known = cache.references()
+    if reference is not None or len(known) == 1:
+        return cache.find_reference(reference or known[0])
+    if known:
+        shown = ", ".join(one[:12] for one in known)
+        raise NotInCacheError(f"{cache}: {len(known)} references.\nName one with `reference`: {shown}.")
+    if may_be_new:
+        return None
+    raise NotInCacheError(
+        f"{cache}: no references.\nRun `dpo-cache precompute --cache {cache} …` first, or give "
+        "`score_missing`."
+    )
+
+
+def check_reference(args: DPOConfig, rows: Any) -> None:
+    """Raise `OptionError` for a reference, or rows, whose log-probs a cache does not have."""
+    if args.sync_ref_model:
+        raise OptionError(
+            "`sync_ref_model` changes the reference during training; the cache has the log-probs of one that "
+            "does not change.\nLeave `sync_ref_model` out, or use TRL's DPOTrainer."
+        )
+    if isinstance(rows, (Dataset, IterableDataset)) and {"image", "images"} & set(next(iter(rows), {})):
+        raise OptionError(
+            "The rows have images, and the cache has log-probs of text only.\nRemove the column, or use "
+            "TRL's DPOTrainer."
+        )
+
+
+@contextmanager
+def only_the_policy(*, is_loaded: bool) -> Iterator[None]:
+    """Within it, TRL's trainer loads a policy, if it has none, and no reference model, with which it would
+    compute log-probs under FSDP; nor does it hash the weights to name the file of those log-probs.
+    """
+    load, hash_weights = dpo_trainer.create_model_from_path, dpo_trainer.hash_module
+    module: Any = dpo_trainer
+
+    def load_once(*given: Any, **more: Any) -> Any:
+        nonlocal is_loaded
+        if is_loaded:
+            return None
+        is_loaded = True
+        return load(*given, **more)
+
+    module.create_model_from_path, module.hash_module = load_once, lambda _: ""
+    try:
+        yield
+    finally:
+        module.create_model_from_path, module.hash_module = load, hash_weights
+
+
+def drop_reference_adapter(model: Any) -> None:
+    """Remove the copy of an adapter that TRL keeps as its reference."""
+    if "ref" in getattr(model, "peft_config", {}):
+        model.delete_adapter("ref")
