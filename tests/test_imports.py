@@ -22,7 +22,7 @@ ALLOWED = {
     "cli": "data errors evaluation exchange log options planning precomputing progress reporting store sweeping training upkeep",
     "integrations": "errors lm log precomputing store training types",
     "upkeep": "log options precomputing progress store",
-    "sweeping": "errors files log notebook options planning progress reporting store training",
+    "sweeping": "errors files log notebook options planning progress reporting training",
     "reporting": "errors losses options packages",
     "evaluation": "errors files lm log losses notebook options progress store tokenizer training types",
     "exchange": "data errors files lm log notebook options progress store types",

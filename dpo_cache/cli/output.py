@@ -21,6 +21,7 @@ from dpo_cache.progress import show_scoring as show_scoring
 
 if TYPE_CHECKING:
     from dpo_cache.exchange import ImportReport
+    from dpo_cache.planning.forecast import Forecast
     from dpo_cache.precomputing.run import PrecomputeReport
     from dpo_cache.store.upkeep.copy import TransferReport
 
@@ -148,6 +149,25 @@ def print_transfer(report: TransferReport) -> None:
         ("time", format_seconds(report.elapsed_s)),
     ]
     print_table(f"{report.source} -> {report.target}", rows)
+
+
+def forecast_rows(found: Forecast | None) -> list[tuple[str, str]]:
+    """The last rows of a dry run's table: time, memory and disk of the run."""
+    if found is None:
+        return []
+    time = "not known" if found.seconds is None else f"about {format_seconds(found.seconds)}"
+    each = f" on each of {found.num_workers}" if found.num_workers > 1 and found.device != "cpu" else ""
+    memory = "not known" if found.device_bytes is None else f"about {format_bytes(found.device_bytes)}{each}"
+    rows = [
+        ("time", f"{time}, {found.source}" if found.source else time),
+        ("memory", f"{memory}{_free(found.free_device_bytes)}"),
+        ("disk", f"at most {format_bytes(found.disk_bytes)}{_free(found.free_disk_bytes)}"),
+    ]
+    return [(f"{name} of the run", shown) for name, shown in rows]
+
+
+def _free(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else f"; {format_bytes(num_bytes)} are free"
 
 
 def train_line(cache: str, pairs: str, *more: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dpo_cache.cli.output import (
     ProgressLine,
     count,
+    forecast_rows,
     format_bytes,
     format_seconds,
     kept_rows,
@@ -74,6 +75,7 @@ def _print_plan(report: PrecomputeReport) -> None:
     ]
     if report.weights_from:
         rows.append(("weights would be read", _readings(report)))
+    rows += forecast_rows(report.forecast)
     print_table(f"{', '.join(report.pair_sets)}: reference {report.reference[:12]}, a dry run", rows)
     print_text("Nothing was scored or written. Next: the same command without --dry-run.")
 

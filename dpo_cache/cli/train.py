@@ -12,6 +12,7 @@ from dpo_cache.cli.output import (
     ProgressLine,
     command_line,
     count,
+    forecast_rows,
     format_bytes,
     format_seconds,
     print_json,
@@ -146,9 +147,9 @@ def _print_dry_run(report: TrainReport) -> None:
     if last := report.last:
         took = f"{last['num_pairs'] / last['pairs_per_s']:.1f} s for {last['num_pairs']} pairs"
         rows.append(("a step on the longest pairs", took))
-    rows.append(("peak memory", f"{format_bytes(report.peak_bytes)}, without evaluation and samples"))
     if following := next_preset(_placement(str(resolved.get("memory", "fast")))):
         rows.append(("less memory", f"--memory {following}; `dpo-cache plan` predicts how much less"))
+    rows += forecast_rows(report.forecast)
     print_table(f"{report.output}: a dry run", rows)
     print_text("Nothing was written. Next: the same command without --dry-run.")
 

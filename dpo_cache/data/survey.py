@@ -98,6 +98,10 @@ class Survey:
         """Tokens of the longest sequence kept."""
         return max(self._lengths["prompt + answer"], default=0)
 
+    def tokens_of(self, name: str) -> int:
+        """Tokens of all prompts, or of all answers; a prompt counts with each of its answers."""
+        return sum(length * count for length, count in self._lengths[name].items())
+
     def lengths(self) -> dict[str, list[int]]:
         """For prompts, answers and both together: the lengths at `PERCENTILES`."""
         return {name: _percentiles(counts) for name, counts in self._lengths.items()}

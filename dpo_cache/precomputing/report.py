@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_cache import data
 from dpo_cache.lm.model.unchanged import check_not_rewritten
 from dpo_cache.lm.progress import ScoringProgress, ScoringStep, extrapolate
+from dpo_cache.planning.forecast import Forecast
 from dpo_cache.precomputing.audit import Audit, AuditTotals
 from dpo_cache.precomputing.cutting import Units
 from dpo_cache.precomputing.html import precompute_html
@@ -65,6 +66,7 @@ class PrecomputeReport:
     weight_bytes_read: int = 0
     weight_read_s: float = 0.0  # at the speed that was measured beforehand
     bytes_written: int = 0
+    forecast: Forecast | None = None  # of a dry run
     surveys: list[dict[str, Any]] = field(default_factory=list)
     start_from: str | None = None  # model to train from, if the one in the reference's entry no longer exists
     remarks: list[str] = field(default_factory=list)

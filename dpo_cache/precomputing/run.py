@@ -23,6 +23,7 @@ from dpo_cache.options.base import with_new_names
 from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.planning.disk import check_disk
+from dpo_cache.precomputing.forecast import forecast
 from dpo_cache.precomputing.here import score_here
 from dpo_cache.precomputing.inputs import (
     Inputs,
@@ -193,7 +194,10 @@ def _run(
         log(f"{streaming.reason}, {readings if is_planned else 'once for each window of chunks'}.")
         if options.dry_run:
             report.plan_readings(readings)
-    if not options.dry_run:
+    if options.dry_run:
+        planned = (splits, planner.totals, truncation, report, streaming, readings)
+        report.forecast = forecast(options, target, *planned, log)
+    else:
         cache.check_writable()
         for split in splits:
             record_day(cache, split.survey.pair_set, split.template_date)

@@ -43,7 +43,7 @@ def measure_rows(pair_sets: Sequence[PairSet], config: PreTrainedConfig) -> RowL
     for pairs in pair_sets:
         first = list(islice(pairs, SCANNED_PAIRS))
         found = max((_longest(scored) for scored in first), default=1)
-        tokens += sum(map(_pair_tokens, first))
+        tokens += sum(map(count_pair_tokens, first))
         num_read += len(first)
         cut_to = pairs.manifest["tokenization"]["max_length"]
         if len(pairs) > len(first):
@@ -57,5 +57,6 @@ def _longest(scored: ScoredPair) -> int:
     return max(len(scored.pair.chosen), len(scored.pair.rejected))
 
 
-def _pair_tokens(scored: ScoredPair) -> int:
+def count_pair_tokens(scored: ScoredPair) -> int:
+    """Tokens of a pair, its shared prompt once."""
     return len(scored.pair.chosen) + scored.pair.rejected.num_tokens

@@ -21,6 +21,7 @@ from dpo_cache.options.train import TrainOptions
 from dpo_cache.progress import bars_hidden, show_training, shows_progress
 from dpo_cache.training.batches import longest_pairs, stream_pairs
 from dpo_cache.training.evaluations import Best
+from dpo_cache.training.forecast import forecast
 from dpo_cache.training.launch import with_launched_config
 from dpo_cache.training.loaded import take_loaded
 from dpo_cache.training.output.metrics_file import MetricsFile
@@ -193,16 +194,19 @@ class _Run:
 
     def try_step(self) -> TrainReport:
         """Take two whole steps on the longest pairs, to measure their memory; nothing is written."""
+        disk_bytes = 0
         if self.ranks.is_main:
             check_output(self.output)
-            check_disk(self.output, self.policy, self.options)
+            disk_bytes = check_disk(self.output, self.policy, self.options)
         self.setup.log_remarks()
         pairs = longest_pairs(self.data.pairs, self.data.selected, self.options.batch_size)
         for number in (1, 2):  # in the second the optimizer's state exists next to the activations
             self.position = replace(self.position, step=number)
             metrics = self._update(pairs)
         self.on_metrics({**metrics, "total_steps": self.setup.total_steps, "left_s": None})
-        return replace(self._report(finished=False), first=metrics, last=metrics, eval_before=None)
+        found = forecast(self.setup, metrics, pairs, disk_bytes)
+        report = replace(self._report(finished=False), first=metrics, last=metrics, eval_before=None)
+        return self.ranks.share(replace(report, forecast=found))
 
     def _finish(self) -> TrainReport:
         if self.ranks.is_main and not self.best.is_better_than(self.metrics_file.first("eval/loss")):

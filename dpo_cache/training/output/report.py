@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from dpo_cache.losses.metrics import Metrics
+from dpo_cache.planning.forecast import Forecast
 from dpo_cache.training.output.html import train_html
 
 RECENT_STEPS = 50
@@ -35,6 +36,7 @@ class TrainReport:
     best_model: str | None = None  # folder of that policy, if it is not the one in `model`
     stopped_by_patience: bool = False
     is_dry_run: bool = False
+    forecast: Forecast | None = None  # of a dry run
     resolved: dict[str, Any] = field(default_factory=dict)  # the values in place of `auto` and other defaults
     remarks: list[str] = field(default_factory=list)
 
