@@ -16,6 +16,7 @@ from typing import Any
 from rows import write_rows
 
 import dpo_cache
+from dpo_cache.progress import format_share
 
 EVERY = 10
 CURVES = {
@@ -59,7 +60,7 @@ def main() -> None:
     print(f"{'step':>5}  {'accuracy':>8}  {'margin':>7}  {'loss':>6}")
     for line in evaluations:
         print(
-            f"{line['step']:>5}  {line['eval/rewards/accuracies']:>8.1%}  "
+            f"{line['step']:>5}  {format_share(line['eval/rewards/accuracies']):>8}  "
             f"{line['eval/rewards/margins']:>+7.3f}  {line['eval/loss']:>6.4f}"
         )
     print(f"{report.elapsed_s / 60:.1f} min, {report.peak_bytes / 1e9:.2f} GB")

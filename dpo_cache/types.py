@@ -30,6 +30,8 @@ TOKEN_TOLERANCES = {"float32": (1e-3, 1e-4), "float16": (0.1, 0.01), "bfloat16":
 SPREAD_TOLERANCES = {"bfloat16": (0.02, 0.025), "float16": (0.0025, 0.0035)}
 LEAST_TOKENS = 64  # for these shares to be known well enough
 
+UNKNOWN_DTYPE = "bfloat16"  # of an imported reference that names none: the coarsest
+
 # How `quantize` changes weights, as fields of a reference's identity. 4-bit weights are multiplied in the
 # identity's dtype. With 8 bits the threshold is 0: otherwise the columns that are kept in 16 bits, and with
 # them the log-prob of a token, would depend on the other tokens of the batch.
@@ -42,6 +44,13 @@ QUANTIZATION_FIELDS: dict[str, dict[str, Any]] = {
         "bnb_4bit_use_double_quant": True,
     },
 }
+
+
+def token_rounding(*dtypes: str | None) -> float:
+    """The mean gap of a token's log-prob, in nats, that rounding in the coarsest of the dtypes explains."""
+    return max(
+        TOKEN_TOLERANCES.get(dtype or UNKNOWN_DTYPE, TOKEN_TOLERANCES[UNKNOWN_DTYPE])[1] for dtype in dtypes
+    )
 
 
 def quantization_name(identity: dict[str, Any]) -> str:
@@ -193,7 +202,7 @@ def split_lists(column: pa.ChunkedArray) -> list[np.ndarray]:
 
 
 def are_logps(values: np.ndarray, num_tokens: np.ndarray | int = 1) -> bool:
-    """Whether all values are log-probs of a token, or sums of those of `num_tokens`: neither NaN nor
+    """Return whether all values are log-probs of a token, or sums of those of `num_tokens`: neither NaN nor
     infinite, and within the bounds above.
     """
     return bool(((values >= LOWEST_LOGP * num_tokens) & (values <= HIGHEST_LOGP * num_tokens)).all())

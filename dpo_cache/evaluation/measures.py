@@ -1,7 +1,8 @@
 """Measures over many pairs: pure functions of numpy arrays, one entry a pair.
 
-`margins` are those of rewards, chosen minus rejected. A pair is right where its margin is above 0; a tie is
-not right, as in the metrics of training.
+`margins` are those of rewards, chosen minus rejected, and `roundings` the largest that rounding explains: see
+`losses/ties.py`. A pair whose margin is no larger is a tie, which counts half; another one is right where its
+margin is above 0. The metrics of training count the same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpo_cache.losses.ties import accuracy_of
+
 Z_95 = 1.959963984540054  # 97.5 % of a standard normal distribution is below
 PERCENTILES = (5, 25, 50, 75, 95)
 NUM_BINS = 10
@@ -18,11 +21,14 @@ NUM_BINS = 10
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of `count` pairs are right, and the 95 % interval of the share in the whole population."""
+    """How many of `count` pairs are right, and the 95 % interval of the share in the whole population.
 
-    share: float
-    low: float
-    high: float
+    Share and interval are None where nearly all pairs are ties.
+    """
+
+    share: float | None
+    low: float | None
+    high: float | None
     right: int
     ties: int
     count: int
@@ -58,7 +64,7 @@ class Bin:
 class Calibration:
     """How well `sigmoid(margin)` agrees with the observed shares; see `measure_calibration`."""
 
-    expected_error: float  # 0: calibrated
+    expected_error: float | None  # 0: calibrated; None where nearly all pairs are ties
     brier: float  # 0: certain and right, 0.25: knows nothing, 1: certain and wrong
     bins: list[Bin]
 
@@ -74,14 +80,16 @@ class LengthGroup:
     margin: float  # mean
 
 
-def measure_accuracy(margins: np.ndarray) -> Accuracy:
-    """Share of the margins above 0, with its Wilson interval; `margins` is not empty."""
-    count, right = len(margins), int((margins > 0).sum())
-    low, high = wilson_interval(right, count)
-    return Accuracy(right / count, low, high, right, int((margins == 0).sum()), count)
+def measure_accuracy(margins: np.ndarray, roundings: np.ndarray | float = 0.0) -> Accuracy:
+    """Share of the pairs that are right, with its Wilson interval; `margins` is not empty."""
+    ties = np.abs(margins) <= roundings
+    count, right, num_ties = len(margins), int((~ties & (margins > 0)).sum()), int(ties.sum())
+    share = accuracy_of(right, num_ties, count)
+    low, high = (None, None) if share is None else wilson_interval(right + num_ties / 2, count)
+    return Accuracy(share, low, high, right, num_ties, count)
 
 
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
+def wilson_interval(right: float, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share (Wilson 1927), which stays within 0 and 1 and serves small counts.
 
     `(p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)` for draws that are independent.
@@ -108,7 +116,9 @@ def logratio_per_token(policy_logps: np.ndarray, reference_logps: np.ndarray, le
     return float((policy_logps - reference_logps).sum() / lengths.sum())
 
 
-def measure_calibration(margins: np.ndarray, num_bins: int = NUM_BINS) -> Calibration:
+def measure_calibration(
+    margins: np.ndarray, roundings: np.ndarray | float = 0.0, num_bins: int = NUM_BINS
+) -> Calibration:
     """Calibration of `p = sigmoid(margin)`, the probability that the chosen answer is the better one.
 
     The label is the same for every pair, so the observed share would be 1 in every bin of p. But which answer
@@ -122,7 +132,8 @@ def measure_calibration(margins: np.ndarray, num_bins: int = NUM_BINS) -> Calibr
     in both orders.
     """
     confidence = _sigmoid(np.abs(margins))
-    right = np.where(margins == 0, 0.5, margins > 0)
+    ties = np.abs(margins) <= roundings
+    right = np.where(ties, 0.5, margins > 0)
     edges = np.linspace(0.5, 1, num_bins + 1)
     places = np.minimum(np.searchsorted(edges, confidence, side="right") - 1, num_bins - 1)
     bins = [
@@ -134,11 +145,16 @@ def measure_calibration(margins: np.ndarray, num_bins: int = NUM_BINS) -> Calibr
         for entry in bins
         if entry.predicted is not None and entry.observed is not None
     ]
-    return Calibration(sum(gaps) / len(margins), float((_sigmoid(-margins) ** 2).mean()), bins)
+    is_known = accuracy_of(0, int(ties.sum()), len(margins)) is not None
+    error = sum(gaps) / len(margins) if is_known else None
+    return Calibration(error, float((_sigmoid(-margins) ** 2).mean()), bins)
 
 
 def by_longer_answer(
-    chosen_lengths: np.ndarray, rejected_lengths: np.ndarray, margins: np.ndarray
+    chosen_lengths: np.ndarray,
+    rejected_lengths: np.ndarray,
+    margins: np.ndarray,
+    roundings: np.ndarray | None = None,
 ) -> list[LengthGroup]:
     """The pairs whose chosen answer is the longer one, the shorter one, or as long; a group's lengths are of
     both answers together.
@@ -148,16 +164,19 @@ def by_longer_answer(
         "chosen is shorter": chosen_lengths < rejected_lengths,
         "equally long": chosen_lengths == rejected_lengths,
     }
-    return _groups(masks, chosen_lengths + rejected_lengths, margins)
+    return _groups(masks, chosen_lengths + rejected_lengths, margins, roundings)
 
 
-def by_quartile(lengths: np.ndarray, margins: np.ndarray) -> list[LengthGroup]:
+def by_quartile(
+    lengths: np.ndarray, margins: np.ndarray, roundings: np.ndarray | None = None
+) -> list[LengthGroup]:
     """Quarters of the pairs by length. Pairs of one length stay together, so quarters may differ in size or
     be missing.
     """
     quarters = np.searchsorted(np.quantile(lengths, (0.25, 0.5, 0.75)), lengths, side="left")
     names = ("shortest quarter", "second quarter", "third quarter", "longest quarter")
-    return _groups({name: quarters == index for index, name in enumerate(names)}, lengths, margins)
+    masks = {name: quarters == index for index, name in enumerate(names)}
+    return _groups(masks, lengths, margins, roundings)
 
 
 def _bin(low: float, high: float, confidence: np.ndarray, right: np.ndarray) -> Bin:
@@ -166,13 +185,16 @@ def _bin(low: float, high: float, confidence: np.ndarray, right: np.ndarray) -> 
     return Bin(float(low), float(high), len(confidence), float(confidence.mean()), float(right.mean()))
 
 
-def _groups(masks: dict[str, np.ndarray], lengths: np.ndarray, margins: np.ndarray) -> list[LengthGroup]:
+def _groups(
+    masks: dict[str, np.ndarray], lengths: np.ndarray, margins: np.ndarray, roundings: np.ndarray | None
+) -> list[LengthGroup]:
+    limits = np.zeros(len(margins)) if roundings is None else roundings
     return [
         LengthGroup(
             name,
             int(lengths[mask].min()),
             int(lengths[mask].max()),
-            measure_accuracy(margins[mask]),
+            measure_accuracy(margins[mask], limits[mask]),
             float(margins[mask].mean()),
         )
         for name, mask in masks.items()

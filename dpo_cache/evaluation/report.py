@@ -25,7 +25,10 @@ from dpo_cache.evaluation.opening import EvaluatedModel
 from dpo_cache.evaluation.scoring import PairColumns
 from dpo_cache.losses.metrics import Metrics, PairMetrics
 from dpo_cache.losses.objective import Objective, PairLogps
-from dpo_cache.training.step_zero import TOLERANCES, UNKNOWN_DTYPE
+from dpo_cache.losses.ties import margin_rounding
+from dpo_cache.progress import format_share
+from dpo_cache.training.step_zero import TOLERANCES
+from dpo_cache.types import UNKNOWN_DTYPE
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Rewards:
 
     chosen: np.ndarray
     rejected: np.ndarray
+    roundings: np.ndarray  # the largest margin of each pair that rounding explains
     metrics: Metrics
 
     @property
@@ -96,7 +100,7 @@ class EvalReport:
     def __repr__(self) -> str:
         return (
             f"<EvalReport of {self.model} on {self.pairs}: {self.num_pairs:,} pairs, accuracy "
-            f"{self.accuracy.share:.1%}, loss {self.metrics['loss']:.4f}>"
+            f"{format_share(self.accuracy.share)}, loss {self.metrics['loss']:.4f}>"
         )
 
     def _repr_html_(self) -> str:
@@ -118,7 +122,7 @@ def find_rewards(pairs: PairLogps, objective: Objective, at_once: int | None = N
         means.add(losses)
         sides.append(torch.stack([losses["rewards/chosen"], losses["rewards/rejected"]]))
     chosen, rejected = torch.cat(sides, 1).numpy()
-    return Rewards(chosen, rejected, means.means())
+    return Rewards(chosen, rejected, objective.margin_rounding(pairs).numpy(), means.means())
 
 
 def find_gap(columns: PairColumns, model: EvaluatedModel, reference_dtype: str | None) -> ReferenceGap:
@@ -142,8 +146,8 @@ def describe_gap(gap: ReferenceGap, imported: str | None) -> str:
         )
     if gap.is_reference:
         return (
-            f"the model is the reference ({where}): its rewards are zero up to rounding, so its "
-            "accuracy, margins and calibration mean nothing."
+            f"the model is the reference ({where}): its rewards are zero up to rounding, so it has no "
+            "accuracy, and its margins mean nothing."
         )
     if imported is None:
         return (
@@ -160,7 +164,7 @@ def describe_gap(gap: ReferenceGap, imported: str | None) -> str:
     )
 
 
-def compare_rewards(columns: PairColumns) -> dict[str, Accuracy]:
+def compare_rewards(columns: PairColumns, token_rounding: float) -> dict[str, Accuracy]:
     """Accuracy of plain log-probs, summed and per token, of the policy and of the reference: how far they
     prefer the chosen answers without a reward.
     """
@@ -168,22 +172,24 @@ def compare_rewards(columns: PairColumns) -> dict[str, Accuracy]:
         "policy": (columns.policy_chosen_logps, columns.policy_rejected_logps),
         "reference": (columns.ref_chosen_logps, columns.ref_rejected_logps),
     }
-    found = {}
+    found, lengths = {}, (columns.chosen_tokens, columns.rejected_tokens)
+    of_sums, of_means = (
+        margin_rounding(token_rounding, *lengths, per_token=per_token) for per_token in (False, True)
+    )
     for name, (chosen, rejected) in sides.items():
-        found[f"{name} logps"] = measure_accuracy(chosen - rejected)
-        found[f"{name} logps per token"] = measure_accuracy(
-            chosen / columns.chosen_tokens - rejected / columns.rejected_tokens
-        )
+        found[f"{name} logps"] = measure_accuracy(chosen - rejected, of_sums)
+        means = chosen / columns.chosen_tokens - rejected / columns.rejected_tokens
+        found[f"{name} logps per token"] = measure_accuracy(means, of_means)
     return found
 
 
-def measure_pairs(columns: PairColumns, rewards: Rewards) -> dict[str, Any]:
+def measure_pairs(columns: PairColumns, rewards: Rewards, token_rounding: float) -> dict[str, Any]:
     """The fields of `EvalReport` that are measured over the pairs."""
-    margins = rewards.margins
+    margins, roundings = rewards.margins, rewards.roundings
     return {
         "metrics": rewards.metrics,
-        "accuracy": measure_accuracy(margins),
-        "comparisons": compare_rewards(columns),
+        "accuracy": measure_accuracy(margins, roundings),
+        "comparisons": compare_rewards(columns, token_rounding),
         "margin": measure_spread(margins),
         "chosen_reward": measure_spread(rewards.chosen),
         "rejected_reward": measure_spread(rewards.rejected),
@@ -195,8 +201,10 @@ def measure_pairs(columns: PairColumns, rewards: Rewards) -> dict[str, Any]:
                 columns.policy_rejected_logps, columns.ref_rejected_logps, columns.rejected_tokens
             ),
         },
-        "calibration": measure_calibration(margins),
-        "by_longer_answer": by_longer_answer(columns.chosen_tokens, columns.rejected_tokens, margins),
-        "by_answer_tokens": by_quartile(columns.chosen_tokens + columns.rejected_tokens, margins),
-        "by_prompt_tokens": by_quartile(columns.prompt_tokens, margins),
+        "calibration": measure_calibration(margins, roundings),
+        "by_longer_answer": by_longer_answer(
+            columns.chosen_tokens, columns.rejected_tokens, margins, roundings
+        ),
+        "by_answer_tokens": by_quartile(columns.chosen_tokens + columns.rejected_tokens, margins, roundings),
+        "by_prompt_tokens": by_quartile(columns.prompt_tokens, margins, roundings),
     }

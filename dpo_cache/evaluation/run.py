@@ -27,6 +27,7 @@ from dpo_cache.evaluation.scoring import OnProgress, PairColumns, score_pairs
 from dpo_cache.lm.check_logps import FOREST, STREAM
 from dpo_cache.lm.device import peak_bytes
 from dpo_cache.lm.model.load import load_config
+from dpo_cache.lm.model.quantization import rounding_dtype_of
 from dpo_cache.lm.model.unchanged import one_checkpoint
 from dpo_cache.lm.runner import open_runner
 from dpo_cache.log import Log, keeps_remarks, log_remark
@@ -40,6 +41,7 @@ from dpo_cache.progress import show_scoring, shows_progress
 from dpo_cache.store import PairSet, open_cache
 from dpo_cache.training.lengths import measure_rows, model_limits
 from dpo_cache.training.pair_logps import evaluated_at_once, objective_of
+from dpo_cache.types import token_rounding
 
 
 @keywords_of(EvalOptions)
@@ -72,12 +74,13 @@ def evaluate(
     started = time.perf_counter()
     log = log or log_remark
     chosen = EvalOptions(**with_run({"cache": cache, "pairs": pairs, "model": model, **options}, log))
-    objective = objective_of(chosen)
     opened = open_cache(chosen.cache)
     pair_set = open_pairs(opened, chosen)
     reference = opened.read_reference(pair_set.reference_id)
     with open_pair_lines(chosen) as write:
         policy = identify_policy(chosen, pair_set, reference, log)
+        rounding = token_rounding(policy.dtype_name, rounding_dtype_of(reference["identity"]))
+        objective = objective_of(chosen, token_rounding=rounding)
         columns, rewards, work = _score(chosen, policy, pair_set, objective, on_progress, log)
         write(columns, rewards)
     gap = find_gap(columns, policy, reference["identity"]["dtype"])
@@ -89,7 +92,7 @@ def evaluate(
         started,
         cache=str(opened),
         gap=gap,
-        **measure_pairs(columns, rewards),
+        **measure_pairs(columns, rewards, rounding),
         **work,
     )
 

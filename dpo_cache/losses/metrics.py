@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-Metrics = dict[str, float | int]
+from dpo_cache.losses.ties import accuracy_of
+
+Metrics = dict[str, Any]  # numbers; an accuracy is None where margins are rounding noise
+ACCURACY = "rewards/accuracies"
+TIES = "rewards/ties"  # of each pair: 1 if its margin is rounding noise; not in the means
 
 
 class PairMetrics:
@@ -41,11 +46,11 @@ class PairMetrics:
         self._num_pairs += num_pairs
 
     def means(self) -> Metrics:
-        """The mean of each value over all pairs, and their number."""
-        return {
-            **{name: value / self._num_pairs for name, value in self._sums.items()},
-            "num_pairs": self._num_pairs,
-        }
+        """The mean of each value over all pairs, and their number; no accuracy if nearly all are ties."""
+        means: Metrics = {name: value / self._num_pairs for name, value in self._sums.items()}
+        if (ties := means.pop(TIES, None)) is not None:
+            means[ACCURACY] = accuracy_of(means[ACCURACY] - ties / 2, ties, 1)
+        return {**means, "num_pairs": self._num_pairs}
 
     @property
     def is_finite(self) -> bool:

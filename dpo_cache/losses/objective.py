@@ -9,22 +9,24 @@ import torch
 
 from dpo_cache.losses import policy_losses, reference_losses
 from dpo_cache.losses.entry import Loss
+from dpo_cache.losses.metrics import ACCURACY, TIES
 from dpo_cache.losses.reference_losses import divergence_scores
 from dpo_cache.losses.table import LOSSES, LossSettings
+from dpo_cache.losses.ties import margin_rounding
 
 
 @dataclass(frozen=True)
 class PairLogps:
     """The inputs of the losses: log-probs of P pairs in nats, one value a pair."""
 
-    chosen: torch.Tensor  # of the policy, summed over tokens, by LD-DPO's weights if it is on
+    chosen: torch.Tensor  # the policy's log-probs, summed over tokens, with LD-DPO's weights if it is on
     rejected: torch.Tensor
     ref_chosen: torch.Tensor  # the same of the reference
     ref_rejected: torch.Tensor
-    chosen_sums: torch.Tensor  # of the policy, each token once
+    chosen_sums: torch.Tensor  # the policy's log-probs, each token once
     chosen_lengths: torch.Tensor
     rejected_lengths: torch.Tensor
-    weights: torch.Tensor  # of the preference losses: WPO's, or 1
+    weights: torch.Tensor  # weights of the preference losses: WPO's, or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class Objective(LossSettings):
 
     terms: dict[str, float]
     router_coefficient: float = 0.0
+    token_rounding: float = 0.0  # nats by which rounding changes a token's log-prob, see `ties.py`
 
     @property
     def losses(self) -> list[Loss]:
@@ -44,7 +47,7 @@ class Objective(LossSettings):
 
     @property
     def needs_whole_step(self) -> bool:
-        """Return whether a pair's gradient depends on the step's other pairs by more than number and lengths."""
+        """Return whether a pair's gradient depends on more than number and lengths of the step's pairs."""
         return bool(self.router_coefficient) or any(loss.whole_step for loss in self.losses)
 
     @property
@@ -85,6 +88,12 @@ class Objective(LossSettings):
         """The result of `pair_losses` plus the weighted router loss of the step, equal for each pair."""
         total = losses["loss"] + self.router_coefficient * aux
         return {**losses, "loss": total, "aux_loss": aux.expand_as(total)}
+
+    def margin_rounding(self, pairs: PairLogps) -> torch.Tensor:
+        """The largest margin of each pair's rewards that rounding explains."""
+        per_token = not self.has_reference and self._policy_only[0].per_token
+        lengths = pairs.chosen_lengths, pairs.rejected_lengths
+        return self.beta * margin_rounding(self.token_rounding, *lengths, per_token=per_token)
 
     def _losses_of(self, loss: Loss, pairs: PairLogps, mean_chosen_tokens: float) -> torch.Tensor:
         known = self._inputs(pairs, mean_chosen_tokens)
@@ -129,11 +138,14 @@ class Objective(LossSettings):
         elif self._policy_only[0].per_token:
             chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
         chosen, rejected = self.beta * chosen.detach(), self.beta * rejected.detach()
+        margins = chosen - rejected
+        ties = (margins.abs() <= self.margin_rounding(pairs)).to(margins.dtype)
         return {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
-            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
-            "rewards/margins": chosen - rejected,
+            ACCURACY: torch.where(ties > 0, 0.5, (margins > 0).to(margins.dtype)),
+            TIES: ties,
+            "rewards/margins": margins,
             "logps/chosen": pairs.chosen,
             "logps/rejected": pairs.rejected,
         }

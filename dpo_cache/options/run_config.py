@@ -64,6 +64,15 @@ def complete_config(config: dict[str, Any]) -> dict[str, Any]:
     return {**defaults, **config, "loss": [loss] if isinstance(loss, str) else loss}
 
 
+def evaluation_name(config: Mapping[str, Any]) -> str:
+    """`held out`, or `evaluation` where the run trains on some of its evaluation pairs, or may do so.
+
+    `config` is a run's config.json. Earlier versions did not count the shared pairs.
+    """
+    num_shared = config.get("resolved", {}).get("num_shared_eval_pairs")
+    return "held out" if num_shared == 0 or config.get("eval_fraction") else "evaluation"
+
+
 def _with_config_of_run(given: dict[str, Any], run: Path) -> dict[str, Any]:
     output = given.get("output")
     if output is not None and Path(output) != run:

@@ -21,6 +21,8 @@ from dpo_cache.options.base import (
 from dpo_cache.options.losses import LossOptions
 from dpo_cache.options.placement import MEMORY, Placement, placement_of
 
+WHOLE_LR = 1e-6  # of all weights
+ADAPTER_LR = 1e-5  # its weights are few, and start where the model does not change
 LR_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw-bf16", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor")
 ROUNDINGS = ("auto", "nearest", "stochastic", "compensated")
@@ -115,11 +117,13 @@ class TrainOptions(LossOptions):
     max_steps: int | None = option(None, "Stop after N steps, whatever --epochs says.", limit=ABOVE_0)
     batch_size: int = option(32, "Pairs a step.", limit=ABOVE_0)
     shuffle: bool = option(True, "Shuffle the pairs each epoch.", flag="--shuffle/--no-shuffle")
-    lr: float = option(1e-6, "Peak learning rate.", limit=ABOVE_0)
+    lr: float | None = option(
+        None, "Peak learning rate. Default: 1e-6, or 1e-5 where an adapter is trained.", limit=ABOVE_0
+    )
     lr_schedule: str = option("linear", "Decay of the learning rate after the warm-up.", choices=LR_SCHEDULES)
     warmup_ratio: float = option(
         0.1,
-        "Share of the steps over which the learning rate rises from 0.",
+        "Share of the steps over which the learning rate rises from 0; never all of them.",
         limit=(lambda value: 0 <= value <= 1, "0 to 1"),
     )
     optimizer: str = option(
@@ -242,7 +246,8 @@ class TrainOptions(LossOptions):
     )
     dry_run: bool = option(
         False,
-        "Resolve every option, take two steps on the longest pairs, report memory, write nothing.",
+        "Resolve every option, take two steps on the longest pairs, report time, memory and disk; write "
+        "nothing.",
         flag="--dry-run",
     )
 
@@ -282,8 +287,12 @@ class TrainOptions(LossOptions):
 
     @property
     def is_adapted(self) -> bool:
-        """Whether the options add an adapter; a model may also have one already."""
+        """Return whether the options add an adapter; a model may also have one already."""
         return self.lora_r is not None or self.peft_config is not None
+
+    def peak_lr(self, *, is_adapted: bool) -> float:
+        """The peak learning rate: the given one, or a default that is larger for an adapter."""
+        return self.lr or (ADAPTER_LR if is_adapted else WHOLE_LR)
 
     def placement(self, *, is_adapted: bool | None = None) -> Placement | None:
         """Where the run keeps its tensors; None: what fits is to be found. Raises `OptionError`."""

@@ -25,7 +25,7 @@ class Schedule:
     steps_per_epoch: int
 
     def is_due(self, step: int) -> bool:
-        """Whether the step, numbered from 1, is the first one at or past a multiple of the period."""
+        """Return whether the step, numbered from 1, is the first one at or past a multiple of the period."""
         return self._num_passed(step) > self._num_passed(step - 1)
 
     def count(self, first: int, last: int) -> int:
@@ -47,7 +47,7 @@ def schedule_of(flag: str, value: str | None, steps_per_epoch: int) -> Schedule:
 
 @dataclass
 class Best:
-    """The best evaluation after an update so far; an equal value is no better."""
+    """The best evaluation after an update so far. An equal value is no better, nor is None."""
 
     measure: str = "loss"
     step: int | None = None
@@ -57,11 +57,11 @@ class Best:
     def note(self, evaluation: Metrics) -> bool:
         """Count an evaluation, and return whether it is the best."""
         name, sign = MEASURES[self.measure]
-        value = float(evaluation[name])
-        if self.value is not None and sign * value <= sign * self.value:
+        value = evaluation[name]
+        if value is None or (self.value is not None and sign * value <= sign * self.value):
             self.num_worse += 1
             return False
-        self.step, self.value, self.num_worse = int(evaluation["step"]), value, 0
+        self.step, self.value, self.num_worse = int(evaluation["step"]), float(value), 0
         return True
 
     def forget(self) -> None:
@@ -69,6 +69,7 @@ class Best:
         self.step = self.value = None
 
     def is_better_than(self, evaluation: Metrics | None) -> bool:
-        """Whether the best is better than another evaluation, such as that of the untrained policy."""
+        """Return whether the best is better than another evaluation, such as that of the untrained policy."""
         name, sign = MEASURES[self.measure]
-        return evaluation is None or self.value is None or sign * self.value > sign * evaluation[name]
+        other = None if evaluation is None else evaluation[name]
+        return self.value is None or other is None or sign * self.value > sign * other

@@ -203,7 +203,7 @@ class _Run:
         for number in (1, 2):  # in the second the optimizer's state exists next to the activations
             self.position = replace(self.position, step=number)
             metrics = self._update(pairs)
-        self.on_metrics({**metrics, "total_steps": self.setup.total_steps, "left_s": None})
+        self.on_metrics({**metrics, "total_steps": 2, "left_s": None})
         found = forecast(self.setup, metrics, pairs, disk_bytes)
         report = replace(self._report(finished=False), first=metrics, last=metrics, eval_before=None)
         return self.ranks.share(replace(report, forecast=found))
@@ -213,6 +213,8 @@ class _Run:
             self.log("no evaluation was better than the one before training.")
         self._check_claim()
         evaluation = self.saver.save_model(self.position.step, self.newest)
+        before = self.metrics_file.first("eval/loss") if self.ranks.is_main else None
+        self.warnings.conclude(before, evaluation, beta=self.options.beta, lr=self.setup.peak_lr)
         return self.ranks.share(replace(self._report(finished=True), eval_after=evaluation))
 
     # -- steps -----------------------------------------------------------------------------------------

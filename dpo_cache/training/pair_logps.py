@@ -24,10 +24,17 @@ from dpo_cache.types import Score, ScoredPair
 RunPairs = tuple[Sequence[ScoredPair], CompletionLogps]
 
 
-def objective_of(options: LossOptions, router_coefficient: float = 0.0) -> Objective:
+def objective_of(
+    options: LossOptions, router_coefficient: float = 0.0, token_rounding: float = 0.0
+) -> Objective:
     """The objective with the loss settings of the options."""
     settings = {entry.name: getattr(options, entry.name) for entry in fields(LossSettings)}
-    return Objective(terms=loss_terms(options.loss), router_coefficient=router_coefficient, **settings)
+    return Objective(
+        terms=loss_terms(options.loss),
+        router_coefficient=router_coefficient,
+        token_rounding=token_rounding,
+        **settings,
+    )
 
 
 def evaluated_at_once(objective: Objective, batch_size: int, num_ranks: int = 1) -> int:

@@ -53,6 +53,9 @@ from dpo_cache.training.output.tracker_access import check_trackers
 from dpo_cache.training.pair_logps import objective_of
 from dpo_cache.training.ranks import Ranks
 from dpo_cache.training.step_memory import StepMemory
+from dpo_cache.training.step_zero import expectation_of
+from dpo_cache.training.warnings import FEW_STEPS, describe_few_steps
+from dpo_cache.types import token_rounding
 
 FREED = (
     "`place` gradients=none: this model does not run layer by layer, so each rank would update its weights "
@@ -75,6 +78,7 @@ class Setup:
     optimizer: Updater
     in_backward: OptimizerInBackward | None  # if gradients are not kept
     layer_major: LayerMajorSteps | None  # None: each forest runs through all layers
+    peak_lr: float
     total_steps: int
     evaluates: Schedule
     saves: Schedule
@@ -94,7 +98,7 @@ class Setup:
         return learning_rate(
             step,
             self.total_steps,
-            peak=options.lr,
+            peak=self.peak_lr,
             schedule=options.lr_schedule,
             warmup_ratio=options.warmup_ratio,
         )
@@ -122,6 +126,7 @@ class Setup:
             "budget_tokens": self.step_memory.micro_tokens,
             "gradient_checkpointing": self.step_memory.mode,
             "memory": policy.memory,
+            "lr": self.peak_lr,
             "clips": policy.clips(self.options),
             "linear": policy.linear,
             "router_coefficient": self.objective.router_coefficient,
@@ -135,11 +140,8 @@ class Setup:
         policy, data, options = self.policy, self.data, self.options
         if remark := policy.attention.remark(policy.model, "trained"):
             self.log(remark)
-        if self.checkpoint is None and not any(self.lr(step) for step in range(min(self.total_steps, 1000))):
-            self.log(
-                f"nothing will be learned: the warm-up (`warmup_ratio` {options.warmup_ratio}) takes all "
-                f"{self.total_steps} steps."
-            )
+        if self.checkpoint is None and self.total_steps < FEW_STEPS:
+            self.log(describe_few_steps(options, data.num_pairs, self.total_steps, self.peak_lr))
         for name, schedule in (("eval_every", self.evaluates), ("save_every", self.saves)):
             value = getattr(options, name)
             if value is not None and not schedule.count(1, self.total_steps):
@@ -157,9 +159,7 @@ class Setup:
                 f"the gradient is not clipped to `max_grad_norm` {options.max_grad_norm}: under `memory` "
                 f"{policy.memory} each layer is updated before the norm of all is known."
             )
-        if data.eval_pairs is None or data.eval_pairs is data.pairs:
-            return
-        if shared := count_shared(data.pairs, data.eval_pairs):
+        if data.eval_pairs is not None and (shared := self.inputs["num_shared_eval_pairs"]):
             self.log(
                 f"{shared:,} of {len(data.eval_pairs):,} evaluation pairs are also "
                 "training pairs: those are not held out."
@@ -186,6 +186,7 @@ def open_setup(
     steps_per_epoch = math.ceil(data.num_pairs / options.batch_size)
     total_steps = _count_steps(options, steps_per_epoch)
     inputs = resolved_inputs(options, data, total_steps)
+    inputs["num_shared_eval_pairs"] = ranks.share(_count_shared(data) if ranks.is_main else 0)
     _check_resumed(options, checkpoint, inputs)
     if checkpoint is not None:
         check_files(checkpoint)
@@ -213,9 +214,11 @@ def open_setup(
         }
         _check_resumed(options, checkpoint, found)  # before its state is restored
         parameters = list(policy.model.parameters())
-        optimizer = _make_optimizer(options, policy, device, checkpoint)
+        peak_lr = _peak_lr(options, policy, output if checkpoint else None)
+        optimizer = _make_optimizer(options, policy, device, checkpoint, lr=peak_lr)
         coefficient = router_coefficient(policy.model, options.router_aux_loss_coef)
-        objective = objective_of(options, coefficient)
+        rounding = token_rounding(expectation_of(policy, data, options).dtype)
+        objective = objective_of(options, coefficient, rounding)
         layer_major, in_backward = _choose_steps(policy, objective, optimizer, log, ranks)
         yield Setup(
             options=options,
@@ -231,6 +234,7 @@ def open_setup(
             optimizer=optimizer,
             in_backward=in_backward,
             layer_major=layer_major,
+            peak_lr=peak_lr,
             total_steps=total_steps,
             evaluates=schedule_of("`eval_every`", options.eval_every, steps_per_epoch),
             saves=schedule_of("`save_every`", options.save_every, steps_per_epoch),
@@ -276,6 +280,21 @@ def resolved_inputs(options: TrainOptions, data: TrainingPairs, total_steps: int
         "num_eval_pairs": int(data.eval_selected.sum()),
         "total_steps": total_steps,
     }
+
+
+def _count_shared(data: TrainingPairs) -> int:
+    """How many evaluation pairs are also training pairs; a share of the training set never is."""
+    if data.eval_pairs is None or data.eval_pairs is data.pairs:
+        return 0
+    return count_shared(data.pairs, data.eval_pairs)
+
+
+def _peak_lr(options: TrainOptions, policy: TrainedModel, resumed: Path | None) -> float:
+    """The peak learning rate: the given one, that of a run to be resumed, or the default."""
+    if options.lr is None and resumed is not None:
+        before = read_config(resumed)
+        return float(before["resolved"].get("lr") or before["lr"])  # earlier versions have it only there
+    return options.peak_lr(is_adapted=policy.adapted is not None)
 
 
 def _choose_steps(
@@ -365,13 +384,18 @@ def _policy_model(policy: TrainedModel, objective: Objective) -> PolicyModel:
 
 
 def _make_optimizer(
-    options: TrainOptions, policy: TrainedModel, device: torch.device, checkpoint: Path | None
+    options: TrainOptions,
+    policy: TrainedModel,
+    device: torch.device,
+    checkpoint: Path | None,
+    *,
+    lr: float,
 ) -> Updater:
     shards = policy.sharded.shards if policy.sharded else None
     optimizer = make_optimizer(
         policy.model,
         options.optimizer.removesuffix("-paged"),  # which is a placement
-        lr=options.lr,
+        lr=lr,
         weight_decay=options.weight_decay,
         rounding=options.rounding,
         seed=options.seed,

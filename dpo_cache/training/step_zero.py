@@ -18,11 +18,10 @@ from dpo_cache.lm.model.quantization import rounding_dtype, rounding_dtype_of
 from dpo_cache.lm.policy import CompletionLogps
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.training.inputs import TrainedModel, TrainingPairs
-from dpo_cache.types import TOKEN_TOLERANCES, GapSums, Score, ScoredPair
+from dpo_cache.types import TOKEN_TOLERANCES, UNKNOWN_DTYPE, GapSums, Score, ScoredPair
 
 # Gap per completion in nats that rounding explains: (absolute, relative to its log-prob), by dtype.
 TOLERANCES = {"float32": (5e-3, 1e-5), "float16": (5e-2, 5e-3), "bfloat16": (0.5, 2e-2)}
-UNKNOWN_DTYPE = "bfloat16"  # an imported reference may not say: the widest
 
 MOST_COMPLETIONS = 1024  # that are compared
 FIRST_TOKENS = 3  # of an answer, which differ most if the template before it is another
@@ -57,7 +56,7 @@ class Expectation:
 
     @property
     def stops(self) -> bool:
-        """Whether a gap stops the run under `auto`: where policy and reference should be one model."""
+        """Return whether a gap stops the run under `auto`: where policy and reference should be one model."""
         return self.is_reference or self.is_named or (self.is_default and self.imported is None)
 
 
@@ -237,8 +236,8 @@ class StepZero:
 
 
 def _has_more_than_16_bits(completion: Compared) -> bool:
-    """Whether the cached log-probs were not rounded to a dtype of 16 bits, as by a log-softmax in it: that
-    changes each of them by up to 0.016 nats at -5, however little they differ.
+    """Return whether the cached log-probs were not rounded to a dtype of 16 bits, as by a log-softmax in it:
+    that changes each of them by up to 0.016 nats at -5, however little they differ.
     """
     values = completion.cached_tokens.astype(np.float32)
     is_bfloat16 = not (values.view(np.uint32) & 0xFFFF).any()

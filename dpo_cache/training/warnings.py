@@ -11,13 +11,30 @@ from collections import deque
 from collections.abc import Iterable
 
 from dpo_cache.log import Log
-from dpo_cache.losses.metrics import Metrics
+from dpo_cache.losses.metrics import ACCURACY, Metrics
+from dpo_cache.options.train import TrainOptions
 
 WINDOW = 20  # steps
 SIDES = ("rewards/chosen", "rewards/rejected")
 LEAST_PAIRS = 400  # for a remark on the accuracy
 STANDARD_ERRORS = 2.0
+FEW_STEPS = 50
+LEAST_MOVE = 0.02  # of the margin of rewards, and 0.2 nats: the policy prefers the chosen answer to 50.5%
 SATURATED_LOSS = 1e-3  # a sigmoid loss whose gradient is a thousandth of the one at the start
+
+
+def describe_few_steps(options: TrainOptions, num_pairs: int, total_steps: int, lr: float) -> str:
+    """A remark on a run of under 50 steps, with the options that make it longer."""
+    a_pass, changes = math.ceil(num_pairs / options.batch_size), []
+    if options.max_steps is not None and options.epochs * a_pass > options.max_steps:
+        changes.append("no `max_steps`")
+    if (smaller := max(1, int(num_pairs * options.epochs) // FEW_STEPS)) < options.batch_size:
+        changes.append(f"`batch_size` {smaller}")
+    changes.append(f"`epochs` {math.ceil(FEW_STEPS / a_pass)}")
+    return (
+        f"{total_steps} step{'s are' if total_steps > 1 else ' is'} few: a policy learns little in under "
+        f"{FEW_STEPS}. More of them: {' or '.join(changes)}. Larger ones: `lr` {10 * lr:g}."
+    )
 
 
 class RunWarnings:
@@ -34,7 +51,8 @@ class RunWarnings:
         self._start: dict[str, float] = {}
         self._steps: deque[Metrics] = deque(maxlen=WINDOW)
         self._logged: set[str] = set()
-        self._wins = self._pairs = 0.0
+        self._wins = self._pairs = self._first_margin = 0.0
+        self._num_steps = 0
 
     def resume(self, steps: Iterable[Metrics]) -> None:
         """Note the steps of a stopped run without logging; its remarks are not repeated."""
@@ -51,8 +69,12 @@ class RunWarnings:
                 "the gradient of the first step is 0: nothing is learned from it. Does the adapter act on "
                 "these layers at all?",
             )
+        step = {**step, ACCURACY: 0.5 if step[ACCURACY] is None else step[ACCURACY]}
+        if not self._num_steps:
+            self._first_margin = step["rewards/margins"]
+        self._num_steps += 1
         self._steps.append(step)
-        self._wins += step["rewards/accuracies"] * step["num_pairs"]
+        self._wins += step[ACCURACY] * step["num_pairs"]
         self._pairs += step["num_pairs"]
         if len(self._steps) < WINDOW:
             return
@@ -65,6 +87,24 @@ class RunWarnings:
                 f"margins are saturated: the loss was {self._mean('loss'):.1e} over the last {WINDOW} "
                 "steps, so there is almost no gradient left. "
                 "A smaller `beta`, `label_smoothing` or fewer `epochs` keep it from running away.",
+            )
+
+    def conclude(self, before: Metrics | None, after: Metrics | None, *, beta: float, lr: float) -> None:
+        """After the last step, log a remark if the margin hardly moved, in steps and between the evaluations
+        `before` and `after` the training; `lr` is the peak learning rate.
+        """
+        changes = []
+        if before and after:
+            changes.append(after["eval/rewards/margins"] - before["eval/rewards/margins"])
+        if self._num_steps >= 3:  # the first two may be measured before any weight has changed
+            last = list(self._steps)[-max(1, len(self._steps) // 4) :]
+            changes.append(sum(step["rewards/margins"] for step in last) / len(last) - self._first_margin)
+        limit = LEAST_MOVE * min(1.0, beta / 0.1)
+        if self._prefers and changes and all(abs(change) < limit for change in changes):
+            self._once(
+                "hardly moved",
+                f"the margin hardly moved, by {changes[0]:+.4f}: the policy is almost what it was. Try `lr` "
+                f"{10 * lr:g} (it was {lr:g}), or more steps: more `epochs`, or a smaller `batch_size`.",
             )
 
     def _note_likelihoods(self) -> None:
@@ -88,7 +128,7 @@ class RunWarnings:
             return
         error = 0.5 / math.sqrt(self._pairs)
         if abs(self._wins / self._pairs - 0.5) < STANDARD_ERRORS * error and abs(
-            self._mean("rewards/accuracies") - 0.5
+            self._mean(ACCURACY) - 0.5
         ) < 0.5 / math.sqrt(recent):
             self._once(
                 "stuck",

@@ -22,9 +22,29 @@ from dpo_cache.evaluation.measures import (
 LOGIT = {share: math.log(share / (1 - share)) for share in (0.52, 0.58, 0.8, 0.95)}
 
 
-def test_a_tie_is_not_right_and_is_counted() -> None:
+def test_a_tie_counts_half() -> None:
     found = measure_accuracy(np.array([1.0, -2.0, 0.0, 3.0, 0.0]))
-    assert (found.share, found.right, found.ties, found.count) == (0.4, 2, 2, 5)
+    assert (found.share, found.right, found.ties, found.count) == (0.6, 2, 2, 5)
+    assert (found.low, found.high) == wilson_interval(3, 5)
+
+
+def test_a_margin_within_rounding_is_a_tie() -> None:
+    found = measure_accuracy(np.array([1.0, -2.0, 0.1, 3.0, -0.1]), np.array([0.1, 0.1, 0.1, 4.0, 0.09]))
+    assert (found.share, found.right, found.ties) == (0.4, 1, 2)
+
+
+def test_there_is_no_accuracy_where_margins_are_rounding_noise() -> None:
+    margins = np.random.default_rng(0).normal(0, 1e-5, 38)
+    for found in (
+        measure_accuracy(margins, 1e-4),
+        by_quartile(np.ones(38), margins, np.full(38, 1e-4))[0].accuracy,
+    ):
+        assert (found.share, found.low, found.high, found.right, found.ties) == (None, None, None, 0, 38)
+    assert measure_calibration(margins, 1e-4).expected_error is None
+    margins[0] = 1.0  # one of 38 is less than one in 20: as many are beyond the limit by chance
+    assert measure_accuracy(margins, 1e-4).share is None
+    margins[1] = 1.0
+    assert measure_accuracy(margins, 1e-4).share == (2 + 18) / 38
 
 
 def test_the_interval_is_wilsons() -> None:
@@ -88,7 +108,7 @@ def test_calibration_at_the_ends() -> None:
     wrong = measure_calibration(np.array([-1e4]))
     assert (wrong.expected_error, wrong.brier) == (1.0, 1.0)
     uncertain = measure_calibration(np.zeros(3))
-    assert (uncertain.expected_error, uncertain.brier) == (0.0, 0.25)
+    assert (uncertain.expected_error, uncertain.brier) == (None, 0.25)
 
 
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=40))

@@ -189,6 +189,12 @@ def test_a_remark_names_the_reference_itself_and_its_gap(cache: str, model_folde
     assert report.gap.is_reference and report.gap.differing == () and report.gap.num_beyond == 0
     assert 0 <= report.gap.largest < 1e-4 and report.gap.num_completions == 80
     assert report.metrics["loss"] == pytest.approx(np.log(2), abs=1e-5) and abs(report.margin.mean) < 1e-5
+    assert report.metrics["rewards/accuracies"] is None and report.accuracy.share is None
+    assert (report.accuracy.ties, report.calibration.expected_error) == (40, None)
+    assert all(entry.accuracy.share is None for entry in report.by_answer_tokens)
+    assert report.comparisons["reference logps"].share is not None and "accuracy -, loss 0.6931" in repr(
+        report
+    )
     assert remarks == [
         f"the model is the reference (largest gap {report.gap.largest:.2g} nats over 80 answers): its "
         "rewards are zero up to rounding, "
@@ -242,6 +248,7 @@ def test_an_imported_reference_is_known_by_its_values(
         reference="peer",
         name="p",
         model=model_folder,
+        dtype="float32",
         log=lambda _: None,
     )
     remarks: list[str] = []

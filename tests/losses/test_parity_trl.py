@@ -222,6 +222,8 @@ def test_losses_gradients_and_metrics_are_those_of_trl(trl: dict[str, Any], name
     for one, other in zip(found["grads"], expected["grads"], strict=True):
         assert one == pytest.approx(other, rel=1e-6, abs=1e-9)
     for metric, value in expected["metrics"].items():
+        if metric == "rewards/accuracies":  # a tie counts half; TRL counts it as wrong
+            value += found["metrics"]["rewards/ties"] / 2
         assert found["metrics"][metric] == pytest.approx(value, rel=1e-6, abs=1e-12), metric
 
 

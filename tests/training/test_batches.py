@@ -114,13 +114,24 @@ def test_rates_are_those_of_transformers(schedule: str, warmup_ratio: float) -> 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=math.ceil(17 * warmup_ratio), num_training_steps=17
+        name, optimizer, num_warmup_steps=min(math.ceil(17 * warmup_ratio), 16), num_training_steps=17
     )
     for step in range(17):
         found = learning_rate(step, 17, peak=2e-5, schedule=schedule, warmup_ratio=warmup_ratio)
         assert found == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("total_steps", [1, 2, 3, 5, 50])
+def test_a_warm_up_never_takes_all_steps(total_steps: int, warmup_ratio: float, schedule: str) -> None:
+    rates = [
+        learning_rate(step, total_steps, peak=1e-5, schedule=schedule, warmup_ratio=warmup_ratio)
+        for step in range(total_steps)
+    ]
+    assert max(rates) == 1e-5
 
 
 def test_batches_have_the_order_of_training_and_may_begin_anywhere(pair_set: PairSet) -> None:

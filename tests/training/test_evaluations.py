@@ -55,6 +55,10 @@ def test_the_best_is_strictly_better_and_counts_later_evaluations() -> None:
         0.8,
         0,
     )
+    unknown = Best("accuracy")  # margins are rounding noise
+    assert not unknown.note({"step": 1, "eval/rewards/accuracies": None}) and unknown.num_worse == 1
+    assert unknown.note({"step": 2, "eval/rewards/accuracies": 0.4})
+    assert unknown.is_better_than({"step": 0, "eval/rewards/accuracies": None})
     lower = Best("loss")
     assert [
         lower.note({"step": step, "eval/loss": value}) for step, value in ((1, 0.5), (2, 0.6), (3, 0.4))

@@ -379,15 +379,6 @@ def test_epochs_are_whole_passes(
     assert report.last is not None and report.last["epoch"] == pytest.approx(max(epochs, 8 / 15), abs=1e-4)
 
 
-def test_a_warm_up_that_takes_every_step_is_said(cache: str, tmp_path: Path) -> None:
-    remarks: list[str] = []
-    train(cache, tmp_path / "run", batch_size=32, log=remarks.append)
-    assert any(
-        "nothing will be learned: the warm-up (`warmup_ratio` 0.1) takes all 1 steps" in remark
-        for remark in remarks
-    )
-
-
 @pytest.mark.rotating(2)
 @pytest.mark.parametrize(
     "options",

@@ -1,4 +1,4 @@
-"""Learning rate of each step, the same as `transformers.get_scheduler` gives."""
+"""Learning rate of each step, the same as `transformers.get_scheduler` gives for as many steps of warm-up."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import math
 
 
 def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, warmup_ratio: float) -> float:
-    """Rate of the step numbered from 0: a linear rise from 0, then constant, linear or cosine decay to 0."""
-    warmup_steps = math.ceil(total_steps * warmup_ratio)
+    """Rate of the step numbered from 0: a linear rise from 0, then constant, linear or cosine decay to 0.
+
+    The warm-up ends before the last step, so that every run reaches the peak.
+    """
+    warmup_steps = min(math.ceil(total_steps * warmup_ratio), total_steps - 1)
     if step < warmup_steps:
         return peak * step / warmup_steps
     if schedule == "constant":

@@ -11,10 +11,10 @@ from dpo_cache.errors import TrainingError, shown_rows
 from dpo_cache.files.atomic import refused_writes, write_whole
 from dpo_cache.files.sync import sync
 from dpo_cache.log import Log
-from dpo_cache.losses.metrics import Metrics
+from dpo_cache.losses.metrics import ACCURACY, Metrics
 
-# numbers in the line of an evaluation, after `eval/`, and of a step
-OF_EVALUATION = ("loss", "num_pairs", "rewards/accuracies", "rewards/margins")
+# numbers in the line of an evaluation, after `eval/`, and of a step; both also have an accuracy, or null
+OF_EVALUATION = ("loss", "num_pairs", "rewards/margins")
 OF_STEP = (*OF_EVALUATION, "rewards/chosen", "rewards/rejected")
 ADVICE = "Then resume the run with `resume`."  # if the file cannot be written
 
@@ -101,8 +101,10 @@ class MetricsFile:
 
 
 def _is_measured(entry: Mapping[str, Any]) -> bool:
-    needed = OF_STEP if "loss" in entry else [f"eval/{name}" for name in OF_EVALUATION]
-    return all(isinstance(entry.get(name), int | float) for name in needed)
+    prefix, needed = ("", OF_STEP) if "loss" in entry else ("eval/", OF_EVALUATION)
+    return all(isinstance(entry.get(f"{prefix}{name}"), int | float) for name in needed) and isinstance(
+        entry.get(f"{prefix}{ACCURACY}", ""), int | float | None
+    )
 
 
 def _render(entries: Sequence[Mapping[str, Any]]) -> str:

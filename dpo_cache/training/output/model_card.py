@@ -22,8 +22,9 @@ from dpo_cache.losses.metrics import Metrics
 from dpo_cache.losses.table import LOSSES
 from dpo_cache.losses.terms import SETTINGS, is_served, loss_terms, papers_of
 from dpo_cache.options.base import flag_of
-from dpo_cache.options.run_config import complete_config
+from dpo_cache.options.run_config import complete_config, evaluation_name
 from dpo_cache.options.train import TrainOptions
+from dpo_cache.progress import format_share
 from dpo_cache.store.format.documents import Document
 from dpo_cache.training.output.markdown import code, plain
 
@@ -63,7 +64,7 @@ def model_card(
         _loss(config),
         _procedure(config, num_steps, last),
         _options(config),
-        _results(before, after, first, last),
+        _results(evaluation_name(config), before, after, first, last),
         _loading(config),
         _versions(versions or {}),
     ]
@@ -99,7 +100,7 @@ def library_versions(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_local(location: str) -> bool:
-    """Whether a model or data set is a folder or file of this machine, and not an id on the Hub."""
+    """Return whether a model or data set is a folder or file of this machine, and not an id on the Hub."""
     is_id = re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", location, re.ASCII)
     return not is_id or os.path.exists(location)
 
@@ -145,7 +146,10 @@ def _data(config: Mapping[str, Any], manifest: Document) -> str:
         ),
     ]
     if config["eval_pairs"]:
-        rows.append(("held-out pairs", f"{resolved['num_eval_pairs']:,} of `{config['eval_pairs']}`"))
+        shared = resolved.get("num_shared_eval_pairs")
+        trained = f", {shared:,} of them also trained on" if shared else ""
+        what = "held-out pairs" if shared == 0 else "evaluation pairs"
+        rows.append((what, f"{resolved['num_eval_pairs']:,} of `{config['eval_pairs']}`{trained}"))
     elif config["eval_fraction"]:
         rows.append(
             (
@@ -202,8 +206,8 @@ def _procedure(config: Mapping[str, Any], num_steps: int | None, last: Metrics |
         *([("epochs", f"{last['epoch']:g}")] if last and "epoch" in last else []),
         (
             "learning rate",
-            f"{config['lr']:g}, {config['lr_schedule']} after a warm-up over {config['warmup_ratio']:.0%} "
-            "of the steps",
+            f"{resolved.get('lr') or config['lr']:g}, {config['lr_schedule']} after a warm-up over "
+            f"{config['warmup_ratio']:.0%} of the steps",
         ),
         ("optimizer", f"{config['optimizer']}, weight decay {config['weight_decay']:g}, {clipping}"),
         ("precision", resolved["precision"]),
@@ -223,28 +227,34 @@ def _options(config: Mapping[str, Any]) -> str:
 
 
 def _results(
-    before: Metrics | None, after: Metrics | None, first: Metrics | None, last: Metrics | None
+    evaluation: str,
+    before: Metrics | None,
+    after: Metrics | None,
+    first: Metrics | None,
+    last: Metrics | None,
 ) -> str:
     lines = [
-        ("held out, before", before, "eval/"),
-        ("held out, after", after, "eval/"),
+        (f"{evaluation}, before", before, "eval/"),
+        (f"{evaluation}, after", after, "eval/"),
         ("first step", first, ""),
         ("last step", last, ""),
     ]
-    columns = [("loss", ".4f"), ("rewards/accuracies", ".1%"), ("rewards/margins", "+.4f")]
     rows = [
-        (title, *(f"{line[prefix + name]:{style}}" for name, style in columns))
+        (
+            title,
+            f"{line[f'{prefix}loss']:.4f}",
+            format_share(line[f"{prefix}rewards/accuracies"]),
+            f"{line[f'{prefix}rewards/margins']:+.4f}",
+        )
         for title, line, prefix in lines
         if line
     ]
     if not rows:
         return ""
-    note = (
-        "\n\nBefore training a policy that starts as the reference has rewards of zero, up to rounding: "
-        "its accuracy says nothing."
-    )
+    has_noise = any(row[2] == "-" for row in rows)
+    note = "\n\nThere is no accuracy (-) where reward margins are zero up to rounding." if has_noise else ""
     table = _table(rows, ("", "loss", "accuracy", "reward margin"))
-    return f"## Results\n\n{table}{note if before else ''}"
+    return f"## Results\n\n{table}{note}"
 
 
 def _loading(config: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from dpo_cache.files.atomic import refused_writes, remove, write_whole
 from dpo_cache.files.sync import sync
 from dpo_cache.lm.model.adapter_weights import restore_adapter
 from dpo_cache.options.run_config import complete_config
-from dpo_cache.options.train import TrainOptions
+from dpo_cache.options.train import WHOLE_LR, TrainOptions
 from dpo_cache.training.inputs import TrainedModel
 from dpo_cache.training.output.checkpoint import damaged, read_position, write_policy
 from dpo_cache.training.output.disk import check_space, needed_bytes
@@ -107,6 +107,8 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
 def changed_options(folder: Path, config: dict[str, Any]) -> list[str]:
     """A line for each option of the run that the config has otherwise. Raises `TrainingError`."""
     before, config = complete_config(read_config(folder)), json.loads(json.dumps(config))
+    if config["lr"] is None and "lr" not in before["resolved"] and before["lr"] == WHOLE_LR:
+        before["lr"] = None  # the default of earlier versions, which the run keeps
     resolved, now = before["resolved"], config["resolved"]
     free = FREE_TO_CHANGE | {"resolved"}
     if config["patience"] or before.get("eval_every") is not None:
@@ -242,7 +244,7 @@ def _best_step(best: Path) -> int | None:
 
 
 def _is_other(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether the folder's run had other options; True if its config.json cannot be read."""
+    """Return whether the folder's run had other options; True if its config.json cannot be read."""
     try:
         return bool(changed_options(folder, config))
     except TrainingError:

@@ -1,6 +1,7 @@
 """The lines of a run: torn, damaged, dropped and kept."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -100,12 +101,18 @@ STEP = {"loss": 0.5, "num_pairs": 4, **{f"rewards/{name}": 0.1 for name in ("cho
 
 @pytest.mark.parametrize(
     "line",
-    [b'{"step": 3, "loss": 0.5}', b'{"step": 3, "loss": "low"}', b'{"step": 3, "note": 1}'],
+    [
+        b'{"step": 3, "loss": 0.5}',
+        b'{"step": 3, "loss": "low"}',
+        b'{"step": 3, "note": 1}',
+        json.dumps({"step": 3, **STEP, "rewards/margins": None}).encode(),
+        json.dumps({"step": 3, **STEP, "rewards/accuracies": "-"}).encode(),
+    ],
 )
 def test_a_line_without_the_metrics_of_its_step_is_damaged(tmp_path: Path, line: bytes) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl", has_steps=True)
-    for number in range(1, 6):
-        file.append({"step": number, **STEP})
+    for number in range(1, 6):  # an accuracy may be unknown
+        file.append({"step": number, **STEP, "rewards/accuracies": None if number == 1 else 0.5})
     file.append({"step": 5, **{f"eval/{name}": value for name, value in STEP.items()}})
     damage(file, 3, line)
     remarks: list[str] = []

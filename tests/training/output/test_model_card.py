@@ -35,7 +35,7 @@ MANIFEST = {
 REFERENCE = {
     "identity": {"weights": "ef" * 32, "dtype": "float32"}, "provenance": {"model": "org/base", "revision": "main"},
 }  # fmt: skip
-BEFORE = {"step": 0, "eval/loss": 0.6931, "eval/rewards/accuracies": 0.5, "eval/rewards/margins": 0.0}
+BEFORE = {"step": 0, "eval/loss": 0.6931, "eval/rewards/accuracies": None, "eval/rewards/margins": 0.0}
 AFTER = {"step": 57, "eval/loss": 0.3156, "eval/rewards/accuracies": 0.974, "eval/rewards/margins": 1.05}
 LAST = {"step": 57, "loss": 0.2367, "rewards/accuracies": 1.0, "rewards/margins": 1.3}
 
@@ -107,11 +107,11 @@ The log-probs of the reference were computed once, before, and read from a cache
 
 |  | loss | accuracy | reward margin |
 | --- | --- | --- | --- |
-| held out, before | 0.6931 | 50.0% | +0.0000 |
+| held out, before | 0.6931 | - | +0.0000 |
 | held out, after | 0.3156 | 97.4% | +1.0500 |
 | last step | 0.2367 | 100.0% | +1.3000 |
 
-Before training a policy that starts as the reference has rewards of zero, up to rounding: its accuracy says nothing.
+There is no accuracy (-) where reward margins are zero up to rounding.
 
 ## Use
 
@@ -133,7 +133,8 @@ def config(**options: object) -> dict:
     """A run's config.json as it is read back."""
     chosen = TrainOptions(**{"cache": "/home/ann/cache", "output": "/home/ann/runs/run", **options})
     adapter = f"LORA, rank {chosen.lora_r}" if chosen.lora_r else "IA3" if chosen.peft_config else None
-    return json.loads(json.dumps({**asdict(chosen), "resolved": {**RESOLVED, "adapter": adapter}}))
+    found = {"adapter": adapter, "lr": chosen.peak_lr(is_adapted=bool(adapter))}
+    return json.loads(json.dumps({**asdict(chosen), "resolved": {**RESOLVED, **found}}))
 
 
 def card(manifest: dict = MANIFEST, reference: dict = REFERENCE, **options: object) -> str:
