@@ -1,14 +1,22 @@
-"""Remarks: messages of a run to its user, besides its result.
+"""Remarks and phases: messages of a run to its user, besides its result.
 
 A remark goes to the caller's `log` function, otherwise to the logger `dpo_cache`, which writes nothing unless
 the program configures logging. `progress=True` writes remarks to stderr, and reports list them in `remarks`.
 Characters that could steer a terminal are escaped in every remark.
+
+A phase is what a run does before its progress can be counted, such as loading a model. A progress line shows
+it:
+
+    with phase("loading the model"):
+        ...
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
@@ -16,7 +24,11 @@ from typing import Any, TypeVar
 from dpo_cache.errors import printable_lines
 
 Log = Callable[[str], None]
+OnPhase = Callable[[str | None], None]  # None: progress is counted again
 Report = TypeVar("Report")
+
+_on_phase: ContextVar[OnPhase | None] = ContextVar("on_phase", default=None)
+_phase: ContextVar[str | None] = ContextVar("phase", default=None)
 
 _logger = logging.getLogger("dpo_cache")
 # without one, Python prints warnings where logging is not configured
@@ -44,3 +56,32 @@ def keeps_remarks(function: Callable[..., Report]) -> Callable[..., Report]:
         return replace(report, remarks=remarks)  # type: ignore[type-var]
 
     return run
+
+
+@contextmanager
+def phase(text: str) -> Iterator[None]:
+    """Report that the block does this; inside another phase, that one is reported again afterwards.
+
+    Also a decorator. Reports nothing outside `phases_reported`, such as in a thread.
+    """
+    report = _on_phase.get()
+    if report is None:
+        yield
+        return
+    token = _phase.set(text)
+    report(text)
+    try:
+        yield
+    finally:
+        _phase.reset(token)
+        report(_phase.get())
+
+
+@contextmanager
+def phases_reported(to: OnPhase) -> Iterator[None]:
+    """Report the phases of the block to this function."""
+    token = _on_phase.set(to)
+    try:
+        yield
+    finally:
+        _on_phase.reset(token)

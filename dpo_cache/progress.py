@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -17,10 +18,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpo_cache.errors import printable, printable_lines, shown_bytes
+from dpo_cache.log import phases_reported
 from dpo_cache.notebook.display import NotebookProgress, notebook_output
+from dpo_cache.terminal import Shown, TerminalLine
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
     from typing_extensions import Self
 
 QUIET_SECONDS = 10.0  # between progress lines off a terminal
@@ -99,44 +101,58 @@ class ProgressLine:
     DPO_CACHE_PROGRESS=off shows nothing: a sweep sets it for its runs, whose progress it shows itself.
     """
 
-    def __init__(self, description: str):
-        self._description = description
-        self._started = self._printed = time.monotonic()
+    def __init__(self, label: str):
+        self._label = label
+        self._printed = time.monotonic()
         self._is_off = os.environ.get("DPO_CACHE_PROGRESS") == "off"
-        self._bar: Progress | None = None
+        self._terminal: TerminalLine | None = None
         self._notebook: NotebookProgress | None = None
-        if not self._is_off and (show := notebook_output()):
-            self._notebook = NotebookProgress(description, show)
-        elif sys.stderr.isatty() and not self._is_off:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
+        self._share = 0.0
+        self._timer: threading.Timer | None = None
+        self._phases = phases_reported(self.phase)
+        if self._is_off:
+            return
+        if show := notebook_output():
+            self._notebook = NotebookProgress(label, show)
+        elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            self._terminal = TerminalLine(label)
 
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.fields[detail]}", markup=False),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(description, detail="")
-
-    def update(self, done: float, total: float, detail: str) -> None:
-        """Show how far the work is."""
-        detail = printable(detail)
+    def update(
+        self, done: float, total: float, details: Sequence[str] = (), *, position: str = "", left: str = ""
+    ) -> None:
+        """Show how far the work is: its position, the time that is left, and as many of the details as there
+        is room for.
+        """
+        self._share = done / total
+        details = tuple(map(printable, details))
+        text = "  ".join(filter(None, (position, *details, left)))
         if self._notebook is not None:
-            self._notebook.update(done / total, detail)
-        elif self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, detail=detail)
+            self._notebook.update(self._share, text)
+        elif self._terminal is not None:
+            self._terminal.update(Shown(position, self._share, details, left))
         elif not self._is_off and time.monotonic() - self._printed >= QUIET_SECONDS:
             self._printed = time.monotonic()
-            remark(f"{self._description} {done / total:4.0%}  {detail}")
+            remark(f"{self._label}  {text}")
+
+    def phase(self, text: str | None) -> None:
+        """Show what is done now, while no progress can be counted; None: progress is counted again."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._notebook is not None:
+            self._notebook.update(self._share, text or "")
+        elif self._terminal is not None:
+            self._terminal.phase(text)
+        elif text and not self._is_off:
+            self._timer = threading.Timer(QUIET_SECONDS, remark, [f"{self._label}: {text} …"])
+            self._timer.daemon = True
+            self._timer.start()
 
     def remark(self, text: str) -> None:
         """Write a remark that does not tear the bar."""
         if self._notebook is not None:
             self._notebook.remark(text)
-        elif self._bar is not None:
-            self._bar.console.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
+        elif self._terminal is not None:
+            self._terminal.print(text)
         else:
             remark(text)
 
@@ -148,21 +164,25 @@ class ProgressLine:
 
     def pause(self, show: Callable[[], None]) -> None:
         """Print a result while the bar is hidden."""
-        if self._bar is not None:
-            self._bar.stop()
+        if self._terminal is not None:
+            self._terminal.close()
         show()
         sys.stdout.flush()
-        if self._bar is not None:
-            self._bar.start()
+        if self._terminal is not None:
+            self._terminal.open()
 
     def __enter__(self) -> Self:
+        self._phases.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._phases.__exit__(None, None, None)
+        if self._timer is not None:
+            self._timer.cancel()
         if self._notebook is not None:
             self._notebook.close()
-        if self._bar is not None:
-            self._bar.stop()
+        if self._terminal is not None:
+            self._terminal.close()
 
 
 def remark(text: str) -> None:
@@ -176,12 +196,14 @@ def remark(text: str) -> None:
 
 def show_scoring(line: ProgressLine, progress: Any) -> None:
     """Show a `ScoringProgress`."""
-    rates = f"{progress.tokens_per_s:,.0f} tokens/s  {progress.pairs_per_s:.2f} pairs/s"
+    details = [f"{progress.pairs_per_s:.2f} pairs/s", f"{progress.tokens_per_s:,.0f} tokens/s"]
     if progress.num_workers:
-        rates += f"  {progress.num_workers} workers"
-    line.update(
-        progress.num_tokens, progress.total_tokens, f"{rates}  {format_seconds(progress.seconds_left)} left"
-    )
+        details.insert(0, f"{progress.num_workers} workers")
+    if progress.trial_tokens:
+        details.insert(0, f"trying chunks of {progress.trial_tokens:,} tokens")
+    done, total = progress.num_tokens, progress.total_tokens
+    left = f"{format_seconds(progress.seconds_left)} left"
+    line.update(done, total, details, position=f"{done / total:.0%}", left=left)
 
 
 def show_training(line: ProgressLine, metrics: dict[str, Any]) -> None:
@@ -195,50 +217,67 @@ def show_training(line: ProgressLine, metrics: dict[str, Any]) -> None:
         if not is_in_table:
             line.remark(f"eval at step {step}: {describe_metrics(metrics, 'eval/')}")
         return
-    left = "" if metrics["left_s"] is None else f"  {format_seconds(metrics['left_s'])} left"
-    pace = f"{metrics['pairs_per_s']:.2f} pairs/s  {shown_bytes(metrics['peak_bytes'])}{left}"
-    line.update(step, total, f"step {step}/{total}  {describe_metrics(metrics)}  {pace}")
+    pace = f"{metrics['pairs_per_s']:.2f} pairs/s"
+    details = [*_metrics(metrics), pace, shown_bytes(metrics["peak_bytes"])]
+    line.update(step, total, details, position=f"step {step}/{total}", left=_left(metrics["left_s"]))
 
 
 def show_sweep(line: ProgressLine, progress: Any) -> None:
     """Show a `SweepProgress`: its active run in full, or only the steps of several."""
-    left = "" if progress.seconds_left is None else f"  about {format_seconds(progress.seconds_left)} left"
     if len(progress.active) == 1:
         name, total, metrics = progress.active[0]
-        step = "starting" if metrics is None else _describe_step(metrics, total)
-        text = f"run {progress.num_done + 1}/{progress.num_runs}  {name}  {step}{left}"
+        position = f"run {progress.num_done + 1}/{progress.num_runs}"
+        details = [*_describe_step(metrics, total), name]
     else:
-        steps = [
+        position = f"{progress.num_done}/{progress.num_runs} runs done"
+        details = [
             f"{name} " + ("starting" if metrics is None else f"{metrics['step']}/{total}")
             for name, total, metrics in progress.active
         ]
-        text = f"{progress.num_done}/{progress.num_runs} runs done  {'  '.join(steps)}{left}"
-    line.update(progress.done, progress.num_runs, text)
+    left = _left(progress.seconds_left)
+    line.update(
+        progress.done, progress.num_runs, details, position=position, left=f"about {left}" if left else ""
+    )
 
 
-def _describe_step(metrics: dict[str, Any], total: int) -> str:
+def _describe_step(metrics: dict[str, Any] | None, total: int) -> list[str]:
+    if metrics is None:
+        return ["starting"]
     pace = f"{metrics['pairs_per_s']:.2f} pairs/s"
-    return f"step {metrics['step']}/{total}  loss {metrics['loss']:.4f}  {pace}"
+    return [f"step {metrics['step']}/{total}", f"loss {metrics['loss']:.4f}", pace]
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f"{format_seconds(seconds)} left"
 
 
 def show_bytes(line: ProgressLine, done: int, total: int) -> None:
     """Show how many bytes were read or copied."""
-    line.update(done, max(total, 1), f"{shown_bytes(done)} of {shown_bytes(total)}")
+    line.update(done, max(total, 1), position=f"{shown_bytes(done)} of {shown_bytes(total)}")
 
 
 def show_transfer(line: ProgressLine, progress: Any) -> None:
     """Show a `TransferProgress`."""
-    files = f"{progress.num_files:,}/{progress.total_files:,} files"
     done = f"{shown_bytes(progress.num_bytes)} of {shown_bytes(progress.total_bytes)}"
-    rate = f"{shown_bytes(progress.bytes_per_s)}/s  {format_seconds(progress.seconds_left)} left"
-    line.update(progress.num_bytes, max(progress.total_bytes, 1), f"{files}  {done}  {rate}")
+    files = f"{progress.num_files:,}/{progress.total_files:,} files"
+    line.update(
+        progress.num_bytes,
+        max(progress.total_bytes, 1),
+        [files, f"{shown_bytes(progress.bytes_per_s)}/s"],
+        position=done,
+        left=_left(progress.seconds_left),
+    )
 
 
 def describe_metrics(metrics: dict[str, Any], prefix: str = "") -> str:
     """Loss, accuracy and margin of a line of metrics."""
+    return "  ".join(_metrics(metrics, prefix))
+
+
+def _metrics(metrics: dict[str, Any], prefix: str = "") -> list[str]:
     loss, margin = metrics[f"{prefix}loss"], metrics[f"{prefix}rewards/margins"]
     accuracy = format_share(metrics[f"{prefix}rewards/accuracies"])
-    return f"loss {loss:.4f}  accuracy {accuracy}  margin {margin:+.4f}"
+    return [f"loss {loss:.4f}", f"accuracy {accuracy}", f"margin {margin:+.4f}"]
 
 
 def format_share(share: float | None) -> str:

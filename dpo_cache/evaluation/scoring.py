@@ -66,12 +66,18 @@ def score_pairs(
     """
     windows, inputs, work, num_read = [], [], Work(), 0
 
-    def report(known_tokens: int, num_completions: int) -> None:
+    def report(known_tokens: int, num_completions: int, trial_tokens: int) -> None:
         """Later windows are expected to run as many tokens a pair as those so far."""
         total_tokens = extrapolate(known_tokens, num_read, num_pairs)
         on_progress(
             ScoringProgress(
-                pairs.name, work.model_tokens, total_tokens, num_pairs, num_completions, work.scoring_s
+                pairs.name,
+                work.model_tokens,
+                total_tokens,
+                num_pairs,
+                num_completions,
+                work.scoring_s,
+                trial_tokens=trial_tokens,
             )
         )
 
@@ -91,7 +97,7 @@ def score_pairs(
 
 
 def _score_window(
-    runner: Runner, window: Sequence[ScoredPair], work: Work, report: Callable[[int, int], None]
+    runner: Runner, window: Sequence[ScoredPair], work: Work, report: Callable[[int, int, int], None]
 ) -> list[Score]:
     """The scores of all chosen completions of the window, then of all rejected ones; equal completions are
     scored once.
@@ -113,7 +119,7 @@ def _score_window(
         scores.update((keys[index], score) for index, score in step.scores)
         work.model_tokens += step.num_tokens
         work.scoring_s = scored_before + time.perf_counter() - started
-        report(run_before + step.total_tokens, work.num_completions + len(scores))
+        report(run_before + step.total_tokens, work.num_completions + len(scores), step.trial_tokens)
     work.num_completions += len(scores)
     return [scores[completion_key(completion)] for completion in completions_of(window)]
 

@@ -29,6 +29,11 @@ class Budget:
         self._speeds: list[float] = []  # speeds at the current size
         self._best = (0.0, self.tokens)
 
+    @property
+    def trial_tokens(self) -> int:
+        """The size that is tried; 0 after the search."""
+        return 0 if self.has_stopped else self.tokens
+
     def keep_below(self, most_tokens: int | None) -> None:
         """Run no larger chunks than these from now on; None: no limit."""
         if most_tokens is None:

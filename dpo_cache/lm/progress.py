@@ -19,6 +19,7 @@ class ScoringStep:
     total_tokens: int
     scores: list[tuple[int, Score]]  # position among the completions given, score
     is_followed: bool = False  # by the next step at once, which needs no computation
+    trial_tokens: int = 0  # the chunk size that is tried, while the best one is searched for
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class ScoringProgress:
     num_completions: int
     elapsed_s: float  # time of scoring
     num_workers: int = 0  # at work; 0: this process scores
+    trial_tokens: int = 0  # of the step
 
     @property
     def tokens_per_s(self) -> float:

@@ -59,7 +59,8 @@ def score_rows(
         tokens_left -= sum(len(completions[index]) for index in batch)
         num_run += length * len(batch)
         scores = [(index, Score(values.cpu().numpy())) for index, values in zip(batch, logps, strict=True)]
-        yield ScoringStep(length * len(batch), num_run + tokens_left, scores)
+        tried = budget.trial_tokens
+        yield ScoringStep(length * len(batch), num_run + tokens_left, scores, trial_tokens=tried)
 
 
 @dataclass(frozen=True)

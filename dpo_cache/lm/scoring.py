@@ -47,7 +47,7 @@ def score_forest(
                 scores = [(waiting[place], score) for place, score in found]
                 num_run += num_tokens
                 left -= dict(scores).keys()
-                yield ScoringStep(num_tokens, total_tokens, scores)
+                yield ScoringStep(num_tokens, total_tokens, scores, trial_tokens=budget.trial_tokens)
         except RuntimeError as error:
             if not is_out_of_memory(error, model.device):
                 raise

@@ -47,6 +47,7 @@ from dpo_cache.lm.positions import most_positions
 from dpo_cache.lm.progress import ScoringStep
 from dpo_cache.lm.rows import score_rows
 from dpo_cache.lm.scoring import score_forest
+from dpo_cache.log import phase
 from dpo_cache.types import Completion
 
 
@@ -84,6 +85,7 @@ class AttentionChoice:
         return None if is_requested else f"{what} as plain padded rows, which is slower: {self.reason}."
 
 
+@phase("self-check: comparing ways to run the model")
 def choose_attention(
     model: PreTrainedModel,
     requested: str = "auto",

@@ -21,7 +21,7 @@ from dpo_cache.lm.model.architecture import check_causal
 from dpo_cache.lm.model.load import load_config
 from dpo_cache.lm.model.load_dispatched import check_dispatchable
 from dpo_cache.lm.model.quantization import check_quantizable, check_saved_quantization
-from dpo_cache.log import Log
+from dpo_cache.log import Log, phase
 from dpo_cache.options.precompute import PrecomputeOptions, renamed_columns
 from dpo_cache.precomputing.windows import SplitPlan
 from dpo_cache.store.cache import check_name
@@ -83,6 +83,7 @@ def read_config(inputs: Inputs) -> PreTrainedConfig:
     return config
 
 
+@phase("reading the data")
 def read_splits(inputs: Inputs, name: str, log: Log) -> list[SplitPlan]:
     """Open every split and find its format; nothing is tokenized yet. Raises `DataError`."""
     options, rename = inputs.options, renamed_columns(inputs.options.map)

@@ -148,6 +148,7 @@ class Meter:
                     planned_tokens=self._planned_tokens,
                     run_tokens=run_before + step.total_tokens,
                     num_waiting=num_waiting,
+                    trial_tokens=step.trial_tokens,
                 )
             )
 
@@ -179,6 +180,7 @@ def describe_progress(
     run_tokens: int,
     num_waiting: int = 0,
     num_workers: int = 0,
+    trial_tokens: int = 0,
 ) -> ScoringProgress:
     """How far the run is, if what is left takes as many tokens as the units so far: `run_tokens`, where
     `planned_tokens` were planned. What others have scored counts neither as done nor as left.
@@ -193,4 +195,5 @@ def describe_progress(
         report.scored_now + num_waiting,
         report.scoring_s,
         num_workers,
+        trial_tokens,
     )

@@ -18,7 +18,7 @@ from dpo_cache import data
 from dpo_cache.errors import OptionError
 from dpo_cache.lm.device import choose_device, peak_bytes
 from dpo_cache.lm.model.unchanged import one_checkpoint
-from dpo_cache.log import Log, keeps_remarks, log_remark
+from dpo_cache.log import Log, keeps_remarks, log_remark, phase
 from dpo_cache.options.base import with_new_names
 from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.precompute import PrecomputeOptions
@@ -183,7 +183,8 @@ def _run(
     is_planned = options.dry_run or not streams
     if is_planned:  # all rows are tokenized, checked and planned before the first score
         for split in splits:
-            list(plan(split))
+            with phase("tokenizing"):
+                list(plan(split))
         check_disk(cache, report.data_tokens)
     check_names(inputs, splits, name, target, are_planned=is_planned)
     streaming = readings = None
@@ -196,7 +197,8 @@ def _run(
             report.plan_readings(readings)
     if options.dry_run:
         planned = (splits, planner.totals, truncation, report, streaming, readings)
-        report.forecast = forecast(options, target, *planned, log)
+        with phase("predicting time and memory"):
+            report.forecast = forecast(options, target, *planned, log)
     else:
         cache.check_writable()
         for split in splits:

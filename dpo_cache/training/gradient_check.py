@@ -24,7 +24,7 @@ from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.self_check import AttentionChoice
 from dpo_cache.lm.sharded import ShardedModel
-from dpo_cache.log import Log
+from dpo_cache.log import Log, phase
 from dpo_cache.training.ranks import Ranks
 
 # Largest gap between two gradients of a parameter that rounding explains, relative to its norm, and relative
@@ -58,6 +58,7 @@ class GradientCheck:
     ranks: Ranks = field(default_factory=Ranks)
     _problems: dict[str, str] = field(default_factory=dict)
 
+    @phase("self-check: comparing gradients")
     def problem(self, mode: str) -> str:
         """How the mode's gradient is wrong; empty if it is that of *none*, or if memory does not suffice for
         the pair.
@@ -72,6 +73,7 @@ class GradientCheck:
             self._problems[mode] = next(filter(None, self.ranks.gather(problem)), "")
         return self._problems[mode]
 
+    @phase("self-check: comparing gradients")
     def problem_of_kernel(self, kernel: str) -> str:
         """How the gradient by this kernel is wrong; empty if it is that of the policy's own, or if memory
         does not suffice for the pair.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_cache.files.claim import Claim
 from dpo_cache.lm.device import deterministic_algorithms, peak_bytes
 from dpo_cache.lm.model.unchanged import one_checkpoint
-from dpo_cache.log import Log, keeps_remarks, log_remark
+from dpo_cache.log import Log, keeps_remarks, log_remark, phase
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.train import TrainOptions
@@ -310,6 +310,7 @@ class _Run:
         if self.step.step_zero and sample:
             self.step.compare(sample)
 
+    @phase("evaluating")
     def _evaluate(self) -> Metrics | None:
         """Evaluate the policy and record the means; None if there are no evaluation pairs."""
         if self.data.eval_pairs is None:

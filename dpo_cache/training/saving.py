@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.lm.sharded import local_rows
+from dpo_cache.log import phase
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.training.evaluations import Best
 from dpo_cache.training.output.checkpoint import save_checkpoint
@@ -31,6 +32,7 @@ class Saver:
     best: Best
     on_checkpoint: Callable[[Path], None]
 
+    @phase("saving a checkpoint")
     def save_checkpoint(self, position: RunPosition) -> None:
         """Save the state after a step, from which `resume` continues."""
         self._check_weights(position.step, "no checkpoint")
@@ -52,6 +54,7 @@ class Saver:
             card = self._card(step, evaluation)
             save_best(self.setup.output, self.setup.policy, found, card, self.setup.ranks)
 
+    @phase("saving the model")
     def save_model(self, step: int, newest: list[ScoredPair]) -> Metrics | None:
         """Save the model: the last one or, with `patience`, the best; returns its evaluation.
 

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.lm.patches import Patches
+from dpo_cache.log import phase
 
 PROBE_TOKENS = 256
 PROBE_TURNS, PROBE_S = 9, 1.0  # turns of timing; fewer where they take longer than this
@@ -41,6 +42,7 @@ class Products:
 KINDS = tuple(entry.name for entry in fields(Products))
 
 
+@phase("timing matrix products")
 def use_fast_linear(
     model: PreTrainedModel,
     patches: Patches | None = None,

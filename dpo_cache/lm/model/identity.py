@@ -31,11 +31,13 @@ from dpo_cache.lm.model.quantization import check_quantizable
 from dpo_cache.lm.model.tensor_digest import weights_digest
 from dpo_cache.lm.model.tensor_names import find_tensor_names
 from dpo_cache.lm.model.unchanged import commit_of
+from dpo_cache.log import phase
 from dpo_cache.types import QUANTIZATION_FIELDS
 
 SCORING_VERSION = 1  # raised when the same model and ids would get other stored values
 
 
+@phase("identifying the model")
 def reference_identity(
     location: str,
     config: PreTrainedConfig,

@@ -33,6 +33,7 @@ from dpo_cache.lm.model.quantization import (
 from dpo_cache.lm.model.tensor_names import FAILURES, make_empty_for
 from dpo_cache.lm.model.towers import as_whole, loading_class
 from dpo_cache.lm.model.unchanged import check_unchanged, note_files
+from dpo_cache.log import phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,6 +126,7 @@ def _is_list_of_texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
 
 
+@phase("loading the model")
 def load_model(
     location: str,
     *,

@@ -24,12 +24,14 @@ from dpo_cache.lm.free_memory import free_host_bytes
 from dpo_cache.lm.model.adapter import locate_checkpoint
 from dpo_cache.lm.model.load import load_config, read_base
 from dpo_cache.lm.model.parts import decoder_of
+from dpo_cache.log import phase
 
 USABLE = 0.8  # share of the host's free memory: loading and activations need the rest
 
 MaxMemory = dict[int | str, int]  # bytes, by the number of a GPU or cpu; disk has what does not fit
 
 
+@phase("loading the model")
 def load_dispatched(
     location: str,
     *,
@@ -70,8 +72,6 @@ def load_dispatched(
     return model
 
 
-def describe_places(model: PreTrainedModel) -> str:
-    """How many modules each place has: `3 modules on cuda:0, 2 on cpu`."""
 def check_dispatchable(
     location: str, config: PreTrainedConfig, revision: str | None, *, quantize: str
 ) -> None:
@@ -86,6 +86,8 @@ def check_dispatchable(
         )
 
 
+def describe_places(model: PreTrainedModel) -> str:
+    """How many modules each place has: `3 modules on cuda:0, 2 on cpu`."""
     counts = Counter(f"cuda:{place}" if isinstance(place, int) else str(place) for place in _places(model))
     return ", ".join(f"{count} modules on {place}" for place, count in counts.items())
 

@@ -40,11 +40,13 @@ from dpo_cache.lm.model.load import load_config, read_base
 from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.lm.model.quantization import is_quantized
 from dpo_cache.lm.model.stored_tensors import StoredTensors
+from dpo_cache.log import phase
 
 LOADER_ARGUMENTS = ["model", "state_dict", "load_config", "disk_offload_index"]
 PACKED = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")  # methods whose packed weights can travel
 
 
+@phase("loading the model")
 def load_streamed(
     location: str | CheckpointLocation,
     *,
