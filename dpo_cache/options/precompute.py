@@ -128,7 +128,7 @@ class PrecomputeOptions(Options):
     )
     dry_run: bool = option(
         False,
-        "Survey the data and report what would be scored; load no model, write nothing.",
+        "Survey the data; report what would be scored, time, memory and disk; load no model, write nothing.",
         flag="--dry-run",
     )
     show: int = option(
