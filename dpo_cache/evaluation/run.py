@@ -110,10 +110,10 @@ def _score(
     config = load_config(
         options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
     )
+    pairs.limit_to(model_limits(config, options.model))
     rows = measure_rows([pairs], config)
     with open_runner(
         options.model,
-    pairs.limit_to(model_limits(config, options.model))
         dtype=policy.dtype,
         device=policy.device,
         revision=options.revision,
