@@ -38,7 +38,7 @@ PRECOMPUTE = "an option of `precompute`: pairs are tokenized and cut once"
 NO_PADDING = "batches are forests of tokens, without padding"
 NO_LOADER = "batches are read from the cache, without a data loader"
 EVERY_STEP = "each step is a line of metrics.jsonl"
-NO_UPLOAD = "nothing is uploaded; `model/` is a folder for `huggingface-cli upload`"
+NO_UPLOAD = "nothing is uploaded; `model/` is a folder for `hf upload`"
 DDP = "`--parallel ddp` chooses it"
 ACCELERATOR = {
     "split_batches": False, "dispatch_batches": None, "even_batches": True, "use_seedable_sampler": True,

@@ -1,0 +1,35 @@
+"""The options of projects that the pages `coming-from-...` compare, from their sources, separated by spaces."""
+
+# config/config.yaml, config/loss/dpo.yaml and config/model/blank_model.yaml of
+# github.com/eric-mitchell/direct-preference-optimization at f8b8c0f
+ORIGINAL = """
+seed exp_name batch_size eval_batch_size debug fsdp_port datasets wandb.enabled wandb.entity wandb.project local_dirs
+sample_during_eval n_eval_model_samples do_first_eval local_run_dir lr gradient_accumulation_steps max_grad_norm
+max_length max_prompt_length n_epochs n_examples n_eval_examples trainer optimizer warmup_steps
+activation_checkpointing eval_every minimum_log_interval_secs loss.name loss.beta loss.label_smoothing
+loss.reference_free model.name_or_path model.tokenizer_name_or_path model.archive model.block_name
+model.policy_dtype model.fsdp_policy_mp model.reference_dtype
+"""
+
+# DPOExperimentConfig with its bases, and TokenizerConfig, of github.com/allenai/open-instruct at e6c3044
+OPEN_INSTRUCT = """
+exp_name run_name seed data_loader_seed model_name_or_path config_name attn_implementation loss_implementation
+model_revision low_cpu_mem_usage rope_scaling_factor rope_scaling_beta_fast rope_scaling_beta_slow
+rope_scaling_old_context_len beta loss_type gamma_beta_ratio label_smoothing load_balancing_loss
+load_balancing_weight concatenated_forward packing use_8bit_optimizer dpo_use_paged_optimizer optimizer_type
+optimizer_kwargs tensor_parallel_degree context_parallel_degree cache_logprobs_only fsdp_shard_degree
+fsdp_num_replicas num_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate warmup_ratio
+weight_decay max_grad_norm max_seq_length lr_scheduler_type max_train_steps activation_memory_budget
+activation_checkpointing_mode activation_checkpointing_modules compile_model fused_optimizer cp_degree cp_strategy
+mixer_list mixer_list_splits transform_fn target_columns cache_mode local_cache_dir skip_cache cache_dataset_only
+config_hash hf_entity use_lora lora_rank lora_alpha lora_dropout logging_steps with_tracking wandb_project
+wandb_entity report_to wandb_group_name push_to_hub hf_repo_id hf_repo_revision hf_repo_url output_dir
+checkpointing_steps ephemeral_save_interval keep_last_n_checkpoints resume_from_checkpoint
+try_launch_beaker_eval_jobs try_auto_save_to_beaker gs_bucket_path oe_eval_tasks oe_eval_max_length
+oe_eval_gpu_multiplier eval_workspace eval_priority do_not_randomize_output_dir send_slack_alerts
+additional_model_arguments sync_each_batch dataset_name dataset_mixer dataset_mix_dir dataset_config_name
+max_train_samples preprocessing_num_workers overwrite_cache use_qlora timeout save_to_hub use_liger_kernel
+profiling hf_metadata_dataset zero_stage offload_optimizer offload_param zero_hpz_partition_size
+tokenizer_name_or_path tokenizer_revision trust_remote_code use_fast chat_template_name add_bos get_tokenizer_fn
+tokenizer_files_hash use_slow_tokenizer tokenizer_name ground_truths_key sft_messages_key
+"""
