@@ -65,6 +65,7 @@ NAVIGATION = {
     "Coming from": ["coming-from-trl", "coming-from-original", "coming-from-open-instruct"],
     "Topics": [
         "data",
+        "keys",
         "losses",
         "memory",
         "small-gpu",
@@ -76,7 +77,7 @@ NAVIGATION = {
         "troubleshooting",
     ],
     "Reference": ["commands", "options", "python", "api", "format"],
-    "Evidence": ["measurements", "negative-results", "keyed-by-completion"],
+    "Evidence": ["measurements", "negative-results"],
     "Project": ["README </README>", "/CHANGELOG", "/CONTRIBUTING", "/SECURITY"],
 }
 
@@ -85,6 +86,10 @@ NAVIGATION = {
 FUNCTIONS = ["precompute", "train", "evaluate", "sweep", "plan"]
 LOOPS = ["training_batches", "TrainingBatch", "preference_loss"]
 READING = ["open_cache", "Cache", "PairSet", "ScoredPair", "Pair", "Completion", "Score"]
+READERS = {  # what a reader of a cache calls; the other methods publish and check
+    "Cache": "references, find_reference, read_reference, pair_sets, pairs, holds_pairs",
+    "PairSet": "name, reference_id, is_imported, has_token_logps, block_sizes, read_block, read_keys",
+}
 UPKEEP = ["verify", "compact", "merge", "push", "pull", "export_pairs", "import_pairs"]
 
 
@@ -130,7 +135,8 @@ def _reference(title: str, names: list[str]) -> str:
     for name in names:
         if isinstance(getattr(dpo_cache, name), type):
             # the fields of a report are its result; an error has none
-            members = [] if name.endswith("Error") else ["   :members:", "   :undoc-members:"]
+            members = [f"   :members: {READERS.get(name, '')}".rstrip(), "   :undoc-members:"]
+            members = [] if name.endswith("Error") else members
             lines += [f".. autoclass:: {name}", *members, ""]
         else:
             lines += [f".. autofunction:: {name}", ""]
@@ -159,11 +165,27 @@ def shorten_signature(
 
 
 def mark_options(*event: Any) -> None:
-    """Titles of parts of the options become headings, and `name: type = default` a term."""
+    """A docstring's options fold up: their parts get titles, and `name: type = default` becomes a term.
+
+    An indented example, as in Markdown, becomes a block of code.
+    """
     lines = event[-1]
+    for place in range(len(lines) - 1, 1, -1):
+        before = next((line for line in lines[place - 1 :: -1] if line), "")
+        if (
+            lines[place].startswith("    ")
+            and not lines[place - 1]
+            and before[:1] not in ("", " ", ":", "-", ".")
+        ):
+            lines[place:place] = ["::", ""]
     if "Options:" in lines:
         first = lines.index("Options:")
-        lines[first:] = [marked for line in lines[first:] for marked in _marked(line)]
+        marked = [new for line in lines[first + 1 :] for new in _marked(line)]
+        opening, closing = (
+            [".. raw:: html", "", f"   {tag}", ""]
+            for tag in ("<details><summary>Options</summary>", "</details>")
+        )
+        lines[first:] = [*opening, *marked, "", *closing]
 
 
 def _marked(line: str) -> list[str]:
