@@ -175,12 +175,12 @@ class ProgressLine:
         self._phases.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object = None, *_: object) -> None:
         self._phases.__exit__(None, None, None)
         if self._timer is not None:
             self._timer.cancel()
         if self._notebook is not None:
-            self._notebook.close()
+            self._notebook.close(has_failed=error is not None)
         if self._terminal is not None:
             self._terminal.close()
 

@@ -45,7 +45,7 @@ class NotebookProgress:
         self._share, self._detail = 0.0, ""
         self._remarks: list[str] = []
         self._table = LiveTable()
-        self._is_shown = True  # whether the output has all of this
+        self._is_empty = True  # nothing to show yet
 
     def update(self, share: float, detail: str) -> None:
         """Show how far the work is, from 0 to 1."""
@@ -62,20 +62,22 @@ class NotebookProgress:
         self._table.note(metrics)
         self._refresh()
 
-    def close(self) -> None:
-        """Show the last state, which stays in the notebook."""
-        if self._share >= 1:
-            self._detail = f"done in {self._clock() - self._started:.1f} s"
-        if not self._is_shown or self._share >= 1:
-            self._show(self._bundle())
-            self._is_shown = True
+    def close(self, *, has_failed: bool = False) -> None:
+        """Show the last state, which stays in the notebook.
+
+        Work that ended between its start and its end was stopped; without any progress there was no work.
+        """
+        if self._is_empty:
+            return
+        if not has_failed and (self._share >= 1 or self._share == 0):
+            self._share, self._detail = 1.0, f"done in {self._clock() - self._started:.1f} s"
+        self._show(self._bundle())
 
     def _refresh(self) -> None:
-        self._is_shown = False
+        self._is_empty = False
         if self._clock() - self._shown >= SECONDS:
             self._shown = self._clock()
             self._show(self._bundle())
-            self._is_shown = True
 
     def _bundle(self) -> dict[str, str]:
         return {"text/html": self._html(), "text/plain": self._plain()}
@@ -92,5 +94,5 @@ class NotebookProgress:
         )
 
     def _plain(self) -> str:
-        head = f"{self._title} {self._share:.0%}  {self._detail}"
+        head = f"{self._title}  {self._detail}"
         return "\n".join([printable(head), *map(printable_lines, self._remarks[-LAST_REMARKS:])])

@@ -80,10 +80,9 @@ def remarks(lines: Sequence[str]) -> str:
 
 
 def bar(share: float, detail: str) -> str:
-    """A progress bar, filled from 0 to 1, with its percentage and a text."""
+    """A progress bar, filled from 0 to 1, and a text."""
     filled = min(max(share, 0.0), 1.0)
-    shown = f'{filled:.0%} <span class="faint">{text(detail)}</span>'
-    return f'<div><progress value="{filled:.3f}" max="1"></progress> {shown}</div>'
+    return f'<div><progress value="{filled:.3f}" max="1"></progress> <span>{text(detail)}</span></div>'
 
 
 def text(value: object) -> str:

@@ -45,9 +45,9 @@ def test_states_that_follow_fast_are_skipped_and_the_last_is_shown(notebook: Not
     assert len(notebook.outputs) == 2
     notebook.progress.close()
     assert [output["text/plain"].splitlines()[0] for output in notebook.outputs] == [
-        "training 10%  first",
-        "training 30%  third",
-        "training 40%  last",  # ended early
+        "training  first",
+        "training  third",
+        "training  last",  # ended early
     ]
 
 
@@ -55,7 +55,23 @@ def test_a_bar_that_is_full_shows_the_time_at_the_end(notebook: Notebook) -> Non
     notebook.progress.update(1.0, "0.0 s left")
     notebook.now += 2.5
     notebook.progress.close()
-    assert notebook.outputs[-1]["text/plain"] == "training 100%  done in 2.5 s"
+    assert notebook.outputs[-1]["text/plain"] == "training  done in 2.5 s"
+
+
+def test_work_of_which_nothing_was_left_is_done(notebook: Notebook) -> None:
+    notebook.progress.update(0.0, "reading rows")
+    notebook.now += 1.0
+    notebook.progress.close()
+    assert notebook.outputs[-1]["text/plain"] == "training  done in 1.0 s"
+    assert 'value="1.000"' in notebook.outputs[-1]["text/html"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_work_that_fails_is_not_done(notebook: Notebook, share: float) -> None:
+    notebook.progress.update(share, "reading rows")
+    notebook.progress.close(has_failed=True)
+    assert notebook.outputs[-1]["text/plain"] == "training  reading rows"
+    assert f'value="{share:.3f}"' in notebook.outputs[-1]["text/html"]
 
 
 def test_names_from_files_are_escaped(notebook: Notebook) -> None:
@@ -108,7 +124,7 @@ def test_training_shows_a_bar_and_a_table_in_one_output(kernel: list, capsys: py
         line.remark("a remark")
     assert [kind for kind, _ in kernel[:2]] == ["display", "update"]
     page = Texts(kernel[-1][1]["text/html"])
-    assert page.texts[1:3] == ["training", " 100% "] and "a remark" in page.texts
+    assert page.texts[1] == "training" and page.texts[3].startswith("done in ") and "a remark" in page.texts
     assert page.texts.count("0.6000") == 2 and "15 to 16" in page.texts
     assert capsys.readouterr().err == ""  # which notebooks show on red
 
@@ -133,3 +149,10 @@ def test_progress_that_is_off_is_off_in_notebooks(kernel: list, monkeypatch: pyt
     with ProgressLine("training") as line:
         train(line, step(1))
     assert kernel == []
+
+
+def test_an_error_leaves_the_state_in_which_it_came(kernel: list) -> None:
+    with pytest.raises(KeyboardInterrupt), ProgressLine("training") as line:
+        train(line, *map(step, range(1, 4)))
+        raise KeyboardInterrupt
+    assert kernel[-1][1]["text/plain"].startswith("training  step 3/17")
