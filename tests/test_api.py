@@ -434,20 +434,8 @@ def test_compact_gives_an_entry_for_each_reference(cache: str, tmp_path: Path) -
 # -- the docs ------------------------------------------------------------------------------------------
 
 
-def test_the_examples_of_the_docs_run(
-    model_folder: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, seed in (("pairs", 0), ("heldout", 9)):
-        write_rows(tmp_path / f"{name}.jsonl", chat_rows(9, seed=seed))
-    dpo_cache.merge(cache, "other-cache")
-    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.M | re.S)
-    names: dict[str, object] = {"model": model_folder}
-    for example in examples:
-        if "from trl" not in example:  # see tests/integrations/test_trl.py
-            exec(compile(example, "docs/python.md", "exec"), names)
-    assert names["message"] and (tmp_path / "pairs.parquet").exists()
-    used = set(re.findall(r"dpo_cache\.(\w+)", "".join(examples)))
+def test_the_docs_show_every_function() -> None:
+    used = set(re.findall(r"dpo_cache\.(\w+)", (ROOT / "docs" / "python.md").read_text()))
     functions = {name for name in dpo_cache.__all__ if inspect.isfunction(getattr(dpo_cache, name))}
     assert functions <= used
 

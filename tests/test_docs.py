@@ -3,13 +3,22 @@
 import re
 from pathlib import Path
 
+import pytest
+import typer
+
 import dpo_cache
-from dpo_cache.cli.app import COMMANDS
+from dpo_cache.cli.app import COMMANDS, app
 from dpo_cache.losses.table import LOSSES
 from tests.cli.write_help import options_page
+from tests.documents.pages import PAGES
 
 ROOT = Path(dpo_cache.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FLAG = r"(?<![\w-])--[a-z][\w-]*"
+FLAGS = {
+    name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    for name, command in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+}
 
 
 def test_the_page_of_options_is_that_of_the_code() -> None:
@@ -25,9 +34,23 @@ def test_every_loss_has_its_line_in_the_docs() -> None:
 
 def test_every_command_is_shown() -> None:
     for command in ("precompute", "train"):
-        assert f"dpo-cache {command} --" in README
+        assert f"dpo-cache {command} " in README
+    commands = (ROOT / "docs" / "commands.md").read_text()
+    assert "(docs/commands" in README
     for command in COMMANDS:
-        assert f"(docs/commands/{command}.md)" in README
+        assert f"(commands/{command}.md)" in commands
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not re.search("coming-from|measurements", page)])
+def test_options_that_a_text_names_are_options_of_its_command(page: str) -> None:
+    """Blocks are run elsewhere. Two kinds of pages also name options of other tools and of benchmarks."""
+    text = re.sub(r"^ *```.*?^ *```", "", (ROOT / page).read_text(), flags=re.M | re.S)
+    of_all = set().union(*FLAGS.values())
+    for code in re.findall(r"`([^`\n]+)`", text):
+        named = re.match(r"dpo-cache ([a-z]+)\b", code)
+        if named or code.startswith("--"):
+            known = FLAGS.get(named[1], of_all) if named else of_all
+            assert {*re.findall(FLAG, code)} <= {*known, "--help", "--version"}, f"{page}: `{code}`"
 
 
 def test_the_version_is_one() -> None:

@@ -1,4 +1,4 @@
-"""Commands that the documents and examples show are ones that `dpo-cache` accepts; the scripts for SLURM run."""
+"""The scripts for SLURM run, and `dpo-cache` accepts the commands of the scripts and of the cluster file."""
 
 import os
 import re
@@ -7,54 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 
 import dpo_cache
-from dpo_cache.cli.app import COMMANDS, app
-from dpo_cache.cli.parameters import _values
-from dpo_cache.options.base import Options
+from tests.documents.accepted import parsed
 
 ROOT = Path(dpo_cache.__file__).parents[1]
 SLURM = ROOT / "examples" / "slurm"
 CLUSTER = ROOT / "examples" / "ray" / "cluster.yaml"
-PAGES = ("README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))))
-LAUNCHERS = r"(?:torchrun|accelerate launch) [^\n]*?-m dpo_cache|ray exec [^\n\"]*\"dpo-cache|dpo-cache"
-
-
-def parsed(words: list[str]) -> Options:
-    """The options of `dpo-cache WORDS`, checked, as before a run. Raises what the command line raises."""
-    name, *rest = words
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    with command.make_context(name, rest) as context:
-        values = {key: value for key, value in context.params.items() if key not in ("as_json", "context", "verbose")}
-        options_class = COMMANDS[name].options_class
-        given = _values(options_class, values, context, only_given=bool(values.get("resume")))
-        return options_class(**given)
-
-
-def shown_commands(text: str) -> list[list[str]]:
-    """The words after `dpo-cache` of each command in the blocks of a page."""
-    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S))
-    lines = re.findall(rf"^(?:\$ |  )?(?:{LAUNCHERS}) ([a-z]+ [^\n]*)$", blocks, re.M)
-    commands = [shlex.split(line.removesuffix('"'), comments=True) for line in lines]
-    return [words for words in commands if words[0] in COMMANDS and words[-1] != "--help"]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_are_accepted(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    for words in shown_commands((ROOT / page).read_text()):
-        if words[:2] != ["train", "--resume"]:  # a run in a folder that is not there
-            parsed(words)
-
-
-def test_every_way_to_start_is_shown_and_found() -> None:
-    shown = shown_commands((ROOT / "docs" / "scale.md").read_text())
-    assert sum(words[0] == "train" for words in shown) >= 4
-    assert any("--ray" in words and "--max-workers" in words for words in shown)
-    with pytest.raises(Exception, match="No such option: --nothing"):
-        parsed(["train", "cache", "--output", "run", "--nothing"])
 
 
 # -- scripts for SLURM ---------------------------------------------------------------------------------

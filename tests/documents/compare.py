@@ -63,10 +63,18 @@ def renewed(shown: list[str], real: list[str]) -> list[str]:
 
 
 def difference(shown: list[str], real: list[str]) -> str:
-    """A diff in which lines that differ only in numbers are the same."""
-    shown_as = {normalized(line): line for line in shown}
-    alike = [shown_as.get(normalized(line), line) for line in real]
-    return "\n".join(difflib.unified_diff(shown, alike, "the page", "the run", lineterm="", n=2))
+    """A diff of the two, in which lines that differ only in numbers are the same."""
+    pages, runs = [normalized(line) for line in shown], [normalized(line) for line in real]
+    lines = []
+    for group in difflib.SequenceMatcher(None, pages, runs, autojunk=False).get_grouped_opcodes(2):
+        lines.append("@@")
+        for kind, start, end, real_start, real_end in group:
+            if kind == "equal":
+                lines += [f"  {line}" for line in shown[start:end]]
+            else:
+                lines += [f"- {line}" for line in shown[start:end]]
+                lines += [f"+ {line}" for line in real[real_start:real_end]]
+    return "\n".join(lines)
 
 
 def stripped(text: str) -> list[str]:

@@ -24,6 +24,14 @@ READY: dict[str, list[str]] = {
     "run": ["dpo-cache train cache --output run --pairs pairs --eval-pairs heldout --batch-size 8 --lr 1e-5"],
 }
 
+CHAT_TEMPLATE = """\
+{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+
 
 class Workplace:
     """Makes fresh folders, always at `path`, because a cache records where its model and data are.
@@ -62,8 +70,7 @@ class Workplace:
         if model:
             _copy(Path(model), self._base / "model")
         else:
-            make_llama(max_position_embeddings=4096).save_pretrained(self._base / "model")
-            make_tokenizer().save_pretrained(self._base / "model")
+            _save_tiny_model(self._base / "model")
             for name, rows in ROWS.items():
                 lines = (examples / "data" / name).read_text().splitlines(keepends=True)
                 (examples / "data" / name).write_text("".join(lines[:rows]))
@@ -71,6 +78,15 @@ class Workplace:
             _copy(self._base / "model", self._base / other)
         shutil.copy(examples / "data" / "train.jsonl", self._base / "pairs.jsonl")
         shutil.copy(examples / "data" / "heldout.jsonl", self._base / "heldout.jsonl")
+
+
+def _save_tiny_model(folder: Path) -> None:
+    """A random model with a tokenizer of bytes, and the chat template of the demo's model."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    make_llama(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(folder)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -120,8 +120,8 @@ def test_three_dots_match_any_lines() -> None:
 
 
 def test_a_diff_shows_only_the_lines_that_are_others() -> None:
-    lines = difference(["loss 1", "saved"], ["loss 2", "stored"]).splitlines()
-    assert lines[2:] == ["@@ -1,2 +1,2 @@", " loss 1", "-saved", "+stored"]
+    lines = difference(["loss 1", "saved", "a", "b", "c"], ["loss 2", "stored", "a", "b", "c"]).splitlines()
+    assert lines == ["@@", "  loss 1", "- saved", "+ stored", "  a", "  b"]
 
 
 def test_a_command_runs_with_or_without_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

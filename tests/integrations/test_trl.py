@@ -229,18 +229,6 @@ def test_missing_completions_are_scored_first(
     assert again.scored_now == 0
 
 
-def test_the_example_of_the_docs_runs(
-    model_folder: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    dpo_cache.merge(cache, "cache")
-    text = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
-    (example,) = [one for one in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "from trl" in one]
-    names: dict[str, Any] = {"model": model_folder, "rows": rows(0, 4)}
-    exec(compile(example, "docs/python.md", "exec"), names)
-    assert names["trainer"].state.global_step > 0
-
-
 # -- mistakes ---------------------------------------------------------------------------------------------
 
 
