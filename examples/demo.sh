@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on a small real model: score the reference once, then train without it.
+# The main job on a small real model: score the reference once, then train without it, and see what was learned.
 # Usage: demo.sh MODEL_FOLDER OUTPUT_FOLDER
 set -euo pipefail
 model=$1 out=$2
@@ -13,15 +13,16 @@ run() {
 }
 
 mkdir -p "$out"
-run dpo-cache precompute --model "$model" --dataset "$here/data/train.jsonl" --cache "$out/cache" --name demo --split train
-run dpo-cache precompute --model "$model" --dataset "$here/data/heldout.jsonl" --cache "$out/cache" --name demo-heldout --split train
+run dpo-cache precompute "$out/cache" --model "$model" --dataset "$here/data/train.jsonl" --name demo
+run dpo-cache precompute "$out/cache" --model "$model" --dataset "$here/data/heldout.jsonl" --name demo-heldout
 
 if [ -d "$out/run/model" ]; then
     echo
     echo "Trained before (delete $out/run to train again):"
     cat "$out/result.txt"
-    exit
+else
+    rm -rf "$out/run" # a run that was cut off
+    run dpo-cache train "$out/cache" --output "$out/run" --pairs demo --eval-pairs demo-heldout \
+        --lora-r 16 --lr 4e-4 --batch-size 8 | tee "$out/result.txt"
 fi
-rm -rf "$out/run" # a run that was cut off
-run dpo-cache train --cache "$out/cache" --output "$out/run" --pairs demo --eval-pairs demo-heldout \
-    --batch-size 8 --lr 1e-5 --beta 0.1 | tee "$out/result.txt"
+run python "$here/compare.py" "$out/cache" demo-heldout "$here/data/heldout.jsonl" "$model" "$out/run"
