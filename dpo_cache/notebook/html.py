@@ -31,7 +31,10 @@ STYLE = (
     f"{SCOPE} .number{{text-align:right;font-variant-numeric:tabular-nums}}"
     f"{SCOPE} .faint{{opacity:.75}}"
     f"{SCOPE} .note{{font-size:.9em;white-space:pre-wrap;margin:.2em 0}}"
-    f"{SCOPE} progress{{width:16em;max-width:40%}}"
+    f"{SCOPE} .detail{{white-space:pre-wrap}}"
+    f"{SCOPE} .bar{{display:inline-block;vertical-align:middle;width:16em;max-width:40%;height:.5em;"
+    "margin-right:.8em;border-radius:.25em;overflow:hidden;background:rgba(128,128,128,.3)}"
+    f"{SCOPE} .bar>span{{display:block;height:100%;background:#2f81f7}}"
     "</style>"
 )
 
@@ -81,8 +84,9 @@ def remarks(lines: Sequence[str]) -> str:
 
 def bar(share: float, detail: str) -> str:
     """A progress bar, filled from 0 to 1, and a text."""
-    filled = min(max(share, 0.0), 1.0)
-    return f'<div><progress value="{filled:.3f}" max="1"></progress> <span>{text(detail)}</span></div>'
+    percent = f"{100 * min(max(share, 0.0), 1.0):.1f}"
+    filled = f'<span role="progressbar" aria-valuenow="{percent}" style="width:{percent}%"></span>'
+    return f'<div><span class="bar">{filled}</span><span class="detail">{text(detail)}</span></div>'
 
 
 def text(value: object) -> str:
