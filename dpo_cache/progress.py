@@ -162,6 +162,11 @@ class ProgressLine:
             self._notebook.note_metrics(metrics)
         return self._notebook is not None
 
+    def note_runs(self, active: Sequence[tuple[str, int | None, dict[str, Any] | None]]) -> None:
+        """Show the active runs of a sweep in the table of a notebook; nothing elsewhere."""
+        if self._notebook is not None:
+            self._notebook.note_runs(active)
+
     def pause(self, show: Callable[[], None]) -> None:
         """Print a result while the bar is hidden."""
         if self._terminal is not None:
@@ -224,6 +229,7 @@ def show_training(line: ProgressLine, metrics: dict[str, Any]) -> None:
 
 def show_sweep(line: ProgressLine, progress: Any) -> None:
     """Show a `SweepProgress`: its active run in full, or only the steps of several."""
+    line.note_runs(progress.active)
     if len(progress.active) == 1:
         name, total, metrics = progress.active[0]
         position = f"run {progress.num_done + 1}/{progress.num_runs}"

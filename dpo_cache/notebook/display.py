@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpo_cache.errors import printable, printable_lines
 from dpo_cache.notebook.html import bar, card, note, table
-from dpo_cache.notebook.live_table import LiveTable
+from dpo_cache.notebook.live_table import LiveTable, RunsTable
 
 SECONDS = 0.25  # between two states that are shown
 LAST_REMARKS = 20
@@ -37,14 +37,14 @@ def notebook_output() -> Show | None:
 
 
 class NotebookProgress:
-    """A bar with its text, the table of a training run, and remarks."""
+    """A bar with its text, the table of a training run or of a sweep, and remarks."""
 
     def __init__(self, title: str, show: Show, clock: Callable[[], float] = time.monotonic):
         self._title, self._show, self._clock = title, show, clock
         self._started, self._shown = clock(), float("-inf")
         self._share, self._detail = 0.0, ""
         self._remarks: list[str] = []
-        self._table = LiveTable()
+        self._steps, self._runs = LiveTable(), RunsTable()
         self._is_empty = True  # nothing to show yet
 
     def update(self, share: float, detail: str) -> None:
@@ -59,7 +59,12 @@ class NotebookProgress:
 
     def note_metrics(self, metrics: dict[str, Any]) -> None:
         """Add a line of metrics.jsonl to the table."""
-        self._table.note(metrics)
+        self._steps.note(metrics)
+        self._refresh()
+
+    def note_runs(self, active: Sequence[tuple[str, int | None, dict[str, Any] | None]]) -> None:
+        """Show the active runs of a sweep: name, total steps, and the last line of metrics.jsonl."""
+        self._runs.note(active)
         self._refresh()
 
     def close(self, *, has_failed: bool = False) -> None:
@@ -85,11 +90,11 @@ class NotebookProgress:
     def _html(self) -> str:
         hidden = len(self._remarks) - LAST_REMARKS
         before = [f"({hidden} remarks before these)"] if hidden > 0 else []
-        rows = self._table.rows()
+        tables = [(shown.titles(), shown.rows()) for shown in (self._steps, self._runs)]
         return card(
             self._title,
             bar(self._share, self._detail),
-            table(self._table.titles(), rows) if rows else "",
+            *(table(titles, rows) for titles, rows in tables if rows),
             *map(note, [*before, *self._remarks[-LAST_REMARKS:]]),
         )
 

@@ -1,11 +1,14 @@
-"""The table of a training run while it trains: about ten rows of training, and each evaluation.
+"""Tables that change while a notebook's cell runs: of a training run, and of the runs of a sweep.
+
+A training run has about ten rows of training, and each evaluation:
 
     steps      loss  accuracy   margin  eval loss  eval accuracy  eval margin
     0                                      0.6931              -      +0.0000
     1 to 10  0.6702     71.2%  +0.0480
     11 to 17 0.6377     80.4%  +0.1221     0.6512          68.4%      +0.0911
 
-Values of training are means of a row's steps, each before its update.
+Values of training are means of a row's steps, each before its update. A sweep has a row for each run, with
+its last step.
 """
 
 from __future__ import annotations
@@ -69,6 +72,29 @@ class LiveTable:
     def _row(self) -> list[str]:
         first, last = self._steps[0]["step"], self._steps[-1]["step"]
         return [str(last) if first == last else f"{first} to {last}", *_cells(self._steps, "")]
+
+
+class RunsTable:
+    """The last step of each run of a sweep that has begun; runs that have ended keep their row."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[str]] = {}
+
+    def note(self, active: Iterable[tuple[str, int | None, Metrics | None]]) -> None:
+        """Set the rows of the active runs: name, total steps, and the last line of metrics."""
+        for name, total, metrics in active:
+            if metrics is None:
+                self._rows.setdefault(name, [name, "starting", *[""] * len(NAMES)])
+            elif "loss" in metrics:
+                self._rows[name] = [name, f"{metrics['step']}/{total}", *_cells([metrics], "")]
+
+    def titles(self) -> list[str]:
+        """The titles of the columns."""
+        return ["run", "step", *NAMES]
+
+    def rows(self) -> list[list[str]]:
+        """The cells, in the order in which the runs began."""
+        return list(self._rows.values())
 
 
 def _cells(lines: Sequence[Metrics], prefix: str) -> list[str]:

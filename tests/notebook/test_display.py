@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_cache.notebook.display import LAST_REMARKS, SECONDS, NotebookProgress, notebook_output
-from dpo_cache.progress import ProgressLine, show_training
+from dpo_cache.progress import ProgressLine, show_sweep, show_training
 from tests.notebook.test_html import HOSTILE, Texts
 from tests.notebook.test_live_table import evaluation, step
 
@@ -156,3 +156,12 @@ def test_an_error_leaves_the_state_in_which_it_came(kernel: list) -> None:
         train(line, *map(step, range(1, 4)))
         raise KeyboardInterrupt
     assert kernel[-1][1]["text/plain"].startswith("training  step 3/17")
+
+
+def test_a_sweep_shows_its_runs(kernel: list) -> None:
+    active = [("beta=0.1", 17, {**step(3), "pairs_per_s": 2.0})]
+    progress = SimpleNamespace(num_done=0, num_runs=2, active=active, done=0.1, seconds_left=None)
+    with ProgressLine("sweep") as line:
+        show_sweep(line, progress)
+    page = Texts(kernel[-1][1]["text/html"])
+    assert {"sweep", "beta=0.1", "3/17", "75.0%"} <= set(page.texts)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cache.notebook.live_table import LAST_ROWS, LiveTable
+from dpo_cache.notebook.live_table import LAST_ROWS, LiveTable, RunsTable
 
 TOTAL = 17
 
@@ -74,3 +74,23 @@ def test_an_accuracy_that_is_rounding_noise_is_left_out(unknown: float | None) -
     assert noted(lines[0]).rows()[0][2] == "-"
     without = {**evaluation(0), "eval/rewards/accuracies": unknown}
     assert noted(without).rows() == [["0", "", "", "", "0.6000", "-", "-0.1250"]]
+
+
+def test_a_sweep_has_a_row_for_each_run() -> None:
+    table = RunsTable()
+    table.note([("beta=0.1", None, None)])
+    assert table.rows() == [["beta=0.1", "starting", "", "", ""]]
+    table.note([("beta=0.1", TOTAL, step(3)), ("beta=0.2", None, None)])
+    table.note([("beta=0.2", TOTAL, step(1, **{"rewards/accuracies": None}))])
+    assert len(table.titles()) == 5
+    assert table.rows() == [
+        ["beta=0.1", "3/17", "0.5000", "75.0%", "+0.2500"],
+        ["beta=0.2", "1/17", "0.5000", "-", "+0.2500"],
+    ]
+
+
+def test_an_evaluation_does_not_hide_the_step_of_a_run() -> None:
+    table = RunsTable()
+    table.note([("a", TOTAL, step(3))])
+    table.note([("a", TOTAL, evaluation(3))])
+    assert table.rows() == [["a", "3/17", "0.5000", "75.0%", "+0.2500"]]
