@@ -10,6 +10,7 @@ from dpo_cache.cli.output import (
     count,
     format_bytes,
     format_seconds,
+    is_verbose,
     print_columns,
     print_json,
     print_table,
@@ -20,6 +21,7 @@ from dpo_cache.cli.output import (
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.run_losses import describe_losses, with_run
+from dpo_cache.progress import format_share
 
 if TYPE_CHECKING:
     from dpo_cache.evaluation.measures import Accuracy, LengthGroup, Spread
@@ -50,8 +52,26 @@ def eval_command(options: EvalOptions, as_json: bool) -> None:
 
 
 def _print_report(report: EvalReport) -> None:
+    print_table(
+        f"{report.pairs}: {report.model} compared with reference {report.reference[:12]}, {report.dtype}, "
+        f"attention: {report.attention}",
+        _results(report) + (_details(report) if is_verbose() else []),
+    )
+    if is_verbose():
+        _print_spreads(report)
+        _print_bins(report)
+        _print_groups(report)
+    if report.output:
+        print_text(f"One line a pair is in {report.output}.")
+    else:
+        more = "" if is_verbose() else "--verbose for rewards, calibration and lengths in tables, "
+        print_text(f"Next: the same command with {more}--output PAIRS.jsonl for one line a pair.")
+
+
+def _results(report: EvalReport) -> list[tuple[str, str]]:
     limited = f" of {count(report.pairs_in_set)}" if report.num_pairs < report.pairs_in_set else ""
-    moved = report.logratio_per_token
+    calibration, margin = report.calibration, report.margin
+    error = "-" if calibration.expected_error is None else f"{calibration.expected_error:.4f}"
     rows = [("pairs", count(report.num_pairs) + limited)]
     rows += [("loss", f"{report.metrics['loss']:.4f} ({describe_losses(report.loss, report.loss_settings)})")]
     rows += [("  settings of", report.run)] if report.run else []
@@ -60,10 +80,23 @@ def _print_report(report: EvalReport) -> None:
         for name, value in report.metrics.items()
         if name.startswith("loss/")
     ]
-    rows += [("accuracy", _describe(report.accuracy))]
-    rows += [(f"  by {name}", _describe(accuracy)) for name, accuracy in report.comparisons.items()]
-    rows += [
-        ("calibration error", f"{report.calibration.expected_error:.4f}"),
+    compared = report.comparisons.items()
+    shown = compared if is_verbose() else [entry for entry in compared if entry[0] == "reference logps"]
+    return [
+        *rows,
+        ("accuracy", _describe(report.accuracy)),
+        *((f"  by {name}", _describe(accuracy)) for name, accuracy in shown),
+        (
+            "margin",
+            f"{margin.mean:+.4f} on average, {margin.p5:+.4f} to {margin.p95:+.4f} for 90% of the pairs",
+        ),
+        ("calibration error", error),
+    ]
+
+
+def _details(report: EvalReport) -> list[tuple[str, str]]:
+    moved = report.logratio_per_token
+    return [
         ("Brier score", f"{report.calibration.brier:.4f} (0.25: no information)"),
         (
             "moved from the reference",
@@ -79,23 +112,17 @@ def _print_report(report: EvalReport) -> None:
         ("time", f"{format_seconds(report.elapsed_s)} ({report.pairs_per_s:.1f} pairs/s)"),
         ("peak memory", format_bytes(report.peak_bytes)),
     ]
-    print_table(
-        f"{report.pairs}: {report.model} compared with reference {report.reference[:12]}, {report.dtype}, "
-        f"attention: {report.attention}",
-        rows,
-    )
-    _print_spreads(report)
-    _print_bins(report)
-    _print_groups(report)
-    if report.output:
-        print_text(f"One line a pair is in {report.output}.")
-    else:
-        print_text("Next, for one line a pair: the same command with --output PAIRS.jsonl")
 
 
 def _describe(accuracy: Accuracy) -> str:
+    if accuracy.share is None:
+        return "- (margins are rounding noise)"
     ties = f", {count(accuracy.ties)} tied" if accuracy.ties else ""
-    return f"{accuracy.share:.1%} (95% interval {accuracy.low:.1%} to {accuracy.high:.1%}{ties})"
+    return f"{accuracy.share:.1%} (95% interval {_interval(accuracy)}{ties})"
+
+
+def _interval(accuracy: Accuracy) -> str:
+    return "-" if accuracy.low is None else f"{accuracy.low:.1%} to {accuracy.high:.1%}"
 
 
 def _print_spreads(report: EvalReport) -> None:
@@ -133,14 +160,13 @@ def _print_bins(report: EvalReport) -> None:
 def _print_groups(report: EvalReport) -> None:
     def row(entry: LengthGroup) -> tuple[str, ...]:
         accuracy = entry.accuracy
-        interval = f"{accuracy.low:.1%} to {accuracy.high:.1%}"
         tokens = f"{count(entry.least)} to {count(entry.most)}"
         return (
             entry.name,
             tokens,
             count(accuracy.count),
-            f"{accuracy.share:.1%}",
-            interval,
+            format_share(accuracy.share),
+            _interval(accuracy),
             f"{entry.margin:+.4f}",
         )
 

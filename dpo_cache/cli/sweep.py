@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from dpo_cache.cli.output import (
     ProgressLine,
     command_line,
-    format_columns,
     format_seconds,
+    is_verbose,
+    print_columns,
     print_json,
     print_text,
     with_flags,
@@ -20,7 +21,7 @@ from dpo_cache.cli.signals import StoppedEarly, StopRequest
 from dpo_cache.errors import OptionError, TrainingError
 from dpo_cache.options.base import flag_of
 from dpo_cache.options.sweep import SweepOptions, swept_fields, type_of
-from dpo_cache.progress import show_sweep
+from dpo_cache.progress import format_share, show_sweep
 
 if TYPE_CHECKING:
     from dpo_cache.sweeping import SweepReport
@@ -51,7 +52,7 @@ def sweep_command(options: SweepOptions, as_json: bool) -> None:
         report = sweep(
             **asdict(options),
             on_progress=lambda progress: show_sweep(line, progress),
-            on_run=lambda report: line.remark(_table(report)),
+            on_run=lambda report: line.remark(_ended(report)),
             log=line.remark,
             should_stop=lambda: request.is_asked,
         )
@@ -81,32 +82,41 @@ def _refuse_repeated(options: SweepOptions) -> None:
             )
 
 
-def _table(report: SweepReport) -> str:
-    from dpo_cache.reporting.runs import table_cells
-
-    return "\n".join(format_columns(*table_cells(report.rows)))
+def _ended(report: SweepReport) -> str:
+    """One line on the run that has ended."""
+    row = next(row for row in report.rows if row.name == report.ended)
+    shown = [] if row.mean_loss is None else [f"loss {row.mean_loss:.4f}"]
+    if row.margin is not None:
+        shown += [f"accuracy {format_share(row.accuracy)}", f"margin {row.margin:+.4f}"]
+    measured = f"{row.measured_on}: {', '.join(shown)}; " if shown else ""
+    time = "" if row.steps_s is None else f" in {format_seconds(row.steps_s)}"
+    done = f"{report.num_finished} of {report.num_runs} runs finished"
+    steps = f"{row.num_steps} step{'' if row.num_steps == 1 else 's'}"
+    return f"{row.name} {row.state}: {measured}{steps}{time}; {done}."
 
 
 def _print_report(report: SweepReport) -> None:
-    from dpo_cache.reporting.runs import read_resolved
+    from dpo_cache.reporting.runs import column_notes, read_resolved, table_cells
 
     print_text(
         f"{report.output}: {report.num_finished} of {report.num_runs} runs finished, in "
         f"{format_seconds(report.elapsed_s)}"
     )
-    print_text(_table(report))
+    print_columns(*table_cells(report.rows, short=not is_verbose()))
+    explained = [] if is_verbose() else column_notes(report.rows)
     for note in report.notes:
-        print_text(with_flags(note))
+        if note not in explained:
+            print_text(with_flags(note))
     for row in report.rows:
         if row.error:
             print_text(f"{row.name} failed: {row.error}")
     print_text(
         f"The table is in {report.table} and .csv, each run in a folder of its name in {report.output}."
     )
-    best = report.rows[0]
     if not report.finished:
         print_text(f"Next: {command_line('sweep', '--resume', report.output)}")
-    elif best.measured_on == "held out":
-        run = Path(report.output, best.name)
+    elif report.best:
+        run = Path(report.output, report.best[0])
         kind = read_resolved(run).get("auto_class", "AutoModelForCausalLM")
-        print_text(f'Next, with the best: {kind}.from_pretrained("{run}/model")')
+        which = "the best" if len(report.best) == 1 else "the first of the best"
+        print_text(f'Next, with {which}: {kind}.from_pretrained("{run}/model")')

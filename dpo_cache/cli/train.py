@@ -24,6 +24,8 @@ from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
 from dpo_cache.log import Log
 from dpo_cache.options.placement import PRESETS, Placement, next_preset, placement_of
+from dpo_cache.options.run_config import evaluation_name
+from dpo_cache.options.run_losses import loss_arguments
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.progress import describe_metrics, show_training
 from dpo_cache.training.launch import is_quiet_rank, launch, launched_rank, with_launched_config
@@ -47,7 +49,7 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
             sys.exit(launch(num_ranks, sys.argv[1:]))
         report, exit_code = _train(options)
     if not is_quiet_rank():
-        _show(report, as_json)
+        _show(report, options, as_json)
     if exit_code is not None and not report.finished:
         raise StoppedEarly(exit_code)
 
@@ -97,22 +99,22 @@ def _train(options: TrainOptions) -> tuple[TrainReport, int | None]:
     return report, request.exit_code
 
 
-def _show(report: TrainReport, as_json: bool) -> None:
+def _show(report: TrainReport, options: TrainOptions, as_json: bool) -> None:
     if as_json:
         print_json(asdict(report))
     elif report.is_dry_run:
         _print_dry_run(report)
     else:
-        _print_report(report)
+        _print_report(report, options)
 
 
-def _print_report(report: TrainReport) -> None:
+def _print_report(report: TrainReport, options: TrainOptions) -> None:
     rows = [("steps", count(report.num_steps)), ("pairs", count(report.num_pairs)), _trained(report)]
     if report.first and report.last:
         rows.append(("loss, first and last step", f"{report.first['loss']:.4f}  {report.last['loss']:.4f}"))
     for when, metrics in (("before", report.eval_before), ("after", report.eval_after)):
         if metrics:
-            rows.append((f"held out, {when}", describe_metrics(metrics, "eval/")))
+            rows.append((f"{_evaluation(report)}, {when}", describe_metrics(metrics, "eval/")))
     best = report.best
     if best and best["step"] != report.num_steps:
         rows.append(("best evaluation", f"{best['measure']} {best['value']:.4f} at step {best['step']}"))
@@ -128,7 +130,8 @@ def _print_report(report: TrainReport) -> None:
     print_text(f"The model is in {report.model}, one line a step in {report.output}/metrics.jsonl. Next:")
     if pairs := report.resolved["eval_pairs"]:
         place = ("--cache", report.resolved["cache"], "--pairs", pairs)
-        print_text(f"  {command_line('eval', *place, '--model', str(report.model))}")
+        model = ("--model", str(report.model))
+        print_text(f"  {command_line('eval', *place, *model, *loss_arguments(options))}")
     kind = report.resolved.get("auto_class", "AutoModelForCausalLM")
     print_text(f'  {kind}.from_pretrained("{report.model}")')
 
@@ -141,8 +144,9 @@ def _print_dry_run(report: TrainReport) -> None:
         ("pairs", f"{resolved['pairs']}, {count(report.num_pairs)}"),
         _trained(report),
         *((name.replace("_", " "), str(resolved[name])) for name in names),
-        ("held out", count(resolved["num_eval_pairs"])),
+        (f"{_evaluation(report)} pairs".replace("held out", "held-out"), count(resolved["num_eval_pairs"])),
         ("steps", count(resolved["total_steps"])),
+        ("learning rate", f"{resolved['lr']:g}"),
     ]
     if last := report.last:
         took = f"{last['num_pairs'] / last['pairs_per_s']:.1f} s for {last['num_pairs']} pairs"
@@ -152,6 +156,11 @@ def _print_dry_run(report: TrainReport) -> None:
     rows += forecast_rows(report.forecast)
     print_table(f"{report.output}: a dry run", rows)
     print_text("Nothing was written. Next: the same command without --dry-run.")
+
+
+def _evaluation(report: TrainReport) -> str:
+    """The name of the evaluation pairs: held out, only if the run trains on none of them."""
+    return evaluation_name({"resolved": report.resolved})
 
 
 def _placement(memory: str) -> Placement:

@@ -38,7 +38,8 @@ from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.run_losses import read_run, with_run
 from dpo_cache.progress import show_scoring, shows_progress
-from dpo_cache.store import PairSet, open_cache
+from dpo_cache.store import Cache, PairSet, open_cache
+from dpo_cache.training.batches import count_shared
 from dpo_cache.training.lengths import measure_rows, model_limits
 from dpo_cache.training.pair_logps import evaluated_at_once, objective_of
 from dpo_cache.types import token_rounding
@@ -77,6 +78,7 @@ def evaluate(
     opened = open_cache(chosen.cache)
     pair_set = open_pairs(opened, chosen)
     reference = opened.read_reference(pair_set.reference_id)
+    _log_trained_pairs(chosen, opened, pair_set, log)
     with open_pair_lines(chosen) as write:
         policy = identify_policy(chosen, pair_set, reference, log)
         rounding = token_rounding(policy.dtype_name, rounding_dtype_of(reference["identity"]))
@@ -155,6 +157,25 @@ def _report(
         output=options.output,
         **measured,
     )
+
+
+def _log_trained_pairs(options: EvalOptions, cache: Cache, pairs: PairSet, log: Log) -> None:
+    """Log a remark if the model's run trained on some of the pairs, if the cache still has its training
+    pairs.
+    """
+    config = read_run(Path(options.run)) if options.run else None
+    if config is None or Path(options.model).resolve().parent != Path(str(options.run)).resolve():
+        return
+    name, digest = (config["resolved"].get(key) for key in ("pairs", "pairs_digest"))
+    if not name or not cache.holds_pairs(name):
+        return
+    trained = cache.pairs(name)
+    if trained.manifest["pairs_digest"] == digest and (shared := count_shared(trained, pairs)):
+        held_out = ", except those that `eval_fraction` held out" if config["eval_fraction"] else ""
+        log(
+            f"{shared:,} of {len(pairs):,} pairs are training pairs of {options.run}{held_out}: their "
+            "accuracy and margins are not those of new pairs."
+        )
 
 
 def _pairs_at_once(run: str | None, objective: Objective, log: Log) -> int | None:

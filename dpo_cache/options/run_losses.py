@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_cache.errors import OptionError
 from dpo_cache.losses.terms import SETTINGS, is_served, loss_terms
-from dpo_cache.options.base import with_new_names
+from dpo_cache.options.base import flag_of, with_new_names
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.losses import LossOptions
 from dpo_cache.options.run_config import complete_config
@@ -58,7 +58,7 @@ def with_run(given: dict[str, Any], log: Callable[[str], None] = lambda _: None)
 def read_run(folder: Path) -> dict[str, Any] | None:
     """A run's config.json with the names and defaults of this version; None if the folder has none."""
     try:
-        found = json.loads((folder / "config.json").read_text())
+        found = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return None
     return complete_config(found) if isinstance(found, dict) and "resolved" in found else None
@@ -73,6 +73,25 @@ def describe_losses(loss: Sequence[str], settings: Mapping[str, Any]) -> str:
         if settings[name] != entry.default or (name == "beta" and is_served("beta", names))
     ]
     return ", ".join([" + ".join(loss), *shown])
+
+
+def loss_arguments(losses: LossOptions) -> list[str]:
+    """The arguments of `eval` that repeat these losses and settings, those at their defaults left out, except
+    loss and beta: `--loss ipo --beta 0.1`.
+    """
+    arguments = [word for loss in losses.loss for word in ("--loss", loss)]
+    for name, entry in SETTINGS.items():
+        value = getattr(losses, name)
+        if value == entry.default and not (
+            name == "beta" and is_served(name, tuple(loss_terms(losses.loss)))
+        ):
+            continue
+        if isinstance(value, bool):
+            yes, _, no = entry.metadata["flag"].partition("/")
+            arguments.append(yes if value else no)
+        else:
+            arguments += [flag_of(entry), str(value)]
+    return arguments
 
 
 def _run_of(model: Any) -> Path | None:

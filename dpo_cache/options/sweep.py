@@ -108,8 +108,8 @@ def _fields() -> list[tuple[str, Any, Any]]:
             str | None,
             option(
                 None,
-                "Draw held-out accuracy over steps of every run into this file (.svg, .png, .pdf); needs "
-                "matplotlib.",
+                "Draw the accuracy on evaluation pairs over steps of every run into this file (.svg, .png, "
+                ".pdf); needs matplotlib.",
             ),
         ),
         *(_with_several_values(entry) for entry in swept_fields()),

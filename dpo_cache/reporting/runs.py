@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,18 +13,25 @@ from typing import Any
 
 from dpo_cache.errors import OptionError
 from dpo_cache.losses.table import LOSSES
+from dpo_cache.options.run_config import evaluation_name
 from dpo_cache.options.sweep import shown_value
 from dpo_cache.packages import check_matplotlib
+from dpo_cache.reporting.ranking import describe_best
 
 Line = dict[str, Any]  # of metrics.jsonl
 LAST_STEPS = 10
 ACCURACY = "eval/rewards/accuracies"
+TITLES = (
+    "steps", "before", "accuracy", "margin", "mean loss", "chosen", "rejected", "pairs/s", "peak GB",
+    "time s", "state",
+)  # fmt: skip
+SHORT_TITLES = ("steps", "accuracy", "margin", "mean loss", "time s", "state")
 
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run in the table. Losses and rewards are of the held-out pairs or, without any, of the last training
-    steps.
+    """A run in the table. Losses and rewards are of the evaluation pairs or, without any, of the last
+    training steps. An accuracy is None where margins are rounding noise.
     """
 
     name: str
@@ -31,8 +39,9 @@ class RunRow:
     state: str  # finished, running, stopped, failed or waiting
     num_steps: int
     total_steps: int | None  # None before a run has begun
-    measured_on: str | None  # "held out", "training", or None before anything was measured
-    accuracy_before: float | None  # only of held-out pairs
+    # "held out"; "evaluation" if some of these pairs are trained on; "training"; None before any measurement
+    measured_on: str | None
+    accuracy_before: float | None  # only of evaluation pairs
     accuracy: float | None
     margin: float | None
     mean_loss: float | None
@@ -42,6 +51,12 @@ class RunRow:
     peak_bytes: int | None
     steps_s: float | None  # of the training steps: without loading, evaluating and saving
     error: str | None = None
+    num_eval_pairs: int | None = None
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Return whether the run has evaluation pairs, held out or not."""
+        return self.measured_on not in (None, "training")
 
 
 def read_lines(run: Path) -> list[Line]:
@@ -64,7 +79,7 @@ def _parsed(line: bytes) -> Line | None:
 def read_config(run: Path) -> dict[str, Any]:
     """A run's config.json; empty for a run that has not started."""
     try:
-        return json.loads((run / "config.json").read_text())
+        return json.loads((run / "config.json").read_bytes())
     except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
         return {}
 
@@ -92,13 +107,14 @@ def read_row(
     last = _evaluation_of_policy(run, evaluations, report) if evaluations else _mean_of_last(steps)
     prefix = "eval/" if evaluations else ""
     steps_s = sum(line["num_pairs"] / line["pairs_per_s"] for line in steps)
+    config = read_config(run)
     return RunRow(
         name=name,
         options=options,
         state=state,
         num_steps=steps[-1]["step"] if steps else 0,
-        total_steps=read_resolved(run).get("total_steps"),
-        measured_on="held out" if evaluations else "training" if steps else None,
+        total_steps=config.get("resolved", {}).get("total_steps"),
+        measured_on=evaluation_name(config) if evaluations else "training" if steps else None,
         accuracy_before=evaluations[0][ACCURACY] if evaluations and evaluations[0]["step"] == 0 else None,
         accuracy=last.get(f"{prefix}rewards/accuracies"),
         margin=last.get(f"{prefix}rewards/margins"),
@@ -109,47 +125,29 @@ def read_row(
         peak_bytes=max((line["peak_bytes"] for line in steps), default=None),
         steps_s=steps_s if steps else None,
         error=error,
+        num_eval_pairs=last.get("eval/num_pairs"),
     )
 
 
-def sort_rows(rows: Sequence[RunRow]) -> list[RunRow]:
-    """Finished runs with held-out pairs by their accuracy, the best first; then the others in their order."""
-
-    def rank(row: RunRow) -> float:
-        is_ranked = row.state == "finished" and row.measured_on == "held out"
-        return -row.accuracy if is_ranked and row.accuracy is not None else 1.0
-
-    return sorted(rows, key=rank)
-
-
-def table_cells(rows: Sequence[RunRow]) -> tuple[list[str], list[list[str]]]:
-    """Titles and cells of the table: the varied options, then the results. If any run has held-out pairs,
-    values of training pairs are left out.
+def table_cells(rows: Sequence[RunRow], *, short: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells of the table: the varied options, then the results, or the most important of them. If
+    any run has evaluation pairs, values of training pairs are left out.
     """
-    titles = [
-        "steps", "before", "accuracy", "margin", "mean loss", "chosen", "rejected", "pairs/s", "peak GB",
-        "time s", "state",
-    ]  # fmt: skip
-    shows_training = not _has_held_out(rows)
-    cells = [
-        [
-            *map(shown_value, row.options.values()),
-            *_measured_cells(row, shows=shows_training or row.measured_on == "held out"),
-        ]
-        for row in rows
-    ]
-    return [*rows[0].options, *titles], cells
+    shown = [index for index, title in enumerate(TITLES) if not short or title in SHORT_TITLES]
+    shows_training = not _has_evaluations(rows)
+    cells = []
+    for row in rows:
+        measured = _measured_cells(row, shows=shows_training or row.is_evaluated)
+        cells.append([*map(shown_value, row.options.values()), *(measured[index] for index in shown)])
+    return [*rows[0].options, *(TITLES[index] for index in shown)], cells
 
 
 def table_notes(rows: Sequence[RunRow], objective: set[str]) -> list[str]:
-    """Notes below the table; `objective` names the options that change the unit of a loss."""
-    notes = []
-    if _has_held_out(rows):
-        notes.append(
-            "accuracy, margin, mean loss and rewards: of the held-out pairs after training; before: accuracy "
-            "before it; sorted by accuracy."
-        )
-    else:
+    """Notes below the table, the one on the best run first; `objective` names the options that change the
+    unit of a loss.
+    """
+    notes = [best] if (best := describe_best(rows)) else []
+    if not _has_evaluations(rows):
         notes.append(
             "No pairs were held out (`eval_pairs`, `eval_fraction`): accuracy, margin, mean loss and rewards "
             f"are means of the last {LAST_STEPS} training steps, each before its update; in the order of the "
@@ -157,14 +155,30 @@ def table_notes(rows: Sequence[RunRow], objective: set[str]) -> list[str]:
         )
     if differing := [name for name in rows[0].options if name in objective]:
         without = [name for name, loss in LOSSES.items() if loss.prefers and not loss.has_reference]
+        other = (
+            f" ({', '.join(without[:-1])} and {without[-1]} compute it from rewards without the reference.)"
+        )
         notes.append(
             f"{', '.join(differing)}: runs that differ in these measure mean loss, margin and rewards in "
             "other units. Compare those only between runs that are equal in these, and other runs by "
-            "accuracy. "
-            f"({', '.join(without[:-1])} and {without[-1]} compute it from rewards without the reference.)"
+            f"accuracy.{other if 'loss' in differing else ''}"
         )
-    notes.append("time s: of the training steps, without loading, evaluating and saving.")
-    return notes
+    return [*notes, *column_notes(rows)]
+
+
+def column_notes(rows: Sequence[RunRow]) -> list[str]:
+    """The meaning of the columns."""
+    time = "time s is that of the training steps, without loading, evaluating and saving."
+    if not _has_evaluations(rows):
+        return [time]
+    is_held_out = all(row.measured_on == "held out" for row in rows if row.is_evaluated)
+    pairs = "held-out pairs" if is_held_out else "evaluation pairs, some of which are trained on,"
+    return [
+        f"accuracy, margin, mean loss, chosen and rejected (rewards) are those of the {pairs} after "
+        "training, before is the accuracy before it; an accuracy is - where margins are rounding noise. The "
+        "best run is first.",
+        time,
+    ]
 
 
 def table_markdown(title: str, rows: Sequence[RunRow], notes: Sequence[str]) -> str:
@@ -193,8 +207,8 @@ def table_csv(rows: Sequence[RunRow]) -> str:
     return text.getvalue()
 
 
-def _has_held_out(rows: Sequence[RunRow]) -> bool:
-    return any(row.measured_on == "held out" for row in rows)
+def _has_evaluations(rows: Sequence[RunRow]) -> bool:
+    return any(row.is_evaluated for row in rows)
 
 
 def check_plot(path: Path) -> None:
@@ -211,17 +225,18 @@ def check_plot(path: Path) -> None:
 
 
 def plot_accuracy(runs: Sequence[tuple[str, Path]], path: Path) -> None:
-    """Plot held-out accuracy over steps, one line for each run (its label and folder) with an evaluation."""
+    """Plot the accuracy of evaluations over steps, one line for each run (its label and folder) with some."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (label, run) in enumerate(runs):
         evaluations = [line for line in read_lines(run) if ACCURACY in line]
-        steps, accuracies = [[line[name] for line in evaluations] for name in ("step", ACCURACY)]
+        steps = [line["step"] for line in evaluations]
+        accuracies = [math.nan if line[ACCURACY] is None else line[ACCURACY] for line in evaluations]
         style = ("-", "--", ":")[number // 10 % 3]
         axes.plot(steps, accuracies, style, marker=".", label=label)
-    axes.set(xlabel="step", ylabel="held-out accuracy")
+    axes.set(xlabel="step", ylabel="accuracy on evaluation pairs")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.savefig(path)
@@ -241,7 +256,14 @@ def _mean_of_last(steps: Sequence[Line]) -> Line:
     """Means over the last training steps; empty without any."""
     last = steps[-LAST_STEPS:]
     names = [name for name in steps[-1] if all(name in line for line in last)] if steps else []
-    return {name: sum(line[name] for line in last) / len(last) for name in names}
+    return {name: _mean([line[name] for line in last]) for name in names}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; an accuracy that is not known counts one half, as ties do, unless none is known."""
+    if all(value is None for value in values):
+        return None
+    return sum(0.5 if value is None else value for value in values) / len(values)
 
 
 def _measured_cells(row: RunRow, *, shows: bool) -> list[str]:

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from dpo_cache.errors import TrainingError
 from dpo_cache.files.atomic import refused_writes
 from dpo_cache.files.machine import num_cores
-from dpo_cache.log import Log
 from dpo_cache.options.base import flag_of
 from dpo_cache.options.sweep import swept_fields
 from dpo_cache.reporting.runs import read_resolved
@@ -77,12 +77,14 @@ class ActiveRun:
         with open(run.report_file, "wb") as out, open(run.log, "ab") as log:
             self.process = start_process(arguments, out, log, environment, lock)
 
-    def poll(self, log: Log) -> int | None:
-        """Log new output of the run and read its new steps. Returns its exit code, None while it lives."""
+    def poll(self, log: Callable[[str, str], None]) -> int | None:
+        """Log new output of the run, with its name, and read its new steps. Returns its exit code, None while
+        it lives.
+        """
         code = self.process.poll()
         for line in self._log.lines(all_of_it=code is not None):
             self.output.append(line)
-            log(f"{self.run.name}: {line}")
+            log(self.run.name, line)
         steps = [entry for entry in map(_parsed, self._metrics.lines()) if {"loss", "step"} <= set(entry)]
         if steps:
             self._first = self._first or (time.monotonic(), steps[0]["step"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -22,13 +22,13 @@ from dpo_cache.options.sweep import SweepOptions, loss_settings
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.planning.start import TRAIN_INPUTS, check_train
 from dpo_cache.progress import show_sweep, shows_progress
+from dpo_cache.reporting.ranking import best_rows, sort_rows
 from dpo_cache.reporting.runs import (
     RunRow,
     check_plot,
     plot_accuracy,
     read_resolved,
     read_row,
-    sort_rows,
     table_csv,
     table_markdown,
     table_notes,
@@ -77,6 +77,9 @@ class SweepReport:
     notes: list[str]
     table: str
     elapsed_s: float
+    # names of the finished runs with the highest accuracy on evaluation pairs; several if they tie
+    best: list[str] = field(default_factory=list)
+    ended: str | None = None  # the run that has ended, in a report to `on_run`
     remarks: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -158,6 +161,7 @@ class _Sweep:
         self.waiting = [run for run in runs if not run.is_finished]
         self.active: list[ActiveRun] = []
         self.errors: dict[str, str] = {}
+        self.logged: set[str] = set()  # lines of runs
         self.seconds_of_runs: list[float] = []  # durations of whole runs that have ended
 
     def run(self, should_stop: Callable[[], bool]) -> SweepReport:
@@ -173,7 +177,7 @@ class _Sweep:
                 while self.waiting and not stopping and len(self.active) < self.options.jobs:
                     self._start(self.waiting.pop(0))
                 for active in [*self.active]:
-                    if (code := active.poll(self.log)) is not None:
+                    if (code := active.poll(self._log_line)) is not None:
                         self._end(active, code, stopping=stopping)
                 self.on_progress(self._progress())
                 time.sleep(POLL_S)
@@ -210,9 +214,15 @@ class _Sweep:
             self.log(f"{run.name}: failed with exit code {code}{rest}. Log: {run.log}")
         elif not stopping:
             self.log(f"{run.name}: stopped from outside; the same command resumes it.")
-        report = self._report()
+        report = replace(self._report(), ended=run.name)
         if not stopping and (self.active or self.waiting):  # `run` returns the last report
             self.on_run(report)
+
+    def _log_line(self, run: str, line: str) -> None:
+        """Log a line of a run's output, unless an earlier run had the same; `logs/` has all of them."""
+        if line not in self.logged:
+            self.logged.add(line)
+            self.log(f"{run}: {line}")
 
     def _stop(self) -> None:
         """Stop as Ctrl-C does: on the first call the runs finish their step and save, on the second they end
@@ -295,6 +305,7 @@ class _Sweep:
             num_failed=states.count("failed"),
             rows=rows,
             notes=notes,
+            best=[row.name for row in best_rows(rows)],
             table=str(self.output / "table.md"),
             elapsed_s=time.monotonic() - self.started,
         )
@@ -336,7 +347,7 @@ def _check_plot(path: Path, grid: Grid) -> None:
     """Raise `OptionError` before anything runs if the plot would be empty or could not be drawn."""
     if all(grid.values(option) == (None,) for option in ("eval_pairs", "eval_fraction")):
         raise OptionError(
-            "`plot` draws held-out accuracy, and nothing is held out.\n"
+            "`plot` draws the accuracy on evaluation pairs, and there are none.\n"
             "Give `eval_pairs` or `eval_fraction`, or leave `plot` out."
         )
     check_plot(path)

@@ -1,6 +1,7 @@
 """`eval` as a user sees it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,11 @@ def test_the_report_is_on_stdout_and_remarks_on_stderr(
         tmp_path / "margins.jsonl",
     )
     assert done.code == 0, done.err
-    found, gap = done.err.splitlines()
+    found, shared, gap = done.err.splitlines()
+    assert shared == (
+        f"12 of 12 pairs are training pairs of {tmp_path}/run: their accuracy and margins are not those of new "
+        "pairs."
+    )
     assert found == (
         f"{tmp_path}/run/model is the model of a run, whose loss settings are used: sigmoid, beta 0.1."
     )
@@ -51,21 +56,51 @@ def test_the_report_is_on_stdout_and_remarks_on_stderr(
     assert first.startswith(f"pairs/train: {tmp_path}/run/model compared with reference ") and first.endswith(
         ", float32, attention: forest"
     )
-    for label in (
-        "pairs",
-        "loss",
-        "  settings of",
-        "accuracy",
-        "  by policy logps per token",
-        "calibration error",
-        "Brier score",
-        "moved from the reference",
-    ):
-        assert any(line.startswith(f"  {label}  ") for line in done.out.splitlines()), label
-    for title in ("reward ", "confidence ", "by which is longer ", "by both answers ", "by prompt "):
-        assert any(line.startswith(title) for line in done.out.splitlines()), title
+    assert labels(done.out) == RESULTS
     assert done.out.splitlines()[-1] == f"One line a pair is in {tmp_path}/margins.jsonl."
     assert len((tmp_path / "margins.jsonl").read_text().splitlines()) == 12
+
+    whole = run("eval", "--cache", cache, "--model", tmp_path / "run" / "model", "--verbose")
+    found = labels(whole.out)
+    assert [label for label in found if label in RESULTS] == RESULTS
+    assert {"  by policy logps per token", "Brier score", "moved from the reference", "peak memory"} < {
+        *found
+    }
+    for title in ("reward ", "confidence ", "by which is longer ", "by both answers ", "by prompt "):
+        assert any(line.startswith(title) for line in whole.out.splitlines()), title
+    assert whole.out.splitlines()[-1] == (
+        "Next: the same command with --output PAIRS.jsonl for one line a pair."
+    )
+
+
+RESULTS = [
+    "pairs", "loss", "  settings of", "accuracy", "  by reference logps", "margin", "calibration error",
+]  # fmt: skip
+
+
+def labels(out: str) -> list[str]:
+    """The labels of the first table."""
+    lines = out.splitlines()[1:]
+    rows = lines[: next(index for index, line in enumerate(lines) if not line.startswith("  "))]
+    return [line[2:].rstrip().split("  ")[0] or "  " + line[4:].split("  ")[0] for line in rows]
+
+
+def test_there_is_no_accuracy_of_rounding_noise(run, cache: Path, model_folder: str) -> None:
+    short = run("eval", "--cache", cache, "--model", model_folder)
+    rows = dict(re.findall(r"(?m)^ +(.+?)  +(.+)$", short.out))
+    assert (rows["accuracy"], rows["calibration error"]) == ("- (margins are rounding noise)", "-")
+    assert "%" in rows["by reference logps"] and rows["margin"].endswith("for 90% of the pairs")
+    whole = run("eval", "--cache", cache, "--model", model_folder, "--verbose")
+    by_length = whole.out.partition("by which is longer")[2].splitlines()[1:-1]
+    assert len(by_length) > 9 and not [line for line in by_length if "%" in line and "by " not in line]
+    report = json.loads(run("eval", "--cache", cache, "--model", model_folder, "--json").out)
+    assert (report["accuracy"]["share"], report["accuracy"]["low"], report["accuracy"]["ties"]) == (
+        None,
+        None,
+        12,
+    )
+    assert report["metrics"]["rewards/accuracies"] is None
+    assert report["calibration"]["expected_error"] is None
 
 
 def test_json_is_all_of_stdout(run, cache: Path, model_folder: str) -> None:

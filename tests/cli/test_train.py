@@ -1,6 +1,7 @@
 """`dpo-cache train`: what it prints, and how its options come together."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -77,12 +78,49 @@ def test_the_report_names_the_next_commands(run, cache: Path, tmp_path: Path) ->
         2,
     )
     assert done.out.splitlines()[-2:] == [
-        f"  dpo-cache eval --cache {cache} --pairs heldout/train --model {tmp_path}/run/model",
+        f"  dpo-cache eval --cache {cache} --pairs heldout/train --model {tmp_path}/run/model --loss sigmoid "
+        "--beta 0.1",
         f'  AutoModelForCausalLM.from_pretrained("{tmp_path}/run/model")',
     ]
     assert (
         run("eval", "--cache", cache, "--pairs", "heldout/train", "--model", tmp_path / "run/model").code == 0
     )
+
+
+def test_the_suggested_eval_repeats_the_losses_of_the_run(run, cache: Path, tmp_path: Path) -> None:
+    losses = ("--loss", "ipo:0.8", "--loss", "sft:0.2", "--beta", 0.3, "--ld-alpha", 0.5, "--no-ld-reference")
+    more = ("--eval-pairs", "heldout", *losses)
+    done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON, *more)
+    suggested = shlex.split(done.out.splitlines()[-2])
+    assert suggested[:2] == ["dpo-cache", "eval"] and suggested[-9:] == [*map(str, losses)]
+    (tmp_path / "run").rename(tmp_path / "moved")  # without its config.json, too
+    (tmp_path / "moved" / "model").rename(tmp_path / "model")
+    suggested[suggested.index("--model") + 1] = str(tmp_path / "model")
+    report = json.loads(run(*suggested[1:], "--json").out)
+    lines = map(json.loads, (tmp_path / "moved" / "metrics.jsonl").read_text().splitlines())
+    assert report["metrics"]["loss"] == pytest.approx([*lines][-1]["eval/loss"], rel=1e-4)
+
+
+def test_pairs_are_called_held_out_only_if_the_run_trains_on_none_of_them(
+    run, cache: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name, more in {
+        "others": ("--eval-pairs", "heldout"),
+        "same": ("--eval-pairs", "pairs"),
+        "share": ("--eval-fraction", 0.4),
+    }.items():
+        output = tmp_path / name
+        done = run("train", "--cache", cache, "--output", output, *COMMON, *more)
+        assert done.code == 0, done.err
+        after = next(line for line in done.out.splitlines() if ", after  " in line)
+        card = (output / "model" / "README.md").read_text()
+        found[name] = (after.split(",")[0].strip(), "| held out, after |" in card, "not held out" in done.err)
+    assert found == {
+        "others": ("held out", True, False),
+        "same": ("evaluation", False, True),
+        "share": ("held out", True, False),
+    }
 
 
 def test_progress_shows_loss_margin_accuracy_speed_memory_and_time(
@@ -135,13 +173,13 @@ def test_options_that_do_not_go_together_are_usage_errors(
     [
         (
             ["--save-every", 1],
-            "stopped at once; {run}/checkpoints/step-000001 has the last state that was saved. Next: "
+            "interrupted: {run}/checkpoints/step-000001 has the last state that was saved. Next: "
             "dpo-cache train --resume {run}\n",
         ),
         (
             [],
-            "stopped at once, before the first checkpoint (--save-every N makes some): there is nothing "
-            "to resume.\n",
+            "interrupted: before the first checkpoint, so nothing is kept. Next: the same command, with "
+            "--save-every N.\n",
         ),
     ],
 )
@@ -162,6 +200,4 @@ def test_a_run_that_is_stopped_at_once_names_its_last_checkpoint(
         "train", "--cache", cache, "--output", tmp_path / "run", *COMMON, "--step-zero", "off", *options
     )
     assert (done.code, done.out) == (130, "")
-    assert done.err.endswith(
-        expected.format(run=tmp_path / "run") + "error: interrupted; everything published so far is kept.\n"
-    )
+    assert done.err.endswith(expected.format(run=tmp_path / "run")) and "error" not in done.err

@@ -57,7 +57,7 @@ def accuracy(objective: Objective, *groups: list[float], length: float = 12.5) -
 
 def test_the_metrics_of_steps_and_evaluations_have_the_same_accuracy() -> None:
     objective = Objective(terms={"sigmoid": 1.0}, beta=0.3, token_rounding=0.01)  # 0.1 nats a pair
-    assert accuracy(objective, [0.05, -0.09], [0.0, 0.1]) is None
+    assert accuracy(objective, [0.05, -0.09], [0.0, 0.099]) is None
     assert accuracy(objective, [0.05, -0.09], [0.2, -0.2]) == 0.5
     assert accuracy(objective, [0.2, 0.2, 0.09, -0.2]) == 2.5 / 4
     assert accuracy(Objective(terms={"sigmoid": 1.0}), [1e-9, -1e-9, 0.0]) == 0.5  # exact without rounding

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from dpo_cache.errors import OptionError
+from dpo_cache.reporting.ranking import sort_rows
 from dpo_cache.reporting.runs import (
     RunRow,
     check_plot,
     plot_accuracy,
     read_lines,
     read_row,
-    sort_rows,
     table_cells,
     table_csv,
     table_markdown,
@@ -41,20 +41,22 @@ def step(number: int, **changes: float) -> dict[str, Any]:
     }
 
 
-def evaluation(number: int, accuracy: float, loss: float = 0.6) -> dict[str, Any]:
+def evaluation(number: int, accuracy: float | None, loss: float = 0.6) -> dict[str, Any]:
     rewards = {
         "rewards/chosen": 1.0,
         "rewards/rejected": -1.0,
         "rewards/accuracies": accuracy,
         "rewards/margins": 2.0,
     }
-    return {"step": number, "eval/loss": loss, **{f"eval/{name}": value for name, value in rewards.items()}}
+    named = {f"eval/{name}": value for name, value in rewards.items()}
+    return {"step": number, "eval/loss": loss, "eval/num_pairs": 20, **named}
 
 
 def make_run(folder: Path, lines: list[dict[str, Any]], **config: Any) -> Path:
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "config.json").write_text(json.dumps({**config, "resolved": {"total_steps": 8}}))
+    resolved = {"total_steps": 8, "num_shared_eval_pairs": config.pop("num_shared", 0)}
+    (folder / "config.json").write_text(json.dumps({**config, "resolved": resolved}))
     return folder
 
 
@@ -108,6 +110,38 @@ def test_without_held_out_pairs_the_last_steps_are_shown(tmp_path: Path) -> None
     assert (
         cells[0][2:4] == ["50.0%", "60.0%"] and cells[1][2:8] == ["-"] * 6
     )  # of other pairs: not side by side
+
+
+def test_an_accuracy_that_is_rounding_noise_is_a_dash(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", [evaluation(0, None), step(1), evaluation(1, None)])
+    row = row_of(run)
+    assert (row.accuracy_before, row.accuracy, row.measured_on) == (None, None, "held out")
+    _, cells = table_cells([row])
+    assert cells[0][2:5] == ["-", "-", "+2.0000"]
+    assert ",None," not in table_csv([row])
+    unknown = {"rewards/accuracies": None}
+    steps = [step(1, **unknown), step(2, **unknown)]
+    assert row_of(make_run(tmp_path / "b", steps)).accuracy is None
+    steps.append(step(3, **{"rewards/accuracies": 1.0}))  # ties count half
+    assert row_of(make_run(tmp_path / "c", steps)).accuracy == pytest.approx((0.5 + 0.5 + 1) / 3)
+
+
+def test_pairs_that_are_trained_on_are_not_called_held_out(tmp_path: Path) -> None:
+    lines = [evaluation(0, 0.5), step(1), evaluation(1, 0.9)]
+    row = row_of(make_run(tmp_path / "a", lines, num_shared=3))
+    assert row.measured_on == "evaluation" and row.is_evaluated
+    assert table_cells([row])[1][0][2:4] == ["50.0%", "90.0%"]
+    assert "evaluation pairs, some of which are trained on" in table_notes([row], set())[0]
+    fraction = row_of(make_run(tmp_path / "b", lines, num_shared=None, eval_fraction=0.1))
+    unknown = row_of(make_run(tmp_path / "c", lines, num_shared=None))  # of an earlier version
+    assert (fraction.measured_on, unknown.measured_on) == ("held out", "evaluation")
+
+
+def test_a_short_table_has_the_results_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", [evaluation(0, 0.5), step(1), evaluation(1, 0.9)])
+    titles, cells = table_cells([row_of(run)], short=True)
+    assert titles == ["beta", "steps", "accuracy", "margin", "mean loss", "time s", "state"]
+    assert cells == [["0.1", "1/8", "90.0%", "+2.0000", "0.6000", "2.0", "finished"]]
 
 
 def test_a_run_that_has_not_begun_has_an_empty_row(tmp_path: Path) -> None:
@@ -185,6 +219,7 @@ def test_the_plot(tmp_path: Path) -> None:
         (name, make_run(tmp_path / name, [evaluation(0, 0.5), step(1), evaluation(1, 0.6)]))
         for name in ("one", "two")
     ]
+    runs.append(("noise", make_run(tmp_path / "noise", [evaluation(0, None), step(1), evaluation(1, 0.6)])))
     check_plot(tmp_path / "plot.svg")
     plot_accuracy([*runs, ("none yet", tmp_path / "none")], tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()

@@ -141,7 +141,7 @@ def test_errors_of_every_run_are_raised_before_any_starts(
         with pytest.raises(NotInCacheError) as caught:
             sweep(cache, tmp_path / "out", **{"beta": [0.1, 0.2], **options})
         assert message in str(caught.value)
-    with pytest.raises(OptionError, match="nothing is held out"):
+    with pytest.raises(OptionError, match="the accuracy on evaluation pairs, and there are none"):
         sweep(cache, tmp_path / "out", beta=[0.1, 0.2], eval_pairs=None, plot=tmp_path / "plot.svg")
     assert not started and not (tmp_path / "out").exists()
 
@@ -223,7 +223,7 @@ def test_the_error_of_a_run(active: ActiveRun, code: int, said: str, error: str)
         file.write(said)
     active.process.code = code  # type: ignore[attr-defined]
     heard: list[str] = []
-    assert active.poll(heard.append) == code
+    assert active.poll(lambda name, line: heard.append(f"{name}: {line}")) == code
     assert heard == [f"run: {line}" for line in said.splitlines()]
     assert active.error(code) == error
 
