@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from dpo_cache.cli.following import following_lines
 from dpo_cache.cli.output import (
     count,
     format_bytes,
@@ -13,7 +14,6 @@ from dpo_cache.cli.output import (
     print_table,
     print_text,
     remark,
-    train_line,
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.exchange import ImportOptions
@@ -55,6 +55,6 @@ def _print_report(report: ImportReport, reference: str) -> None:
         rows,
     )
     print_text(f"The pairs are in {report.cache}. Next:")
-    for name in report.pair_sets:
-        model = [] if report.start_from else ["--model", "MODEL"]
-        print_text(f"  {train_line(report.cache, name, *model)}")
+    model = [] if report.start_from else ["--model", "MODEL"]
+    for line in following_lines(report.cache, report.pair_sets, *model):
+        print_text(f"  {line}")

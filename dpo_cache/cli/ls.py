@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from dpo_cache.cli.following import suggest
 from dpo_cache.cli.output import (
     command_line,
     count,
@@ -16,7 +17,6 @@ from dpo_cache.cli.output import (
     print_table,
     print_text,
     remark,
-    train_line,
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.errors import NotInCacheError
@@ -97,7 +97,8 @@ def _next(contents: Contents) -> str:
     if any(_problems(contents, kind) for kind in PROBLEMS):
         return command_line("verify", contents.cache)
     if contents.pair_sets:
-        return train_line(contents.cache, contents.pair_sets[0].name)
+        references = {entry.name: entry.reference for entry in contents.pair_sets}
+        return suggest(contents.cache, references, references)[0]
     return command_line("precompute", "--cache", contents.cache, "--model", "MODEL", "--dataset", "DATA")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from dpo_cache.cli.following import following_lines
 from dpo_cache.cli.output import (
     ProgressLine,
     count,
@@ -16,7 +17,6 @@ from dpo_cache.cli.output import (
     print_table,
     print_text,
     show_scoring,
-    train_line,
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.shown_rows import print_rows
@@ -132,9 +132,9 @@ def _print_report(report: PrecomputeReport) -> None:
     how = "everything was cached, no model was loaded" if is_cached else f"attention: {report.attention}"
     print_table(f"{', '.join(report.pair_sets)}: reference {report.reference[:12]}, {how}", rows)
     print_text(f"The pairs are in {report.cache}. Next:")
-    for name in report.pair_sets:
-        model = ["--model", report.start_from] if report.start_from else []
-        print_text(f"  {train_line(report.cache, name, *model)}")
+    model = ["--model", report.start_from] if report.start_from else []
+    for line in following_lines(report.cache, report.pair_sets, *model):
+        print_text(f"  {line}")
 
 
 def _readings(report: PrecomputeReport) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import command_line, print_json, print_text, print_transfer, train_line
+from dpo_cache.cli.following import following_lines
+from dpo_cache.cli.output import command_line, print_json, print_text, print_transfer
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import PullOptions
 
@@ -23,5 +24,5 @@ def pull_command(options: PullOptions, as_json: bool) -> None:
         return
     print_transfer(report)
     cache, pair_sets = report.target, report.pair_sets
-    following = train_line(cache, pair_sets[0]) if pair_sets else command_line("ls", cache)
-    print_text(f"{cache} holds the copy. Next:\n  {following}")
+    following = following_lines(cache, pair_sets) or [command_line("ls", cache)]
+    print_text(f"{cache} holds the copy. Next:\n  {following[0]}")
