@@ -12,6 +12,8 @@ from dpo_cache.errors import UnknownOptionError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+ALIKE = 0.75  # least share of equal letters of two names that may be one, misspelled
+
 # What other libraries call an option
 OTHER_NAMES = {
     "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "loss_type": "loss",
@@ -32,14 +34,26 @@ def unknown_option(
     its `old` names, the current one.
     """
     current = {**{known: known for known in names}, **(old or {})}
-    near = [other for other in [OTHER_NAMES.get(name)] if other in current]
-    near = near or difflib.get_close_matches(name, current, n=1)
-    advice = (
-        f"Did you mean {current[near[0]]}?" if near else f"`help(dpo_cache.{function})` lists the options."
-    )
+    near = nearest(name, current)
+    advice = f"Did you mean {current[near]}?" if near else f"`help(dpo_cache.{function})` lists the options."
     if name in OTHER_WAYS and "batch_size" in current:
         advice = OTHER_WAYS[name]
     return UnknownOptionError(f"{function}() has no option {name}.\n{advice}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of the names that is meant: what another library calls `name`, a name that is spelled much like
+    it, or one that has a word more or less at its end. None if there is none.
+    """
+    names = list(names)
+    if OTHER_NAMES.get(name) in names:
+        return OTHER_NAMES[name]
+    if near := difflib.get_close_matches(name, names, n=1, cutoff=ALIKE):
+        return near[0]
+    longer = [
+        other for other in names if f"{name}_".startswith(f"{other}_") or f"{other}_".startswith(f"{name}_")
+    ]
+    return longer[0] if len(longer) == 1 else None
 
 
 def checks_keywords(function: Function) -> Function:

@@ -255,8 +255,8 @@ def test_progress_shows_what_the_command_line_shows(
     done = programs.run(script=script, cwd=tmp_path)
     assert (done.code, done.out) == (0, ""), done.err
     for pattern in (
-        r"^scoring +\d+%  [\d,]+ tokens/s  ",
-        r"^training +100%  step 1/1  loss ",
+        r"^scoring  \d+%  .*[\d,]+ tokens/s  ",
+        r"^training  step 1/1  loss ",
         r"^eval at step 0: loss 0\.693",
         r"^step zero: largest gap ",
         r"^evaluating +\d+%  ",

@@ -29,7 +29,8 @@ from dpo_cache.cli import (
     train,
     verify,
 )
-from dpo_cache.cli.output import print_text, remark
+from dpo_cache.cli.failures import UsageError, fail, print_error, usage_message, wants_json
+from dpo_cache.cli.output import output_of_one_command, print_text, remark, stop_note
 from dpo_cache.cli.parameters import command_class
 from dpo_cache.cli.process import process_settings
 from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, Unwinding
@@ -40,7 +41,6 @@ app = typer.Typer(
     name="dpo-cache",
     help="Score a frozen reference model once; train preference-tuned policies from the stored log-probs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 COMMANDS = {
@@ -67,16 +67,21 @@ for name, invoke in COMMANDS.items():
 
 def _version(value: bool) -> None:
     if value:
-        from dpo_cache import __version__
+        from dpo_cache.cli.versions import version_lines
 
-        print_text(f"dpo-cache {__version__}")
+        for line in version_lines():
+            print_text(line)
         raise typer.Exit
 
 
 @app.callback()
 def _root(
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        False,
+        "--version",
+        callback=_version,
+        is_eager=True,
+        help="Print the versions of dpo-cache and of the libraries it runs on, and exit.",
     ),
 ) -> None:
     pass
@@ -84,26 +89,37 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit."""
-    trains = sys.argv[1:2] == ["train"]  # with other processes, if a launcher has started several
-    is_quiet = trains and is_quiet_rank()
+    with output_of_one_command():
+        _main(sys.argv[1:])
+
+
+def _main(words: list[str]) -> NoReturn:
+    trains = words[:1] == ["train"]  # with other processes, if a launcher has started several
+    is_quiet, as_json = trains and is_quiet_rank(), wants_json(words)
     try:
         is_rank = trains and launched_rank() is not None
         with process_settings(is_rank=is_rank, is_quiet=is_quiet), Unwinding(remark):
-            app()
+            code = app(prog_name="dpo-cache", standalone_mode=False)
+    except UsageError as error:
+        if not words:  # typer has printed the help
+            sys.exit(2)
+        fail("UsageError", usage_message(error, words), 2, as_json=as_json, is_quiet=is_quiet)
     except OtherRankError as error:
         sys.exit(error.code)
     except DpoCacheError as error:
         is_reported = trains and error.rank is None and not reports_early_errors()
-        _fail(str(error), 2 if isinstance(error, OptionError) else 1, is_quiet=is_reported)
+        code = 2 if isinstance(error, OptionError) else 1
+        fail(type(error).__name__, str(error), code, as_json=as_json, is_quiet=is_reported)
     except Terminated:
-        _fail("terminated; everything published so far is kept.", 143, is_quiet=is_quiet)
+        message = f"terminated: {stop_note()}"
+        fail("Terminated", message, 143, as_json=as_json, is_quiet=is_quiet, prefix="")
     except Interrupted:
-        _fail("interrupted; everything published so far is kept.", 130, is_quiet=is_quiet)
+        message = f"interrupted: {stop_note()}"
+        fail("Interrupted", message, 130, as_json=as_json, is_quiet=is_quiet, prefix="")
     except StoppedEarly as stop:
         sys.exit(stop.exit_code)
-
-
-def _fail(message: str, code: int, *, is_quiet: bool) -> NoReturn:
-    if not is_quiet:
-        remark(f"error: {message}")
-    sys.exit(code)
+    except Exception as error:
+        if as_json and not is_quiet:
+            print_error(type(error).__name__, str(error), 1)
+        raise
+    sys.exit(code or 0)

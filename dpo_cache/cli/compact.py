@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json, print_text
+from dpo_cache.cli.output import (
+    command_line,
+    count,
+    format_bytes,
+    print_columns,
+    print_json,
+    print_text,
+    when_stopped,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import CompactOptions
 
@@ -15,6 +23,7 @@ def compact_command(options: CompactOptions, as_json: bool) -> None:
 
     Other processes may read and write during this. A crash loses nothing; a compact cache is not changed.
     """
+    when_stopped("nothing is lost. Next: the same command.")
     from dpo_cache.store import open_cache
     from dpo_cache.upkeep import compact
 

@@ -17,8 +17,10 @@ from dpo_cache.cli.output import (
     print_text,
     remark,
     show_scoring,
+    when_stopped,
 )
 from dpo_cache.cli.parameters import command
+from dpo_cache.log import phase
 from dpo_cache.options.evaluate import EvalOptions
 from dpo_cache.options.run_losses import describe_losses, with_run
 from dpo_cache.progress import format_share
@@ -39,9 +41,11 @@ def eval_command(options: EvalOptions, as_json: bool) -> None:
     from dpo_cache.planning.start import check_eval
 
     check_eval(options)
-    from dpo_cache.evaluation import evaluate
-
+    when_stopped("nothing was written.")
     with ProgressLine("evaluating") as line:
+        with phase("importing libraries"):
+            from dpo_cache.evaluation import evaluate
+
         report = evaluate(
             **asdict(options), on_progress=lambda progress: show_scoring(line, progress), log=line.remark
         )

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import count, format_bytes, print_json, print_table, print_text, remark
+from dpo_cache.cli.output import (
+    ProgressLine,
+    count,
+    format_bytes,
+    print_json,
+    print_table,
+    print_text,
+    when_stopped,
+)
 from dpo_cache.cli.parameters import command
+from dpo_cache.log import phase
 from dpo_cache.options.exchange import ExportOptions
 
 READERS = {
@@ -23,9 +32,13 @@ def export_command(options: ExportOptions, as_json: bool) -> None:
     from dpo_cache.planning.start import check_export
 
     check_export(options)
-    from dpo_cache.exchange import export_pairs
+    when_stopped("no file was written.")
+    with ProgressLine("exporting") as line:
+        with phase("importing libraries"):
+            from dpo_cache.exchange import export_pairs
 
-    report = export_pairs(**asdict(options), log=remark)
+        with phase("writing the pairs"):
+            report = export_pairs(**asdict(options), log=line.remark)
     if as_json:
         print_json(asdict(report))
         return

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json, print_text
+from dpo_cache.cli.output import (
+    command_line,
+    count,
+    format_bytes,
+    print_columns,
+    print_json,
+    print_text,
+    when_stopped,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import GcOptions
 from dpo_cache.progress import format_seconds
@@ -22,6 +30,8 @@ def gc_command(options: GcOptions, as_json: bool) -> None:
     Those are parts that no manifest names, references that no pair set was scored by, temporary files of
     killed writers, and what `verify --repair` moved aside. Pair sets stay: `rm` removes those.
     """
+    if options.yes:
+        when_stopped("some files may be removed already. Next: the same command, which removes the rest.")
     from dpo_cache.store import open_cache
     from dpo_cache.store.upkeep.gc import collect_garbage, find_unneeded
 

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 
 from dpo_cache.cli.following import following_lines
 from dpo_cache.cli.output import (
+    ProgressLine,
     count,
     format_bytes,
     kept_rows,
     print_json,
     print_table,
     print_text,
-    remark,
+    when_stopped,
 )
 from dpo_cache.cli.parameters import command
+from dpo_cache.log import phase
 from dpo_cache.options.exchange import ImportOptions
 
 if TYPE_CHECKING:
@@ -31,9 +33,13 @@ def import_command(options: ImportOptions, as_json: bool) -> None:
     from dpo_cache.planning.start import check_import
 
     check_import(options)
-    from dpo_cache.exchange import import_pairs
+    when_stopped("no pair set was written. Next: the same command.")
+    with ProgressLine("importing") as line:
+        with phase("importing libraries"):
+            from dpo_cache.exchange import import_pairs
 
-    report = import_pairs(**asdict(options), log=remark)
+        with phase("reading and checking the rows"):
+            report = import_pairs(**asdict(options), log=line.remark)
     if as_json:
         print_json(asdict(report))
     else:

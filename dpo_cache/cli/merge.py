@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import command_line, count, format_bytes, print_json, print_table, print_text
+from dpo_cache.cli.output import (
+    SAME_COMMAND,
+    command_line,
+    count,
+    format_bytes,
+    print_json,
+    print_table,
+    print_text,
+    when_stopped,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import MergeOptions
 
@@ -16,6 +25,7 @@ def merge_command(options: MergeOptions, as_json: bool) -> None:
     The order of the sources does not matter, and a second merge copies nothing. Every file is checked against
     its digest.
     """
+    when_stopped(f"the files that were copied stay. {SAME_COMMAND}")
     from dpo_cache.upkeep import merge
 
     report = merge(**asdict(options), progress=True)

@@ -25,8 +25,12 @@ if TYPE_CHECKING:
     from dpo_cache.precomputing.run import PrecomputeReport
     from dpo_cache.store.upkeep.copy import TransferReport
 
+NOTHING_CHANGED = "nothing was changed."
+SAME_COMMAND = "Next: the same command, which continues."
 NUMBER = re.compile(r"[\d,]{1,11}|[\d.]+ [kMG]?B|[+-]?\d+\.\d+|[+-]?[\d.]+%|")
 
+_printed_json: ContextVar[bool] = ContextVar("printed_json", default=False)
+_stop_note: ContextVar[str] = ContextVar("stop_note", default=NOTHING_CHANGED)
 _verbose: ContextVar[bool] = ContextVar("verbose", default=False)
 
 
@@ -114,6 +118,33 @@ def format_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 def print_json(value: Any) -> None:
     """Print the value as JSON, in which everything but ASCII is escaped."""
     print_text(json.dumps(value, indent=2))
+    _printed_json.set(True)
+
+
+@contextmanager
+def output_of_one_command() -> Iterator[None]:
+    """Inside, no JSON has been printed and nothing has been changed yet."""
+    printed, note = _printed_json.set(False), _stop_note.set(NOTHING_CHANGED)
+    try:
+        yield
+    finally:
+        _printed_json.reset(printed)
+        _stop_note.reset(note)
+
+
+def when_stopped(text: str) -> None:
+    """From now on, Ctrl-C and SIGTERM end the command with this text: what is kept, and what to do next."""
+    _stop_note.set(text)
+
+
+def stop_note() -> str:
+    """What is kept, and what to do next, if the command is stopped now."""
+    return with_flags(_stop_note.get())
+
+
+def has_printed_json() -> bool:
+    """Return whether this command has printed JSON."""
+    return _printed_json.get()
 
 
 def command_line(*words: str) -> str:

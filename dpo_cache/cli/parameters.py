@@ -40,8 +40,8 @@ def command(
         def invoke(**values: Any) -> None:
             as_json, context, verbose = (values.pop(name) for name in ("as_json", "context", "verbose"))
             given = _values(options_class, values, context, only_given=complete is not None)
-            options = options_class(**(complete(given) if complete else given))
             try:
+                options = options_class(**(complete(given) if complete else given))
                 with verbosity(verbose):
                     run(options, as_json)
             except KeyboardInterrupt as interrupt:
@@ -67,6 +67,8 @@ def command_class(invoke: Callable[..., None]) -> type[TyperCommand]:
     options_class: type[Options] = invoke.options_class  # type: ignore[attr-defined]
 
     class Command(TyperCommand):
+        options_class = invoke.options_class  # type: ignore[attr-defined]
+
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             end = args.index("--") if "--" in args else len(args)
             words = _with_empty_values(options_class, _with_new_flags(options_class, args[:end]))
@@ -120,7 +122,7 @@ def _with_empty_values(options_class: type[Options], words: list[str]) -> list[s
     optional = {flag_of(entry) for entry in fields(options_class) if entry.metadata["value_is_optional"]}
     return [
         f"{word}=" if word in optional and following.startswith("-") else word
-        for word, following in zip(words, [*words[1:], "--"], strict=True)
+        for word, following in zip(words, [*words[1:], "--"], strict=False)
     ]
 
 

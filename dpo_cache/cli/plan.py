@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dpo_cache.cli.output import (
+    ProgressLine,
     count,
     format_bytes,
     format_seconds,
@@ -14,10 +15,10 @@ from dpo_cache.cli.output import (
     print_json,
     print_table,
     print_text,
-    remark,
     with_flags,
 )
 from dpo_cache.cli.parameters import command
+from dpo_cache.log import phase
 from dpo_cache.options.plan import PlanOptions
 
 if TYPE_CHECKING:
@@ -35,9 +36,12 @@ def plan_command(options: PlanOptions, as_json: bool) -> None:
     from dpo_cache.planning.start import check_plan
 
     check_plan(options)
-    from dpo_cache.planning.plan import plan
+    with ProgressLine("planning") as line:
+        with phase("importing libraries"):
+            from dpo_cache.planning.plan import plan
 
-    report = plan(**asdict(options), log=remark)
+        with phase("counting memory and time"):
+            report = plan(**asdict(options), log=line.remark)
     if as_json:
         print_json(asdict(report))
         return
@@ -47,8 +51,8 @@ def plan_command(options: PlanOptions, as_json: bool) -> None:
     _print_parts(report)
     _print_transfers(report)
     _print_commands(report)
-    for line in report.assumptions:
-        print_text(f"Assumed: {with_flags(line)}.")
+    for text in report.assumptions:
+        print_text(f"Assumed: {with_flags(text)}.")
     if not any(way.fits for way in report.train):
         smallest = min(way.device_bytes for way in report.train)
         print_text(f"No way to train fits: the least needs {format_bytes(smallest)} of device memory.")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpo_cache.cli.following import following_lines
 from dpo_cache.cli.output import (
+    SAME_COMMAND,
     ProgressLine,
     count,
     forecast_rows,
@@ -17,9 +18,11 @@ from dpo_cache.cli.output import (
     print_table,
     print_text,
     show_scoring,
+    when_stopped,
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.shown_rows import print_rows
+from dpo_cache.log import phase
 from dpo_cache.options.precompute import PrecomputeOptions
 
 if TYPE_CHECKING:
@@ -37,9 +40,15 @@ def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
     from dpo_cache.planning.start import check_precompute
 
     check_precompute(options)
-    from dpo_cache.precomputing.run import precompute
-
+    when_stopped(f"nothing was stored yet. {SAME_COMMAND}")
     with ProgressLine("scoring") as line:
+        with phase("importing libraries"):
+            from dpo_cache.precomputing.run import precompute
+
+        def show_progress(progress: Any) -> None:
+            show_scoring(line, progress)
+            if progress.num_completions:
+                when_stopped(f"all scores so far are stored. {SAME_COMMAND}")
 
         def show_survey(survey: Survey) -> None:
             if not as_json:
@@ -53,7 +62,7 @@ def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
             **asdict(options),
             on_show=show_rows,
             on_survey=show_survey,
-            on_progress=lambda progress: show_scoring(line, progress),
+            on_progress=show_progress,
             log=line.remark,
         )
     if as_json:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from dpo_cache.cli.following import following_lines
-from dpo_cache.cli.output import command_line, print_json, print_text, print_transfer
+from dpo_cache.cli.output import (
+    SAME_COMMAND,
+    command_line,
+    print_json,
+    print_text,
+    print_transfer,
+    when_stopped,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import PullOptions
 
@@ -16,6 +23,7 @@ def pull_command(options: PullOptions, as_json: bool) -> None:
 
     An interrupted pull resumes: give the same command again.
     """
+    when_stopped(f"the files that were copied stay. {SAME_COMMAND}")
     from dpo_cache.upkeep import pull
 
     report = pull(**asdict(options), progress=True)

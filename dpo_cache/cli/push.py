@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import command_line, print_json, print_text, print_transfer
+from dpo_cache.cli.output import (
+    SAME_COMMAND,
+    command_line,
+    print_json,
+    print_text,
+    print_transfer,
+    when_stopped,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import PushOptions
 
@@ -15,6 +22,7 @@ def push_command(options: PushOptions, as_json: bool) -> None:
 
     An interrupted push resumes: give the same command again.
     """
+    when_stopped(f"the files that were copied stay. {SAME_COMMAND}")
     from dpo_cache.upkeep import push
 
     report = push(**asdict(options), progress=True)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dpo_cache.cli.output import command_line, count, format_bytes, print_columns, print_json, print_text
+from dpo_cache.cli.output import (
+    command_line,
+    count,
+    format_bytes,
+    print_columns,
+    print_json,
+    print_text,
+    when_stopped,
+)
 from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import RmOptions
 
@@ -15,6 +23,8 @@ def rm_command(options: RmOptions, as_json: bool) -> None:
 
     A reference with pair sets is not removed, except together with them (--with-pairs).
     """
+    if options.yes:
+        when_stopped("some files may be removed already. Next: the same command, which removes the rest.")
     from dpo_cache.store import open_cache
     from dpo_cache.store.upkeep.remove import plan_removal, remove
 

@@ -14,6 +14,7 @@ from dpo_cache.cli.output import (
     print_columns,
     print_json,
     print_text,
+    when_stopped,
     with_flags,
 )
 from dpo_cache.cli.parameters import command
@@ -48,6 +49,8 @@ def sweep_command(options: SweepOptions, as_json: bool) -> None:
     from dpo_cache.sweeping import sweep
 
     _refuse_repeated(options)
+    resume = command_line("sweep", "--resume", options.output)
+    when_stopped(f"runs keep the state that they have saved. Next: {resume}")
     with ProgressLine("sweep") as line, StopRequest(line.remark) as request:
         report = sweep(
             **asdict(options),

@@ -19,10 +19,11 @@ from dpo_cache.cli.output import (
     print_table,
     print_text,
     remark,
+    when_stopped,
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.cli.signals import StoppedEarly, StopRequest
-from dpo_cache.log import Log
+from dpo_cache.log import Log, phase
 from dpo_cache.options.placement import PRESETS, Placement, next_preset, placement_of
 from dpo_cache.options.run_config import evaluation_name
 from dpo_cache.options.run_losses import loss_arguments
@@ -79,11 +80,15 @@ def _train_with_others(options: TrainOptions) -> tuple[TrainReport, int | None]:
 
 def _train(options: TrainOptions) -> tuple[TrainReport, int | None]:
     """The report, and the exit code if a signal has stopped the run."""
-    from dpo_cache.training.loop import train
     from dpo_cache.training.output.run_start import find_checkpoints
 
-    without_prints = redirect_stdout(sys.stderr)  # some trackers print, and stdout carries the report only
+    when_stopped(_stopped_at_once(options.output, []))
     with ProgressLine("training") as line:
+        with phase("importing libraries"):
+            from dpo_cache.training.loop import train
+
+        # some trackers print, and stdout carries the report only
+        without_prints = redirect_stdout(sys.stderr)
         log: Log = (lambda _: None) if is_quiet_rank() else line.remark
         with StopRequest(log) as request, without_prints:
             try:
@@ -94,7 +99,7 @@ def _train(options: TrainOptions) -> tuple[TrainReport, int | None]:
                     should_stop=lambda: request.is_asked,
                 )
             except KeyboardInterrupt:
-                log(_stopped_at_once(options.output, find_checkpoints(Path(options.output))))
+                when_stopped(_stopped_at_once(options.output, find_checkpoints(Path(options.output))))
                 raise
     return report, request.exit_code
 
@@ -172,10 +177,8 @@ def _placement(memory: str) -> Placement:
 
 def _stopped_at_once(output: str, checkpoints: list[Path]) -> str:
     if checkpoints:
-        saved = f"{checkpoints[-1]} has the last state that was saved"
-        return f"stopped at once; {saved}. Next: {_resume(output)}"
-    before = "before the first checkpoint (--save-every N makes some)"
-    return f"stopped at once, {before}: there is nothing to resume."
+        return f"{checkpoints[-1]} has the last state that was saved. Next: {_resume(output)}"
+    return "before the first checkpoint, so nothing is kept. Next: the same command, with --save-every N."
 
 
 def _resume(output: str) -> str:

@@ -15,6 +15,7 @@ from dpo_cache.cli.output import (
     print_json,
     print_table,
     print_text,
+    when_stopped,
     with_flags,
 )
 from dpo_cache.cli.parameters import command
@@ -38,6 +39,8 @@ def verify_command(options: VerifyOptions, as_json: bool) -> None:
     from dpo_cache.upkeep import add_rescored, check_files
 
     check_verify(options)
+    if options.repair:
+        when_stopped("some files may have been moved aside. Next: the same command.")
     with ProgressLine("verifying") as line:
         report = check_files(options, lambda done, total: show_bytes(line, done, total))
         try:

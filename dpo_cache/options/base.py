@@ -20,6 +20,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "8bit", "4bit")
 ATTENTIONS = ("auto", "forest", "rows")
+EXPECTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 NO_LIMIT = (lambda _: True, "")
 ABOVE_0 = (lambda value: 0 < value < math.inf, "a number above 0")
 AT_LEAST_0 = (lambda value: 0 <= value < math.inf, "0 or more")
@@ -126,14 +127,14 @@ def _check_type(entry: Field[Any], value: Any) -> None:
         if not (may_be_none or entry.metadata["required"]) and kind in ("int", "float", "str", "bool"):
             raise OptionError(f"`{entry.name}` None: expected a value.")
         return
-    is_right, expected = {
-        "int": (type(value) is int, "a whole number"),
-        "float": (isinstance(value, (int, float)) and not isinstance(value, bool), "a number"),
-        "bool": (isinstance(value, bool), "true or false"),
-        "str": (isinstance(value, str), "text"),
-    }.get(kind, (True, ""))
+    is_right = {
+        "int": type(value) is int,
+        "float": isinstance(value, (int, float)) and not isinstance(value, bool),
+        "bool": isinstance(value, bool),
+        "str": isinstance(value, str),
+    }.get(kind, True)
     if may_be_none in ("", "None") and not is_right:
-        raise OptionError(f"`{entry.name}` {value!r}: expected {expected}.")
+        raise OptionError(f"`{entry.name}` {value!r}: expected {EXPECTED[kind]}.")
 
 
 def old_names(options_class: type[Options]) -> dict[str, str]:

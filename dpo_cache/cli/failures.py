@@ -1,0 +1,129 @@
+"""A failure as its user sees it: one message on stderr and, with --json, one JSON object on stdout.
+
+    {"error": {"type": "OptionError", "message": "--beta -1: expected …", "exit_code": 2}}
+
+`type` is a class of `errors.py`, `UsageError` for words that are no command line, `Interrupted`, `Terminated`
+or the class of an error that no user can cause. A command that has printed its report, such as `verify` of a
+damaged cache, prints no second object.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import pairwise
+from typing import Any, NoReturn
+
+import typer
+
+from dpo_cache.cli.output import has_printed_json, print_json, remark, with_flags
+from dpo_cache.options.base import EXPECTED, Options, flag_of
+from dpo_cache.options.trl_fields import FIELDS
+from dpo_cache.suggestions import nearest
+
+# of click, which newer versions of typer have inside
+UsageError: Any = typer.BadParameter.__mro__[1]
+_exceptions: Any = sys.modules[UsageError.__module__]
+NoSuchOption, MissingParameter = _exceptions.NoSuchOption, _exceptions.MissingParameter
+
+
+def fail(
+    kind: str, message: str, code: int, *, as_json: bool, is_quiet: bool = False, prefix: str = "error: "
+) -> NoReturn:
+    """Report the failure and exit with the code; with `is_quiet` another process has reported it."""
+    if not is_quiet:
+        remark(f"{prefix}{message}")
+        if as_json:
+            print_error(kind, message, code)
+    sys.exit(code)
+
+
+def print_error(kind: str, message: str, code: int) -> None:
+    """Print the error as JSON, unless the command has printed its report."""
+    if not has_printed_json():
+        print_json({"error": {"type": kind, "message": with_flags(message), "exit_code": code}})
+
+
+def wants_json(words: Sequence[str]) -> bool:
+    """Return whether --json is among the words of a command line."""
+    end = words.index("--") if "--" in words else len(words)
+    return "--json" in words[:end]
+
+
+def usage_message(error: Any, words: Sequence[str]) -> str:
+    """The message of a `UsageError` about these words."""
+    context = error.ctx
+    command = context.command_path if context else "dpo-cache"
+    advice = f"`{command} --help` lists the {'options' if _entries(context) else 'commands'}."
+    if context:
+        usage = " ".join(context.get_usage().split())
+        advice = f"{usage}\n{advice}"
+    if isinstance(error, NoSuchOption):
+        return f"no option {error.option_name}.\n{_other_option(error.option_name, context) or advice}"
+    if isinstance(error, MissingParameter) and error.param is not None:
+        *others, last = _missing(error, words)
+        missing = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+        return f"{missing} needed.\n{advice}"
+    if isinstance(error, typer.BadParameter) and error.param is not None:
+        return f"{_wrong_value(error, words)}\n{advice}"
+    text = error.format_message().strip()
+    end = "" if text.endswith((".", "?", "!")) else "."
+    return f"{text[:1].lower()}{text[1:]}{end}\n{advice}"
+
+
+def _entries(context: Any) -> dict[str, Any]:
+    """The options of the command by their names; none without a command."""
+    options_class: type[Options] | None = getattr(getattr(context, "command", None), "options_class", None)
+    return {entry.name: entry for entry in fields(options_class)} if options_class else {}
+
+
+def _other_option(flag: str, context: Any) -> str:
+    """The advice for an option that does not exist."""
+    given = flag.partition("=")[0].lstrip("-").replace("-", "_")
+    entries = _entries(context)
+    found = nearest(given, [*entries, "json", "verbose", "help"] if entries else ["version", "help"])
+    if found:
+        entry = entries.get(found)
+        return f"Did you mean {flag_of(entry) if entry else '--' + found}?"
+    if given in FIELDS and "lr" in entries:  # only `train` and `sweep` are compared with TRL
+        names, note = FIELDS[given].equal.split(", "), FIELDS[given].note
+        counterpart = " and ".join(flag_of(entries[name]) for name in names if name in entries)
+        if counterpart:
+            return f"TRL's {given} is {counterpart} here{f' ({note})' if note else ''}."
+        return f"TRL's {given}: {note}."
+    word = given.partition("_")[0]
+    similar = [flag_of(entry) for name, entry in entries.items() if name.partition("_")[0] == word]
+    return f"Options that begin like it: {', '.join(similar)}." if similar else ""
+
+
+def _missing(error: Any, words: Sequence[str]) -> list[str]:
+    """The name of what is missing, and the other options that are needed and not given."""
+    entries, given = _entries(error.ctx), {word.partition("=")[0] for word in words}
+    needed = [
+        flag_of(entry)
+        for entry in entries.values()
+        if entry.metadata["required"] and not entry.metadata["positional"] and flag_of(entry) not in given
+    ]
+    missing = [_name(error.param, entries)]
+    return missing + [flag for flag in needed if flag not in missing]
+
+
+def _name(parameter: Any, entries: dict[str, Any]) -> str:
+    entry = entries.get(parameter.name)
+    if entry is None:
+        return str(parameter.opts[0])
+    return entry.metadata["positional"] or flag_of(entry)
+
+
+def _wrong_value(error: Any, words: Sequence[str]) -> str:
+    """The option with its value, and what was expected."""
+    parameter, entries = error.param, _entries(error.ctx)
+    name = _name(parameter, entries)
+    kind = str(entries[parameter.name].type).partition(" | ")[0] if parameter.name in entries else ""
+    if kind not in EXPECTED:
+        return f"{name}: {error.message}"
+    values = [word.partition("=")[2] for word in words if word.partition("=")[0] in parameter.opts]
+    values += [after for word, after in pairwise(words) if word in parameter.opts]
+    value = f" {next(filter(None, values))}" if any(values) else ""
+    return f"{name}{value}: expected {EXPECTED[kind]}."
