@@ -26,7 +26,7 @@ METRICS = {
 # Values of fields whose type does not say what is in them, from the text of all names.
 MEMBERS: dict[tuple[str, str], Callable[[str], Any]] = {
     **{("TrainReport", name): lambda _: METRICS for name in ("first", "last", "eval_before", "eval_after")},
-    ("TrainReport", "best"): lambda text: {"measure": text, "value": 0.5, "step": 3},
+    ("TrainReport", "best"): lambda text: {"measure": text, "value": 0.5, "step": 2},
     ("EvalReport", "metrics"): lambda _: METRICS,
     ("EvalReport", "logratio_per_token"): lambda _: {"chosen": 0.5, "rejected": -0.5},
     ("VerifyReport", "repair"): lambda text: made(RepairReport, text),
@@ -83,3 +83,10 @@ def test_an_accuracy_that_is_not_known_is_a_dash() -> None:
     report = made(dpo_cache.TrainReport, "a text")
     report.last = {**METRICS, "rewards/accuracies": None}
     assert '<td class="number">-</td>' in report._repr_html_()
+
+
+def test_the_best_evaluation_is_shown_if_it_is_not_the_last() -> None:
+    report = made(dpo_cache.TrainReport, "loss")
+    assert report.num_steps == 3 and "loss 0.5000 at step 2" in report._repr_html_()
+    report.best["step"] = 3
+    assert "best evaluation" not in report._repr_html_()
