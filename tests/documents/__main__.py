@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import tests.conftest  # noqa: F401  (first: it sets variables that libraries read when they are imported)
 from tests.documents.folder import ROOT
 from tests.documents.pages import PAGES, Page, workplace
 
@@ -22,7 +23,7 @@ def main() -> None:
             page = Page(str(Path(name).absolute().relative_to(ROOT)))
             page.run(place)
             if chosen.write and (page.problems or chosen.model):
-                (ROOT / page.name).write_text(page.renewed(everything=bool(chosen.model)))
+                page.write(everything=bool(chosen.model))
             for problem in page.problems:
                 print(f"{problem}\n")
             num_problems += len(page.problems)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from transformers import LlamaForCausalLM
+
 import dpo_cache
+from dpo_cache.progress import bars_hidden
 from tests.conftest import make_llama, make_tokenizer
 
 ROOT = Path(dpo_cache.__file__).parents[1]
 SHOWN_AS = "/home/me/prefs"  # how pages show the folder
 MODELS = ("model", "models/smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
-ROWS = {"train.jsonl": 24, "heldout.jsonl": 12}  # of the example data that a tiny model scores
 
 # What a page can start with, and the commands that make it; a name needs those before it.
 READY: dict[str, list[str]] = {
@@ -21,9 +25,12 @@ READY: dict[str, list[str]] = {
         "dpo-cache precompute cache --model model --dataset pairs.jsonl",
         "dpo-cache precompute cache --model model --dataset heldout.jsonl",
     ],
-    "run": ["dpo-cache train cache --output run --pairs pairs --eval-pairs heldout --batch-size 8 --lr 1e-5"],
+    "run": [
+        "dpo-cache train cache --output run --pairs pairs --eval-pairs heldout --lora-r 16 --lr 4e-4 --batch-size 8"
+    ],
 }
 
+GAIN = 10.0
 CHAT_TEMPLATE = """\
 {% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
@@ -71,13 +78,19 @@ class Workplace:
             _copy(Path(model), self._base / "model")
         else:
             _save_tiny_model(self._base / "model")
-            for name, rows in ROWS.items():
-                lines = (examples / "data" / name).read_text().splitlines(keepends=True)
-                (examples / "data" / name).write_text("".join(lines[:rows]))
+            for name in ("train.jsonl", "heldout.jsonl"):
+                _keep_easy_rows(examples / "data" / name)
         for other in MODELS[1:]:
             _copy(self._base / "model", self._base / other)
         shutil.copy(examples / "data" / "train.jsonl", self._base / "pairs.jsonl")
         shutil.copy(examples / "data" / "heldout.jsonl", self._base / "heldout.jsonl")
+
+
+def _keep_easy_rows(path: Path) -> None:
+    """Keep the first row, which pages show, and those with JSON as the chosen answer: the tiny model learns these."""
+    first, *others = path.read_text().splitlines(keepends=True)
+    easy = [line for line in others if json.loads(line)["chosen"][0]["content"].startswith("{")]
+    path.write_text("".join([first, *easy]))
 
 
 def _save_tiny_model(folder: Path) -> None:
@@ -86,7 +99,28 @@ def _save_tiny_model(folder: Path) -> None:
     tokenizer.add_special_tokens({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    make_llama(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(folder)
+    model = make_llama(vocab_size=len(tokenizer), max_position_embeddings=4096)
+    _make_sensitive(model)
+    with bars_hidden("transformers"):
+        model.save_pretrained(folder)
+
+
+def _make_sensitive(model: LlamaForCausalLM) -> None:
+    """Scale the weights so that the model computes the same, but a few steps change it like a real model.
+
+    Each weight after a norm is divided by `GAIN`, and the norm's own weight is multiplied by it.
+    """
+    layers = model.model.layers
+    pairs = [(model.model.norm, [model.lm_head])]
+    for layer in layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        pairs.append((layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]))
+        pairs.append((layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]))
+    with torch.no_grad():
+        for norm, linears in pairs:
+            norm.weight.mul_(GAIN)
+            for linear in linears:
+                linear.weight.div_(GAIN)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -154,6 +154,13 @@ class Page:
     def _add(self, number: int, title: str, text: str) -> None:
         self.problems.append(f"{self.name}:{number}: {title}\n{text}")
 
+    def write(self, *, everything: bool) -> None:
+        """Write the real outputs into the page, unless somebody has edited it during the run."""
+        path = ROOT / self.name
+        if path.read_text() != self.text:
+            raise RuntimeError(f"{self.name} was edited during its run; run it again")
+        path.write_text(self.renewed(everything=everything))
+
     def renewed(self, *, everything: bool) -> str:
         """The page with the real outputs: where they differ, or everywhere, with new numbers."""
         lines = self.text.splitlines()

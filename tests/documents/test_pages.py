@@ -7,8 +7,6 @@ import pytest
 from tests.documents.folder import Workplace
 from tests.documents.pages import PAGES, Page, workplace
 
-NOT_YET = ["README.md"]  # its blocks do not run yet
-
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Workplace]:
@@ -16,7 +14,7 @@ def place() -> Iterator[Workplace]:
         yield made
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name not in NOT_YET])
+@pytest.mark.parametrize("name", PAGES)
 def test_a_page_runs_and_its_output_is_what_it_shows(name: str, place: Workplace) -> None:
     page = Page(name)
     page.run(place)
