@@ -131,7 +131,7 @@ def dataset_name(location: str | Sequence[str]) -> str:
     locations = [location] if isinstance(location, str) else list(location)
     files = [file for one in locations for file in data_files(one)]
     if len(locations) > 1 or files not in ([], [str(expanded(locations[0]))]):
-        named = os.path.commonpath([Path(os.path.abspath(file)).parent for file in files])
+        named = _common_folder(files)
         path = Path(named)
     else:
         named, path = locations[0], Path(os.path.abspath(locations[0]))  # `.` and `..` are names of folders
@@ -147,6 +147,16 @@ def dataset_name(location: str | Sequence[str]) -> str:
             "Give the pair set a `name`."
         )
     return cleaned
+
+
+def _common_folder(files: Sequence[str]) -> str:
+    """The folder that has all of the files. Raises `OptionError` for files on several drives of Windows."""
+    try:
+        return os.path.commonpath([Path(os.path.abspath(file)).parent for file in files])
+    except ValueError as error:
+        raise OptionError(
+            "files on several drives have no folder in common that could name the pair set.\nGive `name`."
+        ) from error
 
 
 def _as_rows(rows: Any, place: str) -> Rows:

@@ -43,6 +43,7 @@ SILENT_S = 60.0  # a holder that is busy may miss some beats
 LOOK_S = 1.0
 UNKNOWN = {"process": "unknown", "host": "unknown"}
 SIZE = 512  # bytes of the file, padded: each beat is one write
+WRITABLE = os.O_RDWR | getattr(os, "O_BINARY", 0)
 
 _wait = time.sleep
 
@@ -166,13 +167,13 @@ def _open(path: Path) -> tuple[int | None, bool]:
     which another user may have chosen. Raises `OSError`.
     """
     try:
-        return os.open(path, os.O_RDWR), True  # not to be made: some systems refuse that for others' files
+        return os.open(path, WRITABLE), True  # not to be made: some systems refuse that for others' files
     except PermissionError:
         with suppress(PermissionError):
             return os.open(path, os.O_RDONLY), False
         return None, False
     except FileNotFoundError:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(path, WRITABLE | os.O_CREAT | os.O_EXCL, 0o666)
     with suppress(
         OSError, AttributeError
     ):  # whoever may write the folder may end the claim of a dead process

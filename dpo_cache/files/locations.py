@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from dpo_cache.errors import DataError, DpoCacheError, ModelError, OptionError, StorageError
 from dpo_cache.files.atomic import refused_writes
@@ -23,7 +23,22 @@ TOKENIZER_FILES = ("tokenizer_config.json", "config.json")  # the first that is 
 
 def is_path(location: str) -> bool:
     """Return whether the text is a path in any case: names on the Hub are NAME or OWNER/NAME."""
-    return location.startswith((".", "/", "~")) or location.count("/") > 1 or Path(location).is_absolute()
+    return location.startswith((".", "/", "~")) or location.count("/") > 1 or is_windows_path(location)
+
+
+def is_windows_path(location: str) -> bool:
+    """Return whether the text can only be a path of Windows: with a drive or a backslash."""
+    return "\\" in location or bool(PureWindowsPath(location).drive)
+
+
+def is_absolute(location: str) -> bool:
+    """Return whether the text is an absolute path, here or on another system."""
+    return os.path.isabs(location) or PureWindowsPath(location).is_absolute() or location.startswith("/")
+
+
+def is_url(text: str) -> bool:
+    """Return whether the text has a scheme; one letter before `://` is a drive of Windows."""
+    return len(text.partition("://")[0]) > 1 if "://" in text else False
 
 
 def check_model(location: str) -> None:
@@ -72,7 +87,7 @@ def check_peft_config(location: str) -> None:
     path, problem = Path(location), "no such file"
     if path.is_file():
         problem = json_problem(path) or (
-            "" if "peft_type" in json.loads(path.read_text()) else "no peft_type"
+            "" if "peft_type" in json.loads(path.read_bytes()) else "no peft_type"
         )
     if problem:
         raise OptionError(
@@ -177,7 +192,7 @@ def check_output(output: str, kind: str, *, overwrite: bool) -> None:
 
 def check_no_url(output: str) -> None:
     """Raise `OptionError` for an output that is a URL, which would be a folder of that name here."""
-    if "://" in output:
+    if is_url(output):
         raise OptionError(f"`output` {output}: expected a path, found a URL.\nOnly caches may be at a URL.")
 
 

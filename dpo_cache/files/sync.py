@@ -14,7 +14,8 @@ def sync(path: Path) -> None:
     is_folder = path.is_dir()
     if os.name == "nt" and is_folder:  # a folder cannot be opened there, and its renames are journaled
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows syncs only files that may be written
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

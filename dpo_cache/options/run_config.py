@@ -131,7 +131,7 @@ def _overridden(
 def _read(path: Path, name: str) -> dict[str, Any]:
     """The options in the file, under their current names."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         content.items()
     except (OSError, ValueError, AttributeError) as error:
         detail = error.strerror if isinstance(error, OSError) else "not a JSON object"

@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from dpo_cache import data
 from dpo_cache.errors import OptionError
+from dpo_cache.files.locations import is_absolute
 from dpo_cache.lm.device import choose_device, peak_bytes
 from dpo_cache.lm.model.unchanged import one_checkpoint
 from dpo_cache.log import Log, keeps_remarks, log_remark, phase
@@ -241,5 +242,5 @@ def _longest(splits: Sequence[SplitPlan]) -> list[Entry]:
 def _start_from(target: Target) -> str | None:
     """The checkpoint to train from, if the one that the reference's entry names is gone."""
     recorded = target.cache.read_reference(target.reference.id)["provenance"].get("model")
-    is_gone = recorded is not None and os.path.isabs(recorded) and not os.path.isdir(recorded)
+    is_gone = recorded is not None and is_absolute(recorded) and not os.path.isdir(recorded)
     return absolute(target.reference.name) if is_gone else None

@@ -45,6 +45,8 @@ from dpo_cache.suggestions import checks_keywords
 FORMAT = {"format": "dpo-cache", "version": 1}
 ID_PATTERN = re.compile("[0-9a-f]{64}")  # the id of a reference
 NAMED_PLACES = ("model", "revision", "tokenizer")  # in a provenance
+# names of devices on Windows, also with an ending
+DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{n}" for name in ("com", "lpt") for n in range(1, 10))}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
@@ -294,5 +296,10 @@ def check_name(name: str) -> str:
         raise OptionError(
             f"{name!r} cannot name a pair set: use letters, digits, '.', '_' and '-', at most 128, not "
             "starting with '.' or '-'."
+        )
+    if name.partition(".")[0].lower() in DEVICES or name.endswith("."):
+        raise OptionError(
+            f"{name!r} cannot name a pair set: Windows has no folder of this name, and caches are shared.\n"
+            "Choose another name."
         )
     return name

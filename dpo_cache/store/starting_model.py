@@ -11,6 +11,7 @@ import os
 import re
 
 from dpo_cache.errors import ModelError, printable
+from dpo_cache.files.locations import is_absolute
 from dpo_cache.store.format.documents import Document
 from dpo_cache.store.own_documents import is_own
 
@@ -61,7 +62,7 @@ def is_ambiguous(location: str, revision: str | None = None) -> bool:
 
 
 def _check_place(location: str, revision: str | None, *, is_own_entry: bool) -> None:
-    if os.path.isabs(location) and not os.path.isdir(location):
+    if is_absolute(location) and not os.path.isdir(location):
         raise ModelError(f"the reference's checkpoint {location} is gone.\n{ADVICE}")
     if is_ambiguous(location, revision) and not is_own_entry:
         what = "a relative path" if _is_relative_path(location) else "a Hub id without a commit"

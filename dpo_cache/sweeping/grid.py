@@ -160,4 +160,4 @@ def _checked(entry: Field[Any], value: Any) -> Any:
 
 def _safe(text: str) -> str:
     """The text as part of a file's name on any system."""
-    return re.sub(r"[^\w.+-]+", "-", text.strip("/ "), flags=re.ASCII)
+    return re.sub(r"[^\w.+-]+", "-", text.strip("/ "), flags=re.ASCII).rstrip(".")

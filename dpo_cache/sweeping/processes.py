@@ -23,6 +23,7 @@ from dpo_cache.sweeping.sweep_folder import Run
 
 # Exit codes of a run that was stopped by a signal, and saved its state
 ENDS_BY_SIGNAL = {130, 143, -signal.SIGINT, -signal.SIGTERM}
+KILLED = -getattr(signal, "SIGKILL", 9)  # Windows has no such signal
 
 
 def start_process(
@@ -118,7 +119,7 @@ class ActiveRun:
     def error(self, code: int) -> str:
         """Why it failed: its signal, its error message or the last line of its output."""
         if code < 0:
-            reason = " (out of memory?)" if code == -signal.SIGKILL else ""
+            reason = " (out of memory?)" if code == KILLED else ""
             return f"killed by {signal.Signals(-code).name}{reason}"
         _, marker, message = "\n".join(["", *self.output]).rpartition("\nerror: ")
         if marker:

@@ -127,7 +127,7 @@ def hold_folder(output: Path, log: Log) -> Iterator[Claim]:
 def read_report(run: Run) -> dict[str, Any] | None:
     """The report of the run; None if it has not ended."""
     try:
-        return json.loads(run.report_file.read_text())
+        return json.loads(run.report_file.read_bytes())
     except (FileNotFoundError, json.JSONDecodeError):  # empty while it runs, and after it was killed
         return None
 
@@ -152,7 +152,7 @@ def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
             )
         return None
     try:
-        plan = json.loads(path.read_text())
+        plan = json.loads(path.read_bytes())
         if plan["format"] != FORMAT["format"]:
             raise ValueError("not that of a sweep")
         version, plan = plan["version"], _with_new_names(plan)

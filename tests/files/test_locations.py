@@ -11,6 +11,9 @@ from dpo_cache.files.locations import (
     check_peft_config,
     check_revision,
     check_tokenizer,
+    is_absolute,
+    is_path,
+    is_url,
 )
 from tests.store.other_user import as_other_user, needs_root
 
@@ -80,3 +83,44 @@ def test_an_output_that_cannot_be_written_is_found_before_it_is_computed(tmp_pat
 def test_an_output_in_another_users_folder_is_refused() -> None:
     found = as_other_user(lambda: check_output("/root/out.jsonl", "jsonl", overwrite=False))
     assert "cannot write /root/out.jsonl: Permission denied" in found
+
+
+# -- paths of Windows, on any system ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "absolute", "url"),
+    [
+        (r"C:\models\llama", True, True, False),
+        ("C:/models", True, True, False),
+        ("C://models", True, True, False),
+        ("c:models", True, False, False),
+        (r"models\llama", True, False, False),
+        (r"\\server\share\models", True, True, False),
+        ("//server/share/models", True, True, False),
+        ("/models", True, True, False),
+        ("./models", True, False, False),
+        ("~/models", True, False, False),
+        ("owner/name", False, False, False),
+        ("gpt2", False, False, False),
+        ("s3://bucket/cache", True, False, True),
+        ("file:///C:/cache", True, False, True),
+    ],
+)
+def test_drives_backslashes_and_schemes_are_told_apart(
+    text: str, path: bool, absolute: bool, url: bool
+) -> None:
+    assert (is_path(text), is_absolute(text), is_url(text)) == (path, absolute, url)
+
+
+@pytest.mark.parametrize("location", [r"C:\none", "D:/none/model", r"none\model"])
+def test_a_path_of_windows_is_no_id_of_the_hub(location: str) -> None:
+    with pytest.raises(ModelError, match="no model can be loaded from it .no such folder"):
+        check_model(location)
+    with pytest.raises(ModelError, match="no tokenizer can be loaded from it .no such folder"):
+        check_tokenizer(location)
+
+
+def test_an_output_on_a_drive_is_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_output("C://out.jsonl", "jsonl", overwrite=False)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dpo_cache
-from dpo_cache.errors import NotInCacheError, OptionError
+from dpo_cache.errors import DpoCacheError, NotInCacheError, OptionError
 from dpo_cache.sweeping import SweepProgress, SweepReport, processes
 from dpo_cache.sweeping.processes import ActiveRun, run_environment
 from dpo_cache.sweeping.sweep_folder import Run
@@ -266,3 +266,26 @@ def test_a_run_that_was_killed_after_its_first_best_does_not_stop_the_sweep_for_
     assert dpo_cache.sweep(cache, output, log=remarks.append, **OPTIONS, **options).finished
     assert "beta=0.1: it was killed while it ended; checkpoints removed." in remarks
     assert not (output / "beta=0.1/checkpoints").exists()
+
+
+# -- mistakes that would make every run fail -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_r": 2, "lora_targets": ["q_proj", "nosuch"]}, "no layer called nosuch"),
+        ({"lora_r": 2, "merge_adapter": [False, True], "lora_targets": "nosuch"}, "no layer called nosuch"),
+        ({"merge_adapter": True, "beta": [0.1, 0.2]}, "`merge_adapter` needs an adapter"),
+        ({"router_aux_loss_coef": [0.0, 0.1]}, "LlamaForCausalLM returns no router logits"),
+        ({"chat_template": ["pairs", "none.jinja"]}, "`chat_template` none.jinja: not readable"),
+        ({"peft_config": "none.json", "beta": [0.1, 0.2]}, "`peft_config` none.json: no PEFT config"),
+        ({"pairs": ["pairs", "other"]}, "no pair set 'other'"),
+    ],
+)
+def test_what_a_run_would_fail_on_is_found_before_any_run_starts(
+    cache: str, tmp_path: Path, options: dict, message: str
+) -> None:
+    with pytest.raises(DpoCacheError, match=message):
+        dpo_cache.sweep(cache, tmp_path / "sweep", **{"pairs": "pairs", **options})
+    assert not (tmp_path / "sweep").exists()

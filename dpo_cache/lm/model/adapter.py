@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from dpo_cache.errors import ModelError, OptionError, first_line
+from dpo_cache.files.locations import is_absolute
 from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.layerwise.adapting import adapting
 from dpo_cache.lm.model.lora_targets import name_layers_of_text, without_unsuited_layers
@@ -96,7 +97,7 @@ def locate_checkpoint(location: str, revision: str | None = None) -> CheckpointL
             f"{folder / CONFIG_FILE}: names no base_model_name_or_path, the model that the adapter "
             "belongs to.\nWrite it there."
         )
-    if os.path.isabs(base) and not os.path.isdir(base):
+    if is_absolute(base) and not os.path.isdir(base):
         raise ModelError(
             f"{location}: its base {base} is gone.\n"
             f"Correct base_model_name_or_path in {folder / CONFIG_FILE}."
@@ -122,7 +123,7 @@ def read_adapter_config(path: str) -> PeftConfig:
     """The config in a file like PEFT's `adapter_config.json`. Raises `OptionError`."""
     peft = import_peft()
     try:
-        fields = dict(json.loads(Path(path).read_text()))
+        fields = dict(json.loads(Path(path).read_bytes()))
         make_config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[fields.pop("peft_type")]
         return make_config(**{**fields, "inference_mode": False})
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -234,7 +235,7 @@ def _adapter_folder(location: str, revision: str | None) -> Path | None:
 
 def _read_json(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / CONFIG_FILE).read_text()))
+        return dict(json.loads((folder / CONFIG_FILE).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(
             f"{folder / CONFIG_FILE}: not readable ({first_line(error)}).\nSave the adapter again."

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from dpo_cache.errors import ModelError, first_line
+from dpo_cache.files.locations import is_absolute, is_windows_path
 from dpo_cache.lm.model.adapter import CONFIG_FILE
 from dpo_cache.lm.model.unchanged import note_files
 
@@ -67,7 +68,7 @@ def checkpoint_folder(location: str, revision: str | None) -> Path:
 def _named_file(folder: Path, name: str) -> Path:
     """The file that a config names. Raises `ModelError` unless it is a safetensors file in the folder."""
     path, parts = folder / str(name), Path(str(name)).parts
-    is_inside = ".." not in parts and not Path(str(name)).is_absolute()
+    is_inside = ".." not in parts and not is_absolute(str(name)) and not is_windows_path(str(name))
     if not is_inside or not path.name.endswith((".safetensors", ".safetensors.index.json")):
         raise ModelError(
             f"{folder / 'config.json'}: transformers_weights is {name!r}; expected a safetensors file, or an "
@@ -79,7 +80,7 @@ def _named_file(folder: Path, name: str) -> Path:
 def _names_in(index: Path) -> list[str]:
     """The names of the files in an index, sorted."""
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
         if strange := [name for name in names if not isinstance(name, str)]:
             raise TypeError(f"weight_map holds {strange[0]!r} in place of the name of a file")
         return sorted(names)

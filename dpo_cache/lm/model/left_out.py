@@ -103,7 +103,7 @@ def _num_bytes(file: Any, name: str) -> int:
 def _index_of(folder: Path) -> dict[str, Any]:
     """The index of the model's files in a folder; a single file gets one, under another name."""
     if (folder / INDEX).is_file():
-        return json.loads((folder / INDEX).read_text())
+        return json.loads((folder / INDEX).read_bytes())
     name = "model-language.safetensors"
     (folder / WHOLE).rename(folder / name)
     with safe_open(folder / name, framework="pt") as file:

@@ -98,6 +98,11 @@ def check_for_workers(inputs: Inputs, cache: str) -> None:
     if inputs.options.ray is not None:
         check_ray()
     elif inputs.options.num_workers is not None:
+        if os.name == "nt":
+            raise OptionError(
+                "`num_workers`: several processes score only on Linux and macOS.\n"
+                "Leave it out, or run it in WSL."
+            )
         worker_environments(choose_device(inputs.options.device).type, inputs.options.num_workers)
 
 

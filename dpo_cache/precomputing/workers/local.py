@@ -31,6 +31,7 @@ from dpo_cache.precomputing.workers.worker import Worker
 
 ATTEMPTS = 3  # to score a unit that ends its worker, and to start a worker that never finishes one
 LOOK_S = 0.5  # between looks whether a process has ended without a word
+KILLED = -getattr(signal, "SIGKILL", 9)  # Windows has no such signal
 STOP_S = 60.0  # for a worker to publish what it has computed
 
 Numbered = tuple[int, Unit]
@@ -162,7 +163,7 @@ class _Pool:
         self._fill(len(self.slots))
 
     def _fill(self, count: int) -> bool:
-        """Whether so many units wait; takes them from the iterator."""
+        """Return whether so many units wait; takes them from the iterator."""
         while len(self.waiting) < count and not self.has_all:
             unit = next(self.units, None)
             if unit is None:
@@ -251,7 +252,7 @@ def _failure(unit: Numbered, codes: list[int], slot: _Slot) -> Receipt:
     advice = (
         "The kernel ends processes this way where memory runs out: give fewer `num_workers` or a smaller "
         "`budget_tokens`."
-        if -signal.SIGKILL in codes
+        if KILLED in codes
         else f"The end of {slot.log_file}:\n{_last_lines(slot.log_file)}"
     )
     message = (
@@ -270,5 +271,5 @@ def _how(code: int) -> str:
 
 
 def _last_lines(log_file: Path, count: int = 5) -> str:
-    lines = log_file.read_text(errors="replace").splitlines() if log_file.exists() else []
+    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines() if log_file.exists() else []
     return "\n".join(f"  {line}" for line in lines[-count:]) or "  (empty)"

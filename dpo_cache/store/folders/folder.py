@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from dpo_cache.errors import OptionError
+from dpo_cache.files.locations import is_url
 from dpo_cache.store.folders.local import LocalFolder
 from dpo_cache.store.folders.remote import PACKAGES, RemoteFolder, open_remote
 
@@ -31,7 +32,7 @@ def open_folder(location: str | os.PathLike[str]) -> Folder:
     text = os.fspath(location)
     if not text or "\0" in text:
         raise OptionError(f"{text!r} is no place of a cache.\nGive a folder's path, or a URL.")
-    scheme = text.partition("://")[0] if "://" in text else ""
+    scheme = text.partition("://")[0] if is_url(text) else ""
     if scheme.lower() in LOCAL_SCHEMES:
         return LocalFolder(path_of_url(text))
     if scheme:

@@ -219,7 +219,7 @@ def check_files(checkpoint: Path) -> None:
 def _read_state(checkpoint: Path) -> tuple[RunPosition, dict[str, int]]:
     """The position in state.json, and the checksums of the other files by name."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
+        state = json.loads((checkpoint / "state.json").read_bytes())
         if "crc" in state and state.pop("crc") != _state_checksum(state):
             raise ValueError("its content is not what was saved")
         files = state.pop("files", {})

@@ -53,8 +53,8 @@ class MetricsFile:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line, which has a `step`."""
-        with refused_writes(self.path, TrainingError, ADVICE), open(self.path, "a") as file:
-            file.write(_render([line]))
+        with refused_writes(self.path, TrainingError, ADVICE), open(self.path, "ab") as file:
+            file.write(_render([line]).encode())
 
     def fsync(self) -> None:
         """Wait until the lines are on the disk: a checkpoint must not outlive the lines before it."""

@@ -122,7 +122,7 @@ def changed_options(folder: Path, config: dict[str, Any]) -> list[str]:
 def read_config(folder: Path) -> dict[str, Any]:
     """RUN/config.json. Raises `TrainingError`."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_bytes())
         dict(config["resolved"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise damaged(folder / "config.json", error) from error
@@ -238,7 +238,7 @@ def _publish_best(best: Path, target: Path) -> None:
 def _best_step(best: Path) -> int | None:
     """The step of the policy in a best/; None if there is none, or if its best.json is not readable."""
     try:
-        return json.loads((best / BEST_FILE).read_text())["step"]
+        return json.loads((best / BEST_FILE).read_bytes())["step"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -83,8 +83,7 @@ def hold_run(folder: Path, log: Log, *, resume: bool, is_dry_run: bool) -> Itera
 
 
 def is_begun(folder: Path) -> bool:
-    """Return whether the folder has a run, which `resume` continues, or starts again if it has no checkpoint.
-    """
+    """Return whether the folder has a run, which `resume` continues, or starts again if it has no checkpoint."""
     return (folder / "config.json").exists()
 
 
@@ -93,7 +92,7 @@ def _is_run(folder: Path) -> bool:
     as logs.
     """
     try:
-        return "resolved" in json.loads((folder / "config.json").read_text())
+        return "resolved" in json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, TypeError):
         return False
 

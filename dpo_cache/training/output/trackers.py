@@ -232,7 +232,7 @@ def _read_ids(output: Path) -> dict[str, dict[str, str]]:
     """The ids of the run in its trackers. Raises `TrainingError`."""
     path = output / FILE
     try:
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = json.loads(path.read_bytes()) if path.exists() else {}
         return {name: {"id": str(entry["id"])} for name, entry in known.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise TrainingError(
