@@ -106,24 +106,37 @@ def starts_with(page: str) -> list[str]:
 def read_commands(block: Block) -> list[Command]:
     """The commands of a block of `console` or `sh`."""
     prompt = "$ " if block.language == "console" else ""
-    commands: list[Command] = []
-    position = 0
-    while position < len(block.lines):
-        line = block.lines[position]
-        if not line.startswith(prompt):
-            raise PageError(f"line {block.number + position}: expected a command, `$ ...`, found {line!r}")
-        if not prompt and (not line.strip() or line.startswith("#")):
+    lines, commands, position = block.lines, [], 0
+    while position < len(lines):
+        if not lines[position].startswith(prompt):
+            number = block.number + position
+            raise PageError(f"line {number}: expected a command, `$ ...`, found {lines[position]!r}")
+        if not prompt and (not lines[position].strip() or lines[position].startswith("#")):
             position += 1
             continue
-        first, words = position, [line.removeprefix(prompt)]
-        while words[-1].endswith("\\"):
-            words[-1] = words[-1][:-1].rstrip()
-            position += 1
-            words.append(block.lines[position].strip())
-        position += 1
+        number = block.number + position
+        text, position = _whole_command(lines, position)
         start = position
-        while prompt and position < len(block.lines) and not block.lines[position].startswith(prompt):
+        while prompt and position < len(lines) and not lines[position].startswith(prompt):
             position += 1
-        output = block.lines[start:position]
-        commands.append(Command(" ".join(words), block.number + first, output, block.number + start))
+        start, end = _without_blank_ends(lines, start, position)
+        commands.append(Command(text.removeprefix(prompt), number, lines[start:end], block.number + start))
     return commands
+
+
+def _whole_command(lines: list[str], position: int) -> tuple[str, int]:
+    """The command at a position, with the lines that continue it, and the position after these."""
+    text = lines[position]
+    while text.endswith("\\") and position + 1 < len(lines):
+        position += 1
+        text = f"{text[:-1].rstrip()} {lines[position].strip()}"
+    return text, position + 1
+
+
+def _without_blank_ends(lines: list[str], start: int, end: int) -> tuple[int, int]:
+    """The range without empty lines at its ends."""
+    while end > start and not lines[end - 1].strip():
+        end -= 1
+    while start < end and not lines[start].strip():
+        start += 1
+    return start, end

@@ -59,6 +59,15 @@ def run_code(text: str, page: str, number: int, names: dict[str, Any]) -> Done:
         return _in_process(["python"], lambda: exec(code, names))
 
 
+def end_accelerate() -> None:
+    """Reset the state that TRL's trainer leaves in accelerate: another run in this process would see it."""
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 @cache
 def _helps() -> dict[str, str]:
     return read_helps()

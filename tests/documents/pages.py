@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tests.documents.accepted import check_accepted
 from tests.documents.blocks import Block, Command, PageError, read_blocks, read_commands, starts_with
 from tests.documents.compare import difference, matched, renewed, stripped
-from tests.documents.execute import Done, run_code, run_command
+from tests.documents.execute import Done, end_accelerate, run_code, run_command
 from tests.documents.folder import READY, ROOT, SHOWN_AS, Workplace
 from tests.documents.object_store import make_bucket
 
@@ -84,6 +84,7 @@ class Page:
                 self._run_blocks(blocks, str(folder))
             finally:
                 os.chdir(before)
+                end_accelerate()
 
     def _run_blocks(self, blocks: list[Block], folder: str) -> None:
         names: dict[str, Any] = {"__name__": "__main__"}
@@ -92,9 +93,8 @@ class Page:
             if block.not_run:
                 self._check_unrun(block)
             elif block.is_output:
-                self._compare(
-                    block.number, "the code above", block.lines, printed, block.number, block.indent
-                )
+                output = Command("the code above", block.number, block.lines, block.number)
+                self._compare(output, printed, block.indent)
             elif block.language == "python":
                 done = run_code(block.text, self.name, block.number, names)
                 printed = shown(done, folder)
@@ -107,7 +107,7 @@ class Page:
                         return
 
     def _run(self, command: Command, folder: str, block: Block) -> bool:
-        """Whether the page can continue after this command."""
+        """Run a command, and return whether the page can continue after it."""
         done = run_command(command.text)
         lines = shown(done, folder)
         wanted = _CODE.search(command.text)
@@ -116,33 +116,28 @@ class Page:
             self._add(command.number, command.text, f"exit code {done.code}\n" + "\n".join(lines))
             return False
         if command.output:
-            self._compare(
-                command.number, command.text, command.output, lines, command.output_number, block.indent
-            )
+            self._compare(command, lines, block.indent)
         return True
 
-    def _compare(
-        self, number: int, title: str, on_page: list[str], real: list[str], first: int, indent: str
-    ) -> None:
-        end = len(on_page)
-        while end and not on_page[end - 1].strip():
-            end -= 1
-        wanted = on_page[:end]
-        new = [f"{indent}{line}".rstrip() for line in renewed(wanted, real)]
-        is_same = matched(wanted, real) is not None
-        self._outputs.append(_Output(first, len(wanted), new, is_same))
+    def _compare(self, command: Command, real: list[str], indent: str) -> None:
+        is_same = matched(command.output, real) is not None
+        new = [f"{indent}{line}".rstrip() for line in renewed(command.output, real)]
+        self._outputs.append(_Output(command.output_number, len(command.output), new, is_same))
         if not is_same:
-            self._add(number, title, difference(wanted, real))
+            self._add(command.number, command.text, difference(command.output, real))
 
     def _check_unrun(self, block: Block) -> None:
+        if block.language == "python":
+            self._check(block.number, "this code", lambda: ast.parse(block.text))
+        elif block.language in ("console", "sh"):
+            for command in self._commands(block):
+                self._check(command.number, command.text, lambda text=command.text: check_accepted(text))
+
+    def _check(self, number: int, title: str, check: Callable[[], object]) -> None:
         try:
-            if block.language == "python":
-                ast.parse(block.text)
-            elif block.language in ("console", "sh"):
-                for command in self._commands(block):
-                    check_accepted(command.text)
+            check()
         except Exception as error:
-            self._add(block.number, "is not accepted:", f"{type(error).__name__}: {error}")
+            self._add(number, title, f"is not accepted: {type(error).__name__}: {error}")
 
     def _commands(self, block: Block) -> list[Command]:
         try:

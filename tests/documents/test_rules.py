@@ -168,9 +168,12 @@ def test_a_page_gets_the_output_of_its_commands(tmp_path: Path, monkeypatch: pyt
         ("```python\n\nnothing\n```", "page.md:2: this code fails:\n"),
         (
             "<!-- not run: needs S3 -->\n```sh\ndpo-cache ls --no\n```",
-            "page.md:3: is not accepted:\nNoSuchOption",
+            "page.md:3: dpo-cache ls --no\nis not accepted: NoSuchOption",
         ),
-        ("<!-- not run: needs S3 -->\n```python\na b\n```", "page.md:3: is not accepted:\nSyntaxError"),
+        (
+            "<!-- not run: needs S3 -->\n```python\na b\n```",
+            "page.md:3: this code\nis not accepted: SyntaxError",
+        ),
         ("<!-- starts with: nothing -->", "page.md: starts with: nothing: none of"),
     ],
 )
@@ -182,7 +185,7 @@ def test_a_problem_names_page_line_and_command(
 
 
 def test_a_command_that_fails_as_shown_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "```console\n$ echo error: no; exit 2\nerror: no\n$ exit 3  # exit code 3\n```\n"
+    text = "```console\n$ echo error: no; exit 2\nerror: no\n\n$ exit 3  # exit code 3\n\n$ echo 1\n```\n"
     assert not run_page(text, tmp_path, monkeypatch).problems
 
 
