@@ -83,7 +83,7 @@ def hold_run(folder: Path, log: Log, *, resume: bool, is_dry_run: bool) -> Itera
 
 
 def is_begun(folder: Path) -> bool:
-    """Return whether the folder has a run, which `resume` continues, or starts again if it has no checkpoint."""
+    """Return whether the folder has a run, which `resume` continues; without a checkpoint it starts again."""
     return (folder / "config.json").exists()
 
 
