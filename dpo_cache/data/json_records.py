@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 BLOCK_BYTES = 1 << 20
 NEAR_END = 16  # letters: an error so near to the end of what is read may be that of a value that is cut there
+CUT = "it is no whole JSON object (cut before its end)"
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -66,8 +67,9 @@ def parse_record(line: bytes, number: int | None) -> Record:
     """The row that is this JSON text, or the problem with it, in words that complete 'line 7: ...'."""
     try:
         text = line.decode()
-    except UnicodeDecodeError:
-        return Record(number, None, problem="it is not UTF-8 text")
+    except UnicodeDecodeError as error:
+        is_cut = error.reason == "unexpected end of data"  # within the bytes of its last letter
+        return Record(number, None, problem=CUT if is_cut else "it is not UTF-8 text")
     return checked_record(text, number)
 
 
@@ -78,6 +80,8 @@ def checked_record(text: str, number: int | None) -> Record:
         if ("\\ud" in text or "\\uD" in text) and not _is_unicode(row):
             return Record(number, None, problem="it holds half of a surrogate pair, which is no letter")
     except json.JSONDecodeError as error:
+        if error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()):
+            return Record(number, None, problem=CUT)
         reason = error.msg[:1].lower() + error.msg[1:].removesuffix(" starting at")
         return Record(number, None, problem=f"it is no JSON ({reason})")
     except _TwiceError as error:

@@ -131,7 +131,14 @@ WRONG = {
         b'{"prompt": "a", "chosen": {"a": 1}, "rejected": "c"}',
         "`chosen` is an object, expected text",
     ),
-    "cut": (b'{"prompt": "a", "chosen": "b', "it is no JSON (unterminated string)"),
+    "cut": (b'{"prompt": "a", "chosen": "b', "it is no whole JSON object (cut before its end)"),
+    "cut between values": (b'{"prompt": "a", ', "it is no whole JSON object (cut before its end)"),
+    "cut before the brace": (b'{"prompt": "a"', "it is no whole JSON object (cut before its end)"),
+    "cut within a letter": (
+        '{"prompt": "a", "chosen": "\u00e9'.encode()[:-1],
+        "it is no whole JSON object (cut before its end)",
+    ),
+    "no comma": (b'{"prompt": "a" "chosen": "b"}', "it is no JSON (expecting ',' delimiter)"),
     "no JSON": (b"hello", "it is no JSON (expecting value)"),
     "two": (b'{"prompt": "a"} {"prompt": "b"}', "it is no JSON (extra data)"),
     "list": (b'["a", "b", "c"]', "it is a list, expected an object"),
@@ -205,7 +212,7 @@ def test_rows_that_cannot_be_used_are_dropped_and_named(tmp_path: Path, streamin
     assert [row["row"] for row in rows if row["problem"] is None] == [1, 3]
     assert remarks == [
         "p: left out are it is no JSON (expecting value): 1 row, line 1; `chosen` is a number, expected text: "
-        "1 row, line 3; it is no JSON (unterminated string): 1 row, line 5."
+        "1 row, line 3; it is no whole JSON object (cut before its end): 1 row, line 5."
     ]
 
 
