@@ -48,7 +48,7 @@ TURNS ?= 3
 # Tests of several processes at once, in tests/scale, run one after another: each starts two or three of its own.
 SCALE := tests/scale
 
-.PHONY: help install model demo dist docs docs-links test test-scale test-slow test-families test-oldest test-newest test-fake-cuda check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-plan bench-layers
+.PHONY: help install model demo dist docs docs-links test test-scale test-slow test-families test-oldest test-newest test-fake-cuda test-trl check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-plan bench-layers
 .PHONY: bench-token-ids bench-file-ids bench-store bench-ray clean
 
 help:
@@ -60,6 +60,7 @@ help:
 	@echo "make test-oldest  a part of the tests with the lowest versions that pyproject.toml allows"
 	@echo "make test-newest  the same tests with the newest versions"
 	@echo "make test-fake-cuda  CUDA's branches on a machine without a GPU: operators counted, waits found; installs torch for CUDA"
+	@echo "make test-trl TRL_SOURCE=FOLDER  TRL's own tests of its DPOTrainer, with its trainer and with CachedDPOTrainer"
 	@echo "make check        format, lint and types"
 	@echo "make docs         write the pages and the stub that come from the code, and build the site in docs/_build/html"
 	@echo "make dist         build the wheel and the source distribution, check what they hold, install and run them"
@@ -140,6 +141,10 @@ $(FAKE_CUDA_VENV)/installed: pyproject.toml
 
 test-fake-cuda: $(FAKE_CUDA_VENV)/installed
 	OMP_NUM_THREADS=1 $(FAKE_CUDA_VENV)/bin/python -m pytest $(WORKERS) tests/fake_cuda
+
+# TRL_SOURCE is a checkout of TRL: its wheel has no tests. They are read there, and never copied here.
+test-trl: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trl_suite.compare $(TRL_SOURCE)
 
 docs: $(VENV)/installed
 	$(BIN)/python -m tests.losses.write_table

@@ -36,6 +36,10 @@ RENAMED = {  # fields whose value is taken as it is
     "warmup_ratio": "warmup_ratio",
 }  # fmt: skip
 LEARNED = ("per_device_train_batch_size", "num_train_epochs", "learning_rate", "warmup_steps", "seed")
+READ = {field for field, entry in FIELDS.items() if entry.equal and field != "fsdp"}
+SWITCHES = {"bf16", "activation_checkpointing"}  # whose default is neither
+NUMBERS = {"eval_steps", "save_total_limit", "ld_alpha", "router_aux_loss_coef"}  # whose default is none
+LISTS = {"loss_type", "report_to", "lora_target_modules"}
 SHOWN = 40  # characters of a value in a remark
 EMPTY: tuple[Any, ...] = (None, "", [], {}, "no", "none", "None")
 
@@ -256,7 +260,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
             near = difflib.get_close_matches(str(field), FIELDS, n=1, cutoff=0.75)
             advice = f"Did you mean {near[0]}?" if near else "Leave it out."
             raise OptionError(f"{name}: TRL 1.16's DPOConfig has no field {field}.\n{advice}")
-    return {field: _number(field, value, name) for field, value in content.items()}
+    return {field: _checked(field, value, name) for field, value in content.items()}
 
 
 def _yaml(text: str) -> Any:
@@ -268,13 +272,29 @@ def _yaml(text: str) -> Any:
         raise ValueError(str(error)) from error
 
 
-def _number(field: str, value: Any, name: str) -> Any:
-    """The value; text such as `1e-6`, which YAML takes for text, as the number that the field has."""
+def _checked(field: str, value: Any, name: str) -> Any:
+    """The value in the type that the field has; text such as `1e-6`, which YAML takes for text, is a number.
+
+    Raises `OptionError`.
+    """
     default = FIELDS[field].default
-    if isinstance(default, bool) or not isinstance(default, (int, float)):
+    if value is None or field not in READ:
         return value
-    try:
-        number = float(value)
-        return int(number) if isinstance(default, int) and number.is_integer() else number
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"{name}: {field} {value}: expected a number.") from error
+    if isinstance(default, bool) or field in SWITCHES:
+        is_right, expected = isinstance(value, bool), "true or false"
+    elif isinstance(default, (int, float)) or field in NUMBERS:
+        try:
+            number = float(value)
+            return int(number) if number.is_integer() and not isinstance(default, float) else number
+        except (TypeError, ValueError):
+            is_right, expected = False, "a number"
+    elif field == "loss_weights":
+        is_right = isinstance(value, list) and all(type(weight) in (int, float) for weight in value)
+        expected = "a list of numbers"
+    else:
+        texts = value if isinstance(value, list) and field in LISTS else [value]
+        is_right = all(isinstance(text, str) for text in texts)
+        expected = "text, or a list of texts" if field in LISTS else "text"
+    if not is_right:
+        raise OptionError(f"{name}: {field} {value}: expected {expected}.")
+    return value
