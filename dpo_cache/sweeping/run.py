@@ -38,10 +38,9 @@ from dpo_cache.sweeping.html import sweep_html
 from dpo_cache.sweeping.processes import ENDS_BY_SIGNAL, ActiveRun, run_environment, threads_of_a_run
 from dpo_cache.sweeping.sweep_folder import Run, hold_folder, plan_runs, read_report, with_plan, write_whole
 from dpo_cache.training.output.run_start import clear_finished
-
 from dpo_cache.training.output.tracker_access import check_trackers
-POLL_S = 0.2
 
+POLL_S = 0.2
 # Options whose values are checked with the model's config and torch, unless they are the usual ones
 USUAL = {
     "lora_targets": "all-linear",
@@ -50,6 +49,7 @@ USUAL = {
     "router_aux_loss_coef": None,
     "device": "auto",
 }
+
 OnRow = Callable[["SweepReport"], None]
 
 

@@ -176,7 +176,9 @@ def test_unsuitable_options_of_an_adapter_are_refused(cache: str, tmp_path: Path
     (tmp_path / "broken.json").write_text('{"peft_type": "NONE"}')
     with pytest.raises(OptionError, match="no PEFT config can be read from it"):
         train(cache, tmp_path / "run", peft_config=str(tmp_path / "broken.json"))
-    with pytest.raises(OptionError, match=r"LlamaForCausalLM has no layer called absent_proj(?s:.*)linear layers: .*q_proj"):
+    with pytest.raises(
+        OptionError, match=r"LlamaForCausalLM has no layer called absent_proj(?s:.*)linear layers: .*q_proj"
+    ):
         train(cache, tmp_path / "run", lora_r=2, lora_targets="absent_proj")
     with pytest.raises(TrainingError, match="`merge_adapter` needs an adapter"):
         train(cache, tmp_path / "run", merge_adapter=True)

@@ -61,9 +61,7 @@ def test_lora_targets_that_the_model_lacks(cache: str, tmp_path: Path, targets: 
         ({"r": 0}, "cannot take this adapter: .*should be a positive integer"),
     ],
 )
-def test_adapters_that_the_model_cannot_take(
-    cache: str, tmp_path: Path, fields: dict, message: str
-) -> None:
+def test_adapters_that_the_model_cannot_take(cache: str, tmp_path: Path, fields: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         train(cache, tmp_path / "run", peft_config=peft_file(tmp_path, **fields))
 
@@ -111,9 +109,7 @@ def test_a_disk_that_is_too_small(
 
 def linear_layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
     return [
-        one
-        for name, one in model.named_modules()
-        if isinstance(one, torch.nn.Linear) and name != "lm_head"
+        one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and name != "lm_head"
     ]
 
 
@@ -129,7 +125,10 @@ def test_a_merged_adapter_on_a_shared_weight(tmp_path: Path, monkeypatch: pytest
     make_tokenizer().save_pretrained(tmp_path / "model")
     data = write_rows(tmp_path / "pairs.jsonl", chat_rows(6))
     dpo_cache.precompute(tmp_path / "model", data, tmp_path / "cache")
-    with pytest.warns(UserWarning, match="tie_word_embeddings"), pytest.raises(OptionError, match="share one"):
+    with (
+        pytest.warns(UserWarning, match="tie_word_embeddings"),
+        pytest.raises(OptionError, match="share one"),
+    ):
         train(
             str(tmp_path / "cache"),
             tmp_path / "run",
