@@ -9,6 +9,7 @@ Scores the rows with the model, holds out a fifth of the prompts, and trains on 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def plot(evaluations: list[dict[str, Any]], path: Path) -> None:
     for panel, (name, label) in zip(panels, CURVES.items(), strict=True):
         panel.plot(
             [line["step"] for line in evaluations],
-            [line[name] for line in evaluations],
+            [math.nan if line[name] is None else line[name] for line in evaluations],
             marker=".",
             color="#1f6f8b",
         )

@@ -185,9 +185,9 @@ def expected_series(output: Path, tracker: str) -> Series:
             "logps/chosen",
             "logps/rejected",
         ):
-            series[f"{bare[phase]}{name}"].append(
-                (line["step"], line[name if phase == "train" else f"eval/{name}"])
-            )
+            value = line[name if phase == "train" else f"eval/{name}"]
+            if value is not None:  # an accuracy where margins are rounding noise is not sent
+                series[f"{bare[phase]}{name}"].append((line["step"], value))
         if phase == "train":
             series[f"{bare[phase]}learning_rate"].append((line["step"], line["lr"]))
             series[f"{bare[phase]}grad_norm"].append((line["step"], line["grad_norm"]))
