@@ -8,10 +8,12 @@ from dpo_cache.cli.output import (
     ProgressLine,
     count,
     format_bytes,
+    is_verbose,
     print_json,
     print_table,
     print_text,
     when_stopped,
+    with_flags,
 )
 from dpo_cache.cli.parameters import command
 from dpo_cache.log import phase
@@ -48,4 +50,7 @@ def export_command(options: ExportOptions, as_json: bool) -> None:
         ("written", format_bytes(report.bytes_written)),
     ]
     print_table(f"{report.pairs}: exported as {report.format}", rows)
+    if is_verbose():
+        for fact in report.left_out:
+            print_text(f"Left out: {with_flags(fact)}.")
     print_text(f"The rows are in {report.out}. Next: {READERS[report.format].format(out=report.out)}")

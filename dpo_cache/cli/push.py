@@ -30,5 +30,5 @@ def push_command(options: PushOptions, as_json: bool) -> None:
         print_json(asdict(report))
         return
     print_transfer(report)
-    following = command_line("pull", report.target, "LOCAL")
+    following = command_line("pull", options.remote, "LOCAL")
     print_text(f"{report.target} holds the copy. Next, on another machine:\n  {following}")

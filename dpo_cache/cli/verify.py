@@ -90,7 +90,10 @@ def _print_report(report: VerifyReport, cache: str) -> None:
         rows.append(("files of no known kind", f"{count(len(report.unknown))} ({shown})"))
     print_table(f"{report.cache}: {_verdict(report)}", rows)
     for problem in report.problems:
-        print_text(with_flags(str(problem)))
+        text = str(problem)
+        if report.repair and "`repair`" in problem.remedy:  # done already
+            text = text.removesuffix(f"\n  {problem.remedy}")
+        print_text(with_flags(text))
     for entry in report.rescored:
         _print_rescored(entry)
     if report.repair:
@@ -147,6 +150,7 @@ def _print_repair(repaired: RepairReport) -> None:
     restored = (
         f"{count(repaired.restored)} completions were put back from pair sets; " if repaired.restored else ""
     )
-    print_text(f"{restored}{lost} completions are to be scored again. Next:")
+    again = "no completion is" if repaired.lost == 0 else f"{lost} completions are"
+    print_text(f"{restored}{again} to be scored again. Next:")
     for line in repaired.commands:
         print_text(f"  {printable(line)}")  # on one line, whatever the cache's files name

@@ -90,10 +90,8 @@ def export_pairs(
         )
     report = ExportReport(pair_set.name, chosen.output, chosen.output_format)
     check_output(chosen.output, report.format, overwrite=chosen.overwrite)
-    text = _find_text(chosen, pair_set, report)
+    text = _find_text(chosen, pair_set, report, log or log_remark)
     _note_losses(chosen, pair_set, report)
-    for loss in report.left_out:
-        (log or log_remark)(f"left out: {loss}.")
     schema = _schema(chosen, pair_set, text)
     rows: Iterator[TextRow] = map(_id_row, pair_set)
     if text is not None:
@@ -107,12 +105,16 @@ def export_pairs(
     return report
 
 
-def _find_text(options: ExportOptions, pair_set: PairSet, report: ExportReport) -> SourceText | None:
+def _find_text(
+    options: ExportOptions, pair_set: PairSet, report: ExportReport, log: Log
+) -> SourceText | None:
+    """The texts of the pairs; None, with a remark, where they are not found."""
     if not options.text:
         return None
     text = find_source_text(pair_set.manifest, dataset=options.dataset, tokenizer=options.tokenizer)
     if isinstance(text, str):
         report.left_out.append(f"prompt, chosen and rejected as text: {text}")
+        log(f"left out: {report.left_out[-1]}.")
         return None
     return text
 

@@ -182,13 +182,14 @@ class CopyOptions(Options):
     )
 
     def check(self) -> None:
-        remote, local = (getattr(self, name).removeprefix("file://") for name in ("remote", "local"))
+        remote, local = (getattr(self, name) for name in ("remote", "local"))
         order = "Mind the order: `dpo-cache pull REMOTE LOCAL`, `dpo-cache push LOCAL REMOTE`."
-        self._require("://" not in local, f"LOCAL {local}: expected a folder.\n{order}")
+        is_folder = "://" not in local.removeprefix("file://")
+        self._require(is_folder, f"LOCAL {local}: expected a folder.\n{order}")
         self._require(
             "://" in remote,
             f"REMOTE {remote}: expected a URL such as s3://bucket/cache.\n"
-            "Between two folders use `dpo-cache merge`.",
+            "Between two folders use `dpo-cache merge`, or a URL such as file:///mnt/share/cache.",
         )
 
 

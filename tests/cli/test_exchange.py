@@ -26,7 +26,10 @@ def test_export_then_import_then_train(run, cache: Path, tmp_path: Path, model_f
         f"  written  {out.stat().st_size / 1000:.1f} kB",
         f'The rows are in {out}. Next: datasets.load_dataset("parquet", data_files="{out}")',
     ]
-    assert exported.err.startswith("left out: the log-prob of each token (--token-logps adds it).\n")
+    assert exported.err == ""
+    more = run("export", cache, "pairs", out, "--overwrite", "--verbose")
+    left_out = [line for line in more.out.splitlines() if line.startswith("Left out: ")]
+    assert left_out[0] == "Left out: the log-prob of each token (--token-logps adds it)."
     imported = run("import", other, out, "--reference", "peer", "--name", "p", "--model", model_folder)
     assert (
         imported.code == 0

@@ -145,7 +145,8 @@ def test_verify_repair_prints_the_moved_files_and_the_next_commands(run, root: P
     done = run("verify", root, "--repair")
     assert done.code == 1  # damage was found
     assert f"moved aside: pairs/demo/train/{part.name}\n  to .quarantine/" in done.out
-    assert done.out.splitlines()[-2] == "at most 0 completions are to be scored again. Next:"
+    assert done.out.splitlines()[-2] == "no completion is to be scored again. Next:"
+    assert "--repair" not in done.out
     assert done.out.splitlines()[-1].startswith(
         "  dpo-cache precompute --model example/tiny --dataset example/pairs --cache "
     )

@@ -269,7 +269,8 @@ def test_the_ends_are_a_url_and_a_folder(options: type) -> None:
     with pytest.raises(
         OptionError, match="^REMOTE /a: expected a URL .*\nBetween two folders use `dpo-cache merge`"
     ):
-        options(remote="file:///a", local="/b")
+        options(remote="/a", local="/b")
+    options(remote="file:///a", local="/b")  # such as a disk that several machines mount
 
 
 def test_the_commands_say_what_was_copied_and_what_is_next(
