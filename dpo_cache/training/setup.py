@@ -33,7 +33,6 @@ from dpo_cache.training.batches import count_shared
 from dpo_cache.training.evaluations import Schedule, schedule_of
 from dpo_cache.training.gradient_check import GradientCheck
 from dpo_cache.training.inputs import TrainedModel, TrainingPairs, open_pairs, open_policy
-from dpo_cache.training.launch import unused_settings
 from dpo_cache.training.layer_major import LayerMajorSteps
 from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.optim.optimizers import make_optimizer
@@ -52,9 +51,9 @@ from dpo_cache.training.output.run_start import find_start
 from dpo_cache.training.output.tracker_access import check_trackers
 from dpo_cache.training.pair_logps import objective_of
 from dpo_cache.training.ranks import Ranks
+from dpo_cache.training.start_remarks import start_remarks
 from dpo_cache.training.step_memory import StepMemory
 from dpo_cache.training.step_zero import expectation_of
-from dpo_cache.training.warnings import FEW_STEPS, describe_few_steps
 from dpo_cache.types import token_rounding
 
 FREED = (
@@ -137,33 +136,8 @@ class Setup:
 
     def log_remarks(self) -> None:
         """Log remarks on slow or useless choices before the first step."""
-        policy, data, options = self.policy, self.data, self.options
-        if remark := policy.attention.remark(policy.model, "trained"):
-            self.log(remark)
-        if self.checkpoint is None and self.total_steps < FEW_STEPS:
-            self.log(describe_few_steps(options, data.num_pairs, self.total_steps, self.peak_lr))
-        for name, schedule in (("eval_every", self.evaluates), ("save_every", self.saves)):
-            value = getattr(options, name)
-            if value is not None and not schedule.count(1, self.total_steps):
-                self.log(f"`{name}` {value} never triggers: the run has {self.total_steps} steps.")
-        for text in unused_settings(options.parallel):
+        for text in start_remarks(self):
             self.log(text)
-        if options.launch not in (None, self.ranks.size):
-            self.log(f"`launch` {options.launch} has no effect: {self.ranks.size} processes run already.")
-        if options.parallel != "ddp" and self.ranks.size == 1:
-            self.log(f"`parallel` {options.parallel} has no effect: one process trains.")
-        for name, entry in options.earlier_names().items():
-            self.log(f"{name} is an earlier name of `place` {entry}.")
-        if options.max_grad_norm and not policy.clips(options):
-            self.log(
-                f"the gradient is not clipped to `max_grad_norm` {options.max_grad_norm}: under `memory` "
-                f"{policy.memory} each layer is updated before the norm of all is known."
-            )
-        if data.eval_pairs is not None and (shared := self.inputs["num_shared_eval_pairs"]):
-            self.log(
-                f"{shared:,} of {len(data.eval_pairs):,} evaluation pairs are also "
-                "training pairs: those are not held out."
-            )
 
 
 @contextmanager

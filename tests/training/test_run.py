@@ -94,7 +94,12 @@ def test_a_dry_run_takes_a_step_on_the_longest_pairs_and_writes_nothing(
 ) -> None:
     sizes = forest_sizes(monkeypatch)
     remarks: list[str] = []
-    report = train(cache, tmp_path / "run", dry_run=True, eval_pairs="heldout", log=remarks.append)
+    shown: list[dict] = []
+    report = train(
+        cache, tmp_path / "run", dry_run=True, eval_pairs="heldout", log=remarks.append,
+        on_metrics=shown.append,
+    )  # fmt: skip
+    assert [(line["step"], line["total_steps"]) for line in shown] == [(2, 2)]  # of the dry run
     assert (
         report.is_dry_run
         and not report.finished
