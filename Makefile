@@ -158,7 +158,8 @@ docs: $(VENV)/installed
 docs-links: $(VENV)/installed
 	$(SPHINX) -b linkcheck . docs/_build/links
 
-# The archives, in dist/. Each is installed into an environment without anything else, where the package is run.
+# The archives, in dist/. Each is installed into an environment without anything else, where the package is run;
+# the wheel is built from the source distribution.
 dist:
 	rm -rf dist build $(DIST_VENV)
 	$(PYTHON) -m venv $(DIST_VENV)
@@ -171,7 +172,7 @@ dist:
 	$(DIST_VENV)/bin/pip install --quiet dist/*.whl
 	$(DIST_VENV)/bin/python tests/installed/run.py
 	$(DIST_VENV)/bin/pip install --quiet --force-reinstall --no-deps dist/*.tar.gz
-	$(DIST_VENV)/bin/python tests/installed/run.py
+	$(DIST_VENV)/bin/python tests/installed/run.py --help precompute
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
