@@ -48,7 +48,7 @@ TURNS ?= 3
 # Tests of several processes at once, in tests/scale, run one after another: each starts two or three of its own.
 SCALE := tests/scale
 
-.PHONY: help install model demo dist docs docs-links test test-scale test-slow test-families test-oldest test-newest test-fake-cuda test-trl check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-plan bench-layers
+.PHONY: help install model demo dist docs docs-links notebooks test test-scale test-slow test-families test-oldest test-newest test-fake-cuda test-trl check bench-precompute bench-train bench-learning bench-memory bench-memory-table bench-memory-options bench-plan bench-layers
 .PHONY: bench-token-ids bench-file-ids bench-store bench-ray clean
 
 help:
@@ -64,6 +64,7 @@ help:
 	@echo "make check        format, lint and types"
 	@echo "make docs         write the pages and the stub that come from the code, and build the site in docs/_build/html"
 	@echo "make dist         build the wheel and the source distribution, check what they hold, install and run them"
+	@echo "make notebooks    run the notebooks in examples/ with a tiny model"
 	@echo "make docs-links   open every address in the docs; needs the network"
 	@echo "make bench-precompute DATA=FILE [MODEL=FOLDER] [ROWS=N]      speed of scoring compared with TRL 1.16 and with the machine's limit"
 	@echo "make bench-train DATA=FILE [MODEL=FOLDER] [ROWS=N]           speed and memory of training compared with TRL 1.16 and with the machine's limit;"
@@ -153,6 +154,9 @@ docs: $(VENV)/installed
 	$(BIN)/python -m tests.cli.write_help
 	$(SPHINX) -b html . docs/_build/html
 	@echo "The site is in docs/_build/html/index.html."
+
+notebooks: $(VENV)/installed
+	$(BIN)/python -m tests.example_notebooks
 
 # Needs the network: every address outside of the repository is opened.
 docs-links: $(VENV)/installed
