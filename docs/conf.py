@@ -109,12 +109,15 @@ def add_generated(_: Sphinx, docname: str, source: list[str]) -> None:
 
 def _toctree(caption: str, pages: list[str]) -> str:
     options = [":hidden:", *([f":caption: {caption}"] if caption else [])]
-    return "\n".join(["\n", "```{toctree}", *options, "", *filter(_exists, pages), "```", ""])
+    return "\n".join(
+        ["\n", "```{toctree}", *options, "", *(page for page in pages if file_of(page).exists()), "```", ""]
+    )
 
 
-def _exists(page: str) -> bool:
-    name = page.partition("<")[2].rstrip(">") or page  # TITLE <PAGE>
-    return (ROOT / name[1:] if name.startswith("/") else DOCS / name).with_suffix(".md").exists()
+def file_of(entry: str) -> Path:
+    """The page of an entry of the navigation: PAGE in docs, /PAGE of the repository, or TITLE <PAGE>."""
+    name = entry.partition("<")[2].rstrip(">") or entry
+    return (ROOT / name[1:] if name.startswith("/") else DOCS / name).with_suffix(".md")
 
 
 def _groups() -> dict[str, list[str]]:

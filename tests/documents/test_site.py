@@ -58,6 +58,15 @@ def test_a_build_finds_every_kind_of_broken_link_and_a_page_that_nobody_can_reac
     assert "lost.md: WARNING: document isn't included in any toctree" in warnings
 
 
+def test_the_navigation_names_pages_that_exist_and_the_first_page_links_them() -> None:
+    conf = read_conf()
+    first = (DOCS / "index.md").read_text()
+    for page in [conf.file_of(entry) for part in conf.NAVIGATION.values() for entry in part]:
+        assert page.exists(), page
+        if page.is_relative_to(DOCS):
+            assert f"]({page.relative_to(DOCS).as_posix()})" in first, page
+
+
 def test_the_api_reference_has_every_public_name_once() -> None:
     groups = read_conf()._groups()
     names = [name for group in groups.values() for name in group]
