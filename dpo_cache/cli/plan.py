@@ -11,6 +11,7 @@ from dpo_cache.cli.output import (
     count,
     format_bytes,
     format_seconds,
+    is_verbose,
     print_columns,
     print_json,
     print_table,
@@ -24,6 +25,8 @@ from dpo_cache.options.plan import PlanOptions
 if TYPE_CHECKING:
     from dpo_cache.planning.parts import Parts
     from dpo_cache.planning.report import PlannedScoring, PlannedTraining, PlanReport
+
+DETAILS = ("tokens at once", "live reference", "step", "checkpoint")  # columns that only --verbose shows
 
 
 @command(PlanOptions)
@@ -48,14 +51,17 @@ def plan_command(options: PlanOptions, as_json: bool) -> None:
     _print_head(report)
     _print_scoring(report)
     _print_training(report)
-    _print_parts(report)
-    _print_transfers(report)
+    if is_verbose():
+        _print_parts(report)
+        _print_transfers(report)
     _print_commands(report)
-    for text in report.assumptions:
+    for text in report.assumptions if is_verbose() else ():
         print_text(f"Assumed: {with_flags(text)}.")
     if not any(way.fits for way in report.train):
         smallest = min(way.device_bytes for way in report.train)
         print_text(f"No way to train fits: the least needs {format_bytes(smallest)} of device memory.")
+    if not is_verbose():
+        print_text("--verbose adds memory by part, bytes over the link, every command, and what is assumed.")
     print_text("Nothing was written. Next: one of the commands above, `train` with --dry-run first.")
 
 
@@ -78,38 +84,45 @@ def _print_head(report: PlanReport) -> None:
 def _print_scoring(report: PlanReport) -> None:
     print_text("\nprecompute")
     rows = [
-        (
-            _reference(way),
-            count(way.budget_tokens),
-            format_bytes(way.device_bytes),
-            format_bytes(way.host_bytes),
-            format_seconds(way.seconds or 0.0),
-            _cards(report, way),
-        )
+        {
+            "reference": _reference(way),
+            "tokens at once": count(way.budget_tokens),
+            "device": format_bytes(way.device_bytes),
+            "host": format_bytes(way.host_bytes),
+            "time": format_seconds(way.seconds or 0.0),
+            "fits": _cards(report, way),
+        }
         for way in report.precompute
     ]
-    print_columns(("reference", "tokens at once", "device", "host", "time", "fits"), rows)
+    _print_ways(rows)
 
 
 def _print_training(report: PlanReport) -> None:
     print_text("\ntrain, from the fastest down")
     rows = [
-        (
-            way.method,
-            _name(way),
-            count(way.budget_tokens),
-            format_bytes(way.device_bytes),
-            format_bytes(way.host_bytes),
-            "" if way.live_reference_bytes is None else format_bytes(way.live_reference_bytes),
-            f"{way.step_seconds or 0.0:,.2f} s",
-            format_seconds(way.seconds or 0.0),
-            format_bytes(way.checkpoint_bytes),
-            _cards(report, way),
-        )
+        {
+            "method": way.method,
+            "memory": _name(way),
+            "tokens at once": count(way.budget_tokens),
+            "device": format_bytes(way.device_bytes),
+            "host": format_bytes(way.host_bytes),
+            "live reference": ""
+            if way.live_reference_bytes is None
+            else format_bytes(way.live_reference_bytes),
+            "step": f"{way.step_seconds or 0.0:,.2f} s",
+            "time": format_seconds(way.seconds or 0.0),
+            "checkpoint": format_bytes(way.checkpoint_bytes),
+            "fits": _cards(report, way),
+        }
         for way in report.train
     ]
-    titles = ("method", "memory", "tokens at once", "device", "host", "live reference", "step", "time")
-    print_columns((*titles, "checkpoint", "fits"), rows)
+    _print_ways(rows)
+
+
+def _print_ways(rows: list[dict[str, str]]) -> None:
+    """A table of ways to run; without --verbose it has no column of `DETAILS`."""
+    titles = [title for title in rows[0] if is_verbose() or title not in DETAILS]
+    print_columns(titles, [[row[title] for title in titles] for row in rows])
 
 
 def _print_parts(report: PlanReport) -> None:
@@ -148,8 +161,10 @@ def _print_commands(report: PlanReport) -> None:
     print_text("\ncommands")
     for one in report.precompute:
         print_text(f"  {one.command}")
+    fastest: set[str] = set()  # methods
     for way in report.train:
-        if way.fits:
+        if way.fits and (is_verbose() or way.method not in fastest):
+            fastest.add(way.method)
             print_text(f"  {way.command}")
     print_text()
 
@@ -165,7 +180,11 @@ def _name(way: PlannedTraining) -> str:
 
 
 def _cards(report: PlanReport, way: PlannedScoring | PlannedTraining) -> str:
-    return ", ".join(card for card in report.cards if card in way.fits) or "none"
+    """The cards: `from 16GiB` if all larger ones of several fit, too."""
+    fitting = [card for card in report.cards if card in way.fits]
+    if len(fitting) > 1 and fitting == report.cards[-len(fitting) :]:
+        return f"from {fitting[0]}"
+    return ", ".join(fitting) or "none"
 
 
 def _sizes(parts: Parts) -> Iterable[str]:

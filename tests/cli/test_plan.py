@@ -3,11 +3,13 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import dpo_cache
+from dpo_cache.cli.plan import _cards
 from dpo_cache.errors import OptionError
 from dpo_cache.options.plan import PlanOptions, size_in_bytes
 from dpo_cache.planning import plan as plan_module
@@ -32,7 +34,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
 
 @pytest.mark.slow
 def test_a_plan_for_a_gpu(run, cache: str, model_folder: str) -> None:
-    done = run("plan", cache, "--model", model_folder, "--gpu", "8GiB", "--tflops", 10, "--precision", "bf16")
+    done = run(
+        "plan",
+        cache,
+        "--model",
+        model_folder,
+        "--gpu",
+        "8GiB",
+        "--tflops",
+        10,
+        "--precision",
+        "bf16",
+        "--verbose",
+    )
     assert done.code == 0, done.err
     for text in (
         f"{model_folder}: a plan for cuda",
@@ -70,6 +84,24 @@ def test_json_is_the_report(run, cache: str, model_folder: str, monkeypatch: pyt
     assert way.device_bytes == way.device.total and way.transfers is None
     assert report.data.num_pairs == 12 and report.num_steps == 1
     assert repr(report) == f"<PlanReport of {model_folder}: 1 of 1 ways to train fit>"
+
+
+def test_a_plan_is_short_by_default(run, cache: str, model_folder: str) -> None:
+    done = run("plan", cache, "--model", model_folder, *SMALL)
+    tables = done.out.partition("\nprecompute\n")[2].partition("\ncommands\n")[0]
+    assert done.code == 0 and max(map(len, tables.splitlines())) <= 80
+    assert "by part\n" not in done.out and "Assumed: " not in done.out and "checkpoint" not in done.out
+    assert "--verbose adds memory by part, " in done.out
+    for text in ("\nprecompute\n", "\ntrain, from the fastest down\n", "\ncommands\n"):
+        assert text in done.out
+
+
+def test_cards_are_named_by_the_smallest() -> None:
+    report, way = SimpleNamespace(cards=["8GiB", "16GiB", "24GiB"]), SimpleNamespace
+    assert _cards(report, way(fits=["16GiB", "24GiB"])) == "from 16GiB"  # type: ignore[arg-type]
+    assert _cards(report, way(fits=["24GiB"])) == "24GiB"  # type: ignore[arg-type]
+    assert _cards(report, way(fits=["8GiB", "16GiB"])) == "8GiB, 16GiB"  # type: ignore[arg-type]
+    assert _cards(report, way(fits=[])) == "none"  # type: ignore[arg-type]
 
 
 def test_nothing_fits(run, model_folder: str) -> None:
