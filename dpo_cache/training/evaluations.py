@@ -58,6 +58,8 @@ class Best:
         """Count an evaluation, and return whether it is the best."""
         name, sign = MEASURES[self.measure]
         value = evaluation[name]
+        if self.value is None and value is None:  # nothing has moved yet, so `patience` waits
+            return False
         if value is None or (self.value is not None and sign * value <= sign * self.value):
             self.num_worse += 1
             return False

@@ -56,8 +56,9 @@ def test_the_best_is_strictly_better_and_counts_later_evaluations() -> None:
         0,
     )
     unknown = Best("accuracy")  # margins are rounding noise
-    assert not unknown.note({"step": 1, "eval/rewards/accuracies": None}) and unknown.num_worse == 1
+    assert not unknown.note({"step": 1, "eval/rewards/accuracies": None}) and unknown.num_worse == 0
     assert unknown.note({"step": 2, "eval/rewards/accuracies": 0.4})
+    assert not unknown.note({"step": 3, "eval/rewards/accuracies": None}) and unknown.num_worse == 1
     assert unknown.is_better_than({"step": 0, "eval/rewards/accuracies": None})
     lower = Best("loss")
     assert [
