@@ -1,4 +1,4 @@
-"""A progress line and remarks on stderr, while a function runs.
+"""A progress line and remarks on stderr, while a function runs; in a notebook, a bar and tables.
 
 Library functions write nothing by default. With `progress=True` they show the same as the command line.
 """
