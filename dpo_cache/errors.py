@@ -78,7 +78,7 @@ class StorageError(CacheError):
 
     @property
     def is_denied(self) -> bool:
-        """Whether this user lacks the permission, as for a file of another user."""
+        """Return whether this user lacks the permission, as for a file of another user."""
         return isinstance(self.__cause__, PermissionError)
 
 
@@ -118,6 +118,12 @@ def shown_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.{digits}f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.2f} TB"
+
+
+def kind_of(value: object) -> str:
+    """The class of a value with its article, `an int`, `a Linear`, for a message."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
 
 
 def first_line(error: BaseException) -> str:

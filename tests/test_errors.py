@@ -1,6 +1,6 @@
 import pytest
 
-from dpo_cache.errors import first_line, shown_bytes, shown_rows
+from dpo_cache.errors import first_line, kind_of, shown_bytes, shown_rows
 
 
 def test_rows_are_shown_with_their_first_few() -> None:
@@ -37,3 +37,13 @@ def test_the_first_line_of_an_error_has_what_it_announces(text: str, expected: s
 )  # fmt: skip
 def test_a_size_has_a_unit_that_says_something(num_bytes: float, shown: str) -> None:
     assert shown_bytes(num_bytes) == shown
+
+
+def test_a_class_has_its_article() -> None:
+    assert [kind_of(value) for value in (3, "a", [], KeyError())] == [
+        "an int",
+        "a str",
+        "a list",
+        "a KeyError",
+    ]
+    assert kind_of(OSError()) == "an OSError"

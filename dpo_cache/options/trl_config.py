@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_cache.errors import OptionError
+from dpo_cache.errors import OptionError, kind_of
 from dpo_cache.losses.terms import SETTINGS, is_served, loss_terms
 from dpo_cache.options.trl_fields import DPO_CONFIG, FIELDS, TrlField
 
@@ -254,7 +254,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
             f"{name}: not readable ({detail}).\nGive a DPOConfig as a YAML or JSON file."
         ) from error
     if not isinstance(content, dict):
-        raise OptionError(f"{name}: expected fields and their values, found a {type(content).__name__}.")
+        raise OptionError(f"{name}: expected fields and their values, found {kind_of(content)}.")
     for field in content:
         if field not in FIELDS:
             near = difflib.get_close_matches(str(field), FIELDS, n=1, cutoff=0.75)

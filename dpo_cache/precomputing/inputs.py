@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dpo_cache import data
-from dpo_cache.errors import ModelError, OptionError
+from dpo_cache.errors import ModelError, OptionError, kind_of
 from dpo_cache.files.locations import check_revision
 from dpo_cache.lm.model.adapter import locate_checkpoint
 from dpo_cache.lm.model.architecture import check_causal
@@ -163,7 +163,7 @@ def _check_loaded_model(model: Any, tokenizer: Any, options: dict[str, Any]) -> 
 
     if not isinstance(model, PreTrainedModel):
         raise OptionError(
-            f"a {type(model).__name__} cannot be the reference.\n"
+            f"{kind_of(model)} cannot be the reference.\n"
             "Give a causal LM of transformers, or the path or Hub id of one; of an adapter, its folder."
         )
     if tokenizer is None:

@@ -23,6 +23,7 @@ from numbers import Real
 from typing import Any
 
 from dpo_cache.errors import OptionError
+from dpo_cache.options.base import EXPECTED
 from dpo_cache.options.sweep import SweepOptions, shown_value, swept_fields, type_of
 from dpo_cache.options.train import TrainOptions
 
@@ -154,7 +155,7 @@ def _checked(entry: Field[Any], value: Any) -> Any:
     if value is None and entry.default is None:
         return None
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise OptionError(f"`{entry.name}` {value!r}: expected {kind.__name__}.")
+        raise OptionError(f"`{entry.name}` {value!r}: expected {EXPECTED[kind.__name__]}.")
     return value
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cache.errors import ModelError, OptionError
+from dpo_cache.errors import ModelError, OptionError, kind_of
 from dpo_cache.lm.device import check_one_device
 from dpo_cache.lm.model.adapter import CheckpointLocation
 from dpo_cache.lm.model.architecture import check_causal
@@ -50,7 +50,8 @@ class LoadedPolicy:
         return identity
 
     def _was_rounded(self, dtype: torch.dtype, *, trust_remote_code: bool) -> bool:
-        """Whether loading the model lost bits that its checkpoint has and that this dtype would keep."""
+        """Return whether loading the model lost bits that its checkpoint has and that this dtype would keep.
+        """
         saved: Any = load_config(self.name, trust_remote_code=trust_remote_code).dtype or torch.float32
         lowest = min((saved, dtype), key=lambda one: torch.finfo(one).bits)
         return torch.promote_types(self.model.dtype, lowest) != self.model.dtype
@@ -89,7 +90,7 @@ def take_loaded(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Loaded
         return None
     if not isinstance(model, PreTrainedModel):
         raise OptionError(
-            f"a {type(model).__name__} cannot be trained.\n"
+            f"{kind_of(model)} cannot be trained.\n"
             "Give a causal LM of transformers, or the path or Hub id of one; of an adapter, its folder."
         )
     name = model.name_or_path or f"{type(model).__name__} in memory"
@@ -103,5 +104,5 @@ def take_loaded(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Loaded
 
 
 def adds_adapter(options: TrainOptions) -> bool:
-    """Whether the options put a fresh adapter into the model."""
+    """Return whether the options put a fresh adapter into the model."""
     return options.lora_r is not None or options.peft_config is not None

@@ -63,8 +63,8 @@ def test_values(name: str, given: Any, values: tuple[Any, ...]) -> None:
 WRONG = [
     ({"beta": "0.1,abc"}, "`beta` abc: expected a number."),
     ({"seed": "1,1.5"}, "`seed` 1.5: expected a whole number."),
-    ({"seed": [1, 1.5]}, "`seed` 1.5: expected int."),
-    ({"seed": [True, 2]}, "`seed` True: expected int."),
+    ({"seed": [1, 1.5]}, "`seed` 1.5: expected a whole number."),
+    ({"seed": [True, 2]}, "`seed` True: expected a whole number."),
     ({"beta": "0.1,0.10"}, "`beta` 0.1: given 2 times.\nGive each value once."),
     ({"beta": "0.1,"}, "`beta`: one of its values is empty.\nSeparate values with one comma each."),
     ({"beta": "none"}, "`beta` none: expected a number."),
