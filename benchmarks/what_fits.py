@@ -66,13 +66,19 @@ def main() -> None:
     print(f"| model | way | {' | '.join(CARDS)} | live reference |\n|---|---|{'---|' * (len(CARDS) + 1)}")
     for size in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
-            config = {**SHARED, **SHAPES[size], "tie_word_embeddings": size in TIED}
-            Path(folder, "config.json").write_text(json.dumps(config))
+            write_config(Path(folder), size)
             for name, options in WAYS.items():
                 print(row(size, name, folder, {**options, "ram": arguments.ram}), flush=True)
 
 
+def write_config(folder: Path, size: str) -> None:
+    """Write the config of a Llama of this size: all that `plan` reads of a model."""
+    config = {**SHARED, **SHAPES[size], "tie_word_embeddings": size in TIED}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def row(size: str, name: str, folder: str, options: dict[str, Any]) -> str:
+    """The line of a model and a way to train it."""
     is_full = "lora_r" not in options
     report = dpo_cache.plan(folder, tflops=400.0, log=lambda _: None, **options)
     ways = [way for way in report.train if (way.method == "full") == is_full]

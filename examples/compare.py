@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 import dpo_cache
 
@@ -57,4 +58,5 @@ def main(cache: str, name: str, data: Path, reference: str, run: Path) -> None:
 
 
 if __name__ == "__main__":
+    disable_progress_bar()
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
