@@ -19,7 +19,7 @@ CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
 # Every edge between rooms, for `if TYPE_CHECKING` too. A room is a folder or a file at the top of the package.
 # Imports run down this table and never up; CONTRIBUTING.md shows the same one.
 ALLOWED = {
-    "cli": "data errors evaluation exchange log options planning precomputing progress reporting store suggestions sweeping training upkeep",
+    "cli": "data errors evaluation exchange log losses options planning precomputing progress reporting store suggestions sweeping training upkeep",
     "integrations": "errors lm log precomputing store training types",
     "upkeep": "log options precomputing progress store",
     "sweeping": "errors files log notebook options planning progress reporting training",

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from dpo_cache.cli.completion import completion_of
 from dpo_cache.cli.output import remark, verbosity
 from dpo_cache.cli.signals import Interrupted
 from dpo_cache.errors import OptionError
@@ -171,10 +172,14 @@ def _parameters(options_class: type[Options], *, may_lack: bool) -> list[inspect
 
 def _declared(entry: Field[Any], group: str | None, default: Any) -> Any:
     """The argument or option of typer."""
+    complete = completion_of(entry)
     flag, choices, help = entry.metadata["flag"], "|".join(entry.metadata["choices"]), entry.metadata["help"]
     if name := entry.metadata["positional"]:
         help += f" Also as {flag}." if flag else ""
-        return typer.Argument(default, help=help, metavar=choices or name, show_default=False)
+        metavar = choices or name
+        return typer.Argument(
+            default, help=help, metavar=metavar, show_default=False, autocompletion=complete
+        )
     return typer.Option(
         default,
         flag or flag_of(entry),
@@ -182,6 +187,7 @@ def _declared(entry: Field[Any], group: str | None, default: Any) -> Any:
         metavar=choices or entry.metadata["metavar"] or None,
         show_default=not isinstance(default, list) and default not in (None, ...),
         rich_help_panel=group,
+        autocompletion=complete,
     )
 
 
