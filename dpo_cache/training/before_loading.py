@@ -24,6 +24,7 @@ from dpo_cache.lm.model.adapter import (
 from dpo_cache.lm.model.code_digest import code_options
 from dpo_cache.lm.model.load import load_config
 from dpo_cache.lm.model.tensor_names import FAILURES, make_empty
+from dpo_cache.lm.model.towers import loading_class, make_empty_whole
 from dpo_cache.lm.routing import router_coefficient
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.store import open_cache
@@ -52,7 +53,9 @@ def check_before_loading(
     for the result. `dtype` is that of the weights.
     """
     try:
-        model = make_empty(config, **code_options(parts.base, config, trusted))
+        kind = loading_class(config)  # of a checkpoint with towers: names of its layers differ
+        code = code_options(parts.base, config, trusted)
+        model = make_empty(config, **code) if kind is None else make_empty_whole(kind, config)
     except FAILURES:  # loading it raises an error, or makes it in another way
         return
     if options.router_aux_loss_coef:

@@ -1,6 +1,7 @@
 """Mistakes that need no weights are found before the weights are loaded."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ from transformers import LlamaForCausalLM
 
 import dpo_cache
 from dpo_cache.errors import DpoCacheError, ModelError, OptionError, TrainingError
+from dpo_cache.lm.model.adapter import CheckpointLocation
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.training import before_loading, inputs
-from dpo_cache.training.before_loading import check_later_run
+from dpo_cache.training.before_loading import check_before_loading, check_later_run
 from dpo_cache.training.output import disk
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
+from tests.families.tiny import make_tiny
 from tests.training.test_loop import train
 
 
@@ -176,3 +179,27 @@ def test_a_model_that_cannot_be_made_empty_is_loaded(
     monkeypatch.setattr(before_loading, "make_empty", fail)
     with pytest.raises(WeightsWereLoaded):
         train(cache, tmp_path / "run", lora_r=2, lora_targets="nosuch")
+
+
+@pytest.mark.parametrize("family", ["mistral3", "gemma3"])
+def test_layers_of_a_checkpoint_with_towers_have_the_paths_of_the_whole(tmp_path: Path, family: str) -> None:
+    model = make_tiny(family)
+    config = model.config
+    config.architectures = [type(model).__name__]  # as it is saved
+    for layer, is_there in (
+        ("language_model.layers.0.self_attn.q_proj", True),
+        ("layers.9.self_attn.q_proj", False),
+    ):
+        options = TrainOptions(cache="-", output=str(tmp_path / "run"), lora_r=2, lora_targets=layer)
+        outcome = (
+            nullcontext() if is_there else pytest.raises(OptionError, match="has no layer called layers.9")
+        )
+        with outcome:
+            check_before_loading(
+                options,
+                config,
+                CheckpointLocation(str(tmp_path), None),
+                torch.float32,
+                is_adapted=True,
+                trusted=False,
+            )
