@@ -195,7 +195,14 @@ class CachedDPOTrainer(DPOTrainer):
                 model, revision = default_start(entry)
                 dtype = entry["identity"]["dtype"]
             self._reference = score_completions(
-                self._cache, model, unit, revision=revision, dtype=dtype, expected=self._reference
+                self._cache,
+                model,
+                unit,
+                revision=revision,
+                dtype=dtype,
+                expected=self._reference,
+                # only code of a model that the caller named, never of one that the cache names
+                trust_remote_code=self.args.trust_remote_code and model == self._policy_name,
             )
 
     def _missing(self, dataset: Dataset, name: str) -> Unit | None:

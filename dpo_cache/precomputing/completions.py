@@ -25,6 +25,7 @@ def score_completions(
     revision: str | None = None,
     dtype: str = "auto",
     expected: str | None = None,
+    trust_remote_code: bool = False,
     log: Log = log_remark,
 ) -> str:
     """Score the unit with a reference model, audit and publish its scores; returns the reference's id.
@@ -39,6 +40,7 @@ def score_completions(
         cache=str(cache),
         revision=revision,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
         max_length=max(map(len, unit.completions)),
     )
     inputs = Inputs(options)

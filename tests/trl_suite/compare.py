@@ -25,8 +25,7 @@ DIFFERENT = {
     "*::test_train_with_explicit_ref_model": "a `ref_model` is refused: the cache has the reference's log-probs",
     "*::test_train_with_sync_ref_model": "`sync_ref_model` is refused: a cached reference does not change",
     "*::test_precompute_ref_log_probs_raises_for_iterable_dataset*": "a refusal that is lifted: streams work",
-    "*::test_evaluate_with_eval_dataset[[]*iterable*True[]]": "a refusal that is lifted: streams work",
-    "*::test_evaluate_with_eval_dataset[[]True-*iterable*[]]": "a refusal that is lifted: streams work",
+    "*::test_evaluate_with_eval_dataset[[]*iterable*-True[]]": "a refusal that is lifted: streams work",
     "*::test_evaluate_precompute_ref_log_probs_after_training_raises": "a refusal that is lifted: the cache has "
     "the reference's log-probs also after training",
 }

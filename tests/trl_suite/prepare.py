@@ -82,7 +82,7 @@ def _text(task: str, place: int) -> dict[str, Any]:
 
 
 def _conversation(task: str, place: int) -> dict[str, Any]:
-    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": task}]
+    prompt = [{"role": "user", "content": task}]
     sides = {"chosen": f"Answer {place}.", "rejected": "I would rather not say."}
     return {"prompt": prompt} | {
         side: [{"role": "assistant", "content": content}] for side, content in sides.items()

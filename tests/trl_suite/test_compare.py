@@ -33,6 +33,22 @@ def test_tests_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == ([("A::test_ref", "refused")], ["A::test_new"], ["*::test_old"])
 
 
+@pytest.mark.parametrize(
+    ("test", "is_different"),
+    [
+        ("test_evaluate_with_eval_dataset[dict_of_iterable_dataset-True]", True),
+        ("test_evaluate_with_eval_dataset[dict_of_iterable_dataset-False]", False),
+        ("test_evaluate_with_eval_dataset[dataset-True]", False),
+        ("test_precompute_ref_log_probs_raises_for_iterable_dataset[eval_dict]", True),
+        ("test_train_with_iterable_dataset", False),
+    ],
+)
+def test_patterns_are_of_the_right_tests(test: str, is_different: bool) -> None:
+    passed, failed = {f"A::{test}": ("passed", "")}, {f"A::{test}": ("failed", "")}
+    different, unexpected, _ = compare.compare(passed, failed)
+    assert (len(different), len(unexpected)) == ((1, 0) if is_different else (0, 1))
+
+
 def test_data_sets_are_read_by_their_names(tmp_path: Path) -> None:
     prepare._write_data(tmp_path / "zen", prepare.ZEN)
     for name in prepare.ZEN:

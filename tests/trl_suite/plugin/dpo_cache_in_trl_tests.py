@@ -18,10 +18,20 @@ OUTCOMES: dict[str, tuple[str, str]] = {}  # test -> outcome, and the last line 
 
 def pytest_configure() -> None:
     os.chdir(os.environ["DPO_CACHE_TRL_FOLDER"])  # where `trl-internal-testing/NAME` are folders
+    from trl import import_utils
+
+    import_utils.__getattr__ = package_check
     if os.environ["DPO_CACHE_TRL_TRAINER"] == "ours":
         import trl
 
         trl.DPOTrainer = trainer_on_a_cache()
+
+
+def package_check(name: str) -> Any:
+    """In place of a check that the tests import and the installed TRL lacks: the package is not there."""
+    if name.startswith("is_") and name.endswith("_available"):
+        return lambda: False
+    raise AttributeError(name)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
