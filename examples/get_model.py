@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 
 def main(target: Path) -> None:
@@ -37,4 +38,5 @@ def main(target: Path) -> None:
 
 
 if __name__ == "__main__":
+    disable_progress_bar()
     main(Path(sys.argv[1]))
