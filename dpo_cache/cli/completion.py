@@ -34,7 +34,7 @@ def completion_of(entry: Field[Any]) -> Callable[..., list[str]] | None:
 def _pair_sets(ctx: typer.Context, incomplete: str) -> list[str]:
     """Names of the pair sets of the cache that the command line names, if it is a folder of this machine."""
     named = (ctx.params.get(name) for name in ("cache", "cache__flag"))
-    cache = next(filter(None, (*named, *ctx.args)), None)  # which typer has not assigned before a flag's value
+    cache = next(filter(None, (*named, *ctx.args)), None)  # args: not assigned yet
     if cache is None or "://" in cache:
         return []
     manifests = Path(cache).expanduser().glob("pairs/*/*/manifest.json")

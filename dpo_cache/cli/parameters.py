@@ -56,7 +56,8 @@ def command(
         ]
         invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         invoke.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        invoke.__doc__ = run.__doc__
+        first, break_, rest = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
+        invoke.__doc__ = " ".join(first.splitlines()) + break_ + rest  # the list of commands shows the first
         invoke.options_class = options_class  # type: ignore[attr-defined]
         return invoke
 

@@ -54,3 +54,9 @@ def test_a_block_is_renewed_in_place() -> None:
     assert with_help(renewed, "ls", "new") == renewed
     with pytest.raises(ValueError, match="found 0"):
         with_help(page, "rm", "new")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_summary_in_the_list_of_commands_is_one_line(name: str) -> None:
+    summary = (COMMANDS[name].__doc__ or "").partition("\n\n")[0]
+    assert summary.endswith(".") and "\n" not in summary
