@@ -257,7 +257,7 @@ def found(root: Path) -> dict[str, tuple[object, str]]:
         capture_output=True,
         text=True,
         check=True,
-        env={**environment, "HOME": str(root / "home"), "PYTHONPATH": os.getcwd()},
+        env={**environment, "HOME": str(root / "home"), "PYTHONPATH": str(Path.cwd())},
         cwd=root,
     )
     return json.loads(done.stdout)
