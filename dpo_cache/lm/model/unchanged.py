@@ -22,12 +22,13 @@ from huggingface_hub import hf_hub_download
 from dpo_cache.errors import ModelError
 
 Stamp = list[Any]  # path, size, times and inode
+Attributes = tuple[int, ...]  # number of links, mode and owners
 
 
 @dataclass
 class _Run:
     commits: dict[tuple[str, str | None], str | None] = field(default_factory=dict)
-    stamps: dict[Path, Stamp | None] = field(default_factory=dict)  # by the path as it was opened
+    files: dict[Path, tuple[Stamp, Attributes] | None] = field(default_factory=dict)  # by the path as opened
 
 
 _run: ContextVar[_Run | None] = ContextVar("checkpoint_of_the_run", default=None)
@@ -61,25 +62,25 @@ def stamp(path: Path) -> Stamp:
     """The properties that change when a file is rewritten: real path, size, times and inode. Noted for the
     run.
     """
-    found = _stamp(path)
+    found = _status(path)
     if (run := _run.get()) is not None:
-        run.stamps.setdefault(path, found)
+        run.files.setdefault(path, found)
     if found is None:
         raise ModelError(f"{path}: the file is gone.\nDownload or save the model again.")
-    return found
+    return found[0]
 
 
 def note_files(paths: list[Path]) -> None:
     """Note the stamps of files, also of those that do not exist."""
     if (run := _run.get()) is not None:
         for path in paths:
-            run.stamps.setdefault(path, _stamp(path))
+            run.files.setdefault(path, _status(path))
 
 
 def check_unchanged() -> None:
     """Raise `ModelError` if a noted file was changed, replaced or removed since it was first read."""
     run = _run.get()
-    changed = [path for path, noted in run.stamps.items() if _stamp(path) != noted] if run else []
+    changed = [path for path, noted in run.files.items() if not _is_same(_status(path), noted)] if run else []
     if changed:
         raise ModelError(
             f"{changed[0]} was changed while the model was read: its identity and its weights may be of two "
@@ -95,9 +96,9 @@ def check_not_rewritten() -> None:
     another one does no harm.
     """
     run = _run.get()
-    for path, noted in run.stamps.items() if run else ():
-        found = _stamp(path)
-        if noted and found and found[-1] == noted[-1] and found[:3] != noted[:3]:
+    for path, noted in run.files.items() if run else ():
+        found = _status(path)
+        if noted and found and found[0][-1] == noted[0][-1] and found[0][:3] != noted[0][:3]:
             raise ModelError(
                 f"{path} was overwritten while the model ran, and its weights with it. The scores since the "
                 "last ones that were stored are discarded.\n"
@@ -105,13 +106,26 @@ def check_not_rewritten() -> None:
             )
 
 
-def _stamp(path: Path) -> Stamp | None:
+def _is_same(found: tuple[Stamp, Attributes] | None, noted: tuple[Stamp, Attributes] | None) -> bool:
+    """Return whether a file's content is the noted one. A hard link, another mode or another owner sets the
+    time of the last change (ctime), too; the content is then the same if size and time of writing are.
+    """
+    if found is None or noted is None:
+        return found is noted
+    if found[0] == noted[0]:
+        return True
+    (real, size, written, _changed, inode), old = found[0], noted[0]
+    return [real, size, written, inode] == [*old[:3], old[4]] and found[1] != noted[1]
+
+
+def _status(path: Path) -> tuple[Stamp, Attributes] | None:
     try:
         real = path.resolve()
         status = real.stat()
     except OSError:
         return None
-    return [str(real), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    stamp = [str(real), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return stamp, (status.st_nlink, status.st_mode, status.st_uid, status.st_gid)
 
 
 def _resolve(location: str, revision: str | None) -> str | None:

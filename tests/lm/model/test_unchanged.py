@@ -77,6 +77,24 @@ def test_an_adapter_that_changes_between_hashing_and_loading_is_refused(saved: P
                 load(adapter)
 
 
+def test_a_link_or_another_mode_is_no_change_and_a_rewritten_file_with_its_old_time_is(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    with one_checkpoint():
+        identify(saved)
+        os.link(weights, saved.parent / "link")
+        check_unchanged()
+        weights.chmod(0o600)
+        check_unchanged()
+        load(saved)
+    with one_checkpoint():
+        identify(saved)
+        status = weights.stat()
+        weights.write_bytes(bytes(status.st_size))
+        os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+        with pytest.raises(ModelError, match="was changed while the model was read"):
+            check_unchanged()
+
+
 def test_nothing_is_remembered_outside_of_a_run(saved: Path) -> None:
     identify(saved)
     rewrite_weights(saved)
