@@ -1,4 +1,4 @@
-"""data -> lm -> store: the frozen reference is run once over a data set."""
+"""data -> lm -> store: run the frozen reference once over a data set."""
 
 from dpo_cache.precomputing.report import PrecomputeReport
 from dpo_cache.precomputing.run import precompute

@@ -20,16 +20,16 @@ from dpo_cache.precomputing.units import Unit, cut_units, take
 from dpo_cache.precomputing.windows import Window
 
 NEAR = 0.25  # a unit's size may differ by this share from the wanted one
-MIN_TOKENS = 8192  # of a unit whose size is chosen here
-UNIT_S = 20.0  # of scoring, that a chosen size takes
-UNITS_PER_WORKER = 16  # at least, so that all end at about the same time
+MIN_TOKENS = 8192  # least size that is chosen for a unit
+UNIT_S = 20.0  # seconds of scoring that a chosen size takes
+UNITS_PER_WORKER = 16  # at least so many, so that all workers end at about the same time
 
 
 class UnitSize:
-    """The wanted tokens of the next unit: a fixed number, a worker's share of the run (`one_each`), or what
-    was scored in 20 s lately.
+    """The wanted tokens of the next unit: a fixed number, a worker's share of the run (`one_each`), or as
+    many as were recently scored in 20 s.
 
-    The last gives each of several workers at least 16 units, and starts at `first_tokens`.
+    The last of these gives each of several workers at least 16 units, and starts at `first_tokens`.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Units:
         self.size = size
         self._fresh, self._truncation = fresh, truncation
         self._random = random.Random()  # the global state is not changed
-        self.completions_elsewhere = 0  # that others have scored since the run was planned
+        self.completions_elsewhere = 0  # completions that other runs have scored since this one was planned
         self.tokens_elsewhere = 0
 
     def draw(self, windows: Iterable[Window], pair_set: str) -> Iterator[Unit]:
         """Yield the missing completions of the windows, which are drawn in random order if they are a list.
 
-        The size is looked up when a window is cut. Where it has doubled or halved since, the rest of the
+        The wanted size is read when a window is cut. If it has doubled or halved since, the rest of the
         window is cut again.
         """
         if isinstance(windows, Sequence):
@@ -87,7 +87,7 @@ class Units:
                 left = yield from self._draw_some(left)
 
     def _draw_some(self, whole: Unit) -> Generator[Unit, None, Unit | None]:
-        """Yield units until the wanted size has changed; returns what is left."""
+        """Yield units until the wanted size has changed; returns the rest of the completions as one unit."""
         wanted = self.size.tokens if self.size else None
         units = [whole] if wanted is None else cut_unit(whole, wanted)
         self._random.shuffle(units)
@@ -111,9 +111,9 @@ class Units:
 def cut_unit(unit: Unit, unit_tokens: int) -> list[Unit]:
     """The unit's completions in units of about so many tokens, neighbours together.
 
-    A unit's forest has the wanted tokens or up to 25% more or fewer, and ends there where the next completion
-    shares the fewest. Only where that cannot be, as with a longer completion or fewer than two units in all,
-    a unit has more or fewer.
+    A unit's forest has the wanted tokens or up to 25% more or fewer, and ends where the next completion
+    shares the fewest. Only where that is impossible, as with a longer completion or fewer than two units in
+    all, a unit has more or fewer.
     """
     order, shared = sort_completions(unit.completions)
     lengths = np.array([len(unit.completions[place]) for place in order], np.int64)
@@ -124,21 +124,21 @@ def cut_unit(unit: Unit, unit_tokens: int) -> list[Unit]:
 
 
 def cut_places(lengths: np.ndarray, shared: np.ndarray, unit_tokens: int) -> list[int]:
-    """Where to cut sorted completions: positions from 0 to their number.
+    """The positions at which to cut sorted completions, from 0 to their number.
 
     `lengths` are their tokens, and `shared` those that each shares with the one before it: int64 [N].
     """
-    ends = np.cumsum(lengths - shared)  # tokens of the forest up to each
+    ends = np.cumsum(lengths - shared)  # tokens of the forest up to each completion
     bounds = [0]
     while bounds[-1] < len(lengths):
         start = bounds[-1]
-        tokens = ends[start:] - ends[start] + lengths[start]  # of a unit that ends with each
+        tokens = ends[start:] - ends[start] + lengths[start]  # tokens of a unit that ends at each place
         bounds.append(start + _choose_end(tokens, shared[start + 1 :], unit_tokens))
     return bounds
 
 
 def _choose_end(tokens: np.ndarray, shared_with_next: np.ndarray, unit_tokens: int) -> int:
-    """The number of completions of the next unit, so that those that are left make units of about the wanted
+    """The number of completions of the next unit, such that the remaining ones make units of about the wanted
     size, too.
     """
     left = int(tokens[-1])
@@ -149,7 +149,7 @@ def _choose_end(tokens: np.ndarray, shared_with_next: np.ndarray, unit_tokens: i
     least, most = max(near[0], left - num_after * near[1]), min(near[1], left - num_after * near[0])
     mean = left / (num_after + 1)
     first, after = _between(tokens, least, most, len(shared_with_next))
-    if first >= after:  # a long completion, or an uneven number of tokens, is in the way
+    if first >= after:  # no end fits: a long completion, or a number of tokens that does not divide well
         first, after = _between(tokens, (1 - NEAR) * mean, (1 + NEAR) * mean, len(shared_with_next))
     if first >= after:
         return min(first + 1, len(tokens))
@@ -165,7 +165,9 @@ def _num_units(num_tokens: int, unit_tokens: int) -> int:
 
 
 def _between(ascending: np.ndarray, least: float, most: float, limit: int) -> tuple[int, int]:
-    """The first position with a value in the bounds, and the one after the last, at most `limit`."""
+    """The first position whose value is within the bounds, and the position after the last one, at most
+    `limit`.
+    """
     first, after = np.searchsorted(ascending, least), np.searchsorted(ascending, most, side="right")
     return int(first), min(int(after), limit)
 

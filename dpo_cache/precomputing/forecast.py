@@ -1,4 +1,4 @@
-"""What a precompute will take: the end of a dry run."""
+"""The predicted time, memory and disk of a precompute, for the end of a dry run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dpo_cache.precomputing.report import PrecomputeReport
 from dpo_cache.precomputing.windows import SplitPlan, Totals
 from dpo_cache.types import Completion, Pair
 
-SAMPLED_TOKENS = 2**15  # of pairs: more than the largest chunk
+SAMPLED_TOKENS = 2**15  # tokens of sampled pairs: more than the largest chunk
 
 
 def forecast(
@@ -42,7 +42,7 @@ def forecast(
     readings: Readings | None,
     log: Log,
 ) -> Forecast:
-    """Time, memory and disk of the run that a dry run has planned."""
+    """The predicted time, memory and disk of a run that a dry run has planned."""
     reference = target.reference
     elsewhere = reference.device.type == "cuda" and not torch.cuda.is_available()
     found = Forecast(

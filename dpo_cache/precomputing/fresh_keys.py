@@ -1,4 +1,4 @@
-"""Which completions are scored by now, by this run or by others."""
+"""The completions that have scores at present, by this run or by others."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from dpo_cache.store import ScoreIndex
 
-SHARE = 0.05  # of the time, at most, is spent on listing new shards where that is slow
+SHARE = 0.05  # largest share of the time to spend on listing new shards, if that is slow
 QUICK_S = 0.2  # a listing that takes less is repeated each time: units are scored for some 20 s
 
 
 class FreshKeys:
-    """Looks keys up in an index that is refreshed before, unless that is slow and was done lately."""
+    """Looks up keys in an index, and refreshes it first unless that is slow and was done recently."""
 
     def __init__(self, scores: ScoreIndex, clock: Callable[[], float] = time.perf_counter):
         self._scores, self._clock = scores, clock
-        self._ended = self._took = 0.0  # of the last refresh
+        self._ended = self._took = 0.0  # time and duration of the last refresh, in s
 
     def contains(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Which of the keys are scored: bool `[len(keys)]`."""
+        """A mask of the keys that have scores: bool `[len(keys)]`."""
         started = self._clock()
         if self._took < QUICK_S or started - self._ended >= self._took / SHARE:
             self._scores.refresh()

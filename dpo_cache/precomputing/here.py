@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def score_here(run: PlannedRun, record: RunRecord) -> AuditTotals | None:
-    """Score and publish one split after the other; returns what was audited, if anything is."""
+    """Score and publish one split after the other. Returns the totals of the audit; None without one."""
     audit = open_audit(run.options.audit, record, run.log)
     meter = Meter(run.report, run.target, run.totals, run.units, run.on_progress, record, audit)
     with _opened_if_needed(run) as open_runner:
@@ -37,7 +37,9 @@ def score_here(run: PlannedRun, record: RunRecord) -> AuditTotals | None:
 
 @contextmanager
 def _opened_if_needed(run: PlannedRun) -> Iterator[Callable[[], Runner]]:
-    """Yield a function that loads the model when it is first called, if what it scores can be published."""
+    """Yield a function that loads the model when it is first called, after a check that the cache is
+    writable.
+    """
     report, device = run.report, run.target.reference.device
     with ExitStack() as stack:
 

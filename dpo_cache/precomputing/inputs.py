@@ -29,7 +29,7 @@ from dpo_cache.store.cache import check_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IN_MEMORY = "in memory"  # in a manifest, in place of a path or a Hub id
+IN_MEMORY = "in memory"  # written to a manifest in place of a path or a Hub id
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Inputs:
 
 
 def take_inputs(model: Any, dataset: Any, cache: Any, tokenizer: Any, options: dict[str, Any]) -> Inputs:
-    """Tell paths from loaded objects, and check the options. Raises `OptionError`."""
+    """Separate paths from loaded objects, and check the options. Raises `OptionError`."""
     loaded_model, loaded_tokenizer, rows = (
         None if isinstance(value, (str, os.PathLike)) else value for value in (model, tokenizer, dataset)
     )
@@ -65,8 +65,8 @@ def take_inputs(model: Any, dataset: Any, cache: Any, tokenizer: Any, options: d
 
 
 def read_config(inputs: Inputs) -> PreTrainedConfig:
-    """The reference's config. Raises `ModelError` unless it is that of a causal LM which can be loaded as the
-    options say.
+    """The reference's config. Raises `ModelError` unless it is the config of a causal LM that can be loaded
+    with the options.
     """
     options = inputs.options
     if inputs.model is not None:

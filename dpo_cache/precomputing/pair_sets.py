@@ -33,9 +33,11 @@ from dpo_cache.types import ScoredPair
 def check_names(
     inputs: Inputs, splits: Sequence[SplitPlan], name: str, target: Target, *, are_planned: bool
 ) -> None:
-    """Raise `CacheError` for a pair set of that name that may not be replaced; see `check_replaceable`.
+    """Raise `CacheError` if the cache has a pair set of that name that may not be replaced; see
+    `check_replaceable`.
 
-    Before the splits are planned, their pairs are not known, and another source counts as other pairs.
+    Before the splits are planned, their pairs are unknown, so a pair set from another source counts as one
+    with other pairs.
     """
     for split in splits:
         details = describe_split(inputs, split, name, target.reference, {}, None)
@@ -54,10 +56,10 @@ def publish_pair_set(
     *,
     overwrite: bool,
 ) -> int:
-    """Publish the split's pairs with their scores. If the cache has them already, publish only settings that
-    differ.
+    """Publish the split's pairs with their scores. If the cache already has the pairs, publish only settings
+    that differ.
 
-    `details` are the manifest's, see `describe_split`; the `record` is written first. Returns the bytes
+    `details` go into the manifest, see `describe_split`; the `record` is written first. Returns the bytes
     written. Raises `CacheError` if another run has published another pair set of that name meanwhile, unless
     `overwrite`.
     """
@@ -70,7 +72,7 @@ def publish_pair_set(
         _check_replaceable(target, details, overwrite=overwrite)
         if has_same_pairs(old, details) and old.is_complete():
             written = _renew_settings(cache, old, details, record, log)
-            if old.has_parts():  # else others removed them before this manifest was published
+            if old.has_parts():  # otherwise another process removed them before this manifest was published
                 return written
         log(describe_replacement(cache, old, details, reference.identity))
     writer = cache.write_pairs(details["name"], details["split"])
@@ -81,7 +83,7 @@ def publish_pair_set(
         writer.add([ScoredPair(*entry) for entry in zip(pairs, chosen, rejected, strict=True)])
     record.add_pair_set(pair_set, details)
     writer.finish(details)
-    # again: others may have removed the entry before the manifest named it
+    # again: another process may have removed the entry before the manifest named it
     cache.publish_reference(reference.identity, reference.provenance)
     return writer.bytes_written
 
@@ -94,7 +96,7 @@ def describe_split(
     tokenization: Document,
     audited: AuditTotals | None,
 ) -> Document:
-    """The manifest's details: the source of the pairs, how it became pairs, and what the run audited so
+    """The manifest's details: the source of the pairs, its conversion into pairs, and the audit of the run so
     far.
     """
     options, survey = inputs.options, split.survey
@@ -136,7 +138,7 @@ def describe_tokenization(inputs: Inputs, tokenizer: PreTrainedTokenizerBase, lo
 
 
 def absolute(location: str) -> str:
-    """A path that exists, or a pattern of such, as an absolute one; a Hub id as it is."""
+    """The absolute form of an existing path, or of a pattern of such paths; a Hub id stays unchanged."""
     path = str(expanded(location))
     return os.path.abspath(path) if os.path.exists(path) or data_files(location) else location
 
@@ -152,7 +154,7 @@ def _check_replaceable(target: Target, details: Document, *, overwrite: bool) ->
 
 
 def _renew_settings(cache: Cache, old: PairSet, details: Document, record: RunRecord, log: Log) -> int:
-    """Publish the details with the parts that are there, if a setting differs. Returns the bytes written."""
+    """Publish the details with the existing parts, if a setting differs. Returns the bytes written."""
     differing = differing_settings(old, details)
     if not differing:
         return 0

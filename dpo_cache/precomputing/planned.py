@@ -1,4 +1,4 @@
-"""A run that is planned: what is scored, where it goes, and how its pair sets are published."""
+"""A planned run: the completions to score, their cache, and the publication of its pair sets."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """The splits of a run and the destination of their scores; of streams, `plan` plans a window when it is
-    its turn.
+    """The splits of a run and the destination of their scores. For streams, `plan` plans each window when it
+    is its turn.
     """
 
     inputs: Inputs
-    name: str  # of the pair sets
+    name: str  # name of the pair sets, without the split
     splits: Sequence[SplitPlan]
     truncation: data.Truncation
     tokenization: Document
@@ -61,12 +61,12 @@ class PlannedRun:
         return self.inputs.options
 
     def draw(self, split: SplitPlan) -> Iterator[Unit]:
-        """Yield the units of the split that nobody has scored."""
+        """Yield the units of the split that no run has scored."""
         windows: Iterable[Window] = self.plan(split) if self.plan else split.windows
         return self.units.draw(windows, split.survey.pair_set)
 
     def extent(self) -> tuple[int, int]:
-        """The longest row, and the tokens to score as far as they are planned."""
+        """The tokens of the longest row, and the number of tokens to score as far as they are planned."""
         longest = self.options.max_length if self.plan else max(split.survey.longest for split in self.splits)
         return longest, self.totals.missing_tokens
 
@@ -86,9 +86,9 @@ class PlannedRun:
         forget_day(self.target.cache, split.survey.pair_set, split.template_date)
 
     def _unit_size(self) -> UnitSize | None:
-        """The size of units; None for whole windows, which streamed weights are read for.
+        """The size of units; None for whole windows, for each of which streamed weights are read once.
 
-        The driver of workers sets their number once it knows it.
+        The driver sets the number of workers once it is known.
         """
         options, reference = self.options, self.target.reference
         fixed = number_or_auto("unit_tokens", options.unit_tokens)

@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 class Reference:
     """A frozen model, its identity and its provenance."""
 
-    name: str  # for errors
+    name: str  # shown in errors
     config: PreTrainedConfig
     device: torch.device
     dtype: torch.dtype
     identity: Document
     provenance: Document
-    former: Callable[[], Document] | None = None  # computes its identity in the former form
+    former: Callable[[], Document] | None = None  # computes the identity that earlier versions used
 
     @cached_property
     def id(self) -> str:
@@ -60,7 +60,7 @@ class Target:
 def open_target(cache: Cache, reference: Reference, expected: str | None, log: Log = log_remark) -> Target:
     """The reference's scores in the cache. Raises `ModelError` if its id does not start with `expected`.
 
-    `log` gets a remark if the cache holds scores of the model under the id that it formerly had.
+    `log` gets a remark if the cache holds scores of the model under the id that earlier versions gave it.
     """
     if expected and not reference.id.startswith(expected):
         other = cache.find_reference(expected)
@@ -103,7 +103,7 @@ def identify_reference(
 ) -> Reference:
     """Identify the model by its files or, if it is loaded already, by its tensors. Raises `ModelError`.
 
-    `device` is given where other machines score, which may have one that this machine lacks.
+    `device` is given if other machines score: they may have a device that this machine lacks.
     """
     options, model = inputs.options, inputs.model
     if model is None:
@@ -147,7 +147,7 @@ def identify_reference(
 
 
 def choose_reference_streaming(inputs: Inputs, reference: Reference) -> Streaming | None:
-    """How the weights are read, where they are not kept on the device."""
+    """The way to read weights that are not kept on the device; None if they are kept there."""
     options = inputs.options
     is_elsewhere = reference.device.type == "cuda" and not torch.cuda.is_available()  # workers choose
     if inputs.model is not None or options.device_map == "auto" or is_elsewhere:
@@ -164,7 +164,7 @@ def choose_reference_streaming(inputs: Inputs, reference: Reference) -> Streamin
 
 
 def plan_readings(inputs: Inputs, reference: Reference, streaming: Streaming, totals: Totals) -> Readings:
-    """How often a run over these rows reads the weights, and what that costs."""
+    """The number of times that a run over these rows reads the weights, and its cost."""
     return count_readings(
         streaming,
         reference.device,
@@ -184,8 +184,8 @@ def open_reference(
     run_tokens: int,
     streaming: Streaming | None = None,
 ) -> AbstractContextManager[Runner]:
-    """Load the model, unless it is loaded already, and prepare it for rows up to the longest, with about so
-    many tokens in all.
+    """Load the model, unless it is loaded already, and prepare it for rows of up to `longest` tokens and
+    about `run_tokens` in all.
     """
     from dpo_cache.lm.runner import open_runner, run_loaded  # only imported if anything is scored
 
@@ -219,7 +219,7 @@ def open_reference(
 
 
 def _describe_in_memory(model: PreTrainedModel, location: str) -> Document:
-    """Provenance of a model that differs from the checkpoint at `location`, or comes from none."""
+    """The provenance of a model that differs from its checkpoint at `location`, or has no checkpoint."""
     loaded_from = f", loaded from {location}" if model.name_or_path else ""
     return {
         "model": None,

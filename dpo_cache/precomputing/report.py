@@ -27,38 +27,38 @@ OnProgress = Callable[[ScoringProgress], None]
 
 @dataclass
 class PrecomputeReport:
-    """What `precompute` did; counts are sums over the splits, `surveys` has an entry for each."""
+    """The result of `precompute`. Counts are sums over the splits; `surveys` has an entry for each."""
 
     pair_sets: list[str] = field(default_factory=list)
     cache: str = ""
     reference: str = ""
     attention: str | None = None  # None: no model was loaded
-    budget_tokens: int | None = None  # run through the model at once
+    budget_tokens: int | None = None  # tokens run through the model at once
     rows_read: int = 0
     pairs_kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)  # rows by reason
+    dropped: dict[str, int] = field(default_factory=dict)  # number of rows for each reason
     rows_truncated: int = 0
     rows_moved_boundary: int = 0
     completions: int = 0
     distinct_completions: int = 0
     already_cached: int = 0
     scored_now: int = 0
-    missing_tokens: int = 0  # of the forest of the completions that the cache lacked
+    missing_tokens: int = 0  # tokens of the forest of the completions that the cache lacked
     data_tokens: int = 0  # prompt + answer of every completion kept, as an unpadded batch would run them
-    model_tokens: int = 0  # actually run
+    model_tokens: int = 0  # tokens that the model ran
     elapsed_s: float = 0.0
     scoring_s: float = 0.0  # the part of it spent in the model
     pairs_per_s: float = 0.0
     num_workers: int = 0  # processes that scored at once; 0: this one scored
     scored_elsewhere: int = 0  # completions that other runs scored since this one was planned
-    peak_bytes: int = 0  # of the largest worker, if there are any
+    peak_bytes: int = 0  # with workers, the peak of the largest one
     audited: int = 0  # completions whose scores were compared with the model's own forward
     audited_tokens: int = 0
     audit_largest_gap: float | None = None  # nats a token; None: nothing was audited
     audit_mean_gap: float | None = None
     audit_too_long: int = 0  # completions that were left out, because their own forward needs too much memory
     audit_s: float = 0.0
-    loaded_bytes: int = 0  # peak when the model had just been loaded
+    loaded_bytes: int = 0  # peak memory when the model had just been loaded
     # Where the weights were read from, layer by layer; None: they were kept on the device. In a dry run, how
     # often they would be read.
     weights_from: str | None = None
@@ -66,7 +66,7 @@ class PrecomputeReport:
     weight_bytes_read: int = 0
     weight_read_s: float = 0.0  # at the speed that was measured beforehand
     bytes_written: int = 0
-    forecast: Forecast | None = None  # of a dry run
+    forecast: Forecast | None = None  # only after a dry run
     surveys: list[dict[str, Any]] = field(default_factory=list)
     start_from: str | None = None  # model to train from, if the one in the reference's entry no longer exists
     remarks: list[str] = field(default_factory=list)
@@ -93,18 +93,18 @@ class PrecomputeReport:
         self.surveys.append(survey.as_dict())
 
     def plan_readings(self, readings: Readings) -> None:
-        """Note how often the weights will be read, about."""
+        """Record about how often the weights will be read."""
         self.weights_from = readings.place
         self.weight_readings, self.weight_bytes_read = readings.count, readings.num_bytes
         self.weight_read_s = readings.elapsed_s
 
     def add_readings(self, readings: tuple[str, int, int], bytes_per_s: float) -> None:
-        """Note how often they have been read: place, count and bytes."""
+        """Add the readings of weights so far: place, count and bytes."""
         self.weights_from, self.weight_readings, self.weight_bytes_read = readings
         self.weight_read_s = self.weight_bytes_read / bytes_per_s
 
     def add_audit(self, totals: AuditTotals) -> None:
-        """Add what was audited."""
+        """Add the totals of the audit."""
         self.audited, self.audited_tokens = totals.completions, totals.tokens
         self.audit_too_long, self.audit_s = totals.too_long, totals.elapsed_s
         if totals.completions:
@@ -126,7 +126,7 @@ class Meter:
     ):
         self._report, self._target, self._totals, self._units = report, target, totals, units
         self._on_progress, self._record, self._audit = on_progress, record, audit
-        self._planned_tokens = 0  # of the units up to the present one
+        self._planned_tokens = 0  # tokens of the units up to the present one
         self._scored_before = 0.0  # seconds of scoring, before the present unit
 
     def watch(self, unit: Unit) -> OnStep:
@@ -155,12 +155,14 @@ class Meter:
         return on_step
 
     def note_end(self, unit: Unit) -> None:
-        """Record how long the unit took: the next ones are cut by that."""
+        """Record how long the unit took; the size of later units depends on it."""
         if self._units.size:
             self._units.size.note(unit.planned_tokens, self._report.scoring_s - self._scored_before)
 
     def publish(self, scored: Sequence[Scored]) -> None:
-        """Audit scores and store them durably, after the entry of their reference. Raises `ModelError`."""
+        """Audit the scores, publish the entry of their reference, and then store them durably. Raises
+        `ModelError`.
+        """
         check_not_rewritten()
         if self._audit:
             self._audit.check(scored)
@@ -182,8 +184,8 @@ def describe_progress(
     num_workers: int = 0,
     trial_tokens: int = 0,
 ) -> ScoringProgress:
-    """How far the run is, if what is left takes as many tokens as the units so far: `run_tokens`, where
-    `planned_tokens` were planned. What others have scored counts neither as done nor as left.
+    """The progress of the run, if the rest takes as many tokens as the units so far did: `run_tokens`, where
+    `planned_tokens` were planned. Completions that other runs have scored count neither as done nor as left.
     """
     left = max(0, totals.missing_tokens - units.tokens_elsewhere - planned_tokens)
     share = 1 - units.tokens_elsewhere / max(1, totals.missing_tokens)

@@ -34,10 +34,10 @@ class RescoreReport:
     tokens: int
     largest_gap: float
     mean_gap: float
-    largest_allowed: float  # by rounding, for the dtype of the reference
+    largest_allowed: float  # the largest gap that rounding explains, in the dtype of the reference
     mean_allowed: float
     worst: str  # key of the completion with the largest gap
-    together: str = ""  # how all tokens together differ by more than rounding explains; mostly empty
+    together: str = ""  # the difference over all tokens that rounding does not explain, if any
 
     @property
     def agrees(self) -> bool:
@@ -57,7 +57,8 @@ def rescore(
     seed: int | None = None,
     log: Log | None = None,
 ) -> list[RescoreReport]:
-    """Score random completions of the pair sets with the live model: a report for each matching reference.
+    """Score random completions of the pair sets with the live model. Returns a report for each matching
+    reference.
 
     A model may be several references, one for each dtype and quantization. Raises `ModelError` with the
     fields that differ if it is none of them, and for a log-prob that is NaN or infinite.
@@ -169,7 +170,7 @@ def _draw(pair_sets: list[PairSet], num_completions: int, generator: np.random.G
     ends = np.cumsum([2 * pairs.block_sizes[block] for pairs, block in blocks])
     drawn: dict[bytes, _Drawn] = {}
     places = generator.permutation(int(ends[-1]))
-    for start in range(0, len(places), num_completions):  # again if a completion is in several pairs
+    for start in range(0, len(places), num_completions):  # more draws if pairs share completions
         batch = places[start : start + num_completions]
         for number in np.unique(np.searchsorted(ends, batch, side="right")):
             pairs, block = blocks[number]

@@ -96,9 +96,9 @@ def precompute(
     checkpoint; otherwise it is a reference of its own, and a remark reports it. It is scored in eval mode,
     and has its former mode afterwards.
 
-    With `num_workers`, other processes score, each on a device of its own; with `ray`, on a Ray cluster. Two
-    runs over the same data at the same time share the work: each draws its units in random order, and leaves
-    out what others have published.
+    With `num_workers`, other processes score, each on its own device; with `ray`, actors on a Ray cluster do.
+    Two runs over the same data at the same time share the work: each draws its units in random order, and
+    leaves out what others have published.
 
     With `dry_run` the data is surveyed and nothing else happens: no model is loaded, nothing is written.
 
@@ -140,7 +140,7 @@ def _run(
     tokenizer, tokenizer_location = read_tokenizer(inputs)
     reference = identify_reference(inputs, config, tokenizer_location, log, device)
     if options.stream_weights == "on" and options.ray is None:
-        choose_reference_streaming(inputs, reference)  # raises an error where they cannot be streamed
+        choose_reference_streaming(inputs, reference)  # raises an error if the weights cannot be streamed
     if not options.dry_run:
         for remark in end_killed_runs(cache, reference.id):
             log(remark)

@@ -1,4 +1,4 @@
-"""The completions of a run that are audited. The choice depends only on the data, so that runs over the same
+"""The choice of the completions that a run audits. It depends only on the data, so that runs over the same
 rows agree.
 """
 
@@ -11,19 +11,19 @@ import numpy as np
 from dpo_cache.precomputing.units import Unit
 from dpo_cache.types import Completion
 
-LEAST_RANDOM = 8  # of a run
-UNUSUAL_FIRST, UNUSUAL_EVERY = 8, 1000  # of a run: the first, and one more for so many completions
-UNUSUAL_SHARE = 0.02  # of a short run, at most
-CANDIDATES = 4096  # of a unit, among which the unusual ones are found
+LEAST_RANDOM = 8  # random completions of a run, at least
+UNUSUAL_FIRST, UNUSUAL_EVERY = 8, 1000  # unusual completions of a run: 8, and one more per 1,000
+UNUSUAL_SHARE = 0.02  # the first 8 are at most this share of the completions
+CANDIDATES = 4096  # completions of a unit that are searched for unusual ones
 
 
 class Sampler:
     """Chooses the completions of each unit that are audited:
 
     - at random, one in `interval`, and at least 8 of a run;
-    - the longest, if it is longer than all before;
-    - a few that have tokens which no audited completion has, the more frequent tokens first: a fault that
-      meets only some kind of rows is likely to meet one of them.
+    - the longest, if it is longer than all earlier ones;
+    - a few with tokens that no audited completion has, the more frequent tokens first: a fault that
+      affects only some kind of rows is likely to affect one of them.
     """
 
     def __init__(self, interval: int):

@@ -1,4 +1,4 @@
-"""The day that a chat template writes, if it depends on the day: that of the pair set's first run.
+"""The date that a chat template writes, if its text depends on the date: that of the pair set's first run.
 
 Otherwise the token ids, and so the keys of the scores, would change daily. The manifest records the day as
 `tokenization.template_date`. Until there is a manifest, `pairs/NAME/SPLIT/.template-date.json` does, so that
@@ -23,8 +23,8 @@ RECORD = ".template-date.json"
 def choose_template_dates(
     cache: Cache, pair_sets: Sequence[str], tokenizer: PreTrainedTokenizerBase, given: str | None, log: Log
 ) -> list[date | None]:
-    """The day for each pair set: the one `given`, that of its first run or of another of these pair sets, or
-    today; None if the template does not depend on the day.
+    """The day for each pair set: the one `given`, else that of its first run, else that of another of these
+    pair sets, else today; None if the template does not depend on the day.
     """
     if not data.writes_day(tokenizer):
         if given:
@@ -65,7 +65,7 @@ def record_day(cache: Cache, pair_set: str, day: date | None) -> None:
 
 
 def describe_day(day: date | None) -> Document:
-    """The member of a manifest's `tokenization`; none without a day."""
+    """The day as a member of a manifest's `tokenization`; empty without a day."""
     return {} if day is None else {"template_date": day.isoformat()}
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dpo_cache.lm.runner import Runner  # imports the code that runs models
 
 FLUSH_S = 20.0  # seconds of scoring that a crash can cost
-ROWS_NAMED = 3  # in an error about a completion
+ROWS_NAMED = 3  # rows that an error about a completion names, at most
 
 Scored = tuple[bytes, Score]  # key, score
 OnStep = Callable[[ScoringStep, int], None]  # a step, and how many scores are not published yet
@@ -34,8 +34,8 @@ class Unit:
     keys: list[bytes]
     completions: list[Completion]
     rows: list[list[int]]  # the first rows of the data set with the completion
-    planned_tokens: int  # of the forest
-    pair_set: str = ""  # that has the rows
+    planned_tokens: int  # tokens of the forest
+    pair_set: str = ""  # name of the pair set with the rows
 
     def __len__(self) -> int:
         return len(self.keys)

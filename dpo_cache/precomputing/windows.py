@@ -1,4 +1,4 @@
-"""Tokenized rows -> windows: which completions are missing from the cache, and how many tokens they take."""
+"""Tokenized rows -> windows, with the completions that the cache lacks and their number of tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpo_cache.store.format.pair_tables import PairsDigest
 from dpo_cache.store.key_table import KeyTable, keys_of_pairs
 from dpo_cache.types import Completion, Pair
 
-Entry = tuple[bytes, Completion, Sequence[int]]  # a completion's key, itself, and rows that have it
+Entry = tuple[bytes, Completion, Sequence[int]]  # a key, its completion, and rows that have it
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Window:
     chosen_keys: np.ndarray
     rejected_keys: np.ndarray
     missing_keys: np.ndarray  # distinct; neither in the cache nor in an earlier window
-    missing_tokens: int  # of their forest
-    longest: Entry | None = None  # of the missing completions
+    missing_tokens: int  # tokens of the forest of the missing completions
+    longest: Entry | None = None  # the longest missing completion
 
 
 @dataclass
@@ -55,7 +55,7 @@ class SplitPlan:
     windows: list[Window] = field(default_factory=list)
     digest: PairsDigest = field(default_factory=PairsDigest)
     template_date: date | None = None  # the day that the chat template writes, if it writes one
-    pairs_seen: KeyTable = field(default_factory=KeyTable)  # numbers of both completions -> pairs before
+    pairs_seen: KeyTable = field(default_factory=KeyTable)  # numbers of both completions -> index of the pair
 
 
 class Planner:
@@ -120,7 +120,7 @@ class Planner:
         )
 
     def _number(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A number for each distinct completion, and whether this is the first place that has it."""
+        """The number of each distinct completion, and a mask of the places that are the first with theirs."""
         places = self._num_seen + np.arange(len(keys))
         self._completions_seen.add(keys, self._num_seen)
         self._num_seen += len(keys)
@@ -128,7 +128,9 @@ class Planner:
         return numbers, numbers == places
 
     def _check_ids(self, pairs: Sequence[Pair]) -> None:
-        """Tokens that were added to the tokenizer and not to the model may be in no row; then all is well."""
+        """Raise `ModelError` for token ids without an embedding. Tokens that only the tokenizer has do no
+        harm as long as no row contains them.
+        """
         for pair in pairs:
             largest = max(int(side.sequence_ids.max()) for side in (pair.chosen, pair.rejected))
             if largest >= self._vocab_size:
@@ -159,7 +161,7 @@ def _longest(missing: Sequence[tuple[np.bytes_, Completion, int]]) -> Entry | No
 def _note_repeats(
     split: SplitPlan, rows: Sequence[int], chosen_numbers: np.ndarray, rejected_numbers: np.ndarray
 ) -> None:
-    """Count the pairs that an earlier row has, too, in the same order or the opposite one."""
+    """Count the pairs that an earlier row also has, in the same order or the opposite one."""
     pairs = keys_of_pairs(chosen_numbers, rejected_numbers)
     before = split.survey.pairs_kept - len(rows)
     places = before + np.arange(len(rows))

@@ -1,4 +1,4 @@
-"""The driver of workers: it hands out units, counts receipts, and turns a failure into one error.
+"""The driver of workers: it hands out units, counts receipts, and raises one error for the first failure.
 
 units -> `local.score_units` or `ray.score_units` -> receipts -> report, progress, index of scores
 """
@@ -30,7 +30,7 @@ from dpo_cache.precomputing.workers.environments import worker_environments
 from dpo_cache.precomputing.workers.job import Failure, Job, Receipt
 from dpo_cache.store.upkeep.run_record import RunRecord
 
-RENEW_EVERY_S = 60.0  # the record is looked at
+RENEW_EVERY_S = 60.0  # seconds between calls of `RunRecord.renew`
 READS_EACH_TIME = (
     "the weights do not fit the workers' devices, so they are read for each unit. With `stream_weights` on, "
     "each worker gets one unit."
@@ -38,7 +38,7 @@ READS_EACH_TIME = (
 
 
 def score_by_workers(run: PlannedRun, record: RunRecord) -> AuditTotals | None:
-    """Score all splits, then publish them; returns what was audited, if anything is.
+    """Score all splits, then publish them. Returns the totals of the audit; None without one.
 
     Workers are started only if something is to be scored. Raises one `DpoCacheError` for the first failure,
     after they have ended.
@@ -57,7 +57,7 @@ def score_by_workers(run: PlannedRun, record: RunRecord) -> AuditTotals | None:
 
 
 def workers_device(options: PrecomputeOptions) -> torch.device | None:
-    """The device that workers on Ray compute on, which this process may not have; None without Ray.
+    """The device of workers on Ray, which this machine may lack; None without Ray.
 
     The dtype of the forward pass, and with it the reference, depends on it.
     """
@@ -107,7 +107,7 @@ def check_for_workers(inputs: Inputs, cache: str) -> None:
 
 
 def describe_job(run: PlannedRun, record: RunRecord) -> Job:
-    """The run as its workers know it. The run's record is written, so that they find it."""
+    """The run as a job for its workers. The run's record is written first, because they read it."""
     options, reference, cache = run.options, run.target.reference, str(run.target.cache)
     is_folder = os.path.isdir(options.model)
     longest_tokens, run_tokens = run.extent()
@@ -151,7 +151,7 @@ def _renewed(record: RunRecord) -> Iterator[None]:
 
     def keep_renewing() -> None:
         while not ended.wait(RENEW_EVERY_S):
-            with suppress(StorageError):  # the next time may succeed
+            with suppress(StorageError):  # the next attempt may succeed
                 record.renew()
 
     thread = threading.Thread(target=keep_renewing, name="run record", daemon=True)
@@ -181,7 +181,9 @@ def _start(job: Job, run: PlannedRun, tally: Tally) -> Iterator[Receipt]:
 
 
 def error_of(failure: Failure, record: RunRecord, where: str = "") -> DpoCacheError:
-    """The error of a failure. Where scores were wrong, all that the run published is withdrawn."""
+    """The error that a failure stands for. If scores were wrong, all files that the run published are
+    withdrawn.
+    """
     message = failure.message
     if failure.withdraws:
         message += f"\n{withdraw(record)} {failure.advice}"
@@ -198,10 +200,10 @@ class Tally:
 
     def __init__(self, run: PlannedRun, clock: Callable[[], float] = time.perf_counter):
         self._run, self._clock = run, clock
-        # tokens and pair set of the units without a receipt yet; they themselves take too much memory
+        # tokens and pair set of the units without a receipt; the units themselves would take too much memory
         self._handed_out: dict[int, tuple[int, str]] = {}
-        self._planned_tokens = 0  # of the units with a receipt
-        self._started: float | None = None  # when the first worker began to score
+        self._planned_tokens = 0  # tokens of the units with a receipt
+        self._started: float | None = None  # time at which the first worker began to score
         self._audited: dict[str, AuditTotals] = {}  # by worker
         self._readings: dict[str, tuple[str, int, int]] = {}
         self._remarks: set[str] = set()
@@ -214,7 +216,7 @@ class Tally:
 
     @property
     def audited(self) -> AuditTotals | None:
-        """By all workers; None if none has reported any."""
+        """The totals of the audits of all workers; None if no worker has reported one."""
         together: AuditTotals | None = None
         for one in self._audited.values():
             together = one if together is None else together.plus(one)
@@ -222,7 +224,7 @@ class Tally:
 
     @property
     def readings(self) -> tuple[str, int, int] | None:
-        """Where streamed weights were read from, how often, and the bytes: by all workers."""
+        """The readings of streamed weights by all workers: place, count and bytes."""
         found = [*self._readings.values()]
         return (found[0][0], sum(one[1] for one in found), sum(one[2] for one in found)) if found else None
 
@@ -249,7 +251,7 @@ class Tally:
         if receipt.readings is not None and self._run.streaming is None:
             remarks += (READS_EACH_TIME,)
         for text in remarks:
-            if text not in self._remarks:  # mostly, each worker has the same ones
+            if text not in self._remarks:  # workers mostly make the same remarks
                 self._remarks.add(text)
                 self._run.log(text)
         if receipt.failure is None:

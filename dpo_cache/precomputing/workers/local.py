@@ -1,7 +1,7 @@
-"""Units -> receipts on this machine: processes that score at once, each on a device of its own.
+"""Units -> receipts on this machine: processes that score at once, each on its own device.
 
-The driver hands each process one unit at a time over a socket. A process that ends, as the kernel ends one
-where memory runs out, has its unit scored by another one.
+The driver hands each process one unit at a time over a socket. If a process ends, for example because the
+kernel killed it when memory ran out, another process scores its unit.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from dpo_cache.precomputing.workers.job import Failure, Job, Receipt, rows_of
 from dpo_cache.precomputing.workers.process import STARTED
 from dpo_cache.precomputing.workers.worker import Worker
 
-ATTEMPTS = 3  # to score a unit that ends its worker, and to start a worker that never finishes one
-LOOK_S = 0.5  # between looks whether a process has ended without a word
+ATTEMPTS = 3  # attempts to score a unit whose workers end, and to start a worker that finishes no unit
+LOOK_S = 0.5  # seconds between checks whether a process has ended without a message
 KILLED = -getattr(signal, "SIGKILL", 9)  # Windows has no such signal
-STOP_S = 60.0  # for a worker to publish what it has computed
+STOP_S = 60.0  # seconds for a worker to publish the scores that it has computed
 
 Numbered = tuple[int, Unit]
 MakeWorker = Callable[[Job], Worker]
@@ -93,7 +93,9 @@ class _Slot:
         return self.process is not None or self.num_ended < ATTEMPTS
 
     def start(self) -> None:
-        """Start a process, in another session: a Ctrl-C reaches only the driver, which ends it."""
+        """Start a process in another session, so that Ctrl-C reaches only the driver, which then ends the
+        process.
+        """
         mine, its = socket.socketpair()
         with its, open(self.log_file, "ab") as log:
             name = f"{self.number} on {socket.gethostname()}"
@@ -109,14 +111,14 @@ class _Slot:
         self.connection, self.has_started = Connection(mine.detach()), False
 
     def send(self, unit: Numbered) -> None:
-        """Hand it the unit; where the process has ended, that is seen later."""
+        """Send the unit to the process. If the process has ended, a later check finds that."""
         assert self.connection is not None
         self.current = unit
         with suppress(OSError):
             self.connection.send(unit)
 
     def close(self) -> int:
-        """Forget the process, which has ended or is to end now. Returns its exit code."""
+        """End the process if it still runs, and free the slot. Returns its exit code."""
         assert self.process is not None and self.connection is not None
         self.connection.close()
         self.process.kill()
@@ -137,7 +139,7 @@ class _Pool:
     log: Log
     waiting: deque[Numbered] = field(default_factory=deque)
     attempts: dict[int, list[int]] = field(default_factory=dict)  # unit -> exit codes of its workers
-    has_all: bool = False  # whether all units were taken from the iterator
+    has_all: bool = False  # True once all units were taken from the iterator
 
     def receipts(self) -> Iterator[Receipt]:
         while True:
@@ -151,7 +153,9 @@ class _Pool:
             yield from self._collect()
 
     def _hand_out(self) -> None:
-        """Give a unit to each idle worker; start workers while units wait; keep a unit for each ready."""
+        """Give a unit to each idle worker, start workers while units wait, and keep a unit ready for each
+        worker.
+        """
         for slot in self.slots:
             if slot.is_idle and self._fill(1):
                 slot.send(self.waiting.popleft())
@@ -163,7 +167,7 @@ class _Pool:
         self._fill(len(self.slots))
 
     def _fill(self, count: int) -> bool:
-        """Return whether so many units wait; takes them from the iterator."""
+        """Take units from the iterator until `count` of them wait. Returns whether so many do."""
         while len(self.waiting) < count and not self.has_all:
             unit = next(self.units, None)
             if unit is None:
@@ -222,8 +226,8 @@ class _Pool:
 
 @contextmanager
 def _ended_at_last(slots: list[_Slot]) -> Iterator[None]:
-    """End all processes when the block ends: those that are idle at once, the others when they have published
-    what they had computed.
+    """End all processes when the block ends: idle ones at once, the others when they have published
+    the scores that they had computed.
     """
     try:
         yield

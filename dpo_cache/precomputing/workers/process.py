@@ -1,9 +1,9 @@
 """A worker in a process of its own, `python -m dpo_cache.precomputing.workers.process DESCRIPTOR`.
 
 The descriptor is this end of a socket to the driver. Over it come, pickled by the driver of this run, the
-worker's class and the job, and then numbered units; back go a first word that the process has started, and a
-receipt for each unit. The process ends when the driver closes the socket, or has ended; in the midst of a
-unit it publishes what it has computed.
+worker's class and the job, and then numbered units. The process sends a first message when it has started,
+and a receipt for each unit. It ends when the driver closes the socket or has ended; in the middle of a unit
+it first publishes the scores that it has computed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from multiprocessing.connection import Connection
 from types import FrameType
 
 STARTED = "started"
-LOOK_S = 1.0  # between looks whether the driver has ended
+LOOK_S = 1.0  # seconds between checks whether the driver has ended
 
 
 class Terminated(BaseException):
-    """SIGTERM: unwinds, so that scores that were computed are published."""
+    """Raised on SIGTERM: as the stack unwinds, computed scores are published."""
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C
     signal.signal(signal.SIGTERM, _terminate)
     threading.Thread(target=_end_with, args=(os.getppid(),), name="driver", daemon=True).start()
     connection, name = Connection(int(sys.argv[1])), sys.argv[2]
@@ -41,18 +41,18 @@ def main() -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the run has ended
         pass
     except Terminated:
-        os._exit(128 + signal.SIGTERM)  # no clean-up of libraries: the driver waits
+        os._exit(128 + signal.SIGTERM)  # skips the clean-up of libraries: the driver waits for this process
 
 
 def _end_with(driver: int) -> None:
-    """End this process when the driver, whose id is given, is not its parent any more."""
+    """End this process once the process with the driver's id is no longer its parent."""
     while os.getppid() == driver:
         time.sleep(LOOK_S)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _terminate(_: int, __: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal has no effect
     raise Terminated
 
 

@@ -1,8 +1,8 @@
 """Units -> receipts on a Ray cluster: a pool of Ray Data's actors scores them, each unit as one block.
 
-A unit is one row of one Arrow block, which Ray neither splits nor joins. What an actor raises would reach the
-driver as a long trace that names no rows, so errors are receipts. Ray begins a unit again whose worker ended;
-the `_Ledger` counts that, and after three times the unit's receipt is a failure.
+A unit is one row of one Arrow block, which Ray neither splits nor joins. An exception of an actor would reach
+the driver as a long traceback without row numbers, so errors are sent as receipts. Ray runs a unit again if
+its worker ended; the `_Ledger` counts the attempts, and after three of them the unit's receipt is a failure.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from dpo_cache.precomputing.workers.worker import Worker
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-ATTEMPTS = 3  # to score a unit that ends its worker
-IN_FLIGHT = 1  # units of an actor: one that waited behind another could be scored elsewhere
-RESTARTS = 100  # of an actor in a run, whose node may be taken away often
-NO_PROGRESS_S = 2 * 3600.0  # without a unit; nodes that start and models that load take less
-STOP_S = 10.0  # for actors to end
+ATTEMPTS = 3  # attempts to score a unit whose workers end
+IN_FLIGHT = 1  # units of an actor at a time: a waiting unit could be scored by another actor
+RESTARTS = 100  # restarts of an actor in a run: preemptible nodes may disappear often
+NO_PROGRESS_S = 2 * 3600.0  # ends a run without receipts; starting nodes and loading takes less
+STOP_S = 10.0  # seconds to wait for the end of actors
 LOGS = "/tmp/ray/session_latest/logs"
 
 Numbered = tuple[int, Unit]
@@ -69,7 +69,7 @@ def score_units(
         nodes = node_resources(ray)
         pool = plan_pool(options, nodes, needs_gpu=options.device == "cuda")
         check_pool(pool, nodes, options.ray, log)
-        # Ray writes what does not fit into its memory to disk, and the driver holds one unit at a time
+        # the driver holds one unit at a time, and Ray spills blocks that do not fit into its memory to disk
         blocks = [
             (unit.planned_tokens, ray.put(_pack_unit(number, unit)))
             for number, unit in units(pool.most_workers)
@@ -100,7 +100,7 @@ def _scored(ray: Any, blocks: list[Any], pool: Pool, arguments: tuple[Any, ...])
         max_tasks_in_flight_per_actor=IN_FLIGHT,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # options of actors are no longer taken from 2.64 on
+        warnings.simplefilter("ignore")  # Ray 2.64 deprecates these options of actors
         return ray.data.from_arrow_refs(blocks).map_batches(
             _Actor,
             batch_size=1,
@@ -125,7 +125,7 @@ class _Actor:
 
     def __init__(self, job: Job, make_worker: MakeWorker, ledger: Any):
         self._ray, self._ledger = import_ray(), ledger
-        self._worker = make_worker(job)  # loads nothing: Ray reports an error here after a minute, and badly
+        self._worker = make_worker(job)  # loads nothing: Ray would report an error here late and unclearly
 
     def __call__(self, block: pa.Table) -> pa.Table:
         number, unit = _unpack_unit(block)
@@ -143,18 +143,18 @@ class _Actor:
 
 
 class _Ledger:
-    """Counts how often each unit was begun, and knows which actors are at work. It is an actor itself.
+    """Counts the attempts for each unit, and keeps track of the actors at work. It is an actor itself.
 
-    It holds no handle of an idle actor, because that would keep the actor alive.
+    It holds no handle of an idle actor, because a handle would keep the actor alive.
     """
 
     def __init__(self) -> None:
         self._num_begun: Counter[int] = Counter()
-        self._at_work: dict[int, Any] = {}  # number of a unit -> handle
+        self._at_work: dict[int, Any] = {}  # number of a unit -> handle of its actor
         self._has_stopped = False
 
     def begin(self, number: int, actor: list[Any]) -> tuple[int, int]:
-        """How often the unit was begun, 0 once the run has ended, and the number of actors at work."""
+        """The number of attempts for the unit, 0 once the run has ended, and the number of actors at work."""
         if self._has_stopped:
             return 0, 0
         self._num_begun[number] += 1
@@ -162,11 +162,11 @@ class _Ledger:
         return self._num_begun[number], len(self._at_work)
 
     def end(self, number: int) -> None:
-        """The unit has a receipt."""
+        """Record that the unit has a receipt."""
         self._at_work.pop(number, None)
 
     def stop(self) -> list[Any]:
-        """Let no unit begin from now on. Returns the actors at work."""
+        """Let no unit start from now on. Returns the actors at work."""
         self._has_stopped = True
         return [*self._at_work.values()]
 
@@ -186,14 +186,14 @@ def _end_workers(ray: Any, ledger: Any) -> None:
         for actor in actors:
             ray.kill(actor)
         for actor in actors:
-            with suppress(ray.exceptions.RayError):  # that it has ended
+            with suppress(ray.exceptions.RayError):  # raised once the actor has ended
                 ray.get(actor.__ray_ready__.remote(), timeout=STOP_S)
         ray.kill(ledger)
 
 
 @contextmanager
 def _ray_data_settings(ray: Any) -> Iterator[None]:
-    """While open, Ray Data writes nothing to the terminal, and adds an actor where all are at work."""
+    """While open, Ray Data writes nothing to the terminal, and adds an actor when all are at work."""
     context = ray.data.DataContext.get_current()
     settings = {
         "enable_progress_bars": False,
@@ -244,7 +244,7 @@ def _ended_workers(unit: Unit) -> Failure:
 
 
 def _log_file() -> str:
-    """The file that this process's stderr goes to; empty where the system does not tell."""
+    """The file that receives this process's stderr; empty if the system does not show it."""
     path = Path("/proc/self/fd/2").resolve()
     return str(path) if path.is_file() else ""
 

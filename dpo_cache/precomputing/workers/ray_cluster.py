@@ -1,6 +1,6 @@
-"""A connection to Ray: a cluster on this machine for one run, or one that runs; and how many workers fit it.
+"""A connection to Ray (a cluster on this machine for one run, or a running one), and the workers that fit it.
 
-Ray is optional: it is imported only in these functions.
+Ray is optional, so it is imported only inside these functions.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.packages import check_ray_version, ray_advice
 
 LOCAL = "local"
-# Read when Ray is imported. Whoever reaches a Ray cluster can run code there, so ours listens on loopback
-ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # what Ray will do; until then it warns of it
+# Read when Ray is imported. All who can connect to a cluster can run code there, so ours listens on loopback
+ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # Ray's future default; without it, Ray warns
 LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The workers of a run; `max_workers` None: as many as the cluster grows to."""
+    """The workers of a run; `max_workers` None: as many as the cluster can grow to."""
 
     min_workers: int
     max_workers: int | None
-    gpus: float  # of a worker
+    gpus: float  # GPUs of each worker
     cpus: float
 
     @property
     def most_workers(self) -> int:
-        """The workers to cut units for."""
+        """The number of workers for which units are cut."""
         return self.max_workers or self.min_workers
 
     def at_most(self, num_units: int) -> Pool:
-        """The same, without workers that would get no unit."""
+        """The pool without workers that would get no unit."""
         most = num_units if self.max_workers is None else min(self.max_workers, num_units)
         return replace(self, min_workers=min(self.min_workers, num_units), max_workers=most)
 
@@ -75,7 +75,8 @@ def connected(address: str, *, num_cpus: int | None = None, num_gpus: int | None
     """While open, this process is connected to Ray; a connection that exists is used, and kept.
 
     `local` starts a cluster on this machine, with so many logical CPUs and GPUs (None: those that it has),
-    and ends it; `auto` finds a running one; else the address of its head, HOST:PORT. Raises `OptionError`.
+    and ends it; `auto` finds a running one; any other value is the address of its head, HOST:PORT. Raises
+    `OptionError`.
     """
     if "://" in address:
         raise OptionError(

@@ -1,4 +1,4 @@
-"""One worker of a run: it scores units and publishes their scores, by itself.
+"""One worker of a run: it scores units and publishes their scores without the driver.
 
     worker = Worker(job)                  # loads nothing
     receipt = worker.score(number, unit)  # loads the model the first time; errors are receipts, too
@@ -6,7 +6,7 @@
 
 verify the checkpoint -> load -> audit a first sample -> score -> audit -> publish -> receipt
 
-A worker writes and never looks up: it reads no key of the cache. Publishing is idempotent, so a unit may be
+A worker only writes: it never reads which keys the cache has. Publishing is idempotent, so a unit may be
 scored again by another worker.
 """
 
@@ -57,7 +57,7 @@ class Worker:
     def __init__(self, job: Job):
         self.name = f"{os.getpid()} on {platform.node()}"
         self._job = job
-        # what is noted of the checkpoint's files lasts from one call to the next, whichever thread makes it
+        # the digests of the checkpoint's files are kept from one call to the next, whichever thread calls
         self._context = contextvars.copy_context()
         self._stack = ExitStack()
         self._loaded: _Loaded | None = None
@@ -80,7 +80,7 @@ class Worker:
             loaded = self._loaded = self._loaded or self._load()
             published = loaded.score(unit, self._job)
             failure = published.failure
-        except Exception as error:  # nothing but a receipt reaches the driver in one readable piece
+        except Exception as error:  # only a receipt reaches the driver as one readable message
             traceback.print_exc()
             failure = describe_failure(error, unit)
         remarks, self._remarks = tuple(self._remarks), []
@@ -143,7 +143,7 @@ class Worker:
 
 @dataclass
 class _Published:
-    """What a worker published of a unit, and what ended it early."""
+    """The shards that a worker published for a unit, and the error that ended it early."""
 
     shards: dict[str, np.ndarray] = field(default_factory=dict)  # see `Receipt`
     num_tokens: int = 0
@@ -154,7 +154,7 @@ class _Published:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A loaded reference, and where its scores go."""
+    """A loaded reference, and the destination of its scores."""
 
     cache: Cache
     reference: Reference
@@ -193,7 +193,7 @@ class _Loaded:
 
 
 def describe_failure(error: Exception, unit: Unit) -> Failure:
-    """The error as a receipt carries it."""
+    """The error in the form that a receipt carries."""
     rows = rows_of(unit)
     if isinstance(error, AuditError):
         return Failure("ModelError", error.problem, rows, withdraws=True, advice=error.advice)
@@ -204,7 +204,7 @@ def describe_failure(error: Exception, unit: Unit) -> Failure:
 
 
 def _check_shared(cache: Cache, job: Job) -> None:
-    """Raise `CacheError` unless the cache is the driver's: under its path, another machine may have another
+    """Raise `CacheError` unless the cache is the driver's: at the same path, another machine may have another
     folder, or none.
     """
     if not cache.folder.exists(job.run["record"]):
@@ -215,9 +215,9 @@ def _check_shared(cache: Cache, job: Job) -> None:
 
 
 def _identify(inputs: Inputs, job: Job, log: Log) -> Reference:
-    """The reference as this machine has it. Raises `ModelError` for another model than the driver's.
+    """The reference on this machine. Raises `ModelError` if it differs from the driver's.
 
-    One worker of a machine hashes the weights while the others wait; then they find the digests.
+    One worker of a machine hashes the weights while the others wait and then read its digests.
     """
     with node_lock(f"hash {job.options.model}"):
         reference = identify_reference(inputs, read_config(inputs), "", log)
