@@ -25,15 +25,16 @@ SATURATED_LOSS = 1e-3  # a sigmoid loss whose gradient is a thousandth of the on
 
 def describe_few_steps(options: TrainOptions, num_pairs: int, total_steps: int, lr: float) -> str:
     """A remark on a run of under 50 steps, with the options that make it longer."""
-    a_pass, changes = math.ceil(num_pairs / options.batch_size), []
-    if options.max_steps is not None and options.epochs * a_pass > options.max_steps:
-        changes.append("no `max_steps`")
+    a_pass = math.ceil(num_pairs / options.batch_size)
+    changes = [f"`epochs` {math.ceil(FEW_STEPS / a_pass)}"]
     if (smaller := max(1, int(num_pairs * options.epochs) // FEW_STEPS)) < options.batch_size:
-        changes.append(f"`batch_size` {smaller}")
-    changes.append(f"`epochs` {math.ceil(FEW_STEPS / a_pass)}")
+        changes.insert(0, f"`batch_size` {smaller}")
+    if options.max_steps is not None:  # which counts whatever the others are
+        changes = [f"`max_steps` {FEW_STEPS}"]
     return (
         f"{total_steps} step{'s are' if total_steps > 1 else ' is'} few: a policy learns little in under "
-        f"{FEW_STEPS}. More of them: {' or '.join(changes)}. Larger ones: `lr` {10 * lr:g}."
+        f"{FEW_STEPS}. More of them: {' or '.join(changes)}."
+        + (f" Larger ones: `lr` {10 * lr:g}." if options.lr is None else "")
     )
 
 

@@ -128,7 +128,7 @@ def test_progress_shows_loss_margin_accuracy_speed_memory_and_time(
 ) -> None:
     monkeypatch.setattr("dpo_cache.progress.QUIET_SECONDS", 0.0)
     done = run("train", "--cache", cache, "--output", tmp_path / "run", *COMMON)
-    lines = [line for line in done.err.splitlines() if line.startswith("training")]
+    lines = [line for line in done.err.splitlines() if line.startswith("training  step")]
     assert len(lines) == 2
     for word in ("step 1/2", "loss 0.6931", "accuracy", "margin +0.0000", "pairs/s", "GB", "left"):
         assert word in lines[0] or word in lines[0].replace("MB", "GB"), (word, lines[0])

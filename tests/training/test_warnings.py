@@ -20,7 +20,7 @@ HARDLY += "more steps: more `epochs`, or a smaller `batch_size`."
     [
         ({}, 160, 5, "5 steps are few: a policy learns little in under 50. More of them: `batch_size` 3 or `epochs` 10."),
         ({}, 12, 1, "1 step is few: a policy learns little in under 50. More of them: `batch_size` 1 or `epochs` 50."),
-        ({"max_steps": 5}, 6400, 5, "5 steps are few: a policy learns little in under 50. More of them: no `max_steps` or `epochs` 1."),
+        ({"max_steps": 5}, 6400, 5, "5 steps are few: a policy learns little in under 50. More of them: `max_steps` 50."),
         ({"batch_size": 1}, 20, 20, "20 steps are few: a policy learns little in under 50. More of them: `epochs` 3."),
     ],
 )  # fmt: skip
@@ -31,6 +31,8 @@ def test_a_short_run_is_told_what_makes_it_longer(
         TrainOptions(cache="cache", output="run", **options), num_pairs, total_steps, 1e-6
     )
     assert found == f"{text} Larger ones: `lr` 1e-05."
+    given = TrainOptions(cache="cache", output="run", lr=3e-4, **options)
+    assert describe_few_steps(given, num_pairs, total_steps, 3e-4) == text  # a chosen rate is left as it is
 
 
 @pytest.mark.parametrize("num_steps", [3, 49, 50])
