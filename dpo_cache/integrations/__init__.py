@@ -1,1 +1,1 @@
-"""Other libraries that read the cache, each in a file of its own."""
+"""Adapters for other libraries that read the cache, one file for each."""

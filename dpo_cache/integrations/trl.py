@@ -3,9 +3,10 @@
     trainer = CachedDPOTrainer("MODEL", args=DPOConfig(...), train_dataset=rows, cache="CACHE")
     trainer.train()
 
-TRL tokenizes, collates, computes the losses and trains, as always. The reference's log-probs are looked up by
-the very token ids that TRL's collator makes, so another order of rows, another subset or another epoch finds
-them, and other ids (another template, tokenizer or `max_length`) are an error instead of a wrong number.
+TRL tokenizes, collates, computes the losses and trains, as usual. The reference's log-probs are looked up by
+the token ids that TRL's collator makes. So another order of rows, another subset or another epoch finds them,
+and other ids (from another template, tokenizer or `max_length`) raise an error instead of giving a wrong
+number.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ from dpo_cache.training.pair_logps import summed_logps
 from dpo_cache.training.step_zero import TOLERANCES
 from dpo_cache.types import Completion
 
-LOOKED_UP = 1000  # rows at once
+LOOKED_UP = 1000  # rows that are looked up at once
 UNCUT = 1_000_000  # `precompute --max-length` for a `max_length` of None
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # of TRL's tokenized rows
-NAMES = ("ref_chosen_logps", "ref_rejected_logps")  # of its columns with log-probs
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # columns of TRL's tokenized rows
+NAMES = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's columns of log-probs
 STEP_ZERO = ("stop", "warn", "off")
 
 
@@ -56,7 +57,7 @@ class CachedDPOTrainer(DPOTrainer):
         cache: a folder or an fsspec URL.
         reference: id of the reference in the cache, or its first characters; default: the only one.
         score_missing: score completions that the cache lacks before training, with the reference's own
-            checkpoint, or with the policy's where the cache has no reference. The model is loaded for that
+            checkpoint, or with the policy's if the cache has no reference. The model is loaded for that
             and released.
         step_zero: what happens if the policy does not repeat the cached log-probs in the first batch, before
             any update: stop, warn or off (for a policy that starts from another checkpoint). A policy with a
@@ -114,7 +115,7 @@ class CachedDPOTrainer(DPOTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As `DPOTrainer.evaluate`. A data set that is given here may be new, also after training."""
+        """Evaluate as `DPOTrainer.evaluate` does. A data set given here may be new, even after training."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if not isinstance(eval_dataset, dict):
@@ -128,7 +129,7 @@ class CachedDPOTrainer(DPOTrainer):
         self, dataset: Any, name: str, ignore_keys: list[str] | None, prefix: str
     ) -> dict[str, float]:
         prepared = self._prepare_dataset(dataset, self.processing_class, self.args, name)
-        # not of DPOTrainer, which would compute the reference with the trained policy and so refuses
+        # skips DPOTrainer's method, which refuses: it would compute the reference with the trained policy
         return super(DPOTrainer, self).evaluate(self._with_logps(prepared, name), ignore_keys, prefix)
 
     def _with_logps(self, dataset: Any, name: str) -> Any:
@@ -148,7 +149,7 @@ class CachedDPOTrainer(DPOTrainer):
             batched=True,
             batch_size=LOOKED_UP,
             with_indices=True,
-            load_from_cache_file=False,  # the values are the cache's
+            load_from_cache_file=False,  # the values depend on the cache
             desc=f"Looking up the reference's log-probs of {name}",
         )
 
@@ -175,7 +176,9 @@ class CachedDPOTrainer(DPOTrainer):
         return np.zeros(len(keys), bool) if self._scores is None else self._scores.contains(keys)
 
     def _score_missing(self, dataset: Dataset, name: str) -> None:
-        """Score what the cache lacks of a data set; the main process does, and its error is that of all."""
+        """Score the completions of a data set that the cache lacks. The main process scores; its error is
+        raised on all.
+        """
         error = None
         if self.accelerator.is_main_process:
             try:
@@ -201,7 +204,7 @@ class CachedDPOTrainer(DPOTrainer):
                 revision=revision,
                 dtype=dtype,
                 expected=self._reference,
-                # only code of a model that the caller named, never of one that the cache names
+                # runs only code of a model that the caller named, never of one that the cache names
                 trust_remote_code=self.args.trust_remote_code and model == self._policy_name,
             )
 
@@ -261,8 +264,8 @@ class CachedDPOTrainer(DPOTrainer):
         log_remark(problem)
 
     def _gap(self, logps: Sequence[float], inputs: dict[str, Any]) -> float:
-        """By how much the batch's mean log-probs, chosen and rejected, differ from the cached ones beyond
-        rounding, in nats; the larger of the two.
+        """The gap by which the batch's mean log-probs, chosen and rejected, differ from the cached ones
+        beyond rounding, in nats; the larger of the two.
         """
         absolute, relative = TOLERANCES[_dtype_of(self)]
         cached = [float(self.accelerator.gather(inputs[name]).mean()) for name in NAMES]
@@ -273,7 +276,7 @@ class CachedDPOTrainer(DPOTrainer):
 
 
 def _dtype_of(trainer: CachedDPOTrainer) -> str:
-    """The dtype of the policy's products, as a key of the tolerances."""
+    """The dtype of the policy's matrix products, as a key of the tolerances."""
     if trainer.args.bf16 or trainer.args.fp16:
         return "bfloat16"
     dtype = str(trainer.model.dtype).removeprefix("torch.")

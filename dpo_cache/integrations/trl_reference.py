@@ -1,4 +1,4 @@
-"""The cache in place of TRL's reference model: which one it is, and how TRL's trainer loads none."""
+"""The cache in place of TRL's reference model: choosing the reference, and keeping TRL from loading one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dpo_cache.store import Cache
 
 
 def choose_reference(cache: Cache, reference: str | None, *, may_be_new: bool) -> str | None:
-    """The full id of the reference whose id begins so, or of the cache's only one; None for one that is to be
-    scored now. Raises `CacheError`.
+    """The full id of the reference whose id begins with `reference`, or of the cache's only one; None for one
+    that is to be scored now. Raises `CacheError`.
     """
     known = cache.references()
     if reference is not None or len(known) == 1:
@@ -33,7 +33,7 @@ def choose_reference(cache: Cache, reference: str | None, *, may_be_new: bool) -
 
 
 def check_reference(args: DPOConfig, rows: Any) -> None:
-    """Raise `OptionError` for a reference, or rows, whose log-probs a cache does not have."""
+    """Raise `OptionError` for a reference, or for rows, whose log-probs a cache cannot have."""
     if args.sync_ref_model:
         raise OptionError(
             "`sync_ref_model` changes the reference during training; the cache has the log-probs of one that "
@@ -48,7 +48,7 @@ def check_reference(args: DPOConfig, rows: Any) -> None:
 
 @contextmanager
 def only_the_policy(*, is_loaded: bool) -> Iterator[None]:
-    """Within it, TRL's trainer loads a policy, if it has none, and no reference model, with which it would
+    """While open, TRL's trainer loads a policy, if it has none, but no reference model, with which it would
     compute log-probs under FSDP; nor does it hash the weights to name the file of those log-probs.
     """
     load, hash_weights = dpo_trainer.create_model_from_path, dpo_trainer.hash_module

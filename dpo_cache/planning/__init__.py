@@ -1,1 +1,1 @@
-"""Whether a run will fit, before it starts: memory counted without weights, and disk space."""
+"""Predicts whether a run will fit before it starts: memory counted without weights, and disk space."""

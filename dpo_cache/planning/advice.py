@@ -1,4 +1,4 @@
-"""What to do where memory runs out: the next preset, and what it keeps on the device."""
+"""Advice for runs that are out of memory: the next preset, and the bytes that it keeps on the device."""
 
 from __future__ import annotations
 

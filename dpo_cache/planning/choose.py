@@ -1,4 +1,4 @@
-"""The placement of a training run that was given none: the fastest that fits the device's free memory."""
+"""The default placement of a training run: the fastest one that fits the device's free memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dpo_cache.options.placement import ADAPTER_PRESETS, FAST, PRESETS, Placemen
 from dpo_cache.planning.parts import Method
 from dpo_cache.planning.placed import ModelBytes, measure_model
 
-# Of the free memory, for activations: a step that is short of memory makes them smaller
+# The share of the free memory that is left for activations, which a step can make smaller
 ACTIVATIONS_SHARE = 0.2
 
 
 def choose_placement(config: PreTrainedConfig, method: Method, device: torch.device) -> tuple[str, Placement]:
-    """The name of the first preset whose tensors that stay fit the device's free memory, and its placement.
+    """The name and placement of the first preset whose permanent tensors fit the device's free memory.
 
-    A device that shares the host's memory (a CPU, MPS) has nothing to move: it gets `fast`. So does a model
-    whose sizes are not known without its weights.
+    A device that shares the host's memory (a CPU, MPS) has nowhere to move tensors to, so it gets `fast`. So
+    does a model whose sizes are unknown without its weights.
     """
     if device.type != "cuda":
         return "fast", FAST
@@ -31,7 +31,7 @@ def choose_placement(config: PreTrainedConfig, method: Method, device: torch.dev
 
 
 def first_that_fits(sizes: ModelBytes, free_bytes: int, *, is_adapted: bool) -> tuple[str, Placement]:
-    """The first preset whose tensors that stay on the device leave room for activations; else the last."""
+    """The first preset whose permanent tensors on the device leave room for activations; else the last."""
     presets = ADAPTER_PRESETS if is_adapted else PRESETS
     room = (1 - ACTIVATIONS_SHARE) * free_bytes
     for name, placement in presets.items():
@@ -41,7 +41,7 @@ def first_that_fits(sizes: ModelBytes, free_bytes: int, *, is_adapted: bool) -> 
 
 
 def staying_bytes(sizes: ModelBytes, placement: Placement) -> int:
-    """Bytes of the tensors that are on the device for a whole step."""
+    """Bytes of the permanent tensors: those that are on the device for a whole step."""
     if placement.weights != "device":
         return sizes.rest + 2 * sizes.largest_layer + sizes.head_copy
     if placement.optimizer == "host":

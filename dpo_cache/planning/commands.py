@@ -1,4 +1,4 @@
-"""The commands of a plan, to be copied."""
+"""The commands of a plan, for the user to copy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpo_cache.options.train import TrainOptions
 
 
 def precompute_command(options: PlanOptions, **chosen: Any) -> str:
-    """`dpo-cache precompute` with the given options of the plan, and those that were chosen."""
+    """The `dpo-cache precompute` command with the options of the plan and the `chosen` ones."""
     start = ["--model", options.model, "--dataset", options.dataset or "DATA"]
     start += ["--cache", options.cache or "CACHE"]
     given = _given(options, (*FROM_PRECOMPUTE, "budget_tokens"))
@@ -21,17 +21,17 @@ def precompute_command(options: PlanOptions, **chosen: Any) -> str:
 
 
 def train_command(options: PlanOptions, **chosen: Any) -> str:
-    """`dpo-cache train` in the same way."""
+    """The `dpo-cache train` command with the options of the plan and the `chosen` ones."""
     start = ["--model", options.model, "--cache", options.cache or "CACHE"]
     start += ["--pairs", options.pairs] if options.pairs else []
     given = _given(options, (*FROM_TRAIN, "trust_remote_code"))
     if "gradients=none" in (options.place or ""):
-        given |= {"max_grad_norm": 0}  # no preset: it has to be given
+        given |= {"max_grad_norm": 0}  # no preset sets it
     return _command("train", [*start, "--output", "RUN"], given | chosen, TrainOptions)
 
 
 def _given(options: PlanOptions, names: tuple[str, ...]) -> dict[str, Any]:
-    """The options of these names that have another value than their default."""
+    """Those of the named options that differ from their defaults."""
     known = {entry.name: entry for entry in fields(options)}
     return {
         name: getattr(options, name)

@@ -1,4 +1,4 @@
-"""What is counted on fake tensors for a plan, once for all ways that share it."""
+"""Peaks of memory that a plan counts on fake tensors; ways to train that share a peak count it once."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dpo_cache.types import Completion
 
 @dataclass
 class Counts:
-    """Peaks of passes over the longest step of the workload; quantized weights change none of them."""
+    """Peaks of passes over the longest step of the workload. Quantized weights change none of them."""
 
     config: PreTrainedConfig
     workload: Workload
     device_type: str
     auto_tokens: int | None = (
-        None  # at once under `budget_tokens` auto, where no pair is split; None: not auto
+        None  # tokens at once under `budget_tokens` auto, which splits no pair; None: not auto
     )
     _known: dict[Any, Any] = field(default_factory=dict)
 
@@ -58,7 +58,7 @@ class Counts:
         return self._known[key]
 
     def live_reference(self, method: Method, tokens: int, *, alike: bool) -> int:
-        """See `live_reference_peak`; with the pairs of the largest forest at once."""
+        """See `live_reference_peak`; a micro-batch has the pairs of the largest forest."""
         key = "live reference", _counted(method), tokens
         if key not in self._known:
             largest = self.workload.forests(tokens)[0]
@@ -66,7 +66,7 @@ class Counts:
         return self._known[key]
 
     def forests(self, tokens: int) -> Sequence[Sequence[Completion]]:
-        """Those of the longest step, with at most so many tokens each, largest first."""
+        """The forests of the longest step, with at most so many tokens each, largest first."""
         key = "forests", tokens
         if key not in self._known:
             splits = tokens != self.auto_tokens
@@ -75,5 +75,5 @@ class Counts:
 
 
 def _counted(method: Method) -> Method:
-    """The method without what changes no activation."""
+    """The method without the settings that change no activation, as a key of counts."""
     return replace(method, quantize=None, optimizer="none", rounding="nearest")

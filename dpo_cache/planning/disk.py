@@ -1,4 +1,4 @@
-"""Check that the disk has space for what a run will write."""
+"""Check that the disk has space for the output of a run."""
 
 from __future__ import annotations
 

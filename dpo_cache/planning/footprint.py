@@ -72,9 +72,9 @@ def config_footprint(
     quantize: str | None = None,
     device_type: str = "cuda",
 ) -> Footprint:
-    """The footprint of this package's step on a device of that type, from nothing but a model's config.
+    """The footprint of this package's step on a device of that type, from a model's config only.
 
-    `dtype` is the weights', `precision`, `optimizer` and `rounding` those of `dpo-cache train`,
+    `dtype` is that of the weights; `precision`, `optimizer` and `rounding` are those of `dpo-cache train`,
     `recomputation` its `gradient_checkpointing`; the completions are run in one forest, while gradients of
     earlier ones exist. Takes seconds, and hardly any memory.
     """
@@ -154,10 +154,10 @@ def pass_loss(
 
 
 def counted_attention(model: PreTrainedModel, precision: str) -> AttentionChoice:
-    """How a model runs where no value is computed and so nothing is compared.
+    """The attention for counting, where no value is computed and so no self-check is possible.
 
-    In float32 that is segment by segment: torch's kernel for sequences of various lengths has a backward
-    pass, but no function that makes its gradients without values (torch 2.13).
+    In float32 it runs segment by segment: torch's kernel for sequences of various lengths has a backward
+    pass, but no version of it for fake tensors (torch 2.13).
     """
     kernel = SEGMENTS if precision == "fp32" else counted_kernel(model)
     return AttentionChoice("forest", "nothing is computed", has_plain_head=True, kernel=kernel)
@@ -173,7 +173,7 @@ def pass_bytes(
     """Peak bytes above its weights of a loaded model's forward and backward pass over the completions, new
     gradients included.
 
-    Gradients of earlier forests do not count and get no copy. Nothing is computed, and the model does not
+    Gradients of earlier forests do not count and are not copied. Nothing is computed, and the model does not
     change; its mode of `Recomputation` applies. On a CPU, linear layers are counted as torch's own.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -1,7 +1,7 @@
-"""The device's memory of a layer-major step above its weights, counted on fake tensors.
+"""The device memory of a layer-major step besides its weights, counted on fake tensors.
 
-The passes are the package's own (`lm/layerwise`). States and gradients that wait on the host are dropped
-here, as the device drops them: of states one is still on its way, and one is fetched ahead.
+The passes are the package's own (`lm/layerwise`). States and gradients that are moved to the host are dropped
+here, but two states still count: the one that is being moved, and the one that is fetched ahead.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ COUNTED_LAYERS = 2
 
 @dataclass(frozen=True)
 class PhasePeaks:
-    """Peak bytes above the weights, with the gradients of what runs, if all else waits on the host."""
+    """Peak bytes above the weights, with the gradients of the running part, if all other tensors are on the
+    host.
+    """
 
     forward: int  # the bottom, and all layers
     top: int  # norm, head and losses, with the head's gradient
-    backward: int  # of the layers, with the gradients of one
-    bottom: int  # of the embeddings, with their gradient
+    backward: int  # the layers' backward pass, with the gradients of one layer
+    bottom: int  # the embeddings' backward pass, with their gradient
     state: int  # the largest forest's hidden states between two layers
 
 
@@ -53,7 +55,7 @@ def phase_peaks(
 ) -> PhasePeaks:
     """The peaks of a step over these forests, largest first.
 
-    `recomputation` is that of a layer while it is run again for its gradient. `alike`: all layers hold the
+    `recomputation` applies within a layer that is run again for its gradient. `alike`: all layers hold the
     same tensors, so a few are enough.
     """
     if alike and num_layers(config) > COUNTED_LAYERS:
@@ -72,7 +74,9 @@ def _peaks(
     recomputation: str,
     device_type: str,
 ) -> tuple[PhasePeaks, int]:
-    """The peaks of these forests, and what waits on the device between two layers: what they are given."""
+    """The peaks of these forests, and the bytes that stay on the device between two layers: the layers'
+    inputs.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type(device_type):
         model = build_fake(config, method.dtype, lora_r=method.lora_r, lora_targets=method.lora_targets)
         model = policy_of(model, recomputation)
@@ -80,11 +84,11 @@ def _peaks(
         layers, states = _layers_of(model, forests[-1], attention), _WaitingStates()
         policy = PolicyModel(model, attention, precision=method.precision)
         run = LayerMajorRun(policy, layers, ResidentWeights(), states)
-        peaks: list[int] = []  # of the layers' backward pass, then of the bottom's
+        peaks: list[int] = []  # the layers' backward pass, then the bottom's
         with LiveBytes() as live:
 
             def leave(index: int) -> None:
-                """The gradients that exist leave the device."""
+                """Drop the existing gradients, which leave the device."""
                 for parameter in model.parameters():
                     parameter.grad = None
                 if index in (0, BOTTOM):
@@ -111,7 +115,7 @@ def _layers_of(
 
 @dataclass(frozen=True)
 class _Ticket:
-    """A state on the host."""
+    """A state that was moved to the host."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -121,7 +125,9 @@ class _Ticket:
 
 
 class _WaitingStates:
-    """Counts what `HostStates` has on the device: a state that leaves, and one that is fetched ahead."""
+    """Stands in for `HostStates` and keeps on the device what it does: a leaving state, and one fetched
+    ahead.
+    """
 
     def __init__(self) -> None:
         self.largest = 0

@@ -1,8 +1,9 @@
-"""How many bytes of tensors are alive at once: counted operation by operation, on real or on fake tensors.
+"""The number of bytes of tensors that are alive at once, counted operation by operation, on real or fake
+tensors.
 
 Every operation of torch, forward and backward, passes through a dispatch mode. A result with new storage
-counts until that storage is freed, whether a variable, the graph or a cache held it. Tensors from before do
-not count. So the peak is the allocator's, except for memory that an operation takes and frees within itself.
+counts until that storage is freed, whether a variable, the graph or a cache holds it. Older tensors do
+not count. So the peak equals the allocator's, except for memory that an operation takes and frees internally.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While open, `now` is how many bytes of results are alive, `peak` the most of them at once."""
+    """While open, `now` is the number of bytes of live results, and `peak` the largest such number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
-                self._note(tensor, 0)  # a view of it, or itself changed in place, is nothing new
+                self._note(tensor, 0)  # a view, or a tensor changed in place, adds no storage
         results = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(results):
             if isinstance(tensor, torch.Tensor):
@@ -48,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
         return results
 
     def take_peak(self) -> int:
-        """The peak so far; a new one begins with what is alive now."""
+        """Return the peak so far, and start a new one from the bytes that are alive now."""
         peak, self.peak = max(self.peak, self.now), self.now
         return peak
 
@@ -66,7 +67,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def allocated_peak(run: Callable[[], Any]) -> int:
-    """Peak bytes of torch's CPU allocator during `run`, above those before: the measure for `LiveBytes`."""
+    """Peak bytes of torch's CPU allocator during `run`, above those before. Tests compare `LiveBytes` with
+    it.
+    """
     gc.collect()  # garbage that is freed during `run` would count as negative
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()

@@ -1,7 +1,7 @@
 """The activations of DPO with a live reference, as TRL 1.16 runs it, counted with the same settings.
 
 In full fine-tuning the reference is a second copy of the weights; for adapters it is the same model with the
-adapters off. Every layer's activations are computed again.
+adapters off. The backward pass recomputes every layer's activations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpo_cache.types import Completion
 def live_reference_peak(
     config: PreTrainedConfig, method: Method, completions: Sequence[Completion], *, alike: bool
 ) -> int:
-    """Peak bytes above weights and gradients; the completions of the micro-batch are all chosen ones, then
+    """Peak bytes above weights and gradients. The completions of the micro-batch are all chosen ones, then
     all rejected ones. Rows are padded to the longest.
     """
     half = len(completions) // 2

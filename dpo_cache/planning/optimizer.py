@@ -1,10 +1,10 @@
-"""Bytes of optimizer state, and of an update: arithmetic that tests compare with the updater itself.
+"""Bytes of optimizer state and of an update, by arithmetic that tests compare with the updater itself.
 
-State is float32, also of bfloat16 weights: two moments of each weight; `adamw-bf16` has two bfloat16 moments.
-In 8 bits, it is two bytes, and two float32 scales for each block of 256 weights, but two float32 moments in a
-tensor of fewer than 4,096 weights; of Adafactor, the means of rows and columns. Each tensor has a float32
-scalar as well: the step of AdamW, the root mean square of Adafactor. 8-bit state needs two tables of 256
-float32 values once.
+State is float32 even for bfloat16 weights: two moments for each weight; `adamw-bf16` has two bfloat16
+moments. In 8 bits, it is two bytes for each weight and two float32 scales for each block of 256, but two
+float32 moments in a tensor of fewer than 4,096 weights. Adafactor keeps the means of rows and columns. Each
+tensor also has a float32 scalar: the step of AdamW, the root mean square of Adafactor. 8-bit state needs two
+tables of 256 float32 values once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ OPTIMIZERS = ("adamw", "adamw-bf16", "adamw-8bit", "adamw-paged", "adamw-8bit-pa
 MIN_8BIT_WEIGHTS, BLOCK = 4096, 256
 SCALAR = 4
 
-# As in `training/optim`: values that are rounded, or pass through a device, at once, and values that are
-# updated at once where they are; buffers that take turns, and the alignment in them.
+# As in `training/optim`: the number of values that are rounded, or pass through a device, at once, and those
+# that are updated at once in place; the number of buffers that take turns, and the alignment in them.
 SLICE, SLICE_AT_HOME = 2**22, 2**24
 NUM_BUFFERS, ALIGNMENT = 2, 256
 
@@ -30,8 +30,8 @@ def optimizer_bytes(
 ) -> int:
     """Bytes of an optimizer's state for these parameters, after a step in which each had a gradient.
 
-    `rounding` is the way in which bfloat16 weights are updated in float32; None is an optimizer that runs on
-    the weights themselves, as in TRL: the moments of AdamW then have the dtype of the weights. Raises
+    `rounding` is the rounding of bfloat16 weights that are updated in float32; None is an optimizer that runs
+    on the weights themselves, as in TRL: the moments of AdamW then have the dtype of the weights. Raises
     `OptionError` for an unknown optimizer.
     """
     trained, name = list(parameters), _known(optimizer)
@@ -83,7 +83,7 @@ def stream_bytes(
 
 
 def _known(optimizer: str) -> str:
-    """The optimizer's name, without the kind of memory that its state is in."""
+    """The optimizer's name without the suffix of paged state. Raises `OptionError` for an unknown one."""
     if optimizer not in OPTIMIZERS:
         raise OptionError(
             f"optimizer {optimizer!r}: its state is not known.\nUse one of {', '.join(OPTIMIZERS)}."

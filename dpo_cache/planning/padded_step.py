@@ -29,8 +29,8 @@ from dpo_cache.types import Completion
 
 TILE_TOKENS, TILE_ENTRIES = 4096, 32_768
 UNMASKED = "benchmark_sdpa_unmasked"
-INSIDE = 64  # rows and entries of a tile at once: kernels need no memory for them, this code a little
-# With fake tensors, what kernels do inside a tile is left out: it needs no memory.
+INSIDE = 64  # rows and entries of a tile at once: kernels need no memory for them, this code needs a little
+# With fake tensors, the work of kernels inside a tile is left out: it needs no memory.
 
 
 def padded_loss(
@@ -64,7 +64,7 @@ def prepare(model: Any, *, checkpointing: bool) -> Any:
     model.train()
     if checkpointing:
         options = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):  # its name in newer versions of transformers
+        if hasattr(model, "activation_checkpointing_enable"):  # the name in newer versions of transformers
             model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -86,7 +86,7 @@ def adapters_off(model: Any) -> Iterator[None]:
 def _inputs(model: Any, rows: Sequence[Completion]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The model's inputs, and the positions of the answers' tokens in the flattened rows.
 
-    There is a mask only if there is padding: transformers reads a mask's values to drop one that hides
+    A mask is given only if there is padding: transformers reads a mask's values to drop one that hides
     nothing, which fails on fake tensors.
     """
     length = max(map(len, rows))

@@ -1,4 +1,4 @@
-"""The parts of a peak of memory, and the ways to train that they are counted for."""
+"""The parts of a memory peak, and the ways to train for which they are counted."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 import torch
 
-LORA_RANK = 16  # of an adapter whose rank is not given
+LORA_RANK = 16  # assumed for an adapter whose rank is not given
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes of one memory, the device's or the host's, by their use at the peak.
+    """Bytes of one memory, the device's or the host's, by use at the peak.
 
-    weights      parameters, quantized ones included; copies of them that stay
-    gradients    those that exist between two passes
-    optimizer    its state
+    weights      parameters, quantized ones included, and their permanent copies
+    gradients    gradients that exist between two passes
+    optimizer    the optimizer's state
     inputs       layer inputs that wait for the backward pass
-    buffers      rings through which layers' weights and gradients pass, and what a device needs to dequantize
+    buffers      ring buffers for layers' weights and gradients, and the memory to dequantize a weight
     activations  the peak of a forward and backward pass above the others
-    update       what an update needs for a moment, when there are no inputs, buffers and activations
+    update       temporary values of the update, when there are no inputs, buffers and activations
     """
 
     weights: int = 0
@@ -32,14 +32,14 @@ class Parts:
 
     @property
     def total(self) -> int:
-        """The peak: of a pass, or of the update."""
+        """The larger of two peaks: that of a pass, and that of the update."""
         standing = self.weights + self.gradients + self.optimizer
         return standing + max(self.inputs + self.buffers + self.activations, self.update)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained and in which numbers; the names of `dpo-cache train`, without `auto`."""
+    """The trained weights and their dtypes, in the names of the options of `dpo-cache train`, without `auto`."""
 
     precision: str = "fp32"
     optimizer: str = "adamw"
@@ -50,13 +50,13 @@ class Method:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, as `train` loads them."""
+        """The dtype of the weights, as `train` loads them."""
         is_bf16 = self.precision == "bf16" or (self.precision == "bf16-mixed" and self.lora_r is not None)
         return torch.bfloat16 if is_bf16 else torch.float32
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of matrix products, and of the hidden states between layers under `bf16`."""
+        """The dtype of matrix products, and of the hidden states between layers under `bf16`."""
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""The memory of a training step under a placement: of the device, and of the host next to it.
+"""The memory of a training step under a placement, on the device and on the host.
 
-What runs is counted on fake tensors (`plain_step.py`, `layer_major.py`); what waits is arithmetic.
+Running passes are counted on fake tensors (`plain_step.py`, `layer_major.py`); stored tensors are arithmetic.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ RING_SLOTS = 2  # layers on the device at once, where weights are fetched: one i
 class ModelBytes:
     """Bytes of a model's tensors."""
 
-    weights: int  # of all parameters, as they are loaded
-    trained: int  # of those among them that are trained, and of their gradients
+    weights: int  # all parameters, as they are loaded
+    trained: int  # the trained parameters; their gradients take as much
     optimizer: int
-    native_optimizer: int  # of an optimizer that runs on the weights themselves, in their dtype
+    native_optimizer: int  # state of an optimizer that runs on the weights themselves, in their dtype
     second_model: int  # a live reference; 0 where it is the same model without its adapter
     layers: int  # copies on the device of all layers
     largest_layer: int
-    table: int  # of the embeddings
-    head: int  # 0 where it is the table
-    head_copy: int  # on the device, while it runs
+    table: int  # copy of the embeddings' table
+    head: int  # 0 if the head is the table
+    head_copy: int  # copy on the device, while the head runs
     rest: int  # copies of everything else
     dequantized: int  # the largest quantized weight, whole
-    layer_gradients: int  # of the layer with the most
+    layer_gradients: int  # gradients of the layer with the most
     num_layers: int
     alike: bool
-    update: int  # where values and state are on the device
-    streamed_update: int  # where slices of them pass through it
+    update: int  # temporary values of an update whose values and state are on the device
+    streamed_update: int  # the same if values and state are on the host, and slices pass through the device
     slices: int  # the buffers of these slices, on the host
 
 
 def measure_model(config: PreTrainedConfig, method: Method) -> ModelBytes:
-    """The sizes of a model of this config, which the optimizer none leaves as it is. Takes a second, and
+    """The sizes of a model of this config; with optimizer none, nothing is updated. Takes a second, and
     hardly any memory.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -127,7 +127,7 @@ def placed_footprint(
 
 
 def placement_there(placement: Placement, device_type: str) -> Placement:
-    """The placement as a device of this type has it: a CPU has one memory, in which nothing moves."""
+    """The placement on a device of this type: a CPU has only one memory, in which nothing moves."""
     if device_type != "cpu":
         return placement
     gradients = "none" if placement.gradients == "none" else "device"
@@ -164,7 +164,7 @@ def placed_parts(
     forests: Sequence[Sequence[Completion]],
     method: Method,
 ) -> tuple[Parts, Parts]:
-    """The parts of a layer-major step on the device and on the host, from what was counted of it."""
+    """The parts of a layer-major step on the device and on the host, from its counted peaks."""
     inputs = waiting_inputs(sizes, peaks, forests)
     return _on_device(sizes, peaks, placement, inputs, method), _on_host(sizes, placement, inputs, method)
 
@@ -178,7 +178,7 @@ def waiting_inputs(sizes: ModelBytes, peaks: PhasePeaks, forests: Sequence[Seque
 def _on_device(
     sizes: ModelBytes, peaks: PhasePeaks, placement: Placement, inputs: int, method: Method
 ) -> Parts:
-    """Of the phases, the one with the highest peak."""
+    """The device's parts in the phase with the highest peak."""
     is_home = placement.optimizer == "device" and placement.weights == "device"
     gradients = sizes.trained if placement.gradients == "device" else 0
     standing = Parts(
@@ -197,7 +197,7 @@ def _on_device(
     # a rounded copy adds its gradient to the float32 one in place; a plain step, as counted, makes another
     is_rounded = not is_home and method.lora_r is None and method.dtype != method.compute_dtype
     top = peaks.top - ((sizes.head or sizes.table) if is_rounded else 0)
-    stays = is_home and placement.gradients != "device"  # the ends' gradients, until the end of the pass
+    stays = is_home and placement.gradients != "device"  # gradients of bottom and top, until the pass ends
     top_gradients = min(sizes.trained, sizes.head or sizes.table) if stays else 0
     phases = [
         replace(standing, activations=peaks.forward),
@@ -248,7 +248,7 @@ class _CopySizes:
         return parameter.nbytes
 
     def of(self, parameters: Iterable[torch.nn.Parameter]) -> int:
-        """Of copies; matrices in float32 are copied in the dtype of mixed precision."""
+        """Bytes of the parameters' copies; float32 matrices are copied in the dtype of mixed precision."""
         return sum(self._copy(one) for one in parameters)
 
     def _copy(self, parameter: torch.nn.Parameter) -> int:

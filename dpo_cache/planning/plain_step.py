@@ -1,4 +1,4 @@
-"""Passes that run one forest after another through all layers: the peak of what they make, counted."""
+"""The counted memory peak of passes that run one forest after another through all layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.planning.parts import Method
 from dpo_cache.types import Completion
 
-SIMILAR = 0.9  # the second forest's share of the first, from which the end of the first is no peak
+SIMILAR = 0.9  # from this share of the first forest's tokens on, the end of the first is no peak
 
 
 def passes_peak(
@@ -51,7 +51,7 @@ def passes_peak(
 
     sizes = [count_forest_tokens(forest) for forest in (first, second)]
     if sizes[1] < SIMILAR * sizes[0]:
-        # gradients that are made grow with the layers otherwise than activations: all layers are counted
+        # new gradients grow with the layers in another way than activations do, so all layers are counted
         made = peak(first, config, has_gradients=False)
     else:
         made = above(first) if sizes[1] < sizes[0] else 0

@@ -1,4 +1,5 @@
-"""What fits: the memory, the time and the disk of `precompute` and `train`, predicted without any weights.
+"""Predicts the memory, time and disk of `precompute` and `train` without any weights, and what fits each
+card.
 
 config -> lengths -> ways of each method from the fastest down -> those that fit each card, with a command
 """
@@ -80,10 +81,10 @@ def plan(model: str | os.PathLike[str], *, log: Log | None = None, **options: An
 class _Card:
     name: str
     device_bytes: int | None  # None: a device without memory of its own
-    host_bytes: int | None  # None: any
+    host_bytes: int | None  # None: any number fits
 
     def fits(self, device: int, host: int) -> bool:
-        if self.device_bytes is None:  # both are the host's
+        if self.device_bytes is None:  # device and host share one memory
             return self.host_bytes is None or device + host <= self.host_bytes
         return device <= self.device_bytes and (self.host_bytes is None or host <= self.host_bytes)
 
@@ -94,7 +95,7 @@ class _Planner:
     ):
         self.options, self.config, self.workload, self.log = options, config, workload, log
         self.cards = _cards(options)
-        self.tflops, self._second = tflops, 1 / (tflops * 1e12 * EFFICIENCY)  # per operation
+        self.tflops, self._second = tflops, 1 / (tflops * 1e12 * EFFICIENCY)  # seconds per operation
         is_auto = number_or_auto("budget_tokens", options.budget_tokens) is None
         auto_tokens = DEFAULT_TOKENS.get(options.device, MORE_TOKENS) if is_auto else None
         self.counts = Counts(config, workload, options.device, auto_tokens)
@@ -159,7 +160,7 @@ class _Planner:
         return kept if kept or last is None else [(last, [])]
 
     def _may_fit(self, way: Way, card: _Card) -> bool:
-        """Return whether less at once could help: what stays in memory during the whole step fits."""
+        """Return whether fewer tokens at once could help: the permanent tensors of a step fit."""
         standing = Parts(way.device.weights, way.device.gradients, way.device.optimizer)
         return card.fits(self._device_need(standing), 0)
 
@@ -322,7 +323,7 @@ def _read_config(options: PlanOptions) -> PreTrainedConfig:
 
 
 def _scoring_dtype(options: PlanOptions, config: PreTrainedConfig) -> torch.dtype:
-    """As `choose_dtype`, for the kind of device that is planned for."""
+    """The dtype by the rule of `choose_dtype`, for the kind of device that is planned for."""
     if options.dtype != "auto":
         found: torch.dtype = getattr(torch, options.dtype)
         return found

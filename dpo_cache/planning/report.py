@@ -27,7 +27,7 @@ class PlannedData:
 class PlannedScoring:
     """A way to score the reference with `precompute`; sizes in bytes."""
 
-    reference: str  # the weights: their dtype, or their bits
+    reference: str  # the dtype of the weights, or their bits
     budget_tokens: int
     is_streamed: bool  # a layer's weights are on the device only while it runs
     device: Parts
@@ -51,12 +51,12 @@ class PlannedTraining:
     host: Parts
     device_bytes: int  # needed, with context and fragmentation
     host_bytes: int  # with the process
-    live_reference_bytes: int | None  # of DPO with a live reference; None where that cannot be counted
+    live_reference_bytes: int | None  # needed by DPO with a live reference; None: could not be counted
     step_seconds: float | None
     seconds: float | None
     transfers: Transfers | None
     checkpoint_bytes: int
-    model_bytes: int  # of the trained model or adapter on the disk
+    model_bytes: int  # size of the trained model or adapter on the disk
     fits: list[str]
     command: str
 
@@ -67,16 +67,16 @@ class PlanReport:
 
     model: str
     num_parameters: int
-    device: str  # the kind that is planned for
+    device: str  # the kind of device that is planned for
     data: PlannedData
     num_steps: int
     tflops: float
-    tflops_source: str  # stated, or where it was measured
+    tflops_source: str  # the option, or the device of the measurement
     link_gbs: float
     cards: list[str]
     cache_bytes: int
     precompute: list[PlannedScoring]
-    train: list[PlannedTraining]  # of each method from the fastest down
+    train: list[PlannedTraining]  # the ways of each method, fastest first
     assumptions: list[str]
     remarks: list[str] = field(default_factory=list)
 

@@ -1,7 +1,8 @@
-"""The device's memory while a reference scores completions, counted on fake tensors.
+"""The device memory while a reference scores completions, counted on fake tensors.
 
-The decoder's peak grows with a chunk's tokens and, by the keys and values of the open path, with the layers:
-it is counted for two small chunks, and for two and three layers. The head's is counted for the chunk itself.
+The decoder's peak grows with a chunk's tokens and, through the keys and values of the open path, with the
+layers: it is counted for two small chunks, and for two and three layers. The head's is counted for the chunk
+itself.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class ScoringCounts:
     def resident(self, budget_tokens: int) -> Parts:
         """The device's memory while chunks of so many tokens run through all layers."""
         paths = self._per_layer * (self._sizes.num_layers - COUNTED_LAYERS) if self._can_cut else 0
-        ahead = self._per_layer * COUNTED_LAYERS  # the paths of the layers that are counted
+        ahead = self._per_layer * COUNTED_LAYERS  # keys and values of the counted layers
         return Parts(
             weights=self._sizes.weights,
             buffers=self._sizes.dequantized,
@@ -63,7 +64,9 @@ class ScoringCounts:
         )
 
     def streamed(self, budget_tokens: int) -> Parts:
-        """The same where chunks pass one layer at a time, and its weights are on the device only then."""
+        """The device's memory while chunks pass one layer at a time, whose weights are on the device only
+        then.
+        """
         return Parts(
             weights=self._sizes.rest,
             buffers=self._sizes.dequantized + RING_SLOTS * self._sizes.largest_layer + self._sizes.head_copy,
@@ -87,7 +90,7 @@ class ScoringCounts:
 
     @torch.no_grad()
     def _head_peak(self, tokens: int) -> int:
-        """With the hidden states of the chunk."""
+        """The head's peak, with the hidden states of the chunk."""
         config = self._config.get_text_config()
         with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type(self._device_type):
             model = build_fake(

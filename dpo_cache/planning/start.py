@@ -1,6 +1,6 @@
 """Check the cache, pair sets, models and files of a command's options before torch is imported.
 
-The functions that do the work check again, with the same errors; these checks fail without a slow import.
+The functions that do the work repeat these checks, with the same errors; here they fail before a slow import.
 """
 
 from __future__ import annotations

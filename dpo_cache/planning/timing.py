@@ -1,4 +1,4 @@
-"""How long a step and a scoring run take: operations at a speed of matrix products, and bytes over a link."""
+"""The predicted time of a training step and of a scoring run, from operations and the bytes of transfers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_cache.planning.workload import Workload
 # The share of the speed of matrix products that training and scoring reach here (docs/measurements.md)
 EFFICIENCY = 0.6
 PCIE_GBS = {"PCIe 4": 25.0, "PCIe 5": 50.0}
-SIZES = {"cuda": 8192, "mps": 2048, "cpu": 1024}  # of the square matrices that are multiplied
+SIZES = {"cuda": 8192, "mps": 2048, "cpu": 1024}  # rows of the square matrices that are multiplied
 MEASURED_S = 0.3
 
 
@@ -24,9 +24,9 @@ MEASURED_S = 0.3
 class Operations:
     """Floating-point operations of a forward pass."""
 
-    per_token: float  # of all layers
-    per_target: float  # of the head
-    per_context: float  # of a token for each token that it attends to, in all layers
+    per_token: float  # all layers
+    per_target: float  # the head
+    per_context: float  # for each pair of a token and a token that it attends to, in all layers
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Transfers:
 
     up: int  # to the device while layers run: weights, layer inputs
     down: int  # to the host while layers run: gradients, layer inputs
-    update_up: int  # of an update that passes through the device, after the layers
+    update_up: int  # to the device, for an update of host tensors after the layers
     update_down: int
     up_per_token: float  # the part of `up`, and of `down`, that grows with the tokens
     hidden_from_tokens: dict[
         str, int | None
-    ]  # by link: tokens of a step that hide `up` and `down`; None: never
+    ]  # for each link speed: tokens of a step that hide `up` and `down`; None: never
 
     def pass_s(self, link_gbs: float) -> float:
-        """Seconds of `up` and `down`, which pass at the same time."""
+        """Seconds of `up` and `down`, which run at the same time."""
         return max(self.up, self.down) / (link_gbs * 1e9)
 
     def update_s(self, link_gbs: float) -> float:
@@ -52,7 +52,9 @@ class Transfers:
 
 
 def count_operations(model: PreTrainedModel) -> Operations:
-    """From the shapes of a model's weights, which may be fake; of experts, those that a token uses."""
+    """The operations of a model, from the shapes of its weights, which may be fake. Only the experts that a
+    token uses count.
+    """
     config = model.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     share = (getattr(config, "num_experts_per_tok", None) or experts) / experts
@@ -72,20 +74,20 @@ def count_operations(model: PreTrainedModel) -> Operations:
 
 
 def forward_operations(found: Operations, tokens: float, targets: float, context: float) -> float:
-    """Of a pass over so many tokens, each of which attends to `context` tokens on average."""
+    """Operations of a pass over so many tokens, each of which attends to `context` tokens on average."""
     return tokens * (found.per_token + found.per_context * context) + targets * found.per_target
 
 
 def step_operations(found: Operations, workload: Workload, batch_size: int, *, passes: float) -> float:
-    """Of a step; `passes` is how many times the operations of a forward pass it takes."""
+    """Operations of a step; `passes` is their number in forward passes."""
     context = (workload.mean_prompt + workload.mean_answer) / 2
     tokens, targets = batch_size * workload.pair_tokens, batch_size * 2 * workload.mean_answer
     return passes * forward_operations(found, tokens, targets, context)
 
 
 def passes_of(*, is_adapted: bool, recomputes_layers: bool) -> float:
-    """A step's operations in forward passes: forward, gradients of inputs, of weights, and of a layer that
-    is computed again.
+    """A step's operations, in forward passes: the forward pass, gradients of inputs and of weights, and a
+    layer that is recomputed.
     """
     return 1.0 + 1.0 + (0.0 if is_adapted else 1.0) + (1.0 if recomputes_layers else 0.0)
 
@@ -124,7 +126,9 @@ def _hidden_from(fixed: float, per_token: float, seconds_per_token: float, link:
 
 
 def measure_tflops(device: torch.device) -> float:
-    """10^12 operations a second of products of large matrices here, measured in some tenths of a second."""
+    """The speed of products of large matrices on this device, in 10^12 operations a second. Takes some tenths
+    of a second.
+    """
     size = SIZES.get(device.type, SIZES["cpu"])
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     matrix = torch.ones(size, size, device=device, dtype=dtype)

@@ -1,7 +1,7 @@
 """The ways to train a model, from the fastest down, and the memory that each needs.
 
-A way is what is trained (all weights, an adapter, an adapter on 4 bits), a preset of `memory`, and smaller
-settings that change no result: what is computed again, and how many tokens run at once.
+A way is a choice of trained weights (all, an adapter, an adapter on 4 bits), a preset of `memory`, and
+smaller settings that change no result: which activations are recomputed, and how many tokens run at once.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from dpo_cache.planning.timing import (
     transfers_of,
 )
 
-CONTEXT_BYTES = 500_000_000  # of CUDA, in each process
-FRAGMENTATION = 0.1  # of what comes and goes: activations, inputs, buffers
-PROCESS_BYTES = 1_500_000_000  # of Python, torch and its libraries, on the host
-DEFAULT_TOKENS = {"cpu": 1024}  # at once, as `train` starts; else 4,096
+CONTEXT_BYTES = 500_000_000  # the CUDA context of each process
+FRAGMENTATION = 0.1  # added share of activations, inputs and buffers, which are allocated and freed
+PROCESS_BYTES = 1_500_000_000  # Python, torch and its libraries, on the host
+DEFAULT_TOKENS = {"cpu": 1024}  # tokens at once at the start of `train`; on other devices 4,096
 MORE_TOKENS, FEWER_TOKENS = 4096, 1024
 
 
@@ -61,18 +61,18 @@ class Way:
 
 
 def device_need(parts: Parts) -> int:
-    """Bytes of a CUDA device that hold these parts, with its context and with fragmentation."""
+    """Bytes of a CUDA device that these parts need, with the CUDA context and fragmentation."""
     standing = parts.weights + parts.gradients + parts.optimizer
     return round(parts.total + CONTEXT_BYTES + FRAGMENTATION * (parts.total - standing))
 
 
 def host_need(parts: Parts) -> int:
-    """Bytes of the host, with those of the process."""
+    """Bytes of the host that these parts and the process need."""
     return parts.total + PROCESS_BYTES
 
 
 def methods_of(options: PlanOptions) -> list[Method]:
-    """What may be trained, as far as the options leave it open."""
+    """The methods to plan for: one if the options fix it, otherwise all that they allow."""
     precision = options.precision
     if precision == "auto":
         precision = "bf16-mixed" if options.device == "cuda" else "fp32"
@@ -94,7 +94,7 @@ class Candidates:
     options: PlanOptions
     method: Method
     seconds_per_operation: float
-    refused: str = ""  # why the model cannot run layer by layer
+    refused: str = ""  # the reason why the model cannot run layer by layer
 
     @cached_property
     def sizes(self) -> ModelBytes:
@@ -106,12 +106,12 @@ class Candidates:
             return count_operations(build_fake(self.counts.config, self.method.dtype))
 
     def live_reference(self) -> Parts:
-        """DPO with a live reference, with as many pairs at once as a forest has."""
+        """The memory of DPO with a live reference, with as many pairs at once as a forest has."""
         peak = self.counts.live_reference(self.method, self.default_tokens, alike=self.sizes.alike)
         return live_reference_parts(self.sizes, peak)
 
     def presets(self) -> list[tuple[str, Placement]]:
-        """The presets to try, from the fastest down; one where the options fix it."""
+        """The presets to try, from the fastest down; only one if the options name it."""
         is_adapted = self.method.lora_r is not None
         place = self.options.place
         if place is None and self.options.optimizer.endswith("-paged"):
@@ -123,7 +123,9 @@ class Candidates:
         return [(name, placement) for name, placement in found if placement is not None]
 
     def variants(self, name: str, placement: Placement) -> Iterator[Way]:
-        """The ways under one preset, each with less memory than the one before; none if the model refuses."""
+        """The ways under one preset, each with less memory than the one before; none if the model cannot run
+        so.
+        """
         for recomputation in self._recomputations(placement):
             for tokens in self._budgets(is_last=recomputation in ("full", None)):
                 try:
@@ -146,7 +148,7 @@ class Candidates:
 
     @property
     def default_tokens(self) -> int:
-        """Tokens at once, unless fewer are needed."""
+        """The default number of tokens at once."""
         fixed = number_or_auto("budget_tokens", self.options.budget_tokens)
         return fixed or DEFAULT_TOKENS.get(self.options.device, MORE_TOKENS)
 
@@ -169,7 +171,7 @@ class Candidates:
             placement = placement_there(placement, self.options.device)
             device, host = placed_parts(sizes, peaks, placement, forests, self.method)
             step_tokens = batch_size * counts.workload.pair_tokens
-            # of the mean step; the memory is that of the longest one
+            # those of a mean step, while the memory is that of the longest step
             share = step_tokens / max(1, sum(map(count_forest_tokens, forests)))
             inputs = round(waiting_inputs(sizes, peaks, forests) * share)
             per_token = operations * self.seconds_per_operation / max(1.0, step_tokens)

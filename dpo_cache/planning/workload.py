@@ -1,4 +1,4 @@
-"""The pairs that a plan is made for: those of a pair set, of a data set, or of typical lengths."""
+"""The pairs for which a plan is made: those of a pair set or of a data set, or pairs of typical lengths."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ SCORED_TOKENS = 2**17  # enough for several of the largest chunks of scoring
 class Workload:
     """Lengths in tokens over all pairs, and the pairs of the longest step."""
 
-    source: str  # for the report
-    is_assumed: bool  # of typical lengths
+    source: str  # the origin of the pairs, for the report
+    is_assumed: bool  # True for pairs of typical lengths
     num_pairs: int
     mean_prompt: float
     mean_answer: float
-    longest: int  # prompt and answer
-    row_tokens: int  # of all prompts and answers, a prompt once for each of its answers
-    forest_tokens: int  # the same, every prefix that pairs of a window share once: what `precompute` runs
-    pair_tokens: float  # mean of what a training step runs of a pair: its prompt once, and both answers
+    longest: int  # the longest prompt with its answer
+    row_tokens: int  # all prompts and answers; a prompt counts once for each of its answers
+    forest_tokens: int  # the tokens that `precompute` runs: a prefix that pairs of a window share counts once
+    pair_tokens: float  # mean tokens of a pair in a training step: its prompt once, and both answers
     longest_pairs: tuple[Pair, ...]  # as many as a step has, longest first
-    scored: tuple[Completion, ...]  # of some pairs with the longest one among them, for the memory of scoring
+    scored: tuple[Completion, ...]  # some pairs, the longest one included, for the memory of scoring
 
     def forests(self, budget_tokens: int, *, splits_pairs: bool = False) -> list[list[Completion]]:
-        """The completions of the step with the longest pairs in forests of at most so many tokens, as `train`
-        fills them, the largest first; a longer pair is a forest by itself or, with `splits_pairs`, each of
-        its answers is, as under a given `budget_tokens`.
+        """The completions of the step with the longest pairs, in forests of at most so many tokens, as
+        `train` fills them, the largest first. A longer pair is a forest by itself; with `splits_pairs`, as
+        under a given `budget_tokens`, each of its answers is one.
         """
         ordered = sorted(
             self.longest_pairs, key=lambda pair: pair.chosen.sequence_ids.astype(">u4").tobytes()
