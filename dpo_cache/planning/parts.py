@@ -39,7 +39,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Method:
-    """The trained weights and their dtypes, in the names of the options of `dpo-cache train`, without `auto`."""
+    """The trained weights and their dtypes, in the names of `dpo-cache train`, without `auto`."""
 
     precision: str = "fp32"
     optimizer: str = "adamw"
