@@ -1,100 +1,23 @@
-"""Time, memory and disk of a run that is not started: what a dry run ends with.
+"""Time, memory and disk of a run that is not started: the last lines of a dry run.
 
-Of scoring, all is counted from the model's config, as in `plan`; of training, the steps that a dry run takes
-show the speed.
+For scoring, all is counted from the model's config (`scoring_forecast.py`); for training, the steps of the
+dry run show the speed. This module imports no code that runs models: reports hold a `Forecast`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig
-
-from dpo_cache.lm.budget import SIZES as CHUNK_SIZES
-from dpo_cache.lm.free_memory import free_bytes
-from dpo_cache.planning.footprint import build_fake
-from dpo_cache.planning.parts import Method
-from dpo_cache.planning.placed import measure_model
-from dpo_cache.planning.scoring import ScoringCounts
-from dpo_cache.planning.timing import EFFICIENCY, count_operations, forward_operations, measure_tflops
-from dpo_cache.planning.ways import PROCESS_BYTES, device_need
-from dpo_cache.types import Completion
 
 
 @dataclass
 class Forecast:
-    """What a run will take, about."""
+    """The predicted time, memory and disk of a run."""
 
-    seconds: float | None  # None where the speed of the devices is not known here
+    seconds: float | None  # None: the speed of the devices is unknown on this machine
     device: str
-    device_bytes: int | None  # of each device, at the peak; None where it is not known
+    device_bytes: int | None  # peak bytes of each device; None: unknown
     free_device_bytes: int | None
-    disk_bytes: int  # at most
-    free_disk_bytes: int | None  # None: a store without an end
-    num_workers: int = 1  # that compute at once
-    source: str = ""  # of the time: how the speed is known
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be scored."""
-
-    num_tokens: int  # of the forest: every shared prefix once
-    num_targets: int  # tokens of answers
-    mean_context: float  # tokens that a token attends to
-    sample: Sequence[Completion]  # some of them, with the longest one: enough for a large chunk
-
-
-def scoring_seconds(
-    config: PreTrainedConfig, method: Method, work: Work, device: torch.device, *, num_workers: int = 1
-) -> float:
-    """Seconds that the forward passes take, at the speed of matrix products that is measured on the device.
-
-    Workers on a CPU share its cores.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        found = count_operations(build_fake(config, method.dtype))
-    operations = forward_operations(found, work.num_tokens, work.num_targets, work.mean_context)
-    at_once = num_workers if device.type != "cpu" else 1
-    return operations / (measure_tflops(device) * 1e12 * EFFICIENCY * at_once)
-
-
-def scoring_bytes(
-    config: PreTrainedConfig,
-    method: Method,
-    work: Work,
-    device_type: str,
-    *,
-    budget_tokens: int | None,
-    is_streamed: bool,
-    free: int | None,
-) -> int:
-    """Bytes of the device at the peak of scoring, with the largest chunks that fit, as the search finds them.
-
-    On a CPU that is the memory of the process.
-    """
-    counts = ScoringCounts(config, measure_model(config, method), work.sample, method.dtype, device_type)
-    budgets = (budget_tokens,) if budget_tokens else tuple(reversed(CHUNK_SIZES[device_type]))
-    need = 0
-    for tokens in budgets:
-        parts = counts.streamed(tokens) if is_streamed else counts.resident(tokens)
-        need = device_need(parts) if device_type == "cuda" else parts.total + PROCESS_BYTES
-        if free is None or need <= free:
-            break
-    return need
-
-
-def free_device_bytes(device: torch.device) -> int | None:
-    """The device's free memory; None for one that this machine does not have."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return None
-    return free_bytes(device)
-
-
-def scoring_method(dtype: torch.dtype, quantize: str) -> Method:
-    """The reference, as its memory is counted: nothing is trained."""
-    precision = "bf16" if dtype.itemsize == 2 else "fp32"
-    return Method(precision, optimizer="none", quantize=None if quantize == "none" else quantize)
+    disk_bytes: int  # upper bound
+    free_disk_bytes: int | None  # None: a store without a limit
+    num_workers: int = 1  # workers that compute at once
+    source: str = ""  # the source of the speed behind `seconds`

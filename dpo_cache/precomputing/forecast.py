@@ -14,8 +14,8 @@ from dpo_cache.log import Log
 from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.planning.disk import BYTES_PER_TOKEN
-from dpo_cache.planning.forecast import (
-    Forecast,
+from dpo_cache.planning.forecast import Forecast
+from dpo_cache.planning.scoring_forecast import (
     Work,
     free_device_bytes,
     scoring_bytes,

@@ -19,7 +19,6 @@ from dpo_cache.files.locations import check_revision
 from dpo_cache.lm.model.adapter import locate_checkpoint
 from dpo_cache.lm.model.architecture import check_causal
 from dpo_cache.lm.model.load import load_config
-from dpo_cache.lm.model.load_dispatched import check_dispatchable
 from dpo_cache.lm.model.quantization import check_quantizable, check_saved_quantization
 from dpo_cache.log import Log, phase
 from dpo_cache.options.precompute import PrecomputeOptions, renamed_columns
@@ -79,6 +78,8 @@ def read_config(inputs: Inputs) -> PreTrainedConfig:
     check_quantizable(config, options.model, options.quantize)
     check_saved_quantization(config, options.model)
     if options.device_map == "auto":
+        from dpo_cache.lm.model.load_dispatched import check_dispatchable  # imports code of models
+
         check_dispatchable(options.model, config, options.revision, quantize=options.quantize)
     return config
 

@@ -24,7 +24,6 @@ from dpo_cache.options.base import with_new_names
 from dpo_cache.options.keywords import keywords_of
 from dpo_cache.options.precompute import PrecomputeOptions
 from dpo_cache.planning.disk import check_disk
-from dpo_cache.precomputing.forecast import forecast
 from dpo_cache.precomputing.here import score_here
 from dpo_cache.precomputing.inputs import (
     Inputs,
@@ -197,6 +196,8 @@ def _run(
         if options.dry_run:
             report.plan_readings(readings)
     if options.dry_run:
+        from dpo_cache.precomputing.forecast import forecast  # imports the code that runs models
+
         planned = (splits, planner.totals, truncation, report, streaming, readings)
         with phase("predicting time and memory"):
             report.forecast = forecast(options, target, *planned, log)

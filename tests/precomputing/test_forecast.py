@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import dpo_cache
-from dpo_cache.planning import forecast as planned
+from dpo_cache.planning import scoring_forecast as planned
 from dpo_cache.planning.disk import BYTES_PER_TOKEN
 from dpo_cache.planning.ways import PROCESS_BYTES
 from dpo_cache.precomputing import forecast as module

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dpo_cache.lm.budget import SIZES
-from dpo_cache.planning import forecast
-from dpo_cache.planning.forecast import Work, scoring_bytes, scoring_method, scoring_seconds
+from dpo_cache.planning import scoring_forecast
+from dpo_cache.planning.scoring_forecast import Work, scoring_bytes, scoring_method, scoring_seconds
 from dpo_cache.planning.timing import EFFICIENCY
 from dpo_cache.planning.ways import CONTEXT_BYTES, PROCESS_BYTES
 from tests.conftest import make_completions, make_llama
@@ -16,7 +16,7 @@ WORK = Work(num_tokens=1000, num_targets=400, mean_context=10.0, sample=make_com
 
 
 def test_seconds_are_operations_at_the_measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "measure_tflops", lambda device: 1e-3)
+    monkeypatch.setattr(scoring_forecast, "measure_tflops", lambda device: 1e-3)
     linear = sum(
         one.numel() for name, one in make_llama().named_parameters() if "layers" in name and one.ndim > 1
     )
