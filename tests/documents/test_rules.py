@@ -158,6 +158,10 @@ def test_a_page_gets_the_output_of_its_commands(tmp_path: Path, monkeypatch: pyt
     both = pwd.replace("then", "now")
     assert page.renewed(everything=False) == both != code
     assert page.renewed(everything=True) == both.replace("  2\n", "  1\n")
+    path = tmp_path / "page.md"
+    path.write_text(f"# Edited meanwhile\n\n{text}")
+    page.write(everything=False)
+    assert path.read_text() == f"# Edited meanwhile\n\n{both}"
 
 
 @pytest.mark.parametrize(
