@@ -1,3 +1,3 @@
-"""Policy-only preference training from stored log-probs. This room never reads a data set or loads a
+"""Policy-only preference training from stored log-probs. This package never reads a data set or loads a
 reference.
 """

@@ -1,4 +1,4 @@
-"""The adapter of a run: whether there is one, and putting it into the model."""
+"""The adapter of a run: deciding whether one is trained, and putting it into the model."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from dpo_cache.types import Completion, ScoredPair
 
 CountTokens = Callable[[Sequence[Completion]], int]
 
-SHUFFLE_BLOCKS = 32  # blocks of 256 pairs that are shuffled among each other: 8,192 pairs in memory
+SHUFFLE_BLOCKS = 32  # blocks of 256 pairs that are shuffled together: 8,192 pairs in memory
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def stream_pairs(
 def held_out(pair_set: PairSet, fraction: float, seed: int) -> np.ndarray:
     """Mask of the pairs that are held out for evaluation: bool, one entry for each pair.
 
-    A hash of the prompt and the seed decides, so all pairs of one prompt are on one side, and stay there when
-    rows are added or reordered.
+    A hash of the prompt and the seed decides, so all pairs of one prompt are on the same side, and remain
+    there when rows are added or reordered.
     """
     return np.array([_lot(scored.pair.chosen.prompt_ids, seed) < fraction for scored in pair_set], bool)
 
@@ -159,7 +159,7 @@ def count_shared(pair_set: PairSet, other: PairSet) -> int:
 
 @dataclass
 class Group:
-    """Pairs of a step that are run at once, and the number of tokens of that run."""
+    """Pairs of a step that are run at once, and the number of tokens that this takes."""
 
     pairs: list[ScoredPair]
     num_tokens: int
@@ -168,7 +168,7 @@ class Group:
 def split_step(
     pairs: Sequence[ScoredPair], budget_tokens: int, count_tokens: CountTokens = count_forest_tokens
 ) -> list[Group]:
-    """The pairs of a step in groups of at most `budget_tokens` tokens, as `count_tokens` counts them; a pair
+    """The pairs of a step in groups of at most `budget_tokens` tokens, counted by `count_tokens`; a pair
     is never split.
 
     Pairs with similar prompts are in one group, so that a shared prefix is run once. A pair that is longer

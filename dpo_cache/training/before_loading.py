@@ -1,7 +1,7 @@
-"""Errors that a model without weights shows, so that they are raised before the weights are loaded.
+"""Checks that need only a model without weights, so that their errors come before the weights are loaded.
 
-The model is made from its config, on the meta device, and gets the adapter of the run. What it cannot show,
-such as an adapter that needs values of weights, is checked again with the loaded model.
+The model is made from its config, on the meta device, and gets the adapter of the run. Conditions that it
+cannot show, such as those of an adapter that needs values of weights, are checked with the loaded model.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def check_before_loading(
     for the result. `dtype` is that of the weights.
     """
     try:
-        kind = loading_class(config)  # of a checkpoint with towers: names of its layers differ
+        kind = loading_class(config)  # a checkpoint with towers has other names of layers
         code = code_options(parts.base, config, trusted)
         model = make_empty(config, **code) if kind is None else make_empty_whole(kind, config)
-    except FAILURES:  # loading it raises an error, or makes it in another way
+    except FAILURES:  # loading the model raises the error, or makes the model in another way
         return
     if options.router_aux_loss_coef:
         router_coefficient(model, options.router_aux_loss_coef)

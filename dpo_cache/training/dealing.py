@@ -1,4 +1,4 @@
-"""The pairs of a step dealt to ranks, such that each of them has about as many tokens to run."""
+"""Distributes the pairs of a step over ranks, such that all ranks have about as many tokens to run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.training.batches import CountTokens, completions_of, sort_pairs
 from dpo_cache.types import ScoredPair
 
-SHARED = 0.25  # of a pair's tokens, from where it is in one cluster with the pair before
+SHARED = 0.25  # least share of a pair's tokens that it has in common with the pair before in its cluster
 CUTS = (math.inf, 1.0, 1 / 2, 1 / 4, 0.0)  # largest cluster, as a share of the tokens of a rank
 
 
@@ -27,14 +27,14 @@ def deal_pairs(
 ) -> list[list[ScoredPair]]:
     """The pairs of each rank; some have none where there are fewer pairs than ranks.
 
-    Pairs that share a prompt are dealt to one rank, where it is run once, unless the step ends sooner if it
+    Pairs that share a prompt go to one rank, where the prompt is run once, unless the step ends sooner if it
     is run on several: of five ways to cut the clusters of such pairs, the one whose busiest rank has the
-    fewest tokens is chosen. Depends on nothing else, so all ranks find the same.
+    fewest tokens is chosen. The result depends only on the arguments, so all ranks compute the same.
     """
     clusters = _clusters(sort_pairs(pairs), count_tokens)
     share = sum(tokens for cluster in clusters for _, _, tokens in cluster) / num_ranks
     dealt = [_deal([part for one in clusters for part in _cut(one, share * cut)], num_ranks) for cut in CUTS]
-    best = min(dealt, key=lambda ranks: max(one.tokens for one in ranks))  # the first of equal ones
+    best = min(dealt, key=lambda ranks: max(one.tokens for one in ranks))  # the first minimum, on all ranks
     return [one.pairs for one in best]
 
 

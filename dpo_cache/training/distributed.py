@@ -1,7 +1,7 @@
 """Several processes that train one policy together, over torch.distributed.
 
-accelerate's process state reads what the launcher has set (accelerate launch, torchrun, mpirun; SLURM's
-variables are translated for it), begins the process group and chooses each rank's device.
+accelerate's process state reads the launcher's variables (accelerate launch, torchrun, mpirun; SLURM's
+variables are translated for it), starts the process group and chooses each rank's device.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from dpo_cache.training.launch import RENDEZVOUS, LaunchedRank, launched_rank
 from dpo_cache.training.ranks import Ranks
 from dpo_cache.training.watch import Watch
 
-TIMEOUT_S = 1800.0  # a collective call waits so long for other ranks: the main rank may write to a slow disk
-TIMEOUT_VARIABLE = "DPO_CACHE_RANK_TIMEOUT"  # seconds, in place of those
+TIMEOUT_S = 1800.0  # timeout of a collective call: the main rank may be writing to a slow disk
+TIMEOUT_VARIABLE = "DPO_CACHE_RANK_TIMEOUT"  # environment variable with other seconds
 
-SLURM_PORTS = 20_000, 10_000  # the first port for a job, and how many there are
+SLURM_PORTS = 20_000, 10_000  # the first port for a job, and the number of ports
 
 Value = TypeVar("Value")
-_joined: list[ProcessRanks] = []  # of the run that is open
+_joined: list[ProcessRanks] = []  # the ranks of the open run, if there is one
 _watches = count()
 
 
 class ProcessRanks(Ranks):
     """The ranks of the default process group, which has been initialised.
 
-    Values travel over a gloo group of their own, whatever the devices: they never mix with the reductions of
+    Values are exchanged over a separate gloo group on all devices: they never mix with the reductions of
     gradients, and the host does not wait for a GPU.
     """
 
@@ -69,7 +69,9 @@ class ProcessRanks(Ranks):
         return found
 
     def _check(self) -> None:
-        """Raise `OtherRankError` if this rank has learned of a failure: the others come no more."""
+        """Raise `OtherRankError` if another rank is known to have failed: the others do not reach the next
+        call.
+        """
         if self.watch is not None and self.watch.failure is not None:
             raise OtherRankError(self.watch.failure.text)
 
@@ -78,8 +80,8 @@ class ProcessRanks(Ranks):
 def joined_ranks(device: str, *, shards: bool = False) -> Iterator[Ranks]:
     """The ranks that the launcher has started, or those of the process group that the caller has initialised.
 
-    When one of them leaves the block by an exception, all do; the others raise `OtherRankError`, and those
-    that wait inside a library end within seconds. Within the block, the same ranks are open already.
+    When one of them leaves the block by an exception, all do: the others raise `OtherRankError`, and those
+    that wait inside a library end within seconds. A nested call yields the same ranks.
     """
     if _joined:
         yield _joined[0]
@@ -87,7 +89,7 @@ def joined_ranks(device: str, *, shards: bool = False) -> Iterator[Ranks]:
     begins = not distributed.is_initialized()
     ranks = ProcessRanks(_begin(device) if begins else _device(device), shards=shards)
     store = distributed.distributed_c10d._get_default_store()
-    number = ranks.share(next(_watches))  # of the main rank: another may have had fewer
+    number = ranks.share(next(_watches))  # the main rank's: others may have had fewer
     watch = ranks.watch = Watch(
         distributed.PrefixStore(f"dpo-cache/{number}", store), ranks.index, ranks.size
     )
@@ -95,7 +97,7 @@ def joined_ranks(device: str, *, shards: bool = False) -> Iterator[Ranks]:
     try:
         _check_devices(ranks)
         yield ranks
-        ranks.gather(None)  # the store may end with a rank
+        ranks.gather(None)  # wait for all: the store may end with its rank
         watch.end()
     except BaseException as error:
         found = watch.report(error)
@@ -104,11 +106,11 @@ def joined_ranks(device: str, *, shards: bool = False) -> Iterator[Ranks]:
         _joined.clear()
         if begins:
             _leave(waits=not watch.failure)
-        watch.end()  # until then, it ends a process that hangs while it leaves
+        watch.end()  # not before: the watch ends a process that hangs while it leaves
 
 
 def _begin(device: str) -> str:
-    """Begin the process group of the launched ranks; returns the device of this one. Raises `OptionError`."""
+    """Start the process group of the launched ranks. Returns this rank's device. Raises `OptionError`."""
     launched = launched_rank()
     assert launched is not None
     if device == "mps":
@@ -135,9 +137,9 @@ def _begin(device: str) -> str:
 
 
 def _leave(*, waits: bool) -> None:
-    """End the process group; without `waits`, whatever is still to be done in it."""
+    """End the process group; without `waits`, also if operations in it have not ended."""
     if not waits and torch.cuda.is_available():
-        with suppress(Exception):  # NCCL may raise what has ended the run
+        with suppress(Exception):  # NCCL may raise the error that ended the run
             distributed.distributed_c10d._abort_process_group()
     else:
         distributed.destroy_process_group()
@@ -145,7 +147,7 @@ def _leave(*, waits: bool) -> None:
 
 
 def _complete_environment(launched: LaunchedRank) -> None:
-    """Set the variables that accelerate reads, where another launcher has set its own."""
+    """Set the variables that accelerate reads, if a launcher has set others."""
     values = {
         "RANK": launched.index,
         "WORLD_SIZE": launched.size,
@@ -158,7 +160,7 @@ def _complete_environment(launched: LaunchedRank) -> None:
         os.environ.setdefault("MASTER_ADDR", first_node(os.environ.get("SLURM_STEP_NODELIST", "localhost")))
     for name, value in values.items():
         os.environ.setdefault(name, str(value))
-    if "OMP_NUM_THREADS" not in os.environ:  # else each process takes all cores
+    if "OMP_NUM_THREADS" not in os.environ:  # otherwise each process uses all cores
         os.environ["OMP_NUM_THREADS"] = str(max(1, num_cores() // launched.local_size))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -181,7 +183,7 @@ def _device(device: str) -> str | None:
 
 
 def _check_devices(ranks: Ranks) -> None:
-    """Raise `TrainingError` where two ranks have the same GPU, or one has another kind of device."""
+    """Raise `TrainingError` if two ranks have the same GPU, or one has another kind of device."""
     name = ranks.device or "cpu"
     kind = torch.device(name).type
     gpu = str(torch.cuda.get_device_properties(name).uuid) if kind == "cuda" else None

@@ -1,8 +1,8 @@
-"""Runs of the policy that all ranks make equally often.
+"""Passes through the policy, of which every rank makes the same number.
 
-FSDP2 gathers the weights in each run of a layer and adds up gradients in each backward pass, DDP in the last
-one of a step. A rank that would run less than the others runs a filler: two tokens, whose log-prob counts 0
-times.
+FSDP2 gathers the weights for each run of a layer and adds up gradients in each backward pass, DDP in the last
+one of a step. A rank with fewer passes than the others runs a filler: two tokens, whose log-prob is
+multiplied by 0.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class EqualPasses:
 
     policy: torch.nn.Module
     attention: AttentionChoice
-    pieces: Sequence[Piece]  # of this rank
-    num_calls: Sequence[int]  # of the decoder in each pass, on every rank
+    pieces: Sequence[Piece]  # pieces of this rank
+    num_calls: Sequence[int]  # calls of the decoder in each pass, the same on every rank
     filler: Completion
 
     def __len__(self) -> int:
         return len(self.num_calls)
 
     def run(self, place: int) -> tuple[CompletionLogps | None, torch.Tensor]:
-        """The log-probs of a piece, or None if this rank has none in the pass; and a 0 through which a
-        gradient reaches the fillers.
+        """The log-probs of a piece, or None if this rank has none in the pass; and a tensor of value 0
+        through which a gradient reaches the fillers.
         """
         pieces = list(self.pieces[place : place + 1])
         num_missing = self.num_calls[place] - sum(_count_calls(piece, self.attention) for piece in pieces)
@@ -84,5 +84,5 @@ def filler_of(pairs: Sequence[ScoredPair]) -> Completion:
 
 
 def _count_calls(piece: Piece, attention: AttentionChoice) -> int:
-    """How often a run of the piece calls the decoder."""
+    """The number of times that a run of the piece calls the decoder."""
     return len(run_at_once(piece, attention))

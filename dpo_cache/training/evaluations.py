@@ -1,4 +1,4 @@
-"""When a run evaluates and saves, and which evaluation was the best."""
+"""The schedules of evaluations and checkpoints, and the best evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dpo_cache.losses.metrics import Metrics
 from dpo_cache.options.train import period
 
-# Option `best` -> the metric, and 1 if more of it is better, otherwise -1.
+# Option `best` -> the metric, and 1 if larger values are better, otherwise -1.
 MEASURES = {
     "loss": ("eval/loss", -1),
     "accuracy": ("eval/rewards/accuracies", 1),
@@ -29,7 +29,7 @@ class Schedule:
         return self._num_passed(step) > self._num_passed(step - 1)
 
     def count(self, first: int, last: int) -> int:
-        """How many steps are due from one step to another, both included."""
+        """The number of due steps from one step to another, both included."""
         if self.epochs is not None and self.epochs * self.steps_per_epoch < 1:
             return max(0, last - first + 1)
         return max(0, self._num_passed(last) - self._num_passed(first - 1))
@@ -41,24 +41,24 @@ class Schedule:
 
 
 def schedule_of(flag: str, value: str | None, steps_per_epoch: int) -> Schedule:
-    """The schedule that an option asks for, such as `100` or `0.5epochs`. Raises `OptionError`."""
+    """The schedule for the value of an option, such as `100` or `0.5epochs`. Raises `OptionError`."""
     return Schedule(*period(flag, value), steps_per_epoch)
 
 
 @dataclass
 class Best:
-    """The best evaluation after an update so far. An equal value is no better, nor is None."""
+    """The best evaluation after an update so far. An equal value is not better, and neither is None."""
 
     measure: str = "loss"
     step: int | None = None
     value: float | None = None
-    num_worse: int = 0  # evaluations since
+    num_worse: int = 0  # evaluations since the best one
 
     def note(self, evaluation: Metrics) -> bool:
         """Count an evaluation, and return whether it is the best."""
         name, sign = MEASURES[self.measure]
         value = evaluation[name]
-        if self.value is None and value is None:  # nothing has moved yet, so `patience` waits
+        if self.value is None and value is None:  # no margin has moved yet, so `patience` does not count
             return False
         if value is None or (self.value is not None and sign * value <= sign * self.value):
             self.num_worse += 1
@@ -67,7 +67,9 @@ class Best:
         return True
 
     def forget(self) -> None:
-        """Compare only with later evaluations from now on, as the policy of the best one is lost."""
+        """Forget the best evaluation, because its policy is lost: later ones are compared only with each
+        other.
+        """
         self.step = self.value = None
 
     def is_better_than(self, evaluation: Metrics | None) -> bool:

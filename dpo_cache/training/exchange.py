@@ -1,4 +1,4 @@
-"""Values that the ranks exchange in the midst of a run which any of them may end by running out of memory."""
+"""Exchange of values during a run that any rank may end because it runs out of memory."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def exchange(ranks: Ranks, value: Value) -> list[Value]:
 
 
 def end_run(ranks: Ranks, error: RuntimeError) -> None:
-    """Make all ranks leave the run at their next exchange, for an error of memory here or elsewhere."""
+    """Make all ranks leave the run at their next exchange, after an out-of-memory error on any rank."""
     if not isinstance(error, OutOfMemoryElsewhere):
         ranks.gather((first_line(error), None))

@@ -1,4 +1,4 @@
-"""What a training run will take: the end of a dry run, from the steps that it took."""
+"""The predicted time, memory and disk of a training run, from the steps of a dry run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from dpo_cache.types import ScoredPair
 
 
 def forecast(setup: Setup, step: Metrics, pairs: Sequence[ScoredPair], disk_bytes: int) -> Forecast:
-    """Time, memory and disk of the run, from the metrics of a step on these pairs, its longest ones.
+    """The forecast of a run, from the metrics of a step on these pairs, which are its longest ones.
 
-    A pair's time grows with its tokens. Evaluations count, and the samples that they write do not.
+    The time of a pair is taken as proportional to its tokens. Evaluations count; the samples that they write
+    do not.
     """
     mean_tokens = measure_rows([setup.data.pairs], setup.policy.model.config).pair_tokens
     pair_s = mean_tokens / max(1, sum(map(count_pair_tokens, pairs))) * len(pairs) / step["pairs_per_s"]
@@ -31,7 +32,7 @@ def forecast(setup: Setup, step: Metrics, pairs: Sequence[ScoredPair], disk_byte
         seconds=pair_s * (num_trained + num_evaluated / passes),
         device=setup.device.type,
         device_bytes=int(step["peak_bytes"]),
-        free_device_bytes=None,  # a part of it is taken now
+        free_device_bytes=None,  # unknown: this run already uses a part of it
         disk_bytes=disk_bytes,
         free_disk_bytes=free_bytes(setup.output),
         num_workers=setup.ranks.size,

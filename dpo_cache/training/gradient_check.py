@@ -1,9 +1,9 @@
-"""Whether recomputed activations give the gradient that kept ones give, on one short pair; and whether a
-kernel of the forest's attention gives that of fused attention, segment by segment.
+"""Checks on one short pair that recomputed activations give the same gradient as kept ones, and that a
+kernel of the forest's attention gives the same gradient as fused attention, segment by segment.
 
-A model's code may do something in its forward pass that a second one does not repeat, such as changing a
-tensor in place or keeping a value for a later layer. Then the loss is right, and the gradient is not. The
-self-check has compared a kernel's log-probs, and has not run it backward, nor under mixed precision.
+A model's code may do something in its forward pass that a second pass does not repeat, such as changing a
+tensor in place or keeping a value for a later layer. Then the loss is right, but the gradient is wrong. The
+self-check has compared a kernel's log-probs, but has not run its backward pass, or mixed precision.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from dpo_cache.log import Log, phase
 from dpo_cache.training.ranks import Ranks
 
 # Largest gap between two gradients of a parameter that rounding explains, relative to its norm, and relative
-# to that of all parameters (for gradients that are nothing but rounding): in float32, and in 16 bits.
+# to that of all parameters (for gradients that are only rounding): in float32, and in 16 bits.
 TOLERANCES = {"fp32": (1e-3, 1e-5), "16 bits": (5e-2, 1e-3)}
-# Between two kernels in 16 bits, which round differently; on tiny random models up to 0.09 of a norm.
+# The same between two kernels in 16 bits, which round differently: up to 0.09 of a norm on tiny models.
 TOLERANCES_OF_KERNELS = {**TOLERANCES, "16 bits": (0.3, 1e-2)}
 
 
 @dataclass
 class Sketch:
-    """A parameter's gradient, in the numbers that are compared: its norm, and its sums over all dimensions
+    """The numbers of a parameter's gradient that are compared: its norm, and its sums over all dimensions
     but one.
     """
 
@@ -49,8 +49,8 @@ class Sketch:
 
 @dataclass
 class GradientCheck:
-    """Compares modes of recomputation on a pair of made-up answers; no gradient is left behind, not even one
-    that was there before. All ranks find the same problems.
+    """Compares modes of recomputation on a pair of made-up answers. Afterwards no parameter has a gradient,
+    not even one that existed before. All ranks find the same problems.
     """
 
     policy: PolicyModel
@@ -60,8 +60,8 @@ class GradientCheck:
 
     @phase("self-check: comparing gradients")
     def problem(self, mode: str) -> str:
-        """How the mode's gradient is wrong; empty if it is that of *none*, or if memory does not suffice for
-        the pair.
+        """How the mode's gradient differs from that of *none*; empty if it is equal, or if memory does not
+        suffice for the pair.
         """
         if mode == "none" or not self.recomputation.num_layers:
             return ""
@@ -75,8 +75,8 @@ class GradientCheck:
 
     @phase("self-check: comparing gradients")
     def problem_of_kernel(self, kernel: str) -> str:
-        """How the gradient by this kernel is wrong; empty if it is that of the policy's own, or if memory
-        does not suffice for the pair.
+        """How this kernel's gradient differs from that of the policy's own; empty if it is equal, or if
+        memory does not suffice for the pair.
         """
         attention = replace(self.policy.attention, kernel=kernel)
         sharded = self.policy.sharded
@@ -89,9 +89,9 @@ class GradientCheck:
         return next(filter(None, self.ranks.gather(problem)), "")
 
     def _failure(self, error: BaseException) -> str:
-        """How a pass has failed; empty if memory did not suffice.
+        """A description of how a pass has failed; empty if memory did not suffice.
 
-        Raises the error where ranks run a pass together: the others wait for the rest of it.
+        Raises the error if ranks run the pass together, because the others wait for the rest of it.
         """
         is_memory = is_out_of_memory(error, self.policy.model.device)
         if self.policy.sharded is not None:
@@ -131,7 +131,7 @@ class GradientCheck:
         ]
         self.recomputation.mode = mode
         for parameter in trained.values():
-            parameter.grad = None  # of a step that did not fit, which is repeated
+            parameter.grad = None  # left by a step that did not fit and is repeated
         try:
             rows = short_rows(model.config.get_text_config().vocab_size, 64)[:2]
             (logps,) = self.policy([rows])
@@ -158,11 +158,11 @@ def with_right_kernel(
     sharded: ShardedModel | None = None,
     ranks: Ranks | None = None,
 ) -> AttentionChoice:
-    """The attention with the first kernel, from its own on, that gives the gradient of segments."""
+    """The attention with the first kernel, starting with its own, whose gradient equals that of segments."""
     if attention.name != "forest" or attention.kernel == SEGMENTS:
         return attention
     segments = replace(attention, kernel=SEGMENTS)
-    # float32 weights also without mixed precision, whose rounding hides smaller errors
+    # float32 weights are also checked without mixed precision, whose rounding hides smaller errors
     precisions = {precision, "fp32"} if model.dtype == torch.float32 else {precision}
     checks = [
         GradientCheck(
@@ -181,7 +181,7 @@ def with_right_kernel(
 
 @torch.no_grad()
 def _take(name: str, found: dict[str, Sketch], parameter: torch.Tensor) -> None:
-    """Replace the gradient by its sketch, and add that to an earlier one."""
+    """Replace the gradient by its sketch, which is added to an earlier one."""
     assert parameter.grad is not None
     gradient = parameter.grad.float()
     sums = [

@@ -84,7 +84,7 @@ class TrainingPairs:
         return [self.pairs, self.eval_pairs] if has_others else [self.pairs]  # type: ignore[list-item]
 
     def limit_to(self, config: PreTrainedConfig, name: str) -> None:
-        """From now on, reading a pair that a model of this config cannot read raises `ModelError`."""
+        """Make reading raise `ModelError` for a pair that a model of this config cannot read."""
         limits = model_limits(config, name)
         self.pairs.limit_to(limits)
         if self.eval_pairs is not None:
@@ -93,7 +93,7 @@ class TrainingPairs:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The model to train, how it is run, and what is saved with it."""
+    """The model to train, the way to run it, and the parts that are saved with it."""
 
     model: PreTrainedModel
     location: str
@@ -103,14 +103,14 @@ class TrainedModel:
     linear: str  # the library that multiplies, see `use_fast_linear`
     recomputation: Recomputation
     origin: Origin
-    adapted: PeftModel | None  # saves, switches off and merges the adapter inside the model
+    adapted: PeftModel | None  # the PEFT model, for saving, switching off and merging the adapter
     remarks: tuple[str, ...]  # differences from the model that made the pairs, besides `origin.differing`
-    method: Method  # what is trained, for a prediction of its memory
-    left_out: LeftOut | None = None  # what else its checkpoint has, which is saved with a whole model
+    method: Method  # the training method, for a prediction of its memory
+    left_out: LeftOut | None = None  # other parts of its checkpoint, which are saved with a whole model
     memory: str = "fast"  # the preset of the placement, or its entries
     placement: Placement = FAST
     layer_major: LayerMajorModel | None = None  # None: each forest runs through all layers
-    sharded: ShardedModel | None = None  # what runs the model, if each rank has shards of its weights
+    sharded: ShardedModel | None = None  # runs the model if each rank has shards of its weights
 
     def clips(self, options: TrainOptions) -> bool:
         """Return whether the gradient is clipped."""
@@ -180,9 +180,9 @@ def open_policy(
 ) -> Iterator[TrainedModel]:
     """Load the policy, or take a `loaded` one, with its weights at the start or at the checkpoint.
 
-    It is prepared until the block ends; `linear` decides which library multiplies, see `prepared`, and
-    `memory` the preset under `auto`. All `ranks` run it alike. Raises `ModelError`, `TrainingError` or
-    `OptionError`.
+    It is prepared until the block ends. `linear` chooses the library that multiplies, see `prepared`, and
+    `memory` is the preset under `auto`. All `ranks` run the policy alike. Raises `ModelError`,
+    `TrainingError` or `OptionError`.
     """
     ranks = ranks or Ranks()
     if ranks.shards and loaded is not None:
@@ -195,7 +195,7 @@ def open_policy(
     trusted = trusts_code(options, start)
     if loaded is not None:
         parts = loaded.locate(options, checkpoint)
-    elif checkpoint is not None:  # which has everything but an adapter's base
+    elif checkpoint is not None:  # it has everything but an adapter's base
         parts = locate_checkpoint(str(checkpoint))
     else:
         parts = locate_checkpoint(start.location, start.revision)
@@ -277,7 +277,7 @@ def open_policy(
         assert run.recomputation is not None
         if isinstance(found, str) and found:
             log(f"{found}. Each forest runs through all layers instead, as under `memory` fast.")
-        # copies of weights may have the dtype of the products, which only mixed precision takes
+        # copies of weights may have the dtype of the products, which only mixed precision allows
         with (
             autocast(device, precision if has_copies(placement, device) else "fp32"),
             sharded.gathered() if sharded else nullcontext(),
@@ -312,7 +312,7 @@ def open_policy(
 
 
 def _agreed(ranks: Ranks, model: PreTrainedModel, attention: AttentionChoice) -> AttentionChoice:
-    """The main rank's choice. Raises `ModelError` where another rank has another one: on another device, or
+    """The main rank's choice. Raises `ModelError` if another rank has made another one: on another device, or
     with less memory.
     """
     choices = ranks.gather(attention)
@@ -329,7 +329,7 @@ def _agreed(ranks: Ranks, model: PreTrainedModel, attention: AttentionChoice) ->
 def _choose_attention(
     options: TrainOptions, data: TrainingPairs, model: PreTrainedModel, rows: RowLengths, *, may_retry: bool
 ) -> AttentionChoice:
-    """How the model is run over the rows of both pair sets, in forests as large as the run's."""
+    """The attention for the rows of both pair sets, checked in forests as large as the run's."""
     budget = number_or_auto("budget_tokens", options.budget_tokens)
     num_pairs = options.epochs * data.num_pairs
     if options.max_steps is not None:
@@ -349,7 +349,7 @@ def _choose_attention(
 def _find_remarks(
     options: TrainOptions, adapted: PeftModel | None, parts: CheckpointLocation, *, has_other_template: bool
 ) -> tuple[str, ...]:
-    """Differences that `Origin` does not cover: of a named model's chat template, and of a fresh adapter."""
+    """Differences that `Origin` does not cover: a named model's chat template, and a fresh adapter."""
     remarks = []
     if options.model is not None and has_other_template:
         remarks.append(
@@ -363,9 +363,9 @@ def _find_remarks(
 
 
 def check_token_logps(options: LossOptions, pairs: PairSet, error: type[DpoCacheError]) -> None:
-    """Raise the error where a loss needs the reference's token log-probs, and the pairs have only sums.
+    """Raise the error if a loss needs the reference's token log-probs, but the pairs have only sums.
 
-    Only an import makes such pairs.
+    Such pairs come only from an import.
     """
     if options.ld_alpha is not None and options.ld_reference and not pairs.has_token_logps:
         raise error(

@@ -1,7 +1,8 @@
-"""`launch` N: N processes of this machine that train together; and what launchers set for their processes.
+"""`launch` N: N processes of this machine that train together; and the variables that launchers set for
+processes.
 
-Works without torch. The processes meet in a file, and talk over loopback: nothing listens on a port that
-other machines reach.
+Works without torch. The processes meet through a file and communicate over loopback: nothing listens on a
+port that other machines can reach.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from dpo_cache.options.run_config import with_config
 
 RENDEZVOUS = "DPO_CACHE_RENDEZVOUS"  # variables that `launch` sets: the file in which the processes meet
 LAUNCHER = "DPO_CACHE_LAUNCHER"  # and its own process id
-END_S = 30.0  # after one process has failed, the others are killed
+END_S = 30.0  # seconds from one process's failure until the others are killed
 LOOK_S = 0.1
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# The variables of each launcher: rank, number of ranks, and both within the machine. In the script of a SLURM
-# job SLURM_PROCID is set, too, but not the number of tasks of a step.
+# The variables of each launcher: rank, number of ranks, and both within the machine. In a SLURM batch script,
+# SLURM_PROCID is set as well, but not the number of tasks of a step.
 VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # accelerate launch, torchrun, `launch`
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
@@ -42,11 +43,11 @@ VARIABLES = (
 
 @dataclass(frozen=True)
 class LaunchedRank:
-    """Which of a run's processes this one is, by the variables that its launcher has set."""
+    """The rank of this process in a run, from the variables that its launcher has set."""
 
     index: int
     size: int
-    local_index: int  # among those of this machine
+    local_index: int  # index among the ranks of this machine
     local_size: int
 
 
@@ -121,7 +122,7 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> int:
                 for index in range(num_ranks):
                     environment = {**os.environ, **_variables(index, num_ranks, Path(folder))}
                     processes.append(
-                        # a session of its own: the terminal's Ctrl-C arrives once, through this process
+                        # in its own session: the terminal's Ctrl-C arrives only through this process
                         subprocess.Popen(
                             command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
                         )
@@ -172,7 +173,7 @@ def _signals_passed_on(processes: Sequence[subprocess.Popen[Any]]) -> Iterator[N
 
 
 def _wait(processes: Sequence[subprocess.Popen[Any]]) -> list[int]:
-    """The exit code of each process; minus a signal's number if that has ended it."""
+    """The exit code of each process; the negative number of a signal that ended it."""
     failed_at = None
     while any(process.poll() is None for process in processes):
         if failed_at is None and any(process.poll() for process in processes):
@@ -185,7 +186,7 @@ def _wait(processes: Sequence[subprocess.Popen[Any]]) -> list[int]:
 
 
 def _exit_code(codes: Sequence[int]) -> int:
-    """The code of the run. A process that a signal has ended reports nothing: others do, or else this."""
+    """The exit code of the run. If a signal ended a process and no other reports an error, this one does."""
     if reported := [code for code in codes if code > 0]:
         return max(reported)
     killed = [(index, -code) for index, code in enumerate(codes) if code < 0]

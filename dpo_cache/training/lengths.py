@@ -1,4 +1,4 @@
-"""How long the rows of pair sets are, and how many tokens a run over them takes, for the self-check."""
+"""The lengths of the rows of pair sets, and the tokens of a run over them, for the self-check."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dpo_cache.store import PairSet
 from dpo_cache.store.format.model_limits import ModelLimits
 from dpo_cache.types import ScoredPair
 
-SCANNED_PAIRS = 4096  # of a larger set, only the first are read if no length of the config needs more
+SCANNED_PAIRS = 4096  # pairs that are read of a larger set, unless a length of the config needs more
 
 
 @dataclass(frozen=True)
 class RowLengths:
     """Rows of pair sets, in tokens."""
 
-    longest: int  # at most this
+    longest: int  # an upper bound
     pair_tokens: float  # mean over the pairs, their shared prompt once
 
 
 def model_limits(config: PreTrainedConfig, name: str) -> ModelLimits:
-    """What a model of this config and name can read, for `PairSet.limit_to`."""
+    """The limits of a model of this config and name, for `PairSet.limit_to`."""
     text = config.get_text_config()
     return ModelLimits(name, text.vocab_size, most_positions(text))
 

@@ -1,4 +1,4 @@
-"""A policy that is in memory already, and is trained in place."""
+"""A policy that is already in memory, and is trained in place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dpo_cache.options.train import TrainOptions
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A model in memory, its name in options and reports, and its tokenizer, where one is given."""
+    """A model in memory, its name in options and reports, and its tokenizer, if one is given."""
 
     model: PreTrainedModel
     name: str
@@ -39,7 +39,7 @@ class LoadedPolicy:
         trust_remote_code: bool,
     ) -> dict[str, Any]:
         """The model's identity, to compare with the `recorded` one of a reference in the dtype `scored_in`:
-        that of its checkpoint only where its weights are the checkpoint's.
+        that of its checkpoint only if its weights are the checkpoint's.
         """
         identity, difference = identify_loaded(
             self.model, dtype=scored_in, recorded=recorded, trust_remote_code=trust_remote_code
@@ -50,8 +50,7 @@ class LoadedPolicy:
         return identity
 
     def _was_rounded(self, dtype: torch.dtype, *, trust_remote_code: bool) -> bool:
-        """Return whether loading the model lost bits that its checkpoint has and that this dtype would keep.
-        """
+        """Return whether loading the model lost bits of its checkpoint that this dtype would keep."""
         saved: Any = load_config(self.name, trust_remote_code=trust_remote_code).dtype or torch.float32
         lowest = min((saved, dtype), key=lambda one: torch.finfo(one).bits)
         return torch.promote_types(self.model.dtype, lowest) != self.model.dtype
@@ -71,7 +70,7 @@ class LoadedPolicy:
         return CheckpointLocation(str(checkpoint), None)
 
     def place(self, dtype: torch.dtype, device: torch.device, checkpoint: Path | None) -> PreTrainedModel:
-        """The model on the device, in the dtype; with the weights of a checkpoint, where one is given."""
+        """The model on the device and in the dtype, with the weights of a checkpoint if one is given."""
         self.model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
         if checkpoint is not None:
             saved = load_base(CheckpointLocation(str(checkpoint), None), dtype=dtype, device=device)

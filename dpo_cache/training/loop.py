@@ -72,19 +72,20 @@ def train(
 
     `model` may be a model that is loaded already. It is trained in place: afterwards it has the weights of
     the last step, in the dtype and on the device of the run, and a new adapter (`lora_r`) stays in it. It
-    counts as the reference only where its weights are those of its checkpoint and of the reference; then step
+    counts as the reference only if its weights are those of its checkpoint and of the reference; then step
     zero is checked. `tokenizer` is saved with it; default: the one that made the pairs. Callbacks:
 
     - `on_metrics` gets each line of metrics.jsonl once it is written, with `total_steps` and `left_s`
       (seconds, or None) added;
     - `on_checkpoint` the folder of each checkpoint once it is published;
     - `log` gets each remark (default: the logger `dpo_cache`); the report lists them, too;
-    - `should_stop` is called after every step. Where it returns True the state is saved, to be resumed.
+    - `should_stop` is called after every step. If it returns True, the state is saved, and the run can be
+    resumed.
 
     In a program that accelerate launch, torchrun or SLURM has started several times, all processes call this
     with the same options and train together; the main one calls the callbacks, and all return its report.
 
-    An exception in a callback ends the run; what was saved stays. Raises `DpoCacheError`. The model is saved
+    An exception in a callback ends the run; saved files stay. Raises `DpoCacheError`. The model is saved
     in `output/model`, the metrics in `output/metrics.jsonl`. With `dry_run` nothing is written.
     """
     loaded = take_loaded(model, tokenizer)
@@ -94,7 +95,7 @@ def train(
     nothing: Callable[[Any], None] = lambda _: None  # noqa: E731
     started = time.perf_counter()
     with open_ranks(chosen) as ranks:
-        if not ranks.is_main:  # which has no part in files, remarks and progress
+        if not ranks.is_main:  # other ranks write no files, remarks or progress
             on_metrics = on_checkpoint = log = nothing
         log = log or log_remark
         held = (
@@ -121,7 +122,7 @@ class _Run:
         claim: Claim | None,
         started: float,
     ):
-        self.claim = claim  # on the folder; a dry run has none
+        self.claim = claim  # the claim on the folder; a dry run has none
         self.setup, self.options, self.data, self.policy = setup, setup.options, setup.data, setup.policy
         self.ranks = setup.ranks
         self.on_metrics, self.started = on_metrics, started
@@ -151,10 +152,10 @@ class _Run:
     # -- the main path ---------------------------------------------------------------------------------
 
     def train(self, should_stop: Callable[[], bool]) -> TrainReport:
-        """Take every step that is left."""
+        """Take every remaining step."""
         if self.ranks.is_main:
             self._prepare_folder()
-        self.ranks.gather(None)  # only now is the folder what the others may read
+        self.ranks.gather(None)  # wait: the other ranks may read the folder only now
         try:
             with open_trackers(
                 self.options.log_to if self.ranks.is_main else (),
@@ -166,7 +167,7 @@ class _Run:
                 log=self.log,
             ) as self.trackers:
                 return self._run_steps(should_stop)
-        except BaseException:  # Ctrl-C too: a run without an update leaves nothing behind
+        except BaseException:  # also Ctrl-C: a run without an update leaves no files
             if self.setup.checkpoint is None and not self.step.has_updated and self._has_folder():
                 discard(self.output)
             raise
@@ -200,7 +201,7 @@ class _Run:
             disk_bytes = check_disk(self.output, self.policy, self.options)
         self.setup.log_remarks()
         pairs = longest_pairs(self.data.pairs, self.data.selected, self.options.batch_size)
-        for number in (1, 2):  # in the second the optimizer's state exists next to the activations
+        for number in (1, 2):  # in the second step, the optimizer's state exists next to the activations
             self.position = replace(self.position, step=number)
             metrics = self._update(pairs)
         self.on_metrics({**metrics, "total_steps": 2, "left_s": None})
@@ -220,7 +221,7 @@ class _Run:
     # -- steps -----------------------------------------------------------------------------------------
 
     def _prepare_folder(self) -> None:
-        """Begin the run's folder, or cut it back to the checkpoint."""
+        """Create the run's folder, or cut it back to the checkpoint."""
         self._has_folder()
         self._check_claim()
         checkpoint = self.setup.checkpoint
@@ -241,7 +242,7 @@ class _Run:
         self.setup.log_remarks()
 
     def _steps(self) -> Iterator[list[ScoredPair]]:
-        """Yield the pairs of each step that is left; the last step of an epoch may be smaller."""
+        """Yield the pairs of each remaining step; the last step of an epoch may be smaller."""
         options = self.options
         while self.position.step < self.setup.total_steps:
             stream = stream_pairs(
@@ -272,7 +273,7 @@ class _Run:
         self._record(metrics)
 
     def _update(self, pairs: list[ScoredPair]) -> Metrics:
-        """Update the weights once; returns the metrics of the step."""
+        """Update the weights once. Returns the metrics of the step."""
         if not self.step.has_updated:
             self._check_start(pairs)
         started, number = time.perf_counter(), self.position.step
@@ -290,13 +291,13 @@ class _Run:
         }
 
     def _peak_bytes(self) -> int:
-        """The largest peak of all ranks."""
+        """The largest memory peak of all ranks."""
         return max(self.ranks.gather(peak_bytes(self.setup.device)))
 
     def _check_start(self, pairs: list[ScoredPair]) -> None:
         """Before the first update, compare pairs from the whole training set with the cache; see `step_zero`.
 
-        The pairs of the first step are compared as well: with these here, or in the step itself. Several
+        The pairs of the first step are compared as well, here or in the step itself. Several
         ranks first try the longest pairs: later, none could run out of memory without the others.
         """
         if isinstance(self.step, RankedStep):

@@ -19,14 +19,14 @@ def clip_gradient(
     """Scale the gradients in place such that their norm is at most `max_norm`; returns the norm before.
 
     Equals `torch.nn.utils.clip_grad_norm_`, but computes the norm of bfloat16 gradients in float32, where
-    torch rounds it to bfloat16. Makes no copy of a gradient. Of `ranks` that have shards of the gradients, it
-    is the norm of all shards.
+    torch rounds it to bfloat16. Makes no copy of a gradient. If `ranks` have shards of the gradients, the
+    result is the norm of all shards.
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     norm = norm_over(ranks, gradient_norm(trained))
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if norm.device.type == "cpu" and float(scale) == 1.0:
-        return norm  # no pass over gradients on the host that would change nothing
+        return norm  # saves a pass over gradients on the host
     by_device: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for parameter in trained:
         assert parameter.grad is not None
@@ -47,7 +47,7 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
 
 
 def norm_over(ranks: Ranks | None, norm: torch.Tensor) -> torch.Tensor:
-    """The norm of the gradients of all ranks, where each has a shard, from that of this one; on the CPU."""
+    """The norm of the gradients of all ranks, if each has a shard, from this rank's norm; on the CPU."""
     if ranks is None or not ranks.shards:
         return norm
     return torch.tensor(math.hypot(*ranks.gather(float(norm))))

@@ -1,8 +1,8 @@
 """The optimizers: AdamW, its state in float32, in bfloat16, or in 8 bits or paged by bitsandbytes; Adafactor.
 
-Bytes of state per parameter: adamw 8; adamw-bf16 4; adamw-8bit 2, and 1/32 for scales; adafactor about 0, a
-row and a column of each matrix. Paged ones take as much, in memory that the CUDA driver moves to the host if
-the GPU needs the room.
+Bytes of state per parameter: adamw 8; adamw-bf16 4; adamw-8bit 2, and 1/32 for scales; adafactor about 0: a
+row and a column of each matrix. Paged state takes as much, in memory that the CUDA driver moves to the host
+if the GPU needs the room.
 
 Adafactor is that of transformers with an absolute learning rate, as in trainers based on transformers, so
 `lr` means the same as for AdamW; torch's own scales it by each weight's size and by the step.
@@ -27,14 +27,14 @@ from dpo_cache.training.optim.updates import Updater
 
 Groups = list[dict[str, Any]]
 
-# of the optimizers that update values, or blocks of them, independently
+# how to slice the optimizers that update values, or blocks of them, independently
 SLICINGS = {
     "adamw": Slicing(),
     "adamw-bf16": Slicing(moments=torch.bfloat16, is_for_all=True),
     "adamw-8bit": Slicing(is_for_all=True),
 }
 
-# in lower case, of parameters that are not decayed
+# in lower case: parts of the names of parameters that are not decayed
 SPARED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
@@ -50,12 +50,12 @@ def make_optimizer(
     transfer: Transfer | None = None,
     shards: Mapping[str, LocalShard] | None = None,
 ) -> Updater:
-    """The optimizer of the parameters that are trained; weight decay is for those of `decayed_names`.
+    """The optimizer of the trained parameters; weight decay applies to those of `decayed_names`.
 
-    `rounding` is how updated bfloat16 weights are rounded: stochastic (also auto), compensated or nearest;
-    others need none. Parameters are updated where they are; but those on the host pass through
-    `compute_device` if it is a GPU, except under Adafactor; `transfer` makes the copies. Of a model that is
-    cut into `shards`, those of this rank are updated. Raises `OptionError` if the optimizer is not available
+    `rounding` is the rounding of updated bfloat16 weights: stochastic (also auto), compensated or nearest;
+    other dtypes need none. Parameters are updated where they are, but those on the host pass through
+    `compute_device` if it is a GPU, except under Adafactor; `transfer` makes the copies. If the model is
+    cut into `shards`, this rank's shards are updated. Raises `OptionError` if the optimizer is not available
     here.
     """
     if shards is not None and name not in ON_SHARDS:
@@ -83,8 +83,8 @@ def make_optimizer(
 def decayed_names(model: torch.nn.Module) -> set[str]:
     """Names of the parameters that are decayed: the same as in transformers, for every family.
 
-    Equals `transformers.Trainer.get_decay_parameter_names(None, model)`. What spares a parameter is its name
-    or its module, and not its number of dimensions: biases of experts are matrices, and the decay rates of
+    Equals `transformers.Trainer.get_decay_parameter_names(None, model)`. A parameter is exempt by its name
+    or its module, not by its number of dimensions: biases of experts are matrices, and the decay rates of
     state space models are vectors.
     """
     norms = (name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm))

@@ -3,7 +3,7 @@
 A bfloat16 weight of 0.1 has neighbours 0.0005 away. An update of 1e-6 is lost if the result is rounded to the
 nearest, in every step, and nothing is learned. Two ways to round avoid that:
 
-    stochastic    up or down at random, with odds that make the mean exact; needs no memory
+    stochastic    up or down at random, with probabilities that make the mean exact; needs no memory
     compensated   to the nearest; the rest is kept in 16 bits, and both together give the exact float32 value
 
 Both work on the bits: the upper half of a float32 is the bfloat16 below it in magnitude.
@@ -16,8 +16,8 @@ from collections.abc import Iterator
 
 import torch
 
-SLICE = 2**22  # values rounded at once, with a draw of their own: bounds the memory for temporary values
-BITS = 16  # of a float32 that a bfloat16 lacks
+SLICE = 2**22  # values rounded at once, each time with a new draw: bounds the memory for temporary values
+BITS = 16  # bits of a float32 that a bfloat16 lacks
 QUIET_NAN = 0x7FC00000
 
 
@@ -40,7 +40,8 @@ def stochastic_bf16(
 def split_float(
     values: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest bfloat16 of each float32 value (of two, the larger in magnitude), and the rest as int16.
+    """The nearest bfloat16 of each float32 value (of two equally near, the larger in magnitude), and the rest
+    as int16.
 
     `join_float` computes the value from the two.
     """
@@ -68,7 +69,7 @@ def _round(values: torch.Tensor, rounded: torch.Tensor, seed: int) -> None:
 def _noise(count: int, device: torch.device, seed: int) -> torch.Tensor:
     """Numbers below 2**16, as int32. Four are drawn at once: 5 times as fast as one by one on a CPU."""
     generator = torch.Generator(device).manual_seed(seed)
-    if device.type == "mps":  # has no 64 random bits
+    if device.type == "mps":  # it draws no 64 random bits
         return torch.randint(0, 1 << BITS, (count,), dtype=torch.int32, device=device, generator=generator)
     drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
     drawn.random_(-(2**63), None, generator=generator)

@@ -1,4 +1,4 @@
-"""Learning rate of each step, the same as `transformers.get_scheduler` gives for as many steps of warm-up."""
+"""The learning rate of each step: that of `transformers.get_scheduler` with as many warm-up steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, warmup_ratio: float) -> float:
-    """Rate of the step numbered from 0: a linear rise from 0, then constant, linear or cosine decay to 0.
+    """The rate of a step, numbered from 0: a linear rise from 0, then constant, linear or cosine decay to 0.
 
     The warm-up ends before the last step, so that every run reaches the peak.
     """

@@ -1,4 +1,4 @@
-"""What an updater holds for each parameter, and how the parameter's tensors are cut into slices."""
+"""The data that an updater holds for each parameter, and the slices of the parameter's tensors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from dpo_cache.training.optim import rounding
 from dpo_cache.training.optim.streaming import Pieces
 
 VALUE, GRADIENT, REST = "value", "gradient", "rest"
-TABLE = "qmap"  # begins the names of tables of 8-bit values, which are constants
+TABLE = "qmap"  # prefix of the names of tables of 8-bit values, which are constants
 BLOCK = 256  # values with a common scale in 8-bit state
-SLICES_AT_HOME = 4  # slices of rounding that are updated at once at home: fewer launches, more memory
+SLICES_AT_HOME = 4  # slices of rounding at once, where none is copied: fewer launches, more memory
 
 
 @dataclass(frozen=True)
 class Slicing:
-    """How an optimizer is run in slices; its updates of different values, or blocks of 256, are independent.
+    """The way to run an optimizer in slices; its updates of different values, or blocks of 256, are
+    independent.
 
-    moments: the dtype of its state between updates. is_for_all: whether slices are also for float32
-    parameters at home, which others update directly.
+    moments: the dtype of its state between updates. is_for_all: True if slices also apply to float32
+    parameters that need no transfer, which other optimizers update directly.
     """
 
     moments: torch.dtype = torch.float32
@@ -38,9 +39,9 @@ class Slot:
     leaf: torch.nn.Parameter
     is_sliced: bool
     is_streamed: bool  # the slices pass through a device
-    counts: bool  # updates, which give each stochastic rounding a draw of its own
-    group: int = 0  # the leaf's among the optimizer's groups
-    first: int = 0  # of a shard, the first row that this rank has
+    counts: bool  # counts updates, so that each stochastic rounding has a different draw
+    group: int = 0  # index of the leaf's group in the optimizer
+    first: int = 0  # for a shard, the first row of this rank
     num_updates: int = 0
     rest: torch.Tensor | None = None  # int16, under compensated rounding
 
@@ -55,7 +56,7 @@ def make_slot(
     slicing: Slicing | None,
     stream_device: torch.device | None,
 ) -> Slot:
-    """The slot of a parameter: one on the CPU is streamed if there is a device for it and a slicing."""
+    """The slot of a parameter. One on the CPU is streamed if there are a device and a slicing for it."""
     is_streamed = slicing is not None and stream_device is not None and parameter.device.type == "cpu"
     is_bf16 = parameter.dtype == torch.bfloat16
     # torch's fused AdamW reads memory in order, whatever the layout of value, gradient and state

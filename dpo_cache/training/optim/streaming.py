@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 NUM_PAIRS = 2
-ALIGNMENT = 256  # bytes, of each tensor in a buffer
+ALIGNMENT = 256  # bytes: alignment of each tensor in a buffer
 
 Pieces = dict[str, torch.Tensor]  # flat and contiguous
 
@@ -31,11 +31,11 @@ class Transfer(Protocol):
         ...
 
     def arrive(self, copy: Any) -> None:
-        """Let what is computed on the device from now on wait for that copy."""
+        """Make later work on the device wait for that copy."""
         ...
 
     def start_down(self, host: torch.Tensor, device: torch.Tensor) -> Any:
-        """Start to copy to the host what the device has computed; returns the argument of `wait`."""
+        """Start to copy results of the device to the host; returns the argument of `wait`."""
         ...
 
     def wait(self, copy: Any) -> None:
@@ -53,7 +53,7 @@ class CudaTransfer:
     def buffers(self, num_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
         host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         device = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-        self._up.wait_stream(torch.cuda.current_stream(self._device))  # whose freed memory it may be
+        self._up.wait_stream(torch.cuda.current_stream(self._device))  # it may have used the memory
         for stream in (self._up, self._down):
             device.record_stream(stream)
         return host, device
@@ -119,7 +119,7 @@ class _Pair:
 class SliceStream:
     """Lets slices pass through the device, in order; `finish` ends the last ones.
 
-    The tensors of a slice may be changed by nothing else until then.
+    Until then, other code must not change the tensors of a slice.
     """
 
     def __init__(self, transfer: Transfer):
@@ -130,7 +130,9 @@ class SliceStream:
     def run(
         self, pieces: Pieces, change: Callable[[Pieces], None], *, unchanged: Collection[str] = ()
     ) -> None:
-        """Call `change` with the tensors of a slice on the device, which changes all but the `unchanged`."""
+        """Call `change` with the tensors of a slice on the device. It changes all of them but the
+        `unchanged`.
+        """
         pair = self._pairs[self._turn]
         self._turn = (self._turn + 1) % NUM_PAIRS
         self._return(pair)
@@ -161,13 +163,13 @@ class SliceStream:
 
     def _buffers(self, pair: _Pair, num_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
         if pair.host is None or pair.device is None or pair.host.numel() < num_bytes:
-            pair.host = pair.device = None  # before there are new ones
+            pair.host = pair.device = None  # freed before new ones are made
             pair.host, pair.device = self._transfer.buffers(num_bytes)
         return pair.host, pair.device
 
 
 def _places(pieces: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], int]:
-    """Where each tensor begins in a buffer, and the buffer's size, in bytes."""
+    """The offset of each tensor in a buffer, and the buffer's size, in bytes."""
     places, end = {}, 0
     for name, piece in pieces.items():
         places[name] = end

@@ -1,16 +1,16 @@
 """Updates of parameters, all at once or each as soon as it has its gradient, and the state as plain tensors.
 
-A parameter and its state have one home, the device of the parameter. It is updated in one of three ways:
+A parameter and its state are stored on the parameter's device, their home. There are three ways to update it:
 
-    directly    a float32 parameter at home, by an optimizer of torch
+    directly    a float32 parameter on its own device, by an optimizer of torch
     in slices   by an optimizer that updates each value, or each block of 256, independently. It works on a
                 stand-in, which has the float32 values, gradient and state of one slice during its update, and
                 is empty in between. Slices of a parameter on the host may pass through a device.
     whole       by other optimizers, on a stand-in for a whole bfloat16 parameter
 
-What is kept in bfloat16 is rounded as `rounding.py` describes: a parameter as `rounding` demands, and state
-always stochastically, since 0.999 times a bfloat16 moment, rounded to the nearest, is the same moment. State
-with its rest would take as much memory as float32.
+Values that are kept in bfloat16 are rounded as `rounding.py` describes: a parameter as `rounding` demands,
+and state always stochastically, since 0.999 times a bfloat16 moment, rounded to the nearest, is the same
+moment. State with its rest would take as much memory as float32.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dpo_cache.training.optim.rounding import join_float, split_float, stochasti
 from dpo_cache.training.optim.slots import GRADIENT, REST, TABLE, VALUE, Slicing, Slot, cut, make_slot
 from dpo_cache.training.optim.streaming import Pieces, SliceStream, Transfer, transfer_to
 
-# makes an optimizer of leaves, from them and the names of their parameters
+# a function that makes an optimizer from leaves and the names of their parameters
 Build = Callable[[Sequence[torch.nn.Parameter], Sequence[str]], torch.optim.Optimizer]
 Gradients = Mapping[torch.nn.Parameter, torch.Tensor]
 
-UPDATES = "updates"  # with the rest, what a parameter's state has besides the optimizer's
+UPDATES = "updates"  # an entry of a parameter's state besides the optimizer's, as is the rest
 
 
 class Updater:
@@ -63,7 +63,7 @@ class Updater:
             transfer = transfer_to(compute_device)
         self._transfer = transfer
         self._place = {slot.parameter: place for place, slot in enumerate(self._slots)}
-        self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}  # of 8-bit values
+        self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}  # tables of 8-bit values
         self._base = build([slot.leaf for slot in self._slots], [slot.name for slot in self._slots])
         group_of = {
             leaf: place for place, group in enumerate(self._base.param_groups) for leaf in group["params"]
@@ -74,7 +74,7 @@ class Updater:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups, to set `lr` in."""
+        """The groups of the optimizer, in which `lr` is set."""
         return self._base.param_groups
 
     @property
@@ -96,7 +96,7 @@ class Updater:
 
     @torch.no_grad()
     def update(self, *parameters: torch.nn.Parameter, gradients: Gradients | None = None) -> None:
-        """Update parameters by their gradients, which are kept, and return when that is done.
+        """Update parameters by their gradients, which are kept. Returns when the updates have ended.
 
         `gradients` may give gradients that are not in `parameter.grad`, such as those on the device of a
         parameter on the host.
@@ -115,15 +115,15 @@ class Updater:
             stream.finish()
 
     def zero_grad(self) -> None:
-        """Drop all gradients: a gradient of zeros would cost memory and make an update."""
+        """Drop all gradients: a gradient of zeros would take memory and cause an update."""
         for slot in self._slots:
             slot.parameter.grad = None
 
     # -- state -----------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All state, `<parameter>/<state>` each, that `restore` takes. A Python int is an int64 without
-        dimensions.
+        """All state under names `<parameter>/<state>`, the argument of `restore`. A Python int is an int64
+        without dimensions.
         """
         found: dict[str, torch.Tensor] = {}
         for slot in self._slots:
@@ -133,7 +133,7 @@ class Updater:
             found |= {
                 f"{slot.name}/{key}": _as_tensor(value)
                 for key, value in state.items()
-                if value is not None and not key.startswith(TABLE)  # which is a constant
+                if value is not None and not key.startswith(TABLE)  # tables are constants
             }
         return found
 
@@ -141,7 +141,7 @@ class Updater:
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Continue from the state of an updater of the same kind: later updates equal its own, bit for bit.
 
-        Raises `TrainingError` if the state is of other parameters, and `KeyError` if it is not whole.
+        Raises `TrainingError` if the state belongs to other parameters, and `KeyError` if it is incomplete.
         """
         by_name: dict[str, dict[str, torch.Tensor]] = {}
         for path, tensor in tensors.items():
@@ -162,7 +162,7 @@ class Updater:
             slot.num_updates = int(saved.pop(UPDATES))
             slot.rest = saved.pop(REST).to(slot.parameter.device) if REST in saved else None
         if slot.is_sliced or hasattr(self._base, "init_state"):
-            # buffers of the optimizer's own, some of them paged
+            # the optimizer's own buffers, some of which are paged
             state = self._new_state(slot)
             for key, value in state.items():
                 if not key.startswith(TABLE):
@@ -178,7 +178,7 @@ class Updater:
         self._base.state[slot.leaf] = state
 
     def _new_state(self, slot: Slot) -> dict[str, Any]:
-        """The state before the first update, at home."""
+        """The state before the first update, on the parameter's device."""
         home = slot.parameter
         if hasattr(self._base, "init_state"):
             with self._only(slot):
@@ -193,7 +193,7 @@ class Updater:
     # -- in slices -------------------------------------------------------------------------------------
 
     def _update_slices(self, slot: Slot, gradient: torch.Tensor, stream: SliceStream | None) -> None:
-        """Update a parameter slice by slice, here or in a stream, which then has to be finished."""
+        """Update a parameter slice by slice, directly or through a stream, which the caller then finishes."""
         state = self._base.state.get(slot.leaf) or self._new_state(slot)
         home, step = slot.parameter.detach(), int(state["step"])
         if self.rounding == "compensated" and home.dtype == torch.bfloat16 and slot.rest is None:
@@ -205,7 +205,7 @@ class Updater:
                 if stream is None:
                     self._change(slot, constants, start, pieces)
                     continue
-                # a gradient that is on the device is not moved
+                # a gradient that is already on the device is not moved
                 there = {} if gradient.device == home.device else {GRADIENT: pieces.pop(GRADIENT)}
                 change = partial(self._change, slot, constants, start, there=there)
                 stream.run(pieces, change, unchanged=(GRADIENT,))
@@ -220,7 +220,7 @@ class Updater:
     def _change(
         self, slot: Slot, constants: dict[str, Any], start: int, pieces: Pieces, there: Pieces | None = None
     ) -> None:
-        """Update the tensors of one slice in place, on the leaf's device; `there` are more of them."""
+        """Update the tensors of one slice in place, on the leaf's device; `there` has more of them."""
         leaf, value, rest = slot.leaf, pieces.pop(VALUE), pieces.pop(REST, None)
         leaf.data = value.float() if rest is None else join_float(value, rest)
         leaf.grad = (pieces | (there or {})).pop(GRADIENT).to(leaf.device).float()
@@ -231,7 +231,7 @@ class Updater:
         }
         self._base.state[leaf] = wide | constants
         with self._only(slot):
-            if hasattr(self._base, "update_step"):  # of bitsandbytes, whose `step` waits for the GPU
+            if hasattr(self._base, "update_step"):  # bitsandbytes: its `step` waits for the GPU
                 self._base.update_step(self._base.param_groups[0], leaf, 0, 0)
             else:
                 self._base.step()
@@ -247,7 +247,7 @@ class Updater:
         """The state that all slices of a parameter share: the step, and the tables of 8-bit values."""
         if isinstance(state["step"], int):
             found: dict[str, Any] = {"step": step}
-        else:  # fused, torch counts on the device
+        else:  # the fused optimizer of torch counts on the device
             where = device if self._base.defaults.get("fused") else torch.device("cpu")
             found = {"step": torch.full((), float(step), dtype=torch.float32, device=where)}
         for key in ("qmap1", "qmap2"):
@@ -260,7 +260,7 @@ class Updater:
     # -- whole -----------------------------------------------------------------------------------------
 
     def _update_whole(self, slot: Slot, gradient: torch.Tensor) -> None:
-        """Update a parameter that is not cut, or a stand-in for it."""
+        """Update a parameter that is not cut into slices, or a stand-in for it."""
         parameter, leaf = slot.parameter, slot.leaf
         before, value = parameter.grad, parameter.detach().contiguous()
         if slot.stands_in:
@@ -282,7 +282,7 @@ class Updater:
 
     @contextmanager
     def _only(self, slot: Slot) -> Iterator[None]:
-        """The optimizer with only this parameter in it."""
+        """While open, the optimizer has only this parameter."""
         groups = self._base.param_groups
         self._base.param_groups = [{**groups[slot.group], "params": [slot.leaf]}]
         try:
@@ -304,7 +304,7 @@ class Updater:
             stochastic_bf16(wide, *self._draw(slot), start=start, out=value)
 
     def _draw(self, slot: Slot) -> tuple[int, ...]:
-        """What a random rounding of the parameter depends on."""
+        """The integers on which a random rounding of the parameter depends."""
         draw = self.seed, slot.num_updates, self._place[slot.parameter]
         return (*draw, slot.first) if slot.first else draw
 

@@ -1,1 +1,1 @@
-"""What a run writes: its folder, checkpoints, metrics, samples, model card, and lines for trackers."""
+"""The output of a run: its folder, checkpoints, metrics, samples, model card, and lines for trackers."""

@@ -1,14 +1,15 @@
 """A training run's state on disk: `RUN/checkpoints/step-000010/`.
 
     model files            as `save_pretrained` writes them (safetensors), with the base's towers for images;
-                           of an adapter, only its weights
+                           for an adapter, only its weights
     optimizer.safetensors  `<parameter>/<state>` per optimizer state, e.g. `model.norm.weight/exp_avg`
     tokenizer files        so that a resumed run needs only the cache, and an adapter its base
     state.json             see `RunPosition`; and a CRC-32 of each file above, and of state.json itself
     best/                  the best policy that state.json names, if RUN/best has a later one
 
-A checkpoint is written under a dot-name and renamed, so it is whole or absent. Nothing is pickled. It is the
-same on any number of ranks, and any number resumes from it: shards are made whole in the main rank's files.
+A checkpoint is written under a dot-name and renamed, so it is complete or absent. Nothing is pickled. It is
+the same for any number of ranks, and any number can resume from it: the main rank joins the shards in its
+files.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ from dpo_cache.training.output.whole import (
 from dpo_cache.training.ranks import Ranks
 
 OPTIMIZER = "optimizer.safetensors"
-WHOLE = "whole"  # a folder with a policy's tensors, until they are saved
-FILE_BYTES = "5GB"  # of a model whose weights come from shards, which is in memory when it is written
-READ_BYTES = 2**24  # of a file, at once
-READERS = 4  # of files, at once
+WHOLE = "whole"  # temporary folder for a policy's joined tensors
+FILE_BYTES = "5GB"  # size of files whose weights come from shards: a file is in memory when it is written
+READ_BYTES = 2**24  # bytes of a file that are read at once
+READERS = 4  # files that are read at once
 
 
 def save_checkpoint(
@@ -100,9 +101,9 @@ def write_policy(
 ) -> None:
     """Publish a folder with the policy's weights, its tokenizer and the files of `write_more`.
 
-    It is whole or absent. Of a policy with an adapter, only the adapter is written. All `ranks` call this:
-    the main one writes, with the shards of the others, also those of the `optimizer`. Raises `TrainingError`
-    on all of them.
+    The folder is complete or absent. For a policy with an adapter, only the adapter is written. All `ranks`
+    call this: the main one writes, with the shards of the others, also those of the `optimizer`. Raises
+    `TrainingError` on all of them.
     """
     ranks = ranks or Ranks()
     weights, names = ({}, {}) if policy.sharded is None else shards_of_policy(policy, ranks)
@@ -113,7 +114,7 @@ def write_policy(
             _write_policy(target, policy, parts, weights, names, optimizer, write_more, remedy)
         except TrainingError as error:
             problem = error
-    deque(parts, maxlen=0)  # also after an error, for the ranks go through them together
+    deque(parts, maxlen=0)  # also after an error, because the ranks iterate together
     if problem := ranks.share(problem):
         raise problem
 
@@ -149,7 +150,7 @@ def _write_policy(
 
 
 def _save_weights(scratch: Path, policy: TrainedModel, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Save the model, or its adapter; `state` are the tensors of one whose own are shards."""
+    """Save the model, or its adapter; `state` has the joined tensors of a model that holds shards."""
     given: dict[str, Any] = {} if state is None else {"state_dict": state}
     if policy.adapted is not None:
         policy.adapted.save_pretrained(str(scratch), **given)
@@ -168,7 +169,7 @@ def _whole_weights(
     weights: Sharded,
     optimizer: Sharded | None,
 ) -> dict[str, torch.Tensor]:
-    """Write the whole tensors of shards: the optimizer's, and those of the policy, which are returned."""
+    """Write the tensors that shards make up: the optimizer's, and the policy's, which are returned."""
     mapped = MappedTensors(scratch / WHOLE, weights)
     file = TensorsFile(scratch / OPTIMIZER, optimizer) if optimizer else None
     try:
@@ -185,7 +186,7 @@ def _whole_weights(
 
 
 class _SaveError(Exception):
-    """A library could not save; its own error is the cause."""
+    """A library could not save a file; its own error is the cause."""
 
 
 @contextmanager
@@ -205,8 +206,8 @@ def read_position(checkpoint: Path) -> RunPosition:
 
 
 def check_files(checkpoint: Path) -> None:
-    """Raise `TrainingError` for a file that is not as it was saved. Checkpoints of earlier versions have no
-    checksums.
+    """Raise `TrainingError` for a file whose content is not what was saved. Checkpoints of earlier versions
+    have no checksums.
     """
     files = _read_state(checkpoint)[1]
     paths = [checkpoint / name for name in files]
@@ -261,16 +262,16 @@ def _state_checksum(state: dict[str, Any]) -> int:
 def restore_optimizer(
     checkpoint: Path, optimizer: Updater, shards: Mapping[str, LocalShard] | None = None
 ) -> None:
-    """Restore the saved optimizer state, bit for bit; of `shards`, the rows that this rank has."""
+    """Restore the saved optimizer state, bit for bit; with `shards`, only the rows of this rank."""
     path = checkpoint / OPTIMIZER
     try:
         optimizer.restore(load_file(path) if shards is None else _load_rows(path, shards))
-    except (OSError, SafetensorError, KeyError) as error:  # KeyError: the state of a parameter is not whole
+    except (OSError, SafetensorError, KeyError) as error:  # KeyError: the state of a parameter is incomplete
         raise damaged(path, error) from error
 
 
 def _load_rows(path: Path, shards: Mapping[str, LocalShard]) -> dict[str, torch.Tensor]:
-    """This rank's rows of each tensor of the optimizer; of those without dimensions, the tensor."""
+    """This rank's rows of each tensor of the optimizer; tensors without dimensions as they are."""
     found = {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  (not a dict)

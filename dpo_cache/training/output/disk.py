@@ -12,20 +12,20 @@ from dpo_cache.store.folders.local import free_bytes
 def needed_bytes(
     options: TrainOptions, *, trained: int, whole: int, towers: int = 0, is_sharded: bool = False
 ) -> int:
-    """Bytes that the run writes at most at one time, of a model with so many bytes of trained weights, of all
-    weights, and of towers that are saved with a whole model.
+    """The most bytes that a run has on the disk at one time, for a model with so many bytes of trained
+    weights, of all weights, and of towers that are saved with a whole model.
     """
-    # A checkpoint is weights and two moments; for a moment there is one more than are kept.
+    # A checkpoint is weights and two moments. For a short time there is one more than are kept.
     num_checkpoints = options.keep + 1 if options.save_every and options.keep else 0
-    # of best/ there are two if the last checkpoint names another policy as the best
+    # there are two folders best/ if the last checkpoint names another policy as the best
     keeps_best = 2 * (options.eval_every is not None)
     needed = trained * (3 * num_checkpoints + keeps_best) + (whole if options.merge_adapter else trained)
     needed += towers * (1 if options.merge_adapter else 1 + num_checkpoints + keeps_best)
-    return needed + (trained if is_sharded else 0)  # whole tensors, before they are saved
+    return needed + (trained if is_sharded else 0)  # the joined tensors, before they are saved
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise `TrainingError` where so many bytes do not fit on the folder's disk."""
+    """Raise `TrainingError` if so many bytes do not fit on the folder's disk."""
     free = free_bytes(folder)
     if free is not None and needed > free:
         raise TrainingError(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def train_html(report: TrainReport) -> str:
-    """Losses, evaluations, cost and place of the trained model."""
+    """Losses, evaluations, cost and path of the trained model."""
     ended = "a dry run" if report.is_dry_run else "finished" if report.finished else "stopped early"
     best = report.best if report.best and report.best["step"] != report.num_steps else None
     rows = [

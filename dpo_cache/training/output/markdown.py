@@ -1,4 +1,4 @@
-"""Text from files that others made, as Markdown that shows it and does nothing else: no HTML, no links."""
+"""Untrusted text as Markdown that only shows it: no HTML and no links take effect."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from dpo_cache.errors import printable
 
 FENCE = re.compile("`+")
-PUNCTUATION = re.compile(r"([!-+./:-@\[-`{}~])")  # of ASCII, but for , - and |
+PUNCTUATION = re.compile(r"([!-+./:-@\[-`{}~])")  # ASCII punctuation except , - and |
 
 
 def code(text: object) -> str:
-    """The text as a code span, in which nothing has a meaning; also for a cell of a table."""
+    """The text as a code span, in which no markup takes effect; also for a cell of a table."""
     shown = _on_one_line(text)
     longest = max(map(len, FENCE.findall(shown)), default=0)
     if not longest:
@@ -21,7 +21,7 @@ def code(text: object) -> str:
 
 
 def plain(text: object) -> str:
-    """The text between other words, with all that Markdown or HTML would read as more escaped."""
+    """The text for use between other words, with all characters of Markdown and HTML markup escaped."""
     return PUNCTUATION.sub(r"\\\1", _on_one_line(text))
 
 

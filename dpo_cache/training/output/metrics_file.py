@@ -20,9 +20,9 @@ ADVICE = "Then resume the run with `resume`."  # if the file cannot be written
 
 
 class MetricsFile:
-    """One line a step or evaluation, written to disk at once; `samples.jsonl` is such a file, too.
+    """One line for each step or evaluation, written to disk at once; `samples.jsonl` is also such a file.
 
-    A line that is torn or damaged is skipped, wherever it is. With `has_steps`, every step has a line, and a
+    An incomplete or damaged line is skipped, wherever it is. With `has_steps`, every step has a line, and a
     line without the metrics of a step or an evaluation is damaged.
     """
 
@@ -30,10 +30,10 @@ class MetricsFile:
         self.path, self._has_steps = path, has_steps
 
     def keep_until(self, step: int, log: Log) -> None:
-        """Drop the lines after a step, which a run has written after its checkpoint, and damaged lines.
+        """Drop damaged lines and the lines after a step, which a run has written after its checkpoint.
 
         `log` gets a remark for damaged lines up to that step: no later step writes them again. The last line
-        may be torn, as its writer was killed.
+        may be incomplete, because its writer was killed.
         """
         entries = list(self._entries())
         kept = [entry for _, entry in entries if entry and entry["step"] <= step]
@@ -67,16 +67,16 @@ class MetricsFile:
         return next((entry for entry in self.lines() if name in entry), None)
 
     def last(self, name: str, *, step: int | None = None) -> Metrics | None:
-        """The last line that has this entry, of a step if one is given."""
+        """The last line that has this entry; with `step`, the last one of that step."""
         found = [entry for entry in self.lines() if name in entry and step in (None, entry["step"])]
         return found[-1] if found else None
 
     def lines(self) -> list[Metrics]:
-        """Every line that is whole."""
+        """Every complete line."""
         return [entry for _, entry in self._entries() if entry]
 
     def _entries(self) -> Iterator[tuple[int, Metrics | None]]:
-        """The number of each line, from 1, and what it holds; None if it is torn or damaged."""
+        """Yield the number of each line, from 1, and its content; None if it is incomplete or damaged."""
         content = self.path.read_bytes() if self.path.exists() else b""
         for number, line in enumerate(content.split(b"\n"), start=1):
             if not line:

@@ -1,6 +1,6 @@
 """The model card in the folder of a trained model: its base, data, training and results.
 
-A card may be published, so of a folder on this machine it names only the last part. Texts of the cache are
+A card may be published, so it names only the last part of a path on this machine. Texts of the cache are
 shown as they are: Markdown and HTML in them have no effect.
 """
 
@@ -53,8 +53,8 @@ def model_card(
     """README.md of a trained model, with its YAML front matter.
 
     `config` is the run's config.json, `manifest` that of the pairs trained on, `reference` the reference.json
-    that they were scored by; `before` and `after` are lines of evaluations, `first` and `last` of steps, all
-    as metrics.jsonl has them.
+    that scored them; `before` and `after` are lines of evaluations, `first` and `last` are lines of steps,
+    all as metrics.jsonl has them.
     """
     config = complete_config(dict(config))
     sections = [
@@ -87,7 +87,7 @@ def card_data(config: Mapping[str, Any], manifest: Document, reference: Document
 
 
 def write_card(folder: Path, card: str) -> None:
-    """Write README.md in a model's folder, in place of a library's. Raises `TrainingError`."""
+    """Write README.md into a model's folder, in place of the one of a library. Raises `TrainingError`."""
     path = folder / "README.md"
     with refused_writes(path, TrainingError, f"The model in {folder} is whole."):
         write_whole(path, card)
@@ -106,7 +106,7 @@ def is_local(location: str) -> bool:
 
 
 def shown_name(location: str) -> str:
-    """A Hub id as it is; of a path or URL the last part."""
+    """A Hub id as it is; the last part of a path or URL."""
     if not is_local(location):
         return location
     path = PureWindowsPath(location.rstrip("/\\"))
@@ -296,7 +296,7 @@ def _base_model(config: Mapping[str, Any], reference: Document) -> str | None:
 
 
 def _model_of(reference: Document) -> str | None:
-    """The model that the reference's entry names, if it is a text."""
+    """The model that the reference's entry names; None if the entry holds no text there."""
     model = reference["provenance"].get("model")
     return model if isinstance(model, str) else None
 

@@ -1,4 +1,4 @@
-"""The report of a run, and an estimate of the time that it will take."""
+"""The report of a run, and an estimate of its remaining time."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class TrainReport:
     first: Metrics | None
     last: Metrics | None
     eval_before: Metrics | None
-    eval_after: Metrics | None  # of the policy that was saved
+    eval_after: Metrics | None  # evaluation of the saved policy
     elapsed_s: float
     peak_bytes: int
     num_trained: int = 0  # parameters
     num_parameters: int = 0
     best: dict[str, Any] | None = None  # the best evaluation after an update: "step" and "value" of "measure"
-    best_model: str | None = None  # folder of that policy, if it is not the one in `model`
+    best_model: str | None = None  # folder of the best policy, if it is not the one in `model`
     stopped_by_patience: bool = False
     is_dry_run: bool = False
-    forecast: Forecast | None = None  # of a dry run
+    forecast: Forecast | None = None  # only after a dry run
     resolved: dict[str, Any] = field(default_factory=dict)  # the values in place of `auto` and other defaults
     remarks: list[str] = field(default_factory=list)
 
@@ -52,7 +52,7 @@ class TrainReport:
 
 @dataclass
 class Clock:
-    """Estimates the time that is left, from the durations of recent steps and evaluations."""
+    """Estimates the remaining time, from the durations of recent steps and evaluations."""
 
     steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     evaluations_s: deque[float] = field(default_factory=lambda: deque(maxlen=3))

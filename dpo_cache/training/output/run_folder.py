@@ -1,15 +1,15 @@
-"""The run's folder: its config.json, its models, and when it can be resumed.
+"""The run's folder: its config.json, its models, and the conditions for resuming it.
 
 RUN/
   config.json      every option, and under `resolved` the values in place of `auto` and other defaults
-  metrics.jsonl    one line a step or evaluation
+  metrics.jsonl    one line for each step or evaluation
   samples.jsonl    the policy's answers, see `samples.py`
-  trackers.json    which run of which tracker this is, see `trackers.py`; and tensorboard/
+  trackers.json    the ids of this run in its trackers, see `trackers.py`; and tensorboard/
   checkpoints/     see `checkpoint.py`; gone when the run is finished
-  best/            the policy at the best evaluation, where that was not the last one, and `best.json`: its
+  best/            the policy at the best evaluation, if that was not the last one, and `best.json`: its
                    step and value
   model/           the trained policy with its tokenizer: a model, or an adapter with its config
-  .claim.tmp       of the process that works here, see `files/claim.py`
+  .claim.tmp       the claim of the process that works here, see `files/claim.py`
 
 config.json is written first and removed last. best/ may be newer than the last checkpoint; then the policy
 that the checkpoint names as the best is in the checkpoint, from where a resumed run takes it back. While
@@ -69,7 +69,7 @@ RESUME = "Then resume the run with `resume`."
 
 
 def begin_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Write RUN/config.json of a new run, in place of a run that ended before its first checkpoint.
+    """Write RUN/config.json of a new run, which may replace a run that ended before its first checkpoint.
 
     Its best/ stays until the first evaluation replaces it, unless the new run has other options.
     """
@@ -84,7 +84,7 @@ def begin_folder(folder: Path, config: dict[str, Any]) -> None:
 
 def discard(folder: Path) -> None:
     """Empty the folder of a run that ends before its first update; best/ of an earlier attempt stays."""
-    with suppress(OSError):  # the error that ended the run is the one to report
+    with suppress(OSError):  # only the error that ended the run is reported
         has_best = (folder / "best").exists()
         _empty(folder, keep={"best", "config.json"})
         if not has_best:
@@ -94,7 +94,7 @@ def discard(folder: Path) -> None:
 def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Raise `TrainingError` naming the options of a resumed run that would change its result.
 
-    `config["resolved"]` may have a part of the resolved values, as far as they are known.
+    `config["resolved"]` may have only those resolved values that are known already.
     """
     if changed := changed_options(folder, config):
         raise TrainingError(
@@ -105,14 +105,14 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def changed_options(folder: Path, config: dict[str, Any]) -> list[str]:
-    """A line for each option of the run that the config has otherwise. Raises `TrainingError`."""
+    """A line for each option of the run that has another value in the config. Raises `TrainingError`."""
     before, config = complete_config(read_config(folder)), json.loads(json.dumps(config))
     if config["lr"] is None and "lr" not in before["resolved"] and before["lr"] == WHOLE_LR:
         before["lr"] = None  # the default of earlier versions, which the run keeps
     resolved, now = before["resolved"], config["resolved"]
     free = FREE_TO_CHANGE | {"resolved"}
     if config["patience"] or before.get("eval_every") is not None:
-        free -= {"eval_every"}  # patience counts evaluations, and best/ is of one of them
+        free -= {"eval_every"}  # patience and best/ depend on the evaluations
     both = [(name, before.get(name), config[name]) for name in config if name not in free]
     # earlier versions recorded fewer of them
     both += [(name, resolved[name], now[name]) for name in FIXED_RESOLVED if name in resolved and name in now]
@@ -130,7 +130,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_disk(folder: Path, policy: TrainedModel, options: TrainOptions) -> int:
-    """The bytes that the run writes. Raises `TrainingError` where they do not fit, before the training."""
+    """The bytes that the run writes. Raises `TrainingError` if they do not fit, before the training."""
     model, towers = policy.model, policy.left_out.num_bytes if policy.left_out else 0
     needed = needed_bytes(
         options,
@@ -146,7 +146,8 @@ def check_disk(folder: Path, policy: TrainedModel, options: TrainOptions) -> int
 def save_best(
     folder: Path, policy: TrainedModel, found: Mapping[str, Any], card: str, ranks: Ranks | None = None
 ) -> None:
-    """Write RUN/best with its model card. An earlier one that the last checkpoint names moves into that.
+    """Write RUN/best with its model card. An earlier best/ that the last checkpoint names moves into the
+    checkpoint.
 
     All `ranks` call this.
     """
@@ -169,9 +170,9 @@ def save_best(
 
 
 def restore_best(folder: Path, checkpoint: Path, named: Mapping[str, Any]) -> bool:
-    """Make best/ the policy that the checkpoint names as the best; False if that is lost.
+    """Make best/ the policy that the checkpoint names as the best. Returns False if that policy is lost.
 
-    A best/ that was saved after the checkpoint is replaced, but only by the one that the checkpoint names.
+    A best/ that was saved after the checkpoint is replaced only by the one that the checkpoint names.
     """
     best, kept = folder / "best", checkpoint / "best"
     if named["step"] is None or _best_step(best) == named["step"]:
@@ -198,7 +199,8 @@ def save_model(
     is_merged: bool,
     ranks: Ranks | None = None,
 ) -> None:
-    """Write RUN/model with its card, whole or not at all, with the weights of best/ if `best_step` is given.
+    """Write RUN/model with its card, completely or not at all, with the weights of best/ if `best_step` is
+    given.
 
     With `drops_best`, `remove_leftovers` then removes best/. All `ranks` call this. Raises `TrainingError`.
     """
@@ -252,7 +254,7 @@ def _is_other(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def _empty(folder: Path, *, keep: set[str]) -> None:
-    """Remove the files of a run without a model, except for some."""
+    """Remove the files of a run without a model, except those in `keep`."""
     if folder.exists():
         for name in sorted(BEFORE_MODEL - keep):
             remove(folder / name)

@@ -1,4 +1,4 @@
-"""The position of a run in its data, as a checkpoint holds it in state.json."""
+"""The position of a run in its data, as it is stored in a checkpoint's state.json."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class RunPosition:
     step: int = 0
     epoch: int = 0
     pairs_seen: int = 0
-    step_memory: dict[str, Any] | None = None  # how steps are split: another split rounds differently
+    step_memory: dict[str, Any] | None = None  # the way to split steps: another split rounds differently
     best: dict[str, Any] | None = None  # the best evaluation so far, see `Best`
 
 
 def problem_of(position: RunPosition) -> str | None:
-    """The first member that is not of its kind, in words; None if there is none."""
+    """A description of the first member of a wrong type; None if there is none."""
     members: list[tuple[str, Any, Callable[[Any], bool]]] = [
         (name, getattr(position, name), _is_count) for name in ("step", "epoch", "pairs_seen")
     ]

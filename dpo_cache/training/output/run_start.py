@@ -1,8 +1,9 @@
 """The start of a run, found without torch: a new folder, or the last checkpoint of a stopped run.
 
-One process at a time works in the folder, see `files/claim.py`. Whenever that process is killed, `resume`
-continues from the last checkpoint; without a checkpoint the run starts again; a folder without config.json
-is that of no run yet. Once model/ is published, the run is finished, and only leftovers are to be removed.
+One process at a time works in the folder, see `files/claim.py`. If that process is killed at any time,
+`resume` continues from the last checkpoint, or starts the run again if there is none. A folder without
+config.json has no run yet. Once model/ is published, the run is finished, and only leftover files are to be
+removed.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ HOLDER = "another process is training here"
 def find_start(folder: Path, log: Log, *, resume: bool, clears: bool = False) -> Path | None:
     """The checkpoint from which the run continues; None for a run that starts at the beginning.
 
-    Raises `TrainingError` for a folder of something else, a finished run, and one that is not to be resumed.
-    With `clears`, what a finished run no longer needs is removed.
+    Raises `TrainingError` for a folder that is not a run's, a finished run, and a run that may not be
+    resumed. With `clears`, files that a finished run no longer needs are removed.
     """
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder}: not a folder.\nChoose another `output`.")
@@ -72,7 +73,8 @@ def hold_run(folder: Path, log: Log, *, resume: bool, is_dry_run: bool) -> Itera
     """Keep other processes out of the run's folder until the block ends. Yields None for a dry run, which
     writes nothing, and so needs no claim.
 
-    Raises `TrainingError` if another process has it, and as `find_start` does, before anything is written.
+    Raises `TrainingError` before anything is written if another process has the folder, and as `find_start`
+    does.
     """
     find_start(folder, lambda _: None, resume=resume, clears=not is_dry_run)
     if is_dry_run:
@@ -88,8 +90,8 @@ def is_begun(folder: Path) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-    """Return whether config.json is that of a run, not of a model, say; users keep other files with it, such
-    as logs.
+    """Return whether config.json belongs to a run and not, for example, to a model. Users keep other files
+    with it, such as logs.
     """
     try:
         return "resolved" in json.loads((folder / "config.json").read_bytes())
@@ -98,18 +100,19 @@ def _is_run(folder: Path) -> bool:
 
 
 def clear_finished(folder: Path, log: Log) -> list[str]:
-    """Remove what a finished run no longer needs, if it was killed before it did so; returns the names.
+    """Remove files that a finished run no longer needs, if it was killed before it removed them; returns the
+    names.
 
     Raises `TrainingError` if another process is still in the folder, or if something cannot be removed.
     """
     if not _leftovers(folder) and not (folder / CLAIM).exists():
         return []
-    with claimed(folder, TrainingError, HOLDER, log):  # which in the end removes the claim of a dead process
+    with claimed(folder, TrainingError, HOLDER, log):  # also removes the claim of a dead process
         return remove_leftovers(folder)
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Remove what a finished run no longer needs, and return the names. Raises `TrainingError`."""
+    """Remove files that a finished run no longer needs, and return their names. Raises `TrainingError`."""
     removed = []
     for path in _leftovers(folder):
         with refused_writes(path, TrainingError, "The run is finished; remove this yourself."):
@@ -121,13 +124,13 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove what killed writers left in the folder of a run, which this process has claimed."""
+    """Remove the partial files of killed writers in the folder of a run, which this process has claimed."""
     for path in (*_scratch(folder), *_scratch(folder / "checkpoints")):
         remove(path)
 
 
 def check_output(folder: Path) -> None:
-    """Raise `TrainingError` if a run could not write its folder; nothing is left in it."""
+    """Raise `TrainingError` if a run could not write its folder. The check leaves no file in it."""
     check_writable(folder, TrainingError, is_folder=True)
 
 
@@ -146,7 +149,9 @@ def _last_checkpoint(folder: Path, log: Log, *, has_best: bool) -> Path | None:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """What a finished run has to remove, in this order: while model/best.json exists, best/ is not needed."""
+    """The files that a finished run removes, in this order: while model/best.json exists, best/ is not
+    needed.
+    """
     marker = folder / "model" / BEST_FILE
     best = [folder / "best", marker] if marker.exists() else []
     checkpoints = folder / "checkpoints"

@@ -1,9 +1,9 @@
-"""Answers that the policy writes under evaluation prompts, and `RUN/samples.jsonl`.
+"""Answers of the policy to evaluation prompts, and `RUN/samples.jsonl`.
 
-One line an answer: `step`, `row` of the evaluation data, `prompt`, the `chosen` answer, the policy's
-`sample`, its `num_tokens` with the end token, and `finished`: whether the policy wrote an end token, or was
-cut at the pair set's longest prompt + answer. The prompt has its special tokens, as the model reads it; the
-answers are without them.
+One line for each answer: `step`, `row` of the evaluation data, `prompt`, the `chosen` answer, the policy's
+`sample`, its `num_tokens` with the end token, and `finished`: true if the policy wrote an end token, false if
+it was cut at the pair set's longest prompt + answer. The prompt has its special tokens, as the model reads
+it; the answers are without them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHOWN = 80  # characters of a prompt's end, and of an answer's start, in a remar
 def open_sampler(setup: Setup, policy: torch.nn.Module) -> Sampler | None:
     """A sampler for the first distinct evaluation prompts; None if `sample` is 0. Raises `TrainingError`.
 
-    Of several ranks the main one writes the answers, with the others' help where each has a shard.
+    With several ranks, the main one writes the answers; if each has a shard, the others take part.
     """
     data, model, num_prompts = setup.data, setup.policy.model, setup.options.sample
     takes_part = setup.ranks.is_main or setup.ranks.shards
@@ -58,7 +58,7 @@ class Sampler:
     policy: torch.nn.Module
     file: MetricsFile
     prompts: list[ScoredPair]
-    max_length: int  # tokens of prompt and answer
+    max_length: int  # most tokens of prompt and answer together
 
     def write(self, step: int) -> None:
         """Write the policy's answers after a step; if not even one fits into memory, log a remark instead."""

@@ -1,4 +1,4 @@
-"""Whether the trackers of a run can be used, checked before torch is imported or a model is loaded: their
+"""Checks that the trackers of a run can be used, before torch is imported or a model is loaded: their
 packages, keys, stores and folders.
 """
 
@@ -26,9 +26,9 @@ ADVICE = {
 
 
 def check_trackers(names: Sequence[str], *, is_dry_run: bool = False) -> None:
-    """Raise `TrainingError` where a tracker is not installed, has no key, or has no store to write to.
+    """Raise `TrainingError` if a tracker is not installed, has no key, or has no store to write to.
 
-    A dry run, which writes nothing, opens no store of MLflow, for that may create one.
+    A dry run writes nothing, so it does not open MLflow's store: opening may create one.
     """
     missing = [TRACKER_PACKAGES[name] for name in names if not is_installed(name)]
     if missing:
@@ -65,7 +65,7 @@ def _check_tensorboard() -> None:
 
 
 def _check_wandb() -> None:
-    """Weights & Biases looks for a key, asks for one on a terminal, and verifies it."""
+    """Let Weights & Biases find a key, or prompt for one on a terminal, and verify it."""
     import wandb
 
     if wandb.setup().settings.mode in ("online", "run", "shared"):
@@ -84,7 +84,7 @@ def _check_trackio() -> None:
 
 
 def _check_mlflow() -> None:
-    """MLflow finds its store, which must answer."""
+    """Let MLflow find its store, which must respond."""
     import mlflow
 
     mlflow.get_experiment_by_name(project_of("mlflow"))

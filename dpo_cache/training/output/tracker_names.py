@@ -8,17 +8,17 @@ from __future__ import annotations
 from dpo_cache.losses.metrics import Metrics
 
 EVAL = "eval/"
-# TRL's num_tokens is another count: tokens read since the start
+# TRL's own num_tokens is a different count: the tokens read since the start
 TRL_NAMES = {"lr": "learning_rate", "num_tokens": "tokens_run"}
 ORIGINAL_NAMES = {"pairs_per_s": "examples_per_second"}
-# these have train or eval in their names: rewards_train/chosen, loss/train
+# names that contain train or eval: rewards_train/chosen, loss/train
 ORIGINAL_GROUPS = ("rewards", "logps", "loss")
 
 
 def tracked_names(line: Metrics, log_names: str, tracker: str, *, epoch: float, num_examples: int) -> Metrics:
-    """A line of metrics.jsonl as it is sent to a tracker.
+    """A line of metrics.jsonl in the form that is sent to a tracker.
 
-    `epoch` and `num_examples`, trained on so far, are given because no line of an evaluation has them.
+    `epoch` and `num_examples` (trained on so far) are arguments because lines of evaluations lack them.
     """
     is_eval = any(name.startswith(EVAL) for name in line)
     values = {
@@ -34,7 +34,9 @@ def tracked_names(line: Metrics, log_names: str, tracker: str, *, epoch: float, 
 
 
 def _trl_names(values: Metrics, tracker: str, *, is_eval: bool, step: int, epoch: float) -> Metrics:
-    """As transformers: bare names for MLflow; for Weights & Biases and Trackio also the step."""
+    """The names by transformers' rule: without a prefix for MLflow; with the step for Weights & Biases and
+    Trackio.
+    """
     evaluated, trained = ("eval_", "") if tracker == "mlflow" else ("eval/", "train/")
     prefix = evaluated if is_eval else trained
     named = {

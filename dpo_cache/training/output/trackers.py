@@ -1,6 +1,6 @@
 """TensorBoard, Weights & Biases, Trackio and MLflow, through accelerate's trackers.
 
-Each line of metrics.jsonl is sent once it is written. `RUN/trackers.json` has the id of the run in each
+Each line of metrics.jsonl is sent after it is written. `RUN/trackers.json` has the id of the run in each
 tracker, so that a resumed training continues it:
 
     {"wandb": {"id": "3f0c…"}, "mlflow": {"id": "…"}, "trackio": {"id": "…"},
@@ -49,7 +49,7 @@ def open_trackers(
 ) -> Iterator[Trackers]:
     """The trackers, open until the block ends; those of a new run have its config. Raises `TrainingError`.
 
-    `history` are the lines of metrics.jsonl: of a resumed run up to its checkpoint.
+    `history` has the lines of metrics.jsonl; for a resumed run, those up to its checkpoint.
     """
     known = _read_ids(output) if is_resumed else {}
     trackers = Trackers(log_names, history, log)
@@ -68,7 +68,7 @@ class Trackers:
     """The trackers of a run."""
 
     def __init__(self, log_names: str, history: Sequence[Metrics], log: Log):
-        self.state = "finished"  # or "stopped": what the trackers record if no exception ends the run
+        self.state = "finished"  # or "stopped": recorded by the trackers unless an exception ends the run
         self._log_names, self._log = log_names, log
         self._opened: dict[str, Any] = {}
         self._failed: set[str] = set()
@@ -79,7 +79,9 @@ class Trackers:
             self._count(line)
 
     def open(self, name: str, output: Path, config: dict[str, Any], known: dict[str, str] | None) -> str:
-        """Open a tracker, if `known` in its earlier run; returns the run's id. Raises `TrainingError`."""
+        """Open a tracker, in its earlier run if that is `known`. Returns the run's id. Raises
+        `TrainingError`.
+        """
         self._make_process_state()
         known_id = known["id"] if known else None
         try:
@@ -127,25 +129,27 @@ class Trackers:
             self._epoch, self._num_examples = line["epoch"], self._num_examples + int(line["num_pairs"])
 
     def _make_process_state(self) -> None:
-        """accelerate's trackers need its process state: the caller's, or one until they are closed."""
+        """Make accelerate's process state, which its trackers need, unless the caller has made one. It is
+        removed when they are closed.
+        """
         if not PartialState._shared_state:
             _OneProcess(cpu=True)
             self._made_state = True
 
 
 class _OneProcess(PartialState):
-    """The state of a process that begins no process group, whatever variables a launcher has set."""
+    """The state of a process that starts no process group, whatever variables a launcher has set."""
 
     def _prepare_backend(self, *_: Any, **__: Any) -> tuple[None, DistributedType]:  # type: ignore[override]
         return None, DistributedType.NO
 
 
-# -- what differs between them ---------------------------------------------------------------------------
+# -- differences between trackers --------------------------------------------------------------------------
 
 
 def _tensorboard(output: Path, known: str | None, next_step: int) -> tuple[Any, str]:
-    """Event files in the run's folder. TensorBoard drops what was written past the checkpoint when it reads
-    them.
+    """Event files in the run's folder. When TensorBoard reads them, it drops events from after the checkpoint
+    that them.
     """
     variable = os.environ.get(FOLDER_VARIABLE)
     folder = Path(variable).expanduser() / output.name if variable else output / FOLDER
@@ -155,7 +159,7 @@ def _tensorboard(output: Path, known: str | None, next_step: int) -> tuple[Any, 
 
 
 def _wandb(output: Path, known: str | None, _: int) -> tuple[Any, str]:
-    console = {} if "WANDB_CONSOLE" in os.environ else {"settings": {"console": "off"}}  # else it is uploaded
+    console = {} if "WANDB_CONSOLE" in os.environ else {"settings": {"console": "off"}}  # else uploaded
     tracker = tracking.WandBTracker(
         project_of("wandb"), name=output.name, id=known, resume="allow", **console
     )
@@ -164,7 +168,7 @@ def _wandb(output: Path, known: str | None, _: int) -> tuple[Any, str]:
 
 
 def _trackio(output: Path, known: str | None, _: int) -> tuple[Any, str]:
-    """Trackio resumes the last run of a name: if that is another one by now, a new one begins."""
+    """A run of Trackio, which resumes the last run of a name; if that is another run, a new one starts."""
     for resume in ["allow", "never"] if known else ["never"]:
         tracker = tracking.TrackioTracker(project_of("trackio"), name=output.name, embed=False, resume=resume)
         tracker.start()  # ends a run that was opened before
@@ -214,8 +218,8 @@ def _finish(name: str, tracker: Any, state: str) -> None:
 
 
 def flat_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config as hyper-parameters: `{"resolved": {"device": "cpu"}}` as `{"resolved/device": "cpu"}`,
-    lists with commas.
+    """A run's config as flat hyper-parameters: `{"resolved": {"device": "cpu"}}` becomes `{"resolved/device":
+    "cpu"}`, lists with commas.
     """
     flat: dict[str, Any] = {}
     for name, value in config.items():

@@ -1,7 +1,7 @@
-"""Tensors of which each rank has a shard -> whole ones in files, which the main rank writes.
+"""Shards of tensors on all ranks -> complete tensors in files, which the main rank writes.
 
-A shard travels in slabs of `SLAB` bytes, which the main rank writes to their places: it holds no whole
-tensor. All ranks call these functions, with the same names.
+A shard is sent in slabs of `SLAB` bytes, which the main rank writes to their places: it never holds a
+complete tensor. All ranks call these functions, with the same names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Shard:
     """This rank's rows of a tensor; every rank but the last ones has equally many."""
 
     rows: torch.Tensor
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # shape of the complete tensor
 
     @property
     def num_bytes(self) -> int:
@@ -44,9 +44,9 @@ Sharded = Mapping[str, Shard | torch.Tensor]  # a plain tensor is the same on al
 
 
 def shards_of_policy(policy: TrainedModel, ranks: Ranks) -> tuple[Sharded, dict[str, str]]:
-    """The tensors to save of a policy, each once, and for each name the first name of its tensor.
+    """The tensors of a policy to save, each once, and for each name the first name of its tensor.
 
-    Of a policy with an adapter, they are what PEFT saves.
+    For a policy with an adapter, they are those that PEFT saves.
     """
     whole: Any = policy.model if policy.adapted is None else policy.adapted
     state: dict[str, torch.Tensor] = whole.state_dict(keep_vars=True)
@@ -68,7 +68,7 @@ def shards_of_optimizer(optimizer: Updater, shards: Mapping[str, LocalShard]) ->
 
 
 def _saved_names(adapted: PeftModel, state: dict[str, torch.Tensor]) -> list[str]:
-    """The names in the state of what PEFT saves of an adapter."""
+    """The names, in the state, of the tensors that PEFT saves for an adapter."""
     from peft import get_peft_model_state_dict
 
     saved = {id(tensor) for tensor in get_peft_model_state_dict(adapted, state_dict=state).values()}
@@ -82,7 +82,7 @@ def _shard_of(tensor: torch.Tensor) -> Shard | torch.Tensor:
 
 def gathered_bytes(tensors: Sharded, ranks: Ranks) -> Iterator[tuple[str, int, torch.Tensor]]:
     """Yield the tensors' bytes on the main rank: a name, the number of the first byte, and a uint8 tensor on
-    the CPU. The others yield nothing, but go through it, too.
+    the CPU. The other ranks yield nothing, but must iterate as well.
     """
     for name, tensor in tensors.items():
         if isinstance(tensor, Shard):
@@ -137,7 +137,7 @@ class TensorsFile:
 
 
 class MappedTensors:
-    """Tensors in files of a folder, mapped into memory: they take none that the system cannot take back."""
+    """Tensors in files of a folder, mapped into memory, whose pages the system can drop at any time."""
 
     def __init__(self, folder: Path, tensors: Sharded):
         folder.mkdir()
@@ -158,7 +158,7 @@ class MappedTensors:
             file.write(memoryview(content.numpy()))  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors, which are written."""
+        """All tensors, once they are written."""
         return {
             name: torch.from_file(
                 str(path), shared=False, size=math.prod(shape) * dtype.itemsize, dtype=torch.uint8
