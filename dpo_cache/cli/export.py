@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from textwrap import wrap
 
 from dpo_cache.cli.output import (
     ProgressLine,
@@ -44,9 +45,11 @@ def export_command(options: ExportOptions, as_json: bool) -> None:
     if as_json:
         print_json(asdict(report))
         return
+    columns, *more = wrap(", ".join(report.columns), 70)
     rows = [
         ("pairs", count(report.num_pairs)),
-        ("columns", ", ".join(report.columns)),
+        ("columns", columns),
+        *(("", line) for line in more),
         ("written", format_bytes(report.bytes_written)),
     ]
     print_table(f"{report.pairs}: exported as {report.format}", rows)

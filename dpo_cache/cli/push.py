@@ -31,4 +31,6 @@ def push_command(options: PushOptions, as_json: bool) -> None:
         return
     print_transfer(report)
     following = command_line("pull", options.remote, "LOCAL")
-    print_text(f"{report.target} holds the copy. Next, on another machine:\n  {following}")
+    is_folder = options.remote.startswith("file:")
+    reader = "on a machine that has this folder" if is_folder else "on another machine"
+    print_text(f"{report.target} holds the copy. Next, {reader}:\n  {following}")
