@@ -21,8 +21,8 @@ def test_export_then_import_then_train(run, cache: Path, tmp_path: Path, model_f
     assert exported.out.splitlines() == [
         "pairs/train: exported as parquet",
         "  pairs    12",
-        "  columns  prompt, chosen, rejected, row, prompt_ids, chosen_ids, rejected_ids, "
-        "ref_chosen_logps, ref_rejected_logps",
+        "  columns  prompt, chosen, rejected, row, prompt_ids, chosen_ids, rejected_ids,",
+        "           ref_chosen_logps, ref_rejected_logps",
         f"  written  {out.stat().st_size / 1000:.1f} kB",
         f'The rows are in {out}. Next: datasets.load_dataset("parquet", data_files="{out}")',
     ]
