@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def _main(words: list[str]) -> NoReturn:
-    trains = words[:1] == ["train"]  # with other processes, if a launcher has started several
+    trains = words[:1] == ["train"]  # one of several processes, if a launcher has started them
     is_quiet, as_json = trains and is_quiet_rank(), wants_json(words)
     try:
         is_rank = trains and launched_rank() is not None

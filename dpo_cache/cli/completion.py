@@ -1,4 +1,4 @@
-"""Values of options for the completion of a shell; where there are none, the shell completes names of files.
+"""Values of options for shell completion; for options without known values, the shell completes file names.
 
 `dpo-cache --install-completion` installs it.
 """
@@ -18,7 +18,9 @@ PAIR_SETS = ("pairs", "eval_pairs")  # options that name a pair set of the cache
 
 
 def completion_of(entry: Field[Any]) -> Callable[..., list[str]] | None:
-    """A function for typer that returns the values which begin as the word does; None for any value."""
+    """A function for typer that returns the values that begin with the given word; None if any value is
+    possible.
+    """
     if entry.name in PAIR_SETS:
         return _pair_sets
     values = tuple(LOSSES) if entry.name == "loss" else entry.metadata["choices"]
@@ -34,7 +36,7 @@ def completion_of(entry: Field[Any]) -> Callable[..., list[str]] | None:
 def _pair_sets(ctx: typer.Context, incomplete: str) -> list[str]:
     """Names of the pair sets of the cache that the command line names, if it is a folder of this machine."""
     named = (ctx.params.get(name) for name in ("cache", "cache__flag"))
-    cache = next(filter(None, (*named, *ctx.args)), None)  # args: not assigned yet
+    cache = next(filter(None, (*named, *ctx.args)), None)  # args: words without a parameter yet
     if cache is None or "://" in cache:
         return []
     manifests = Path(cache).expanduser().glob("pairs/*/*/manifest.json")

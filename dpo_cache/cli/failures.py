@@ -1,8 +1,8 @@
-"""A failure as its user sees it: one message on stderr and, with --json, one JSON object on stdout.
+"""The output of a failure: one message on stderr and, with --json, one JSON object on stdout.
 
     {"error": {"type": "OptionError", "message": "--beta -1: expected …", "exit_code": 2}}
 
-`type` is a class of `errors.py`, `UsageError` for words that are no command line, `Interrupted`, `Terminated`
+`type` is a class of `errors.py`, `UsageError` for an invalid command line, `Interrupted`, `Terminated`
 or the class of an error that no user can cause. A command that has printed its report, such as `verify` of a
 damaged cache, prints no second object.
 """
@@ -22,7 +22,7 @@ from dpo_cache.options.base import EXPECTED, Options, flag_of
 from dpo_cache.options.trl_fields import FIELDS
 from dpo_cache.suggestions import nearest
 
-# of click, which newer versions of typer have inside
+# click's names, which newer versions of typer contain
 UsageError: Any = typer.BadParameter.__mro__[1]
 _exceptions: Any = sys.modules[UsageError.__module__]
 NoSuchOption, MissingParameter = _exceptions.NoSuchOption, _exceptions.MissingParameter
@@ -31,7 +31,7 @@ NoSuchOption, MissingParameter = _exceptions.NoSuchOption, _exceptions.MissingPa
 def fail(
     kind: str, message: str, code: int, *, as_json: bool, is_quiet: bool = False, prefix: str = "error: "
 ) -> NoReturn:
-    """Report the failure and exit with the code; with `is_quiet` another process has reported it."""
+    """Report the failure and exit with the code; `is_quiet` if another process has reported it."""
     if not is_quiet:
         remark(f"{prefix}{message}")
         if as_json:
@@ -98,7 +98,7 @@ def _other_option(flag: str, context: Any) -> str:
 
 
 def _missing(error: Any, words: Sequence[str]) -> list[str]:
-    """The name of what is missing, and the other options that are needed and not given."""
+    """The name of the missing argument, and of other required options that are not given."""
     entries, given = _entries(error.ctx), {word.partition("=")[0] for word in words}
     needed = [
         flag_of(entry)
@@ -117,7 +117,7 @@ def _name(parameter: Any, entries: dict[str, Any]) -> str:
 
 
 def _wrong_value(error: Any, words: Sequence[str]) -> str:
-    """The option with its value, and what was expected."""
+    """The option with its value, and the expected kind of value."""
     parameter, entries = error.param, _entries(error.ctx)
     name = _name(parameter, entries)
     kind = str(entries[parameter.name].type).partition(" | ")[0] if parameter.name in entries else ""

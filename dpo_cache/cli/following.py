@@ -1,6 +1,6 @@
-"""The commands to suggest after pairs were stored: pairs for evaluation are never suggested to train on.
+"""The commands to suggest after pairs were stored. No suggestion trains on pairs for evaluation.
 
-A pair set is for evaluation if its name or split says so: `heldout/train`, `prefs/test`.
+A pair set is for evaluation by its name or split: `heldout/train`, `prefs/test`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EVALUATION_WORDS = {
 
 
 def is_for_evaluation(pair_set: str) -> bool:
-    """Return whether the name or split of `NAME/SPLIT` is one of pairs to evaluate on."""
+    """Return whether the name or split in `NAME/SPLIT` is usual for pairs to evaluate on."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", pair_set)
     return not EVALUATION_WORDS.isdisjoint(map(str.lower, words))
 
@@ -31,7 +31,7 @@ def following_lines(cache: str, names: Collection[str], *more: str) -> list[str]
     for name in opened.pair_sets():
         try:
             references[name] = opened.pairs(name).reference_id
-        except DpoCacheError:  # the suggestion does without it; using it raises the error
+        except DpoCacheError:  # the suggestion leaves it out; using it raises the error
             continue
     return suggest(cache, names, references, *more)
 

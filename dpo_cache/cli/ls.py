@@ -25,7 +25,7 @@ from dpo_cache.options.upkeep import LsOptions
 if TYPE_CHECKING:
     from dpo_cache.store.upkeep.contents import Contents, PairSetEntry, ReferenceEntry
 
-PROBLEMS = {"damage": "damaged", "unreadable": "unreadable"}  # members of entries, and their words
+PROBLEMS = {"damage": "damaged", "unreadable": "unreadable"}  # fields of entries, and the words shown
 LONG = 100  # characters of a value that are shown; --json has all of it
 
 
@@ -107,7 +107,7 @@ def _number(entries: list, noun: str) -> str:
 
 
 def _mark(entry: ReferenceEntry | PairSetEntry) -> str:
-    """The word for what is wrong with an entry, as the end of a cell."""
+    """The word for an entry's problem, as the end of a cell."""
     return next((f" {word}" for kind, word in PROBLEMS.items() if getattr(entry, kind)), "")
 
 

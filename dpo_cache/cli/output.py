@@ -35,13 +35,13 @@ _verbose: ContextVar[bool] = ContextVar("verbose", default=False)
 
 
 def is_verbose() -> bool:
-    """True in a command with --verbose: it prints everything, not only what a user needs to act."""
+    """True in a command with --verbose, which prints all details and not only those needed to act."""
     return _verbose.get()
 
 
 @contextmanager
 def verbosity(is_verbose: bool) -> Iterator[None]:
-    """Inside, `is_verbose()` returns this value."""
+    """While open, `is_verbose()` returns this value."""
     token = _verbose.set(is_verbose)
     try:
         yield
@@ -81,12 +81,12 @@ def _option_names(kind: type[Options] = Options) -> set[str]:
 
 
 def print_text(text: str = "") -> None:
-    """Print a text, which may hold names from files that others made."""
+    """Print a text, which may contain untrusted names."""
     print(printable_lines(text))
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Two columns, the same on a terminal and in a file."""
+    """Print two columns, in the same way to a terminal and to a file."""
     rows = [(printable(label), printable(value)) for label, value in rows]
     width = max(len(label) for label, _ in rows)
     print_text(title)
@@ -95,13 +95,13 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def print_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table, one line a row; columns of numbers and sizes are aligned to the right."""
+    """Print a table with one line for each row; columns of numbers and sizes are aligned to the right."""
     for line in format_columns(titles, rows):
         print_text(line)
 
 
 def format_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of such a table."""
+    """The lines of a table for `print_columns`."""
     rows = [[printable(entry) for entry in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     numeric = [all(NUMBER.fullmatch(entry) for entry in column) for column in zip(*rows, strict=True)]
@@ -116,14 +116,14 @@ def format_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 
 def print_json(value: Any) -> None:
-    """Print the value as JSON, in which everything but ASCII is escaped."""
+    """Print the value as JSON, with all characters but ASCII escaped."""
     print_text(json.dumps(value, indent=2))
     _printed_json.set(True)
 
 
 @contextmanager
 def output_of_one_command() -> Iterator[None]:
-    """Inside, no JSON has been printed and nothing has been changed yet."""
+    """Reset the state of a command: no JSON has been printed, and nothing has been changed yet."""
     printed, note = _printed_json.set(False), _stop_note.set(NOTHING_CHANGED)
     try:
         yield
@@ -133,12 +133,14 @@ def output_of_one_command() -> Iterator[None]:
 
 
 def when_stopped(text: str) -> None:
-    """From now on, Ctrl-C and SIGTERM end the command with this text: what is kept, and what to do next."""
+    """Set the text that Ctrl-C and SIGTERM print from now on: the results that are kept, and the next
+    command.
+    """
     _stop_note.set(text)
 
 
 def stop_note() -> str:
-    """What is kept, and what to do next, if the command is stopped now."""
+    """The text to print if the command is stopped now; see `when_stopped`."""
     return with_flags(_stop_note.get())
 
 
@@ -148,12 +150,12 @@ def has_printed_json() -> bool:
 
 
 def command_line(*words: str) -> str:
-    """A `dpo-cache` command to be copied, its words quoted where a shell needs it."""
+    """A `dpo-cache` command for the user to copy, with words quoted as a shell needs it."""
     return shlex.join(("dpo-cache", *words))
 
 
 def kept_rows(report: PrecomputeReport | ImportReport) -> list[tuple[str, str]]:
-    """The first rows of the table of a report: how many rows of the data were read, kept and dropped."""
+    """The first rows of a report's table: the numbers of data rows that were read, kept and dropped."""
     dropped = sorted(report.dropped.items(), key=lambda entry: -entry[1])
     return [
         ("rows read", count(report.rows_read)),

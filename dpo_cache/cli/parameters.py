@@ -20,9 +20,9 @@ from dpo_cache.cli.signals import Interrupted
 from dpo_cache.errors import OptionError
 from dpo_cache.options.base import Options, flag_of, sections
 
-BY_FLAG = "dpo_cache.by_flag"  # key of a context: the positional arguments that were given by their flag
+BY_FLAG = "dpo_cache.by_flag"  # key of a context for the positional arguments that were given by flag
 VERBOSE_HELP = "Print all details."
-FLAG_SUFFIX = "__flag"  # of the parameter that takes such a flag
+FLAG_SUFFIX = "__flag"  # suffix of the parameter for the flag of a positional argument
 
 
 def command(
@@ -34,7 +34,7 @@ def command(
     """Make `run(options, as_json)` a typer command with the fields of the class as its options,
     `--json` and `--verbose`.
 
-    `complete` gets the options of the command line and adds options from elsewhere.
+    `complete` gets the options of the command line and adds those from other sources.
     """
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
@@ -98,9 +98,9 @@ def command_class(invoke: Callable[..., None]) -> type[TyperCommand]:
 
 
 def _with_new_flags(options_class: type[Options], words: list[str]) -> list[str]:
-    """The words with current flags in place of earlier ones, and a remark for each of those.
+    """The words with current flags in place of earlier ones. Writes a remark for each earlier flag.
 
-    Raises `OptionError` where an option is given by both flags.
+    Raises `OptionError` if an option is given by both flags.
     """
     renamed = {
         "--" + old.replace("_", "-"): flag_of(entry)
@@ -149,7 +149,7 @@ def _values(
 
 
 def _either(options_class: type[Options]) -> list[Field[Any]]:
-    """The positional arguments that have a flag, too."""
+    """The positional arguments that also have a flag."""
     return [
         entry for entry in fields(options_class) if entry.metadata["positional"] and entry.metadata["flag"]
     ]
@@ -193,7 +193,7 @@ def _declared(entry: Field[Any], group: str | None, default: Any) -> Any:
 
 
 def _default(entry: Field[Any], hint: Any) -> tuple[Any, Any]:
-    """Default and type as typer takes them."""
+    """Default and type in the form that typer expects."""
     if entry.metadata["value_is_optional"]:
         return None, str | None
     if isinstance(entry.default, tuple):

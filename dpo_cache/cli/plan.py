@@ -174,13 +174,13 @@ def _reference(way: PlannedScoring) -> str:
 
 
 def _name(way: PlannedTraining) -> str:
-    """The preset or the placement, and what is computed again."""
+    """The preset or the placement, and the recomputed activations."""
     name = way.place if way.memory == "place" else way.memory
     return name if way.gradient_checkpointing is None else f"{name}, {way.gradient_checkpointing}"
 
 
 def _cards(report: PlanReport, way: PlannedScoring | PlannedTraining) -> str:
-    """The cards: `from 16GiB` if all larger ones of several fit, too."""
+    """The cards that fit: `from 16GiB` if all larger cards also fit."""
     fitting = [card for card in report.cards if card in way.fits]
     if len(fitting) > 1 and fitting == report.cards[-len(fitting) :]:
         return f"from {fitting[0]}"

@@ -1,4 +1,4 @@
-"""Settings of the process that only the command line makes: logging, limits, progress bars."""
+"""Settings of the process that only the command line changes: logging, limits, progress bars."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpo_cache.progress import bars_shown
 
 try:
     import resource
-except ImportError:  # Windows, which has no such limit
+except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
 
 NOISY = ("bitsandbytes",)  # loggers whose warnings do not help a user of the command line
@@ -27,10 +27,10 @@ def process_settings(*, is_rank: bool = False, is_quiet: bool = False) -> Iterat
     With `is_rank`, this is one of several processes that train together; with `is_quiet`, another one of them
     shows the same progress and warnings.
     """
-    if is_rank:  # torch advises on DDP's options; read when it is imported
+    if is_rank:  # hides torch's advice on DDP's options; read when torch is imported
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if is_quiet or not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # nothing animates off a terminal
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no animation without a terminal
     if is_quiet:
         os.environ["DPO_CACHE_PROGRESS"] = "off"
         warnings.simplefilter("ignore")
@@ -51,12 +51,12 @@ def process_settings(*, is_rank: bool = False, is_quiet: bool = False) -> Iterat
 
 
 def raise_file_limit() -> None:
-    """Let the process open as many files as the system allows it: a pair set may have thousands of parts."""
+    """Let the process open as many files as the system allows: a pair set may have thousands of parts."""
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with suppress(OSError, ValueError):  # macOS takes no unlimited number
+        with suppress(OSError, ValueError):  # macOS accepts no unlimited number
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 

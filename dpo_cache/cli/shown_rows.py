@@ -10,7 +10,7 @@
       rejected, 3 tokens
         ‖No.<|im_end|>\\n
 
-‖ is the boundary: the tokens after it are scored. Line breaks are shown as \\n and made. [cut: …] is left out
+‖ is the boundary: the tokens after it are scored. Line breaks are printed, after \\n. [cut: …] is left out
 of the sequence.
 """
 
@@ -27,7 +27,7 @@ from dpo_cache.errors import printable
 if TYPE_CHECKING:
     from dpo_cache.data.shown_rows import ShownRow, ShownSide
 
-MOST_LETTERS = 2000  # of a text; of a longer one, the start and the end are printed
+MOST_LETTERS = 2000  # characters of a text; only the start and the end of a longer one are printed
 EARLY = "the answer starts early: tokens merge across the end of the prompt"
 
 Piece = tuple[str, str]  # a text, and its style on a terminal
@@ -95,7 +95,7 @@ def _cut(text: str) -> Line:
 
 
 def _marked(text: str, special_tokens: Sequence[str]) -> Line:
-    """The text in pieces, its special tokens with a style of their own."""
+    """The text in pieces; special tokens have their own style."""
     longest_first = sorted(special_tokens, key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
     pieces = re.split(f"({pattern})", _shortened(text))

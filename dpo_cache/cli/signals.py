@@ -1,4 +1,4 @@
-"""How a command is stopped from outside."""
+"""Stopping a command from outside, by Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Interrupted(BaseException):
 
 
 class Terminated(BaseException):
-    """SIGTERM: unwinds like Ctrl-C, so that waiting results are written."""
+    """SIGTERM as an exception, so that results in memory are written as after Ctrl-C."""
 
 
 class StoppedEarly(BaseException):
@@ -65,8 +65,9 @@ class StopRequest(_Handler):
 
 
 class Unwinding(_Handler):
-    """While open, the first Ctrl-C or SIGTERM unwinds the command, so that waiting results are written. The
-    second only logs a remark, to leave time for that. The third unwinds again and may lose them.
+    """While open, the first Ctrl-C or SIGTERM raises an exception in the command, so that results in memory
+    are written. The second only logs a remark, to leave time for writing. The third raises again and may lose
+    results.
     """
 
     def __init__(self, log: Log):

@@ -86,7 +86,7 @@ def _refuse_repeated(options: SweepOptions) -> None:
 
 
 def _ended(report: SweepReport) -> str:
-    """One line on the run that has ended."""
+    """One line about the run that has ended."""
     row = next(row for row in report.rows if row.name == report.ended)
     shown = [] if row.mean_loss is None else [f"loss {row.mean_loss:.4f}"]
     if row.margin is not None:

@@ -56,7 +56,7 @@ def train_command(options: TrainOptions, as_json: bool) -> None:
 
 
 def _check(options: TrainOptions, num_ranks: int) -> None:
-    """Raise the errors that show without torch."""
+    """Raise the errors that can be found without torch."""
     from dpo_cache.planning.start import check_train
     from dpo_cache.training.output.run_start import check_output, find_start
     from dpo_cache.training.output.tracker_access import check_trackers
@@ -70,7 +70,7 @@ def _check(options: TrainOptions, num_ranks: int) -> None:
 
 
 def _train_with_others(options: TrainOptions) -> tuple[TrainReport, int | None]:
-    """The same in one of several processes: they join before they check, so that errors are reported once."""
+    """Train in one of several processes: they join before they check, so that errors are reported once."""
     from dpo_cache.training.ranks import open_ranks
 
     with open_ranks(options) as ranks:
@@ -87,7 +87,7 @@ def _train(options: TrainOptions) -> tuple[TrainReport, int | None]:
         with phase("importing libraries"):
             from dpo_cache.training.loop import train
 
-        # some trackers print, and stdout carries the report only
+        # some trackers print, but stdout is only for the report
         without_prints = redirect_stdout(sys.stderr)
         log: Log = (lambda _: None) if is_quiet_rank() else line.remark
         with StopRequest(log) as request, without_prints:
@@ -164,7 +164,7 @@ def _print_dry_run(report: TrainReport) -> None:
 
 
 def _evaluation(report: TrainReport) -> str:
-    """The name of the evaluation pairs: held out, only if the run trains on none of them."""
+    """The name of the evaluation pairs: held out only if the run trains on none of them."""
     return evaluation_name({"resolved": report.resolved})
 
 

@@ -46,7 +46,7 @@ def verify_command(options: VerifyOptions, as_json: bool) -> None:
         try:
             add_rescored(report, options, line.remark)
         except DpoCacheError:
-            if not report.is_whole:  # first print what was found and moved
+            if not report.is_whole:  # first print the problems and the moved files
                 line.pause(lambda: _print(report, options, as_json=as_json))
             raise
     _print(report, options, as_json=as_json)
@@ -153,4 +153,4 @@ def _print_repair(repaired: RepairReport) -> None:
     again = "no completion is" if repaired.lost == 0 else f"{lost} completions are"
     print_text(f"{restored}{again} to be scored again. Next:")
     for line in repaired.commands:
-        print_text(f"  {printable(line)}")  # on one line, whatever the cache's files name
+        print_text(f"  {printable(line)}")  # on one line, whatever names the cache's files contain

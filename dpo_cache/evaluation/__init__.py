@@ -1,4 +1,4 @@
-"""How good a policy is on a pair set: its log-probs compared with the cached ones. This package never loads
+"""Measures a policy on a pair set: its log-probs are compared with the cached ones. This package never loads
 a reference, and never trains.
 """
 

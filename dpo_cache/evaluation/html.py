@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def eval_html(report: EvalReport) -> str:
-    """Loss, accuracy and calibration; a click shows rewards, accuracy by length, and cost."""
+    """Loss, accuracy and calibration; unfolded sections show rewards, accuracy by length, and cost."""
     moved, gap = report.logratio_per_token, report.gap
     limited = f" of {report.pairs_in_set:,}" if report.num_pairs < report.pairs_in_set else ""
     error = report.calibration.expected_error

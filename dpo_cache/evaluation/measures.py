@@ -1,8 +1,8 @@
-"""Measures over many pairs: pure functions of numpy arrays, one entry a pair.
+"""Measures over many pairs: pure functions of numpy arrays with one entry for each pair.
 
-`margins` are those of rewards, chosen minus rejected, and `roundings` the largest that rounding explains: see
-`losses/ties.py`. A pair whose margin is no larger is a tie, which counts half; another one is right where its
-margin is above 0. The metrics of training count the same.
+`margins` are reward margins, chosen minus rejected, and `roundings` the largest margins that rounding
+explains: see `losses/ties.py`. A pair whose margin is not larger is a tie, which counts half; any other pair
+is right if its margin is above 0. The metrics of training count in the same way.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 
 from dpo_cache.losses.ties import accuracy_of
 
-Z_95 = 1.959963984540054  # 97.5 % of a standard normal distribution is below
+Z_95 = 1.959963984540054  # 97.5 % of a standard normal distribution is below this value
 PERCENTILES = (5, 25, 50, 75, 95)
 NUM_BINS = 10
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of `count` pairs are right, and the 95 % interval of the share in the whole population.
+    """The number of right pairs among `count`, and the 95 % interval of the share in the whole population.
 
-    Share and interval are None where nearly all pairs are ties.
+    Share and interval are None if almost all pairs are ties.
     """
 
     share: float | None
@@ -49,8 +49,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs whose confidence is from `low` to below `high` (the last bin: to 1). None where there are
-    none.
+    """Pairs whose confidence is at least `low` and below `high` (the last bin: up to 1). Values are None if
+    there are none.
     """
 
     low: float
@@ -62,10 +62,10 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How well `sigmoid(margin)` agrees with the observed shares; see `measure_calibration`."""
+    """The agreement of `sigmoid(margin)` with the observed shares; see `measure_calibration`."""
 
-    expected_error: float | None  # 0: calibrated; None where nearly all pairs are ties
-    brier: float  # 0: certain and right, 0.25: knows nothing, 1: certain and wrong
+    expected_error: float | None  # 0: calibrated; None if almost all pairs are ties
+    brier: float  # 0: certain and right, 0.25: no information, 1: certain and wrong
     bins: list[Bin]
 
 
@@ -77,7 +77,7 @@ class LengthGroup:
     least: int
     most: int
     accuracy: Accuracy
-    margin: float  # mean
+    margin: float  # mean over the pairs
 
 
 def measure_accuracy(margins: np.ndarray, roundings: np.ndarray | float = 0.0) -> Accuracy:
@@ -90,14 +90,14 @@ def measure_accuracy(margins: np.ndarray, roundings: np.ndarray | float = 0.0) -
 
 
 def wilson_interval(right: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927), which stays within 0 and 1 and serves small counts.
+    """Wilson's 95 % interval of a share (Wilson 1927), which stays within 0 and 1 and suits small counts.
 
     `(p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)` for draws that are independent.
     """
     share, square = right / count, Z_95**2 / count
     half = Z_95 * math.sqrt(share * (1 - share) / count + square / (4 * count))
     low, high = ((share + square / 2 + sign * half) / (1 + square) for sign in (-1, 1))
-    return (0.0 if right == 0 else low, 1.0 if right == count else high)  # where rounding would pass them by
+    return (0.0 if right == 0 else low, 1.0 if right == count else high)  # exact, without rounding
 
 
 def measure_spread(values: np.ndarray) -> Spread:
@@ -122,10 +122,10 @@ def measure_calibration(
     """Calibration of `p = sigmoid(margin)`, the probability that the chosen answer is the better one.
 
     The label is the same for every pair, so the observed share would be 1 in every bin of p. But which answer
-    comes first is a convention, and swapping the answers turns p into 1 - p. So each pair counts by the
-    answer that the model prefers: its confidence is `max(p, 1 - p)`, 0.5 to 1, and its label is whether the
-    preferred answer is the chosen one; a tie counts half. This is the reliability of p over all pairs, each
-    taken in both orders.
+    comes first is a convention, and swapping the answers turns p into 1 - p. So each pair is judged by the
+    answer that the model prefers: its confidence is `max(p, 1 - p)`, 0.5 to 1, and its label is 1 if the
+    preferred answer is the chosen one, else 0; a tie counts half. This is the reliability of p over all
+    pairs, each taken in both orders.
 
     The expected calibration error is the mean over pairs of their bin's `|predicted - observed|`, in bins of
     equal width (Guo et al., arXiv:1706.04599, Eq. 3). The Brier score is the mean of `(1 - p)^2`, the same
@@ -156,8 +156,8 @@ def by_longer_answer(
     margins: np.ndarray,
     roundings: np.ndarray | None = None,
 ) -> list[LengthGroup]:
-    """The pairs whose chosen answer is the longer one, the shorter one, or as long; a group's lengths are of
-    both answers together.
+    """The pairs whose chosen answer is the longer one, the shorter one, or as long. The lengths of a group
+    are those of both answers together.
     """
     masks = {
         "chosen is longer": chosen_lengths > rejected_lengths,
@@ -170,7 +170,7 @@ def by_longer_answer(
 def by_quartile(
     lengths: np.ndarray, margins: np.ndarray, roundings: np.ndarray | None = None
 ) -> list[LengthGroup]:
-    """Quarters of the pairs by length. Pairs of one length stay together, so quarters may differ in size or
+    """Quarters of the pairs by length. Pairs of equal length stay together, so quarters may differ in size or
     be missing.
     """
     quarters = np.searchsorted(np.quantile(lengths, (0.25, 0.5, 0.75)), lengths, side="left")

@@ -1,4 +1,4 @@
-"""Open what an evaluation needs: the pair set, and the policy, compared with the reference that scored it."""
+"""Opens the inputs of an evaluation: the pair set, and the policy, compared with the pair set's reference."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from dpo_cache.training.inputs import check_token_logps
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """How the model that is evaluated is loaded, and how it differs from the reference."""
+    """The evaluated model: the way to load it, and its differences from the reference."""
 
     dtype: torch.dtype
     device: torch.device
-    # the model that scored the pairs, in any dtype; not known for an imported reference
+    # True for the model that scored the pairs, in any dtype; unknown for an imported reference
     is_reference: bool
-    differing: tuple[str, ...]  # fields of the two identities, if it is another model
+    differing: tuple[str, ...]  # if it is another model, the fields in which their identities differ
 
     @property
     def dtype_name(self) -> str:
@@ -39,7 +39,7 @@ class EvaluatedModel:
 
 
 def open_pairs(cache: Cache, options: EvalOptions) -> PairSet:
-    """The pair set that the options name, or the only one, with its files kept open. Raises `CacheError`."""
+    """The pair set that the options name, or the only one. Its files are kept open. Raises `CacheError`."""
     pairs = cache.choose_pairs(options.pairs, "to evaluate on")
     check_details(pairs.manifest, f"{cache}/pairs/{pairs.name}/manifest.json")
     if not len(pairs):
@@ -64,7 +64,7 @@ def identify_policy(options: EvalOptions, pairs: PairSet, reference: Document, l
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device, getattr(config, "dtype", None))
     identity = check_identity(reference, f"reference {pairs.reference_id[:12]} of {pairs.name}")["identity"]
-    is_imported = "imported" in identity  # it has no weights to compare with
+    is_imported = "imported" in identity  # an imported reference has no weights to compare with
     differing: tuple[str, ...] = ()
     if not is_imported:
         scored_in = getattr(torch, identity["dtype"])

@@ -33,8 +33,8 @@ from dpo_cache.types import UNKNOWN_DTYPE
 
 @dataclass(frozen=True)
 class Rewards:
-    """Rewards of each pair's two answers, as training reports them, and the metrics of training as means over
-    the pairs.
+    """Rewards of both answers of each pair, as training reports them, and the metrics of training as means
+    over the pairs.
     """
 
     chosen: np.ndarray
@@ -49,10 +49,10 @@ class Rewards:
 
 @dataclass(frozen=True)
 class ReferenceGap:
-    """How far the policy's log-probs of whole answers are from the cached ones of the reference, in nats."""
+    """The gap between the policy's log-probs of whole answers and the cached reference's, in nats."""
 
-    is_reference: bool  # the same weights and config; never known of an imported reference
-    differing: tuple[str, ...]  # fields of their identities, where it is another model
+    is_reference: bool  # the same weights and config; unknown for an imported reference
+    differing: tuple[str, ...]  # if it is another model, the fields in which their identities differ
     largest: float
     num_beyond: int  # completions whose gap rounding does not explain
     num_completions: int
@@ -71,23 +71,23 @@ class EvalReport:
     attention: str
     dtype: str
     device: str
-    run: str | None  # the training run that the loss settings are from
+    run: str | None  # the training run whose loss settings are used
     loss: list[str]
     beta: float
-    loss_settings: dict[str, Any]  # all of them
+    loss_settings: dict[str, Any]  # all settings of the loss
     gap: ReferenceGap
     metrics: Metrics  # named as in training: loss, rewards/accuracies, rewards/margins, ...
     accuracy: Accuracy
-    comparisons: dict[str, Accuracy]  # by other rewards
+    comparisons: dict[str, Accuracy]  # accuracy by other rewards
     margin: Spread
     chosen_reward: Spread
     rejected_reward: Spread
-    logratio_per_token: dict[str, float]  # of all chosen, all rejected answers, in nats
+    logratio_per_token: dict[str, float]  # nats a token, over all chosen and over all rejected answers
     calibration: Calibration
     by_longer_answer: list[LengthGroup]
-    by_answer_tokens: list[LengthGroup]  # of both answers together
+    by_answer_tokens: list[LengthGroup]  # by the tokens of both answers together
     by_prompt_tokens: list[LengthGroup]
-    num_completions: int  # scored: distinct ones
+    num_completions: int  # distinct completions that were scored
     data_tokens: int
     model_tokens: int
     scoring_s: float
@@ -110,8 +110,8 @@ class EvalReport:
 def find_rewards(pairs: PairLogps, objective: Objective, at_once: int | None = None) -> Rewards:
     """Rewards and metrics of training's own objective.
 
-    Losses that depend on other pairs are computed over `at_once` pairs at a time, by default over all of
-    them.
+    Losses that compare pairs with each other are computed over `at_once` pairs at a time, by default over all
+    of them.
     """
     means, sides, size = PairMetrics(), [], at_once or len(pairs.chosen)
     for start in range(0, len(pairs.chosen), size):
@@ -126,7 +126,7 @@ def find_rewards(pairs: PairLogps, objective: Objective, at_once: int | None = N
 
 
 def find_gap(columns: PairColumns, model: EvaluatedModel, reference_dtype: str | None) -> ReferenceGap:
-    """The policy's log-probs compared with the cached ones, with the tolerance of training's step zero."""
+    """Compare the policy's log-probs with the cached ones, with the tolerance of training's step zero."""
     policy = np.concatenate([columns.policy_chosen_logps, columns.policy_rejected_logps])
     reference = np.concatenate([columns.ref_chosen_logps, columns.ref_rejected_logps])
     absolute, relative = max(TOLERANCES[reference_dtype or UNKNOWN_DTYPE], TOLERANCES[model.dtype_name])
@@ -165,8 +165,8 @@ def describe_gap(gap: ReferenceGap, imported: str | None) -> str:
 
 
 def compare_rewards(columns: PairColumns, token_rounding: float) -> dict[str, Accuracy]:
-    """Accuracy of plain log-probs, summed and per token, of the policy and of the reference: how far they
-    prefer the chosen answers without a reward.
+    """Accuracy of plain log-probs, summed and per token, of the policy and of the reference: the share in
+    which they prefer the chosen answers without a reward.
     """
     sides = {
         "policy": (columns.policy_chosen_logps, columns.policy_rejected_logps),

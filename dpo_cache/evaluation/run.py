@@ -62,7 +62,7 @@ def evaluate(
     with it.
 
     `pairs` is NAME or NAME/SPLIT, None: the only one in the cache. The model is loaded once, and only its own
-    log-probs are computed: the reference's are the cached ones, whatever the model is. With `output` the
+    log-probs are computed: those of the reference are always read from the cache. With `output` the
     pairs are written as well, one line each: see `pair_lines.py`.
 
     With `run`, the folder of a training run, the loss settings that are not given are those of the run, and
@@ -179,7 +179,9 @@ def _log_trained_pairs(options: EvalOptions, cache: Cache, pairs: PairSet, log: 
 
 
 def _pairs_at_once(run: str | None, objective: Objective, log: Log) -> int | None:
-    """How many pairs at a time the evaluations of the run computed losses over; None without a run."""
+    """The number of pairs over which the evaluations of the run computed losses at a time; None without a
+    run.
+    """
     config = read_run(Path(run)) if run else None
     if config is None:
         return None

@@ -24,19 +24,19 @@ from dpo_cache.training.batches import completions_of, split_step
 from dpo_cache.training.pair_logps import join_pairs, reference_logps, summed_logps
 from dpo_cache.types import Completion, Score, ScoredPair
 
-WINDOW_PAIRS = 16384  # sorted and scored at once, as in `precompute`
+WINDOW_PAIRS = 16384  # pairs that are sorted and scored at once, as in `precompute`
 
 OnProgress = Callable[[ScoringProgress], None]
 
 
 @dataclass(frozen=True)
 class PairColumns:
-    """The pairs as columns, one entry a pair; log-probs are sums over an answer's tokens, in nats,
+    """The pairs as columns with one entry for each pair; log-probs are sums over an answer's tokens, in nats,
     float64.
     """
 
     row: np.ndarray
-    prompt_tokens: np.ndarray  # of the chosen answer's prompt
+    prompt_tokens: np.ndarray  # tokens of the chosen answer's prompt
     chosen_tokens: np.ndarray
     rejected_tokens: np.ndarray
     policy_chosen_logps: np.ndarray
@@ -50,8 +50,8 @@ class Work:
     """Counts of the scoring so far."""
 
     data_tokens: int = 0  # prompt + answer of every completion, as an unpadded batch would run them
-    model_tokens: int = 0  # actually run
-    num_completions: int = 0  # distinct within a window
+    model_tokens: int = 0  # tokens that the model ran
+    num_completions: int = 0  # completions that are distinct within a window
     scoring_s: float = 0.0
 
 
@@ -61,13 +61,13 @@ def score_pairs(
     """The first `num_pairs` pairs under the policy, in the order of the set, and the inputs of the losses.
 
     Within a window of 16,384 pairs each distinct completion is scored once, and each prefix that several
-    share; token ids and token log-probs of only one window are in memory at a time. Raises `ModelError` for a
-    log-prob that is NaN or infinite.
+    share is run once; token ids and token log-probs of only one window are in memory at a time. Raises
+    `ModelError` for a log-prob that is NaN or infinite.
     """
     windows, inputs, work, num_read = [], [], Work(), 0
 
     def report(known_tokens: int, num_completions: int, trial_tokens: int) -> None:
-        """Later windows are expected to run as many tokens a pair as those so far."""
+        """Report progress, assuming that later windows run as many tokens a pair as those so far."""
         total_tokens = extrapolate(known_tokens, num_read, num_pairs)
         on_progress(
             ScoringProgress(
@@ -164,12 +164,12 @@ def _loss_inputs(
 
 @torch.no_grad()
 def _weights(objective: Objective, window: Sequence[ScoredPair], runner: Runner) -> torch.Tensor:
-    """Weights of the pairs under WPO, from another forward pass, for WPO needs whole distributions."""
+    """Weights of the pairs under WPO, from another forward pass, because WPO needs whole distributions."""
     if objective.wpo == "off":
         return torch.ones(len(window), dtype=torch.float64)
     policy = PolicyModel(runner.model, runner.attention, with_squares=True)
     count = partial(count_tokens, runner.attention)
-    found: dict[int, torch.Tensor] = {}  # by the identity of the pair
+    found: dict[int, torch.Tensor] = {}  # keyed by `id` of the pair
     while left := [scored for scored in window if id(scored) not in found]:
         try:
             for group in split_step(left, runner.budget.tokens, count):

@@ -1,4 +1,4 @@
-"""Which run is the best, and whether its lead may be chance."""
+"""The best run, and a check whether its lead may be chance."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dpo_cache.reporting.runs import RunRow
 
-MIN_LEAD = 6  # pairs: the least by which a sign test can tell two runs apart at 5%, as 2 * 0.5^6 < 0.05
+MIN_LEAD = 6  # pairs: the smallest lead that is significant in a sign test at 5%, as 2 * 0.5^6 < 0.05
 
 
 def sort_rows(rows: Sequence[RunRow]) -> list[RunRow]:
@@ -25,7 +25,9 @@ def best_rows(rows: Sequence[RunRow]) -> list[RunRow]:
 
 
 def describe_best(rows: Sequence[RunRow]) -> str | None:
-    """A sentence on the best of several finished runs: which tie, and which are too close to tell apart."""
+    """A sentence on the best of several finished runs, with those that tie and those that are too close to
+    rank.
+    """
     best, finished = best_rows(rows), [row for row in rows if row.state == "finished" and row.is_evaluated]
     if len(finished) < 2:
         return None
@@ -50,8 +52,8 @@ def describe_best(rows: Sequence[RunRow]) -> str | None:
 
 
 def _is_close(row: RunRow, best: RunRow) -> bool:
-    """Return whether a run is behind the best by so few of the same number of pairs that no sign test tells
-    them apart.
+    """Return whether a run is behind the best by so few of the same number of pairs that no sign test can
+    distinguish them.
     """
     if row.accuracy is None or best.accuracy is None or row.num_eval_pairs != best.num_eval_pairs:
         return False

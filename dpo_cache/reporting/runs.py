@@ -18,7 +18,7 @@ from dpo_cache.options.sweep import shown_value
 from dpo_cache.packages import check_matplotlib
 from dpo_cache.reporting.ranking import describe_best
 
-Line = dict[str, Any]  # of metrics.jsonl
+Line = dict[str, Any]  # a line of metrics.jsonl
 LAST_STEPS = 10
 ACCURACY = "eval/rewards/accuracies"
 TITLES = (
@@ -30,18 +30,18 @@ SHORT_TITLES = ("steps", "accuracy", "margin", "mean loss", "time s", "state")
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run in the table. Losses and rewards are of the evaluation pairs or, without any, of the last
-    training steps. An accuracy is None where margins are rounding noise.
+    """A run in the table. Losses and rewards are those of the evaluation pairs or, without any, of the last
+    training steps. An accuracy is None if margins are rounding noise.
     """
 
     name: str
-    options: dict[str, Any]  # those that vary between the runs
+    options: dict[str, Any]  # the options that vary between the runs
     state: str  # finished, running, stopped, failed or waiting
     num_steps: int
-    total_steps: int | None  # None before a run has begun
+    total_steps: int | None  # None before the run has started
     # "held out"; "evaluation" if some of these pairs are trained on; "training"; None before any measurement
     measured_on: str | None
-    accuracy_before: float | None  # only of evaluation pairs
+    accuracy_before: float | None  # before training; only on evaluation pairs
     accuracy: float | None
     margin: float | None
     mean_loss: float | None
@@ -49,7 +49,7 @@ class RunRow:
     rejected_reward: float | None
     pairs_per_s: float | None
     peak_bytes: int | None
-    steps_s: float | None  # of the training steps: without loading, evaluating and saving
+    steps_s: float | None  # seconds of the training steps, without loading, evaluating and saving
     error: str | None = None
     num_eval_pairs: int | None = None
 
@@ -60,18 +60,18 @@ class RunRow:
 
 
 def read_lines(run: Path) -> list[Line]:
-    """The lines of a run's metrics.jsonl that are whole; none if there is no such file."""
+    """The complete lines of a run's metrics.jsonl; none if there is no such file."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
-    *whole, _ = path.read_bytes().split(b"\n")  # the last is empty, or being written
+    *whole, _ = path.read_bytes().split(b"\n")  # the last one is empty, or is being written
     return [entry for entry in map(_parsed, whole) if entry]
 
 
 def _parsed(line: bytes) -> Line | None:
     try:
         entry = json.loads(line)
-    except ValueError:  # damaged: the run reports it when it is resumed
+    except ValueError:  # damaged: the run logs that when it is resumed
         return None
     return entry if isinstance(entry, dict) and "step" in entry else None
 
@@ -80,7 +80,7 @@ def read_config(run: Path) -> dict[str, Any]:
     """A run's config.json; empty for a run that has not started."""
     try:
         return json.loads((run / "config.json").read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
+    except (FileNotFoundError, json.JSONDecodeError):  # not written yet, or being written
         return {}
 
 
@@ -246,7 +246,7 @@ def _evaluation_of_policy(run: Path, evaluations: Sequence[Line], report: dict[s
     """The evaluation of the saved policy after training: the last or, under `patience`, an earlier one."""
     if report and report["finished"]:
         return report["eval_after"] or {}
-    # killed before its report: it is not known which policy was saved
+    # killed before its report: the saved policy is unknown
     if evaluations[-1]["step"] == 0 or read_config(run).get("patience"):
         return {}
     return evaluations[-1]
@@ -260,7 +260,7 @@ def _mean_of_last(steps: Sequence[Line]) -> Line:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean; an accuracy that is not known counts one half, as ties do, unless none is known."""
+    """The mean; an unknown accuracy counts one half, as ties do, unless all are unknown."""
     if all(value is None for value in values):
         return None
     return sum(0.5 if value is None else value for value in values) / len(values)

@@ -4,8 +4,8 @@ Values, on the command line and in Python strings:
 
     0.05,0.1                two values
     a\,b                    one value that holds a comma
-    sigmoid:0.8+sft:0.2     one value of an option that `train` takes several times; `\+` is a literal plus
-    none                    without the option, if that is train's default
+    sigmoid:0.8+sft:0.2     one value of an option that `train` accepts several times; `\+` is a literal plus
+    none                    no value, if that is train's default
 
 In Python, anything but a string is one value, and a list holds several: `beta=[0.05, 0.1]`.
 """
@@ -32,7 +32,7 @@ LONGEST_NAME = 100  # characters; file systems end at 255 bytes
 
 @dataclass(frozen=True)
 class Grid:
-    """Options of `train` that all runs share, and the values of the varied options, by name in alphabetical
+    """Options of `train` that all runs share, and the values of the varied options by name, in alphabetical
     order.
     """
 
@@ -63,7 +63,7 @@ def read_grid(options: SweepOptions) -> Grid:
 
 
 def read_values(entry: Field[Any], given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values that an option was given, each of the type that `train` takes. Raises `OptionError`."""
+    """The values that were given for an option, in the type that `train` expects. Raises `OptionError`."""
     values: list[Any] = []
     for item in given:
         is_text = isinstance(item, str)
@@ -118,7 +118,7 @@ def _check(grid: Grid, options: SweepOptions) -> None:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """The parts between separators; one after a backslash belongs to its part."""
+    """The parts between separators; a separator after a backslash is a character of its part."""
     parts = re.split(rf"(?<!\\){re.escape(separator)}", text)
     return [part.replace("\\" + separator, separator) for part in parts]
 
@@ -142,7 +142,7 @@ def _parse(entry: Field[Any], text: str) -> Any:
 
 
 def _checked(entry: Field[Any], value: Any) -> Any:
-    """A value from Python as the command line would have read it. Raises `OptionError`."""
+    """A value from Python in the form in which the command line reads it. Raises `OptionError`."""
     kind = type_of(entry)
     if isinstance(value, os.PathLike):
         return os.fspath(value)

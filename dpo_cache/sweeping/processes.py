@@ -29,8 +29,8 @@ KILLED = -getattr(signal, "SIGKILL", 9)  # Windows has no such signal
 def start_process(
     arguments: list[str], out: IO[bytes], log: IO[bytes], environment: dict[str, str], lock: int | None
 ) -> subprocess.Popen[bytes]:
-    """`dpo-cache` with these arguments, in another session: a Ctrl-C reaches only the sweep, which passes it
-    on.
+    """Start `dpo-cache` with these arguments in another session, so that Ctrl-C reaches only the sweep, which
+    passes it on.
     """
     return subprocess.Popen(
         [sys.executable, "-m", "dpo_cache", *arguments],
@@ -60,14 +60,14 @@ def train_arguments(cache: str, run: Run) -> list[str]:
 
 
 class ActiveRun:
-    """A run with a live process: its slot, its last step and its pace."""
+    """A run with a live process: its slot, its last step and its speed."""
 
     def __init__(self, cache: str, run: Run, slot: int, environment: dict[str, str], lock: int | None):
         self.run, self.slot = run, slot
         self.started = time.monotonic()
-        self.last_line: dict[str, Any] | None = None  # of metrics.jsonl, of a training step
+        self.last_line: dict[str, Any] | None = None  # the last line of a training step in metrics.jsonl
         self.output: list[str] = []
-        self._first: tuple[float, int] | None = None  # when its first step was read, and its number
+        self._first: tuple[float, int] | None = None  # time and number of the first step that was read
         self._metrics = _Tail(run.folder / "metrics.jsonl")
         arguments = train_arguments(cache, run)
         with refused_writes(run.log, TrainingError, "Then give the same command again."):
@@ -79,8 +79,8 @@ class ActiveRun:
             self.process = start_process(arguments, out, log, environment, lock)
 
     def poll(self, log: Callable[[str, str], None]) -> int | None:
-        """Log new output of the run, with its name, and read its new steps. Returns its exit code, None while
-        it lives.
+        """Log new output of the run, with its name, and read its new steps. Returns its exit code; None while
+        it runs.
         """
         code = self.process.poll()
         for line in self._log.lines(all_of_it=code is not None):
@@ -98,8 +98,8 @@ class ActiveRun:
 
     @property
     def seconds_left(self) -> float | None:
-        """An estimate by the pace of this process so far, with evaluations and checkpoints; None before its
-        first step.
+        """An estimate from the speed of this process so far, with evaluations and checkpoints; None before
+        its first step.
         """
         if self.last_line is None or self._first is None or self.total_steps is None:
             return None
@@ -110,14 +110,14 @@ class ActiveRun:
 
     @property
     def seconds_in_all(self) -> float | None:
-        """The duration of a whole run at the pace of this one, its start included."""
+        """The estimated duration of a whole run at the speed of this one, its start included."""
         if (left := self.seconds_left) is None or self._first is None or self.total_steps is None:
             return None
         elapsed_s, before = time.monotonic() - self.started, self._first[1] - 1
         return (elapsed_s + left) * self.total_steps / (self.total_steps - before)
 
     def error(self, code: int) -> str:
-        """Why it failed: its signal, its error message or the last line of its output."""
+        """The reason of the failure: its signal, its error message or the last line of its output."""
         if code < 0:
             reason = " (out of memory?)" if code == KILLED else ""
             return f"killed by {signal.Signals(-code).name}{reason}"
@@ -141,7 +141,7 @@ def run_environment(jobs: int, slot: int) -> dict[str, str]:
 
 
 def threads_of_a_run(jobs: int) -> int:
-    """Threads of each of several runs at once: OMP_NUM_THREADS if it is set, else its share of the cores."""
+    """Threads of each of several parallel runs: OMP_NUM_THREADS if it is set, else its share of the cores."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() else max(1, num_cores() // jobs)
 
@@ -163,7 +163,7 @@ class _Tail:
         self._place = path.stat().st_size if path.exists() else 0
 
     def lines(self, *, all_of_it: bool = False) -> list[str]:
-        """The whole lines added since the last call; with `all_of_it` also an unfinished last line."""
+        """The complete lines added since the last call; with `all_of_it` also an incomplete last line."""
         if not self._path.exists():
             return []
         with open(self._path, "rb") as file:

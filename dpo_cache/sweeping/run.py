@@ -41,7 +41,7 @@ from dpo_cache.training.output.run_start import clear_finished
 from dpo_cache.training.output.tracker_access import check_trackers
 
 POLL_S = 0.2
-# Options whose values are checked with the model's config and torch, unless they are the usual ones
+# Options whose values are checked with the model's config and torch, unless they have their defaults
 USUAL = {
     "lora_targets": "all-linear",
     "peft_config": None,
@@ -55,13 +55,13 @@ OnRow = Callable[["SweepReport"], None]
 
 @dataclass(frozen=True)
 class SweepProgress:
-    """How far a sweep is: the runs that are done, and the last step of each active run."""
+    """The progress of a sweep: the finished runs, and the last step of each active run."""
 
     num_done: int
     num_runs: int
     # name, total steps, last line of metrics.jsonl
     active: list[tuple[str, int | None, dict[str, Any] | None]]
-    done: float  # runs, with the done share of active ones
+    done: float  # number of runs, with the finished share of active ones
     seconds_left: float | None  # None before the first step
 
 
@@ -73,7 +73,7 @@ class SweepReport:
     num_runs: int
     num_finished: int
     num_failed: int
-    rows: list[RunRow]  # as the table shows them
+    rows: list[RunRow]  # in the order of the table
     notes: list[str]
     table: str
     elapsed_s: float
@@ -143,7 +143,7 @@ def sweep(
 
 
 class _Sweep:
-    """The runs of a sweep: the waiting and the active ones, and why some failed."""
+    """The runs of a sweep: the waiting ones, the active ones, and the errors of failed ones."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class _Sweep:
         self.waiting = [run for run in runs if not run.is_finished]
         self.active: list[ActiveRun] = []
         self.errors: dict[str, str] = {}
-        self.logged: set[str] = set()  # lines of runs
+        self.logged: set[str] = set()  # lines that runs have logged
         self.seconds_of_runs: list[float] = []  # durations of whole runs that have ended
 
     def run(self, should_stop: Callable[[], bool]) -> SweepReport:
@@ -182,14 +182,14 @@ class _Sweep:
                 self.on_progress(self._progress())
                 time.sleep(POLL_S)
                 self.claim.check()
-        except BaseException:  # Ctrl-C too: no run is left behind without a sweep
+        except BaseException:  # also Ctrl-C: no run continues without its sweep
             self._stop()
             self._wait()
             raise
         return self._report()
 
     def _clear_finished(self) -> None:
-        """Remove what finished runs left behind that were killed while they ended."""
+        """Remove the leftover files of finished runs that were killed before they removed them."""
         for run in self.runs:
             if run.is_finished and (removed := clear_finished(run.folder, self.log)):
                 self.log(f"{run.name}: it was killed while it ended; {', '.join(removed)} removed.")
@@ -264,7 +264,7 @@ class _Sweep:
         return SweepProgress(num_done, len(self.runs), active, done, self._seconds_left())
 
     def _seconds_left(self) -> float | None:
-        """An estimate that gives waiting runs the mean duration of the runs with a known pace."""
+        """An estimate in which waiting runs take the mean duration of the runs with a known speed."""
         known = [
             seconds for active in self.active if (seconds := active.seconds_in_all) is not None
         ] + self.seconds_of_runs
@@ -321,7 +321,7 @@ class _Sweep:
 
 
 def _check_runs(options: SweepOptions, grid: Grid) -> None:
-    """Raise `DpoCacheError` for what a run would fail on before it has loaded a model."""
+    """Raise the `DpoCacheError` that a run would raise before it has loaded a model."""
     runs = [
         TrainOptions(cache=options.cache, output=options.output, **grid.shared, **combination)
         for combination in grid.combinations()
@@ -339,7 +339,7 @@ def _check_runs(options: SweepOptions, grid: Grid) -> None:
 
 
 def _distinct(runs: list[TrainOptions], names: Sequence[str]) -> list[TrainOptions]:
-    """One of the runs for each combination of values that these options have."""
+    """One run for each combination of values of these options."""
     return list({tuple(getattr(run, name) for name in names): run for run in runs}.values())
 
 
@@ -354,7 +354,7 @@ def _check_plot(path: Path, grid: Grid) -> None:
 
 
 def _other_data(runs: list[Run]) -> list[str]:
-    """A note for each pair set that has changed in the cache between the runs that were trained on it."""
+    """A note for each pair set that has changed in the cache between runs that were trained on it."""
     digests: dict[str, set[str]] = {}
     for run in runs:
         if resolved := read_resolved(run.folder):

@@ -6,7 +6,7 @@ SWEEP/
   logs/NAME.log           the output of each run, with its command
   logs/NAME.json          the report of each run
   NAME/                   a run, as `dpo-cache train` makes it
-  .claim.tmp              of the sweep that works here, see `files/claim.py`
+  .claim.tmp              the claim of the sweep that works here, see `files/claim.py`
 
 `sweep.json`: {"format": "dpo-cache sweep", "version": 1, "cache": ..., "shared": {option: value},
 "varied": {option: [values]}, "runs": [{"name": ..., "options": {option: value}}]}; `options` of a run are
@@ -36,7 +36,7 @@ from dpo_cache.training.output.run_start import is_begun
 
 FORMAT = {"format": "dpo-cache sweep", "version": 1}
 HOLDER = "another sweep is running here, or a run of a sweep that was killed"
-OLD_LOCK = ".lock"  # of earlier versions
+OLD_LOCK = ".lock"  # the lock file of earlier versions
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Run:
 def plan_runs(output: Path, cache: str, grid: Grid, *, resume: bool) -> list[Run]:
     """The runs of the grid, in its order; runs that the folder has keep their names. Writes sweep.json.
 
-    Raises `TrainingError` if the folder is not that of this sweep or of a part of it.
+    Raises `TrainingError` unless the folder is new, or belongs to this sweep or a part of it.
     """
     kept = {}
     if before := _read_plan(output, resume=resume):
@@ -114,7 +114,7 @@ def with_plan(given: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def hold_folder(output: Path, log: Log) -> Iterator[Claim]:
-    """Keep other sweeps out of the folder while this one is alive, or a run that inherited its claim.
+    """Keep other sweeps out of the folder while this one, or a run that inherited its claim, is alive.
 
     Raises `TrainingError`.
     """
@@ -128,7 +128,10 @@ def read_report(run: Run) -> dict[str, Any] | None:
     """The report of the run; None if it has not ended."""
     try:
         return json.loads(run.report_file.read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):  # empty while it runs, and after it was killed
+    except (
+        FileNotFoundError,
+        json.JSONDecodeError,
+    ):  # empty during the run, and if it was killed
         return None
 
 
@@ -173,7 +176,7 @@ def _read_plan(output: Path, *, resume: bool) -> dict[str, Any] | None:
 
 
 def _escaped(value: Any) -> Any:
-    """The value of an option as `sweep` takes it, where a comma in text separates values."""
+    """The value of an option in the form that `sweep` expects, where a comma in text separates values."""
     return value.replace(",", "\\,") if isinstance(value, str) else value
 
 
