@@ -1,4 +1,4 @@
-"""From the log-probs of completions under policy and reference to the losses of their pairs."""
+"""Computes the losses of pairs from the log-probs of their completions under policy and reference."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def objective_of(
 
 
 def evaluated_at_once(objective: Objective, batch_size: int, num_ranks: int = 1) -> int:
-    """How many pairs training evaluates at a time: as many as in a step, if a loss depends on all of them.
+    """The number of pairs that training evaluates at a time: that of a step, if a loss depends on all pairs.
 
-    Several ranks take more, unless a loss depends on the mean length of the pairs.
+    Several ranks evaluate more at a time, unless a loss depends on the mean length of the pairs.
     """
     if objective.needs_whole_step:
         return batch_size
@@ -65,8 +65,9 @@ def policy_losses_of_all(
     rank: int,
     device: torch.device,
 ) -> tuple[dict[str, torch.Tensor], slice]:
-    """`policy_losses` of the parts of all ranks together, with gradients by those of this rank; and the place
-    of this rank's pairs among them. The sum of all ranks' gradients is that of the losses on one rank.
+    """`policy_losses` of the parts of all ranks together, with gradients by the log-probs of this rank; and
+    the place of this rank's pairs among them. The sum of all ranks' gradients is that of the losses on one
+    rank.
 
     `exchange` returns the values of all ranks. A rank may have no parts.
     """
@@ -84,7 +85,7 @@ def policy_losses_of_all(
 
 
 def _inputs_of(objective: Objective, parts: Sequence[RunPairs]) -> tuple[PairLogps, Routing | None]:
-    """The log-probs of the pairs of all parts and, of a mixture of experts, its routing."""
+    """The log-probs of the pairs of all parts and, for a mixture of experts, its routing."""
     pairs = join_pairs([pair_logps(objective, scored, policy) for scored, policy in parts])
     routings = [policy.routing for _, policy in parts if policy.routing]
     return pairs, add_routings(routings) if routings else None

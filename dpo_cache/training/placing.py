@@ -1,4 +1,4 @@
-"""Where a run keeps its weights, gradients, state and layer inputs: as named, as before, or what fits."""
+"""Chooses the places of weights, gradients, state and layer inputs: by options, as before, or by fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_cache.planning.parts import LORA_RANK, Method
 from dpo_cache.training.layer_major import has_copies
 from dpo_cache.training.ranks import Ranks
 
-ELSEWHERE = ("host", "disk")  # than on the device
+ELSEWHERE = ("host", "disk")  # places other than the device
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -27,7 +27,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def planned_method(options: TrainOptions, precision: str, *, is_adapted: bool) -> Method:
-    """What is trained, for a prediction of its memory; of a saved adapter the rank is not known yet."""
+    """The training method, for a prediction of its memory. The rank of a saved adapter is still unknown."""
     return Method(
         precision=precision,
         optimizer=options.optimizer.removesuffix("-paged"),
@@ -46,7 +46,7 @@ def place_run(
     log: Log,
     ranks: Ranks,
 ) -> tuple[str, Placement]:
-    """The placement that the options name or a resumed run had; else the first that fits all ranks."""
+    """The placement that the options name, or that a resumed run had; else the first that fits all ranks."""
     is_adapted = method.lora_r is not None
     if ranks.shards:
         return _placement_of_shards(options, is_adapted=is_adapted)

@@ -10,20 +10,20 @@ import numpy as np
 from dpo_cache.store import PairSet
 from dpo_cache.types import Completion, Pair, Score, ScoredPair
 
-MOST_BLOCKS = 64  # of 256 pairs, that are read to choose from: bounds the time before a long run
+MOST_BLOCKS = 64  # blocks of 256 pairs that are read to choose from: bounds the time before a long run
 LEAST_PAIRS, MOST_PAIRS = 16, 32
-SHARE = 8  # a pair of the sample for so many pairs that the run trains on
+SHARE = 8  # pairs of the run for each pair of the sample
 
 
 def sample_size(num_trained: int) -> int:
-    """The number of pairs to compare in a run that trains on so many."""
+    """The number of pairs to compare in a run that trains on `num_trained` pairs."""
     return min(MOST_PAIRS, max(LEAST_PAIRS, num_trained // SHARE))
 
 
 def sample_pairs(pair_set: PairSet, selected: np.ndarray, number: int) -> list[ScoredPair]:
     """At most `number` of the selected pairs and the longest, in their order.
 
-    Half of them are spread evenly over the set; the others are those whose cached log-prob a token is the
+    Half of them are spread evenly over the set; the others are those whose cached log-prob per token is the
     highest or the lowest, where wrong values are likely to be. They are chosen from 64 blocks that are
     spread over the set, or from all. `selected` is bool, with one entry for each pair.
     """
@@ -31,7 +31,7 @@ def sample_pairs(pair_set: PairSet, selected: np.ndarray, number: int) -> list[S
     blocks = _spread(len(pair_set.block_sizes), MOST_BLOCKS)
     places: list[int] = []
     lengths: list[int] = []
-    means: list[float] = []  # of each answer, nats a token
+    means: list[float] = []  # mean log-prob of each answer, in nats a token
     for block in blocks:
         for place, scored in enumerate(pair_set.read_block(block), start=ends[block]):
             if selected[place]:
@@ -54,7 +54,7 @@ def _choose(lengths: list[int], means: list[float], number: int) -> set[int]:
     low = [answer // 2 for answer in heapq.nsmallest(number, answers, key=means.__getitem__)]
     extreme = list(dict.fromkeys(one for both in zip(high, low, strict=True) for one in both))
     longest = max(range(len(lengths)), key=lengths.__getitem__)
-    # in order of importance; many are chosen for two reasons
+    # in order of importance; many positions are chosen for two reasons
     ordered = [longest, *extreme[: number // 2], *_spread(len(lengths), number // 2), *extreme[number // 2 :]]
     return set(list(dict.fromkeys(ordered))[: number + 1])
 
@@ -65,7 +65,7 @@ def _spread(count: int, number: int) -> list[int]:
 
 
 def _copied(scored: ScoredPair) -> ScoredPair:
-    """The pair with arrays of its own, which keep no block in memory."""
+    """The pair with copied arrays, which keep no block in memory."""
 
     def completion(side: Completion) -> Completion:
         return Completion(side.prompt_ids.copy(), side.completion_ids.copy())

@@ -1,7 +1,7 @@
 """The tokenizer and the chat template that are saved with a trained model.
 
-The tokenizer is the one that made the pairs, where it can be read, otherwise the model's own. Whoever made
-the cache chose the place of the first: its Python code does not run, and a place that may hold anything (a
+The tokenizer is the one that made the pairs, if it can be read, otherwise the model's own. The author of
+the cache chose where the first one is read: its Python code does not run, and a place with unknown content (a
 relative path, a Hub id) is read only if this user made the pair set or named the place.
 """
 
@@ -30,8 +30,8 @@ NO_TEMPLATE = object()  # a model without a tokenizer has no template, not even 
 
 @dataclass(frozen=True)
 class SavedTokenizer:
-    """The tokenizer to save, with its template, and whether the model's own template is another one than that
-    of the pairs.
+    """The tokenizer to save, with its template, and a flag that is true if the model's own template differs
+    from that of the pairs.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ class SavedTokenizer:
 
 
 def restore_tokenizer(checkpoint: str, *, trusted: bool) -> SavedTokenizer:
-    """The tokenizer of a checkpoint, with the template that was chosen when the run began."""
+    """The tokenizer of a checkpoint, with the template that was chosen when the run started."""
     return SavedTokenizer(load_tokenizer(checkpoint, trust_remote_code=trusted), has_other_template=False)
 
 
@@ -52,8 +52,8 @@ def choose_tokenizer(
     *,
     trusted: bool,
 ) -> SavedTokenizer:
-    """The tokenizer to save: a copy of the `given` one, else that of the pairs, else the first that one of
-    the model's `places` has. `trusted` lets Python code of these places run. Raises `ModelError`.
+    """The tokenizer to save: a copy of the `given` one, else that of the pairs, else the first one found in
+    the model's `places`. `trusted` lets Python code of these places run. Raises `ModelError`.
     """
     own = given if given is not None else _first_of(places, trusted=trusted)
     chosen = None if given is not None else _of_pairs(manifest, places, own, log, trusted=trusted)
@@ -76,8 +76,8 @@ def _of_pairs(
     *,
     trusted: bool,
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that made the pairs; None if it is the model's `own`, or if it cannot be read, which is
-    logged.
+    """The tokenizer that made the pairs; None if it is the model's `own`. If it cannot be read, the result is
+    None and a remark is logged.
     """
     made_with = manifest["tokenization"]
     place, digest = made_with["tokenizer"], made_with.get("tokenizer_sha256")
@@ -140,7 +140,7 @@ def _first_of(places: Sequence[Place], *, trusted: bool) -> PreTrainedTokenizerB
 
 
 def _digest_with(tokenizer: PreTrainedTokenizerBase, made_with: Document) -> str:
-    """The tokenizer's digest, if it had the template of the pairs."""
+    """The digest that the tokenizer would have with the template of the pairs."""
     before, tokenizer.chat_template = tokenizer.chat_template, made_with.get("chat_template")
     try:
         return tokenizer_digest(tokenizer)

@@ -1,4 +1,4 @@
-"""Save the policy of a run: its checkpoints, the policy of the best evaluation, and at the end the model."""
+"""Saves the policy of a run: its checkpoints, the policy of the best evaluation, and finally the model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class Saver:
         )
 
     def keep_best(self, evaluation: Metrics | None, step: int) -> None:
-        """Save the policy of the best evaluation so far; that of the last step will be in model/."""
+        """Save the policy of the best evaluation so far, unless it is that of the last step, which will be in
+        model/.
+        """
         if evaluation is None or not self.best.note(evaluation):
             return
         if self.setup.options.eval_every is not None and step != self.setup.total_steps:
@@ -56,13 +58,13 @@ class Saver:
 
     @phase("saving the model")
     def save_model(self, step: int, newest: list[ScoredPair]) -> Metrics | None:
-        """Save the model: the last one or, with `patience`, the best; returns its evaluation.
+        """Save the model: the last one or, with `patience`, the best. Returns its evaluation.
 
         `newest` are pairs of the last step: the loss of one of them must be finite.
         """
         output, options = self.setup.output, self.setup.options
         self._check_weights(step, "no model")
-        if self.setup.data.eval_pairs is None:  # otherwise the last evaluation has shown it
+        if self.setup.data.eval_pairs is None:  # otherwise the last evaluation has checked it
             self._check_values(step, newest)
         is_best_elsewhere = self.best.step not in (None, step)
         takes_best = bool(options.patience) and is_best_elsewhere
@@ -73,7 +75,7 @@ class Saver:
             self.setup.policy,
             card,
             best_step=self.best.step if takes_best else None,
-            # the best policy is then the one in model/
+            # then the best policy is in model/
             drops_best=takes_best or not is_best_elsewhere,
             is_merged=options.merge_adapter,
             ranks=self.setup.ranks,
@@ -87,7 +89,7 @@ class Saver:
 
     def _check_weights(self, step: int, what: str) -> None:
         parameters = map(local_rows, self.setup.policy.model.parameters())
-        are_finite = all(one.is_meta or bool(one.isfinite().all()) for one in parameters)  # or on the disk
+        are_finite = all(one.is_meta or bool(one.isfinite().all()) for one in parameters)  # meta: on disk
         if self.setup.ranks.any(not are_finite):
             raise TrainingError(
                 f"step {step}: the update left weights that are not finite; {what} was saved.\nLower `lr`."
@@ -102,7 +104,7 @@ class Saver:
             )
 
     def _card(self, step: int, evaluation: Metrics | None) -> str:
-        """The model card of the policy as it was after a step, which the main rank writes."""
+        """The model card of the policy after a step; the main rank writes it."""
         if not self.setup.ranks.is_main:
             return ""
         lines, config, data = self.files[0], self.setup.config(), self.setup.data

@@ -64,7 +64,7 @@ FREED = (
 
 @dataclass(frozen=True)
 class Setup:
-    """The pairs, the policy and its optimizer; in a resumed run, in the state of its checkpoint."""
+    """The pairs, the policy and its optimizer; for a resumed run, in the state of its checkpoint."""
 
     options: TrainOptions
     log: Log
@@ -75,7 +75,7 @@ class Setup:
     objective: Objective
     step_memory: StepMemory
     optimizer: Updater
-    in_backward: OptimizerInBackward | None  # if gradients are not kept
+    in_backward: OptimizerInBackward | None  # None: gradients are kept
     layer_major: LayerMajorSteps | None  # None: each forest runs through all layers
     peak_lr: float
     total_steps: int
@@ -83,7 +83,7 @@ class Setup:
     saves: Schedule
     num_parameters: int
     num_trained: int
-    checkpoint: Path | None  # of a resumed run
+    checkpoint: Path | None  # the checkpoint of a resumed run
     position: RunPosition  # at the start
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -221,8 +221,8 @@ def open_setup(
 
 
 def _find_start(output: Path, log: Log, ranks: Ranks, *, resume: bool) -> Path | None:
-    """The checkpoint to start from, which the main rank finds: it may already write to the folder when others
-    look. Raises `TrainingError`.
+    """The checkpoint to start from, which the main rank finds, because it may already write to the folder
+    when others look. Raises `TrainingError`.
     """
     checkpoint = ranks.share(find_start(output, log, resume=resume) if ranks.is_main else None)
     if checkpoint is not None and not checkpoint.is_dir():
@@ -236,14 +236,14 @@ def _find_start(output: Path, log: Log, ranks: Ranks, *, resume: bool) -> Path |
 def resolved_inputs(options: TrainOptions, data: TrainingPairs, total_steps: int) -> dict[str, Any]:
     """The resolved values that are known before the model is loaded."""
     eval_pairs = data.eval_pairs if options.eval_pairs else None
-    with_tokens = options.ld_alpha is not None and options.ld_reference  # else the sums are all that counts
+    with_tokens = options.ld_alpha is not None and options.ld_reference  # otherwise only the sums matter
     return {
         "reference": data.pairs.reference_id,
         "cache": options.cache,
         "pairs": data.pairs.name,
         "eval_pairs": None if eval_pairs is None else eval_pairs.name,
         "pairs_digest": data.pairs.manifest["pairs_digest"],
-        # the blocks in which the pairs are shuffled: very long pairs are in smaller ones
+        # the blocks of the shuffle depend on it: very long pairs are in smaller ones
         "shuffled_blocks": digest_json(data.pairs.block_sizes) if options.shuffle else None,
         "reference_values": data.pairs.values_digest(with_tokens=with_tokens),
         "eval_pairs_digest": None if eval_pairs is None else eval_pairs.manifest["pairs_digest"],
@@ -257,7 +257,9 @@ def resolved_inputs(options: TrainOptions, data: TrainingPairs, total_steps: int
 
 
 def _count_shared(data: TrainingPairs) -> int:
-    """How many evaluation pairs are also training pairs; a share of the training set never is."""
+    """The number of evaluation pairs that are also training pairs; 0 for a share held out of the training
+    set.
+    """
     if data.eval_pairs is None or data.eval_pairs is data.pairs:
         return 0
     return count_shared(data.pairs, data.eval_pairs)
@@ -267,15 +269,15 @@ def _peak_lr(options: TrainOptions, policy: TrainedModel, resumed: Path | None) 
     """The peak learning rate: the given one, that of a run to be resumed, or the default."""
     if options.lr is None and resumed is not None:
         before = read_config(resumed)
-        return float(before["resolved"].get("lr") or before["lr"])  # earlier versions have it only there
+        return float(before["resolved"].get("lr") or before["lr"])  # earlier versions: an option
     return options.peak_lr(is_adapted=policy.adapted is not None)
 
 
 def _choose_steps(
     policy: TrainedModel, objective: Objective, optimizer: Updater, log: Log, ranks: Ranks
 ) -> tuple[LayerMajorSteps | None, OptimizerInBackward | None]:
-    """How steps run: layer by layer if the policy is right so, else forest by forest; and what updates within
-    the backward pass, if gradients are not kept.
+    """The way to run steps: layer by layer if that is right for the policy, else forest by forest; and the
+    optimizer within the backward pass, if gradients are not kept.
     """
     drops, found = policy.placement.gradients == "none", policy.layer_major
     if found is not None:
@@ -299,7 +301,7 @@ def _choose_steps(
 
 @contextmanager
 def _reading(checkpoint: Path | None) -> Iterator[None]:
-    """Raise the error of a damaged checkpoint for a `ModelError` about its files."""
+    """Turn a `ModelError` about a checkpoint's files into the error for a damaged checkpoint."""
     try:
         yield
     except ModelError as error:
@@ -309,7 +311,7 @@ def _reading(checkpoint: Path | None) -> Iterator[None]:
 
 
 def _check_resumed(options: TrainOptions, checkpoint: Path | None, resolved: dict[str, Any]) -> None:
-    """Raise `TrainingError` where a resumed run would have another result, as far as these values show."""
+    """Raise `TrainingError` if these values show that a resumed run would have another result."""
     if checkpoint is not None:
         check_config(Path(options.output), {**asdict(options), "resolved": resolved})
 
@@ -339,7 +341,7 @@ def _plan_memory(
     memory.agree(ranks)
     if position.step_memory:
         memory.restore(position.step_memory)
-    if not is_layer_major:  # whose gradients are compared already
+    if not is_layer_major:  # there, gradients are compared already
         check = GradientCheck(_policy_model(policy, objective), policy.recomputation, ranks)
         memory.use_right_modes(check.problem)
     return memory
@@ -368,7 +370,7 @@ def _make_optimizer(
     shards = policy.sharded.shards if policy.sharded else None
     optimizer = make_optimizer(
         policy.model,
-        options.optimizer.removesuffix("-paged"),  # which is a placement
+        options.optimizer.removesuffix("-paged"),  # paged is a placement
         lr=lr,
         weight_decay=options.weight_decay,
         rounding=options.rounding,
@@ -392,7 +394,9 @@ def _count_steps(options: TrainOptions, steps_per_epoch: int) -> int:
 
 
 def _decided_linear(resumed: Path | None, *, is_deterministic: bool) -> str | None:
-    """The library that multiplies: as before in a resumed run, oneDNN if deterministic; None: measure it."""
+    """The library that multiplies: in a resumed run the same as before, oneDNN if deterministic; None:
+    measure both.
+    """
     if resumed is not None:
         return read_config(resumed)["resolved"].get("linear", "torch")
     return "onednn" if is_deterministic else None

@@ -2,8 +2,9 @@
 
 A part of a step is a list of groups whose losses are computed together; a piece is a list of completions that
 are run at once. A part of one piece takes the gradient of its losses through that run. A part of several
-pieces runs each of them twice: without gradients, to compute the losses and their gradients with respect to
-each token's log-prob, and again to carry these gradients into the model, with one piece in memory at a time.
+pieces runs each piece twice: without gradients, to compute the losses and their gradients with respect to
+each token's log-prob, and again to propagate these gradients into the model, with one piece in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -39,29 +40,29 @@ Result = TypeVar("Result")
 class TrainingStep:
     """Updates the policy of a run, one step at a time.
 
-    `step_zero` compares the first log-probs with the cache; it is None after the first update. Where
+    `step_zero` compares the first log-probs with the cache; it is None after the first update. If
     gradients are not kept, the last backward pass of a step updates the weights; if the step's loss is not
     finite, no pass does.
     """
 
     setup: Setup
-    policy: torch.nn.Module  # of `setup.policy_model()`, which it may wrap
+    policy: torch.nn.Module  # `setup.policy_model()`, or a wrapper of it
     step_zero: StepZero | None
     step_zero_gap: float | None = None
     has_updated: bool = False
     _logged: set[str] = field(default_factory=set)
 
     def take(self, pairs: list[ScoredPair], number: int, lr: float) -> tuple[PairMetrics, int, float]:
-        """Update the weights once; returns the step's metrics, the tokens run and the gradient's norm.
+        """Update the weights once. Returns the step's metrics, the tokens run and the gradient's norm.
 
-        The loss is the mean over the pairs. However they are split, and even if a pair is split into its
+        The loss is the mean over the pairs. However the pairs are split, and even if a pair is split into its
         answers, the gradient is the same. Raises `TrainingError` where the loss or the gradient is not
         finite.
         """
         for parameters in self.setup.optimizer.param_groups:
             parameters["lr"] = lr
         metrics, num_tokens = self._until_it_fits(lambda: self._accumulate(pairs))
-        if self.step_zero is not None:  # the first update makes the policy another model
+        if self.step_zero is not None:  # after the first update the policy is another model
             self.setup.log(self.step_zero.conclude())
             self.step_zero_gap, self.step_zero = self.step_zero.largest_gap, None
         return metrics, num_tokens, self._update(pairs, metrics, number)
@@ -69,7 +70,7 @@ class TrainingStep:
     def evaluate(self, number: int) -> Metrics:
         """Means over the evaluation pairs under the policy after the step of this number.
 
-        Raises `TrainingError` naming the rows whose loss is not finite, and where step zero is wrong.
+        Raises `TrainingError` that names the rows whose loss is not finite, and `StepZeroError`.
         """
         data, metrics = self.setup.data, PairMetrics()
         assert data.eval_pairs is not None
@@ -110,7 +111,7 @@ class TrainingStep:
 
     @torch.no_grad()
     def check_base(self, pairs: list[ScoredPair], step_zero: StepZero) -> str:
-        """Compare the policy, its adapter switched off, with the cache; returns `StepZero.conclude()`."""
+        """Compare the policy without its adapter with the cache. Returns `StepZero.conclude()`."""
         adapted = self.setup.policy.adapted
         assert adapted is not None
         before, self.step_zero = self.step_zero, step_zero
@@ -128,7 +129,7 @@ class TrainingStep:
     # -- split -> run -> losses -> backward -> update ---------------------------------------------------
 
     def _accumulate(self, pairs: list[ScoredPair]) -> tuple[PairMetrics, int]:
-        """Add the gradient of the mean loss to the parameters', which have none before."""
+        """Compute the gradient of the mean loss; the parameters have none before."""
         if self.setup.layer_major is not None:
             return self._accumulate_by_layer(self.setup.layer_major, pairs)
         metrics, mean_tokens = PairMetrics(), mean_chosen_tokens(pairs)
@@ -144,7 +145,7 @@ class TrainingStep:
     def _accumulate_by_layer(
         self, steps: LayerMajorSteps, pairs: list[ScoredPair]
     ) -> tuple[PairMetrics, int]:
-        """The same, layer by layer: all pieces of the step through one layer before the next."""
+        """Compute the same layer by layer: all pieces of the step pass through one layer before the next."""
         metrics, mean_tokens = PairMetrics(), mean_chosen_tokens(pairs)
         parts = self._split(pairs)
         pieces = [self._pieces(part) for part in parts]
@@ -176,7 +177,7 @@ class TrainingStep:
         return [entry for part in parts for entry in self._by_group(part, self._run(part))]
 
     def _split(self, pairs: list[ScoredPair]) -> list[list[Group]]:
-        """The parts of the step, the largest first: the others fit into the memory that it has used."""
+        """The parts of the step, the largest first, so that the others fit into the memory that it used."""
         groups = sorted(self._groups(pairs), key=lambda group: group.num_tokens, reverse=True)
         if not self.setup.objective.needs_whole_step:
             return [[group] for group in groups]
@@ -188,7 +189,7 @@ class TrainingStep:
         return [groups]
 
     def _run(self, part: list[Group]) -> list[CompletionLogps]:
-        """Log-probs of each piece: with gradients or, of several pieces, as leaves that collect gradients."""
+        """Log-probs of each piece: with gradients or, of several pieces, as leaves that collect them."""
         pieces = self._pieces(part)
         if len(pieces) == 1:
             return self.policy(pieces)
@@ -196,7 +197,7 @@ class TrainingStep:
             return [logps.detach() for piece in pieces for logps in self.policy([piece])]
 
     def _by_group(self, part: list[Group], logps: list[CompletionLogps]) -> list[RunPairs]:
-        """The pairs of each group with their log-probs, which step zero compares with the cache."""
+        """The pairs of each group with their log-probs, which step zero compares with the cache here."""
         rest = iter(logps)
         found: list[RunPairs] = []
         for group in part:
@@ -209,12 +210,12 @@ class TrainingStep:
     def _backward(
         self, part: list[Group], logps: list[CompletionLogps], loss: torch.Tensor, *, updates: bool
     ) -> None:
-        """Take the gradient of the loss; the step's last backward pass may update the weights."""
+        """Compute the gradient of the loss; the step's last backward pass may update the weights."""
         pieces = self._pieces(part)
         if len(pieces) == 1:
             self._pass_backward(loss.backward, updates=updates)
             return
-        loss.backward()  # as far as the leaves
+        loss.backward()  # stops at the leaves
         for place, (piece, leaf) in enumerate(zip(pieces, logps, strict=True)):
             (again,) = self.policy([piece])
             self._pass_backward(partial(again.backward, leaf), updates=updates and place == len(pieces) - 1)
@@ -258,7 +259,7 @@ class TrainingStep:
         else:
             optimizer.step()
 
-    # -- what fits --------------------------------------------------------------------------------------
+    # -- fitting into memory ------------------------------------------------------------------------------
 
     def _groups(self, pairs: list[ScoredPair]) -> list[Group]:
         count = partial(count_tokens, self.setup.policy.attention)
@@ -281,7 +282,7 @@ class TrainingStep:
         return pieces
 
     def _until_it_fits(self, run: Callable[[], Result]) -> Result:
-        """Call `run`, and again with less at once where memory runs out."""
+        """Call `run`, and again with fewer tokens at once if memory runs out."""
         while True:
             num_compared = len(self.step_zero.compared) if self.step_zero else 0
             try:
@@ -290,13 +291,13 @@ class TrainingStep:
                 self._check_unchanged(error)
                 self.setup.step_memory.save_more(error)
             if self.step_zero:
-                del self.step_zero.compared[num_compared:]  # of a part of the step
+                del self.step_zero.compared[num_compared:]  # the step is repeated
             self.setup.policy.model.zero_grad(set_to_none=True)
             if self.setup.layer_major is not None:
                 self.setup.layer_major.drop()
 
     def _check_unchanged(self, error: RuntimeError) -> None:
-        """Raise `TrainingError` where memory ran out while weights were being updated: the step cannot be
+        """Raise `TrainingError` if memory ran out while weights were being updated: the step cannot be
         repeated.
         """
         in_backward = self.setup.in_backward
@@ -313,7 +314,7 @@ class TrainingStep:
     def _not_finite(
         self, pairs: list[ScoredPair], number: int, loss: float, grad_norm: float, *, has_changed: bool
     ) -> TrainingError:
-        """The error that names the rows whose loss is not finite; if only the gradient is not, all rows."""
+        """The error that names the rows whose loss is not finite, or all rows if only the gradient is not."""
         culprits = [] if has_changed else self.rows_with_nonfinite_loss(pairs)
         which = f"rows of the data in this step: {shown_rows([scored.pair.row for scored in pairs])}"
         if culprits:

@@ -1,4 +1,4 @@
-"""How a step fits into memory: small forests, long pairs in two runs, and recomputed activations."""
+"""Fits a step into memory: with small forests, long pairs in two runs, and recomputed activations."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from dpo_cache.log import Log
 from dpo_cache.training.ranks import Ranks
 
 MIN_TOKENS = 64
-SHARE_OF_FREE = 0.5  # of a host's free memory that activations may take; more are recomputed
+SHARE_OF_FREE = 0.5  # share of a host's free memory for activations; others are recomputed
 
 
 class StepMemory:
     """Steps run `micro_tokens` at once, pairs of more than `pair_tokens` one answer at a time, under `mode`.
 
-    In a layer-major step, `mode` is that of each layer while it is run again for its gradient.
+    In a layer-major step, `mode` applies within each layer while it is run again for its gradient.
 
-    All three change when memory runs out, but not the result of the step. `micro_tokens` None: as many as
-    keep the device busy; then a longer pair is run whole as long as memory suffices, which is faster. No
+    All three change when memory runs out; the result of the step does not. `micro_tokens` None: as many as
+    keep the device busy. Then a longer pair is run as a whole as long as memory suffices, which is faster. No
     forest has more than `most_tokens`.
     """
 
@@ -70,7 +70,9 @@ class StepMemory:
             )
 
     def state(self) -> dict[str, Any]:
-        """The values in a checkpoint, with which a resumed run splits its steps alike, to the last bit."""
+        """The values for a checkpoint, so that a resumed run splits its steps in the same way, with equal
+        bits.
+        """
         return {
             "requested": self._requested,
             "micro_tokens": self.micro_tokens,
@@ -93,8 +95,8 @@ class StepMemory:
         self._recomputation.mode = MODES[max(mode for _, _, mode in found)]
 
     def use_right_modes(self, problem_of: Callable[[str], str]) -> None:
-        """From now on recompute only in modes of which `problem_of` finds no problem; if it finds one of the
-        present mode, continue with another, and log that.
+        """From now on recompute only in modes for which `problem_of` finds no problem. If it finds one for
+        the present mode, continue with another, and log that.
         """
         self._problem_of = problem_of
         if problem := problem_of(self.mode):
@@ -108,11 +110,11 @@ class StepMemory:
 
     @property
     def mode(self) -> str:
-        """Which activations are recomputed: one of `recompute.MODES`."""
+        """The activations that are recomputed, as one of `recompute.MODES`."""
         return self._recomputation.mode
 
     def advice(self, *, shards: bool) -> str:
-        """The options with which a run of several ranks takes less memory on each."""
+        """The options with which a run of several ranks takes less memory on each rank."""
         fewer = (
             f"`budget_tokens` {max(MIN_TOKENS, self.micro_tokens // 2)} with `gradient_checkpointing` full"
         )
@@ -122,13 +124,13 @@ class StepMemory:
         return ", ".join([*others, "`parallel` fsdp"]) + f", or {fewer}"
 
     def save_more(self, error: RuntimeError) -> None:
-        """After a step ran out of memory, change one value for the next try.
+        """After a step ran out of memory, change one value for the next attempt.
 
         Raises the error if it has another cause, and `TrainingError` if no value is left to change.
         """
         if not is_out_of_memory(error, self._device):
             raise error
-        # of MPS, its own message
+        # MPS has its own message
         problem = "out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error)
         less = [mode for mode in self._ladder if MODES.index(mode) > MODES.index(self.mode)]
         if self._is_fixed or not self._recomputation.num_layers:
@@ -156,12 +158,14 @@ class StepMemory:
 
 
 def _free_bytes(device: torch.device) -> float:
-    """Free memory of a host, where running out ends the process; infinite elsewhere, where it is an error."""
+    """The free memory of a host, where running out ends the process; infinite for other devices, which raise
+    an error.
+    """
     return psutil.virtual_memory().available if device.type == "cpu" else math.inf
 
 
 def _tokens_that_fit(model: PreTrainedModel, mode: str, share: float) -> float:
-    """Tokens whose activations fit into free memory, of the share of the layers that keep them at once."""
+    """The tokens whose activations fit into free memory, if this share of the layers keeps them at once."""
     per_token = share * activation_bytes(model, 1, mode)
     return SHARE_OF_FREE * _free_bytes(model.device) // per_token if per_token else math.inf
 

@@ -1,4 +1,4 @@
-"""Step zero: a policy that starts as the reference must repeat its cached log-probs.
+"""Step zero: a policy that starts as the reference must reproduce its cached log-probs.
 
 The check needs no second model, and catches a wrong checkpoint, template, truncation, dtype or a stale cache.
 A policy with an adapter is the reference whenever the adapter is switched off, in a resumed run too.
@@ -20,29 +20,29 @@ from dpo_cache.options.train import TrainOptions
 from dpo_cache.training.inputs import TrainedModel, TrainingPairs
 from dpo_cache.types import TOKEN_TOLERANCES, UNKNOWN_DTYPE, GapSums, Score, ScoredPair
 
-# Gap per completion in nats that rounding explains: (absolute, relative to its log-prob), by dtype.
+# Gap per completion, in nats, that rounding explains: (absolute, relative to its log-prob), by dtype.
 TOLERANCES = {"float32": (5e-3, 1e-5), "float16": (5e-2, 5e-3), "bfloat16": (0.5, 2e-2)}
 
-MOST_COMPLETIONS = 1024  # that are compared
-FIRST_TOKENS = 3  # of an answer, which differ most if the template before it is another
-CLEARLY = 4.0  # times as large
-FEW = 0.5  # share of the completions
+MOST_COMPLETIONS = 1024  # completions that are compared
+FIRST_TOKENS = 3  # first tokens of an answer, which differ most if its template is another
+CLEARLY = 4.0  # a mean gap that is larger by this factor is clearly larger
+FEW = 0.5  # largest share of the completions that counts as few
 ADVICE = "Give the `model`, precision and pairs that belong together; `step_zero` warn only logs the gap."
-QUANTIZED_GAP = 0.5  # mean nats a token that coarser numbers explain; other weights give whole nats
+QUANTIZED_GAP = 0.5  # mean nats a token that a coarser dtype explains; other weights give whole nats
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """The known facts on policy and reference before their log-probs are compared."""
+    """The known facts about policy and reference before their log-probs are compared."""
 
     policy_dtype: str
     reference_dtype: str | None
-    is_reference: bool  # by their identities they are one model
-    differing: Sequence[str] = ()  # fields of their identities, otherwise
+    is_reference: bool  # True if their identities are equal
+    differing: Sequence[str] = ()  # otherwise, the fields in which their identities differ
     imported: str | None = None  # name of an imported reference, which has no identity to compare with
-    is_named: bool = False  # the import named the policy's model as its own
-    is_default: bool = False  # no model was named: the policy starts from the reference's checkpoint
-    remarks: Sequence[str] = ()  # other known differences, such as of templates
+    is_named: bool = False  # True if the import named the policy's model as its source
+    is_default: bool = False  # True if no model was named: the policy starts from the reference's checkpoint
+    remarks: Sequence[str] = ()  # other known differences, for example between templates
     what: str = "the policy"
 
     @property
@@ -56,12 +56,12 @@ class Expectation:
 
     @property
     def stops(self) -> bool:
-        """Return whether a gap stops the run under `auto`: where policy and reference should be one model."""
+        """Return whether a gap stops the run under `auto`: policy and reference should be one model."""
         return self.is_reference or self.is_named or (self.is_default and self.imported is None)
 
 
 def expectation_of(policy: TrainedModel, data: TrainingPairs, options: TrainOptions) -> Expectation:
-    """The known facts on a policy at its start."""
+    """The known facts about a policy at its start."""
     identity, policy_dtype = data.reference["identity"], "bfloat16"
     if policy.precision == "fp32":
         policy_dtype = str(rounding_dtype(policy.model)).removeprefix("torch.")
@@ -102,7 +102,7 @@ def open_base_check(policy: TrainedModel, data: TrainingPairs, options: TrainOpt
 class Compared:
     """The log-prob of a completion under the policy, compared with the cached one; in nats."""
 
-    row: int  # of the data
+    row: int  # row of the data
     policy: float
     cached: float
     allowed: float  # the gap that rounding explains
@@ -134,7 +134,9 @@ class StepZero:
             self.check([values.numpy() for values in tokens], scores, rows)
 
     def check(self, policy_logps: Sequence[np.ndarray], scores: Sequence[Score], rows: Sequence[int]) -> None:
-        """Compare the policy's token log-probs of completions with the cached scores; `rows` of the data."""
+        """Compare the policy's token log-probs of completions with the cached scores; `rows` are those of the
+        data.
+        """
         absolute, relative = self.expectation.tolerance
         for tokens, score, row in zip(policy_logps, scores, rows, strict=True):
             exact = tokens.astype(np.float64)
@@ -151,7 +153,9 @@ class StepZero:
             )
 
     def begin_training(self) -> None:
-        """After an evaluation: compare training pairs, too, however many evaluation pairs were compared."""
+        """After an evaluation, allow comparing training pairs as well, however many evaluation pairs were
+        compared.
+        """
         self.most = len(self.compared) + MOST_COMPLETIONS
 
     @property
@@ -160,7 +164,7 @@ class StepZero:
 
     @property
     def beyond(self) -> list[Compared]:
-        """The completions whose gap rounding does not explain; all, if their tokens differ too much
+        """The completions whose gap rounding does not explain; all of them if their tokens differ too much
         together.
         """
         beyond = [completion for completion in self.compared if completion.gap > completion.allowed]
@@ -168,7 +172,9 @@ class StepZero:
 
     @property
     def noise(self) -> str:
-        """How the tokens of all completions together differ by more than rounding explains; mostly empty."""
+        """The difference over the tokens of all completions that rounding does not explain, in words; usually
+        empty.
+        """
         compared = [completion for completion in self.compared if len(completion.token_gaps)]
         if self.expectation.imported is not None and not (
             self.expectation.is_named and any(map(_has_more_than_16_bits, compared))
@@ -180,7 +186,7 @@ class StepZero:
         return sums.problem(self.expectation.dtype)
 
     def conclude(self) -> str:
-        """One line for the log. Raises `StepZeroError` if the run must stop."""
+        """The result as one line for the log. Raises `StepZeroError` if the run must stop."""
         self.stop_if_wrong()
         expected, beyond = self.expectation, self.beyond
         what = f"step zero: largest gap {self.largest_gap:.2g} nats over {len(self.compared)} completions"
@@ -236,8 +242,8 @@ class StepZero:
 
 
 def _has_more_than_16_bits(completion: Compared) -> bool:
-    """Return whether the cached log-probs were not rounded to a dtype of 16 bits, as by a log-softmax in it:
-    that changes each of them by up to 0.016 nats at -5, however little they differ.
+    """Return whether the cached log-probs were not rounded to a dtype of 16 bits. A log-softmax in such a
+    dtype changes each log-prob by up to 0.016 nats at -5, even if the models are the same.
     """
     values = completion.cached_tokens.astype(np.float32)
     is_bfloat16 = not (values.view(np.uint32) & 0xFFFF).any()
@@ -251,7 +257,7 @@ def find_causes(expected: Expectation, beyond: Sequence[Compared], num_compared:
       elsewhere.
     - truncation: a cached sum is the policy's sum over fewer of the answer's tokens.
     - template: the first tokens of the answers differ more than the others: another text preceded them.
-    - dtype or quantization: all tokens differ a little: coarser numbers.
+    - dtype or quantization: all tokens differ a little: a coarser dtype.
     - weights: all tokens differ by much.
     """
     causes = [f"{_kind_of(line)} ({line})" for line in expected.differing]

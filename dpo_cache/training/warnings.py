@@ -1,4 +1,4 @@
-"""Remarks on metrics that show a run going wrong, each logged once.
+"""Remarks on metrics that indicate a problem of a run, each logged once.
 
 They are based on means over windows of steps: the metrics of one step of a few pairs are noise. Rewards are
 compared, which are log-ratios to the reference, because log-probs depend on the lengths of the answers.
@@ -19,7 +19,7 @@ SIDES = ("rewards/chosen", "rewards/rejected")
 LEAST_PAIRS = 400  # for a remark on the accuracy
 STANDARD_ERRORS = 2.0
 FEW_STEPS = 50
-LEAST_MOVE = 0.02  # of the margin of rewards, and 0.2 nats: the policy prefers the chosen answer to 50.5%
+LEAST_MOVE = 0.02  # least change of the reward margin (0.2 nats): preference of 50.5% for the chosen answer
 SATURATED_LOSS = 1e-3  # a sigmoid loss whose gradient is a thousandth of the one at the start
 
 
@@ -56,14 +56,14 @@ class RunWarnings:
         self._num_steps = 0
 
     def resume(self, steps: Iterable[Metrics]) -> None:
-        """Note the steps of a stopped run without logging; its remarks are not repeated."""
+        """Record the steps of a stopped run without logging, so that its remarks are not repeated."""
         log, self._log = self._log, lambda _: None
         for step in steps:
             self.note(step)
         self._log = log
 
     def note(self, step: Metrics) -> None:
-        """Note the metrics of a step, and log new remarks."""
+        """Record the metrics of a step, and log new remarks."""
         if step.get("grad_norm") == 0 and not self._pairs:
             self._once(
                 "still",

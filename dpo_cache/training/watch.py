@@ -1,9 +1,9 @@
-"""The ranks of a run watch each other: when one fails or disappears, all end, and one of them reports it.
+"""Ranks of a run that watch each other: when one fails or disappears, all end, and one of them reports it.
 
-A rank that fails writes that to the store of the process group before it ends. Every rank looks there twice a
-second, in a thread, and whether the others of its machine are alive; those of other machines count while they
-change a number in the store. The main thread of a rank may wait for one that is gone, inside a library: if it
-does not come back by itself, the thread ends the process.
+A rank that fails writes its failure to the store of the process group before it ends. In a thread, every rank
+checks the store twice a second, and checks that the other ranks of its machine are alive. Ranks of other
+machines count as alive while they change a number in the store. The main thread of a rank may wait inside a
+library for a lost rank: if it does not return by itself, the checking thread ends the process.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from dpo_cache.training.launch import LAUNCHER
 
 LOOK_S = 0.5
 BEAT_S = 5.0
-SILENT_S = 25.0  # a rank of another machine whose number stays the same for so long is lost
-END_S = 10.0  # for the main thread to end by itself
-# How long a rank with an error waits to learn that it follows from another rank's: of a lost connection; or
-# that all ranks have the same one, which is the main rank's to report.
+SILENT_S = 25.0  # seconds without a new number after which a rank of another machine counts as lost
+END_S = 10.0  # seconds for the main thread to end by itself
+# Seconds that a rank with an error waits in case another rank's failure caused it: for a lost connection; and
+# in case all ranks have the same error, which then only the main rank reports.
 FOLLOWS_S, SAME_S = 4.0, 1.0
-NOTED_S = 5.0  # for the other ranks to learn of a failure, before the store may be gone
+NOTED_S = 5.0  # seconds for the other ranks to read of a failure, before the store may be gone
 INTERRUPTED = 130
 
 
@@ -41,7 +41,7 @@ class Failure:
 
     rank: int
     text: str
-    code: int  # with which all processes end
+    code: int  # exit code of all processes
     reporter: int
 
 
@@ -53,8 +53,8 @@ class Watch:
         self.failure: Failure | None = None
         self._store, self._known, self._ended = store, threading.Event(), threading.Event()
         self._launcher = int(os.environ.get(LAUNCHER, 0))
-        self._processes: dict[int, psutil.Process] = {}  # of this machine
-        self._beats: dict[int, tuple[bytes, float]] = {}  # of others, and when they changed
+        self._processes: dict[int, psutil.Process] = {}  # ranks of this machine
+        self._beats: dict[int, tuple[bytes, float]] = {}  # others' numbers, and when they changed
         store.set(f"process/{index}", json.dumps(_this_process()))
         for other in range(size):
             found = _process(json.loads(store.get(f"process/{other}")))  # waits until it is there
@@ -67,7 +67,7 @@ class Watch:
     def report(self, error: BaseException) -> BaseException:
         """The exception with which this rank ends: its own, if this is the first rank to fail.
 
-        Then the others learn of it; else it is an `OtherRankError`, or that of a rank that was lost.
+        Then the others are notified. Otherwise it is an `OtherRankError`, or the error of a lost rank.
         """
         if isinstance(error, KeyboardInterrupt):  # each rank gets the signal
             self._claim(Failure(self.index, "interrupted", INTERRUPTED, self.index))
@@ -81,7 +81,7 @@ class Watch:
         )
         if failure.reporter != self.index:
             return OtherRankError(f"rank {failure.rank} failed: {failure.text}", failure.code)
-        if found is not None:  # by the thread of this rank
+        if found is not None:  # found by the thread of this rank
             error = TrainingError(failure.text)
         elif isinstance(error, DpoCacheError) and self.index:
             error.args = (f"rank {self.index}: {error}",)
@@ -91,7 +91,7 @@ class Watch:
         return error
 
     def end(self) -> None:
-        """Stop watching; this rank may leave."""
+        """Stop watching, so that this rank may leave."""
         with suppress(Exception):  # the store may be gone with its rank
             self._store.set(f"ended/{self.index}", "1")
         self._ended.set()
@@ -102,11 +102,11 @@ class Watch:
         num_errors, next_beat = 0, 0.0
         while not self._ended.wait(LOOK_S):
             try:
-                if self._beats and time.monotonic() >= next_beat:  # whose ranks do not see this process
+                if self._beats and time.monotonic() >= next_beat:  # other machines cannot see this process
                     self._store.set(f"beat/{self.index}", str(time.monotonic()))
                     next_beat = time.monotonic() + BEAT_S
                 self.failure, num_errors = self._look(), 0
-            except Exception:  # the store is in the process of a rank, which is gone, or the network is slow
+            except Exception:  # the rank with the store is gone, or the network is slow
                 num_errors += 1
                 if num_errors == 3:
                     self.failure = Failure(
@@ -152,7 +152,7 @@ class Watch:
         return time.monotonic() - since > SILENT_S
 
     def _claim(self, failure: Failure) -> Failure:
-        """The failure that counts: the first one."""
+        """The first failure in the store, which is the one to report."""
         try:
             found = self._store.compare_set("failure", "", json.dumps(asdict(failure)))
         except Exception:  # the store is gone
@@ -161,7 +161,7 @@ class Watch:
         return self.failure
 
     def _wait_until_noted(self) -> None:
-        """Give the other ranks time to learn of the failure, as the store may end with this process."""
+        """Give the other ranks time to read of the failure, because the store may end with this process."""
         deadline = time.monotonic() + NOTED_S
         with suppress(Exception):
             while time.monotonic() < deadline and self._store.add("noted", 0) < self.size:
@@ -176,7 +176,7 @@ class Watch:
         return min([self.index, *(rank for rank, one in self._processes.items() if _is_alive(one))])
 
     def _end_process(self, failure: Failure) -> None:
-        if failure.reporter == self.index:  # the main thread would have done it
+        if failure.reporter == self.index:  # normally the main thread reports it
             sys.stderr.write(f"error: {printable_lines(failure.text)}\n")
             sys.stderr.flush()
         os._exit(failure.code)
