@@ -80,7 +80,7 @@ def train(
     - `on_checkpoint` the folder of each checkpoint once it is published;
     - `log` gets each remark (default: the logger `dpo_cache`); the report lists them, too;
     - `should_stop` is called after every step. If it returns True, the state is saved, and the run can be
-    resumed.
+      resumed.
 
     In a program that accelerate launch, torchrun or SLURM has started several times, all processes call this
     with the same options and train together; the main one calls the callbacks, and all return its report.
