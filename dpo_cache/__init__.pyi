@@ -344,9 +344,9 @@ def precompute(
     checkpoint; otherwise it is a reference of its own, and a remark reports it. It is scored in eval mode,
     and has its former mode afterwards.
 
-    With `num_workers`, other processes score, each on a device of its own; with `ray`, on a Ray cluster. Two
-    runs over the same data at the same time share the work: each draws its units in random order, and leaves
-    out what others have published.
+    With `num_workers`, other processes score, each on its own device; with `ray`, actors on a Ray cluster do.
+    Two runs over the same data at the same time share the work: each draws its units in random order, and
+    leaves out what others have published.
 
     With `dry_run` the data is surveyed and nothing else happens: no model is loaded, nothing is written.
 
@@ -555,19 +555,20 @@ def train(
 
     `model` may be a model that is loaded already. It is trained in place: afterwards it has the weights of
     the last step, in the dtype and on the device of the run, and a new adapter (`lora_r`) stays in it. It
-    counts as the reference only where its weights are those of its checkpoint and of the reference; then step
+    counts as the reference only if its weights are those of its checkpoint and of the reference; then step
     zero is checked. `tokenizer` is saved with it; default: the one that made the pairs. Callbacks:
 
     - `on_metrics` gets each line of metrics.jsonl once it is written, with `total_steps` and `left_s`
       (seconds, or None) added;
     - `on_checkpoint` the folder of each checkpoint once it is published;
     - `log` gets each remark (default: the logger `dpo_cache`); the report lists them, too;
-    - `should_stop` is called after every step. Where it returns True the state is saved, to be resumed.
+    - `should_stop` is called after every step. If it returns True, the state is saved, and the run can be
+    resumed.
 
     In a program that accelerate launch, torchrun or SLURM has started several times, all processes call this
     with the same options and train together; the main one calls the callbacks, and all return its report.
 
-    An exception in a callback ends the run; what was saved stays. Raises `DpoCacheError`. The model is saved
+    An exception in a callback ends the run; saved files stay. Raises `DpoCacheError`. The model is saved
     in `output/model`, the metrics in `output/metrics.jsonl`. With `dry_run` nothing is written.
     """
 

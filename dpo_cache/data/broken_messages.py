@@ -76,9 +76,9 @@ def _kind(text: str) -> str | None:
     if is_printed(text):
         has_commas = _WITHOUT_COMMA.search(text) is None
         return f"as {'Python' if has_commas else 'numpy'} prints them" + (
-            ", with values that are no literals" if has_commas else ", without commas"
+            ", with values that are not literals" if has_commas else ", without commas"
         )
-    return "but is no JSON"
+    return "but is not JSON"
 
 
 def _closing(text: str) -> int | None:

@@ -36,7 +36,7 @@ class Verdict(NamedTuple):
 def parse_compared(row: Row) -> Parsed:
     found = find_pair(row)
     if found is None:
-        raise BadRow("it has no two answers, such as response_a and response_b")
+        raise BadRow("it does not have two answers, such as response_a and response_b")
     place = _better(row, found, find_verdict(row, found))
     pairs: Pairs = () if place is None else ((place, 1 - place),)
     if len({*found.columns}) == 1:  # a list of two

@@ -55,8 +55,8 @@ def _records(lines: _Lines, delimiter: str) -> Iterator[Record]:
         except csv.Error as error:
             problem = OPEN if lines.have_ended else AFTER_QUOTE if "expected after" in str(error) else None
             if names is None:
-                raise BrokenFileError(f"no CSV ({problem or error})", line) from error
-            yield Record(line, None, problem=problem or f"it is no CSV ({error})")
+                raise BrokenFileError(f"not CSV ({problem or error})", line) from error
+            yield Record(line, None, problem=problem or f"it is not CSV ({error})")
             continue
         if cells is None:
             return

@@ -78,7 +78,7 @@ def _empty_prompt(row: dict[str, Any]) -> str:
     text = next((name for name in names if isinstance(row.get(name), str) and row[name].strip()), None)
     if row.get("prompt") is not None or text is None:
         return "`prompt` is empty"
-    return f"`{text}` is text that is no JSON of messages, and the answers share no start as their prompt"
+    return f"`{text}` is text, not messages as JSON, and the answers have no common start as their prompt"
 
 
 def _has_assistant(messages: list[Message]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 BLOCK_BYTES = 1 << 20
 NEAR_END = 16  # letters: an error so near to the end of what is read may be that of a value that is cut there
-CUT = "it is no whole JSON object (cut before its end)"
+CUT = "it is an incomplete JSON object (cut before its end)"
 SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -78,16 +78,16 @@ def checked_record(text: str, number: int | None) -> Record:
     try:
         row = CHECKER.decode(text)
         if ("\\ud" in text or "\\uD" in text) and not _is_unicode(row):
-            return Record(number, None, problem="it holds half of a surrogate pair, which is no letter")
+            return Record(number, None, problem="it holds half of a surrogate pair, which is not a character")
     except json.JSONDecodeError as error:
         if error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()):
             return Record(number, None, problem=CUT)
         reason = error.msg[:1].lower() + error.msg[1:].removesuffix(" starting at")
-        return Record(number, None, problem=f"it is no JSON ({reason})")
+        return Record(number, None, problem=f"it is not JSON ({reason})")
     except _TwiceError as error:
         return Record(number, None, problem=str(error))
     except (ValueError, RecursionError) as error:
-        return Record(number, None, problem=f"it is no JSON that is read ({error})")
+        return Record(number, None, problem=f"it is JSON that cannot be read ({error})")
     if not isinstance(row, dict):
         return Record(number, None, problem=f"it is {KINDS[type(row)]}, expected an object")
     return Record(number, text, tuple(row))
@@ -148,7 +148,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in found if names.count(name) > 1)
-        raise _TwiceError(f"the name {twice!r} is there twice in one object")
+        raise _TwiceError(f"the name {twice!r} occurs twice in one object")
     return found
 
 
@@ -298,9 +298,9 @@ class _Values:
                 if _may_be_cut(error, len(self._text)) and self._read():
                     continue
                 line = self.line + self._text.count("\n", self._place, error.pos)
-                raise BrokenFileError(f"no JSON ({error.msg[:1].lower()}{error.msg[1:]})", line) from error
+                raise BrokenFileError(f"not JSON ({error.msg[:1].lower()}{error.msg[1:]})", line) from error
             except (ValueError, RecursionError) as error:
-                raise BrokenFileError(f"no JSON that is read ({error})", self.line) from error
+                raise BrokenFileError(f"JSON that cannot be read ({error})", self.line) from error
             if end < len(self._text) or isinstance(found, (dict, list, str)) or not self._read():
                 break
         text, line = self._text[self._place : end], self.line

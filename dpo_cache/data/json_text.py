@@ -34,7 +34,7 @@ def parse_unique(text: str, name: str) -> Any:
     """The same for a part of the column `name`. Raises `BadRow` if an object has a name twice."""
     value = parse_json(text)
     if value is not NOT_JSON and (twice := _name_twice(text)) is not None:
-        raise BadRow(f"`{name}` has JSON text in which the name {twice!r} is there twice in one object")
+        raise BadRow(f"`{name}` has JSON text in which the name {twice!r} occurs twice in one object")
     return value
 
 

@@ -40,7 +40,7 @@ BEGINS_EARLIER = "messages that its answers have before the prompt are part of i
 IS_RENDERED = "its prompt is the text of messages that its answers repeat, and the messages are used"
 REPEATED = "its answers repeat the text of the prompt, which is used once"
 REPEATED_SHORT = "its answers begin with the text of the prompt, which stays in them because it is short"
-HELD_ANSWER = "its prompt ends with one of its answers, which is no part of the prompt"
+HELD_ANSWER = "its prompt ends with one of its answers, which is not part of the prompt"
 ENDS_ANSWERED = "its prompt ends with a message from the assistant, and its answers are the next ones"
 INSIDE = "its answers hold the text of the prompt, so the model reads it twice"
 

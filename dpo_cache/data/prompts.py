@@ -59,7 +59,8 @@ def read_sharegpt_prompt(row: Row) -> list[Message]:
         if not _is_chosen(prompt[-1], row):
             last = sender(turns[-1])
             raise BadRow(
-                f"`conversations` ends with a turn from {last!r}, expected what the answers reply to"
+                f"`conversations` ends with a turn from {last!r}, expected the message that the answers "
+                "reply to"
             )
         prompt = prompt[:-1]
     return with_system(row, prompt)
@@ -74,7 +75,10 @@ def _read_dialogue(row: Row, column: str) -> list[Message]:
     prompt = read_messages(row, column)
     if prompt and prompt[-1]["role"] == "assistant":
         if not _is_chosen(prompt[-1], row):
-            raise BadRow(f"`{column}` ends with a message from assistant, expected what the answers reply to")
+            raise BadRow(
+                f"`{column}` ends with a message from assistant, expected the message that the answers "
+                "reply to"
+            )
         prompt = prompt[:-1]
     return with_system(row, prompt)
 

@@ -175,7 +175,8 @@ def _as_rows(rows: Any, place: str) -> Rows:
             return rows_in_memory(rows)
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise DataError(
-            f"{place}: the rows make no table ({first_line(error)}).\nGive each column values of one type."
+            f"{place}: the rows do not form a table ({first_line(error)}).\n"
+            "Give each column values of one type."
         ) from error
     raise DataError(
         f"{place}: a value of type {type(rows).__name__} is not read.\nGive a datasets.Dataset, DatasetDict "

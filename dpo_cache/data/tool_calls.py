@@ -20,7 +20,7 @@ CALL_TYPES = ("tool_call", "tool_use")  # types of calls without `function`; tem
 CALL_FIELDS = ("id", "call_id", "tool_call_id", "type", "index", "name", "description", "strict")
 TOOL_WRAPPERS = ("tools", "functions", "function_declarations")
 
-ARGUMENTS_AS_TEXT = "the arguments of a tool call are no JSON and are written as text"
+ARGUMENTS_AS_TEXT = "the arguments of a tool call are not JSON and are written as text"
 
 
 def read_calls(value: Any, name: str) -> list[Call]:
@@ -42,8 +42,8 @@ def read_call_turn(text: str, name: str) -> list[Call]:
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, dict) and _has_parts(call) for call in calls):
         raise BadRow(
-            f"`{name}` has a turn from 'function_call' that is no JSON object with `name` and "
-            "`arguments`, nor a list of these"
+            f"`{name}` has a turn from 'function_call' that is neither a JSON object with `name` "
+            "and `arguments` nor a list of these"
         )
     return [_call(call, name) for call in calls]
 
@@ -84,7 +84,7 @@ def _call(value: Any, name: str) -> Call:
     if isinstance(value, str):
         value = parse_unique(value, name)
     if not isinstance(value, dict):
-        raise BadRow(f"`{name}` has a tool call that is no object with `name` and `arguments`")
+        raise BadRow(f"`{name}` has a tool call that is not an object with `name` and `arguments`")
     function = value.get("function")
     if isinstance(function, str):
         function = parse_unique(function, name)
@@ -192,7 +192,7 @@ def _tool(value: Any) -> Any:
     if isinstance(value, str):
         value = parse_unique(value, "tools")
     if not isinstance(value, dict):
-        raise BadRow("`tools` has an entry that is no object")
+        raise BadRow("`tools` has an entry that is not an object")
     function = value.get("function")
     if isinstance(function, str):
         function = parse_unique(function, "tools")
@@ -200,7 +200,7 @@ def _tool(value: Any) -> Any:
         _check_named(function)
         return {**value, "function": _with_schema(function)}
     if not is_null(function):
-        raise BadRow("`tools` has an entry whose `function` is no object")
+        raise BadRow("`tools` has an entry whose `function` is not an object")
     if value.get("type") in (None, "function"):  # others name a tool that the template knows
         _check_named(value)
     return _with_schema(value)
@@ -218,5 +218,5 @@ def _with_schema(function: dict[str, Any]) -> dict[str, Any]:
         return function
     parsed = parse_unique(parameters, "tools") if parameters.strip() else {}
     if not isinstance(parsed, dict):
-        raise BadRow("`tools` has an entry whose `parameters` are no JSON object")
+        raise BadRow("`tools` has an entry whose `parameters` are not a JSON object")
     return {**function, "parameters": parsed}

@@ -122,9 +122,7 @@ def _find_text(
 def _note_losses(options: ExportOptions, pair_set: PairSet, report: ExportReport) -> None:
     if pair_set.has_token_logps and not options.token_logps:
         report.left_out.append("the log-prob of each token (`token_logps` adds it)")
-    report.left_out.append(
-        "which reference, tokenizer and truncation made the values (they stay in the cache)"
-    )
+    report.left_out.append("the reference, tokenizer and truncation of the values (they stay in the cache)")
     if report.format == "jsonl":
         report.left_out.append("the types of the columns (JSON has only numbers; no value is changed)")
 

@@ -88,8 +88,8 @@ def _find_format(rows: data.Rows, wanted: str, place: str) -> str:
     data_format = data.detect_format(columns, data.deciding_row(rows, place), place)
     if data_format in data.RANKED:
         raise DataError(
-            f"{place}: ranked answers cannot be imported, {' and '.join(SUMS)} name two answers.\n"
-            "Write one row a pair."
+            f"{place}: ranked answers cannot be imported, because {' and '.join(SUMS)} are values of two "
+            "answers.\nWrite one row a pair."
         )
     return data_format
 

@@ -105,8 +105,8 @@ class ImportedRows:
         several = [one.row for one, other in pairwise(outcomes) if one.row == other.row]
         if several:
             raise DataError(
-                f"{self.place}: row {several[0]} has more than two answers, which cannot be imported: "
-                f"{' and '.join(SUMS)} name two answers.\nWrite one row a pair."
+                f"{self.place}: row {several[0]} has more than two answers, which cannot be imported, "
+                f"because {' and '.join(SUMS)} are values of two answers.\nWrite one row a pair."
             )
 
 
@@ -259,7 +259,7 @@ def _token_score(completion: Completion, values: dict[str, Any], sum_name: str, 
     if not isinstance(tokens, list):
         return f"`{name}` is {describe(tokens)}, expected a list of numbers"
     if len(tokens) != completion.num_tokens:
-        return f"`{name}` has another number of values than the answer has tokens"
+        return f"`{name}` does not have one value for each token of the answer"
     if problem := next(filter(None, (_problem_of(value, name) for value in tokens)), None):
         return problem
     score = Score(np.array(tokens, np.float32))
@@ -287,4 +287,4 @@ def _problem_of(value: Any, name: str, num_tokens: int = 1) -> str | None:
         return f"`{name}` is NaN or infinite"
     if value < LOWEST_LOGP * num_tokens:
         return f"`{name}` is below {LOWEST_LOGP:,.0f} nats a token, which no model gives"
-    return f"`{name}` is above 0, which no log-prob is" if value > ROUNDING else None
+    return f"`{name}` is above 0, but log-probs are at most 0" if value > ROUNDING else None

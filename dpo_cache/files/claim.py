@@ -90,8 +90,9 @@ class Claim:
         """Raise if another process had claimed the folder at the last beat."""
         if self._is_lost:
             raise self._kind(
-                f"{self._path.parent}: another process works here now, as this one was silent for too long; "
-                "this one stops.\nLet that one end, then continue with `resume`."
+                f"{self._path.parent}: another process works here now, because this one was suspended "
+                "for too long; this one stops.\nWait until the other one has ended, then continue with "
+                "`resume`."
             )
 
     def renew(self) -> None:
@@ -216,7 +217,10 @@ def _is_alive(path: Path, folder: Path, log: Callable[[str], None], *, has_lock:
     if not found or (has_lock and found.get("kernel") == running_kernel()):
         return False
     limit_s = SILENT_S if "kernel" in found else LOOK_S
-    log(f"{folder}: claimed by {_shown(found)}; waiting up to {limit_s:.0f} s to see whether that is alive.")
+    log(
+        f"{folder}: claimed by {_shown(found)}; waiting up to {limit_s:.0f} s to see whether its process "
+        "is alive."
+    )
     for _ in range(round(limit_s / LOOK_S)):
         _wait(LOOK_S)
         now = _read(path)
@@ -229,7 +233,7 @@ def _refusal(path: Path, folder: Path, kind: type[DpoCacheError], holder: str) -
     found = _read(path)
     name = f" ({_shown(found)})" if found else ""
     return kind(
-        f"{folder}: {holder}{name}.\nWait until that has ended or stop it, or choose another `output`."
+        f"{folder}: {holder}{name}.\nWait until it has ended, or stop it, or choose another `output`."
     )
 
 

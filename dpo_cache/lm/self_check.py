@@ -195,7 +195,7 @@ def _why_one_row(model: PreTrainedModel, check: _Check, expected: Sequence[torch
     if unreached := check.rows.unreached:
         names = ", ".join(map(str, unreached))
         return (
-            f"rows of the data pass {names}, and a check of rows that long would cost more than it may, or "
+            f"rows of the data are longer than {names}, and a check of such rows would take too long, or "
             "not fit into memory"
         )
     if depends_on_length(model, check.rows.short, expected[: len(check.rows.short)]):
@@ -281,7 +281,7 @@ def _choose_rows(
     single = [[index] for index in range(len(rows))]
     for failed in rows_problems(model, rows, expected, single, check.layer_major):
         if failed:
-            reason = f"its forward is more than a decoder and a head: as these two, {failed}"
+            reason = f"its forward is more than a decoder and a head: run as these two, {failed}"
             return AttentionChoice(
                 "rows",
                 f"{reason}; so its forward is run as a whole, one row at a time",

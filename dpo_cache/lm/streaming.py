@@ -109,8 +109,8 @@ def choose_streaming(
         if option == "auto":
             return None
         raise OptionError(
-            f"`stream_weights` on: quantized weights are kept in host memory; {device.type} has no other.\n"
-            "Leave `stream_weights` out, or give a model that is not quantized."
+            f"`stream_weights` on: quantized weights are kept in host memory; {device.type} has no "
+            "memory apart from it.\nLeave `stream_weights` out, or give a model that is not quantized."
         )
     files, tensors = _stored(location, revision, config)
     vocab_size = config.get_text_config().vocab_size

@@ -134,7 +134,7 @@ class ImportOptions(Options):
         "Longest prompt + answer when they were made. Default: 1024 for text; token ids are not cut.",
         limit=(lambda value: value >= 2, "at least 2"),
     )
-    truncation: str = option("keep-start", "What happened to longer rows.", choices=TRUNCATIONS)
+    truncation: str = option("keep-start", "How longer rows were cut.", choices=TRUNCATIONS)
     max_prompt_length: int | None = option(
         None, "Tokens a prompt kept under prompt-left. Default: half of --max-length."
     )

@@ -56,7 +56,7 @@ class LossOptions(LossSettings, _LossNames):
             idle = [name for name in names if name not in serving]
             raise OptionError(
                 f"{_given(entry, value)} has no meaning under `loss` {', '.join(idle)}.\n"
-                f"Leave it out; it serves {', '.join(serving)}."
+                f"Leave it out; it is used by {', '.join(serving)}."
             )
         limits = [entry.metadata["limit"], *(LOSSES[name].limits.get(entry.name) for name in names)]
         for limit in limits:

@@ -115,7 +115,7 @@ class PrecomputeOptions(Options):
         "Longest prompt + answer, in tokens.",
         limit=(lambda value: value >= 2, "at least 2: a token of the prompt and one of the answer"),
     )
-    truncation: str = option("keep-start", "What happens to longer rows.", choices=TRUNCATIONS)
+    truncation: str = option("keep-start", "How to cut longer rows, or drop them.", choices=TRUNCATIONS)
     max_prompt_length: int | None = option(
         None, "Tokens a prompt keeps under prompt-left. Default: half of --max-length."
     )
@@ -133,13 +133,14 @@ class PrecomputeOptions(Options):
     )
     show: int = option(
         0,
-        "Print so many rows of each split before they are scored: decoded, with the end of the prompt, and "
-        "what is cut off or dropped.",
+        "Print N rows of each split before they are scored: decoded, with the end of the prompt, and with "
+        "the parts that are cut off. Dropped rows are shown, too.",
         limit=(lambda value: value >= 0, "0 or more rows"),
     )
     early_answers: str = option(
         "stop",
-        "What happens if tokens of the prompt merge with the answer in most rows: a sign of a wrong format.",
+        "Stop if tokens of the prompt merge with the answer in most rows (a sign of a wrong format), or keep "
+        "these rows.",
         choices=EARLY_ANSWERS,
     )
     attention: str = option(
@@ -156,8 +157,7 @@ class PrecomputeOptions(Options):
     audit: str = option(
         "auto",
         "Completions that are scored a second time, by the model's own forward on one row, before scores are "
-        "kept: auto (the longest, 1 in 500 but at least 8, and a few with rare tokens), 1 in how many, or "
-        "off.",
+        "kept: auto (the longest, 1 in 500 but at least 8, and a few with rare tokens), N (1 in N), or off.",
     )
     num_workers: int | None = option(
         None,
@@ -172,7 +172,7 @@ class PrecomputeOptions(Options):
     )
     max_workers: int | None = option(
         None,
-        "With --ray: workers at most.",
+        "With --ray: the largest number of workers.",
         limit=(lambda value: value > 0, "a positive number of workers"),
     )
     ray: str | None = option(

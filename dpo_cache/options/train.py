@@ -81,7 +81,7 @@ class TrainOptions(LossOptions):
     trl_config: str | None = option(
         None,
         "DPOConfig of TRL, as YAML or JSON, to start from its values. Options on the command line override "
-        "it; what has no counterpart is reported.",
+        "it; fields without a counterpart are reported.",
         metavar="FILE",
     )
     lora_r: int | None = option(
@@ -114,7 +114,7 @@ class TrainOptions(LossOptions):
         limit=AT_LEAST_0,
     )
     epochs: float = option(1.0, "Passes over the pairs.", limit=ABOVE_0)
-    max_steps: int | None = option(None, "Stop after N steps, whatever --epochs says.", limit=ABOVE_0)
+    max_steps: int | None = option(None, "Stop after N steps, regardless of --epochs.", limit=ABOVE_0)
     batch_size: int = option(32, "Pairs a step.", limit=ABOVE_0)
     shuffle: bool = option(True, "Shuffle the pairs each epoch.", flag="--shuffle/--no-shuffle")
     lr: float | None = option(
@@ -140,8 +140,8 @@ class TrainOptions(LossOptions):
     )
     memory: str = option(
         "auto",
-        "How little device memory a step takes: fast (everything on the device), small (layer by layer, with "
-        "gradients, optimizer state and layer inputs on the host) or least (weights there, too; no "
+        "Preset for the device memory of a step: fast (everything on the device), small (layer by layer, "
+        "with gradients, optimizer state and layer inputs on the host) or least (weights there, too; no "
         "clipping). auto: the first that fits.",
         choices=MEMORY,
     )
@@ -164,7 +164,7 @@ class TrainOptions(LossOptions):
     )
     gradient_checkpointing: str = option(
         "auto",
-        "Activations computed again in the backward pass: none, what costs next to nothing (cheap), all "
+        "Activations computed again in the backward pass: none, those that cost next to nothing (cheap), all "
         "but matrix products (selective), or full.",
         choices=RECOMPUTATIONS,
     )
@@ -232,8 +232,8 @@ class TrainOptions(LossOptions):
     )
     step_zero: str = option(
         "auto",
-        "Whether the run stops if the policy does not repeat the cached log-probs. auto: if it starts as the "
-        "reference.",
+        "Check before the first update that the policy repeats the cached log-probs: strict stops the run if "
+        "it does not, warn continues. auto: strict if the policy starts as the reference.",
         choices=STEP_ZERO,
     )
     log_to: tuple[str, ...] = option(

@@ -60,7 +60,7 @@ def options_of_trl(
     lacking = [field for field in LEARNED if not ({field, DPO_CONFIG[field].equal} & {*found, *given})]
     if lacking:
         values = ", ".join(f"{field} {DPO_CONFIG[field].default:g}" for field in lacking)
-        log(f"{name}: TRL's defaults for what it lacks: {values}.")
+        log(f"{name}: TRL's defaults for the fields that it lacks: {values}.")
     if translated.left_out:
         log("\n  ".join([f"{name}: without a counterpart here, and left out:", *translated.left_out]))
     return options
@@ -222,7 +222,7 @@ class _Translation:
         if "sigmoid" in names and options.get("label_smoothing"):
             if smoothed:
                 raise OptionError(
-                    f"{self.name}: `label_smoothing` smooths {smoothed[0]} in TRL, and sigmoid not; here it "
+                    f"{self.name}: `label_smoothing` smooths {smoothed[0]} in TRL, but not sigmoid; here it "
                     "smooths both.\nLeave `label_smoothing` or one of the losses out."
                 )
             del options["label_smoothing"]

@@ -59,7 +59,7 @@ LOSS_FIELDS = {
     "discopop_tau": equal("discopop_tau", 0.05, "under `discopop`"),
     "router_aux_loss_coef": equal("router_aux_loss_coef", None),
     "precompute_ref_log_probs": without(False, "always: `precompute` does it once, for all runs"),
-    "precompute_ref_batch_size": without(None, "`precompute --budget-tokens` is found by itself"),
+    "precompute_ref_batch_size": without(None, "`precompute --budget-tokens` is chosen automatically"),
     "sync_ref_model": without(False, "refused: a cache belongs to a reference that does not change"),
     "ref_model_mixup_alpha": without(0.6, "only with `sync_ref_model`"),
     "ref_model_sync_steps": without(512, "only with `sync_ref_model`"),
@@ -110,7 +110,7 @@ OPTIMIZER_FIELDS = {
     "optim_target_modules": without(None, "no optimizer for some layers only"),
     "data_seed": without(None, "`--seed` is for both"),
     "average_tokens_across_devices": without(True, "the loss is a mean over pairs"),
-    "label_smoothing_factor": without(0.0, "of cross-entropy, which DPO has not"),
+    "label_smoothing_factor": without(0.0, "smooths cross-entropy, which DPO does not use"),
     "neftune_noise_alpha": without(None, "no noise: the reference was scored without it"),
     "auto_find_batch_size": without(False, "always: after out-of-memory a step is repeated in smaller parts"),
 }

@@ -144,7 +144,7 @@ class RmOptions(Options):
 
     cache: str = cache_argument("Cache: a folder or an fsspec URL.")
     kind: str = option(
-        None, "What to remove.", positional="KIND", choices=("reference", "pairs"), required=True
+        None, "Kind of entry to remove.", positional="KIND", choices=("reference", "pairs"), required=True
     )
     name: str = option(
         None,
@@ -183,7 +183,7 @@ class CopyOptions(Options):
 
     def check(self) -> None:
         remote, local = (getattr(self, name) for name in ("remote", "local"))
-        order = "Mind the order: `dpo-cache pull REMOTE LOCAL`, `dpo-cache push LOCAL REMOTE`."
+        order = "The order is `dpo-cache pull REMOTE LOCAL`, `dpo-cache push LOCAL REMOTE`."
         is_folder = "://" not in local.removeprefix("file://")
         self._require(is_folder, f"LOCAL {local}: expected a folder.\n{order}")
         self._require(

@@ -272,7 +272,9 @@ class ScoreIndex:
 
     def _read_keys(self, name: str) -> _Keys:
         if not is_part_name(name):
-            raise CorruptShardError(f"{self._folder}/{self._place}/{name}: its name is no sha256. {REMEDY}")
+            raise CorruptShardError(
+                f"{self._folder}/{self._place}/{name}: its name is not a sha256. {REMEDY}"
+            )
         with open_unverified(self._folder, f"{self._place}/{name}", SHARD_SCHEMA) as reader:
             if len(reader.footer.group_rows) > 1 and group_bounds(reader.footer) is not None:
                 return reader.footer

@@ -39,7 +39,7 @@ def default_start(reference: Document, *, checks_place: bool = True) -> tuple[st
     if not _is_name(location) or not (revision is None or _is_name(revision)):
         raise ModelError(
             f"the reference's entry in the cache names {printable(repr(location)):.80} at revision "
-            f"{printable(repr(revision)):.80}, which is no path or Hub id.\n{ADVICE}"
+            f"{printable(repr(revision)):.80}, which is not a path or Hub id.\n{ADVICE}"
         )
     if checks_place:
         _check_place(location, revision, is_own_entry=is_own(reference))

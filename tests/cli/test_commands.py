@@ -206,7 +206,7 @@ def test_a_run_folder_in_use_is_refused(
         (
             ["train", "--loss", "ipo", "--label-smoothing", "0.1"],
             "error: --label-smoothing 0.1 has no meaning under --loss ipo.\n"
-            "Leave it out; it serves sigmoid, exo_pair, robust, aot, aot_unpaired, simpo, cpo.\n",
+            "Leave it out; it is used by sigmoid, exo_pair, robust, aot, aot_unpaired, simpo, cpo.\n",
         ),
         (
             ["train", "--loss", "best"],

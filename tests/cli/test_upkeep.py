@@ -281,7 +281,7 @@ def test_merge_names_values_that_disagree(run, tmp_path: Path) -> None:
     refused = run("merge", tmp_path / "b", tmp_path / "a")
     assert refused.code == 1 and refused.err.splitlines()[2] == (
         "Keep the destination's values with --prefer dest, or the last source's with --prefer src; "
-        "`dpo-cache verify CACHE --rescore N --model MODEL` shows whose are right."
+        "`dpo-cache verify CACHE --rescore N --model MODEL` shows which are right."
     )
     merged = run("merge", tmp_path / "b", tmp_path / "a", "--prefer", "src")
     reference = Cache(tmp_path / "a").references()[0][:12]

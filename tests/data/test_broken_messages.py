@@ -13,7 +13,7 @@ from tests.data.conftest import assistant, user
 ASK, YES = user("Well?"), assistant("It's {so}.")
 NUMPY, LITERALS = (
     "as numpy prints them, without commas",
-    "as Python prints them, with values that are no literals",
+    "as Python prints them, with values that are not literals",
 )
 
 
@@ -38,7 +38,7 @@ def printed(*messages: Any) -> str:
         (json.dumps({"messages": [ASK, YES]})[:-3], "that are cut off"),
         (json.dumps(json.dumps([ASK, YES]))[:-8], "that are cut off"),
         (str([ASK, YES])[:-5], "that are cut off"),
-        ('[{"role": "user", "content": "a", "id": undefined}]', "but is no JSON"),
+        ('[{"role": "user", "content": "a", "id": undefined}]', "but is not JSON"),
         (json.dumps([ASK]) + json.dumps([YES]), "in several pieces of JSON"),
         (json.dumps(ASK) + "\n" + json.dumps(YES), "in several pieces of JSON"),
         (json.dumps([ASK, YES]), None),

@@ -456,7 +456,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
             "chosen": {"from": "function_call", "value": "look()"},
             "rejected": {},
         },
-        "`chosen` has a turn from 'function_call' that is no JSON object with `name` and `arguments`, nor "
+        "`chosen` has a turn from 'function_call' that is neither a JSON object with `name` and `arguments` nor "
         "a list of these",
     ),
     "a call without arguments": (
@@ -466,8 +466,8 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
             "chosen": {},
             "rejected": {},
         },
-        "`conversations` has a turn from 'function_call' that is no JSON object with `name` and "
-        "`arguments`, nor a list of these",
+        "`conversations` has a turn from 'function_call' that is neither a JSON object with `name` and "
+        "`arguments` nor a list of these",
     ),
     "a call of no name": (
         "sharegpt",
@@ -476,8 +476,8 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
             "chosen": {},
             "rejected": {},
         },
-        "`conversations` has a turn from 'function_call' that is no JSON object with `name` and "
-        "`arguments`, nor a list of these",
+        "`conversations` has a turn from 'function_call' that is neither a JSON object with `name` and "
+        "`arguments` nor a list of these",
     ),
     "arguments that are no object": (
         "sharegpt",
@@ -504,7 +504,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
             "chosen": {"from": "gpt", "value": "b"},
             "rejected": {"from": "gpt", "value": "c"},
         },
-        "`conversations` ends with a turn from 'gpt', expected what the answers reply to",
+        "`conversations` ends with a turn from 'gpt', expected the message that the answers reply to",
     ),
     "an empty response": (
         "ranked",

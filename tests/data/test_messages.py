@@ -446,7 +446,7 @@ def test_messages_as_a_question_come_after_the_history() -> None:
 def test_messages_that_are_text_are_named() -> None:
     row = {"messages": "<|im_start|>user\nWell?", "chosen": "Yes.", "rejected": "No."}
     assert parse_row(row, "implicit") == RowProblem(
-        "`messages` is text that is no JSON of messages, and the answers share no start as their prompt"
+        "`messages` is text, not messages as JSON, and the answers have no common start as their prompt"
     )
 
 

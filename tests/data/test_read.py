@@ -197,8 +197,8 @@ HINT = "One JSON object a line, or a list of objects, is expected in JSON."
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ('{"prompt": "a", "chosen": \n', ", line 2: not readable (no JSON (expecting value))"),
-        ('[{"prompt": "a"', ", line 1: not readable (no JSON (expecting ',' delimiter))"),
+        ('{"prompt": "a", "chosen": \n', ", line 2: not readable (not JSON (expecting value))"),
+        ('[{"prompt": "a"', ", line 1: not readable (not JSON (expecting ',' delimiter))"),
         ('[\n{"prompt": "a"},\n', ", line 3: not readable (the file ends in the middle of its rows)"),
         ('[{"prompt": "a"}\n{"prompt": "b"}]', ", line 2: not readable (the list of rows is broken: a comma"),
         (
@@ -206,7 +206,7 @@ HINT = "One JSON object a line, or a list of objects, is expected in JSON."
             ", line 4: not readable (there is text after the end of the list of rows)",
         ),
         ('[{"prompt": "a"}]\nx', ": split train: not readable (line 1: it is a list, expected an object)"),
-        ("prompt: a", ": split train: not readable (line 1: it is no JSON (expecting value))"),
+        ("prompt: a", ": split train: not readable (line 1: it is not JSON (expecting value))"),
     ],
     ids=["object", "list", "cut list", "comma", "rest", "two lines", "yaml"],
 )

@@ -171,7 +171,7 @@ def test_other_columns_are_not_read(column: str) -> None:
 PRINTED = str(np.array([*ASK, *YES], dtype=object))
 NUMPY, LITERALS = (
     "as numpy prints them, without commas",
-    "as Python prints them, with values that are no literals",
+    "as Python prints them, with values that are not literals",
 )
 CUT = "that are cut off"
 

@@ -131,22 +131,22 @@ WRONG = {
         b'{"prompt": "a", "chosen": {"a": 1}, "rejected": "c"}',
         "`chosen` is an object, expected text",
     ),
-    "cut": (b'{"prompt": "a", "chosen": "b', "it is no whole JSON object (cut before its end)"),
-    "cut between values": (b'{"prompt": "a", ', "it is no whole JSON object (cut before its end)"),
-    "cut before the brace": (b'{"prompt": "a"', "it is no whole JSON object (cut before its end)"),
+    "cut": (b'{"prompt": "a", "chosen": "b', "it is an incomplete JSON object (cut before its end)"),
+    "cut between values": (b'{"prompt": "a", ', "it is an incomplete JSON object (cut before its end)"),
+    "cut before the brace": (b'{"prompt": "a"', "it is an incomplete JSON object (cut before its end)"),
     "cut within a letter": (
         '{"prompt": "a", "chosen": "\u00e9'.encode()[:-1],
-        "it is no whole JSON object (cut before its end)",
+        "it is an incomplete JSON object (cut before its end)",
     ),
-    "no comma": (b'{"prompt": "a" "chosen": "b"}', "it is no JSON (expecting ',' delimiter)"),
-    "no JSON": (b"hello", "it is no JSON (expecting value)"),
-    "two": (b'{"prompt": "a"} {"prompt": "b"}', "it is no JSON (extra data)"),
+    "no comma": (b'{"prompt": "a" "chosen": "b"}', "it is not JSON (expecting ',' delimiter)"),
+    "no JSON": (b"hello", "it is not JSON (expecting value)"),
+    "two": (b'{"prompt": "a"} {"prompt": "b"}', "it is not JSON (extra data)"),
     "list": (b'["a", "b", "c"]', "it is a list, expected an object"),
     "text": (b'"abc"', "it is text, expected an object"),
-    "twice": (b'{"prompt": "a", "chosen": "b", "chosen": "x"}', "the name 'chosen' is there twice"),
+    "twice": (b'{"prompt": "a", "chosen": "b", "chosen": "x"}', "the name 'chosen' occurs twice"),
     "latin-1": ('{"prompt": "é"}'.encode("latin-1"), "it is not UTF-8 text"),
     "surrogate": (b'{"prompt": "\\ud800", "chosen": "b"}', "it holds half of a surrogate pair"),
-    "NUL": (b"\0\0\0", "it is no JSON (expecting value)"),
+    "NUL": (b"\0\0\0", "it is not JSON (expecting value)"),
 }
 
 
@@ -211,8 +211,8 @@ def test_rows_that_cannot_be_used_are_dropped_and_named(tmp_path: Path, streamin
     rows = [row for window in windows for row in window]
     assert [row["row"] for row in rows if row["problem"] is None] == [1, 3]
     assert remarks == [
-        "p: left out are it is no JSON (expecting value): 1 row, line 1; `chosen` is a number, expected text: "
-        "1 row, line 3; it is no whole JSON object (cut before its end): 1 row, line 5."
+        "p: left out are it is not JSON (expecting value): 1 row, line 1; `chosen` is a number, expected text: "
+        "1 row, line 3; it is an incomplete JSON object (cut before its end): 1 row, line 5."
     ]
 
 

@@ -64,8 +64,8 @@ def test_arguments_that_are_no_json_stay_text() -> None:
 
 
 PROBLEMS: dict[str, tuple[Any, str]] = {
-    "text": ("look()", "`chosen` has a tool call that is no object with `name` and `arguments`"),
-    "a number": ([3], "`chosen` has a tool call that is no object with `name` and `arguments`"),
+    "text": ("look()", "`chosen` has a tool call that is not an object with `name` and `arguments`"),
+    "a number": ([3], "`chosen` has a tool call that is not an object with `name` and `arguments`"),
     "no name": ([{"arguments": {}}], "`chosen` has a tool call without the `name` of a function"),
     "an empty name": ([{"name": " "}], "`chosen` has a tool call without the `name` of a function"),
     "another name of arguments": (
@@ -74,11 +74,11 @@ PROBLEMS: dict[str, tuple[Any, str]] = {
     ),
     "a name twice": (
         [{"name": "look", "arguments": '{"a": 1, "a": 2}'}],
-        "`chosen` has JSON text in which the name 'a' is there twice in one object",
+        "`chosen` has JSON text in which the name 'a' occurs twice in one object",
     ),
     "a name twice in Python": (
         [{"name": "look", "arguments": "{'b': [{'a': 1, 'a': 2}]}"}],
-        "`chosen` has JSON text in which the name 'a' is there twice in one object",
+        "`chosen` has JSON text in which the name 'a' occurs twice in one object",
     ),
     "lists of other lengths": (
         {"name": ["look"], "arguments": []},
@@ -156,21 +156,21 @@ def test_no_tools(value: Any) -> None:
     ("value", "reason"),
     [
         ("look", "`tools` is not JSON"),
-        ([3], "`tools` has an entry that is no object"),
+        ([3], "`tools` has an entry that is not an object"),
         (
             [{"uses": "look", "parameters": {}}],
             "`tools` has an entry without the `name` of a function, but with `uses`, `parameters`",
         ),
-        ([{"function": [1]}], "`tools` has an entry whose `function` is no object"),
+        ([{"function": [1]}], "`tools` has an entry whose `function` is not an object"),
         (
             {"type": ["function"], "schema": [{}]},
             "`tools` has an object of lists (`type`, `schema`), expected a list of objects",
         ),
         (
             '[{"name": "a", "name": "b"}]',
-            "`tools` has JSON text in which the name 'name' is there twice in one object",
+            "`tools` has JSON text in which the name 'name' occurs twice in one object",
         ),
-        ([{"name": "a", "parameters": "x"}], "`tools` has an entry whose `parameters` are no JSON object"),
+        ([{"name": "a", "parameters": "x"}], "`tools` has an entry whose `parameters` are not a JSON object"),
     ],
 )
 def test_other_tools_are_refused(value: Any, reason: str) -> None:

@@ -421,7 +421,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "messages that are answered already": (
         "messages",
         {"messages": [user("Well?"), assistant("Eh.")], "chosen": "Yes.", "rejected": "No."},
-        "`messages` ends with a message from assistant, expected what the answers reply to",
+        "`messages` ends with a message from assistant, expected the message that the answers reply to",
     ),
 }
 

@@ -187,12 +187,12 @@ def test_renamed_columns_are_found_again(model_folder: str, tmp_path: Path) -> N
 def test_what_is_left_out_is_said(source: Path, tmp_path: Path) -> None:
     assert export(source, "chat", tmp_path / "a.jsonl").left_out == [
         "the log-prob of each token (`token_logps` adds it)",
-        "which reference, tokenizer and truncation made the values (they stay in the cache)",
+        "the reference, tokenizer and truncation of the values (they stay in the cache)",
         "the types of the columns (JSON has only numbers; no value is changed)",
     ]
     report = export(source, "chat", tmp_path / "a.parquet", token_logps=True, text=False)
     assert report.left_out == [
-        "which reference, tokenizer and truncation made the values (they stay in the cache)"
+        "the reference, tokenizer and truncation of the values (they stay in the cache)"
     ]
     assert not report.has_text and report.columns[0] == "row"
 

@@ -120,7 +120,7 @@ WRONG_VALUES = {
         {"ref_chosen_logps": -1e308},
         "`ref_chosen_logps` is below -1,000,000 nats a token, which no model gives",
     ),
-    "positive": ({"ref_chosen_logps": 2.5}, "`ref_chosen_logps` is above 0, which no log-prob is"),
+    "positive": ({"ref_chosen_logps": 2.5}, "`ref_chosen_logps` is above 0, but log-probs are at most 0"),
     "no ids": ({"chosen_ids": None}, "`chosen_ids` is not a list of token ids"),
     "negative id": ({"prompt_ids": [1, -2]}, "`prompt_ids` is not a list of token ids"),
     "huge id": ({"rejected_ids": [2**32]}, "`rejected_ids` is not a list of token ids"),
@@ -193,10 +193,13 @@ TOKENS = {"ref_chosen_token_logps": [-1.0, -1.5], "ref_rejected_token_logps": [-
     [
         (
             {"ref_chosen_token_logps": [-2.5]},
-            "`ref_chosen_token_logps` has another number of values than the answer has tokens",
+            "`ref_chosen_token_logps` does not have one value for each token of the answer",
         ),
         ({"ref_chosen_token_logps": None}, "`ref_chosen_token_logps` is missing, expected a list of numbers"),
-        ({"ref_rejected_token_logps": [0.5]}, "`ref_rejected_token_logps` is above 0, which no log-prob is"),
+        (
+            {"ref_rejected_token_logps": [0.5]},
+            "`ref_rejected_token_logps` is above 0, but log-probs are at most 0",
+        ),
         ({"ref_chosen_logps": -3.0}, "`ref_chosen_logps` is not the sum of `ref_chosen_token_logps`"),
     ],
 )

@@ -51,7 +51,7 @@ def test_the_second_is_refused_while_the_first_lives_and_nothing_is_left(tmp_pat
             raise AssertionError("not reached")
         assert str(caught.value) == (
             f"{folder}: another process is training here (process {os.getpid()} on {os.uname().nodename}).\n"
-            "Wait until that has ended or stop it, or choose another `output`."
+            "Wait until it has ended, or stop it, or choose another `output`."
         )
     assert list(tmp_path.iterdir()) == []
     with held(folder):
@@ -111,7 +111,7 @@ def test_a_process_on_another_machine_is_alive_if_it_renews_its_claim(
         raise AssertionError("not reached")
     assert len(waited) == 5 and json.loads(path.read_text())["beat"] == 4
     assert remarks == [
-        f"{tmp_path / 'run'}: claimed by process 7 on node9; waiting up to 60 s to see whether that is alive."
+        f"{tmp_path / 'run'}: claimed by process 7 on node9; waiting up to 60 s to see whether its process is alive."
     ]
 
 

@@ -77,7 +77,7 @@ def test_a_forward_that_is_more_than_decoder_and_head_is_run_as_a_whole() -> Non
     model = make_custom(ScaledEmbeddings)
     attention = choose_attention(model, max_length=64)
     assert (attention.name, attention.max_rows, attention.is_whole) == ("rows", 1, True)
-    assert "its forward is more than a decoder and a head: as these two, it differs" in attention.reason
+    assert "its forward is more than a decoder and a head: run as these two, it differs" in attention.reason
     assert_exact(model, make_completions(), attention)
 
 
@@ -220,9 +220,9 @@ def test_rows_that_are_too_long_to_check_are_run_one_at_a_time() -> None:
     attention = choose_attention(model, max_length=4000, run_tokens=2_000)
     assert (attention.name, attention.max_rows) == ("rows", 1)
     assert attention.reason.startswith(
-        "rows of the data pass `floor_scale` 3,000, and a check of rows that long"
+        "rows of the data are longer than `floor_scale` 3,000, and a check of such rows"
     )
-    with pytest.raises(ModelError, match="cannot use forest attention: rows of the data pass"):
+    with pytest.raises(ModelError, match="cannot use forest attention: rows of the data are longer than"):
         choose_attention(make_llama4(3000), "forest", max_length=4000, run_tokens=2_000)
 
 

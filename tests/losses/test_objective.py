@@ -197,11 +197,11 @@ def test_losses_are_given_singly_or_weighted() -> None:
         (
             {"loss": "ipo", "label_smoothing": 0.1},
             "`label_smoothing` 0.1 has no meaning under `loss` ipo.\n"
-            "Leave it out; it serves sigmoid, exo_pair",
+            "Leave it out; it is used by sigmoid, exo_pair",
         ),
         (
             {"simpo_gamma": 1.0},
-            "`simpo_gamma` 1.0 has no meaning under `loss` sigmoid.\nLeave it out; it serves simpo",
+            "`simpo_gamma` 1.0 has no meaning under `loss` sigmoid.\nLeave it out; it is used by simpo",
         ),
         ({"discopop_tau": 0.1}, "`discopop_tau`"),
         ({"cpo_alpha": 0.1}, "`cpo_alpha`"),

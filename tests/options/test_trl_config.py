@@ -161,7 +161,7 @@ def test_code_of_the_model_needs_the_option_itself(tmp_path: Path) -> None:
         ({"learning_rate": "fast"}, "learning_rate fast: expected a number"),
         (
             {"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1},
-            "smooths robust in TRL, and sigmoid not",
+            "smooths robust in TRL, but not sigmoid",
         ),
         ({"loss_type": 5}, "loss_type 5: expected text, or a list of texts"),
         ({"loss_type": ["sigmoid", 5]}, "expected text, or a list of texts"),

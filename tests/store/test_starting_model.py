@@ -76,14 +76,14 @@ def test_a_place_that_means_one_model_is_taken_from_anyone(here: Path) -> None:
     "model", [["m0"], 7, "", " ", "m0\x1b[2J", "m0\nerror: run `rm -rf`", {"a": 1}], ids=repr
 )
 def test_what_is_no_name_is_refused(here: Path, model: object) -> None:
-    with pytest.raises(ModelError, match="which is no path or Hub id") as caught:
+    with pytest.raises(ModelError, match="which is not a path or Hub id") as caught:
         default_start(entry(model))
     assert str(caught.value).count("\n") == 1 and "\x1b" not in str(caught.value)
 
 
 @pytest.mark.parametrize("revision", [7, ["main"], "a\x1b[2J"], ids=repr)
 def test_a_revision_that_is_none_is_refused(here: Path, revision: object) -> None:
-    with pytest.raises(ModelError, match="which is no path or Hub id"):
+    with pytest.raises(ModelError, match="which is not a path or Hub id"):
         default_start(entry("owner/other", revision))
 
 

@@ -102,7 +102,7 @@ def test_all_combinations_that_make_no_sense_are_named_at_once() -> None:
         "  label_smoothing=0.0, loss=exo_pair: `loss` exo_pair needs a `label_smoothing` above 0; its "
         "paper takes 0.001.\n"
         "  label_smoothing=0.1, loss=ipo: `label_smoothing` 0.1 has no meaning under `loss` ipo. "
-        "Leave it out; it serves sigmoid, exo_pair, robust, aot, aot_unpaired, simpo, cpo.\n"
+        "Leave it out; it is used by sigmoid, exo_pair, robust, aot, aot_unpaired, simpo, cpo.\n"
         "Leave such values out, or run them as another sweep."
     )
 

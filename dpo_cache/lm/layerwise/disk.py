@@ -25,7 +25,7 @@ def disk_weights(model: PreTrainedModel, stored: StoredTensors, pieces: Iterable
             names[id(held.tensor)] = held.name
     if lost := [name for name in names.values() if name not in by_target]:
         raise ModelError(
-            f"{lost[0]}: this weight of {type(model).__name__} is shared with what is outside of the layers, "
+            f"{lost[0]}: this weight of {type(model).__name__} is shared with a module outside of the layers "
             "and cannot be read layer by layer.\nKeep the weights on the device or on the host."
         )
     return DiskWeights(model, stored, by_target, names)

@@ -123,7 +123,7 @@ def watch_layers(
         before = contents_of(layer, (state, others, named))
         output = forward(*args, **kwargs)
         if before != contents_of(layer, (state, others, named)):
-            raise NotLayerMajorError(f"a {type(layer).__name__} changes what it is given")
+            raise NotLayerMajorError(f"a {type(layer).__name__} changes its arguments")
         found.order.append(layer)
         found.forms.append(form_of(layer, output))
         returned.add(entries_of(output))
@@ -131,7 +131,7 @@ def watch_layers(
 
     candidates = outermost_layers(decoder)
     if not candidates:
-        raise NotLayerMajorError(f"{type(decoder).__name__} has no layers that are known as such")
+        raise NotLayerMajorError(f"{type(decoder).__name__} has no layers that can be recognised")
     with replaced_forwards(candidates, watch):
         outputs = module(**arguments)
     if not found.order:

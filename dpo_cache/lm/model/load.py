@@ -108,7 +108,7 @@ def _check_kinds(config: PreTrainedConfig, location: str) -> None:
             (
                 "text_config",
                 getattr(config, "text_config", None),
-                f"the config of a model of text, which {config.model_type} has none of",
+                f"the config of a text model, which {config.model_type} does not have",
                 isinstance(config.get_text_config(), PreTrainedConfig),
             ),
         )

@@ -218,7 +218,7 @@ def _layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     layers = outermost_layers(decoder)
     if not layers:
         raise ModelError(
-            f"{type(decoder).__name__} has no layers that are known as such, so that its weights cannot be "
+            f"{type(decoder).__name__} has no layers that can be recognised, so that its weights cannot be "
             "fetched layer by layer.\nKeep them on the device."
         )
     return list[torch.nn.Module](layers)

@@ -42,7 +42,7 @@ SHARED_MODULES = (
 )
 CAPTURER = "transformers.utils.output_capturing"
 MOVERS = ("accelerate.hooks", "accelerate.big_modeling")
-RUN_WITHOUT = "Define a class of your own in a file, or run without what replaced it."
+RUN_WITHOUT = "Define a class of your own in a file, or run without the replacement."
 DEFINE_A_CLASS = "Define a class in a file, or give the model as it was loaded."
 
 
@@ -78,7 +78,7 @@ def _check_hooks(model: PreTrainedModel, name: str) -> None:
     if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
         raise ModelError(
             f"{name}: there are hooks on the forward pass of every module (torch.nn.modules.module), and "
-            "what they do cannot be identified.\nRemove them (the handle that registering one returned has "
+            "their effect cannot be identified.\nRemove them (the handle that registering one returned has "
             "`remove()`)."
         )
     for path, module in model.named_modules():

@@ -31,7 +31,7 @@ def open_folder(location: str | os.PathLike[str]) -> Folder:
     """
     text = os.fspath(location)
     if not text or "\0" in text:
-        raise OptionError(f"{text!r} is no place of a cache.\nGive a folder's path, or a URL.")
+        raise OptionError(f"{text!r} cannot be the place of a cache.\nGive a folder's path, or a URL.")
     scheme = text.partition("://")[0] if is_url(text) else ""
     if scheme.lower() in LOCAL_SCHEMES:
         return LocalFolder(path_of_url(text))

@@ -156,7 +156,7 @@ def _chunk(column: Struct, field: pa.Field, num_rows: int, end: int) -> Chunk:
     if found.num_values < num_rows or (not is_list and found.num_values != num_rows):
         raise PageError(f"column {field.name} has {found.num_values} values in {num_rows} rows")
     if not 4 <= found.start < found.start + found.packed_bytes <= end:
-        raise PageError(f"column {field.name} lies outside of the file")
+        raise PageError(f"column {field.name} is outside of the file")
     return found
 
 
@@ -187,7 +187,7 @@ def _check_pages(source: pa.NativeFile, chunk: Chunk) -> None:
         header, length = parse_struct(source.read_at(min(HEADER_BYTES, stop - at), at))
         page = _struct(header.get(5))
         if header.get(1) != DATA_PAGE or type(header.get(4)) is not int:
-            raise PageError("a page that is no data page with a checksum")
+            raise PageError("a page that is not a data page with a checksum")
         if page.get(2) not in (PLAIN, BYTE_STREAM_SPLIT) or page.get(3) != RLE or page.get(4) != RLE:
             raise PageError("a page in an encoding that the format does not have")
         at += length + _number(header, 3)

@@ -118,7 +118,7 @@ def check_pairs(table: pa.Table, place: str, *, has_token_logps: bool = True) ->
     for batch in table.to_batches():
         if not _columns_agree(batch, has_token_logps):
             raise CorruptShardError(
-                f"{place}: its columns disagree with each other, or values are no log-probs. {REMEDY}"
+                f"{place}: its columns disagree with each other, or values are not log-probs. {REMEDY}"
             )
 
 
@@ -135,7 +135,7 @@ def _manifest_problem(manifest: Document, place: str) -> str | None:
         return f"it belongs to {str(name)[:128]!r}, {str(split)[:128]!r}."
     reference = manifest.get("reference")
     if not isinstance(reference, str) or not re.fullmatch("[0-9a-f]{64}", reference):
-        return "its reference is no sha256."
+        return "its reference is not a sha256."
     if wrong := [name for name, kind in OPTIONAL.items() if not isinstance(manifest.get(name, kind()), kind)]:
         return f"its member {wrong[0]} is of the wrong kind."
     if wrong := wrong_members(manifest, MANIFEST):

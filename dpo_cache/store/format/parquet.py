@@ -169,7 +169,7 @@ class ParquetReaders:
         if missing := len(names) - len(self._held):
             log_remark(
                 f"{self._folder}/{self._place}: there is no room for local copies of {missing} of "
-                f"{len(names)} files, so these are read from the store again and again. "
+                f"{len(names)} files, so these are read from the store repeatedly. "
                 "DPO_CACHE_PARTS_GB is the limit."
             )
 

@@ -45,7 +45,7 @@ def encode_shard(scores: Sequence[tuple[bytes, Score]]) -> bytes:
     """The file for these completions' scores. Raises `ValueError` for one that is empty or no log-prob."""
     for key, score in scores:
         if not len(score.token_logps) or not are_logps(score.token_logps):
-            raise ValueError(f"completion {key.hex()}: token log-probs are empty or no log-probs")
+            raise ValueError(f"completion {key.hex()}: token log-probs are empty or not log-probs")
     table = pa.table(
         [
             key_column([key for key, _ in scores]),
@@ -102,7 +102,7 @@ def check_scores(table: pa.Table, place: str) -> None:
         lists = chunk.column("token_logps")
         if not lists_agree(lists, chunk.column("num_tokens"), chunk.column("logps")):
             raise CorruptShardError(
-                f"{place}: num_tokens or logps disagree with token_logps, or are no log-probs. {REMEDY}"
+                f"{place}: num_tokens or logps disagree with token_logps, or are not log-probs. {REMEDY}"
             )
 
 

@@ -122,7 +122,7 @@ def open_for_upkeep(location: str | os.PathLike[str]) -> tuple[Folder, str | Non
     except NewerFormatError as error:
         raise NewerFormatError(
             f"{error}\n"
-            "Where no newer dpo-cache ever wrote here, its format.json is damaged: delete it and run "
+            "If no newer dpo-cache ever wrote here, its format.json is damaged: delete it and run "
             "`dpo-cache verify --repair`."
         ) from error
     except CacheError as error:

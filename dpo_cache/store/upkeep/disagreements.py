@@ -108,7 +108,7 @@ def describe_undecided(lines: list[str], prefer: str | None) -> str:
         "The destination has no values to prefer for some of them: take the last source's with `prefer` src."
         if prefer
         else "Keep the destination's values with `prefer` dest, or the last source's with `prefer` src; "
-        "`dpo-cache verify CACHE --rescore N --model MODEL` shows whose are right."
+        "`dpo-cache verify CACHE --rescore N --model MODEL` shows which are right."
     )
     return (
         "caches hold other values of the same completions; nothing was copied:\n"

@@ -98,8 +98,8 @@ def find_unneeded(
         if _has_run(folder, reference_id):
             log_remark(
                 f"{folder}: the {len(entries)} files of reference {reference_id[:12]} stay: a run of "
-                "`dpo-cache precompute` is at work on them, or was killed in its audit: then give its "
-                "command again."
+                "`dpo-cache precompute` is at work on them, or was killed in its audit (then give its "
+                "command again)."
             )
         else:
             _add(found, folder, entries, grace_s)
@@ -173,7 +173,7 @@ def _hidden_garbage(folder: Folder, named: NamedFiles) -> Iterator[Garbage]:
         if file.startswith(f"{QUARANTINE}/"):
             yield Garbage(file, size, "set aside by `dpo-cache verify --repair`")
         elif file.endswith(".tmp") and ("/" not in file or file.startswith(("references/", "pairs/"))):
-            yield Garbage(file, size, "scratch of a writer that was killed")
+            yield Garbage(file, size, "temporary file of a writer that was killed")
         elif before and not named.may_need(before):
             yield Garbage(file, size, "left by a removal that was killed")
         elif (found := RUN_FILE.fullmatch(file)) and (why := _why_ended(folder, file, found[1], in_audit)):

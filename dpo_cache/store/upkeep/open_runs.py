@@ -112,7 +112,7 @@ def read_record(folder: Folder, record: str) -> Document:
         is_shaped = all(isinstance(file, str) and classify(file)[0] in ("shard", "part") for file in files)
     if not is_shaped or (content["state"] == "withdrawing") != ("manifests" in content):
         raise CorruptShardError(
-            f"{folder}/{record}: is no record of a run.\n`dpo-cache verify --repair` moves it aside."
+            f"{folder}/{record}: is not a record of a run.\n`dpo-cache verify --repair` moves it aside."
         )
     return content
 

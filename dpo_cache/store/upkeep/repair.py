@@ -137,7 +137,7 @@ def _move(folder: Folder, file: str, sha256: str | None) -> Moved | Left:
     """Give the file a name in the quarantine, if it has the bytes that were found bad."""
     if sha256 is None:
         return _move_unread(folder, file)
-    changed = Left(file, "its bytes are others by now: verify again")
+    changed = Left(file, "its bytes have changed since: verify again")
     to = _quarantined(file, sha256)
     if digest_bytes(folder.read(file)) == sha256:
         if not folder.move(file, to):
@@ -168,7 +168,7 @@ def _move_unread(folder: Folder, file: str) -> Moved | Left:
         folder.remove(file)
         return Moved(file, None)
     if num_bytes <= most_bytes_of(file):
-        return Left(file, "its bytes are others by now: verify again")
+        return Left(file, "its bytes have changed since: verify again")
     to = f"{QUARANTINE}/{num_bytes}-bytes/{file}"
     folder.move(file, to)
     return Moved(file, to)

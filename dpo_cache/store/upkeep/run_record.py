@@ -217,8 +217,8 @@ def _end_withdrawal(cache: Cache, together: Sequence[tuple[str, Document]]) -> s
             raise
         return (
             f"a run of another user of {started} failed its audit and was ended before it "
-            f"had withdrawn its files; this one may not do so ({first_line(error)}). Until its owner "
-            "runs `dpo-cache precompute` again, scores of this reference may be wrong."
+            f"had withdrawn its files; this user may not withdraw them ({first_line(error)}). Until its "
+            "owner runs `dpo-cache precompute` again, scores of this reference may be wrong."
         )
     return (
         f"an earlier run of {started} failed its audit and was ended before it had "

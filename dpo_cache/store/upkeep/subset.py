@@ -52,7 +52,7 @@ def record_subset(folder: Folder, subset: Subset) -> None:
         folder.publish(RECORD, content)
     except StorageError as error:
         log_remark(
-            f"which files were read cannot be recorded, so the day decides which are next: "
+            f"the list of files that were read cannot be stored, so the day decides which files are next: "
             f"{first_line(error)}"
         )
 

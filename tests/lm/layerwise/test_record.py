@@ -272,9 +272,9 @@ def walk_past(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
         (walk_with_change, Layer, "its code changes the hidden states before a Layer"),
         (walk_with_change_in_place, Layer, "its code changes the hidden states before a Layer"),
         (walk_with_skips, Layer, "a Layer is given the output of an earlier layer"),
-        (plain_walk, InPlaceLayer, "a InPlaceLayer changes what it is given"),
-        (walk_with_total, WritingLayer, "a WritingLayer changes what it is given"),
-        (walk_with_list, AppendingLayer, "a AppendingLayer changes what it is given"),
+        (plain_walk, InPlaceLayer, "a InPlaceLayer changes its arguments"),
+        (walk_with_total, WritingLayer, "a WritingLayer changes its arguments"),
+        (walk_with_list, AppendingLayer, "a AppendingLayer changes its arguments"),
         (walk_with_cache, Layer, "a Layer keeps keys and values or a state in a cache"),
         (walk_to_both, PairLayer, "its code reads more of its layers than their state"),
         (walk_by_names, NamedLayer, "NamedLayer does not return its hidden states first"),
@@ -289,7 +289,7 @@ def test_a_decoder_is_refused(walk: Any, kind: type, reason: str) -> None:
 def test_a_decoder_without_layers_is_refused() -> None:
     decoder = Decoder(walk_past)
     decoder.layers = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(NotLayerMajorError, match="Decoder has no layers that are known as such"):
+    with pytest.raises(NotLayerMajorError, match="Decoder has no layers that can be recognised"):
         taken_apart(decoder)
 
 

@@ -72,7 +72,7 @@ def test_a_score_that_is_empty_or_no_log_prob_is_not_written(
 ) -> None:
     index = ScoreIndex(folder, "scores")
     with pytest.raises(
-        ValueError, match=f"^completion {key(7).hex()}: token log-probs are empty or no log-probs$"
+        ValueError, match=f"^completion {key(7).hex()}: token log-probs are empty or not log-probs$"
     ):
         index.publish([*make_scores(range(3)), (key(7), score(*values))])
     assert folder.names("scores") == []

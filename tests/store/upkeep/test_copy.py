@@ -264,7 +264,7 @@ def test_a_writer_killed_between_puts_leaves_whole_shards(s3: Proxy) -> None:
 @pytest.mark.parametrize("options", [PullOptions, PushOptions])
 def test_the_ends_are_a_url_and_a_folder(options: type) -> None:
     options(remote="s3://bucket/cache", local="file:///folder")
-    with pytest.raises(OptionError, match="^LOCAL s3://b: expected a folder.\nMind the order"):
+    with pytest.raises(OptionError, match="^LOCAL s3://b: expected a folder.\nThe order is"):
         options(remote="s3://a", local="s3://b")
     with pytest.raises(
         OptionError, match="^REMOTE /a: expected a URL .*\nBetween two folders use `dpo-cache merge`"

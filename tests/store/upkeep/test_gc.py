@@ -90,7 +90,7 @@ def test_scratch_and_what_was_set_aside_go_after_the_grace(cache: Cache, root: P
     assert find_garbage(cache) == []
     age(root)
     assert {entry.why for entry in find_garbage(cache)} == {
-        "scratch of a writer that was killed",
+        "temporary file of a writer that was killed",
         "set aside by `dpo-cache verify --repair`",
     }
     collect_garbage(cache)

@@ -265,7 +265,7 @@ def test_values_that_disagree_are_refused_and_nothing_is_copied(
             f"  reference {reference}: 2 completions differ by up to 0.25 nats a token (allowed 0.001) between "
             f"{caches[0]} and {caches[1]}\n"
             "Keep the destination's values with `prefer` dest, or the last source's with `prefer` src; "
-            "`dpo-cache verify CACHE --rescore N --model MODEL` shows whose are right."
+            "`dpo-cache verify CACHE --rescore N --model MODEL` shows which are right."
         )
         assert contents(tmp_path) == before
 

@@ -250,7 +250,9 @@ def test_a_record_that_names_files_outside_is_refused(cache: Cache, tmp_path: Pa
         {"shards": None},
     ):
         cache.folder.publish(name, seal_document({**content, **changes}))
-        with pytest.raises(CorruptShardError, match=r"\.run-.*: is no record of a run.\n.*verify --repair"):
+        with pytest.raises(
+            CorruptShardError, match=r"\.run-.*: is not a record of a run.\n.*verify --repair"
+        ):
             end_killed_runs(cache, reference_of(cache))
     assert victim.read_text() == "mine"
 

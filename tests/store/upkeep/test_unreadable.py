@@ -124,7 +124,9 @@ def test_a_file_that_is_published_again_before_the_repair_stays(root: Path) -> N
     path.write_bytes(whole)
     repaired = repair_cache(root, report)
     name = name_of(root, path)
-    assert repaired.moved == [] and repaired.left == [Left(name, "its bytes are others by now: verify again")]
+    assert repaired.moved == [] and repaired.left == [
+        Left(name, "its bytes have changed since: verify again")
+    ]
     assert verify_cache(root).is_whole
 
 
