@@ -155,7 +155,7 @@ def test_options_next_to_resume_override_what_may_change(run, cache: Path, tmp_p
     refused = run("train", "--resume", output, "--beta", 0.7)
     assert (refused.code, refused.err) == (
         1,
-        "error: this run was started otherwise:\n  beta: 0.1 before, 0.7 now\n"
+        "error: this run was started with other options:\n  beta: 0.1 before, 0.7 now\n"
         "Give the same options, or choose another --output.\n",
     )
     elsewhere = cache.rename(tmp_path / "moved")

@@ -109,7 +109,7 @@ def test_nothing_fits(run, model_folder: str) -> None:
         "plan", "--model", model_folder, "--gpu", "100MiB", "--tflops", 1, "--lora-r", 2, "--quantize", "8bit"
     )
     assert done.code == 0, done.err
-    assert "No way to train fits: the least needs " in done.out
+    assert "No way to train fits: the smallest needs " in done.out
     assert "dpo-cache train --model" not in done.out
 
 

@@ -577,10 +577,14 @@ def imported(source: Path, tmp_path: Path, model_folder: str) -> Path:
 
 
 def trained(cache: Path, output: Path, **options: Any) -> tuple[dpo_cache.TrainReport, list[str]]:
+    """Train one step; return the report and the remarks, without those on how little one step learns."""
     remarks: list[str] = []
-    return dpo_cache.train(
+    report = dpo_cache.train(
         cache, output, max_steps=1, batch_size=12, lr=1e-3, warmup_ratio=0.0, log=remarks.append, **options
-    ), remarks
+    )
+    return report, [
+        text for text in remarks if " few: a policy learns little" not in text and "hardly moved" not in text
+    ]
 
 
 def test_training_on_imported_values_is_training_on_our_own(

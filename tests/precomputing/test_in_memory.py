@@ -247,7 +247,7 @@ def test_scores_of_a_changed_model_are_its_own_and_are_found_again(
     report = dpo_cache.precompute(model, data_file, cache, **options)
     assert report.reference != first.reference and report.scored_now == 20 and report.start_from is None
     assert remarks == [
-        f"the model is a reference of its own, not the one at {model_folder}: its tensor "
+        f"the model is a separate reference, not the one at {model_folder}: its tensor "
         "model.layers.1.mlp.up_proj.weight was changed."
     ]
     assert dpo_cache.precompute(model, data_file, cache, **options).scored_now == 0
@@ -277,7 +277,7 @@ def test_a_model_that_was_never_saved_is_a_reference(data_file: str, cache: str)
     model, tokenizer = make_llama(), make_tokenizer()
     report = dpo_cache.precompute(model, data_file, cache, tokenizer=tokenizer, log=remarks.append)
     assert report.scored_now == 20
-    assert remarks == ["the model is a reference of its own: it names no checkpoint."]
+    assert remarks == ["the model is a separate reference: it names no checkpoint."]
     same = dpo_cache.precompute(make_llama(), data_file, cache, tokenizer=tokenizer, log=remarks.append)
     other = dpo_cache.precompute(
         make_llama(seed=1), data_file, cache, tokenizer=tokenizer, name="other", log=remarks.append

@@ -528,7 +528,7 @@ def test_a_stream_that_breaks_is_reported(
     lines = Path(path).read_text().splitlines(keepends=True)
     Path(path).write_text("".join(lines[:place]) + bad + "\n" + "".join(lines[place:]))
     with pytest.raises(
-        DataError, match=rf"pairs.jsonl.* cannot be used (?s:.*)it is no JSON .*: 1 row, line {place + 1}\n"
+        DataError, match=rf"pairs.jsonl.* cannot be used (?s:.*)it is not JSON .*: 1 row, line {place + 1}\n"
     ):
         dpo_cache.precompute(model_folder, path, cache, streaming=True, window=2)
 
@@ -837,7 +837,7 @@ def test_rows_that_cannot_be_used_are_dropped_on_demand(
         log=remarks.append,
     )
     assert (report.rows_read, report.pairs_kept, sum(report.dropped.values())) == (8, 6, 2)
-    assert any("it is no JSON (expecting value): 1 row, line 1" in remark for remark in remarks)
+    assert any("it is not JSON (expecting value): 1 row, line 1" in remark for remark in remarks)
     manifest = open_cache(cache).pairs("mixed").manifest
     assert manifest["source"]["on_error"] == "drop" and manifest["source"]["rows_dropped"] == report.dropped
     assert manifest["source"]["dataset"] == f"{tmp_path}/p*.jsonl"

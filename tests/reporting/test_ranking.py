@@ -29,10 +29,10 @@ ALONE = "The best is a, with an accuracy of 90.0% of 40 held-out pairs."
         ([row("b", 0.7), row("a", 0.9), row("c", 0.9)], ["a", "c"],
             "The best tie: a and c have an accuracy of 90.0% of 40 held-out pairs each."),
         ([row("a", 0.9), row("b", 0.85), row("c", 0.8), row("d", 0.75)], ["a"],
-            f"{ALONE} b and c are less than 6 pairs behind, which may be chance: more evaluation pairs can tell."),
+            f"{ALONE} b and c are less than 6 pairs behind, which may be chance: more evaluation pairs would show it."),
         ([row("a", 0.9), row("b", 0.9), row("c", 0.9), row("d", 0.875)], ["a", "b", "c"],
             "The best tie: a, b and c have an accuracy of 90.0% of 40 held-out pairs each. d is less than 6 pairs "
-            "behind, which may be chance: more evaluation pairs can tell."),
+            "behind, which may be chance: more evaluation pairs would show it."),
         ([row("a", 0.9), row("b", 0.85, pairs=20)], ["a"], "The best is a, with an accuracy of 90.0%."),
         ([row("a", 0.9, on="evaluation"), row("b", 0.5, on="evaluation")], ["a"],
             "The best is a, with an accuracy of 90.0% of 40 evaluation pairs."),

@@ -264,7 +264,7 @@ def test_a_run_that_was_killed_after_its_first_best_does_not_stop_the_sweep_for_
     (output / "beta=0.1/checkpoints/step-000002").mkdir(parents=True)  # killed after it had published model/
     remarks: list[str] = []
     assert dpo_cache.sweep(cache, output, log=remarks.append, **OPTIONS, **options).finished
-    assert "beta=0.1: it was killed while it ended; checkpoints removed." in remarks
+    assert "beta=0.1: it was killed during its clean-up; checkpoints removed." in remarks
     assert not (output / "beta=0.1/checkpoints").exists()
 
 

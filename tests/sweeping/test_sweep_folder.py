@@ -42,7 +42,7 @@ def test_another_grid_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as caught:
         names(tmp_path, beta="0.1,0.3", epochs=3, lr="1e-5,1e-4")
     assert str(caught.value) == (
-        f"{tmp_path}: this sweep was started otherwise:\n"
+        f"{tmp_path}: this sweep was started with other options:\n"
         "  beta: 0.1, 0.2 before, 0.1, 0.3 now\n"
         "  epochs: 2.0 before, 3.0 now\n"
         "More values add runs, but the earlier ones must be given, too. Give them, or choose another `output`."

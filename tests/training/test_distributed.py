@@ -69,7 +69,7 @@ except DpoCacheError as error:
 def test_a_rank_whose_others_do_not_come(tmp_path: Path) -> None:
     done = join(tmp_path, "cpu")
     first, second = done.out.splitlines()
-    assert first.startswith("TrainingError rank 1: the 2 ranks did not meet ("), done
+    assert first.startswith("TrainingError rank 1: the 2 ranks could not connect to each other ("), done
     assert second == (
         "Check that all were started, and that MASTER_ADDR and MASTER_PORT are those of the first one. None"
     )

@@ -147,7 +147,7 @@ def test_accelerate_that_starts_one_process_on_cpus(monkeypatch: pytest.MonkeyPa
         ("ACCELERATE_MIXED_PRECISION", "bf16", "ddp", ["mixed_precision bf16 of accelerate has no effect: `precision` decides."]),
         ("ACCELERATE_USE_FSDP", "true", "fsdp", []),
         ("ACCELERATE_USE_FSDP", "true", "ddp", ["use_fsdp true of accelerate has no effect: `parallel` decides."]),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "ddp", ["gradient_accumulation_steps 4 of accelerate has no effect: a step has `batch_size` pairs of all processes."]),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "ddp", ["gradient_accumulation_steps 4 of accelerate has no effect: `batch_size` counts the pairs of all processes."]),
     ],
 )  # fmt: skip
 def test_settings_of_accelerate_that_have_no_effect(

@@ -526,7 +526,9 @@ def test_only_the_last_checkpoint_is_kept(cache: str, tmp_path: Path) -> None:
 
 def test_resuming_with_other_options_names_them(cache: str, tmp_path: Path) -> None:
     train(cache, tmp_path / "run", should_stop=lambda: True)
-    with pytest.raises(TrainingError, match=r"this run was started otherwise:\n  beta: 0.1 before, 0.5 now"):
+    with pytest.raises(
+        TrainingError, match=r"this run was started with other options:\n  beta: 0.1 before, 0.5 now"
+    ):
         train(cache, tmp_path / "run", resume=True, beta=0.5)
 
 

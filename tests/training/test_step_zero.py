@@ -299,7 +299,7 @@ def test_a_resumed_adapter_over_another_base_is_an_error(place: Path) -> None:
     make_llama(seed=5).save_pretrained(place / "model")
     with pytest.raises(
         TrainingError,
-        match=r"this run was started otherwise:\n  base_weights: [0-9a-f]{64} before, [0-9a-f]{64} now",
+        match=r"this run was started with other options:\n  base_weights: [0-9a-f]{64} before, [0-9a-f]{64} now",
     ):
         train(str(place / "cache"), place / "run", resume=True, **options)
     assert (place / "run/checkpoints").exists(), "the checkpoint is kept"

@@ -1,4 +1,4 @@
-"""Scores under a former id are recognized: they are made anew with a remark, and their pairs are still used."""
+"""Scores under a former id are recognized: they are computed again with a remark, and their pairs are still used."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_an_adapter_gets_a_new_id_once_with_a_remark(
     assert remark == (
         f"{adapter} has another id than before ({before[:12]}, now {again.reference[:12]}): which modules its "
         "adapter is applied to, and how, is a part of the id now. The scores under its former id could be those "
-        "of another model, so they are made anew; `dpo-cache rm` removes them."
+        "of another model, so its completions are scored again; `dpo-cache rm` removes them."
     )
     assert again.scored_now == again.distinct_completions > 0
     third = dpo_cache.precompute(str(adapter), data, cache, name="third")

@@ -198,7 +198,8 @@ def test_other_values_of_the_same_pairs_are_another_run(
     republish(other_cache, name, -0.5)
     assert open_cache(other_cache).pairs(name).manifest["pairs_digest"] == before["pairs_digest"]
     with pytest.raises(
-        TrainingError, match=rf"this run was started otherwise:\n  {field}: \w+ before, \w+ now\nGive"
+        TrainingError,
+        match=rf"this run was started with other options:\n  {field}: \w+ before, \w+ now\nGive",
     ):
         train(other_cache, run, resume=True, **OPTIONS)
     config = json.loads((run / "config.json").read_text())

@@ -212,7 +212,7 @@ def test_what_a_run_left_that_was_killed_while_it_ended_goes_at_the_next_command
     with pytest.raises(TrainingError) as caught:
         train(cache, run, resume=resume, **options)
     assert str(caught.value).startswith(
-        f"{run}: this run is finished; its model is in {run / 'model'}. It was killed while it ended: checkpoints"
+        f"{run}: this run is finished; its model is in {run / 'model'}. It was killed during its clean-up: checkpoints"
     )
     keeps_best = "patience" not in options
     assert (run / "best").exists() == keeps_best
@@ -272,7 +272,8 @@ def test_another_evaluation_set_of_the_same_name_is_named(model_folder: str, tmp
     assert json.loads((run / "config.json").read_text())["resolved"]["eval_pairs_digest"]
     dpo_cache.precompute(model_folder, write_rows(held_out, chat_rows(5, seed=8)), cache)
     with pytest.raises(
-        TrainingError, match=r"this run was started otherwise:\n  eval_pairs_digest: \w+ before, \w+ now"
+        TrainingError,
+        match=r"this run was started with other options:\n  eval_pairs_digest: \w+ before, \w+ now",
     ):
         train(cache, run, resume=True, max_steps=3, epochs=3.0, **options)
     config = json.loads((run / "config.json").read_text())
@@ -308,7 +309,7 @@ def test_options_of_another_run_are_named_before_the_model_is_loaded(
     with pytest.raises(TrainingError) as caught:
         train(cache, run, resume=True, batch_size=1, **{"step_zero": "off", **resumed})
     (name,) = {**started, **resumed}
-    assert str(caught.value).startswith(f"this run was started otherwise:\n  {name}: ")
+    assert str(caught.value).startswith(f"this run was started with other options:\n  {name}: ")
 
 
 def test_a_precision_that_another_machine_chooses_is_named_before_the_state_is_restored(

@@ -436,7 +436,8 @@ def test_a_tracker_that_cannot_be_opened_stops_the_run_before_training(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://store")
     seen: list[dict] = []
     with pytest.raises(
-        TrainingError, match="`log_to` mlflow cannot be opened: .*nonsense.*\nCorrect that, .*or leave it out."
+        TrainingError,
+        match="`log_to` mlflow cannot be opened: .*nonsense.*\nCorrect that, .*or leave it out.",
     ):
         train(cache, tmp_path / "run", log_to="mlflow", on_metrics=seen.append)
     assert not seen and not (tmp_path / "run" / "metrics.jsonl").exists()
