@@ -59,7 +59,7 @@ def plan_command(options: PlanOptions, as_json: bool) -> None:
         print_text(f"Assumed: {with_flags(text)}.")
     if not any(way.fits for way in report.train):
         smallest = min(way.device_bytes for way in report.train)
-        print_text(f"No way to train fits: the least needs {format_bytes(smallest)} of device memory.")
+        print_text(f"No way to train fits: the smallest needs {format_bytes(smallest)} of device memory.")
     if not is_verbose():
         print_text("--verbose adds memory by part, bytes over the link, every command, and what is assumed.")
     print_text("Nothing was written. Next: one of the commands above, `train` with --dry-run first.")

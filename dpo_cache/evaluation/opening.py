@@ -112,6 +112,6 @@ def _compare_tokenizers(options: EvalOptions, made_with: Document, log: Log) -> 
         log(
             f"the tokenizer of {options.model} is not the one that made the pairs' ids "
             f"({printable(made_with['tokenizer'])}): another vocabulary, other "
-            "rules, special tokens or another chat template. If its ids mean other tokens, nothing below "
-            "has a meaning."
+            "rules, special tokens or another chat template. If its ids mean other tokens, the results "
+            "are meaningless."
         )

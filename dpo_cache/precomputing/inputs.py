@@ -165,7 +165,7 @@ def _check_loaded_model(model: Any, tokenizer: Any, options: dict[str, Any]) -> 
     if not isinstance(model, PreTrainedModel):
         raise OptionError(
             f"{kind_of(model)} cannot be the reference.\n"
-            "Give a causal LM of transformers, or the path or Hub id of one; of an adapter, its folder."
+            "Give a causal LM of transformers, or the path or Hub id of one; for an adapter, its folder."
         )
     if tokenizer is None:
         raise OptionError(

@@ -89,12 +89,12 @@ def _log_new_id(cache: Cache, reference: Reference, log: Log) -> None:
     else:
         reason = (
             "weights that the model does not load, their form in the files, and an `auto_map` whose code "
-            "does not run do not count any more"
+            "does not run are no longer a part of the id"
         )
     log(
         f"{reference.name} has another id than before ({former[:12]}, now {reference.id[:12]}): {reason}. "
-        "The scores under its former id could be those of another model, so they are made anew; "
-        "`dpo-cache rm` removes them."
+        "The scores under its former id could be those of another model, so its completions are scored "
+        "again; `dpo-cache rm` removes them."
     )
 
 
@@ -136,7 +136,7 @@ def identify_reference(
     if model is not None and difference is not None:
         origin |= _describe_in_memory(model, origin["model"])
         checkpoint = f", not the one at {options.model}" if model.name_or_path else ""
-        log(f"the model is a reference of its own{checkpoint}: {difference}.")
+        log(f"the model is a separate reference{checkpoint}: {difference}.")
 
     def former() -> Document:
         parts = locate_checkpoint(options.model, options.revision)

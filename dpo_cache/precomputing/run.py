@@ -92,7 +92,7 @@ def precompute(
     `dataset` may be rows that are loaded already; then `name=` is needed, and the split is train, or the
     splits are those of a `DatasetDict`. `model` may be a loaded model; then `tokenizer` is needed, too. If
     its weights and config equal those of the checkpoint it was loaded from, it is the same reference as that
-    checkpoint; otherwise it is a reference of its own, and a remark reports it. It is scored in eval mode,
+    checkpoint; otherwise it is a separate reference, and a remark reports it. It is scored in eval mode,
     and has its former mode afterwards.
 
     With `num_workers`, other processes score, each on its own device; with `ray`, actors on a Ray cluster do.

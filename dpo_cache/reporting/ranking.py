@@ -46,7 +46,7 @@ def describe_best(rows: Sequence[RunRow]) -> str | None:
     if close:
         text += (
             f" {_listed(close)} {'is' if len(close) == 1 else 'are'} less than {MIN_LEAD} pairs behind, "
-            "which may be chance: more evaluation pairs can tell."
+            "which may be chance: more evaluation pairs would show it."
         )
     return text
 

@@ -192,7 +192,7 @@ class _Sweep:
         """Remove the leftover files of finished runs that were killed before they removed them."""
         for run in self.runs:
             if run.is_finished and (removed := clear_finished(run.folder, self.log)):
-                self.log(f"{run.name}: it was killed while it ended; {', '.join(removed)} removed.")
+                self.log(f"{run.name}: it was killed during its clean-up; {', '.join(removed)} removed.")
 
     def _start(self, run: Run) -> None:
         slot = min(set(range(self.options.jobs)) - {active.slot for active in self.active})
@@ -213,7 +213,7 @@ class _Sweep:
             rest = "; the others continue" if self.waiting or self.active else ""
             self.log(f"{run.name}: failed with exit code {code}{rest}. Log: {run.log}")
         elif not stopping:
-            self.log(f"{run.name}: stopped from outside; the same command resumes it.")
+            self.log(f"{run.name}: stopped by a signal; the same command resumes it.")
         report = replace(self._report(), ended=run.name)
         if not stopping and (self.active or self.waiting):  # `run` returns the last report
             self.on_run(report)

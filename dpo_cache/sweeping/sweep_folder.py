@@ -199,7 +199,7 @@ def _check_extends(output: Path, before: dict[str, Any], grid: Grid) -> None:
             changed.append(f"  {name}: {shown[0]} before, {shown[1]} now")
     if changed:
         raise TrainingError(
-            f"{output}: this sweep was started otherwise:\n" + "\n".join(changed) + "\n"
+            f"{output}: this sweep was started with other options:\n" + "\n".join(changed) + "\n"
             "More values add runs, but the earlier ones must be given, too. Give them, or choose another "
             "`output`."
         )

@@ -130,7 +130,8 @@ def _begin(device: str) -> str:
     except (RuntimeError, ValueError) as error:  # also `DistError`
         PartialState._reset_state()
         raise TrainingError(
-            f"rank {launched.index}: the {launched.size} ranks did not meet ({first_line(error)}).\n"
+            f"rank {launched.index}: the {launched.size} ranks could not connect to each other "
+            f"({first_line(error)}).\n"
             "Check that all were started, and that MASTER_ADDR and MASTER_PORT are those of the first one."
         ) from error
     return str(state.device)

@@ -93,7 +93,7 @@ def unused_settings(parallel: str) -> list[str]:
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
             "1",
             "gradient_accumulation_steps",
-            "a step has `batch_size` pairs of all processes",
+            "`batch_size` counts the pairs of all processes",
         ),
         "ACCELERATE_USE_FSDP": ("true" if parallel == "fsdp" else "false", "use_fsdp", "`parallel` decides"),
     }

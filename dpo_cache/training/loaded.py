@@ -90,7 +90,7 @@ def take_loaded(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Loaded
     if not isinstance(model, PreTrainedModel):
         raise OptionError(
             f"{kind_of(model)} cannot be trained.\n"
-            "Give a causal LM of transformers, or the path or Hub id of one; of an adapter, its folder."
+            "Give a causal LM of transformers, or the path or Hub id of one; for an adapter, its folder."
         )
     name = model.name_or_path or f"{type(model).__name__} in memory"
     check_one_device(model)

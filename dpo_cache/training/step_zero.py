@@ -289,7 +289,7 @@ def _guess(beyond: Sequence[Compared], num_compared: int) -> str:
         )
     gaps = [np.abs(completion.token_gaps) for completion in beyond if len(completion.token_gaps)]
     if not gaps:
-        return "weights, template or truncation: the cache has no token log-probs to tell them apart"
+        return "weights, template or truncation: the cache has no token log-probs to distinguish them"
     first = float(np.mean(np.concatenate([gap[:FIRST_TOKENS] for gap in gaps])))
     later = np.concatenate([gap[2 * FIRST_TOKENS :] for gap in gaps])
     everywhere = float(np.mean(np.concatenate(gaps)))

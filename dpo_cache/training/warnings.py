@@ -87,7 +87,7 @@ class RunWarnings:
                 "saturated",
                 f"margins are saturated: the loss was {self._mean('loss'):.1e} over the last {WINDOW} "
                 "steps, so there is almost no gradient left. "
-                "A smaller `beta`, `label_smoothing` or fewer `epochs` keep it from running away.",
+                "A smaller `beta`, `label_smoothing` or fewer `epochs` avoid that.",
             )
 
     def conclude(self, before: Metrics | None, after: Metrics | None, *, beta: float, lr: float) -> None:

@@ -109,9 +109,7 @@ class Watch:
             except Exception:  # the rank with the store is gone, or the network is slow
                 num_errors += 1
                 if num_errors == 3:
-                    self.failure = Failure(
-                        0, _lost(0, "which holds what the ranks share"), 1, self._first_here()
-                    )
+                    self.failure = Failure(0, _lost(0, "which holds the shared store"), 1, self._first_here())
             if self.failure:
                 break
         else:

@@ -254,7 +254,7 @@ def _failure(unit: Numbered, codes: list[int], slot: _Slot) -> Receipt:
     """The receipt of a unit whose workers ended."""
     rows = rows_of(unit[1])
     advice = (
-        "The kernel ends processes this way where memory runs out: give fewer `num_workers` or a smaller "
+        "The kernel kills processes in this way when memory runs out: give fewer `num_workers`, or a smaller "
         "`budget_tokens`."
         if KILLED in codes
         else f"The end of {slot.log_file}:\n{_last_lines(slot.log_file)}"

@@ -237,7 +237,7 @@ def _ended_workers(unit: Unit) -> Failure:
     rows = rows_of(unit)
     message = (
         f"rows {shown_rows(rows)} of {unit.pair_set}: {ATTEMPTS} workers that were to score them ended.\n"
-        "Processes are ended where memory runs out: give fewer workers on a machine, or a smaller "
+        "The system kills processes when memory runs out: give fewer workers on a machine, or a smaller "
         f"`budget_tokens`. The worker's log on {platform.node()} is {_log_file()}."
     )
     return Failure("DpoCacheError", message, rows)

@@ -98,7 +98,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
     """
     if changed := changed_options(folder, config):
         raise TrainingError(
-            "this run was started otherwise:\n"
+            "this run was started with other options:\n"
             + "\n".join(changed)
             + "\nGive the same options, or choose another `output`."
         )

@@ -56,7 +56,7 @@ def find_start(folder: Path, log: Log, *, resume: bool, clears: bool = False) ->
         )
     if "model" in present:
         removed = clear_finished(folder, log) if clears else []
-        note = f" It was killed while it ended: {', '.join(removed)} removed." if removed else ""
+        note = f" It was killed during its clean-up: {', '.join(removed)} removed." if removed else ""
         raise TrainingError(
             f"{folder}: this run is finished; its model is in {folder / 'model'}.{note}\n"
             "Choose another `output` to train again."
