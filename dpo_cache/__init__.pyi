@@ -160,7 +160,7 @@ def evaluate(
     with it.
 
     `pairs` is NAME or NAME/SPLIT, None: the only one in the cache. The model is loaded once, and only its own
-    log-probs are computed: the reference's are the cached ones, whatever the model is. With `output` the
+    log-probs are computed: those of the reference are always read from the cache. With `output` the
     pairs are written as well, one line each: see `pair_lines.py`.
 
     With `run`, the folder of a training run, the loss settings that are not given are those of the run, and
@@ -341,7 +341,7 @@ def precompute(
     `dataset` may be rows that are loaded already; then `name=` is needed, and the split is train, or the
     splits are those of a `DatasetDict`. `model` may be a loaded model; then `tokenizer` is needed, too. If
     its weights and config equal those of the checkpoint it was loaded from, it is the same reference as that
-    checkpoint; otherwise it is a reference of its own, and a remark reports it. It is scored in eval mode,
+    checkpoint; otherwise it is a separate reference, and a remark reports it. It is scored in eval mode,
     and has its former mode afterwards.
 
     With `num_workers`, other processes score, each on its own device; with `ray`, actors on a Ray cluster do.
@@ -563,7 +563,7 @@ def train(
     - `on_checkpoint` the folder of each checkpoint once it is published;
     - `log` gets each remark (default: the logger `dpo_cache`); the report lists them, too;
     - `should_stop` is called after every step. If it returns True, the state is saved, and the run can be
-    resumed.
+      resumed.
 
     In a program that accelerate launch, torchrun or SLURM has started several times, all processes call this
     with the same options and train together; the main one calls the callbacks, and all return its report.

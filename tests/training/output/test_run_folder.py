@@ -318,7 +318,7 @@ def test_a_precision_that_another_machine_chooses_is_named_before_the_state_is_r
     run = tmp_path / "run"
     train(cache, run, should_stop=lambda: True)
     monkeypatch.setattr("dpo_cache.training.inputs.choose_precision", lambda *_: "bf16")
-    with pytest.raises(TrainingError, match="otherwise:\n  precision: fp32 before, bf16 now\n"):
+    with pytest.raises(TrainingError, match="with other options:\n  precision: fp32 before, bf16 now\n"):
         train(cache, run, resume=True)
 
 
