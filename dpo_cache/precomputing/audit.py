@@ -1,4 +1,5 @@
-"""A run audits itself: some real completions are scored again, alone, by the model's own forward.
+"""A run audits itself: it scores some of its completions a second time, one by one, by the model's own
+forward.
 
 The longest completion and a first sample are audited before any score is published: they are scored twice
 beforehand, each way. Later, the scores of chosen completions are compared just before they are published.
@@ -32,7 +33,7 @@ FIRST_SAMPLE = 8  # completions that are audited, with the longest, before any s
 
 @dataclass
 class AuditTotals:
-    """What was audited so far; gaps in nats a token."""
+    """Totals of the completions audited so far; gaps in nats a token."""
 
     completions: int = 0
     tokens: int = 0
@@ -53,7 +54,7 @@ class AuditTotals:
         self.largest_gap = max(self.largest_gap, float(sizes_N.max()))
 
     def plus(self, other: AuditTotals) -> AuditTotals:
-        """Both together."""
+        """The totals of both."""
         tokens = self.tokens + other.tokens
         gaps = self.mean_gap * self.tokens + other.mean_gap * other.tokens
         return AuditTotals(
@@ -77,7 +78,9 @@ class AuditTotals:
 
 
 class AuditError(ModelError):
-    """Scores differ from the model's own forward: `problem` and `advice` without what was withdrawn."""
+    """Scores differ from the model's own forward. `problem` and `advice` leave out the sentence on withdrawn
+    files.
+    """
 
     def __init__(self, problem: str, withdrawn: str, advice: str):
         super().__init__(f"{problem}\n{withdrawn} {advice}")
@@ -88,7 +91,7 @@ class AuditError(ModelError):
 class OwnLogps:
     """Log-probs of a completion by the model's own forward."""
 
-    places_N: np.ndarray  # of the tokens that are compared, among the completion's
+    places_N: np.ndarray  # positions, within the completion, of the tokens that are compared
     logps_N: np.ndarray  # float32, nats
 
 
@@ -100,9 +103,9 @@ class Audit:
     record: RunRecord
     log: Log
     totals: AuditTotals = field(default_factory=AuditTotals)
-    _runner: Runner | None = None  # from the first unit on
-    _sample: dict[bytes, Entry] = field(default_factory=dict)  # whose scores are not published yet
-    _own: dict[bytes, OwnLogps | None] = field(default_factory=dict)  # of some of these; None: too long
+    _runner: Runner | None = None  # None before the first unit
+    _sample: dict[bytes, Entry] = field(default_factory=dict)  # chosen completions without published scores
+    _own: dict[bytes, OwnLogps | None] = field(default_factory=dict)  # for some of `_sample`; None: too long
     _failure: AuditError | None = None
 
     def begin(self, unit: Unit, runner: Runner, longest: Sequence[Entry]) -> None:
@@ -120,7 +123,7 @@ class Audit:
     def check(self, scored: Sequence[Scored]) -> None:
         """Compare the scores that were chosen, before they are published.
 
-        Raises `ModelError` where one differs from the model's own forward; then the record says that all
+        Raises `ModelError` where one differs from the model's own forward; the record then states that all
         files of the run are to be withdrawn.
         """
         if self._failure:
@@ -145,7 +148,9 @@ class Audit:
             self.totals.add(gaps_N, logps_N)
 
     def _audit_first(self, entries: dict[bytes, Entry]) -> None:
-        """Score these completions by the run's way and by the model's own forward, whose results are kept."""
+        """Score these completions both as the run does and by the model's own forward, and compare them. The
+        log-probs of the forward are kept.
+        """
         from dpo_cache.lm.budget import Budget
 
         assert self._runner is not None
@@ -156,8 +161,8 @@ class Audit:
         self._compare({keys[place]: score.token_logps for step in steps for place, score in step.scores})
 
     def _compare(self, chosen: dict[bytes, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Gaps to the log-probs of the model's own forward, and these. Raises `ModelError` where a completion
-        has gaps beyond rounding.
+        """Gaps to the log-probs of the model's own forward, and those log-probs. Raises `ModelError` where a
+        completion has gaps beyond rounding.
         """
         assert self._runner is not None
         gaps: list[tuple[np.ndarray, np.ndarray]] = []
@@ -183,19 +188,21 @@ class Audit:
         return gaps
 
     def _run_together(self, keys: Sequence[bytes]) -> None:
-        """Run completions by the model's own forward, for one reading of weights that are streamed."""
+        """Run all completions by the model's own forward at once, so that streamed weights are read once."""
         wanted = {key: self._wanted(self._sample[key][1]) for key in keys}
         fitting = {key: one for key, one in wanted.items() if one is not None}
         if not fitting:
             return
         assert self._runner is not None
-        with self._unless_out_of_memory():  # then one by one
+        with self._unless_out_of_memory():  # out of memory: they are run one by one later
             logps = self._runner.own_logps([*fitting.values()])
             for (key, (_, places_N)), logps_N in zip(fitting.items(), logps, strict=True):
                 self._own[key] = OwnLogps(places_N, logps_N.numpy())
 
     def _run_own(self, entry: Entry) -> OwnLogps | None:
-        """Log-probs of the completion's tokens; of some of them, spread over it, if they have many logits."""
+        """Log-probs of the completion's tokens, or of a sample spread over it if all logits take too much
+        memory.
+        """
         assert self._runner is not None
         wanted = self._wanted(entry[1])
         if wanted is not None:
@@ -221,7 +228,7 @@ class Audit:
 
     @contextmanager
     def _unless_out_of_memory(self) -> Iterator[None]:
-        """Leave the block where memory runs out."""
+        """Leave the block without an error if memory runs out."""
         from dpo_cache.lm.budget import is_out_of_memory
 
         assert self._runner is not None
@@ -232,7 +239,7 @@ class Audit:
                 raise
 
     def _fail(self, wrong: Sequence[bytes], how: str) -> None:
-        """Record that all is withdrawn, and raise `ModelError`."""
+        """Withdraw all that the run published, and raise `ModelError`."""
         assert self._runner is not None
         rows = sorted({row for key in wrong for row in self._sample[key][2]})
         attention = self._runner.attention.name
@@ -243,7 +250,7 @@ class Audit:
         )
         self._failure = AuditError(
             f"{self._runner.name}, run as {attention}, gives other log-probs for row {shown_rows(rows)} than "
-            f"its own forward on the row alone: {how}.",
+            f"its own forward on that row by itself: {how}.",
             withdraw(self.record),
             advice,
         )
@@ -266,13 +273,13 @@ class Audit:
 
 
 def open_audit(option: str, record: RunRecord, log: Log) -> Audit | None:
-    """The audit that `audit` names; None for off."""
+    """The audit for this value of the option `audit`; None for off."""
     interval = audit_interval(option)
     return None if interval is None else Audit(Sampler(interval), record, log)
 
 
 def withdraw(record: RunRecord) -> str:
-    """Record that all files of the run are to be withdrawn. Returns how many these are, as a sentence."""
+    """Record that all files of the run are to be withdrawn. Returns a sentence with their number."""
     shards, pair_sets = record.fail()
     if not shards and not pair_sets:
         return "Nothing was published."

@@ -1,4 +1,4 @@
-"""Steps of a run layer by layer: where the weights are, and how a step reaches its gradients."""
+"""Training steps that run layer by layer: the placement of weights, and the gradients of a step."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from dpo_cache.types import Completion
 
 @dataclass(frozen=True)
 class LayerMajorModel:
-    """A model whose steps can run layer by layer, and where its weights are."""
+    """A model whose steps can run layer by layer, and the placement of its weights."""
 
     layers: Layers
     weights: LayerWeights
     placement: Placement
 
     def problem(self, policy: PolicyModel, *, has_routing: bool) -> str:
-        """Why steps of this policy are not right layer by layer, in words; empty if they are."""
+        """The reason why steps of this policy would be wrong layer by layer; empty if they are right."""
         if policy.attention.is_whole:
             return "its own forward is run as a whole"
         try:
@@ -82,9 +82,10 @@ class LayerMajorSteps:
         )
 
     def forward(self, pieces: Sequence[Sequence[Completion]]) -> None:
-        """Run all pieces of a step through all layers; with gradients, if these are enabled.
+        """Run all pieces of a step through all layers; with gradients, if they are enabled.
 
-        Raises `ModelError` where the model's code treats them in another way than the rows of the check.
+        Raises `ModelError` if the model's code treats them in another way than it treated the rows of the
+        check.
         """
         try:
             self._run.forward(pieces)
@@ -110,8 +111,8 @@ class LayerMajorSteps:
                 return [self._run.logps(place) for place in range(len(pieces))]
 
     def backward(self, *, is_try: bool = False) -> None:
-        """Carry the gradients of the losses to the parameters, and each layer's to its place; a step that is
-        only tried updates nothing.
+        """Propagate the gradients of the losses to the parameters, and move each layer's to its place. A step
+        that is only tried updates nothing.
         """
         self._run.backward(self.gradients.try_take if is_try else self.gradients.take)
 
@@ -129,11 +130,12 @@ def open_layer_major(
     precision: str,
     streamed: StreamedWeights | None = None,
 ) -> Iterator[LayerMajorModel | str]:
-    """Put the weights of a model where the placement has them, and find its layers; else the reason in words.
+    """Put the weights of a model where the placement has them, and find its layers; otherwise return the
+    reason.
 
-    A model whose weights are on the host computes on the device while the block is open. One that is refused
-    is moved to the device. `streamed` are weights that are fetched already. Raises `ModelError` for a model
-    that is refused and has no values in memory.
+    A model whose weights are on the host computes on the device while the block is open. A model that cannot
+    run so is moved to the device. `streamed` are weights that are already fetched. Raises `ModelError` for
+    such a model if it has no values in memory.
     """
     with ExitStack() as stack:
         if streamed is not None:
@@ -176,7 +178,7 @@ def has_copies(placement: Placement, device: torch.device) -> bool:
 
 
 def make_transfer() -> Transfer | None:
-    """What moves the weights to the device; None: what suits the device."""
+    """The transfer of weights to the device; None: the default of the device."""
     return None
 
 

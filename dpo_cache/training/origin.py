@@ -1,4 +1,4 @@
-"""How the model that a run starts from compares with the one that scored the pairs."""
+"""Compares the model that a run starts from with the one that scored the pairs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from dpo_cache.training.start import Start, is_same_place
 
 @dataclass(frozen=True)
 class Origin:
-    """How the model that a run starts from compares with the one that scored the pairs, by their identities.
+    """The comparison of the model that a run starts from with the one that scored the pairs, by their
+    identities.
 
     An imported reference has no weights to compare with; step zero compares the log-probs.
     """
 
-    is_reference: bool  # both are known to be one model
-    differing: tuple[str, ...]  # fields of their identities, otherwise
-    base_is_reference: bool  # the same of the base under an adapter
+    is_reference: bool  # True if both are known to be the same model
+    differing: tuple[str, ...]  # otherwise, the fields in which their identities differ
+    base_is_reference: bool  # the same for the base under an adapter
     base_weights: str | None  # digest of the base's weights
-    is_named: bool = False  # the model is the one that `import` named as that of the imported log-probs
+    is_named: bool = False  # True if `import` named this model as the source of the imported log-probs
 
 
 def compare_origin(
@@ -63,7 +64,7 @@ def compare_origin(
             trust_remote_code=trusted,
         )
 
-    def compare(location: str, revision: str | None) -> tuple[str, ...]:  # the dtype is a choice of the run
+    def compare(location: str, revision: str | None) -> tuple[str, ...]:  # ignores the dtype
         live = identify(location, revision, getattr(torch, recorded["dtype"]))
         return tuple(differing_fields(recorded, {**live, "dtype": recorded["dtype"]}))
 

@@ -24,19 +24,20 @@ if TYPE_CHECKING:
 
 
 def parallelize(policy: PolicyModel, ranks: Ranks, *, is_layer_major: bool = False) -> torch.nn.Module:
-    """The policy as the module that a step runs: one of `DistributedDataParallel` where each rank has a copy.
+    """The policy as the module that a step runs: wrapped in `DistributedDataParallel` if each rank has a
+    copy.
 
-    Gradients of shards are reduced by the model itself, and those of a layer-major step by `PlacedGradients`.
+    The model itself reduces the gradients of shards, and `PlacedGradients` those of a layer-major step.
     """
     if ranks.size == 1 or ranks.shards or is_layer_major:
         return policy
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # older torch has no other name
+        warnings.simplefilter("ignore", FutureWarning)  # older torch has only this name
         return torch.nn.parallel.DistributedDataParallel(
             policy,
             broadcast_buffers=False,  # no buffer changes in eval mode
-            gradient_as_bucket_view=True,  # else a second copy of all gradients
-            find_unused_parameters=has_unused_weights(policy),  # torch warns where it is not needed
+            gradient_as_bucket_view=True,  # avoids a second copy of all gradients
+            find_unused_parameters=has_unused_weights(policy),  # torch warns if it is not needed
         )
 
 
@@ -58,16 +59,17 @@ def has_unused_weights(policy: PolicyModel) -> bool:
 def load_to_cut(
     parts: CheckpointLocation, log: Log, **loading: Any
 ) -> tuple[PreTrainedModel, StreamedWeights | None]:
-    """The model on the host, without an adapter, and what reads its layers' weights for `cut`.
+    """The model on the host, without an adapter, and the reader of its layers' weights for `cut`.
 
-    A layer is in memory only while it is cut. Where a checkpoint does not allow that, the whole model is.
+    A layer is in memory only while it is cut. If the checkpoint does not allow that, the whole model is in
+    memory.
     """
     device = torch.device("cpu")
     parts = replace(parts, adapter=None)
     try:
         return load_streamed(parts, device=device, weights="disk", **{**loading, "compute_dtype": None})
     except ModelError as error:
-        model = load_base(parts, device=device, **loading)  # or what is wrong with the checkpoint
+        model = load_base(parts, device=device, **loading)  # or raises the error of the checkpoint
         log(f"each rank reads all weights into host memory before it keeps its shards: {first_line(error)}")
         return model, None
 

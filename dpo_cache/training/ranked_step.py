@@ -1,11 +1,11 @@
-"""One step of training on several ranks: each runs its own pairs, and all update by the same gradient.
+"""One step of training on several ranks: each runs its own pairs, and all update with the same gradient.
 
-Where a rank has a part of several pieces, all ranks run such parts first, and twice, as `step.py` describes;
+If a rank has a part of several pieces, all ranks run such parts first, and twice, as `step.py` describes;
 then the others. Losses that compare the pairs of a step are computed from the log-probs of all ranks, with
-gradients by the rank's own.
+gradients with respect to the rank's own log-probs.
 
-Gradients are averaged over the ranks, so each rank's losses count as often as there are ranks; layer by layer
-they are added up.
+Gradients are averaged over the ranks, so each rank's losses are multiplied by the number of ranks; layer by
+layer gradients are added up.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from dpo_cache.types import ScoredPair
 
 
 def make_step(setup: Setup, policy: torch.nn.Module, step_zero: StepZero | None) -> TrainingStep:
-    """What takes the steps of a run, on one rank or on several."""
+    """The object that runs the steps of a run, on one rank or on several."""
     kind = TrainingStep if setup.ranks.size == 1 else RankedStep
     return kind(setup, policy, step_zero)
 
@@ -55,16 +55,16 @@ class RankedStep(TrainingStep):
     errors.
     """
 
-    _reduces: bool = True  # whether backward passes add up gradients over the ranks
-    _is_try: bool = False  # whether no weight is updated
-    _remarks: list[str] = field(default_factory=list)  # of this rank, to be logged
+    _reduces: bool = True  # True if backward passes add up gradients over the ranks
+    _is_try: bool = False  # True if no weight is updated
+    _remarks: list[str] = field(default_factory=list)  # remarks of this rank that are not logged yet
 
     def try_step(self, pairs: list[ScoredPair]) -> None:
-        """Run a step without its update. Where memory runs out on a rank, all repeat it with less at once;
-        under FSDP2, which cannot, that raises `TrainingError`.
+        """Run a step without its update. If memory runs out on a rank, all repeat it with fewer tokens at
+        once; under FSDP2, where a step cannot be repeated, this raises `TrainingError`.
         """
         num_compared = self._num_compared
-        self._reduces, self._is_try = self.setup.ranks.shards, True  # FSDP2 cannot do without
+        self._reduces, self._is_try = self.setup.ranks.shards, True  # FSDP2 always adds them up
         try:
             self._until_it_fits(lambda: self._accumulate(pairs))
         finally:
@@ -111,7 +111,9 @@ class RankedStep(TrainingStep):
         *,
         ends_step: bool,
     ) -> None:
-        """Run the parts without gradients, take those of their losses, and carry these into the model."""
+        """Run the parts without gradients, compute the gradients of their losses, and propagate these into
+        the model.
+        """
         with torch.no_grad():
             leaves = [logps.detach() for logps in passes.run_all()]
         rest = iter(leaves)
@@ -120,7 +122,7 @@ class RankedStep(TrainingStep):
             losses, total = self._losses(entries, mean_chosen_tokens(pairs))
             metrics.add(losses)
             if entries:
-                (total * self.setup.ranks.size / len(pairs)).backward()  # as far as the leaves
+                (total * self.setup.ranks.size / len(pairs)).backward()  # stops at the leaves
         for place in range(len(passes)):
             is_last = ends_step and place == len(passes) - 1
             with self._reducing(is_last=is_last):
@@ -130,7 +132,7 @@ class RankedStep(TrainingStep):
     def _run_once(
         self, parts: list[list[Group]], passes: EqualPasses, pairs: list[ScoredPair], metrics: PairMetrics
     ) -> None:
-        """Run the parts, which have one piece or none, and take the gradient of their losses."""
+        """Run the parts, which have one piece or none, and compute the gradient of their losses."""
         for place in range(len(passes)):
             is_last = place == len(passes) - 1
             with self._reducing(is_last=is_last):
@@ -145,7 +147,7 @@ class RankedStep(TrainingStep):
     def _run_layers(
         self, steps: LayerMajorSteps, parts: list[list[Group]], pairs: list[ScoredPair]
     ) -> PairMetrics:
-        """Run all parts layer by layer; a rank without any runs a filler, for its share of the gradient."""
+        """Run all parts layer by layer. A rank without parts runs a filler, for its share of the gradient."""
         metrics, pieces = PairMetrics(), [piece for part in parts for piece in self._pieces(part)]
         steps.forward(pieces or [[filler_of(pairs)]])
         places = iter(range(len(pieces)))
@@ -167,7 +169,7 @@ class RankedStep(TrainingStep):
         return metrics
 
     def _run_all(self, pairs: list[ScoredPair]) -> list[RunPairs]:
-        """Run the pairs of all ranks; returns those of this rank. Without gradients."""
+        """Run the pairs of all ranks without gradients. Returns those of this rank."""
         num_compared, own = self._num_compared, self._deal(pairs)
         if self.setup.layer_major is not None:
             entries = super()._run_all(own) if own else []
@@ -182,7 +184,7 @@ class RankedStep(TrainingStep):
         self._share_notes(num_compared)
         return entries
 
-    # -- what all ranks do alike -------------------------------------------------------------------------
+    # -- the same on all ranks ------------------------------------------------------------------------
 
     def _deal(self, pairs: list[ScoredPair]) -> list[ScoredPair]:
         """The pairs of this rank."""
@@ -192,7 +194,7 @@ class RankedStep(TrainingStep):
     def _by_runs(self, parts: list[list[Group]]) -> tuple[list[list[Group]], list[list[Group]]]:
         """The parts of several pieces, which are run twice, and the others."""
         has_several = [len(self._pieces(part)) > 1 for part in parts]
-        if self.setup.objective.needs_whole_step:  # there is one part, of all ranks
+        if self.setup.objective.needs_whole_step:  # one part has the pairs of all ranks
             has_several = [any(self._exchange(has_several[0]))]
         together = list(zip(parts, has_several, strict=True))
         return [part for part, several in together if several], [
@@ -206,8 +208,8 @@ class RankedStep(TrainingStep):
     def _losses(
         self, entries: Sequence[RunPairs], mean_tokens: float
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Losses and metrics of this rank's pairs; and the loss whose gradient is this rank's, a sum over
-        pairs.
+        """Losses and metrics of this rank's pairs; and the loss of which this rank computes the gradient, a
+        sum over pairs.
         """
         objective, ranks = self.setup.objective, self.setup.ranks
         if not objective.needs_whole_step:
@@ -219,7 +221,7 @@ class RankedStep(TrainingStep):
         return {name: values[own] for name, values in losses.items()}, losses["loss"].sum()
 
     def _reducing(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Wraps a run with gradients: DDP adds them up in the last of a step."""
+        """The context of a run with gradients: DDP adds them up in the last run of a step."""
         if isinstance(self.policy, DistributedDataParallel) and not (is_last and self._reduces):
             return self.policy.no_sync()
         return nullcontext()
@@ -231,7 +233,9 @@ class RankedStep(TrainingStep):
         return not any(self._exchange(not metrics.is_finite))
 
     def _share_notes(self, num_compared: int) -> None:
-        """Share the remarks of each rank, and what step zero has compared after the first so many."""
+        """Share the remarks of each rank, and the completions that step zero has compared after the first
+        `num_compared`.
+        """
         compared = self.step_zero.compared[num_compared:] if self.step_zero else []
         found = self._exchange((compared, self._remarks))
         self._remarks = []
@@ -241,18 +245,18 @@ class RankedStep(TrainingStep):
             self.step_zero.compared[num_compared:] = [one for of_rank, _ in found for one in of_rank]
 
     def _log_once(self, text: str) -> None:
-        self._remarks.append(text)  # which may concern a single rank, and the main rank logs
+        self._remarks.append(text)  # logged by the main rank
 
     def _clip(self, max_norm: float) -> float:
         norms = self.setup.ranks.gather(super()._clip(max_norm))
         # a layer-major step whose loss is not finite does not add up gradients
         return next((norm for norm in norms if not math.isfinite(norm)), norms[self.setup.ranks.index])
 
-    # -- what fits ---------------------------------------------------------------------------------------
+    # -- fitting into memory --------------------------------------------------------------------------------
 
     def _until_it_fits(self, run: Callable[[], Result]) -> Result:
-        """Call `run`, and again with less at once where memory runs out on a rank; that needs runs in which
-        the ranks exchange nothing but values, since only those can be ended on all of them.
+        """Call `run`, and again with fewer tokens at once if memory runs out on a rank. That needs runs in
+        which the ranks only exchange values, since only such runs can be ended on all of them.
         """
         can_repeat = not self.setup.ranks.shards and not (torch.is_grad_enabled() and self._reduces)
         while True:
@@ -280,7 +284,8 @@ class RankedStep(TrainingStep):
             raise
 
     def _state_to_come(self) -> torch.Tensor | None:
-        """As much of the device's memory as the first update takes for the optimizer's state."""
+        """A tensor that reserves as much device memory as the first update takes for the optimizer's state.
+        """
         setup, device = self.setup, self.setup.device
         if device.type == "cpu" or setup.checkpoint is not None:
             return None
@@ -296,7 +301,8 @@ class RankedStep(TrainingStep):
         return len(self.step_zero.compared) if self.step_zero else 0
 
     def _forget(self, num_compared: int) -> None:
-        """Forget a run: its gradients, and what step zero has compared since it had so many completions."""
+        """Forget a run: its gradients, and the completions that step zero has compared since it had so many.
+        """
         if self.step_zero:
             del self.step_zero.compared[num_compared:]
         self.setup.optimizer.zero_grad()

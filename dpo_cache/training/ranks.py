@@ -18,15 +18,15 @@ Value = TypeVar("Value")
 
 
 class Ranks:
-    """The ranks of a run, seen from one of them: here a single one. `distributed.py` has several.
+    """The ranks of a run, seen from one of them. This class has a single rank; `distributed.py` has several.
 
     Every method is called by all ranks, in the same order; a value must be picklable.
     """
 
     index = 0
     size = 1
-    device: str | None = None  # of this rank, such as cuda:1; None: the option decides
-    shards = False  # whether weights, gradients and state are cut into a shard a rank (FSDP2)
+    device: str | None = None  # this rank's device, such as cuda:1; None: the option decides
+    shards = False  # True if each rank has a shard of weights, gradients and state (FSDP2)
 
     @property
     def is_main(self) -> bool:
@@ -34,7 +34,7 @@ class Ranks:
         return self.index == 0
 
     def gather(self, value: Value) -> list[Value]:
-        """The value of each rank, in their order."""
+        """The values of all ranks, in the order of the ranks."""
         return [value]
 
     def share(self, value: Value) -> Value:
@@ -42,7 +42,9 @@ class Ranks:
         return self.gather(value)[0]
 
     def on_main(self, function: Callable[[], Value]) -> Value:
-        """What the function returns, called on the main rank. Its `DpoCacheError` is raised on all."""
+        """The result of the function, which is called on the main rank only. Its `DpoCacheError` is raised on
+        all.
+        """
         found: tuple[Any, DpoCacheError | None] = None, None
         if self.is_main:
             try:
@@ -89,7 +91,7 @@ def open_ranks(options: TrainOptions) -> Iterator[Ranks]:
 
 
 def _check_same(options: TrainOptions, ranks: Ranks) -> None:
-    """Raise `OptionError` where another rank has other options."""
+    """Raise `OptionError` if another rank has other options."""
     given = asdict(options)
     first = ranks.share(given)
     for name, value in given.items():

@@ -1,8 +1,8 @@
-"""The model that a policy starts from, and whose Python code may run.
+"""The model that a policy starts from, and the rule for running Python code of models.
 
-`trust_remote_code` covers the model that the user names with `model`, the base of an adapter that is named
-so, and the checkpoint of the run that is resumed. A place that only the cache names is read as data: the
-default start, and the tokenizer of the pairs.
+`trust_remote_code` covers the model that the user names with `model`, the base of an adapter that is named in
+this way, and the checkpoint of the run that is resumed. A place that only the cache names is read as data:
+the default start, and the tokenizer of the pairs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dpo_cache.store.starting_model import default_start, describe_start
 
 @dataclass(frozen=True)
 class Start:
-    """Location and revision of a model, and whether the user named it; if not, the cache did."""
+    """Location and revision of a model, and a flag that is true if the user, and not the cache, named it."""
 
     location: str
     revision: str | None
@@ -28,7 +28,7 @@ class Start:
 def find_start(options: TrainOptions, reference: Document, log: Log, *, is_resumed: bool) -> Start:
     """The model of the options, or the one that the reference's entry names, which is logged.
 
-    Raises `ModelError` where the entry names none, or one that the user must name.
+    Raises `ModelError` if the entry names no model, or one that the user must name.
     """
     if options.model is not None:
         return Start(options.model, None, is_named=True)

@@ -1,11 +1,11 @@
-"""Gradients of a layer-major step, each taken where the placement keeps it as soon as it is whole.
+"""Gradients of a layer-major step, each moved to where the placement keeps it as soon as it is complete.
 
-    device   stays with its parameter
-    host     moves to host memory, from where the update reads it
-    none     updates its parameter, and is dropped
+    device   the gradient stays with its parameter
+    host     it moves to host memory, from where the update reads it
+    none     it updates its parameter, and is dropped
 
 A parameter whose home is the host has a copy on the device; the copy's gradient is the parameter's. With
-several ranks a gradient that is whole is first added up over them, once.
+several ranks, a complete gradient is first added up over them, once.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class CopiedWeights(Protocol):
         ...
 
     def refresh(self, key: int | str | None = None) -> None:
-        """The parameters have changed."""
+        """Update the copies, because the parameters have changed."""
         ...
 
 
 class PlacedGradients:
-    """Those of one run; `take_top` and `take` are called as the backward pass reaches the layers."""
+    """The gradients of one run; `take_top` and `take` are called as the backward pass reaches the layers."""
 
     def __init__(
         self,
@@ -57,16 +57,16 @@ class PlacedGradients:
         self._by_name = dict(model.named_parameters(remove_duplicate=False))
         self._in_backward, self._copies, self._keeps_on_host = in_backward, copies, keeps_on_host
         self._on_host: Gradients = {}
-        self._norms: list[torch.Tensor] = []  # of the gradients on the host
-        self._buffers: Gradients = {}  # pinned memory, which a step takes over from the one before
+        self._norms: list[torch.Tensor] = []  # norms of the gradients on the host
+        self._buffers: Gradients = {}  # pinned memory, reused by the next step
 
     def take_top(self) -> None:
-        """The losses have had their backward pass: move the gradients of the top's copies home."""
+        """After the backward pass of the losses, move the gradients of the top's copies to its parameters."""
         for name, leaf in self._leaves("top"):
             self._add(self._by_name[name], leaf)
 
     def take(self, index: int) -> None:
-        """The gradients of the layer at this index, or of `BOTTOM`, are whole."""
+        """Take the gradients of the layer at this index, or of `BOTTOM`, which are complete."""
         ready = self._add_up(self._whole[index], self._ready(index))
         if self._in_backward is not None:
             self._in_backward.take(ready)
@@ -79,7 +79,7 @@ class PlacedGradients:
                 home.grad = grad
 
     def try_take(self, index: int) -> None:
-        """The same in a step that is only tried: as much stays on the device, but nothing is updated, and no
+        """Do the same in a trial step: as much stays on the device, but nothing is updated, and no
         other rank takes part.
         """
         keeps = self._in_backward is None and not self._keeps_on_host
@@ -89,7 +89,7 @@ class PlacedGradients:
     def clip(self, parameters: list[torch.nn.Parameter], max_norm: float) -> float:
         """Scale the gradients on the host such that their norm is at most `max_norm`; returns it."""
         if not self._norms:
-            return math.nan  # there was no backward pass, for the loss is not finite
+            return math.nan  # there was no backward pass, because the loss is not finite
         norm = float(torch.linalg.vector_norm(torch.stack([one.cpu() for one in self._norms])))
         if norm > max_norm and math.isfinite(norm):
             torch._foreach_mul_(list(self._on_host.values()), max_norm / (norm + 1e-6))
@@ -106,7 +106,7 @@ class PlacedGradients:
         return self._keeps_on_host
 
     def end_step(self) -> None:
-        """The weights have been updated, or will not be: drop what is left of the gradients."""
+        """Drop the remaining gradients, after the weights were updated or if they will not be."""
         self._on_host, self._norms = {}, []
         if self._copies is not None:
             keys: list[int | str] = [index for index in self._whole if index != BOTTOM]
@@ -116,7 +116,7 @@ class PlacedGradients:
             self._copies.refresh()
 
     def _ready(self, index: int) -> Gradients:
-        """The gradients of this rank that are whole now; those of copies are no longer the copies'."""
+        """The gradients of this rank that are complete now. Copies lose theirs."""
         whole, ready = self._whole[index], Gradients()
         for key in _keys(index):
             for name, leaf in self._leaves(key):
@@ -128,7 +128,7 @@ class PlacedGradients:
         return ready | {one: one.grad for one in whole if one.grad is not None}
 
     def _add_up(self, whole: list[torch.nn.Parameter], ready: Gradients) -> Gradients:
-        """The sums of the gradients over the ranks; one that only other ranks have counts 0 on this one."""
+        """The sums of the gradients over the ranks; a gradient that this rank lacks counts as 0."""
         if self._ranks.size == 1:
             return ready
         kinds = self._ranks.gather([_kind(ready.get(one)) for one in whole])
@@ -149,7 +149,7 @@ class PlacedGradients:
 
     @torch.no_grad()
     def _add(self, home: torch.nn.Parameter, leaf: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        """Add a copy's gradient, and one from before, to the parameter's."""
+        """Add a copy's gradient, and an earlier one, to the parameter's."""
         for grad in (before, leaf.grad):
             if grad is not None:
                 moved = grad.to(home.device, home.dtype)
@@ -172,7 +172,7 @@ class PlacedGradients:
 
 
 def _keys(index: int) -> tuple[int | str, ...]:
-    """The copies whose gradients are whole together."""
+    """The keys of the copies whose gradients are complete at the same time."""
     return ("bottom", "top") if index == BOTTOM else (index,)
 
 

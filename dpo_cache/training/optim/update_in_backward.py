@@ -1,8 +1,8 @@
 """Updates within the backward pass, which free each gradient at once: few gradients exist at the same time.
 
-The last backward pass of a step completes one parameter's gradient after another. Each one updates its
-parameter and is freed. Earlier backward passes of the step accumulate gradients, so a step of several forests
-holds all gradients until its last backward pass begins; a step of one forest holds a few.
+The last backward pass of a step completes one parameter's gradient after another. Each gradient updates its
+parameter and is then freed. Earlier backward passes of the step accumulate gradients, so a step of several
+forests holds all gradients until its last backward pass begins; a step of one forest holds a few.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class OptimizerInBackward:
 
     def __init__(self, updater: Updater, *, is_hooked: bool = True, ranks: Ranks | None = None):
         self._updater, self._ranks = updater, ranks
-        self._norms: dict[int, torch.Tensor] = {}  # of freed gradients, by place in the model's order
+        self._norms: dict[int, torch.Tensor] = {}  # norms of freed gradients, by position in the model
         self._is_last = False
         self._places = {parameter: place for place, parameter in enumerate(updater.parameters)}
         if is_hooked:
@@ -35,7 +35,7 @@ class OptimizerInBackward:
 
     @torch.no_grad()
     def take(self, gradients: dict[torch.nn.Parameter, torch.Tensor]) -> None:
-        """Update parameters, whose gradients are whole, and drop the gradients."""
+        """Update parameters whose gradients are complete, and drop the gradients."""
         for parameter, gradient in gradients.items():
             self._norms[self._places[parameter]] = norm_of(gradient)
         self._updater.update(*gradients, gradients=gradients)
@@ -55,13 +55,13 @@ class OptimizerInBackward:
             yield
         finally:
             self._is_last = False
-        # parameters with gradients of earlier passes only
+        # parameters that have gradients only from earlier passes
         for parameter in self._updater.parameters:
             if parameter.grad is not None:
                 self.take({parameter: parameter.grad})
 
     def end_step(self) -> torch.Tensor:
-        """Return the norm of the step's gradient, as `clip_grad_norm_` does; the next step may begin."""
+        """Return the norm of the step's gradient, as `clip_grad_norm_` does, and prepare the next step."""
         norms = [self._norms[place].cpu() for place in sorted(self._norms)]
         self._norms = {}
         # nothing was updated
