@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dpo_cache.store.upkeep.gc import Garbage
 
 
-@command(GcOptions, json_help="Print what goes as JSON.")
+@command(GcOptions, json_help="Print the unneeded files as JSON.")
 def gc_command(options: GcOptions, as_json: bool) -> None:
     """Remove files that nothing needs: lists them, and with --yes removes them.
 
@@ -71,7 +71,7 @@ def _print_outcome(
         print_text(f"{cache}: {_sum(garbage)} removed. Next: {following}")
     elif garbage:
         print_text(
-            f"{cache}: {_sum(garbage)} could go. Nothing was removed. Next: the same command with --yes"
+            f"{cache}: {_sum(garbage)} can be removed. Nothing was removed. Next: the same command with --yes"
         )
     else:
         print_text(

@@ -29,7 +29,7 @@ PROBLEMS = {"damage": "damaged", "unreadable": "unreadable"}  # fields of entrie
 LONG = 100  # characters of a value that are shown; --json has all of it
 
 
-@command(LsOptions, json_help="Print it as JSON.")
+@command(LsOptions, json_help="Print the contents as JSON.")
 def ls_command(options: LsOptions, as_json: bool) -> None:
     """List the references of a cache with their scores, and its pair sets.
 

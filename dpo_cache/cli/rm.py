@@ -17,7 +17,7 @@ from dpo_cache.cli.parameters import command
 from dpo_cache.options.upkeep import RmOptions
 
 
-@command(RmOptions, json_help="Print what goes as JSON.")
+@command(RmOptions, json_help="Print the files to remove as JSON.")
 def rm_command(options: RmOptions, as_json: bool) -> None:
     """Remove a reference with its scores, or a pair set: lists the files, and with --yes removes them.
 
@@ -46,4 +46,6 @@ def rm_command(options: RmOptions, as_json: bool) -> None:
     if options.yes:
         print_text(f"{cache}: {what} removed. Next: {command_line('ls', str(cache))}")
     else:
-        print_text(f"{cache}: {what} would go. Nothing was removed. Next: the same command with --yes")
+        print_text(
+            f"{cache}: {what} would be removed. Nothing was removed. Next: the same command with --yes"
+        )

@@ -240,7 +240,7 @@ def test_gc_shows_first_and_drops_with_yes(run, root: Path) -> None:
     shown = run("gc", root)
     assert shown.code == 0 and f"references/{lonely}/reference.json" in shown.out
     assert shown.out.splitlines()[-1].endswith(
-        "could go. Nothing was removed. Next: the same command with --yes"
+        "can be removed. Nothing was removed. Next: the same command with --yes"
     )
     assert contents(root) == before
     assert json.loads(run("gc", root, "--keep", lonely[:8], "--json").out)["garbage"] == []
@@ -320,7 +320,7 @@ def test_rm_shows_first_and_removes_with_yes(run, root: Path) -> None:
     before = contents(root)
     shown = run("rm", root, "pairs", "demo")
     assert shown.code == 0 and shown.out.splitlines()[-1].endswith(
-        "would go. Nothing was removed. Next: the same command with --yes"
+        "would be removed. Nothing was removed. Next: the same command with --yes"
     )
     assert contents(root) == before
     refused = run("rm", root, "reference", reference_of(root)[:8], "--yes")
