@@ -1,4 +1,4 @@
-"""Counts over the layers of a deep model from counts of a few of its layers."""
+"""Counts for a deep model, extrapolated from counts for a few of its layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_layers(config: PreTrainedConfig, number: int) -> PreTrainedConfig:
 
 
 def are_alike(model: PreTrainedModel) -> bool:
-    """Whether all decoder layers hold the same tensors."""
+    """Return whether all decoder layers hold the same tensors."""
     found = {
         tuple((name, tuple(one.shape)) for name, one in layer.named_parameters())
         for layer in decoder_layers(model)
@@ -40,7 +40,7 @@ def are_alike(model: PreTrainedModel) -> bool:
 
 
 def over_layers(count: Callable[[PreTrainedConfig], int], config: PreTrainedConfig, *, alike: bool) -> int:
-    """`count(config)`, from models of 1, 2 and 3 layers where these grow by the same amount each.
+    """`count(config)`, extrapolated from models of 1, 2 and 3 layers if each layer adds the same amount.
 
     The live memory at a moment in layer k of n alike layers depends on n only through what the other layers
     keep. So the peak is the larger one of a constant, for moments in the first layer, and of a linear

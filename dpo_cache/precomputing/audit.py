@@ -295,7 +295,9 @@ def withdraw(record: RunRecord) -> str:
 
 
 def is_beyond_rounding(gaps_N: np.ndarray, dtype: str) -> bool:
-    """Whether gaps between two ways to compute one completion's token log-probs are more than rounding."""
+    """Return whether gaps between two ways to compute one completion's token log-probs are more than
+    rounding.
+    """
     largest, mean = TOKEN_TOLERANCES[dtype]
     sizes_N = np.abs(gaps_N)
     return not (sizes_N.max() <= largest and sizes_N.mean() <= mean)  # NaN is beyond

@@ -171,7 +171,7 @@ def open_layer_major(
 
 
 def has_copies(placement: Placement, device: torch.device) -> bool:
-    """Whether parameters have another home than the device; a CPU has only one memory, and the disk."""
+    """Return whether parameters are stored elsewhere than on the device; a CPU has only memory and disk."""
     if device.type == "cpu":
         return placement.weights == "disk"
     return placement.weights != "device" or placement.optimizer == "host"

@@ -84,8 +84,8 @@ def compare_origin(
 def _is_named(
     source: Document, start: Start, dtype: torch.dtype, loaded: LoadedPolicy | None, *, trusted: bool
 ) -> bool:
-    """Whether the model at the start is the one that `import --model` named: the same place, or the same
-    identity. Python code from the place that the cache names does not run.
+    """Return whether the model at the start is the one that `import --model` named: the same place, or the
+    same identity. Python code from the place that the cache names does not run.
     """
     location, revision = source.get("model"), source.get("revision")
     if not isinstance(location, str):

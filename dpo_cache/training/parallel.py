@@ -42,8 +42,8 @@ def parallelize(policy: PolicyModel, ranks: Ranks, *, is_layer_major: bool = Fal
 
 
 def has_unused_weights(policy: PolicyModel) -> bool:
-    """Whether a backward pass may leave trained weights without a gradient: experts that were not chosen, and
-    what the model never uses. No gradient is left behind.
+    """Return whether a backward pass may leave trained weights without a gradient: experts that were not
+    chosen, and weights that the model never uses. Afterwards no parameter has a gradient.
     """
     trained = policy.trained
     if any("expert" in name for name in trained):

@@ -227,7 +227,7 @@ class RankedStep(TrainingStep):
         return nullcontext()
 
     def _updates(self, metrics: PairMetrics, *, is_last: bool) -> bool:
-        """Whether a backward pass may update the weights; `metrics` are those of the step so far."""
+        """Return whether a backward pass may update the weights; `metrics` are those of the step so far."""
         if self.setup.in_backward is None or self._is_try or not is_last:
             return False
         return not any(self._exchange(not metrics.is_finite))
@@ -284,8 +284,7 @@ class RankedStep(TrainingStep):
             raise
 
     def _state_to_come(self) -> torch.Tensor | None:
-        """A tensor that reserves as much device memory as the first update takes for the optimizer's state.
-        """
+        """A tensor that reserves the device memory that the first update takes for the optimizer's state."""
         setup, device = self.setup, self.setup.device
         if device.type == "cpu" or setup.checkpoint is not None:
             return None
@@ -301,8 +300,7 @@ class RankedStep(TrainingStep):
         return len(self.step_zero.compared) if self.step_zero else 0
 
     def _forget(self, num_compared: int) -> None:
-        """Forget a run: its gradients, and the completions that step zero has compared since it had so many.
-        """
+        """Forget a run: its gradients, and the completions that step zero compared after so many."""
         if self.step_zero:
             del self.step_zero.compared[num_compared:]
         self.setup.optimizer.zero_grad()

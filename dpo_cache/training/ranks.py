@@ -30,7 +30,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the run's files and its remarks."""
+        """Return whether this rank writes the run's files and its remarks."""
         return self.index == 0
 
     def gather(self, value: Value) -> list[Value]:
@@ -59,7 +59,7 @@ class Ranks:
         return value  # type: ignore[no-any-return]
 
     def any(self, flag: Any) -> bool:
-        """Whether the flag is true on some rank."""
+        """Return whether the flag is true on some rank."""
         return any(self.gather(bool(flag)))
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -47,12 +47,12 @@ def find_start(options: TrainOptions, reference: Document, log: Log, *, is_resum
 
 
 def trusts_code(options: TrainOptions, start: Start) -> bool:
-    """Whether Python code at the start, or in a checkpoint of a run from there, may run."""
+    """Return whether Python code at the start, or in a checkpoint of a run from there, may run."""
     return options.trust_remote_code and start.is_named
 
 
 def is_same_place(location: str, other: str) -> bool:
-    """Whether both are the same Hub id, or lead to the same folder."""
+    """Return whether both are the same Hub id, or lead to the same folder."""
     if os.path.isdir(location) and os.path.isdir(other):
         return os.path.realpath(location) == os.path.realpath(other)
     return location == other

@@ -181,7 +181,7 @@ def _start(job: Job, run: PlannedRun, tally: Tally) -> Iterator[Receipt]:
 
 
 def error_of(failure: Failure, record: RunRecord, where: str = "") -> DpoCacheError:
-    """The error that a failure stands for. If scores were wrong, all files that the run published are
+    """The error to raise for a failure. If scores were wrong, all files that the run published are
     withdrawn.
     """
     message = failure.message

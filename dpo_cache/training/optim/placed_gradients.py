@@ -102,7 +102,7 @@ class PlacedGradients:
 
     @property
     def is_on_host(self) -> bool:
-        """Whether the gradients of the step are on the host."""
+        """Return whether the gradients of the step are on the host."""
         return self._keeps_on_host
 
     def end_step(self) -> None:

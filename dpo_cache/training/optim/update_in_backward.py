@@ -44,7 +44,7 @@ class OptimizerInBackward:
 
     @property
     def has_begun(self) -> bool:
-        """Whether weights are updated in this step; then it cannot be repeated."""
+        """Return whether weights are updated in this step; then it cannot be repeated."""
         return bool(self._norms)
 
     @contextmanager
