@@ -28,7 +28,7 @@ def gc_command(options: GcOptions, as_json: bool) -> None:
     """Remove files that nothing needs: lists them, and with --yes removes them.
 
     Those are parts that no manifest names, references that no pair set was scored by, temporary files of
-    killed writers, and what `verify --repair` moved aside. Pair sets stay: `rm` removes those.
+    killed writers, and files that `verify --repair` moved aside. Pair sets stay: `rm` removes those.
     """
     if options.yes:
         when_stopped("some files may be removed already. Next: the same command, which removes the rest.")

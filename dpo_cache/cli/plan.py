@@ -34,7 +34,7 @@ def plan_command(options: PlanOptions, as_json: bool) -> None:
     """Predict what fits: memory of GPU and host, time and disk, of precompute and train.
 
     No weights are read, and no GPU is needed: the package's own passes run on tensors without values. Each
-    way to train is next to DPO with a live reference, with every layer's activations recomputed.
+    way to train is compared with DPO with a live reference, with every layer's activations recomputed.
     """
     from dpo_cache.planning.start import check_plan
 

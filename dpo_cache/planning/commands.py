@@ -31,7 +31,7 @@ def train_command(options: PlanOptions, **chosen: Any) -> str:
 
 
 def _given(options: PlanOptions, names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the named options that differ from their defaults."""
+    """The named options that differ from their defaults."""
     known = {entry.name: entry for entry in fields(options)}
     return {
         name: getattr(options, name)

@@ -32,7 +32,7 @@ class PlannedScoring:
     is_streamed: bool  # a layer's weights are on the device only while it runs
     device: Parts
     device_bytes: int  # needed, with context and fragmentation
-    host_bytes: int  # with the process
+    host_bytes: int  # needed, with the memory of the process
     seconds: float | None
     fits: list[str]  # the cards
     command: str
@@ -50,7 +50,7 @@ class PlannedTraining:
     device: Parts
     host: Parts
     device_bytes: int  # needed, with context and fragmentation
-    host_bytes: int  # with the process
+    host_bytes: int  # needed, with the memory of the process
     live_reference_bytes: int | None  # needed by DPO with a live reference; None: could not be counted
     step_seconds: float | None
     seconds: float | None

@@ -60,8 +60,8 @@ class GradientCheck:
 
     @phase("self-check: comparing gradients")
     def problem(self, mode: str) -> str:
-        """How the mode's gradient differs from that of *none*; empty if it is equal, or if memory does not
-        suffice for the pair.
+        """A description of how the mode's gradient differs from that of *none*; empty if it is equal, or if
+        memory does not suffice for the pair.
         """
         if mode == "none" or not self.recomputation.num_layers:
             return ""
@@ -75,8 +75,8 @@ class GradientCheck:
 
     @phase("self-check: comparing gradients")
     def problem_of_kernel(self, kernel: str) -> str:
-        """How this kernel's gradient differs from that of the policy's own; empty if it is equal, or if
-        memory does not suffice for the pair.
+        """A description of how this kernel's gradient differs from that of the policy's own; empty if it is
+        equal, or if memory does not suffice for the pair.
         """
         attention = replace(self.policy.attention, kernel=kernel)
         sharded = self.policy.sharded

@@ -250,7 +250,7 @@ def open_policy(
         )
     else:
         model = load_base(parts, device=home, **loading)
-    is_whole = not is_adapted or options.merge_adapter  # what is saved
+    is_whole = not is_adapted or options.merge_adapter  # True if a whole model is saved
     left_out = find_left_out(model, parts.base, parts.base_revision) if is_whole else None
     with ExitStack() as stack:
         found: LayerMajorModel | str = ""

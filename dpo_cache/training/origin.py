@@ -27,7 +27,7 @@ class Origin:
 
     is_reference: bool  # True if both are known to be the same model
     differing: tuple[str, ...]  # otherwise, the fields in which their identities differ
-    base_is_reference: bool  # the same for the base under an adapter
+    base_is_reference: bool  # True if the base under an adapter is the reference
     base_weights: str | None  # digest of the base's weights
     is_named: bool = False  # True if `import` named this model as the source of the imported log-probs
 

@@ -29,7 +29,7 @@ def describe_few_steps(options: TrainOptions, num_pairs: int, total_steps: int, 
     changes = [f"`epochs` {math.ceil(FEW_STEPS / a_pass)}"]
     if (smaller := max(1, int(num_pairs * options.epochs) // FEW_STEPS)) < options.batch_size:
         changes.insert(0, f"`batch_size` {smaller}")
-    if options.max_steps is not None:  # which counts whatever the others are
+    if options.max_steps is not None:  # it limits the run whatever the other options are
         changes = [f"`max_steps` {FEW_STEPS}"]
     return (
         f"{total_steps} step{'s are' if total_steps > 1 else ' is'} few: a policy learns little in under "

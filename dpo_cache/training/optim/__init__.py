@@ -1,1 +1,1 @@
-"""From gradients to updates: optimizers, rounding, and updates within the backward pass."""
+"""Updates of weights by their gradients: optimizers, rounding, and updates within the backward pass."""
