@@ -153,7 +153,7 @@ def _print_bins(report: EvalReport) -> None:
             f"{entry.low:.2f} to {entry.high:.2f}",
             count(entry.count),
             "" if entry.predicted is None else f"{entry.predicted:.1%}",
-            "" if entry.observed is None else f"{entry.observed:.1%}",
+            "" if not entry.count else format_share(entry.observed),
         )
         for entry in report.calibration.bins
     ]

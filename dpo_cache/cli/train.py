@@ -178,7 +178,10 @@ def _placement(memory: str) -> Placement:
 def _stopped_at_once(output: str, checkpoints: list[Path]) -> str:
     if checkpoints:
         return f"{checkpoints[-1]} has the last state that was saved. Next: {_resume(output)}"
-    return "before the first checkpoint, so nothing is kept. Next: the same command, with --save-every N."
+    return (
+        "before the first checkpoint, so nothing is kept. Next: the same command; --save-every N saves "
+        "earlier."
+    )
 
 
 def _resume(output: str) -> str:

@@ -57,7 +57,7 @@ class Bin:
     high: float
     count: int
     predicted: float | None  # mean confidence
-    observed: float | None  # share of the pairs that are right, ties counted half
+    observed: float | None  # share of the pairs that are right, ties counted half; None as `expected_error`
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,9 @@ def measure_calibration(
     right = np.where(ties, 0.5, margins > 0)
     edges = np.linspace(0.5, 1, num_bins + 1)
     places = np.minimum(np.searchsorted(edges, confidence, side="right") - 1, num_bins - 1)
+    is_known = accuracy_of(0, int(ties.sum()), len(margins)) is not None
     bins = [
-        _bin(edges[place], edges[place + 1], confidence[places == place], right[places == place])
+        _bin(edges[place], edges[place + 1], confidence[places == place], right[places == place], is_known)
         for place in range(num_bins)
     ]
     gaps = [
@@ -145,7 +146,6 @@ def measure_calibration(
         for entry in bins
         if entry.predicted is not None and entry.observed is not None
     ]
-    is_known = accuracy_of(0, int(ties.sum()), len(margins)) is not None
     error = sum(gaps) / len(margins) if is_known else None
     return Calibration(error, float((_sigmoid(-margins) ** 2).mean()), bins)
 
@@ -179,10 +179,11 @@ def by_quartile(
     return _groups(masks, lengths, margins, roundings)
 
 
-def _bin(low: float, high: float, confidence: np.ndarray, right: np.ndarray) -> Bin:
+def _bin(low: float, high: float, confidence: np.ndarray, right: np.ndarray, is_known: bool) -> Bin:
     if not len(confidence):
         return Bin(float(low), float(high), 0, None, None)
-    return Bin(float(low), float(high), len(confidence), float(confidence.mean()), float(right.mean()))
+    observed = float(right.mean()) if is_known else None
+    return Bin(float(low), float(high), len(confidence), float(confidence.mean()), observed)
 
 
 def _groups(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -150,9 +151,7 @@ def describe_gap(gap: ReferenceGap, imported: str | None) -> str:
             "accuracy, and its margins mean nothing."
         )
     if imported is None:
-        return (
-            f"the model is another than the reference ({beyond}); they differ in {'; '.join(gap.differing)}."
-        )
+        return f"the model is another than the reference ({beyond}); they differ in {_shown(gap.differing)}."
     if not gap.num_beyond:
         return (
             f"the model repeats the log-probs of the imported reference {imported!r} ({where}): "
@@ -162,6 +161,14 @@ def describe_gap(gap: ReferenceGap, imported: str | None) -> str:
         f"the model is not what the imported reference {imported!r} was made with ({beyond}), or its "
         "values come from other token ids."
     )
+
+
+def _shown(differing: Sequence[str]) -> str:
+    """One or two differing fields with their values, or the groups of more."""
+    if len(differing) <= 2:
+        return "; ".join(differing)
+    groups = dict.fromkeys(entry.partition(":")[0].partition(".")[0] for entry in differing)
+    return f"{len(differing)} fields of {', '.join(groups)}"
 
 
 def compare_rewards(columns: PairColumns, token_rounding: float) -> dict[str, Accuracy]:

@@ -170,11 +170,13 @@ def _log_trained_pairs(options: EvalOptions, cache: Cache, pairs: PairSet, log: 
     if not name or not cache.holds_pairs(name):
         return
     trained = cache.pairs(name)
-    if trained.manifest["pairs_digest"] == digest and (shared := count_shared(trained, pairs)):
-        held_out = ", except those that `eval_fraction` held out" if config["eval_fraction"] else ""
+    if trained.manifest["pairs_digest"] != digest:
+        return
+    fraction = config["eval_fraction"] or 0.0
+    if shared := count_shared(trained, pairs, fraction=fraction, seed=config["seed"]):
         log(
-            f"{shared:,} of {len(pairs):,} pairs are training pairs of {options.run}{held_out}: their "
-            "accuracy and margins are not those of new pairs."
+            f"{shared:,} of {len(pairs):,} pairs have prompts that {options.run} was trained on: their "
+            "accuracy and margins are not those of new prompts."
         )
 
 

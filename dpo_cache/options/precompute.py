@@ -213,7 +213,7 @@ class PrecomputeOptions(Options):
 
     @property
     def uses_workers(self) -> bool:
-        """Whether other processes score."""
+        """Return whether other processes score."""
         return self.ray is not None or (self.num_workers or 1) > 1
 
     def _check_workers(self) -> None:

@@ -65,7 +65,7 @@ def complete_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_name(config: Mapping[str, Any]) -> str:
-    """`held out`, or `evaluation` where the run trains on some of its evaluation pairs, or may do so.
+    """`held out`, or `evaluation` where the run trains on prompts of its evaluation pairs, or may do so.
 
     `config` is a run's config.json. Earlier versions did not count the shared pairs.
     """

@@ -34,12 +34,14 @@ def with_run(given: dict[str, Any], log: Callable[[str], None] = lambda _: None)
         run = _run_of(given.get("model"))
         if run is None:
             return given
+        chosen = {entry.name for entry in fields(LossOptions)} & given.keys()
         given = {**_settings_of(run, given), **given, "run": str(run)}
         losses = LossOptions(
             **{entry.name: given[entry.name] for entry in fields(LossOptions) if entry.name in given}
         )
         shown = describe_losses(losses.loss, {name: getattr(losses, name) for name in SETTINGS})
-        log(f"{given['model']} is the model of a run, whose loss settings are used: {shown}.")
+        others = " where no others are given" if chosen else ""
+        log(f"{given['model']} is the model of a run, whose loss settings are used{others}: {shown}.")
         return given
     run = Path(given["run"])
     if read_run(run) is None:

@@ -39,7 +39,7 @@ class RunRow:
     state: str  # finished, running, stopped, failed or waiting
     num_steps: int
     total_steps: int | None  # None before the run has started
-    # "held out"; "evaluation" if some of these pairs are trained on; "training"; None before any measurement
+    # "held out"; "evaluation" if their prompts are trained on; "training"; None before any measurement
     measured_on: str | None
     accuracy_before: float | None  # before training; only on evaluation pairs
     accuracy: float | None
@@ -172,7 +172,7 @@ def column_notes(rows: Sequence[RunRow]) -> list[str]:
     if not _has_evaluations(rows):
         return [time]
     is_held_out = all(row.measured_on == "held out" for row in rows if row.is_evaluated)
-    pairs = "held-out pairs" if is_held_out else "evaluation pairs, some of which are trained on,"
+    pairs = "held-out pairs" if is_held_out else "evaluation pairs, some of whose prompts are trained on,"
     return [
         f"accuracy, margin, mean loss, chosen and rejected (rewards) are those of the {pairs} after "
         "training, before is the accuracy before it; an accuracy is - where margins are rounding noise. The "

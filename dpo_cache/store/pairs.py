@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import SupportsIndex, overload
 
+import numpy as np
 import pyarrow as pa
 
 from dpo_cache.errors import CorruptShardError, MissingFileError, StorageError
@@ -35,7 +36,7 @@ from dpo_cache.store.format.parquet import (
 from dpo_cache.store.format.shards import keys_of
 from dpo_cache.store.own_documents import note_own
 from dpo_cache.store.parts import KeptParts, has_part, holds_part
-from dpo_cache.types import ScoredPair
+from dpo_cache.types import ScoredPair, split_lists
 
 ROW_GROUP_PAIRS = 256  # the unit that is read, and shuffled, at once
 PART_PAIRS = 8192
@@ -160,6 +161,11 @@ class PairSet:
         for part, group, _ in self._blocks:
             columns = self._open_part(part).read_group(group, ["chosen_key", "rejected_key"]).columns
             yield from zip(*(key_bytes(keys_of(column)) for column in columns), strict=True)
+
+    def read_prompts(self) -> Iterator[np.ndarray]:
+        """The token ids of each pair's prompt, uint32, in order."""
+        for part, group, _ in self._blocks:
+            yield from split_lists(self._open_part(part).read_group(group, ["prompt_ids"]).column(0))
 
     def values_digest(self, *, with_tokens: bool = False) -> str:
         """Hex sha256 over the reference's sums of all pairs, in order; `with_tokens`, also over the log-probs

@@ -138,7 +138,7 @@ def held_out(pair_set: PairSet, fraction: float, seed: int) -> np.ndarray:
     A hash of the prompt and the seed decides, so all pairs of one prompt are on the same side, and remain
     there when rows are added or reordered.
     """
-    return np.array([_lot(scored.pair.chosen.prompt_ids, seed) < fraction for scored in pair_set], bool)
+    return np.array([_lot(prompt_ids, seed) < fraction for prompt_ids in pair_set.read_prompts()], bool)
 
 
 def longest_pairs(pair_set: PairSet, selected: np.ndarray, number: int) -> list[ScoredPair]:
@@ -150,11 +150,15 @@ def longest_pairs(pair_set: PairSet, selected: np.ndarray, number: int) -> list[
     )
 
 
-def count_shared(pair_set: PairSet, other: PairSet) -> int:
-    """The number of pairs of the second set that are also in the first, token for token."""
-    wanted = Counter(other.read_keys())
-    found = {keys for keys in pair_set.read_keys() if keys in wanted}
-    return sum(count for keys, count in wanted.items() if keys in found)
+def count_shared(pair_set: PairSet, other: PairSet, *, fraction: float = 0.0, seed: int = 0) -> int:
+    """The number of pairs of the second set whose prompts are also in the first, with any answers. Prompts
+    that `held_out` holds out of the first set do not count.
+    """
+    wanted = Counter(
+        prompt_ids.tobytes() for prompt_ids in other.read_prompts() if _lot(prompt_ids, seed) >= fraction
+    )
+    found = {prompt for prompt_ids in pair_set.read_prompts() if (prompt := prompt_ids.tobytes()) in wanted}
+    return sum(count for prompt, count in wanted.items() if prompt in found)
 
 
 @dataclass

@@ -257,9 +257,7 @@ def resolved_inputs(options: TrainOptions, data: TrainingPairs, total_steps: int
 
 
 def _count_shared(data: TrainingPairs) -> int:
-    """The number of evaluation pairs that are also training pairs; 0 for a share held out of the training
-    set.
-    """
+    """The number of evaluation pairs whose prompts are trained on; 0 for a share of the training set."""
     if data.eval_pairs is None or data.eval_pairs is data.pairs:
         return 0
     return count_shared(data.pairs, data.eval_pairs)

@@ -37,6 +37,6 @@ def start_remarks(setup: Setup) -> Iterator[str]:
         )
     if data.eval_pairs is not None and (shared := setup.inputs["num_shared_eval_pairs"]):
         yield (
-            f"{shared:,} of {len(data.eval_pairs):,} evaluation pairs are also "
-            "training pairs: those are not held out."
+            f"{shared:,} of {len(data.eval_pairs):,} evaluation pairs have prompts that are also trained on: "
+            "those are not held out."
         )

@@ -45,8 +45,8 @@ def test_the_report_is_on_stdout_and_remarks_on_stderr(
     assert done.code == 0, done.err
     found, shared, gap = done.err.splitlines()
     assert shared == (
-        f"12 of 12 pairs are training pairs of {tmp_path}/run: their accuracy and margins are not those of new "
-        "pairs."
+        f"12 of 12 pairs have prompts that {tmp_path}/run was trained on: their accuracy and margins are not "
+        "those of new prompts."
     )
     assert found == (
         f"{tmp_path}/run/model is the model of a run, whose loss settings are used: sigmoid, beta 0.1."

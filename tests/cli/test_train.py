@@ -178,8 +178,8 @@ def test_options_that_do_not_go_together_are_usage_errors(
         ),
         (
             [],
-            "interrupted: before the first checkpoint, so nothing is kept. Next: the same command, with "
-            "--save-every N.\n",
+            "interrupted: before the first checkpoint, so nothing is kept. Next: the same command; "
+            "--save-every N saves earlier.\n",
         ),
     ],
 )

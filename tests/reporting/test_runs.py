@@ -131,7 +131,7 @@ def test_pairs_that_are_trained_on_are_not_called_held_out(tmp_path: Path) -> No
     row = row_of(make_run(tmp_path / "a", lines, num_shared=3))
     assert row.measured_on == "evaluation" and row.is_evaluated
     assert table_cells([row])[1][0][2:4] == ["50.0%", "90.0%"]
-    assert "evaluation pairs, some of which are trained on" in table_notes([row], set())[0]
+    assert "evaluation pairs, some of whose prompts are trained on" in table_notes([row], set())[0]
     fraction = row_of(make_run(tmp_path / "b", lines, num_shared=None, eval_fraction=0.1))
     unknown = row_of(make_run(tmp_path / "c", lines, num_shared=None))  # of an earlier version
     assert (fraction.measured_on, unknown.measured_on) == ("held out", "evaluation")

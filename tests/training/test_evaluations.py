@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import dpo_cache
 from dpo_cache.errors import OptionError, TrainingError
 from dpo_cache.training.evaluations import Best, schedule_of
+from tests.conftest import chat_rows, write_rows
 from tests.training.test_loop import Killed, comparable, metrics, train, weights
 
 # a squared loss overshoots and comes back: the last evaluation is not the best
@@ -147,7 +149,21 @@ def test_a_run_that_only_got_worse_logs_it(cache: str, tmp_path: Path) -> None:
 def test_evaluation_pairs_that_are_trained_on_are_counted(cache: str, tmp_path: Path) -> None:
     remarks: list[str] = []
     train(cache, tmp_path / "same", eval_pairs="pairs", max_steps=1, log=remarks.append)
-    assert "15 of 15 evaluation pairs are also training pairs: those are not held out." in remarks
+    assert (
+        "15 of 15 evaluation pairs have prompts that are also trained on: those are not held out." in remarks
+    )
     remarks.clear()
     train(cache, tmp_path / "other", eval_pairs="heldout", max_steps=1, log=remarks.append)
     assert not any("evaluation pairs" in remark for remark in remarks)
+
+
+def test_other_answers_to_prompts_that_are_trained_on_are_not_held_out(
+    cache: str, model_folder: str, tmp_path: Path
+) -> None:
+    rows = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in chat_rows(5)]
+    other = write_rows(tmp_path / "swapped.jsonl", rows)
+    dpo_cache.precompute(model_folder, other, cache)
+    remarks: list[str] = []
+    report = train(cache, tmp_path / "run", eval_pairs="swapped", max_steps=1, log=remarks.append)
+    assert "5 of 5 evaluation pairs have prompts that are also trained on: those are not held out." in remarks
+    assert "held-out pairs" not in (Path(report.model) / "README.md").read_text()

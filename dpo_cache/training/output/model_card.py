@@ -147,7 +147,7 @@ def _data(config: Mapping[str, Any], manifest: Document) -> str:
     ]
     if config["eval_pairs"]:
         shared = resolved.get("num_shared_eval_pairs")
-        trained = f", {shared:,} of them also trained on" if shared else ""
+        trained = f", {shared:,} of them with prompts that are trained on" if shared else ""
         what = "held-out pairs" if shared == 0 else "evaluation pairs"
         rows.append((what, f"{resolved['num_eval_pairs']:,} of `{config['eval_pairs']}`{trained}"))
     elif config["eval_fraction"]:
