@@ -30,8 +30,9 @@ def check_bitsandbytes(option: str, kind: type[DpoCacheError] = OptionError) -> 
     """Raise an error of this kind unless bitsandbytes is installed, which the option needs."""
     missing = [module for module in ("bitsandbytes", "accelerate") if not is_installed(module)]
     if missing:
+        are = "is" if len(missing) == 1 else "are"
         raise kind(
-            f"{option} needs {' and '.join(missing)}, which is not installed.\n"
+            f"{option} needs {' and '.join(missing)}, which {are} not installed.\n"
             "Run `pip install 'dpo-cache[quantize]'`."
         )
 

@@ -87,7 +87,10 @@ def assert_same_run(run: Path, other: Path) -> None:
     """The same losses and norms in each line, and the files of one run."""
     for line, expected in zip(lines_of(run), lines_of(other), strict=True):
         for name in expected.keys() - {"pairs_per_s", "peak_bytes", "num_tokens"}:
-            assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+            # an accuracy is None where margins are noise
+            assert line[name] == expected[name] or line[name] == pytest.approx(
+                expected[name], rel=1e-4, abs=1e-5
+            ), name
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in other.iterdir())
 
 

@@ -76,7 +76,8 @@ def test_training_chooses_the_attention_for_the_longest_row_of_both_sets(
     model = hf.LlamaForCausalLM(hf.LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     ))  # fmt: skip
-    inputs._choose_attention(options, data, model, may_retry=True)
+    rows = measure_rows(data.pair_sets, model.config)
+    inputs._choose_attention(options, data, model, rows, may_retry=True)
     assert found == {
         "max_length": 70, "chunk_tokens": 70, "run_tokens": int(3 * 2 * np.mean([10, 22, 11, 72])), "ways": ("forest",),
         "may_retry": True,

@@ -251,7 +251,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(
         OptionError,
-        match=r"`optimizer` adamw-8bit needs bitsandbytes, .*\nRun `pip install 'dpo-cache\[quantize\]'`",
+        match=r"`optimizer` adamw-8bit needs bitsandbytes and accelerate, which are not .*\nRun `pip install 'dpo-cache\[quantize\]'`",
     ):
         make("adamw-8bit", torch.float32, "auto")
 

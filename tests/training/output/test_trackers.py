@@ -288,7 +288,7 @@ def test_environment_variables_of_the_trackers_win(
 ) -> None:
     from mlflow import MlflowClient
 
-    for name in trackers.PROJECT_VARIABLES.values():
+    for name in tracker_access.PROJECT_VARIABLES.values():
         monkeypatch.setenv(name, "mine")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "boards"))
     train(cache, tmp_path / "run", max_steps=1, log_to=NAMES)
