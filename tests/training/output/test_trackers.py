@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dpo_cache.errors import TrainingError
-from dpo_cache.training.output import tracker_access, trackers
+from dpo_cache.training.output import tracker_access
 from dpo_cache.training.output.trackers import flat_config
 from tests import programs
 from tests.training.test_loop import comparable, metrics, train, weights
