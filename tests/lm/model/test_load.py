@@ -26,7 +26,7 @@ from tests.lm.model.adapters import save_adapter
         ({"model_type": "unheard_of"}, ["unheard_of"]),
         ({"auto_map": ["m.M"]}, ["auto_map", "m.M", "an object that names classes"]),
         ({"auto_map": {"AutoConfig": ["m.M"]}}, ["AutoConfig in auto_map", "m.M"]),
-        ({"text_config": 3}, ["text_config", "3", "llama has none"]),
+        ({"text_config": 3}, ["text_config", "3", "llama does not have"]),
         ({"text_config": {"a": 3}}, ["text_config", "{'a': 3}"]),
         ({"architectures": 3}, ["architectures", "3", "a list of names"]),
         ({"architectures": [3]}, ["architectures", "[3]"]),

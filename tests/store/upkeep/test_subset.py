@@ -83,7 +83,7 @@ def test_where_nothing_can_be_recorded_the_day_decides(
         record_subset(folder, subset)
         starts.append(subset.start)
     assert sorted(starts) == [number * 100_000 for number in range(10)]
-    assert "so the day decides which are next: cannot write" in caplog.text
+    assert "so the day decides which files are next: cannot write" in caplog.text
 
 
 def test_verify_reads_other_files_each_time_and_all_in_ten_runs(
