@@ -37,6 +37,7 @@ from dpo_cache.sweeping.grid import Grid, read_grid
 from dpo_cache.sweeping.html import sweep_html
 from dpo_cache.sweeping.processes import ENDS_BY_SIGNAL, ActiveRun, run_environment, threads_of_a_run
 from dpo_cache.sweeping.sweep_folder import Run, hold_folder, plan_runs, read_report, with_plan, write_whole
+from dpo_cache.training.launch import launched_rank
 from dpo_cache.training.output.run_start import clear_finished
 from dpo_cache.training.output.tracker_access import check_trackers
 
@@ -129,6 +130,11 @@ def sweep(
     a missing pair set.
     """
     log = log or log_remark
+    if launched := launched_rank():
+        raise OptionError(
+            f"a launcher has started {launched.size} processes, and each run of a sweep trains in one.\n"
+            "Start the sweep without a launcher; `jobs` runs several at once."
+        )
     given = {"jobs": jobs, "resume": resume, "plot": plot, **options}
     given |= {name: value for name, value in (("cache", cache), ("output", output)) if value is not None}
     chosen = SweepOptions(**with_plan(with_new_names(SweepOptions, given, log)))

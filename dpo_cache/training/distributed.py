@@ -6,7 +6,6 @@ variables are translated for it), starts the process group and chooses each rank
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +25,8 @@ from dpo_cache.training.watch import Watch
 
 TIMEOUT_S = 1800.0  # timeout of a collective call: the main rank may be writing to a slow disk
 TIMEOUT_VARIABLE = "DPO_CACHE_RANK_TIMEOUT"  # environment variable with other seconds
+
+MAX_TIMEOUT_S = 1e8  # three years
 
 SLURM_PORTS = 20_000, 10_000  # the first port for a job, and the number of ports
 
@@ -205,7 +206,7 @@ def timeout_s() -> float:
     """Seconds that a collective call waits for other ranks. Raises `OptionError`."""
     text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_S))
     try:
-        if 0 < float(text) < math.inf:
+        if 0 < float(text) <= MAX_TIMEOUT_S:
             return float(text)
     except ValueError:
         pass

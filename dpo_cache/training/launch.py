@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dpo_cache.errors import OptionError
 from dpo_cache.files.machine import num_cores
 from dpo_cache.options.run_config import with_config
 
@@ -70,9 +71,18 @@ def is_quiet_rank() -> bool:
 
 
 def with_launched_config(given: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
-    """`with_config` in a process that a launcher may have started; one process of them all logs remarks."""
-    launched = launched_rank()
-    is_quiet = is_quiet_rank() or LAUNCHER in os.environ  # the process that launched this one has logged
+    """`with_config` in a process that a launcher may have started; one process of them all logs remarks.
+
+    Raises `OptionError` also for a `launch` of another number of processes than a launcher has started.
+    """
+    launched, is_ours = launched_rank(), LAUNCHER in os.environ
+    num_ranks = given.get("launch")
+    if launched and not is_ours and num_ranks not in (None, launched.size):
+        raise OptionError(
+            f"`launch` {num_ranks}: a launcher has started {launched.size} processes already, and they train "
+            "together.\nLeave `launch` out."
+        )
+    is_quiet = is_quiet_rank() or is_ours  # the process that launched this one has logged
     return with_config(
         given, (lambda _: None) if is_quiet else log, num_launched=launched.size if launched else 1
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,8 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from dpo_cache.errors import DpoCacheError, OptionError
+from dpo_cache.errors import DpoCacheError, OptionError, TrainingError
 from dpo_cache.options.train import TrainOptions
+from dpo_cache.store.format.differing_fields import differing_fields
+from dpo_cache.store.format.documents import Document
 from dpo_cache.training.launch import launched_rank
 
 Value = TypeVar("Value")
@@ -88,6 +91,21 @@ def open_ranks(options: TrainOptions) -> Iterator[Ranks]:
     with joined_ranks(options.device, shards=options.parallel == "fsdp") as ranks:
         _check_same(options, ranks)
         yield ranks
+
+
+def check_same_inputs(ranks: Ranks, inputs: Document) -> None:
+    """Raise `TrainingError`, on all ranks, if another rank has read other inputs from the same place: the
+    disks of two machines may differ.
+    """
+    found = ranks.gather((platform.node(), inputs))
+    for index, (node, others) in enumerate(found):
+        if differing := differing_fields(found[0][1], others):
+            raise TrainingError(
+                f"rank {index}, on {node}, has other inputs than rank 0; they differ in\n"
+                + "".join(f"  {line}\n" for line in differing)
+                + "Give `cache`, `model` and `output` on a disk that all machines share, or the cache as a "
+                "URL and the model by its Hub id."
+            )
 
 
 def _check_same(options: TrainOptions, ranks: Ranks) -> None:

@@ -50,7 +50,7 @@ from dpo_cache.training.output.run_position import RunPosition
 from dpo_cache.training.output.run_start import find_start
 from dpo_cache.training.output.tracker_access import check_trackers
 from dpo_cache.training.pair_logps import objective_of
-from dpo_cache.training.ranks import Ranks
+from dpo_cache.training.ranks import Ranks, check_same_inputs
 from dpo_cache.training.start_remarks import start_remarks
 from dpo_cache.training.step_memory import StepMemory
 from dpo_cache.training.step_zero import expectation_of
@@ -160,6 +160,7 @@ def open_setup(
     steps_per_epoch = math.ceil(data.num_pairs / options.batch_size)
     total_steps = _count_steps(options, steps_per_epoch)
     inputs = resolved_inputs(options, data, total_steps)
+    check_same_inputs(ranks, {**inputs, "position": asdict(position)})
     inputs["num_shared_eval_pairs"] = ranks.share(_count_shared(data) if ranks.is_main else 0)
     _check_resumed(options, checkpoint, inputs)
     if checkpoint is not None:
@@ -181,6 +182,7 @@ def open_setup(
                     ranks=ranks,
                 )
             )
+        check_same_inputs(ranks, {"start": asdict(policy.origin)})
         found = {
             "base_weights": policy.origin.base_weights,
             "precision": policy.precision,

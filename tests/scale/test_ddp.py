@@ -185,6 +185,36 @@ def test_the_base_of_an_adapter_is_compared_once(caches: Callable[[str], str], t
     assert re.sub("gap [^ ]+ nats", "", checked[0][0]) == re.sub("gap [^ ]+ nats", "", checked[2][0])
 
 
+def run_on_other_disks(ranks: Ranks, places: list[dict[str, str]], options: dict[str, Any]) -> Steps:
+    """Each rank finds another cache, or another model, at the same place."""
+    given = {"cache": places[0]["cache"], **places[ranks.index]}
+    try:
+        return run_steps(
+            ranks, given.pop("cache"), {**options, **given}, shards=options.get("parallel") == "fsdp"
+        )
+    except dpo_cache.DpoCacheError as error:
+        return Steps(error=f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_that_read_other_inputs_do_not_train_together(
+    caches: Callable[[str], str], tmp_path: Path, parallel: str
+) -> None:
+    cache, options = caches("llama"), {"parallel": parallel, "step_zero": "off"}
+    changed = make_cache(tmp_path, make_llama(), num_rows=14)
+    make_llama(seed=3).save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    others = {"pairs_digest": {"cache": changed}, "start.differing": {"model": str(tmp_path / "other")}}
+    for differing, other in others.items():
+        found = run_ranks(run_on_other_disks, 2, [{"cache": cache}, other], options)
+        assert found[0].error == found[1].error
+        first, *rest = found[0].error.splitlines()
+        assert re.fullmatch(
+            "TrainingError: rank 1, on .*, has other inputs than rank 0; they differ in", first
+        )
+        assert any(line.startswith(f"  {differing}: ") for line in rest)
+
+
 def run_out(ranks: Ranks, cache: str, options: dict[str, Any]) -> Steps:
     """One rank has memory for so many tokens; with gradients, from a later run on."""
     num_runs = [0]

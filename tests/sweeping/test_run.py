@@ -146,6 +146,16 @@ def test_errors_of_every_run_are_raised_before_any_starts(
     assert not started and not (tmp_path / "out").exists()
 
 
+def test_a_sweep_in_several_processes_is_refused(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match="a launcher has started 2 processes, and each run of a sweep"):
+        sweep(cache, tmp_path / "all", beta=[0.05, 0.5])
+    assert not (tmp_path / "all").exists()
+
+
 def test_a_note_names_pairs_that_changed_between_the_runs(
     model_folder: str, tmp_path: Path, started: list[str]
 ) -> None:

@@ -80,7 +80,7 @@ def test_the_time_that_ranks_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.timeout_s() == 1800
     monkeypatch.setenv("DPO_CACHE_RANK_TIMEOUT", "0.5")
     assert distributed.timeout_s() == 0.5
-    for wrong in ("0", "soon", "inf", ""):
+    for wrong in ("0", "soon", "inf", "", "1e300", "nan"):
         monkeypatch.setenv("DPO_CACHE_RANK_TIMEOUT", wrong)
         with pytest.raises(OptionError) as error:
             distributed.timeout_s()

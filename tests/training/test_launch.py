@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_cache.errors import OptionError
 from dpo_cache.training import launch
 from dpo_cache.training.launch import LaunchedRank, launched_rank, reports_early_errors
 
@@ -51,6 +52,19 @@ def test_one_process_of_a_machine_reports_early_errors(
     for name, value in zip(launch.VARIABLES[0], (index, 4, local_index, 2), strict=True):
         monkeypatch.setenv(name, str(value))
     assert reports_early_errors() == reports and launch.is_quiet_rank() == (index > 0)
+
+
+def test_another_number_of_processes_than_a_launcher_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(launch.LAUNCHER, raising=False)
+    for name, value in TORCH.items():
+        monkeypatch.setenv(name, value)
+    given = {"cache": "cache", "output": "run", "launch": 2}
+    with pytest.raises(OptionError, match="`launch` 2: a launcher has started 4 processes already"):
+        launch.with_launched_config(given, print)
+    same = {**given, "launch": 4}
+    assert launch.with_launched_config(same, print) == same
+    monkeypatch.setenv(launch.LAUNCHER, "1")  # a process of `launch`, whose arguments it gets
+    assert launch.with_launched_config(given, print) == given
 
 
 def program(tmp_path: Path, code: str) -> str:
