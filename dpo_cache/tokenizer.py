@@ -79,7 +79,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> None:
         tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         names = f"\nThe tokenizer's own templates are {', '.join(sorted(own))}." if own else ""
-        raise DataError(f"`chat_template` {choice}: not readable ({error}).{names}") from error
+        detail = str(error.strerror).lower() if isinstance(error, OSError) else "not UTF-8"
+        raise DataError(f"`chat_template` {choice}: not readable ({detail}).{names}") from error
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -148,7 +148,7 @@ def test_a_name_that_no_template_has_is_reported_with_those_there_are(tmp_path: 
     with pytest.raises(DataError) as caught:
         load_tokenizer(folder, chat_template="tools")
     assert str(caught.value) == (
-        "`chat_template` tools: not readable ([Errno 2] No such file or directory: 'tools').\n"
+        "`chat_template` tools: not readable (no such file or directory).\n"
         "The tokenizer's own templates are default, rag, tool_use."
     )
 

@@ -13,7 +13,7 @@ import pytest
 import dpo_cache
 from dpo_cache import errors
 from dpo_cache.cli.app import COMMANDS
-from dpo_cache.cli.output import _option_names, with_flags
+from dpo_cache.cli.output import option_names, with_flags
 
 PACKAGE = Path(dpo_cache.__file__).parent
 PAGE = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text()
@@ -76,7 +76,7 @@ def test_every_section_is_a_class() -> None:
 def test_flags_and_extras_exist() -> None:
     """The flags that cures name are options, and the extras to install are those of the package."""
     assert COMMANDS
-    flags = {f"--{name.replace('_', '-')}" for name in _option_names()} | {"--json", "--verbose", "--version"}
+    flags = {f"--{name.replace('_', '-')}" for name in option_names()} | {"--json", "--verbose", "--version"}
     for code in re.findall(r"`([^`]+)`", PAGE):
         if not code.startswith(("pip ", "python ", "cp ", "iconv ")):
             assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)) <= flags, code

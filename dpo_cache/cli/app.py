@@ -7,9 +7,10 @@ is kept.
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from dpo_cache.cli import (
     compact,
@@ -31,14 +32,23 @@ from dpo_cache.cli import (
 )
 from dpo_cache.cli.failures import UsageError, fail, print_error, usage_message, wants_json
 from dpo_cache.cli.output import output_of_one_command, print_text, remark, stop_note
-from dpo_cache.cli.parameters import command_class
+from dpo_cache.cli.parameters import command_class, without_types_of_switches
 from dpo_cache.cli.process import process_settings
 from dpo_cache.cli.signals import Interrupted, StoppedEarly, Terminated, Unwinding
 from dpo_cache.errors import DpoCacheError, OptionError, OtherRankError
 from dpo_cache.training.launch import is_quiet_rank, launched_rank, reports_early_errors
 
+
+class Commands(TyperGroup):
+    """The commands together."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return without_types_of_switches(super().get_params(ctx))
+
+
 app = typer.Typer(
     name="dpo-cache",
+    cls=Commands,
     help="Score a frozen reference model once; train preference-tuned policies from the stored log-probs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -89,8 +99,10 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit."""
-    with output_of_one_command():
-        _main(sys.argv[1:])
+    words = sys.argv[1:]
+    invoke = COMMANDS.get(words[0]) if words else None
+    with output_of_one_command(getattr(invoke, "options_class", None)):
+        _main(words)
 
 
 def _main(words: list[str]) -> NoReturn:

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 import typer
 
-from dpo_cache.cli.output import has_printed_json, print_json, remark, with_flags
-from dpo_cache.options.base import EXPECTED, Options, flag_of
+from dpo_cache.cli.output import has_printed_json, option_names, print_json, remark, with_flags
+from dpo_cache.options.base import EXPECTED, Options, flag_of, listed, type_name
 from dpo_cache.options.trl_fields import FIELDS
 from dpo_cache.suggestions import nearest
 
@@ -46,9 +46,9 @@ def print_error(kind: str, message: str, code: int) -> None:
 
 
 def wants_json(words: Sequence[str]) -> bool:
-    """Return whether --json is among the words of a command line."""
+    """Return whether --json is among the words of a command line, or --json=1, which is an error."""
     end = words.index("--") if "--" in words else len(words)
-    return "--json" in words[:end]
+    return any(word.partition("=")[0] == "--json" for word in words[:end])
 
 
 def usage_message(error: Any, words: Sequence[str]) -> str:
@@ -60,11 +60,13 @@ def usage_message(error: Any, words: Sequence[str]) -> str:
         usage = " ".join(context.get_usage().split())
         advice = f"{usage}\n{advice}"
     if isinstance(error, NoSuchOption):
-        return f"no option {error.option_name}.\n{_other_option(error.option_name, context) or advice}"
+        flag = error.option_name
+        if not flag.startswith("--"):  # -j of -json
+            flag = next((word for word in words if word.startswith(flag)), flag)
+        return f"no option {flag}.\n{_other_option(flag, context) or advice}"
     if isinstance(error, MissingParameter) and error.param is not None:
-        *others, last = _missing(error, words)
-        missing = f"{', '.join(others)} and {last} are" if others else f"{last} is"
-        return f"{missing} needed.\n{advice}"
+        missing = [_name(entry, _entries(context)) for entry in getattr(error, "missing", [error.param])]
+        return f"{listed(missing)} {'are' if len(missing) > 1 else 'is'} needed.\n{advice}"
     if isinstance(error, typer.BadParameter) and error.param is not None:
         return f"{_wrong_value(error, words)}\n{advice}"
     text = error.format_message().strip()
@@ -80,8 +82,10 @@ def _entries(context: Any) -> dict[str, Any]:
 
 def _other_option(flag: str, context: Any) -> str:
     """The advice for an option that does not exist."""
-    given = flag.partition("=")[0].lstrip("-").replace("-", "_")
+    given = flag.partition("=")[0].lstrip("-").replace("-", "_").lower()
     entries = _entries(context)
+    if not entries and given in {"json", "verbose", *option_names()}:
+        return f"Options come after the command, as in `dpo-cache COMMAND {flag}`."
     found = nearest(given, [*entries, "json", "verbose", "help"] if entries else ["version", "help"])
     if found:
         entry = entries.get(found)
@@ -97,18 +101,6 @@ def _other_option(flag: str, context: Any) -> str:
     return f"Options that begin like it: {', '.join(similar)}." if similar else ""
 
 
-def _missing(error: Any, words: Sequence[str]) -> list[str]:
-    """The name of the missing argument, and of other required options that are not given."""
-    entries, given = _entries(error.ctx), {word.partition("=")[0] for word in words}
-    needed = [
-        flag_of(entry)
-        for entry in entries.values()
-        if entry.metadata["required"] and not entry.metadata["positional"] and flag_of(entry) not in given
-    ]
-    missing = [_name(error.param, entries)]
-    return missing + [flag for flag in needed if flag not in missing]
-
-
 def _name(parameter: Any, entries: dict[str, Any]) -> str:
     entry = entries.get(parameter.name)
     if entry is None:
@@ -120,7 +112,7 @@ def _wrong_value(error: Any, words: Sequence[str]) -> str:
     """The option with its value, and the expected kind of value."""
     parameter, entries = error.param, _entries(error.ctx)
     name = _name(parameter, entries)
-    kind = str(entries[parameter.name].type).partition(" | ")[0] if parameter.name in entries else ""
+    kind = type_name(entries[parameter.name]) if parameter.name in entries else ""
     if kind not in EXPECTED:
         return f"{name}: {error.message}"
     values = [word.partition("=")[2] for word in words if word.partition("=")[0] in parameter.opts]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_cache import progress
 from dpo_cache.errors import printable, printable_lines
 from dpo_cache.errors import shown_bytes as format_bytes
-from dpo_cache.options.base import Options
+from dpo_cache.options.base import Options, flag_of
 from dpo_cache.progress import format_seconds as format_seconds
 from dpo_cache.progress import show_scoring as show_scoring
 
@@ -32,6 +32,7 @@ NUMBER = re.compile(r"[\d,]{1,11}|[\d.]+ [kMG]?B|[+-]?\d+\.\d+|[+-]?[\d.]+%|")
 _printed_json: ContextVar[bool] = ContextVar("printed_json", default=False)
 _stop_note: ContextVar[str] = ContextVar("stop_note", default=NOTHING_CHANGED)
 _verbose: ContextVar[bool] = ContextVar("verbose", default=False)
+_command: ContextVar[type[Options] | None] = ContextVar("command", default=None)
 
 
 def is_verbose() -> bool:
@@ -62,22 +63,42 @@ def remark(text: str) -> None:
 
 
 def with_flags(text: str) -> str:
-    """The library's text with the flags of options in place of their names: `max_length` is --max-length."""
+    """The library's text with the flags of options in place of their names: `max_length` is --max-length.
+
+    An option that the command does not have is named in words, and an argument as in the help: `max_length`
+    is "max length" in `ls`, and `kind` is KIND in `rm`.
+    """
+    names = _names_in_messages(_command.get())  # type: ignore[arg-type]
 
     def flag(match: re.Match[str]) -> str:
         name, is_off = match[1], match[2]
-        if name not in _option_names():
+        if name not in names:
             return match[0]
-        return f"--{'no-' if is_off else ''}{name.replace('_', '-')}"
+        return names[name].replace("--", "--no-", 1) if is_off else names[name]
 
     return re.sub(r"`([a-z][a-z0-9_]*)(=False)?`", flag, text)
 
 
 @cache
-def _option_names(kind: type[Options] = Options) -> set[str]:
+def _names_in_messages(options_class: type[Options] | None) -> dict[str, str]:
+    """How messages of a command call the options of all commands; None: no command is known."""
+    known = {
+        entry.name: flag_of(entry)
+        if entry.metadata["flag"]
+        else entry.metadata["positional"] or flag_of(entry)
+        for entry in (fields(options_class) if options_class else ())
+    }
+    others = {
+        name: name.replace("_", " ") if options_class else f"--{name.replace('_', '-')}"
+        for name in option_names()
+    }
+    return {**others, **known}
+
+
+def option_names(kind: type[Options] = Options) -> set[str]:
     """The names of the options of a class and of its subclasses."""
     names = {entry.name for entry in fields(kind)}
-    return names.union(*(_option_names(child) for child in kind.__subclasses__()))  # type: ignore[arg-type]
+    return names.union(*(option_names(child) for child in kind.__subclasses__()))  # type: ignore[arg-type]
 
 
 def print_text(text: str = "") -> None:
@@ -122,12 +143,16 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def output_of_one_command() -> Iterator[None]:
-    """Reset the state of a command: no JSON has been printed, and nothing has been changed yet."""
+def output_of_one_command(options_class: type[Options] | None = None) -> Iterator[None]:
+    """Set the state of a command: no JSON has been printed, nothing has been changed yet, and messages name
+    the options of this class by their flags.
+    """
     printed, note = _printed_json.set(False), _stop_note.set(NOTHING_CHANGED)
+    command = _command.set(options_class)
     try:
         yield
     finally:
+        _command.reset(command)
         _printed_json.reset(printed)
         _stop_note.reset(note)
 

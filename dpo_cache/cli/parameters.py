@@ -7,7 +7,7 @@ is `ls --cache CACHE`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, get_type_hints
 
@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from dpo_cache.cli.completion import completion_of
+from dpo_cache.cli.failures import MissingParameter, UsageError
 from dpo_cache.cli.output import remark, verbosity
 from dpo_cache.cli.signals import Interrupted
 from dpo_cache.errors import OptionError
@@ -72,13 +73,32 @@ def command_class(invoke: Callable[..., None]) -> type[TyperCommand]:
         options_class = invoke.options_class  # type: ignore[attr-defined]
 
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            try:
+                return self._parse(ctx, args)
+            except UsageError as error:
+                error.ctx = error.ctx or ctx  # some have none, and the message names the command
+                raise
+
+        def _parse(self, ctx: Any, args: list[str]) -> list[str]:
             end = args.index("--") if "--" in args else len(args)
             words = _with_empty_values(options_class, _with_new_flags(options_class, args[:end]))
             flags = {word.partition("=")[0] for word in words}
             ctx.meta[BY_FLAG] = {
                 entry.name for entry in _either(options_class) if entry.metadata["flag"] in flags
             }
-            rest = super().parse_args(ctx, words + args[end:])
+            if not ctx.resilient_parsing:  # of shell completion
+                _check_values(self.get_params(ctx), words)
+                ctx.allow_extra_args = True  # they raise the error below
+            words += args[end:]
+            try:
+                rest = super().parse_args(ctx, [*words])
+            except MissingParameter as error:
+                given, _, _ = self.make_parser(ctx).parse_args([*words])
+                missing = [entry for entry in self.get_params(ctx) if _is_missing(entry, given)]
+                error.missing = sorted(missing, key=lambda entry: entry.param_type_name)  # arguments first
+                raise
+            if rest and not ctx.resilient_parsing:
+                raise UsageError(f"unexpected argument{'s' if len(rest) > 1 else ''}: {', '.join(rest)}.")
             for name in ctx.meta[BY_FLAG]:
                 ctx.params[name] = ctx.params.pop(name + FLAG_SUFFIX)
             return rest
@@ -89,9 +109,20 @@ def command_class(invoke: Callable[..., None]) -> type[TyperCommand]:
                 entry.name if entry.name in by_flag else entry.name + FLAG_SUFFIX
                 for entry in _either(options_class)
             }
-            return [entry for entry in super().get_params(ctx) if entry.name not in unused]
+            return without_types_of_switches(
+                entry for entry in super().get_params(ctx) if entry.name not in unused
+            )
 
     return Command
+
+
+def without_types_of_switches(parameters: Iterable[Any]) -> list[Any]:
+    """The parameters of a command; the help shows no type of a switch, as it takes no value."""
+    parameters = list(parameters)
+    for entry in parameters:
+        if getattr(entry, "is_flag", False):
+            entry.metavar = ""
+    return parameters
 
 
 # -- from the words of the command line to the options ---------------------------------------------------
@@ -126,6 +157,32 @@ def _with_empty_values(options_class: type[Options], words: list[str]) -> list[s
         f"{word}=" if word in optional and following.startswith("-") else word
         for word, following in zip(words, [*words[1:], "--"], strict=False)
     ]
+
+
+def _check_values(parameters: Sequence[Any], words: Sequence[str]) -> None:
+    """Raise `UsageError` for an option without a value, such as one that is followed by another option."""
+    takes_value = {
+        flag
+        for entry in parameters
+        if entry.param_type_name == "option" and not entry.is_flag
+        for flag in entry.opts
+    }
+    following = iter(words)
+    for word in following:
+        if word not in takes_value:
+            continue
+        value = next(following, None)
+        if value is None:
+            raise UsageError(f"{word} needs a value.")
+        if value.startswith("--"):
+            raise UsageError(
+                f"{word} needs a value, and {value} follows, which looks like an option.\n"
+                f"Give a value, or write {word}={value} if this is the value."
+            )
+
+
+def _is_missing(parameter: Any, given: Mapping[str, Any]) -> bool:
+    return parameter.required and given.get(parameter.name) in (None, ())
 
 
 def _values(

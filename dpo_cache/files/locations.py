@@ -19,6 +19,7 @@ DATA_KINDS = {
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings of compressed text files
 MODEL_FILES = ("config.json", "adapter_config.json")
 TOKENIZER_FILES = ("tokenizer_config.json", "config.json")  # the first that is there names the class
+TOKENIZER_PATTERNS = ("*token*", "*vocab*", "*merges*", "*.model", "config.json")  # of files of a tokenizer
 
 
 def is_path(location: str) -> bool:
@@ -73,6 +74,10 @@ def check_tokenizer(location: str) -> None:
     if folder.is_dir():
         present = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
         problem = json_problem(present[0]) if present else ""
+        if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_PATTERNS):
+            problem = "no files of a tokenizer in it"
+    elif folder.is_file():
+        problem = "not a folder"
     elif is_path(location) and not folder.exists():
         problem = "no such folder"
     if problem:
@@ -151,9 +156,10 @@ def _check_location(location: str, *, is_only: bool) -> list[str]:
     for file in files:
         if not data_suffix(file):
             name = location if len(files) == 1 else file
+            suffix = Path(file).suffix
+            kind = f"files of kind {suffix} are not read" if suffix else "its name has no ending"
             raise DataError(
-                f"{name}: files of kind {Path(file).suffix or '(none)'} are not read.\n"
-                f"Accepted: {', '.join(DATA_KINDS)}; text also with {', '.join(COMPRESSED)}."
+                f"{name}: {kind}.\nAccepted: {', '.join(DATA_KINDS)}; text also with {', '.join(COMPRESSED)}."
             )
         if not Path(file).stat().st_size:
             raise DataError(f"{location if len(files) == 1 else file}: the file is empty.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -81,17 +81,17 @@ class Options:
     groups: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
+        if missing := [f"`{entry.name}`" for entry in fields(self) if self._lacks(entry)]:
+            raise OptionError(f"{listed(missing)} {'are' if len(missing) > 1 else 'is'} needed.")
         for entry in fields(self):
             value = _normalized(entry, getattr(self, entry.name))
             object.__setattr__(self, entry.name, value)
             _check_type(entry, value)
             if (entry.type == "str | None" and value == "") or (isinstance(value, tuple) and "" in value):
                 raise OptionError(f"`{entry.name}` is empty.\nGive a value, or leave it out.")
-            choices, is_required = entry.metadata["choices"], entry.metadata["required"]
-            if choices and value not in choices and (value is not None or is_required):
+            choices = entry.metadata["choices"]
+            if choices and value is not None and value not in choices:
                 raise OptionError(f"`{entry.name}` {value}: expected one of {', '.join(choices)}.")
-            if is_required and value in (None, "", ()):
-                raise OptionError(f"`{entry.name}` is needed.")
             allows, expected = entry.metadata.get("range") or NO_LIMIT
             if value is not None and not allows(value):
                 raise OptionError(f"`{entry.name}` {value}: expected {expected}.")
@@ -99,6 +99,12 @@ class Options:
 
     def check(self) -> None:
         """Raise `OptionError` for values, or combinations of values, that make no sense."""
+
+    def _lacks(self, entry: Field[Any]) -> bool:
+        """Return whether a required option is not given, or is empty."""
+        value = getattr(self, entry.name)
+        is_empty = value is None or (isinstance(value, (str, tuple, list)) and not value)
+        return entry.metadata["required"] and is_empty
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
@@ -120,9 +126,21 @@ def _normalized(entry: Field[Any], value: Any) -> Any:
     return value
 
 
+def type_name(entry: Field[Any]) -> str:
+    """The name of the field's type, such as `int`; the first one of several."""
+    return _types_of(entry)[0]
+
+
+def _types_of(entry: Field[Any]) -> tuple[str, str]:
+    """The name of the first type and, after it, those of the others."""
+    name = entry.type.__name__ if isinstance(entry.type, type) else str(entry.type)
+    kind, _, others = name.partition(" | ")
+    return kind, others
+
+
 def _check_type(entry: Field[Any], value: Any) -> None:
     """Raise `OptionError` for a value of another type than the field's."""
-    kind, _, may_be_none = str(entry.type).partition(" | ")
+    kind, may_be_none = _types_of(entry)
     if value is None:
         if not (may_be_none or entry.metadata["required"]) and kind in ("int", "float", "str", "bool"):
             raise OptionError(f"`{entry.name}` None: expected a value.")
@@ -175,6 +193,12 @@ def sections(options_class: type[Options]) -> dict[str | None, list[Field[Any]]]
             if name in known:
                 found[title].append(known.pop(name))
     return found
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def flag_of(entry: Any) -> str:

@@ -19,6 +19,7 @@ MUTUALLY_EXCLUSIVE = (
     ("eval_pairs", "eval_fraction"),
     ("lora_r", "peft_config"),
     ("lora_alpha", "peft_config"),
+    ("warmup_ratio", "warmup_steps"),
 )
 NOT_FROM_CONFIG = ("output", "resume", "dry_run", "config", "trl_config", "resolved")
 

@@ -63,7 +63,6 @@ def _with_several_values(entry: Field[Any]) -> tuple[str, Any, Any]:
             (),
             f"{entry.metadata['help']} Both flags: one run each.",
             flag=f"{positive}/--no-{positive.removeprefix('--')}",
-            metavar="<bool>",
             old=entry.metadata["old"],
         )
         return entry.name, tuple[bool, ...], taken

@@ -126,6 +126,9 @@ class TrainOptions(LossOptions):
         "Share of the steps over which the learning rate rises from 0; never all of them.",
         limit=(lambda value: 0 <= value <= 1, "0 to 1"),
     )
+    warmup_steps: int | None = option(
+        None, "Steps of the warm-up, instead of a share of the steps; never all of them.", limit=AT_LEAST_0
+    )
     optimizer: str = option(
         "adamw",
         "Optimizer; bf16, 8bit: its state in bfloat16 or 8 bits. paged: an earlier name of "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_cache.errors import OptionError, kind_of
+from dpo_cache.errors import OptionError
 from dpo_cache.losses.terms import SETTINGS, is_served, loss_terms
 from dpo_cache.options.trl_fields import DPO_CONFIG, FIELDS, TrlField
 
@@ -57,7 +57,9 @@ def options_of_trl(
     found = _read(path, name)
     translated = _Translation(name, found, given, num_processes)
     options = translated.options()
-    lacking = [field for field in LEARNED if not ({field, DPO_CONFIG[field].equal} & {*found, *given})]
+    lacking = [
+        field for field in LEARNED if not ({field, *DPO_CONFIG[field].equal.split(", ")} & {*found, *given})
+    ]
     if lacking:
         values = ", ".join(f"{field} {DPO_CONFIG[field].default:g}" for field in lacking)
         log(f"{name}: TRL's defaults for the fields that it lacks: {values}.")
@@ -125,18 +127,16 @@ class _Translation:
             "lr_schedule": self._named("lr_scheduler_type", SCHEDULES),
             "optimizer": self._named("optim", OPTIMIZERS),
         }
+        return {**options, **self._warmup()}
+
+    def _warmup(self) -> dict[str, Any]:
+        """The warm-up as a number of steps or as a share of them."""
         warmup = self._value("warmup_steps")
-        if "warmup_ratio" not in self.found:
-            options["warmup_ratio"] = float(warmup)
-        if warmup >= 1:
-            options["warmup_ratio"] = min(1.0, warmup / steps) if steps > 0 else None
-            if steps <= 0 and "warmup_ratio" not in self.given:
-                self._leave_out(
-                    "warmup_steps", "`warmup_ratio` takes a share of the steps, and keeps its default"
-                )
         if self.found.get("lr_scheduler_type") == "constant":  # TRL's has no warm-up
-            options["warmup_ratio"] = 0.0
-        return options
+            return {"warmup_ratio": 0.0}
+        if warmup >= 1:  # overrides warmup_ratio, as in transformers
+            return {"warmup_ratio": None, "warmup_steps": int(warmup)}
+        return {} if "warmup_ratio" in self.found else {"warmup_ratio": float(warmup)}
 
     def _memory(self) -> dict[str, Any]:
         bf16, checkpoints = self.found.get("bf16"), self.found.get("activation_checkpointing")
@@ -254,7 +254,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
             f"{name}: not readable ({detail}).\nGive a DPOConfig as a YAML or JSON file."
         ) from error
     if not isinstance(content, dict):
-        raise OptionError(f"{name}: expected fields and their values, found {kind_of(content)}.")
+        raise OptionError(f"{name}: expected fields of a DPOConfig, such as beta: 0.1, found none.")
     for field in content:
         if field not in FIELDS:
             near = difflib.get_close_matches(str(field), FIELDS, n=1, cutoff=0.75)

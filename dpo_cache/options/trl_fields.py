@@ -96,7 +96,7 @@ OPTIMIZER_FIELDS = {
     "lr_scheduler_type": equal(
         "lr_schedule", "linear", "`linear`, `cosine`, `constant`, `constant_with_warmup`"
     ),
-    "warmup_steps": equal("warmup_ratio", 0, "below 1 it is the ratio; a number of steps needs `max_steps`"),
+    "warmup_steps": equal("warmup_steps, warmup_ratio", 0, "below 1 it is the ratio"),
     "optim": equal("optimizer", "adamw_torch_fused", "the AdamW and Adafactor variants"),
     "weight_decay": equal("weight_decay", 0.0),
     "max_grad_norm": equal("max_grad_norm", 1.0),

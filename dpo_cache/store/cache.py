@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from dpo_cache.errors import (
     CorruptShardError,
@@ -241,8 +242,8 @@ class Cache:
         """
         if not create:
             raise FormatError(
-                f"{self}: no dpo-cache here (no format.json).\n"
-                f"Run `dpo-cache precompute --cache {self} …` to make one."
+                f"{self}: no dpo-cache here ({_why_not(str(self))}).\n"
+                f"Check the path, or run `dpo-cache precompute --cache {self} …` to make one."
             )
         present = self.folder.names("")
         if "format.json" in present:
@@ -270,6 +271,14 @@ class Cache:
                 "Run `pip install --upgrade dpo-cache`, or choose another `cache`."
             )
         raise FormatError(f"{self}/format.json: expected {FORMAT}, found {found}.")
+
+
+def _why_not(location: str) -> str:
+    """Why a location is no cache, in a few words."""
+    path = Path(location)
+    if "://" in location or path.is_dir():
+        return "no format.json"
+    return "it is a file" if path.exists() else "no such folder"
 
 
 def read_reference(folder: Folder, reference_id: str) -> Document:

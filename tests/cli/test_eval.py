@@ -136,8 +136,8 @@ def test_mistakes_give_one_error(run, cache: Path, model_folder: str, tmp_path: 
 
     assert told("--cache", tmp_path / "none", "--model", model_folder) == (
         1,
-        f"error: {tmp_path}/none: no dpo-cache here (no format.json).\n"
-        f"Run `dpo-cache precompute --cache {tmp_path}/none …` to make one.\n",
+        f"error: {tmp_path}/none: no dpo-cache here (no such folder).\n"
+        f"Check the path, or run `dpo-cache precompute --cache {tmp_path}/none …` to make one.\n",
         "",
     )
     assert told("--cache", cache, "--model", model_folder, "--pairs", "other") == (

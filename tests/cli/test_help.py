@@ -1,8 +1,9 @@
 """Every command has a page in docs/commands that shows a run and its help. `tests/documents` compares both."""
 
 import pytest
+from typer.testing import CliRunner
 
-from dpo_cache.cli.app import COMMANDS
+from dpo_cache.cli.app import COMMANDS, app
 from tests.cli.write_help import OPTIONS, PAGES, options_page, read_helps, with_help
 
 
@@ -41,6 +42,13 @@ def test_help_is_plain_text_of_fixed_width(helps: dict[str, str]) -> None:
     for name, text in helps.items():
         assert f"Usage: dpo-cache {name} " in text
         assert "\x1b" not in text and max(map(len, text.splitlines())) <= 100
+
+
+def test_a_switch_shows_no_type(helps: dict[str, str]) -> None:
+    """It takes no value."""
+    root = CliRunner().invoke(app, ["--help"], prog_name="dpo-cache").stdout
+    assert "--version" in root and "--json" in helps["ls"] and "--shuffle" in helps["sweep"]
+    assert not [name for name, text in {**helps, "": root}.items() if "bool" in text]
 
 
 def test_a_block_is_renewed_in_place() -> None:

@@ -1,6 +1,7 @@
 """One name for one idea in every command, and earlier names that still work."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import typer
 
 import dpo_cache
 from dpo_cache.cli.app import COMMANDS, app
+from dpo_cache.cli.output import option_names, output_of_one_command, with_flags
 from dpo_cache.errors import OptionError
 from dpo_cache.options.base import flag_of, old_names, with_new_names
 from dpo_cache.options.precompute import PrecomputeOptions
@@ -70,6 +72,31 @@ def test_places_that_are_left_are_those_of_the_other_arguments() -> None:
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in with_cache()])
 def test_every_other_command_works_on_two_caches(command: str) -> None:
     assert command in ("merge", "diff", "pull", "push")
+
+
+def flags_of(command: str) -> set[str]:
+    """All flags that the command takes."""
+    parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+    return {flag for entry in parameters for flag in (*entry.opts, *entry.secondary_opts)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_messages_name_only_options_that_the_command_has(command: str) -> None:
+    """Whatever option a message of the library names, in any command."""
+    names = sorted(option_names())
+    assert {"cache", "kind", "max_length", "with_pairs"} <= {*names}
+    with output_of_one_command(COMMANDS[command].options_class):
+        shown = {name: with_flags(f"Give `{name}`.") for name in names}
+        off = with_flags("Leave out `text=False`.")
+    own = {entry.name: entry for entry in fields(COMMANDS[command].options_class)}
+    for name, text in shown.items():
+        flags = re.findall(r"--[a-z-]+", text)
+        assert {*flags} <= flags_of(command), text
+        if name not in own:
+            assert text == f"Give {name.replace('_', ' ')}."
+        elif not flags:
+            assert text == f"Give {own[name].metadata['positional']}."
+    assert off == ("Leave out --no-text." if command == "export" else "Leave out text.")
 
 
 def test_an_idea_has_no_second_name() -> None:

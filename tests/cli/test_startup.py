@@ -87,7 +87,7 @@ NO_KEY = (
     "--log-to wandb cannot be opened: No API key configured. Use `wandb login` to log in.\n"
     "Correct that, set WANDB_MODE=offline to log without an account, or leave it out."
 )
-NO_CACHE = "{root}/none: no dpo-cache here (no format.json)."
+NO_CACHE = "{root}/none: no dpo-cache here (no such folder)."
 NO_MODEL = "{root}/none: no model can be loaded from it (no such folder)."
 BROKEN = "{root}/broken: no model can be loaded from it (config.json is not JSON)."
 NO_PAIRS = "{root}/cache: no pair set 'other'."

@@ -232,14 +232,15 @@ def test_text_that_is_not_utf_8_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("pairs.txt", ".txt"), ("pairs", "(none)"), ("pairs.parquet.gz", ".gz"), ("pairs.gz", ".gz")],
+    [("pairs.txt", ".txt"), ("pairs", ""), ("pairs.parquet.gz", ".gz"), ("pairs.gz", ".gz")],
 )
 def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(
     tmp_path: Path, name: str, kind: str
 ) -> None:
     (tmp_path / name).write_text("text")
+    problem = f"files of kind {kind} are not read" if kind else "its name has no ending"
     assert (
-        error_of(tmp_path / name) == f"{tmp_path}/{name}: files of kind {kind} are not read.\n"
+        error_of(tmp_path / name) == f"{tmp_path}/{name}: {problem}.\n"
         "Accepted: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; text also with .gz, .bz2, .xz, .zst."
     )
 

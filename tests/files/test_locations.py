@@ -41,6 +41,16 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, content: byt
         check_peft_config(str(tmp_path / "config" / "config.json"))
 
 
+def test_a_folder_without_a_tokenizer_and_a_file_are_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    for location, problem in (
+        (tmp_path, "no files of a tokenizer in it"),
+        (tmp_path / "notes", "not a folder"),
+    ):
+        with pytest.raises(ModelError, match=f"no tokenizer can be loaded from it .{problem}"):
+            check_tokenizer(str(location))
+
+
 def test_what_is_right_passes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{not json")
     (tmp_path / "tokenizer_config.json").write_text("{}")

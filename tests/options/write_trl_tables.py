@@ -34,8 +34,8 @@ def _table(title: str, part: dict[str, TrlField]) -> list[str]:
     ]
 
 
-def _option(name: str) -> str:
-    return f"`--{name.replace('_', '-')}`" if name else "none"
+def _option(names: str) -> str:
+    return ", ".join(f"`--{name.replace('_', '-')}`" for name in names.split(", ")) if names else "none"
 
 
 def _shown(value: object) -> str:

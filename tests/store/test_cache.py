@@ -43,12 +43,24 @@ def write_format(folder: Path, content: object) -> Path:
 # -- opening -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("none", "no such folder"), ("folder", "no format.json"), ("file", "it is a file")]
+)
+def test_what_is_no_cache(tmp_path: Path, kind: str, reason: str) -> None:
+    if kind == "folder":
+        (tmp_path / kind).mkdir()
+    elif kind == "file":
+        (tmp_path / kind).touch()
+    with pytest.raises(FormatError, match=f"{kind}: no dpo-cache here .{reason}."):
+        open_cache(tmp_path / kind)
+
+
 def test_a_missing_folder_is_no_cache(tmp_path: Path) -> None:
     with pytest.raises(FormatError) as caught:
         open_cache(tmp_path / "cache")
     assert str(caught.value) == (
-        f"{tmp_path}/cache: no dpo-cache here (no format.json).\n"
-        f"Run `dpo-cache precompute --cache {tmp_path}/cache …` to make one."
+        f"{tmp_path}/cache: no dpo-cache here (no such folder).\n"
+        f"Check the path, or run `dpo-cache precompute --cache {tmp_path}/cache …` to make one."
     )
     assert not (tmp_path / "cache").exists()
 

@@ -123,6 +123,15 @@ def test_rates_are_those_of_transformers(schedule: str, warmup_ratio: float) -> 
         scheduler.step()
 
 
+@pytest.mark.parametrize("steps", [0, 3, 16, 40])
+def test_a_warm_up_may_be_given_in_steps(steps: int) -> None:
+    given = {"peak": 2e-5, "schedule": "linear", "warmup_ratio": 0.1, "warmup_steps": steps}
+    rates = [learning_rate(step, 17, **given) for step in range(17)]
+    expected = min(steps, 16)
+    assert rates[expected] == max(rates) == 2e-5
+    assert rates[:expected] == [pytest.approx(2e-5 * step / expected) for step in range(expected)]
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 5, 50])

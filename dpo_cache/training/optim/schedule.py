@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 
 
-def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, warmup_ratio: float) -> float:
+def learning_rate(
+    step: int,
+    total_steps: int,
+    *,
+    peak: float,
+    schedule: str,
+    warmup_ratio: float,
+    warmup_steps: int | None = None,
+) -> float:
     """The rate of a step, numbered from 0: a linear rise from 0, then constant, linear or cosine decay to 0.
 
-    The warm-up ends before the last step, so that every run reaches the peak.
+    The warm-up takes `warmup_steps` or, without them, a share of the steps. It ends before the last step, so
+    that every run reaches the peak.
     """
-    warmup_steps = min(math.ceil(total_steps * warmup_ratio), total_steps - 1)
+    wanted = math.ceil(total_steps * warmup_ratio) if warmup_steps is None else warmup_steps
+    warmup_steps = min(wanted, total_steps - 1)
     if step < warmup_steps:
         return peak * step / warmup_steps
     if schedule == "constant":

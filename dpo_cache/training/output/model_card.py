@@ -207,7 +207,7 @@ def _procedure(config: Mapping[str, Any], num_steps: int | None, last: Metrics |
         (
             "learning rate",
             f"{resolved.get('lr') or config['lr']:g}, {config['lr_schedule']} after a warm-up over "
-            f"{config['warmup_ratio']:.0%} of the steps",
+            f"{_warmup(config)}",
         ),
         ("optimizer", f"{config['optimizer']}, weight decay {config['weight_decay']:g}, {clipping}"),
         ("precision", resolved["precision"]),
@@ -215,6 +215,11 @@ def _procedure(config: Mapping[str, Any], num_steps: int | None, last: Metrics |
         ("seed", str(config["seed"])),
     ]
     return f"## Training\n\n{_table(rows)}"
+
+
+def _warmup(config: Mapping[str, Any]) -> str:
+    steps = config.get("warmup_steps")
+    return f"{config['warmup_ratio']:.0%} of the steps" if steps is None else f"{steps:,} steps"
 
 
 def _options(config: Mapping[str, Any]) -> str:
