@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dpo_cache.errors import printable, printable_lines, shown_bytes
 from dpo_cache.log import phases_reported
 from dpo_cache.notebook.display import NotebookProgress, notebook_output
-from dpo_cache.terminal import Shown, TerminalLine
+from dpo_cache.terminal import Shown, TerminalLine, terminal_width, wrapped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -107,7 +107,7 @@ class ProgressLine:
         self._is_off = os.environ.get("DPO_CACHE_PROGRESS") == "off"
         self._terminal: TerminalLine | None = None
         self._notebook: NotebookProgress | None = None
-        self._share = 0.0
+        self._share, self._text = 0.0, ""
         self._timer: threading.Timer | None = None
         self._phases = phases_reported(self.phase)
         if self._is_off:
@@ -132,7 +132,9 @@ class ProgressLine:
             self._terminal.update(Shown(position, self._share, details, left))
         elif not self._is_off and time.monotonic() - self._printed >= QUIET_SECONDS:
             self._printed = time.monotonic()
-            remark(f"{self._label}  {text}")
+            if text != self._text:  # nothing has moved, such as during a long start
+                self._text = text
+                remark(f"{self._label}  {text}")
 
     def phase(self, text: str | None) -> None:
         """Show what is done now, while no progress can be counted; None: progress is counted again."""
@@ -191,8 +193,8 @@ class ProgressLine:
 
 
 def remark(text: str) -> None:
-    """Write a remark to stderr."""
-    sys.stderr.write(f"{printable_lines(text)}\n")
+    """Write a remark to stderr, wrapped to its terminal if it has one."""
+    sys.stderr.write(f"{wrapped(printable_lines(text), terminal_width())}\n")
     sys.stderr.flush()
 
 

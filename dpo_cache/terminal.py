@@ -3,13 +3,17 @@
     training  step 12/400  ━━━━━╸━━━━━━━  loss 0.6712  accuracy 58.3%  2 min 4 s left
     scoring  loading the model  ━━━━━━╸━━━━━━━  Loading weights  112/290  12.3 s
 
-Label, position, bar and time left are always shown; details as far as there is room for them. Progress bars
-of other libraries are not shown: while a phase is reported, their count is a detail of this line.
+Position, label and time left are shown before the bar and details, as far as there is room for them. Progress
+bars of other libraries are not shown: while a phase is reported, their count is a detail of this line.
+
+Remarks are wrapped to the terminal between words. Commands, and anything between backticks, are never broken,
+because a user may copy them.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import time
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
 
 MIN_BAR, MAX_BAR = 10, 40
 GAP = "  "
+MIN_WRAPPED = 20  # columns; a narrower terminal wraps by itself
+UNBROKEN = re.compile(r"\S*`[^`\n]*`\S*|\S+")
+COMMAND = re.compile(r"(?:^\s*|(?<=: ))dpo-cache [a-z].*$")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # lines of tqdm: `Map:  34%|███▍      | 54/160 [00:00<00:01, 49.25 examples/s]`, and of a bar without an end,
 # `Generating train split: 160 examples [00:00, 14071.89 examples/s]`
@@ -45,8 +52,13 @@ class Shown:
 def fit(width: int, label: str, shown: Shown) -> tuple[str, int, str]:
     """The text before the bar, the width of the bar, and the text after it, `width` characters in all.
 
-    Details that do not fit are left out, from the last to the first; on a narrower terminal the bar as well.
+    Details that do not fit are left out, from the last to the first; on a narrower terminal the bar as well,
+    then the label, then the time left. The end of a position that does not fit is cut off.
     """
+    if _length([label, shown.position, shown.left]) > width and shown.position:
+        label = ""
+    if _length([shown.position, shown.left]) > width and shown.position:
+        shown = replace(shown, left="")
     before = GAP.join(filter(None, (label, shown.position)))
     kept: list[str] = []
     for detail in filter(None, shown.details):
@@ -59,9 +71,52 @@ def fit(width: int, label: str, shown: Shown) -> tuple[str, int, str]:
 
 def _length(texts: Iterable[str]) -> int:
     """How many columns the texts take, with gaps between them."""
+    return _length_of(GAP.join(filter(None, texts)))
+
+
+def wrapped(text: str, width: int | None) -> str:
+    """The text with its lines wrapped between words; None: no terminal, and the text is as it is."""
+    if width is None or width < MIN_WRAPPED:
+        return text
+    return "\n".join(part for line in text.split("\n") for part in _wrap_line(line, width))
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal on stderr; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    if (columns := os.environ.get("COLUMNS", "")).isdecimal():
+        return int(columns)
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return None
+
+
+def _wrap_line(line: str, width: int) -> list[str]:
+    """The parts of a line; those after the first are indented as it is."""
+    if len(line) <= width and line.isascii():
+        return [line]
+    command = COMMAND.search(line)
+    words = UNBROKEN.findall(line[: command.start()] if command else line)
+    words += [command[0].strip()] if command else []
+    indent = line[: len(line) - len(line.lstrip(" "))]
+    parts, part = [], ""
+    for word in words:
+        if part and _length_of(f"{indent}{part} {word}") > width:
+            parts.append(indent + part)
+            part = word
+        else:
+            part = f"{part} {word}" if part else word
+    return [*parts, indent + part]
+
+
+def _length_of(text: str) -> int:
+    if text.isascii():
+        return len(text)
     from rich.cells import cell_len
 
-    return cell_len(GAP.join(filter(None, texts)))
+    return cell_len(text)
 
 
 class TerminalLine:
@@ -102,8 +157,9 @@ class TerminalLine:
         self._phase, self._phase_began, self._library = text or "", self._clock(), None
 
     def print(self, text: str) -> None:
-        """Print a text above the line."""
-        self._console.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
+        """Print a text above the line, wrapped to the terminal."""
+        text = wrapped(printable_lines(text), self._console.width)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def shown(self) -> Shown:
         """What the line shows now."""
@@ -126,12 +182,12 @@ class TerminalLine:
 
         shown, width = self.shown(), options.max_width
         before, bar_width, after = fit(width, self._label, shown)
-        segments = [Segment(f"{before}{GAP}")]
+        segments = [Segment(f"{before}{GAP if bar_width else ''}")]
         if bar_width:
             share = shown.share
             bar = ProgressBar(1, min(share or 0.0, 1.0), width=bar_width, pulse=share is None)
             segments += console.render(bar, options)
-        segments.append(Segment(f"{GAP}{after}"))
+        segments.append(Segment(f"{GAP}{after}" if after else ""))
         yield from Segment.adjust_line_length(segments, width)
 
 

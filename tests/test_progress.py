@@ -41,6 +41,35 @@ def test_a_line_every_ten_seconds(now: list[float], capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "scoring  50%  5 pairs/s  6.0 s left\n"
 
 
+def test_a_line_that_has_not_changed_is_not_repeated(
+    now: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ProgressLine("sweep") as line:
+        for seconds, details in (
+            (10, ["starting"]),
+            (20, ["starting"]),
+            (30, ["step 1/9"]),
+            (40, ["step 1/9"]),
+        ):
+            now[0] = seconds
+            line.update(0, 4, details, position="run 1/4")
+    assert capsys.readouterr().err == "sweep  run 1/4  starting\nsweep  run 1/4  step 1/9\n"
+
+
+REMARK = "the model of the run is another than the reference, so rewards are against the cached log-probs."
+
+
+def test_remarks_are_wrapped_to_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    progress.remark(REMARK)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress.remark(REMARK)
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == REMARK and max(map(len, lines)) <= 40 and " ".join(lines) == REMARK
+
+
 def test_a_long_phase_is_shown_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from tqdm import tqdm
 
-from dpo_cache.terminal import MIN_BAR, LibraryLines, Shown, TerminalLine, fit
+from dpo_cache.terminal import MIN_BAR, LibraryLines, Shown, TerminalLine, fit, wrapped
 
 TRAINING = Shown(
     "step 12,345/1,000,000",
@@ -27,6 +27,42 @@ def test_label_position_bar_and_time_left_are_never_cut(width: int) -> None:
     before, bar, after = fit(width, "training", TRAINING)
     assert before == "training  step 12,345/1,000,000" and after.endswith("123 h 59 min left")
     assert bar >= (MIN_BAR if width >= 64 else 1) and len(before) + bar + len(after) + 4 <= width
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (50, "training  step 12,345/1,000,000  123 h 59 min left"),
+        (49, "step 12,345/1,000,000  123 h 59 min left"),
+        (40, "step 12,345/1,000,000  123 h 59 min left"),
+        (39, "step 12,345/1,000,000"),
+        (21, "step 12,345/1,000,000"),
+        (12, "step 12,345/"),
+    ],
+)
+def test_a_narrow_terminal_keeps_the_position(width: int, shown: str) -> None:
+    with opened("training") as (line, _):
+        line.update(TRAINING)
+        text = rendered(line, width).split("\n")[0]
+    assert text.replace("━", "").replace("╸", "").split() == shown.split() and len(text) <= width
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("one two three four five", ["one two three four", "five"]),
+        ("  one two three fours five", ["  one two three", "  fours five"]),
+        ("first\nRun `dpo-cache verify CACHE`, then stop", ["first", "Run", "`dpo-cache verify CACHE`,", "then stop"]),
+        ("/a/path/without/any/space/in/it is long", ["/a/path/without/any/space/in/it", "is long"]),
+        ("a cache. Next: dpo-cache ls --cache /a/b", ["a cache. Next:", "dpo-cache ls --cache /a/b"]),
+        ("  dpo-cache ls --cache /a/b/c", ["  dpo-cache ls --cache /a/b/c"]),
+        ("学习率学习率 学习率 学习率", ["学习率学习率 学习率", "学习率"]),
+        ("", [""]),
+    ],
+)  # fmt: skip
+def test_lines_are_wrapped_between_words_and_never_in_a_command(text: str, lines: list[str]) -> None:
+    assert wrapped(text, 20).split("\n") == lines
+    assert wrapped(text, None) == wrapped(text, 8) == text  # no terminal, or one too narrow to wrap for
 
 
 def test_details_are_left_out_from_the_last() -> None:
