@@ -13,6 +13,7 @@ from dpo_cache.cli.output import (
     forecast_rows,
     format_bytes,
     format_seconds,
+    is_verbose,
     kept_rows,
     print_json,
     print_table,
@@ -24,6 +25,10 @@ from dpo_cache.cli.parameters import command
 from dpo_cache.cli.shown_rows import print_rows
 from dpo_cache.log import phase
 from dpo_cache.options.precompute import PrecomputeOptions
+
+# Rows of the report that only --verbose shows: these, and these values
+DETAILS = {"rows read", "  audited", "tokens in the data", "written"}
+USUAL = {("rows dropped", "0"), ("rows truncated", "0")}
 
 if TYPE_CHECKING:
     from dpo_cache.data.survey import Finding, Survey
@@ -116,6 +121,20 @@ def _print_survey(survey: Survey) -> None:
 
 
 def _print_report(report: PrecomputeReport) -> None:
+    rows = _results(report)
+    if not is_verbose():
+        usual = USUAL | {("  distinct", count(report.completions))}
+        rows = [(name, value) for name, value in rows if name not in DETAILS and (name, value) not in usual]
+    is_cached = report.attention is None
+    how = "everything was cached, no model was loaded" if is_cached else f"attention: {report.attention}"
+    print_table(f"{', '.join(report.pair_sets)}: reference {report.reference[:12]}, {how}", rows)
+    print_text(f"The pairs are in {report.cache}. Next:")
+    model = ["--model", report.start_from] if report.start_from else []
+    for line in following_lines(report.cache, report.pair_sets, *model):
+        print_text(f"  {line}")
+
+
+def _results(report: PrecomputeReport) -> list[tuple[str, str]]:
     rows = [*kept_rows(report), ("rows truncated", count(report.rows_truncated))]
     if moved := report.rows_moved_boundary:
         why = "the prompt's last token merges with the answer's first"
@@ -137,13 +156,7 @@ def _print_report(report: PrecomputeReport) -> None:
         rows.append(("workers", count(report.num_workers)))
     if report.weights_from:
         rows.append(("weights read", _readings(report)))
-    is_cached = report.attention is None
-    how = "everything was cached, no model was loaded" if is_cached else f"attention: {report.attention}"
-    print_table(f"{', '.join(report.pair_sets)}: reference {report.reference[:12]}, {how}", rows)
-    print_text(f"The pairs are in {report.cache}. Next:")
-    model = ["--model", report.start_from] if report.start_from else []
-    for line in following_lines(report.cache, report.pair_sets, *model):
-        print_text(f"  {line}")
+    return rows
 
 
 def _readings(report: PrecomputeReport) -> str:

@@ -132,6 +132,11 @@ def _print_report(report: TrainReport, options: TrainOptions) -> None:
     print_table(f"{report.output}: {ended}", rows)
     if report.best_model:
         print_text(f"The policy of the best evaluation is in {report.best_model}.")
+    if report.resolved["num_eval_pairs"] and not report.resolved["eval_pairs"]:
+        print_text(
+            f"The held-out pairs are a share of {report.resolved['pairs']}. `dpo-cache eval` takes whole "
+            "pair sets, so it does not measure on them again."
+        )
     print_text(f"The model is in {report.model}, one line a step in {report.output}/metrics.jsonl. Next:")
     if pairs := report.resolved["eval_pairs"]:
         place = ("--cache", report.resolved["cache"], "--pairs", pairs)

@@ -32,9 +32,9 @@ def describe_few_steps(options: TrainOptions, num_pairs: int, total_steps: int, 
     if options.max_steps is not None:  # it limits the run whatever the other options are
         changes = [f"`max_steps` {FEW_STEPS}"]
     return (
-        f"{total_steps} step{'s are' if total_steps > 1 else ' is'} few: a policy learns little in under "
-        f"{FEW_STEPS}. More of them: {' or '.join(changes)}."
-        + (f" Larger ones: `lr` {10 * lr:g}." if options.lr is None else "")
+        f"the run has {total_steps} step{'s' if total_steps > 1 else ''}; a policy learns little in fewer "
+        f"than {FEW_STEPS}. For more steps: {' or '.join(changes)}."
+        + (f" For larger steps: `lr` {10 * lr:g}." if options.lr is None else "")
     )
 
 

@@ -49,19 +49,21 @@ def precompute(run, model: object, data: object, cache: Path, *more: object) -> 
 def test_precompute_then_train(run, model_folder: str, data_file: str, cache: Path, tmp_path: Path) -> None:
     first = precompute(run, model_folder, data_file, cache)
     assert first.code == 0
-    for line in (
-        "rows read           12",
-        "pairs kept          12",
-        "  distinct          20",
-        "  already cached    0",
-        "  scored now        20",
-    ):
+    report = first.out.partition("attention: ")[2].splitlines()[1:]
+    labels = [re.split(r"(?<=\S)  +", line[2:])[0] for line in report if line.startswith("  ")][:-1]
+    assert labels == [
+        "pairs kept", "completions", "  distinct", "  already cached", "  scored now", "tokens run", "time", "peak memory",
+    ]  # fmt: skip
+    for line in ("pairs kept        12", "    already cached  0", "    scored now      20"):
         assert line in first.out
     assert f"dpo-cache train --cache {cache} --pairs pairs/train --output RUN" in first.out
     second = precompute(run, model_folder, data_file, cache)
     assert (
-        "everything was cached, no model was loaded" in second.out and "  scored now        0" in second.out
+        "everything was cached, no model was loaded" in second.out and "    scored now      0" in second.out
     )
+    details = precompute(run, model_folder, data_file, cache, "--verbose").out
+    for line in ("rows read           12", "rows dropped        0", "    distinct          20"):
+        assert line in details
     trained = run(
         "train",
         "--cache",

@@ -116,6 +116,8 @@ def test_pairs_are_called_held_out_only_if_the_run_trains_on_none_of_them(
         after = next(line for line in done.out.splitlines() if ", after  " in line)
         card = (output / "model" / "README.md").read_text()
         found[name] = (after.split(",")[0].strip(), "| held out, after |" in card, "not held out" in done.err)
+        assert ("The held-out pairs are a share of pairs/train." in done.out) == (name == "share")
+        assert ("  dpo-cache eval " in done.out) == (name != "share")
     assert found == {
         "others": ("held out", True, False),
         "same": ("evaluation", False, True),

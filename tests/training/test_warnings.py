@@ -18,10 +18,10 @@ HARDLY += "more steps: more `epochs`, or a smaller `batch_size`."
 @pytest.mark.parametrize(
     ("options", "num_pairs", "total_steps", "text"),
     [
-        ({}, 160, 5, "5 steps are few: a policy learns little in under 50. More of them: `batch_size` 3 or `epochs` 10."),
-        ({}, 12, 1, "1 step is few: a policy learns little in under 50. More of them: `batch_size` 1 or `epochs` 50."),
-        ({"max_steps": 5}, 6400, 5, "5 steps are few: a policy learns little in under 50. More of them: `max_steps` 50."),
-        ({"batch_size": 1}, 20, 20, "20 steps are few: a policy learns little in under 50. More of them: `epochs` 3."),
+        ({}, 160, 5, "the run has 5 steps; a policy learns little in fewer than 50. For more steps: `batch_size` 3 or `epochs` 10."),
+        ({}, 12, 1, "the run has 1 step; a policy learns little in fewer than 50. For more steps: `batch_size` 1 or `epochs` 50."),
+        ({"max_steps": 5}, 6400, 5, "the run has 5 steps; a policy learns little in fewer than 50. For more steps: `max_steps` 50."),
+        ({"batch_size": 1}, 20, 20, "the run has 20 steps; a policy learns little in fewer than 50. For more steps: `epochs` 3."),
     ],
 )  # fmt: skip
 def test_a_short_run_is_told_what_makes_it_longer(
@@ -30,7 +30,7 @@ def test_a_short_run_is_told_what_makes_it_longer(
     found = describe_few_steps(
         TrainOptions(cache="cache", output="run", **options), num_pairs, total_steps, 1e-6
     )
-    assert found == f"{text} Larger ones: `lr` 1e-05."
+    assert found == f"{text} For larger steps: `lr` 1e-05."
     given = TrainOptions(cache="cache", output="run", lr=3e-4, **options)
     assert describe_few_steps(given, num_pairs, total_steps, 3e-4) == text  # a chosen rate is left as it is
 
@@ -42,7 +42,7 @@ def test_the_remark_is_on_runs_of_under_50_steps(cache: str, tmp_path: Path, num
         cache, tmp_path / "run", batch_size=1, epochs=9.0, max_steps=num_steps, step_zero="off",
         log=remarks.append,
     )  # fmt: skip
-    assert sum("few: a policy learns little" in remark for remark in remarks) == (num_steps < 50)
+    assert sum("; a policy learns little" in remark for remark in remarks) == (num_steps < 50)
 
 
 def evaluation(margin: float) -> dict:
