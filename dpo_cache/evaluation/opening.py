@@ -32,10 +32,21 @@ class EvaluatedModel:
     # True for the model that scored the pairs, in any dtype; unknown for an imported reference
     is_reference: bool
     differing: tuple[str, ...]  # if it is another model, the fields in which their identities differ
+    saved_dtype: str | None = None  # of its weights in the checkpoint
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def rounding_dtypes(self) -> tuple[str, ...]:
+        """The dtypes whose rounding is in its rewards. Weights that training has rounded, to bfloat16 for
+        example, differ from the reference's by that, in whatever dtype they are evaluated.
+        """
+        has_own_weights = any(line.startswith("weights:") for line in self.differing)
+        if has_own_weights and self.saved_dtype in ("bfloat16", "float16"):
+            return (self.dtype_name, self.saved_dtype)
+        return (self.dtype_name,)
 
 
 def open_pairs(cache: Cache, options: EvalOptions) -> PairSet:
@@ -78,7 +89,8 @@ def identify_policy(options: EvalOptions, pairs: PairSet, reference: Document, l
         )
         differing = tuple(differing_fields(identity, live))
     _compare_tokenizers(options, pairs.manifest["tokenization"], log)
-    return EvaluatedModel(dtype, device, not is_imported and not differing, differing)
+    saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return EvaluatedModel(dtype, device, not is_imported and not differing, differing, saved)
 
 
 def _check_no_run(folder: Path) -> None:

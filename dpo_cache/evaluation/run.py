@@ -81,8 +81,11 @@ def evaluate(
     _log_trained_pairs(chosen, opened, pair_set, log)
     with open_pair_lines(chosen) as write:
         policy = identify_policy(chosen, pair_set, reference, log)
-        rounding = token_rounding(policy.dtype_name, rounding_dtype_of(reference["identity"]))
-        objective = objective_of(chosen, token_rounding=rounding)
+        scored_in = rounding_dtype_of(reference["identity"])
+        rounding = token_rounding(
+            policy.dtype_name, scored_in
+        )  # of log-probs; that of rewards may be coarser
+        objective = objective_of(chosen, token_rounding=token_rounding(scored_in, *policy.rounding_dtypes))
         columns, rewards, work = _score(chosen, policy, pair_set, objective, on_progress, log)
         write(columns, rewards)
     gap = find_gap(columns, policy, reference["identity"]["dtype"])

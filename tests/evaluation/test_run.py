@@ -202,6 +202,18 @@ def test_a_remark_names_the_reference_itself_and_its_gap(cache: str, model_folde
     ]
 
 
+@pytest.mark.parametrize(("dtype", "has_accuracy"), [("bfloat16", False), ("float32", True)])
+def test_margins_by_rounded_weights_give_no_accuracy(
+    cache: str, model_folder: str, tmp_path: Path, dtype: str, has_accuracy: bool
+) -> None:
+    """The weights of the reference, rounded to bfloat16, are no trained policy, in float32 either."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder).to(torch.bfloat16).to(getattr(torch, dtype))
+    report = evaluate(cache, save(tmp_path / "rounded", model), dtype="float32")
+    assert report.dtype == "float32" and not report.gap.is_reference
+    assert (report.accuracy.share is not None) == has_accuracy and 1e-5 < report.margin.deviation < 0.02
+    assert report.comparisons["reference logps"].ties == 0
+
+
 def test_a_trained_model_is_another_and_its_rewards_are_against_the_cache(
     cache: str, trained: dpo_cache.TrainReport
 ) -> None:
