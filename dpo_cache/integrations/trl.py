@@ -26,6 +26,7 @@ from trl.trainer.utils import get_config_model_id
 from dpo_cache.errors import DpoCacheError, NotInCacheError, OptionError, StepZeroError, shown_rows
 from dpo_cache.integrations.collated import NOTHING, completions_in, keys_of
 from dpo_cache.integrations.trl_reference import (
+    check_has_rows,
     check_reference,
     choose_reference,
     drop_reference_adapter,
@@ -65,7 +66,7 @@ class CachedDPOTrainer(DPOTrainer):
 
     Evaluation sets, also those that are given to `evaluate` after training, streams (`IterableDataset`),
     adapters and LD-DPO (`ld_alpha`) work. Raises `NotInCacheError` for completions that the cache lacks, and
-    `StepZeroError`.
+    `StepZeroError`; `DataError` for a data set without rows.
     """
 
     args: DPOConfig
@@ -100,6 +101,8 @@ class CachedDPOTrainer(DPOTrainer):
         # TRL then reads reference log-probs from columns, and loads no reference
         args = args or DPOConfig(f"{self._policy_name.rstrip('/').split('/')[-1]}-DPO")
         check_reference(args, given.get("train_dataset"))
+        for name in ("train_dataset", "eval_dataset"):
+            check_has_rows(given.get(name), name)
         args.precompute_ref_log_probs = True
         with only_the_policy(is_loaded=not isinstance(model, str)):
             super().__init__(model, args=args, **given)
@@ -128,6 +131,7 @@ class CachedDPOTrainer(DPOTrainer):
     def _evaluate_one(
         self, dataset: Any, name: str, ignore_keys: list[str] | None, prefix: str
     ) -> dict[str, float]:
+        check_has_rows(dataset, "eval_dataset")
         prepared = self._prepare_dataset(dataset, self.processing_class, self.args, name)
         # skips DPOTrainer's method, which refuses: it would compute the reference with the trained policy
         return super(DPOTrainer, self).evaluate(self._with_logps(prepared, name), ignore_keys, prefix)

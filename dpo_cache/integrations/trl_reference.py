@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 from trl.trainer import dpo_trainer
 
-from dpo_cache.errors import NotInCacheError, OptionError
+from dpo_cache.errors import DataError, NotInCacheError, OptionError
 from dpo_cache.store import Cache
 
 
@@ -43,6 +43,17 @@ def check_reference(args: DPOConfig, rows: Any) -> None:
         raise OptionError(
             "The rows have images, and the cache has log-probs of text only.\nRemove the column, or use "
             "TRL's DPOTrainer."
+        )
+
+
+def check_has_rows(rows: Any, name: str) -> None:
+    """Raise `DataError` for a data set without rows, also for one of several by their names."""
+    if isinstance(rows, dict):
+        for key, one in rows.items():
+            check_has_rows(one, f"{name}[{key!r}]")
+    elif isinstance(rows, (Dataset, IterableDataset)) and next(iter(rows), None) is None:
+        raise DataError(
+            f"{name} has no rows.\nGive a data set with pairs, or leave it out if it is optional."
         )
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import dpo_cache
 from dpo_cache.cli.app import app
-from dpo_cache.errors import ModelError, NotInCacheError, OptionError, StepZeroError
+from dpo_cache.errors import DataError, ModelError, NotInCacheError, OptionError, StepZeroError
 from tests.conftest import chat_rows
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
@@ -310,6 +310,24 @@ def test_another_model_does_not_score_what_is_missing(model_folder: str, tmp_pat
     changed.save_pretrained(tmp_path / "model")
     with pytest.raises(ModelError, match="has scores of"):
         cached(tmp_path, model_folder, cache, train_dataset=rows(), score_missing=True)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("kind", ["rows", "stream", "several"])
+def test_a_data_set_without_rows_is_one_clear_error(
+    kind: str, name: str, model_folder: str, cache: str, tmp_path: Path
+) -> None:
+    empty = rows(0, 0) if kind != "stream" else rows(0, 4).to_iterable_dataset().take(0)
+    place = name if kind != "several" else f"{name}['test']"
+    given = {"train_dataset": rows(), name: {"test": empty} if kind == "several" else empty}
+    with pytest.raises(DataError, match=re.escape(f"{place} has no rows.")):
+        cached(tmp_path, model_folder, cache, **given)
+
+
+def test_a_later_evaluation_set_needs_rows(model_folder: str, cache: str, tmp_path: Path) -> None:
+    trainer = cached(tmp_path, model_folder, cache, train_dataset=rows())
+    with pytest.raises(DataError, match="eval_dataset has no rows"):
+        trainer.evaluate(rows(0, 0))
 
 
 def test_wrong_arguments(model_folder: str, cache: str, tmp_path: Path) -> None:

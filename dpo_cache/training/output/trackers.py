@@ -13,10 +13,11 @@ tracker does with the lines of a resumed run.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,11 @@ class Trackers:
         self._make_process_state()
         known_id = known["id"] if known else None
         try:
-            tracker, id = OPENERS[name](output.resolve(), known_id, self._next_step)
-            self._opened[name] = tracker
-            if id != known_id:
-                tracker.store_init_configuration(flat_config(config))
+            with self._without_prints():
+                tracker, id = OPENERS[name](output.resolve(), known_id, self._next_step)
+                self._opened[name] = tracker
+                if id != known_id:
+                    tracker.store_init_configuration(flat_config(config))
         except Exception as error:  # each tracker's package has its own errors
             raise cannot_open(name, error) from error
         if known and id != known_id:
@@ -105,7 +107,8 @@ class Trackers:
                 line, self._log_names, name, epoch=self._epoch, num_examples=self._num_examples
             )
             try:
-                tracker.log(values, step=int(line["step"]))
+                with self._without_prints():
+                    tracker.log(values, step=int(line["step"]))
             except Exception as error:  # whatever a tracker raises, the training continues
                 self._failed.add(name)
                 self._log(
@@ -117,12 +120,27 @@ class Trackers:
         """End the trackers' runs: `finished`, `stopped` (to be resumed) or `failed`."""
         for name, tracker in self._opened.items():
             try:
-                _finish(name, tracker, state)
+                with self._without_prints():
+                    _finish(name, tracker, state)
             except Exception as error:  # the run's result does not depend on it
                 if name not in self._failed:
                     self._log(f"`log_to` {name}: not closed properly ({first_line(error)}).")
         if self._made_state:
             PartialState._reset_state()
+
+    @contextmanager
+    def _without_prints(self) -> Iterator[None]:
+        """While open, nothing is printed: some trackers print how to open their dashboards. Their warnings
+        are logged.
+        """
+        printed = io.StringIO()
+        try:
+            with redirect_stdout(printed):
+                yield
+        finally:
+            for line in printed.getvalue().splitlines():
+                if "warning" in line.lower():
+                    self._log(line.strip("* "))
 
     def _count(self, line: Metrics) -> None:
         if "loss" in line:
@@ -148,8 +166,8 @@ class _OneProcess(PartialState):
 
 
 def _tensorboard(output: Path, known: str | None, next_step: int) -> tuple[Any, str]:
-    """Event files in the run's folder. When TensorBoard reads them, it drops events from after the checkpoint
-    that them.
+    """Event files in the run's folder. TensorBoard drops those events of an earlier file that came after the
+    checkpoint.
     """
     variable = os.environ.get(FOLDER_VARIABLE)
     folder = Path(variable).expanduser() / output.name if variable else output / FOLDER
