@@ -1,4 +1,4 @@
-"""How much memory a device and the host have free."""
+"""How much memory a device and the host have, and how much of it is free."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return free_host_bytes()
+
+
+def total_host_bytes(cgroup: Path = CGROUP) -> int:
+    """Memory of the host; at most a container's limit."""
+    total = psutil.virtual_memory().total
+    for limit, _, _ in LIMITS:
+        try:
+            total = min(total, int((cgroup / limit).read_text()))
+        except (OSError, ValueError):  # no such interface, or "max": no limit
+            continue
+    return total
 
 
 def free_host_bytes(cgroup: Path = CGROUP) -> int:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from dpo_cache.errors import OptionError
 from dpo_cache.options.base import ABOVE_0, Options, number_or_auto, option
-from dpo_cache.options.placement import placement_of
+from dpo_cache.options.placement import Placement, placement_of
 from dpo_cache.options.precompute import PrecomputeOptions, check_prompt_length, renamed_columns
 from dpo_cache.options.train import TrainOptions
 
@@ -119,7 +119,11 @@ def _fields() -> list[tuple[str, Any, Any]]:
         (
             "ram",
             "str | None",
-            option(None, "Memory of the host. Default: that of this machine.", metavar="SIZE"),
+            option(
+                None,
+                "Memory of the host. Default: that of this machine if it has such a device, else any.",
+                metavar="SIZE",
+            ),
         ),
         (
             "tflops",
@@ -203,7 +207,18 @@ class PlanOptions(make_dataclass("_PlanFields", _fields(), bases=(Options,), fro
             f"`rounding` {self.rounding} is used only with `precision` bf16, which updates in bf16.",
         )
         is_adapted = self.lora_r is not None or self.quantize != "none"
-        placement_of(self.memory, self.place, is_adapted=is_adapted)
+        self.placement(is_adapted=is_adapted)
+
+    def placement(self, *, is_adapted: bool) -> Placement | None:
+        """Where `train` keeps its tensors with these options; None: what fits. Raises `OptionError`."""
+        return placement_of(self.memory, self.entries(is_adapted=is_adapted), is_adapted=is_adapted)
+
+    def entries(self, *, is_adapted: bool) -> str | None:
+        """The entries of `place`, with those that the name of a paged optimizer stands for."""
+        entries = [] if self.place is None else [self.place]
+        if self.optimizer.endswith("-paged") and not is_adapted:
+            entries += ["optimizer=host", "gradients=host"]
+        return ",".join(entries) or None
 
     def gpu_bytes(self) -> int | None:
         """Bytes of the GPU; None where all cards are planned for."""

@@ -25,8 +25,6 @@ def train_command(options: PlanOptions, **chosen: Any) -> str:
     start = ["--model", options.model, "--cache", options.cache or "CACHE"]
     start += ["--pairs", options.pairs] if options.pairs else []
     given = _given(options, (*FROM_TRAIN, "trust_remote_code"))
-    if "gradients=none" in (options.place or ""):
-        given |= {"max_grad_norm": 0}  # no preset sets it
     return _command("train", [*start, "--output", "RUN"], given | chosen, TrainOptions)
 
 

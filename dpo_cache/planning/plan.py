@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from dpo_cache.errors import DpoCacheError, ModelError, first_line, shown_bytes
 from dpo_cache.lm.budget import SIZES as CHUNK_SIZES
 from dpo_cache.lm.device import choose_device
+from dpo_cache.lm.free_memory import total_host_bytes
 from dpo_cache.lm.model.adapter import locate_checkpoint
 from dpo_cache.lm.model.architecture import check_causal
 from dpo_cache.lm.model.load import load_config
@@ -201,6 +202,8 @@ class _Planner:
             chosen["quantize"] = way.method.quantize
         if way.memory != "place":
             chosen["memory"] = way.memory
+        elif way.placement.gradients == "none":
+            chosen["max_grad_norm"] = 0  # no preset sets it
         if options.gradient_checkpointing == "auto" and way.recomputation == "full":
             chosen["gradient_checkpointing"] = "full"
         default = Candidates(self.counts, options, way.method, 0.0).default_tokens
@@ -295,14 +298,27 @@ def _distinct(methods: Sequence[Method]) -> list[str | None]:
 
 
 def _cards(options: PlanOptions) -> list[_Card]:
-    ram = None if options.ram is None else size_in_bytes("ram", options.ram)
+    ram = _host_bytes(options)
     if options.device != "cuda":
-        size = options.gpu or options.ram
-        memory = None if size is None else size_in_bytes("ram", size)
-        return [_Card(size or "this machine", None, memory)]
+        memory = ram if options.gpu is None else options.gpu_bytes()
+        return [_Card(options.gpu or options.ram or "this machine", None, memory)]
     if options.gpu is not None:
         return [_Card(options.gpu, options.gpu_bytes(), ram)]
     return [_Card(f"{size}GiB", size * 2**30, ram) for size in CARDS]
+
+
+def _host_bytes(options: PlanOptions) -> int | None:
+    """The given memory of the host, else that of this machine; None for the host of a device that this
+    machine does not have.
+    """
+    if options.ram is not None:
+        return size_in_bytes("ram", options.ram)
+    is_here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }[options.device]
+    return total_host_bytes() if is_here else None
 
 
 def _read_config(options: PlanOptions) -> PreTrainedConfig:

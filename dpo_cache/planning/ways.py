@@ -77,7 +77,9 @@ def methods_of(options: PlanOptions) -> list[Method]:
     if precision == "auto":
         precision = "bf16-mixed" if options.device == "cuda" else "fp32"
     base = Method(
-        precision, options.optimizer, "stochastic" if options.rounding == "auto" else options.rounding
+        precision,
+        options.optimizer.removesuffix("-paged"),  # paged is a placement
+        "stochastic" if options.rounding == "auto" else options.rounding,
     )
     quantized = None if options.quantize == "none" else options.quantize
     adapter = replace(base, lora_r=options.lora_r or LORA_RANK, lora_targets=options.lora_targets)
@@ -113,12 +115,10 @@ class Candidates:
     def presets(self) -> list[tuple[str, Placement]]:
         """The presets to try, from the fastest down; only one if the options name it."""
         is_adapted = self.method.lora_r is not None
-        place = self.options.place
-        if place is None and self.options.optimizer.endswith("-paged"):
-            place = "optimizer=host,gradients=host"
-        fixed = placement_of(self.options.memory, place, is_adapted=is_adapted)
+        fixed = self.options.placement(is_adapted=is_adapted)
         if fixed is not None:
-            return [("place" if place else self.options.memory, fixed)]
+            has_entries = self.options.entries(is_adapted=is_adapted) is not None
+            return [("place" if has_entries else self.options.memory, fixed)]
         found = [(name, placement_of(name, None, is_adapted=is_adapted)) for name in PRESETS]
         return [(name, placement) for name, placement in found if placement is not None]
 

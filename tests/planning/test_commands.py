@@ -55,8 +55,3 @@ def test_nothing_is_lost_that_both_commands_take(make: Any) -> None:
     options = PlanOptions(model="m", trust_remote_code=True, budget_tokens="512", quantize="4bit")
     line = make(options, quantize="4bit")
     assert "--trust-remote-code" in line and "--quantize 4bit" in line and "--budget-tokens 512" in line
-
-
-def test_a_placement_without_gradients_comes_with_what_it_needs() -> None:
-    found = parsed(train_command(PlanOptions(model="m", place="gradients=none"), memory="auto"))
-    assert (found["place"], found["max_grad_norm"]) == ("gradients=none", 0.0)

@@ -1,13 +1,18 @@
 """Which ways a plan names, in which order, and what fits."""
 
+import shlex
 from dataclasses import asdict
 from typing import Any
 
 import pytest
+import torch
+import typer
 
 import dpo_cache
+from dpo_cache.cli.app import app
 from dpo_cache.errors import ModelError, OptionError
 from dpo_cache.options.plan import PlanOptions
+from dpo_cache.options.train import TrainOptions
 from dpo_cache.planning import plan as plan_module
 from dpo_cache.planning.counts import Counts
 from dpo_cache.planning.layer_major import PhasePeaks
@@ -104,6 +109,47 @@ def test_a_placement_is_kept(model_folder: str) -> None:
     report = dpo_cache.plan(model_folder, tflops=1.0, gpu="80GiB", place=place)
     assert [way.place for way in report.train[:1]] == [place]
     assert f"--place {place}" in report.train[0].command and "--memory" not in report.train[0].command
+
+
+@pytest.mark.parametrize(
+    "options", [{"place": "Gradients = none"}, {"place": "inputs=device", "memory": "least"}], ids=str
+)
+def test_a_placement_without_gradients_comes_with_what_train_needs(
+    model_folder: str, options: dict[str, str]
+) -> None:
+    way = dpo_cache.plan(model_folder, tflops=1.0, gpu="80GiB", **options).train[0]
+    assert way.method == "full" and "gradients=none" in way.place
+    _, command, *words = shlex.split(way.command)
+    given = typer.main.get_command(app).commands[command].make_context(command, words).params  # type: ignore[attr-defined]
+    assert (given["place"], given["max_grad_norm"]) == (options["place"], 0.0)
+    assert TrainOptions(cache="c", output="o", **options, max_grad_norm=0.0).placement()
+    with pytest.raises(OptionError, match="Give `max_grad_norm` 0"):
+        TrainOptions(cache="c", output="o", **options)
+
+
+def test_a_paged_optimizer_is_a_placement_of_weights_that_are_all_trained(model_folder: str) -> None:
+    """As `train` reads it, next to other entries, too."""
+    options = {"optimizer": "adamw-paged", "place": "inputs=host"}
+    report = dpo_cache.plan(model_folder, tflops=1.0, gpu="80GiB", **options)
+    places = {way.method: way.place for way in report.train}
+    for method, is_adapted in (("full", False), (f"LoRA r={LORA_RANK}", True)):
+        trained = TrainOptions(cache="c", output="o", **options, lora_r=LORA_RANK if is_adapted else None)
+        assert places[method] == str(trained.placement())
+    report = dpo_cache.plan(model_folder, tflops=1.0, gpu="80GiB", optimizer="adamw-paged", lora_r=2)
+    assert {way.memory for way in report.train} == {"fast", "small", "least"}
+
+
+def test_the_memory_of_this_machine_counts_only_if_it_has_the_device(
+    model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"tflops": 1.0, "lora_r": 8, "quantize": "4bit", "memory": "fast"}
+    monkeypatch.setattr(plan_module, "total_host_bytes", lambda: 10**9)
+    (way,) = dpo_cache.plan(model_folder, device="cpu", **options).train
+    assert way.fits == []
+    assert dpo_cache.plan(model_folder, device="cpu", ram="64GiB", **options).train[0].fits == ["64GiB"]
+    assert dpo_cache.plan(model_folder, gpu="80GiB", **options).train[0].fits == ["80GiB"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert dpo_cache.plan(model_folder, gpu="80GiB", **options).train[0].fits == []
 
 
 def test_a_paged_optimizer_is_on_the_host(model_folder: str) -> None:
