@@ -39,9 +39,15 @@ class GradientSketches:
             self.add(name, parameter.grad)
             parameter.grad = None
 
-    def problem(self, expected: GradientSketches, *, is_fp32: bool) -> str:
+    def problem(
+        self,
+        expected: GradientSketches,
+        *,
+        is_fp32: bool,
+        tolerances: Mapping[str, tuple[float, float]] = TOLERANCES,
+    ) -> str:
         """The tensor that differs most from its expected gradient, beyond rounding; empty if none does."""
-        of_own, of_all = TOLERANCES["fp32" if is_fp32 else "16 bits"]
+        of_own, of_all = tolerances["fp32" if is_fp32 else "16 bits"]
         norms = {name: float(sketch.norm()) for name, sketch in expected.by_name.items()}
         total = sum(norm**2 for norm in norms.values()) ** 0.5
         worst, problem = 1.0, ""

@@ -8,7 +8,7 @@ self-check has compared a kernel's log-probs, but has not run its backward pass,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -170,13 +170,23 @@ def with_right_kernel(
         )
         for one in sorted(precisions)
     ]
-    kernels = kernels_of(model.device)
+
+    def problem_of(kernel: str) -> str:
+        return next(filter(None, (check.problem_of_kernel(kernel) for check in checks)), "")
+
+    return first_right_kernel(attention, model.device, problem_of, log)
+
+
+def first_right_kernel(
+    attention: AttentionChoice, device: torch.device, problem_of: Callable[[str], str], log: Log
+) -> AttentionChoice:
+    """The attention with the first kernel, starting with its own, for which `problem_of` finds no problem."""
+    kernels = kernels_of(device)
     for kernel in kernels[kernels.index(attention.kernel) : kernels.index(SEGMENTS)]:
-        problems = [problem for check in checks if (problem := check.problem_of_kernel(kernel))]
-        if not problems:
+        if not (problem := problem_of(kernel)):
             return replace(attention, kernel=kernel)
-        log(f"attention by {kernel} {problems[0]} on a short pair, so it is not used.")
-    return segments
+        log(f"attention by {kernel} {problem} on a short pair, so it is not used.")
+    return replace(attention, kernel=SEGMENTS)
 
 
 @torch.no_grad()

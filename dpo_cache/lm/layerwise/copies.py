@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd.graph import increment_version
 
 from dpo_cache.lm.layerwise.held import CACHE_LINE, Held, Layout, copy_of, exchanged, lay_out
 
@@ -65,8 +66,13 @@ class Copies:
         return lay_out(chosen)
 
     @contextmanager
-    def in_place(self, key: Hashable, layout: Layout, flat: torch.Tensor) -> Iterator[None]:
-        """While open, the copies in flat memory are in the places of their tensors."""
+    def in_place(
+        self, key: Hashable, layout: Layout, flat: torch.Tensor, *, is_reused: bool = False
+    ) -> Iterator[None]:
+        """While open, the copies in flat memory are in the places of their tensors.
+
+        Where the memory `is_reused` afterwards, a backward pass that comes too late is an error of torch.
+        """
         leaves = self.leaves(key)
         copies = list[tuple[Held, torch.Tensor]]()
         by_tensor: dict[int, torch.Tensor] = {}
@@ -83,8 +89,12 @@ class Copies:
                     copy = _as_function_of(leaf, copy) if is_rounded else copy
                 by_tensor[id(held.tensor)] = copy
             copies.append((held, copy))
-        with exchanged(copies):
-            yield
+        try:
+            with exchanged(copies):
+                yield
+        finally:
+            if is_reused:
+                increment_version([copy for _, copy in copies])
 
 
 def leaf_of(copy: torch.Tensor) -> torch.Tensor:

@@ -183,13 +183,17 @@ def _num_elements(tensor: torch.Tensor) -> int:
 def copy_of(home: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
     """The view as what holds the place of `home`: a leaf that needs a gradient where that does, of its class.
 
-    A subclass keeps its attributes: a 4-bit weight finds the state of its quantization there.
+    A subclass keeps its attributes: a 4-bit weight finds the state of its quantization there. Its changes in
+    place are counted apart from those of the other views: PEFT sets experts' weights to themselves when it
+    puts an adapter on them, within a layer's forward.
     """
-    if type(home) is torch.nn.Parameter and not is_fake(home):
-        return torch.nn.Parameter(view.detach(), home.requires_grad)  # code may ask whether it is one
-    if type(home) in (torch.Tensor, torch.nn.Parameter) or is_fake(home):
+    if is_fake(home):
         return view.detach().requires_grad_(home.requires_grad)
-    copy = torch.Tensor._make_subclass(type(home), view.detach(), home.requires_grad)
+    if type(home) is torch.nn.Parameter:
+        return torch.nn.Parameter(view.data, home.requires_grad)  # code may ask whether it is one
+    if type(home) is torch.Tensor:
+        return view.data.requires_grad_(home.requires_grad)
+    copy = torch.Tensor._make_subclass(type(home), view.data, home.requires_grad)
     copy.__dict__.update(home.__dict__)
     return copy
 

@@ -15,7 +15,7 @@ fetches them again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,27 +53,48 @@ def layer_major_problem(
     weights: LayerWeights,
     states: States,
     routers: RouterProbe | None = None,
+    recomputing: AbstractContextManager[None] | None = None,
 ) -> str:
     """Why a layer-major run of this policy is not its plain run, in words; empty if it is.
 
-    No gradient is left behind, not even one that was there before. Raises only for a lack of memory.
+    `recomputing` is open during the layer-major run only: a mode of recomputation, to check it, too. No
+    gradient is left behind, not even one that was there before. Raises only for a lack of memory.
     """
     pieces = check_pieces(policy)
     try:
         policy.model.zero_grad(set_to_none=True)
         expected = _plain_run(policy, layers, weights, pieces)
         run = LayerMajorRun(policy, layers, weights, states, routers)
-        found = _layer_major_run(policy, layers, weights, run, pieces)
+        with recomputing or nullcontext():
+            found = _layer_major_run(policy, layers, weights, run, pieces)
     except (NotLayerMajorError, *FAILURES) as error:
         if is_out_of_memory(error, policy.model.device):
             raise
         return str(error) if isinstance(error, NotLayerMajorError) else f"it fails ({first_line(error)})"
     finally:
-        policy.model.zero_grad(set_to_none=True)
-        for key in (*range(len(layers)), "bottom", "top"):
-            for _, copy in _copies(weights, key):
-                copy.grad = None
+        _drop_gradients(policy, layers, weights)
     return _problem(policy, found, expected)
+
+
+def plain_gradients(policy: PolicyModel, layers: Layers, weights: LayerWeights) -> GradientSketches:
+    """The gradients of the check's rows by a plain run, wherever the weights are. None is left behind."""
+    policy.model.zero_grad(set_to_none=True)
+    try:
+        return _plain_run(policy, layers, weights, check_pieces(policy)).gradients
+    finally:
+        _drop_gradients(policy, layers, weights)
+
+
+def is_float32(policy: PolicyModel) -> bool:
+    """Return whether all numbers of a run are float32, which bounds the rounding of its gradients."""
+    return policy.precision == "fp32" and rounding_dtype(policy.model) == torch.float32
+
+
+def _drop_gradients(policy: PolicyModel, layers: Layers, weights: LayerWeights) -> None:
+    policy.model.zero_grad(set_to_none=True)
+    for key in (*range(len(layers)), "bottom", "top"):
+        for _, copy in _copies(weights, key):
+            copy.grad = None
 
 
 def check_pieces(policy: PolicyModel) -> list[list[Completion]]:
@@ -83,7 +104,7 @@ def check_pieces(policy: PolicyModel) -> list[list[Completion]]:
 
 
 def _problem(policy: PolicyModel, found: _Found, expected: _Found) -> str:
-    is_fp32 = policy.precision == "fp32" and rounding_dtype(policy.model) == torch.float32
+    is_fp32 = is_float32(policy)
     largest_allowed, mean_allowed = TOLERANCES[torch.float32 if is_fp32 else torch.bfloat16]
     for one, other in zip(found.logps, expected.logps, strict=True):
         gaps = (one.tokens_T - other.tokens_T).detach().abs()

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from textwrap import dedent
 from typing import Any
@@ -82,6 +84,15 @@ class Recomputation:
             for module in layer.modules():
                 _recompute_cheap_output(module, patches)
             patches.wrap(layer, self._run)
+
+    @contextmanager
+    def using(self, mode: str) -> Iterator[None]:
+        """While open, forward passes keep the activations of this mode."""
+        before, self.mode = self.mode, mode
+        try:
+            yield
+        finally:
+            self.mode = before
 
     def _run(self, _: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -40,6 +40,7 @@ FAMILIES = {
     "learned positions": "gpt2",
     "layers called twice": "zamba2",
     "LoRA": "llama",
+    "LoRA on experts": "mixtral",
     "4-bit": "llama",
 }
 
@@ -52,8 +53,8 @@ def policies(tmp_path_factory: pytest.TempPathFactory):
     def policy(kind: str) -> PolicyModel:
         if kind not in made:
             model = None
-            if kind == "LoRA":
-                model = with_lora(make_tiny("llama").eval())
+            if kind.startswith("LoRA"):
+                model = with_lora(make_tiny(FAMILIES[kind]).eval())
             if kind == "4-bit":
                 pytest.importorskip("bitsandbytes")
                 folder = str(tmp_path_factory.mktemp("quantized"))
@@ -101,6 +102,7 @@ def test_a_right_run_has_no_problem(policies, tight: None, kind: str) -> None:
         (StreamedWeights, "inputs of each layer"),
         (StreamedWeights, "layers called twice"),
         (StreamedWeights, "4-bit"),
+        (StreamedWeights, "LoRA on experts"),
         (PersistentCopies, "tied"),
     ],
 )
