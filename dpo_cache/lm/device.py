@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def check_one_device(model: torch.nn.Module) -> None:
     """Raise `ModelError` for a model whose weights are on several devices or not in memory, as `device_map`
-    places them; not for one of `load_streamed` or `load_dispatched`, whose weights are where they are used.
+    places them; not for one of a class of `computes_on`, whose weights are where they are used.
     """
     if getattr(type(model), STREAMED, False) or getattr(type(model), SPREAD, False):
         return
@@ -45,6 +46,18 @@ def check_one_device(model: torch.nn.Module) -> None:
         f"{type(model).__name__} {problem}; it can only be run on one device.\n"
         "Load it without `device_map`, or with `dtype` bfloat16 or quantized if it does not fit."
     )
+
+
+def computes_on(device: torch.device, kind: type[Any], **marks: Any) -> type[Any]:
+    """The class of a model of this kind whose `device` is where it computes, not where its first weight is.
+    `marks` are further attributes; by default it passes `check_one_device`.
+    """
+    members = {
+        "device": property(lambda _: device),
+        "__module__": kind.__module__,
+        **(marks or {SPREAD: "one device"}),
+    }
+    return type(kind.__name__, (kind,), members)
 
 
 def choose_dtype(name: str, device: torch.device, checkpoint_dtype: torch.dtype | None) -> torch.dtype:

@@ -1,41 +1,99 @@
-"""The default placement of a training run: the fastest one that fits the device's free memory."""
+"""The default placement of a training run: the fastest that fits the free memory, as `plan` predicts it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from transformers import PreTrainedConfig
 
+from dpo_cache.lm.free_memory import free_bytes, free_host_bytes
 from dpo_cache.lm.layerwise.layer_io import NotLayerMajorError
+from dpo_cache.lm.model.tensor_names import FAILURES
+from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.placement import ADAPTER_PRESETS, FAST, PRESETS, Placement
-from dpo_cache.planning.parts import Method
-from dpo_cache.planning.placed import ModelBytes, measure_model
+from dpo_cache.options.plan import PlanOptions
+from dpo_cache.planning.counts import Counts
+from dpo_cache.planning.parts import Method, Parts
+from dpo_cache.planning.placed import ModelBytes, measure_model, tables_on_host
+from dpo_cache.planning.ways import (
+    CONTEXT_BYTES,
+    DEFAULT_TOKENS,
+    MORE_TOKENS,
+    PROCESS_BYTES,
+    Candidates,
+    device_need,
+    host_need,
+)
+from dpo_cache.planning.workload import measure
+from dpo_cache.types import Pair
 
-# The share of the free memory that is left for activations, which a step can make smaller
+# The share of the free memory that is left for activations where they cannot be counted
 ACTIVATIONS_SHARE = 0.2
 
 
-def choose_placement(config: PreTrainedConfig, method: Method, device: torch.device) -> tuple[str, Placement]:
-    """The name and placement of the first preset whose permanent tensors fit the device's free memory.
+def choose_placement(
+    config: PreTrainedConfig,
+    method: Method,
+    device: torch.device,
+    options: PlanOptions,
+    pairs: Iterable[Pair],
+    *,
+    present_bytes: int = 0,
+) -> tuple[str, Placement]:
+    """The name and placement of the first preset that fits the free memory in a step of the longest pairs.
 
     A device that shares the host's memory (a CPU, MPS) has nowhere to move tensors to, so it gets `fast`. So
-    does a model whose sizes are unknown without its weights.
+    does a model that cannot run layer by layer. `present_bytes` are weights of the model that are on the
+    device already.
     """
     if device.type != "cuda":
         return "fast", FAST
+    device_bytes = free_bytes(device) + present_bytes
+    try:
+        workload = measure(pairs, "pairs", options.batch_size)
+        is_auto = number_or_auto("budget_tokens", options.budget_tokens) is None
+        auto_tokens = DEFAULT_TOKENS.get(device.type, MORE_TOKENS) if is_auto else None
+        counts = Counts(config, workload, device.type, auto_tokens)
+        # the process and its CUDA context exist already
+        return first_that_fits(
+            Candidates(counts, options, method, 0.0),
+            device_bytes + CONTEXT_BYTES,
+            free_host_bytes() + PROCESS_BYTES,
+        )
+    except NotLayerMajorError:
+        return "fast", FAST
+    except FAILURES:  # its code does not run on tensors without values
+        return _by_permanent_tensors(config, method, device_bytes)
+
+
+def first_that_fits(candidates: Candidates, device_bytes: int, host_bytes: int) -> tuple[str, Placement]:
+    """The first preset with a way that fits, as `plan` counts it; the last preset if none does."""
+
+    def fits(device: Parts, host: Parts) -> bool:
+        return device_need(device) <= device_bytes and host_need(host) <= host_bytes
+
+    name, placement = "fast", FAST
+    for name, placement in candidates.presets():  # the last one is returned
+        for way in candidates.variants(name, placement):
+            if fits(way.device, way.host):
+                return name, placement
+            if not fits(Parts(way.device.weights, way.device.gradients, way.device.optimizer), Parts()):
+                break  # nor with fewer tokens at once
+    return ("fast", FAST) if candidates.refused else (name, placement)
+
+
+def _by_permanent_tensors(
+    config: PreTrainedConfig, method: Method, device_bytes: int
+) -> tuple[str, Placement]:
+    """The first preset whose permanent tensors leave room for activations; else the last."""
+    presets = PRESETS if method.lora_r is None else ADAPTER_PRESETS
     try:
         sizes = measure_model(config, method)
-    except (NotLayerMajorError, RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+    except (NotLayerMajorError, *FAILURES):
         return "fast", FAST
-    free = torch.cuda.mem_get_info(device)[0]
-    return first_that_fits(sizes, free, is_adapted=method.lora_r is not None)
-
-
-def first_that_fits(sizes: ModelBytes, free_bytes: int, *, is_adapted: bool) -> tuple[str, Placement]:
-    """The first preset whose permanent tensors on the device leave room for activations; else the last."""
-    presets = ADAPTER_PRESETS if is_adapted else PRESETS
-    room = (1 - ACTIVATIONS_SHARE) * free_bytes
     for name, placement in presets.items():
-        if staying_bytes(sizes, placement) <= room:
+        if staying_bytes(sizes, placement) <= (1 - ACTIVATIONS_SHARE) * device_bytes:
             return name, placement
     return list(presets.items())[-1]
 
@@ -47,4 +105,4 @@ def staying_bytes(sizes: ModelBytes, placement: Placement) -> int:
     if placement.optimizer == "host":
         return sizes.rest + sizes.layers + sizes.head_copy
     gradients = sizes.trained if placement.gradients == "device" else sizes.layer_gradients
-    return sizes.weights + gradients + sizes.optimizer
+    return sizes.weights - tables_on_host(sizes, placement) + gradients + sizes.optimizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -39,18 +39,25 @@ def are_alike(model: PreTrainedModel) -> bool:
     return len(found) == 1
 
 
-def over_layers(count: Callable[[PreTrainedConfig], int], config: PreTrainedConfig, *, alike: bool) -> int:
-    """`count(config)`, extrapolated from models of 1, 2 and 3 layers if each layer adds the same amount.
+def over_layers(
+    count: Callable[[PreTrainedConfig], Sequence[int]], config: PreTrainedConfig, *, alike: bool
+) -> int:
+    """The largest peak of `count(config)`, which has one for each phase (`footprint.phase_peaks_of`),
+    extrapolated from models of 1, 2 and 3 layers if each layer adds the same amount to each peak.
 
     The live memory at a moment in layer k of n alike layers depends on n only through what the other layers
-    keep. So the peak is the larger one of a constant, for moments in the first layer, and of a linear
-    function of n, for moments in the last; once the linear function is larger, it remains so.
+    keep, and within a phase all of them keep the same. So the peak of a phase is the larger one of a
+    constant, for moments in the first layer, and of a linear function of n, for moments in the last; once the
+    linear function is larger, it remains so. Over several phases that would be wrong: a forward pass may keep
+    rounded weights, which are freed before the backward pass.
     """
     whole = num_layers(config)
     if not alike or whole <= FEW[-1] + 1:
-        return count(config)
-    counts = [count(with_layers(config, number)) for number in FEW]
-    step = counts[2] - counts[1]
-    if step > 0 and step == counts[1] - counts[0]:
-        return counts[2] + step * (whole - FEW[-1])
-    return count(config)
+        return max(count(config))
+    largest = 0
+    for one, two, three in zip(*(count(with_layers(config, number)) for number in FEW), strict=True):
+        step = three - two
+        if step <= 0 or step != two - one:
+            return max(count(config))
+        largest = max(largest, three + step * (whole - FEW[-1]))
+    return largest

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from dpo_cache.lm.kernels.onednn_linear import use_torch_linear
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.adapter import check_names
 from dpo_cache.lm.model.lora_targets import without_unsuited_layers
+from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.lm.model.towers import loading_class, make_empty_whole
 from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.self_check import AttentionChoice
@@ -111,12 +113,31 @@ def step_footprint(
 
 def activation_bytes(model: PreTrainedModel, run: Callable[[PreTrainedModel], torch.Tensor]) -> int:
     """Peak bytes of the forward and backward pass above weights and gradients, of a fake or a real model."""
+    return max(phase_peaks_of(model, run))
+
+
+def phase_peaks_of(
+    model: PreTrainedModel,
+    run: Callable[[PreTrainedModel], torch.Tensor],
+    *,
+    others: Sequence[PreTrainedModel] = (),
+) -> list[int]:
+    """The peaks of `activation_bytes` in each phase: up to the end of each run of a decoder, of the model or
+    of others that `run` calls, up to the loss, and in the backward pass.
+    """
     for parameter in _trainable(model):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    with LiveBytes() as live:
-        run(model).backward()
-    return live.peak
+    peaks: list[int] = []
+    with LiveBytes() as live, ExitStack() as stack:
+        for decoder in map(decoder_of, (model, *others)):
+            handle = decoder.register_forward_hook(lambda *_: peaks.append(live.take_peak()))
+            stack.callback(handle.remove)
+        loss = run(model)
+        peaks.append(live.take_peak())
+        loss.backward()
+        peaks.append(live.take_peak())
+    return peaks
 
 
 def standing_footprint(

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from dpo_cache.planning.few_layers import over_layers
-from dpo_cache.planning.footprint import activation_bytes, build_fake
+from dpo_cache.planning.footprint import build_fake, phase_peaks_of
 from dpo_cache.planning.padded_step import padded_loss, prepare
 from dpo_cache.planning.parts import Method
 from dpo_cache.types import Completion
@@ -29,15 +29,16 @@ def live_reference_peak(
     alternating = [side for pair in pairs for side in pair]
     has_second = method.lora_r is None
 
-    def peak(one: PreTrainedConfig) -> int:
+    def peaks(one: PreTrainedConfig) -> list[int]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = build_fake(one, method.dtype, lora_r=method.lora_r, lora_targets=method.lora_targets)
+            others = [build_fake(one, method.dtype)] if has_second else []
             loss = padded_loss(
                 alternating,
                 autocast=method.precision != "fp32",
-                reference=build_fake(one, method.dtype) if has_second else None,
+                reference=others[0] if has_second else None,
                 with_adapters=not has_second,
             )
-            return activation_bytes(prepare(model, checkpointing=True), loss)
+            return phase_peaks_of(prepare(model, checkpointing=True), loss, others=others)
 
-    return over_layers(peak, config, alike=alike)
+    return over_layers(peaks, config, alike=alike)

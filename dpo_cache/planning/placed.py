@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from dpo_cache.lm.forest.layout import count_forest_tokens
+from dpo_cache.lm.layerwise.ends import tables_of
+from dpo_cache.lm.layerwise.frozen_tables import frozen_tables
 from dpo_cache.lm.memory.recompute import decoder_layers
 from dpo_cache.options.placement import Placement
 from dpo_cache.planning.few_layers import are_alike
@@ -38,6 +40,7 @@ class ModelBytes:
     layers: int  # copies on the device of all layers
     largest_layer: int
     table: int  # copy of the embeddings' table
+    frozen_tables: int  # tables of embeddings that are only looked up in, which may be on the host
     head: int  # 0 if the head is the table
     head_copy: int  # copy on the device, while the head runs
     rest: int  # copies of everything else
@@ -61,11 +64,12 @@ def measure_model(config: PreTrainedConfig, method: Method) -> ModelBytes:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         quantized = {id(layer.weight) for layer in quantizable(model)} if method.quantize else set()
         copies = _CopySizes(method, quantized)
-        layers = [copies.of(layer.parameters()) for layer in decoder_layers(model)]
+        modules = decoder_layers(model)
+        layers = [copies.of(layer.parameters()) for layer in modules]
         table, head = _weight(model.get_input_embeddings()), _weight(model.get_output_embeddings())
-        inside = {id(one) for layer in decoder_layers(model) for one in layer.parameters()}
-        ends = inside | {id(end) for end in (table, head)}
-        rest = [one for one in model.parameters() if id(one) not in ends]
+        elsewhere = [*modules, *tables_of(model, {*modules})]
+        moving = {id(head)} | {id(one) for module in elsewhere for one in module.parameters()}
+        rest = [one for one in model.parameters() if id(one) not in moving]
         return ModelBytes(
             weights=sum(copies.loaded(one) for one in model.parameters()),
             trained=_bytes(trained),
@@ -75,6 +79,7 @@ def measure_model(config: PreTrainedConfig, method: Method) -> ModelBytes:
             layers=sum(layers),
             largest_layer=max(layers, default=0),
             table=0 if table is None else table.nbytes,
+            frozen_tables=sum(_bytes(one.parameters()) for one in frozen_tables(model, {*modules})),
             head=0 if head is None or head is table else head.nbytes,
             head_copy=0 if head is None else copies.of([head]),
             rest=copies.of(rest),
@@ -82,10 +87,7 @@ def measure_model(config: PreTrainedConfig, method: Method) -> ModelBytes:
             if method.quantize
             else 0,
             layer_gradients=max(
-                (
-                    _bytes(one for one in layer.parameters() if one.requires_grad)
-                    for layer in decoder_layers(model)
-                ),
+                (_bytes(one for one in layer.parameters() if one.requires_grad) for layer in modules),
                 default=0,
             ),
             num_layers=len(layers),
@@ -175,6 +177,13 @@ def waiting_inputs(sizes: ModelBytes, peaks: PhasePeaks, forests: Sequence[Seque
     return round(peaks.state * sum(counts) / max(counts)) * (sizes.num_layers + 1)
 
 
+def tables_on_host(sizes: ModelBytes, placement: Placement) -> int:
+    """Bytes of frozen tables of embeddings that are on the host, though the layers are on the device."""
+    is_home = placement.optimizer == "device" and placement.weights == "device"
+    is_apart = is_home and placement.is_layer_major and placement.inputs == "host"
+    return sizes.frozen_tables if is_apart else 0
+
+
 def _on_device(
     sizes: ModelBytes, peaks: PhasePeaks, placement: Placement, inputs: int, method: Method
 ) -> Parts:
@@ -182,7 +191,7 @@ def _on_device(
     is_home = placement.optimizer == "device" and placement.weights == "device"
     gradients = sizes.trained if placement.gradients == "device" else 0
     standing = Parts(
-        weights=sizes.weights if is_home else sizes.rest,
+        weights=sizes.weights - tables_on_host(sizes, placement) if is_home else sizes.rest,
         optimizer=sizes.optimizer if placement.optimizer == "device" else 0,
         inputs=inputs if placement.inputs == "device" else 0,
         buffers=sizes.dequantized,
@@ -225,6 +234,7 @@ def _on_host(sizes: ModelBytes, placement: Placement, inputs: int, method: Metho
     weights = (sizes.trained if placement.optimizer == "host" else 0) + (frozen if waits_here else 0)
     if method.lora_r is None and waits_here:
         weights = sizes.weights
+    weights += tables_on_host(sizes, placement)
     rings = RING_SLOTS * sizes.largest_layer if placement.weights != "device" else 0
     slices = sizes.slices if placement.optimizer == "host" else 0
     return Parts(

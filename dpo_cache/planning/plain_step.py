@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from dpo_cache.lm.device import simulate_device_type
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.planning.few_layers import over_layers
-from dpo_cache.planning.footprint import activation_bytes, build_fake, pass_loss, policy_of
+from dpo_cache.planning.footprint import build_fake, pass_loss, phase_peaks_of, policy_of
 from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.planning.parts import Method
 from dpo_cache.types import Completion
@@ -36,23 +36,23 @@ def passes_peak(
     """
     first, second = forests[0], forests[1] if len(forests) > 1 else []
 
-    def peak(completions: Sequence[Completion], one: PreTrainedConfig, *, has_gradients: bool) -> int:
+    def peaks(completions: Sequence[Completion], one: PreTrainedConfig, *, has_gradients: bool) -> list[int]:
         with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type(device_type):
             model = build_fake(one, method.dtype, lora_r=method.lora_r, lora_targets=method.lora_targets)
             model, run = policy_of(model, recomputation), pass_loss(completions, precision=method.precision)
             if has_gradients:
-                return activation_bytes(model, run)
+                return phase_peaks_of(model, run)
             with LiveBytes() as live:
                 run(model).backward()
-            return live.peak
+            return [live.peak]
 
     def above(completions: Sequence[Completion]) -> int:
-        return over_layers(partial(peak, completions, has_gradients=True), config, alike=alike)
+        return over_layers(partial(peaks, completions, has_gradients=True), config, alike=alike)
 
     sizes = [count_forest_tokens(forest) for forest in (first, second)]
     if sizes[1] < SIMILAR * sizes[0]:
         # new gradients grow with the layers in another way than activations do, so all layers are counted
-        made = peak(first, config, has_gradients=False)
+        (made,) = peaks(first, config, has_gradients=False)
     else:
         made = above(first) if sizes[1] < sizes[0] else 0
     return max(made, gradients + above(second)) if second else made

@@ -16,6 +16,7 @@ from dpo_cache.errors import DpoCacheError, ModelError, OptionError, TrainingErr
 from dpo_cache.lm.check_logps import FOREST
 from dpo_cache.lm.device import autocast
 from dpo_cache.lm.kernels.onednn_linear import CLEAR_SPEEDUP
+from dpo_cache.lm.layerwise.frozen_tables import tables_on_host
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.adapter import (
     CheckpointLocation,
@@ -47,6 +48,7 @@ from dpo_cache.training.gradient_check import with_right_kernel
 from dpo_cache.training.layer_major import (
     LayerMajorModel,
     has_copies,
+    keeps_tables_on_host,
     make_transfer,
     open_layer_major,
 )
@@ -223,8 +225,18 @@ def open_policy(
     else:
         config = load_config(parts.base, revision=parts.base_revision, trust_remote_code=trusted)
     method = planned_method(options, precision, is_adapted=is_adapted)
-    memory, placement = place_run(options, method, config, device, memory, log, ranks)
     data.limit_to(config, start.location)
+    memory, placement = place_run(
+        options,
+        method,
+        config,
+        device,
+        memory,
+        log,
+        ranks,
+        pairs=(scored.pair for scored in data.pairs),
+        present_bytes=0 if loaded is None else loaded.bytes_on(device),
+    )
     lengths = measure_rows(data.pair_sets, config)
     if loaded is None and not is_resumed and ranks.is_main:
         check_before_loading(options, config, parts, dtype, is_adapted=is_adapted, trusted=trusted)
@@ -259,6 +271,8 @@ def open_policy(
         adapted = put_adapter(options, model, parts, log) if is_adapted else None
         for context in (frozen_towers(model), in_eval_mode(model)):
             stack.enter_context(context)
+        if isinstance(found, LayerMajorModel) and keeps_tables_on_host(placement, device):
+            stack.enter_context(tables_on_host(model, device))
         sharded = cut(model, device, streamed) if ranks.shards else None
         if not (measures := linear is None and ranks.is_main):
             linear = linear or ranks.share(None)  # waits until the main rank has measured

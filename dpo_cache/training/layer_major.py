@@ -177,6 +177,11 @@ def has_copies(placement: Placement, device: torch.device) -> bool:
     return placement.weights != "device" or placement.optimizer == "host"
 
 
+def keeps_tables_on_host(placement: Placement, device: torch.device) -> bool:
+    """Return whether frozen tables of embeddings are on the host, though the layers are on the device."""
+    return not has_copies(placement, device) and device.type != "cpu" and placement.inputs == "host"
+
+
 def make_transfer() -> Transfer | None:
     """The transfer of weights to the device; None: the default of the device."""
     return None

@@ -30,6 +30,10 @@ class LoadedPolicy:
     name: str
     tokenizer: PreTrainedTokenizerBase | None
 
+    def bytes_on(self, device: torch.device) -> int:
+        """Bytes of its weights that are on the device."""
+        return sum(one.nbytes for one in self.model.parameters() if one.device.type == device.type)
+
     def identify(
         self,
         dtype: torch.dtype,

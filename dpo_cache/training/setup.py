@@ -124,7 +124,7 @@ class Setup:
             **({"num_ranks": self.ranks.size} if self.ranks.size > 1 else {}),
             "budget_tokens": self.step_memory.micro_tokens,
             "gradient_checkpointing": self.step_memory.mode,
-            "memory": policy.memory,
+            "memory": policy.memory if self.layer_major or not policy.layer_major else "fast",
             "lr": self.peak_lr,
             "clips": policy.clips(self.options),
             "linear": policy.linear,

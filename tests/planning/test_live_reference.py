@@ -23,3 +23,12 @@ def test_all_layers_with_a_second_model(answer: int) -> None:
         loss = padded_loss(alternating, autocast=False, reference=reference)
         expected = activation_bytes(prepare(model, checkpointing=True), loss)
     assert live_reference_peak(config, Method("fp32"), given, alike=True) == expected
+
+
+def test_rounded_copies_of_weights_grow_with_the_layers_until_the_backward_pass_begins() -> None:
+    """With few layers the highest moment is the head's gradient, with many the end of the forward pass."""
+    config = make_llama(**{**SIZES, "num_hidden_layers": 24, "vocab_size": 8000}).config
+    found = [
+        live_reference_peak(config, Method("bf16-mixed"), pairs(1), alike=alike) for alike in (True, False)
+    ]
+    assert found[0] == found[1]

@@ -73,11 +73,36 @@ def test_frozen_weights_wait_on_the_host_or_on_disk() -> None:
     method = Method("bf16-mixed", lora_r=4)
     sizes = measure_model(make_llama(**SIZES).config, method)
     device, host = parts(method, placement_of("small", is_adapted=True))
-    assert device.weights == sizes.weights and host == Parts(inputs=host.inputs)
+    table = 2 * 264 * 64  # of which the device gets rows only
+    assert device.weights == sizes.weights - table and host == Parts(weights=table, inputs=host.inputs)
     device, host = parts(method, placement_of("least", is_adapted=True))
     assert host.weights == sizes.weights - sizes.trained and device.weights < sizes.largest_layer
     on_disk = parts(method, placement_of("least", "weights=disk", is_adapted=True))
     assert on_disk[0] == device and on_disk[1] == dataclasses.replace(host, weights=0)
+
+
+@pytest.mark.parametrize(
+    ("place", "lora_r", "tied", "is_apart"),
+    [
+        ("inputs=host", 4, False, True),
+        ("inputs=device", 4, False, False),
+        ("inputs=host", 4, True, False),  # the head multiplies by it
+        ("inputs=host,gradients=none", None, False, False),  # it is trained
+    ],
+)
+def test_a_frozen_table_waits_on_the_host_with_the_inputs(
+    place: str, lora_r: int | None, tied: bool, is_apart: bool
+) -> None:
+    pytest.importorskip("peft")
+    method, config = Method("bf16", lora_r=lora_r), make_llama(**SIZES, tie_word_embeddings=tied).config
+    placement = placement_of("auto", place, is_adapted=lora_r is not None)
+    assert placement is not None
+    sizes = measure_model(config, method)
+    device, host = placed_parts(sizes, PEAKS, placement, FORESTS, method)
+    table = 2 * 264 * 64 if is_apart else 0
+    assert (device.weights, host.weights) == (sizes.weights - table, table)
+    other = placed_parts(sizes, PEAKS, FAST, FORESTS, method)[0]
+    assert other.weights == sizes.weights  # each forest runs through all layers: nothing moves
 
 
 def test_quantized_weights_are_whole_one_at_a_time() -> None:
@@ -131,6 +156,21 @@ def test_a_step_that_is_not_layer_major_has_nothing_on_the_host() -> None:
         sizes.optimizer,
     )
     assert host == Parts() and device.activations > 0
+
+
+@pytest.mark.slow
+def test_seventy_billion_weights_in_4_bits() -> None:
+    """Four pairs of 512 + 2 x 256 tokens at once, and 32 in the step."""
+    pytest.importorskip("peft")
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64,
+        vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    method, forests = Method("bf16-mixed", lora_r=16, quantize="4bit"), typical(32, 128_256).forests(4096)
+    for memory, most in (("small", 44e9), ("least", 8e9)):
+        placement = placement_of(memory, is_adapted=True)
+        assert placement is not None
+        assert placed_footprint(config, method, placement, forests)[0].total <= most
 
 
 @pytest.mark.slow

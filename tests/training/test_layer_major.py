@@ -1,5 +1,6 @@
 """Runs layer by layer end like plain runs: under every placement, for full models and adapters."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,15 @@ import pytest
 import torch
 
 from dpo_cache.errors import ModelError, OptionError, TrainingError
+from dpo_cache.lm.layerwise import frozen_tables
 from dpo_cache.lm.layerwise.passes import LayerPasses
 from dpo_cache.lm.layerwise.record import NotLayerMajorError
-from dpo_cache.options.placement import Placement
+from dpo_cache.options.placement import ADAPTER_PRESETS, Placement
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.training import inputs, layer_major, step
 from dpo_cache.training.step import TrainingStep
 from tests.lm.layerwise.transfers import FakeTransfer
-from tests.training.test_loop import metrics, train, weights
+from tests.training.test_loop import comparable, metrics, train, weights
 
 STEPS = {"max_steps": 3, "budget_tokens": "100", "lr": 1e-4}  # several forests a step
 
@@ -81,6 +83,56 @@ def test_a_run_layer_by_layer_ends_like_a_plain_run(
     if is_apart:
         has_copies = places.get("memory") == "least" or ("memory" in places and adapter == "full")
         assert len(transfers) == has_copies
+
+
+@pytest.mark.rotating(2)
+@pytest.mark.parametrize("quantize", ["none", "4bit"])
+@pytest.mark.parametrize("memory", [{"memory": "small"}, {"place": "inputs=host", "merge_adapter": True}])
+def test_a_frozen_table_on_the_host_changes_no_bit(
+    cache: str, tmp_path: Path, memory: dict[str, Any], quantize: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if quantize != "none":
+        pytest.importorskip("bitsandbytes")
+        memory = {**memory, "merge_adapter": False}
+    looked_up, look_up = [], frozen_tables.look_up
+    monkeypatch.setattr(
+        frozen_tables, "look_up", lambda *args, **named: looked_up.append(1) or look_up(*args, **named)
+    )
+    options = {**STEPS, **memory, "lora_r": 2, "quantize": quantize, "step_zero": "off"} | {
+        "eval_pairs": "heldout",
+        "sample": 2,
+    }
+    for name, is_apart in (("here", False), ("apart", True)):
+        monkeypatch.setattr(inputs, "keeps_tables_on_host", lambda *_, apart=is_apart: apart)
+        train(cache, tmp_path / name, **options)
+        assert bool(looked_up) == is_apart
+    assert comparable(tmp_path / "apart") == comparable(tmp_path / "here")
+    expected = weights(tmp_path / "here/model")
+    for name, found in weights(tmp_path / "apart/model").items():
+        assert torch.equal(found, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("device", "placement", "expected"),
+    [
+        ("cuda", ADAPTER_PRESETS["small"], True),
+        ("mps", ADAPTER_PRESETS["small"], True),
+        ("cpu", ADAPTER_PRESETS["small"], False),
+        ("cuda", ADAPTER_PRESETS["least"], False),  # streamed weights keep the ends on the host themselves
+        ("cuda", Placement(), False),
+    ],
+)
+def test_where_tables_are_kept(device: str, placement: Placement, expected: bool) -> None:
+    assert layer_major.keeps_tables_on_host(placement, torch.device(device)) == expected
+
+
+def test_a_run_whose_model_is_refused_says_that_it_is_fast(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = "it gives another gradient"
+    monkeypatch.setattr(layer_major.LayerMajorModel, "problem", lambda *_, **__: problem)
+    train(cache, tmp_path / "run", place="inputs=host", **STEPS)
+    assert json.loads((tmp_path / "run/config.json").read_text())["resolved"]["memory"] == "fast"
 
 
 @pytest.mark.rotating(2)

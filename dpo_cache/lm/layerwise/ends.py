@@ -42,7 +42,9 @@ class Ends:
         self._rewritten = [Rewritten(one, partial(self._run, BOTTOM)) for one in {model, decoder_of(model)}]
         if self._head is not None:
             self._rewritten.append(Rewritten(self._head, partial(self._run, TOP)))
-        self._rewritten += [Rewritten(table, partial(self._look_up, table)) for table in self._tables]
+        self._rewritten += [
+            Rewritten(table, partial(look_up, table, copies.device)) for table in self._tables
+        ]
 
     def close(self) -> None:
         while self._rewritten:
@@ -98,10 +100,11 @@ class Ends:
         with self.use(end):
             return forward(*args, **kwargs)
 
-    def _look_up(self, table: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The rows of the tokens, from the table on the host."""
-        args, kwargs = _moved((args, kwargs), table.weight.device)
-        return _moved(forward(*args, **kwargs), self._copies.device)
+
+def look_up(table: Any, device: torch.device, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The rows of the tokens, on the device, from a table on the host."""
+    args, kwargs = _moved((args, kwargs), table.weight.device)
+    return _moved(forward(*args, **kwargs), device)
 
 
 def _moved(values: Any, device: torch.device) -> Any:

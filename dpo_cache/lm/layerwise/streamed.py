@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.device import STREAMED
+from dpo_cache.lm.device import STREAMED, computes_on
 from dpo_cache.lm.layerwise.copies import Copies
 from dpo_cache.lm.layerwise.ends import BOTTOM, TOP, Ends, Rewritten
 from dpo_cache.lm.layerwise.held import Held, Layout, copy_of, exchanged, held_in, matrices_of
@@ -61,7 +61,7 @@ class StreamedWeights:
         self._model = model
         self._known = {id(held.tensor) for held in held_in(model, "")}
         self._kind = type(model)
-        model.__class__ = _streamed_kind(self)
+        model.__class__ = computes_on(device, self._kind, **{STREAMED: self})
         self._ends = Ends(model, set(self.layers), self._copies, embedding)
         self._rewritten: list[Rewritten] = []
         for index in sorted({self._first(index) for index in range(len(self.layers))}):
@@ -100,7 +100,7 @@ class StreamedWeights:
         with self._opened(index, layout) as flat:
             if then is not None and self._first(then) not in self._open:
                 self._fetch(self._first(then))
-            with self._copies.in_place(index, layout, flat):
+            with self._copies.in_place(index, layout, flat, is_reused=True):
                 yield
 
     def is_open(self, index: int) -> bool:
@@ -219,17 +219,6 @@ class StreamedWeights:
     ) -> torch.Tensor:
         """A forward inside a layer that has weights of bitsandbytes."""
         return run_packed(LayerUse(self, index), forward, inputs)
-
-
-def _streamed_kind(weights: StreamedWeights) -> type[Any]:
-    """The class of a streamed model: `model.device` is where it computes, not where its parameters are."""
-    kind: type[Any] = type(weights._model)
-    members = {
-        "device": property(lambda _: weights.device),
-        "__module__": kind.__module__,
-        STREAMED: weights,
-    }
-    return type(kind.__name__, (kind,), members)
 
 
 def _placeholder(tensor: torch.Tensor) -> torch.Tensor:

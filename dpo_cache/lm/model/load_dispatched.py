@@ -19,7 +19,7 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dpo_cache.errors import ModelError
-from dpo_cache.lm.device import SPREAD
+from dpo_cache.lm.device import SPREAD, computes_on
 from dpo_cache.lm.free_memory import free_host_bytes
 from dpo_cache.lm.model.adapter import locate_checkpoint
 from dpo_cache.lm.model.load import load_config, read_base
@@ -68,7 +68,8 @@ def load_dispatched(
     first = torch.device(model._hf_hook.execution_device)
     for module in (decoder_of(model), model.get_output_embeddings()):
         add_hook_to_module(module, _OutputsOn(first), append=True)
-    model.__class__ = _spread_kind(type(model), first, runs_on_several=len(places - {"cpu", "disk"}) > 1)
+    mark = "several devices" if len(places - {"cpu", "disk"}) > 1 else "one device"
+    model.__class__ = computes_on(first, type(model), **{SPREAD: mark})
     return model
 
 
@@ -111,13 +112,3 @@ class _OutputsOn(ModelHook):
 
     def post_forward(self, _: torch.nn.Module, output: Any) -> Any:
         return send_to_device(output, self.device)
-
-
-def _spread_kind(kind: type[Any], first: torch.device, *, runs_on_several: bool) -> type[Any]:
-    """The class of a model that is spread: `model.device` is where it computes, or begins to."""
-    members = {
-        "device": property(lambda _: first),
-        "__module__": kind.__module__,
-        SPREAD: "several devices" if runs_on_several else "one device",
-    }
-    return type(kind.__name__, (kind,), members)
