@@ -28,7 +28,7 @@ from dpo_cache.lm.model.left_out import LeftOut, find_left_out
 from dpo_cache.lm.model.load import load_base, load_config
 from dpo_cache.lm.model.load_streamed import load_streamed
 from dpo_cache.lm.model.towers import frozen_towers
-from dpo_cache.lm.policy import default_micro_tokens
+from dpo_cache.lm.policy import PolicyModel, default_micro_tokens
 from dpo_cache.lm.prepare import in_eval_mode, prepared
 from dpo_cache.lm.self_check import AttentionChoice, choose_attention
 from dpo_cache.lm.sharded import ShardedModel
@@ -298,11 +298,13 @@ def open_policy(
         ):
             attention = _choose_attention(options, data, model, lengths, may_retry=not sharded)
         attention = _agreed(ranks, model, attention)
-        # copies of weights would be gone before the backward pass of a plain run
         if isinstance(found, str) or not has_copies(placement, device):
             attention = with_right_kernel(
                 model, attention, run.recomputation, precision, log, sharded=sharded, ranks=ranks
             )
+        else:  # copies of weights would be gone before the backward pass of a plain run
+            policy = PolicyModel(model, attention, precision=precision)
+            attention = found.with_right_kernel(policy, log, ranks)
         yield TrainedModel(
             model=model,
             location=start.location,

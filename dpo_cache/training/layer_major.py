@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cache.errors import ModelError
+from dpo_cache.errors import ModelError, first_line
+from dpo_cache.lm.budget import is_out_of_memory
+from dpo_cache.lm.check_logps import FAILURES
 from dpo_cache.lm.check_rows import short_rows
 from dpo_cache.lm.device import autocast
+from dpo_cache.lm.forest.kernels import SEGMENTS
+from dpo_cache.lm.gradient_sketches import GradientSketches
 from dpo_cache.lm.layerwise.in_order import InOrder
 from dpo_cache.lm.layerwise.policy import LayerMajorRun
 from dpo_cache.lm.layerwise.record import Layers, NotLayerMajorError, find_layers, outermost_layers
 from dpo_cache.lm.layerwise.routing import CapturedRouters
-from dpo_cache.lm.layerwise.self_check import layer_major_problem
+from dpo_cache.lm.layerwise.self_check import is_float32, layer_major_problem, plain_gradients
 from dpo_cache.lm.layerwise.sources import HostWeights
 from dpo_cache.lm.layerwise.states import states_on
 from dpo_cache.lm.layerwise.streamed import PersistentCopies, StreamedWeights
@@ -25,7 +29,10 @@ from dpo_cache.lm.layerwise.weights import LayerWeights, ResidentWeights
 from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.lm.policy import CompletionLogps, PolicyModel
 from dpo_cache.lm.rows import rows_pass
+from dpo_cache.lm.self_check import AttentionChoice
+from dpo_cache.log import Log
 from dpo_cache.options.placement import Placement
+from dpo_cache.training.gradient_check import TOLERANCES_OF_KERNELS, first_right_kernel
 from dpo_cache.training.optim.placed_gradients import PlacedGradients
 from dpo_cache.training.optim.update_in_backward import OptimizerInBackward
 from dpo_cache.training.ranks import Ranks
@@ -40,8 +47,17 @@ class LayerMajorModel:
     weights: LayerWeights
     placement: Placement
 
-    def problem(self, policy: PolicyModel, *, has_routing: bool) -> str:
-        """The reason why steps of this policy would be wrong layer by layer; empty if they are right."""
+    def problem(
+        self,
+        policy: PolicyModel,
+        *,
+        has_routing: bool,
+        recomputing: AbstractContextManager[None] | None = None,
+    ) -> str:
+        """The reason why steps of this policy would be wrong layer by layer; empty if they are right.
+
+        `recomputing` is a mode of recomputation, which applies to the layers that run again.
+        """
         if policy.attention.is_whole:
             return "its own forward is run as a whole"
         try:
@@ -51,9 +67,37 @@ class LayerMajorModel:
                 self.weights,
                 states_on(self.placement.inputs, policy.model.device),
                 CapturedRouters(policy.model) if has_routing else None,
+                recomputing,
             )
         except NotLayerMajorError as error:
             return str(error)
+
+    def with_right_kernel(self, policy: PolicyModel, log: Log, ranks: Ranks) -> AttentionChoice:
+        """The policy's attention with the first kernel, starting with its own, whose gradient equals that of
+        segments in plain runs of these weights.
+        """
+        attention = policy.attention
+        if attention.name != "forest" or attention.kernel == SEGMENTS:
+            return attention
+
+        def gradients(kernel: str) -> GradientSketches:
+            other = PolicyModel(policy.model, replace(attention, kernel=kernel), precision=policy.precision)
+            return plain_gradients(other, self.layers, self.weights)
+
+        def problem_of(kernel: str) -> str:
+            try:
+                problem = gradients(kernel).problem(
+                    expected, is_fp32=is_float32(policy), tolerances=TOLERANCES_OF_KERNELS
+                )
+                problem = problem and f"gives another gradient than {SEGMENTS} ({problem})"
+            except FAILURES as error:
+                if is_out_of_memory(error, policy.model.device):
+                    raise
+                problem = f"fails ({first_line(error)})"
+            return next(filter(None, ranks.gather(problem)), "")
+
+        expected = gradients(SEGMENTS)
+        return first_right_kernel(attention, policy.model.device, problem_of, log)
 
 
 class LayerMajorSteps:

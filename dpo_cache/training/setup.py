@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dpo_cache.errors import ModelError, OptionError, TrainingError
+from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.device import choose_device
 from dpo_cache.lm.layerwise.weights import ResidentWeights
 from dpo_cache.lm.model.adapter import describe
@@ -100,6 +101,7 @@ class Setup:
             peak=self.peak_lr,
             schedule=options.lr_schedule,
             warmup_ratio=options.warmup_ratio,
+            warmup_steps=options.warmup_steps,
         )
 
     def policy_model(self) -> PolicyModel:
@@ -341,10 +343,35 @@ def _plan_memory(
     memory.agree(ranks)
     if position.step_memory:
         memory.restore(position.step_memory)
-    if not is_layer_major:  # there, gradients are compared already
-        check = GradientCheck(_policy_model(policy, objective), policy.recomputation, ranks)
-        memory.use_right_modes(check.problem)
+    memory.use_right_modes(_check_of_modes(policy, objective, ranks, is_layer_major=is_layer_major))
     return memory
+
+
+def _check_of_modes(
+    policy: TrainedModel, objective: Objective, ranks: Ranks, *, is_layer_major: bool
+) -> Callable[[str], str]:
+    """The function that describes how a mode of recomputation changes the gradient; empty if it does not."""
+    model, found = _policy_model(policy, objective), policy.layer_major
+    if not is_layer_major:
+        return GradientCheck(model, policy.recomputation, ranks).problem
+    assert found is not None
+
+    @cache
+    def problem(mode: str) -> str:
+        if mode == "none":  # is compared already
+            return ""
+        recomputing = policy.recomputation.using(mode)
+        has_routing = bool(objective.router_coefficient)
+        try:
+            with policy.recomputation.using("none"):  # for the plain run
+                problem = found.problem(model, has_routing=has_routing, recomputing=recomputing)
+        except RuntimeError as error:
+            if not is_out_of_memory(error, policy.model.device):
+                raise
+            problem = ""
+        return next(filter(None, ranks.gather(problem.removeprefix("it "))), "")
+
+    return problem
 
 
 def _policy_model(policy: TrainedModel, objective: Objective) -> PolicyModel:

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from dpo_cache.errors import ModelError, OptionError, TrainingError
+from dpo_cache.lm.forest import varlen
+from dpo_cache.lm.forest.kernels import KERNELS
 from dpo_cache.lm.layerwise import frozen_tables
 from dpo_cache.lm.layerwise.passes import LayerPasses
 from dpo_cache.lm.layerwise.record import NotLayerMajorError
+from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.options.placement import ADAPTER_PRESETS, Placement
 from dpo_cache.options.train import TrainOptions
 from dpo_cache.training import inputs, layer_major, step
@@ -320,6 +323,46 @@ def test_a_model_may_have_an_adapter_that_no_option_names() -> None:
     )
     with pytest.raises(OptionError, match="all weights are trained"):
         TrainOptions(cache="cache", output="run", place="weights=host")
+
+
+@pytest.mark.parametrize("requested", ["auto", "full"])
+def test_a_mode_of_recomputation_that_gives_another_gradient_is_not_used(
+    cache: str, tmp_path: Path, requested: str, plain: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The modes apply to layers that run again for their gradients."""
+    run = Recomputation._run_recorded
+
+    def spoil(self: Recomputation, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        output = run(self, forward, *args, **kwargs)
+        return output if self.mode == "none" else output + 0.1 * (output - output.detach())
+
+    monkeypatch.setattr(Recomputation, "_run_recorded", spoil)
+    remarks: list[str] = []
+    options = {**STEPS, "gradient_checkpointing": requested}
+    train(cache, tmp_path / "layers", **options, memory="small", log=remarks.append)
+    mode = "cheap" if requested == "auto" else requested
+    words = f"`gradient_checkpointing` {mode} gives another gradient than the plain run ("
+    assert any(remark.startswith(words) and remark.endswith("continuing with none.") for remark in remarks)
+    assert_same_runs(tmp_path / "layers", plain(gradient_checkpointing="none"))
+
+
+def test_a_kernel_that_gives_another_gradient_is_not_used_where_weights_travel(
+    cache: str, tmp_path: Path, plain: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = plain()
+    pretend_two_memories(monkeypatch)
+    monkeypatch.setitem(KERNELS, "cpu", ("varlen", "segments"))
+    remarks: list[str] = []
+    train(cache, tmp_path / "right", **STEPS, memory="small", log=remarks.append)
+    assert not any("attention by varlen" in remark for remark in remarks)
+    backward = varlen._Gather.backward
+    monkeypatch.setattr(
+        varlen._Gather, "backward", lambda ctx, grad: (backward(ctx, grad)[0] * 0.9, None, None, None)
+    )
+    train(cache, tmp_path / "layers", **STEPS, memory="small", log=remarks.append)
+    assert any("attention by varlen gives another gradient than segments (" in remark for remark in remarks)
+    for name in ("right", "layers"):
+        assert_same_runs(tmp_path / name, expected)
 
 
 def test_a_resumed_run_is_clipped_as_before(cache: str, tmp_path: Path) -> None:

@@ -134,6 +134,21 @@ def test_gradients_are_in_the_leaves_and_stay_until_they_are_collected(llama: Pr
         assert all(one.grad is None for one in llama.parameters())
 
 
+def test_a_backward_pass_after_the_layer_is_left_is_an_error(llama: PreTrainedModel) -> None:
+    """Its copies may hold other weights by then; a change of one copy in place is none of the others."""
+    layer = llama.model.layers[0]
+    state = torch.randn(1, 5, 32, requires_grad=True)
+    with StreamedWeights(llama, llama.model.layers, HostWeights(), CPU, transfer=FakeTransfer()) as weights:
+        with weights.use(0):
+            products = layer.mlp(state).sum()
+            copy = layer.self_attn.q_proj.weight
+            torch.autograd.graph.increment_version(copy)
+            products.backward()
+            late = layer.mlp(state).sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            late.backward()
+
+
 def test_changed_weights_are_fetched_again(llama: PreTrainedModel) -> None:
     weight = decoder_layers(llama)[1].mlp.up_proj
     with streamed(llama) as weights:
