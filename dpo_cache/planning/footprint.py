@@ -36,6 +36,7 @@ from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.lm.model.towers import loading_class, make_empty_whole
 from dpo_cache.lm.policy import PolicyModel
 from dpo_cache.lm.self_check import AttentionChoice
+from dpo_cache.planning.experts import use_counted_experts
 from dpo_cache.planning.live_bytes import LiveBytes
 from dpo_cache.planning.optimizer import optimizer_bytes, update_bytes
 from dpo_cache.types import Completion
@@ -197,6 +198,7 @@ def pass_bytes(
     Gradients of earlier forests do not count and are not copied. Nothing is computed, and the model does not
     change; its mode of `Recomputation` applies. On a CPU, linear layers are counted as torch's own.
     """
+    use_counted_experts()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         with FakeCopyMode(mode):
             fake = copy.deepcopy(model)
@@ -216,6 +218,7 @@ def build_fake(
     """A fake causal LM of this config in eval mode, to be called under a `FakeTensorMode`; with `lora_r`,
     frozen, with trainable float32 adapters at the layers that `lora_targets` of `dpo-cache train` names:
     all linear layers but the head, or names with commas."""
+    use_counted_experts()
     with torch.device("meta"):
         kind = loading_class(config)
         if kind is None:
