@@ -20,7 +20,8 @@ def use_counted_experts() -> None:
     """
     from transformers.integrations import moe
 
-    original: Any = getattr(moe, "_can_use_grouped_mm", None)
+    module: Any = moe
+    original = getattr(module, "_can_use_grouped_mm", None)
     if original is None:  # of another version, which may not need it
         return
 
@@ -28,4 +29,4 @@ def use_counted_experts() -> None:
         has_shapes = not is_fake(weight) or weight.dtype == torch.bfloat16
         return has_shapes and original(inputs, weight, offsets)
 
-    moe._can_use_grouped_mm = can_use
+    module._can_use_grouped_mm = can_use

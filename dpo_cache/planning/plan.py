@@ -101,6 +101,7 @@ class _Planner:
         auto_tokens = DEFAULT_TOKENS.get(options.device, MORE_TOKENS) if is_auto else None
         self.counts = Counts(config, workload, options.device, auto_tokens)
         self.is_gpu = options.device == "cuda"
+        self._logged: set[str] = set()  # remarks that hold for several methods
 
     def report(self, tflops_source: str) -> PlanReport:
         workload, options = self.workload, self.options
@@ -144,7 +145,7 @@ class _Planner:
             for way, cards in kept:
                 yield self._planned(way, candidates.sizes, live, cards)
         if candidates.refused:
-            self.log(f"{self.options.model} cannot run layer by layer: {candidates.refused}.")
+            self._log_once(f"{self.options.model} cannot run layer by layer: {candidates.refused}.")
 
     def _first_that_fit(self, variants: Iterator[Way]) -> list[tuple[Way, list[_Card]]]:
         """For each card the first of the variants that fits it; the last one where none fits."""
@@ -217,10 +218,15 @@ class _Planner:
         except DpoCacheError:
             raise
         except FAILURES as error:
-            self.log(
+            self._log_once(
                 f"DPO with a live reference is not counted for {self.options.model}: {first_line(error)}"
             )
             return None
+
+    def _log_once(self, text: str) -> None:
+        if text not in self._logged:
+            self._logged.add(text)
+            self.log(text)
 
     # -- scoring ----------------------------------------------------------------------------------------
 

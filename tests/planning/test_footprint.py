@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo_cache.errors import OptionError
+from dpo_cache.lm.device import simulate_device_type
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.kernels.onednn_linear import ONEDNN, products_of, use_fast_linear
 from dpo_cache.lm.memory.recompute import MODES, Recomputation
@@ -18,6 +19,7 @@ from dpo_cache.planning import footprint, padded_step
 from dpo_cache.planning.live_bytes import allocated_peak
 from dpo_cache.types import Completion
 from tests.conftest import make_llama, naive_token_logps
+from tests.families.tiny import make_tiny
 
 SIZES = {
     "hidden_size": 64,
@@ -232,6 +234,28 @@ def test_an_update_that_needs_more_than_the_activations_is_the_peak() -> None:
     assert ours.total == (2 + 2 + 8) * sum(sizes) + 4 * len(sizes) + ours.update
     assert plain.update == 0 < plain.activations
     assert plain.total == (2 + 2 + 4) * sum(sizes) + 4 * len(sizes) + plain.activations
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+@pytest.mark.parametrize(
+    ("family", "changes", "kernel"),
+    [
+        ("llama", {}, "varlen"),
+        ("llama", {"head_dim": 12}, "segments"),
+        ("llama", {"head_dim": 264}, "segments"),
+        ("deepseek_v3", {}, "segments"),
+        ("gemma2", {}, "segments"),
+        ("gpt_oss", {}, "segments"),
+    ],
+)
+def test_16_bits_are_counted_by_a_kernel_that_has_a_backward_pass_without_values(
+    family: str, changes: dict[str, Any], kernel: str
+) -> None:
+    config = make_tiny(family, **changes).config
+    with FakeTensorMode(allow_non_fake_inputs=True), simulate_device_type("cuda"):
+        model = footprint.policy_of(footprint.build_fake(config, torch.bfloat16), "cheap")
+        assert footprint.counted_attention(model, "bf16").kernel == kernel
+        assert footprint.activation_bytes(model, footprint.pass_loss(pairs(1), precision="bf16")) > 0
 
 
 def test_unknown_quantization_is_refused() -> None:

@@ -188,6 +188,20 @@ def test_a_model_whose_code_needs_values_is_one_error(
         dpo_cache.plan(model_folder, tflops=1.0, memory="fast", lora_r=8, quantize="4bit")
 
 
+def test_a_remark_that_holds_for_several_methods_is_logged_once(
+    model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> int:
+        raise ValueError("no such attention")
+
+    monkeypatch.setattr(Counts, "live_reference", fail)
+    report = dpo_cache.plan(model_folder, tflops=1.0, gpu="80GiB", memory="fast")
+    assert len(report.train) == 3 and all(way.live_reference_bytes is None for way in report.train)
+    assert report.remarks == [
+        f"DPO with a live reference is not counted for {model_folder}: no such attention"
+    ]
+
+
 @pytest.mark.parametrize(("streams", "expected"), [("on", {True}), ("off", {False})])
 def test_streaming_is_planned_as_it_is_asked_for(
     model_folder: str, streams: str, expected: set[bool]

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 
 from dpo_cache.lm.device import autocast_dtype, planning_device_type, to_device
 from dpo_cache.lm.forest.attention import Rules, attend_segment
+from dpo_cache.lm.forest.kernels import FLASH_HEAD_SIZE
 from dpo_cache.lm.forest.segments import Segment, last_at_each_depth
 from dpo_cache.lm.memory.recompute_later import recompute_later
 
-FLASH_HEAD_SIZE = 256  # the largest
 CAUSAL_FROM_THE_END = 2  # number of the mask in memory-efficient attention
 
 
