@@ -25,7 +25,6 @@ from dpo_cache.training.watch import Watch
 
 TIMEOUT_S = 1800.0  # timeout of a collective call: the main rank may be writing to a slow disk
 TIMEOUT_VARIABLE = "DPO_CACHE_RANK_TIMEOUT"  # environment variable with other seconds
-
 MAX_TIMEOUT_S = 1e8  # three years
 
 SLURM_PORTS = 20_000, 10_000  # the first port for a job, and the number of ports
@@ -88,7 +87,9 @@ def joined_ranks(device: str, *, shards: bool = False) -> Iterator[Ranks]:
         yield _joined[0]
         return
     begins = not distributed.is_initialized()
-    ranks = ProcessRanks(_begin(device) if begins else _device(device), shards=shards)
+    place = _begin(device) if begins else _device(device)
+    with _connecting():
+        ranks = ProcessRanks(place, shards=shards)
     store = distributed.distributed_c10d._get_default_store()
     number = ranks.share(next(_watches))  # the main rank's: others may have had fewer
     watch = ranks.watch = Watch(
@@ -126,16 +127,26 @@ def _begin(device: str) -> str:
     given: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s())}
     if rendezvous := os.environ.get(RENDEZVOUS):
         given |= {"init_method": rendezvous, "rank": launched.index, "world_size": launched.size}
-    try:
+    with _connecting():
         state = PartialState(cpu=not is_cuda, backend="cuda:nccl,cpu:gloo" if is_cuda else "gloo", **given)
+    return str(state.device)
+
+
+@contextmanager
+def _connecting() -> Iterator[None]:
+    """Turn an error of the connections between ranks into a `TrainingError`."""
+    try:
+        yield
     except (RuntimeError, ValueError) as error:  # also `DistError`
         PartialState._reset_state()
+        if (launched := launched_rank()) is None:  # a program that has initialised the process group
+            raise
         raise TrainingError(
             f"rank {launched.index}: the {launched.size} ranks could not connect to each other "
             f"({first_line(error)}).\n"
-            "Check that all were started, and that MASTER_ADDR and MASTER_PORT are those of the first one."
+            "Check that all were started, and that MASTER_ADDR and MASTER_PORT are those of the first one. "
+            "On machines with several networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface."
         ) from error
-    return str(state.device)
 
 
 def _leave(*, waits: bool) -> None:

@@ -1,7 +1,7 @@
 """Run a function on several ranks: processes of this machine in one process group of gloo, on loopback.
 
-The processes are started once and kept for later calls, since torch and transformers take seconds to import;
-each call has a process group of its own. A call that fails ends them, and the next call starts others.
+The processes are forked from one that has imported torch and transformers, which takes seconds, and are kept for
+later calls; each call has a process group of its own. A call that fails ends them, and the next call starts others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from tests.programs import START_METHOD
 
 GROUP_TIMEOUT_S = 30  # of each collective call, so that a deadlock fails
 ENVIRONMENT = {
@@ -78,18 +80,10 @@ atexit.register(end_processes)
 
 
 def _start() -> _Process:
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,), daemon=True)
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)  # torch reads some of it when it is imported
-    try:
-        process.start()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    context = multiprocessing.get_context(START_METHOD)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
     theirs.close()
     return _Process(process, ours)
 
@@ -115,6 +109,7 @@ def _collect(processes: list[_Process], deadline: float) -> dict[int, tuple[Any,
 
 def _serve(pipe: Connection) -> None:
     """Run functions until the other end is closed."""
+    os.environ.update(ENVIRONMENT)
     while True:
         try:
             index, size, store, function, args = pipe.recv()

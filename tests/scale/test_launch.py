@@ -262,6 +262,20 @@ def test_an_error_of_all_ranks_is_reported_once(
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_that_cannot_exchange_values_report_it_once(cache: str, tmp_path: Path) -> None:
+    before = """
+from torch import distributed
+def fail(**_):
+    raise RuntimeError("no network")
+distributed.new_group = fail
+"""
+    ends = end_of(start_ranks(tmp_path, 2, *train_arguments(cache, tmp_path / "run"), before=before))
+    assert [end.code for end in ends] == [1, 1]
+    (error,) = errors_of(ends)
+    assert error == "error: rank 0: the 2 ranks could not connect to each other (no network)."
+    assert not (tmp_path / "run").exists()
+
+
 def test_ranks_with_other_options_do_not_train_together(cache: str, tmp_path: Path) -> None:
     before = "sys.argv += ['--seed', os.environ['RANK']]\n"
     ends = end_of(start_ranks(tmp_path, 2, *train_arguments(cache, tmp_path / "run"), before=before))

@@ -5,11 +5,8 @@ goes wrong.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import dpo_cache
 from dpo_cache.errors import DpoCacheError, ModelError
 from dpo_cache.precomputing.cutting import MIN_TOKENS
 from dpo_cache.precomputing.workers import local
+from tests import programs
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
 from tests.scale import ray_workers as bad_workers
 from tests.scale.local_workers import WrongLater
@@ -30,6 +28,7 @@ from tests.store.object_store import Proxy, s3, s3_server  # noqa: F401 (fixture
 from tests.waiting import wait_until
 
 TWO: dict[str, Any] = {"num_workers": 2}
+DRIVER = {"DPO_CACHE_PROGRESS": "off", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -209,23 +208,18 @@ def test_a_failed_audit_withdraws_what_all_workers_published(
     assert [path.name for path in left] == ["format.json"]
 
 
-def start_driver(model: str, data_file: str, cache: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "dpo_cache", "precompute", "--model", model, "--dataset", data_file]
-    return subprocess.Popen(
-        [*command, "--cache", str(cache), "--json", *more],
-        env={**os.environ, "DPO_CACHE_PROGRESS": "off"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start_driver(model: str, data_file: str, cache: Path, *more: str) -> programs.Program:
+    command = ["precompute", "--model", model, "--dataset", data_file, "--cache", str(cache), "--json"]
+    script = f"import os\nos.environ.update({DRIVER!r})\nfrom dpo_cache.cli.app import main\nmain()\n"
+    return programs.start(*command, *more, script=script)
 
 
-def wait_for_shards(driver: subprocess.Popen[str], cache: Path, count: int) -> set[psutil.Process]:
+def wait_for_shards(driver: programs.Program, cache: Path, count: int) -> set[psutil.Process]:
     """Wait for so many score shards; returns the driver's workers."""
     workers: set[psutil.Process] = set()
 
     def has_published() -> bool:
-        assert driver.poll() is None, driver.communicate()
+        assert not driver.has_ended(), driver.wait()
         workers.update(one for one in psutil.Process(driver.pid).children() if "process" in cmdline(one))
         return len([*cache.glob("references/*/scores/*")]) >= count
 
@@ -245,7 +239,6 @@ def test_a_driver_that_is_killed_leaves_no_worker_and_is_run_again(
     driver = start_driver(model, data_file, cache, "--num-workers", "2", "--unit-tokens", "500")
     workers = wait_for_shards(driver, cache, 4)
     driver.kill()
-    driver.communicate()
     wait_until(all_ended(workers), "the end of the workers", limit_s=60)
     report = dpo_cache.precompute(model, data_file, cache)
     assert report.already_cached > 0 and report.scored_now > 0
@@ -259,8 +252,8 @@ def test_ctrl_c_keeps_what_was_scored_and_ends_the_workers(
     driver = start_driver(model, data_file, cache, "--num-workers", "2", "--unit-tokens", "500")
     workers = wait_for_shards(driver, cache, 4)
     driver.send_signal(signal.SIGINT)
-    _, err = driver.communicate(timeout=90)
-    assert driver.returncode == 130 and "Traceback" not in err
+    end = driver.wait(90)
+    assert end.code == 130 and "Traceback" not in end.err
     assert all_ended(workers)() and not records(str(cache))
     scores = dpo_cache.open_cache(cache).scores(dpo_cache.open_cache(cache).references()[0])
     assert len(scores) > 0
@@ -274,9 +267,9 @@ def test_two_runs_begun_by_hand_share_the_work(
     drivers = [start_driver(model, data_file, cache, "--unit-tokens", "500") for _ in range(2)]
     reports = []
     for driver in drivers:
-        out, err = driver.communicate(timeout=240)
-        assert driver.returncode == 0, err
-        reports.append(json.loads(out))
+        end = driver.wait()
+        assert end.code == 0, end.err
+        reports.append(json.loads(end.out))
     distinct = plain[1].distinct_completions
     assert all(report["already_cached"] < distinct / 2 for report in reports), "they ran at the same time"
     assert all(

@@ -133,20 +133,23 @@ def test_a_unit_that_kills_its_worker_ends_the_run_after_three_attempts(
 
 @pytest.mark.rotating(2)
 @pytest.mark.usefixtures("cluster")
-def test_what_a_worker_raises_is_one_error(
-    model: str, few_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for worker, expected in (
+@pytest.mark.parametrize(
+    ("worker", "expected"),
+    [
         (bad_workers.WithoutWeights, "model: "),
         (bad_workers.OtherCheckpoint, "this is another model than the run's reference"),
-    ):
-        copied = shutil.copytree(model, tmp_path / worker.__name__ / "model")
-        monkeypatch.setattr(ray_workers, "Worker", worker)
-        with pytest.raises(ModelError) as caught:
-            dpo_cache.precompute(copied, few_rows, tmp_path / "cache", **{**RAY, "num_workers": 1})
-        assert expected in str(caught.value) and "Traceback" not in str(caught.value)
-        assert len(str(caught.value).splitlines()) < 12
-        assert not dpo_cache.open_cache(tmp_path / "cache").references()
+    ],
+)
+def test_what_a_worker_raises_is_one_error(
+    model: str, few_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: type, expected: str
+) -> None:
+    copied = shutil.copytree(model, tmp_path / "model")
+    monkeypatch.setattr(ray_workers, "Worker", worker)
+    with pytest.raises(ModelError) as caught:
+        dpo_cache.precompute(copied, few_rows, tmp_path / "cache", **{**RAY, "num_workers": 1})
+    assert expected in str(caught.value) and "Traceback" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) < 12
+    assert not dpo_cache.open_cache(tmp_path / "cache").references()
 
 
 @pytest.mark.rotating(2)

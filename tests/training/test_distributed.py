@@ -70,8 +70,8 @@ def test_a_rank_whose_others_do_not_come(tmp_path: Path) -> None:
     done = join(tmp_path, "cpu")
     first, second = done.out.splitlines()
     assert first.startswith("TrainingError rank 1: the 2 ranks could not connect to each other ("), done
-    assert second == (
-        "Check that all were started, and that MASTER_ADDR and MASTER_PORT are those of the first one. None"
+    assert second.startswith(
+        "Check that all were started, and that MASTER_ADDR and MASTER_PORT are those of the first one. "
     )
 
 

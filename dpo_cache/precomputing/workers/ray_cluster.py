@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ LOCAL = "local"
 # Read when Ray is imported. All who can connect to a cluster can run code there, so ours listens on loopback
 ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # Ray's future default; without it, Ray warns
 LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+CONNECT_S = 10.0  # seconds to wait for the head of a cluster
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Pool:
             number = f"at least {number}" if most is None else f"{number} to {most}"
         gpus = f"{self.gpus:g} GPU{'s' if self.gpus > 1 else ''} and " if self.gpus else ""
         cpus = f"{self.cpus:g} CPU{'s' if self.cpus > 1 else ''}"
-        return f"{number} worker{'' if number == '1' else 's'} with {gpus}{cpus} each"
+        return f"{number} worker{'' if number.split()[-1] == '1' else 's'} with {gpus}{cpus} each"
 
 
 def import_ray() -> ModuleType:
@@ -83,6 +86,8 @@ def connected(address: str, *, num_cpus: int | None = None, num_gpus: int | None
             f"`ray` {address}: Ray Data does not run through a Ray client.\nStart dpo-cache on a node of the "
             "cluster with `ray` auto, or submit it with `ray job submit`."
         )
+    if address != LOCAL:
+        _check_reachable(address)
     if "ray" not in sys.modules:
         for name, value in {**ENVIRONMENT, **(LOCAL_ENVIRONMENT if address == LOCAL else {})}.items():
             os.environ.setdefault(name, value)
@@ -105,6 +110,18 @@ def connected(address: str, *, num_cpus: int | None = None, num_gpus: int | None
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise `OptionError` if nothing answers at HOST:PORT: Ray would try for minutes."""
+    place = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdecimal():
+        return  # Ray raises an error at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise OptionError(f"`ray` {address}: {_why_not(address, error)}") from error
 
 
 def _why_not(address: str, error: Exception) -> str:

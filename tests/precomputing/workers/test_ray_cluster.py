@@ -1,3 +1,4 @@
+import socket
 import sys
 from types import ModuleType
 
@@ -58,6 +59,7 @@ def test_no_worker_without_a_unit() -> None:
 
 def test_a_pool_in_words() -> None:
     assert Pool(1, 1, 0.0, 2.0).describe() == "1 worker with 2 CPUs each"
+    assert Pool(1, None, 0.0, 1.0).describe() == "at least 1 worker with 1 CPU each"
     assert Pool(2, 4, 2.0, 1.0).describe() == "2 to 4 workers with 2 GPUs and 1 CPU each"
     assert Pool(2, None, 0.5, 1.0).describe() == "at least 2 workers with 0.5 GPU and 1 CPU each"
 
@@ -93,4 +95,18 @@ def test_ray_that_is_missing_or_of_another_version(monkeypatch: pytest.MonkeyPat
 
 def test_ray_clients_are_refused() -> None:
     with pytest.raises(OptionError, match="does not run through a Ray client"), connected("ray://head:10001"):
+        pass
+
+
+@pytest.mark.parametrize("is_variable", [False, True])
+def test_an_address_where_nobody_answers(is_variable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+    if is_variable:
+        monkeypatch.setenv("RAY_ADDRESS", place)
+    address = "auto" if is_variable else place
+    with (
+        pytest.raises(OptionError, match=f"`ray` {address}: no connection to a Ray cluster .*refused"),
+        connected(address),
+    ):
         pass
