@@ -334,5 +334,5 @@ def test_rm_shows_first_and_removes_with_yes(run, root: Path) -> None:
     assert run("rm", root, "everything", "x").code == 2
     assert (
         run("rm", root, "pairs", "demo", "--with-pairs").err
-        == "error: --with-pairs goes with --reference: --pairs are removed anyway.\n"
+        == "error: --with-pairs goes with reference: pairs are removed anyway.\n"
     )
