@@ -7,8 +7,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +19,13 @@ import psutil
 import pytest
 
 import dpo_cache
-from dpo_cache.errors import DpoCacheError, ModelError
+from dpo_cache.errors import DataError, DpoCacheError, ModelError
 from dpo_cache.precomputing.cutting import MIN_TOKENS
 from dpo_cache.precomputing.workers import local
 from tests import programs
 from tests.conftest import chat_rows, make_llama, make_tokenizer, write_rows
 from tests.scale import ray_workers as bad_workers
-from tests.scale.local_workers import WrongLater
+from tests.scale.local_workers import FailsAsItEnds, Forked, WrongLater
 from tests.scale.ray_workers import DEADLY_ROW, NOTES, notes
 from tests.store.object_store import Proxy, s3, s3_server  # noqa: F401 (fixtures)
 from tests.waiting import wait_until
@@ -49,6 +52,18 @@ def plain(model: str, data_file: str, tmp_path_factory: pytest.TempPathFactory) 
     """The cache that one process fills, and its report."""
     cache = tmp_path_factory.mktemp("plain") / "cache"
     return str(cache), dpo_cache.precompute(model, data_file, cache)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Workers start quickly, as in `programs`, and none is left. Other tests start them as a run does."""
+    Forked.started.clear()
+    popen = SimpleNamespace(
+        Popen=Forked, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+    )
+    monkeypatch.setattr(local, "subprocess", popen)
+    yield
+    assert Forked.started and all(one.poll() is not None for one in Forked.started)
 
 
 def use(worker: type, patch: pytest.MonkeyPatch) -> None:
@@ -124,7 +139,7 @@ def test_two_workers_fill_the_cache_as_one_process_does(
     assert (again.scored_now, again.bytes_written, again.num_workers) == (0, 0, 0)
 
 
-@pytest.mark.usefixtures("s3")
+@pytest.mark.usefixtures("s3", "forked")
 def test_workers_that_are_killed_have_their_units_scored_again(
     model: str, data_file: str, plain: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +156,7 @@ def test_workers_that_are_killed_have_their_units_scored_again(
 
 
 @pytest.mark.rotating(2)
+@pytest.mark.usefixtures("forked")
 def test_a_unit_that_kills_its_workers_ends_the_run_after_three_attempts(
     model: str, few_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,13 +169,14 @@ def test_a_unit_that_kills_its_workers_ends_the_run_after_three_attempts(
     found = first.removeprefix("rows ").split(" of pairs/train: ")
     assert str(DEADLY_ROW) in found[0].split(", ")
     assert found[1] == "3 workers that were to score them ended, the last one by signal 9 (SIGKILL)."
-    assert "where memory runs out: give fewer `num_workers`" in second
-    assert not child_processes() and not records(cache)
+    assert "when memory runs out: give fewer `num_workers`" in second
+    assert not records(cache)
     report = dpo_cache.precompute(model, few_rows, cache)
     assert report.already_cached + report.scored_now == report.distinct_completions
 
 
 @pytest.mark.rotating(2)
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("worker", "expected"),
     [
@@ -177,11 +194,11 @@ def test_what_a_worker_raises_is_one_error(
     text = str(caught.value)
     assert expected.format(model=copied) in text and "Traceback" not in text and len(text.splitlines()) < 12
     assert text.splitlines()[-1].startswith("(In worker ") and "worker-" in text
-    assert not child_processes()
     assert not dpo_cache.open_cache(tmp_path / "cache").references()
 
 
 @pytest.mark.rotating(2)
+@pytest.mark.usefixtures("forked")
 def test_a_row_without_finite_log_probs_is_named(tmp_path: Path) -> None:
     broken, tokenizer = make_llama(), make_tokenizer()
     broken.get_input_embeddings().weight.data[tokenizer.encode("~")[0]] = float("nan")
@@ -195,6 +212,18 @@ def test_a_row_without_finite_log_probs_is_named(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.usefixtures("forked")
+def test_a_worker_that_fails_as_it_is_ended_does_not_delay_the_error(
+    model: str, few_rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(FailsAsItEnds, monkeypatch)
+    started = time.monotonic()
+    with pytest.raises(DataError, match="a problem"):
+        dpo_cache.precompute(model, few_rows, tmp_path / "cache", unit_tokens="100", **TWO)
+    assert time.monotonic() - started < local.STOP_S / 2
+
+
+@pytest.mark.usefixtures("forked")
 def test_a_failed_audit_withdraws_what_all_workers_published(
     model: str, data_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

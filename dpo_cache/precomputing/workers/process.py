@@ -19,6 +19,7 @@ from types import FrameType
 
 STARTED = "started"
 LOOK_S = 1.0  # seconds between checks whether the driver has ended
+_has_ended = threading.Event()  # set by SIGTERM
 
 
 class Terminated(BaseException):
@@ -37,7 +38,10 @@ def main() -> None:
             worker.name = name
             while True:
                 number, unit = connection.recv()
-                connection.send(worker.score(number, unit))
+                receipt = worker.score(number, unit)
+                if _has_ended.is_set():  # an error while scores were published took the signal's place
+                    raise Terminated
+                connection.send(receipt)
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the run has ended
         pass
     except Terminated:
@@ -53,6 +57,7 @@ def _end_with(driver: int) -> None:
 
 def _terminate(_: int, __: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal has no effect
+    _has_ended.set()
     raise Terminated
 
 
