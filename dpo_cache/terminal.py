@@ -97,17 +97,21 @@ def _wrap_line(line: str, width: int) -> list[str]:
     """The parts of a line; those after the first are indented as it is."""
     if len(line) <= width and line.isascii():
         return [line]
-    command = COMMAND.search(line)
-    words = UNBROKEN.findall(line[: command.start()] if command else line)
-    words += [command[0].strip()] if command else []
+    columns = line.strip().split(GAP)
+    if len(columns) > 1 and all(_length_of(column) <= width for column in columns):
+        gap, words = GAP, columns  # such as metrics: each name stays with its value
+    else:
+        command = COMMAND.search(line)
+        gap, words = " ", UNBROKEN.findall(line[: command.start()] if command else line)
+        words += [command[0].strip()] if command else []
     indent = line[: len(line) - len(line.lstrip(" "))]
     parts, part = [], ""
     for word in words:
-        if part and _length_of(f"{indent}{part} {word}") > width:
+        if part and _length_of(f"{indent}{part}{gap}{word}") > width:
             parts.append(indent + part)
             part = word
         else:
-            part = f"{part} {word}" if part else word
+            part = f"{part}{gap}{word}" if part else word
     return [*parts, indent + part]
 
 

@@ -56,6 +56,7 @@ def test_a_narrow_terminal_keeps_the_position(width: int, shown: str) -> None:
         ("/a/path/without/any/space/in/it is long", ["/a/path/without/any/space/in/it", "is long"]),
         ("a cache. Next: dpo-cache ls --cache /a/b", ["a cache. Next:", "dpo-cache ls --cache /a/b"]),
         ("  dpo-cache ls --cache /a/b/c", ["  dpo-cache ls --cache /a/b/c"]),
+        ("eval: loss 0.5  margin +0.1", ["eval: loss 0.5", "margin +0.1"]),
         ("学习率学习率 学习率 学习率", ["学习率学习率 学习率", "学习率"]),
         ("", [""]),
     ],

@@ -23,10 +23,11 @@ CONFIGS: list[dict[str, Any]] = [
     {"lr_scheduler_type": "cosine", "warmup_steps": 0.4, "beta": 0.3, "weight_decay": 0.1},
     {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.2], "lr_scheduler_type": "constant", "max_grad_norm": 0.5,
      "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},  # TRL's sft is a mean over a micro-batch
+    {"warmup_steps": 4},  # of 6; how many there are follows from the data
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", CONFIGS, ids=["schedule", "losses"])
+@pytest.mark.parametrize("changes", CONFIGS, ids=["schedule", "losses", "warm-up"])
 def test_a_run_from_a_dpo_config_is_that_of_trl(
     changes: dict[str, Any], model_folder: str, tmp_path: Path
 ) -> None:
