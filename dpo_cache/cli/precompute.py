@@ -45,7 +45,7 @@ def precompute_command(options: PrecomputeOptions, as_json: bool) -> None:
     from dpo_cache.planning.start import check_precompute
 
     check_precompute(options)
-    when_stopped(f"nothing was stored yet. {SAME_COMMAND}")
+    when_stopped("nothing was stored yet. Next: the same command.")
     with ProgressLine("scoring") as line:
         with phase("importing libraries"):
             from dpo_cache.precomputing.run import precompute
