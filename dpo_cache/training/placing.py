@@ -67,8 +67,9 @@ def place_run(
         found = _agreed(options, ranks.gather(fitting), device, log)
     memory, placement = found
     if is_adapted and options.merge_adapter and has_copies(placement, device):
+        option = "memory" if memory in PRESETS else "place"
         raise OptionError(
-            f"`merge_adapter` and `memory` {memory}: merging needs the base's weights on the device.\n"
+            f"`merge_adapter` and `{option}` {memory}: merging needs the base's weights on the device.\n"
             "Leave `merge_adapter` out, and merge the adapter afterwards (peft: `merge_and_unload`)."
         )
     if is_adapted and "host" in {options.placement_entry("gradients"), options.placement_entry("optimizer")}:
@@ -103,7 +104,8 @@ def _known_placement(
 ) -> tuple[str, Placement] | None:
     """The placement that the options name, or that a resumed run had in `memory`; None: to be chosen."""
     if (named := options.placement(is_adapted=is_adapted)) is not None:
-        return options.memory if options.memory != "auto" else str(named), named
+        is_preset = named == (ADAPTER_PRESETS if is_adapted else PRESETS).get(options.memory)
+        return options.memory if is_preset else str(named), named
     if memory in PRESETS:
         return memory, (ADAPTER_PRESETS if is_adapted else PRESETS)[memory]
     if memory and (found := placement_of("auto", memory, is_adapted=is_adapted)):
@@ -131,8 +133,8 @@ def _agreed(
         placement = replace(placement, gradients="host")
         memory = str(placement)
     if memory != "fast":
-        log(
-            f"a step with everything on the device does not fit the free memory of {device}: `memory` "
-            f"{memory} is used ({placement})."
+        shown = (
+            f"`memory` {memory} is used ({placement})" if memory in PRESETS else f"`place` {memory} is used"
         )
+        log(f"a step with everything on the device does not fit the free memory of {device}: {shown}.")
     return memory, placement

@@ -18,7 +18,7 @@ from dpo_cache.lm.layerwise.record import NotLayerMajorError
 from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.options.placement import ADAPTER_PRESETS, Placement
 from dpo_cache.options.train import TrainOptions
-from dpo_cache.training import inputs, layer_major, step
+from dpo_cache.training import inputs, layer_major, placing, step
 from dpo_cache.training.step import TrainingStep
 from tests.lm.layerwise.transfers import FakeTransfer
 from tests.training.test_loop import comparable, metrics, train, weights
@@ -310,6 +310,25 @@ def test_earlier_names_are_entries_of_the_placement(options: dict[str, Any], exp
     assert str(chosen.placement()).partition(",")[2] == expected
     is_old = options.keys() & {"free_gradients", "offload_activations"} or options.keys() >= {"optimizer"}
     assert bool(chosen.earlier_names()) == bool(is_old and "lora_r" not in options)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"memory": "least"}, "`memory` least"),
+        (
+            {"memory": "least", "place": "inputs=device"},
+            "`place` weights=host,gradients=device,optimizer=device,inputs=device",
+        ),
+    ],
+    ids=str,
+)
+def test_errors_name_the_preset_only_where_no_entry_changes_it(
+    cache: str, tmp_path: Path, options: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placing, "has_copies", lambda *_: True)
+    with pytest.raises(OptionError, match=rf"^`merge_adapter` and {expected}: merging needs"):
+        train(cache, tmp_path / "run", lora_r=2, merge_adapter=True, **options)
 
 
 def test_an_entry_is_given_once() -> None:
