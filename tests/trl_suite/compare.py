@@ -41,6 +41,8 @@ def main(source: Path) -> int:
     for name, outcomes in (("TRL's trainer", theirs), ("CachedDPOTrainer", ours)):
         print(f"{name}: {', '.join(f'{count} {kind}' for kind, count in counts(outcomes).items())}")
     different, unexpected, stale = compare(theirs, ours)
+    for (tests, error), count in failures(theirs).items():
+        print(f"fails with TRL's trainer, {count} of {tests}: {error}")
     for test, reason in different:
         print(f"different  {test}: {reason}")
     for pattern in stale:
@@ -72,6 +74,13 @@ def compare(theirs: Outcomes, ours: Outcomes) -> tuple[list[tuple[str, str]], li
 
 def counts(outcomes: Outcomes) -> Counter[str]:
     return Counter(outcome for outcome, _ in outcomes.values())
+
+
+def failures(outcomes: Outcomes) -> Counter[tuple[str, str]]:
+    """How often each error ended a test, by the test's name without its parameters and the error's last line."""
+    return Counter(
+        (test.partition("[")[0], line) for test, (outcome, line) in outcomes.items() if outcome == "failed"
+    )
 
 
 def run(source: Path, folder: Path, trainer: str) -> Outcomes:

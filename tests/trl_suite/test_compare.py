@@ -33,6 +33,19 @@ def test_tests_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == ([("A::test_ref", "refused")], ["A::test_new"], ["*::test_old"])
 
 
+def test_failures_are_counted_by_test_and_error() -> None:
+    outcomes = {
+        "A::test_one[1]": ("failed", "OSError: no such model"),
+        "A::test_one[2]": ("failed", "OSError: no such model"),
+        "A::test_two": ("failed", "TypeError: new keyword"),
+        "A::test_three": ("skipped", "needs a GPU"),
+    }
+    assert compare.failures(outcomes) == {
+        ("A::test_one", "OSError: no such model"): 2,
+        ("A::test_two", "TypeError: new keyword"): 1,
+    }
+
+
 @pytest.mark.parametrize(
     ("test", "is_different"),
     [
