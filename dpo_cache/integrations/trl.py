@@ -12,7 +12,6 @@ number.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -28,15 +27,15 @@ from dpo_cache.integrations.collated import NOTHING, completions_in, keys_of
 from dpo_cache.integrations.trl_reference import (
     check_has_rows,
     check_reference,
-    choose_reference,
     drop_reference_adapter,
     only_the_policy,
+    open_reference,
+    scoring_command,
 )
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.log import log_remark
 from dpo_cache.precomputing.completions import score_completions
 from dpo_cache.precomputing.units import Unit
-from dpo_cache.store import open_cache
 from dpo_cache.store.format.keys import key_bytes
 from dpo_cache.store.starting_model import default_start
 from dpo_cache.training.pair_logps import summed_logps
@@ -44,7 +43,6 @@ from dpo_cache.training.step_zero import TOLERANCES
 from dpo_cache.types import Completion
 
 LOOKED_UP = 1000  # rows that are looked up at once
-UNCUT = 1_000_000  # `precompute --max-length` for a `max_length` of None
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # columns of TRL's tokenized rows
 NAMES = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's columns of log-probs
 STEP_ZERO = ("stop", "warn", "off")
@@ -91,18 +89,19 @@ class CachedDPOTrainer(DPOTrainer):
             )
         if step_zero not in STEP_ZERO:
             raise OptionError(f"`step_zero` {step_zero}: expected {', '.join(STEP_ZERO)}.")
-        self._cache = open_cache(cache, create=score_missing)
-        self._reference = choose_reference(self._cache, reference, may_be_new=score_missing)
-        self._scores = self._cache.scores(self._reference) if self._reference else None
         self._policy_name = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = args or DPOConfig(f"{self._policy_name.rstrip('/').split('/')[-1]}-DPO")
+        self._cache, self._reference = open_reference(
+            str(cache), reference, self._policy_name, args, may_be_new=score_missing
+        )
+        self._scores = self._cache.scores(self._reference) if self._reference else None
         self._scores_missing = score_missing
         self._step_zero, self._is_compared = step_zero, step_zero == "off"
         self._has_new_adapter = given.get("peft_config") is not None
-        # TRL then reads reference log-probs from columns, and loads no reference
-        args = args or DPOConfig(f"{self._policy_name.rstrip('/').split('/')[-1]}-DPO")
         check_reference(args, given.get("train_dataset"))
         for name in ("train_dataset", "eval_dataset"):
             check_has_rows(given.get(name), name)
+        # TRL then reads reference log-probs from columns, and loads no reference
         args.precompute_ref_log_probs = True
         with only_the_policy(is_loaded=not isinstance(model, str)):
             super().__init__(model, args=args, **given)
@@ -229,13 +228,10 @@ class CachedDPOTrainer(DPOTrainer):
         return Unit([*found], [*found.values()], [rows[key][:3] for key in found], num_tokens, name)
 
     def _not_in_cache(self, rows: list[int], name: str) -> NotInCacheError:
-        cut = {"keep_end": ["--truncation", "keep-end"]}.get(self.args.truncation_mode, [])
-        length = str(self.args.max_length or UNCUT)
-        scored = ["--cache", str(self._cache), "--model", self._policy_name, "--max-length", length, *cut]
         return NotInCacheError(
             f"{self._cache}: completions of row{'s' * (len(rows) > 1)} {shown_rows(rows)} of the {name} "
             "data set have no score: their token ids, as TRL makes them, are not in the cache.\n"
-            f"Run `dpo-cache precompute {shlex.join(scored)} --dataset DATA`, with this tokenizer "
+            f"Run `{scoring_command(str(self._cache), self._policy_name, self.args)}`, with this tokenizer "
             "and chat template on this data, or give `score_missing`."
         )
 

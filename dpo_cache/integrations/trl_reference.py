@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,26 +11,59 @@ from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 from trl.trainer import dpo_trainer
 
-from dpo_cache.errors import DataError, NotInCacheError, OptionError
-from dpo_cache.store import Cache
+from dpo_cache.errors import (
+    DataError,
+    FormatError,
+    NewerFormatError,
+    NotInCacheError,
+    OptionError,
+    first_line,
+)
+from dpo_cache.store import Cache, open_cache
+
+UNCUT = 1_000_000  # `precompute --max-length` for a `max_length` of None
 
 
-def choose_reference(cache: Cache, reference: str | None, *, may_be_new: bool) -> str | None:
-    """The full id of the reference whose id begins with `reference`, or of the cache's only one; None for one
-    that is to be scored now. Raises `CacheError`.
+def open_reference(
+    cache: str, reference: str | None, policy_name: str, args: DPOConfig, *, may_be_new: bool
+) -> tuple[Cache, str | None]:
+    """The cache, and the full id of its reference: the one whose id begins with `reference`, or the only one;
+    None for one that is to be scored now. Raises `CacheError` with the command that makes what is missing.
     """
-    known = cache.references()
+    advice = f"Run `{scoring_command(cache, policy_name, args)}` first, or give `score_missing`."
+    try:
+        opened = open_cache(cache, create=may_be_new)
+    except NewerFormatError:
+        raise
+    except FormatError as error:
+        raise FormatError(f"{first_line(error)}\n{advice}") from error
+    known = opened.references()
     if reference is not None or len(known) == 1:
-        return cache.find_reference(reference or known[0])
+        return opened, opened.find_reference(reference or known[0])
     if known:
         shown = ", ".join(one[:12] for one in known)
         raise NotInCacheError(f"{cache}: {len(known)} references.\nName one with `reference`: {shown}.")
     if may_be_new:
-        return None
-    raise NotInCacheError(
-        f"{cache}: no references.\nRun `dpo-cache precompute --cache {cache} …` first, or give "
-        "`score_missing`."
-    )
+        return opened, None
+    raise NotInCacheError(f"{cache}: no references.\n{advice}")
+
+
+def scoring_command(cache: str, policy_name: str, args: DPOConfig) -> str:
+    """The command that scores the completions of a data set as TRL cuts them."""
+    cut = {"keep_end": ["--truncation", "keep-end"]}.get(args.truncation_mode, [])
+    length = str(args.max_length or UNCUT)
+    words = [
+        "dpo-cache",
+        "precompute",
+        "--cache",
+        cache,
+        "--model",
+        policy_name,
+        "--max-length",
+        length,
+        *cut,
+    ]
+    return f"{shlex.join(words)} --dataset DATA"
 
 
 def check_reference(args: DPOConfig, rows: Any) -> None:

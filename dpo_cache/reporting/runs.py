@@ -159,9 +159,9 @@ def table_notes(rows: Sequence[RunRow], objective: set[str]) -> list[str]:
             f" ({', '.join(without[:-1])} and {without[-1]} compute it from rewards without the reference.)"
         )
         notes.append(
-            f"{', '.join(differing)}: runs that differ in these measure mean loss, margin and rewards in "
-            "other units. Compare those only between runs that are equal in these, and other runs by "
-            f"accuracy.{other if 'loss' in differing else ''}"
+            f"Mean loss, margin and rewards depend on {' and '.join(differing)}. Compare them only between "
+            f"runs with the same {' and '.join(differing)}, and other runs by accuracy."
+            f"{other if 'loss' in differing else ''}"
         )
     return [*notes, *column_notes(rows)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ from dpo_cache.training.layer_major import (
     make_transfer,
     open_layer_major,
 )
-from dpo_cache.training.lengths import RowLengths, measure_rows, model_limits
+from dpo_cache.training.lengths import SCANNED_PAIRS, RowLengths, measure_rows, model_limits
 from dpo_cache.training.loaded import LoadedPolicy
 from dpo_cache.training.origin import Origin, compare_origin
 from dpo_cache.training.parallel import cut, load_to_cut
@@ -234,7 +235,7 @@ def open_policy(
         memory,
         log,
         ranks,
-        pairs=(scored.pair for scored in data.pairs),
+        pairs=(scored.pair for scored in islice(data.pairs, SCANNED_PAIRS)),
         present_bytes=0 if loaded is None else loaded.bytes_on(device),
     )
     lengths = measure_rows(data.pair_sets, config)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import dpo_cache
 from dpo_cache.cli.app import app
-from dpo_cache.errors import DataError, ModelError, NotInCacheError, OptionError, StepZeroError
+from dpo_cache.errors import DataError, FormatError, ModelError, NotInCacheError, OptionError, StepZeroError
 from tests.conftest import chat_rows
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
@@ -97,7 +97,7 @@ def test_a_loss_is_that_of_a_live_reference(loss: str, model_folder: str, cache:
         {"max_length": 40},
         {"max_length": 40, "truncation_mode": "keep_end"},
         {"ld_alpha": 0.3},
-        {"f_divergence_type": "forward_kl", "beta": 0.5},
+        {"f_divergence_type": "forward_kl", "beta": 0.5, "learning_rate": 1e-5},  # its loss is exponential
         {"use_weighting": True},
         {"padding_free": True},
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
@@ -277,8 +277,13 @@ def test_another_policy_is_refused(model_folder: str, cache: str, tmp_path: Path
 
 def test_a_reference_is_named_where_there_are_several(model_folder: str, tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
-    with pytest.raises(NotInCacheError, match="no references"):
-        dpo_cache.open_cache(cache, create=True).publish_format()
+    command = (
+        f"dpo-cache precompute --cache {cache} --model {model_folder} --max-length .* or give .score_missing"
+    )
+    with pytest.raises(FormatError, match=f"no dpo-cache here .*\n.*{command}"):
+        cached(tmp_path, model_folder, cache, train_dataset=rows())
+    dpo_cache.open_cache(cache, create=True).publish_format()
+    with pytest.raises(NotInCacheError, match=f"no references.\n.*{command}"):
         cached(tmp_path, model_folder, cache, train_dataset=rows())
     first = dpo_cache.precompute(model_folder, rows(), cache, name="rows").reference
     dpo_cache.precompute(model_folder, rows(), cache, name="half", dtype="bfloat16", limit=1)

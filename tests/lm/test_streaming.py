@@ -80,7 +80,9 @@ def test_quantized_weights_are_small_and_stay_in_host_memory(
     assert choose(monkeypatch, folder, free=1000, quantize="4bit") is None
     saved = load_config(folder)
     saved.quantization_config = {"quant_method": "bitsandbytes"}
-    with pytest.raises(OptionError, match="quantized weights are kept in host memory; cpu has no memory apart from it"):
+    with pytest.raises(
+        OptionError, match="quantized weights are kept in host memory; cpu has no memory apart from it"
+    ):
         choose(monkeypatch, folder, "on", config=saved)
     found = choose(monkeypatch, folder, device=CUDA, free=1000, config=saved)
     assert found is not None and found.resident_bytes == 2 * NUM_VALUES  # as it is stored

@@ -180,9 +180,7 @@ def test_the_best_finished_runs_come_first(tmp_path: Path) -> None:
 def test_notes_name_what_cannot_be_compared(tmp_path: Path) -> None:
     row = row_of(make_run(tmp_path / "a", [evaluation(0, 0.5), step(1), evaluation(1, 0.6)]))
     assert any(
-        note.startswith(
-            "beta: runs that differ in these measure mean loss, margin and rewards in other units"
-        )
+        note.startswith("Mean loss, margin and rewards depend on beta. Compare them only between runs")
         for note in table_notes([row], {"beta"})
     )
     assert len(table_notes([row], {"loss"})) == 2
