@@ -100,7 +100,7 @@ def _take_steps(setup: Setup, step: TrainingStep, found: Steps) -> None:
         found.num_compared = len(step.step_zero.compared)
     number, epoch = 0, 0
     while number < setup.total_steps:
-        stream = stream_pairs(data.pairs, data.selected, shuffle=True, seed=0, epoch=epoch)
+        stream = stream_pairs(data.pairs, data.selected, shuffle=True, seed=options.seed, epoch=epoch)
         while number < setup.total_steps and (pairs := list(islice(stream, options.batch_size))):
             number += 1
             metrics, num_tokens, grad_norm = step.take(pairs, number, options.lr)

@@ -34,7 +34,8 @@ LAYERS = {"place": "inputs=host", "budget_tokens": "100"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"eval_pairs": "heldout"}),
     "several forests": ("llama", {"budget_tokens": "100", "batch_size": 7, "max_steps": 4}),
-    "fewer pairs than ranks": ("llama", {"batch_size": 1}),
+    # under seed 0 a gradient is about as small as AdamW's epsilon, which makes its rounding a change of the weight
+    "fewer pairs than ranks": ("llama", {"batch_size": 1, "seed": 1}),
     "every pair split": ("llama", {"budget_tokens": "20", "batch_size": 3}),
     "some pairs split": ("llama", {"budget_tokens": "70", "batch_size": 5}),
     "aot": ("llama", {"loss": ("aot",), "eval_pairs": "heldout"}),

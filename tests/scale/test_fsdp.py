@@ -116,13 +116,21 @@ def run_rows_of_shards(ranks: Ranks, cache: str, options: dict[str, Any]) -> Ste
 def test_bf16_weights_learn_as_on_one_rank(caches: Caches, options: dict[str, Any]) -> None:
     options = {**options, "precision": "bf16", "step_zero": "off", "max_steps": 6}
     in_fp32 = {**options, "precision": "fp32", "rounding": "auto"}
-    (exact,) = run_ranks(run_steps, 1, caches("llama"), in_fp32)
-    (one,) = run_ranks(run_steps, 1, caches("llama"), options)
+
+    def losses(steps: Steps) -> list[float]:
+        return [line["loss"] for line in steps.lines]
+
+    def gap(some: list[float], others: list[float]) -> float:
+        return max(abs(one - other) for one, other in zip(some, others, strict=True))
+
+    exact, rounded = [], []
+    for seed in range(3):  # how far rounding takes the losses on one rank differs from run to run
+        for values, chosen in ((exact, in_fp32), (rounded, options)):
+            (one,) = run_ranks(run_steps, 1, caches("llama"), {**chosen, "seed": seed})
+            values.append(losses(one))
     found, other = run_ranks(run_shards, 2, caches("llama"), options)
     assert found.lines == other.lines and gap_of(found.weights, other.weights) == 0
-    losses = [[line["loss"] for line in run.lines] for run in (exact, one, found)]
-    rounded = max(abs(a - b) for a, b in zip(losses[0], losses[1], strict=True))
-    assert 0 < max(abs(a - b) for a, b in zip(losses[0], losses[2], strict=True)) <= 2 * rounded
+    assert 0 < gap(losses(found), exact[0]) <= 2 * max(map(gap, rounded, exact))
 
 
 # -- checks before the first step ----------------------------------------------------------------------------
