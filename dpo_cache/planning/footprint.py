@@ -30,7 +30,7 @@ from dpo_cache.lm.forest.kernels import SEGMENTS, counted_kernel
 from dpo_cache.lm.kernels.lora_linear import use_fast_lora
 from dpo_cache.lm.kernels.onednn_linear import use_torch_linear
 from dpo_cache.lm.memory.recompute import Recomputation
-from dpo_cache.lm.model.adapter import check_names
+from dpo_cache.lm.model.adapter import check_names, without_library_warnings
 from dpo_cache.lm.model.lora_targets import without_unsuited_layers
 from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.lm.model.towers import loading_class, make_empty_whole
@@ -273,7 +273,8 @@ def _add_adapters(model: PreTrainedModel, rank: int, targets: str = "all-linear"
     config: Any = LoraConfig(r=rank, target_modules=chosen)
     check_names(model, config)
     config = without_unsuited_layers(model, config, lambda _: None)
-    inject_adapter_in_model(config, model)
+    with without_library_warnings():
+        inject_adapter_in_model(config, model)
     cast_adapter_dtype(model, "default")
 
 

@@ -7,6 +7,7 @@ changes nothing: the policy starts as its base, and with the adapter switched of
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import warnings
@@ -149,7 +150,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, seed: int, log: L
     config = without_unsuited_layers(model, config, log)
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
-        without_deprecations(),
+        without_library_warnings(),
     ):
         torch.manual_seed(seed)
         try:
@@ -266,11 +267,19 @@ def weights_file(folder: str) -> Path:
 
 
 @contextmanager
-def without_deprecations() -> Iterator[None]:
-    """Ignore warnings that peft uses deprecated names of transformers; no user can change that."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+def without_library_warnings() -> Iterator[None]:
+    """Ignore warnings that a user can do nothing about: peft uses deprecated names of transformers, and
+    imports bitsandbytes, which lacks kernels for some CPUs.
+    """
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def check_names(model: PreTrainedModel, config: PeftConfig) -> None:

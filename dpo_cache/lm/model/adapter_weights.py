@@ -20,7 +20,7 @@ from dpo_cache.lm.model.adapter import (
     import_peft,
     read_config,
     weights_file,
-    without_deprecations,
+    without_library_warnings,
 )
 from dpo_cache.lm.model.tensor_digest import tensor_shapes
 from dpo_cache.lm.model.unchanged import check_unchanged
@@ -75,7 +75,7 @@ def put_adapter(
     check_suited(config)
     config.inference_mode = not is_trainable
     make = peft.PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else peft.PeftModel
-    with without_deprecations(), torch.random.fork_rng(devices=[]):
+    with without_library_warnings(), torch.random.fork_rng(devices=[]):
         if is_empty:
             warnings.simplefilter("ignore")  # the same warnings come when the adapter is loaded
         adapted = make(model, config, "default", low_cpu_mem_usage=is_empty)
@@ -128,7 +128,7 @@ def _changes_base(adapted: PeftModel, folder: str) -> bool:
 
 def _saved_names(adapted: PeftModel, *, with_base: bool) -> set[str]:
     """The names of the tensors that PEFT saves of this adapter, with the ends of the base or not."""
-    with without_deprecations():
+    with without_library_warnings():
         return set(import_peft().get_peft_model_state_dict(adapted, save_embedding_layers=with_base))
 
 

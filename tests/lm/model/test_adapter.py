@@ -1,12 +1,14 @@
 """Importing peft."""
 
+import logging
 import sys
 from pathlib import Path
 
 import pytest
 
 from dpo_cache.errors import OptionError
-from dpo_cache.lm.model.adapter import lora_config
+from dpo_cache.lm.model.adapter import add_adapter, lora_config
+from tests.conftest import make_llama
 
 
 @pytest.fixture
@@ -44,3 +46,21 @@ def test_a_peft_that_cannot_be_imported_shows_the_cause(
     problem, advice = str(caught.value).split("\n")
     assert problem.startswith(f"peft is installed, but importing it failed: {cause}")
     assert advice == "Run `pip install --upgrade peft accelerate transformers`, so that their versions fit."
+
+
+def test_a_warning_of_bitsandbytes_is_left_out_while_peft_imports_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import peft
+
+    logger, adapt = logging.getLogger("bitsandbytes.backends"), peft.get_peft_model
+
+    def warn(*given: object) -> object:
+        logger.warning("no kernels for this CPU")
+        return adapt(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(peft, "get_peft_model", warn)
+    add_adapter(make_llama(), lora_config(4, None, "all-linear"), seed=0)
+    assert "no kernels" not in caplog.text
+    logger.warning("later")
+    assert "later" in caplog.text
