@@ -17,6 +17,7 @@ os.environ["TQDM_DISABLE"] = "1"
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -57,8 +58,12 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Models of transformers are imported when a test needs them."""
+    """Models of transformers are imported when a test needs them. The state that trainers of other libraries
+    leave in the process ends with the tests of a file.
+    """
     if nextitem is None or nextitem.path != item.path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
         gc.collect()
         gc.freeze()
 

@@ -231,7 +231,7 @@ class CachedDPOTrainer(DPOTrainer):
         return NotInCacheError(
             f"{self._cache}: completions of row{'s' * (len(rows) > 1)} {shown_rows(rows)} of the {name} "
             "data set have no score: their token ids, as TRL makes them, are not in the cache.\n"
-            f"Run `{scoring_command(str(self._cache), self._policy_name, self.args)}`, with this tokenizer "
+            f"Run {scoring_command(str(self._cache), self._policy_name, self.args)}, with this tokenizer "
             "and chat template on this data, or give `score_missing`."
         )
 

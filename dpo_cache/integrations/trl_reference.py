@@ -30,7 +30,7 @@ def open_reference(
     """The cache, and the full id of its reference: the one whose id begins with `reference`, or the only one;
     None for one that is to be scored now. Raises `CacheError` with the command that makes what is missing.
     """
-    advice = f"Run `{scoring_command(cache, policy_name, args)}` first, or give `score_missing`."
+    advice = f"Run {scoring_command(cache, policy_name, args)} first, or give `score_missing`."
     try:
         opened = open_cache(cache, create=may_be_new)
     except NewerFormatError:
@@ -49,21 +49,11 @@ def open_reference(
 
 
 def scoring_command(cache: str, policy_name: str, args: DPOConfig) -> str:
-    """The command that scores the completions of a data set as TRL cuts them."""
+    """The command, in backticks, that scores the completions of a data set as TRL cuts them."""
     cut = {"keep_end": ["--truncation", "keep-end"]}.get(args.truncation_mode, [])
     length = str(args.max_length or UNCUT)
-    words = [
-        "dpo-cache",
-        "precompute",
-        "--cache",
-        cache,
-        "--model",
-        policy_name,
-        "--max-length",
-        length,
-        *cut,
-    ]
-    return f"{shlex.join(words)} --dataset DATA"
+    words = ["--cache", cache, "--model", policy_name, "--max-length", length, *cut]
+    return f"`dpo-cache precompute {shlex.join(words)} --dataset DATA`"
 
 
 def check_reference(args: DPOConfig, rows: Any) -> None:

@@ -15,7 +15,6 @@ from tests.conftest import chat_rows
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 
-from tests.integrations.test_trl import state_of_accelerate  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's and Trainer's own
 

@@ -23,7 +23,7 @@ from tests.conftest import chat_rows
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 
 from dpo_cache.integrations.trl import CachedDPOTrainer
-from tests.integrations.test_trl import cache, cached, config, losses, rows, state_of_accelerate  # noqa: F401
+from tests.integrations.test_trl import cache, cached, config, losses, rows  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's and Trainer's own
 

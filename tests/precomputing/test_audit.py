@@ -532,7 +532,8 @@ def test_the_command_line_shows_the_audit(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = ["precompute", str(cache), "--model", model_folder, "--dataset", many_rows, "--audit", "20"]
+    arguments = ["precompute", str(cache), "--model", model_folder, "--dataset", many_rows]
+    arguments += ["--audit", "20", "--verbose"]
     monkeypatch.setattr(sys, "argv", ["dpo-cache", *arguments])
     with pytest.raises(SystemExit) as leaving:
         main()

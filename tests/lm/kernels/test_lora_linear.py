@@ -28,14 +28,22 @@ def adapt(model: torch.nn.Module, *, is_fast: bool, **config: Any) -> Any:
     return adapted
 
 
+IDS = torch.arange(24)[None] * 7 % 264
+
+
 def outcome(adapted: Any, precision: str = "fp32") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    ids = torch.arange(24)[None] * 7 % 264
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False):
-        logits = adapted(input_ids=ids).logits.float()
+        logits = adapted(input_ids=IDS).logits
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     (logits.log_softmax(-1)[..., 5] * torch.linspace(-1, 1, 24)).sum().backward()
     return logits.detach(), {
         name: parameter.grad for name, parameter in adapted.named_parameters() if parameter.grad is not None
     }
+
+
+def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative distance of logits from those in float64."""
+    return float((found - exact).norm() / exact.norm())
 
 
 def gaps(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -52,8 +60,11 @@ def test_outputs_and_gradients_are_those_of_peft(has_bias: bool, kinds: tuple[st
     fast, plain = (adapt(make_llama(attention_bias=has_bias), is_fast=is_fast) for is_fast in (True, False))
     assert use_fast_linear(fast.base_model.model, decided=name_of(kinds)) == name_of(kinds)
     (logits, grads), (expected, expected_grads) = map(outcome, (fast, plain))
-    assert torch.allclose(logits, expected, rtol=0, atol=1e-5)
-    assert len(grads) == 28 and gaps(grads, expected_grads).max() < 1e-5
+    # which of the two rounds more depends on the CPU
+    exact, exact_grads = outcome(adapt(make_llama(attention_bias=has_bias), is_fast=False).double())
+    assert distance(logits, exact) < 1.5 * distance(expected, exact) < 2e-6
+    assert len(grads) == 28
+    assert gaps(grads, exact_grads).max() < 1.5 * gaps(expected_grads, exact_grads).max() < 2e-5
 
 
 @pytest.mark.rotating(2)
