@@ -26,13 +26,13 @@ from dpo_cache.cli.shown_rows import print_rows
 from dpo_cache.log import phase
 from dpo_cache.options.precompute import PrecomputeOptions
 
-# Rows of the report that only --verbose shows: these, and these values
-DETAILS = {"rows read", "  audited", "tokens in the data", "written"}
-USUAL = {("rows dropped", "0"), ("rows truncated", "0")}
-
 if TYPE_CHECKING:
     from dpo_cache.data.survey import Finding, Survey
     from dpo_cache.precomputing.run import PrecomputeReport
+
+# Rows of the report that only --verbose shows: these, and these values
+DETAILS = {"rows read", "  audited", "tokens in the data", "written"}
+USUAL = {("rows dropped", "0"), ("rows truncated", "0")}
 
 
 @command(PrecomputeOptions)

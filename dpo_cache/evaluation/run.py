@@ -82,9 +82,7 @@ def evaluate(
     with open_pair_lines(chosen) as write:
         policy = identify_policy(chosen, pair_set, reference, log)
         scored_in = rounding_dtype_of(reference["identity"])
-        rounding = token_rounding(
-            policy.dtype_name, scored_in
-        )  # of log-probs; that of rewards may be coarser
+        rounding = token_rounding(policy.dtype_name, scored_in)  # of log-probs
         objective = objective_of(chosen, token_rounding=token_rounding(scored_in, *policy.rounding_dtypes))
         columns, rewards, work = _score(chosen, policy, pair_set, objective, on_progress, log)
         write(columns, rewards)

@@ -10,18 +10,15 @@ from transformers import PreTrainedConfig
 from dpo_cache.lm.free_memory import free_bytes, free_host_bytes
 from dpo_cache.lm.layerwise.layer_io import NotLayerMajorError
 from dpo_cache.lm.model.tensor_names import FAILURES
-from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.placement import ADAPTER_PRESETS, FAST, PRESETS, Placement
 from dpo_cache.options.plan import PlanOptions
-from dpo_cache.planning.counts import Counts
 from dpo_cache.planning.parts import Method, Parts
 from dpo_cache.planning.placed import ModelBytes, measure_model, tables_on_host
 from dpo_cache.planning.ways import (
     CONTEXT_BYTES,
-    DEFAULT_TOKENS,
-    MORE_TOKENS,
     PROCESS_BYTES,
     Candidates,
+    counts_of,
     device_need,
     host_need,
 )
@@ -52,9 +49,7 @@ def choose_placement(
     device_bytes = free_bytes(device) + present_bytes
     try:
         workload = measure(pairs, "pairs", options.batch_size)
-        is_auto = number_or_auto("budget_tokens", options.budget_tokens) is None
-        auto_tokens = DEFAULT_TOKENS.get(device.type, MORE_TOKENS) if is_auto else None
-        counts = Counts(config, workload, device.type, auto_tokens)
+        counts = counts_of(config, workload, options)
         # the process and its CUDA context exist already
         return first_that_fits(
             Candidates(counts, options, method, 0.0),

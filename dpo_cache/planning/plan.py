@@ -28,7 +28,6 @@ from dpo_cache.options.base import number_or_auto
 from dpo_cache.options.keywords import keywords_of, make_options
 from dpo_cache.options.plan import CARDS, PlanOptions, size_in_bytes
 from dpo_cache.planning.commands import precompute_command, train_command
-from dpo_cache.planning.counts import Counts
 from dpo_cache.planning.disk import BYTES_PER_TOKEN
 from dpo_cache.planning.footprint import build_fake
 from dpo_cache.planning.parts import Method, Parts
@@ -38,12 +37,11 @@ from dpo_cache.planning.scoring import ScoringCounts
 from dpo_cache.planning.timing import EFFICIENCY, count_operations, forward_operations, measure_tflops
 from dpo_cache.planning.ways import (
     CONTEXT_BYTES,
-    DEFAULT_TOKENS,
     FRAGMENTATION,
-    MORE_TOKENS,
     PROCESS_BYTES,
     Candidates,
     Way,
+    counts_of,
     device_need,
     host_need,
     methods_of,
@@ -97,9 +95,7 @@ class _Planner:
         self.options, self.config, self.workload, self.log = options, config, workload, log
         self.cards = _cards(options)
         self.tflops, self._second = tflops, 1 / (tflops * 1e12 * EFFICIENCY)  # seconds per operation
-        is_auto = number_or_auto("budget_tokens", options.budget_tokens) is None
-        auto_tokens = DEFAULT_TOKENS.get(options.device, MORE_TOKENS) if is_auto else None
-        self.counts = Counts(config, workload, options.device, auto_tokens)
+        self.counts = counts_of(config, workload, options)
         self.is_gpu = options.device == "cuda"
         self._logged: set[str] = set()  # remarks that hold for several methods
 

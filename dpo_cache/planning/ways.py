@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
 
 from dpo_cache.lm.forest.layout import count_forest_tokens
 from dpo_cache.lm.layerwise.record import NotLayerMajorError
@@ -37,6 +38,7 @@ from dpo_cache.planning.timing import (
     step_operations,
     transfers_of,
 )
+from dpo_cache.planning.workload import Workload
 
 CONTEXT_BYTES = 500_000_000  # the CUDA context of each process
 FRAGMENTATION = 0.1  # added share of activations, inputs and buffers, which are allocated and freed
@@ -58,6 +60,13 @@ class Way:
     host: Parts
     transfers: Transfers | None
     operations: float  # floating-point operations of a step
+
+
+def counts_of(config: PreTrainedConfig, workload: Workload, options: PlanOptions) -> Counts:
+    """What the ways of a plan count."""
+    is_auto = number_or_auto("budget_tokens", options.budget_tokens) is None
+    auto_tokens = DEFAULT_TOKENS.get(options.device, MORE_TOKENS) if is_auto else None
+    return Counts(config, workload, options.device, auto_tokens)
 
 
 def device_need(parts: Parts) -> int:

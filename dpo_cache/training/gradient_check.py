@@ -70,7 +70,7 @@ class GradientCheck:
                 problem = self._compare(self._gradient(mode))
             except RuntimeError as error:
                 problem = self._failure(error)
-            self._problems[mode] = next(filter(None, self.ranks.gather(problem)), "")
+            self._problems[mode] = self.ranks.first_problem(problem)
         return self._problems[mode]
 
     @phase("self-check: comparing gradients")
@@ -86,7 +86,7 @@ class GradientCheck:
             problem = self._compare(found, self.policy.attention.kernel, TOLERANCES_OF_KERNELS)
         except FAILURES as error:
             problem = self._failure(error)
-        return next(filter(None, self.ranks.gather(problem)), "")
+        return self.ranks.first_problem(problem)
 
     def _failure(self, error: BaseException) -> str:
         """A description of how a pass has failed; empty if memory did not suffice.

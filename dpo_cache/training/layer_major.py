@@ -26,6 +26,7 @@ from dpo_cache.lm.layerwise.states import states_on
 from dpo_cache.lm.layerwise.streamed import PersistentCopies, StreamedWeights
 from dpo_cache.lm.layerwise.transfer import Transfer
 from dpo_cache.lm.layerwise.weights import LayerWeights, ResidentWeights
+from dpo_cache.lm.memory.recompute import Recomputation
 from dpo_cache.lm.model.parts import decoder_of
 from dpo_cache.lm.policy import CompletionLogps, PolicyModel
 from dpo_cache.lm.rows import rows_pass
@@ -72,6 +73,23 @@ class LayerMajorModel:
         except NotLayerMajorError as error:
             return str(error)
 
+    def problem_of_mode(
+        self, policy: PolicyModel, recomputation: Recomputation, mode: str, *, has_routing: bool
+    ) -> str:
+        """A description of how a mode of recomputation changes the gradient; empty if it does not, or if
+        memory does not suffice for the check. `problem` has compared *none* already.
+        """
+        if mode == "none":
+            return ""
+        try:
+            with recomputation.using("none"):  # for the plain run
+                problem = self.problem(policy, has_routing=has_routing, recomputing=recomputation.using(mode))
+        except RuntimeError as error:
+            if not is_out_of_memory(error, policy.model.device):
+                raise
+            return ""
+        return problem.removeprefix("it ")
+
     def with_right_kernel(self, policy: PolicyModel, log: Log, ranks: Ranks) -> AttentionChoice:
         """The policy's attention with the first kernel, starting with its own, whose gradient equals that of
         segments in plain runs of these weights.
@@ -94,7 +112,7 @@ class LayerMajorModel:
                 if is_out_of_memory(error, policy.model.device):
                     raise
                 problem = f"fails ({first_line(error)})"
-            return next(filter(None, ranks.gather(problem)), "")
+            return ranks.first_problem(problem)
 
         expected = gradients(SEGMENTS)
         return first_right_kernel(attention, policy.model.device, problem_of, log)

@@ -40,6 +40,10 @@ class Ranks:
         """The values of all ranks, in the order of the ranks."""
         return [value]
 
+    def first_problem(self, problem: str) -> str:
+        """The first problem that a rank describes; empty if none does."""
+        return next(filter(None, self.gather(problem)), "")
+
     def share(self, value: Value) -> Value:
         """The value of the main rank."""
         return self.gather(value)[0]

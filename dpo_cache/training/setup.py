@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from dpo_cache.errors import ModelError, OptionError, TrainingError
-from dpo_cache.lm.budget import is_out_of_memory
 from dpo_cache.lm.device import choose_device
 from dpo_cache.lm.layerwise.weights import ResidentWeights
 from dpo_cache.lm.model.adapter import describe
@@ -355,21 +354,13 @@ def _check_of_modes(
     if not is_layer_major:
         return GradientCheck(model, policy.recomputation, ranks).problem
     assert found is not None
+    has_routing = bool(objective.router_coefficient)
 
     @cache
     def problem(mode: str) -> str:
-        if mode == "none":  # is compared already
-            return ""
-        recomputing = policy.recomputation.using(mode)
-        has_routing = bool(objective.router_coefficient)
-        try:
-            with policy.recomputation.using("none"):  # for the plain run
-                problem = found.problem(model, has_routing=has_routing, recomputing=recomputing)
-        except RuntimeError as error:
-            if not is_out_of_memory(error, policy.model.device):
-                raise
-            problem = ""
-        return next(filter(None, ranks.gather(problem.removeprefix("it "))), "")
+        return ranks.first_problem(
+            found.problem_of_mode(model, policy.recomputation, mode, has_routing=has_routing)
+        )
 
     return problem
 

@@ -207,7 +207,7 @@ def _procedure(config: Mapping[str, Any], num_steps: int | None, last: Metrics |
         (
             "learning rate",
             f"{resolved.get('lr') or config['lr']:g}, {config['lr_schedule']} after a warm-up over "
-            f"{_warmup(config)}",
+            + _warmup(config),
         ),
         ("optimizer", f"{config['optimizer']}, weight decay {config['weight_decay']:g}, {clipping}"),
         ("precision", resolved["precision"]),
